@@ -1,0 +1,148 @@
+"""`ommatid <verb>`: every stage, and questions to the catalogue. Heavy imports wait until a verb needs them."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ommatid.errors import OmmatidError
+
+if TYPE_CHECKING:
+    from ommatid.events import Measured, Progress
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="From a folder of images and a vision-language model to a SQL catalogue of monosemantic features.",
+)
+
+ParamsFile = Annotated[Path, typer.Option("--params", help="File with every value.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value, such as train.k=32; repeatable.")
+]
+CatalogFile = Annotated[Path, typer.Option("--catalog", help="The DuckDB file to ask.")]
+
+DEFAULT_PARAMS = Path("params.yaml")
+DEFAULT_CATALOG = Path("data/catalog/catalog.duckdb")
+
+
+@app.command()
+def images(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) -> None:
+    """Read the image source into the data set."""
+    _run("images", params, overrides)
+
+
+@app.command()
+def extract(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) -> None:
+    """Capture activations at a hookpoint, and embed every image."""
+    _run("extract", params, overrides)
+
+
+@app.command()
+def train(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) -> None:
+    """Train a sparse autoencoder on the activations."""
+    _run("train", params, overrides)
+
+
+@app.command()
+def evaluate(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) -> None:
+    """Measure every latent on the evaluation split."""
+    _run("evaluate", params, overrides)
+
+
+@app.command()
+def label(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) -> None:
+    """Name every latent and score the names on held-out images."""
+    _run("label", params, overrides)
+
+
+@app.command()
+def catalog(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) -> None:
+    """Build the DuckDB catalogue from the artefacts."""
+    _run("catalog", params, overrides)
+
+
+@app.command()
+def query(
+    sql: Annotated[str, typer.Argument(help="One SQL statement.")],
+    output: Annotated[str, typer.Option("--format", help="table, csv or json.")] = "table",
+    max_rows: Annotated[int, typer.Option(help="Print at most so many rows.")] = 1000,
+    timeout: Annotated[float, typer.Option(help="Seconds after which the query is stopped.")] = 30.0,
+    catalog: CatalogFile = DEFAULT_CATALOG,
+) -> None:
+    """Ask the catalogue in SQL; it is opened read-only."""
+    from ommatid.catalog.query import answer
+
+    answer(sql, catalog, output, max_rows, timeout, sys.stdout)
+
+
+@app.command()
+def show(
+    latent: Annotated[int, typer.Argument(help="Index of the latent.")],
+    to: Annotated[Path | None, typer.Option(help="The PNG to write; default data/pictures/latent-<n>.png.")] = None,
+    catalog: CatalogFile = DEFAULT_CATALOG,
+) -> None:
+    """Write a picture of one feature: examples by decile with heat maps, its label and its numbers."""
+    from ommatid.catalog import Catalog
+    from ommatid.catalog.pictures import draw_feature
+
+    path = to or Path(f"data/pictures/latent-{latent}.png")
+    with Catalog(catalog) as opened:
+        draw_feature(opened, latent, path)
+    typer.echo(path)
+
+
+class _Lines:
+    """Prints events as lines, at most one every two seconds for each kind of work."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, float] = {}
+
+    def __call__(self, event: "Progress | Measured") -> None:
+        from ommatid.events import Measured
+
+        if isinstance(event, Measured):
+            values = " ".join(f"{name} {value:.4g}" for name, value in event.values.items())
+            self._print("measured", f"step {event.step}: {values}", last=False)
+        else:
+            self._print(event.what, f"{event.what}: {event.done} of {event.total}", last=event.done == event.total)
+
+    def _print(self, what: str, line: str, last: bool) -> None:
+        now = time.monotonic()
+        if last or now - self._last.get(what, 0.0) >= 2.0:
+            self._last[what] = now
+            typer.echo(line)
+
+
+def _run(name: str, params_file: Path, overrides: list[str] | None) -> None:
+    from ommatid.config import load_params
+
+    params = load_params(params_file, overrides or ())
+    from ommatid.stage import STAGES, run_stage
+
+    artefact = run_stage(name, params, _Lines())
+    typer.echo(f"{name}: {STAGES[name].place} holds {_sizes(artefact)}")
+
+
+def _sizes(artefact: "object") -> str:
+    from ommatid.store import Artefact
+
+    assert isinstance(artefact, Artefact)
+    rows = [f"{artefact.rows(table)} {table}" for table in artefact.tables]
+    return ", ".join([*rows, f"{sum(f.bytes for f in artefact.manifest.files) / 1e6:.1f} MB"])
+
+
+def main() -> None:
+    """Run a verb; errors that are the user's to mend are printed in one line and end with status 1."""
+    try:
+        app()
+    except OmmatidError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

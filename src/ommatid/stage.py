@@ -1,0 +1,103 @@
+"""One stage from end to end: inputs opened, draft computed, gate passed, artefact in place."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ommatid import quality, store
+from ommatid.config import Params, Section
+from ommatid.errors import GateError
+from ommatid.events import Listener
+from ommatid.store import Artefact, Draft
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage reads and makes."""
+
+    kind: str
+    """Kind of the artefact it makes."""
+    place: Path
+    """Where the artefact goes, relative to the checkout."""
+    inputs: tuple[str, ...]
+    """Stages whose artefacts it reads."""
+
+
+STAGES: Mapping[str, Stage] = {
+    "images": Stage("images", Path("data/images"), ()),
+    "extract": Stage("activations", Path("data/activations"), ("images",)),
+    "train": Stage("sae", Path("data/sae"), ("extract",)),
+    "evaluate": Stage("evaluation", Path("data/evaluation"), ("images", "extract", "train")),
+    "label": Stage("labels", Path("data/labels"), ("images", "extract", "train", "evaluate")),
+    "catalog": Stage("catalog", Path("data/catalog"), ("images", "train", "evaluate", "label")),
+}
+
+QUALITY = Path("data/quality")
+"""Folder of the gates' reports, relative to the checkout."""
+
+
+def open_stage(name: str) -> Artefact:
+    """The artefact that a stage made in this checkout."""
+    return store.open_artefact(STAGES[name].place, STAGES[name].kind)
+
+
+def run_stage(name: str, params: Params, on_event: Listener) -> Artefact:
+    """Run one stage in the current directory.
+
+    Raises:
+        GateError: a check failed; the artefact is not published, the report is written.
+        OmmatidError: an input is missing or damaged, or the user's values cannot be used.
+    """
+    stage = STAGES[name]
+    inputs = {other: open_stage(other) for other in stage.inputs}
+    section: Section = getattr(params, name)
+    with store.open_draft(stage.place, stage.kind, section.model_dump(mode="json"), inputs) as draft:
+        if draft.is_sealed():
+            artefact = store.open_artefact(draft.path, stage.kind)
+        else:
+            artefact = _compute(name, params, inputs, draft, on_event)
+        _gate(name, artefact, params)
+        return draft.publish(stage.place)
+
+
+def _gate(name: str, artefact: Artefact, params: Params) -> None:
+    report = quality.check(name, artefact, params)
+    _, html_path = quality.write_report(report, QUALITY)
+    if not report.success:
+        failures = "; ".join(f"{check.name}: {check.detail}" for check in report.failures)
+        raise GateError(f"{name}: quality gate failed: {failures}; nothing was published; the report is {html_path}")
+
+
+def _compute(name: str, params: Params, inputs: dict[str, Artefact], draft: Draft, on_event: Listener) -> Artefact:
+    match name:
+        case "images":
+            from ommatid.images import make_images
+
+            return make_images(params.images, inputs, draft, on_event)
+        case "extract":
+            from ommatid.extract import extract
+
+            return extract(params.extract, inputs, draft, on_event)
+        case "train":
+            from ommatid import tracking
+            from ommatid.sae.stage import train
+
+            with tracking.training_run(params, inputs) as run:
+                artefact = train(params.train, inputs, draft, run.tee(on_event))
+                run.finish(artefact)
+            return artefact
+        case "evaluate":
+            from ommatid.evaluate import evaluate
+
+            return evaluate(params.evaluate, inputs, draft, on_event)
+        case "label":
+            from ommatid.label import label
+
+            return label(params.label, inputs, draft, on_event)
+        case "catalog":
+            from ommatid import tracking
+            from ommatid.catalog.build import build_catalog
+
+            return build_catalog(params.catalog, inputs, draft, tracking.lineage(inputs["train"]), on_event)
+        case _:
+            raise AssertionError(f"no stage {name!r}")
