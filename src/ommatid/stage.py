@@ -52,10 +52,7 @@ def run_stage(name: str, params: Params, on_event: Listener) -> Artefact:
     inputs = {other: open_stage(other) for other in stage.inputs}
     section: Section = getattr(params, name)
     with store.open_draft(stage.place, stage.kind, section.model_dump(mode="json"), inputs) as draft:
-        if draft.is_sealed():
-            artefact = store.open_artefact(draft.path, stage.kind)
-        else:
-            artefact = _compute(name, params, inputs, draft, on_event)
+        artefact = draft.sealed() or _compute(name, params, inputs, draft, on_event)
         _gate(name, artefact, params)
         return draft.publish(stage.place)
 
@@ -80,7 +77,7 @@ def _compute(name: str, params: Params, inputs: dict[str, Artefact], draft: Draf
             return extract(params.extract, inputs, draft, on_event)
         case "train":
             from ommatid import tracking
-            from ommatid.sae.stage import train
+            from ommatid.train import train
 
             with tracking.training_run(params, inputs) as run:
                 artefact = train(params.train, inputs, draft, run.tee(on_event))

@@ -182,9 +182,9 @@ class Draft:
         with self.write_file(name) as path:
             path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    def is_sealed(self) -> bool:
-        """Whether the manifest is written: nothing is left to compute."""
-        return self.has(MANIFEST)
+    def sealed(self) -> Artefact | None:
+        """The artefact, if the manifest is written already: a gate failed, or the process died before publishing."""
+        return open_artefact(self.path, self.kind) if self.has(MANIFEST) else None
 
     def seal(self, summary: Mapping[str, Any]) -> Artefact:
         """Write the manifest over all files and drop the scratch folder."""
@@ -198,7 +198,7 @@ class Draft:
 
     def publish(self, place: Path) -> Artefact:
         """Move the sealed draft to `place`, replacing what was there."""
-        assert self.is_sealed(), f"{self.path} is not sealed"
+        assert self.has(MANIFEST), f"{self.path} is not sealed"
         old = self.path.with_name(self.path.name + ".old")
         if old.exists():
             shutil.rmtree(old)

@@ -1,0 +1,35 @@
+"""Fixed-width binary columns to tensors and back, without copies where Arrow allows."""
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+
+def from_float16(column: pa.ChunkedArray) -> Tensor:
+    """A column of little-endian float16 vectors as (rows, width) float16."""
+    return torch.from_numpy(_view(column, np.dtype("<f2")))
+
+
+def from_float32(column: pa.ChunkedArray) -> Tensor:
+    """A column of little-endian float32 vectors as (rows, width) float32."""
+    return torch.from_numpy(_view(column, np.dtype("<f4")))
+
+
+def to_binary(x_nd: Tensor, dtype: torch.dtype) -> pa.Array:
+    """Rows of a tensor as fixed-width binary values of `dtype` (float16 or float32), little-endian."""
+    rows = x_nd.to(dtype).contiguous().cpu().numpy()
+    values = rows.astype(rows.dtype.newbyteorder("<"), copy=False)
+    width = rows.shape[1] * rows.itemsize
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(values)])
+
+
+def _view(column: pa.ChunkedArray, dtype: np.dtype) -> np.ndarray:
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks)
+    width = array.type.byte_width // dtype.itemsize
+    data = array.buffers()[1]
+    flat = np.frombuffer(data, dtype, count=len(array) * width, offset=array.offset * array.type.byte_width)
+    # copied: torch warns of read-only memory, and the table can be freed
+    return flat.reshape(len(array), width).astype(dtype.newbyteorder("="), copy=True)

@@ -1,0 +1,112 @@
+"""Stage `train`: activations in, `sae.safetensors` + `cfg.json` + training curves out."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from ommatid import schemas
+from ommatid.config import TrainParams
+from ommatid.events import Listener, ignore
+from ommatid.sae.model import CONFIG, WEIGHTS, SAEConfig
+from ommatid.sae.trainer import CURVE_COLUMNS, Plan, State, Trainer, finish, make_plan, make_state
+from ommatid.store import Artefact, Draft
+from ommatid.tensors import from_float16
+
+CHECKPOINT = "checkpoint.safetensors"
+SAMPLE = 16384
+"""Tokens from which scale, mean and initial directions are taken."""
+
+
+def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
+    """Train on the train split of the activations; a run that died goes on from its last checkpoint, bit for bit.
+
+    Raises:
+        TrainingError: too few tokens, or the loss diverged.
+    """
+    activations = inputs["extract"]
+    plan = make_plan(params, activations.rows("train"))
+    checkpoint = draft.scratch / CHECKPOINT
+    state = State.load(checkpoint, "cpu") if checkpoint.exists() else make_state(params, load_sample(activations, SAMPLE))
+
+    def save(state: State) -> None:
+        with draft.write_file(f"{draft.scratch.name}/{CHECKPOINT}") as path:
+            state.save(path)
+
+    Trainer(params, plan, state, on_event).fit(_iter_batches(activations, plan, params.seed, int(state.step)), save)
+    return _write(params, activations, draft, plan, state)
+
+
+def load_sample(activations: Artefact, n: int) -> Tensor:
+    """The first n training tokens (n, d_model): rows are shuffled, so they are a fair sample."""
+    pieces, found = [], 0
+    for part in activations.iter_parts("train", ["x"]):
+        pieces.append(from_float16(part["x"])[: n - found])
+        found += len(pieces[-1])
+        if found == n:
+            break
+    return torch.cat(pieces).float()
+
+
+def _iter_batches(activations: Artefact, plan: Plan, seed: int, start: int) -> Iterator[Tensor]:
+    """Float16 batches (batch, d_model) from step `start` on: parts and rows in an order that seed and epoch fix."""
+    steps_per_epoch = plan.n_tokens // plan.batch_size
+    epoch, skip = divmod(start, steps_per_epoch)
+    while True:
+        for i, batch in enumerate(_iter_epoch(activations, plan.batch_size, np.random.default_rng([seed, epoch]))):
+            if i >= skip:
+                yield batch
+        epoch, skip = epoch + 1, 0
+
+
+def _iter_epoch(activations: Artefact, batch_size: int, rng: np.random.Generator) -> Iterator[Tensor]:
+    files = activations.files("train")
+    rest = torch.empty(0)
+    for index in rng.permutation(len(files)):
+        x = from_float16(pq.read_table(files[index], columns=["x"], partitioning=None)["x"])
+        x = x[torch.from_numpy(rng.permutation(len(x)))]
+        x = torch.cat([rest, x]) if len(rest) else x
+        *whole, rest = torch.split(x, batch_size) if len(x) % batch_size else (*torch.split(x, batch_size), x[:0])
+        yield from whole
+
+
+def _write(params: TrainParams, activations: Artefact, draft: Draft, plan: Plan, state: State) -> Artefact:
+    seen = activations.summary
+    config = SAEConfig("batch_topk", seen["d_model"], params.d_sae, params.k, seen["hookpoint"], seen["model"])
+    sae = finish(state, config)
+    with draft.write_file(WEIGHTS) as weights, draft.write_file(CONFIG) as cfg:
+        sae.save(weights, cfg)
+    draft.write_table("curves.parquet", _curves(state, plan))
+    final = dict(zip(CURVE_COLUMNS, state.curves[-1].tolist(), strict=True))
+    dead = (state.idle >= plan.dead_after).nonzero()[:, 0].tolist()
+    summary = {
+        "sae": _name(config, draft.path / WEIGHTS),
+        "n_steps": plan.n_steps,
+        "n_tokens": plan.n_steps * plan.batch_size,
+        "fvu": final["fvu"],
+        "l0": final["l0"],
+        "dead": final["dead"],
+        "dead_latents": dead,
+        "dead_after": plan.dead_after,
+        "threshold": float(sae.threshold),
+        "scale": float(state.scale),
+    }
+    return draft.seal(summary)
+
+
+def _curves(state: State, plan: Plan) -> pa.Table:
+    columns: dict[str, np.ndarray] = dict(zip(CURVE_COLUMNS, state.curves.T.numpy(), strict=True))
+    steps = columns["step"].astype(np.int64)
+    columns |= {"step": steps, "tokens": steps * plan.batch_size}
+    return pa.table({name: columns[name] for name in schemas.CURVES.names}, schema=schemas.CURVES)
+
+
+def _name(config: SAEConfig, weights: Path) -> str:
+    """Such as batch_topk-2560-k32-1a2b3c4d: the tail is the weights' checksum."""
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
+    return f"{config.variant}-{config.d_sae}-k{config.k}-{digest}"
