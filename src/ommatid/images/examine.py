@@ -1,0 +1,75 @@
+"""Examining items: each is read, decoded and becomes a row of the data set, or is refused with a reason."""
+
+import hashlib
+import io
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from PIL import Image
+
+from ommatid.images.decode import Unreadable, decode
+from ommatid.images.source import Item
+
+_N_WORKERS = min(os.cpu_count() or 1, 8)
+"""Threads: PIL decodes and scales without the interpreter's lock. More than 8 would hold too many large images."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the table images will hold of one image; see schemas.IMAGES."""
+
+    image_id: str
+    path: str
+    width: int
+    height: int
+    label: str | None
+    caption: str | None
+    thumbnail: bytes
+    encoded: bytes
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row of the table rejected; see schemas.REJECTED."""
+
+    path: str
+    reason: str
+    detail: str
+
+
+def examine(item: Item, thumbnail: int) -> Row | Rejected:
+    """Read and decode one item; `thumbnail` is the longest side of its thumbnail in pixels."""
+    try:
+        encoded = item.read()
+    except OSError as error:
+        return Rejected(item.path, "unreadable", error.strerror or type(error).__name__)
+    try:
+        image = decode(encoded)
+    except Unreadable as error:
+        return Rejected(item.path, error.reason, error.detail)
+    width, height = image.size
+    image_id = hashlib.sha256(encoded).hexdigest()
+    return Row(image_id, item.path, width, height, item.label, item.caption, _webp(image, thumbnail), encoded)
+
+
+def examine_all(items: Iterable[Item], thumbnail: int) -> Iterator[Row | Rejected]:
+    """Examine items in threads, a few ahead of the reader; results come in the order of the items."""
+    ahead: deque[Future[Row | Rejected]] = deque()
+    with ThreadPoolExecutor(_N_WORKERS) as pool:
+        for item in items:
+            ahead.append(pool.submit(examine, item, thumbnail))
+            if len(ahead) >= 4 * _N_WORKERS:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _webp(image: Image.Image, longest: int) -> bytes:
+    """A thumbnail; scales `image` itself."""
+    image.thumbnail((longest, longest))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=80)
+    return buffer.getvalue()

@@ -1,0 +1,150 @@
+"""The Parquet source: a column of encoded images in one file, or in every .parquet file below a folder."""
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ommatid.config import ParquetSource
+from ommatid.errors import SourceError
+from ommatid.images.source import Item
+
+_ROWS_AT_ONCE = 32
+"""Rows held in memory: few, for a row may be a large photograph."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A row group of one file."""
+
+    file: Path
+    name: str
+    """Path of the file below the source."""
+    index: int
+    start: int
+    """Position of its first row in the source."""
+    row: int
+    """Number of its first row in the file."""
+    n_rows: int
+
+
+class ParquetFiles:
+    """The rows of Parquet files in order of path; a row's path is `<file>#<row in the file>`.
+
+    Raises:
+        SourceError: nothing there, not Parquet, or not the columns named in images.source.
+    """
+
+    def __init__(self, params: ParquetSource):
+        self._params = params
+        files = _list_files(Path(params.path))
+        self._groups: list[_Group] = []
+        self.total = 0
+        for name, path in files:
+            self._append(name, path)
+        if not self.total:
+            raise SourceError(f"{params.path}: there are no rows; change images.source.path")
+        self.fingerprint = _fingerprint(files)
+
+    def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
+        """The rows at these positions, in order; row groups without any are not read."""
+        for group in self._groups:
+            first, last = (bisect_left(positions, edge) for edge in (group.start, group.start + group.n_rows))
+            if first < last:
+                yield from self._iter_group(group, {position - group.start for position in positions[first:last]})
+
+    def _append(self, name: str, path: Path) -> None:
+        with _reading(path), pq.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow, self._params)
+            row = 0
+            for index in range(file.num_row_groups):
+                n_rows = file.metadata.row_group(index).num_rows
+                self._groups.append(_Group(path, name, index, self.total, row, n_rows))
+                row, self.total = row + n_rows, self.total + n_rows
+
+    def _iter_group(self, group: _Group, wanted: set[int]) -> Iterator[Item]:
+        columns = [name for name in (self._params.column, self._params.label_column) if name is not None]
+        row = 0
+        # With a buffer, pages are read as they are needed; without, the whole column of the row group.
+        with _reading(group.file), pq.ParquetFile(group.file, buffer_size=2**20) as file:
+            for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group.index], columns=columns):
+                for i in range(batch.num_rows):
+                    if row + i in wanted:
+                        yield self._item(batch, i, f"{group.name}#{group.row + row + i}")
+                row += batch.num_rows
+
+    def _item(self, batch: pa.RecordBatch, i: int, path: str) -> Item:
+        label = None if self._params.label_column is None else batch.column(self._params.label_column)[i].as_py()
+        return Item(path, partial(_read, batch.column(self._params.column)[i]), None if label is None else str(label))
+
+
+def _read(value: Any) -> bytes:
+    """The image of an Arrow scalar, binary or struct; null is no bytes."""
+    found = value.as_py()
+    return (found["bytes"] if isinstance(found, dict) else found) or b""
+
+
+def _list_files(root: Path) -> list[tuple[str, Path]]:
+    """Name and path of the files at or below `root`."""
+    if not root.exists():
+        raise SourceError(f"{root}: no such file or folder; set images.source.path to a Parquet file or a folder of them")
+    if root.is_file():
+        return [(root.name, root)]
+    files = sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.parquet") if path.is_file())
+    if not files:
+        raise SourceError(f"{root}: there is no file named *.parquet in this folder; change images.source.path")
+    return files
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{path}: cannot be read as Parquet: {error}; mend or remove it") from None
+
+
+def _check_columns(path: Path, schema: pa.Schema, params: ParquetSource) -> None:
+    known = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    image = _type_of(schema, params.column)
+    if image is None or not _holds_images(image):
+        what = "there is no such column" if image is None else f"holds {image}, not binary or a struct with a binary field `bytes`"
+        raise SourceError(f"images.source.column is {params.column!r}: {what}; {path} has {known}")
+    if params.label_column is None:
+        return
+    label = _type_of(schema, params.label_column)
+    if label is None or not _holds_labels(label):
+        what = "there is no such column" if label is None else f"holds {label}, not strings or integers"
+        raise SourceError(f"images.source.label_column is {params.label_column!r}: {what}; {path} has {known}")
+
+
+def _type_of(schema: pa.Schema, column: str) -> pa.DataType | None:
+    return schema.field(column).type if schema.names.count(column) == 1 else None
+
+
+def _holds_images(type_: pa.DataType) -> bool:
+    if pa.types.is_struct(type_):
+        index = type_.get_field_index("bytes")
+        return index >= 0 and _is_binary(type_.field(index).type)
+    return _is_binary(type_)
+
+
+def _is_binary(type_: pa.DataType) -> bool:
+    return pa.types.is_binary(type_) or pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_)
+
+
+def _holds_labels(type_: pa.DataType) -> bool:
+    value = type_.value_type if pa.types.is_dictionary(type_) else type_
+    return pa.types.is_integer(value) or pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)
+
+
+def _fingerprint(files: list[tuple[str, Path]]) -> str:
+    facts = [(name, status.st_size, status.st_mtime_ns) for name, path in files for status in [path.stat()]]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
