@@ -96,7 +96,7 @@ class Artefact:
     def iter_parts(self, table: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """The parts of a table, one at a time, in order."""
         for path in self.files(table):
-            yield pq.read_table(path, columns=columns, partitioning=None)
+            yield read_part(path, columns)
 
     def iter_batches(self, table: str, columns: list[str] | None = None, n_rows: int = 1024) -> Iterator[pa.RecordBatch]:
         """A table in order, at most `n_rows` rows at a time: what is needed for tables with large values."""
@@ -230,6 +230,12 @@ def open_draft(place: Path, kind: str, params: Mapping[str, Any], inputs: Mappin
             yield Draft(work / f"{place.name}-{key}", kind, params, inputs)
     except filelock.Timeout:
         raise ArtefactError(f"{place}: another process is making it now; wait for it to end") from None
+
+
+def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """One Parquet file, or some of its columns, in memory."""
+    with pq.ParquetFile(path) as file:
+        return file.read(columns)
 
 
 def part_name(table: str, index: int) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from ommatid.config import TrainParams
 from ommatid.events import Listener, ignore
 from ommatid.sae.model import CONFIG, WEIGHTS, SAEConfig
 from ommatid.sae.trainer import CURVE_COLUMNS, Plan, State, Trainer, finish, make_plan, make_state
-from ommatid.store import Artefact, Draft
+from ommatid.store import Artefact, Draft, read_part
 from ommatid.tensors import from_float16
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -68,7 +67,7 @@ def _iter_epoch(activations: Artefact, batch_size: int, rng: np.random.Generator
     files = activations.files("train")
     rest = torch.empty(0)
     for index in rng.permutation(len(files)):
-        x = from_float16(pq.read_table(files[index], columns=["x"], partitioning=None)["x"])
+        x = from_float16(read_part(files[index], ["x"])["x"])
         x = x[torch.from_numpy(rng.permutation(len(x)))]
         x = torch.cat([rest, x]) if len(rest) else x
         *whole, rest = torch.split(x, batch_size) if len(x) % batch_size else (*torch.split(x, batch_size), x[:0])
