@@ -1,0 +1,77 @@
+"""Great Expectations over the frames of a profile: the only file that imports it."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")  # read at import: without it every run is reported to its makers
+
+import great_expectations as gx
+import pandas as pd
+from great_expectations import expectations as gxe
+
+from ommatid.quality.profiles import SHOWN, Frames
+from ommatid.quality.report import Check
+from ommatid.quality.suites import Rule
+
+
+def validate(frames: Frames, rules: list[Rule]) -> list[Check]:
+    """Hold each frame against its rules, in the order of the rules."""
+    context = gx.get_context(mode="ephemeral")
+    context.variables.progress_bars = {"globally": False, "metric_calculations": False}  # pyright: ignore[reportAttributeAccessIssue]
+    source = context.data_sources.add_pandas("profile")
+    checks: dict[int, Check] = {}
+    for name, frame in frames.items():
+        batch = source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("all").get_batch({"dataframe": frame})
+        for index, rule in enumerate(rules):
+            if rule.frame == name and len(frame.columns):
+                checks[index] = _check(rule, frame, batch.validate(_expectation(rule), result_format=_result_format(rule)))
+    return [checks[index] for index in sorted(checks)]
+
+
+def _expectation(rule: Rule) -> Any:
+    return getattr(gxe, rule.expectation)(column=rule.column, notes=rule.reason, **rule.arguments)
+
+
+def _result_format(rule: Rule) -> dict[str, Any]:
+    columns = [rule.row] if rule.first is None else [rule.row, rule.first]
+    return {"result_format": "COMPLETE", "unexpected_index_column_names": columns}
+
+
+def _check(rule: Rule, frame: pd.DataFrame, result: Any) -> Check:
+    detail = "" if result.success else "; ".join(_failures(rule, result))
+    return Check(rule.name, rule.reason, bool(result.success), _observed(frame[rule.column]), detail)
+
+
+def _failures(rule: Rule, result: Any) -> Iterator[str]:
+    """Text for each failing row, at most SHOWN of them, then how many more."""
+    rows = (result.result or {}).get("unexpected_index_list") or []
+    if not rows:
+        yield f"could not be checked: {result.exception_info}"
+    for row in rows[:SHOWN]:
+        first = f" (first: {row[rule.first]})" if rule.first and row[rule.first] else ""
+        yield f"{_label(rule, row[rule.row])}: {rule.column} {_text(row[rule.column])}{first}"
+    if len(rows) > SHOWN:
+        yield f"and {len(rows) - SHOWN} more"
+
+
+def _label(rule: Rule, value: Any) -> str:
+    return f"{value}" if rule.row == "set" else f"{rule.row} {value}"
+
+
+def _observed(values: Any) -> str:
+    """Range of numbers, or the distinct values of anything else."""
+    known = values.dropna()
+    if known.empty:
+        return "nothing" if values.empty else "only null"
+    if pd.api.types.is_bool_dtype(known) or not pd.api.types.is_numeric_dtype(known):
+        return ", ".join(_text(value) for value in sorted(known.astype(str).unique())[:5]) or "nothing"
+    low, high = known.min(), known.max()
+    nulls = f", {len(values) - len(known)} null" if len(known) < len(values) else ""
+    return (_text(low) if low == high else f"{_text(low)} to {_text(high)}") + nulls
+
+
+def _text(value: Any) -> str:
+    if value is None or value != value:
+        return "null"
+    return f"{value:.6g}" if isinstance(value, float) else f"{value}"

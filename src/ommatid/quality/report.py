@@ -1,0 +1,93 @@
+"""What a gate found: as values, as JSON that `dvc metrics show` reads, and as a page that needs no network."""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ommatid.config import dotted
+
+
+@dataclass(frozen=True)
+class Check:
+    """One expectation and how it went."""
+
+    name: str
+    """What must hold, in a few words."""
+    reason: str
+    """Why it must hold: what would go wrong later."""
+    success: bool
+    """Whether it holds."""
+    observed: str
+    """What was found."""
+    detail: str
+    """What failed, naming rows or parts; empty when it passed."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All checks of one stage's artefact."""
+
+    stage: str
+    """Stage that made the artefact."""
+    checks: tuple[Check, ...]
+    """In the order of the suite."""
+    summary: dict[str, Any]
+    """Statistics from the artefact's manifest."""
+
+    @property
+    def success(self) -> bool:
+        """Whether every check passed."""
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        """The checks that failed."""
+        return tuple(check for check in self.checks if not check.success)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The finite numbers of the summary by dotted key."""
+        flat = dotted(self.summary)
+        return {key: value for key, value in flat.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
+    """Write `<stage>.json` and `<stage>.html`; the same report makes the same bytes, since both are DVC outputs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    json_path, html_path = folder / f"{report.stage}.json", folder / f"{report.stage}.html"
+    _write(json_path, json.dumps(_as_json(report), indent=2) + "\n")
+    _write(html_path, _as_html(report))
+    return json_path, html_path
+
+
+def _as_json(report: Report) -> dict[str, Any]:
+    # `dvc metrics show` makes a column of every number at the top and drops lists: the checks stay readable in the file only
+    counts = {"success": report.success, "n_checks": len(report.checks), "n_failed": len(report.failures)}
+    return {**counts, "summary": report.numbers, "checks": [asdict(check) for check in report.checks]}
+
+
+def _as_html(report: Report) -> str:
+    loader = jinja2.PackageLoader("ommatid", "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = _number
+    return environment.get_template("quality.html").render(report=report)
+
+
+def _number(value: float) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,466 @@
+"""Every gate passes a good artefact and fails each planted damage, naming the row or part; its report is whole and stable.
+
+The artefacts are small fakes made through store.open_draft, so nothing here needs a model or a stage.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pytest
+from safetensors.numpy import save_file
+
+from ommatid import quality, schemas, stage, store
+from ommatid.config import Params, load_params
+from ommatid.errors import GateError
+from ommatid.events import ignore
+from ommatid.quality import Check, Report
+from ommatid.store import Artefact, Draft, part_name
+
+N_LATENTS, WIDTH = 4, 8
+Rows = list[dict[str, Any]]
+Tables = dict[str, pa.Table]
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return load_params(Path(__file__).parents[1] / "params.yaml", [f"train.d_sae={N_LATENTS}", "train.k=2", "images.max_rejected=0.25"])
+
+
+def table(schema: pa.Schema, rows: Rows) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def artefact_of(folder: Path, kind: str, files: Mapping[str, pa.Table | Callable[[Path], None]]) -> Artefact:
+    with store.open_draft(folder / kind, kind, {}, {}) as draft:
+        for name, content in files.items():
+            if isinstance(content, pa.Table):
+                draft.write_table(name, content)
+            else:
+                with draft.write_file(name) as path:
+                    content(path)
+        draft.seal({"n": 3, "share": 0.5, "name": "text", "nested": {"deep": 1}, "missing": None})
+        return draft.publish(folder / kind)
+
+
+def failed(report: Report) -> dict[str, Check]:
+    return {check.name: check for check in report.failures}
+
+
+# images
+
+
+def image_rows(first: int, n: int) -> Rows:
+    keys = range(first, first + n)
+    shared = {"width": 32, "height": 24, "label": None, "caption": None, "thumbnail": b"t", "encoded": b"bytes"}
+    return [
+        {"image": i, "image_id": hashlib.sha256(bytes([i])).hexdigest(), "path": f"{i}.png", "split": ("train", "eval")[i % 2], **shared}
+        for i in keys
+    ]
+
+
+def images_artefact(folder: Path, parts: list[Rows], rejected: Rows) -> Artefact:
+    files = {part_name("images", i): table(schemas.IMAGES, rows) for i, rows in enumerate(parts)}
+    return artefact_of(folder, "images", {**files, "rejected.parquet": table(schemas.REJECTED, rejected)})
+
+
+def rejection(path: str, reason: str) -> dict[str, str]:
+    return {"path": path, "reason": reason, "detail": ""}
+
+
+def test_images_pass(tmp_path: Path, params: Params) -> None:
+    parts = [image_rows(0, 4), [], image_rows(4, 2)]
+    rejected = [rejection("a.txt", "not_an_image"), *[rejection(f"again{i}.png", "duplicate") for i in range(9)]]
+    report = quality.check("images", images_artefact(tmp_path, parts, rejected), params)
+    assert report.success, report.failures
+    assert all(check.reason and check.observed and not check.detail for check in report.checks)
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "name", "words"),
+    [
+        (5, {"split": "test"}, "split is train or eval", ["images-00001.parquet", "image 5 test"]),
+        (1, {"width": 0}, "width and height are positive", ["images-00000.parquet", "image 1 1.png"]),
+        (4, {"encoded": b""}, "every image has its bytes", ["images-00001.parquet", "image 4"]),
+        (4, {"image": 0}, "image keys are unique", ["image 0 (2 times)"]),
+        (4, {"image_id": hashlib.sha256(bytes([0])).hexdigest()}, "image ids are unique", [hashlib.sha256(bytes([0])).hexdigest()]),
+    ],
+)
+def test_images_damage_is_named(tmp_path: Path, params: Params, row: int, change: dict, name: str, words: list[str]) -> None:
+    parts = [image_rows(0, 4), image_rows(4, 2)]
+    (parts[0] + parts[1])[row].update(change)
+    found = failed(quality.check("images", images_artefact(tmp_path, parts, []), params))
+    assert set(found) == {name}
+    assert all(word in found[name].detail for word in words), found[name].detail
+
+
+def test_images_rejected_share_names_the_files(tmp_path: Path, params: Params) -> None:
+    rejected = [rejection(f"{i}.txt", "not_an_image") for i in range(3)]
+    found = failed(quality.check("images", images_artefact(tmp_path, [image_rows(0, 6)], rejected), params))
+    assert set(found) == {"few images are rejected"}
+    assert "0.txt (not_an_image)" in found["few images are rejected"].detail
+    assert "0.333333" in found["few images are rejected"].observed
+
+
+@pytest.mark.parametrize("parts", [[], [[]], [[row for row in image_rows(0, 4) if row["split"] == "train"]]])
+def test_images_need_both_splits(tmp_path: Path, params: Params, parts: list[Rows]) -> None:
+    found = failed(quality.check("images", images_artefact(tmp_path, parts, []), params))
+    assert set(found) == {"both splits have images"}
+    assert "split eval: images 0" in found["both splits have images"].detail
+
+
+# extract
+
+
+def activation_table(images: list[int], change: Callable[[np.ndarray], None] = lambda x: None) -> pa.Table:
+    x = np.random.default_rng(0).standard_normal((2 * len(images), WIDTH)).astype(np.float16)
+    change(x)
+    places = [{"image": image, "token": token, "kind": "patch", "row": 0, "col": token} for image in images for token in (0, 1)]
+    rows = [{**place, "x": vector.tobytes()} for place, vector in zip(places, x, strict=True)]
+    return table(schemas.activations(WIDTH, {}), rows)
+
+
+def embedding_table(images: list[int], change: Callable[[np.ndarray], None] = lambda e: None) -> pa.Table:
+    vectors = np.random.default_rng(1).standard_normal((len(images), WIDTH)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    change(vectors)
+    rows = [{"image": image, "joint": v.tobytes(), "judge": v.tobytes()} for image, v in zip(images, vectors, strict=True)]
+    return table(schemas.embeddings(WIDTH, WIDTH), rows)
+
+
+def activations_tables() -> Tables:
+    return {
+        part_name("train", 0): activation_table([0, 2]),
+        part_name("train", 1): activation_table([]),
+        part_name("train", 2): activation_table([4]),
+        part_name("eval", 0): activation_table([1, 3]),
+        "embeddings.parquet": embedding_table([0, 1, 2, 3, 4]),
+    }
+
+
+def assign(index: Any, value: float) -> Callable[[np.ndarray], None]:
+    def change(array: np.ndarray) -> None:
+        array[index] = value
+
+    return change
+
+
+def test_extract_passes(tmp_path: Path, params: Params) -> None:
+    report = quality.check("extract", artefact_of(tmp_path, "activations", activations_tables()), params)
+    assert report.success, report.failures
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "words"),
+    [
+        (
+            {"train-00000.parquet": activation_table([0, 2], assign((3, 5), np.nan))},
+            "no activation is NaN",
+            ["image 2 token 1", "with NaN 1"],
+        ),
+        ({"eval-00000.parquet": activation_table([1, 3], assign((0, 0), -np.inf))}, "no activation is infinite", ["image 1 token 0"]),
+        (
+            {"train-00002.parquet": activation_table([4], assign(slice(None), -0.0))},
+            "no activation is all zeros",
+            ["zeros 2", "image 4 token 0"],
+        ),
+        ({"embeddings.parquet": embedding_table([0, 1, 2, 3, 4], assign((2, 0), np.nan))}, "embeddings are finite", ["judge", "image 2"]),
+        ({"embeddings.parquet": embedding_table([0, 1, 2, 3, 4], assign(3, 1.0))}, "embeddings have unit norm", ["joint", "image 3"]),
+        ({"embeddings.parquet": embedding_table([0, 1, 2, 3])}, "activations and embeddings are of the same images", ["image 4"]),
+        ({"embeddings.parquet": embedding_table([0, 1, 2, 3, 4, 3])}, "one embedding an image", ["image 3"]),
+    ],
+)
+def test_extract_damage_is_named(tmp_path: Path, params: Params, change: Tables, name: str, words: list[str]) -> None:
+    found = failed(quality.check("extract", artefact_of(tmp_path, "activations", activations_tables() | change), params))
+    assert set(found) == {name}
+    assert all(word in found[name].detail for word in [*words, *(part for part in change if "same" not in name and "one" not in name)])
+
+
+def test_extract_needs_tokens_and_embeddings(tmp_path: Path, params: Params) -> None:
+    tables = {"train-00000.parquet": activation_table([]), "eval-00000.parquet": activation_table([])}
+    found = failed(quality.check("extract", artefact_of(tmp_path, "activations", tables), params))
+    assert set(found) == {"both splits have tokens", "both kinds of table are there"}
+
+
+def test_extract_large_finite_activation_passes(tmp_path: Path, params: Params) -> None:
+    tables = activations_tables() | {"train-00000.parquet": activation_table([0, 2], assign((0, 0), 65504))}
+    assert quality.check("extract", artefact_of(tmp_path, "activations", tables), params).success
+
+
+# train
+
+
+def sae_tensors() -> dict[str, np.ndarray]:
+    w_dec = np.eye(N_LATENTS, WIDTH, dtype=np.float32)
+    zeros = {"b_enc": np.zeros(N_LATENTS, np.float32), "b_dec": np.zeros(WIDTH, np.float32), "threshold": np.array(0.1, np.float32)}
+    return {"W_enc": np.ascontiguousarray(w_dec.T), "W_dec": w_dec, **zeros}
+
+
+def curve(**last: float) -> pa.Table:
+    row = {"step": 10, "tokens": 100, "loss": 0.1, "fvu": 0.4, "l0": 2.0, "dead": 0.1, "lr": 1e-4}
+    return table(schemas.CURVES, [row | {"fvu": 3.0}, row | last])
+
+
+def sae_artefact(folder: Path, tensors: dict[str, np.ndarray], curves: pa.Table) -> Artefact:
+    return artefact_of(folder, "sae", {"sae.safetensors": lambda path: save_file(tensors, path), "curves.parquet": curves})
+
+
+def test_train_passes(tmp_path: Path, params: Params) -> None:
+    report = quality.check("train", sae_artefact(tmp_path, sae_tensors(), curve()), params)
+    assert report.success, report.failures
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "name", "words"),
+    [
+        ("W_enc", None, "every tensor is there in its shape", ["tensor W_enc", "missing"]),
+        ("W_enc", np.zeros((2, 2), np.float32), "every tensor is there in its shape", ["W_enc", "[2, 2]", "[8, 4]"]),
+        ("b_enc", np.zeros(N_LATENTS, np.float16), "every tensor is there in its shape", ["b_enc", "float16"]),
+        ("b_enc", np.array([0, np.nan, 0, np.inf], np.float32), "weights are finite", ["tensor b_enc", "2"]),
+        ("W_dec", np.diag([1, 1, 2, 1]).astype(np.float32) @ np.eye(4, 8, dtype=np.float32), "directions have unit norm", ["latent 2"]),
+    ],
+)
+def test_train_damaged_weights_are_named(tmp_path: Path, params: Params, tensor: str, value: Any, name: str, words: list[str]) -> None:
+    tensors = {key: array for key, array in (sae_tensors() | {tensor: value}).items() if array is not None}
+    found = failed(quality.check("train", sae_artefact(tmp_path, tensors, curve()), params))
+    assert set(found) == {name}
+    assert all(word in found[name].detail for word in words), found[name].detail
+
+
+@pytest.mark.parametrize(
+    ("last", "name"),
+    [
+        ({"fvu": 1.0}, "the final FVU is below 1"),
+        ({"fvu": float("nan")}, "the final FVU is a number"),
+        ({"l0": 0.9}, "L0 is near k"),
+        ({"l0": 4.1}, "L0 is near k"),
+        ({"dead": 0.6}, "few latents are dead"),
+    ],
+)
+def test_train_bad_end_is_named(tmp_path: Path, params: Params, last: dict[str, float], name: str) -> None:
+    found = failed(quality.check("train", sae_artefact(tmp_path, sae_tensors(), curve(**last)), params))
+    assert set(found) == {name}
+    assert "step 10" in found[name].detail
+
+
+def test_train_needs_a_curve(tmp_path: Path, params: Params) -> None:
+    found = failed(quality.check("train", sae_artefact(tmp_path, sae_tensors(), table(schemas.CURVES, [])), params))
+    assert set(found) == {"training left a curve"}
+
+
+# evaluate
+
+
+def latent_rows() -> Rows:
+    shared = {"sae": "s", "mean_act": 1.0, "max_act": 2.0, "n_images": 3, "dead_in_training": False, "purity": None, "top_classes": []}
+    rows: Rows = [{"latent": i, "density": 0.1 * i, "is_dead": i == 0, "ms": 0.1 * i if i else None} for i in range(N_LATENTS)]
+    return [shared | row for row in rows]
+
+
+def example_rows() -> Rows:
+    shared = {"sae": "s", "act": 1.0, "heat": [0.5] * 4, "rows": 2, "cols": 2}
+    return [shared | {"latent": i, "decile": 10, "rank": 1, "image": i} for i in range(1, N_LATENTS)]
+
+
+def firing_rows() -> Rows:
+    return [{"sae": "s", "image": i, "latent": i, "act": 1.0} for i in range(1, N_LATENTS)]
+
+
+def comparison_rows() -> Rows:
+    names = {"sae": 0.3, "untrained": 0.8, "neurons": None}
+    other = {"cosine": 0.9, "l0": 2.0, "dead": 0.0, "ms": 0.5, "ms_low": None, "ms_high": None, "ms_best": 0.9, "ms_left_out": 0}
+    rest = {"sae": "s", "n_latents": N_LATENTS, "ms_floor": 0.3, "purity": None, "judge": "j"}
+    return [{**rest, **other, "dictionary": name, "fvu": fvu} for name, fvu in names.items()]
+
+
+def evaluation_artefact(folder: Path, **changed: Rows) -> Artefact:
+    rows = {"latents": latent_rows(), "examples": example_rows(), "firings": firing_rows(), "comparisons": comparison_rows(), **changed}
+    of = {"latents": schemas.LATENTS, "examples": schemas.EXAMPLES, "firings": schemas.FIRINGS, "comparisons": schemas.COMPARISONS}
+    return artefact_of(folder, "evaluation", {f"{name}.parquet": table(of[name], rows[name]) for name in of})
+
+
+def edited(rows: Rows, index: int, **change: Any) -> Rows:
+    rows[index] |= change
+    return rows
+
+
+def test_evaluate_passes(tmp_path: Path, params: Params) -> None:
+    report = quality.check("evaluate", evaluation_artefact(tmp_path), params)
+    assert report.success, report.failures
+
+
+@pytest.mark.parametrize(
+    ("changed", "name", "words"),
+    [
+        ({"latents": latent_rows()[:3]}, "each of 4 latents has one row", ["latent 3"]),
+        ({"latents": latent_rows() + latent_rows()[1:2]}, "each of 4 latents has one row", ["latent 1"]),
+        ({"latents": edited(latent_rows(), 2, density=1.5)}, "density is a share", ["latent 2", "1.5"]),
+        ({"latents": edited(latent_rows(), 2, is_dead=True)}, "dead means density 0", ["latent 2"]),
+        ({"latents": edited(latent_rows(), 3, ms=-1.2)}, "monosemanticity is a mean cosine", ["latent 3", "-1.2"]),
+        ({"latents": [row | {"ms": None} for row in latent_rows()]}, "some latent has a monosemanticity", ["ms 0"]),
+        (
+            {"examples": edited(example_rows(), 1, decile=0)},
+            "examples have a decile from 1 to 10",
+            ["latent 2 image 2", "examples.parquet"],
+        ),
+        ({"examples": edited(example_rows(), 1, rank=0)}, "examples have a rank from 1", ["latent 2 image 2"]),
+        ({"examples": []}, "there are examples and firings", ["table examples"]),
+        (
+            {"firings": edited(firing_rows(), 0, act=0.0)},
+            "firings are positive and of a known latent",
+            ["image 1 latent 1", "firings.parquet"],
+        ),
+        ({"firings": edited(firing_rows(), 0, latent=9)}, "firings are positive and of a known latent", ["latent 9"]),
+        ({"comparisons": edited(comparison_rows(), 1, fvu=0.2)}, "FVU is below the untrained SAE's", ["-0.1"]),
+        ({"comparisons": edited(comparison_rows(), 1, fvu=None)}, "both FVUs are numbers", ["null"]),
+        ({"comparisons": comparison_rows()[:2]}, "baselines are there", ["neurons"]),
+    ],
+)
+def test_evaluate_damage_is_named(tmp_path: Path, params: Params, changed: dict[str, Rows], name: str, words: list[str]) -> None:
+    found = failed(quality.check("evaluate", evaluation_artefact(tmp_path, **changed), params))
+    assert set(found) == {name}
+    assert all(word in found[name].detail for word in words), found[name].detail
+
+
+def test_evaluate_fvu_of_one_fails(tmp_path: Path, params: Params) -> None:
+    comparisons = edited(edited(comparison_rows(), 0, fvu=1.0), 1, fvu=2.0)
+    assert set(failed(quality.check("evaluate", evaluation_artefact(tmp_path, comparisons=comparisons), params))) == {
+        "the SAE's FVU is below 1"
+    }
+
+
+# label
+
+
+def label_rows() -> Rows:
+    null = dict.fromkeys(("label", "similarity", "score", "auroc", "auroc_low", "auroc_high", "control_score"))
+    rows = [{"sae": "s", "latent": i, "labeller": "vocabulary", "status": "too_few_examples", **null} for i in range(N_LATENTS)]
+    rows[1] |= {"status": "ok", "label": "dog", "similarity": 0.3, "score": 0.8, "control_score": 0.5}
+    return rows
+
+
+def labels_artefact(folder: Path, rows: Rows) -> Artefact:
+    return artefact_of(folder, "labels", {"labels.parquet": table(schemas.LABELS, rows)})
+
+
+def test_label_passes(tmp_path: Path, params: Params) -> None:
+    report = quality.check("label", labels_artefact(tmp_path, label_rows()), params)
+    assert report.success, report.failures
+
+
+@pytest.mark.parametrize(
+    ("rows", "name", "words"),
+    [
+        (edited(label_rows(), 2, status="great"), "status is a known one", ["latent 2", "great"]),
+        (edited(label_rows(), 3, label="cat"), "a label where the status is ok, else null", ["latent 3"]),
+        (edited(label_rows(), 1, score=None), "a score where the status is ok, else null", ["latent 1"]),
+        (edited(label_rows(), 1, score=1.5), "scores are shares", ["latent 1", "1.5"]),
+        (label_rows()[:3], "every latent has a row", ["latent 3"]),
+        (edited(label_rows(), 1, status="refused", label=None, score=None), "some latent has a label", ["ok labels 0"]),
+    ],
+)
+def test_label_damage_is_named(tmp_path: Path, params: Params, rows: Rows, name: str, words: list[str]) -> None:
+    found = failed(quality.check("label", labels_artefact(tmp_path, rows), params))
+    assert set(found) == {name}
+    assert all(word in found[name].detail for word in words), found[name].detail
+
+
+# catalog
+
+
+def catalog_artefact(folder: Path, *statements: str) -> Artefact:
+    def build(path: Path) -> None:
+        with duckdb.connect(str(path)) as connection:
+            for name in ("images", "examples", "firings", "labels", "neighbours", "runs"):
+                connection.execute(f"CREATE TABLE {name} AS SELECT 1 AS a")
+            connection.execute("CREATE TABLE latents AS SELECT 's' AS sae, CAST(range AS INTEGER) AS latent, 0.1 AS density FROM range(4)")
+            connection.execute("CREATE TABLE features AS FROM latents")
+            for statement in statements:
+                connection.execute(statement)
+
+    return artefact_of(folder, "catalog", {"catalog.duckdb": build})
+
+
+def test_catalog_passes(tmp_path: Path, params: Params) -> None:
+    report = quality.check("catalog", catalog_artefact(tmp_path), params)
+    assert report.success, report.failures
+
+
+@pytest.mark.parametrize(
+    ("statement", "names", "words"),
+    [
+        ("DELETE FROM neighbours", {"every relation is there and has rows"}, ["relation neighbours", "empty"]),
+        (
+            "DROP TABLE runs",
+            {"every relation is there and has rows", "features can be compared with latents"},
+            ["relation runs", "cannot be read"],
+        ),
+        ("DELETE FROM features WHERE latent = 2", {"features has one row a latent"}, ["latent 2 (0 times)"]),
+        ("INSERT INTO features FROM latents WHERE latent = 3", {"features has one row a latent"}, ["latent 3 (2 times)"]),
+    ],
+)
+def test_catalog_damage_is_named(tmp_path: Path, params: Params, statement: str, names: set[str], words: list[str]) -> None:
+    found = failed(quality.check("catalog", catalog_artefact(tmp_path, statement), params))
+    assert set(found) == names
+    detail = " ".join(check.detail for check in found.values())
+    assert all(word in detail for word in words), detail
+
+
+# the report
+
+
+def test_many_failures_are_counted_not_listed(tmp_path: Path, params: Params) -> None:
+    rows = [row | {"density": 2.0} for row in latent_rows()]
+    detail = failed(quality.check("evaluate", evaluation_artefact(tmp_path, latents=rows), params))["density is a share"].detail
+    assert detail.count("latent ") == 3
+    assert detail.endswith("and 1 more")
+
+
+def make_report() -> Report:
+    checks = (Check("fine", "because", True, "1", ""), Check("broken <b>", "of harm", False, "2", "part a&b: 3"))
+    return Report("images", checks, {"n": 3, "share": 0.25, "nan": float("nan"), "name": "text", "nested": {"deep": 1}})
+
+
+def test_report_json_has_metrics_at_the_top_and_checks_as_a_list(tmp_path: Path) -> None:
+    json_path, _ = quality.write_report(make_report(), tmp_path / "quality")
+    value = json.loads(json_path.read_text())
+    assert (value["success"], value["n_checks"], value["n_failed"]) == (False, 2, 1)
+    assert value["summary"] == {"n": 3, "share": 0.25, "nested.deep": 1}
+    assert value["checks"][1]["detail"] == "part a&b: 3"
+
+
+def test_report_page_needs_no_network_and_escapes(tmp_path: Path) -> None:
+    _, html_path = quality.write_report(make_report(), tmp_path)
+    page = html_path.read_text()
+    assert not re.search(r"https?:|//|<script|<link|<img|@import|url\(", page)
+    assert "broken &lt;b&gt;" in page and "part a&amp;b: 3" in page
+    assert "✗ failed" in page and "✓ passed" in page
+    assert page.index("✗ failed") < page.index("✓ passed"), "what failed is shown first"
+
+
+def test_report_is_the_same_bytes_twice_and_leaves_nothing_else(tmp_path: Path) -> None:
+    first = [path.read_bytes() for path in quality.write_report(make_report(), tmp_path)]
+    assert first == [path.read_bytes() for path in quality.write_report(make_report(), tmp_path)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images.html", "images.json"]
+
+
+def test_failing_gate_leaves_a_report_and_no_artefact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, params: Params) -> None:
+    def make_images(section: Any, inputs: Any, draft: Draft, on_event: Any) -> Artefact:
+        draft.write_table(part_name("images", 0), table(schemas.IMAGES, image_rows(0, 1)))
+        draft.write_table("rejected.parquet", table(schemas.REJECTED, []))
+        return draft.seal({})
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        stage, "_compute", lambda name, params, inputs, draft, on_event: make_images(params.images, inputs, draft, on_event)
+    )
+    with pytest.raises(GateError, match=r"both splits have images: split eval: images 0.*data/quality/images\.html"):
+        stage.run_stage("images", params, ignore)
+    assert not (tmp_path / "data/images").exists()
+    assert json.loads((tmp_path / "data/quality/images.json").read_text())["success"] is False
