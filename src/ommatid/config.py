@@ -154,8 +154,6 @@ class EvaluateParams(Section):
     """How many of a latent's strongest images are kept as examples (decile 10, rank 1 is the strongest)."""
     n_per_decile: Annotated[int, Field(ge=1, le=64)]
     """How many examples are kept from each lower decile of a latent's firing images."""
-    bootstrap: Annotated[int, Field(ge=0, le=1000)]
-    """Poisson bootstrap replicates for the interval of the mean monosemanticity; 0: no interval."""
 
 
 class LabelParams(Section):

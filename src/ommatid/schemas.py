@@ -79,6 +79,8 @@ LATENTS = _schema(
     is_dead=(pa.bool_(), "never fires on the evaluation split"),
     dead_in_training=(pa.bool_(), "had not fired in dead_after tokens when training ended"),
     ms=(pa.float64(), "MonoSemanticity score (Pach et al. 2025) by the judge; null: constant, or fires on fewer than two images"),
+    ms_low=(pa.float64(), "lower end of its 95 % interval over images; null: ms is"),
+    ms_high=(pa.float64(), "upper end of its 95 % interval over images; null: ms is"),
     purity=(pa.float64(), "share of the commonest class among its 16 strongest images; null: no labels, or it fires on fewer than 16"),
     top_classes=(pa.list_(pa.string()), "up to three classes of its 16 strongest images, commonest first"),
 )
@@ -111,8 +113,8 @@ COMPARISONS = _schema(
     l0=(pa.float64(), "mean latents that fire a token"),
     dead=(pa.float64(), "share of latents that never fire on the evaluation split"),
     ms=(pa.float64(), "mean MonoSemanticity score; null: undefined for every latent"),
-    ms_low=(pa.float64(), "lower end of its 95 % bootstrap interval over images; null: none computed"),
-    ms_high=(pa.float64(), "upper end of its 95 % bootstrap interval over images; null: none computed"),
+    ms_low=(pa.float64(), "lower end of its 95 % interval over images; null: ms is"),
+    ms_high=(pa.float64(), "upper end of its 95 % interval over images; null: ms is"),
     ms_best=(pa.float64(), "highest MonoSemanticity score of a latent; null: undefined for every latent"),
     ms_left_out=(pa.int32(), "latents whose score is undefined"),
     ms_floor=(pa.float64(), "mean pairwise cosine of the judge on the same images"),
@@ -127,11 +129,14 @@ LABELS = _schema(
     status=(pa.string(), "ok, unparsed, refused or too_few_examples"),
     label=(pa.string(), "the name; null: status is not ok"),
     similarity=(pa.float64(), "cosine of the name and the direction in the joint space that made it; null: status is not ok"),
-    score=(pa.float64(), "balanced accuracy of the name at picking held-out firing images; null: status is not ok"),
-    auroc=(pa.float64(), "area under the ROC curve of the same detection; null: status is not ok"),
-    auroc_low=(pa.float64(), "lower end of its 95 % interval; null: status is not ok"),
-    auroc_high=(pa.float64(), "upper end of its 95 % interval; null: status is not ok"),
-    control_score=(pa.float64(), "score of another latent's name on the same images; null: status is not ok"),
+    score=(
+        pa.float64(),
+        "balanced accuracy of the name at picking held-out firing images; null: status is not ok, or it fires on every image",
+    ),
+    auroc=(pa.float64(), "area under the ROC curve of the same detection; null: status is not ok, or it fires on every image"),
+    auroc_low=(pa.float64(), "lower end of its 95 % interval; null: status is not ok, or it fires on every image"),
+    auroc_high=(pa.float64(), "upper end of its 95 % interval; null: status is not ok, or it fires on every image"),
+    control_score=(pa.float64(), "score of another latent's name on the same images; null: status is not ok, or it fires on every image"),
 )
 
 NEIGHBOURS = _schema(
