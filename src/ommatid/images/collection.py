@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ommatid.images.examine import Rejected, Row
 from ommatid.schemas import IMAGES, REJECTED
-from ommatid.store import SCRATCH, Artefact, Draft, part_name
+from ommatid.store import SCRATCH, Artefact, Draft, part_name, read_part
 
 ROWS_PER_PART = 4096
 BYTES_PER_PART = 2**26
@@ -121,7 +120,7 @@ class Collection:
 
     def _continue(self) -> None:
         for index in self._parts_found():
-            table = pq.ParquetFile(self._draft.path / part_name("images", index)).read(columns=list(_Kept._fields))
+            table = read_part(self._draft.path / part_name("images", index), list(_Kept._fields))
             for values in zip(*(table[name].to_pylist() for name in _Kept._fields), strict=True):
                 self._keep(_Kept(*values))
             note = json.loads((self._draft.path / _note_name(index)).read_text(encoding="utf-8"))

@@ -183,5 +183,5 @@ def _range(values: np.ndarray, mode: str) -> tuple[float, float]:
     usual = {"F": (1.0, 255.0, 65535.0), "I": (255.0, 65535.0)}.get(mode, (65535.0,))
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > usual[-1]:
-        return low, high
+        return low, high if high > low else low + 1
     return 0.0, next(top for top in usual if high <= top)

@@ -1,0 +1,262 @@
+"""Every kind of image becomes upright RGB of 8 bits, what is not whole is refused with its reason, PIL's warnings stay inside.
+
+Oracles: the picture before it was encoded, turned by numpy as the EXIF standard describes, or blended by hand.
+"""
+
+import io
+import struct
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image
+
+from ommatid.images import Unreadable, decode
+from ommatid.images.decode import MAX_BYTES
+
+STORED = {  # how a camera stores an upright picture under each EXIF orientation
+    1: lambda upright: upright,
+    2: np.fliplr,
+    3: lambda upright: np.rot90(upright, 2),
+    4: np.flipud,
+    5: lambda upright: upright.transpose(1, 0, 2),
+    6: lambda upright: np.rot90(upright, 1),
+    7: lambda upright: np.rot90(upright, 2).transpose(1, 0, 2),
+    8: lambda upright: np.rot90(upright, -1),
+}
+FORMATS: dict[str, dict[str, Any]] = {
+    "PNG": {},
+    "JPEG": {},
+    "GIF": {},
+    "WEBP": {"lossless": True},
+    "BMP": {},
+    "TIFF": {"compression": "tiff_lzw"},
+    "JPEG2000": {},
+    "PPM": {},
+    "AVIF": {},
+    "ICO": {},
+}
+
+
+def rgb(encoded: bytes) -> np.ndarray:
+    image = decode(encoded)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def reason(encoded: bytes) -> str:
+    with pytest.raises(Unreadable) as caught:
+        decode(encoded)
+    assert caught.value.detail and " at 0x" not in caught.value.detail
+    return caught.value.reason
+
+
+def png_header(width: int, height: int) -> bytes:
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = b"IDAT" + zlib.compress(b"\0" * 10)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in (chunk, data, b"IEND")
+    )
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "JPEG"])
+def test_every_exif_orientation_is_turned_upright(orientation, kind, pixels, encode):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    options = {"PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}, "JPEG": {"quality": 100, "subsampling": 0}}[kind]
+    stored = np.ascontiguousarray(STORED[orientation](pixels()))
+    found = rgb(encode(stored, kind, exif=exif, **options)).astype(int)
+    assert found.shape == pixels().shape
+    assert abs(found - pixels()).max() <= (3 if kind == "JPEG" else 0)
+
+
+def test_damaged_exif_does_not_cost_the_image(pixels, encode):
+    encoded = encode(pixels(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xfe" * 40)
+    assert rgb(encoded).shape == pixels().shape
+
+
+def test_grey_and_bilevel(pixels, encode):
+    grey = pixels()[..., 0]
+    assert (rgb(encode(grey)) == grey[..., None]).all()
+    bits = grey > 127
+    assert (rgb(encode(Image.fromarray(bits))) == bits[..., None] * 255).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_alpha_is_laid_on_white(kind, pixels, encode):
+    colour, alpha = pixels().astype(float), pixels(1)[..., :1].astype(float)
+    alpha[:8] = 0
+    layer = np.concatenate([colour, alpha], axis=2).astype(np.uint8)
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    found = rgb(encode(layer, kind, **options)).astype(float)
+    assert abs(found - (colour * alpha + 255 * (255 - alpha)) / 255).max() <= 1
+    assert (found[:8] == 255).all()
+
+
+def test_grey_with_alpha_is_laid_on_white(pixels, encode):
+    layer = pixels()[..., :2].astype(float)
+    channels = [Image.fromarray(layer[..., i].astype(np.uint8)) for i in (0, 1)]
+    found = rgb(encode(Image.merge("LA", channels)))
+    grey, alpha = layer[..., :1], layer[..., 1:]
+    assert abs(found - (grey * alpha + 255 * (255 - alpha)) / 255).max() <= 1
+
+
+def palette_image() -> Image.Image:
+    image = Image.fromarray(np.arange(4, dtype=np.uint8).reshape(2, 2)).convert("L")
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120], "RGB")
+    assert image.mode == "P"
+    return image
+
+
+@pytest.mark.parametrize(
+    ("options", "clear"),
+    [({}, []), ({"transparency": 2}, [2]), ({"transparency": b"\x00\xff\x00\xff"}, [0, 2])],
+    ids=["opaque", "one", "several"],
+)
+def test_palette_with_transparency(options, clear, encode):
+    expected = np.arange(10, 130, 10).reshape(4, 3)
+    expected[clear] = 255
+    assert (rgb(encode(palette_image(), **options)).reshape(4, 3) == expected).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_one_transparent_colour(mode, pixels, encode):
+    image = Image.fromarray(pixels()).convert(mode)
+    expected = np.asarray(image.convert("RGB")).copy()
+    corner = image.getpixel((0, 0))
+    expected[(expected == expected[0, 0]).all(axis=2)] = 255
+    assert (rgb(encode(image, transparency=corner)) == expected).all()
+
+
+def test_cmyk(encode):
+    inks = np.zeros((8, 8, 4), dtype=np.uint8)
+    inks[:4, :, 0] = 255  # cyan above, paper below
+    image = Image.frombytes("CMYK", (8, 8), inks.tobytes())
+    for encoded in (encode(image, "TIFF"), encode(image, "JPEG", quality=100)):
+        found = rgb(encoded).astype(int)
+        assert abs(found[:4] - [0, 255, 255]).max() <= 3
+        assert abs(found[4:] - 255).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2"), ("PPM", "<u2")], ids=["png", "tiff", "tiff-big-endian", "pgm"]
+)
+def test_sixteen_bits_are_scaled_not_clipped(kind, dtype, encode):
+    values = np.linspace(0, 65535, 256 * 4).round().astype(dtype).reshape(32, 32)
+    found = rgb(encode(values, kind))
+    assert (found == (values / 257 + 0.5).astype(np.uint8)[..., None]).all()
+    assert len(np.unique(found)) == 256
+
+
+def test_sixteen_bits_with_a_transparent_grey(encode):
+    values = np.array([[0, 30000], [30001, 65535]], dtype=np.uint16)
+    assert rgb(encode(values, transparency=30000))[..., 0].tolist() == [[0, 255], [117, 255]]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([0, 100, 255], np.int32), [0, 100, 255]),
+        (np.array([0, 25700, 65535], np.int32), [0, 100, 255]),
+        (np.array([-1000, 0, 1000], np.int32), [0, 128, 255]),
+        (np.array([7, 7, 7], np.int32), [7, 7, 7]),
+        (np.array([0, 0.5, 1], np.float32), [0, 128, 255]),
+        (np.array([0, 100, 255], np.float32), [0, 100, 255]),
+        (np.array([-1, np.nan, 1], np.float32), [0, 128, 255]),
+        (np.array([-2, -2, -2], np.float32), [0, 0, 0]),
+        (np.array([1e5, 1e5, 1e5], np.float32), [0, 0, 0]),
+    ],
+)
+def test_wide_pixels_take_the_smallest_usual_range_that_holds_them(values, expected, encode):
+    assert rgb(encode(values[None], "TIFF"))[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_of_an_animation(kind, pixels, encode):
+    first, second = (Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (200, 10))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert (rgb(encode(first, kind, save_all=True, append_images=[second], **options)) == 200).all()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_cut_off_anywhere_is_refused_or_whole(kind, pixels, encode):
+    encoded = encode(pixels(0, 64, 64), kind, **FORMATS[kind])
+    whole = rgb(encoded)
+    n_refused = 0
+    for n_bytes in sorted({*range(1, len(encoded), max(1, len(encoded) // 50)), len(encoded) - 40}):
+        try:
+            found = rgb(encoded[:n_bytes])
+        except Unreadable:
+            n_refused += 1
+        else:
+            assert np.array_equal(found, whole), f"{kind} cut at {n_bytes} of {len(encoded)} gave another picture"
+    assert n_refused > 40
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
+def test_half_a_file_is_truncated(kind, pixels, encode):
+    encoded = encode(pixels(0, 64, 64), kind, **FORMATS[kind])
+    assert reason(encoded[: len(encoded) // 2]) == "truncated"
+
+
+def test_half_a_progressive_jpeg_is_truncated(pixels, encode):
+    encoded = encode(pixels(0, 64, 64), "JPEG", progressive=True)
+    assert reason(encoded[: len(encoded) // 2]) == "truncated"
+    assert reason(encoded[:3]) == "truncated"
+
+
+def test_the_other_reasons(pixels, encode):
+    assert reason(b"") == "empty"
+    for text in (
+        b"hello",
+        b"Python is a language",
+        b"BMW makes cars",
+        b"<html>",
+        b"\0" * 100,
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    ):
+        assert reason(text) == "not_an_image"
+    assert reason(encode(pixels())[:8] + b"\xff" * 100) == "unreadable"
+    damaged = bytearray(encode(pixels(0, 64, 64)))
+    damaged[60:80] = b"\xff" * 20
+    assert reason(bytes(damaged)) == "unreadable"
+
+
+def test_a_decompression_bomb_is_too_large_whether_pil_warns_or_raises():
+    assert reason(png_header(10_000, 9_500)) == "too_large"
+    assert reason(png_header(60_000, 60_000)) == "too_large"
+    assert reason(bytes(MAX_BYTES + 1)) == "too_large"
+
+
+def test_threads_leave_the_warning_filters_alone():
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(reason, [png_header(10_000, 9_500)] * 200))
+    assert list(warnings.filters) == before
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 400), st.binary(min_size=1, max_size=8), st.sampled_from(sorted(FORMATS)))
+def test_damage_anywhere_gives_rgb_or_a_reason(place, damage, kind):
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((16, 16)).convert("RGB").save(buffer, kind)
+    encoded = bytearray(buffer.getvalue())
+    encoded[place : place + len(damage)] = damage
+    try:
+        assert decode(bytes(encoded)).mode == "RGB"
+    except Unreadable as error:
+        assert error.reason in {"empty", "truncated", "not_an_image", "too_large", "unreadable"}
+
+
+@given(st.binary(max_size=64))
+def test_any_bytes_give_rgb_or_a_reason(encoded):
+    try:
+        assert decode(encoded).mode == "RGB"
+    except Unreadable as error:
+        assert error.detail

@@ -1,0 +1,138 @@
+"""A folder becomes rows in order of path: labels, captions, links, odd names, and every file that is no image named with its reason."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ommatid.errors import SourceError
+from ommatid.images.folder import Folder
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    return folder
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def source(root: Path) -> dict[str, str]:
+    return {"kind": "folder", "path": str(root)}
+
+
+def test_labels_captions_and_order(root, png, make):
+    for seed, name in enumerate(["b.png", "dog/2.png", "dog/1.png", "dog/poodle/x.png", "cat/é.png", ".hidden.png", ".thumbs/y.png"]):
+        write(root / name, png(seed))
+    write(root / "captions.csv", '\ufeffpath,caption\ndog/1.png,"a dog, asleep"\n./b.png,\nnot/there.png,nothing\n'.encode())
+    rows = make(source(root)).read("images").to_pylist()
+    assert [(row["image"], row["path"], row["label"], row["caption"]) for row in rows] == [
+        (0, "b.png", None, None),
+        (1, "cat/é.png", "cat", None),
+        (2, "dog/1.png", "dog", "a dog, asleep"),
+        (3, "dog/2.png", "dog", None),
+        (4, "dog/poodle/x.png", "dog/poodle", None),
+    ]
+
+
+def test_every_file_that_is_no_image_is_listed(root, png, make):
+    write(root / "a.png", png(0))
+    write(root / "deep/captions.csv", b"path,caption\n")
+    write(root / "empty.jpg", b"")
+    write(root / "half.png", png(1)[:90])
+    write(root / "notes.txt", b"not a picture")
+    write(root / "twin.png", png(0))
+    artefact = make(source(root))
+    assert [(row["path"], row["reason"]) for row in artefact.read("rejected").to_pylist()] == [
+        ("deep/captions.csv", "not_an_image"),
+        ("empty.jpg", "empty"),
+        ("half.png", "truncated"),
+        ("notes.txt", "not_an_image"),
+        ("twin.png", "duplicate"),
+    ]
+    assert artefact.read("rejected").to_pylist()[-1]["detail"] == "a.png"
+    counts = {name: artefact.summary[name] for name in ("n_seen", "n_images", "n_rejected", "n_duplicates", "rejected_share")}
+    assert counts == {"n_seen": 6, "n_images": 1, "n_rejected": 4, "n_duplicates": 1, "rejected_share": 4 / 6}
+
+
+def test_loops_of_links_end_and_linked_folders_count_once(root, tmp_path, png):
+    write(root / "z/1.png", png(0))
+    (root / "a").symlink_to(root / "z", target_is_directory=True)
+    (root / "z/up").symlink_to(root, target_is_directory=True)
+    (root / "self").symlink_to(root / "self")
+    write(tmp_path / "elsewhere/2.png", png(1))
+    (root / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (root / "more too").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert [item.path for item in Folder(root).iter_items(range(3))] == ["more/2.png", "self", "z/1.png"]
+
+
+def test_what_cannot_be_opened_is_rejected_and_pipes_are_passed_over(root, png, make):
+    write(root / "a.png", png(0))
+    (root / "dangling.png").symlink_to(root / "gone.png")
+    os.mkfifo(root / "pipe.png")
+    rejected = make(source(root)).read("rejected").to_pylist()
+    assert rejected == [{"path": "dangling.png", "reason": "unreadable", "detail": "No such file or directory"}]
+
+
+def test_a_file_that_goes_away_while_the_stage_runs_is_rejected(root, png):
+    path = write(root / "a.png", png(0))
+    (item,) = Folder(root).iter_items([0])
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        item.read()
+
+
+def test_a_name_that_is_not_unicode_is_spelt_out(root, png, make):
+    write(Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9/1.png")), png(0))
+    (row,) = make(source(root)).read("images").to_pylist()
+    assert (row["path"], row["label"]) == ("caf\\xe9/1.png", "caf\\xe9")
+
+
+def test_a_relative_path_starts_at_the_current_directory(root, png, make, monkeypatch):
+    write(root / "a.png", png(0))
+    monkeypatch.chdir(root.parent)
+    assert make(source(Path("photos"))).summary["n_images"] == 1
+
+
+@pytest.mark.parametrize("kind", ["missing", "file", "empty", "hidden"])
+def test_nothing_to_read_names_the_path_and_what_to_do(kind, root, png):
+    path = {"missing": root / "missing", "file": write(root / "f/x.png", png(0)), "empty": root, "hidden": root}[kind]
+    if kind in ("empty", "hidden"):
+        (root / "f/x.png").unlink()
+    if kind == "hidden":
+        write(root / ".x.png", png(0))
+    with pytest.raises(SourceError, match=r"images\.source\.path") as caught:
+        Folder(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"file,text\na.png,x\n", "its first line must name the columns path and caption"),
+        (b"", "its first line must name the columns path and caption"),
+        (b"path,caption\n\xff\xfe,x\n", "not a CSV file in UTF-8"),
+        (b"path,caption\n/photos/a.png,x\n", "names no file of the folder, for one '/photos/a.png'"),
+    ],
+)
+def test_captions_that_cannot_be_used_are_an_error(text, said, root, png):
+    write(root / "a.png", png(0))
+    write(root / "captions.csv", text)
+    with pytest.raises(SourceError, match=said) as caught:
+        Folder(root)
+    assert str(root / "captions.csv") in str(caught.value)
+
+
+def test_the_fingerprint_follows_names_sizes_and_times(root, png):
+    write(root / "a.png", png(0))
+    first = Folder(root).fingerprint
+    assert Folder(root).fingerprint == first
+    os.utime(root / "a.png", (1, 1))
+    assert (second := Folder(root).fingerprint) != first
+    write(root / "captions.csv", b"path,caption\na.png,x\n")
+    assert Folder(root).fingerprint != second

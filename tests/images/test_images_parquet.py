@@ -1,0 +1,109 @@
+"""Parquet files become rows: binary and Hugging Face's struct, labels, row groups skipped, and errors that name the columns."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ommatid.config import ParquetSource
+from ommatid.errors import SourceError
+from ommatid.images.parquet import ParquetFiles
+
+
+def source(path: Path, **changes: str) -> ParquetSource:
+    return ParquetSource.model_validate({"kind": "parquet", "path": str(path), **changes})
+
+
+def write(path: Path, columns: dict[str, pa.Array], **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, **options)
+    return path
+
+
+@pytest.mark.parametrize("type_", [pa.binary(), pa.large_binary(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])], ids=str)
+def test_binary_and_struct_columns(type_, tmp_path, png, make):
+    images = [png(0), png(1), None]
+    if pa.types.is_struct(type_):
+        images = [{"bytes": image, "path": "somewhere.png"} for image in images]
+    path = write(tmp_path / "x.parquet", {"image": pa.array(images, type_)})
+    artefact = make(source(path).model_dump())
+    rows = artefact.read("images").to_pylist()
+    assert [(row["path"], row["encoded"], row["label"]) for row in rows] == [("x.parquet#0", png(0), None), ("x.parquet#1", png(1), None)]
+    assert [(row["path"], row["reason"]) for row in artefact.read("rejected").to_pylist()] == [("x.parquet#2", "empty")]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [pa.array([3, None]), pa.array(["3", None]), pa.array(["3", None]).dictionary_encode()],
+    ids=["integer", "string", "category"],
+)
+def test_labels_become_strings(labels, tmp_path, png):
+    path = write(tmp_path / "x.parquet", {"picture": pa.array([png(0), png(1)]), "class": labels})
+    items = ParquetFiles(source(path, column="picture", label_column="class")).iter_items(range(2))
+    assert [item.label for item in items] == ["3", None]
+
+
+def test_a_folder_is_read_in_order_and_only_the_row_groups_that_are_wanted(tmp_path, png, monkeypatch):
+    images = [png(seed) for seed in range(20)]
+    write(tmp_path / "b/1.parquet", {"image": pa.array(images[12:])}, row_group_size=3)
+    write(tmp_path / "a.parquet", {"image": pa.array(images[:12])}, row_group_size=5)
+    files = ParquetFiles(source(tmp_path))
+    assert files.total == 20
+    assert [item.read() for item in files.iter_items(range(20))] == images
+    read = []
+    original = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "iter_batches",
+        lambda file, n, row_groups, columns: read.append(row_groups) or original(file, n, row_groups, columns),
+    )
+    assert [(item.path, item.read()) for item in files.iter_items([4, 5, 19])] == [
+        ("a.parquet#4", images[4]),
+        ("a.parquet#5", images[5]),
+        ("b/1.parquet#7", images[19]),
+    ]
+    assert read == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"column": "images"},
+            r"images.source.column is 'images': there is no such column; .*x.parquet has image \(binary\), size \(double\)",
+        ),
+        ({"column": "size"}, r"images.source.column is 'size': holds double, not binary"),
+        ({"label_column": "class"}, r"images.source.label_column is 'class': there is no such column; .*x.parquet has image"),
+        ({"label_column": "size"}, r"images.source.label_column is 'size': holds double, not strings or integers"),
+    ],
+)
+def test_a_wrong_column_names_those_there_are(changes, said, tmp_path, png):
+    path = write(tmp_path / "x.parquet", {"image": pa.array([png(0)]), "size": pa.array([1.5])})
+    with pytest.raises(SourceError, match=said):
+        ParquetFiles(source(path, **changes))
+
+
+def test_nothing_to_read_names_the_path(tmp_path, png):
+    (tmp_path / "not.parquet").write_bytes(b"no Parquet at all")
+    (tmp_path / "empty").mkdir()
+    no_rows = write(tmp_path / "no_rows.parquet", {"image": pa.array([], pa.binary())})
+    expected = {
+        "gone": "no such file or folder",
+        "empty": "there is no file",
+        "not.parquet": "cannot be read as Parquet",
+        no_rows.name: "no rows",
+    }
+    for name, said in expected.items():
+        with pytest.raises(SourceError, match=said) as caught:
+            ParquetFiles(source(tmp_path / name))
+        assert str(tmp_path / name) in str(caught.value)
+
+
+def test_damage_inside_a_file_is_an_error_that_names_it(tmp_path, png):
+    path = write(tmp_path / "x.parquet", {"image": pa.array([png(seed) for seed in range(50)])}, compression="zstd")
+    data = bytearray(path.read_bytes())
+    data[20:400] = b"\xff" * 380
+    path.write_bytes(data)
+    with pytest.raises(SourceError, match=str(path)):
+        list(ParquetFiles(source(path)).iter_items(range(50)))
