@@ -1,0 +1,176 @@
+"""Stage `catalog`: artefacts in, one DuckDB file out that answers alone."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+
+from ommatid import schemas
+from ommatid.catalog.neighbours import iter_neighbours
+from ommatid.catalog.settings import SEALED, memory_limit, quote
+from ommatid.config import CatalogParams
+from ommatid.errors import ArtefactError
+from ommatid.events import Listener, Progress, ignore
+from ommatid.store import Artefact, Draft
+
+CATALOG = "catalog.duckdb"
+WRITER_MB = 1024
+"""Most memory that DuckDB takes while it builds; what does not fit is spilled to the draft."""
+
+RELATIONS: Mapping[str, tuple[pa.Schema, ...]] = {
+    "images": (schemas.IMAGES,),
+    "latents": (schemas.LATENTS,),
+    "examples": (schemas.EXAMPLES,),
+    "firings": (schemas.FIRINGS,),
+    "labels": (schemas.LABELS,),
+    "neighbours": (schemas.NEIGHBOURS,),
+    "comparisons": (schemas.COMPARISONS,),
+    "features": (schemas.LATENTS, schemas.COMPARISONS, schemas.LABELS),
+    "runs": (schemas.COMPARISONS,),
+}
+"""Each relation, in the order they are built, and the schemas that say what its columns mean where its SQL does not."""
+
+LINEAGE = ("git_commit", "dvc_experiment", "mlflow_run_id", "prefect_flow_run_id")
+
+
+def build_catalog(
+    params: CatalogParams,
+    inputs: Mapping[str, Artefact],
+    draft: Draft,
+    lineage: Mapping[str, str | None],
+    on_event: Listener = ignore,
+) -> Artefact:
+    """Build catalog.duckdb from images, SAE (`train`), evaluation and labels.
+
+    Args:
+        params: The section `catalog`.
+        inputs: Artefacts by stage; `images`, `train`, `evaluate` and `label` are needed, others add their params to `runs`.
+        draft: Where it is written.
+        lineage: git_commit, git_dirty ("true" or "false"), dvc_experiment, mlflow_run_id, prefect_flow_run_id;
+            null or absent where there is none.
+        on_event: Hears of each relation.
+
+    Raises:
+        ArtefactError: an input is damaged (all damaged files are named), or the disk is full.
+    """
+    try:
+        if not draft.has(CATALOG):
+            _write(params, inputs, draft, lineage, on_event)
+        return draft.seal(_summary(draft.path / CATALOG, inputs["train"]))
+    except (duckdb.Error, pa.ArrowInvalid, SafetensorError, OSError) as error:
+        for artefact in inputs.values():
+            artefact.verify()
+        if isinstance(error, (duckdb.IOException, duckdb.OutOfMemoryException, OSError)):
+            raise ArtefactError(f"{draft.path}: the catalogue cannot be written: {error}") from error
+        raise
+
+
+def _write(
+    params: CatalogParams, inputs: Mapping[str, Artefact], draft: Draft, lineage: Mapping[str, str | None], on_event: Listener
+) -> None:
+    """Everything is made anew in the scratch folder: a database that a dying process left is not worth trusting."""
+    work = draft.scratch / "building"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    values = _values(params, inputs, lineage)
+    neighbours = _write_neighbours(inputs["train"], str(values["sae"]), params.n_neighbours, work)
+    values |= _tables(inputs) | {"neighbours": neighbours}
+    with draft.write_file(CATALOG) as path:
+        with duckdb.connect(work / CATALOG, config=_settings(work)) as connection:
+            for done, relation in enumerate(RELATIONS, start=1):
+                _create(connection, relation, values)
+                on_event(Progress("build relations", done, len(RELATIONS)))
+            connection.execute("CHECKPOINT")
+        os.replace(work / CATALOG, path)
+
+
+def _settings(work: Path) -> dict[str, Any]:
+    threads = min(4, len(os.sched_getaffinity(0)))
+    return {
+        **SEALED,
+        "memory_limit": memory_limit(WRITER_MB),
+        "threads": str(threads),
+        "temp_directory": str(work / "spilled"),
+        "preserve_insertion_order": "false",
+    }
+
+
+def _create(connection: duckdb.DuckDBPyConnection, relation: str, values: Mapping[str, Any]) -> None:
+    """Run the relation's file, then comment on the relation and on the columns that the file does not comment on."""
+    sql = resources.files("ommatid.catalog").joinpath("sql", f"{relation}.sql").read_text(encoding="utf-8")
+    connection.execute("SET enable_progress_bar = false")
+    for statement in connection.extract_statements(sql):
+        connection.execute(statement, {name: values[name] for name in statement.named_parameters})
+    connection.execute(f"COMMENT ON TABLE {relation} IS {quote(_header(sql))}")
+    bare = "SELECT column_name FROM duckdb_columns() WHERE table_name = ? AND comment IS NULL"
+    for (column,) in connection.execute(bare, [relation]).fetchall():
+        connection.execute(f'COMMENT ON COLUMN {relation}."{column}" IS {quote(_meaning(relation, column))}')
+
+
+def _header(sql: str) -> str:
+    """The comment at the top of a relation's file, on one line."""
+    lines = re.match(r"(?:--.*\n)+", sql)
+    assert lines, sql
+    return " ".join(line.removeprefix("--").strip() for line in lines[0].splitlines())
+
+
+def _meaning(relation: str, column: str) -> str:
+    fields = [schema.field(column) for schema in RELATIONS[relation] if column in schema.names]
+    assert fields, f"{relation}.{column}: neither its SQL nor {len(RELATIONS[relation])} schemas say what it means"
+    return fields[0].metadata[b"meaning"].decode()
+
+
+def _tables(inputs: Mapping[str, Artefact]) -> dict[str, list[str]]:
+    """The Parquet files of each table, by the name of the parameter in SQL."""
+    sources = {"images": "images", "latents": "evaluate", "examples": "evaluate", "firings": "evaluate", "comparisons": "evaluate"}
+    return {table: [str(path) for path in inputs[stage].files(table)] for table, stage in (sources | {"labels": "label"}).items()}
+
+
+def _values(params: CatalogParams, inputs: Mapping[str, Artefact], lineage: Mapping[str, str | None]) -> dict[str, Any]:
+    """The parameters of runs.sql."""
+    train = inputs["train"]
+    config = json.loads((train.path / "cfg.json").read_text(encoding="utf-8"))
+    dirty = lineage.get("git_dirty")
+    sections = {stage: artefact.manifest.params for stage, artefact in inputs.items()} | {"catalog": params.model_dump(mode="json")}
+    return {
+        "sae": train.summary["sae"],
+        "created_at": datetime.now(UTC).replace(tzinfo=None, microsecond=0),
+        "model": config.get("model"),
+        "hookpoint": config.get("hookpoint"),
+        "git_dirty": None if dirty is None else dirty.lower() in ("true", "1", "yes"),
+        "images_digest": inputs["images"].digest,
+        "activations_digest": train.manifest.inputs.get("extract"),
+        "sae_digest": train.digest,
+        "params": json.dumps(sections, sort_keys=True),
+        **{name: lineage.get(name) for name in LINEAGE},
+    }
+
+
+def _write_neighbours(train: Artefact, sae: str, n: int, work: Path) -> list[str]:
+    """One Parquet file: DuckDB then reads neighbours as it reads every other table."""
+    path = work / "neighbours.parquet"
+    with pq.ParquetWriter(path, schemas.NEIGHBOURS) as writer:
+        for table in iter_neighbours(train.path, sae, n):
+            writer.write_table(table)
+    return [str(path)]
+
+
+def _summary(path: Path, train: Artefact) -> dict[str, Any]:
+    """Rows of each relation."""
+    with duckdb.connect(path, read_only=True, config=dict(SEALED)) as connection:
+        counts = {}
+        for relation in RELATIONS:
+            row = connection.execute(f"SELECT count(*) FROM {relation}").fetchone()
+            assert row is not None, relation
+            counts[relation] = row[0]
+    return {"sae": train.summary["sae"], "rows": counts}

@@ -1,0 +1,72 @@
+"""Nearest latents by cosine of their directions, in tiles: memory does not grow with the number of latents."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from safetensors import safe_open
+
+from ommatid import schemas
+
+WEIGHTS = "sae.safetensors"
+"""Written by `ommatid.sae.model`, which cannot be imported here: it needs torch."""
+TILE = 4096
+"""Directions on a side of a tile: its cosines take 64 MB."""
+
+
+def iter_neighbours(folder: Path, sae: str, n: int) -> Iterator[pa.Table]:
+    """Rows of `schemas.NEIGHBOURS`, the `n` nearest of each latent, by tiles of latents in order. `folder` holds the weights."""
+    with safe_open(folder / WEIGHTS, framework="numpy") as file:
+        directions = file.get_slice("W_dec")
+        d_sae = directions.get_shape()[0]
+
+        def tile_at(start: int) -> np.ndarray:
+            return _unit(directions[start : min(start + TILE, d_sae)])
+
+        for start in range(0, d_sae, TILE):
+            yield _table(sae, start, *_nearest(tile_at, start, d_sae, min(n, d_sae - 1)))
+
+
+def _nearest(tile_at: Callable[[int], np.ndarray], start: int, d_sae: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Latents and cosines (tile, n), nearest first, for the tile of latents at `start`."""
+    queries = tile_at(start)
+    others = np.empty((len(queries), 0), np.int32)
+    cosines = np.empty((len(queries), 0), np.float32)
+    for at in range(0, d_sae, TILE):
+        tile = queries @ tile_at(at).T
+        if at == start:
+            np.fill_diagonal(tile, -np.inf)
+        found = _top(tile, n)
+        others = np.concatenate([others, found.astype(np.int32) + at], axis=1)
+        cosines = np.concatenate([cosines, np.take_along_axis(tile, found, axis=1)], axis=1)
+        keep = _top(cosines, n)
+        others, cosines = np.take_along_axis(others, keep, axis=1), np.take_along_axis(cosines, keep, axis=1)
+    return others, cosines
+
+
+def _top(values: np.ndarray, n: int) -> np.ndarray:
+    """Columns of each row's n largest values, largest first, the lower column first where they are equal."""
+    n = min(n, values.shape[1])
+    part = np.sort(np.argpartition(-values, n - 1, axis=1)[:, :n], axis=1)
+    order = np.argsort(-np.take_along_axis(values, part, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(part, order, axis=1)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    """Rows of unit norm: those of other trainers may not be; a row of zeros stays as it is."""
+    rows = rows.astype(np.float32, copy=False)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(norms > 0, norms, 1)
+
+
+def _table(sae: str, start: int, others: np.ndarray, cosines: np.ndarray) -> pa.Table:
+    n_latents, n = others.shape
+    columns = {
+        "sae": np.full(n_latents * n, sae),
+        "latent": np.repeat(np.arange(start, start + n_latents, dtype=np.int32), n),
+        "rank": np.tile(np.arange(1, n + 1, dtype=np.int32), n_latents),
+        "other": others.ravel(),
+        "cosine": cosines.ravel(),
+    }
+    return pa.table(columns, schema=schemas.NEIGHBOURS)
