@@ -35,10 +35,10 @@ class ClipVision:
         self.preprocessing: Mapping[str, Any] = self.preprocess.as_json()
         _check_size(config, self.preprocess.crop, path)
         self._tokenizer = hub.load_tokenizer(folder, path, KEY)
-        self._model: CLIPModel = hub.load_weights(CLIPModel, folder, path, KEY)[0].to(device)
+        self._model: Any = hub.load_weights(CLIPModel, folder, path, KEY)[0].to(device)
         self._device, self._dtype = device, resolve_dtype(dtype, device)
-        self.d_embed: int = config.projection_dim
         self.hookpoints: Mapping[str, Hookpoint] = _hookpoints(config)
+        self.d_embed = self.hookpoints[PROJECTION].d_model
 
     @torch.inference_mode()
     def capture(self, pixels: torch.Tensor, hookpoint: str) -> Captured:
@@ -86,7 +86,7 @@ class ClipVision:
             handle.remove()
 
 
-def _check_size(config: CLIPConfig, crop: tuple[int, int], path: str) -> None:
+def _check_size(config: Any, crop: tuple[int, int], path: str) -> None:
     side = config.vision_config.image_size
     if crop != (side, side):
         raise ModelError(
@@ -94,7 +94,7 @@ def _check_size(config: CLIPConfig, crop: tuple[int, int], path: str) -> None:
         )
 
 
-def _hookpoints(config: CLIPConfig) -> dict[str, Hookpoint]:
+def _hookpoints(config: Any) -> dict[str, Hookpoint]:
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
     block = Hookpoint(d_model=vision.hidden_size, grid=(side, side), has_cls=True)

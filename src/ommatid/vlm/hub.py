@@ -30,7 +30,7 @@ def quiet() -> Iterator[None]:
     hub_logger = logging.getLogger("huggingface_hub")
     level, bars, verbosity = hub_logger.level, transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     hub_logger.setLevel(logging.CRITICAL)
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
         yield
@@ -85,9 +85,9 @@ def _download(path: str, key: str) -> Path:
         raise ModelError(f"{key}: {path}: no such folder, and not a hub name (OWNER/NAME)") from None
     except Exception as error:  # the hub client lets its HTTP library's errors through; all mean: not fetched
         raise ModelError(
-            f"{key}: {path}: no such folder here, and not fetched from the model hub: no network, or no such model ({type(error).__name__}). "
-            "Without a network: use the embedded default, extract.model: {kind: lite}; or copy the model's files (config, weights, "
-            f"tokenizer, preprocessor) into a folder on a machine that has one, and set {key} to that folder"
+            f"{key}: {path}: no such folder here, and not fetched from the model hub: no network, or no such model "
+            f"({type(error).__name__}). Without a network: use the embedded default, {key.removesuffix('.path')}: {{kind: lite}}; or copy "
+            f"the model's files (config, weights, tokenizer, preprocessor) into a folder, and set {key} to it"
         ) from None
     return folder
 
@@ -183,8 +183,8 @@ def _as_preprocess(settings: Mapping[str, Any]) -> Preprocess | None:
         resize=resize,
         crop=(crop[0], crop[1]),
         interpolation=names[settings["resample"]],  # pyright: ignore[reportArgumentType]
-        mean=tuple(value * scale for value in mean),  # pyright: ignore[reportArgumentType]
-        std=tuple(value * scale for value in std),  # pyright: ignore[reportArgumentType]
+        mean=tuple(value * scale for value in mean),
+        std=tuple(value * scale for value in std),
     )
 
 

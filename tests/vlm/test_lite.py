@@ -1,0 +1,180 @@
+"""LiteVision equals the package's own network, keeps places, names real photographs rightly, and joins them to text by ConSE."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torch.nn.functional import cosine_similarity
+
+from ommatid.config import LiteModel
+from ommatid.errors import ModelError
+from ommatid.vlm import check_hookpoint, imagenet_classes, load_judge, load_model
+from ommatid.vlm.lite import LiteVision, Variant, class_texts, conse, load_efficientnet
+from ommatid.vlm.precision import normalise
+
+
+def load(variant: Variant = "lite0", image_size: int = 128, dtype: str = "float32") -> LiteVision:
+    model = load_model(LiteModel(kind="lite", variant=variant, image_size=image_size), dtype, "cpu")  # pyright: ignore[reportArgumentType]
+    assert isinstance(model, LiteVision)
+    return model
+
+
+def noise(n: int, side: int) -> torch.Tensor:
+    return torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def lite0() -> LiteVision:
+    return load()
+
+
+@torch.no_grad()
+def oracle(variant: Variant, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Every hookpoint and the logits, from hooks on the package's unfused network."""
+    net, seen = load_efficientnet(variant, pixels.shape[1]), {}
+    for i, block in enumerate(net._blocks):
+        block.register_forward_hook(lambda _m, _i, output, name=f"blocks.{i}": seen.update({name: output.clone()}))
+    x = ((pixels.float() - 127) / 128).permute(0, 3, 1, 2)
+    seen["head"] = net.extract_features(x)
+    seen["logits"] = net(x)
+    return seen
+
+
+@pytest.mark.parametrize(("variant", "image_size"), [("lite0", 64), ("lite0", 96), ("lite0", 224), ("lite2", 128)])
+def test_fused_network_equals_the_packages(variant: Variant, image_size: int) -> None:
+    pixels = noise(2, image_size)
+    expected, model = oracle(variant, pixels), load(variant, image_size)
+    assert set(model.hookpoints) | {"logits"} == set(expected)
+    for name, point in model.hookpoints.items():
+        captured = model.capture(pixels, name)
+        assert captured.patches is not None and captured.cls is None
+        assert captured.patches.shape == (2, *(point.grid or ()), point.d_model)
+        torch.testing.assert_close(captured.patches.permute(0, 3, 1, 2), expected[name], atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(model.classify(pixels), expected["logits"], atol=2e-4, rtol=1e-4)
+
+
+def test_judge_is_the_pooled_head() -> None:
+    pixels = noise(2, 128)
+    judge = load_judge(LiteModel(kind="lite", variant="lite2"), "float32", "cpu")
+    assert judge.d_embed == 1280
+    torch.testing.assert_close(judge.embed(pixels), oracle("lite2", pixels)["head"].mean((2, 3)), atol=2e-4, rtol=1e-4)
+
+
+def test_bfloat16_is_close_and_returns_float32(lite0: LiteVision) -> None:
+    pixels = photographs(lite0)
+    exact, rough = lite0.capture(pixels, "blocks.15"), load(dtype="bfloat16").capture(pixels, "blocks.15")
+    assert exact.patches is not None and rough.patches is not None and rough.patches.dtype == torch.float32
+    assert 0 < (rough.patches - exact.patches).norm() / exact.patches.norm() < 0.05
+    assert cosine_similarity(rough.embedding, exact.embedding).min() > 0.99
+
+
+def test_slices_do_not_change_the_outcome(lite0: LiteVision) -> None:
+    pixels = noise(37, 128)  # slices of 16, 16 and 5
+    together, alone = lite0.capture(pixels, "blocks.11"), lite0.capture(pixels[36:], "blocks.11")
+    assert together.patches is not None and alone.patches is not None
+    torch.testing.assert_close(together.patches[36:], alone.patches, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("hookpoint", ["blocks.4", "blocks.10"])
+def test_changed_place_is_found_at_its_row_and_column(lite0: LiteVision, hookpoint: str) -> None:
+    rows, cols = check_hookpoint(lite0, hookpoint).grid or (0, 0)
+    places = [(1, 1), (1, cols - 2), (rows - 2, 2), (rows // 2, cols // 2)]
+    side = 128 // rows
+    grey = torch.full((len(places), 128, 128, 3), 127, dtype=torch.uint8)
+    spotted = grey.clone()
+    for i, (row, col) in enumerate(places):
+        spotted[i, side * row : side * (row + 1), side * col : side * (col + 1)] = torch.tensor([255, 0, 0], dtype=torch.uint8)
+    before, after = (lite0.capture(pixels, hookpoint).patches for pixels in (grey, spotted))
+    assert before is not None and after is not None
+    change = (after - before).norm(dim=-1).flatten(1)
+    assert [divmod(int(i), cols) for i in change.argmax(1)] == places
+
+
+def drawing_of_a_traffic_light() -> Image.Image:
+    image = Image.new("RGB", (200, 200), "skyblue")
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((70, 10, 130, 170), fill="black")
+    draw.rectangle((95, 170, 105, 200), fill="grey")
+    for top, colour in ((18, "red"), (70, "#332b00"), (120, "#002b00")):
+        draw.ellipse((78, top, 122, top + 44), fill=colour)
+    return image
+
+
+def photographs(model: LiteVision) -> torch.Tensor:
+    from sklearn.datasets import load_sample_images
+
+    images = [Image.fromarray(image) for image in load_sample_images().images]  # a Chinese temple, and a dahlia
+    images.append(drawing_of_a_traffic_light())
+    return torch.from_numpy(np.stack([model.preprocess(image) for image in images]))
+
+
+def test_names_real_images(lite0: LiteVision) -> None:
+    likeliest = lite0.classify(photographs(lite0)).topk(5).indices
+    names = [[imagenet_classes()[i] for i in row] for row in likeliest.tolist()]
+    assert {"palace", "monastery", "Buddhist temple", "stupa"} & set(names[0]), names[0]
+    assert {"daisy", "bee", "coneflower"} & set(names[1]) or "cardoon" in names[1], names[1]
+    assert "traffic light" in names[2], names[2]
+
+
+def test_joint_space_tells_what_is_in_the_image(lite0: LiteVision) -> None:
+    texts = ["temple", "flower", "traffic light"]
+    images = lite0.capture(photographs(lite0), "head").embedding
+    words = lite0.embed_text([lite0.text_templates[0].format(text) for text in texts])
+    assert cosine_similarity(images[:, None], words[None], dim=-1).argmax(1).tolist() == [0, 1, 2]
+
+
+def test_dog_is_nearer_to_dog_classes_than_ship(lite0: LiteVision) -> None:
+    logits = torch.full((1, 1000), -10.0)
+    for name in ("Labrador Retriever", "Golden Retriever", "Beagle", "Siberian Husky"):
+        logits[0, imagenet_classes().index(name)] = 5.0
+    dog, ship = lite0.embed_text(["a photo of a dog", "a photo of a ship"])
+    image = conse(logits, class_texts("cpu"))[0]
+    assert cosine_similarity(image, dog, dim=0) > 0.3 > 0.1 > cosine_similarity(image, ship, dim=0)
+
+
+def test_conse_equals_brute_force(lite0: LiteVision) -> None:
+    texts = lite0.embed_text([f"a photo of a {name}" for name in imagenet_classes()])
+    assert texts.mean(0).norm() < 1e-5
+    pixels = noise(3, 128)
+    expected = []
+    for logits in lite0.classify(pixels).double():
+        probabilities = logits.exp() / logits.exp().sum()
+        ten = sorted(range(1000), key=lambda i: -float(probabilities[i]))[:10]
+        expected.append(sum(probabilities[i] * texts[i].double() for i in ten) / sum(probabilities[i] for i in ten))
+    torch.testing.assert_close(lite0.capture(pixels, "head").embedding, torch.stack(expected).float(), atol=1e-5, rtol=1e-4)
+
+
+def test_text_embeddings_do_not_depend_on_their_order(lite0: LiteVision) -> None:
+    texts = [f"a photo of {'very ' * (i % 7)}old thing {i}" for i in range(150)]
+    torch.testing.assert_close(lite0.embed_text(texts)[::10], lite0.embed_text(texts[::10]), atol=1e-5, rtol=1e-4)
+
+
+def test_preprocessing_goes_into_a_manifest(lite0: LiteVision) -> None:
+    assert lite0.preprocessing == {
+        "resize": [128],
+        "crop": [128, 128],
+        "interpolation": "bicubic",
+        "mean": [127.0, 127.0, 127.0],
+        "std": [128.0, 128.0, 128.0],
+    }
+    image = Image.fromarray(noise(1, 128)[0].numpy())
+    x = normalise(torch.from_numpy(lite0.preprocess(image))[None], lite0.preprocess, "cpu")
+    torch.testing.assert_close(x[0, :, 5, 7], (noise(1, 128)[0, 5, 7].float() - 127) / 128)
+
+
+def test_unknown_hookpoint_lists_the_nearest_first(lite0: LiteVision) -> None:
+    with pytest.raises(ModelError, match="lite0@128 has none of that name") as caught:
+        check_hookpoint(lite0, "block.14")
+    names = str(caught.value).partition("one of: ")[2].split(", ")
+    assert names[0] == "blocks.14"
+    assert sorted(names) == sorted(lite0.hookpoints)
+
+
+def test_importing_the_protocol_needs_no_torch() -> None:
+    code = (
+        "import sys, ommatid.vlm; ommatid.vlm.imagenet_classes(); print({'torch', 'transformers', 'pyarrow', 'duckdb'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -1,0 +1,63 @@
+"""Preprocessing equals transformers' own, its box says where the square lies in the image, and a manifest can carry it."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from ommatid.vlm.precision import normalise
+from ommatid.vlm.preprocess import Preprocess
+
+SQUARE = Preprocess((56,), (48, 48), "bicubic", mean=(127.0,) * 3, std=(128.0,) * 3)
+
+
+def noise(width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(width * 1000 + height)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (100, 57), (57, 101), (200, 31), (48, 48), (640, 479)])
+def test_equals_transformers(size: tuple[int, int]) -> None:
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 48, "width": 48})
+    expected = processor(noise(*size), return_tensors="pt", do_normalize=False, do_rescale=False)["pixel_values"][0]
+    actual = torch.from_numpy(SQUARE(noise(*size))).permute(2, 0, 1)
+    # One resampling of a box, not resize then crop: each of Pillow's two passes may round a level of 255 the other way.
+    difference = (actual.float() - expected.float()).abs()
+    assert difference.max() <= 2 and difference.mean() < 0.01, (difference.max(), difference.mean())
+
+
+def test_normalise_equals_transformers() -> None:
+    processor = CLIPImageProcessorPil(size={"height": 48, "width": 48}, do_center_crop=False)
+    mean, std = (tuple(255 * value for value in values) for values in (processor.image_mean, processor.image_std))
+    preprocess = Preprocess((48, 48), (48, 48), "bicubic", mean, std)
+    image = noise(100, 57)
+    expected = processor(image, return_tensors="pt")["pixel_values"]
+    actual = normalise(torch.from_numpy(preprocess(image))[None], preprocess, "cpu")
+    torch.testing.assert_close(actual, expected.float(), atol=1e-5, rtol=0)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_box_of_a_wide_image_is_its_middle() -> None:
+    assert Preprocess((64,), (64, 64), "bicubic", (0.0,) * 3, (1.0,) * 3).box(200, 100) == (50.0, 0.0, 150.0, 100.0)
+
+
+@given(width=st.integers(1, 3000), height=st.integers(1, 3000))
+def test_box_lies_inside_the_image(width: int, height: int) -> None:
+    left, top, right, bottom = SQUARE.box(width, height)
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+
+
+def test_a_panorama_stays_small() -> None:
+    assert SQUARE(Image.new("RGB", (60_000, 1), "red")).shape == (48, 48, 3)
+
+
+def test_goes_through_json_and_pickle() -> None:
+    assert Preprocess(**json.loads(json.dumps(SQUARE.as_json()))) == SQUARE
+    assert pickle.loads(pickle.dumps(SQUARE)) == SQUARE
