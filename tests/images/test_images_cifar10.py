@@ -156,6 +156,14 @@ def test_without_npm_the_error_says_what_to_do(pin_to, photos, tmp_path, monkeyp
         fetch(pin)
 
 
+def test_a_cache_that_cannot_be_written_is_named(pin_to, photos, tmp_path, monkeypatch):
+    pin = load_pin(pin_to(archive_bytes(photos)))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("OMMATID_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(SourceError, match=r"file/cache: cannot be used as the cache .*OMMATID_CACHE"):
+        fetch(pin)
+
+
 @pytest.mark.parametrize("script", ["echo npm error network is down >&2; exit 7", "exit 0", "touch a.tgz b.tgz"])
 def test_a_failing_npm_is_quoted(script, pin_to, photos, cache):
     pin = load_pin(pin_to(archive_bytes(photos), script=script))

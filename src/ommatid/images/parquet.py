@@ -72,8 +72,8 @@ class ParquetFiles:
     def _iter_group(self, group: _Group, wanted: set[int]) -> Iterator[Item]:
         columns = [name for name in (self._params.column, self._params.label_column) if name is not None]
         row = 0
-        # With a buffer, pages are read as they are needed; without, the whole column of the row group.
-        with _reading(group.file), pq.ParquetFile(group.file, buffer_size=2**20) as file:
+        # Pages are read as they are needed; by default the whole column of the row group would be.
+        with _reading(group.file), pq.ParquetFile(group.file, buffer_size=2**20, pre_buffer=False) as file:
             for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group.index], columns=columns):
                 for i in range(batch.num_rows):
                     if row + i in wanted:
