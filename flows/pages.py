@@ -1,0 +1,71 @@
+"""What a run shows in the Prefect UI, as Markdown made from the files that its stages left. Imports no Prefect."""
+
+import base64
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ommatid.stage import QUALITY, STAGES
+
+HEADLINES = ("evaluate", "label")
+N_FEATURES = 10
+
+
+def progress_in(line: str) -> tuple[str, float] | None:
+    """`extract images: 2048 of 8192` -> ("extract images", 25.0); None where a line tells no progress."""
+    found = re.fullmatch(r"(.*\S): (\d+) of ([1-9]\d*)", line)
+    return (found[1], min(100.0, 100 * int(found[2]) / int(found[3]))) if found else None
+
+
+def quality(root: Path, stage: str) -> str | None:
+    """The report of a stage's gate: a row for each check."""
+    report = _read(root, stage)
+    if not report:
+        return None
+    rows = [
+        (f"{'passed' if check['success'] else '**failed**'}", check["name"], check["observed"], check["detail"] or check["reason"])
+        for check in report.get("checks", ())
+    ]
+    verdict = "passed" if report.get("success") else "**failed**"
+    return f"# {stage}: {verdict}\n\n" + _table(("", "check", "found", "why, or what failed"), rows)
+
+
+def headline(root: Path) -> str | None:
+    """The numbers of evaluation and labels."""
+    parts = []
+    for stage in HEADLINES:
+        if report := _read(root, stage):
+            rows = [(f"`{key}`", f"{value:.4g}") for key, value in report.get("summary", {}).items()]
+            parts.append(f"# {stage}\n\n" + _table(("", "value"), rows))
+    return "\n\n".join(parts) or None
+
+
+def features(root: Path) -> str | None:
+    """The best features as a picture that needs no network; None where the pipeline has made no catalogue."""
+    catalogue = root / STAGES["catalog"].place / "catalog.duckdb"
+    if not catalogue.exists():
+        return None
+    from ommatid.catalog import Catalog
+    from ommatid.catalog.pictures import draw_best
+
+    with tempfile.TemporaryDirectory() as folder, Catalog(catalogue) as catalog:
+        png = Path(folder) / "features.png"
+        draw_best(catalog, png, N_FEATURES)
+        picture = base64.b64encode(png.read_bytes()).decode()
+    return f"# The {N_FEATURES} features with the highest monosemanticity\n\n![examples of each feature](data:image/png;base64,{picture})"
+
+
+def _read(root: Path, stage: str) -> dict[str, Any] | None:
+    path = root / QUALITY / f"{stage}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,119 @@
+"""The pipeline: every stage as a task, in DVC's order; DVC decides which must run.
+
+With the parameters of params.yaml it works in this checkout, as `dvc repro` does. With others it is an experiment: it works in a git
+worktree with DVC's cache shared, and ends as a DVC experiment (`dvc exp show`). Each stage streams its lines into the run's log, shows
+its progress, and publishes its quality report; the run ends with the headline numbers and a picture of the best features.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+from uuid import UUID
+
+from prefect import flow, get_client, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
+from prefect.states import Completed
+
+from flows import pages
+from flows.checkout import Workplace, open_workplace
+from ommatid.config import Params, load_params
+from ommatid.errors import OmmatidError
+
+PREFILLED = load_params()
+"""What the form of the Prefect UI begins with."""
+
+
+@flow(name="pipeline")
+def pipeline(params: Params = PREFILLED) -> str | None:
+    """From images to the catalogue.
+
+    With the parameters of params.yaml the run works in the checkout; with any other it becomes a DVC experiment, whose name it returns.
+    """
+    with open_workplace(Path.cwd(), params, flow_run.id, get_run_logger().info) as place:
+        name_run(place)
+        run_stages(place)
+    return place.experiment
+
+
+def run_stages(place: Workplace) -> None:
+    """Every stage in order, then the numbers and the picture."""
+    for stage, is_clean in place.plan():
+        run_stage.with_options(name=stage, task_run_name=stage)(stage, place, is_clean)
+    publish_metrics(place)
+    publish_features(place)
+
+
+@task(cache_policy=NO_CACHE)
+def run_stage(stage: str, place: Workplace, is_clean: bool) -> State | None:
+    """One stage through `dvc repro --single-item`; what DVC called up to date is left alone."""
+    if is_clean:
+        publish_quality(stage, place)
+        return Completed(name="UpToDate", message="nothing it depends on has changed")
+    try:
+        place.repro(stage, _follow(stage))
+    finally:
+        publish_quality(stage, place)
+    return None
+
+
+@task(name="metrics", cache_policy=NO_CACHE)
+def publish_metrics(place: Workplace) -> None:
+    """The headline numbers of evaluation and labels, as a table."""
+    if table := pages.headline(place.root):
+        create_markdown_artifact(table, key="metrics", description=f"Headline numbers of {place.name}")
+
+
+@task(name="features", cache_policy=NO_CACHE)
+def publish_features(place: Workplace) -> None:
+    """A picture of the best features."""
+    if picture := pages.features(place.root):
+        create_markdown_artifact(picture, key="features", description=f"The best features of {place.name}")
+
+
+def publish_quality(stage: str, place: Workplace) -> None:
+    """The report of the stage's gate, passed or failed."""
+    if table := pages.quality(place.root, stage):
+        create_markdown_artifact(table, key=f"quality-{stage}", description=f"Quality gate of {stage} in {place.name}")
+
+
+def name_run(place: Workplace) -> None:
+    """Let the run in the Prefect UI carry the experiment's name."""
+    if place.experiment and flow_run.id:
+        tags = {*flow_run.tags, f"experiment:{place.experiment}"}
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(UUID(flow_run.id), name=place.experiment, tags=tags)
+
+
+def _follow(stage: str) -> Callable[[str], None]:
+    """Each line into the log; lines that end in `X of Y` also move the progress bar."""
+    log = get_run_logger()
+    shown: dict[str, UUID] = {}
+
+    def follow(line: str) -> None:
+        log.info(line)
+        if (progress := pages.progress_in(line)) is None:
+            return
+        what, percent = progress
+        if what in shown:
+            update_progress_artifact(shown[what], percent)
+        else:
+            shown[what] = cast(UUID, create_progress_artifact(percent, key=f"progress-{stage}", description=what))
+
+    return follow
+
+
+def main() -> None:
+    """Run once, here and now, with params.yaml as it is; a temporary Prefect server serves when none is named."""
+    try:
+        pipeline()
+    except OmmatidError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()
