@@ -40,7 +40,7 @@ def _result_format(rule: Rule) -> dict[str, Any]:
 
 def _check(rule: Rule, frame: pd.DataFrame, result: Any) -> Check:
     detail = "" if result.success else "; ".join(_failures(rule, result))
-    return Check(rule.name, rule.reason, bool(result.success), _observed(frame[rule.column]), detail)
+    return Check(rule.name, rule.reason, bool(result.success), _observed(rule, frame[rule.column]), detail)
 
 
 def _failures(rule: Rule, result: Any) -> Iterator[str]:
@@ -59,15 +59,20 @@ def _label(rule: Rule, value: Any) -> str:
     return f"{value}" if rule.row == "set" else f"{rule.row} {value}"
 
 
-def _observed(values: Any) -> str:
-    """Range of numbers, or the distinct values of anything else."""
+def _observed(rule: Rule, values: Any) -> str:
+    """What was looked at, the range of its values, and over how many rows."""
+    over = f" over {len(values)} {rule.row}s" if len(values) > 1 else ""
+    return f"{rule.column}: {_range(values)}{over}"
+
+
+def _range(values: Any) -> str:
     known = values.dropna()
     if known.empty:
-        return "nothing" if values.empty else "only null"
+        return "no rows" if values.empty else "only null"
     if pd.api.types.is_bool_dtype(known) or not pd.api.types.is_numeric_dtype(known):
-        return ", ".join(_text(value) for value in sorted(known.astype(str).unique())[:5]) or "nothing"
+        return ", ".join(value or "none" for value in sorted(known.astype(str).unique())[:5])
     low, high = known.min(), known.max()
-    nulls = f", {len(values) - len(known)} null" if len(known) < len(values) else ""
+    nulls = f", {len(values) - len(known)} null," if len(known) < len(values) else ""
     return (_text(low) if low == high else f"{_text(low)} to {_text(high)}") + nulls
 
 

@@ -1,0 +1,78 @@
+"""An SAE as an MLflow model: written from safetensors and cfg.json, loaded by `mlflow.pyfunc.load_model` without pickle."""
+
+import json
+import shutil
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ommatid.store import Artefact
+from ommatid.tracking.client import SAE as SAE_TAG
+from ommatid.tracking.registry import MODEL
+
+if TYPE_CHECKING:
+    import numpy as np
+    from mlflow import MlflowClient
+
+
+class _Encoder:
+    """What `mlflow.pyfunc.load_model` gives: activations in, latents out."""
+
+    def __init__(self, folder: Path):
+        from ommatid.sae.model import SAE
+
+        self._sae = SAE.load(folder)
+
+    def predict(self, model_input: "np.ndarray", params: dict[str, Any] | None = None) -> "np.ndarray":
+        """Encode activations (n, d_model), float32, to latent activations (n, d_sae)."""
+        import torch
+
+        with torch.inference_mode():
+            return self._sae.encode(torch.as_tensor(model_input)).numpy()
+
+
+def _load_pyfunc(data_path: str) -> _Encoder:
+    """The entry point that MLflow looks for in a loader module."""
+    return _Encoder(Path(data_path))
+
+
+def log_model(client: "MlflowClient", run_id: str, artefact: Artefact) -> None:
+    """An MLflow model that rebuilds the SAE from its own files, without pickle, and a version of it in the registry."""
+    experiment = client.get_run(run_id).info.experiment_id
+    model = client.create_logged_model(experiment, name="sae", source_run_id=run_id, model_type="sae", tags={SAE_TAG: artefact.digest})
+    with tempfile.TemporaryDirectory() as folder:
+        _save_model(Path(folder), artefact, run_id, model.model_id)
+        client.log_model_artifacts(model.model_id, folder)
+    client.finalize_logged_model(model.model_id, "READY")
+    if not client.search_registered_models(f"name = '{MODEL}'"):
+        client.create_registered_model(MODEL)
+    client.create_model_version(
+        MODEL, model.artifact_location, run_id, tags={SAE_TAG: artefact.digest}, model_id=model.model_id, await_creation_for=0
+    )
+
+
+def _save_model(folder: Path, artefact: Artefact, run_id: str, model_id: str) -> None:
+    # mlflow.pyfunc.save_model does the same, after reading the metadata of every installed package: 1 to 2 s for nothing
+    import mlflow.pyfunc
+    from mlflow.models import Model
+
+    (folder / "data" / "sae").mkdir(parents=True)
+    for name in ("sae.safetensors", "cfg.json"):
+        shutil.copyfile(artefact.path / name, folder / "data" / "sae" / name)
+    requirements = [f"{name}=={metadata.version(name)}\n" for name in ("ommatid", "torch", "safetensors", "numpy")]
+    (folder / "requirements.txt").write_text("".join(requirements), encoding="utf-8")
+    signature = _signature(json.loads((artefact.path / "cfg.json").read_text(encoding="utf-8")))
+    model = Model(run_id=run_id, model_id=model_id, signature=signature)
+    mlflow.pyfunc.add_to_model(model, loader_module=__name__, data="data/sae")
+    model.save(f"{folder}/MLmodel")
+
+
+def _signature(config: dict[str, Any]) -> Any:
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    widths = (config["d_model"], config["d_sae"])
+    inputs, outputs = (Schema([TensorSpec(np.dtype(np.float32), (-1, width))]) for width in widths)
+    return ModelSignature(inputs=inputs, outputs=outputs)

@@ -1,0 +1,245 @@
+"""Runs in MLflow: a training run with its curves, what later stages add to it, and lineage."""
+
+import hashlib
+import itertools
+import json
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ommatid.config import Params, dotted
+from ommatid.events import Listener, Measured, Progress
+from ommatid.store import Artefact
+from ommatid.tracking.client import SAE, experiment_of, import_mlflow, join_seconds, make_client, patience, quietly, warn
+from ommatid.tracking.model import log_model
+from ommatid.tracking.origin import origin
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+    from mlflow.entities import Run as MlflowRun
+
+FLUSH_SECONDS = 2.0
+"""Points are sent this often: one by one they cost 4 to 55 ms each, in batches 8 microseconds (measured)."""
+MAX_BATCH = 1000
+"""MLflow's limit of metrics a request."""
+LAST_CHANCE_SECONDS = 3.0
+"""How long the end of a run tries again while the server refuses."""
+
+_PLACE = "ommatid.place"
+
+
+class Run:
+    """A training run on its way into MLflow, by a thread of its own: training never waits for a server, nor fails with it."""
+
+    def __init__(self, params: Params, inputs: Mapping[str, Artefact]):
+        self._params = params
+        self._inputs = inputs
+        self._points: deque[tuple[int, int, dict[str, float]]] = deque()
+        self._client: MlflowClient | None = None
+        self._run_id: str | None = None
+        self._is_described = False
+        self._warned = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+
+    def tee(self, listener: Listener) -> Listener:
+        """A listener that records what is measured, and passes every event on."""
+
+        def listen(event: Progress | Measured) -> None:
+            if isinstance(event, Measured):
+                self._points.append((event.step, time.time_ns() // 1_000_000, event.values))
+            listener(event)
+
+        return listen
+
+    def finish(self, artefact: Artefact) -> None:
+        """Send the rest of the curves and the model: as an MLflow model, and as a new version in the registry."""
+        if self._flush_at_last():
+            self._attempt(lambda: self._log_model(artefact))
+
+    def start(self) -> None:
+        """Begin to send; called by `training_run`."""
+        # Imported here, not in the thread: two threads that import the same packages can see each other's half-made modules
+        if self._attempt(import_mlflow):
+            self._thread.start()
+
+    def end(self, status: str) -> None:
+        """Close the run as FINISHED, FAILED or KILLED; called by `training_run`."""
+        if self._flush_at_last():
+            self._attempt(lambda: self._server()[0].set_terminated(self._server()[1], status))
+
+    def _work(self) -> None:
+        while True:
+            self._attempt(self._flush)
+            if self._stop.wait(FLUSH_SECONDS):
+                return
+
+    def _flush_at_last(self) -> bool:
+        """Take over from the thread and send what is left; False when the server does not take it."""
+        self._stop.set()
+        if self._thread.ident is None:
+            return False
+        self._thread.join(join_seconds())
+        if self._thread.is_alive():
+            return self._attempt(_give_up)
+        deadline = time.monotonic() + LAST_CHANCE_SECONDS
+        while not (done := self._attempt(self._flush)) and time.monotonic() + 1 < deadline:
+            time.sleep(1)
+        return done
+
+    def _flush(self) -> None:
+        """Send what has gathered; what a failing server did not take stays for the next time."""
+        client, run_id = self._server()
+        n_points = len(self._points)
+        points = list(itertools.islice(self._points, n_points))
+        for batch in _batches(points):
+            client.log_batch(run_id, metrics=batch)
+        for _ in points:
+            self._points.popleft()
+
+    def _server(self) -> tuple["MlflowClient", str]:
+        """The client and the run, made when first asked for."""
+        if self._client is None:
+            self._client = make_client()
+        if self._run_id is None:
+            self._run_id = _create_run(self._client, self._inputs)
+        if not self._is_described:
+            _describe(self._client, self._run_id, self._params, self._inputs)
+            self._is_described = True
+        return self._client, self._run_id
+
+    def _log_model(self, artefact: Artefact) -> None:
+        client, run_id = self._server()
+        with patience():
+            log_model(client, run_id, artefact)
+        client.set_tag(run_id, SAE, artefact.digest)
+
+    def _attempt(self, action: Callable[[], Any]) -> bool:
+        # Whatever goes wrong with tracking, training is worth more: this is the edge where it ends as one warning
+        try:
+            action()
+        except Exception as error:
+            if not self._warned:
+                warn(error)
+            self._warned = True
+            return False
+        return True
+
+
+def _give_up() -> None:
+    raise TimeoutError(f"no answer in {join_seconds():g} seconds")
+
+
+def _batches(points: list[tuple[int, int, dict[str, float]]]) -> Iterator[list["Metric"]]:
+    from mlflow.entities import Metric
+
+    metrics = (Metric(key, value, when, step) for step, when, values in points for key, value in values.items())
+    while batch := list(itertools.islice(metrics, MAX_BATCH)):
+        yield batch
+
+
+@contextmanager
+def training_run(params: Params, inputs: Mapping[str, Artefact]) -> Iterator[Run]:
+    """An MLflow run around training; ends as FAILED or KILLED when the block does."""
+    run = Run(params, inputs)
+    run.start()
+    try:
+        yield run
+    except BaseException as error:
+        run.end("FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    run.end("FINISHED")
+
+
+def lineage(sae: Artefact) -> dict[str, str | None]:
+    """Where an SAE came from; a value is None when it is not known.
+
+    With an MLflow run of this SAE: git and DVC as they were when it was trained. Without one: as they are here and now.
+    """
+    found = quietly(lambda client: _find_run(client, sae))
+    tags = found.data.tags if found else origin()
+    return {
+        "git_commit": tags.get("mlflow.source.git.commit"),
+        "git_dirty": tags.get("git.dirty"),
+        "dvc_experiment": tags.get("dvc.experiment"),
+        "dvc_lock": tags.get("dvc.lock"),
+        "prefect_flow_run_id": tags.get("prefect.flow_run"),
+        "mlflow_run_id": found.info.run_id if found else None,
+    }
+
+
+def log_stage(stage: str, sae: Artefact | None, report_paths: Iterable[Path], numbers: Mapping[str, float]) -> None:
+    """Add a later stage's numbers, as metrics `<stage>.<name>`, and quality reports to the run of this SAE, when there is one."""
+    if sae is not None:
+        quietly(lambda client: _log_stage(client, stage, sae, report_paths, numbers))
+
+
+def _create_run(client: "MlflowClient", inputs: Mapping[str, Artefact]) -> str:
+    experiment = experiment_of(client)
+    _bury(client, experiment)
+    tags = {**origin(), _PLACE: _place(), **{f"ommatid.input.{name}": artefact.digest for name, artefact in inputs.items()}}
+    return client.create_run(experiment, run_name=os.environ.get("OMMATID_EXPERIMENT"), tags=tags).info.run_id
+
+
+def _describe(client: "MlflowClient", run_id: str, params: Params, inputs: Mapping[str, Artefact]) -> None:
+    _log_params(client, run_id, params)
+    _log_inputs(client, run_id, inputs)
+
+
+def _log_params(client: "MlflowClient", run_id: str, params: Params) -> None:
+    from mlflow.entities import Param
+
+    flat = [Param(key, value if isinstance(value, str) else json.dumps(value)) for key, value in dotted(params).items()]
+    for i in range(0, len(flat), 100):  # MLflow's limit of params a request
+        client.log_batch(run_id, params=flat[i : i + 100])
+
+
+def _log_inputs(client: "MlflowClient", run_id: str, inputs: Mapping[str, Artefact]) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    # MLflow cuts a data set's digest at 36 characters; the tag ommatid.input.<stage> has all of it
+    datasets = [
+        DatasetInput(
+            Dataset(name=name, digest=artefact.digest[:32], source_type="ommatid", source=json.dumps({"manifest": artefact.digest})),
+            [InputTag("mlflow.data.context", "training")],
+        )
+        for name, artefact in inputs.items()
+    ]
+    client.log_inputs(run_id, datasets)
+
+
+def _bury(client: "MlflowClient", experiment: str) -> None:
+    """Runs of this place that still say RUNNING were killed: the draft's lock lets only one train here at a time."""
+    left = client.search_runs([experiment], f"attributes.status = 'RUNNING' AND tags.`{_PLACE}` = '{_place()}'")
+    for run in left:
+        client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _place() -> str:
+    return hashlib.sha256(f"{socket.gethostname()}:{Path.cwd()}".encode()).hexdigest()[:16]
+
+
+def _log_stage(client: "MlflowClient", stage: str, sae: Artefact, reports: Iterable[Path], numbers: Mapping[str, float]) -> None:
+    from mlflow.entities import Metric
+
+    run = _find_run(client, sae)
+    if run is None:
+        return
+    now = time.time_ns() // 1_000_000
+    client.log_batch(run.info.run_id, metrics=[Metric(f"{stage}.{key}", float(value), now, 0) for key, value in numbers.items()])
+    for path in reports:
+        client.log_artifact(run.info.run_id, str(path), "quality")
+
+
+def _find_run(client: "MlflowClient", sae: Artefact) -> "MlflowRun | None":
+    """The newest run that made this SAE."""
+    experiment = experiment_of(client)
+    found = client.search_runs([experiment], f"tags.`{SAE}` = '{sae.digest}'", max_results=1, order_by=["attributes.start_time DESC"])
+    return found[0] if found else None
