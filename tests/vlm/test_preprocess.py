@@ -29,7 +29,7 @@ def test_equals_transformers(size: tuple[int, int]) -> None:
     actual = torch.from_numpy(SQUARE(noise(*size))).permute(2, 0, 1)
     # One resampling of a box, not resize then crop: each of Pillow's two passes may round a level of 255 the other way.
     difference = (actual.float() - expected.float()).abs()
-    assert difference.max() <= 2 and difference.mean() < 0.01, (difference.max(), difference.mean())
+    assert difference.max() <= 2 and difference.mean() < 0.02, (difference.max(), difference.mean())
 
 
 def test_normalise_equals_transformers() -> None:
