@@ -165,6 +165,7 @@ def name_experiment(changes: Changes, seed: str) -> str:
 
 @contextmanager
 def _worktree(checkout: Path, params: Params, changes: Changes, run: str | None, say: Say) -> Iterator[Workplace]:
+    _refuse_paths_outside(checkout, params)
     head = _git(checkout, "rev-parse", "HEAD")
     snapshot = _snapshot(checkout) or head
     tree = _git(checkout, "rev-parse", f"{snapshot}^{{tree}}")
@@ -264,18 +265,28 @@ def _write_params(place: Workplace, params: Params, changes: Changes) -> None:
 
 def _link_sources(place: Workplace, params: Params) -> None:
     """Make what the params name by a relative path, and git does not carry, reachable in the worktree."""
-    for key, value in dotted(params).items():
-        for path in filter(_is_relative, value if isinstance(value, list) else [value]):
-            ours, theirs = place.checkout / path, place.root / path
-            if not ours.exists() or os.path.lexists(theirs):
-                continue
-            if not Path(os.path.normpath(theirs)).is_relative_to(place.root):
-                raise RunError(
-                    f"{key}: {path} leads out of the checkout, where an experiment's worktree cannot follow; "
-                    f"use the absolute path {ours.resolve()} in params.yaml and in the run"
-                )
+    for _, path in _relative_paths(place.checkout, params):
+        ours, theirs = place.checkout / path, place.root / path
+        if not os.path.lexists(theirs):
             theirs.parent.mkdir(parents=True, exist_ok=True)
             theirs.symlink_to(ours.resolve(), target_is_directory=ours.is_dir())
+
+
+def _refuse_paths_outside(checkout: Path, params: Params) -> None:
+    for key, path in _relative_paths(checkout, params):
+        if not Path(os.path.normpath(checkout / path)).is_relative_to(checkout):
+            raise RunError(
+                f"{key}: {path} leads out of the checkout, where an experiment's worktree cannot follow; "
+                f"use the absolute path {(checkout / path).resolve()} in params.yaml and in the run"
+            )
+
+
+def _relative_paths(checkout: Path, params: Params) -> Iterator[tuple[str, str]]:
+    """(key, path) of every value that names something in the checkout."""
+    for key, value in dotted(params).items():
+        for path in filter(_is_relative, value if isinstance(value, list) else [value]):
+            if (checkout / path).exists():
+                yield key, path
 
 
 def _is_relative(value: Any) -> bool:
@@ -343,7 +354,7 @@ def _identity(root: Path) -> dict[str, str]:
 def _ask(command: list[str], root: Path, env: Mapping[str, str]) -> str:
     done = subprocess.run(command, cwd=root, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        what = " ".join(command).removeprefix(" ".join(_DVC)).strip()
+        what = " ".join(command).replace(" ".join([*_DVC, "--wait-for-lock"]), "dvc")
         raise RunError(f"{what}: {_error_in(done.stderr.splitlines(), done.returncode)}")
     return done.stdout
 

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ommatid.champion import Decision
 from ommatid.stage import QUALITY, STAGES
 
 HEADLINES = ("evaluate", "label")
@@ -55,6 +56,18 @@ def features(root: Path) -> str | None:
         draw_best(catalog, png, N_FEATURES)
         picture = base64.b64encode(png.read_bytes()).decode()
     return f"# The {N_FEATURES} features with the highest monosemanticity\n\n![examples of each feature](data:image/png;base64,{picture})"
+
+
+def decision(made: Decision) -> str:
+    """Champion and challenger side by side."""
+    keys = ("sae", "ms", "ms_floor", "fvu", "dead", "l0")
+    sides = (made.champion, made.challenger)
+    rows = [(key, *(_number(getattr(scores, key)) if scores else "" for scores in sides)) for key in keys]
+    return f"# {made.decision}: {made.reason}\n\n" + _table(("", "champion before", "challenger"), rows)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _read(root: Path, stage: str) -> dict[str, Any] | None:

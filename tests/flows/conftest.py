@@ -1,0 +1,35 @@
+"""Checkouts for the tests of the flows; see fake_checkout."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from fake_checkout import make_checkout, run
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout in which everything was run once; tests copy it."""
+    root = make_checkout(tmp_path_factory.mktemp("made") / "checkout")
+    run(root, "dvc", "repro")
+    return root
+
+
+@pytest.fixture
+def checkout(made: Path, tmp_path: Path) -> Path:
+    """A checkout of a test's own, every stage up to date."""
+    root = tmp_path / "checkout"
+    shutil.copytree(made, root, symlinks=True)
+    (root / "ran.log").unlink()
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _no_identity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A fresh machine: git knows nobody."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    for key in [key for key in os.environ if key.startswith("GIT_")]:
+        monkeypatch.delenv(key)

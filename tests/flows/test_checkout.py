@@ -1,0 +1,230 @@
+"""A run works in the checkout, or in a worktree of its own that leaves the checkout as it was, byte for byte."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from fake_checkout import run
+
+from flows.checkout import KEEP_SECONDS, Workplace, differences, name_experiment, open_workplace
+from ommatid.config import Params, load_params
+from ommatid.errors import RunError
+
+
+def params_of(root: Path, *overrides: str) -> Params:
+    return load_params(root / "params.yaml", overrides)
+
+
+def run_all(checkout: Path, params: Params, said: list[str] | None = None, flow_run: str | None = "run-1") -> str | None:
+    lines = said if said is not None else []
+    with open_workplace(checkout, params, flow_run, lines.append) as place:
+        for stage, is_clean in place.plan():
+            if not is_clean:
+                place.repro(stage, lines.append)
+    return place.experiment
+
+
+def ran(checkout: Path) -> list[list[str]]:
+    log = checkout / "ran.log"
+    return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def bytes_of(checkout: Path) -> dict[str, str]:
+    """Every file a user would call theirs."""
+    ours = {".git", ".worktrees", "ran.log"}
+    files = [p for p in checkout.rglob("*") if p.is_file() and p.relative_to(checkout).parts[0] not in ours]
+    files = [p for p in files if p.relative_to(checkout).parts[:2] not in {(".dvc", "cache"), (".dvc", "tmp")}]
+    return {str(p.relative_to(checkout)): f"{hashlib.sha256(p.read_bytes()).hexdigest()} {p.stat().st_ino}" for p in files}
+
+
+@contextmanager
+def opened(checkout: Path, *overrides: str) -> Iterator[tuple[Workplace, list[str]]]:
+    """A workplace that is left before anything is saved."""
+    said: list[str] = []
+    with contextlib.suppress(Leave), open_workplace(checkout, params_of(checkout, *overrides), None, said.append) as place:
+        yield place, said
+        raise Leave
+
+
+class Leave(Exception):
+    pass
+
+
+def test_same_params_work_in_the_checkout_in_dvcs_order_and_only_what_changed_runs(checkout: Path) -> None:
+    (checkout / "src/train.py").write_text("changed = True\n")
+    said: list[str] = []
+    with open_workplace(checkout, params_of(checkout), "run-1", said.append) as place:
+        assert place.plan() == [("images", True), ("train", False), ("evaluate", False)]
+        place.repro("train", said.append)
+        place.repro("evaluate", said.append)
+    assert ran(checkout) == [["train", "-", "run-1"]]  # its output is the same, so evaluate need not run
+    assert "train things: 3 of 3" in said
+    assert not any("git add" in line for line in said)
+    assert "up to date" in run(checkout, "dvc", "status")
+    assert "up to date" in run(checkout, "dvc", "repro")
+
+
+def test_an_override_is_an_experiment_that_leaves_the_checkout_as_it_was(checkout: Path) -> None:
+    params = checkout / "params.yaml"  # what follows is not committed: part of the experiment all the same
+    params.write_text(params.read_text().replace("seed: 0", "seed: 5", 1))
+    (checkout / "src/train.py").write_text("not_committed = True\n")
+    (checkout / "photos/two.jpg").write_text("two")
+    before, status = bytes_of(checkout), run(checkout, "git", "status", "--porcelain", "--ignored")
+
+    name = run_all(checkout, params_of(checkout, "train.k=16"))
+    assert name is not None and name.startswith("train-k-16-")
+    assert ran(checkout) == [[stage, name, "run-1"] for stage in ("images", "train", "evaluate")]
+    assert run_all(checkout, params_of(checkout, "train.k=16")) == name
+    assert len(ran(checkout)) == 3  # the second run took everything from the cache
+    assert bytes_of(checkout) == before
+    assert run(checkout, "git", "status", "--porcelain", "--ignored").replace("!! .worktrees/\n", "").replace("!! ran.log\n", "") == status
+    assert not (checkout / ".worktrees" / name).exists()
+    assert run(checkout, "git", "worktree", "list").count("\n") == 1
+
+    (shown,) = [revision for revision in experiments(checkout) if revision["name"] == name]
+    assert shown["data"]["params"]["params.yaml"]["data"]["train"]["k"] == 16
+    assert shown["data"]["metrics"]["data/quality/evaluate.json"]["data"]["summary"]["fvu"] == pytest.approx(0.484)
+
+    run(checkout, "dvc", "exp", "apply", name)
+    assert params_of(checkout) == params_of(checkout, "train.k=16", "train.seed=5")
+    assert params.read_text().startswith("# Every value of Ommatid.")  # comments survive
+    assert json.loads((checkout / "data/sae/out.json").read_text())[0]["k"] == 16
+    assert json.loads((checkout / "data/images/out.json").read_text())[1] == ["one.jpg", "two.jpg"]
+    assert (checkout / "src/train.py").read_text() == "not_committed = True\n"
+    assert sorted(p.name for p in (checkout / "photos").iterdir()) == ["one.jpg", "two.jpg"] and not (checkout / "photos").is_symlink()
+    assert "up to date" in run(checkout, "dvc", "status")
+
+
+def experiments(checkout: Path) -> list[dict]:
+    shown = json.loads(run(checkout, "dvc", "exp", "show", "--json"))
+    return [revision for base in shown for group in base["experiments"] or [] for revision in group["revs"]]
+
+
+def test_images_under_dvc_add_reach_an_experiment(checkout: Path) -> None:
+    ignore = checkout / ".gitignore"
+    ignore.write_text(ignore.read_text().replace("/photos/\n", ""))
+    run(checkout, "dvc", "add", "photos")
+    run(checkout, "git", "add", "-A")
+    run(checkout, "git", "commit", "-qm", "Photos")
+    before = bytes_of(checkout)
+    said: list[str] = []
+    run_all(checkout, params_of(checkout, "train.k=16"), said)
+    assert "'photos.dvc' didn't change, skipping" in said
+    assert bytes_of(checkout) == before
+    assert [line[0] for line in ran(checkout)] == ["train", "evaluate"]
+
+
+def test_a_failing_stage_says_its_error_and_leaves_no_lock_entry(checkout: Path) -> None:
+    params = checkout / "params.yaml"
+    params.write_text(params.read_text().replace("k: 32", "k: 13"))
+    with pytest.raises(RunError, match=r"^train: train: 13 is unlucky$"):
+        Workplace(checkout, checkout).repro("train", print)
+    assert yaml.safe_load((checkout / "dvc.lock").read_text())["stages"]["train"]["params"]["params.yaml"]["train"]["k"] == 32
+    assert "train" in Workplace(checkout, checkout).stale()
+
+
+def test_the_worktree_of_a_run_that_died_is_continued_and_cleared_after_a_day(checkout: Path) -> None:
+    with opened(checkout, "train.k=14") as (place, said):
+        tree = place.root
+        (tree / "data/.work").mkdir(parents=True)
+    assert any("the same run continues there" in line for line in said)
+    with opened(checkout, "train.k=14") as (place, said):
+        assert place.root == tree and (tree / "data/.work").exists()
+        assert (place.root / "photos/one.jpg").exists()
+    shutil.rmtree(checkout / ".git/worktrees")
+    with opened(checkout, "train.k=14") as (place, said):
+        assert place.root == tree and not (tree / "data/.work").exists()  # git lost it: made anew
+    os.utime(tree, (time.time() - KEEP_SECONDS - 1,) * 2)
+    with opened(checkout, "train.k=15") as (place, said):
+        assert not tree.exists()
+
+
+def test_a_stage_ends_with_its_run(checkout: Path) -> None:
+    (checkout / "fake.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
+    (checkout / "src/train.py").write_text("changed = True\n")
+    pids: list[int] = []
+
+    def stop(line: str) -> None:
+        if line.isdigit():
+            pids.append(int(line))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Workplace(checkout, checkout).repro("train", stop)
+    for _ in range(100):
+        if not Path(f"/proc/{pids[0]}").exists():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"the stage's process {pids[0]} outlived its run")
+
+
+def test_runs_in_the_checkout_wait_for_each_other(checkout: Path) -> None:
+    events: list[str] = []
+
+    def work() -> None:
+        with open_workplace(checkout, params_of(checkout), None, events.append):
+            events.append("in")
+            time.sleep(0.3)
+            events.append("out")
+
+    both = [threading.Thread(target=work) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    events.remove("another run works in checkout; waiting for it to end")
+    assert events == ["in", "out", "in", "out"]
+
+
+def test_what_is_missing_is_said(checkout: Path, tmp_path: Path) -> None:
+    params = params_of(checkout)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for root, message in [(plain, "not a git checkout"), (checkout / "src", "not the top of its git checkout; run in ")]:
+        with pytest.raises(RunError, match=message), open_workplace(root, params, None, print):
+            pass
+    run(plain, "git", "init", "-q")
+    with pytest.raises(RunError, match="no commit yet"), open_workplace(plain, params, None, print):
+        pass
+
+
+def test_a_path_that_leads_out_of_the_checkout_is_refused_in_an_experiment(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    with (
+        pytest.raises(RunError, match=r"images.source.path: \.\./elsewhere leads out of the checkout.*absolute path"),
+        opened(checkout, "images.source.path=../elsewhere"),
+    ):
+        pass
+    assert not list((checkout / ".worktrees").glob("*/"))
+
+
+def test_files_that_git_does_not_know_are_warned_of(checkout: Path) -> None:
+    (checkout / "src/new.py").write_text("")
+    with opened(checkout, "evaluate.n_top=8") as (_, said):
+        assert any(line.startswith("warning: git does not know src/new.py") for line in said)
+
+
+def test_an_experiment_is_named_for_its_first_overrides(checkout: Path) -> None:
+    old = params_of(checkout)
+    new = params_of(checkout, "train.k=16", "train.lr=0.001", "images.source={kind: parquet, path: x.parquet}")
+    assert name_experiment(differences(old, new), "seed").startswith("source-kind-parquet-source-path-x-parquet-and-4-more-")
+    assert name_experiment(differences(old, params_of(checkout, "train.lr=0.001")), "a").startswith("train-lr-0-001-")
+
+
+def test_a_kind_that_changes_keeps_params_yaml_whole(checkout: Path) -> None:
+    (checkout / "elsewhere").mkdir()
+    params = params_of(checkout, "images.source={kind: parquet, path: elsewhere}", "images.limit=null")
+    with opened(checkout, "images.source={kind: parquet, path: elsewhere}", "images.limit=null") as (place, _):
+        text = (place.root / "params.yaml").read_text()
+        assert load_params(place.root / "params.yaml") == params
+        assert "# or {kind: folder, path: photos}" in text and "lr: null" in text and "limit: null" in text
+        assert (place.root / "elsewhere").is_symlink()
