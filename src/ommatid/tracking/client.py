@@ -32,9 +32,12 @@ def _folder() -> Path:
 
 def shown_uri() -> str:
     """The URI without the user name and password it may carry."""
-    uri = _uri()
-    secret = urlsplit(uri).netloc.rpartition("@")[0]
-    return uri.replace(f"{secret}@", "", 1) if secret else uri
+    return _public(_uri())
+
+
+def _public(text: str) -> str:
+    secret = urlsplit(_uri()).netloc.rpartition("@")[0]
+    return text.replace(f"{secret}@", "") if secret else text
 
 
 def join_seconds() -> float:
@@ -62,6 +65,7 @@ def import_mlflow() -> None:
         "DO_NOT_TRACK": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     }
@@ -115,7 +119,7 @@ def warn(error: Exception) -> None:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return _public((str(error).splitlines() or [type(error).__name__])[0])[:200]
 
 
 def experiment_of(client: "MlflowClient") -> str:

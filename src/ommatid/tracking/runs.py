@@ -32,6 +32,9 @@ MAX_BATCH = 1000
 LAST_CHANCE_SECONDS = 3.0
 """How long the end of a run tries again while the server refuses."""
 
+Point = tuple[int, int, dict[str, float]]
+"""Step, milliseconds since 1970, values."""
+
 _PLACE = "ommatid.place"
 
 
@@ -41,11 +44,13 @@ class Run:
     def __init__(self, params: Params, inputs: Mapping[str, Artefact]):
         self._params = params
         self._inputs = inputs
-        self._points: deque[tuple[int, int, dict[str, float]]] = deque()
+        self._points: deque[Point] = deque()  # the one thing both threads touch; append and popleft are atomic
+        self._unsent: list[Point] = []
         self._client: MlflowClient | None = None
         self._run_id: str | None = None
         self._is_described = False
         self._warned = False
+        self._is_lost = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
@@ -84,25 +89,31 @@ class Run:
     def _flush_at_last(self) -> bool:
         """Take over from the thread and send what is left; False when the server does not take it."""
         self._stop.set()
-        if self._thread.ident is None:
+        if self._thread.ident is None or self._is_lost:
             return False
         self._thread.join(join_seconds())
-        if self._thread.is_alive():
-            return self._attempt(_give_up)
+        self._is_lost = not self._attempt(_give_up if self._thread.is_alive() else self._flush_patiently)
+        return not self._is_lost
+
+    def _flush_patiently(self) -> None:
+        """Try for a few seconds: a server that restarts should not cost the whole run."""
         deadline = time.monotonic() + LAST_CHANCE_SECONDS
-        while not (done := self._attempt(self._flush)) and time.monotonic() + 1 < deadline:
-            time.sleep(1)
-        return done
+        while True:
+            try:
+                return self._flush()
+            except Exception:
+                if time.monotonic() + 1 > deadline:
+                    raise
+                time.sleep(1)
 
     def _flush(self) -> None:
         """Send what has gathered; what a failing server did not take stays for the next time."""
         client, run_id = self._server()
-        n_points = len(self._points)
-        points = list(itertools.islice(self._points, n_points))
-        for batch in _batches(points):
+        while self._points:
+            self._unsent.append(self._points.popleft())
+        for batch in _batches(self._unsent):
             client.log_batch(run_id, metrics=batch)
-        for _ in points:
-            self._points.popleft()
+        self._unsent.clear()
 
     def _server(self) -> tuple["MlflowClient", str]:
         """The client and the run, made when first asked for."""
@@ -137,7 +148,7 @@ def _give_up() -> None:
     raise TimeoutError(f"no answer in {join_seconds():g} seconds")
 
 
-def _batches(points: list[tuple[int, int, dict[str, float]]]) -> Iterator[list["Metric"]]:
+def _batches(points: list[Point]) -> Iterator[list["Metric"]]:
     from mlflow.entities import Metric
 
     metrics = (Metric(key, value, when, step) for step, when, values in points for key, value in values.items())

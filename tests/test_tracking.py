@@ -1,0 +1,327 @@
+"""Tracking records what training said and never stops it: a real store on SQLite, and servers that refuse, hang or die."""
+
+import json
+import logging
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import mlflow.pyfunc
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run as MlflowRun
+
+from ommatid import store, tracking
+from ommatid.config import Params, dotted, load_params
+from ommatid.errors import RunError
+from ommatid.events import Listener, Measured, Progress, ignore
+from ommatid.sae.model import SAE, SAEConfig
+from ommatid.store import Artefact
+from ommatid.tracking import runs
+
+D_MODEL, D_SAE = 4, 6
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return load_params(Path(__file__).parents[1] / "params.yaml")
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A store with its tables made: making them takes seconds, copying them none."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path.read_bytes()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: bytes) -> Path:
+    """A git checkout as current directory, with an empty store at the default place."""
+    for variable in ("MLFLOW_TRACKING_URI", "OMMATID_CHECKOUT", "OMMATID_EXPERIMENT", "OMMATID_FLOW_RUN", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "code.py").write_text("1\n")
+    (tmp_path / "dvc.lock").write_text("stages: {}\n")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "Begin"]):
+        subprocess.run(["git", *command], check=True)
+    (tmp_path / ".mlflow").mkdir()
+    (tmp_path / ".mlflow/mlflow.db").write_bytes(empty_database)
+    return tmp_path
+
+
+@pytest.fixture
+def client(checkout: Path) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{checkout}/.mlflow/mlflow.db")
+
+
+def artefact(kind: str, seed: int = 0) -> Artefact:
+    place = Path("data") / kind
+    with store.open_draft(place, kind, {"seed": seed}, {}) as draft:
+        if kind == "sae":
+            with draft.write_file("sae.safetensors") as weights, draft.write_file("cfg.json") as config:
+                tiny_sae(seed).save(weights, config)
+        draft.seal({})
+        return draft.publish(place)
+
+
+def tiny_sae(seed: int) -> SAE:
+    generator = torch.Generator().manual_seed(seed)
+    w_dec = torch.nn.functional.normalize(torch.randn(D_SAE, D_MODEL, generator=generator), dim=1)
+    config = SAEConfig("batch_topk", D_MODEL, D_SAE, 2, "blocks.15", "lite0")
+    return SAE(config, w_dec.T.contiguous(), torch.zeros(D_SAE), w_dec, torch.zeros(D_MODEL), torch.tensor(0.1))
+
+
+def curves(listener: Listener, n: int) -> None:
+    for step in range(1, n + 1):
+        listener(Progress("train", step, n))
+        listener(Measured(step, {"loss": 1 / step, "fvu": 0.5 - step / 1e4}))
+
+
+def only_run(client: MlflowClient) -> MlflowRun:
+    experiment = client.get_experiment_by_name("ommatid")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    return run
+
+
+def test_run_holds_params_curves_origin_and_inputs(
+    checkout: Path, client: MlflowClient, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMMATID_EXPERIMENT", "wide")
+    monkeypatch.setenv("OMMATID_FLOW_RUN", "flow-1")
+    (checkout / "dvc.lock").write_text("stages: {images: {}}\n")  # the result of a stage, not a change of code
+    activations, heard = artefact("activations"), []
+    with tracking.training_run(params, {"extract": activations}) as run:
+        curves(run.tee(heard.append), 1500)
+    assert len(heard) == 3000, "the listener hears every event"
+    found = only_run(client)
+    assert found.info.status == "FINISHED"
+    assert found.data.params == {key: value if isinstance(value, str) else json.dumps(value) for key, value in dotted(params).items()}
+    history = client.get_metric_history(found.info.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(step, 1 / step) for step in range(1, 1501)]
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    expected = {
+        "mlflow.source.git.commit": head,
+        "git.dirty": "false",
+        "dvc.experiment": "wide",
+        "prefect.flow_run": "flow-1",
+        "ommatid.input.extract": activations.digest,
+    }
+    assert found.data.tags.items() >= expected.items()
+    assert found.info.run_name == "wide"
+    assert found.inputs is not None
+    assert [entry.dataset.digest for entry in found.inputs.dataset_inputs] == [activations.digest[:32]]
+
+
+def test_changed_code_is_dirty(checkout: Path, client: MlflowClient, params: Params) -> None:
+    (checkout / "code.py").write_text("2\n")
+    with tracking.training_run(params, {}):
+        pass
+    assert only_run(client).data.tags["git.dirty"] == "true"
+
+
+def test_model_is_registered_and_loads_without_pickle(client: MlflowClient, params: Params) -> None:
+    sae = artefact("sae")
+    with tracking.training_run(params, {}) as run:
+        run.finish(sae)
+    version = tracking.find_version(sae.digest)
+    assert version == tracking.Version(1, sae.digest, only_run(client).info.run_id)
+    files = {path.name for path in Path(".mlflow/artifacts").rglob("*") if path.is_file()}
+    assert files == {"MLmodel", "requirements.txt", "sae.safetensors", "cfg.json"}
+    model = mlflow.pyfunc.load_model(client.get_model_version_download_uri(tracking.MODEL, "1"))
+    x = np.random.default_rng(0).standard_normal((5, D_MODEL)).astype(np.float32)
+    np.testing.assert_array_equal(model.predict(x), tiny_sae(0).encode(torch.from_numpy(x)).numpy())
+
+
+def test_champion_is_set_read_and_moved(params: Params, checkout: Path) -> None:
+    assert tracking.get_champion() is None
+    saes = [artefact("sae", seed) for seed in (0, 1)]
+    with pytest.raises(RunError, match=f"holds no version of the SAE {saes[0].digest[:12]}"):
+        tracking.set_champion(saes[0].digest)
+    for seed, sae in enumerate(saes):
+        with tracking.training_run(params, {}) as run:
+            run.finish(artefact("sae", seed))
+        assert tracking.set_champion(sae.digest).number == seed + 1
+        assert tracking.get_champion() == tracking.find_version(sae.digest)
+    assert tracking.set_champion(saes[0].digest).number == 1
+
+
+def test_lineage_is_that_of_the_training_run(checkout: Path, client: MlflowClient, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = artefact("sae")
+    monkeypatch.setenv("OMMATID_EXPERIMENT", "wide")
+    with tracking.training_run(params, {}) as run:
+        run.finish(sae)
+    monkeypatch.setenv("OMMATID_EXPERIMENT", "another")
+    found = tracking.lineage(sae)
+    assert found["mlflow_run_id"] == only_run(client).info.run_id
+    assert found["dvc_experiment"] == "wide"
+    assert found["git_dirty"] == "false"
+    assert found["prefect_flow_run_id"] is None
+
+
+def test_lineage_without_a_run_is_here_and_now(checkout: Path, params: Params) -> None:
+    (checkout / ".mlflow/mlflow.db").unlink()
+    found = tracking.lineage(artefact("sae"))
+    assert found["mlflow_run_id"] is None
+    assert len(found["git_commit"] or "") == 40
+    assert not (checkout / ".mlflow/mlflow.db").exists(), "asking makes no store"
+
+
+def test_later_stages_add_numbers_and_reports(checkout: Path, client: MlflowClient, params: Params) -> None:
+    sae = artefact("sae")
+    with tracking.training_run(params, {}) as run:
+        run.finish(sae)
+    report = checkout / "evaluate.html"
+    report.write_text("<p>")
+    tracking.log_stage("evaluate", sae, [report], {"fvu": 0.25, "n": 3})
+    found = only_run(client)
+    assert found.data.metrics.items() >= {"evaluate.fvu": 0.25, "evaluate.n": 3.0}.items()
+    assert [file.path for file in client.list_artifacts(found.info.run_id, "quality")] == ["quality/evaluate.html"]
+    tracking.log_stage("images", None, [report], {})
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError("diverged"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
+def test_run_that_dies_says_so(client: MlflowClient, params: Params, checkout: Path, error: BaseException, status: str) -> None:
+    with pytest.raises(type(error)), tracking.training_run(params, {}) as run:
+        curves(run.tee(ignore), 3)
+        raise error
+    assert only_run(client).info.status == status
+    assert len(client.get_metric_history(only_run(client).info.run_id, "loss")) == 3
+
+
+def test_run_that_was_killed_outright_is_closed_by_the_next(client: MlflowClient, params: Params, checkout: Path) -> None:
+    killed = runs.Run(params, {})
+    killed.start()
+    wait_until(lambda: client.get_experiment_by_name("ommatid") is not None and only_run(client).info.status == "RUNNING")
+    killed._stop.set()
+    with tracking.training_run(params, {}):
+        pass
+    experiment = client.get_experiment_by_name("ommatid")
+    assert experiment is not None
+    assert sorted(run.info.status for run in client.search_runs([experiment.experiment_id])) == ["FINISHED", "KILLED"]
+
+
+def test_worktree_logs_to_the_checkout_it_came_from(
+    checkout: Path, client: MlflowClient, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (checkout / "worktree").mkdir()
+    monkeypatch.chdir(checkout / "worktree")
+    monkeypatch.setenv("OMMATID_CHECKOUT", str(checkout))
+    with tracking.training_run(params, {}):
+        pass
+    assert only_run(client).info.status == "FINISHED"
+    assert list((checkout / "worktree").iterdir()) == []
+
+
+# servers that do not answer
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Answers as an MLflow server does until told to hang; counts the points it took."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), FakeHandler)
+        self.is_hung = threading.Event()
+        self.n_points = 0
+
+    @property
+    def uri(self) -> str:
+        return f"http://user:secret@127.0.0.1:{self.server_port}"
+
+
+class FakeHandler(BaseHTTPRequestHandler):
+    server: FakeServer  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def do_GET(self) -> None:
+        self._answer({"experiment": {"experiment_id": "1", "name": "ommatid"}})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.server.is_hung.is_set():
+            time.sleep(30)
+        self.server.n_points += len(body.get("metrics", []))
+        self._answer({"run": {"info": {"run_id": "r", "experiment_id": "1", "status": "RUNNING"}, "data": {}}} if "tags" in body else {})
+
+    def _answer(self, value: dict) -> None:
+        text = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, checkout: Path) -> Iterator[FakeServer]:
+    server = FakeServer()
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setattr(runs, "FLUSH_SECONDS", 0.1)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "waited for 20 seconds"
+        time.sleep(0.05)
+
+
+def test_closed_port_costs_one_warning_and_a_few_seconds(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FakeServer() as gone:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", gone.uri)
+    sae, began = artefact("sae"), time.monotonic()
+    with tracking.training_run(params, {}) as run:
+        curves(run.tee(ignore), 100)
+        run.finish(sae)
+    assert time.monotonic() - began < 10
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "cannot be used" in record.getMessage() and "\n" not in record.getMessage()
+    assert "secret" not in record.getMessage()
+    assert tracking.lineage(sae)["mlflow_run_id"] is None
+    with pytest.raises(RunError, match="start the server"):
+        tracking.get_champion()
+
+
+def test_server_that_hangs_in_the_middle(server: FakeServer, params: Params, caplog: pytest.LogCaptureFixture) -> None:
+    sae = artefact("sae")
+    with tracking.training_run(params, {}) as run:
+        listener = run.tee(ignore)
+        curves(listener, 10)
+        wait_until(lambda: server.n_points == 20)
+        server.is_hung.set()
+        began = time.monotonic()
+        curves(listener, 10)
+        assert time.monotonic() - began < 0.1, "training waits for nothing"
+        run.finish(sae)
+    assert time.monotonic() - began < 12
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
+
+
+def test_server_that_comes_back_misses_nothing(
+    server: FakeServer, params: Params, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with tracking.training_run(params, {}) as run:
+        server.is_hung.set()
+        curves(run.tee(ignore), 10)
+        wait_until(lambda: caplog.records)
+        server.is_hung.clear()
+    assert server.n_points == 20
