@@ -32,6 +32,9 @@ CHAMPIONS = PUBLISHED / "champions"
 SETTLED = PUBLISHED / "settled"
 """How many bytes of decisions.jsonl the published catalogue holds."""
 
+ROUNDING = 1e-9
+"""0.31 - 0.30 is more than 0.01 in floating point; a margin means what it says."""
+
 
 class Scores(BaseModel):
     """An SAE on an evaluation split."""
@@ -91,9 +94,9 @@ def compare(champion: Scores | None, challenger: Scores, margins: RetrainParams)
     gain = challenger.gain - champion.gain if challenger.gain > -math.inf else -math.inf
     fvu_loss, dead_rise = challenger.fvu - champion.fvu, challenger.dead - champion.dead
     checks = [
-        (gain >= margins.min_ms_gain, f"MS above floor {gain:+.4f} (at least {margins.min_ms_gain:+g})"),
-        (fvu_loss <= margins.max_fvu_loss, f"FVU {fvu_loss:+.4f} (at most {margins.max_fvu_loss:+g})"),
-        (dead_rise <= margins.max_dead_rise, f"dead {dead_rise:+.4f} (at most {margins.max_dead_rise:+g})"),
+        (gain >= margins.min_ms_gain - ROUNDING, f"MS above floor {gain:+.4f} (at least {margins.min_ms_gain:+g})"),
+        (fvu_loss <= margins.max_fvu_loss + ROUNDING, f"FVU {fvu_loss:+.4f} (at most {margins.max_fvu_loss:+g})"),
+        (dead_rise <= margins.max_dead_rise + ROUNDING, f"dead {dead_rise:+.4f} (at most {margins.max_dead_rise:+g})"),
     ]
     failed = [text for passed, text in checks if not passed]
     passed = [text for passed, text in checks if passed]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flows.checkout import environment
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[1]
 
 DVC_YAML = """\
 # not in order of need on purpose

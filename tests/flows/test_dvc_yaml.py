@@ -1,0 +1,80 @@
+"""A change of code reruns what it must: every module that makes a stage's numbers is a dependency of that stage, and no other."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ommatid.stage import QUALITY, STAGES
+
+REPOSITORY = Path(__file__).parents[2]
+PACKAGE = REPOSITORY / "src/ommatid"
+ENTRIES = {
+    "images": "ommatid.images",
+    "extract": "ommatid.extract",
+    "train": "ommatid.train",
+    "evaluate": "ommatid.evaluate",
+    "label": "ommatid.label",
+    "catalog": "ommatid.catalog.build",
+}
+NO_NUMBERS = {"ommatid", "ommatid.config", "ommatid.errors", "ommatid.events"}
+"""Modules that cannot change what a stage computes from the same params."""
+STAGE_FILE = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
+
+
+def file_of(module: str) -> Path | None:
+    path = REPOSITORY / "src" / module.replace(".", "/")
+    return next((p for p in (path / "__init__.py", path.with_suffix(".py")) if p.exists()), None)
+
+
+def imported_by(module: str) -> set[str]:
+    """Our modules that a module imports, anywhere in it."""
+    path = file_of(module)
+    assert path, module
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join([*package.split(".")[: len(package.split(".")) + 1 - node.level], *filter(None, [node.module])])
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            found |= {name for name in names if name.startswith("ommatid") and file_of(name)} or {base}
+    return {name for name in found if name.split(".")[0] == "ommatid"}
+
+
+def needed_by(module: str) -> set[str]:
+    seen: set[str] = set()
+    queue = [module]
+    while queue:
+        name = queue.pop()
+        if name not in seen:
+            seen.add(name)
+            queue += imported_by(name)
+    return seen - NO_NUMBERS
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_module_behind_a_stage_is_a_dependency_and_no_other(stage: str) -> None:
+    deps = [REPOSITORY / dep for dep in STAGE_FILE[stage]["deps"] if dep.startswith("src/")]
+    assert all(dep.exists() for dep in deps)
+    files = {path for name in needed_by(ENTRIES[stage]) if (path := file_of(name))}
+    uncovered = {str(f.relative_to(REPOSITORY)) for f in files if not any(f == dep or dep in f.parents for dep in deps)}
+    # a package's __init__ that a stage does not use is imported all the same: reading the catalogue is not building it
+    assert uncovered - {"src/ommatid/catalog/__init__.py"} == set()
+    unused = {str(d.relative_to(REPOSITORY)) for d in deps if not any(f == d or d in f.parents for f in files) and d.name != "sql"}
+    assert unused == set()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_in_dvc_is_the_verb_its_params_its_inputs_and_its_report(stage: str) -> None:
+    entry = STAGE_FILE[stage]
+    assert entry["cmd"] == f"ommatid {stage}"
+    assert entry["params"] == [stage]
+    inputs = {str(STAGES[other].place) for other in STAGES[stage].inputs}
+    assert {dep for dep in entry["deps"] if dep.startswith("data/")} == inputs
+    assert entry["outs"] == [str(STAGES[stage].place), f"{QUALITY}/{stage}.html"]
+    assert entry["metrics"] == [f"{QUALITY}/{stage}.json"]

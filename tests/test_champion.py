@@ -1,0 +1,197 @@
+"""The better SAE is published; every decision is kept; whatever moment a run dies at, the next one ends where it would have."""
+
+import json
+import shutil
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from ommatid import champion, store
+from ommatid.catalog import Catalog
+from ommatid.champion import Decision, Scores, compare
+from ommatid.config import Params, RetrainParams, load_params
+from ommatid.stage import STAGES
+
+MARGINS = RetrainParams(min_ms_gain=0.005, max_fvu_loss=0.01, max_dead_rise=0.02)
+PARAMS = load_params(Path(__file__).parents[1] / "params.yaml")
+
+
+def scores(name: str = "a", ms: float | None = 0.45, fvu: float = 0.3, dead: float = 0.1, floor: float | None = 0.35) -> Scores:
+    return Scores(sae=name, digest=name, fvu=fvu, l0=32.0, dead=dead, ms=ms, ms_floor=floor)
+
+
+@pytest.mark.parametrize(
+    ("champion_scores", "challenger", "wins", "reason"),
+    [
+        (None, scores("b"), True, "there was no champion"),
+        (scores(), scores("b", ms=0.46), True, "better than the champion: MS above floor +0.0100 (at least +0.005)"),
+        (scores(), scores("b", ms=0.455), True, "MS above floor +0.0050"),
+        (scores(), scores("b", ms=0.454), False, "the champion stays: MS above floor +0.0040"),
+        (scores(), scores("b", ms=0.5, floor=0.42), False, "MS above floor -0.0200"),
+        (scores(), scores("b", ms=0.5, fvu=0.32), False, "the champion stays: FVU +0.0200 (at most +0.01); though MS above floor +0.0500"),
+        (scores(), scores("b", ms=0.5, dead=0.13), False, "dead +0.0300 (at most +0.02)"),
+        (scores(), scores("b", ms=0.5, fvu=0.31, dead=0.12), True, "FVU +0.0100"),
+        (scores(), scores("b", ms=None), False, "MS above floor -inf"),
+        (scores(ms=None), scores("b"), True, "MS above floor +inf"),
+        (scores(ms=None), scores("b", ms=None), False, "MS above floor -inf"),
+        (scores(), scores(), True, "the same SAE as the champion, with a new catalogue"),
+    ],
+)
+def test_the_challenger_wins_by_the_margins_and_the_reason_has_the_numbers(
+    champion_scores: Scores | None, challenger: Scores, wins: bool, reason: str
+) -> None:
+    decided, text = compare(champion_scores, challenger, MARGINS)
+    assert decided is wins
+    assert reason in text
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    make("first", ms=0.40)
+    return tmp_path
+
+
+def make(name: str, ms: float, d_model: int = 8) -> None:
+    """What the six stages leave, as far as a decision reads it."""
+    activations = {"model": "lite0", "hookpoint": "blocks.15", "d_model": d_model}
+    _write("images", {"n_eval": 3}, {})
+    _write("extract", activations, {})
+    _write("train", {"sae": name}, {"cfg.json": json.dumps(activations)})
+    _write("evaluate", {"sae": name, "fvu": 0.3, "l0": 32.0, "dead": 0.1, "ms": ms, "ms_floor": 0.35}, {})
+    path = Path(f"{name}.duckdb")
+    with duckdb.connect(path) as connection:
+        columns = "? AS sae, now()::TIMESTAMP AS created_at, '{}'::JSON AS params, NULL::VARCHAR AS decision, NULL::TIMESTAMP AS decided_at"
+        connection.execute(f"CREATE TABLE runs AS SELECT {columns}, NULL::VARCHAR AS reason", [name])
+    _write("catalog", {"sae": name}, {"catalog.duckdb": path.read_bytes()})
+    path.unlink()
+
+
+def _write(stage: str, summary: dict, files: dict[str, str | bytes]) -> None:
+    place, kind = STAGES[stage].place, STAGES[stage].kind
+    with store.open_draft(place, kind, {}, {}) as draft:
+        for name, content in files.items():
+            with draft.write_file(name) as path:
+                path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        draft.seal(summary)
+        draft.publish(place)
+
+
+def measured(ms: float, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let the champion score so on the new split; the names it was asked for."""
+    asked: list[str] = []
+
+    def measure(sae: store.Artefact, *_: object) -> Scores:
+        asked.append(sae.summary["sae"])
+        return Scores(sae=sae.summary["sae"], digest=sae.digest, fvu=0.3, l0=32.0, dead=0.1, ms=ms, ms_floor=0.35)
+
+    monkeypatch.setattr(champion, "_measure", measure)
+    return asked
+
+
+def retrain(params: Params = PARAMS) -> Decision:
+    champion.settle()
+    decision = champion.decide(params)
+    champion.publish(decision)
+    return decision
+
+
+def published() -> dict[str, str]:
+    with Catalog(champion.CATALOG) as catalog:
+        return dict(catalog.rows("SELECT sae, decision FROM runs"))
+
+
+def test_the_first_becomes_champion_and_is_not_decided_twice(checkout: Path) -> None:
+    assert not champion.is_decided()
+    assert retrain().decision == "champion"
+    assert published() == {"first": "champion"}
+    assert champion.is_decided()
+    with Catalog(champion.CATALOG) as catalog:
+        ((decided_at, reason),) = catalog.rows("SELECT decided_at, reason FROM runs")
+    assert decided_at == champion.read_decisions()[0].decided_at.replace(tzinfo=None)
+    assert reason == "there was no champion"
+
+
+def test_the_champion_is_measured_anew_and_a_worse_challenger_is_only_recorded(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    retrain()
+    make("second", ms=0.42)
+    asked = measured(0.43, monkeypatch)
+    decision = retrain()
+    assert asked == ["first"]
+    assert decision.decision == "challenger" and decision.champion and decision.champion.ms == 0.43
+    assert published() == {"first": "champion", "second": "challenger"}
+    assert champion.find_champion() == champion.read_decisions()[0]
+    make("third", ms=0.45)
+    assert retrain().decision == "champion"
+    assert published() == {"first": "champion", "second": "challenger", "third": "champion"}
+    assert [d.challenger.sae for d in champion.read_decisions()] == ["first", "second", "third"]
+    assert len(list(champion.CHAMPIONS.iterdir())) == 1
+
+
+def test_a_champion_of_other_activations_gives_way(checkout: Path) -> None:
+    retrain()
+    make("wide", ms=0.1, d_model=16)
+    decision = retrain()
+    assert decision.decision == "champion" and decision.champion is None
+    assert "cannot be measured on these activations: d_model was 8, is 16" in decision.reason
+
+
+def test_the_same_sae_with_a_new_catalogue_is_published_again(checkout: Path) -> None:
+    retrain()
+    _write("catalog", {"sae": "first", "again": True}, {"catalog.duckdb": champion.CATALOG.read_bytes()})
+    assert not champion.is_decided()
+    assert retrain().reason == "the same SAE as the champion, with a new catalogue"
+
+
+def test_readers_keep_the_catalogue_they_opened(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    retrain()
+    with Catalog(champion.CATALOG) as reader:
+        make("second", ms=0.5)
+        measured(0.4, monkeypatch)
+        retrain()
+        assert reader.rows("SELECT sae FROM runs") == [("first",)]
+    assert "second" in published()
+
+
+@pytest.mark.parametrize("dies_in", ["_append", "_publish_catalog", "_sync", "settle"])
+def test_a_run_that_dies_between_decision_and_publication_is_finished_by_the_next(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, dies_in: str
+) -> None:
+    retrain()
+    make("second", ms=0.5)
+    measured(0.4, monkeypatch)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:
+        dying.setattr(champion, dies_in, die)
+        with pytest.raises(KeyboardInterrupt):
+            champion.publish(champion.decide(PARAMS))
+    assert set(published()) == {"first"}  # never something in between
+    champion.settle()
+    if not champion.is_decided():
+        retrain()
+    assert published() == {"first": "champion", "second": "champion"}
+    assert len(champion.read_decisions()) == 2
+    assert [p.name for p in champion.PUBLISHED.iterdir() if p.suffix in {".new", ".tmp", ".wal"}] == []
+
+
+def test_a_decision_cut_short_counts_as_not_written(checkout: Path) -> None:
+    retrain()
+    with champion.DECISIONS.open("ab") as file:
+        file.write(b'{"decision": "cham')
+    assert len(champion.read_decisions()) == 1
+    assert champion.is_decided()
+    champion.publish(champion.decide(PARAMS))
+    assert len(champion.read_decisions()) == 2
+    assert champion.DECISIONS.read_bytes().count(b"\n") == 2
+
+
+def test_a_lost_catalogue_comes_back(checkout: Path) -> None:
+    retrain()
+    champion.CATALOG.unlink()
+    shutil.rmtree("data/sae")
+    champion.settle()
+    assert published() == {"first": "champion"}
