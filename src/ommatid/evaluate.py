@@ -171,7 +171,7 @@ def _stream(activations: Artefact, d_sae: int, n_images: int, what: str, on_even
     embeddings = _Embeddings(activations)
     done = 0
     for rows in activations.iter_batches("eval", ["image", "x"], n_rows=n * per_image):
-        numbers = torch.from_numpy(rows["image"].to_numpy().astype(np.int64)[::per_image])
+        numbers = torch.from_numpy(rows["image"].to_numpy()[::per_image].astype(np.int64))
         x = from_float16(rows["x"]).float().unflatten(0, (len(numbers), per_image))
         yield Images(numbers, x, embeddings.take(numbers))
         done += len(numbers)

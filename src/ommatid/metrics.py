@@ -242,13 +242,12 @@ def best_threshold(positive: Tensor, negative: Tensor) -> float:
     """The threshold between observed scores with the highest balanced accuracy, the middle of the gap it falls into."""
     scores, order = torch.sort(torch.cat([positive, negative]).double())
     is_positive = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))])[order].double()
-    # cutting after position i: positives above, negatives at or below
+    # cutting after position i: positives above, negatives at or below; after the last, everything is at or below
     above = 1 - is_positive.cumsum(0) / len(positive)
     below = (1 - is_positive).cumsum(0) / len(negative)
-    can_cut = torch.cat([scores[1:] > scores[:-1], torch.tensor([False])])
-    quality = torch.where(can_cut, above + below, -1.0)
-    best = int(quality.argmax())
-    return float(scores[best] + scores[best + 1]) / 2 if can_cut[best] else float(scores[-1])
+    can_cut = torch.cat([scores[1:] > scores[:-1], torch.tensor([True])])
+    best = int(torch.where(can_cut, above + below, -1.0).argmax())
+    return float(scores[best : best + 2].mean())
 
 
 def auroc(positive: Tensor, negative: Tensor) -> tuple[float, float, float]:

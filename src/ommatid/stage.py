@@ -53,7 +53,11 @@ def run_stage(name: str, params: Params, on_event: Listener) -> Artefact:
     section: Section = getattr(params, name)
     with store.open_draft(stage.place, stage.kind, section.model_dump(mode="json"), inputs) as draft:
         artefact = draft.sealed() or _compute(name, params, inputs, draft, on_event)
-        _gate(name, artefact, params)
+        try:
+            _gate(name, artefact, params)
+        except GateError:
+            draft.discard()
+            raise
         return draft.publish(stage.place)
 
 

@@ -101,7 +101,8 @@ class Artefact:
     def iter_batches(self, table: str, columns: list[str] | None = None, n_rows: int = 1024) -> Iterator[pa.RecordBatch]:
         """A table in order, at most `n_rows` rows at a time: what is needed for tables with large values."""
         for path in self.files(table):
-            with pq.ParquetFile(path) as file:
+            # buffered reads: by default whole row groups are held, which for encoded images are large
+            with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
                 yield from file.iter_batches(batch_size=n_rows, columns=columns)
 
     def verify(self) -> None:
@@ -183,7 +184,7 @@ class Draft:
             path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def sealed(self) -> Artefact | None:
-        """The artefact, if the manifest is written already: a gate failed, or the process died before publishing."""
+        """The artefact, if the manifest is written already: the process died before publishing."""
         return open_artefact(self.path, self.kind) if self.has(MANIFEST) else None
 
     def seal(self, summary: Mapping[str, Any]) -> Artefact:
@@ -195,6 +196,10 @@ class Draft:
         self.write_json(MANIFEST, asdict(manifest))
         _sync(self.path)
         return open_artefact(self.path, self.kind)
+
+    def discard(self) -> None:
+        """Remove the draft: its gate failed, so nothing of it may be continued."""
+        shutil.rmtree(self.path)
 
     def publish(self, place: Path) -> Artefact:
         """Move the sealed draft to `place`, replacing what was there."""

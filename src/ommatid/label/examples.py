@@ -70,23 +70,14 @@ def iter_fired(evaluation: Artefact, halves: Halves, temp: str) -> Iterator[Fire
     files = [str(path) for path in evaluation.files("firings")]
     with duckdb.connect(config=settings) as connection:
         sql = "SELECT latent, image, act FROM read_parquet($files) ORDER BY latent, act DESC, image"
-        waiting: list[np.ndarray] = []
+        rest = np.empty((0, 3))
         for batch in connection.execute(sql, {"files": files}).to_arrow_reader(2**16):
             columns = [batch[name].to_numpy().astype(np.float64) for name in ("latent", "image", "act")]
-            rows = np.stack(columns, axis=1)
-            *whole, last = np.split(rows, np.flatnonzero(np.diff(rows[:, 0])) + 1)
-            for group in whole:
-                if waiting and waiting[0][0, 0] != group[0, 0]:
-                    yield _fired(waiting, halves)
-                    waiting = []
-                yield _fired([*waiting, group], halves)
-                waiting = []
-            if waiting and waiting[0][0, 0] != last[0, 0]:
-                yield _fired(waiting, halves)
-                waiting = []
-            waiting.append(last)
-        if waiting:
-            yield _fired(waiting, halves)
+            rows = np.concatenate([rest, np.stack(columns, axis=1)])
+            *whole, rest = np.split(rows, np.flatnonzero(np.diff(rows[:, 0])) + 1)
+            yield from (_fired(rows, halves) for rows in whole)
+        if len(rest):
+            yield _fired(rest, halves)
 
 
 def draw_test(fired: Fired, halves: Halves, held_out: bool, neighbours: list[np.ndarray], rng: np.random.Generator) -> Test:
@@ -103,6 +94,5 @@ def draw_test(fired: Fired, halves: Halves, held_out: bool, neighbours: list[np.
     return Test(positive, np.concatenate([hard, random]))
 
 
-def _fired(pieces: list[np.ndarray], halves: Halves) -> Fired:
-    rows = np.concatenate(pieces)
+def _fired(rows: np.ndarray, halves: Halves) -> Fired:
     return Fired(int(rows[0, 0]), halves.rows_of(rows[:, 1].astype(np.int64)), rows[:, 2])

@@ -1,0 +1,104 @@
+"""Tiny stand-ins for tests: a model whose activations are known, and drawn images."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ommatid import store
+from ommatid.config import Params, load_params, make_params
+from ommatid.images import make_images
+from ommatid.store import Artefact
+from ommatid.vlm import Captured, Hookpoint
+from ommatid.vlm.preprocess import Preprocess
+
+COLOURS = {"red": (230, 20, 20), "green": (20, 230, 20), "blue": (20, 20, 230), "grey": (128, 128, 128)}
+GRID = (2, 3)
+CHECKOUT = Path(__file__).parent.parent
+
+
+def make_test_params(**sections: Mapping[str, Any]) -> Params:
+    """The checkout's params.yaml with some values of each section changed."""
+    values = load_params(CHECKOUT / "params.yaml").model_dump(mode="json")
+    for section, changes in sections.items():
+        values[section] |= changes
+    return make_params(values, "test")
+
+
+def draw_tiles(rng: np.random.Generator, names: Sequence[str]) -> Image.Image:
+    """A picture of 2 x 3 tiles of 16 pixels, each of a named colour with a little noise."""
+    tiles = np.array([COLOURS[name] for name in names], dtype=float).reshape(*GRID, 3)
+    pixels = tiles.repeat(16, axis=0).repeat(16, axis=1) + rng.normal(0, 6, (32, 48, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def write_tile_folder(folder: Path, n: int, seed: int = 0) -> None:
+    """N pictures, each mostly grey with up to three tiles of its class's colour: sub-folder = colour."""
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        colour = ["red", "green", "blue"][i % 3]
+        names = ["grey"] * 6
+        for place in rng.permutation(6)[: rng.integers(1, 4)]:
+            names[place] = colour
+        (folder / colour).mkdir(parents=True, exist_ok=True)
+        draw_tiles(rng, names).save(folder / colour / f"{i:04d}.png")
+
+
+def make_artefact(place: Path, kind: str, stage: Any, params: Any, inputs: Mapping[str, Artefact]) -> Artefact:
+    """Run a stage function and publish what it makes."""
+    with store.open_draft(place, kind, params.model_dump(mode="json"), inputs) as draft:
+        stage(params, inputs, draft)
+        return draft.publish(place)
+
+
+def make_images_artefact(root: Path, n: int) -> Artefact:
+    """The images artefact of a tile folder."""
+    write_tile_folder(root / "tiles", n)
+    params = make_test_params(images={"source": {"kind": "folder", "path": str(root / "tiles")}, "limit": None})
+    return make_artefact(root / "images", "images", make_images, params.images, {})
+
+
+class TileModel:
+    """Patch activations are the mean colours of the tiles minus grey, spread over d_model by a fixed matrix; text is colours."""
+
+    name = "tiles"
+    d_embed = 3
+    d_model = 8
+    text_templates = ("a photo of a {}",)
+    preprocess = Preprocess(resize=(32, 48), crop=(32, 48), interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1))
+    preprocessing = preprocess.as_json()
+    hookpoints = {"tiles": Hookpoint(8, GRID, True), "cls": Hookpoint(8, None, True)}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.n_captured = 0
+        self.spread = torch.randn(3, self.d_model, generator=torch.Generator().manual_seed(5))
+
+    def colours(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Mean colour of each tile minus grey, in -1..1: (batch, rows, cols, 3)."""
+        tiles = pixels.float().unflatten(1, (2, 16)).unflatten(3, (3, 16))
+        return tiles.mean((2, 4)) / 128 - 1
+
+    def capture(self, pixels: torch.Tensor, hookpoint: str) -> Captured:
+        self.n_captured += len(pixels)
+        colours = self.colours(pixels)
+        patches = colours @ self.spread
+        embedding = colours.mean((1, 2)) + 0.01
+        return Captured(patches.mean((1, 2)), patches if hookpoint == "tiles" else None, embedding)
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.colours(pixels).mean((1, 2)) + 0.5
+
+    def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
+        rows = [next((c for name, c in COLOURS.items() if name in text), (128, 128, 128)) for text in texts]
+        return torch.tensor(rows).float() / 128 - 1 + 0.001
+
+
+def png(image: Image.Image) -> bytes:
+    """The picture as PNG bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

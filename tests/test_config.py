@@ -1,0 +1,73 @@
+"""Proves that params.yaml is complete and that every wrong value is refused with its key, value and what is allowed."""
+
+from pathlib import Path
+
+import pytest
+from fakes import CHECKOUT
+from pydantic import BaseModel
+
+from ommatid.config import STAGES, Params, Section, dotted, load_params
+from ommatid.errors import ConfigError
+
+PARAMS = CHECKOUT / "params.yaml"
+
+
+def test_checkouts_params_are_valid_and_cover_every_stage() -> None:
+    assert set(STAGES) < set(dotted(load_params(PARAMS))) | set(Params.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.kk=3", "train.kk: unknown key; did you mean k?"),
+        ("trian.k=3", "trian: unknown key; did you mean train?"),
+        ("train.k=9999", "train: k is 9999, larger than d_sae 2560"),
+        ("train.k=0", "train.k: got 0; input should be greater than or equal to 1"),
+        ("train.lr=abc", "train.lr: got 'abc'; input should be a valid number"),
+        ("train.lr=.nan", "train.lr"),
+        ("images.source={kind: fodler, path: x}", "'cifar10', 'folder', 'parquet'"),
+        ("images.source={kind: folder}", "images.source.path: missing"),
+        ("images.source.pth=3", "images.source.pth: unknown key; did you mean path?"),
+        ("extract.judge.variant=lite0", "judge must be another encoder than model: both are lite0"),
+        ("extract.tokens=patches", "extract.tokens: got 'patches'; input should be 'pooled', 'patch', 'cls' or 'all'"),
+        ("train", "expected KEY=VALUE"),
+        ("train.k.x=1", "k is a value, not a section"),
+        ("train.k={", "not valid YAML"),
+    ],
+)
+def test_wrong_values_are_named(override: str, says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_params(PARAMS, [override])
+    assert says in str(error.value)
+
+
+def test_all_problems_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        load_params(PARAMS, ["train.k=0", "images.limit=-1", "lable={}"])
+    assert all(key in str(error.value) for key in ("train.k", "images.limit", "lable"))
+
+
+def test_overrides_are_typed_and_repeatable() -> None:
+    params = load_params(PARAMS, ["train.k=8", "images.limit=null", "images.source={kind: folder, path: photos}"])
+    assert dotted(params)["train.k"] == 8
+    assert params.images.limit is None
+    assert dotted(params)["images.source.path"] == "photos"
+
+
+@pytest.mark.parametrize(("text", "says"), [(None, "no such file"), ("- 1", "expected sections"), ("a: [", "not valid YAML")])
+def test_a_file_that_is_no_params_file(tmp_path: Path, text: str | None, says: str) -> None:
+    path = tmp_path / "params.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        load_params(path)
+
+
+def test_every_field_has_its_sentence() -> None:
+    def sections(model: type[BaseModel]) -> set[type[BaseModel]]:
+        return {model}.union(*(sections(sub) for sub in model.__subclasses__()))
+
+    untold = [f"{m.__name__}.{name}" for m in sections(Section) for name, f in m.model_fields.items() if not f.description]
+    tags = {f"{m.__name__}.kind" for m in sections(Section)}
+    whole = {f"Params.{name}" for name in Params.model_fields}
+    assert set(untold) <= tags | whole
