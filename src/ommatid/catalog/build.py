@@ -21,7 +21,7 @@ from ommatid.catalog.settings import SEALED, memory_limit, quote
 from ommatid.config import CatalogParams
 from ommatid.errors import ArtefactError
 from ommatid.events import Listener, Progress, ignore
-from ommatid.store import Artefact, Draft
+from ommatid.store import Artefact, Draft, open_artefact
 
 CATALOG = "catalog.duckdb"
 WRITER_MB = 1024
@@ -40,7 +40,7 @@ RELATIONS: Mapping[str, tuple[pa.Schema, ...]] = {
 }
 """Each relation, in the order they are built, and the schemas that say what its columns mean where its SQL does not."""
 
-LINEAGE = ("git_commit", "dvc_experiment", "mlflow_run_id", "prefect_flow_run_id")
+LINEAGE = ("git_commit", "dvc_experiment", "dvc_lock", "mlflow_run_id", "prefect_flow_run_id")
 
 
 def build_catalog(
@@ -54,9 +54,10 @@ def build_catalog(
 
     Args:
         params: The section `catalog`.
-        inputs: Artefacts by stage; `images`, `train`, `evaluate` and `label` are needed, others add their params to `runs`.
+        inputs: Artefacts by stage; `images`, `train`, `evaluate` and `label` are needed; with `extract`, images say what the
+            model sees of them. The params of all of them are in `runs`.
         draft: Where it is written.
-        lineage: git_commit, git_dirty ("true" or "false"), dvc_experiment, mlflow_run_id, prefect_flow_run_id;
+        lineage: git_commit, git_dirty ("true" or "false"), dvc_experiment, dvc_lock, mlflow_run_id, prefect_flow_run_id;
             null or absent where there is none.
         on_event: Hears of each relation.
 
@@ -68,11 +69,22 @@ def build_catalog(
             _write(params, inputs, draft, lineage, on_event)
         return draft.seal(_summary(draft.path / CATALOG, inputs["train"]))
     except (duckdb.Error, pa.ArrowInvalid, SafetensorError, OSError) as error:
-        for artefact in inputs.values():
-            artefact.verify()
-        if isinstance(error, (duckdb.IOException, duckdb.OutOfMemoryException, OSError)):
+        _check_inputs(inputs)
+        if isinstance(error, (duckdb.IOException, duckdb.FatalException, duckdb.OutOfMemoryException, OSError)):
             raise ArtefactError(f"{draft.path}: the catalogue cannot be written: {error}") from error
         raise
+
+
+def _check_inputs(inputs: Mapping[str, Artefact]) -> None:
+    """Name all that is missing or changed in any input."""
+    damage = []
+    for artefact in inputs.values():
+        try:
+            open_artefact(artefact.path, artefact.manifest.kind).verify()
+        except ArtefactError as error:
+            damage.append(str(error))
+    if damage:
+        raise ArtefactError("\n".join(damage))
 
 
 def _write(
@@ -137,8 +149,9 @@ def _tables(inputs: Mapping[str, Artefact]) -> dict[str, list[str]]:
 
 
 def _values(params: CatalogParams, inputs: Mapping[str, Artefact], lineage: Mapping[str, str | None]) -> dict[str, Any]:
-    """The parameters of runs.sql."""
+    """The parameters of images.sql and runs.sql."""
     train = inputs["train"]
+    preprocessing = inputs["extract"].summary["preprocessing"] if "extract" in inputs else {}
     config = json.loads((train.path / "cfg.json").read_text(encoding="utf-8"))
     dirty = lineage.get("git_dirty")
     sections = {stage: artefact.manifest.params for stage, artefact in inputs.items()} | {"catalog": params.model_dump(mode="json")}
@@ -148,6 +161,8 @@ def _values(params: CatalogParams, inputs: Mapping[str, Artefact], lineage: Mapp
         "model": config.get("model"),
         "hookpoint": config.get("hookpoint"),
         "git_dirty": None if dirty is None else dirty.lower() in ("true", "1", "yes"),
+        "resize": preprocessing.get("resize"),
+        "crop": preprocessing.get("crop"),
         "images_digest": inputs["images"].digest,
         "activations_digest": train.manifest.inputs.get("extract"),
         "sae_digest": train.digest,

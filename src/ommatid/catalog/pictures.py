@@ -49,6 +49,8 @@ class Example:
     """Activation of each patch (rows, cols), if tokens have a place."""
     picture: Image.Image
     """Thumbnail."""
+    seen: tuple[float, float]
+    """Share of width and height, about the centre, that the model sees."""
 
 
 @dataclass(frozen=True)
@@ -163,9 +165,9 @@ def _examples(catalog: Catalog, feature: dict[str, Any], n_top: int) -> list[Exa
     return [_example(*row) for row in catalog.rows(_EXAMPLES, values)]
 
 
-def _example(decile: int, act: float, heat: list[float] | None, rows: int, cols: int, thumbnail: bytes) -> Example:
+def _example(decile: int, act: float, heat: list[float] | None, rows: int, cols: int, thumbnail: bytes, *seen: float) -> Example:
     grid = np.array(heat, np.float32).reshape(rows, cols) if heat else None
-    return Example(decile, act, grid, Image.open(io.BytesIO(thumbnail)).convert("RGB"))
+    return Example(decile, act, grid, Image.open(io.BytesIO(thumbnail)).convert("RGB"), (seen[0], seen[1]))
 
 
 def _deciles(examples: Sequence[Example]) -> list[int]:
@@ -178,29 +180,34 @@ def _deciles(examples: Sequence[Example]) -> list[int]:
 
 def _square(picture: Image.Image, side: int) -> np.ndarray:
     """The picture fitted into a light square; pixels stay sharp when it grows."""
-    scale = side / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    scaled = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+    width, height = _fitted(picture, side)
+    filter_ = Image.Resampling.NEAREST if width > picture.width else Image.Resampling.LANCZOS
     canvas = Image.new("RGB", (side, side), "#eef0f2")
-    canvas.paste(scaled, ((side - size[0]) // 2, (side - size[1]) // 2))
+    canvas.paste(picture.resize((width, height), filter_), ((side - width) // 2, (side - height) // 2))
     return np.asarray(canvas)
 
 
+def _fitted(picture: Image.Image, side: int) -> tuple[int, int]:
+    """Width and height of the picture inside a square."""
+    scale = side / max(picture.size)
+    return max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+
+
 def _overlaid(example: Example, max_act: float, side: int = SIDE) -> np.ndarray:
-    """The picture with its heat over it: colour and opacity grow with activation, from 0 to `max_act`."""
+    """The picture with its heat over what the model sees of it: colour and opacity grow with activation, from 0 to `max_act`."""
     pixels = _square(example.picture, side).astype(np.float32)
     if example.heat is None or max_act <= 0:
         return pixels.astype(np.uint8)
-    scale = side / max(example.picture.size)
-    size = (max(1, round(example.picture.width * scale)), max(1, round(example.picture.height * scale)))
-    heat = np.asarray(Image.fromarray(example.heat).resize(size, Image.Resampling.BILINEAR))
-    share = np.zeros((side, side), np.float32)
-    top, left = (side - size[1]) // 2, (side - size[0]) // 2
-    share[top : top + size[1], left : left + size[0]] = np.clip(heat / max_act, 0, 1)
+    width, height = (max(1, round(a * share)) for a, share in zip(_fitted(example.picture, side), example.seen, strict=True))
+    heat = np.asarray(Image.fromarray(example.heat).resize((width, height), Image.Resampling.BILINEAR))
+    share = np.clip(heat / max_act, 0, 1)
     colour = colormaps[HEAT](share)[:, :, :3] * 255
     # never opaque, so that the image stays visible under its own heat; a little dimmed where it is cold, so that warm stands out
-    alpha = (0.12 + 0.5 * share)[:, :, None]
-    return (pixels * (1 - alpha) + colour * alpha).astype(np.uint8)
+    alpha = (0.15 + 0.5 * share)[:, :, None]
+    top, left = (side - height) // 2, (side - width) // 2
+    place = pixels[top : top + height, left : left + width]
+    place[:] = place * (1 - alpha) + colour * alpha
+    return pixels.astype(np.uint8)
 
 
 # ---- the page of one feature
@@ -220,7 +227,7 @@ def _has_heat(examples: Sequence[Example]) -> bool:
 
 
 def _draw_header(page: Page, feature: dict[str, Any]) -> None:
-    label = feature["label"] or f"no label: {feature['label_status'] or 'no labeller was asked'}"
+    label = feature["label"] or f"no label: {(feature['label_status'] or 'no labeller was asked').replace('_', ' ')}"
     page.text(MARGIN, MARGIN - 10, _short(label, 60), 20, INK if feature["label"] else GREY, weight="bold")
     page.text(page.width - MARGIN, MARGIN - 4, f"latent {feature['latent']}", 14, GREY, ha="right")
     page.text(MARGIN, MARGIN + 30, "     ".join(_numbers(feature)), 10.5, GREY)
@@ -385,7 +392,8 @@ _BEST = """
     ORDER BY ms DESC, latent LIMIT $n
 """
 _EXAMPLES = """
-    SELECT decile, act, heat, examples.rows, cols, thumbnail FROM examples JOIN images USING (image)
+    SELECT decile, act, heat, examples.rows, cols, thumbnail, coalesce(seen_width, 1), coalesce(seen_height, 1)
+    FROM examples JOIN images USING (image)
     WHERE sae = $sae AND latent = $latent AND rank <= CASE decile WHEN 10 THEN $n_top ELSE $n_lower END
     ORDER BY decile DESC, rank
 """

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import io
 import json
 import math
 import os
@@ -34,6 +35,8 @@ def answer(sql: str, catalog: Path, output: str, max_rows: int, timeout: float, 
     _check(output, max_rows, timeout)
     with Catalog(catalog) as opened:
         found = opened.ask(sql, max_rows=max_rows, timeout=timeout)
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
     try:
         _write(found, output, stream)
         stream.flush()

@@ -1,4 +1,4 @@
--- runs(sae): where an SAE comes from, its headline numbers, and what was decided about it.
+-- runs(sae): where an SAE comes from, its headline numbers, and what was decided about it; a published catalogue has a row for each SAE decided on.
 CREATE TABLE runs AS
 SELECT
     $sae::VARCHAR AS sae,
@@ -8,6 +8,7 @@ SELECT
     $git_commit::VARCHAR AS git_commit,
     $git_dirty::BOOLEAN AS git_dirty,
     $dvc_experiment::VARCHAR AS dvc_experiment,
+    $dvc_lock::VARCHAR AS dvc_lock,
     $mlflow_run_id::VARCHAR AS mlflow_run_id,
     $prefect_flow_run_id::VARCHAR AS prefect_flow_run_id,
     $images_digest::VARCHAR AS images_digest,
@@ -34,6 +35,7 @@ COMMENT ON COLUMN runs.hookpoint IS 'where the activations were captured';
 COMMENT ON COLUMN runs.git_commit IS 'commit of the code that trained it; null: no git';
 COMMENT ON COLUMN runs.git_dirty IS 'whether tracked files differed from that commit; null: no git';
 COMMENT ON COLUMN runs.dvc_experiment IS 'DVC experiment; null: made in the checkout, or no DVC';
+COMMENT ON COLUMN runs.dvc_lock IS 'checksum of dvc.lock; null: no DVC';
 COMMENT ON COLUMN runs.mlflow_run_id IS 'MLflow run that holds its curves; null: no tracking server answered';
 COMMENT ON COLUMN runs.prefect_flow_run_id IS 'Prefect flow run that made it; null: made without Prefect';
 COMMENT ON COLUMN runs.images_digest IS 'sha256 of the manifest of the images';

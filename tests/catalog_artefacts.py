@@ -26,7 +26,14 @@ from ommatid.events import Listener, ignore
 from ommatid.store import Artefact, Draft
 
 SAE = "batch_topk-4-k2-00000000"
-LINEAGE = {"git_commit": "1f2e3d", "git_dirty": "false", "dvc_experiment": None, "mlflow_run_id": "run-1", "prefect_flow_run_id": None}
+LINEAGE = {
+    "git_commit": "1f2e3d",
+    "git_dirty": "false",
+    "dvc_experiment": None,
+    "dvc_lock": "4a5b",
+    "mlflow_run_id": "run-1",
+    "prefect_flow_run_id": None,
+}
 DIRECTIONS = np.array([[1, 0, 0], [0.8, 0.6, 0], [0, 1, 0], [0, 0, 1]], np.float32)
 
 IMAGES = [
@@ -84,9 +91,9 @@ def make(place: Path, kind: str, fill: Callable[[Draft], Mapping[str, Any]], inp
         return draft.publish(place)
 
 
-def make_inputs(root: Path) -> dict[str, Artefact]:
+def make_inputs(root: Path, width: int = 32, height: int = 32) -> dict[str, Artefact]:
     """What the stage `catalog` reads."""
-    images = make(root / "images", "images", _images, {}, limit=6)
+    images = make(root / "images", "images", lambda draft: _images(draft, width, height), {}, limit=6)
     activations = make(root / "activations", "activations", lambda draft: {}, {"images": images}, hookpoint="blocks.15")
     sae = make(root / "sae", "sae", _sae, {"extract": activations}, k=2)
     evaluation = make(root / "evaluation", "evaluation", _evaluation, {"images": images, "train": sae}, n_top=2)
@@ -107,9 +114,11 @@ def path_in(root: Path) -> Path:
     return root / "catalog" / CATALOG
 
 
-def _images(draft: Draft) -> dict[str, Any]:
+def _images(draft: Draft, width: int, height: int) -> dict[str, Any]:
     rows = [(*row, thumbnail(row[0])) for row in IMAGES]
-    table = columns(schemas.IMAGES, rows, "image image_id path label thumbnail", split="eval", width=32, height=32, encoded=b"not kept")
+    table = columns(
+        schemas.IMAGES, rows, "image image_id path label thumbnail", split="eval", width=width, height=height, encoded=b"not kept"
+    )
     draft.write_table("images-00000.parquet", table.slice(0, 4))
     draft.write_table("images-00001.parquet", table.slice(4))
     return {}

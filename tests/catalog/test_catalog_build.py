@@ -1,0 +1,250 @@
+"""The catalogue says what the artefacts say: grain, columns, comments, the best label, neighbours, lineage.
+
+It is replaced whole or not at all: by a killed process, a full disk or damaged inputs never.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import catalog_artefacts as artefacts
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ommatid import schemas
+from ommatid.catalog import Catalog
+from ommatid.catalog import neighbours as neighbours_module
+from ommatid.catalog.neighbours import iter_neighbours
+from ommatid.errors import ArtefactError
+
+GRAIN = {
+    "images": "image",
+    "latents": "sae, latent",
+    "examples": "sae, latent, decile, rank",
+    "firings": "sae, image, latent",
+    "labels": "sae, latent, labeller",
+    "neighbours": "sae, latent, rank",
+    "comparisons": "sae, dictionary",
+    "features": "sae, latent",
+    "runs": "sae",
+}
+
+
+# ---- relations
+
+
+def test_relations_are_those_of_the_design(catalog: Catalog) -> None:
+    assert catalog.relations().keys() == GRAIN.keys()
+
+
+@pytest.mark.parametrize("relation", GRAIN)
+def test_grain_has_one_row_each(catalog: Catalog, relation: str) -> None:
+    assert catalog.rows(f"SELECT {GRAIN[relation]}, count(*) FROM {relation} GROUP BY ALL HAVING count(*) > 1") == []
+    (header,) = catalog.rows("SELECT comment FROM duckdb_tables() WHERE table_name = ?", [relation])[0]
+    assert header.startswith(f"{relation}({GRAIN[relation]}): ")
+
+
+def test_every_column_says_what_it_means(catalog: Catalog) -> None:
+    silent = [(relation, column.name) for relation, columns in catalog.relations().items() for column in columns if not column.comment]
+    assert silent == []
+
+
+def test_tables_have_the_columns_of_their_schemas(catalog: Catalog) -> None:
+    relations = {name: [column.name for column in columns] for name, columns in catalog.relations().items()}
+    for table in ("latents", "examples", "firings", "labels", "neighbours", "comparisons"):
+        assert relations[table] == getattr(schemas, table.upper()).names
+    assert relations["images"] == [name for name in schemas.IMAGES.names if name != "encoded"] + ["seen_width", "seen_height"]
+
+
+def test_features_have_what_users_were_promised(catalog: Catalog) -> None:
+    promised = ["sae", "latent", "label", "label_score", "ms", "ms_floor", "judge", "density", "is_dead", "max_act", "purity"]
+    assert set(promised) <= {column.name for column in catalog.relations()["features"]}
+
+
+def test_features_take_the_best_ok_label_and_keep_every_latent(catalog: Catalog) -> None:
+    assert catalog.rows("SELECT latent, label, label_score, control_score, labeller, label_status FROM features ORDER BY latent") == [
+        (0, "cat", 0.9, 0.4, "prompts", "ok"),
+        (1, "truck", 0.6, 0.5, "words", "ok"),
+        (2, None, None, None, "words", "too_few_examples"),
+        (3, None, None, None, None, None),
+    ]
+
+
+def test_features_carry_statistics_floor_and_judge(catalog: Catalog) -> None:
+    assert catalog.rows("SELECT latent, ms, ms_floor, judge, density, is_dead, max_act, purity FROM features ORDER BY latent") == [
+        (0, 0.8, 0.35, "lite2", 0.4, False, 4.0, 0.75),
+        (1, 0.6, 0.35, "lite2", 0.2, False, 2.0, 1.0),
+        (2, None, 0.35, "lite2", 0.1, False, 1.0, None),
+        (3, None, 0.35, "lite2", 0.0, True, 0.0, None),
+    ]
+
+
+def test_labels_are_null_unless_ok(catalog: Catalog) -> None:
+    assert catalog.rows("SELECT count(*) FROM labels WHERE (status = 'ok') <> (label IS NOT NULL)") == [(0,)]
+
+
+def test_runs_name_where_the_sae_comes_from(tmp_path: Path) -> None:
+    inputs = artefacts.make_inputs(tmp_path)
+    artefacts.build(tmp_path, inputs)
+    with Catalog(artefacts.path_in(tmp_path)) as catalog:
+        (run,) = catalog.ask("FROM runs").dicts()
+    assert json.loads(run.pop("params")) == {
+        "images": {"limit": 6},
+        "train": {"k": 2},
+        "evaluate": {"n_top": 2},
+        "label": {"seed": 0},
+        "catalog": {"n_neighbours": 2},
+    }
+    assert run.pop("created_at").year >= 2024
+    assert run == {
+        "sae": artefacts.SAE,
+        "model": "lite0",
+        "hookpoint": "blocks.15",
+        **artefacts.LINEAGE,
+        "git_dirty": False,
+        "images_digest": inputs["images"].digest,
+        "activations_digest": inputs["train"].manifest.inputs["extract"],
+        "sae_digest": inputs["train"].digest,
+        "fvu": 0.2,
+        "l0": 2.0,
+        "dead": 0.25,
+        "ms": 0.7,
+        "ms_floor": 0.35,
+        "judge": "lite2",
+        "n_latents": 4,
+        "n_labelled": 2,
+        "decision": None,
+        "decided_at": None,
+        "reason": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("resize", "crop", "seen"),
+    [([64], [64, 64], (0.5, 1.0)), ([80], [64, 64], (0.4, 0.8)), ([64, 64], [64, 64], (1.0, 1.0)), (None, None, (None, None))],
+)
+def test_images_say_what_the_model_sees_of_them(tmp_path: Path, resize: list[int] | None, crop: list[int] | None, seen: tuple) -> None:
+    inputs = artefacts.make_inputs(tmp_path, width=200, height=100)
+    preprocessing = {"resize": resize, "crop": crop} if resize else {}
+    inputs["extract"] = artefacts.make(tmp_path / "extract", "activations", lambda draft: {"preprocessing": preprocessing}, {})
+    artefacts.build(tmp_path, inputs)
+    with Catalog(artefacts.path_in(tmp_path)) as catalog:
+        ((width, height),) = catalog.rows("SELECT DISTINCT seen_width, seen_height FROM images")
+    assert (width, height) == pytest.approx(seen)
+
+
+def test_summary_counts_the_rows(tmp_path: Path) -> None:
+    summary = artefacts.build(tmp_path, artefacts.make_inputs(tmp_path)).summary
+    assert summary["sae"] == artefacts.SAE
+    assert summary["rows"] == dict(
+        images=6, latents=4, examples=7, firings=7, labels=5, neighbours=8, comparisons=3, features=4, runs=1
+    )  # fmt: skip
+
+
+# ---- neighbours
+
+
+def test_neighbours_are_the_nearest_by_cosine(catalog: Catalog) -> None:
+    found = catalog.rows("SELECT latent, rank, other, cosine FROM neighbours WHERE latent < 2 ORDER BY latent, rank")
+    assert [row[:3] for row in found] == [(0, 1, 1), (0, 2, 2), (1, 1, 0), (1, 2, 2)]
+    assert [row[3] for row in found] == pytest.approx([0.8, 0.0, 0.8, 0.6])
+
+
+def test_neighbours_in_tiles_equal_those_of_the_whole_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directions = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    save_file({"W_dec": directions}, tmp_path / "sae.safetensors")
+    monkeypatch.setattr(neighbours_module, "TILE", 7)
+    tables = list(iter_neighbours(tmp_path, "s", 5))
+    assert max(len(table) for table in tables) == 7 * 5
+    found = np.concatenate([table["other"].to_numpy() for table in tables]).reshape(50, 5)
+    unit = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    cosines = unit @ unit.T - 2 * np.eye(50)
+    assert np.array_equal(found, np.argsort(-cosines, axis=1)[:, :5])
+
+
+def test_more_neighbours_than_latents_are_all_of_them(tmp_path: Path) -> None:
+    artefacts.build(tmp_path, artefacts.make_inputs(tmp_path), n_neighbours=64)
+    with Catalog(artefacts.path_in(tmp_path)) as catalog:
+        assert catalog.rows("SELECT count(*) FROM neighbours") == [(4 * 3,)]
+
+
+# ---- whole or not at all
+
+
+def test_a_reader_keeps_the_old_file_while_it_is_replaced(tmp_path: Path) -> None:
+    inputs = artefacts.make_inputs(tmp_path)
+    artefacts.build(tmp_path, inputs, n_neighbours=1)
+    count = "SELECT count(*) FROM neighbours"
+    with Catalog(artefacts.path_in(tmp_path)) as before:
+        artefacts.build(tmp_path, inputs, n_neighbours=3)
+        with Catalog(artefacts.path_in(tmp_path)) as after:
+            assert (before.rows(count), after.rows(count)) == ([(4,)], [(12,)])
+        assert before.rows("SELECT label FROM features WHERE latent = 0") == [("cat",)]
+
+
+BEFORE = """
+import os, resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import catalog_artefacts as artefacts
+from ommatid import store
+root = Path(sys.argv[2])
+places = {"images": ("images", "images"), "train": ("sae", "sae"), "evaluate": ("evaluation", "evaluation"), "label": ("labels", "labels")}
+inputs = {stage: store.open_artefact(root / place, kind) for stage, (place, kind) in places.items()}
+"""
+
+
+def _run(root: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run `script` in a process of its own, with `root` and the `inputs` in it."""
+    command = [sys.executable, "-c", BEFORE + script, str(Path(artefacts.__file__).parent), str(root)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_killed_build_leaves_nothing_and_the_next_succeeds(tmp_path: Path) -> None:
+    inputs = artefacts.make_inputs(tmp_path)
+    killed = _run(tmp_path, "artefacts.build(root, inputs, on_event=lambda e: e.done == 4 and os.kill(os.getpid(), signal.SIGKILL))")
+    assert killed.returncode == -9, killed.stderr
+    assert not (tmp_path / "catalog").exists()
+    assert list(tmp_path.glob(".work/catalog-*/scratch/building/catalog.duckdb*"))
+    artefact = artefacts.build(tmp_path, inputs)
+    assert [path.name for path in sorted(artefact.path.iterdir())] == ["catalog.duckdb", "manifest.json"]
+    assert artefact.summary["rows"]["features"] == 4
+
+
+def test_a_build_that_died_before_its_manifest_is_taken_up(tmp_path: Path) -> None:
+    inputs = artefacts.make_inputs(tmp_path)
+    killed = _run(
+        tmp_path,
+        "store.Draft.seal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\nartefacts.build(root, inputs)",
+    )
+    assert killed.returncode == -9, killed.stderr
+    events = []
+    assert artefacts.build(tmp_path, inputs, on_event=events.append).summary["rows"]["features"] == 4
+    assert events == []
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    artefacts.make_inputs(tmp_path)
+    full = _run(tmp_path, "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\nartefacts.build(root, inputs)")
+    assert full.returncode == 1
+    assert "ArtefactError" in full.stderr and "the catalogue cannot be written" in full.stderr
+    assert not (tmp_path / "catalog").exists()
+
+
+def test_all_damaged_inputs_are_named(tmp_path: Path) -> None:
+    inputs = artefacts.make_inputs(tmp_path)
+    latents, image_part = tmp_path / "evaluation/latents.parquet", tmp_path / "images/images-00001.parquet"
+    latents.write_bytes(latents.read_bytes()[:-40])
+    image_part.write_bytes(b"x" * image_part.stat().st_size)
+    with pytest.raises(ArtefactError, match=r"(?s)images-00001\.parquet: checksum differs.*latents\.parquet: \d+ bytes, the manifest says"):
+        artefacts.build(tmp_path, inputs)
+    assert not (tmp_path / "catalog").exists()
+
+
+def test_a_damaged_sae_is_named(tmp_path: Path) -> None:
+    inputs = artefacts.make_inputs(tmp_path)
+    (tmp_path / "sae/sae.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ArtefactError, match=r"sae\.safetensors: 7 bytes"):
+        artefacts.build(tmp_path, inputs)

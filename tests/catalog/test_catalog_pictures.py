@@ -1,0 +1,94 @@
+"""Pictures are drawn for every kind of feature: whole PNGs of the expected size that show the feature's own images and heat."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ommatid.catalog import Catalog
+from ommatid.catalog.pictures import GUTTER, MARGIN, SIDE, TOP, Example, _overlaid, draw_best, draw_feature
+from ommatid.errors import QueryError
+
+WIDTH = 1326
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        return np.asarray(picture.convert("RGB"))
+
+
+@pytest.fixture(scope="module")
+def drawn(file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[np.ndarray]:
+    folder = tmp_path_factory.mktemp("pictures") / "made" / "here"
+    with Catalog(file) as catalog:
+        for latent in range(4):
+            draw_feature(catalog, latent, folder / f"latent-{latent}.png")
+    assert sorted(path.name for path in folder.iterdir()) == [f"latent-{latent}.png" for latent in range(4)]
+    return [pixels(folder / f"latent-{latent}.png") for latent in range(4)]
+
+
+def test_pages_have_one_width_and_room_for_their_rows(drawn: list[np.ndarray]) -> None:
+    assert {page.shape[1] for page in drawn} == {WIDTH}
+    # decile 10 with its heat maps, then the deciles 5 and 1; without heat maps one row of pictures less
+    assert drawn[0].shape[0] >= TOP + 2 * SIDE + 2 * SIDE
+    assert all(page.shape[0] < 1200 for page in drawn)
+
+
+def test_pages_differ(drawn: list[np.ndarray]) -> None:
+    for a in range(4):
+        for b in range(a):
+            assert drawn[a].shape != drawn[b].shape or (drawn[a] != drawn[b]).mean() > 0.01
+
+
+def test_the_first_tile_is_the_strongest_image_and_the_heat_lies_below(catalog: Catalog, drawn: list[np.ndarray]) -> None:
+    ((webp,),) = catalog.rows("SELECT thumbnail FROM images WHERE image = 0")
+    thumbnail = np.asarray(Image.open(io.BytesIO(webp)).convert("RGB"))
+    tile = drawn[0][TOP : TOP + SIDE, MARGIN + GUTTER : MARGIN + GUTTER + SIDE]
+    assert np.array_equal(tile, thumbnail.repeat(3, axis=0).repeat(3, axis=1))
+    below = drawn[0][TOP + SIDE + 2 : TOP + 2 * SIDE + 2, MARGIN + GUTTER : MARGIN + GUTTER + SIDE].astype(int)
+    change = np.abs(below - tile.astype(int)).sum(2)
+    # HEAT is 0 1 / 2 4: the lower right corner is the hottest
+    assert change[-5, -5] > change[5, 5] + 30
+
+
+def test_same_input_same_bytes(catalog: Catalog, tmp_path: Path) -> None:
+    for name in "ab":
+        draw_feature(catalog, 1, tmp_path / f"{name}.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize("latent", [4, -1])
+def test_an_unknown_latent_names_the_range(catalog: Catalog, tmp_path: Path, latent: int) -> None:
+    with pytest.raises(QueryError, match=f"no latent {latent}; the catalogue has 0 to 3"):
+        draw_feature(catalog, latent, tmp_path / "x.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_heat_lies_where_the_model_looks() -> None:
+    wide = Image.new("RGB", (40, 20), (128, 128, 128))
+    tile = _overlaid(Example(10, 1.0, np.ones((2, 2), np.float32), wide, (0.5, 1.0)), 1.0, side=80)
+    hot = (tile != _overlaid(Example(10, 1.0, None, wide, (0.5, 1.0)), 1.0, side=80)).any(axis=2)
+    rows, cols = np.nonzero(hot)
+    assert (rows.min(), rows.max() + 1, cols.min(), cols.max() + 1) == (20, 60, 20, 60)
+
+
+def test_contact_sheet_shows_the_best_that_rest_on_enough_images(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_best(catalog, tmp_path / "none.png")
+    monkeypatch.setattr("ommatid.catalog.pictures.MIN_IMAGES", 2)
+    draw_best(catalog, tmp_path / "two.png", n=5)
+    draw_best(catalog, tmp_path / "one.png", n=1)
+    heights = [pixels(tmp_path / f"{name}.png").shape[0] for name in ("none", "one", "two")]
+    assert heights[0] < heights[1] < heights[2]
+    assert heights[2] - heights[1] == SIDE + 26
+
+
+def test_show_writes_and_names_the_picture(file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from ommatid.cli import main; main()", "show", "0", "--catalog", str(file)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "data/pictures/latent-0.png", done.stderr
+    assert pixels(tmp_path / done.stdout.strip()).shape[1] == WIDTH

@@ -1,0 +1,159 @@
+"""A Catalog only reads: rows, Arrow and pandas come out; nothing else gets in, out or changed; errors say what to do."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from ommatid.catalog import Catalog
+from ommatid.errors import QueryError
+
+ENDLESS = "SELECT count(*) FROM range(1000000) a, range(1000000) b WHERE a.range + b.range = 7"
+
+
+def test_rows_arrow_and_pandas_agree(catalog: Catalog) -> None:
+    sql, values = "SELECT latent, ms FROM features WHERE latent <= $most ORDER BY latent", {"most": 1}
+    assert catalog.rows(sql, values) == [(0, 0.8), (1, 0.6)]
+    assert catalog.ask(sql, values).dicts() == [{"latent": 0, "ms": 0.8}, {"latent": 1, "ms": 0.6}]
+    assert catalog.arrow(sql, values).to_pydict() == {"latent": [0, 1], "ms": [0.8, 0.6]}
+    assert catalog.pandas(sql, values).to_dict("list") == {"latent": [0, 1], "ms": [0.8, 0.6]}
+
+
+def test_values_are_parameters_not_sql(catalog: Catalog) -> None:
+    assert catalog.rows("SELECT count(*) FROM features WHERE label = ?", ["cat' OR true --"]) == [(0,)]
+
+
+def test_rows_are_capped_and_more_is_said(catalog: Catalog) -> None:
+    found = catalog.ask("FROM range(1000000000)", max_rows=3)
+    assert ([value for (value,) in found.rows], found.more) == ([0, 1, 2], True)
+    assert not catalog.ask("FROM range(3)", max_rows=3).more
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "DESCRIBE features", "SHOW TABLES", "SUMMARIZE features", "FROM features", "VALUES (1)", "TABLE images",
+        "WITH x AS (SELECT 1) FROM x", "SELECT 1;", "-- a note\nSELECT 1 -- another", "SELECT 'query(' AS \"query\"",
+        "PIVOT firings ON latent IN (0, 1) USING count(*) GROUP BY sae", "SELECT '猫' AS \"猫\"",
+    ],
+)  # fmt: skip
+def test_what_reads_is_answered(catalog: Catalog, sql: str) -> None:
+    assert catalog.rows(sql)
+
+
+REFUSED = {
+    "": "expected one statement, found 0",
+    "-- nothing": "expected one statement, found 0",
+    "SELECT 1; SELECT 2": "expected one statement, found 2",
+    "SELECT 1; DROP TABLE features": "expected one statement, found 2",
+    "DROP TABLE features": "DROP is refused",
+    "DELETE FROM features": "DELETE is refused",
+    "UPDATE features SET label = 'x'": "UPDATE is refused",
+    "INSERT INTO features SELECT * FROM features": "INSERT is refused",
+    "CREATE TABLE x AS SELECT 1": "CREATE is refused",
+    "CREATE TEMP VIEW features AS SELECT 1": "CREATE is refused",
+    "CREATE TABLE memory.x AS SELECT 1": "CREATE is refused",
+    "COPY features TO 'x.csv'": "COPY is refused",
+    "EXPORT DATABASE 'x'": "EXPORT is refused",
+    "ATTACH 'x.duckdb'": "ATTACH is refused",
+    "DETACH catalogue": "DETACH is refused",
+    "USE memory": "SET is refused",
+    "SET enable_external_access = true": "SET is refused",
+    "RESET lock_configuration": "SET is refused",
+    "SET VARIABLE x = 1": "SET is refused",
+    "PRAGMA enable_verification": "PRAGMA is refused",
+    "/* x */ pragma database_list": "PRAGMA is refused",
+    "INSTALL httpfs": "LOAD is refused",
+    "LOAD httpfs": "LOAD is refused",
+    "CALL enable_logging(storage = 'file', storage_path = 'logs')": "enable_logging() is refused",
+    "FROM enable_logging(storage = 'file', storage_path = 'logs')": "enable_logging() is refused",
+    'FROM system.main."Enable_Logging" /* x */ ()': "enable_logging() is refused",
+    "FROM query('FROM enable_' || 'logging()')": "query() is refused",
+    "FROM query--\n('SELECT 1')": "query() is refused",
+    "FROM json_execute_serialized_sql(json_serialize_sql('SELECT 1'))": "json_execute_serialized_sql() is refused",
+    "PREPARE x AS SELECT 1": "PREPARE is refused",
+    "EXPLAIN ANALYZE CREATE TEMP TABLE features AS SELECT 1": "EXPLAIN is refused",
+    "BEGIN": "TRANSACTION is refused",
+    "CHECKPOINT": "CALL is refused",
+    "VACUUM": "VACUUM is refused",
+    "PIVOT features ON label USING count(*)": "PIVOT must name its values",
+    "FROM read_csv('{outside}')": "file system operations are disabled",
+    "FROM read_text('{outside}')": "file system operations are disabled",
+    "FROM read_blob('{outside}')": "file system operations are disabled",
+    "FROM glob('/*')": "file system operations are disabled",
+    "FROM read_duckdb('{outside}')": "file system operations are disabled",
+    "FROM '{outside}'": "file system operations are disabled",
+    "FROM duckdb_secrets()": "file system operations are disabled",
+    "FROM sqlite_scan('x', 'y')": "sqlite_scan",
+    "SELECT getenv('HOME')": "getenv does not exist",
+    "FROM outside": "no relation 'outside'",
+}
+
+
+@pytest.mark.parametrize("sql", REFUSED)
+def test_what_could_escape_is_refused(catalog: Catalog, sql: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    outside = tmp_path / "outside.csv"
+    outside.write_text("secret\n42\n")
+    with pytest.raises(QueryError) as refused:
+        catalog.rows(sql.replace("{outside}", str(outside)))
+    assert REFUSED[sql] in str(refused.value)
+    assert "42" not in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["outside.csv"]
+    assert catalog.rows("SELECT count(*) FROM features") == [(4,)]
+
+
+def test_python_variables_are_out_of_reach(catalog: Catalog) -> None:
+    secret = catalog.arrow("SELECT 42 AS x")
+    assert secret.num_rows == 1
+    with pytest.raises(QueryError, match="no relation 'secret'"):
+        catalog.rows("FROM secret")
+
+
+def test_an_endless_query_is_stopped_and_the_next_is_answered(catalog: Catalog) -> None:
+    began = time.monotonic()
+    with pytest.raises(QueryError, match=r"stopped after 0\.3 s; make the query narrower, or raise --timeout"):
+        catalog.rows(ENDLESS, timeout=0.3)
+    assert time.monotonic() - began < 10
+    assert catalog.rows("SELECT 1", timeout=30) == [(1,)]
+
+
+def test_a_timer_does_not_outlive_its_query(catalog: Catalog) -> None:
+    assert catalog.rows("SELECT 1", timeout=0.2) == [(1,)]
+    assert catalog.rows("SELECT count(*) FROM range(30000000) WHERE range % 7 = 3", timeout=60) == [(4285714,)]
+
+
+def test_wrong_sql_is_explained(catalog: Catalog) -> None:
+    with pytest.raises(QueryError, match=r"no relation 'featurs'; did you mean features\? the catalogue has comparisons, .*runs"):
+        catalog.rows("SELECT * FROM featurs")
+    with pytest.raises(QueryError, match=r'(?s)column "labl" not found.*label'):
+        catalog.rows("SELECT labl FROM features")
+    with pytest.raises(QueryError, match='syntax error at or near "SELEC"'):
+        catalog.rows("SELEC 1")
+    with pytest.raises(QueryError, match="unterminated"):
+        catalog.rows("SELECT 'x")
+
+
+def test_a_query_too_large_for_memory_says_so(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ommatid.catalog.READER_MB", 256)
+    with Catalog(file) as catalog, pytest.raises(QueryError, match="needs more than 256MB of memory; aggregate or filter more"):
+        catalog.rows("SELECT list(range) FROM range(100000000)")
+
+
+def test_a_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(QueryError, match=r"nothing\.duckdb: no catalogue; make it with `dvc repro` \(or `make demo`\)"):
+        Catalog(tmp_path / "nothing.duckdb")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_file_is_no_catalogue(tmp_path: Path) -> None:
+    (tmp_path / "it's.duckdb").write_text("not a database, but long enough to be read as one" * 100)
+    with pytest.raises(QueryError, match=r"it's\.duckdb: not a catalogue"):
+        Catalog(tmp_path / "it's.duckdb")
+
+
+def test_a_path_with_a_quote_opens(file: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "it's here.duckdb"
+    copy.write_bytes(file.read_bytes())
+    with Catalog(copy) as catalog:
+        assert catalog.rows("SELECT count(*) FROM features") == [(4,)]
