@@ -16,7 +16,7 @@ from ommatid.store import Artefact
 from ommatid.vlm import Captured, Hookpoint
 from ommatid.vlm.preprocess import Preprocess
 
-COLOURS = {"red": (230, 20, 20), "green": (20, 230, 20), "blue": (20, 20, 230), "grey": (128, 128, 128)}
+COLOURS = {"red": (240, 128, 128), "green": (128, 240, 128), "blue": (128, 128, 240), "grey": (128, 128, 128)}
 GRID = (2, 3)
 CHECKOUT = Path(__file__).parent.parent
 
@@ -75,7 +75,9 @@ class TileModel:
 
     def __init__(self) -> None:
         self.n_captured = 0
-        self.spread = torch.randn(3, self.d_model, generator=torch.Generator().manual_seed(5))
+        mixed = torch.randn(self.d_model, 3, generator=torch.Generator().manual_seed(5))
+        self.spread = torch.linalg.qr(mixed).Q.T.contiguous()
+        """Three orthogonal directions: planted, and no axis of the activations."""
 
     def colours(self, pixels: torch.Tensor) -> torch.Tensor:
         """Mean colour of each tile minus grey, in -1..1: (batch, rows, cols, 3)."""
@@ -90,11 +92,11 @@ class TileModel:
         return Captured(patches.mean((1, 2)), patches if hookpoint == "tiles" else None, embedding)
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.colours(pixels).mean((1, 2)) + 0.5
+        return self.colours(pixels).mean((1, 2)) + 0.03
 
     def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
-        rows = [next((c for name, c in COLOURS.items() if name in text), (128, 128, 128)) for text in texts]
-        return torch.tensor(rows).float() / 128 - 1 + 0.001
+        rows = [next((c for name, c in COLOURS.items() if name in text), COLOURS["grey"]) for text in texts]
+        return torch.tensor(rows).float() / 128 - 1 + 0.01
 
 
 def png(image: Image.Image) -> bytes:

@@ -1,0 +1,257 @@
+"""Proves, on pictures and latents whose colours are planted, that evaluation and labelling measure and name what is there.
+
+Tiles are red, green, blue or grey. The SAE is made by hand: latents 0 to 2 fire on one colour each, 3 on red and green, 4 never,
+5 on everything. So MS must rank pure above mixed, purity must be 1, heat maps must be bright where the tile is, and the names
+must be the colours. Training is run on the same activations for what its stage adds to the trainer: resuming, order, errors.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fakes import COLOURS, GRID, TileModel, make_artefact, make_images_artefact, make_test_params
+
+from ommatid import extract as extract_module
+from ommatid import train as train_module
+from ommatid.config import Params, TrainParams
+from ommatid.errors import ConfigError, TrainingError
+from ommatid.evaluate import evaluate
+from ommatid.extract import extract
+from ommatid.images import decode
+from ommatid.label import label
+from ommatid.label import stage as label_stage
+from ommatid.label.vocabulary import load_words
+from ommatid.sae.model import SAE, SAEConfig
+from ommatid.store import Artefact, Draft, open_draft
+from ommatid.tensors import from_float16, from_float32
+from ommatid.train import train
+
+N_IMAGES = 300
+PURE = {0: "red", 1: "green", 2: "blue"}
+MIXED, DEAD, ALWAYS = 3, 4, 5
+D_SAE = 6
+
+
+def plant_sae(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft) -> Artefact:
+    """The train stage's artefact with weights that are known."""
+    red, green, blue = TileModel().spread
+    directions = torch.stack([red, green, blue, (red + green) / 2**0.5, red, red])
+    b_enc = torch.tensor([0.0, 0.0, 0.0, 0.0, -100.0, 5.0])
+    config = SAEConfig("planted", TileModel.d_model, D_SAE, 1, "tiles", "tiles")
+    sae = SAE(config, directions.T.contiguous(), b_enc, directions, torch.zeros(TileModel.d_model), torch.tensor(0.3))
+    with draft.write_file("sae.safetensors") as weights, draft.write_file("cfg.json") as cfg:
+        sae.save(weights, cfg)
+    return draft.seal({"sae": "planted", "dead_latents": [DEAD]})
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("words") / "colours.txt"
+    path.write_text("# colours\n" + "\n".join(COLOURS) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def params(words: Path) -> Params:
+    return make_test_params(
+        extract={"hookpoint": "tiles", "tokens": "patch"},
+        train={"d_sae": D_SAE, "k": 1, "epochs": 20, "batch_size": 128, "lr": 0.01},
+        evaluate={"n_top": 4, "n_per_decile": 2},
+        label={"vocabularies": [str(words)], "min_examples": 4, "n_examples": 16},
+    )
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory, params: Params) -> Iterator[dict[str, Artefact]]:
+    """Every artefact up to the labels."""
+    root = tmp_path_factory.mktemp("line")
+    model = TileModel()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extract_module, "load_model", lambda params, dtype, device: model)
+        patch.setattr(extract_module, "load_judge", lambda params, dtype, device: model)
+        patch.setattr(label_stage, "load_model", lambda params, dtype, device: model)
+        made: dict[str, Artefact] = {"images": make_images_artefact(root, N_IMAGES)}
+        stages: Mapping[str, Any] = {"extract": extract, "train": plant_sae, "evaluate": evaluate, "label": label}
+        kinds = {"extract": "activations", "train": "sae", "evaluate": "evaluation", "label": "labels"}
+        for name, stage in stages.items():
+            made[name] = make_artefact(root / kinds[name], kinds[name], stage, getattr(params, name), made)
+        yield made
+
+
+def latents_of(line: Mapping[str, Artefact]) -> list[dict[str, Any]]:
+    return line["evaluate"].read("latents").to_pylist()
+
+
+def test_pure_latents_rank_above_mixed_above_floor(line: dict[str, Artefact]) -> None:
+    latents, floor = latents_of(line), line["evaluate"].summary["ms_floor"]
+    for latent in PURE:
+        assert latents[latent]["ms"] > latents[MIXED]["ms"] + 0.2 > floor + 0.2
+        assert latents[latent]["ms_low"] <= latents[latent]["ms"] <= latents[latent]["ms_high"]
+    assert latents[DEAD]["ms"] is None
+    assert line["evaluate"].summary["ms_left_out"] == 1
+
+
+def test_dead_is_said_twice_and_apart(line: dict[str, Artefact]) -> None:
+    assert [row["is_dead"] for row in latents_of(line)] == [i == DEAD for i in range(D_SAE)]
+    assert [row["dead_in_training"] for row in latents_of(line)] == [i == DEAD for i in range(D_SAE)]
+
+
+def test_purity_and_top_classes_are_the_colour(line: dict[str, Artefact]) -> None:
+    latents = latents_of(line)
+    for latent, colour in PURE.items():
+        assert latents[latent]["top_classes"] == [colour]
+        assert latents[latent]["purity"] == 1.0
+    assert set(latents[MIXED]["top_classes"]) == {"red", "green"}
+    assert latents[DEAD]["purity"] is None
+
+
+def test_numbers_equal_a_direct_computation(line: dict[str, Artefact]) -> None:
+    """density, n_images, max and mean by encoding everything at once."""
+    sae = SAE.load(line["train"].path)
+    x = from_float16(line["extract"].read("eval")["x"]).float()
+    acts = sae.encode(x)
+    by_image = acts.unflatten(0, (-1, GRID[0] * GRID[1])).amax(1)
+    for row in line["evaluate"].read("latents").to_pylist():
+        mine = acts[:, row["latent"]]
+        assert row["density"] == pytest.approx(float((mine > 0).double().mean()))
+        assert row["n_images"] == int((by_image[:, row["latent"]] > 0).sum())
+        assert row["max_act"] == pytest.approx(float(mine.max()), rel=1e-5)
+        assert row["is_dead"] == (row["density"] == 0) == (row["mean_act"] is None)
+    assert line["evaluate"].rows("firings") == int((by_image > 0).sum())
+    fvu = float((x - sae.decode(acts)).square().sum() / (x - x.mean(0)).square().sum())
+    assert line["evaluate"].summary["fvu"] == pytest.approx(fvu, rel=1e-4)
+    assert line["evaluate"].summary["l0"] == pytest.approx(float((acts > 0).sum(1).double().mean()))
+
+
+def test_examples_are_ranked_by_decile_and_hot_where_the_tile_is(line: dict[str, Artefact]) -> None:
+    firings = line["evaluate"].read("firings").to_pandas()
+    examples = line["evaluate"].read("examples").to_pandas()
+    encoded = dict(zip(*(line["images"].read("images")[name].to_pylist() for name in ("image", "encoded")), strict=True))
+    model = TileModel()
+    for latent, colour in PURE.items():
+        mine = examples[examples.latent == latent]
+        fired = firings[firings.latent == latent].sort_values("act", ascending=False)
+        top = mine[mine.decile == 10].sort_values("rank")
+        assert top.act.tolist() == fired.act.tolist()[: len(top)]
+        assert len(top) == min(4, -(-len(fired) // 10))
+        assert mine[mine.decile < 10].groupby("decile").size().max() <= 2
+        edges = {d: g.act for d, g in mine.groupby("decile")}
+        assert all(edges[a].max() <= edges[b].min() for a in edges for b in edges if a < b)
+        for _, example in top.iterrows():
+            tiles = model.colours(torch.from_numpy(np.array(decode(encoded[example.image])))[None])[0]
+            reference = torch.tensor(COLOURS[colour]).float() / 128 - 1
+            hottest = int(np.argmax(example.heat))
+            assert float(torch.cosine_similarity(tiles[hottest // GRID[1], hottest % GRID[1]], reference, dim=0)) > 0.9
+            assert float(np.max(example.heat)) == pytest.approx(example.act, rel=1e-5)
+            assert (example.rows, example.cols) == GRID
+
+
+def test_comparisons_have_the_controls_beside_the_sae(line: dict[str, Artefact]) -> None:
+    rows = {row["dictionary"]: row for row in line["evaluate"].read("comparisons").to_pylist()}
+    assert list(rows) == ["sae", "untrained", "neurons"]
+    assert rows["neurons"]["n_latents"] == TileModel.d_model
+    assert rows["neurons"]["fvu"] is None
+    assert len({row["ms_floor"] for row in rows.values()}) == 1
+
+
+def test_labels_are_the_colours_and_beat_their_control(line: dict[str, Artefact]) -> None:
+    labels = line["label"].read("labels").to_pylist()
+    assert len(labels) == D_SAE
+    for latent, colour in PURE.items():
+        assert labels[latent]["label"] == colour
+        assert labels[latent]["score"] > 0.9
+        assert labels[latent]["auroc_low"] > 0.8
+    assert labels[DEAD]["status"] == "too_few_examples"
+    assert labels[ALWAYS]["status"] == "ok"
+    assert labels[ALWAYS]["score"] is None  # it fires on every image: nothing to tell apart
+    assert all((row["label"] is None) == (row["status"] != "ok") for row in labels)
+    assert line["label"].summary["score"] > line["label"].summary["control_score"] + 0.1
+
+
+def test_names_are_scored_on_images_that_did_not_make_them(line: dict[str, Artefact]) -> None:
+    halves = label_stage.load_halves(line["images"])
+    assert 0.3 < halves.is_held_out.mean() < 0.7
+    fired = next(iter(label_stage.iter_fired(line["evaluate"], halves, "")))
+    rng = np.random.default_rng(0)
+    for held_out in (False, True):
+        test = label_stage.draw_test(fired, halves, held_out, [fired.rows, np.arange(5)], rng)
+        assert (halves.is_held_out[np.concatenate([test.positive, test.negative])] == held_out).all()
+        assert not set(test.negative) & set(fired.rows)
+        assert len(set(test.negative)) == len(test.negative)
+
+
+def test_iter_fired_gives_each_latent_once_with_all_its_images(line: dict[str, Artefact]) -> None:
+    halves = label_stage.load_halves(line["images"])
+    firings = line["evaluate"].read("firings").to_pandas()
+    seen = {f.latent: f for f in label_stage.iter_fired(line["evaluate"], halves, "")}
+    assert {k: len(f.rows) for k, f in seen.items()} == firings.groupby("latent").size().to_dict()
+    assert all((np.diff(f.acts) <= 0).all() for f in seen.values())
+
+
+def test_training_killed_in_the_middle_ends_with_the_same_weights(line: dict[str, Artefact], params: Params, tmp_path: Path) -> None:
+    place, section = tmp_path / "sae", params.train
+
+    class Killed(BaseException):
+        pass
+
+    def kill(event: object) -> None:
+        if getattr(event, "step", 0) > 40:
+            raise Killed
+
+    with pytest.raises(Killed), open_draft(place, "sae", section.model_dump(mode="json"), line) as draft:
+        train(section, line, draft, kill)
+    assert not place.exists()
+    unbroken = make_artefact(tmp_path / "unbroken", "sae", train, section, line)
+    steps: list[int] = []
+    with open_draft(place, "sae", section.model_dump(mode="json"), line) as draft:
+        train(section, line, draft, lambda event: steps.append(getattr(event, "step", 0)))
+        again = draft.publish(place)
+    assert min(step for step in steps if step) > 20  # it did not start over
+    weights = {f.name: f.sha256 for f in again.manifest.files}
+    assert weights == {f.name: f.sha256 for f in unbroken.manifest.files}
+
+
+def test_batches_see_every_token_once_an_epoch_in_changing_order(line: dict[str, Artefact]) -> None:
+    activations = line["extract"]
+    batches = [list(train_module._iter_epoch(activations, 64, np.random.default_rng([0, epoch]))) for epoch in (0, 0, 1)]
+    first, same, other = (torch.cat(b) for b in batches)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert len(first) == activations.rows("train") // 64 * 64
+    every = from_float16(activations.read("train")["x"])
+    assert len({tuple(row) for row in first.tolist()} - {tuple(row) for row in every.tolist()}) == 0
+
+
+def test_embeddings_are_those_of_the_images(line: dict[str, Artefact]) -> None:
+    halves = label_stage.load_halves(line["images"])
+    joint = label_stage._load_joint(line["extract"], halves)
+    table = line["extract"].read("embeddings")
+    raw = from_float32(table["joint"])[torch.from_numpy(halves.images)]
+    centred = raw - raw[torch.from_numpy(~halves.is_held_out)].mean(0)
+    torch.testing.assert_close(joint, torch.nn.functional.normalize(centred, dim=1))
+
+
+def test_no_training_tokens_is_refused(line: dict[str, Artefact], params: Params, tmp_path: Path) -> None:
+    activations = line["extract"]
+
+    class Empty(Artefact):
+        def rows(self, table: str) -> int:
+            return 0
+
+    empty = Empty(activations.path, activations.manifest, activations.digest)
+    with pytest.raises(TrainingError, match="0 training tokens"), open_draft(tmp_path / "sae", "sae", {}, {}) as draft:
+        train(params.train, {"extract": empty}, draft)
+
+
+def test_vocabularies(tmp_path: Path, words: Path) -> None:
+    assert load_words([str(words)]) == tuple(COLOURS)
+    both = load_words(["imagenet", "common"])
+    assert len(both) == len(set(both)) > 4500
+    assert {"zebra", "striped"} <= set(both)
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    for name, says in ((str(tmp_path / "none.txt"), "No such file"), (str(tmp_path / "empty.txt"), "has no words")):
+        with pytest.raises(ConfigError, match=says):
+            load_words([name])
