@@ -349,8 +349,10 @@ def labels_artefact(folder: Path, rows: Rows) -> Artefact:
     return artefact_of(folder, "labels", {"labels.parquet": table(schemas.LABELS, rows)})
 
 
-def test_label_passes(tmp_path: Path, params: Params) -> None:
-    report = quality.check("label", labels_artefact(tmp_path, label_rows()), params)
+@pytest.mark.parametrize("score", [0.8, None])
+def test_label_passes(tmp_path: Path, params: Params, score: float | None) -> None:
+    """A label without a score is right: a latent that fires on every image cannot be told from any other."""
+    report = quality.check("label", labels_artefact(tmp_path, edited(label_rows(), 1, score=score)), params)
     assert report.success, report.failures
 
 
@@ -359,7 +361,7 @@ def test_label_passes(tmp_path: Path, params: Params) -> None:
     [
         (edited(label_rows(), 2, status="great"), "status is a known one", ["latent 2", "great"]),
         (edited(label_rows(), 3, label="cat"), "a label where the status is ok, else null", ["latent 3"]),
-        (edited(label_rows(), 1, score=None), "a score where the status is ok, else null", ["latent 1"]),
+        (edited(label_rows(), 3, score=0.5), "a score only where the status is ok", ["latent 3"]),
         (edited(label_rows(), 1, score=1.5), "scores are shares", ["latent 1", "1.5"]),
         (label_rows()[:3], "every latent has a row", ["latent 3"]),
         (edited(label_rows(), 1, status="refused", label=None, score=None), "some latent has a label", ["ok labels 0"]),

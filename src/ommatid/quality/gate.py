@@ -71,9 +71,9 @@ def _range(values: Any) -> str:
         return "no rows" if values.empty else "only null"
     if pd.api.types.is_bool_dtype(known) or not pd.api.types.is_numeric_dtype(known):
         return ", ".join(value or "none" for value in sorted(known.astype(str).unique())[:5])
-    low, high = known.min(), known.max()
+    low, high = _text(known.min()), _text(known.max())
     nulls = f", {len(values) - len(known)} null," if len(known) < len(values) else ""
-    return (_text(low) if low == high else f"{_text(low)} to {_text(high)}") + nulls
+    return (low if low == high else f"{low} to {high}") + nulls
 
 
 def _text(value: Any) -> str:

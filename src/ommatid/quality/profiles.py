@@ -208,7 +208,7 @@ def label(artefact: Artefact, params: Params) -> Frames:
     labels = _table(artefact, "labels", ["latent", "status", "label", "score", "control_score"])
     ok = labels["status"] == "ok"
     labels["label disagrees with status"] = ok != labels["label"].notna()
-    labels["score disagrees with status"] = ok != labels["score"].notna()
+    labels["score without status ok"] = labels["score"].notna() & ~ok
     missing = sorted(set(range(params.train.d_sae)) - set(labels["latent"].tolist()))
     counts = {
         "set": "all labels",

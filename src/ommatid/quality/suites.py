@@ -322,10 +322,10 @@ def label(params: Params) -> list[Rule]:
         ),
         _one_of(
             "labels",
-            "score disagrees with status",
+            "score without status ok",
             [False],
-            "a score where the status is ok, else null",
-            "a mean over scores must not count what was never scored",
+            "a score only where the status is ok",
+            "a mean over scores must not count what has no label",
             row="latent",
         ),
         _within("labels", "score", "scores are shares", "balanced accuracy lies between 0 and 1", row="latent", min_value=0, max_value=1),
