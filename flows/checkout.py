@@ -6,12 +6,12 @@ The name follows from the parameters and the code, so that a run that died is co
 """
 
 import configparser
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import psutil
 
 from ommatid.config import Params, dotted, load_params
 from ommatid.errors import RunError
@@ -360,11 +361,14 @@ def _ask(command: list[str], root: Path, env: Mapping[str, str]) -> str:
 
 
 def _stream(command: list[str], root: Path, env: Mapping[str, str], say: Say) -> tuple[int, list[str]]:
-    """Run a command and pass its lines on as they come; it ends with us, whatever ends us."""
+    """Run a command and pass its lines on as they come.
+
+    It ends with us: by `end` when a block is left, and by sharing our process group, which is what a Prefect worker kills.
+    """
     lines: list[str] = []
     with subprocess.Popen(
         command, cwd=root, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", start_new_session=True,
+        text=True, errors="replace",
     ) as child:  # fmt: skip
         assert child.stdout
         try:
@@ -374,20 +378,25 @@ def _stream(command: list[str], root: Path, env: Mapping[str, str], say: Say) ->
                     say(line)
             return child.wait(), lines
         except BaseException:
-            _end(child)
+            end(child)
             raise
 
 
-def _end(child: "subprocess.Popen[str]") -> None:
-    """End a child and its children; they get ten seconds to do so themselves."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(child.pid, number)
-            child.wait(10)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+def end(child: "subprocess.Popen[Any]", seconds: float = 10) -> None:
+    """End a child and all that it started; they get so long to do it themselves."""
+    try:
+        process = psutil.Process(child.pid)
+        tree = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        tree = []
+    for one in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.terminate()
+    _, alive = psutil.wait_procs(tree, seconds)
+    for one in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    child.wait()
 
 
 def _error_in(lines: list[str], code: int) -> str:

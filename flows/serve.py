@@ -1,0 +1,177 @@
+"""`make up`: a Prefect server with the deployments of infra/prefect.yaml, a worker, and MLflow's pages, until Ctrl-C ends them all.
+
+Everything they write stays in the checkout: .prefect and .mlflow. Ports are those of PREFECT_SERVER_API_PORT and MLFLOW_PORT, 4200 and
+5000 when not set, or the next free one. Imports no Prefect: each part is a process of its own, its output in .prefect/logs.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+from flows.checkout import end, environment
+from ommatid.config import load_params
+from ommatid.errors import OmmatidError, RunError
+
+POOL = "ommatid"
+START_SECONDS = 120
+"""How long a server may take to answer: the first start makes its database."""
+
+
+class Services:
+    """Processes that run until they are all ended."""
+
+    def __init__(self, env: Mapping[str, str], logs: Path):
+        self._env = env
+        self._logs = logs
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def start(self, name: str, *command: str) -> None:
+        """Start a process; its output goes to `<name>.log`."""
+        with self._log(name).open("w") as log:
+            self._running[name] = subprocess.Popen(
+                [sys.executable, "-m", *command], env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def wait_for(self, name: str, url: str) -> None:
+        """Wait until a server answers.
+
+        Raises:
+            RunError: it ended, or did not answer in time.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while not _answers(url):
+            self.check()
+            if time.monotonic() > deadline:
+                raise RunError(f"{name} did not answer at {url} in {START_SECONDS} s; its output is in {self._log(name)}")
+            time.sleep(0.3)
+
+    def finish(self, *names: str) -> None:
+        """Wait until these processes have done their work.
+
+        Raises:
+            RunError: one failed.
+        """
+        for name in names:
+            code = self._running[name].wait()
+            del self._running[name]
+            if code:
+                raise RunError(f"{name} ended with status {code}: {self._last_lines(name)}")
+
+    def check(self) -> None:
+        """Whether all still run.
+
+        Raises:
+            RunError: one ended.
+        """
+        for name, process in self._running.items():
+            if process.poll() is not None:
+                raise RunError(f"{name} ended with status {process.returncode}: {self._last_lines(name)}")
+
+    def end(self) -> None:
+        """End all, the newest first: the worker ends its runs while the server still listens."""
+        for process in reversed(self._running.values()):
+            end(process, 20)
+
+    def _log(self, name: str) -> Path:
+        return self._logs / f"{name}.log"
+
+    def _last_lines(self, name: str) -> str:
+        return " / ".join(self._log(name).read_text(errors="replace").splitlines()[-5:]) + f" (all of it: {self._log(name)})"
+
+
+def serve(checkout: Path) -> None:
+    """Start everything, print the addresses, and stay until a signal or the end of one of them."""
+    prefect = _free_port(int(os.environ.get("PREFECT_SERVER_API_PORT", "4200")))
+    mlflow = _free_port(int(os.environ.get("MLFLOW_PORT", "5000")), taken=prefect)
+    parameters = json.dumps({"params": load_params(checkout / "params.yaml").model_dump(mode="json")})
+    services = Services(_environment(checkout, prefect), checkout / ".prefect/logs")
+    deploy = ("prefect", "--no-prompt", "deploy", "--prefect-file", "infra/prefect.yaml", "--name")
+    try:
+        services.start("prefect", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect))
+        services.start("mlflow", *_mlflow(checkout, mlflow))
+        services.wait_for("prefect", f"http://127.0.0.1:{prefect}/api/health")
+        services.start("pool", "prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite")
+        services.finish("pool")
+        services.start("deploy-pipeline", *deploy, "pipeline", "--params", parameters)
+        services.start("deploy-retrain", *deploy, "retrain")
+        services.finish("deploy-pipeline", "deploy-retrain")
+        services.wait_for("mlflow", f"http://127.0.0.1:{mlflow}/health")
+        services.start("worker", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "ommatid")
+        print(f"Prefect  http://127.0.0.1:{prefect}/deployments\nMLflow   http://127.0.0.1:{mlflow}\nCtrl-C ends both.", flush=True)
+        while True:
+            services.check()
+            time.sleep(1)
+    finally:
+        services.end()
+
+
+def _environment(checkout: Path, port: int) -> dict[str, str]:
+    ours = {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")])),  # for `import flows`
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_UI_API_URL": "/api",  # or the pages ask port 4200
+        "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    return {**environment(checkout, checkout), **ours}
+
+
+def _mlflow(checkout: Path, port: int) -> tuple[str, ...]:
+    """MLflow's pages over the store that runs in this checkout write to."""
+    folder = checkout / ".mlflow"
+    folder.mkdir(exist_ok=True)
+    store = ("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--default-artifact-root", (folder / "artifacts").as_uri())
+    return ("mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port), *store)
+
+
+def _free_port(first: int, taken: int | None = None) -> int:
+    """`first`, or the next port that nobody listens on."""
+    for port in range(first, first + 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        if port != taken:
+            return port
+    raise RunError(f"no free port from {first} to {first + 99}")
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return answer.status == 200
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Serve until Ctrl-C, SIGTERM or the end of the terminal."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
+    try:
+        serve(Path.cwd())
+    except KeyboardInterrupt:
+        print("ended")
+    except OmmatidError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()
