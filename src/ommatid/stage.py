@@ -29,9 +29,11 @@ STAGES: Mapping[str, Stage] = {
     "train": Stage("sae", Path("data/sae"), ("extract",)),
     "evaluate": Stage("evaluation", Path("data/evaluation"), ("images", "extract", "train")),
     "label": Stage("labels", Path("data/labels"), ("images", "extract", "train", "evaluate")),
-    "catalog": Stage("catalog", Path("data/catalog"), ("images", "train", "evaluate", "label")),
+    "catalog": Stage("catalog", Path("data/catalog"), ("images", "extract", "train", "evaluate", "label")),
 }
 
+TRACKED = ("train", "evaluate", "label")
+"""Stages that say something of one SAE: their numbers go to its MLflow run."""
 QUALITY = Path("data/quality")
 """Folder of the gates' reports, relative to the checkout."""
 
@@ -54,19 +56,35 @@ def run_stage(name: str, params: Params, on_event: Listener) -> Artefact:
     with store.open_draft(stage.place, stage.kind, section.model_dump(mode="json"), inputs) as draft:
         artefact = draft.sealed() or _compute(name, params, inputs, draft, on_event)
         try:
-            _gate(name, artefact, params)
+            reports = _gate(name, artefact, params)
         except GateError:
             draft.discard()
             raise
-        return draft.publish(stage.place)
+        published = draft.publish(stage.place)
+    if name in TRACKED:
+        _track(name, inputs.get("train", published), published, reports)
+    return published
 
 
-def _gate(name: str, artefact: Artefact, params: Params) -> None:
+def _gate(name: str, artefact: Artefact, params: Params) -> list[Path]:
+    """Check the artefact; gives the report's files."""
     report = quality.check(name, artefact, params)
-    _, html_path = quality.write_report(report, QUALITY)
+    json_path, html_path = quality.write_report(report, QUALITY)
     if not report.success:
         failures = "; ".join(f"{check.name}: {check.detail}" for check in report.failures)
         raise GateError(f"{name}: quality gate failed: {failures}; nothing was published; the report is {html_path}")
+    return [json_path, html_path]
+
+
+def _track(name: str, sae: Artefact, artefact: Artefact, reports: list[Path]) -> None:
+    """Numbers and reports go to the MLflow run of the SAE; its training takes along the reports of what came before."""
+    from ommatid import tracking
+
+    if name == "train":
+        before = [QUALITY / f"{earlier}{suffix}" for earlier in ("images", "extract") for suffix in (".json", ".html")]
+        reports = [*(path for path in before if path.exists()), *reports]
+    numbers = {key: float(value) for key, value in artefact.summary.items() if isinstance(value, int | float)}
+    tracking.log_stage(name, sae, reports, numbers)
 
 
 def _compute(name: str, params: Params, inputs: dict[str, Artefact], draft: Draft, on_event: Listener) -> Artefact:
