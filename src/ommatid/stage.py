@@ -1,14 +1,19 @@
 """One stage from end to end: inputs opened, draft computed, gate passed, artefact in place."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ommatid import quality, store
 from ommatid.config import Params, Section
 from ommatid.errors import GateError
 from ommatid.events import Listener
 from ommatid.store import Artefact, Draft
+
+if TYPE_CHECKING:
+    from ommatid.tracking import Run
 
 
 @dataclass(frozen=True)
@@ -54,23 +59,32 @@ def run_stage(name: str, params: Params, on_event: Listener) -> Artefact:
     inputs = {other: open_stage(other) for other in stage.inputs}
     section: Section = getattr(params, name)
     with store.open_draft(stage.place, stage.kind, section.model_dump(mode="json"), inputs) as draft:
-        artefact = draft.sealed() or _compute(name, params, inputs, draft, on_event)
-        try:
-            reports = _gate(name, artefact, params)
-        except GateError:
-            draft.discard()
-            raise
+        with _training_run(name, params, inputs) as run:
+            artefact = draft.sealed() or _compute(name, params, inputs, draft, run.tee(on_event) if run else on_event)
+            reports = _gate(name, artefact, params, draft)
+            if run:
+                run.finish(artefact)
         published = draft.publish(stage.place)
     if name in TRACKED:
         _track(name, inputs.get("train", published), published, reports)
     return published
 
 
-def _gate(name: str, artefact: Artefact, params: Params) -> list[Path]:
-    """Check the artefact; gives the report's files."""
+def _training_run(name: str, params: Params, inputs: dict[str, Artefact]) -> AbstractContextManager["Run | None"]:
+    """The MLflow run that training is recorded in; it fails with the gate."""
+    if name != "train":
+        return nullcontext()
+    from ommatid import tracking
+
+    return tracking.training_run(params, inputs)
+
+
+def _gate(name: str, artefact: Artefact, params: Params, draft: Draft) -> list[Path]:
+    """Check the artefact; gives the report's files. What fails is discarded."""
     report = quality.check(name, artefact, params)
     json_path, html_path = quality.write_report(report, QUALITY)
     if not report.success:
+        draft.discard()
         failures = "; ".join(f"{check.name}: {check.detail}" for check in report.failures)
         raise GateError(f"{name}: quality gate failed: {failures}; nothing was published; the report is {html_path}")
     return [json_path, html_path]
@@ -98,13 +112,9 @@ def _compute(name: str, params: Params, inputs: dict[str, Artefact], draft: Draf
 
             return extract(params.extract, inputs, draft, on_event)
         case "train":
-            from ommatid import tracking
             from ommatid.train import train
 
-            with tracking.training_run(params, inputs) as run:
-                artefact = train(params.train, inputs, draft, run.tee(on_event))
-                run.finish(artefact)
-            return artefact
+            return train(params.train, inputs, draft, on_event)
         case "evaluate":
             from ommatid.evaluate import evaluate
 
