@@ -81,17 +81,20 @@ def query(
 
 @app.command()
 def show(
-    latent: Annotated[int, typer.Argument(help="Index of the latent.")],
-    to: Annotated[Path | None, typer.Option(help="The PNG to write; default data/pictures/latent-<n>.png.")] = None,
+    latent: Annotated[int | None, typer.Argument(help="Index of the latent; without it, the ten best features.")] = None,
+    to: Annotated[Path | None, typer.Option(help="The PNG to write; default data/pictures/latent-<n>.png or best.png.")] = None,
     catalog: CatalogFile = DEFAULT_CATALOG,
 ) -> None:
-    """Write a picture of one feature: examples by decile with heat maps, its label and its numbers."""
+    """Write a picture of a feature: examples by decile with heat maps, its label and its numbers."""
     from ommatid.catalog import Catalog
-    from ommatid.catalog.pictures import draw_feature
+    from ommatid.catalog.pictures import draw_best, draw_feature
 
-    path = to or Path(f"data/pictures/latent-{latent}.png")
+    path = to or Path("data/pictures") / ("best.png" if latent is None else f"latent-{latent}.png")
     with Catalog(catalog) as opened:
-        draw_feature(opened, latent, path)
+        if latent is None:
+            draw_best(opened, path)
+        else:
+            draw_feature(opened, latent, path)
     typer.echo(path)
 
 

@@ -1,0 +1,58 @@
+# Everything a fresh machine needs is behind these. `make demo` and `make test` are the two commands of the README.
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTHON ?= $(firstword $(foreach v,python3 python3.11 python3.12 python3.13,$(shell $(v) -c 'import sys; sys.version_info >= (3, 11) and print("$(v)")' 2>/dev/null)))
+# every tool's telemetry is off; threads that wait don't burn the cores that others need
+export DO_NOT_TRACK := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help demo test lint up constraints clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed; install it, or name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV) with $(PYTHON) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@# uv ignores pip's find-links; bytecode is compiled once, not at every start of every stage
+	@UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## the whole line on 10,000 photographs, through the Prefect flow
+	@python -m flows.pipeline
+	@echo
+	@ommatid query "SELECT latent, label, label_score, ms, ms_floor, density, purity FROM features WHERE label IS NOT NULL AND n_images >= 16 ORDER BY ms DESC LIMIT 10"
+	@echo
+	@echo "look at    file://$(CURDIR)/$$(ommatid show)"
+	@echo "           file://$(CURDIR)/data/quality/evaluate.html"
+	@echo "one latent $(BIN)/ommatid show 123"
+	@echo "ask        $(BIN)/ommatid query \"SELECT ...\""
+	@echo "servers    make up"
+
+test: lint ## the environment, lint, types, contracts and all tests
+	@pytest
+
+lint: $(READY)  ## format, lint, types, import contracts
+	@ruff format --check --quiet .
+	@ruff check --quiet .
+	@pyright --warnings
+	@lint-imports --no-cache | tail -n 8
+
+up: $(READY) ## Prefect server, worker and MLflow; Ctrl-C ends all
+	@python -m flows.serve
+
+constraints: $(READY) ## write down the versions that are installed
+	@{ head -n 1 constraints.txt; $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable | sed 's/+cpu//'; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean: ## remove artefacts; the DVC cache, MLflow and the environment stay
+	@rm -rf data/.work data/images data/activations data/sae data/evaluation data/labels data/catalog data/quality data/pictures
