@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from flows.checkout import end, environment
 from ommatid.config import load_params
@@ -99,6 +100,7 @@ def serve(checkout: Path) -> None:
         services.start("prefect", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect))
         services.start("mlflow", *_mlflow(checkout, mlflow))
         services.wait_for("prefect", f"http://127.0.0.1:{prefect}/api/health")
+        _bury(f"http://127.0.0.1:{prefect}/api")
         services.start("pool", "prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite")
         services.finish("pool")
         services.start("deploy-pipeline", *deploy, "pipeline", "--params", parameters)
@@ -146,6 +148,20 @@ def _free_port(first: int, taken: int | None = None) -> int:
         if port != taken:
             return port
     raise RunError(f"no free port from {first} to {first + 99}")
+
+
+def _bury(api: str) -> None:
+    """Runs that a worker of the last time was killed with still say Running, and hold the place of those to come."""
+    wanted = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}, "deployment_id": {"is_null_": False}}
+    for run in _post(f"{api}/flow_runs/filter", {"flow_runs": wanted}):
+        state = {"type": "CRASHED", "message": "its worker ended; the same run again goes on where it was"}
+        _post(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+
+
+def _post(url: str, body: object) -> Any:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
 
 
 def _answers(url: str) -> bool:

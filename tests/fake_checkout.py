@@ -1,5 +1,6 @@
 """A checkout like a user's, with real git and real DVC, whose stages are three small scripts."""
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -57,13 +58,21 @@ pathlib.Path(os.environ.get("OMMATID_CHECKOUT", ".")).joinpath("ran.log").open("
 
 SOMEBODY = {f"GIT_{role}_{key}": "a@localhost" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
 
-GITIGNORE = "/data/*\n/photos/\n/ran.log\n/.worktrees/\n/.prefect/\n__pycache__/\n"
+GITIGNORE = "/data/*\n/photos/\n/ran.log\n/.worktrees/\n/.prefect/\n/.mlflow/\n__pycache__/\n"
 
 
 def run(root: Path, *command: str) -> str:
     """Run git or DVC in a checkout, as somebody with a name."""
     command = (sys.executable, "-m", *command) if command[0] == "dvc" else command
     return subprocess.run(command, cwd=root, env={**environment(root, root), **SOMEBODY}, check=True, capture_output=True, text=True).stdout
+
+
+def bytes_of(checkout: Path) -> dict[str, str]:
+    """Every file a user would call theirs: its content, and that it is the same file still."""
+    tools = {".git", ".worktrees", ".prefect", ".mlflow", "ran.log"}
+    files = [p for p in checkout.rglob("*") if p.is_file() and p.relative_to(checkout).parts[0] not in tools]
+    files = [p for p in files if p.relative_to(checkout).parts[:2] not in {(".dvc", "cache"), (".dvc", "tmp")} and p.suffix != ".pyc"]
+    return {str(p.relative_to(checkout)): f"{hashlib.sha256(p.read_bytes()).hexdigest()} {p.stat().st_ino}" for p in files}
 
 
 def make_checkout(root: Path) -> Path:

@@ -1,7 +1,6 @@
 """A run works in the checkout, or in a worktree of its own that leaves the checkout as it was, byte for byte."""
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fake_checkout import run
+from fake_checkout import bytes_of, run
 
 from flows.checkout import KEEP_SECONDS, Workplace, differences, name_experiment, open_workplace
 from ommatid.config import Params, load_params
@@ -36,14 +35,6 @@ def run_all(checkout: Path, params: Params, said: list[str] | None = None, flow_
 def ran(checkout: Path) -> list[list[str]]:
     log = checkout / "ran.log"
     return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
-
-
-def bytes_of(checkout: Path) -> dict[str, str]:
-    """Every file a user would call theirs."""
-    ours = {".git", ".worktrees", "ran.log"}
-    files = [p for p in checkout.rglob("*") if p.is_file() and p.relative_to(checkout).parts[0] not in ours]
-    files = [p for p in files if p.relative_to(checkout).parts[:2] not in {(".dvc", "cache"), (".dvc", "tmp")}]
-    return {str(p.relative_to(checkout)): f"{hashlib.sha256(p.read_bytes()).hexdigest()} {p.stat().st_ino}" for p in files}
 
 
 @contextmanager

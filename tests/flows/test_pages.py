@@ -1,0 +1,62 @@
+"""What a run shows: tables from the gates' reports, progress from the stages' lines, champion beside challenger."""
+
+import json
+from pathlib import Path
+
+from flows import pages
+from ommatid.champion import Decision, Scores
+from ommatid.config import RetrainParams
+
+
+def report(root: Path, stage: str, success: bool = True) -> None:
+    checks = [
+        {
+            "name": "rows | any",
+            "reason": "an empty set trains nothing",
+            "success": success,
+            "observed": "0",
+            "detail": "" if success else "no\nrows",
+        }
+    ]
+    (root / "data/quality").mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"success": success, "summary": {"fvu": 0.123456, "n": 5}, "checks": checks})
+    (root / f"data/quality/{stage}.json").write_text(text)
+
+
+def test_a_line_of_progress_is_a_share() -> None:
+    assert pages.progress_in("extract images: 2048 of 8192") == ("extract images", 25.0)
+    assert pages.progress_in("evaluate images, first pass: 3 of 3") == ("evaluate images, first pass", 100.0)
+    for line in ("2 of 3", "step 4: fvu 0.5", "x: 1 of 0", "x: one of two", ""):
+        assert pages.progress_in(line) is None
+
+
+def test_a_report_becomes_a_table_whose_cells_stay_cells(tmp_path: Path) -> None:
+    assert pages.quality(tmp_path, "images") is None
+    report(tmp_path, "images")
+    assert "| passed | rows \\| any | 0 | an empty set trains nothing |" in str(pages.quality(tmp_path, "images"))
+    report(tmp_path, "images", success=False)
+    table = str(pages.quality(tmp_path, "images"))
+    assert table.startswith("# images: **failed**") and "| **failed** | rows \\| any | 0 | no rows |" in table
+
+
+def test_the_headline_has_evaluation_and_labels(tmp_path: Path) -> None:
+    assert pages.headline(tmp_path) is None
+    report(tmp_path, "evaluate")
+    report(tmp_path, "label")
+    table = str(pages.headline(tmp_path))
+    assert "# evaluate" in table and "# label" in table and "| `fvu` | 0.1235 |" in table
+
+
+def test_no_catalogue_no_picture(tmp_path: Path) -> None:
+    assert pages.features(tmp_path) is None
+
+
+def test_a_decision_shows_both_sides() -> None:
+    scores = Scores(sae="b", digest="b", fvu=0.3, l0=32.0, dead=0.1, ms=0.45, ms_floor=0.35)
+    margins = RetrainParams(min_ms_gain=0.005, max_fvu_loss=0.01, max_dead_rise=0.02)
+    decision = Decision.model_validate(
+        {"decision": "champion", "reason": "there was no champion", "decided_at": "2026-01-01T00:00:00Z", "challenger": scores}
+        | {"champion": None, "margins": margins, "catalog": "c", "run": {}}
+    )
+    page = pages.decision(decision)
+    assert page.startswith("# champion: there was no champion") and "| ms |  | 0.4500 |" in page

@@ -1,0 +1,93 @@
+"""`make up`, end to end: servers, worker and deployments start; "Run" with an override becomes an experiment; Ctrl-C ends all."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from fake_checkout import REPOSITORY, bytes_of, run
+
+PATIENCE = 150
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def call(url: str, body: object = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"}), timeout=30) as answer:
+        return json.load(answer)
+
+
+def run_deployment(api: str, overrides: dict[str, Any]) -> str:
+    """Press Run as the UI does: all of the prefilled parameters, some changed."""
+    deployment = call(f"{api}/deployments/name/pipeline/pipeline")
+    parameters = deployment["parameters"]
+    parameters["params"]["train"].update(overrides)
+    return call(f"{api}/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})["id"]
+
+
+def finished(api: str, flow_run: str) -> dict[str, Any]:
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        found = call(f"{api}/flow_runs/{flow_run}")
+        if found["state_type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}:
+            return found
+        time.sleep(0.5)
+    pytest.fail(f"the run did not end in {PATIENCE} s")
+
+
+@pytest.mark.timeout(2 * PATIENCE + 60)
+def test_run_in_the_ui_with_an_override(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("flows", "infra"):
+        shutil.copytree(REPOSITORY / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    run(checkout, "git", "add", "-A")
+    run(checkout, "git", "commit", "-qm", "Flows")
+    for key in [key for key in os.environ if key.startswith("PREFECT_")]:
+        monkeypatch.delenv(key)
+    port = free_port()
+    api = f"http://127.0.0.1:{port}/api"
+    env = {**os.environ, "PREFECT_SERVER_API_PORT": str(port), "MLFLOW_PORT": str(free_port())}
+    before, status = bytes_of(checkout), run(checkout, "git", "status", "--porcelain")
+    up = subprocess.Popen([sys.executable, "-m", "flows.serve"], cwd=checkout, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        assert up.stdout
+        said = [up.stdout.readline() for _ in range(3)]
+        assert said[0] == f"Prefect  http://127.0.0.1:{port}/deployments\n" and said[1].startswith("MLflow   http://127.0.0.1:"), said
+
+        with pytest.raises(urllib.error.HTTPError, match="409") as refused:
+            run_deployment(api, {"k": "many"})
+        assert "is not of type 'integer'" in refused.value.read().decode()
+        refused.value.close()
+
+        ended = finished(api, run_deployment(api, {"k": 16}))
+        assert ended["state_type"] == "COMPLETED", ended["state"]
+        name = ended["name"]
+        assert name.startswith("train-k-16-") and f"experiment:{name}" in ended["tags"]
+        assert name in run(checkout, "dvc", "exp", "list", "--name-only").split()
+        ran = [line.split() for line in (checkout / "ran.log").read_text().splitlines()]
+        assert ran == [["train", name, ended["id"]], ["evaluate", name, ended["id"]]]
+        assert bytes_of(checkout) == before and run(checkout, "git", "status", "--porcelain") == status
+        shown = call(f"{api}/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [ended["id"]]}}})
+        assert {"quality-images", "quality-train", "progress-train", "metrics"} <= {artifact["key"] for artifact in shown}
+    finally:
+        family = psutil.Process(up.pid).children(recursive=True)
+        up.send_signal(signal.SIGINT)
+        up.wait(60)
+        up.stdout.close() if up.stdout else None
+    assert len(family) >= 4
+    _, alive = psutil.wait_procs(family, 10)
+    assert not alive
