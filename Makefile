@@ -11,6 +11,7 @@ PYTHON ?= $(firstword $(foreach v,python3 python3.11 python3.12 python3.13,$(she
 export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
+export OMP_WAIT_POLICY := PASSIVE
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help demo test lint up constraints clean
@@ -55,4 +56,5 @@ constraints: $(READY) ## write down the versions that are installed
 	@mv constraints.new constraints.txt
 
 clean: ## remove artefacts; the DVC cache, MLflow and the environment stay
+	@rm -rf .worktrees && git worktree prune
 	@rm -rf data/.work data/images data/activations data/sae data/evaluation data/labels data/catalog data/quality data/pictures

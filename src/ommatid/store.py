@@ -1,5 +1,6 @@
 """Artefacts: directories of Parquet parts and a manifest, written aside as drafts and renamed into place whole."""
 
+import errno
 import functools
 import hashlib
 import json
@@ -173,10 +174,16 @@ class Draft:
         try:
             yield aside
             _sync(aside)
-        except BaseException:
+        except BaseException as error:
             aside.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ArtefactError(self._full(path)) from error
             raise
         os.replace(aside, path)
+
+    def _full(self, path: Path) -> str:
+        free = shutil.disk_usage(self.path).free
+        return f"{path}: the disk is full ({free / 1e6:.0f} MB free); make room and run the stage again: what is finished is kept"
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file, whole or not at all."""

@@ -115,7 +115,7 @@ def _backward(weights: Weights, active: Active, centred: Tensor, grad_x_hat: Ten
     weights.b_dec.grad = grad_x_hat.sum(0) - weights.b_enc.grad @ weights.W_enc
 
 
-def _sampled_product(grad_bd: Tensor, directions_sd: Tensor, active: Active, chunk: int = 8192) -> Tensor:
+def _sampled_product(grad_bd: Tensor, directions_sd: Tensor, active: Active, chunk: int = 2048) -> Tensor:
     """grad·direction at the active entries only, (n,)."""
     pieces = zip(active.rows.split(chunk), active.latents.split(chunk), strict=True)
     return torch.cat([torch.linalg.vecdot(grad_bd[rows], directions_sd[latents]) for rows, latents in pieces])
