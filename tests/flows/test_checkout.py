@@ -71,10 +71,10 @@ def test_an_override_is_an_experiment_that_leaves_the_checkout_as_it_was(checkou
     (checkout / "photos/two.jpg").write_text("two")
     before, status = bytes_of(checkout), run(checkout, "git", "status", "--porcelain", "--ignored")
 
-    name = run_all(checkout, params_of(checkout, "train.k=16"))
-    assert name is not None and name.startswith("train-k-16-")
+    name = run_all(checkout, params_of(checkout, "train.k=12"))
+    assert name is not None and name.startswith("train-k-12-")
     assert ran(checkout) == [[stage, name, "run-1"] for stage in ("images", "train", "evaluate")]
-    assert run_all(checkout, params_of(checkout, "train.k=16")) == name
+    assert run_all(checkout, params_of(checkout, "train.k=12")) == name
     assert len(ran(checkout)) == 3  # the second run took everything from the cache
     assert bytes_of(checkout) == before
     assert run(checkout, "git", "status", "--porcelain", "--ignored").replace("!! .worktrees/\n", "").replace("!! ran.log\n", "") == status
@@ -82,13 +82,13 @@ def test_an_override_is_an_experiment_that_leaves_the_checkout_as_it_was(checkou
     assert run(checkout, "git", "worktree", "list").count("\n") == 1
 
     (shown,) = [revision for revision in experiments(checkout) if revision["name"] == name]
-    assert shown["data"]["params"]["params.yaml"]["data"]["train"]["k"] == 16
+    assert shown["data"]["params"]["params.yaml"]["data"]["train"]["k"] == 12
     assert shown["data"]["metrics"]["data/quality/evaluate.json"]["data"]["summary"]["fvu"] == pytest.approx(0.484)
 
     run(checkout, "dvc", "exp", "apply", name)
-    assert params_of(checkout) == params_of(checkout, "train.k=16", "train.seed=5")
+    assert params_of(checkout) == params_of(checkout, "train.k=12", "train.seed=5")
     assert params.read_text().startswith("# Every value of Ommatid.")  # comments survive
-    assert json.loads((checkout / "data/sae/out.json").read_text())[0]["k"] == 16
+    assert json.loads((checkout / "data/sae/out.json").read_text())[0]["k"] == 12
     assert json.loads((checkout / "data/images/out.json").read_text())[1] == ["one.jpg", "two.jpg"]
     assert (checkout / "src/train.py").read_text() == "not_committed = True\n"
     assert sorted(p.name for p in (checkout / "photos").iterdir()) == ["one.jpg", "two.jpg"] and not (checkout / "photos").is_symlink()
@@ -108,7 +108,7 @@ def test_images_under_dvc_add_reach_an_experiment(checkout: Path) -> None:
     run(checkout, "git", "commit", "-qm", "Photos")
     before = bytes_of(checkout)
     said: list[str] = []
-    run_all(checkout, params_of(checkout, "train.k=16"), said)
+    run_all(checkout, params_of(checkout, "train.k=12"), said)
     assert "'photos.dvc' didn't change, skipping" in said
     assert bytes_of(checkout) == before
     assert [line[0] for line in ran(checkout)] == ["train", "evaluate"]
@@ -206,7 +206,7 @@ def test_files_that_git_does_not_know_are_warned_of(checkout: Path) -> None:
 
 def test_an_experiment_is_named_for_its_first_overrides(checkout: Path) -> None:
     old = params_of(checkout)
-    new = params_of(checkout, "train.k=16", "train.lr=0.001", "images.source={kind: parquet, path: x.parquet}")
+    new = params_of(checkout, "train.k=12", "train.lr=0.001", "images.source={kind: parquet, path: x.parquet}")
     assert name_experiment(differences(old, new), "seed").startswith("source-kind-parquet-source-path-x-parquet-and-4-more-")
     assert name_experiment(differences(old, params_of(checkout, "train.lr=0.001")), "a").startswith("train-lr-0-001-")
 

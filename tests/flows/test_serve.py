@@ -73,10 +73,10 @@ def test_run_in_the_ui_with_an_override(checkout: Path, monkeypatch: pytest.Monk
         assert "is not of type 'integer'" in refused.value.read().decode()
         refused.value.close()
 
-        ended = finished(api, run_deployment(api, {"k": 16}))
+        ended = finished(api, run_deployment(api, {"k": 12}))
         assert ended["state_type"] == "COMPLETED", ended["state"]
         name = ended["name"]
-        assert name.startswith("train-k-16-") and f"experiment:{name}" in ended["tags"]
+        assert name.startswith("train-k-12-") and f"experiment:{name}" in ended["tags"]
         assert name in run(checkout, "dvc", "exp", "list", "--name-only").split()
         ran = [line.split() for line in (checkout / "ran.log").read_text().splitlines()]
         assert ran == [["train", name, ended["id"]], ["evaluate", name, ended["id"]]]

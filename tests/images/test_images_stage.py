@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from ommatid import store
+from ommatid.errors import ArtefactError
 from ommatid.images import collection, make_images, stage
 from ommatid.images.collection import split_of
 from ommatid.images.source import spread
@@ -257,7 +258,7 @@ def test_a_full_disk_leaves_nothing_that_looks_whole_and_the_next_run_continues(
         write(table, path, **options)
 
     monkeypatch.setattr(pq, "write_table", full)
-    with drafting(tmp_path / "full", chosen) as draft, pytest.raises(OSError, match="No space left"):
+    with drafting(tmp_path / "full", chosen) as draft, pytest.raises(ArtefactError, match="the disk is full"):
         make_images(chosen, {}, draft)
     assert draft.sealed() is None
     assert not list(draft.path.rglob("*.tmp"))
