@@ -14,7 +14,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export OMP_WAIT_POLICY := PASSIVE
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint up constraints clean
+.PHONY: help demo test lint up docs bench constraints clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
@@ -50,6 +50,12 @@ lint: $(READY)  ## format, lint, types, import contracts
 
 up: $(READY) ## Prefect server, worker and MLflow; Ctrl-C ends all
 	@python -m flows.serve
+
+docs: $(READY) ## pages that are made from code
+	@python docs/make_artefacts.py
+
+bench: $(READY) ## seconds and memory of every stage
+	@python benchmarks/stages.py 10000
 
 constraints: $(READY) ## write down the versions that are installed
 	@{ head -n 1 constraints.txt; $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable | sed 's/+cpu//'; } > constraints.new

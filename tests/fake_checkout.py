@@ -1,6 +1,7 @@
 """A checkout like a user's, with real git and real DVC, whose stages are three small scripts."""
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -86,7 +87,7 @@ def make_checkout(root: Path) -> Path:
     (root / ".gitignore").write_text(GITIGNORE)
     params = (REPOSITORY / "params.yaml").read_text().replace("{kind: cifar10, path: data/cifar10.json}", "{kind: folder, path: photos}")
     assert "path: photos}   #" in params
-    (root / "params.yaml").write_text(params)
+    (root / "params.yaml").write_text(re.sub(r"^  k: \d+", "  k: 32", params, flags=re.MULTILINE))  # whatever the default is
     shutil.copytree(REPOSITORY / ".dvc", root / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
     shutil.copyfile(REPOSITORY / ".dvcignore", root / ".dvcignore")
     run(root, "git", "init", "-q", "-b", "main")

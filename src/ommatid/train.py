@@ -31,7 +31,8 @@ def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_
     activations = inputs["extract"]
     plan = make_plan(params, activations.rows("train"))
     checkpoint = draft.scratch / CHECKPOINT
-    state = State.load(checkpoint, "cpu") if checkpoint.exists() else make_state(params, load_sample(activations, SAMPLE))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    state = State.load(checkpoint, device) if checkpoint.exists() else make_state(params, load_sample(activations, SAMPLE).to(device))
 
     def save(state: State) -> None:
         with draft.write_file(f"{draft.scratch.name}/{CHECKPOINT}") as path:

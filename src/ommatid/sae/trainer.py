@@ -176,7 +176,7 @@ class Trainer:
 
     def _step(self, x_raw: Tensor) -> None:
         state, params = self.state, self.params
-        x = x_raw.float() * float(state.scale)
+        x = x_raw.to(state.idle.device).float() * float(state.scale)
         is_dead = state.idle >= self.plan.dead_after
         step = compute_step(state.weights, x, params.k, FLOOR_FACTOR * float(state.floor), is_dead, params.aux_coefficient)
         if not math.isfinite(step.loss):

@@ -1,0 +1,67 @@
+"""Writes docs/artefacts.md from the schemas; `make docs` runs it, and a test fails when the page is behind."""
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from ommatid import schemas
+
+PAGE = Path(__file__).with_name("artefacts.md")
+
+HEAD = """# Artefacts
+
+Every stage makes one artefact: a directory `data/<artefact>` with `manifest.json` and Parquet tables. A table is one file,
+`<table>.parquet`, or parts, `<table>-00000.parquet ...`. Nothing is ever pickled.
+
+- **Whole or not there.** A stage writes into `data/.work/<artefact>-<key>`, keyed by params, inputs and code; files are written
+  aside, synced and renamed; the manifest comes last, the gate is passed, and the directory is moved into place. A run that was
+  killed goes on from what it finds there.
+- **Opening** checks manifest, files and sizes and names all damage at once; `Artefact.verify()` also compares checksums.
+- **manifest.json**: kind, schema_version, params (the stage's section), inputs (sha256 of each input's manifest), files (name,
+  bytes, sha256, rows), versions (code and libraries), summary (what the gate and later stages read).
+
+| artefact | stage | holds |
+|---|---|---|
+| `data/images` | images | tables `images`, `rejected` |
+| `data/activations` | extract | tables `train` (rows shuffled), `eval` (in image order), `embeddings` |
+| `data/sae` | train | `sae.safetensors`, `cfg.json`, table `curves` |
+| `data/evaluation` | evaluate | tables `latents`, `examples`, `firings`, `comparisons` |
+| `data/labels` | label | table `labels` |
+| `data/catalog` | catalog | `catalog.duckdb`, made from the others |
+
+`sae.safetensors` (float32): `W_enc` (d_model, d_sae), `b_enc` (d_sae,), `W_dec` (d_sae, d_model) with unit rows, `b_dec` (d_model,),
+`threshold` (). `pre_acts = (x - b_dec) W_enc + b_enc`, `acts = pre_acts where pre_acts > threshold else 0`,
+`x_hat = acts W_dec + b_dec`, for x as the model gives it: the scale of training is folded in.
+"""
+
+TABLES = {
+    "images": ("images", schemas.IMAGES),
+    "rejected": ("images", schemas.REJECTED),
+    "train, eval": ("activations", schemas.activations(320, {})),
+    "embeddings": ("activations", schemas.embeddings(384, 1280)),
+    "curves": ("sae", schemas.CURVES),
+    "latents": ("evaluation", schemas.LATENTS),
+    "examples": ("evaluation", schemas.EXAMPLES),
+    "firings": ("evaluation", schemas.FIRINGS),
+    "comparisons": ("evaluation", schemas.COMPARISONS),
+    "labels": ("labels", schemas.LABELS),
+}
+
+
+def make_page() -> str:
+    """The whole page."""
+    return HEAD + "".join(_section(name, *table) for name, table in TABLES.items())
+
+
+def _section(name: str, artefact: str, schema: pa.Schema) -> str:
+    rows = [f"| {f.name} | {_type(f.type)} | {f.metadata[b'meaning'].decode()} |" for f in schema]
+    return f"\n## {name} ({artefact})\n\n| column | type | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def _type(type_: pa.DataType) -> str:
+    fixed = {640: "fixed binary, 2 d_model bytes", 1536: "fixed binary, 4 d_joint bytes", 5120: "fixed binary, 4 d_judge bytes"}
+    return fixed[type_.byte_width] if pa.types.is_fixed_size_binary(type_) else str(type_)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(make_page(), encoding="utf-8")
