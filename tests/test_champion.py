@@ -154,7 +154,7 @@ def test_readers_keep_the_catalogue_they_opened(checkout: Path, monkeypatch: pyt
     assert "second" in published()
 
 
-@pytest.mark.parametrize("dies_in", ["_append", "_publish_catalog", "_sync", "settle"])
+@pytest.mark.parametrize("dies_in", ["_append", "_publish_catalog", "sync", "settle"])
 def test_a_run_that_dies_between_decision_and_publication_is_finished_by_the_next(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, dies_in: str
 ) -> None:

@@ -79,7 +79,7 @@ def test_each_stage_survives_a_full_disk_and_a_kill_and_then_works(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_sync", full)
+        patch.setattr(store, "sync", full)
         assert run(stage) == 1
     assert "the disk is full" in capsys.readouterr().err
     assert not place.exists()

@@ -23,7 +23,7 @@ from ommatid import store
 from ommatid.config import EvaluateParams, Params, RetrainParams
 from ommatid.events import Listener, ignore
 from ommatid.stage import open_stage
-from ommatid.store import Artefact
+from ommatid.store import Artefact, sync
 
 PUBLISHED = Path("data/published")
 CATALOG = PUBLISHED / "catalog.duckdb"
@@ -225,9 +225,9 @@ def _keep(decision: Decision) -> None:
     shutil.copytree(open_stage("train").path, aside / "sae")
     shutil.copyfile(open_stage("catalog").path / CATALOG.name, aside / CATALOG.name)
     for path in [*aside.rglob("*"), aside]:
-        _sync(path)
+        sync(path)
     os.rename(aside, place)
-    _sync(CHAMPIONS)
+    sync(CHAMPIONS)
 
 
 def _append(decision: Decision) -> None:
@@ -238,7 +238,7 @@ def _append(decision: Decision) -> None:
         file.write(decision.model_dump_json().encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
-    _sync(PUBLISHED)
+    sync(PUBLISHED)
 
 
 def _is_settled() -> bool:
@@ -252,10 +252,10 @@ def _publish_catalog(champion: Decision) -> None:
     aside = CATALOG.with_suffix(".new")
     shutil.copyfile(_folder(champion) / CATALOG.name, aside)
     write_runs(aside, [_row(decision) for decision in read_decisions()])
-    _sync(aside)
+    sync(aside)
     os.replace(aside, CATALOG)
     SETTLED.write_text(str(DECISIONS.stat().st_size))
-    _sync(PUBLISHED)
+    sync(PUBLISHED)
 
 
 def _row(decision: Decision) -> dict[str, Any]:
@@ -268,11 +268,3 @@ def _run_of(catalog: Artefact) -> dict[str, Any]:
     with Catalog(catalog.path / CATALOG.name) as opened:
         (row,) = opened.ask("FROM runs").dicts()
     return row
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -173,7 +173,7 @@ class Draft:
         aside = path.with_name(path.name + ".tmp")
         try:
             yield aside
-            _sync(aside)
+            sync(aside)
         except BaseException as error:
             aside.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -201,7 +201,7 @@ class Draft:
         files = tuple(_describe(path) for path in sorted(self.path.iterdir()) if path.name != MANIFEST)
         manifest = Manifest(self.kind, SCHEMA_VERSION, self._params, self._inputs, files, _versions(), dict(summary))
         self.write_json(MANIFEST, asdict(manifest))
-        _sync(self.path)
+        sync(self.path)
         return open_artefact(self.path, self.kind)
 
     def discard(self) -> None:
@@ -217,7 +217,7 @@ class Draft:
         if place.exists():
             os.rename(place, old)
         os.rename(self.path, place)
-        _sync(place.parent)
+        sync(place.parent)
         if old.exists():
             shutil.rmtree(old)
         return open_artefact(place, self.kind)
@@ -290,7 +290,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
