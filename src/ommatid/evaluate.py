@@ -198,26 +198,35 @@ class _Embeddings:
 
 
 class _Firings:
-    """Writes image-level firings as they come, in parts."""
+    """Writes image-level firings as they come, in parts.
+
+    They wait in arrays made once: small arrays that live on between the large short-lived ones of every step leave holes in the
+    heap that nothing fits, and memory grew by 2 GB over 18,000 images.
+    """
 
     def __init__(self, draft: Draft, sae: str) -> None:
         self._draft = draft
         self._sae = sae
-        self._waiting: list[pa.Table] = []
+        self._waiting = {name: np.empty(FIRINGS_PER_PART, type_) for name, type_ in (("image", "i4"), ("latent", "i4"), ("act", "f4"))}
         self._n_waiting = 0
         self._n_parts = 0
 
     def add(self, numbers: Tensor, acts: Tensor) -> None:
+        """Image numbers (images,) and their image-level activations (images, d_sae)."""
         rows, latents = (acts > 0).nonzero(as_tuple=True)
-        columns = {"image": numbers[rows].int().numpy(), "latent": latents.int().numpy(), "act": acts[rows, latents].numpy()}
-        names = pa.array(np.full(len(rows), self._sae, dtype=object), pa.string())
-        self._waiting.append(pa.table({"sae": names, **columns}, schema=schemas.FIRINGS))
-        self._n_waiting += len(rows)
-        if self._n_waiting >= FIRINGS_PER_PART:
-            self._flush()
+        new = {"image": numbers[rows].numpy(), "latent": latents.numpy(), "act": acts[rows, latents].numpy()}
+        start = 0
+        while start < len(rows):
+            n = min(len(rows) - start, FIRINGS_PER_PART - self._n_waiting)
+            for name, column in self._waiting.items():
+                column[self._n_waiting : self._n_waiting + n] = new[name][start : start + n]
+            start, self._n_waiting = start + n, self._n_waiting + n
+            if self._n_waiting == FIRINGS_PER_PART:
+                self._flush()
 
     def close(self) -> None:
-        if self._waiting or not self._n_parts:
+        """Write what still waits."""
+        if self._n_waiting or not self._n_parts:
             self._flush()
 
     def files(self) -> list[str]:
@@ -225,9 +234,11 @@ class _Firings:
         return [str(self._draft.path / part_name("firings", i)) for i in range(self._n_parts)]
 
     def _flush(self) -> None:
-        table = pa.concat_tables(self._waiting) if self._waiting else schemas.FIRINGS.empty_table()
+        n = self._n_waiting
+        names = pa.array(np.full(n, self._sae, dtype=object), pa.string())
+        table = pa.table({"sae": names, **{name: column[:n] for name, column in self._waiting.items()}}, schema=schemas.FIRINGS)
         self._draft.write_table(part_name("firings", self._n_parts), table, compression="zstd")
-        self._waiting, self._n_waiting, self._n_parts = [], 0, self._n_parts + 1
+        self._n_waiting, self._n_parts = 0, self._n_parts + 1
 
 
 _EXAMPLES_SQL = """
