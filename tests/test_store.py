@@ -1,8 +1,12 @@
 """Proves that an artefact is whole or not there: drafts, damage, locks, writers that die."""
 
+import errno
 import json
+import os
+import pickle
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -82,7 +86,7 @@ def test_missing_unfinished_other_kind_and_newer_version(tmp_path: Path) -> None
 def test_publishing_replaces_the_old(tmp_path: Path) -> None:
     write(tmp_path / "images", n=10)
     assert write(tmp_path / "images", n=20, params={"a": 2}).rows("images") == 60
-    assert [p.name for p in (tmp_path / ".work").iterdir()] == ["images.lock"]
+    assert sorted(p.name for p in (tmp_path / ".work").iterdir()) == ["images.lock", "images.published"]
 
 
 def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,8 +117,215 @@ def test_a_draft_goes_on_after_kill_and_others_are_dropped(tmp_path: Path) -> No
         assert len(list((tmp_path / ".work").glob("images-*"))) == 1
 
 
-def test_two_writers_of_one_artefact(tmp_path: Path) -> None:
-    with open_draft(tmp_path / "images", "images", {}, {}):
-        code = "from ommatid.store import *\nfrom pathlib import Path\nwith open_draft(Path('images'), 'images', {}, {}): pass"
-        other = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert "ArtefactError: images: another process is making it now" in other.stderr
+MAKE = """
+import sys, time
+from pathlib import Path
+import pyarrow as pa
+from ommatid.store import open_draft
+with open_draft(Path("images"), "images", {"a": int(sys.argv[1])}, {}, on_wait=lambda line: print(line, flush=True)) as draft:
+    if draft.published:
+        print("taken", draft.published.rows("images"))
+    else:
+        print("making", flush=True)
+        sys.stdin.readline()
+        draft.write_table("images-00000.parquet", pa.table({"x": [1, 2]}))
+        draft.seal({})
+        draft.publish(Path("images"))
+        print("made")
+"""
+
+
+def start(folder: Path, a: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", MAKE, str(a)]
+    return subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize(("second", "end"), [(1, "taken 2"), (2, "making\nmade")])
+def test_two_runs_at_once(tmp_path: Path, second: int, end: str) -> None:
+    """The second waits; it takes what the first published if it is the same, and makes its own if not."""
+    with start(tmp_path, 1) as first:
+        assert line(first) == "making"
+        with start(tmp_path, second) as other:
+            assert line(other) == "waiting for another process that makes images"
+            assert first.communicate("\n")[0].strip() == "made"
+            assert other.communicate("\n")[0].strip() == end
+    assert open_artefact(tmp_path / "images", "images").manifest.params == {"a": second}
+
+
+def test_a_run_that_waited_for_one_that_was_killed_goes_on(tmp_path: Path) -> None:
+    with start(tmp_path, 1) as first:
+        assert line(first) == "making"
+        with start(tmp_path, 1) as other:
+            assert line(other) == "waiting for another process that makes images"
+            first.kill()
+            assert other.communicate("\n")[0].strip() == "making\nmade"
+
+
+def write_with_children(place: Path) -> store.Artefact:
+    with open_draft(place, "extraction", {"a": 1}, {}) as draft:
+        shared = draft.write_table("one/embeddings-00000.parquet", pa.table({"x": [0, 1]}))
+        for name in ("one", "two"):
+            train = draft.write_table(f"{name}/train-00000.parquet", pa.table({"x": [1, 2, 3]}))
+            if name == "two":
+                assert draft.share("one/embeddings-00000.parquet", "two/embeddings-00000.parquet").sha256 == shared.sha256
+            child = draft.child(name, "activations")
+            assert child.scratch == draft.scratch
+            assert child.describe("train-00000.parquet") == replace(train, name="train-00000.parquet")
+            child.seal({"name": name})
+        draft.write_table("plan.parquet", pa.table({"shard": [0]}))
+        draft.seal({})
+        return draft.publish(place)
+
+
+def test_children_are_whole_artefacts(tmp_path: Path) -> None:
+    top = write_with_children(tmp_path / "activations")
+    assert top.children == ["one", "two"]
+    assert [file.name for file in top.manifest.files] == ["one/manifest.json", "plan.parquet", "two/manifest.json"]
+    top.verify()
+    for name in top.children:
+        child = top.child(name, "activations")
+        assert child.summary == {"name": name}
+        assert child.tables == ["embeddings", "train"]
+        assert child.manifest.params == {"a": 1}
+        assert open_artefact(top.path / name, "activations").digest == child.digest
+    with pytest.raises(ArtefactError, match=r"activations: has no 'three' inside; it has one, two"):
+        top.child("three", "activations")
+
+
+def test_a_shared_file_is_on_the_disk_once(tmp_path: Path) -> None:
+    top = write_with_children(tmp_path / "activations")
+    one, two = (top.path / name / "embeddings-00000.parquet" for name in top.children)
+    assert one.samefile(two)
+    assert not list(top.path.rglob("*.tmp"))
+
+
+def test_sharing_twice_is_sharing_once_and_copies_where_links_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_draft(tmp_path / "activations", "extraction", {}, {}) as draft:
+        draft.write_json("one/a.json", 1)
+        for _ in range(2):
+            draft.share("one/a.json", "two/a.json")
+        assert (draft.path / "one/a.json").samefile(draft.path / "two/a.json")
+
+        def no_links(*args: object) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", no_links)
+        draft.share("one/a.json", "two/a.json")
+        assert not (draft.path / "one/a.json").samefile(draft.path / "two/a.json")
+        assert [p.name for p in (draft.path / "two").iterdir()] == ["a.json"]
+
+
+def test_damage_of_children(tmp_path: Path) -> None:
+    top = write_with_children(tmp_path / "activations")
+    train = top.path / "two" / "train-00000.parquet"
+    content = train.read_bytes()
+    train.write_bytes(content[:20] + bytes([content[20] ^ 1]) + content[21:])
+    with pytest.raises(ArtefactError, match=r"two/train-00000.parquet: checksum differs"):
+        top.verify()
+    train.unlink()
+    with pytest.raises(ArtefactError, match=r"two/train-00000.parquet: missing"):
+        top.verify()
+    manifest = top.path / "one" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(values))
+    with pytest.raises(ArtefactError, match=r"one/manifest.json: \d+ bytes, the manifest says"):
+        open_artefact(top.path, "extraction")
+    manifest.unlink()
+    with pytest.raises(ArtefactError, match=r"one/manifest.json: missing"):
+        open_artefact(top.path, "extraction")
+
+
+def test_a_child_that_was_replaced_or_is_of_a_newer_version(tmp_path: Path) -> None:
+    top = write_with_children(tmp_path / "activations")
+    manifest = top.path / "one" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"name": "one"', '"name": "two"'))
+    with pytest.raises(ArtefactError, match=r"one/manifest.json: checksum differs"):
+        top.child("one", "activations")
+    newer = json.loads(manifest.read_text()) | {"schema_version": 99, "unheard_of": 1}
+    manifest.write_text(json.dumps(newer))
+    with pytest.raises(ArtefactError, match=r"one: written with schema version 99, this code reads \d+; run the stage again"):
+        top.child("one", "activations")
+
+
+def test_what_workers_described_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_draft(tmp_path / "images", "images", {}, {}) as draft:
+        worker = pickle.loads(pickle.dumps(store.Draft.attach(draft.url)))
+        files = [worker.write_table(part_name("images", i), pa.table({"x": [i]})) for i in range(3)]
+        worker.write_json("receipts/0.json", [asdict(file) for file in files])
+        assert draft.names("receipts") == ["receipts/0.json"]
+        given = [store.File(**values) for values in draft.read_json("receipts/0.json")]
+        draft.write_json("cfg.json", 1)
+        read: list[str] = []
+        monkeypatch.setattr(store, "_sha256", lambda path: read.append(path.name) or "0")
+        made = draft.seal({}, given)
+        monkeypatch.undo()
+        assert [name for name in read if name.endswith(".parquet")] == []
+        assert [file.name for file in made.manifest.files] == ["cfg.json", *(file.name for file in given)]
+        published = draft.publish(tmp_path / "images")
+    published.verify()
+    assert not (published.path / "receipts").exists()
+
+
+def test_a_description_of_what_is_not_there(tmp_path: Path) -> None:
+    with open_draft(tmp_path / "images", "images", {}, {}) as draft:
+        file = draft.write_table("images-00000.parquet", pa.table({"x": [1]}))
+        with pytest.raises(ArtefactError, match=r"images-00001.parquet: missing; images-00000.parquet: \d+ bytes, the manifest says 7"):
+            draft.seal({}, [replace(file, bytes=7), replace(file, name="images-00001.parquet")])
+
+
+def test_workers_need_a_draft(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="there is no draft here to write to"):
+        store.Draft.attach(str(tmp_path / "none"))
+
+
+WRITE = """
+import sys, time
+from ommatid.store import Draft
+draft = Draft.attach(sys.argv[1])
+print("ready", flush=True)
+for i in range(200):
+    draft.write_json("shard.json", list(range(2000)))
+"""
+
+
+def test_two_workers_that_write_the_same_file(tmp_path: Path) -> None:
+    with open_draft(tmp_path / "images", "images", {}, {}) as draft:
+        command = [sys.executable, "-c", WRITE, draft.url]
+        workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        assert [line(worker) for worker in workers] == ["ready", "ready"]
+        while any(worker.poll() is None for worker in workers):
+            if draft.has("shard.json"):
+                assert draft.read_json("shard.json") == list(range(2000))
+        assert [worker.wait() for worker in workers] == [0, 0]
+        for worker in workers:
+            assert worker.stdout
+            worker.stdout.close()
+        assert draft.names() == ["shard.json"]
+
+
+@pytest.mark.parametrize(("code", "word"), [(errno.EROFS, "read-only file system"), (errno.EACCES, "permission denied")])
+def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, word: str) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with open_draft(tmp_path / "images", "images", {}, {}) as draft:
+        monkeypatch.setattr(store.pq, "write_table", refuse)
+        with pytest.raises(ArtefactError, match=rf"images-00000.parquet: cannot be written \({word}\); make .* writable for this user"):
+            draft.write_table("images-00000.parquet", pa.table({"x": [1]}))
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(ArtefactError, match=word), open_draft(tmp_path / "other" / "images", "images", {}, {}):
+        pass
+
+
+def test_a_million_files_a_line_each() -> None:
+    files = tuple(store.File(part_name("train", i), i, f"{i:064x}", None if i % 2 else i) for i in range(1000))
+    manifest = store.Manifest("sae", store.SCHEMA_VERSION, {"a": [1]}, {}, files, {}, {"n": None})
+    text = manifest.to_json()
+    assert text.count(b"\n") < 1020
+    assert store.Manifest.from_json(text) == manifest
+    assert store.Manifest.from_json(replace(manifest, files=()).to_json()).files == ()

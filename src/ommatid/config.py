@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +17,13 @@ class Section(BaseModel):
     """A frozen part of params.yaml that refuses keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    how: ClassVar[frozenset[str]] = frozenset()
+    """Fields that say how to compute and not what: the artefact is the same whatever they are."""
+
+    def identity(self) -> dict[str, Any]:
+        """The values that an artefact is made of, as JSON has them: what its manifest keeps and its draft is known by."""
+        return self.model_dump(mode="json", exclude=set(self.how))
 
 
 class Cifar10Source(Section):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ommatid import quality, store
 from ommatid.config import Params, Section
 from ommatid.errors import GateError
-from ommatid.events import Listener
+from ommatid.events import Listener, Progress
 from ommatid.store import Artefact, Draft
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def open_stage(name: str) -> Artefact:
 
 
 def run_stage(name: str, params: Params, on_event: Listener) -> Artefact:
-    """Run one stage in the current directory.
+    """Run one stage in the current directory; where another process is making the same artefact, wait for it and take that one.
 
     Raises:
         GateError: a check failed; the artefact is not published, the report is written.
@@ -58,7 +58,13 @@ def run_stage(name: str, params: Params, on_event: Listener) -> Artefact:
     stage = STAGES[name]
     inputs = {other: open_stage(other) for other in stage.inputs}
     section: Section = getattr(params, name)
-    with store.open_draft(stage.place, stage.kind, section.model_dump(mode="json"), inputs) as draft:
+
+    def on_wait(line: str) -> None:
+        on_event(Progress(line, 0, 1))
+
+    with store.open_draft(stage.place, stage.kind, section.identity(), inputs, on_wait) as draft:
+        if draft.published:
+            return draft.published
         with _training_run(name, params, inputs) as run:
             artefact = draft.sealed() or _compute(name, params, inputs, draft, run.tee(on_event) if run else on_event)
             reports = _gate(name, artefact, params, draft)
