@@ -71,7 +71,7 @@ class TileModel:
     text_templates = ("a photo of a {}",)
     preprocess = Preprocess(resize=(32, 48), crop=(32, 48), interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1))
     preprocessing = preprocess.as_json()
-    hookpoints = {"tiles": Hookpoint(8, GRID, True), "cls": Hookpoint(8, None, True)}  # noqa: RUF012
+    hookpoints = {"tiles": Hookpoint(8, ("cls",), GRID), "cls": Hookpoint(8, ("cls",), None)}  # noqa: RUF012
 
     def __init__(self) -> None:
         self.n_captured = 0
@@ -84,12 +84,13 @@ class TileModel:
         tiles = pixels.float().unflatten(1, (2, 16)).unflatten(3, (3, 16))
         return tiles.mean((2, 4)) / 128 - 1
 
-    def capture(self, pixels: torch.Tensor, hookpoint: str) -> Captured:
+    def capture(self, pixels: torch.Tensor, hookpoints: Sequence[str]) -> Captured:
         self.n_captured += len(pixels)
         colours = self.colours(pixels)
-        patches = colours @ self.spread
-        embedding = colours.mean((1, 2)) + 0.01
-        return Captured(patches.mean((1, 2)), patches if hookpoint == "tiles" else None, embedding)
+        patches = (colours @ self.spread).flatten(1, 2)
+        cls = patches.mean(1, keepdim=True)
+        tokens = {"tiles": torch.cat([cls, patches], dim=1), "cls": cls}
+        return Captured({name: tokens[name] for name in hookpoints}, colours.mean((1, 2)) + 0.01)
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.colours(pixels).mean((1, 2)) + 0.03

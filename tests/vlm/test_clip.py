@@ -46,12 +46,11 @@ def inputs(vision: ClipVision, tiny_clip: Path, pixels: torch.Tensor) -> torch.T
 
 
 def test_hookpoints(vision: ClipVision) -> None:
-    block = Hookpoint(d_model=32, grid=(3, 3), has_cls=True)
+    block = Hookpoint(d_model=32, special=("cls",), grid=(3, 3))
+    assert list(vision.hookpoints)[:3] == ["vision.blocks.0.attn", "vision.blocks.0.mlp", "vision.blocks.0"]
     assert vision.hookpoints == {
-        "vision.blocks.0": block,
-        "vision.blocks.1": block,
-        "vision.blocks.2": block,
-        "vision.projection": Hookpoint(d_model=24, grid=None, has_cls=True),
+        **{f"vision.blocks.{i}{part}": block for i in range(3) for part in (".attn", ".mlp", "")},
+        "vision.projection": Hookpoint(d_model=24, special=("cls",), grid=None),
     }
 
 
@@ -64,9 +63,8 @@ def test_block_equals_a_hand_written_hook(
     with torch.no_grad():
         hidden = reference.vision_model(inputs, output_hidden_states=True).hidden_states[block + 1]
     handle.remove()
-    captured = vision.capture(pixels, f"vision.blocks.{block}")
-    assert captured.cls is not None and captured.patches is not None
-    tokens = torch.cat([captured.cls[:, None], captured.patches.flatten(1, 2)], dim=1)
+    name = f"vision.blocks.{block}"
+    tokens = vision.capture(pixels, [name]).tokens[name]
     torch.testing.assert_close(tokens, seen[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(tokens, hidden, atol=1e-5, rtol=1e-5)
 
@@ -74,10 +72,9 @@ def test_block_equals_a_hand_written_hook(
 def test_embedding_equals_transformers(vision: ClipVision, reference: CLIPModel, pixels: torch.Tensor, inputs: torch.Tensor) -> None:
     with torch.no_grad():
         expected = reference.get_image_features(inputs).pooler_output
-    captured = vision.capture(pixels, "vision.projection")
+    captured = vision.capture(pixels, ["vision.projection"])
     torch.testing.assert_close(captured.embedding, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(captured.cls, expected, atol=1e-5, rtol=1e-5)
-    assert captured.patches is None
+    torch.testing.assert_close(captured.tokens["vision.projection"], expected[:, None], atol=1e-5, rtol=1e-5)
 
 
 def test_text_equals_transformers_one_at_a_time(vision: ClipVision, reference: CLIPModel, tiny_clip: Path) -> None:
@@ -96,28 +93,26 @@ def test_changed_patch_is_found_at_its_row_and_column(vision: ClipVision) -> Non
     for i in range(9):
         row, col = divmod(i, 3)
         bright[i, 16 * row : 16 * row + 16, 16 * col : 16 * col + 16] = 255
-    before, after = (vision.capture(pixels, "vision.blocks.0").patches for pixels in (dark, bright))
-    assert before is not None and after is not None
+    before, after = (vision.capture(pixels, ["vision.blocks.0"]).tokens["vision.blocks.0"] for pixels in (dark, bright))
     change = (after - before).norm(dim=-1)
-    assert change.shape == (9, 3, 3)
-    assert change.flatten(1).argmax(1).tolist() == list(range(9))
+    assert change.shape == (9, 1 + 9)
+    assert (change.argmax(1) - 1).tolist() == list(range(9))
 
 
-def test_bfloat16_is_close_and_returns_float32(tiny_clip: Path, vision: ClipVision, pixels: torch.Tensor) -> None:
-    exact = vision.capture(pixels, "vision.blocks.2").patches
-    rough = load_model(ClipModel(kind="clip", path=str(tiny_clip)), "bfloat16", "cpu").capture(pixels, "vision.blocks.2").patches
-    assert exact is not None and rough is not None and rough.dtype == torch.float32
+def test_bfloat16_is_close(tiny_clip: Path, vision: ClipVision, pixels: torch.Tensor) -> None:
+    half = load_model(ClipModel(kind="clip", path=str(tiny_clip)), "bfloat16", "cpu")
+    exact, rough = (model.capture(pixels, ["vision.blocks.2"]).tokens["vision.blocks.2"] for model in (vision, half))
     assert 0 < (rough - exact).norm() / exact.norm() < 0.02
 
 
 def test_no_hook_is_left_behind(vision: ClipVision, pixels: torch.Tensor) -> None:
-    vision.capture(pixels, "vision.blocks.1")
+    vision.capture(pixels, ["vision.blocks.1"])
     assert not vision._model.vision_model.encoder.layers[1]._forward_hooks
 
 
 def test_unknown_hookpoint_lists_the_nearest_first(vision: ClipVision, pixels: torch.Tensor) -> None:
     with pytest.raises(ModelError, match=r"vision\.blocks\.1, .*vision\.projection") as caught:
-        vision.capture(pixels, "vision.block.1")
+        vision.capture(pixels, ["vision.blocks.0", "vision.block.1"])
     assert str(caught.value).partition("one of: ")[2].startswith("vision.blocks.1,")
     with pytest.raises(ModelError, match=r"hookpoint 'x'"):
         check_hookpoint(vision, "x")

@@ -51,11 +51,10 @@ def test_fused_network_equals_the_packages(variant: Variant, image_size: int) ->
     pixels = noise(2, image_size)
     expected, model = oracle(variant, pixels), load(variant, image_size)
     assert set(model.hookpoints) | {"logits"} == set(expected)
+    captured = model.capture(pixels, tuple(model.hookpoints))
     for name, point in model.hookpoints.items():
-        captured = model.capture(pixels, name)
-        assert captured.patches is not None and captured.cls is None
-        assert captured.patches.shape == (2, *(point.grid or ()), point.d_model)
-        torch.testing.assert_close(captured.patches.permute(0, 3, 1, 2), expected[name], atol=2e-4, rtol=1e-4)
+        assert captured.tokens[name].shape == (2, point.n_tokens, point.d_model) and point.special == ()
+        torch.testing.assert_close(captured.tokens[name], expected[name].flatten(2).mT, atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(model.classify(pixels), expected["logits"], atol=2e-4, rtol=1e-4)
 
 
@@ -66,19 +65,20 @@ def test_judge_is_the_pooled_head() -> None:
     torch.testing.assert_close(judge.embed(pixels), oracle("lite2", pixels)["head"].mean((2, 3)), atol=2e-4, rtol=1e-4)
 
 
-def test_bfloat16_is_close_and_returns_float32(lite0: LiteVision) -> None:
+def test_bfloat16_is_close(lite0: LiteVision) -> None:
     pixels = photographs(lite0)
-    exact, rough = lite0.capture(pixels, "blocks.15"), load(dtype="bfloat16").capture(pixels, "blocks.15")
-    assert exact.patches is not None and rough.patches is not None and rough.patches.dtype == torch.float32
-    assert 0 < (rough.patches - exact.patches).norm() / exact.patches.norm() < 0.05
+    exact, rough = (model.capture(pixels, ["blocks.15"]) for model in (lite0, load(dtype="bfloat16")))
+    difference = rough.tokens["blocks.15"] - exact.tokens["blocks.15"]
+    assert rough.tokens["blocks.15"].dtype == torch.bfloat16
+    assert 0 < difference.norm() / exact.tokens["blocks.15"].norm() < 0.05
+    assert exact.embedding is not None and rough.embedding is not None and rough.embedding.dtype == torch.float32
     assert cosine_similarity(rough.embedding, exact.embedding).min() > 0.99
 
 
 def test_slices_do_not_change_the_outcome(lite0: LiteVision) -> None:
     pixels = noise(37, 128)  # slices of 16, 16 and 5
-    together, alone = lite0.capture(pixels, "blocks.11"), lite0.capture(pixels[36:], "blocks.11")
-    assert together.patches is not None and alone.patches is not None
-    torch.testing.assert_close(together.patches[36:], alone.patches, atol=1e-4, rtol=1e-4)
+    together, alone = (lite0.capture(part, ["blocks.11"]).tokens["blocks.11"] for part in (pixels, pixels[36:]))
+    torch.testing.assert_close(together[36:], alone, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("hookpoint", ["blocks.4", "blocks.10"])
@@ -90,9 +90,8 @@ def test_changed_place_is_found_at_its_row_and_column(lite0: LiteVision, hookpoi
     spotted = grey.clone()
     for i, (row, col) in enumerate(places):
         spotted[i, side * row : side * (row + 1), side * col : side * (col + 1)] = torch.tensor([255, 0, 0], dtype=torch.uint8)
-    before, after = (lite0.capture(pixels, hookpoint).patches for pixels in (grey, spotted))
-    assert before is not None and after is not None
-    change = (after - before).norm(dim=-1).flatten(1)
+    before, after = (lite0.capture(pixels, [hookpoint]).tokens[hookpoint] for pixels in (grey, spotted))
+    change = (after - before).norm(dim=-1)
     assert [divmod(int(i), cols) for i in change.argmax(1)] == places
 
 
@@ -124,7 +123,8 @@ def test_names_real_images(lite0: LiteVision) -> None:
 
 def test_joint_space_tells_what_is_in_the_image(lite0: LiteVision) -> None:
     texts = ["temple", "officer in uniform", "traffic light"]
-    images = lite0.capture(photographs(lite0), "head").embedding
+    images = lite0.capture(photographs(lite0), ()).embedding
+    assert images is not None
     words = lite0.embed_text([lite0.text_templates[0].format(text) for text in texts])
     assert cosine_similarity(images[:, None], words[None], dim=-1).argmax(1).tolist() == [0, 1, 2]
 
@@ -147,7 +147,7 @@ def test_conse_equals_brute_force(lite0: LiteVision) -> None:
         ten = sorted(range(1000), key=lambda i: -float(probabilities[i]))[:10]
         texts = lite0.embed_text([f"a photo of a {imagenet_classes()[i]}" for i in ten]).double()
         expected.append(sum(probabilities[i] * text for i, text in zip(ten, texts, strict=True)) / probabilities[ten].sum())
-    torch.testing.assert_close(lite0.capture(pixels, "head").embedding, torch.stack(expected).float(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(lite0.capture(pixels, ()).embedding, torch.stack(expected).float(), atol=1e-5, rtol=1e-4)
 
 
 def test_text_embeddings_do_not_depend_on_their_order(lite0: LiteVision) -> None:

@@ -26,22 +26,28 @@ class Hookpoint:
 
     d_model: int
     """Width of an activation."""
+    special: tuple[str, ...]
+    """Kinds of the tokens before the patches, in the model's order: ("cls",), ("cls", "register", "register"), ("pooled",) or ()."""
     grid: tuple[int, int] | None
     """Rows and columns of the patch tokens; None: no token has a place in the image."""
-    has_cls: bool
-    """Whether there is a class token."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of an image: the special ones and the patches."""
+        rows, cols = self.grid or (0, 0)
+        return len(self.special) + rows * cols
 
 
 @dataclass(frozen=True)
 class Captured:
-    """What one forward pass gives for a batch of images: float32, on the model's device."""
+    """What one forward pass gives for a batch of images, on the model's device."""
 
-    cls: "torch.Tensor | None"
-    """Class tokens (batch, d_model), where the hookpoint has them."""
-    patches: "torch.Tensor | None"
-    """Patch tokens (batch, rows, cols, d_model), row 0 at the top and column 0 at the left, where the hookpoint has a grid."""
-    embedding: "torch.Tensor"
-    """The images in the joint space (batch, d_embed): comparable to `embed_text` by cosine; finite, not of unit norm."""
+    tokens: Mapping[str, "torch.Tensor"]
+    """By hookpoint (batch, n_tokens, d_model): special tokens first, then patches row by row from the top left; in the dtype in which the
+    model computes there."""
+    embedding: "torch.Tensor | None"
+    """The images in the joint space (batch, d_embed), float32: comparable to `embed_text` by cosine; finite, not of unit norm. None where
+    the model has no text tower."""
 
 
 class VisionModel(Protocol):
@@ -53,8 +59,8 @@ class VisionModel(Protocol):
         ...
 
     @property
-    def d_embed(self) -> int:
-        """Width of the joint space."""
+    def d_embed(self) -> int | None:
+        """Width of the joint image-text space; None: no text tower, thus no joint space."""
         ...
 
     @property
@@ -74,19 +80,23 @@ class VisionModel(Protocol):
 
     @property
     def text_templates(self) -> tuple[str, ...]:
-        """How a name becomes a text: ("a photo of a {}",)."""
+        """How a name becomes a text: ("a photo of a {}",); empty without a text tower."""
         ...
 
-    def capture(self, pixels: "torch.Tensor", hookpoint: str) -> Captured:
-        """Run the model on uint8 pixels (batch, H, W, 3) as `preprocess` makes them.
+    def capture(self, pixels: "torch.Tensor", hookpoints: Sequence[str]) -> Captured:
+        """Run the model once on uint8 pixels (batch, H, W, 3) as `preprocess` makes them; without hookpoints for the embedding alone.
 
         Raises:
-            ModelError: the hookpoint is unknown.
+            ModelError: a hookpoint is unknown.
         """
         ...
 
     def embed_text(self, texts: Sequence[str]) -> "torch.Tensor":
-        """Texts in the joint space (texts, d_embed), float32."""
+        """Texts in the joint space (texts, d_embed), float32.
+
+        Raises:
+            ModelError: there is no text tower.
+        """
         ...
 
 
@@ -161,7 +171,7 @@ def check_hookpoint(model: VisionModel, name: str) -> Hookpoint:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
         names = [*near, *(other for other in known if other not in near)]
-        raise ModelError(f"hookpoint {name!r}: {model.name} has none of that name; set extract.hookpoint to one of: {', '.join(names)}")
+        raise ModelError(f"hookpoint {name!r}: {model.name} has none of that name; name in extract.hookpoints one of: {', '.join(names)}")
     return known[name]
 
 

@@ -1,7 +1,6 @@
 """ClipVision: any transformers CLIP, by hub name or local folder."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from ommatid.errors import ModelError
 from ommatid.vlm import Captured, Dtype, Hookpoint, check_hookpoint, hub
+from ommatid.vlm.hooks import capturing
 from ommatid.vlm.precision import normalise, resolve_dtype
 
 KEY = "extract.model.path"
@@ -38,27 +38,27 @@ class ClipVision:
         self._model: Any = hub.load_weights(CLIPModel, folder, path, KEY)[0].to(device)
         self._device, self._dtype = device, resolve_dtype(dtype, device)
         self.hookpoints: Mapping[str, Hookpoint] = _hookpoints(config)
+        self._modules = _modules(self._model)
         self.d_embed = self.hookpoints[PROJECTION].d_model
 
     @torch.inference_mode()
-    def capture(self, pixels: torch.Tensor, hookpoint: str) -> Captured:
-        """Activations at the hookpoint, and the projected image embedding, of uint8 pixels (batch, H, W, 3).
+    def capture(self, pixels: torch.Tensor, hookpoints: Sequence[str]) -> Captured:
+        """Activations at the hookpoints, and the projected image embedding, of uint8 pixels (batch, H, W, 3).
 
         Raises:
-            ModelError: the hookpoint is unknown.
+            ModelError: a hookpoint is unknown.
         """
-        point = check_hookpoint(self, hookpoint)
+        for name in hookpoints:
+            check_hookpoint(self, name)
         x = normalise(pixels, self.preprocess, self._device)
         # Autocast, not weights in bfloat16: the residual stream itself stays in float32.
         with (
             torch.autocast(torch.device(self._device).type, self._dtype, enabled=self._dtype != torch.float32),
-            self._hook(hookpoint) as states,
+            capturing({name: self._modules[name] for name in hookpoints}) as seen,
         ):
             embedding = self._model.get_image_features(pixel_values=x).pooler_output.float()
-        if point.grid is None:
-            return Captured(cls=embedding, patches=None, embedding=embedding)
-        tokens = states[0].float()
-        return Captured(cls=tokens[:, 0], patches=tokens[:, 1:].unflatten(1, point.grid), embedding=embedding)
+        tokens = {name: seen[name] if seen[name].ndim == 3 else seen[name][:, None] for name in hookpoints}
+        return Captured(tokens=tokens, embedding=embedding)
 
     @torch.inference_mode()
     def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
@@ -70,20 +70,6 @@ class ClipVision:
         longest = self._model.config.text_config.max_position_embeddings
         tokens = self._tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt").to(self._device)
         return self._model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output.float()
-
-    @contextmanager
-    def _hook(self, hookpoint: str) -> Iterator[list[torch.Tensor]]:
-        """Within it, a forward pass puts what leaves the block (batch, 1 + patches, d_model) into the list."""
-        states: list[torch.Tensor] = []
-        if hookpoint == PROJECTION:
-            yield states
-            return
-        block = self._model.vision_model.encoder.layers[int(hookpoint.rpartition(".")[2])]
-        handle = block.register_forward_hook(lambda _block, _inputs, output: states.append(output))
-        try:
-            yield states
-        finally:
-            handle.remove()
 
 
 def _check_size(config: Any, crop: tuple[int, int], path: str) -> None:
@@ -97,6 +83,14 @@ def _check_size(config: Any, crop: tuple[int, int], path: str) -> None:
 def _hookpoints(config: Any) -> dict[str, Hookpoint]:
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
-    block = Hookpoint(d_model=vision.hidden_size, grid=(side, side), has_cls=True)
-    points = {f"vision.blocks.{i}": block for i in range(vision.num_hidden_layers)}
-    return points | {PROJECTION: Hookpoint(d_model=config.projection_dim, grid=None, has_cls=True)}
+    block = Hookpoint(d_model=vision.hidden_size, special=("cls",), grid=(side, side))
+    points = {f"vision.blocks.{i}{part}": block for i in range(vision.num_hidden_layers) for part in (".attn", ".mlp", "")}
+    return points | {PROJECTION: Hookpoint(d_model=config.projection_dim, special=("cls",), grid=None)}
+
+
+def _modules(model: Any) -> dict[str, torch.nn.Module]:
+    modules = {}
+    for i, block in enumerate(model.vision_model.encoder.layers):
+        name = f"vision.blocks.{i}"
+        modules |= {f"{name}.attn": block.self_attn, f"{name}.mlp": block.mlp, name: block}
+    return modules | {PROJECTION: model.visual_projection}

