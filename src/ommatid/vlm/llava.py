@@ -1,0 +1,101 @@
+"""LlavaVision: the vision tower and the projector inside the folder of a LLaVA 1.5 or LLaVA-NeXT; the language model is never loaded."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionModel, SiglipVisionModel
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
+
+from ommatid.errors import ModelError
+from ommatid.vlm import Dtype, Hookpoint, hub, parts
+from ommatid.vlm.hooks import capturing
+from ommatid.vlm.tower import KEY, Opened, Site, Tower, block_sites, check_size, patch_grid
+
+PROJECTION = "vision.projection"
+TOWER, PROJECTOR = "vision_tower", "multi_modal_projector"
+TOWERS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
+PROJECTORS = {"llava": LlavaMultiModalProjector, "llava_next": LlavaNextMultiModalProjector}
+
+
+class LlavaVision(Tower):
+    """A ViT, mostly CLIP's, and the two layers that hand its patches to a language model.
+
+    LLaVA-NeXT: the base view only, the whole image resized to the tower's square; the tiles of high resolution, which differ in
+    number from image to image, are not captured.
+
+    Hookpoints: those of the blocks; and `vision.projection`, what the projector makes of the layers and the tokens that config.json
+    chooses (`vision_feature_layer`, `vision_feature_select_strategy`: `default` is the patches alone).
+    """
+
+    def __init__(self, path: str, dtype: Dtype, device: str) -> None:
+        folder = hub.locate(path, KEY, hub.CONFIG | parts.SHARDS | hub.PREPROCESSOR)
+        config = hub.load_config(folder, path, KEY)
+        _check_config(config, path)
+        vision = config.vision_config
+        # The base view of LLaVA-NeXT: its processor stretches the image to this square, beside the padded tiles
+        base_view = {"size": {"height": vision.image_size, "width": vision.image_size}, "do_pad": False}
+        preprocess = hub.load_preprocess(folder, path, KEY, base_view if config.model_type == "llava_next" else {})
+        model = _Encoder(*_load(config, folder, path), config, path)
+        opened = Opened(path, folder, config, model, preprocess)
+        check_size(vision, opened)
+        point = Hookpoint(d_model=vision.hidden_size, special=_special(config), grid=patch_grid(vision, preprocess.crop))
+        sites = block_sites(((block.self_attn, block.mlp, block) for block in model.tower.encoder.layers), point)
+        special = () if model.drops_first else point.special
+        sites[PROJECTION] = Site(Hookpoint(d_model=config.text_config.hidden_size, special=special, grid=point.grid), model.projector)
+        super().__init__(opened, sites, model, dtype, device)
+
+
+class _Encoder(nn.Module):
+    """From images (batch, 3, H, W) to what the language model gets of them, (batch, tokens, width)."""
+
+    def __init__(self, tower: Any, projector: nn.Module, config: Any, path: str) -> None:
+        super().__init__()
+        self.tower, self.projector = tower, projector
+        self.drops_first = config.vision_feature_select_strategy == "default"
+        self._chosen = _chosen_layers(tower, config, path)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        with capturing(self._chosen) as seen:
+            self.tower(pixel_values)
+        states = torch.cat([seen[name] for name in self._chosen], dim=-1)
+        return self.projector(states[:, 1:] if self.drops_first else states)
+
+
+def _chosen_layers(tower: Any, config: Any, path: str) -> dict[str, nn.Module]:
+    """The modules that put out the hidden states which config.json chooses: number 0 goes into block 0, number i + 1 leaves block i."""
+    first = tower.pre_layrnorm if hasattr(tower, "pre_layrnorm") else tower.embeddings
+    states = [first, *tower.encoder.layers]
+    chosen = config.vision_feature_layer
+    chosen = [chosen] if isinstance(chosen, int) else list(chosen)
+    for layer in chosen:
+        if not -len(states) <= layer < len(states):
+            raise ModelError(f"{KEY}: {path}: config.json says vision_feature_layer {layer}; the tower has {len(states)} hidden states")
+    return {f"{i}: {layer}": states[layer] for i, layer in enumerate(chosen)}
+
+
+def _check_config(config: Any, path: str) -> None:
+    if config.model_type not in PROJECTORS:
+        raise ModelError(f"{KEY}: {path}: is a {config.model_type} model; kind llava takes model_type {' or '.join(PROJECTORS)}")
+    tower = config.vision_config.model_type
+    if tower not in TOWERS:
+        raise ModelError(f"{KEY}: {path}: its vision tower is a {tower}; kind llava takes {' or '.join(TOWERS)}")
+    if config.vision_feature_select_strategy == "default" and not _special(config):
+        raise ModelError(
+            f"{KEY}: {path}: config.json says vision_feature_select_strategy default, which leaves out the first token, and its tower "
+            "has no class token: the first patch would be lost; set it to full in config.json"
+        )
+
+
+def _special(config: Any) -> tuple[str, ...]:
+    return ("cls",) if config.vision_config.model_type == "clip_vision_model" else ()
+
+
+def _load(config: Any, folder: Any, path: str) -> tuple[Any, nn.Module]:
+    """The tower and the projector."""
+    vision = config.vision_config
+    tower = parts.load_pretrained(TOWERS[vision.model_type], vision, parts.read_weights(folder, TOWER, path, KEY), TOWER, path, KEY)
+    with torch.device("meta"):
+        projector = PROJECTORS[config.model_type](config)
+    return tower, parts.load_module(projector, parts.read_weights(folder, PROJECTOR, path, KEY), PROJECTOR, path, KEY)

@@ -1,0 +1,239 @@
+"""ModuleVision: any torch.nn.Module that takes images (batch, 3, H, W), from a user's own function.
+
+Shapes: b images, l tokens of a sequence, c channels, r rows, q columns, d the width d_model.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ommatid.config import ModuleModel
+from ommatid.errors import ModelError
+from ommatid.vlm import Captured, Dtype, Hookpoint, check_hookpoint, factory
+from ommatid.vlm.precision import normalise, resolve_dtype
+from ommatid.vlm.preprocess import Interpolation, Preprocess
+
+KEY = "extract.model.factory"
+# What ImageNet models are evaluated with, and what timm takes where a model's pretrained_cfg is silent.
+IMAGENET: Mapping[str, Any] = {
+    "input_size": (3, 224, 224),
+    "crop_pct": 0.875,
+    "crop_mode": "center",
+    "interpolation": "bicubic",
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+}
+SPECIAL = {
+    0: (),
+    1: ("cls",),
+    2: ("cls", "register"),  # DeiT's distillation token
+    4: ("register",) * 4,
+    5: ("cls", *("register",) * 4),
+    8: ("register",) * 8,
+    9: ("cls", *("register",) * 8),
+}
+"""Kinds of the tokens before the patches, by their number: those that vision transformers have."""
+MAX_SPECIAL = 16
+"""A sequence with more tokens than these beside the given grid is another sequence."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the output of a sub-module becomes tokens."""
+
+    hookpoint: Hookpoint
+    shape: tuple[int, ...]
+    """Of the output, without the batch."""
+    channels_first: bool
+    """Whether it is a map (b, c, r, q), not (b, r, q, c)."""
+
+    def tokens(self, output: Tensor) -> Tensor:
+        """From the output to (b, tokens, d_model)."""
+        if len(self.shape) == 1:
+            return output.unsqueeze(1)
+        if len(self.shape) == 2:
+            return output
+        return output.flatten(2).transpose(1, 2) if self.channels_first else output.flatten(1, 2)
+
+
+class ModuleVision:
+    """A module made by `factory`; its hookpoints are its sub-modules, by the names of `named_modules()`.
+
+    A sub-module is a hookpoint when it runs once in a forward pass, and its output, or the first of a tuple, is for every image
+    a sequence (b, l, d) of special tokens and then patches, a map (b, c, r, q) or (b, r, q, c) of the images' ratio of sides, or one
+    vector (b, d).
+    """
+
+    text_templates: tuple[str, ...] = ()
+    d_embed = None
+
+    def __init__(self, params: ModuleModel, dtype: Dtype, device: str) -> None:
+        module = factory.call_factory(params.factory, KEY)
+        self.name = f"{params.factory}@{factory.checksum(params.factory)[:12]}"
+        self.preprocess = make_preprocess(params, _pretrained_cfg(module))
+        self.preprocessing: Mapping[str, Any] = self.preprocess.as_json()
+        self._module = module.eval().requires_grad_(False).to(device)
+        self._device, self._dtype = device, resolve_dtype(dtype, device)
+        self._layouts = self._find_layouts(params)
+        self.hookpoints: Mapping[str, Hookpoint] = {name: layout.hookpoint for name, layout in self._layouts.items()}
+
+    @torch.inference_mode()
+    def capture(self, pixels: Tensor, hookpoints: Sequence[str]) -> Captured:
+        """Activations at the hookpoints, at least one, of uint8 pixels (b, H, W, 3), from one forward pass; there is no joint space.
+
+        Raises:
+            ModelError: a hookpoint is unknown, or its output changed its shape.
+        """
+        for name in hookpoints:
+            check_hookpoint(self, name)
+        outputs = self._run(pixels, hookpoints)
+        return Captured(tokens={name: self._tokens(name, outputs[name], len(pixels)) for name in hookpoints}, embedding=None)
+
+    def embed_text(self, texts: Sequence[str]) -> Tensor:
+        """There is no text tower.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(f"{self.name}: has no text tower")
+
+    def _tokens(self, name: str, outputs: list[Tensor], n_images: int) -> Tensor:
+        layout = self._layouts[name]
+        shapes = [list(output.shape) for output in outputs]
+        if shapes != [[n_images, *layout.shape]]:
+            raise ModelError(
+                f"hookpoint {name!r}: gave {shapes} for {n_images} images, and {[[2, *layout.shape]]} for 2 blank ones; "
+                "a hookpoint's output must have one shape for every image"
+            )
+        return layout.tokens(outputs[0])
+
+    def _run(self, pixels: Tensor, names: Sequence[str]) -> dict[str, list[Tensor]]:
+        """What the sub-modules put out in one forward pass, in the order in which they ran."""
+        outputs: dict[str, list[Tensor]] = {}
+        x = normalise(pixels, self.preprocess, self._device)
+        modules = dict(self._module.named_modules())
+        handles = [modules[name].register_forward_hook(partial(_keep, outputs, name)) for name in names]
+        try:
+            with torch.autocast(torch.device(self._device).type, self._dtype, enabled=self._dtype != torch.float32):
+                self._module(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs
+
+    @torch.inference_mode()
+    def _find_layouts(self, params: ModuleModel) -> dict[str, Layout]:
+        """One pass over two blank images shows the shapes, and which outputs have an entry for each image."""
+        names = [name for name, _ in self._module.named_modules() if name]
+        pixels = torch.zeros(2, *self.preprocess.crop, 3, dtype=torch.uint8)
+        try:
+            outputs = self._run(pixels, names)
+        except Exception as error:  # the user's code: whatever it raises
+            raise ModelError(
+                f"{KEY}: {params.factory}: its forward pass fails on images (2, 3, {self.preprocess.crop[0]}, {self.preprocess.crop[1]}): "
+                f"{type(error).__name__}: {error}; it must take one tensor of images; set extract.model.crop to their size"
+            ) from error
+        once = {name: seen[0] for name, seen in outputs.items() if len(seen) == 1 and len(seen[0]) == 2}
+        found = {name: _layout(name, tuple(output.shape[1:]), self.preprocess.crop, params) for name, output in once.items()}
+        layouts = {name: layout for name, layout in found.items() if layout}
+        if not layouts:
+            raise ModelError(f"{KEY}: {params.factory}: none of its {len(names)} sub-modules puts out tokens for every image")
+        return layouts
+
+
+def _keep(outputs: dict[str, list[Tensor]], name: str, _module: nn.Module, _inputs: object, output: object) -> None:
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    if isinstance(first, Tensor) and first.is_floating_point() and first.ndim:
+        # a copy: the next layer may write into it, as ReLU(inplace=True) does
+        outputs.setdefault(name, []).append(first.clone())
+
+
+def _layout(name: str, shape: tuple[int, ...], crop: tuple[int, int], params: ModuleModel) -> Layout | None:
+    """None where the output holds no tokens."""
+    match shape:
+        case (int(d),) | (1, int(d)) | (int(d), 1, 1):
+            return Layout(Hookpoint(d_model=d, special=("pooled",), grid=None), shape, True)
+        case (int(n), int(d)):
+            grid = params.grid or _square(name, n, d, crop, params)
+            n_special = n - grid[0] * grid[1]
+            if not 0 <= n_special <= MAX_SPECIAL:
+                return None
+            special = SPECIAL.get(n_special, ("cls", *("register",) * (n_special - 1)))
+            return Layout(Hookpoint(d_model=d, special=special, grid=grid), shape, False)
+        case (int(c), int(r), int(q)) if _fits((r, q), crop):
+            return Layout(Hookpoint(d_model=c, special=(), grid=(r, q)), shape, True)
+        case (int(r), int(q), int(c)) if _fits((r, q), crop):
+            return Layout(Hookpoint(d_model=c, special=(), grid=(r, q)), shape, False)
+        case _:
+            return None
+
+
+def _square(name: str, n: int, d: int, crop: tuple[int, int], params: ModuleModel) -> tuple[int, int]:
+    """The grid of a sequence of n tokens: the largest square, as images that are square have."""
+    side = math.isqrt(n)
+    if crop[0] == crop[1] and n - side**2 in SPECIAL:
+        return side, side
+    why = f"images are {crop[0]} x {crop[1]}" if crop[0] != crop[1] else f"the largest square, {side} x {side}, leaves {n - side**2}"
+    raise ModelError(
+        f"extract.model.grid: {params.factory}: sub-module {name} puts out {n} tokens of width {d}, whose grid cannot be told ({why}); "
+        "set it to [rows, columns] of the patches; sequences of another length are then no hookpoints"
+    )
+
+
+def _fits(grid: tuple[int, int], crop: tuple[int, int]) -> bool:
+    """Whether a map of that grid can come of images of that size: the same ratio of its sides, but for rounding at the borders."""
+    if crop[0] == crop[1]:
+        return grid[0] == grid[1]
+    stride = max(crop[0] / grid[0], crop[1] / grid[1])
+    return all(abs(side - pixels / stride) <= 1 for side, pixels in zip(grid, crop, strict=True))
+
+
+def _pretrained_cfg(module: nn.Module) -> Mapping[str, Any]:
+    """What timm's models say of the images that they were trained on."""
+    cfg = getattr(module, "pretrained_cfg", None)
+    return cfg if isinstance(cfg, Mapping) else {}
+
+
+def make_preprocess(params: ModuleModel, cfg: Mapping[str, Any]) -> Preprocess:
+    """What params say; where they are null, what the module's `pretrained_cfg` says; and else what ImageNet models take.
+
+    Without `resize` the crop is that share of the resized image that `crop_pct` says, as in timm; timm's crop rounds where this one
+    rounds down, which is a shift of one pixel at most.
+
+    Raises:
+        ModelError: `pretrained_cfg` says what a resize and a centre crop cannot do.
+    """
+    settings = {**IMAGENET, **{name: cfg[name] for name in IMAGENET if cfg.get(name) is not None}}
+    crop = params.crop or tuple(settings["input_size"][-2:])
+    interpolation = params.interpolation or settings["interpolation"]
+    if interpolation not in ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"):
+        raise ModelError(f"{KEY}: {params.factory}: pretrained_cfg says interpolation {interpolation!r}; set extract.model.interpolation")
+    resize = params.resize or _resize(crop, settings, params)
+    if resize[0] < crop[0] or resize[-1] < crop[1]:
+        raise ModelError(f"extract.model.resize: {list(resize)} is smaller than crop {list(crop)}; it must be at least as large")
+    return Preprocess(
+        resize=resize,
+        crop=crop,
+        interpolation=cast(Interpolation, interpolation),
+        mean=tuple(255 * value for value in params.mean or settings["mean"]),
+        std=tuple(255 * value for value in params.std or settings["std"]),
+    )
+
+
+def _resize(crop: tuple[int, int], settings: Mapping[str, Any], params: ModuleModel) -> tuple[int, ...]:
+    height, width = (math.floor(side / settings["crop_pct"]) for side in crop)
+    match settings["crop_mode"]:
+        case "squash":
+            return height, width
+        case "center" if height == width:
+            return (height,)
+        case mode:
+            raise ModelError(
+                f"{KEY}: {params.factory}: what images of {crop[0]} x {crop[1]} are cut from cannot be told (crop_mode {mode!r}); "
+                "set extract.model.resize to [shorter side], or to [height, width]"
+            )

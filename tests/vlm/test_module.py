@@ -1,0 +1,353 @@
+"""A user's own module: every sub-module is a hookpoint by its dotted name, and what is wrong with the code is said in a sentence."""
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ommatid.config import ModuleModel
+from ommatid.errors import ModelError
+from ommatid.vlm import Hookpoint, load_model
+from ommatid.vlm.module import ModuleVision, make_preprocess
+
+FILE = '''
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.norm = nn.LayerNorm(d)
+        self.attn = nn.MultiheadAttention(d, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
+
+    def forward(self, x):
+        y = self.norm(x)
+        x = x + self.attn(y, y, y)[0]
+        return x + self.mlp(x)
+
+
+class Vit(nn.Module):
+    """Patches of 8 pixels, a class token and registers, two blocks, a head."""
+
+    def __init__(self, d=16, n_special=1, grid=(4, 4)):
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, d, 8, stride=8)
+        self.special = nn.Parameter(torch.randn(1, n_special, d))
+        self.pos = nn.Parameter(0.02 * torch.randn(1, n_special + grid[0] * grid[1], d))
+        self.blocks = nn.ModuleList([Block(d), Block(d)])
+        self.head = nn.Linear(d, 10)
+
+    def forward(self, images):
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.special.expand(len(images), -1, -1), patches], dim=1) + self.pos
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x[:, 0])
+
+
+class Conv(nn.Module):
+    """A network of maps, whose activation writes into its input, runs twice, and which ends in a map with the channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, stride=4, padding=1)
+        self.body = nn.Conv2d(6, 7, 3, stride=2, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.last = nn.Identity()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.weights = nn.Identity()
+        for parameter in self.parameters():  # brighter in, more out
+            parameter.data.abs_()
+
+    def forward(self, images):
+        self.weights(self.stem.weight)
+        x = self.relu(self.body(self.relu(self.stem(images))))
+        x = self.last(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.pool(x)
+
+
+def vit():
+    torch.manual_seed(0)
+    return Vit()
+
+
+def vit_with_registers():
+    torch.manual_seed(0)
+    return Vit(n_special=5)
+
+
+def wide():
+    torch.manual_seed(0)
+    return Vit(grid=(2, 3))
+
+
+def conv():
+    torch.manual_seed(0)
+    return Conv()
+
+
+def like_timm():
+    model = conv()
+    model.pretrained_cfg = {
+        "input_size": (3, 32, 32), "crop_pct": 0.9, "interpolation": "bilinear", "mean": (0.5, 0.4, 0.3), "std": (0.25, 0.5, 0.2)
+    }
+    return model
+
+
+def needs_an_argument(x):
+    return x
+
+
+def gives_text():
+    return "model"
+
+
+def takes_text():
+    return nn.Embedding(3, 3)
+
+
+a_number = 3
+'''
+NAME = "some_users_model"
+
+
+@pytest.fixture(autouse=True)
+def user_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The file in the current directory, as a user has it beside params.yaml."""
+    path = tmp_path / f"{NAME}.py"
+    path.write_text(FILE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield path
+    for name in [name for name in sys.modules if name.startswith(NAME)]:
+        del sys.modules[name]
+
+
+def load(factory: str, dtype: str = "float32", **params: Any) -> ModuleVision:
+    sizes = {"crop": (32, 32), "resize": (32,)} | params
+    model = load_model(ModuleModel(kind="module", factory=f"{NAME}:{factory}", **sizes), dtype, "cpu")  # pyright: ignore[reportArgumentType]
+    assert isinstance(model, ModuleVision)
+    return model
+
+
+def make(factory: str) -> torch.nn.Module:
+    return getattr(sys.modules[NAME], factory)().eval()
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8))
+
+
+def normalised(vision: ModuleVision, pixels: torch.Tensor) -> torch.Tensor:
+    x = pixels.double() - torch.tensor(vision.preprocess.mean).double()
+    return (x / torch.tensor(vision.preprocess.std).double()).permute(0, 3, 1, 2).float()
+
+
+def test_hookpoints_of_a_transformer_in_the_order_of_the_pass() -> None:
+    vision = load("vit")
+    sequence = Hookpoint(16, ("cls",), (4, 4))
+    assert dict(vision.hookpoints) == {
+        "patch_embed": Hookpoint(16, (), (4, 4)),
+        **{
+            f"blocks.{i}{name}": Hookpoint(d, ("cls",), (4, 4))
+            for i in (0, 1)
+            for name, d in ((".norm", 16), (".attn", 16), (".mlp.0", 32), (".mlp.1", 32), (".mlp.2", 16), (".mlp", 16), ("", 16))
+        },
+        "head": Hookpoint(10, ("pooled",), None),
+    }
+    assert [name for name, point in vision.hookpoints.items() if point == sequence][:3] == [
+        "blocks.0.norm",
+        "blocks.0.attn",
+        "blocks.0.mlp.2",
+    ]
+    assert [*vision.hookpoints][0 :: len(vision.hookpoints) - 1] == ["patch_embed", "head"]
+    assert vision.d_embed is None
+
+
+def test_registers_come_after_the_class_token() -> None:
+    assert load("vit_with_registers").hookpoints["blocks.1"] == Hookpoint(16, ("cls", *("register",) * 4), (4, 4))
+
+
+def test_hookpoints_of_a_network_of_maps() -> None:
+    vision = load("conv")
+    assert dict(vision.hookpoints) == {  # relu runs twice, and weights says nothing of the images
+        "stem": Hookpoint(6, (), (8, 8)),
+        "body": Hookpoint(7, (), (4, 4)),
+        "last": Hookpoint(7, (), (4, 4)),
+        "pool": Hookpoint(7, ("pooled",), None),
+    }
+
+
+def test_transformer_equals_hand_written_hooks(pixels: torch.Tensor) -> None:
+    vision = load("vit")
+    model, seen = make("vit"), {}
+    for name in ("blocks.0", "blocks.1.mlp", "blocks.1.attn", "head"):
+        model.get_submodule(name).register_forward_hook(lambda _m, _i, output, name=name: seen.update({name: output}))
+    with torch.no_grad():
+        model(normalised(vision, pixels))
+    seen |= {"blocks.1.attn": seen["blocks.1.attn"][0], "head": seen["head"][:, None]}
+    captured = vision.capture(pixels, list(seen))
+    assert captured.embedding is None and list(captured.tokens) == list(seen)
+    for name, expected in seen.items():
+        torch.testing.assert_close(captured.tokens[name], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_maps_equal_hand_written_hooks_although_the_next_layer_writes_into_them(pixels: torch.Tensor) -> None:
+    vision = load("conv")
+    model = make("conv")
+    setattr(model.get_submodule("relu"), "inplace", False)  # noqa: B010
+    with torch.no_grad():
+        stem = model.get_submodule("stem")(normalised(vision, pixels))
+        body = model.get_submodule("body")(stem.relu())
+    assert (stem < 0).any()
+    tokens = vision.capture(pixels, ["stem", "body", "last", "pool"]).tokens
+    rows = {name: x.flatten(2).transpose(1, 2) for name, x in (("stem", stem), ("body", body), ("last", body.relu()))}
+    for name, expected in (rows | {"pool": body.relu().mean((2, 3))[:, None]}).items():
+        torch.testing.assert_close(tokens[name], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("factory", "hookpoint", "params", "size", "grid"),
+    [
+        ("vit", "blocks.1", {}, (32, 32), (4, 4)),
+        ("vit_with_registers", "blocks.1", {}, (32, 32), (4, 4)),
+        ("wide", "blocks.1", {"grid": (2, 3), "crop": (16, 24), "resize": (16, 24)}, (16, 24), (2, 3)),
+        ("conv", "stem", {}, (32, 32), (8, 8)),
+        ("conv", "last", {}, (32, 32), (4, 4)),
+    ],
+)
+def test_bright_patch_is_found_at_its_row_and_column(factory: str, hookpoint: str, params: dict, size: tuple, grid: tuple) -> None:
+    vision = load(factory, **params)
+    places = [(0, 1), (1, 2), (1, 0), (grid[0] - 1, grid[1] - 1)]
+    dark = torch.full((len(places), *size, 3), 120, dtype=torch.uint8)
+    bright = dark.clone()
+    height, width = size[0] // grid[0], size[1] // grid[1]
+    for image, (row, col) in zip(bright, places, strict=True):
+        image[height * row : height * (row + 1), width * col : width * (col + 1)] = 255
+    assert vision.hookpoints[hookpoint].grid == grid
+    before, after = (vision.capture(x, [hookpoint]).tokens[hookpoint] for x in (dark, bright))
+    change = (after - before)[:, len(vision.hookpoints[hookpoint].special) :].norm(dim=-1)
+    assert [divmod(int(i), grid[1]) for i in change.argmax(1)] == places
+
+
+def test_grid_that_cannot_be_told_is_asked_for() -> None:
+    wide: dict[str, Any] = {"crop": (16, 24), "resize": (16, 24)}
+    with pytest.raises(ModelError, match=r"extract\.model\.grid: .* sub-module blocks\.0\.norm puts out 7 tokens .*images are 16 x 24"):
+        load("wide", **wide)
+    assert load("wide", **wide, grid=(2, 3)).hookpoints["blocks.0"] == Hookpoint(16, ("cls",), (2, 3))
+
+
+def test_sequence_without_a_square_is_asked_for(user_file: Path) -> None:
+    with_text = FILE.replace("self.pos = ", "self.text = nn.Identity(); self.pos = ")
+    user_file.write_text(with_text.replace("for block", "self.text(x[:, :12])\n        for block"))
+    with pytest.raises(ModelError, match=r"extract\.model\.grid: .* text puts out 12 tokens .*the largest square, 3 x 3, leaves 3\)"):
+        load("vit")
+    assert "text" not in load("vit", grid=(4, 4)).hookpoints
+
+
+def test_output_that_changes_its_shape(user_file: Path, pixels: torch.Tensor) -> None:
+    user_file.write_text(FILE.replace("for block", "x = x if len(images) == 2 else x[:, :5]\n        for block"))
+    vision = load("vit")
+    with pytest.raises(ModelError, match=r"hookpoint 'blocks\.0': gave \[\[3, 5, 16\]\] for 3 images"):
+        vision.capture(pixels, ["blocks.0"])
+
+
+def test_no_hook_is_left_behind_also_on_errors(pixels: torch.Tensor) -> None:
+    vision = load("vit")
+    vision.capture(pixels, ["blocks.0"])
+    with pytest.raises(RuntimeError):
+        vision.capture(pixels[:, :20], ["blocks.0"])
+    assert not any(module._forward_hooks for module in vision._module.modules())
+
+
+def test_bfloat16_is_close(pixels: torch.Tensor) -> None:
+    exact, rough = (load("vit", dtype).capture(pixels, ["blocks.1"]).tokens["blocks.1"] for dtype in ("float32", "bfloat16"))
+    assert 0 < (rough.float() - exact).norm() / exact.norm() < 0.02
+
+
+def test_name_tells_which_code_it_was(user_file: Path) -> None:
+    assert load("vit").name == f"{NAME}:vit@{hashlib.sha256(FILE.encode()).hexdigest()[:12]}"
+
+
+def test_preprocessing_of_imagenet_without_params() -> None:
+    preprocess = make_preprocess(ModuleModel(kind="module", factory="a:b"), {})
+    assert (preprocess.resize, preprocess.crop, preprocess.interpolation) == ((256,), (224, 224), "bicubic")
+    assert preprocess.mean == pytest.approx((123.675, 116.28, 103.53)) and preprocess.std == pytest.approx((58.395, 57.12, 57.375))
+
+
+def test_preprocessing_of_a_module_that_carries_timms_dict() -> None:
+    vision = load("like_timm", crop=None, resize=None)
+    assert (vision.preprocess.resize, vision.preprocess.crop, vision.preprocess.interpolation) == ((35,), (32, 32), "bilinear")
+    assert vision.preprocess.mean == pytest.approx((127.5, 102, 76.5)) and vision.preprocess.std == pytest.approx((63.75, 127.5, 51))
+    image = Image.new("RGB", (70, 50), (200, 100, 50))
+    x = torch.from_numpy(vision.preprocess(image))[None]
+    colour = (torch.tensor([200, 100, 50]) / 255 - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.25, 0.5, 0.2])
+    expected = make("like_timm").get_submodule("stem")(colour[None, :, None, None].expand(1, 3, 32, 32))
+    torch.testing.assert_close(vision.capture(x, ["stem"]).tokens["stem"], expected.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("params", "cfg", "resize"),
+    [
+        ({"crop": (100, 100)}, {}, (114,)),
+        ({"resize": (50, 60), "crop": (40, 40)}, {"crop_pct": 1.0}, (50, 60)),
+        ({}, {"input_size": (3, 96, 64), "crop_pct": 1.0, "crop_mode": "squash"}, (96, 64)),
+        ({}, {"crop_pct": 1.0}, (224,)),
+    ],
+)
+def test_params_go_before_the_modules_own(params: dict, cfg: dict, resize: tuple) -> None:
+    assert make_preprocess(ModuleModel(kind="module", factory="a:b", **params), cfg).resize == resize
+
+
+@pytest.mark.parametrize(
+    ("params", "cfg", "message"),
+    [
+        ({"crop": (64, 96)}, {}, r"crop_mode 'center'\); set extract\.model\.resize"),
+        ({}, {"crop_mode": "border"}, r"crop_mode 'border'\); set extract\.model\.resize"),
+        ({}, {"interpolation": "random"}, r"interpolation 'random'; set extract\.model\.interpolation"),
+        ({"resize": (20,), "crop": (32, 32)}, {}, r"extract\.model\.resize: \[20\] is smaller than crop \[32, 32\]"),
+    ],
+)
+def test_preprocessing_that_cannot_be_told(params: dict, cfg: dict, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        make_preprocess(ModuleModel(kind="module", factory="a:b", **params), cfg)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("vitt", r"has no vitt; did you mean vit\?"),
+        ("a_number", r"is an int, and cannot be called"),
+        ("needs_an_argument", r"calling it without arguments failed: TypeError: .*missing 1 required"),
+        ("gives_text", r"returned a str, not a torch\.nn\.Module"),
+        ("takes_text", r"its forward pass fails on images \(2, 3, 32, 32\): RuntimeError: .*set extract\.model\.crop"),
+    ],
+)
+def test_factories_that_give_no_model(factory: str, message: str) -> None:
+    with pytest.raises(ModelError, match=rf"extract\.model\.factory: {NAME}:{factory}: .*{message}"):
+        load(factory)
+
+
+@pytest.mark.parametrize(
+    ("content", "module", "message"),
+    [
+        (None, "no_such_package.models", r"no module no_such_package: neither installed, nor no_such_package\.py in /"),
+        ("import nothing_like_this", f"{NAME}_2", r"imports nothing_like_this, which is not installed here"),
+        ("1 / 0", f"{NAME}_3", r"importing some_users_model_3 failed: ZeroDivisionError"),
+        ("def (", f"{NAME}_4", r"importing some_users_model_4 failed: SyntaxError"),
+    ],
+)
+def test_modules_that_cannot_be_imported(tmp_path: Path, content: str | None, module: str, message: str) -> None:
+    if content:
+        (tmp_path / f"{module}.py").write_text(content)
+    with pytest.raises(ModelError, match=message):
+        load_model(ModuleModel(kind="module", factory=f"{module}:make"), "float32", "cpu")
