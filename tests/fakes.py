@@ -50,7 +50,7 @@ def write_tile_folder(folder: Path, n: int, seed: int = 0) -> None:
 
 def make_artefact(place: Path, kind: str, stage: Any, params: Any, inputs: Mapping[str, Artefact]) -> Artefact:
     """Run a stage function and publish what it makes."""
-    with store.open_draft(place, kind, params.model_dump(mode="json"), inputs) as draft:
+    with store.open_draft(place, kind, params.identity(), inputs) as draft:
         stage(params, inputs, draft)
         return draft.publish(place)
 

@@ -57,7 +57,7 @@ def make(name: str, ms: float, d_model: int = 8) -> None:
     """What the six stages leave, as far as a decision reads it."""
     activations = {"model": "lite0", "hookpoint": "blocks.15", "d_model": d_model}
     _write("images", {"n_eval": 3}, {})
-    _write("extract", activations, {})
+    _write_activations(activations)
     _write("train", {"sae": name}, {"cfg.json": json.dumps(activations)})
     _write("evaluate", {"sae": name, "fvu": 0.3, "l0": 32.0, "dead": 0.1, "ms": ms, "ms_floor": 0.35}, {})
     path = Path(f"{name}.duckdb")
@@ -76,6 +76,13 @@ def _write(stage: str, summary: dict, files: dict[str, str | bytes]) -> None:
                 path.write_bytes(content if isinstance(content, bytes) else content.encode())
         draft.seal(summary)
         draft.publish(place)
+
+
+def _write_activations(summary: dict) -> None:
+    with store.open_draft(STAGES["extract"].place, "extraction", {}, {}) as draft:
+        draft.child(summary["hookpoint"], "activations").seal(summary)
+        draft.seal({})
+        draft.publish(STAGES["extract"].place)
 
 
 def measured(ms: float, monkeypatch: pytest.MonkeyPatch) -> list[str]:

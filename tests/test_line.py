@@ -127,7 +127,7 @@ def test_query_and_show_answer(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_all_damage_to_an_artefact_is_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    place = Path("data/activations")
+    place = Path("data/activations/blocks.15")
     first, second = place / "train-00000.parquet", place / "eval-00000.parquet"
     kept = first.read_bytes(), second.read_bytes()
     first.unlink()
@@ -135,7 +135,7 @@ def test_all_damage_to_an_artefact_is_named_at_once(capsys: pytest.CaptureFixtur
     try:
         assert run("train") == 1
         error = capsys.readouterr().err
-        assert "data/activations: damaged (2)" in error
+        assert "data/activations/blocks.15: damaged (2)" in error
         assert "train-00000.parquet: missing" in error
         assert "eval-00000.parquet: 1000 bytes, the manifest says" in error
     finally:
@@ -153,7 +153,7 @@ def test_all_damage_to_an_artefact_is_named_at_once(capsys: pytest.CaptureFixtur
         (["images", "--set", "images.source.path=twins"], "quality gate failed"),
         (["images", "--set", "images.max_rejectd=1"], "unknown key; did you mean max_rejected?"),
         (["train", "--set", "train.k=100"], "k is 100, larger than d_sae 24"),
-        (["extract", "--set", "extract.hookpoint=blocks.99"], "blocks.9"),
+        (["extract", "--set", "extract.hookpoints=[blocks.99]"], "blocks.9"),
         (["extract", "--set", "extract.tokens=cls"], "it has patch, pooled, all"),
         (["extract", "--set", "extract.model={kind: clip, path: someone/some-clip}"], "kind: lite"),
         (["extract", "--set", "extract.judge={kind: transformers, path: someone/some-vit}"], "network"),

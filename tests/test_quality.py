@@ -49,6 +49,15 @@ def artefact_of(folder: Path, kind: str, files: Mapping[str, pa.Table | Callable
         return draft.publish(folder / kind)
 
 
+def extraction_of(folder: Path, tables: Mapping[str, pa.Table]) -> Artefact:
+    with store.open_draft(folder / "activations", "extraction", {}, {}) as draft:
+        for name, content in tables.items():
+            draft.child("block", "activations").write_table(name, content)
+        draft.child("block", "activations").seal({})
+        draft.seal({})
+        return draft.publish(folder / "activations")
+
+
 def failed(report: Report) -> dict[str, Check]:
     return {check.name: check for check in report.failures}
 
@@ -152,7 +161,7 @@ def assign(index: Any, value: float) -> Callable[[np.ndarray], None]:
 
 
 def test_extract_passes(tmp_path: Path, params: Params) -> None:
-    report = quality.check("extract", artefact_of(tmp_path, "activations", activations_tables()), params)
+    report = quality.check("extract", extraction_of(tmp_path, activations_tables()), params)
     assert report.success, report.failures
 
 
@@ -177,20 +186,20 @@ def test_extract_passes(tmp_path: Path, params: Params) -> None:
     ],
 )
 def test_extract_damage_is_named(tmp_path: Path, params: Params, change: Tables, name: str, words: list[str]) -> None:
-    found = failed(quality.check("extract", artefact_of(tmp_path, "activations", activations_tables() | change), params))
+    found = failed(quality.check("extract", extraction_of(tmp_path, activations_tables() | change), params))
     assert set(found) == {name}
     assert all(word in found[name].detail for word in [*words, *(part for part in change if "same" not in name and "one" not in name)])
 
 
 def test_extract_needs_tokens_and_embeddings(tmp_path: Path, params: Params) -> None:
     tables = {"train-00000.parquet": activation_table([]), "eval-00000.parquet": activation_table([])}
-    found = failed(quality.check("extract", artefact_of(tmp_path, "activations", tables), params))
+    found = failed(quality.check("extract", extraction_of(tmp_path, tables), params))
     assert set(found) == {"both splits have tokens", "both kinds of table are there"}
 
 
 def test_extract_large_finite_activation_passes(tmp_path: Path, params: Params) -> None:
     tables = activations_tables() | {"train-00000.parquet": activation_table([0, 2], assign((0, 0), 65504))}
-    assert quality.check("extract", artefact_of(tmp_path, "activations", tables), params).success
+    assert quality.check("extract", extraction_of(tmp_path, tables), params).success
 
 
 # train

@@ -14,12 +14,10 @@ import pytest
 import torch
 from fakes import COLOURS, GRID, TileModel, make_artefact, make_images_artefact, make_test_params
 
-from ommatid import extract as extract_module
-from ommatid import train as train_module
 from ommatid.config import Params, TrainParams
 from ommatid.errors import ConfigError, TrainingError
 from ommatid.evaluate import evaluate
-from ommatid.extract import extract
+from ommatid.extract import extract, towers
 from ommatid.images import decode
 from ommatid.label import label
 from ommatid.label import stage as label_stage
@@ -57,7 +55,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def params(words: Path) -> Params:
     return make_test_params(
-        extract={"hookpoint": "tiles", "tokens": "patch"},
+        extract={"hookpoints": ["tiles"], "tokens": "patch", "dtype": "float32"},
         train={"d_sae": D_SAE, "k": 1, "epochs": 20, "batch_size": 128, "lr": 0.01},
         evaluate={"n_top": 4, "n_per_decile": 2},
         label={"vocabularies": [str(words)], "min_examples": 4, "n_examples": 16},
@@ -70,14 +68,15 @@ def line(tmp_path_factory: pytest.TempPathFactory, params: Params) -> Iterator[d
     root = tmp_path_factory.mktemp("line")
     model = TileModel()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extract_module, "load_model", lambda params, dtype, device: model)
-        patch.setattr(extract_module, "load_judge", lambda params, dtype, device: model)
+        patch.setattr(towers, "load_model", lambda params, dtype, device: model)
+        patch.setattr(towers, "load_judge", lambda params, dtype, device: model)
         patch.setattr(label_stage, "load_model", lambda params, dtype, device: model)
         made: dict[str, Artefact] = {"images": make_images_artefact(root, N_IMAGES)}
         stages: Mapping[str, Any] = {"extract": extract, "train": plant_sae, "evaluate": evaluate, "label": label}
-        kinds = {"extract": "activations", "train": "sae", "evaluate": "evaluation", "label": "labels"}
+        kinds = {"extract": "extraction", "train": "sae", "evaluate": "evaluation", "label": "labels"}
         for name, stage in stages.items():
-            made[name] = make_artefact(root / kinds[name], kinds[name], stage, getattr(params, name), made)
+            artefact = make_artefact(root / kinds[name], kinds[name], stage, getattr(params, name), made)
+            made[name] = artefact.child("tiles", "activations") if name == "extract" else artefact
         yield made
 
 
@@ -212,17 +211,6 @@ def test_training_killed_in_the_middle_ends_with_the_same_weights(line: dict[str
     assert min(step for step in steps if step) > 20  # it did not start over
     weights = {f.name: f.sha256 for f in again.manifest.files}
     assert weights == {f.name: f.sha256 for f in unbroken.manifest.files}
-
-
-def test_batches_see_every_token_once_an_epoch_in_changing_order(line: dict[str, Artefact]) -> None:
-    activations = line["extract"]
-    batches = [list(train_module._iter_epoch(activations, 64, np.random.default_rng([0, epoch]))) for epoch in (0, 0, 1)]
-    first, same, other = (torch.cat(b) for b in batches)
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
-    assert len(first) == activations.rows("train") // 64 * 64
-    every = from_float16(activations.read("train")["x"])
-    assert len({tuple(row) for row in first.tolist()} - {tuple(row) for row in every.tolist()}) == 0
 
 
 def test_embeddings_are_those_of_the_images(line: dict[str, Artefact]) -> None:

@@ -202,16 +202,21 @@ def _sae_of(decision: Decision) -> Artefact:
 def _incomparable(sae: Artefact) -> str | None:
     """Why the SAE cannot encode the checkout's activations; None: it can."""
     config: Mapping[str, Any] = json.loads((sae.path / "cfg.json").read_text(encoding="utf-8"))
-    activations = open_stage("extract").summary
+    activations = _activations().summary
     differing = [key for key in ("model", "hookpoint", "d_model") if config[key] != activations[key]]
     return ", ".join(f"{key} was {config[key]}, is {activations[key]}" for key in differing) or None
+
+
+def _activations() -> Artefact:
+    """What the challenger was trained on."""
+    return open_stage("extract", json.loads((open_stage("train").path / "cfg.json").read_text(encoding="utf-8"))["hookpoint"])
 
 
 def _measure(sae: Artefact, params: EvaluateParams, on_event: Listener) -> Scores:
     """Evaluate an SAE on the checkout's images and activations."""
     from ommatid.evaluate import evaluate
 
-    inputs = {"images": open_stage("images"), "extract": open_stage("extract"), "train": sae}
+    inputs = {"images": open_stage("images"), "extract": _activations(), "train": sae}
     with store.open_draft(PUBLISHED / "evaluation", "evaluation", params.model_dump(mode="json"), inputs) as draft:
         return _scores(sae, draft.sealed() or evaluate(params, inputs, draft, on_event))
 

@@ -138,8 +138,9 @@ def _sizes(artefact: "object") -> str:
     from ommatid.store import Artefact
 
     assert isinstance(artefact, Artefact)
-    rows = [f"{artefact.rows(table)} {table}" for table in artefact.tables]
-    return ", ".join([*rows, f"{sum(f.bytes for f in artefact.manifest.files) / 1e6:.1f} MB"])
+    inside = [artefact.child(name, "activations") for name in artefact.children]
+    rows = [f"{one.rows(table)} {table}" for one in inside or [artefact] for table in one.tables]
+    return ", ".join([*rows, f"{sum(f.bytes for one in [artefact, *inside] for f in one.manifest.files) / 1e6:.1f} MB"])
 
 
 def main() -> None:

@@ -1,12 +1,13 @@
 """Params: the type, the bounds and one sentence for every value in params.yaml. The values live there only."""
 
 import difflib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
 from ommatid.errors import ConfigError
 
@@ -90,6 +91,71 @@ class ClipModel(Section):
     """A hub name, or a local folder with config, weights, tokenizer and preprocessor."""
 
 
+class SiglipModel(Section):
+    """SigLIP, or SigLIP 2 of a fixed resolution (not NaFlex)."""
+
+    kind: Literal["siglip"]
+    path: str = "google/siglip2-base-patch16-224"
+    """A hub name, or a local folder with config, weights, tokenizer and preprocessor."""
+
+
+class DinoModel(Section):
+    """DINOv2, with or without registers, or a ViT of DINOv3; it has no text tower: set `namer`."""
+
+    kind: Literal["dino"]
+    path: str = "facebook/dinov2-base"
+    """A hub name, or a local folder with config, weights and preprocessor."""
+
+
+class VitModel(Section):
+    """ViT or DeiT; it has no text tower: set `namer`."""
+
+    kind: Literal["vit"]
+    path: str = "google/vit-base-patch16-224"
+    """A hub name, or a local folder with config, weights and preprocessor."""
+
+
+class LlavaModel(Section):
+    """The vision tower and the projector inside a LLaVA 1.5 or LLaVA-NeXT; the language model is not loaded."""
+
+    kind: Literal["llava"]
+    path: str = "llava-hf/llava-1.5-7b-hf"
+    """A hub name, or a local folder with config, weights (safetensors) and preprocessor."""
+
+
+class QwenModel(Section):
+    """The vision tower and the merger inside a Qwen2.5-VL or Qwen2-VL; the language model is not loaded."""
+
+    kind: Literal["qwen"]
+    path: str = "Qwen/Qwen2.5-VL-3B-Instruct"
+    """A hub name, or a local folder with config, weights (safetensors) and preprocessor."""
+    image_size: Annotated[int, Field(ge=28, le=2240)] = 448
+    """Side of the square the images are resized to, in pixels: a multiple of two patches, which are 28."""
+
+
+Side = Annotated[int, Field(ge=1, le=4096)]
+
+
+class ModuleModel(Section):
+    """Any torch.nn.Module that takes images; what is null here, its `pretrained_cfg` says, or else the custom with ImageNet."""
+
+    kind: Literal["module"]
+    factory: Annotated[str, Field(pattern=r"^\w+(\.\w+)*:\w+(\.\w+)*$")]
+    """`package.module:function`, installed or a file in the current directory; called without arguments, it returns the module."""
+    grid: tuple[Side, Side] | None = None
+    """Rows and columns of the patches in sequences (batch, tokens, width); null: the largest square."""
+    resize: Annotated[tuple[Side, ...], Field(min_length=1, max_length=2)] | None = None
+    """[shorter side], which keeps the aspect ratio, or [height, width], which does not, in pixels."""
+    crop: tuple[Side, Side] | None = None
+    """Height and width of the centre crop, in pixels: what the module takes."""
+    interpolation: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] | None = None
+    """The filter of the resize."""
+    mean: tuple[float, float, float] | None = None
+    """Of the channels R, G, B, which are subtracted, on the scale 0 to 1."""
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    """Of the channels R, G, B, by which is divided, on the scale 0 to 1."""
+
+
 class TransformersJudge(Section):
     """Any transformers vision model, its pooled output as the embedding."""
 
@@ -98,35 +164,116 @@ class TransformersJudge(Section):
     """A hub name, or a local folder with config, weights and preprocessor."""
 
 
-Model = Annotated[LiteModel | ClipModel, Field(discriminator="kind")]
+Model = Annotated[
+    LiteModel | ClipModel | SiglipModel | DinoModel | VitModel | LlavaModel | QwenModel | ModuleModel, Field(discriminator="kind")
+]
 Judge = Annotated[LiteModel | TransformersJudge, Field(discriminator="kind")]
 
 
-class ExtractParams(Section):
-    """Stage `extract`: activations at one hookpoint, and two embeddings for every image."""
+class LocalExecutor(Section):
+    """This process; with several GPUs a process each."""
 
+    kind: Literal["local"]
+
+
+class DaskExecutor(Section):
+    """A Dask cluster (`pip install 'ommatid[dask]'`)."""
+
+    kind: Literal["dask"]
+    address: str | None
+    """Of the scheduler, such as tcp://10.0.0.1:8786; null: a cluster on this machine for the time of the run."""
+    workers: Annotated[int, Field(ge=1)]
+    """Processes of the cluster on this machine."""
+
+
+class RayExecutor(Section):
+    """A Ray cluster (`pip install 'ommatid[ray]'`)."""
+
+    kind: Literal["ray"]
+    address: str | None
+    """Of the cluster, such as auto or ray://10.0.0.1:10001; null: one on this machine for the time of the run."""
+    workers: Annotated[int, Field(ge=1)]
+    """Processes of the cluster on this machine."""
+
+
+Executor = Annotated[LocalExecutor | DaskExecutor | RayExecutor, Field(discriminator="kind")]
+
+
+def _network(params: Section) -> str | None:
+    """Whose weights: a variant of the embedded networks, or a hub name or folder, the same however it is spelt."""
+    path = getattr(params, "path", None)
+    return os.path.relpath(Path(path).expanduser()) if path else getattr(params, "variant", None)
+
+
+class ExtractParams(Section):
+    """Stage `extract`: activations at some hookpoints in one pass over the images, and embeddings of every image."""
+
+    how: ClassVar[frozenset[str]] = frozenset({"executor"})
+
+    source: Literal["images"]
+    """The images of stage `images`; or `files`: activations that were made elsewhere."""
     model: Model
     """The model that is explained."""
-    hookpoint: str
-    """Where activations are captured; an unknown name lists the valid ones."""
-    tokens: Literal["pooled", "patch", "cls", "all"]
-    """Which tokens are kept: their mean, those with a place in the image, the class token, or every one."""
+    hookpoints: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Where activations are captured, one artefact each; an unknown name lists the valid ones."""
+    tokens: Literal["patch", "cls", "register", "pooled", "all"]
+    """Which tokens are kept: those with a place in the image, class or register tokens, the mean of the patches, or every one."""
+    sample: Annotated[int, Field(ge=1)] | None
+    """At most this many tokens of each training image, drawn by a fixed seed; null: all. Evaluation images keep theirs for heat maps."""
+    max_norm: Annotated[float, Field(gt=1)] | None
+    """Leave out of training what is longer than this many times the median token of its image (arXiv 2309.16588); null: keep it."""
     judge: Judge
     """The independent encoder whose embeddings the monosemanticity score uses."""
+    namer: Model | None
+    """The model whose joint image-text space names the latents; null: the explained model, which must have a text tower."""
     batch_size: Annotated[int, Field(ge=1, le=4096)]
     """Images a forward pass."""
     dtype: Literal["auto", "float32", "bfloat16"]
     """Arithmetic of the forward pass; auto: bfloat16 where the hardware computes in it."""
+    executor: Executor
+    """Who runs the shards; the artefact is the same whoever does."""
 
     @model_validator(mode="after")
     def _judge_is_independent(self) -> "ExtractParams":
-        if isinstance(self.model, LiteModel) and isinstance(self.judge, LiteModel) and self.model.variant == self.judge.variant:
-            raise ValueError(f"judge must be another encoder than model: both are {self.model.variant}")
+        network = _network(self.model)
+        if network is not None and network == _network(self.judge):
+            raise ValueError(f"judge must be another encoder than model: both are {network}")
         return self
+
+    @model_validator(mode="after")
+    def _hookpoints_differ(self) -> "ExtractParams":
+        if len(set(self.hookpoints)) < len(self.hookpoints):
+            raise ValueError(f"hookpoints names one twice: {', '.join(self.hookpoints)}")
+        return self
+
+
+class ExtractFiles(Section):
+    """Stage `extract` without images: activations that were made elsewhere. What the files must hold: docs/import.md."""
+
+    source: Literal["files"]
+    """Activations from files."""
+    path: str
+    """A .npy, .safetensors, .pt or .parquet file, or a folder of them, relative to the checkout or absolute."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """What the activations are called: their hookpoint, such as vision.blocks.11."""
+    model: Annotated[str, Field(min_length=1)]
+    """The model they come from, in your words: it goes into the SAE's cfg.json and the lineage."""
+    key: str | None = None
+    """Name of the tensor or column that holds them; null: the only one."""
+    eval_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of images kept from training (by hash of the image's number)."""
+
+    @property
+    def hookpoints(self) -> tuple[str, ...]:
+        """Where activations were captured."""
+        return (self.name,)
 
 
 class TrainParams(Section):
     """Stage `train`: a BatchTopK sparse autoencoder (arXiv 2412.06410) with AuxK (2406.04093)."""
+
+    hookpoint: str | None
+    """Which of extract.hookpoints it is trained on; null: the only one."""
 
     d_sae: Annotated[int, Field(ge=2, le=2**20)]
     """Latents of the SAE."""
@@ -205,6 +352,20 @@ class Params(Section):
     catalog: CatalogParams
     retrain: RetrainParams
 
+    @property
+    def hookpoint(self) -> str:
+        """Where the activations were captured that the SAE is trained on."""
+        return self.train.hookpoint or self.extract.hookpoints[0]
+
+    @model_validator(mode="after")
+    def _hookpoint_is_extracted(self) -> "Params":
+        known, wanted = self.extract.hookpoints, self.train.hookpoint
+        if wanted is None and len(known) > 1:
+            raise ValueError(f"train.hookpoint: must say which of extract.hookpoints to train on: {', '.join(known)}")
+        if wanted is not None and wanted not in known:
+            raise ValueError(f"train.hookpoint: {wanted!r} is not in extract.hookpoints: {', '.join(known)}")
+        return self
+
 
 def load_params(path: Path = Path("params.yaml"), overrides: Iterable[str] = ()) -> Params:
     """Read `path`, apply `overrides` such as "train.k=32", and check everything.
@@ -271,7 +432,7 @@ def _explain(error: ValidationError) -> str:
 
 def _explain_one(problem: Any) -> str:
     # pydantic puts the tag of a discriminated union into the path: images.source.folder.path -> images.source.path
-    tags = {"cifar10", "folder", "parquet", "lite", "clip", "transformers"}
+    tags = {"cifar10", "folder", "parquet", "lite", "clip", "siglip", "dino", "vit", "transformers", "llava", "qwen", "module"}
     path = [str(part) for i, part in enumerate(problem["loc"]) if not (i and part in tags)]
     key = ".".join(path) or "params"
     match problem["type"]:

@@ -1,6 +1,6 @@
 """Stage `evaluate`: what every latent does on the evaluation split, with raw neurons and an untrained SAE beside it.
 
-Two passes over the evaluation tokens, in image order, both streamed: the first accumulates, the second gives the intervals and
+Two passes over the evaluation tokens, shard by shard, both streamed: the first accumulates, the second gives the intervals and
 the heat maps of the examples that were chosen in between.
 """
 
@@ -165,35 +165,30 @@ def _make_subjects(sae: SAE, activations: Artefact, params: EvaluateParams) -> l
 
 
 def _stream(activations: Artefact, d_sae: int, n_images: int, what: str, on_event: Listener) -> Iterator[Images]:
-    """The evaluation images in order, so many at a time that their activations stay bounded."""
+    """The evaluation images shard by shard, so many at a time that their activations stay bounded."""
     per_image = activations.summary["tokens_per_image"]
     n = max(1, ENTRIES // (per_image * d_sae))
-    embeddings = _Embeddings(activations)
     done = 0
-    for rows in activations.iter_batches("eval", ["image", "x"], n_rows=n * per_image):
-        numbers = torch.from_numpy(rows["image"].to_numpy()[::per_image].astype(np.int64))
-        x = from_float16(rows["x"]).float().unflatten(0, (len(numbers), per_image))
-        yield Images(numbers, x, embeddings.take(numbers))
-        done += len(numbers)
-        on_event(Progress(what, done, n_images))
+    for tokens, embedded in zip(activations.parts("eval"), activations.parts("embeddings"), strict=True):
+        embeddings = _Embeddings(activations.read_part(embedded, ["image", "judge"]))
+        with activations.open_part(tokens) as file:
+            for rows in file.iter_batches(n * per_image, columns=["image", "x"]):
+                numbers = torch.from_numpy(rows["image"].to_numpy()[::per_image].astype(np.int64))
+                x = from_float16(rows["x"]).float().unflatten(0, (len(numbers), per_image))
+                yield Images(numbers, x, embeddings.take(numbers))
+                done += len(numbers)
+                on_event(Progress(what, done, n_images))
 
 
 class _Embeddings:
-    """The judge's embeddings, read forward only: images come in order."""
+    """The judge's embeddings of one shard's images, which are in order."""
 
-    def __init__(self, activations: Artefact) -> None:
-        self._batches = activations.iter_batches("embeddings", ["image", "judge"], n_rows=1024)
-        self._images = torch.empty(0, dtype=torch.int64)
-        self._judge = torch.empty(0, activations.summary["d_judge"])
+    def __init__(self, rows: pa.Table) -> None:
+        self._images = torch.from_numpy(rows["image"].to_numpy().astype(np.int64))
+        self._judge = from_float32(rows["judge"])
 
     def take(self, numbers: Tensor) -> Tensor:
         """Rows of these images, (images, d_judge)."""
-        while not len(self._images) or self._images[-1] < numbers[-1]:
-            batch = next(self._batches)
-            keep = self._images >= numbers[0]
-            images = torch.from_numpy(batch["image"].to_numpy().astype(np.int64))
-            self._images = torch.cat([self._images[keep], images])
-            self._judge = torch.cat([self._judge[keep], from_float32(batch["judge"])])
         return self._judge[torch.searchsorted(self._images, numbers)]
 
 
@@ -279,13 +274,16 @@ class _Heat:
         self._images = images[self._by_image]
         self._latents = torch.from_numpy(examples["latent"].to_numpy().astype(np.int64))[self._by_image]
         self._heat: list[Tensor] = []
+        self._where: list[Tensor] = []
 
     def add(self, numbers: Tensor, acts: Tensor) -> None:
-        """Patch activations (images, patches, latents) of the next images, in order."""
+        """Patch activations (images, patches, latents) of some images, in order."""
         first = int(torch.searchsorted(self._images, numbers[0]))
         last = int(torch.searchsorted(self._images, numbers[-1], right=True))
         place = torch.searchsorted(numbers, self._images[first:last])
-        self._heat.append(acts[place, :, self._latents[first:last]])
+        shown = numbers[place] == self._images[first:last]  # images of other shards lie between these
+        self._heat.append(acts[place[shown], :, self._latents[first:last][shown]])
+        self._where.append(torch.arange(first, last)[shown])
 
     def table(self, sae: str, grid: list[int] | None) -> pa.Table:
         """The `examples` table."""
@@ -293,7 +291,8 @@ class _Heat:
         rows, cols = grid or (0, 0)
         heat: Any = pa.nulls(n, pa.list_(pa.float32()))
         if grid and n:
-            ordered = torch.cat(self._heat)[self._by_image.argsort()]
+            by_image = torch.cat(self._heat)[torch.cat(self._where).argsort()]
+            ordered = by_image[self._by_image.argsort()]
             offsets = pa.array(np.arange(n + 1) * rows * cols, pa.int32())
             heat = pa.ListArray.from_arrays(offsets, pa.array(ordered.flatten().numpy(), pa.float32()))
         columns = {name: self._examples[name] for name in ("latent", "decile", "rank", "image", "act")}

@@ -36,12 +36,20 @@ REJECTED = _schema(
 )
 
 
+PLAN = _schema(
+    shard=(pa.int32(), "shard of the activations that holds these images"),
+    file=(pa.int32(), "index of the file in the images artefact"),
+    row_group=(pa.int32(), "index of the row group in that file"),
+    n_images=(pa.int32(), "images in the row group"),
+)
+
+
 def activations(d_model: int, metadata: dict[str, str]) -> pa.Schema:
     """One row a token; `x` is d_model little-endian float16 values. `metadata` names model, hookpoint, width and dtype."""
     schema = _schema(
         image=(pa.int32(), "images.image"),
         token=(pa.int32(), "position of the token in the model's sequence; 0 for pooled"),
-        kind=(pa.string(), "cls, patch or pooled"),
+        kind=(pa.string(), "cls, register, patch or pooled"),
         row=(pa.int16(), "row of a patch in the grid; -1 for tokens without a place"),
         col=(pa.int16(), "column of a patch in the grid; -1 for tokens without a place"),
         x=(pa.binary(2 * d_model), "activation, little-endian float16"),

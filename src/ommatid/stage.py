@@ -30,7 +30,7 @@ class Stage:
 
 STAGES: Mapping[str, Stage] = {
     "images": Stage("images", Path("data/images"), ()),
-    "extract": Stage("activations", Path("data/activations"), ("images",)),
+    "extract": Stage("extraction", Path("data/activations"), ("images",)),
     "train": Stage("sae", Path("data/sae"), ("extract",)),
     "evaluate": Stage("evaluation", Path("data/evaluation"), ("images", "extract", "train")),
     "label": Stage("labels", Path("data/labels"), ("images", "extract", "train", "evaluate")),
@@ -43,9 +43,14 @@ QUALITY = Path("data/quality")
 """Folder of the gates' reports, relative to the checkout."""
 
 
-def open_stage(name: str) -> Artefact:
-    """The artefact that a stage made in this checkout."""
-    return store.open_artefact(STAGES[name].place, STAGES[name].kind)
+def open_stage(name: str, hookpoint: str | None = None) -> Artefact:
+    """The artefact that a stage made in this checkout; of `extract` the activations at a hookpoint.
+
+    Raises:
+        ArtefactError: missing or damaged, or not extracted at that hookpoint.
+    """
+    artefact = store.open_artefact(STAGES[name].place, STAGES[name].kind)
+    return artefact.child(hookpoint, "activations") if name == "extract" and hookpoint else artefact
 
 
 def run_stage(name: str, params: Params, on_event: Listener) -> Artefact:
@@ -56,7 +61,7 @@ def run_stage(name: str, params: Params, on_event: Listener) -> Artefact:
         OmmatidError: an input is missing or damaged, or the user's values cannot be used.
     """
     stage = STAGES[name]
-    inputs = {other: open_stage(other) for other in stage.inputs}
+    inputs = {other: open_stage(other, params.hookpoint) for other in stage.inputs}
     section: Section = getattr(params, name)
 
     def on_wait(line: str) -> None:

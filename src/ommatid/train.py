@@ -1,7 +1,7 @@
 """Stage `train`: activations in, `sae.safetensors` + `cfg.json` + training curves out."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,10 @@ from torch import Tensor
 from ommatid import schemas
 from ommatid.config import TrainParams
 from ommatid.events import Listener, ignore
+from ommatid.reader import iter_batches
 from ommatid.sae.model import CONFIG, WEIGHTS, SAEConfig
 from ommatid.sae.trainer import CURVE_COLUMNS, Plan, State, Trainer, finish, make_plan, make_state
-from ommatid.store import Artefact, Draft, read_part
+from ommatid.store import Artefact, Draft
 from ommatid.tensors import from_float16
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -38,7 +39,7 @@ def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_
         with draft.write_file(f"{draft.scratch.name}/{CHECKPOINT}") as path:
             state.save(path)
 
-    Trainer(params, plan, state, on_event).fit(_iter_batches(activations, plan, params.seed, int(state.step)), save)
+    Trainer(params, plan, state, on_event).fit(iter_batches(activations, plan.batch_size, params.seed, int(state.step)), save)
     return _write(params, activations, draft, plan, state)
 
 
@@ -51,28 +52,6 @@ def load_sample(activations: Artefact, n: int) -> Tensor:
         if found == n:
             break
     return torch.cat(pieces).float()
-
-
-def _iter_batches(activations: Artefact, plan: Plan, seed: int, start: int) -> Iterator[Tensor]:
-    """Float16 batches (batch, d_model) from step `start` on: parts and rows in an order that seed and epoch fix."""
-    steps_per_epoch = plan.n_tokens // plan.batch_size
-    epoch, skip = divmod(start, steps_per_epoch)
-    while True:
-        for i, batch in enumerate(_iter_epoch(activations, plan.batch_size, np.random.default_rng([seed, epoch]))):
-            if i >= skip:
-                yield batch
-        epoch, skip = epoch + 1, 0
-
-
-def _iter_epoch(activations: Artefact, batch_size: int, rng: np.random.Generator) -> Iterator[Tensor]:
-    files = activations.files("train")
-    rest = torch.empty(0)
-    for index in rng.permutation(len(files)):
-        x = from_float16(read_part(files[index], ["x"])["x"])
-        x = x[torch.from_numpy(rng.permutation(len(x)))]
-        x = torch.cat([rest, x]) if len(rest) else x
-        *whole, rest = torch.split(x, batch_size) if len(x) % batch_size else (*torch.split(x, batch_size), x[:0])
-        yield from whole
 
 
 def _write(params: TrainParams, activations: Artefact, draft: Draft, plan: Plan, state: State) -> Artefact:

@@ -17,7 +17,7 @@ BYTES_PER_PART = 2**26
 
 _SOURCE = f"{SCRATCH}/source.json"
 _PARQUET: dict[str, Any] = {
-    "row_group_size": 512,  # so that a reader holds few images,
+    "row_group_size": 128,  # what extraction reads and shuffles as one block,
     "write_batch_size": 16,  # and of large ones not all: a page only ends after a batch
     "compression": {**dict.fromkeys(IMAGES.names, "zstd"), "thumbnail": "none", "encoded": "none"},  # compressed already
     "use_dictionary": ["split", "label"],

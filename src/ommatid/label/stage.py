@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from ommatid import schemas
-from ommatid.config import ExtractParams, LabelParams
+from ommatid.config import LabelParams, Model
 from ommatid.events import Listener, Progress, ignore
 from ommatid.label.examples import MAX_FIRING, N_HARD_LATENTS, Fired, Halves, draw_test, iter_fired, load_halves
 from ommatid.label.vocabulary import Vocabulary, embed_words, load_words
@@ -56,17 +57,19 @@ def label(params: LabelParams, inputs: Mapping[str, Artefact], draft: Draft, on_
 
 
 def _embed(words: tuple[str, ...], activations: Artefact) -> Vocabulary:
-    extract = ExtractParams.model_validate(activations.manifest.params)
-    return embed_words(load_model(extract.model, extract.dtype, "cpu"), words)
+    params = activations.manifest.params
+    namer = TypeAdapter(Model).validate_python(params["namer"] or params["model"])
+    return embed_words(load_model(namer, params["dtype"], "cpu"), words)
 
 
 def _load_joint(activations: Artefact, halves: Halves) -> Tensor:
     """Joint embeddings of the evaluation images, centred on the naming half, unit norm: (images, d_joint) float32."""
-    pieces = []
+    joint = torch.empty(len(halves.images), activations.summary["d_joint"])
     for batch in activations.iter_batches("embeddings", ["image", "joint"], n_rows=4096):
-        keep = np.isin(batch["image"].to_numpy(), halves.images)
-        pieces.append(from_float32(batch["joint"])[torch.from_numpy(keep)])
-    joint = torch.cat(pieces)
+        numbers = batch["image"].to_numpy()
+        place = np.searchsorted(halves.images, numbers).clip(max=len(halves.images) - 1)
+        keep = halves.images[place] == numbers
+        joint[torch.from_numpy(place[keep])] = from_float32(batch["joint"])[torch.from_numpy(keep)]
     naming = joint[torch.from_numpy(~halves.is_held_out)]
     return torch.nn.functional.normalize(joint - naming.mean(0), dim=1) if len(naming) else joint
 

@@ -67,13 +67,25 @@ def _image_set(artefact: Artefact, files: list[Path]) -> dict[str, Any]:
 
 
 def extract(artefact: Artefact, params: Params) -> Frames:
-    """Frames `parts` (activations), `embeddings` (one row a part and vector), `splits` and `whole`."""
+    """Frames `parts` (activations), `embeddings` (one row a part and vector), `splits` and `whole`, of every hookpoint's artefact."""
+    frames = [_hookpoint(name, artefact.child(name, "activations")) for name in artefact.children]
+    return {name: pd.concat([frame[name] for frame in frames], ignore_index=True) for name in frames[0]}
+
+
+def _hookpoint(hookpoint: str, artefact: Artefact) -> Frames:
     tables = {table: _files(artefact, table) for table in ("train", "eval")}
     parts = [_activations(path) for files in tables.values() for path in files]
     vectors = [_vectors(path, name) for path in _files(artefact, "embeddings") for name in ("joint", "judge")]
-    splits = pd.DataFrame({"split": tables.keys(), "tokens": [artefact.rows(table) for table in tables]})
-    whole = pd.DataFrame([_image_match(tables["train"] + tables["eval"], _files(artefact, "embeddings"))])
-    return {"parts": _frame(parts), "embeddings": _frame(vectors), "splits": splits, "whole": whole}
+    splits = [{"split": table, "tokens": artefact.rows(table)} for table in tables]
+    whole = _image_match(tables["train"] + tables["eval"], _files(artefact, "embeddings"))
+    frames = {"parts": parts, "embeddings": vectors, "splits": splits, "whole": [whole]}
+    return {name: _frame([_of(hookpoint, row) for row in rows]) for name, rows in frames.items()}
+
+
+def _of(hookpoint: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The row, its name beginning with the hookpoint's."""
+    name, *_ = row
+    return row | {name: f"{hookpoint}, {row[name]}"}
 
 
 _MAGNITUDE, _INFINITY = np.uint16(0x7FFF), 0x7C00

@@ -1,0 +1,84 @@
+"""Encoded images to pixels, ahead of the model, so that it never waits."""
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ommatid.ahead import ahead
+from ommatid.errors import ArtefactError
+from ommatid.images import Unreadable, decode
+from ommatid.vlm.preprocess import Preprocess
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A batch of images as each preprocessing makes them."""
+
+    numbers: np.ndarray
+    """images.image, (batch,)."""
+    is_train: np.ndarray
+    """Whether the image is in the training split, (batch,) bool."""
+    of: tuple[Tensor, ...]
+    """Uint8 (batch, H, W, 3), one for each preprocessing."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch of image files."""
+
+    numbers: np.ndarray
+    """images.image, (batch,)."""
+    is_train: np.ndarray
+    """Whether the image is in the training split, (batch,) bool."""
+    files: list[bytes]
+    """Their bytes."""
+
+
+@contextmanager
+def open_pool(device: str) -> Iterator[Executor]:
+    """Who decodes: threads beside a model on the CPU, which leaves no core to more; processes beside a GPU, which waits for them.
+
+    Pillow gives up the interpreter's lock while it decodes and resizes, but not between: threads feed a model of some hundred
+    images a second, processes one of thousands. Tensors come back through shared memory.
+    """
+    n = os.cpu_count() or 1
+    if device == "cpu":
+        with ThreadPoolExecutor(n) as pool:
+            yield pool
+    else:
+        context = torch.multiprocessing.get_context("forkserver")
+        with ProcessPoolExecutor(max(1, n - 1), mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+
+
+def iter_pixels(batches: Iterable[Encoded], preprocesses: tuple[Preprocess, ...], pool: Executor, device: str) -> Iterator[Pixels]:
+    """Batches in order; some are ready before they are asked for, in pinned memory where the model is on a GPU.
+
+    Raises:
+        ArtefactError: an image cannot be decoded; names it.
+    """
+    futures = ahead((pool.submit(_prepare, batch, preprocesses) for batch in batches), (os.cpu_count() or 1) + 2)
+    results = (future.result() for future in futures)
+    return results if device == "cpu" else ahead(map(_pin, results), 2)
+
+
+def _prepare(batch: Encoded, preprocesses: tuple[Preprocess, ...]) -> Pixels:
+    made: list[list[np.ndarray]] = [[] for _ in preprocesses]
+    for number, file in zip(batch.numbers, batch.files, strict=True):
+        try:
+            image = decode(file)
+        except Unreadable as error:
+            raise ArtefactError(f"images: image {number} cannot be decoded any more ({error}); run stage images again") from None
+        for pixels, preprocess in zip(made, preprocesses, strict=True):
+            pixels.append(preprocess(image))
+    return Pixels(batch.numbers, batch.is_train, tuple(torch.from_numpy(np.stack(pixels)) for pixels in made))
+
+
+def _pin(pixels: Pixels) -> Pixels:
+    return Pixels(pixels.numbers, pixels.is_train, tuple(x.pin_memory() for x in pixels.of))

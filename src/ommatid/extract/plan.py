@@ -1,0 +1,60 @@
+"""The plan: which images each shard holds. Made first; every worker reads its own lines of it."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from ommatid import schemas
+from ommatid.store import Artefact
+
+IMAGES_PER_SHARD = 8192
+"""Enough that a batch of 2,048 tokens finds as many different training images in one shard."""
+SEED = 0
+"""The order of blocks and rows is a function of the data alone."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive images that are read together: a row group of the images artefact."""
+
+    file: int
+    """Index of the file in the artefact's table `images`."""
+    row_group: int
+    """Index of the row group in the file."""
+    n_images: int
+    """Images in it."""
+
+
+def make_plan(blocks: Iterable[Block]) -> pa.Table:
+    """Deal blocks to shards at random, so that a shard is a sample of the whole set whatever order the images have.
+
+    Within a shard blocks stay in the order of the images. Shards have nearly as many images as one another.
+
+    Returns:
+        `schemas.PLAN`, ordered by shard.
+    """
+    block = np.array([(b.file, b.row_group, b.n_images) for b in blocks], dtype=np.int64).reshape(-1, 3)
+    order = np.random.default_rng(SEED).permutation(len(block))
+    n_images = block[order, 2]
+    total = int(n_images.sum())
+    n_shards = max(1, min(len(block), -(-total // IMAGES_PER_SHARD)))
+    middle = n_images.cumsum() - n_images / 2
+    shard = np.minimum((middle * n_shards / max(1, total)).astype(np.int64), n_shards - 1)
+    shard = np.unique(shard, return_inverse=True)[1]  # a large block can leave a shard without any
+    ordered = np.lexsort((order, shard))
+    columns = [shard[ordered], *(block[order[ordered]].T)]
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, schemas.PLAN, strict=True)], schema=schemas.PLAN)
+
+
+def blocks_of(images: Artefact) -> Iterator[Block]:
+    """The row groups of the images artefact, in order."""
+    for file, sizes in enumerate(images.row_groups("images")):
+        yield from (Block(file, group, n) for group, n in enumerate(sizes))
+
+
+def shard_blocks(plan: pa.Table) -> Sequence[Block]:
+    """The blocks of one shard's lines of the plan."""
+    columns = (plan[name].to_pylist() for name in ("file", "row_group", "n_images"))
+    return [Block(*values) for values in zip(*columns, strict=True)]

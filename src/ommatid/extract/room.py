@@ -1,0 +1,73 @@
+"""How many bytes extraction writes, known before it starts; it does not start on a disk that is too small."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ommatid.config import ExtractParams
+from ommatid.errors import ArtefactError
+from ommatid.extract.plan import IMAGES_PER_SHARD
+from ommatid.extract.towers import Towers
+from ommatid.store import Draft
+
+ROW = 4
+"""Bytes of a row beside its vector: `image`; the other columns are a dictionary's indices."""
+SPILLED = 29
+"""Bytes of a waiting training row beside its vector: image, place, round, stratum, draw."""
+MARGIN = 1.02
+"""Page headers, footers, indices of the dictionaries, manifests."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of an extraction."""
+
+    final: int
+    """Of the artefacts."""
+    waiting: int
+    """Of the chunks of the largest shard, while it is being made."""
+
+
+def size_of(params: ExtractParams, images: Mapping[str, Any], towers: Towers) -> Size:
+    """Bytes of an extraction of an images artefact with this summary; `sample` and `max_norm` as if nothing were left out by norm."""
+    n, n_train, n_eval = (images[key] for key in ("n_images", "n_train", "n_eval"))
+    embedding = 4 * (1 + towers.d_joint + towers.judge.d_embed)
+    tokens = 0.0
+    spilled = 0.0
+    for picker in towers.pickers.values():
+        width, per_image = 2 * picker.hookpoint.d_model, len(picker.places)
+        kept = min(per_image, params.sample or per_image)
+        tokens += (n_train * kept + n_eval * per_image) * (width + ROW)
+        spilled += (n_train * kept + n_eval * per_image) * (width + SPILLED)
+    share = min(1.0, IMAGES_PER_SHARD / max(1, n))
+    return Size(int((tokens + n * embedding) * MARGIN), int((spilled + n * embedding) * share))
+
+
+def check_room(draft: Draft, params: ExtractParams, images: Mapping[str, Any], towers: Towers) -> None:
+    """Refuse before any work.
+
+    Raises:
+        ArtefactError: the disk is too small; names both numbers and the params that would make it fit.
+    """
+    size, free = size_of(params, images, towers), shutil.disk_usage(draft.scratch).free
+    final = 0 if "://" in draft.url else size.final  # an object store has room
+    need = final + size.waiting - sum(path.stat().st_size for path in draft.scratch.parent.rglob("*") if path.is_file())
+    if need <= free:
+        return
+    ways = [f"images.limit={int(images['n_images'] * max(0, free) / need * 0.95)}"]
+    most = max(len(picker.places) for picker in towers.pickers.values())
+    if most > 1:
+        ways += [f"extract.sample={max(1, int((params.sample or most) * free / need * 0.8))} (fewer tokens of each training image)"]
+    if params.tokens in ("patch", "all") and any(picker.grid for picker in towers.pickers.values()):
+        ways.append("extract.tokens=pooled")
+    if len(params.hookpoints) > 1:
+        ways.append("fewer extract.hookpoints")
+    raise ArtefactError(
+        f"{draft.url}: extraction needs {_gigabytes(need)} ({_gigabytes(size.final)} of activations and embeddings, "
+        f"{_gigabytes(size.waiting)} while a shard is made), and {_gigabytes(free)} are free; make room, or set {', or '.join(ways)}"
+    )
+
+
+def _gigabytes(n: int) -> str:
+    return f"{n / 1e9:.1f} GB"

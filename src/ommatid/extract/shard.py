@@ -1,0 +1,217 @@
+"""`extract_shard(i)`: pure and idempotent: some blocks of images through the networks, one file of each table out, and a receipt.
+
+Images go through in chunks that wait on the local disk (see spill.py), so memory depends on neither the number of images nor that
+of tokens, and a run that died goes on after the last whole chunk. What a shard writes is a function of the plan and the params.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ommatid import schemas
+from ommatid.config import ExtractParams
+from ommatid.extract.loader import Encoded, Pixels, iter_pixels, open_pool
+from ommatid.extract.plan import SEED, Block, shard_blocks
+from ommatid.extract.rows import Groups, Seen, activation_table, embeddings_batch, iter_in_order, rows_batch, split_rounds, write_rows
+from ommatid.extract.spill import Spill
+from ommatid.extract.tokens import draw_kept
+from ommatid.extract.towers import Outputs, Towers
+from ommatid.store import RECEIPTS, Artefact, Draft, Writer, open_artefact, part_name
+
+EMBEDDINGS = "embeddings"
+PLAN = "plan.parquet"
+IMAGES_PER_CHUNK = 1024
+BYTES_PER_CHUNK = 2**27
+"""A chunk ends at the block that reaches either: what is held in memory, and what a killed run loses."""
+
+
+def _ignore(shard: int, n_images: int) -> None:
+    """Nobody listens."""
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """The work unit that executors call, small enough to send anywhere."""
+
+    params: str
+    """`ExtractParams` as JSON."""
+    images: str
+    """Path or URL of the images artefact."""
+    draft: str
+    """Path or URL of the draft of the activations."""
+    on_chunk: Callable[[int, int], None] = field(default=_ignore, compare=False)
+    """Told of shard and images done in it, in this process; stays behind when the job is sent to another."""
+
+    def __call__(self, shard: int) -> None:
+        """Make one shard.
+
+        Raises:
+            OmmatidError: an input is missing or damaged, the disk is full, a model cannot be loaded.
+        """
+        worker = load_worker(replace(self, on_chunk=_ignore))
+        if not worker.draft.has(receipt_name(shard)):
+            _Shard(worker, shard, self.on_chunk).make()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardJob, (self.params, self.images, self.draft)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What a process keeps between shards."""
+
+    params: ExtractParams
+    images: Artefact
+    parts: list[str]
+    """File names of its table `images`."""
+    draft: Writer
+    towers: Towers
+
+
+@lru_cache(maxsize=1)
+def load_worker(job: ShardJob) -> Worker:
+    """Open inputs and load networks, once a process.
+
+    Raises:
+        OmmatidError: an input is missing or damaged, or a model cannot be loaded or lacks what params ask for.
+    """
+    params = ExtractParams.model_validate_json(job.params)
+    images = open_artefact(job.images, "images")
+    return Worker(params, images, images.parts("images"), Draft.attach(job.draft), Towers(params))
+
+
+def receipt_name(shard: int) -> str:
+    """Of the file that says that a shard is done, and what it wrote."""
+    return f"{RECEIPTS}/{shard:07d}.json"
+
+
+class _Shard:
+    """One shard in the making."""
+
+    def __init__(self, worker: Worker, index: int, on_chunk: Callable[[int, int], None]) -> None:
+        self._worker = worker
+        self._towers = worker.towers
+        self._index = index
+        self._on_chunk = on_chunk
+        self._chunks = _divide(shard_blocks(worker.draft.read(PLAN, [("shard", "=", index)])), self._images_per_chunk)
+        self._sizes = [sum(block.n_images for block in chunk) for chunk in self._chunks]
+        self._spill = Spill(worker.draft.scratch / f"shard-{index:07d}")
+        self._groups = {
+            name: Groups.of(sum(self._sizes), len(picker.places), picker.hookpoint.d_model, worker.params.sample)
+            for name, picker in self._towers.pickers.items()
+        }
+
+    def make(self) -> None:
+        """Run the networks over the chunks that are not there yet, then write the files and the receipt."""
+        missing = [i for i in range(len(self._chunks)) if not self._spill.has(i)]
+        with ThreadPoolExecutor(1) as writer:  # a chunk is written while the next one is computed
+            writing: Future[None] | None = None
+            for i, tables in self._compute(missing):
+                if writing:
+                    writing.result()
+                writing = writer.submit(self._spill.write, i, tables)
+                self._on_chunk(self._index, sum(self._sizes[: i + 1]))
+            if writing:
+                writing.result()
+        receipt: dict[str, Any] = {name: self._write_activations(name) for name in self._towers.pickers}
+        receipt[EMBEDDINGS] = self._write_embeddings()
+        receipt["rounding"] = self._rounding() if self._index == 0 else None
+        self._worker.draft.write_json(receipt_name(self._index), receipt)
+        self._spill.drop()
+
+    @property
+    def _images_per_chunk(self) -> int:
+        per_image = sum(len(picker.places) * picker.hookpoint.d_model * 2 for picker in self._towers.pickers.values())
+        return min(IMAGES_PER_CHUNK, max(1, BYTES_PER_CHUNK // per_image))
+
+    def _compute(self, chunks: list[int]) -> Iterator[tuple[int, Mapping[str, list[pa.RecordBatch]]]]:
+        """What waits in the spill, chunk by chunk; images of the next are decoded meanwhile."""
+        size, towers = self._worker.params.batch_size, self._towers
+        encoded = (batch for i in chunks for batch in self._iter_encoded(self._chunks[i], size))
+        with open_pool(towers.device) as pool:
+            pixels = iter_pixels(encoded, towers.preprocesses, pool, towers.device)
+            for i in chunks:
+                batches = islice(pixels, -(-self._sizes[i] // size))
+                yield i, self._tables(i, [(batch, towers.run(batch.of)) for batch in batches])
+
+    def _iter_encoded(self, chunk: list[Block], size: int) -> Iterator[Encoded]:
+        """Batches of a chunk's images."""
+        waiting: list[pa.Table] = []
+        for n, block in enumerate(chunk, start=1):
+            with self._worker.images.open_part(self._worker.parts[block.file]) as file:
+                waiting.append(file.read_row_group(block.row_group, ["image", "split", "encoded"]))
+            rows = pa.concat_tables(waiting)
+            n_whole = len(rows) if n == len(chunk) else len(rows) // size * size
+            yield from (_encoded(rows.slice(start, min(size, n_whole - start))) for start in range(0, n_whole, size))
+            waiting = [rows.slice(n_whole)]
+
+    def _tables(self, chunk: int, batches: list[tuple[Pixels, Outputs]]) -> dict[str, list[pa.RecordBatch]]:
+        pixels, outputs = zip(*batches, strict=True)
+        numbers = np.concatenate([p.numbers for p in pixels])
+        is_train = np.concatenate([p.is_train for p in pixels])
+        tables = {EMBEDDINGS: [embeddings_batch(numbers, torch.cat([o.joint for o in outputs]), torch.cat([o.judge for o in outputs]))]}
+        for name in self._towers.pickers:
+            tokens = torch.cat([o.tokens[name] for o in outputs])
+            tables[f"{name}.eval"] = [rows_batch(numbers[~is_train], tokens[torch.from_numpy(~is_train)])]
+            # the same seed for every hookpoint: they keep the same tokens
+            rng = np.random.default_rng([SEED, self._index, chunk])
+            params = self._worker.params
+            kept = draw_kept(tokens := tokens[torch.from_numpy(is_train)], params.sample, params.max_norm, rng)
+            tables[f"{name}.train"] = split_rounds(numbers[is_train], tokens, kept, rng, self._groups[name])
+        return tables
+
+    def _write_activations(self, name: str) -> dict[str, Any]:
+        """Both tables of a hookpoint, in the order in which they are read."""
+        picker, n_chunks, n_groups = self._towers.pickers[name], len(self._chunks), self._groups[name].n
+        schema = schemas.activations(picker.hookpoint.d_model, {"model": self._towers.model.name, "hookpoint": name})
+        eval_rows = (pa.Table.from_batches([self._spill.read(i, f"{name}.eval")]) for i in range(n_chunks))
+        seen = Seen()
+        train_rows = (seen.add(rows) for rows in iter_in_order(self._spill, f"{name}.train", n_chunks, n_groups))
+        files = [
+            self._write(f"{name}/", table, (activation_table(rows, picker.places, schema) for rows in tables), schema)
+            for table, tables in (("train", train_rows), ("eval", eval_rows))
+        ]
+        return {"files": files, "window": seen.window}
+
+    def _write_embeddings(self) -> dict[str, Any]:
+        """The embeddings, in every hookpoint's artefact."""
+        tables = (pa.Table.from_batches([self._spill.read(i, EMBEDDINGS)]) for i in range(len(self._chunks)))
+        first, *others = self._towers.pickers
+        schema = schemas.embeddings(self._towers.d_joint, self._towers.judge.d_embed)
+        file = self._write(f"{first}/", EMBEDDINGS, tables, schema)
+        for other in others:
+            self._worker.draft.share(f"{first}/{file['name']}", f"{other}/{file['name']}")
+        return {"files": [file]}
+
+    def _write(self, folder: str, table: str, tables: Iterable[pa.Table], schema: pa.Schema) -> dict[str, Any]:
+        """One file of a hookpoint's artefact, described as its manifest will name it."""
+        name = part_name(table, self._index)
+        file = write_rows(self._worker.draft, folder + name, tables, schema)
+        return asdict(replace(file, name=name))
+
+    def _rounding(self) -> dict[str, float]:
+        encoded = next(self._iter_encoded(self._chunks[0], self._worker.params.batch_size))
+        with open_pool("cpu") as pool:
+            (pixels,) = iter_pixels([encoded], self._towers.preprocesses, pool, "cpu")
+        return self._towers.rounding(pixels.of)
+
+
+def _divide(blocks: Sequence[Block], images_per_chunk: int) -> list[list[Block]]:
+    chunks: list[list[Block]] = [[]]
+    for block in blocks:
+        if sum(b.n_images for b in chunks[-1]) >= images_per_chunk:
+            chunks.append([])
+        chunks[-1].append(block)
+    return chunks
+
+
+def _encoded(rows: pa.Table) -> Encoded:
+    is_train = np.array([split == "train" for split in rows["split"].to_pylist()], dtype=bool)
+    return Encoded(rows["image"].to_numpy(), is_train, rows["encoded"].to_pylist())

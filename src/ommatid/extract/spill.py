@@ -1,0 +1,56 @@
+"""Chunks of a shard wait on the local disk until all are there: then its rows are put in their final order."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+
+from ommatid.store import sync, writing
+
+
+class Spill:
+    """The folder of one shard's chunks. A chunk is there whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def has(self, chunk: int) -> bool:
+        """Whether this chunk was finished, now or by a run that died."""
+        return self._path(chunk).exists()
+
+    def write(self, chunk: int, tables: Mapping[str, list[pa.RecordBatch]]) -> None:
+        """Write a chunk: batches of one schema under each name.
+
+        Raises:
+            ArtefactError: the disk is full, or may not be written to.
+        """
+        with writing(self._path(chunk)):
+            self._write(chunk, tables)
+
+    def _write(self, chunk: int, tables: Mapping[str, list[pa.RecordBatch]]) -> None:
+        aside = self.folder / f"{chunk:05d}.{os.getpid()}.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        for name, batches in tables.items():
+            with pa.ipc.new_file(str(aside / f"{name}.arrow"), batches[0].schema) as file:
+                for batch in batches:
+                    file.write_batch(batch)
+            sync(aside / f"{name}.arrow")
+        if not self.has(chunk):
+            aside.rename(self._path(chunk))
+
+    def read(self, chunk: int, name: str, index: int = 0) -> pa.RecordBatch:
+        """One of the batches under a name."""
+        # read, not mapped: mapped pages would count as this process's memory
+        with pa.OSFile(str(self._path(chunk) / f"{name}.arrow")) as file:
+            return pa.ipc.open_file(file).get_batch(index)
+
+    def drop(self) -> None:
+        """Remove all chunks."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, chunk: int) -> Path:
+        return self.folder / f"{chunk:05d}"

@@ -1,0 +1,91 @@
+"""The networks that an image goes through: the explained model, the judge, and the namer where it is another."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ommatid.config import ExtractParams
+from ommatid.errors import ModelError
+from ommatid.extract.tokens import TokenPicker
+from ommatid.vlm import Judge, VisionModel, check_hookpoint, load_judge, load_model
+from ommatid.vlm.precision import resolve_dtype
+from ommatid.vlm.preprocess import Preprocess
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a batch of images gives, on the CPU."""
+
+    tokens: Mapping[str, Tensor]
+    """By hookpoint the kept tokens, (batch, tokens, d_model) float16."""
+    joint: Tensor
+    """In the joint image-text space, (batch, d_joint) float32 of unit norm."""
+    judge: Tensor
+    """The judge's embeddings, (batch, d_judge) float32 of unit norm."""
+
+
+class Towers:
+    """All networks of a params section, loaded on one device.
+
+    Raises:
+        ModelError: a model that cannot be loaded, an unknown hookpoint, tokens that it lacks, or nothing to name latents with.
+    """
+
+    def __init__(self, params: ExtractParams) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.params = params
+        self.model = load_model(params.model, params.dtype, self.device)
+        self.pickers = {name: TokenPicker(name, check_hookpoint(self.model, name), params.tokens) for name in params.hookpoints}
+        self.namer = load_model(params.namer, params.dtype, self.device) if params.namer else self.model
+        if self.namer.d_embed is None:
+            key = "extract.namer" if params.namer else "extract.model"
+            raise ModelError(
+                f"{key}: {self.namer.name} has no text tower, and latents are named in a joint image-text space; "
+                "set extract.namer to a model that has one, such as {kind: lite}"
+            )
+        self.judge = load_judge(params.judge, params.dtype, self.device)
+
+    @property
+    def d_joint(self) -> int:
+        """Width of the joint image-text space."""
+        assert self.namer.d_embed is not None
+        return self.namer.d_embed
+
+    @cached_property
+    def preprocesses(self) -> tuple[Preprocess, ...]:
+        """The different preprocessings, each once."""
+        return tuple(dict.fromkeys(network.preprocess for network in self._networks))
+
+    def run(self, pixels: tuple[Tensor, ...]) -> Outputs:
+        """One forward pass of each network over a batch as `preprocesses` make it."""
+        of = {preprocess: x.to(self.device, non_blocking=True) for preprocess, x in zip(self.preprocesses, pixels, strict=True)}
+        captured = self.model.capture(of[self.model.preprocess], tuple(self.pickers))
+        tokens = {name: picker.pick(captured.tokens[name]).to("cpu", torch.float16) for name, picker in self.pickers.items()}
+        joint = captured.embedding if self.namer is self.model else self.namer.capture(of[self.namer.preprocess], ()).embedding
+        assert joint is not None
+        return Outputs(tokens, _unit(joint), _unit(self.judge.embed(of[self.judge.preprocess])))
+
+    def rounding(self, pixels: tuple[Tensor, ...]) -> dict[str, float]:
+        """How far the kept tokens are from those in float32: root of the squared difference over the squared length, by hookpoint."""
+        if resolve_dtype(self.params.dtype, self.device) == torch.float32:
+            return dict.fromkeys(self.pickers, 0.0)
+        exact = load_model(self.params.model, "float32", self.device)
+        x = pixels[self.preprocesses.index(self.model.preprocess)].to(self.device)
+        ours, theirs = (model.capture(x, tuple(self.pickers)).tokens for model in (self.model, exact))
+        return {name: _difference(picker.pick(ours[name]), picker.pick(theirs[name])) for name, picker in self.pickers.items()}
+
+    @property
+    def _networks(self) -> tuple[VisionModel | Judge, ...]:
+        return (self.model, self.judge, self.namer)
+
+
+def _difference(x: Tensor, exact: Tensor) -> float:
+    x, exact = x.double(), exact.double()
+    return float(((x - exact).square().sum() / exact.square().sum()).sqrt())
+
+
+def _unit(x_bd: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x_bd.float(), dim=1).cpu()

@@ -1,0 +1,100 @@
+"""Training batches from the activations: read in sequence, mixed as they were written, in another order every epoch."""
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from ommatid.ahead import ahead
+from ommatid.store import Artefact
+from ommatid.tensors import view_float16
+
+
+def iter_batches(activations: Artefact, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+    """Float16 batches (batch, d_model) for ever, from step `start` on; an epoch leaves out the rows that fill no batch.
+
+    The order is a function of seed and epoch: shards come in a new order, and their rows, which are mixed as they lie (see
+    extract/shuffle.py), are shuffled anew within windows. Windows hold whole batches, so that a batch's rows come from as many
+    images, where a shard has so many.
+    """
+    steps_per_epoch = activations.rows("train") // batch_size
+    epoch, skip = divmod(start, steps_per_epoch)
+    while True:
+        batches = _iter_epoch(activations, batch_size, np.random.default_rng([seed, epoch]))
+        for step, batch in enumerate(batches):
+            if step >= skip:
+                yield batch
+        epoch, skip = epoch + 1, 0
+
+
+def _iter_epoch(activations: Artefact, batch_size: int, rng: np.random.Generator) -> Iterator[Tensor]:
+    parts = activations.parts("train")
+    window = activations.summary["window"] // batch_size * batch_size
+    rest = _Rest(batch_size, rng)
+    for index in rng.permutation(len(parts)):
+        with activations.open_part(parts[index]) as file, closing(ahead(_iter_row_groups(file), 2)) as row_groups:
+            yield from _iter_part(_Rows(row_groups), file.metadata.num_rows, batch_size, window, rest, rng)
+
+
+def _iter_part(rows: "_Rows", n: int, batch_size: int, window: int, rest: "_Rest", rng: np.random.Generator) -> Iterator[Tensor]:
+    # the borders of the batches lie elsewhere every epoch
+    first = int(rng.integers(min(batch_size, n + 1)))
+    yield from rest.add(rows.take(first, rng))
+    left = n - first
+    while left >= batch_size:
+        whole = left // batch_size * batch_size
+        size = min(window, whole) or whole
+        yield from rows.take(size, rng).split(batch_size)
+        left -= size
+    yield from rest.add(rows.take(left, rng))
+
+
+class _Rows:
+    """The rows of a part, in order."""
+
+    def __init__(self, row_groups: Iterator[np.ndarray]) -> None:
+        self._row_groups = row_groups
+        self._waiting = np.empty((0, 0), np.float16)
+
+    def take(self, n: int, rng: np.random.Generator) -> Tensor:
+        """The next n rows, shuffled, (n, d_model)."""
+        places = rng.permutation(n)
+        taken = self._waiting[:0].copy()
+        done = 0
+        while done < n:
+            if not len(self._waiting):
+                self._waiting = next(self._row_groups)
+            some = self._waiting[: n - done]
+            taken = taken if done else np.empty((n, some.shape[1]), np.float16)
+            taken[places[done : done + len(some)]] = some  # each row is copied once, to where it goes
+            self._waiting, done = self._waiting[len(some) :], done + len(some)
+        return torch.from_numpy(taken)
+
+
+class _Rest:
+    """Rows at the ends of parts, which fill batches of their own."""
+
+    def __init__(self, batch_size: int, rng: np.random.Generator) -> None:
+        self._batch_size = batch_size
+        self._rng = rng
+        self._pieces: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> Iterator[Tensor]:
+        """Keep some rows; gives the batches that are full."""
+        self._pieces += [rows] if len(rows) else []
+        n = sum(map(len, self._pieces))
+        if n < self._batch_size:
+            return
+        x = torch.cat(self._pieces)
+        x = x[torch.from_numpy(self._rng.permutation(n))]
+        n_whole = n // self._batch_size * self._batch_size
+        yield from x[:n_whole].split(self._batch_size)
+        self._pieces = [x[n_whole:]]
+
+
+def _iter_row_groups(file: pq.ParquetFile) -> Iterator[np.ndarray]:
+    for group in range(file.num_row_groups):
+        yield view_float16(file.read_row_group(group, ["x"])["x"])

@@ -1,0 +1,99 @@
+"""Proves that training batches hold every row once an epoch, from different images, in an order of seed and epoch, from any step on."""
+
+import threading
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from ommatid import schemas
+from ommatid.ahead import ahead
+from ommatid.extract.shuffle import order_rows, window
+from ommatid.reader import iter_batches
+from ommatid.store import Artefact, open_draft, part_name
+from ommatid.tensors import to_binary
+
+N_IMAGES, N_TOKENS = 400, 5
+"""Of each of two shards."""
+
+
+def make(root: Path, window_rows: int | None = None) -> Artefact:
+    """Rows whose vector is (image, token), in the order that extraction writes."""
+    with open_draft(root / "activations", "activations", {}, {}) as draft:
+        sizes = []
+        for shard in range(2):
+            image = np.repeat(np.arange(N_IMAGES), N_TOKENS) + shard * N_IMAGES
+            order = order_rows(image, np.random.default_rng(shard))
+            sizes.append(window(np.bincount(order.stratum[order.round == 0])))
+            rows = order.argsort()
+            token = np.tile(np.arange(N_TOKENS), N_IMAGES)
+            x = torch.from_numpy(np.stack([image[rows], token[rows]], axis=1)).half()
+            columns = [pa.array(image[rows], pa.int32()), pa.array(token[rows], pa.int32()), pa.array(["patch"] * len(rows))]
+            places = [pa.array(np.zeros(len(rows)), pa.int16())] * 2
+            table = pa.table([*columns, *places, to_binary(x, torch.float16)], schema=schemas.activations(2, {}))
+            draft.write_table(part_name("train", shard), table, row_group_size=700)
+        draft.seal({"window": min(sizes) if window_rows is None else window_rows})
+        return draft.publish(root / "activations")
+
+
+@pytest.fixture(scope="module")
+def activations(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    return make(tmp_path_factory.mktemp("reader"))
+
+
+def epoch(activations: Artefact, batch_size: int, number: int = 0, seed: int = 0) -> list[torch.Tensor]:
+    n = 2 * N_IMAGES * N_TOKENS // batch_size
+    return list(islice(iter_batches(activations, batch_size, seed, number * n), n))
+
+
+@pytest.mark.parametrize("batch_size", [7, 64, 150, 290, 3000])
+def test_an_epoch_has_every_row_once_but_what_fills_no_batch(activations: Artefact, batch_size: int) -> None:
+    batches = epoch(activations, batch_size)
+    assert all(batch.shape == (batch_size, 2) and batch.dtype == torch.float16 for batch in batches)
+    rows = torch.cat(batches).unique(dim=0)
+    assert len(rows) == 4000 // batch_size * batch_size
+
+
+def test_a_batch_has_as_many_images_as_rows(activations: Artefact) -> None:
+    for number in range(3):
+        shares = [len(batch[:, 0].unique()) / len(batch) for batch in epoch(activations, 290, number)]
+        assert sorted(shares)[1] == 1.0  # all but one that collects the ends of the shards
+        assert np.mean(shares) >= 0.95
+
+
+def test_with_few_images_rows_are_shuffled_all_the_same(tmp_path: Path) -> None:
+    batches = epoch(make(tmp_path, window_rows=20), 500)
+    shares = [len(batch[:, 0].unique()) / 500 for batch in batches]
+    assert min(shares) > 0.3  # ordered: 0.2
+    assert len(torch.cat(batches).unique(dim=0)) == 4000
+
+
+def test_the_order_is_new_every_epoch_and_seed_and_resumes_anywhere(activations: Artefact) -> None:
+    first = epoch(activations, 64)
+    assert all(torch.equal(a, b) for a, b in zip(first, epoch(activations, 64), strict=True))
+    for other in (epoch(activations, 64, number=1), epoch(activations, 64, seed=1)):
+        sets = [{tuple(row) for row in batches[0].tolist()} for batches in (first, other)]
+        assert len(sets[0] & sets[1]) < 32
+    for start in (1, 30, 61, 62, 90):
+        resumed = next(iter_batches(activations, 64, 0, start))
+        assert torch.equal(resumed, next(islice(iter_batches(activations, 64, 0), start, None)))
+
+
+def test_running_ahead_ends_with_its_consumer_and_hands_errors_over() -> None:
+    before = threading.active_count()
+
+    def items() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise ValueError("broken")
+
+    assert list(islice(ahead(iter(range(100)), 2), 3)) == [0, 1, 2]
+    made = ahead(items(), 1)
+    assert [next(made), next(made)] == [1, 2]
+    with pytest.raises(ValueError, match="broken"):
+        next(made)
+    assert threading.active_count() == before
