@@ -41,6 +41,21 @@ def test_wrong_values_are_named(override: str, says: str) -> None:
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dino", "vit", "llava", "qwen"])
+def test_judge_must_not_be_the_model_however_its_path_is_spelt(kind: str) -> None:
+    model = f"extract.model={{kind: {kind}, path: models/tiny}}"
+    for path in ("models/tiny", "./models//tiny/", "models/other/../tiny", str(Path("models/tiny").absolute())):
+        with pytest.raises(ConfigError, match="judge must be another encoder than model: both are models/tiny"):
+            load_params(PARAMS, [model, f"extract.judge={{kind: transformers, path: {path}}}"])
+    load_params(PARAMS, [model, "extract.judge={kind: transformers, path: models/other}"])
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dino", "vit"])
+def test_keys_of_a_model_are_named_without_its_kind(kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"extract\.model\.pth: unknown key; did you mean path\?"):
+        load_params(PARAMS, [f"extract.model={{kind: {kind}, pth: x}}"])
+
+
 def test_all_problems_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         load_params(PARAMS, ["train.k=0", "images.limit=-1", "lable={}"])

@@ -1,11 +1,13 @@
 """ClipVision gives, number by number, what a hand-written hook and transformers' own functions give, on a tiny random CLIP."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_towers import check_bfloat16, check_hooks, check_planted_patch, check_residual_stream
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -23,7 +25,7 @@ def vision(tiny_clip: Path) -> ClipVision:
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_clip: Path) -> CLIPModel:
+def reference(tiny_clip: Path) -> Any:
     return CLIPModel.from_pretrained(tiny_clip).eval()
 
 
@@ -54,22 +56,23 @@ def test_hookpoints(vision: ClipVision) -> None:
     }
 
 
-@pytest.mark.parametrize("block", [0, 1, 2])
-def test_block_equals_a_hand_written_hook(
-    vision: ClipVision, reference: CLIPModel, pixels: torch.Tensor, inputs: torch.Tensor, block: int
+def test_every_hookpoint_equals_a_hand_written_hook(
+    vision: ClipVision, tiny_clip: Path, pixels: torch.Tensor, inputs: torch.Tensor
 ) -> None:
-    seen = []
-    handle = reference.vision_model.encoder.layers[block].register_forward_hook(lambda _m, _i, output: seen.append(output))
+    tower: Any = CLIPModel.from_pretrained(tiny_clip).eval().vision_model
+    modules = {}
+    for i, block in enumerate(tower.encoder.layers):
+        modules |= {f"vision.blocks.{i}.attn": block.self_attn, f"vision.blocks.{i}.mlp": block.mlp, f"vision.blocks.{i}": block}
+    check_hooks(vision, modules, lambda: tower(inputs), pixels)
+
+
+def test_residual_stream(vision: ClipVision, reference: Any, pixels: torch.Tensor, inputs: torch.Tensor) -> None:
     with torch.no_grad():
-        hidden = reference.vision_model(inputs, output_hidden_states=True).hidden_states[block + 1]
-    handle.remove()
-    name = f"vision.blocks.{block}"
-    tokens = vision.capture(pixels, [name]).tokens[name]
-    torch.testing.assert_close(tokens, seen[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(tokens, hidden, atol=1e-5, rtol=1e-5)
+        states = reference.vision_model(inputs, output_hidden_states=True).hidden_states
+    check_residual_stream(vision, states, pixels)
 
 
-def test_embedding_equals_transformers(vision: ClipVision, reference: CLIPModel, pixels: torch.Tensor, inputs: torch.Tensor) -> None:
+def test_embedding_equals_transformers(vision: ClipVision, reference: Any, pixels: torch.Tensor, inputs: torch.Tensor) -> None:
     with torch.no_grad():
         expected = reference.get_image_features(inputs).pooler_output
     captured = vision.capture(pixels, ["vision.projection"])
@@ -77,7 +80,7 @@ def test_embedding_equals_transformers(vision: ClipVision, reference: CLIPModel,
     torch.testing.assert_close(captured.tokens["vision.projection"], expected[:, None], atol=1e-5, rtol=1e-5)
 
 
-def test_text_equals_transformers_one_at_a_time(vision: ClipVision, reference: CLIPModel, tiny_clip: Path) -> None:
+def test_text_equals_transformers_one_at_a_time(vision: ClipVision, reference: Any, tiny_clip: Path) -> None:
     texts = ["a photo of a dog", "cat", "a very long text that does not fit into the tokens", ""]
     tokenizer = AutoTokenizer.from_pretrained(tiny_clip)
     tokens = [tokenizer([text], truncation=True, max_length=16, return_tensors="pt") for text in texts]
@@ -87,22 +90,12 @@ def test_text_equals_transformers_one_at_a_time(vision: ClipVision, reference: C
     assert vision.embed_text([]).shape == (0, 24)
 
 
-def test_changed_patch_is_found_at_its_row_and_column(vision: ClipVision) -> None:
-    dark = torch.zeros(9, 48, 48, 3, dtype=torch.uint8)
-    bright = dark.clone()
-    for i in range(9):
-        row, col = divmod(i, 3)
-        bright[i, 16 * row : 16 * row + 16, 16 * col : 16 * col + 16] = 255
-    before, after = (vision.capture(pixels, ["vision.blocks.0"]).tokens["vision.blocks.0"] for pixels in (dark, bright))
-    change = (after - before).norm(dim=-1)
-    assert change.shape == (9, 1 + 9)
-    assert (change.argmax(1) - 1).tolist() == list(range(9))
+def test_planted_patch_is_found_at_its_row_and_column(vision: ClipVision) -> None:
+    check_planted_patch(vision, (3, 3))
 
 
-def test_bfloat16_is_close(tiny_clip: Path, vision: ClipVision, pixels: torch.Tensor) -> None:
-    half = load_model(ClipModel(kind="clip", path=str(tiny_clip)), "bfloat16", "cpu")
-    exact, rough = (model.capture(pixels, ["vision.blocks.2"]).tokens["vision.blocks.2"] for model in (vision, half))
-    assert 0 < (rough - exact).norm() / exact.norm() < 0.02
+def test_bfloat16(tiny_clip: Path) -> None:
+    check_bfloat16(lambda dtype: load_model(ClipModel(kind="clip", path=str(tiny_clip)), dtype, "cpu"))
 
 
 def test_no_hook_is_left_behind(vision: ClipVision, pixels: torch.Tensor) -> None:

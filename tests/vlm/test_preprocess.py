@@ -2,6 +2,8 @@
 
 import json
 import pickle
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from ommatid.vlm import hub
 from ommatid.vlm.precision import normalise
 from ommatid.vlm.preprocess import Preprocess
 
@@ -30,6 +37,42 @@ def test_equals_transformers(size: tuple[int, int]) -> None:
     # One resampling of a box, not resize then crop: each of Pillow's two passes may round a level of 255 the other way.
     difference = (actual.float() - expected.float()).abs()
     assert difference.max() <= 2 and difference.mean() < 0.02, (difference.max(), difference.mean())
+
+
+@pytest.mark.parametrize(
+    ("processor", "tolerance"),
+    [
+        (SiglipImageProcessorPil(size={"height": 48, "width": 64}), 0),
+        (ViTImageProcessorPil(size={"height": 48, "width": 48}), 0),
+        (DeiTImageProcessorPil(size={"height": 56, "width": 60}, crop_size={"height": 48, "width": 48}), 2),
+        (BitImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 48, "width": 48}), 2),  # DINOv2
+    ],
+    ids=["siglip", "vit", "deit", "dinov2"],
+)
+@pytest.mark.parametrize("size", [(32, 32), (100, 57), (57, 101), (640, 479)])
+def test_families_equal_their_processors(tmp_path: Path, processor: Any, tolerance: int, size: tuple[int, int]) -> None:
+    processor.save_pretrained(tmp_path)
+    preprocess = hub.load_preprocess(tmp_path, "tiny", "key")
+    resized = processor(noise(*size), return_tensors="pt", do_normalize=False, do_rescale=False)["pixel_values"][0]
+    pixels = torch.from_numpy(preprocess(noise(*size)))
+    difference = (pixels.permute(2, 0, 1).float() - resized.float()).abs()
+    assert difference.max() <= tolerance and difference.mean() < 0.02, (difference.max(), difference.mean())
+    expected = processor(noise(*size), return_tensors="pt")["pixel_values"]
+    steps = (normalise(pixels[None], preprocess, "cpu") - expected).abs() * torch.tensor(preprocess.std)[:, None, None]
+    assert steps.max() <= tolerance + 1e-3
+
+
+@pytest.mark.parametrize("size", [(32, 32), (100, 57), (57, 101), (640, 479)])
+def test_dinov3_equals_an_antialiased_resize_of_the_numbers(tmp_path: Path, size: tuple[int, int]) -> None:
+    """Its own processor, which needs torchvision, resizes tensors with this function of torch."""
+    settings = {"image_processor_type": "DINOv3ViTImageProcessorFast", "size": {"height": 48, "width": 64}, "do_center_crop": None}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    preprocess = hub.load_preprocess(tmp_path, "tiny", "key")
+    assert preprocess.mean == pytest.approx((255 * 0.485, 255 * 0.456, 255 * 0.406))
+    image = torch.from_numpy(np.array(noise(*size))).permute(2, 0, 1)[None].float()
+    expected = torch.nn.functional.interpolate(image, (48, 64), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    difference = (torch.from_numpy(preprocess(noise(*size))).float() - expected).abs()
+    assert difference.max() <= 1.01 and difference.mean() < 0.4
 
 
 def test_normalise_equals_transformers() -> None:

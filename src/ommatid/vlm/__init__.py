@@ -10,7 +10,18 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Literal, Protocol, assert_never
 
-from ommatid.config import ClipModel, LiteModel, TransformersJudge
+from ommatid.config import (
+    ClipModel,
+    DinoModel,
+    LiteModel,
+    LlavaModel,
+    Model,
+    ModuleModel,
+    QwenModel,
+    SiglipModel,
+    TransformersJudge,
+    VitModel,
+)
 from ommatid.errors import ModelError
 from ommatid.vlm.preprocess import Preprocess
 
@@ -18,6 +29,8 @@ if TYPE_CHECKING:
     import torch
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+N_NEAR = 10
+"""Hookpoints that the error about an unknown one shows."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +136,7 @@ class Judge(Protocol):
         ...
 
 
-def load_model(params: LiteModel | ClipModel, dtype: Dtype, device: str) -> VisionModel:
+def load_model(params: Model, dtype: Dtype, device: str) -> VisionModel:
     """Load the model that is explained.
 
     Raises:
@@ -138,6 +151,30 @@ def load_model(params: LiteModel | ClipModel, dtype: Dtype, device: str) -> Visi
             from ommatid.vlm.clip import ClipVision
 
             return ClipVision(params.path, dtype, device)
+        case SiglipModel():
+            from ommatid.vlm.siglip import SiglipVision
+
+            return SiglipVision(params.path, dtype, device)
+        case DinoModel():
+            from ommatid.vlm.dino import DinoVision
+
+            return DinoVision(params.path, dtype, device)
+        case VitModel():
+            from ommatid.vlm.vit import VitVision
+
+            return VitVision(params.path, dtype, device)
+        case LlavaModel():
+            from ommatid.vlm.llava import LlavaVision
+
+            return LlavaVision(params.path, dtype, device)
+        case QwenModel():
+            from ommatid.vlm.qwen import QwenVision
+
+            return QwenVision(params.path, params.image_size, dtype, device)
+        case ModuleModel():
+            from ommatid.vlm.module import ModuleVision
+
+            return ModuleVision(params, dtype, device)
         case _:
             assert_never(params)
 
@@ -165,13 +202,15 @@ def check_hookpoint(model: VisionModel, name: str) -> Hookpoint:
     """The hookpoint of that name.
 
     Raises:
-        ModelError: unknown; lists the valid ones, the nearest in spelling first.
+        ModelError: unknown; lists the valid ones that are nearest in spelling.
     """
     known = model.hookpoints
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
-        names = [*near, *(other for other in known if other not in near)]
-        raise ModelError(f"hookpoint {name!r}: {model.name} has none of that name; name in extract.hookpoints one of: {', '.join(names)}")
+        near = difflib.get_close_matches(name, known, n=N_NEAR, cutoff=0.0)
+        more = f"; `ommatid hookpoints` lists these and {len(known) - len(near)} more" if len(known) > len(near) else ""
+        raise ModelError(
+            f"hookpoint {name!r}: {model.name} has none of that name; name in extract.hookpoints one of: {', '.join(near)}{more}"
+        )
     return known[name]
 
 

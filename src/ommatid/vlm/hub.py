@@ -11,7 +11,9 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers.image_processing_backends import PilBackend
 from transformers.utils import logging as transformers_logging
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ommatid.errors import ModelError
 from ommatid.vlm.preprocess import Preprocess
@@ -20,7 +22,7 @@ from ommatid.vlm.preprocess import Preprocess
 CONFIG = {"config.json": ("config.json",)}
 WEIGHTS = {"weights (*.safetensors or pytorch_model*.bin)": ("*.safetensors", "pytorch_model*.bin")}
 PREPROCESSOR = {"preprocessor_config.json": ("preprocessor_config.json", "processor_config.json")}
-TOKENIZER = {"a tokenizer (tokenizer.json, or vocab.json and merges.txt)": ("tokenizer.json", "vocab.json")}
+TOKENIZER = {"a tokenizer (tokenizer.json, vocab.json and merges.txt, or spiece.model)": ("tokenizer.json", "vocab.json", "*.model")}
 Needs = Mapping[str, tuple[str, ...]]
 
 
@@ -118,7 +120,8 @@ def load_config(folder: Path, path: str, key: str) -> Any:
 def load_weights(cls: Any, folder: Path, path: str, key: str, optional: str = "") -> tuple[Any, set[str]]:
     """A transformers model in float32, ready for inference, and those of its weights that were missing in the folder.
 
-    Transformers fills missing weights with random numbers and only warns; activations of those would explain nothing.
+    Transformers fills missing weights with random numbers and only warns; activations of those would explain nothing. At wrong shapes
+    it raises, but puts which they are into its log.
 
     Args:
         cls: The transformers class.
@@ -128,10 +131,17 @@ def load_weights(cls: Any, folder: Path, path: str, key: str, optional: str = ""
         optional: Weights of this prefix may be missing.
 
     Raises:
-        ModelError: damaged, of another model, or incomplete.
+        ModelError: damaged, of another model, of other shapes than config.json says, or incomplete.
     """
     with _reading(path, key, "the model"):
-        model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, dtype=torch.float32)
+        model, info = cls.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32
+        )
+    for name, came, wanted in sorted(info["mismatched_keys"]):
+        raise ModelError(
+            f"{key}: {path}: the weights {name} have the shape {list(came)}, and by config.json they have {list(wanted)}; "
+            "are config.json and the weights of the same model?"
+        )
     missing = set(info["missing_keys"])
     wrong = sorted(str(name) for name in missing if not (optional and name.startswith(optional)))
     if wrong:
@@ -150,21 +160,42 @@ def load_tokenizer(folder: Path, path: str, key: str) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def load_preprocess(folder: Path, path: str, key: str) -> Preprocess:
-    """The model's own resize, crop and normalisation.
+def load_preprocess(folder: Path, path: str, key: str, changes: Mapping[str, Any] | None = None) -> Preprocess:
+    """The model's own resize, crop and normalisation; `changes` are settings of its processor that the caller knows better.
 
     Raises:
         ModelError: not readable, or not one fixed size for every image.
     """
     with _reading(path, key, "preprocessor_config.json"):
-        # torchvision, the other backend, does not install beside this torch
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
-        settings = processor.to_dict()
+        settings = _load_processor(folder).to_dict() | dict(changes or {})
     preprocess = _as_preprocess(settings)
     if preprocess is None:
         shown = {name: settings.get(name) for name in ("do_resize", "size", "do_center_crop", "crop_size", "do_pad")}
         raise ModelError(f"{key}: {path}: preprocessing must end in one fixed size (resize, then centre crop); preprocessor has {shown}")
     return preprocess
+
+
+class Dinov3Processor(PilBackend):
+    """The defaults of DINOv3's image processor, whose own class wants torchvision.
+
+    That one resizes numbers with fractions, where Pillow rounds to bytes: the same to half a level of 255 in each direction.
+    """
+
+    resample = Image.Resampling.BILINEAR
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"height": 224, "width": 224}  # noqa: RUF012
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+
+
+def _load_processor(folder: Path) -> Any:
+    settings, _ = PilBackend.get_image_processor_dict(folder, local_files_only=True)
+    if settings.get("image_processor_type", "").startswith("DINOv3ViTImageProcessor"):
+        return Dinov3Processor.from_pretrained(folder, local_files_only=True)
+    # torchvision, the other backend, does not install beside this torch
+    return AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
 
 
 def _as_preprocess(settings: Mapping[str, Any]) -> Preprocess | None:

@@ -3,6 +3,7 @@
 from typing import assert_never
 
 import torch
+from torch import nn
 
 from ommatid.vlm import Dtype
 from ommatid.vlm.preprocess import Preprocess
@@ -36,3 +37,14 @@ def normalise(pixels: torch.Tensor, preprocess: Preprocess, device: str) -> torc
     mean = torch.tensor(preprocess.mean, device=device)
     std = torch.tensor(preprocess.std, device=device)
     return pixels.to(device).float().sub_(mean).div_(std).permute(0, 3, 1, 2)
+
+
+def halve_linears(module: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights of linear layers in `dtype`: autocast, which would cast frozen ones anew in every pass, gives the same bits.
+
+    Everything else stays in float32, and with it the residual stream; the patch embedding too, as DINOv3 takes the dtype of its rotary
+    angles from there.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            layer.to(dtype)

@@ -1,0 +1,107 @@
+"""Tiny transformers ViTs with random weights, and what every family must keep to: hooks, the residual stream, and places."""
+
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ommatid.vlm import VisionModel
+from ommatid.vlm.precision import normalise
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+PARTS = (".attn", ".mlp", "")
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """No weight stays zero or one, as many are before training: no token equals another, and no scale is without effect."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator) * 0.05)
+    return model.eval()
+
+
+def noise(vision: VisionModel, n: int = 5) -> Tensor:
+    """Images of noise as preprocessing makes them, uint8 (n, H, W, 3)."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)) for _ in range(n)]
+    return torch.from_numpy(np.stack([vision.preprocess(image) for image in images]))
+
+
+def by_processor(processor: Any, pixels: Tensor) -> Tensor:
+    """What the family's own processor makes of pixels of the right size, (n, 3, H, W)."""
+    squares = [Image.fromarray(square.numpy()) for square in pixels]
+    return processor(squares, return_tensors="pt", do_resize=False, do_center_crop=False)["pixel_values"].float()
+
+
+def check_hooks(vision: VisionModel, modules: Mapping[str, nn.Module], run: Callable[[], Any], pixels: Tensor) -> None:
+    """Every hookpoint of the blocks, captured in one pass, equals a hand-written hook on the reference."""
+    seen: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        module.register_forward_hook(
+            lambda _m, _i, output, name=name: seen.update({name: output[0] if isinstance(output, tuple) else output})
+        )
+    with torch.no_grad():
+        run()
+    captured = vision.capture(pixels, tuple(modules)).tokens
+    assert list(captured) == list(modules)
+    for name in modules:
+        assert captured[name].shape == (len(pixels), vision.hookpoints[name].n_tokens, vision.hookpoints[name].d_model)
+        torch.testing.assert_close(captured[name], seen[name], atol=1e-5, rtol=1e-5)
+
+
+def check_residual_stream(vision: VisionModel, hidden_states: tuple[Tensor, ...], pixels: Tensor) -> None:
+    """Blocks put out transformers' hidden states, and what attention and the MLP put out is what a block adds to the stream."""
+    for i, (before, after) in enumerate(itertools.pairwise(hidden_states)):
+        names = [f"vision.blocks.{i}{part}" for part in PARTS]
+        attn, mlp, block = vision.capture(pixels, names).tokens.values()
+        torch.testing.assert_close(block, after, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(before + attn + mlp, after, atol=1e-5, rtol=1e-5)
+
+
+def check_planted_patch(vision: VisionModel, grid: tuple[int, int]) -> None:
+    """One bright patch at each place in turn: the tokens of the first block differ most right there, counted by row and column."""
+    hookpoint = vision.hookpoints["vision.blocks.0"]
+    assert hookpoint.grid == grid
+    height, width = vision.preprocess.crop
+    side = height // grid[0]
+    places = [(row, col) for row in range(grid[0]) for col in range(grid[1])]
+    dark = torch.zeros(len(places), height, width, 3, dtype=torch.uint8)
+    bright = dark.clone()
+    for i, (row, col) in enumerate(places):
+        bright[i, side * row : side * (row + 1), side * col : side * (col + 1)] = 255
+    before, after = (vision.capture(x, ["vision.blocks.0"]).tokens["vision.blocks.0"] for x in (dark, bright))
+    change = (after - before).norm(dim=-1)
+    brightest = change.argmax(1) - len(hookpoint.special)
+    assert [divmod(int(i), grid[1]) for i in brightest] == places
+
+
+def check_bfloat16(load: Callable[[str], Any]) -> None:
+    """Close to float32; the residual stream itself is float32; and not a bit other than with float32 weights that autocast casts."""
+    exact, half, cast = (load(dtype) for dtype in ("float32", "bfloat16", "float32"))
+    cast._dtype = torch.bfloat16
+    names, pixels = tuple(exact.hookpoints), noise(exact)
+    theirs, ours, autocast = (model.capture(pixels, names) for model in (exact, half, cast))
+    for name in names:
+        assert 0 < (ours.tokens[name] - theirs.tokens[name]).norm() / theirs.tokens[name].norm() < 0.02, name
+        assert torch.equal(ours.tokens[name], autocast.tokens[name]), name
+    assert ours.tokens["vision.blocks.2"].dtype == torch.float32
+    if ours.embedding is not None:
+        assert ours.embedding.dtype == torch.float32 and torch.equal(ours.embedding, autocast.embedding)
+
+
+def by_hand(vision: VisionModel, pixels: Tensor) -> Tensor:
+    """Pixels normalised, (n, 3, H, W)."""
+    return normalise(pixels, vision.preprocess, "cpu")
+
+
+def save_weights(folder: Path, model: nn.Module, processor: Any) -> Path:
+    """A folder as a hub would have it."""
+    model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+    processor.save_pretrained(folder)
+    return folder

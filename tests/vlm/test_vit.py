@@ -1,0 +1,109 @@
+"""VitVision gives, number by number, what hand-written hooks on ViT and DeiT give, on images that are not square."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_towers import (
+    PARTS,
+    SIZES,
+    by_processor,
+    check_bfloat16,
+    check_hooks,
+    check_planted_patch,
+    check_residual_stream,
+    noise,
+    randomise,
+    save_weights,
+)
+from transformers import DeiTConfig, DeiTModel, ViTConfig, ViTModel
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from ommatid.config import VitModel
+from ommatid.errors import ModelError
+from ommatid.vlm import Hookpoint, VisionModel, load_model
+from ommatid.vlm.vit import VitVision
+
+TINY = SIZES | {"image_size": (48, 64), "patch_size": 16}
+MODELS: dict[str, Any] = {"vit": lambda: ViTModel(ViTConfig(**TINY)), "deit": lambda: DeiTModel(DeiTConfig(**TINY))}
+SPECIAL = {"vit": ("cls",), "deit": ("cls", "distillation")}
+PROCESSOR = ViTImageProcessorPil(size={"height": 48, "width": 64})
+
+
+def load(folder: Path, dtype: Any = "float32") -> VisionModel:
+    return load_model(VitModel(kind="vit", path=str(folder)), dtype, "cpu")
+
+
+@pytest.fixture(scope="module", params=["vit", "deit"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def reference(kind: str) -> Any:
+    return randomise(MODELS[kind]())
+
+
+@pytest.fixture(scope="module")
+def folder(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_weights(tmp_path_factory.mktemp("tiny-vit"), reference, PROCESSOR)
+
+
+@pytest.fixture(scope="module")
+def vision(folder: Path) -> VisionModel:
+    model = load(folder)
+    assert isinstance(model, VitVision)
+    return model
+
+
+def test_hookpoints(vision: VisionModel, kind: str) -> None:
+    block = Hookpoint(d_model=32, special=SPECIAL[kind], grid=(3, 4))
+    assert vision.hookpoints == {f"vision.blocks.{i}{part}": block for i in range(3) for part in PARTS}
+    assert vision.d_embed is None and vision.text_templates == ()
+
+
+def test_every_hookpoint_equals_a_hand_written_hook(vision: VisionModel, reference: Any) -> None:
+    modules = {}
+    for i, block in enumerate(reference.layers):
+        modules |= {f"vision.blocks.{i}.attn": block.attention, f"vision.blocks.{i}.mlp": block.mlp, f"vision.blocks.{i}": block}
+    pixels = noise(vision)
+    check_hooks(vision, modules, lambda: reference(by_processor(PROCESSOR, pixels)), pixels)
+
+
+def test_residual_stream(vision: VisionModel, reference: Any) -> None:
+    pixels = noise(vision)
+    with torch.no_grad():
+        states = reference(by_processor(PROCESSOR, pixels), output_hidden_states=True).hidden_states
+    check_residual_stream(vision, states, pixels)
+
+
+def test_planted_patch_is_found_at_its_row_and_column(vision: VisionModel) -> None:
+    check_planted_patch(vision, (3, 4))
+
+
+def test_bfloat16(folder: Path) -> None:
+    check_bfloat16(lambda dtype: load(folder, dtype))
+
+
+def test_nothing_runs_after_the_last_hookpoint(folder: Path) -> None:
+    vision: Any = load(folder)
+    ran = []
+    for name in ("vision.blocks.1", "vision.blocks.2.attn"):
+        vision._modules[name].register_forward_hook(lambda _m, _i, _o, name=name: ran.append(name))
+    pixels = noise(vision)
+    vision.capture(pixels, ["vision.blocks.1", "vision.blocks.0"])
+    assert ran == ["vision.blocks.1"]
+    nothing = vision.capture(pixels, ())
+    assert nothing.tokens == {} and nothing.embedding is None and ran == ["vision.blocks.1"]
+
+
+def test_no_text_tower(vision: VisionModel) -> None:
+    with pytest.raises(ModelError, match=r"has no text tower; set extract\.namer"):
+        vision.embed_text(["a dog"])
+
+
+def test_image_size_and_preprocessor_disagree(reference: Any, tmp_path: Path) -> None:
+    save_weights(tmp_path, reference, ViTImageProcessorPil(size={"height": 64, "width": 48}))
+    with pytest.raises(ModelError, match=r"crops to 64 x 48, but config\.json says image_size 48 x 64"):
+        load(tmp_path)
