@@ -20,10 +20,10 @@ from ommatid import schemas
 from ommatid.config import EvaluateParams
 from ommatid.events import Listener, Progress, ignore
 from ommatid.metrics import Fidelity, Firing, Monosemanticity, MonosemanticityInterval, TopImages, nan_mean, purity
+from ommatid.reader import load_sample
 from ommatid.sae.model import SAE, make_untrained
 from ommatid.store import Artefact, Draft, part_name
 from ommatid.tensors import from_float16, from_float32
-from ommatid.train import load_sample
 
 N_PURITY = 16
 """Images of purity@16."""
@@ -226,7 +226,7 @@ class _Firings:
 
     def files(self) -> list[str]:
         """Paths of the parts written."""
-        return [str(self._draft.path / part_name("firings", i)) for i in range(self._n_parts)]
+        return [str(self._draft.local(part_name("firings", i))) for i in range(self._n_parts)]
 
     def _flush(self) -> None:
         n = self._n_waiting

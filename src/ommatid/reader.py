@@ -1,6 +1,6 @@
 """Training batches from the activations: read in sequence, mixed as they were written, in another order every epoch."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 
 import numpy as np
@@ -28,6 +28,19 @@ def iter_batches(activations: Artefact, batch_size: int, seed: int, start: int =
             if step >= skip:
                 yield batch
         epoch, skip = epoch + 1, 0
+
+
+def load_sample(activations: Artefact, n: int) -> Tensor:
+    """The first n training tokens (n, d_model) float32: rows are shuffled, so they are a fair sample."""
+    pieces, found = [], 0
+    for part in activations.parts("train"):
+        with activations.open_part(part) as file, closing(_iter_row_groups(file)) as row_groups:
+            for x in row_groups:
+                pieces.append(torch.from_numpy(x[: n - found].astype(np.float32)))
+                found += len(pieces[-1])
+                if found == n:
+                    return torch.cat(pieces)
+    return torch.cat(pieces)
 
 
 def _iter_epoch(activations: Artefact, batch_size: int, rng: np.random.Generator) -> Iterator[Tensor]:
@@ -95,6 +108,6 @@ class _Rest:
         self._pieces = [x[n_whole:]]
 
 
-def _iter_row_groups(file: pq.ParquetFile) -> Iterator[np.ndarray]:
+def _iter_row_groups(file: pq.ParquetFile) -> Generator[np.ndarray, None, None]:
     for group in range(file.num_row_groups):
         yield view_float16(file.read_row_group(group, ["x"])["x"])

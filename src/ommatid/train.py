@@ -1,22 +1,18 @@
 """Stage `train`: activations in, `sae.safetensors` + `cfg.json` + training curves out."""
 
-import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from ommatid import schemas
 from ommatid.config import TrainParams
 from ommatid.events import Listener, ignore
-from ommatid.reader import iter_batches
+from ommatid.reader import iter_batches, load_sample
 from ommatid.sae.model import CONFIG, WEIGHTS, SAEConfig
 from ommatid.sae.trainer import CURVE_COLUMNS, Plan, State, Trainer, finish, make_plan, make_state
 from ommatid.store import Artefact, Draft
-from ommatid.tensors import from_float16
 
 CHECKPOINT = "checkpoint.safetensors"
 SAMPLE = 16384
@@ -43,17 +39,6 @@ def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_
     return _write(params, activations, draft, plan, state)
 
 
-def load_sample(activations: Artefact, n: int) -> Tensor:
-    """The first n training tokens (n, d_model): rows are shuffled, so they are a fair sample."""
-    pieces, found = [], 0
-    for part in activations.iter_parts("train", ["x"]):
-        pieces.append(from_float16(part["x"])[: n - found])
-        found += len(pieces[-1])
-        if found == n:
-            break
-    return torch.cat(pieces).float()
-
-
 def _write(params: TrainParams, activations: Artefact, draft: Draft, plan: Plan, state: State) -> Artefact:
     seen = activations.summary
     config = SAEConfig("batch_topk", seen["d_model"], params.d_sae, params.k, seen["hookpoint"], seen["model"])
@@ -64,7 +49,7 @@ def _write(params: TrainParams, activations: Artefact, draft: Draft, plan: Plan,
     final = dict(zip(CURVE_COLUMNS, state.curves[-1].tolist(), strict=True))
     dead = (state.idle >= plan.dead_after).nonzero()[:, 0].tolist()
     summary = {
-        "sae": _name(config, draft.path / WEIGHTS),
+        "sae": _name(config, draft.describe(WEIGHTS).sha256),
         "n_steps": plan.n_steps,
         "n_tokens": plan.n_steps * plan.batch_size,
         "fvu": final["fvu"],
@@ -85,7 +70,6 @@ def _curves(state: State, plan: Plan) -> pa.Table:
     return pa.table({name: columns[name] for name in schemas.CURVES.names}, schema=schemas.CURVES)
 
 
-def _name(config: SAEConfig, weights: Path) -> str:
+def _name(config: SAEConfig, weights: str) -> str:
     """Such as batch_topk-2560-k32-1a2b3c4d: the tail is the weights' checksum."""
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
-    return f"{config.variant}-{config.d_sae}-k{config.k}-{digest}"
+    return f"{config.variant}-{config.d_sae}-k{config.k}-{weights[:8]}"
