@@ -14,6 +14,7 @@ import pytest
 
 from ommatid import store
 from ommatid.errors import ArtefactError
+from ommatid.folder import Disk
 from ommatid.store import open_artefact, open_draft, part_name
 
 PARTS = 3
@@ -261,7 +262,7 @@ def test_what_workers_described_is_not_read_again(tmp_path: Path, monkeypatch: p
         given = [store.File(**values) for values in draft.read_json("receipts/0.json")]
         draft.write_json("cfg.json", 1)
         read: list[str] = []
-        monkeypatch.setattr(store, "_sha256", lambda path: read.append(path.name) or "0")
+        monkeypatch.setattr(Disk, "sha256", lambda folder, name, size=None: read.append(name) or "0")
         made = draft.seal({}, given)
         monkeypatch.undo()
         assert [name for name in read if name.endswith(".parquet")] == []

@@ -1,16 +1,19 @@
-"""Artefacts: directories of Parquet parts and a manifest, written aside as drafts and renamed into place whole."""
+"""Artefacts: folders of Parquet parts and a manifest, written aside as drafts and moved into place whole.
 
-import errno
+A folder is on a disk or in an object store (see folder.py). What belongs to a machine is on its disk: locks, scratch files, and copies of
+objects for those who need a path. The lock holds among the processes of one machine; two machines that make the same artefact do
+no harm, for they write the same bytes under the same names, and each name changes hands whole.
+"""
+
 import functools
 import hashlib
 import json
 import os
 import platform
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,11 +23,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ommatid.errors import ArtefactError
+from ommatid.folder import READ_BYTES, Disk, Folder, aside_of, is_aside, open_folder, writing
+from ommatid.folder import sync as sync
 from ommatid.schemas import SCHEMA_VERSION
 
 MANIFEST = "manifest.json"
 SCRATCH = "scratch"
 """Folder of a draft, on this machine only, whose files (chunks, checkpoints) never become part of the artefact."""
+WORK = Path("data/.work")
+"""Where a machine keeps its scratch files and locks of drafts that are in an object store."""
+CACHE = Path("data/.cache")
+"""Copies of objects, by the digest of their artefact's manifest; may be deleted at any time."""
 RECEIPTS = "receipts"
 """Folder of a draft, where its finished files are, for what workers tell the driver; never part of the artefact."""
 
@@ -96,21 +105,52 @@ _FILE_KEYS = frozenset(("name", "bytes", "sha256", "rows"))
 class Artefact:
     """A finished artefact, opened read-only."""
 
-    def __init__(self, path: Path, manifest: Manifest, digest: str):
-        self.path = path
+    def __init__(self, folder: Folder, manifest: Manifest, digest: str):
+        self.folder = folder
         self.manifest = manifest
         self.digest = digest
         """sha256 of manifest.json: stands for the whole content."""
+        self._footers: dict[str, pq.FileMetaData] = {}
 
     @property
     def url(self) -> str:
         """Where it is, in words that `open_artefact` takes."""
-        return str(self.path)
+        return self.folder.url
+
+    @property
+    def path(self) -> Path:
+        """A folder on this machine with all its files; objects are copied to `CACHE` first. For small ones: see `file`, `open_part`."""
+        if isinstance(self.folder, Disk):
+            return self.folder.path
+        for file in self.manifest.files:
+            self.file(file.name)
+        return self._cache
+
+    def file(self, name: str) -> Path:
+        """One file on this machine; an object is copied to `CACHE`, once.
+
+        Raises:
+            ArtefactError: what came is not what the manifest says.
+        """
+        if isinstance(self.folder, Disk):
+            return self.folder.path / name
+        path, listed = self._cache / name, self._by_name[name]
+        if not path.exists() or path.stat().st_size != listed.bytes:
+            self.folder.fetch(name, path, listed.sha256)
+        return path
+
+    @property
+    def _cache(self) -> Path:
+        return CACHE / f"{self.folder.name}-{self.digest[:16]}"
 
     @property
     def summary(self) -> dict[str, Any]:
         """Statistics that the stage wrote into the manifest."""
         return self.manifest.summary
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, File]:
+        return {file.name: file for file in self.manifest.files}
 
     @functools.cached_property
     def _by_table(self) -> dict[str, list[File]]:
@@ -127,8 +167,8 @@ class Artefact:
         return [file.name for file in self._by_table[table]]
 
     def files(self, table: str) -> list[Path]:
-        """The files of a table on this machine, in order."""
-        return [self.path / name for name in self.parts(table)]
+        """The files of a table on this machine, in order; objects are copied to `CACHE`, once."""
+        return [self.file(name) for name in self.parts(table)]
 
     @property
     def tables(self) -> list[str]:
@@ -149,12 +189,22 @@ class Artefact:
     def open_part(self, name: str) -> Iterator[pq.ParquetFile]:
         """One part of a table, to read some row groups of."""
         # buffered reads: by default whole row groups are held, which for encoded images are large
-        with pq.ParquetFile(self.path / name, buffer_size=2**20, pre_buffer=False) as file:
+        if isinstance(self.folder, Disk):
+            with pq.ParquetFile(self.folder.path / name, buffer_size=2**20, pre_buffer=False) as file:
+                yield file
+            return
+        source = self.folder.open(name, self._by_name[name].bytes)
+        with pq.ParquetFile(source, metadata=self._footers.get(name), buffer_size=READ_BYTES, pre_buffer=False) as file:
+            if len(self._footers) < _FOOTERS_KEPT:
+                self._footers[name] = file.metadata
             yield file
 
     def read_part(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """One part of a table, or some of its columns, in memory."""
-        return read_part(self.path / name, columns)
+        if isinstance(self.folder, Disk):
+            return read_part(self.folder.path / name, columns)
+        with pq.ParquetFile(self.folder.open(name, self._by_name[name].bytes), pre_buffer=True) as file:
+            return file.read(columns)
 
     def read(self, table: str, columns: list[str] | None = None) -> pa.Table:
         """A whole table, or some of its columns, in memory."""
@@ -184,10 +234,10 @@ class Artefact:
         """
         if name not in self.children:
             raise ArtefactError(f"{self.url}: has no {name!r} inside; it has {', '.join(self.children) or 'none'}")
-        child = open_artefact(self.path / name, kind)
-        listed = next(file for file in self.manifest.files if file.name == f"{name}/{MANIFEST}")
+        child = open_artefact(self.folder / name, kind)
+        listed = self._by_name[f"{name}/{MANIFEST}"]
         if child.digest != listed.sha256:
-            _raise_damage(self.url, [f"{listed.name}: checksum differs"])
+            _raise_damage(self.folder, [f"{listed.name}: checksum differs"])
         return child
 
     def verify(self) -> None:
@@ -196,33 +246,38 @@ class Artefact:
         Raises:
             ArtefactError: naming every file that differs.
         """
-        _raise_damage(self.url, list(self._iter_damage()))
+        _raise_damage(self.folder, list(self._iter_damage()))
 
     def _iter_damage(self) -> Iterator[str]:
         for file in self.manifest.files:
-            path = self.path / file.name
-            if not path.exists():
+            size = self.folder.size(file.name)
+            if size is None:
                 yield f"{file.name}: missing"
-            elif _sha256(path) != file.sha256:
+            elif size != file.bytes or self.folder.sha256(file.name, size) != file.sha256:
                 yield f"{file.name}: checksum differs"
             elif child := _child_of(file.name):
-                inside = Artefact(path.parent, _parse(path.parent, path.read_bytes()), file.sha256)
+                folder = self.folder / child
+                inside = Artefact(folder, _parse(folder, folder.read_bytes(MANIFEST)), file.sha256)
                 yield from (f"{child}/{damage}" for damage in inside._iter_damage())
 
 
-def open_artefact(path: Path | str, kind: str) -> Artefact:
-    """Open an artefact, checking manifest, files and sizes.
+_FOOTERS_KEPT = 1024
+"""Footers of parts in an object store that an artefact remembers: whoever reads row groups here and there asks for each once."""
+
+
+def open_artefact(place: Folder | Path | str, kind: str) -> Artefact:
+    """Open an artefact at a path or URL, checking manifest, files and sizes.
 
     Raises:
-        ArtefactError: missing, of another kind or version, or damaged; all damage is named at once.
+        ArtefactError: missing, of another kind or version, or damaged (all damage is named at once); or a URL that cannot be reached.
     """
-    path = Path(path)
-    text = _read_manifest(path, kind)
-    manifest = _parse(path, text)
+    folder = open_folder(place)
+    text = _read_manifest(folder, kind)
+    manifest = _parse(folder, text)
     if manifest.kind != kind:
-        raise ArtefactError(f"{path}: holds {manifest.kind}, expected {kind}")
-    _raise_damage(str(path), _size_damage(path, manifest.files))
-    return Artefact(path, manifest, hashlib.sha256(text).hexdigest())
+        raise ArtefactError(f"{folder}: holds {manifest.kind}, expected {kind}")
+    _raise_damage(folder, _size_damage(folder, manifest.files))
+    return Artefact(folder, manifest, hashlib.sha256(text).hexdigest())
 
 
 class Writer:
@@ -231,38 +286,61 @@ class Writer:
     Two that write the same file do not harm one another: each writes aside under a name of its own, and the last one's stays.
     """
 
-    def __init__(self, path: Path, scratch: Path):
-        self.path = path
-        self._scratch = scratch
+    def __init__(self, folder: Folder, here: Path):
+        self.folder = folder
+        self._here = here
         self._described: dict[str, File] = {}
 
     @property
     def url(self) -> str:
         """What `Draft.attach` takes in another process."""
-        return str(self.path)
+        return self.folder.url
+
+    @property
+    def path(self) -> Path:
+        """The draft's folder on this machine, which holds `scratch`; finished files are there only where the draft is on a disk."""
+        return self._here
 
     @property
     def scratch(self) -> Path:
         """Folder on this machine for chunks and checkpoints; removed when the artefact is sealed."""
-        return self._scratch
+        return self._here / SCRATCH
+
+    def _home(self, name: str) -> Folder:
+        return Disk(self._here) if name.startswith(f"{SCRATCH}/") else self.folder
 
     def has(self, name: str) -> bool:
-        """Whether this file was finished, now or by a run that died."""
-        return (self.path / name).exists()
+        """Whether this file was finished, now or by a run that died. For many files ask `names` once."""
+        return self._home(name).size(name) is not None
 
-    def names(self, folder: str = "") -> list[str]:
-        """Finished files of the draft or of a folder in it, in order, by one listing."""
-        found = _sizes(self.path / folder)
-        return sorted(f"{folder}/{name}" if folder else name for name in found if not name.endswith(".tmp"))
+    def names(self, inside: str = "") -> list[str]:
+        """Finished files of the draft, or of a folder in it, in order, by one listing."""
+        return sorted(f"{inside}/{name}" if inside else name for name in self._home(f"{inside}/").sizes(inside) if name != _OPEN)
 
-    def read(self, name: str, filters: list[tuple[str, str, Any]] | None = None) -> pa.Table:
-        """A finished Parquet file, or its rows that pass `filters`."""
+    def read(self, name: str, filters: list[tuple[str, str, Any]] | None = None, columns: list[str] | None = None) -> pa.Table:
+        """A finished Parquet file, or its rows that pass `filters`, or some of its columns."""
+        home = self._home(name)
         no_partitions: Any = None  # folders named a=b are not columns
-        return pq.read_table(self.path / name, filters=filters, partitioning=no_partitions)
+        source = home.path / name if isinstance(home, Disk) else home.open(name)
+        return pq.read_table(source, columns=columns, filters=filters, partitioning=no_partitions)
 
     def read_json(self, name: str) -> Any:
         """What a finished JSON file holds."""
-        return json.loads((self.path / name).read_bytes())
+        return json.loads(self._home(name).read_bytes(name))
+
+    def iter_json(self, names: Sequence[str]) -> Iterator[Any]:
+        """What many finished JSON files hold, in order; from an object store many are read at a time."""
+        return (json.loads(text) for text in self.folder.iter_bytes(names))
+
+    def local(self, name: str) -> Path:
+        """A finished file on this machine; an object is copied to the scratch folder, once."""
+        home = self._home(name)
+        if isinstance(home, Disk):
+            return home.path / name
+        path = self.scratch / "fetched" / name
+        if not path.exists():
+            home.fetch(name, path)
+        return path
 
     def write_table(self, name: str, table: pa.Table, **parquet_options: Any) -> File:
         """Write one Parquet file, whole or not at all; `name` is `<table>.parquet` or made by `part_name`."""
@@ -275,18 +353,18 @@ class Writer:
         """A path to write to; when the block ends without an error the file is synced and gets its name.
 
         Raises:
-            ArtefactError: the disk is full, or may not be written to.
+            ArtefactError: the disk is full, or may not be written to; the store cannot be reached.
         """
-        path = self.path / name
-        aside = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        with _writing(path):
-            if "/" in name:
+        home = self._home(name)
+        path = home.path / name if isinstance(home, Disk) else self.scratch / name.replace("/", "-")
+        aside = aside_of(path)
+        with writing(path):
+            if "/" in name and isinstance(home, Disk):
                 path.parent.mkdir(exist_ok=True)
             try:
                 yield aside
-                sync(aside)
-                described = None if name.startswith((f"{SCRATCH}/", f"{RECEIPTS}/")) else _describe(aside, name)
-                os.replace(aside, path)
+                described = None if name.startswith((f"{SCRATCH}/", f"{RECEIPTS}/")) else _describe_path(aside, name)
+                home.put(aside, name)
             except BaseException:
                 aside.unlink(missing_ok=True)
                 raise
@@ -301,35 +379,33 @@ class Writer:
     def describe(self, name: str) -> File:
         """Size, checksum and rows of a finished file; what this process wrote is not read again."""
         if name not in self._described:
-            self._described[name] = _describe(self.path / name, name)
+            self._described[name] = _describe(self.folder, name)
         return self._described[name]
 
     def share(self, name: str, to: str) -> File:
         """Give a finished file a second name, such as `b/embeddings-00000.parquet`, without a second copy on the disk."""
-        path = self.path / to
-        aside = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        with _writing(path):
-            path.parent.mkdir(exist_ok=True)
-            _link(self.path / name, aside)
-            os.replace(aside, path)
-            aside.unlink(missing_ok=True)  # rename does nothing where both are links to one file already
-        sync(path.parent)
-        file = self.describe(name)
-        self._described[to] = File(to, file.bytes, file.sha256, file.rows)
+        with writing(self._here / to):
+            self.folder.share(name, to)
+        self._described[to] = replace(self.describe(name), name=to)
         return self._described[to]
+
+    def remove(self, name: str) -> None:
+        """Remove a finished file, or a folder with all that is in it."""
+        self._home(name).remove(name)
+        self._described = {own: file for own, file in self._described.items() if own != name and not own.startswith(f"{name}/")}
 
     def __reduce__(self) -> tuple[Callable[[str], "Writer"], tuple[str]]:
         return Draft.attach, (self.url,)
 
 
 class Draft(Writer):
-    """An artefact in the making: a directory of its own, kept when the process dies, continued when it runs again."""
+    """An artefact in the making: a folder of its own, kept when the process dies, continued when it runs again."""
 
     published: Artefact | None = None
     """Set where another process published this very artefact while this one waited for it: there is nothing to make."""
 
-    def __init__(self, path: Path, kind: str, params: Mapping[str, Any], inputs: Mapping[str, str], scratch: Path):
-        super().__init__(path, scratch)
+    def __init__(self, folder: Folder, here: Path, kind: str, params: Mapping[str, Any], inputs: Mapping[str, str]):
+        super().__init__(folder, here)
         self.kind = kind
         self._params = dict(params)
         self._inputs = dict(inputs)
@@ -342,22 +418,25 @@ class Draft(Writer):
         Raises:
             ArtefactError: there is no such draft.
         """
-        path = Path(url)
-        if not path.is_dir():
-            raise ArtefactError(f"{path}: there is no draft here to write to; its run has ended, or this machine does not see its folder")
-        return Writer(path, path / SCRATCH)
+        folder = open_folder(url)
+        is_there = folder.path.is_dir() if isinstance(folder, Disk) else folder.size(_OPEN) is not None
+        if not is_there:
+            raise ArtefactError(f"{url}: there is no draft here to write to; its run has ended, or this machine does not see its folder")
+        here = _here(folder)
+        if not isinstance(folder, Disk):
+            with writing(here):
+                (here / SCRATCH).mkdir(parents=True, exist_ok=True)
+        return Writer(folder, here)
 
     def child(self, name: str, kind: str) -> "Draft":
         """An artefact inside this one, with the same params and inputs and a manifest of its own; seal it first."""
-        with _writing(self.path / name):
-            (self.path / name).mkdir(exist_ok=True)
-        child = Draft(self.path / name, kind, self._params, self._inputs, self._scratch)
-        mine = f"{name}/"
-        child._described = {
-            name.removeprefix(mine): File(name.removeprefix(mine), file.bytes, file.sha256, file.rows)
-            for name, file in self._described.items()
-            if name.startswith(mine)
-        }
+        folder = self.folder / name
+        if isinstance(folder, Disk):
+            with writing(folder.path):
+                folder.path.mkdir(exist_ok=True)
+        child = Draft(folder, self._here, kind, self._params, self._inputs)
+        mine = {own: file for own, file in self._described.items() if own.startswith(f"{name}/")}
+        child._described = {(inside := own.removeprefix(f"{name}/")): replace(file, name=inside) for own, file in mine.items()}
         return child
 
     def sealed(self) -> Artefact | None:
@@ -365,7 +444,7 @@ class Draft(Writer):
         if not self.has(MANIFEST):
             return None
         self._clean()
-        return open_artefact(self.path, self.kind)
+        return open_artefact(self.folder, self.kind)
 
     def seal(self, summary: Mapping[str, Any], files: Sequence[File] | None = None) -> Artefact:
         """Write the manifest over all files and children, and drop scratch folder and receipts.
@@ -378,54 +457,58 @@ class Draft(Writer):
             ArtefactError: a file that `files` describes is missing or of another size.
         """
         given = self._described | {file.name: file for file in files or ()}
-        found = _sizes(self.path) | self._child_manifests()
-        _raise_damage(str(self.path), _differences(found, [given[file.name] for file in files or ()]))
-        listed = tuple(given[name] if name in given else _describe(self.path / name, name) for name in sorted(found) if name != MANIFEST)
+        found = self.folder.sizes() | self._child_manifests()
+        _raise_damage(self.folder, _differences(found, [given[file.name] for file in files or ()]))
+        names = sorted(found.keys() - {MANIFEST, _OPEN})
+        listed = tuple(given[name] if name in given else _describe(self.folder, name) for name in names)
         plain = json.loads(json.dumps([self._params, summary]))  # as a reader will find it: lists for tuples
         manifest = Manifest(self.kind, SCHEMA_VERSION, plain[0], self._inputs, listed, _versions(), plain[1])
         text = manifest.to_json()
         with self.write_file(MANIFEST) as path:
             path.write_bytes(text)
-        sync(self.path)
         self._clean()
-        self._made = Artefact(self.path, manifest, hashlib.sha256(text).hexdigest())
+        self._made = Artefact(self.folder, manifest, hashlib.sha256(text).hexdigest())
         return self._made
 
     def _child_manifests(self) -> dict[str, int]:
         """Size of each child's manifest by its name in this artefact."""
-        manifests = [self.path / name / MANIFEST for name in _folders(self.path) if name not in (SCRATCH, RECEIPTS)]
-        assert all(path.exists() for path in manifests), f"{self.path}: a child is not sealed: {manifests}"
-        return {f"{path.parent.name}/{MANIFEST}": path.stat().st_size for path in manifests}
+        names = [f"{name}/{MANIFEST}" for name in self.folder.folders() if name not in (SCRATCH, RECEIPTS)]
+        sizes = {name: self.folder.size(name) for name in names}
+        unsealed = [name for name, size in sizes.items() if size is None]
+        assert not unsealed, f"{self.url}: a child is not sealed: {unsealed}"
+        return {name: size for name, size in sizes.items() if size is not None}
 
     def _clean(self) -> None:
-        for name in (SCRATCH, RECEIPTS):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        """Drop what is not part of the artefact; a child has nothing of that kind."""
+        if self._here == _here(self.folder):
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.folder.remove(RECEIPTS)
+            self.folder.remove(_OPEN)
 
     def discard(self) -> None:
         """Remove the draft: its gate failed, so nothing of it may be continued."""
-        shutil.rmtree(self.path)
+        self.folder.remove("")
+        shutil.rmtree(self._here, ignore_errors=True)
 
-    def publish(self, place: Path) -> Artefact:
+    def publish(self, place: Folder | Path | str) -> Artefact:
         """Move the sealed draft to `place`, replacing what was there."""
-        assert self.has(MANIFEST), f"{self.path} is not sealed"
-        made = self._made or open_artefact(self.path, self.kind)
-        old = self.path.with_name(self.path.name + ".old")
-        with _writing(place):
-            if old.exists():
-                shutil.rmtree(old)
-            if place.exists():
-                os.rename(place, old)
-            os.rename(self.path, place)
-            sync(place.parent)
-            _note_published(self.path, made.digest)
-            if old.exists():
-                shutil.rmtree(old)
-        return Artefact(place, made.manifest, made.digest)
+        assert self.has(MANIFEST), f"{self.url} is not sealed"
+        target = open_folder(place)
+        made = self._made or open_artefact(self.folder, self.kind)
+        with writing(self._here):
+            self.folder.move(target, last=MANIFEST)
+            _note_published(self._here, made.digest)
+            shutil.rmtree(self._here, ignore_errors=True)
+        return Artefact(target, made.manifest, made.digest)
+
+
+_OPEN = ".open"
+"""Object that marks a draft in an object store, which has no folders: workers see that it is there, and the driver that it may write."""
 
 
 @contextmanager
 def open_draft(
-    place: Path,
+    place: Folder | Path | str,
     kind: str,
     params: Mapping[str, Any],
     inputs: Mapping[str, Artefact],
@@ -433,37 +516,46 @@ def open_draft(
 ) -> Iterator[Draft]:
     """The draft of the artefact that will be at `place`, locked; drafts made by other params, inputs or code are removed.
 
-    Where another process holds it, this one waits for it, and looks at `Draft.published` afterwards.
+    Where another process of this machine holds it, this one waits for it, and looks at `Draft.published` afterwards.
 
     Args:
-        place: Where the artefact goes.
+        place: Where the artefact goes, a path or URL.
         kind: Its kind.
         params: The section of Params, without what only says how to compute.
         inputs: Artefacts that it is made from.
         on_wait: Hears one line when another process is making the artefact now.
 
     Raises:
-        ArtefactError: the folder may not be written to.
+        ArtefactError: the folder may not be written to, or not be reached.
     """
-    work = place.parent / ".work"
-    key = _key(kind, params, inputs)
-    path = work / f"{place.name}-{key}"
-    lock = filelock.FileLock(work / f"{place.name}.lock")
-    with _writing(work):
-        work.mkdir(parents=True, exist_ok=True)
-        waited = _acquire(lock, lambda: on_wait(f"waiting for another process that makes {place}"))
+    target = open_folder(place)
+    folder = target.parent / ".work" / f"{target.name}-{_key(kind, params, inputs)}"
+    here = _here(folder)
+    lock = filelock.FileLock(here.parent / f"{target.name}.lock")
+    with writing(here.parent):
+        here.parent.mkdir(parents=True, exist_ok=True)
+        waited = _acquire(lock, lambda: on_wait(f"waiting for another process that makes {target}"))
     try:
-        with _writing(work):
-            _remove_others(work, place.name, path)
-            published = _published(place, kind, path) if waited else None
+        with writing(here.parent):
+            for drafts in {folder.parent.url: folder.parent, str(here.parent): Disk(here.parent)}.values():
+                _remove_others(drafts, target.name, folder.name)
+            _remove_asides(here)
+            published = _published(target, kind, here) if waited else None
             if published is None:
-                (path / SCRATCH).mkdir(parents=True, exist_ok=True)
-        digests = {name: artefact.digest for name, artefact in inputs.items()}
-        draft = Draft(path, kind, params, digests, path / SCRATCH)
+                _begin(folder, here)
+        draft = Draft(folder, here, kind, params, {name: artefact.digest for name, artefact in inputs.items()})
         draft.published = published
         yield draft
     finally:
         lock.release()
+
+
+def _here(folder: Folder) -> Path:
+    """Where this machine keeps what a draft has on its disk: the draft itself, or a folder that stands for it."""
+    if isinstance(folder, Disk):
+        return folder.path
+    root = hashlib.sha256(folder.parent.parent.url.encode()).hexdigest()[:8]
+    return WORK / root / folder.name
 
 
 def _acquire(lock: filelock.BaseFileLock, on_wait: Callable[[], None]) -> bool:
@@ -477,34 +569,45 @@ def _acquire(lock: filelock.BaseFileLock, on_wait: Callable[[], None]) -> bool:
         return True
 
 
-def _remove_others(work: Path, name: str, mine: Path) -> None:
-    """Drafts of other params, inputs or code, and what dead writers left in this one."""
-    for other in work.glob(f"{name}-*"):
-        if other != mine:
-            shutil.rmtree(other)
-    for leftover in mine.rglob("*.tmp"):
-        if leftover.is_file():
+def _remove_others(drafts: Folder, name: str, mine: str) -> None:
+    """Drafts of other params, inputs or code."""
+    for other in drafts.folders():
+        if other.startswith(f"{name}-") and other != mine:
+            drafts.remove(other)
+
+
+def _remove_asides(here: Path) -> None:
+    """What dead writers left."""
+    for leftover in here.rglob("*"):
+        if is_aside(leftover.name) and leftover.is_file():
             leftover.unlink()
 
 
-def _note_published(draft: Path, digest: str) -> None:
+def _begin(folder: Folder, here: Path) -> None:
+    (here / SCRATCH).mkdir(parents=True, exist_ok=True)
+    if not isinstance(folder, Disk):
+        mark = here / SCRATCH / _OPEN
+        mark.touch()
+        folder.put(mark, _OPEN)
+
+
+def _note_published(here: Path, digest: str) -> None:
     """Remember beside the lock which draft became what: a process that waited knows its own artefact by it."""
-    name = draft.name.rpartition("-")[0]
-    note = draft.with_name(f"{name}.published")
-    aside = note.with_suffix(".tmp")
-    aside.write_text(f"{draft.name} {digest}\n", encoding="utf-8")
+    note = here.with_name(f"{here.name.rpartition('-')[0]}.published")
+    aside = aside_of(note)
+    aside.write_text(f"{here.name} {digest}\n", encoding="utf-8")
     os.replace(aside, note)
 
 
-def _published(place: Path, kind: str, draft: Path) -> Artefact | None:
-    """The artefact at `place`, where it was made of the same params, inputs and code as this draft would be."""
-    note = draft.with_name(f"{place.name}.published")
+def _published(target: Folder, kind: str, here: Path) -> Artefact | None:
+    """The artefact at `target`, where it was made of the same params, inputs and code as this draft would be."""
+    note = here.with_name(f"{target.name}.published")
     if not note.exists():
         return None
     name, _, digest = note.read_text(encoding="utf-8").strip().rpartition(" ")
-    if name != draft.name or not (place / MANIFEST).exists() or _sha256(place / MANIFEST) != digest:
+    if name != here.name or target.size(MANIFEST) is None or target.sha256(MANIFEST) != digest:
         return None
-    return open_artefact(place, kind)
+    return open_artefact(target, kind)
 
 
 def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
@@ -520,7 +623,23 @@ def part_name(table: str, index: int) -> str:
 
 def describe(path: Path) -> File:
     """Size, checksum and rows of a file on this machine."""
-    return _describe(path, path.name)
+    return _describe_path(path, path.name)
+
+
+def _describe_path(path: Path, name: str) -> File:
+    """Of a file on this machine whose name will be `name`."""
+    rows = pq.read_metadata(path).num_rows if name.endswith(".parquet") else None
+    return File(name, path.stat().st_size, Disk(path.parent).sha256(path.name), rows)
+
+
+def _describe(folder: Folder, name: str) -> File:
+    size = folder.size(name)
+    assert size is not None, f"{folder}: has no {name}"
+    rows = None
+    if name.endswith(".parquet"):
+        with folder.open(name, size) as file:
+            rows = pq.read_metadata(file).num_rows
+    return File(name, size, folder.sha256(name, size), rows)
 
 
 def _table_of(name: str) -> str:
@@ -553,56 +672,15 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in libraries}}
 
 
-def _describe(path: Path, name: str) -> File:
-    rows = pq.read_metadata(path).num_rows if name.endswith(".parquet") else None
-    return File(name, path.stat().st_size, _sha256(path), rows)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+def _read_manifest(folder: Folder, kind: str) -> bytes:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _link(path: Path, to: Path) -> None:
-    try:
-        os.link(path, to)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV):
-            raise
-        shutil.copyfile(path, to)  # a file system without links, or a file that has too many
-        sync(to)
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """Size of every file of a folder by name: one listing, for there may be millions."""
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-    except FileNotFoundError:
-        return {}
-
-
-def _folders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir())
-
-
-def _read_manifest(path: Path, kind: str) -> bytes:
-    try:
-        return (path / MANIFEST).read_bytes()
+        return folder.read_bytes(MANIFEST)
     except FileNotFoundError:
         stage = _MADE_BY[kind]
-        what = "has no manifest.json, so it is not whole" if path.exists() else "does not exist"
-        raise ArtefactError(f"{path}: {what}; make it with `dvc repro {stage}` (or `ommatid {stage}`)") from None
+        what = "has no manifest.json, so it is not whole" if folder.exists() else "does not exist"
+        dvc = f"`dvc repro {stage}` (or `ommatid {stage}`)"
+        todo = dvc if isinstance(folder, Disk) else f"`ommatid {stage} --data {folder.parent}`"
+        raise ArtefactError(f"{folder}: {what}; make it with {todo}") from None
 
 
 _MADE_BY = {
@@ -616,21 +694,21 @@ _MADE_BY = {
 }
 
 
-def _parse(path: Path, text: bytes) -> Manifest:
+def _parse(folder: Folder, text: bytes) -> Manifest:
     try:
         return Manifest.from_json(text)
     except ArtefactError as error:
-        raise ArtefactError(f"{path}: {error}") from None
+        raise ArtefactError(f"{folder}: {error}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"{path / MANIFEST}: not a manifest ({error}); delete {path} and run the stage again") from None
+        raise ArtefactError(f"{folder / MANIFEST}: not a manifest ({error}); delete {folder} and run the stage again") from None
 
 
-def _size_damage(path: Path, files: Sequence[File]) -> list[str]:
+def _size_damage(folder: Folder, files: Sequence[File]) -> list[str]:
     """What is missing or of another size; children are looked at by their manifests."""
-    found = _sizes(path)
+    found = folder.sizes()
     for file in files:
-        if (child := _child_of(file.name)) and (path / file.name).exists():
-            found[f"{child}/{MANIFEST}"] = (path / file.name).stat().st_size
+        if _child_of(file.name) and (size := folder.size(file.name)) is not None:
+            found[file.name] = size
     return _differences(found, files)
 
 
@@ -644,34 +722,9 @@ _MOST_NAMED = 100
 """Files that an error names; the rest are counted."""
 
 
-def _raise_damage(url: str, damage: list[str]) -> None:
+def _raise_damage(folder: Folder, damage: list[str]) -> None:
     if damage:
         more = f"; and {len(damage) - _MOST_NAMED} more" if len(damage) > _MOST_NAMED else ""
-        raise ArtefactError(
-            f"{url}: damaged ({len(damage)}): {'; '.join(damage[:_MOST_NAMED])}{more}; "
-            "bring it back with `dvc checkout`, or delete the folder and run `dvc repro`"
-        )
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into an error that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(_existing(path)).free
-            raise ArtefactError(
-                f"{path}: the disk is full ({free / 1e6:.0f} MB free); make room and run the stage again: what is finished is kept"
-            ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise ArtefactError(
-                f"{path}: cannot be written ({os.strerror(error.errno).lower()}); make {_existing(path)} writable for this user "
-                "and run the stage again: what is finished is kept"
-            ) from error
-        raise
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder that is there."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+        repro = "bring it back with `dvc checkout`, or delete the folder and run `dvc repro`"
+        todo = repro if isinstance(folder, Disk) else "delete what is there and make it again"
+        raise ArtefactError(f"{folder}: damaged ({len(damage)}): {'; '.join(damage[:_MOST_NAMED])}{more}; {todo}")

@@ -67,11 +67,11 @@ def build_catalog(
     try:
         if not draft.has(CATALOG):
             _write(params, inputs, draft, lineage, on_event)
-        return draft.seal(_summary(draft.path / CATALOG, inputs["train"]))
+        return draft.seal(_summary(draft.local(CATALOG), inputs["train"]))
     except (duckdb.Error, pa.ArrowInvalid, SafetensorError, OSError) as error:
         _check_inputs(inputs)
         if isinstance(error, (duckdb.IOException, duckdb.FatalException, duckdb.OutOfMemoryException, OSError)):
-            raise ArtefactError(f"{draft.path}: the catalogue cannot be written: {error}") from error
+            raise ArtefactError(f"{draft.url}: the catalogue cannot be written: {error}") from error
         raise
 
 
@@ -80,7 +80,7 @@ def _check_inputs(inputs: Mapping[str, Artefact]) -> None:
     damage = []
     for artefact in inputs.values():
         try:
-            open_artefact(artefact.path, artefact.manifest.kind).verify()
+            open_artefact(artefact.folder, artefact.manifest.kind).verify()
         except ArtefactError as error:
             damage.append(str(error))
     if damage:
@@ -152,7 +152,7 @@ def _values(params: CatalogParams, inputs: Mapping[str, Artefact], lineage: Mapp
     """The parameters of images.sql and runs.sql."""
     train = inputs["train"]
     preprocessing = inputs["extract"].summary["preprocessing"] if "extract" in inputs else {}
-    config = json.loads((train.path / "cfg.json").read_text(encoding="utf-8"))
+    config = json.loads(train.file("cfg.json").read_text(encoding="utf-8"))
     dirty = lineage.get("git_dirty")
     sections = {stage: artefact.manifest.params for stage, artefact in inputs.items()} | {"catalog": params.model_dump(mode="json")}
     return {

@@ -1,6 +1,5 @@
 """The data set in the making: finished parts, rows that wait for theirs, and what was refused."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ import pyarrow as pa
 
 from ommatid.images.examine import Rejected, Row
 from ommatid.schemas import IMAGES, REJECTED
-from ommatid.store import SCRATCH, Artefact, Draft, part_name, read_part
+from ommatid.store import SCRATCH, Artefact, Draft, part_name
 
 ROWS_PER_PART = 4096
 BYTES_PER_PART = 2**26
@@ -103,8 +102,7 @@ class Collection:
 
     def _is_of(self, fingerprint: str) -> bool:
         """Whether the draft was begun on the same content, and no note is missing."""
-        source = self._draft.path / _SOURCE
-        if not source.exists() or json.loads(source.read_text(encoding="utf-8")) != fingerprint:
+        if not self._draft.has(_SOURCE) or self._draft.read_json(_SOURCE) != fingerprint:
             return False
         return all(self._draft.has(_note_name(index)) for index in self._parts_found())
 
@@ -116,15 +114,15 @@ class Collection:
 
     def _start(self, fingerprint: str) -> None:
         for index in reversed([*self._parts_found()]):
-            (self._draft.path / part_name("images", index)).unlink()
+            self._draft.remove(part_name("images", index))
         self._draft.write_json(_SOURCE, fingerprint)
 
     def _continue(self) -> None:
         for index in self._parts_found():
-            table = read_part(self._draft.path / part_name("images", index), list(_Kept._fields))
+            table = self._draft.read(part_name("images", index), columns=list(_Kept._fields))
             for values in zip(*(table[name].to_pylist() for name in _Kept._fields), strict=True):
                 self._keep(_Kept(*values))
-            note = json.loads((self._draft.path / _note_name(index)).read_text(encoding="utf-8"))
+            note = self._draft.read_json(_note_name(index))
             self.n_seen = note["n_seen"]
             self._rejected += [Rejected(**row) for row in note["rejected"]]
             self._n_parts = index + 1

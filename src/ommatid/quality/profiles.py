@@ -146,7 +146,7 @@ _TENSORS = {"W_enc": "ms", "b_enc": "s", "W_dec": "sm", "b_dec": "m", "threshold
 
 def train(artefact: Artefact, params: Params) -> Frames:
     """Frames `tensors` (one row a tensor), `directions` (one a latent) and `final` (the last row of the curves)."""
-    path = artefact.path / "sae.safetensors"
+    path = artefact.file("sae.safetensors")
     with safe_open(path, framework="numpy") as file:
         names = set(file.keys())
         tensors = _frame([_tensor(file, names, name, params.train.d_sae) for name in _TENSORS])
@@ -233,7 +233,7 @@ def label(artefact: Artefact, params: Params) -> Frames:
 
 def catalog(artefact: Artefact, params: Params) -> Frames:
     """Frames `relations` (one row a relation) and `features` (one row)."""
-    with duckdb.connect(str(artefact.path / "catalog.duckdb"), read_only=True) as connection:
+    with duckdb.connect(str(artefact.file("catalog.duckdb")), read_only=True) as connection:
         relations = [_relation(connection, name) for name in RELATIONS]
         readable = all(row["rows"] is not None for row in relations)
         features = _features(connection) if readable else {"latents not in features once": None, "first such": ""}

@@ -59,10 +59,10 @@ def _save_model(folder: Path, artefact: Artefact, run_id: str, model_id: str) ->
 
     (folder / "data" / "sae").mkdir(parents=True)
     for name in ("sae.safetensors", "cfg.json"):
-        shutil.copyfile(artefact.path / name, folder / "data" / "sae" / name)
+        shutil.copyfile(artefact.file(name), folder / "data" / "sae" / name)
     requirements = [f"{name}=={metadata.version(name)}\n" for name in ("ommatid", "torch", "safetensors", "numpy")]
     (folder / "requirements.txt").write_text("".join(requirements), encoding="utf-8")
-    signature = _signature(json.loads((artefact.path / "cfg.json").read_text(encoding="utf-8")))
+    signature = _signature(json.loads(artefact.file("cfg.json").read_text(encoding="utf-8")))
     model = Model(run_id=run_id, model_id=model_id, signature=signature)
     mlflow.pyfunc.add_to_model(model, loader_module=__name__, data="data/sae")
     model.save(f"{folder}/MLmodel")

@@ -1,0 +1,552 @@
+"""Folders that hold artefacts and images: on this machine's disk, or behind a URL such as s3://bucket/prefix.
+
+Only this file knows fsspec, and loads it when the first URL is opened. A file appears in a folder whole or not at all: on a disk it is
+written aside, synced and renamed; an object store shows an object when all of it has arrived.
+"""
+
+import errno
+import functools
+import hashlib
+import io
+import os
+import secrets
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from ommatid.errors import ArtefactError
+
+OBJECTS_AT_ONCE = 1000
+"""Objects asked for, copied or removed in one go: their requests run side by side."""
+READ_BYTES = 8 * 2**20
+"""Bytes of an object asked for at once while it is read from end to end: few enough to hold, enough to hide the way there."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file below a folder."""
+
+    name: str
+    """Path below the folder, with slashes."""
+    bytes: int
+    """Size."""
+    stamp: str
+    """Changes when the content does: a checksum that the store keeps, or else the time of the last change."""
+
+
+class Folder(ABC):
+    """A folder of files. Names are relative to it and may lead into folders inside, with slashes."""
+
+    url: str
+    """A path or URL that `open_folder` takes, also in another process."""
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return self.url.rstrip("/").rpartition("/")[2]
+
+    @property
+    @abstractmethod
+    def parent(self) -> "Folder":
+        """The folder that holds this one."""
+
+    @abstractmethod
+    def __truediv__(self, name: str) -> "Folder": ...
+
+    @abstractmethod
+    def exists(self) -> bool:
+        """Whether there is anything.
+
+        Raises:
+            ArtefactError: the place as a whole (server, bucket) cannot be reached.
+        """
+
+    @abstractmethod
+    def sizes(self, inside: str = "") -> dict[str, int]:
+        """Size of every file in the folder or in one inside it, by name; nothing where it does not exist. One listing."""
+
+    @abstractmethod
+    def folders(self) -> list[str]:
+        """Names of the folders inside, in order."""
+
+    @abstractmethod
+    def entries(self) -> Iterator[Entry]:
+        """All files below, in any order."""
+
+    @abstractmethod
+    def size(self, name: str) -> int | None:
+        """Size of a file; None: there is none."""
+
+    @abstractmethod
+    def open(self, name: str, size: int | None = None) -> BinaryIO:
+        """A file to read from anywhere; a `size` that is known spares looking it up. Raises FileNotFoundError."""
+
+    @abstractmethod
+    def read_bytes(self, name: str) -> bytes:
+        """A file's content. Raises FileNotFoundError."""
+
+    @abstractmethod
+    def iter_bytes(self, names: Sequence[str]) -> Iterator[bytes]:
+        """Content of many small files, in order. Raises FileNotFoundError."""
+
+    @abstractmethod
+    def put(self, path: Path, name: str) -> None:
+        """Make a finished file on this machine a file of the folder, whole or not at all; `path` is gone afterwards."""
+
+    @abstractmethod
+    def share(self, name: str, to: str) -> None:
+        """Give a file a second name, without a second transfer."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder with all that is in it; nothing happens where there is none."""
+
+    @abstractmethod
+    def move(self, place: "Folder", last: str) -> None:
+        """Become `place`, a folder of the same kind, replacing what is there.
+
+        Args:
+            place: Where it goes.
+            last: Name of the file without which a folder counts as unfinished, here and in folders inside.
+        """
+
+    @abstractmethod
+    @contextmanager
+    def guard(self, name: str = "") -> Iterator[None]:
+        """Turn what can go wrong outside of this program while `name` is written into an ArtefactError that says what to do."""
+
+    def sha256(self, name: str, size: int | None = None) -> str:
+        """Checksum of a file."""
+        digest = hashlib.sha256()
+        with self.open(name, size) as file:
+            while block := file.read(READ_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def fetch(self, name: str, to: Path, sha256: str | None = None) -> None:
+        """Copy a file to this machine, whole or not at all.
+
+        Raises:
+            ArtefactError: what came is not what `sha256` says.
+        """
+        aside = aside_of(to)
+        with writing(to):
+            to.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with self.open(name) as source, aside.open("wb") as target:
+                    digest = hashlib.sha256()
+                    while block := source.read(READ_BYTES):
+                        digest.update(block)
+                        target.write(block)
+                if sha256 not in (None, digest.hexdigest()):
+                    raise ArtefactError(f"{self.url}/{name}: checksum differs from the manifest's; make it again")
+                os.replace(aside, to)
+            finally:
+                aside.unlink(missing_ok=True)
+
+
+def open_folder(place: "Folder | Path | str") -> Folder:
+    """The folder at a path or URL; it need not exist.
+
+    Raises:
+        ArtefactError: a URL of a kind that is not known here, or whose library is not installed.
+    """
+    if isinstance(place, Folder):
+        return place
+    text = str(place)
+    if isinstance(place, str) and "://" in text:
+        protocol, _, rest = text.partition("://")
+        return Disk(Path(rest)) if protocol == "file" else Remote(text.rstrip("/"))
+    return Disk(Path(place))
+
+
+def aside_of(path: Path) -> Path:
+    """Where a file is written before it gets its name: unlike that of any other writer, in this process or another."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def is_aside(name: str) -> bool:
+    """Whether a file is one that a writer has not finished."""
+    return name.endswith(".tmp")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Disk(Folder):
+    """A directory on this machine, or one that its file system shows."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.url = str(path)
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return self.path.name
+
+    @property
+    def parent(self) -> "Disk":
+        """The directory that holds this one."""
+        return Disk(self.path.parent)
+
+    def __truediv__(self, name: str) -> "Disk":
+        return Disk(self.path / name)
+
+    def exists(self) -> bool:
+        """Whether there is such a directory."""
+        return self.path.exists()
+
+    def sizes(self, inside: str = "") -> dict[str, int]:
+        """Size of every finished file by name."""
+        try:
+            with os.scandir(self.path / inside) as found:
+                return {entry.name: entry.stat().st_size for entry in found if not is_aside(entry.name) and entry.is_file()}
+        except FileNotFoundError:
+            return {}
+
+    def folders(self) -> list[str]:
+        """Names of the directories inside, in order."""
+        try:
+            with os.scandir(self.path) as found:
+                return sorted(entry.name for entry in found if entry.is_dir())
+        except FileNotFoundError:
+            return []
+
+    def entries(self) -> Iterator[Entry]:
+        """All files below, in any order."""
+        for path in self.path.rglob("*"):
+            if path.is_file():
+                status = path.stat()
+                yield Entry(path.relative_to(self.path).as_posix(), status.st_size, str(status.st_mtime_ns))
+
+    def size(self, name: str) -> int | None:
+        """Size of a file; None: there is none."""
+        try:
+            return (self.path / name).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def open(self, name: str, size: int | None = None) -> BinaryIO:
+        """A file to read from anywhere."""
+        return (self.path / name).open("rb")
+
+    def read_bytes(self, name: str) -> bytes:
+        """A file's content."""
+        return (self.path / name).read_bytes()
+
+    def iter_bytes(self, names: Sequence[str]) -> Iterator[bytes]:
+        """Content of many small files, in order."""
+        return (self.read_bytes(name) for name in names)
+
+    def put(self, path: Path, name: str) -> None:
+        """Sync and rename; `path` is on the same file system."""
+        sync(path)
+        os.replace(path, self.path / name)
+
+    def share(self, name: str, to: str) -> None:
+        """A hard link, or a copy where the file system has none."""
+        aside = aside_of(self.path / to)
+        (self.path / to).parent.mkdir(exist_ok=True)
+        try:
+            os.link(self.path / name, aside)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV):
+                raise
+            shutil.copyfile(self.path / name, aside)
+            sync(aside)
+        os.replace(aside, self.path / to)
+        aside.unlink(missing_ok=True)  # rename does nothing where both are links to one file already
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a directory with all that is in it."""
+        path = self.path / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def move(self, place: Folder, last: str) -> None:
+        """Two renames: readers find the old one, for a moment none, then the new one."""
+        assert isinstance(place, Disk), place
+        for folder in (self.path, *(self.path / name for name in self.folders())):
+            sync(folder)
+        old = self.path.with_name(self.path.name + ".old")
+        if old.exists():
+            shutil.rmtree(old)
+        if place.path.exists():
+            os.rename(place.path, old)
+        os.rename(self.path, place.path)
+        sync(place.path.parent)
+        if old.exists():
+            shutil.rmtree(old)
+
+    @contextmanager
+    def guard(self, name: str = "") -> Iterator[None]:
+        """A full disk, a folder that may not be written to."""
+        with writing(self.path / name):
+            yield
+
+
+class Remote(Folder):
+    """A prefix of an object store, or whatever else fsspec reaches by a URL. Credentials and endpoint are those of its library."""
+
+    def __init__(self, url: str):
+        self.url = url
+        self._fs, self._root = _filesystem(url)
+
+    @property
+    def parent(self) -> "Remote":
+        """The prefix that holds this one."""
+        return Remote(self.url.rpartition("/")[0])
+
+    def __truediv__(self, name: str) -> "Remote":
+        return Remote(f"{self.url}/{name}")
+
+    def exists(self) -> bool:
+        """Whether there is any object; finds out too whether there is such a bucket."""
+        with self.guard():
+            if self._list(self._root):
+                return True
+            try:
+                self._fs.ls(self._root.partition("/")[0])
+            except PermissionError:
+                return False  # may see its own prefix only
+            except FileNotFoundError:
+                raise ArtefactError(f"{self.url}: there is no such bucket; make it, or mend the URL") from None
+            return False
+
+    def sizes(self, inside: str = "") -> dict[str, int]:
+        """Size of every object by name."""
+        with self.guard(inside):
+            return {_last(found["name"]): found["size"] for found in self._list(self._path(inside)) if found["type"] == "file"}
+
+    def folders(self) -> list[str]:
+        """Names of the prefixes inside, in order."""
+        with self.guard():
+            return sorted(_last(found["name"]) for found in self._list(self._root) if found["type"] == "directory")
+
+    def entries(self) -> Iterator[Entry]:
+        """All objects below, in any order."""
+        with self.guard():
+            found = self._fs.find(self._root, detail=True)
+        for path, info in found.items():
+            stamp = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime", "created") if info.get(key)), "")
+            yield Entry(path.removeprefix(self._root).lstrip("/"), info["size"], str(stamp))
+
+    def size(self, name: str) -> int | None:
+        """Size of an object; None: there is none."""
+        with self.guard(name):
+            try:
+                info = self._fs.info(self._path(name))
+            except FileNotFoundError:
+                return None
+            return info["size"] if info["type"] == "file" else None
+
+    def open(self, name: str, size: int | None = None) -> BinaryIO:
+        """An object to read from anywhere; every read is a request, so ask for much at once."""
+        return cast(BinaryIO, _Object(self, name, self._needed_size(name) if size is None else size))
+
+    def read_bytes(self, name: str) -> bytes:
+        """An object's content."""
+        return self.read_range(name, None, None)
+
+    def read_range(self, name: str, start: int | None, end: int | None) -> bytes:
+        """Bytes of an object from `start` up to `end`; None: from its begin, to its end."""
+        with self.guard(name):
+            try:
+                return self._fs.cat_file(self._path(name), start=start, end=end)
+            except FileNotFoundError:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.url}/{name}") from None
+
+    def iter_bytes(self, names: Sequence[str]) -> Iterator[bytes]:
+        """Content of many small objects, in order, many at a time."""
+        for start in range(0, len(names), OBJECTS_AT_ONCE):
+            paths = [self._path(name) for name in names[start : start + OBJECTS_AT_ONCE]]
+            with self.guard():
+                found = self._fs.cat(paths, recursive=False)
+            yield from (found[path] for path in paths)
+
+    def put(self, path: Path, name: str) -> None:
+        """Upload; the object is there when all of it has arrived."""
+        with self.guard(name):
+            try:
+                self._fs.put_file(str(path), self._path(name))
+            except FileNotFoundError:
+                raise ArtefactError(f"{self.url}: there is no such bucket; make it, or mend the URL") from None
+        path.unlink()
+
+    def share(self, name: str, to: str) -> None:
+        """A copy that the store makes by itself."""
+        with self.guard(to):
+            self._fs.cp_file(self._path(name), self._path(to))
+
+    def remove(self, name: str) -> None:
+        """Remove an object, or all below a prefix."""
+        with self.guard(name):
+            paths = list(self._fs.find(self._path(name)))
+            for start in range(0, len(paths), OBJECTS_AT_ONCE):
+                self._fs.rm(paths[start : start + OBJECTS_AT_ONCE])
+
+    def move(self, place: Folder, last: str) -> None:
+        """Copied by the store, then removed: whatever moment this ends at, doing it again ends it.
+
+        `last` goes first from `place` and comes last to it: readers find the old one whole, none, or the new one whole.
+        """
+        assert isinstance(place, Remote), place
+        names = sorted((entry.name for entry in self.entries()), key=lambda name: (_last(name) == last, name == last, name))
+        with self.guard():
+            place.remove(last)
+            for name in {entry.name for entry in place.entries()} - set(names):
+                place.remove(name)
+            n_parts = sum(_last(name) != last for name in names)
+            for group in (*_groups(names[:n_parts]), *([name] for name in names[n_parts:])):
+                self._fs.copy([self._path(name) for name in group], [place._path(name) for name in group])
+            self.remove(last)
+            self.remove("")
+
+    @contextmanager
+    def guard(self, name: str = "") -> Iterator[None]:
+        """A store that cannot be reached, or refuses; on this machine a full disk."""
+        where = f"{self.url}/{name}" if name else self.url
+        try:
+            yield
+        except (FileNotFoundError, ArtefactError):
+            raise
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            raise ArtefactError(_refused(where, error)) from error
+        except Exception as error:  # every backend has errors of its own, which fsspec lets through
+            if not type(error).__module__.startswith(_BACKENDS):
+                raise
+            raise ArtefactError(_refused(where, error)) from error
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    def _list(self, path: str) -> list[dict[str, Any]]:
+        try:
+            return [found for found in self._fs.ls(path, detail=True) if found["name"].rstrip("/") != path]
+        except FileNotFoundError:
+            return []
+
+    def _needed_size(self, name: str) -> int:
+        size = self.size(name)
+        if size is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.url}/{name}")
+        return size
+
+
+class _Object(io.RawIOBase):
+    """An object as a file that can be read from anywhere."""
+
+    def __init__(self, folder: Remote, name: str, size: int):
+        self._folder, self._name, self._size = folder, name, size
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        end = self._size if size is None or size < 0 else min(self._at + size, self._size)
+        if end <= self._at:
+            return b""
+        found = self._folder.read_range(self._name, self._at, end)
+        self._at = end
+        return found
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def readinto(self, buffer: Any) -> int:
+        found = self.read(len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+
+@functools.cache
+def _filesystem(url: str) -> tuple[Any, str]:
+    """Fsspec's hold on a store, and the path of the folder in it. Listings are never remembered: other processes write, too."""
+    import fsspec
+
+    if set(url) & set("*?["):
+        raise ArtefactError(f"{url}: may not have any of * ? [ in it; choose another name")
+    try:
+        fs, root = fsspec.url_to_fs(url, use_listings_cache=False)
+    except ImportError as error:
+        protocol = url.partition("://")[0]
+        what = "pip install 'ommatid[s3]'" if protocol in ("s3", "s3a") else str(error)
+        raise ArtefactError(f"{url}: the library for {protocol}:// is not installed here: {what}") from None
+    except ValueError as error:
+        raise ArtefactError(f"{url}: not a URL that can be used ({error}); use a path, or s3://bucket/prefix") from None
+    return fs, root.rstrip("/")
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+_BACKENDS = ("botocore", "aiobotocore", "aiohttp", "fsspec", "s3fs", "gcsfs", "adlfs", "requests", "urllib3")
+
+
+def _refused(where: str, error: Exception) -> str:
+    said = str(error).strip() or type(error).__name__
+    if where.startswith(("s3://", "s3a://")):
+        todo = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a store that is not Amazon's"
+    else:
+        todo = "check its server and credentials"
+    return f"{where}: the store does not answer as it should ({said}); {todo}, then run the stage again: what is finished is kept"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            free = shutil.disk_usage(_existing(path)).free
+            raise ArtefactError(
+                f"{path}: the disk is full ({free / 1e6:.0f} MB free); make room and run the stage again: what is finished is kept"
+            ) from error
+        if error.errno in _REFUSED:
+            raise ArtefactError(
+                f"{path}: cannot be written ({os.strerror(error.errno).lower()}); make {_existing(path)} writable for this user "
+                "and run the stage again: what is finished is kept"
+            ) from error
+        raise
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder that is there."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2]
+
+
+def _groups(names: list[str]) -> list[list[str]]:
+    return [names[start : start + OBJECTS_AT_ONCE] for start in range(0, len(names), OBJECTS_AT_ONCE)]
