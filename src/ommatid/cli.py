@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from ommatid.errors import OmmatidError
 
 if TYPE_CHECKING:
     from ommatid.events import Measured, Progress
+    from ommatid.vlm import Hookpoint
 
 app = typer.Typer(
     add_completion=False,
@@ -67,6 +69,27 @@ def catalog(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) ->
 
 
 @app.command()
+def hookpoints(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="lite0, lite2, a folder, a name on the model hub, or module:PACKAGE.MODULE:FUNCTION; default: that of params."),
+    ] = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """List where in a model activations can be captured: name, tokens of an image, grid of the patches, width."""
+    from ommatid.config import load_params
+    from ommatid.vlm import load_model
+    from ommatid.vlm.identify import identify
+
+    wanted = identify(model) if model else load_params(params, overrides or ()).extract.model
+    points = load_model(wanted, "float32", "cpu").hookpoints
+    rows = [(name, _tokens(point), _grid(point), str(point.d_model)) for name, point in points.items()]
+    for line in _table([("hookpoint", "tokens", "grid", "d_model"), *rows]):
+        typer.echo(line)
+
+
+@app.command()
 def query(
     sql: Annotated[str, typer.Argument(help="One SQL statement.")],
     output: Annotated[str, typer.Option("--format", help="table, csv or json.")] = "table",
@@ -97,6 +120,23 @@ def show(
         else:
             draw_feature(opened, latent, path)
     typer.echo(path)
+
+
+def _tokens(point: "Hookpoint") -> str:
+    """Kinds and counts: "1 cls, 4 register, 256 patch"."""
+    kinds = Counter(point.special)
+    kinds["patch"] += point.n_tokens - len(point.special)
+    return ", ".join(f"{n} {kind}" for kind, n in kinds.items() if n)
+
+
+def _grid(point: "Hookpoint") -> str:
+    return f"{point.grid[0]} x {point.grid[1]}" if point.grid else "-"
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines whose columns are aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 class _Lines:
