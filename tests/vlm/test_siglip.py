@@ -1,6 +1,7 @@
 """SiglipVision gives, number by number, what hand-written hooks and transformers' own functions give, on a tiny random SigLIP."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,14 @@ def test_text_equals_transformers_padded_to_the_full_length(vision: VisionModel,
         expected = reference.get_text_features(by_hand).pooler_output
     torch.testing.assert_close(vision.embed_text(texts), expected, atol=1e-5, rtol=1e-5)
     assert vision.embed_text([]).shape == (0, 32)
+
+
+def test_tokenizer_of_the_first_siglip_needs_no_sentencepiece(vision: VisionModel, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "SiglipTokenizer", "padding_side": "left"}))
+    texts = ["a dog", "Cat"]
+    assert torch.equal(load(tmp_path).embed_text(texts), vision.embed_text(texts))
 
 
 def test_planted_patch_is_found_at_its_row_and_column(vision: VisionModel) -> None:

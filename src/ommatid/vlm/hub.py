@@ -10,8 +10,9 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.image_processing_backends import PilBackend
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -22,7 +23,7 @@ from ommatid.vlm.preprocess import Preprocess
 CONFIG = {"config.json": ("config.json",)}
 WEIGHTS = {"weights (*.safetensors or pytorch_model*.bin)": ("*.safetensors", "pytorch_model*.bin")}
 PREPROCESSOR = {"preprocessor_config.json": ("preprocessor_config.json", "processor_config.json")}
-TOKENIZER = {"a tokenizer (tokenizer.json, vocab.json and merges.txt, or spiece.model)": ("tokenizer.json", "vocab.json", "*.model")}
+TOKENIZER = {"a tokenizer (tokenizer.json, or vocab.json and merges.txt)": ("tokenizer.json", "vocab.json")}
 Needs = Mapping[str, tuple[str, ...]]
 
 
@@ -157,7 +158,10 @@ def load_tokenizer(folder: Path, path: str, key: str) -> Any:
         ModelError: not readable.
     """
     with _reading(path, key, "the tokenizer"):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # The class that SigLIP's folders name wants sentencepiece; their tokenizer.json says the same without.
+        named = get_tokenizer_config(folder, local_files_only=True).get("tokenizer_class")
+        cls: Any = PreTrainedTokenizerFast if named == "SiglipTokenizer" else AutoTokenizer
+        return cls.from_pretrained(folder, local_files_only=True)
 
 
 def load_preprocess(folder: Path, path: str, key: str, changes: Mapping[str, Any] | None = None) -> Preprocess:
