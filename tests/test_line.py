@@ -17,7 +17,7 @@ import yaml
 from fakes import make_test_params, write_tile_folder
 from PIL import Image
 
-from ommatid import cli, store
+from ommatid import cli, folder, store
 from ommatid.catalog import Catalog
 from ommatid.config import STAGES as NAMES
 from ommatid.stage import STAGES
@@ -79,7 +79,7 @@ def test_each_stage_survives_a_full_disk_and_a_kill_and_then_works(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "sync", full)
+        patch.setattr(folder, "sync", full)
         assert run(stage) == 1
     assert "the disk is full" in capsys.readouterr().err
     assert not place.exists()

@@ -28,44 +28,47 @@ Overrides = Annotated[
 ]
 CatalogFile = Annotated[Path, typer.Option("--catalog", help="The DuckDB file to ask.")]
 
+Data = Annotated[str, typer.Option("--data", metavar="PATH|URL", help="Root of all artefacts, such as s3://bucket/prefix.")]
+
 DEFAULT_PARAMS = Path("params.yaml")
+DEFAULT_DATA = "data"
 DEFAULT_CATALOG = Path("data/catalog/catalog.duckdb")
 
 
 @app.command()
-def images(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) -> None:
+def images(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data: Data = DEFAULT_DATA) -> None:
     """Read the image source into the data set."""
-    _run("images", params, overrides)
+    _run("images", params, overrides, data)
 
 
 @app.command()
-def extract(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) -> None:
+def extract(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data: Data = DEFAULT_DATA) -> None:
     """Capture activations at a hookpoint, and embed every image."""
-    _run("extract", params, overrides)
+    _run("extract", params, overrides, data)
 
 
 @app.command()
-def train(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) -> None:
+def train(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data: Data = DEFAULT_DATA) -> None:
     """Train a sparse autoencoder on the activations."""
-    _run("train", params, overrides)
+    _run("train", params, overrides, data)
 
 
 @app.command()
-def evaluate(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) -> None:
+def evaluate(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data: Data = DEFAULT_DATA) -> None:
     """Measure every latent on the evaluation split."""
-    _run("evaluate", params, overrides)
+    _run("evaluate", params, overrides, data)
 
 
 @app.command()
-def label(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) -> None:
+def label(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data: Data = DEFAULT_DATA) -> None:
     """Name every latent and score the names on held-out images."""
-    _run("label", params, overrides)
+    _run("label", params, overrides, data)
 
 
 @app.command()
-def catalog(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) -> None:
+def catalog(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data: Data = DEFAULT_DATA) -> None:
     """Build the DuckDB catalogue from the artefacts."""
-    _run("catalog", params, overrides)
+    _run("catalog", params, overrides, data)
 
 
 @app.command()
@@ -161,17 +164,17 @@ class _Lines:
             typer.echo(line)
 
 
-def _run(name: str, params_file: Path, overrides: list[str] | None) -> None:
+def _run(name: str, params_file: Path, overrides: list[str] | None, data: str) -> None:
     from ommatid.config import load_params
 
     params = load_params(params_file, overrides or ())
     # threads that wait give their core away: measured here, training took 64 s with and 19 s without spinning beside another process,
     # and the same on a quiet machine; read by OpenMP when torch is loaded
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from ommatid.stage import STAGES, run_stage
+    from ommatid.stage import run_stage
 
-    artefact = run_stage(name, params, _Lines())
-    typer.echo(f"{name}: {STAGES[name].place} holds {_sizes(artefact)}")
+    artefact = run_stage(name, params, _Lines(), data)
+    typer.echo(f"{name}: {artefact.url} holds {_sizes(artefact)}")
 
 
 def _sizes(artefact: "object") -> str:

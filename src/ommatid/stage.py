@@ -10,6 +10,7 @@ from ommatid import quality, store
 from ommatid.config import Params, Section
 from ommatid.errors import GateError
 from ommatid.events import Listener, Progress
+from ommatid.folder import Folder, open_folder
 from ommatid.store import Artefact, Draft
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class Stage:
     kind: str
     """Kind of the artefact it makes."""
     place: Path
-    """Where the artefact goes, relative to the checkout."""
+    """Where the artefact goes, relative to the checkout; with another root than `DATA`, its name there."""
     inputs: tuple[str, ...]
     """Stages whose artefacts it reads."""
 
@@ -37,37 +38,50 @@ STAGES: Mapping[str, Stage] = {
     "catalog": Stage("catalog", Path("data/catalog"), ("images", "extract", "train", "evaluate", "label")),
 }
 
+DATA = "data"
+"""Root of the artefacts where no other is given, relative to the checkout."""
 TRACKED = ("train", "evaluate", "label")
 """Stages that say something of one SAE: their numbers go to its MLflow run."""
 QUALITY = Path("data/quality")
-"""Folder of the gates' reports, relative to the checkout."""
+"""Folder of the gates' reports, relative to the checkout, wherever the artefacts are."""
 
 
-def open_stage(name: str, hookpoint: str | None = None) -> Artefact:
-    """The artefact that a stage made in this checkout; of `extract` the activations at a hookpoint.
+def open_stage(name: str, hookpoint: str | None = None, data: str = DATA) -> Artefact:
+    """The artefact that a stage made in this checkout, or below another path or URL; of `extract` the activations at a hookpoint.
 
     Raises:
         ArtefactError: missing or damaged, or not extracted at that hookpoint.
     """
-    artefact = store.open_artefact(STAGES[name].place, STAGES[name].kind)
+    artefact = store.open_artefact(_place(name, data), STAGES[name].kind)
     return artefact.child(hookpoint, "activations") if name == "extract" and hookpoint else artefact
 
 
-def run_stage(name: str, params: Params, on_event: Listener) -> Artefact:
+def _place(name: str, data: str) -> Folder:
+    return open_folder(data) / STAGES[name].place.name
+
+
+def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA) -> Artefact:
     """Run one stage in the current directory; where another process is making the same artefact, wait for it and take that one.
+
+    Args:
+        name: The stage.
+        params: All of them.
+        on_event: Hears of progress.
+        data: Root of all artefacts, a path or URL.
 
     Raises:
         GateError: a check failed; the artefact is not published, the report is written.
         OmmatidError: an input is missing or damaged, or the user's values cannot be used.
     """
     stage = STAGES[name]
-    inputs = {other: open_stage(other, params.hookpoint) for other in stage.inputs}
+    place = _place(name, data)
+    inputs = {other: open_stage(other, params.hookpoint, data) for other in stage.inputs}
     section: Section = getattr(params, name)
 
     def on_wait(line: str) -> None:
         on_event(Progress(line, 0, 1))
 
-    with store.open_draft(stage.place, stage.kind, section.identity(), inputs, on_wait) as draft:
+    with store.open_draft(place, stage.kind, section.identity(), inputs, on_wait) as draft:
         if draft.published:
             return draft.published
         with _training_run(name, params, inputs) as run:
@@ -75,7 +89,7 @@ def run_stage(name: str, params: Params, on_event: Listener) -> Artefact:
             reports = _gate(name, artefact, params, draft)
             if run:
                 run.finish(artefact)
-        published = draft.publish(stage.place)
+        published = draft.publish(place)
     if name in TRACKED:
         _track(name, inputs.get("train", published), published, reports)
     return published
