@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tiny_towers import randomise
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -40,6 +41,7 @@ def save_llava(folder: Path, next_: bool = False, siglip: bool = False, shards: 
     else:
         processor = CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size=SQUARE)
         model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, **changes))
+    randomise(model)
     model.save_pretrained(folder, max_shard_size="60KB" if shards else "1GB")
     processor.save_pretrained(folder)
     return folder
@@ -54,10 +56,12 @@ def save_qwen(folder: Path, windows: bool = True) -> Path:
     if windows:
         vision = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 40, "window_size": 24, "fullatt_block_indexes": [1, 3]}
         config = Qwen2_5_VLConfig(vision_config=vision | {"depth": 4, "num_heads": 4, "patch_size": 4}, text_config=text)
-        Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+        model = Qwen2_5_VLForConditionalGeneration(config)
     else:
         vision = {"embed_dim": 32, "hidden_size": 40, "mlp_ratio": 2, "depth": 4, "num_heads": 4, "patch_size": 4}
-        Qwen2VLForConditionalGeneration(Qwen2VLConfig(vision_config=vision, text_config=text)).save_pretrained(folder)
+        model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(vision_config=vision, text_config=text))
+    randomise(model)
+    model.save_pretrained(folder)
     Qwen2VLImageProcessorPil(patch_size=4).save_pretrained(folder)
     return folder
 

@@ -2,12 +2,13 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
 
 from ommatid.errors import ConfigError
 
@@ -140,7 +141,7 @@ class ModuleModel(Section):
     """Any torch.nn.Module that takes images; what is null here, its `pretrained_cfg` says, or else the custom with ImageNet."""
 
     kind: Literal["module"]
-    factory: Annotated[str, Field(pattern=r"^\w+(\.\w+)*:\w+(\.\w+)*$")]
+    factory: str
     """`package.module:function`, installed or a file in the current directory; called without arguments, it returns the module."""
     grid: tuple[Side, Side] | None = None
     """Rows and columns of the patches in sequences (batch, tokens, width); null: the largest square."""
@@ -154,6 +155,13 @@ class ModuleModel(Section):
     """Of the channels R, G, B, which are subtracted, on the scale 0 to 1."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     """Of the channels R, G, B, by which is divided, on the scale 0 to 1."""
+
+    @field_validator("factory")
+    @classmethod
+    def _factory_is_a_name(cls, value: str) -> str:
+        if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", value):
+            raise ValueError(f"got {value!r}; expected package.module:function, such as my_model:make")
+        return value
 
 
 class TransformersJudge(Section):
@@ -345,7 +353,7 @@ class Params(Section):
     """All of params.yaml: a section for each stage, and one for retraining."""
 
     images: ImagesParams
-    extract: ExtractParams
+    extract: Annotated[ExtractParams | ExtractFiles, Field(discriminator="source")]
     train: TrainParams
     evaluate: EvaluateParams
     label: LabelParams
@@ -432,7 +440,7 @@ def _explain(error: ValidationError) -> str:
 
 def _explain_one(problem: Any) -> str:
     # pydantic puts the tag of a discriminated union into the path: images.source.folder.path -> images.source.path
-    tags = {"cifar10", "folder", "parquet", "lite", "clip", "siglip", "dino", "vit", "transformers", "llava", "qwen", "module"}
+    tags = {"images", "files", "cifar10", "folder", "parquet", "lite", "clip", "siglip", "dino", "vit", "transformers", "llava", "qwen", "module"}
     path = [str(part) for i, part in enumerate(problem["loc"]) if not (i and part in tags)]
     key = ".".join(path) or "params"
     match problem["type"]:
@@ -441,7 +449,7 @@ def _explain_one(problem: Any) -> str:
         case "missing":
             return f"{key}: missing; add it"
         case "union_tag_invalid" | "union_tag_not_found":
-            return f"{key}.kind: {problem['msg']}"
+            return f"{key}.{problem['ctx']['discriminator'].strip(chr(39))}: {problem['msg']}"
         case "value_error":
             return f"{key}: {problem['ctx']['error']}"
         case _:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fakes import CHECKOUT
 from PIL import Image
 
-from ommatid.config import ModuleModel
-from ommatid.errors import ModelError
+from ommatid.config import ModuleModel, load_params
+from ommatid.errors import ConfigError, ModelError
 from ommatid.vlm import Hookpoint, load_model
 from ommatid.vlm.module import ModuleVision, make_preprocess
 
@@ -351,3 +352,19 @@ def test_modules_that_cannot_be_imported(tmp_path: Path, content: str | None, mo
         (tmp_path / f"{module}.py").write_text(content)
     with pytest.raises(ModelError, match=message):
         load_model(ModuleModel(kind="module", factory=f"{module}:make"), "float32", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("params", "says"),
+    [
+        ("factory: my_model.make", "extract.model.factory: got 'my_model.make'; expected package.module:function, such as my_model:make"),
+        ("factory: 'm:f', grid: [4]", "extract.model.grid.1: missing"),
+        ("factory: 'm:f', resize: [1, 2, 3]", "extract.model.resize: got [1, 2, 3]; tuple should have at most 2 items"),
+        ("factory: 'm:f', std: [1, 0, 1]", "extract.model.std.1: got 0; input should be greater than 0"),
+        ("factory: 'm:f', size: 3", "extract.model.size: unknown key"),
+    ],
+)
+def test_params_that_cannot_be_used(params: str, says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_params(CHECKOUT / "params.yaml", [f"extract.model={{kind: module, {params}}}"])
+    assert says in str(error.value)

@@ -163,6 +163,19 @@ def test_only_the_tower_is_read(copy: Path, vision: QwenVision, pixels: torch.Te
     assert torch.equal(load(copy).capture(pixels, [name]).tokens[name], vision.capture(pixels, [name]).tokens[name])
 
 
+def test_folder_as_on_the_hub(copy: Path, vision: QwenVision, pixels: torch.Tensor) -> None:
+    """config.json with the language model's values at its top, and a preprocessor that bounds pixels, not sides."""
+    config = json.loads((copy / "config.json").read_text())
+    config |= config.pop("text_config") | {"model_type": "qwen2_5_vl"}
+    config["vision_config"] |= {"in_chans": 3, "spatial_patch_size": 4}
+    (copy / "config.json").write_text(json.dumps(config))
+    preprocessor = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 4}
+    (copy / "preprocessor_config.json").write_text(json.dumps(preprocessor | {"merge_size": 2, "temporal_patch_size": 2}))
+    again, name = load(copy), "vision.blocks.2"
+    assert again.preprocess == vision.preprocess
+    assert torch.equal(again.capture(pixels, [name]).tokens[name], vision.capture(pixels, [name]).tokens[name])
+
+
 @pytest.mark.parametrize("windows", [True, False])
 def test_bfloat16_is_close(tmp_path: Path, pixels: torch.Tensor, windows: bool) -> None:
     names, folder = ["vision.blocks.1", "vision.projection"], save_qwen(tmp_path, windows)

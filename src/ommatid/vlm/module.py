@@ -31,7 +31,7 @@ IMAGENET: Mapping[str, Any] = {
 SPECIAL = {
     0: (),
     1: ("cls",),
-    2: ("cls", "register"),  # DeiT's distillation token
+    2: ("cls", "distillation"),
     4: ("register",) * 4,
     5: ("cls", *("register",) * 4),
     8: ("register",) * 8,
