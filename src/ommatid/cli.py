@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ommatid.errors import OmmatidError
+from ommatid.errors import ConfigError, OmmatidError
 
 if TYPE_CHECKING:
+    from ommatid.config import Model, Params
     from ommatid.events import Measured, Progress
     from ommatid.vlm import Hookpoint
 
@@ -85,7 +86,7 @@ def hookpoints(
     from ommatid.vlm import load_model
     from ommatid.vlm.identify import identify
 
-    wanted = identify(model) if model else load_params(params, overrides or ()).extract.model
+    wanted = identify(model) if model else _explained(load_params(params, overrides or ()))
     points = load_model(wanted, "float32", "cpu").hookpoints
     rows = [(name, _tokens(point), _grid(point), str(point.d_model)) for name, point in points.items()]
     for line in _table([("hookpoint", "tokens", "grid", "d_model"), *rows]):
@@ -123,6 +124,12 @@ def show(
         else:
             draw_feature(opened, latent, path)
     typer.echo(path)
+
+
+def _explained(params: "Params") -> "Model":
+    if params.extract.source == "files":
+        raise ConfigError("extract.source: files come from a model that is not here; name a MODEL to list its hookpoints")
+    return params.extract.model
 
 
 def _tokens(point: "Hookpoint") -> str:

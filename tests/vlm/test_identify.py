@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from ommatid.cli import app
 from ommatid.config import ClipModel, DinoModel, LiteModel, LlavaModel, ModuleModel, QwenModel, SiglipModel, VitModel
-from ommatid.errors import ModelError
+from ommatid.errors import ConfigError, ModelError
 from ommatid.vlm.identify import identify
 
 
@@ -74,6 +74,12 @@ def test_verb_lists_the_model_of_params(monkeypatch: pytest.MonkeyPatch) -> None
     assert header == ["hookpoint", "tokens", "grid", "d_model"]
     assert first == ["blocks.0", "1024 patch", "32 x 32", "16"]
     assert last == ["head", "4 patch", "2 x 2", "1280"]
+
+
+def test_verb_needs_a_model_where_activations_come_from_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CHECKOUT)
+    with pytest.raises(ConfigError, match=r"extract\.source: files .* name a MODEL"):
+        lines("--set", "extract={source: files, path: x, name: x, model: x}", "--set", "train.hookpoint=null")
 
 
 def test_verb_lists_the_embedded_model_by_name() -> None:
