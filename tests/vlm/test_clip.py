@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from planted import check_planted_patch_in_artefact
 from tiny_towers import check_bfloat16, check_hooks, check_planted_patch, check_residual_stream
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -92,6 +93,10 @@ def test_text_equals_transformers_one_at_a_time(vision: ClipVision, reference: A
 
 def test_planted_patch_is_found_at_its_row_and_column(vision: ClipVision) -> None:
     check_planted_patch(vision, (3, 3))
+
+
+def test_planted_patch_goes_through_to_the_artefact(tmp_path: Path, tiny_clip: Path, vision: ClipVision) -> None:
+    check_planted_patch_in_artefact(tmp_path, vision, {"kind": "clip", "path": str(tiny_clip)})
 
 
 def test_bfloat16(tiny_clip: Path) -> None:

@@ -3,6 +3,9 @@
 from pathlib import Path
 
 from fakes import make_artefact, make_images_artefact, make_test_params
+from tiny_towers import SIZES
+from transformers import ViTConfig, ViTModel
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from ommatid.evaluate import evaluate
 from ommatid.extract import extract
@@ -12,12 +15,15 @@ from ommatid.train import train
 
 def test_clip_goes_through_the_line(tmp_path: Path, tiny_clip: Path) -> None:
     (tmp_path / "words.txt").write_text("red\ngreen\nblue\n")
+    judge = tmp_path / "judge"
+    ViTModel(ViTConfig(**SIZES, image_size=48, patch_size=16)).save_pretrained(judge)
+    ViTImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(judge)
     params = make_test_params(
         extract={
             "model": {"kind": "clip", "path": str(tiny_clip)},
             "hookpoints": ["vision.blocks.1"],
             "tokens": "all",
-            "judge": {"kind": "transformers", "path": str(tiny_clip)},
+            "judge": {"kind": "transformers", "path": str(judge)},
         },
         train={"d_sae": 40, "k": 2, "epochs": 4, "batch_size": 32},
         label={"vocabularies": [str(tmp_path / "words.txt")], "min_examples": 2},

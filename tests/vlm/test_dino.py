@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from planted import check_planted_patch_in_artefact
 from tiny_towers import PARTS, by_hand, check_bfloat16, check_hooks, check_planted_patch, check_residual_stream, noise, randomise
 from transformers import (
     Dinov2Config,
@@ -116,6 +117,10 @@ def test_special_tokens_come_first_and_in_order(vision: VisionModel, reference: 
 
 def test_planted_patch_is_found_at_its_row_and_column(vision: VisionModel) -> None:
     check_planted_patch(vision, (3, 4))
+
+
+def test_planted_patch_goes_through_to_the_artefact(tmp_path: Path, folder: Path, vision: VisionModel) -> None:
+    check_planted_patch_in_artefact(tmp_path, vision, {"kind": "dino", "path": str(folder)})
 
 
 def test_bfloat16(folder: Path) -> None:

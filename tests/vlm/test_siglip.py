@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from planted import check_planted_patch_in_artefact
 from tiny_towers import (
     PARTS,
     SIZES,
@@ -117,6 +118,10 @@ def test_tokenizer_of_the_first_siglip_needs_no_sentencepiece(vision: VisionMode
 
 def test_planted_patch_is_found_at_its_row_and_column(vision: VisionModel) -> None:
     check_planted_patch(vision, (3, 3))
+
+
+def test_planted_patch_goes_through_to_the_artefact(tmp_path: Path, folder: Path, vision: VisionModel) -> None:
+    check_planted_patch_in_artefact(tmp_path, vision, {"kind": "siglip", "path": str(folder)})
 
 
 def test_bfloat16(folder: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from planted import check_planted_patch_in_artefact
 from tiny_towers import (
     PARTS,
     SIZES,
@@ -80,6 +81,10 @@ def test_residual_stream(vision: VisionModel, reference: Any) -> None:
 
 def test_planted_patch_is_found_at_its_row_and_column(vision: VisionModel) -> None:
     check_planted_patch(vision, (3, 4))
+
+
+def test_planted_patch_goes_through_to_the_artefact(tmp_path: Path, folder: Path, vision: VisionModel) -> None:
+    check_planted_patch_in_artefact(tmp_path, vision, {"kind": "vit", "path": str(folder)})
 
 
 def test_bfloat16(folder: Path) -> None:
