@@ -10,7 +10,9 @@ import pytest
 import torch
 from big_models import plant, save_llava, squares
 from PIL import Image
+from planted import check_planted_patch_in_artefact
 from safetensors.torch import load_file, save_file
+from tiny_towers import check_bfloat16, check_residual_stream
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -170,11 +172,23 @@ def test_names_of_older_folders(copy: Path, vision: LlavaVision, prefix: str) ->
     assert torch.equal(old, new)
 
 
-def test_bfloat16_is_close(folder: Path, vision: LlavaVision, images: list[Image.Image]) -> None:
-    pixels, names = pixels_of(vision, images), ["vision.blocks.1", "vision.projection"]
-    exact, rough = (model.capture(pixels, names).tokens for model in (vision, load(folder, "bfloat16")))
-    for name in names:
-        assert 0 < (rough[name] - exact[name]).norm() / exact[name].norm() < 0.03
+def test_attention_and_mlp_put_out_what_a_block_adds(folder: Path, vision: LlavaVision, images: list[Image.Image]) -> None:
+    full: Any = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    pixels = pixels_of(vision, images)
+    x = CLIPImageProcessorPil.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"].float()
+    with torch.no_grad():
+        states = full.model.vision_tower(x, output_hidden_states=True).hidden_states
+    check_residual_stream(vision, states, pixels)
+
+
+def test_bfloat16_is_close(folder: Path) -> None:
+    check_bfloat16(lambda dtype: load(folder, dtype))
+
+
+@pytest.mark.parametrize("next_", [False, True])
+def test_planted_patch_goes_through_to_the_artefact(tmp_path: Path, next_: bool) -> None:
+    folder = save_llava(tmp_path / "model", next_=next_)
+    check_planted_patch_in_artefact(tmp_path, load(folder), {"kind": "llava", "path": str(folder)})
 
 
 def test_loading_is_silent_and_leaves_the_random_state(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from fakes import CHECKOUT
 from PIL import Image
+from planted import check_planted_patch_in_artefact
 
 from ommatid.config import ModuleModel, load_params
 from ommatid.errors import ConfigError, ModelError
@@ -238,6 +239,16 @@ def test_bright_patch_is_found_at_its_row_and_column(factory: str, hookpoint: st
     before, after = (vision.capture(x, [hookpoint]).tokens[hookpoint] for x in (dark, bright))
     change = (after - before)[:, len(vision.hookpoints[hookpoint].special) :].norm(dim=-1)
     assert [divmod(int(i), grid[1]) for i in change.argmax(1)] == places
+
+
+def test_planted_patch_goes_through_to_the_artefact(tmp_path: Path, user_file: Path) -> None:
+    nested = "\n\nclass Nested(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.vision = Vit(grid=(2, 3))\n\n"
+    user_file.write_text(
+        f"{FILE}{nested}    def forward(self, x):\n        return self.vision(x)\n\n\ndef nested():\n    return Nested()\n"
+    )
+    sizes = {"crop": (16, 24), "resize": (16, 24), "grid": (2, 3)}
+    model = {"kind": "module", "factory": f"{NAME}:nested", **sizes}
+    check_planted_patch_in_artefact(tmp_path, load("nested", **sizes), model)
 
 
 def test_grid_that_cannot_be_told_is_asked_for() -> None:

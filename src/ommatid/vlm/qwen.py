@@ -63,9 +63,11 @@ class QwenVision(Tower):
 class _Encoder(nn.Module):
     """The tower for images (b, 3, size, size), all of one grid."""
 
-    def __init__(self, tower: nn.Module, vision: Any, grid: tuple[int, int]) -> None:
+    def __init__(self, tower: Any, vision: Any, grid: tuple[int, int]) -> None:
         super().__init__()
         self.tower, self._grid = tower, grid
+        # Autocast makes patches bfloat16, and no position is added that would make them float32 again, as the residual stream is to be.
+        tower.patch_embed.register_forward_hook(lambda _module, _inputs, patches: patches.float())
         self._sizes = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
 
     def forward(self, pixel_values: Tensor) -> None:
