@@ -1,6 +1,7 @@
 """A user's own module: every sub-module is a hookpoint by its dotted name, and what is wrong with the code is said in a sentence."""
 
 import hashlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fakes import CHECKOUT
+import yaml
+from fakes import CHECKOUT, make_test_params
 from PIL import Image
 from planted import check_planted_patch_in_artefact
 
@@ -20,6 +22,7 @@ from ommatid.vlm.module import ModuleVision, make_preprocess
 
 FILE = '''
 import torch
+import yaml
 from torch import nn
 
 
@@ -246,7 +249,7 @@ def test_planted_patch_goes_through_to_the_artefact(tmp_path: Path, user_file: P
     user_file.write_text(
         f"{FILE}{nested}    def forward(self, x):\n        return self.vision(x)\n\n\ndef nested():\n    return Nested()\n"
     )
-    sizes = {"crop": (16, 24), "resize": (16, 24), "grid": (2, 3)}
+    sizes: dict[str, Any] = {"crop": (16, 24), "resize": (16, 24), "grid": (2, 3)}
     model = {"kind": "module", "factory": f"{NAME}:nested", **sizes}
     check_planted_patch_in_artefact(tmp_path, load("nested", **sizes), model)
 
@@ -379,3 +382,14 @@ def test_params_that_cannot_be_used(params: str, says: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_params(CHECKOUT / "params.yaml", [f"extract.model={{kind: module, {params}}}"])
     assert says in str(error.value)
+
+
+def test_example_of_the_page_runs(tmp_path: Path) -> None:
+    page = (CHECKOUT / "docs" / "models.md").read_text(encoding="utf-8")
+    examples = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    params = [make_test_params(**example).extract for example in examples]
+    assert [extract.model.kind for extract in params] == ["llava", "qwen", "module"]  # pyright: ignore[reportAttributeAccessIssue]
+    (tmp_path / "my_model.py").write_text(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0])
+    vision = load_model(params[-1].model, "float32", "cpu")  # pyright: ignore[reportArgumentType]
+    assert vision.hookpoints[params[-1].hookpoints[0]] == Hookpoint(64, (), (14, 14))
+    del sys.modules["my_model"]
