@@ -10,7 +10,7 @@ class ConfigError(OmmatidError):
 
 
 class SourceError(OmmatidError):
-    """Images cannot be found or fetched at the place named in `images.source`."""
+    """Images or activations cannot be found, fetched or used at the place named in `images.source` or `extract.path`."""
 
 
 class ModelError(OmmatidError):

@@ -49,7 +49,7 @@ def activations(d_model: int, metadata: dict[str, str]) -> pa.Schema:
     schema = _schema(
         image=(pa.int32(), "images.image"),
         token=(pa.int32(), "position of the token in the model's sequence; 0 for pooled"),
-        kind=(pa.string(), "cls, distillation, register, patch or pooled"),
+        kind=(pa.string(), "cls, distillation, register, patch, pooled or imported"),
         row=(pa.int16(), "row of a patch in the grid; -1 for tokens without a place"),
         col=(pa.int16(), "column of a patch in the grid; -1 for tokens without a place"),
         x=(pa.binary(2 * d_model), "activation, little-endian float16"),

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 from ommatid import quality, store
-from ommatid.config import Params, Section
-from ommatid.errors import GateError
+from ommatid.config import ExtractFiles, ExtractParams, Params, Section
+from ommatid.errors import ArtefactError, GateError
 from ommatid.events import Listener, Progress
 from ommatid.folder import Folder, open_folder
 from ommatid.store import Artefact, Draft
@@ -75,7 +75,7 @@ def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA) -
     """
     stage = STAGES[name]
     place = _place(name, data)
-    inputs = {other: open_stage(other, params.hookpoint, data) for other in stage.inputs}
+    inputs = _open_inputs(name, params, data)
     section: Section = getattr(params, name)
 
     def on_wait(line: str) -> None:
@@ -93,6 +93,25 @@ def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA) -
     if name in TRACKED:
         _track(name, inputs.get("train", published), published, reports)
     return published
+
+
+def _open_inputs(name: str, params: Params, data: str) -> dict[str, Artefact]:
+    """What a stage reads; activations from files are made of no other artefact.
+
+    Raises:
+        ArtefactError: an input is missing or damaged, or was imported and lacks what this stage needs.
+    """
+    stages = STAGES[name].inputs
+    if name == "extract" and isinstance(params.extract, ExtractFiles):
+        return {}
+    inputs = {"extract": open_stage("extract", params.hookpoint, data)} if "extract" in stages else {}
+    if inputs and "images" in stages and inputs["extract"].summary.get("source") == "files":
+        raise ArtefactError(
+            f"{inputs['extract'].url}: {name} needs images and a judge's embeddings of them, and these activations were imported from "
+            f"files that carry neither; the SAE is finished without {name}; to have it, set extract.source: images, with the images and "
+            "the model that they came from, and run the stages from images on"
+        )
+    return inputs | {other: open_stage(other, params.hookpoint, data) for other in stages if other != "extract"}
 
 
 def _training_run(name: str, params: Params, inputs: dict[str, Artefact]) -> AbstractContextManager["Run | None"]:
@@ -133,9 +152,7 @@ def _compute(name: str, params: Params, inputs: dict[str, Artefact], draft: Draf
 
             return make_images(params.images, inputs, draft, on_event)
         case "extract":
-            from ommatid.extract import extract
-
-            return extract(params.extract, inputs, draft, on_event)
+            return _extract(params.extract, inputs, draft, on_event)
         case "train":
             from ommatid.train import train
 
@@ -155,3 +172,17 @@ def _compute(name: str, params: Params, inputs: dict[str, Artefact], draft: Draf
             return build_catalog(params.catalog, inputs, draft, tracking.lineage(inputs["train"]), on_event)
         case _:
             raise AssertionError(f"no stage {name!r}")
+
+
+def _extract(params: ExtractParams | ExtractFiles, inputs: dict[str, Artefact], draft: Draft, on_event: Listener) -> Artefact:
+    match params:
+        case ExtractParams():
+            from ommatid.extract import extract
+
+            return extract(params, inputs, draft, on_event)
+        case ExtractFiles():
+            from ommatid.extract.files import import_files
+
+            return import_files(params, inputs, draft, on_event)
+        case _:
+            assert_never(params)

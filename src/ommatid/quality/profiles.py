@@ -77,8 +77,10 @@ def _hookpoint(hookpoint: str, artefact: Artefact) -> Frames:
     parts = [_activations(path) for files in tables.values() for path in files]
     vectors = [_vectors(path, name) for path in _files(artefact, "embeddings") for name in ("joint", "judge")]
     splits = [{"split": table, "tokens": artefact.rows(table)} for table in tables]
-    whole = _image_match(tables["train"] + tables["eval"], _files(artefact, "embeddings"))
-    frames = {"parts": parts, "embeddings": vectors, "splits": splits, "whole": [whole]}
+    whole = [_image_match(tables["train"] + tables["eval"], _files(artefact, "embeddings"))]
+    if artefact.summary.get("source") == "files":
+        whole = []  # imported without images: there is nothing to embed
+    frames = {"parts": parts, "embeddings": vectors, "splits": splits, "whole": whole}
     return {name: _frame([_of(hookpoint, row) for row in rows]) for name, rows in frames.items()}
 
 
