@@ -14,10 +14,10 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export OMP_WAIT_POLICY := PASSIVE
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint up docs bench constraints clean
+.PHONY: help demo test lint up docs bench bench-extract constraints clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed; install it, or name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
@@ -56,6 +56,9 @@ docs: $(READY) ## pages that are made from code
 
 bench: $(READY) ## seconds and memory of every stage
 	@python benchmarks/stages.py 10000
+
+bench-extract: $(READY) ## extraction and its store against a bare loop, memmaps and other writers
+	@python benchmarks/extract.py 10000
 
 constraints: $(READY) ## write down the versions that are installed
 	@{ head -n 1 constraints.txt; $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable | sed 's/+cpu//'; } > constraints.new

@@ -18,7 +18,7 @@ from ommatid.config import ExtractParams
 from ommatid.errors import ArtefactError, ModelError
 from ommatid.events import Listener, Progress, ignore
 from ommatid.extract import extract, plan, room, rows, shard, towers
-from ommatid.extract.plan import Block, make_plan
+from ommatid.extract.plan import make_plan
 from ommatid.extract.shard import ShardJob
 from ommatid.extract.shuffle import order_rows, window
 from ommatid.extract.tokens import TokenPicker, draw_kept
@@ -200,15 +200,18 @@ def test_long_tokens_are_left_out_of_training() -> None:
 
 
 def test_the_plan_deals_every_block_once_and_evenly() -> None:
-    blocks = [Block(file, group, 128) for file in range(50) for group in range(20)]
+    blocks = np.array([(file, group, 128) for file in range(50) for group in range(20)], dtype=np.int32)
     table = make_plan(blocks)
-    dealt = [Block(*values) for values in zip(*(table[name].to_pylist() for name in ("file", "row_group", "n_images")), strict=True)]
-    assert sorted(dealt, key=lambda b: (b.file, b.row_group)) == blocks
-    sizes = table.group_by("shard").aggregate([("n_images", "sum")])["n_images_sum"].to_numpy()
+    dealt = np.stack([table[name].to_numpy() for name in ("file", "row_group", "n_images")], axis=1)
+    assert sorted(map(tuple, dealt)) == sorted(map(tuple, blocks))
+    shard = table["shard"].to_numpy()
+    sizes = np.bincount(shard, dealt[:, 2])
     assert len(sizes) == -(-50 * 20 * 128 // plan.IMAGES_PER_SHARD)
     assert sizes.max() - sizes.min() <= 256
-    assert len(make_plan([])) == 0
-    assert make_plan([Block(0, 0, 50_000), Block(0, 1, 3)])["shard"].to_pylist() == [0, 1]
+    assert (np.diff(shard) >= 0).all()
+    assert all((np.diff(dealt[shard == i, 0] * 20 + dealt[shard == i, 1]) > 0).all() for i in range(len(sizes)))
+    assert len(make_plan(blocks[:0])) == 0
+    assert make_plan(np.array([(0, 0, 50_000), (0, 1, 3)], np.int32))["shard"].to_pylist() == [0, 1]
 
 
 def test_the_order_of_rows_goes_through_the_images_in_rounds() -> None:

@@ -1,6 +1,6 @@
 """The plan: which images each shard holds. Made first; every worker reads its own lines of it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,31 +27,33 @@ class Block:
     """Images in it."""
 
 
-def make_plan(blocks: Iterable[Block]) -> pa.Table:
+def make_plan(blocks: np.ndarray) -> pa.Table:
     """Deal blocks to shards at random, so that a shard is a sample of the whole set whatever order the images have.
 
     Within a shard blocks stay in the order of the images. Shards have nearly as many images as one another.
 
+    Args:
+        blocks: A row a block, in the order of the images, with the fields of `Block`: (blocks, 3) int32.
+
     Returns:
         `schemas.PLAN`, ordered by shard.
     """
-    block = np.array([(b.file, b.row_group, b.n_images) for b in blocks], dtype=np.int64).reshape(-1, 3)
-    order = np.random.default_rng(SEED).permutation(len(block))
-    n_images = block[order, 2]
+    order = np.random.default_rng(SEED).permutation(len(blocks))
+    n_images = blocks[order, 2].astype(np.int64)
     total = int(n_images.sum())
-    n_shards = max(1, min(len(block), -(-total // IMAGES_PER_SHARD)))
-    middle = n_images.cumsum() - n_images / 2
-    shard = np.minimum((middle * n_shards / max(1, total)).astype(np.int64), n_shards - 1)
-    shard = np.unique(shard, return_inverse=True)[1]  # a large block can leave a shard without any
-    ordered = np.lexsort((order, shard))
-    columns = [shard[ordered], *(block[order[ordered]].T)]
+    n_shards = max(1, min(len(blocks), -(-total // IMAGES_PER_SHARD)))
+    middle = n_images.cumsum() - n_images // 2
+    shard = np.minimum(middle * n_shards // max(1, total), n_shards - 1)
+    shard = (np.diff(shard, prepend=shard[:1]) > 0).cumsum()  # a large block can leave a shard without any
+    ordered = order[np.lexsort((order, shard))]
+    columns = [np.sort(shard), *blocks[ordered].T]
     return pa.table([pa.array(column, field.type) for column, field in zip(columns, schemas.PLAN, strict=True)], schema=schemas.PLAN)
 
 
-def blocks_of(images: Artefact) -> Iterator[Block]:
-    """The row groups of the images artefact, in order."""
-    for file, sizes in enumerate(images.row_groups("images")):
-        yield from (Block(file, group, n) for group, n in enumerate(sizes))
+def blocks_of(images: Artefact) -> np.ndarray:
+    """The row groups of the images artefact, in order: (blocks, 3) int32 as `make_plan` takes them."""
+    rows = [(file, group, n) for file, sizes in enumerate(images.row_groups("images")) for group, n in enumerate(sizes)]
+    return np.array(rows, dtype=np.int32).reshape(-1, 3)
 
 
 def shard_blocks(plan: pa.Table) -> Sequence[Block]:

@@ -1,0 +1,76 @@
+"""Rows of a benchmark: printed as a table that says which fall short, and kept as JSON with commit, machine and versions."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    what: str
+    value: float
+    unit: str
+    must: float | None = None
+    goal: float | None = None
+    better: Literal["higher", "lower"] = "higher"
+
+    @property
+    def verdict(self) -> str:
+        if self.must is None:
+            return ""
+        if not self._reaches(self.must):
+            return "FALLS SHORT"
+        return "goal" if self.goal is None or self._reaches(self.goal) else "must"
+
+    def _reaches(self, bound: float) -> bool:
+        return self.value >= bound if self.better == "higher" else self.value <= bound
+
+
+def publish(name: str, rows: Sequence[Row], libraries: Sequence[str], notes: Sequence[str] = ()) -> None:
+    """Print the table and write benchmarks/results/<name>.json."""
+    print("\n| what | value | unit | must | goal | reaches |\n|---|--:|---|--:|--:|---|")
+    for row in rows:
+        bounds = ["" if bound is None else f"{bound:g}" for bound in (row.must, row.goal)]
+        print(f"| {row.what} | {row.value:.3g} | {row.unit} | {bounds[0]} | {bounds[1]} | {row.verdict} |")
+    for note in notes:
+        print(f"- {note}")
+    values = {
+        "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else ""),
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(), "gpu": _gpu()},
+        "versions": {library: metadata.version(library) for library in libraries},
+        "notes": list(notes),
+        "rows": [asdict(row) for row in rows],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{path.relative_to(RESULTS.parent.parent)}")
+
+
+def middle(values: Sequence[float]) -> float:
+    """The median: machines are noisy."""
+    return median(values)
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _gpu() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
