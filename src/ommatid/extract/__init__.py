@@ -16,7 +16,7 @@ from ommatid.extract.room import check_room
 from ommatid.extract.shard import EMBEDDINGS, PLAN, ShardJob, load_worker, receipt_name
 from ommatid.extract.tokens import TokenPicker
 from ommatid.extract.towers import Towers
-from ommatid.store import Artefact, Draft, File
+from ommatid.store import RECEIPTS, Artefact, Draft, File
 
 __all__ = ["extract"]
 
@@ -34,7 +34,8 @@ def extract(params: ExtractParams, inputs: Mapping[str, Artefact], draft: Draft,
     towers = load_worker(job).towers  # all that can be wrong with the models is found before any work
     check_room(draft, params, images.summary, towers)
     n_images = _write_plan(draft, images)
-    missing = [shard for shard in range(len(n_images)) if not draft.has(receipt_name(shard))]
+    done = set(draft.names(RECEIPTS))
+    missing = [shard for shard in range(len(n_images)) if receipt_name(shard) not in done]
     progress = _Progress(n_images, missing, on_event)
     executors.run(params.executor, replace(job, on_chunk=progress.tell), missing, progress.shard)
     receipts = _Receipts(draft, len(n_images))
