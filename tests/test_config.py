@@ -27,6 +27,8 @@ def test_checkouts_params_are_valid_and_cover_every_stage() -> None:
         ("train.lr=.nan", "train.lr"),
         ("images.source={kind: fodler, path: x}", "'cifar10', 'folder', 'parquet'"),
         ("images.source={kind: folder}", "images.source.path: missing"),
+        ("extract.executor={kind: dask, address: null, workers: 0}", "extract.executor.workers: got 0"),
+        ("extract.executor={kind: slurm}", "'local', 'dask', 'ray'"),
         ("images.source.pth=3", "images.source.pth: unknown key; did you mean path?"),
         ("extract.judge.variant=lite0", "judge must be another encoder than model: both are lite0"),
         ("extract.tokens=patches", "extract.tokens: got 'patches'; input should be 'patch', 'cls', 'register', 'pooled' or 'all'"),

@@ -440,7 +440,8 @@ def _explain(error: ValidationError) -> str:
 
 def _explain_one(problem: Any) -> str:
     # pydantic puts the tag of a discriminated union into the path: images.source.folder.path -> images.source.path
-    tags = {"images", "files", "cifar10", "folder", "parquet", "lite", "clip", "siglip", "dino", "vit", "transformers", "llava", "qwen", "module"}
+    tags = {"cifar10", "folder", "parquet", "images", "files", "local", "dask", "ray"}
+    tags |= {"lite", "clip", "siglip", "dino", "vit", "llava", "qwen", "module", "transformers"}
     path = [str(part) for i, part in enumerate(problem["loc"]) if not (i and part in tags)]
     key = ".".join(path) or "params"
     match problem["type"]:

@@ -21,6 +21,10 @@ class ArtefactError(OmmatidError):
     """An artefact is missing, damaged, or of another schema version."""
 
 
+class ExecutorError(OmmatidError):
+    """Shards cannot be run: no cluster answers, or the workers of one die again and again."""
+
+
 class GateError(OmmatidError):
     """A quality gate failed; the artefact was not published."""
 

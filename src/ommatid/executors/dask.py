@@ -1,0 +1,155 @@
+"""Dask: the only file that knows `distributed`.
+
+Dask reruns by itself what a dead worker was at. A worker has one place for a shard, however many threads it has: a model takes all
+cores or a GPU, and hooks of two forward passes in one process would mix.
+"""
+
+import logging
+import multiprocessing
+import uuid
+import warnings
+from asyncio import CancelledError
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+from ommatid.config import DaskExecutor
+from ommatid.errors import ExecutorError
+from ommatid.executors.attempts import ATTEMPTS, died
+from ommatid.executors.workers import check_versions, environment, thread_settings, versions
+
+try:
+    import dask.config
+    from distributed import Client, Future, KilledWorker, LocalCluster, Worker, WorkerPlugin, wait
+    from distributed.versions import VersionMismatchWarning
+except ImportError as error:
+    raise ExecutorError(f"extract.executor: dask is not installed ({error}); pip install 'ommatid[dask]'") from None
+
+_SECONDS_TO_CONNECT = 10
+_SECONDS_WITHOUT_WORKERS = 300
+"""Batch systems take minutes to start a worker."""
+_IN_FLIGHT = 2
+"""Futures a worker: one is made, and one waits so that no worker does."""
+_PLACE = "ommatid-shard"
+"""The resource of which each worker process has one."""
+
+
+def run(params: DaskExecutor, job: Callable[[int], None], shards: Sequence[int], on_done: Callable[[int], None]) -> None:
+    """Run a job for every shard on a cluster that is there, or on one for the time of the run.
+
+    Raises:
+        ExecutorError: no scheduler or no worker answers, workers run other versions, or those of one shard died again and again.
+        OmmatidError: what the job raised three times.
+    """
+    with _cluster(params) as address, _connected(address) as client:
+        _Run(client, address, job).run(shards, on_done)
+
+
+@contextmanager
+def _cluster(params: DaskExecutor) -> Iterator[str]:
+    """The address of a scheduler."""
+    if params.address:
+        yield params.address
+        return
+    # PYTHONHASHSEED: Dask sets one; all of these it puts into this process's environment, too
+    settings = thread_settings(params.workers) | {"PYTHONHASHSEED": "1"}
+    # daemon: such processes may not start others, and images are decoded by processes where there is a GPU
+    config = {"distributed.nanny.pre-spawn-environ": settings, "distributed.worker.daemon": False}
+    with environment(settings), dask.config.set(config), _start(params.workers) as cluster:
+        yield cluster.scheduler_address
+
+
+def _start(n_workers: int) -> Any:
+    """A cluster on this machine without pages; memory is not watched, for it holds models and not Dask's data."""
+    options: dict[str, Any] = {"memory_limit": 0, "dashboard_address": None, "silence_logs": logging.CRITICAL}
+    return LocalCluster(n_workers=n_workers, threads_per_worker=1, **options)
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Any]:
+    try:
+        with warnings.catch_warnings():
+            # of Dask's own dependencies; what changes results we compare ourselves
+            warnings.simplefilter("ignore", VersionMismatchWarning)
+            client = Client(address, timeout=_SECONDS_TO_CONNECT, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise ExecutorError(
+            f"extract.executor.address: no Dask scheduler answers at {address} ({error}); start one, or mend the address"
+        ) from None
+    with client:
+        yield client
+
+
+class _Place(WorkerPlugin):
+    """Readies every worker, those too that join later."""
+
+    def __init__(self) -> None:
+        self.name = f"ommatid-{uuid.uuid4()}"
+        self._versions = versions()
+
+    async def setup(self, worker: Worker) -> None:
+        """Called in the worker."""
+        check_versions(self._versions, worker.address)
+        multiprocessing.current_process().daemon = False
+        await worker.set_resources(**{_PLACE: 1})
+
+
+class _Run:
+    """The shards of one run on a cluster."""
+
+    def __init__(self, client: Any, address: str, job: Callable[[int], None]) -> None:
+        self._client = client
+        self._address = address
+        self._job = job
+        self._name = f"ommatid-{uuid.uuid4()}"
+        self._shards: dict[Future, int] = {}
+        """In flight."""
+
+    def run(self, shards: Sequence[int], on_done: Callable[[int], None]) -> None:
+        place = _Place()
+        self._client.register_plugin(place)
+        try:
+            waiting = iter(shards)
+            while self._fill(waiting):
+                for future in self._next_done():
+                    shard = self._shards.pop(future)
+                    self._check(future, shard)
+                    on_done(shard)
+        finally:
+            self._client.cancel(list(self._shards))
+            self._client.unregister_worker_plugin(place.name)
+
+    def _fill(self, waiting: Iterator[int]) -> bool:
+        """Submit as many as the workers take; false: all are done."""
+        room = _IN_FLIGHT * max(1, len(self._client.nthreads())) - len(self._shards)
+        for shard in islice(waiting, max(0, room)):
+            self._shards[self._submit(shard)] = shard
+        return bool(self._shards)
+
+    def _submit(self, shard: int) -> Future:
+        key = f"{self._name}-{shard}"
+        return self._client.submit(self._job, shard, key=key, pure=False, retries=ATTEMPTS - 1, resources={_PLACE: 1})
+
+    def _next_done(self) -> set[Future]:
+        while True:
+            try:
+                answer: Any = wait(list(self._shards), timeout=_SECONDS_WITHOUT_WORKERS, return_when="FIRST_COMPLETED")
+                return answer.done
+            except TimeoutError:
+                if not self._client.nthreads():
+                    raise ExecutorError(
+                        f"{self._address}: the Dask scheduler has had no worker for {_SECONDS_WITHOUT_WORKERS} seconds; start some, "
+                        "then run the stage again: what is finished is kept"
+                    ) from None
+
+    def _check(self, future: Future, shard: int) -> None:
+        try:
+            future.result()
+        except KilledWorker as error:
+            raise died(shard, error.allowed_failures + 1, f"{error.last_worker}") from None
+        except CancelledError:
+            raise ExecutorError(
+                f"{self._address}: the Dask scheduler lost shard {shard}, perhaps because it was started again; "
+                "run the stage again: what is finished is kept"
+            ) from None

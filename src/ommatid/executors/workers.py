@@ -1,0 +1,56 @@
+"""What worker processes have in common, wherever they run."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib import metadata
+
+from ommatid.errors import ExecutorError
+
+
+def thread_settings(n_workers: int) -> dict[str, str]:
+    """Environment of worker processes that share this machine: together they run as many threads as it has cores.
+
+    OpenMP reads it when torch is loaded, so it must be there when the process starts.
+    """
+    share = max(1, (os.cpu_count() or 1) // n_workers)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    n = str(min(share, int(asked)) if asked.isdigit() else share)
+    return {"OMP_NUM_THREADS": n, "MKL_NUM_THREADS": n, "OPENBLAS_NUM_THREADS": n, "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Processes that are started in this block inherit these variables; afterwards they are as they were."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of what makes the numbers, without the local part: torch for CPUs and for GPUs are one version."""
+    libraries = ("ommatid", "torch", "transformers", "numpy", "pyarrow", "pillow")
+    return {name: metadata.version(name).partition("+")[0] for name in libraries}
+
+
+def check_versions(drivers: Mapping[str, str], where: str) -> None:
+    """Refuse to work with other libraries than the driver, which would make other bytes; called in the worker.
+
+    Raises:
+        ExecutorError: naming the worker and what differs.
+    """
+    ours = versions()
+    different = [f"{name} {ours[name]} instead of {version}" for name, version in drivers.items() if ours[name] != version]
+    if different:
+        raise ExecutorError(
+            f"worker {where}: has {', '.join(different)}; install on all workers what is installed here, and start them again"
+        )
