@@ -61,21 +61,27 @@ def write_receipts(draft: store.Draft, n_shards: int) -> None:
             os.close(os.open(draft.path / "block" / name, os.O_CREAT | os.O_WRONLY))
 
 
+def write_plan(draft: store.Draft, n_shards: int, clock: Clock) -> None:
+    blocks = make_blocks(n_shards)
+    plan = clock(f"plan of {n_shards:,} shards ({len(blocks):,} blocks)", lambda: make_plan(blocks))
+    clock("write the plan", lambda: draft.write_table(PLAN, plan, row_group_size=2**16))
+
+
+def write_manifest(draft: store.Draft, n_shards: int, clock: Clock) -> None:
+    files, summary = clock("merge the receipts", lambda: _Receipts(draft, n_shards).merge("block"))
+    clock("check the files, write the manifest", lambda: draft.child("block", "activations").seal(summary, files))
+
+
 def run(folder: Path, n_shards: int) -> list[Row]:
     clock = Clock()
     with store.open_draft(folder / "activations", "extraction", {}, {}) as draft:
-        blocks = make_blocks(n_shards)
-        plan = clock(f"plan of {n_shards:,} shards ({len(blocks):,} blocks)", lambda: make_plan(blocks))
-        clock("write the plan", lambda: draft.write_table(PLAN, plan, row_group_size=2**16))
-        del blocks, plan
+        write_plan(draft, n_shards, clock)
         found = clock("one worker finds its shard's lines", lambda: shard_blocks(draft.read(PLAN, [("shard", "=", n_shards // 2)])))
         assert sum(block.n_images for block in found) >= IMAGES_PER_SHARD - IMAGES_PER_BLOCK
         clock("(making up receipts and files)", lambda: write_receipts(draft, n_shards))
         names = clock("list the receipts", lambda: draft.names("receipts"))
         assert len(names) == n_shards
-        files, summary = clock("merge the receipts", lambda: _Receipts(draft, n_shards).merge("block"))
-        clock("check the files, write the manifest", lambda: draft.child("block", "activations").seal(summary, files))
-        del files
+        write_manifest(draft, n_shards, clock)
         clock("seal the whole", lambda: draft.seal({}))
         clock("publish", lambda: draft.publish(folder / "activations"))
     opened = clock("open the artefact, every size checked", lambda: store.open_artefact(folder / "activations/block", "activations"))

@@ -17,13 +17,17 @@ Every stage makes one artefact: a directory `data/<artefact>` with `manifest.jso
   aside, synced and renamed; the manifest comes last, the gate is passed, and the directory is moved into place. A run that was
   killed goes on from what it finds there.
 - **Opening** checks manifest, files and sizes and names all damage at once; `Artefact.verify()` also compares checksums.
+- **Activations are mixed as they are written.** Blocks of images are dealt to shards at random (`plan`); within a shard the training
+  rows come in rounds, one token of every image a round, so that any `window` (in the summary) consecutive rows are of different
+  images. The `train` tables need no shuffling to be read, and `ommatid train` shuffles them anew within windows.
 - **manifest.json**: kind, schema_version, params (the stage's section), inputs (sha256 of each input's manifest), files (name,
   bytes, sha256, rows), versions (code and libraries), summary (what the gate and later stages read).
 
 | artefact | stage | holds |
 |---|---|---|
 | `data/images` | images | tables `images`, `rejected` |
-| `data/activations` | extract | tables `train` (rows shuffled), `eval` (in image order), `embeddings` |
+| `data/activations` | extract | table `plan`; a folder each hookpoint, such as `data/activations/blocks.15`, an artefact by itself |
+| `data/activations/<hookpoint>` | extract | tables `train` (rows shuffled), `eval` (in image order within a part), `embeddings`; one part a shard |
 | `data/sae` | train | `sae.safetensors`, `cfg.json`, table `curves` |
 | `data/evaluation` | evaluate | tables `latents`, `examples`, `firings`, `comparisons` |
 | `data/labels` | label | table `labels` |
@@ -37,8 +41,9 @@ Every stage makes one artefact: a directory `data/<artefact>` with `manifest.jso
 TABLES = {
     "images": ("images", schemas.IMAGES),
     "rejected": ("images", schemas.REJECTED),
-    "train, eval": ("activations", schemas.activations(320, {})),
-    "embeddings": ("activations", schemas.embeddings(384, 1280)),
+    "plan": ("activations", schemas.PLAN),
+    "train, eval": ("activations/<hookpoint>", schemas.activations(320, {})),
+    "embeddings": ("activations/<hookpoint>", schemas.embeddings(384, 1280)),
     "curves": ("sae", schemas.CURVES),
     "latents": ("evaluation", schemas.LATENTS),
     "examples": ("evaluation", schemas.EXAMPLES),

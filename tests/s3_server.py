@@ -33,6 +33,8 @@ class S3Server:
             "AWS_SECRET_ACCESS_KEY": self.secret,
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
+            # rclone sends the checksum of the whole object with every range of it
+            "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
             "AWS_CONFIG_FILE": str(self.root / "no-config"),
             "AWS_SHARED_CREDENTIALS_FILE": str(self.root / "no-credentials"),
         }
@@ -44,8 +46,8 @@ def serving(root: Path) -> Iterator[S3Server]:
     (root / "bucket").mkdir(parents=True)
     server = S3Server(f"http://127.0.0.1:{free_port()}", secrets.token_hex(10), secrets.token_hex(20), root)
     command = [str(Path(sys.executable).with_name("rclone")), "serve", "s3", str(root), "--addr", server.endpoint.removeprefix("http://")]
-    # without a cache in memory and on disk it sees at once what another wrote; without config it reads no file of the user's
-    settings = ["--auth-key", f"{server.key},{server.secret}", "--config", "/dev/null", "--vfs-cache-mode", "off", "--dir-cache-time", "0"]
+    # without config it reads no file of the user's
+    settings = ["--auth-key", f"{server.key},{server.secret}", "--config", "/dev/null", "--vfs-cache-mode", "off"]
     with (root.parent / "rclone.log").open("wb") as log, subprocess.Popen([*command, *settings], stdout=log, stderr=log) as process:
         try:
             _wait_for(server.endpoint, process)

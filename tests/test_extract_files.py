@@ -2,8 +2,11 @@
 
 import os
 import pickle
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,16 +14,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from fakes import make_test_params
+import yaml
+from fakes import CHECKOUT, make_test_params
 from safetensors.torch import save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
+from ommatid.cli import app
 from ommatid.config import ExtractFiles, Params, dotted, load_params, make_params
 from ommatid.errors import ArtefactError, ConfigError, GateError, SourceError
 from ommatid.events import Progress, ignore
+from ommatid.extract import file_plan
 from ommatid.extract import files as module
 from ommatid.extract.files import import_files, is_eval
-from ommatid.stage import run_stage
+from ommatid.stage import open_stage, run_stage
 from ommatid.store import Artefact, open_draft
 from ommatid.tensors import from_float16
 
@@ -125,9 +132,9 @@ def expected(x: Tensor, images: list[int] | None = None) -> dict[tuple[int, int]
 
 def small(monkeypatch: pytest.MonkeyPatch, rows_per_block: int, images_per_shard: int, rows_per_shard: int = 1) -> None:
     """So that a few rows make many blocks, shards and row groups."""
-    monkeypatch.setattr(module, "BYTES_PER_BLOCK", rows_per_block * 2 * D_MODEL)
-    monkeypatch.setattr(module, "IMAGES_PER_SHARD", images_per_shard)
-    monkeypatch.setattr(module, "BYTES_PER_SHARD", rows_per_shard * 2 * D_MODEL)
+    monkeypatch.setattr(file_plan, "BYTES_PER_BLOCK", rows_per_block * 2 * D_MODEL)
+    monkeypatch.setattr(file_plan, "IMAGES_PER_SHARD", images_per_shard)
+    monkeypatch.setattr(file_plan, "BYTES_PER_SHARD", rows_per_shard * 2 * D_MODEL)
     monkeypatch.setattr(module, "BYTES_PER_ROW_GROUP", 20 * 2 * D_MODEL)
 
 
@@ -475,7 +482,7 @@ def test_a_name_that_is_no_folder(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_too_small_is_said_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_npy(tmp_path / "x", planted(4))
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda place: os.terminal_size((0, 0)) and type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda place: SimpleNamespace(free=10))
     with pytest.raises(ArtefactError, match=r"the import needs 0.0 GB, and 0.0 GB are free; make room"):
         make(tmp_path / "out", path, lambda event: pytest.fail("it began to work"))
 
@@ -531,3 +538,38 @@ def test_params_of_an_import(tmp_path: Path) -> None:
             make_params(values | {"extract": values["extract"] | {key: value}}, "test")
     with pytest.raises(ConfigError, match=r"train.hookpoint: 'blocks.15' is not in extract.hookpoints: theirs.blocks.3"):
         make_params(values | {"train": values["train"] | {"hookpoint": "blocks.15"}}, "test")
+
+
+PAGE = (CHECKOUT / "docs" / "import.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The page's blocks of code in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize("edited", [True, False])
+def test_the_example_of_the_page_runs(checkout: Path, edited: bool) -> None:
+    (code,), (section_, _), (commands,) = blocks("python"), blocks("yaml"), blocks("sh")
+    exec(code, {})
+    values = make_test_params(train={"d_sae": 128, "epochs": 4}).model_dump(mode="json")
+    values |= yaml.safe_load(section_) if edited else {}
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+    (override,) = re.findall(r"--set '(.*?)'", PAGE)
+    extra = [] if edited else ["--set", override]
+    for command in commands.splitlines():
+        program, *arguments = shlex.split(command)
+        assert program == "ommatid"
+        result = CliRunner().invoke(app, [*arguments, *extra])
+        assert result.exit_code == 0, result.output
+    artefact = open_stage("extract", "vision.blocks.11")
+    assert (artefact.summary["n_images"], artefact.summary["tokens_per_image"]) == (800, 16)
+    assert artefact.rows("train") + artefact.rows("eval") == 800 * 16
+    assert open_stage("train").summary["fvu"] < 1
+
+
+def test_the_stage_of_the_page_is_that_of_dvc_yaml_but_for_what_it_depends_on() -> None:
+    (theirs,) = yaml.safe_load(blocks("yaml")[1]).values()
+    ours = yaml.safe_load((CHECKOUT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["extract"]
+    assert {key: theirs[key] for key in ("cmd", "outs", "metrics")} == {key: ours[key] for key in ("cmd", "outs", "metrics")}
+    assert all((CHECKOUT / path).exists() for path in theirs["deps"][1:])

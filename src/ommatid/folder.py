@@ -11,6 +11,7 @@ import io
 import os
 import secrets
 import shutil
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,8 +82,13 @@ class Folder(ABC):
         """All files below, in any order."""
 
     @abstractmethod
+    def entry(self, name: str = "") -> Entry | None:
+        """A file, or this itself if it is one; None: there is none, or it is a folder."""
+
     def size(self, name: str) -> int | None:
         """Size of a file; None: there is none."""
+        entry = self.entry(name)
+        return entry.bytes if entry else None
 
     @abstractmethod
     def open(self, name: str, size: int | None = None) -> BinaryIO:
@@ -229,16 +235,16 @@ class Disk(Folder):
     def entries(self) -> Iterator[Entry]:
         """All files below, in any order."""
         for path in self.path.rglob("*"):
-            if path.is_file():
-                status = path.stat()
-                yield Entry(path.relative_to(self.path).as_posix(), status.st_size, str(status.st_mtime_ns))
+            if entry := self.entry(path.relative_to(self.path).as_posix()):
+                yield entry
 
-    def size(self, name: str) -> int | None:
-        """Size of a file; None: there is none."""
+    def entry(self, name: str = "") -> Entry | None:
+        """A file; None: there is none, or it is a directory."""
         try:
-            return (self.path / name).stat().st_size
-        except FileNotFoundError:
+            status = (self.path / name).stat()
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        return Entry(name, status.st_size, str(status.st_mtime_ns)) if stat.S_ISREG(status.st_mode) else None
 
     def open(self, name: str, size: int | None = None) -> BinaryIO:
         """A file to read from anywhere."""
@@ -344,17 +350,16 @@ class Remote(Folder):
         with self.guard():
             found = self._fs.find(self._root, detail=True)
         for path, info in found.items():
-            stamp = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime", "created") if info.get(key)), "")
-            yield Entry(path.removeprefix(self._root).lstrip("/"), info["size"], str(stamp))
+            yield _entry(path.removeprefix(self._root).lstrip("/"), info)
 
-    def size(self, name: str) -> int | None:
-        """Size of an object; None: there is none."""
+    def entry(self, name: str = "") -> Entry | None:
+        """An object; None: there is none, or it is a prefix."""
         with self.guard(name):
             try:
                 info = self._fs.info(self._path(name))
             except FileNotFoundError:
                 return None
-            return info["size"] if info["type"] == "file" else None
+            return _entry(name, info) if info["type"] == "file" else None
 
     def open(self, name: str, size: int | None = None) -> BinaryIO:
         """An object to read from anywhere; every read is a request, so ask for much at once."""
@@ -542,6 +547,11 @@ def writing(path: Path) -> Iterator[None]:
 def _existing(path: Path) -> Path:
     """The nearest folder that is there."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def _entry(name: str, info: dict[str, Any]) -> Entry:
+    stamp = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime", "created") if info.get(key)), "")
+    return Entry(name, info["size"], str(stamp))
 
 
 def _last(name: str) -> str:

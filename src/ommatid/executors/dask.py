@@ -77,7 +77,7 @@ def _connected(address: str) -> Iterator[Any]:
         raise ExecutorError(
             f"extract.executor.address: no Dask scheduler answers at {address} ({error}); start one, or mend the address"
         ) from None
-    with client:
+    with client, client.as_current():
         yield client
 
 

@@ -8,9 +8,8 @@ written. So memory depends on neither rows nor files, and a run that died goes o
 import hashlib
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,16 @@ from ommatid import schemas
 from ommatid.config import ExtractFiles
 from ommatid.errors import ArtefactError, ConfigError, SourceError
 from ommatid.events import Listener, Progress, ignore
-from ommatid.extract.formats import ActivationFile, open_files
-from ommatid.extract.plan import IMAGES_PER_SHARD, SEED
+from ommatid.extract.activation_file import ActivationFile
+from ommatid.extract.file_plan import Block, FilePlan, places_in_runs
+from ommatid.extract.formats import open_files
+from ommatid.extract.plan import SEED
 from ommatid.extract.rows import BYTES_PER_ROW_GROUP, Groups, Seen, iter_in_order, write_rows
 from ommatid.extract.shuffle import order_rows
 from ommatid.extract.spill import Spill
 from ommatid.store import RECEIPTS, SCRATCH, Artefact, Draft, File, part_name
 from ommatid.tensors import to_binary
 
-BYTES_PER_BLOCK = 2**23
-"""Of float16: what is read at once, and what a killed run loses."""
-BYTES_PER_SHARD = 2**27
-"""Of float16, at least, where there is as much: a round of a shard is held in memory."""
-MAX_IMAGES = 2**31
-"""`image` is an int32."""
 LARGEST = 65504.0
 """The largest float16."""
 _SOURCE = f"{SCRATCH}/source.json"
@@ -53,7 +48,7 @@ def import_files(params: ExtractFiles, inputs: Mapping[str, Artefact], draft: Dr
     if params.name in (SCRATCH, RECEIPTS):
         raise ConfigError(f"extract.name: {params.name!r} is a folder of Ommatid's own; call the activations something else")
     files = open_files(Path(params.path), params.key)
-    plan = _Plan(files)
+    plan = FilePlan(files)
     _start_or_go_on(draft, params.name, files)
     _Import(params, files, plan, draft, on_event).make()
     shards = [draft.read_json(_receipt(shard)) for shard in range(len(plan.shards))]
@@ -64,7 +59,7 @@ def import_files(params: ExtractFiles, inputs: Mapping[str, Artefact], draft: Dr
     return draft.seal({"source": "files", "hookpoints": [params.name], "n_shards": len(shards), "n_images": plan.n_images})
 
 
-def _summarise(params: ExtractFiles, first: ActivationFile, plan: "_Plan") -> dict[str, Any]:
+def _summarise(params: ExtractFiles, first: ActivationFile, plan: FilePlan) -> dict[str, Any]:
     """The keys of activations made from images; null: there are no images to know it from."""
     per_image = 1 if not first.has_images else None
     known = {
@@ -77,104 +72,6 @@ def _summarise(params: ExtractFiles, first: ActivationFile, plan: "_Plan") -> di
         "preprocessing": {},
     }
     return known | dict.fromkeys(("judge", "namer", "d_joint", "d_judge", "grid", "rounding"))
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Consecutive entries of one file."""
-
-    file: int
-    """Index of the file."""
-    index: int
-    """Index of the block in the file."""
-    n_rows: int
-    """Tokens in it."""
-    n_images: int
-    """Images in it."""
-    most: int
-    """Tokens of the image that has most in it."""
-    before: int
-    """Entries right before it that are of its first image."""
-
-
-class _Plan:
-    """Which blocks each shard holds: a function of the files' shapes and images.
-
-    Raises:
-        SourceError: images that are no int32 from 0 on.
-    """
-
-    def __init__(self, files: Sequence[ActivationFile]) -> None:
-        self._files = files
-        self.d_model = files[0].shape[-1]
-        self.tokens = math.prod(files[0].shape[1:-1])
-        """Rows of an entry."""
-        self.entries = max(1, BYTES_PER_BLOCK // (2 * self.tokens * self.d_model))
-        """Of a block, but the last of a file."""
-        self._images = _Images()
-        self.blocks = [block for index, file in enumerate(files) for block in self._cut(index, file)]
-        self.n_rows = sum(block.n_rows for block in self.blocks)
-        self.n_images = self._images.n if files[0].has_images else self.n_rows // self.tokens
-        if self.n_images > MAX_IMAGES:
-            raise SourceError(
-                f"{files[0].path}: {self.n_images} images in all; at most {MAX_IMAGES}; say with `image` which rows belong to one"
-            )
-
-    def _cut(self, index: int, file: ActivationFile) -> Iterator[_Block]:
-        for i, (n, n_images, most, before) in enumerate(self._count(file)):
-            yield _Block(index, i, n * self.tokens, n_images, most * self.tokens, before)
-
-    def _count(self, file: ActivationFile) -> Iterator[tuple[int, int, int, int]]:
-        """Entries, images, entries of the image that has most, and entries right before it of its first one, of each block of a file."""
-        if not file.has_images:
-            yield from ((n, n, 1, 0) for start in range(0, file.shape[0], self.entries) for n in [min(self.entries, file.shape[0] - start)])
-            return
-        row, last, run = 0, -1, 0
-        for images in file.iter_images(self.entries):
-            bad = ((images < 0) | (images >= MAX_IMAGES)).nonzero()[0]
-            if len(bad):
-                raise SourceError(
-                    f"{file.path}: the image of row {row + bad[0]} is {images[bad[0]]}; it must be from 0 to {MAX_IMAGES - 1}"
-                )
-            different, counts = np.unique(images, return_counts=True)
-            self._images.add(different)
-            before = run if images[0] == last else 0
-            yield len(images), len(different), int(counts.max()), before
-            last, run = int(images[-1]), int(_places(images, before)[-1]) + 1
-            row += len(images)
-
-    @cached_property
-    def starts(self) -> list[int]:
-        """Number of each file's first image, where the files do not say."""
-        return [0, *np.cumsum([file.shape[0] for file in self._files]).tolist()]
-
-    @cached_property
-    def shards(self) -> list[list[_Block]]:
-        """The blocks of each shard, in the order of the files; every shard has some."""
-        n_bytes = 2 * self.n_rows * self.d_model
-        n = max(1, min(len(self.blocks), self.n_images // IMAGES_PER_SHARD, n_bytes // BYTES_PER_SHARD))
-        rows = np.array([block.n_rows for block in self.blocks])
-        order = np.random.default_rng(SEED).permutation(len(rows))
-        middle = rows[order].cumsum() - rows[order] / 2
-        dealt = np.minimum((middle * n / rows.sum()).astype(np.int64), n - 1)
-        return [[self.blocks[i] for i in sorted(order[dealt == shard])] for shard in np.unique(dealt)]
-
-
-class _Images:
-    """Counts different images: a bit each."""
-
-    def __init__(self) -> None:
-        self._bits = np.zeros(0, np.uint8)
-
-    def add(self, images: np.ndarray) -> None:
-        short = int(images.max()) // 8 + 1 - len(self._bits)
-        if short > 0:
-            self._bits = np.concatenate([self._bits, np.zeros(max(short, len(self._bits)), np.uint8)])
-        np.bitwise_or.at(self._bits, images // 8, np.left_shift(1, images % 8).astype(np.uint8))
-
-    @property
-    def n(self) -> int:
-        return int(np.bitwise_count(self._bits).sum(dtype=np.int64))
 
 
 def _start_or_go_on(draft: Draft, name: str, files: Sequence[ActivationFile]) -> None:
@@ -197,7 +94,7 @@ def _receipt(shard: int) -> str:
 class _Import:
     """Files to shards."""
 
-    def __init__(self, params: ExtractFiles, files: Sequence[ActivationFile], plan: _Plan, draft: Draft, on_event: Listener) -> None:
+    def __init__(self, params: ExtractFiles, files: Sequence[ActivationFile], plan: FilePlan, draft: Draft, on_event: Listener) -> None:
         self._params = params
         self._files = files
         self._plan = plan
@@ -221,7 +118,7 @@ class _Import:
             self._write(shard)
             self._on_event(Progress("write shards", n, len(self._missing)))
 
-    def _check_room(self, wanted: Mapping[_Block, Any]) -> None:
+    def _check_room(self, wanted: Mapping[Block, Any]) -> None:
         per_row = 2 * self._plan.d_model + _BESIDE
         largest = max((sum(block.n_rows for block in self._plan.shards[shard]) for shard in self._missing), default=0)
         need = (sum(block.n_rows for block in wanted) + largest) * per_row
@@ -232,7 +129,7 @@ class _Import:
                 "extract.path at fewer files"
             )
 
-    def _read(self, wanted: Mapping[_Block, tuple[int, int]]) -> None:
+    def _read(self, wanted: Mapping[Block, tuple[int, int]]) -> None:
         """Every file once, in order."""
         damage: list[str] = []
         done = len(self._plan.blocks) - len(wanted)
@@ -243,7 +140,7 @@ class _Import:
                 start = i * self._plan.entries
                 if not bad.add(start, x) and not damage:
                     entries = np.arange(start, start + len(x)) + self._plan.starts[index] if images is None else images
-                    self._spill(*wanted[of_piece[i]], entries, _places(entries, of_piece[i].before), x)
+                    self._spill(*wanted[of_piece[i]], entries, places_in_runs(entries, of_piece[i].before), x)
                 done += 1
                 self._on_event(Progress("read blocks", done, len(self._plan.blocks)))
             damage += [f"{file.path}: {bad}"] if bad else []
@@ -295,7 +192,7 @@ _SHOWN = 3
 """Damaged files that are named; the rest are counted."""
 
 
-def _groups(blocks: Sequence[_Block], d_model: int) -> Groups:
+def _groups(blocks: Sequence[Block], d_model: int) -> Groups:
     """Row groups of about the usual size: whole rounds."""
     most = max(block.most for block in blocks)
     n_bytes = sum(block.n_rows for block in blocks) * d_model * 2
@@ -324,15 +221,6 @@ def is_eval(image: np.ndarray, share: float) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (x ^ (x >> np.uint64(31))) / 2**64 < share
-
-
-def _places(entries: np.ndarray, before: int) -> np.ndarray:
-    """Place of each entry in its run of entries of one image; the first run began `before` entries earlier."""
-    starts = np.concatenate([[0], (np.diff(entries) != 0).nonzero()[0] + 1])
-    lengths = np.diff([*starts, len(entries)])
-    place = np.arange(len(entries)) - starts.repeat(lengths)
-    place[: lengths[0]] += before
-    return place
 
 
 class _Bad:

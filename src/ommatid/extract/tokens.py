@@ -18,7 +18,7 @@ class Place:
     token: int
     """Position in the model's sequence, special tokens first; 0 for pooled."""
     kind: str
-    """cls, register, patch or pooled."""
+    """cls, register, distillation (DeiT), patch or pooled."""
     row: int
     """Row of a patch in the grid; -1 for tokens without a place."""
     col: int

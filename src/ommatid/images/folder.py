@@ -1,20 +1,35 @@
-"""The folder source: every file below a folder, its sub-folder the label, captions from an optional captions.csv."""
+"""The folder source: every file below a folder or URL, its sub-folder the label, captions from an optional captions.csv."""
 
 import csv
 import hashlib
+import io
 import os
 import posixpath
 import stat
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from ommatid.errors import SourceError
+from ommatid.folder import Remote, open_folder
 from ommatid.images.decode import MAX_BYTES
 from ommatid.images.source import Item
 
 CAPTIONS = "captions.csv"
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of the source, not read yet."""
+
+    name: str
+    """Path below the root."""
+    read: Callable[[int], bytes]
+    """Gives at most so many bytes of it; raises OSError."""
+    facts: str
+    """Size and time of the last change, or the store's checksum; empty: it cannot be looked at."""
 
 
 class Folder:
@@ -25,35 +40,52 @@ class Folder:
 
     Raises:
         SourceError: no such folder, nothing in it, or a captions.csv that cannot be used.
+        ArtefactError: a URL that cannot be reached.
     """
 
-    def __init__(self, root: Path):
-        if not root.is_dir():
-            what = "is a file, not a folder" if root.exists() else "no such folder"
-            raise SourceError(f"{root}: {what}; set images.source.path to a folder of images")
-        self._root = root
-        found = sorted((_text(path.relative_to(root)), path) for path in _walk(root))
-        self._files = [(name, path) for name, path in found if name != CAPTIONS]
+    def __init__(self, root: Path | str):
+        folder = open_folder(root)
+        found = sorted(_list_objects(folder) if isinstance(folder, Remote) else _list_files(Path(root)), key=lambda file: file.name)
+        self._files = [file for file in found if file.name != CAPTIONS]
         if not self._files:
             raise SourceError(f"{root}: there are no files in this folder; put images there, or change images.source.path")
-        self._captions = _read_captions(root / CAPTIONS)
-        self._check_captions()
+        captions = next((file for file in found if file.name == CAPTIONS), None)
+        where = f"{folder / CAPTIONS}"
+        self._captions = _read_captions(where, captions) if captions else {}
+        if self._captions and self._captions.keys().isdisjoint(file.name for file in self._files):
+            raise SourceError(
+                f"{where}: names no file of the folder, for one {next(iter(self._captions))!r}; "
+                f"write paths relative to {root}, such as {self._files[0].name!r}"
+            )
         self.total = len(self._files)
-        self.fingerprint = _fingerprint(found)
+        self.fingerprint = hashlib.sha256("".join(f"{file.name}\0{file.facts}\n" for file in found).encode()).hexdigest()
 
     def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
         """The files at these positions, in order."""
         for position in positions:
-            name, path = self._files[position]
-            label = posixpath.dirname(name) or None
-            yield Item(name, partial(_read, path), label, self._captions.get(name))
+            file = self._files[position]
+            label = posixpath.dirname(file.name) or None
+            yield Item(file.name, partial(file.read, MAX_BYTES + 1), label, self._captions.get(file.name))
 
-    def _check_captions(self) -> None:
-        if self._captions and self._captions.keys().isdisjoint(name for name, _ in self._files):
-            raise SourceError(
-                f"{self._root / CAPTIONS}: names no file of the folder, for one {next(iter(self._captions))!r}; "
-                f"write paths relative to {self._root}, such as {self._files[0][0]!r}"
-            )
+
+def _list_objects(folder: Remote) -> Iterator[_File]:
+    folder.exists()  # tells a bucket that is not there from one without images
+    for entry in folder.entries():
+        if not any(part.startswith(".") for part in entry.name.split("/")):
+            yield _File(entry.name, partial(_read_object, folder, entry.name, entry.bytes), f"{entry.bytes}\0{entry.stamp}")
+
+
+def _read_object(folder: Remote, name: str, size: int, most: int) -> bytes:
+    # no store gives a range of nothing
+    return folder.read_range(name, 0, most) if size > most else folder.read_bytes(name)
+
+
+def _list_files(root: Path) -> Iterator[_File]:
+    if not root.is_dir():
+        what = "is a file, not a folder" if root.exists() else "no such folder"
+        raise SourceError(f"{root}: {what}; set images.source.path to a folder of images")
+    for path in _walk(root):
+        yield _File(_text(path.relative_to(root)), partial(_read, path), _facts(path))
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -89,31 +121,25 @@ def _text(path: Path) -> str:
     return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, most: int) -> bytes:
     with path.open("rb") as file:
-        return file.read(MAX_BYTES + 1)
+        return file.read(most)
 
 
-def _read_captions(path: Path) -> dict[str, str]:
-    """Path to caption."""
-    if not path.exists():
-        return {}
+def _facts(path: Path) -> str:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file)
-            if not {"path", "caption"} <= set(rows.fieldnames or ()):
-                raise SourceError(f"{path}: its first line must name the columns path and caption; it names {rows.fieldnames}")
-            return {posixpath.normpath(row["path"]): row["caption"] for row in rows if row["path"] and row["caption"]}
+        status = path.stat()
+    except OSError:
+        return ""
+    return f"{status.st_size}\0{status.st_mtime_ns}"
+
+
+def _read_captions(where: str, captions: _File) -> dict[str, str]:
+    """Path to caption."""
+    try:
+        rows = csv.DictReader(io.StringIO(captions.read(MAX_BYTES).decode("utf-8-sig"), newline=""))
+        if not {"path", "caption"} <= set(rows.fieldnames or ()):
+            raise SourceError(f"{where}: its first line must name the columns path and caption; it names {rows.fieldnames}")
+        return {posixpath.normpath(row["path"]): row["caption"] for row in rows if row["path"] and row["caption"]}
     except (csv.Error, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: not a CSV file in UTF-8: {error}; mend or remove it") from None
-
-
-def _fingerprint(files: list[tuple[str, Path]]) -> str:
-    digest = hashlib.sha256()
-    for name, path in files:
-        try:
-            status = path.stat()
-            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        except OSError:
-            digest.update(f"{name}\0\n".encode())
-    return digest.hexdigest()
+        raise SourceError(f"{where}: not a CSV file in UTF-8: {error}; mend or remove it") from None

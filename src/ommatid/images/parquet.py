@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 
 from ommatid.config import ParquetSource
 from ommatid.errors import SourceError
+from ommatid.folder import READ_BYTES, Disk, Folder, open_folder
 from ommatid.images.source import Item
 
 _ROWS_AT_ONCE = 32
@@ -21,12 +21,41 @@ _ROWS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
+class _File:
+    """A file of the source."""
+
+    folder: Folder
+    name: str
+    """Path below the source."""
+    bytes: int
+    """Size."""
+    stamp: str
+    """Changes when the content does."""
+
+    def __str__(self) -> str:
+        return str(self.folder / self.name)
+
+    @contextmanager
+    def open(self) -> Iterator[pq.ParquetFile]:
+        """Raises SourceError when it cannot be read, also in the block."""
+        try:
+            # Pages are read as they are needed; by default the whole column of a row group would be.
+            if isinstance(self.folder, Disk):
+                with pq.ParquetFile(self.folder.path / self.name, buffer_size=2**20, pre_buffer=False) as file:
+                    yield file
+            else:
+                source = self.folder.open(self.name, self.bytes)
+                with pq.ParquetFile(source, buffer_size=READ_BYTES, pre_buffer=False) as file:
+                    yield file
+        except (pa.ArrowException, OSError) as error:
+            raise SourceError(f"{self}: cannot be read as Parquet: {error}; mend or remove it") from None
+
+
+@dataclass(frozen=True)
 class _Group:
     """A row group of one file."""
 
-    file: Path
-    name: str
-    """Path of the file below the source."""
+    file: _File
     index: int
     start: int
     """Position of its first row in the source."""
@@ -44,14 +73,15 @@ class ParquetFiles:
 
     def __init__(self, params: ParquetSource):
         self._params = params
-        files = _list_files(Path(params.path))
+        files = _list_files(params.path)
         self._groups: list[_Group] = []
         self.total = 0
-        for name, path in files:
-            self._append(name, path)
+        for file in files:
+            self._append(file)
         if not self.total:
             raise SourceError(f"{params.path}: there are no rows; change images.source.path")
-        self.fingerprint = _fingerprint(files)
+        facts = [(file.name, file.bytes, file.stamp) for file in files]
+        self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
         """The rows at these positions, in order; row groups without any are not read."""
@@ -60,24 +90,23 @@ class ParquetFiles:
             if first < last:
                 yield from self._iter_group(group, {position - group.start for position in positions[first:last]})
 
-    def _append(self, name: str, path: Path) -> None:
-        with _reading(path), pq.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow, self._params)
+    def _append(self, file: _File) -> None:
+        with file.open() as opened:
+            _check_columns(str(file), opened.schema_arrow, self._params)
             row = 0
-            for index in range(file.num_row_groups):
-                n_rows = file.metadata.row_group(index).num_rows
-                self._groups.append(_Group(path, name, index, self.total, row, n_rows))
+            for index in range(opened.num_row_groups):
+                n_rows = opened.metadata.row_group(index).num_rows
+                self._groups.append(_Group(file, index, self.total, row, n_rows))
                 row, self.total = row + n_rows, self.total + n_rows
 
     def _iter_group(self, group: _Group, wanted: set[int]) -> Iterator[Item]:
         columns = [name for name in (self._params.column, self._params.label_column) if name is not None]
         row = 0
-        # Pages are read as they are needed; by default the whole column of the row group would be.
-        with _reading(group.file), pq.ParquetFile(group.file, buffer_size=2**20, pre_buffer=False) as file:
+        with group.file.open() as file:
             for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group.index], columns=columns):
                 for i in range(batch.num_rows):
                     if row + i in wanted:
-                        yield self._item(batch, i, f"{group.name}#{group.row + row + i}")
+                        yield self._item(batch, i, f"{group.file.name}#{group.row + row + i}")
                 row += batch.num_rows
 
     def _item(self, batch: pa.RecordBatch, i: int, path: str) -> Item:
@@ -91,27 +120,20 @@ def _read(value: Any) -> bytes:
     return (found["bytes"] if isinstance(found, dict) else found) or b""
 
 
-def _list_files(root: Path) -> list[tuple[str, Path]]:
-    """Name and path of the files at or below `root`."""
+def _list_files(place: str) -> list[_File]:
+    """The files at or below a path or URL."""
+    root = open_folder(place)
+    if entry := root.entry():
+        return [_File(root.parent, root.name, entry.bytes, entry.stamp)]
     if not root.exists():
         raise SourceError(f"{root}: no such file or folder; set images.source.path to a Parquet file or a folder of them")
-    if root.is_file():
-        return [(root.name, root)]
-    files = sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.parquet") if path.is_file())
+    files = [_File(root, entry.name, entry.bytes, entry.stamp) for entry in root.entries() if entry.name.endswith(".parquet")]
     if not files:
         raise SourceError(f"{root}: there is no file named *.parquet in this folder; change images.source.path")
-    return files
+    return sorted(files, key=lambda file: file.name)
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{path}: cannot be read as Parquet: {error}; mend or remove it") from None
-
-
-def _check_columns(path: Path, schema: pa.Schema, params: ParquetSource) -> None:
+def _check_columns(path: str, schema: pa.Schema, params: ParquetSource) -> None:
     known = ", ".join(f"{field.name} ({field.type})" for field in schema)
     image = _type_of(schema, params.column)
     if image is None or not _holds_images(image):
@@ -143,8 +165,3 @@ def _is_binary(type_: pa.DataType) -> bool:
 def _holds_labels(type_: pa.DataType) -> bool:
     value = type_.value_type if pa.types.is_dictionary(type_) else type_
     return pa.types.is_integer(value) or pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)
-
-
-def _fingerprint(files: list[tuple[str, Path]]) -> str:
-    facts = [(name, status.st_size, status.st_mtime_ns) for name, path in files for status in [path.stat()]]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()

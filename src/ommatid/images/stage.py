@@ -48,7 +48,7 @@ def open_source(params: ImageSource) -> Source:
         case Cifar10Source():
             return Cifar10(Path(params.path))
         case FolderSource():
-            return Folder(Path(params.path))
+            return Folder(params.path)
         case ParquetSource():
             return ParquetFiles(params)
         case _:
