@@ -27,6 +27,8 @@ from ommatid.store import RECEIPTS, Artefact, Draft, Writer, open_artefact, part
 
 EMBEDDINGS = "embeddings"
 PLAN = "plan.parquet"
+ROUNDING_IMAGES = 8
+"""On which the difference of the arithmetic to float32 is measured."""
 IMAGES_PER_CHUNK = 1024
 BYTES_PER_CHUNK = 2**27
 """A chunk ends at the block that reaches either: what is held in memory, and what a killed run loses."""
@@ -197,7 +199,7 @@ class _Shard:
         return asdict(replace(file, name=name))
 
     def _rounding(self) -> dict[str, float]:
-        encoded = next(self._iter_encoded(self._chunks[0], self._worker.params.batch_size))
+        encoded = next(self._iter_encoded(self._chunks[0], ROUNDING_IMAGES))
         with open_pool("cpu") as pool:
             (pixels,) = iter_pixels([encoded], self._towers.preprocesses, pool, "cpu")
         return self._towers.rounding(pixels.of)
