@@ -84,7 +84,8 @@ class Towers:
 
 def _difference(x: Tensor, exact: Tensor) -> float:
     x, exact = x.double(), exact.double()
-    return float(((x - exact).square().sum() / exact.square().sum()).sqrt())
+    difference = float(((x - exact).square().sum() / exact.square().sum()).sqrt())
+    return float(f"{difference:.3g}")  # the last digits depend on the number of threads, and manifests must not
 
 
 def _unit(x_bd: Tensor) -> Tensor:
