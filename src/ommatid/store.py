@@ -71,12 +71,14 @@ class Manifest:
     summary: dict[str, Any]
     """Statistics that the quality gate and later stages read."""
 
-    def to_json(self) -> bytes:
-        """The text of manifest.json: a line a file, for there may be millions."""
+    def iter_json(self) -> Iterator[bytes]:
+        """The text of manifest.json, piece by piece: a line a file, for there may be millions."""
         values = {name: getattr(self, name) for name in ("kind", "schema_version", "params", "inputs", "versions", "summary")}
-        head = json.dumps(values, indent=2, sort_keys=True).removesuffix("\n}")
-        lines = (json.dumps({"bytes": f.bytes, "name": f.name, "rows": f.rows, "sha256": f.sha256}) for f in self.files)
-        return (head + ',\n  "files": [\n    ' + ",\n    ".join(lines) + "\n  ]\n}\n").encode()
+        yield json.dumps(values, indent=2, sort_keys=True).removesuffix("\n}").encode() + b',\n  "files": ['
+        for i, file in enumerate(self.files):
+            line = json.dumps({"bytes": file.bytes, "name": file.name, "rows": file.rows, "sha256": file.sha256})
+            yield f"{',' if i else ''}\n    {line}".encode()
+        yield b"\n  ]\n}\n"
 
     @classmethod
     def from_json(cls, text: bytes) -> "Manifest":
@@ -273,11 +275,13 @@ def open_artefact(place: Folder | Path | str, kind: str) -> Artefact:
     """
     folder = open_folder(place)
     text = _read_manifest(folder, kind)
+    digest = hashlib.sha256(text).hexdigest()
     manifest = _parse(folder, text)
+    del text  # of a million shards some hundred megabytes
     if manifest.kind != kind:
         raise ArtefactError(f"{folder}: holds {manifest.kind}, expected {kind}")
     _raise_damage(folder, _size_damage(folder, manifest.files))
-    return Artefact(folder, manifest, hashlib.sha256(text).hexdigest())
+    return Artefact(folder, manifest, digest)
 
 
 class Writer:
@@ -459,15 +463,14 @@ class Draft(Writer):
         given = self._described | {file.name: file for file in files or ()}
         found = self.folder.sizes() | self._child_manifests()
         _raise_damage(self.folder, _differences(found, [given[file.name] for file in files or ()]))
-        names = sorted(found.keys() - {MANIFEST, _OPEN})
+        names = sorted(name for name in found if name not in (MANIFEST, _OPEN))
         listed = tuple(given[name] if name in given else _describe(self.folder, name) for name in names)
         plain = json.loads(json.dumps([self._params, summary]))  # as a reader will find it: lists for tuples
         manifest = Manifest(self.kind, SCHEMA_VERSION, plain[0], self._inputs, listed, _versions(), plain[1])
-        text = manifest.to_json()
-        with self.write_file(MANIFEST) as path:
-            path.write_bytes(text)
+        with self.write_file(MANIFEST) as path, path.open("wb") as file:
+            file.writelines(manifest.iter_json())
         self._clean()
-        self._made = Artefact(self.folder, manifest, hashlib.sha256(text).hexdigest())
+        self._made = Artefact(self.folder, manifest, self.describe(MANIFEST).sha256)
         return self._made
 
     def _child_manifests(self) -> dict[str, int]:
