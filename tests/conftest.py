@@ -18,14 +18,15 @@ def _no_home_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def _s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server on this machine, with a bucket named `bucket`."""
     with serving(tmp_path_factory.mktemp("s3") / "root") as server:
         yield server
 
 
 @pytest.fixture
-def s3(_s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """URL of an empty prefix on a real S3 server on this machine; the environment leads to it."""
-    for name, value in _s3_server.environment.items():
+    for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return f"s3://bucket/{tmp_path.name}"
