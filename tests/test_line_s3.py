@@ -89,6 +89,14 @@ def test_each_stage_survives_a_kill_and_then_works(stage: str, capsys: pytest.Ca
     assert not STAGES[stage].place.exists()
 
 
+@pytest.mark.parametrize("kind", ["dask", "ray"])
+def test_workers_of_a_cluster_write_the_same(kind: str) -> None:
+    before = open_stage("extract", data=DATA).digest
+    open_folder(DATA).remove("activations")
+    assert run("extract", "--data", DATA, "--set", f"extract.executor={{kind: {kind}, address: null, workers: 2}}") == 0
+    assert open_stage("extract", data=DATA).digest == before
+
+
 def test_nothing_is_left_beside_the_artefacts() -> None:
     assert open_folder(DATA).folders() == sorted(stage.place.name for stage in STAGES.values())
     left = [path for path in Path("data/.work").rglob("*") if path.is_file()]

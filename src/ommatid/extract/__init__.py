@@ -95,7 +95,7 @@ class _Receipts:
         return files, summary
 
     def _iter(self) -> Iterator[dict[str, Any]]:
-        return (self._draft.read_json(receipt_name(shard)) for shard in range(self._n_shards))
+        return self._draft.iter_json([receipt_name(shard) for shard in range(self._n_shards)])
 
 
 def _summarise(towers: Towers, picker: TokenPicker, images: Artefact) -> dict[str, Any]:

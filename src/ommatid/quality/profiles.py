@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from safetensors import safe_open
 
 from ommatid.config import Params
@@ -26,7 +25,7 @@ RELATIONS = ("images", "latents", "examples", "firings", "labels", "neighbours",
 def images(artefact: Artefact, params: Params) -> Frames:
     """Frames `parts` (one row a part), `splits` (one a split) and `whole` (one row)."""
     files = _files(artefact, "images")
-    parts = [{**_select(_IMAGE_PART, [path]), **_encoded(path)} for path in files]
+    parts = [{**_select(_IMAGE_PART, [path]), **_encoded(artefact, path.name)} for path in files]
     counts = {split: _select(f"count(*) FILTER (split = '{split}') AS n", files)["n"] if files else 0 for split in ("train", "eval")}
     splits = pd.DataFrame({"split": counts.keys(), "images": counts.values()})
     return {"parts": _frame(parts), "splits": splits, "whole": pd.DataFrame([_image_set(artefact, files)])}
@@ -41,10 +40,10 @@ _IMAGE_PART = f"""
 """
 
 
-def _encoded(path: Path) -> dict[str, Any]:
+def _encoded(artefact: Artefact, part: str) -> dict[str, Any]:
     """Images whose bytes are empty, read a few at a time: one photograph may be tens of megabytes."""
     empty: list[str] = []
-    for batch in _batches(path, ["image", "encoded"], n_rows=64):
+    for batch in _batches(artefact, part, ["image", "encoded"], n_rows=64):
         lengths = pc.call_function("binary_length", [batch["encoded"]]).fill_null(0).to_numpy(zero_copy_only=False)
         empty += [f"image {image}" for image in batch["image"].to_numpy()[lengths == 0]]
     return {"images without bytes": len(empty), "first without bytes": _named(empty[:SHOWN])}
@@ -73,11 +72,12 @@ def extract(artefact: Artefact, params: Params) -> Frames:
 
 
 def _hookpoint(hookpoint: str, artefact: Artefact) -> Frames:
-    tables = {table: _files(artefact, table) for table in ("train", "eval")}
-    parts = [_activations(path) for files in tables.values() for path in files]
-    vectors = [_vectors(path, name) for path in _files(artefact, "embeddings") for name in ("joint", "judge")]
-    splits = [{"split": table, "tokens": artefact.rows(table)} for table in tables]
-    whole = [_image_match(tables["train"] + tables["eval"], _files(artefact, "embeddings"))]
+    # read where they are: of all artefacts this one may be too large for the disk of this machine
+    tables = {table: artefact.parts(table) if table in artefact.tables else [] for table in ("train", "eval", "embeddings")}
+    parts = [_activations(artefact, part) for table in ("train", "eval") for part in tables[table]]
+    vectors = [_vectors(artefact, part, name) for part in tables["embeddings"] for name in ("joint", "judge")]
+    splits = [{"split": table, "tokens": artefact.rows(table)} for table in ("train", "eval")]
+    whole = [_image_match(artefact, tables["train"] + tables["eval"], tables["embeddings"])]
     if artefact.summary.get("source") == "files":
         whole = []  # imported without images: there is nothing to embed
     frames = {"parts": parts, "embeddings": vectors, "splits": splits, "whole": whole}
@@ -94,10 +94,10 @@ _MAGNITUDE, _INFINITY = np.uint16(0x7FFF), 0x7C00
 """Bits of a float16 without its sign order as its magnitude does: NaN above infinity above every finite number (IEEE 754)."""
 
 
-def _activations(path: Path) -> dict[str, Any]:
+def _activations(artefact: Artefact, part: str) -> dict[str, Any]:
     bad: dict[str, list[np.ndarray]] = {"NaN": [], "infinity": [], "only zeros": []}
     rows, largest = 0, 0
-    for batch in _batches(path, ["image", "token", "x"], n_rows=2048):
+    for batch in _batches(artefact, part, ["image", "token", "x"], n_rows=2048):
         bits = _vector_bits(batch["x"], np.uint16)
         top = (bits & _MAGNITUDE).max(axis=1)
         places = np.stack([batch["image"].to_numpy(), batch["token"].to_numpy()], axis=1)
@@ -105,7 +105,7 @@ def _activations(path: Path) -> dict[str, Any]:
             bad[name].append(places[mask])
         rows += batch.num_rows
         largest = max(largest, int(top[top < _INFINITY].max(initial=0)))
-    profile: dict[str, Any] = {"part": path.name, "rows": rows, "largest": float(np.array(largest, np.uint16).view(np.float16))}
+    profile: dict[str, Any] = {"part": part, "rows": rows, "largest": float(np.array(largest, np.uint16).view(np.float16))}
     for name, found in bad.items():
         where = np.concatenate(found) if found else np.empty((0, 2), np.int32)
         profile[f"tokens with {name}"] = len(where)
@@ -113,33 +113,36 @@ def _activations(path: Path) -> dict[str, Any]:
     return profile
 
 
-def _vectors(path: Path, name: str) -> dict[str, Any]:
+def _vectors(artefact: Artefact, part: str, name: str) -> dict[str, Any]:
     lost: list[int] = []
     off: list[int] = []
-    for batch in _batches(path, ["image", name], n_rows=4096):
+    for batch in _batches(artefact, part, ["image", name], n_rows=4096):
         norms = np.linalg.norm(_vector_bits(batch[name], np.float32).astype(np.float64), axis=1)
         image = batch["image"].to_numpy()
         lost += image[~np.isfinite(norms)].tolist()
         off += image[np.isfinite(norms) & (np.abs(norms - 1) > 1e-3)].tolist()
-    profile: dict[str, Any] = {"part": f"{path.name}, {name}"}
+    profile: dict[str, Any] = {"part": f"{part}, {name}"}
     for what, found in (("not finite", lost), ("not of unit norm", off)):
         profile[f"embeddings {what}"] = len(found)
         profile[f"first {what}"] = _named([f"image {image}" for image in found[:SHOWN]])
     return profile
 
 
-def _image_match(activations: list[Path], embeddings: list[Path]) -> dict[str, Any]:
+def _image_match(artefact: Artefact, activations: list[str], embeddings: list[str]) -> dict[str, Any]:
     """How the images of the two kinds of table differ."""
     whole: dict[str, Any] = {"set": "all images"}
     if not activations or not embeddings:
         missing = "activations" if not activations else "embeddings"
         return whole | {"unmatched images": None, "first unmatched": missing, "repeated embeddings": 0, "first repeated": ""}
-    a, e = (f"(SELECT DISTINCT image FROM {_scan(files)})" for files in (activations, embeddings))
-    lone = _query(f"SELECT image FROM {a} a FULL JOIN {e} e USING (image) WHERE a.image IS NULL OR e.image IS NULL ORDER BY image")
-    twice = _rows("SELECT image FROM {} GROUP BY image HAVING count(*) > 1 ORDER BY image", embeddings)
-    for what, found in (("unmatched images", lone), ("repeated embeddings", twice)):
-        whole |= {what: len(found), f"first {what.split()[0]}": _named([f"image {image}" for (image,) in found[:SHOWN]])}
+    captured = np.unique(np.concatenate([np.unique(_images_of(artefact, part)) for part in activations]))
+    embedded, times = np.unique(np.concatenate([_images_of(artefact, part) for part in embeddings]), return_counts=True)
+    for what, found in (("unmatched images", np.setxor1d(captured, embedded)), ("repeated embeddings", embedded[times > 1])):
+        whole |= {what: len(found), f"first {what.split()[0]}": _named([f"image {image}" for image in found[:SHOWN]])}
     return whole
+
+
+def _images_of(artefact: Artefact, part: str) -> np.ndarray:
+    return artefact.read_part(part, ["image"])["image"].to_numpy()
 
 
 _TENSORS = {"W_enc": "ms", "b_enc": "s", "W_dec": "sm", "b_dec": "m", "threshold": ""}
@@ -312,9 +315,8 @@ def _select(columns: str, files: list[Path]) -> dict[str, Any]:
     return {"part": files[0].name, **row}
 
 
-def _batches(path: Path, columns: list[str], n_rows: int) -> Iterator[pa.RecordBatch]:
-    # buffer_size streams a column chunk; without it pyarrow reads the whole chunk of a row group first
-    with pq.ParquetFile(path, buffer_size=2**20) as file:
+def _batches(artefact: Artefact, part: str, columns: list[str], n_rows: int) -> Iterator[pa.RecordBatch]:
+    with artefact.open_part(part) as file:
         yield from file.iter_batches(batch_size=n_rows, columns=columns)
 
 
