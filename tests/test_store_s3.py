@@ -206,6 +206,19 @@ def test_drafts_of_other_params_are_dropped(s3: str) -> None:
     assert names(s3) == []
 
 
+@pytest.mark.parametrize("a", [1, 2])
+def test_a_draft_that_another_machine_takes_away(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, a: int) -> None:
+    """It has a lock of its own, and makes the same artefact or another one."""
+    with open_draft(f"{s3}/images", "images", {"a": 1}, {}) as draft:
+        draft.write_json("cfg.json", 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "WORK", tmp_path / "other machine")
+            other = write(f"{s3}/images", params={"a": a})
+        with pytest.raises(ArtefactError, match="this draft was published or removed by another machine"):
+            fill(draft)
+    assert open_artefact(f"{s3}/images", "images").digest == other.digest
+
+
 WORKER = """
 import json, pickle, sys
 from dataclasses import asdict

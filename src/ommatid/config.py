@@ -41,7 +41,7 @@ class FolderSource(Section):
 
     kind: Literal["folder"]
     path: str
-    """The folder, relative to the checkout or absolute."""
+    """The folder, relative to the checkout or absolute, or a URL such as s3://bucket/photos."""
 
 
 class ParquetSource(Section):
@@ -49,7 +49,7 @@ class ParquetSource(Section):
 
     kind: Literal["parquet"]
     path: str
-    """The file or folder, relative to the checkout or absolute."""
+    """The file or folder, relative to the checkout or absolute, or a URL such as s3://bucket/photos."""
     column: str = "image"
     """The column of encoded images: binary, or the struct with a field `bytes` that Hugging Face data sets use."""
     label_column: str | None = None

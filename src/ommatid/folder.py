@@ -402,9 +402,8 @@ class Remote(Folder):
     def remove(self, name: str) -> None:
         """Remove an object, or all below a prefix."""
         with self.guard(name):
-            paths = list(self._fs.find(self._path(name)))
-            for start in range(0, len(paths), OBJECTS_AT_ONCE):
-                self._fs.rm(paths[start : start + OBJECTS_AT_ONCE])
+            for group in _groups(list(self._fs.find(self._path(name)))):
+                self._fs.rm(group)
 
     def move(self, place: Folder, last: str) -> None:
         """Copied by the store, then removed: whatever moment this ends at, doing it again ends it.
@@ -415,8 +414,8 @@ class Remote(Folder):
         names = sorted((entry.name for entry in self.entries()), key=lambda name: (_last(name) == last, name == last, name))
         with self.guard():
             place.remove(last)
-            for name in {entry.name for entry in place.entries()} - set(names):
-                place.remove(name)
+            for group in _groups(sorted({entry.name for entry in place.entries()} - set(names))):
+                self._fs.rm([place._path(name) for name in group])
             n_parts = sum(_last(name) != last for name in names)
             for group in (*_groups(names[:n_parts]), *([name] for name in names[n_parts:])):
                 self._fs.copy([self._path(name) for name in group], [place._path(name) for name in group])

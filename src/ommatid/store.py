@@ -1,8 +1,8 @@
 """Artefacts: folders of Parquet parts and a manifest, written aside as drafts and moved into place whole.
 
 A folder is on a disk or in an object store (see folder.py). What belongs to a machine is on its disk: locks, scratch files, and copies of
-objects for those who need a path. The lock holds among the processes of one machine; two machines that make the same artefact do
-no harm, for they write the same bytes under the same names, and each name changes hands whole.
+objects for those who need a path. The lock holds among the processes of one machine. Two machines that make the same artefact write the
+same bytes under the same names, each whole; when one has taken the draft away, the other finds out before it seals, and stops.
 """
 
 import functools
@@ -458,10 +458,11 @@ class Draft(Writer):
             files: Descriptions of files that workers wrote: these are not read again. Others are described here.
 
         Raises:
-            ArtefactError: a file that `files` describes is missing or of another size.
+            ArtefactError: a file that `files` describes is missing or of another size; or another machine took the draft away.
         """
         given = self._described | {file.name: file for file in files or ()}
         found = self.folder.sizes() | self._child_manifests()
+        self._check_open()  # after the listing: what it lacks then was never there
         _raise_damage(self.folder, _differences(found, [given[file.name] for file in files or ()]))
         names = sorted(name for name in found if name not in (MANIFEST, _OPEN))
         listed = tuple(given[name] if name in given else _describe(self.folder, name) for name in names)
@@ -472,6 +473,14 @@ class Draft(Writer):
         self._clean()
         self._made = Artefact(self.folder, manifest, self.describe(MANIFEST).sha256)
         return self._made
+
+    def _check_open(self) -> None:
+        is_mine = self._here == _here(self.folder)
+        if is_mine and not isinstance(self.folder, Disk) and self.folder.size(_OPEN) is None:
+            raise ArtefactError(
+                f"{self.url}: this draft was published or removed by another machine, which makes the same one or one with other params; "
+                "make an artefact on one machine at a time; run the stage again if it is not there now"
+            )
 
     def _child_manifests(self) -> dict[str, int]:
         """Size of each child's manifest by its name in this artefact."""
@@ -576,6 +585,7 @@ def _remove_others(drafts: Folder, name: str, mine: str) -> None:
     """Drafts of other params, inputs or code."""
     for other in drafts.folders():
         if other.startswith(f"{name}-") and other != mine:
+            drafts.remove(f"{other}/{_OPEN}")  # first: another machine that is at work there finds out
             drafts.remove(other)
 
 
