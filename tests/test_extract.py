@@ -52,7 +52,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> TileModel:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(collection._PARQUET, "row_group_size", 16)
+        patch.setitem(collection.PARQUET, "row_group_size", 16)
         return make_images_artefact(tmp_path_factory.mktemp("images"), N_IMAGES)
 
 

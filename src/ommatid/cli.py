@@ -13,6 +13,7 @@ from ommatid.errors import ConfigError, OmmatidError
 
 if TYPE_CHECKING:
     from ommatid.config import Model, Params
+    from ommatid.estimate import Estimate
     from ommatid.events import Measured, Progress
     from ommatid.vlm import Hookpoint
 
@@ -70,6 +71,17 @@ def label(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data
 def catalog(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data: Data = DEFAULT_DATA) -> None:
     """Build the DuckDB catalogue from the artefacts."""
     _run("catalog", params, overrides, data)
+
+
+@app.command()
+def estimate(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data: Data = DEFAULT_DATA) -> None:
+    """Say what a run will take, by trials of every stage on samples: disk, minutes, memory."""
+    from ommatid.config import load_params
+    from ommatid.estimate import estimate as make
+
+    found = make(load_params(params, overrides or ()), data, _Lines())
+    for line in [*_table(_estimate_rows(found)), *_estimate_notes(found)]:
+        typer.echo(line)
 
 
 @app.command()
@@ -147,6 +159,31 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
     """Lines whose columns are aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _estimate_rows(found: "Estimate") -> list[tuple[str, ...]]:
+    rows = [("stage", "disk", "minutes", "memory", "by trials on")]
+    for stage in found.stages:
+        seconds, peak = (stage.seconds, stage.peak) if stage.sizes else (None, None)
+        by = f"{' and '.join(map(str, {stage.sizes[0]: 0, stage.sizes[-1]: 0}))} images" if stage.sizes else "there already: used as it is"
+        minutes, memory = "-" if seconds is None else f"{seconds / 60:.1f}", "-" if peak is None else _megabytes(peak)
+        rows.append((stage.stage, _megabytes(stage.bytes), minutes, memory, by))
+    return [*rows, ("total", _megabytes(found.bytes), f"{found.seconds / 60:.1f}", _megabytes(found.peak), f"of {found.n_images} images")]
+
+
+def _estimate_notes(found: "Estimate") -> list[str]:
+    lines = [f"estimated in {found.took / 60:.1f} minutes"]
+    if found.free is not None:
+        verdict = "it fits" if found.missing <= found.free else "IT DOES NOT FIT: free some, or lower images.limit or extract.sample"
+        more = _megabytes(found.while_running)
+        lines.append(
+            f"disk: {_megabytes(found.missing)} needed ({more} of it only while a stage runs), {_megabytes(found.free)} free: {verdict}"
+        )
+    return lines
+
+
+def _megabytes(n: int) -> str:
+    return f"{n / 1e6:.1f} MB" if n < 1e9 else f"{n / 1e9:.1f} GB"
 
 
 class _Lines:

@@ -60,7 +60,7 @@ def _place(name: str, data: str) -> Folder:
     return open_folder(data) / STAGES[name].place.name
 
 
-def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA) -> Artefact:
+def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA, reports: Path = QUALITY, must_pass: bool = True) -> Artefact:
     """Run one stage in the current directory; where another process is making the same artefact, wait for it and take that one.
 
     Args:
@@ -68,6 +68,8 @@ def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA) -
         params: All of them.
         on_event: Hears of progress.
         data: Root of all artefacts, a path or URL.
+        reports: Where the gate's report goes.
+        must_pass: Publish nothing that fails the gate; False: only report it, as trials on samples need it.
 
     Raises:
         GateError: a check failed; the artefact is not published, the report is written.
@@ -86,12 +88,12 @@ def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA) -
             return draft.published
         with _training_run(name, params, inputs) as run:
             artefact = draft.sealed() or _compute(name, params, inputs, draft, run.tee(on_event) if run else on_event)
-            reports = _gate(name, artefact, params, draft)
+            report = _gate(name, artefact, params, draft, reports, must_pass)
             if run:
                 run.finish(artefact)
         published = draft.publish(place)
     if name in TRACKED:
-        _track(name, inputs.get("train", published), published, reports)
+        _track(name, inputs.get("train", published), published, report, reports)
     return published
 
 
@@ -123,26 +125,26 @@ def _training_run(name: str, params: Params, inputs: dict[str, Artefact]) -> Abs
     return tracking.training_run(params, inputs)
 
 
-def _gate(name: str, artefact: Artefact, params: Params, draft: Draft) -> list[Path]:
-    """Check the artefact; gives the report's files. What fails is discarded."""
+def _gate(name: str, artefact: Artefact, params: Params, draft: Draft, reports: Path, must_pass: bool) -> list[Path]:
+    """Check the artefact; gives the report's files. What fails and must not is discarded."""
     report = quality.check(name, artefact, params)
-    json_path, html_path = quality.write_report(report, QUALITY)
-    if not report.success:
+    json_path, html_path = quality.write_report(report, reports)
+    if must_pass and not report.success:
         draft.discard()
         failures = "; ".join(f"{check.name}: {check.detail}" for check in report.failures)
         raise GateError(f"{name}: quality gate failed: {failures}; nothing was published; the report is {html_path}")
     return [json_path, html_path]
 
 
-def _track(name: str, sae: Artefact, artefact: Artefact, reports: list[Path]) -> None:
+def _track(name: str, sae: Artefact, artefact: Artefact, report: list[Path], reports: Path) -> None:
     """Numbers and reports go to the MLflow run of the SAE; its training takes along the reports of what came before."""
     from ommatid import tracking
 
     if name == "train":
-        before = [QUALITY / f"{earlier}{suffix}" for earlier in ("images", "extract") for suffix in (".json", ".html")]
-        reports = [*(path for path in before if path.exists()), *reports]
+        before = [reports / f"{earlier}{suffix}" for earlier in ("images", "extract") for suffix in (".json", ".html")]
+        report = [*(path for path in before if path.exists()), *report]
     numbers = {key: float(value) for key, value in artefact.summary.items() if isinstance(value, int | float)}
-    tracking.log_stage(name, sae, reports, numbers)
+    tracking.log_stage(name, sae, report, numbers)
 
 
 def _compute(name: str, params: Params, inputs: dict[str, Artefact], draft: Draft, on_event: Listener) -> Artefact:

@@ -99,7 +99,7 @@ def test_parts_and_row_groups_are_bounded(photos, make, monkeypatch, png):
     assert [pq.read_metadata(path).num_rows for path in make(source(photos)).files("images")] == [10, 10, 4]
     monkeypatch.setattr(collection, "BYTES_PER_PART", 3 * len(png(1)))
     assert all(pq.read_metadata(path).num_rows <= 3 for path in make(source(photos)).files("images"))
-    assert collection._PARQUET["row_group_size"] <= 512
+    assert collection.PARQUET["row_group_size"] <= 512
 
 
 def test_encoded_bytes_are_stored_as_they_are(photos, make):

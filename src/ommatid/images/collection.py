@@ -15,7 +15,7 @@ BYTES_PER_PART = 2**26
 """A part ends at the row that reaches either: this much is held in memory."""
 
 _SOURCE = f"{SCRATCH}/source.json"
-_PARQUET: dict[str, Any] = {
+PARQUET: dict[str, Any] = {
     "row_group_size": 128,  # what extraction reads and shuffles as one block,
     "write_batch_size": 16,  # and of large ones not all: a page only ends after a batch
     "compression": {**dict.fromkeys(IMAGES.names, "zstd"), "thumbnail": "none", "encoded": "none"},  # compressed already
@@ -89,7 +89,7 @@ class Collection:
     def _write_part(self) -> None:
         note = {"n_seen": self.n_seen, "rejected": [vars(row) for row in self._rejected[self._n_noted :]]}
         self._draft.write_json(_note_name(self._n_parts), note)
-        self._draft.write_table(part_name("images", self._n_parts), self._table(), **_PARQUET)  # the part makes the note count
+        self._draft.write_table(part_name("images", self._n_parts), self._table(), **PARQUET)  # the part makes the note count
         self._n_parts += 1
         self._n_noted = len(self._rejected)
         self._waiting = []

@@ -4,7 +4,20 @@ Nothing here stops a stage: when no server answers, one warning says so and the 
 MLFLOW_TRACKING_URI; without it everything goes into .mlflow/ of the checkout that the run came from.
 """
 
+from ommatid.tracking.client import database
 from ommatid.tracking.registry import CHAMPION, MODEL, Version, find_version, get_champion, set_champion
 from ommatid.tracking.runs import Run, lineage, log_stage, training_run
 
-__all__ = ["CHAMPION", "MODEL", "Run", "Version", "find_version", "get_champion", "lineage", "log_stage", "set_champion", "training_run"]
+__all__ = [
+    "CHAMPION",
+    "MODEL",
+    "Run",
+    "Version",
+    "database",
+    "find_version",
+    "get_champion",
+    "lineage",
+    "log_stage",
+    "set_champion",
+    "training_run",
+]

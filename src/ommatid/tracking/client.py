@@ -30,6 +30,12 @@ def _folder() -> Path:
     return Path(os.environ.get("OMMATID_CHECKOUT") or ".").absolute() / ".mlflow"
 
 
+def database() -> Path | None:
+    """The sqlite file in which runs are recorded; None: there is none yet, or they go elsewhere."""
+    path = Path(_uri().removeprefix("sqlite:///"))
+    return path if _uri().startswith("sqlite:///") and path.exists() else None
+
+
 def shown_uri() -> str:
     """The URI without the user name and password it may carry."""
     return _public(_uri())

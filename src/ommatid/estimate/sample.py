@@ -1,0 +1,74 @@
+"""Some images of a data set that is there already, as a data set of its own."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ommatid import store
+from ommatid.images.collection import PARQUET
+from ommatid.images.source import spread
+from ommatid.schemas import IMAGES, REJECTED
+from ommatid.store import Artefact, part_name
+
+_PER_GROUP = 16
+"""Images taken of one row group: few, so that they come from everywhere."""
+_PER_PART = 512
+"""Images held at once."""
+
+
+def draw_images(images: Artefact, n: int, place: Path) -> Artefact:
+    """An images artefact of `n` of the images, evenly spread over them; they keep their numbers and splits.
+
+    Args:
+        images: The whole.
+        n: At most all.
+        place: Where the sample goes.
+    """
+    splits: Counter[str] = Counter()
+    labels: Counter[str] = Counter()
+    with store.open_draft(place, "images", {"sample": n}, {"images": images}) as draft:
+        for index, rows in enumerate(_iter_parts(_iter_rows(images, n))):
+            draft.write_table(part_name("images", index), rows, **PARQUET)
+            splits.update(rows["split"].to_pylist())
+            labels.update(label for label in rows["label"].to_pylist() if label is not None)
+        draft.write_table("rejected.parquet", REJECTED.empty_table())
+        draft.seal(_summary(splits, labels))
+        return draft.publish(place)
+
+
+def _iter_rows(images: Artefact, n: int) -> Iterator[pa.Table]:
+    """From row groups that are evenly spread, evenly spread rows."""
+    groups = [
+        (name, group, size)
+        for name, sizes in zip(images.parts("images"), images.row_groups("images"), strict=True)
+        for group, size in enumerate(sizes)
+    ]
+    total = sum(size for _, _, size in groups)
+    n_groups = min(len(groups), max(-(-n // _PER_GROUP), -(-n * len(groups) // total)))
+    left = n
+    chosen = [groups[i] for i in spread(len(groups), n_groups)]
+    for i, (name, group, size) in enumerate(chosen):
+        wanted = min(size, -(-left // (len(chosen) - i)))
+        with images.open_part(name) as file:
+            yield file.read_row_group(group).take(list(spread(size, wanted)))
+        left -= wanted
+
+
+def _iter_parts(pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    waiting: list[pa.Table] = []
+    for piece in pieces:
+        waiting.append(piece.cast(IMAGES))
+        if sum(map(len, waiting)) >= _PER_PART:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def _summary(splits: Counter[str], labels: Counter[str]) -> dict[str, Any]:
+    n = splits.total()
+    counts = {"n_seen": n, "n_images": n, "n_train": splits["train"], "n_eval": splits["eval"], "n_duplicates": 0, "n_rejected": 0}
+    return {**counts, "rejected_share": 0.0, "labels": dict(sorted(labels.items()))}

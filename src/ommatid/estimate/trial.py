@@ -1,0 +1,104 @@
+"""The process of a trial: runs one stage again and again, as `ommatid <stage>` runs it, and says how long each run took.
+
+Requests come as lines of JSON on the standard input, answers go as lines of JSON to the standard output; the end of the input ends it.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Answer until nobody asks any more."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what stages print is no answer
+    for line in sys.stdin:
+        answers.write(json.dumps(_answer(json.loads(line))) + "\n")
+        answers.flush()
+
+
+def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    from ommatid.errors import OmmatidError
+
+    try:
+        return _run(**request)
+    except OmmatidError as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    except Exception:
+        return {"error": "", "message": traceback.format_exc()}
+
+
+def _run(stage: str, params: dict[str, Any], data: str, whole: dict[str, int] | None) -> dict[str, Any]:
+    """Run a stage with the gate as a witness only: a sample may fail where the whole does not.
+
+    Args:
+        stage: Which.
+        params: All params, nested.
+        data: Root of the artefacts.
+        whole: For training, what the whole run has: `epochs` and `n_tokens` of an epoch.
+    """
+    start = time.perf_counter()
+    from ommatid.config import Params
+    from ommatid.stage import run_stage
+
+    checked, spans = Params.model_validate(params), _Spans()
+    with _saving_as_often(checked, data, **whole) if whole else nullcontext():
+        run_stage(stage, checked, spans, data, reports=Path(data) / "quality", must_pass=False)
+    seconds = time.perf_counter() - start
+    if stage == "extract":
+        from ommatid.extract.shard import load_worker
+
+        load_worker.cache_clear()  # the next run loads the networks again: two copies would be in memory
+    gc.collect()
+    return {"seconds": seconds, "peak": _peak(), "spans": spans.seconds}
+
+
+@contextmanager
+def _saving_as_often(params: Any, data: str, epochs: int, n_tokens: int) -> Iterator[None]:
+    """Checkpoints as many steps apart as the whole run will write them: a short run would write one after every step."""
+    from ommatid.sae import trainer
+    from ommatid.stage import open_stage
+
+    points = trainer.CURVE_POINTS
+    whole = trainer.make_plan(params.train.model_copy(update={"epochs": epochs}), n_tokens)
+    trial = trainer.make_plan(params.train, open_stage("extract", params.hookpoint, data).rows("train"))
+    trainer.CURVE_POINTS = max(1, trial.n_steps // max(1, whole.n_steps // points))
+    try:
+        yield
+    finally:
+        trainer.CURVE_POINTS = points
+
+
+class _Spans:
+    """How long each kind of work took, from its first event to its last."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, event: Any) -> None:
+        what, now = getattr(event, "what", None), time.perf_counter()
+        if what is not None:
+            self.seconds[what] = now - self._first.setdefault(what, now)
+
+
+def _peak() -> int:
+    """Largest resident set of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss of a new process can be that of the one that started it
+        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Trials of the whole line: each stage for real, on samples of the images that grow while they are cheap."""
+
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ommatid import tracking
+from ommatid.config import Params
+from ommatid.estimate.lines import Series, grow, trial_sizes
+from ommatid.estimate.process import Answer, StageProcess
+from ommatid.estimate.sample import draw_images
+from ommatid.events import Listener, Progress
+from ommatid.stage import STAGES, open_stage
+from ommatid.store import Artefact
+
+BUDGET = 20.0
+"""Seconds of one trial of one stage, at most as far as can be expected."""
+FEWEST_EVAL = 16
+"""Evaluation images of the smallest trial from `evaluate` on."""
+N_TRIALS = 6
+"""Kinds of them, for the progress: one a stage."""
+
+
+@dataclass
+class Tried:
+    """What the trials of one stage showed."""
+
+    series: Series = field(default_factory=Series)
+    sizes: list[int] = field(default_factory=list)
+    """Images of each trial."""
+    peaks: list[int] = field(default_factory=list)
+    """Largest resident set after each trial, in bytes."""
+    spans: Mapping[str, float] = field(default_factory=dict)
+    """Of the last trial: seconds of each kind of work."""
+
+    @property
+    def peak(self) -> int:
+        """Of a process that runs the largest trial alone: without what the second run, of the size of the first, added to it."""
+        again = self.peaks[1] - self.peaks[0] if len(self.peaks) > 1 else 0
+        return max(self.peaks[0], self.peaks[-1] - again)
+
+
+class Trials:
+    """Runs the trials of all stages; afterwards what they showed and what they made can be asked for."""
+
+    def __init__(self, params: Params, whole: Artefact | None, n_items: int, root: Path, on_event: Listener) -> None:
+        """Prepare.
+
+        Args:
+            params: Of the whole run.
+            whole: The images, where they are there already.
+            n_items: Images of the whole run that go through stage `images`.
+            root: An empty folder that is removed afterwards.
+            on_event: Hears of the trials.
+        """
+        self.tried: dict[str, Tried] = {stage: Tried() for stage in STAGES}
+        self._params = params
+        self._whole = whole
+        self._sizes = trial_sizes(n_items)
+        self._root = root
+        self._on_event = on_event
+        self._largest: dict[str, int] = {}
+
+    def artefact(self, stage: str) -> Artefact:
+        """What the largest trial of a stage made; of `extract` all hookpoints."""
+        return open_stage(stage, data=str(self._data(self._largest[stage])))
+
+    def activations(self) -> Artefact:
+        """What the largest trial extracted for training."""
+        return self._activations(self._largest["extract"])
+
+    def run(self, tokens_of: Callable[[Artefact, Artefact], float]) -> None:
+        """Run all trials.
+
+        Args:
+            tokens_of: Training tokens of the whole run, from images and activations of a trial.
+
+        Raises:
+            OmmatidError: what a stage raised on a sample, or a process that died.
+        """
+        self._prepare_tracking()
+        self._try_images_and_extract()
+        tokens = int(tokens_of(self.artefact("images"), self.activations()))
+        self._try_train(tokens)
+        sizes = self._try_evaluate()
+        self._try_label(sizes[-1])
+        self._try_catalog(sizes)
+
+    def _try_images_and_extract(self) -> None:
+        with ExitStack() as stack:
+            images = stack.enter_context(self._process("images"))
+            made: set[int] = set()
+
+            def make(n: int) -> None:
+                if n not in made:
+                    made.add(n)
+                    self._make_images(images, n)
+
+            def extract(process: StageProcess, i: int) -> Answer:
+                make(self._sizes[i])
+                return process.run(self._values(), self._data(self._sizes[i]))
+
+            make(self._sizes[0])
+            if self._whole is None:  # the first once more: see Series
+                self._make_images(images, self._sizes[0])
+            self._grow("extract", self._sizes, self._sizes, extract)
+            if self._whole is None:
+                self.tried["images"].series.end = images.end()
+
+    def _make_images(self, process: StageProcess, n: int) -> None:
+        self._largest["images"] = n
+        if self._whole is not None:
+            draw_images(self._whole, n, self._data(n) / STAGES["images"].place.name)
+            return
+        self._tell("images", n)
+        self._note("images", n, n, process.run(self._values(images={"limit": n}), self._data(n)))
+
+    def _try_train(self, n_tokens: int) -> None:
+        """Grow the tokens: first by more images, then by more epochs on all of the last extraction's.
+
+        More epochs than the whole run has are not trained, but for eight: a latent is dead after as many without a firing, and a
+        step that revives the dead costs more.
+        """
+        whole = {"epochs": self._params.train.epochs, "n_tokens": n_tokens}
+        runs = self._training_runs(n_tokens)
+
+        def train(process: StageProcess, i: int) -> Answer:
+            n, epochs = runs[i][1:]
+            return process.run(self._values(train={"epochs": epochs}), self._data(n), whole)
+
+        self._grow("train", [work for work, _, _ in runs], [n for _, n, _ in runs], train)
+
+    def _training_runs(self, n_tokens: int) -> list[tuple[float, int, int]]:
+        """Tokens, images and epochs of each trial there can be, in order of the tokens."""
+        batch, sizes = self._params.train.batch_size, sorted(set(self.tried["extract"].sizes))
+        rows = {n: self._activations(n).rows("train") for n in sizes}
+        most = min(-(-n_tokens * self._params.train.epochs // max(1, rows[sizes[-1]])), max(8, self._params.train.epochs))
+        full = [n for n in sizes if rows[n] >= batch] or sizes[-1:]  # a smaller batch would be another step
+        epochs = sorted({2**i for i in range(most.bit_length())} | {most})
+        found = [(trained_tokens(rows[n], batch, 1), n, 1) for n in full]
+        found += [(trained_tokens(rows[sizes[-1]], batch, e), sizes[-1], e) for e in epochs if e > 1]
+        return list({work: (work, n, e) for work, n, e in found}.values())
+
+    def _try_evaluate(self) -> list[int]:
+        """Gives the sizes that were evaluated, in order."""
+        n_eval = {n: self._images(n).summary["n_eval"] for n in sorted(set(self.tried["extract"].sizes))}
+        sizes = [n for n, found in n_eval.items() if found >= FEWEST_EVAL] or list(n_eval)[-1:]
+
+        def evaluate(process: StageProcess, i: int) -> Answer:
+            self._lend("train", sizes[i])
+            return process.run(self._values(), self._data(sizes[i]))
+
+        self._grow("evaluate", [n_eval[n] for n in sizes], sizes, evaluate)
+        return sorted(set(self.tried["evaluate"].sizes))
+
+    def _try_label(self, n: int) -> None:
+        """Once: most of its time goes to the words, which a sample has, too; how long the scores take, its events say."""
+        with self._process("label") as process:
+            self._tell("label", n)
+            # on a sample few latents fire on as many images as params ask for, and what a score costs would not be seen
+            answer = process.run(self._values(label={"min_examples": 2}), self._data(n))
+            self._note("label", n, n, answer)
+            self.tried["label"].series.end = process.end()
+
+    def _try_catalog(self, sizes: Sequence[int]) -> None:
+        def build(process: StageProcess, i: int) -> Answer:
+            for stage in ("train", "label"):
+                self._lend(stage, sizes[i])
+            return process.run(self._values(), self._data(sizes[i]))
+
+        self._grow("catalog", sizes, sizes, build)
+
+    def _grow(self, stage: str, works: Sequence[float], sizes: Sequence[int], run: Callable[[StageProcess, int], Answer]) -> None:
+        """Run trials of a stage while they are cheap."""
+        with self._process(stage) as process:
+
+            def one(i: int) -> float:
+                self._tell(stage, sizes[i])
+                answer = run(process, i)
+                self._note(stage, sizes[i], works[i], answer)
+                return answer.seconds
+
+            grow(one, works, BUDGET)
+            self.tried[stage].series.end = process.end()
+
+    def _note(self, stage: str, n: int, work: float, answer: Answer) -> None:
+        tried = self.tried[stage]
+        tried.series.add(work, answer.seconds)
+        tried.sizes.append(n)
+        tried.peaks.append(answer.peak)
+        tried.spans = answer.spans
+        self._largest[stage] = n
+
+    def _tell(self, stage: str, n: int) -> None:
+        done = list(STAGES).index(stage)
+        self._on_event(Progress(f"trial: {stage} of {n} images, stages tried", done, N_TRIALS))
+
+    def _values(self, **changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Params of a trial."""
+        values = self._params.model_dump(mode="json")
+        for section, change in ({"extract": {"executor": {"kind": "local"}}} | changes).items():
+            values[section] |= change
+        return values
+
+    def _lend(self, stage: str, n: int) -> None:
+        """Give the artefact of a stage's largest trial to the trials of another size."""
+        if n != self._largest[stage]:
+            name = STAGES[stage].place.name
+            shutil.copytree(self._data(self._largest[stage]) / name, self._data(n) / name, dirs_exist_ok=True)
+
+    def _images(self, n: int) -> Artefact:
+        return open_stage("images", data=str(self._data(n)))
+
+    def _activations(self, n: int) -> Artefact:
+        return open_stage("extract", self._params.hookpoint, str(self._data(n)))
+
+    def _data(self, n: int) -> Path:
+        return self._root / str(n)
+
+    @contextmanager
+    def _process(self, stage: str) -> Iterator[StageProcess]:
+        uri = f"sqlite:///{self._root / 'mlflow.db'}"  # no trial is recorded where runs are
+        environment = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_REGISTRY_URI": uri}
+        with StageProcess(stage, environment, self._root / f"{stage}.log") as process:
+            yield process
+
+    def _prepare_tracking(self) -> None:
+        """Where there is an MLflow database the trials start with a copy of it: to make one takes seconds that the run would not."""
+        found = tracking.database()
+        if found is not None:
+            with closing(sqlite3.connect(found)) as theirs, closing(sqlite3.connect(self._root / "mlflow.db")) as ours:
+                theirs.backup(ours)
+
+
+def trained_tokens(n_tokens: int, batch_size: int, epochs: int) -> int:
+    """Tokens that training goes through: whole batches, as `sae.trainer.make_plan` counts them."""
+    batch = max(1, min(batch_size, n_tokens))
+    return n_tokens // batch * batch * epochs

@@ -1,0 +1,254 @@
+"""From trials to the whole: how much there will be of everything, and what that takes in bytes, seconds and memory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from ommatid.catalog.build import WRITER_MB
+from ommatid.config import EvaluateParams, ExtractParams, Params
+from ommatid.estimate.lines import Cost, Timed
+from ommatid.estimate.trials import Tried, trained_tokens
+from ommatid.extract.plan import IMAGES_PER_SHARD
+from ommatid.extract.rows import BYTES_PER_ROW_GROUP
+from ommatid.extract.shard import BYTES_PER_CHUNK, IMAGES_PER_CHUNK
+from ommatid.folder import Disk
+from ommatid.images.collection import BYTES_PER_PART, ROWS_PER_PART
+from ommatid.store import MANIFEST, Artefact
+from ommatid.train import SAMPLE
+
+CHUNK_COPIES = 4
+"""Of a chunk of activations in memory: its batches, joined, in their order, and the chunk before on its way to the disk."""
+GROUP_COPIES = 4
+"""Of a row group of training tokens: read, in order, with its columns, in the writer; training has a queue of them."""
+PART_COPIES = 4
+"""Of a part of images: rows, columns, a table, the writer."""
+HEAT_COPIES = 4
+"""Of the heat maps: collected, joined, in order, a table."""
+SAMPLE_COPIES = 3
+"""Of the tokens that training starts with: read, joined, scaled."""
+JOINT_COPIES = 3
+"""Of the joint embeddings of the evaluation images: read, centred, of unit norm."""
+CATALOG_COPIES = 2
+"""Of what goes into the catalogue, up to DuckDB's limit: read and sorted."""
+IMAGE_NOTE = 250
+"""Bytes that stage `images` remembers of every image: its id and its path."""
+BARE_LABEL = 8.5
+"""Bytes of a latent without a label in the table of labels."""
+BYTES_PER_LABEL = 45.0
+"""Of a label with its scores, where no trial has one."""
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much there is of everything, in a trial or in the whole."""
+
+    images: float
+    """Images kept."""
+    train_images: float
+    eval_images: float
+    train_tokens: float
+    """Rows of the training table: an epoch."""
+    firings: float
+    examples: float
+    """Rows of examples with heat maps."""
+    scored: float
+    """Latents with a name."""
+
+
+class Whole:
+    """What the whole run takes, by what the largest trials made.
+
+    Tokens and firings grow with the images. Examples and names do not: each latent has so many at most. How often each fired in the
+    trial says how many there will be.
+    """
+
+    def __init__(self, params: Params, artefacts: Mapping[str, Artefact], activations: Artefact, tried: Mapping[str, Tried]) -> None:
+        """Take what was tried.
+
+        Args:
+            params: Of the whole run.
+            artefacts: What the largest trial of each stage made.
+            activations: Those that are trained on, from the largest trial.
+            tried: What the trials of each stage showed.
+        """
+        assert isinstance(params.extract, ExtractParams)
+        self._params = params
+        self._extract = params.extract
+        self._artefacts = artefacts
+        self._activations = activations
+        self._tried = tried
+        self._fired = _count_firings(artefacts["evaluate"], params.train.d_sae)
+
+    def amounts(self, images: Mapping[str, Any]) -> tuple[Amounts, Amounts]:
+        """What the largest trials had, and what the whole will have.
+
+        Args:
+            images: Summary of the images of the whole, or what is known of it: n_images, n_train, n_eval.
+        """
+        tried = self._artefacts["images"].summary
+        n_train, evaluation = self._activations.rows("train"), self._artefacts["evaluate"]
+        n_eval = evaluation.summary["n_images"]
+        trial = Amounts(
+            images=tried["n_images"],
+            train_images=tried["n_train"],
+            eval_images=n_eval,
+            train_tokens=n_train,
+            firings=evaluation.rows("firings"),
+            examples=evaluation.rows("examples"),
+            scored=self._artefacts["label"].summary["n_scored"],
+        )
+        more = images["n_eval"] / max(1, n_eval)
+        fewer = expect_examples(self._fired, self._params.evaluate)
+        whole = Amounts(
+            images=images["n_images"],
+            train_images=images["n_train"],
+            eval_images=images["n_eval"],
+            train_tokens=n_train * images["n_train"] / max(1, tried["n_train"]),
+            firings=trial.firings * more,
+            examples=trial.examples * expect_examples(self._fired * more, self._params.evaluate) / fewer if fewer else 0.0,
+            scored=float((self._fired * more / 2 >= self._params.label.min_examples).sum()),
+        )
+        return trial, whole
+
+    def bytes(self, trial: Amounts, whole: Amounts) -> dict[str, int]:
+        """On the disk, by stage."""
+        images = whole.images / trial.images
+        kept = {"train": whole.train_tokens / max(1, trial.train_tokens), "embeddings": images}
+        kept["eval"] = whole.eval_images / max(1, self._artefacts["images"].summary["n_eval"])
+        found = {
+            "images": _grown(self._artefacts["images"], {"images": images, "rejected": images}),
+            "extract": _grown(self._artefacts["extract"], {}) + sum(self._hookpoint_bytes(name, kept) for name in self._extract.hookpoints),
+            "train": _grown(self._artefacts["train"], {}),
+            "evaluate": _grown(
+                self._artefacts["evaluate"],
+                {"firings": whole.firings / max(1, trial.firings), "examples": whole.examples / max(1, trial.examples)},
+            ),
+            "label": _grown(self._artefacts["label"], {}) + self._per_label(trial) * (whole.scored - trial.scored),
+        }
+        found["catalog"] = _grown(self._artefacts["catalog"], {}) + self._catalog_growth(trial, whole)
+        return {stage: int(size) for stage, size in found.items()}
+
+    def costs(self, trial: Amounts) -> dict[str, Cost]:
+        """Seconds by work, by stage."""
+        costs = {stage: tried.series.cost() for stage, tried in self._tried.items() if tried.series.cold and stage != "label"}
+        label = self._tried["label"]
+        assert label.series.cold is not None
+        per_score = label.spans.get("score labels", 0.0) / max(1.0, trial.scored)
+        return costs | {"label": Cost(Timed(trial.scored, label.series.cold.seconds + label.series.end), per_score)}
+
+    def work(self, whole: Amounts, n_items: int) -> dict[str, float]:
+        """What `costs` count, by stage."""
+        train = self._params.train
+        return {
+            "images": n_items,
+            "extract": whole.images,
+            "train": trained_tokens(int(whole.train_tokens), train.batch_size, train.epochs),
+            "evaluate": whole.eval_images,
+            "label": whole.scored,
+            "catalog": whole.images,
+        }
+
+    def peaks(self, trial: Amounts, whole: Amounts) -> dict[str, int]:
+        """Largest resident set by stage, in bytes: that of the largest trial, and what the whole holds beyond it."""
+        before, after = (self._held(amounts, self.bytes(trial, amounts)["catalog"]) for amounts in (trial, whole))
+        return {stage: int(tried.peak + max(0.0, after[stage] - before[stage])) for stage, tried in self._tried.items() if tried.peaks}
+
+    def while_running(self, whole: Amounts, extract: int) -> int:
+        """Bytes on the disk that only a running stage needs: the chunks of a shard of so large an extraction, or the checkpoint."""
+        weights = 4 * self._params.train.d_sae * self._activations.summary["d_model"]
+        return int(max(extract * min(1.0, IMAGES_PER_SHARD / max(1.0, whole.images)), 6 * weights))
+
+    def _held(self, amounts: Amounts, catalog: int) -> dict[str, float]:
+        """Bytes that a stage holds at once, of what may be more in the whole than in a trial."""
+        facts = self._activations.summary
+        cells = int(np.prod(facts["grid"])) if facts["grid"] else 0
+        group = self._group(amounts)
+        sample = min(SAMPLE, amounts.train_tokens) * facts["d_model"] * 4
+        shard = min(1.0, IMAGES_PER_SHARD / max(1.0, amounts.images)) * amounts.eval_images
+        return {
+            "images": PART_COPIES * self._part(amounts) + IMAGE_NOTE * amounts.images,
+            "extract": CHUNK_COPIES * self._chunk(amounts) + GROUP_COPIES * group,
+            "train": SAMPLE_COPIES * sample + GROUP_COPIES * group,
+            "evaluate": HEAT_COPIES * amounts.examples * cells * 4 + 2 * shard * facts["d_judge"] * 4,
+            "label": JOINT_COPIES * amounts.eval_images * facts["d_joint"] * 4,
+            "catalog": min(WRITER_MB * 2**20, CATALOG_COPIES * catalog),
+        }
+
+    def _part(self, amounts: Amounts) -> float:
+        """Bytes of a part of images."""
+        images = self._artefacts["images"]
+        each = sum(file.bytes for file in images.manifest.files) / max(1, images.rows("images"))
+        return min(amounts.images * each, ROWS_PER_PART * each, BYTES_PER_PART)
+
+    def _chunk(self, amounts: Amounts) -> float:
+        """Bytes of a chunk of activations at all hookpoints."""
+        each = sum(facts["tokens_per_image"] * facts["d_model"] * 2 for facts in self._facts())
+        return min(amounts.images, IMAGES_PER_CHUNK, max(1, BYTES_PER_CHUNK // each)) * each
+
+    def _group(self, amounts: Amounts) -> float:
+        """Bytes of a row group of training tokens: whole rounds, a token of every image each."""
+        facts = self._activations.summary
+        shard = amounts.images / max(1, -(-amounts.images // IMAGES_PER_SHARD))
+        row = facts["d_model"] * 2
+        rounds = max(1, BYTES_PER_ROW_GROUP // max(1, int(shard * row)))
+        per_image = amounts.train_tokens / max(1.0, amounts.train_images)
+        return min(rounds, per_image) * shard * amounts.train_images / max(1.0, amounts.images) * row
+
+    def _facts(self) -> list[Mapping[str, Any]]:
+        return [self._artefacts["extract"].child(name, "activations").summary for name in self._extract.hookpoints]
+
+    def _hookpoint_bytes(self, name: str, kept: Mapping[str, float]) -> float:
+        child = self._artefacts["extract"].child(name, "activations")
+        # all hookpoints share one file of embeddings under several names
+        return _grown(child, kept if name == self._extract.hookpoints[0] else {**kept, "embeddings": 0.0})
+
+    def _per_label(self, trial: Amounts) -> float:
+        labels = self._artefacts["label"]
+        written = sum(file.bytes for file in labels.manifest.files) - BARE_LABEL * self._params.train.d_sae
+        return max(0.0, written / trial.scored) if trial.scored else BYTES_PER_LABEL
+
+    def _catalog_growth(self, trial: Amounts, whole: Amounts) -> float:
+        """What its tables take in Parquet, about as much as in DuckDB; of the images without their files, which it does not have."""
+        evaluation = self._artefacts["evaluate"]
+        growth = (whole.images - trial.images) * _bytes_beside_files(self._artefacts["images"])
+        for table, more in (("firings", whole.firings - trial.firings), ("examples", whole.examples - trial.examples)):
+            written = sum(file.bytes for file in evaluation.manifest.files if file.name.startswith(table))
+            growth += more * written / max(1, evaluation.rows(table))
+        return growth + self._per_label(trial) * (whole.scored - trial.scored)
+
+
+def expect_examples(fired: np.ndarray, params: EvaluateParams) -> float:
+    """Rows of examples of latents that fire on so many images each: tenths of its images, of each at most so many."""
+    tenth = fired / 10
+    return float((np.minimum(params.n_top, tenth) + 9 * np.minimum(params.n_per_decile, tenth)).sum())
+
+
+def _count_firings(evaluation: Artefact, d_sae: int) -> np.ndarray:
+    """Images that fire each latent, (d_sae,) float."""
+    counts = np.zeros(d_sae)
+    for batch in evaluation.iter_batches("firings", ["latent"], n_rows=2**18):
+        counts += np.bincount(batch["latent"].to_numpy(), minlength=d_sae)
+    return counts
+
+
+def _grown(artefact: Artefact, more: Mapping[str, float]) -> float:
+    """Bytes of an artefact whose tables have so many times the rows; the other files stay as they are. Without its children's."""
+    assert isinstance(artefact.folder, Disk)
+    factors = {name: more.get(table, 1.0) for table in artefact.tables for name in artefact.parts(table)}
+    children = {f"{child}/{MANIFEST}" for child in artefact.children}
+    files = (file.bytes * factors.get(file.name, 1.0) for file in artefact.manifest.files if file.name not in children)
+    return sum(files) + (artefact.folder.path / MANIFEST).stat().st_size
+
+
+def _bytes_beside_files(images: Artefact) -> float:
+    """Of an image in the data set, without its encoded file."""
+    total = 0
+    for name in images.parts("images"):
+        metadata = pq.read_metadata(images.file(name))
+        groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+        columns = (group.column(i) for group in groups for i in range(metadata.num_columns))
+        total += sum(column.total_compressed_size for column in columns if column.path_in_schema != "encoded")
+    return total / max(1, images.rows("images"))
