@@ -14,6 +14,7 @@ import shutil
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from ommatid.errors import ArtefactError
 
 OBJECTS_AT_ONCE = 1000
 """Objects asked for, copied or removed in one go: their requests run side by side."""
+COPIES_AT_ONCE = 32
+"""Requests to copy an object that run side by side: the store works, and this machine waits."""
 READ_BYTES = 8 * 2**20
 """Bytes of an object asked for at once while it is read from end to end: few enough to hold, enough to hide the way there."""
 
@@ -397,7 +400,7 @@ class Remote(Folder):
     def share(self, name: str, to: str) -> None:
         """A copy that the store makes by itself."""
         with self.guard(to):
-            self._fs.cp_file(self._path(name), self._path(to))
+            self._copy([(self._path(name), self._path(to), self._needed_size(name))])
 
     def remove(self, name: str) -> None:
         """Remove an object, or all below a prefix."""
@@ -411,14 +414,15 @@ class Remote(Folder):
         `last` goes first from `place` and comes last to it: readers find the old one whole, none, or the new one whole.
         """
         assert isinstance(place, Remote), place
-        names = sorted((entry.name for entry in self.entries()), key=lambda name: (_last(name) == last, name == last, name))
+        sizes = {entry.name: entry.bytes for entry in self.entries()}
+        names = sorted(sizes, key=lambda name: (_last(name) == last, name == last, name))
         with self.guard():
             place.remove(last)
-            for group in _groups(sorted({entry.name for entry in place.entries()} - set(names))):
+            for group in _groups(sorted({entry.name for entry in place.entries()} - sizes.keys())):
                 self._fs.rm([place._path(name) for name in group])
             n_parts = sum(_last(name) != last for name in names)
             for group in (*_groups(names[:n_parts]), *([name] for name in names[n_parts:])):
-                self._fs.copy([self._path(name) for name in group], [place._path(name) for name in group])
+                self._copy([(self._path(name), place._path(name), sizes[name]) for name in group])
             self.remove(last)
             self.remove("")
 
@@ -438,6 +442,15 @@ class Remote(Folder):
             if not type(error).__module__.startswith(_BACKENDS):
                 raise
             raise ArtefactError(_refused(where, error)) from error
+
+    def _copy(self, objects: Sequence[tuple[str, str, int]]) -> None:
+        """Let the store copy objects: path, new path, bytes."""
+        if "s3" in self._fs.protocol:
+            # in one request each: s3fs copies piece by piece from 150 MB on, one piece after the other, which not every store can
+            with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
+                list(pool.map(lambda found: _copy_on_s3(self._fs, *found), objects))
+        else:
+            self._fs.copy([source for source, _, _ in objects], [target for _, target, _ in objects])
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
@@ -546,6 +559,18 @@ def writing(path: Path) -> Iterator[None]:
 def _existing(path: Path) -> Path:
     """The nearest folder that is there."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+_S3_COPIES = 5 * 2**30
+"""Bytes of the largest object that S3 copies in one request."""
+
+
+def _copy_on_s3(fs: Any, source: str, target: str, size: int) -> None:
+    if size > _S3_COPIES:
+        fs.cp_file(source, target)
+        return
+    (from_bucket, from_key, _), (bucket, key, _) = fs.split_path(source), fs.split_path(target)
+    fs.call_s3("copy_object", Bucket=bucket, Key=key, CopySource={"Bucket": from_bucket, "Key": from_key})
 
 
 def _entry(name: str, info: dict[str, Any]) -> Entry:
