@@ -126,11 +126,6 @@ class Folder(ABC):
             last: Name of the file without which a folder counts as unfinished, here and in folders inside.
         """
 
-    @abstractmethod
-    @contextmanager
-    def guard(self, name: str = "") -> Iterator[None]:
-        """Turn what can go wrong outside of this program while `name` is written into an ArtefactError that says what to do."""
-
     def sha256(self, name: str, size: int | None = None) -> str:
         """Checksum of a file."""
         digest = hashlib.sha256()
@@ -303,12 +298,6 @@ class Disk(Folder):
         if old.exists():
             shutil.rmtree(old)
 
-    @contextmanager
-    def guard(self, name: str = "") -> Iterator[None]:
-        """A full disk, a folder that may not be written to."""
-        with writing(self.path / name):
-            yield
-
 
 class Remote(Folder):
     """A prefix of an object store, or whatever else fsspec reaches by a URL. Credentials and endpoint are those of its library."""
@@ -327,7 +316,7 @@ class Remote(Folder):
 
     def exists(self) -> bool:
         """Whether there is any object; finds out too whether there is such a bucket."""
-        with self.guard():
+        with self._guard():
             if self._list(self._root):
                 return True
             try:
@@ -340,24 +329,24 @@ class Remote(Folder):
 
     def sizes(self, inside: str = "") -> dict[str, int]:
         """Size of every object by name."""
-        with self.guard(inside):
+        with self._guard(inside):
             return {_last(found["name"]): found["size"] for found in self._list(self._path(inside)) if found["type"] == "file"}
 
     def folders(self) -> list[str]:
         """Names of the prefixes inside, in order."""
-        with self.guard():
+        with self._guard():
             return sorted(_last(found["name"]) for found in self._list(self._root) if found["type"] == "directory")
 
     def entries(self) -> Iterator[Entry]:
         """All objects below, in any order."""
-        with self.guard():
+        with self._guard():
             found = self._fs.find(self._root, detail=True)
         for path, info in found.items():
             yield _entry(path.removeprefix(self._root).lstrip("/"), info)
 
     def entry(self, name: str = "") -> Entry | None:
         """An object; None: there is none, or it is a prefix."""
-        with self.guard(name):
+        with self._guard(name):
             try:
                 info = self._fs.info(self._path(name))
             except FileNotFoundError:
@@ -374,7 +363,7 @@ class Remote(Folder):
 
     def read_range(self, name: str, start: int | None, end: int | None) -> bytes:
         """Bytes of an object from `start` up to `end`; None: from its begin, to its end."""
-        with self.guard(name):
+        with self._guard(name):
             try:
                 return self._fs.cat_file(self._path(name), start=start, end=end)
             except FileNotFoundError:
@@ -384,13 +373,13 @@ class Remote(Folder):
         """Content of many small objects, in order, many at a time."""
         for start in range(0, len(names), OBJECTS_AT_ONCE):
             paths = [self._path(name) for name in names[start : start + OBJECTS_AT_ONCE]]
-            with self.guard():
+            with self._guard():
                 found = self._fs.cat(paths, recursive=False)
             yield from (found[path] for path in paths)
 
     def put(self, path: Path, name: str) -> None:
         """Upload; the object is there when all of it has arrived."""
-        with self.guard(name):
+        with self._guard(name):
             try:
                 self._fs.put_file(str(path), self._path(name))
             except FileNotFoundError:
@@ -399,12 +388,12 @@ class Remote(Folder):
 
     def share(self, name: str, to: str) -> None:
         """A copy that the store makes by itself."""
-        with self.guard(to):
+        with self._guard(to):
             self._copy([(self._path(name), self._path(to), self._needed_size(name))])
 
     def remove(self, name: str) -> None:
         """Remove an object, or all below a prefix."""
-        with self.guard(name):
+        with self._guard(name):
             for group in _groups(list(self._fs.find(self._path(name)))):
                 self._fs.rm(group)
 
@@ -416,19 +405,24 @@ class Remote(Folder):
         assert isinstance(place, Remote), place
         sizes = {entry.name: entry.bytes for entry in self.entries()}
         names = sorted(sizes, key=lambda name: (_last(name) == last, name == last, name))
-        with self.guard():
+        with self._guard():
             place.remove(last)
             for group in _groups(sorted({entry.name for entry in place.entries()} - sizes.keys())):
                 self._fs.rm([place._path(name) for name in group])
             n_parts = sum(_last(name) != last for name in names)
             for group in (*_groups(names[:n_parts]), *([name] for name in names[n_parts:])):
-                self._copy([(self._path(name), place._path(name), sizes[name]) for name in group])
+                try:
+                    self._copy([(self._path(name), place._path(name), sizes[name]) for name in group])
+                except FileNotFoundError:
+                    raise ArtefactError(
+                        f"{self.url}: another machine took files away while they were published; run the stage again"
+                    ) from None
             self.remove(last)
             self.remove("")
 
     @contextmanager
-    def guard(self, name: str = "") -> Iterator[None]:
-        """A store that cannot be reached, or refuses; on this machine a full disk."""
+    def _guard(self, name: str = "") -> Iterator[None]:
+        """Turn a store that cannot be reached, or refuses, into an error that says what to do."""
         where = f"{self.url}/{name}" if name else self.url
         try:
             yield
