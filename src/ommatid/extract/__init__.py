@@ -6,6 +6,7 @@ manifests. What comes out is a function of images, params and code: the same byt
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ommatid import executors
@@ -30,7 +31,7 @@ def extract(params: ExtractParams, inputs: Mapping[str, Artefact], draft: Draft,
         ExecutorError: a worker died again and again, or no cluster answers.
     """
     images = inputs["images"]
-    job = ShardJob(params.model_dump_json(), images.url, draft.url)
+    job = ShardJob(params.model_dump_json(), _absolute(images.url), _absolute(draft.url))
     towers = load_worker(job).towers  # all that can be wrong with the models is found before any work
     check_room(draft, params, images.summary, towers)
     n_images = _write_plan(draft, images)
@@ -43,6 +44,11 @@ def extract(params: ExtractParams, inputs: Mapping[str, Artefact], draft: Draft,
         files, summary = receipts.merge(name)
         draft.child(name, "activations").seal(_summarise(towers, picker, images) | summary, files)
     return draft.seal({"hookpoints": list(towers.pickers), "n_shards": len(n_images), "n_images": sum(n_images)})
+
+
+def _absolute(url: str) -> str:
+    """For workers that run in another folder."""
+    return url if "://" in url else str(Path(url).resolve())
 
 
 def _write_plan(draft: Draft, images: Artefact) -> list[int]:
