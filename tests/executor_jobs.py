@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -123,6 +124,25 @@ class SlowJob(WriteJob):
 
     def disturb(self, shard: int) -> None:
         time.sleep(shard)
+
+
+class Counted(Sequence[int]):
+    """So many shards, and how many of them are taken at most beyond those that are done."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.done, self.most = n, 0, 0
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: Any) -> int:
+        if index >= self.n:
+            raise IndexError
+        self.most = max(self.most, index + 1 - self.done)
+        return index
+
+    def finish(self, shard: int) -> None:
+        self.done += 1
 
 
 def made(folder: Path) -> dict[int, dict[str, Any]]:

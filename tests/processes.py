@@ -15,8 +15,8 @@ TESTS = Path(__file__).parent
 
 
 def started() -> list[psutil.Process]:
-    """Processes that this one has started and that still run, but the one that multiprocessing keeps."""
-    return [child for child in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(child.cmdline())]
+    """Processes that this one has started itself and that still run, but the one that multiprocessing keeps."""
+    return [child for child in psutil.Process().children() if "resource_tracker" not in " ".join(child.cmdline())]
 
 
 class Driver:

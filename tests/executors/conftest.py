@@ -1,9 +1,14 @@
 """What the tests of all executors share."""
 
+import os
+import secrets
 from collections.abc import Iterator
 
 import pytest
 from processes import Driver
+
+# read when Ray is imported: Ray clusters of tests answer nobody else, and no token is written to the user's home
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 @pytest.fixture

@@ -1,16 +1,20 @@
 """Dask: the only file that knows `distributed`.
 
-Dask reruns by itself what a dead worker was at. A worker has one place for a shard, however many threads it has: a model takes all
-cores or a GPU, and hooks of two forward passes in one process would mix.
+Dask reruns by itself what a dead worker was at. A worker makes one shard at a time, however many threads it has: a model takes all
+cores or a GPU, and hooks of two forward passes in one process would mix. (A lock does it. Dask's resources, of which a worker could
+have one place, would be given to workers after they have joined, and tasks that wait for a worker never hear of it.)
 """
 
 import logging
 import multiprocessing
+import pickle
+import pkgutil
+import threading
 import uuid
 import warnings
 from asyncio import CancelledError
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
 
@@ -21,7 +25,8 @@ from ommatid.executors.workers import check_versions, environment, thread_settin
 
 try:
     import dask.config
-    from distributed import Client, Future, KilledWorker, LocalCluster, Worker, WorkerPlugin, wait
+    from distributed import Client, Future, KilledWorker, LocalCluster, get_worker, wait
+    from distributed.comm.core import CommClosedError
     from distributed.versions import VersionMismatchWarning
 except ImportError as error:
     raise ExecutorError(f"extract.executor: dask is not installed ({error}); pip install 'ommatid[dask]'") from None
@@ -31,8 +36,6 @@ _SECONDS_WITHOUT_WORKERS = 300
 """Batch systems take minutes to start a worker."""
 _IN_FLIGHT = 2
 """Futures a worker: one is made, and one waits so that no worker does."""
-_PLACE = "ommatid-shard"
-"""The resource of which each worker process has one."""
 
 
 def run(params: DaskExecutor, job: Callable[[int], None], shards: Sequence[int], on_done: Callable[[int], None]) -> None:
@@ -54,16 +57,16 @@ def _cluster(params: DaskExecutor) -> Iterator[str]:
         return
     # PYTHONHASHSEED: Dask sets one; all of these it puts into this process's environment, too
     settings = thread_settings(params.workers) | {"PYTHONHASHSEED": "1"}
-    # daemon: such processes may not start others, and images are decoded by processes where there is a GPU
-    config = {"distributed.nanny.pre-spawn-environ": settings, "distributed.worker.daemon": False}
+    config = {"distributed.nanny.pre-spawn-environ": settings}
     with environment(settings), dask.config.set(config), _start(params.workers) as cluster:
         yield cluster.scheduler_address
 
 
 def _start(n_workers: int) -> Any:
-    """A cluster on this machine without pages; memory is not watched, for it holds models and not Dask's data."""
-    options: dict[str, Any] = {"memory_limit": 0, "dashboard_address": None, "silence_logs": logging.CRITICAL}
-    return LocalCluster(n_workers=n_workers, threads_per_worker=1, **options)
+    """A cluster on this machine that no other can reach, without pages; memory is not watched, for it holds models and not Dask's data."""
+    options: dict[str, Any] = {"dashboard_address": None, "memory_limit": 0, "silence_logs": logging.CRITICAL}
+    pages = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}  # None would be port 8787 for all the world
+    return LocalCluster(n_workers=n_workers, threads_per_worker=1, scheduler_kwargs=pages, **options)
 
 
 @contextmanager
@@ -78,21 +81,32 @@ def _connected(address: str) -> Iterator[Any]:
             f"extract.executor.address: no Dask scheduler answers at {address} ({error}); start one, or mend the address"
         ) from None
     with client, client.as_current():
+        _check_installed(client, address)
         yield client
 
 
-class _Place(WorkerPlugin):
-    """Readies every worker, those too that join later."""
+def _check_installed(client: Any, address: str) -> None:
+    """Before anything is sent: a worker that cannot read what is sent to it ends."""
+    for who, call in (("the scheduler", client.run_on_scheduler), ("a worker", client.run)):
+        try:
+            call(pkgutil.resolve_name, f"{__name__}:_make")
+        except (ImportError, AttributeError) as error:
+            raise ExecutorError(
+                f"{address}: {who} of the Dask cluster cannot import Ommatid ({error}); install on all its machines what is "
+                "installed here, and start it again"
+            ) from None
 
-    def __init__(self) -> None:
-        self.name = f"ommatid-{uuid.uuid4()}"
-        self._versions = versions()
 
-    async def setup(self, worker: Worker) -> None:
-        """Called in the worker."""
-        check_versions(self._versions, worker.address)
+_one = threading.Lock()
+
+
+def _make(job: bytes, shard: int, drivers: Mapping[str, str]) -> None:
+    """What a worker does; its other threads wait meanwhile."""
+    with _one:
+        check_versions(drivers, get_worker().address)
+        # Dask's are daemons, which may not start processes; where there is a GPU, images are decoded by some
         multiprocessing.current_process().daemon = False
-        await worker.set_resources(**{_PLACE: 1})
+        pickle.loads(job)(shard)
 
 
 class _Run:
@@ -101,24 +115,27 @@ class _Run:
     def __init__(self, client: Any, address: str, job: Callable[[int], None]) -> None:
         self._client = client
         self._address = address
-        self._job = job
+        self._job = pickle.dumps(job)
+        """The scheduler unpickles what is submitted: it need not import what only workers need."""
         self._name = f"ommatid-{uuid.uuid4()}"
         self._shards: dict[Future, int] = {}
         """In flight."""
 
     def run(self, shards: Sequence[int], on_done: Callable[[int], None]) -> None:
-        place = _Place()
-        self._client.register_plugin(place)
+        waiting = iter(shards)
         try:
-            waiting = iter(shards)
             while self._fill(waiting):
                 for future in self._next_done():
                     shard = self._shards.pop(future)
                     self._check(future, shard)
                     on_done(shard)
+        except (CancelledError, CommClosedError):
+            raise ExecutorError(
+                f"{self._address}: the Dask scheduler has gone; start it again, then run the stage again: what is finished is kept"
+            ) from None
         finally:
-            self._client.cancel(list(self._shards))
-            self._client.unregister_worker_plugin(place.name)
+            with suppress(CommClosedError):
+                self._client.cancel(list(self._shards))
 
     def _fill(self, waiting: Iterator[int]) -> bool:
         """Submit as many as the workers take; false: all are done."""
@@ -129,7 +146,7 @@ class _Run:
 
     def _submit(self, shard: int) -> Future:
         key = f"{self._name}-{shard}"
-        return self._client.submit(self._job, shard, key=key, pure=False, retries=ATTEMPTS - 1, resources={_PLACE: 1})
+        return self._client.submit(_make, self._job, shard, versions(), key=key, pure=False, retries=ATTEMPTS - 1)
 
     def _next_done(self) -> set[Future]:
         while True:
@@ -144,12 +161,9 @@ class _Run:
                     ) from None
 
     def _check(self, future: Future, shard: int) -> None:
+        if future.status == "finished":
+            return  # the result, None, need not be fetched from a worker that may have died since
         try:
             future.result()
         except KilledWorker as error:
             raise died(shard, error.allowed_failures + 1, f"{error.last_worker}") from None
-        except CancelledError:
-            raise ExecutorError(
-                f"{self._address}: the Dask scheduler lost shard {shard}, perhaps because it was started again; "
-                "run the stage again: what is finished is kept"
-            ) from None

@@ -72,10 +72,9 @@ _QUIET: Mapping[str, Any] = {"configure_logging": False, "log_to_driver": False}
 
 
 def _start(n_workers: int) -> None:
-    """A cluster on this machine that no other can reach, without pages."""
-    local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE, "_node_ip_address": "127.0.0.1"}
+    """A cluster on this machine without pages. It listens to others, too; by default it asks them for a token."""
     with environment(thread_settings(n_workers)):
-        ray.init("local", num_cpus=n_workers, **local, **_QUIET)
+        ray.init("local", num_cpus=n_workers, include_dashboard=False, object_store_memory=_OBJECT_STORE, **_QUIET)
 
 
 def _connect(address: str) -> None:
@@ -84,7 +83,8 @@ def _connect(address: str) -> None:
         ray.init(address, **_QUIET)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise ExecutorError(
-            f"extract.executor.address: no Ray cluster answers at {address} ({error}); start one, or mend the address"
+            f"extract.executor.address: no Ray cluster answers at {address} ({error}); start one, mend the address, or set "
+            "RAY_AUTH_MODE=token for one that asks for a token"
         ) from None
 
 
@@ -188,4 +188,8 @@ def _outcome(call: "ray.ObjectRef", shard: int | None) -> tuple[bool, Exception 
         return True, cause
     except RayError as error:
         how = str(error).strip().splitlines()[-1].partition(" Some common causes")[0]
-        return False, ExecutorError(f"a worker cannot start: {how}") if shard is None else died(shard, ATTEMPTS, how)
+        return False, _not_started(how) if shard is None else died(shard, ATTEMPTS, how)
+
+
+def _not_started(how: str) -> ExecutorError:
+    return ExecutorError(f"extract.executor: a worker cannot start ({how}); all nodes need what is installed here")
