@@ -29,7 +29,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from ommatid import store
 from ommatid.config import ExtractParams, Params, load_params
 from ommatid.extract import extract
-from ommatid.extract.loader import Pixels, iter_pixels, open_pool
+from ommatid.extract.loader import Pixels, iter_pixels, make_pool
 from ommatid.extract.shard import _encoded
 from ommatid.extract.towers import Towers
 from ommatid.images import make_images
@@ -72,7 +72,7 @@ class Bench:
     def iter_pixels(self, towers: Towers, batch_size: int) -> Iterator[Pixels]:
         """Images in order, prepared by the stage's own loader."""
         batches = self.images.iter_batches("images", ["image", "split", "encoded"], n_rows=batch_size)
-        with open_pool(towers.device) as pool:
+        with make_pool(towers.device) as pool:
             yield from iter_pixels(map(_encoded, batches), towers.preprocesses, pool, towers.device)
 
 

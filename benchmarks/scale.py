@@ -19,8 +19,8 @@ import numpy as np
 from report import Row, publish
 
 from ommatid import store
-from ommatid.extract import _Receipts
 from ommatid.extract.plan import IMAGES_PER_SHARD, make_plan, shard_blocks
+from ommatid.extract.receipts import merge
 from ommatid.extract.shard import EMBEDDINGS, PLAN, receipt_name
 from ommatid.store import part_name
 
@@ -55,7 +55,8 @@ def write_receipts(draft: store.Draft, n_shards: int) -> None:
     for shard in range(n_shards):
         names = [part_name(table, shard) for table in ("train", "eval", EMBEDDINGS)]
         files = [{"name": name, "bytes": 0, "rows": 8192, "sha256": f"{shard:064x}"} for name in names]
-        receipt = {"block": {"files": files[:2], "window": 6144}, EMBEDDINGS: {"files": files[2:]}, "rounding": None}
+        activations = {"files": files[:2], "window": 6144}
+        receipt = {"hookpoints": {"block": activations}, EMBEDDINGS: {"files": files[2:]}, "rounding": None}
         (draft.path / receipt_name(shard)).write_text(json.dumps(receipt), encoding="utf-8")
         for name in names:
             os.close(os.open(draft.path / "block" / name, os.O_CREAT | os.O_WRONLY))
@@ -68,8 +69,8 @@ def write_plan(draft: store.Draft, n_shards: int, clock: Clock) -> None:
 
 
 def write_manifest(draft: store.Draft, n_shards: int, clock: Clock) -> None:
-    files, summary = clock("merge the receipts", lambda: _Receipts(draft, n_shards).merge("block"))
-    clock("check the files, write the manifest", lambda: draft.child("block", "activations").seal(summary, files))
+    merged = clock("merge the receipts", lambda: merge(draft, ["block"], n_shards))["block"]
+    clock("check the files, write the manifest", lambda: draft.child("block", "activations").seal(merged.summary, merged.files))
 
 
 def run(folder: Path, n_shards: int) -> list[Row]:

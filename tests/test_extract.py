@@ -4,6 +4,7 @@ import errno
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ommatid.extract.shard import ShardJob
 from ommatid.extract.shuffle import order_rows, window
 from ommatid.extract.tokens import TokenPicker, draw_kept
 from ommatid.images import collection, decode
-from ommatid.store import Artefact, open_draft
+from ommatid.store import Artefact, Draft, open_draft
 from ommatid.tensors import from_float16, from_float32
 from ommatid.vlm import Captured, Hookpoint
 
@@ -135,7 +136,7 @@ def test_several_hookpoints_come_from_one_pass_as_one_artefact_each(tmp_path: Pa
     alone = make_tiles(tmp_path / "alone", images, tokens="all")
     model.n_captured = 0
     both = make(tmp_path / "both", images, hookpoints=["tiles", "cls"], tokens="all")
-    assert model.n_captured == N_IMAGES
+    assert model.n_captured == N_IMAGES + 1  # the probe
     tiles, cls = (both.child(name, "activations") for name in ("tiles", "cls"))
     assert [(f.name, f.sha256) for f in tiles.manifest.files] == [(f.name, f.sha256) for f in alone.manifest.files]
     assert cls.summary["tokens_per_image"] == 1
@@ -195,6 +196,10 @@ def test_long_tokens_are_left_out_of_training() -> None:
     kept = draw_kept(x, None, 10.0, np.random.default_rng(0))
     assert kept.sum() == 14
     assert not kept[1, 2]
+    x[0] = torch.nan
+    x[2, 0] = torch.inf
+    assert draw_kept(x, None, 10.0, np.random.default_rng(0)).sum() == 14  # the gate must see what is not a number
+    x[0], x[2, 0] = 1.0, 1.0
     sampled = draw_kept(x, 5, 10.0, np.random.default_rng(0))
     assert sampled.sum(axis=1).tolist() == [5, 4, 5]
 
@@ -274,9 +279,68 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, image
     again.verify()
 
 
+def test_what_other_weights_left_is_not_continued(tmp_path: Path, images: Artefact, model: TileModel) -> None:
+    def kill(event: object) -> None:
+        if isinstance(event, Progress) and event.done >= 450:
+            raise Killed
+
+    old = model.spread.clone()
+    model.spread *= -1
+    with pytest.raises(Killed):
+        make(tmp_path / "killed", images, kill)
+    model.spread.copy_(old)
+    assert make(tmp_path / "killed", images).digest == make(tmp_path / "whole", images).digest
+
+
+def test_a_shard_whose_file_was_lost_is_made_again(tmp_path: Path, images: Artefact, model: TileModel) -> None:
+    section, place = params(), tmp_path / "activations"
+
+    def make_first(draft: Draft) -> None:
+        with pytest.raises(Killed):
+            extract(section, {"images": images}, draft, kill)
+
+    def kill(event: object) -> None:
+        if isinstance(event, Progress) and event.done == N_IMAGES:
+            raise Killed
+
+    with open_draft(place, "extraction", section.identity(), {"images": images}) as draft:
+        make_first(draft)
+        (draft.scratch.parent / "tiles" / "eval-00000.parquet").unlink()
+        extract(section, {"images": images}, draft)
+        draft.publish(place).verify()
+
+
+def test_images_that_changed_under_a_worker_are_refused(tmp_path: Path, images: Artefact, model: TileModel) -> None:
+    job = ShardJob(params().model_dump_json(), images.url, "other", str(tmp_path), tuple(towers.Towers(params()).probe()))
+    with pytest.raises(ArtefactError, match="changed since this extraction was planned"):
+        job(0)
+    stranger = replace(job, digest=images.digest, probe=(1.0,) * len(job.probe))
+    with pytest.raises(ModelError, match="other weights here"):
+        stranger(0)
+
+
+@pytest.mark.parametrize("name", ["embeddings", "scratch"])
+def test_a_hookpoint_may_have_any_name_but_two(
+    name: str, tmp_path: Path, images: Artefact, model: TileModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Named(TileModel):
+        hookpoints = {name: Hookpoint(8, ("cls",), GRID)}  # noqa: RUF012
+
+        def capture(self, pixels: torch.Tensor, hookpoints: Sequence[str]) -> Captured:
+            found = super().capture(pixels, ["tiles"] * len(hookpoints))
+            return Captured(dict.fromkeys(hookpoints, found.tokens.get("tiles", torch.empty(0))), found.embedding)
+
+    monkeypatch.setattr(towers, "load_model", lambda params, dtype, device: Named())
+    if name == "scratch":
+        with pytest.raises(ModelError, match="'scratch' is the name of a folder"):
+            make(tmp_path, images, hookpoints=[name])
+    else:
+        assert make(tmp_path, images, hookpoints=[name]).child(name, "activations").rows("embeddings") == N_IMAGES
+
+
 def test_a_job_travels_without_its_listener() -> None:
-    job = ShardJob("{}", "images", "draft", on_chunk=lambda shard, done: None)
-    assert pickle.loads(pickle.dumps(job)) == ShardJob("{}", "images", "draft")
+    job = ShardJob("{}", "images", "digest", "draft", (0.5,), on_chunk=lambda shard, done: None)
+    assert pickle.loads(pickle.dumps(job)) == ShardJob("{}", "images", "digest", "draft", (0.5,))
     assert pickle.loads(pickle.dumps(job)).on_chunk is not job.on_chunk
 
 

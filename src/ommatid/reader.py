@@ -45,7 +45,7 @@ def load_sample(activations: Artefact, n: int) -> Tensor:
 
 def _iter_epoch(activations: Artefact, batch_size: int, rng: np.random.Generator) -> Iterator[Tensor]:
     parts = activations.parts("train")
-    window = activations.summary["window"] // batch_size * batch_size
+    window = max(1, activations.summary["window"] // batch_size) * batch_size
     rest = _Rest(batch_size, rng)
     for index in rng.permutation(len(parts)):
         with activations.open_part(parts[index]) as file, closing(ahead(_iter_row_groups(file), 2)) as row_groups:
@@ -58,8 +58,7 @@ def _iter_part(rows: "_Rows", n: int, batch_size: int, window: int, rest: "_Rest
     yield from rest.add(rows.take(first, rng))
     left = n - first
     while left >= batch_size:
-        whole = left // batch_size * batch_size
-        size = min(window, whole) or whole
+        size = min(window, left // batch_size * batch_size)
         yield from rows.take(size, rng).split(batch_size)
         left -= size
     yield from rest.add(rows.take(left, rng))

@@ -4,21 +4,25 @@ A plan deals the images to shards; an executor runs `extract_shard(i)` for those
 manifests. What comes out is a function of images, params and code: the same bytes whoever ran it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ommatid import executors
 from ommatid.config import ExtractParams
+from ommatid.errors import ModelError
 from ommatid.events import Listener, Progress, ignore
 from ommatid.extract.plan import blocks_of, make_plan
+from ommatid.extract.receipts import iter_missing, merge
 from ommatid.extract.room import check_room
-from ommatid.extract.shard import EMBEDDINGS, PLAN, ShardJob, load_worker, receipt_name
+from ommatid.extract.shard import PLAN, ShardJob, drop_worker, keep_worker
 from ommatid.extract.tokens import TokenPicker
-from ommatid.extract.towers import Towers
-from ommatid.store import RECEIPTS, Artefact, Draft, File
+from ommatid.extract.towers import Towers, find_device, is_same
+from ommatid.store import RECEIPTS, SCRATCH, Artefact, Draft
+from ommatid.vlm.precision import resolve_dtype
 
+PROBE = f"{RECEIPTS}/probe.json"
 __all__ = ["extract"]
 
 
@@ -31,19 +35,44 @@ def extract(params: ExtractParams, inputs: Mapping[str, Artefact], draft: Draft,
         ExecutorError: a worker died again and again, or no cluster answers.
     """
     images = inputs["images"]
-    job = ShardJob(params.model_dump_json(), _absolute(images.url), _absolute(draft.url))
-    towers = load_worker(job).towers  # all that can be wrong with the models is found before any work
+    if taken := sorted({SCRATCH, RECEIPTS.strip("/")} & set(params.hookpoints)):
+        raise ModelError(
+            f"extract.hookpoints: {taken[0]!r} is the name of a folder that Ommatid needs; rename the module"
+        )
+    towers = Towers(_with_dtype(params))  # all that can be wrong with the models is found before any work
     check_room(draft, params, images.summary, towers)
+    probe = _start_or_go_on(draft, towers.probe())
+    job = ShardJob(towers.params.model_dump_json(), _absolute(images.url), images.digest, _absolute(draft.url), tuple(probe))
     n_images = _write_plan(draft, images)
-    done = set(draft.names(RECEIPTS))
-    missing = [shard for shard in range(len(n_images)) if receipt_name(shard) not in done]
+    missing = list(iter_missing(draft, params.hookpoints, len(n_images)))
     progress = _Progress(n_images, missing, on_event)
-    executors.run(params.executor, replace(job, on_chunk=progress.tell), missing, progress.shard)
-    receipts = _Receipts(draft, len(n_images))
-    for name, picker in towers.pickers.items():
-        files, summary = receipts.merge(name)
-        draft.child(name, "activations").seal(_summarise(towers, picker, images) | summary, files)
+    keep_worker(job, towers)
+    try:
+        executors.run(params.executor, replace(job, on_chunk=progress.tell), missing, progress.shard)
+    finally:
+        drop_worker()
+    for name, merged in merge(draft, params.hookpoints, len(n_images)).items():
+        summary = _summarise(towers, towers.pickers[name], images) | merged.summary
+        draft.child(name, "activations").seal(summary, merged.files)
     return draft.seal({"hookpoints": list(towers.pickers), "n_shards": len(n_images), "n_images": sum(n_images)})
+
+
+def _with_dtype(params: ExtractParams) -> ExtractParams:
+    """Every worker computes as this machine would: `auto` is decided here."""
+    dtype = str(resolve_dtype(params.dtype, find_device())).removeprefix("torch.")
+    return params.model_copy(update={"dtype": dtype})
+
+
+def _start_or_go_on(draft: Draft, probe: list[float]) -> list[float]:
+    """The probe that the draft was begun with; what other weights left in it is dropped."""
+    if draft.has(PROBE):
+        begun: list[float] = draft.read_json(PROBE)
+        if is_same(probe, begun):
+            return begun
+        for name in draft.names(RECEIPTS):
+            draft.remove(name)
+    draft.write_json(PROBE, probe)
+    return probe
 
 
 def _absolute(url: str) -> str:
@@ -65,7 +94,9 @@ class _Progress:
 
     def __init__(self, n_images: list[int], missing: list[int], on_event: Listener) -> None:
         self._n_images = n_images
-        self._done = dict(enumerate(n_images)) | dict.fromkeys(missing, 0)
+        self._of_shard = dict.fromkeys(missing, 0)
+        self._total = sum(n_images)
+        self._done = self._total - sum(n_images[shard] for shard in missing)
         self._on_event = on_event
 
     def shard(self, shard: int) -> None:
@@ -74,34 +105,11 @@ class _Progress:
 
     def tell(self, shard: int, done: int) -> None:
         """So many images of a shard are done."""
-        if done > self._done[shard]:
-            self._done[shard] = done
-            self._on_event(Progress("extract images", sum(self._done.values()), sum(self._n_images)))
-
-
-class _Receipts:
-    """What the shards wrote, in their order."""
-
-    def __init__(self, draft: Draft, n_shards: int) -> None:
-        self._draft = draft
-        self._n_shards = n_shards
-
-    def merge(self, hookpoint: str) -> tuple[list[File], dict[str, Any]]:
-        """Files of a hookpoint's artefact, and what the shards measured."""
-        files, windows, rounding, n_tokens = [], [], 0.0, {"train": 0, "eval": 0}
-        for receipt in self._iter():
-            for values in (*receipt[hookpoint]["files"], *receipt[EMBEDDINGS]["files"]):
-                file = File(**values)
-                files.append(file)
-                table = file.name.partition("-")[0]
-                n_tokens[table] = n_tokens.get(table, 0) + (file.rows or 0)
-            windows.append(receipt[hookpoint]["window"])
-            rounding = receipt["rounding"][hookpoint] if receipt["rounding"] else rounding
-        summary = {"n_train_tokens": n_tokens["train"], "n_eval_tokens": n_tokens["eval"], "window": min(windows), "rounding": rounding}
-        return files, summary
-
-    def _iter(self) -> Iterator[dict[str, Any]]:
-        return self._draft.iter_json([receipt_name(shard) for shard in range(self._n_shards)])
+        more = done - self._of_shard[shard]
+        if more > 0:
+            self._of_shard[shard] = done
+            self._done += more
+            self._on_event(Progress("extract images", self._done, self._total))
 
 
 def _summarise(towers: Towers, picker: TokenPicker, images: Artefact) -> dict[str, Any]:

@@ -1,19 +1,22 @@
 """Encoded images to pixels, ahead of the model, so that it never waits."""
 
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ommatid.ahead import ahead
-from ommatid.errors import ArtefactError
+from ommatid.errors import ArtefactError, ExecutorError
 from ommatid.images import Unreadable, decode
 from ommatid.vlm.preprocess import Preprocess
+
+BYTES_AHEAD = 2**28
+"""Of pixels that wait for the model, about."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +43,18 @@ class Encoded:
     """Their bytes."""
 
 
-@contextmanager
-def open_pool(device: str) -> Iterator[Executor]:
+def make_pool(device: str) -> Executor:
     """Who decodes: threads beside a model on the CPU, which leaves no core to more; processes beside a GPU, which waits for them.
 
     Pillow gives up the interpreter's lock while it decodes and resizes, but not between: threads feed a model of some hundred
-    images a second, processes one of thousands. Tensors come back through shared memory.
+    images a second, processes one of thousands. Tensors come back through shared memory. As many as torch may use threads, which is
+    this process's share of the machine.
     """
-    n = os.cpu_count() or 1
+    n = torch.get_num_threads()
     if device == "cpu":
-        with ThreadPoolExecutor(n) as pool:
-            yield pool
-    else:
-        context = torch.multiprocessing.get_context("forkserver")
-        with ProcessPoolExecutor(max(1, n - 1), mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
+        return ThreadPoolExecutor(n)
+    context = torch.multiprocessing.get_context("forkserver")
+    return ProcessPoolExecutor(max(1, n - 1), mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def iter_pixels(batches: Iterable[Encoded], preprocesses: tuple[Preprocess, ...], pool: Executor, device: str) -> Iterator[Pixels]:
@@ -62,10 +62,22 @@ def iter_pixels(batches: Iterable[Encoded], preprocesses: tuple[Preprocess, ...]
 
     Raises:
         ArtefactError: an image cannot be decoded; names it.
+        ExecutorError: a process that decodes died.
     """
-    futures = ahead((pool.submit(_prepare, batch, preprocesses) for batch in batches), (os.cpu_count() or 1) + 2)
+    first = next(iterator := iter(batches), None)
+    if first is None:
+        return
+    per_batch = len(first.files) * sum(3 * height * width for height, width in (p.crop for p in preprocesses))
+    n_ahead = min(torch.get_num_threads() + 2, max(2, BYTES_AHEAD // per_batch))
+    futures = ahead((pool.submit(_prepare, batch, preprocesses) for batch in chain([first], iterator)), n_ahead)
     results = (future.result() for future in futures)
-    return results if device == "cpu" else ahead(map(_pin, results), 2)
+    try:
+        yield from results if device == "cpu" else ahead(map(_pin, results), 2)
+    except BrokenProcessPool as error:
+        raise ExecutorError(
+            f"a process that decodes images died ({error}): too little memory, or too little shared memory (/dev/shm, in a container: "
+            "--shm-size); the run goes on where it was when it is started again"
+        ) from error
 
 
 def _prepare(batch: Encoded, preprocesses: tuple[Preprocess, ...]) -> Pixels:

@@ -27,6 +27,31 @@ class Block:
     """Images in it."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """Consecutive images of a block."""
+
+    block: Block
+    start: int
+    n_images: int
+
+
+def divide(blocks: Sequence[Block], images_per_chunk: int) -> list[list[Run]]:
+    """Chunks of so many images at most, in order."""
+    chunks: list[list[Run]] = [[]]
+    room = images_per_chunk
+    for block in blocks:
+        start = 0
+        while start < block.n_images:
+            if not room:
+                chunks.append([])
+                room = images_per_chunk
+            n = min(room, block.n_images - start)
+            chunks[-1].append(Run(block, start, n))
+            start, room = start + n, room - n
+    return chunks
+
+
 def make_plan(blocks: np.ndarray) -> pa.Table:
     """Deal blocks to shards at random, so that a shard is a sample of the whole set whatever order the images have.
 

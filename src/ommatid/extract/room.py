@@ -3,9 +3,12 @@
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ommatid.config import ExtractParams
+import torch
+
+from ommatid.config import Executor, ExtractParams, LocalExecutor
 from ommatid.errors import ArtefactError
 from ommatid.extract.plan import IMAGES_PER_SHARD
 from ommatid.extract.towers import Towers
@@ -51,8 +54,10 @@ def check_room(draft: Draft, params: ExtractParams, images: Mapping[str, Any], t
         ArtefactError: the disk is too small; names both numbers and the params that would make it fit.
     """
     size, free = size_of(params, images, towers), shutil.disk_usage(draft.scratch).free
-    final = 0 if "://" in draft.url else size.final  # an object store has room
-    need = final + size.waiting - sum(path.stat().st_size for path in draft.scratch.parent.rglob("*") if path.is_file())
+    # an object store has room, but a shard's finished files wait here until they are there
+    final, files = (0, 2) if "://" in draft.url else (size.final, 1)
+    waiting = size.waiting * files * _workers_here(params.executor)
+    need = final + waiting - _written(draft.scratch.parent)
     if need <= free:
         return
     ways = [f"images.limit={int(images['n_images'] * max(0, free) / need * 0.95)}"]
@@ -65,8 +70,21 @@ def check_room(draft: Draft, params: ExtractParams, images: Mapping[str, Any], t
         ways.append("fewer extract.hookpoints")
     raise ArtefactError(
         f"{draft.url}: extraction needs {_gigabytes(need)} ({_gigabytes(size.final)} of activations and embeddings, "
-        f"{_gigabytes(size.waiting)} while a shard is made), and {_gigabytes(free)} are free; make room, or set {', or '.join(ways)}"
+        f"{_gigabytes(waiting)} while shards are made), and {_gigabytes(free)} are free; make room, or set {', or '.join(ways)}"
     )
+
+
+def _workers_here(executor: Executor) -> int:
+    """How many shards are made on this disk at once."""
+    if isinstance(executor, LocalExecutor):
+        return max(1, torch.cuda.device_count())
+    return 1 if executor.address else executor.workers
+
+
+def _written(folder: Path) -> int:
+    """Bytes that an earlier run left; files of two names count once."""
+    found = (path.stat() for path in folder.rglob("*") if path.is_file())
+    return sum({status.st_ino: status.st_size for status in found}.values())
 
 
 def _gigabytes(n: int) -> str:

@@ -4,10 +4,10 @@ Images go through in chunks that wait on the local disk (see spill.py), so memor
 of tokens, and a run that died goes on after the last whole chunk. What a shard writes is a function of the plan and the params.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -17,12 +17,13 @@ import torch
 
 from ommatid import schemas
 from ommatid.config import ExtractParams
-from ommatid.extract.loader import Encoded, Pixels, iter_pixels, open_pool
-from ommatid.extract.plan import SEED, Block, shard_blocks
+from ommatid.errors import ArtefactError, ModelError
+from ommatid.extract.loader import Encoded, iter_pixels, make_pool
+from ommatid.extract.plan import SEED, Run, divide, shard_blocks
 from ommatid.extract.rows import Groups, Seen, activation_table, embeddings_batch, iter_in_order, rows_batch, split_rounds, write_rows
 from ommatid.extract.spill import Spill
 from ommatid.extract.tokens import draw_kept
-from ommatid.extract.towers import Outputs, Towers
+from ommatid.extract.towers import Outputs, Towers, is_same
 from ommatid.store import RECEIPTS, Artefact, Draft, Writer, open_artefact, part_name
 
 EMBEDDINGS = "embeddings"
@@ -46,8 +47,12 @@ class ShardJob:
     """`ExtractParams` as JSON."""
     images: str
     """Path or URL of the images artefact."""
+    digest: str
+    """Of the images artefact that was planned."""
     draft: str
     """Path or URL of the draft of the activations."""
+    probe: tuple[float, ...]
+    """What the driver's networks make of one image."""
     on_chunk: Callable[[int, int], None] = field(default=_ignore, compare=False)
     """Told of shard and images done in it, in this process; stays behind when the job is sent to another."""
 
@@ -62,7 +67,12 @@ class ShardJob:
             _Shard(worker, shard, self.on_chunk).make()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardJob, (self.params, self.images, self.draft)
+        return ShardJob, (self.params, self.images, self.digest, self.draft, self.probe)
+
+    @property
+    def key(self) -> str:
+        """Differs wherever shards would differ."""
+        return hashlib.sha256(repr((self.params, self.digest, self.probe)).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -75,18 +85,50 @@ class Worker:
     """File names of its table `images`."""
     draft: Writer
     towers: Towers
+    pool: Executor
+    """Decodes images."""
+    key: str
+    """Of the job."""
 
 
-@lru_cache(maxsize=1)
+_workers: dict[ShardJob, Worker] = {}
+"""At most one: of the job that this process was last given."""
+
+
 def load_worker(job: ShardJob) -> Worker:
     """Open inputs and load networks, once a process.
 
     Raises:
-        OmmatidError: an input is missing or damaged, or a model cannot be loaded or lacks what params ask for.
+        OmmatidError: an input is missing, damaged or not what was planned, or a model cannot be loaded, lacks what params ask for,
+            or has other weights than the driver's.
     """
-    params = ExtractParams.model_validate_json(job.params)
+    if job not in _workers:
+        drop_worker()
+        towers = Towers(ExtractParams.model_validate_json(job.params))
+        if not is_same(towers.probe(), list(job.probe)):
+            raise ModelError(f"{towers.model.name}: has other weights here than where the run was started; give all workers the same files")
+        keep_worker(job, towers)
+    return _workers[job]
+
+
+def keep_worker(job: ShardJob, towers: Towers) -> None:
+    """Have networks at hand that are loaded already.
+
+    Raises:
+        ArtefactError: the images are missing, damaged or not what was planned.
+    """
     images = open_artefact(job.images, "images")
-    return Worker(params, images, images.parts("images"), Draft.attach(job.draft), Towers(params))
+    if images.digest != job.digest:
+        raise ArtefactError(f"{job.images}: changed since this extraction was planned; run the stage again")
+    draft, pool = Draft.attach(job.draft), make_pool(towers.device)
+    _workers[job] = Worker(towers.params, images, images.parts("images"), draft, towers, pool, job.key)
+
+
+def drop_worker() -> None:
+    """Let go of networks and decoding processes."""
+    for worker in _workers.values():
+        worker.pool.shutdown(cancel_futures=True)
+    _workers.clear()
 
 
 def receipt_name(shard: int) -> str:
@@ -102,9 +144,9 @@ class _Shard:
         self._towers = worker.towers
         self._index = index
         self._on_chunk = on_chunk
-        self._chunks = _divide(shard_blocks(worker.draft.read(PLAN, [("shard", "=", index)])), self._images_per_chunk)
-        self._sizes = [sum(block.n_images for block in chunk) for chunk in self._chunks]
-        self._spill = Spill(worker.draft.scratch / f"shard-{index:07d}")
+        self._chunks = divide(shard_blocks(worker.draft.read(PLAN, [("shard", "=", index)])), self._images_per_chunk)
+        self._sizes = [sum(run.n_images for run in chunk) for chunk in self._chunks]
+        self._spill = Spill(worker.draft.scratch / f"shard-{index:07d}-{worker.key}")
         self._groups = {
             name: Groups.of(sum(self._sizes), len(picker.places), picker.hookpoint.d_model, worker.params.sample)
             for name, picker in self._towers.pickers.items()
@@ -122,9 +164,11 @@ class _Shard:
                 self._on_chunk(self._index, sum(self._sizes[: i + 1]))
             if writing:
                 writing.result()
-        receipt: dict[str, Any] = {name: self._write_activations(name) for name in self._towers.pickers}
-        receipt[EMBEDDINGS] = self._write_embeddings()
-        receipt["rounding"] = self._rounding() if self._index == 0 else None
+        receipt = {
+            "hookpoints": {name: self._write_activations(name) for name in self._towers.pickers},
+            EMBEDDINGS: self._write_embeddings(),
+            "rounding": self._rounding() if self._index == 0 else None,
+        }
         self._worker.draft.write_json(receipt_name(self._index), receipt)
         self._spill.drop()
 
@@ -137,27 +181,26 @@ class _Shard:
         """What waits in the spill, chunk by chunk; images of the next are decoded meanwhile."""
         size, towers = self._worker.params.batch_size, self._towers
         encoded = (batch for i in chunks for batch in self._iter_encoded(self._chunks[i], size))
-        with open_pool(towers.device) as pool:
-            pixels = iter_pixels(encoded, towers.preprocesses, pool, towers.device)
-            for i in chunks:
-                batches = islice(pixels, -(-self._sizes[i] // size))
-                yield i, self._tables(i, [(batch, towers.run(batch.of)) for batch in batches])
+        pixels = iter_pixels(encoded, towers.preprocesses, self._worker.pool, towers.device)
+        for i in chunks:
+            batches = islice(pixels, -(-self._sizes[i] // size))
+            yield i, self._tables(i, [(batch.numbers, batch.is_train, towers.run(batch.of)) for batch in batches])
 
-    def _iter_encoded(self, chunk: list[Block], size: int) -> Iterator[Encoded]:
+    def _iter_encoded(self, chunk: list[Run], size: int) -> Iterator[Encoded]:
         """Batches of a chunk's images."""
         waiting: list[pa.Table] = []
-        for n, block in enumerate(chunk, start=1):
-            with self._worker.images.open_part(self._worker.parts[block.file]) as file:
-                waiting.append(file.read_row_group(block.row_group, ["image", "split", "encoded"]))
+        for n, run in enumerate(chunk, start=1):
+            with self._worker.images.open_part(self._worker.parts[run.block.file]) as file:
+                rows = file.read_row_group(run.block.row_group, ["image", "split", "encoded"])
+            waiting.append(rows.slice(run.start, run.n_images))
             rows = pa.concat_tables(waiting)
             n_whole = len(rows) if n == len(chunk) else len(rows) // size * size
             yield from (_encoded(rows.slice(start, min(size, n_whole - start))) for start in range(0, n_whole, size))
             waiting = [rows.slice(n_whole)]
 
-    def _tables(self, chunk: int, batches: list[tuple[Pixels, Outputs]]) -> dict[str, list[pa.RecordBatch]]:
-        pixels, outputs = zip(*batches, strict=True)
-        numbers = np.concatenate([p.numbers for p in pixels])
-        is_train = np.concatenate([p.is_train for p in pixels])
+    def _tables(self, chunk: int, batches: list[tuple[np.ndarray, np.ndarray, Outputs]]) -> dict[str, list[pa.RecordBatch]]:
+        *of_images, outputs = zip(*batches, strict=True)
+        numbers, is_train = (np.concatenate(arrays) for arrays in of_images)
         tables = {EMBEDDINGS: [embeddings_batch(numbers, torch.cat([o.joint for o in outputs]), torch.cat([o.judge for o in outputs]))]}
         for name in self._towers.pickers:
             tokens = torch.cat([o.tokens[name] for o in outputs])
@@ -200,18 +243,8 @@ class _Shard:
 
     def _rounding(self) -> dict[str, float]:
         encoded = next(self._iter_encoded(self._chunks[0], ROUNDING_IMAGES))
-        with open_pool("cpu") as pool:
-            (pixels,) = iter_pixels([encoded], self._towers.preprocesses, pool, "cpu")
+        (pixels,) = iter_pixels([encoded], self._towers.preprocesses, self._worker.pool, "cpu")
         return self._towers.rounding(pixels.of)
-
-
-def _divide(blocks: Sequence[Block], images_per_chunk: int) -> list[list[Block]]:
-    chunks: list[list[Block]] = [[]]
-    for block in blocks:
-        if sum(b.n_images for b in chunks[-1]) >= images_per_chunk:
-            chunks.append([])
-        chunks[-1].append(block)
-    return chunks
 
 
 def _encoded(rows: pa.Table) -> Encoded:

@@ -96,7 +96,9 @@ def draw_kept(tokens_btd: Tensor, sample: int | None, max_norm: float | None, rn
     keep = np.ones(tokens_btd.shape[:2], dtype=bool)
     if max_norm is not None:
         norms = tokens_btd.float().norm(dim=2).numpy()
-        keep &= norms <= max_norm * np.median(norms, axis=1, keepdims=True)
+        # what is not a number is kept for the gate to find
+        limit = max_norm * np.nan_to_num(np.median(norms, axis=1, keepdims=True), nan=np.inf)
+        keep &= ~(norms > limit) | ~np.isfinite(norms)
     if sample is not None:
         draw = np.where(keep, rng.random(keep.shape), 2.0)
         keep &= draw.argsort(axis=1).argsort(axis=1) < sample

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,11 @@ from ommatid.extract.tokens import TokenPicker
 from ommatid.vlm import Judge, VisionModel, check_hookpoint, load_judge, load_model
 from ommatid.vlm.precision import resolve_dtype
 from ommatid.vlm.preprocess import Preprocess
+
+PROBED = 64
+"""Components of each vector of a probe."""
+SAME = 0.01
+"""Probes of the same weights differ by less, relatively, whatever machine they ran on."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,11 @@ class Outputs:
     """The judge's embeddings, (batch, d_judge) float32 of unit norm."""
 
 
+def find_device() -> str:
+    """Where the networks run: the GPU, where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 class Towers:
     """All networks of a params section, loaded on one device.
 
@@ -35,7 +46,7 @@ class Towers:
     """
 
     def __init__(self, params: ExtractParams) -> None:
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = find_device()
         self.params = params
         self.model = load_model(params.model, params.dtype, self.device)
         self.pickers = {name: TokenPicker(name, check_hookpoint(self.model, name), params.tokens) for name in params.hookpoints}
@@ -77,9 +88,23 @@ class Towers:
         ours, theirs = (model.capture(x, tuple(self.pickers)).tokens for model in (self.model, exact))
         return {name: _difference(picker.pick(ours[name]), picker.pick(theirs[name])) for name, picker in self.pickers.items()}
 
+    def probe(self) -> list[float]:
+        """What the networks make of one drawn image: tells other weights from these (see `is_same`)."""
+        rng = np.random.default_rng(0)
+        pixels = tuple(torch.from_numpy(rng.integers(0, 256, (1, *p.crop, 3), dtype=np.uint8)) for p in self.preprocesses)
+        outputs = self.run(pixels)
+        tokens = [x.float().mean(1)[0] for x in outputs.tokens.values()]
+        return torch.cat([vector[:PROBED] for vector in (*tokens, outputs.joint[0], outputs.judge[0])]).tolist()
+
     @property
     def _networks(self) -> tuple[VisionModel | Judge, ...]:
         return (self.model, self.judge, self.namer)
+
+
+def is_same(probe: list[float], other: list[float]) -> bool:
+    """Whether two probes are of the same weights."""
+    x, y = np.nan_to_num(probe), np.nan_to_num(other)
+    return x.shape == y.shape and bool(np.linalg.norm(x - y) <= SAME * np.linalg.norm(y))
 
 
 def _difference(x: Tensor, exact: Tensor) -> float:

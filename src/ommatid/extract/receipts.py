@@ -1,0 +1,60 @@
+"""What the shards wrote: a receipt each, merged in the order of the shards."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ommatid.extract.shard import EMBEDDINGS, receipt_name
+from ommatid.store import RECEIPTS, Draft, File, part_name
+
+
+@dataclass
+class Merged:
+    """One hookpoint's artefact."""
+
+    files: list[File] = field(default_factory=list)
+    """Of all shards."""
+    window: int | None = None
+    """So many consecutive training rows come from different images, in every shard."""
+    rounding: float = 0.0
+    """Difference of the activations to float32, relative to their length."""
+    n_tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("train", "eval"), 0))
+    """Rows by table."""
+
+    def add(self, receipt: dict[str, Any], embeddings: dict[str, Any], rounding: float | None) -> None:
+        """Take what one shard says of this hookpoint."""
+        for values in (*receipt["files"], *embeddings["files"]):
+            file = File(**values)
+            self.files.append(file)
+            table = file.name.partition("-")[0]
+            if table in self.n_tokens:
+                self.n_tokens[table] += file.rows or 0
+        self.window = receipt["window"] if self.window is None else min(self.window, receipt["window"])
+        self.rounding = self.rounding if rounding is None else rounding
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """For the manifest."""
+        counts = {"n_train_tokens": self.n_tokens["train"], "n_eval_tokens": self.n_tokens["eval"]}
+        return counts | {"window": self.window or 0, "rounding": self.rounding}
+
+
+def merge(draft: Draft, hookpoints: Sequence[str], n_shards: int) -> dict[str, Merged]:
+    """All receipts, by hookpoint."""
+    merged = {name: Merged() for name in hookpoints}
+    for receipt in draft.iter_json([receipt_name(shard) for shard in range(n_shards)]):
+        for name in hookpoints:
+            rounding = receipt["rounding"] and receipt["rounding"][name]
+            merged[name].add(receipt["hookpoints"][name], receipt[EMBEDDINGS], rounding)
+    return merged
+
+
+def iter_missing(draft: Draft, hookpoints: Sequence[str], n_shards: int) -> Iterator[int]:
+    """Shards that lack their receipt or, after a power cut, one of the files that it tells of."""
+    done = set(draft.names(RECEIPTS))
+    there = [(name, set(draft.names(name))) for name in hookpoints]
+    for shard in range(n_shards):
+        names = [part_name(table, shard) for table in ("train", "eval", EMBEDDINGS)]
+        if receipt_name(shard) not in done or any(f"{folder}/{name}" not in found for folder, found in there for name in names):
+            draft.remove(receipt_name(shard))
+            yield shard
