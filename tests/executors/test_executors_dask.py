@@ -99,10 +99,11 @@ def test_an_error_that_passes_does_no_harm(cluster: DaskExecutor, tmp_path: Path
     assert sorted(made(tmp_path)) == list(range(6))
 
 
-def test_errors_of_ours_arrive(cluster: DaskExecutor, tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError, match="planted"):
+def test_an_error_of_ours_says_where_it_happened(cluster: DaskExecutor, tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError, match="planted") as caught:
         run(cluster, BreakJob(str(tmp_path)), range(6), lambda shard: None)
-    with pytest.raises(Exception, match="planted"):
+    assert any("at shard 3" in note and "in disturb" in note for note in caught.value.__notes__)
+    with pytest.raises(RuntimeError, match=r"(?s)shard 3.*Stubborn: planted"):
         run(cluster, StubbornJob(str(tmp_path)), range(6), lambda shard: None)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from ommatid.config import DaskExecutor
 from ommatid.errors import ExecutorError
 from ommatid.executors.attempts import ATTEMPTS, died
-from ommatid.executors.workers import check_versions, environment, thread_settings, versions
+from ommatid.executors.workers import attempt, check_versions, environment, thread_settings, versions
 
 try:
     import dask.config
@@ -106,7 +106,8 @@ def _make(job: bytes, shard: int, drivers: Mapping[str, str]) -> None:
         check_versions(drivers, get_worker().address)
         # Dask's are daemons, which may not start processes; where there is a GPU, images are decoded by some
         multiprocessing.current_process().daemon = False
-        pickle.loads(job)(shard)
+        if error := attempt(pickle.loads(job), shard):
+            raise error
 
 
 class _Run:

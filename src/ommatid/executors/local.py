@@ -1,10 +1,8 @@
 """This machine: in this process, or with several GPUs in a process for each."""
 
 import os
-import pickle
 import signal
 import threading
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing import get_context, parent_process
@@ -12,9 +10,8 @@ from multiprocessing.connection import Connection, wait
 
 import psutil
 
-from ommatid.errors import OmmatidError
 from ommatid.executors.attempts import ATTEMPTS, Waiting, died
-from ommatid.executors.workers import environment, thread_settings
+from ommatid.executors.workers import attempt, environment, thread_settings
 
 _SECONDS_TO_END = 10
 """A worker that has nothing to do any more gets so long to end by itself."""
@@ -148,21 +145,7 @@ def _serve(job: Callable[[int], None], connection: Connection) -> None:
     with suppress(EOFError, OSError):  # the driver needs us no more
         while True:
             shard = connection.recv()
-            connection.send(_attempt(job, shard))
-
-
-def _attempt(job: Callable[[int], None], shard: int) -> Exception | None:
-    try:
-        job(shard)
-    except OmmatidError as error:
-        return error
-    except Exception as error:  # ours to mend: the driver shows where it happened
-        error.add_note(f"In a worker process, at shard {shard}:\n{traceback.format_exc()}")
-        try:
-            return pickle.loads(pickle.dumps(error))
-        except Exception:
-            return RuntimeError(*error.__notes__)
-    return None
+            connection.send(attempt(job, shard))
 
 
 def _end_with_driver() -> None:

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from ommatid.config import RayExecutor
-from ommatid.errors import ExecutorError, OmmatidError
+from ommatid.errors import ExecutorError
 from ommatid.executors.attempts import ATTEMPTS, Waiting, died
-from ommatid.executors.workers import check_versions, environment, thread_settings, versions
+from ommatid.executors.workers import attempt, check_versions, environment, thread_settings, versions
 
 # read at import: nothing is reported to Ray's makers, and no code is uploaded where the driver runs under uv
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -105,12 +105,17 @@ class _Worker:
     def __init__(self, job: Callable[[int], None]) -> None:
         self._job = job
 
-    def start(self, drivers: Mapping[str, str]) -> None:
-        """The first call, answered when the actor has found a place."""
-        check_versions(drivers, ray.util.get_node_ip_address())
+    def start(self, drivers: Mapping[str, str]) -> Exception | None:
+        """The first call, answered when the actor has found a place; returns why it is of no use."""
+        try:
+            check_versions(drivers, ray.util.get_node_ip_address())
+        except ExecutorError as error:
+            return error
+        return None
 
-    def make(self, shard: int) -> None:
-        self._job(shard)
+    def make(self, shard: int) -> Exception | None:
+        """Returns what the job raised."""
+        return attempt(self._job, shard)
 
 
 class _Pool:
@@ -179,13 +184,9 @@ class _Pool:
 def _outcome(call: "ray.ObjectRef", shard: int | None) -> tuple[bool, Exception | None]:
     """Whether the worker lives, and what is to be said of the call."""
     try:
-        ray.get(call)
-        return True, None
-    except RayTaskError as error:
-        cause = getattr(error, "cause", None) or error
-        if not isinstance(cause, OmmatidError):
-            cause.add_note(f"In a worker process, at shard {shard}:\n{error}")  # ours to mend: shows where it happened
-        return True, cause
+        return True, ray.get(call)
+    except RayTaskError:
+        raise  # not what the job raised: that is returned
     except RayError as error:
         how = str(error).strip().splitlines()[-1].partition(" Some common causes")[0]
         return False, _not_started(how) if shard is None else died(shard, ATTEMPTS, how)

@@ -1,12 +1,14 @@
 """What worker processes have in common, wherever they run."""
 
 import os
-from collections.abc import Iterator, Mapping
+import pickle
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 
-from ommatid.errors import ExecutorError
+from ommatid.errors import ExecutorError, OmmatidError
 
 
 def thread_settings(n_workers: int) -> dict[str, str]:
@@ -54,3 +56,18 @@ def check_versions(drivers: Mapping[str, str], where: str) -> None:
         raise ExecutorError(
             f"worker {where}: has {', '.join(different)}; install on all workers what is installed here, and start them again"
         )
+
+
+def attempt(job: Callable[[int], None], shard: int) -> Exception | None:
+    """Make a shard in a worker; returns what it raised, as an error that can be sent to the driver."""
+    try:
+        job(shard)
+    except OmmatidError as error:
+        return error
+    except Exception as error:  # ours to mend: the driver shows where it happened
+        error.add_note(f"In a worker process, at shard {shard}:\n{traceback.format_exc()}")
+        try:
+            return pickle.loads(pickle.dumps(error))
+        except Exception:
+            return RuntimeError(*error.__notes__)
+    return None
