@@ -39,6 +39,15 @@ def test_round_trip(tmp_path: Path) -> None:
     assert not (tmp_path / ".work" / "scratch").exists()
 
 
+def test_parts_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    numbers = (9, 10001, 99999, 100000)
+    with open_draft(tmp_path / "images", "images", {}, {}) as draft:
+        for number in reversed(numbers):
+            draft.write_table(part_name("images", number), pa.table({"x": [number]}))
+        draft.seal({})
+        assert draft.publish(tmp_path / "images").read("images")["x"].to_pylist() == list(numbers)
+
+
 def test_same_content_has_the_same_digest(tmp_path: Path) -> None:
     assert write(tmp_path / "a").digest == write(tmp_path / "b").digest != write(tmp_path / "c", n=11).digest
 
@@ -76,9 +85,10 @@ def test_missing_unfinished_other_kind_and_newer_version(tmp_path: Path) -> None
     with pytest.raises(ArtefactError, match="holds images, expected sae"):
         open_artefact(place, "sae")
     manifest = json.loads((place / "manifest.json").read_text())
-    (place / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 99}))
-    with pytest.raises(ArtefactError, match="schema version 99"):
-        open_artefact(place, "images")
+    for other in (99, 1):
+        (place / "manifest.json").write_text(json.dumps(manifest | {"schema_version": other}))
+        with pytest.raises(ArtefactError, match=f"images: written with schema version {other}, this code reads 2; run the stage again"):
+            open_artefact(place, "images")
     (place / "manifest.json").write_text("{")
     with pytest.raises(ArtefactError, match="not a manifest"):
         open_artefact(place, "images")
@@ -110,9 +120,13 @@ def test_a_draft_goes_on_after_kill_and_others_are_dropped(tmp_path: Path) -> No
     with open_draft(place, "images", {"a": 1}, {}) as draft:
         draft.write_json("done.json", 1)
         (draft.path / "half.json.tmp").write_text("ha")
+        (draft.scratch / "shard-0000000" / "00003.77.tmp").mkdir(parents=True)
+        (draft.scratch / "shard-0000000" / "00003.77.tmp" / "half.tmp").write_text("ha")
+        (draft.scratch / "shard-0000000" / "00002").mkdir()
     with open_draft(place, "images", {"a": 1}, {}) as draft:
         assert draft.has("done.json")
         assert not (draft.path / "half.json.tmp").exists()
+        assert [path.name for path in (draft.scratch / "shard-0000000").iterdir()] == ["00002"]
     with open_draft(place, "images", {"a": 2}, {}) as draft:
         assert not draft.has("done.json")
         assert len(list((tmp_path / ".work").glob("images-*"))) == 1

@@ -219,6 +219,38 @@ def test_a_draft_that_another_machine_takes_away(s3: str, monkeypatch: pytest.Mo
     assert open_artefact(f"{s3}/images", "images").digest == other.digest
 
 
+def test_a_draft_that_is_taken_away_while_receipts_and_children_are_made_of_it(
+    s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with open_draft(f"{s3}/activations", "extraction", {"a": 1}, {}) as draft:
+        draft.write_json("receipts/0.json", 1)
+        file = draft.child("one", "activations").write_table("train-00000.parquet", pa.table({"x": [1]}))
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "WORK", tmp_path / "other machine")
+            with open_draft(f"{s3}/activations", "extraction", {"a": 2}, {}):
+                pass
+        for use in (
+            lambda: draft.read_json("receipts/0.json"),
+            lambda: list(draft.iter_json(["receipts/0.json"])),
+            lambda: draft.read("one/train-00000.parquet"),
+            lambda: draft.child("one", "activations").seal({}, [file]),
+        ):
+            with pytest.raises(ArtefactError, match=r"activations-[0-9a-f]{16}: this draft was published or removed by another machine"):
+                use()
+
+
+def test_a_worker_removes_what_others_left_on_its_machine(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    here = []
+    for a in (1, 2):
+        with open_draft(f"{s3}/images", "images", {"a": a}, {}) as draft, monkeypatch.context() as patch:
+            patch.setattr(store, "WORK", tmp_path / "worker's machine")
+            here.append(Draft.attach(draft.url).scratch)
+            (here[-1] / "shard-0000000").mkdir()
+            Draft.attach(draft.url)
+    assert [path.exists() for path in here] == [False, True]
+    assert (here[1] / "shard-0000000").exists()
+
+
 WORKER = """
 import json, pickle, sys
 from dataclasses import asdict

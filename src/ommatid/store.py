@@ -160,7 +160,8 @@ class Artefact:
         for file in self.manifest.files:
             if file.rows is not None:
                 tables.setdefault(_table_of(file.name), []).append(file)
-        return {table: sorted(files, key=lambda file: file.name) for table, files in sorted(tables.items())}
+        # by length first: part 100000 comes after 99999
+        return {table: sorted(files, key=lambda file: (len(file.name), file.name)) for table, files in sorted(tables.items())}
 
     def parts(self, table: str) -> list[str]:
         """File names of a table, `<table>.parquet` or `<table>-00000.parquet ...`, in order."""
@@ -292,6 +293,7 @@ class Writer:
 
     def __init__(self, folder: Folder, here: Path):
         self.folder = folder
+        self._top = folder
         self._here = here
         self._described: dict[str, File] = {}
 
@@ -325,16 +327,36 @@ class Writer:
         """A finished Parquet file, or its rows that pass `filters`, or some of its columns."""
         home = self._home(name)
         no_partitions: Any = None  # folders named a=b are not columns
-        source = home.path / name if isinstance(home, Disk) else home.open(name)
-        return pq.read_table(source, columns=columns, filters=filters, partitioning=no_partitions)
+        with self._still_mine():
+            source = home.path / name if isinstance(home, Disk) else home.open(name)
+            return pq.read_table(source, columns=columns, filters=filters, partitioning=no_partitions)
 
     def read_json(self, name: str) -> Any:
         """What a finished JSON file holds."""
-        return json.loads(self._home(name).read_bytes(name))
+        with self._still_mine():
+            return json.loads(self._home(name).read_bytes(name))
 
     def iter_json(self, names: Sequence[str]) -> Iterator[Any]:
         """What many finished JSON files hold, in order; from an object store many are read at a time."""
-        return (json.loads(text) for text in self.folder.iter_bytes(names))
+        with self._still_mine():
+            for text in self.folder.iter_bytes(names):
+                yield json.loads(text)
+
+    @contextmanager
+    def _still_mine(self) -> Iterator[None]:
+        """A file that is not there is looked for no further where another machine took the whole draft."""
+        try:
+            yield
+        except FileNotFoundError:
+            self._check_open()
+            raise
+
+    def _check_open(self) -> None:
+        if not isinstance(self._top, Disk) and self._top.size(_OPEN) is None:
+            raise ArtefactError(
+                f"{self._top}: this draft was published or removed by another machine, which makes the same one or one with other params; "
+                "make an artefact on one machine at a time; run the stage again if it is not there now"
+            )
 
     def local(self, name: str) -> Path:
         """A finished file on this machine; an object is copied to the scratch folder, once."""
@@ -429,6 +451,7 @@ class Draft(Writer):
         here = _here(folder)
         if not isinstance(folder, Disk):
             with writing(here):
+                _remove_old_scratch(here)
                 (here / SCRATCH).mkdir(parents=True, exist_ok=True)
         return Writer(folder, here)
 
@@ -439,6 +462,7 @@ class Draft(Writer):
             with writing(folder.path):
                 folder.path.mkdir(exist_ok=True)
         child = Draft(folder, self._here, kind, self._params, self._inputs)
+        child._top = self._top
         mine = {own: file for own, file in self._described.items() if own.startswith(f"{name}/")}
         child._described = {(inside := own.removeprefix(f"{name}/")): replace(file, name=inside) for own, file in mine.items()}
         return child
@@ -474,14 +498,6 @@ class Draft(Writer):
         self._made = Artefact(self.folder, manifest, self.describe(MANIFEST).sha256)
         return self._made
 
-    def _check_open(self) -> None:
-        is_mine = self._here == _here(self.folder)
-        if is_mine and not isinstance(self.folder, Disk) and self.folder.size(_OPEN) is None:
-            raise ArtefactError(
-                f"{self.url}: this draft was published or removed by another machine, which makes the same one or one with other params; "
-                "make an artefact on one machine at a time; run the stage again if it is not there now"
-            )
-
     def _child_manifests(self) -> dict[str, int]:
         """Size of each child's manifest by its name in this artefact."""
         names = [f"{name}/{MANIFEST}" for name in self.folder.folders() if name not in (SCRATCH, RECEIPTS)]
@@ -492,10 +508,10 @@ class Draft(Writer):
 
     def _clean(self) -> None:
         """Drop what is not part of the artefact; a child has nothing of that kind."""
-        if self._here == _here(self.folder):
+        if self.folder is self._top:
             shutil.rmtree(self.scratch, ignore_errors=True)
+            self.folder.remove(_OPEN)  # first: who misses a receipt then knows why
             self.folder.remove(RECEIPTS)
-            self.folder.remove(_OPEN)
 
     def discard(self) -> None:
         """Remove the draft: its gate failed, so nothing of it may be continued."""
@@ -584,16 +600,30 @@ def _acquire(lock: filelock.BaseFileLock, on_wait: Callable[[], None]) -> bool:
 def _remove_others(drafts: Folder, name: str, mine: str) -> None:
     """Drafts of other params, inputs or code."""
     for other in drafts.folders():
-        if other.startswith(f"{name}-") and other != mine:
+        if _artefact_of(other) == name and other != mine:
             drafts.remove(f"{other}/{_OPEN}")  # first: another machine that is at work there finds out
             drafts.remove(other)
 
 
+def _artefact_of(draft: str) -> str:
+    """Name of the artefact that a draft's folder is for."""
+    return draft.rpartition("-")[0]
+
+
+def _remove_old_scratch(here: Path) -> None:
+    """What workers that died left on their own machine, where no driver looks, of drafts that are no longer."""
+    for other in Disk(here.parent).folders():
+        if _artefact_of(other) == _artefact_of(here.name) and other != here.name:
+            shutil.rmtree(here.parent / other, ignore_errors=True)  # another worker may remove it, too
+
+
 def _remove_asides(here: Path) -> None:
-    """What dead writers left."""
-    for leftover in here.rglob("*"):
-        if is_aside(leftover.name) and leftover.is_file():
-            leftover.unlink()
+    """What dead writers left: files, and folders that were to become chunks."""
+    for leftover in [path for path in here.rglob("*") if is_aside(path.name)]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def _begin(folder: Folder, here: Path) -> None:
@@ -606,7 +636,7 @@ def _begin(folder: Folder, here: Path) -> None:
 
 def _note_published(here: Path, digest: str) -> None:
     """Remember beside the lock which draft became what: a process that waited knows its own artefact by it."""
-    note = here.with_name(f"{here.name.rpartition('-')[0]}.published")
+    note = here.with_name(f"{_artefact_of(here.name)}.published")
     aside = aside_of(note)
     aside.write_text(f"{here.name} {digest}\n", encoding="utf-8")
     os.replace(aside, note)
