@@ -65,7 +65,7 @@ def make(root: Path, images: Artefact, on_event: Listener = ignore, **changes: o
         return draft.publish(place)
 
 
-def make_tiles(root: Path, images: Artefact, **changes: object) -> Artefact:
+def make_tiles(root: Path, images: Artefact, **changes: Any) -> Artefact:
     return make(root, images, **changes).child("tiles", "activations")
 
 
@@ -223,11 +223,30 @@ def test_the_order_of_rows_goes_through_the_images_in_rounds() -> None:
     rng = np.random.default_rng(0)
     image = np.repeat(np.arange(400), 5)
     order = order_rows(image, rng)
-    size = window(np.bincount(order.stratum[order.round == 0]))
+    size = window(np.bincount(order.stratum), 5)
     assert size == 300
     sequence = image[order.argsort()]
     assert all(len(np.unique(sequence[i : i + size])) == size for i in range(len(sequence) - size))
+    assert sorted(zip(image, order.round, strict=True)) == [(i, r) for i in range(400) for r in range(5)]
     assert len(order_rows(np.empty(0, np.int64), rng).argsort()) == 0
+
+
+def test_an_image_with_many_rows_makes_no_tail() -> None:
+    rng = np.random.default_rng(0)
+    counts = np.array([100] + [50] * 200 + [10] * 400)
+    image = rng.permutation(np.arange(len(counts)).repeat(counts))
+    order = order_rows(image, rng)
+    size = window(np.bincount(order.stratum), 100)
+    assert 95 < size < 110
+    sequence = image[order.argsort()]
+    n_different = [len(np.unique(sequence[i : i + size])) for i in range(len(sequence) - size)]
+    assert min(n_different) > 0.85 * size
+    assert np.mean(n_different) > 0.99 * size
+    tenths = np.array([np.bincount(part, minlength=len(counts)) for part in np.array_split(sequence, 10)])
+    assert np.abs(tenths - counts / 10).max() <= 2
+    stretched = order_rows(image, rng, 1000)
+    assert 0 <= stretched.round.min() < stretched.round.max() < 1000
+    assert len(set(zip(image, stretched.round, strict=True))) == len(image)
 
 
 def test_unknown_hookpoint_is_refused_before_any_image(tmp_path: Path, images: Artefact, model: TileModel) -> None:

@@ -471,6 +471,30 @@ def test_other_files_start_an_import_anew(tmp_path: Path, monkeypatch: pytest.Mo
     assert all_rows(make(tmp_path / "out", path)) == expected(planted(20, seed=1)[:, None])
 
 
+def test_other_images_beside_the_same_file_start_an_import_anew(tmp_path: Path) -> None:
+    x = planted(60)
+    path = write_npy(tmp_path / "x", x, torch.arange(60))
+
+    def kill(event: Any) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        make(tmp_path / "out", path, kill)
+    np.save(tmp_path / "x.image.npy", np.arange(100, 160))
+    assert {image for image, _ in all_rows(make(tmp_path / "out", path))} == set(range(100, 160))
+
+
+def test_an_image_with_very_many_rows_makes_no_tail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, rows_per_block=500, images_per_shard=10_000)
+    images = torch.arange(1000) // 4
+    images = torch.cat([torch.full((200,), 999), images])  # the first block is mostly of one image
+    artefact = make(tmp_path / "out", write_npy(tmp_path / "x", planted(1200), images), eval_share=1e-9)
+    (part,) = (part["image"].to_numpy() for part in artefact.iter_parts("train"))
+    ends = (part == 999).nonzero()[0]
+    assert (len(ends), ends.min() < 12, ends.max() > 1188, np.diff(ends).max() < 24) == (200, True, True, True)
+    assert 3 <= artefact.summary["window"] <= 6
+
+
 def test_a_name_that_is_no_folder(tmp_path: Path) -> None:
     path = write_npy(tmp_path / "x", planted(4))
     with pytest.raises(ConfigError, match=r"extract.name: 'scratch' is a folder of Ommatid's own"):

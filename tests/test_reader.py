@@ -28,7 +28,7 @@ def make(root: Path, window_rows: int | None = None) -> Artefact:
         for shard in range(2):
             image = np.repeat(np.arange(N_IMAGES), N_TOKENS) + shard * N_IMAGES
             order = order_rows(image, np.random.default_rng(shard))
-            sizes.append(window(np.bincount(order.stratum[order.round == 0])))
+            sizes.append(window(np.bincount(order.stratum), N_TOKENS))
             rows = order.argsort()
             token = np.tile(np.arange(N_TOKENS), N_IMAGES)
             x = torch.from_numpy(np.stack([image[rows], token[rows]], axis=1)).half()

@@ -20,6 +20,8 @@ class ActivationFile(Protocol):
     """One file. Its entries are tokens where `shape` has two dimensions, images where it has three."""
 
     path: Path
+    paths: tuple[Path, ...]
+    """Every file that is read: `path`, and what lies beside it."""
     shape: tuple[int, ...]
     """(tokens, d_model) or (images, tokens, d_model)."""
     has_images: bool

@@ -22,6 +22,7 @@ class _Sliced:
     """A format from which any run of entries can be read."""
 
     path: Path
+    paths: tuple[Path, ...]
     shape: tuple[int, ...]
     has_images: bool
 
@@ -63,6 +64,7 @@ class Npy(_Sliced):
         x = _map(path)
         self.shape = x.shape
         self.has_images = self._beside.exists()
+        self.paths = (path, self._beside) if self.has_images else (path,)
         check_shape(path, x.shape, x.dtype, x.dtype.kind == "f" and x.dtype.itemsize <= 8)
         if self.has_images:
             images = _map(self._beside)
@@ -86,6 +88,7 @@ class Safetensors(_Sliced):
 
     def __init__(self, path: Path, key: str | None):
         self.path = path
+        self.paths = (path,)
         with self._reading() as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             known = {name: f"{part.get_dtype()} {text_of(tuple(part.get_shape()))}" for name, part in slices.items()}
@@ -116,6 +119,7 @@ class Pt(_Sliced):
 
     def __init__(self, path: Path, key: str | None):
         self.path = path
+        self.paths = (path,)
         self._key = key
         self._held: Any = None
         x, images = self._tensors()

@@ -28,7 +28,6 @@ from ommatid.extract.file_plan import Block, FilePlan, places_in_runs
 from ommatid.extract.formats import open_files
 from ommatid.extract.plan import SEED
 from ommatid.extract.rows import BYTES_PER_ROW_GROUP, Groups, Seen, iter_in_order, write_rows
-from ommatid.extract.shuffle import order_rows
 from ommatid.extract.spill import Spill
 from ommatid.store import RECEIPTS, SCRATCH, Artefact, Draft, File, part_name
 from ommatid.tensors import to_binary
@@ -51,7 +50,7 @@ def import_files(params: ExtractFiles, inputs: Mapping[str, Artefact], draft: Dr
     plan = FilePlan(files)
     _start_or_go_on(draft, params.name, files)
     _Import(params, files, plan, draft, on_event).make()
-    shards = [draft.read_json(_receipt(shard)) for shard in range(len(plan.shards))]
+    shards = list(draft.iter_json([_receipt(shard) for shard in range(len(plan.shards))]))
     written = [File(**file) for shard in shards for file in shard["files"]]
     n_tokens = {table: sum(file.rows or 0 for file in written if file.name.startswith(f"{table}-")) for table in ("train", "eval")}
     summary = {"n_train_tokens": n_tokens["train"], "n_eval_tokens": n_tokens["eval"], "window": min(shard["window"] for shard in shards)}
@@ -76,7 +75,8 @@ def _summarise(params: ExtractFiles, first: ActivationFile, plan: FilePlan) -> d
 
 def _start_or_go_on(draft: Draft, name: str, files: Sequence[ActivationFile]) -> None:
     """What a run left that died is kept where the files are still the same."""
-    facts = [(file.path.as_posix(), status.st_size, status.st_mtime_ns) for file in files for status in [file.path.stat()]]
+    stats = [(path, path.stat()) for file in files for path in file.paths]
+    facts = [(path.as_posix(), status.st_size, status.st_mtime_ns) for path, status in stats]
     fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
     if draft.has(_SOURCE) and draft.read_json(_SOURCE) == fingerprint:
         return
@@ -100,7 +100,8 @@ class _Import:
         self._plan = plan
         self._draft = draft
         self._on_event = on_event
-        self._missing = [shard for shard in range(len(plan.shards)) if not draft.has(_receipt(shard))]
+        done = set(draft.names(RECEIPTS))
+        self._missing = [shard for shard in range(len(plan.shards)) if _receipt(shard) not in done]
         self._spills = {shard: Spill(draft.scratch / f"shard-{shard:07d}") for shard in self._missing}
         self._groups = {shard: _groups(plan.shards[shard], plan.d_model) for shard in self._missing}
 
@@ -157,12 +158,9 @@ class _Import:
         rows = x.reshape(-1, self._plan.d_model).half()
         held = is_eval(image, self._params.eval_share)
         where, kept = held.nonzero()[0], (~held).nonzero()[0]
-        order = order_rows(image[kept], np.random.default_rng([SEED, shard, chunk]))
-        sorted_ = order.argsort()
-        groups = self._groups[shard]
-        ends = np.searchsorted(order.round[sorted_], (np.arange(groups.n - 1) + 1) * groups.rounds)
+        order, parts = self._groups[shard].split(image[kept], np.random.default_rng([SEED, shard, chunk]))
         train = []
-        for part in np.split(sorted_, ends):
+        for part in parts:
             columns = _columns(image[kept[part]], token[kept[part]], rows[torch.from_numpy(kept[part])])
             extra = {"round": order.round[part], "stratum": order.stratum[part], "draw": order.draw[part]}
             train.append(pa.RecordBatch.from_pydict(columns | {name: pa.array(values) for name, values in extra.items()}))
@@ -196,8 +194,7 @@ def _groups(blocks: Sequence[Block], d_model: int) -> Groups:
     """Row groups of about the usual size: whole rounds."""
     most = max(block.most for block in blocks)
     n_bytes = sum(block.n_rows for block in blocks) * d_model * 2
-    rounds = math.ceil(most / max(1, n_bytes // BYTES_PER_ROW_GROUP))
-    return Groups(rounds, math.ceil(most / rounds))
+    return Groups(most, math.ceil(most / max(1, n_bytes // BYTES_PER_ROW_GROUP)))
 
 
 def _columns(image: np.ndarray, token: np.ndarray, x: Tensor) -> dict[str, pa.Array]:

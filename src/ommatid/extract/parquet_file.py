@@ -21,6 +21,7 @@ class ParquetFile:
 
     def __init__(self, path: Path, key: str | None):
         self.path = path
+        self.paths = (path,)
         with _parquet(path) as file:
             schema, n_rows = file.schema_arrow, file.metadata.num_rows
             known = {field.name: str(field.type) for field in schema if key is not None or _is_vector(field.type)}

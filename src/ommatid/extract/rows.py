@@ -26,16 +26,32 @@ _PARQUET: dict[str, Any] = {"compression": "none", "use_dictionary": ["token", "
 class Groups:
     """How the rounds of a shard are divided into row groups."""
 
+    n_rounds: int
+    """Rounds of the shard: rows of the image that may have most."""
     rounds: int
     """Rounds in a row group."""
-    n: int
-    """Row groups."""
 
     @classmethod
     def of(cls, n_images: int, n_tokens: int, d_model: int, sample: int | None) -> "Groups":
         """Of a shard of so many images and kept tokens each."""
-        rounds = max(1, BYTES_PER_ROW_GROUP // (n_images * d_model * 2))
-        return cls(rounds, -(-min(n_tokens, sample or n_tokens) // rounds))
+        return cls(min(n_tokens, sample or n_tokens), max(1, BYTES_PER_ROW_GROUP // (n_images * d_model * 2)))
+
+    @property
+    def n(self) -> int:
+        """Row groups."""
+        return -(-self.n_rounds // self.rounds)
+
+    def split(self, image: np.ndarray, rng: np.random.Generator) -> tuple[RowOrder, list[np.ndarray]]:
+        """The order of a chunk's rows, and for each row group which of them are in it, in that order.
+
+        Args:
+            image: Image of each row, (rows,).
+            rng: Seeded by shard and chunk.
+        """
+        order = order_rows(image, rng, self.n_rounds)
+        first = order.argsort()
+        ends = np.searchsorted(order.round[first], (np.arange(self.n - 1) + 1) * self.rounds)
+        return order, np.split(first, ends)
 
 
 def embeddings_batch(numbers: np.ndarray, joint: Tensor, judge: Tensor) -> pa.RecordBatch:
@@ -66,11 +82,9 @@ def split_rounds(numbers: np.ndarray, tokens_btd: Tensor, kept_bt: np.ndarray, r
         groups: Of the shard.
     """
     image, place = kept_bt.nonzero()
-    order = order_rows(image, rng)
-    first = order.argsort()
-    ends = np.searchsorted(order.round[first], (np.arange(groups.n - 1) + 1) * groups.rounds)
+    order, parts = groups.split(image, rng)
     flat = tokens_btd.flatten(0, 1)
-    return [_ordered_batch(numbers, image, place, flat, order, rows) for rows in np.split(first, ends)]
+    return [_ordered_batch(numbers, image, place, flat, order, rows) for rows in parts]
 
 
 def _ordered_batch(
@@ -96,21 +110,23 @@ def iter_in_order(spill: Spill, name: str, n_chunks: int, n_groups: int) -> Iter
 
 
 class Seen:
-    """Counts the images of each stratum while their rows pass by."""
+    """Counts the rows of each stratum and image while they pass by."""
 
     def __init__(self) -> None:
-        self._counts = np.zeros(N_STRATA, np.int64)
+        self._strata = np.zeros(N_STRATA, np.int64)
+        self._images: list[np.ndarray] = []
 
     def add(self, rows: pa.Table) -> pa.Table:
         """Look at some rows; gives them back."""
-        first = rows["stratum"].to_numpy()[rows["round"].to_numpy() == 0]
-        self._counts += np.bincount(first, minlength=N_STRATA)
+        self._strata += np.bincount(rows["stratum"].to_numpy(), minlength=N_STRATA)
+        self._images.append(rows["image"].to_numpy())
         return rows
 
     @property
     def window(self) -> int:
         """So many consecutive rows come from different images."""
-        return window(self._counts)
+        images = np.concatenate(self._images)
+        return window(self._strata, int(np.unique(images, return_counts=True)[1].max(initial=1)))
 
 
 def activation_table(rows: pa.Table, places: Sequence[Place], schema: pa.Schema) -> pa.Table:
