@@ -11,7 +11,8 @@ PAGE = Path(__file__).with_name("artefacts.md")
 HEAD = """# Artefacts
 
 Every stage makes one artefact: a directory `data/<artefact>` with `manifest.json` and Parquet tables. A table is one file,
-`<table>.parquet`, or parts, `<table>-00000.parquet ...`. Nothing is ever pickled.
+`<table>.parquet`, or parts, `<table>-00000.parquet ...`. Nothing is ever pickled. `--data` gives `data` another root, a path or an
+object store ([storage.md](storage.md)).
 
 - **Whole or not there.** A stage writes into `data/.work/<artefact>-<key>`, keyed by params, inputs and code; files are written
   aside, synced and renamed; the manifest comes last, the gate is passed, and the directory is moved into place. A run that was
@@ -19,7 +20,8 @@ Every stage makes one artefact: a directory `data/<artefact>` with `manifest.jso
 - **Opening** checks manifest, files and sizes and names all damage at once; `Artefact.verify()` also compares checksums.
 - **Activations are mixed as they are written.** Blocks of images are dealt to shards at random (`plan`); within a shard the training
   rows come in rounds, one token of every image a round, so that any `window` (in the summary) consecutive rows are of different
-  images. The `train` tables need no shuffling to be read, and `ommatid train` shuffles them anew within windows.
+  images. Images with fewer rows (`extract.max_norm`, imports) are spread over the rounds evenly; then it is about so many. The `train`
+  tables need no shuffling to be read, and `ommatid train` shuffles them anew within windows.
 - **manifest.json**: kind, schema_version, params (the stage's section), inputs (sha256 of each input's manifest), files (name,
   bytes, sha256, rows), versions (code and libraries), summary (what the gate and later stages read).
 

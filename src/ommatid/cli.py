@@ -45,7 +45,7 @@ def images(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, dat
 
 @app.command()
 def extract(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data: Data = DEFAULT_DATA) -> None:
-    """Capture activations at a hookpoint, and embed every image."""
+    """Capture activations at one or several hookpoints and embed every image, or import activations from files."""
     _run("extract", params, overrides, data)
 
 
