@@ -29,7 +29,7 @@ object store ([storage.md](storage.md)).
 |---|---|---|
 | `data/images` | images | tables `images`, `rejected` |
 | `data/activations` | extract | table `plan`; a folder each hookpoint, such as `data/activations/blocks.15`, an artefact by itself |
-| `data/activations/<hookpoint>` | extract | tables `train` (rows shuffled), `eval` (in image order within a part), `embeddings`; one part a shard |
+| `data/activations/<hookpoint>` | extract | tables `train` (shuffled), `eval` (by image within a part), `embeddings`; one part a shard |
 | `data/sae` | train | `sae.safetensors`, `cfg.json`, table `curves` |
 | `data/evaluation` | evaluate | tables `latents`, `examples`, `firings`, `comparisons` |
 | `data/labels` | label | table `labels` |
