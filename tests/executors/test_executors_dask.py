@@ -2,16 +2,16 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from clusters import dask_scheduler, dask_workers
 from distributed import Client
 from executor_jobs import BreakJob, Counted, KillJob, KillOnceJob, NestedJob, RefuseJob, StubbornJob, WriteJob, made
 from processes import TESTS, Driver, started
@@ -19,50 +19,12 @@ from s3_server import free_port
 
 from ommatid.config import DaskExecutor
 from ommatid.errors import ArtefactError, ExecutorError
-from ommatid.executors import dask, run
-from ommatid.executors.workers import versions
-
-
-@contextmanager
-def scheduler(path: str = "") -> Iterator[str]:
-    """A scheduler in a process of its own."""
-    address = f"tcp://127.0.0.1:{free_port()}"
-    with _process("dask_scheduler", "--host", address, "--no-dashboard", path=path):
-        _wait_for(address)
-        yield address
-
-
-def _wait_for(address: str) -> None:
-    host, port = address.removeprefix("tcp://").split(":")
-    for _ in range(300):
-        with suppress(OSError):
-            return socket.create_connection((host, int(port))).close()
-        time.sleep(0.1)
-    raise AssertionError("the scheduler does not start")
-
-
-@contextmanager
-def workers(address: str, folder: Path, path: str = str(TESTS)) -> Iterator[None]:
-    """Two worker processes with two threads each, which start again when they die, and work elsewhere."""
-    names = ("--nworkers", "2", "--nthreads", "2", "--memory-limit", "0", "--no-dashboard", "--local-directory", str(folder))
-    with _process("dask_worker", address, "--host", "127.0.0.1", *names, path=path, folder=folder):
-        yield
-
-
-@contextmanager
-def _process(module: str, *arguments: str, path: str = "", folder: Path | None = None) -> Iterator[None]:
-    environment = os.environ | {"PYTHONPATH": path}
-    command = [sys.executable, "-m", f"distributed.cli.{module}", *arguments]
-    with subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            yield
-        finally:
-            process.terminate()
+from ommatid.executors import dask, run, workers
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaskExecutor]:
-    with scheduler() as address, workers(address, tmp_path_factory.mktemp("workers")):
+    with dask_scheduler() as address, dask_workers(address, tmp_path_factory.mktemp("workers")):
         yield DaskExecutor(kind="dask", address=address, workers=1)
 
 
@@ -125,7 +87,7 @@ def test_a_scheduler_that_does_not_answer_is_named_at_once(monkeypatch: pytest.M
 
 def test_without_workers_it_is_given_up_and_with_late_ones_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dask, "_SECONDS_WITHOUT_WORKERS", 0.5)
-    with scheduler() as address:
+    with dask_scheduler() as address:
         params = DaskExecutor(kind="dask", address=address, workers=1)
         with pytest.raises(ExecutorError, match=rf"{address}: the Dask scheduler has had no worker for 0.5 seconds; start some"):
             run(params, WriteJob(str(tmp_path)), range(3), lambda shard: None)
@@ -133,7 +95,7 @@ def test_without_workers_it_is_given_up_and_with_late_ones_not(tmp_path: Path, m
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(run, params, WriteJob(str(tmp_path)), range(3), lambda shard: None)
             time.sleep(1)
-            with workers(address, tmp_path):
+            with dask_workers(address, tmp_path):
                 waiting.result()
     assert len(made(tmp_path)) == 3
 
@@ -141,8 +103,8 @@ def test_without_workers_it_is_given_up_and_with_late_ones_not(tmp_path: Path, m
 def test_a_scheduler_that_goes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dask, "_SECONDS_TO_CONNECT", 3)
     with ExitStack() as scheduling, ExitStack() as working:
-        address = scheduling.enter_context(scheduler())
-        working.enter_context(workers(address, tmp_path))
+        address = scheduling.enter_context(dask_scheduler())
+        working.enter_context(dask_workers(address, tmp_path))
         params = DaskExecutor(kind="dask", address=address, workers=1)
         with pytest.raises(ExecutorError, match=rf"{address}: the Dask scheduler has gone"):
             run(params, WriteJob(str(tmp_path), seconds=0.2), range(1000), lambda shard: scheduling.close())
@@ -154,8 +116,8 @@ def test_a_cluster_without_ommatid_is_told_so(who: str, tmp_path: Path) -> None:
     (tmp_path / "old/ommatid/__init__.py").touch()
     old = str(tmp_path / "old")
     with ExitStack() as stack:
-        address = stack.enter_context(scheduler(old if who == "the scheduler" else ""))
-        stack.enter_context(workers(address, tmp_path, old if who == "a worker" else str(TESTS)))
+        address = stack.enter_context(dask_scheduler(old if who == "the scheduler" else ""))
+        stack.enter_context(dask_workers(address, tmp_path, old if who == "a worker" else str(TESTS)))
         with Client(address) as client:
             client.wait_for_workers(2, 60)
         with pytest.raises(ExecutorError, match=rf"{address}: {who} of the Dask cluster cannot import Ommatid \(.*ommatid.executors"):
@@ -163,7 +125,8 @@ def test_a_cluster_without_ommatid_is_told_so(who: str, tmp_path: Path) -> None:
 
 
 def test_workers_of_other_versions_are_refused(cluster: DaskExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dask, "versions", lambda: versions() | {"torch": "1.0"})
+    versions = workers._versions() | {"torch": "1.0"}
+    monkeypatch.setattr(workers, "_versions", lambda: versions)
     with pytest.raises(ExecutorError, match=r"worker tcp://127.0.0.1:\d+: has torch .* instead of 1.0"):
         run(cluster, WriteJob(str(tmp_path)), range(3), lambda shard: None)
 

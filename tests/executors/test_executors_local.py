@@ -3,16 +3,18 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 from executor_jobs import BreakJob, KillJob, KillOnceJob, NestedJob, RefuseJob, SlowJob, StubbornJob, WriteJob, made
-from processes import Driver, started
+from processes import started
 
 from ommatid.config import LocalExecutor
 from ommatid.errors import ArtefactError, ExecutorError
 from ommatid.executors import local, run
-from ommatid.executors.workers import check_versions, environment, thread_settings, versions
+from ommatid.executors.workers import Driver, environment, thread_settings
 
 DEVICES = ("5", "GPU-7")
 """No GPU is needed to see which one a process was told to take."""
@@ -115,7 +117,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_no_process_outlives_its_driver(tmp_path: Path, number: signal.Signals, driver: Driver) -> None:
+def test_no_process_outlives_its_driver(tmp_path: Path, number: signal.Signals, driver: processes.Driver) -> None:
     driver.start(DRIVER, tmp_path)
     driver.end(number)
 
@@ -137,7 +139,19 @@ def test_the_environment_is_as_before_afterwards(monkeypatch: pytest.MonkeyPatch
     assert "OMMATID_B" not in os.environ
 
 
-def test_other_versions_are_refused_by_name() -> None:
-    check_versions(versions(), "here")
-    with pytest.raises(ExecutorError, match=r"worker tcp://x: has torch [\d.]+ instead of 1\.0;"):
-        check_versions(versions() | {"torch": "1.0"}, "tcp://x")
+def test_workers_with_other_libraries_are_refused_by_name() -> None:
+    here = Driver.here()
+    with (
+        pytest.raises(ExecutorError, match=r"worker tcp://x: has torch [\d.]+ instead of 1\.0;"),
+        replace(here, versions={**here.versions, "torch": "1.0"}).hosted("tcp://x"),
+    ):
+        raise AssertionError
+
+
+def test_workers_go_where_the_driver_is_if_they_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.getcwd()
+    with Driver(Driver.here().versions, str(tmp_path)).hosted("tcp://x"):
+        assert os.getcwd() == str(tmp_path)
+    with Driver(Driver.here().versions, "/no/such/folder").hosted("tcp://x"):
+        assert os.getcwd() == before
+    assert os.getcwd() == before

@@ -7,43 +7,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
+from clusters import ray_cluster
 from executor_jobs import BreakJob, Counted, KillJob, KillOnceJob, NestedJob, RefuseJob, StubbornJob, WriteJob, made
 from processes import TESTS, Driver, started
 from s3_server import free_port
 
 from ommatid.config import RayExecutor
 from ommatid.errors import ArtefactError, ExecutorError
-from ommatid.executors import ray, run
-from ommatid.executors.workers import versions
-
-
-@contextmanager
-def serving(log: Path, n_places: int = 2, path: str = str(TESTS)) -> Iterator[RayExecutor]:
-    """A cluster that belongs to somebody else."""
-    address = f"127.0.0.1:{free_port()}"
-    options = {"num-cpus": n_places, "node-ip-address": "127.0.0.1", "port": address.partition(":")[2], "include-dashboard": "false"}
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats"]
-    command += [f"--{name}={value}" for name, value in options.items()]
-    with log.open("w") as file, subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, stdout=file, stderr=file) as process:
-        try:
-            while "Ray runtime started" not in log.read_text():
-                assert process.poll() is None, log.read_text()
-                time.sleep(0.1)
-            yield RayExecutor(kind="ray", address=address, workers=1)
-        finally:
-            tree = psutil.Process(process.pid).children(recursive=True)
-            process.terminate()
-            psutil.wait_procs(tree, 30)
+from ommatid.executors import ray, run, workers
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayExecutor]:
-    with serving(tmp_path_factory.mktemp("ray") / "log") as params:
+    with ray_cluster(tmp_path_factory.mktemp("ray") / "log") as params:
         yield params
 
 
@@ -101,7 +80,8 @@ def test_no_more_shards_are_taken_than_there_are_places(cluster: RayExecutor, tm
 
 
 def test_workers_of_other_versions_are_refused(cluster: RayExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "versions", lambda: versions() | {"torch": "1.0"})
+    versions = workers._versions() | {"torch": "1.0"}
+    monkeypatch.setattr(workers, "_versions", lambda: versions)
     with pytest.raises(ExecutorError, match=r"worker [\d.]+: has torch .* instead of 1.0"):
         run(cluster, WriteJob(str(tmp_path)), range(3), lambda shard: None)
 
@@ -118,7 +98,7 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(scheme: str) -> None:
 def test_without_a_place_it_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "_SECONDS_WITHOUT_WORKERS", 1)
     problem = "the Ray cluster has had no place for a worker for 1 seconds"
-    with serving(tmp_path / "log", n_places=0) as params, pytest.raises(ExecutorError, match=problem):
+    with ray_cluster(tmp_path / "log", n_places=0) as params, pytest.raises(ExecutorError, match=problem):
         run(params, WriteJob(str(tmp_path)), range(3), lambda shard: None)
 
 
@@ -126,7 +106,7 @@ def test_a_cluster_without_ommatid_is_told_so(tmp_path: Path) -> None:
     (tmp_path / "old/ommatid").mkdir(parents=True)
     (tmp_path / "old/ommatid/__init__.py").touch()
     problem = r"a worker cannot start \(.*ommatid[.].*'\); all nodes need what is installed here"
-    with serving(tmp_path / "log", path=f"{tmp_path / 'old'}:{TESTS}") as params, pytest.raises(ExecutorError, match=problem):
+    with ray_cluster(tmp_path / "log", path=f"{tmp_path / 'old'}:{TESTS}") as params, pytest.raises(ExecutorError, match=problem):
         run(params, WriteJob(str(tmp_path)), range(3), lambda shard: None)
 
 

@@ -13,7 +13,7 @@ import threading
 import uuid
 import warnings
 from asyncio import CancelledError
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from ommatid.config import DaskExecutor
 from ommatid.errors import ExecutorError
 from ommatid.executors.attempts import ATTEMPTS, died
-from ommatid.executors.workers import attempt, check_versions, environment, thread_settings, versions
+from ommatid.executors.workers import Driver, attempt, environment, thread_settings
 
 try:
     import dask.config
@@ -100,11 +100,10 @@ def _check_installed(client: Any, address: str) -> None:
 _one = threading.Lock()
 
 
-def _make(job: bytes, shard: int, drivers: Mapping[str, str]) -> None:
+def _make(job: bytes, shard: int, driver: Driver) -> None:
     """What a worker does; its other threads wait meanwhile."""
-    with _one:
-        check_versions(drivers, get_worker().address)
-        # Dask's are daemons, which may not start processes; where there is a GPU, images are decoded by some
+    # Dask's processes are daemons, which may not start others; where there is a GPU, images are decoded by some
+    with _one, driver.hosted(get_worker().address):
         multiprocessing.current_process().daemon = False
         if error := attempt(pickle.loads(job), shard):
             raise error
@@ -118,6 +117,7 @@ class _Run:
         self._address = address
         self._job = pickle.dumps(job)
         """The scheduler unpickles what is submitted: it need not import what only workers need."""
+        self._driver = Driver.here()
         self._name = f"ommatid-{uuid.uuid4()}"
         self._shards: dict[Future, int] = {}
         """In flight."""
@@ -147,7 +147,7 @@ class _Run:
 
     def _submit(self, shard: int) -> Future:
         key = f"{self._name}-{shard}"
-        return self._client.submit(_make, self._job, shard, versions(), key=key, pure=False, retries=ATTEMPTS - 1)
+        return self._client.submit(_make, self._job, shard, self._driver, key=key, pure=False, retries=ATTEMPTS - 1)
 
     def _next_done(self) -> set[Future]:
         while True:

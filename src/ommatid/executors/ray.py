@@ -14,7 +14,7 @@ from typing import Any
 from ommatid.config import RayExecutor
 from ommatid.errors import ExecutorError
 from ommatid.executors.attempts import ATTEMPTS, Waiting, died
-from ommatid.executors.workers import attempt, check_versions, environment, thread_settings, versions
+from ommatid.executors.workers import Driver, attempt, environment, thread_settings
 
 # read at import: nothing is reported to Ray's makers, and no code is uploaded where the driver runs under uv
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -102,20 +102,20 @@ def _probe(address: str) -> None:
 class _Worker:
     """What an actor does."""
 
-    def __init__(self, job: Callable[[int], None]) -> None:
+    def __init__(self, job: Callable[[int], None], driver: Driver) -> None:
         self._job = job
+        self._driver = driver
 
-    def start(self, drivers: Mapping[str, str]) -> Exception | None:
-        """The first call, answered when the actor has found a place; returns why it is of no use."""
-        try:
-            check_versions(drivers, ray.util.get_node_ip_address())
-        except ExecutorError as error:
-            return error
-        return None
+    def start(self) -> None:
+        """The first call, answered when the actor has found a place."""
 
     def make(self, shard: int) -> Exception | None:
         """Returns what the job raised."""
-        return attempt(self._job, shard)
+        try:
+            with self._driver.hosted(ray.util.get_node_ip_address()):
+                return attempt(self._job, shard)
+        except ExecutorError as error:
+            return error
 
 
 class _Pool:
@@ -145,8 +145,8 @@ class _Pool:
         needs = {"num_cpus": "CPU", "num_gpus": "GPU"} if resources.get("GPU") else {"num_cpus": "CPU"}
         places = max(1, min(int(resources.get(name, 0)) for name in needs.values()))
         for _ in range(len(self._calls), min(places, self._n_left)):
-            worker = ray.remote(_Worker).options(**dict.fromkeys(needs, 1)).remote(self._job)
-            self._calls[worker.start.remote(versions())] = worker, None
+            worker = ray.remote(_Worker).options(**dict.fromkeys(needs, 1)).remote(self._job, Driver.here())
+            self._calls[worker.start.remote()] = worker, None
 
     def _next_done(self) -> "ray.ObjectRef":
         while True:
@@ -163,7 +163,7 @@ class _Pool:
         worker, shard = self._calls[call]
         alive, error = _outcome(call, shard)
         if shard is None:
-            self._started(alive, error)
+            self._started(error)
         elif error:
             self._waiting.failed(shard, error)
         else:
@@ -174,10 +174,10 @@ class _Pool:
         if shard is not None:
             self._calls[worker.make.remote(shard)] = worker, shard
 
-    def _started(self, alive: bool, error: Exception | None) -> None:
+    def _started(self, error: Exception | None) -> None:
         """Nodes may go while their workers start, but not one after the other."""
-        self._failed_starts = 0 if alive else self._failed_starts + 1
-        if error and (alive or self._failed_starts == ATTEMPTS):
+        self._failed_starts = self._failed_starts + 1 if error else 0
+        if error and self._failed_starts == ATTEMPTS:
             raise error
 
 

@@ -4,7 +4,8 @@ import os
 import pickle
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 
@@ -37,25 +38,42 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@dataclass(frozen=True)
+class Driver:
+    """What workers must know of the process that they work for."""
+
+    versions: Mapping[str, str]
+    """Of what makes the numbers."""
+    folder: str
+    """Its current directory: params name models relative to it."""
+
+    @classmethod
+    def here(cls) -> "Driver":
+        """This process."""
+        return cls(_versions(), os.getcwd())
+
+    @contextmanager
+    def hosted(self, where: str) -> Iterator[None]:
+        """Called in the worker, `where`: in this block paths mean what they mean to the driver, if the machine sees its folder.
+
+        Raises:
+            ExecutorError: libraries differ, which would make other bytes; names the worker.
+        """
+        ours = _versions()
+        different = [f"{name} {ours[name]} instead of {version}" for name, version in self.versions.items() if ours[name] != version]
+        if different:
+            raise ExecutorError(
+                f"worker {where}: has {', '.join(different)}; install on all workers what is installed here, and start them again"
+            )
+        with chdir(self.folder) if os.path.isdir(self.folder) else nullcontext():
+            yield
+
+
 @cache
-def versions() -> dict[str, str]:
-    """Of what makes the numbers, without the local part: torch for CPUs and for GPUs are one version."""
+def _versions() -> dict[str, str]:
+    """Without the local part: torch for CPUs and for GPUs are one version."""
     libraries = ("ommatid", "torch", "transformers", "numpy", "pyarrow", "pillow")
     return {name: metadata.version(name).partition("+")[0] for name in libraries}
-
-
-def check_versions(drivers: Mapping[str, str], where: str) -> None:
-    """Refuse to work with other libraries than the driver, which would make other bytes; called in the worker.
-
-    Raises:
-        ExecutorError: naming the worker and what differs.
-    """
-    ours = versions()
-    different = [f"{name} {ours[name]} instead of {version}" for name, version in drivers.items() if ours[name] != version]
-    if different:
-        raise ExecutorError(
-            f"worker {where}: has {', '.join(different)}; install on all workers what is installed here, and start them again"
-        )
 
 
 def attempt(job: Callable[[int], None], shard: int) -> Exception | None:
