@@ -36,9 +36,7 @@ def extract(params: ExtractParams, inputs: Mapping[str, Artefact], draft: Draft,
     """
     images = inputs["images"]
     if taken := sorted({SCRATCH, RECEIPTS.strip("/")} & set(params.hookpoints)):
-        raise ModelError(
-            f"extract.hookpoints: {taken[0]!r} is the name of a folder that Ommatid needs; rename the module"
-        )
+        raise ModelError(f"extract.hookpoints: {taken[0]!r} is the name of a folder that Ommatid needs; rename the module")
     towers = Towers(_with_dtype(params))  # all that can be wrong with the models is found before any work
     check_room(draft, params, images.summary, towers)
     probe = _start_or_go_on(draft, towers.probe())
