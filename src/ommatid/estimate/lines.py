@@ -7,7 +7,7 @@ SMALLEST = 32
 """Images of the first trial."""
 LARGEST = 8192
 """Images of the last trial at most: a shard of activations; larger runs repeat what one shard takes."""
-SHARE = 4
+SHARE = 2
 """Trials take at most one image of so many: an estimate should not cost what it estimates."""
 
 
@@ -25,44 +25,26 @@ class Timed:
 class Cost:
     """Seconds of a stage by its work."""
 
-    first: Timed
-    """A whole process at the smallest work: start, imports, networks, work, gate, end."""
+    known: Timed
+    """A whole process, alone: start, imports, networks, work, gate, end."""
     per_unit: float
     """Seconds of one more unit."""
 
     def seconds(self, work: float) -> float:
         """Of a whole process with so much work."""
-        return max(0.0, self.first.seconds + self.per_unit * (work - self.first.work))
+        return max(0.0, self.known.seconds + self.per_unit * (work - self.known.work))
 
 
-class Series:
-    """Trials of one stage in one process, in order of their work; the smallest is done twice.
+def fit(warm: Sequence[Timed], known: Timed) -> Cost:
+    """The line that has the slope of the trials of one process, and goes through what a process of its own took.
 
-    The first of all pays for imports, networks and first calls, as every run does once; the others, which are warm, show what
-    work costs, without the noise of two starts.
+    Args:
+        warm: Runs in one process that has paid for imports and first calls, which would hide what the work costs.
+        known: A process that ran only the largest trial, from its start to its end.
     """
-
-    def __init__(self) -> None:
-        self.cold: Timed | None = None
-        self.warm: list[Timed] = []
-        self.end = 0.0
-        """Seconds that the process took to end."""
-
-    def add(self, work: float, seconds: float) -> None:
-        """Take the next trial."""
-        if self.cold is None:
-            self.cold = Timed(work, seconds)
-        else:
-            self.warm.append(Timed(work, seconds))
-
-    def cost(self) -> Cost:
-        """The line through the smallest and the largest warm trial, from the cold one on."""
-        assert self.cold is not None
-        first = Timed(self.cold.work, self.cold.seconds + self.end)
-        warm = sorted(self.warm, key=lambda trial: trial.work)
-        if len(warm) < 2 or warm[-1].work <= warm[0].work:
-            return Cost(first, 0.0)
-        return Cost(first, max(0.0, warm[-1].seconds - warm[0].seconds) / (warm[-1].work - warm[0].work))
+    least, most = (choose(warm, key=lambda trial: trial.work) for choose in (min, max)) if warm else (known, known)
+    more = most.work - least.work
+    return Cost(known, max(0.0, most.seconds - least.seconds) / more if more > 0 else 0.0)
 
 
 def trial_sizes(n_images: int) -> list[int]:
@@ -76,7 +58,7 @@ def trial_sizes(n_images: int) -> list[int]:
     return sizes or [n_images]
 
 
-def grow(run: Callable[[int], float], works: Sequence[float], budget: float) -> None:
+def grow(run: Callable[[int], float], works: Sequence[float], budget: float) -> list[Timed]:
     """Run trials from small to large, while the next is expected to take at most `budget` seconds.
 
     The first is run twice and the second in any case, for a line needs two points. From two points on the largest that the
@@ -86,15 +68,19 @@ def grow(run: Callable[[int], float], works: Sequence[float], budget: float) -> 
         run: Runs the trial of this index; gives its seconds.
         works: Work of each trial there can be, ascending.
         budget: Seconds of one trial.
+
+    Returns:
+        All but the very first, which paid for imports and first calls.
     """
     run(0)
     last, warm = 0, [Timed(works[0], run(0))]
     while last + 1 < len(works):
         affordable = [i for i in range(last + 1, len(works)) if expect(warm, works[i]) <= budget]
         if not affordable and len(warm) > 1:
-            return
+            break
         last = affordable[-1] if affordable else last + 1
         warm.append(Timed(works[last], run(last)))
+    return warm
 
 
 def expect(warm: Sequence[Timed], work: float) -> float:

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,31 +50,32 @@ def _run(stage: str, params: dict[str, Any], data: str, whole: dict[str, int] | 
     from ommatid.stage import run_stage
 
     checked, spans = Params.model_validate(params), _Spans()
-    with _saving_as_often(checked, data, **whole) if whole else nullcontext():
+    with _training_as_the_whole(checked, data, **whole) if whole else nullcontext():
         run_stage(stage, checked, spans, data, reports=Path(data) / "quality", must_pass=False)
     seconds = time.perf_counter() - start
-    if stage == "extract":
-        from ommatid.extract.shard import load_worker
-
-        load_worker.cache_clear()  # the next run loads the networks again: two copies would be in memory
-    gc.collect()
+    gc.collect()  # networks first: the next run loads them again
     return {"seconds": seconds, "peak": _peak(), "spans": spans.seconds}
 
 
 @contextmanager
-def _saving_as_often(params: Any, data: str, epochs: int, n_tokens: int) -> Iterator[None]:
-    """Checkpoints as many steps apart as the whole run will write them: a short run would write one after every step."""
+def _training_as_the_whole(params: Any, data: str, epochs: int, n_tokens: int) -> Iterator[None]:
+    """Have the steps of a short training do what those of the whole will do.
+
+    By themselves they would write a checkpoint each, and count latents as dead, whose revival costs time, after a few batches.
+    """
+    from ommatid import train
     from ommatid.sae import trainer
     from ommatid.stage import open_stage
 
-    points = trainer.CURVE_POINTS
-    whole = trainer.make_plan(params.train.model_copy(update={"epochs": epochs}), n_tokens)
-    trial = trainer.make_plan(params.train, open_stage("extract", params.hookpoint, data).rows("train"))
+    make_plan, points = trainer.make_plan, trainer.CURVE_POINTS
+    whole = make_plan(params.train.model_copy(update={"epochs": epochs}), n_tokens)
+    trial = make_plan(params.train, open_stage("extract", params.hookpoint, data).rows("train"))
     trainer.CURVE_POINTS = max(1, trial.n_steps // max(1, whole.n_steps // points))
+    train.make_plan = lambda params, n_tokens: replace(make_plan(params, n_tokens), dead_after=whole.dead_after)
     try:
         yield
     finally:
-        trainer.CURVE_POINTS = points
+        trainer.CURVE_POINTS, train.make_plan = points, make_plan
 
 
 class _Spans:

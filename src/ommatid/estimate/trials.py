@@ -3,21 +3,21 @@
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ommatid import tracking
 from ommatid.config import Params
-from ommatid.estimate.lines import Series, grow, trial_sizes
+from ommatid.estimate.lines import Timed, grow, trial_sizes
 from ommatid.estimate.process import Answer, StageProcess
 from ommatid.estimate.sample import draw_images
 from ommatid.events import Listener, Progress
 from ommatid.stage import STAGES, open_stage
 from ommatid.store import Artefact
 
-BUDGET = 20.0
+BUDGET = 10.0
 """Seconds of one trial of one stage, at most as far as can be expected."""
 FEWEST_EVAL = 16
 """Evaluation images of the smallest trial from `evaluate` on."""
@@ -29,19 +29,16 @@ N_TRIALS = 6
 class Tried:
     """What the trials of one stage showed."""
 
-    series: Series = field(default_factory=Series)
     sizes: list[int] = field(default_factory=list)
     """Images of each trial."""
-    peaks: list[int] = field(default_factory=list)
-    """Largest resident set after each trial, in bytes."""
+    warm: list[Timed] = field(default_factory=list)
+    """Runs in one process that had run the stage before."""
+    alone: Timed | None = None
+    """A process that ran only the largest trial; None: there was no need to."""
+    peak: int = 0
+    """Its largest resident set, in bytes."""
     spans: Mapping[str, float] = field(default_factory=dict)
-    """Of the last trial: seconds of each kind of work."""
-
-    @property
-    def peak(self) -> int:
-        """Of a process that runs the largest trial alone: without what the second run, of the size of the first, added to it."""
-        again = self.peaks[1] - self.peaks[0] if len(self.peaks) > 1 else 0
-        return max(self.peaks[0], self.peaks[-1] - again)
+    """Its seconds of each kind of work."""
 
 
 class Trials:
@@ -91,8 +88,7 @@ class Trials:
         self._try_catalog(sizes)
 
     def _try_images_and_extract(self) -> None:
-        with ExitStack() as stack:
-            images = stack.enter_context(self._process("images"))
+        with self._process("images") as images:
             made: set[int] = set()
 
             def make(n: int) -> None:
@@ -105,11 +101,13 @@ class Trials:
                 return process.run(self._values(), self._data(self._sizes[i]))
 
             make(self._sizes[0])
-            if self._whole is None:  # the first once more: see Series
+            self.tried["images"].warm.clear()  # the first paid for imports and first calls
+            if self._whole is None:
                 self._make_images(images, self._sizes[0])
             self._grow("extract", self._sizes, self._sizes, extract)
-            if self._whole is None:
-                self.tried["images"].series.end = images.end()
+        if self._whole is None:
+            n = self._largest["images"]
+            self._alone("images", n, n, lambda process: self._run_images(process, n))
 
     def _make_images(self, process: StageProcess, n: int) -> None:
         self._largest["images"] = n
@@ -117,14 +115,14 @@ class Trials:
             draw_images(self._whole, n, self._data(n) / STAGES["images"].place.name)
             return
         self._tell("images", n)
-        self._note("images", n, n, process.run(self._values(images={"limit": n}), self._data(n)))
+        self.tried["images"].sizes.append(n)
+        self.tried["images"].warm.append(Timed(n, self._run_images(process, n).seconds))
+
+    def _run_images(self, process: StageProcess, n: int) -> Answer:
+        return process.run(self._values(images={"limit": n}), self._data(n))
 
     def _try_train(self, n_tokens: int) -> None:
-        """Grow the tokens: first by more images, then by more epochs on all of the last extraction's.
-
-        More epochs than the whole run has are not trained, but for eight: a latent is dead after as many without a firing, and a
-        step that revives the dead costs more.
-        """
+        """Grow the tokens: first by more images, then by more epochs, up to those of the whole: how often latents fire depends on them."""
         whole = {"epochs": self._params.train.epochs, "n_tokens": n_tokens}
         runs = self._training_runs(n_tokens)
 
@@ -138,7 +136,7 @@ class Trials:
         """Tokens, images and epochs of each trial there can be, in order of the tokens."""
         batch, sizes = self._params.train.batch_size, sorted(set(self.tried["extract"].sizes))
         rows = {n: self._activations(n).rows("train") for n in sizes}
-        most = min(-(-n_tokens * self._params.train.epochs // max(1, rows[sizes[-1]])), max(8, self._params.train.epochs))
+        most = min(10_000, max(1, n_tokens * self._params.train.epochs // max(1, rows[sizes[-1]])))
         full = [n for n in sizes if rows[n] >= batch] or sizes[-1:]  # a smaller batch would be another step
         epochs = sorted({2**i for i in range(most.bit_length())} | {most})
         found = [(trained_tokens(rows[n], batch, 1), n, 1) for n in full]
@@ -159,12 +157,9 @@ class Trials:
 
     def _try_label(self, n: int) -> None:
         """Once: most of its time goes to the words, which a sample has, too; how long the scores take, its events say."""
-        with self._process("label") as process:
-            self._tell("label", n)
-            # on a sample few latents fire on as many images as params ask for, and what a score costs would not be seen
-            answer = process.run(self._values(label={"min_examples": 2}), self._data(n))
-            self._note("label", n, n, answer)
-            self.tried["label"].series.end = process.end()
+        # on a sample few latents fire on as many images as params ask for, and what a score costs would not be seen
+        values = self._values(label={"min_examples": 2})
+        self._alone("label", n, n, lambda process: process.run(values, self._data(n)))
 
     def _try_catalog(self, sizes: Sequence[int]) -> None:
         def build(process: StageProcess, i: int) -> Answer:
@@ -175,24 +170,32 @@ class Trials:
         self._grow("catalog", sizes, sizes, build)
 
     def _grow(self, stage: str, works: Sequence[float], sizes: Sequence[int], run: Callable[[StageProcess, int], Answer]) -> None:
-        """Run trials of a stage while they are cheap."""
+        """Run trials of a stage while they are cheap; then the largest again, in a process that does nothing else.
+
+        Memory is only seen in the latter: what a run leaves behind stays in its process, and a second one comes on top of it.
+        """
+        last = 0
         with self._process(stage) as process:
 
             def one(i: int) -> float:
+                nonlocal last
+                last = i
                 self._tell(stage, sizes[i])
-                answer = run(process, i)
-                self._note(stage, sizes[i], works[i], answer)
-                return answer.seconds
+                self.tried[stage].sizes.append(sizes[i])
+                return run(process, i).seconds
 
-            grow(one, works, BUDGET)
-            self.tried[stage].series.end = process.end()
+            self.tried[stage].warm = grow(one, works, BUDGET)
+        self._alone(stage, sizes[last], works[last], lambda process: run(process, last))
 
-    def _note(self, stage: str, n: int, work: float, answer: Answer) -> None:
+    def _alone(self, stage: str, n: int, work: float, run: Callable[[StageProcess], Answer]) -> None:
+        """Run a trial as the whole will be run: in a process of its own."""
+        self._tell(stage, n)
         tried = self.tried[stage]
-        tried.series.add(work, answer.seconds)
+        with self._process(stage) as process:
+            answer = run(process)
+            tried.alone = Timed(work, answer.seconds + process.end())
+        tried.peak, tried.spans = answer.peak, answer.spans
         tried.sizes.append(n)
-        tried.peaks.append(answer.peak)
-        tried.spans = answer.spans
         self._largest[stage] = n
 
     def _tell(self, stage: str, n: int) -> None:

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ommatid import schemas
 from ommatid.catalog.build import WRITER_MB
 from ommatid.config import EvaluateParams, ExtractParams, Params
-from ommatid.estimate.lines import Cost, Timed
+from ommatid.estimate.lines import Cost, Timed, fit
 from ommatid.estimate.trials import Tried, trained_tokens
 from ommatid.extract.plan import IMAGES_PER_SHARD
 from ommatid.extract.rows import BYTES_PER_ROW_GROUP
@@ -21,10 +23,12 @@ from ommatid.train import SAMPLE
 
 CHUNK_COPIES = 4
 """Of a chunk of activations in memory: its batches, joined, in their order, and the chunk before on its way to the disk."""
-GROUP_COPIES = 4
-"""Of a row group of training tokens: read, in order, with its columns, in the writer; training has a queue of them."""
-PART_COPIES = 4
-"""Of a part of images: rows, columns, a table, the writer."""
+GROUP_COPIES = 6
+"""Of a row group of training tokens while it is put in order: read, joined, taken, as a table, in the writer, on its way out."""
+QUEUE_COPIES = 4
+"""Of a row group of training tokens in training: two wait, one is read, one is used."""
+PART_COPIES = 2
+"""Of a part of images: rows and a table; the files themselves are not copied."""
 HEAT_COPIES = 4
 """Of the heat maps: collected, joined, in order, a table."""
 SAMPLE_COPIES = 3
@@ -35,8 +39,6 @@ CATALOG_COPIES = 2
 """Of what goes into the catalogue, up to DuckDB's limit: read and sorted."""
 IMAGE_NOTE = 250
 """Bytes that stage `images` remembers of every image: its id and its path."""
-BARE_LABEL = 8.5
-"""Bytes of a latent without a label in the table of labels."""
 BYTES_PER_LABEL = 45.0
 """Of a label with its scores, where no trial has one."""
 
@@ -133,11 +135,11 @@ class Whole:
 
     def costs(self, trial: Amounts) -> dict[str, Cost]:
         """Seconds by work, by stage."""
-        costs = {stage: tried.series.cost() for stage, tried in self._tried.items() if tried.series.cold and stage != "label"}
+        costs = {stage: fit(tried.warm, tried.alone) for stage, tried in self._tried.items() if tried.alone}
         label = self._tried["label"]
-        assert label.series.cold is not None
+        assert label.alone is not None
         per_score = label.spans.get("score labels", 0.0) / max(1.0, trial.scored)
-        return costs | {"label": Cost(Timed(trial.scored, label.series.cold.seconds + label.series.end), per_score)}
+        return costs | {"label": Cost(Timed(trial.scored, label.alone.seconds), per_score)}
 
     def work(self, whole: Amounts, n_items: int) -> dict[str, float]:
         """What `costs` count, by stage."""
@@ -154,7 +156,7 @@ class Whole:
     def peaks(self, trial: Amounts, whole: Amounts) -> dict[str, int]:
         """Largest resident set by stage, in bytes: that of the largest trial, and what the whole holds beyond it."""
         before, after = (self._held(amounts, self.bytes(trial, amounts)["catalog"]) for amounts in (trial, whole))
-        return {stage: int(tried.peak + max(0.0, after[stage] - before[stage])) for stage, tried in self._tried.items() if tried.peaks}
+        return {stage: int(tried.peak + max(0.0, after[stage] - before[stage])) for stage, tried in self._tried.items() if tried.alone}
 
     def while_running(self, whole: Amounts, extract: int) -> int:
         """Bytes on the disk that only a running stage needs: the chunks of a shard of so large an extraction, or the checkpoint."""
@@ -171,7 +173,7 @@ class Whole:
         return {
             "images": PART_COPIES * self._part(amounts) + IMAGE_NOTE * amounts.images,
             "extract": CHUNK_COPIES * self._chunk(amounts) + GROUP_COPIES * group,
-            "train": SAMPLE_COPIES * sample + GROUP_COPIES * group,
+            "train": SAMPLE_COPIES * sample + QUEUE_COPIES * group,
             "evaluate": HEAT_COPIES * amounts.examples * cells * 4 + 2 * shard * facts["d_judge"] * 4,
             "label": JOINT_COPIES * amounts.eval_images * facts["d_joint"] * 4,
             "catalog": min(WRITER_MB * 2**20, CATALOG_COPIES * catalog),
@@ -202,21 +204,20 @@ class Whole:
 
     def _hookpoint_bytes(self, name: str, kept: Mapping[str, float]) -> float:
         child = self._artefacts["extract"].child(name, "activations")
-        # all hookpoints share one file of embeddings under several names
+        # all hookpoints share one file of embeddings under several names: of the others it is nothing
         return _grown(child, kept if name == self._extract.hookpoints[0] else {**kept, "embeddings": 0.0})
 
     def _per_label(self, trial: Amounts) -> float:
         labels = self._artefacts["label"]
-        written = sum(file.bytes for file in labels.manifest.files) - BARE_LABEL * self._params.train.d_sae
+        written = sum(file.bytes for file in labels.manifest.files) - _bytes_without_labels(self._params.train.d_sae)
         return max(0.0, written / trial.scored) if trial.scored else BYTES_PER_LABEL
 
     def _catalog_growth(self, trial: Amounts, whole: Amounts) -> float:
         """What its tables take in Parquet, about as much as in DuckDB; of the images without their files, which it does not have."""
         evaluation = self._artefacts["evaluate"]
-        growth = (whole.images - trial.images) * _bytes_beside_files(self._artefacts["images"])
+        growth = (whole.images - trial.images) * _data_bytes(self._artefacts["images"], "images", "encoded") / max(1, trial.images)
         for table, more in (("firings", whole.firings - trial.firings), ("examples", whole.examples - trial.examples)):
-            written = sum(file.bytes for file in evaluation.manifest.files if file.name.startswith(table))
-            growth += more * written / max(1, evaluation.rows(table))
+            growth += more * _data_bytes(evaluation, table) / max(1, evaluation.rows(table))
         return growth + self._per_label(trial) * (whole.scored - trial.scored)
 
 
@@ -235,20 +236,29 @@ def _count_firings(evaluation: Artefact, d_sae: int) -> np.ndarray:
 
 
 def _grown(artefact: Artefact, more: Mapping[str, float]) -> float:
-    """Bytes of an artefact whose tables have so many times the rows; the other files stay as they are. Without its children's."""
+    """Bytes of an artefact whose tables have so many times the rows; all else stays as it is. Without its children's."""
     assert isinstance(artefact.folder, Disk)
-    factors = {name: more.get(table, 1.0) for table in artefact.tables for name in artefact.parts(table)}
     children = {f"{child}/{MANIFEST}" for child in artefact.children}
-    files = (file.bytes * factors.get(file.name, 1.0) for file in artefact.manifest.files if file.name not in children)
-    return sum(files) + (artefact.folder.path / MANIFEST).stat().st_size
+    total = sum(file.bytes for file in artefact.manifest.files if file.name not in children)
+    growth = sum((factor - 1) * _data_bytes(artefact, table) for table, factor in more.items())
+    return total + growth + (artefact.folder.path / MANIFEST).stat().st_size
 
 
-def _bytes_beside_files(images: Artefact) -> float:
-    """Of an image in the data set, without its encoded file."""
+def _data_bytes(artefact: Artefact, table: str, without: str = "") -> int:
+    """Bytes of the values of a table, but of one column: without the files' schemas, which do not grow."""
     total = 0
-    for name in images.parts("images"):
-        metadata = pq.read_metadata(images.file(name))
+    for path in artefact.files(table):
+        metadata = pq.read_metadata(path)
         groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
         columns = (group.column(i) for group in groups for i in range(metadata.num_columns))
-        total += sum(column.total_compressed_size for column in columns if column.path_in_schema != "encoded")
-    return total / max(1, images.rows("images"))
+        total += sum(column.total_compressed_size for column in columns if column.path_in_schema != without)
+    return total
+
+
+def _bytes_without_labels(d_sae: int) -> int:
+    """Of a table of labels in which no latent has one."""
+    columns = {"latent": np.arange(d_sae), "sae": ["sae"] * d_sae, "labeller": ["vocabulary"] * d_sae, "status": ["ok"] * d_sae}
+    arrays = [pa.array(columns.get(field.name, [None] * d_sae), field.type) for field in schemas.LABELS]
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table(arrays, schema=schemas.LABELS), buffer)
+    return buffer.getvalue().size

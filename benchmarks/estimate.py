@@ -1,0 +1,153 @@
+"""What `ommatid estimate` says before the run, and what then happens, on three models.
+
+python benchmarks/estimate.py [images]     writes benchmarks/results/estimate.json; half an hour with 3,000 images on 2 cores
+Each stage runs as `ommatid <stage>` in a process of its own, right after the estimate; memory is its largest resident set.
+CLIP and DINOv2 have the shapes of openai/clip-vit-base-patch32 and facebook/dinov2-small, with random weights.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from report import Row, publish
+
+from ommatid.config import STAGES
+from ommatid.stage import STAGES as MADE
+
+CHECKOUT = Path(__file__).parent.parent
+MB = 1e6
+
+ESTIMATE = """
+import json, sys
+from dataclasses import asdict
+from pathlib import Path
+from ommatid.config import load_params
+from ommatid.estimate import estimate
+found = estimate(load_params(Path("params.yaml"), sys.argv[1:]))
+print(json.dumps({"took": found.took, "stages": {s.stage: asdict(s) for s in found.stages}}))
+"""
+RUN = """
+import sys
+from ommatid.cli import main
+where, sys.argv = sys.argv[1], ["ommatid", *sys.argv[2:]]
+try:
+    main()
+finally:  # in a new process VmHWM is its own, which ru_maxrss need not be
+    lines = open("/proc/self/status", encoding="utf-8").read().splitlines()
+    open(where, "w", encoding="utf-8").write(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+"""
+MAKE = """
+import sys
+from pathlib import Path
+import torch
+from transformers import Dinov2Config, Dinov2Model
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+sys.path.insert(0, sys.argv[1])
+from extract import make_clip
+folder = Path(sys.argv[2])
+make_clip(folder / "clip")
+torch.manual_seed(0)
+sizes = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
+Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder / "dino")
+BitImageProcessorPil(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}).save_pretrained(folder / "dino")
+"""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one stage takes."""
+
+    bytes: float
+    seconds: float
+    peak: float
+
+    def beside(self, actual: "Taken") -> tuple[float, float, float]:
+        """How far this is from what happened, each as a share of what happened."""
+        pairs = ((self.bytes, actual.bytes), (self.seconds, actual.seconds), (self.peak, actual.peak))
+        return tuple(abs(mine / theirs - 1) for mine, theirs in pairs)  # pyright: ignore[reportReturnType]
+
+
+def python(folder: Path, code: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout
+
+
+def run_stage(folder: Path, stage: str, overrides: list[str]) -> Taken:
+    settings = [part for override in overrides for part in ("--set", override)]
+    start = time.perf_counter()
+    python(folder, RUN, "peak", stage, *settings)
+    seconds = time.perf_counter() - start
+    # files that lie under two names are counted once
+    files = {path.stat().st_ino: path.stat().st_size for path in (folder / MADE[stage].place).rglob("*") if path.is_file()}
+    return Taken(sum(files.values()), seconds, int((folder / "peak").read_text()) * 1024)
+
+
+def compare(name: str, overrides: list[str]) -> tuple[list[Row], list[str]]:
+    """Estimate, run, and put both side by side."""
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as place:
+        folder = Path(place)
+        shutil.copy(CHECKOUT / "params.yaml", folder)
+        (folder / "data").mkdir()
+        shutil.copy(CHECKOUT / "data/cifar10.json", folder / "data")
+        said = json.loads(python(folder, ESTIMATE, *overrides).splitlines()[-1])
+        estimated = {stage: Taken(values["bytes"], values["seconds"], values["peak"]) for stage, values in said["stages"].items()}
+        actual = {stage: run_stage(folder, stage, overrides) for stage in STAGES}
+    notes = [f"{name}: {stage}: {describe(estimated[stage], actual[stage])}" for stage in STAGES]
+    print(*notes, sep="\n", flush=True)
+    return [*rows_of(name, estimated, actual), Row(f"{name}: the estimate itself takes", said["took"] / 60, "minutes")], notes
+
+
+def describe(estimated: Taken, actual: Taken) -> str:
+    pairs = (
+        (estimated.bytes, actual.bytes, MB, "MB"),
+        (estimated.seconds, actual.seconds, 60, "min"),
+        (estimated.peak, actual.peak, MB, "MB of memory"),
+    )
+    return ", ".join(f"{mine / unit:.2f} for {theirs / unit:.2f} {what}" for mine, theirs, unit, what in pairs)
+
+
+def rows_of(name: str, estimated: dict[str, Taken], actual: dict[str, Taken]) -> list[Row]:
+    """The sums over the stages, and the stage that is farthest off."""
+    sums = [
+        Taken(sum(t.bytes for t in of.values()), sum(t.seconds for t in of.values()), max(t.peak for t in of.values()))
+        for of in (estimated, actual)
+    ]
+    of_sum = sums[0].beside(sums[1])
+    of_stages = {stage: estimated[stage].beside(actual[stage]) for stage in STAGES}
+    rows = []
+    for i, what in enumerate(("bytes", "minutes", "peak memory")):
+        worst = max(STAGES, key=lambda stage: of_stages[stage][i])
+        rows.append(Row(f"{name}: {what} of the run, estimate against what happens", 100 * of_sum[i], "% off", 10, None, "lower"))
+        rows.append(Row(f"{name}: {what} of the worst stage ({worst})", 100 * of_stages[worst][i], "% off", 10, None, "lower"))
+    return rows
+
+
+def main() -> None:
+    n_images = int(sys.argv[1]) if len(sys.argv) > 1 else 3000
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as models:
+        python(CHECKOUT, MAKE, str(CHECKOUT / "benchmarks"), models)
+        clip = [f"extract.model={{kind: clip, path: {models}/clip}}", "extract.hookpoints=[vision.blocks.10]"]
+        dino = [f"extract.model={{kind: dino, path: {models}/dino}}", "extract.hookpoints=[vision.blocks.10]", "extract.namer={kind: lite}"]
+        # random weights make features that need not live: the gate is not what is measured
+        settings = {
+            "lite0": [],
+            "CLIP ViT-B/32": [*clip, "train.epochs=3", "train.max_dead=1"],
+            "DINOv2-small": [*dino, "train.epochs=1", "train.max_dead=1"],
+        }
+        rows: list[Row] = []
+        notes = [f"{n_images} CIFAR-10 images, judge lite2@128; CLIP trains 3 epochs, DINOv2 1; estimate for what happened:"]
+        for name, overrides in settings.items():
+            found = compare(name, [f"images.limit={n_images}", *overrides])
+            rows += found[0]
+            notes += found[1]
+    publish("estimate", rows, ["ommatid", "torch", "transformers", "pyarrow", "duckdb"], notes)
+
+
+if __name__ == "__main__":
+    main()
