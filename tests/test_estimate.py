@@ -5,6 +5,7 @@ Drawn pictures go through the embedded models by the command line. The tests tha
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +179,7 @@ def estimated(checkout: Path) -> Estimate:
         patch.chdir(checkout)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setattr(trials, "StageProcess", InThisProcess)
+        patch.setattr(trials, "BUDGET", 4.0)
         before = sorted(path.name for path in checkout.iterdir())
         found = estimate(load_params())
         assert sorted(path.name for path in checkout.iterdir()) == before, "trials leave nothing"
@@ -210,6 +212,7 @@ def test_the_command_says_so_and_uses_the_images_that_are_there(
 ) -> None:
     monkeypatch.chdir(checkout)
     monkeypatch.setattr(trials, "StageProcess", InThisProcess)
+    monkeypatch.setattr(trials, "BUDGET", 0.1)
     (checkout / "photos").rename(checkout / "elsewhere")  # whoever reads the source again fails
     try:
         assert run("estimate") == 0
@@ -238,6 +241,18 @@ def test_ctrl_c_leaves_nothing(checkout: Path) -> None:
     assert "Traceback" not in error
     assert not list(checkout.glob(".estimate-*")) and not (checkout / "nowhere").exists()
     gone, alive = psutil.wait_procs(children, timeout=10)
+    assert gone and not alive
+
+
+def test_trials_end_with_whoever_asked_for_them(checkout: Path) -> None:
+    command = [sys.executable, "-m", "ommatid.cli", "estimate", "--data", "nowhere"]
+    with subprocess.Popen(command, cwd=checkout, stdout=subprocess.DEVNULL) as running:
+        children = wait_for_children(running.pid)
+        time.sleep(1)
+        running.kill()
+    gone, alive = psutil.wait_procs(children, timeout=60)
+    for leftover in checkout.glob(".estimate-*"):
+        shutil.rmtree(leftover)
     assert gone and not alive
 
 

@@ -6,7 +6,9 @@ Requests come as lines of JSON on the standard input, answers go as lines of JSO
 import gc
 import json
 import os
+import queue
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -20,9 +22,23 @@ def main() -> None:
     """Answer until nobody asks any more."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what stages print is no answer
-    for line in sys.stdin:
+    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
+    is_busy = threading.Event()
+    threading.Thread(target=_listen, args=(asked, is_busy), daemon=True).start()
+    while line := asked.get():
+        is_busy.set()
         answers.write(json.dumps(_answer(json.loads(line))) + "\n")
         answers.flush()
+        is_busy.clear()
+
+
+def _listen(asked: "queue.SimpleQueue[str]", is_busy: threading.Event) -> None:
+    """Pass requests on, then an empty one; where the input ends before the answer is there, whoever asked is dead."""
+    for line in sys.stdin:
+        asked.put(line)
+    if is_busy.is_set():
+        os._exit(1)
+    asked.put("")
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
