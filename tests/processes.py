@@ -46,7 +46,7 @@ class Driver:
             self._process.send_signal(number)
         assert self._process.wait(60) != 0
         self._process.stdout.close()
-        until = time.monotonic() + 30
+        until = time.monotonic() + 90
         while (running := self.running()) and time.monotonic() < until:
             time.sleep(0.1)
         assert not running
