@@ -25,20 +25,20 @@ CHUNK_COPIES = 4
 """Of a chunk of activations in memory: its batches, joined, in their order, and the chunk before on its way to the disk."""
 GROUP_COPIES = 6
 """Of a row group of training tokens while it is put in order: read, joined, taken, as a table, in the writer, on its way out."""
-QUEUE_COPIES = 4
-"""Of a row group of training tokens in training: two wait, one is read, one is used."""
+QUEUE_COPIES = 2
+"""Of a row group of training tokens in training: most of the queue is gone when its gate needs most."""
 PART_COPIES = 2
 """Of a part of images: rows and a table; the files themselves are not copied."""
 HEAT_COPIES = 4
 """Of the heat maps: collected, joined, in order, a table."""
-SAMPLE_COPIES = 3
-"""Of the tokens that training starts with: read, joined, scaled."""
 JOINT_COPIES = 3
 """Of the joint embeddings of the evaluation images: read, centred, of unit norm."""
 CATALOG_COPIES = 2
 """Of what goes into the catalogue, up to DuckDB's limit: read and sorted."""
 IMAGE_NOTE = 250
 """Bytes that stage `images` remembers of every image: its id and its path."""
+IN_DUCKDB = 0.9
+"""Bytes of a row in the catalogue to those in Parquet: numbers are packed closer (0.95 and 0.93 where it was measured)."""
 BYTES_PER_LABEL = 45.0
 """Of a label with its scores, where no trial has one."""
 
@@ -173,7 +173,7 @@ class Whole:
         return {
             "images": PART_COPIES * self._part(amounts) + IMAGE_NOTE * amounts.images,
             "extract": CHUNK_COPIES * self._chunk(amounts) + GROUP_COPIES * group,
-            "train": SAMPLE_COPIES * sample + QUEUE_COPIES * group,
+            "train": sample + QUEUE_COPIES * group,
             "evaluate": HEAT_COPIES * amounts.examples * cells * 4 + 2 * shard * facts["d_judge"] * 4,
             "label": JOINT_COPIES * amounts.eval_images * facts["d_joint"] * 4,
             "catalog": min(WRITER_MB * 2**20, CATALOG_COPIES * catalog),
@@ -218,7 +218,7 @@ class Whole:
         growth = (whole.images - trial.images) * _data_bytes(self._artefacts["images"], "images", "encoded") / max(1, trial.images)
         for table, more in (("firings", whole.firings - trial.firings), ("examples", whole.examples - trial.examples)):
             growth += more * _data_bytes(evaluation, table) / max(1, evaluation.rows(table))
-        return growth + self._per_label(trial) * (whole.scored - trial.scored)
+        return IN_DUCKDB * growth + self._per_label(trial) * (whole.scored - trial.scored)
 
 
 def expect_examples(fired: np.ndarray, params: EvaluateParams) -> float:
