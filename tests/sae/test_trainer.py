@@ -17,7 +17,17 @@ D_MODEL, N_PLANTED, K = 32, 48, 3
 
 
 def make_params(**changes: object) -> TrainParams:
-    values = {"d_sae": 64, "k": K, "epochs": 60, "batch_size": 512, "lr": 3e-3, "aux_coefficient": 1 / 32, "seed": 0, "max_dead": 0.5}
+    values = {
+        "d_sae": 64,
+        "k": K,
+        "epochs": 60,
+        "batch_size": 512,
+        "lr": 3e-3,
+        "aux_coefficient": 1 / 32,
+        "seed": 0,
+        "max_dead": 0.5,
+        "hookpoint": "blocks.0",
+    }
     return TrainParams.model_validate(values | changes)
 
 
