@@ -87,7 +87,7 @@ def test_missing_unfinished_other_kind_and_newer_version(tmp_path: Path) -> None
     manifest = json.loads((place / "manifest.json").read_text())
     for other in (99, 1):
         (place / "manifest.json").write_text(json.dumps(manifest | {"schema_version": other}))
-        with pytest.raises(ArtefactError, match=f"images: written with schema version {other}, this code reads 2; run the stage again"):
+        with pytest.raises(ArtefactError, match=f"images: written with schema version {other}, this code reads 3; run the stage again"):
             open_artefact(place, "images")
     (place / "manifest.json").write_text("{")
     with pytest.raises(ArtefactError, match="not a manifest"):

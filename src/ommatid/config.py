@@ -1,9 +1,10 @@
 """Params: the type, the bounds and one sentence for every value in params.yaml. The values live there only."""
 
 import difflib
+import itertools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -277,12 +278,85 @@ class ExtractFiles(Section):
         return (self.name,)
 
 
+class TopK(Section):
+    """Of every token the k largest latents fire (arXiv 2406.04093)."""
+
+    kind: Literal["topk"]
+
+
+class BatchTopK(Section):
+    """Of every batch the k · batch largest latents fire; used with the average threshold of training (arXiv 2412.06410)."""
+
+    kind: Literal["batch_topk"]
+
+
+class Matryoshka(Section):
+    """BatchTopK whose first latents must reconstruct by themselves, for several prefixes of the dictionary (arXiv 2503.17547)."""
+
+    kind: Literal["matryoshka"]
+    prefixes: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    """Each as a share of d_sae, rising to 1."""
+    random: bool = False
+    """Draw the prefixes anew every step, as many, more often short ones (Pareto); the given ones are then the levels of the catalogue."""
+
+    @field_validator("prefixes")
+    @classmethod
+    def _prefixes_rise(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if list(value) != sorted(set(value)) or value[-1] != 1:
+            raise ValueError(f"prefixes are {list(value)}; they must rise and end with 1")
+        return value
+
+
+class ReLU(Section):
+    """Whatever is positive fires; an L1 penalty keeps it sparse; dead latents are drawn anew (Bricken et al. 2023)."""
+
+    kind: Literal["relu"]
+    l1: Annotated[float, Field(gt=0)] | None = None
+    """Weight of the mean L1 norm of a token's activations; null: steered so that k latents fire a token."""
+
+
+class JumpReLU(Section):
+    """Each latent fires above a threshold of its own that is learned through a straight-through estimator (arXiv 2407.14435)."""
+
+    kind: Literal["jumprelu"]
+    sparsity: Literal["l0", "tanh"] = "l0"
+    """What is penalised: the number of firing latents, or the sum of tanh(4 · act / scale) (Conerly et al. 2025)."""
+    bandwidth: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Width of the estimator's kernel around a threshold, as a share of the mean activation."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Of the penalty; null: steered so that k latents fire a token."""
+
+
+class Gated(Section):
+    """One set of weights decides which latents fire, with magnitudes of their own (arXiv 2404.16014)."""
+
+    kind: Literal["gated"]
+    l1: Annotated[float, Field(gt=0)] | None = None
+    """Weight of the mean L1 norm of a token's gates; null: steered so that k latents fire a token."""
+
+
+class Archetypal(Section):
+    """BatchTopK whose directions are near convex combinations of centres of the data, so that seeds agree (RA-SAE, arXiv 2502.12892)."""
+
+    kind: Literal["archetypal"]
+    points: Annotated[int, Field(ge=2, le=2**17)] | None = None
+    """Centres of the data, found by k-means; null: half of d_sae, 2,048 at most."""
+    relaxation: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """How far, at most, a direction may leave the combination, as a share of its length."""
+
+
+Variant = Annotated[TopK | BatchTopK | Matryoshka | ReLU | JumpReLU | Gated | Archetypal, Field(discriminator="kind")]
+
+
 class TrainParams(Section):
-    """Stage `train`: a BatchTopK sparse autoencoder (arXiv 2412.06410) with AuxK (2406.04093)."""
+    """Stage `train`: a sparse autoencoder, or several in one pass over the activations."""
 
     hookpoint: str | None
     """Which of extract.hookpoints it is trained on; null: the only one."""
-
+    target: str | None
+    """Which of extract.hookpoints is to be reconstructed from it (a transcoder); null: itself."""
+    variant: Variant
+    """What fires, and what is penalised."""
     d_sae: Annotated[int, Field(ge=2, le=2**20)]
     """Latents of the SAE."""
     k: Annotated[int, Field(ge=1)]
@@ -294,17 +368,67 @@ class TrainParams(Section):
     lr: Annotated[float, Field(gt=0, le=1)] | None
     """Peak learning rate of Adam; null: 2e-4 / sqrt(d_sae / 16384)."""
     aux_coefficient: Annotated[float, Field(ge=0, le=1)]
-    """Weight of the AuxK loss, which revives dead latents; 0 turns it off."""
+    """Weight of the AuxK loss (arXiv 2406.04093), which revives dead latents of the TopK family; 0 turns it off."""
+    ms_weight: Annotated[float, Field(ge=0, le=1)]
+    """Weight of 1 - MS of the batch, by the joint embeddings of the images, not the judge's (1e-4 to 4e-4); 0 turns it off."""
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     """Seed of the initial weights and of the order of the batches."""
     max_dead: Annotated[float, Field(gt=0, le=1)]
     """The gate fails when more than this share of latents ends training dead."""
+    runs: tuple[dict[str, Any], ...]
+    """Several SAEs in one pass: for each what differs from the values above, such as [{k: 8}, {k: 32, d_sae: 5120}]; []: one."""
+    grid: dict[str, tuple[Any, ...]]
+    """The same as values to combine, such as {k: [8, 16], seed: [0, 1]}; {}: none. Per SAE: variant, d_sae, k, lr, seed and the weights."""
+
+    @field_validator("variant", mode="before")
+    @classmethod
+    def _kind_is_enough(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _k_fits(self) -> "TrainParams":
+    def _values_fit(self) -> "TrainParams":
         if self.k > self.d_sae:
             raise ValueError(f"k is {self.k}, larger than d_sae {self.d_sae}: at most d_sae latents can fire; lower k or raise d_sae")
+        if self.runs and self.grid:
+            raise ValueError("runs and grid are both given; name the SAEs by one of them")
+        if self.runs or self.grid:
+            self.each()
         return self
+
+    def each(self) -> dict[str, "TrainParams"]:
+        """The SAEs that are made, by name: for each these values without `runs` and `grid`.
+
+        Raises:
+            ValueError: one cannot be made, or is there twice.
+        """
+        saes: dict[str, TrainParams] = {}
+        for change in self._changes():
+            one = self._changed(change)
+            if one in saes.values():
+                raise ValueError(f"runs or grid: makes the same SAE twice: {change}")
+            saes[_unlike(f"{one.variant.kind}-{one.d_sae}-k{one.k}-s{one.seed}", saes)] = one
+        return saes
+
+    def _changes(self) -> list[dict[str, Any]]:
+        combined = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        return list(self.runs) or combined
+
+    def _changed(self, change: dict[str, Any]) -> "TrainParams":
+        if odd := sorted(change.keys() - set(PER_SAE)):
+            raise ValueError(f"runs or grid: {', '.join(odd)}: cannot differ between SAEs of one pass; what can: {', '.join(PER_SAE)}")
+        try:
+            return TrainParams.model_validate(self.model_dump(mode="json") | change | {"runs": (), "grid": {}})
+        except ValidationError as error:
+            raise ValueError(f"runs or grid: {change}: {_explain(error)}") from None
+
+
+PER_SAE = ("variant", "d_sae", "k", "lr", "aux_coefficient", "ms_weight", "seed")
+"""Fields of TrainParams in which SAEs of one pass may differ."""
+
+
+def _unlike(name: str, others: Collection[str]) -> str:
+    """The name, with a number where it is taken."""
+    return name if name not in others else next(new for i in itertools.count(2) if (new := f"{name}-{i}") not in others)
 
 
 class EvaluateParams(Section):
@@ -370,8 +494,9 @@ class Params(Section):
         known, wanted = self.extract.hookpoints, self.train.hookpoint
         if wanted is None and len(known) > 1:
             raise ValueError(f"train.hookpoint: must say which of extract.hookpoints to train on: {', '.join(known)}")
-        if wanted is not None and wanted not in known:
-            raise ValueError(f"train.hookpoint: {wanted!r} is not in extract.hookpoints: {', '.join(known)}")
+        for key, name in (("hookpoint", wanted), ("target", self.train.target)):
+            if name is not None and name not in known:
+                raise ValueError(f"train.{key}: {name!r} is not in extract.hookpoints: {', '.join(known)}")
         return self
 
 
@@ -442,6 +567,7 @@ def _explain_one(problem: Any) -> str:
     # pydantic puts the tag of a discriminated union into the path: images.source.folder.path -> images.source.path
     tags = {"cifar10", "folder", "parquet", "images", "files", "local", "dask", "ray"}
     tags |= {"lite", "clip", "siglip", "dino", "vit", "llava", "qwen", "module", "transformers"}
+    tags |= {"topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated", "archetypal"}
     path = [str(part) for i, part in enumerate(problem["loc"]) if not (i and part in tags)]
     key = ".".join(path) or "params"
     match problem["type"]:

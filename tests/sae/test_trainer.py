@@ -27,6 +27,11 @@ def make_params(**changes: object) -> TrainParams:
         "seed": 0,
         "max_dead": 0.5,
         "hookpoint": "blocks.0",
+        "target": None,
+        "variant": "batch_topk",
+        "ms_weight": 0.0,
+        "runs": [],
+        "grid": {},
     }
     return TrainParams.model_validate(values | changes)
 
@@ -157,7 +162,7 @@ def test_save_and_load_agree(tmp_path: Path) -> None:
     sae = make_untrained(CONFIG, x, seed=3)
     sae.save(tmp_path / "sae.safetensors", tmp_path / "cfg.json")
     loaded = SAE.load(tmp_path)
-    assert loaded.config == CONFIG
+    assert loaded.config == sae.config
     assert torch.equal(loaded.encode(x), sae.encode(x))
 
 

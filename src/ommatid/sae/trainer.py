@@ -235,5 +235,5 @@ def finish(state: State, config: SAEConfig) -> SAE:
     """
     scale, weights = float(state.scale), state.weights
     threshold = torch.tensor(float(state.threshold) / scale)
-    W_enc = weights.W_enc.T.contiguous()
-    return SAE(config, W_enc, weights.b_enc / scale, weights.W_dec, weights.b_dec / scale, threshold)
+    W_enc, b_dec = weights.W_enc.T.contiguous(), weights.b_dec / scale
+    return SAE(config, W_enc, weights.b_enc / scale - b_dec @ W_enc, weights.W_dec, b_dec, threshold)
