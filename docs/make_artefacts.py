@@ -36,8 +36,8 @@ object store ([storage.md](storage.md)).
 | `data/catalog` | catalog | `catalog.duckdb`, made from the others |
 
 `sae.safetensors` (float32): `W_enc` (d_model, d_sae), `b_enc` (d_sae,), `W_dec` (d_sae, d_model) with unit rows, `b_dec` (d_model,),
-`threshold` () or (d_sae,); where gated `gate_scale`, `gate_shift` (d_sae,). `pre_acts = x W_enc + b_enc`, `x_hat = acts W_dec + b_dec`, for x
-as the model gives it: the scale of training and what is subtracted before the encoder are folded in. cfg.json's `activation` says what acts
+`threshold` () or (d_sae,); where gated `gate_scale`, `gate_shift` (d_sae,). `pre_acts = x W_enc + b_enc`, `x_hat = acts W_dec + b_dec`,
+for x as the model gives it: the scale of training and what is subtracted before the encoder are folded in. cfg.json's `activation` says what acts
 are: `threshold`: pre_acts where > threshold, else 0; `topk`: the k largest positive of each token; `gated`: relu(pre_acts gate_scale +
 gate_shift) where pre_acts > 0. A transcoder's x_hat is of width d_out, and cfg.json names its `target`.
 """

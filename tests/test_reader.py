@@ -12,7 +12,9 @@ import torch
 
 from ommatid import schemas
 from ommatid.ahead import ahead
+from ommatid.extract.rows import write_rows
 from ommatid.extract.shuffle import order_rows, window
+from ommatid.mapped import map_column
 from ommatid.reader import iter_batches
 from ommatid.store import Artefact, open_draft, part_name
 from ommatid.tensors import to_binary
@@ -34,8 +36,9 @@ def make(root: Path, window_rows: int | None = None) -> Artefact:
             x = torch.from_numpy(np.stack([image[rows], token[rows]], axis=1)).half()
             columns = [pa.array(image[rows], pa.int32()), pa.array(token[rows], pa.int32()), pa.array(["patch"] * len(rows))]
             places = [pa.array(np.zeros(len(rows)), pa.int16())] * 2
-            table = pa.table([*columns, *places, to_binary(x, torch.float16)], schema=schemas.activations(2, {}))
-            draft.write_table(part_name("train", shard), table, row_group_size=700)
+            schema = schemas.activations(2, {})
+            table = pa.table([*columns, *places, to_binary(x, torch.float16)], schema=schema)
+            write_rows(draft, part_name("train", shard), (table.slice(start, 700) for start in range(0, len(table), 700)), schema)
         draft.seal({"window": min(sizes) if window_rows is None else window_rows})
         return draft.publish(root / "activations")
 
@@ -81,6 +84,16 @@ def test_the_order_is_new_every_epoch_and_seed_and_resumes_anywhere(activations:
     for start in (1, 30, 61, 62, 90):
         resumed = next(iter_batches(activations, 64, 0, start))
         assert torch.equal(resumed, next(islice(iter_batches(activations, 64, 0), start, None)))
+
+
+def test_what_is_mapped_and_what_is_read_are_the_same(activations: Artefact, monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped = epoch(activations, 64)
+    with activations.open_part("train-00000.parquet") as file:
+        path = activations.local("train-00000.parquet")
+        assert path is not None
+        assert all(map_column(path, file, group, 5, 4) is not None for group in range(file.num_row_groups))
+    monkeypatch.setattr(Artefact, "local", lambda self, name: None)
+    assert all(torch.equal(a, b) for a, b in zip(mapped, epoch(activations, 64), strict=True))
 
 
 def test_running_ahead_ends_with_its_consumer_and_hands_errors_over() -> None:

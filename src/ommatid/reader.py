@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ommatid.ahead import ahead
+from ommatid.mapped import map_column
 from ommatid.store import Artefact
 from ommatid.tensors import view_float16
 
@@ -34,7 +35,7 @@ def load_sample(activations: Artefact, n: int) -> Tensor:
     """The first n training tokens (n, d_model) float32: rows are shuffled, so they are a fair sample."""
     pieces, found = [], 0
     for part in activations.parts("train"):
-        with activations.open_part(part) as file, closing(_iter_row_groups(file)) as row_groups:
+        with activations.open_part(part) as file, closing(_iter_row_groups(activations, part, file)) as row_groups:
             for x in row_groups:
                 pieces.append(torch.from_numpy(x[: n - found].astype(np.float32)))
                 found += len(pieces[-1])
@@ -47,21 +48,28 @@ def _iter_epoch(activations: Artefact, batch_size: int, rng: np.random.Generator
     parts = activations.parts("train")
     window = max(1, activations.summary["window"] // batch_size) * batch_size
     rest = _Rest(batch_size, rng)
-    for index in rng.permutation(len(parts)):
-        with activations.open_part(parts[index]) as file, closing(ahead(_iter_row_groups(file), 2)) as row_groups:
+    for part in (parts[index] for index in rng.permutation(len(parts))):
+        with activations.open_part(part) as file, closing(ahead(_iter_row_groups(activations, part, file), 2)) as row_groups:
             yield from _iter_part(_Rows(row_groups), file.metadata.num_rows, batch_size, window, rest, rng)
 
 
 def _iter_part(rows: "_Rows", n: int, batch_size: int, window: int, rest: "_Rest", rng: np.random.Generator) -> Iterator[Tensor]:
     # the borders of the batches lie elsewhere every epoch
     first = int(rng.integers(min(batch_size, n + 1)))
-    yield from rest.add(rows.take(first, rng))
+    yield from rest.add(torch.from_numpy(rows.take(first).copy()))
     left = n - first
     while left >= batch_size:
         size = min(window, left // batch_size * batch_size)
-        yield from rows.take(size, rng).split(batch_size)
+        yield from _iter_mixed(rows.take(size), batch_size, rng)
         left -= size
-    yield from rest.add(rows.take(left, rng))
+    yield from rest.add(torch.from_numpy(rows.take(left).copy()))
+
+
+def _iter_mixed(x: np.ndarray, batch_size: int, rng: np.random.Generator) -> Iterator[Tensor]:
+    """Batches of the rows of x in random order."""
+    whole_rows = x.view(f"V{x.shape[1] * x.itemsize}")[:, 0]  # one item a row: numpy copies these fastest
+    for places in np.split(rng.permutation(len(x)), range(batch_size, len(x), batch_size)):
+        yield torch.from_numpy(whole_rows.take(places).view(x.dtype).reshape(len(places), -1))
 
 
 class _Rows:
@@ -69,21 +77,21 @@ class _Rows:
 
     def __init__(self, row_groups: Iterator[np.ndarray]) -> None:
         self._row_groups = row_groups
-        self._waiting = np.empty((0, 0), np.float16)
+        self._waiting = self._joined = np.empty((0, 0), np.float16)
 
-    def take(self, n: int, rng: np.random.Generator) -> Tensor:
-        """The next n rows, shuffled, (n, d_model)."""
-        places = rng.permutation(n)
-        taken = self._waiting[:0].copy()
-        done = 0
-        while done < n:
+    def take(self, n: int) -> np.ndarray:
+        """The next n rows, (n, d_model), until the next call: of one row group as they lie there, of several put together."""
+        pieces, left = [], n
+        while left:
             if not len(self._waiting):
                 self._waiting = next(self._row_groups)
-            some = self._waiting[: n - done]
-            taken = taken if done else np.empty((n, some.shape[1]), np.float16)
-            taken[places[done : done + len(some)]] = some  # each row is copied once, to where it goes
-            self._waiting, done = self._waiting[len(some) :], done + len(some)
-        return torch.from_numpy(taken)
+            pieces.append(self._waiting[:left])
+            self._waiting, left = self._waiting[left:], left - len(pieces[-1])
+        if len(pieces) < 2:
+            return pieces[0] if pieces else self._waiting[:0]
+        if self._joined.shape < (n, pieces[0].shape[1]):
+            self._joined = np.empty((n, pieces[0].shape[1]), np.float16)  # kept: new memory would have to be zeroed every time
+        return np.concatenate(pieces, out=self._joined[:n])
 
 
 class _Rest:
@@ -107,6 +115,13 @@ class _Rest:
         self._pieces = [x[n_whole:]]
 
 
-def _iter_row_groups(file: pq.ParquetFile) -> Generator[np.ndarray, None, None]:
+def _iter_row_groups(activations: Artefact, part: str, file: pq.ParquetFile) -> Generator[np.ndarray, None, None]:
+    """The activations of each row group, (rows, d_model) float16: mapped where they lie on this machine's disk in one piece."""
+    path, column = activations.local(part), file.schema_arrow.get_field_index("x")
+    width = file.schema_arrow.field("x").type.byte_width
     for group in range(file.num_row_groups):
-        yield view_float16(file.read_row_group(group, ["x"])["x"])
+        values = map_column(path, file, group, column, width) if path else None
+        if values is None:
+            yield view_float16(file.read_row_group(group, ["x"])["x"])
+        else:
+            yield values.view("<f2").reshape(-1, width // 2)

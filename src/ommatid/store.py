@@ -141,6 +141,10 @@ class Artefact:
             self.folder.fetch(name, path, listed.sha256)
         return path
 
+    def local(self, name: str) -> Path | None:
+        """Where a file lies, if that is a disk of this machine."""
+        return self.folder.path / name if isinstance(self.folder, Disk) else None
+
     @property
     def _cache(self) -> Path:
         return CACHE / f"{self.folder.name}-{self.digest[:16]}"

@@ -13,6 +13,7 @@ from torch import Tensor
 from ommatid.extract.shuffle import N_STRATA, RowOrder, order_rows, window
 from ommatid.extract.spill import Spill
 from ommatid.extract.tokens import Place
+from ommatid.mapped import ONE_PAGE
 from ommatid.store import File, Writer
 from ommatid.tensors import to_binary
 
@@ -138,8 +139,9 @@ def activation_table(rows: pa.Table, places: Sequence[Place], schema: pa.Schema)
 
 
 def write_rows(writer: Writer, name: str, tables: Iterable[pa.Table], schema: pa.Schema) -> File:
-    """One Parquet file, a row group a table; whole or not at all."""
-    with writer.write_file(name) as path, pq.ParquetWriter(path, schema, **_PARQUET) as parquet:
+    """One Parquet file, a row group a table; whole or not at all. Training rows can be mapped."""
+    options = _PARQUET | (ONE_PAGE if "/train-" in f"/{name}" else {})
+    with writer.write_file(name) as path, pq.ParquetWriter(path, schema, **options) as parquet:
         for table in tables:
             parquet.write_table(table.cast(schema), row_group_size=max(1, len(table)))
     return writer.describe(name)
