@@ -35,7 +35,7 @@ from ommatid.extract.towers import Towers
 from ommatid.images import make_images
 from ommatid.reader import iter_batches
 from ommatid.store import Artefact
-from ommatid.tensors import view_float16
+from ommatid.tensors import from_float16
 
 CHECKOUT = Path(__file__).parent.parent
 ROUNDS = 3
@@ -169,7 +169,7 @@ def precision(bench: Bench, name: str, section: ExtractParams, rounding: float) 
 
 def reading(bench: Bench, name: str, activations: Artefact) -> list[Row]:
     """Shuffled batches: from the store, from memmaps of the same data, from list<float>."""
-    x = np.concatenate([view_float16(part["x"]) for part in activations.iter_parts("train", ["x"])])
+    x = np.concatenate([from_float16(part["x"]).numpy() for part in activations.iter_parts("train", ["x"])])
     np.save(bench.root / "x.npy", x)
     lists = pa.table(
         {"x": pa.FixedSizeListArray.from_arrays(pa.array(x.astype(np.float32).ravel()), x.shape[1]).cast(pa.list_(pa.float32()))}
@@ -180,7 +180,7 @@ def reading(bench: Bench, name: str, activations: Artefact) -> list[Row]:
 
     def store_() -> None:
         for batch in islice(iter_batches(activations, TOKENS, seed=0), n_batches):
-            assert len(batch) == TOKENS
+            assert len(batch.x) == TOKENS
 
     def memmap() -> None:
         rows = np.load(bench.root / "x.npy", mmap_mode="r")

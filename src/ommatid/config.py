@@ -371,6 +371,8 @@ class TrainParams(Section):
     """Weight of the AuxK loss (arXiv 2406.04093), which revives dead latents of the TopK family; 0 turns it off."""
     ms_weight: Annotated[float, Field(ge=0, le=1)]
     """Weight of 1 - MS of the batch, by the joint embeddings of the images, not the judge's (1e-4 to 4e-4); 0 turns it off."""
+    patience: Annotated[int, Field(ge=1, le=100)] | None
+    """End early when FVU has not fallen by 0.1 % for so many hundredths of the run; null: never. It is said in any case."""
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     """Seed of the initial weights and of the order of the batches."""
     max_dead: Annotated[float, Field(gt=0, le=1)]

@@ -33,6 +33,10 @@ class TrainingError(OmmatidError):
     """Training cannot go on (divergence, too little data)."""
 
 
+class StoppedError(OmmatidError):
+    """The process was asked to end in the middle of a stage; what was done is kept, and the stage goes on when it is run again."""
+
+
 class QueryError(OmmatidError):
     """SQL that cannot be answered: refused, too slow, or wrong."""
 

@@ -1,7 +1,7 @@
 """What a running stage tells whoever listens: the terminal, MLflow, Prefect. Stages know none of these."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,31 @@ class Progress:
 class Measured:
     """Numbers at one step of training."""
 
+    sae: str
+    """Name of the SAE: key of `TrainParams.each`."""
     step: int
     """Optimiser steps done."""
     values: dict[str, float]
-    """Name (fvu, l0, dead, loss, lr) to value."""
+    """Name (fvu, l0, dead, loss, lr, tokens_per_second, waiting ...) to value."""
+    histograms: dict[str, tuple[list[float], list[int]]] = field(default_factory=dict)
+    """Name (density, decoder norms ...) to edges and counts, one edge more than counts."""
 
 
-Listener = Callable[[Progress | Measured], None]
+@dataclass(frozen=True)
+class Noticed:
+    """Something that whoever watches should know."""
+
+    sae: str
+    """Name of the SAE."""
+    step: int
+    """Optimiser steps done."""
+    what: str
+    """One sentence."""
 
 
-def ignore(event: Progress | Measured) -> None:
+Event = Progress | Measured | Noticed
+Listener = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
     """The listener that does nothing."""

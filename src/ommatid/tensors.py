@@ -11,14 +11,6 @@ def from_float16(column: pa.ChunkedArray) -> Tensor:
     return torch.from_numpy(_view(column, np.dtype("<f2")))
 
 
-def view_float16(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of little-endian float16 vectors as (rows, width), read-only, without a copy where it is one chunk."""
-    array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
-    width = array.type.byte_width // 2
-    flat = np.frombuffer(array.buffers()[1], np.dtype("<f2"), count=len(array) * width, offset=array.offset * 2 * width)
-    return flat.reshape(len(array), width)
-
-
 def from_float32(column: pa.ChunkedArray) -> Tensor:
     """A column of little-endian float32 vectors as (rows, width) float32."""
     return torch.from_numpy(_view(column, np.dtype("<f4")))

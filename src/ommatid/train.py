@@ -1,75 +1,139 @@
-"""Stage `train`: activations in, `sae.safetensors` + `cfg.json` + training curves out."""
+"""Stage `train`: activations in, one or several SAEs out, each with `sae.safetensors`, `cfg.json` and training curves."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 
 import numpy as np
 import pyarrow as pa
 import torch
+from safetensors.torch import load_file, save_file
 
 from ommatid import schemas
+from ommatid.ahead import ahead
 from ommatid.config import TrainParams
 from ommatid.events import Listener, ignore
-from ommatid.reader import iter_batches, load_sample
-from ommatid.sae.model import CONFIG, WEIGHTS, SAEConfig
-from ommatid.sae.trainer import CURVE_COLUMNS, Plan, State, Trainer, finish, make_plan, make_state
+from ommatid.reader import Columns, Share, iter_batches, load_sample
+from ommatid.sae import ranks
+from ommatid.sae.learner import CURVE_COLUMNS, Learner, Sample
+from ommatid.sae.model import CONFIG, WEIGHTS
+from ommatid.sae.step import Batch
+from ommatid.sae.trainer import Trainer
 from ommatid.store import Artefact, Draft
 
 CHECKPOINT = "checkpoint.safetensors"
 SAMPLE = 16384
 """Tokens from which scale, mean and initial directions are taken."""
+BATCHES_AHEAD = 4
+"""Ready before the step that needs them."""
 
 
 def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
-    """Train on the train split of the activations; a run that died goes on from its last checkpoint, bit for bit.
+    """Train all SAEs in one pass over the train split; a run that died goes on from its last checkpoint, bit for bit.
 
     Raises:
-        TrainingError: too few tokens, or the loss diverged.
+        TrainingError: too few tokens, or a loss diverged.
+        StoppedError: the process was asked to end; a checkpoint is there.
     """
-    activations = inputs["extract"]
-    plan = make_plan(params, activations.rows("train"))
     checkpoint = draft.scratch / CHECKPOINT
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    state = State.load(checkpoint, device) if checkpoint.exists() else make_state(params, load_sample(activations, SAMPLE).to(device))
+    saved = load_file(checkpoint) if checkpoint.exists() else None
 
-    def save(state: State) -> None:
+    def save(tensors: dict[str, torch.Tensor]) -> None:
         with draft.write_file(f"{draft.scratch.name}/{CHECKPOINT}") as path:
-            state.save(path)
+            save_file(tensors, path)
 
-    Trainer(params, plan, state, on_event).fit(iter_batches(activations, plan.batch_size, params.seed, int(state.step)), save)
-    return _write(params, activations, draft, plan, state)
+    learners = fit(params, inputs, saved, save, on_event)
+    for name, learner in learners.items():
+        _write(learner, inputs, draft.child(name, "sae"))
+    first = next(iter(learners.values()))
+    return draft.seal({"saes": list(learners), "n_steps": first.plan.n_steps, "n_tokens": first.plan.n_steps * first.plan.batch_size})
 
 
-def _write(params: TrainParams, activations: Artefact, draft: Draft, plan: Plan, state: State) -> Artefact:
-    seen = activations.summary
-    config = SAEConfig("batch_topk", seen["d_model"], params.d_sae, params.k, seen["hookpoint"], seen["model"])
-    sae = finish(state, config)
+def fit(
+    params: TrainParams,
+    inputs: Mapping[str, Artefact],
+    saved: dict[str, torch.Tensor] | None,
+    save: Callable[[dict[str, torch.Tensor]], None],
+    on_event: Listener,
+) -> dict[str, Learner]:
+    """Train; called by every rank, of which the first has the checkpoint and writes it.
+
+    Args:
+        params: Of the stage.
+        inputs: `extract`, and `target` for a transcoder.
+        saved: The last checkpoint, if there is one.
+        save: Writes a checkpoint.
+        on_event: Hears of progress.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    learners = _learners(params, inputs, ranks.share(saved, device), device)
+    first = learners[0]
+    columns = Columns(inputs["extract"], inputs.get("target"), any(learner.params.ms_weight for learner in learners))
+    share = Share(ranks.mine(), ranks.n())
+    batches = iter_batches(columns, first.plan.batch_size, params.seed, first.guides.step, share)
+
+    def checkpoint() -> None:
+        save({f"{learner.name}/{key}": tensor.detach().contiguous() for learner in learners for key, tensor in learner.tensors().items()})
+
+    with closing(ahead(_pinned(batches, device), BATCHES_AHEAD)) as ready:
+        Trainer(learners, on_event, checkpoint, params.patience).fit(ready)
+    return {learner.name: learner for learner in learners}
+
+
+def _learners(
+    params: TrainParams, inputs: Mapping[str, Artefact], saved: dict[str, torch.Tensor] | None, device: torch.device
+) -> Sequence[Learner]:
+    n_tokens = inputs["extract"].rows("train")
+    if saved is None:
+        sample = _load_sample(inputs)
+        return [Learner.begin(name, one, n_tokens, sample, device) for name, one in params.each().items()]
+    found = []
+    for name, one in params.each().items():
+        tensors = {key.removeprefix(f"{name}/"): tensor for key, tensor in saved.items() if key.startswith(f"{name}/")}
+        found.append(Learner.restore(name, one, n_tokens, tensors, device))
+    return found
+
+
+def _load_sample(inputs: Mapping[str, Artefact]) -> Sample:
+    return Sample(load_sample(inputs["extract"], SAMPLE), load_sample(inputs["target"], SAMPLE) if "target" in inputs else None)
+
+
+def _pinned(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """In memory from which a GPU copies by itself."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    for batch in batches:
+        x = batch.x.pin_memory()
+        target = x if batch.target is batch.x else batch.target.pin_memory()
+        yield Batch(x, target, batch.joint.pin_memory() if batch.joint is not None else None)
+
+
+def _write(learner: Learner, inputs: Mapping[str, Artefact], draft: Draft) -> Artefact:
+    seen, plan = inputs["extract"].summary, learner.plan
+    target = inputs["target"].summary["hookpoint"] if "target" in inputs else None
+    sae = learner.finish(seen["hookpoint"], seen["model"], target)
     with draft.write_file(WEIGHTS) as weights, draft.write_file(CONFIG) as cfg:
         sae.save(weights, cfg)
-    draft.write_table("curves.parquet", _curves(state, plan))
-    final = dict(zip(CURVE_COLUMNS, state.curves[-1].tolist(), strict=True))
-    dead = (state.idle >= plan.dead_after).nonzero()[:, 0].tolist()
+    draft.write_table("curves.parquet", _curves(learner))
+    final = dict(zip(CURVE_COLUMNS, learner.curves[-1].tolist(), strict=True))
     summary = {
-        "sae": _name(config, draft.describe(WEIGHTS).sha256),
+        "sae": f"{learner.name}-{draft.describe(WEIGHTS).sha256[:8]}",
+        "params": learner.params.model_dump(mode="json", exclude={"runs", "grid"}),
         "n_steps": plan.n_steps,
         "n_tokens": plan.n_steps * plan.batch_size,
         "fvu": final["fvu"],
         "l0": final["l0"],
         "dead": final["dead"],
-        "dead_latents": dead,
+        "dead_latents": learner.dead.tolist(),
         "dead_after": plan.dead_after,
-        "threshold": float(sae.threshold),
-        "scale": float(state.scale),
+        "threshold": float(sae.threshold.mean()),
+        "scale": learner.scales.x,
     }
     return draft.seal(summary)
 
 
-def _curves(state: State, plan: Plan) -> pa.Table:
-    columns: dict[str, np.ndarray] = dict(zip(CURVE_COLUMNS, state.curves.T.numpy(), strict=True))
+def _curves(learner: Learner) -> pa.Table:
+    columns: dict[str, np.ndarray] = dict(zip(CURVE_COLUMNS, learner.curves.T.numpy(), strict=True))
     steps = columns["step"].astype(np.int64)
-    columns |= {"step": steps, "tokens": steps * plan.batch_size}
+    columns |= {"step": steps, "tokens": steps * learner.plan.batch_size}
     return pa.table({name: columns[name] for name in schemas.CURVES.names}, schema=schemas.CURVES)
-
-
-def _name(config: SAEConfig, weights: str) -> str:
-    """Such as batch_topk-2560-k32-1a2b3c4d: the tail is the weights' checksum."""
-    return f"{config.variant}-{config.d_sae}-k{config.k}-{weights[:8]}"

@@ -1,239 +1,178 @@
-"""The trainer: recipe, schedule, dead latents, threshold, checkpoints. It is given batches and gives events.
+"""The trainer: several learners over one stream of batches; measures, notices, checkpoints. It is given batches and gives events.
 
 Recipe and sources: Adam, lr 2e-4/√(d_sae/16384), warm-up, linear decay over the last fifth, clipping to 1, the gradient's part
 parallel to each direction removed, directions renormalised, mean‖x‖² scaled to 1 (saprmarks/dictionary_learning);
 datapoint init (saev); AuxK (arXiv 2406.04093); EMA threshold for inference (arXiv 2412.06410, appendix).
 """
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from ommatid.config import TrainParams
-from ommatid.errors import TrainingError
-from ommatid.events import Listener, Measured, Progress
-from ommatid.metrics import Fidelity
-from ommatid.sae.batch_topk import Step, Weights, compute_step
-from ommatid.sae.model import SAE, SAEConfig
+from ommatid.errors import StoppedError
+from ommatid.events import Listener, Measured, Noticed, Progress
+from ommatid.sae import ranks
+from ommatid.sae.learner import PROGRESS, Learner
+from ommatid.sae.step import Batch
 
-DATAPOINT_BLEND = 0.8
-"""Share of a data point in the initial direction, the rest random (saev)."""
-FLOOR_FACTOR = 0.8
-"""The last threshold times this is the next selection's first guess: few candidates, rarely too few."""
 CURVE_POINTS = 100
 """Rows of the training curves."""
-CURVE_COLUMNS = ("step", "loss", "fvu", "l0", "dead", "lr")
-"""Columns of `State.curves`."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What follows from params and the number of tokens."""
-
-    n_tokens: int
-    """Training tokens of an epoch."""
-    batch_size: int
-    """Tokens a step."""
-    n_steps: int
-    """Optimiser steps in all."""
-    lr: float
-    """Peak learning rate."""
-    dead_after: int
-    """Tokens without a firing after which a latent is dead: min(10 M, 8 epochs)."""
-
-    @property
-    def warmup(self) -> int:
-        """Steps of linear warm-up: 1000 or a twentieth of the run."""
-        return max(1, min(1000, self.n_steps // 20))
-
-    @property
-    def threshold_start(self) -> int:
-        """Step at which the threshold's average begins: 1000 or a tenth of the run."""
-        return min(1000, self.n_steps // 10)
-
-    @property
-    def threshold_decay(self) -> float:
-        """0.999, or less in short runs, so that the average spans at most the last twentieth."""
-        return min(0.999, 1 - 20 / max(self.n_steps, 40))
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
-        decay_start = self.n_steps - self.n_steps // 5
-        warm = min((step + 1) / self.warmup, 1.0)
-        cool = min((self.n_steps - step) / max(self.n_steps - decay_start, 1), 1.0)
-        return self.lr * warm * cool
-
-
-def make_plan(params: TrainParams, n_tokens: int) -> Plan:
-    """The schedule for so many training tokens.
-
-    Raises:
-        TrainingError: fewer tokens than make one step.
-    """
-    batch_size = min(params.batch_size, n_tokens)
-    if batch_size < 2:
-        raise TrainingError(f"train: {n_tokens} training tokens; at least 2 are needed: give more images, or lower images.eval_share")
-    steps_per_epoch = n_tokens // batch_size
-    lr = params.lr if params.lr is not None else 2e-4 / math.sqrt(params.d_sae / 16384)
-    return Plan(n_tokens, batch_size, steps_per_epoch * params.epochs, lr, min(10_000_000, 8 * n_tokens))
-
-
-@dataclass
-class State:
-    """All that a run carries from step to step, and all that a checkpoint holds."""
-
-    weights: Weights
-    optimiser: torch.optim.Adam
-    """Adam over `weights.all()`."""
-    idle: Tensor
-    """Tokens since each latent last fired, (d_sae,) int64."""
-    threshold: Tensor
-    """EMA of the smallest firing activation, () float64; 0 until it begins."""
-    floor: Tensor
-    """The last step's smallest firing activation, () float64."""
-    scale: Tensor
-    """x is multiplied by this, () float64, so that mean ‖x‖² is 1."""
-    step: Tensor
-    """Optimiser steps done, () int64."""
-    curves: Tensor
-    """(points, columns) float64, as CURVE_COLUMNS names them."""
-
-    def save(self, path: Path) -> None:
-        """Write a checkpoint."""
-        tensors = {name: getattr(self, name) for name in ("idle", "threshold", "floor", "scale", "step", "curves")}
-        for i, weight in enumerate(self.weights.all()):
-            moments = self.optimiser.state[weight]
-            tensors |= {f"weights.{i}": weight, f"first.{i}": moments["exp_avg"], f"second.{i}": moments["exp_avg_sq"]}
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-
-    @classmethod
-    def load(cls, path: Path, device: str) -> "State":
-        """Read a checkpoint."""
-        tensors = load_file(path, device=device)
-        weights, first, second = ([tensors.pop(f"{name}.{i}") for i in range(4)] for name in ("weights", "first", "second"))
-        for name in ("threshold", "floor", "scale", "step", "curves"):
-            tensors[name] = tensors[name].cpu()
-        optimiser = _make_optimiser(Weights(*weights))
-        for weight, exp_avg, exp_avg_sq in zip(weights, first, second, strict=True):
-            step = tensors["step"].to(weight)
-            optimiser.state[weight] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-        return cls(weights=Weights(*weights), optimiser=optimiser, **tensors)
-
-
-def _make_optimiser(weights: Weights) -> torch.optim.Adam:
-    return torch.optim.Adam(weights.all(), betas=(0.9, 0.999), fused=True)
-
-
-def make_state(params: TrainParams, sample_nd: Tensor) -> State:
-    """Datapoint init (saev): directions are a blend of centred data points and noise, W_enc their clone, b_dec the mean."""
-    generator = torch.Generator().manual_seed(params.seed)
-    sample = sample_nd.cpu().float()
-    scale = 1 / sample.double().square().sum(1).mean().sqrt()
-    sample = sample * float(scale)
-    b_dec = sample.mean(0)
-    chosen = torch.randint(len(sample), (params.d_sae,), generator=generator)
-    noise = torch.randn(params.d_sae, sample.shape[1], generator=generator)
-    points, noise = (torch.nn.functional.normalize(t, dim=1) for t in (sample[chosen] - b_dec, noise))
-    W_dec = torch.nn.functional.normalize(DATAPOINT_BLEND * points + (1 - DATAPOINT_BLEND) * noise, dim=1)
-    device = sample_nd.device
-    # .clone(): a view of W_dec would tie encoder and decoder together
-    weights = Weights(*(t.to(device) for t in (W_dec.clone(), torch.zeros(params.d_sae), W_dec, b_dec)))
-    zero = torch.zeros((), dtype=torch.float64)
-    idle = torch.zeros(params.d_sae, dtype=torch.int64, device=device)
-    curves = torch.zeros(0, len(CURVE_COLUMNS), dtype=torch.float64)
-    return State(weights, _make_optimiser(weights), idle, zero.clone(), zero.clone(), scale, torch.zeros((), dtype=torch.int64), curves)
+CHECKPOINT_SECONDS = 60.0
+"""A run that is killed without warning loses so much, or what is between two measurements."""
+PATIENCE = 20
+"""Measurements without progress, of a hundred, after which that is said."""
+BINS = 24
+"""Of histograms."""
 
 
 class Trainer:
-    """Runs a state through batches up to the end of the plan."""
+    """Runs learners through the same batches up to the end of their plan."""
 
-    def __init__(self, params: TrainParams, plan: Plan, state: State, on_event: Listener):
-        self.params = params
-        self.plan = plan
-        self.state = state
-        self._on_event = on_event
-        self._window = Fidelity()
-        self._window_loss: list[float] = []
+    def __init__(self, learners: Sequence[Learner], on_event: Listener, checkpoint: Callable[[], None], patience: int | None = None):
+        """Prepare.
 
-    def fit(self, batches: Iterator[Tensor], checkpoint: Callable[[State], None]) -> None:
-        """Train on raw activations (batch, d_model), beginning with the batch of `state.step`.
+        Args:
+            learners: All of the same number of steps done, and to do.
+            on_event: Hears of measurements and progress.
+            checkpoint: Writes all learners' tensors; called now and then, and when the process is asked to end.
+            patience: Measurements (hundredths of the run) without progress of any learner after which the run begins to end early;
+                None: it never does.
+        """
+        self._learners = learners
+        self._on_event = on_event if ranks.mine() == 0 else lambda event: None
+        self._checkpoint = checkpoint if ranks.mine() == 0 else lambda: None
+        self._patience = patience
+        self._clock = _Clock()
+        self._written = time.monotonic()
+
+    @property
+    def _step(self) -> int:
+        return self._learners[0].guides.step
+
+    @property
+    def _n_steps(self) -> int:
+        return self._learners[0].plan.n_steps
+
+    def fit(self, batches: Iterator[Batch]) -> None:
+        """Train on raw activations, beginning with the batch of the learners' step.
 
         Raises:
-            TrainingError: the loss is no longer finite.
+            TrainingError: a loss is no longer finite.
+            StoppedError: the process was asked to end; a checkpoint was written.
         """
-        every = max(1, self.plan.n_steps // CURVE_POINTS)
-        while int(self.state.step) < self.plan.n_steps:
-            self._step(next(batches))
-            step = int(self.state.step)
-            if step % every == 0 or step == self.plan.n_steps:
-                self._measure(step)
-                checkpoint(self.state)
+        every = max(1, self._n_steps // CURVE_POINTS)
+        with _terminating() as asked:
+            while self._step < self._n_steps:
+                with self._clock.waiting():
+                    batch = next(batches)
+                for learner in self._learners:
+                    learner.learn(batch)
+                self._clock.count(batch.n_total)
+                if self._step % every == 0 or self._step == self._n_steps:
+                    self._measure()
+                    if time.monotonic() - self._written > CHECKPOINT_SECONDS:
+                        self._write()
+                if asked.is_set() and self._step < self._n_steps:
+                    self._write()
+                    raise StoppedError(f"train: stopped at step {self._step} of {self._n_steps}; run it again to go on from there")
 
-    def _step(self, x_raw: Tensor) -> None:
-        state, params = self.state, self.params
-        x = x_raw.to(state.idle.device).float() * float(state.scale)
-        is_dead = state.idle >= self.plan.dead_after
-        step = compute_step(state.weights, x, params.k, FLOOR_FACTOR * float(state.floor), is_dead, params.aux_coefficient)
-        if not math.isfinite(step.loss):
-            raise TrainingError(
-                f"train: the loss is {step.loss} at step {int(state.step)}; the last checkpoint is kept; "
-                f"lower train.lr (now {self.plan.lr:.2g})"
-            )
-        self._optimise()
-        self._count(step, len(x))
-        self._window.add(x, step.x_hat, len(step.active.acts))
-        self._window_loss.append(step.loss)
+    def _write(self) -> None:
+        self._checkpoint()
+        self._written = time.monotonic()
 
-    @torch.no_grad()
-    def _optimise(self) -> None:
-        weights = self.state.weights
-        W_dec, grad = weights.W_dec, weights.W_dec.grad
-        assert grad is not None
-        grad.sub_(torch.linalg.vecdot(grad, W_dec)[:, None] * W_dec)
-        torch.nn.utils.clip_grad_norm_(weights.all(), 1.0)
-        self.state.optimiser.param_groups[0]["lr"] = self.plan.lr_at(int(self.state.step))
-        self.state.optimiser.step()
-        torch.nn.functional.normalize(W_dec, dim=1, out=W_dec)
+    def _measure(self) -> None:
+        pace = self._clock.read()
+        for learner in self._learners:
+            firings, values = learner.take_firings(), learner.measure()
+            self._on_event(Measured(learner.name, self._step, values | pace, _histograms(learner, firings)))
+            for what in _notices(learner):
+                self._on_event(Noticed(learner.name, self._step, what))
+        self._on_event(Progress("train steps", self._step, self._n_steps))
+        if self._patience and all(learner.stalled >= self._patience for learner in self._learners):
+            self._end_early()
 
-    def _count(self, step: Step, n_tokens: int) -> None:
-        state, plan = self.state, self.plan
-        state.idle += n_tokens
-        state.idle[step.active.latents] = 0
-        if len(step.active.acts):
-            state.floor.fill_(float(step.active.acts.min()))
-        if int(state.step) >= plan.threshold_start:
-            decay = plan.threshold_decay if float(state.threshold) else 0.0
-            state.threshold.mul_(decay).add_((1 - decay) * state.floor)
-        state.step += 1
+    def _end_early(self) -> None:
+        """The learning rate begins to fall now: it falls over the last fifth of what is then the whole run."""
+        whole = self._step + max(1, self._step // 4)
+        if whole < self._n_steps:
+            for learner in self._learners:
+                learner.shorten(whole)
+                what = f"FVU has not fallen by {PROGRESS:.1%} for {self._patience} measurements: training ends at step {whole}"
+                self._on_event(Noticed(learner.name, self._step, what))
 
-    def _measure(self, step: int) -> None:
-        n = len(self._window_loss)
-        dead = float((self.state.idle >= self.plan.dead_after).double().mean())
+
+def _notices(learner: Learner) -> Iterator[str]:
+    if learner.stalled == PATIENCE:
+        yield f"no progress: FVU has not fallen by {PROGRESS:.1%} for {PATIENCE} measurements (it is {learner.fvu:.4g})"
+    if learner.fvu >= 1 and learner.guides.step == learner.plan.n_steps:
+        yield f"FVU is {learner.fvu:.4g}, worse than the mean activation: lower train.lr, or give more steps"
+
+
+def _histograms(learner: Learner, firings: torch.Tensor) -> dict[str, tuple[list[float], list[int]]]:
+    """Of the latents: firings a token (log10, since the last measurement), encoder norms, biases."""
+    weights = learner.weights
+    found = {
+        "log10_density": firings[firings > 0].double().log10(),
+        "encoder_norm": weights.W_enc.norm(dim=1).double(),
+        "encoder_bias": weights.b_enc.double(),
+    }
+    return {name: _histogram(values.cpu()) for name, values in found.items() if len(values)}
+
+
+def _histogram(values: torch.Tensor) -> tuple[list[float], list[int]]:
+    low, high = float(values.min()), float(values.max())
+    counts = torch.histc(values, BINS, low, high) if high > low else torch.zeros(BINS).index_fill_(0, torch.tensor([0]), len(values))
+    return torch.linspace(low, high, BINS + 1).tolist(), [int(n) for n in counts.tolist()]
+
+
+class _Clock:
+    """How fast training is, and how much of its time it waits for data."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = 0.0
+        self._n_tokens = 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def count(self, n_tokens: int) -> None:
+        self._n_tokens += n_tokens
+
+    def read(self) -> dict[str, float]:
+        """Since the last reading."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
         values = {
-            "loss": sum(self._window_loss) / n,
-            "fvu": self._window.fvu,
-            "l0": self._window.l0,
-            "dead": dead,
-            "lr": self.plan.lr_at(step - 1),
+            "tokens_per_second": self._n_tokens / seconds,
+            "waiting": self._waited / seconds,
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
-        row = torch.tensor([[step, *values.values()]], dtype=torch.float64)
-        self.state.curves = torch.cat([self.state.curves, row])
-        self._window, self._window_loss = Fidelity(), []
-        self._on_event(Measured(step, values))
-        self._on_event(Progress("train steps", step, self.plan.n_steps))
+        self._start, self._waited, self._n_tokens = time.perf_counter(), 0.0, 0
+        return values
 
 
-def finish(state: State, config: SAEConfig) -> SAE:
-    """The trained SAE for raw activations: the scale of training folded into biases and threshold.
+@contextmanager
+def _terminating() -> Iterator[threading.Event]:
+    """In this block SIGTERM is only noted; outside the main thread, where no signals arrive, nothing changes."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
 
-    With scale c, pre_acts(c x) / c = (x − b_dec/c) W_enc + b_enc/c: the directions stay, the activations are in units of x.
-    """
-    scale, weights = float(state.scale), state.weights
-    threshold = torch.tensor(float(state.threshold) / scale)
-    W_enc, b_dec = weights.W_enc.T.contiguous(), weights.b_dec / scale
-    return SAE(config, W_enc, weights.b_enc / scale - b_dec @ W_enc, weights.W_dec, b_dec, threshold)
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.set()
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)

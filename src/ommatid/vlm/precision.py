@@ -5,6 +5,7 @@ from typing import assert_never
 import torch
 from torch import nn
 
+from ommatid.hardware import computes_in_bfloat16
 from ommatid.vlm import Dtype
 from ommatid.vlm.preprocess import Preprocess
 
@@ -17,16 +18,9 @@ def resolve_dtype(dtype: Dtype, device: str) -> torch.dtype:
         case "bfloat16":
             return torch.bfloat16
         case "auto":
-            return torch.bfloat16 if _computes_in_bfloat16(torch.device(device)) else torch.float32
+            return torch.bfloat16 if computes_in_bfloat16(torch.device(device)) else torch.float32
         case _:
             assert_never(dtype)
-
-
-def _computes_in_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Private in torch 2.13, and there is no public way to ask; torch is pinned to 2.13 in pyproject.
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def normalise(pixels: torch.Tensor, preprocess: Preprocess, device: str) -> torch.Tensor:

@@ -1,0 +1,236 @@
+"""Learner: one SAE in training: its weights, optimiser and counters, a step, a checkpoint, and the SAE it ends as."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ommatid.config import TrainParams
+from ommatid.errors import TrainingError
+from ommatid.hardware import computes_in_bfloat16
+from ommatid.metrics import Fidelity
+from ommatid.sae import ranks
+from ommatid.sae.model import SAE, SAEConfig
+from ommatid.sae.optimiser import Optimiser
+from ommatid.sae.schedule import Plan, make_plan
+from ommatid.sae.step import Batch, Step
+from ommatid.sae.variants import Guides, Settings, Variant, make_variant
+from ommatid.sae.variants.relu import ReLU, is_resampling_step, resample
+from ommatid.sae.weights import Weights, make_weights
+
+PROGRESS = 0.001
+"""FVU must fall by this share to count as progress."""
+CURVE_COLUMNS = ("step", "loss", "fvu", "l0", "dead", "lr", "grad_norm")
+"""Columns of `Learner.curves`."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Training tokens from which a run begins."""
+
+    x: Tensor
+    """Activations, (tokens, d_model) float32, on the CPU."""
+    target: Tensor | None = None
+    """What is to be reconstructed of the same tokens, (tokens, d_out) float32; None: x itself."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Activations are multiplied by these, so that the mean of their squared length is 1."""
+
+    x: float
+    """Of what is encoded."""
+    target: float
+    """Of what is reconstructed."""
+
+    @classmethod
+    def of(cls, sample: Sample) -> "Scales":
+        """Of the sample."""
+        x = _scale(sample.x)
+        return cls(x, x if sample.target is None else _scale(sample.target))
+
+
+def _scale(x_nd: Tensor) -> float:
+    return 1 / float(x_nd.double().square().sum(1).mean().sqrt())
+
+
+class Learner:
+    """One SAE that learns from batches."""
+
+    def __init__(self, name: str, params: TrainParams, n_tokens: int, scales: Scales, device: torch.device) -> None:
+        self.name = name
+        """Key of `TrainParams.each`."""
+        self.params = params
+        self.plan: Plan = make_plan(params, n_tokens)
+        self.scales = scales
+        self.variant: Variant = make_variant(params.variant, _settings(params, self.plan, device))
+        self.guides = Guides()
+        self.weights: Weights
+        self.idle = torch.zeros(params.d_sae, dtype=torch.int64, device=device)
+        """Tokens since each latent last fired, (d_sae,)."""
+        self.firings = torch.zeros(params.d_sae, dtype=torch.int64, device=device)
+        """How often each latent fired since the last measurement, (d_sae,)."""
+        self.threshold = 0.0
+        """Average of the smallest firing activation; 0 until it begins."""
+        self.curves = torch.zeros(0, len(CURVE_COLUMNS), dtype=torch.float64)
+        """A row a measurement, (points, columns)."""
+        self._window = Fidelity()
+        self._sums = torch.zeros(3, dtype=torch.float64)
+        """Loss, gradient norm and steps since the last measurement."""
+
+    @classmethod
+    def begin(cls, name: str, params: TrainParams, n_tokens: int, sample: Sample, device: torch.device) -> "Learner":
+        """A new one, with weights from a sample."""
+        scales = Scales.of(sample)
+        learner = cls(name, params, n_tokens, scales, device)
+        x, target = sample.x * scales.x, None if sample.target is None else sample.target * scales.target
+        weights = make_weights(params.d_sae, x, target, params.seed)
+        weights.derives_W_dec = learner.variant.derives_W_dec
+        learner.variant.begin(weights, x - x.mean(0), learner.guides)
+        learner._take({key: ranks.agree(tensor.contiguous().to(device)) for key, tensor in weights.tensors().items()})
+        return learner
+
+    def _take(self, tensors: Mapping[str, Tensor]) -> None:
+        self.weights = Weights.of(tensors, self.variant.derives_W_dec)
+        self._optimiser = Optimiser(self.weights)
+
+    @property
+    def dead(self) -> Tensor:
+        """Latents that have not fired for `Plan.dead_after` tokens, (n_dead,)."""
+        return (self.idle >= self.plan.dead_after).nonzero()[:, 0]
+
+    @torch.no_grad()
+    def learn(self, batch: Batch) -> None:
+        """One step on raw activations.
+
+        Raises:
+            TrainingError: the loss or the gradient is no longer finite; the weights are those before the step.
+        """
+        scaled = self._scaled(batch)
+        step = self.variant.step(self.weights, scaled, self.guides, self.dead)
+        loss = float(ranks.sum_(step.loss.double()))
+        lr = self.plan.lr_at(self.guides.step)
+        norm = self._optimiser.step(lr) if math.isfinite(loss) else math.nan
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise TrainingError(
+                f"train: {self.name}: the loss is {loss} and the gradient's length {norm} at step {self.guides.step}; the last checkpoint "
+                f"is kept; lower train.lr (now {self.plan.lr:.2g}), or look for activations that are far larger than the others"
+            )
+        self.variant.updated(self.weights)
+        self._count(step, scaled)
+        self._window.add(scaled.target, step.x_hat, step.n_firings)
+        self._sums += torch.tensor([loss, norm, 1.0], dtype=torch.float64)
+
+    def _scaled(self, batch: Batch) -> Batch:
+        device = self.idle.device
+        x = batch.x.to(device).float() * self.scales.x
+        target = x if batch.target is batch.x else batch.target.to(device).float() * self.scales.target
+        return Batch(x, target, None if batch.joint is None else batch.joint.to(device).float())
+
+    def _count(self, step: Step, batch: Batch) -> None:
+        counts = ranks.sum_(torch.bincount(step.fired, minlength=self.params.d_sae))
+        self.firings += counts
+        self.idle += batch.n_total
+        self.idle[counts > 0] = 0
+        if self.guides.step >= self.plan.threshold_start and step.threshold:
+            decay = self.plan.threshold_decay if self.threshold else 0.0
+            self.threshold = decay * self.threshold + (1 - decay) * step.threshold
+        self.guides.step += 1
+        if isinstance(self.variant, ReLU) and is_resampling_step(self.guides.step, self.plan.n_steps):
+            self._resample(batch, step)
+
+    def _resample(self, batch: Batch, step: Step) -> None:
+        """ReLU's dead latents are those that have not fired since the last tenth of the run."""
+        silent = (self.idle >= min(self.plan.dead_after, self.plan.n_steps // 10 * self.plan.batch_size)).nonzero()[:, 0]
+        if len(silent):
+            resample(self.weights, batch, step.x_hat, silent, self.params.seed + self.guides.step)
+            self._optimiser.forget(("W_enc", "b_enc", "W_dec"), silent)
+            self.idle[silent] = 0
+
+    def shorten(self, n_steps: int) -> None:
+        """End after so many steps."""
+        self.plan = replace(self.plan, n_steps=n_steps)
+
+    @property
+    def fvu(self) -> float:
+        """At the last measurement."""
+        return float(self.curves[-1, CURVE_COLUMNS.index("fvu")])
+
+    @property
+    def stalled(self) -> int:
+        """Measurements since FVU last fell by `PROGRESS` of its best."""
+        best, since = math.inf, 0
+        for fvu in self.curves[:, CURVE_COLUMNS.index("fvu")].tolist():
+            best, since = (fvu, 0) if fvu < best * (1 - PROGRESS) else (best, since + 1)
+        return since
+
+    def take_firings(self) -> Tensor:
+        """Firings a token of each latent since they were last taken, (d_sae,) float64."""
+        found = self.firings / max(1, int(self._sums[2]) * self.plan.batch_size)
+        self.firings = torch.zeros_like(self.firings)
+        return found.double()
+
+    def measure(self) -> dict[str, float]:
+        """Numbers since the last measurement, which are also a new row of the curves."""
+        loss, norm, n = self._sums.tolist()
+        window = self._window.merged(ranks.sum_)
+        values = {
+            "loss": loss / n,
+            "fvu": window.fvu,
+            "l0": window.l0,
+            "dead": len(self.dead) / self.params.d_sae,
+            "lr": self.plan.lr_at(self.guides.step - 1),
+            "grad_norm": norm / n,
+        }
+        row = torch.tensor([[self.guides.step, *values.values()]], dtype=torch.float64)
+        self.curves = torch.cat([self.curves, row])
+        self._window, self._sums = Fidelity(), torch.zeros(3, dtype=torch.float64)
+        return values
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds."""
+        scalars = torch.tensor([self.scales.x, self.scales.target, self.threshold, self.plan.n_steps], dtype=torch.float64)
+        counters = {"idle": self.idle, "firings": self.firings, "curves": self.curves, "sums": self._sums}
+        window = {f"window.{name}": tensor for name, tensor in self._window.tensors().items()}
+        state = {"guides": self.guides.as_tensor(), "scalars": scalars} | counters | window
+        return {f"weights.{k}": v for k, v in self.weights.tensors().items()} | self._optimiser.tensors() | state
+
+    @classmethod
+    def restore(cls, name: str, params: TrainParams, n_tokens: int, tensors: dict[str, Tensor], device: torch.device) -> "Learner":
+        """Take what `tensors` gave."""
+        scale_x, scale_target, threshold, n_steps = tensors["scalars"].tolist()
+        learner = cls(name, params, n_tokens, Scales(scale_x, scale_target), device)
+        learner.shorten(int(n_steps))
+        weights = {k.removeprefix("weights."): v.to(device) for k, v in tensors.items() if k.startswith("weights.")}
+        learner._take(weights)
+        learner.guides, learner.threshold = Guides.of(tensors["guides"]), threshold
+        moments = {k: v.to(device) for k, v in tensors.items() if k.startswith(("first.", "second."))}
+        learner._optimiser.restore(moments, learner.guides.step)
+        learner.idle, learner.firings = tensors["idle"].to(device), tensors["firings"].to(device)
+        learner.curves, learner._sums = tensors["curves"], tensors["sums"]
+        learner._window = Fidelity.of({k.removeprefix("window."): v for k, v in tensors.items() if k.startswith("window.")})
+        return learner
+
+    def finish(self, hookpoint: str, model: str, target: str | None) -> SAE:
+        """The trained SAE for raw activations: scales and what is subtracted before the encoder are folded in.
+
+        With c the scale of x, e that of the target: pre_acts of the raw x are (c W_enc · x + b) / e, x̂ = acts W_dec + b_dec / e, so that
+        directions stay as they are and activations are in units of the target.
+        """
+        weights, (c, e) = self.weights, (self.scales.x, self.scales.target)
+        pre = weights.fixed.get("b_pre", weights.b_dec)
+        W_enc = (weights.W_enc.T * (c / e)).contiguous()
+        b_enc = (weights.b_enc - weights.W_enc @ pre) / e
+        own = {key: value / e if key != "gate_scale" else value for key, value in self.variant.thresholds(weights, self.threshold).items()}
+        params, (d_sae, d_model) = self.params, weights.W_enc.shape
+        config = SAEConfig(
+            params.variant.kind, d_model, d_sae, params.k, hookpoint, model, self.variant.activation, target, self.variant.prefixes()
+        )
+        return SAE(config, W_enc, b_enc, weights.W_dec, weights.b_dec / e, **own)
+
+
+def _settings(params: TrainParams, plan: Plan, device: torch.device) -> Settings:
+    dtype = torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
+    return Settings(params.k, params.d_sae, plan.n_steps, params.seed, params.aux_coefficient, params.ms_weight, dtype, device)

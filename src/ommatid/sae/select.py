@@ -1,0 +1,163 @@
+"""Selection: from a batch to the entries that may fire, through the one dense product of a training step.
+
+The product is computed for some tokens at a time and looked at while it is in the cache; all of it is never in memory. In bfloat16,
+where the hardware has it, its values are rounded to 8 bits; weights and everything after it are float32.
+
+A floor is a guess below which nothing is wanted, from the last step: only speed depends on it. Where it was too high, the tokens
+concerned are looked at again without.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ommatid.sae import ranks
+from ommatid.sae.entries import Dense, Entries, Levels, Sparse
+from ommatid.sae.weights import Weights
+
+TOKENS_PER_CHUNK = 256
+FLOOR_SHARE = 0.85
+"""Of the last step's threshold: below it few candidates, rarely too few."""
+DENSE_SHARE = 0.08
+"""Of all entries: above it products over the whole matrix are faster (measured: 2,048 tokens, 768 x 8,192, 2 cores)."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The encoder over one batch."""
+
+    weights: Weights
+    """Of the SAE."""
+    inputs_bd: Tensor
+    """What is encoded, centred, (batch, d_model)."""
+    levels: Levels
+    """Of the dictionary."""
+    dtype: torch.dtype
+    """Arithmetic of the product."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Of the batch."""
+        return len(self.inputs_bd)
+
+    def dense(self) -> Tensor:
+        """All pre-activations, (batch, d_sae)."""
+        return torch.addmm(self.weights.b_enc, self.inputs_bd, self.weights.W_enc.T)
+
+    def above(self, floor: Tensor) -> Sparse:
+        """The entries above a floor: one for all, (), of each token, (batch, 1), or of each latent, (d_sae,)."""
+        found = list(self._iter_above(floor))
+        index, values = torch.cat([index for index, _ in found]), torch.cat([values for _, values in found])
+        rows = index // len(self.weights.b_enc)
+        return Sparse(self.n_tokens, self.levels, rows, index - rows * len(self.weights.b_enc), values.to(self.weights.b_enc.dtype))
+
+    def _iter_above(self, floor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        W_enc, b_enc = self.weights.W_enc.to(self.dtype).T, self.weights.b_enc.to(self.dtype)
+        n = min(TOKENS_PER_CHUNK, self.n_tokens)
+        scores = torch.empty(n, len(b_enc), dtype=self.dtype, device=b_enc.device)
+        mask = torch.empty(n, len(b_enc), dtype=torch.bool, device=b_enc.device)
+        for start in range(0, self.n_tokens, n):
+            x = self.inputs_bd[start : start + n].to(self.dtype)
+            torch.addmm(b_enc, x, W_enc, out=scores[: len(x)])
+            of_chunk = floor[start : start + n] if floor.ndim == 2 else floor
+            _greater(scores[: len(x)], of_chunk.to(self.dtype), mask[: len(x)])
+            index = _nonzero(mask[: len(x)])
+            yield index + start * len(b_enc), scores.flatten()[index]
+
+
+def _greater(scores: Tensor, floor: Tensor, out: Tensor) -> None:
+    if scores.dtype == torch.bfloat16 and not (floor < 0).any():
+        # positive floats are in the order of their bits, and integers are compared twice as fast
+        scores, floor = scores.view(torch.int16), floor.view(torch.int16)
+    torch.gt(scores, floor, out=out)
+
+
+def _nonzero(mask: Tensor) -> Tensor:
+    """Flat indices of what is true, ascending; where little is, eight entries are passed over at a time."""
+    if mask.numel() % 8 or mask.is_cuda:
+        return mask.flatten().nonzero()[:, 0]
+    words = mask.flatten().view(torch.int64)
+    some = words.nonzero()[:, 0]
+    found = words[some].view(torch.bool).nonzero()[:, 0]
+    return some[found >> 3] * 8 + (found & 7)
+
+
+def select_batch(scorer: Scorer, k: int, floor: float) -> tuple[Entries, float]:
+    """The k · batch largest positive entries (fewer if there are fewer), and the smallest of them (0 where there is none).
+
+    With several ranks the batch is that of all.
+    """
+    n = k * ranks.total(scorer.n_tokens)
+    if _is_dense(k, scorer):
+        values = scorer.dense().relu_()
+        threshold = ranks.nth_largest(values[values > 0], n)
+        return Dense(scorer.levels, values.mul_(values >= threshold)), threshold
+    found = scorer.above(torch.tensor(max(floor, 0.0), device=scorer.inputs_bd.device))
+    if floor > 0 and ranks.total(len(found.values)) < n:
+        found = scorer.above(torch.zeros((), device=scorer.inputs_bd.device))
+    keep, threshold = ranks.keep_largest(found.values, n)
+    return (found if keep is None else _pick(found, keep)), threshold
+
+
+def select_token(scorer: Scorer, k: int, floor: float) -> tuple[Entries, float]:
+    """Of each token the k largest positive entries (fewer if there are fewer), and the floor of the next step.
+
+    Args:
+        scorer: Of the batch.
+        k: Entries a token.
+        floor: As a share of the length of what is encoded: tokens differ in length, and their largest entries with it.
+    """
+    if _is_dense(k, scorer):
+        values = scorer.dense().relu_()
+        top = values.topk(k, dim=1)
+        return Dense(scorer.levels, torch.zeros_like(values).scatter_(1, top.indices, top.values)), floor
+    lengths = scorer.inputs_bd.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    found = scorer.above(lengths * max(floor, 0.0))
+    counts = torch.bincount(found.rows, minlength=scorer.n_tokens)
+    few = (counts < k).nonzero()[:, 0]
+    if len(few) and floor > 0:
+        found = _with_all_of(found, few, scorer)
+        counts = torch.bincount(found.rows, minlength=scorer.n_tokens)
+    keep, smallest = _top_of_rows(found, counts, k)
+    shares = smallest[counts >= k] / lengths[:, 0][counts >= k]
+    return _pick(found, keep), float(shares.quantile(0.05)) if len(shares) else 0.0
+
+
+def select_above(scorer: Scorer, floor: Tensor) -> Entries:
+    """All entries above a floor, () or (d_sae,), dense where they are many."""
+    first = Scorer(scorer.weights, scorer.inputs_bd[:TOKENS_PER_CHUNK], scorer.levels, scorer.dtype).dense()
+    share = float((first > floor).float().mean())
+    return Dense(scorer.levels, scorer.dense()) if share > DENSE_SHARE else scorer.above(floor)
+
+
+def _is_dense(k: int, scorer: Scorer) -> bool:
+    return k > DENSE_SHARE * len(scorer.weights.b_enc)
+
+
+def _with_all_of(found: Sparse, few: Tensor, scorer: Scorer) -> Sparse:
+    """The entries, those of some tokens without a floor."""
+    again = Scorer(scorer.weights, scorer.inputs_bd[few], scorer.levels, scorer.dtype).above(torch.zeros((), device=few.device))
+    stays = torch.ones(scorer.n_tokens, dtype=torch.bool, device=few.device)
+    stays[few] = False
+    kept = stays[found.rows]
+    rows = torch.cat([found.rows[kept], few[again.rows]])
+    order = rows.argsort(stable=True)
+    latents, values = torch.cat([found.latents[kept], again.latents]), torch.cat([found.values[kept], again.values])
+    return Sparse(found.n_tokens, found.levels, rows[order], latents[order], values[order])
+
+
+def _top_of_rows(found: Sparse, counts: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Which entries are among the k largest of their token, ascending, and the smallest of these for each token."""
+    widest = max(int(counts.max()), k)
+    place = torch.arange(len(found.rows), device=found.rows.device) - (counts.cumsum(0) - counts)[found.rows]
+    table = torch.zeros(found.n_tokens, widest, dtype=found.values.dtype, device=found.values.device)
+    table[found.rows, place] = found.values
+    top = table.topk(k, dim=1)
+    chosen = torch.zeros_like(table, dtype=torch.bool).scatter_(1, top.indices, top.values > 0)
+    return chosen[found.rows, place].nonzero()[:, 0], top.values[:, -1]
+
+
+def _pick(found: Sparse, keep: Tensor) -> Sparse:
+    return Sparse(found.n_tokens, found.levels, found.rows[keep], found.latents[keep], found.values[keep])

@@ -1,0 +1,78 @@
+"""Archetypal (RA-SAE): directions are nearly convex combinations of centres of the data, so that seeds agree (arXiv 2502.12892)."""
+
+import torch
+from torch import Tensor
+
+from ommatid.sae.model import Activation
+from ommatid.sae.step import Batch, Step
+from ommatid.sae.variants.base import Guides, Settings
+from ommatid.sae.variants.topk import BatchTopK
+from ommatid.sae.weights import Weights, grad_of
+
+MOST_CENTRES = 2048
+ROUNDS = 20
+"""Of k-means."""
+
+
+class Archetypal(BatchTopK):
+    """W_dec = normalise(A C + Λ), rows of A >= 0 that sum to 1, C centres of the centred data, ‖Λ row‖ <= δ ‖A C row‖.
+
+    The paper's D = W C + Λ (equation 6) with its relaxation relative, and directions of unit norm. Otherwise BatchTopK.
+    """
+
+    activation: Activation = "threshold"
+    derives_W_dec = True
+
+    def __init__(self, settings: Settings, n_centres: int | None, relaxation: float) -> None:
+        super().__init__(settings)
+        self._n_centres = n_centres or min(MOST_CENTRES, max(2, settings.d_sae // 2))
+        self._relaxation = relaxation
+
+    def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
+        """Each direction begins at one centre, drawn with the seed; where latents outnumber centres, mixed with a second one."""
+        centres = find_centres(x_nd, min(self._n_centres, len(x_nd)))
+        generator = torch.Generator().manual_seed(self._settings.seed)
+        n = len(centres)
+        first = torch.arange(self._settings.d_sae)[torch.randperm(self._settings.d_sae, generator=generator)] % n
+        second = torch.randint(n, first.shape, generator=generator)
+        rows = torch.arange(len(first))
+        mix = torch.zeros(len(first), n)
+        mix[rows, first] += 0.8
+        mix[rows, second] += 0.2
+        weights.fixed["centres"] = centres
+        weights.own |= {"mix": mix, "shift": torch.zeros_like(weights.W_dec)}
+        self.updated(weights)
+        weights.W_enc.copy_(weights.W_dec)
+
+    def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Tensor) -> Step:
+        """See `Variant`."""
+        step = super().step(weights, batch, guides, dead)
+        grad, raw = grad_of(weights.W_dec), self._raw(weights)
+        along = torch.linalg.vecdot(grad, weights.W_dec)[:, None]
+        grad_raw = torch.addcmul(grad, along, weights.W_dec, value=-1).div_(raw.norm(dim=1, keepdim=True))
+        grad_of(weights.own["shift"]).copy_(grad_raw)
+        torch.mm(grad_raw, weights.fixed["centres"].T, out=grad_of(weights.own["mix"]))
+        return step
+
+    def updated(self, weights: Weights) -> None:
+        """Rows of A back to the simplex, Λ back into its ball, W_dec made of them."""
+        mix, shift = weights.own["mix"].clamp_(min=0), weights.own["shift"]
+        mix.div_(mix.sum(1, keepdim=True).clamp_min(1e-12))
+        combined = mix @ weights.fixed["centres"]
+        most = self._relaxation * combined.norm(dim=1, keepdim=True)
+        shift.mul_((most / shift.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp(max=1))
+        torch.nn.functional.normalize(combined.add_(shift), dim=1, out=weights.W_dec)
+
+    def _raw(self, weights: Weights) -> Tensor:
+        return torch.addmm(weights.own["shift"], weights.own["mix"], weights.fixed["centres"])
+
+
+def find_centres(x_nd: Tensor, n: int) -> Tensor:
+    """k-means of the rows: (n, d_model); begun at rows evenly apart, so that it depends on the data alone."""
+    centres = x_nd[torch.linspace(0, len(x_nd) - 1, n).long()].clone()
+    for _ in range(ROUNDS):
+        nearest = torch.cat([(part @ centres.T).sub_(centres.square().sum(1) / 2).argmax(1) for part in x_nd.split(4096)])
+        counts = torch.bincount(nearest, minlength=n)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, x_nd)
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centres)
+    return centres

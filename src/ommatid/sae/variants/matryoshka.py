@@ -1,0 +1,35 @@
+"""Matryoshka BatchTopK: the first latents must do by themselves, so they learn what is common and the later ones what is special."""
+
+import torch
+
+from ommatid.sae.entries import Levels
+from ommatid.sae.variants.base import Guides, Settings
+from ommatid.sae.variants.topk import BatchTopK
+
+
+class Matryoshka(BatchTopK):
+    """BatchTopK with loss = mean over levels l of mean ‖x̂_l − x‖² + AuxK, x̂_l from the first n_l latents (arXiv 2503.17547).
+
+    What fires is chosen once, over the whole dictionary. The mean over levels is taken once (two public trainers divide by their
+    number twice, which makes AuxK several times as strong as written). Bounds n_l are fixed, or drawn every step from a Pareto
+    distribution whose density falls with n, as many as there are prefixes, the last d_sae.
+    """
+
+    def __init__(self, settings: Settings, shares: tuple[float, ...], random: bool) -> None:
+        super().__init__(settings)
+        bounds = tuple(dict.fromkeys(max(1, round(share * settings.d_sae)) for share in shares))
+        self._levels = Levels(bounds, settings.device)
+        self._random = random
+
+    def prefixes(self) -> tuple[int, ...] | None:
+        """See `Variant`."""
+        return self._levels.bounds
+
+    def _levels_of(self, guides: Guides) -> Levels:
+        n, d_sae = self._levels.n, self._settings.d_sae
+        if not self._random or n == 1:
+            return self._levels
+        generator = torch.Generator().manual_seed((self._settings.seed * 1_000_003 + guides.step) % 2**63)
+        shares = 1 / torch.arange(1, d_sae, dtype=torch.float64)
+        drawn = torch.multinomial(shares, min(n - 1, d_sae - 1), generator=generator) + 1
+        return Levels((*sorted(drawn.tolist()), d_sae), self._settings.device)

@@ -1,0 +1,90 @@
+"""ReLU with an L1 penalty: the first SAE for language models, with dead latents drawn anew (Bricken et al. 2023)."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ommatid.sae import ranks
+from ommatid.sae.entries import Levels
+from ommatid.sae.model import Activation
+from ommatid.sae.select import select_above
+from ommatid.sae.step import Batch, Step, add_monosemanticity, centre, reconstruct, set_gradients
+from ommatid.sae.variants.base import FIRST_PENALTY, Guides, Settings, make_scorer, steer
+from ommatid.sae.weights import Weights, grad_of
+
+
+class ReLU:
+    """acts = relu(pre_acts);  loss = mean ‖x̂ − x‖² + λ mean Σ acts, directions of unit norm.
+
+    λ is given, or steered so that k latents fire a token.
+    """
+
+    activation: Activation = "threshold"
+    derives_W_dec = False
+
+    def __init__(self, settings: Settings, l1: float | None) -> None:
+        self._settings = settings
+        self._l1 = l1
+        self._levels = Levels((settings.d_sae,), settings.device)
+
+    def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
+        """See `Variant`."""
+        guides.penalty = FIRST_PENALTY if self._l1 is None else self._l1
+
+    def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Tensor) -> Step:
+        """See `Variant`."""
+        inputs, settings = centre(weights, batch), self._settings
+        scorer = make_scorer(settings, weights, inputs, self._levels)
+        entries = select_above(scorer, torch.zeros((), dtype=inputs.dtype, device=inputs.device))
+        acts = entries.values.relu()
+        found = reconstruct(entries, acts, weights, batch)
+        weight = guides.penalty / batch.n_total
+        grad_acts = entries.product(found.table, weights.W_dec).add_(weight)
+        loss = found.loss + weight * acts.sum()
+        if settings.ms_weight:
+            loss = loss + add_monosemanticity(entries, acts, batch, settings.ms_weight, grad_acts)
+        set_gradients(weights, entries, found, acts, grad_acts.mul_(acts > 0), inputs)
+        n_firings = int((acts > 0).sum())
+        if self._l1 is None:
+            steer(settings, guides, n_firings, batch.n_total)
+        return Step(loss, found.x_hat, n_firings, entries.fired(acts), 0.0, 0.0)
+
+    def updated(self, weights: Weights) -> None:
+        """Nothing to keep to."""
+
+    def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
+        """See `Variant`."""
+        return {"threshold": torch.tensor(0.0)}
+
+    def prefixes(self) -> tuple[int, ...] | None:
+        """See `Variant`."""
+        return None
+
+
+RESAMPLE_AT = (1 / 8, 1 / 4, 3 / 8, 1 / 2)
+"""Shares of the run after which dead latents are drawn anew (Bricken et al. 2023: steps 25,000 to 100,000 of 200,000)."""
+RESAMPLED_NORM = 0.2
+"""Length of a new encoder row, as a share of the mean of the living."""
+
+
+def is_resampling_step(step: int, n_steps: int) -> bool:
+    """Whether dead latents are drawn anew after so many steps."""
+    return step in {round(share * n_steps) for share in RESAMPLE_AT}
+
+
+def resample(weights: Weights, batch: Batch, x_hat: Tensor, dead: Tensor, seed: int) -> None:
+    """Give dead latents the directions of badly reconstructed tokens, drawn with the square of their error as weight.
+
+    With several ranks all take what the first draws.
+    """
+    errors = (batch.target - x_hat).square().sum(1)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.multinomial(errors.square().cpu().double(), len(dead), replacement=True, generator=generator).to(dead.device)
+    alive = torch.ones(weights.d_sae, dtype=torch.bool, device=dead.device)
+    alive[dead] = False
+    length = RESAMPLED_NORM * float(weights.W_enc[alive].norm(dim=1).mean()) if alive.any() else RESAMPLED_NORM
+    weights.W_dec[dead] = ranks.agree(normalize((batch.target - weights.b_dec)[tokens], dim=1))
+    weights.W_enc[dead] = ranks.agree(length * normalize(centre(weights, batch)[tokens], dim=1))
+    weights.b_enc[dead] = 0.0
+    for tensor in (weights.W_dec, weights.W_enc, weights.b_enc):
+        grad_of(tensor)[dead] = 0.0
