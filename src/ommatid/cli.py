@@ -215,10 +215,25 @@ def _run(name: str, params_file: Path, overrides: list[str] | None, data: str) -
     # threads that wait give their core away: measured here, training took 64 s with and 19 s without spinning beside another process,
     # and the same on a quiet machine; read by OpenMP when torch is loaded
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if name == "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _train_together(params, data)
     from ommatid.stage import run_stage
 
     artefact = run_stage(name, params, _Lines(), data)
     typer.echo(f"{name}: {artefact.url} holds {_sizes(artefact)}")
+
+
+def _train_together(params: "Params", data: str) -> None:
+    """One of the processes that `torchrun --nproc-per-node N -m ommatid train` starts; the first does what a single one would."""
+    from ommatid.sae import ranks
+    from ommatid.stage import follow_training, run_stage
+
+    with ranks.joined():
+        if ranks.mine():
+            follow_training(params, data)
+        else:
+            artefact = run_stage("train", params, _Lines(), data)
+            typer.echo(f"train: {artefact.url} holds {_sizes(artefact)}")
 
 
 def _sizes(artefact: "object") -> str:

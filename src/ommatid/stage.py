@@ -97,6 +97,17 @@ def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA, r
     return published
 
 
+def follow_training(params: Params, data: str = DATA) -> None:
+    """Train beside the process that runs the stage, which alone writes: for all but the first of those that `torchrun` starts.
+
+    Raises:
+        OmmatidError: an input is missing or damaged, or training cannot go on.
+    """
+    from ommatid.train import follow
+
+    follow(params.train, _open_inputs("train", params, data))
+
+
 def _open_inputs(name: str, params: Params, data: str) -> dict[str, Artefact]:
     """What a stage reads; activations from files are made of no other artefact.
 

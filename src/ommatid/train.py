@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from ommatid import schemas
 from ommatid.ahead import ahead
 from ommatid.config import TrainParams
+from ommatid.errors import ConfigError
 from ommatid.events import Listener, ignore
 from ommatid.reader import Columns, Share, iter_batches, load_sample
 from ommatid.sae import ranks
@@ -41,11 +42,18 @@ def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_
         with draft.write_file(f"{draft.scratch.name}/{CHECKPOINT}") as path:
             save_file(tensors, path)
 
+    ranks.call()
     learners = fit(params, inputs, saved, save, on_event)
     for name, learner in learners.items():
         _write(learner, inputs, draft.child(name, "sae"))
     first = next(iter(learners.values()))
     return draft.seal({"saes": list(learners), "n_steps": first.plan.n_steps, "n_tokens": first.plan.n_steps * first.plan.batch_size})
+
+
+def follow(params: TrainParams, inputs: Mapping[str, Artefact]) -> None:
+    """What every rank but the first does: train with it, if it trains."""
+    if ranks.call():
+        fit(params, inputs, None, lambda tensors: None, ignore)
 
 
 def fit(
@@ -57,6 +65,10 @@ def fit(
 ) -> dict[str, Learner]:
     """Train; called by every rank, of which the first has the checkpoint and writes it.
 
+    Raises:
+        ConfigError: a batch cannot be shared among the ranks.
+        TrainingError, StoppedError: see `train`.
+
     Args:
         params: Of the stage.
         inputs: `extract`, and `target` for a transcoder.
@@ -64,9 +76,14 @@ def fit(
         save: Writes a checkpoint.
         on_event: Hears of progress.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     learners = _learners(params, inputs, ranks.share(saved, device), device)
     first = learners[0]
+    if first.plan.batch_size % ranks.n():
+        raise ConfigError(
+            f"train.batch_size: {first.plan.batch_size} tokens a step cannot be shared evenly by {ranks.n()} processes; "
+            f"set a multiple of {ranks.n()}"
+        )
     columns = Columns(inputs["extract"], inputs.get("target"), any(learner.params.ms_weight for learner in learners))
     share = Share(ranks.mine(), ranks.n())
     batches = iter_batches(columns, first.plan.batch_size, params.seed, first.guides.step, share)

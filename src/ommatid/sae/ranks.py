@@ -1,8 +1,45 @@
 """Ranks: what several processes that train one SAE together agree on; with one process, nothing."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def are_several() -> bool:
+    """Whether this process was started as one of several (by `torchrun`)."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """In this block the processes that `torchrun` started know one another; each takes the GPU of its number, where there are some.
+
+    The first leads: it does everything that a single process does. The others wait to be called (see `call`), or let go.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    _called.clear()
+    try:
+        yield
+    finally:
+        if mine() == 0 and not _called:
+            call(False)  # it ended without training: the others must not wait
+        dist.destroy_process_group()
+
+
+def call(is_wanted: bool = True) -> bool:
+    """Have all ranks train now, or say that there is nothing to do; the others hear what the first says."""
+    _called.append(is_wanted)
+    return bool(agree(torch.tensor(int(is_wanted))))
+
+
+_called: list[bool] = []
+"""What this process has called for, or heard."""
 
 
 def n() -> int:

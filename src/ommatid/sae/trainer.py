@@ -78,7 +78,7 @@ class Trainer:
                     self._measure()
                     if time.monotonic() - self._written > CHECKPOINT_SECONDS:
                         self._write()
-                if asked.is_set() and self._step < self._n_steps:
+                if ranks.total(int(asked.is_set())) and self._step < self._n_steps:
                     self._write()
                     raise StoppedError(f"train: stopped at step {self._step} of {self._n_steps}; run it again to go on from there")
 

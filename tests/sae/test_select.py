@@ -1,0 +1,133 @@
+"""Proves that selection is exact whatever the guess, the density, the arithmetic and the number of processes that share a batch."""
+
+import multiprocessing as mp
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ommatid.sae import ranks, select
+from ommatid.sae.entries import Levels, Sparse
+from ommatid.sae.select import Scorer, select_above, select_batch, select_token
+from ommatid.sae.weights import Weights
+
+D_MODEL, D_SAE, N_TOKENS = 6, 32, 24
+
+
+def make_scorer(seed: int, dtype: torch.dtype = torch.float32, n_tokens: int = N_TOKENS, d_sae: int = D_SAE) -> Scorer:
+    generator = torch.Generator().manual_seed(seed)
+    W_enc = torch.randn(d_sae, D_MODEL, generator=generator)
+    weights = Weights(W_enc, 0.1 * torch.randn(d_sae, generator=generator), W_enc, torch.zeros(D_MODEL))
+    return Scorer(weights, torch.randn(n_tokens, D_MODEL, generator=generator), Levels((d_sae,)), dtype)
+
+
+def matrix(found: object) -> torch.Tensor:
+    assert isinstance(found, Sparse)
+    assert bool((found.rows.diff() >= 0).all())
+    assert bool((found.latents.diff()[found.rows.diff() == 0] > 0).all())
+    return torch.zeros(found.n_tokens, found.levels.bounds[-1]).index_put_((found.rows, found.latents), found.values)
+
+
+@given(seed=st.integers(0, 1000), floor=st.floats(-1, 5), k=st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_batch_selection_does_not_depend_on_the_guess(seed: int, floor: float, k: int) -> None:
+    scorer = make_scorer(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "DENSE_SHARE", 100.0)
+        entries, threshold = select_batch(scorer, k, floor)
+    pre_acts = scorer.dense()
+    expected = pre_acts[pre_acts > 0].sort(descending=True).values[: k * N_TOKENS]
+    found = matrix(entries)
+    torch.testing.assert_close(found[found > 0].sort(descending=True).values, expected)
+    assert threshold == pytest.approx(float(expected[-1]))
+
+
+@given(seed=st.integers(0, 1000), floor=st.floats(0, 5), k=st.integers(1, 31))
+@settings(max_examples=60, deadline=None)
+def test_token_selection_does_not_depend_on_the_guess(seed: int, floor: float, k: int) -> None:
+    scorer = make_scorer(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "DENSE_SHARE", 100.0)
+        entries, next_floor = select_token(scorer, k, floor)
+    pre_acts = scorer.dense().relu()
+    top = pre_acts.topk(k, dim=1)
+    torch.testing.assert_close(matrix(entries), torch.zeros_like(pre_acts).scatter(1, top.indices, top.values))
+    assert next_floor >= 0
+
+
+def test_a_good_guess_leaves_few_candidates() -> None:
+    scorer = make_scorer(0, n_tokens=600, d_sae=256)
+    _, threshold = select_batch(scorer, 4, 0.0)
+    seen: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Scorer, "above", lambda self, floor, above=Scorer.above: seen.append(len((found := above(self, floor)).values)) or found
+        )
+        select_batch(scorer, 4, select.FLOOR_SHARE * threshold)
+    assert seen == [seen[0]] and 4 * 600 <= seen[0] < 3 * 4 * 600
+
+
+@pytest.mark.parametrize("floor", [0.5, 0.0, -0.5])
+def test_above_takes_what_is_above(floor: float) -> None:
+    scorer = make_scorer(3, n_tokens=300)
+    pre_acts = scorer.dense()
+    of_latents = floor + 0.3 * torch.rand(D_SAE)
+    for wanted in (torch.tensor(floor), of_latents):
+        torch.testing.assert_close(matrix(scorer.above(wanted)), pre_acts * (pre_acts > wanted))
+    sparse = select_above(scorer, torch.tensor(4.0))
+    assert isinstance(sparse, Sparse) and not isinstance(select_above(scorer, torch.tensor(-4.0)), Sparse)
+
+
+def test_bfloat16_selects_nearly_the_same() -> None:
+    exact, rounded = make_scorer(1, n_tokens=300), make_scorer(1, torch.bfloat16, n_tokens=300)
+    found, expected = (matrix(select_batch(scorer, 2, 0.5)[0]) for scorer in (rounded, exact))
+    assert float(((found > 0) == (expected > 0)).float().mean()) > 0.99
+    both = (found > 0) & (expected > 0)
+    torch.testing.assert_close(found[both], expected[both], rtol=0.02, atol=0.02)
+
+
+def _of_rank(rank: int, port: int, n_ranks: int, n_wanted: int, where: Path) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(n_ranks),
+        "LOCAL_RANK": str(rank),
+    }
+    with ranks.joined():
+        ranks.call()
+        values = values_of(rank)
+        keep, border = ranks.keep_largest(values, n_wanted)
+        assert keep is not None
+        torch.save(
+            {"kept": values[keep], "border": torch.tensor(border), "total": torch.tensor(ranks.total(rank + 1))}, where / f"{rank}.pt"
+        )
+
+
+def values_of(rank: int) -> torch.Tensor:
+    return torch.randint(0, 20, (100 + 30 * rank,), generator=torch.Generator().manual_seed(rank)).float()
+
+
+@pytest.mark.parametrize("n_wanted", [1, 77, 229])
+def test_ranks_agree_on_the_largest_with_ties(n_wanted: int, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context: Any = mp.get_context("spawn")
+    processes = [context.Process(target=_of_rank, args=(rank, port, 2, n_wanted, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    everyone = torch.cat([values_of(rank) for rank in range(2)]).sort(descending=True).values[:n_wanted]
+    kept = torch.cat([one["kept"] for one in found]).sort(descending=True).values
+    assert torch.equal(kept, everyone)
+    assert {float(one["border"]) for one in found} == {float(everyone[-1])}
+    assert {int(one["total"]) for one in found} == {3}
