@@ -1,0 +1,146 @@
+"""From another library's SAE to Ommatid's, and back: which format, and what it takes."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ommatid.errors import ModelError
+from ommatid.sae.interop import dictionary_learning, overcomplete, sae_for_vlm, saelens, saev, sparsify
+from ommatid.sae.interop.told import Told
+from ommatid.sae.model import CONFIG, SAE, WEIGHTS, load_config
+
+K = {"k": "mean number of latents that fire a token"}
+
+
+class Format(Protocol):
+    """One library's way to keep an SAE: a module of this package."""
+
+    FILES: str
+    """What it looks like on disk, in words."""
+    TAKES: Mapping[str, str]
+    """Values that the user may have to say, and what each means."""
+
+    def detect(self, path: Path) -> bool:
+        """Does this folder or file look like it? Names and headers are looked at, weights only where there is nothing else."""
+        ...
+
+    def read(self, path: Path, told: Told) -> SAE:
+        """Read and fold.
+
+        Raises:
+            ModelError: a file is missing or damaged, or holds what Ommatid's form cannot say.
+        """
+        ...
+
+    def write(self, sae: SAE, folder: Path) -> None:
+        """Write files that the library's own loader opens.
+
+        Raises:
+            ModelError: the library has no such SAE.
+        """
+        ...
+
+
+FORMATS: dict[str, Format] = {
+    "saelens": saelens,
+    "sparsify": sparsify,
+    "saev": saev,
+    "sae_for_vlm": sae_for_vlm,
+    "dictionary_learning": dictionary_learning,
+    "overcomplete": overcomplete,
+}
+"""By name, in the order in which they are looked for."""
+
+
+def import_sae(path: Path, told: Told | None = None, format_name: str | None = None) -> SAE:
+    """Read another library's SAE: acts and reconstruction are those that its own loader gives.
+
+    `config.k` is 0 where neither the files nor `told` say how many latents fire: see `with_measured_k`.
+
+    Args:
+        path: A folder or file.
+        told: What the files don't say.
+        format_name: One of FORMATS; None finds it.
+
+    Raises:
+        ModelError: nothing known is there, or it cannot be read or represented: the message says what it is and what can be done.
+    """
+    name = format_name or find_format(path)
+    told = told or Told()
+    told.check({**K, **_format(name).TAKES}, name)
+    return _format(name).read(path, told)
+
+
+def export_sae(sae: SAE, format_name: str, folder: Path) -> None:
+    """Write an SAE into `folder` so that the library's own loader opens it and computes the same.
+
+    Raises:
+        ModelError: the library has no such SAE, or the folder holds one of Ommatid's.
+    """
+    form = _format(format_name)
+    if _is_own(folder):
+        raise ModelError(f"{folder}: holds an SAE of Ommatid, which the files of {format_name} might replace; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    form.write(sae, folder)
+
+
+def find_format(path: Path) -> str:
+    """The name of the format that a folder or file has.
+
+    Raises:
+        ModelError: it has none that is known here; the message names those inside, or all that are known.
+    """
+    if not path.exists():
+        raise ModelError(f"{path}: no such file or folder")
+    if _is_own(path):
+        raise ModelError(f"{path}: an SAE of Ommatid already; use it as it is")
+    if name := _detect(path):
+        return name
+    raise ModelError(f"{path}: {_what_else(path)}; {_known()}")
+
+
+def with_measured_k(sae: SAE, sample_nd: Tensor) -> SAE:
+    """The same SAE, whose k is the mean number of latents that fire on a sample of activations (tokens, d_model)."""
+    with torch.inference_mode():
+        firing = sum(int((sae.encode(x_bd) > 0).sum()) for x_bd in sample_nd.split(1024))
+    config = replace(sae.config, k=max(1, round(firing / len(sample_nd))))
+    return SAE(config, **sae.tensors())
+
+
+def _format(name: str) -> Format:
+    if name not in FORMATS:
+        raise ModelError(f"format {name!r} is not known; {_known()}")
+    return FORMATS[name]
+
+
+def _detect(path: Path) -> str | None:
+    return next((name for name, form in FORMATS.items() if form.detect(path)), None)
+
+
+def _is_own(path: Path) -> bool:
+    if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
+        return False
+    try:
+        load_config(path)
+    except (ModelError, ValueError):
+        return False
+    return True
+
+
+def _known() -> str:
+    return "known are " + "; ".join(f"{name} ({form.FILES})" for name, form in FORMATS.items())
+
+
+def _what_else(path: Path) -> str:
+    """Folders inside that hold SAEs, or the files that are there."""
+    if path.is_file():
+        return "not an SAE of a known library"
+    inside = sorted(child for child in path.iterdir() if child.is_dir())
+    if found := [child.name for child in inside if _detect(child)]:
+        return f"holds SAEs in {', '.join(found[:10])}{' and more' if len(found) > 10 else ''}: name one of these folders"
+    names = sorted(child.name for child in path.iterdir())
+    return f"no SAE of a known library among {', '.join(names[:10])}" if names else "an empty folder"
