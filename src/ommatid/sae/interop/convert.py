@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ommatid.errors import ModelError
 from ommatid.sae.interop import dictionary_learning, overcomplete, sae_for_vlm, saelens, saev, sparsify
+from ommatid.sae.interop.files import read_json
 from ommatid.sae.interop.told import Told
-from ommatid.sae.model import CONFIG, SAE, WEIGHTS, load_config
+from ommatid.sae.model import CONFIG, SAE, WEIGHTS
 
 K = {"k": "mean number of latents that fire a token"}
 
@@ -88,6 +89,29 @@ def export_sae(sae: SAE, format_name: str, folder: Path) -> None:
     form.write(sae, folder)
 
 
+def write_own(sae: SAE, folder: Path) -> None:
+    """Write sae.safetensors and cfg.json.
+
+    Raises:
+        ModelError: the folder holds another library's, whose files have the same names.
+    """
+    if (folder / CONFIG).exists() and not _is_own(folder):
+        raise ModelError(f"{folder}: {CONFIG} of another library is there, and would be replaced; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    sae.save(folder / WEIGHTS, folder / CONFIG)
+
+
+def load_own(folder: Path) -> SAE:
+    """Read sae.safetensors and cfg.json.
+
+    Raises:
+        ModelError: they are not there.
+    """
+    if not _is_own(folder):
+        raise ModelError(f"{folder}: no SAE of Ommatid; it has {WEIGHTS} and {CONFIG}")
+    return SAE.load(folder)
+
+
 def find_format(path: Path) -> str:
     """The name of the format that a folder or file has.
 
@@ -100,11 +124,16 @@ def find_format(path: Path) -> str:
         raise ModelError(f"{path}: an SAE of Ommatid already; use it as it is")
     if name := _detect(path):
         return name
-    raise ModelError(f"{path}: {_what_else(path)}; {_known()}")
+    raise ModelError(f"{path}: {_what_else(path)}")
 
 
 def with_measured_k(sae: SAE, sample_nd: Tensor) -> SAE:
-    """The same SAE, whose k is the mean number of latents that fire on a sample of activations (tokens, d_model)."""
+    """The same SAE, whose k is the mean number of latents that fire on a sample of activations (tokens, d_model).
+
+    A TopK SAE is as it is: its k is part of what it computes.
+    """
+    if sae.config.activation == "topk":
+        return sae
     with torch.inference_mode():
         firing = sum(int((sae.encode(x_bd) > 0).sum()) for x_bd in sample_nd.split(1024))
     config = replace(sae.config, k=max(1, round(firing / len(sample_nd))))
@@ -121,14 +150,17 @@ def _detect(path: Path) -> str | None:
     return next((name for name, form in FORMATS.items() if form.detect(path)), None)
 
 
-def _is_own(path: Path) -> bool:
-    if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
-        return False
+def _looks_like_one(path: Path) -> bool:
     try:
-        load_config(path)
-    except (ModelError, ValueError):
+        return _detect(path) is not None
+    except ModelError:
         return False
-    return True
+
+
+def _is_own(path: Path) -> bool:
+    """Sparsify has files of the same names."""
+    has_files = (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+    return has_files and {"variant", "d_model", "hookpoint"} <= read_json(path / CONFIG).keys()
 
 
 def _known() -> str:
@@ -138,9 +170,9 @@ def _known() -> str:
 def _what_else(path: Path) -> str:
     """Folders inside that hold SAEs, or the files that are there."""
     if path.is_file():
-        return "not an SAE of a known library"
+        return f"not an SAE of a library that is known; {_known()}"
     inside = sorted(child for child in path.iterdir() if child.is_dir())
-    if found := [child.name for child in inside if _detect(child)]:
+    if found := [child.name for child in inside if _looks_like_one(child)]:
         return f"holds SAEs in {', '.join(found[:10])}{' and more' if len(found) > 10 else ''}: name one of these folders"
     names = sorted(child.name for child in path.iterdir())
-    return f"no SAE of a known library among {', '.join(names[:10])}" if names else "an empty folder"
+    return f"no SAE of a library that is known among {', '.join(names[:10])}; {_known()}" if names else "an empty folder"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ommatid.errors import ModelError
-from ommatid.sae.interop.files import PT, read_json, read_tensors, write_json
+from ommatid.sae.interop.files import PT, child, read_json, read_tensors, text, write_json
 from ommatid.sae.interop.told import Told
 from ommatid.sae.interop.weights import PLAIN, Folded, Kind, Shape, before_subtracting, float_tensors, make_sae, refuse_transcoder, take
 from ommatid.sae.model import SAE
@@ -33,11 +33,11 @@ class Class:
 
 _TOPK = {**ENCODER, "encoder.bias": ("d_sae",), "b_dec": ("d_model",), "k": (), "threshold": ()}
 CLASSES: Mapping[str, Class] = {
-    "AutoEncoder": Class({**ENCODER, "encoder.bias": ("d_sae",), "bias": ("d_model",)}, "standard"),
-    "AutoEncoderNew": Class({**ENCODER, "encoder.bias": ("d_sae",), "decoder.bias": ("d_model",)}, "standard"),
+    "AutoEncoder": Class({**ENCODER, "encoder.bias": ("d_sae",), "bias": ("d_model",)}, "relu"),
+    "AutoEncoderNew": Class({**ENCODER, "encoder.bias": ("d_sae",), "decoder.bias": ("d_model",)}, "relu"),
     "AutoEncoderTopK": Class(_TOPK, "topk"),
     "BatchTopKSAE": Class(_TOPK, "batch_topk"),
-    "MatryoshkaBatchTopKSAE": Class({**PLAIN, "k": (), "threshold": (), "group_sizes": ("n_levels",)}, "matryoshka_batch_topk"),
+    "MatryoshkaBatchTopKSAE": Class({**PLAIN, "k": (), "threshold": (), "group_sizes": ("n_levels",)}, "matryoshka"),
     "JumpReluAutoEncoder": Class({**PLAIN, "threshold": ("d_sae",)}, "jumprelu"),
     "GatedAutoEncoder": Class(
         {**ENCODER, "decoder_bias": ("d_model",)} | {name: ("d_sae",) for name in ("r_mag", "gate_bias", "mag_bias")}, "gated"
@@ -70,11 +70,12 @@ def read_as(path: Path, told: Told, config: Mapping[str, Any], spelled: Mapping[
     """
     file = path / WEIGHTS if path.is_dir() else path
     tensors = read_tensors(file)
-    trainer = config.get("trainer") or {}
-    said = told.choice("class", CLASSES) or trainer.get("dict_class")
+    trainer = child(config, "trainer", file)
+    said = told.choice("class", CLASSES) or text(trainer, "dict_class", file)
     name = choose_class(tensors, spelled.get(said, said) if said else None, file)
     weights = take(tensors, CLASSES[name].shapes, file)
-    kind = _make_kind(name, weights, trainer)
+    about = {"hookpoint": text(trainer, "submodule_name", file), "model": text(trainer, "lm_name", file)}
+    kind = replace(_make_kind(name, weights), **about)
     return make_sae(_FOLD[name](weights), kind, told, file)
 
 
@@ -156,14 +157,12 @@ _FOLD = {
 }
 
 
-def _make_kind(name: str, weights: Mapping[str, Tensor], trainer: Mapping[str, Any]) -> Kind:
+def _make_kind(name: str, weights: Mapping[str, Tensor]) -> Kind:
     sizes = weights.get("group_sizes")
     return Kind(
         variant=CLASSES[name].variant,
         activation="topk" if name == "AutoEncoderTopK" else "gated" if name == "GatedAutoEncoder" else "threshold",
         k=float(weights["k"]) if "k" in weights else None,
-        hookpoint=trainer.get("submodule_name") or None,
-        model=trainer.get("lm_name") or None,
         prefixes=None if sizes is None else tuple(int(end) for end in sizes.cumsum(0)),
     )
 

@@ -2,11 +2,13 @@
 
 import io
 import json
+import math
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -47,6 +49,42 @@ def parse_json(text: bytes, where: Path) -> dict[str, Any]:
     return values
 
 
+def child(values: Mapping[str, Any], name: str, where: Path) -> dict[str, Any]:
+    """The object under `name`, empty where there is none.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    found = values.get(name)
+    if found is not None and not isinstance(found, dict):
+        raise ModelError(f"{where}: {name} is {found!r}; expected an object")
+    return found or {}
+
+
+def text(values: Mapping[str, Any], name: str, where: Path) -> str | None:
+    """The text under `name`, or None.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    found = values.get(name)
+    if found is not None and not isinstance(found, str):
+        raise ModelError(f"{where}: {name} is {found!r}; expected text")
+    return found or None
+
+
+def number(values: Mapping[str, Any], name: str, where: Path) -> float | None:
+    """The number above 0 under `name`, or None.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    found = values.get(name)
+    if found is not None and (isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < math.inf):
+        raise ModelError(f"{where}: {name} is {found!r}; expected a number above 0")
+    return found
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or .pt file by name.
 
@@ -57,8 +95,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path}: missing; it holds the weights")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    with path.open("rb") as file:
-        return read_pt(file, path)
+    return read_pt(path, path)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -75,22 +112,24 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path}: not a whole safetensors file ({error})") from None
 
 
-def read_pt(file: BinaryIO, where: Path) -> dict[str, Tensor]:
-    """The state dict that torch.save wrote from here to the file's end; nothing in it is run.
+def read_pt(source: Path | io.BytesIO, where: Path) -> dict[str, Tensor]:
+    """The state dict that torch.save wrote; nothing in it is run.
 
     Raises:
         ModelError: damaged, not a flat dict of tensors, or it holds more than tensors.
     """
-    buffer = io.BytesIO(file.read())
-    _refuse_bomb(buffer, where)
+    is_zip = zipfile.is_zipfile(source)
+    if is_zip:
+        _refuse_bomb(source, where)
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
     try:
-        values = torch.load(buffer, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            values = torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip and isinstance(source, Path))
     except pickle.UnpicklingError as error:
         raise ModelError(f"{where}: {_why_not_loaded(error)}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError, OSError) as error:
-        raise ModelError(
-            f"{where}: not a whole file of torch.save ({str(error).splitlines()[0] if str(error) else 'it ends early'})"
-        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OSError) as error:
+        raise ModelError(f"{where}: not a whole file of torch.save ({str(error).partition('. ')[0] or 'it ends early'})") from None
     return check_state(values, where)
 
 
@@ -104,19 +143,14 @@ def _why_not_loaded(error: pickle.UnpicklingError) -> str:
     )
 
 
-def _refuse_bomb(buffer: io.BytesIO, where: Path) -> None:
+def _refuse_bomb(source: Path | io.BytesIO, where: Path) -> None:
     """torch.save stores without compression: what is compressed is not its file, and may unpack without end."""
-    size = buffer.getbuffer().nbytes
-    if not zipfile.is_zipfile(buffer):
-        buffer.seek(0)
-        return
-    buffer.seek(0)
-    with zipfile.ZipFile(buffer) as archive:
+    with zipfile.ZipFile(source) as archive:
         entries = archive.infolist()
+    size = source.stat().st_size if isinstance(source, Path) else source.getbuffer().nbytes
     unpacked = sum(entry.file_size for entry in entries)
-    if unpacked > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+    if unpacked > size:
         raise ModelError(f"{where}: {size} bytes that unpack to {unpacked}; torch.save never compresses, so this is not its file")
-    buffer.seek(0)
 
 
 def check_state(values: object, where: Path) -> dict[str, Tensor]:
@@ -125,13 +159,18 @@ def check_state(values: object, where: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: it is something else.
     """
-    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+    if not isinstance(values, Mapping):
         raise ModelError(f"{where}: holds a {type(values).__name__}; expected a dict of tensors, as sae.state_dict() is")
-    if odd := [name for name, value in values.items() if not isinstance(value, Tensor)]:
-        raise ModelError(f"{where}: {', '.join(odd[:5])}: not tensors; expected a flat dict of tensors, as sae.state_dict() is")
+    if odd := [str(name) for name, value in values.items() if not isinstance(name, str) or not _is_plain(value)]:
+        raise ModelError(f"{where}: {', '.join(odd[:5])}: not plain tensors; expected a flat dict of tensors, as sae.state_dict() is")
     if large := [name for name, value in values.items() if value.numel() * value.element_size() > value.untyped_storage().nbytes()]:
         raise ModelError(f"{where}: {', '.join(large[:5])}: larger than the numbers that the file holds for it")
     return dict(values)
+
+
+def _is_plain(value: object) -> bool:
+    """A dense tensor of real numbers, whose numbers are here."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu" and not value.is_complex()
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -35,12 +35,12 @@ class Class:
 
 
 CLASSES = {
-    "SAE": Class("standard", "threshold"),
+    "SAE": Class("relu", "threshold"),
     "TopKSAE": Class("topk", "topk"),
     "BatchTopKSAE": Class("batch_topk", "threshold"),
     "JumpSAE": Class("jumprelu", "threshold"),
-    "RATopKSAE": Class("archetypal_topk", "topk"),
-    "RAJumpSAE": Class("archetypal_jumprelu", "threshold"),
+    "RATopKSAE": Class("archetypal", "topk"),
+    "RAJumpSAE": Class("archetypal", "threshold"),
 }
 NORMALIZATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "l2": lambda rows: rows / (rows.norm(dim=1, keepdim=True) + EPS),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ommatid.sae.interop import dictionary_learning
+from ommatid.sae.interop.files import child, text
 from ommatid.sae.interop.told import Told
 from ommatid.sae.model import SAE
 
@@ -19,7 +20,7 @@ SPELLED = {"MatroyshkaBatchTopKSAE": "MatryoshkaBatchTopKSAE"}
 def detect(path: Path) -> bool:
     """Files of dictionary_learning, with that spelling in config.json."""
     is_weights = (path / dictionary_learning.WEIGHTS).is_file() if path.is_dir() else path.suffix == ".pt"
-    return is_weights and (dictionary_learning.find_config(path).get("trainer") or {}).get("dict_class") in SPELLED
+    return is_weights and text(child(dictionary_learning.find_config(path), "trainer", path), "dict_class", path) in SPELLED
 
 
 def read(path: Path, told: Told) -> SAE:

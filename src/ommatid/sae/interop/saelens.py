@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ommatid.errors import ModelError
-from ommatid.sae.interop.files import read_json, read_safetensors, write_json
+from ommatid.sae.interop.files import child, number, read_json, read_safetensors, text, write_json
 from ommatid.sae.interop.told import Told
 from ommatid.sae.interop.weights import PLAIN, Folded, Kind, Shape, check_prefixes, float_tensors, make_sae, take
 from ommatid.sae.model import SAE
@@ -40,6 +40,9 @@ SHAPES: Mapping[str, Mapping[str, Shape]] = {
     "jumprelu_transcoder": {**TRANSCODER, **THRESHOLD},
 }
 """Tensors of each architecture that can be read; batchtopk and matryoshka_batchtopk are checkpoints of training."""
+
+VARIANTS = {"standard": "relu", "batchtopk": "batch_topk", "matryoshka_batchtopk": "matryoshka", "transcoder": "relu"}
+"""What params.yaml calls them, where it is another word; jumprelu_transcoder is jumprelu."""
 
 REFUSED = {
     "skip_transcoder": "adds x W_skip to what it decodes, which no latent explains",
@@ -77,22 +80,23 @@ def _modernize(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
     old = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
     cfg = {old.get(name, name): value for name, value in cfg.items()}
     cfg.setdefault("architecture", "standard")
-    arguments = cfg.get("activation_fn_kwargs") or {}
     if cfg.get("activation_fn") == "topk":
-        cfg |= {"architecture": "topk", "k": arguments.get("k")}
+        cfg |= {"architecture": "topk", "k": child(cfg, "activation_fn_kwargs", path / CONFIG).get("k")}
     elif cfg.get("activation_fn", "relu") != "relu":
         raise ModelError(f"{path / CONFIG}: activation_fn is {cfg['activation_fn']!r}; relu and topk can be read")
     return cfg
 
 
 def _check_architecture(cfg: Mapping[str, Any], path: Path) -> str:
-    architecture, where = cfg["architecture"], path / CONFIG
+    where = path / CONFIG
+    architecture = text(cfg, "architecture", where) or "standard"
     allowed = ", ".join(SHAPES)
     if architecture in REFUSED:
         raise ModelError(f"{where}: a {architecture} SAE of SAELens {REFUSED[architecture]}; can be read: {allowed}")
     if architecture not in SHAPES:
         raise ModelError(f"{where}: architecture {architecture!r} is not known; can be read: {allowed}")
-    normalize = cfg.get("normalize_activations") or "none"
+    # before 6.0 it was true or false
+    normalize = "none" if isinstance(cfg.get("normalize_activations"), bool) else text(cfg, "normalize_activations", where)
     if normalize in NORMALIZED:
         raise ModelError(f"{where}: normalize_activations is {normalize}: each activation {NORMALIZED[normalize]}, which no weights can do")
     if normalize == "covariance_whitening":
@@ -108,8 +112,8 @@ def _scaling_factor(cfg: Mapping[str, Any], path: Path, told: Told) -> float:
         return 1.0
     if (said := told.number("scaling_factor")) is not None:
         return said
-    if (path / SCALER).is_file() and (kept := read_json(path / SCALER).get("scaling_factor")):
-        return float(kept)
+    if (path / SCALER).is_file() and (kept := number(read_json(path / SCALER), "scaling_factor", path / SCALER)):
+        return kept
     raise ModelError(
         f"{path / CONFIG}: normalize_activations is expected_average_only_in, and the factor of training is not in the weights; "
         f"say it with --set scaling_factor=F (SAELens keeps it in {SCALER} of a checkpoint)"
@@ -148,19 +152,20 @@ def _rescale(folded: Folded, scale: float) -> Folded:
 
 
 def _make_kind(architecture: str, cfg: Mapping[str, Any], path: Path, d_sae: int) -> Kind:
-    about = cfg.get("metadata") or cfg
-    details = about.get("training_architecture_details") or {}
-    trained = about.get("training_architecture") or architecture
+    where = path / CONFIG
+    about = child(cfg, "metadata", where) or cfg
+    details = child(about, "training_architecture_details", where)
+    trained = (text(about, "training_architecture", where) or architecture).removesuffix("_transcoder")
     widths = cfg.get("matryoshka_widths") or details.get("matryoshka_widths")
     return Kind(
-        variant=trained,
+        variant=VARIANTS.get(trained, trained),
         activation="gated" if architecture == "gated" else "topk" if architecture == "topk" else "threshold",
-        k=cfg.get("k") or details.get("k"),
-        hookpoint=about.get("hook_name"),
-        model=about.get("model_name"),
+        k=number(cfg, "k", where) or number(details, "k", where),
+        hookpoint=text(about, "hook_name", where),
+        model=text(about, "model_name", where),
         is_transcoder="transcoder" in architecture,
-        target=about.get("hook_name_out"),
-        prefixes=check_prefixes(widths, d_sae, path / CONFIG) if widths else None,
+        target=text(about, "hook_name_out", where),
+        prefixes=check_prefixes(widths, d_sae, where) if widths else None,
     )
 
 
@@ -197,13 +202,13 @@ def _as_gated(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _describe(sae: SAE, architecture: str) -> dict[str, Any]:
     config = sae.config
-    details = {"k": config.k} | ({"matryoshka_widths": list(config.prefixes)} if config.prefixes else {})
+    details = ({"k": config.k} if config.k else {}) | ({"matryoshka_widths": list(config.prefixes)} if config.prefixes else {})
     metadata = {
         "sae_lens_version": VERSION,
         "sae_lens_training_version": VERSION,
         "model_name": config.model,
         "hook_name": config.hookpoint,
-        "training_architecture": config.variant,
+        "training_architecture": next((theirs for theirs, ours in VARIANTS.items() if ours == config.variant), config.variant),
         "training_architecture_details": details,
     }
     return {

@@ -39,11 +39,11 @@ def read(path: Path, told: Told) -> SAE:
         raise ModelError(f"{file}: missing; saev keeps an SAE in one file")
     with file.open("rb") as opened:
         header = parse_json(opened.readline(MAX_JSON), file)
-        tensors = read_pt(opened, file)
+        tensors = read_pt(io.BytesIO(opened.read()), file)
     _check_header(header, file)
     weights = take(tensors, PLAIN, file)
     folded = Folded(weights["W_enc"], weights["b_enc"], weights["W_dec"], weights["b_dec"]).after_subtracting(weights["b_dec"])
-    return make_sae(folded, Kind("standard"), told, file)
+    return make_sae(folded, Kind("relu"), told, file)
 
 
 def _locate(path: Path) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from ommatid.errors import ModelError
-from ommatid.sae.interop.files import parse_json, read_json, read_safetensors, write_json
+from ommatid.sae.interop.files import number, parse_json, read_json, read_safetensors, write_json
 from ommatid.sae.interop.told import Told
 from ommatid.sae.interop.weights import Folded, Kind, Shape, before_subtracting, float_tensors, make_sae, take
 from ommatid.sae.model import SAE
@@ -43,7 +43,13 @@ def read(path: Path, told: Told) -> SAE:
     is_transcoder = bool(cfg.get("transcode", False))
     if not is_transcoder:
         folded = folded.after_subtracting(folded.b_dec)
-    kind = Kind("topk", "topk", cfg.get("k"), hookpoint=path.resolve().name if _is_hookpoint(path) else None, is_transcoder=is_transcoder)
+    kind = Kind(
+        "topk",
+        "topk",
+        number(cfg, "k", path / CONFIG),
+        hookpoint=path.resolve().name if _is_hookpoint(path) else None,
+        is_transcoder=is_transcoder,
+    )
     return make_sae(folded, kind, told, path)
 
 

@@ -108,7 +108,10 @@ def make_sae(folded: Folded, kind: Kind, told: Told, path: Path) -> SAE:
     gated = {"gate_scale": folded.gate_scale, "gate_shift": folded.gate_shift} if kind.activation == "gated" else {}
     tensors = {"W_enc": folded.W_enc, "b_enc": folded.b_enc, "W_dec": folded.W_dec, "b_dec": folded.b_dec, **gated}
     tensors["threshold"] = _as_simple(torch.as_tensor(folded.threshold).clamp(min=0))
-    return SAE(config, **{name: tensor.float().contiguous() for name, tensor in tensors.items() if tensor is not None})
+    rounded = {name: tensor.float().contiguous() for name, tensor in tensors.items() if tensor is not None}
+    if broken := [name for name, tensor in rounded.items() if not torch.isfinite(tensor).all()]:
+        raise ModelError(f"{path}: {', '.join(broken)}: not finite once folded; a direction has norm 0, or a scale is out of range")
+    return SAE(config, **rounded)
 
 
 def _as_simple(threshold: Tensor) -> Tensor:
@@ -118,9 +121,7 @@ def _as_simple(threshold: Tensor) -> Tensor:
 
 def _make_config(folded: Folded, kind: Kind, told: Told, path: Path) -> SAEConfig:
     d_model, d_sae = folded.W_enc.shape
-    k = told.integer("k") or (0 if kind.k is None else max(round(kind.k), 1))
-    if kind.activation == "topk" and not 0 < k <= d_sae:
-        raise ModelError(f"{path}: k is {k or 'not said'}; a TopK SAE with {d_sae} latents needs one between 1 and {d_sae}")
+    k = _choose_k(kind, told.integer("k"), d_sae, path)
     target = need(told.target or kind.target, path, "which hookpoint the transcoder decodes", "--target") if kind.is_transcoder else None
     return SAEConfig(
         variant=kind.variant,
@@ -133,6 +134,19 @@ def _make_config(folded: Folded, kind: Kind, told: Told, path: Path) -> SAEConfi
         target=target,
         prefixes=kind.prefixes,
     )
+
+
+def _choose_k(kind: Kind, said: int | None, d_sae: int, path: Path) -> int:
+    """0 where nobody says it and nothing is computed with it."""
+    found = None if kind.k is None else max(round(kind.k), 1)
+    k = said or found or 0
+    if kind.activation == "topk" and not 0 < k <= d_sae:
+        raise ModelError(
+            f"{path}: k is {k or 'not said'}; a TopK SAE with {d_sae} latents needs one from 1 to {d_sae}; say it with --set k=N"
+        )
+    if kind.activation == "topk" and found not in (None, k):
+        raise ModelError(f"{path}: its TopK has k {found}; with {k} it would be another SAE; leave out --set k={k}")
+    return k
 
 
 def check_prefixes(widths: object, d_sae: int, where: Path) -> tuple[int, ...]:
