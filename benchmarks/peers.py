@@ -94,6 +94,19 @@ def lens_checkpoint(folder: Path) -> tuple[Tensor, Tensor]:
         return lens(sae, Path(scratch), "save_inference_model")
 
 
+def lens_checkpoint_scaled(folder: Path) -> tuple[Tensor, Tensor]:
+    """The two above at once: the threshold is in units of the decoder's norm, which the scale changes."""
+    import sae_lens.saes as s
+
+    config = lens_config(s.BatchTopKTrainingSAEConfig, k=K, normalize_activations="expected_average_only_in")
+    sae = make_lens(s.BatchTopKTrainingSAE, config)
+    sae.save_model(folder)
+    (folder / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 1.7, "has_whitening": False}))
+    sae.fold_activation_norm_scaling_factor(1.7)
+    with tempfile.TemporaryDirectory() as scratch:
+        return lens(sae, Path(scratch), "save_inference_model")
+
+
 def lens_old(folder: Path) -> tuple[Tensor, Tensor]:
     """Names of before 6.0."""
     import sae_lens.saes as s
@@ -139,6 +152,7 @@ def all_of_lens() -> Iterator[Made]:
         )
     yield "saelens-scaled", lens_scaled, {}
     yield "saelens-checkpoint", lens_checkpoint, {}
+    yield "saelens-checkpoint-scaled", lens_checkpoint_scaled, {}
     yield "saelens-old", lens_old, {}
 
 

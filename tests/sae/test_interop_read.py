@@ -77,6 +77,22 @@ def test_what_is_told_goes_first() -> None:
     assert (config.hookpoint, config.model, config.k) == ("a", "b", 7)
 
 
+def test_a_threshold_below_0_is_relu(tmp_path: Path) -> None:
+    state = torch.load(fixture("dictionary_learning-BatchTopKSAE") / "ae.pt", weights_only=True)
+    torch.save(state | {"threshold": torch.tensor(-1.0)}, tmp_path / "ae.pt")
+    sae = import_sae(tmp_path, replace(TOLD, values={"class": "BatchTopKSAE"}))
+    assert torch.equal(sae.encode(EXPECTED["x"]), sae.pre_acts(EXPECTED["x"]).relu())
+
+
+def test_overcomplete_fires_at_its_threshold(tmp_path: Path) -> None:
+    eye = {"encoder.final_block.0.weight": torch.eye(3), "encoder.final_block.0.bias": torch.zeros(3), "dictionary._weights": torch.eye(3)}
+    torch.save(eye | {"dictionary.multiplier": torch.tensor(0.0)}, tmp_path / "sae.pt")
+    sae = import_sae(tmp_path, replace(TOLD, values={"class": "BatchTopKSAE", "running_threshold": "0.3"}))
+    at = torch.tensor([0.3])
+    x = torch.stack([torch.nextafter(at, torch.tensor(0.0)), at, torch.nextafter(at, torch.tensor(1.0))], dim=1)
+    assert (sae.encode(x) > 0).tolist() == [[False, True, True]]
+
+
 def test_equal_thresholds_become_one_number() -> None:
     assert read("saelens-batchtopk").threshold.ndim == 0
     assert read("saelens-jumprelu").threshold.shape == (18,)
