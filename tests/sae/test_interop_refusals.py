@@ -49,6 +49,7 @@ def refuse(path: Path, *reasons: str, told: Told = TOLD) -> None:
         ({"architecture": "matching_pursuit"}, "one after another"),
         ({"architecture": "crosscoder"}, "architecture 'crosscoder' is not known; can be read: standard"),
         ({"architecture": 5}, "architecture is 5; expected text"),
+        ({"architecture": None, "k": -1}, "k is -1; expected a number above 0"),
         ({"normalize_activations": "layer_norm"}, "standard deviation"),
         ({"normalize_activations": "constant_norm_rescale"}, "its own norm"),
         ({"normalize_activations": "covariance_whitening"}, "fold_activation_whitening"),
@@ -102,6 +103,17 @@ def test_a_checkpoint_without_config_must_say_its_class(copy: Callable[[str], Pa
     refuse(folder, "'Other' is not known", told=replace(TOLD, values={"class": "Other"}))
     (folder / "config.json").write_text('{"trainer": {"dict_class": "MySAE"}}', encoding="utf-8")
     refuse(folder, "class MySAE is not known", "BatchTopKSAE")
+
+
+def test_levels_and_k_that_cannot_be(tmp_path: Path) -> None:
+    state = torch.load(fixture("dictionary_learning-MatryoshkaBatchTopKSAE") / "ae.pt", weights_only=True)
+    for change_to, reason in (
+        ({"group_sizes": torch.tensor([6, 6])}, "group_sizes add up to 12, and there are 18 latents"),
+        ({"group_sizes": torch.tensor([20, -2])}, "expected numbers that grow"),
+        ({"k": torch.tensor(-1)}, "k is -1"),
+    ):
+        torch.save(state | change_to, tmp_path / "ae.pt")
+        refuse(tmp_path, str(tmp_path / "ae.pt"), reason)
 
 
 def test_overcomplete_must_be_told_what_its_state_dict_lacks(copy: Callable[[str], Path]) -> None:

@@ -11,7 +11,18 @@ from torch import Tensor
 from ommatid.errors import ModelError
 from ommatid.sae.interop.files import PT, child, read_json, read_tensors, text, write_json
 from ommatid.sae.interop.told import Told
-from ommatid.sae.interop.weights import PLAIN, Folded, Kind, Shape, before_subtracting, float_tensors, make_sae, refuse_transcoder, take
+from ommatid.sae.interop.weights import (
+    PLAIN,
+    Folded,
+    Kind,
+    Shape,
+    before_subtracting,
+    check_prefixes,
+    float_tensors,
+    make_sae,
+    refuse_transcoder,
+    take,
+)
 from ommatid.sae.model import SAE
 
 FILES: str = "ae.pt and config.json, or a checkpoint ae_<step>.pt"
@@ -75,7 +86,7 @@ def read_as(path: Path, told: Told, config: Mapping[str, Any], spelled: Mapping[
     name = choose_class(tensors, spelled.get(said, said) if said else None, file)
     weights = take(tensors, CLASSES[name].shapes, file)
     about = {"hookpoint": text(trainer, "submodule_name", file), "model": text(trainer, "lm_name", file)}
-    kind = replace(_make_kind(name, weights), **about)
+    kind = replace(_make_kind(name, weights, file), **about)
     return make_sae(_FOLD[name](weights), kind, told, file)
 
 
@@ -157,14 +168,21 @@ _FOLD = {
 }
 
 
-def _make_kind(name: str, weights: Mapping[str, Tensor]) -> Kind:
-    sizes = weights.get("group_sizes")
+def _make_kind(name: str, weights: Mapping[str, Tensor], file: Path) -> Kind:
     return Kind(
         variant=CLASSES[name].variant,
         activation="topk" if name == "AutoEncoderTopK" else "gated" if name == "GatedAutoEncoder" else "threshold",
         k=float(weights["k"]) if "k" in weights else None,
-        prefixes=None if sizes is None else tuple(int(end) for end in sizes.cumsum(0)),
+        prefixes=_levels(weights["group_sizes"], len(weights["b_enc"]), file) if "group_sizes" in weights else None,
     )
+
+
+def _levels(sizes: Tensor, d_sae: int, file: Path) -> tuple[int, ...]:
+    ends = [int(end) for end in sizes.cumsum(0)]
+    levels = check_prefixes(ends, d_sae, file)
+    if len(levels) != len(ends):
+        raise ModelError(f"{file}: group_sizes add up to {ends[-1] if ends else 0}, and there are {d_sae} latents")
+    return levels
 
 
 def write(sae: SAE, folder: Path) -> None:

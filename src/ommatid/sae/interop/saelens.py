@@ -71,7 +71,7 @@ def read(path: Path, told: Told) -> SAE:
     cfg = _modernize(read_json(path / CONFIG), path)
     architecture = _check_architecture(cfg, path)
     weights = take(_drop_legacy(read_safetensors(path / WEIGHTS), path), SHAPES[architecture], path / WEIGHTS)
-    folded = _fold(weights, cfg, _scaling_factor(cfg, path, told))
+    folded = _fold(weights, cfg | {"architecture": architecture}, _scaling_factor(cfg, path, told))
     return make_sae(folded, _make_kind(architecture, cfg, path, folded.W_enc.shape[1]), told, path)
 
 

@@ -138,6 +138,8 @@ def _make_config(folded: Folded, kind: Kind, told: Told, path: Path) -> SAEConfi
 
 def _choose_k(kind: Kind, said: int | None, d_sae: int, path: Path) -> int:
     """0 where nobody says it and nothing is computed with it."""
+    if kind.k is not None and kind.k <= 0:
+        raise ModelError(f"{path}: k is {kind.k:g}; so many latents fire a token, and it must be above 0")
     found = None if kind.k is None else max(round(kind.k), 1)
     k = said or found or 0
     if kind.activation == "topk" and not 0 < k <= d_sae:
