@@ -133,7 +133,7 @@ def test_overcomplete_must_be_told_what_its_state_dict_lacks(copy: Callable[[str
         ({}, "encoder.", "no encoder"),
         ({"encoder.mlp_blocks.0.0.weight": (6, 6)}, "", "several layers"),
         ({"encoder.final_block.1.weight": (18,), "encoder.final_block.1.bias": (18,)}, "", "layer normalization"),
-        ({"thresholds": (7,)}, "", "7 entries"),
+        ({"thresholds": (7,)}, "", "thresholds has shape (7,)"),
         ({"more": (2,)}, "", "more (not known)"),
     ],
 )

@@ -1,9 +1,8 @@
 """Overcomplete: a state dict that says little, and overcomplete.json beside it for what it does not say."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,11 +89,14 @@ def read(path: Path, told: Told) -> SAE:
     said = {name: str(value) for name, value in (read_json(beside) if beside.is_file() else {}).items() if name in (*TAKES, "k")}
     told = Told(told.hookpoint, told.model, told.target, {**said, **told.values})
     name = _choose_class(tensors, told, file)
-    thresholds = tensors.pop("thresholds", None)
-    W_enc, b_enc, W_dec = _read_weights(tensors, told, file)
-    folded = Folded(W_enc, b_enc, W_dec, torch.zeros(W_dec.shape[1], dtype=torch.float64), _threshold(name, thresholds, told, file))
-    if folded.threshold is not None and torch.as_tensor(folded.threshold).numel() not in (1, len(b_enc)):
-        raise ModelError(f"{file}: thresholds has {torch.as_tensor(folded.threshold).numel()} entries, and there are {len(b_enc)} latents")
+    is_tied = any(key.startswith(TIED) for key in tensors)
+    # a tied encoder keeps the same dictionary a second time
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(TIED)}
+    weights = take(tensors, _shapes(tensors.keys(), is_tied, file), file)
+    W_dec = _read_dictionary(weights, told, file)
+    W_enc, b_enc = _read_encoder(weights, W_dec, is_tied)
+    b_dec = torch.zeros(W_dec.shape[1], dtype=torch.float64)
+    folded = Folded(W_enc, b_enc, W_dec, b_dec, _threshold(name, weights.get("thresholds"), told, file))
     return make_sae(folded, Kind(CLASSES[name].variant, CLASSES[name].activation), told, file)
 
 
@@ -137,26 +139,16 @@ def _threshold(name: str, thresholds: Tensor | None, told: Told, file: Path) -> 
         below = torch.tensor(said)
     else:
         return torch.tensor(0.0)
-    if not torch.isfinite(below).all():
-        raise ModelError(f"{file}: thresholds: has NaN or infinite entries; the SAE diverged or the file is damaged")
     return torch.nextafter(below, torch.tensor(-torch.inf))
 
 
-def _read_weights(tensors: dict[str, Tensor], told: Told, file: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """W_enc, b_enc, W_dec."""
-    dictionary = ARCHETYPAL if "dictionary.C" in tensors else DICTIONARY
-    is_tied = any(name.startswith(TIED) for name in tensors)
-    # a tied encoder keeps the same dictionary a second time
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(TIED)}
-    encoder = {name: tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
-    weights = take(tensors, {**dictionary, **_encoder_shapes(encoder.keys(), is_tied, file)}, file)
-    W_dec = _read_dictionary(weights, told, file)
-    if is_tied:
-        return W_dec.T, weights.get("encoder.bias", torch.zeros(len(W_dec), dtype=torch.float64)), W_dec
-    return *_read_encoder(weights, len(W_dec)), W_dec
+def _shapes(names: Set[str], is_tied: bool, file: Path) -> Mapping[str, Shape]:
+    dictionary = ARCHETYPAL if "dictionary.C" in names else DICTIONARY
+    thresholds: Mapping[str, Shape] = {"thresholds": ("d_sae",)} if "thresholds" in names else {}
+    return {**dictionary, **thresholds, **_encoder_shapes({name for name in names if name.startswith("encoder.")}, is_tied, file)}
 
 
-def _encoder_shapes(names: Any, is_tied: bool, file: Path) -> Mapping[str, Shape]:
+def _encoder_shapes(names: Set[str], is_tied: bool, file: Path) -> Mapping[str, Shape]:
     bias: dict[str, Shape] = {"encoder.bias": ("d_sae",)} if "encoder.bias" in names else {}
     if is_tied:
         return bias
@@ -173,9 +165,11 @@ def _encoder_shapes(names: Any, is_tied: bool, file: Path) -> Mapping[str, Shape
     return {**LINEAR, **BATCH_NORM}
 
 
-def _read_encoder(weights: Mapping[str, Tensor], d_sae: int) -> tuple[Tensor, Tensor]:
-    if "encoder.weight" in weights:
-        return weights["encoder.weight"].T, weights.get("encoder.bias", torch.zeros(d_sae, dtype=torch.float64))
+def _read_encoder(weights: Mapping[str, Tensor], W_dec: Tensor, is_tied: bool) -> tuple[Tensor, Tensor]:
+    """W_enc and b_enc."""
+    if is_tied or "encoder.weight" in weights:
+        W_enc = W_dec.T if is_tied else weights["encoder.weight"].T
+        return W_enc, weights.get("encoder.bias", torch.zeros(len(W_dec), dtype=torch.float64))
     W_enc, b_enc = weights["encoder.final_block.0.weight"].T, weights["encoder.final_block.0.bias"]
     if "encoder.final_block.1.weight" not in weights:
         return W_enc, b_enc
