@@ -6,6 +6,7 @@ SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := .peers
 PYTHON ?= $(firstword $(foreach v,python3 python3.11 python3.12 python3.13,$(shell $(v) -c 'import sys; sys.version_info >= (3, 11) and print("$(v)")' 2>/dev/null)))
 # every tool's telemetry is off; threads that wait don't burn the cores that others need
 export DO_NOT_TRACK := 1
@@ -14,7 +15,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export OMP_WAIT_POLICY := PASSIVE
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint up docs bench bench-extract constraints clean
+.PHONY: help demo test lint up docs bench bench-extract bench-interop peers constraints clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -59,6 +60,17 @@ bench: $(READY) ## seconds and memory of every stage
 
 bench-extract: $(READY) ## extraction and its store against a bare loop, memmaps and other writers
 	@python benchmarks/extract.py 10000
+
+bench-interop: $(READY) $(PEERS)/.ready ## SAEs of other libraries here, and ours there
+	@python benchmarks/interop.py
+
+peers: $(PEERS)/.ready ## an environment in .peers with the libraries that benchmarks compare with
+
+$(PEERS)/.ready: benchmarks/peers.txt benchmarks/peers-without.txt $(READY)
+	@test -x $(PEERS)/bin/python || $(BIN)/python -m venv --without-pip $(PEERS)
+	@echo "setting up $(PEERS) (a minute)"
+	@UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(BIN)/uv pip install --quiet --python $(PEERS)/bin/python -r benchmarks/peers.txt --overrides benchmarks/peers-without.txt
+	@touch $@
 
 constraints: $(READY) ## write down the versions that are installed
 	@{ head -n 1 constraints.txt; $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable | sed 's/+cpu//'; } > constraints.new

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ommatid.config import Model, Params
     from ommatid.estimate import Estimate
     from ommatid.events import Measured, Progress
+    from ommatid.sae.model import SAE
     from ommatid.vlm import Hookpoint
 
 app = typer.Typer(
@@ -136,6 +137,61 @@ def show(
         else:
             draw_feature(opened, latent, path)
     typer.echo(path)
+
+
+@app.command("import")
+def import_(
+    path: Annotated[Path, typer.Argument(help="Folder or file of an SAE of another library.")],
+    format_name: Annotated[str | None, typer.Option("--format", help="Default: found by the files.")] = None,
+    hookpoint: Annotated[str | None, typer.Option(help="Where its activations were captured, where the files don't say.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model that it explains, where the files don't say.")] = None,
+    target: Annotated[str | None, typer.Option(help="The hookpoint that a transcoder decodes, where the files don't say.")] = None,
+    values: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="What else the files don't say, such as k=32; repeatable.")
+    ] = None,
+    to: Annotated[Path, typer.Option(help="Folder to write sae.safetensors and cfg.json into.")] = Path("data/imported"),
+) -> None:
+    """Read an SAE of SAELens, dictionary_learning, sparsify, saev, sae-for-vlm or overcomplete."""
+    from ommatid.sae.interop import FORMATS, Told, find_format, import_sae, write_own
+
+    name = format_name or find_format(path)
+    if format_name is None:
+        typer.echo(f"found {name} ({FORMATS[name].FILES})")
+    sae = import_sae(path, Told(hookpoint, model, target, _as_mapping(values or [])), name)
+    write_own(sae, to)
+    typer.echo(f"import: {to} holds {_describe(sae)}")
+    if not sae.config.k:
+        typer.echo(
+            "k: the files don't say how many latents fire a token; say it with --set k=N: the untrained control of evaluate needs it"
+        )
+
+
+@app.command()
+def export(
+    to: Annotated[str, typer.Option(help="saelens, dictionary_learning, sparsify, saev, sae_for_vlm or overcomplete.")],
+    out: Annotated[Path, typer.Option(help="Folder to write into.")],
+    sae: Annotated[Path, typer.Option(help="Folder with sae.safetensors and cfg.json.")] = Path("data/sae"),
+) -> None:
+    """Write an SAE so that another library's own loader opens it."""
+    from ommatid.sae.interop import export_sae, load_own
+
+    loaded = load_own(sae)
+    export_sae(loaded, to, out)
+    typer.echo(f"export: {out} holds {_describe(loaded)} as {to}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+
+
+def _as_mapping(values: list[str]) -> dict[str, str]:
+    if odd := [value for value in values if "=" not in value]:
+        raise ConfigError(f"--set {odd[0]!r}: expected KEY=VALUE, such as k=32")
+    return dict(value.split("=", 1) for value in values)
+
+
+def _describe(sae: "SAE") -> str:
+    """Such as "standard (threshold), 768 -> 16384, of vision.blocks.11 of clip"."""
+    config = sae.config
+    target = f", decoding {config.target}" if config.target else ""
+    k = f", k {config.k}" if config.k else ""
+    return f"{config.variant} ({config.activation}), {config.d_model} -> {config.d_sae}{k}, of {config.hookpoint} of {config.model}{target}"
 
 
 def _explained(params: "Params") -> "Model":

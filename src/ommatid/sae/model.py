@@ -55,7 +55,7 @@ class SAE:
     pre-activation with magnitudes that share its weights).
 
     x is the activation as the model gives it: the scale of training, and what is subtracted before the encoder, are folded into the
-    biases. A direction is a row of W_dec, of unit norm.
+    biases. A direction is a row of W_dec, of unit norm where it was trained here; one of another library keeps its norm, and so its acts.
     """
 
     def __init__(

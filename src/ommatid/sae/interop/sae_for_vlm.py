@@ -1,0 +1,41 @@
+"""The code of arXiv 2504.02821 (ExplainableML/sae-for-vlm): ae.pt and config.json.
+
+It carries a copy of dictionary_learning that spells Matryoshka another way; all else is the same.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ommatid.sae.interop import dictionary_learning
+from ommatid.sae.interop.files import child, text
+from ommatid.sae.interop.told import Told
+from ommatid.sae.model import SAE
+
+FILES: str = "ae.pt and config.json with MatroyshkaBatchTopKSAE"
+TAKES: Mapping[str, str] = dictionary_learning.TAKES
+
+SPELLED = {"MatroyshkaBatchTopKSAE": "MatryoshkaBatchTopKSAE"}
+
+
+def detect(path: Path) -> bool:
+    """Files of dictionary_learning, with that spelling in config.json."""
+    is_weights = (path / dictionary_learning.WEIGHTS).is_file() if path.is_dir() else path.suffix == ".pt"
+    return is_weights and text(child(dictionary_learning.find_config(path), "trainer", path), "dict_class", path) in SPELLED
+
+
+def read(path: Path, told: Told) -> SAE:
+    """Read and fold, as dictionary_learning.
+
+    Raises:
+        ModelError: as `Format.read` says.
+    """
+    return dictionary_learning.read_as(path, told, dictionary_learning.find_config(path), SPELLED)
+
+
+def write(sae: SAE, folder: Path) -> None:
+    """Write what dictionary_learning writes, in that spelling.
+
+    Raises:
+        ModelError: a transcoder.
+    """
+    dictionary_learning.write_as(sae, folder, {right: wrong for wrong, right in SPELLED.items()})
