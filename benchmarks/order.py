@@ -16,8 +16,9 @@ from ommatid import store
 from ommatid.config import load_params
 from ommatid.metrics import Fidelity
 from ommatid.reader import iter_batches, load_sample
-from ommatid.sae.model import SAEConfig
-from ommatid.sae.trainer import Trainer, finish, make_plan, make_state
+from ommatid.sae.learner import Learner, Sample
+from ommatid.sae.step import Batch
+from ommatid.sae.trainer import Trainer
 from ommatid.stage import open_stage
 from ommatid.tensors import from_float16
 from ommatid.train import SAMPLE
@@ -28,14 +29,15 @@ def load(activations: store.Artefact, table: str) -> tuple[np.ndarray, np.ndarra
     return rows["image"].to_numpy(), rows["token"].to_numpy(), from_float16(rows["x"])
 
 
-def in_order(x: Tensor, order: np.ndarray, batch_size: int) -> Iterator[Tensor]:
+def in_order(x: Tensor, order: np.ndarray, batch_size: int) -> Iterator[Batch]:
     n = len(x) // batch_size * batch_size
     while True:
         for rows in torch.from_numpy(order[:n]).split(batch_size):
-            yield x[rows]
+            some = x[rows]
+            yield Batch(some, some)
 
 
-def uniform(x: Tensor, batch_size: int, rng: np.random.Generator) -> Iterator[Tensor]:
+def uniform(x: Tensor, batch_size: int, rng: np.random.Generator) -> Iterator[Batch]:
     n_steps = len(x) // batch_size
     while True:
         yield from islice(in_order(x, rng.permutation(len(x)), batch_size), n_steps)
@@ -56,15 +58,14 @@ def main() -> None:
     }
     rows = []
     for name, batches in orders.items():
-        plan = make_plan(params.train, len(x))
-        state = make_state(params.train, load_sample(activations, SAMPLE))
-        first = next(batches())
+        (one,) = params.train.each().values()
+        learner = Learner.begin(name, one, len(x), Sample(load_sample(activations, SAMPLE)), torch.device("cpu"))
+        first = next(batches()).x
         distinct = len({row.tobytes() for row in first.numpy()})
         assert distinct > size / 2
-        Trainer(params.train, plan, state, lambda event: None).fit(batches(), lambda state: None)
-        train = params.train
-        sae = finish(state, SAEConfig("batch_topk", x.shape[1], train.d_sae, train.k, params.hookpoint, name))
-        fidelity, fired = Fidelity(), torch.zeros(train.d_sae, dtype=torch.bool)
+        Trainer([learner], lambda event: None, lambda: None).fit(batches())
+        sae = learner.finish(params.hookpoint, name, None)
+        fidelity, fired = Fidelity(), torch.zeros(one.d_sae, dtype=torch.bool)
         for some in held.split(4096):
             acts = sae.encode(some)
             fidelity.add(some, sae.decode(acts), int((acts > 0).sum()))
