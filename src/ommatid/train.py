@@ -1,6 +1,7 @@
-"""Stage `train`: activations in, `sae.safetensors` + `cfg.json` + training curves out."""
+"""Stage `train`: activations in; for each SAE `sae.safetensors` + `cfg.json` + training curves out."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -8,59 +9,67 @@ import torch
 
 from ommatid import schemas
 from ommatid.config import TrainParams
-from ommatid.events import Listener, ignore
+from ommatid.events import Listener, about, ignore
 from ommatid.reader import iter_batches, load_sample
 from ommatid.sae.model import CONFIG, WEIGHTS, SAEConfig
 from ommatid.sae.trainer import CURVE_COLUMNS, Plan, State, Trainer, finish, make_plan, make_state
 from ommatid.store import Artefact, Draft
 
-CHECKPOINT = "checkpoint.safetensors"
 SAMPLE = 16384
 """Tokens from which scale, mean and initial directions are taken."""
+SUMMARISED = ("sae", "n_steps", "n_tokens", "fvu", "l0", "dead")
+"""What the training's summary says of each SAE."""
 
 
 def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
-    """Train on the train split of the activations; a run that died goes on from its last checkpoint, bit for bit.
+    """Train every SAE of `params` on the train split; a run that died goes on from its last checkpoint, bit for bit.
 
     Raises:
         TrainingError: too few tokens, or the loss diverged.
     """
+    saes = params.each()
+    made: dict[str, Artefact] = {}
+    for name, one in saes.items():
+        child = draft.child(name, "sae", one.identity())
+        made[name] = child.sealed() or _train_one(one, name, inputs, child, about(name, len(saes) == 1, on_event))
+    return draft.seal({"saes": list(made), "of": {name: {key: sae.summary[key] for key in SUMMARISED} for name, sae in made.items()}})
+
+
+def _train_one(one: TrainParams, name: str, inputs: Mapping[str, Artefact], child: Draft, on_event: Listener) -> Artefact:
     activations = inputs["extract"]
-    plan = make_plan(params, activations.rows("train"))
-    checkpoint = draft.scratch / CHECKPOINT
+    plan = make_plan(one, activations.rows("train"))
+    checkpoint = child.scratch / f"{name}.safetensors"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    state = State.load(checkpoint, device) if checkpoint.exists() else make_state(params, load_sample(activations, SAMPLE).to(device))
+    state = State.load(checkpoint, device) if checkpoint.exists() else make_state(one, load_sample(activations, SAMPLE).to(device))
 
     def save(state: State) -> None:
-        with draft.write_file(f"{draft.scratch.name}/{CHECKPOINT}") as path:
+        with child.write_file(f"{child.scratch.name}/{checkpoint.name}") as path:
             state.save(path)
 
-    Trainer(params, plan, state, on_event).fit(iter_batches(activations, plan.batch_size, params.seed, int(state.step)), save)
-    return _write(params, activations, draft, plan, state)
+    Trainer(one, plan, state, on_event).fit(iter_batches(activations, plan.batch_size, one.seed, int(state.step)), save)
+    return _write(one, name, activations, child, plan, state)
 
 
-def _write(params: TrainParams, activations: Artefact, draft: Draft, plan: Plan, state: State) -> Artefact:
+def _write(one: TrainParams, name: str, activations: Artefact, child: Draft, plan: Plan, state: State) -> Artefact:
     seen = activations.summary
-    config = SAEConfig("batch_topk", seen["d_model"], params.d_sae, params.k, seen["hookpoint"], seen["model"])
-    sae = finish(state, config)
-    with draft.write_file(WEIGHTS) as weights, draft.write_file(CONFIG) as cfg:
+    sae = finish(state, SAEConfig(one.variant.kind, seen["d_model"], one.d_sae, one.k, seen["hookpoint"], seen["model"]))
+    with child.write_file(WEIGHTS) as weights, child.write_file(CONFIG) as cfg:
         sae.save(weights, cfg)
-    draft.write_table("curves.parquet", _curves(state, plan))
+    child.write_table("curves.parquet", _curves(state, plan))
     final = dict(zip(CURVE_COLUMNS, state.curves[-1].tolist(), strict=True))
-    dead = (state.idle >= plan.dead_after).nonzero()[:, 0].tolist()
-    summary = {
-        "sae": _name(config, draft.describe(WEIGHTS).sha256),
+    summary: dict[str, Any] = {
+        "sae": f"{name}-{child.describe(WEIGHTS).sha256[:8]}",  # the name of another training's SAE may be the same
         "n_steps": plan.n_steps,
         "n_tokens": plan.n_steps * plan.batch_size,
         "fvu": final["fvu"],
         "l0": final["l0"],
         "dead": final["dead"],
-        "dead_latents": dead,
+        "dead_latents": (state.idle >= plan.dead_after).nonzero()[:, 0].tolist(),
         "dead_after": plan.dead_after,
         "threshold": float(sae.threshold),
         "scale": float(state.scale),
     }
-    return draft.seal(summary)
+    return child.seal(summary)
 
 
 def _curves(state: State, plan: Plan) -> pa.Table:
@@ -68,8 +77,3 @@ def _curves(state: State, plan: Plan) -> pa.Table:
     steps = columns["step"].astype(np.int64)
     columns |= {"step": steps, "tokens": steps * plan.batch_size}
     return pa.table({name: columns[name] for name in schemas.CURVES.names}, schema=schemas.CURVES)
-
-
-def _name(config: SAEConfig, weights: str) -> str:
-    """Such as batch_topk-2560-k32-1a2b3c4d: the tail is the weights' checksum."""
-    return f"{config.variant}-{config.d_sae}-k{config.k}-{weights[:8]}"
