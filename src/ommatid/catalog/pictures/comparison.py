@@ -1,5 +1,6 @@
 """All SAEs of a catalogue beside one another: fidelity, monosemanticity, the controls, and a table of the numbers."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,15 +23,17 @@ N_ROWS = 16
 ROW = 22
 HUES = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#718096", "#975a16")
 """Colours of variants."""
+LINE = "#a3a9b1"
+"""Joins SAEs of several colours."""
 COLUMNS = (
-    ("d_sae", 520),
-    ("k", 580),
-    ("L0", 650),
-    ("FVU", 725),
-    ("dead", 800),
-    ("MS − floor", 890),
-    ("95 % interval", 1020),
-    ("labelled", 1110),
+    ("d_sae", 560),
+    ("k", 620),
+    ("L0", 695),
+    ("FVU", 775),
+    ("dead", 850),
+    ("MS − floor", 950),
+    ("95 % interval", 1080),
+    ("labelled", 1168),
 )
 """Of the table, and the right edge of each in pixels."""
 WORST_FVU = 1.1
@@ -133,13 +136,13 @@ def _draw_fidelity(page: Page, x: int, entries: Sequence[Entry], colours: dict[s
     axes = _plot(page, x, "L0: latents that fire a token", "fraction of variance unexplained")
     known = [(entry, entry.fvu) for entry in entries if entry.fvu is not None]
     for line in _lines(known, lambda entry: (entry.variant, entry.d_sae)):
-        _join(axes, [(entry.l0, fvu) for entry, fvu in line], color=colours[_group(line[0][0], entries)])
+        _join(axes, [(entry.l0, fvu) for entry, fvu in line], color=colours.get(line[0][0].variant, LINE))  # one of several k is grey
     untrained = [(entry, entry.untrained_fvu) for entry in entries if entry.untrained_fvu is not None and entry.untrained_fvu < WORST_FVU]
     for line in _lines(untrained, lambda entry: entry.d_sae):
         _join(axes, [(entry.untrained_l0, fvu) for entry, fvu in line], color=GREY, linestyle=(0, (4, 3)), marker="x", markersize=4)
     for entry, fvu in known:
         axes.plot(entry.l0, fvu, "o", color=colours[_group(entry, entries)], markersize=7, markeredgecolor="white", zorder=3)
-    _logarithmic(axes.xaxis, axes.set_xscale, [entry.l0 for entry in entries])
+    _mark_l0(axes, [entry.l0 for entry in entries])
     axes.set_ylim(bottom=0)
 
 
@@ -153,14 +156,14 @@ def _draw_monosemanticity(page: Page, x: int, entries: Sequence[Entry], colours:
     untrained = [(entry, entry.untrained_above) for entry in entries if entry.untrained_above is not None]
     for line in _lines(untrained, lambda entry: entry.k):
         _join(axes, [(entry.d_sae, above) for entry, above in line], color=GREY, linestyle=(0, (4, 3)), marker="x", markersize=4)
-    for (entry, above), place in zip(known, _beside([entry.d_sae for entry, _ in known]), strict=True):
+    for (entry, above), place in zip(known, _beside([entry for entry, _ in known]), strict=True):
         colour = colours[_group(entry, entries)]
         if entry.low is not None and entry.high is not None:
             axes.plot([place, place], [entry.low, entry.high], color=colour, linewidth=1.6, alpha=0.75, solid_capstyle="butt")
         axes.plot(place, above, "o", color=colour, markersize=7, markeredgecolor="white", zorder=3)
     if entries[0].neurons_above is not None:
         axes.axhline(entries[0].neurons_above, color=GREY, linewidth=1.2, zorder=1)
-    _logarithmic(axes.xaxis, axes.set_xscale, [entry.d_sae for entry in entries])
+    _mark_widths(axes, (entry.d_sae for entry in entries))
 
 
 def _plot(page: Page, x: int, across: str, up: str) -> Any:
@@ -183,54 +186,54 @@ def _join(axes: Any, points: Sequence[tuple[float, float]], **style: Any) -> Non
     axes.plot(*zip(*ordered, strict=True), **{"linewidth": 1.2, "alpha": 0.6, **style})
 
 
-def _beside(places: Sequence[int]) -> list[float]:
-    """The places on a logarithmic axis, those of SAEs of one width side by side: their intervals do not cover each other."""
-    seen: dict[int, int] = {}
-    found = []
-    for place in places:
-        n = places.count(place)
-        found.append(place * 1.02 ** (seen.get(place, 0) - (n - 1) / 2))
-        seen[place] = seen.get(place, 0) + 1
-    return found
+def _beside(entries: Sequence[Entry]) -> list[float]:
+    """Places on the axis of widths, SAEs of one width side by side by variant and k: their intervals do not cover each other."""
+    found: dict[str, float] = {}
+    widths = {entry.d_sae for entry in entries}
+    room, widest = (0.5, 0.08) if len(widths) == 1 else (0.25, 0.03)  # in octaves
+    for d_sae in widths:
+        same = sorted((entry for entry in entries if entry.d_sae == d_sae), key=lambda entry: (entry.variant, entry.k, entry.sae))
+        step = min(widest, room / len(same))
+        found |= {entry.sae: d_sae * 2 ** (step * (i - (len(same) - 1) / 2)) for i, entry in enumerate(same)}
+    return [found[entry.sae] for entry in entries]
 
 
-def _logarithmic(axis: Any, set_scale: Any, values: Sequence[float]) -> None:
-    """A scale to the base 2 with room at both ends, marked where values are."""
-    set_scale("log", base=2)
-    low, high = min(values), max(values)
-    marks = _spread(sorted({float(f"{value:.2g}") if value < 100 else float(round(value)) for value in values}), high / low)
-    axis.set_ticks(marks, labels=[f"{mark:,.4g}" if mark < 1e4 else f"{mark:,.0f}" for mark in marks])
-    axis.set_ticks([], minor=True)
-    room = max(1.15, (high / low) ** 0.08)
-    axis.axes.set_xlim(low / room, high * room)
+def _mark_widths(axes: Any, widths: Iterable[int]) -> None:
+    """A scale to the base 2 with room at both ends, marked where SAEs are."""
+    marks = sorted(set(widths))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(marks, labels=[f"{mark:,}" for mark in marks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(marks[0] / 2**0.3, marks[-1] * 2**0.3)
 
 
-def _spread(marks: Sequence[float], ratio: float) -> list[float]:
-    """Of the marks as many as do not touch one another."""
-    least = max(ratio, 1.3) ** 0.07
-    kept: list[float] = []
-    for mark in marks:
-        if not kept or mark / kept[-1] >= least:
-            kept.append(mark)
-    return kept
+def _mark_l0(axes: Any, values: Sequence[float]) -> None:
+    """A scale to the base 2 where the values span octaves."""
+    low, high = min(values) / 1.25, max(values) * 1.25
+    axes.set_xlim(low, high)
+    if low > 0 and high / low > 3:
+        marks = [2.0**i for i in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(marks, labels=[f"{mark:,g}" for mark in marks])
+        axes.set_xticks([], minor=True)
 
 
 # ---- the table
 
 
 def _draw_table(page: Page, y: int, entries: Sequence[Entry], n: int, colours: dict[str, str]) -> None:
-    page.text(MARGIN + 18, y, "SAE", 9, GREY)
+    page.text(MARGIN + 18, y + 12, "SAE", 9, GREY, va="baseline")
     for title, right in COLUMNS:
-        page.text(MARGIN + right, y, title, 9, GREY, ha="right")
-    page.rule(y + 18)
+        page.text(MARGIN + right, y + 12, title, 9, GREY, ha="right", va="baseline")
+    page.rule(y + 20)
     for i, entry in enumerate(entries):
-        at = y + 26 + ROW * i
-        page.text(MARGIN, at - 3, "●", 12, colours[_group(entry, entries)])
-        page.text(MARGIN + 18, at, short(entry.name, 48), 9.5, INK, weight="bold" if i == 0 else "normal")
+        at = y + 40 + ROW * i
+        page.text(MARGIN, at + 1, "●", 12, colours[_group(entry, entries)], va="baseline")
+        page.text(MARGIN + 18, at, short(entry.name, 52), 9.5, INK, va="baseline", weight="bold" if i == 0 else "normal")
         for (_, right), cell in zip(COLUMNS, _cells(entry), strict=True):
-            page.text(MARGIN + right, at, cell, 9.5, ha="right")
+            page.text(MARGIN + right, at, cell, 9.5, ha="right", va="baseline")
     if n > len(entries):
-        page.text(MARGIN + 18, y + 28 + ROW * len(entries), f"and {n - len(entries)} more; the relation runs has all", 9, GREY)
+        page.text(MARGIN + 18, y + 32 + ROW * len(entries), f"and {n - len(entries)} more; the relation runs has all", 9, GREY)
 
 
 def _cells(entry: Entry) -> list[str]:
