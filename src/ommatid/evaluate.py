@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ommatid import schemas
 from ommatid.config import EvaluateParams
+from ommatid.errors import ArtefactError
 from ommatid.events import Listener, Progress, ignore
 from ommatid.metrics import Fidelity, Firing, Monosemanticity, MonosemanticityInterval, TopImages, nan_mean, purity
 from ommatid.reader import load_sample
-from ommatid.sae.model import SAE, make_untrained
+from ommatid.sae.model import SAE, SAEConfig, make_untrained
 from ommatid.store import Artefact, Draft, part_name
 from ommatid.tensors import from_float16, from_float32
 
@@ -58,9 +59,13 @@ def evaluate(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draf
         inputs: `images`, the activations (`extract`), the SAE (`train`) and, of a transcoder, what it is to decode (`target`).
         draft: Of the SAE's evaluation.
         on_event: Hears of both passes.
+
+    Raises:
+        ArtefactError: `target` is not what the SAE was trained to decode.
     """
     activations, images, target = inputs["extract"], inputs["images"], inputs.get("target")
     sae = SAE.load(inputs["train"].path)
+    _check_target(sae.config, target)
     name = inputs["train"].summary["sae"]
     subjects = _make_subjects(sae, activations, params)
     labels = _load_labels(images)
@@ -87,6 +92,15 @@ def evaluate(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draf
     comparisons = [subject.compare(name, labels, activations.summary["judge"]) for subject in subjects]
     draft.write_table("comparisons.parquet", pa.Table.from_pylist(comparisons, schema=schemas.COMPARISONS))
     return draft.seal(_summarise(params, comparisons, trained, activations))
+
+
+def _check_target(config: SAEConfig, target: Artefact | None) -> None:
+    given = target.summary["hookpoint"] if target else None
+    if given != config.target:
+        raise ArtefactError(
+            f"evaluate: the SAE decodes {config.target or config.hookpoint}, and train.target says {given or config.hookpoint}; "
+            "evaluate with the params of its training, or train again"
+        )
 
 
 class _Subject:
@@ -184,7 +198,7 @@ def _stream(activations: Artefact, target: Artefact | None, d_sae: int, n_images
         ours = _iter_tokens(activations, tokens, n * per_image)
         theirs = _iter_tokens(target, tokens, n * per_image) if target else None
         for image, x in ours:
-            numbers = image[::per_image]
+            numbers = image[::per_image].contiguous()
             shape = (len(numbers), per_image)
             y = x if theirs is None else _same_images(image, *next(theirs))
             yield Images(numbers, x.unflatten(0, shape), y.unflatten(0, shape), embeddings.take(numbers))
