@@ -1,7 +1,7 @@
 """Retraining, by a schedule: when images, params or code changed, run the pipeline and let the better SAE be the champion.
 
-The challenger and the champion are measured on the same evaluation split. The champion's catalogue is what data/published holds; the
-alias `champion` in the MLflow registry points at its SAE.
+The challenger is the best SAE of the new training; it and the champion are measured on the same evaluation split. The champion's catalogue
+is what data/published holds; the alias `champion` in the MLflow registry points at its SAE.
 """
 
 from pathlib import Path
