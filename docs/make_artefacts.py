@@ -30,16 +30,19 @@ object store ([storage.md](storage.md)).
 | `data/images` | images | tables `images`, `rejected` |
 | `data/activations` | extract | table `plan`; a folder each hookpoint, such as `data/activations/blocks.15`, an artefact by itself |
 | `data/activations/<hookpoint>` | extract | tables `train` (shuffled), `eval` (by image within a part), `embeddings`; one part a shard |
-| `data/sae` | train | `sae.safetensors`, `cfg.json`, table `curves` |
-| `data/evaluation` | evaluate | tables `latents`, `examples`, `firings`, `comparisons` |
-| `data/labels` | label | table `labels` |
+| `data/sae` | train | a folder each SAE, such as `data/sae/batch_topk-2560-k32-s0`, an artefact by itself; also where there is one SAE |
+| `data/sae/<sae>` | train | `sae.safetensors`, `cfg.json`, table `curves`; its params are those of this SAE alone |
+| `data/evaluation`, `data/labels` | evaluate, label | the same folders, by the same names |
+| `data/evaluation/<sae>` | evaluate | tables `latents`, `examples`, `firings`, `comparisons` |
+| `data/labels/<sae>` | label | table `labels` |
 | `data/catalog` | catalog | `catalog.duckdb`, made from the others |
 
 `sae.safetensors` (float32): `W_enc` (d_model, d_sae), `b_enc` (d_sae,), `W_dec` (d_sae, d_model) with unit rows, `b_dec` (d_model,),
-`threshold` () or (d_sae,); where gated `gate_scale`, `gate_shift` (d_sae,). `pre_acts = x W_enc + b_enc`, `x_hat = acts W_dec + b_dec`,
-for x as the model gives it: the scale of training and what is subtracted before the encoder are folded in. cfg.json's `activation` says what acts
-are: `threshold`: pre_acts where > threshold, else 0; `topk`: the k largest positive of each token; `gated`: relu(pre_acts gate_scale +
-gate_shift) where pre_acts > 0. A transcoder's x_hat is of width d_out, and cfg.json names its `target`.
+`threshold` () or (d_sae,); where gated `gate_scale`, `gate_shift` (d_sae,). `pre_acts = x W_enc + b_enc`,
+`x_hat = acts W_dec + b_dec`, for x as the model gives it: the scale of training and what is subtracted before the encoder are folded
+in. cfg.json's `activation` says what acts are: `threshold`: pre_acts where > threshold, else 0; `topk`: the k largest positive of each
+token; `gated`: relu(pre_acts gate_scale + gate_shift) where pre_acts > 0. A transcoder's x_hat is of width d_out, and cfg.json names
+its `target`. The column `sae` of all tables is the folder's name and the first digits of the weights' checksum.
 """
 
 TABLES = {
@@ -48,12 +51,12 @@ TABLES = {
     "plan": ("activations", schemas.PLAN),
     "train, eval": ("activations/<hookpoint>", schemas.activations(320, {})),
     "embeddings": ("activations/<hookpoint>", schemas.embeddings(384, 1280)),
-    "curves": ("sae", schemas.CURVES),
-    "latents": ("evaluation", schemas.LATENTS),
-    "examples": ("evaluation", schemas.EXAMPLES),
-    "firings": ("evaluation", schemas.FIRINGS),
-    "comparisons": ("evaluation", schemas.COMPARISONS),
-    "labels": ("labels", schemas.LABELS),
+    "curves": ("sae/<sae>", schemas.CURVES),
+    "latents": ("evaluation/<sae>", schemas.LATENTS),
+    "examples": ("evaluation/<sae>", schemas.EXAMPLES),
+    "firings": ("evaluation/<sae>", schemas.FIRINGS),
+    "comparisons": ("evaluation/<sae>", schemas.COMPARISONS),
+    "labels": ("labels/<sae>", schemas.LABELS),
 }
 
 

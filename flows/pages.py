@@ -4,9 +4,11 @@ import base64
 import json
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ommatid.catalog import Catalog
 from ommatid.champion import Decision
 from ommatid.stage import QUALITY, STAGES
 
@@ -38,24 +40,46 @@ def headline(root: Path) -> str | None:
     parts = []
     for stage in HEADLINES:
         if report := _read(root, stage):
-            rows = [(f"`{key}`", f"{value:.4g}") for key, value in report.get("summary", {}).items()]
-            parts.append(f"# {stage}\n\n" + _table(("", "value"), rows))
+            parts.append(f"# {stage}\n\n" + _numbers(report.get("summary", {})))
     return "\n\n".join(parts) or None
 
 
+def _numbers(summary: dict[str, float]) -> str:
+    """A row for each number, with a column for each SAE where there are several: then keys are `<sae>.<number>`."""
+    columns: dict[str, dict[str, float]] = {}
+    for key, value in summary.items():
+        sae, _, number = key.rpartition(".")
+        columns.setdefault(sae, {})[number] = value
+    keys = list(dict.fromkeys(number for column in columns.values() for number in column))
+    rows = [(f"`{key}`", *(f"{column[key]:.4g}" if key in column else "" for column in columns.values())) for key in keys]
+    return _table(("", *(sae or "value" for sae in columns)), rows)
+
+
 def features(root: Path) -> str | None:
-    """The best features as a picture that needs no network; None where the pipeline has made no catalogue."""
+    """The best features of the best SAE as a picture that needs no network; None where the pipeline has made no catalogue."""
+    from ommatid.catalog.pictures import draw_best
+
+    picture = _picture(root, lambda catalog, png: draw_best(catalog, png, N_FEATURES))
+    return picture and f"# The {N_FEATURES} features with the highest monosemanticity\n\n![examples of each feature]({picture})"
+
+
+def comparison(root: Path) -> str | None:
+    """All SAEs beside one another, likewise."""
+    from ommatid.catalog.pictures import draw_comparison
+
+    picture = _picture(root, draw_comparison)
+    return picture and f"# The SAEs beside raw neurons and untrained ones\n\n![fidelity and monosemanticity of each]({picture})"
+
+
+def _picture(root: Path, draw: Callable[[Catalog, Path], None]) -> str | None:
+    """A picture of the catalogue inside its own address."""
     catalogue = root / STAGES["catalog"].place / "catalog.duckdb"
     if not catalogue.exists():
         return None
-    from ommatid.catalog import Catalog
-    from ommatid.catalog.pictures import draw_best
-
     with tempfile.TemporaryDirectory() as folder, Catalog(catalogue) as catalog:
-        png = Path(folder) / "features.png"
-        draw_best(catalog, png, N_FEATURES)
-        picture = base64.b64encode(png.read_bytes()).decode()
-    return f"# The {N_FEATURES} features with the highest monosemanticity\n\n![examples of each feature](data:image/png;base64,{picture})"
+        png = Path(folder) / "picture.png"
+        draw(catalog, png)
+        return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"
 
 
 def decision(made: Decision) -> str:

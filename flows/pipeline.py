@@ -2,7 +2,7 @@
 
 With the parameters of params.yaml it works in this checkout, as `dvc repro` does. With others it is an experiment: it works in a git
 worktree with DVC's cache shared, and ends as a DVC experiment (`dvc exp show`). Each stage streams its lines into the run's log, shows
-its progress, and publishes its quality report; the run ends with the headline numbers and a picture of the best features.
+its progress, and publishes its quality report; the run ends with the headline numbers and pictures of the best features and all SAEs.
 """
 
 import sys
@@ -40,7 +40,7 @@ def pipeline(params: Params = PREFILLED) -> str | None:
 
 
 def run_stages(place: Workplace) -> None:
-    """Every stage in order, then the numbers and the picture."""
+    """Every stage in order, then the numbers and the pictures."""
     for stage, is_clean in place.plan():
         run_stage.with_options(name=stage, task_run_name=stage)(stage, place, is_clean)
     publish_metrics(place)
@@ -69,9 +69,11 @@ def publish_metrics(place: Workplace) -> None:
 
 @task(name="features", cache_policy=NO_CACHE)
 def publish_features(place: Workplace) -> None:
-    """A picture of the best features."""
+    """Pictures of the best features, and of all SAEs."""
     if picture := pages.features(place.root):
         create_markdown_artifact(picture, key="features", description=f"The best features of {place.name}")
+    if picture := pages.comparison(place.root):
+        create_markdown_artifact(picture, key="saes", description=f"The SAEs of {place.name}")
 
 
 def publish_quality(stage: str, place: Workplace) -> None:

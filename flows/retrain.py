@@ -1,7 +1,7 @@
 """Retraining, by a schedule: when images, params or code changed, run the pipeline and let the better SAE be the champion.
 
-The challenger and the champion are measured on the same evaluation split. The champion's catalogue is what data/published holds; the
-alias `champion` in the MLflow registry points at its SAE.
+The challenger is the best SAE of the new training; it and the champion are measured on the same evaluation split. The champion's catalogue
+is what data/published holds; the alias `champion` in the MLflow registry points at its SAE.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from ommatid import champion
 from ommatid.champion import Decision
 from ommatid.config import Params, load_params
 from ommatid.errors import RunError
-from ommatid.events import Measured, Progress
+from ommatid.events import Event, Progress
 
 
 @flow(name="retrain")
@@ -44,7 +44,7 @@ def decide(params: Params) -> Decision:
     """Measure champion and challenger on the same split, and hold them against the margins."""
     log = get_run_logger()
 
-    def follow(event: Progress | Measured) -> None:
+    def follow(event: Event) -> None:
         if isinstance(event, Progress):
             log.info(f"champion: {event.what}: {event.done} of {event.total}")
 

@@ -25,7 +25,10 @@ from ommatid.config import CatalogParams
 from ommatid.events import Listener, ignore
 from ommatid.store import Artefact, Draft
 
-SAE = "batch_topk-4-k2-00000000"
+NAME = "batch_topk-4-k2-s0"
+SAE = f"{NAME}-00000000"
+OTHER = "batch_topk-2-k1-s0"
+"""Name of a second SAE, of the first two latents."""
 LINEAGE = {
     "git_commit": "1f2e3d",
     "git_dirty": "false",
@@ -91,22 +94,48 @@ def make(place: Path, kind: str, fill: Callable[[Draft], Mapping[str, Any]], inp
         return draft.publish(place)
 
 
-def make_inputs(root: Path, width: int = 32, height: int = 32) -> dict[str, Artefact]:
-    """What the stage `catalog` reads."""
+def make_inputs(root: Path, width: int = 32, height: int = 32, names: Sequence[str] = (NAME,)) -> dict[str, Artefact]:
+    """What the stage `catalog` reads, of these SAEs."""
     images = make(root / "images", "images", lambda draft: _images(draft, width, height), {}, limit=6)
     activations = make(root / "activations", "activations", lambda draft: {}, {"images": images}, hookpoint="blocks.15")
-    sae = make(root / "sae", "sae", _sae, {"extract": activations}, k=2)
-    evaluation = make(root / "evaluation", "evaluation", _evaluation, {"images": images, "train": sae}, n_top=2)
-    labels = make(root / "labels", "labels", _labels, {"evaluate": evaluation}, seed=0)
-    return {"images": images, "train": sae, "evaluate": evaluation, "label": labels}
+    training = make(root / "sae", "training", _inside(names, "sae", _sae), {"extract": activations}, k=2)
+    inputs = {"images": images, "train": training}
+    evaluations = make(root / "evaluation", "evaluations", _inside(names, "evaluation", _evaluation), inputs, n_top=2)
+    labellings = make(root / "labels", "labellings", _inside(names, "labels", _labels), {"evaluate": evaluations}, seed=0)
+    return {**inputs, "evaluate": evaluations, "label": labellings}
+
+
+def _inside(names: Sequence[str], kind: str, fill: Callable[[Draft, str], Mapping[str, Any]]) -> Callable[[Draft], Mapping[str, Any]]:
+    """Fills an artefact with one of each name."""
+
+    def fill_all(draft: Draft) -> Mapping[str, Any]:
+        for name in names:
+            child = draft.child(name, kind, _train_params(name) if kind == "sae" else None)
+            child.seal(fill(child, name))
+        return {"saes": list(names)}
+
+    return fill_all
+
+
+def _train_params(name: str) -> dict[str, Any]:
+    return {"k": int(name.split("-")[2].removeprefix("k"))}
+
+
+def _latents_of(name: str) -> int:
+    return int(name.split("-")[1])
 
 
 def build(root: Path, inputs: Mapping[str, Artefact], n_neighbours: int = 2, on_event: Listener = ignore) -> Artefact:
     """The catalogue of these inputs, published in `root`, as `ommatid catalog` would without its gate."""
     params = CatalogParams(n_neighbours=n_neighbours)
     with store.open_draft(root / "catalog", "catalog", params.model_dump(mode="json"), inputs) as draft:
-        build_catalog(params, inputs, draft, LINEAGE, on_event)
+        build_catalog(params, inputs, draft, {name: lineage_of(name) for name in inputs["train"].children}, on_event)
         return draft.publish(root / "catalog")
+
+
+def lineage_of(name: str) -> dict[str, str | None]:
+    """Each SAE has an MLflow run of its own."""
+    return LINEAGE if name == NAME else {**LINEAGE, "mlflow_run_id": f"run of {name}"}
 
 
 def path_in(root: Path) -> Path:
@@ -124,29 +153,35 @@ def _images(draft: Draft, width: int, height: int) -> dict[str, Any]:
     return {}
 
 
-def _sae(draft: Draft) -> dict[str, Any]:
+def _sae(draft: Draft, name: str) -> dict[str, Any]:
     with draft.write_file("sae.safetensors") as path:
-        save_file({"W_dec": DIRECTIONS}, path)
+        save_file({"W_dec": DIRECTIONS[: _latents_of(name)]}, path)
+    config = {"variant": "batch_topk", **_train_params(name), "model": "lite0", "hookpoint": "blocks.15"}
     with draft.write_file("cfg.json") as path:
-        path.write_text(json.dumps({"model": "lite0", "hookpoint": "blocks.15"}), encoding="utf-8")
-    return {"sae": SAE}
+        path.write_text(json.dumps(config), encoding="utf-8")
+    return {"sae": f"{name}-00000000"}
 
 
-def _evaluation(draft: Draft) -> dict[str, Any]:
+def _evaluation(draft: Draft, name: str) -> dict[str, Any]:
+    sae, n = f"{name}-00000000", _latents_of(name)
     names = "latent density mean_act max_act n_images is_dead dead_in_training ms purity top_classes"
-    draft.write_table("latents.parquet", columns(schemas.LATENTS, LATENTS, names, sae=SAE))
-    rows = [(*row, 2 if row[-1] else 0, 2 if row[-1] else 0) for row in EXAMPLES]
-    draft.write_table("examples.parquet", columns(schemas.EXAMPLES, rows, "latent decile rank image act heat rows cols", sae=SAE))
-    draft.write_table("firings-00000.parquet", columns(schemas.FIRINGS, FIRINGS, "image latent act", sae=SAE))
-    constant = dict(n_latents=4, l0=2.0, dead=0.25, ms_best=0.8, ms_left_out=2)
+    draft.write_table("latents.parquet", columns(schemas.LATENTS, LATENTS[:n], names, sae=sae))
+    rows = [(*row, 2 if row[-1] else 0, 2 if row[-1] else 0) for row in EXAMPLES if row[0] < n]
+    draft.write_table("examples.parquet", columns(schemas.EXAMPLES, rows, "latent decile rank image act heat rows cols", sae=sae))
+    fired = [row for row in FIRINGS if row[1] < n]
+    draft.write_table("firings-00000.parquet", columns(schemas.FIRINGS, fired, "image latent act", sae=sae))
+    constant = dict(n_latents=n, l0=2.0, dead=0.25, ms_best=0.8, ms_left_out=2)
+    compared = [(dictionary, fvu, ms - (4 - n) / 100) for dictionary, fvu, ms in COMPARISONS]  # the widest is the best
     draft.write_table(
         "comparisons.parquet",
-        columns(schemas.COMPARISONS, COMPARISONS, "dictionary fvu ms", sae=SAE, ms_floor=0.35, judge="lite2", **constant),
+        columns(schemas.COMPARISONS, compared, "dictionary fvu ms", sae=sae, ms_floor=0.35, judge="lite2", **constant),
     )
-    return {"sae": SAE}
+    return {"sae": sae}
 
 
-def _labels(draft: Draft) -> dict[str, Any]:
-    names = "latent labeller status label score control_score"
-    draft.write_table("labels.parquet", columns(schemas.LABELS, LABELS, names, sae=SAE))
+def _labels(draft: Draft, name: str) -> dict[str, Any]:
+    rows = [row for row in LABELS if row[0] < _latents_of(name)]
+    draft.write_table(
+        "labels.parquet", columns(schemas.LABELS, rows, "latent labeller status label score control_score", sae=f"{name}-00000000")
+    )
     return {}

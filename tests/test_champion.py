@@ -53,36 +53,36 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def make(name: str, ms: float, d_model: int = 8) -> None:
-    """What the six stages leave, as far as a decision reads it."""
+def make(name: str, ms: float, d_model: int = 8, **others: float) -> None:
+    """What the six stages leave, as far as a decision reads it: an SAE, and others by name with their MS."""
     activations = {"model": "lite0", "hookpoint": "blocks.15", "d_model": d_model}
-    _write("images", {"n_eval": 3}, {})
-    _write_activations(activations)
-    _write("train", {"sae": name}, {"cfg.json": json.dumps(activations)})
-    _write("evaluate", {"sae": name, "fvu": 0.3, "l0": 32.0, "dead": 0.1, "ms": ms, "ms_floor": 0.35}, {})
-    path = Path(f"{name}.duckdb")
+    saes = {name: ms, **others}
+    _write("images", {"": ({"n_eval": 3}, {})})
+    _write("extract", {"blocks.15": (activations, {})})
+    _write("train", {sae: ({"sae": sae}, {"cfg.json": json.dumps(activations).encode()}) for sae in saes})
+    numbers = {"fvu": 0.3, "l0": 32.0, "dead": 0.1, "ms_floor": 0.35}
+    _write("evaluate", {sae: ({"sae": sae, "ms": of, **numbers}, {}) for sae, of in saes.items()})
+    path = Path("made.duckdb")
     with duckdb.connect(path) as connection:
-        columns = "? AS sae, now()::TIMESTAMP AS created_at, '{}'::JSON AS params, NULL::VARCHAR AS decision, NULL::TIMESTAMP AS decided_at"
-        connection.execute(f"CREATE TABLE runs AS SELECT {columns}, NULL::VARCHAR AS reason", [name])
-    _write("catalog", {"sae": name}, {"catalog.duckdb": path.read_bytes()})
+        columns = "sae, now()::TIMESTAMP AS created_at, '{}'::JSON AS params, NULL::VARCHAR AS decision, NULL::TIMESTAMP AS decided_at"
+        connection.execute(f"CREATE TABLE runs AS SELECT {columns}, NULL::VARCHAR AS reason FROM (SELECT unnest(?) AS sae)", [list(saes)])
+    _write("catalog", {"": ({"saes": list(saes)}, {"catalog.duckdb": path.read_bytes()})})
     path.unlink()
 
 
-def _write(stage: str, summary: dict, files: dict[str, str | bytes]) -> None:
+def _write(stage: str, inside: dict[str, tuple[dict, dict[str, bytes]]]) -> None:
+    """An artefact with summary and files, or with such artefacts inside."""
     place, kind = STAGES[stage].place, STAGES[stage].kind
     with store.open_draft(place, kind, {}, {}) as draft:
-        for name, content in files.items():
-            with draft.write_file(name) as path:
-                path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        draft.seal(summary)
+        for name, (summary, files) in inside.items():
+            target = draft.child(name, store.INSIDE[kind]) if name else draft
+            for file, content in files.items():
+                with target.write_file(file) as path:
+                    path.write_bytes(content)
+            target.seal(summary)
+        if "" not in inside:
+            draft.seal({})
         draft.publish(place)
-
-
-def _write_activations(summary: dict) -> None:
-    with store.open_draft(STAGES["extract"].place, "extraction", {}, {}) as draft:
-        draft.child(summary["hookpoint"], "activations").seal(summary)
-        draft.seal({})
-        draft.publish(STAGES["extract"].place)
 
 
 def measured(ms: float, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -104,7 +104,7 @@ def retrain(params: Params = PARAMS) -> Decision:
     return decision
 
 
-def published() -> dict[str, str]:
+def published() -> dict[str, str | None]:
     with Catalog(champion.CATALOG) as catalog:
         return dict(catalog.rows("SELECT sae, decision FROM runs"))
 
@@ -136,6 +136,21 @@ def test_the_champion_is_measured_anew_and_a_worse_challenger_is_only_recorded(c
     assert len(list(champion.CHAMPIONS.iterdir())) == 1
 
 
+def test_the_challenger_is_the_best_of_its_training_and_only_it_is_decided_on(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("first", ms=0.40, better=0.44, worse=0.38)
+    decision = retrain()
+    assert decision.challenger.sae == "better" and decision.run["sae"] == "better"
+    assert decision.reason == "there was no champion; it is the best of 3 SAEs"
+    assert published() == {"first": None, "better": "champion", "worse": None}
+    (kept,) = champion.CHAMPIONS.iterdir()
+    assert store.open_artefact(kept / "sae", "sae").summary["sae"] == "better"
+    asked = measured(0.43, monkeypatch)
+    make("better", ms=0.44, best=0.47)
+    assert retrain().challenger.sae == "best"
+    assert asked == [], "the champion is one of the new training, and was measured with it"
+    assert published() == {"better": "champion", "best": "champion"}
+
+
 def test_a_champion_of_other_activations_gives_way(checkout: Path) -> None:
     retrain()
     make("wide", ms=0.1, d_model=16)
@@ -146,7 +161,7 @@ def test_a_champion_of_other_activations_gives_way(checkout: Path) -> None:
 
 def test_the_same_sae_with_a_new_catalogue_is_published_again(checkout: Path) -> None:
     retrain()
-    _write("catalog", {"sae": "first", "again": True}, {"catalog.duckdb": champion.CATALOG.read_bytes()})
+    _write("catalog", {"": ({"again": True}, {"catalog.duckdb": champion.CATALOG.read_bytes()})})
     assert not champion.is_decided()
     assert retrain().reason == "the same SAE as the champion, with a new catalogue"
 

@@ -32,7 +32,7 @@ from ommatid.estimate.sample import draw_images
 from ommatid.estimate.trials import trained_tokens
 from ommatid.estimate.whole import expect_examples
 from ommatid.events import ignore
-from ommatid.sae.trainer import make_plan
+from ommatid.sae.schedule import make_plan
 from ommatid.stage import STAGES as MADE
 from ommatid.stage import run_stage
 
@@ -137,7 +137,7 @@ def write_checkout(root: Path) -> None:
     params = make_test_params(
         images={"source": {"kind": "folder", "path": "photos"}, "limit": None},
         extract={"model": {"kind": "lite", "image_size": 64}, "judge": {"kind": "lite", "variant": "lite2", "image_size": 64}},
-        train={"d_sae": 24, "k": 2, "epochs": 10, "batch_size": 64, "max_dead": 1.0},
+        train={"d_sae": 24, "k": 2, "epochs": 10, "batch_size": 64, "max_dead": 1.0, "runs": [{}, {"d_sae": 16}]},
         label={"vocabularies": ["words.txt"], "min_examples": 2},
     )
     (root / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))

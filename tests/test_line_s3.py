@@ -37,7 +37,7 @@ def _checkout(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> 
             "judge": {"kind": "lite", "variant": "lite2", "image_size": 64},
             "hookpoints": ["blocks.11", "blocks.15"],
         },
-        train={"hookpoint": "blocks.15", "d_sae": 24, "k": 2, "epochs": 30, "batch_size": 64, "max_dead": 0.9},
+        train={"hookpoint": "blocks.15", "d_sae": 24, "k": 2, "epochs": 30, "batch_size": 64, "max_dead": 0.9, "runs": [{}, {"d_sae": 12}]},
         label={"vocabularies": ["words.txt"], "min_examples": 2},
     )
     (root / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
@@ -112,7 +112,7 @@ def test_the_same_bytes_as_on_a_disk() -> None:
 
 def test_the_catalogue_can_be_asked() -> None:
     with Catalog(open_stage("catalog", data=DATA).file("catalog.duckdb")) as catalog:
-        assert catalog.ask("SELECT count(*) AS n FROM latents").dicts() == [{"n": 24}]
+        assert catalog.ask("SELECT count(*) AS n FROM latents").dicts() == [{"n": 36}]
 
 
 def test_a_stage_without_its_input_says_how_to_make_it(capsys: pytest.CaptureFixture[str]) -> None:

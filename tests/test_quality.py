@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ommatid import quality, schemas, stage, store
-from ommatid.config import Params, load_params
+from ommatid.config import Params, TrainParams, load_params
 from ommatid.errors import GateError
 from ommatid.events import ignore
 from ommatid.quality import Check, Report
@@ -26,6 +26,11 @@ from ommatid.store import Artefact, Draft, part_name
 N_LATENTS, WIDTH = 4, 8
 Rows = list[dict[str, Any]]
 Tables = dict[str, pa.Table]
+Files = Mapping[str, pa.Table | Callable[[Path], None]]
+ONE, OTHER = "batch_topk-4-k2-s0", "batch_topk-3-k1-s0"
+SUMMARY = {"n": 3, "share": 0.5, "name": "text", "nested": {"deep": 1}, "missing": None}
+SHAPES = "every tensor is there in its shape"
+PARENTS = {"sae": "training", "evaluation": "evaluations", "labels": "labellings"}
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +42,33 @@ def table(schema: pa.Schema, rows: Rows) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-def artefact_of(folder: Path, kind: str, files: Mapping[str, pa.Table | Callable[[Path], None]]) -> Artefact:
+def check(stage: str, artefact: Artefact, params: Params) -> Report:
+    return quality.check(stage, artefact, params, params.train.each() if artefact.manifest.kind in PARENTS.values() else {})
+
+
+def artefact_of(folder: Path, kind: str, files: Files) -> Artefact:
     with store.open_draft(folder / kind, kind, {}, {}) as draft:
-        for name, content in files.items():
-            if isinstance(content, pa.Table):
-                draft.write_table(name, content)
-            else:
-                with draft.write_file(name) as path:
-                    content(path)
-        draft.seal({"n": 3, "share": 0.5, "name": "text", "nested": {"deep": 1}, "missing": None})
+        write(draft, files)
         return draft.publish(folder / kind)
+
+
+def inside_of(folder: Path, kind: str, saes: Mapping[str, Files]) -> Artefact:
+    """What a stage makes of these SAEs."""
+    with store.open_draft(folder / kind, PARENTS[kind], {}, {}) as draft:
+        for name, files in saes.items():
+            write(draft.child(name, kind), files)
+        draft.seal({"saes": list(saes)})
+        return draft.publish(folder / kind)
+
+
+def write(draft: Draft, files: Files) -> None:
+    for name, content in files.items():
+        if isinstance(content, pa.Table):
+            draft.write_table(name, content)
+        else:
+            with draft.write_file(name) as path:
+                content(path)
+    draft.seal(SUMMARY)
 
 
 def extraction_of(folder: Path, tables: Mapping[str, pa.Table]) -> Artefact:
@@ -86,7 +108,7 @@ def rejection(path: str, reason: str) -> dict[str, str]:
 def test_images_pass(tmp_path: Path, params: Params) -> None:
     parts = [image_rows(0, 4), [], image_rows(4, 2)]
     rejected = [rejection("a.txt", "not_an_image"), *[rejection(f"again{i}.png", "duplicate") for i in range(9)]]
-    report = quality.check("images", images_artefact(tmp_path, parts, rejected), params)
+    report = check("images", images_artefact(tmp_path, parts, rejected), params)
     assert report.success, report.failures
     assert all(check.reason and check.observed and not check.detail for check in report.checks)
 
@@ -104,14 +126,14 @@ def test_images_pass(tmp_path: Path, params: Params) -> None:
 def test_images_damage_is_named(tmp_path: Path, params: Params, row: int, change: dict, name: str, words: list[str]) -> None:
     parts = [image_rows(0, 4), image_rows(4, 2)]
     (parts[0] + parts[1])[row].update(change)
-    found = failed(quality.check("images", images_artefact(tmp_path, parts, []), params))
+    found = failed(check("images", images_artefact(tmp_path, parts, []), params))
     assert set(found) == {name}
     assert all(word in found[name].detail for word in words), found[name].detail
 
 
 def test_images_rejected_share_names_the_files(tmp_path: Path, params: Params) -> None:
     rejected = [rejection(f"{i}.txt", "not_an_image") for i in range(3)]
-    found = failed(quality.check("images", images_artefact(tmp_path, [image_rows(0, 6)], rejected), params))
+    found = failed(check("images", images_artefact(tmp_path, [image_rows(0, 6)], rejected), params))
     assert set(found) == {"few images are rejected"}
     assert "0.txt (not_an_image)" in found["few images are rejected"].detail
     assert "0.333333" in found["few images are rejected"].observed
@@ -119,7 +141,7 @@ def test_images_rejected_share_names_the_files(tmp_path: Path, params: Params) -
 
 @pytest.mark.parametrize("parts", [[], [[]], [[row for row in image_rows(0, 4) if row["split"] == "train"]]])
 def test_images_need_both_splits(tmp_path: Path, params: Params, parts: list[Rows]) -> None:
-    found = failed(quality.check("images", images_artefact(tmp_path, parts, []), params))
+    found = failed(check("images", images_artefact(tmp_path, parts, []), params))
     assert set(found) == {"both splits have images"}
     assert "split eval: images 0" in found["both splits have images"].detail
 
@@ -161,7 +183,7 @@ def assign(index: Any, value: float) -> Callable[[np.ndarray], None]:
 
 
 def test_extract_passes(tmp_path: Path, params: Params) -> None:
-    report = quality.check("extract", extraction_of(tmp_path, activations_tables()), params)
+    report = check("extract", extraction_of(tmp_path, activations_tables()), params)
     assert report.success, report.failures
 
 
@@ -186,20 +208,20 @@ def test_extract_passes(tmp_path: Path, params: Params) -> None:
     ],
 )
 def test_extract_damage_is_named(tmp_path: Path, params: Params, change: Tables, name: str, words: list[str]) -> None:
-    found = failed(quality.check("extract", extraction_of(tmp_path, activations_tables() | change), params))
+    found = failed(check("extract", extraction_of(tmp_path, activations_tables() | change), params))
     assert set(found) == {name}
     assert all(word in found[name].detail for word in [*words, *(part for part in change if "same" not in name and "one" not in name)])
 
 
 def test_extract_needs_tokens_and_embeddings(tmp_path: Path, params: Params) -> None:
     tables = {"train-00000.parquet": activation_table([]), "eval-00000.parquet": activation_table([])}
-    found = failed(quality.check("extract", extraction_of(tmp_path, tables), params))
+    found = failed(check("extract", extraction_of(tmp_path, tables), params))
     assert set(found) == {"both splits have tokens", "both kinds of table are there"}
 
 
 def test_extract_large_finite_activation_passes(tmp_path: Path, params: Params) -> None:
     tables = activations_tables() | {"train-00000.parquet": activation_table([0, 2], assign((0, 0), 65504))}
-    assert quality.check("extract", extraction_of(tmp_path, tables), params).success
+    assert check("extract", extraction_of(tmp_path, tables), params).success
 
 
 # train
@@ -216,12 +238,16 @@ def curve(**last: float) -> pa.Table:
     return table(schemas.CURVES, [row | {"fvu": 3.0}, row | last])
 
 
+def sae_files(tensors: dict[str, np.ndarray], curves: pa.Table) -> Files:
+    return {"sae.safetensors": lambda path: save_file(tensors, path), "curves.parquet": curves}
+
+
 def sae_artefact(folder: Path, tensors: dict[str, np.ndarray], curves: pa.Table) -> Artefact:
-    return artefact_of(folder, "sae", {"sae.safetensors": lambda path: save_file(tensors, path), "curves.parquet": curves})
+    return inside_of(folder, "sae", {ONE: sae_files(tensors, curves)})
 
 
 def test_train_passes(tmp_path: Path, params: Params) -> None:
-    report = quality.check("train", sae_artefact(tmp_path, sae_tensors(), curve()), params)
+    report = check("train", sae_artefact(tmp_path, sae_tensors(), curve()), params)
     assert report.success, report.failures
 
 
@@ -237,7 +263,7 @@ def test_train_passes(tmp_path: Path, params: Params) -> None:
 )
 def test_train_damaged_weights_are_named(tmp_path: Path, params: Params, tensor: str, value: Any, name: str, words: list[str]) -> None:
     tensors = {key: array for key, array in (sae_tensors() | {tensor: value}).items() if array is not None}
-    found = failed(quality.check("train", sae_artefact(tmp_path, tensors, curve()), params))
+    found = failed(check("train", sae_artefact(tmp_path, tensors, curve()), params))
     assert set(found) == {name}
     assert all(word in found[name].detail for word in words), found[name].detail
 
@@ -253,14 +279,74 @@ def test_train_damaged_weights_are_named(tmp_path: Path, params: Params, tensor:
     ],
 )
 def test_train_bad_end_is_named(tmp_path: Path, params: Params, last: dict[str, float], name: str) -> None:
-    found = failed(quality.check("train", sae_artefact(tmp_path, sae_tensors(), curve(**last)), params))
+    found = failed(check("train", sae_artefact(tmp_path, sae_tensors(), curve(**last)), params))
     assert set(found) == {name}
     assert "step 10" in found[name].detail
 
 
 def test_train_needs_a_curve(tmp_path: Path, params: Params) -> None:
-    found = failed(quality.check("train", sae_artefact(tmp_path, sae_tensors(), table(schemas.CURVES, [])), params))
+    found = failed(check("train", sae_artefact(tmp_path, sae_tensors(), table(schemas.CURVES, [])), params))
     assert set(found) == {"training left a curve"}
+
+
+def test_weights_of_every_variant_pass(tmp_path: Path, params: Params) -> None:
+    """A threshold for each latent, a gate, and a transcoder's other width; the same tensors of another variant fail."""
+    each, gate = {"threshold": np.zeros(N_LATENTS, np.float32)}, dict.fromkeys(("gate_scale", "gate_shift"), np.ones(N_LATENTS, np.float32))
+    wide = {"W_dec": np.eye(N_LATENTS, 2 * WIDTH, dtype=np.float32), "b_dec": np.zeros(2 * WIDTH, np.float32)}
+    cases = [("jumprelu", None, each), ("gated", None, gate), ("batch_topk", "deep", wide)]
+    for kind, target, tensors in cases:
+        artefact = inside_of(tmp_path / kind, "sae", {f"{kind}-4-k2-s0": sae_files(sae_tensors() | tensors, curve())})
+        assert check("train", artefact, with_train(params, variant=kind, target=target)).success
+    artefact = inside_of(tmp_path / "lacking", "sae", {"gated-4-k2-s0": sae_files(sae_tensors(), curve())})
+    assert "tensor gate_scale" in failed(check("train", artefact, with_train(params, variant="gated")))[SHAPES].detail
+    assert "W_enc" in failed(check("train", sae_artefact(tmp_path, sae_tensors() | wide, curve()), params))[SHAPES].detail
+
+
+@pytest.mark.parametrize("variant", [{"kind": "relu", "l1": 0.1}, {"kind": "gated", "l1": 0.1}, {"kind": "jumprelu", "weight": 0.1}])
+def test_where_a_weight_is_given_there_is_no_l0_to_be_near(tmp_path: Path, params: Params, variant: dict) -> None:
+    gate = dict.fromkeys(("gate_scale", "gate_shift"), np.ones(N_LATENTS, np.float32)) if variant["kind"] == "gated" else {}
+    artefact = inside_of(tmp_path, "sae", {f"{variant['kind']}-4-k2-s0": sae_files(sae_tensors() | gate, curve(l0=50.0))})
+    assert check("train", artefact, with_train(params, variant=variant)).success
+    assert set(failed(check("train", artefact, with_train(params, variant=variant["kind"])))) == {"L0 is near k"}
+
+
+def with_train(params: Params, **changes: Any) -> Params:
+    return params.model_copy(update={"train": TrainParams.model_validate(params.train.model_dump() | changes)})
+
+
+# several SAEs
+
+
+def two_saes(params: Params) -> Params:
+    return with_train(params, runs=[{}, {"d_sae": 3, "k": 1}])
+
+
+def test_each_sae_is_held_against_its_own_width_and_k(tmp_path: Path, params: Params) -> None:
+    narrow = {"W_enc": np.eye(WIDTH, 3, dtype=np.float32), "W_dec": np.eye(3, WIDTH, dtype=np.float32), "b_enc": np.zeros(3, np.float32)}
+    saes = {ONE: sae_files(sae_tensors(), curve()), OTHER: sae_files(sae_tensors() | narrow, curve(l0=1.0))}
+    report = check("train", inside_of(tmp_path, "sae", saes), two_saes(params))
+    assert report.success, report.failures
+    assert report.numbers[f"{OTHER}.share"] == 0.5
+    saes[OTHER] = sae_files(sae_tensors() | narrow, curve(l0=2.5))
+    found = failed(check("train", inside_of(tmp_path, "sae", saes), two_saes(params)))
+    assert set(found) == {f"{OTHER}: L0 is near k"}
+
+
+def test_evaluations_and_labels_name_the_sae_that_fails(tmp_path: Path, params: Params) -> None:
+    evaluations = inside_of(tmp_path, "evaluation", {ONE: evaluation_files(), OTHER: evaluation_files()})
+    assert set(failed(check("evaluate", evaluations, two_saes(params)))) == {
+        f"{OTHER}: each of 3 latents has one row",
+        f"{OTHER}: firings are positive and of a known latent",
+    }
+    files = {name: {"labels.parquet": table(schemas.LABELS, label_rows()[:3])} for name in (ONE, OTHER)}
+    assert set(failed(check("label", inside_of(tmp_path, "labels", files), two_saes(params)))) == {f"{ONE}: every latent has a row"}
+
+
+def test_of_a_transcoder_no_untrained_fvu_is_asked_for(tmp_path: Path, params: Params) -> None:
+    evaluation = evaluation_artefact(tmp_path, comparisons=edited(comparison_rows(), 1, fvu=None))
+    assert check("evaluate", evaluation, with_train(params, target="deep")).success
+    lost = evaluation_artefact(tmp_path, comparisons=edited(edited(comparison_rows(), 1, fvu=None), 0, fvu=None))
+    assert set(failed(check("evaluate", lost, with_train(params, target="deep")))) == {"the FVU is a number"}
 
 
 # evaluate
@@ -289,9 +375,13 @@ def comparison_rows() -> Rows:
 
 
 def evaluation_artefact(folder: Path, **changed: Rows) -> Artefact:
+    return inside_of(folder, "evaluation", {ONE: evaluation_files(**changed)})
+
+
+def evaluation_files(**changed: Rows) -> Files:
     rows = {"latents": latent_rows(), "examples": example_rows(), "firings": firing_rows(), "comparisons": comparison_rows(), **changed}
     of = {"latents": schemas.LATENTS, "examples": schemas.EXAMPLES, "firings": schemas.FIRINGS, "comparisons": schemas.COMPARISONS}
-    return artefact_of(folder, "evaluation", {f"{name}.parquet": table(of[name], rows[name]) for name in of})
+    return {f"{name}.parquet": table(of[name], rows[name]) for name in of}
 
 
 def edited(rows: Rows, index: int, **change: Any) -> Rows:
@@ -300,7 +390,7 @@ def edited(rows: Rows, index: int, **change: Any) -> Rows:
 
 
 def test_evaluate_passes(tmp_path: Path, params: Params) -> None:
-    report = quality.check("evaluate", evaluation_artefact(tmp_path), params)
+    report = check("evaluate", evaluation_artefact(tmp_path), params)
     assert report.success, report.failures
 
 
@@ -332,16 +422,14 @@ def test_evaluate_passes(tmp_path: Path, params: Params) -> None:
     ],
 )
 def test_evaluate_damage_is_named(tmp_path: Path, params: Params, changed: dict[str, Rows], name: str, words: list[str]) -> None:
-    found = failed(quality.check("evaluate", evaluation_artefact(tmp_path, **changed), params))
+    found = failed(check("evaluate", evaluation_artefact(tmp_path, **changed), params))
     assert set(found) == {name}
     assert all(word in found[name].detail for word in words), found[name].detail
 
 
 def test_evaluate_fvu_of_one_fails(tmp_path: Path, params: Params) -> None:
     comparisons = edited(edited(comparison_rows(), 0, fvu=1.0), 1, fvu=2.0)
-    assert set(failed(quality.check("evaluate", evaluation_artefact(tmp_path, comparisons=comparisons), params))) == {
-        "the SAE's FVU is below 1"
-    }
+    assert set(failed(check("evaluate", evaluation_artefact(tmp_path, comparisons=comparisons), params))) == {"the SAE's FVU is below 1"}
 
 
 # label
@@ -355,13 +443,13 @@ def label_rows() -> Rows:
 
 
 def labels_artefact(folder: Path, rows: Rows) -> Artefact:
-    return artefact_of(folder, "labels", {"labels.parquet": table(schemas.LABELS, rows)})
+    return inside_of(folder, "labels", {ONE: {"labels.parquet": table(schemas.LABELS, rows)}})
 
 
 @pytest.mark.parametrize("score", [0.8, None])
 def test_label_passes(tmp_path: Path, params: Params, score: float | None) -> None:
     """A label without a score is right: a latent that fires on every image cannot be told from any other."""
-    report = quality.check("label", labels_artefact(tmp_path, edited(label_rows(), 1, score=score)), params)
+    report = check("label", labels_artefact(tmp_path, edited(label_rows(), 1, score=score)), params)
     assert report.success, report.failures
 
 
@@ -377,7 +465,7 @@ def test_label_passes(tmp_path: Path, params: Params, score: float | None) -> No
     ],
 )
 def test_label_damage_is_named(tmp_path: Path, params: Params, rows: Rows, name: str, words: list[str]) -> None:
-    found = failed(quality.check("label", labels_artefact(tmp_path, rows), params))
+    found = failed(check("label", labels_artefact(tmp_path, rows), params))
     assert set(found) == {name}
     assert all(word in found[name].detail for word in words), found[name].detail
 
@@ -399,7 +487,7 @@ def catalog_artefact(folder: Path, *statements: str) -> Artefact:
 
 
 def test_catalog_passes(tmp_path: Path, params: Params) -> None:
-    report = quality.check("catalog", catalog_artefact(tmp_path), params)
+    report = check("catalog", catalog_artefact(tmp_path), params)
     assert report.success, report.failures
 
 
@@ -417,7 +505,7 @@ def test_catalog_passes(tmp_path: Path, params: Params) -> None:
     ],
 )
 def test_catalog_damage_is_named(tmp_path: Path, params: Params, statement: str, names: set[str], words: list[str]) -> None:
-    found = failed(quality.check("catalog", catalog_artefact(tmp_path, statement), params))
+    found = failed(check("catalog", catalog_artefact(tmp_path, statement), params))
     assert set(found) == names
     detail = " ".join(check.detail for check in found.values())
     assert all(word in detail for word in words), detail
@@ -428,7 +516,7 @@ def test_catalog_damage_is_named(tmp_path: Path, params: Params, statement: str,
 
 def test_many_failures_are_counted_not_listed(tmp_path: Path, params: Params) -> None:
     rows = [row | {"density": 2.0} for row in latent_rows()]
-    detail = failed(quality.check("evaluate", evaluation_artefact(tmp_path, latents=rows), params))["density is a share"].detail
+    detail = failed(check("evaluate", evaluation_artefact(tmp_path, latents=rows), params))["density is a share"].detail
     assert detail.count("latent ") == 3
     assert detail.endswith("and 1 more")
 

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 
 from ommatid import store, tracking
-from ommatid.config import Params, dotted, load_params
+from ommatid.config import Params, TrainParams, dotted, load_params
 from ommatid.errors import RunError
 from ommatid.events import Listener, Measured, Progress, ignore
 from ommatid.sae.model import SAE, SAEConfig
@@ -61,14 +61,27 @@ def client(checkout: Path) -> MlflowClient:
     return MlflowClient(f"sqlite:///{checkout}/.mlflow/mlflow.db")
 
 
-def artefact(kind: str, seed: int = 0) -> Artefact:
-    place = Path("data") / kind
-    with store.open_draft(place, kind, {"seed": seed}, {}) as draft:
-        if kind == "sae":
-            with draft.write_file("sae.safetensors") as weights, draft.write_file("cfg.json") as config:
-                tiny_sae(seed).save(weights, config)
+def make_activations() -> Artefact:
+    with store.open_draft(Path("data/activations"), "activations", {}, {}) as draft:
         draft.seal({})
-        return draft.publish(place)
+        return draft.publish(Path("data/activations"))
+
+
+def make_training(params: Params, seed: int = 0) -> Artefact:
+    """What stage `train` makes of these params."""
+    with store.open_draft(Path("data/sae"), "training", {"seed": seed}, {}) as draft:
+        for i, (name, one) in enumerate(params.train.each().items()):
+            child = draft.child(name, "sae", {**one.identity(), "seed": seed})
+            with child.write_file("sae.safetensors") as weights, child.write_file("cfg.json") as config:
+                tiny_sae(seed + i).save(weights, config)
+            child.seal({})
+        draft.seal({})
+        return draft.publish(Path("data/sae"))
+
+
+def only_sae(training: Artefact) -> Artefact:
+    (sae,) = training.each().values()
+    return sae
 
 
 def tiny_sae(seed: int) -> SAE:
@@ -78,16 +91,24 @@ def tiny_sae(seed: int) -> SAE:
     return SAE(config, w_dec.T.contiguous(), torch.zeros(D_SAE), w_dec, torch.zeros(D_MODEL), torch.tensor(0.1))
 
 
-def curves(listener: Listener, n: int) -> None:
+ONE = "batch_topk-2560-k16-s0"
+"""The SAE of params.yaml."""
+
+
+def curves(listener: Listener, n: int, sae: str = ONE, factor: float = 1.0) -> None:
     for step in range(1, n + 1):
         listener(Progress("train", step, n))
-        listener(Measured(step, {"loss": 1 / step, "fvu": 0.5 - step / 1e4}))
+        listener(Measured(sae, step, {"loss": factor / step, "fvu": 0.5 - step / 1e4}))
+
+
+def all_runs(client: MlflowClient) -> list[MlflowRun]:
+    experiment = client.get_experiment_by_name("ommatid")
+    assert experiment is not None
+    return client.search_runs([experiment.experiment_id])
 
 
 def only_run(client: MlflowClient) -> MlflowRun:
-    experiment = client.get_experiment_by_name("ommatid")
-    assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id])
+    (run,) = all_runs(client)
     return run
 
 
@@ -97,8 +118,8 @@ def test_run_holds_params_curves_origin_and_inputs(
     monkeypatch.setenv("OMMATID_EXPERIMENT", "wide")
     monkeypatch.setenv("OMMATID_FLOW_RUN", "flow-1")
     (checkout / "dvc.lock").write_text("stages: {images: {}}\n")  # the result of a stage, not a change of code
-    activations, heard = artefact("activations"), []
-    with tracking.training_run(params, {"extract": activations}) as run:
+    activations, heard = make_activations(), []
+    with tracking.training_runs(params, {"extract": activations}) as run:
         curves(run.tee(heard.append), 1500)
     assert len(heard) == 3000, "the listener hears every event"
     found = only_run(client)
@@ -122,15 +143,16 @@ def test_run_holds_params_curves_origin_and_inputs(
 
 def test_changed_code_is_dirty(checkout: Path, client: MlflowClient, params: Params) -> None:
     (checkout / "code.py").write_text("2\n")
-    with tracking.training_run(params, {}):
+    with tracking.training_runs(params, {}):
         pass
     assert only_run(client).data.tags["git.dirty"] == "true"
 
 
 def test_model_is_registered_and_loads_without_pickle(client: MlflowClient, params: Params) -> None:
-    sae = artefact("sae")
-    with tracking.training_run(params, {}) as run:
-        run.finish(sae)
+    training = make_training(params)
+    sae = only_sae(training)
+    with tracking.training_runs(params, {}) as run:
+        run.finish(training)
     version = tracking.find_version(sae.digest)
     assert version == tracking.Version(1, sae.digest, only_run(client).info.run_id)
     files = {path.name for path in Path(".mlflow/artifacts").rglob("*") if path.is_file()}
@@ -142,24 +164,24 @@ def test_model_is_registered_and_loads_without_pickle(client: MlflowClient, para
 
 def test_champion_is_set_read_and_moved(params: Params, checkout: Path) -> None:
     assert tracking.get_champion() is None
-    saes = [artefact("sae", seed) for seed in (0, 1)]
+    saes = [only_sae(make_training(params, seed)) for seed in (0, 1)]
     with pytest.raises(RunError, match=f"holds no version of the SAE {saes[0].digest[:12]}"):
         tracking.set_champion(saes[0].digest)
     for seed, sae in enumerate(saes):
-        with tracking.training_run(params, {}) as run:
-            run.finish(artefact("sae", seed))
+        with tracking.training_runs(params, {}) as run:
+            run.finish(make_training(params, seed))
         assert tracking.set_champion(sae.digest).number == seed + 1
         assert tracking.get_champion() == tracking.find_version(sae.digest)
     assert tracking.set_champion(saes[0].digest).number == 1
 
 
 def test_lineage_is_that_of_the_training_run(checkout: Path, client: MlflowClient, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
-    sae = artefact("sae")
+    training = make_training(params)
     monkeypatch.setenv("OMMATID_EXPERIMENT", "wide")
-    with tracking.training_run(params, {}) as run:
-        run.finish(sae)
+    with tracking.training_runs(params, {}) as run:
+        run.finish(training)
     monkeypatch.setenv("OMMATID_EXPERIMENT", "another")
-    found = tracking.lineage(sae)
+    found = tracking.lineage(training.each())[ONE]
     assert found["mlflow_run_id"] == only_run(client).info.run_id
     assert found["dvc_experiment"] == "wide"
     assert found["git_dirty"] == "false"
@@ -168,28 +190,62 @@ def test_lineage_is_that_of_the_training_run(checkout: Path, client: MlflowClien
 
 def test_lineage_without_a_run_is_here_and_now(checkout: Path, params: Params) -> None:
     (checkout / ".mlflow/mlflow.db").unlink()
-    found = tracking.lineage(artefact("sae"))
+    found = tracking.lineage(make_training(params).each())[ONE]
     assert found["mlflow_run_id"] is None
     assert len(found["git_commit"] or "") == 40
     assert not (checkout / ".mlflow/mlflow.db").exists(), "asking makes no store"
 
 
 def test_later_stages_add_numbers_and_reports(checkout: Path, client: MlflowClient, params: Params) -> None:
-    sae = artefact("sae")
-    with tracking.training_run(params, {}) as run:
-        run.finish(sae)
+    training = make_training(params)
+    with tracking.training_runs(params, {}) as run:
+        run.finish(training)
     report = checkout / "evaluate.html"
     report.write_text("<p>")
-    tracking.log_stage("evaluate", sae, [report], {"fvu": 0.25, "n": 3})
+    tracking.log_stage("evaluate", training.each(), [report], {ONE: {"fvu": 0.25, "n": 3}})
     found = only_run(client)
     assert found.data.metrics.items() >= {"evaluate.fvu": 0.25, "evaluate.n": 3.0}.items()
     assert [file.path for file in client.list_artifacts(found.info.run_id, "quality")] == ["quality/evaluate.html"]
-    tracking.log_stage("images", None, [report], {})
+
+
+def test_each_sae_of_a_training_has_its_run_its_curves_its_model_and_its_numbers(
+    checkout: Path, client: MlflowClient, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = TrainParams.model_validate(params.train.model_dump() | {"runs": [{"k": 8}, {"k": 32, "d_sae": 512}]})
+    params = params.model_copy(update={"train": train})
+    narrow, wide = train.each()
+    monkeypatch.setenv("OMMATID_EXPERIMENT", "both")
+    training = make_training(params)
+    with tracking.training_runs(params, {}) as run:
+        listener = run.tee(ignore)
+        curves(listener, 3, narrow)
+        curves(listener, 5, wide, factor=2.0)
+        run.finish(training)
+    found = {run.info.run_name: run for run in all_runs(client)}
+    assert found.keys() == {narrow, wide}
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    assert len({run.data.tags[runs.TRAINING] for run in found.values()}) == 1
+    assert [run.data.params["train.k"] for run in (found[narrow], found[wide])] == ["8", "32"]
+    for name, n, last in ((narrow, 3, 1 / 3), (wide, 5, 2 / 5)):
+        history = client.get_metric_history(found[name].info.run_id, "loss")
+        assert (len(history), history[-1].value) == (n, last)
+        version = tracking.find_version(training.each()[name].digest)
+        assert version is not None and version.run_id == found[name].info.run_id
+    tracking.log_stage("evaluate", training.each(), [], {narrow: {"fvu": 0.4}, wide: {"fvu": 0.2}})
+    of_stage = {run.info.run_name: run.data.metrics["evaluate.fvu"] for run in all_runs(client)}
+    assert of_stage == {narrow: 0.4, wide: 0.2}
+    lineage = tracking.lineage(training.each())
+    assert {name: of["mlflow_run_id"] for name, of in lineage.items()} == {name: run.info.run_id for name, run in found.items()}
+
+
+def test_a_measurement_of_no_sae_of_the_training_is_a_mistake(params: Params, checkout: Path) -> None:
+    with tracking.training_runs(params, {}) as run, pytest.raises(AssertionError, match="measured of 'other'"):
+        curves(run.tee(ignore), 1, "other")
 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError("diverged"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
 def test_run_that_dies_says_so(client: MlflowClient, params: Params, checkout: Path, error: BaseException, status: str) -> None:
-    with pytest.raises(type(error)), tracking.training_run(params, {}) as run:
+    with pytest.raises(type(error)), tracking.training_runs(params, {}) as run:
         curves(run.tee(ignore), 3)
         raise error
     assert only_run(client).info.status == status
@@ -197,15 +253,13 @@ def test_run_that_dies_says_so(client: MlflowClient, params: Params, checkout: P
 
 
 def test_run_that_was_killed_outright_is_closed_by_the_next(client: MlflowClient, params: Params, checkout: Path) -> None:
-    killed = runs.Run(params, {})
+    killed = runs.Runs(params, {})
     killed.start()
     wait_until(lambda: client.get_experiment_by_name("ommatid") is not None and only_run(client).info.status == "RUNNING")
     killed._stop.set()
-    with tracking.training_run(params, {}):
+    with tracking.training_runs(params, {}):
         pass
-    experiment = client.get_experiment_by_name("ommatid")
-    assert experiment is not None
-    assert sorted(run.info.status for run in client.search_runs([experiment.experiment_id])) == ["FINISHED", "KILLED"]
+    assert sorted(run.info.status for run in all_runs(client)) == ["FINISHED", "KILLED"]
 
 
 def test_worktree_logs_to_the_checkout_it_came_from(
@@ -214,7 +268,7 @@ def test_worktree_logs_to_the_checkout_it_came_from(
     (checkout / "worktree").mkdir()
     monkeypatch.chdir(checkout / "worktree")
     monkeypatch.setenv("OMMATID_CHECKOUT", str(checkout))
-    with tracking.training_run(params, {}):
+    with tracking.training_runs(params, {}):
         pass
     assert only_run(client).info.status == "FINISHED"
     assert list((checkout / "worktree").iterdir()) == []
@@ -287,22 +341,22 @@ def test_closed_port_costs_one_warning_and_a_few_seconds(
 ) -> None:
     with FakeServer() as gone:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", gone.uri)
-    sae, began = artefact("sae"), time.monotonic()
-    with tracking.training_run(params, {}) as run:
+    training, began = make_training(params), time.monotonic()
+    with tracking.training_runs(params, {}) as run:
         curves(run.tee(ignore), 100)
-        run.finish(sae)
+        run.finish(training)
     assert time.monotonic() - began < 10
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert "cannot be used" in record.getMessage() and "\n" not in record.getMessage()
     assert "secret" not in record.getMessage()
-    assert tracking.lineage(sae)["mlflow_run_id"] is None
+    assert tracking.lineage(training.each())[ONE]["mlflow_run_id"] is None
     with pytest.raises(RunError, match="start the server"):
         tracking.get_champion()
 
 
 def test_server_that_hangs_in_the_middle(server: FakeServer, params: Params, caplog: pytest.LogCaptureFixture) -> None:
-    sae = artefact("sae")
-    with tracking.training_run(params, {}) as run:
+    training = make_training(params)
+    with tracking.training_runs(params, {}) as run:
         listener = run.tee(ignore)
         curves(listener, 10)
         wait_until(lambda: server.n_points == 20)
@@ -310,7 +364,7 @@ def test_server_that_hangs_in_the_middle(server: FakeServer, params: Params, cap
         began = time.monotonic()
         curves(listener, 10)
         assert time.monotonic() - began < 0.1, "training waits for nothing"
-        run.finish(sae)
+        run.finish(training)
     assert time.monotonic() - began < 12
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
 
@@ -319,7 +373,7 @@ def test_server_that_comes_back_misses_nothing(
     server: FakeServer, params: Params, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    with tracking.training_run(params, {}) as run:
+    with tracking.training_runs(params, {}) as run:
         server.is_hung.set()
         curves(run.tee(ignore), 10)
         wait_until(lambda: caplog.records)

@@ -17,11 +17,13 @@ from fakes import COLOURS, GRID, TileModel, make_artefact, make_images_artefact,
 from ommatid.config import Params, TrainParams
 from ommatid.errors import ConfigError, TrainingError
 from ommatid.evaluate import evaluate
+from ommatid.events import Measured
 from ommatid.extract import extract, towers
 from ommatid.images import decode
 from ommatid.label import label
 from ommatid.label import stage as label_stage
 from ommatid.label.vocabulary import load_words
+from ommatid.sae import trainer
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, Draft, open_draft
 from ommatid.tensors import from_float16, from_float32
@@ -190,8 +192,11 @@ def test_iter_fired_gives_each_latent_once_with_all_its_images(line: dict[str, A
     assert all((np.diff(f.acts) <= 0).all() for f in seen.values())
 
 
-def test_training_killed_in_the_middle_ends_with_the_same_weights(line: dict[str, Artefact], params: Params, tmp_path: Path) -> None:
-    place, section = tmp_path / "sae", params.train
+def test_training_killed_in_the_middle_ends_with_the_same_weights(
+    line: dict[str, Artefact], params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+    place, section = tmp_path / "sae", with_runs(params, [{}])
 
     class Killed(BaseException):
         pass
@@ -200,17 +205,51 @@ def test_training_killed_in_the_middle_ends_with_the_same_weights(line: dict[str
         if getattr(event, "step", 0) > 40:
             raise Killed
 
-    with pytest.raises(Killed), open_draft(place, "sae", section.model_dump(mode="json"), line) as draft:
+    with pytest.raises(Killed), open_draft(place, "training", section.identity(), line) as draft:
         train(section, line, draft, kill)
     assert not place.exists()
-    unbroken = make_artefact(tmp_path / "unbroken", "sae", train, section, line)
+    unbroken = make_artefact(tmp_path / "unbroken", "training", train, section, line)
     steps: list[int] = []
-    with open_draft(place, "sae", section.model_dump(mode="json"), line) as draft:
+    with open_draft(place, "training", section.identity(), line) as draft:
         train(section, line, draft, lambda event: steps.append(getattr(event, "step", 0)))
         again = draft.publish(place)
     assert min(step for step in steps if step) > 20  # it did not start over
-    weights = {f.name: f.sha256 for f in again.manifest.files}
-    assert weights == {f.name: f.sha256 for f in unbroken.manifest.files}
+    assert again.digest == unbroken.digest
+
+
+def with_runs(params: Params, runs: list[dict[str, Any]]) -> TrainParams:
+    return TrainParams.model_validate(params.train.model_dump() | {"runs": runs})
+
+
+def test_training_of_two_saes_killed_between_their_measurements_goes_on_with_both(
+    line: dict[str, Artefact], params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+    place, section = tmp_path / "sae", with_runs(params, [{}, {"d_sae": 12, "k": 2}])
+    first, second = section.each()
+    unbroken = make_artefact(tmp_path / "unbroken", "training", train, section, line)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(event: object) -> None:
+        if isinstance(event, Measured) and event.sae == second and event.step > 20:
+            raise Killed
+
+    with pytest.raises(Killed), open_draft(place, "training", section.identity(), line) as draft:
+        train(section, line, draft, kill)
+    heard: list[Measured] = []
+    with open_draft(place, "training", section.identity(), line) as draft:
+        train(section, line, draft, lambda event: heard.append(event) if isinstance(event, Measured) else None)
+        again = draft.publish(place)
+    assert {event.sae for event in heard} == {first, second}
+    assert min(event.step for event in heard) > 20
+    assert again.digest == unbroken.digest
+    assert again.summary["saes"] == [first, second]
+    assert {name: (sae.manifest.params["d_sae"], sae.manifest.params["k"]) for name, sae in again.each().items()} == {
+        first: (6, 1),
+        second: (12, 2),
+    }
 
 
 def test_embeddings_are_those_of_the_images(line: dict[str, Artefact]) -> None:
@@ -229,8 +268,8 @@ def test_no_training_tokens_is_refused(line: dict[str, Artefact], params: Params
         def rows(self, table: str) -> int:
             return 0
 
-    empty = Empty(activations.path, activations.manifest, activations.digest)
-    with pytest.raises(TrainingError, match="0 training tokens"), open_draft(tmp_path / "sae", "sae", {}, {}) as draft:
+    empty = Empty(activations.folder, activations.manifest, activations.digest)
+    with pytest.raises(TrainingError, match="0 training tokens"), open_draft(tmp_path / "sae", "training", {}, {}) as draft:
         train(params.train, {"extract": empty}, draft)
 
 

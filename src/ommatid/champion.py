@@ -106,14 +106,13 @@ def compare(champion: Scores | None, challenger: Scores, margins: RetrainParams)
 
 
 def decide(params: Params, on_event: Listener = ignore) -> Decision:
-    """Hold what the checkout's stages made against the champion, measured anew on the same evaluation split."""
-    evaluation, catalog = open_stage("evaluate"), open_stage("catalog")
-    challenger = _scores(open_stage("train"), evaluation)
+    """Hold the best SAE that the checkout's stages made against the champion, measured anew on the same evaluation split."""
+    catalog, made = open_stage("catalog"), _read_scores()
+    challenger = max(made.values(), key=lambda scores: scores.gain)
     last, champion = find_champion(), None
     if last is None:
         won, reason = compare(None, challenger, params.retrain)
-    elif last.challenger.digest == challenger.digest:
-        champion = challenger
+    elif champion := made.get(last.challenger.digest):
         won, reason = compare(champion, challenger, params.retrain)
     elif obstacle := _incomparable(_sae_of(last)):
         won, reason = True, f"the champion {last.challenger.sae} cannot be measured on these activations: {obstacle}"
@@ -122,13 +121,13 @@ def decide(params: Params, on_event: Listener = ignore) -> Decision:
         won, reason = compare(champion, challenger, params.retrain)
     return Decision(
         decision="champion" if won else "challenger",
-        reason=reason,
+        reason=reason if len(made) == 1 else f"{reason}; it is the best of {len(made)} SAEs",
         decided_at=datetime.now(UTC),
         challenger=challenger,
         champion=champion,
         margins=params.retrain,
         catalog=catalog.digest,
-        run=_run_of(catalog),
+        run=_run_of(catalog, challenger.sae),
     )
 
 
@@ -187,6 +186,12 @@ def read_decisions() -> list[Decision]:
     return [Decision.model_validate_json(line) for line in whole.splitlines()]
 
 
+def _read_scores() -> dict[str, Scores]:
+    """Of every SAE of the checkout's training, by its digest."""
+    evaluations = open_stage("evaluate").each()
+    return {sae.digest: _scores(sae, evaluations[name]) for name, sae in open_stage("train").each().items()}
+
+
 def _scores(sae: Artefact, evaluation: Artefact) -> Scores:
     return Scores(digest=sae.digest, **{key: evaluation.summary[key] for key in Scores.model_fields if key != "digest"})
 
@@ -200,23 +205,33 @@ def _sae_of(decision: Decision) -> Artefact:
 
 
 def _incomparable(sae: Artefact) -> str | None:
-    """Why the SAE cannot encode the checkout's activations; None: it can."""
-    config: Mapping[str, Any] = json.loads((sae.path / "cfg.json").read_text(encoding="utf-8"))
-    activations = _activations().summary
-    differing = [key for key in ("model", "hookpoint", "d_model") if config[key] != activations[key]]
-    return ", ".join(f"{key} was {config[key]}, is {activations[key]}" for key in differing) or None
+    """Why the SAE cannot encode the checkout's activations, or decodes others; None: it can be measured there."""
+    was, now = _config(sae), _config(_any_sae())
+    differing = [key for key in ("model", "hookpoint", "d_model", "target") if was.get(key) != now.get(key)]
+    return ", ".join(f"{key} was {was.get(key)}, is {now.get(key)}" for key in differing) or None
 
 
-def _activations() -> Artefact:
-    """What the challenger was trained on."""
-    return open_stage("extract", json.loads((open_stage("train").path / "cfg.json").read_text(encoding="utf-8"))["hookpoint"])
+def _any_sae() -> Artefact:
+    """One of the training: all of them encode and decode the same activations."""
+    return next(iter(open_stage("train").each().values()))
+
+
+def _config(sae: Artefact) -> Mapping[str, Any]:
+    return json.loads(sae.file("cfg.json").read_text(encoding="utf-8"))
+
+
+def _activations() -> dict[str, Artefact]:
+    """What the challenger was trained on; of a transcoder also what it decodes."""
+    config = _config(_any_sae())
+    target = {"target": open_stage("extract", config["target"])} if config.get("target") else {}
+    return {"extract": open_stage("extract", config["hookpoint"]), **target}
 
 
 def _measure(sae: Artefact, params: EvaluateParams, on_event: Listener) -> Scores:
     """Evaluate an SAE on the checkout's images and activations."""
     from ommatid.evaluate import evaluate
 
-    inputs = {"images": open_stage("images"), "extract": _activations(), "train": sae}
+    inputs = {"images": open_stage("images"), "train": sae, **_activations()}
     with store.open_draft(PUBLISHED / "evaluation", "evaluation", params.model_dump(mode="json"), inputs) as draft:
         return _scores(sae, draft.sealed() or evaluate(params, inputs, draft, on_event))
 
@@ -227,7 +242,8 @@ def _keep(decision: Decision) -> None:
     if place.exists():
         return
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(open_stage("train").path, aside / "sae")
+    sae = next(sae for sae in open_stage("train").each().values() if sae.digest == decision.challenger.digest)
+    shutil.copytree(sae.path, aside / "sae")
     shutil.copyfile(open_stage("catalog").path / CATALOG.name, aside / CATALOG.name)
     for path in [*aside.rglob("*"), aside]:
         sync(path)
@@ -251,7 +267,7 @@ def _is_settled() -> bool:
 
 
 def _publish_catalog(champion: Decision) -> None:
-    """The champion's catalogue, with every decided SAE in `runs`; readers that hold the old one keep it."""
+    """The champion's catalogue, with every SAE that was decided on in `runs`; readers that hold the old one keep it."""
     from ommatid.catalog.publish import write_runs
 
     aside = CATALOG.with_suffix(".new")
@@ -267,9 +283,9 @@ def _row(decision: Decision) -> dict[str, Any]:
     return {**decision.run, "decision": decision.decision, "decided_at": decision.decided_at, "reason": decision.reason}
 
 
-def _run_of(catalog: Artefact) -> dict[str, Any]:
+def _run_of(catalog: Artefact, sae: str) -> dict[str, Any]:
     from ommatid.catalog import Catalog
 
     with Catalog(catalog.path / CATALOG.name) as opened:
-        (row,) = opened.ask("FROM runs").dicts()
+        (row,) = opened.ask("FROM runs WHERE sae = $sae", {"sae": sae}).dicts()
     return row

@@ -14,7 +14,7 @@ from ommatid.errors import ConfigError, OmmatidError
 if TYPE_CHECKING:
     from ommatid.config import Model, Params
     from ommatid.estimate import Estimate
-    from ommatid.events import Measured, Progress
+    from ommatid.events import Event
     from ommatid.sae.model import SAE
     from ommatid.vlm import Hookpoint
 
@@ -52,7 +52,7 @@ def extract(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, da
 
 @app.command()
 def train(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data: Data = DEFAULT_DATA) -> None:
-    """Train a sparse autoencoder on the activations."""
+    """Train a sparse autoencoder on the activations, or several."""
     _run("train", params, overrides, data)
 
 
@@ -123,19 +123,28 @@ def query(
 @app.command()
 def show(
     latent: Annotated[int | None, typer.Argument(help="Index of the latent; without it, the ten best features.")] = None,
-    to: Annotated[Path | None, typer.Option(help="The PNG to write; default data/pictures/latent-<n>.png or best.png.")] = None,
+    sae: Annotated[str | None, typer.Option(metavar="NAME", help="Which SAE; default: the highest mean MS above its floor.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="All SAEs beside one another instead.")] = False,
+    to: Annotated[
+        Path | None, typer.Option(help="The PNG to write; default data/pictures/latent-<n>.png, best.png or comparison.png.")
+    ] = None,
     catalog: CatalogFile = DEFAULT_CATALOG,
 ) -> None:
-    """Write a picture of a feature: examples by decile with heat maps, its label and its numbers."""
+    """Write a picture of a feature: examples by decile with heat maps, its label and its numbers; or of several SAEs."""
     from ommatid.catalog import Catalog
-    from ommatid.catalog.pictures import draw_best, draw_feature
+    from ommatid.catalog.pictures import draw_best, draw_comparison, draw_feature
 
-    path = to or Path("data/pictures") / ("best.png" if latent is None else f"latent-{latent}.png")
+    if compare and (latent is not None or sae is not None):
+        raise ConfigError("show --compare draws all SAEs: give it no latent and no --sae")
+    name = "comparison.png" if compare else "best.png" if latent is None else f"latent-{latent}.png"
+    path = to or Path("data/pictures") / name
     with Catalog(catalog) as opened:
-        if latent is None:
-            draw_best(opened, path)
+        if compare:
+            draw_comparison(opened, path)
+        elif latent is None:
+            draw_best(opened, path, sae=sae)
         else:
-            draw_feature(opened, latent, path)
+            draw_feature(opened, latent, path, sae)
     typer.echo(path)
 
 
@@ -245,16 +254,18 @@ def _megabytes(n: int) -> str:
 class _Lines:
     """Prints events as lines, at most one every two seconds for each kind of work."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_several_saes: bool = False) -> None:
+        self._has_several_saes = has_several_saes
         self._last: dict[str, float] = {}
 
-    def __call__(self, event: "Progress | Measured") -> None:
-        from ommatid.events import Measured
+    def __call__(self, event: "Event") -> None:
+        from ommatid.events import Measured, Progress
 
         if isinstance(event, Measured):
             values = " ".join(f"{name} {value:.4g}" for name, value in event.values.items())
-            self._print("measured", f"step {event.step}: {values}", last=False)
-        else:
+            whose = f"{event.sae}: " if self._has_several_saes else ""
+            self._print(f"measured {event.sae}", f"{whose}step {event.step}: {values}", last=False)
+        elif isinstance(event, Progress):
             self._print(event.what, f"{event.what}: {event.done} of {event.total}", last=event.done == event.total)
 
     def _print(self, what: str, line: str, last: bool) -> None:
@@ -275,7 +286,7 @@ def _run(name: str, params_file: Path, overrides: list[str] | None, data: str) -
         return _train_together(params, data)
     from ommatid.stage import run_stage
 
-    artefact = run_stage(name, params, _Lines(), data)
+    artefact = run_stage(name, params, _Lines(len(params.train.each()) > 1), data)
     typer.echo(f"{name}: {artefact.url} holds {_sizes(artefact)}")
 
 
@@ -288,7 +299,7 @@ def _train_together(params: "Params", data: str) -> None:
         if ranks.mine():
             follow_training(params, data)
         else:
-            artefact = run_stage("train", params, _Lines(), data)
+            artefact = run_stage("train", params, _Lines(len(params.train.each()) > 1), data)
             typer.echo(f"train: {artefact.url} holds {_sizes(artefact)}")
 
 
@@ -296,9 +307,13 @@ def _sizes(artefact: "object") -> str:
     from ommatid.store import Artefact
 
     assert isinstance(artefact, Artefact)
-    inside = [artefact.child(name, "activations") for name in artefact.children]
-    rows = [f"{one.rows(table)} {table}" for one in inside or [artefact] for table in one.tables]
-    return ", ".join([*rows, f"{sum(f.bytes for one in [artefact, *inside] for f in one.manifest.files) / 1e6:.1f} MB"])
+    inside = list(artefact.each().values())
+    rows: Counter[str] = Counter()
+    for one in inside or [artefact]:
+        rows.update({table: one.rows(table) for table in one.tables})
+    of = [f"{len(inside)} {'hookpoints' if artefact.manifest.kind == 'extraction' else 'SAEs'}"] if len(inside) > 1 else []
+    counts = [f"{n} {table}" for table, n in rows.items()]
+    return ", ".join([*of, *counts, f"{sum(f.bytes for one in [artefact, *inside] for f in one.manifest.files) / 1e6:.1f} MB"])
 
 
 def main() -> None:

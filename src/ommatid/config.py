@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, assert_never
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
@@ -410,6 +410,19 @@ class TrainParams(Section):
                 raise ValueError(f"runs or grid: makes the same SAE twice: {change}")
             saes[_unlike(f"{one.variant.kind}-{one.d_sae}-k{one.k}-s{one.seed}", saes)] = one
         return saes
+
+    @property
+    def aims_at_k(self) -> bool:
+        """Whether k latents are to fire a token; not where the weight of a penalty is given, whatever that leads to."""
+        match self.variant:
+            case ReLU() | Gated():
+                return self.variant.l1 is None
+            case JumpReLU():
+                return self.variant.weight is None
+            case TopK() | BatchTopK() | Matryoshka() | Archetypal():
+                return True
+            case _:
+                assert_never(self.variant)
 
     def _changes(self) -> list[dict[str, Any]]:
         combined = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ommatid import schemas
 from ommatid.config import EvaluateParams
+from ommatid.errors import ArtefactError
 from ommatid.events import Listener, Progress, ignore
 from ommatid.metrics import Fidelity, Firing, Monosemanticity, MonosemanticityInterval, TopImages, nan_mean, purity
 from ommatid.reader import load_sample
-from ommatid.sae.model import SAE, make_untrained
+from ommatid.sae.model import SAE, SAEConfig, make_untrained
 from ommatid.store import Artefact, Draft, part_name
 from ommatid.tensors import from_float16, from_float32
 
@@ -44,20 +45,33 @@ class Images:
     """images.image, (images,)."""
     x: Tensor
     """Activations, (images, tokens, d_model) float32."""
+    target: Tensor
+    """What is to be decoded from them, (images, tokens, d_out) float32: x itself, or activations of another hookpoint."""
     judge: Tensor
     """The judge's embeddings, (images, d_judge) float32."""
 
 
 def evaluate(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
-    """Measure the SAE, an untrained SAE and the raw neurons on the evaluation split."""
-    activations, images = inputs["extract"], inputs["images"]
+    """Measure one SAE, an untrained SAE and the raw neurons on the evaluation split.
+
+    Args:
+        params: The section `evaluate`.
+        inputs: `images`, the activations (`extract`), the SAE (`train`) and, of a transcoder, what it is to decode (`target`).
+        draft: Of the SAE's evaluation.
+        on_event: Hears of both passes.
+
+    Raises:
+        ArtefactError: `target` is not what the SAE was trained to decode.
+    """
+    activations, images, target = inputs["extract"], inputs["images"], inputs.get("target")
     sae = SAE.load(inputs["train"].path)
+    _check_target(sae.config, target)
     name = inputs["train"].summary["sae"]
     subjects = _make_subjects(sae, activations, params)
     labels = _load_labels(images)
     firings = _Firings(draft, name)
     n_images = images.summary["n_eval"]
-    for batch in _stream(activations, sae.config.d_sae, n_images, "evaluate images, first pass", on_event):
+    for batch in _stream(activations, target, sae.config.d_sae, n_images, "evaluate images, first pass", on_event):
         for subject in subjects:
             acts = subject.add(batch)
             if subject.name == "sae":
@@ -67,7 +81,7 @@ def evaluate(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draf
     heat = _Heat(examples)
     for subject in subjects:
         subject.begin_second_pass()
-    for batch in _stream(activations, sae.config.d_sae, n_images, "evaluate images, second pass", on_event):
+    for batch in _stream(activations, None, sae.config.d_sae, n_images, "evaluate images, second pass", on_event):
         for subject in subjects:
             acts = subject.add_again(batch)
             if subject.name == "sae" and activations.summary["grid"]:
@@ -80,12 +94,21 @@ def evaluate(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draf
     return draft.seal(_summarise(params, comparisons, trained, activations))
 
 
+def _check_target(config: SAEConfig, target: Artefact | None) -> None:
+    given = target.summary["hookpoint"] if target else None
+    if given != config.target:
+        raise ArtefactError(
+            f"evaluate: the SAE decodes {config.target or config.hookpoint}, and train.target says {given or config.hookpoint}; "
+            "evaluate with the params of its training, or train again"
+        )
+
+
 class _Subject:
     """A dictionary under evaluation: the SAE, an untrained one, or the raw neurons."""
 
-    def __init__(self, name: str, sae: SAE | None, d_latents: int, d_judge: int, image_activation: str) -> None:
+    def __init__(self, name: str, sae: SAE | None, decodes: bool, d_latents: int, d_judge: int, image_activation: str) -> None:
         self.name = name
-        self.fidelity = Fidelity() if sae else None
+        self.fidelity = Fidelity() if decodes else None
         self.firing = Firing(d_latents)
         self.ms = Monosemanticity(d_latents, d_judge)
         self.top = TopImages(d_latents, N_PURITY)
@@ -99,7 +122,7 @@ class _Subject:
         acts = self._encode(x)
         pooled = self._pool(acts.unflatten(0, batch.x.shape[:2]), dim=1)
         if self._sae and self.fidelity:
-            self.fidelity.add(x, self._sae.decode(acts), int((acts > 0).sum()))
+            self.fidelity.add(batch.target.flatten(0, 1), self._sae.decode(acts), int((acts > 0).sum()))
         self.firing.add(acts, pooled)
         self.ms.add(pooled, batch.judge)
         self.top.add(pooled, batch.numbers)
@@ -157,27 +180,42 @@ class _Subject:
 def _make_subjects(sae: SAE, activations: Artefact, params: EvaluateParams) -> list[_Subject]:
     d_judge, pool = activations.summary["d_judge"], params.image_activation
     untrained = make_untrained(sae.config, load_sample(activations, CALIBRATION_TOKENS), UNTRAINED_SEED)
+    is_transcoder = sae.config.target is not None  # random directions decode the activations they encode, and nothing else
     return [
-        _Subject("sae", sae, sae.config.d_sae, d_judge, pool),
-        _Subject("untrained", untrained, sae.config.d_sae, d_judge, pool),
-        _Subject("neurons", None, sae.config.d_model, d_judge, pool),
+        _Subject("sae", sae, True, sae.config.d_sae, d_judge, pool),
+        _Subject("untrained", untrained, not is_transcoder, sae.config.d_sae, d_judge, pool),
+        _Subject("neurons", None, False, sae.config.d_model, d_judge, pool),
     ]
 
 
-def _stream(activations: Artefact, d_sae: int, n_images: int, what: str, on_event: Listener) -> Iterator[Images]:
+def _stream(activations: Artefact, target: Artefact | None, d_sae: int, n_images: int, what: str, on_event: Listener) -> Iterator[Images]:
     """The evaluation images shard by shard, so many at a time that their activations stay bounded."""
     per_image = activations.summary["tokens_per_image"]
     n = max(1, ENTRIES // (per_image * d_sae))
     done = 0
     for tokens, embedded in zip(activations.parts("eval"), activations.parts("embeddings"), strict=True):
         embeddings = _Embeddings(activations.read_part(embedded, ["image", "judge"]))
-        with activations.open_part(tokens) as file:
-            for rows in file.iter_batches(n * per_image, columns=["image", "x"]):
-                numbers = torch.from_numpy(rows["image"].to_numpy()[::per_image].astype(np.int64))
-                x = from_float16(rows["x"]).float().unflatten(0, (len(numbers), per_image))
-                yield Images(numbers, x, embeddings.take(numbers))
-                done += len(numbers)
-                on_event(Progress(what, done, n_images))
+        ours = _iter_tokens(activations, tokens, n * per_image)
+        theirs = _iter_tokens(target, tokens, n * per_image) if target else None
+        for image, x in ours:
+            numbers = image[::per_image].contiguous()
+            shape = (len(numbers), per_image)
+            y = x if theirs is None else _same_images(image, *next(theirs))
+            yield Images(numbers, x.unflatten(0, shape), y.unflatten(0, shape), embeddings.take(numbers))
+            done += len(numbers)
+            on_event(Progress(what, done, n_images))
+
+
+def _iter_tokens(activations: Artefact, part: str, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images (rows,) int64 and activations (rows, d_model) float32 of a part, n rows at a time."""
+    with activations.open_part(part) as file:
+        for rows in file.iter_batches(n, columns=["image", "x"]):
+            yield torch.from_numpy(rows["image"].to_numpy().astype(np.int64)), from_float16(rows["x"]).float()
+
+
+def _same_images(image: Tensor, other: Tensor, y: Tensor) -> Tensor:
+    assert torch.equal(image, other), f"rows of two hookpoints are of other images: {image[:3].tolist()}, {other[:3].tolist()}"
+    return y
 
 
 class _Embeddings:

@@ -1,7 +1,7 @@
 """What a running stage tells whoever listens: the terminal, MLflow, Prefect. Stages know none of these."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Measured:
-    """Numbers at one step of training."""
+    """Numbers of one SAE at one step of training."""
 
     sae: str
     """Name of the SAE: key of `TrainParams.each`."""
@@ -48,3 +48,12 @@ Listener = Callable[[Event], None]
 
 def ignore(event: Event) -> None:
     """The listener that does nothing."""
+
+
+def about(sae: str, is_only: bool, listener: Listener) -> Listener:
+    """A listener for work on one SAE: progress carries the SAE's name where there are others."""
+
+    def listen(event: Event) -> None:
+        listener(replace(event, what=f"{sae}: {event.what}") if isinstance(event, Progress) and not is_only else event)
+
+    return listen

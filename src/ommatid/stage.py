@@ -1,20 +1,21 @@
 """One stage from end to end: inputs opened, draft computed, gate passed, artefact in place."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, Any, assert_never
 
 from ommatid import quality, store
-from ommatid.config import ExtractFiles, ExtractParams, Params, Section
+from ommatid.config import ExtractFiles, ExtractParams, Params, Section, TrainParams
 from ommatid.errors import ArtefactError, GateError
-from ommatid.events import Listener, Progress
+from ommatid.events import Listener, Progress, about
 from ommatid.folder import Folder, open_folder
-from ommatid.store import Artefact, Draft
+from ommatid.store import INSIDE, Artefact, Draft
 
 if TYPE_CHECKING:
-    from ommatid.tracking import Run
+    from ommatid.tracking import Runs
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,18 @@ class Stage:
 STAGES: Mapping[str, Stage] = {
     "images": Stage("images", Path("data/images"), ()),
     "extract": Stage("extraction", Path("data/activations"), ("images",)),
-    "train": Stage("sae", Path("data/sae"), ("extract",)),
-    "evaluate": Stage("evaluation", Path("data/evaluation"), ("images", "extract", "train")),
-    "label": Stage("labels", Path("data/labels"), ("images", "extract", "train", "evaluate")),
+    "train": Stage("training", Path("data/sae"), ("extract",)),
+    "evaluate": Stage("evaluations", Path("data/evaluation"), ("images", "extract", "train")),
+    "label": Stage("labellings", Path("data/labels"), ("images", "extract", "train", "evaluate")),
     "catalog": Stage("catalog", Path("data/catalog"), ("images", "extract", "train", "evaluate", "label")),
 }
 
 DATA = "data"
 """Root of the artefacts where no other is given, relative to the checkout."""
 TRACKED = ("train", "evaluate", "label")
-"""Stages that say something of one SAE: their numbers go to its MLflow run."""
+"""Stages with an artefact inside for each SAE: its numbers go to the SAE's MLflow run."""
+DECODING = ("train", "evaluate")
+"""Stages that compare what an SAE decodes with what it should: of a transcoder they read `target`, too."""
 QUALITY = Path("data/quality")
 """Folder of the gates' reports, relative to the checkout, wherever the artefacts are."""
 
@@ -86,11 +89,11 @@ def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA, r
     with store.open_draft(place, stage.kind, section.identity(), inputs, on_wait) as draft:
         if draft.published:
             return draft.published
-        with _training_run(name, params, inputs) as run:
-            artefact = draft.sealed() or _compute(name, params, inputs, draft, run.tee(on_event) if run else on_event)
-            report = _gate(name, artefact, params, draft, reports, must_pass)
-            if run:
-                run.finish(artefact)
+        with _training_runs(name, params, inputs) as runs:
+            artefact = draft.sealed() or _compute(name, params, inputs, draft, runs.tee(on_event) if runs else on_event)
+            report = _gate(name, artefact, params, inputs.get("train", artefact), draft, reports, must_pass)
+            if runs:
+                runs.finish(artefact)
         published = draft.publish(place)
     if name in TRACKED:
         _track(name, inputs.get("train", published), published, report, reports)
@@ -117,7 +120,7 @@ def _open_inputs(name: str, params: Params, data: str) -> dict[str, Artefact]:
     stages = STAGES[name].inputs
     if name == "extract" and isinstance(params.extract, ExtractFiles):
         return {}
-    inputs = {"extract": open_stage("extract", params.hookpoint, data)} if "extract" in stages else {}
+    inputs = _open_activations(name, params, data) if "extract" in stages else {}
     if inputs and "images" in stages and inputs["extract"].summary.get("source") == "files":
         raise ArtefactError(
             f"{inputs['extract'].url}: {name} needs images and a judge's embeddings of them, and these activations were imported from "
@@ -127,18 +130,47 @@ def _open_inputs(name: str, params: Params, data: str) -> dict[str, Artefact]:
     return inputs | {other: open_stage(other, params.hookpoint, data) for other in stages if other != "extract"}
 
 
-def _training_run(name: str, params: Params, inputs: dict[str, Artefact]) -> AbstractContextManager["Run | None"]:
-    """The MLflow run that training is recorded in; it fails with the gate."""
+def _open_activations(name: str, params: Params, data: str) -> dict[str, Artefact]:
+    """`extract`: what is encoded; and for those that decode something else, `target`."""
+    activations = open_stage("extract", params.hookpoint, data)
+    if params.train.target is None or name not in DECODING:
+        return {"extract": activations}
+    target = open_stage("extract", params.train.target, data)
+    _check_pair(activations, target)
+    return {"extract": activations, "target": target}
+
+
+def _check_pair(activations: Artefact, target: Artefact) -> None:
+    """Whether the rows of two hookpoints are of the same tokens, in the same order.
+
+    Raises:
+        ArtefactError: they are not.
+    """
+    one, other = activations.summary, target.summary
+    differing = [f"{key} {one[key]} and {other[key]}" for key in ("tokens_per_image", "grid") if one[key] != other[key]]
+    if activations.manifest.params.get("max_norm") is not None:
+        differing.append("extract.max_norm left out other tokens of each")
+    if differing:
+        raise ArtefactError(
+            f"train.target: {other['hookpoint']} cannot be reconstructed from {one['hookpoint']}, their tokens are not the same: "
+            f"{'; '.join(differing)}; name a hookpoint with the same tokens, and extract with max_norm: null"
+        )
+
+
+def _training_runs(name: str, params: Params, inputs: dict[str, Artefact]) -> AbstractContextManager["Runs | None"]:
+    """The MLflow runs that training is recorded in; they fail with the gate."""
     if name != "train":
         return nullcontext()
     from ommatid import tracking
 
-    return tracking.training_run(params, inputs)
+    return tracking.training_runs(params, inputs)
 
 
-def _gate(name: str, artefact: Artefact, params: Params, draft: Draft, reports: Path, must_pass: bool) -> list[Path]:
+def _gate(name: str, artefact: Artefact, params: Params, training: Artefact, draft: Draft, reports: Path, must_pass: bool) -> list[Path]:
     """Check the artefact; gives the report's files. What fails and must not is discarded."""
-    report = quality.check(name, artefact, params)
+    # what each SAE was made by stands in its manifest: params may have been overridden for the training alone
+    saes = {own: TrainParams.model_validate(sae.manifest.params) for own, sae in training.each().items()} if name in TRACKED else {}
+    report = quality.check(name, artefact, params, saes)
     json_path, html_path = quality.write_report(report, reports)
     if must_pass and not report.success:
         draft.discard()
@@ -147,15 +179,19 @@ def _gate(name: str, artefact: Artefact, params: Params, draft: Draft, reports: 
     return [json_path, html_path]
 
 
-def _track(name: str, sae: Artefact, artefact: Artefact, report: list[Path], reports: Path) -> None:
-    """Numbers and reports go to the MLflow run of the SAE; its training takes along the reports of what came before."""
+def _track(name: str, training: Artefact, artefact: Artefact, report: list[Path], reports: Path) -> None:
+    """Numbers and reports go to the MLflow run of each SAE; the training takes along the reports of what came before."""
     from ommatid import tracking
 
     if name == "train":
         before = [reports / f"{earlier}{suffix}" for earlier in ("images", "extract") for suffix in (".json", ".html")]
         report = [*(path for path in before if path.exists()), *report]
-    numbers = {key: float(value) for key, value in artefact.summary.items() if isinstance(value, int | float)}
-    tracking.log_stage(name, sae, report, numbers)
+    numbers = {sae: _numbers(made.summary) for sae, made in artefact.each().items()}
+    tracking.log_stage(name, training.each(), report, numbers)
+
+
+def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
+    return {key: float(value) for key, value in summary.items() if isinstance(value, int | float)}
 
 
 def _compute(name: str, params: Params, inputs: dict[str, Artefact], draft: Draft, on_event: Listener) -> Artefact:
@@ -173,18 +209,42 @@ def _compute(name: str, params: Params, inputs: dict[str, Artefact], draft: Draf
         case "evaluate":
             from ommatid.evaluate import evaluate
 
-            return evaluate(params.evaluate, inputs, draft, on_event)
+            return _for_each_sae(functools.partial(evaluate, params.evaluate), inputs, draft, on_event)
         case "label":
-            from ommatid.label import label
+            from ommatid.label import label, load_material
 
-            return label(params.label, inputs, draft, on_event)
+            material = functools.cache(lambda: load_material(params.label, inputs))  # only where an SAE is not labelled yet
+            return _for_each_sae(lambda own, child, tell: label(params.label, own, child, tell, material()), inputs, draft, on_event)
         case "catalog":
             from ommatid import tracking
             from ommatid.catalog.build import build_catalog
 
-            return build_catalog(params.catalog, inputs, draft, tracking.lineage(inputs["train"]), on_event)
+            return build_catalog(params.catalog, inputs, draft, tracking.lineage(inputs["train"].each()), on_event)
         case _:
             raise AssertionError(f"no stage {name!r}")
+
+
+def _for_each_sae(
+    make: Callable[[Mapping[str, Artefact], Draft, Listener], Artefact], inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener
+) -> Artefact:
+    """Run a stage for every SAE of the training, into an artefact inside each; what a run that died has sealed is kept.
+
+    Args:
+        make: Makes it for one SAE, from its own artefacts of the stages before.
+        inputs: Of the stage.
+        draft: Of the stage.
+        on_event: Hears which SAE it is about where there are several.
+    """
+    names = inputs["train"].children
+    made: dict[str, Artefact] = {}
+    for name in names:
+        own = {
+            stage: artefact.child(name, INSIDE[artefact.manifest.kind]) if stage in TRACKED else artefact
+            for stage, artefact in inputs.items()
+        }
+        child = draft.child(name, INSIDE[draft.kind], inputs=own)
+        made[name] = child.sealed() or make(own, child, about(name, len(names) == 1, on_event))
+    return draft.seal({"saes": names, "of": {name: _numbers(artefact.summary) for name, artefact in made.items()}})
 
 
 def _extract(params: ExtractParams | ExtractFiles, inputs: dict[str, Artefact], draft: Draft, on_event: Listener) -> Artefact:

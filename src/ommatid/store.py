@@ -57,7 +57,7 @@ class Manifest:
     """What manifest.json says of an artefact."""
 
     kind: str
-    """images, extraction, activations, sae, evaluation, labels or catalog."""
+    """images, extraction, training, evaluations, labellings or catalog; of what is inside one: see `INSIDE`."""
     schema_version: int
     """`schemas.SCHEMA_VERSION` of the writer."""
     params: dict[str, Any]
@@ -102,6 +102,9 @@ class Manifest:
 
 
 _FILE_KEYS = frozenset(("name", "bytes", "sha256", "rows"))
+
+INSIDE = {"extraction": "activations", "training": "sae", "evaluations": "evaluation", "labellings": "labels"}
+"""Kind of the artefacts inside one of this kind: one a hookpoint, or one an SAE."""
 
 
 class Artefact:
@@ -247,6 +250,14 @@ class Artefact:
             _raise_damage(self.folder, [f"{listed.name}: checksum differs"])
         return child
 
+    def each(self) -> dict[str, "Artefact"]:
+        """All artefacts inside this one, by name.
+
+        Raises:
+            ArtefactError: one is damaged, or not the one that this manifest lists.
+        """
+        return {name: self.child(name, INSIDE[self.manifest.kind]) for name in self.children}
+
     def verify(self) -> None:
         """Read every byte, of children too, and compare checksums.
 
@@ -367,7 +378,7 @@ class Writer:
         home = self._home(name)
         if isinstance(home, Disk):
             return home.path / name
-        path = self.scratch / "fetched" / name
+        path = self.scratch / "fetched" / self.folder.name / name  # children share the scratch folder
         if not path.exists():
             home.fetch(name, path)
         return path
@@ -459,13 +470,21 @@ class Draft(Writer):
                 (here / SCRATCH).mkdir(parents=True, exist_ok=True)
         return Writer(folder, here)
 
-    def child(self, name: str, kind: str) -> "Draft":
-        """An artefact inside this one, with the same params and inputs and a manifest of its own; seal it first."""
+    def child(self, name: str, kind: str, params: Mapping[str, Any] | None = None, inputs: Mapping[str, Artefact] | None = None) -> "Draft":
+        """An artefact inside this one, with a manifest of its own; seal it first.
+
+        Args:
+            name: Of its folder.
+            kind: Its kind.
+            params: Those that made it; None: the same as of this one.
+            inputs: Artefacts that it is made from; None: the same as of this one.
+        """
         folder = self.folder / name
         if isinstance(folder, Disk):
             with writing(folder.path):
                 folder.path.mkdir(exist_ok=True)
-        child = Draft(folder, self._here, kind, self._params, self._inputs)
+        digests = self._inputs if inputs is None else _digests(inputs)
+        child = Draft(folder, self._here, kind, self._params if params is None else params, digests)
         child._top = self._top
         mine = {own: file for own, file in self._described.items() if own.startswith(f"{name}/")}
         child._described = {(inside := own.removeprefix(f"{name}/")): replace(file, name=inside) for own, file in mine.items()}
@@ -575,7 +594,7 @@ def open_draft(
             published = _published(target, kind, here) if waited else None
             if published is None:
                 _begin(folder, here)
-        draft = Draft(folder, here, kind, params, {name: artefact.digest for name, artefact in inputs.items()})
+        draft = Draft(folder, here, kind, params, _digests(inputs))
         draft.published = published
         yield draft
     finally:
@@ -701,8 +720,12 @@ def _child_of(name: str) -> str | None:
 
 
 def _key(kind: str, params: Mapping[str, Any], inputs: Mapping[str, Artefact]) -> str:
-    parts = [kind, dict(params), {name: a.digest for name, a in inputs.items()}, _code_digest(), SCHEMA_VERSION]
+    parts = [kind, dict(params), _digests(inputs), _code_digest(), SCHEMA_VERSION]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _digests(inputs: Mapping[str, Artefact]) -> dict[str, str]:
+    return {name: artefact.digest for name, artefact in inputs.items()}
 
 
 @functools.cache
@@ -734,8 +757,11 @@ _MADE_BY = {
     "images": "images",
     "extraction": "extract",
     "activations": "extract",
+    "training": "train",
     "sae": "train",
+    "evaluations": "evaluate",
     "evaluation": "evaluate",
+    "labellings": "label",
     "labels": "label",
     "catalog": "catalog",
 }

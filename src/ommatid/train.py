@@ -17,6 +17,7 @@ from ommatid.reader import Columns, Share, iter_batches, load_sample
 from ommatid.sae import ranks
 from ommatid.sae.learner import CURVE_COLUMNS, Learner, Sample
 from ommatid.sae.model import CONFIG, WEIGHTS
+from ommatid.sae.schedule import make_plan
 from ommatid.sae.step import Batch
 from ommatid.sae.trainer import Trainer
 from ommatid.store import Artefact, Draft
@@ -26,6 +27,8 @@ SAMPLE = 16384
 """Tokens from which scale, mean and initial directions are taken."""
 BATCHES_AHEAD = 4
 """Ready before the step that needs them."""
+SUMMARISED = ("sae", "n_steps", "n_tokens", "fvu", "l0", "dead")
+"""What the training's summary says of each SAE."""
 
 
 def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
@@ -43,11 +46,11 @@ def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_
             save_file(tensors, path)
 
     ranks.call()
-    learners = fit(params, inputs, saved, save, on_event)
-    for name, learner in learners.items():
-        _write(learner, inputs, draft.child(name, "sae"))
-    first = next(iter(learners.values()))
-    return draft.seal({"saes": list(learners), "n_steps": first.plan.n_steps, "n_tokens": first.plan.n_steps * first.plan.batch_size})
+    made: dict[str, Artefact] = {}
+    for name, learner in fit(params, inputs, saved, save, on_event).items():
+        child = draft.child(name, "sae", learner.params.identity())
+        made[name] = child.sealed() or _write(learner, inputs, child)
+    return draft.seal({"saes": list(made), "of": {name: {key: sae.summary[key] for key in SUMMARISED} for name, sae in made.items()}})
 
 
 def follow(params: TrainParams, inputs: Mapping[str, Artefact]) -> None:
@@ -100,6 +103,7 @@ def _learners(
     params: TrainParams, inputs: Mapping[str, Artefact], saved: dict[str, torch.Tensor] | None, device: torch.device
 ) -> Sequence[Learner]:
     n_tokens = inputs["extract"].rows("train")
+    make_plan(params, n_tokens)  # refuses too few before any are read
     if saved is None:
         sample = _load_sample(inputs)
         return [Learner.begin(name, one, n_tokens, sample, device) for name, one in params.each().items()]
@@ -134,8 +138,7 @@ def _write(learner: Learner, inputs: Mapping[str, Artefact], draft: Draft) -> Ar
     draft.write_table("curves.parquet", _curves(learner))
     final = dict(zip(CURVE_COLUMNS, learner.curves[-1].tolist(), strict=True))
     summary = {
-        "sae": f"{learner.name}-{draft.describe(WEIGHTS).sha256[:8]}",
-        "params": learner.params.model_dump(mode="json", exclude={"runs", "grid"}),
+        "sae": f"{learner.name}-{draft.describe(WEIGHTS).sha256[:8]}",  # the name of another training's SAE may be the same
         "n_steps": plan.n_steps,
         "n_tokens": plan.n_steps * plan.batch_size,
         "fvu": final["fvu"],

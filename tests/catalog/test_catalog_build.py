@@ -6,6 +6,7 @@ It is replaced whole or not at all: by a killed process, a full disk or damaged 
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import catalog_artefacts as artefacts
@@ -30,6 +31,7 @@ GRAIN = {
     "features": "sae, latent",
     "runs": "sae",
 }
+COUNTS = {"images": 6, "latents": 4, "examples": 7, "firings": 7, "labels": 5, "neighbours": 8, "comparisons": 3, "features": 4, "runs": 1}
 
 
 # ---- relations
@@ -100,13 +102,17 @@ def test_runs_name_where_the_sae_comes_from(tmp_path: Path) -> None:
     assert run.pop("created_at").year >= 2024
     assert run == {
         "sae": artefacts.SAE,
+        "name": artefacts.NAME,
         "model": "lite0",
         "hookpoint": "blocks.15",
+        "target": None,
+        "variant": "batch_topk",
+        "k": 2,
         **artefacts.LINEAGE,
         "git_dirty": False,
         "images_digest": inputs["images"].digest,
         "activations_digest": inputs["train"].manifest.inputs["extract"],
-        "sae_digest": inputs["train"].digest,
+        "sae_digest": inputs["train"].each()[artefacts.NAME].digest,
         "fvu": 0.2,
         "l0": 2.0,
         "dead": 0.25,
@@ -137,10 +143,49 @@ def test_images_say_what_the_model_sees_of_them(tmp_path: Path, resize: list[int
 
 def test_summary_counts_the_rows(tmp_path: Path) -> None:
     summary = artefacts.build(tmp_path, artefacts.make_inputs(tmp_path)).summary
-    assert summary["sae"] == artefacts.SAE
-    assert summary["rows"] == dict(
-        images=6, latents=4, examples=7, firings=7, labels=5, neighbours=8, comparisons=3, features=4, runs=1
-    )  # fmt: skip
+    assert summary["saes"] == [artefacts.NAME]
+    assert summary["rows"] == COUNTS
+
+
+# ---- several SAEs
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Catalog]:
+    root = tmp_path_factory.mktemp("two")
+    artefacts.build(root, artefacts.make_inputs(root, names=[artefacts.NAME, artefacts.OTHER]))
+    with Catalog(artefacts.path_in(root)) as opened:
+        yield opened
+
+
+def test_every_relation_holds_all_saes_and_of_each_what_it_holds_alone(two: Catalog, catalog: Catalog) -> None:
+    other = f"{artefacts.OTHER}-00000000"
+    for relation in set(GRAIN) - {"images", "runs"}:
+        counts = dict(two.rows(f"SELECT sae, count(*) FROM {relation} GROUP BY sae"))
+        assert counts.keys() == {artefacts.SAE, other}
+        assert counts[artefacts.SAE] == COUNTS[relation]
+        mine = "FROM {} WHERE sae = ? ORDER BY ALL"
+        assert two.rows(mine.format(relation), [artefacts.SAE]) == catalog.rows(mine.format(relation), [artefacts.SAE])
+    assert two.rows("SELECT latent, other, round(cosine::DOUBLE, 4) FROM neighbours WHERE sae = ? ORDER BY latent", [other]) == [
+        (0, 1, 0.8),
+        (1, 0, 0.8),
+    ]
+
+
+def test_runs_give_each_sae_its_own_name_lineage_and_params(two: Catalog) -> None:
+    rows = two.rows("SELECT name, k, n_latents, n_labelled, mlflow_run_id, params->'train'->'k' FROM runs ORDER BY sae")
+    assert rows == [
+        (artefacts.OTHER, 1, 2, 2, f"run of {artefacts.OTHER}", "1"),
+        (artefacts.NAME, 2, 4, 2, "run-1", "2"),
+    ]
+    assert two.rows("SELECT count(DISTINCT sae_digest) FROM runs") == [(2,)]
+
+
+def test_an_sae_that_was_not_labelled_is_named(tmp_path: Path) -> None:
+    inputs = artefacts.make_inputs(tmp_path, names=[artefacts.NAME, artefacts.OTHER])
+    fewer = artefacts.make_inputs(tmp_path / "fewer")
+    with pytest.raises(ArtefactError, match=f"labels: has no '{artefacts.OTHER}' inside; it has {artefacts.NAME}"):
+        artefacts.build(tmp_path, {**inputs, "label": fewer["label"]})
 
 
 # ---- neighbours
@@ -191,7 +236,8 @@ sys.path.insert(0, sys.argv[1])
 import catalog_artefacts as artefacts
 from ommatid import store
 root = Path(sys.argv[2])
-places = {"images": ("images", "images"), "train": ("sae", "sae"), "evaluate": ("evaluation", "evaluation"), "label": ("labels", "labels")}
+places = {"images": ("images", "images"), "train": ("sae", "training")}
+places |= {"evaluate": ("evaluation", "evaluations"), "label": ("labels", "labellings")}
 inputs = {stage: store.open_artefact(root / place, kind) for stage, (place, kind) in places.items()}
 """
 
@@ -235,16 +281,16 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_all_damaged_inputs_are_named(tmp_path: Path) -> None:
     inputs = artefacts.make_inputs(tmp_path)
-    latents, image_part = tmp_path / "evaluation/latents.parquet", tmp_path / "images/images-00001.parquet"
+    latents, image_part = tmp_path / f"evaluation/{artefacts.NAME}/latents.parquet", tmp_path / "images/images-00001.parquet"
     latents.write_bytes(latents.read_bytes()[:-40])
     image_part.write_bytes(b"x" * image_part.stat().st_size)
-    with pytest.raises(ArtefactError, match=r"(?s)images-00001\.parquet: checksum differs.*latents\.parquet: \d+ bytes, the manifest says"):
+    with pytest.raises(ArtefactError, match=r"(?s)images-00001\.parquet: checksum differs.*latents\.parquet: checksum differs"):
         artefacts.build(tmp_path, inputs)
     assert not (tmp_path / "catalog").exists()
 
 
 def test_a_damaged_sae_is_named(tmp_path: Path) -> None:
     inputs = artefacts.make_inputs(tmp_path)
-    (tmp_path / "sae/sae.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ArtefactError, match=r"sae\.safetensors: 7 bytes"):
+    (tmp_path / f"sae/{artefacts.NAME}/sae.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ArtefactError, match=rf"sae: damaged \(1\): {artefacts.NAME}/sae\.safetensors: checksum differs"):
         artefacts.build(tmp_path, inputs)

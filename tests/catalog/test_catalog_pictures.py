@@ -5,12 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import catalog_artefacts
 import numpy as np
 import pytest
 from PIL import Image
 
 from ommatid.catalog import Catalog
-from ommatid.catalog.pictures import GUTTER, MARGIN, SIDE, TOP, Example, _overlaid, draw_best, draw_feature
+from ommatid.catalog.pictures import choose_sae, draw_best, draw_comparison, draw_feature
+from ommatid.catalog.pictures.examples import SIDE, Example, overlaid
+from ommatid.catalog.pictures.feature import GUTTER, TOP
+from ommatid.catalog.pictures.page import MARGIN
 from ommatid.errors import QueryError
 
 WIDTH = 1326
@@ -64,22 +68,22 @@ def test_same_input_same_bytes(catalog: Catalog, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("latent", [4, -1])
 def test_an_unknown_latent_names_the_range(catalog: Catalog, tmp_path: Path, latent: int) -> None:
-    with pytest.raises(QueryError, match=f"no latent {latent}; the catalogue has 0 to 3"):
+    with pytest.raises(QueryError, match=f"no latent {latent}; {catalog_artefacts.SAE} has 0 to 3"):
         draw_feature(catalog, latent, tmp_path / "x.png")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_heat_lies_where_the_model_looks() -> None:
     wide = Image.new("RGB", (40, 20), (128, 128, 128))
-    tile = _overlaid(Example(10, 1.0, np.ones((2, 2), np.float32), wide, (0.5, 1.0)), 1.0, side=80)
-    hot = (tile != _overlaid(Example(10, 1.0, None, wide, (0.5, 1.0)), 1.0, side=80)).any(axis=2)
+    tile = overlaid(Example(10, 1.0, np.ones((2, 2), np.float32), wide, (0.5, 1.0)), 1.0, side=80)
+    hot = (tile != overlaid(Example(10, 1.0, None, wide, (0.5, 1.0)), 1.0, side=80)).any(axis=2)
     rows, cols = np.nonzero(hot)
     assert (rows.min(), rows.max() + 1, cols.min(), cols.max() + 1) == (20, 60, 20, 60)
 
 
 def test_contact_sheet_shows_the_best_that_rest_on_enough_images(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw_best(catalog, tmp_path / "none.png")
-    monkeypatch.setattr("ommatid.catalog.pictures.MIN_IMAGES", 2)
+    monkeypatch.setattr("ommatid.catalog.pictures.best.MIN_IMAGES", 2)
     draw_best(catalog, tmp_path / "two.png", n=5)
     draw_best(catalog, tmp_path / "one.png", n=1)
     heights = [pixels(tmp_path / f"{name}.png").shape[0] for name in ("none", "one", "two")]
@@ -92,3 +96,47 @@ def test_show_writes_and_names_the_picture(file: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "data/pictures/latent-0.png", done.stderr
     assert pixels(tmp_path / done.stdout.strip()).shape[1] == WIDTH
+
+
+# ---- several SAEs
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("several")
+    names = [catalog_artefacts.NAME, catalog_artefacts.OTHER]
+    catalog_artefacts.build(root, catalog_artefacts.make_inputs(root, names=names))
+    return catalog_artefacts.path_in(root)
+
+
+def test_the_best_sae_is_shown_unless_one_is_named_by_either_of_its_names(several: Path) -> None:
+    with Catalog(several) as catalog:
+        assert choose_sae(catalog) == catalog_artefacts.SAE
+        for name in (catalog_artefacts.OTHER, f"{catalog_artefacts.OTHER}-00000000"):
+            assert choose_sae(catalog, name) == f"{catalog_artefacts.OTHER}-00000000"
+
+
+def test_an_unknown_sae_names_those_there_are(several: Path) -> None:
+    says = (
+        f"no SAE 'batch_topk-4-k2-s1'; did you mean {catalog_artefacts.NAME}\\? .* has {catalog_artefacts.NAME}, {catalog_artefacts.OTHER}"
+    )
+    with Catalog(several) as catalog, pytest.raises(QueryError, match=says):
+        choose_sae(catalog, "batch_topk-4-k2-s1")
+
+
+def test_a_picture_of_the_named_sae_differs_and_knows_its_latents(several: Path, tmp_path: Path) -> None:
+    with Catalog(several) as catalog:
+        draw_feature(catalog, 1, tmp_path / "best.png")
+        draw_feature(catalog, 1, tmp_path / "other.png", catalog_artefacts.OTHER)
+        with pytest.raises(QueryError, match=f"no latent 2; {catalog_artefacts.OTHER}-00000000 has 0 to 1"):
+            draw_feature(catalog, 2, tmp_path / "x.png", catalog_artefacts.OTHER)
+    assert (tmp_path / "best.png").read_bytes() != (tmp_path / "other.png").read_bytes()
+
+
+def test_a_comparison_has_a_row_for_each_sae(several: Path, file: Path, tmp_path: Path) -> None:
+    heights = []
+    for path in (file, several):
+        with Catalog(path) as catalog:
+            draw_comparison(catalog, tmp_path / "comparison.png")
+        heights.append(pixels(tmp_path / "comparison.png").shape[0])
+    assert heights[1] - heights[0] == 22

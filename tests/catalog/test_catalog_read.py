@@ -98,7 +98,7 @@ def test_what_could_escape_is_refused(catalog: Catalog, sql: str, tmp_path: Path
     with pytest.raises(QueryError) as refused:
         catalog.rows(sql.replace("{outside}", str(outside)))
     assert REFUSED[sql] in str(refused.value)
-    assert "42" not in str(refused.value)
+    assert "42" not in str(refused.value).replace(str(tmp_path), "")
     assert [path.name for path in tmp_path.iterdir()] == ["outside.csv"]
     assert catalog.rows("SELECT count(*) FROM features") == [(4,)]
 

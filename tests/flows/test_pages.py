@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import catalog_artefacts
+
 from flows import pages
 from ommatid.champion import Decision, Scores
 from ommatid.config import RetrainParams
+from ommatid.stage import STAGES
 
 
 def report(root: Path, stage: str, success: bool = True) -> None:
@@ -47,8 +50,25 @@ def test_the_headline_has_evaluation_and_labels(tmp_path: Path) -> None:
     assert "# evaluate" in table and "# label" in table and "| `fvu` | 0.1235 |" in table
 
 
+def test_the_headline_of_several_saes_has_a_column_for_each(tmp_path: Path) -> None:
+    (tmp_path / "data/quality").mkdir(parents=True)
+    summary = {"topk-8-k2-s0.fvu": 0.25, "topk-8-k2-s0.n": 5, "topk-8-k4-s0.fvu": 0.125}
+    (tmp_path / "data/quality/evaluate.json").write_text(json.dumps({"success": True, "summary": summary, "checks": []}))
+    table = str(pages.headline(tmp_path))
+    assert "|  | topk-8-k2-s0 | topk-8-k4-s0 |" in table
+    assert "| `fvu` | 0.25 | 0.125 |" in table and "| `n` | 5 |  |" in table
+
+
 def test_no_catalogue_no_picture(tmp_path: Path) -> None:
     assert pages.features(tmp_path) is None
+    assert pages.comparison(tmp_path) is None
+
+
+def test_pictures_need_no_network(tmp_path: Path) -> None:
+    place = tmp_path / STAGES["catalog"].place
+    catalog_artefacts.build(place.parent, catalog_artefacts.make_inputs(tmp_path))
+    for page in (pages.features(tmp_path), pages.comparison(tmp_path)):
+        assert page and page.startswith("# The ") and "](data:image/png;base64," in page
 
 
 def test_a_decision_shows_both_sides() -> None:

@@ -1,11 +1,9 @@
 """Stage `catalog`: artefacts in, one DuckDB file out that answers alone."""
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from safetensors import SafetensorError
 
 from ommatid import schemas
 from ommatid.catalog.neighbours import iter_neighbours
+from ommatid.catalog.origins import Lineage, OneSAE, iter_saes, make_runs
 from ommatid.catalog.settings import SEALED, memory_limit, quote
 from ommatid.config import CatalogParams
 from ommatid.errors import ArtefactError
@@ -40,25 +39,23 @@ RELATIONS: Mapping[str, tuple[pa.Schema, ...]] = {
 }
 """Each relation, in the order they are built, and the schemas that say what its columns mean where its SQL does not."""
 
-LINEAGE = ("git_commit", "dvc_experiment", "dvc_lock", "mlflow_run_id", "prefect_flow_run_id")
-
 
 def build_catalog(
     params: CatalogParams,
     inputs: Mapping[str, Artefact],
     draft: Draft,
-    lineage: Mapping[str, str | None],
+    lineage: Lineage,
     on_event: Listener = ignore,
 ) -> Artefact:
-    """Build catalog.duckdb from images, SAE (`train`), evaluation and labels.
+    """Build catalog.duckdb from images and all SAEs (`train`), their evaluations and labels.
 
     Args:
         params: The section `catalog`.
         inputs: Artefacts by stage; `images`, `train`, `evaluate` and `label` are needed; with `extract`, images say what the
             model sees of them. The params of all of them are in `runs`.
         draft: Where it is written.
-        lineage: git_commit, git_dirty ("true" or "false"), dvc_experiment, dvc_lock, mlflow_run_id, prefect_flow_run_id;
-            null or absent where there is none.
+        lineage: Of each SAE git_commit, git_dirty ("true" or "false"), dvc_experiment, dvc_lock, mlflow_run_id,
+            prefect_flow_run_id; null or absent where there is none.
         on_event: Hears of each relation.
 
     Raises:
@@ -68,7 +65,7 @@ def build_catalog(
         if not draft.has(CATALOG):
             _write(params, inputs, draft, lineage, on_event)
         return draft.seal(_summary(draft.local(CATALOG), inputs["train"]))
-    except (duckdb.Error, pa.ArrowInvalid, SafetensorError, OSError) as error:
+    except (ArtefactError, duckdb.Error, pa.ArrowInvalid, SafetensorError, OSError) as error:
         _check_inputs(inputs)
         if isinstance(error, (duckdb.IOException, duckdb.FatalException, duckdb.OutOfMemoryException, OSError)):
             raise ArtefactError(f"{draft.url}: the catalogue cannot be written: {error}") from error
@@ -87,16 +84,16 @@ def _check_inputs(inputs: Mapping[str, Artefact]) -> None:
         raise ArtefactError("\n".join(damage))
 
 
-def _write(
-    params: CatalogParams, inputs: Mapping[str, Artefact], draft: Draft, lineage: Mapping[str, str | None], on_event: Listener
-) -> None:
+def _write(params: CatalogParams, inputs: Mapping[str, Artefact], draft: Draft, lineage: Lineage, on_event: Listener) -> None:
     """Everything is made anew in the scratch folder: a database that a dying process left is not worth trusting."""
     work = draft.scratch / "building"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    values = _values(params, inputs, lineage)
-    neighbours = _write_neighbours(inputs["train"], str(values["sae"]), params.n_neighbours, work)
-    values |= _tables(inputs) | {"neighbours": neighbours}
+    saes = dict(iter_saes(inputs))
+    pq.write_table(make_runs(params, inputs, saes, lineage), work / "runs.parquet")
+    preprocessing = inputs["extract"].summary["preprocessing"] if "extract" in inputs else {}
+    values = {"resize": preprocessing.get("resize"), "crop": preprocessing.get("crop"), "runs": str(work / "runs.parquet")}
+    values |= _tables(saes, inputs["images"]) | {"neighbours": _write_neighbours(saes, params.n_neighbours, work)}
     with draft.write_file(CATALOG) as path:
         with duckdb.connect(work / CATALOG, config=_settings(work)) as connection:
             for done, relation in enumerate(RELATIONS, start=1):
@@ -142,50 +139,29 @@ def _meaning(relation: str, column: str) -> str:
     return fields[0].metadata[b"meaning"].decode()
 
 
-def _tables(inputs: Mapping[str, Artefact]) -> dict[str, list[str]]:
-    """The Parquet files of each table, by the name of the parameter in SQL."""
-    sources = {"images": "images", "latents": "evaluate", "examples": "evaluate", "firings": "evaluate", "comparisons": "evaluate"}
-    return {table: [str(path) for path in inputs[stage].files(table)] for table, stage in (sources | {"labels": "label"}).items()}
+def _tables(saes: Mapping[str, OneSAE], images: Artefact) -> dict[str, list[str]]:
+    """The Parquet files of each table, of all SAEs, by the name of the parameter in SQL."""
+    evaluated = {table: [one.evaluation for one in saes.values()] for table in ("latents", "examples", "firings", "comparisons")}
+    sources = {"images": [images], "labels": [one.labels for one in saes.values()], **evaluated}
+    return {table: [str(path) for source in found for path in source.files(table)] for table, found in sources.items()}
 
 
-def _values(params: CatalogParams, inputs: Mapping[str, Artefact], lineage: Mapping[str, str | None]) -> dict[str, Any]:
-    """The parameters of images.sql and runs.sql."""
-    train = inputs["train"]
-    preprocessing = inputs["extract"].summary["preprocessing"] if "extract" in inputs else {}
-    config = json.loads(train.file("cfg.json").read_text(encoding="utf-8"))
-    dirty = lineage.get("git_dirty")
-    sections = {stage: artefact.manifest.params for stage, artefact in inputs.items()} | {"catalog": params.model_dump(mode="json")}
-    return {
-        "sae": train.summary["sae"],
-        "created_at": datetime.now(UTC).replace(tzinfo=None, microsecond=0),
-        "model": config.get("model"),
-        "hookpoint": config.get("hookpoint"),
-        "git_dirty": None if dirty is None else dirty.lower() in ("true", "1", "yes"),
-        "resize": preprocessing.get("resize"),
-        "crop": preprocessing.get("crop"),
-        "images_digest": inputs["images"].digest,
-        "activations_digest": train.manifest.inputs.get("extract"),
-        "sae_digest": train.digest,
-        "params": json.dumps(sections, sort_keys=True),
-        **{name: lineage.get(name) for name in LINEAGE},
-    }
-
-
-def _write_neighbours(train: Artefact, sae: str, n: int, work: Path) -> list[str]:
+def _write_neighbours(saes: Mapping[str, OneSAE], n: int, work: Path) -> list[str]:
     """One Parquet file: DuckDB then reads neighbours as it reads every other table."""
     path = work / "neighbours.parquet"
     with pq.ParquetWriter(path, schemas.NEIGHBOURS) as writer:
-        for table in iter_neighbours(train.path, sae, n):
-            writer.write_table(table)
+        for one in saes.values():
+            for table in iter_neighbours(one.sae.path, one.name, n):
+                writer.write_table(table)
     return [str(path)]
 
 
-def _summary(path: Path, train: Artefact) -> dict[str, Any]:
-    """Rows of each relation."""
+def _summary(path: Path, training: Artefact) -> dict[str, Any]:
+    """Names of the SAEs, and rows of each relation."""
     with duckdb.connect(path, read_only=True, config=dict(SEALED)) as connection:
         counts = {}
         for relation in RELATIONS:
             row = connection.execute(f"SELECT count(*) FROM {relation}").fetchone()
             assert row is not None, relation
             counts[relation] = row[0]
-    return {"sae": train.summary["sae"], "rows": counts}
+    return {"saes": training.children, "rows": counts}

@@ -1,4 +1,4 @@
-"""The relation `runs` of a published catalogue: every SAE that was decided on, not only the one that the catalogue is about."""
+"""The relation `runs` of a published catalogue: every SAE that was decided on, not only those that the catalogue is about."""
 
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -11,7 +11,7 @@ from ommatid.catalog.settings import SEALED
 
 
 def write_runs(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Replace `runs` in a catalogue that nobody reads yet; of several rows about one SAE the last is kept, its grain.
+    """Put rows into `runs` of a catalogue that nobody reads yet, in place of those about the same SAE; of several the last is kept.
 
     A column that the catalogue does not have is left out, one that a row does not have is null: rows may be older than the catalogue.
     """
@@ -19,8 +19,8 @@ def write_runs(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with duckdb.connect(path, config=dict(SEALED)) as connection:
         columns = [name for (name,) in connection.execute("SELECT column_name FROM duckdb_columns() WHERE table_name = 'runs'").fetchall()]
         connection.execute("BEGIN")
-        connection.execute("DELETE FROM runs")
         for row in last.values():
+            connection.execute("DELETE FROM runs WHERE sae = ?", [row["sae"]])
             known = {name: _value(row[name]) for name in columns if name in row}
             names, values = ", ".join(f'"{name}"' for name in known), ", ".join("?" for _ in known)
             connection.execute(f"INSERT INTO runs ({names}) VALUES ({values})", list(known.values()))

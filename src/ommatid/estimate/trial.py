@@ -79,19 +79,19 @@ def _training_as_the_whole(params: Any, data: str, epochs: int, n_tokens: int) -
 
     By themselves they would write a checkpoint each, and count latents as dead, whose revival costs time, after a few batches.
     """
-    from ommatid import train
-    from ommatid.sae import trainer
+    from ommatid.sae import learner, trainer
+    from ommatid.sae.schedule import make_plan
     from ommatid.stage import open_stage
 
-    make_plan, points = trainer.make_plan, trainer.CURVE_POINTS
+    points = trainer.CURVE_POINTS
     whole = make_plan(params.train.model_copy(update={"epochs": epochs}), n_tokens)
     trial = make_plan(params.train, open_stage("extract", params.hookpoint, data).rows("train"))
     trainer.CURVE_POINTS = max(1, trial.n_steps // max(1, whole.n_steps // points))
-    train.make_plan = lambda params, n_tokens: replace(make_plan(params, n_tokens), dead_after=whole.dead_after)
+    learner.make_plan = lambda params, n_tokens: replace(make_plan(params, n_tokens), dead_after=whole.dead_after)
     try:
         yield
     finally:
-        trainer.CURVE_POINTS, train.make_plan = points, make_plan
+        trainer.CURVE_POINTS, learner.make_plan = points, make_plan
 
 
 class _Spans:

@@ -240,6 +240,6 @@ class Trials:
 
 
 def trained_tokens(n_tokens: int, batch_size: int, epochs: int) -> int:
-    """Tokens that training goes through: whole batches, as `sae.trainer.make_plan` counts them."""
+    """Tokens that training goes through: whole batches, as `sae.schedule.make_plan` counts them."""
     batch = max(1, min(batch_size, n_tokens))
     return n_tokens // batch * batch * epochs

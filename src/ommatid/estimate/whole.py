@@ -54,10 +54,13 @@ class Amounts:
     train_tokens: float
     """Rows of the training table: an epoch."""
     firings: float
+    """Of all SAEs."""
     examples: float
-    """Rows of examples with heat maps."""
+    """Rows of examples with heat maps, of all SAEs."""
+    most_examples: float
+    """Of the SAE that has most."""
     scored: float
-    """Latents with a name."""
+    """Latents with a name, of all SAEs."""
 
 
 class Whole:
@@ -82,7 +85,10 @@ class Whole:
         self._artefacts = artefacts
         self._activations = activations
         self._tried = tried
-        self._fired = _count_firings(artefacts["evaluate"], params.train.d_sae)
+        self._evaluations = artefacts["evaluate"].each()
+        self._labels = artefacts["label"].each()
+        self._d_sae = {name: one.d_sae for name, one in params.train.each().items()}
+        self._fired = {name: _count_firings(of, self._d_sae[name]) for name, of in self._evaluations.items()}
 
     def amounts(self, images: Mapping[str, Any]) -> tuple[Amounts, Amounts]:
         """What the largest trials had, and what the whole will have.
@@ -91,29 +97,37 @@ class Whole:
             images: Summary of the images of the whole, or what is known of it: n_images, n_train, n_eval.
         """
         tried = self._artefacts["images"].summary
-        n_train, evaluation = self._activations.rows("train"), self._artefacts["evaluate"]
-        n_eval = evaluation.summary["n_images"]
+        n_train = self._activations.rows("train")
+        n_eval = next(iter(self._evaluations.values())).summary["n_images"]
+        examples = {name: evaluation.rows("examples") for name, evaluation in self._evaluations.items()}
         trial = Amounts(
             images=tried["n_images"],
             train_images=tried["n_train"],
             eval_images=n_eval,
             train_tokens=n_train,
-            firings=evaluation.rows("firings"),
-            examples=evaluation.rows("examples"),
-            scored=self._artefacts["label"].summary["n_scored"],
+            firings=sum(evaluation.rows("firings") for evaluation in self._evaluations.values()),
+            examples=sum(examples.values()),
+            most_examples=max(examples.values()),
+            scored=sum(labels.summary["n_scored"] for labels in self._labels.values()),
         )
         more = images["n_eval"] / max(1, n_eval)
-        fewer = expect_examples(self._fired, self._params.evaluate)
+        expected = [n * self._more_examples(name, more) for name, n in examples.items()]
         whole = Amounts(
             images=images["n_images"],
             train_images=images["n_train"],
             eval_images=images["n_eval"],
             train_tokens=n_train * images["n_train"] / max(1, tried["n_train"]),
             firings=trial.firings * more,
-            examples=trial.examples * expect_examples(self._fired * more, self._params.evaluate) / fewer if fewer else 0.0,
-            scored=float((self._fired * more / 2 >= self._params.label.min_examples).sum()),
+            examples=sum(expected),
+            most_examples=max(expected),
+            scored=float(sum((fired * more / 2 >= self._params.label.min_examples).sum() for fired in self._fired.values())),
         )
         return trial, whole
+
+    def _more_examples(self, name: str, more: float) -> float:
+        """How many times the examples of an SAE's trial there are where every latent fires so many times more often."""
+        before, after = (expect_examples(self._fired[name] * times, self._params.evaluate) for times in (1.0, more))
+        return after / before if before else 0.0
 
     def bytes(self, trial: Amounts, whole: Amounts) -> dict[str, int]:
         """On the disk, by stage."""
@@ -123,12 +137,12 @@ class Whole:
         found = {
             "images": _grown(self._artefacts["images"], {"images": images, "rejected": images}),
             "extract": _grown(self._artefacts["extract"], {}) + sum(self._hookpoint_bytes(name, kept) for name in self._extract.hookpoints),
-            "train": _grown(self._artefacts["train"], {}),
-            "evaluate": _grown(
+            "train": _grown_inside(self._artefacts["train"], {}),
+            "evaluate": _grown_inside(
                 self._artefacts["evaluate"],
                 {"firings": whole.firings / max(1, trial.firings), "examples": whole.examples / max(1, trial.examples)},
             ),
-            "label": _grown(self._artefacts["label"], {}) + self._per_label(trial) * (whole.scored - trial.scored),
+            "label": _grown_inside(self._artefacts["label"], {}) + self._per_label(trial) * (whole.scored - trial.scored),
         }
         found["catalog"] = _grown(self._artefacts["catalog"], {}) + self._catalog_growth(trial, whole)
         return {stage: int(size) for stage, size in found.items()}
@@ -138,7 +152,9 @@ class Whole:
         costs = {stage: fit(tried.warm, tried.alone) for stage, tried in self._tried.items() if tried.alone}
         label = self._tried["label"]
         assert label.alone is not None
-        per_score = label.spans.get("score labels", 0.0) / max(1.0, trial.scored)
+        # with several SAEs each has its own: `about` names it first
+        seconds = sum(span for what, span in label.spans.items() if what.endswith("score labels"))
+        per_score = seconds / max(1.0, trial.scored)
         return costs | {"label": Cost(Timed(trial.scored, label.alone.seconds), per_score)}
 
     def work(self, whole: Amounts, n_items: int) -> dict[str, float]:
@@ -159,8 +175,8 @@ class Whole:
         return {stage: int(tried.peak + max(0.0, after[stage] - before[stage])) for stage, tried in self._tried.items() if tried.alone}
 
     def while_running(self, whole: Amounts, extract: int) -> int:
-        """Bytes on the disk that only a running stage needs: the chunks of a shard of so large an extraction, or the checkpoint."""
-        weights = 4 * self._params.train.d_sae * self._activations.summary["d_model"]
+        """Bytes on the disk that only a running stage needs: the chunks of a shard of so large an extraction, or checkpoints."""
+        weights = 4 * sum(self._d_sae.values()) * self._activations.summary["d_model"]
         return int(max(extract * min(1.0, IMAGES_PER_SHARD / max(1.0, whole.images)), 6 * weights))
 
     def _held(self, amounts: Amounts, catalog: int) -> dict[str, float]:
@@ -174,7 +190,7 @@ class Whole:
             "images": PART_COPIES * self._part(amounts) + IMAGE_NOTE * amounts.images,
             "extract": CHUNK_COPIES * self._chunk(amounts) + GROUP_COPIES * group,
             "train": sample + QUEUE_COPIES * group,
-            "evaluate": HEAT_COPIES * amounts.examples * cells * 4 + 2 * shard * facts["d_judge"] * 4,
+            "evaluate": HEAT_COPIES * amounts.most_examples * cells * 4 + 2 * shard * facts["d_judge"] * 4,
             "label": JOINT_COPIES * amounts.eval_images * facts["d_joint"] * 4,
             "catalog": min(WRITER_MB * 2**20, CATALOG_COPIES * catalog),
         }
@@ -208,16 +224,16 @@ class Whole:
         return _grown(child, kept if name == self._extract.hookpoints[0] else {**kept, "embeddings": 0.0})
 
     def _per_label(self, trial: Amounts) -> float:
-        labels = self._artefacts["label"]
-        written = sum(file.bytes for file in labels.manifest.files) - _bytes_without_labels(self._params.train.d_sae)
+        bare = {name: _bytes_without_labels(d_sae) for name, d_sae in self._d_sae.items()}
+        written = sum(file.bytes - bare[name] for name, labels in self._labels.items() for file in labels.manifest.files)
         return max(0.0, written / trial.scored) if trial.scored else BYTES_PER_LABEL
 
     def _catalog_growth(self, trial: Amounts, whole: Amounts) -> float:
         """What its tables take in Parquet, about as much as in DuckDB; of the images without their files, which it does not have."""
-        evaluation = self._artefacts["evaluate"]
         growth = (whole.images - trial.images) * _data_bytes(self._artefacts["images"], "images", "encoded") / max(1, trial.images)
         for table, more in (("firings", whole.firings - trial.firings), ("examples", whole.examples - trial.examples)):
-            growth += more * _data_bytes(evaluation, table) / max(1, evaluation.rows(table))
+            size, rows = (sum(of(evaluation, table) for evaluation in self._evaluations.values()) for of in (_data_bytes, Artefact.rows))
+            growth += more * size / max(1, rows)
         return IN_DUCKDB * growth + self._per_label(trial) * (whole.scored - trial.scored)
 
 
@@ -242,6 +258,11 @@ def _grown(artefact: Artefact, more: Mapping[str, float]) -> float:
     total = sum(file.bytes for file in artefact.manifest.files if file.name not in children)
     growth = sum((factor - 1) * _data_bytes(artefact, table) for table, factor in more.items())
     return total + growth + (artefact.folder.path / MANIFEST).stat().st_size
+
+
+def _grown_inside(artefact: Artefact, more: Mapping[str, float]) -> float:
+    """The same of an artefact with others inside, whose tables grow."""
+    return _grown(artefact, {}) + sum(_grown(one, more) for one in artefact.each().values())
 
 
 def _data_bytes(artefact: Artefact, table: str, without: str = "") -> int:

@@ -24,17 +24,47 @@ from ommatid.vlm import load_model
 LABELLER = "vocabulary"
 
 
-def label(params: LabelParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
-    """Name every latent by `params.vocabularies` and score the names.
+@dataclass(frozen=True)
+class Material:
+    """What names are made of and tried on, whichever SAE they are for."""
+
+    vocabulary: Vocabulary
+    """The names there can be."""
+    halves: Halves
+    """The evaluation images."""
+    images: Tensor
+    """Their joint embeddings, (images, d_joint) float32."""
+
+
+def load_material(params: LabelParams, inputs: Mapping[str, Artefact]) -> Material:
+    """Embed the words, and read the images' embeddings.
 
     Raises:
         ConfigError: a vocabulary is missing or empty.
         ModelError: the model's text tower cannot be loaded.
     """
-    words = load_words(params.vocabularies)
-    vocabulary = _embed(words, inputs["extract"])
+    vocabulary = _embed(load_words(params.vocabularies), inputs["extract"])
     halves = load_halves(inputs["images"])
-    images = _load_joint(inputs["extract"], halves)
+    return Material(vocabulary, halves, _load_joint(inputs["extract"], halves))
+
+
+def label(
+    params: LabelParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore, material: Material | None = None
+) -> Artefact:
+    """Name every latent of one SAE by `params.vocabularies` and score the names.
+
+    Args:
+        params: The section `label`.
+        inputs: `images`, the activations (`extract`), the SAE (`train`) and its evaluation (`evaluate`).
+        draft: Of the SAE's labels.
+        on_event: Hears of the latents.
+        material: What `load_material` gave, where several SAEs share it; None: it is loaded.
+
+    Raises:
+        ConfigError, ModelError: as `load_material` does.
+    """
+    material = material or load_material(params, inputs)
+    vocabulary, halves, images = material.vocabulary, material.halves, material.images
     temp, evaluation = str(draft.scratch), inputs["evaluate"]
     d_sae = inputs["train"].manifest.params["d_sae"]
     gathered = _Gathered(d_sae, images, halves, params)
@@ -48,12 +78,12 @@ def label(params: LabelParams, inputs: Mapping[str, Artefact], draft: Draft, on_
         i = fired.latent
         if gathered.is_named[i]:
             scores = scorer.score(fired, int(indices[i]), int(control[i]))
-            rows[i] = _row(i, "ok", label=words[int(indices[i])], similarity=float(similarity[i]), **scores)
+            rows[i] = _row(i, "ok", label=vocabulary.words[int(indices[i])], similarity=float(similarity[i]), **scores)
         on_event(Progress("score labels", i + 1, d_sae))
     name = inputs["train"].summary["sae"]
     table = pa.Table.from_pylist([{"sae": name, **row} for row in rows], schema=schemas.LABELS)
     draft.write_table("labels.parquet", table)
-    return draft.seal(_summarise(rows, len(words), halves))
+    return draft.seal(_summarise(rows, len(vocabulary.words), halves))
 
 
 def _embed(words: tuple[str, ...], activations: Artefact) -> Vocabulary:

@@ -4,17 +4,46 @@
 whether it does (the only file that imports it), `report` writes the result as JSON and as a page.
 """
 
-from ommatid.config import Params
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ommatid.config import Params, TrainParams
 from ommatid.quality.report import Check, Report, write_report
 from ommatid.store import Artefact
 
 __all__ = ["Check", "Report", "check", "write_report"]
 
 
-def check(stage: str, artefact: Artefact, params: Params) -> Report:
-    """Hold the artefact that `stage` made against the suite of that stage; reads it in a stream, in bounded memory."""
+def check(stage: str, artefact: Artefact, params: Params, saes: Mapping[str, TrainParams]) -> Report:
+    """Hold the artefact that `stage` made against the suite of that stage; reads it in a stream, in bounded memory.
+
+    Args:
+        stage: Which.
+        artefact: What it made.
+        params: Of the run.
+        saes: Of a stage with an artefact inside for each SAE: what each was trained by. The suite holds for each, and its
+            checks begin with the SAE's name where there are several.
+    """
     from ommatid.quality import gate, profiles, suites  # great_expectations takes seconds to import
 
-    frames = profiles.PROFILES[stage](artefact, params)
-    rules = suites.SUITES[stage](params)
-    return Report(stage, tuple(gate.validate(frames, rules)), artefact.summary)
+    frames, rules = {}, []
+    for name, one, own in _subjects(artefact, params, saes):
+        frames |= {f"{name}{frame}": rows for frame, rows in profiles.PROFILES[stage](one, own).items()}
+        rules += [replace(rule, frame=f"{name}{rule.frame}", name=f"{name}{rule.name}") for rule in suites.SUITES[stage](own)]
+    return Report(stage, tuple(gate.validate(frames, rules)), _summary(artefact, saes))
+
+
+def _subjects(artefact: Artefact, params: Params, saes: Mapping[str, TrainParams]) -> Iterator[tuple[str, Artefact, Params]]:
+    """What the suite must hold of: how its checks begin, the artefact, and its params."""
+    if not saes:
+        yield "", artefact, params
+    inside = artefact.each() if saes else {}
+    for name, train in saes.items():
+        yield f"{name}: " if len(saes) > 1 else "", inside[name], params.model_copy(update={"train": train})
+
+
+def _summary(artefact: Artefact, saes: Mapping[str, TrainParams]) -> dict[str, Any]:
+    """The numbers of the report: of a single SAE its own, so that runs with one SAE compare whatever it is called."""
+    of = {name: one.summary for name, one in artefact.each().items()} if saes else {}
+    return artefact.summary if not of else of if len(of) > 1 else next(iter(of.values()))

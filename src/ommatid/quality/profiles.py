@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from safetensors import safe_open
 
-from ommatid.config import Params
+from ommatid.config import Params, TrainParams
 from ommatid.store import Artefact
 
 Frames = dict[str, pd.DataFrame]
@@ -145,8 +145,10 @@ def _images_of(artefact: Artefact, part: str) -> np.ndarray:
     return artefact.read_part(part, ["image"])["image"].to_numpy()
 
 
-_TENSORS = {"W_enc": "ms", "b_enc": "s", "W_dec": "sm", "b_dec": "m", "threshold": ""}
-"""Shape of each tensor, a letter a dimension: m is d_model, s is d_sae."""
+_TENSORS = {"W_enc": ("ms",), "b_enc": ("s",), "W_dec": ("so",), "b_dec": ("o",), "threshold": ("", "s")}
+"""Shapes that each tensor may have, a letter a dimension: m is d_model, s d_sae, o what is decoded: d_model but in a transcoder."""
+_GATED = {"gate_scale": ("s",), "gate_shift": ("s",)}
+"""Of a gated SAE besides."""
 
 
 def train(artefact: Artefact, params: Params) -> Frames:
@@ -154,7 +156,9 @@ def train(artefact: Artefact, params: Params) -> Frames:
     path = artefact.file("sae.safetensors")
     with safe_open(path, framework="numpy") as file:
         names = set(file.keys())
-        tensors = _frame([_tensor(file, names, name, params.train.d_sae) for name in _TENSORS])
+        shapes = _TENSORS | (_GATED if params.train.variant.kind == "gated" else {})
+        sizes = _sizes(file, names, params.train)
+        tensors = _frame([_tensor(file, names, name, [[sizes[letter] for letter in shape] for shape in shapes[name]]) for name in shapes])
         norms = np.linalg.norm(file.get_tensor("W_dec"), axis=1) if "W_dec" in names else np.empty(0)
     curves = artefact.read("curves").to_pandas() if "curves" in artefact.tables else pd.DataFrame(columns=["step", "fvu", "l0", "dead"])
     directions = pd.DataFrame({"latent": np.arange(len(norms)), "norm": norms.astype(np.float64)})
@@ -162,15 +166,19 @@ def train(artefact: Artefact, params: Params) -> Frames:
     return {"tensors": tensors, "directions": directions, "final": curves.tail(1).reset_index(drop=True), "counts": counts}
 
 
-def _tensor(file: Any, names: set[str], name: str, d_sae: int) -> dict[str, Any]:
+def _sizes(file: Any, names: set[str], params: TrainParams) -> dict[str, int | None]:
+    """Size of each letter of a shape; None where the tensor that has it is missing."""
+    d_out = file.get_slice("b_dec").get_shape()[0] if "b_dec" in names else None
+    d_in = file.get_slice("W_enc").get_shape()[0] if "W_enc" in names else None
+    return {"m": d_out if params.target is None else d_in, "s": params.d_sae, "o": d_out}
+
+
+def _tensor(file: Any, names: set[str], name: str, shapes: list[list[int | None]]) -> dict[str, Any]:
     if name not in names:
         return {"tensor": name, "problem": "missing", "values not finite": 0}
-    d_model = file.get_slice("b_dec").get_shape()[0] if "b_dec" in names else None
-    sizes = {"m": d_model, "s": d_sae}
-    expected = [sizes[letter] for letter in _TENSORS[name]]
     value = file.get_tensor(name)
-    fits = list(value.shape) == expected and value.dtype == np.float32
-    problem = "" if fits else f"{value.dtype} {list(value.shape)}, expected float32 {expected}"
+    fits = list(value.shape) in shapes and value.dtype == np.float32
+    problem = "" if fits else f"{value.dtype} {list(value.shape)}, expected float32 {' or '.join(map(str, shapes))}"
     return {"tensor": name, "problem": problem, "values not finite": int(value.size - np.isfinite(value).sum())}
 
 

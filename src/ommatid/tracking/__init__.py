@@ -6,12 +6,12 @@ MLFLOW_TRACKING_URI; without it everything goes into .mlflow/ of the checkout th
 
 from ommatid.tracking.client import database
 from ommatid.tracking.registry import CHAMPION, MODEL, Version, find_version, get_champion, set_champion
-from ommatid.tracking.runs import Run, lineage, log_stage, training_run
+from ommatid.tracking.runs import Runs, lineage, log_stage, training_runs
 
 __all__ = [
     "CHAMPION",
     "MODEL",
-    "Run",
+    "Runs",
     "Version",
     "database",
     "find_version",
@@ -19,5 +19,5 @@ __all__ = [
     "lineage",
     "log_stage",
     "set_champion",
-    "training_run",
+    "training_runs",
 ]

@@ -1,5 +1,6 @@
-"""Runs in MLflow: a training run with its curves, what later stages add to it, and lineage."""
+"""Runs in MLflow: one for each SAE of a training, with its curves, what later stages add to it, and lineage."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -8,13 +9,13 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ommatid.config import Params, dotted
-from ommatid.events import Listener, Measured, Progress
+from ommatid.events import Event, Listener, Measured
 from ommatid.store import Artefact
 from ommatid.tracking.client import SAE, experiment_of, import_mlflow, join_seconds, make_client, patience, quietly, warn
 from ommatid.tracking.model import log_model
@@ -32,23 +33,27 @@ MAX_BATCH = 1000
 LAST_CHANCE_SECONDS = 3.0
 """How long the end of a run tries again while the server refuses."""
 
-Point = tuple[int, int, dict[str, float]]
-"""Step, milliseconds since 1970, values."""
+Point = tuple[str, int, int, dict[str, float]]
+"""SAE, step, milliseconds since 1970, values."""
 
+TRAINING = "ommatid.training"
+"""Tag of a run: names the training, so that all SAEs of it are found together."""
 _PLACE = "ommatid.place"
 
 
-class Run:
-    """A training run on its way into MLflow, by a thread of its own: training never waits for a server, nor fails with it."""
+class Runs:
+    """The runs of a training, one for each SAE, on their way into MLflow by one thread: training neither waits nor fails with it."""
 
     def __init__(self, params: Params, inputs: Mapping[str, Artefact]):
-        self._params = params
+        self._params = {name: params.model_copy(update={"train": one}) for name, one in params.train.each().items()}
         self._inputs = inputs
+        self._training = _training_of(params, inputs)
         self._points: deque[Point] = deque()  # the one thing both threads touch; append and popleft are atomic
         self._unsent: list[Point] = []
         self._client: MlflowClient | None = None
-        self._run_id: str | None = None
-        self._is_described = False
+        self._experiment: str | None = None
+        self._run_ids: dict[str, str] = {}
+        self._described: set[str] = set()
         self._warned = False
         self._is_lost = False
         self._stop = threading.Event()
@@ -57,28 +62,31 @@ class Run:
     def tee(self, listener: Listener) -> Listener:
         """A listener that records what is measured, and passes every event on."""
 
-        def listen(event: Progress | Measured) -> None:
+        def listen(event: Event) -> None:
             if isinstance(event, Measured):
-                self._points.append((event.step, time.time_ns() // 1_000_000, event.values))
+                assert event.sae in self._params, f"measured of {event.sae!r}, which is none of {list(self._params)}"
+                self._points.append((event.sae, event.step, time.time_ns() // 1_000_000, event.values))
             listener(event)
 
         return listen
 
-    def finish(self, artefact: Artefact) -> None:
-        """Send the rest of the curves and the model: as an MLflow model, and as a new version in the registry."""
+    def finish(self, training: Artefact) -> None:
+        """Send the rest of the curves and the models: each as an MLflow model, and as a new version in the registry."""
         if self._flush_at_last():
-            self._attempt(lambda: self._log_model(artefact))
+            for name, sae in training.each().items():
+                self._attempt(functools.partial(self._log_model, name, sae))
 
     def start(self) -> None:
-        """Begin to send; called by `training_run`."""
+        """Begin to send; called by `training_runs`."""
         # Imported here, not in the thread: two threads that import the same packages can see each other's half-made modules
         if self._attempt(import_mlflow):
             self._thread.start()
 
     def end(self, status: str) -> None:
-        """Close the run as FINISHED, FAILED or KILLED; called by `training_run`."""
+        """Close the runs as FINISHED, FAILED or KILLED; called by `training_runs`."""
         if self._flush_at_last():
-            self._attempt(lambda: self._server()[0].set_terminated(self._server()[1], status))
+            for name in self._params:
+                self._attempt(functools.partial(self._close, name, status))
 
     def _work(self) -> None:
         while True:
@@ -108,29 +116,37 @@ class Run:
 
     def _flush(self) -> None:
         """Send what has gathered; what a failing server did not take stays for the next time."""
-        client, run_id = self._server()
         while self._points:
             self._unsent.append(self._points.popleft())
-        for batch in _batches(self._unsent):
-            client.log_batch(run_id, metrics=batch)
-        self._unsent.clear()
+        for name in self._params:
+            client, run_id = self._server(name)
+            for batch in _batches([point for point in self._unsent if point[0] == name]):
+                client.log_batch(run_id, metrics=batch)
+            self._unsent = [point for point in self._unsent if point[0] != name]
 
-    def _server(self) -> tuple["MlflowClient", str]:
-        """The client and the run, made when first asked for."""
+    def _server(self, name: str) -> tuple["MlflowClient", str]:
+        """The client and the run of an SAE, made when first asked for."""
         if self._client is None:
             self._client = make_client()
-        if self._run_id is None:
-            self._run_id = _create_run(self._client, self._inputs)
-        if not self._is_described:
-            _describe(self._client, self._run_id, self._params, self._inputs)
-            self._is_described = True
-        return self._client, self._run_id
+        if self._experiment is None:
+            self._experiment = _open_experiment(self._client)
+        if name not in self._run_ids:
+            run_name = name if len(self._params) > 1 else os.environ.get("OMMATID_EXPERIMENT")
+            self._run_ids[name] = _create_run(self._client, self._experiment, run_name, self._training, self._inputs)
+        if name not in self._described:
+            _describe(self._client, self._run_ids[name], self._params[name], self._inputs)
+            self._described.add(name)
+        return self._client, self._run_ids[name]
 
-    def _log_model(self, artefact: Artefact) -> None:
-        client, run_id = self._server()
+    def _log_model(self, name: str, sae: Artefact) -> None:
+        client, run_id = self._server(name)
         with patience():
-            log_model(client, run_id, artefact)
-        client.set_tag(run_id, SAE, artefact.digest)
+            log_model(client, run_id, sae)
+        client.set_tag(run_id, SAE, sae.digest)
+
+    def _close(self, name: str, status: str) -> None:
+        client, run_id = self._server(name)
+        client.set_terminated(run_id, status)
 
     def _attempt(self, action: Callable[[], Any]) -> bool:
         # Whatever goes wrong with tracking, training is worth more: this is the edge where it ends as one warning
@@ -151,31 +167,36 @@ def _give_up() -> None:
 def _batches(points: list[Point]) -> Iterator[list["Metric"]]:
     from mlflow.entities import Metric
 
-    metrics = (Metric(key, value, when, step) for step, when, values in points for key, value in values.items())
+    metrics = (Metric(key, value, when, step) for _, step, when, values in points for key, value in values.items())
     while batch := list(itertools.islice(metrics, MAX_BATCH)):
         yield batch
 
 
 @contextmanager
-def training_run(params: Params, inputs: Mapping[str, Artefact]) -> Iterator[Run]:
-    """An MLflow run around training; ends as FAILED or KILLED when the block does."""
-    run = Run(params, inputs)
-    run.start()
+def training_runs(params: Params, inputs: Mapping[str, Artefact]) -> Iterator[Runs]:
+    """MLflow runs around a training; they end as FAILED or KILLED when the block does."""
+    runs = Runs(params, inputs)
+    runs.start()
     try:
-        yield run
+        yield runs
     except BaseException as error:
-        run.end("FAILED" if isinstance(error, Exception) else "KILLED")
+        runs.end("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
-    run.end("FINISHED")
+    runs.end("FINISHED")
 
 
-def lineage(sae: Artefact) -> dict[str, str | None]:
-    """Where an SAE came from; a value is None when it is not known.
+def lineage(saes: Mapping[str, Artefact]) -> dict[str, dict[str, str | None]]:
+    """Where each SAE came from; a value is None when it is not known.
 
     With an MLflow run of this SAE: git and DVC as they were when it was trained. Without one: as they are here and now.
     """
-    found = quietly(lambda client: _find_run(client, sae))
-    tags = found.data.tags if found else origin()
+    found = quietly(lambda client: {name: _find_run(client, sae) for name, sae in saes.items()}) or {}
+    here = origin() if not all(found.get(name) for name in saes) else {}
+    return {name: _lineage(found.get(name), here) for name in saes}
+
+
+def _lineage(found: "MlflowRun | None", here: Mapping[str, str]) -> dict[str, str | None]:
+    tags = found.data.tags if found else here
     return {
         "git_commit": tags.get("mlflow.source.git.commit"),
         "git_dirty": tags.get("git.dirty"),
@@ -186,17 +207,32 @@ def lineage(sae: Artefact) -> dict[str, str | None]:
     }
 
 
-def log_stage(stage: str, sae: Artefact | None, report_paths: Iterable[Path], numbers: Mapping[str, float]) -> None:
-    """Add a later stage's numbers, as metrics `<stage>.<name>`, and quality reports to the run of this SAE, when there is one."""
-    if sae is not None:
-        quietly(lambda client: _log_stage(client, stage, sae, report_paths, numbers))
+def log_stage(stage: str, saes: Mapping[str, Artefact], report_paths: Sequence[Path], numbers: Mapping[str, Mapping[str, float]]) -> None:
+    """Add a stage's numbers of each SAE, as metrics `<stage>.<name>`, and quality reports to the SAE's run, when there is one."""
+
+    def log(client: "MlflowClient") -> None:
+        for name, sae in saes.items():
+            _log_stage(client, stage, sae, report_paths, numbers[name])
+
+    quietly(log)
 
 
-def _create_run(client: "MlflowClient", inputs: Mapping[str, Artefact]) -> str:
+def _training_of(params: Params, inputs: Mapping[str, Artefact]) -> str:
+    """The same for a training that was killed and goes on."""
+    parts = [params.train.identity(), {name: artefact.digest for name, artefact in inputs.items()}]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _open_experiment(client: "MlflowClient") -> str:
     experiment = experiment_of(client)
     _bury(client, experiment)
-    tags = {**origin(), _PLACE: _place(), **{f"ommatid.input.{name}": artefact.digest for name, artefact in inputs.items()}}
-    return client.create_run(experiment, run_name=os.environ.get("OMMATID_EXPERIMENT"), tags=tags).info.run_id
+    return experiment
+
+
+def _create_run(client: "MlflowClient", experiment: str, name: str | None, training: str, inputs: Mapping[str, Artefact]) -> str:
+    of_inputs = {f"ommatid.input.{stage}": artefact.digest for stage, artefact in inputs.items()}
+    tags = {**origin(), TRAINING: training, _PLACE: _place(), **of_inputs}
+    return client.create_run(experiment, run_name=name, tags=tags).info.run_id
 
 
 def _describe(client: "MlflowClient", run_id: str, params: Params, inputs: Mapping[str, Artefact]) -> None:
@@ -237,7 +273,7 @@ def _place() -> str:
     return hashlib.sha256(f"{socket.gethostname()}:{Path.cwd()}".encode()).hexdigest()[:16]
 
 
-def _log_stage(client: "MlflowClient", stage: str, sae: Artefact, reports: Iterable[Path], numbers: Mapping[str, float]) -> None:
+def _log_stage(client: "MlflowClient", stage: str, sae: Artefact, reports: Sequence[Path], numbers: Mapping[str, float]) -> None:
     from mlflow.entities import Metric
 
     run = _find_run(client, sae)

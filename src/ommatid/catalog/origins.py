@@ -1,0 +1,71 @@
+"""Where each SAE of a catalogue comes from: what the relation `runs` is made of."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+
+from ommatid.config import CatalogParams
+from ommatid.store import Artefact
+
+Lineage = Mapping[str, Mapping[str, str | None]]
+"""Of each SAE, by its name in the training."""
+
+_TRACES = ("git_commit", "dvc_experiment", "dvc_lock", "mlflow_run_id", "prefect_flow_run_id")
+_TEXTS = ("sae", "name", "variant", "model", "hookpoint", "target", *_TRACES, "images_digest", "activations_digest", "sae_digest", "params")
+_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in _TEXTS] + [("k", pa.int32()), ("git_dirty", pa.bool_()), ("created_at", pa.timestamp("us"))]
+)
+
+
+@dataclass(frozen=True)
+class OneSAE:
+    """What the stages made of one SAE."""
+
+    sae: Artefact
+    """Itself."""
+    evaluation: Artefact
+    labels: Artefact
+
+    @property
+    def name(self) -> str:
+        """What the catalogue calls it."""
+        return self.sae.summary["sae"]
+
+
+def iter_saes(inputs: Mapping[str, Artefact]) -> Iterator[tuple[str, OneSAE]]:
+    """The SAEs of a training by their names in it.
+
+    Raises:
+        ArtefactError: one is damaged, or was not evaluated or labelled.
+    """
+    for name, sae in inputs["train"].each().items():
+        yield name, OneSAE(sae, inputs["evaluate"].child(name, "evaluation"), inputs["label"].child(name, "labels"))
+
+
+def make_runs(params: CatalogParams, inputs: Mapping[str, Artefact], saes: Mapping[str, OneSAE], lineage: Lineage) -> pa.Table:
+    """A row for each SAE, as runs.sql reads it."""
+    shared = {
+        "created_at": datetime.now(UTC).replace(tzinfo=None, microsecond=0),
+        "images_digest": inputs["images"].digest,
+    }
+    sections = {stage: artefact.manifest.params for stage, artefact in inputs.items()} | {"catalog": params.model_dump(mode="json")}
+    rows = [{**shared, "name": name, **_row(one.sae, sections, lineage.get(name, {}))} for name, one in saes.items()]
+    return pa.Table.from_pylist(rows, schema=_SCHEMA)
+
+
+def _row(sae: Artefact, sections: Mapping[str, Any], lineage: Mapping[str, str | None]) -> dict[str, Any]:
+    config = json.loads(sae.file("cfg.json").read_text(encoding="utf-8"))
+    dirty = lineage.get("git_dirty")
+    return {
+        "sae": sae.summary["sae"],
+        **{key: config.get(key) for key in ("variant", "k", "model", "hookpoint", "target")},
+        "git_dirty": None if dirty is None else dirty.lower() in ("true", "1", "yes"),
+        "activations_digest": sae.manifest.inputs.get("extract"),
+        "sae_digest": sae.digest,
+        "params": json.dumps({**sections, "train": sae.manifest.params}, sort_keys=True),
+        **{name: lineage.get(name) for name in _TRACES},
+    }
