@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scipy.optimize import linear_sum_assignment
+from sae.planted import make_planted, mmcs
 
 from ommatid.config import TrainParams
 from ommatid.errors import TrainingError
@@ -13,7 +13,7 @@ from ommatid.events import Measured, Progress, ignore
 from ommatid.sae.model import SAE, SAEConfig, make_untrained
 from ommatid.sae.trainer import State, Trainer, finish, make_plan, make_state
 
-D_MODEL, N_PLANTED, K = 32, 48, 3
+D_MODEL, K = 32, 3
 
 
 def make_params(**changes: object) -> TrainParams:
@@ -34,16 +34,6 @@ def make_params(**changes: object) -> TrainParams:
         "grid": {},
     }
     return TrainParams.model_validate(values | changes)
-
-
-def make_planted(n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens that are sparse positive mixtures of unit directions, with an offset: (tokens, d_model), (planted, d_model)."""
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.nn.functional.normalize(torch.randn(N_PLANTED, D_MODEL, generator=generator), dim=1)
-    chosen = torch.rand(n_tokens, N_PLANTED, generator=generator).topk(K, dim=1).indices
-    strengths = 1 + torch.rand(n_tokens, K, generator=generator)
-    mix = torch.zeros(n_tokens, N_PLANTED).scatter_(1, chosen, strengths)
-    return 5 * mix @ directions + torch.randn(D_MODEL, generator=generator), directions
 
 
 def iter_batches(x: torch.Tensor, batch_size: int, start: int = 0) -> Iterator[torch.Tensor]:
@@ -67,11 +57,10 @@ CONFIG = SAEConfig("batch_topk", D_MODEL, 64, K, "blocks.0", "planted")
 
 
 def test_recovers_a_planted_dictionary() -> None:
-    x, directions = make_planted(8192)
+    planted = make_planted(8192)
+    x = planted.x
     sae = finish(fit(make_params(), x), CONFIG)
-    cosines = directions @ sae.W_dec.T
-    rows, columns = linear_sum_assignment(-cosines.numpy())
-    assert float(cosines[rows, columns].mean()) > 0.95
+    assert mmcs(sae.W_dec, planted.directions) > 0.95
     acts = sae.encode(x)
     fvu = float((x - sae.decode(acts)).square().sum() / (x - x.mean(0)).square().sum())
     assert fvu < 0.08
@@ -79,14 +68,14 @@ def test_recovers_a_planted_dictionary() -> None:
 
 
 def test_scale_of_the_data_changes_nothing_but_the_scale() -> None:
-    x, _ = make_planted(2048)
+    x = make_planted(2048).x
     params = make_params(epochs=5)
     one, thousand = (finish(fit(params, x * factor), CONFIG) for factor in (1.0, 1024.0))
     torch.testing.assert_close(one.encode(x) * 1024, thousand.encode(x * 1024))
 
 
 def test_directions_stay_unit_and_encoder_is_no_view() -> None:
-    x, _ = make_planted(2048)
+    x = make_planted(2048).x
     params = make_params(epochs=2)
     state = make_state(params, x)
     assert state.weights.W_enc.data_ptr() != state.weights.W_dec.data_ptr()
@@ -95,7 +84,7 @@ def test_directions_stay_unit_and_encoder_is_no_view() -> None:
 
 
 def test_going_on_from_a_checkpoint_is_bit_identical(tmp_path: Path) -> None:
-    x, _ = make_planted(4096)
+    x = make_planted(4096).x
     params = make_params(epochs=6)
     whole = fit(params, x)
     plan = make_plan(params, len(x))
@@ -119,7 +108,7 @@ def test_going_on_from_a_checkpoint_is_bit_identical(tmp_path: Path) -> None:
 
 
 def test_auxk_revives_dead_latents() -> None:
-    x, _ = make_planted(2048)
+    x = make_planted(2048).x
     shares = []
     for coefficient in (0.0, 1 / 32):
         params = make_params(epochs=40, d_sae=128, aux_coefficient=coefficient)
@@ -133,7 +122,7 @@ def test_auxk_revives_dead_latents() -> None:
 
 
 def test_divergence_names_the_step_and_what_to_do() -> None:
-    x, _ = make_planted(2048)
+    x = make_planted(2048).x
     x[7, 3] = float("nan")
     with pytest.raises(TrainingError, match=r"loss is nan at step \d+.*lower train.lr"):
         fit(make_params(epochs=2), x)
@@ -145,7 +134,7 @@ def test_too_few_tokens_is_refused() -> None:
 
 
 def test_events_carry_curves_and_progress() -> None:
-    x, _ = make_planted(2048)
+    x = make_planted(2048).x
     params = make_params(epochs=10)
     plan = make_plan(params, len(x))
     events: list[Measured | Progress] = []
@@ -158,7 +147,7 @@ def test_events_carry_curves_and_progress() -> None:
 
 
 def test_save_and_load_agree(tmp_path: Path) -> None:
-    x, _ = make_planted(512)
+    x = make_planted(512).x
     sae = make_untrained(CONFIG, x, seed=3)
     sae.save(tmp_path / "sae.safetensors", tmp_path / "cfg.json")
     loaded = SAE.load(tmp_path)
@@ -167,6 +156,6 @@ def test_save_and_load_agree(tmp_path: Path) -> None:
 
 
 def test_untrained_fires_k_latents_a_token() -> None:
-    x, _ = make_planted(512)
+    x = make_planted(512).x
     acts = make_untrained(CONFIG, x, seed=3).encode(x)
     assert float((acts > 0).sum(1).float().mean()) == pytest.approx(K, abs=0.05)

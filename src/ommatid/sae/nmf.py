@@ -6,8 +6,8 @@ from torch.nn.functional import normalize
 
 BLEND = 0.8
 """Share of a token in each first part, the rest noise."""
-EPOCHS = 2
-"""Passes over the sample."""
+STEPS = 256
+"""Updates of the parts."""
 BATCH = 1024
 """Tokens of an update of the parts."""
 FORGET = 0.7
@@ -74,11 +74,10 @@ def fit_nmf(sample_nd: Tensor, n_latents: int, k: int, seed: int) -> NMF:
     n_latents = min(n_latents, len(sample_nd))
     nmf = NMF(_draw_parts(sample_nd, low, n_latents, generator), low, min(k, n_latents))
     weight = low.new_zeros(n_latents)
-    for _ in range(EPOCHS):
-        for rows in torch.randperm(len(sample_nd), generator=generator).split(BATCH):
-            x = sample_nd[rows.to(low.device)]
-            weight *= FORGET ** (len(x) / len(sample_nd))
-            _improve(nmf, x, weight)
+    for _ in range(STEPS):
+        rows = torch.randint(len(sample_nd), (min(BATCH, len(sample_nd)),), generator=generator)
+        weight *= FORGET ** (len(rows) / len(sample_nd))
+        _improve(nmf, sample_nd[rows.to(low.device)], weight)
     return nmf
 
 
