@@ -45,7 +45,7 @@ class KMeans:
 def find_centres(sample_nd: Tensor, n_centres: int, seed: int) -> Tensor:
     """Centres (n_centres, d_model) of `sample` (tokens, d_model), as many as tokens at most; the same for the same seed.
 
-    Lloyd's algorithm from k-means++ (Arthur and Vassilvitskii 2007). Memory beside the sample: the centres twice, and ENTRIES.
+    Lloyd's algorithm from k-means++ (Arthur and Vassilvitskii 2007). Memory beside the sample: the centres four times, and ENTRIES.
     """
     centres = _draw_centres(sample_nd, min(n_centres, len(sample_nd)), torch.Generator().manual_seed(seed))
     before = torch.full((len(sample_nd),), -1, device=sample_nd.device)

@@ -19,7 +19,7 @@ SWEEPS = 2
 LAST_SWEEPS = 10
 """HALS sweeps over a token's parts when all are there."""
 ENTRIES = 2**24
-"""Values of chosen parts (tokens x k x d_model) held at once."""
+"""Values of chosen parts (tokens x k x d_model), or of activations (tokens x n_latents), held at once."""
 
 
 class NMF:
@@ -55,7 +55,7 @@ class NMF:
 
     def encode(self, x_bd: Tensor) -> Tensor:
         """Activations (batch, n_latents) of x (batch, d_model)."""
-        rows = x_bd.split(max(1, ENTRIES // (self.k * self.d_model)))
+        rows = x_bd.split(max(1, ENTRIES // max(self.k * self.d_model, self.n_latents)))
         return torch.cat([_solve((x - self.low).relu_(), self.W, self.k) for x in rows])
 
     def decode(self, acts_bs: Tensor) -> Tensor:
