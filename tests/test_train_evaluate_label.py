@@ -14,16 +14,18 @@ import pytest
 import torch
 from fakes import COLOURS, GRID, TileModel, make_artefact, make_images_artefact, make_test_params
 
-from ommatid.config import Params, TrainParams
+from ommatid.config import Baseline, Params, TrainParams
 from ommatid.errors import ConfigError, TrainingError
-from ommatid.evaluate import evaluate
+from ommatid.evaluate import CONTROL_SEED, evaluate
 from ommatid.events import Measured
 from ommatid.extract import extract, towers
 from ommatid.images import decode
 from ommatid.label import label
 from ommatid.label import stage as label_stage
 from ommatid.label.vocabulary import load_words
+from ommatid.reader import load_sample
 from ommatid.sae import trainer
+from ommatid.sae.baselines import make_baseline
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, Draft, open_draft
 from ommatid.tensors import from_float16, from_float32
@@ -59,7 +61,7 @@ def params(words: Path) -> Params:
     return make_test_params(
         extract={"hookpoints": ["tiles"], "tokens": "patch", "dtype": "float32"},
         train={"d_sae": D_SAE, "k": 1, "epochs": 20, "batch_size": 128, "lr": 0.01},
-        evaluate={"n_top": 4, "n_per_decile": 2},
+        evaluate={"n_top": 4, "n_per_decile": 2, "baselines": ["pca", "kmeans", "nmf"]},
         label={"vocabularies": [str(words)], "min_examples": 4, "n_examples": 16},
     )
 
@@ -152,10 +154,32 @@ def test_examples_are_ranked_by_decile_and_hot_where_the_tile_is(line: dict[str,
 
 def test_comparisons_have_the_controls_beside_the_sae(line: dict[str, Artefact]) -> None:
     rows = {row["dictionary"]: row for row in line["evaluate"].read("comparisons").to_pylist()}
-    assert list(rows) == ["sae", "untrained", "neurons"]
+    assert list(rows) == ["sae", "untrained", "neurons", "pca", "kmeans", "nmf"]
     assert rows["neurons"]["n_latents"] == TileModel.d_model
     assert rows["neurons"]["fvu"] is None
     assert len({row["ms_floor"] for row in rows.values()}) == 1
+
+
+def test_baselines_are_measured_as_the_sae_is(line: dict[str, Artefact]) -> None:
+    """By fitting and encoding everything at once."""
+    rows = {row["dictionary"]: row for row in line["evaluate"].read("comparisons").to_pylist()}
+    config = SAE.load(line["train"].path).config
+    sample = load_sample(line["extract"], line["extract"].rows("train"))
+    x = from_float16(line["extract"].read("eval")["x"]).float()
+    kinds: tuple[Baseline, ...] = ("pca", "kmeans", "nmf")
+    for kind in kinds:
+        row, baseline = rows[kind], make_baseline(kind, config, sample, CONTROL_SEED)
+        acts = baseline.encode(x)
+        fvu = float((x - baseline.decode(acts)).square().sum() / (x - x.mean(0)).square().sum())
+        assert row["n_latents"] == baseline.n_latents == D_SAE
+        assert row["fvu"] == pytest.approx(fvu, rel=1e-3)
+        assert row["l0"] == pytest.approx(float((acts > 0).sum(1).double().mean()), rel=1e-3)
+        assert row["l0"] <= config.k
+        assert row["dead"] == pytest.approx(float((acts == 0).all(0).double().mean()))
+        assert row["ms_low"] <= row["ms"] <= row["ms_high"]
+        assert 0.25 <= row["purity"] <= 1
+    # six centres for four colours leave little; one component of two signs more; a part needs the mean of the tokens besides
+    assert rows["kmeans"]["fvu"] < 0.05 < rows["pca"]["fvu"] < 1
 
 
 def test_labels_are_the_colours_and_beat_their_control(line: dict[str, Artefact]) -> None:

@@ -446,6 +446,9 @@ def _unlike(name: str, others: Collection[str]) -> str:
     return name if name not in others else next(new for i in itertools.count(2) if (new := f"{name}-{i}") not in others)
 
 
+Baseline = Literal["pca", "kmeans", "nmf"]
+
+
 class EvaluateParams(Section):
     """Stage `evaluate`: what every latent does on the evaluation split."""
 
@@ -455,6 +458,15 @@ class EvaluateParams(Section):
     """How many of a latent's strongest images are kept as examples (decile 10, rank 1 is the strongest)."""
     n_per_decile: Annotated[int, Field(ge=1, le=64)]
     """How many examples are kept from each lower decile of a latent's firing images."""
+    baselines: tuple[Baseline, ...]
+    """Dictionaries compared with the SAE besides raw neurons and an untrained SAE: what each costs says docs/baselines.md; []: none."""
+
+    @field_validator("baselines")
+    @classmethod
+    def _baselines_differ(cls, value: tuple[Baseline, ...]) -> tuple[Baseline, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"names one twice: {', '.join(value)}")
+        return value
 
 
 class LabelParams(Section):

@@ -22,6 +22,7 @@ from ommatid.errors import ArtefactError
 from ommatid.events import Listener, Progress, ignore
 from ommatid.metrics import Fidelity, Firing, Monosemanticity, MonosemanticityInterval, TopImages, nan_mean, purity
 from ommatid.reader import load_sample
+from ommatid.sae.baselines import Dictionary, Neurons, make_baseline
 from ommatid.sae.model import SAE, SAEConfig, make_untrained
 from ommatid.store import Artefact, Draft, part_name
 from ommatid.tensors import from_float16, from_float32
@@ -30,10 +31,14 @@ N_PURITY = 16
 """Images of purity@16."""
 ENTRIES = 2**22
 """Token activations (tokens x latents) held at once, about."""
-UNTRAINED_SEED = 12345
-"""Not the training seed: the control shares nothing with the SAE."""
+CONTROL_SEED = 12345
+"""Not the training seed: the controls share nothing with the SAE."""
 CALIBRATION_TOKENS = 4096
 """Training tokens on which the untrained SAE's threshold is set."""
+BASELINE_TOKENS = 2**17
+"""Training tokens on which baselines are fitted, at most."""
+BASELINE_VALUES = 2**26
+"""Values of these tokens (tokens x d_model), at most: 256 MiB."""
 FIRINGS_PER_PART = 2**20
 
 
@@ -104,25 +109,26 @@ def _check_target(config: SAEConfig, target: Artefact | None) -> None:
 
 
 class _Subject:
-    """A dictionary under evaluation: the SAE, an untrained one, or the raw neurons."""
+    """A dictionary under evaluation: the SAE, an untrained one, the raw neurons, or another baseline."""
 
-    def __init__(self, name: str, sae: SAE | None, decodes: bool, d_latents: int, d_judge: int, image_activation: str) -> None:
+    def __init__(self, name: str, dictionary: Dictionary, decodes: bool, d_judge: int, image_activation: str) -> None:
         self.name = name
         self.fidelity = Fidelity() if decodes else None
+        d_latents = dictionary.n_latents
         self.firing = Firing(d_latents)
         self.ms = Monosemanticity(d_latents, d_judge)
         self.top = TopImages(d_latents, N_PURITY)
         self.interval: MonosemanticityInterval
-        self._sae = sae
+        self._dictionary = dictionary
         self._pool = torch.amax if image_activation == "max" else torch.mean
 
     def add(self, batch: Images) -> Tensor:
         """First pass; gives the image-level activations (images, latents)."""
         x = batch.x.flatten(0, 1)
-        acts = self._encode(x)
+        acts = self._dictionary.encode(x)
         pooled = self._pool(acts.unflatten(0, batch.x.shape[:2]), dim=1)
-        if self._sae and self.fidelity:
-            self.fidelity.add(batch.target.flatten(0, 1), self._sae.decode(acts), int((acts > 0).sum()))
+        if self.fidelity:
+            self.fidelity.add(batch.target.flatten(0, 1), self._dictionary.decode(acts), int((acts > 0).sum()))
         self.firing.add(acts, pooled)
         self.ms.add(pooled, batch.judge)
         self.top.add(pooled, batch.numbers)
@@ -133,12 +139,9 @@ class _Subject:
 
     def add_again(self, batch: Images) -> Tensor:
         """Second pass; gives the token activations (images, tokens, latents)."""
-        acts = self._encode(batch.x.flatten(0, 1)).unflatten(0, batch.x.shape[:2])
+        acts = self._dictionary.encode(batch.x.flatten(0, 1)).unflatten(0, batch.x.shape[:2])
         self.interval.add(self._pool(acts, dim=1), batch.judge)
         return acts
-
-    def _encode(self, x: Tensor) -> Tensor:
-        return self._sae.encode(x) if self._sae else x
 
     def purity(self, labels: Mapping[int, str]) -> list[float]:
         """Purity@16 of each latent; NaN without labels or with fewer than 16 firing images."""
@@ -179,12 +182,18 @@ class _Subject:
 
 def _make_subjects(sae: SAE, activations: Artefact, params: EvaluateParams) -> list[_Subject]:
     d_judge, pool = activations.summary["d_judge"], params.image_activation
-    untrained = make_untrained(sae.config, load_sample(activations, CALIBRATION_TOKENS), UNTRAINED_SEED)
-    is_transcoder = sae.config.target is not None  # random directions decode the activations they encode, and nothing else
+    dictionaries: dict[str, Dictionary] = {
+        "sae": sae,
+        "untrained": make_untrained(sae.config, load_sample(activations, CALIBRATION_TOKENS), CONTROL_SEED),
+        "neurons": Neurons(sae.config.d_model),
+    }
+    if params.baselines:
+        sample = load_sample(activations, min(BASELINE_TOKENS, BASELINE_VALUES // sae.config.d_model))
+        dictionaries |= {kind: make_baseline(kind, sae.config, sample, CONTROL_SEED) for kind in params.baselines}
+    is_transcoder = sae.config.target is not None  # the others decode the activations that they encode, and nothing else
     return [
-        _Subject("sae", sae, True, sae.config.d_sae, d_judge, pool),
-        _Subject("untrained", untrained, not is_transcoder, sae.config.d_sae, d_judge, pool),
-        _Subject("neurons", None, False, sae.config.d_model, d_judge, pool),
+        _Subject(name, dictionary, name == "sae" or (name != "neurons" and not is_transcoder), d_judge, pool)
+        for name, dictionary in dictionaries.items()
     ]
 
 
@@ -365,7 +374,7 @@ def _latents(sae: str, subject: _Subject, labels: Mapping[int, str], dead_in_tra
 
 
 def _summarise(params: EvaluateParams, comparisons: list[dict[str, Any]], subject: _Subject, activations: Artefact) -> dict[str, Any]:
-    mine, untrained, neurons = comparisons
+    mine, untrained, neurons, *_ = comparisons
     keys = ("sae", "fvu", "cosine", "l0", "dead", "ms", "ms_low", "ms_high", "ms_best", "ms_left_out", "ms_floor", "purity", "judge")
     return {
         **{key: mine[key] for key in keys},

@@ -114,7 +114,7 @@ FIRINGS = _schema(
 
 COMPARISONS = _schema(
     sae=(pa.string(), "name of the SAE"),
-    dictionary=(pa.string(), "sae, untrained (same shape, random directions) or neurons (the raw activations)"),
+    dictionary=(pa.string(), "sae, untrained (same shape, random directions), neurons (the raw activations), pca, kmeans or nmf"),
     n_latents=(pa.int32(), "latents of the dictionary"),
     fvu=(pa.float64(), "fraction of variance unexplained; null: not a reconstruction"),
     cosine=(pa.float64(), "mean cosine of activation and reconstruction; null: not a reconstruction"),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from sae.planted import make_correlated, make_hierarchical, make_planted, mmcs
 from safetensors.torch import load_file, save_file
-from scipy.optimize import linear_sum_assignment
 
 from ommatid.config import TrainParams
 from ommatid.errors import StoppedError, TrainingError
@@ -20,7 +20,7 @@ from ommatid.sae.schedule import make_plan
 from ommatid.sae.step import Batch
 from ommatid.sae.trainer import Trainer
 
-D_MODEL, N_PLANTED, K = 32, 48, 3
+D_MODEL, K = 32, 3
 
 
 def make_params(**changes: object) -> TrainParams:
@@ -42,21 +42,6 @@ def make_params(**changes: object) -> TrainParams:
         "grid": {},
     }
     return TrainParams.model_validate(values | changes)
-
-
-def make_mix(n_tokens: int) -> torch.Tensor:
-    """How strongly each planted direction takes part in each token, (tokens, planted)."""
-    generator = torch.Generator().manual_seed(1)
-    chosen = torch.rand(n_tokens, N_PLANTED, generator=generator).topk(K, dim=1).indices
-    strengths = 1 + torch.rand(n_tokens, K, generator=generator)
-    return torch.zeros(n_tokens, N_PLANTED).scatter_(1, chosen, strengths)
-
-
-def make_planted(n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens that are sparse positive mixtures of unit directions, with an offset: (tokens, d_model), (planted, d_model)."""
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.nn.functional.normalize(torch.randn(N_PLANTED, D_MODEL, generator=generator), dim=1)
-    return 5 * make_mix(n_tokens) @ directions + torch.randn(D_MODEL, generator=generator), directions
 
 
 def iter_batches(x: torch.Tensor, batch_size: int, start: int = 0) -> Iterator[Batch]:
@@ -97,12 +82,6 @@ def restore(tensors: dict[str, torch.Tensor], params: TrainParams, x: torch.Tens
 CONFIG = SAEConfig("batch_topk", D_MODEL, 64, K, "blocks.0", "planted")
 
 
-def mmcs(found: torch.Tensor, planted: torch.Tensor) -> float:
-    cosines = planted @ found.T
-    rows, columns = linear_sum_assignment(-cosines.numpy())
-    return float(cosines[rows, columns].mean())
-
-
 VARIANTS: dict[str, dict[str, object]] = {
     "batch_topk": {},
     "topk": {},
@@ -117,9 +96,10 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_recovers_a_planted_dictionary(name: str) -> None:
-    x, directions = make_planted(8192)
+    planted = make_planted(8192)
+    x = planted.x
     sae = finish(fit(make_params(**({"variant": name} | VARIANTS[name])), x))
-    assert mmcs(sae.W_dec, directions) > 0.95
+    assert mmcs(sae.W_dec, planted.directions) > 0.95
     acts = sae.encode(x)
     fvu = float((x - sae.decode(acts)).square().sum() / (x - x.mean(0)).square().sum())
     l0 = float((acts > 0).sum(1).float().mean())
@@ -127,12 +107,28 @@ def test_recovers_a_planted_dictionary(name: str) -> None:
     assert l0 == pytest.approx(K, rel=0.1), (fvu, l0)
 
 
+@pytest.mark.parametrize("name", ["batch_topk", "topk", "jumprelu"])
+def test_recovers_features_that_fire_in_pairs(name: str) -> None:
+    planted = make_correlated(8192)
+    sae = finish(fit(make_params(variant=name, epochs=60), planted.x))
+    assert mmcs(sae.W_dec, planted.directions) > 0.85
+
+
+def test_matryoshka_learns_parents_first() -> None:
+    planted = make_hierarchical(8192)
+    shares = {}
+    for name in ("batch_topk", "matryoshka"):
+        variant = {"kind": name} | ({"prefixes": [0.2, 1]} if name == "matryoshka" else {})
+        sae = finish(fit(make_params(variant=variant, d_sae=40), planted.x))
+        shares[name] = float((planted.directions[:8] @ sae.W_dec[:8].T).amax(1).mean())  # eight parents, eight first latents
+    assert shares["matryoshka"] > 0.8 > 0.6 > shares["batch_topk"], shares
+
+
 def test_a_transcoder_recovers_the_planted_directions_of_its_target() -> None:
-    x, _ = make_planted(8192)
-    generator = torch.Generator().manual_seed(9)
-    other = torch.nn.functional.normalize(torch.randn(N_PLANTED, 20, generator=generator), dim=1)
-    mix = make_mix(8192)
-    target = 3 * mix @ other + 1
+    planted = make_planted(8192)
+    x = planted.x
+    other = torch.nn.functional.normalize(torch.randn(48, 20, generator=torch.Generator().manual_seed(9)), dim=1)
+    target = planted.codes @ other + 1
     params = make_params(epochs=60)
     learner = Learner.begin("one", params, len(x), Sample(x, target), torch.device("cpu"))
 
@@ -151,14 +147,14 @@ def test_a_transcoder_recovers_the_planted_directions_of_its_target() -> None:
 
 
 def test_scale_of_the_data_changes_nothing_but_the_scale() -> None:
-    x, _ = make_planted(2048)
+    x = make_planted(2048).x.x
     params = make_params(epochs=5)
     one, thousand = (finish(fit(params, x * factor)) for factor in (1.0, 1024.0))
     torch.testing.assert_close(one.encode(x) * 1024, thousand.encode(x * 1024))
 
 
 def test_directions_stay_unit_and_encoder_is_no_view() -> None:
-    x, _ = make_planted(2048)
+    x = make_planted(2048).x
     learner = begin(make_params(epochs=2), x)
     assert learner.weights.W_enc.data_ptr() != learner.weights.W_dec.data_ptr()
     go_on([learner], x)
@@ -168,7 +164,7 @@ def test_directions_stay_unit_and_encoder_is_no_view() -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_going_on_from_a_checkpoint_is_bit_identical(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer_module, "CHECKPOINT_SECONDS", 0.0)
-    x, _ = make_planted(4096)
+    x = make_planted(4096).x
     params = make_params(**({"variant": name} | VARIANTS[name] | {"epochs": 6}))
     whole = fit(params, x)
     learner = begin(params, x)
@@ -191,7 +187,7 @@ def test_going_on_from_a_checkpoint_is_bit_identical(name: str, tmp_path: Path, 
 
 
 def test_several_in_one_pass_are_those_of_single_runs() -> None:
-    x, _ = make_planted(2048)
+    x = make_planted(2048).x
     many = [make_params(epochs=4, k=k, d_sae=d, seed=seed) for k, d, seed in ((2, 64, 0), (3, 64, 1), (4, 96, 0))]
     learners = [begin(one, x, f"{i}") for i, one in enumerate(many)]
     go_on(learners, x)
@@ -201,7 +197,7 @@ def test_several_in_one_pass_are_those_of_single_runs() -> None:
 
 
 def test_auxk_revives_dead_latents() -> None:
-    x, _ = make_planted(2048)
+    x = make_planted(2048).x.x
     shares = []
     for coefficient in (0.0, 1 / 32):
         learner = begin(make_params(epochs=40, d_sae=128, aux_coefficient=coefficient), x)
@@ -213,7 +209,7 @@ def test_auxk_revives_dead_latents() -> None:
 
 
 def test_resampling_gives_dead_latents_of_relu_new_directions() -> None:
-    x, _ = make_planted(2048)
+    x = make_planted(2048).x
     learner = begin(make_params(variant={"kind": "relu", "l1": 0.01}, epochs=40), x)
     learner.weights.b_enc[:20] = -10.0  # never positive
     go_on([learner], x)
@@ -222,7 +218,7 @@ def test_resampling_gives_dead_latents_of_relu_new_directions() -> None:
 
 
 def test_divergence_names_the_step_and_what_to_do_and_keeps_the_weights() -> None:
-    x, _ = make_planted(2048)
+    x = make_planted(2048).x
     x[7, 3] = float("nan")
     learner = Learner.begin("one", make_params(epochs=2), len(x), Sample(x[8:]), torch.device("cpu"))
     with pytest.raises(TrainingError, match=r"train: one: the loss is nan.*at step \d+.*lower train.lr"):
@@ -231,7 +227,7 @@ def test_divergence_names_the_step_and_what_to_do_and_keeps_the_weights() -> Non
 
 
 def test_a_request_to_end_writes_a_checkpoint_first() -> None:
-    x, _ = make_planted(2048)
+    x = make_planted(2048).x
     written: list[int] = []
     learner = begin(make_params(epochs=50), x)
 
@@ -247,7 +243,7 @@ def test_a_request_to_end_writes_a_checkpoint_first() -> None:
 
 
 def test_no_progress_is_said_and_ends_the_run_early_where_asked() -> None:
-    x, _ = make_planted(2048)
+    x = make_planted(2048).x
     for patience, n_steps in ((None, 400), (25, 300)):
         events: list[Event] = []
         learner = begin(make_params(epochs=100, lr=1e-9, patience=patience), x)
@@ -265,7 +261,7 @@ def test_too_few_tokens_is_refused() -> None:
 
 
 def test_events_carry_curves_histograms_and_progress() -> None:
-    x, _ = make_planted(2048)
+    x = make_planted(2048).x
     events: list[Event] = []
     learner = begin(make_params(epochs=10), x)
     go_on([learner], x, events.append)
@@ -279,7 +275,7 @@ def test_events_carry_curves_histograms_and_progress() -> None:
 
 
 def test_save_and_load_agree(tmp_path: Path) -> None:
-    x, _ = make_planted(512)
+    x = make_planted(512).x.x
     sae = make_untrained(CONFIG, x, seed=3)
     sae.save(tmp_path / "sae.safetensors", tmp_path / "cfg.json")
     loaded = SAE.load(tmp_path)
@@ -288,6 +284,6 @@ def test_save_and_load_agree(tmp_path: Path) -> None:
 
 
 def test_untrained_fires_k_latents_a_token() -> None:
-    x, _ = make_planted(512)
+    x = make_planted(512).x.x
     acts = make_untrained(CONFIG, x, seed=3).encode(x)
     assert float((acts > 0).sum(1).float().mean()) == pytest.approx(K, abs=0.05)

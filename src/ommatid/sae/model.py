@@ -86,6 +86,21 @@ class SAE:
         """(d_sae,), where gated"""
 
     @property
+    def name(self) -> str:
+        """How it was trained, such as batch_topk."""
+        return self.config.variant
+
+    @property
+    def n_latents(self) -> int:
+        """Latents."""
+        return self.config.d_sae
+
+    @property
+    def d_model(self) -> int:
+        """Width of the activations that are encoded."""
+        return self.config.d_model
+
+    @property
     def d_out(self) -> int:
         """Width of what is decoded."""
         return self.W_dec.shape[1]

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ommatid.sae.kmeans import find_centres
 from ommatid.sae.model import Activation
 from ommatid.sae.step import Batch, Step
 from ommatid.sae.variants.base import Guides, Settings
@@ -10,8 +11,6 @@ from ommatid.sae.variants.topk import BatchTopK
 from ommatid.sae.weights import Weights, grad_of
 
 MOST_CENTRES = 2048
-ROUNDS = 20
-"""Of k-means."""
 
 
 class Archetypal(BatchTopK):
@@ -30,7 +29,7 @@ class Archetypal(BatchTopK):
 
     def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
         """Each direction begins at one centre, drawn with the seed; where latents outnumber centres, mixed with a second one."""
-        centres = find_centres(x_nd, min(self._n_centres, len(x_nd)))
+        centres = find_centres(x_nd, min(self._n_centres, len(x_nd)), self._settings.seed)
         generator = torch.Generator().manual_seed(self._settings.seed)
         n = len(centres)
         first = torch.arange(self._settings.d_sae)[torch.randperm(self._settings.d_sae, generator=generator)] % n
@@ -65,14 +64,3 @@ class Archetypal(BatchTopK):
 
     def _raw(self, weights: Weights) -> Tensor:
         return torch.addmm(weights.own["shift"], weights.own["mix"], weights.fixed["centres"])
-
-
-def find_centres(x_nd: Tensor, n: int) -> Tensor:
-    """k-means of the rows: (n, d_model); begun at rows evenly apart, so that it depends on the data alone."""
-    centres = x_nd[torch.linspace(0, len(x_nd) - 1, n).long()].clone()
-    for _ in range(ROUNDS):
-        nearest = torch.cat([(part @ centres.T).sub_(centres.square().sum(1) / 2).argmax(1) for part in x_nd.split(4096)])
-        counts = torch.bincount(nearest, minlength=n)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, x_nd)
-        centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centres)
-    return centres
