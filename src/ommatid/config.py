@@ -345,7 +345,20 @@ class Archetypal(Section):
     """How far, at most, a direction may leave the combination, as a share of its length."""
 
 
-Variant = Annotated[TopK | BatchTopK | Matryoshka | ReLU | JumpReLU | Gated | Archetypal, Field(discriminator="kind")]
+class Imported(Section):
+    """An SAE that another library trained (docs/interop.md); d_sae and k are what it has."""
+
+    kind: Literal["imported"]
+    path: str
+    """Its folder or file, relative to the checkout or absolute."""
+    format: str | None = None
+    """saelens, sparsify, saev, sae_for_vlm, dictionary_learning, overcomplete or ommatid; null: found by the files."""
+    values: dict[str, str] = {}
+    """What the files don't say, such as {k: "32"}: docs/interop.md."""
+
+
+TrainedVariant = TopK | BatchTopK | Matryoshka | ReLU | JumpReLU | Gated | Archetypal
+Variant = Annotated[TrainedVariant | Imported, Field(discriminator="kind")]
 
 
 class TrainParams(Section):
@@ -419,6 +432,8 @@ class TrainParams(Section):
                 return self.variant.l1 is None
             case JumpReLU():
                 return self.variant.weight is None
+            case Imported():
+                return False
             case TopK() | BatchTopK() | Matryoshka() | Archetypal():
                 return True
             case _:
@@ -594,7 +609,7 @@ def _explain_one(problem: Any) -> str:
     # pydantic puts the tag of a discriminated union into the path: images.source.folder.path -> images.source.path
     tags = {"cifar10", "folder", "parquet", "images", "files", "local", "dask", "ray"}
     tags |= {"lite", "clip", "siglip", "dino", "vit", "llava", "qwen", "module", "transformers"}
-    tags |= {"topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated", "archetypal"}
+    tags |= {"topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated", "archetypal", "imported"}
     path = [str(part) for i, part in enumerate(problem["loc"]) if not (i and part in tags)]
     key = ".".join(path) or "params"
     match problem["type"]:

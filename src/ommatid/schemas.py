@@ -70,11 +70,11 @@ def embeddings(d_joint: int, d_judge: int) -> pa.Schema:
 CURVES = _schema(
     step=(pa.int64(), "optimiser steps done"),
     tokens=(pa.int64(), "tokens seen"),
-    loss=(pa.float64(), "reconstruction loss plus weighted AuxK loss, on scaled activations"),
+    loss=(pa.float64(), "reconstruction loss plus what is penalised, on scaled activations; null: it was trained elsewhere"),
     fvu=(pa.float64(), "fraction of variance unexplained of the batches since the last row"),
     l0=(pa.float64(), "mean latents that fire a token"),
     dead=(pa.float64(), "share of latents that have not fired in dead_after tokens"),
-    lr=(pa.float64(), "learning rate"),
+    lr=(pa.float64(), "learning rate; null: it was trained elsewhere"),
 )
 
 LATENTS = _schema(

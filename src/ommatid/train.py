@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from ommatid import schemas
 from ommatid.ahead import ahead
-from ommatid.config import TrainParams
+from ommatid.config import Imported, TrainParams
 from ommatid.errors import ConfigError
 from ommatid.events import Listener, ignore
+from ommatid.imported import write_imported
 from ommatid.reader import Columns, Share, iter_batches, load_sample
 from ommatid.sae import ranks
 from ommatid.sae.learner import CURVE_COLUMNS, Learner, Sample
@@ -37,6 +38,7 @@ def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_
     Raises:
         TrainingError: too few tokens, or a loss diverged.
         StoppedError: the process was asked to end; a checkpoint is there.
+        ModelError: an SAE to be imported cannot be read, or is of another width.
     """
     checkpoint = draft.scratch / CHECKPOINT
     saved = load_file(checkpoint) if checkpoint.exists() else None
@@ -45,12 +47,16 @@ def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_
         with draft.write_file(f"{draft.scratch.name}/{CHECKPOINT}") as path:
             save_file(tensors, path)
 
-    ranks.call()
-    made: dict[str, Artefact] = {}
-    for name, learner in fit(params, inputs, saved, save, on_event).items():
-        child = draft.child(name, "sae", learner.params.identity())
-        made[name] = child.sealed() or _write(learner, inputs, child)
-    return draft.seal({"saes": list(made), "of": {name: {key: sae.summary[key] for key in SUMMARISED} for name, sae in made.items()}})
+    made = {
+        name: write_imported(name, one, inputs, draft) for name, one in params.each().items() if isinstance(one.variant, Imported)
+    }  # first: what is wrong with them is found before hours of training
+    if len(made) < len(params.each()):
+        ranks.call()
+        for name, learner in fit(params, inputs, saved, save, on_event).items():
+            child = draft.child(name, "sae", learner.params.identity())
+            made[name] = child.sealed() or _write(learner, inputs, child)
+    of = {name: {key: made[name].summary[key] for key in SUMMARISED} for name in params.each()}
+    return draft.seal({"saes": list(of), "of": of})
 
 
 def follow(params: TrainParams, inputs: Mapping[str, Artefact]) -> None:
@@ -102,13 +108,14 @@ def fit(
 def _learners(
     params: TrainParams, inputs: Mapping[str, Artefact], saved: dict[str, torch.Tensor] | None, device: torch.device
 ) -> Sequence[Learner]:
+    trained = {name: one for name, one in params.each().items() if not isinstance(one.variant, Imported)}
     n_tokens = inputs["extract"].rows("train")
     make_plan(params, n_tokens)  # refuses too few before any are read
     if saved is None:
         sample = _load_sample(inputs)
-        return [Learner.begin(name, one, n_tokens, sample, device) for name, one in params.each().items()]
+        return [Learner.begin(name, one, n_tokens, sample, device) for name, one in trained.items()]
     found = []
-    for name, one in params.each().items():
+    for name, one in trained.items():
         tensors = {key.removeprefix(f"{name}/"): tensor for key, tensor in saved.items() if key.startswith(f"{name}/")}
         found.append(Learner.restore(name, one, n_tokens, tensors, device))
     return found

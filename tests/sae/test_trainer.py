@@ -85,9 +85,9 @@ CONFIG = SAEConfig("batch_topk", D_MODEL, 64, K, "blocks.0", "planted")
 VARIANTS: dict[str, dict[str, object]] = {
     "batch_topk": {},
     "topk": {},
-    "matryoshka": {"variant": {"kind": "matryoshka", "prefixes": [0.75, 1]}},
+    "matryoshka": {"variant": {"kind": "matryoshka", "prefixes": [0.75, 1]}, "d_sae": 96},
     "relu": {"epochs": 100},
-    "jumprelu": {"epochs": 100},
+    "jumprelu": {"epochs": 160},
     "jumprelu tanh": {"variant": {"kind": "jumprelu", "sparsity": "tanh"}, "epochs": 160},
     "gated": {"epochs": 100},
     "archetypal": {"variant": {"kind": "archetypal", "points": 64, "relaxation": 0.8}},
@@ -147,7 +147,7 @@ def test_a_transcoder_recovers_the_planted_directions_of_its_target() -> None:
 
 
 def test_scale_of_the_data_changes_nothing_but_the_scale() -> None:
-    x = make_planted(2048).x.x
+    x = make_planted(2048).x
     params = make_params(epochs=5)
     one, thousand = (finish(fit(params, x * factor)) for factor in (1.0, 1024.0))
     torch.testing.assert_close(one.encode(x) * 1024, thousand.encode(x * 1024))
@@ -197,7 +197,7 @@ def test_several_in_one_pass_are_those_of_single_runs() -> None:
 
 
 def test_auxk_revives_dead_latents() -> None:
-    x = make_planted(2048).x.x
+    x = make_planted(2048).x
     shares = []
     for coefficient in (0.0, 1 / 32):
         learner = begin(make_params(epochs=40, d_sae=128, aux_coefficient=coefficient), x)
@@ -275,7 +275,7 @@ def test_events_carry_curves_histograms_and_progress() -> None:
 
 
 def test_save_and_load_agree(tmp_path: Path) -> None:
-    x = make_planted(512).x.x
+    x = make_planted(512).x
     sae = make_untrained(CONFIG, x, seed=3)
     sae.save(tmp_path / "sae.safetensors", tmp_path / "cfg.json")
     loaded = SAE.load(tmp_path)
@@ -284,6 +284,6 @@ def test_save_and_load_agree(tmp_path: Path) -> None:
 
 
 def test_untrained_fires_k_latents_a_token() -> None:
-    x = make_planted(512).x.x
+    x = make_planted(512).x
     acts = make_untrained(CONFIG, x, seed=3).encode(x)
     assert float((acts > 0).sum(1).float().mean()) == pytest.approx(K, abs=0.05)

@@ -156,7 +156,8 @@ def train(artefact: Artefact, params: Params) -> Frames:
     path = artefact.file("sae.safetensors")
     with safe_open(path, framework="numpy") as file:
         names = set(file.keys())
-        shapes = _TENSORS | (_GATED if params.train.variant.kind == "gated" else {})
+        is_gated = params.train.variant.kind == "gated" or _GATED.keys() & names
+        shapes = _TENSORS | (_GATED if is_gated else {})
         sizes = _sizes(file, names, params.train)
         tensors = _frame([_tensor(file, names, name, [[sizes[letter] for letter in shape] for shape in shapes[name]]) for name in shapes])
         norms = np.linalg.norm(file.get_tensor("W_dec"), axis=1) if "W_dec" in names else np.empty(0)

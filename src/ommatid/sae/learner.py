@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ommatid.config import TrainParams
+from ommatid.config import Imported, TrainParams
 from ommatid.errors import TrainingError
 from ommatid.hardware import computes_in_bfloat16
 from ommatid.metrics import Fidelity
@@ -65,6 +65,7 @@ class Learner:
         self.params = params
         self.plan: Plan = make_plan(params, n_tokens)
         self.scales = scales
+        assert not isinstance(params.variant, Imported), f"{name}: is not trained"
         self.variant: Variant = make_variant(params.variant, _settings(params, self.plan, device))
         self.guides = Guides()
         self.weights: Weights

@@ -83,7 +83,7 @@ def export_sae(sae: SAE, format_name: str, folder: Path) -> None:
         ModelError: the library has no such SAE, or the folder holds one of Ommatid's.
     """
     form = _format(format_name)
-    if _is_own(folder):
+    if is_own(folder):
         raise ModelError(f"{folder}: holds an SAE of Ommatid, which the files of {format_name} might replace; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     form.write(sae, folder)
@@ -95,7 +95,7 @@ def write_own(sae: SAE, folder: Path) -> None:
     Raises:
         ModelError: the folder holds another library's, whose files have the same names.
     """
-    if (folder / CONFIG).exists() and not _is_own(folder):
+    if (folder / CONFIG).exists() and not is_own(folder):
         raise ModelError(f"{folder}: {CONFIG} of another library is there, and would be replaced; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     sae.save(folder / WEIGHTS, folder / CONFIG)
@@ -107,7 +107,7 @@ def load_own(folder: Path) -> SAE:
     Raises:
         ModelError: they are not there.
     """
-    if not _is_own(folder):
+    if not is_own(folder):
         raise ModelError(f"{folder}: no SAE of Ommatid; it has {WEIGHTS} and {CONFIG}")
     return SAE.load(folder)
 
@@ -120,7 +120,7 @@ def find_format(path: Path) -> str:
     """
     if not path.exists():
         raise ModelError(f"{path}: no such file or folder")
-    if _is_own(path):
+    if is_own(path):
         raise ModelError(f"{path}: an SAE of Ommatid already; use it as it is")
     if name := _detect(path):
         return name
@@ -157,7 +157,7 @@ def _looks_like_one(path: Path) -> bool:
         return False
 
 
-def _is_own(path: Path) -> bool:
+def is_own(path: Path) -> bool:
     """Sparsify has files of the same names."""
     has_files = (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
     return has_files and {"variant", "d_model", "hookpoint"} <= read_json(path / CONFIG).keys()

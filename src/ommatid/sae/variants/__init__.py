@@ -14,7 +14,7 @@ from ommatid.sae.variants.topk import BatchTopK, TopK
 __all__ = ["Guides", "Settings", "Variant", "make_variant"]
 
 
-def make_variant(params: config.Variant, settings: Settings) -> Variant:
+def make_variant(params: config.TrainedVariant, settings: Settings) -> Variant:
     """The variant that params ask for."""
     match params:
         case config.TopK():
