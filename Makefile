@@ -14,7 +14,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export OMP_WAIT_POLICY := PASSIVE
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint up docs bench bench-extract constraints clean
+.PHONY: help demo test lint up docs bench bench-extract bench-train constraints clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -59,6 +59,9 @@ bench: $(READY) ## seconds and memory of every stage
 
 bench-extract: $(READY) ## extraction and its store against a bare loop, memmaps and other writers
 	@python benchmarks/extract.py 10000
+
+bench-train: $(READY) peers ## training against the peers' trainers and the hardware; an hour
+	@python benchmarks/train.py
 
 constraints: $(READY) ## write down the versions that are installed
 	@{ head -n 1 constraints.txt; $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable | sed 's/+cpu//'; } > constraints.new
