@@ -33,8 +33,8 @@ NOTES = [
     "peers as they come, in float32; ours too, but for the encoder's product, which is in bfloat16 where the hardware computes in it",
     "SAELens: SAETrainer.step, without logging; use_sparse_activations both ways, the faster counts (its BatchTopK does not read it)",
     "dictionary_learning: the trainer's update",
-    "sparsify: SparseCoder, and what its Trainer does around it: projection, renormalisation; signum (its default) and Adam, the faster counts",
-    "quality: planted data (benchmarks/synthetic.py), scaled to a mean squared norm of 1 for all; one peak learning rate, warm-up and decay",
+    "sparsify: SparseCoder, and what its Trainer does around it: projection, renormalisation; signum (its default) or Adam, the faster",
+    "quality: planted data (benchmarks/synthetic.py), mean squared norm scaled to 1 for all; one peak learning rate, warm-up and decay",
     "quality: thresholds averaged as ours where the trainer lets one choose, AuxK as each has it, inference as each library defines it",
     "quality: sparsify's schedule decays over the whole run; SAELens begins with directions of norm 0.1 and does not keep them at a norm",
     "memory: resident memory (/proc) beyond that before Learner.begin, less weights and the moments of Adam; gradients are in it",
@@ -65,7 +65,7 @@ class Bench:
             yield from quality(peers, 40 if self._quick else N_STEPS)
 
     def stage(self) -> Iterator[Row]:
-        yield from against_bare_steps(self._root, SIZE, 1024 if self._quick else 8192, 1 if self._quick else 6)
+        yield from against_bare_steps(self._root / "stage", SIZE, 1024 if self._quick else 8192, 1 if self._quick else 6)
 
     def several(self) -> Iterator[Row]:
         """At the large size and at the demo's."""

@@ -15,16 +15,17 @@ from report import Row, middle
 from synthetic import Synthetic
 from train_setup import CHECKOUT, CPU, Size
 
-from ommatid import schemas, store, tracking
+from ommatid import schemas, store
 from ommatid.config import TrainParams, load_params
 from ommatid.events import Event, Measured, Progress
 from ommatid.extract.rows import BYTES_PER_ROW_GROUP, write_rows
 from ommatid.extract.shuffle import order_rows, window
 from ommatid.reader import iter_batches, load_sample
 from ommatid.sae.learner import Learner, Sample
+from ommatid.stage import run_stage
 from ommatid.store import Artefact
 from ommatid.tensors import to_binary
-from ommatid.train import CHECKPOINT, SAMPLE, train
+from ommatid.train import CHECKPOINT, SAMPLE
 
 PATCHES = 49
 """Tokens of an image."""
@@ -38,10 +39,10 @@ N_SAES = 8
 class Watch:
     """Hears what a stage tells, and when."""
 
-    checkpoint: Path
-    """File that the stage may write meanwhile."""
+    root: Path
+    """Below it the stage works."""
     written: set[int] = field(default_factory=set)
-    """When it was, as far as was noticed."""
+    """When its checkpoint was written, as far as was noticed."""
     times: list[tuple[int, float]] = field(default_factory=list)
     """Steps done, and when that was said."""
     waiting: list[float] = field(default_factory=list)
@@ -51,7 +52,7 @@ class Watch:
         """Listen."""
         if isinstance(event, Progress) and event.what == "train steps":
             self.times.append((event.done, time.perf_counter()))
-            self.written |= {self.checkpoint.stat().st_mtime_ns} if self.checkpoint.exists() else set()
+            self.written |= {path.stat().st_mtime_ns for path in self.root.rglob(CHECKPOINT)}
         if isinstance(event, Measured):
             self.waiting.append(event.values["waiting"])
 
@@ -63,28 +64,23 @@ class Watch:
 
 
 class Place:
-    """A folder with the activations of so many images."""
+    """A folder with the activations of so many images, in which the stage runs."""
 
     def __init__(self, root: Path, size: Size, n_images: int) -> None:
         self.size = size
         self._root = root
-        self.activations = _write(root / f"activations-{size.d_model}", size.d_model, n_images)
+        self._params = load_params(CHECKOUT / "params.yaml")
+        self.activations = _write(root / "activations", self._params.hookpoint, size.d_model, n_images)
 
     def stage(self, section: TrainParams) -> tuple[float, Watch]:
-        """Seconds of the stage as `ommatid train` runs it, with an MLflow run, and what it told."""
+        """Seconds of the stage as `ommatid train` runs it, with MLflow, gate and publishing, and what it told."""
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{self._root / 'mlflow.db'}"
-        params = load_params(CHECKOUT / "params.yaml").model_copy(update={"train": section})
-        inputs, start = {"extract": self.activations}, time.perf_counter()
-        with store.open_draft(self._root / "sae", "sae", section.identity(), inputs) as draft:
-            watch = Watch(draft.scratch / CHECKPOINT)
-            with tracking.training_run(params, inputs) as run:
-                train(section, inputs, draft, run.tee(watch))
-            seconds = time.perf_counter() - start
-            draft.discard()
-        return seconds, watch
+        params, watch, start = self._params.model_copy(update={"train": section}), Watch(self._root), time.perf_counter()
+        run_stage("train", params, watch, str(self._root), self._root / "quality", must_pass=False)
+        return time.perf_counter() - start, watch
 
 
-def _write(place: Path, d_model: int, n_images: int) -> Artefact:
+def _write(place: Path, hookpoint: str, d_model: int, n_images: int) -> Artefact:
     """Training rows as extraction writes a shard: in its order, row groups of its size."""
     image = np.arange(n_images).repeat(PATCHES)
     order = order_rows(image, np.random.default_rng(0))
@@ -103,12 +99,13 @@ def _write(place: Path, d_model: int, n_images: int) -> Artefact:
         }
         return pa.table(columns, schema=schema)
 
-    with store.open_draft(place, "activations", {}, {}) as draft:
+    with store.open_draft(place, "extraction", {}, {}) as draft:
+        own = draft.child(hookpoint, "activations")
         groups = (table(number, rows[start : start + per_group]) for number, start in enumerate(range(0, len(rows), per_group)))
-        write_rows(draft, store.part_name("train", 0), groups, schema)
-        known = {"model": "synthetic", "hookpoint": "blocks.0", "d_model": d_model}
-        draft.seal({"window": window(np.bincount(order.stratum), PATCHES), **known})
-        return draft.publish(place)
+        write_rows(own, store.part_name("train", 0), groups, schema)
+        own.seal({"window": window(np.bincount(order.stratum), PATCHES), "model": "synthetic", "hookpoint": hookpoint, "d_model": d_model})
+        draft.seal({"hookpoints": [hookpoint]})
+        return draft.publish(place).child(hookpoint, "activations")
 
 
 class Bare:
