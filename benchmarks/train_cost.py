@@ -8,9 +8,10 @@ from peer_process import Peers
 from report import Row, middle
 from train_setup import Floor, Ours, Size, Theirs, in_turn
 
-LARGE = 32768
-"""The second d_sae at which peers are measured."""
-D_SAES = (2048, 4096, 8192, 16384, 32768, 65536)
+LARGE = 4
+"""The second d_sae at which peers are measured, as a multiple of the first."""
+WIDTHS = (0.25, 0.5, 1, 2, 4, 8)
+"""Of d_sae, at which our step is measured."""
 KS = (8, 16, 32, 64, 128)
 
 
@@ -49,12 +50,12 @@ class Points:
 
 
 def against_peers(peers: Peers, size: Size, rounds: int, points: Points) -> Iterator[Row]:
-    """Each contest at the size, then at d_sae 32768, where the ratio must be no worse."""
+    """Each contest at the size, then at four times its d_sae, where the ratio must be no worse."""
     for contest in CONTESTS:
         ratio, rows = _contest(peers, contest, size, rounds, contest.must, contest.goal, points)
         yield from rows
         if contest.at_large:
-            yield from _contest(peers, contest, replace(size, d_sae=LARGE), rounds, ratio, None, points)[1]
+            yield from _contest(peers, contest, replace(size, d_sae=LARGE * size.d_sae), rounds, ratio, None, points)[1]
 
 
 def _contest(
@@ -90,7 +91,7 @@ def against_floor(size: Size, rounds: int) -> Iterator[Row]:
 
 def by_width(size: Size, rounds: int, points: Points) -> Iterator[Row]:
     """Our BatchTopK step by d_sae and by k."""
-    for d_sae in D_SAES:
+    for d_sae in (round(width * size.d_sae) for width in WIDTHS):
         points.by_d_sae[d_sae] = _cost(replace(size, d_sae=d_sae), rounds)
         yield Row(f"our batch_topk step, d_sae {d_sae}, k {size.k}", points.by_d_sae[d_sae][0], "ms")
     for k in KS:

@@ -16,7 +16,7 @@ MARKS = (("#b42318", "o"), ("#b7791f", "s"), ("#2f855a", "D"), ("#6b46c1", "^"))
 """Of the peers, in the order in which they were measured."""
 
 
-def draw(points: Points, size: Size, path: Path = PICTURE) -> None:
+def draw(points: Points, size: Size, path: Path) -> None:
     """Two panels, both axes logarithmic."""
     figure = Figure(figsize=(10, 4.6), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)

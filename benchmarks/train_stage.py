@@ -74,7 +74,6 @@ class Place:
 
     def stage(self, section: TrainParams) -> tuple[float, Watch]:
         """Seconds of the stage as `ommatid train` runs it, with MLflow, gate and publishing, and what it told."""
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{self._root / 'mlflow.db'}"
         params, watch, start = self._params.model_copy(update={"train": section}), Watch(self._root), time.perf_counter()
         run_stage("train", params, watch, str(self._root), self._root / "quality", must_pass=False)
         return time.perf_counter() - start, watch
@@ -131,12 +130,19 @@ class Bare:
         return time.perf_counter() - start
 
 
+def record_runs(root: Path) -> None:
+    """Stages record their runs below a folder from here on, in a database that a first run has made, as it is for all but the first."""
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{root / 'mlflow.db'}"
+    tiny = Size(d_model=32, d_sae=64, k=4, batch_size=256)
+    Place(root / "first", tiny, 64).stage(tiny.section(variant="batch_topk", epochs=1))
+
+
 def against_bare_steps(root: Path, size: Size, n_images: int, epochs: int) -> Iterator[Row]:
     """The stage's steps by bare ones: half of these before it, half after."""
     place = Place(root, size, n_images)
     section = size.section(variant="batch_topk", epochs=epochs, seed=0)
     bare = Bare(place.activations, section)
-    bare.steps(bare.n_steps // 100)  # as many as the stage makes before its first measurement
+    bare.steps(max(1, bare.n_steps // 100))  # as many as the stage makes before its first measurement
     half = bare.n_left // 2
     before = bare.steps(half)
     seconds, watch = place.stage(section)
