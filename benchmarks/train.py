@@ -86,7 +86,6 @@ class Bench:
         yield Row(f"{what}, steps 1 to 20", max(found["first"], found["later"]), "MB", must, None, "lower")
         yield Row(f"{what}, steps 4 to 20: a floor for the selection is known", found["later"], "MB", must, None, "lower")
         yield Row(f"{what}: of which gradients", found["gradients"], "MB")
-        yield Row(f"{what}, while a run begins", found["begin"], "MB")
 
 
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {

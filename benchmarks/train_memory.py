@@ -4,6 +4,7 @@ python benchmarks/train_memory.py     peak and resident memory from /proc, which
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,16 +24,14 @@ def main() -> None:
     size, data = Size(), Synthetic(Size().d_model)
     pool = [data.batch(number, size.batch_size) for number in range(POOL)]
     sample = Sample(torch.cat(pool))
-    pool[0] @ pool[1].T  # threads and their buffers are there
-    (pool[0].bfloat16() @ pool[1].bfloat16().T).sum()
-    before = _begin("VmRSS")
-    learner = Learner.begin("memory", size.section(variant="batch_topk", epochs=1, seed=0), 10_000 * size.batch_size, sample, CPU)
-    peaks = {"begin": _read("VmHWM") - before}
+    small = _begin(replace(size, d_sae=256, k=4), Sample(pool[0][:256]))
+    _learn(small, [x[:64] for x in pool], range(SETTLED))  # code that a first step loads is no memory of later ones
+    before = _restart()
+    learner = _begin(size, sample)
+    peaks = {}
     for name, steps in (("first", range(SETTLED)), ("later", range(SETTLED, N_STEPS))):
-        _begin("VmRSS")
-        for step in steps:
-            x = pool[step % POOL]
-            learner.learn(Batch(x, x))
+        _restart()
+        _learn(learner, pool, steps)
         peaks[name] = _read("VmHWM") - before
     state = learner.tensors()
     held = sum(tensor.nbytes for key, tensor in state.items() if key.startswith(("weights.", "first.", "second.")))
@@ -40,10 +39,21 @@ def main() -> None:
     print(json.dumps({name: peak - held for name, peak in peaks.items()} | {"gradients": gradients}))
 
 
-def _begin(name: str) -> int:
-    """Let the peak start from what is resident now."""
+def _begin(size: Size, sample: Sample) -> Learner:
+    params = size.section(variant="batch_topk", epochs=1, seed=0)
+    return Learner.begin("memory", params, 10_000 * size.batch_size, sample, CPU)
+
+
+def _learn(learner: Learner, pool: list[torch.Tensor], steps: range) -> None:
+    for step in steps:
+        x = pool[step % len(pool)]
+        learner.learn(Batch(x, x))
+
+
+def _restart() -> int:
+    """Let the peak start from what is resident now; gives that in bytes."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    return _read(name)
+    return _read("VmRSS")
 
 
 def _read(name: str) -> int:
