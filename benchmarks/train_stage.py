@@ -67,7 +67,6 @@ class Place:
     """A folder with the activations of so many images, in which the stage runs."""
 
     def __init__(self, root: Path, size: Size, n_images: int) -> None:
-        self.size = size
         self._root = root
         self._params = load_params(CHECKOUT / "params.yaml")
         self.activations = _write(root / "activations", self._params.hookpoint, size.d_model, n_images)
