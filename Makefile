@@ -15,7 +15,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export OMP_WAIT_POLICY := PASSIVE
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint up docs bench bench-extract bench-interop peers constraints clean
+.PHONY: help demo test lint up docs bench bench-extract bench-train bench-interop peers constraints clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -60,6 +60,9 @@ bench: $(READY) ## seconds and memory of every stage
 
 bench-extract: $(READY) ## extraction and its store against a bare loop, memmaps and other writers
 	@python benchmarks/extract.py 10000
+
+bench-train: $(READY) $(PEERS)/.ready ## training against the peers' trainers and the hardware; an hour
+	@python benchmarks/train.py
 
 bench-interop: $(READY) $(PEERS)/.ready ## SAEs of other libraries here, and ours there
 	@python benchmarks/interop.py

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -35,18 +35,33 @@ class Row:
         return self.value >= bound if self.better == "higher" else self.value <= bound
 
 
-def publish(name: str, rows: Sequence[Row], libraries: Sequence[str], notes: Sequence[str] = ()) -> None:
-    """Print the table and write benchmarks/results/<name>.json."""
+def show(rows: Sequence[Row], notes: Sequence[str] = ()) -> None:
+    """Print the table."""
     print("\n| what | value | unit | must | goal | reaches |\n|---|--:|---|--:|--:|---|")
     for row in rows:
-        bounds = ["" if bound is None else f"{bound:g}" for bound in (row.must, row.goal)]
-        print(f"| {row.what} | {row.value:.3g} | {row.unit} | {bounds[0]} | {bounds[1]} | {row.verdict} |")
+        bounds = ["" if bound is None else _number(bound) for bound in (row.must, row.goal)]
+        print(f"| {row.what} | {_number(row.value)} | {row.unit} | {bounds[0]} | {bounds[1]} | {row.verdict} |")
     for note in notes:
         print(f"- {note}")
+
+
+def publish(
+    name: str, rows: Sequence[Row], libraries: Sequence[str], notes: Sequence[str] = (), versions: Mapping[str, str] | None = None
+) -> None:
+    """Print the table and write benchmarks/results/<name>.json.
+
+    Args:
+        name: Of the file.
+        rows: What was measured.
+        libraries: Of this environment, whose versions are written down.
+        notes: What a reader has to know.
+        versions: Of libraries in other environments, by name.
+    """
+    show(rows, notes)
     values = {
         "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else ""),
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(), "gpu": _gpu()},
-        "versions": {library: metadata.version(library) for library in libraries},
+        "versions": {library: metadata.version(library) for library in libraries} | dict(versions or {}),
         "notes": list(notes),
         "rows": [asdict(row) for row in rows],
     }
@@ -59,6 +74,10 @@ def publish(name: str, rows: Sequence[Row], libraries: Sequence[str], notes: Seq
 def middle(values: Sequence[float]) -> float:
     """The median: machines are noisy."""
     return median(values)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _git(*arguments: str) -> str:

@@ -51,7 +51,7 @@ class Optimiser:
         for rows, of_rows in zip(grad.split(ROWS_PER_CHUNK), tensor.split(ROWS_PER_CHUNK), strict=True):
             if name == "W_dec":
                 rows.addcmul_(torch.linalg.vecdot(rows, of_rows)[:, None], of_rows, value=-1)
-            total += torch.linalg.vecdot(rows, rows).sum(dtype=torch.float64)
+            total += torch.linalg.vector_norm(rows, dim=1).square().sum(dtype=torch.float64)
         return total
 
     def forget(self, names: tuple[str, ...], rows: Tensor) -> None:

@@ -48,10 +48,11 @@ class Scorer:
 
     def above(self, floor: Tensor) -> Sparse:
         """The entries above a floor: one for all, (), of each token, (batch, 1), or of each latent, (d_sae,)."""
-        found = list(self._iter_above(floor))
-        index, values = torch.cat([index for index, _ in found]), torch.cat([values for _, values in found])
+        indices, values = zip(*self._iter_above(floor), strict=True)
+        index = torch.cat(indices)
         rows = index // len(self.weights.b_enc)
-        return Sparse(self.n_tokens, self.levels, rows, index - rows * len(self.weights.b_enc), values.to(self.weights.b_enc.dtype))
+        latents = index.remainder_(len(self.weights.b_enc))
+        return Sparse(self.n_tokens, self.levels, rows, latents, torch.cat(values).to(self.weights.b_enc.dtype))
 
     def _iter_above(self, floor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         W_enc, b_enc = self.weights.W_enc.to(self.dtype).T, self.weights.b_enc.to(self.dtype)
@@ -94,9 +95,11 @@ def select_batch(scorer: Scorer, k: int, floor: float) -> tuple[Entries, float]:
         values = scorer.dense().relu_()
         threshold = ranks.nth_largest(values[values > 0], n)
         return Dense(scorer.levels, values.mul_(values >= threshold)), threshold
-    found = scorer.above(torch.tensor(max(floor, 0.0), device=scorer.inputs_bd.device))
-    if floor > 0 and ranks.total(len(found.values)) < n:
-        found = scorer.above(torch.zeros((), device=scorer.inputs_bd.device))
+    first = floor if floor > 0 else FLOOR_SHARE * _first_floor(scorer, k)
+    for guess in (first, first / 2, first / 4, 0.0):
+        found = scorer.above(torch.tensor(guess, device=scorer.inputs_bd.device))
+        if guess == 0 or ranks.total(len(found.values)) >= n:
+            break
     keep, threshold = ranks.keep_largest(found.values, n)
     return (found if keep is None else _pick(found, keep)), threshold
 
@@ -114,7 +117,8 @@ def select_token(scorer: Scorer, k: int, floor: float) -> tuple[Entries, float]:
         top = values.topk(k, dim=1)
         return Dense(scorer.levels, torch.zeros_like(values).scatter_(1, top.indices, top.values)), floor
     lengths = scorer.inputs_bd.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    found = scorer.above(lengths * max(floor, 0.0))
+    floor = floor if floor > 0 else FLOOR_SHARE * _first_floor(scorer, k) / float(lengths.max())
+    found = scorer.above(lengths * floor)
     counts = torch.bincount(found.rows, minlength=scorer.n_tokens)
     few = (counts < k).nonzero()[:, 0]
     if len(few) and floor > 0:
@@ -130,6 +134,13 @@ def select_above(scorer: Scorer, floor: Tensor) -> Entries:
     first = Scorer(scorer.weights, scorer.inputs_bd[:TOKENS_PER_CHUNK], scorer.levels, scorer.dtype).dense()
     share = float((first > floor).float().mean())
     return Dense(scorer.levels, scorer.dense()) if share > DENSE_SHARE else scorer.above(floor)
+
+
+def _first_floor(scorer: Scorer, k: int) -> float:
+    """A guess where no step came before: what k entries a token of some of the batch are above; all ranks take the first's."""
+    some = Scorer(scorer.weights, scorer.inputs_bd[:TOKENS_PER_CHUNK], scorer.levels, scorer.dtype).dense()
+    smallest = some.flatten().topk(min(k * len(some), some.numel()), sorted=False).values.min()
+    return max(0.0, float(ranks.agree(smallest)))
 
 
 def _is_dense(k: int, scorer: Scorer) -> bool:

@@ -1,0 +1,219 @@
+"""Steps of other projects' trainers, made on request: run by the peers' python, a line of JSON in, a line of JSON out.
+
+Each trainer is used as its own project's loop uses it, in float32, and is written down here only as far as that loop is tied to a
+model and a stream of text: `Sparsify` (its Trainer computes activations in a hook), and the reading of batches.
+"""
+
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from importlib import metadata
+from typing import Any
+
+import torch
+from synthetic import HELD_OUT, Synthetic, fvu
+from torch import Tensor
+
+GROUPS = [1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
+"""Of a Matryoshka dictionary: what each level adds."""
+POOL = 4
+"""Batches that are ready before steps are timed."""
+
+
+class SAELens:
+    """SAETrainer.step of SAELens, on its BatchTopK, TopK or Matryoshka."""
+
+    def __init__(self, p: dict[str, Any]) -> None:
+        from sae_lens.config import SAETrainerConfig
+        from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+        from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
+        from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+        from sae_lens.training.sae_trainer import SAETrainer
+
+        sae, config, extra = {
+            "batch_topk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, {}),
+            "topk": (TopKTrainingSAE, TopKTrainingSAEConfig, {}),
+            "matryoshka": (
+                MatryoshkaBatchTopKTrainingSAE,
+                MatryoshkaBatchTopKTrainingSAEConfig,
+                {"matryoshka_widths": _widths(p["d_sae"])},
+            ),
+        }[p["variant"]]
+        torch.manual_seed(p["seed"])
+        values = {"d_in": p["d_model"], "d_sae": p["d_sae"], "k": p["k"], "use_sparse_activations": p.get("sparse", False)}
+        schedule = SAETrainerConfig(
+            total_training_samples=p["n_steps"] * p["batch_size"],
+            train_batch_size_samples=p["batch_size"],
+            lr=p["lr"],
+            lr_end=p["lr"] / 10,  # as its runner sets it; a constant schedule does not read it
+            lr_warm_up_steps=p["warmup"],
+            lr_decay_steps=p["n_steps"] - p["decay_start"],
+        )
+        self._trainer = SAETrainer(schedule, sae(config(**values, **extra)), iter(()))
+
+    def step(self, number: int, x: Tensor) -> None:
+        self._trainer.step(x)
+        self._trainer.n_training_steps += 1
+
+    def inference(self) -> Any:
+        """The SAE as it is saved for use: with a threshold where it was trained with BatchTopK."""
+        from sae_lens.saes.sae import SAE
+
+        with tempfile.TemporaryDirectory() as folder:
+            self._trainer.sae.save_inference_model(folder)
+            sae = SAE.load_from_disk(folder)
+        return lambda x: sae.decode(sae.encode(x))
+
+
+class DictionaryLearning:
+    """update() of dictionary_learning's BatchTopK, TopK or Matryoshka trainer."""
+
+    def __init__(self, p: dict[str, Any]) -> None:
+        from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+        from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
+        from dictionary_learning.trainers.top_k import TopKTrainer
+
+        trainer = {"batch_topk": BatchTopKTrainer, "topk": TopKTrainer, "matryoshka": MatryoshkaBatchTopKTrainer}[p["variant"]]
+        extra = {"group_fractions": GROUPS} if p["variant"] == "matryoshka" else {}
+        self._trainer = trainer(
+            steps=p["n_steps"],
+            activation_dim=p["d_model"],
+            dict_size=p["d_sae"],
+            k=p["k"],
+            layer=0,
+            lm_name="",
+            lr=p["lr"],
+            warmup_steps=p["warmup"],
+            decay_start=p["decay_start"],
+            threshold_beta=p["threshold_decay"],
+            threshold_start_step=p["threshold_start"],
+            seed=p["seed"],
+            device="cpu",
+            **extra,
+        )
+
+    def step(self, number: int, x: Tensor) -> None:
+        self._trainer.update(number, x)
+
+    def inference(self) -> Any:
+        return self._trainer.ae
+
+
+class Sparsify:
+    """What the Trainer of eai-sparsify does with each batch: forward, backward, projection, optimiser, count of firings."""
+
+    def __init__(self, p: dict[str, Any]) -> None:
+        from sparsify.config import SparseCoderConfig
+        from sparsify.sparse_coder import SparseCoder
+
+        torch.manual_seed(p["seed"])
+        self._sae = SparseCoder(p["d_model"], SparseCoderConfig(num_latents=p["d_sae"], k=p["k"]), "cpu", torch.float32)
+        self._optimiser, self._scheduler = self._signum(p) if p["optimiser"] == "signum" else self._adam(p)
+        self._since_fired = torch.zeros(p["d_sae"], dtype=torch.long)
+        self._fvu = 0.0
+
+    def _signum(self, p: dict[str, Any]) -> tuple[Any, Any]:
+        from schedulefree import ScheduleFreeWrapper
+        from sparsify.sign_sgd import SignSGD
+
+        groups = [{"params": self._sae.parameters(), "lr": 5e-3 / (p["d_sae"] / 2**14) ** 0.5}]
+        optimiser = ScheduleFreeWrapper(SignSGD(groups), momentum=0.95)
+        optimiser.train()
+        return optimiser, None
+
+    def _adam(self, p: dict[str, Any]) -> tuple[Any, Any]:
+        from transformers import get_linear_schedule_with_warmup
+
+        adam = torch.optim.Adam([{"params": self._sae.parameters(), "lr": p["lr"]}])
+        return adam, get_linear_schedule_with_warmup(adam, p["warmup"], p["n_steps"])
+
+    def step(self, number: int, x: Tensor) -> None:
+        sae = self._sae
+        x = x.clone()[torch.ones(len(x), dtype=torch.bool)]  # its hook copies, and drops tokens by a mask
+        if number == 0:
+            sae.b_dec.data = x.mean(0)
+        sae.set_decoder_norm_to_unit_norm()
+        out = sae(x=x, y=x, dead_mask=None, total_variance=(x - x.mean(0)).pow(2).sum())
+        fired = torch.zeros_like(self._since_fired, dtype=torch.bool)
+        fired[out.latent_indices.flatten()] = True
+        self._fvu = float(out.fvu.detach())
+        (out.fvu + 0.0 * out.auxk_loss + out.multi_topk_fvu / 8).backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+        if self._scheduler:
+            self._scheduler.step()
+        self._since_fired += len(x)
+        self._since_fired[fired] = 0
+
+    def inference(self) -> Any:
+        if not self._scheduler:
+            self._optimiser.eval()
+        return lambda x: self._sae(x).sae_out
+
+
+def _widths(d_sae: int) -> list[int]:
+    return [round(sum(GROUPS[: i + 1]) * d_sae) for i in range(len(GROUPS))]
+
+
+PEERS = {"sae_lens": SAELens, "dictionary_learning": DictionaryLearning, "sparsify": Sparsify}
+
+
+class Session:
+    """One trainer at a time, and what is asked of it."""
+
+    def versions(self, names: list[str]) -> dict[str, str]:
+        return {name: metadata.version(name) for name in names}
+
+    def make(self, **p: Any) -> None:
+        """A new trainer instead of the last one; steps are on synthetic batches times `scale`."""
+        self._trainer: Any = None  # the last one's memory is free before the next is made
+        self._p = p
+        gc.collect()
+        torch.set_num_threads(p["n_threads"])
+        self._data, self._done = Synthetic(p["d_model"]), 0
+        self._pool = [self._batch(number) for number in range(POOL)]
+        self._trainer = PEERS[p["peer"]](p)
+
+    def _batch(self, number: int) -> Tensor:
+        return self._data.batch(number, self._p["batch_size"]) * self._p["scale"]
+
+    def steps(self, n: int) -> list[float]:
+        """Seconds of each."""
+        return [self._timed(self._pool[self._done % POOL]) for _ in range(n)]
+
+    def _timed(self, x: Tensor) -> float:
+        start = time.perf_counter()
+        self._trainer.step(self._done, x)
+        self._done += 1
+        return time.perf_counter() - start
+
+    def train(self) -> float:
+        """All steps, each on a batch of its own; gives the sum of the first batch's squares, by which data are compared."""
+        for number in range(self._p["n_steps"]):
+            self._timed(self._batch(number))
+        return float(self._pool[0].double().square().sum())
+
+    @torch.no_grad()
+    def fvu(self, n_batches: int) -> float:
+        """On held-out batches, as the library uses the SAE."""
+        reconstruct = self._trainer.inference()
+        batches = [self._batch(HELD_OUT + number) for number in range(n_batches)]
+        return fvu([(x, reconstruct(x)) for x in batches])
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # the libraries print: their lines must not come between ours
+    session = Session()
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = getattr(session, request.pop("do"))(**request)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

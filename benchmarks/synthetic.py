@@ -1,0 +1,39 @@
+"""Planted activations, sparse sums of directions with noise: the same for this project and for the peers. Needs only torch."""
+
+import torch
+from torch import Tensor
+
+N_DIRECTIONS = 4096
+"""Planted."""
+PER_TOKEN = 24
+"""Directions in a token, with weights between 0 and 1."""
+NOISE = 0.02
+"""Standard deviation of what is added to each coordinate."""
+HELD_OUT = 1_000_000
+"""Numbers from here on are of batches that nothing is trained on."""
+
+
+class Synthetic:
+    """Batches by number: a number gives the same batch in every process with the same torch."""
+
+    def __init__(self, d_model: int) -> None:
+        self._directions = torch.nn.functional.normalize(torch.randn(N_DIRECTIONS, d_model, generator=_generator(0)), dim=1)
+
+    def batch(self, number: int, n_tokens: int) -> Tensor:
+        """Tokens (n_tokens, d_model) float32."""
+        generator, x = _generator(number + 1), torch.zeros(n_tokens, self._directions.shape[1])
+        for _ in range(PER_TOKEN):
+            chosen = torch.randint(0, N_DIRECTIONS, (n_tokens,), generator=generator)
+            x += self._directions[chosen] * torch.rand(n_tokens, 1, generator=generator)
+        return x.add_(torch.randn(x.shape, generator=generator), alpha=NOISE)
+
+
+def fvu(pairs: list[tuple[Tensor, Tensor]]) -> float:
+    """Of batches and their reconstructions: squared error by squared distance from the mean of all."""
+    mean = torch.cat([x for x, _ in pairs]).double().mean(0)
+    error = sum(float((x - x_hat).double().square().sum()) for x, x_hat in pairs)
+    return error / sum(float((x.double() - mean).square().sum()) for x, _ in pairs)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,66 @@
+"""Memory of training steps, measured in a process of its own: a line of JSON.
+
+python benchmarks/train_memory.py     peak and resident memory from /proc, which holds this process alone (ru_maxrss is inherited)
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from synthetic import Synthetic
+from train_setup import CPU, POOL, Size
+
+from ommatid.sae.learner import Learner, Sample
+from ommatid.sae.step import Batch
+
+N_STEPS = 20
+SETTLED = 3
+"""Steps after which a floor for the selection is known."""
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    size, data = Size(), Synthetic(Size().d_model)
+    pool = [data.batch(number, size.batch_size) for number in range(POOL)]
+    sample = Sample(torch.cat(pool))
+    small = _begin(replace(size, d_sae=256, k=4), Sample(pool[0][:256]))
+    _learn(small, [x[:64] for x in pool], range(SETTLED))  # code that a first step loads is no memory of later ones
+    before = _restart()
+    learner = _begin(size, sample)
+    peaks = {}
+    for name, steps in (("first", range(SETTLED)), ("later", range(SETTLED, N_STEPS))):
+        _restart()
+        _learn(learner, pool, steps)
+        peaks[name] = _read("VmHWM") - before
+    state = learner.tensors()
+    held = sum(tensor.nbytes for key, tensor in state.items() if key.startswith(("weights.", "first.", "second.")))
+    gradients = sum(tensor.nbytes for tensor in learner.weights.grads().values())
+    print(json.dumps({name: peak - held for name, peak in peaks.items()} | {"gradients": gradients}))
+
+
+def _begin(size: Size, sample: Sample) -> Learner:
+    params = size.section(variant="batch_topk", epochs=1, seed=0)
+    return Learner.begin("memory", params, 10_000 * size.batch_size, sample, CPU)
+
+
+def _learn(learner: Learner, pool: list[torch.Tensor], steps: range) -> None:
+    for step in steps:
+        x = pool[step % len(pool)]
+        learner.learn(Batch(x, x))
+
+
+def _restart() -> int:
+    """Let the peak start from what is resident now; gives that in bytes."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return _read("VmRSS")
+
+
+def _read(name: str) -> int:
+    """Bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
+
+
+if __name__ == "__main__":
+    main()

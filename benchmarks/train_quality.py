@@ -1,0 +1,52 @@
+"""What the same tokens teach: FVU on held-out tokens, ours against each peer's, each SAE used as its own library uses it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peer_process import Peers
+from report import Row
+from synthetic import HELD_OUT, Synthetic, fvu
+from train_setup import CPU, Size, request
+
+from ommatid.sae.learner import Learner, Sample
+from ommatid.sae.step import Batch
+
+SIZE = Size(d_model=256, d_sae=2048, k=16, batch_size=1024)
+N_STEPS = 2000
+SAMPLE = 16384
+"""Tokens that a run begins from, as in the stage."""
+N_HELD_OUT = 16
+"""Batches."""
+PEERS: dict[str, tuple[dict[str, Any], ...]] = {
+    "batch_topk": ({"peer": "sae_lens"}, {"peer": "dictionary_learning"}),
+    "topk": ({"peer": "sae_lens"}, {"peer": "dictionary_learning"}, {"peer": "sparsify", "optimiser": "adam"}),
+    "matryoshka": ({"peer": "sae_lens"}, {"peer": "dictionary_learning"}),
+}
+
+
+def quality(peers: Peers, n_steps: int) -> Iterator[Row]:
+    """Variant by variant."""
+    for variant, others in PEERS.items():
+        mine, scale, check = _ours(variant, n_steps)
+        yield Row(f"{variant}, FVU on held-out tokens after {n_steps} steps: ours", mine, "FVU")
+        for peer in others:
+            peers.ask("make", **request(variant, SIZE, n_steps, scale) | peer)
+            assert abs(peers.ask("train") / check - 1) < 1e-6, "the peer's batches are not ours: is its torch another one?"
+            other = peers.ask("fvu", n_batches=N_HELD_OUT)
+            yield Row(f"{variant}, FVU on held-out tokens after {n_steps} steps: {peer['peer']}", other, "FVU")
+            yield Row(f"{variant}: FVU, ours / {peer['peer']} - 1", 100 * (mine / other - 1), "%", 1, 0, "lower")
+
+
+def _ours(variant: str, n_steps: int) -> tuple[float, float, float]:
+    """FVU, the scale of the data, and the sum of the squares of the first scaled batch."""
+    data, b = Synthetic(SIZE.d_model), SIZE.batch_size
+    sample = Sample(torch.cat([data.batch(number, b) for number in range(SAMPLE // b)]))
+    params = SIZE.section(variant=variant, epochs=1, seed=0)
+    learner = Learner.begin(variant, params, n_steps * b, sample, CPU)
+    for x in (data.batch(number, b) for number in range(n_steps)):
+        learner.learn(Batch(x, x))
+    sae, scale = learner.finish("synthetic", "synthetic", None), learner.scales.x
+    held_out = [data.batch(HELD_OUT + number, b) for number in range(N_HELD_OUT)]
+    first = data.batch(0, b) * scale
+    return fvu([(x, sae.decode(sae.encode(x))) for x in held_out]), scale, float(first.double().square().sum())

@@ -1,0 +1,119 @@
+"""What the benchmarks of training share: params, learners on synthetic batches, steps against a peer's in turn, rows as they come."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peer_process import Peers
+from report import Row
+from synthetic import Synthetic
+from torch import Tensor
+
+from ommatid.config import TrainParams, load_params
+from ommatid.hardware import computes_in_bfloat16
+from ommatid.sae.learner import Learner, Sample
+from ommatid.sae.schedule import make_plan
+from ommatid.sae.step import Batch
+
+CHECKOUT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+POOL = 4
+"""Batches that are ready before steps are timed."""
+RUN_STEPS = 100_000
+"""Of the run whose steps are timed: its schedule is that of a real one."""
+WARM_UP = 3
+"""Steps before those that are timed."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of an SAE and its batches."""
+
+    d_model: int = 768
+    d_sae: int = 8192
+    k: int = 32
+    batch_size: int = 2048
+
+    def section(self, **changes: Any) -> TrainParams:
+        """Other values as in params.yaml."""
+        values = load_params(CHECKOUT / "params.yaml").train.model_dump(mode="json")
+        return TrainParams.model_validate(values | {"d_sae": self.d_sae, "k": self.k, "batch_size": self.batch_size} | changes)
+
+
+class Ours:
+    """This project's step on synthetic batches."""
+
+    def __init__(self, variant: str, size: Size) -> None:
+        data = Synthetic(size.d_model)
+        pool = [data.batch(number, size.batch_size) for number in range(POOL)]
+        params = size.section(variant=variant, epochs=1, seed=0)
+        self._learner = Learner.begin(variant, params, RUN_STEPS * size.batch_size, Sample(torch.cat(pool)), CPU)
+        self._batches = [Batch(x, x) for x in pool]
+        self.scale = self._learner.scales.x
+
+    def step(self) -> float:
+        """Seconds."""
+        batch = self._batches[self._learner.guides.step % POOL]
+        start = time.perf_counter()
+        self._learner.learn(batch)
+        return time.perf_counter() - start
+
+
+class Floor:
+    """The product that no step can do without: the encoder's, in the hardware's arithmetic."""
+
+    def __init__(self, size: Size) -> None:
+        self.dtype = torch.bfloat16 if computes_in_bfloat16(CPU) else torch.float32
+        self._x: Tensor = torch.randn(size.batch_size, size.d_model).to(self.dtype)
+        self._W: Tensor = torch.randn(size.d_sae, size.d_model).to(self.dtype)
+        self._out = torch.empty(size.batch_size, size.d_sae, dtype=self.dtype)
+
+    def step(self) -> float:
+        """Seconds."""
+        start = time.perf_counter()
+        torch.mm(self._x, self._W.T, out=self._out)
+        return time.perf_counter() - start
+
+
+class Theirs:
+    """A peer's step on the same batches."""
+
+    def __init__(self, peers: Peers, variant: str, size: Size, scale: float, peer: dict[str, Any]) -> None:
+        self._peers = peers
+        peers.ask("make", **request(variant, size, RUN_STEPS, scale) | peer)
+
+    def step(self) -> float:
+        """Seconds."""
+        return self._peers.ask("steps", n=1)[0]
+
+
+def request(variant: str, size: Size, n_steps: int, scale: float) -> dict[str, Any]:
+    """What a peer's trainer is made of: our own schedule, so far as it has one."""
+    plan = make_plan(size.section(epochs=1), n_steps * size.batch_size)
+    schedule = {"warmup": plan.warmup, "decay_start": n_steps - n_steps // 5}
+    threshold = {"threshold_start": plan.threshold_start, "threshold_decay": plan.threshold_decay}
+    widths = {"d_model": size.d_model, "d_sae": size.d_sae, "k": size.k, "batch_size": size.batch_size}
+    arithmetic = {"scale": scale, "n_threads": torch.get_num_threads()}
+    return {"variant": variant, "n_steps": n_steps, "lr": plan.lr, "seed": 0} | widths | schedule | threshold | arithmetic
+
+
+def in_turn(rounds: int, *steppers: Ours | Theirs | Floor) -> list[list[float]]:
+    """Milliseconds of the steps of each, one after another in every round."""
+    for stepper in steppers:
+        for _ in range(WARM_UP):
+            stepper.step()
+    times: list[list[float]] = [[] for _ in steppers]
+    for _ in range(rounds):
+        for stepper, found in zip(steppers, times, strict=True):
+            found.append(stepper.step() * 1000)
+    return times
+
+
+def told(rows: Iterator[Row]) -> Iterator[Row]:
+    """As they come: the whole takes a while."""
+    for row in rows:
+        print(f"{row.what}: {row.value:.4g} {row.unit} {row.verdict}", flush=True)
+        yield row
