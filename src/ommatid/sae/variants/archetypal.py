@@ -46,9 +46,9 @@ class Archetypal(BatchTopK):
     def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Tensor) -> Step:
         """See `Variant`."""
         step = super().step(weights, batch, guides, dead)
-        grad, raw = grad_of(weights.W_dec), self._raw(weights)
+        grad = grad_of(weights.W_dec)
         along = torch.linalg.vecdot(grad, weights.W_dec)[:, None]
-        grad_raw = torch.addcmul(grad, along, weights.W_dec, value=-1).div_(raw.norm(dim=1, keepdim=True))
+        grad_raw = torch.addcmul(grad, along, weights.W_dec, value=-1).div_(weights.fixed["lengths"])
         grad_of(weights.own["shift"]).copy_(grad_raw)
         torch.mm(grad_raw, weights.fixed["centres"].T, out=grad_of(weights.own["mix"]))
         return step
@@ -60,7 +60,5 @@ class Archetypal(BatchTopK):
         combined = mix @ weights.fixed["centres"]
         most = self._relaxation * combined.norm(dim=1, keepdim=True)
         shift.mul_((most / shift.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp(max=1))
-        torch.nn.functional.normalize(combined.add_(shift), dim=1, out=weights.W_dec)
-
-    def _raw(self, weights: Weights) -> Tensor:
-        return torch.addmm(weights.own["shift"], weights.own["mix"], weights.fixed["centres"])
+        weights.fixed["lengths"] = combined.add_(shift).norm(dim=1, keepdim=True)
+        torch.div(combined, weights.fixed["lengths"], out=weights.W_dec)
