@@ -33,7 +33,7 @@ def showing(out: TextIO, has_several_saes: bool = False) -> Iterator[Listener]:
         yield Lines(has_several_saes)
         return
     with _open_bars(out) as bars:
-        yield _Bar(bars, has_several_saes)
+        yield _Bar(bars)
 
 
 class Lines:
@@ -67,9 +67,8 @@ class Lines:
 class _Bar:
     """One bar for each kind of work, with the last numbers of training beside it."""
 
-    def __init__(self, bars: "Bars", has_several_saes: bool) -> None:
+    def __init__(self, bars: "Bars") -> None:
         self._bars = bars
-        self._has_several_saes = has_several_saes
         self._tasks: dict[str, TaskID] = {}
         self._begun: dict[str, int] = {}
         self._numbers: dict[str, Mapping[str, float]] = {}
