@@ -39,7 +39,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("planted")
     np.save(root / "x.npy", draw_activations())
     values = make_test_params(
-        train={"d_sae": 128, "k": 4, "epochs": 60, "batch_size": 256, "lr": 1e-3, "max_dead": 1.0, "runs": [{}, {"variant": "topk"}]}
+        train={"d_sae": 128, "k": 4, "epochs": 40, "batch_size": 256, "lr": 1e-3, "max_dead": 1.0, "runs": [{}, {"variant": "topk"}]}
     ).model_dump(mode="json")
     values["extract"] = {"source": "files", "path": str(root / "x.npy"), "name": "planted", "model": "drawn"}
     (root / "params.yaml").write_text(yaml.safe_dump(values))

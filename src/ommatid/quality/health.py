@@ -104,8 +104,9 @@ def _draw_curves(page: Page, curves: Mapping[str, list[float]]) -> None:
         axes = _plot(page, column, 1, title, "tokens")
         values = np.array(curves[key])
         axes.plot(curves["tokens"], values, color=ACCENT, linewidth=1.5)
-        # the first measurements can be far from where training goes
-        axes.set_ylim(0, max(float(np.quantile(values, 0.98)) * 1.15, 0.01))
+        # FVU begins far above where training goes
+        highest = float(np.quantile(values, 0.9)) * 1.3 if key == "fvu" else float(values.max()) * 1.1
+        axes.set_ylim(0, max(highest, 0.01))
         axes.set_xlim(0, curves["tokens"][-1])
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(axis="y", color=FAINT, linewidth=0.6)
