@@ -5,6 +5,7 @@ Planted activations come from a file, so that `ommatid train` is the whole comma
 
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
 from fakes import make_test_params
 from mlflow import MlflowClient
 
+from flows.checkout import end
 from ommatid.stage import STAGES, open_stage
 
 N_KILLS = 5
@@ -105,6 +108,19 @@ def test_training_that_is_asked_to_end_says_so_and_goes_on(prepared: Path, folde
     steps = [int(line.split("step ")[1].split(":")[0]) for line in run(folder, "train").splitlines() if ": step " in line]
     assert min(steps) > before
     assert digest(folder) == digest(prepared / "whole")
+
+
+def test_a_cancelled_flow_ends_the_tree_and_training_keeps_what_it_has(folder: Path) -> None:
+    stage = " ".join(map(shlex.quote, COMMAND))
+    process = begin(folder, "sh", "-c", f"{stage} train; exit 0")  # as DVC stands between the flow and the stage
+    tree = psutil.Process(process.pid).children(recursive=True)
+    end(process)
+    assert tree and not [one for one in tree if one.is_running()]
+    assert process.stdout and process.stderr
+    assert "stopped: train: step " in process.stderr.read()
+    process.stdout.close()
+    process.stderr.close()
+    assert any((folder / "data/.work").glob("sae-*/scratch/checkpoint.safetensors"))
 
 
 def test_training_killed_again_and_again_ends_with_the_same_bytes(prepared: Path, folder: Path) -> None:
