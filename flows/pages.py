@@ -10,10 +10,12 @@ from typing import Any
 
 from ommatid.catalog import Catalog
 from ommatid.champion import Decision
-from ommatid.stage import QUALITY, STAGES
+from ommatid.stage import HEALTH, QUALITY, STAGES
 
 HEADLINES = ("evaluate", "label")
 N_FEATURES = 10
+N_DICTIONARIES = 8
+"""Whose pictures of health are shown: each takes some 50 kB of Prefect's database."""
 
 
 def progress_in(line: str) -> tuple[str, float] | None:
@@ -33,6 +35,14 @@ def quality(root: Path, stage: str) -> str | None:
     ]
     verdict = "passed" if report.get("success") else "**failed**"
     return f"# {stage}: {verdict}\n\n" + _table(("", "check", "found", "why, or what failed"), rows)
+
+
+def health(root: Path) -> str | None:
+    """Pictures of the dictionaries that were trained; None where there are none."""
+    pictures = sorted((root / QUALITY / HEALTH).glob("*.png"))
+    shown = [f"![latents and curves of {path.stem}]({_embed(path)})" for path in pictures[:N_DICTIONARIES]]
+    more = [f"{len(pictures) - len(shown)} more in `{QUALITY / HEALTH}`"] if len(pictures) > len(shown) else []
+    return "\n\n".join(["# What training made", *shown, *more]) if shown else None
 
 
 def headline(root: Path) -> str | None:
@@ -79,7 +89,12 @@ def _picture(root: Path, draw: Callable[[Catalog, Path], None]) -> str | None:
     with tempfile.TemporaryDirectory() as folder, Catalog(catalogue) as catalog:
         png = Path(folder) / "picture.png"
         draw(catalog, png)
-        return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"
+        return _embed(png)
+
+
+def _embed(png: Path) -> str:
+    """A picture as an address that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"
 
 
 def decision(made: Decision) -> str:

@@ -5,7 +5,9 @@ worktree with DVC's cache shared, and ends as a DVC experiment (`dvc exp show`).
 its progress, and publishes its quality report; the run ends with the headline numbers and pictures of the best features and all SAEs.
 """
 
+import logging
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -25,6 +27,8 @@ from ommatid.errors import OmmatidError
 
 PREFILLED = load_params()
 """What the form of the Prefect UI begins with."""
+UPDATE_SECONDS = 3.0
+"""Between two requests that move one progress bar."""
 
 
 @flow(name="pipeline")
@@ -57,6 +61,8 @@ def run_stage(stage: str, place: Workplace, is_clean: bool) -> State | None:
         place.repro(stage, _follow(stage))
     finally:
         publish_quality(stage, place)
+    if stage == "train":
+        publish_health(place)
     return None
 
 
@@ -82,6 +88,12 @@ def publish_quality(stage: str, place: Workplace) -> None:
         create_markdown_artifact(table, key=f"quality-{stage}", description=f"Quality gate of {stage} in {place.name}")
 
 
+def publish_health(place: Workplace) -> None:
+    """Pictures of the dictionaries that were trained."""
+    if pictures := pages.health(place.root):
+        create_markdown_artifact(pictures, key="health", description=f"The dictionaries of {place.name}")
+
+
 def name_run(place: Workplace) -> None:
     """Let the run in the Prefect UI carry the experiment's name."""
     if place.experiment and flow_run.id:
@@ -91,15 +103,20 @@ def name_run(place: Workplace) -> None:
 
 
 def _follow(stage: str) -> Callable[[str], None]:
-    """Each line into the log; lines that end in `X of Y` also move the progress bar."""
+    """Each line into the log, what was noticed as a warning; lines that end in `X of Y` also move the progress bar."""
     log = get_run_logger()
     shown: dict[str, UUID] = {}
+    moved: dict[str, float] = {}
 
     def follow(line: str) -> None:
-        log.info(line)
+        log.log(logging.WARNING if line.startswith("notice: ") else logging.INFO, line)
         if (progress := pages.progress_in(line)) is None:
             return
         what, percent = progress
+        now = time.monotonic()
+        if percent < 100 and now - moved.get(what, -UPDATE_SECONDS) < UPDATE_SECONDS:
+            return
+        moved[what] = now
         if what in shown:
             update_progress_artifact(shown[what], percent)
         else:

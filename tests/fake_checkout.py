@@ -24,7 +24,7 @@ stages:
     cmd: python fake.py train
     params: [train]
     deps: [data/images, src/train.py]
-    outs: [data/sae, data/quality/train.html]
+    outs: [data/sae, data/quality/train.html, data/quality/health]
     metrics: [data/quality/train.json]
   images:
     cmd: python fake.py images
@@ -53,6 +53,9 @@ quality = pathlib.Path("data/quality")
 quality.mkdir(exist_ok=True)
 (quality / f"{name}.json").write_text(json.dumps(report))
 (quality / f"{name}.html").write_text("<p>fine")
+if name == "train":
+    (quality / "health").mkdir()
+    (quality / "health/topk.png").write_bytes(b"picture")
 pathlib.Path(os.environ.get("OMMATID_CHECKOUT", ".")).joinpath("ran.log").open("a").write(
     " ".join([name, os.environ.get("OMMATID_EXPERIMENT", "-"), os.environ.get("OMMATID_FLOW_RUN", "-")]) + "\\n")
 """

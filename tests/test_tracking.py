@@ -18,8 +18,8 @@ from mlflow.entities import Run as MlflowRun
 
 from ommatid import store, tracking
 from ommatid.config import Params, TrainParams, dotted, load_params
-from ommatid.errors import RunError
-from ommatid.events import Listener, Measured, Progress, ignore
+from ommatid.errors import RunError, StoppedError, TrainingError
+from ommatid.events import Event, Listener, Measured, Noticed, Progress, ignore
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact
 from ommatid.tracking import runs
@@ -238,17 +238,105 @@ def test_each_sae_of_a_training_has_its_run_its_curves_its_model_and_its_numbers
     assert {name: of["mlflow_run_id"] for name, of in lineage.items()} == {name: run.info.run_id for name, run in found.items()}
 
 
+def test_what_was_noticed_is_the_description_of_the_run(checkout: Path, client: MlflowClient, params: Params) -> None:
+    with tracking.training_runs(params, {}) as run:
+        listener = run.tee(ignore)
+        curves(listener, 2)
+        listener(Noticed(ONE, 40, "no progress: FVU has not fallen"))
+        listener(Noticed(ONE, 60, "training ends at step 80"))
+    assert only_run(client).data.tags[runs.NOTE] == "Step 40: no progress: FVU has not fallen\n\nStep 60: training ends at step 80"
+
+
+def test_histograms_are_a_table_with_a_row_for_each_bin(checkout: Path, client: MlflowClient, params: Params) -> None:
+    with tracking.training_runs(params, {}) as run:
+        for step in (10, 20):
+            run.tee(ignore)(Measured(ONE, step, {"fvu": 0.5}, {"log10_density": ([-3.0, -2.0, -1.0], [step, 2])}))
+    path = client.download_artifacts(only_run(client).info.run_id, runs.HISTOGRAMS)
+    assert json.loads(Path(path).read_text()) == {
+        "columns": ["step", "histogram", "low", "high", "latents"],
+        "data": [
+            [10, "log10_density", -3.0, -2.0, 10],
+            [10, "log10_density", -2.0, -1.0, 2],
+            [20, "log10_density", -3.0, -2.0, 20],
+            [20, "log10_density", -2.0, -1.0, 2],
+        ],
+    }
+
+
+def test_the_table_of_histograms_is_there_while_training_goes_on(
+    checkout: Path, client: MlflowClient, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "FLUSH_SECONDS", 0.1)
+    monkeypatch.setattr(runs, "TABLE_SECONDS", 0.0)
+    with tracking.training_runs(params, {}) as run:
+        run.tee(ignore)(Measured(ONE, 10, {"fvu": 0.5}, {"encoder_norm": ([0.0, 1.0], [6])}))
+        wait_until(lambda: client.get_experiment_by_name("ommatid") and all_runs(client) and "fvu" in only_run(client).data.metrics)
+        wait_until(lambda: client.list_artifacts(only_run(client).info.run_id))
+
+
+def test_the_training_thread_only_queues_what_was_said(
+    checkout: Path, client: MlflowClient, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call of the MLflow client between start and end is on the other thread; here an event costs a queue's append."""
+    callers: list[str] = []
+
+    def spied(name: str) -> Callable[..., object]:
+        original = getattr(MlflowClient, name)
+
+        def call(self: MlflowClient, *arguments: object, **named: object) -> object:
+            callers.append(threading.current_thread().name)
+            return original(self, *arguments, **named)
+
+        return call
+
+    for name in ("log_batch", "log_text", "set_tag", "create_run", "search_runs", "log_inputs", "get_experiment_by_name"):
+        monkeypatch.setattr(MlflowClient, name, spied(name))
+    monkeypatch.setattr(runs, "FLUSH_SECONDS", 0.05)
+    monkeypatch.setattr(runs, "TABLE_SECONDS", 0.1)
+    appended: list[Event] = []
+    with tracking.training_runs(params, {}) as run:
+        listener = run.tee(appended.append)
+        for step in range(1, 21):
+            listener(Measured(ONE, step, {"fvu": 0.5}, {"encoder_norm": ([0.0, 1.0], [6])}))
+            listener(Noticed(ONE, step, "something"))
+            time.sleep(0.05)
+        wait_until(lambda: len(callers) > 10)
+        during = list(callers)
+    assert set(during) == {"mlflow"}
+    assert len(appended) == 40
+
+
+def test_an_event_costs_microseconds_on_the_training_thread(checkout: Path, params: Params) -> None:
+    """Less than a thousandth of a second each, while MLflow works: a measurement is made once in a hundredth of a training."""
+    histograms = {name: ([float(i) for i in range(25)], [7] * 24) for name in ("log10_density", "encoder_norm", "encoder_bias")}
+    with tracking.training_runs(params, {}) as run:
+        listener = run.tee(ignore)
+        began = time.thread_time()
+        for step in range(1000):
+            listener(Measured(ONE, step, {"fvu": 0.5, "l0": 16.0}, histograms))
+        assert (time.thread_time() - began) / 1000 < 1e-3
+
+
 def test_a_measurement_of_no_sae_of_the_training_is_a_mistake(params: Params, checkout: Path) -> None:
     with tracking.training_runs(params, {}) as run, pytest.raises(AssertionError, match="measured of 'other'"):
         curves(run.tee(ignore), 1, "other")
 
 
-@pytest.mark.parametrize(("error", "status"), [(ValueError("diverged"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
-def test_run_that_dies_says_so(client: MlflowClient, params: Params, checkout: Path, error: BaseException, status: str) -> None:
+DEATHS = [
+    (ValueError("wrong"), "FAILED", "Ended by ValueError"),
+    (TrainingError("the loss is nan"), "FAILED", "Failed: the loss is nan"),
+    (StoppedError("step 3 of 9; run it again"), "KILLED", "Stopped: step 3 of 9; run it again"),
+    (KeyboardInterrupt(), "KILLED", "Ended by KeyboardInterrupt"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "note"), DEATHS)
+def test_run_that_dies_says_so(client: MlflowClient, params: Params, checkout: Path, error: BaseException, status: str, note: str) -> None:
     with pytest.raises(type(error)), tracking.training_runs(params, {}) as run:
         curves(run.tee(ignore), 3)
         raise error
     assert only_run(client).info.status == status
+    assert only_run(client).data.tags[runs.NOTE] == note
     assert len(client.get_metric_history(only_run(client).info.run_id, "loss")) == 3
 
 

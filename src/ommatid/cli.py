@@ -1,20 +1,19 @@
 """`ommatid <verb>`: every stage, and questions to the catalogue. Heavy imports wait until a verb needs them."""
 
 import os
+import signal
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ommatid.errors import ConfigError, OmmatidError
+from ommatid.errors import ConfigError, OmmatidError, StoppedError
 
 if TYPE_CHECKING:
     from ommatid.config import Model, Params
     from ommatid.estimate import Estimate
-    from ommatid.events import Event
     from ommatid.sae.model import SAE
     from ommatid.vlm import Hookpoint
 
@@ -79,8 +78,10 @@ def estimate(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, d
     """Say what a run will take, by trials of every stage on samples: disk, minutes, memory."""
     from ommatid.config import load_params
     from ommatid.estimate import estimate as make
+    from ommatid.terminal import showing
 
-    found = make(load_params(params, overrides or ()), data, _Lines())
+    with showing(sys.stdout) as on_event:
+        found = make(load_params(params, overrides or ()), data, on_event)
     for line in [*_table(_estimate_rows(found)), *_estimate_notes(found)]:
         typer.echo(line)
 
@@ -251,30 +252,6 @@ def _megabytes(n: int) -> str:
     return f"{n / 1e6:.1f} MB" if n < 1e9 else f"{n / 1e9:.1f} GB"
 
 
-class _Lines:
-    """Prints events as lines, at most one every two seconds for each kind of work."""
-
-    def __init__(self, has_several_saes: bool = False) -> None:
-        self._has_several_saes = has_several_saes
-        self._last: dict[str, float] = {}
-
-    def __call__(self, event: "Event") -> None:
-        from ommatid.events import Measured, Progress
-
-        if isinstance(event, Measured):
-            values = " ".join(f"{name} {value:.4g}" for name, value in event.values.items())
-            whose = f"{event.sae}: " if self._has_several_saes else ""
-            self._print(f"measured {event.sae}", f"{whose}step {event.step}: {values}", last=False)
-        elif isinstance(event, Progress):
-            self._print(event.what, f"{event.what}: {event.done} of {event.total}", last=event.done == event.total)
-
-    def _print(self, what: str, line: str, last: bool) -> None:
-        now = time.monotonic()
-        if last or now - self._last.get(what, 0.0) >= 2.0:
-            self._last[what] = now
-            typer.echo(line)
-
-
 def _run(name: str, params_file: Path, overrides: list[str] | None, data: str) -> None:
     from ommatid.config import load_params
 
@@ -283,24 +260,30 @@ def _run(name: str, params_file: Path, overrides: list[str] | None, data: str) -
     # and the same on a quiet machine; read by OpenMP when torch is loaded
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if name == "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return _train_together(params, data)
-    from ommatid.stage import run_stage
+        _train_together(params, data)
+    else:
+        _run_here(name, params, data)
 
-    artefact = run_stage(name, params, _Lines(len(params.train.each()) > 1), data)
+
+def _run_here(name: str, params: "Params", data: str) -> None:
+    from ommatid.stage import run_stage
+    from ommatid.terminal import showing
+
+    with showing(sys.stdout, len(params.train.each()) > 1) as on_event:
+        artefact = run_stage(name, params, on_event, data)
     typer.echo(f"{name}: {artefact.url} holds {_sizes(artefact)}")
 
 
 def _train_together(params: "Params", data: str) -> None:
     """One of the processes that `torchrun --nproc-per-node N -m ommatid train` starts; the first does what a single one would."""
     from ommatid.sae import ranks
-    from ommatid.stage import follow_training, run_stage
+    from ommatid.stage import follow_training
 
     with ranks.joined():
         if ranks.mine():
             follow_training(params, data)
         else:
-            artefact = run_stage("train", params, _Lines(len(params.train.each()) > 1), data)
-            typer.echo(f"train: {artefact.url} holds {_sizes(artefact)}")
+            _run_here("train", params, data)
 
 
 def _sizes(artefact: "object") -> str:
@@ -317,9 +300,12 @@ def _sizes(artefact: "object") -> str:
 
 
 def main() -> None:
-    """Run a verb; errors that are the user's to mend are printed in one line and end with status 1."""
+    """Run a verb; errors that are the user's to mend are printed in one line and end with status 1, a stop on demand with 143."""
     try:
         app()
+    except StoppedError as stop:
+        typer.echo(f"stopped: {stop}", err=True)
+        raise SystemExit(128 + signal.SIGTERM) from None
     except OmmatidError as error:
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(1) from None

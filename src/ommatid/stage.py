@@ -1,6 +1,7 @@
 """One stage from end to end: inputs opened, draft computed, gate passed, artefact in place."""
 
 import functools
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ DECODING = ("train", "evaluate")
 """Stages that compare what an SAE decodes with what it should: of a transcoder they read `target`, too."""
 QUALITY = Path("data/quality")
 """Folder of the gates' reports, relative to the checkout, wherever the artefacts are."""
+HEALTH = "health"
+"""Folder in it with a picture of each dictionary that was trained."""
 
 
 def open_stage(name: str, hookpoint: str | None = None, data: str = DATA) -> Artefact:
@@ -86,17 +89,20 @@ def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA, r
     def on_wait(line: str) -> None:
         on_event(Progress(line, 0, 1))
 
+    pictures: dict[str, list[Path]] = {}
     with store.open_draft(place, stage.kind, section.identity(), inputs, on_wait) as draft:
         if draft.published:
             return draft.published
         with _training_runs(name, params, inputs) as runs:
             artefact = draft.sealed() or _compute(name, params, inputs, draft, runs.tee(on_event) if runs else on_event)
+            if name == "train":
+                pictures = _draw_health(artefact, reports)
             report = _gate(name, artefact, params, inputs.get("train", artefact), draft, reports, must_pass)
             if runs:
                 runs.finish(artefact)
         published = draft.publish(place)
     if name in TRACKED:
-        _track(name, inputs.get("train", published), published, report, reports)
+        _track(name, inputs.get("train", published), published, report, pictures, reports)
     return published
 
 
@@ -179,7 +185,22 @@ def _gate(name: str, artefact: Artefact, params: Params, training: Artefact, dra
     return [json_path, html_path]
 
 
-def _track(name: str, training: Artefact, artefact: Artefact, report: list[Path], reports: Path) -> None:
+def _draw_health(training: Artefact, reports: Path) -> dict[str, list[Path]]:
+    """A picture of each dictionary; also of one that then fails the gate, for it shows why."""
+    from ommatid.quality.health import draw_health
+
+    folder = reports / HEALTH
+    shutil.rmtree(folder, ignore_errors=True)  # SAEs of the training before
+    drawn = {}
+    for name, sae in training.each().items():
+        draw_health(sae, name, folder / f"{name}.png")
+        drawn[name] = [folder / f"{name}.png"]
+    return drawn
+
+
+def _track(
+    name: str, training: Artefact, artefact: Artefact, report: list[Path], pictures: Mapping[str, list[Path]], reports: Path
+) -> None:
     """Numbers and reports go to the MLflow run of each SAE; the training takes along the reports of what came before."""
     from ommatid import tracking
 
@@ -187,7 +208,7 @@ def _track(name: str, training: Artefact, artefact: Artefact, report: list[Path]
         before = [reports / f"{earlier}{suffix}" for earlier in ("images", "extract") for suffix in (".json", ".html")]
         report = [*(path for path in before if path.exists()), *report]
     numbers = {sae: _numbers(made.summary) for sae, made in artefact.each().items()}
-    tracking.log_stage(name, training.each(), report, numbers)
+    tracking.log_stage(name, training.each(), report, numbers, pictures)
 
 
 def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from ommatid.events import Listener, ignore
 from ommatid.imported import write_imported
 from ommatid.reader import Columns, Share, iter_batches, load_sample
 from ommatid.sae import ranks
+from ommatid.sae.histograms import histograms
 from ommatid.sae.learner import CURVE_COLUMNS, Learner, Sample
 from ommatid.sae.model import CONFIG, WEIGHTS
 from ommatid.sae.schedule import make_plan
@@ -153,6 +154,7 @@ def _write(learner: Learner, inputs: Mapping[str, Artefact], draft: Draft) -> Ar
         "dead": final["dead"],
         "dead_latents": learner.dead.tolist(),
         "dead_after": plan.dead_after,
+        "histograms": histograms(learner.weights, learner.density),
         "threshold": float(sae.threshold.mean()),
         "scale": learner.scales.x,
     }

@@ -8,7 +8,7 @@ import catalog_artefacts
 from flows import pages
 from ommatid.champion import Decision, Scores
 from ommatid.config import RetrainParams
-from ommatid.stage import STAGES
+from ommatid.stage import HEALTH, QUALITY, STAGES
 
 
 def report(root: Path, stage: str, success: bool = True) -> None:
@@ -80,3 +80,14 @@ def test_a_decision_shows_both_sides() -> None:
     )
     page = pages.decision(decision)
     assert page.startswith("# champion: there was no champion") and "| ms |  | 0.4500 |" in page
+
+
+def test_the_pictures_of_health_are_inside_the_page_and_not_too_many(tmp_path: Path) -> None:
+    assert pages.health(tmp_path) is None
+    folder = tmp_path / QUALITY / HEALTH
+    folder.mkdir(parents=True)
+    for i in range(pages.N_DICTIONARIES + 2):
+        (folder / f"topk-{i:02d}.png").write_bytes(b"picture")
+    page = str(pages.health(tmp_path))
+    assert page.count("](data:image/png;base64,cGljdHVyZQ==)") == pages.N_DICTIONARIES
+    assert page.endswith("2 more in `data/quality/health`")

@@ -82,7 +82,7 @@ def test_run_in_the_ui_with_an_override(checkout: Path, monkeypatch: pytest.Monk
         assert ran == [["train", name, ended["id"]], ["evaluate", name, ended["id"]]]
         assert bytes_of(checkout) == before and run(checkout, "git", "status", "--porcelain") == status
         shown = call(f"{api}/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [ended["id"]]}}})
-        assert {"quality-images", "quality-train", "progress-train", "metrics"} <= {artifact["key"] for artifact in shown}
+        assert {"quality-images", "quality-train", "progress-train", "health", "metrics"} <= {artifact["key"] for artifact in shown}
     finally:
         family = psutil.Process(up.pid).children(recursive=True)
         up.send_signal(signal.SIGINT)

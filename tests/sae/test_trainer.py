@@ -235,7 +235,7 @@ def test_a_request_to_end_writes_a_checkpoint_first() -> None:
         if isinstance(event, Progress) and event.done > 20:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(StoppedError, match=r"stopped at step \d+ of 200; run it again"):
+    with pytest.raises(StoppedError, match=r"train: step \d+ of 200; run it again"):
         go_on([learner], x, ask, lambda: written.append(learner.guides.step))
     assert written == [learner.guides.step]
     assert 20 < learner.guides.step < 60

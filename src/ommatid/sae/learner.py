@@ -73,6 +73,8 @@ class Learner:
         """Tokens since each latent last fired, (d_sae,)."""
         self.firings = torch.zeros(params.d_sae, dtype=torch.int64, device=device)
         """How often each latent fired since the last measurement, (d_sae,)."""
+        self.density = torch.zeros(params.d_sae, dtype=torch.float64, device=device)
+        """Firings a token of each latent between the last two measurements, (d_sae,)."""
         self.threshold = 0.0
         """Average of the smallest firing activation; 0 until it begins."""
         self.curves = torch.zeros(0, len(CURVE_COLUMNS), dtype=torch.float64)
@@ -167,11 +169,11 @@ class Learner:
             best, since = (fvu, 0) if fvu < best * (1 - PROGRESS) else (best, since + 1)
         return since
 
-    def take_firings(self) -> Tensor:
+    def take_density(self) -> Tensor:
         """Firings a token of each latent since they were last taken, (d_sae,) float64."""
-        found = self.firings / max(1, int(self._sums[2]) * self.plan.batch_size)
+        self.density = self.firings.double() / max(1, int(self._sums[2]) * self.plan.batch_size)
         self.firings = torch.zeros_like(self.firings)
-        return found.double()
+        return self.density
 
     def measure(self) -> dict[str, float]:
         """Numbers since the last measurement, which are also a new row of the curves."""
@@ -193,7 +195,7 @@ class Learner:
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint holds."""
         scalars = torch.tensor([self.scales.x, self.scales.target, self.threshold, self.plan.n_steps], dtype=torch.float64)
-        counters = {"idle": self.idle, "firings": self.firings, "curves": self.curves, "sums": self._sums}
+        counters = {"idle": self.idle, "firings": self.firings, "density": self.density, "curves": self.curves, "sums": self._sums}
         window = {f"window.{name}": tensor for name, tensor in self._window.tensors().items()}
         state = {"guides": self.guides.as_tensor(), "scalars": scalars} | counters | window
         return {f"weights.{k}": v for k, v in self.weights.tensors().items()} | self._optimiser.tensors() | state
@@ -210,6 +212,7 @@ class Learner:
         moments = {k: v.to(device) for k, v in tensors.items() if k.startswith(("first.", "second."))}
         learner._optimiser.restore(moments, learner.guides.step)
         learner.idle, learner.firings = tensors["idle"].to(device), tensors["firings"].to(device)
+        learner.density = tensors["density"].to(device)
         learner.curves, learner._sums = tensors["curves"], tensors["sums"]
         learner._window = Fidelity.of({k.removeprefix("window."): v for k, v in tensors.items() if k.startswith("window.")})
         return learner

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
-
 from ommatid.errors import StoppedError
 from ommatid.events import Listener, Measured, Noticed, Progress
 from ommatid.sae import ranks
+from ommatid.sae.histograms import histograms
 from ommatid.sae.learner import PROGRESS, Learner
 from ommatid.sae.step import Batch
 
@@ -27,8 +26,6 @@ CHECKPOINT_SECONDS = 60.0
 """A run that is killed without warning loses so much, or what is between two measurements."""
 PATIENCE = 20
 """Measurements without progress, of a hundred, after which that is said."""
-BINS = 24
-"""Of histograms."""
 
 
 class Trainer:
@@ -80,7 +77,7 @@ class Trainer:
                         self._write()
                 if ranks.total(int(asked.is_set())) and self._step < self._n_steps:
                     self._write()
-                    raise StoppedError(f"train: stopped at step {self._step} of {self._n_steps}; run it again to go on from there")
+                    raise StoppedError(f"train: step {self._step} of {self._n_steps}; run it again to go on from there")
 
     def _write(self) -> None:
         self._checkpoint()
@@ -89,8 +86,8 @@ class Trainer:
     def _measure(self) -> None:
         pace = self._clock.read()
         for learner in self._learners:
-            firings, values = learner.take_firings(), learner.measure()
-            self._on_event(Measured(learner.name, self._step, values | pace, _histograms(learner, firings)))
+            density, values = learner.take_density(), learner.measure()
+            self._on_event(Measured(learner.name, self._step, values | pace, histograms(learner.weights, density)))
             for what in _notices(learner):
                 self._on_event(Noticed(learner.name, self._step, what))
         self._on_event(Progress("train steps", self._step, self._n_steps))
@@ -112,23 +109,6 @@ def _notices(learner: Learner) -> Iterator[str]:
         yield f"no progress: FVU has not fallen by {PROGRESS:.1%} for {PATIENCE} measurements (it is {learner.fvu:.4g})"
     if learner.fvu >= 1 and learner.guides.step == learner.plan.n_steps:
         yield f"FVU is {learner.fvu:.4g}, worse than the mean activation: lower train.lr, or give more steps"
-
-
-def _histograms(learner: Learner, firings: torch.Tensor) -> dict[str, tuple[list[float], list[int]]]:
-    """Of the latents: firings a token (log10, since the last measurement), encoder norms, biases."""
-    weights = learner.weights
-    found = {
-        "log10_density": firings[firings > 0].double().log10(),
-        "encoder_norm": weights.W_enc.norm(dim=1).double(),
-        "encoder_bias": weights.b_enc.double(),
-    }
-    return {name: _histogram(values.cpu()) for name, values in found.items() if len(values)}
-
-
-def _histogram(values: torch.Tensor) -> tuple[list[float], list[int]]:
-    low, high = float(values.min()), float(values.max())
-    counts = torch.histc(values, BINS, low, high) if high > low else torch.zeros(BINS).index_fill_(0, torch.tensor([0]), len(values))
-    return torch.linspace(low, high, BINS + 1).tolist(), [int(n) for n in counts.tolist()]
 
 
 class _Clock:

@@ -2,42 +2,42 @@
 
 import functools
 import hashlib
-import itertools
 import json
 import os
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ommatid.config import Params, dotted
-from ommatid.events import Event, Listener, Measured
+from ommatid.errors import OmmatidError, StoppedError
+from ommatid.events import Event, Listener
 from ommatid.store import Artefact
 from ommatid.tracking.client import SAE, experiment_of, import_mlflow, join_seconds, make_client, patience, quietly, warn
+from ommatid.tracking.journal import Journal, Page
 from ommatid.tracking.model import log_model
 from ommatid.tracking.origin import origin
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
     from mlflow.entities import Run as MlflowRun
 
 FLUSH_SECONDS = 2.0
 """Points are sent this often: one by one they cost 4 to 55 ms each, in batches 8 microseconds (measured)."""
-MAX_BATCH = 1000
-"""MLflow's limit of metrics a request."""
+TABLE_SECONDS = 60.0
+"""The table of histograms, which is sent whole, is sent this often."""
 LAST_CHANCE_SECONDS = 3.0
 """How long the end of a run tries again while the server refuses."""
 
-Point = tuple[str, int, int, dict[str, float]]
-"""SAE, step, milliseconds since 1970, values."""
-
 TRAINING = "ommatid.training"
 """Tag of a run: names the training, so that all SAEs of it are found together."""
+NOTE = "mlflow.note.content"
+"""Tag of a run: what MLflow shows as its description."""
+HISTOGRAMS = "histograms.json"
+"""Artifact of a run: a table of how often latents fire, encoder norms and biases, at every step that was measured."""
 _PLACE = "ommatid.place"
 
 
@@ -48,24 +48,25 @@ class Runs:
         self._params = {name: params.model_copy(update={"train": one}) for name, one in params.train.each().items()}
         self._inputs = inputs
         self._training = _training_of(params, inputs)
-        self._points: deque[Point] = deque()  # the one thing both threads touch; append and popleft are atomic
-        self._unsent: list[Point] = []
+        self._journal = Journal(list(self._params))
+        self._n_noted = dict.fromkeys(self._params, 0)
+        self._n_rows = dict.fromkeys(self._params, 0)
+        self._next_table = time.monotonic() + TABLE_SECONDS
         self._client: MlflowClient | None = None
         self._experiment: str | None = None
         self._run_ids: dict[str, str] = {}
         self._described: set[str] = set()
+        self._why: str | None = None
         self._warned = False
         self._is_lost = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
     def tee(self, listener: Listener) -> Listener:
-        """A listener that records what is measured, and passes every event on."""
+        """A listener that records what is measured and noticed, and passes every event on."""
 
         def listen(event: Event) -> None:
-            if isinstance(event, Measured):
-                assert event.sae in self._params, f"measured of {event.sae!r}, which is none of {list(self._params)}"
-                self._points.append((event.sae, event.step, time.time_ns() // 1_000_000, event.values))
+            self._journal.hear(event)
             listener(event)
 
         return listen
@@ -82,8 +83,9 @@ class Runs:
         if self._attempt(import_mlflow):
             self._thread.start()
 
-    def end(self, status: str) -> None:
-        """Close the runs as FINISHED, FAILED or KILLED; called by `training_runs`."""
+    def end(self, status: str, why: str | None = None) -> None:
+        """Close the runs as FINISHED, FAILED or KILLED, and note why; called by `training_runs`."""
+        self._why = why
         if self._flush_at_last():
             for name in self._params:
                 self._attempt(functools.partial(self._close, name, status))
@@ -116,13 +118,30 @@ class Runs:
 
     def _flush(self) -> None:
         """Send what has gathered; what a failing server did not take stays for the next time."""
-        while self._points:
-            self._unsent.append(self._points.popleft())
-        for name in self._params:
+        self._journal.sort()
+        is_time = self._stop.is_set() or time.monotonic() > self._next_table
+        for name, page in self._journal.pages.items():
             client, run_id = self._server(name)
-            for batch in _batches([point for point in self._unsent if point[0] == name]):
+            for batch in page.iter_metrics():
                 client.log_batch(run_id, metrics=batch)
-            self._unsent = [point for point in self._unsent if point[0] != name]
+            page.unsent.clear()
+            self._send_notes(client, run_id, name, page)
+            if is_time:
+                self._send_table(client, run_id, name, page)
+        if is_time:
+            self._next_table = time.monotonic() + TABLE_SECONDS
+
+    def _send_notes(self, client: "MlflowClient", run_id: str, name: str, page: Page) -> None:
+        notes = [*page.notes, *([self._why] if self._why else [])]
+        if len(notes) > self._n_noted[name]:
+            client.set_tag(run_id, NOTE, "\n\n".join(notes))
+            self._n_noted[name] = len(notes)
+
+    def _send_table(self, client: "MlflowClient", run_id: str, name: str, page: Page) -> None:
+        if len(page.rows) > self._n_rows[name]:
+            with patience():
+                client.log_text(run_id, page.histograms(), HISTOGRAMS)
+            self._n_rows[name] = len(page.rows)
 
     def _server(self, name: str) -> tuple["MlflowClient", str]:
         """The client and the run of an SAE, made when first asked for."""
@@ -164,14 +183,6 @@ def _give_up() -> None:
     raise TimeoutError(f"no answer in {join_seconds():g} seconds")
 
 
-def _batches(points: list[Point]) -> Iterator[list["Metric"]]:
-    from mlflow.entities import Metric
-
-    metrics = (Metric(key, value, when, step) for _, step, when, values in points for key, value in values.items())
-    while batch := list(itertools.islice(metrics, MAX_BATCH)):
-        yield batch
-
-
 @contextmanager
 def training_runs(params: Params, inputs: Mapping[str, Artefact]) -> Iterator[Runs]:
     """MLflow runs around a training; they end as FAILED or KILLED when the block does."""
@@ -180,9 +191,21 @@ def training_runs(params: Params, inputs: Mapping[str, Artefact]) -> Iterator[Ru
     try:
         yield runs
     except BaseException as error:
-        runs.end("FAILED" if isinstance(error, Exception) else "KILLED")
+        has_failed = isinstance(error, Exception) and not isinstance(error, StoppedError)
+        runs.end("FAILED" if has_failed else "KILLED", _why(error))
         raise
     runs.end("FINISHED")
+
+
+def _why(error: BaseException) -> str:
+    """What a run that did not finish says of itself."""
+    match error:
+        case StoppedError():
+            return f"Stopped: {error}"
+        case OmmatidError():
+            return f"Failed: {error}"
+        case _:
+            return f"Ended by {type(error).__name__}"
 
 
 def lineage(saes: Mapping[str, Artefact]) -> dict[str, dict[str, str | None]]:
@@ -207,12 +230,26 @@ def _lineage(found: "MlflowRun | None", here: Mapping[str, str]) -> dict[str, st
     }
 
 
-def log_stage(stage: str, saes: Mapping[str, Artefact], report_paths: Sequence[Path], numbers: Mapping[str, Mapping[str, float]]) -> None:
-    """Add a stage's numbers of each SAE, as metrics `<stage>.<name>`, and quality reports to the SAE's run, when there is one."""
+def log_stage(
+    stage: str,
+    saes: Mapping[str, Artefact],
+    files: Sequence[Path],
+    numbers: Mapping[str, Mapping[str, float]],
+    own_files: Mapping[str, Sequence[Path]] | None = None,
+) -> None:
+    """Add to the run of each SAE, when there is one, what a stage found.
+
+    Args:
+        stage: Which.
+        saes: SAEs of the training, by name.
+        files: Quality reports, the same for all.
+        numbers: Of each SAE, which become metrics `<stage>.<number>`.
+        own_files: Pictures of each SAE.
+    """
 
     def log(client: "MlflowClient") -> None:
         for name, sae in saes.items():
-            _log_stage(client, stage, sae, report_paths, numbers[name])
+            _log_stage(client, stage, sae, [*files, *(own_files or {}).get(name, ())], numbers[name])
 
     quietly(log)
 
