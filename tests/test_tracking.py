@@ -343,7 +343,7 @@ def test_run_that_dies_says_so(client: MlflowClient, params: Params, checkout: P
 def test_run_that_was_killed_outright_is_closed_by_the_next(client: MlflowClient, params: Params, checkout: Path) -> None:
     killed = runs.Runs(params, {})
     killed.start()
-    wait_until(lambda: client.get_experiment_by_name("ommatid") is not None and only_run(client).info.status == "RUNNING")
+    wait_until(lambda: client.get_experiment_by_name("ommatid") and [run.info.status for run in all_runs(client)] == ["RUNNING"])
     killed._stop.set()
     with tracking.training_runs(params, {}):
         pass
