@@ -79,6 +79,14 @@ def make_sae(place: Path, is_broken: bool = False) -> Artefact:
         return draft.publish(place)
 
 
+def test_encoders_of_equal_length_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = make_sae(tmp_path / "sae")
+    for nearly in (0.0, 1e-7):
+        lengths = 1 + nearly * np.arange(D_SAE) / D_SAE
+        monkeypatch.setattr(health, "_load", lambda sae, names, lengths=lengths: {name: np.diag(lengths) for name in names})
+        draw_health(sae, "batch_topk-300-k4-s0", tmp_path / "equal.png")
+
+
 @pytest.mark.parametrize("is_broken", [False, True])
 def test_the_same_sae_makes_the_same_picture_also_where_the_gate_will_fail(tmp_path: Path, is_broken: bool) -> None:
     sae = make_sae(tmp_path / "sae", is_broken)

@@ -229,6 +229,7 @@ def test_divergence_names_the_step_and_what_to_do_and_keeps_the_weights() -> Non
 def test_a_request_to_end_writes_a_checkpoint_first() -> None:
     x = make_planted(2048).x
     written: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
     learner = begin(make_params(epochs=50), x)
 
     def ask(event: Event) -> None:
@@ -239,7 +240,7 @@ def test_a_request_to_end_writes_a_checkpoint_first() -> None:
         go_on([learner], x, ask, lambda: written.append(learner.guides.step))
     assert written == [learner.guides.step]
     assert 20 < learner.guides.step < 60
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_no_progress_is_said_and_ends_the_run_early_where_asked() -> None:

@@ -94,7 +94,9 @@ def _draw_likeness(page: Page, cosines: np.ndarray) -> None:
 
 def _draw_norms(page: Page, norms: np.ndarray) -> None:
     axes = _plot(page, 2, 0, "How long encoders are", "length of a latent's encoder")
-    counts, edges = np.histogram(norms, BINS)
+    low, high = float(norms.min()), float(norms.max())
+    # before training has moved them all are as long as each other
+    counts, edges = np.histogram(norms, BINS, (low, max(high, low * 1.01, 1e-6)))
     _draw_bars(axes, edges, counts)
     _remark(axes, f"median {np.median(norms):.3g}", GREY)
 
