@@ -12,8 +12,10 @@ from ommatid.config import Imported, TrainParams
 from ommatid.errors import ModelError
 from ommatid.metrics import Fidelity
 from ommatid.reader import load_sample
+from ommatid.sae.histograms import histograms
 from ommatid.sae.interop import Told, import_sae, is_own, load_own, with_measured_k
 from ommatid.sae.model import CONFIG, SAE, WEIGHTS
+from ommatid.sae.weights import Weights
 from ommatid.store import Artefact, Draft
 
 SAMPLE = 16384
@@ -61,12 +63,13 @@ def _check_widths(sae: SAE, path: str, x: torch.Tensor, target: torch.Tensor) ->
 def _write(name: str, sae: SAE, x: torch.Tensor, target: torch.Tensor, draft: Draft) -> Artefact:
     with draft.write_file(WEIGHTS) as weights, draft.write_file(CONFIG) as cfg:
         sae.save(weights, cfg)
-    fidelity, fired = Fidelity(), torch.zeros(sae.config.d_sae, dtype=torch.bool)
+    fidelity, firings = Fidelity(), torch.zeros(sae.config.d_sae, dtype=torch.int64)
     for x_bd, target_bd in zip(x.split(1024), target.split(1024), strict=True):
         acts = sae.encode(x_bd)
         fidelity.add(target_bd, sae.decode(acts), int((acts > 0).sum()))
-        fired |= (acts > 0).any(0)
-    dead = (~fired).nonzero()[:, 0].tolist()
+        firings += (acts > 0).sum(0)
+    dead = (firings == 0).nonzero()[:, 0].tolist()
+    weights_of = Weights(sae.W_enc.T, sae.b_enc, sae.W_dec, sae.b_dec)
     row = {"step": 0, "tokens": 0, "loss": None, "fvu": fidelity.fvu, "l0": fidelity.l0, "dead": len(dead) / sae.config.d_sae, "lr": None}
     draft.write_table("curves.parquet", pa.table({key: [row[key]] for key in schemas.CURVES.names}, schema=schemas.CURVES))
     summary = {
@@ -80,5 +83,6 @@ def _write(name: str, sae: SAE, x: torch.Tensor, target: torch.Tensor, draft: Dr
         "dead_after": len(x),
         "threshold": float(sae.threshold.mean()),
         "scale": 1.0,
+        "histograms": histograms(weights_of, firings.double() / len(x)),
     }
     return draft.seal(summary)
