@@ -105,11 +105,11 @@ def _draw_curves(page: Page, curves: Mapping[str, list[float]]) -> None:
     for column, (key, title) in enumerate({"fvu": "FVU", "l0": "L0", "dead": "Share of dead latents"}.items()):
         axes = _plot(page, column, 1, title, "tokens")
         values = np.array(curves[key])
-        axes.plot(curves["tokens"], values, color=ACCENT, linewidth=1.5)
+        axes.plot(curves["tokens"], values, color=ACCENT, linewidth=1.5, marker="." if len(values) == 1 else "")
         # FVU begins far above where training goes
         highest = float(np.quantile(values, 0.9)) * 1.3 if key == "fvu" else float(values.max()) * 1.1
         axes.set_ylim(0, max(highest, 0.01))
-        axes.set_xlim(0, curves["tokens"][-1])
+        axes.set_xlim(0, max(curves["tokens"][-1], 1))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(axis="y", color=FAINT, linewidth=0.6)
         _remark(axes, f"{values[-1]:.4g} at the end", GREY)
