@@ -8,11 +8,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := .peers
 PYTHON ?= $(firstword $(foreach v,python3 python3.11 python3.12 python3.13,$(shell $(v) -c 'import sys; sys.version_info >= (3, 11) and print("$(v)")' 2>/dev/null)))
-# every tool's telemetry is off; threads that wait don't burn the cores that others need
+# every tool's telemetry is off; threads that wait don't burn the cores that others need (src/ommatid/executors/workers.py)
 export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
-export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 1000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help demo test lint up docs bench bench-extract bench-train bench-interop peers constraints clean

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it; a process that waits leaves the cores to the other
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line sets it (ommatid.executors.workers.WAITING)
 
 import torch
 from peer_process import open_peers

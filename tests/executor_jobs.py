@@ -34,7 +34,7 @@ class WriteJob:
             _busy.release()
 
     def write(self, shard: int) -> None:
-        names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")
+        names = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "CUDA_VISIBLE_DEVICES")
         facts = {"square": shard**2, "pid": os.getpid(), **{name: os.environ.get(name) for name in names}}
         aside = self.path(f"{shard}.{os.getpid()}.tmp")
         aside.write_text(json.dumps(facts))

@@ -256,9 +256,10 @@ def _run(name: str, params_file: Path, overrides: list[str] | None, data: str) -
     from ommatid.config import load_params
 
     params = load_params(params_file, overrides or ())
-    # threads that wait give their core away: measured here, training took 64 s with and 19 s without spinning beside another process,
-    # and the same on a quiet machine; read by OpenMP when torch is loaded
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from ommatid.executors.workers import WAITING
+
+    for key, value in WAITING.items():
+        os.environ.setdefault(key, value)
     if name == "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _train_together(params, data)
     else:

@@ -29,7 +29,7 @@ class Fidelity:
         """Add a batch: x and x̂ of shape (batch, d_model), and how many (token, latent) pairs fired."""
         # a row's sums in the arithmetic of the data, everything over rows in float64: half the time of converting all of it
         error, norms, norms_hat = x_bd - x_hat_bd, _squares(x_bd), _squares(x_hat_bd)
-        total = x_bd.sum(0, dtype=torch.float64)
+        total = x_bd.sum(0).double()
         self.n += x_bd.shape[0]
         self.squared_error += float(_squares(error).sum())
         self.squared_norm += float(norms.sum())

@@ -64,14 +64,19 @@ def centre(weights: Weights, batch: Batch) -> Tensor:
 
 def reconstruct(entries: Entries, acts: Tensor, weights: Weights, batch: Batch) -> Reconstruction:
     """Mean over levels of ‖x̂_l − target‖², with x̂_l of the latents up to level l; divided by the number of levels once."""
-    sums = entries.decode(acts, weights.W_dec)
-    n_levels = sums.shape[1]
-    errors = (sums.cumsum_(1) if n_levels > 1 else sums).add_(weights.b_dec)
-    x_hat = errors[:, -1].clone()
-    errors.sub_(batch.target[:, None])
-    loss = errors.square().sum() / (batch.n_total * n_levels)
-    table = errors.mul_(2 / (batch.n_total * n_levels))
-    return Reconstruction(x_hat, loss, table.flip(1).cumsum_(1).flip(1) if n_levels > 1 else table)
+    table = entries.decode(acts, weights.W_dec)
+    n_levels = table.shape[1]
+    for level in range(1, n_levels):
+        table[:, level].add_(table[:, level - 1])
+    table.add_(weights.b_dec)
+    x_hat = table[:, -1].clone()
+    table.sub_(batch.target[:, None])
+    rows = table.flatten(0, 1)
+    loss = torch.linalg.vecdot(rows, rows).sum() / (batch.n_total * n_levels)
+    table.mul_(2 / (batch.n_total * n_levels))
+    for level in reversed(range(n_levels - 1)):
+        table[:, level].add_(table[:, level + 1])
+    return Reconstruction(x_hat, loss, table)
 
 
 def set_gradients(
