@@ -13,7 +13,7 @@ from ommatid.sae.learner import Learner, Sample
 from ommatid.sae.step import Batch
 
 SIZE = Size(d_model=256, d_sae=2048, k=16, batch_size=1024)
-N_STEPS = 800
+N_STEPS = 300
 SAMPLE = 16384
 """Tokens that a run begins from, as in the stage."""
 N_HELD_OUT = 16

@@ -101,13 +101,14 @@ def request(variant: str, size: Size, n_steps: int, scale: float) -> dict[str, A
 
 
 def in_turn(rounds: int, *steppers: Ours | Theirs | Floor) -> list[list[float]]:
-    """Milliseconds of the steps of each, one after another in every round."""
+    """Milliseconds of the steps of each, in turn; in training a step follows a step, so the first of each turn is not counted."""
     for stepper in steppers:
         for _ in range(WARM_UP):
             stepper.step()
     times: list[list[float]] = [[] for _ in steppers]
     for _ in range(rounds):
         for stepper, found in zip(steppers, times, strict=True):
+            stepper.step()
             found.append(stepper.step() * 1000)
     return times
 
