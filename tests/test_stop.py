@@ -124,13 +124,14 @@ def test_a_cancelled_flow_ends_the_tree_and_training_keeps_what_it_has(folder: P
 
 
 def test_training_killed_again_and_again_ends_with_the_same_bytes(prepared: Path, folder: Path) -> None:
-    chance = random.Random(0)
+    chance, checkpoints = random.Random(0), 0
     for _ in range(N_KILLS):
         process = begin(folder, sys.executable, "-c", OFTEN)
         time.sleep(chance.uniform(0, 1.5))
         process.kill()
         process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL
-    assert any((folder / "data/.work").glob("sae-*/scratch/checkpoint.safetensors"))
+        checkpoints += any((folder / "data/.work").glob("sae-*/scratch/checkpoint.safetensors"))
+    assert checkpoints  # the last kills may come when training is done, and its gate is not
     run(folder, "train")
     assert digest(folder) == digest(prepared / "whole")
