@@ -1,8 +1,8 @@
 """Training steps against the peers' and the hardware, what they teach, the stage around them, and their memory.
 
 make bench-train                                   all of it, writes benchmarks/results/train.json and docs/pictures/train-cost.png
-python benchmarks/train.py [--quick] [--parts ...]  parts (of steps, width, quality, stage, several, memory) are shown, not written;
-                                                   --quick makes few and small steps, to see that all of it runs
+python benchmarks/train.py [--quick] [--parts ...]  only some parts (of steps, width, quality, stage, several, memory), which the results
+                                                   say; --quick makes few and small steps, to see that all of it runs, and writes nothing
 Peers run in an environment of their own (`make peers`, or PEERS_PYTHON), with as many threads, and compute only in their turn.
 """
 
@@ -109,11 +109,21 @@ def main() -> None:
         rows = [row for part in asked.parts for row in told(PARTS[part](bench))]
         if asked.quick and bench.points.by_k and bench.points.peers:
             draw(bench.points, bench.size, Path(name) / "cost.png")
-    if asked.quick or asked.parts != list(PARTS):
+    if asked.quick:
         show(rows, NOTES)
         return
-    draw(bench.points, bench.size, PICTURE)
-    publish("train", rows, ["ommatid", "torch", "numpy", "pyarrow", "mlflow"], NOTES, {f"peers: {k}": v for k, v in bench.versions.items()})
+    if bench.points.by_k and bench.points.peers:
+        draw(bench.points, bench.size, PICTURE)
+    missing = (
+        [f"not measured in this run: {', '.join(part for part in PARTS if part not in asked.parts)}"] if asked.parts != list(PARTS) else []
+    )
+    publish(
+        "train",
+        rows,
+        ["ommatid", "torch", "numpy", "pyarrow", "mlflow"],
+        [*missing, *NOTES],
+        {f"peers: {k}": v for k, v in bench.versions.items()},
+    )
 
 
 if __name__ == "__main__":
