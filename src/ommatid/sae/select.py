@@ -21,7 +21,7 @@ TOKENS_PER_CHUNK = 256
 FLOOR_SHARE = 0.92
 """Of the last step's threshold: below it few candidates, rarely too few."""
 DENSE_SHARE = 0.08
-"""Of all entries: above it products over the whole matrix are faster, reckoned from the kernels' times (2,048 tokens, 768 x 8,192, 2 cores)."""
+"""Of all entries: above it products over the whole matrix are faster, reckoned from times of the kernels (768 x 8,192, 2 cores)."""
 
 
 @dataclass(frozen=True)
