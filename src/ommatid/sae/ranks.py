@@ -9,11 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def are_several() -> bool:
-    """Whether this process was started as one of several (by `torchrun`)."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 @contextmanager
 def joined() -> Iterator[None]:
     """In this block the processes that `torchrun` started know one another; each takes the GPU of its number, where there are some.

@@ -53,8 +53,6 @@ class Step:
     """Latents that fire on this rank, with repetitions."""
     threshold: float
     """Smallest activation that fires, of all ranks; 0 where nothing does."""
-    floor: float
-    """The next selection's first guess."""
 
 
 def centre(weights: Weights, batch: Batch) -> Tensor:

@@ -52,7 +52,7 @@ class Gated:
         n_firings = int((acts > 0).sum())
         if self._l1 is None:
             steer(settings, guides, n_firings, batch.n_total)
-        return Step(loss, found.x_hat, n_firings, entries.fired(acts), 0.0, 0.0)
+        return Step(loss, found.x_hat, n_firings, entries.fired(acts), 0.0)
 
     def updated(self, weights: Weights) -> None:
         """Nothing to keep to."""

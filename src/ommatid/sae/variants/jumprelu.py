@@ -70,7 +70,7 @@ class JumpReLU:
         average_act(guides, acts)
         if self._weight is None:
             steer(settings, guides, n_firings, batch.n_total)
-        return Step(loss + weight * penalty, found.x_hat, n_firings, entries.fired(acts), 0.0, 0.0)
+        return Step(loss + weight * penalty, found.x_hat, n_firings, entries.fired(acts), 0.0)
 
     def updated(self, weights: Weights) -> None:
         """Nothing to keep to."""

@@ -41,7 +41,7 @@ class BatchTopK:
         set_gradients(weights, entries, found, acts, grad_acts.mul_(acts > 0), inputs)
         if settings.aux_coefficient and len(dead):
             loss = loss + add_aux(weights, batch, inputs, found.x_hat, dead, settings.aux_coefficient)
-        return Step(loss, found.x_hat, int((acts > 0).sum()), entries.fired(acts), threshold, guides.floor)
+        return Step(loss, found.x_hat, int((acts > 0).sum()), entries.fired(acts), threshold)
 
     def updated(self, weights: Weights) -> None:
         """Nothing to keep to."""
