@@ -16,7 +16,8 @@ from fakes import COLOURS, GRID, TileModel, make_artefact, make_images_artefact,
 
 from ommatid.config import Baseline, Params, TrainParams
 from ommatid.errors import ConfigError, TrainingError
-from ommatid.evaluate import CONTROL_SEED, evaluate
+from ommatid.evaluate import evaluate
+from ommatid.evaluate.subject import CONTROL_SEED
 from ommatid.events import Measured
 from ommatid.extract import extract, towers
 from ommatid.images import decode

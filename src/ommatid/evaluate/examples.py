@@ -1,0 +1,78 @@
+"""The `examples` table: which images show a latent, strong and weak ones, and where in them it fires."""
+
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from ommatid import schemas
+from ommatid.config import EvaluateParams
+from ommatid.evaluate.firings import Firings
+from ommatid.store import Draft
+
+_EXAMPLES_SQL = """
+WITH placed AS (
+  SELECT latent, image, act,
+         row_number() OVER (PARTITION BY latent ORDER BY act DESC, image) AS place,
+         count(*) OVER (PARTITION BY latent) AS n
+  FROM read_parquet($files)
+), tenths AS (
+  SELECT *, CAST(10 - floor(10 * (place - 1) / n) AS TINYINT) AS decile FROM placed
+), drawn AS (
+  -- decile 10 keeps its strongest, the others a draw that has nothing to do with the activation
+  SELECT *, row_number() OVER (PARTITION BY latent, decile ORDER BY CASE WHEN decile = 10 THEN place ELSE hash(image, latent) END) AS draw
+  FROM tenths
+)
+SELECT latent, decile, CAST(row_number() OVER (PARTITION BY latent, decile ORDER BY place) AS INTEGER) AS rank, image, act
+FROM drawn
+WHERE draw <= CASE WHEN decile = 10 THEN $n_top ELSE $n_per_decile END
+ORDER BY latent, decile DESC, rank
+"""
+
+
+def choose_examples(draft: Draft, firings: Firings, params: EvaluateParams) -> pa.Table:
+    """Examples of every latent by decile; DuckDB sorts outside memory where it must."""
+    settings: dict[str, Any] = {"memory_limit": "1GB", "temp_directory": str(draft.scratch), "preserve_insertion_order": "false"}
+    with duckdb.connect(config=settings) as connection:
+        values = {"files": firings.files(), "n_top": params.n_top, "n_per_decile": params.n_per_decile}
+        return connection.execute(_EXAMPLES_SQL, values).to_arrow_table()
+
+
+class Heat:
+    """Collects the token activations of the chosen examples."""
+
+    def __init__(self, examples: pa.Table) -> None:
+        self._examples = examples
+        images = torch.from_numpy(examples["image"].to_numpy().astype(np.int64))
+        self._by_image = images.argsort(stable=True)
+        self._images = images[self._by_image]
+        self.make_latents = torch.from_numpy(examples["latent"].to_numpy().astype(np.int64))[self._by_image]
+        self._heat: list[Tensor] = []
+        self._where: list[Tensor] = []
+
+    def add(self, numbers: Tensor, acts: Tensor) -> None:
+        """Patch activations (images, patches, latents) of some images, in order."""
+        first = int(torch.searchsorted(self._images, numbers[0]))
+        last = int(torch.searchsorted(self._images, numbers[-1], right=True))
+        place = torch.searchsorted(numbers, self._images[first:last])
+        shown = numbers[place] == self._images[first:last]  # images of other shards lie between these
+        self._heat.append(acts[place[shown], :, self.make_latents[first:last][shown]])
+        self._where.append(torch.arange(first, last)[shown])
+
+    def table(self, sae: str, grid: list[int] | None) -> pa.Table:
+        """The `examples` table."""
+        n = len(self._examples)
+        rows, cols = grid or (0, 0)
+        heat: Any = pa.nulls(n, pa.list_(pa.float32()))
+        if grid and n:
+            by_image = torch.cat(self._heat)[torch.cat(self._where).argsort()]
+            ordered = by_image[self._by_image.argsort()]
+            offsets = pa.array(np.arange(n + 1) * rows * cols, pa.int32())
+            heat = pa.ListArray.from_arrays(offsets, pa.array(ordered.flatten().numpy(), pa.float32()))
+        columns = {name: self._examples[name] for name in ("latent", "decile", "rank", "image", "act")}
+        columns |= {"sae": pa.array([sae] * n, pa.string()), "heat": heat}
+        columns |= {"rows": pa.array([rows] * n, pa.int16()), "cols": pa.array([cols] * n, pa.int16())}
+        return pa.table({name: columns[name] for name in schemas.EXAMPLES.names}).cast(schemas.EXAMPLES)

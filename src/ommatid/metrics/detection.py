@@ -1,0 +1,32 @@
+"""Does a score tell some images from others."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def balanced_accuracy(positive: Tensor, negative: Tensor, threshold: float) -> float:
+    """Mean of the share of `positive` scores above the threshold and the share of `negative` scores at or below it."""
+    return float(((positive > threshold).double().mean() + (negative <= threshold).double().mean()) / 2)
+
+
+def best_threshold(positive: Tensor, negative: Tensor) -> float:
+    """The threshold between observed scores with the highest balanced accuracy, the middle of the gap it falls into."""
+    scores, order = torch.sort(torch.cat([positive, negative]).double())
+    is_positive = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))])[order].double()
+    # cutting after position i: positives above, negatives at or below; after the last, everything is at or below
+    above = 1 - is_positive.cumsum(0) / len(positive)
+    below = (1 - is_positive).cumsum(0) / len(negative)
+    can_cut = torch.cat([scores[1:] > scores[:-1], torch.tensor([True])])
+    best = int(torch.where(can_cut, above + below, -1.0).argmax())
+    return float(scores[best : best + 2].mean())
+
+
+def auroc(positive: Tensor, negative: Tensor) -> tuple[float, float, float]:
+    """Area under the ROC curve (ties count half) and its 95 % interval (DeLong, DeLong and Clarke-Pearson 1988)."""
+    wins = (positive[:, None] > negative).double() + 0.5 * (positive[:, None] == negative).double()
+    area = float(wins.mean())
+    variance = sum(float(mean.var()) / len(mean) for mean in (wins.mean(1), wins.mean(0)) if len(mean) > 1)
+    half = 1.959964 * math.sqrt(variance)
+    return area, max(area - half, 0.0), min(area + half, 1.0)
