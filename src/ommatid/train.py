@@ -42,8 +42,7 @@ def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_
         ModelError: an SAE to be imported cannot be read, or is of another width.
     """
     checkpoint = draft.scratch / CHECKPOINT
-    # copied: as they lie in the file they are not aligned as torch aligns, and products then differ in their last bits
-    saved = {name: tensor.clone() for name, tensor in load_file(checkpoint).items()} if checkpoint.exists() else None
+    saved = load_file(checkpoint) if checkpoint.exists() else None
 
     def save(tensors: dict[str, torch.Tensor]) -> None:
         with draft.write_file(f"{draft.scratch.name}/{CHECKPOINT}") as path:

@@ -201,11 +201,25 @@ def test_auxk_revives_dead_latents() -> None:
     shares = []
     for coefficient in (0.0, 1 / 32):
         learner = begin(make_params(epochs=40, d_sae=128, aux_coefficient=coefficient), x)
-        learner.weights.b_enc[:64] = -0.6  # too low to be among the largest, high enough to be positive at times
+        learner.weights.b_enc[:64] = (
+            -0.6 * learner.weights.W_enc[0].norm()
+        )  # too low to be among the largest, high enough to be positive at times
         go_on([learner], x)
         shares.append(len(learner.dead) / 128)
     assert shares[0] > 0.2, "the control must have dead latents"
     assert shares[1] < 0.7 * shares[0], shares
+
+
+def test_the_first_reconstruction_has_the_right_length() -> None:
+    x = make_planted(4096).x
+    learner = begin(make_params(epochs=1), x)
+    weights, centred = learner.weights, (x - x.mean(0)) * learner.scales.x
+    pre_acts = centred @ weights.W_enc.T
+    top = pre_acts.topk(K, dim=1)
+    x_hat = torch.zeros_like(pre_acts).scatter_(1, top.indices, top.values.relu()) @ weights.W_dec
+    fvu = [float((centred - scale * x_hat).square().sum() / centred.square().sum()) for scale in (0.8, 1.0, 1.25)]
+    assert fvu[1] < 1
+    assert fvu[1] < min(fvu[0], fvu[2]), "a longer or a shorter encoder must be worse"
 
 
 def test_resampling_gives_dead_latents_of_relu_new_directions() -> None:

@@ -42,7 +42,7 @@ def make_batch(transcoder: bool = False) -> Batch:
 
 def make(kind: dict[str, Any], ms_weight: float = 0.0) -> Variant:
     params = TrainParams.model_validate(PARAMS | {"variant": kind})
-    settings = Settings(K, D_SAE, 100, 0, 1 / 32, ms_weight, torch.float32, torch.device("cpu"))
+    settings = Settings(K, D_SAE, 100, 10_000, 0, 1 / 32, ms_weight, torch.float32, torch.device("cpu"))
     return make_variant(params.variant, settings)
 
 

@@ -17,8 +17,7 @@ from ommatid.sae.optimiser import Optimiser
 from ommatid.sae.schedule import Plan, make_plan
 from ommatid.sae.step import Batch, Step
 from ommatid.sae.variants import Guides, Settings, Variant, make_variant
-from ommatid.sae.variants.relu import ReLU, is_resampling_step, resample
-from ommatid.sae.weights import Weights, make_weights
+from ommatid.sae.weights import Weights, fit_scale, make_weights
 
 PROGRESS = 0.001
 """FVU must fall by this share to count as progress."""
@@ -91,7 +90,9 @@ class Learner:
         x, target = sample.x * scales.x, None if sample.target is None else sample.target * scales.target
         weights = make_weights(params.d_sae, x, target, params.seed)
         weights.derives_W_dec = learner.variant.derives_W_dec
-        learner.variant.begin(weights, x - x.mean(0), learner.guides)
+        centred = x - x.mean(0)
+        fit_scale(weights, centred, params.k, None if target is None else target - target.mean(0))
+        learner.variant.begin(weights, centred, learner.guides)
         learner._take({key: ranks.agree(tensor.contiguous().to(device)) for key, tensor in weights.tensors().items()})
         return learner
 
@@ -141,16 +142,10 @@ class Learner:
             decay = self.plan.threshold_decay if self.threshold else 0.0
             self.threshold = decay * self.threshold + (1 - decay) * step.threshold
         self.guides.step += 1
-        if isinstance(self.variant, ReLU) and is_resampling_step(self.guides.step, self.plan.n_steps):
-            self._resample(batch, step)
-
-    def _resample(self, batch: Batch, step: Step) -> None:
-        """ReLU's dead latents are those that have not fired since the last tenth of the run."""
-        silent = (self.idle >= min(self.plan.dead_after, self.plan.n_steps // 10 * self.plan.batch_size)).nonzero()[:, 0]
-        if len(silent):
-            resample(self.weights, batch, step.x_hat, silent, self.params.seed + self.guides.step)
-            self._optimiser.forget(("W_enc", "b_enc", "W_dec"), silent)
-            self.idle[silent] = 0
+        revived = self.variant.revive(self.weights, batch, step, self.guides, self.idle)
+        if len(revived):
+            self._optimiser.forget(("W_enc", "b_enc", "W_dec"), revived)
+            self.idle[revived] = 0
 
     def shorten(self, n_steps: int) -> None:
         """End after so many steps."""
@@ -202,7 +197,8 @@ class Learner:
 
     @classmethod
     def restore(cls, name: str, params: TrainParams, n_tokens: int, tensors: dict[str, Tensor], device: torch.device) -> "Learner":
-        """Take what `tensors` gave."""
+        """Take what `tensors` gave, into memory of its own: a file's tensors are not aligned, and products then differ in the last bits."""
+        tensors = {key: tensor.clone() for key, tensor in tensors.items()}
         scale_x, scale_target, threshold, n_steps = tensors["scalars"].tolist()
         learner = cls(name, params, n_tokens, Scales(scale_x, scale_target), device)
         learner.shorten(int(n_steps))
@@ -237,4 +233,14 @@ class Learner:
 
 def _settings(params: TrainParams, plan: Plan, device: torch.device) -> Settings:
     dtype = torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
-    return Settings(params.k, params.d_sae, plan.n_steps, params.seed, params.aux_coefficient, params.ms_weight, dtype, device)
+    return Settings(
+        k=params.k,
+        d_sae=params.d_sae,
+        n_steps=plan.n_steps,
+        dead_after=plan.dead_after,
+        seed=params.seed,
+        aux_coefficient=params.aux_coefficient,
+        ms_weight=params.ms_weight,
+        dtype=dtype,
+        device=device,
+    )

@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 
 from ommatid.sae.kmeans import find_centres
-from ommatid.sae.model import Activation
 from ommatid.sae.step import Batch, Step
 from ommatid.sae.variants.base import Guides, Settings
 from ommatid.sae.variants.topk import BatchTopK
-from ommatid.sae.weights import Weights, grad_of
+from ommatid.sae.weights import Weights, fit_scale, grad_of
 
 MOST_CENTRES = 2048
 
@@ -19,7 +18,6 @@ class Archetypal(BatchTopK):
     The paper's D = W C + Λ (equation 6) with its relaxation relative, and directions of unit norm. Otherwise BatchTopK.
     """
 
-    activation: Activation = "threshold"
     derives_W_dec = True
 
     def __init__(self, settings: Settings, n_centres: int | None, relaxation: float) -> None:
@@ -42,6 +40,7 @@ class Archetypal(BatchTopK):
         weights.own |= {"mix": mix, "shift": torch.zeros_like(weights.W_dec)}
         self.updated(weights)
         weights.W_enc.copy_(weights.W_dec)
+        fit_scale(weights, x_nd, self._settings.k)
 
     def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Tensor) -> Step:
         """See `Variant`."""

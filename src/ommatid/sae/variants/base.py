@@ -1,8 +1,8 @@
 """Variant: what the trainer asks of every kind of SAE."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class Settings:
     """Latents."""
     n_steps: int
     """Of the run."""
+    dead_after: int
+    """Tokens without a firing after which a latent is dead."""
     seed: int
     """Of what is drawn."""
     aux_coefficient: float
@@ -61,18 +63,23 @@ class Guides:
         return cls(int(step), *rest)
 
 
-class Variant(Protocol):
+class Variant(ABC):
     """One kind of SAE in training."""
 
-    activation: Activation
+    activation: Activation = "threshold"
     """At inference: see `SAE`."""
-    derives_W_dec: bool
+    derives_W_dec = False
     """See `Weights`."""
 
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._levels = Levels((settings.d_sae,), settings.device)
+
+    @abstractmethod
     def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
         """Add what the variant trains besides; x_nd: scaled, centred activations that the encoder was made from."""
-        ...
 
+    @abstractmethod
     def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Tensor) -> Step:
         """Loss and gradients of one batch.
 
@@ -82,19 +89,25 @@ class Variant(Protocol):
             guides: Updated.
             dead: Latents that have not fired for long, (n_dead,).
         """
-        ...
 
-    def updated(self, weights: Weights) -> None:
-        """After the optimiser: back to what the definition allows."""
-        ...
-
+    @abstractmethod
     def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
         """The tensors of inference (threshold, and gates), of scaled activations; average: of `Step.threshold` over steps."""
-        ...
+
+    def updated(self, weights: Weights) -> None:  # noqa: B027 most have nothing to keep to
+        """After the optimiser: back to what the definition allows."""
+
+    def revive(self, weights: Weights, batch: Batch, step: Step, guides: Guides, idle: Tensor) -> Tensor:
+        """After each step: draw anew the latents that have been idle for so many tokens, (d_sae,), where the variant does so.
+
+        Returns:
+            Which were drawn, (n,).
+        """
+        return idle.new_zeros(0)
 
     def prefixes(self) -> tuple[int, ...] | None:
         """Latents of each level, where there are some."""
-        ...
+        return None
 
 
 def make_scorer(settings: Settings, weights: Weights, inputs: Tensor, levels: Levels) -> Scorer:
@@ -107,14 +120,27 @@ FIRST_PENALTY = 1e-3
 """Of mean‖x‖² = 1, a token: weak, so that steering comes from above."""
 
 
-def steer(settings: Settings, guides: Guides, n_firings: int, n_total: int) -> None:
-    """Move the penalty toward k firings a token: up by at most a tenth a step while there are more, down while there are fewer.
+class Steered(Variant):
+    """A variant whose firing is penalised: by a weight that is given, or that is steered so that k latents fire a token."""
 
-    The rate lets the penalty cross twenty factors of e in a run, within bounds; close to k it moves by the logarithm of the ratio.
-    """
-    rate = min(0.1, max(0.002, 20 / settings.n_steps))
-    ratio = max(ranks.total(n_firings) / n_total, 1e-3) / settings.k
-    guides.penalty *= math.exp(rate * max(-1.0, min(1.0, 2 * math.log(ratio))))
+    def __init__(self, settings: Settings, weight: float | None) -> None:
+        super().__init__(settings)
+        self._weight = weight
+
+    def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
+        """See `Variant`."""
+        guides.penalty = FIRST_PENALTY if self._weight is None else self._weight
+
+    def _steer(self, guides: Guides, n_firings: int, n_total: int) -> None:
+        """Move the penalty toward k firings a token: up by at most a tenth a step while there are more, down while there are fewer.
+
+        The rate lets the penalty cross twenty factors of e in a run, within bounds; close to k it moves by the logarithm of the ratio.
+        """
+        if self._weight is not None:
+            return
+        rate = min(0.1, max(0.002, 20 / self._settings.n_steps))
+        ratio = max(ranks.total(n_firings) / n_total, 1e-3) / self._settings.k
+        guides.penalty *= math.exp(rate * max(-1.0, min(1.0, 2 * math.log(ratio))))
 
 
 def average_act(guides: Guides, acts: Tensor) -> None:

@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from ommatid.sae.entries import Entries, Levels
+from ommatid.sae.entries import Entries
 from ommatid.sae.model import Activation
 from ommatid.sae.select import select_above
 from ommatid.sae.step import Batch, Step, add_monosemanticity, centre, reconstruct, set_gradients
-from ommatid.sae.variants.base import FIRST_PENALTY, Guides, Settings, make_scorer, steer
+from ommatid.sae.variants.base import Guides, Steered, make_scorer
 from ommatid.sae.weights import Weights, grad_of
 
 
-class Gated:
+class Gated(Steered):
     """gate π = W x + b_gate;  acts = relu(exp(r) · W x + b_mag) where π > 0, else 0 (arXiv 2404.16014, equations 6 to 8).
 
     loss = mean ‖x̂(acts) − x‖² + λ mean Σ relu(π) + mean ‖x̂_frozen(relu(π)) − x‖², the decoder of the last term held fixed.
@@ -19,16 +19,10 @@ class Gated:
     """
 
     activation: Activation = "gated"
-    derives_W_dec = False
-
-    def __init__(self, settings: Settings, l1: float | None) -> None:
-        self._settings = settings
-        self._l1 = l1
-        self._levels = Levels((settings.d_sae,), settings.device)
 
     def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
         """Magnitudes begin as the gates are."""
-        guides.penalty = FIRST_PENALTY if self._l1 is None else self._l1
+        super().begin(weights, x_nd, guides)
         weights.own |= {"r_mag": torch.zeros_like(weights.b_enc), "b_mag": weights.b_enc.clone()}
 
     def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Tensor) -> Step:
@@ -50,22 +44,14 @@ class Gated:
         self._set_gradients(weights, entries, grad_mag, scale * bare)
         set_gradients(weights, entries, found, acts, grad_gate + grad_mag * scale, inputs, grad_gate)
         n_firings = int((acts > 0).sum())
-        if self._l1 is None:
-            steer(settings, guides, n_firings, batch.n_total)
+        self._steer(guides, n_firings, batch.n_total)
         return Step(loss, found.x_hat, n_firings, entries.fired(acts), 0.0)
-
-    def updated(self, weights: Weights) -> None:
-        """Nothing to keep to."""
 
     def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
         """In the pre-activations π: exp(r) (π − b_gate) + b_mag."""
         scale = weights.own["r_mag"].exp()
         shift = weights.own["b_mag"] - scale * weights.b_enc
         return {"threshold": torch.tensor(0.0), "gate_scale": scale, "gate_shift": shift}
-
-    def prefixes(self) -> tuple[int, ...] | None:
-        """See `Variant`."""
-        return None
 
     def _set_gradients(self, weights: Weights, entries: Entries, grad_mag: Tensor, scaled: Tensor) -> None:
         grad_of(weights.own["b_mag"]).copy_(entries.sum_by_latent(grad_mag))

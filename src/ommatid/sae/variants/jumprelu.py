@@ -6,11 +6,9 @@ from typing import Literal, assert_never
 import torch
 from torch import Tensor
 
-from ommatid.sae.entries import Levels
-from ommatid.sae.model import Activation
 from ommatid.sae.select import select_above
 from ommatid.sae.step import Batch, Step, add_monosemanticity, centre, reconstruct, set_gradients
-from ommatid.sae.variants.base import FIRST_PENALTY, Guides, Settings, average_act, make_scorer, quantile, steer
+from ommatid.sae.variants.base import Guides, Settings, Steered, average_act, make_scorer, quantile
 from ommatid.sae.weights import Weights, grad_of
 
 TANH_SLOPE = 4.0
@@ -19,7 +17,7 @@ FIRST_FIRINGS = 4
 """Times k: the density at which the thresholds begin."""
 
 
-class JumpReLU:
+class JumpReLU(Steered):
     """acts = pre_acts where pre_acts > θ, else 0, θ = exp(log_threshold) a latent;  loss = mean ‖x̂ − x‖² + λ mean S.
 
     S is the number of firing latents, or Σ tanh(4 acts / mean act). With the rectangle kernel K of width ε (the bandwidth times the
@@ -28,22 +26,17 @@ class JumpReLU:
     λ is given, or steered so that k latents fire a token.
     """
 
-    activation: Activation = "threshold"
-    derives_W_dec = False
-
     def __init__(self, settings: Settings, weight: float | None, bandwidth: float, sparsity: Literal["l0", "tanh"]) -> None:
-        self._settings = settings
-        self._weight = weight
+        super().__init__(settings, weight)
         self._bandwidth = bandwidth
         self._sparsity: Literal["l0", "tanh"] = sparsity
-        self._levels = Levels((settings.d_sae,), settings.device)
 
     def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
         """Thresholds begin where a few times k latents fire a token."""
+        super().begin(weights, x_nd, guides)
         pre_acts = torch.addmm(weights.b_enc, x_nd[:2048], weights.W_enc.T)
         first = max(quantile(pre_acts, FIRST_FIRINGS * self._settings.k), 1e-3)
         guides.mean_act = float(pre_acts[pre_acts > first].mean()) if bool((pre_acts > first).any()) else first
-        guides.penalty = FIRST_PENALTY if self._weight is None else self._weight
         weights.own["log_threshold"] = torch.full_like(weights.b_enc, math.log(first))
 
     def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Tensor) -> Step:
@@ -68,20 +61,12 @@ class JumpReLU:
         grad_of(weights.own["log_threshold"]).copy_(entries.sum_by_latent(grad_theta * at_theta))
         n_firings = int(fires.sum())
         average_act(guides, acts)
-        if self._weight is None:
-            steer(settings, guides, n_firings, batch.n_total)
+        self._steer(guides, n_firings, batch.n_total)
         return Step(loss + weight * penalty, found.x_hat, n_firings, entries.fired(acts), 0.0)
-
-    def updated(self, weights: Weights) -> None:
-        """Nothing to keep to."""
 
     def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
         """See `Variant`."""
         return {"threshold": weights.own["log_threshold"].exp()}
-
-    def prefixes(self) -> tuple[int, ...] | None:
-        """See `Variant`."""
-        return None
 
     def _penalty(self, acts: Tensor, fires: Tensor, mean_act: float) -> tuple[Tensor, Tensor, float]:
         """S summed over the batch, its derivative in the activations, and what a jump from below θ to above costs beside these."""

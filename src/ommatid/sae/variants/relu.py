@@ -5,31 +5,22 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ommatid.sae import ranks
-from ommatid.sae.entries import Levels
-from ommatid.sae.model import Activation
 from ommatid.sae.select import select_above
 from ommatid.sae.step import Batch, Step, add_monosemanticity, centre, reconstruct, set_gradients
-from ommatid.sae.variants.base import FIRST_PENALTY, Guides, Settings, make_scorer, steer
+from ommatid.sae.variants.base import Guides, Steered, make_scorer
 from ommatid.sae.weights import Weights, grad_of
 
+RESAMPLE_AT = (1 / 8, 1 / 4, 3 / 8, 1 / 2)
+"""Shares of the run after which dead latents are drawn anew (Bricken et al. 2023: steps 25,000 to 100,000 of 200,000)."""
+RESAMPLED_NORM = 0.2
+"""Length of a new encoder row, as a share of the mean of the living."""
 
-class ReLU:
+
+class ReLU(Steered):
     """acts = relu(pre_acts);  loss = mean ‖x̂ − x‖² + λ mean Σ acts, directions of unit norm.
 
     λ is given, or steered so that k latents fire a token.
     """
-
-    activation: Activation = "threshold"
-    derives_W_dec = False
-
-    def __init__(self, settings: Settings, l1: float | None) -> None:
-        self._settings = settings
-        self._l1 = l1
-        self._levels = Levels((settings.d_sae,), settings.device)
-
-    def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
-        """See `Variant`."""
-        guides.penalty = FIRST_PENALTY if self._l1 is None else self._l1
 
     def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Tensor) -> Step:
         """See `Variant`."""
@@ -45,34 +36,25 @@ class ReLU:
             loss = loss + add_monosemanticity(entries, acts, batch, settings.ms_weight, grad_acts)
         set_gradients(weights, entries, found, acts, grad_acts.mul_(acts > 0), inputs)
         n_firings = int((acts > 0).sum())
-        if self._l1 is None:
-            steer(settings, guides, n_firings, batch.n_total)
+        self._steer(guides, n_firings, batch.n_total)
         return Step(loss, found.x_hat, n_firings, entries.fired(acts), 0.0)
-
-    def updated(self, weights: Weights) -> None:
-        """Nothing to keep to."""
 
     def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
         """See `Variant`."""
         return {"threshold": torch.tensor(0.0)}
 
-    def prefixes(self) -> tuple[int, ...] | None:
-        """See `Variant`."""
-        return None
+    def revive(self, weights: Weights, batch: Batch, step: Step, guides: Guides, idle: Tensor) -> Tensor:
+        """At some shares of the run, latents that have not fired since the last tenth of it."""
+        n_steps = self._settings.n_steps
+        if guides.step not in {round(share * n_steps) for share in RESAMPLE_AT}:
+            return idle.new_zeros(0)
+        silent = (idle >= min(self._settings.dead_after, n_steps // 10 * batch.n_total)).nonzero()[:, 0]
+        if len(silent):
+            _resample(weights, batch, step.x_hat, silent, self._settings.seed + guides.step)
+        return silent
 
 
-RESAMPLE_AT = (1 / 8, 1 / 4, 3 / 8, 1 / 2)
-"""Shares of the run after which dead latents are drawn anew (Bricken et al. 2023: steps 25,000 to 100,000 of 200,000)."""
-RESAMPLED_NORM = 0.2
-"""Length of a new encoder row, as a share of the mean of the living."""
-
-
-def is_resampling_step(step: int, n_steps: int) -> bool:
-    """Whether dead latents are drawn anew after so many steps."""
-    return step in {round(share * n_steps) for share in RESAMPLE_AT}
-
-
-def resample(weights: Weights, batch: Batch, x_hat: Tensor, dead: Tensor, seed: int) -> None:
+def _resample(weights: Weights, batch: Batch, x_hat: Tensor, dead: Tensor, seed: int) -> None:
     """Give dead latents the directions of badly reconstructed tokens, drawn with the square of their error as weight.
 
     With several ranks all take what the first draws.

@@ -7,22 +7,15 @@ from ommatid.sae.entries import Entries, Levels
 from ommatid.sae.model import Activation
 from ommatid.sae.select import FLOOR_SHARE, Scorer, select_batch, select_token
 from ommatid.sae.step import Batch, Step, add_aux, add_monosemanticity, centre, reconstruct, set_gradients
-from ommatid.sae.variants.base import Guides, Settings, make_scorer
+from ommatid.sae.variants.base import Guides, Variant, make_scorer
 from ommatid.sae.weights import Weights
 
 
-class BatchTopK:
+class BatchTopK(Variant):
     """acts = pre_acts where they are among the k · batch largest positive ones of the batch, else 0 (arXiv 2412.06410).
 
     loss = mean ‖x̂ − x‖² + AuxK. At inference the threshold is the average over steps of the smallest activation that fires.
     """
-
-    activation: Activation = "threshold"
-    derives_W_dec = False
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._levels = Levels((settings.d_sae,), settings.device)
 
     def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
         """Nothing is trained besides."""
@@ -43,16 +36,9 @@ class BatchTopK:
             loss = loss + add_aux(weights, batch, inputs, found.x_hat, dead, settings.aux_coefficient)
         return Step(loss, found.x_hat, int((acts > 0).sum()), entries.fired(acts), threshold)
 
-    def updated(self, weights: Weights) -> None:
-        """Nothing to keep to."""
-
     def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
         """See `Variant`."""
         return {"threshold": torch.tensor(average)}
-
-    def prefixes(self) -> tuple[int, ...] | None:
-        """See `Variant`."""
-        return None
 
     def _levels_of(self, guides: Guides) -> Levels:
         return self._levels
