@@ -22,7 +22,7 @@ D_MODEL, D_SAE, N_TOKENS = 6, 32, 24
 def make_scorer(seed: int, dtype: torch.dtype = torch.float32, n_tokens: int = N_TOKENS, d_sae: int = D_SAE) -> Scorer:
     generator = torch.Generator().manual_seed(seed)
     W_enc = torch.randn(d_sae, D_MODEL, generator=generator)
-    weights = Weights(W_enc, 0.1 * torch.randn(d_sae, generator=generator), W_enc, torch.zeros(D_MODEL))
+    weights = Weights(W_enc, 0.1 * torch.randn(d_sae, generator=generator), W_enc.clone(), torch.zeros(D_MODEL))
     return Scorer(weights, torch.randn(n_tokens, D_MODEL, generator=generator), Levels((d_sae,)), dtype)
 
 

@@ -15,9 +15,14 @@ from torch import Tensor
 
 from ommatid.sae import ranks
 from ommatid.sae.entries import Dense, Entries, Levels, Sparse
-from ommatid.sae.weights import Weights
+from ommatid.sae.weights import Weights, grad_of
 
-TOKENS_PER_CHUNK = 256
+TOKENS_PER_CHUNK = {torch.bfloat16: 256}
+"""By the arithmetic of the product: in bfloat16 so many that their scores stay in the cache."""
+MOST_TOKENS_PER_CHUNK = 1024
+"""In other arithmetic: with 256 the product takes a quarter longer than in one piece (768 x 8,192, float32, AVX2), with these no longer."""
+TOKENS_OF_GUESS = 256
+"""On which a first floor, and the density, are guessed."""
 FLOOR_SHARE = 0.92
 """Of the last step's threshold: below it few candidates, rarely too few."""
 DENSE_SHARE = 0.08
@@ -56,9 +61,9 @@ class Scorer:
 
     def _iter_above(self, floor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         W_enc, b_enc = self.weights.W_enc.to(self.dtype).T, self.weights.b_enc.to(self.dtype)
-        n = min(TOKENS_PER_CHUNK, self.n_tokens)
-        scores = torch.empty(n, len(b_enc), dtype=self.dtype, device=b_enc.device)
-        mask = torch.empty(n, len(b_enc), dtype=torch.bool, device=b_enc.device)
+        scores = _room(grad_of(self.weights.W_enc), len(b_enc), self.dtype)
+        mask = _room(grad_of(self.weights.W_dec), len(b_enc), torch.bool)
+        n = min(TOKENS_PER_CHUNK.get(self.dtype, MOST_TOKENS_PER_CHUNK), self.n_tokens, len(scores), len(mask))
         for start in range(0, self.n_tokens, n):
             x = self.inputs_bd[start : start + n].to(self.dtype)
             torch.addmm(b_enc, x, W_enc, out=scores[: len(x)])
@@ -66,6 +71,12 @@ class Scorer:
             _greater(scores[: len(x)], of_chunk.to(self.dtype), mask[: len(x)])
             index = _nonzero(mask[: len(x)])
             yield index + start * len(b_enc), scores.flatten()[index]
+
+
+def _room(memory: Tensor, n_columns: int, dtype: torch.dtype) -> Tensor:
+    """Scratch memory, (tokens, n_columns): a gradient's, which holds nothing between a step's end and the next one's gradients."""
+    values = memory.flatten().view(dtype)
+    return values[: len(values) // n_columns * n_columns].view(-1, n_columns)
 
 
 def _greater(scores: Tensor, floor: Tensor, out: Tensor) -> None:
@@ -131,14 +142,14 @@ def select_token(scorer: Scorer, k: int, floor: float) -> tuple[Entries, float]:
 
 def select_above(scorer: Scorer, floor: Tensor) -> Entries:
     """All entries above a floor, () or (d_sae,), dense where they are many."""
-    first = Scorer(scorer.weights, scorer.inputs_bd[:TOKENS_PER_CHUNK], scorer.levels, scorer.dtype).dense()
+    first = Scorer(scorer.weights, scorer.inputs_bd[:TOKENS_OF_GUESS], scorer.levels, scorer.dtype).dense()
     share = float((first > floor).float().mean())
     return Dense(scorer.levels, scorer.dense()) if share > DENSE_SHARE else scorer.above(floor)
 
 
 def _first_floor(scorer: Scorer, k: int) -> float:
     """A guess where no step came before: what k entries a token of some of the batch are above; all ranks take the first's."""
-    some = Scorer(scorer.weights, scorer.inputs_bd[:TOKENS_PER_CHUNK], scorer.levels, scorer.dtype).dense()
+    some = Scorer(scorer.weights, scorer.inputs_bd[:TOKENS_OF_GUESS], scorer.levels, scorer.dtype).dense()
     smallest = some.flatten().topk(min(k * len(some), some.numel()), sorted=False).values.min()
     return max(0.0, float(ranks.agree(smallest)))
 
