@@ -38,7 +38,7 @@ class Cifar10Source(Section):
 
 
 class FolderSource(Section):
-    """Every image below a folder; the sub-folder is the label; an optional captions.csv (path, caption)."""
+    """Every image below a folder; the sub-folder is the label; an optional captions.csv (path, caption, taxonomy)."""
 
     kind: Literal["folder"]
     path: str
@@ -55,6 +55,8 @@ class ParquetSource(Section):
     """The column of encoded images: binary, or the struct with a field `bytes` that Hugging Face data sets use."""
     label_column: str | None = None
     """The column of labels, strings or integers; null: no labels."""
+    taxonomy_column: str | None = None
+    """The column of taxonomies, paths of classes from the root separated by /; null: none."""
 
 
 ImageSource = Annotated[Cifar10Source | FolderSource | ParquetSource, Field(discriminator="kind")]
