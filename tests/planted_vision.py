@@ -128,7 +128,7 @@ def make() -> nn.Module:
 class _Embedder:
     """Images as the mean of the directions of their factors."""
 
-    preprocess = Preprocess((PLAN.size,) * 2, (PLAN.size,) * 2, "nearest", (0, 0, 0), (1, 1, 1))
+    preprocess = Preprocess((PLAN.size, PLAN.size), (PLAN.size, PLAN.size), "nearest", (0, 0, 0), (1, 1, 1))
     preprocessing = preprocess.as_json()
 
     def __init__(self, name: str, width: int, seed: int) -> None:
