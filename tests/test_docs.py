@@ -5,9 +5,11 @@ import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from catalog_artefacts import build, make_inputs, path_in
 from fakes import CHECKOUT
+from PIL import Image
 
 from ommatid.catalog import Catalog
 
@@ -45,3 +47,9 @@ def test_the_page_of_artefacts_is_that_of_the_schemas() -> None:
 def test_files_that_the_readme_links_to_exist() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", PAGES[0].read_text(encoding="utf-8"))
     assert [link for link in links if not (CHECKOUT / link).exists()] == []
+
+
+def test_the_sheet_of_shapes_is_what_the_source_draws() -> None:
+    sheet = runpy.run_path(str(CHECKOUT / "docs" / "make_shapes.py"))["make_sheet"]()
+    with Image.open(CHECKOUT / "docs/pictures/shapes.png") as picture:
+        assert np.array_equal(np.array(picture), sheet), "run: make docs"

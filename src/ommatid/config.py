@@ -38,7 +38,7 @@ class Cifar10Source(Section):
 
 
 class FolderSource(Section):
-    """Every image below a folder; the sub-folder is the label; an optional captions.csv (path, caption)."""
+    """Every image below a folder; the sub-folder is the label; an optional captions.csv (path, caption, taxonomy)."""
 
     kind: Literal["folder"]
     path: str
@@ -55,9 +55,19 @@ class ParquetSource(Section):
     """The column of encoded images: binary, or the struct with a field `bytes` that Hugging Face data sets use."""
     label_column: str | None = None
     """The column of labels, strings or integers; null: no labels."""
+    taxonomy_column: str | None = None
+    """The column of taxonomies, paths of classes from the root separated by /; null: none."""
 
 
-ImageSource = Annotated[Cifar10Source | FolderSource | ParquetSource, Field(discriminator="kind")]
+class ShapesSource(Section):
+    """Drawn images with known factors and a taxonomy, for a first run without any data (docs/images.md)."""
+
+    kind: Literal["shapes"]
+    path: str = "data/shapes.json"
+    """The plan: n_images, size and seed."""
+
+
+ImageSource = Annotated[Cifar10Source | FolderSource | ParquetSource | ShapesSource, Field(discriminator="kind")]
 
 
 class ImagesParams(Section):
@@ -607,7 +617,7 @@ def _explain(error: ValidationError) -> str:
 
 def _explain_one(problem: Any) -> str:
     # pydantic puts the tag of a discriminated union into the path: images.source.folder.path -> images.source.path
-    tags = {"cifar10", "folder", "parquet", "images", "files", "local", "dask", "ray"}
+    tags = {"cifar10", "folder", "parquet", "shapes", "images", "files", "local", "dask", "ray"}
     tags |= {"lite", "clip", "siglip", "dino", "vit", "llava", "qwen", "module", "transformers"}
     tags |= {"topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated", "archetypal", "imported"}
     path = [str(part) for i, part in enumerate(problem["loc"]) if not (i and part in tags)]

@@ -25,6 +25,7 @@ IMAGES = _schema(
     height=(pa.int32(), "pixels, upright"),
     label=(pa.string(), "class given by the source; null: none"),
     caption=(pa.string(), "caption given by the source; null: none"),
+    taxonomy=(pa.string(), "path of classes from the root, separated by /, given by the source; null: none"),
     thumbnail=(pa.binary(), "WebP, upright RGB"),
     encoded=(pa.binary(), "the image file's bytes, as they came"),
 )

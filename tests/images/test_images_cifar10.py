@@ -89,6 +89,9 @@ def test_pixels_labels_and_paths_come_out_as_laid_out(pin_to, photos):
     items = list(source.iter_items(range(source.total)))
     assert [item.path for item in items] == [*(f"train/{i:05d}.png" for i in range(15)), *(f"test/{i:05d}.png" for i in range(3))]
     assert [item.label for item in items] == [CLASSES[label] for label in TRAIN_LABELS + TEST_LABELS]
+    for item in items:
+        first, _, last = (item.taxonomy or "").split("/")
+        assert first in ("animal", "vehicle") and last == item.label
     assert all((np.asarray(decode(item.read())) == pixels).all() for item, pixels in zip(items, photos, strict=True))
 
 

@@ -40,6 +40,22 @@ def test_labels_captions_and_order(root, png, make):
     ]
 
 
+def test_taxonomies_stand_beside_captions_or_alone_and_may_be_missing(root, png, make):
+    for seed, name in enumerate(["a.png", "b.png", "c.png", "d.png"]):
+        write(root / name, png(seed))
+    write(root / "captions.csv", b"taxonomy,path,caption\nanimal/mammal/dog,a.png,a dog\n / animal /bird/,b.png,\n/,c.png,sky\n")
+    rows = make(source(root)).read("images").to_pylist()
+    assert [(row["taxonomy"], row["caption"]) for row in rows] == [
+        ("animal/mammal/dog", "a dog"),
+        ("animal/bird", None),
+        (None, "sky"),
+        (None, None),
+    ]
+    write(root / "captions.csv", b"path,taxonomy\nb.png,animal\nc.png\n")
+    rows = make(source(root), "other").read("images").to_pylist()
+    assert [(row["taxonomy"], row["caption"]) for row in rows] == [(None, None), ("animal", None), (None, None), (None, None)]
+
+
 def test_every_file_that_is_no_image_is_listed(root, png, make):
     write(root / "a.png", png(0))
     write(root / "deep/captions.csv", b"path,caption\n")
@@ -116,7 +132,9 @@ def test_nothing_to_read_names_the_path_and_what_to_do(kind, root, png):
     [
         (b"file,text\na.png,x\n", "its first line must name the columns path and caption"),
         (b"", "its first line must name the columns path and caption"),
+        (b"path,text\na.png,x\n", r"taxonomy or both; it names \['path', 'text'\]"),
         (b"path,caption\n\xff\xfe,x\n", "not a CSV file in UTF-8"),
+        (b"path,taxonomy\na.png,x/y\na.png,x//y\n", "captions.csv, line 3: the taxonomy 'x//y' has a class without a name"),
         (b"path,caption\n/photos/a.png,x\n", "names no file of the folder, for one '/photos/a.png'"),
     ],
 )

@@ -44,6 +44,21 @@ def test_labels_become_strings(labels, tmp_path, png):
     assert [item.label for item in items] == ["3", None]
 
 
+@pytest.mark.parametrize("type_", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_taxonomies_are_normalised_and_may_be_missing(type_, tmp_path, png, make):
+    paths = pa.array(["animal/dog", None, "", "/animal/bird/"]).cast(type_)
+    path = write(tmp_path / "x.parquet", {"image": pa.array([png(seed) for seed in range(4)]), "tree": paths})
+    rows = make(source(path, taxonomy_column="tree").model_dump()).read("images")
+    assert rows["taxonomy"].to_pylist() == ["animal/dog", None, None, "animal/bird"]
+
+
+def test_a_taxonomy_with_a_nameless_class_is_told_before_any_image_is_read(tmp_path, png):
+    paths = pa.array(["a/b"] * 6 + ["a/ /b"])
+    path = write(tmp_path / "x.parquet", {"image": pa.array([png(0)] * 7), "tree": paths}, row_group_size=3)
+    with pytest.raises(SourceError, match=r"x.parquet, row 6, column 'tree': the taxonomy 'a/ /b' has a class without a name"):
+        ParquetFiles(source(path, taxonomy_column="tree"))
+
+
 def test_a_folder_is_read_in_order_and_only_the_row_groups_that_are_wanted(tmp_path, png, monkeypatch):
     images = [png(seed) for seed in range(20)]
     write(tmp_path / "b/1.parquet", {"image": pa.array(images[12:])}, row_group_size=3)
@@ -71,15 +86,17 @@ def test_a_folder_is_read_in_order_and_only_the_row_groups_that_are_wanted(tmp_p
     [
         (
             {"column": "images"},
-            r"images.source.column is 'images': there is no such column; .*x.parquet has image \(binary\), size \(double\)",
+            r"images.source.column is 'images': there is no such column; .*has image \(binary\), size \(double\), count \(int64\)",
         ),
         ({"column": "size"}, r"images.source.column is 'size': holds double, not binary"),
         ({"label_column": "class"}, r"images.source.label_column is 'class': there is no such column; .*x.parquet has image"),
         ({"label_column": "size"}, r"images.source.label_column is 'size': holds double, not strings or integers"),
+        ({"taxonomy_column": "tree"}, r"images.source.taxonomy_column is 'tree': there is no such column; .*x.parquet has image"),
+        ({"taxonomy_column": "count"}, r"images.source.taxonomy_column is 'count': holds int64, not strings"),
     ],
 )
 def test_a_wrong_column_names_those_there_are(changes, said, tmp_path, png):
-    path = write(tmp_path / "x.parquet", {"image": pa.array([png(0)]), "size": pa.array([1.5])})
+    path = write(tmp_path / "x.parquet", {"image": pa.array([png(0)]), "size": pa.array([1.5]), "count": pa.array([1])})
     with pytest.raises(SourceError, match=said):
         ParquetFiles(source(path, **changes))
 

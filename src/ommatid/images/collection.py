@@ -19,7 +19,7 @@ PARQUET: dict[str, Any] = {
     "row_group_size": 128,  # what extraction reads and shuffles as one block,
     "write_batch_size": 16,  # and of large ones not all: a page only ends after a batch
     "compression": {**dict.fromkeys(IMAGES.names, "zstd"), "thumbnail": "none", "encoded": "none"},  # compressed already
-    "use_dictionary": ["split", "label"],
+    "use_dictionary": ["split", "label", "taxonomy"],
     "write_statistics": ["image", "split", "label"],
 }
 

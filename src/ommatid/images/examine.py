@@ -27,6 +27,7 @@ class Row:
     height: int
     label: str | None
     caption: str | None
+    taxonomy: str | None
     thumbnail: bytes
     encoded: bytes
 
@@ -52,7 +53,7 @@ def examine(item: Item, thumbnail: int) -> Row | Rejected:
         return Rejected(item.path, error.reason, error.detail)
     width, height = image.size
     image_id = hashlib.sha256(encoded).hexdigest()
-    return Row(image_id, item.path, width, height, item.label, item.caption, _webp(image, thumbnail), encoded)
+    return Row(image_id, item.path, width, height, item.label, item.caption, item.taxonomy, _webp(image, thumbnail), encoded)
 
 
 def examine_all(items: Iterable[Item], thumbnail: int) -> Iterator[Row | Rejected]:

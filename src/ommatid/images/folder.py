@@ -1,4 +1,4 @@
-"""The folder source: every file below a folder or URL, its sub-folder the label, captions from an optional captions.csv."""
+"""The folder source: every file below a folder or URL, its sub-folder the label, captions and taxonomy from an optional captions.csv."""
 
 import csv
 import hashlib
@@ -7,7 +7,7 @@ import os
 import posixpath
 import stat
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,19 @@ from ommatid.errors import SourceError
 from ommatid.folder import Remote, open_folder
 from ommatid.images.decode import MAX_BYTES
 from ommatid.images.source import Item
+from ommatid.images.taxonomy import normalise
 
 CAPTIONS = "captions.csv"
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a row of captions.csv says of its image."""
+
+    caption: str | None = None
+    """None: nothing."""
+    taxonomy: str | None = None
+    """None: nothing."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +62,10 @@ class Folder:
             raise SourceError(f"{root}: there are no files in this folder; put images there, or change images.source.path")
         captions = next((file for file in found if file.name == CAPTIONS), None)
         where = f"{folder / CAPTIONS}"
-        self._captions = _read_captions(where, captions) if captions else {}
-        if self._captions and self._captions.keys().isdisjoint(file.name for file in self._files):
+        self._said = _read_captions(where, captions) if captions else {}
+        if self._said and self._said.keys().isdisjoint(file.name for file in self._files):
             raise SourceError(
-                f"{where}: names no file of the folder, for one {next(iter(self._captions))!r}; "
+                f"{where}: names no file of the folder, for one {next(iter(self._said))!r}; "
                 f"write paths relative to {root}, such as {self._files[0].name!r}"
             )
         self.total = len(self._files)
@@ -65,7 +76,8 @@ class Folder:
         for position in positions:
             file = self._files[position]
             label = posixpath.dirname(file.name) or None
-            yield Item(file.name, partial(file.read, MAX_BYTES + 1), label, self._captions.get(file.name))
+            said = self._said.get(file.name, _Said())
+            yield Item(file.name, partial(file.read, MAX_BYTES + 1), label, said.caption, said.taxonomy)
 
 
 def _list_objects(folder: Remote) -> Iterator[_File]:
@@ -134,12 +146,23 @@ def _facts(path: Path) -> str:
     return f"{status.st_size}\0{status.st_mtime_ns}"
 
 
-def _read_captions(where: str, captions: _File) -> dict[str, str]:
-    """Path to caption."""
+def _read_captions(where: str, captions: _File) -> dict[str, _Said]:
+    """Path to what is said of it; rows that say nothing are passed over."""
     try:
         rows = csv.DictReader(io.StringIO(captions.read(MAX_BYTES).decode("utf-8-sig"), newline=""))
-        if not {"path", "caption"} <= set(rows.fieldnames or ()):
-            raise SourceError(f"{where}: its first line must name the columns path and caption; it names {rows.fieldnames}")
-        return {posixpath.normpath(row["path"]): row["caption"] for row in rows if row["path"] and row["caption"]}
+        names = set(rows.fieldnames or ())
+        if "path" not in names or names.isdisjoint({"caption", "taxonomy"}):
+            raise SourceError(
+                f"{where}: its first line must name the columns path and caption, taxonomy or both; it names {rows.fieldnames}"
+            )
+        said = ((row["path"], _say(f"{where}, line {rows.line_num}", row)) for row in rows)
+        return {posixpath.normpath(path): found for path, found in said if path and found != _Said()}
     except (csv.Error, UnicodeDecodeError) as error:
         raise SourceError(f"{where}: not a CSV file in UTF-8: {error}; mend or remove it") from None
+
+
+def _say(where: str, row: Mapping[str, str | None]) -> _Said:
+    try:
+        return _Said(row.get("caption") or None, normalise(row.get("taxonomy")))
+    except ValueError as error:
+        raise SourceError(f"{where}: {error}") from None

@@ -15,9 +15,12 @@ from ommatid.config import ParquetSource
 from ommatid.errors import SourceError
 from ommatid.folder import READ_BYTES, Disk, Folder, open_folder
 from ommatid.images.source import Item
+from ommatid.images.taxonomy import normalise
 
 _ROWS_AT_ONCE = 32
 """Rows held in memory: few, for a row may be a large photograph."""
+_TAXONOMIES_AT_ONCE = 65_536
+"""Rows of which only the taxonomy is read, to check it."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class ParquetFiles:
     """The rows of Parquet files in order of path; a row's path is `<file>#<row in the file>`.
 
     Raises:
-        SourceError: nothing there, not Parquet, or not the columns named in images.source.
+        SourceError: nothing there, not Parquet, not the columns named in images.source, or a taxonomy that is none.
     """
 
     def __init__(self, params: ParquetSource):
@@ -93,6 +96,8 @@ class ParquetFiles:
     def _append(self, file: _File) -> None:
         with file.open() as opened:
             _check_columns(str(file), opened.schema_arrow, self._params)
+            if self._params.taxonomy_column:
+                _check_taxonomy(str(file), opened, self._params.taxonomy_column)
             row = 0
             for index in range(opened.num_row_groups):
                 n_rows = opened.metadata.row_group(index).num_rows
@@ -100,7 +105,8 @@ class ParquetFiles:
                 row, self.total = row + n_rows, self.total + n_rows
 
     def _iter_group(self, group: _Group, wanted: set[int]) -> Iterator[Item]:
-        columns = [name for name in (self._params.column, self._params.label_column) if name is not None]
+        named = (self._params.column, self._params.label_column, self._params.taxonomy_column)
+        columns = [name for name in named if name is not None]
         row = 0
         with group.file.open() as file:
             for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group.index], columns=columns):
@@ -110,8 +116,17 @@ class ParquetFiles:
                 row += batch.num_rows
 
     def _item(self, batch: pa.RecordBatch, i: int, path: str) -> Item:
-        label = None if self._params.label_column is None else batch.column(self._params.label_column)[i].as_py()
-        return Item(path, partial(_read, batch.column(self._params.column)[i]), None if label is None else str(label))
+        label, taxonomy = (_value(batch, name, i) for name in (self._params.label_column, self._params.taxonomy_column))
+        return Item(
+            path,
+            partial(_read, batch.column(self._params.column)[i]),
+            None if label is None else str(label),
+            taxonomy=normalise(taxonomy),
+        )
+
+
+def _value(batch: pa.RecordBatch, column: str | None, i: int) -> Any:
+    return None if column is None else batch.column(column)[i].as_py()
 
 
 def _read(value: Any) -> bytes:
@@ -139,12 +154,23 @@ def _check_columns(path: str, schema: pa.Schema, params: ParquetSource) -> None:
     if image is None or not _holds_images(image):
         what = "there is no such column" if image is None else f"holds {image}, not binary or a struct with a binary field `bytes`"
         raise SourceError(f"images.source.column is {params.column!r}: {what}; {path} has {known}")
-    if params.label_column is None:
-        return
-    label = _type_of(schema, params.label_column)
-    if label is None or not _holds_labels(label):
-        what = "there is no such column" if label is None else f"holds {label}, not strings or integers"
-        raise SourceError(f"images.source.label_column is {params.label_column!r}: {what}; {path} has {known}")
+    others = (("label_column", _holds_labels, "strings or integers"), ("taxonomy_column", _holds_strings, "strings"))
+    for key, holds, allowed in others:
+        if (name := getattr(params, key)) is not None and ((type_ := _type_of(schema, name)) is None or not holds(type_)):
+            what = "there is no such column" if type_ is None else f"holds {type_}, not {allowed}"
+            raise SourceError(f"images.source.{key} is {name!r}: {what}; {path} has {known}")
+
+
+def _check_taxonomy(path: str, file: pq.ParquetFile, column: str) -> None:
+    """Before any image is read: a bad path at the end of a large file is told at once."""
+    row = 0
+    for batch in file.iter_batches(_TAXONOMIES_AT_ONCE, columns=[column]):
+        for i, value in enumerate(batch.column(column).to_pylist()):
+            try:
+                normalise(value)
+            except ValueError as error:
+                raise SourceError(f"{path}, row {row + i}, column {column!r}: {error}") from None
+        row += batch.num_rows
 
 
 def _type_of(schema: pa.Schema, column: str) -> pa.DataType | None:
@@ -163,5 +189,13 @@ def _is_binary(type_: pa.DataType) -> bool:
 
 
 def _holds_labels(type_: pa.DataType) -> bool:
-    value = type_.value_type if pa.types.is_dictionary(type_) else type_
-    return pa.types.is_integer(value) or pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)
+    return pa.types.is_integer(_value_type(type_)) or _holds_strings(type_)
+
+
+def _holds_strings(type_: pa.DataType) -> bool:
+    value = _value_type(type_)
+    return pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)
+
+
+def _value_type(type_: pa.DataType) -> pa.DataType:
+    return type_.value_type if pa.types.is_dictionary(type_) else type_

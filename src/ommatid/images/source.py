@@ -17,6 +17,8 @@ class Item:
     """Class, if the source knows it."""
     caption: str | None = None
     """Caption, if the source knows it."""
+    taxonomy: str | None = None
+    """Path of classes from the root, separated by /, as `taxonomy.normalise` gives it, if the source knows it."""
 
 
 class Source(Protocol):

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import assert_never
 
-from ommatid.config import Cifar10Source, FolderSource, ImageSource, ImagesParams, ParquetSource
+from ommatid.config import Cifar10Source, FolderSource, ImageSource, ImagesParams, ParquetSource, ShapesSource
 from ommatid.events import Listener, Progress, ignore
 from ommatid.images.cifar10 import Cifar10
 from ommatid.images.collection import Collection
 from ommatid.images.examine import examine_all
 from ommatid.images.folder import Folder
 from ommatid.images.parquet import ParquetFiles
+from ommatid.images.shapes import Shapes
 from ommatid.images.source import Source, spread
 from ommatid.store import Artefact, Draft
 
@@ -51,5 +52,7 @@ def open_source(params: ImageSource) -> Source:
             return Folder(params.path)
         case ParquetSource():
             return ParquetFiles(params)
+        case ShapesSource():
+            return Shapes(Path(params.path))
         case _:
             assert_never(params)

@@ -1,0 +1,73 @@
+"""The source `shapes`: drawn images whose factors are known, for a first run without any data and for truth that can be checked."""
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ommatid.errors import SourceError
+from ommatid.images.drawing import draw
+from ommatid.images.figure import Figure, make_figure
+from ommatid.images.png import encode_png
+from ommatid.images.source import Item
+
+
+class Plan(BaseModel):
+    """What is drawn."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    n_images: Annotated[int, Field(ge=1, le=10_000_000)]
+    """Images there are; images.limit takes fewer."""
+    size: Annotated[int, Field(ge=24, le=1024)]
+    """Side of each, in pixels."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    """Another seed, other images."""
+
+
+class Shapes:
+    """As many images as a plan says; each is drawn when it is read, from seed and number alone, and is the same everywhere.
+
+    The label is the shape. See `figure.Figure` for taxonomy and caption.
+
+    Raises:
+        SourceError: no such plan, or not one.
+    """
+
+    def __init__(self, plan_path: Path):
+        self._plan = load_plan(plan_path)
+        self.total = self._plan.n_images
+        self.fingerprint = self._plan.model_dump_json()
+
+    def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
+        """The images at these positions, in order, as PNG."""
+        for position in positions:
+            figure = make_figure(self._plan.seed, position)
+            read = partial(_png, figure, self._plan.size)
+            yield Item(f"{position:07d}.png", read, figure.shape, figure.caption, figure.taxonomy)
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        SourceError: missing, or not a plan.
+    """
+    try:
+        return Plan.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise SourceError(
+            f"{path}: no such file; images.source.path names the plan of the images, data/shapes.json in a checkout"
+        ) from None
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, problem['loc'])) or 'the whole'}: {problem['msg']}" for problem in error.errors())
+        raise SourceError(f"{path}: not a plan with n_images, size and seed: {found}") from None
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path}: not a plan with n_images, size and seed: {error}") from None
+
+
+def _png(figure: Figure, size: int) -> bytes:
+    return encode_png(draw(figure, size).tobytes(), size, size)
