@@ -63,7 +63,7 @@ def params(words: Path) -> Params:
         extract={"hookpoints": ["tiles"], "tokens": "patch", "dtype": "float32"},
         train={"d_sae": D_SAE, "k": 1, "epochs": 20, "batch_size": 128, "lr": 0.01},
         evaluate={"n_top": 4, "n_per_decile": 2, "baselines": ["pca", "kmeans", "nmf"]},
-        label={"vocabularies": [str(words)], "min_examples": 4, "n_examples": 16},
+        label={"labellers": [{"kind": "vocabulary", "words": [str(words)]}], "min_examples": 4, "n_examples": 16},
     )
 
 

@@ -484,17 +484,45 @@ class EvaluateParams(Section):
         return value
 
 
-class LabelParams(Section):
-    """Stage `label`: a name from a vocabulary for every latent, scored on images that did not make it."""
+class VocabularyLabeller(Section):
+    """Words of a list: the one whose place in the joint space says best what a latent's strongest images have in common."""
 
-    vocabularies: Annotated[tuple[str, ...], Field(min_length=1)]
+    kind: Literal["vocabulary"]
+    words: Annotated[tuple[str, ...], Field(min_length=1)]
     """Word lists: `imagenet`, `common`, or the path of a text file with one name a line."""
+    by: Literal["mean", "soft_wpmi"] = "mean"
+    """mean: cosine to the activation-weighted mean of the images; soft_wpmi: CLIP-Dissect's (arXiv 2204.10965, section 4)."""
+
+
+class HumanLabeller(Section):
+    """Labels that people gave."""
+
+    kind: Literal["human"]
+    path: str
+    """A CSV file with columns latent, label and, where there are several SAEs, sae, relative to the checkout or absolute."""
+
+
+Labeller = Annotated[VocabularyLabeller | HumanLabeller, Field(discriminator="kind")]
+
+
+class LabelParams(Section):
+    """Stage `label`: names for every latent, scored on images that did not make them."""
+
+    labellers: Annotated[tuple[Labeller, ...], Field(min_length=1)]
+    """Who gives names; `features` shows of each latent the one that scores best, and of equals the one that stands first here."""
     n_examples: Annotated[int, Field(ge=2, le=256)]
-    """Strongest images of the naming half that make the name."""
+    """Images of the naming half that make the name: the strongest for a vocabulary; half strongest, half weaker for others."""
     min_examples: Annotated[int, Field(ge=2, le=256)]
     """A latent that fires on fewer images of either half gets no label but the status too_few_examples."""
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    """Seed of the negatives and of the shuffled-label control."""
+    """Seed of the negatives and of the controls."""
+
+    def each(self) -> dict[str, Labeller]:
+        """The labellers by `labels.labeller`: their kind, with a number where several are of one kind."""
+        named: dict[str, Labeller] = {}
+        for labeller in self.labellers:
+            named[_unlike(labeller.kind, named)] = labeller
+        return named
 
 
 class CatalogParams(Section):
@@ -610,6 +638,7 @@ def _explain_one(problem: Any) -> str:
     tags = {"cifar10", "folder", "parquet", "images", "files", "local", "dask", "ray"}
     tags |= {"lite", "clip", "siglip", "dino", "vit", "llava", "qwen", "module", "transformers"}
     tags |= {"topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated", "archetypal", "imported"}
+    tags |= {"vocabulary", "human"}
     path = [str(part) for i, part in enumerate(problem["loc"]) if not (i and part in tags)]
     key = ".".join(path) or "params"
     match problem["type"]:

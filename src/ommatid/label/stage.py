@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from ommatid import schemas
-from ommatid.config import LabelParams, Model
+from ommatid.config import LabelParams, Model, VocabularyLabeller
 from ommatid.events import Listener, Progress, ignore
 from ommatid.label.examples import MAX_FIRING, N_HARD_LATENTS, Fired, Halves, draw_test, iter_fired, load_halves
 from ommatid.label.vocabulary import Vocabulary, embed_words, load_words
@@ -43,7 +43,8 @@ def load_material(params: LabelParams, inputs: Mapping[str, Artefact]) -> Materi
         ConfigError: a vocabulary is missing or empty.
         ModelError: the model's text tower cannot be loaded.
     """
-    vocabulary = _embed(load_words(params.vocabularies), inputs["extract"])
+    lists = [name for labeller in params.labellers if isinstance(labeller, VocabularyLabeller) for name in labeller.words]
+    vocabulary = _embed(load_words(lists), inputs["extract"])
     halves = load_halves(inputs["images"])
     return Material(vocabulary, halves, _load_joint(inputs["extract"], halves))
 
@@ -51,7 +52,7 @@ def load_material(params: LabelParams, inputs: Mapping[str, Artefact]) -> Materi
 def label(
     params: LabelParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore, material: Material | None = None
 ) -> Artefact:
-    """Name every latent of one SAE by `params.vocabularies` and score the names.
+    """Name every latent of one SAE by `params.labellers` and score the names.
 
     Args:
         params: The section `label`.

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from ommatid.errors import ConfigError
 from ommatid.metrics import unit
 from ommatid.vlm import VisionModel, imagenet_classes
+
+By = Literal["mean", "soft_wpmi"]
 
 
 @dataclass(frozen=True)
@@ -28,16 +31,16 @@ class Vocabulary:
         return best.indices, best.values
 
 
-def load_words(vocabularies: Sequence[str]) -> tuple[str, ...]:
+def load_words(lists: Sequence[str]) -> tuple[str, ...]:
     """The words of all lists in order, each once.
 
     Args:
-        vocabularies: `imagenet`, `common`, or paths of text files with one name a line.
+        lists: `imagenet`, `common`, or paths of text files with one name a line.
 
     Raises:
         ConfigError: a file is missing or has no words.
     """
-    words = [word for name in vocabularies for word in _load_list(name)]
+    words = [word for name in lists for word in _load_list(name)]
     return tuple(dict.fromkeys(words))
 
 
@@ -58,11 +61,11 @@ def _load_list(name: str) -> Sequence[str]:
     if name == "common":
         return _parse((files("ommatid.label") / "words" / "common.txt").read_text(encoding="utf-8"))
     try:
-        words = _parse(Path(name).read_text(encoding="utf-8"))
+        words = _parse(Path(name).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"label.vocabularies: {name!r}: {error}; use imagenet, common, or a text file with one name a line") from None
+        raise ConfigError(f"label.labellers: words: {name!r}: {error}; use imagenet, common, or a text file with one name a line") from None
     if not words:
-        raise ConfigError(f"label.vocabularies: {name!r} has no words; write one name a line")
+        raise ConfigError(f"label.labellers: words: {name!r} has no words; write one name a line")
     return words
 
 

@@ -1,0 +1,61 @@
+"""What each of label.labellers becomes: words of a list, labels of people, or a labeller that is asked latent by latent."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import assert_never
+
+from ommatid import config
+from ommatid.label.human import Named, load_labels
+from ommatid.label.labeller import Detector, Labeller
+from ommatid.label.vocabulary import By, load_words
+
+
+@dataclass(frozen=True)
+class Words:
+    """Names that are words of a list."""
+
+    words: tuple[str, ...]
+    """Each once."""
+    by: By
+    """How the word is found."""
+
+
+@dataclass(frozen=True)
+class People:
+    """Names that were given."""
+
+    labels: Mapping[str, Mapping[int, str]]
+    """By SAE, the name of its folder, and latent."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Names from a labeller that looks at images, latent by latent."""
+
+    labeller: Labeller
+    """Who is asked."""
+    detector: Detector | None = None
+    """Its second opinion on its own names; None: it has none."""
+
+
+Source = Words | People | Asked
+
+
+def make_source(name: str, params: config.Labeller, saes: Mapping[str, Named]) -> Source:
+    """Make a labeller.
+
+    Args:
+        name: `labels.labeller`.
+        params: Its values.
+        saes: The SAEs of the training, by the names of their folders.
+
+    Raises:
+        ConfigError: a file that it needs is missing, or cannot be used.
+    """
+    match params:
+        case config.VocabularyLabeller():
+            return Words(load_words(params.words), params.by)
+        case config.HumanLabeller():
+            return People(load_labels(params.path, saes))
+        case _:
+            assert_never(params)
