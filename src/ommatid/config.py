@@ -491,7 +491,7 @@ class VocabularyLabeller(Section):
     words: Annotated[tuple[str, ...], Field(min_length=1)]
     """Word lists: `imagenet`, `common`, or the path of a text file with one name a line."""
     by: Literal["mean", "soft_wpmi"] = "mean"
-    """mean: cosine to the activation-weighted mean of the images; soft_wpmi: CLIP-Dissect's (arXiv 2204.10965, section 4)."""
+    """mean: cosine to the activation-weighted mean of the images; soft_wpmi: CLIP-Dissect (arXiv 2204.10965)."""
 
 
 class HumanLabeller(Section):

@@ -3,7 +3,6 @@
 import csv
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from ommatid.errors import ConfigError
@@ -13,22 +12,13 @@ _SHOWN = 10
 """Problems of a file that its error names; the rest are counted."""
 
 
-@dataclass(frozen=True)
-class Named:
-    """An SAE that a file may speak of."""
-
-    table_name: str
-    """What the column `sae` of every table says: the name of its folder and the first digits of its checksum."""
-    d_sae: int
-    """Latents it has."""
-
-
-def load_labels(path: str, saes: Mapping[str, Named]) -> dict[str, dict[int, str]]:
+def load_labels(path: str, saes: Mapping[str, int]) -> dict[str, dict[int, str]]:
     """Labels by SAE and latent; a line whose label is empty says nothing yet, and is passed over.
 
     Args:
         path: A CSV file with a header: latent, label and, where there are several SAEs, sae.
-        saes: The SAEs of the training by the names of their folders; the file may use those, or the longer ones of the tables.
+        saes: Number of latents of each SAE of the training, by the column `sae` of the tables; the file may also leave out the digits
+            of the checksum at its end.
 
     Raises:
         ConfigError: the file is missing, is no CSV of this kind, or has no label; or naming line and column of each thing that is wrong.
@@ -76,19 +66,18 @@ def _columns(header: list[str], n_saes: int, where: str) -> list[str]:
     return columns
 
 
-def _parse(cells: list[str], columns: list[str], saes: Mapping[str, Named]) -> tuple[str, int, str]:
+def _parse(cells: list[str], columns: list[str], saes: Mapping[str, int]) -> tuple[str, int, str]:
     if len(cells) != len(columns):
         raise ValueError(f"{len(cells)} cells and {len(columns)} columns; put a label with a comma between quotation marks")
     row = {column: cell.strip() for column, cell in zip(columns, cells, strict=True)}
     sae = _find(row["sae"], saes) if "sae" in row else next(iter(saes))
-    d_sae = saes[sae].d_sae
-    if not row["latent"].isdecimal() or int(row["latent"]) >= d_sae:
-        raise ValueError(f"column latent: got {row['latent']!r}; {sae} has latents 0 to {d_sae - 1}")
+    if not row["latent"].isdecimal() or int(row["latent"]) >= saes[sae]:
+        raise ValueError(f"column latent: got {row['latent']!r}; {sae} has latents 0 to {saes[sae] - 1}")
     return sae, int(row["latent"]), row["label"]
 
 
-def _find(given: str, saes: Mapping[str, Named]) -> str:
-    names = {alias: name for name, sae in saes.items() for alias in (name, sae.table_name)}
-    if given not in names:
-        raise ValueError(f"column sae: got {given!r}; this training has {', '.join(sae.table_name for sae in saes.values())}")
+def _find(given: str, saes: Mapping[str, int]) -> str:
+    names = {alias: name for name in saes for alias in (name.rpartition("-")[0], name)}
+    if not given or given not in names:
+        raise ValueError(f"column sae: got {given!r}; this training has {', '.join(saes)}")
     return names[given]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from ommatid import config
-from ommatid.label.human import Named, load_labels
+from ommatid.label.human import load_labels
 from ommatid.label.labeller import Detector, Labeller
 from ommatid.label.vocabulary import By, load_words
 
@@ -25,7 +25,7 @@ class People:
     """Names that were given."""
 
     labels: Mapping[str, Mapping[int, str]]
-    """By SAE, the name of its folder, and latent."""
+    """By SAE, as the tables call it, and latent."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,20 @@ class Asked:
     """Who is asked."""
     detector: Detector | None = None
     """Its second opinion on its own names; None: it has none."""
+    concurrency: int = 1
+    """Latents that are worth asking about at a time."""
 
 
 Source = Words | People | Asked
 
 
-def make_source(name: str, params: config.Labeller, saes: Mapping[str, Named]) -> Source:
+def make_source(name: str, params: config.Labeller, saes: Mapping[str, int]) -> Source:
     """Make a labeller.
 
     Args:
         name: `labels.labeller`.
         params: Its values.
-        saes: The SAEs of the training, by the names of their folders.
+        saes: Number of latents of each SAE of the training, as the tables call it.
 
     Raises:
         ConfigError: a file that it needs is missing, or cannot be used.
