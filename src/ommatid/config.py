@@ -1,6 +1,7 @@
 """Params: the type, the bounds and one sentence for every value in params.yaml. The values live there only."""
 
 import difflib
+import hashlib
 import itertools
 import os
 import re
@@ -493,6 +494,10 @@ class VocabularyLabeller(Section):
     by: Literal["mean", "soft_wpmi"] = "mean"
     """mean: cosine to the activation-weighted mean of the images; soft_wpmi: CLIP-Dissect (arXiv 2204.10965)."""
 
+    def identity(self) -> dict[str, Any]:
+        """With what the files say."""
+        return super().identity() | {"files": {path: checksum for path in self.words if (checksum := _checksum(path))}}
+
 
 class HumanLabeller(Section):
     """Labels that people gave."""
@@ -500,6 +505,15 @@ class HumanLabeller(Section):
     kind: Literal["human"]
     path: str
     """A CSV file with columns latent, label and, where there are several SAEs, sae, relative to the checkout or absolute."""
+
+    def identity(self) -> dict[str, Any]:
+        """With what the file says."""
+        return super().identity() | {"files": {self.path: _checksum(self.path)}}
+
+
+def _checksum(path: str) -> str | None:
+    """sha256 of a file; None: there is none, which the stage then says."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
 
 
 Labeller = Annotated[VocabularyLabeller | HumanLabeller, Field(discriminator="kind")]
@@ -516,6 +530,10 @@ class LabelParams(Section):
     """A latent that fires on fewer images of either half gets no label but the status too_few_examples."""
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     """Seed of the negatives and of the controls."""
+
+    def identity(self) -> dict[str, Any]:
+        """With what the labellers' files say: a list that was edited gives other labels."""
+        return super().identity() | {"labellers": [labeller.identity() for labeller in self.labellers]}
 
     def each(self) -> dict[str, Labeller]:
         """The labellers by `labels.labeller`: their kind, with a number where several are of one kind."""

@@ -1,6 +1,6 @@
 """What each of label.labellers becomes: words of a list, labels of people, or a labeller that is asked latent by latent."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -43,13 +43,14 @@ class Asked:
 Source = Words | People | Asked
 
 
-def make_source(name: str, params: config.Labeller, saes: Mapping[str, int]) -> Source:
+def make_source(name: str, params: config.Labeller, saes: Mapping[str, int], say: Callable[[str], None]) -> Source:
     """Make a labeller.
 
     Args:
         name: `labels.labeller`.
         params: Its values.
         saes: Number of latents of each SAE of the training, as the tables call it.
+        say: Hears a sentence when a labeller gives up for good.
 
     Raises:
         ConfigError: a file that it needs is missing, or cannot be used.

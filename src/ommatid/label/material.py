@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from ommatid.config import LabelParams, Model
-from ommatid.events import Listener, ignore
+from ommatid.events import Listener, Warned, ignore
 from ommatid.label.examples import Halves, load_halves
 from ommatid.label.labellers import Source, Words, make_source
 from ommatid.label.texts import Texts
@@ -51,7 +51,9 @@ def load_material(params: LabelParams, inputs: Mapping[str, Artefact], on_event:
     training = inputs["train"]
     saes = training.each().values() if training.manifest.kind == "training" else [training]
     n_latents = {sae.summary["sae"]: sae.manifest.params["d_sae"] for sae in saes}
-    sources = {name: make_source(name, labeller, n_latents) for name, labeller in params.each().items()}
+    sources = {
+        name: make_source(name, labeller, n_latents, lambda what: on_event(Warned(what))) for name, labeller in params.each().items()
+    }
     words = dict.fromkeys(word for source in sources.values() if isinstance(source, Words) for word in source.words)
     texts = Texts(_load_namer(inputs["extract"]), tuple(words) or load_words(STANDARD), on_event)
     halves = load_halves(inputs["images"])

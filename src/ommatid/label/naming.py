@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from typing import assert_never
 
@@ -60,15 +61,15 @@ def _choose(subject: Subject, source: Words) -> Iterator[tuple[int, Answer]]:
 
 
 def _ask(subject: Subject, name: str, source: Asked) -> Iterator[tuple[int, Answer]]:
-    kept = Kept(subject.draft.scratch / f"answers-{subject.sae}-{name}.jsonl")
-    yield from kept.answers.items()
-    n, n_kept = len(subject.gathered.strongest), len(kept.answers)
-    cases = ((case.latent, case) for case in iter_cases(subject, subject.gathered.strongest.keys() - kept.answers.keys()))
-    for done, (latent, answer) in enumerate(ask_each(source.labeller.answer, cases, source.concurrency), start=n_kept + 1):
-        kept.add(latent, answer)
-        yield latent, answer
-        subject.on_event(Progress(f"ask {name}", done, n))
-    kept.close()
+    strongest = subject.gathered.strongest
+    with closing(Kept(subject.draft.scratch / f"answers-{subject.sae}-{name}.jsonl")) as kept:
+        yield from kept.answers.items()
+        cases = ((case.latent, case) for case in iter_cases(subject, strongest.keys() - kept.answers.keys()))
+        said = ask_each(source.labeller.answer, cases, source.concurrency)
+        for done, (latent, answer) in enumerate(said, start=len(kept.answers) + 1):
+            kept.add(latent, answer)
+            yield latent, answer
+            subject.on_event(Progress(f"ask {name}", done, len(strongest)))
 
 
 def iter_cases(subject: Subject, wanted: Collection[int]) -> Iterator[Case]:
