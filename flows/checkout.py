@@ -285,9 +285,18 @@ def _refuse_paths_outside(checkout: Path, params: Params) -> None:
 def _relative_paths(checkout: Path, params: Params) -> Iterator[tuple[str, str]]:
     """(key, path) of every value that names something in the checkout."""
     for key, value in dotted(params).items():
-        for path in filter(_is_relative, value if isinstance(value, list) else [value]):
+        for path in filter(_is_relative, _leaves(value)):
             if (checkout / path).exists():
                 yield key, path
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The values in lists, and in what lists hold."""
+    if isinstance(value, list | dict):
+        for inside in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inside)
+    else:
+        yield value
 
 
 def _is_relative(value: Any) -> bool:

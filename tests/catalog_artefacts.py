@@ -62,12 +62,12 @@ EXAMPLES = [
     (2, 10, 1, 5, 1.0, HEAT),
 ]
 LABELS = [
-    # latent, labeller, status, label, score, control
-    (0, "words", "ok", "tabby cat", 0.7, 0.5),
-    (0, "prompts", "ok", "cat", 0.9, 0.4),
-    (1, "prompts", "refused", None, None, None),
-    (1, "words", "ok", "truck", 0.6, 0.5),
-    (2, "words", "too_few_examples", None, None, None),
+    # latent, labeller, place, status, label, score, control
+    (0, "words", 1, "ok", "tabby cat", 0.7, 0.5),
+    (0, "prompts", 2, "ok", "cat", 0.9, 0.4),
+    (1, "prompts", 2, "refused", None, None, None),
+    (1, "words", 1, "ok", "truck", 0.6, 0.7),
+    (2, "words", 1, "too_few_examples", None, None, None),
 ]
 COMPARISONS = [("sae", 0.2, 0.7), ("untrained", 0.6, 0.5), ("neurons", None, 0.4)]
 
@@ -181,7 +181,7 @@ def _evaluation(draft: Draft, name: str) -> dict[str, Any]:
 
 def _labels(draft: Draft, name: str) -> dict[str, Any]:
     rows = [row for row in LABELS if row[0] < _latents_of(name)]
-    draft.write_table(
-        "labels.parquet", columns(schemas.LABELS, rows, "latent labeller status label score control_score", sae=f"{name}-00000000")
-    )
+    constant = {"sae": f"{name}-00000000", "n_requests": 0, "n_tokens": 0}
+    table = columns(schemas.LABELS, rows, "latent labeller place status label score control_score", **constant)
+    draft.write_table("labels.parquet", table)
     return {}

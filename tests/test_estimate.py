@@ -138,7 +138,7 @@ def write_checkout(root: Path) -> None:
         images={"source": {"kind": "folder", "path": "photos"}, "limit": None},
         extract={"model": {"kind": "lite", "image_size": 64}, "judge": {"kind": "lite", "variant": "lite2", "image_size": 64}},
         train={"d_sae": 24, "k": 2, "epochs": 10, "batch_size": 64, "max_dead": 1.0, "runs": [{}, {"d_sae": 16}]},
-        label={"vocabularies": ["words.txt"], "min_examples": 2},
+        label={"labellers": [{"kind": "vocabulary", "words": ["words.txt"]}], "min_examples": 2},
     )
     (root / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
 

@@ -37,7 +37,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         images={"source": {"kind": "folder", "path": "photos"}, "limit": None},
         extract={"model": {"kind": "lite", "image_size": 64}, "judge": {"kind": "lite", "variant": "lite2", "image_size": 64}},
         train={"d_sae": D_SAE, "k": 2, "epochs": 30, "batch_size": 64, "max_dead": 0.9},
-        label={"vocabularies": ["words.txt"], "min_examples": 2},
+        label={"labellers": [{"kind": "vocabulary", "words": ["words.txt"]}], "min_examples": 2},
     )
     (root / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
     return root
@@ -157,7 +157,7 @@ def test_all_damage_to_an_artefact_is_named_at_once(capsys: pytest.CaptureFixtur
         (["extract", "--set", "extract.tokens=cls"], "it has patch, pooled, all"),
         (["extract", "--set", "extract.model={kind: clip, path: someone/some-clip}"], "kind: lite"),
         (["extract", "--set", "extract.judge={kind: transformers, path: someone/some-vit}"], "network"),
-        (["label", "--set", "label.vocabularies=[nowhere.txt]"], "nowhere.txt"),
+        (["label", "--set", "label.labellers=[{kind: vocabulary, words: [nowhere.txt]}]"], "nowhere.txt"),
         (["train", "--params", "none.yaml"], "none.yaml: no such file"),
         (["query", "SELECT labl FROM features"], "labl"),
         (["show", "99999"], "99999"),

@@ -38,7 +38,7 @@ def _checkout(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> 
             "hookpoints": ["blocks.11", "blocks.15"],
         },
         train={"hookpoint": "blocks.15", "d_sae": 24, "k": 2, "epochs": 30, "batch_size": 64, "max_dead": 0.9, "runs": [{}, {"d_sae": 12}]},
-        label={"vocabularies": ["words.txt"], "min_examples": 2},
+        label={"labellers": [{"kind": "vocabulary", "words": ["words.txt"]}], "min_examples": 2},
     )
     (root / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
     with pytest.MonkeyPatch.context() as patch:

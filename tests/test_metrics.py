@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 from sklearn.metrics import balanced_accuracy_score, r2_score, roc_auc_score
 
 from ommatid.metrics import (
@@ -19,6 +20,7 @@ from ommatid.metrics import (
     balanced_accuracy,
     best_threshold,
     purity,
+    rank_correlation,
 )
 
 
@@ -174,6 +176,19 @@ def test_detection_scores_equal_scikit_learn(positive: list[int], negative: list
     best = balanced_accuracy(pos, neg, threshold)
     assert best == pytest.approx(balanced_accuracy_score(truth, scores > threshold))
     assert best >= max(balanced_accuracy_score(truth, scores > cut) for cut in np.arange(-0.5, 9)) - 1e-9
+
+
+@pytest.mark.parametrize("n_values", [2, 5, 1000])
+def test_rank_correlation_equals_scipys_ties_included(n_values: int) -> None:
+    x = torch.randint(n_values, (60,), generator=torch.Generator().manual_seed(1))
+    y = x + torch.randint(n_values, (60,), generator=torch.Generator().manual_seed(2))
+    assert rank_correlation(x, y.float()) == pytest.approx(spearmanr(x, y).statistic)
+    assert rank_correlation(x, -x) == pytest.approx(-1)
+
+
+def test_rank_correlation_with_a_constant_is_undefined() -> None:
+    assert math.isnan(rank_correlation(torch.ones(5), torch.arange(5)))
+    assert math.isnan(rank_correlation(torch.arange(1), torch.arange(1)))
 
 
 def test_auroc_interval_covers_the_truth_as_often_as_it_says() -> None:

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ommatid import quality, schemas, stage, store
-from ommatid.config import Params, TrainParams, load_params
+from ommatid.config import Params, TrainParams, load_params, make_params
 from ommatid.errors import GateError
 from ommatid.events import ignore
 from ommatid.quality import Check, Report
@@ -28,7 +28,7 @@ Rows = list[dict[str, Any]]
 Tables = dict[str, pa.Table]
 Files = Mapping[str, pa.Table | Callable[[Path], None]]
 ONE, OTHER = "batch_topk-4-k2-s0", "batch_topk-3-k1-s0"
-SUMMARY = {"n": 3, "share": 0.5, "name": "text", "nested": {"deep": 1}, "missing": None}
+SUMMARY = {"n": 3, "share": 0.5, "name": "text", "nested": {"deep": 1}, "missing": None, "n_images_in_both": 0}
 SHAPES = "every tensor is there in its shape"
 PARENTS = {"sae": "training", "evaluation": "evaluations", "labels": "labellings"}
 
@@ -339,7 +339,9 @@ def test_evaluations_and_labels_name_the_sae_that_fails(tmp_path: Path, params: 
         f"{OTHER}: firings are positive and of a known latent",
     }
     files = {name: {"labels.parquet": table(schemas.LABELS, label_rows()[:3])} for name in (ONE, OTHER)}
-    assert set(failed(check("label", inside_of(tmp_path, "labels", files), two_saes(params)))) == {f"{ONE}: every latent has a row"}
+    assert set(failed(check("label", inside_of(tmp_path, "labels", files), two_saes(params)))) == {
+        f"{ONE}: every latent has one row of each labeller"
+    }
 
 
 def test_of_a_transcoder_no_untrained_fvu_is_asked_for(tmp_path: Path, params: Params) -> None:
@@ -435,15 +437,22 @@ def test_evaluate_fvu_of_one_fails(tmp_path: Path, params: Params) -> None:
 # label
 
 
-def label_rows() -> Rows:
-    null = dict.fromkeys(("label", "similarity", "score", "auroc", "auroc_low", "auroc_high", "control_score"))
-    rows = [{"sae": "s", "latent": i, "labeller": "vocabulary", "status": "too_few_examples", **null} for i in range(N_LATENTS)]
-    rows[1] |= {"status": "ok", "label": "dog", "similarity": 0.3, "score": 0.8, "control_score": 0.5}
+LABEL_NULLS = dict.fromkeys(field.name for field in schemas.LABELS if field.nullable)
+
+
+def label_rows(labeller: str = "vocabulary", place: int = 1) -> Rows:
+    shared = {"sae": "s", "labeller": labeller, "place": place, "status": "too_few_examples", "n_requests": 0, "n_tokens": 0}
+    rows: Rows = [{**LABEL_NULLS, **shared, "latent": i} for i in range(N_LATENTS)]
+    rows[1] |= {"status": "ok", "label": "dog", "similarity": 0.3, "score": 0.8, "control_score": 0.5, "random_score": 0.6}
     return rows
 
 
-def labels_artefact(folder: Path, rows: Rows) -> Artefact:
-    return inside_of(folder, "labels", {ONE: {"labels.parquet": table(schemas.LABELS, rows)}})
+def labels_artefact(folder: Path, rows: Rows, sae: str = ONE) -> Artefact:
+    return inside_of(folder, "labels", {sae: {"labels.parquet": table(schemas.LABELS, rows)}})
+
+
+def with_labellers(params: Params, *kinds: Mapping[str, Any]) -> Params:
+    return make_params(params.model_dump(mode="json") | {"label": params.label.model_dump(mode="json") | {"labellers": kinds}}, "test")
 
 
 @pytest.mark.parametrize("score", [0.8, None])
@@ -458,16 +467,57 @@ def test_label_passes(tmp_path: Path, params: Params, score: float | None) -> No
     [
         (edited(label_rows(), 2, status="great"), "status is a known one", ["latent 2", "great"]),
         (edited(label_rows(), 3, label="cat"), "a label where the status is ok, else null", ["latent 3"]),
+        (edited(label_rows(), 1, label=" "), "no label is empty", ["latent 1"]),
         (edited(label_rows(), 3, score=0.5), "a score only where the status is ok", ["latent 3"]),
-        (edited(label_rows(), 1, score=1.5), "scores are shares", ["latent 1", "1.5"]),
-        (label_rows()[:3], "every latent has a row", ["latent 3"]),
-        (edited(label_rows(), 1, status="refused", label=None, score=None), "some latent has a label", ["ok labels 0"]),
+        (edited(label_rows(), 1, score=1.5), "scores are shares", ["latent 1", "score 1.5"]),
+        (edited(label_rows(), 1, auroc=-0.1), "scores are shares", ["latent 1", "auroc -0.1"]),
+        (edited(label_rows(), 1, correlation=-1.5), "correlations are between -1 and 1", ["latent 1", "correlation -1.5"]),
+        (label_rows()[:3], "every latent has one row of each labeller", ["vocabulary", "latent 3"]),
+        ([*label_rows(), label_rows()[2]], "every latent has one row of each labeller", ["latent 2"]),
+        (
+            edited(label_rows(), 1, status="refused", label=None, score=None),
+            "some latent has a label",
+            ["ok labels 0", "1 refused", "too_few_examples"],
+        ),
     ],
 )
 def test_label_damage_is_named(tmp_path: Path, params: Params, rows: Rows, name: str, words: list[str]) -> None:
     found = failed(check("label", labels_artefact(tmp_path, rows), params))
     assert set(found) == {name}
     assert all(word in found[name].detail for word in words), found[name].detail
+
+
+def test_labels_of_several_labellers_are_each_counted(tmp_path: Path, params: Params) -> None:
+    """People need not name every latent; a vocabulary must."""
+    both = with_labellers(params, {"kind": "vocabulary", "words": ["common"]}, {"kind": "human", "path": "labels.csv"})
+    by_people = [row for row in label_rows("human", 2) if row["label"]]
+    assert check("label", labels_artefact(tmp_path, label_rows() + by_people), both).success
+    lost = edited(label_rows(), 1, label="")
+    found = failed(check("label", labels_artefact(tmp_path, lost[:3] + by_people + by_people), both))
+    assert found["no label is empty"].detail.startswith("latent 1 (vocabulary)")
+    assert "human: latents missing or repeated 1 (first: latent 1)" in found["every latent has one row of each labeller"].detail
+    (unknown,) = failed(check("label", labels_artefact(tmp_path, label_rows() + by_people), params)).values()
+    assert unknown.name == "all rows are by a labeller of label.labellers"
+
+
+def test_an_image_that_made_and_scored_a_name_fails(tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SUMMARY, "n_images_in_both", 3)
+    found = failed(check("label", labels_artefact(tmp_path, label_rows()), params))
+    assert list(found) == ["no image both made and scored a name"]
+
+
+@pytest.mark.parametrize("control", ["control_score", "random_score"])
+def test_controls_far_from_chance_fail_once_there_are_enough_of_them(tmp_path: Path, params: Params, control: str) -> None:
+    n, sae = 400, ONE.replace("4", "400")
+    many = params.model_copy(update={"train": params.train.model_copy(update={"d_sae": n})})
+    row = label_rows()[1]
+    for score, passes in ((0.5, True), (0.64, True), (0.66, False), (0.34, False)):
+        rows = [{**row, "latent": i, control: score} for i in range(n)]
+        report = check("label", labels_artefact(tmp_path / f"{score}", rows, sae), many)
+        assert report.success == passes
+        assert all("scores near chance" in failure.name for failure in report.failures)
+    few = [{**row, "latent": i, control: 0.9} for i in range(N_LATENTS)]
+    assert check("label", labels_artefact(tmp_path, few), params).success
 
 
 # catalog

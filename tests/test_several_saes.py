@@ -63,7 +63,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeepTileModel]:
         extract={"hookpoints": ["tiles", "deep", "cls"], "tokens": "all", "dtype": "float32"},
         train={"hookpoint": "tiles", "epochs": 40, "batch_size": 64, "lr": 0.01, "max_dead": 1.0}
         | {"d_sae": 24, "k": 3, "runs": [{"d_sae": 12, "k": 2}, {}]},
-        label={"vocabularies": ["words.txt"], "min_examples": 2},
+        label={"labellers": [{"kind": "vocabulary", "words": ["words.txt"]}], "min_examples": 2},
     )
     (root / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
     with pytest.MonkeyPatch.context() as patch:

@@ -5,49 +5,32 @@ Tiles are red, green, blue or grey. The SAE is made by hand: latents 0 to 2 fire
 must be the colours. Training is run on the same activations for what its stage adds to the trainer: resuming, order, errors.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fakes import COLOURS, GRID, TileModel, make_artefact, make_images_artefact, make_test_params
+from fakes import COLOURS, GRID, TileModel, make_artefact, make_test_params
+from planted_tiles import ALWAYS, D_SAE, DEAD, MIXED, PURE, make_line
 
 from ommatid.config import Baseline, Params, TrainParams
 from ommatid.errors import ConfigError, TrainingError
-from ommatid.evaluate import evaluate
 from ommatid.evaluate.subject import CONTROL_SEED
 from ommatid.events import Measured
-from ommatid.extract import extract, towers
 from ommatid.images import decode
+from ommatid.label import examples as label_examples
 from ommatid.label import label
-from ommatid.label import stage as label_stage
+from ommatid.label.material import load_joint
 from ommatid.label.vocabulary import load_words
 from ommatid.reader import load_sample
 from ommatid.sae import trainer
 from ommatid.sae.baselines import make_baseline
-from ommatid.sae.model import SAE, SAEConfig
-from ommatid.store import Artefact, Draft, open_draft
+from ommatid.sae.model import SAE
+from ommatid.store import Artefact, open_draft
 from ommatid.tensors import from_float16, from_float32
 from ommatid.train import train
-
-N_IMAGES = 300
-PURE = {0: "red", 1: "green", 2: "blue"}
-MIXED, DEAD, ALWAYS = 3, 4, 5
-D_SAE = 6
-
-
-def plant_sae(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft) -> Artefact:
-    """The train stage's artefact with weights that are known."""
-    red, green, blue = TileModel().spread
-    directions = torch.stack([red, green, blue, (red + green) / 2**0.5, red, red])
-    b_enc = torch.tensor([0.0, 0.0, 0.0, 0.0, -100.0, 5.0])
-    config = SAEConfig("planted", TileModel.d_model, D_SAE, 1, "tiles", "tiles")
-    sae = SAE(config, directions.T.contiguous(), b_enc, directions, torch.zeros(TileModel.d_model), torch.tensor(0.3))
-    with draft.write_file("sae.safetensors") as weights, draft.write_file("cfg.json") as cfg:
-        sae.save(weights, cfg)
-    return draft.seal({"sae": "planted", "dead_latents": [DEAD]})
 
 
 @pytest.fixture(scope="module")
@@ -63,26 +46,14 @@ def params(words: Path) -> Params:
         extract={"hookpoints": ["tiles"], "tokens": "patch", "dtype": "float32"},
         train={"d_sae": D_SAE, "k": 1, "epochs": 20, "batch_size": 128, "lr": 0.01},
         evaluate={"n_top": 4, "n_per_decile": 2, "baselines": ["pca", "kmeans", "nmf"]},
-        label={"vocabularies": [str(words)], "min_examples": 4, "n_examples": 16},
+        label={"labellers": [{"kind": "vocabulary", "words": [str(words)]}], "min_examples": 4, "n_examples": 16},
     )
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory: pytest.TempPathFactory, params: Params) -> Iterator[dict[str, Artefact]]:
+def line(tmp_path_factory: pytest.TempPathFactory, params: Params) -> dict[str, Artefact]:
     """Every artefact up to the labels."""
-    root = tmp_path_factory.mktemp("line")
-    model = TileModel()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(towers, "load_model", lambda params, dtype, device: model)
-        patch.setattr(towers, "load_judge", lambda params, dtype, device: model)
-        patch.setattr(label_stage, "load_model", lambda params, dtype, device: model)
-        made: dict[str, Artefact] = {"images": make_images_artefact(root, N_IMAGES)}
-        stages: Mapping[str, Any] = {"extract": extract, "train": plant_sae, "evaluate": evaluate, "label": label}
-        kinds = {"extract": "extraction", "train": "sae", "evaluate": "evaluation", "label": "labels"}
-        for name, stage in stages.items():
-            artefact = make_artefact(root / kinds[name], kinds[name], stage, getattr(params, name), made)
-            made[name] = artefact.child("tiles", "activations") if name == "extract" else artefact
-        yield made
+    return make_line(tmp_path_factory.mktemp("line"), params, label=label)
 
 
 def latents_of(line: Mapping[str, Artefact]) -> list[dict[str, Any]]:
@@ -198,21 +169,21 @@ def test_labels_are_the_colours_and_beat_their_control(line: dict[str, Artefact]
 
 
 def test_names_are_scored_on_images_that_did_not_make_them(line: dict[str, Artefact]) -> None:
-    halves = label_stage.load_halves(line["images"])
+    halves = label_examples.load_halves(line["images"])
     assert 0.3 < halves.is_held_out.mean() < 0.7
-    fired = next(iter(label_stage.iter_fired(line["evaluate"], halves, "")))
+    fired = next(iter(label_examples.iter_fired(line["evaluate"], halves, "")))
     rng = np.random.default_rng(0)
     for held_out in (False, True):
-        test = label_stage.draw_test(fired, halves, held_out, [fired.rows, np.arange(5)], rng)
+        test = label_examples.draw_test(fired, halves, held_out, [fired.rows, np.arange(5)], rng)
         assert (halves.is_held_out[np.concatenate([test.positive, test.negative])] == held_out).all()
         assert not set(test.negative) & set(fired.rows)
         assert len(set(test.negative)) == len(test.negative)
 
 
 def test_iter_fired_gives_each_latent_once_with_all_its_images(line: dict[str, Artefact]) -> None:
-    halves = label_stage.load_halves(line["images"])
+    halves = label_examples.load_halves(line["images"])
     firings = line["evaluate"].read("firings").to_pandas()
-    seen = {f.latent: f for f in label_stage.iter_fired(line["evaluate"], halves, "")}
+    seen = {f.latent: f for f in label_examples.iter_fired(line["evaluate"], halves, "")}
     assert {k: len(f.rows) for k, f in seen.items()} == firings.groupby("latent").size().to_dict()
     assert all((np.diff(f.acts) <= 0).all() for f in seen.values())
 
@@ -278,8 +249,8 @@ def test_training_of_two_saes_killed_between_their_measurements_goes_on_with_bot
 
 
 def test_embeddings_are_those_of_the_images(line: dict[str, Artefact]) -> None:
-    halves = label_stage.load_halves(line["images"])
-    joint = label_stage._load_joint(line["extract"], halves)
+    halves = label_examples.load_halves(line["images"])
+    joint = load_joint(line["extract"], halves)
     table = line["extract"].read("embeddings")
     raw = from_float32(table["joint"])[torch.from_numpy(halves.images)]
     centred = raw - raw[torch.from_numpy(~halves.is_held_out)].mean(0)

@@ -42,7 +42,15 @@ class Noticed:
     """One sentence."""
 
 
-Event = Progress | Measured | Noticed
+@dataclass(frozen=True)
+class Warned:
+    """A stage goes on, but not all of it went as was asked."""
+
+    what: str
+    """What did not, and what to do about it."""
+
+
+Event = Progress | Measured | Noticed | Warned
 Listener = Callable[[Event], None]
 
 

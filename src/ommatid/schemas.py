@@ -131,21 +131,37 @@ COMPARISONS = _schema(
     judge=(pa.string(), "the encoder behind ms"),
 )
 
+_UNSCORED = "null: there is no label, too few images fire it, or all do"
 LABELS = _schema(
     sae=(pa.string(), "name of the SAE"),
     latent=(pa.int32(), "index of the latent"),
-    labeller=(pa.string(), "what made the label"),
-    status=(pa.string(), "ok, unparsed, refused or too_few_examples"),
+    labeller=(pa.string(), "what made the label: its kind, with a number where there are several of a kind"),
+    place=(pa.int8(), "place of the labeller in label.labellers, from 1: of labels that score the same, the first is the feature's"),
+    status=(pa.string(), "ok, unparsed, refused, failed, over_budget or too_few_examples"),
     label=(pa.string(), "the name; null: status is not ok"),
-    similarity=(pa.float64(), "cosine of the name and the direction in the joint space that made it; null: status is not ok"),
-    score=(
+    detail=(pa.string(), "why there is no label, or what else the labeller said; null: nothing"),
+    similarity=(
         pa.float64(),
-        "balanced accuracy of the name at picking held-out firing images; null: status is not ok, or it fires on every image",
+        "cosine of the name and the mean of its strongest images in the joint space; null: there is no label, or too few images fire it",
     ),
-    auroc=(pa.float64(), "area under the ROC curve of the same detection; null: status is not ok, or it fires on every image"),
-    auroc_low=(pa.float64(), "lower end of its 95 % interval; null: status is not ok, or it fires on every image"),
-    auroc_high=(pa.float64(), "upper end of its 95 % interval; null: status is not ok, or it fires on every image"),
-    control_score=(pa.float64(), "score of another latent's name on the same images; null: status is not ok, or it fires on every image"),
+    score=(pa.float64(), f"balanced accuracy of the name at picking held-out firing images, by the joint space; {_UNSCORED}"),
+    auroc=(pa.float64(), f"area under the ROC curve of the same detection; {_UNSCORED}"),
+    auroc_low=(pa.float64(), f"lower end of its 95 % interval; {_UNSCORED}"),
+    auroc_high=(pa.float64(), f"upper end of its 95 % interval; {_UNSCORED}"),
+    control_score=(
+        pa.float64(),
+        "score of another latent's name by the same labeller on the same images; null: score is, or there is none",
+    ),
+    random_score=(pa.float64(), "score of a random word of the vocabulary on the same images; null: score is, or there is none"),
+    correlation=(
+        pa.float64(),
+        f"rank correlation of the name's cosine to the same held-out images with what the latent does on them; {_UNSCORED}",
+    ),
+    control_correlation=(pa.float64(), "the same of the name behind control_score; null: correlation or that is"),
+    detector_score=(pa.float64(), "balanced accuracy of the same detection by the labeller's own eyes; null: it has none, or no answer"),
+    detector_auroc=(pa.float64(), "area under its ROC curve; null: detector_score is"),
+    n_requests=(pa.int32(), "requests to a server that the label took, failed ones included"),
+    n_tokens=(pa.int32(), "tokens of these, asked and answered"),
 )
 
 NEIGHBOURS = _schema(

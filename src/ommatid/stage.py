@@ -234,7 +234,7 @@ def _compute(name: str, params: Params, inputs: dict[str, Artefact], draft: Draf
         case "label":
             from ommatid.label import label, load_material
 
-            material = functools.cache(lambda: load_material(params.label, inputs))  # only where an SAE is not labelled yet
+            material = functools.cache(lambda: load_material(params.label, inputs, on_event))  # only where an SAE is not labelled yet
             return _for_each_sae(lambda own, child, tell: label(params.label, own, child, tell, material()), inputs, draft, on_event)
         case "catalog":
             from ommatid import tracking

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TextIO, assert_never
 
 import typer
 
-from ommatid.events import Event, Listener, Measured, Noticed, Progress
+from ommatid.events import Event, Listener, Measured, Noticed, Progress, Warned
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -52,7 +52,7 @@ class Lines:
                 values = " ".join(f"{name} {number(value)}" for name, value in event.values.items())
                 whose = f"{event.sae}: " if self._has_several_saes else ""
                 self._print(f"measured {event.sae}", f"{whose}step {event.step}: {values}", is_last=False)
-            case Noticed():
+            case Noticed() | Warned():
                 typer.echo(notice(event))
             case _:
                 assert_never(event)
@@ -79,7 +79,7 @@ class _Bar:
                 self._move(event)
             case Measured():
                 self._numbers[event.sae] = event.values
-            case Noticed():
+            case Noticed() | Warned():
                 self._bars.console.print(notice(event), markup=False, highlight=False)
             case _:
                 assert_never(event)
@@ -122,9 +122,9 @@ def summarise(numbers: Mapping[str, Mapping[str, float]]) -> str:
     return "  ".join(shown)
 
 
-def notice(event: Noticed) -> str:
+def notice(event: Noticed | Warned) -> str:
     """The line that says what was noticed."""
-    return f"notice: {event.sae}: step {event.step}: {event.what}"
+    return f"notice: {event.sae}: step {event.step}: {event.what}" if isinstance(event, Noticed) else f"notice: {event.what}"
 
 
 def number(value: float, digits: int = 4) -> str:

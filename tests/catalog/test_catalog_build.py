@@ -68,7 +68,7 @@ def test_features_have_what_users_were_promised(catalog: Catalog) -> None:
 def test_features_take_the_best_ok_label_and_keep_every_latent(catalog: Catalog) -> None:
     assert catalog.rows("SELECT latent, label, label_score, control_score, labeller, label_status FROM features ORDER BY latent") == [
         (0, "cat", 0.9, 0.4, "prompts", "ok"),
-        (1, "truck", 0.6, 0.5, "words", "ok"),
+        (1, "truck", 0.6, 0.7, "words", "ok"),
         (2, None, None, None, "words", "too_few_examples"),
         (3, None, None, None, None, None),
     ]
@@ -121,6 +121,9 @@ def test_runs_name_where_the_sae_comes_from(tmp_path: Path) -> None:
         "judge": "lite2",
         "n_latents": 4,
         "n_labelled": 2,
+        "label_score": 0.75,
+        "control_score": pytest.approx(0.55),
+        "beats_control": 0.5,
         "decision": None,
         "decided_at": None,
         "reason": None,
@@ -294,3 +297,25 @@ def test_a_damaged_sae_is_named(tmp_path: Path) -> None:
     (tmp_path / f"sae/{artefacts.NAME}/sae.safetensors").write_bytes(b"nothing")
     with pytest.raises(ArtefactError, match=rf"sae: damaged \(1\): {artefacts.NAME}/sae\.safetensors: checksum differs"):
         artefacts.build(tmp_path, inputs)
+
+
+@pytest.mark.parametrize(
+    ("labels", "best"),
+    [
+        ([("human", 1, 0.8), ("words", 2, 0.8)], "human"),
+        ([("words", 1, 0.8), ("human", 2, 0.8)], "words"),
+        ([("words", 1, 0.8), ("human", 2, 0.9)], "human"),
+        ([("words", 1, None), ("human", 2, 0.1)], "human"),
+        ([("vlm", 1, None), ("human", 2, None)], "vlm"),
+    ],
+)
+def test_of_labels_that_score_the_same_the_first_labeller_s_is_the_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: list[tuple[str, int, float | None]], best: str
+) -> None:
+    rows = [(0, labeller, place, "ok", f"by {labeller}", score, None) for labeller, place, score in labels]
+    monkeypatch.setattr(artefacts, "LABELS", rows)
+    artefacts.build(tmp_path, artefacts.make_inputs(tmp_path))
+    with Catalog(artefacts.path_in(tmp_path)) as catalog:
+        assert catalog.rows("SELECT label, labeller FROM features WHERE latent = 0") == [(f"by {best}", best)]
+        assert catalog.rows("SELECT labeller FROM labels WHERE latent = 0") == [(labeller,) for labeller, _, _ in labels]
+        assert catalog.rows("SELECT beats_control FROM runs") == [(None,)]

@@ -26,7 +26,7 @@ def test_clip_goes_through_the_line(tmp_path: Path, tiny_clip: Path) -> None:
             "judge": {"kind": "transformers", "path": str(judge)},
         },
         train={"d_sae": 40, "k": 2, "epochs": 4, "batch_size": 32},
-        label={"vocabularies": [str(tmp_path / "words.txt")], "min_examples": 2},
+        label={"labellers": [{"kind": "vocabulary", "words": [str(tmp_path / "words.txt")]}], "min_examples": 2},
     )
     made = {"images": make_images_artefact(tmp_path, 40)}
     kinds = {"extract": "extraction", "train": "training", "evaluate": "evaluation", "label": "labels"}

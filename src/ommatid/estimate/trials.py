@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ommatid import tracking
-from ommatid.config import Params
+from ommatid.config import Params, VocabularyLabeller
 from ommatid.estimate.lines import Timed, grow, trial_sizes
 from ommatid.estimate.process import Answer, StageProcess
 from ommatid.estimate.sample import draw_images
@@ -23,6 +23,9 @@ FEWEST_EVAL = 16
 """Evaluation images of the smallest trial from `evaluate` on."""
 N_TRIALS = 6
 """Kinds of them, for the progress: one a stage."""
+
+WORDS = VocabularyLabeller(kind="vocabulary", words=("imagenet", "common"))
+"""Who gives names where the whole run has no labeller that can be tried; the scores then cost the same."""
 
 
 @dataclass
@@ -158,7 +161,10 @@ class Trials:
     def _try_label(self, n: int) -> None:
         """Once: most of its time goes to the words, which a sample has, too; how long the scores take, its events say."""
         # on a sample few latents fire on as many images as params ask for, and what a score costs would not be seen
-        values = self._values(label={"min_examples": 2})
+        # nobody is asked for what will be asked again, and people named latents of the whole run's SAEs
+        words = [one for one in self._params.label.labellers if isinstance(one, VocabularyLabeller)] or [WORDS]
+        labellers = [labeller.model_dump(mode="json") for labeller in words]
+        values = self._values(label={"min_examples": 2, "labellers": labellers})
         self._alone("label", n, n, lambda process: process.run(values, self._data(n)))
 
     def _try_catalog(self, sizes: Sequence[int]) -> None:

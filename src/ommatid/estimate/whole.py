@@ -1,6 +1,6 @@
 """From trials to the whole: how much there will be of everything, and what that takes in bytes, seconds and memory."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -224,7 +224,7 @@ class Whole:
         return _grown(child, kept if name == self._extract.hookpoints[0] else {**kept, "embeddings": 0.0})
 
     def _per_label(self, trial: Amounts) -> float:
-        bare = {name: _bytes_without_labels(d_sae) for name, d_sae in self._d_sae.items()}
+        bare = {name: _bytes_without_labels(self._d_sae[name], labels.summary["labellers"]) for name, labels in self._labels.items()}
         written = sum(file.bytes - bare[name] for name, labels in self._labels.items() for file in labels.manifest.files)
         return max(0.0, written / trial.scored) if trial.scored else BYTES_PER_LABEL
 
@@ -276,10 +276,16 @@ def _data_bytes(artefact: Artefact, table: str, without: str = "") -> int:
     return total
 
 
-def _bytes_without_labels(d_sae: int) -> int:
+def _bytes_without_labels(d_sae: int, labellers: Sequence[str]) -> int:
     """Of a table of labels in which no latent has one."""
-    columns = {"latent": np.arange(d_sae), "sae": ["sae"] * d_sae, "labeller": ["vocabulary"] * d_sae, "status": ["ok"] * d_sae}
-    arrays = [pa.array(columns.get(field.name, [None] * d_sae), field.type) for field in schemas.LABELS]
+    n = d_sae * len(labellers)
+    columns = {
+        "latent": np.repeat(np.arange(d_sae), len(labellers)),
+        "labeller": [*labellers] * d_sae,
+        "place": [*range(1, len(labellers) + 1)] * d_sae,
+        **{name: [value] * n for name, value in (("sae", "sae"), ("status", "too_few_examples"), ("n_requests", 0), ("n_tokens", 0))},
+    }
+    arrays = [pa.array(columns.get(field.name, [None] * n), field.type) for field in schemas.LABELS]
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.table(arrays, schema=schemas.LABELS), buffer)
     return buffer.getvalue().size

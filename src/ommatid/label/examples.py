@@ -5,7 +5,7 @@ held-out half scores it: firing images against images that do not fire, half of 
 latents whose directions are nearest).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +46,26 @@ class Fired:
 
 @dataclass(frozen=True)
 class Test:
-    """Rows on which a name is tried."""
+    """Rows on which a name is tried, all of one half, in an order that has nothing to do with their activations."""
 
     positive: np.ndarray
-    negative: np.ndarray
+    """Rows that fire the latent."""
+    acts: np.ndarray
+    """Image-level activation of each of them."""
+    hard: np.ndarray
+    """Rows that do not, but fire the latents with the nearest directions."""
+    random: np.ndarray
+    """Other rows that do not."""
+
+    @property
+    def negative(self) -> np.ndarray:
+        """All rows that do not fire it."""
+        return np.concatenate([self.hard, self.random])
+
+    @property
+    def rows(self) -> np.ndarray:
+        """All of them."""
+        return np.concatenate([self.positive, self.negative])
 
 
 def load_halves(images: Artefact) -> Halves:
@@ -80,18 +96,23 @@ def iter_fired(evaluation: Artefact, halves: Halves, temp: str) -> Iterator[Fire
             yield _fired(rest, halves)
 
 
-def draw_test(fired: Fired, halves: Halves, held_out: bool, neighbours: list[np.ndarray], rng: np.random.Generator) -> Test:
+def draw_test(fired: Fired, halves: Halves, held_out: bool, neighbours: Sequence[np.ndarray], rng: np.random.Generator) -> Test:
     """Firing images of one half and as many that do not fire; `neighbours` are rows that fire the nearest latents."""
-    positive = fired.rows[halves.is_held_out[fired.rows] == held_out]
-    positive = rng.permutation(positive)[:MAX_FIRING]
+    drawn = rng.permutation(np.flatnonzero(halves.is_held_out[fired.rows] == held_out))[:MAX_FIRING]
+    hard, random = draw_silent(fired, halves, held_out, neighbours, len(drawn), rng)
+    return Test(fired.rows[drawn], fired.acts[drawn], hard, random)
+
+
+def draw_silent(
+    fired: Fired, halves: Halves, held_out: bool, neighbours: Sequence[np.ndarray], n: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """At most n rows of one half that do not fire: up to half of them fire the nearest latents, the others are random."""
     silent = halves.is_held_out == held_out
     silent[fired.rows] = False
-    hard = np.unique(np.concatenate([rows[silent[rows]] for rows in neighbours])) if neighbours else np.empty(0, dtype=np.int64)
-    hard = rng.permutation(hard)[: len(positive) // 2]
+    near = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *neighbours]))
+    hard = rng.permutation(near[silent[near]])[: n // 2]
     silent[hard] = False
-    others = np.flatnonzero(silent)
-    random = rng.permutation(others)[: len(positive) - len(hard)]
-    return Test(positive, np.concatenate([hard, random]))
+    return hard, rng.permutation(np.flatnonzero(silent))[: n - len(hard)]
 
 
 def _fired(rows: np.ndarray, halves: Halves) -> Fired:

@@ -21,7 +21,9 @@ class Example:
     act: float
     """Image-level activation; 0: it does not fire."""
     heat: np.ndarray | None
-    """Activation of each patch, (rows, cols) float32; None: tokens have no place."""
+    """Activation of each patch, (rows, cols) float32; None: tokens have no place, or nobody looked."""
+    seen: tuple[float, float] = (1.0, 1.0)
+    """Share of width and height, about the centre, that the model sees: where heat lies."""
 
 
 @dataclass(frozen=True)

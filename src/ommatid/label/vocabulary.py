@@ -1,55 +1,132 @@
-"""The labeller `vocabulary`: the word nearest to what a latent's strongest images have in common, in the joint space."""
+"""The labeller `vocabulary`: of a list of words the one that says best what a latent's strongest images have in common.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+Suffixes: n latents, k images of a latent, u images in all, w words, d the joint space.
+"""
+
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor
 
 from ommatid.errors import ConfigError
 from ommatid.metrics import unit
-from ommatid.vlm import VisionModel, imagenet_classes
+from ommatid.vlm import imagenet_classes
+
+By = Literal["mean", "soft_wpmi"]
+
+ENTRIES = 2**24
+"""Numbers of a block of words by images or latents held at once, about: memory does not grow with the vocabulary but for its embeddings."""
+SHARPNESS = 10.0
+"""By which cosines are multiplied before the softmax over words (CLIP-Dissect, `similarity.py`: a=10)."""
+FIRST_MEMBER, LAST_MEMBER = 0.998, 0.97
+"""Probability that the strongest and the one after the weakest of a latent's images belong to what it shows; linear between (ibid.)."""
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """Words and their places in the joint space."""
-
-    words: tuple[str, ...]
-    embeddings: Tensor
-    """(words, d_joint) float64, centred on the vocabulary's mean, unit norm."""
-
-    def nearest(self, directions_nd: Tensor) -> tuple[Tensor, Tensor]:
-        """Index of the word with the largest cosine to each direction, and that cosine, (n,) each."""
-        cosines = unit(directions_nd) @ self.embeddings.T
-        best = cosines.max(1)
-        return best.indices, best.values
-
-
-def load_words(vocabularies: Sequence[str]) -> tuple[str, ...]:
+def load_words(lists: Sequence[str]) -> tuple[str, ...]:
     """The words of all lists in order, each once.
 
     Args:
-        vocabularies: `imagenet`, `common`, or paths of text files with one name a line.
+        lists: `imagenet`, `common`, or paths of text files with one name a line; empty lines and such that begin with # are none.
 
     Raises:
         ConfigError: a file is missing or has no words.
     """
-    words = [word for name in vocabularies for word in _load_list(name)]
+    words = [word for name in lists for word in _load_list(name)]
     return tuple(dict.fromkeys(words))
 
 
-def embed_words(model: VisionModel, words: Sequence[str]) -> Vocabulary:
-    """Put words into the model's joint space: the mean over its templates, centred on all the words.
+def choose(by: By, images_nk: Sequence[Tensor], acts_nk: Sequence[Tensor], images_ud: Tensor, words_wd: Tensor) -> Tensor:
+    """Place of the word for each latent, (latents,); of words that suit it equally the first.
 
-    Centring takes out what all texts share (in CLIP, the gap between texts and images).
+    Args:
+        by: `mean`: the largest cosine to the activation-weighted mean of the latent's images; `soft_wpmi`: see `_soft_wpmi`.
+        images_nk: Rows of `images_ud` of each latent, strongest first, at least one.
+        acts_nk: Their activations.
+        images_ud: Embeddings of images, centred, of unit norm, float32.
+        words_wd: Embeddings of words, centred, of unit norm, float32.
     """
-    by_template = [unit(model.embed_text([template.format(word) for word in words])) for template in model.text_templates]
-    embeddings = torch.stack(by_template).mean(0)
-    centred = embeddings - embeddings.mean(0) if len(words) > 1 else embeddings
-    return Vocabulary(tuple(words), unit(centred))
+    if not images_nk:
+        return torch.empty(0, dtype=torch.int64)
+    match by:
+        case "mean":
+            return _best(_cosines(images_nk, acts_nk, images_ud, words_wd))
+        case "soft_wpmi":
+            return _best(_soft_wpmi(images_nk, images_ud, words_wd))
+        case _:
+            assert_never(by)
+
+
+def mean_direction(images_kd: Tensor, acts_k: Tensor) -> Tensor:
+    """Activation-weighted mean of a latent's images, (d,) float64."""
+    weights = acts_k.double()
+    return weights @ images_kd.double() / weights.sum()
+
+
+def _best(scores: Iterator[Tensor]) -> Tensor:
+    """Place of the largest score over blocks of words, each (latents, words of the block)."""
+    best, place, n = None, None, 0
+    for block in scores:
+        values, places = block.max(1)
+        if best is None or place is None:
+            best, place = values, places
+        else:
+            place = torch.where(values > best, places + n, place)
+            best = torch.maximum(values, best)
+        n += block.shape[1]
+    assert place is not None
+    return place
+
+
+def _cosines(images_nk: Sequence[Tensor], acts_nk: Sequence[Tensor], images_ud: Tensor, words_wd: Tensor) -> Iterator[Tensor]:
+    means = torch.stack([mean_direction(images_ud[rows], acts) for rows, acts in zip(images_nk, acts_nk, strict=True)])
+    directions_nd = unit(means).float()
+    for block in words_wd.split(_words_at_once(len(directions_nd))):
+        yield directions_nd @ block.T
+
+
+def _soft_wpmi(images_nk: Sequence[Tensor], images_ud: Tensor, words_wd: Tensor) -> Iterator[Tensor]:
+    """Soft weighted pointwise mutual information of latents and words (CLIP-Dissect: Oikarinen and Weng 2023, arXiv 2204.10965).
+
+    With p(t|x) the softmax over words of `SHARPNESS` times the cosine of image and word, and s_x the probability that image x is one of
+    those that latent k is about, log p(t|k) = Σ_x log(1 + s_x (p(t|x) − 1)), and the score is log p(t|k) − log p(t), where p(t) is the
+    mean of p(t|k) over the latents. s falls linearly over a latent's images from `FIRST_MEMBER` to `LAST_MEMBER`. Where latents have
+    different numbers of images, the sums are scaled to the largest: else p(t) would be that of the latents with the fewest.
+    """
+    used, places = torch.unique(torch.cat(list(images_nk)), return_inverse=True)
+    images_ud = images_ud[used]
+    n_images = torch.tensor([len(rows) for rows in images_nk])
+    table_nk, members_nk = _pad(places, n_images)
+    total_u = torch.full((len(used),), -torch.inf)
+    n_words = _words_at_once(max(len(used), len(images_nk)))
+    for block in words_wd.split(n_words):
+        total_u = torch.logaddexp(total_u, (SHARPNESS * images_ud @ block.T).logsumexp(1))
+    latents = max(1, ENTRIES // (table_nk.shape[1] * n_words))
+    scale_n = table_nk.shape[1] / n_images[:, None]
+    for block in words_wd.split(n_words):
+        p_uw = (SHARPNESS * images_ud @ block.T - total_u[:, None]).exp()
+        parts = [
+            torch.log(1 + members[:, :, None] * (p_uw[rows] - 1) + 1e-7).sum(1)
+            for rows, members in zip(table_nk.split(latents), members_nk.split(latents), strict=True)
+        ]
+        given_nw = scale_n * torch.cat(parts)
+        yield given_nw - given_nw.logsumexp(0)
+
+
+def _pad(places: Tensor, n_images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images of each latent as a table (latents, most images of one), and how far each belongs to it: 0 where the latent has no more."""
+    ranks = torch.arange(int(n_images.max()))
+    has_nk = ranks < n_images[:, None]
+    table = torch.zeros(has_nk.shape, dtype=torch.int64)
+    table[has_nk] = places
+    members = FIRST_MEMBER - ranks / n_images[:, None] * (FIRST_MEMBER - LAST_MEMBER)
+    return table, members * has_nk
+
+
+def _words_at_once(n: int) -> int:
+    return max(16, ENTRIES // n)
 
 
 def _load_list(name: str) -> Sequence[str]:
@@ -58,11 +135,11 @@ def _load_list(name: str) -> Sequence[str]:
     if name == "common":
         return _parse((files("ommatid.label") / "words" / "common.txt").read_text(encoding="utf-8"))
     try:
-        words = _parse(Path(name).read_text(encoding="utf-8"))
+        words = _parse(Path(name).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"label.vocabularies: {name!r}: {error}; use imagenet, common, or a text file with one name a line") from None
+        raise ConfigError(f"label.labellers: {name!r}: {error}; use imagenet, common, or a text file with one name a line") from None
     if not words:
-        raise ConfigError(f"label.vocabularies: {name!r} has no words; write one name a line")
+        raise ConfigError(f"label.labellers: {name!r} has no words; write one name a line")
     return words
 
 

@@ -3,7 +3,7 @@
 Suffixes: b tokens or images of a batch, d d_model or the judge's width, s latents.
 """
 
-from ommatid.metrics.detection import auroc, balanced_accuracy, best_threshold
+from ommatid.metrics.detection import auroc, balanced_accuracy, best_threshold, rank_correlation
 from ommatid.metrics.fidelity import Fidelity
 from ommatid.metrics.firing import Firing, TopImages
 from ommatid.metrics.meaning import purity
@@ -22,5 +22,6 @@ __all__ = [
     "best_threshold",
     "nan_mean",
     "purity",
+    "rank_correlation",
     "unit",
 ]

@@ -30,3 +30,17 @@ def auroc(positive: Tensor, negative: Tensor) -> tuple[float, float, float]:
     variance = sum(float(mean.var()) / len(mean) for mean in (wins.mean(1), wins.mean(0)) if len(mean) > 1)
     half = 1.959964 * math.sqrt(variance)
     return area, max(area - half, 0.0), min(area + half, 1.0)
+
+
+def rank_correlation(x: Tensor, y: Tensor) -> float:
+    """Spearman's: Pearson's correlation of the ranks, where equal values share the mean of theirs; NaN where either is constant."""
+    ranks = torch.stack([_ranks(x), _ranks(y)])
+    centred = ranks - ranks.mean(1, keepdim=True)
+    norms = centred.norm(dim=1)
+    return float(centred[0] @ centred[1] / norms.prod()) if norms.prod() > 0 else math.nan
+
+
+def _ranks(x: Tensor) -> Tensor:
+    """Mean rank of each value among all, from 0, float64."""
+    _, place, times = torch.unique(x, return_inverse=True, return_counts=True)
+    return (times.cumsum(0) - (times + 1) / 2)[place].double()

@@ -1,5 +1,6 @@
 """Artefacts reduced to small frames, one row a part where they are large; nothing here holds more than a batch of a large column."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -229,20 +230,59 @@ def _firing_part(d_sae: int) -> str:
     """
 
 
+_SCORES = ("score", "auroc", "auroc_low", "auroc_high", "control_score", "random_score", "detector_score", "detector_auroc")
+_CORRELATIONS = ("correlation", "control_correlation")
+
+
 def label(artefact: Artefact, params: Params) -> Frames:
-    """Frames `labels` and `counts` (one row)."""
-    labels = _table(artefact, "labels", ["latent", "status", "label", "score", "control_score"])
-    ok = labels["status"] == "ok"
+    """Frames `labels` (one row a latent and labeller), `labellers` (one row each) and `counts` (one row)."""
+    labels = _table(artefact, "labels", ["latent", "labeller", "status", "label", *_SCORES, *_CORRELATIONS])
+    each = params.label.each()
+    by = labels["labeller"].to_numpy(object)
+    said = [_labeller(name, kind.kind == "human", labels.loc[by == name], params.train.d_sae) for name, kind in each.items()]
+    ok = labels["status"].to_numpy(object) == "ok"
     labels["label disagrees with status"] = ok != labels["label"].notna()
+    labels["label is empty"] = [label is not None and not str(label).strip() for label in labels["label"]]
     labels["score without status ok"] = labels["score"].notna() & ~ok
-    missing = sorted(set(range(params.train.d_sae)) - set(labels["latent"].tolist()))
+    labels["score outside 0 to 1"] = _outside(labels, _SCORES, 0)
+    labels["correlation outside -1 to 1"] = _outside(labels, _CORRELATIONS, -1)
+    if len(each) > 1:
+        labels["latent"] = [f"{latent} ({name})" for latent, name in zip(labels["latent"], by, strict=True)]
     counts = {
         "set": "all labels",
-        "ok labels": labels["label"][ok].size,
-        "latents without a row": len(missing),
-        "first without a row": _named([f"latent {n}" for n in missing[:SHOWN]]),
+        "ok labels": int(ok.sum()),
+        "first statuses": _named([f"{n} {status}" for status, n in Counter(labels["status"]).items()]),
+        "labels of unknown labellers": sum(name not in each for name in by),
+        "images in both halves": artefact.summary.get("n_images_in_both"),
     }
-    return {"labels": labels, "counts": pd.DataFrame([counts])}
+    return {"labels": labels, "labellers": _frame(said), "counts": _frame([counts])}
+
+
+def _labeller(name: str, is_human: bool, own: pd.DataFrame, d_sae: int) -> dict[str, Any]:
+    """How many rows a labeller has too many or too few, and how far its controls are from chance."""
+    times = Counter(own["latent"].tolist())
+    lacking = [] if is_human else [latent for latent in range(d_sae) if latent not in times]
+    odd = sorted({*lacking, *(latent for latent, n in times.items() if n > 1 or not 0 <= latent < d_sae)})
+    row = {"labeller": name, "latents missing or repeated": len(odd), "first missing": _named([f"latent {n}" for n in odd[:SHOWN]])}
+    return row | {f"{control} off chance": _off_chance(own[control]) for control in ("control_score", "random_score")}
+
+
+def _off_chance(scores: Any) -> float:
+    """How far the mean of scores is from one half, beyond two standard errors; 0 where there are none.
+
+    A share lies within 0.5 of one half, so the mean of n of them has a standard error of 0.5 / sqrt(n) at most.
+    """
+    known = scores.dropna().to_numpy(np.float64)
+    return max(0.0, abs(float(known.mean()) - 0.5) - len(known) ** -0.5) if len(known) else 0.0
+
+
+def _outside(frame: pd.DataFrame, columns: tuple[str, ...], low: float) -> list[str]:
+    """Of each row the first of these columns, with its value, that is not null and lies below `low` or above 1; else nothing."""
+    values = frame[list(columns)].to_numpy(np.float64, na_value=np.nan)
+    found = [""] * len(values)
+    for row, column in np.argwhere((values < low) | (values > 1))[::-1].tolist():
+        found[row] = f"{columns[column]} {values[row, column]:g}"
+    return found
 
 
 def catalog(artefact: Artefact, params: Params) -> Frames:

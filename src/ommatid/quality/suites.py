@@ -327,8 +327,8 @@ def _below_untrained(is_transcoder: bool) -> list[Rule]:
 
 
 def label(params: Params) -> list[Rule]:
-    """Labels are text or a status, never text about a failure."""
-    statuses = ["ok", "unparsed", "refused", "too_few_examples"]
+    """Labels are text or a status, never text about a failure, and their scores can be believed."""
+    statuses = ["ok", "unparsed", "refused", "failed", "over_budget", "too_few_examples"]
     return [
         _one_of("labels", "status", statuses, "status is a known one", "pages and queries tell labels from failures by it", row="latent"),
         _one_of(
@@ -339,6 +339,7 @@ def label(params: Params) -> list[Rule]:
             "a failed label must not be read, searched or scored as one",
             row="latent",
         ),
+        _one_of("labels", "label is empty", [False], "no label is empty", "an empty name would be shown and searched as one", row="latent"),
         _one_of(
             "labels",
             "score without status ok",
@@ -347,17 +348,75 @@ def label(params: Params) -> list[Rule]:
             "a mean over scores must not count what has no label",
             row="latent",
         ),
-        _within("labels", "score", "scores are shares", "balanced accuracy lies between 0 and 1", row="latent", min_value=0, max_value=1),
+        _one_of(
+            "labels",
+            "score outside 0 to 1",
+            [""],
+            "scores are shares",
+            "balanced accuracy and the area under a ROC curve lie between 0 and 1",
+            row="latent",
+        ),
+        _one_of(
+            "labels",
+            "correlation outside -1 to 1",
+            [""],
+            "correlations are between -1 and 1",
+            "they are cosines of ranks",
+            row="latent",
+        ),
+        _none(
+            "labellers",
+            "latents missing or repeated",
+            "every latent has one row of each labeller",
+            "a latent without a label has a status that says why; only people label some and not others",
+            row="labeller",
+            first="first missing",
+        ),
         _none(
             "counts",
-            "latents without a row",
-            "every latent has a row",
-            "a latent without a label has a status that says why",
+            "labels of unknown labellers",
+            "all rows are by a labeller of label.labellers",
+            "else nobody asked for them",
             row="set",
-            first="first without a row",
         ),
-        _within("counts", "ok labels", "some latent has a label", "with none, vocabulary or examples are wrong", row="set", min_value=1),
+        _filled("counts", "images in both halves", "the uses of images were counted", "see the next check", row="set"),
+        _none(
+            "counts",
+            "images in both halves",
+            "no image both made and scored a name",
+            "a name scored on the images that made it says nothing of others",
+            row="set",
+        ),
+        *(
+            _near_chance(control, whose)
+            for control, whose in (("control_score", "another latent's name"), ("random_score", "a random word"))
+        ),
+        _within(
+            "counts",
+            "ok labels",
+            "some latent has a label",
+            "with none, every labeller failed, or vocabulary or examples are wrong",
+            row="set",
+            first="first statuses",
+            min_value=1,
+        ),
     ]
+
+
+CHANCE = 0.1
+"""How far from one half the mean of a control may be, besides two standard errors: names of other latents of the same class hold, too."""
+
+
+def _near_chance(control: str, whose: str) -> Rule:
+    return _within(
+        "labellers",
+        f"{control} off chance",
+        f"{whose} scores near chance",
+        f"a name that is not the latent's can tell its images only by luck or kinship: a mean more than {CHANCE:g} (and two standard "
+        "errors) from 0.5 means that the test itself gives the answer away",
+        row="labeller",
+        max_value=CHANCE,
+    )
 
 
 def catalog(params: Params) -> list[Rule]:

@@ -1,10 +1,11 @@
 -- features(sae, latent): a latent with its best label, its scores and its statistics: what users query.
--- The best label has the highest score of those whose status is ok; a latent without any keeps its row and says why in label_status.
+-- The best label has the highest score of those whose status is ok, and of equals the one whose labeller stands first in label.labellers;
+-- a latent without any keeps its row and says why in label_status.
 CREATE TABLE features AS
 WITH best AS (
     SELECT *
     FROM labels
-    QUALIFY row_number() OVER (PARTITION BY sae, latent ORDER BY status = 'ok' DESC, score DESC NULLS LAST, labeller) = 1
+    QUALIFY row_number() OVER (PARTITION BY sae, latent ORDER BY status = 'ok' DESC, score DESC NULLS LAST, place, labeller) = 1
 )
 SELECT
     latents.sae,
@@ -12,7 +13,9 @@ SELECT
     best.label,
     best.score AS label_score,
     best.control_score,
+    best.random_score,
     best.auroc,
+    best.correlation,
     best.labeller,
     best.status AS label_status,
     latents.ms,
@@ -33,6 +36,6 @@ LEFT JOIN comparisons ON comparisons.sae = latents.sae AND comparisons.dictionar
 ORDER BY latents.sae, latents.latent;
 
 COMMENT ON COLUMN features.label IS 'the name with the highest score; null: no labeller found one, see label_status';
-COMMENT ON COLUMN features.label_score IS 'balanced accuracy of the label at picking held-out firing images; null: no label, or it fires on every image';
+COMMENT ON COLUMN features.label_score IS 'balanced accuracy of the label at picking held-out firing images; null: no label, too few images fire it, or all do';
 COMMENT ON COLUMN features.labeller IS 'what made the label; null: none was asked';
-COMMENT ON COLUMN features.label_status IS 'ok, unparsed, refused or too_few_examples; null: no labeller was asked';
+COMMENT ON COLUMN features.label_status IS 'ok, unparsed, refused, failed, over_budget or too_few_examples; null: no labeller was asked';

@@ -2,4 +2,4 @@
 CREATE TABLE labels AS
 SELECT *
 FROM read_parquet($labels)
-ORDER BY sae, latent, labeller;
+ORDER BY sae, latent, place, labeller;

@@ -28,13 +28,24 @@ SELECT
     headline.judge,
     coalesce(counted.n_latents, 0)::INTEGER AS n_latents,
     coalesce(counted.n_labelled, 0)::INTEGER AS n_labelled,
+    counted.label_score,
+    counted.control_score,
+    counted.beats_control,
     NULL::VARCHAR AS decision,
     NULL::TIMESTAMP AS decided_at,
     NULL::VARCHAR AS reason
 FROM read_parquet($runs) AS run
 LEFT JOIN comparisons AS headline ON headline.sae = run.sae AND headline.dictionary = 'sae'
 LEFT JOIN (
-    SELECT sae, count(*) AS n_latents, count(label) AS n_labelled FROM features GROUP BY sae
+    SELECT
+        sae,
+        count(*) AS n_latents,
+        count(label) AS n_labelled,
+        avg(label_score) AS label_score,
+        avg(control_score) AS control_score,
+        avg((label_score > control_score)::INTEGER) AS beats_control
+    FROM features
+    GROUP BY sae
 ) AS counted ON counted.sae = run.sae
 ORDER BY run.sae;
 
@@ -57,6 +68,9 @@ COMMENT ON COLUMN runs.sae_digest IS 'sha256 of the manifest of the SAE';
 COMMENT ON COLUMN runs.params IS 'the params of each stage that led here, by section';
 COMMENT ON COLUMN runs.n_latents IS 'latents of the SAE';
 COMMENT ON COLUMN runs.n_labelled IS 'latents with a label';
+COMMENT ON COLUMN runs.label_score IS 'mean label score of the features that have one; null: none has';
+COMMENT ON COLUMN runs.control_score IS 'mean score of another latent''s name on the same images: what label_score is to be compared with; null: none has';
+COMMENT ON COLUMN runs.beats_control IS 'share of the features with a label whose name scores higher than another latent''s name; null: none has';
 COMMENT ON COLUMN runs.decision IS 'champion or challenger, by the retrain flow; null: it was not asked, or another of its training was better';
 COMMENT ON COLUMN runs.decided_at IS 'when that was decided, UTC; null: it was not';
 COMMENT ON COLUMN runs.reason IS 'the numbers behind the decision; null: none was made';

@@ -1,0 +1,87 @@
+"""How far to believe a name: detection and correlation on held-out images, beside names that are not the latent's."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ommatid.label.controls import Tried
+from ommatid.label.examples import Fired, Halves, Test, draw_test
+from ommatid.label.gathered import Gathered
+from ommatid.metrics import auroc, balanced_accuracy, best_threshold, rank_correlation
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Images on which all names of a latent are tried."""
+
+    naming: Test
+    """They set the threshold."""
+    held_out: Test
+    """They score."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Does the place of a name in the joint space tell the images that fire a latent from those that do not?"""
+
+    images: Tensor
+    """Joint embeddings of the evaluation images, (images, d_joint)."""
+    halves: Halves
+    gathered: Gathered
+    seed: int
+
+    def draw(self, fired: Fired) -> Trial | None:
+        """Images to try the names of a latent on; None: it fires on all images of a half."""
+        rng = np.random.default_rng([self.seed, fired.latent])
+        near = self.gathered.near(fired.latent)
+        naming, held_out = (draw_test(fired, self.halves, half, near, rng) for half in (False, True))
+        return Trial(naming, held_out) if len(naming.negative) and len(held_out.negative) else None
+
+    def score(self, trial: Trial, tried: Tried) -> dict[str, float | None]:
+        """Scores of a name and of its controls on the same images: columns of `labels`."""
+        area, low, high = auroc(*self._cosines(trial.held_out, tried.name))
+        other, random = tried.shuffled, tried.random
+        return {
+            "score": self._detect(trial, tried.name),
+            "auroc": area,
+            "auroc_low": low,
+            "auroc_high": high,
+            "control_score": None if other is None else self._detect(trial, other),
+            "random_score": None if random is None else self._detect(trial, random),
+            "correlation": self._correlate(trial.held_out, tried.name),
+            "control_correlation": None if other is None else self._correlate(trial.held_out, other),
+        }
+
+    def _detect(self, trial: Trial, name: Tensor) -> float:
+        """Balanced accuracy on the held-out images at the threshold that is best on those of the naming half."""
+        threshold = best_threshold(*self._cosines(trial.naming, name))
+        return balanced_accuracy(*self._cosines(trial.held_out, name), threshold)
+
+    def _correlate(self, test: Test, name: Tensor) -> float | None:
+        acts = torch.from_numpy(np.concatenate([test.acts, np.zeros(len(test.negative))]))
+        found = rank_correlation(torch.cat(self._cosines(test, name)), acts)
+        return None if math.isnan(found) else found
+
+    def _cosines(self, test: Test, name: Tensor) -> tuple[Tensor, Tensor]:
+        positive, negative = (self.images[torch.from_numpy(rows)] @ name for rows in (test.positive, test.negative))
+        return positive, negative
+
+
+N_DETECTED = 8
+"""Held-out images that fire, and as many that do not, of which a detector is asked: each costs a part of a request."""
+
+
+def draw_detection(test: Test) -> tuple[np.ndarray, int]:
+    """Rows for a detector, half of the silent ones hard, and how many of them, the first, fire."""
+    positive = test.positive[:N_DETECTED]
+    hard = test.hard[: len(positive) // 2]
+    return np.concatenate([positive, hard, test.random[: len(positive) - len(hard)]]), len(positive)
+
+
+def grade(grades: tuple[float, ...], n_firing: int) -> dict[str, float]:
+    """Scores of a detector's own grades, 0 to 1, of images of which the first `n_firing` fire: the threshold is one half."""
+    positive, negative = torch.tensor(grades[:n_firing]), torch.tensor(grades[n_firing:])
+    return {"detector_score": balanced_accuracy(positive, negative, 0.5), "detector_auroc": auroc(positive, negative)[0]}

@@ -1,0 +1,106 @@
+"""Proves that answers come in order whatever is asked at a time, and that a killed run goes on without asking again."""
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from ommatid.label.asked import Kept, ask_each
+from ommatid.label.controls import others
+from ommatid.label.labeller import Answer
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_answers_come_in_order_and_few_questions_wait(concurrency: int) -> None:
+    n_at_once, n_most, n_drawn, lock = 0, 0, 0, threading.Lock()
+
+    def ask(subject: int) -> int:
+        nonlocal n_at_once, n_most
+        with lock:
+            n_at_once += 1
+            n_most = max(n_most, n_at_once)
+        time.sleep(random.random() / 100)
+        with lock:
+            n_at_once -= 1
+        return subject * subject
+
+    def subjects() -> Iterator[tuple[int, int]]:
+        nonlocal n_drawn
+        for i in range(20):
+            n_drawn += 1
+            yield i, i
+
+    answers = ask_each(ask, subjects(), concurrency)
+    assert next(answers) == (0, 0)
+    assert n_drawn <= concurrency + 1
+    assert list(answers) == [(i, i * i) for i in range(1, 20)]
+    assert n_most <= concurrency
+
+
+def test_what_is_asked_may_fail() -> None:
+    def ask(subject: int) -> int:
+        raise RuntimeError(f"no {subject}")
+
+    with pytest.raises(RuntimeError, match="no 3"):
+        list(ask_each(ask, iter([(3, 3)])))
+
+
+def read(path: Path) -> dict[int, Answer]:
+    with closing(Kept(path)) as kept:
+        return kept.answers
+
+
+def test_answers_are_kept_but_those_that_failed(tmp_path: Path) -> None:
+    path = tmp_path / "inside/answers.jsonl"
+    kept = Kept(path)
+    answers = {
+        3: Answer("ok", "horse", detail="brown", n_requests=2, n_tokens=70),
+        5: Answer("refused", detail="no"),
+        6: Answer("failed", detail="no server"),
+        7: Answer("over_budget"),
+    }
+    for latent, answer in answers.items():
+        kept.add(latent, answer)
+    assert kept.answers == {}
+    # not closed yet: a process that is killed closes nothing
+    assert read(path) == {latent: answers[latent] for latent in (3, 5)}
+    kept.close()
+
+
+def test_half_a_line_of_a_killed_process_is_dropped_and_the_rest_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    kept = Kept(path)
+    kept.add(1, Answer("ok", "a"))
+    kept.add(2, Answer("ok", "b"))
+    kept.close()
+    path.write_bytes(path.read_bytes()[:-5])
+    with closing(Kept(path)) as again:
+        assert again.answers == {1: Answer("ok", "a")}
+        again.add(3, Answer("ok", "c"))
+    assert read(path) == {1: Answer("ok", "a"), 3: Answer("ok", "c")}
+
+
+@pytest.mark.parametrize("names", ["aab", "aaaaab", "abcabcaa", "ab", "abababab"])
+def test_the_control_is_another_latents_name_and_another_name(names: str) -> None:
+    labels = {10 * i: name for i, name in enumerate(names)}
+    found = others(labels, seed=1)
+    assert found.keys() == labels.keys()
+    assert all(other in set(names) - {labels[latent]} for latent, other in found.items())
+    assert found == others(labels, seed=1)
+
+
+def test_controls_are_drawn_from_all_latents() -> None:
+    """Of names that all differ they are a rotation: each is a control once."""
+    labels = {i: f"name {i}" for i in range(50)}
+    assert sorted(str(other) for other in others(labels, seed=0).values()) == sorted(labels.values())
+    assert others(labels, seed=0) != others(labels, seed=1)
+
+
+def test_without_another_name_there_is_no_control() -> None:
+    assert others({1: "a", 2: "a"}, seed=0) == {1: None, 2: None}
+    assert others({1: "a"}, seed=0) == {1: None}
+    assert others({}, seed=0) == {}
