@@ -200,7 +200,7 @@ def test_labels_are_the_colours_and_beat_their_control(line: dict[str, Artefact]
 def test_names_are_scored_on_images_that_did_not_make_them(line: dict[str, Artefact]) -> None:
     halves = label_stage.load_halves(line["images"])
     assert 0.3 < halves.is_held_out.mean() < 0.7
-    fired = next(iter(label_stage.iter_fired(line["evaluate"], halves, "")))
+    fired = next(iter(label_stage.iter_fired(line["evaluate"].files("firings"), halves, "")))
     rng = np.random.default_rng(0)
     for held_out in (False, True):
         test = label_stage.draw_test(fired, halves, held_out, [fired.rows, np.arange(5)], rng)
@@ -212,7 +212,7 @@ def test_names_are_scored_on_images_that_did_not_make_them(line: dict[str, Artef
 def test_iter_fired_gives_each_latent_once_with_all_its_images(line: dict[str, Artefact]) -> None:
     halves = label_stage.load_halves(line["images"])
     firings = line["evaluate"].read("firings").to_pandas()
-    seen = {f.latent: f for f in label_stage.iter_fired(line["evaluate"], halves, "")}
+    seen = {f.latent: f for f in label_stage.iter_fired(line["evaluate"].files("firings"), halves, "")}
     assert {k: len(f.rows) for k, f in seen.items()} == firings.groupby("latent").size().to_dict()
     assert all((np.diff(f.acts) <= 0).all() for f in seen.values())
 

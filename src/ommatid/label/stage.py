@@ -13,7 +13,8 @@ from torch import Tensor
 from ommatid import schemas
 from ommatid.config import LabelParams, Model
 from ommatid.events import Listener, Progress, ignore
-from ommatid.label.examples import MAX_FIRING, N_HARD_LATENTS, Fired, Halves, draw_test, iter_fired, load_halves
+from ommatid.halves import Fired, Halves, iter_fired, load_halves
+from ommatid.label.examples import MAX_FIRING, N_HARD_LATENTS, draw_test
 from ommatid.label.vocabulary import Vocabulary, embed_words, load_words
 from ommatid.metrics import auroc, balanced_accuracy, best_threshold, nan_mean, unit
 from ommatid.sae.model import SAE
@@ -65,16 +66,16 @@ def label(
     """
     material = material or load_material(params, inputs)
     vocabulary, halves, images = material.vocabulary, material.halves, material.images
-    temp, evaluation = str(draft.scratch), inputs["evaluate"]
+    temp, files = str(draft.scratch), inputs["evaluate"].files("firings")
     d_sae = inputs["train"].manifest.params["d_sae"]
     gathered = _Gathered(d_sae, images, halves, params)
-    for fired in iter_fired(evaluation, halves, temp):
+    for fired in iter_fired(files, halves, temp):
         gathered.add(fired)
     indices, similarity = vocabulary.nearest(gathered.directions)
     control = _shuffle(indices, gathered.is_named, params.seed)
     scorer = _Scorer(images, halves, vocabulary, _nearest_latents(inputs["train"]), gathered.samples, params.seed)
     rows = [_row(latent, "too_few_examples") for latent in range(d_sae)]
-    for fired in iter_fired(evaluation, halves, temp):
+    for fired in iter_fired(files, halves, temp):
         i = fired.latent
         if gathered.is_named[i]:
             scores = scorer.score(fired, int(indices[i]), int(control[i]))
