@@ -1,5 +1,6 @@
 """Proves the metrics of structure and meaning against their definitions as slow loops, scikit-learn, and planted truths."""
 
+import importlib
 import itertools
 import math
 from collections import Counter
@@ -25,7 +26,6 @@ from ommatid.metrics import (
     purity,
     uniqueness,
 )
-from ommatid.metrics import uniqueness as uniqueness_function
 from ommatid.metrics.probe import PENALTY
 
 
@@ -79,7 +79,7 @@ def test_uniqueness_equals_pairs_of_sets(seed: int) -> None:
 def test_uniqueness_does_not_depend_on_how_many_are_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.stack([torch.randperm(30, generator=torch.Generator().manual_seed(i))[:5] for i in range(23)])
     whole = uniqueness(images)
-    monkeypatch.setitem(uniqueness_function.__globals__, "LATENTS_PER_STEP", 4)
+    monkeypatch.setattr(importlib.import_module("ommatid.metrics.uniqueness"), "LATENTS_PER_STEP", 4)
     assert torch.equal(uniqueness(images), whole)
 
 
