@@ -49,6 +49,17 @@ LATENTS = [
     (2, 0.1, 0.5, 1.0, 1, False, True, None, None, ["ship"]),
     (3, 0.0, None, 0.0, 0, True, True, None, None, []),
 ]
+STRUCTURE = [
+    # latent, dense, rare, uniqueness, label entropy, depth, duplicate of
+    (True, True, 0.5, 0.9, 2, None),
+    (True, True, 0.5, 0.3, 1, 0),
+    (False, True, None, 0.0, None, None),
+    (False, False, None, None, None, None),
+]
+COFIRING = [(0, 1, 1, 2.0, 0.2, 8), (1, 1, 0, 2.0, 0.2, 8)]
+DENSITIES = [("sae", 0.0, 0.0, 1), ("sae", 0.01, 0.1, 0), ("sae", 0.1, 1.0, 3), ("untrained", 0.1, 1.0, 4)]
+FIDELITY = [("sae", "patch", 24, 0.2), ("sae", "all", 24, 0.2), ("untrained", "all", 24, 0.6)]
+PROBES = [("cat", "latents", 1, 0.9, [0]), ("cat", "x", 3, 1.0, None), ("truck", "latents", 1, 0.8, [1]), ("truck", "x", 3, 0.9, None)]
 FIRINGS = [(0, 0, 4.0), (1, 0, 3.0), (2, 0, 2.0), (3, 0, 1.0), (3, 1, 2.0), (4, 1, 1.0), (5, 2, 1.0)]
 HEAT = [0.0, 1.0, 2.0, 4.0]
 EXAMPLES = [
@@ -165,7 +176,9 @@ def _sae(draft: Draft, name: str) -> dict[str, Any]:
 def _evaluation(draft: Draft, name: str) -> dict[str, Any]:
     sae, n = f"{name}-00000000", _latents_of(name)
     names = "latent density mean_act max_act n_images is_dead dead_in_training ms purity top_classes"
-    draft.write_table("latents.parquet", columns(schemas.LATENTS, LATENTS[:n], names, sae=sae))
+    more = "is_dense is_rare uniqueness label_entropy lca_depth duplicate_of"
+    latents = [latent + structure for latent, structure in zip(LATENTS, STRUCTURE, strict=True)]
+    draft.write_table("latents.parquet", columns(schemas.LATENTS, latents[:n], f"{names} {more}", sae=sae))
     rows = [(*row, 2 if row[-1] else 0, 2 if row[-1] else 0) for row in EXAMPLES if row[0] < n]
     draft.write_table("examples.parquet", columns(schemas.EXAMPLES, rows, "latent decile rank image act heat rows cols", sae=sae))
     fired = [row for row in FIRINGS if row[1] < n]
@@ -176,6 +189,17 @@ def _evaluation(draft: Draft, name: str) -> dict[str, Any]:
         "comparisons.parquet",
         columns(schemas.COMPARISONS, compared, "dictionary fvu ms", sae=sae, ms_floor=0.35, judge="lite2", **constant),
     )
+    related = {
+        "cofiring": columns(schemas.COFIRING, COFIRING, "latent rank other lift jaccard n_both", sae=sae),
+        "densities": columns(schemas.DENSITIES, DENSITIES, "dictionary low high n_latents", sae=sae),
+        "fidelity": columns(schemas.FIDELITY, FIDELITY, "dictionary kind n_tokens fvu", sae=sae, cosine=0.9, l0=2.0),
+        "levels": columns(schemas.LEVELS, [(1, 0, n - 1, 0.2, 0.7, 2)], "level first last fvu ms n_ms", sae=sae, n_lca=0),
+        "probes": columns(
+            schemas.PROBES, PROBES, "class probe k accuracy latents", sae=sae, auroc=0.9, auroc_low=0.8, auroc_high=1.0, n_positive=3
+        ),
+    }
+    for table, rows in related.items():
+        draft.write_table(f"{table}.parquet", rows)
     return {"sae": sae}
 
 

@@ -90,8 +90,34 @@ LATENTS = _schema(
     ms=(pa.float64(), "MonoSemanticity score (Pach et al. 2025) by the judge; null: constant, or fires on fewer than two images"),
     ms_low=(pa.float64(), "lower end of its 95 % interval over images; null: ms is"),
     ms_high=(pa.float64(), "upper end of its 95 % interval over images; null: ms is"),
-    purity=(pa.float64(), "share of the commonest class among its 16 strongest images; null: no labels, or it fires on fewer than 16"),
+    purity=(
+        pa.float64(),
+        "share of the commonest class among its 16 strongest images; null: one of them has no label, it fires on fewer, or there are "
+        "not two classes",
+    ),
+    purity_64=(pa.float64(), "the same of its 64 strongest images; null: as purity"),
     top_classes=(pa.list_(pa.string()), "up to three classes of its 16 strongest images, commonest first"),
+    label_entropy=(
+        pa.float64(),
+        "entropy in bits of the classes of the images on which it fires, each weighed by its activations; 0 is one class; null: it "
+        "fires on no labelled image, or there are not two classes",
+    ),
+    lca_depth=(
+        pa.int32(),
+        "depth in the taxonomy of the lowest common ancestor of its 16 strongest images that have a path, 0 is the root; null: fewer than "
+        "16 of its 64 strongest have one",
+    ),
+    uniqueness=(
+        pa.float64(),
+        "1 - largest Jaccard of its 16 strongest images with those of another latent, 1 shares none; null: it fires on fewer than 16",
+    ),
+    is_dense=(pa.bool_(), "fires on more than a tenth of the tokens"),
+    is_rare=(pa.bool_(), "fires, but on fewer than 16 images"),
+    duplicate_of=(
+        pa.int32(),
+        "the latent with the nearest direction of those with cosine >= 0.9 that share at least half of the images on which either fires; "
+        "null: there is none",
+    ),
 )
 
 EXAMPLES = _schema(
@@ -126,12 +152,71 @@ COMPARISONS = _schema(
     ms_high=(pa.float64(), "upper end of its 95 % interval over images; null: ms is"),
     ms_best=(pa.float64(), "highest MonoSemanticity score of a latent; null: undefined for every latent"),
     ms_left_out=(pa.int32(), "latents whose score is undefined"),
-    ms_floor=(pa.float64(), "mean pairwise cosine of the judge on the same images"),
-    purity=(pa.float64(), "mean purity of the 16 strongest images; null: no labels"),
+    ms_floor=(pa.float64(), "mean pairwise cosine of the judge on the same images; null: there are not two"),
+    purity=(pa.float64(), "mean purity of the 16 strongest images; null: there are not two classes"),
+    coverage=(
+        pa.float64(),
+        "share of the classes that some latent stands for, with purity of at least 0.75; null: there are not two classes",
+    ),
+    uniqueness=(pa.float64(), "mean uniqueness of latents; null: undefined for every latent"),
     judge=(pa.string(), "the encoder behind ms"),
 )
 
+FIDELITY = _schema(
+    sae=(pa.string(), "name of the SAE"),
+    dictionary=(pa.string(), "comparisons.dictionary, where it is a reconstruction"),
+    kind=(pa.string(), "cls, distillation, register, patch or pooled; all: every token"),
+    n_tokens=(pa.int64(), "evaluation tokens of this kind"),
+    fvu=(pa.float64(), "fraction of variance unexplained, the mean taken over this kind; null: the activations do not vary"),
+    cosine=(pa.float64(), "mean cosine of activation and reconstruction"),
+    l0=(pa.float64(), "mean latents that fire a token"),
+)
+
+DENSITIES = _schema(
+    sae=(pa.string(), "name of the SAE"),
+    dictionary=(pa.string(), "comparisons.dictionary"),
+    low=(pa.float64(), "least density of these latents; 0: those that never fire"),
+    high=(pa.float64(), "density below which they are; 1 is among the last"),
+    n_latents=(pa.int32(), "latents"),
+)
+
+COFIRING = _schema(
+    sae=(pa.string(), "name of the SAE"),
+    latent=(pa.int32(), "index of the latent"),
+    rank=(pa.int32(), "1 has the highest lift"),
+    other=(pa.int32(), "the other latent"),
+    lift=(pa.float64(), "how many times as often both fire on an image as if they were independent, > 1"),
+    jaccard=(pa.float64(), "of the images on which either fires, the share on which both do"),
+    n_both=(pa.int32(), "images on which both fire, at least 8"),
+)
+
+LEVELS = _schema(
+    sae=(pa.string(), "name of the SAE"),
+    level=(pa.int32(), "1 is the smallest dictionary; an SAE that is not Matryoshka has one level"),
+    first=(pa.int32(), "first latent that this level adds"),
+    last=(pa.int32(), "last latent of this level"),
+    fvu=(pa.float64(), "fraction of variance unexplained with the latents up to the last; null: the activations do not vary"),
+    ms=(pa.float64(), "mean MonoSemanticity score of the latents that it adds; null: undefined for each of them"),
+    n_ms=(pa.int32(), "of them, those that have a score"),
+    lca_depth=(pa.float64(), "mean depth in the taxonomy of the latents that it adds; null: undefined for each of them"),
+    n_lca=(pa.int32(), "of them, those that have a depth"),
+)
+
+PROBES = _schema(
+    sae=(pa.string(), "name of the SAE"),
+    **{"class": (pa.string(), "images.label; the 64 commonest at most")},
+    probe=(pa.string(), "latents: a logistic regression on k of them; x: on the activations, averaged over the image's tokens"),
+    k=(pa.int32(), "features of the probe: latents, or the width of x"),
+    accuracy=(pa.float64(), "balanced accuracy on the held-out half of the evaluation images"),
+    auroc=(pa.float64(), "area under the ROC curve on the same images"),
+    auroc_low=(pa.float64(), "lower end of its 95 % interval"),
+    auroc_high=(pa.float64(), "upper end of its 95 % interval"),
+    n_positive=(pa.int32(), "held-out images of the class"),
+    latents=(pa.list_(pa.int32()), "those of the probe, the largest difference between class and rest first; null: it is on x"),
+)
+
 _UNSCORED = "null: there is no label, too few images fire it, or all do"
+
 LABELS = _schema(
     sae=(pa.string(), "name of the SAE"),
     latent=(pa.int32(), "index of the latent"),

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from ommatid import schemas
 from ommatid.catalog import Catalog
 from ommatid.catalog import neighbours as neighbours_module
+from ommatid.catalog.build import EVALUATED
 from ommatid.catalog.neighbours import iter_neighbours
 from ommatid.errors import ArtefactError
 
@@ -28,10 +29,16 @@ GRAIN = {
     "labels": "sae, latent, labeller",
     "neighbours": "sae, latent, rank",
     "comparisons": "sae, dictionary",
+    "fidelity": "sae, dictionary, kind",
+    "densities": "sae, dictionary, low",
+    "cofiring": "sae, latent, rank",
+    "levels": "sae, level",
+    "probes": "sae, class, probe, k",
     "features": "sae, latent",
     "runs": "sae",
 }
 COUNTS = {"images": 6, "latents": 4, "examples": 7, "firings": 7, "labels": 5, "neighbours": 8, "comparisons": 3, "features": 4, "runs": 1}
+COUNTS |= {"fidelity": 3, "densities": 4, "cofiring": 2, "levels": 1, "probes": 4}
 
 
 # ---- relations
@@ -55,7 +62,7 @@ def test_every_column_says_what_it_means(catalog: Catalog) -> None:
 
 def test_tables_have_the_columns_of_their_schemas(catalog: Catalog) -> None:
     relations = {name: [column.name for column in columns] for name, columns in catalog.relations().items()}
-    for table in ("latents", "examples", "firings", "labels", "neighbours", "comparisons"):
+    for table in ("labels", "neighbours", *EVALUATED):
         assert relations[table] == getattr(schemas, table.upper()).names
     assert relations["images"] == [name for name in schemas.IMAGES.names if name != "encoded"] + ["seen_width", "seen_height"]
 
@@ -80,6 +87,13 @@ def test_features_carry_statistics_floor_and_judge(catalog: Catalog) -> None:
         (1, 0.6, 0.35, "lite2", 0.2, False, 2.0, 1.0),
         (2, None, 0.35, "lite2", 0.1, False, 1.0, None),
         (3, None, 0.35, "lite2", 0.0, True, 0.0, None),
+    ]
+
+
+def test_features_carry_structure(catalog: Catalog) -> None:
+    columns = "latent, is_dense, is_rare, uniqueness, label_entropy, lca_depth, duplicate_of"
+    assert catalog.rows(f"SELECT {columns} FROM features ORDER BY latent") == [
+        (latent, *structure) for latent, structure in enumerate(artefacts.STRUCTURE)
     ]
 
 

@@ -9,8 +9,8 @@ from fakes import GRID, TileModel
 from planted_tiles import ALWAYS, DEAD, MIXED, PURE
 
 from ommatid.config import Params
+from ommatid.halves import Halves, iter_fired, load_halves
 from ommatid.label.cases import Cases, Spool, choose_firing, iter_looks
-from ommatid.label.examples import Halves, iter_fired, load_halves
 from ommatid.label.gathered import Gathered, nearest_latents
 from ommatid.label.labeller import Case
 from ommatid.store import Artefact, Draft, open_draft
@@ -33,10 +33,10 @@ def halves(line: dict[str, Artefact]) -> Halves:
 @pytest.fixture
 def cases(line: dict[str, Artefact], params: Params, halves: Halves, draft: Draft) -> dict[int, Case]:
     gathered = Gathered(halves, params.label, nearest_latents(line["train"]))
-    gathered.fill(iter_fired(line["evaluate"], halves, str(draft.scratch)))
+    gathered.fill(iter_fired(line["evaluate"].files("firings"), halves, str(draft.scratch)))
     assert sorted(gathered.strongest) == sorted(WANTED)
     made = Cases(Spool(line["images"], halves, draft, TileModel.preprocess), halves, gathered, params.label)
-    fired = iter_fired(line["evaluate"], halves, str(draft.scratch))
+    fired = iter_fired(line["evaluate"].files("firings"), halves, str(draft.scratch))
     return {case.latent: case for case in made.iter_cases(fired, iter_looks(line["evaluate"]), WANTED)}
 
 

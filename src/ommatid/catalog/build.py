@@ -34,10 +34,17 @@ RELATIONS: Mapping[str, tuple[pa.Schema, ...]] = {
     "labels": (schemas.LABELS,),
     "neighbours": (schemas.NEIGHBOURS,),
     "comparisons": (schemas.COMPARISONS,),
+    "fidelity": (schemas.FIDELITY,),
+    "densities": (schemas.DENSITIES,),
+    "cofiring": (schemas.COFIRING,),
+    "levels": (schemas.LEVELS,),
+    "probes": (schemas.PROBES,),
     "features": (schemas.LATENTS, schemas.COMPARISONS, schemas.LABELS),
     "runs": (schemas.COMPARISONS,),
 }
 """Each relation, in the order they are built, and the schemas that say what its columns mean where its SQL does not."""
+EVALUATED = ("latents", "examples", "firings", "comparisons", "fidelity", "densities", "cofiring", "levels", "probes")
+"""Tables of an SAE's evaluation."""
 
 
 def build_catalog(
@@ -141,7 +148,7 @@ def _meaning(relation: str, column: str) -> str:
 
 def _tables(saes: Mapping[str, OneSAE], images: Artefact) -> dict[str, list[str]]:
     """The Parquet files of each table, of all SAEs, by the name of the parameter in SQL."""
-    evaluated = {table: [one.evaluation for one in saes.values()] for table in ("latents", "examples", "firings", "comparisons")}
+    evaluated = {table: [one.evaluation for one in saes.values()] for table in EVALUATED}
     sources = {"images": [images], "labels": [one.labels for one in saes.values()], **evaluated}
     return {table: [str(path) for source in found for path in source.files(table)] for table, found in sources.items()}
 

@@ -1,10 +1,9 @@
 """Stage `evaluate`: what every latent does on the evaluation split, with raw neurons and an untrained SAE beside it.
 
-Two passes over the evaluation tokens, shard by shard, both streamed: the first accumulates, the second gives the intervals and
-the heat maps of the examples that were chosen in between.
+Two passes over the evaluation tokens stream (passes.py); what relates latents to one another, to labels and to a taxonomy is made of the
+firings that they leave (structure.py, meaning.py, probes.py).
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +12,14 @@ import pyarrow as pa
 from ommatid import schemas
 from ommatid.config import EvaluateParams
 from ommatid.errors import ArtefactError
-from ommatid.evaluate.examples import Heat, choose_examples
-from ommatid.evaluate.firings import Firings
-from ommatid.evaluate.stream import iter_images, load_labels
-from ommatid.evaluate.subject import Subject, make_latents, make_subjects
+from ommatid.evaluate.meaning import measure_meaning
+from ommatid.evaluate.passes import Passes
+from ommatid.evaluate.probes import choose_images, measure_probes
+from ommatid.evaluate.stream import load_labels, load_paths
+from ommatid.evaluate.structure import make_densities, measure_structure
+from ommatid.evaluate.subject import Subject, make_latents
 from ommatid.events import Listener, ignore
+from ommatid.halves import iter_fired, load_halves
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, Draft
 
@@ -34,35 +36,35 @@ def evaluate(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draf
     Raises:
         ArtefactError: `target` is not what the SAE was trained to decode.
     """
-    activations, images, target = inputs["extract"], inputs["images"], inputs.get("target")
+    activations, images = inputs["extract"], inputs["images"]
     sae = SAE.load(inputs["train"].path)
-    _check_target(sae.config, target)
-    name = inputs["train"].summary["sae"]
-    subjects = make_subjects(sae, activations, params)
-    labels = load_labels(images)
-    firings = Firings(draft, name)
-    n_images = images.summary["n_eval"]
-    for batch in iter_images(activations, target, sae.config.d_sae, n_images, "evaluate images, first pass", on_event):
-        for subject in subjects:
-            acts = subject.add(batch)
-            if subject.name == "sae":
-                firings.add(batch.numbers, acts)
-    firings.close()
-    examples = choose_examples(draft, firings, params)
-    heat = Heat(examples)
-    for subject in subjects:
-        subject.begin_second_pass()
-    for batch in iter_images(activations, None, sae.config.d_sae, n_images, "evaluate images, second pass", on_event):
-        for subject in subjects:
-            acts = subject.add_again(batch)
-            if subject.name == "sae" and activations.summary["grid"]:
-                heat.add(batch.numbers, acts[:, -math.prod(activations.summary["grid"]) :])
-    draft.write_table("examples.parquet", heat.table(name, activations.summary["grid"]))
-    trained = subjects[0]
-    draft.write_table("latents.parquet", make_latents(name, trained, labels, inputs["train"].summary["dead_latents"]))
+    _check_target(sae.config, inputs.get("target"))
+    name, labels, halves = inputs["train"].summary["sae"], load_labels(images), load_halves(images)
+    probed = choose_images(halves, labels)
+    passes = Passes(params, inputs, sae, probed, draft, on_event)
+    passes.run()
+    trained, subjects, files = passes.subjects[0], passes.subjects, passes.firings.files()
+    fired = iter_fired(files, halves, str(draft.scratch))
+    meaning = measure_meaning(fired, halves, labels, load_paths(images), sae.n_latents)
+    structure = measure_structure(name, files, sae.W_dec, trained.ms.n)
+    assert trained.fidelity and trained.levels, trained.name
     comparisons = [subject.compare(name, labels, activations.summary["judge"]) for subject in subjects]
-    draft.write_table("comparisons.parquet", pa.Table.from_pylist(comparisons, schema=schemas.COMPARISONS))
-    return draft.seal(_summarise(params, comparisons, trained, activations))
+    kinds = [row for subject in subjects for row in subject.kinds(name)]
+    tables = {
+        "examples": passes.heat.table(name),
+        "latents": make_latents(name, trained, labels, inputs["train"].summary["dead_latents"], meaning, structure),
+        "comparisons": pa.Table.from_pylist(comparisons, schema=schemas.COMPARISONS),
+        "fidelity": pa.Table.from_pylist(kinds, schema=schemas.FIDELITY),
+        "densities": make_densities(name, {subject.name: subject.firing for subject in subjects}),
+        "cofiring": structure.cofiring,
+        "levels": trained.levels.table(name, trained.fidelity.whole, trained.ms.scores().ms, meaning.lca_depth),
+        "probes": measure_probes(name, probed, passes.pooled, files, sae.n_latents),
+    }
+    for table, rows in tables.items():
+        draft.write_table(f"{table}.parquet", rows)
+    sealed = draft.seal(_summarise(params, comparisons, trained, activations))
+    passes.forget()
+    return sealed
 
 
 def _check_target(config: SAEConfig, target: Artefact | None) -> None:
@@ -76,7 +78,8 @@ def _check_target(config: SAEConfig, target: Artefact | None) -> None:
 
 def _summarise(params: EvaluateParams, comparisons: list[dict[str, Any]], subject: Subject, activations: Artefact) -> dict[str, Any]:
     mine, untrained, neurons, *_ = comparisons
-    keys = ("sae", "fvu", "cosine", "l0", "dead", "ms", "ms_low", "ms_high", "ms_best", "ms_left_out", "ms_floor", "purity", "judge")
+    keys = ("sae", "fvu", "cosine", "l0", "dead", "ms", "ms_low", "ms_high", "ms_best", "ms_left_out", "ms_floor", "purity")
+    keys += ("coverage", "uniqueness", "judge")
     return {
         **{key: mine[key] for key in keys},
         "ms_untrained": untrained["ms"],

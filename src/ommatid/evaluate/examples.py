@@ -1,5 +1,6 @@
 """The `examples` table: which images show a latent, strong and weak ones, and where in them it fires."""
 
+import math
 from typing import Any
 
 import duckdb
@@ -44,34 +45,34 @@ def choose_examples(draft: Draft, firings: Firings, params: EvaluateParams) -> p
 class Heat:
     """Collects the token activations of the chosen examples."""
 
-    def __init__(self, examples: pa.Table) -> None:
+    def __init__(self, examples: pa.Table, grid: list[int] | None) -> None:
         self._examples = examples
+        self._grid = grid
         images = torch.from_numpy(examples["image"].to_numpy().astype(np.int64))
         self._by_image = images.argsort(stable=True)
         self._images = images[self._by_image]
-        self.make_latents = torch.from_numpy(examples["latent"].to_numpy().astype(np.int64))[self._by_image]
-        self._heat: list[Tensor] = []
-        self._where: list[Tensor] = []
+        self._latents = torch.from_numpy(examples["latent"].to_numpy().astype(np.int64))[self._by_image]
+        self.heat = torch.zeros(len(examples), math.prod(grid or [0]))
+        """Activations of the patches of each example, in order of the images, (examples, patches)."""
 
     def add(self, numbers: Tensor, acts: Tensor) -> None:
-        """Patch activations (images, patches, latents) of some images, in order."""
+        """Token activations (images, tokens, latents) of some images, in order; the patches come last."""
+        if not self._grid:
+            return
         first = int(torch.searchsorted(self._images, numbers[0]))
         last = int(torch.searchsorted(self._images, numbers[-1], right=True))
         place = torch.searchsorted(numbers, self._images[first:last])
         shown = numbers[place] == self._images[first:last]  # images of other shards lie between these
-        self._heat.append(acts[place[shown], :, self.make_latents[first:last][shown]])
-        self._where.append(torch.arange(first, last)[shown])
+        self.heat[first:last][shown] = acts[place[shown], -self.heat.shape[1] :, self._latents[first:last][shown]]
 
-    def table(self, sae: str, grid: list[int] | None) -> pa.Table:
+    def table(self, sae: str) -> pa.Table:
         """The `examples` table."""
         n = len(self._examples)
-        rows, cols = grid or (0, 0)
+        rows, cols = self._grid or (0, 0)
         heat: Any = pa.nulls(n, pa.list_(pa.float32()))
-        if grid and n:
-            by_image = torch.cat(self._heat)[torch.cat(self._where).argsort()]
-            ordered = by_image[self._by_image.argsort()]
+        if self._grid:
             offsets = pa.array(np.arange(n + 1) * rows * cols, pa.int32())
-            heat = pa.ListArray.from_arrays(offsets, pa.array(ordered.flatten().numpy(), pa.float32()))
+            heat = pa.ListArray.from_arrays(offsets, pa.array(self.heat[self._by_image.argsort()].flatten().numpy(), pa.float32()))
         columns = {name: self._examples[name] for name in ("latent", "decile", "rank", "image", "act")}
         columns |= {"sae": pa.array([sae] * n, pa.string()), "heat": heat}
         columns |= {"rows": pa.array([rows] * n, pa.int16()), "cols": pa.array([cols] * n, pa.int16())}

@@ -20,6 +20,8 @@ ENTRIES = 2**22
 class Images:
     """Evaluation images of one step of the stream."""
 
+    shard: int
+    """Shard of the activations that they are in."""
     numbers: Tensor
     """images.image, (images,)."""
     x: Tensor
@@ -31,13 +33,24 @@ class Images:
 
 
 def iter_images(
-    activations: Artefact, target: Artefact | None, d_sae: int, n_images: int, what: str, on_event: Listener
+    activations: Artefact, target: Artefact | None, d_sae: int, n_images: int, what: str, on_event: Listener, first: int = 0
 ) -> Iterator[Images]:
-    """The evaluation images shard by shard, so many at a time that their activations stay bounded."""
+    """The evaluation images shard by shard, so many at a time that their activations stay bounded.
+
+    Args:
+        activations: What is encoded.
+        target: What is to be decoded, where it is other activations.
+        d_sae: Latents, for how many images come at a time.
+        n_images: Images in all, for those who wait.
+        what: Words for them.
+        on_event: Hears of progress.
+        first: The first shard; those before are done.
+    """
     per_image = activations.summary["tokens_per_image"]
     n = max(1, ENTRIES // (per_image * d_sae))
-    done = 0
-    for tokens, embedded in zip(activations.parts("eval"), activations.parts("embeddings"), strict=True):
+    parts = list(zip(activations.parts("eval"), activations.parts("embeddings"), strict=True))
+    done = sum(_count(activations, tokens) // per_image for tokens, _ in parts[:first])
+    for shard, (tokens, embedded) in enumerate(parts[first:], start=first):
         embeddings = _Embeddings(activations.read_part(embedded, ["image", "judge"]))
         ours = _iter_tokens(activations, tokens, n * per_image)
         theirs = _iter_tokens(target, tokens, n * per_image) if target else None
@@ -45,9 +58,15 @@ def iter_images(
             numbers = image[::per_image].contiguous()
             shape = (len(numbers), per_image)
             y = x if theirs is None else _same_images(image, *next(theirs))
-            yield Images(numbers, x.unflatten(0, shape), y.unflatten(0, shape), embeddings.take(numbers))
+            yield Images(shard, numbers, x.unflatten(0, shape), y.unflatten(0, shape), embeddings.take(numbers))
             done += len(numbers)
             on_event(Progress(what, done, n_images))
+
+
+def _count(activations: Artefact, part: str) -> int:
+    """Rows of a part."""
+    with activations.open_part(part) as file:
+        return file.metadata.num_rows
 
 
 def _iter_tokens(activations: Artefact, part: str, n: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -74,10 +93,31 @@ class _Embeddings:
         return self._judge[torch.searchsorted(self._images, numbers)]
 
 
+def load_kinds(activations: Artefact) -> list[str]:
+    """Kind of each token of an image; all images have the same tokens."""
+    per_image = activations.summary["tokens_per_image"]
+    for rows in activations.iter_batches("eval", ["kind"], n_rows=per_image):
+        return rows["kind"].to_pylist()
+    return []
+
+
 def load_labels(images: Artefact) -> dict[int, str]:
-    """Class of each evaluation image that has one."""
-    labels: dict[int, str] = {}
-    for batch in images.iter_batches("images", ["image", "split", "label"], n_rows=4096):
-        rows = zip(*(batch[name].to_pylist() for name in ("image", "split", "label")), strict=True)
-        labels |= {image: label for image, split, label in rows if split == "eval" and label is not None}
-    return labels
+    """Class of each evaluation image that has one; none where there are not two classes: they then say nothing of a latent."""
+    labels = _load_column(images, "label")
+    return labels if len(set(labels.values())) > 1 else {}
+
+
+def load_paths(images: Artefact) -> dict[int, tuple[str, ...]]:
+    """Path from the root of the taxonomy of each evaluation image that has one."""
+    return {image: tuple(path.split("/")) for image, path in _load_column(images, "taxonomy").items()}
+
+
+def _load_column(images: Artefact, column: str) -> dict[int, str]:
+    """Values of the evaluation images that have one."""
+    found: dict[int, str] = {}
+    for batch in images.iter_batches("images", ["image", "split", column], n_rows=4096):
+        if column not in batch.schema.names:
+            return {}  # written before there was such a column
+        rows = zip(*(batch[name].to_pylist() for name in ("image", "split", column)), strict=True)
+        found |= {image: value for image, split, value in rows if split == "eval" and value is not None}
+    return found

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,22 @@ from torch import Tensor
 
 from ommatid import schemas
 from ommatid.config import EvaluateParams
-from ommatid.evaluate.stream import Images
-from ommatid.metrics import Fidelity, Firing, Monosemanticity, MonosemanticityInterval, TopImages, nan_mean, purity
+from ommatid.evaluate.levels import Levels
+from ommatid.evaluate.meaning import Meaning
+from ommatid.evaluate.nulls import none_for_nan, nullable
+from ommatid.evaluate.stream import Images, load_kinds
+from ommatid.evaluate.structure import Structure
+from ommatid.metrics import (
+    FidelityByKind,
+    Firing,
+    Monosemanticity,
+    MonosemanticityInterval,
+    TopImages,
+    coverage,
+    nan_mean,
+    purity,
+    uniqueness,
+)
 from ommatid.reader import load_sample
 from ommatid.sae.baselines import Dictionary, Neurons, make_baseline
 from ommatid.sae.model import SAE, make_untrained
@@ -32,11 +46,16 @@ BASELINE_VALUES = 2**26
 
 
 class Subject:
-    """A dictionary under evaluation: the SAE, an untrained one, the raw neurons, or another baseline."""
+    """A dictionary under evaluation: the SAE, an untrained one, the raw neurons, or another baseline.
 
-    def __init__(self, name: str, dictionary: Dictionary, decodes: bool, d_judge: int, image_activation: str) -> None:
+    Public attributes are what has come together (see checkpoint.py).
+    """
+
+    def __init__(self, name: str, dictionary: Dictionary, kinds: Sequence[str] | None, d_judge: int, image_activation: str) -> None:
+        """`kinds` names the kind of each token of an image; None: the dictionary decodes nothing."""
         self.name = name
-        self.fidelity = Fidelity() if decodes else None
+        self.fidelity = None if kinds is None else FidelityByKind(kinds)
+        self.levels = Levels(dictionary) if name == "sae" and isinstance(dictionary, SAE) else None
         d_latents = dictionary.n_latents
         self.firing = Firing(d_latents)
         self.ms = Monosemanticity(d_latents, d_judge)
@@ -49,9 +68,12 @@ class Subject:
         """First pass; gives the image-level activations (images, latents)."""
         x = batch.x.flatten(0, 1)
         acts = self._dictionary.encode(x)
-        pooled = self._pool(acts.unflatten(0, batch.x.shape[:2]), dim=1)
+        shape = batch.x.shape[:2]
+        pooled = self._pool(acts.unflatten(0, shape), dim=1)
         if self.fidelity:
-            self.fidelity.add(batch.target.flatten(0, 1), self._dictionary.decode(acts), int((acts > 0).sum()))
+            self.fidelity.add(batch.target, self._dictionary.decode(acts).unflatten(0, shape), acts.unflatten(0, shape))
+        if self.levels:
+            self.levels.add(batch.target.flatten(0, 1), acts)
         self.firing.add(acts, pooled)
         self.ms.add(pooled, batch.judge)
         self.top.add(pooled, batch.numbers)
@@ -69,7 +91,11 @@ class Subject:
 
     def purity(self, labels: Mapping[int, str]) -> list[float]:
         """Purity@16 of each latent; NaN without labels or with fewer than 16 firing images."""
-        return purity([[labels[i] for i in images if i in labels] for images in self.top_images()], N_PURITY)
+        return purity(self.top_labels(labels), N_PURITY)
+
+    def top_labels(self, labels: Mapping[int, str]) -> list[list[str]]:
+        """Classes of the strongest firing images of each latent, of those that have one."""
+        return [[labels[i] for i in images if i in labels] for images in self.top_images()]
 
     def top_images(self) -> list[list[int]]:
         """The strongest firing images of each latent, strongest first."""
@@ -77,19 +103,27 @@ class Subject:
         images = self.top.images.T.tolist()
         return [[i for i, fired in zip(*pair, strict=True) if fired] for pair in zip(images, fires, strict=True)]
 
+    def uniqueness(self) -> Tensor:
+        """Of each latent, (latents,); NaN with fewer than 16 firing images."""
+        return uniqueness(torch.where(self.top.acts > 0, self.top.images, -1).T.contiguous())
+
     def compare(self, sae: str, labels: Mapping[int, str], judge: str) -> dict[str, Any]:
         """The row of `comparisons`."""
         scores = self.ms.scores()
         low, high = self.interval.of_mean()
         undefined = int(scores.ms.isnan().sum())
+        fidelity = self.fidelity.whole if self.fidelity else None
         values = {
-            "fvu": self.fidelity.fvu if self.fidelity else math.nan,
-            "cosine": self.fidelity.cosine if self.fidelity else math.nan,
+            "fvu": fidelity.fvu if fidelity else math.nan,
+            "cosine": fidelity.cosine if fidelity else math.nan,
             "ms": nan_mean(scores.ms),
             "ms_low": low,
             "ms_high": high,
             "ms_best": float(scores.ms[~scores.ms.isnan()].max()) if undefined < len(scores.ms) else math.nan,
+            "ms_floor": scores.floor,
             "purity": nan_mean(torch.tensor(self.purity(labels), dtype=torch.float64)),
+            "coverage": coverage(self.top_labels(labels), N_PURITY, len(set(labels.values()))),
+            "uniqueness": nan_mean(self.uniqueness()),
         }
         return {
             "sae": sae,
@@ -98,10 +132,18 @@ class Subject:
             "l0": float(self.firing.count.sum()) / self.firing.n_tokens,
             "dead": float(self.firing.is_dead.double().mean()),
             "ms_left_out": undefined,
-            "ms_floor": scores.floor,
             "judge": judge,
-            **{key: _none_if_nan(value) for key, value in values.items()},
+            **none_for_nan(values),
         }
+
+    def kinds(self, sae: str) -> list[dict[str, Any]]:
+        """The rows of `fidelity`."""
+        found = {**self.fidelity.of, "all": self.fidelity.whole} if self.fidelity else {}
+        return [
+            {"sae": sae, "dictionary": self.name, "kind": kind, "n_tokens": one.n}
+            | none_for_nan({"fvu": one.fvu, "cosine": one.cosine, "l0": one.l0})
+            for kind, one in found.items()
+        ]
 
 
 def make_subjects(sae: SAE, activations: Artefact, params: EvaluateParams) -> list[Subject]:
@@ -116,42 +158,44 @@ def make_subjects(sae: SAE, activations: Artefact, params: EvaluateParams) -> li
         sample = load_sample(activations, min(BASELINE_TOKENS, BASELINE_VALUES // sae.config.d_model))
         dictionaries |= {kind: make_baseline(kind, sae.config, sample, CONTROL_SEED) for kind in params.baselines}
     is_transcoder = sae.config.target is not None  # the others decode the activations that they encode, and nothing else
+    kinds = load_kinds(activations)
     return [
-        Subject(name, dictionary, name == "sae" or (name != "neurons" and not is_transcoder), d_judge, pool)
+        Subject(name, dictionary, kinds if name == "sae" or (name != "neurons" and not is_transcoder) else None, d_judge, pool)
         for name, dictionary in dictionaries.items()
     ]
 
 
-def make_latents(sae: str, subject: Subject, labels: Mapping[int, str], dead_in_training: list[int]) -> pa.Table:
+def make_latents(
+    sae: str, subject: Subject, labels: Mapping[int, str], dead_in_training: list[int], meaning: Meaning, structure: Structure
+) -> pa.Table:
     """The `latents` table."""
     firing = subject.firing
     n = len(firing.count)
     low, high = subject.interval.of_latents()
-    classes = [[name for name, _ in Counter(labels[i] for i in top if i in labels).most_common(3)] for top in subject.top_images()]
+    classes = [[name for name, _ in Counter(top).most_common(3)] for top in subject.top_labels(labels)]
+    duplicate_of = structure.duplicate_of.numpy()
     was_dead = torch.zeros(n, dtype=torch.bool)
     was_dead[dead_in_training] = True
     columns = {
         "sae": [sae] * n,
         "latent": np.arange(n, dtype=np.int32),
         "density": firing.density.numpy(),
-        "mean_act": _nullable(firing.mean),
+        "mean_act": nullable(firing.mean),
         "max_act": firing.max.numpy(),
         "n_images": firing.n_images.int().numpy(),
         "is_dead": firing.is_dead.numpy(),
         "dead_in_training": was_dead.numpy(),
-        "ms": _nullable(subject.ms.scores().ms),
-        "ms_low": _nullable(low),
-        "ms_high": _nullable(high),
-        "purity": _nullable(torch.tensor(subject.purity(labels), dtype=torch.float64)),
+        "ms": nullable(subject.ms.scores().ms),
+        "ms_low": nullable(low),
+        "ms_high": nullable(high),
+        "purity": nullable(torch.tensor(subject.purity(labels), dtype=torch.float64)),
+        "purity_64": nullable(meaning.purity_64),
         "top_classes": classes,
+        "label_entropy": nullable(meaning.label_entropy),
+        "lca_depth": nullable(meaning.lca_depth).cast(pa.int32()),
+        "uniqueness": nullable(subject.uniqueness()),
+        "is_dense": firing.is_dense.numpy(),
+        "is_rare": firing.is_rare.numpy(),
+        "duplicate_of": pa.array(duplicate_of, pa.int32(), mask=duplicate_of < 0),
     }
     return pa.table(columns, schema=schemas.LATENTS)
-
-
-def _nullable(x: Tensor) -> pa.Array:
-    return pa.array(x.numpy(), pa.float64(), from_pandas=True)
-
-
-def _none_if_nan(x: float) -> float | None:
-    """NULL in tables and JSON."""
-    return None if math.isnan(x) else x

@@ -7,7 +7,8 @@ from itertools import chain, zip_longest
 import numpy as np
 
 from ommatid.config import LabelParams
-from ommatid.label.examples import Fired, Halves, draw_silent
+from ommatid.halves import Fired, Halves
+from ommatid.label.examples import draw_silent
 from ommatid.label.gathered import Gathered
 from ommatid.label.labeller import Case, Example
 from ommatid.store import Artefact, Draft

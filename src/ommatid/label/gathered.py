@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ommatid.config import LabelParams
-from ommatid.label.examples import MAX_FIRING, N_HARD_LATENTS, Fired, Halves
+from ommatid.halves import Fired, Halves
+from ommatid.label.examples import MAX_FIRING, N_HARD_LATENTS
 from ommatid.metrics import unit
 from ommatid.sae.model import SAE
 from ommatid.store import Artefact

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ommatid.config import LabelParams, Model
 from ommatid.events import Listener, Warned, ignore
-from ommatid.label.examples import Halves, load_halves
+from ommatid.halves import Halves, load_halves
 from ommatid.label.labellers import Source, Words, make_source
 from ommatid.label.texts import Texts
 from ommatid.label.vocabulary import load_words

@@ -7,9 +7,9 @@ import pyarrow as pa
 
 from ommatid import schemas
 from ommatid.events import Progress
+from ommatid.halves import Fired
 from ommatid.label.asked import ask_each
 from ommatid.label.controls import Controls
-from ommatid.label.examples import Fired
 from ommatid.label.labeller import Detector
 from ommatid.label.labellers import Asked
 from ommatid.label.naming import Answers

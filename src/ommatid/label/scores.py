@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ommatid.halves import Fired, Halves
 from ommatid.label.controls import Tried
-from ommatid.label.examples import Fired, Halves, Test, draw_test
+from ommatid.label.examples import Test, draw_test
 from ommatid.label.gathered import Gathered
 from ommatid.metrics import auroc, balanced_accuracy, best_threshold, rank_correlation
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from ommatid.config import LabelParams
 from ommatid.events import Listener
+from ommatid.halves import Fired, iter_fired
 from ommatid.label.cases import Spool
-from ommatid.label.examples import Fired, iter_fired
 from ommatid.label.gathered import Gathered, nearest_latents
 from ommatid.label.material import Material
 from ommatid.store import Artefact, Draft
@@ -36,7 +36,7 @@ class Subject:
 
     def iter_fired(self) -> Iterator[Fired]:
         """The latents that fire, in order."""
-        return iter_fired(self.inputs["evaluate"], self.material.halves, str(self.draft.scratch))
+        return iter_fired(self.inputs["evaluate"].files("firings"), self.material.halves, str(self.draft.scratch))
 
     def spool(self) -> Spool:
         """The encoded images, which are copied for that where they have not been."""

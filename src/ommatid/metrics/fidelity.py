@@ -1,7 +1,7 @@
 """How well x̂ stands for x."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -81,6 +81,30 @@ class Fidelity:
     def l0(self) -> float:
         """Mean number of latents that fire a token."""
         return self.n_firings / self.n if self.n else math.nan
+
+
+class FidelityByKind:
+    """Fidelity of each kind of token (cls, patch, ...), and of all of them."""
+
+    def __init__(self, kinds: Sequence[str]) -> None:
+        """`kinds` names the kind of each token of an image, in order."""
+        self.of = {kind: Fidelity() for kind in kinds}
+        self._places = {kind: torch.tensor([i for i, own in enumerate(kinds) if own == kind]) for kind in self.of}
+
+    def add(self, x_btd: Tensor, x_hat_btd: Tensor, acts_bts: Tensor) -> None:
+        """Add images: x and x̂ (images, tokens, d_model) and the latents' activations (images, tokens, d_sae)."""
+        for kind, fidelity in self.of.items():
+            mine = (tokens if len(self.of) == 1 else tokens[:, self._places[kind]] for tokens in (x_btd, x_hat_btd, acts_bts))
+            x, x_hat, acts = (tokens.flatten(0, 1) for tokens in mine)
+            fidelity.add(x, x_hat, int((acts > 0).sum()))
+
+    @property
+    def whole(self) -> Fidelity:
+        """Of all tokens together."""
+        found = Fidelity()
+        for fidelity in self.of.values():
+            found.merge(fidelity)
+        return found
 
 
 def _squares(x_bd: Tensor) -> Tensor:

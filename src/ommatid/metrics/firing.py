@@ -1,9 +1,16 @@
 """On how many tokens and images latents fire, and on which images most strongly."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+DENSE = 0.1
+"""Share of tokens above which a latent is dense. Such latents carry position, norm or context rather than one thing that is in some
+images (arXiv 2506.15679)."""
+RARE = 16
+"""Images below which a latent that fires is rare: what is said of its 16 strongest images (purity, uniqueness) cannot be said of it."""
 
 
 class Firing:
@@ -38,6 +45,37 @@ class Firing:
     def is_dead(self) -> Tensor:
         """Never fired, (d_sae,)."""
         return self.count == 0
+
+    @property
+    def is_dense(self) -> Tensor:
+        """Fires on more than `DENSE` of the tokens, (d_sae,)."""
+        return self.density > DENSE
+
+    @property
+    def is_rare(self) -> Tensor:
+        """Fires, but on fewer than `RARE` images, (d_sae,)."""
+        return (self.n_images > 0) & (self.n_images < RARE)
+
+
+@dataclass(frozen=True)
+class Decade:
+    """Latents whose density is of one order of magnitude."""
+
+    low: float
+    """Least density; 0: those that never fire."""
+    high: float
+    """Density below which they are, but 1 is within the last."""
+    n_latents: int
+    """How many."""
+
+
+def density_histogram(density_s: Tensor, n_tokens: int) -> list[Decade]:
+    """Latents by order of magnitude of their density: first the dead, then every decade from that of one token in all to 0.1 to 1."""
+    lowest = math.floor(math.log10(1 / n_tokens)) if n_tokens else -1
+    edges = torch.tensor([10.0**power for power in range(lowest, 0)], dtype=torch.float64)
+    counts = torch.bincount(torch.bucketize(density_s.double(), edges, right=True), minlength=len(edges) + 1)
+    lows, highs = [0.0, *edges.tolist()], [0.0, *edges.tolist()[1:], 1.0]
+    return [Decade(*row) for row in zip(lows, highs, counts.tolist(), strict=True)]
 
 
 class TopImages:

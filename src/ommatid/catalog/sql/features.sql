@@ -25,10 +25,16 @@ SELECT
     comparisons.judge,
     latents.density,
     latents.is_dead,
+    latents.is_dense,
+    latents.is_rare,
     latents.mean_act,
     latents.max_act,
     latents.n_images,
     latents.purity,
+    latents.label_entropy,
+    latents.lca_depth,
+    latents.uniqueness,
+    latents.duplicate_of,
     latents.top_classes
 FROM latents
 LEFT JOIN best ON best.sae = latents.sae AND best.latent = latents.latent

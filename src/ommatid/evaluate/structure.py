@@ -1,0 +1,138 @@
+"""How latents of an SAE relate to one another: the `cofiring` table, near duplicates, the `densities` table."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from ommatid import schemas
+from ommatid.metrics import CoFiring, Firing, density_histogram, unit
+from ommatid.store import read_part
+
+N_PARTNERS = 8
+"""Partners kept of a latent."""
+MIN_BOTH = 8
+"""Images on which both must fire: the 95 % interval of a count of 8 is 3.5 to 15.8, so the lift is known to a factor of about two."""
+DUPLICATE_COSINE = 0.9
+"""Directions at least this near are the same, as where SAEs of two seeds are matched."""
+DUPLICATE_JACCARD = 0.5
+"""And then they are duplicates where they share at least half of the images on which either fires."""
+PAIRS = 2**26
+"""Pairs of latents that are counted in one pass over the firings: 256 MB."""
+VALUES = 2**24
+"""Of images x latents made dense at once: 64 MB."""
+PAIRS_AT_ONCE = 2**22
+"""Whose lift and Jaccard are held at once: 32 MB each."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What `measure_structure` gives."""
+
+    cofiring: pa.Table
+    """The table."""
+    duplicate_of: Tensor
+    """Near duplicate of each latent, (d_sae,) int64; -1 where there is none."""
+
+
+def measure_structure(name: str, files: Sequence[str], directions_sd: Tensor, n_images: int) -> Structure:
+    """Compare all pairs of latents.
+
+    Memory is bounded by PAIRS, VALUES and PAIRS_AT_ONCE, whatever the number of images and latents; time grows with images ·
+    latents², the products being dense.
+
+    Args:
+        name: Of the SAE.
+        files: Parts of its table `firings`.
+        directions_sd: Of the latents, (d_sae, d_model).
+        n_images: Evaluation images.
+    """
+    d_sae = len(directions_sd)
+    directions = unit(directions_sd).float()
+    tables, duplicates = [], []
+    step = max(1, PAIRS // d_sae)
+    for start in range(0, d_sae, step):
+        tile = range(start, min(start + step, d_sae))
+        counted = CoFiring(tile, d_sae)
+        for fires in iter_fires(files, d_sae):
+            counted.add(fires)
+        for rows in _slices(len(tile), max(1, PAIRS_AT_ONCE // d_sae)):
+            latents = torch.arange(start + rows.start, start + rows.stop)
+            tables.append(_partners(name, latents, counted, rows, n_images))
+            duplicates.append(_duplicates(latents, directions, counted.jaccard(rows)))
+    return Structure(pa.concat_tables(tables), torch.cat(duplicates))
+
+
+def iter_fires(files: Sequence[str], d_sae: int) -> Iterator[Tensor]:
+    """Which latents fire on each image on which any does, some images at a time: (images, d_sae) float32, 0 or 1.
+
+    `files` are parts of a table `firings` as they are written: rows of an image follow one another, across parts too.
+    """
+    per_step = max(1, VALUES // d_sae)
+    rest = np.empty((0, 2), np.int64)
+    for file in files:
+        part = read_part(Path(file), ["image", "latent"])
+        rows = np.concatenate([rest, np.stack([part[column].to_numpy().astype(np.int64) for column in ("image", "latent")], axis=1)])
+        starts = np.flatnonzero(np.diff(rows[:, 0], prepend=-1))
+        whole, rest = (rows[: starts[-1]], rows[starts[-1] :]) if len(starts) else (rows, rows)
+        yield from _dense(whole, starts[:-1], d_sae, per_step)
+    if len(rest):
+        yield from _dense(rest, np.zeros(1, np.int64), d_sae, per_step)
+
+
+def _dense(rows: np.ndarray, starts: np.ndarray, d_sae: int, per_step: int) -> Iterator[Tensor]:
+    """Rows of whole images, which begin at `starts`."""
+    for first in range(0, len(starts), per_step):
+        bounds = np.append(starts, len(rows))[first : first + per_step + 1]
+        places = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+        fires = torch.zeros(len(bounds) - 1, d_sae)
+        fires[torch.from_numpy(places), torch.from_numpy(rows[bounds[0] : bounds[-1], 1])] = 1
+        yield fires
+
+
+def _partners(name: str, latents: Tensor, counted: CoFiring, rows: slice, n_images: int) -> pa.Table:
+    """Rows of `cofiring`: the partners of highest lift, the lower latent first where they are equal."""
+    lift, jaccard, both = counted.lift(rows, n_images), counted.jaccard(rows), counted.counts[rows]
+    lift[(both < MIN_BOTH) | (lift.nan_to_num() <= 1)] = 0
+    lift[torch.arange(len(latents)), latents] = 0
+    others = lift.topk(min(N_PARTNERS, lift.shape[1]), dim=1).indices.sort(dim=1).values
+    others = others.gather(1, lift.gather(1, others).sort(dim=1, descending=True, stable=True).indices)
+    row, place = (lift.gather(1, others) > 0).nonzero(as_tuple=True)
+    other = others[row, place]
+    columns = {
+        "sae": pa.array([name] * len(row), pa.string()),
+        "latent": latents[row].int().numpy(),
+        "rank": (place + 1).int().numpy(),
+        "other": other.int().numpy(),
+        "lift": lift[row, other].numpy(),
+        "jaccard": jaccard[row, other].numpy(),
+        "n_both": both[row, other].int().numpy(),
+    }
+    return pa.table(columns, schema=schemas.COFIRING)
+
+
+def _duplicates(latents: Tensor, directions: Tensor, jaccard: Tensor) -> Tensor:
+    """The nearest direction among near duplicates, -1 without, (latents,)."""
+    cosine = directions[latents] @ directions.T
+    cosine[(cosine < DUPLICATE_COSINE) | (jaccard < DUPLICATE_JACCARD)] = 0
+    cosine[torch.arange(len(latents)), latents] = 0
+    nearest = cosine.max(dim=1)
+    return torch.where(nearest.values > 0, nearest.indices, -1)
+
+
+def _slices(n: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def make_densities(name: str, firings: Mapping[str, Firing]) -> pa.Table:
+    """The `densities` table, from the firings of each dictionary by its name."""
+    rows = [
+        {"sae": name, "dictionary": dictionary, "low": decade.low, "high": decade.high, "n_latents": decade.n_latents}
+        for dictionary, firing in firings.items()
+        for decade in density_histogram(firing.density, firing.n_tokens)
+    ]
+    return pa.Table.from_pylist(rows, schema=schemas.DENSITIES)
