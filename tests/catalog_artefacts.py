@@ -69,6 +69,7 @@ LABELS = [
     (1, "words", "ok", "truck", 0.6, 0.5),
     (2, "words", "too_few_examples", None, None, None),
 ]
+ZERO_SHOT = [("plain", 0.9, 1.0), ("sae", 0.8, 0.85), ("sae_with_error", 0.9, 1.0), ("mean", 0.2, 0.0), ("untrained", 0.5, 0.4)]
 COMPARISONS = [("sae", 0.2, 0.7), ("untrained", 0.6, 0.5), ("neurons", None, 0.4)]
 
 
@@ -176,6 +177,9 @@ def _evaluation(draft: Draft, name: str) -> dict[str, Any]:
         "comparisons.parquet",
         columns(schemas.COMPARISONS, compared, "dictionary fvu ms", sae=sae, ms_floor=0.35, judge="lite2", **constant),
     )
+    shown = dict(n_images=6, n_classes=3, n_replaced=4, n_tokens=4, logit_scale=10.0, accuracy_low=0.0, accuracy_high=1.0)
+    rows = [(*row, 1 - row[1]) for row in ZERO_SHOT]
+    draft.write_table("zero_shot.parquet", columns(schemas.ZERO_SHOT, rows, "spliced accuracy recovered cross_entropy", sae=sae, **shown))
     return {"sae": sae}
 
 

@@ -28,10 +28,12 @@ GRAIN = {
     "labels": "sae, latent, labeller",
     "neighbours": "sae, latent, rank",
     "comparisons": "sae, dictionary",
+    "zero_shot": "sae, spliced",
     "features": "sae, latent",
     "runs": "sae",
 }
-COUNTS = {"images": 6, "latents": 4, "examples": 7, "firings": 7, "labels": 5, "neighbours": 8, "comparisons": 3, "features": 4, "runs": 1}
+COUNTS = {"images": 6, "latents": 4, "examples": 7, "firings": 7, "labels": 5, "neighbours": 8, "features": 4, "runs": 1}
+COUNTS |= {"comparisons": 3, "zero_shot": 5}
 
 
 # ---- relations
@@ -55,7 +57,7 @@ def test_every_column_says_what_it_means(catalog: Catalog) -> None:
 
 def test_tables_have_the_columns_of_their_schemas(catalog: Catalog) -> None:
     relations = {name: [column.name for column in columns] for name, columns in catalog.relations().items()}
-    for table in ("latents", "examples", "firings", "labels", "neighbours", "comparisons"):
+    for table in ("latents", "examples", "firings", "labels", "neighbours", "comparisons", "zero_shot"):
         assert relations[table] == getattr(schemas, table.upper()).names
     assert relations["images"] == [name for name in schemas.IMAGES.names if name != "encoded"] + ["seen_width", "seen_height"]
 

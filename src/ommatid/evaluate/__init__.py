@@ -1,7 +1,7 @@
 """Stage `evaluate`: what every latent does on the evaluation split, with raw neurons and an untrained SAE beside it.
 
 Two passes over the evaluation tokens, shard by shard, both streamed: the first accumulates, the second gives the intervals and
-the heat maps of the examples that were chosen in between.
+the heat maps of the examples that were chosen in between. Then the model itself runs over some of the images (zero_shot.py).
 """
 
 import math
@@ -17,6 +17,7 @@ from ommatid.evaluate.examples import Heat, choose_examples
 from ommatid.evaluate.firings import Firings
 from ommatid.evaluate.stream import iter_images, load_labels
 from ommatid.evaluate.subject import Subject, make_latents, make_subjects
+from ommatid.evaluate.zero_shot import measure_zero_shot
 from ommatid.events import Listener, ignore
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, Draft
@@ -62,7 +63,9 @@ def evaluate(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draf
     draft.write_table("latents.parquet", make_latents(name, trained, labels, inputs["train"].summary["dead_latents"]))
     comparisons = [subject.compare(name, labels, activations.summary["judge"]) for subject in subjects]
     draft.write_table("comparisons.parquet", pa.Table.from_pylist(comparisons, schema=schemas.COMPARISONS))
-    return draft.seal(_summarise(params, comparisons, trained, activations))
+    zero_shot = measure_zero_shot(name, {one.name: one.dictionary for one in subjects if one.fidelity}, inputs, on_event)
+    draft.write_table("zero_shot.parquet", zero_shot.table())
+    return draft.seal(_summarise(params, comparisons, trained, activations) | zero_shot.summary())
 
 
 def _check_target(config: SAEConfig, target: Artefact | None) -> None:

@@ -74,10 +74,10 @@ class _Embeddings:
         return self._judge[torch.searchsorted(self._images, numbers)]
 
 
-def load_labels(images: Artefact) -> dict[int, str]:
-    """Class of each evaluation image that has one."""
+def load_labels(images: Artefact, of_split: str = "eval") -> dict[int, str]:
+    """Class of each image of a split that has one."""
     labels: dict[int, str] = {}
     for batch in images.iter_batches("images", ["image", "split", "label"], n_rows=4096):
         rows = zip(*(batch[name].to_pylist() for name in ("image", "split", "label")), strict=True)
-        labels |= {image: label for image, split, label in rows if split == "eval" and label is not None}
+        labels |= {image: label for image, split, label in rows if split == of_split and label is not None}
     return labels

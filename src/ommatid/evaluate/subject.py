@@ -36,22 +36,22 @@ class Subject:
 
     def __init__(self, name: str, dictionary: Dictionary, decodes: bool, d_judge: int, image_activation: str) -> None:
         self.name = name
+        self.dictionary = dictionary
         self.fidelity = Fidelity() if decodes else None
         d_latents = dictionary.n_latents
         self.firing = Firing(d_latents)
         self.ms = Monosemanticity(d_latents, d_judge)
         self.top = TopImages(d_latents, N_PURITY)
         self.interval: MonosemanticityInterval
-        self._dictionary = dictionary
         self._pool = torch.amax if image_activation == "max" else torch.mean
 
     def add(self, batch: Images) -> Tensor:
         """First pass; gives the image-level activations (images, latents)."""
         x = batch.x.flatten(0, 1)
-        acts = self._dictionary.encode(x)
+        acts = self.dictionary.encode(x)
         pooled = self._pool(acts.unflatten(0, batch.x.shape[:2]), dim=1)
         if self.fidelity:
-            self.fidelity.add(batch.target.flatten(0, 1), self._dictionary.decode(acts), int((acts > 0).sum()))
+            self.fidelity.add(batch.target.flatten(0, 1), self.dictionary.decode(acts), int((acts > 0).sum()))
         self.firing.add(acts, pooled)
         self.ms.add(pooled, batch.judge)
         self.top.add(pooled, batch.numbers)
@@ -63,7 +63,7 @@ class Subject:
 
     def add_again(self, batch: Images) -> Tensor:
         """Second pass; gives the token activations (images, tokens, latents)."""
-        acts = self._dictionary.encode(batch.x.flatten(0, 1)).unflatten(0, batch.x.shape[:2])
+        acts = self.dictionary.encode(batch.x.flatten(0, 1)).unflatten(0, batch.x.shape[:2])
         self.interval.add(self._pool(acts, dim=1), batch.judge)
         return acts
 
@@ -100,7 +100,7 @@ class Subject:
             "ms_left_out": undefined,
             "ms_floor": scores.floor,
             "judge": judge,
-            **{key: _none_if_nan(value) for key, value in values.items()},
+            **{key: none_if_nan(value) for key, value in values.items()},
         }
 
 
@@ -152,6 +152,6 @@ def _nullable(x: Tensor) -> pa.Array:
     return pa.array(x.numpy(), pa.float64(), from_pandas=True)
 
 
-def _none_if_nan(x: float) -> float | None:
+def none_if_nan(x: float) -> float | None:
     """NULL in tables and JSON."""
     return None if math.isnan(x) else x

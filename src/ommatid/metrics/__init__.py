@@ -9,10 +9,13 @@ from ommatid.metrics.firing import Firing, TopImages
 from ommatid.metrics.meaning import purity
 from ommatid.metrics.monosemanticity import Monosemanticity, MonosemanticityInterval, MonosemanticityScores
 from ommatid.metrics.vectors import nan_mean, unit
+from ommatid.metrics.zero_shot import Classified, Interval, classify, fit_scale, recovered
 
 __all__ = [
+    "Classified",
     "Fidelity",
     "Firing",
+    "Interval",
     "Monosemanticity",
     "MonosemanticityInterval",
     "MonosemanticityScores",
@@ -20,7 +23,10 @@ __all__ = [
     "auroc",
     "balanced_accuracy",
     "best_threshold",
+    "classify",
+    "fit_scale",
     "nan_mean",
     "purity",
+    "recovered",
     "unit",
 ]
