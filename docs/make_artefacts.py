@@ -34,7 +34,7 @@ object store ([storage.md](storage.md)).
 | `data/sae/<sae>` | train | `sae.safetensors`, `cfg.json`, table `curves`; its params are those of this SAE alone |
 | `data/evaluation`, `data/labels` | evaluate, label | the same folders, by the same names |
 | `data/evaluation/<sae>` | evaluate | of latents: tables `latents`, `examples`, `firings`, `cofiring` |
-| | | of the whole: tables `comparisons`, `fidelity`, `densities`, `levels`, `probes` |
+| | | of the whole: tables `comparisons`, `fidelity`, `densities`, `levels`, `probes`, `zero_shot` |
 | `data/labels/<sae>` | label | table `labels` |
 | `data/catalog` | catalog | `catalog.duckdb`, made from the others |
 
@@ -62,6 +62,7 @@ TABLES = {
     "cofiring": ("evaluation/<sae>", schemas.COFIRING),
     "levels": ("evaluation/<sae>", schemas.LEVELS),
     "probes": ("evaluation/<sae>", schemas.PROBES),
+    "zero_shot": ("evaluation/<sae>", schemas.ZERO_SHOT),
     "labels": ("labels/<sae>", schemas.LABELS),
 }
 

@@ -80,6 +80,7 @@ LABELS = [
     (1, "words", 1, "ok", "truck", 0.6, 0.7),
     (2, "words", 1, "too_few_examples", None, None, None),
 ]
+ZERO_SHOT = [("plain", 0.9, 1.0), ("sae", 0.8, 0.85), ("sae_with_error", 0.9, 1.0), ("mean", 0.2, 0.0), ("untrained", 0.5, 0.4)]
 COMPARISONS = [("sae", 0.2, 0.7), ("untrained", 0.6, 0.5), ("neurons", None, 0.4)]
 
 
@@ -200,6 +201,9 @@ def _evaluation(draft: Draft, name: str) -> dict[str, Any]:
     }
     for table, rows in related.items():
         draft.write_table(f"{table}.parquet", rows)
+    shown = dict(n_images=6, n_classes=3, n_replaced=4, n_tokens=4, logit_scale=10.0, accuracy_low=0.0, accuracy_high=1.0)
+    rows = [(*row, 1 - row[1]) for row in ZERO_SHOT]
+    draft.write_table("zero_shot.parquet", columns(schemas.ZERO_SHOT, rows, "spliced accuracy recovered cross_entropy", sae=sae, **shown))
     return {"sae": sae}
 
 

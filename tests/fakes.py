@@ -13,7 +13,7 @@ from ommatid import store
 from ommatid.config import Params, load_params, make_params
 from ommatid.images import make_images
 from ommatid.store import Artefact
-from ommatid.vlm import Captured, Hookpoint
+from ommatid.vlm import Captured, Hookpoint, Replacement
 from ommatid.vlm.preprocess import Preprocess
 
 COLOURS = {"red": (240, 128, 128), "green": (128, 240, 128), "blue": (128, 128, 240), "grey": (128, 128, 128)}
@@ -69,6 +69,7 @@ class TileModel:
     d_embed = 3
     d_model = 8
     text_templates = ("a photo of a {}",)
+    logit_scale = None
     preprocess = Preprocess(resize=(32, 48), crop=(32, 48), interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1))
     preprocessing = preprocess.as_json()
     hookpoints = {"tiles": Hookpoint(8, ("cls",), GRID), "cls": Hookpoint(8, ("cls",), None)}  # noqa: RUF012
@@ -91,6 +92,11 @@ class TileModel:
         cls = patches.mean(1, keepdim=True)
         tokens = {"tiles": torch.cat([cls, patches], dim=1), "cls": cls}
         return Captured({name: tokens[name] for name in hookpoints}, colours.mean((1, 2)) + 0.01)
+
+    def splice(self, pixels: torch.Tensor, hookpoint: str, replacements: Sequence[Replacement]) -> tuple[torch.Tensor, ...]:
+        tokens = self.capture(pixels, [hookpoint]).tokens[hookpoint]
+        n_special = len(self.hookpoints[hookpoint].special) if self.hookpoints[hookpoint].grid else 0
+        return tuple(replace(tokens)[:, n_special:].mean(1) @ self.spread.T + 0.01 for replace in replacements)
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.colours(pixels).mean((1, 2)) + 0.03

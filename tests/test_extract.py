@@ -171,6 +171,13 @@ def test_token_policies() -> None:
     torch.testing.assert_close(TokenPicker("h", whole, "pooled").pick(x)[:, 0], x[:, 2:].mean(1))
     torch.testing.assert_close(TokenPicker("h", whole, "register").pick(x), x[:, 1:2])
     torch.testing.assert_close(TokenPicker("h", whole, "patch").pick(x), x[:, 2:])
+    for policy, kept in (("patch", slice(2, 8)), ("cls", slice(0, 1)), ("all", slice(0, 8))):
+        picker, expected = TokenPicker("h", whole, policy), x.clone()
+        expected[:, kept] = -1
+        torch.testing.assert_close(picker.put(x, torch.full_like(picker.pick(x), -1, dtype=torch.float64)), expected)
+    assert x.min() == 0  # what was given stayed what it was
+    with pytest.raises(ModelError, match="pooled is the mean of the patches at h"):
+        TokenPicker("h", whole, "pooled").put(x, x[:, :1])
     assert TokenPicker("h", whole, "register").grid is None
     assert TokenPicker("h", whole, "all").grid == GRID
     with pytest.raises(ModelError, match="'cls' is not at hookpoint h; it has patch, pooled, all"):

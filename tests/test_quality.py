@@ -376,13 +376,24 @@ def comparison_rows() -> Rows:
     return [{**rest, **other, "dictionary": name, "fvu": fvu} for name, fvu in names.items()]
 
 
+def zero_shot_rows(with_error: float) -> Rows:
+    rest = {"sae": "s", "n_images": 9, "n_classes": 3, "n_replaced": 4, "n_tokens": 4, "logit_scale": 10.0}
+    rest |= dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high"), 0.5) | dict.fromkeys(
+        ("recovered", "recovered_low", "recovered_high")
+    )
+    return [
+        {**rest, "spliced": name, "cross_entropy": loss} for name, loss in (("plain", 1.5), ("sae", 1.9), ("sae_with_error", with_error))
+    ]
+
+
 def evaluation_artefact(folder: Path, **changed: Rows) -> Artefact:
     return inside_of(folder, "evaluation", {ONE: evaluation_files(**changed)})
 
 
 def evaluation_files(**changed: Rows) -> Files:
-    rows = {"latents": latent_rows(), "examples": example_rows(), "firings": firing_rows(), "comparisons": comparison_rows(), **changed}
-    of = {"latents": schemas.LATENTS, "examples": schemas.EXAMPLES, "firings": schemas.FIRINGS, "comparisons": schemas.COMPARISONS}
+    rows = {"latents": latent_rows(), "examples": example_rows(), "firings": firing_rows(), "comparisons": comparison_rows()}
+    rows |= {"zero_shot": zero_shot_rows(1.504), **changed}
+    of = {name: getattr(schemas, name.upper()) for name in rows}
     return {f"{name}.parquet": table(of[name], rows[name]) for name in of}
 
 
@@ -394,6 +405,8 @@ def edited(rows: Rows, index: int, **change: Any) -> Rows:
 def test_evaluate_passes(tmp_path: Path, params: Params) -> None:
     report = check("evaluate", evaluation_artefact(tmp_path), params)
     assert report.success, report.failures
+    without = check("evaluate", evaluation_artefact(tmp_path / "no zero-shot", zero_shot=[]), params)
+    assert without.success, without.failures
 
 
 @pytest.mark.parametrize(
@@ -421,6 +434,7 @@ def test_evaluate_passes(tmp_path: Path, params: Params) -> None:
         ({"comparisons": edited(comparison_rows(), 1, fvu=0.2)}, "FVU is below the untrained SAE's", ["-0.1"]),
         ({"comparisons": edited(comparison_rows(), 1, fvu=None)}, "both FVUs are numbers", ["null"]),
         ({"comparisons": comparison_rows()[:2]}, "baselines are there", ["neurons"]),
+        ({"zero_shot": zero_shot_rows(1.45)}, "splicing changes nothing by itself", ["0.05"]),
     ],
 )
 def test_evaluate_damage_is_named(tmp_path: Path, params: Params, changed: dict[str, Rows], name: str, words: list[str]) -> None:

@@ -70,6 +70,14 @@ def test_pure_latents_rank_above_mixed_above_floor(line: dict[str, Artefact]) ->
     assert line["evaluate"].summary["ms_left_out"] == 1
 
 
+def test_zero_shot_stands_beside_the_rest(line: dict[str, Artefact]) -> None:
+    rows = {row["spliced"]: row for row in line["evaluate"].read("zero_shot").to_pylist()}
+    assert list(rows) == ["plain", "sae", "sae_with_error", "mean", "untrained", "pca", "kmeans", "nmf"]
+    assert {row["sae"] for row in rows.values()} == {"planted"}
+    summary = line["evaluate"].summary
+    assert summary["zero_shot"] == "ok" and summary["zero_shot_accuracy"] == rows["plain"]["accuracy"] == 1.0
+
+
 def test_dead_is_said_twice_and_apart(line: dict[str, Artefact]) -> None:
     assert [row["is_dead"] for row in latents_of(line)] == [i == DEAD for i in range(D_SAE)]
     assert [row["dead_in_training"] for row in latents_of(line)] == [i == DEAD for i in range(D_SAE)]

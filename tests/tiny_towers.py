@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ommatid.errors import ModelError
 from ommatid.vlm import VisionModel
 from ommatid.vlm.precision import normalise
 
@@ -53,6 +55,46 @@ def check_hooks(vision: VisionModel, modules: Mapping[str, nn.Module], run: Call
     for name in modules:
         assert captured[name].shape == (len(pixels), vision.hookpoints[name].n_tokens, vision.hookpoints[name].d_model)
         torch.testing.assert_close(captured[name], seen[name], atol=1e-5, rtol=1e-5)
+
+
+def check_splice(vision: VisionModel, modules: Mapping[str, nn.Module], run: Callable[[], Tensor], pixels: Tensor) -> None:
+    """At every hookpoint: its own tokens change nothing, others what a hand-written hook on the reference says, each asked for once.
+
+    Those of the stream are all that the pass goes on from: another image's tokens give the other image's embedding.
+    """
+    assert list(modules) == list(vision.hookpoints)
+    plain, shapes = vision.capture(pixels, ()).embedding, []
+    assert plain is not None and plain.std(0).min() > 1e-4  # else no image would differ from another
+
+    def change(x: Tensor) -> Tensor:
+        shapes.append(tuple(x.shape))
+        return 0.5 * x.roll(1, dims=0) + 0.1
+
+    for name, module in modules.items():
+        handle = module.register_forward_hook(
+            lambda _m, _i, output: (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+        )
+        with torch.no_grad():
+            expected = run()
+        handle.remove()
+        shapes.clear()
+        same, changed, swapped = vision.splice(pixels, name, [lambda x: x, change, lambda x: x.roll(1, dims=0)])
+        point = vision.hookpoints[name]
+        assert shapes == [(len(pixels), point.n_tokens, point.d_model)]
+        assert {x.dtype for x in (same, changed, swapped)} == {torch.float32}
+        torch.testing.assert_close(same, plain, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(changed, expected, atol=1e-5, rtol=1e-5)
+        assert (changed - plain).norm() > 1e-2 * plain.norm(), name
+        is_beside_the_stream = name.endswith((".attn", ".mlp"))
+        assert torch.allclose(swapped, plain.roll(1, dims=0), atol=1e-5, rtol=1e-5) != is_beside_the_stream, name
+        assert not vision._modules[name]._forward_hooks  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def check_no_splice(vision: VisionModel, pixels: Tensor) -> None:
+    """A model without a text tower says so, at whatever hookpoint."""
+    assert vision.logit_scale is None
+    with pytest.raises(ModelError, match=r"has no text tower"):
+        vision.splice(pixels, next(iter(vision.hookpoints)), [lambda x: x])
 
 
 def check_residual_stream(vision: VisionModel, hidden_states: tuple[Tensor, ...], pixels: Tensor) -> None:

@@ -162,6 +162,31 @@ COMPARISONS = _schema(
     judge=(pa.string(), "the encoder behind ms"),
 )
 
+ZERO_SHOT = _schema(
+    sae=(pa.string(), "name of the SAE"),
+    spliced=(
+        pa.string(),
+        "what the model goes on from in place of x: plain (x itself), sae (x̂), sae_with_error (x̂ + (x − x̂): equal to plain, or splicing "
+        "itself changes something), mean (the mean training token), untrained (another x̂), pca, kmeans or nmf",
+    ),
+    n_images=(pa.int32(), "evaluation images that were classified"),
+    n_classes=(pa.int32(), "labels of the evaluation split: the classes, by their texts; chance is one in as many"),
+    n_replaced=(pa.int32(), "tokens of an image that were replaced: those that extract.tokens keeps"),
+    n_tokens=(pa.int32(), "tokens of an image at the hookpoint; the others stayed what they were"),
+    logit_scale=(pa.float64(), "what cosines were multiplied by before the softmax: the model's, or fitted on plain training images"),
+    accuracy=(pa.float64(), "share of images whose own class had the largest cosine"),
+    accuracy_low=(pa.float64(), "lower end of its 95 % interval (Wilson)"),
+    accuracy_high=(pa.float64(), "upper end of its 95 % interval (Wilson)"),
+    cross_entropy=(pa.float64(), "mean −log of the probability of the own class, in nats"),
+    recovered=(
+        pa.float64(),
+        "(cross-entropy of mean − this one) / (cross-entropy of mean − that of plain): 1 for plain, 0 for mean; null: the mean hurts no "
+        "more than chance would",
+    ),
+    recovered_low=(pa.float64(), "lower end of its 95 % interval, over the same images; null: recovered is"),
+    recovered_high=(pa.float64(), "upper end of its 95 % interval, over the same images; null: recovered is"),
+)
+
 FIDELITY = _schema(
     sae=(pa.string(), "name of the SAE"),
     dictionary=(pa.string(), "comparisons.dictionary, where it is a reconstruction"),

@@ -34,11 +34,12 @@ GRAIN = {
     "cofiring": "sae, latent, rank",
     "levels": "sae, level",
     "probes": "sae, class, probe, k",
+    "zero_shot": "sae, spliced",
     "features": "sae, latent",
     "runs": "sae",
 }
 COUNTS = {"images": 6, "latents": 4, "examples": 7, "firings": 7, "labels": 5, "neighbours": 8, "comparisons": 3, "features": 4, "runs": 1}
-COUNTS |= {"fidelity": 3, "densities": 4, "cofiring": 2, "levels": 1, "probes": 4}
+COUNTS |= {"fidelity": 3, "densities": 4, "cofiring": 2, "levels": 1, "probes": 4, "zero_shot": 5}
 
 
 # ---- relations

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from planted import check_planted_patch_in_artefact
-from tiny_towers import check_bfloat16, check_hooks, check_planted_patch, check_residual_stream
+from tiny_towers import check_bfloat16, check_hooks, check_planted_patch, check_residual_stream, check_splice
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -48,6 +48,13 @@ def inputs(vision: ClipVision, tiny_clip: Path, pixels: torch.Tensor) -> torch.T
     return processor(squares, return_tensors="pt", do_resize=False)["pixel_values"].float()
 
 
+def block_modules(tower: Any) -> dict[str, torch.nn.Module]:
+    modules = {}
+    for i, block in enumerate(tower.encoder.layers):
+        modules |= {f"vision.blocks.{i}.attn": block.self_attn, f"vision.blocks.{i}.mlp": block.mlp, f"vision.blocks.{i}": block}
+    return modules
+
+
 def test_hookpoints(vision: ClipVision) -> None:
     block = Hookpoint(d_model=32, special=("cls",), grid=(3, 3))
     assert list(vision.hookpoints)[:3] == ["vision.blocks.0.attn", "vision.blocks.0.mlp", "vision.blocks.0"]
@@ -61,10 +68,37 @@ def test_every_hookpoint_equals_a_hand_written_hook(
     vision: ClipVision, tiny_clip: Path, pixels: torch.Tensor, inputs: torch.Tensor
 ) -> None:
     tower: Any = CLIPModel.from_pretrained(tiny_clip).eval().vision_model
-    modules = {}
-    for i, block in enumerate(tower.encoder.layers):
-        modules |= {f"vision.blocks.{i}.attn": block.self_attn, f"vision.blocks.{i}.mlp": block.mlp, f"vision.blocks.{i}": block}
-    check_hooks(vision, modules, lambda: tower(inputs), pixels)
+    check_hooks(vision, block_modules(tower), lambda: tower(inputs), pixels)
+
+
+def test_splice_equals_a_hand_written_hook(vision: ClipVision, reference: Any, pixels: torch.Tensor, inputs: torch.Tensor) -> None:
+    modules = {**block_modules(reference.vision_model), "vision.projection": reference.visual_projection}
+    check_splice(vision, modules, lambda: reference.get_image_features(inputs).pooler_output, pixels)
+
+
+@pytest.mark.parametrize("hookpoint", ["vision.blocks.0", "vision.blocks.1.mlp", "vision.projection"])
+def test_splice_in_bfloat16_changes_nothing_by_itself(tiny_clip: Path, pixels: torch.Tensor, hookpoint: str) -> None:
+    model = load_model(ClipModel(kind="clip", path=str(tiny_clip)), "bfloat16", "cpu")
+    plain = model.capture(pixels, ()).embedding
+    (same,) = model.splice(pixels, hookpoint, [lambda x: x.float()])
+    assert plain is not None and (same - plain).norm() <= 0.01 * plain.norm()
+
+
+def test_splice_says_what_it_cannot_take(vision: ClipVision, pixels: torch.Tensor) -> None:
+    with pytest.raises(ModelError, match=r"hookpoint 'vision\.blocks\.7'"):
+        vision.splice(pixels, "vision.blocks.7", [lambda x: x])
+    with pytest.raises(AssertionError, match=r"\(5, 9, 32\) cannot take the place of \(5, 10, 32\)"):
+        vision.splice(pixels, "vision.blocks.1", [lambda x: x[:, 1:]])
+    assert not vision._model.vision_model.encoder.layers[1]._forward_hooks
+
+
+def test_logit_scale_is_the_models(vision: ClipVision, reference: Any, inputs: torch.Tensor) -> None:
+    texts = torch.tensor([[52, 1, 53], [52, 2, 53]])
+    with torch.no_grad():
+        logits = reference(input_ids=texts, pixel_values=inputs).logits_per_image
+        embedded = [reference.get_image_features(inputs).pooler_output, reference.get_text_features(texts).pooler_output]
+    images, words = (torch.nn.functional.normalize(x, dim=1) for x in embedded)
+    torch.testing.assert_close(vision.logit_scale * images @ words.T, logits, atol=1e-5, rtol=1e-5)
 
 
 def test_residual_stream(vision: ClipVision, reference: Any, pixels: torch.Tensor, inputs: torch.Tensor) -> None:

@@ -81,6 +81,55 @@ def test_slices_do_not_change_the_outcome(lite0: LiteVision) -> None:
     torch.testing.assert_close(together[36:], alone, atol=1e-4, rtol=1e-4)
 
 
+def change(x: torch.Tensor) -> torch.Tensor:
+    """The same of maps as of tokens."""
+    return 0.7 * x.roll(1, dims=0) + 0.05
+
+
+@torch.no_grad()
+def spliced_oracle(pixels: torch.Tensor, block: int) -> torch.Tensor:
+    """The embedding that the package's unfused network comes to, by a hook that changes what a block puts out."""
+    net = load_efficientnet("lite0", pixels.shape[1])
+    net._blocks[block].register_forward_hook(lambda _m, _i, output: change(output))
+    return conse(net(((pixels.float() - 127) / 128).permute(0, 3, 1, 2)), class_texts("cpu"))
+
+
+@pytest.mark.parametrize("block", [0, 7, 15])
+def test_splice_equals_a_hook_on_the_packages_network(lite0: LiteVision, block: int) -> None:
+    pixels = photographs(lite0)
+    same, changed = lite0.splice(pixels, f"blocks.{block}", [lambda x: x, change])
+    plain = lite0.capture(pixels, ()).embedding
+    assert plain is not None and torch.equal(same, plain)
+    assert (changed - plain).norm() > 0.1 * plain.norm()
+    torch.testing.assert_close(changed, spliced_oracle(pixels, block), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_splice_at_every_hookpoint(dtype: str) -> None:
+    """Nothing goes by beside a map: its own tokens give the image's embedding, and another's the other's, to the bit."""
+    model = load(image_size=64, dtype=dtype)
+    pixels, shapes = noise(70, 64), []  # slices of 64 and of 6, in float32
+
+    def swap(x: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(x.shape))
+        return x.roll(1, dims=0)
+
+    plain = model.capture(pixels, ()).embedding
+    assert plain is not None
+    for name, point in model.hookpoints.items():
+        same, swapped = model.splice(pixels, name, [lambda x: x.float(), swap])
+        assert torch.equal(same, plain), name
+        torch.testing.assert_close(swapped, plain.roll(1, dims=0), atol=1e-4, rtol=1e-4)
+        assert shapes.pop() == (70, point.n_tokens, point.d_model) and not shapes
+
+
+def test_splice_says_what_it_cannot_take(lite0: LiteVision) -> None:
+    with pytest.raises(ModelError, match=r"hookpoint 'blocks\.16'"):
+        lite0.splice(noise(1, 128), "blocks.16", [lambda x: x])
+    with pytest.raises(AssertionError, match=r"\(1, 15, 320\) cannot take the place"):
+        lite0.splice(noise(1, 128), "blocks.15", [lambda x: x[:, 1:]])
+
+
 @pytest.mark.parametrize("hookpoint", ["blocks.4", "blocks.10"])
 def test_changed_place_is_found_at_its_row_and_column(lite0: LiteVision, hookpoint: str) -> None:
     rows, cols = check_hookpoint(lite0, hookpoint).grid or (0, 0)

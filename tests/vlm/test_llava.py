@@ -12,7 +12,7 @@ from big_models import plant, save_llava, squares
 from PIL import Image
 from planted import check_planted_patch_in_artefact
 from safetensors.torch import load_file, save_file
-from tiny_towers import check_bfloat16, check_residual_stream
+from tiny_towers import check_bfloat16, check_no_splice, check_residual_stream
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -201,6 +201,7 @@ def test_loading_is_silent_and_leaves_the_random_state(folder: Path, capfd: pyte
 def test_no_text_tower(vision: LlavaVision) -> None:
     with pytest.raises(ModelError, match="no text tower"):
         vision.embed_text(["dog"])
+    check_no_splice(vision, torch.zeros(1, 8, 8, 3, dtype=torch.uint8))
 
 
 def edit_weights(folder: Path, name: str, tensor: torch.Tensor | None) -> None:

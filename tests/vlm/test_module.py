@@ -14,6 +14,7 @@ import yaml
 from fakes import CHECKOUT, make_test_params
 from PIL import Image
 from planted import check_planted_patch_in_artefact
+from tiny_towers import check_no_splice
 
 from ommatid.config import ModuleModel, load_params
 from ommatid.errors import ConfigError, ModelError
@@ -282,6 +283,10 @@ def test_no_hook_is_left_behind_also_on_errors(pixels: torch.Tensor) -> None:
     with pytest.raises(RuntimeError):
         vision.capture(pixels[:, :20], ["blocks.0"])
     assert not any(module._forward_hooks for module in vision._module.modules())
+
+
+def test_nothing_can_be_spliced_without_a_text_tower(pixels: torch.Tensor) -> None:
+    check_no_splice(load("vit"), pixels)
 
 
 def test_bfloat16_is_close(pixels: torch.Tensor) -> None:

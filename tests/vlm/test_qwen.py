@@ -12,7 +12,7 @@ from big_models import plant, save_qwen, squares
 from PIL import Image
 from planted import check_planted_patch_in_artefact
 from safetensors.torch import load_file, save_file
-from tiny_towers import check_bfloat16
+from tiny_towers import check_bfloat16, check_no_splice
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -204,6 +204,7 @@ def test_image_size_must_fit_the_merge_groups(folder: Path) -> None:
 def test_no_text_tower(vision: QwenVision) -> None:
     with pytest.raises(ModelError, match="no text tower"):
         vision.embed_text(["dog"])
+    check_no_splice(vision, torch.zeros(1, 8, 8, 3, dtype=torch.uint8))
 
 
 def test_bad_folders(copy: Path) -> None:

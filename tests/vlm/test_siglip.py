@@ -16,6 +16,7 @@ from tiny_towers import (
     check_hooks,
     check_planted_patch,
     check_residual_stream,
+    check_splice,
     noise,
     randomise,
     save_weights,
@@ -65,6 +66,13 @@ def vision(folder: Path) -> VisionModel:
     return model
 
 
+def block_modules(reference: Any) -> dict[str, torch.nn.Module]:
+    modules = {}
+    for i, block in enumerate(reference.vision_model.encoder.layers):
+        modules |= {f"vision.blocks.{i}.attn": block.self_attn, f"vision.blocks.{i}.mlp": block.mlp, f"vision.blocks.{i}": block}
+    return modules
+
+
 def test_hookpoints(vision: VisionModel) -> None:
     block = Hookpoint(d_model=32, special=(), grid=(3, 3))
     assert vision.hookpoints == {
@@ -74,11 +82,16 @@ def test_hookpoints(vision: VisionModel) -> None:
 
 
 def test_every_hookpoint_equals_a_hand_written_hook(vision: VisionModel, reference: Any) -> None:
-    modules = {}
-    for i, block in enumerate(reference.vision_model.encoder.layers):
-        modules |= {f"vision.blocks.{i}.attn": block.self_attn, f"vision.blocks.{i}.mlp": block.mlp, f"vision.blocks.{i}": block}
     pixels = noise(vision)
-    check_hooks(vision, modules, lambda: reference.vision_model(by_processor(PROCESSOR, pixels)), pixels)
+    check_hooks(vision, block_modules(reference), lambda: reference.vision_model(by_processor(PROCESSOR, pixels)), pixels)
+
+
+def test_splice_equals_a_hand_written_hook(vision: VisionModel, reference: Any) -> None:
+    pixels = noise(vision)
+    inputs = by_processor(PROCESSOR, pixels)
+    modules = {**block_modules(reference), "vision.head": reference.vision_model.head}
+    check_splice(vision, modules, lambda: reference.get_image_features(inputs).pooler_output, pixels)
+    assert vision.logit_scale == pytest.approx(reference.logit_scale.exp().item())
 
 
 def test_residual_stream(vision: VisionModel, reference: Any) -> None:

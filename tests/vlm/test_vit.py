@@ -12,6 +12,7 @@ from tiny_towers import (
     by_processor,
     check_bfloat16,
     check_hooks,
+    check_no_splice,
     check_planted_patch,
     check_residual_stream,
     noise,
@@ -106,6 +107,7 @@ def test_nothing_runs_after_the_last_hookpoint(folder: Path) -> None:
 def test_no_text_tower(vision: VisionModel) -> None:
     with pytest.raises(ModelError, match=r"has no text tower; set extract\.namer"):
         vision.embed_text(["a dog"])
+    check_no_splice(vision, noise(vision))
 
 
 def test_image_size_and_preprocessor_disagree(reference: Any, tmp_path: Path) -> None:

@@ -39,11 +39,12 @@ RELATIONS: Mapping[str, tuple[pa.Schema, ...]] = {
     "cofiring": (schemas.COFIRING,),
     "levels": (schemas.LEVELS,),
     "probes": (schemas.PROBES,),
+    "zero_shot": (schemas.ZERO_SHOT,),
     "features": (schemas.LATENTS, schemas.COMPARISONS, schemas.LABELS),
     "runs": (schemas.COMPARISONS,),
 }
 """Each relation, in the order they are built, and the schemas that say what its columns mean where its SQL does not."""
-EVALUATED = ("latents", "examples", "firings", "comparisons", "fidelity", "densities", "cofiring", "levels", "probes")
+EVALUATED = ("latents", "examples", "firings", "comparisons", "fidelity", "densities", "cofiring", "levels", "probes", "zero_shot")
 """Tables of an SAE's evaluation."""
 
 

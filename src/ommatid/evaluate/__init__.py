@@ -1,7 +1,7 @@
 """Stage `evaluate`: what every latent does on the evaluation split, with raw neurons and an untrained SAE beside it.
 
 Two passes over the evaluation tokens stream (passes.py); what relates latents to one another, to labels and to a taxonomy is made of the
-firings that they leave (structure.py, meaning.py, probes.py).
+firings that they leave (structure.py, meaning.py, probes.py). Then the model itself runs over some of the images (zero_shot.py).
 """
 
 from collections.abc import Mapping
@@ -15,9 +15,10 @@ from ommatid.errors import ArtefactError
 from ommatid.evaluate.meaning import measure_meaning
 from ommatid.evaluate.passes import Passes
 from ommatid.evaluate.probes import choose_images, measure_probes
-from ommatid.evaluate.stream import load_labels, load_paths
+from ommatid.evaluate.stream import load_classes, load_paths
 from ommatid.evaluate.structure import make_densities, measure_structure
 from ommatid.evaluate.subject import Subject, make_latents
+from ommatid.evaluate.zero_shot import measure_zero_shot
 from ommatid.events import Listener, ignore
 from ommatid.halves import iter_fired, load_halves
 from ommatid.sae.model import SAE, SAEConfig
@@ -39,7 +40,7 @@ def evaluate(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draf
     activations, images = inputs["extract"], inputs["images"]
     sae = SAE.load(inputs["train"].path)
     _check_target(sae.config, inputs.get("target"))
-    name, labels, halves = inputs["train"].summary["sae"], load_labels(images), load_halves(images)
+    name, labels, halves = inputs["train"].summary["sae"], load_classes(images), load_halves(images)
     probed = choose_images(halves, labels)
     passes = Passes(params, inputs, sae, probed, draft, on_event)
     passes.run()
@@ -50,6 +51,7 @@ def evaluate(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draf
     assert trained.fidelity and trained.levels, trained.name
     comparisons = [subject.compare(name, labels, activations.summary["judge"]) for subject in subjects]
     kinds = [row for subject in subjects for row in subject.kinds(name)]
+    zero_shot = measure_zero_shot(name, {one.name: one.dictionary for one in subjects if one.fidelity}, inputs, on_event)
     tables = {
         "examples": passes.heat.table(name),
         "latents": make_latents(name, trained, labels, inputs["train"].summary["dead_latents"], meaning, structure),
@@ -59,10 +61,11 @@ def evaluate(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draf
         "cofiring": structure.cofiring,
         "levels": trained.levels.table(name, trained.fidelity.whole, trained.ms.scores().ms, meaning.lca_depth),
         "probes": measure_probes(name, probed, passes.pooled, files, sae.n_latents),
+        "zero_shot": zero_shot.table(),
     }
     for table, rows in tables.items():
         draft.write_table(f"{table}.parquet", rows)
-    sealed = draft.seal(_summarise(params, comparisons, trained, activations))
+    sealed = draft.seal(_summarise(params, comparisons, trained, activations) | zero_shot.summary())
     passes.forget()
     return sealed
 

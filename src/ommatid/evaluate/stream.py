@@ -101,9 +101,14 @@ def load_kinds(activations: Artefact) -> list[str]:
     return []
 
 
-def load_labels(images: Artefact) -> dict[int, str]:
+def load_labels(images: Artefact, of_split: str = "eval") -> dict[int, str]:
+    """Class of each image of a split that has one."""
+    return _load_column(images, "label", of_split)
+
+
+def load_classes(images: Artefact) -> dict[int, str]:
     """Class of each evaluation image that has one; none where there are not two classes: they then say nothing of a latent."""
-    labels = _load_column(images, "label")
+    labels = load_labels(images)
     return labels if len(set(labels.values())) > 1 else {}
 
 
@@ -112,12 +117,12 @@ def load_paths(images: Artefact) -> dict[int, tuple[str, ...]]:
     return {image: tuple(path.split("/")) for image, path in _load_column(images, "taxonomy").items()}
 
 
-def _load_column(images: Artefact, column: str) -> dict[int, str]:
-    """Values of the evaluation images that have one."""
+def _load_column(images: Artefact, column: str, of_split: str = "eval") -> dict[int, str]:
+    """Values of the images of a split that have one."""
     found: dict[int, str] = {}
     for batch in images.iter_batches("images", ["image", "split", column], n_rows=4096):
         if column not in batch.schema.names:
             return {}  # written before there was such a column
         rows = zip(*(batch[name].to_pylist() for name in ("image", "split", column)), strict=True)
-        found |= {image: value for image, split, value in rows if split == "eval" and value is not None}
+        found |= {image: value for image, split, value in rows if split == of_split and value is not None}
     return found

@@ -54,6 +54,7 @@ class Subject:
     def __init__(self, name: str, dictionary: Dictionary, kinds: Sequence[str] | None, d_judge: int, image_activation: str) -> None:
         """`kinds` names the kind of each token of an image; None: the dictionary decodes nothing."""
         self.name = name
+        self._dictionary = dictionary
         self.fidelity = None if kinds is None else FidelityByKind(kinds)
         self.levels = Levels(dictionary) if name == "sae" and isinstance(dictionary, SAE) else None
         d_latents = dictionary.n_latents
@@ -61,8 +62,12 @@ class Subject:
         self.ms = Monosemanticity(d_latents, d_judge)
         self.top = TopImages(d_latents, N_PURITY)
         self.interval: MonosemanticityInterval
-        self._dictionary = dictionary
         self._pool = torch.amax if image_activation == "max" else torch.mean
+
+    @property
+    def dictionary(self) -> Dictionary:
+        """What is measured."""
+        return self._dictionary
 
     def add(self, batch: Images) -> Tensor:
         """First pass; gives the image-level activations (images, latents)."""

@@ -61,6 +61,18 @@ class TokenPicker:
             return x_btd[:, len(self.hookpoint.special) :].float().mean(1, keepdim=True)
         return x_btd[:, self._positions]
 
+    def put(self, x_btd: Tensor, kept_bkd: Tensor) -> Tensor:
+        """The tokens with others in the place of the kept ones: what `pick` then gives is `kept_bkd`.
+
+        Raises:
+            ModelError: what is kept is a mean of tokens, and is at no place of the model.
+        """
+        if self._averages:
+            raise ModelError(f"extract.tokens: pooled is the mean of the patches at {self.name}, no token whose place another can take")
+        x_btd = x_btd.clone()
+        x_btd[:, self._positions] = kept_bkd.to(x_btd)
+        return x_btd
+
     @property
     def _averages(self) -> bool:
         return self.policy == "pooled" and self.hookpoint.grid is not None

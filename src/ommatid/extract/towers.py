@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
-from ommatid.config import ExtractParams
+from ommatid.config import ExtractParams, Model
 from ommatid.errors import ModelError
 from ommatid.extract.tokens import TokenPicker
 from ommatid.vlm import Judge, VisionModel, check_hookpoint, load_judge, load_model
@@ -36,6 +38,15 @@ class Outputs:
 def find_device() -> str:
     """Where the networks run: the GPU, where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_explained(params: Mapping[str, Any]) -> VisionModel:
+    """The model that an extraction explained, as its manifest's params name it, on this machine's device.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    return load_model(TypeAdapter(Model).validate_python(params["model"]), params["dtype"], find_device())
 
 
 class Towers:

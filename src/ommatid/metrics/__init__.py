@@ -13,13 +13,16 @@ from ommatid.metrics.monosemanticity import Monosemanticity, MonosemanticityInte
 from ommatid.metrics.probe import LogisticProbes, fit_probes
 from ommatid.metrics.uniqueness import uniqueness
 from ommatid.metrics.vectors import nan_mean, unit
+from ommatid.metrics.zero_shot import Classified, Interval, classify, fit_scale, recovered
 
 __all__ = [
+    "Classified",
     "CoFiring",
     "Decade",
     "Fidelity",
     "FidelityByKind",
     "Firing",
+    "Interval",
     "LogisticProbes",
     "Monosemanticity",
     "MonosemanticityInterval",
@@ -28,14 +31,17 @@ __all__ = [
     "auroc",
     "balanced_accuracy",
     "best_threshold",
+    "classify",
     "coverage",
     "density_histogram",
     "fit_probes",
+    "fit_scale",
     "label_entropy",
     "lca_depth",
     "nan_mean",
     "purity",
     "rank_correlation",
+    "recovered",
     "uniqueness",
     "unit",
 ]

@@ -191,6 +191,8 @@ def evaluate(artefact: Artefact, params: Params) -> Frames:
     latents["dead disagrees"] = latents["is_dead"].astype(bool) != (latents["density"] == 0)
     comparisons = _table(artefact, "comparisons", ["dictionary", "fvu"])
     fvu = dict(zip(comparisons["dictionary"], comparisons["fvu"], strict=True))
+    zero_shot = _table(artefact, "zero_shot", ["spliced", "cross_entropy"])
+    spliced = dict(zip(zero_shot["spliced"], zero_shot["cross_entropy"], strict=True))
     odd = sorted((set(range(params.train.d_sae)) ^ known) | set(latents["latent"][latents["latent"].duplicated()].tolist()))
     counts = {
         "set": "all latents",
@@ -201,6 +203,7 @@ def evaluate(artefact: Artefact, params: Params) -> Frames:
         "fvu below untrained": fvu.get("untrained", np.nan) - fvu.get("sae", np.nan),
         "dictionaries missing": len({"sae", "untrained", "neurons"} - set(fvu)),
         "first dictionaries": _named(sorted({"sae", "untrained", "neurons"} - set(fvu))),
+        "zero-shot changed by splicing": abs(spliced.get("sae_with_error", np.nan) - spliced.get("plain", np.nan)),
     }
     return {
         "latents": latents,

@@ -305,6 +305,14 @@ def evaluate(params: Params) -> list[Rule]:
             max_value=1,
             strict_max=True,
         ),
+        _within(
+            "counts",
+            "zero-shot changed by splicing",
+            "splicing changes nothing by itself",
+            "with what the SAE leaves out put back in, the model is the plain one: a larger cross-entropy would be no fault of the SAE",
+            row="set",
+            max_value=0.01,
+        ),
     ]
 
 

@@ -4,7 +4,7 @@ Families load late: importing this module needs neither torch nor transformers.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import torch
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+Replacement = Callable[["torch.Tensor"], "torch.Tensor"]
+"""From the tokens at a hookpoint (batch, n_tokens, d_model), as `Captured` has them, to those that take their place: as many, as wide."""
 N_NEAR = 10
 """Hookpoints that the error about an unknown one shows."""
 
@@ -96,11 +98,33 @@ class VisionModel(Protocol):
         """How a name becomes a text: ("a photo of a {}",); empty without a text tower."""
         ...
 
+    @property
+    def logit_scale(self) -> float | None:
+        """What the model was trained to multiply cosines of images and texts by before a softmax or sigmoid; None: it was not."""
+        ...
+
     def capture(self, pixels: "torch.Tensor", hookpoints: Sequence[str]) -> Captured:
         """Run the model once on uint8 pixels (batch, H, W, 3) as `preprocess` makes them; without hookpoints for the embedding alone.
 
         Raises:
             ModelError: a hookpoint is unknown.
+        """
+        ...
+
+    def splice(self, pixels: "torch.Tensor", hookpoint: str, replacements: Sequence[Replacement]) -> "tuple[torch.Tensor, ...]":
+        """Embeddings, as `Captured` has them, that the model comes to when it goes on from other tokens at the hookpoint.
+
+        Args:
+            pixels: uint8 (batch, H, W, 3) as `preprocess` makes them.
+            hookpoint: Where.
+            replacements: What takes the place of the tokens there, one or more; each is called once, on the whole batch, and must not
+                write into what it is given.
+
+        Returns:
+            One (batch, d_embed) float32 for each replacement.
+
+        Raises:
+            ModelError: the hookpoint is unknown, or there is no text tower, and so no embedding to come to.
         """
         ...
 

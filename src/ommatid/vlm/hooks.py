@@ -1,6 +1,6 @@
-"""Hooks: what leaves a module in a forward pass, and an end to the pass where no more of it is wanted."""
+"""Hooks: what leaves a module in a forward pass, other things in its place, and an end to the pass where no more of it is wanted."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -24,6 +24,20 @@ def capturing(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
             handle = module.register_forward_hook(lambda _module, _inputs, output, name=name: keep(name, output))
             stack.callback(handle.remove)
         yield seen
+
+
+@contextmanager
+def replacing(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within it, a forward pass goes on from what `replace` makes of the module's output, or of the first of a tuple."""
+
+    def put(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
+
+    handle = module.register_forward_hook(put)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _Enough(Exception):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ommatid.vlm import Captured, Dtype, Hookpoint, check_hookpoint, imagenet_classes
+from ommatid.vlm import Captured, Dtype, Hookpoint, Replacement, check_hookpoint, imagenet_classes
 from ommatid.vlm.precision import normalise, resolve_dtype
 from ommatid.vlm.preprocess import Preprocess
 from ommatid.vlm.text import D_TEXT, load_minilm
@@ -92,14 +92,35 @@ class LiteNet(nn.Module):
 
     def forward(self, pixels: torch.Tensor, hookpoints: Sequence[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """From normalised (b, 3, size, size) to the maps at the hookpoints, each (b, c, r, q), and the pooled head (b, 1280)."""
-        x = self.stem(pixels)
-        maps = {}
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if (name := f"blocks.{i}") in hookpoints:
+        x, maps = self.stem(pixels), {}
+        for name in self.hookpoints:
+            x = self.get_submodule(name)(x)
+            if name in hookpoints:
                 maps[name] = x  # no copy: a block writes into its own output only
-        maps["head"] = x = self.head(x)
-        return {name: maps[name] for name in hookpoints}, x.mean((2, 3), dtype=torch.float32)
+        return {name: maps[name] for name in hookpoints}, _pool(x)
+
+    def begin(self, pixels: torch.Tensor, hookpoint: str) -> torch.Tensor:
+        """From normalised (b, 3, size, size) to the map at the hookpoint, (b, c, r, q)."""
+        x = self.stem(pixels)
+        for name in self._names(hookpoint)[0]:
+            x = self.get_submodule(name)(x)
+        return x
+
+    def end(self, x: torch.Tensor, hookpoint: str) -> torch.Tensor:
+        """From a map at the hookpoint, (b, c, r, q), to the pooled head (b, 1280)."""
+        for name in self._names(hookpoint)[1]:
+            x = self.get_submodule(name)(x)
+        return _pool(x)
+
+    def _names(self, hookpoint: str) -> tuple[list[str], list[str]]:
+        """Those up to the hookpoint, and those after it."""
+        names = list(self.hookpoints)
+        after = names.index(hookpoint) + 1
+        return names[:after], names[after:]
+
+
+def _pool(x: torch.Tensor) -> torch.Tensor:
+    return x.mean((2, 3), dtype=torch.float32)
 
 
 def load_efficientnet(variant: Variant, image_size: int) -> Any:
@@ -134,14 +155,17 @@ class _Tower:
 
     def _run(self, pixels: torch.Tensor, hookpoints: Sequence[str] = ()) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """From uint8 (b, size, size, 3) to tokens (b, r * q, c) at the hookpoints and the pooled head (b, 1280), which is float32."""
-        slices = [self._net(normalise(part, self.preprocess, self._device).to(self._dtype), hookpoints) for part in self._slices(pixels)]
+        slices = [self._net(self._normalise(part), hookpoints) for part in self._slices(pixels)]
         maps, heads = zip(*slices, strict=True)
         return {name: _as_tokens(torch.cat([part[name] for part in maps])) for name in hookpoints}, torch.cat(heads)
 
-    def _slices(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        return normalise(pixels, self.preprocess, self._device).to(self._dtype)
+
+    def _slices(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if torch.device(self._device).type != "cpu":
-            return (pixels,)
-        return pixels.split(max(1, SLICE_BYTES // (self._net.image_size**2 * self._dtype.itemsize)))
+            return (images,)
+        return images.split(max(1, SLICE_BYTES // (self._net.image_size**2 * self._dtype.itemsize)))
 
 
 def _as_tokens(maps: torch.Tensor) -> torch.Tensor:
@@ -149,11 +173,18 @@ def _as_tokens(maps: torch.Tensor) -> torch.Tensor:
     return maps.permute(0, 2, 3, 1).flatten(1, 2)
 
 
+def _as_maps(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """From (b, r * q, c) to (b, c, r, q), of the shape and dtype of other maps."""
+    assert tokens.shape == _as_tokens(like).shape, f"tokens {tuple(tokens.shape)} cannot take the place of maps {tuple(like.shape)}"
+    return tokens.to(like).unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
 class LiteVision(_Tower):
     """The embedded default: a CNN with spatial tokens whose text alignment goes through 1,000 class names."""
 
     d_embed = D_TEXT
     text_templates = (TEMPLATE,)
+    logit_scale = None
 
     def __init__(self, variant: Variant, image_size: int, dtype: Dtype, device: str) -> None:
         super().__init__(variant, image_size, dtype, device)
@@ -169,7 +200,21 @@ class LiteVision(_Tower):
         for name in hookpoints:
             check_hookpoint(self, name)
         tokens, head = self._run(pixels, hookpoints)
-        return Captured(tokens=tokens, embedding=conse(self._logits(head), class_texts(self._device)))
+        return Captured(tokens=tokens, embedding=self._embed(head))
+
+    @torch.inference_mode()
+    def splice(self, pixels: torch.Tensor, hookpoint: str, replacements: Sequence[Replacement]) -> tuple[torch.Tensor, ...]:
+        """ConSE embeddings, one (b, 384) for each replacement, of uint8 pixels (b, size, size, 3); see `VisionModel`.
+
+        The network up to the hookpoint runs once for all.
+
+        Raises:
+            ModelError: the hookpoint is unknown.
+        """
+        check_hookpoint(self, hookpoint)
+        x = torch.cat([self._net.begin(self._normalise(part), hookpoint) for part in self._slices(pixels)])
+        spliced = (_as_maps(replacement(_as_tokens(x)), like=x) for replacement in replacements)
+        return tuple(self._embed(torch.cat([self._net.end(part, hookpoint) for part in self._slices(maps)])) for maps in spliced)
 
     @torch.inference_mode()
     def classify(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -180,6 +225,9 @@ class LiteVision(_Tower):
     def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
         """MiniLM's embeddings (texts, 384) less the mean over the 1,000 class texts, as in the image embedding."""
         return load_minilm(self._device).embed(texts) - _raw_class_texts(self._device).mean(0)
+
+    def _embed(self, head: torch.Tensor) -> torch.Tensor:
+        return conse(self._logits(head), class_texts(self._device))
 
     def _logits(self, head: torch.Tensor) -> torch.Tensor:
         return self._net.classifier(head.to(self._dtype)).float()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ommatid.config import ModuleModel
 from ommatid.errors import ModelError
-from ommatid.vlm import Captured, Dtype, Hookpoint, check_hookpoint, factory
+from ommatid.vlm import Captured, Dtype, Hookpoint, Replacement, check_hookpoint, factory
 from ommatid.vlm.precision import normalise, resolve_dtype
 from ommatid.vlm.preprocess import Interpolation, Preprocess
 
@@ -71,6 +71,7 @@ class ModuleVision:
 
     text_templates: tuple[str, ...] = ()
     d_embed = None
+    logit_scale = None
 
     def __init__(self, params: ModuleModel, dtype: Dtype, device: str) -> None:
         module = factory.call_factory(params.factory, KEY)
@@ -93,6 +94,14 @@ class ModuleVision:
             check_hookpoint(self, name)
         outputs = self._run(pixels, hookpoints)
         return Captured(tokens={name: self._tokens(name, outputs[name], len(pixels)) for name in hookpoints}, embedding=None)
+
+    def splice(self, pixels: Tensor, hookpoint: str, replacements: Sequence[Replacement]) -> tuple[Tensor, ...]:
+        """There is no text tower, and so no embedding to come to.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(f"{self.name}: has no text tower, and so no joint space in which to see what other tokens at {hookpoint} change")
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         """There is no text tower.

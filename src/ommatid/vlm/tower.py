@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ommatid.errors import ModelError
-from ommatid.vlm import Captured, Dtype, Hookpoint, check_hookpoint, hub
-from ommatid.vlm.hooks import capturing, ending_after
+from ommatid.vlm import Captured, Dtype, Hookpoint, Replacement, check_hookpoint, hub
+from ommatid.vlm.hooks import capturing, ending_after, replacing
 from ommatid.vlm.precision import halve_linears, normalise, resolve_dtype
 from ommatid.vlm.preprocess import Preprocess
 
@@ -58,6 +58,8 @@ class Site:
 
     hookpoint: Hookpoint
     module: nn.Module
+    is_all: bool = True
+    """Whether what it puts out is all that the pass goes on from, and nothing goes by beside it."""
 
 
 def block_sites(blocks: Iterable[tuple[nn.Module, nn.Module, nn.Module]], hookpoint: Hookpoint) -> dict[str, Site]:
@@ -69,7 +71,7 @@ def block_sites(blocks: Iterable[tuple[nn.Module, nn.Module, nn.Module]], hookpo
     """
     names = (".attn", ".mlp", "")
     return {
-        f"vision.blocks.{i}{name}": Site(hookpoint, module)
+        f"vision.blocks.{i}{name}": Site(hookpoint, module, is_all=not name)
         for i, block in enumerate(blocks)
         for name, module in zip(names, block, strict=True)
     }
@@ -108,6 +110,7 @@ class Tower:
 
     d_embed: int | None = None
     text_templates: tuple[str, ...] = ()
+    logit_scale: float | None = None
 
     def __init__(self, opened: Opened, sites: Mapping[str, Site], tower: nn.Module, dtype: Dtype, device: str) -> None:
         self.name = opened.path
@@ -129,13 +132,17 @@ class Tower:
         for name in hookpoints:
             check_hookpoint(self, name)
         x = normalise(pixels, self.preprocess, self._device)
-        with (
-            torch.autocast(torch.device(self._device).type, self._dtype, enabled=self._dtype != torch.float32),
-            capturing({name: self._modules[name] for name in hookpoints}) as seen,
-        ):
+        with self._autocast(), capturing({name: self._modules[name] for name in hookpoints}) as seen:
             embedding = self._run(x, hookpoints)
-        # one vector an image is one token
-        return Captured({name: seen[name] if seen[name].ndim == 3 else seen[name][:, None] for name in hookpoints}, embedding)
+        return Captured({name: _as_tokens(seen[name]) for name in hookpoints}, embedding)
+
+    def splice(self, pixels: Tensor, hookpoint: str, replacements: Sequence[Replacement]) -> tuple[Tensor, ...]:
+        """There is no text tower, and so no embedding to come to.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(f"{self.name}: has no text tower, and so no joint space in which to see what other tokens at {hookpoint} change")
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         """There is no text tower.
@@ -144,6 +151,9 @@ class Tower:
             ModelError: always.
         """
         raise ModelError(f"{self.name}: has no text tower; set extract.namer to a model that has one")
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(torch.device(self._device).type, self._dtype, enabled=self._dtype != torch.float32)
 
     def _run(self, x: Tensor, hookpoints: Sequence[str]) -> Tensor | None:
         """Run the model on (batch, 3, H, W), no further than to the last of the hookpoints."""
@@ -163,6 +173,28 @@ class JointTower(Tower, ABC):
     def __init__(self, opened: Opened, sites: Mapping[str, Site], tower: nn.Module, dtype: Dtype, device: str) -> None:
         super().__init__(opened, sites, tower, dtype, device)
         self._tokenizer = hub.load_tokenizer(opened.folder, opened.path, KEY)
+        self._is_all = {name: site.is_all for name, site in sites.items()}
+        self.logit_scale = float(opened.model.logit_scale.exp())
+
+    @torch.inference_mode()
+    def splice(self, pixels: Tensor, hookpoint: str, replacements: Sequence[Replacement]) -> tuple[Tensor, ...]:
+        """Image embeddings, one (batch, d_embed) float32 for each replacement, of uint8 pixels (batch, H, W, 3); see `VisionModel`.
+
+        One forward pass: up to the hookpoint once for all, where nothing goes by beside it.
+
+        Raises:
+            ModelError: the hookpoint is unknown.
+        """
+        check_hookpoint(self, hookpoint)
+        n, is_all = len(replacements), self._is_all[hookpoint]
+
+        def replace(output: Tensor) -> Tensor:
+            parts = [output] * n if is_all else output.chunk(n)
+            return torch.cat([_other_tokens(part, replacement) for part, replacement in zip(parts, replacements, strict=True)])
+
+        x = normalise(pixels, self.preprocess, self._device)
+        with self._autocast(), replacing(self._modules[hookpoint], replace):
+            return self._run(x if is_all else torch.cat([x] * n), ()).chunk(n)
 
     @torch.inference_mode()
     def embed_text(self, texts: Sequence[str]) -> Tensor:
@@ -175,3 +207,14 @@ class JointTower(Tower, ABC):
 
     def _run(self, x: Tensor, hookpoints: Sequence[str]) -> Tensor:
         return self._model.get_image_features(pixel_values=x).pooler_output.float()
+
+
+def _as_tokens(output: Tensor) -> Tensor:
+    """One vector an image is one token: (batch, d_model) or (batch, tokens, d_model) to the latter."""
+    return output if output.ndim == 3 else output[:, None]
+
+
+def _other_tokens(output: Tensor, replacement: Replacement) -> Tensor:
+    tokens = replacement(_as_tokens(output))
+    assert tokens.shape == _as_tokens(output).shape, f"tokens {tuple(tokens.shape)} cannot take the place of {tuple(output.shape)}"
+    return tokens.reshape(output.shape).to(output)
