@@ -229,8 +229,10 @@ def _compute(name: str, params: Params, inputs: dict[str, Artefact], draft: Draf
             return train(params.train, inputs, draft, on_event)
         case "evaluate":
             from ommatid.evaluate import evaluate
+            from ommatid.evaluate.matches import write_matches
 
-            return _for_each_sae(functools.partial(evaluate, params.evaluate), inputs, draft, on_event)
+            each = functools.partial(evaluate, params.evaluate)
+            return _for_each_sae(each, inputs, draft, on_event, lambda made: write_matches(inputs["train"].each(), made, draft, on_event))
         case "label":
             from ommatid.label import label, load_material
 
@@ -246,7 +248,11 @@ def _compute(name: str, params: Params, inputs: dict[str, Artefact], draft: Draf
 
 
 def _for_each_sae(
-    make: Callable[[Mapping[str, Artefact], Draft, Listener], Artefact], inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener
+    make: Callable[[Mapping[str, Artefact], Draft, Listener], Artefact],
+    inputs: Mapping[str, Artefact],
+    draft: Draft,
+    on_event: Listener,
+    compare: Callable[[Mapping[str, Artefact]], None] = lambda made: None,
 ) -> Artefact:
     """Run a stage for every SAE of the training, into an artefact inside each; what a run that died has sealed is kept.
 
@@ -255,6 +261,7 @@ def _for_each_sae(
         inputs: Of the stage.
         draft: Of the stage.
         on_event: Hears which SAE it is about where there are several.
+        compare: Then writes what is about several of them, from what was made of each.
     """
     names = inputs["train"].children
     made: dict[str, Artefact] = {}
@@ -265,6 +272,7 @@ def _for_each_sae(
         }
         child = draft.child(name, INSIDE[draft.kind], inputs=own)
         made[name] = child.sealed() or make(own, child, about(name, len(names) == 1, on_event))
+    compare(made)
     return draft.seal({"saes": names, "of": {name: _numbers(artefact.summary) for name, artefact in made.items()}})
 
 

@@ -6,11 +6,13 @@ Suffixes: b tokens or images of a batch, d d_model or the judge's width, s laten
 from ommatid.metrics.detection import auroc, balanced_accuracy, best_threshold
 from ommatid.metrics.fidelity import Fidelity
 from ommatid.metrics.firing import Firing, TopImages
+from ommatid.metrics.matching import BestMatches, best_matches, chance_cosine, match_one_to_one
 from ommatid.metrics.meaning import purity
 from ommatid.metrics.monosemanticity import Monosemanticity, MonosemanticityInterval, MonosemanticityScores
 from ommatid.metrics.vectors import nan_mean, unit
 
 __all__ = [
+    "BestMatches",
     "Fidelity",
     "Firing",
     "Monosemanticity",
@@ -19,7 +21,10 @@ __all__ = [
     "TopImages",
     "auroc",
     "balanced_accuracy",
+    "best_matches",
     "best_threshold",
+    "chance_cosine",
+    "match_one_to_one",
     "nan_mean",
     "purity",
     "unit",
