@@ -22,7 +22,7 @@ def _of_names(about: About) -> Headline:
     better, scored = named["better"], named["scored"]
     meaning = (
         f"{interval(*wilson(better, scored), write=lambda of: f'{100 * of:.0f}')} % for {scored:,} names that were held against another "
-        "latent's name on held-out images; names dealt at random would come to about 50 %"
+        "latent's name on held-out images; names dealt at random would come to 50 % at most"
     )
     return Headline(share(better, scored), name, meaning)
 
@@ -41,9 +41,7 @@ def _of_reconstruction(about: About) -> tuple[Headline, Headline]:
     mine = about.mine
     fired = f"with {mine['l0']:.1f} latents firing a token (L0); 0 is perfect, 1 is what predicting the mean gives"
     dead = f"they fire on no evaluation image; the SAE has {mine['n_latents']:,} latents"
-    return Headline(fixed(mine["fvu"]), "of the variance is unexplained (FVU)", fired), Headline(
-        percent(mine["dead"]), "of latents are dead", dead
-    )
+    return Headline(fixed(mine["fvu"]), "variance unexplained (FVU)", fired), Headline(percent(mine["dead"]), "of latents are dead", dead)
 
 
 def list_facts(about: About) -> tuple[tuple[str, str], ...]:

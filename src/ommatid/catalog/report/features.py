@@ -20,7 +20,8 @@ KINDS = (
     ),
     (
         "Names not to believe",
-        "Highest MS of those whose name does no better than another latent's: clear to the judge, but the name is wrong or too vague",
+        "Highest MS of those whose name does no better than another latent's: clear to the judge, but the name is wrong, too vague, or "
+        "fits others as well",
         questions.MISNAMED,
     ),
 )
@@ -36,8 +37,8 @@ def _make(about: About, title: str, choice: str, sql: str) -> Section:
     found = question.ask(about.catalog).dicts()
     none = "" if found else "None to show. "
     reading = (
-        f"{none}{choice}; of all that fire on {MIN_IMAGES} evaluation images or more. Strongest images first, under the latent's heat map; "
-        "beside the score of the name that of another latent's name on the same images."
+        f"{none}{choice}. Only features that fire on {MIN_IMAGES} evaluation images or more; their strongest images first, under the "
+        "latent's heat map. The control is the score of another latent's name on the same images."
     )
     return Section(title, reading, question, is_wide=True, features=tuple(_show(about, feature) for feature in found))
 

@@ -119,7 +119,9 @@ def _plot(across: str, up: str) -> tuple[Page, Any]:
 
 def _finished(page: Page, axes: Any) -> bytes:
     """With the legend above the plot, where it covers nothing."""
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, frameon=False, fontsize=9, labelcolor=INK, handlelength=1.6)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, frameon=False, fontsize=9, labelcolor=INK, handlelength=1.6, markerscale=3
+    )
     return page.png(DENSITY)
 
 

@@ -94,7 +94,8 @@ def make_stability(about: About) -> list[Section]:
     reading = (
         f"How many directions of {about.name} another SAE of the same activations has, too: the share with a partner above cosine 0.9, one "
         "to one (Hungarian) or as each other's nearest, and the mean cosine of each latent's nearest (MMCS). By chance: that mean, were "
-        "the other's directions random. Dead latents keep the direction they began with and match nothing."
+        "the other's directions random. Dead latents keep the direction they began with and match nothing. SAEs of one seed begin "
+        "alike, and a short training leaves them so: other seeds tell more."
     )
     rows = tuple((row["other"], percent(row["matched"]), percent(row["mutual"]), fixed(row["mmcs"]), fixed(row["chance"])) for row in found)
     return [Section("Stability", reading, question, is_wide=True, table=Table(tuple(STABILITY.split(", ")), rows))]
