@@ -33,6 +33,7 @@ object store ([storage.md](storage.md)).
 | `data/sae` | train | a folder each SAE, such as `data/sae/batch_topk-2560-k32-s0`, an artefact by itself; also where there is one SAE |
 | `data/sae/<sae>` | train | `sae.safetensors`, `cfg.json`, table `curves`; its params are those of this SAE alone |
 | `data/evaluation`, `data/labels` | evaluate, label | the same folders, by the same names |
+| `data/evaluation` | evaluate | tables `matches`, `stability`: of every two of its SAEs; without rows where there is one |
 | `data/evaluation/<sae>` | evaluate | of latents: tables `latents`, `examples`, `firings`, `cofiring` |
 | | | of the whole: tables `comparisons`, `fidelity`, `densities`, `levels`, `probes`, `zero_shot` |
 | `data/labels/<sae>` | label | table `labels` |
@@ -63,6 +64,8 @@ TABLES = {
     "levels": ("evaluation/<sae>", schemas.LEVELS),
     "probes": ("evaluation/<sae>", schemas.PROBES),
     "zero_shot": ("evaluation/<sae>", schemas.ZERO_SHOT),
+    "matches": ("evaluation", schemas.MATCHES),
+    "stability": ("evaluation", schemas.STABILITY),
     "labels": ("labels/<sae>", schemas.LABELS),
 }
 

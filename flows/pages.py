@@ -10,7 +10,7 @@ from typing import Any
 
 from ommatid.catalog import Catalog
 from ommatid.champion import Decision
-from ommatid.stage import HEALTH, QUALITY, STAGES
+from ommatid.stage import HEALTH, QUALITY, REPORT, STAGES
 
 HEADLINES = ("evaluate", "label")
 N_FEATURES = 10
@@ -40,7 +40,7 @@ def quality(root: Path, stage: str) -> str | None:
 def health(root: Path) -> str | None:
     """Pictures of the dictionaries that were trained; None where there are none."""
     pictures = sorted((root / QUALITY / HEALTH).glob("*.png"))
-    shown = [f"![latents and curves of {path.stem}]({_embed(path)})" for path in pictures[:N_DICTIONARIES]]
+    shown = [f"![latents and curves of {path.stem}]({_embed(path.read_bytes())})" for path in pictures[:N_DICTIONARIES]]
     more = [f"{len(pictures) - len(shown)} more in `{QUALITY / HEALTH}`"] if len(pictures) > len(shown) else []
     return "\n\n".join(["# What training made", *shown, *more]) if shown else None
 
@@ -81,6 +81,27 @@ def comparison(root: Path) -> str | None:
     return picture and f"# The SAEs beside raw neurons and untrained ones\n\n![fidelity and monosemanticity of each]({picture})"
 
 
+def report(root: Path) -> str | None:
+    """What was found in the best SAE: numbers, tables and plots; the page `report.html` of the quality reports has features as well."""
+    from ommatid.catalog.report import make_report
+
+    catalogue = root / STAGES["catalog"].place / "catalog.duckdb"
+    if not catalogue.exists():
+        return None
+    with Catalog(catalogue) as catalog:
+        made = make_report(catalog)
+    first = _table(("", "", ""), [(f"**{headline.value}**", headline.name, headline.meaning) for headline in made.headlines])
+    parts = [f"# {_cell(made.title)}, {_cell(made.sae)}", first, f"With features as pictures: `{QUALITY / REPORT}`"]
+    for section in made.sections:
+        if section.table or section.picture:
+            parts += [f"## {section.title}", section.reading]
+        if section.table:
+            parts.append(_table(section.table.head, list(section.table.rows)))
+        if section.picture:
+            parts.append(f"![{section.title}]({_embed(section.picture)})")
+    return "\n\n".join(parts)
+
+
 def _picture(root: Path, draw: Callable[[Catalog, Path], None]) -> str | None:
     """A picture of the catalogue inside its own address."""
     catalogue = root / STAGES["catalog"].place / "catalog.duckdb"
@@ -89,12 +110,12 @@ def _picture(root: Path, draw: Callable[[Catalog, Path], None]) -> str | None:
     with tempfile.TemporaryDirectory() as folder, Catalog(catalogue) as catalog:
         png = Path(folder) / "picture.png"
         draw(catalog, png)
-        return _embed(png)
+        return _embed(png.read_bytes())
 
 
-def _embed(png: Path) -> str:
+def _embed(png: bytes) -> str:
     """A picture as an address that holds it."""
-    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def decision(made: Decision) -> str:

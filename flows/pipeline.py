@@ -75,7 +75,9 @@ def publish_metrics(place: Workplace) -> None:
 
 @task(name="features", cache_policy=NO_CACHE)
 def publish_features(place: Workplace) -> None:
-    """Pictures of the best features, and of all SAEs."""
+    """What was found, as a report; pictures of the best features, and of all SAEs."""
+    if report := pages.report(place.root):
+        create_markdown_artifact(report, key="report", description=f"What was found by {place.name}")
     if picture := pages.features(place.root):
         create_markdown_artifact(picture, key="features", description=f"The best features of {place.name}")
     if picture := pages.comparison(place.root):

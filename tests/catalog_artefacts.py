@@ -112,7 +112,7 @@ def make_inputs(root: Path, width: int = 32, height: int = 32, names: Sequence[s
     activations = make(root / "activations", "activations", lambda draft: {}, {"images": images}, hookpoint="blocks.15")
     training = make(root / "sae", "training", _inside(names, "sae", _sae), {"extract": activations}, k=2)
     inputs = {"images": images, "train": training}
-    evaluations = make(root / "evaluation", "evaluations", _inside(names, "evaluation", _evaluation), inputs, n_top=2)
+    evaluations = make(root / "evaluation", "evaluations", _evaluations(names), inputs, n_top=2)
     labellings = make(root / "labels", "labellings", _inside(names, "labels", _labels), {"evaluate": evaluations}, seed=0)
     return {**inputs, "evaluate": evaluations, "label": labellings}
 
@@ -127,6 +127,21 @@ def _inside(names: Sequence[str], kind: str, fill: Callable[[Draft, str], Mappin
         return {"saes": list(names)}
 
     return fill_all
+
+
+def _evaluations(names: Sequence[str]) -> Callable[[Draft], Mapping[str, Any]]:
+    """One of each, and each held against each: latents of the same index match, the second SAE has no others."""
+
+    def fill(draft: Draft) -> Mapping[str, Any]:
+        summary = _inside(names, "evaluation", _evaluation)(draft)
+        pairs = [(f"{one}-00000000", f"{other}-00000000", _latents_of(one)) for one in names for other in names if one != other]
+        matches = [(sae, latent, other, latent % 2, 1.0 if latent < 2 else 0.6) for sae, other, n in pairs for latent in range(n)]
+        draft.write_table("matches.parquet", columns(schemas.MATCHES, matches, "sae latent other_sae other_latent cosine"))
+        stable = [(sae, other, 2 / n, 2 / n, 0.8, 0.5) for sae, other, n in pairs]
+        draft.write_table("stability.parquet", columns(schemas.STABILITY, stable, "sae other_sae matched mutual mmcs chance"))
+        return summary
+
+    return fill
 
 
 def _train_params(name: str) -> dict[str, Any]:

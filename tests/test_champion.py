@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 import pytest
 
 from ommatid import champion, store
@@ -65,6 +66,7 @@ def make(name: str, ms: float, d_model: int = 8, **others: float) -> None:
     path = Path("made.duckdb")
     with duckdb.connect(path) as connection:
         columns = "sae, now()::TIMESTAMP AS created_at, '{}'::JSON AS params, NULL::VARCHAR AS decision, NULL::TIMESTAMP AS decided_at"
+        connection.execute("CREATE TABLE matches (sae VARCHAR, latent INTEGER, other_sae VARCHAR, other_latent INTEGER)")
         connection.execute(f"CREATE TABLE runs AS SELECT {columns}, NULL::VARCHAR AS reason FROM (SELECT unnest(?) AS sae)", [list(saes)])
     _write("catalog", {"": ({"saes": list(saes)}, {"catalog.duckdb": path.read_bytes()})})
     path.unlink()
@@ -134,6 +136,29 @@ def test_the_champion_is_measured_anew_and_a_worse_challenger_is_only_recorded(c
     assert published() == {"first": "champion", "second": "challenger", "third": "champion"}
     assert [d.challenger.sae for d in champion.read_decisions()] == ["first", "second", "third"]
     assert len(list(champion.CHAMPIONS.iterdir())) == 1
+
+
+def _matched(monkeypatch: pytest.MonkeyPatch, ms: float) -> None:
+    """Let the champion score so, and latent 0 of it be latent 2 of the challenger."""
+
+    def measure(sae: store.Artefact, _params: object, _on_event: object, challenger: Scores, catalog: str) -> Scores:
+        row = {"sae": challenger.sae, "latent": 2, "other_sae": sae.summary["sae"], "other_latent": 0}
+        champion._write_matched(catalog, {"matches": pa.Table.from_pylist([row])})
+        return Scores(sae=sae.summary["sae"], digest=sae.digest, fvu=0.3, l0=32.0, dead=0.1, ms=ms, ms_floor=0.35)
+
+    monkeypatch.setattr(champion, "_measure", measure)
+
+
+def test_a_new_champions_catalogue_says_which_latents_the_old_one_had(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    retrain()
+    make("second", ms=0.42)
+    _matched(monkeypatch, ms=0.43)
+    assert retrain().decision == "challenger"
+    make("third", ms=0.5)
+    assert retrain().decision == "champion"
+    with Catalog(champion.CATALOG) as catalog:
+        assert catalog.rows("FROM matches") == [("third", 2, "first", 0)]
+    assert not champion.MATCHED.exists()
 
 
 def test_the_challenger_is_the_best_of_its_training_and_only_it_is_decided_on(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,6 @@ def test_lines_are_few_but_the_last_and_every_notice_are_there(capsys: pytest.Ca
         "train steps: 10 of 30",
         "train steps: 30 of 30",
         "notice: one: step 30: no progress: [see]",
-        "notice: one: no labels",
     ]
 
 

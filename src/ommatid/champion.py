@@ -2,7 +2,8 @@
 
     data/published/catalog.duckdb          the champion's catalogue, replaced whole: readers of the old file keep it
     data/published/decisions.jsonl         every decision with its numbers, one a line, only ever added to
-    data/published/champions/<key>/        the champion's SAE and catalogue as they were when it won
+    data/published/champions/<key>/        the champion's SAE and catalogue as they were when it won; the catalogue also
+                                           matches its latents with those of the champion before, on the same images
 
 The line in decisions.jsonl is what decides. The champion's files are there before its line is written, and `settle` makes the rest
 follow from the lines: whatever moment a run dies at, the next one ends where it would have ended. Works in the current directory.
@@ -15,7 +16,7 @@ import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -25,10 +26,17 @@ from ommatid.events import Listener, ignore
 from ommatid.stage import open_stage
 from ommatid.store import Artefact, sync
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from ommatid.evaluate.matches import Evaluated
+
 PUBLISHED = Path("data/published")
 CATALOG = PUBLISHED / "catalog.duckdb"
 DECISIONS = PUBLISHED / "decisions.jsonl"
 CHAMPIONS = PUBLISHED / "champions"
+MATCHED = PUBLISHED / "matched"
+"""Matches of a challenger with the champion, in a folder by the challenger's catalogue, until it is decided."""
 SETTLED = PUBLISHED / "settled"
 """How many bytes of decisions.jsonl the published catalogue holds."""
 
@@ -117,7 +125,7 @@ def decide(params: Params, on_event: Listener = ignore) -> Decision:
     elif obstacle := _incomparable(_sae_of(last)):
         won, reason = True, f"the champion {last.challenger.sae} cannot be measured on these activations: {obstacle}"
     else:
-        champion = _measure(_sae_of(last), params.evaluate, on_event)
+        champion = _measure(_sae_of(last), params.evaluate, on_event, challenger, catalog.digest)
         won, reason = compare(champion, challenger, params.retrain)
     return Decision(
         decision="champion" if won else "challenger",
@@ -146,6 +154,7 @@ def settle() -> None:
     for folder in CHAMPIONS.glob("*"):
         if folder != keep:
             shutil.rmtree(folder)
+    shutil.rmtree(MATCHED, ignore_errors=True)
     shutil.rmtree(PUBLISHED / ".work", ignore_errors=True)
     if champion and not _is_settled():
         _publish_catalog(champion)
@@ -197,7 +206,11 @@ def _scores(sae: Artefact, evaluation: Artefact) -> Scores:
 
 
 def _folder(decision: Decision) -> Path:
-    return CHAMPIONS / decision.catalog[:16]
+    return CHAMPIONS / _key(decision.catalog)
+
+
+def _key(catalog: str) -> str:
+    return catalog[:16]
 
 
 def _sae_of(decision: Decision) -> Artefact:
@@ -227,17 +240,41 @@ def _activations() -> dict[str, Artefact]:
     return {"extract": open_stage("extract", config["hookpoint"]), **target}
 
 
-def _measure(sae: Artefact, params: EvaluateParams, on_event: Listener) -> Scores:
-    """Evaluate an SAE on the checkout's images and activations."""
+def _measure(sae: Artefact, params: EvaluateParams, on_event: Listener, challenger: Scores, catalog: str) -> Scores:
+    """Evaluate an SAE on the checkout's images and activations, and match its latents with the challenger's, which fire on the same."""
     from ommatid.evaluate import evaluate
+    from ommatid.evaluate.matches import Evaluated, match
 
     inputs = {"images": open_stage("images"), "train": sae, **_activations()}
     with store.open_draft(PUBLISHED / "evaluation", "evaluation", params.model_dump(mode="json"), inputs) as draft:
-        return _scores(sae, draft.sealed() or evaluate(params, inputs, draft, on_event))
+        evaluation = draft.sealed() or evaluate(params, inputs, draft, on_event)
+        pair = match(_evaluated(challenger), Evaluated(sae, evaluation), draft.scratch)
+        _write_matched(catalog, {"matches": pair.matches, "stability": pair.stability})
+        return _scores(sae, evaluation)
+
+
+def _evaluated(made: Scores) -> "Evaluated":
+    """One of the checkout's SAEs, with what it does."""
+    from ommatid.evaluate.matches import Evaluated
+
+    name, sae = next((name, sae) for name, sae in open_stage("train").each().items() if sae.digest == made.digest)
+    return Evaluated(sae, open_stage("evaluate").each()[name])
+
+
+def _write_matched(catalog: str, tables: Mapping[str, "pa.Table"]) -> None:
+    """Rows that the catalogue gets should its SAE win."""
+    import pyarrow.parquet as pq
+
+    folder = MATCHED / _key(catalog)
+    folder.mkdir(parents=True, exist_ok=True)
+    for relation, table in tables.items():
+        pq.write_table(table, folder / f"{relation}.parquet")
 
 
 def _keep(decision: Decision) -> None:
     """Copy the challenger's SAE and catalogue, whole or not at all."""
+    from ommatid.catalog.publish import add_rows
+
     place, aside = _folder(decision), _folder(decision).with_suffix(".tmp")
     if place.exists():
         return
@@ -245,6 +282,7 @@ def _keep(decision: Decision) -> None:
     sae = next(sae for sae in open_stage("train").each().values() if sae.digest == decision.challenger.digest)
     shutil.copytree(sae.path, aside / "sae")
     shutil.copyfile(open_stage("catalog").path / CATALOG.name, aside / CATALOG.name)
+    add_rows(aside / CATALOG.name, {path.stem: path for path in (MATCHED / _key(decision.catalog)).glob("*.parquet")})
     for path in [*aside.rglob("*"), aside]:
         sync(path)
     os.rename(aside, place)

@@ -149,6 +149,21 @@ def show(
     typer.echo(path)
 
 
+@app.command()
+def report(
+    sae: Annotated[str | None, typer.Option(metavar="NAME", help="Which SAE; default: the highest mean MS above its floor.")] = None,
+    to: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("data/report.html"),
+    catalog: CatalogFile = DEFAULT_CATALOG,
+) -> None:
+    """Write what was found as one page that needs no network: numbers beside their controls, plots, best and worst features."""
+    from ommatid.catalog import Catalog
+    from ommatid.catalog.report import write_report
+
+    with Catalog(catalog) as opened:
+        write_report(opened, to, sae)
+    typer.echo(to)
+
+
 @app.command("import")
 def import_(
     path: Annotated[Path, typer.Argument(help="Folder or file of an SAE of another library.")],

@@ -162,6 +162,30 @@ COMPARISONS = _schema(
     judge=(pa.string(), "the encoder behind ms"),
 )
 
+MATCHES = _schema(
+    sae=(pa.string(), "name of the SAE"),
+    latent=(pa.int32(), "index of the latent"),
+    other_sae=(pa.string(), "name of another SAE of the same activations"),
+    other_latent=(pa.int32(), "the other SAE's latent whose direction is nearest to this latent's"),
+    cosine=(pa.float32(), "cosine of the two directions"),
+    jaccard=(pa.float64(), "evaluation images that fire both over those that fire either; null: neither fires"),
+)
+
+STABILITY = _schema(
+    sae=(pa.string(), "name of the SAE"),
+    other_sae=(pa.string(), "name of another SAE of the same activations"),
+    matched=(
+        pa.float64(),
+        "share of the SAE's latents that one-to-one (Hungarian) matching by cosine pairs above 0.9; null: one has more than 4,096 latents",
+    ),
+    mutual=(
+        pa.float64(),
+        "share of the SAE's latents above 0.9 with a latent whose best match they are, too; close to matched, at any width",
+    ),
+    mmcs=(pa.float64(), "mean over the SAE's latents of the cosine of their best match"),
+    chance=(pa.float64(), "what mmcs would be were the other's directions drawn at random"),
+)
+
 ZERO_SHOT = _schema(
     sae=(pa.string(), "name of the SAE"),
     spliced=(

@@ -50,6 +50,8 @@ QUALITY = Path("data/quality")
 """Folder of the gates' reports, relative to the checkout, wherever the artefacts are."""
 HEALTH = "health"
 """Folder in it with a picture of each dictionary that was trained."""
+REPORT = "report.html"
+"""Page in it about what was found, made with the catalogue."""
 
 
 def open_stage(name: str, hookpoint: str | None = None, data: str = DATA) -> Artefact:
@@ -98,10 +100,12 @@ def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA, r
             if name == "train":
                 pictures = _draw_health(artefact, reports)
             report = _gate(name, artefact, params, inputs.get("train", artefact), draft, reports, must_pass)
+            if name == "catalog":
+                report.append(_write_report(artefact, reports))
             if runs:
                 runs.finish(artefact)
         published = draft.publish(place)
-    if name in TRACKED:
+    if name in TRACKED or name == "catalog":
         _track(name, inputs.get("train", published), published, report, pictures, reports)
     return published
 
@@ -198,6 +202,15 @@ def _draw_health(training: Artefact, reports: Path) -> dict[str, list[Path]]:
     return drawn
 
 
+def _write_report(catalog: Artefact, reports: Path) -> Path:
+    from ommatid.catalog import Catalog
+    from ommatid.catalog.report import write_report
+
+    with Catalog(catalog.file("catalog.duckdb")) as opened:
+        write_report(opened, reports / REPORT)
+    return reports / REPORT
+
+
 def _track(
     name: str, training: Artefact, artefact: Artefact, report: list[Path], pictures: Mapping[str, list[Path]], reports: Path
 ) -> None:
@@ -207,7 +220,8 @@ def _track(
     if name == "train":
         before = [reports / f"{earlier}{suffix}" for earlier in ("images", "extract") for suffix in (".json", ".html")]
         report = [*(path for path in before if path.exists()), *report]
-    numbers = {sae: _numbers(made.summary) for sae, made in artefact.each().items()}
+    made = artefact.each()  # nothing inside a catalogue: it is about all of them
+    numbers = {sae: _numbers(made[sae].summary) if made else {} for sae in training.children}
     tracking.log_stage(name, training.each(), report, numbers, pictures)
 
 
@@ -229,8 +243,10 @@ def _compute(name: str, params: Params, inputs: dict[str, Artefact], draft: Draf
             return train(params.train, inputs, draft, on_event)
         case "evaluate":
             from ommatid.evaluate import evaluate
+            from ommatid.evaluate.matches import write_matches
 
-            return _for_each_sae(functools.partial(evaluate, params.evaluate), inputs, draft, on_event)
+            each = functools.partial(evaluate, params.evaluate)
+            return _for_each_sae(each, inputs, draft, on_event, lambda made: write_matches(inputs["train"].each(), made, draft, on_event))
         case "label":
             from ommatid.label import label, load_material
 
@@ -246,7 +262,11 @@ def _compute(name: str, params: Params, inputs: dict[str, Artefact], draft: Draf
 
 
 def _for_each_sae(
-    make: Callable[[Mapping[str, Artefact], Draft, Listener], Artefact], inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener
+    make: Callable[[Mapping[str, Artefact], Draft, Listener], Artefact],
+    inputs: Mapping[str, Artefact],
+    draft: Draft,
+    on_event: Listener,
+    compare: Callable[[Mapping[str, Artefact]], None] = lambda made: None,
 ) -> Artefact:
     """Run a stage for every SAE of the training, into an artefact inside each; what a run that died has sealed is kept.
 
@@ -255,6 +275,7 @@ def _for_each_sae(
         inputs: Of the stage.
         draft: Of the stage.
         on_event: Hears which SAE it is about where there are several.
+        compare: Then writes what is about several of them, from what was made of each.
     """
     names = inputs["train"].children
     made: dict[str, Artefact] = {}
@@ -265,6 +286,7 @@ def _for_each_sae(
         }
         child = draft.child(name, INSIDE[draft.kind], inputs=own)
         made[name] = child.sealed() or make(own, child, about(name, len(names) == 1, on_event))
+    compare(made)
     return draft.seal({"saes": names, "of": {name: _numbers(artefact.summary) for name, artefact in made.items()}})
 
 

@@ -35,11 +35,13 @@ GRAIN = {
     "levels": "sae, level",
     "probes": "sae, class, probe, k",
     "zero_shot": "sae, spliced",
+    "matches": "sae, latent, other_sae",
+    "stability": "sae, other_sae",
     "features": "sae, latent",
     "runs": "sae",
 }
 COUNTS = {"images": 6, "latents": 4, "examples": 7, "firings": 7, "labels": 5, "neighbours": 8, "comparisons": 3, "features": 4, "runs": 1}
-COUNTS |= {"fidelity": 3, "densities": 4, "cofiring": 2, "levels": 1, "probes": 4, "zero_shot": 5}
+COUNTS |= {"fidelity": 3, "densities": 4, "cofiring": 2, "levels": 1, "probes": 4, "zero_shot": 5, "matches": 0, "stability": 0}
 
 
 # ---- relations
@@ -63,7 +65,7 @@ def test_every_column_says_what_it_means(catalog: Catalog) -> None:
 
 def test_tables_have_the_columns_of_their_schemas(catalog: Catalog) -> None:
     relations = {name: [column.name for column in columns] for name, columns in catalog.relations().items()}
-    for table in ("labels", "neighbours", *EVALUATED):
+    for table in ("labels", "neighbours", "matches", "stability", *EVALUATED):
         assert relations[table] == getattr(schemas, table.upper()).names
     assert relations["images"] == [name for name in schemas.IMAGES.names if name != "encoded"] + ["seen_width", "seen_height"]
 
@@ -178,7 +180,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Catalog]:
 
 def test_every_relation_holds_all_saes_and_of_each_what_it_holds_alone(two: Catalog, catalog: Catalog) -> None:
     other = f"{artefacts.OTHER}-00000000"
-    for relation in set(GRAIN) - {"images", "runs"}:
+    for relation in set(GRAIN) - {"images", "runs", "matches", "stability"}:
         counts = dict(two.rows(f"SELECT sae, count(*) FROM {relation} GROUP BY sae"))
         assert counts.keys() == {artefacts.SAE, other}
         assert counts[artefacts.SAE] == COUNTS[relation]
@@ -197,6 +199,19 @@ def test_runs_give_each_sae_its_own_name_lineage_and_params(two: Catalog) -> Non
         (artefacts.NAME, 2, 4, 2, "run-1", "2"),
     ]
     assert two.rows("SELECT count(DISTINCT sae_digest) FROM runs") == [(2,)]
+
+
+def test_two_saes_are_held_against_each_other_and_one_against_none(two: Catalog, catalog: Catalog) -> None:
+    other = f"{artefacts.OTHER}-00000000"
+    assert two.rows("SELECT sae, latent, other_sae, other_latent FROM matches ORDER BY ALL") == [
+        *((other, latent, artefacts.SAE, latent) for latent in range(2)),
+        *((artefacts.SAE, latent, other, latent % 2) for latent in range(4)),
+    ]
+    assert two.rows("SELECT sae, other_sae, matched FROM stability ORDER BY sae") == [
+        (other, artefacts.SAE, 1.0),
+        (artefacts.SAE, other, 0.5),
+    ]
+    assert catalog.rows("FROM matches") == catalog.rows("FROM stability") == []
 
 
 def test_an_sae_that_was_not_labelled_is_named(tmp_path: Path) -> None:

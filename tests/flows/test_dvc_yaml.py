@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from ommatid.config import ExtractParams, TrainParams
-from ommatid.stage import HEALTH, QUALITY, STAGES
+from ommatid.stage import HEALTH, QUALITY, REPORT, STAGES
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "src/ommatid"
@@ -80,5 +80,6 @@ def test_a_stage_in_dvc_is_the_verb_its_params_its_inputs_and_its_report(stage: 
     inputs = {str(STAGES[other].place) for other in STAGES[stage].inputs}
     assert {dep for dep in entry["deps"] if dep.startswith("data/")} == inputs
     pictures = [f"{QUALITY / HEALTH}"] if stage == "train" else []
-    assert entry["outs"] == [str(STAGES[stage].place), f"{QUALITY}/{stage}.html", *pictures]
+    found = [f"{QUALITY / REPORT}"] if stage == "catalog" else []
+    assert entry["outs"] == [str(STAGES[stage].place), f"{QUALITY}/{stage}.html", *pictures, *found]
     assert entry["metrics"] == [f"{QUALITY}/{stage}.json"]

@@ -62,6 +62,7 @@ def test_the_headline_of_several_saes_has_a_column_for_each(tmp_path: Path) -> N
 def test_no_catalogue_no_picture(tmp_path: Path) -> None:
     assert pages.features(tmp_path) is None
     assert pages.comparison(tmp_path) is None
+    assert pages.report(tmp_path) is None
 
 
 def test_pictures_need_no_network(tmp_path: Path) -> None:
@@ -69,6 +70,15 @@ def test_pictures_need_no_network(tmp_path: Path) -> None:
     catalog_artefacts.build(place.parent, catalog_artefacts.make_inputs(tmp_path))
     for page in (pages.features(tmp_path), pages.comparison(tmp_path)):
         assert page and page.startswith("# The ") and "](data:image/png;base64," in page
+
+
+def test_the_report_has_its_numbers_tables_and_plots_inside(tmp_path: Path) -> None:
+    place = tmp_path / STAGES["catalog"].place
+    catalog_artefacts.build(place.parent, catalog_artefacts.make_inputs(tmp_path))
+    page = str(pages.report(tmp_path))
+    assert page.startswith(f"# lite0, blocks.15, {catalog_artefacts.NAME}\n") and "| **100 %** | of names beat their control |" in page
+    assert "## The SAE beside its controls" in page and "| this SAE | 4 |" in page
+    assert page.count("](data:image/png;base64,") == 5 and "## The best features" not in page
 
 
 def test_a_decision_shows_both_sides() -> None:

@@ -40,6 +40,8 @@ RELATIONS: Mapping[str, tuple[pa.Schema, ...]] = {
     "levels": (schemas.LEVELS,),
     "probes": (schemas.PROBES,),
     "zero_shot": (schemas.ZERO_SHOT,),
+    "matches": (schemas.MATCHES,),
+    "stability": (schemas.STABILITY,),
     "features": (schemas.LATENTS, schemas.COMPARISONS, schemas.LABELS),
     "runs": (schemas.COMPARISONS,),
 }
@@ -101,7 +103,7 @@ def _write(params: CatalogParams, inputs: Mapping[str, Artefact], draft: Draft, 
     pq.write_table(make_runs(params, inputs, saes, lineage), work / "runs.parquet")
     preprocessing = inputs["extract"].summary["preprocessing"] if "extract" in inputs else {}
     values = {"resize": preprocessing.get("resize"), "crop": preprocessing.get("crop"), "runs": str(work / "runs.parquet")}
-    values |= _tables(saes, inputs["images"]) | {"neighbours": _write_neighbours(saes, params.n_neighbours, work)}
+    values |= _tables(saes, inputs) | {"neighbours": _write_neighbours(saes, params.n_neighbours, work)}
     with draft.write_file(CATALOG) as path:
         with duckdb.connect(work / CATALOG, config=_settings(work)) as connection:
             for done, relation in enumerate(RELATIONS, start=1):
@@ -147,10 +149,11 @@ def _meaning(relation: str, column: str) -> str:
     return fields[0].metadata[b"meaning"].decode()
 
 
-def _tables(saes: Mapping[str, OneSAE], images: Artefact) -> dict[str, list[str]]:
+def _tables(saes: Mapping[str, OneSAE], inputs: Mapping[str, Artefact]) -> dict[str, list[str]]:
     """The Parquet files of each table, of all SAEs, by the name of the parameter in SQL."""
     evaluated = {table: [one.evaluation for one in saes.values()] for table in EVALUATED}
-    sources = {"images": [images], "labels": [one.labels for one in saes.values()], **evaluated}
+    pairs = {table: [inputs["evaluate"]] for table in ("matches", "stability")}
+    sources = {"images": [inputs["images"]], "labels": [one.labels for one in saes.values()], **evaluated, **pairs}
     return {table: [str(path) for source in found for path in source.files(table)] for table, found in sources.items()}
 
 

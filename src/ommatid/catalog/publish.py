@@ -1,4 +1,4 @@
-"""The relation `runs` of a published catalogue: every SAE that was decided on, not only those that the catalogue is about."""
+"""What a published catalogue says of SAEs that it is not about: all that were decided on, and how the last champion's latents match."""
 
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -25,6 +25,14 @@ def write_runs(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             names, values = ", ".join(f'"{name}"' for name in known), ", ".join("?" for _ in known)
             connection.execute(f"INSERT INTO runs ({names}) VALUES ({values})", list(known.values()))
         connection.execute("COMMIT")
+        connection.execute("CHECKPOINT")
+
+
+def add_rows(path: Path, files: Mapping[str, Path]) -> None:
+    """Add the rows of a Parquet file to each of these relations of a catalogue that nobody reads yet."""
+    with duckdb.connect(path, config=dict(SEALED)) as connection:
+        for relation, file in files.items():
+            connection.execute(f'INSERT INTO "{relation}" BY NAME FROM read_parquet(?)', [str(file)])
         connection.execute("CHECKPOINT")
 
 

@@ -8,6 +8,7 @@ from ommatid.metrics.detection import auroc, balanced_accuracy, best_threshold, 
 from ommatid.metrics.fidelity import Fidelity, FidelityByKind
 from ommatid.metrics.firing import Decade, Firing, TopImages, density_histogram
 from ommatid.metrics.hierarchy import lca_depth
+from ommatid.metrics.matching import BestMatches, best_matches, chance_cosine, match_one_to_one
 from ommatid.metrics.meaning import coverage, label_entropy, purity
 from ommatid.metrics.monosemanticity import Monosemanticity, MonosemanticityInterval, MonosemanticityScores
 from ommatid.metrics.probe import LogisticProbes, fit_probes
@@ -16,6 +17,7 @@ from ommatid.metrics.vectors import nan_mean, unit
 from ommatid.metrics.zero_shot import Classified, Interval, classify, fit_scale, recovered
 
 __all__ = [
+    "BestMatches",
     "Classified",
     "CoFiring",
     "Decade",
@@ -30,7 +32,9 @@ __all__ = [
     "TopImages",
     "auroc",
     "balanced_accuracy",
+    "best_matches",
     "best_threshold",
+    "chance_cosine",
     "classify",
     "coverage",
     "density_histogram",
@@ -38,6 +42,7 @@ __all__ = [
     "fit_scale",
     "label_entropy",
     "lca_depth",
+    "match_one_to_one",
     "nan_mean",
     "purity",
     "rank_correlation",

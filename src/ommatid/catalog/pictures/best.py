@@ -20,7 +20,7 @@ def draw_best(catalog: Catalog, path: Path, n: int = 10, sae: str | None = None)
         QueryError: there is no such SAE; None is the best of the catalogue.
     """
     sae = choose_sae(catalog, sae)
-    best = catalog.ask(_BEST, {"sae": sae, "n": n, "least": MIN_IMAGES}).dicts()
+    best = catalog.ask(BEST, {"sae": sae, "n": n, "least": MIN_IMAGES}).dicts()
     row, left = SIDE + 26, 300
     page = Page(2 * MARGIN + left + N_ACROSS * (SIDE + GAP), max(MARGIN + 46 + len(best) * row + 10, 160))
     page.text(MARGIN, MARGIN - 10, "Most monosemantic features", 15, weight="bold")
@@ -52,7 +52,7 @@ def _draw_name(page: Page, y: int, width: int, feature: dict[str, Any]) -> None:
     )
 
 
-_BEST = """
+BEST = """
     SELECT * FROM features
     WHERE sae = $sae AND label IS NOT NULL AND NOT is_dead AND ms IS NOT NULL AND n_images >= $least
     ORDER BY ms DESC, latent LIMIT $n

@@ -15,7 +15,10 @@ from ommatid.catalog import Catalog
 from ommatid.catalog.pictures.page import FAINT, GREY, INK, MARGIN, Page, fixed, short
 
 WIDTH = 1240
-PLOT_TOP, PLOT_HEIGHT, PLOT_WIDTH = MARGIN + 92, 350, 510
+PLOT_HEIGHT, PLOT_WIDTH = 350, 510
+LEGEND = 50
+"""Above the plots, for what their colours mean."""
+PLOT_TOP = MARGIN + 42 + LEGEND
 AXIS = 58
 """Left of a plot, for its numbers."""
 N_ROWS = 16
@@ -81,11 +84,17 @@ def draw_comparison(catalog: Catalog, path: Path) -> None:
         weight="bold",
     )
     page.text(MARGIN, MARGIN + 16, _caption(catalog), 9, GREY)
-    _draw_legend(page, MARGIN + 42, entries, colours)
-    _draw_fidelity(page, MARGIN + AXIS, entries, colours)
-    _draw_monosemanticity(page, WIDTH - MARGIN - PLOT_WIDTH, entries, colours)
+    _draw_plots(page, MARGIN + 42, entries, colours)
     _draw_table(page, PLOT_TOP + PLOT_HEIGHT + 62, rows, len(entries), colours)
     page.save(path)
+
+
+def make_plots(catalog: Catalog) -> Page:
+    """The two plots alone, with their legend."""
+    entries = [Entry(*row) for row in catalog.rows(_ENTRIES)]
+    page = Page(WIDTH, MARGIN // 2 + LEGEND + PLOT_HEIGHT + 52)
+    _draw_plots(page, MARGIN // 2, entries, _colours(entries))
+    return page
 
 
 def _caption(catalog: Catalog) -> str:
@@ -115,6 +124,12 @@ def _cycle(hues: Sequence[str]) -> Iterable[str]:
         yield from hues
 
 
+def _draw_plots(page: Page, y: int, entries: Sequence[Entry], colours: dict[str, str]) -> None:
+    _draw_legend(page, y, entries, colours)
+    _draw_fidelity(page, MARGIN + AXIS, y + LEGEND, entries, colours)
+    _draw_monosemanticity(page, WIDTH - MARGIN - PLOT_WIDTH, y + LEGEND, entries, colours)
+
+
 def _draw_legend(page: Page, y: int, entries: Sequence[Entry], colours: dict[str, str]) -> None:
     x = MARGIN
     if len({entry.variant for entry in entries}) == 1:
@@ -130,10 +145,10 @@ def _draw_legend(page: Page, y: int, entries: Sequence[Entry], colours: dict[str
 # ---- the plots
 
 
-def _draw_fidelity(page: Page, x: int, entries: Sequence[Entry], colours: dict[str, str]) -> None:
+def _draw_fidelity(page: Page, x: int, y: int, entries: Sequence[Entry], colours: dict[str, str]) -> None:
     """FVU against L0; SAEs that differ in k only are joined."""
-    page.text(x, PLOT_TOP - 22, "Reconstruction: FVU against L0", 10, weight="bold")
-    axes = _plot(page, x, "L0: latents that fire a token", "fraction of variance unexplained")
+    page.text(x, y - 22, "Reconstruction: FVU against L0", 10, weight="bold")
+    axes = _plot(page, x, y, "L0: latents that fire a token", "fraction of variance unexplained")
     known = [(entry, entry.fvu) for entry in entries if entry.fvu is not None]
     for line in _lines(known, lambda entry: (entry.variant, entry.d_sae)):
         _join(axes, [(entry.l0, fvu) for entry, fvu in line], color=colours.get(line[0][0].variant, LINE))  # one of several k is grey
@@ -146,10 +161,10 @@ def _draw_fidelity(page: Page, x: int, entries: Sequence[Entry], colours: dict[s
     axes.set_ylim(bottom=0)
 
 
-def _draw_monosemanticity(page: Page, x: int, entries: Sequence[Entry], colours: dict[str, str]) -> None:
+def _draw_monosemanticity(page: Page, x: int, y: int, entries: Sequence[Entry], colours: dict[str, str]) -> None:
     """Mean MS above its floor against the width; SAEs that differ in width only are joined."""
-    page.text(x, PLOT_TOP - 22, "Monosemanticity: mean MS above its floor against width", 10, weight="bold")
-    axes = _plot(page, x, "d_sae: latents", "mean MS − floor, with 95 % interval")
+    page.text(x, y - 22, "Monosemanticity: mean MS above its floor against width", 10, weight="bold")
+    axes = _plot(page, x, y, "d_sae: latents", "mean MS − floor, with 95 % interval")
     known = [(entry, entry.above) for entry in entries if entry.above is not None]
     for line in _lines(known, lambda entry: (entry.variant, entry.k)):
         _join(axes, [(entry.d_sae, above) for entry, above in line], color=colours[_group(line[0][0], entries)])
@@ -166,8 +181,8 @@ def _draw_monosemanticity(page: Page, x: int, entries: Sequence[Entry], colours:
     _mark_widths(axes, (entry.d_sae for entry in entries))
 
 
-def _plot(page: Page, x: int, across: str, up: str) -> Any:
-    axes = page.axes(x, PLOT_TOP, PLOT_WIDTH, PLOT_HEIGHT)
+def _plot(page: Page, x: int, y: int, across: str, up: str) -> Any:
+    axes = page.axes(x, y, PLOT_WIDTH, PLOT_HEIGHT)
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.set_xlabel(across, fontsize=9, color=GREY)

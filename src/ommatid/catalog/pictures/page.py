@@ -1,5 +1,6 @@
 """A page in pixels: text, tiles, plots; and how words and numbers are written on it."""
 
+import io
 import os
 import warnings
 from pathlib import Path
@@ -47,14 +48,20 @@ class Page:
         axes.set_axis_off()
         axes.axhline(0, color=FAINT, linewidth=1)
 
+    def png(self, density: int = 1) -> bytes:
+        """The picture, with so many dots a pixel; only a page without tiles may have more than 1."""
+        out = io.BytesIO()
+        with warnings.catch_warnings():
+            # a label in a script that matplotlib's font lacks is drawn as boxes: no reason to stop
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            self.figure.savefig(out, format="png", dpi=DPI * density, metadata={"Software": None})
+        return out.getvalue()
+
     def save(self, path: Path) -> None:
         """Write the PNG, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(path.name + ".tmp")
-        with warnings.catch_warnings():
-            # a label in a script that matplotlib's font lacks is drawn as boxes: no reason to stop
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            self.figure.savefig(aside, format="png", dpi=DPI, metadata={"Software": None})
+        aside.write_bytes(self.png())
         os.replace(aside, path)
 
 

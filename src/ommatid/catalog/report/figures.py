@@ -1,0 +1,144 @@
+"""The plots of the report, as PNG: distributions over the latents of one SAE, with floor, chance and controls drawn in."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ommatid.catalog import Catalog
+from ommatid.catalog.pictures.comparison import HUES, make_plots
+from ommatid.catalog.pictures.examples import GAP, N_ACROSS, SIDE, load_examples, overlaid
+from ommatid.catalog.pictures.page import ACCENT, FAINT, GREY, INK, Page, short
+
+WIDTH, HEIGHT = 620, 380
+LEFT, TOP, RIGHT, BOTTOM = 62, 40, 18, 50
+"""Around a plot, for its legend and the words on its axes."""
+DENSITY = 2
+"""Dots a pixel: sharp on a fine screen."""
+N_BINS = 40
+NAMES = {"sae": "this SAE", "untrained": "untrained SAE", "neurons": "raw neurons", "pca": "PCA", "kmeans": "k-means", "nmf": "NMF"}
+COLOURS = {"sae": ACCENT, "untrained": "#c05621", "neurons": "#4a5159"}
+"""Of dictionaries; others take what HUES has left."""
+
+
+def draw_saes(catalog: Catalog) -> bytes:
+    """All SAEs: FVU against L0, and MS above its floor against width."""
+    return make_plots(catalog).png(DENSITY)
+
+
+def draw_monosemanticity(scores: Mapping[str, Sequence[float]], means: Mapping[str, float], floor: float) -> bytes:
+    """Histogram of MS.
+
+    Args:
+        scores: MS of each latent by dictionary; `sae` and those controls whose latents are known one by one.
+        means: Mean MS of the controls of which only that is known.
+        floor: What uniform weights score.
+    """
+    page, axes = _plot("MonoSemanticity score (MS) of a latent, mean cosine", "share of latents (%)")
+    everything = np.concatenate([np.asarray(some) for some in scores.values()])
+    low, high = min(floor, *means.values(), everything.min()), max(floor, everything.max())
+    edges = np.linspace(low - 0.01, high + 0.01, N_BINS + 1)
+    for i, (name, some) in enumerate(scores.items()):
+        _histogram(axes, some, edges, NAMES.get(name, name), _colour(name, i), filled=name == "sae")
+    for i, (name, mean) in enumerate(means.items()):
+        axes.axvline(mean, color=_colour(name, i), linewidth=1.4, label=f"mean of {NAMES.get(name, name)}")
+    axes.axvline(floor, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="floor")
+    axes.set_xlim(edges[0], edges[-1])
+    return _finished(page, axes)
+
+
+def draw_densities(density: Sequence[float]) -> bytes:
+    """Histogram of how often latents fire, and their mean."""
+    page, axes = _plot("density: share of tokens on which a latent fires (%)", "latents")
+    alive = 100 * np.asarray([share for share in density if share > 0])
+    edges = np.geomspace(alive.min() / 1.1, alive.max() * 1.1, N_BINS + 1)
+    axes.hist(alive, bins=edges, color=ACCENT, alpha=0.85)
+    axes.axvline(
+        100 * float(np.mean(density)), color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="mean over all latents, dead ones included"
+    )
+    _percent_scale(axes, edges[0], edges[-1])
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    return _finished(page, axes)
+
+
+def draw_scatter(rows: Sequence[tuple[float, float | None, int]], floor: float, least: int) -> bytes:
+    """MS against density, a dot a latent.
+
+    Args:
+        rows: Density, MS and images of each latent.
+        floor: Of MS.
+        least: A latent that fires on fewer images is drawn pale.
+    """
+    page, axes = _plot("density: share of tokens on which a latent fires (%)", "MS, mean cosine")
+    known = [(100 * density, ms, n) for density, ms, n in rows if density > 0 and ms is not None]
+    for is_sure, colour, label in ((False, "#b9c0c9", f"fires on fewer than {least} images"), (True, ACCENT, f"on {least} or more")):
+        some = [(density, ms) for density, ms, n in known if (n >= least) is is_sure]
+        if some:
+            axes.plot(*zip(*some, strict=True), ".", color=colour, markersize=3.2, alpha=0.7, markeredgewidth=0, label=label)
+    axes.axhline(floor, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="floor")
+    densities = [density for density, _, _ in known]
+    _percent_scale(axes, min(densities) / 1.3, max(densities) * 1.3)
+    return _finished(page, axes)
+
+
+def draw_scores(scores: Sequence[float], controls: Sequence[float]) -> bytes:
+    """Histogram of label scores beside those of the control."""
+    page, axes = _plot("balanced accuracy on held-out images (%)", "share of latents (%)")
+    everything = [100 * score for score in (*scores, *controls)]
+    edges = np.arange(5 * np.floor(min(everything) / 5), 100.1 + 2.5, 2.5)
+    _histogram(axes, [100 * score for score in scores], edges, "the latent's own name", ACCENT, filled=True)
+    _histogram(axes, [100 * score for score in controls], edges, "another latent's name (control)", "#c05621", filled=False)
+    axes.axvline(50, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="chance")
+    axes.set_xlim(edges[0], 100)
+    return _finished(page, axes)
+
+
+def draw_examples(catalog: Catalog, feature: Mapping[str, Any]) -> bytes:
+    """The strongest images of a feature side by side, under the latent's heat map, as WebP."""
+    tiles = [overlaid(example, feature["max_act"]) for example in load_examples(catalog, dict(feature), n_top=N_ACROSS)[:N_ACROSS]]
+    strip = np.full((SIDE, max(1, len(tiles)) * (SIDE + GAP) - GAP, 3), 255, np.uint8)
+    for i, tile in enumerate(tiles):
+        strip[:, i * (SIDE + GAP) : i * (SIDE + GAP) + SIDE] = tile
+    out = io.BytesIO()
+    Image.fromarray(strip).save(out, "WEBP", quality=86)
+    return out.getvalue()
+
+
+def _plot(across: str, up: str) -> tuple[Page, Any]:
+    page = Page(WIDTH, HEIGHT)
+    axes = page.axes(LEFT, TOP, WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)
+    axes.tick_params(labelsize=9)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(across, fontsize=10, color=GREY)
+    axes.set_ylabel(up, fontsize=10, color=GREY)
+    return page, axes
+
+
+def _finished(page: Page, axes: Any) -> bytes:
+    """With the legend above the plot, where it covers nothing."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, frameon=False, fontsize=9, labelcolor=INK, handlelength=1.6, markerscale=3
+    )
+    return page.png(DENSITY)
+
+
+def _histogram(axes: Any, values: Sequence[float], edges: np.ndarray, label: str, colour: str, filled: bool) -> None:
+    weights = np.full(len(values), 100 / max(len(values), 1))
+    style = {"histtype": "stepfilled", "alpha": 0.5, "edgecolor": colour} if filled else {"histtype": "step", "linewidth": 1.6}
+    axes.hist(values, bins=edges, weights=weights, label=short(label, 40), color=colour, **style)
+
+
+def _percent_scale(axes: Any, low: float, high: float) -> None:
+    """Logarithmic, its marks written as plain numbers."""
+    marks = [mark for power in range(-7, 3) for mark in (10.0**power, 3 * 10.0**power) if low <= mark <= high]
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    axes.set_xticks(marks, labels=[f"{mark:.10g}" for mark in marks])
+    axes.set_xticks([], minor=True)
+
+
+def _colour(name: str, place: int) -> str:
+    return COLOURS.get(name, HUES[(place + 2) % len(HUES)])
