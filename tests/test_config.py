@@ -32,7 +32,7 @@ def test_checkouts_params_are_valid_and_cover_every_stage() -> None:
         ("images.source.pth=3", "images.source.pth: unknown key; did you mean path?"),
         ("extract.judge.variant=lite0", "judge must be another encoder than model: both are lite0"),
         ("extract.tokens=patches", "extract.tokens: got 'patches'; input should be 'patch', 'cls', 'register', 'pooled' or 'all'"),
-        ("evaluate.baselines=[ica]", "evaluate.baselines.0: got 'ica'; input should be 'pca', 'kmeans' or 'nmf'"),
+        ("evaluate.baselines=[ica]", "evaluate.baselines.0: got 'ica'; input should be 'sparse_neurons', 'pca', 'kmeans' or 'nmf'"),
         ("evaluate.baselines=[pca, nmf, pca]", "evaluate.baselines: names one twice: pca, nmf, pca"),
         ("train", "expected KEY=VALUE"),
         ("train.k.x=1", "k is a value, not a section"),

@@ -472,7 +472,7 @@ def _unlike(name: str, others: Collection[str]) -> str:
     return name if name not in others else next(new for i in itertools.count(2) if (new := f"{name}-{i}") not in others)
 
 
-Baseline = Literal["pca", "kmeans", "nmf"]
+Baseline = Literal["sparse_neurons", "pca", "kmeans", "nmf"]
 
 
 class EvaluateParams(Section):

@@ -141,7 +141,10 @@ FIRINGS = _schema(
 
 COMPARISONS = _schema(
     sae=(pa.string(), "name of the SAE"),
-    dictionary=(pa.string(), "sae, untrained (same shape, random directions), neurons (the raw activations), pca, kmeans or nmf"),
+    dictionary=(
+        pa.string(),
+        "sae, untrained (same shape, random directions), neurons (the raw activations), sparse_neurons (as rare as latents), pca, kmeans or nmf",
+    ),
     n_latents=(pa.int32(), "latents of the dictionary"),
     fvu=(pa.float64(), "fraction of variance unexplained; null: not a reconstruction"),
     cosine=(pa.float64(), "mean cosine of activation and reconstruction; null: not a reconstruction"),
@@ -191,7 +194,7 @@ ZERO_SHOT = _schema(
     spliced=(
         pa.string(),
         "what the model goes on from in place of x: plain (x itself), sae (x̂), sae_with_error (x̂ + (x − x̂): equal to plain, or splicing "
-        "itself changes something), mean (the mean training token), untrained (another x̂), pca, kmeans or nmf",
+        "itself changes something), mean (the mean training token), untrained (another x̂), sparse_neurons, pca, kmeans or nmf",
     ),
     n_images=(pa.int32(), "evaluation images that were classified"),
     n_classes=(pa.int32(), "labels of the evaluation split: the classes, by their texts; chance is one in as many"),

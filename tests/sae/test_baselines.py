@@ -13,13 +13,13 @@ from sklearn.decomposition import PCA as SklearnPCA
 
 from ommatid.config import Baseline
 from ommatid.metrics import Fidelity
-from ommatid.sae.baselines import Dictionary, Neurons, make_baseline, make_pca
+from ommatid.sae.baselines import Dictionary, Neurons, make_baseline, make_pca, make_sparse_neurons
 from ommatid.sae.kmeans import KMeans, find_centres, find_nearest
 from ommatid.sae.model import SAEConfig, make_untrained
 from ommatid.sae.nmf import NMF, fit_nmf
 
 D_MODEL, D_SAE, K = 32, 64, 3
-KINDS: tuple[Baseline, ...] = ("pca", "kmeans", "nmf")
+KINDS: tuple[Baseline, ...] = ("sparse_neurons", "pca", "kmeans", "nmf")
 
 
 def make_config(d_sae: int = D_SAE, k: int = K, d_model: int = D_MODEL) -> SAEConfig:
@@ -43,6 +43,18 @@ def sample() -> torch.Tensor:
 
 
 # the protocol
+
+
+def test_sparse_neurons_are_the_neurons_as_rare_as_latents(sample: torch.Tensor) -> None:
+    config = make_config()
+    sparse = make_sparse_neurons(config, sample)
+    acts = sparse.encode(sample)
+    assert float((acts > 0).float().mean()) == pytest.approx(K / D_SAE, rel=0.05)
+    z = (sample - sample.mean(0)) / sample.std(0)
+    both = torch.cat([z, -z], dim=1)
+    torch.testing.assert_close(acts, torch.where(both > sparse.threshold, both, 0), rtol=1e-4, atol=1e-5)
+    everything = make_sparse_neurons(make_config(k=D_SAE), sample)
+    torch.testing.assert_close(everything.decode(everything.encode(sample)), sample, rtol=1e-4, atol=1e-4)
 
 
 def test_all_are_dictionaries(sample: torch.Tensor) -> None:

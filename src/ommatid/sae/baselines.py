@@ -65,6 +65,8 @@ class Neurons:
 def make_baseline(kind: Baseline, config: SAEConfig, sample_nd: Tensor, seed: int) -> Dictionary:
     """The baseline of an SAE, with as many latents and firings a token where it can have as many."""
     match kind:
+        case "sparse_neurons":
+            return make_sparse_neurons(config, sample_nd)
         case "pca":
             return make_pca(config, sample_nd)
         case "kmeans":
@@ -73,6 +75,25 @@ def make_baseline(kind: Baseline, config: SAEConfig, sample_nd: Tensor, seed: in
             return fit_nmf(sample_nd, config.d_sae, config.k, seed)
         case _:
             assert_never(kind)
+
+
+def make_sparse_neurons(config: SAEConfig, sample_nd: Tensor) -> SAE:
+    """The raw neurons, each as often silent as a latent of the SAE: what of an SAE's monosemanticity is sparsity alone.
+
+    Each dimension and its opposite, in units of its standard deviation from its mean, is a latent that fires above one threshold for all,
+    at which a latent fires on k / d_sae of the sample's tokens.
+    """
+    d_model = sample_nd.shape[1]
+    mean, std = sample_nd.mean(0), sample_nd.std(0).clamp_min(1e-12)
+    z = (sample_nd[:ROWS] - mean) / std
+    n_firings = max(1, round(config.k / config.d_sae * 2 * z.numel()))
+    threshold = z.abs().flatten().kthvalue(max(1, z.numel() - n_firings)).values if n_firings < z.numel() else torch.zeros(())
+    eye = torch.eye(d_model)
+    directions = torch.cat([eye * std, -eye * std])
+    W_enc = torch.cat([eye / std, -eye / std])
+    k = max(1, round(n_firings / len(z)))
+    sparse = SAEConfig("sparse_neurons", d_model, 2 * d_model, k, config.hookpoint, config.model)
+    return SAE(sparse, W_enc.T.contiguous(), -(W_enc @ mean), directions, mean, threshold)
 
 
 def make_pca(config: SAEConfig, sample_nd: Tensor) -> SAE:

@@ -18,7 +18,15 @@ LEFT, TOP, RIGHT, BOTTOM = 62, 40, 18, 50
 DENSITY = 2
 """Dots a pixel: sharp on a fine screen."""
 N_BINS = 40
-NAMES = {"sae": "this SAE", "untrained": "untrained SAE", "neurons": "raw neurons", "pca": "PCA", "kmeans": "k-means", "nmf": "NMF"}
+NAMES = {
+    "sae": "this SAE",
+    "untrained": "untrained SAE",
+    "neurons": "raw neurons",
+    "sparse_neurons": "sparse neurons",
+    "pca": "PCA",
+    "kmeans": "k-means",
+    "nmf": "NMF",
+}
 COLOURS = {"sae": ACCENT, "untrained": "#c05621", "neurons": "#4a5159"}
 """Of dictionaries; others take what HUES has left."""
 
