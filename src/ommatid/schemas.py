@@ -143,7 +143,7 @@ COMPARISONS = _schema(
     sae=(pa.string(), "name of the SAE"),
     dictionary=(
         pa.string(),
-        "sae, untrained (same shape, random directions), neurons (the raw activations), sparse_neurons (as rare as latents), pca, kmeans or nmf",
+        "sae, untrained (same shape, random directions), neurons (the raw activations), sparse_neurons (rare ones), pca, kmeans or nmf",
     ),
     n_latents=(pa.int32(), "latents of the dictionary"),
     fvu=(pa.float64(), "fraction of variance unexplained; null: not a reconstruction"),
