@@ -11,7 +11,7 @@ from fakes import CHECKOUT
 
 from ommatid.catalog import Catalog
 
-PAGES = [CHECKOUT / "README.md", CHECKOUT / "docs" / "catalogue.md"]
+PAGES = [CHECKOUT / "README.md", *(CHECKOUT / "docs" / name for name in ("catalogue.md", "labels.md"))]
 SQL = [
     pytest.param(sql, id=f"{page.name}-{i}")
     for page in PAGES
