@@ -6,7 +6,7 @@ import re
 import pytest
 
 from ommatid import terminal
-from ommatid.events import Listener, Measured, Noticed, Progress
+from ommatid.events import Listener, Measured, Noticed, Progress, Warned
 from ommatid.terminal import Lines, number, showing, summarise
 
 VALUES = {"loss": 0.5, "fvu": 0.3125, "l0": 16.0, "dead": 0.02, "tokens_per_second": 123456.7}
@@ -24,6 +24,7 @@ def tell(listener: Listener) -> None:
         listener(Measured("one", done, VALUES | {"fvu": 10 / done}))
         listener(Progress("train steps", done, 30))
     listener(Noticed("one", 30, "no progress: [see]"))
+    listener(Warned("vlm gave up"))
 
 
 def test_lines_are_few_but_the_last_and_every_notice_are_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,6 +35,7 @@ def test_lines_are_few_but_the_last_and_every_notice_are_there(capsys: pytest.Ca
         "train steps: 10 of 30",
         "train steps: 30 of 30",
         "notice: one: step 30: no progress: [see]",
+        "notice: vlm gave up",
     ]
 
 

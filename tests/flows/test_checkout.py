@@ -219,3 +219,16 @@ def test_a_kind_that_changes_keeps_params_yaml_whole(checkout: Path) -> None:
         assert load_params(place.root / "params.yaml") == params
         assert "# or {kind: folder, path: photos}" in text and "lr: null" in text and "limit: null" in text
         assert (place.root / "elsewhere").is_symlink()
+
+
+def test_files_that_lists_in_the_params_name_are_reachable_too(checkout: Path) -> None:
+    (checkout / "naming").mkdir()
+    (checkout / "naming/birds.txt").write_text("heron\n")
+    with opened(checkout, "label.labellers=[{kind: vocabulary, words: [imagenet, naming/birds.txt]}]") as (place, _):
+        assert (place.root / "naming/birds.txt").read_text() == "heron\n"
+    (checkout.parent / "birds.txt").write_text("heron\n")
+    with (
+        pytest.raises(RunError, match=r"label\.labellers: \.\./birds\.txt leads out of the checkout"),
+        opened(checkout, "label.labellers=[{kind: vocabulary, words: [../birds.txt]}]"),
+    ):
+        pass
