@@ -29,7 +29,7 @@ from ommatid.sae.model import SAE, SAEConfig
 from ommatid.stage import STAGES, open_stage, run_stage
 from ommatid.store import Artefact, open_draft
 from ommatid.tensors import from_float16
-from ommatid.vlm import Captured, Hookpoint
+from ommatid.vlm import Captured, Hookpoint, Replacement
 
 NARROW, WIDE = "batch_topk-12-k2-s0", "batch_topk-24-k3-s0"
 WIDTHS = {NARROW: 12, WIDE: 24}
@@ -50,6 +50,12 @@ class DeepTileModel(TileModel):
         captured = super().capture(pixels, ["tiles", "cls"])
         tokens = {**captured.tokens, "deep": captured.tokens["tiles"] @ self.onward}
         return replace(captured, tokens={name: tokens[name] for name in hookpoints})
+
+    def splice(self, pixels: torch.Tensor, hookpoint: str, replacements: Sequence[Replacement]) -> tuple[torch.Tensor, ...]:
+        if hookpoint != "deep":
+            return super().splice(pixels, hookpoint, replacements)
+        tokens, back = self.capture(pixels, ["deep"]).tokens["deep"], torch.linalg.pinv(self.spread @ self.onward)
+        return tuple(replacement(tokens)[:, 1:].mean(1) @ back + 0.01 for replacement in replacements)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -196,7 +202,8 @@ def test_a_transcoder_is_measured_by_what_it_decodes(model: DeepTileModel, param
     inputs = {"images": open_stage("images"), "extract": activations("tiles"), "target": activations("deep"), "train": transcoder}
     with open_draft(tmp_path / "evaluation", "evaluation", {}, inputs) as draft:
         evaluate(params.evaluate, inputs, draft)
-        found = {row["dictionary"]: row for row in draft.publish(tmp_path / "evaluation").read("comparisons").to_pylist()}
+        evaluation = draft.publish(tmp_path / "evaluation")
+    found = {row["dictionary"]: row for row in evaluation.read("comparisons").to_pylist()}
     expected = Fidelity()
     acts = sae.encode(eval_rows("tiles"))
     expected.add(eval_rows("deep"), sae.decode(acts), int((acts > 0).sum()))
@@ -204,6 +211,9 @@ def test_a_transcoder_is_measured_by_what_it_decodes(model: DeepTileModel, param
     assert found["sae"]["cosine"] == pytest.approx(expected.cosine, rel=1e-6)
     assert found["untrained"]["fvu"] is None and found["untrained"]["cosine"] is None
     assert found["neurons"]["n_latents"] == TileModel.d_model
+    spliced = {row["spliced"]: row["accuracy"] for row in evaluation.read("zero_shot").to_pylist()}
+    assert list(spliced) == ["plain", "sae", "sae_with_error", "mean"]  # what is untrained decodes nothing else than it encodes
+    assert spliced["sae"] == spliced["plain"] == 1.0 > spliced["mean"]
 
 
 def activations(hookpoint: str) -> Artefact:

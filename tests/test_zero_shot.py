@@ -23,7 +23,7 @@ from ommatid.extract import extract, towers
 from ommatid.images import decode
 from ommatid.reader import load_sample
 from ommatid.sae.model import SAE, SAEConfig
-from ommatid.store import Artefact
+from ommatid.store import Artefact, open_draft
 from ommatid.vlm import Captured, Hookpoint, Replacement
 
 N_IMAGES = 200
@@ -265,22 +265,37 @@ def test_where_the_hookpoint_has_no_influence(model: TileModel, inputs: dict[str
 def test_drawn_images_are_spread_and_are_those_that_were_drawn(images: Artefact) -> None:
     labels = load_labels(images)
     some = draw_images(images, labels, 7)
-    assert len(some) == 7 and set(some.tolist()) < set(labels) and some[0] == min(labels) and some[-1] == max(labels)
-    assert np.array_equal(draw_images(images, labels, 10**6), sorted(labels))
-    assert len(draw_images(images, [], 5)) == 0
+    numbers = some.numbers.tolist()
+    assert len(numbers) == 7 and set(numbers) < set(labels) and numbers[0] == min(labels) and numbers[-1] == max(labels)
+    assert draw_images(images, labels, 10**6).numbers.tolist() == sorted(labels)
+    none = draw_images(images, [], 5)
+    assert len(none.numbers) == 0 and list(iter_drawn(images, none, TileModel.preprocess, "cpu")) == []
     encoded = images.read("images", ["encoded"])["encoded"].to_pylist()
     preprocess = TileModel.preprocess
     found = list(iter_drawn(images, some, preprocess, "cpu"))
-    assert np.concatenate([batch.numbers for batch in found]).tolist() == some.tolist()
-    expected = np.stack([preprocess(decode(encoded[number])) for number in some])
+    assert np.concatenate([batch.numbers for batch in found]).tolist() == numbers
+    expected = np.stack([preprocess(decode(encoded[number])) for number in numbers])
     assert np.array_equal(torch.cat([batch.of[0] for batch in found]), expected)
-    assert list(iter_drawn(images, some[:0], preprocess, "cpu")) == []
+
+
+def test_images_that_are_not_numbered_as_they_lie(images: Artefact, tmp_path: Path) -> None:
+    """As those of a sample are, on which a run is estimated."""
+    kept = images.read("images").slice(0, 20).take(list(range(1, 20, 2)))
+    with open_draft(tmp_path / "sample", "images", {}, {}) as draft:
+        draft.write_table("images-00000.parquet", kept, row_group_size=4)
+        draft.seal({})
+        sample = draft.publish(tmp_path / "sample")
+    some = draw_images(sample, [3, 7, 15, 19], 4)
+    (batch,) = iter_drawn(sample, some, TileModel.preprocess, "cpu")
+    assert batch.numbers.tolist() == [3, 7, 15, 19]
+    encoded = images.read("images", ["encoded"])["encoded"].to_pylist()
+    assert np.array_equal(batch.of[0], np.stack([TileModel.preprocess(decode(encoded[number])) for number in (3, 7, 15, 19)]))
 
 
 def test_images_of_few_row_groups_are_read(images: Artefact, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(images.row_groups("images")) == [[128, N_IMAGES - 128]]
     monkeypatch.setattr(drawn, "N_BLOCKS", 1)
     found = draw_images(images, range(N_IMAGES), 20)
-    assert len(found) == 20 and found.max() < 128
+    assert len(found.numbers) == 20 and found.numbers.max() < 128
     monkeypatch.setattr(drawn, "BATCH", 8)
     assert [len(batch.numbers) for batch in iter_drawn(images, found, TileModel.preprocess, "cpu")] == [8, 8, 4]

@@ -104,12 +104,12 @@ def _measure(name: str, dictionaries: Mapping[str, Dictionary], inputs: Mapping[
     for batch in iter_drawn(inputs["images"], drawn, splicer.model.preprocess, splicer.device):
         for variant, embeddings in splicer.run(batch.of[0]).items():
             cosines.setdefault(variant, []).append(classifier.cosines(embeddings))
-        on_event(Progress("zero-shot images", done := done + len(batch.numbers), len(drawn)))
-    own = classifier.indices([labels[number] for number in drawn.tolist()])
+        on_event(Progress("zero-shot images", done := done + len(batch.numbers), len(drawn.numbers)))
+    own = classifier.indices([labels[number] for number in drawn.numbers.tolist()])
     of = {variant: classify(torch.cat(found), own, classifier.scale) for variant, found in cosines.items()}
     constant = {
         "sae": name,
-        "n_images": len(drawn),
+        "n_images": len(drawn.numbers),
         "n_classes": len(classes),
         "n_replaced": len(splicer.writes.places),
         "n_tokens": splicer.writes.hookpoint.n_tokens,
@@ -160,12 +160,12 @@ def _fit_scale(model: VisionModel, images: Artefact, classifier: _Classifier) ->
     """The scale that suits the plain model best on training images, of which none is measured."""
     labels = {image: label for image, label in load_labels(images, "train").items() if label in classifier.classes}
     drawn = draw_images(images, labels, N_FITTED)
-    if not len(drawn):
+    if not len(drawn.numbers):
         raise _Undefined("no training image has a label, and cosines of a model without a scale of its own need some to be scaled by")
     device = find_device()
     found = [model.capture(batch.of[0].to(device), ()).embedding for batch in iter_drawn(images, drawn, model.preprocess, device)]
     cosines = torch.cat([classifier.cosines(embedding) for embedding in found if embedding is not None])
-    return fit_scale(cosines, classifier.indices([labels[number] for number in drawn.tolist()]))
+    return fit_scale(cosines, classifier.indices([labels[number] for number in drawn.numbers.tolist()]))
 
 
 @dataclass(frozen=True)
