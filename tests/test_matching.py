@@ -103,7 +103,7 @@ def test_wide_dictionaries_are_not_matched_one_to_one(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("m", "d"), [(1, 3), (2, 2), (8, 1), (50, 4), (300, 64)])
 def test_chance_is_what_random_directions_give(m: int, d: int) -> None:
     rng = np.random.default_rng(0)
-    n = 40_000 // m + 4000
+    n = 40_000 // m + 1000
     others = rng.normal(size=(n, m, d)).astype(np.float32)
     first = others[:, :, 0] / np.linalg.norm(others, axis=2)  # the cosine with the first axis
     best = first.max(1)

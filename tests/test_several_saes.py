@@ -16,9 +16,9 @@ from fakes import COLOURS, GRID, TileModel, make_test_params, write_tile_folder
 from mlflow import MlflowClient
 from PIL import Image
 
-from ommatid import cli
+from ommatid import champion, cli
 from ommatid.catalog import Catalog
-from ommatid.config import Params, make_params
+from ommatid.config import Params, RetrainParams, make_params
 from ommatid.errors import ArtefactError, GateError
 from ommatid.evaluate import evaluate
 from ommatid.events import Event, Listener, Progress, ignore
@@ -147,11 +147,21 @@ def test_the_catalogue_holds_both_and_the_gates_passed(params: Params) -> None:
             per_sae = catalog.rows(f"SELECT name, count(*) FROM {relation} JOIN runs USING (sae) GROUP BY name")
             assert {name for name, _ in per_sae} == set(WIDTHS)
         assert catalog.rows("SELECT count(*) FROM features") == [(36,)]
+        assert catalog.rows("SELECT name, count(*) FROM matches JOIN runs USING (sae) GROUP BY name ORDER BY name") == sorted(
+            WIDTHS.items()
+        )
+        # each has a row for each other: the share of a narrow one's latents is over its own
+        shares = catalog.rows("SELECT name, round(matched * n_latents) FROM stability JOIN runs USING (sae)")
+        assert len(shares) == 2 and len({matched for _, matched in shares}) == 1
         # the same images, the same neurons: what does not depend on the SAE is the same beside each
         assert len(set(catalog.rows("SELECT ms, ms_floor FROM comparisons WHERE dictionary = 'neurons'"))) == 1
         runs = {row["name"]: row for row in catalog.ask("FROM runs").dicts()}
     client = MlflowClient(f"sqlite:///{Path.cwd()}/.mlflow/mlflow.db")
+    page = Path("data/quality/report.html").read_text(encoding="utf-8")
+    assert all(f"<td>{name}</td>" in page for name in WIDTHS)
     for name, row in runs.items():
+        logged = [file.path for file in client.list_artifacts(row["mlflow_run_id"], "quality")]
+        assert {"quality/report.html", "quality/catalog.html"} <= set(logged)
         found = client.get_run(row["mlflow_run_id"])
         assert found.info.run_name == name
         assert found.data.metrics["evaluate.fvu"] == pytest.approx(row["fvu"])
@@ -238,3 +248,29 @@ def test_what_evaluates_a_transcoder_must_be_told_its_target(params: Params, tmp
         open_draft(tmp_path / "evaluation", "evaluation", {}, inputs) as draft,
     ):
         evaluate(params.evaluate, inputs, draft)
+
+
+# a retrain
+
+
+def test_a_new_champion_is_matched_with_the_last_on_the_same_images(params: Params) -> None:
+    champion.publish(champion.decide(params))
+    with Catalog(champion.CATALOG) as catalog:
+        ((before,),) = catalog.rows("SELECT sae FROM runs WHERE decision = 'champion'")
+    train = type(params.train).model_validate(params.train.model_dump(mode="json") | {"runs": [], "seed": 1})
+    margins = RetrainParams(min_ms_gain=-1, max_fvu_loss=1, max_dead_rise=1)
+    again = params.model_copy(update={"train": train, "retrain": margins})
+    for stage in ("train", "evaluate", "label", "catalog"):
+        run_stage(stage, again, ignore)
+    decision = champion.decide(again)
+    assert decision.decision == "champion" and decision.champion and decision.champion.sae == before
+    champion.publish(decision)
+    with Catalog(champion.CATALOG) as catalog:
+        found = catalog.ask("FROM matches WHERE sae = $sae", {"sae": decision.challenger.sae}).dicts()
+        assert [row["latent"] for row in found] == list(range(24)) and {row["other_sae"] for row in found} == {before}
+        assert all(row["jaccard"] is None or 0 <= row["jaccard"] <= 1 for row in found)
+        assert any(row["jaccard"] for row in found)
+        assert catalog.rows("SELECT sae, other_sae FROM stability ORDER BY sae = ?", [before]) == [
+            (decision.challenger.sae, before),
+            (before, decision.challenger.sae),
+        ]

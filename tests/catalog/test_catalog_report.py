@@ -13,7 +13,7 @@ import duckdb
 import pytest
 
 from ommatid.catalog import Catalog
-from ommatid.catalog.report import make_report, write_report
+from ommatid.catalog.report import Report, make_report, write_report
 from ommatid.catalog.report.numbers import wilson
 from ommatid.catalog.report.questions import Question
 from ommatid.errors import QueryError
@@ -28,6 +28,16 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Catalog]:
     artefacts.build(root, artefacts.make_inputs(root, names=[artefacts.NAME, artefacts.OTHER]))
     with Catalog(artefacts.path_in(root)) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def report(two: Catalog) -> Report:
+    return make_report(two)
+
+
+@pytest.fixture(scope="module")
+def page(two: Catalog, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return page_of(two, tmp_path_factory.mktemp("page"))
 
 
 def changed(tmp_path: Path, file: Path, *statements: str) -> Catalog:
@@ -66,8 +76,7 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag, f"</{tag}> closes another"
 
 
-def test_the_page_needs_no_network_and_no_script(two: Catalog, tmp_path: Path) -> None:
-    page = page_of(two, tmp_path)
+def test_the_page_needs_no_network_and_no_script(page: str) -> None:
     tags = Tags(page)
     assert tags.open == []
     assert not {tag for tag, _ in tags.found} & {"script", "link", "iframe", "object", "embed", "form", "a"}
@@ -81,21 +90,20 @@ def test_the_page_needs_no_network_and_no_script(two: Catalog, tmp_path: Path) -
     ) in (tags.found)
 
 
-def test_every_statement_on_the_page_can_be_asked(two: Catalog, tmp_path: Path) -> None:
-    statements = [unescape(sql) for sql in re.findall(r"<summary>SQL</summary><pre>(.*?)</pre>", page_of(two, tmp_path), re.DOTALL)]
-    assert len(statements) == len(make_report(two).sections)
+def test_every_statement_on_the_page_can_be_asked(two: Catalog, page: str, report: Report) -> None:
+    statements = [unescape(sql) for sql in re.findall(r"<summary>SQL</summary><pre>(.*?)</pre>", page, re.DOTALL)]
+    assert len(statements) == len(report.sections)
     for statement in statements:
         assert "$" not in statement
         assert two.ask(statement).columns
 
 
-def test_every_section_says_how_to_read_it(two: Catalog) -> None:
-    for section in make_report(two).sections:
+def test_every_section_says_how_to_read_it(report: Report) -> None:
+    for section in report.sections:
         assert len(section.reading) > 40 and section.reading.endswith(".")
 
 
-def test_numbers_are_those_of_the_catalogue(two: Catalog) -> None:
-    report = make_report(two)
+def test_numbers_are_those_of_the_catalogue(report: Report) -> None:
     assert report.sae == artefacts.NAME
     # both named latents are better than their control: 0.9 over 0.4, 0.6 over 0.5
     assert [headline.value for headline in report.headlines] == ["100 %", "0.350", "0.200", "25.0 %"]
@@ -131,8 +139,8 @@ def test_one_sae_has_nothing_to_agree_with(catalog: Catalog) -> None:
     assert "The SAE beside its controls" in titles and "Stability" not in titles
 
 
-def test_same_catalogue_same_bytes(two: Catalog, tmp_path: Path) -> None:
-    assert page_of(two, tmp_path / "a") == page_of(two, tmp_path / "b")
+def test_same_catalogue_same_bytes(two: Catalog, page: str, tmp_path: Path) -> None:
+    assert page_of(two, tmp_path) == page
 
 
 def test_what_comes_from_data_is_never_markup(file: Path, tmp_path: Path) -> None:

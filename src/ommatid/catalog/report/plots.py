@@ -32,8 +32,7 @@ def make_monosemanticity(about: About) -> Section:
     means = {name: row["above_floor"] + about.floor for name, row in about.controls.items() if row["above_floor"] is not None}
     reading = (
         f"How alike, to the judge {about.run['judge']}, the images are that fire a latent: 1 is one picture over and over, the floor, "
-        f"{fixed(about.floor)}, is what unrelated images score. "
-        "Latents to the right of the controls are clearer than what no training gives."
+        f"{fixed(about.floor)}, is what unrelated images score. Latents to the right of the controls are clearer than without training."
     )
     others = {name: mean for name, mean in means.items() if name not in found}
     return Section(title, reading, question, figures.draw_monosemanticity(found, others, about.floor))
