@@ -60,7 +60,13 @@ def publish(
     show(rows, notes)
     values = {
         "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else ""),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(), "gpu": _gpu()},
+        "machine": {
+            "cpu": _cpu(),
+            "instructions": _instructions(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "gpu": _gpu(),
+        },
         "versions": {library: metadata.version(library) for library in libraries} | dict(versions or {}),
         "notes": list(notes),
         "rows": [asdict(row) for row in rows],
@@ -87,6 +93,15 @@ def _git(*arguments: str) -> str:
 def _cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _instructions() -> str:
+    """Such as "AVX512, bfloat16": what a product costs depends on it."""
+    import torch
+
+    from ommatid.hardware import computes_in_bfloat16
+
+    return torch.backends.cpu.get_cpu_capability() + (", bfloat16" if computes_in_bfloat16(torch.device("cpu")) else "")
 
 
 def _gpu() -> str | None:

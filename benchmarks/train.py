@@ -106,24 +106,22 @@ def main() -> None:
     torch.set_num_threads(N_THREADS)
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:
         bench = Bench(Path(name), asked.quick)
-        rows = [row for part in asked.parts for row in told(PARTS[part](bench))]
-        if asked.quick and bench.points.by_k and bench.points.peers:
-            draw(bench.points, bench.size, Path(name) / "cost.png")
+        rows: list[Row] = []
+        for done, part in enumerate(asked.parts, start=1):
+            rows += told(PARTS[part](bench))
+            if not asked.quick:
+                _keep(bench, rows, asked.parts[:done])  # an hour's run that is stopped keeps what it has measured
+        if bench.points.by_k and bench.points.peers:
+            draw(bench.points, bench.size, Path(name) / "cost.png" if asked.quick else PICTURE)
     if asked.quick:
         show(rows, NOTES)
-        return
-    if bench.points.by_k and bench.points.peers:
-        draw(bench.points, bench.size, PICTURE)
-    missing = (
-        [f"not measured in this run: {', '.join(part for part in PARTS if part not in asked.parts)}"] if asked.parts != list(PARTS) else []
-    )
-    publish(
-        "train",
-        rows,
-        ["ommatid", "torch", "numpy", "pyarrow", "mlflow"],
-        [*missing, *NOTES],
-        {f"peers: {k}": v for k, v in bench.versions.items()},
-    )
+
+
+def _keep(bench: Bench, rows: list[Row], parts: list[str]) -> None:
+    others = [part for part in PARTS if part not in parts]
+    missing = [f"not measured in this run: {', '.join(others)}"] if others else []
+    versions = {f"peers: {name}": version for name, version in bench.versions.items()}
+    publish("train", rows, ["ommatid", "torch", "numpy", "pyarrow", "mlflow"], [*missing, *NOTES], versions)
 
 
 if __name__ == "__main__":
