@@ -516,7 +516,35 @@ def _checksum(path: str) -> str | None:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
 
 
-Labeller = Annotated[VocabularyLabeller | HumanLabeller, Field(discriminator="kind")]
+class VlmLabeller(Section):
+    """A vision-language model behind any server that speaks OpenAI's protocol; a key, if any, is in OPENAI_API_KEY (docs/labelling.md)."""
+
+    kind: Literal["vlm"]
+    model: Annotated[str, Field(min_length=1)]
+    """Its name on the server."""
+    url: Annotated[str, Field(pattern=r"^https?://\S+$")] = "http://localhost:8000/v1"
+    """Base URL of the server, up to /v1 on most."""
+    max_requests: Annotated[int, Field(ge=1)] | None = None
+    """Requests that a run may send, failed ones too; null: no limit."""
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens, asked and answered, after which a run sends no further request; null: no limit."""
+    requests_per_minute: PositiveFloat | None = None
+    """No more than this, evenly spaced; null: as fast as answers come."""
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 4
+    """Requests under way at a time; what one server makes of several differs much."""
+    timeout: PositiveFloat = 120.0
+    """Seconds to wait for an answer."""
+
+
+class CaptionerLabeller(Section):
+    """A transformers model that captions images, on this machine: the name is the phrase that captions of firing images share."""
+
+    kind: Literal["captioner"]
+    path: str = "Salesforce/blip-image-captioning-base"
+    """A hub name, or a local folder with config, weights, tokenizer and preprocessor."""
+
+
+Labeller = Annotated[VocabularyLabeller | HumanLabeller | VlmLabeller | CaptionerLabeller, Field(discriminator="kind")]
 
 
 class LabelParams(Section):
@@ -656,7 +684,7 @@ def _explain_one(problem: Any) -> str:
     tags = {"cifar10", "folder", "parquet", "images", "files", "local", "dask", "ray"}
     tags |= {"lite", "clip", "siglip", "dino", "vit", "llava", "qwen", "module", "transformers"}
     tags |= {"topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated", "archetypal", "imported"}
-    tags |= {"vocabulary", "human"}
+    tags |= {"vocabulary", "human", "vlm", "captioner"}
     path = [str(part) for i, part in enumerate(problem["loc"]) if not (i and part in tags)]
     key = ".".join(path) or "params"
     match problem["type"]:
