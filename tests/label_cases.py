@@ -38,4 +38,3 @@ def make_case(latent: int, n_firing: int = 5, n_silent: int = 4, heat: np.ndarra
     first = 10 * latent
     firing = tuple(Example(first + i, two_halves(first + i), 2.0 - 0.1 * i, heat) for i in range(n_firing))
     return Case(latent, firing, tuple(Example(first + i, green(first + i), 0.0, None) for i in range(n_silent)))
-

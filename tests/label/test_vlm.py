@@ -311,7 +311,8 @@ def numbers_of_red(asked: Asked) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "content", ['{"sure": [1], "maybe": [3]}', '{"sure": [0], "maybe": []}', '{"sure": "1"}', '{"maybe": []}', "none of them", "I'm sorry, no."]
+    "content",
+    ['{"sure": [1], "maybe": [3]}', '{"sure": [0], "maybe": []}', '{"sure": "1"}', '{"maybe": []}', "none of them", "I'm sorry, no."],
 )
 def test_a_judgement_that_does_not_fit_the_images_is_none(content: str, tmp_path: Path) -> None:
     images = tuple(example.encoded for example in make_case(0, 2).firing)

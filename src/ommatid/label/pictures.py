@@ -51,8 +51,24 @@ def place_of(i: int) -> tuple[int, int]:
     return GAP + i % N_ACROSS * (SIDE + GAP), GAP + STRIP + i // N_ACROSS * (STRIP + SIDE + GAP)
 
 
+def choose_shown(examples: Sequence[Example]) -> Sequence[Example]:
+    """As many as a grid holds: the first half of it is the strongest, the other half goes evenly down to the weakest."""
+    n_first, n_rest = N_TILES // 2, len(examples) - N_TILES // 2
+    if len(examples) <= N_TILES:
+        return examples
+    places = np.linspace(0, n_rest - 1, N_TILES - n_first).round().astype(int) + n_first
+    return [*examples[:n_first], *(examples[i] for i in places)]
+
+
+def cut(example: Example) -> Image.Image:
+    """The image cut around what fires; without heat it stays whole."""
+    picture = decode(example.encoded)
+    heat = coarse_heat(example)
+    return picture if heat is None else picture.crop(_box(_spread(heat, picture.size, example.seen)))
+
+
 def mark(example: Example) -> Image.Image:
-    """The image cut around what fires, everything else in it faded to grey; an image without heat stays whole."""
+    """The image cut around what fires, everything else in it faded to grey; without heat it stays whole."""
     picture = decode(example.encoded)
     heat = coarse_heat(example)
     if heat is None:

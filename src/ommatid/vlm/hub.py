@@ -44,20 +44,22 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def locate(path: str, key: str, needs: Needs) -> Path:
+def locate(path: str, key: str, needs: Needs, instead: str | None = None) -> Path:
     """The local folder of a model: a folder as it is, or a hub name from the cache, or downloaded once.
 
     Args:
         path: What the user wrote.
         key: Where it is written, such as `extract.model.path`.
         needs: What the folder must have.
+        instead: What to do without this model; None: use the embedded one.
 
     Raises:
         ModelError: not found, not reachable, or files are missing.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        folder = _cached(path, needs) or _download(path, key)
+        embedded = f"use the embedded default, {key.removesuffix('.path')}: {{kind: lite}}"
+        folder = _cached(path, needs) or _download(path, key, instead or embedded)
     missing = _missing(folder, needs)
     if missing:
         raise ModelError(f"{key}: {path}: missing in this folder: {'; '.join(missing)}; save the whole model there with save_pretrained")
@@ -77,7 +79,7 @@ def _cached(path: str, needs: Needs) -> Path | None:
     return None if _missing(folder, needs) else folder
 
 
-def _download(path: str, key: str) -> Path:
+def _download(path: str, key: str, instead: str) -> Path:
     small = ["*.json", "*.txt", "*.model"]
     try:
         with quiet():
@@ -89,8 +91,8 @@ def _download(path: str, key: str) -> Path:
     except Exception as error:  # the hub client lets its HTTP library's errors through; all mean: not fetched
         raise ModelError(
             f"{key}: {path}: no such folder here, and not fetched from the model hub: no network, or no such model "
-            f"({type(error).__name__}). Without a network: use the embedded default, {key.removesuffix('.path')}: {{kind: lite}}; or copy "
-            f"the model's files (config, weights, tokenizer, preprocessor) into a folder, and set {key} to it"
+            f"({type(error).__name__}). Without a network: {instead}; or copy the model's files (config, weights, tokenizer, preprocessor) "
+            f"into a folder, and set {key} to it"
         ) from None
     return folder
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ommatid.images.decode import decode
 from ommatid.label.labeller import Answer, Case, Example
-from ommatid.label.pictures import DRAWING, N_TILES, coarse_heat, draw_grid, mark
+from ommatid.label.pictures import DRAWING, N_TILES, choose_shown, coarse_heat, draw_grid, mark
 from ommatid.label.vlm.asker import Asker, Say
 from ommatid.label.vlm.memory import Memory
 from ommatid.label.vlm.pace import Clock
@@ -32,7 +32,7 @@ class Vlm:
         """The name of a latent, or what stands in for one; never raises for what a server does."""
         if not case.firing:
             return Answer("too_few_examples")
-        outcome = self._asker.ask(_ask_name(case.firing[:N_TILES], case.silent[:N_TILES], self._model))
+        outcome = self._asker.ask(_ask_name(choose_shown(case.firing), case.silent[:N_TILES], self._model))
         said = outcome.reply
         answer = Answer(said.status, detail=said.detail) if isinstance(said, Silence) else read_name(said)
         return replace(answer, n_requests=outcome.n_requests, n_tokens=outcome.n_tokens)

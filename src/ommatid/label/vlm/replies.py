@@ -23,7 +23,9 @@ SHOWN_SCHEMA: dict[str, Any] = {
 
 LONGEST_NAME = 80
 """Characters: what is longer is a sentence."""
-NO_NAMES = frozenset(("", "none", "n/a", "na", "null", "nothing", "unknown", "unclear", "no common feature", "no label", "no pattern", "..."))
+NO_NAMES = frozenset(
+    ("", "none", "n/a", "na", "null", "nothing", "unknown", "unclear", "no common feature", "no label", "no pattern", "...")
+)
 """What models write where there is no name."""
 _REFUSES = re.compile(
     r"(i'?m|i am) (so |very |really )?(sorry|unable|not able)|sorry\b|i (can'?t|cannot|can not|won'?t|will not|must decline)|"
@@ -59,14 +61,16 @@ def read_shown(said: Said, n: int) -> tuple[float, ...] | None:
     values = None if _refusal(said) else _json_in(said.text)
     if values is None:
         return None
-    sure, maybe = values.get("sure"), values.get("maybe", [])
-    if not (_are_numbers(sure, n) and _are_numbers(maybe, n)):
+    sure, maybe = _numbers(values.get("sure"), n), _numbers(values.get("maybe", []), n)
+    if sure is None or maybe is None:
         return None
     return tuple(1.0 if i in sure else 0.5 if i in maybe else 0.0 for i in range(1, n + 1))
 
 
-def _are_numbers(found: Any, n: int) -> bool:
-    return isinstance(found, list) and all(isinstance(i, int) and 1 <= i <= n for i in found)
+def _numbers(found: Any, n: int) -> frozenset[int] | None:
+    """Numbers of some of n images; None: it is something else, or about images that were not shown."""
+    is_fit = isinstance(found, list) and all(isinstance(i, int) and 1 <= i <= n for i in found)
+    return frozenset(found) if is_fit else None
 
 
 def _refusal(said: Said) -> str | None:

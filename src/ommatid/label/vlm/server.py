@@ -98,13 +98,14 @@ class Server:
 
     def _read(self, completion: Any, parts: Sequence[str | bytes]) -> Said:
         choices = getattr(completion, "choices", None)
-        message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
-        if message is None:
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        message = getattr(choice, "message", None)
+        if choice is None or message is None:
             raise Hiccup(self._clean(f"not the protocol: no choices in {completion}"), was_heard=True)
         text = message.content if isinstance(message.content, str) else ""
         usage = getattr(completion, "usage", None)
         n_tokens = getattr(usage, "total_tokens", None) or _estimate(parts, text)
-        return Said(text, getattr(message, "refusal", None) or None, str(choices[0].finish_reason), n_tokens)
+        return Said(text, getattr(message, "refusal", None) or None, str(choice.finish_reason), n_tokens)
 
     def _meaning(self, error: openai.APIStatusError, settings: dict[str, Any]) -> Exception:
         status, detail = error.status_code, self._clean(f"{error.status_code}: {_message(error)}")
