@@ -519,6 +519,8 @@ def _checksum(path: str) -> str | None:
 class VlmLabeller(Section):
     """A vision-language model behind any server that speaks OpenAI's protocol; a key, if any, is in OPENAI_API_KEY (docs/labelling.md)."""
 
+    how: ClassVar[frozenset[str]] = frozenset({"url", "requests_per_minute", "concurrency", "timeout"})
+
     kind: Literal["vlm"]
     model: Annotated[str, Field(min_length=1)]
     """Its name on the server."""

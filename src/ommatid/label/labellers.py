@@ -54,11 +54,22 @@ def make_source(name: str, params: config.Labeller, saes: Mapping[str, int], say
 
     Raises:
         ConfigError: a file that it needs is missing, or cannot be used.
+        ModelError: the same of a model.
     """
     match params:
         case config.VocabularyLabeller():
             return Words(load_words(params.words), params.by)
         case config.HumanLabeller():
             return People(load_labels(params.path, saes))
+        case config.VlmLabeller():
+            from ommatid.label.vlm import Vlm, in_checkout
+
+            vlm = Vlm(name, params, in_checkout(), say)
+            return Asked(vlm, vlm, params.concurrency)
+        case config.CaptionerLabeller():
+            from ommatid.label.captioner import Captioner
+            from ommatid.label.captions import TransformersCaptions
+
+            return Asked(Captioner(name, TransformersCaptions(params.path)))
         case _:
             assert_never(params)

@@ -23,8 +23,6 @@ class Vlm:
 
     def __init__(self, name: str, params: "VlmLabeller", memory: Memory, say: Say, clock: Clock | None = None) -> None:
         self.name = name
-        self.concurrency = params.concurrency
-        """Cases that are worth asking about at a time."""
         self._model = params.model
         self._asker = Asker(params, f"label.labellers.{name}", memory, say, clock)
 
