@@ -678,7 +678,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    return "; ".join(_explain_one(problem) for problem in error.errors(include_url=False))
+    problems = error.errors(include_url=False)
+    inside = {problem["loc"][:n] for problem in problems for n in range(len(problem["loc"]))}
+    # of a list with a bad entry pydantic also says that it is too short, having counted the good ones
+    return "; ".join(_explain_one(problem) for problem in problems if problem["type"] != "too_short" or problem["loc"] not in inside)
 
 
 def _explain_one(problem: Any) -> str:
@@ -711,7 +714,7 @@ def _known_keys(path: list[str]) -> str:
 
 def _fields_at(path: list[str]) -> list[str]:
     models: list[type[BaseModel]] = [Params]
-    for part in path:
+    for part in filter(lambda part: not part.isdecimal(), path):  # an entry of a list has the list's types
         models = [sub for model in models if part in model.model_fields for sub in _models_in(model.model_fields[part].annotation)]
     return sorted({name for model in models for name in model.model_fields})
 

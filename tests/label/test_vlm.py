@@ -1,6 +1,8 @@
 """The labeller `vlm` against a server that misbehaves on purpose: what each failure becomes, and how many requests it takes exactly."""
 
 import json
+import time
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from label_cases import make_case
 from s3_server import free_port
 
 from ommatid.config import VlmLabeller
-from ommatid.label.vlm import Memory, Vlm
+from ommatid.label.vlm import Memory, Vlm, labeller
 from ommatid.label.vlm.pace import Clock
 
 BUSY = refuses(429, "slow down")
@@ -114,6 +116,14 @@ def test_a_server_that_stumbles_is_asked_again_after_a_while(replies: list[Reply
     assert answer.n_requests == len(server.asked) == len(replies)
     assert labelling.time.slept == slept
     assert labelling.said == []
+
+
+def test_a_server_may_say_by_a_date_when_to_come_back(tmp_path: Path) -> None:
+    in_a_minute = formatdate(time.time() + 60, usegmt=True)
+    with chatting([Reply(429, {}, {"retry-after": in_a_minute}), Reply(429, {}, {"retry-after": "soon"}), HORSE]) as server:
+        labelling = run(server, tmp_path)
+        assert labelling.vlm.answer(make_case(0)).status == "ok"
+    assert 50 < labelling.time.slept[0] <= 60 and labelling.time.slept[1] == 2.0
 
 
 def test_waiting_is_partly_chance_so_that_clients_do_not_come_back_together(tmp_path: Path) -> None:
@@ -250,6 +260,14 @@ def test_a_budget_of_requests_ends_at_that_request_and_the_next_run_goes_on(tmp_
         assert run(server, tmp_path, max_requests=2).statuses(6) == ["ok"] * 6
         assert len(server.asked) == 7
     assert first.said == second.said == []
+
+
+def test_nothing_is_drawn_that_will_not_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with chatting(HORSE) as server:
+        labelling = run(server, tmp_path, max_requests=1)
+        assert labelling.statuses(1) == ["ok"]
+        monkeypatch.setattr(labeller, "draw_grid", None)
+        assert labelling.statuses(3) == ["ok", "over_budget", "over_budget"]
 
 
 def test_a_budget_that_ends_between_two_tries_says_what_failed(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Asks a server: within the budget, no faster than allowed, again where it failed, never twice the same, and not forever."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ommatid.label.vlm.memory import Memory
@@ -57,13 +57,14 @@ class Asker:
     def _converse(self, question: Question, turn: "_Turn") -> Said | Silence:
         from ommatid.label.vlm.server import Changed, Hiccup, Rejected, Unusable
 
-        parts = question.parts()
+        parts: Sequence[str | bytes] = ()
         while True:
             if not self._budget.take():
                 return self._over_budget(turn)
             self._pace.wait()
             if gone := self._gone_silence():  # by another thread, while this one waited
                 return gone
+            parts = parts or question.parts()
             turn.n_requests += 1
             try:
                 said = self._server().send(parts, question.schema, turn.with_schema)

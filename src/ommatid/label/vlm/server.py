@@ -3,6 +3,9 @@
 import base64
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import openai
@@ -175,11 +178,13 @@ def _message(error: openai.APIStatusError) -> str:
 
 
 def _retry_after(error: openai.APIStatusError) -> float | None:
-    """Seconds of the header Retry-After; its other form, a date, is not used by these servers."""
-    try:
-        return max(0.0, float(error.response.headers["retry-after"]))
-    except (KeyError, ValueError):
-        return None
+    """Seconds of the header Retry-After, which has a number or a date."""
+    given = error.response.headers.get("retry-after", "")
+    with suppress(ValueError):
+        return max(0.0, float(given))
+    with suppress(ValueError):
+        return max(0.0, (parsedate_to_datetime(given) - datetime.now(UTC)).total_seconds())
+    return None
 
 
 def _estimate(parts: Sequence[str | bytes], text: str) -> int:
