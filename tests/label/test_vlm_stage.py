@@ -10,8 +10,8 @@ import pytest
 from chat_server import Asked, Reply, chatting, names, refuses, says
 from fakes import COLOURS, TileModel, make_artefact, make_images_artefact, make_test_params
 from PIL import Image
+from planted_tiles import D_SAE, DEAD, MIXED, PURE, plant_sae
 from s3_server import free_port
-from test_train_evaluate_label import D_SAE, DEAD, MIXED, PURE, plant_sae
 
 from ommatid import store
 from ommatid.config import LabelParams
