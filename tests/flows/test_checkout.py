@@ -222,10 +222,10 @@ def test_a_kind_that_changes_keeps_params_yaml_whole(checkout: Path) -> None:
 
 
 def test_files_that_lists_in_the_params_name_are_reachable_too(checkout: Path) -> None:
-    (checkout / "naming").mkdir()
-    (checkout / "naming/birds.txt").write_text("heron\n")
-    with opened(checkout, "label.labellers=[{kind: vocabulary, words: [imagenet, naming/birds.txt]}]") as (place, _):
-        assert (place.root / "naming/birds.txt").read_text() == "heron\n"
+    (checkout / "data/naming").mkdir(parents=True)
+    (checkout / "data/naming/birds.txt").write_text("heron\n")
+    with opened(checkout, "label.labellers=[{kind: vocabulary, words: [imagenet, data/naming/birds.txt]}]") as (place, _):
+        assert (place.root / "data/naming/birds.txt").read_text() == "heron\n"
     (checkout.parent / "birds.txt").write_text("heron\n")
     with (
         pytest.raises(RunError, match=r"label\.labellers: \.\./birds\.txt leads out of the checkout"),
