@@ -150,7 +150,7 @@ def test_fidelity_of_each_kind_equals_a_direct_computation(world: dict[str, Arte
         assert row["cosine"] == pytest.approx(float(torch.cosine_similarity(mine, x_hat, dim=1).mean()), rel=1e-4)
         assert row["l0"] == pytest.approx(float((fired > 0).sum(1).double().mean()))
     assert found["all"]["fvu"] == pytest.approx(world["evaluate"].summary["fvu"])
-    assert {row["dictionary"] for row in rows_of(world["evaluate"], "fidelity")} == {"sae", "untrained"}
+    assert {row["dictionary"] for row in rows_of(world["evaluate"], "fidelity")} == {"sae", "untrained", "sparse_neurons"}
 
 
 def test_levels_go_deeper_and_explain_more(world: dict[str, Artefact], acts: torch.Tensor) -> None:

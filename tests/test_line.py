@@ -112,7 +112,7 @@ def test_the_catalogue_has_a_feature_for_every_latent_and_its_lineage() -> None:
         assert ms is not None
         assert neurons is not None
         shown = dict(catalog.rows("SELECT spliced, cross_entropy FROM zero_shot"))
-        assert shown.keys() == {"plain", "sae", "sae_with_error", "mean", "untrained"}
+        assert shown.keys() == {"plain", "sae", "sae_with_error", "mean", "untrained", "sparse_neurons"}
         assert shown["sae_with_error"] == pytest.approx(shown["plain"], abs=1e-3) != shown["sae"]
 
 

@@ -37,7 +37,7 @@ from ommatid.evaluate import evaluate
 from ommatid.extract import extract, towers
 from ommatid.images import make_images
 from ommatid.label import label
-from ommatid.label import stage as label_stage
+from ommatid.label import material as label_material
 from ommatid.metrics import auroc
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact
@@ -104,7 +104,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(towers, "load_model", load)
         patch.setattr(towers, "load_judge", lambda params, dtype, device: PlantedJudge())
-        patch.setattr(label_stage, "load_model", load)
+        patch.setattr(label_material, "load_model", load)
         made = {"images": make_artefact(root / "images", "images", make_images, params.images, {})}
         extraction = make_artefact(root / "extraction", "extraction", extract, params.extract, made)
         made["extract"] = extraction.child(HOOKPOINT, "activations")
@@ -123,7 +123,7 @@ def make_params(root: Path) -> Any:
         extract={"model": MODEL, "hookpoints": [HOOKPOINT], "tokens": "patch", "dtype": "float32", "namer": {"kind": "lite"}},
         train={"d_sae": 96, "k": PER_PATCH, "epochs": 60, "batch_size": 256, "lr": 3e-3}
         | {"runs": [{"variant": {"kind": "imported", "path": str(root / "planted")}}, {"variant": "batch_topk"}]},
-        label={"vocabularies": [str(root / "factors.txt"), "common"]},
+        label={"labellers": [{"kind": "vocabulary", "words": [str(root / "factors.txt"), "common"], "by": "mean"}]},
     )
 
 

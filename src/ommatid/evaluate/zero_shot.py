@@ -234,6 +234,8 @@ def _iter_decoded(dictionary: Dictionary, x_td: Tensor) -> Iterator[Tensor]:
 def _load_splicer(dictionaries: Mapping[str, Dictionary], inputs: Mapping[str, Artefact]) -> _Splicer:
     activations = inputs["extract"]
     target = inputs.get("target", activations)
+    if "model" not in activations.manifest.params:
+        raise _Undefined("the activations come from files, and the model that gave them is not here")
     model = load_explained(activations.manifest.params)
     if model.d_embed is None:
         raise _Undefined(f"{model.name} has no text tower, and so no classes to tell apart by their texts")
