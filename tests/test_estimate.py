@@ -104,7 +104,7 @@ def test_tokens_of_training_are_those_of_its_plan(n_tokens: int, batch_size: int
 
 
 def test_examples_are_counted_as_evaluation_draws_them() -> None:
-    params = EvaluateParams(image_activation="max", n_top=16, n_per_decile=4, baselines=())
+    params = EvaluateParams(image_activation="max", n_top=16, n_per_decile=4, baselines=(), max_dead=0.9)
 
     def drawn(n: int) -> int:
         deciles = np.bincount([10 - 10 * place // n for place in range(n)], minlength=11)

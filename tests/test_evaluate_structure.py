@@ -16,10 +16,12 @@ import pytest
 import torch
 from evaluated import ALWAYS, D_SAE, DEAD, DOG, DOG_AGAIN, KINDS, LEVELS, PATHS, SHOWN, make_inputs, make_sae, make_world, run
 
+from ommatid import store
 from ommatid.evaluate import checkpoint, stream, structure
 from ommatid.evaluate.structure import MIN_BOTH, iter_fires, measure_structure
 from ommatid.events import Progress
 from ommatid.halves import load_halves
+from ommatid.metrics import Decade, Firing
 from ommatid.sae.model import SAE
 from ommatid.store import Artefact
 
@@ -330,6 +332,34 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(
     else:
         again = run(tmp_path / "evaluation", inputs, listen)
     assert again.digest == world["evaluate"].digest
+
+
+def test_a_checkpoint_holds_what_accumulates_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", -1.0)
+
+    def make(filled: bool) -> dict[str, Any]:
+        firing = Firing(3)
+        if filled:
+            firing.add(torch.ones(2, 3), torch.ones(1, 3))
+        array = np.arange(4.0) if filled else np.zeros(4)
+        return {"firing": firing, "list": [firing, Decade(0.5 if filled else 0.0, 1.0, 7)], "array": array, "sae": make_sae(), "x": None}
+
+    with store.open_draft(tmp_path / "evaluation", "evaluation", {}, {}) as draft:
+        filled = make(True)
+        filled["list"].append(filled["firing"].count)  # shares memory
+        checkpoint.Checkpoint(draft, "s").reach(1, 2, filled)
+        found, fresh = checkpoint.Checkpoint(draft, "s"), make(False)
+        found.restore(fresh)
+        assert (found.n_passes, found.shard) == (1, 2)
+        assert fresh["firing"].count.tolist() == [2, 2, 2]
+        assert (fresh["firing"].n_tokens, fresh["list"][0] is fresh["firing"]) == (2, True)
+        assert fresh["list"][1] == Decade(0.5, 1.0, 7)
+        assert fresh["array"].tolist() == [0, 1, 2, 3]
+        fresh["firing"].add(torch.ones(1, 3), torch.ones(1, 3))
+        found.restore(fresh)
+        assert fresh["firing"].n_tokens == 3  # once
+        found.remove()
+        assert checkpoint.Checkpoint(draft, "s").n_passes == 0
 
 
 def test_steps_of_the_stream_are_a_shard_each(world: dict[str, Artefact]) -> None:

@@ -486,6 +486,8 @@ class EvaluateParams(Section):
     """How many examples are kept from each lower decile of a latent's firing images."""
     baselines: tuple[Baseline, ...]
     """Dictionaries compared with the SAE besides raw neurons and an untrained SAE: what each costs says docs/baselines.md; []: none."""
+    max_dead: Annotated[float, Field(gt=0, le=1)]
+    """The gate fails when more than this share of latents fires on no evaluation image; a wide SAE on few images has many of them."""
 
     @field_validator("baselines")
     @classmethod

@@ -29,8 +29,8 @@ QUEUE_COPIES = 2
 """Of a row group of training tokens in training: most of the queue is gone when its gate needs most."""
 PART_COPIES = 2
 """Of a part of images: rows and a table; the files themselves are not copied."""
-HEAT_COPIES = 4
-"""Of the heat maps: collected, joined, in order, a table."""
+HEAT_COPIES = 3
+"""Of the heat maps: collected, in order, a table."""
 JOINT_COPIES = 3
 """Of the joint embeddings of the evaluation images: read, centred, of unit norm."""
 CATALOG_COPIES = 2

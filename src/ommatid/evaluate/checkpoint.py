@@ -1,7 +1,7 @@
 """How far evaluation has come, on disk: a run that was killed goes on from there, and ends with the same bytes.
 
-What accumulates keeps its state in public attributes; private ones are made anew. So a checkpoint is a walk over public attributes:
-tensors, arrays, numbers, and objects of this package, dicts and lists that hold them. A new accumulator need not be named to be in it.
+A checkpoint is a walk over what accumulates: tensors, arrays and numbers of objects of `metrics` and `evaluate`, and of the dicts and
+lists that hold them. So a new accumulator need not be named to be in it; what else an object refers to, such as an SAE, is made anew.
 """
 
 import time
@@ -17,6 +17,8 @@ from ommatid.store import Draft
 
 CHECKPOINT_SECONDS = 60.0
 """A checkpoint is written where a shard begins, when the last one is older."""
+ACCUMULATING = ("ommatid.metrics.", "ommatid.evaluate.")
+"""Modules whose objects are walked."""
 
 
 class Checkpoint:
@@ -24,7 +26,7 @@ class Checkpoint:
 
     def __init__(self, draft: Draft, sae: str) -> None:
         self._draft = draft
-        self._name = f"{draft.scratch.name}/evaluate-{sae}.safetensors"  # children share the folder
+        self._name = f"{draft.scratch.name}/evaluate-{sae}.safetensors"  # the drafts of several SAEs share the folder
         self._saved: dict[str, Tensor] = {}
         if draft.has(self._name):
             # copied: as they lie in the file they are not aligned as torch aligns, and products then differ in their last bits
@@ -37,8 +39,8 @@ class Checkpoint:
         """Shards that are done of the pass after them."""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put what was saved into `state`, which is made as it was then; once: what comes to `state` later is put there by a later call."""
-        for name, holder, key in list(_iter_places(state)):
+        """Put what was saved into `state`, which must hold as many objects as then; once, so what accumulates afterwards stays."""
+        for name, holder, key in list(_iter_places(state, set())):
             if name in self._saved:
                 _put(holder, key, self._saved.pop(name))
 
@@ -46,7 +48,8 @@ class Checkpoint:
         """So many passes, and so many shards of the next, are in `state`."""
         if (n_passes, shard) == (self.n_passes, self.shard) or time.monotonic() - self._written <= CHECKPOINT_SECONDS:
             return
-        tensors = {name: _tensor(_get(holder, key)) for name, holder, key in _iter_places(state) if _get(holder, key) is not None}
+        values = {name: _get(holder, key) for name, holder, key in _iter_places(state, set())}
+        tensors = _unshared({name: _tensor(value) for name, value in values.items() if value is not None})
         with self._draft.write_file(self._name) as path:
             save_file({"at": torch.tensor([n_passes, shard]), **tensors}, path)
         self.n_passes, self.shard, self._written = n_passes, shard, time.monotonic()
@@ -56,14 +59,15 @@ class Checkpoint:
         self._draft.remove(self._name)
 
 
-def _iter_places(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Name, holder and key of all that is state."""
+def _iter_places(holder: Any, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name, holder and key of every value; an object that several refer to is walked once."""
+    seen.add(id(holder))
     for key, value in _items(holder):
         name = f"{prefix}{key}"
         if value is None or isinstance(value, Tensor | np.ndarray | int | float):
             yield name, holder, key
-        else:
-            yield from _iter_places(value, f"{name}/")
+        elif id(value) not in seen:
+            yield from _iter_places(value, seen, f"{name}/")
 
 
 def _items(holder: Any) -> list[tuple[Any, Any]]:
@@ -71,9 +75,7 @@ def _items(holder: Any) -> list[tuple[Any, Any]]:
         return list(holder.items())
     if isinstance(holder, list):
         return list(enumerate(holder))
-    if type(holder).__module__.startswith("ommatid."):
-        return [(key, value) for key, value in vars(holder).items() if not key.startswith("_")]
-    return []
+    return list(vars(holder).items()) if type(holder).__module__.startswith(ACCUMULATING) else []
 
 
 def _get(holder: Any, key: Any) -> Any:
@@ -89,7 +91,7 @@ def _put(holder: Any, key: Any, saved: Tensor) -> None:
     if isinstance(holder, dict | list):
         holder[key] = value
     else:
-        setattr(holder, key, value)
+        object.__setattr__(holder, key, value)  # also of results, which are frozen
 
 
 def _tensor(value: Any) -> Tensor:
@@ -98,3 +100,14 @@ def _tensor(value: Any) -> Tensor:
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value)
     return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, a copy where one shares memory with another: safetensors takes no such."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return found

@@ -21,9 +21,9 @@ class Firings:
     def __init__(self, draft: Draft, sae: str) -> None:
         self._draft = draft
         self._sae = sae
-        self.waiting = {name: np.empty(FIRINGS_PER_PART, type_) for name, type_ in (("image", "i4"), ("latent", "i4"), ("act", "f4"))}
-        self.n_waiting = 0
-        self.n_parts = 0
+        self._waiting = {name: np.empty(FIRINGS_PER_PART, type_) for name, type_ in (("image", "i4"), ("latent", "i4"), ("act", "f4"))}
+        self._n_waiting = 0
+        self._n_parts = 0
 
     def add(self, numbers: Tensor, acts: Tensor) -> None:
         """Image numbers (images,) and their image-level activations (images, d_sae)."""
@@ -31,25 +31,25 @@ class Firings:
         new = {"image": numbers[rows].numpy(), "latent": latents.numpy(), "act": acts[rows, latents].numpy()}
         start = 0
         while start < len(rows):
-            n = min(len(rows) - start, FIRINGS_PER_PART - self.n_waiting)
-            for name, column in self.waiting.items():
-                column[self.n_waiting : self.n_waiting + n] = new[name][start : start + n]
-            start, self.n_waiting = start + n, self.n_waiting + n
-            if self.n_waiting == FIRINGS_PER_PART:
+            n = min(len(rows) - start, FIRINGS_PER_PART - self._n_waiting)
+            for name, column in self._waiting.items():
+                column[self._n_waiting : self._n_waiting + n] = new[name][start : start + n]
+            start, self._n_waiting = start + n, self._n_waiting + n
+            if self._n_waiting == FIRINGS_PER_PART:
                 self._flush()
 
     def close(self) -> None:
         """Write what still waits."""
-        if self.n_waiting or not self.n_parts:
+        if self._n_waiting or not self._n_parts:
             self._flush()
 
     def files(self) -> list[str]:
         """Paths of the parts written."""
-        return [str(self._draft.local(part_name("firings", i))) for i in range(self.n_parts)]
+        return [str(self._draft.local(part_name("firings", i))) for i in range(self._n_parts)]
 
     def _flush(self) -> None:
-        n = self.n_waiting
+        n = self._n_waiting
         names = pa.array(np.full(n, self._sae, dtype=object), pa.string())
-        table = pa.table({"sae": names, **{name: column[:n] for name, column in self.waiting.items()}}, schema=schemas.FIRINGS)
-        self._draft.write_table(part_name("firings", self.n_parts), table, compression="zstd")
-        self.n_waiting, self.n_parts = 0, self.n_parts + 1
+        table = pa.table({"sae": names, **{name: column[:n] for name, column in self._waiting.items()}}, schema=schemas.FIRINGS)
+        self._draft.write_table(part_name("firings", self._n_parts), table, compression="zstd")
+        self._n_waiting, self._n_parts = 0, self._n_parts + 1

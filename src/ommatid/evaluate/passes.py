@@ -38,14 +38,16 @@ class Passes:
 
     def run(self) -> None:
         """Make both, or what a run that was killed left of them."""
-        self._checkpoint.restore(self._state())
         if self._checkpoint.n_passes == 0:
+            self._checkpoint.restore(self._state())
             self._run_first()
+        else:
+            self._checkpoint.restore({"firings": self.firings})
         examples = choose_examples(self._draft, self.firings, self._params)
         self.heat = Heat(examples, self._inputs["extract"].summary["grid"])
         for subject in self.subjects:
             subject.begin_second_pass()
-        self._checkpoint.restore(self._state())
+        self._checkpoint.restore(self._state())  # after the second pass has begun: of nothing, where the first is not made again
         self._run_second()
 
     def forget(self) -> None:

@@ -46,10 +46,7 @@ BASELINE_VALUES = 2**26
 
 
 class Subject:
-    """A dictionary under evaluation: the SAE, an untrained one, the raw neurons, or another baseline.
-
-    Public attributes are what has come together (see checkpoint.py).
-    """
+    """A dictionary under evaluation: the SAE, an untrained one, the raw neurons, or another baseline."""
 
     def __init__(self, name: str, dictionary: Dictionary, kinds: Sequence[str] | None, d_judge: int, image_activation: str) -> None:
         """`kinds` names the kind of each token of an image; None: the dictionary decodes nothing."""

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from safetensors import safe_open
 
 from ommatid.config import Params, TrainParams
+from ommatid.quality.sums import sums, undefined
 from ommatid.store import Artefact
 
 Frames = dict[str, pd.DataFrame]
@@ -20,7 +21,8 @@ Frames = dict[str, pd.DataFrame]
 SHOWN = 3
 """So many failing rows of a part are named; the rest are counted."""
 
-RELATIONS = ("images", "latents", "examples", "firings", "labels", "neighbours", "features", "runs")
+RELATIONS = ("images", "latents", "examples", "firings", "labels", "neighbours", "fidelity", "densities", "levels", "features", "runs")
+"""Relations that have rows whatever was evaluated; without labels there are no probes, and latents may all fire apart."""
 
 
 def images(artefact: Artefact, params: Params) -> Frames:
@@ -185,12 +187,15 @@ def _tensor(file: Any, names: set[str], name: str, shapes: list[list[int | None]
 
 
 def evaluate(artefact: Artefact, params: Params) -> Frames:
-    """Frames `latents`, `counts` (one row), `sizes` (one a table), `examples` and `firings` (one a part)."""
+    """Frames `latents`, `counts` (one row), `sizes` and `undefined` (one a table), `sums`, `examples` and `firings` (one a part)."""
     latents = _table(artefact, "latents", ["latent", "density", "is_dead", "ms"])
     known = set(latents["latent"].tolist())
     latents["dead disagrees"] = latents["is_dead"].astype(bool) != (latents["density"] == 0)
-    comparisons = _table(artefact, "comparisons", ["dictionary", "fvu"])
-    fvu = dict(zip(comparisons["dictionary"], comparisons["fvu"], strict=True))
+    comparisons = _table(artefact, "comparisons", ["dictionary", "fvu", "ms", "ms_floor", "dead"])
+    fvu, above, dead = (
+        dict(zip(comparisons["dictionary"], values, strict=True))
+        for values in (comparisons["fvu"], comparisons["ms"] - comparisons["ms_floor"], comparisons["dead"])
+    )
     zero_shot = _table(artefact, "zero_shot", ["spliced", "cross_entropy"])
     spliced = dict(zip(zero_shot["spliced"], zero_shot["cross_entropy"], strict=True))
     odd = sorted((set(range(params.train.d_sae)) ^ known) | set(latents["latent"][latents["latent"].duplicated()].tolist()))
@@ -200,6 +205,8 @@ def evaluate(artefact: Artefact, params: Params) -> Frames:
         "first missing": _named([f"latent {n}" for n in odd[:SHOWN]]),
         "latents with ms": latents["ms"].count(),
         "fvu of the sae": fvu.get("sae", np.nan),
+        "ms above floor": above.get("sae", np.nan),
+        "dead share": dead.get("sae", np.nan),
         "fvu below untrained": fvu.get("untrained", np.nan) - fvu.get("sae", np.nan),
         "dictionaries missing": len({"sae", "untrained", "neurons"} - set(fvu)),
         "first dictionaries": _named(sorted({"sae", "untrained", "neurons"} - set(fvu))),
@@ -211,6 +218,8 @@ def evaluate(artefact: Artefact, params: Params) -> Frames:
         "examples": _frame([_select(_EXAMPLE_PART, [path]) for path in _files(artefact, "examples")]),
         "firings": _frame([_select(_firing_part(params.train.d_sae), [path]) for path in _files(artefact, "firings")]),
         "sizes": pd.DataFrame([{"table": table, "rows": artefact.rows(table)} for table in ("examples", "firings")]),
+        "sums": sums(artefact),
+        "undefined": undefined(artefact),
     }
 
 

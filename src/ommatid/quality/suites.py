@@ -313,6 +313,47 @@ def evaluate(params: Params) -> list[Rule]:
             row="set",
             max_value=0.01,
         ),
+        _within(
+            "counts",
+            "fvu of the sae",
+            "the SAE's FVU is above 0",
+            "0 is a perfect copy of activations that it never saw: then what was decoded was compared with itself",
+            row="set",
+            min_value=0,
+            strict_min=True,
+        ),
+        _within(
+            "counts",
+            "dead share",
+            "few latents are dead",
+            f"more than evaluate.max_dead ({params.evaluate.max_dead:g}) dead: these images are few, or others than those of training",
+            row="set",
+            max_value=params.evaluate.max_dead,
+        ),
+        _within(
+            "counts",
+            "ms above floor",
+            "monosemanticity is above its floor on average",
+            "the floor is the score of weights that know nothing: below it, activations and judge are of different images",
+            row="set",
+            min_value=0,
+            strict_min=True,
+        ),
+        _none(
+            "undefined",
+            "values that are NaN",
+            "nothing is NaN",
+            "what is undefined is null, which means and rankings leave out; one NaN makes a mean NaN and is the highest of a ranking",
+            row="table",
+            first="first columns",
+        ),
+        _none(
+            "sums",
+            "difference",
+            "counts add up",
+            "what one table counts another one lists: a difference is rows that were lost or counted twice",
+            row="of",
+        ),
     ]
 
 
