@@ -35,7 +35,7 @@ object store ([storage.md](storage.md)).
 | `data/evaluation`, `data/labels` | evaluate, label | the same folders, by the same names |
 | `data/evaluation` | evaluate | tables `matches`, `stability`: of every two of its SAEs; without rows where there is one |
 | `data/evaluation/<sae>` | evaluate | of latents: tables `latents`, `examples`, `firings`, `cofiring` |
-| | | of the whole: tables `comparisons`, `fidelity`, `densities`, `levels`, `probes`, `zero_shot` |
+| | | of the whole: tables `comparisons`, `judged`, `fidelity`, `densities`, `levels`, `probes`, `zero_shot` |
 | `data/labels/<sae>` | label | table `labels` |
 | `data/catalog` | catalog | `catalog.duckdb`, made from the others |
 
@@ -58,6 +58,7 @@ TABLES = {
     "examples": ("evaluation/<sae>", schemas.EXAMPLES),
     "firings": ("evaluation/<sae>", schemas.FIRINGS),
     "comparisons": ("evaluation/<sae>", schemas.COMPARISONS),
+    "judged": ("evaluation/<sae>", schemas.JUDGED),
     "fidelity": ("evaluation/<sae>", schemas.FIDELITY),
     "densities": ("evaluation/<sae>", schemas.DENSITIES),
     "cofiring": ("evaluation/<sae>", schemas.COFIRING),

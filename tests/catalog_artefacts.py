@@ -82,6 +82,15 @@ LABELS = [
 ]
 ZERO_SHOT = [("plain", 0.9, 1.0), ("sae", 0.8, 0.85), ("sae_with_error", 0.9, 1.0), ("mean", 0.2, 0.0), ("untrained", 0.5, 0.4)]
 COMPARISONS = [("sae", 0.2, 0.7), ("untrained", 0.6, 0.5), ("neurons", None, 0.4)]
+JUDGED = [
+    # dictionary, latent, judge, ms, floor
+    ("sae", 0, "lite2", 0.8, 0.35),
+    ("sae", 1, "lite2", 0.6, 0.35),
+    ("sae", 0, "dino", 0.5, 0.1),
+    ("sae", 1, "dino", None, 0.1),
+    ("neurons", 0, "lite2", 0.4, 0.35),
+    ("neurons", 0, "dino", 0.2, 0.1),
+]
 
 
 def thumbnail(image: int, side: int = 32) -> bytes:
@@ -219,6 +228,7 @@ def _evaluation(draft: Draft, name: str) -> dict[str, Any]:
     shown = dict(n_images=6, n_classes=3, n_replaced=4, n_tokens=4, logit_scale=10.0, accuracy_low=0.0, accuracy_high=1.0)
     rows = [(*row, 1 - row[1]) for row in ZERO_SHOT]
     draft.write_table("zero_shot.parquet", columns(schemas.ZERO_SHOT, rows, "spliced accuracy recovered cross_entropy", sae=sae, **shown))
+    draft.write_table("judged.parquet", columns(schemas.JUDGED, JUDGED, "dictionary latent judge ms floor", sae=sae))
     return {"sae": sae}
 
 

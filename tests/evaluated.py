@@ -81,7 +81,10 @@ def make_inputs(
     kinds: Sequence[str] = KINDS,
     n_shards: int = 3,
 ) -> dict[str, Artefact]:
-    """Images, activations and SAE of these images, all of which are for evaluation; the judge sees the mean of x."""
+    """Images, activations and SAE of these images, all of which are for evaluation.
+
+    The main judge sees the mean of x, another the first token, and fails on every seventh image.
+    """
     images = _make(root / "images", "images", lambda draft: _write_images(draft, labels, paths))
     activations = _make(root / "activations", "activations", lambda draft: _write_activations(draft, x, kinds, n_shards))
     return {
@@ -116,19 +119,22 @@ def _write_images(draft: Draft, labels: Sequence[str | None], paths: Sequence[st
 def _write_activations(draft: Draft, x: Tensor, kinds: Sequence[str], n_shards: int) -> dict[str, Any]:
     n, t, d = x.shape
     schema = schemas.activations(d, {})
-    judge = to_binary(torch.nn.functional.normalize(x.mean(1) + 0.01, dim=1), torch.float32)
+    mean, first = (torch.nn.functional.normalize(seen + 0.01, dim=1) for seen in (x.mean(1), x[:, 0]))
+    first[::7] = torch.nan
     image = np.repeat(np.arange(n, dtype=np.int32), t)
     token = np.tile(np.arange(t, dtype=np.int32), n)
     place = np.full(n * t, -1, np.int16)
     rows = pa.table([image, token, pa.array(list(kinds) * n), place, place, to_binary(x.flatten(0, 1), torch.float16)], schema=schema)
-    embedded = pa.table([np.arange(n, dtype=np.int32), judge, judge], schema=schemas.embeddings(d, d))
+    vectors = [to_binary(seen, torch.float32) for seen in (mean, mean, first)]
+    embedded = pa.table([np.arange(n, dtype=np.int32), *vectors], schema=schemas.embeddings(d, d, d))
     for shard, numbers in enumerate(np.array_split(np.arange(n), n_shards)):
         first, last = int(numbers[0]), int(numbers[-1]) + 1
         mine = rows.slice(first * t, (last - first) * t)
         draft.write_table(part_name("eval", shard), mine)
         draft.write_table(part_name("train", shard), mine)
         draft.write_table(part_name("embeddings", shard), embedded.slice(first, last - first))
-    return {"tokens_per_image": t, "grid": None, "d_judge": d, "judge": "mean", "hookpoint": "world"}
+    judges = [{"judge": name, "d_judge": d, "failed": 0} for name in ("mean", "first")]
+    return {"tokens_per_image": t, "grid": None, "judges": judges, "hookpoint": "world"}
 
 
 def _write_sae(draft: Draft, sae: SAE) -> dict[str, Any]:

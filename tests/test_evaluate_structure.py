@@ -6,6 +6,7 @@ Every number is compared with one computed from all activations at once; then ho
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from evaluated import ALWAYS, D_SAE, DEAD, DOG, DOG_AGAIN, KINDS, LEVELS, PATHS, SHOWN, make_inputs, make_sae, make_world, run
 
 from ommatid import store
-from ommatid.evaluate import checkpoint, stream, structure
+from ommatid.evaluate import checkpoint, judged, stream, structure
 from ommatid.evaluate.structure import MIN_BOTH, iter_fires, measure_structure
 from ommatid.events import Progress
 from ommatid.halves import load_halves
@@ -29,8 +30,16 @@ N_IMAGES = 240
 Rows = list[dict[str, Any]]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fifty_wait() -> Iterator[None]:
+    """Fifty images are judged together, some of one shard of eighty and some of the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judged, "IMAGES", 50)
+        yield
+
+
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artefact]:
+def world(tmp_path_factory: pytest.TempPathFactory, fifty_wait: None) -> dict[str, Artefact]:
     """Inputs, and the evaluation of them."""
     root = tmp_path_factory.mktemp("world")
     x, labels = make_world(N_IMAGES)

@@ -29,6 +29,7 @@ GRAIN = {
     "labels": "sae, latent, labeller",
     "neighbours": "sae, latent, rank",
     "comparisons": "sae, dictionary",
+    "judged": "sae, dictionary, latent, judge",
     "fidelity": "sae, dictionary, kind",
     "densities": "sae, dictionary, low",
     "cofiring": "sae, latent, rank",
@@ -41,7 +42,17 @@ GRAIN = {
     "runs": "sae",
 }
 COUNTS = {"images": 6, "latents": 4, "examples": 7, "firings": 7, "labels": 5, "neighbours": 8, "comparisons": 3, "features": 4, "runs": 1}
-COUNTS |= {"fidelity": 3, "densities": 4, "cofiring": 2, "levels": 1, "probes": 4, "zero_shot": 5, "matches": 0, "stability": 0}
+COUNTS |= {
+    "judged": 6,
+    "fidelity": 3,
+    "densities": 4,
+    "cofiring": 2,
+    "levels": 1,
+    "probes": 4,
+    "zero_shot": 5,
+    "matches": 0,
+    "stability": 0,
+}
 
 
 # ---- relations
@@ -159,6 +170,11 @@ def test_images_say_what_the_model_sees_of_them(tmp_path: Path, resize: list[int
     with Catalog(artefacts.path_in(tmp_path)) as catalog:
         ((width, height),) = catalog.rows("SELECT DISTINCT seen_width, seen_height FROM images")
     assert (width, height) == pytest.approx(seen)
+
+
+def test_judged_has_every_judge_with_its_floor(catalog: Catalog) -> None:
+    above = "SELECT judge, avg(ms - floor), count(*) - count(ms) FROM judged WHERE dictionary = 'sae' GROUP BY judge ORDER BY judge"
+    assert catalog.rows(above) == [("dino", pytest.approx(0.4), 1), ("lite2", pytest.approx(0.35), 0)]
 
 
 def test_summary_counts_the_rows(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ RELATIONS: Mapping[str, tuple[pa.Schema, ...]] = {
     "labels": (schemas.LABELS,),
     "neighbours": (schemas.NEIGHBOURS,),
     "comparisons": (schemas.COMPARISONS,),
+    "judged": (schemas.JUDGED,),
     "fidelity": (schemas.FIDELITY,),
     "densities": (schemas.DENSITIES,),
     "cofiring": (schemas.COFIRING,),
@@ -46,7 +47,8 @@ RELATIONS: Mapping[str, tuple[pa.Schema, ...]] = {
     "runs": (schemas.COMPARISONS,),
 }
 """Each relation, in the order they are built, and the schemas that say what its columns mean where its SQL does not."""
-EVALUATED = ("latents", "examples", "firings", "comparisons", "fidelity", "densities", "cofiring", "levels", "probes", "zero_shot")
+EVALUATED = ("latents", "examples", "firings", "comparisons", "judged")
+EVALUATED += ("fidelity", "densities", "cofiring", "levels", "probes", "zero_shot")
 """Tables of an SAE's evaluation."""
 
 

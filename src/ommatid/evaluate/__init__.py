@@ -12,6 +12,7 @@ import pyarrow as pa
 from ommatid import schemas
 from ommatid.config import EvaluateParams
 from ommatid.errors import ArtefactError
+from ommatid.evaluate.judged import iter_failures, make_judged
 from ommatid.evaluate.meaning import measure_meaning
 from ommatid.evaluate.passes import Passes
 from ommatid.evaluate.probes import choose_images, measure_probes
@@ -19,7 +20,7 @@ from ommatid.evaluate.stream import load_classes, load_paths
 from ommatid.evaluate.structure import make_densities, measure_structure
 from ommatid.evaluate.subject import Subject, make_latents
 from ommatid.evaluate.zero_shot import measure_zero_shot
-from ommatid.events import Listener, ignore
+from ommatid.events import Listener, Warned, ignore
 from ommatid.halves import iter_fired, load_halves
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, Draft
@@ -35,7 +36,8 @@ def evaluate(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draf
         on_event: Hears of both passes.
 
     Raises:
-        ArtefactError: `target` is not what the SAE was trained to decode.
+        ArtefactError: `target` is not what the SAE was trained to decode, or a judge failed on every evaluation image.
+        ConfigError: image_activation is cls, and no class token was extracted.
     """
     activations, images = inputs["extract"], inputs["images"]
     sae = SAE.load(inputs["train"].path)
@@ -45,21 +47,24 @@ def evaluate(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draf
     passes = Passes(params, inputs, sae, probed, draft, on_event)
     passes.run()
     trained, subjects, files = passes.subjects[0], passes.subjects, passes.firings.files()
+    for what in iter_failures(trained.verdicts):
+        on_event(Warned(f"{name}: {what}"))
     fired = iter_fired(files, halves, str(draft.scratch))
     meaning = measure_meaning(fired, halves, labels, load_paths(images), sae.n_latents)
-    structure = measure_structure(name, files, sae.W_dec, trained.ms.n)
+    structure = measure_structure(name, files, sae.W_dec, trained.verdicts[0].n_shown)
     assert trained.fidelity and trained.levels, trained.name
-    comparisons = [subject.compare(name, labels, activations.summary["judge"]) for subject in subjects]
+    comparisons = [subject.compare(name, labels) for subject in subjects]
     kinds = [row for subject in subjects for row in subject.kinds(name)]
     zero_shot = measure_zero_shot(name, {one.name: one.dictionary for one in subjects if one.fidelity}, inputs, on_event)
     tables = {
         "examples": passes.heat.table(name),
         "latents": make_latents(name, trained, labels, inputs["train"].summary["dead_latents"], meaning, structure),
+        "judged": make_judged(name, [(subject.name, verdict) for subject in subjects for verdict in subject.verdicts]),
         "comparisons": pa.Table.from_pylist(comparisons, schema=schemas.COMPARISONS),
         "fidelity": pa.Table.from_pylist(kinds, schema=schemas.FIDELITY),
         "densities": make_densities(name, {subject.name: subject.firing for subject in subjects}),
         "cofiring": structure.cofiring,
-        "levels": trained.levels.table(name, trained.fidelity.whole, trained.ms.scores().ms, meaning.lca_depth),
+        "levels": trained.levels.table(name, trained.fidelity.whole, trained.verdicts[0].ms, meaning.lca_depth),
         "probes": measure_probes(name, probed, passes.pooled, files, sae.n_latents),
         "zero_shot": zero_shot.table(),
     }
@@ -89,7 +94,8 @@ def _summarise(params: EvaluateParams, comparisons: list[dict[str, Any]], subjec
         "ms_neurons": neurons["ms"],
         "fvu_untrained": untrained["fvu"],
         "n_latents": mine["n_latents"],
-        "n_images": subject.ms.n,
+        "n_images": subject.verdicts[0].n_shown,
+        "judges": [{**verdict.headline, "n_images": verdict.n_images, "failed": verdict.failed} for verdict in subject.verdicts],
         "n_tokens": subject.firing.n_tokens,
         "image_activation": params.image_activation,
         "grid": activations.summary["grid"],

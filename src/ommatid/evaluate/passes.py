@@ -69,6 +69,8 @@ class Passes:
                 acts = subject.add_again(batch)
                 if subject.name == "sae":
                     self.heat.add(batch.numbers, acts)
+        for subject in self.subjects:
+            subject.end()
 
     def _iter(self, n: int, target: Artefact | None, what: str) -> Iterator[Images]:
         """What is left of a pass."""

@@ -12,22 +12,14 @@ from torch import Tensor
 
 from ommatid import schemas
 from ommatid.config import EvaluateParams
+from ommatid.evaluate.judged import Judge, Judged, Verdict
 from ommatid.evaluate.levels import Levels
 from ommatid.evaluate.meaning import Meaning
 from ommatid.evaluate.nulls import none_for_nan, nullable
+from ommatid.evaluate.pool import Pool, make_pool
 from ommatid.evaluate.stream import Images, load_kinds
 from ommatid.evaluate.structure import Structure
-from ommatid.metrics import (
-    FidelityByKind,
-    Firing,
-    Monosemanticity,
-    MonosemanticityInterval,
-    TopImages,
-    coverage,
-    nan_mean,
-    purity,
-    uniqueness,
-)
+from ommatid.metrics import FidelityByKind, Firing, TopImages, coverage, nan_mean, purity, uniqueness
 from ommatid.reader import load_sample
 from ommatid.sae.baselines import Dictionary, Neurons, make_baseline
 from ommatid.sae.model import SAE, make_untrained
@@ -48,7 +40,7 @@ BASELINE_VALUES = 2**26
 class Subject:
     """A dictionary under evaluation: the SAE, an untrained one, the raw neurons, or another baseline."""
 
-    def __init__(self, name: str, dictionary: Dictionary, kinds: Sequence[str] | None, d_judge: int, image_activation: str) -> None:
+    def __init__(self, name: str, dictionary: Dictionary, kinds: Sequence[str] | None, judges: Sequence[Judge], pool: Pool) -> None:
         """`kinds` names the kind of each token of an image; None: the dictionary decodes nothing."""
         self.name = name
         self._dictionary = dictionary
@@ -56,10 +48,10 @@ class Subject:
         self.levels = Levels(dictionary) if name == "sae" and isinstance(dictionary, SAE) else None
         d_latents = dictionary.n_latents
         self.firing = Firing(d_latents)
-        self.ms = Monosemanticity(d_latents, d_judge)
+        self.judged = Judged(d_latents, judges)
+        self.verdicts: list[Verdict] = []
         self.top = TopImages(d_latents, N_PURITY)
-        self.interval: MonosemanticityInterval
-        self._pool = torch.amax if image_activation == "max" else torch.mean
+        self._pool = pool
 
     @property
     def dictionary(self) -> Dictionary:
@@ -71,25 +63,29 @@ class Subject:
         x = batch.x.flatten(0, 1)
         acts = self._dictionary.encode(x)
         shape = batch.x.shape[:2]
-        pooled = self._pool(acts.unflatten(0, shape), dim=1)
+        pooled = self._pool(acts.unflatten(0, shape))
         if self.fidelity:
             self.fidelity.add(batch.target, self._dictionary.decode(acts).unflatten(0, shape), acts.unflatten(0, shape))
         if self.levels:
             self.levels.add(batch.target.flatten(0, 1), acts)
         self.firing.add(acts, pooled)
-        self.ms.add(pooled, batch.judge)
+        self.judged.add(pooled, batch.judges)
         self.top.add(pooled, batch.numbers)
         return pooled
 
     def begin_second_pass(self) -> None:
         """After the first."""
-        self.interval = MonosemanticityInterval(self.ms)
+        self.judged.begin_second_pass()
 
     def add_again(self, batch: Images) -> Tensor:
         """Second pass; gives the token activations (images, tokens, latents)."""
         acts = self._dictionary.encode(batch.x.flatten(0, 1)).unflatten(0, batch.x.shape[:2])
-        self.interval.add(self._pool(acts, dim=1), batch.judge)
+        self.judged.add(self._pool(acts), batch.judges)
         return acts
+
+    def end(self) -> None:
+        """After the second pass."""
+        self.verdicts = self.judged.verdicts()
 
     def purity(self, labels: Mapping[int, str]) -> list[float]:
         """Purity@16 of each latent; NaN without labels or with fewer than 16 firing images."""
@@ -109,20 +105,12 @@ class Subject:
         """Of each latent, (latents,); NaN with fewer than 16 firing images."""
         return uniqueness(torch.where(self.top.acts > 0, self.top.images, -1).T.contiguous())
 
-    def compare(self, sae: str, labels: Mapping[int, str], judge: str) -> dict[str, Any]:
-        """The row of `comparisons`."""
-        scores = self.ms.scores()
-        low, high = self.interval.of_mean()
-        undefined = int(scores.ms.isnan().sum())
+    def compare(self, sae: str, labels: Mapping[int, str]) -> dict[str, Any]:
+        """The row of `comparisons`: MS by the main judge."""
         fidelity = self.fidelity.whole if self.fidelity else None
         values = {
             "fvu": fidelity.fvu if fidelity else math.nan,
             "cosine": fidelity.cosine if fidelity else math.nan,
-            "ms": nan_mean(scores.ms),
-            "ms_low": low,
-            "ms_high": high,
-            "ms_best": float(scores.ms[~scores.ms.isnan()].max()) if undefined < len(scores.ms) else math.nan,
-            "ms_floor": scores.floor,
             "purity": nan_mean(torch.tensor(self.purity(labels), dtype=torch.float64)),
             "coverage": coverage(self.top_labels(labels), N_PURITY, len(set(labels.values()))),
             "uniqueness": nan_mean(self.uniqueness()),
@@ -130,11 +118,10 @@ class Subject:
         return {
             "sae": sae,
             "dictionary": self.name,
-            "n_latents": len(scores.ms),
+            "n_latents": len(self.firing.count),
             "l0": float(self.firing.count.sum()) / self.firing.n_tokens,
             "dead": float(self.firing.is_dead.double().mean()),
-            "ms_left_out": undefined,
-            "judge": judge,
+            **self.verdicts[0].headline,
             **none_for_nan(values),
         }
 
@@ -150,7 +137,7 @@ class Subject:
 
 def make_subjects(sae: SAE, activations: Artefact, params: EvaluateParams) -> list[Subject]:
     """The SAE, its two controls, and the baselines that are asked for, in this order."""
-    d_judge, pool = activations.summary["d_judge"], params.image_activation
+    judges, pool = Judge.all_of(activations), make_pool(params, activations)
     dictionaries: dict[str, Dictionary] = {
         "sae": sae,
         "untrained": make_untrained(sae.config, load_sample(activations, CALIBRATION_TOKENS), CONTROL_SEED),
@@ -162,7 +149,7 @@ def make_subjects(sae: SAE, activations: Artefact, params: EvaluateParams) -> li
     is_transcoder = sae.config.target is not None  # the others decode the activations that they encode, and nothing else
     kinds = load_kinds(activations)
     return [
-        Subject(name, dictionary, kinds if name == "sae" or (name != "neurons" and not is_transcoder) else None, d_judge, pool)
+        Subject(name, dictionary, kinds if name == "sae" or (name != "neurons" and not is_transcoder) else None, judges, pool)
         for name, dictionary in dictionaries.items()
     ]
 
@@ -173,7 +160,7 @@ def make_latents(
     """The `latents` table."""
     firing = subject.firing
     n = len(firing.count)
-    low, high = subject.interval.of_latents()
+    judged = subject.verdicts[0]
     classes = [[name for name, _ in Counter(top).most_common(3)] for top in subject.top_labels(labels)]
     duplicate_of = structure.duplicate_of.numpy()
     was_dead = torch.zeros(n, dtype=torch.bool)
@@ -187,9 +174,9 @@ def make_latents(
         "n_images": firing.n_images.int().numpy(),
         "is_dead": firing.is_dead.numpy(),
         "dead_in_training": was_dead.numpy(),
-        "ms": nullable(subject.ms.scores().ms),
-        "ms_low": nullable(low),
-        "ms_high": nullable(high),
+        "ms": nullable(judged.ms),
+        "ms_low": nullable(judged.low),
+        "ms_high": nullable(judged.high),
         "purity": nullable(torch.tensor(subject.purity(labels), dtype=torch.float64)),
         "purity_64": nullable(meaning.purity_64),
         "top_classes": classes,

@@ -3,6 +3,7 @@
 Suffixes: b tokens or images of a batch, d d_model or the judge's width, s latents.
 """
 
+from ommatid.metrics.arrays import monosemanticity
 from ommatid.metrics.cofiring import CoFiring
 from ommatid.metrics.detection import auroc, balanced_accuracy, best_threshold, rank_correlation
 from ommatid.metrics.fidelity import Fidelity, FidelityByKind
@@ -43,6 +44,7 @@ __all__ = [
     "label_entropy",
     "lca_depth",
     "match_one_to_one",
+    "monosemanticity",
     "nan_mean",
     "purity",
     "rank_correlation",
