@@ -120,7 +120,7 @@ def _write_activations(draft: Draft, x: Tensor, kinds: Sequence[str], n_shards: 
     n, t, d = x.shape
     schema = schemas.activations(d, {})
     mean, first = (torch.nn.functional.normalize(seen + 0.01, dim=1) for seen in (x.mean(1), x[:, 0]))
-    first[::7] = torch.nan
+    first[3::7] = torch.nan
     image = np.repeat(np.arange(n, dtype=np.int32), t)
     token = np.tile(np.arange(t, dtype=np.int32), n)
     place = np.full(n * t, -1, np.int16)

@@ -170,8 +170,8 @@ def test_features_are_the_best_the_worst_and_the_misnamed(file: Path, tmp_path: 
     ("statement", "empty"),
     [
         ("UPDATE features SET label_score = NULL", {"Do names hold on held-out images?"}),
-        ("UPDATE latents SET ms = NULL", {"Monosemanticity of the latents", "Monosemanticity against density"}),
-        ("UPDATE latents SET density = 0, ms = NULL", {"Monosemanticity of the latents", "Monosemanticity against density",
+        ("UPDATE latents SET ms = NULL; UPDATE judged SET ms = NULL", {"Monosemanticity of the latents", "Monosemanticity against density"}),
+        ("UPDATE latents SET density = 0, ms = NULL; UPDATE judged SET ms = NULL", {"Monosemanticity of the latents", "Monosemanticity against density",
           "How often latents fire"}),
     ],
 )  # fmt: skip
@@ -184,19 +184,20 @@ def test_what_is_missing_is_said_and_not_drawn(file: Path, tmp_path: Path, state
 
 
 def test_an_sae_without_any_monosemanticity_has_a_report(file: Path, tmp_path: Path) -> None:
-    nothing = ("UPDATE latents SET ms = NULL", "UPDATE comparisons SET ms = NULL", "UPDATE features SET ms = NULL")
+    nothing = (
+        "UPDATE latents SET ms = NULL",
+        "UPDATE judged SET ms = NULL",
+        "UPDATE comparisons SET ms = NULL",
+        "UPDATE features SET ms = NULL",
+    )
     with changed(tmp_path, file, *nothing) as catalog:
         headline = make_report(catalog).headlines[1]
     assert (headline.value, headline.meaning) == ("–", "the MonoSemanticity score is undefined for every latent")
 
 
-def test_controls_are_drawn_latent_by_latent_where_the_catalogue_has_them(file: Path, tmp_path: Path) -> None:
-    judged = (
-        "CREATE TABLE judged AS SELECT sae, dictionary, latent, 'lite2' AS judge, latent / 10.0 AS ms "
-        "FROM latents, (VALUES ('sae'), ('neurons'), ('untrained')) AS d(dictionary)"
-    )
+def test_controls_are_drawn_latent_by_latent(file: Path, tmp_path: Path) -> None:
     pictures = []
-    for statements in ((), (judged,)):
+    for statements in ((), ("DELETE FROM judged WHERE dictionary <> 'sae'",)):
         with changed(tmp_path, file, *statements) as catalog:
             section = next(section for section in make_report(catalog).sections if section.title == "Monosemanticity of the latents")
             pictures.append(section.picture)

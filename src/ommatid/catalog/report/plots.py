@@ -20,10 +20,9 @@ def make_fidelity(about: About) -> Section:
 
 
 def make_monosemanticity(about: About) -> Section:
-    """Histogram of MS, with floor and controls: latent by latent where the catalogue has them, else their means."""
+    """Histogram of MS, with floor and controls, latent by latent."""
     title = "Monosemanticity of the latents"
-    is_judged = "judged" in about.catalog.relations()
-    question = about.question(questions.JUDGED, judge=about.run["judge"]) if is_judged else about.question(questions.LATENTS)
+    question = about.question(questions.JUDGED, judge=about.run["judge"])
     found: dict[str, list[float]] = {"sae": []}
     for name, ms in question.ask(about.catalog).rows:
         found.setdefault(name, []).append(ms)

@@ -66,9 +66,6 @@ FIDELITY = """
     SELECT r.name, r.variant, r.k, c.n_latents AS d_sae, c.dictionary, c.l0, c.fvu, c.ms - c.ms_floor AS above_floor
     FROM comparisons AS c JOIN runs AS r USING (sae) ORDER BY r.name, c.dictionary
 """
-LATENTS = """
-    SELECT 'sae' AS dictionary, ms FROM latents WHERE sae = $sae AND ms IS NOT NULL
-"""
 JUDGED = """
     SELECT dictionary, ms FROM judged WHERE sae = $sae AND judge = $judge AND ms IS NOT NULL
 """
