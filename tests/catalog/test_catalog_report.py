@@ -170,11 +170,16 @@ def test_features_are_the_best_the_worst_and_the_misnamed(file: Path, tmp_path: 
     ("statement", "empty"),
     [
         ("UPDATE features SET label_score = NULL", {"Do names hold on held-out images?"}),
-        ("UPDATE latents SET ms = NULL; UPDATE judged SET ms = NULL", {"Monosemanticity of the latents", "Monosemanticity against density"}),
-        ("UPDATE latents SET density = 0, ms = NULL; UPDATE judged SET ms = NULL", {"Monosemanticity of the latents", "Monosemanticity against density",
-          "How often latents fire"}),
+        (
+            "UPDATE latents SET ms = NULL; UPDATE judged SET ms = NULL",
+            {"Monosemanticity of the latents", "Monosemanticity against density"},
+        ),
+        (
+            "UPDATE latents SET density = 0, ms = NULL; UPDATE judged SET ms = NULL",
+            {"Monosemanticity of the latents", "Monosemanticity against density", "How often latents fire"},
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_missing_is_said_and_not_drawn(file: Path, tmp_path: Path, statement: str, empty: set[str]) -> None:
     with changed(tmp_path, file, statement) as catalog:
         report = make_report(catalog)
