@@ -43,7 +43,6 @@ SHOWN = {0: "animal", 1: "mammal", 2: "bird", 3: "dog", 4: "cat", 5: "wren", 6: 
 DOG, DOG_AGAIN, DEAD, ALWAYS = 3, 8, 9, 10
 D_SAE, D_MODEL, LEVELS = 11, 16, (1, 3, 11)
 KINDS = ("cls", "patch", "patch", "patch")
-IMAGES = schemas.IMAGES if "taxonomy" in schemas.IMAGES.names else schemas.IMAGES.append(pa.field("taxonomy", pa.string()))
 
 
 def make_world(n: int, seed: int = 0) -> tuple[Tensor, list[str]]:
@@ -112,7 +111,7 @@ def _write_images(draft: Draft, labels: Sequence[str | None], paths: Sequence[st
         {"image": i, "image_id": hashlib.sha256(f"{i}".encode()).hexdigest(), "path": f"{i}", "label": label, "taxonomy": path, **constant}
         for i, (label, path) in enumerate(zip(labels, paths, strict=True))
     ]
-    draft.write_table("images.parquet", pa.Table.from_pylist(rows, schema=IMAGES))
+    draft.write_table("images.parquet", pa.Table.from_pylist(rows, schema=schemas.IMAGES))
     return {"n_eval": len(rows), "n_images": len(rows)}
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ommatid.catalog import Catalog
 
-PAGES = [CHECKOUT / "README.md", *(CHECKOUT / "docs" / name for name in ("catalogue.md", "labels.md", "stability.md"))]
+PAGES = [CHECKOUT / "README.md", *(CHECKOUT / "docs" / name for name in ("catalogue.md", "labels.md", "labelling.md", "stability.md"))]
 SQL = [
     pytest.param(sql, id=f"{page.name}-{i}")
     for page in PAGES

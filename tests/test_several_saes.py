@@ -23,7 +23,7 @@ from ommatid.errors import ArtefactError, GateError
 from ommatid.evaluate import evaluate
 from ommatid.events import Event, Listener, Progress, ignore
 from ommatid.extract import towers
-from ommatid.label import stage as label_stage
+from ommatid.label import material
 from ommatid.metrics import Fidelity
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.stage import STAGES, open_stage, run_stage
@@ -76,7 +76,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeepTileModel]:
         patch.chdir(root)
         patch.setattr(towers, "load_model", lambda params, dtype, device: model)
         patch.setattr(towers, "load_judge", lambda params, dtype, device: model)
-        patch.setattr(label_stage, "load_model", lambda params, dtype, device: model)
+        patch.setattr(material, "load_model", lambda params, dtype, device: model)
         yield model
 
 

@@ -225,9 +225,11 @@ class Whole:
         return _grown(child, kept if name == self._extract.hookpoints[0] else {**kept, "embeddings": 0.0})
 
     def _per_label(self, trial: Amounts) -> float:
-        bare = {name: _bytes_without_labels(self._d_sae[name], labels.summary["labellers"]) for name, labels in self._labels.items()}
-        written = sum(file.bytes - bare[name] for name, labels in self._labels.items() for file in labels.manifest.files)
-        return max(0.0, written / trial.scored) if trial.scored else BYTES_PER_LABEL
+        """Bytes of one more label: what the trial wrote, less what a table takes that has a single one."""
+        n_more = trial.scored - len(self._labels)
+        single = sum(_bytes_of_one_label(self._d_sae[name], labels.summary["labellers"]) for name, labels in self._labels.items())
+        written = sum(file.bytes for labels in self._labels.values() for file in labels.manifest.files)
+        return max(0.0, (written - single) / n_more) if n_more > 0 else BYTES_PER_LABEL
 
     def _catalog_growth(self, trial: Amounts, whole: Amounts) -> float:
         """What its tables take in Parquet, about as much as in DuckDB; of the images without their files, which it does not have."""
@@ -277,8 +279,8 @@ def _data_bytes(artefact: Artefact, table: str, without: str = "") -> int:
     return total
 
 
-def _bytes_without_labels(d_sae: int, labellers: Sequence[str]) -> int:
-    """Of a table of labels in which no latent has one."""
+def _bytes_of_one_label(d_sae: int, labellers: Sequence[str]) -> int:
+    """Of a table of labels in which only the first latent has one, by one labeller: columns that are all null would be smaller."""
     n = d_sae * len(labellers)
     columns = {
         "latent": np.repeat(np.arange(d_sae), len(labellers)),
@@ -286,7 +288,10 @@ def _bytes_without_labels(d_sae: int, labellers: Sequence[str]) -> int:
         "place": [*range(1, len(labellers) + 1)] * d_sae,
         **{name: [value] * n for name, value in (("sae", "sae"), ("status", "too_few_examples"), ("n_requests", 0), ("n_tokens", 0))},
     }
-    arrays = [pa.array(columns.get(field.name, [None] * n), field.type) for field in schemas.LABELS]
+    arrays = []
+    for field in schemas.LABELS:
+        found = columns.get(field.name, [0.5 if pa.types.is_floating(field.type) else "a name", *[None] * (n - 1)])
+        arrays.append(pa.array(found, field.type))
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.table(arrays, schema=schemas.LABELS), buffer)
     return buffer.getvalue().size

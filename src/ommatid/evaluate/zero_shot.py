@@ -158,7 +158,8 @@ def _make_classifier(model: VisionModel, images: Artefact, classes: Sequence[str
 
 def _fit_scale(model: VisionModel, images: Artefact, classifier: _Classifier) -> float:
     """The scale that suits the plain model best on training images, of which none is measured."""
-    labels = {image: label for image, label in load_labels(images, "train").items() if label in classifier.classes}
+    known = set(classifier.classes)
+    labels = {image: label for image, label in load_labels(images, "train").items() if label in known}
     drawn = draw_images(images, labels, N_FITTED)
     if not len(drawn.numbers):
         raise _Undefined("no training image has a label, and cosines of a model without a scale of its own need some to be scaled by")
