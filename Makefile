@@ -15,7 +15,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export GOMP_SPINCOUNT := 1000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint up docs bench bench-extract bench-train bench-interop peers constraints clean
+.PHONY: help demo test lint up docs bench bench-extract bench-train bench-evaluate bench-interop peers constraints clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -63,6 +63,9 @@ bench-extract: $(READY) ## extraction and its store against a bare loop, memmaps
 
 bench-train: $(READY) $(PEERS)/.ready ## training against the peers' trainers and the hardware; an hour
 	@python benchmarks/train.py
+
+bench-evaluate: $(READY) ## monosemanticity against the published loop, at full size, and the memory of its stage
+	@python benchmarks/evaluate.py
 
 bench-interop: $(READY) $(PEERS)/.ready ## SAEs of other libraries here, and ours there
 	@python benchmarks/interop.py

@@ -56,7 +56,7 @@ def write_receipts(draft: store.Draft, n_shards: int) -> None:
         names = [part_name(table, shard) for table in ("train", "eval", EMBEDDINGS)]
         files = [{"name": name, "bytes": 0, "rows": 8192, "sha256": f"{shard:064x}"} for name in names]
         activations = {"files": files[:2], "window": 6144}
-        receipt = {"hookpoints": {"block": activations}, EMBEDDINGS: {"files": files[2:]}, "rounding": None}
+        receipt = {"hookpoints": {"block": activations}, EMBEDDINGS: {"files": files[2:], "failed": [0]}, "rounding": None}
         (draft.path / receipt_name(shard)).write_text(json.dumps(receipt), encoding="utf-8")
         for name in names:
             os.close(os.open(draft.path / "block" / name, os.O_CREAT | os.O_WRONLY))

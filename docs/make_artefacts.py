@@ -33,7 +33,7 @@ object store ([storage.md](storage.md)).
 | `data/sae` | train | a folder each SAE, such as `data/sae/batch_topk-2560-k32-s0`, an artefact by itself; also where there is one SAE |
 | `data/sae/<sae>` | train | `sae.safetensors`, `cfg.json`, table `curves`; its params are those of this SAE alone |
 | `data/evaluation`, `data/labels` | evaluate, label | the same folders, by the same names |
-| `data/evaluation/<sae>` | evaluate | tables `latents`, `examples`, `firings`, `comparisons` |
+| `data/evaluation/<sae>` | evaluate | tables `latents`, `examples`, `firings`, `comparisons`, `judged` |
 | `data/labels/<sae>` | label | table `labels` |
 | `data/catalog` | catalog | `catalog.duckdb`, made from the others |
 
@@ -56,6 +56,7 @@ TABLES = {
     "examples": ("evaluation/<sae>", schemas.EXAMPLES),
     "firings": ("evaluation/<sae>", schemas.FIRINGS),
     "comparisons": ("evaluation/<sae>", schemas.COMPARISONS),
+    "judged": ("evaluation/<sae>", schemas.JUDGED),
     "labels": ("labels/<sae>", schemas.LABELS),
 }
 

@@ -70,6 +70,15 @@ LABELS = [
     (2, "words", "too_few_examples", None, None, None),
 ]
 COMPARISONS = [("sae", 0.2, 0.7), ("untrained", 0.6, 0.5), ("neurons", None, 0.4)]
+JUDGED = [
+    # dictionary, latent, judge, ms, floor
+    ("sae", 0, "lite2", 0.8, 0.35),
+    ("sae", 1, "lite2", 0.6, 0.35),
+    ("sae", 0, "dino", 0.5, 0.1),
+    ("sae", 1, "dino", None, 0.1),
+    ("neurons", 0, "lite2", 0.4, 0.35),
+    ("neurons", 0, "dino", 0.2, 0.1),
+]
 
 
 def thumbnail(image: int, side: int = 32) -> bytes:
@@ -176,6 +185,7 @@ def _evaluation(draft: Draft, name: str) -> dict[str, Any]:
         "comparisons.parquet",
         columns(schemas.COMPARISONS, compared, "dictionary fvu ms", sae=sae, ms_floor=0.35, judge="lite2", **constant),
     )
+    draft.write_table("judged.parquet", columns(schemas.JUDGED, JUDGED, "dictionary latent judge ms floor", sae=sae))
     return {"sae": sae}
 
 

@@ -6,7 +6,7 @@ import pytest
 from fakes import CHECKOUT
 from pydantic import BaseModel
 
-from ommatid.config import STAGES, Params, Section, dotted, load_params
+from ommatid.config import STAGES, ExtractParams, Params, Section, dotted, load_params
 from ommatid.errors import ConfigError
 
 PARAMS = CHECKOUT / "params.yaml"
@@ -31,6 +31,19 @@ def test_checkouts_params_are_valid_and_cover_every_stage() -> None:
         ("extract.executor={kind: slurm}", "'local', 'dask', 'ray'"),
         ("images.source.pth=3", "images.source.pth: unknown key; did you mean path?"),
         ("extract.judge.variant=lite0", "judge must be another encoder than model: both are lite0"),
+        ("extract.judge.variant=lite9", "extract.judge.variant: got 'lite9'; input should be 'lite0' or 'lite2'"),
+        ("extract.judge.size=3", "extract.judge.size: unknown key; known here: image_size, kind, path, variant"),
+        ("extract.judge={kind: dino}", "extract.judge.kind: "),
+        ("extract.judge=[]", "extract.judge: got []"),
+        ("extract.judge=3", "extract.judge"),
+        (
+            "extract.judge=[{kind: lite, variant: lite2}, {kind: lite, size: 3}]",
+            "extract.judge.1.size: unknown key; known here: image_size",
+        ),
+        ("extract.judge=[{kind: lite, variant: lite2}, {kind: lite}]", "judge must be another encoder than model: both are lite0"),
+        ("extract.judge=[{kind: lite, variant: lite2}, {kind: lite, variant: lite2}]", "extract: judge names lite2 twice"),
+        ("extract.judge=[{kind: transformers, path: m/a}, {kind: transformers, path: ./m//a}]", "extract: judge names m/a twice"),
+        ("evaluate.image_activation=median", "evaluate.image_activation: got 'median'; input should be 'max', 'mean' or 'cls'"),
         ("extract.tokens=patches", "extract.tokens: got 'patches'; input should be 'patch', 'cls', 'register', 'pooled' or 'all'"),
         ("evaluate.baselines=[ica]", "evaluate.baselines.0: got 'ica'; input should be 'pca', 'kmeans' or 'nmf'"),
         ("evaluate.baselines=[pca, nmf, pca]", "evaluate.baselines: names one twice: pca, nmf, pca"),
@@ -52,6 +65,19 @@ def test_judge_must_not_be_the_model_however_its_path_is_spelt(kind: str) -> Non
         with pytest.raises(ConfigError, match="judge must be another encoder than model: both are models/tiny"):
             load_params(PARAMS, [model, f"extract.judge={{kind: transformers, path: {path}}}"])
     load_params(PARAMS, [model, "extract.judge={kind: transformers, path: models/other}"])
+
+
+def test_judges_are_one_or_a_list_and_stay_as_they_were_given() -> None:
+    one = load_params(PARAMS).extract
+    assert isinstance(one, ExtractParams)
+    assert one.judges == (one.judge,)
+    assert one.identity()["judge"] == {"kind": "lite", "variant": "lite2", "image_size": 128}
+    sizes = [{"kind": "lite", "variant": "lite2", "image_size": 64}, {"kind": "lite", "variant": "lite2", "image_size": 128}]
+    several = load_params(PARAMS, [f"extract.judge={sizes}"]).extract
+    assert isinstance(several, ExtractParams)
+    assert several.identity()["judge"] == sizes
+    assert [getattr(judge, "image_size", None) for judge in several.judges] == [64, 128]
+    assert ExtractParams.model_validate_json(several.model_dump_json()) == several
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dino", "vit"])

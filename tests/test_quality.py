@@ -213,6 +213,27 @@ def test_extract_damage_is_named(tmp_path: Path, params: Params, change: Tables,
     assert all(word in found[name].detail for word in [*words, *(part for part in change if "same" not in name and "one" not in name)])
 
 
+def test_a_judge_may_fail_on_some_images_but_not_on_all(tmp_path: Path, params: Params) -> None:
+    for name, images in (("some", 2), ("all", slice(None))):
+        rows = embedding_table([0, 1, 2, 3, 4]).to_pydict()
+        nan = np.full(WIDTH, np.nan, np.float32).tobytes()
+        failed_on = range(5) if name == "all" else [images]
+        rows["judge"] = [nan if i in failed_on else v for i, v in enumerate(rows["judge"])]
+        embeddings = pa.table(rows, schema=schemas.embeddings(WIDTH, WIDTH))
+        (tmp_path / name).mkdir()
+        report = check("extract", extraction_of(tmp_path / name, activations_tables() | {"embeddings.parquet": embeddings}), params)
+        assert set(failed(report)) == (set() if name == "some" else {"every judge embedded some image"})
+
+
+def test_a_further_judge_is_checked_too(tmp_path: Path, params: Params) -> None:
+    rows = embedding_table([0, 1, 2, 3, 4]).to_pydict()
+    rows["judge_1"] = [rows["judge"][0]] * 4 + [(np.frombuffer(rows["judge"][0], np.float32) * 2).tobytes()]
+    embeddings = pa.table(rows, schema=schemas.embeddings(WIDTH, WIDTH, WIDTH))
+    found = failed(check("extract", extraction_of(tmp_path, activations_tables() | {"embeddings.parquet": embeddings}), params))
+    assert set(found) == {"embeddings have unit norm"}
+    assert all(word in found["embeddings have unit norm"].detail for word in ("judge_1", "image 4"))
+
+
 def test_extract_needs_tokens_and_embeddings(tmp_path: Path, params: Params) -> None:
     tables = {"train-00000.parquet": activation_table([]), "eval-00000.parquet": activation_table([])}
     found = failed(check("extract", extraction_of(tmp_path, tables), params))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, assert_never
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, Tag, ValidationError, field_validator, model_validator
 
 from ommatid.errors import ConfigError
 
@@ -179,6 +179,15 @@ Model = Annotated[
 Judge = Annotated[LiteModel | TransformersJudge, Field(discriminator="kind")]
 
 
+def _one_or_several(value: Any) -> str:
+    return "several" if isinstance(value, list | tuple) else "one"
+
+
+Judges = Annotated[
+    Annotated[Judge, Tag("one")] | Annotated[tuple[Judge, ...], Field(min_length=1), Tag("several")], Discriminator(_one_or_several)
+]
+
+
 class LocalExecutor(Section):
     """This process; with several GPUs a process each."""
 
@@ -231,8 +240,8 @@ class ExtractParams(Section):
     """At most this many tokens of each training image, drawn by a fixed seed; null: all. Evaluation images keep theirs for heat maps."""
     max_norm: Annotated[float, Field(gt=1)] | None
     """Leave out of training what is longer than this many times the median token of its image (arXiv 2309.16588); null: keep it."""
-    judge: Judge
-    """The independent encoder whose embeddings the monosemanticity score uses."""
+    judge: Judges
+    """The independent encoder whose embeddings the monosemanticity score uses, or a list of them: the first is the main one."""
     namer: Model | None
     """The model whose joint image-text space names the latents; null: the explained model, which must have a text tower."""
     batch_size: Annotated[int, Field(ge=1, le=4096)]
@@ -245,9 +254,21 @@ class ExtractParams(Section):
     @model_validator(mode="after")
     def _judge_is_independent(self) -> "ExtractParams":
         network = _network(self.model)
-        if network is not None and network == _network(self.judge):
+        if network is not None and network in map(_network, self.judges):
             raise ValueError(f"judge must be another encoder than model: both are {network}")
         return self
+
+    @model_validator(mode="after")
+    def _judges_differ(self) -> "ExtractParams":
+        known = [(_network(judge), getattr(judge, "image_size", None)) for judge in self.judges]
+        if twice := [network for network, size in known if known.count((network, size)) > 1]:
+            raise ValueError(f"judge names {twice[0]} twice; every judge must be another encoder")
+        return self
+
+    @property
+    def judges(self) -> tuple[LiteModel | TransformersJudge, ...]:
+        """All judges, the main one first."""
+        return self.judge if isinstance(self.judge, tuple) else (self.judge,)
 
     @model_validator(mode="after")
     def _hookpoints_differ(self) -> "ExtractParams":
@@ -467,8 +488,8 @@ Baseline = Literal["pca", "kmeans", "nmf"]
 class EvaluateParams(Section):
     """Stage `evaluate`: what every latent does on the evaluation split."""
 
-    image_activation: Literal["max", "mean"]
-    """How a latent's activations over an image's tokens become the image's one."""
+    image_activation: Literal["max", "mean", "cls"]
+    """How a latent's activations over an image's tokens become the image's one; cls: that of the class token, which must be extracted."""
     n_top: Annotated[int, Field(ge=2, le=256)]
     """How many of a latent's strongest images are kept as examples (decile 10, rank 1 is the strongest)."""
     n_per_decile: Annotated[int, Field(ge=1, le=64)]
@@ -608,7 +629,7 @@ def _explain(error: ValidationError) -> str:
 def _explain_one(problem: Any) -> str:
     # pydantic puts the tag of a discriminated union into the path: images.source.folder.path -> images.source.path
     tags = {"cifar10", "folder", "parquet", "images", "files", "local", "dask", "ray"}
-    tags |= {"lite", "clip", "siglip", "dino", "vit", "llava", "qwen", "module", "transformers"}
+    tags |= {"lite", "clip", "siglip", "dino", "vit", "llava", "qwen", "module", "transformers", "one", "several"}
     tags |= {"topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated", "archetypal", "imported"}
     path = [str(part) for i, part in enumerate(problem["loc"]) if not (i and part in tags)]
     key = ".".join(path) or "params"
@@ -634,7 +655,7 @@ def _known_keys(path: list[str]) -> str:
 
 def _fields_at(path: list[str]) -> list[str]:
     models: list[type[BaseModel]] = [Params]
-    for part in path:
+    for part in (part for part in path if not part.isdecimal()):  # an index: the fields of an item
         models = [sub for model in models if part in model.model_fields for sub in _models_in(model.model_fields[part].annotation)]
     return sorted({name for model in models for name in model.model_fields})
 

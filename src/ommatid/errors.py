@@ -21,6 +21,10 @@ class ArtefactError(OmmatidError):
     """An artefact is missing, damaged, or of another schema version."""
 
 
+class InputError(OmmatidError, ValueError):
+    """Arrays given to a call of the library that cannot be used."""
+
+
 class ExecutorError(OmmatidError):
     """Shards cannot be run: no cluster answers, or the workers of one die again and again."""
 

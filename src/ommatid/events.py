@@ -36,8 +36,8 @@ class Noticed:
 
     sae: str
     """Name of the SAE."""
-    step: int
-    """Optimiser steps done."""
+    step: int | None
+    """Optimiser steps done; None: it is not about training."""
     what: str
     """One sentence."""
 

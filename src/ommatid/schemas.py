@@ -57,14 +57,24 @@ def activations(d_model: int, metadata: dict[str, str]) -> pa.Schema:
     return schema.with_metadata({**metadata, "d_model": str(d_model), "dtype": "float16"})
 
 
-def embeddings(d_joint: int, d_judge: int) -> pa.Schema:
-    """One row an image, in image order; vectors are little-endian float32 of unit norm."""
+def judge_columns(n: int) -> list[str]:
+    """Columns of `embeddings` that hold the judges' vectors, in the order of extract.judge: judge, judge_1, judge_2 ..."""
+    return ["judge", *(f"judge_{i}" for i in range(1, n))]
+
+
+def embeddings(d_joint: int, *d_judges: int) -> pa.Schema:
+    """One row an image, in image order; vectors are little-endian float32 of unit norm. A column for each judge, the main one first."""
+    widths = dict(zip(judge_columns(len(d_judges)), d_judges, strict=True))
+    meaning = "embedding, little-endian float32; all NaN: it failed on this image"
     schema = _schema(
         image=(pa.int32(), "images.image"),
         joint=(pa.binary(4 * d_joint), "the model's joint image-text embedding, little-endian float32"),
-        judge=(pa.binary(4 * d_judge), "the judge's embedding, little-endian float32"),
+        **{
+            name: (pa.binary(4 * width), f"the judge's {meaning}" if name == "judge" else f"another judge's {meaning}")
+            for name, width in widths.items()
+        },
     )
-    return schema.with_metadata({"d_joint": str(d_joint), "d_judge": str(d_judge)})
+    return schema.with_metadata({"d_joint": str(d_joint), **{f"d_{name}": str(width) for name, width in widths.items()}})
 
 
 CURVES = _schema(
@@ -125,9 +135,20 @@ COMPARISONS = _schema(
     ms_high=(pa.float64(), "upper end of its 95 % interval over images; null: ms is"),
     ms_best=(pa.float64(), "highest MonoSemanticity score of a latent; null: undefined for every latent"),
     ms_left_out=(pa.int32(), "latents whose score is undefined"),
-    ms_floor=(pa.float64(), "mean pairwise cosine of the judge on the same images"),
+    ms_floor=(pa.float64(), "mean pairwise cosine of the judge on the same images; null: fewer than two images"),
     purity=(pa.float64(), "mean purity of the 16 strongest images; null: no labels"),
     judge=(pa.string(), "the encoder behind ms"),
+)
+
+JUDGED = _schema(
+    sae=(pa.string(), "name of the SAE"),
+    dictionary=(pa.string(), "sae, untrained, neurons, pca, kmeans or nmf, as in comparisons"),
+    latent=(pa.int32(), "index of the latent in the dictionary"),
+    judge=(pa.string(), "the encoder behind ms"),
+    ms=(pa.float64(), "MonoSemanticity score by this judge; null: constant, or fires on fewer than two of the images that it embedded"),
+    ms_low=(pa.float64(), "lower end of its 95 % interval over images; null: ms is"),
+    ms_high=(pa.float64(), "upper end of its 95 % interval over images; null: ms is"),
+    floor=(pa.float64(), "mean pairwise cosine of this judge on the same images; null: fewer than two images"),
 )
 
 LABELS = _schema(

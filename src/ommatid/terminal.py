@@ -124,7 +124,8 @@ def summarise(numbers: Mapping[str, Mapping[str, float]]) -> str:
 
 def notice(event: Noticed) -> str:
     """The line that says what was noticed."""
-    return f"notice: {event.sae}: step {event.step}: {event.what}"
+    when = "" if event.step is None else f"step {event.step}: "
+    return f"notice: {event.sae}: {when}{event.what}"
 
 
 def number(value: float, digits: int = 4) -> str:

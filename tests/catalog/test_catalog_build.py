@@ -28,10 +28,12 @@ GRAIN = {
     "labels": "sae, latent, labeller",
     "neighbours": "sae, latent, rank",
     "comparisons": "sae, dictionary",
+    "judged": "sae, dictionary, latent, judge",
     "features": "sae, latent",
     "runs": "sae",
 }
-COUNTS = {"images": 6, "latents": 4, "examples": 7, "firings": 7, "labels": 5, "neighbours": 8, "comparisons": 3, "features": 4, "runs": 1}
+COUNTS = {"images": 6, "latents": 4, "examples": 7, "firings": 7, "labels": 5, "neighbours": 8, "comparisons": 3, "judged": 6}
+COUNTS |= {"features": 4, "runs": 1}
 
 
 # ---- relations
@@ -55,7 +57,7 @@ def test_every_column_says_what_it_means(catalog: Catalog) -> None:
 
 def test_tables_have_the_columns_of_their_schemas(catalog: Catalog) -> None:
     relations = {name: [column.name for column in columns] for name, columns in catalog.relations().items()}
-    for table in ("latents", "examples", "firings", "labels", "neighbours", "comparisons"):
+    for table in ("latents", "examples", "firings", "labels", "neighbours", "comparisons", "judged"):
         assert relations[table] == getattr(schemas, table.upper()).names
     assert relations["images"] == [name for name in schemas.IMAGES.names if name != "encoded"] + ["seen_width", "seen_height"]
 
@@ -139,6 +141,11 @@ def test_images_say_what_the_model_sees_of_them(tmp_path: Path, resize: list[int
     with Catalog(artefacts.path_in(tmp_path)) as catalog:
         ((width, height),) = catalog.rows("SELECT DISTINCT seen_width, seen_height FROM images")
     assert (width, height) == pytest.approx(seen)
+
+
+def test_judged_has_every_judge_with_its_floor(catalog: Catalog) -> None:
+    above = "SELECT judge, avg(ms - floor), count(*) - count(ms) FROM judged WHERE dictionary = 'sae' GROUP BY judge ORDER BY judge"
+    assert catalog.rows(above) == [("dino", pytest.approx(0.4), 1), ("lite2", pytest.approx(0.35), 0)]
 
 
 def test_summary_counts_the_rows(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ RELATIONS: Mapping[str, tuple[pa.Schema, ...]] = {
     "labels": (schemas.LABELS,),
     "neighbours": (schemas.NEIGHBOURS,),
     "comparisons": (schemas.COMPARISONS,),
+    "judged": (schemas.JUDGED,),
     "features": (schemas.LATENTS, schemas.COMPARISONS, schemas.LABELS),
     "runs": (schemas.COMPARISONS,),
 }
@@ -141,7 +142,7 @@ def _meaning(relation: str, column: str) -> str:
 
 def _tables(saes: Mapping[str, OneSAE], images: Artefact) -> dict[str, list[str]]:
     """The Parquet files of each table, of all SAEs, by the name of the parameter in SQL."""
-    evaluated = {table: [one.evaluation for one in saes.values()] for table in ("latents", "examples", "firings", "comparisons")}
+    evaluated = {table: [one.evaluation for one in saes.values()] for table in ("latents", "examples", "firings", "comparisons", "judged")}
     sources = {"images": [images], "labels": [one.labels for one in saes.values()], **evaluated}
     return {table: [str(path) for source in found for path in source.files(table)] for table, found in sources.items()}
 

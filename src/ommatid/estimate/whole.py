@@ -190,7 +190,8 @@ class Whole:
             "images": PART_COPIES * self._part(amounts) + IMAGE_NOTE * amounts.images,
             "extract": CHUNK_COPIES * self._chunk(amounts) + GROUP_COPIES * group,
             "train": sample + QUEUE_COPIES * group,
-            "evaluate": HEAT_COPIES * amounts.most_examples * cells * 4 + 2 * shard * facts["d_judge"] * 4,
+            "evaluate": HEAT_COPIES * amounts.most_examples * cells * 4
+            + 2 * shard * sum(judge["d_judge"] for judge in facts["judges"]) * 4,
             "label": JOINT_COPIES * amounts.eval_images * facts["d_joint"] * 4,
             "catalog": min(WRITER_MB * 2**20, CATALOG_COPIES * catalog),
         }

@@ -15,9 +15,10 @@ from ommatid.config import EvaluateParams
 from ommatid.errors import ArtefactError
 from ommatid.evaluate.examples import Heat, choose_examples
 from ommatid.evaluate.firings import Firings
+from ommatid.evaluate.judged import iter_failures, make_judged
 from ommatid.evaluate.stream import iter_images, load_labels
 from ommatid.evaluate.subject import Subject, make_latents, make_subjects
-from ommatid.events import Listener, ignore
+from ommatid.events import Listener, Noticed, ignore
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, Draft
 
@@ -32,7 +33,8 @@ def evaluate(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draf
         on_event: Hears of both passes.
 
     Raises:
-        ArtefactError: `target` is not what the SAE was trained to decode.
+        ArtefactError: `target` is not what the SAE was trained to decode, or a judge failed on every evaluation image.
+        ConfigError: image_activation is cls, and no class token was extracted.
     """
     activations, images, target = inputs["extract"], inputs["images"], inputs.get("target")
     sae = SAE.load(inputs["train"].path)
@@ -57,10 +59,15 @@ def evaluate(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draf
             acts = subject.add_again(batch)
             if subject.name == "sae" and activations.summary["grid"]:
                 heat.add(batch.numbers, acts[:, -math.prod(activations.summary["grid"]) :])
+    for subject in subjects:
+        subject.end()
     draft.write_table("examples.parquet", heat.table(name, activations.summary["grid"]))
     trained = subjects[0]
     draft.write_table("latents.parquet", make_latents(name, trained, labels, inputs["train"].summary["dead_latents"]))
-    comparisons = [subject.compare(name, labels, activations.summary["judge"]) for subject in subjects]
+    draft.write_table("judged.parquet", make_judged(name, [(s.name, verdict) for s in subjects for verdict in s.verdicts]))
+    for what in iter_failures(trained.verdicts):
+        on_event(Noticed(name, None, what))
+    comparisons = [subject.compare(name, labels) for subject in subjects]
     draft.write_table("comparisons.parquet", pa.Table.from_pylist(comparisons, schema=schemas.COMPARISONS))
     return draft.seal(_summarise(params, comparisons, trained, activations))
 
@@ -83,7 +90,8 @@ def _summarise(params: EvaluateParams, comparisons: list[dict[str, Any]], subjec
         "ms_neurons": neurons["ms"],
         "fvu_untrained": untrained["fvu"],
         "n_latents": mine["n_latents"],
-        "n_images": subject.ms.n,
+        "n_images": subject.verdicts[0].n_images + subject.verdicts[0].failed,
+        "judges": [{**verdict.headline, "n_images": verdict.n_images, "failed": verdict.failed} for verdict in subject.verdicts],
         "n_tokens": subject.firing.n_tokens,
         "image_activation": params.image_activation,
         "grid": activations.summary["grid"],

@@ -1,4 +1,4 @@
-"""The evaluation images, a few at a time: activations, what is to be decoded from them, and the judge's embeddings."""
+"""The evaluation images, a few at a time: activations, what is to be decoded from them, and the judges' embeddings."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ommatid.events import Listener, Progress
+from ommatid.schemas import judge_columns
 from ommatid.store import Artefact
 from ommatid.tensors import from_float16, from_float32
 
@@ -26,19 +27,19 @@ class Images:
     """Activations, (images, tokens, d_model) float32."""
     target: Tensor
     """What is to be decoded from them, (images, tokens, d_out) float32: x itself, or activations of another hookpoint."""
-    judge: Tensor
-    """The judge's embeddings, (images, d_judge) float32."""
+    judges: list[Tensor]
+    """Each judge's embeddings, (images, d_judge) float32; not finite where it failed."""
 
 
 def iter_images(
     activations: Artefact, target: Artefact | None, d_sae: int, n_images: int, what: str, on_event: Listener
 ) -> Iterator[Images]:
     """The evaluation images shard by shard, so many at a time that their activations stay bounded."""
-    per_image = activations.summary["tokens_per_image"]
+    per_image, columns = activations.summary["tokens_per_image"], judge_columns(len(activations.summary["judges"]))
     n = max(1, ENTRIES // (per_image * d_sae))
     done = 0
     for tokens, embedded in zip(activations.parts("eval"), activations.parts("embeddings"), strict=True):
-        embeddings = _Embeddings(activations.read_part(embedded, ["image", "judge"]))
+        embeddings = _Embeddings(activations.read_part(embedded, ["image", *columns]))
         ours = _iter_tokens(activations, tokens, n * per_image)
         theirs = _iter_tokens(target, tokens, n * per_image) if target else None
         for image, x in ours:
@@ -63,15 +64,16 @@ def _same_images(image: Tensor, other: Tensor, y: Tensor) -> Tensor:
 
 
 class _Embeddings:
-    """The judge's embeddings of one shard's images, which are in order."""
+    """The judges' embeddings of one shard's images, which are in order."""
 
     def __init__(self, rows: pa.Table) -> None:
         self._images = torch.from_numpy(rows["image"].to_numpy().astype(np.int64))
-        self._judge = from_float32(rows["judge"])
+        self._judges = [from_float32(rows[name]) for name in rows.column_names if name != "image"]
 
-    def take(self, numbers: Tensor) -> Tensor:
-        """Rows of these images, (images, d_judge)."""
-        return self._judge[torch.searchsorted(self._images, numbers)]
+    def take(self, numbers: Tensor) -> list[Tensor]:
+        """Rows of these images of each judge, (images, d_judge)."""
+        rows = torch.searchsorted(self._images, numbers)
+        return [embeddings[rows] for embeddings in self._judges]
 
 
 def load_labels(images: Artefact) -> dict[int, str]:

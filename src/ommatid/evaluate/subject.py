@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ommatid import schemas
 from ommatid.config import EvaluateParams
+from ommatid.evaluate.judged import Judge, Judged, Verdict
+from ommatid.evaluate.pool import Pool, make_pool
 from ommatid.evaluate.stream import Images
-from ommatid.metrics import Fidelity, Firing, Monosemanticity, MonosemanticityInterval, TopImages, nan_mean, purity
+from ommatid.metrics import Fidelity, Firing, TopImages, nan_mean, purity
 from ommatid.reader import load_sample
 from ommatid.sae.baselines import Dictionary, Neurons, make_baseline
 from ommatid.sae.model import SAE, make_untrained
@@ -34,38 +36,42 @@ BASELINE_VALUES = 2**26
 class Subject:
     """A dictionary under evaluation: the SAE, an untrained one, the raw neurons, or another baseline."""
 
-    def __init__(self, name: str, dictionary: Dictionary, decodes: bool, d_judge: int, image_activation: str) -> None:
+    def __init__(self, name: str, dictionary: Dictionary, decodes: bool, judges: Sequence[Judge], pool: Pool) -> None:
         self.name = name
         self.fidelity = Fidelity() if decodes else None
         d_latents = dictionary.n_latents
         self.firing = Firing(d_latents)
-        self.ms = Monosemanticity(d_latents, d_judge)
+        self.judged = Judged(d_latents, judges)
+        self.verdicts: list[Verdict] = []
         self.top = TopImages(d_latents, N_PURITY)
-        self.interval: MonosemanticityInterval
         self._dictionary = dictionary
-        self._pool = torch.amax if image_activation == "max" else torch.mean
+        self._pool = pool
 
     def add(self, batch: Images) -> Tensor:
         """First pass; gives the image-level activations (images, latents)."""
         x = batch.x.flatten(0, 1)
         acts = self._dictionary.encode(x)
-        pooled = self._pool(acts.unflatten(0, batch.x.shape[:2]), dim=1)
+        pooled = self._pool(acts.unflatten(0, batch.x.shape[:2]))
         if self.fidelity:
             self.fidelity.add(batch.target.flatten(0, 1), self._dictionary.decode(acts), int((acts > 0).sum()))
         self.firing.add(acts, pooled)
-        self.ms.add(pooled, batch.judge)
+        self.judged.add(pooled, batch.judges)
         self.top.add(pooled, batch.numbers)
         return pooled
 
     def begin_second_pass(self) -> None:
         """After the first."""
-        self.interval = MonosemanticityInterval(self.ms)
+        self.judged.begin_second_pass()
 
     def add_again(self, batch: Images) -> Tensor:
         """Second pass; gives the token activations (images, tokens, latents)."""
         acts = self._dictionary.encode(batch.x.flatten(0, 1)).unflatten(0, batch.x.shape[:2])
-        self.interval.add(self._pool(acts, dim=1), batch.judge)
+        self.judged.add(self._pool(acts), batch.judges)
         return acts
+
+    def end(self) -> None:
+        """After the second pass."""
+        self.verdicts = self.judged.verdicts()
 
     def purity(self, labels: Mapping[int, str]) -> list[float]:
         """Purity@16 of each latent; NaN without labels or with fewer than 16 firing images."""
@@ -77,36 +83,27 @@ class Subject:
         images = self.top.images.T.tolist()
         return [[i for i, fired in zip(*pair, strict=True) if fired] for pair in zip(images, fires, strict=True)]
 
-    def compare(self, sae: str, labels: Mapping[int, str], judge: str) -> dict[str, Any]:
-        """The row of `comparisons`."""
-        scores = self.ms.scores()
-        low, high = self.interval.of_mean()
-        undefined = int(scores.ms.isnan().sum())
+    def compare(self, sae: str, labels: Mapping[int, str]) -> dict[str, Any]:
+        """The row of `comparisons`: MS by the main judge."""
         values = {
             "fvu": self.fidelity.fvu if self.fidelity else math.nan,
             "cosine": self.fidelity.cosine if self.fidelity else math.nan,
-            "ms": nan_mean(scores.ms),
-            "ms_low": low,
-            "ms_high": high,
-            "ms_best": float(scores.ms[~scores.ms.isnan()].max()) if undefined < len(scores.ms) else math.nan,
             "purity": nan_mean(torch.tensor(self.purity(labels), dtype=torch.float64)),
         }
         return {
             "sae": sae,
             "dictionary": self.name,
-            "n_latents": len(scores.ms),
+            "n_latents": len(self.firing.count),
             "l0": float(self.firing.count.sum()) / self.firing.n_tokens,
             "dead": float(self.firing.is_dead.double().mean()),
-            "ms_left_out": undefined,
-            "ms_floor": scores.floor,
-            "judge": judge,
+            **self.verdicts[0].headline,
             **{key: _none_if_nan(value) for key, value in values.items()},
         }
 
 
 def make_subjects(sae: SAE, activations: Artefact, params: EvaluateParams) -> list[Subject]:
     """The SAE, its two controls, and the baselines that are asked for, in this order."""
-    d_judge, pool = activations.summary["d_judge"], params.image_activation
+    judges, pool = Judge.all_of(activations), make_pool(params, activations)
     dictionaries: dict[str, Dictionary] = {
         "sae": sae,
         "untrained": make_untrained(sae.config, load_sample(activations, CALIBRATION_TOKENS), CONTROL_SEED),
@@ -117,7 +114,7 @@ def make_subjects(sae: SAE, activations: Artefact, params: EvaluateParams) -> li
         dictionaries |= {kind: make_baseline(kind, sae.config, sample, CONTROL_SEED) for kind in params.baselines}
     is_transcoder = sae.config.target is not None  # the others decode the activations that they encode, and nothing else
     return [
-        Subject(name, dictionary, name == "sae" or (name != "neurons" and not is_transcoder), d_judge, pool)
+        Subject(name, dictionary, name == "sae" or (name != "neurons" and not is_transcoder), judges, pool)
         for name, dictionary in dictionaries.items()
     ]
 
@@ -126,7 +123,7 @@ def make_latents(sae: str, subject: Subject, labels: Mapping[int, str], dead_in_
     """The `latents` table."""
     firing = subject.firing
     n = len(firing.count)
-    low, high = subject.interval.of_latents()
+    judged = subject.verdicts[0]
     classes = [[name for name, _ in Counter(labels[i] for i in top if i in labels).most_common(3)] for top in subject.top_images()]
     was_dead = torch.zeros(n, dtype=torch.bool)
     was_dead[dead_in_training] = True
@@ -139,9 +136,9 @@ def make_latents(sae: str, subject: Subject, labels: Mapping[int, str], dead_in_
         "n_images": firing.n_images.int().numpy(),
         "is_dead": firing.is_dead.numpy(),
         "dead_in_training": was_dead.numpy(),
-        "ms": _nullable(subject.ms.scores().ms),
-        "ms_low": _nullable(low),
-        "ms_high": _nullable(high),
+        "ms": _nullable(judged.ms),
+        "ms_low": _nullable(judged.low),
+        "ms_high": _nullable(judged.high),
         "purity": _nullable(torch.tensor(subject.purity(labels), dtype=torch.float64)),
         "top_classes": classes,
     }

@@ -1,4 +1,4 @@
-"""Stage `extract`: images through the model and the judge, activations and embeddings out.
+"""Stage `extract`: images through the model and the judges, activations and embeddings out.
 
 A plan deals the images to shards; an executor runs `extract_shard(i)` for those that are not there yet; their receipts become the
 manifests. What comes out is a function of images, params and code: the same bytes whoever ran it.
@@ -27,10 +27,10 @@ __all__ = ["extract"]
 
 
 def extract(params: ExtractParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
-    """Capture activations at every hookpoint for every image, and embed it for the names and for the judge.
+    """Capture activations at every hookpoint for every image, and embed it for the names and for the judges.
 
     Raises:
-        ModelError: unknown hookpoint, or a model that cannot be loaded or lacks the tokens asked for.
+        ModelError: unknown hookpoint, a model that cannot be loaded or lacks the tokens asked for, or a judge that fails on every image.
         ArtefactError: the disk is too small, or an image was lost.
         ExecutorError: a worker died again and again, or no cluster answers.
     """
@@ -50,7 +50,8 @@ def extract(params: ExtractParams, inputs: Mapping[str, Artefact], draft: Draft,
     finally:
         drop_worker()
     for name, merged in merge(draft, params.hookpoints, len(n_images)).items():
-        summary = _summarise(towers, towers.pickers[name], images) | merged.summary
+        judges = _judges(towers, merged.failed, sum(n_images))
+        summary = _summarise(towers, towers.pickers[name], images) | {"judges": judges} | merged.summary
         draft.child(name, "activations").seal(summary, merged.files)
     return draft.seal({"hookpoints": list(towers.pickers), "n_shards": len(n_images), "n_images": sum(n_images)})
 
@@ -110,16 +111,31 @@ class _Progress:
             self._on_event(Progress("extract images", self._done, self._total))
 
 
+def _judges(towers: Towers, failed: list[int], n_images: int) -> list[dict[str, Any]]:
+    """Name, width and failures of each judge, in the order of their columns.
+
+    Raises:
+        ModelError: one failed on every image.
+    """
+    for judge, n in zip(towers.judges, failed, strict=True):
+        if n == n_images > 0:
+            raise ModelError(
+                f"extract.judge: {judge.name} gave no embedding (NaN, infinity or zeros) for any of the {n} images; set extract.dtype to "
+                "float32 if it overflows in bfloat16, or extract.judge to another encoder"
+            )
+    return [{"judge": judge.name, "d_judge": judge.d_embed, "failed": n} for judge, n in zip(towers.judges, failed, strict=True)]
+
+
 def _summarise(towers: Towers, picker: TokenPicker, images: Artefact) -> dict[str, Any]:
     model = towers.model
     return {
         "model": model.name,
-        "judge": towers.judge.name,
+        "judge": towers.judges[0].name,
         "namer": towers.namer.name,
         "hookpoint": picker.name,
         "d_model": picker.hookpoint.d_model,
         "d_joint": towers.d_joint,
-        "d_judge": towers.judge.d_embed,
+        "d_judge": towers.judges[0].d_embed,
         "grid": picker.grid,
         "tokens_per_image": len(picker.places),
         "n_images": images.summary["n_images"],

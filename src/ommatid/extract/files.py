@@ -70,7 +70,7 @@ def _summarise(params: ExtractFiles, first: ActivationFile, plan: FilePlan) -> d
         "n_images": plan.n_images,
         "preprocessing": {},
     }
-    return known | dict.fromkeys(("judge", "namer", "d_joint", "d_judge", "grid", "rounding"))
+    return known | dict.fromkeys(("judge", "judges", "namer", "d_joint", "d_judge", "grid", "rounding"))
 
 
 def _start_or_go_on(draft: Draft, name: str, files: Sequence[ActivationFile]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from ommatid.extract.shard import EMBEDDINGS, receipt_name
@@ -18,6 +19,8 @@ class Merged:
     """So many consecutive training rows come from different images, in every shard."""
     rounding: float = 0.0
     """Difference of the activations to float32, relative to their length."""
+    failed: list[int] = field(default_factory=list)
+    """Images that each judge failed on."""
     n_tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("train", "eval"), 0))
     """Rows by table."""
 
@@ -29,6 +32,7 @@ class Merged:
             table = file.name.partition("-")[0]
             if table in self.n_tokens:
                 self.n_tokens[table] += file.rows or 0
+        self.failed = [sum(counts) for counts in zip_longest(self.failed, embeddings["failed"], fillvalue=0)]
         self.window = receipt["window"] if self.window is None else min(self.window, receipt["window"])
         self.rounding = self.rounding if rounding is None else rounding
 

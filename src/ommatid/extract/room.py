@@ -35,7 +35,7 @@ class Size:
 def size_of(params: ExtractParams, images: Mapping[str, Any], towers: Towers) -> Size:
     """Bytes of an extraction of an images artefact with this summary; `sample` and `max_norm` as if nothing were left out by norm."""
     n, n_train, n_eval = (images[key] for key in ("n_images", "n_train", "n_eval"))
-    embedding = 4 * (1 + towers.d_joint + towers.judge.d_embed)
+    embedding = 4 * (1 + towers.d_joint + sum(judge.d_embed for judge in towers.judges))
     tokens = 0.0
     spilled = 0.0
     for picker in towers.pickers.values():

@@ -14,8 +14,9 @@ from ommatid.extract.shuffle import N_STRATA, RowOrder, order_rows, window
 from ommatid.extract.spill import Spill
 from ommatid.extract.tokens import Place
 from ommatid.mapped import ONE_PAGE
+from ommatid.schemas import judge_columns
 from ommatid.store import File, Writer
-from ommatid.tensors import to_binary
+from ommatid.tensors import from_float32, to_binary
 
 BYTES_PER_ROW_GROUP = 2**25
 """Of the training table, about."""
@@ -55,10 +56,11 @@ class Groups:
         return order, np.split(first, ends)
 
 
-def embeddings_batch(numbers: np.ndarray, joint: Tensor, judge: Tensor) -> pa.RecordBatch:
+def embeddings_batch(numbers: np.ndarray, joint: Tensor, judges: Sequence[Tensor]) -> pa.RecordBatch:
     """One row an image."""
-    columns = {"image": pa.array(numbers, pa.int32()), "joint": to_binary(joint, torch.float32), "judge": to_binary(judge, torch.float32)}
-    return pa.RecordBatch.from_pydict(columns)
+    vectors = {"joint": joint, **dict(zip(judge_columns(len(judges)), judges, strict=True))}
+    columns = {name: to_binary(vector, torch.float32) for name, vector in vectors.items()}
+    return pa.RecordBatch.from_pydict({"image": pa.array(numbers, pa.int32()), **columns})
 
 
 def rows_batch(numbers: np.ndarray, tokens_btd: Tensor) -> pa.RecordBatch:
@@ -128,6 +130,20 @@ class Seen:
         """So many consecutive rows come from different images."""
         images = np.concatenate(self._images)
         return window(self._strata, int(np.unique(images, return_counts=True)[1].max(initial=1)))
+
+
+class Failed:
+    """Counts the images that each judge failed on while their embeddings pass by."""
+
+    def __init__(self, n_judges: int) -> None:
+        self.counts = dict.fromkeys(judge_columns(n_judges), 0)
+        """By column."""
+
+    def add(self, rows: pa.Table) -> pa.Table:
+        """Look at some embeddings; gives them back."""
+        for name in self.counts:
+            self.counts[name] += int(from_float32(rows[name]).isnan().all(1).sum())
+        return rows
 
 
 def activation_table(rows: pa.Table, places: Sequence[Place], schema: pa.Schema) -> pa.Table:

@@ -20,7 +20,17 @@ from ommatid.config import ExtractParams
 from ommatid.errors import ArtefactError, ModelError
 from ommatid.extract.loader import Encoded, iter_pixels, make_pool
 from ommatid.extract.plan import SEED, Run, divide, shard_blocks
-from ommatid.extract.rows import Groups, Seen, activation_table, embeddings_batch, iter_in_order, rows_batch, split_rounds, write_rows
+from ommatid.extract.rows import (
+    Failed,
+    Groups,
+    Seen,
+    activation_table,
+    embeddings_batch,
+    iter_in_order,
+    rows_batch,
+    split_rounds,
+    write_rows,
+)
 from ommatid.extract.spill import Spill
 from ommatid.extract.tokens import draw_kept
 from ommatid.extract.towers import Outputs, Towers, is_same
@@ -201,7 +211,8 @@ class _Shard:
     def _tables(self, chunk: int, batches: list[tuple[np.ndarray, np.ndarray, Outputs]]) -> dict[str, list[pa.RecordBatch]]:
         *of_images, outputs = zip(*batches, strict=True)
         numbers, is_train = (np.concatenate(arrays) for arrays in of_images)
-        tables = {EMBEDDINGS: [embeddings_batch(numbers, torch.cat([o.joint for o in outputs]), torch.cat([o.judge for o in outputs]))]}
+        judges = [torch.cat(of_one) for of_one in zip(*(o.judges for o in outputs), strict=True)]
+        tables = {EMBEDDINGS: [embeddings_batch(numbers, torch.cat([o.joint for o in outputs]), judges)]}
         for name in self._towers.pickers:
             tokens = torch.cat([o.tokens[name] for o in outputs])
             tables[f"{name}.eval"] = [rows_batch(numbers[~is_train], tokens[torch.from_numpy(~is_train)])]
@@ -227,13 +238,14 @@ class _Shard:
 
     def _write_embeddings(self) -> dict[str, Any]:
         """The embeddings, in every hookpoint's artefact."""
-        tables = (pa.Table.from_batches([self._spill.read(i, EMBEDDINGS)]) for i in range(len(self._chunks)))
+        failed = Failed(len(self._towers.judges))
+        tables = (failed.add(pa.Table.from_batches([self._spill.read(i, EMBEDDINGS)])) for i in range(len(self._chunks)))
         first, *others = self._towers.pickers
-        schema = schemas.embeddings(self._towers.d_joint, self._towers.judge.d_embed)
+        schema = schemas.embeddings(self._towers.d_joint, *(judge.d_embed for judge in self._towers.judges))
         file = self._write(f"{first}/", EMBEDDINGS, tables, schema)
         for other in others:
             self._worker.draft.share(f"{first}/{file['name']}", f"{other}/{file['name']}")
-        return {"files": [file]}
+        return {"files": [file], "failed": list(failed.counts.values())}
 
     def _write(self, folder: str, table: str, tables: Iterable[pa.Table], schema: pa.Schema) -> dict[str, Any]:
         """One file of a hookpoint's artefact, described as its manifest will name it."""

@@ -1,4 +1,4 @@
-"""The networks that an image goes through: the explained model, the judge, and the namer where it is another."""
+"""The networks that an image goes through: the explained model, the judges, and the namer where it is another."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ class Outputs:
     """By hookpoint the kept tokens, (batch, tokens, d_model) float16."""
     joint: Tensor
     """In the joint image-text space, (batch, d_joint) float32 of unit norm."""
-    judge: Tensor
-    """The judge's embeddings, (batch, d_judge) float32 of unit norm."""
+    judges: tuple[Tensor, ...]
+    """Each judge's embeddings, (batch, d_judge) float32 of unit norm; all NaN where it failed on an image."""
 
 
 def find_device() -> str:
@@ -57,7 +57,7 @@ class Towers:
                 f"{key}: {self.namer.name} has no text tower, and latents are named in a joint image-text space; "
                 "set extract.namer to a model that has one, such as {kind: lite}"
             )
-        self.judge = load_judge(params.judge, params.dtype, self.device)
+        self.judges = tuple(load_judge(judge, params.dtype, self.device) for judge in params.judges)
 
     @property
     def d_joint(self) -> int:
@@ -77,7 +77,7 @@ class Towers:
         tokens = {name: picker.pick(captured.tokens[name]).to("cpu", torch.float16) for name, picker in self.pickers.items()}
         joint = captured.embedding if self.namer is self.model else self.namer.capture(of[self.namer.preprocess], ()).embedding
         assert joint is not None
-        return Outputs(tokens, _unit(joint), _unit(self.judge.embed(of[self.judge.preprocess])))
+        return Outputs(tokens, _unit(joint), tuple(_unit_or_nan(judge.embed(of[judge.preprocess])) for judge in self.judges))
 
     def rounding(self, pixels: tuple[Tensor, ...]) -> dict[str, float]:
         """How far the kept tokens are from those in float32: root of the squared difference over the squared length, by hookpoint."""
@@ -94,11 +94,11 @@ class Towers:
         pixels = tuple(torch.from_numpy(rng.integers(0, 256, (1, *p.crop, 3), dtype=np.uint8)) for p in self.preprocesses)
         outputs = self.run(pixels)
         tokens = [x.float().mean(1)[0] for x in outputs.tokens.values()]
-        return torch.cat([vector[:PROBED] for vector in (*tokens, outputs.joint[0], outputs.judge[0])]).tolist()
+        return torch.cat([vector[:PROBED] for vector in (*tokens, outputs.joint[0], *(e[0] for e in outputs.judges))]).tolist()
 
     @property
     def _networks(self) -> tuple[VisionModel | Judge, ...]:
-        return (self.model, self.judge, self.namer)
+        return (self.model, *self.judges, self.namer)
 
 
 def is_same(probe: list[float], other: list[float]) -> bool:
@@ -115,3 +115,9 @@ def _difference(x: Tensor, exact: Tensor) -> float:
 
 def _unit(x_bd: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x_bd.float(), dim=1).cpu()
+
+
+def _unit_or_nan(x_bd: Tensor) -> Tensor:
+    """NaN in the rows that have no direction: what is not finite, or zero."""
+    lengths = x_bd.double().norm(dim=1)
+    return torch.where(((lengths > 0) & lengths.isfinite())[:, None].cpu(), _unit(x_bd), torch.nan)

@@ -3,6 +3,7 @@
 Suffixes: b tokens or images of a batch, d d_model or the judge's width, s latents.
 """
 
+from ommatid.metrics.arrays import monosemanticity
 from ommatid.metrics.detection import auroc, balanced_accuracy, best_threshold
 from ommatid.metrics.fidelity import Fidelity
 from ommatid.metrics.firing import Firing, TopImages
@@ -20,6 +21,7 @@ __all__ = [
     "auroc",
     "balanced_accuracy",
     "best_threshold",
+    "monosemanticity",
     "nan_mean",
     "purity",
     "unit",

@@ -1,12 +1,17 @@
 """MonoSemanticity score and its interval."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ommatid.metrics.vectors import nan_mean, unit
+from ommatid.metrics.entries import Entries
+from ommatid.metrics.vectors import nan_mean, row_norms, unit
+
+WIDTH = 384
+"""Columns of Σap that lie together: a product over few entries adds to them in place, and they stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -25,60 +30,99 @@ class Monosemanticity:
     With ã = (a−min)/(max−min) over the images and p the judge's unit embeddings,
     MS = Σ_{n<m} ã_n ã_m p_n·p_m / Σ_{n<m} ã_n ã_m = (‖w‖²−v)/(u²−v), where u = Σã, v = Σã², w = Σãp.
     min and max are known only at the end, so Σa, Σa², Σap, Σp, N, min and max are carried and expanded then.
+
+    All in float64. What it costs is Σap: over the entries where few latents fire, else one dense product.
     """
 
     def __init__(self, d_sae: int, d_judge: int) -> None:
         self.n = 0
         self.sum = torch.zeros(d_sae, dtype=torch.float64)
         self.sum_squares = torch.zeros(d_sae, dtype=torch.float64)
-        self.sum_ap = torch.zeros(d_sae, d_judge, dtype=torch.float64)
+        widths = [min(WIDTH, d_judge - start) for start in range(0, d_judge, WIDTH)]
+        self.sum_ap = [torch.zeros(d_sae, width, dtype=torch.float64) for width in widths]
+        """Σap in columns of (d_sae, at most WIDTH)."""
         self.sum_p = torch.zeros(d_judge, dtype=torch.float64)
         self.min = torch.full((d_sae,), math.inf, dtype=torch.float64)
         self.max = torch.full((d_sae,), -math.inf, dtype=torch.float64)
         self.n_firing = torch.zeros(d_sae, dtype=torch.int64)
 
     def add(self, acts_bs: Tensor, judge_bd: Tensor) -> None:
-        """Add image-level activations (images, d_sae) and the judge's embeddings of the same images (images, d_judge)."""
+        """Add image-level activations (images, d_sae), dense or in CSR form, and the judge's embeddings of the same images.
+
+        Args:
+            acts_bs: Finite; where one is stored twice in CSR form, the two count as two.
+            judge_bd: Finite and not zero, (images, d_judge).
+        """
+        if not len(judge_bd):
+            return
+        self.n += len(judge_bd)
+        entries = Entries.of(acts_bs)
+        a = self._add_all(acts_bs.to_dense()) if entries is None else self._add_entries(entries)
+        lengths = row_norms(judge_bd)
+        for sum_ap, sum_p, e in zip(self.sum_ap, self.sum_p.split(WIDTH), judge_bd.split(WIDTH, dim=1), strict=True):
+            p = e / lengths
+            sum_p += p.sum(0)
+            sum_ap.addmm_(a, p)
+
+    def _add_all(self, acts_bs: Tensor) -> Tensor:
+        """All but what needs the judge; gives the activations by latent, (d_sae, images) float64."""
+        self.min = torch.minimum(self.min, acts_bs.amin(0).double())
+        self.max = torch.maximum(self.max, acts_bs.amax(0).double())
+        self.n_firing += (acts_bs != 0).sum(0)
         a = acts_bs.double()
-        p = unit(judge_bd)
-        self.n += a.shape[0]
         self.sum += a.sum(0)
         self.sum_squares += a.square().sum(0)
-        self.sum_ap += a.T @ p
-        self.sum_p += p.sum(0)
-        self.min = torch.minimum(self.min, a.amin(0))
-        self.max = torch.maximum(self.max, a.amax(0))
-        self.n_firing += (a != 0).sum(0)
+        return a.T
+
+    def _add_entries(self, entries: Entries) -> Tensor:
+        """The same of entries; the activations by latent are in CSR form."""
+        low, high = entries.extremes()
+        self.min, self.max = torch.minimum(self.min, low), torch.maximum(self.max, high)
+        self.n_firing += entries.n_firing
+        self.sum += entries.sums(entries.acts)
+        self.sum_squares += entries.sums(entries.acts.square())
+        return entries.transposed()
 
     def merge(self, other: "Monosemanticity") -> None:
         """Take in what another accumulator has seen."""
         self.n += other.n
-        for name in ("sum", "sum_squares", "sum_ap", "sum_p", "n_firing"):
+        for name in ("sum", "sum_squares", "sum_p", "n_firing"):
             getattr(self, name).add_(getattr(other, name))
+        for mine, theirs in zip(self.sum_ap, other.sum_ap, strict=True):
+            mine += theirs
         self.min = torch.minimum(self.min, other.min)
         self.max = torch.maximum(self.max, other.max)
 
     def scores(self) -> MonosemanticityScores:
         """The scores of all that was added."""
-        u, v, w = self.scaled_sums()
-        ms = (w.square().sum(1) - v) / (u.square() - v)
-        ms[~self.is_defined()] = math.nan
+        u, v = self.scaled_sums()
+        squares = sum((torch.linalg.vecdot(w, w) for w in self._iter_w()), torch.zeros(())) / (self.max - self.min).square()
+        ms = torch.where(self.is_defined(), (squares - v) / (u.square() - v), math.nan)
         n = self.n
         floor = (float(self.sum_p.square().sum()) - n) / (n * (n - 1)) if n > 1 else math.nan
         return MonosemanticityScores(ms, floor)
 
     def is_defined(self) -> Tensor:
         """Whether each latent varies and fires on at least two images, (d_sae,)."""
-        u, v, _ = self.scaled_sums()
+        u, v = self.scaled_sums()
         return (self.max > self.min) & (self.n_firing >= 2) & (u.square() - v > 1e-12)
 
-    def scaled_sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U (d_sae,), v (d_sae,) and w (d_sae, d_judge) of the scaled activations."""
+    def scaled_sums(self) -> tuple[Tensor, Tensor]:
+        """U and v of the scaled activations, (d_sae,) each."""
         low, span = self.min, self.max - self.min
         u = (self.sum - self.n * low) / span
         v = (self.sum_squares - 2 * low * self.sum + self.n * low.square()) / span.square()
-        w = (self.sum_ap - low[:, None] * self.sum_p) / span[:, None]
-        return u, v, w
+        return u, v
+
+    def scaled_w(self) -> Tensor:
+        """W of the scaled activations, (d_sae, d_judge)."""
+        return torch.cat(list(self._iter_w()), dim=1).div_((self.max - self.min)[:, None])
+
+    def _iter_w(self) -> Iterator[Tensor]:
+        """Columns of Σ (a−min) p, (d_sae, at most WIDTH)."""
+        is_shifted = bool((self.min != 0).any())
+        for sum_ap, sum_p in zip(self.sum_ap, self.sum_p.split(WIDTH), strict=True):
+            yield torch.addr(sum_ap, self.min, sum_p, alpha=-1) if is_shifted else sum_ap
 
 
 class MonosemanticityInterval:
@@ -90,18 +134,18 @@ class MonosemanticityInterval:
     """
 
     def __init__(self, first_pass: Monosemanticity) -> None:
-        self._pass = first_pass
         self._defined = first_pass.is_defined()
-        self._u, v, self._w = first_pass.scaled_sums()
+        self._u, v = first_pass.scaled_sums()
+        self._w = first_pass.scaled_w()
         self._denominator = self._u.square() - v
         self._ms = first_pass.scores().ms
-        self._span = first_pass.max - first_pass.min
+        self._low, self._span = first_pass.min, first_pass.max - first_pass.min
         self.variance = torch.zeros_like(self._ms)
         self.variance_of_mean = 0.0
 
     def add(self, acts_bs: Tensor, judge_bd: Tensor) -> None:
         """The same batches as in the first pass, in any order."""
-        a = (acts_bs.double() - self._pass.min) / self._span
+        a = (acts_bs.double() - self._low) / self._span
         alignment = unit(judge_bd) @ self._w.T
         influence = 2 * a * ((alignment - a) - self._ms * (self._u - a)) / self._denominator
         influence = influence[:, self._defined]

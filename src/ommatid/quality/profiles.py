@@ -66,7 +66,7 @@ def _image_set(artefact: Artefact, files: list[Path]) -> dict[str, Any]:
 
 
 def extract(artefact: Artefact, params: Params) -> Frames:
-    """Frames `parts` (activations), `embeddings` (one row a part and vector), `splits` and `whole`, of every hookpoint's artefact."""
+    """Frames `parts` (activations), `embeddings` (one row a part and vector), `judges`, `splits` and `whole`, of all hookpoints."""
     frames = [_hookpoint(name, artefact.child(name, "activations")) for name in artefact.children]
     return {name: pd.concat([frame[name] for frame in frames], ignore_index=True) for name in frames[0]}
 
@@ -75,12 +75,12 @@ def _hookpoint(hookpoint: str, artefact: Artefact) -> Frames:
     # read where they are: of all artefacts this one may be too large for the disk of this machine
     tables = {table: artefact.parts(table) if table in artefact.tables else [] for table in ("train", "eval", "embeddings")}
     parts = [_activations(artefact, part) for table in ("train", "eval") for part in tables[table]]
-    vectors = [_vectors(artefact, part, name) for part in tables["embeddings"] for name in ("joint", "judge")]
+    vectors = [_vectors(artefact, part, name) for part in tables["embeddings"] for name in _vector_names(artefact, part)]
     splits = [{"split": table, "tokens": artefact.rows(table)} for table in ("train", "eval")]
     whole = [_image_match(artefact, tables["train"] + tables["eval"], tables["embeddings"])]
     if artefact.summary.get("source") == "files":
         whole = []  # imported without images: there is nothing to embed
-    frames = {"parts": parts, "embeddings": vectors, "splits": splits, "whole": whole}
+    frames = {"parts": parts, "embeddings": vectors, "judges": _judges(vectors), "splits": splits, "whole": whole}
     return {name: _frame([_of(hookpoint, row) for row in rows]) for name, rows in frames.items()}
 
 
@@ -113,19 +113,35 @@ def _activations(artefact: Artefact, part: str) -> dict[str, Any]:
     return profile
 
 
+def _vector_names(artefact: Artefact, part: str) -> list[str]:
+    with artefact.open_part(part) as file:
+        return [name for name in file.schema_arrow.names if name != "image"]
+
+
 def _vectors(artefact: Artefact, part: str, name: str) -> dict[str, Any]:
+    """How many are damaged; of a judge, all NaN says that it failed on the image, which is none."""
     lost: list[int] = []
     off: list[int] = []
+    embedded = 0
     for batch in _batches(artefact, part, ["image", name], n_rows=4096):
-        norms = np.linalg.norm(_vector_bits(batch[name], np.float32).astype(np.float64), axis=1)
+        vectors = _vector_bits(batch[name], np.float32).astype(np.float64)
+        failed = np.isnan(vectors).all(axis=1) & (name != "joint")
+        norms = np.linalg.norm(vectors, axis=1)
         image = batch["image"].to_numpy()
-        lost += image[~np.isfinite(norms)].tolist()
+        lost += image[~np.isfinite(norms) & ~failed].tolist()
         off += image[np.isfinite(norms) & (np.abs(norms - 1) > 1e-3)].tolist()
-    profile: dict[str, Any] = {"part": f"{part}, {name}"}
+        embedded += int((~failed).sum())
+    profile: dict[str, Any] = {"part": f"{part}, {name}", "vector": name, "embedded": embedded}
     for what, found in (("not finite", lost), ("not of unit norm", off)):
         profile[f"embeddings {what}"] = len(found)
         profile[f"first {what}"] = _named([f"image {image}" for image in found[:SHOWN]])
     return profile
+
+
+def _judges(vectors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each judge the images that it embedded."""
+    names = dict.fromkeys(row["vector"] for row in vectors if row["vector"] != "joint")
+    return [{"judge": name, "images embedded": sum(row["embedded"] for row in vectors if row["vector"] == name)} for name in names]
 
 
 def _image_match(artefact: Artefact, activations: list[str], embeddings: list[str]) -> dict[str, Any]:

@@ -155,8 +155,16 @@ def extract(params: Params) -> list[Rule]:
             "embeddings",
             "embeddings not finite",
             "embeddings are finite",
-            "one NaN makes every monosemanticity score NaN",
+            "one NaN makes every monosemanticity score NaN; only all NaN says that a judge failed on an image, which is then left out",
             first="first not finite",
+        ),
+        _within(
+            "judges",
+            "images embedded",
+            "every judge embedded some image",
+            "a judge that failed on all images has no score of anything",
+            row="judge",
+            min_value=1,
         ),
         _none(
             "embeddings",

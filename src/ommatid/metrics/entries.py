@@ -1,0 +1,67 @@
+"""Activations by their non-zero entries: most latents do not fire on most images, and what is zero costs nothing."""
+
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+FEW = 0.08
+"""Share of non-zero activations below which a product over the entries is faster than one over all (measured: 0.09)."""
+
+with warnings.catch_warnings():  # torch says once a process that compressed rows are in beta
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Image-level activations (images, d_sae) without their zeros."""
+
+    images: Tensor
+    """Row of each entry, (entries,) int64, ascending."""
+    latents: Tensor
+    """Column of each entry, (entries,) int64."""
+    acts: Tensor
+    """Value of each entry, (entries,) float64, not 0."""
+    shape: tuple[int, int]
+    """(images, d_sae)"""
+
+    @classmethod
+    def of(cls, acts_bs: Tensor) -> "Entries | None":
+        """Of a tensor, dense or in CSR form, where most is zero; None where it has too many entries."""
+        n, d_sae = acts_bs.shape
+        is_dense = acts_bs.layout == torch.strided
+        if int(acts_bs.count_nonzero() if is_dense else acts_bs.values().numel()) >= FEW * n * d_sae:
+            return None
+        if not is_dense:
+            images = torch.arange(n).repeat_interleave(acts_bs.crow_indices().diff())
+            latents, acts = acts_bs.col_indices().long(), acts_bs.values().double()
+            fires = acts != 0
+            return cls(images[fires], latents[fires], acts[fires], (n, d_sae))
+        images, latents = acts_bs.nonzero(as_tuple=True)
+        return cls(images, latents, acts_bs[images, latents].double(), (n, d_sae))
+
+    @cached_property
+    def n_firing(self) -> Tensor:
+        """Images on which each latent fires, (d_sae,) int64."""
+        return torch.bincount(self.latents, minlength=self.shape[1])
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Of a value for each entry the sum over each latent's, (d_sae,) float64."""
+        return torch.bincount(self.latents, values, minlength=self.shape[1])
+
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest activation of each latent, zeros included, (d_sae,) float64 each."""
+        has_zero = self.n_firing < self.shape[0]
+        low = torch.full((self.shape[1],), torch.inf, dtype=torch.float64).scatter_reduce_(0, self.latents, self.acts, "amin")
+        high = torch.full((self.shape[1],), -torch.inf, dtype=torch.float64).scatter_reduce_(0, self.latents, self.acts, "amax")
+        return torch.where(has_zero, low.clamp(max=0), low), torch.where(has_zero, high.clamp(min=0), high)
+
+    def transposed(self) -> Tensor:
+        """By latent, (d_sae, images) float64 in CSR form."""
+        by_latent = torch.sort(self.latents, stable=True).indices
+        starts = torch.zeros(self.shape[1] + 1, dtype=torch.int64)
+        torch.cumsum(self.n_firing, 0, out=starts[1:])
+        return torch.sparse_csr_tensor(starts, self.images[by_latent], self.acts[by_latent], (self.shape[1], self.shape[0]))
