@@ -179,7 +179,7 @@ def _directions(embeddings: Tensor, start: int) -> Tensor:
     """The embeddings of a block, if all have a direction."""
     if not embeddings.shape[1]:
         raise InputError(f"embeddings have the shape {tuple(embeddings.shape)}; their width must be 1 or more")
-    largest = torch.linalg.vector_norm(embeddings, math.inf, dim=1, keepdim=True)
+    largest = torch.maximum(embeddings.amax(1, keepdim=True), -embeddings.amin(1, keepdim=True))
     bad = (~((largest > 0) & largest.isfinite())).nonzero()
     if len(bad):
         what = "all zeros" if largest[bad[0, 0]] == 0 else "not finite"

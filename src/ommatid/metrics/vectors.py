@@ -11,7 +11,7 @@ def unit(x_bd: Tensor) -> Tensor:
 
 def row_norms(x_bd: Tensor) -> Tensor:
     """Lengths of rows, (rows, 1) float64; those of rows of zeros are such that one can divide by them."""
-    return torch.linalg.vector_norm(x_bd, dim=1, keepdim=True, dtype=torch.float64).clamp_min(1e-12)
+    return torch.linalg.vector_norm(x_bd.double(), dim=1, keepdim=True).clamp_min(1e-12)
 
 
 def nan_mean(x: Tensor) -> float:
