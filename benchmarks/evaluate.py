@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,8 @@ def write_inputs(folder: Path, n: int) -> None:
     widths = (384, 768)
     with store.open_draft(folder / "images", "images", {}, {}) as draft:
         labels = pa.array([f"class {i % 10}" for i in range(n)])
-        draft.write_table("images.parquet", pa.table({"image": pa.array(range(n), pa.int32()), "split": ["eval"] * n, "label": labels}))
+        columns = {"image": pa.array(range(n), pa.int32()), "image_id": [sha256(b"%d" % i).hexdigest() for i in range(n)]}
+        draft.write_table("images.parquet", pa.table({**columns, "split": ["eval"] * n, "label": labels}))
         draft.seal({"n_eval": n})
         images = draft.publish(folder / "images")
     with store.open_draft(folder / "activations", "activations", {}, {"images": images}) as draft:

@@ -177,7 +177,7 @@ COMPARISONS = _schema(
 
 JUDGED = _schema(
     sae=(pa.string(), "name of the SAE"),
-    dictionary=(pa.string(), "sae, untrained, neurons, pca, kmeans or nmf, as in comparisons"),
+    dictionary=(pa.string(), "comparisons.dictionary"),
     latent=(pa.int32(), "index of the latent in the dictionary"),
     judge=(pa.string(), "the encoder behind ms"),
     ms=(pa.float64(), "MonoSemanticity score by this judge; null: constant, or fires on fewer than two of the images that it embedded"),

@@ -36,22 +36,19 @@ def draw_saes(catalog: Catalog) -> bytes:
     return make_plots(catalog).png(DENSITY)
 
 
-def draw_monosemanticity(scores: Mapping[str, Sequence[float]], means: Mapping[str, float], floor: float) -> bytes:
+def draw_monosemanticity(scores: Mapping[str, Sequence[float]], floor: float) -> bytes:
     """Histogram of MS.
 
     Args:
-        scores: MS of each latent by dictionary; `sae` and those controls whose latents are known one by one.
-        means: Mean MS of the controls of which only that is known.
+        scores: MS of each latent that has one, by dictionary: `sae` and the controls.
         floor: What uniform weights score.
     """
     page, axes = _plot("MonoSemanticity score (MS) of a latent, mean cosine", "share of latents (%)")
     everything = np.concatenate([np.asarray(some) for some in scores.values()])
-    low, high = min(floor, *means.values(), everything.min()), max(floor, everything.max())
+    low, high = min(floor, everything.min()), max(floor, everything.max())
     edges = np.linspace(low - 0.01, high + 0.01, N_BINS + 1)
     for i, (name, some) in enumerate(scores.items()):
         _histogram(axes, some, edges, NAMES.get(name, name), _colour(name, i), filled=name == "sae")
-    for i, (name, mean) in enumerate(means.items()):
-        axes.axvline(mean, color=_colour(name, i), linewidth=1.4, label=f"mean of {NAMES.get(name, name)}")
     axes.axvline(floor, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="floor")
     axes.set_xlim(edges[0], edges[-1])
     return _finished(page, axes)

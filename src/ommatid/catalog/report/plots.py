@@ -20,21 +20,18 @@ def make_fidelity(about: About) -> Section:
 
 
 def make_monosemanticity(about: About) -> Section:
-    """Histogram of MS, with floor and controls, latent by latent."""
-    title = "Monosemanticity of the latents"
-    question = about.question(questions.JUDGED, judge=about.run["judge"])
+    """Histogram of MS, with floor and controls."""
+    title, question = "Monosemanticity of the latents", about.question(questions.JUDGED, judge=about.run["judge"])
     found: dict[str, list[float]] = {"sae": []}
     for name, ms in question.ask(about.catalog).rows:
         found.setdefault(name, []).append(ms)
     if not found["sae"]:
         return Section(title, "Nothing to show: MS is undefined for every latent.", question)
-    means = {name: row["above_floor"] + about.floor for name, row in about.controls.items() if row["above_floor"] is not None}
     reading = (
         f"How alike, to the judge {about.run['judge']}, the images are that fire a latent: 1 is one picture over and over, the floor, "
         f"{fixed(about.floor)}, is what unrelated images score. Latents to the right of the controls are clearer than without training."
     )
-    others = {name: mean for name, mean in means.items() if name not in found}
-    return Section(title, reading, question, figures.draw_monosemanticity(found, others, about.floor))
+    return Section(title, reading, question, figures.draw_monosemanticity(found, about.floor))
 
 
 def make_densities(about: About) -> Section:
