@@ -207,7 +207,7 @@ def test_files_that_git_does_not_know_are_warned_of(checkout: Path) -> None:
 def test_an_experiment_is_named_for_its_first_overrides(checkout: Path) -> None:
     old = params_of(checkout)
     new = params_of(checkout, "train.k=12", "train.lr=0.001", "images.source={kind: parquet, path: x.parquet}")
-    assert name_experiment(differences(old, new), "seed").startswith("source-kind-parquet-source-path-x-parquet-and-4-more-")
+    assert name_experiment(differences(old, new), "seed").startswith("source-kind-parquet-source-path-x-parquet-and-5-more-")
     assert name_experiment(differences(old, params_of(checkout, "train.lr=0.001")), "a").startswith("train-lr-0-001-")
 
 
