@@ -109,4 +109,4 @@ class FidelityByKind:
 
 def _squares(x_bd: Tensor) -> Tensor:
     """Squared lengths of rows, (batch,) float64."""
-    return torch.linalg.vecdot(x_bd, x_bd).double()
+    return torch.linalg.vector_norm(x_bd, dim=1).double().square()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-LATENTS_PER_CHUNK = 1024
+LATENTS_PER_CHUNK = 512
 """Of weight gradients made at once: what is new in memory stays small, for large pieces have to be zeroed by the system each time."""
 
 

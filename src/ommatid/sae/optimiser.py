@@ -79,4 +79,4 @@ class Optimiser:
 
 def _normalise(W_dec: Tensor) -> None:
     for rows in W_dec.split(ROWS_PER_CHUNK):
-        rows.mul_(torch.linalg.vecdot(rows, rows).rsqrt_()[:, None])
+        rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))

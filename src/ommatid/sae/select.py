@@ -60,23 +60,34 @@ class Scorer:
         return Sparse(self.n_tokens, self.levels, rows, latents, torch.cat(values).to(self.weights.b_enc.dtype))
 
     def _iter_above(self, floor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        W_enc, b_enc = self.weights.W_enc.to(self.dtype).T, self.weights.b_enc.to(self.dtype)
-        scores = _room(grad_of(self.weights.W_enc), len(b_enc), self.dtype)
-        mask = _room(grad_of(self.weights.W_dec), len(b_enc), torch.bool)
+        d_sae, b_enc = len(self.weights.b_enc), self.weights.b_enc.to(self.dtype)
+        scores = _room(grad_of(self.weights.W_enc).flatten(), d_sae, self.dtype)
+        W_enc, rest = _cast(self.weights.W_enc, self.dtype, grad_of(self.weights.W_dec).flatten())
+        mask = _room(rest, d_sae, torch.bool)
         n = min(TOKENS_PER_CHUNK.get(self.dtype, MOST_TOKENS_PER_CHUNK), self.n_tokens, len(scores), len(mask))
         for start in range(0, self.n_tokens, n):
             x = self.inputs_bd[start : start + n].to(self.dtype)
-            torch.addmm(b_enc, x, W_enc, out=scores[: len(x)])
+            torch.addmm(b_enc, x, W_enc.T, out=scores[: len(x)])
             of_chunk = floor[start : start + n] if floor.ndim == 2 else floor
             _greater(scores[: len(x)], of_chunk.to(self.dtype), mask[: len(x)])
             index = _nonzero(mask[: len(x)])
-            yield index + start * len(b_enc), scores.flatten()[index]
+            yield index + start * d_sae, scores.flatten()[index]
 
 
 def _room(memory: Tensor, n_columns: int, dtype: torch.dtype) -> Tensor:
     """Scratch memory, (tokens, n_columns): a gradient's, which holds nothing between a step's end and the next one's gradients."""
-    values = memory.flatten().view(dtype)
+    values = memory.view(dtype)
     return values[: len(values) // n_columns * n_columns].view(-1, n_columns)
+
+
+def _cast(weights: Tensor, dtype: torch.dtype, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights in another arithmetic, in scratch memory where they are no wider than theirs and it has room; and what is left of it."""
+    if dtype == weights.dtype:
+        return weights, memory
+    n = -(-weights.nbytes * dtype.itemsize // weights.itemsize // memory.itemsize)
+    if n > len(memory) // 2:
+        return weights.to(dtype), memory
+    return memory[:n].view(dtype)[: weights.numel()].view_as(weights).copy_(weights), memory[n:]
 
 
 def _greater(scores: Tensor, floor: Tensor, out: Tensor) -> None:

@@ -70,7 +70,7 @@ def reconstruct(entries: Entries, acts: Tensor, weights: Weights, batch: Batch) 
     x_hat = table[:, -1].clone()
     table.sub_(batch.target[:, None])
     rows = table.flatten(0, 1)
-    loss = torch.linalg.vecdot(rows, rows).sum() / (batch.n_total * n_levels)
+    loss = torch.linalg.vector_norm(rows, dim=1).square().sum() / (batch.n_total * n_levels)
     table.mul_(2 / (batch.n_total * n_levels))
     for level in reversed(range(n_levels - 1)):
         table[:, level].add_(table[:, level + 1])
