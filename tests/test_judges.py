@@ -144,7 +144,7 @@ def test_each_judges_scores_are_of_the_images_that_it_embedded(made: dict[str, A
     sae = SAE.load(made["train"].path)
     pooled = {"sae": sae.encode(x.flatten(0, 1)).unflatten(0, x.shape[:2]).amax(1), "neurons": x.amax(1)}
     table = evaluated[0].read("judged")
-    assert table.num_rows == 2 * (2 * D_SAE + TileModel.d_model)
+    assert table.num_rows == 2 * (2 * D_SAE + 3 * TileModel.d_model)  # SAE, untrained; neurons, and sparse ones both ways
     for judge, column in (("tiles", "judge"), ("shy", "judge_1")):
         by_image = embeddings_of(made, column)
         e = torch.stack([by_image[image] for image in images])

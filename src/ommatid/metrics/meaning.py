@@ -32,5 +32,6 @@ def label_entropy(mass_c: np.ndarray) -> float:
     0: it fires on one class only; log2(n): on n classes alike. NaN where it fires on no labelled image.
     """
     total = mass_c.sum()
-    share = mass_c[mass_c > 0] / total if total > 0 else np.array([math.nan])
+    share = mass_c / total if total > 0 else np.array([math.nan])
+    share = share[share != 0]
     return abs(float((share * np.log2(share)).sum()))  # abs: of one class the sum is -0
