@@ -41,7 +41,7 @@ demo: $(READY) ## the whole line on 10,000 photographs, through the Prefect flow
 	@echo "servers    make up"
 
 test: lint ## the environment, lint, types, contracts and all tests
-	@pytest
+	@pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)  ## format, lint, types, import contracts
 	@ruff format --check --quiet .

@@ -20,7 +20,7 @@ class Plan:
     lr: float
     """Peak learning rate."""
     dead_after: int
-    """Tokens without a firing after which a latent is dead: min(10 M, 8 epochs)."""
+    """Tokens without a firing after which a latent is dead: 10 M, a tenth of the run, or 8 epochs, whichever is least."""
 
     @property
     def warmup(self) -> int:
@@ -56,4 +56,6 @@ def make_plan(params: TrainParams, n_tokens: int) -> Plan:
         raise TrainingError(f"train: {n_tokens} training tokens; at least 2 are needed: give more images, or lower images.eval_share")
     steps_per_epoch = n_tokens // batch_size
     lr = params.lr if params.lr is not None else 2e-4 / math.sqrt(params.d_sae / 16384)
-    return Plan(n_tokens, batch_size, steps_per_epoch * params.epochs, lr, min(10_000_000, 8 * n_tokens))
+    n_steps = steps_per_epoch * params.epochs
+    # of the run: AuxK has to begin while there is time to bring latents back
+    return Plan(n_tokens, batch_size, n_steps, lr, min(10_000_000, n_steps * batch_size // 10, 8 * n_tokens))

@@ -44,11 +44,10 @@ class ReLU(Steered):
         return {"threshold": torch.tensor(0.0)}
 
     def revive(self, weights: Weights, batch: Batch, step: Step, guides: Guides, idle: Tensor) -> Tensor:
-        """At some shares of the run, latents that have not fired since the last tenth of it."""
-        n_steps = self._settings.n_steps
-        if guides.step not in {round(share * n_steps) for share in RESAMPLE_AT}:
+        """At some shares of the run, dead latents."""
+        if guides.step not in {round(share * self._settings.n_steps) for share in RESAMPLE_AT}:
             return idle.new_zeros(0)
-        silent = (idle >= min(self._settings.dead_after, n_steps // 10 * batch.n_total)).nonzero()[:, 0]
+        silent = (idle >= self._settings.dead_after).nonzero()[:, 0]
         if len(silent):
             _resample(weights, batch, step.x_hat, silent, self._settings.seed + guides.step)
         return silent
