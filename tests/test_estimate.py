@@ -215,7 +215,8 @@ def test_the_command_says_so_and_uses_the_images_that_are_there(
     monkeypatch.setattr(trials, "BUDGET", 0.1)
     (checkout / "photos").rename(checkout / "elsewhere")  # whoever reads the source again fails
     try:
-        assert run("estimate") == 0
+        labellers = "[{kind: vocabulary, words: [words.txt]}, {kind: vlm, model: any}]"
+        assert run("estimate", "--set", f"label.labellers={labellers}") == 0
     finally:
         (checkout / "elsewhere").rename(checkout / "photos")
     out = capsys.readouterr().out
@@ -224,6 +225,7 @@ def test_the_command_says_so_and_uses_the_images_that_are_there(
     assert all(f"{SMALLEST} and " in table[stage] for stage in ("extract", "train"))
     assert f"of {N_IMAGES} images" in table["total"]
     assert "it fits" in table["disk:"]
+    assert table["label:"] == "label: what vlm will take is not in it: no model is asked before the run"
     assert not list(checkout.rglob(".estimate-*"))
 
 

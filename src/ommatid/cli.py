@@ -254,6 +254,8 @@ def _estimate_rows(found: "Estimate") -> list[tuple[str, ...]]:
 
 def _estimate_notes(found: "Estimate") -> list[str]:
     lines = [f"estimated in {found.took / 60:.1f} minutes"]
+    if found.untried:
+        lines.append(f"label: what {' and '.join(found.untried)} will take is not in it: no model is asked before the run")
     if found.free is not None:
         verdict = "it fits" if found.missing <= found.free else "IT DOES NOT FIT: free some, or lower images.limit or extract.sample"
         more = _megabytes(found.while_running)

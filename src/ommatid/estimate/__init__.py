@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ommatid.config import ExtractFiles, ImagesParams, Params
+from ommatid.config import CaptionerLabeller, ExtractFiles, ImagesParams, Params, VlmLabeller
 from ommatid.errors import ArtefactError, ConfigError
 from ommatid.estimate.trials import Trials
 from ommatid.events import Listener, ignore
@@ -53,6 +53,8 @@ class Estimate:
     """Bytes free where the artefacts go; None: in an object store."""
     took: float
     """Seconds that the estimate itself took."""
+    untried: tuple[str, ...] = ()
+    """Labellers that no trial asks, and of which nothing is in the numbers."""
 
     @property
     def bytes(self) -> int:
@@ -122,7 +124,8 @@ def _conclude(params: Params, whole: Artefact | None, n_items: int, trials: Tria
         for stage in STAGES
     ]
     running = seen.while_running(all_, sizes["extract"])
-    return Estimate(tuple(stages), round(all_.images), running, _free(data), time.perf_counter() - start)
+    untried = tuple(name for name, one in params.label.each().items() if isinstance(one, VlmLabeller | CaptionerLabeller))
+    return Estimate(tuple(stages), round(all_.images), running, _free(data), time.perf_counter() - start, untried)
 
 
 def _find_images(params: Params, data: str) -> Artefact | None:
