@@ -1,0 +1,78 @@
+"""Params: the type, the bounds and one sentence for every value in params.yaml. The values live there only."""
+
+from ommatid.config.evaluate import Baseline, EvaluateParams
+from ommatid.config.extract import DaskExecutor, Executor, ExtractFiles, ExtractParams, LocalExecutor, RayExecutor
+from ommatid.config.images import Cifar10Source, FolderSource, ImageSource, ImagesParams, ParquetSource, ShapesSource
+from ommatid.config.label import CaptionerLabeller, HumanLabeller, Labeller, LabelParams, VlmLabeller, VocabularyLabeller
+from ommatid.config.load import dotted, load_params, make_params
+from ommatid.config.models import (
+    ClipModel,
+    DinoModel,
+    LiteModel,
+    LlavaModel,
+    Model,
+    ModuleModel,
+    QwenModel,
+    SiglipModel,
+    TransformersJudge,
+    VitModel,
+)
+from ommatid.config.params import CatalogParams, Params, RetrainParams
+from ommatid.config.section import Section
+from ommatid.config.train import TrainParams
+from ommatid.config.variants import Archetypal, BatchTopK, Gated, Imported, JumpReLU, Matryoshka, ReLU, TopK, TrainedVariant, Variant
+
+__all__ = [
+    "STAGES",
+    "Archetypal",
+    "Baseline",
+    "BatchTopK",
+    "CaptionerLabeller",
+    "CatalogParams",
+    "Cifar10Source",
+    "ClipModel",
+    "DaskExecutor",
+    "DinoModel",
+    "EvaluateParams",
+    "Executor",
+    "ExtractFiles",
+    "ExtractParams",
+    "FolderSource",
+    "Gated",
+    "HumanLabeller",
+    "ImageSource",
+    "ImagesParams",
+    "Imported",
+    "JumpReLU",
+    "LabelParams",
+    "Labeller",
+    "LiteModel",
+    "LlavaModel",
+    "LocalExecutor",
+    "Matryoshka",
+    "Model",
+    "ModuleModel",
+    "Params",
+    "ParquetSource",
+    "QwenModel",
+    "RayExecutor",
+    "ReLU",
+    "RetrainParams",
+    "Section",
+    "ShapesSource",
+    "SiglipModel",
+    "TopK",
+    "TrainParams",
+    "TrainedVariant",
+    "TransformersJudge",
+    "Variant",
+    "VitModel",
+    "VlmLabeller",
+    "VocabularyLabeller",
+    "dotted",
+    "load_params",
+    "make_params",
+]
+
+STAGES = ("images", "extract", "train", "evaluate", "label", "catalog")
+"""In order; each has a section."""

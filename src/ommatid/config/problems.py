@@ -1,0 +1,60 @@
+"""What is wrong with a value, in words: the key, what came, what is allowed."""
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """All that pydantic found, in one line.
+
+    Args:
+        error: Of checking values against `root`.
+        root: Whose keys the paths begin with.
+    """
+    problems = error.errors(include_url=False)
+    inside = {problem["loc"][:n] for problem in problems for n in range(len(problem["loc"]))}
+    # of a list with a bad entry pydantic also says that it is too short, having counted the good ones
+    return "; ".join(_explain_one(problem, root) for problem in problems if problem["type"] != "too_short" or problem["loc"] not in inside)
+
+
+def _explain_one(problem: Any, root: type[BaseModel]) -> str:
+    # pydantic puts the tag of a discriminated union into the path: images.source.folder.path -> images.source.path
+    tags = {"cifar10", "folder", "parquet", "shapes", "images", "files", "local", "dask", "ray"}
+    tags |= {"lite", "clip", "siglip", "dino", "vit", "llava", "qwen", "module", "transformers", "one", "several"}
+    tags |= {"topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated", "archetypal", "imported"}
+    tags |= {"vocabulary", "human", "vlm", "captioner"}
+    path = [str(part) for i, part in enumerate(problem["loc"]) if not (i and part in tags)]
+    key = ".".join(path) or "params"
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"{key}: unknown key; {_known_keys(path, root)}"
+        case "missing":
+            return f"{key}: missing; add it"
+        case "union_tag_invalid" | "union_tag_not_found":
+            return f"{key}.{problem['ctx']['discriminator'].strip(chr(39))}: {problem['msg']}"
+        case "value_error":
+            return f"{key}: {problem['ctx']['error']}"
+        case _:
+            return f"{key}: got {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _known_keys(path: list[str], root: type[BaseModel]) -> str:
+    """The keys that are allowed beside an unknown one, the nearest in spelling first."""
+    known = _fields_at(path[:-1], root)
+    near = difflib.get_close_matches(path[-1], known, n=1)
+    return (f"did you mean {near[0]}? " if near else "") + f"known here: {', '.join(known)}"
+
+
+def _fields_at(path: list[str], root: type[BaseModel]) -> list[str]:
+    models: list[type[BaseModel]] = [root]
+    for part in filter(lambda part: not part.isdecimal(), path):  # an entry of a list has the list's types
+        models = [sub for model in models if part in model.model_fields for sub in _models_in(model.model_fields[part].annotation)]
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for arg in getattr(annotation, "__args__", ()) for model in _models_in(arg)]

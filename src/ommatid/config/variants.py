@@ -1,0 +1,90 @@
+"""Kinds of SAE."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from ommatid.config.section import Section
+
+
+class TopK(Section):
+    """Of every token the k largest latents fire (arXiv 2406.04093)."""
+
+    kind: Literal["topk"]
+
+
+class BatchTopK(Section):
+    """Of every batch the k · batch largest latents fire; used with the average threshold of training (arXiv 2412.06410)."""
+
+    kind: Literal["batch_topk"]
+
+
+class Matryoshka(Section):
+    """BatchTopK whose first latents must reconstruct by themselves, for several prefixes of the dictionary (arXiv 2503.17547)."""
+
+    kind: Literal["matryoshka"]
+    prefixes: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    """Each as a share of d_sae, rising to 1."""
+    random: bool = False
+    """Draw the prefixes anew every step, as many, more often short ones (Pareto); the given ones are then the levels of the catalogue."""
+
+    @field_validator("prefixes")
+    @classmethod
+    def _prefixes_rise(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if list(value) != sorted(set(value)) or value[-1] != 1:
+            raise ValueError(f"prefixes are {list(value)}; they must rise and end with 1")
+        return value
+
+
+class ReLU(Section):
+    """Whatever is positive fires; an L1 penalty keeps it sparse; dead latents are drawn anew (Bricken et al. 2023)."""
+
+    kind: Literal["relu"]
+    l1: Annotated[float, Field(gt=0)] | None = None
+    """Weight of the mean L1 norm of a token's activations; null: steered so that k latents fire a token."""
+
+
+class JumpReLU(Section):
+    """Each latent fires above a threshold of its own that is learned through a straight-through estimator (arXiv 2407.14435)."""
+
+    kind: Literal["jumprelu"]
+    sparsity: Literal["l0", "tanh"] = "l0"
+    """What is penalised: the number of firing latents, or the sum of tanh(4 · act / scale) (Conerly et al. 2025)."""
+    bandwidth: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Width of the estimator's kernel around a threshold, as a share of the mean activation."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Of the penalty; null: steered so that k latents fire a token."""
+
+
+class Gated(Section):
+    """One set of weights decides which latents fire, with magnitudes of their own (arXiv 2404.16014)."""
+
+    kind: Literal["gated"]
+    l1: Annotated[float, Field(gt=0)] | None = None
+    """Weight of the mean L1 norm of a token's gates; null: steered so that k latents fire a token."""
+
+
+class Archetypal(Section):
+    """BatchTopK whose directions are near convex combinations of centres of the data, so that seeds agree (RA-SAE, arXiv 2502.12892)."""
+
+    kind: Literal["archetypal"]
+    points: Annotated[int, Field(ge=2, le=2**17)] | None = None
+    """Centres of the data, found by k-means; null: half of d_sae, 2,048 at most."""
+    relaxation: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """How far, at most, a direction may leave the combination, as a share of its length."""
+
+
+class Imported(Section):
+    """An SAE that another library trained (docs/interop.md); d_sae and k are what it has."""
+
+    kind: Literal["imported"]
+    path: str
+    """Its folder or file, relative to the checkout or absolute."""
+    format: str | None = None
+    """saelens, sparsify, saev, sae_for_vlm, dictionary_learning, overcomplete or ommatid; null: found by the files."""
+    values: Annotated[dict[str, str], Field(default_factory=dict)]
+    """What the files don't say, such as {k: "32"}: docs/interop.md."""
+
+
+TrainedVariant = TopK | BatchTopK | Matryoshka | ReLU | JumpReLU | Gated | Archetypal
+Variant = Annotated[TrainedVariant | Imported, Field(discriminator="kind")]
