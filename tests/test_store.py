@@ -15,6 +15,7 @@ import pytest
 from ommatid import store
 from ommatid.errors import ArtefactError
 from ommatid.folder import Disk
+from ommatid.schemas import SCHEMA_VERSION
 from ommatid.store import open_artefact, open_draft, part_name
 
 PARTS = 3
@@ -105,7 +106,7 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monke
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.pq, "write_table", full)
+    monkeypatch.setattr(store.writer.pq, "write_table", full)
     with open_draft(tmp_path / "images", "images", {}, {}) as draft:
         with pytest.raises(
             ArtefactError, match=r"images-00000.parquet: the disk is full \(\d+ MB free\); make room and run the stage again"
@@ -329,7 +330,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(code, os.strerror(code))
 
     with open_draft(tmp_path / "images", "images", {}, {}) as draft:
-        monkeypatch.setattr(store.pq, "write_table", refuse)
+        monkeypatch.setattr(store.writer.pq, "write_table", refuse)
         with pytest.raises(ArtefactError, match=rf"images-00000.parquet: cannot be written \({word}\); make .* writable for this user"):
             draft.write_table("images-00000.parquet", pa.table({"x": [1]}))
     monkeypatch.setattr(Path, "mkdir", refuse)
@@ -339,7 +340,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_million_files_a_line_each() -> None:
     files = tuple(store.File(part_name("train", i), i, f"{i:064x}", None if i % 2 else i) for i in range(1000))
-    manifest = store.Manifest("sae", store.SCHEMA_VERSION, {"a": [1]}, {}, files, {}, {"n": None})
+    manifest = store.Manifest("sae", SCHEMA_VERSION, {"a": [1]}, {}, files, {}, {"n": None})
     text = b"".join(manifest.iter_json())
     assert text.count(b"\n") < 1020
     assert store.Manifest.from_json(text) == manifest

@@ -23,8 +23,9 @@ from pydantic import BaseModel, ConfigDict
 from ommatid import store
 from ommatid.config import EvaluateParams, Params, RetrainParams
 from ommatid.events import Listener, ignore
+from ommatid.folder import sync
 from ommatid.stage import open_stage
-from ommatid.store import Artefact, sync
+from ommatid.store import Artefact
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -39,7 +39,7 @@ def photos(tmp_path: Path, png) -> Path:
 @pytest.fixture
 def small_parts(monkeypatch):
     monkeypatch.setattr(collection, "ROWS_PER_PART", 5)
-    monkeypatch.setattr(store, "_code_digest", lambda: "the same")  # whoever edits the package meanwhile
+    monkeypatch.setattr(store.draft, "_code_digest", lambda: "the same")  # whoever edits the package meanwhile
 
 
 def source(root: Path) -> dict[str, str]:
@@ -177,7 +177,7 @@ from ommatid import store
 from ommatid.images import collection, make_images
 place, params, when, name = Path(sys.argv[1]), ImagesParams.model_validate_json(sys.argv[2]), sys.argv[3], sys.argv[4]
 collection.ROWS_PER_PART = 5
-store._code_digest = lambda: "the same"
+store.draft._code_digest = lambda: "the same"
 replace = os.replace
 def replace_or_die(aside, path):
     if when == "before" and Path(path).name == name:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ommatid.store import sync, writing
+from ommatid.folder import sync, writing
 
 
 class Spill:

@@ -1,0 +1,29 @@
+"""Artefacts: folders of Parquet parts and a manifest, written aside as drafts and moved into place whole.
+
+A folder is on a disk or in an object store (see folder.py). What belongs to a machine is on its disk: locks, scratch files, and copies of
+objects for those who need a path. The lock holds among the processes of one machine. Two machines that make the same artefact write the
+same bytes under the same names, each whole; when one has taken the draft away, the other finds out before it seals, and stops.
+"""
+
+from ommatid.store.artefact import Artefact, open_artefact, read_part
+from ommatid.store.draft import Draft, open_draft
+from ommatid.store.manifest import INSIDE, MANIFEST, File, Manifest, describe, part_name
+from ommatid.store.workplace import RECEIPTS, SCRATCH
+from ommatid.store.writer import Writer
+
+__all__ = [
+    "INSIDE",
+    "MANIFEST",
+    "RECEIPTS",
+    "SCRATCH",
+    "Artefact",
+    "Draft",
+    "File",
+    "Manifest",
+    "Writer",
+    "describe",
+    "open_artefact",
+    "open_draft",
+    "part_name",
+    "read_part",
+]

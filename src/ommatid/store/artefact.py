@@ -1,0 +1,218 @@
+"""Artefacts that are finished, to be read."""
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ommatid.errors import ArtefactError
+from ommatid.folder import READ_BYTES, Disk, Folder, open_folder
+from ommatid.store.damage import raise_damage, size_damage
+from ommatid.store.manifest import INSIDE, MANIFEST, File, Manifest, child_of, parse, read_manifest, table_of
+
+CACHE = Path("data/.cache")
+"""Copies of objects, by the digest of their artefact's manifest; may be deleted at any time."""
+
+
+class Artefact:
+    """A finished artefact, opened read-only."""
+
+    def __init__(self, folder: Folder, manifest: Manifest, digest: str):
+        self.folder = folder
+        self.manifest = manifest
+        self.digest = digest
+        """sha256 of manifest.json: stands for the whole content."""
+        self._footers: dict[str, pq.FileMetaData] = {}
+
+    @property
+    def url(self) -> str:
+        """Where it is, in words that `open_artefact` takes."""
+        return self.folder.url
+
+    @property
+    def path(self) -> Path:
+        """A folder on this machine with all its files; objects are copied to `CACHE` first. For small ones: see `file`, `open_part`."""
+        if isinstance(self.folder, Disk):
+            return self.folder.path
+        for file in self.manifest.files:
+            self.file(file.name)
+        return self._cache
+
+    def file(self, name: str) -> Path:
+        """One file on this machine; an object is copied to `CACHE`, once.
+
+        Raises:
+            ArtefactError: what came is not what the manifest says.
+        """
+        if isinstance(self.folder, Disk):
+            return self.folder.path / name
+        path, listed = self._cache / name, self._by_name[name]
+        if not path.exists() or path.stat().st_size != listed.bytes:
+            self.folder.fetch(name, path, listed.sha256)
+        return path
+
+    def local(self, name: str) -> Path | None:
+        """Where a file lies, if that is a disk of this machine."""
+        return self.folder.path / name if isinstance(self.folder, Disk) else None
+
+    @property
+    def _cache(self) -> Path:
+        return CACHE / f"{self.folder.name}-{self.digest[:16]}"
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Statistics that the stage wrote into the manifest."""
+        return self.manifest.summary
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, File]:
+        return {file.name: file for file in self.manifest.files}
+
+    @functools.cached_property
+    def _by_table(self) -> dict[str, list[File]]:
+        tables: dict[str, list[File]] = {}
+        for file in self.manifest.files:
+            if file.rows is not None:
+                tables.setdefault(table_of(file.name), []).append(file)
+        # by length first: part 100000 comes after 99999
+        return {table: sorted(files, key=lambda file: (len(file.name), file.name)) for table, files in sorted(tables.items())}
+
+    def parts(self, table: str) -> list[str]:
+        """File names of a table, `<table>.parquet` or `<table>-00000.parquet ...`, in order."""
+        if table not in self._by_table:
+            raise ArtefactError(f"{self.url}: has no table {table!r}; it has {', '.join(self.tables)}")
+        return [file.name for file in self._by_table[table]]
+
+    def files(self, table: str) -> list[Path]:
+        """The files of a table on this machine, in order; objects are copied to `CACHE`, once."""
+        return [self.file(name) for name in self.parts(table)]
+
+    @property
+    def tables(self) -> list[str]:
+        """Names of the Parquet tables inside."""
+        return list(self._by_table)
+
+    def rows(self, table: str) -> int:
+        """Rows of a table, from the manifest."""
+        return sum(file.rows or 0 for file in self._by_table.get(table, ()))
+
+    def row_groups(self, table: str) -> Iterator[list[int]]:
+        """Rows of each row group of each part of a table."""
+        for name in self.parts(table):
+            with self.open_part(name) as file:
+                yield [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+
+    @contextmanager
+    def open_part(self, name: str) -> Iterator[pq.ParquetFile]:
+        """One part of a table, to read some row groups of."""
+        # buffered reads: by default whole row groups are held, which for encoded images are large
+        if isinstance(self.folder, Disk):
+            with pq.ParquetFile(self.folder.path / name, buffer_size=2**20, pre_buffer=False) as file:
+                yield file
+            return
+        source = self.folder.open(name, self._by_name[name].bytes)
+        with pq.ParquetFile(source, metadata=self._footers.get(name), buffer_size=READ_BYTES, pre_buffer=False) as file:
+            if len(self._footers) < _FOOTERS_KEPT:
+                self._footers[name] = file.metadata
+            yield file
+
+    def read_part(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """One part of a table, or some of its columns, in memory."""
+        if isinstance(self.folder, Disk):
+            return read_part(self.folder.path / name, columns)
+        with pq.ParquetFile(self.folder.open(name, self._by_name[name].bytes), pre_buffer=True) as file:
+            return file.read(columns)
+
+    def read(self, table: str, columns: list[str] | None = None) -> pa.Table:
+        """A whole table, or some of its columns, in memory."""
+        return pa.concat_tables(list(self.iter_parts(table, columns)))
+
+    def iter_parts(self, table: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """The parts of a table, one at a time, in order."""
+        for name in self.parts(table):
+            yield self.read_part(name, columns)
+
+    def iter_batches(self, table: str, columns: list[str] | None = None, n_rows: int = 1024) -> Iterator[pa.RecordBatch]:
+        """A table in order, at most `n_rows` rows at a time: what is needed for tables with large values."""
+        for name in self.parts(table):
+            with self.open_part(name) as file:
+                yield from file.iter_batches(batch_size=n_rows, columns=columns)
+
+    @property
+    def children(self) -> list[str]:
+        """Names of the artefacts inside."""
+        return [child for file in self.manifest.files if (child := child_of(file.name))]
+
+    def child(self, name: str, kind: str) -> "Artefact":
+        """An artefact inside this one.
+
+        Raises:
+            ArtefactError: there is none of this name and kind, it is damaged, or not the one that this manifest lists.
+        """
+        if name not in self.children:
+            raise ArtefactError(f"{self.url}: has no {name!r} inside; it has {', '.join(self.children) or 'none'}")
+        child = open_artefact(self.folder / name, kind)
+        listed = self._by_name[f"{name}/{MANIFEST}"]
+        if child.digest != listed.sha256:
+            raise_damage(self.folder, [f"{listed.name}: checksum differs"])
+        return child
+
+    def each(self) -> dict[str, "Artefact"]:
+        """All artefacts inside this one, by name.
+
+        Raises:
+            ArtefactError: one is damaged, or not the one that this manifest lists.
+        """
+        return {name: self.child(name, INSIDE[self.manifest.kind]) for name in self.children}
+
+    def verify(self) -> None:
+        """Read every byte, of children too, and compare checksums.
+
+        Raises:
+            ArtefactError: naming every file that differs.
+        """
+        raise_damage(self.folder, list(self._iter_damage()))
+
+    def _iter_damage(self) -> Iterator[str]:
+        for file in self.manifest.files:
+            size = self.folder.size(file.name)
+            if size is None:
+                yield f"{file.name}: missing"
+            elif size != file.bytes or self.folder.sha256(file.name, size) != file.sha256:
+                yield f"{file.name}: checksum differs"
+            elif child := child_of(file.name):
+                folder = self.folder / child
+                inside = Artefact(folder, parse(folder, folder.read_bytes(MANIFEST)), file.sha256)
+                yield from (f"{child}/{damage}" for damage in inside._iter_damage())
+
+
+_FOOTERS_KEPT = 1024
+"""Footers of parts in an object store that an artefact remembers: whoever reads row groups here and there asks for each once."""
+
+
+def open_artefact(place: Folder | Path | str, kind: str) -> Artefact:
+    """Open an artefact at a path or URL, checking manifest, files and sizes.
+
+    Raises:
+        ArtefactError: missing, of another kind or version, or damaged (all damage is named at once); or a URL that cannot be reached.
+    """
+    folder = open_folder(place)
+    text = read_manifest(folder, kind)
+    digest = hashlib.sha256(text).hexdigest()
+    manifest = parse(folder, text)
+    del text  # of a million shards some hundred megabytes
+    if manifest.kind != kind:
+        raise ArtefactError(f"{folder}: holds {manifest.kind}, expected {kind}")
+    raise_damage(folder, size_damage(folder, manifest.files))
+    return Artefact(folder, manifest, digest)
+
+
+def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """One Parquet file, or some of its columns, in memory."""
+    with pq.ParquetFile(path) as file:
+        return file.read(columns)

@@ -1,0 +1,164 @@
+"""What an artefact says of itself: its files with sizes and checksums, and what it was made of."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from ommatid.errors import ArtefactError
+from ommatid.folder import Disk, Folder
+from ommatid.schemas import SCHEMA_VERSION
+
+MANIFEST = "manifest.json"
+INSIDE = {"extraction": "activations", "training": "sae", "evaluations": "evaluation", "labellings": "labels"}
+"""Kind of the artefacts inside one of this kind: one a hookpoint, or one an SAE."""
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One file of an artefact, as its manifest lists it."""
+
+    name: str
+    """File name inside the artefact; `<child>/manifest.json` stands for all of a child."""
+    bytes: int
+    """Size."""
+    sha256: str
+    """Checksum of the content."""
+    rows: int | None
+    """Rows, where it is Parquet."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says of an artefact."""
+
+    kind: str
+    """images, extraction, training, evaluations, labellings or catalog; of what is inside one: see `INSIDE`."""
+    schema_version: int
+    """`schemas.SCHEMA_VERSION` of the writer."""
+    params: dict[str, Any]
+    """The section of Params that made it, without what only says how to compute."""
+    inputs: dict[str, str]
+    """sha256 of the manifest of each input artefact."""
+    files: tuple[File, ...]
+    """All files, by name."""
+    versions: dict[str, str]
+    """Of code and libraries."""
+    summary: dict[str, Any]
+    """Statistics that the quality gate and later stages read."""
+
+    def iter_json(self) -> Iterator[bytes]:
+        """The text of manifest.json, piece by piece: a line a file, for there may be millions."""
+        values = {name: getattr(self, name) for name in ("kind", "schema_version", "params", "inputs", "versions", "summary")}
+        yield json.dumps(values, indent=2, sort_keys=True).removesuffix("\n}").encode() + b',\n  "files": ['
+        for i, file in enumerate(self.files):
+            line = json.dumps({"bytes": file.bytes, "name": file.name, "rows": file.rows, "sha256": file.sha256})
+            yield f"{',' if i else ''}\n    {line}".encode()
+        yield b"\n  ]\n}\n"
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "Manifest":
+        """Read the text of manifest.json.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is not one.
+            ArtefactError: it is of another schema version.
+        """
+        values = json.loads(text, object_hook=lambda found: File(**found) if found.keys() == _FILE_KEYS else found)
+        version = values["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise ArtefactError(
+                f"written with schema version {version}, this code reads {SCHEMA_VERSION}; "
+                "run the stage again, or use the version of ommatid that wrote it"
+            )
+        files = tuple(values.pop("files"))
+        if not all(isinstance(file, File) for file in files):
+            raise ValueError("a file without name, bytes, sha256 or rows")
+        return cls(files=files, **values)
+
+
+_FILE_KEYS = frozenset(("name", "bytes", "sha256", "rows"))
+_MADE_BY = {
+    "images": "images",
+    "extraction": "extract",
+    "activations": "extract",
+    "training": "train",
+    "sae": "train",
+    "evaluations": "evaluate",
+    "evaluation": "evaluate",
+    "labellings": "label",
+    "labels": "label",
+    "catalog": "catalog",
+}
+
+
+def read_manifest(folder: Folder, kind: str) -> bytes:
+    """Text of an artefact's manifest.
+
+    Raises:
+        ArtefactError: it has none, or is not there; what makes it is named.
+    """
+    try:
+        return folder.read_bytes(MANIFEST)
+    except FileNotFoundError:
+        stage = _MADE_BY[kind]
+        what = "has no manifest.json, so it is not whole" if folder.exists() else "does not exist"
+        dvc = f"`dvc repro {stage}` (or `ommatid {stage}`)"
+        todo = dvc if isinstance(folder, Disk) else f"`ommatid {stage} --data {folder.parent}`"
+        raise ArtefactError(f"{folder}: {what}; make it with {todo}") from None
+
+
+def parse(folder: Folder, text: bytes) -> Manifest:
+    """What the text of a folder's manifest says.
+
+    Raises:
+        ArtefactError: it is not a manifest, or of another schema version.
+    """
+    try:
+        return Manifest.from_json(text)
+    except ArtefactError as error:
+        raise ArtefactError(f"{folder}: {error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(f"{folder / MANIFEST}: not a manifest ({error}); delete {folder} and run the stage again") from None
+
+
+def part_name(table: str, index: int) -> str:
+    """File name of a table's part: `train-00003.parquet`."""
+    return f"{table}-{index:05d}.parquet"
+
+
+def describe(path: Path) -> File:
+    """Size, checksum and rows of a file on this machine."""
+    return describe_path(path, path.name)
+
+
+def describe_path(path: Path, name: str) -> File:
+    """Of a file on this machine whose name will be `name`."""
+    rows = pq.read_metadata(path).num_rows if name.endswith(".parquet") else None
+    return File(name, path.stat().st_size, Disk(path.parent).sha256(path.name), rows)
+
+
+def describe_in(folder: Folder, name: str) -> File:
+    """Of a file of a draft, wherever that is."""
+    size = folder.size(name)
+    assert size is not None, f"{folder}: has no {name}"
+    rows = None
+    if name.endswith(".parquet"):
+        with folder.open(name, size) as file:
+            rows = pq.read_metadata(file).num_rows
+    return File(name, size, folder.sha256(name, size), rows)
+
+
+def table_of(name: str) -> str:
+    """Name of the table that a Parquet file is a part of."""
+    stem = name.removesuffix(".parquet")
+    head, dash, tail = stem.rpartition("-")
+    return head if dash and tail.isdigit() else stem
+
+
+def child_of(name: str) -> str | None:
+    """Name of the child whose manifest this file is."""
+    return name.removesuffix(f"/{MANIFEST}") if name.endswith(f"/{MANIFEST}") else None
