@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 LATENTS_PER_CHUNK = 512
-"""Of weight gradients made at once: what is new in memory stays small, for large pieces have to be zeroed by the system each time."""
+"""Of weight gradients made at once without MKL: new memory stays small, for large pieces have to be zeroed by the system each time."""
+HAS_MKL = torch.backends.mkl.is_available()
+"""Whose product of compressed rows takes half the time of bags, and writes where it is told to."""
 
 
 with warnings.catch_warnings():  # torch says once a process that compressed rows are in beta
@@ -94,12 +96,11 @@ class Sparse:
         """For each latent the weighted sum of the table's rows (of token and level) over its entries, into (d_sae, d_model)."""
         order, bounds = self._by_latent
         rows, sorted_weights, table = self._bags_of(table_bld)[order], weights[order], table_bld.flatten(0, 1)
-        firsts = range(0, len(out_sd), LATENTS_PER_CHUNK)
-        ends = bounds[[*firsts, len(out_sd)]].tolist()
-        for i, first in enumerate(firsts):
-            chunk, entries = slice(first, first + LATENTS_PER_CHUNK), slice(ends[i], ends[i + 1])
-            starts = bounds[:-1][chunk] - ends[i]
-            out_sd[chunk] = embedding_bag(rows[entries], table, starts, mode="sum", per_sample_weights=sorted_weights[entries])
+        if HAS_MKL and not out_sd.is_cuda:
+            pattern = torch.sparse_csr_tensor(bounds, rows, sorted_weights, (len(out_sd), len(table)), check_invariants=False)
+            torch.addmm(out_sd, pattern, table, beta=0, out=out_sd)
+        else:
+            _gather_bags(rows, sorted_weights, table, bounds, out_sd)
 
     def _bags_of(self, table_bld: Tensor) -> Tensor:
         """Each entry's row in a table with one level, or with all."""
@@ -162,3 +163,13 @@ class Dense:
 
 
 Entries = Sparse | Dense
+
+
+def _gather_bags(rows: Tensor, weights: Tensor, table: Tensor, bounds: Tensor, out_sd: Tensor) -> None:
+    """See `Sparse.gather`; entries are in the order of latents, of which each one's begin at its bound."""
+    firsts = range(0, len(out_sd), LATENTS_PER_CHUNK)
+    ends = bounds[[*firsts, len(out_sd)]].tolist()
+    for i, first in enumerate(firsts):
+        chunk, entries = slice(first, first + LATENTS_PER_CHUNK), slice(ends[i], ends[i + 1])
+        starts = bounds[:-1][chunk] - ends[i]
+        out_sd[chunk] = embedding_bag(rows[entries], table, starts, mode="sum", per_sample_weights=weights[entries])

@@ -7,7 +7,8 @@ A floor is a guess below which nothing is wanted, from the last step: only speed
 concerned are looked at again without.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +18,12 @@ from ommatid.sae import ranks
 from ommatid.sae.entries import Dense, Entries, Levels, Sparse
 from ommatid.sae.weights import Weights, grad_of
 
-TOKENS_PER_CHUNK = {torch.bfloat16: 256}
-"""By the arithmetic of the product: in bfloat16 so many that their scores stay in the cache."""
-MOST_TOKENS_PER_CHUNK = 1024
-"""In other arithmetic: with 256 the product takes a quarter longer than in one piece (768 x 8,192, float32, AVX2), with these no longer."""
+TOKENS_PER_CHUNK = 1024
+"""Of the product: in smaller pieces it takes longer."""
+FEWEST_TOKENS = 64
+"""Below it the gradients' memory is not worth a loop."""
+ALIGNMENT = 64
+"""Bytes, of pieces of memory."""
 TOKENS_OF_GUESS = 256
 """On which a first floor, and the density, are guessed."""
 FLOOR_SHARE = 0.92
@@ -60,41 +63,53 @@ class Scorer:
         return Sparse(self.n_tokens, self.levels, rows, latents, torch.cat(values).to(self.weights.b_enc.dtype))
 
     def _iter_above(self, floor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        room = _Room(self.weights, self.dtype)
         d_sae, b_enc = len(self.weights.b_enc), self.weights.b_enc.to(self.dtype)
-        scores = _room(grad_of(self.weights.W_enc).flatten(), d_sae, self.dtype)
-        W_enc, rest = _cast(self.weights.W_enc, self.dtype, grad_of(self.weights.W_dec).flatten())
-        mask = _room(rest, d_sae, torch.bool)
-        n = min(TOKENS_PER_CHUNK.get(self.dtype, MOST_TOKENS_PER_CHUNK), self.n_tokens, len(scores), len(mask))
+        n = min(TOKENS_PER_CHUNK, self.n_tokens, room.n_tokens)
         for start in range(0, self.n_tokens, n):
             x = self.inputs_bd[start : start + n].to(self.dtype)
-            torch.addmm(b_enc, x, W_enc.T, out=scores[: len(x)])
+            scores, mask, flags = (own[: len(x)] for own in (room.scores, room.mask, room.flags))
+            torch.addmm(b_enc, x, room.W_enc.T, out=scores)
             of_chunk = floor[start : start + n] if floor.ndim == 2 else floor
-            _greater(scores[: len(x)], of_chunk.to(self.dtype), mask[: len(x)])
-            index = _nonzero(mask[: len(x)])
+            torch.gt(scores, of_chunk.to(self.dtype), out=mask)
+            flags.copy_(mask)  # to compare straight into bool takes three times as long
+            index = _nonzero(flags)
             yield index + start * d_sae, scores.flatten()[index]
 
 
-def _room(memory: Tensor, n_columns: int, dtype: torch.dtype) -> Tensor:
-    """Scratch memory, (tokens, n_columns): a gradient's, which holds nothing between a step's end and the next one's gradients."""
-    values = memory.view(dtype)
-    return values[: len(values) // n_columns * n_columns].view(-1, n_columns)
+class _Room:
+    """Scratch memory of a selection: that of the gradients, which hold nothing between a step's end and the next one's gradients."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
+        n_bytes = len(weights.b_enc) * dtype.itemsize
+        one, other = _Piece(grad_of(weights.W_enc)), _Piece(grad_of(weights.W_dec))
+        self.W_enc = weights.W_enc if dtype == weights.W_enc.dtype else other.take(weights.W_enc.shape, dtype).copy_(weights.W_enc)
+        self.n_tokens = min(one.n_bytes // n_bytes, (other.n_bytes - ALIGNMENT) // (n_bytes + len(weights.b_enc)))
+        if self.n_tokens < FEWEST_TOKENS:  # small widths only
+            self.n_tokens = FEWEST_TOKENS
+            one = other = _Piece(torch.empty(0, device=weights.W_enc.device))
+        shape = (min(self.n_tokens, TOKENS_PER_CHUNK), len(weights.b_enc))
+        self.scores, self.mask, self.flags = one.take(shape, dtype), other.take(shape, dtype), other.take(shape, torch.bool)
 
 
-def _cast(weights: Tensor, dtype: torch.dtype, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights in another arithmetic, in scratch memory where they are no wider than theirs and it has room; and what is left of it."""
-    if dtype == weights.dtype:
-        return weights, memory
-    n = -(-weights.nbytes * dtype.itemsize // weights.itemsize // memory.itemsize)
-    if n > len(memory) // 2:
-        return weights.to(dtype), memory
-    return memory[:n].view(dtype)[: weights.numel()].view_as(weights).copy_(weights), memory[n:]
+class _Piece:
+    """Memory to be cut."""
 
+    def __init__(self, memory: Tensor) -> None:
+        self._bytes = memory.flatten().view(torch.uint8)
 
-def _greater(scores: Tensor, floor: Tensor, out: Tensor) -> None:
-    if scores.dtype == torch.bfloat16 and not (floor < 0).any():
-        # positive floats are in the order of their bits, and integers are compared twice as fast
-        scores, floor = scores.view(torch.int16), floor.view(torch.int16)
-    torch.gt(scores, floor, out=out)
+    @property
+    def n_bytes(self) -> int:
+        """What is left."""
+        return len(self._bytes)
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Some of it, or of new memory where that is not enough."""
+        n = math.prod(shape) * dtype.itemsize
+        if n > len(self._bytes):
+            return torch.empty(shape, dtype=dtype, device=self._bytes.device)
+        taken, self._bytes = self._bytes[:n], self._bytes[-(-n // ALIGNMENT) * ALIGNMENT :]
+        return taken.view(dtype).view(shape)
 
 
 def _nonzero(mask: Tensor) -> Tensor:
