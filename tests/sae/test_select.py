@@ -72,6 +72,21 @@ def test_a_good_guess_leaves_few_candidates() -> None:
     assert seen == [seen[0]] and 4 * 600 <= seen[0] < 3 * 4 * 600
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d_out", [160, 70, 20], ids=["room for all", "room for some", "room for nothing"])
+def test_gradients_lend_their_memory(d_out: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W_enc, W_dec = torch.randn(41, 160, generator=generator), torch.randn(41, d_out, generator=generator)
+    weights = Weights(W_enc, torch.randn(41, generator=generator), W_dec, torch.zeros(d_out))
+    before = [tensor.clone() for tensor in weights.tensors().values()]
+    for floor in (torch.tensor(10.0), 10 + torch.rand(300, 1, generator=generator), torch.tensor(-1.0)):
+        scorer = Scorer(weights, torch.randn(300, 160, generator=generator), Levels((41,)), dtype)
+        pre_acts = torch.addmm(weights.b_enc.to(dtype), scorer.inputs_bd.to(dtype), W_enc.to(dtype).T).float()
+        expected = torch.where(pre_acts > floor.to(dtype), pre_acts, 0)
+        torch.testing.assert_close(matrix(scorer.above(floor)), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+    assert all(map(torch.equal, before, weights.tensors().values()))
+
+
 @pytest.mark.parametrize("floor", [0.5, 0.0, -0.5])
 def test_above_takes_what_is_above(floor: float) -> None:
     scorer = make_scorer(3, n_tokens=300)

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ommatid.config import TrainParams
-from ommatid.sae import select
-from ommatid.sae import entries
+from ommatid.sae import entries, select
 from ommatid.sae.entries import Dense, Levels, Sparse
 from ommatid.sae.step import Batch
 from ommatid.sae.variants import Guides, Settings, Variant, make_variant
