@@ -1,6 +1,6 @@
 """Selection: from a batch to the entries that may fire, through the one dense product of a training step.
 
-The product is computed for some tokens at a time and looked at while it is in the cache; all of it is never in memory. In bfloat16,
+The product is computed for some tokens at a time, in memory that gradients will be in later; all of it is never there. In bfloat16,
 where the hardware has it, its values are rounded to 8 bits; weights and everything after it are float32.
 
 A floor is a guess below which nothing is wanted, from the last step: only speed depends on it. Where it was too high, the tokens
