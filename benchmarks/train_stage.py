@@ -29,8 +29,6 @@ from ommatid.train import CHECKPOINT, SAMPLE
 
 PATCHES = 49
 """Tokens of an image."""
-HELD = 32
-"""Batches that bare steps go round, in float16 as the stage gets them."""
 N_SAES = 8
 """In one pass."""
 
@@ -107,13 +105,13 @@ def _write(place: Path, hookpoint: str, d_model: int, n_images: int) -> Artefact
 
 
 class Bare:
-    """Steps of the same run without a stage around them."""
+    """Steps of the same run without a stage around them, on an epoch's batches in float16: on fewer, other latents would be dead."""
 
     def __init__(self, activations: Artefact, section: TrainParams) -> None:
         sample = Sample(load_sample(activations, SAMPLE))
         self._learner = Learner.begin("bare", section, activations.rows("train"), sample, CPU)
         with closing(iter_batches(activations, section.batch_size, section.seed)) as batches:  # pyright: ignore[reportArgumentType]
-            self._batches = list(islice(batches, HELD))
+            self._batches = list(islice(batches, self._learner.plan.n_tokens // section.batch_size))
         self.n_steps = self._learner.plan.n_steps
 
     @property
@@ -125,7 +123,7 @@ class Bare:
         """Seconds of so many."""
         start = time.perf_counter()
         for _ in range(n):
-            self._learner.learn(self._batches[self._learner.guides.step % HELD])
+            self._learner.learn(self._batches[self._learner.guides.step % len(self._batches)])
         return time.perf_counter() - start
 
 

@@ -100,7 +100,7 @@ def set_gradients(
         grad_b_dec.sub_(of_latents @ weights.W_enc)
 
 
-def add_aux(weights: Weights, batch: Batch, inputs: Tensor, x_hat: Tensor, dead: Tensor, coefficient: float) -> Tensor:
+def add_aux(weights: Weights, batch: Batch, inputs: Tensor, x_hat: Tensor, dead: Tensor, coefficient: float, dtype: torch.dtype) -> Tensor:
     """Add AuxK's gradients: dead latents reconstruct what the living leave over (arXiv 2406.04093, appendix A.2).
 
     The residual is a constant here, b_dec takes no part in the reconstruction, the loss is divided by the residual's variance and
@@ -113,29 +113,36 @@ def add_aux(weights: Weights, batch: Batch, inputs: Tensor, x_hat: Tensor, dead:
         x_hat: Reconstruction by the living.
         dead: Which latents are dead, (n_dead,).
         coefficient: Weight of the loss.
+        dtype: Arithmetic of the five products of batch · n_dead · d_model.
 
     Returns:
         This rank's share of the weighted loss, ().
     """
     residual = batch.target - x_hat
     k_aux = weights.W_dec.shape[1] // 2
-    W_enc, W_dec = weights.W_enc[dead], weights.W_dec[dead]
-    pre_acts = torch.addmm(weights.b_enc[dead], inputs, W_enc.T)
-    top = pre_acts.topk(min(k_aux, len(dead)), dim=1)
-    acts = torch.zeros_like(pre_acts).scatter_(1, top.indices, top.values.relu())
+    x, W_enc, W_dec, b_enc = (tensor.to(dtype) for tensor in (inputs, weights.W_enc[dead], weights.W_dec[dead], weights.b_enc[dead]))
+    acts = _keep_largest(torch.addmm(b_enc, x, W_enc.T), k_aux).relu_()
     error = acts @ W_dec - residual
     mean = ranks.sum_(residual.sum(0)) / batch.n_total
     variance = ranks.sum_((residual - mean).square().sum()) / batch.n_total
     scale = coefficient * min(len(dead) / k_aux, 1.0) / variance.clamp_min(1e-12)
-    grad_x_hat = error * (2 * scale / batch.n_total)
-    grad_acts = (grad_x_hat @ W_dec.T) * (acts > 0)
-    grad_of(weights.W_dec).index_add_(0, dead, acts.T @ grad_x_hat)
-    grad_of(weights.W_enc).index_add_(0, dead, grad_acts.T @ inputs)
-    of_latents = grad_acts.sum(0)
+    grad_x_hat = (error * (2 * scale / batch.n_total)).to(dtype)
+    grad_acts = (grad_x_hat @ W_dec.T).mul_(acts > 0)
+    grad_of(weights.W_dec).index_add_(0, dead, (acts.T @ grad_x_hat).to(residual.dtype))
+    grad_of(weights.W_enc).index_add_(0, dead, (grad_acts.T @ x).to(residual.dtype))
+    of_latents = grad_acts.sum(0, dtype=residual.dtype)
     grad_of(weights.b_enc).index_add_(0, dead, of_latents)
     if "b_pre" not in weights.fixed:
-        grad_of(weights.b_dec).sub_(of_latents @ W_enc)
+        grad_of(weights.b_dec).sub_(of_latents @ weights.W_enc[dead])
     return scale * error.square().sum() / batch.n_total
+
+
+def _keep_largest(pre_acts: Tensor, k: int) -> Tensor:
+    """All but the k largest of each token become 0."""
+    if pre_acts.shape[1] <= k:
+        return pre_acts
+    top = pre_acts.topk(k, dim=1, sorted=False)
+    return torch.zeros_like(pre_acts).scatter_(1, top.indices, top.values)
 
 
 def add_monosemanticity(entries: Entries, acts: Tensor, batch: Batch, weight: float, grad_acts: Tensor) -> Tensor:
