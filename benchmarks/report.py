@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 RESULTS = Path(__file__).parent / "results"
+_ALWAYS = ("must", "goal")
+"""Of a row, null where there is none."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,10 @@ class Row:
     must: float | None = None
     goal: float | None = None
     better: Literal["higher", "lower"] = "higher"
+    part: str | None = None
+    """Of a benchmark that can be run in parts."""
+    commit: str | None = None
+    """At which it was measured; None: now."""
 
     @property
     def verdict(self) -> str:
@@ -46,7 +52,12 @@ def show(rows: Sequence[Row], notes: Sequence[str] = ()) -> None:
 
 
 def publish(
-    name: str, rows: Sequence[Row], libraries: Sequence[str], notes: Sequence[str] = (), versions: Mapping[str, str] | None = None
+    name: str,
+    rows: Sequence[Row],
+    libraries: Sequence[str],
+    notes: Sequence[str] = (),
+    versions: Mapping[str, str] | None = None,
+    besides: Mapping[str, Any] | None = None,
 ) -> None:
     """Print the table and write benchmarks/results/<name>.json.
 
@@ -56,10 +67,12 @@ def publish(
         libraries: Of this environment, whose versions are written down.
         notes: What a reader has to know.
         versions: Of libraries in other environments, by name.
+        besides: Other keys of the file.
     """
     show(rows, notes)
+    commit = _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
     values = {
-        "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": commit,
         "machine": {
             "cpu": _cpu(),
             "instructions": _instructions(),
@@ -69,12 +82,21 @@ def publish(
         },
         "versions": {library: metadata.version(library) for library in libraries} | dict(versions or {}),
         "notes": list(notes),
-        "rows": [asdict(row) for row in rows],
-    }
+        "rows": [{key: value for key, value in asdict(row).items() if value is not None or key in _ALWAYS} for row in rows],
+    } | dict(besides or {})
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     print(f"\n{path.relative_to(RESULTS.parent.parent)}")
+
+
+def read(name: str) -> dict[str, Any]:
+    """What `publish` wrote, every row with the commit at which it was measured; {}: nothing yet."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return {}
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return values | {"rows": [Row(**{"commit": values["commit"], **row}) for row in values["rows"]]}
 
 
 def middle(values: Sequence[float]) -> float:

@@ -1,8 +1,9 @@
 """Training steps against the peers' and the hardware, what they teach, the stage around them, and their memory.
 
 make bench-train                                   all of it, writes benchmarks/results/train.json and docs/pictures/train-cost.png
-python benchmarks/train.py [--quick] [--parts ...]  only some parts (of steps, width, quality, stage, several, memory), which the results
-                                                   say; --quick makes few and small steps, to see that all of it runs, and writes nothing
+python benchmarks/train.py [--quick] [--parts ...]  only some parts (of steps, width, quality, stage, several, memory); rows of others stay
+                                                   in the results, with the commit at which they were measured;
+                                                   --quick makes few and small steps, to see that all of it runs, and writes nothing
 Peers run in an environment of their own (`make peers`, or PEERS_PYTHON), with as many threads, and compute only in their turn.
 """
 
@@ -13,13 +14,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line sets it (ommatid.executors.workers.WAITING)
 
 import torch
 from peer_process import open_peers
-from report import Row, middle, publish, show
+from report import Row, middle, publish, read, show
 from train_cost import Points, against_floor, against_peers, by_width
 from train_picture import PICTURE, draw
 from train_quality import N_STEPS, quality
@@ -106,22 +108,27 @@ def main() -> None:
     torch.set_num_threads(N_THREADS)
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:
         bench = Bench(Path(name), asked.quick)
-        rows: list[Row] = []
-        for done, part in enumerate(asked.parts, start=1):
-            rows += told(PARTS[part](bench))
+        earlier = {} if asked.quick or asked.parts == list(PARTS) else read("train")
+        bench.points.take(earlier.get("points", {}))
+        rows: list[Row] = [row for row in earlier.get("rows", ()) if row.part not in asked.parts]
+        for part in asked.parts:
+            rows += [replace(row, part=part) for row in told(PARTS[part](bench))]
             if not asked.quick:
-                _keep(bench, rows, asked.parts[:done])  # an hour's run that is stopped keeps what it has measured
+                _keep(bench, rows, earlier.get("versions", {}))  # an hour's run that is stopped keeps what it has measured
         if bench.points.by_k and bench.points.peers:
             draw(bench.points, bench.size, Path(name) / "cost.png" if asked.quick else PICTURE)
     if asked.quick:
         show(rows, NOTES)
 
 
-def _keep(bench: Bench, rows: list[Row], parts: list[str]) -> None:
-    others = [part for part in PARTS if part not in parts]
-    missing = [f"not measured in this run: {', '.join(others)}"] if others else []
-    versions = {f"peers: {name}": version for name, version in bench.versions.items()}
-    publish("train", rows, ["ommatid", "torch", "numpy", "pyarrow", "mlflow"], [*missing, *NOTES], versions)
+def _keep(bench: Bench, rows: list[Row], earlier: dict[str, str]) -> None:
+    rows = sorted(rows, key=lambda row: list(PARTS).index(row.part or ""))
+    others = [part for part in PARTS if part not in {row.part for row in rows}]
+    missing = [f"not measured: {', '.join(others)}"] if others else []
+    versions = {name: version for name, version in earlier.items() if name.startswith("peers: ")}
+    versions |= {f"peers: {name}": version for name, version in bench.versions.items()}
+    libraries = ["ommatid", "torch", "numpy", "pyarrow", "mlflow"]
+    publish("train", rows, libraries, [*missing, *NOTES], versions, {"points": asdict(bench.points)})
 
 
 if __name__ == "__main__":

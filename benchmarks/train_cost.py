@@ -48,6 +48,12 @@ class Points:
     peers: dict[str, dict[int, float]] = field(default_factory=dict)
     """By name and d_sae."""
 
+    def take(self, earlier: dict[str, dict[str, Any]]) -> None:
+        """Those of an earlier run, as JSON has them."""
+        for name in ("by_d_sae", "by_k"):
+            getattr(self, name).update({int(at): tuple(pair) for at, pair in earlier.get(name, {}).items()})
+        self.peers.update({name: {int(at): ms for at, ms in found.items()} for name, found in earlier.get("peers", {}).items()})
+
 
 def against_peers(peers: Peers, size: Size, rounds: int, points: Points) -> Iterator[Row]:
     """Each contest at the size, then at four times its d_sae, where the ratio must be no worse."""
