@@ -10,11 +10,12 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
 import torch
-from synthetic import HELD_OUT, Synthetic, fvu
+from synthetic import HELD_OUT, Synthetic, first_of, fvu
 from torch import Tensor
 
 GROUPS = [1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
@@ -64,8 +65,7 @@ class SAELens:
 
         with tempfile.TemporaryDirectory() as folder:
             self._trainer.sae.save_inference_model(folder)
-            sae = SAE.load_from_disk(folder)
-        return lambda x: sae.decode(sae.encode(x))
+            return SAE.load_from_disk(folder)
 
 
 class DictionaryLearning:
@@ -152,7 +152,14 @@ class Sparsify:
     def inference(self) -> Any:
         if not self._scheduler:
             self._optimiser.eval()
-        return lambda x: self._sae(x).sae_out
+        return Whole(lambda x: self._sae(x).sae_out)
+
+
+class Whole:
+    """A reconstruction that is not asked for its parts."""
+
+    def __init__(self, reconstruct: Callable[[Tensor], Tensor]) -> None:
+        self.encode, self.decode = reconstruct, lambda x_hat: x_hat
 
 
 def _widths(d_sae: int) -> list[int]:
@@ -198,11 +205,11 @@ class Session:
         return float(self._pool[0].double().square().sum())
 
     @torch.no_grad()
-    def fvu(self, n_batches: int) -> float:
-        """On held-out batches, as the library uses the SAE."""
-        reconstruct = self._trainer.inference()
+    def fvu(self, n_batches: int, bound: int | None = None) -> float:
+        """On held-out batches, as the library uses the SAE; of the first `bound` latents alone, if that is given."""
+        sae = self._trainer.inference()
         batches = [self._batch(HELD_OUT + number) for number in range(n_batches)]
-        return fvu([(x, reconstruct(x)) for x in batches])
+        return fvu([(x, sae.decode(first_of(sae.encode(x), bound))) for x in batches])
 
 
 def main() -> None:

@@ -28,6 +28,11 @@ class Synthetic:
         return x.add_(torch.randn(x.shape, generator=generator), alpha=NOISE)
 
 
+def first_of(acts: Tensor, bound: int | None) -> Tensor:
+    """Activations of which only those of the first `bound` latents are left; None: all."""
+    return acts if bound is None else torch.cat([acts[:, :bound], torch.zeros_like(acts[:, bound:])], dim=1)
+
+
 def fvu(pairs: list[tuple[Tensor, Tensor]]) -> float:
     """Of batches and their reconstructions: squared error by squared distance from the mean of all."""
     mean = torch.cat([x for x, _ in pairs]).double().mean(0)

@@ -1,12 +1,13 @@
 """What the same tokens teach: FVU on held-out tokens, ours against each peer's, each SAE used as its own library uses it."""
 
 from collections.abc import Iterator
+from statistics import fmean
 from typing import Any
 
 import torch
 from peer_process import Peers
 from report import Row
-from synthetic import HELD_OUT, Synthetic, fvu
+from synthetic import HELD_OUT, Synthetic, first_of, fvu
 from train_setup import CPU, Size, request
 
 from ommatid.sae.learner import Learner, Sample
@@ -29,17 +30,28 @@ def quality(peers: Peers, n_steps: int) -> Iterator[Row]:
     """Variant by variant."""
     for variant, others in PEERS.items():
         mine, scale, check = _ours(variant, n_steps)
-        yield Row(f"{variant}, FVU on held-out tokens after {n_steps} steps: ours", mine, "FVU")
+        what = f"{variant}, FVU on held-out tokens after {n_steps} steps"
+        yield Row(f"{what}: ours", mine[None], "FVU")
         for peer in others:
             peers.ask("make", **request(variant, SIZE, n_steps, scale) | peer)
             assert abs(peers.ask("train") / check - 1) < 1e-6, "the peer's batches are not ours: is its torch another one?"
-            other = peers.ask("fvu", n_batches=N_HELD_OUT)
-            yield Row(f"{variant}, FVU on held-out tokens after {n_steps} steps: {peer['peer']}", other, "FVU")
-            yield Row(f"{variant}: FVU, ours / {peer['peer']} - 1", 100 * (mine / other - 1), "%", 1, 0, "lower")
+            other = {bound: peers.ask("fvu", n_batches=N_HELD_OUT, bound=bound) for bound in mine}
+            yield Row(f"{what}: {peer['peer']}", other[None], "FVU")
+            yield Row(f"{variant}: FVU, ours / {peer['peer']} - 1", 100 * (mine[None] / other[None] - 1), "%", 1, 0, "lower")
+            if len(mine) > 1:
+                yield from _levels(mine, other, peer["peer"])
 
 
-def _ours(variant: str, n_steps: int) -> tuple[float, float, float]:
-    """FVU, the scale of the data, and the sum of the squares of the first scaled batch."""
+def _levels(mine: dict[int | None, float], other: dict[int | None, float], peer: str) -> Iterator[Row]:
+    """Of the levels of a Matryoshka dictionary: their mean is what is minimised, that of all latents is one of them."""
+    ours, theirs = (fmean(fvu for bound, fvu in found.items() if bound) for found in (mine, other))
+    yield Row("matryoshka, mean FVU over levels: ours", ours, "FVU")
+    yield Row(f"matryoshka, mean FVU over levels: {peer}", theirs, "FVU")
+    yield Row(f"matryoshka: mean FVU over levels, ours / {peer} - 1", 100 * (ours / theirs - 1), "%", 1, 0, "lower")
+
+
+def _ours(variant: str, n_steps: int) -> tuple[dict[int | None, float], float, float]:
+    """FVU of the latents below each bound (None: of all), the scale of the data, and the sum of the squares of the first scaled batch."""
     data, b = Synthetic(SIZE.d_model), SIZE.batch_size
     sample = Sample(torch.cat([data.batch(number, b) for number in range(SAMPLE // b)]))
     params = SIZE.section(variant=variant, epochs=1, seed=0)
@@ -49,4 +61,6 @@ def _ours(variant: str, n_steps: int) -> tuple[float, float, float]:
     sae, scale = learner.finish("synthetic", "synthetic", None), learner.scales.x
     held_out = [data.batch(HELD_OUT + number, b) for number in range(N_HELD_OUT)]
     first = data.batch(0, b) * scale
-    return fvu([(x, sae.decode(sae.encode(x))) for x in held_out]), scale, float(first.double().square().sum())
+    bounds: list[int | None] = [None, *(sae.config.prefixes or ())]
+    found = {bound: fvu([(x, sae.decode(first_of(sae.encode(x), bound))) for x in held_out]) for bound in bounds}
+    return found, scale, float(first.double().square().sum())
