@@ -70,7 +70,8 @@ def publish(
         besides: Other keys of the file.
     """
     show(rows, notes)
-    commit = _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    dirty = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)benchmarks/results", ":(top,exclude)docs")
+    commit = _git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
     values = {
         "commit": commit,
         "machine": {
