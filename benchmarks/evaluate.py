@@ -9,6 +9,7 @@ judge is 768 wide. Each memory is the largest resident set of a process of its o
 import json
 import sys
 
+import numpy as np
 import torch
 from evaluate_stage import THREADS, memory_of_the_stage
 from own_process import clock, in_a_process, peak
@@ -101,7 +102,7 @@ def run_full(what: str) -> dict[str, float]:
     embeddings = draw_embeddings(FULL[0])
     acts = draw_acts(*FULL, density=1.0) if what == "dense" else draw_rows(*FULL)
     seconds, ms = clock(lambda: monosemanticity(acts, embeddings))
-    assert not ms.isnan().any()
+    assert not np.isnan(np.asarray(ms)).any()
     return {"seconds": seconds, "peak": peak()}
 
 

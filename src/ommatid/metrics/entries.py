@@ -7,6 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ommatid.masks import true_at
+
 FEW = 0.08
 """Share of non-zero activations below which a product over the entries is faster than one over all (measured: 0.09)."""
 
@@ -33,14 +35,15 @@ class Entries:
         """Of a tensor, dense or in CSR form, where most is zero; None where it has too many entries."""
         n, d_sae = acts_bs.shape
         is_dense = acts_bs.layout == torch.strided
-        if int(acts_bs.count_nonzero() if is_dense else acts_bs.values().numel()) >= FEW * n * d_sae:
+        fires = acts_bs.bool() if is_dense else acts_bs.values().bool()
+        if int(fires.count_nonzero()) >= FEW * n * d_sae:
             return None
         if not is_dense:
             images = torch.arange(n).repeat_interleave(acts_bs.crow_indices().diff())
             latents, acts = acts_bs.col_indices().long(), acts_bs.values().double()
-            fires = acts != 0
             return cls(images[fires], latents[fires], acts[fires], (n, d_sae))
-        images, latents = acts_bs.nonzero(as_tuple=True)
+        at = true_at(fires)
+        images, latents = at // d_sae, at % d_sae
         return cls(images, latents, acts_bs[images, latents].double(), (n, d_sae))
 
     @cached_property

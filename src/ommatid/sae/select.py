@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ommatid.masks import true_at
 from ommatid.sae import ranks
 from ommatid.sae.entries import Dense, Entries, Levels, Sparse
 from ommatid.sae.weights import Weights, grad_of
@@ -73,7 +74,7 @@ class Scorer:
             of_chunk = floor[start : start + n] if floor.ndim == 2 else floor
             torch.gt(scores, of_chunk.to(self.dtype), out=mask)
             flags.copy_(mask)  # to compare straight into bool takes three times as long
-            index = _nonzero(flags)
+            index = true_at(flags)
             yield index + start * d_sae, scores.flatten()[index]
 
 
@@ -110,16 +111,6 @@ class _Piece:
             return torch.empty(shape, dtype=dtype, device=self._bytes.device)
         taken, self._bytes = self._bytes[:n], self._bytes[-(-n // ALIGNMENT) * ALIGNMENT :]
         return taken.view(dtype).view(shape)
-
-
-def _nonzero(mask: Tensor) -> Tensor:
-    """Flat indices of what is true, ascending; where little is, eight entries are passed over at a time."""
-    if mask.numel() % 8 or mask.is_cuda:
-        return mask.flatten().nonzero()[:, 0]
-    words = mask.flatten().view(torch.int64)
-    some = words.nonzero()[:, 0]
-    found = words[some].view(torch.bool).nonzero()[:, 0]
-    return some[found >> 3] * 8 + (found & 7)
 
 
 def select_batch(scorer: Scorer, k: int, floor: float) -> tuple[Entries, float]:
