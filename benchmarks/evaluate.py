@@ -26,9 +26,9 @@ FULL = (50_000, 8192)
 """Images and latents of the full size."""
 
 
-def draw_acts(n: int, n_latents: int, density: float) -> Tensor:
+def draw_acts(n: int, n_latents: int, density: float, seed: int = 0) -> Tensor:
     """Dense, (n, n_latents) float32, some images at a time: without copies."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     acts = torch.empty(n, n_latents)
     for some in acts.split(512):
         some.uniform_(generator=generator)
@@ -120,7 +120,7 @@ class Rows:
 
 def draw_rows(n: int, n_latents: int) -> Rows:
     sizes = [min(512, n - start) for start in range(0, n, 512)]
-    return Rows([draw_acts(size, n_latents, DENSITY).to_sparse_csr() for size in sizes], (n, n_latents))
+    return Rows([draw_acts(size, n_latents, DENSITY, seed).to_sparse_csr() for seed, size in enumerate(sizes)], (n, n_latents))
 
 
 def main() -> None:

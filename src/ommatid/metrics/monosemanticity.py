@@ -96,7 +96,9 @@ class Monosemanticity:
     def scores(self) -> MonosemanticityScores:
         """The scores of all that was added."""
         u, v = self.scaled_sums()
-        squares = sum((torch.linalg.vecdot(w, w) for w in self._iter_w()), torch.zeros(())) / (self.max - self.min).square()
+        squares = (
+            sum((torch.linalg.vector_norm(w, dim=1).square() for w in self._iter_w()), torch.zeros(())) / (self.max - self.min).square()
+        )
         ms = torch.where(self.is_defined(), (squares - v) / (u.square() - v), math.nan)
         n = self.n
         floor = (float(self.sum_p.square().sum()) - n) / (n * (n - 1)) if n > 1 else math.nan
