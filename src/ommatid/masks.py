@@ -12,3 +12,8 @@ def true_at(mask: Tensor) -> Tensor:
     some = words.nonzero()[:, 0]
     found = words[some].view(torch.bool).nonzero()[:, 0]
     return some[found >> 3] * 8 + (found & 7)
+
+
+def positive(x: Tensor) -> Tensor:
+    """1 where x is positive, else 0, in the arithmetic of x: compared straight into booleans it takes several times as long."""
+    return torch.gt(x, 0, out=torch.empty_like(x))

@@ -5,6 +5,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from ommatid import schemas
+from ommatid.masks import positive, true_at
 from ommatid.store import Draft, part_name
 
 FIRINGS_PER_PART = 2**20
@@ -27,7 +28,8 @@ class Firings:
 
     def add(self, numbers: Tensor, acts: Tensor) -> None:
         """Image numbers (images,) and their image-level activations (images, d_sae)."""
-        rows, latents = (acts > 0).nonzero(as_tuple=True)
+        at = true_at(positive(acts).bool())
+        rows, latents = at // acts.shape[1], at % acts.shape[1]
         new = {"image": numbers[rows].numpy(), "latent": latents.numpy(), "act": acts[rows, latents].numpy()}
         start = 0
         while start < len(rows):

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ommatid.masks import positive
+
 
 class Fidelity:
     """How well x̂ stands for x: FVU, cosine and L0 over everything added.
@@ -96,7 +98,7 @@ class FidelityByKind:
         for kind, fidelity in self.of.items():
             mine = (tokens if len(self.of) == 1 else tokens[:, self._places[kind]] for tokens in (x_btd, x_hat_btd, acts_bts))
             x, x_hat, acts = (tokens.flatten(0, 1) for tokens in mine)
-            fidelity.add(x, x_hat, int((acts > 0).sum()))
+            fidelity.add(x, x_hat, int(positive(acts).sum(0).double().sum()))
 
     @property
     def whole(self) -> Fidelity:

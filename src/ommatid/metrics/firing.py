@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ommatid.masks import positive
+
 DENSE = 0.1
 """Share of tokens above which a latent is dense. Such latents carry position, norm or context rather than one thing that is in some
 images (arXiv 2506.15679)."""
@@ -26,9 +28,9 @@ class Firing:
     def add(self, acts_bs: Tensor, image_acts_bs: Tensor) -> None:
         """Add token activations (tokens, d_sae) and the same images' image-level activations (images, d_sae)."""
         self.n_tokens += acts_bs.shape[0]
-        self.count += (acts_bs > 0).sum(0)
-        self.n_images += (image_acts_bs > 0).sum(0)
-        self.sum += acts_bs.sum(0, dtype=torch.float64)
+        self.count += positive(acts_bs).sum(0).long()
+        self.n_images += positive(image_acts_bs).sum(0).long()
+        self.sum += acts_bs.sum(0).double()  # of a batch in the arithmetic of the data, of all in float64
         self.max = torch.maximum(self.max, acts_bs.amax(0).double())
 
     @property
