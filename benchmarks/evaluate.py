@@ -1,6 +1,7 @@
 """MonoSemanticity: against the published pair by pair loop, at full size, and the memory of stage `evaluate` by the number of images.
 
 python benchmarks/evaluate.py      writes benchmarks/results/evaluate.json; 2 threads, which the loop has as well; some minutes
+                                   --at-scale: the stage on 100,000 images x 50 patches x 8,192 latents, too; an hour
 What is drawn: latents that each fire on one image in a hundred, as of an SAE with k 20 of 2,048 on class tokens, given as compressed
 rows and as a dense array; and latents that fire on every image, for which a float64 product is the least that can be done. The
 judge is 768 wide. Each memory is the largest resident set of a process of its own, which holds arrays, libraries and all.
@@ -11,7 +12,7 @@ import sys
 
 import numpy as np
 import torch
-from evaluate_stage import THREADS, memory_of_the_stage
+from evaluate_stage import THREADS, at_scale, memory_of_the_stage
 from own_process import clock, in_a_process, peak
 from report import Row, middle, publish
 from torch import Tensor
@@ -128,9 +129,9 @@ def main() -> None:
     match sys.argv[1:]:
         case ["full", what]:
             print(json.dumps(run_full(what)))
-        case _:
+        case more:
             rows, difference = against_the_loop()
-            rows += at_full_size() + memory_of_the_stage()
+            rows += at_full_size() + memory_of_the_stage() + (at_scale() if "--at-scale" in more else [])
             notes = [
                 f"{THREADS} threads; against the loop {N_LATENTS:,} latents and a judge {WIDTH} wide",
                 f"SAE latents fire on {DENSITY:.0%} of images",

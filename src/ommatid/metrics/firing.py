@@ -89,7 +89,8 @@ class TopImages:
 
     def add(self, acts_bs: Tensor, images_b: Tensor) -> None:
         """Image-level activations (images, d_sae) and the images' numbers (images,)."""
-        acts = torch.cat([self.acts, acts_bs.float()])
-        images = torch.cat([self.images, images_b[:, None].expand(-1, acts_bs.shape[1])])
-        order = torch.sort(acts, dim=0, descending=True, stable=True).indices[: self.acts.shape[0]]
-        self.acts, self.images = acts.gather(0, order), images.gather(0, order)
+        new = (acts_bs > self.acts[-1]).any(0).nonzero()[:, 0]  # latents with an image among their strongest: soon few
+        acts = torch.cat([self.acts[:, new], acts_bs[:, new].float()])
+        images = torch.cat([self.images[:, new], images_b[:, None].expand(-1, len(new))])
+        order = torch.sort(acts, dim=0, descending=True, stable=True).indices[: len(self.acts)]
+        self.acts[:, new], self.images[:, new] = acts.gather(0, order), images.gather(0, order)
