@@ -13,7 +13,8 @@ import duckdb
 import pytest
 
 from ommatid.catalog import Catalog
-from ommatid.catalog.report import Report, make_report, write_report
+from ommatid.catalog.pictures.page import Page
+from ommatid.catalog.report import Report, figures, make_report, write_report
 from ommatid.catalog.report.numbers import wilson
 from ommatid.catalog.report.questions import Question
 from ommatid.errors import QueryError
@@ -233,3 +234,15 @@ def test_the_verb_writes_and_names_the_page(file: Path, tmp_path: Path) -> None:
 def test_a_report_needs_no_torch() -> None:
     script = "import sys, ommatid.catalog.report; print({'torch', 'transformers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_no_legend_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Page] = []
+    monkeypatch.setattr(Page, "png", lambda page, density: drawn.append(page) or b"")
+    figures.draw_monosemanticity({name: [0.3, 0.4] for name in figures.NAMES}, floor=0.3)
+    figure = drawn[0].figure
+    figure.canvas.draw()
+    legend = figure.axes[0].get_legend()
+    assert legend is not None and len(legend.get_texts()) == len(figures.NAMES) + 1
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= drawn[0].width and box.y1 <= drawn[0].height

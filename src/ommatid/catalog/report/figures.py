@@ -13,8 +13,8 @@ from ommatid.catalog.pictures.examples import GAP, N_ACROSS, SIDE, load_examples
 from ommatid.catalog.pictures.page import ACCENT, FAINT, GREY, INK, Page, short
 
 WIDTH, HEIGHT = 620, 380
-LEFT, TOP, RIGHT, BOTTOM = 62, 40, 18, 50
-"""Around a plot, for its legend and the words on its axes."""
+LEFT, TOP, RIGHT, BOTTOM = 62, 58, 18, 50
+"""Around a plot, for a legend of two rows and the words on its axes."""
 DENSITY = 2
 """Dots a pixel: sharp on a fine screen."""
 N_BINS = 40
