@@ -14,9 +14,16 @@ import psutil
 TESTS = Path(__file__).parent
 
 
-def started() -> list[psutil.Process]:
+def started() -> set[psutil.Process]:
     """Processes that this one has started itself and that still run, but the one that multiprocessing keeps."""
-    return [child for child in psutil.Process().children() if "resource_tracker" not in " ".join(child.cmdline())]
+    return {child for child in psutil.Process().children() if (command := command_of(child)) and "resource_tracker" not in command}
+
+
+def command_of(process: psutil.Process) -> str:
+    """Its command line; "" of one that has ended."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 class Driver:

@@ -147,7 +147,7 @@ def test_without_an_address_a_cluster_is_started_and_ended(tmp_path: Path, monke
     assert os.getpid() not in {fact["pid"] for fact in facts.values()}
     assert os.environ.keys() - before.keys() <= {"__DASK_PARENT_PID"}
     assert before.items() <= os.environ.items()
-    assert set(started()) <= set(others)
+    assert started() <= others
 
 
 DRIVER = """

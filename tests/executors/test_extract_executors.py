@@ -11,6 +11,7 @@ import pytest
 from clusters import dask_scheduler, dask_workers, ray_cluster
 from distributed import Client
 from fakes import make_images_artefact, make_test_params
+from processes import command_of
 from tiny_clip import save_tiny_clip
 
 from ommatid.config import ExtractParams
@@ -81,7 +82,7 @@ class KillOne:
 
 def find(words: str) -> list[int]:
     """Processes below this one with these words in their command."""
-    return [child.pid for child in psutil.Process().children(recursive=True) if words in " ".join(child.cmdline())]
+    return [child.pid for child in psutil.Process().children(recursive=True) if words in command_of(child)]
 
 
 def test_by_two_processes_one_of_which_is_killed(images: Artefact, expected: Artefact, monkeypatch: pytest.MonkeyPatch) -> None:
