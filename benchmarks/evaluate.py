@@ -1,7 +1,6 @@
 """MonoSemanticity: against the published pair by pair loop, at full size, and the memory of stage `evaluate` by the number of images.
 
 python benchmarks/evaluate.py      writes benchmarks/results/evaluate.json; 2 threads, which the loop has as well; some minutes
-                                   --at-scale: the stage on 100,000 images x 50 patches x 8,192 latents, too; an hour
 What is drawn: latents that each fire on one image in a hundred, as of an SAE with k 20 of 2,048 on class tokens, given as compressed
 rows and as a dense array; and latents that fire on every image, for which a float64 product is the least that can be done. The
 judge is 768 wide. Each memory is the largest resident set of a process of its own, which holds arrays, libraries and all.
@@ -12,7 +11,7 @@ import sys
 
 import numpy as np
 import torch
-from evaluate_stage import THREADS, at_scale, memory_of_the_stage
+from evaluate_stage import THREADS, memory_of_the_stage
 from own_process import clock, in_a_process, peak
 from report import Row, middle, publish
 from torch import Tensor
@@ -129,15 +128,17 @@ def main() -> None:
     match sys.argv[1:]:
         case ["full", what]:
             print(json.dumps(run_full(what)))
-        case more:
+        case []:
             rows, difference = against_the_loop()
-            rows += at_full_size() + memory_of_the_stage() + (at_scale() if "--at-scale" in more else [])
+            rows += at_full_size() + memory_of_the_stage()
             notes = [
                 f"{THREADS} threads; against the loop {N_LATENTS:,} latents and a judge {WIDTH} wide",
                 f"SAE latents fire on {DENSITY:.0%} of images",
                 f"largest difference to the loop, which is in float32: {difference:.1g}",
             ]
             publish("evaluate", rows, ["ommatid", "torch", "numpy", "duckdb"], notes)
+        case other:
+            raise SystemExit(f"{' '.join(other)}: takes no arguments")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The whole stage `evaluate` on drawn activations: its memory by the number of images, and at a size that no memory holds.
+"""The whole stage `evaluate` on drawn activations: its memory by the number of images, and one run of any size.
 
-python benchmarks/evaluate_stage.py FOLDER      one run on the inputs there, whose seconds and peak memory it prints
+python benchmarks/evaluate_stage.py N           one run on N images x 50 patches x 8,192 latents, whose seconds and peak memory it prints
+python benchmarks/evaluate_stage.py FOLDER      the same on the inputs that were drawn there: the process that is measured
 """
 
 import json
@@ -50,7 +51,6 @@ class Drawn:
 
 SMALL = Drawn(3000)
 LARGE = replace(SMALL, n_images=12_000)
-HUGE = Drawn(100_000, (5, 10), 8192)
 
 
 def memory_of_the_stage() -> list[Row]:
@@ -59,15 +59,6 @@ def memory_of_the_stage() -> list[Row]:
     rows = [Row(f"stage evaluate, {drawn.what}, two judges: peak memory", told[drawn]["peak"], "MB", better="lower") for drawn in told]
     growth = told[LARGE]["peak"] / told[SMALL]["peak"]
     return [*rows, Row(f"that of {LARGE.n_images:,} images over that of {SMALL.n_images:,}", growth, "x", 1.25, 1.1, "lower")]
-
-
-def at_scale() -> list[Row]:
-    """Of the largest."""
-    told, what = _run(HUGE), f"stage evaluate, {HUGE.what}, two judges"
-    return [
-        Row(f"{what}: peak memory", told["peak"], "MB", 24_000, 4000, "lower"),
-        Row(f"{what}: seconds", told["seconds"], "s", better="lower"),
-    ]
 
 
 def _run(drawn: Drawn) -> dict[str, float]:
@@ -131,8 +122,14 @@ def _tokens(numbers: Tensor, x: Tensor, grid: tuple[int, int]) -> pa.Table:
 
 
 def main() -> None:
+    if sys.argv[1].isdecimal():
+        _run(Drawn(int(sys.argv[1]), (5, 10), 8192))
+    else:
+        _evaluate(Path(sys.argv[1]))
+
+
+def _evaluate(folder: Path) -> None:
     torch.set_num_threads(THREADS)
-    folder = Path(sys.argv[1])
     params = load_params(Path(__file__).parent.parent / "params.yaml").evaluate
     kinds = {"images": ("images", "images"), "extract": ("activations", "activations"), "train": ("sae", "sae")}
     inputs = {name: store.open_artefact(folder / path, kind) for name, (path, kind) in kinds.items()}

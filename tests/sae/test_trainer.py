@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes import make_test_params
 from sae.planted import make_correlated, make_hierarchical, make_planted, mmcs
 from safetensors.torch import load_file, save_file
 
@@ -302,3 +303,13 @@ def test_untrained_fires_k_latents_a_token() -> None:
     x = make_planted(512).x
     acts = make_untrained(CONFIG, x, seed=3).encode(x)
     assert float((acts > 0).sum(1).float().mean()) == pytest.approx(K, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "epochs", "dead_after"),
+    [(100_000, 10, 98_304), (100_000, 1000, 800_000), (10**9, 1, 10_000_000), (1000, 1, 100)],
+    ids=["a tenth of the run", "8 epochs", "10 million", "less than a batch"],
+)
+def test_latents_are_dead_while_there_is_time_to_bring_them_back(n_tokens: int, epochs: int, dead_after: int) -> None:
+    params = make_test_params(train={"epochs": epochs, "batch_size": 2048}).train
+    assert make_plan(params, n_tokens).dead_after == dead_after

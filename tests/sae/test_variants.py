@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from ommatid.config import TrainParams
 from ommatid.sae import entries, select
 from ommatid.sae.entries import Dense, Levels, Sparse
-from ommatid.sae.step import Batch
+from ommatid.sae.step import Batch, add_aux
 from ommatid.sae.variants import Guides, Settings, Variant, make_variant
 from ommatid.sae.weights import Weights
 
@@ -256,3 +256,39 @@ def test_sparse_products_are_the_dense_ones(bounds: tuple[int, ...], monkeypatch
     torch.testing.assert_close(sparse.sum_by_latent(sparse.values), values.sum(0))
     torch.testing.assert_close(sparse.max_by_latent(sparse.values), values.amax(0))
     assert math.isclose(float(sparse.at(W[:, 0]).sum()), float(W[latents, 0].sum()), rel_tol=1e-12)
+
+
+def aux_gradients(n_dead: int, dtype: torch.dtype, arithmetic: torch.dtype) -> dict[str, Tensor]:
+    weights, batch, x_hat = make_weights(), make_batch(), seeded(12, N_TOKENS, D_MODEL) / 4
+    for tensor in (weights.W_enc, weights.b_enc, weights.W_dec, weights.b_dec):
+        tensor.data = tensor.data.to(dtype)
+    x = batch.x.to(dtype)
+    loss = add_aux(weights, Batch(x, x), x - weights.b_dec, x_hat.to(dtype), torch.arange(n_dead), 1.0, arithmetic)
+    return {"loss": loss, **weights.grads()}
+
+
+@pytest.mark.parametrize("n_dead", [3, D_MODEL // 2, 20], ids=["fewer than fire", "as many", "more"])
+def test_aux_is_its_definition_for_any_number_of_dead(n_dead: int) -> None:
+    weights, batch, x_hat, k = make_weights(), make_batch(), seeded(12, N_TOKENS, D_MODEL) / 4, D_MODEL // 2
+    leaves = {name: tensor[:n_dead].clone().requires_grad_() for name, tensor in weights.trained().items() if name != "b_dec"}
+    pre_acts = (batch.x - weights.b_dec) @ leaves["W_enc"].T + leaves["b_enc"]
+    top = pre_acts.topk(min(k, n_dead), dim=1)
+    acts = torch.zeros_like(pre_acts).scatter(1, top.indices, top.values.relu())
+    residual = batch.x - x_hat
+    variance = (residual - residual.mean(0)).square().sum(1).mean()
+    loss = min(n_dead / k, 1) * (acts @ leaves["W_dec"] - residual).square().sum(1).mean() / variance
+    loss.backward()
+    found = aux_gradients(n_dead, torch.float64, torch.float64)
+    assert float(found["loss"]) == pytest.approx(float(loss.detach()), rel=1e-12)
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(found[name][:n_dead], leaf.grad, rtol=1e-10, atol=1e-12)
+        assert not found[name][n_dead:].any()
+
+
+@pytest.mark.parametrize("n_dead", [3, 20])
+def test_aux_in_bfloat16_points_the_same_way(n_dead: int) -> None:
+    exact, rounded = (aux_gradients(n_dead, torch.float32, arithmetic) for arithmetic in (torch.float32, torch.bfloat16))
+    for name, gradient in exact.items():
+        error = float((rounded[name] - gradient).norm() / gradient.norm())
+        assert error < 0.05, name
+    assert any(not torch.equal(rounded[name], gradient) for name, gradient in exact.items())

@@ -53,7 +53,7 @@ class Estimate:
     """Bytes free where the artefacts go; None: in an object store."""
     took: float
     """Seconds that the estimate itself took."""
-    untried: tuple[str, ...] = ()
+    untried: tuple[str, ...]
     """Labellers that no trial asks, and of which nothing is in the numbers."""
 
     @property

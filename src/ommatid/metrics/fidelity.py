@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ommatid.masks import positive
+from ommatid.masks import count_positive
 
 
 class Fidelity:
@@ -98,7 +98,7 @@ class FidelityByKind:
         for kind, fidelity in self.of.items():
             mine = (tokens if len(self.of) == 1 else tokens[:, self._places[kind]] for tokens in (x_btd, x_hat_btd, acts_bts))
             x, x_hat, acts = (tokens.flatten(0, 1) for tokens in mine)
-            fidelity.add(x, x_hat, int(positive(acts).sum(0).double().sum()))
+            fidelity.add(x, x_hat, int(count_positive(acts).sum()))
 
     @property
     def whole(self) -> Fidelity:

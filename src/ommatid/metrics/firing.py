@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ommatid.masks import positive
+from ommatid.masks import count_positive
 
 DENSE = 0.1
 """Share of tokens above which a latent is dense. Such latents carry position, norm or context rather than one thing that is in some
@@ -28,8 +28,8 @@ class Firing:
     def add(self, acts_bs: Tensor, image_acts_bs: Tensor) -> None:
         """Add token activations (tokens, d_sae) and the same images' image-level activations (images, d_sae)."""
         self.n_tokens += acts_bs.shape[0]
-        self.count += positive(acts_bs).sum(0).long()
-        self.n_images += positive(image_acts_bs).sum(0).long()
+        self.count += count_positive(acts_bs)
+        self.n_images += count_positive(image_acts_bs)
         self.sum += acts_bs.sum(0).double()  # of a batch in the arithmetic of the data, of all in float64
         self.max = torch.maximum(self.max, acts_bs.amax(0).double())
 

@@ -20,7 +20,7 @@ from ommatid.sae.entries import Dense, Entries, Levels, Sparse
 from ommatid.sae.weights import Weights, grad_of
 
 TOKENS_PER_CHUNK = 1024
-"""Of the product: in smaller pieces it takes longer."""
+"""Of the product: in float32 with 256 it takes a quarter longer (AVX2), in bfloat16 with 128 to 1,536 the same (AMX; both 768 x 8,192)."""
 FEWEST_TOKENS = 64
 """Below it the gradients' memory is not worth a loop."""
 ALIGNMENT = 64
