@@ -11,9 +11,9 @@ from PIL import Image
 from ommatid import schemas
 from ommatid.quality import health
 from ommatid.quality.health import draw_health, nearest_cosines
+from ommatid.sae.beginning import make_weights
 from ommatid.sae.histograms import histogram, histograms
 from ommatid.sae.model import SAE, SAEConfig
-from ommatid.sae.weights import make_weights
 from ommatid.store import Artefact, open_draft
 
 D_SAE, D_MODEL = 300, 16

@@ -87,6 +87,30 @@ def test_gradients_lend_their_memory(d_out: int, dtype: torch.dtype) -> None:
     assert all(map(torch.equal, before, weights.tensors().values()))
 
 
+@pytest.mark.parametrize("n_tokens", [1, 15, 64, 65, 300])
+def test_largest_of_some_tokens(n_tokens: int) -> None:
+    scorer = make_scorer(4, n_tokens=300)
+    tokens = torch.arange(300).flip(0)[:n_tokens]
+    values, latents = scorer.largest(tokens, 20)
+    expected = scorer.dense()[tokens]
+    torch.testing.assert_close(values.sort(descending=True).values, expected.sort(descending=True).values[:, :20])
+    torch.testing.assert_close(values, expected.gather(1, latents))
+
+
+def test_only_tokens_that_the_guess_leaves_short_are_looked_at_again() -> None:
+    scorer = make_scorer(5, n_tokens=300, d_sae=256)
+    pre_acts, lengths = scorer.dense(), scorer.inputs_bd.norm(dim=1)
+    top = pre_acts.topk(4, dim=1)
+    seen: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scorer, "largest", lambda self, tokens, k, largest=Scorer.largest: seen.append(tokens) or largest(self, tokens, k))
+        entries, _ = select_token(scorer, 4, 1.75)
+    short = (top.values[:, -1] <= 1.75 * lengths).nonzero()[:, 0]
+    assert 0 < len(short) < 30
+    assert len(seen) == 1 and torch.equal(seen[0], short)
+    torch.testing.assert_close(matrix(entries), torch.zeros_like(pre_acts).scatter(1, top.indices, top.values))
+
+
 @pytest.mark.parametrize("floor", [0.5, 0.0, -0.5])
 def test_above_takes_what_is_above(floor: float) -> None:
     scorer = make_scorer(3, n_tokens=300)

@@ -12,12 +12,13 @@ from ommatid.errors import TrainingError
 from ommatid.hardware import computes_in_bfloat16
 from ommatid.metrics import Fidelity
 from ommatid.sae import ranks
+from ommatid.sae.beginning import fit_scale, make_weights
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.sae.optimiser import Optimiser
 from ommatid.sae.schedule import Plan, make_plan
 from ommatid.sae.step import Batch, Step
 from ommatid.sae.variants import Guides, Settings, Variant, make_variant
-from ommatid.sae.weights import Weights, fit_scale, make_weights
+from ommatid.sae.weights import Weights
 
 PROGRESS = 0.001
 """FVU must fall by this share to count as progress."""

@@ -10,6 +10,7 @@ concerned are looked at again without.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from ommatid.sae.weights import Weights, grad_of
 
 TOKENS_PER_CHUNK = 1024
 """Of the product: in float32 with 256 it takes a quarter longer (AVX2), in bfloat16 with 128 to 1,536 the same (AMX; both 768 x 8,192)."""
+TOKENS_PER_TILE = 16
+"""Chunks are multiples of it, and about equally large: with 511 tokens and a last chunk of 4 a step takes a seventh longer (AVX-512)."""
 FEWEST_TOKENS = 64
 """Below it the gradients' memory is not worth a loop."""
 ALIGNMENT = 64
@@ -64,33 +67,58 @@ class Scorer:
         return Sparse(self.n_tokens, self.levels, rows, latents, torch.cat(values).to(self.weights.b_enc.dtype))
 
     def _iter_above(self, floor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        room = _Room(self.weights, self.dtype)
-        d_sae, b_enc = len(self.weights.b_enc), self.weights.b_enc.to(self.dtype)
-        n = min(TOKENS_PER_CHUNK, self.n_tokens, room.n_tokens)
-        for start in range(0, self.n_tokens, n):
-            x = self.inputs_bd[start : start + n].to(self.dtype)
-            scores, mask, flags = (own[: len(x)] for own in (room.scores, room.mask, room.flags))
-            torch.addmm(b_enc, x, room.W_enc.T, out=scores)
-            of_chunk = floor[start : start + n] if floor.ndim == 2 else floor
+        room, d_sae = self._room, len(self.weights.b_enc)
+        for part, scores in self._iter_scores(self.inputs_bd):
+            mask, flags = room.mask[: len(scores)], room.flags[: len(scores)]
+            of_chunk = floor[part] if floor.ndim == 2 else floor
             torch.gt(scores, of_chunk.to(self.dtype), out=mask)
             flags.copy_(mask)  # to compare straight into bool takes three times as long
             index = true_at(flags)
-            yield index + start * d_sae, scores.flatten()[index]
+            yield index + part.start * d_sae, scores.flatten()[index]
+
+    def largest(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest pre-activations of some tokens, also negative ones, and their latents, (tokens, k) each, in no order."""
+        tops = [scores.topk(k, dim=1, sorted=False) for _, scores in self._iter_scores(self.inputs_bd[tokens])]
+        values, latents = zip(*tops, strict=True)
+        return torch.cat(values).to(self.weights.b_enc.dtype), torch.cat(latents)
+
+    def some(self) -> Tensor:
+        """Pre-activations of the first tokens, of as many as a guess needs and there is room for, in memory that the next overwrite."""
+        return next(self._iter_scores(self.inputs_bd[:TOKENS_OF_GUESS]))[1]
+
+    def _iter_scores(self, inputs: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Pre-activations of some tokens at a time, in memory that those of the next overwrite."""
+        room, b_enc = self._room, self.weights.b_enc.to(self.dtype)
+        for part in room.parts(len(inputs)):
+            x = inputs[part].to(self.dtype)
+            yield part, torch.addmm(b_enc, x, room.W_enc.T, out=room.scores[: len(x)])
+
+    @cached_property
+    def _room(self) -> "_Room":
+        return _Room(self.weights, self.dtype)
 
 
 class _Room:
     """Scratch memory of a selection: that of the gradients, which hold nothing between a step's end and the next one's gradients."""
 
     def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
-        n_bytes = len(weights.b_enc) * dtype.itemsize
+        d_sae = len(weights.b_enc)
         one, other = _Piece(grad_of(weights.W_enc)), _Piece(grad_of(weights.W_dec))
         self.W_enc = weights.W_enc if dtype == weights.W_enc.dtype else other.take(weights.W_enc.shape, dtype).copy_(weights.W_enc)
-        self.n_tokens = min(one.n_bytes // n_bytes, (other.n_bytes - ALIGNMENT) // (n_bytes + len(weights.b_enc)))
-        if self.n_tokens < FEWEST_TOKENS:  # small widths only
-            self.n_tokens = FEWEST_TOKENS
+        fits = min(one.n_bytes // (d_sae * dtype.itemsize), other.n_bytes // (d_sae * (dtype.itemsize + 1)))
+        self._n_tokens = min(fits // TOKENS_PER_TILE * TOKENS_PER_TILE, TOKENS_PER_CHUNK)
+        if self._n_tokens < FEWEST_TOKENS:  # small widths only
+            self._n_tokens = FEWEST_TOKENS
             one = other = _Piece(torch.empty(0, device=weights.W_enc.device))
-        shape = (min(self.n_tokens, TOKENS_PER_CHUNK), len(weights.b_enc))
+        shape = (self._n_tokens, d_sae)
         self.scores, self.mask, self.flags = one.take(shape, dtype), other.take(shape, dtype), other.take(shape, torch.bool)
+
+    def parts(self, n_tokens: int) -> Iterator[slice]:
+        """So many tokens in chunks that have room."""
+        n_parts = max(1, -(-n_tokens // self._n_tokens))
+        n = -(-n_tokens // (n_parts * TOKENS_PER_TILE)) * TOKENS_PER_TILE
+        for start in range(0, n_tokens, n):
+            yield slice(start, min(start + n, n_tokens))
 
 
 class _Piece:
@@ -148,25 +176,24 @@ def select_token(scorer: Scorer, k: int, floor: float) -> tuple[Entries, float]:
     floor = floor if floor > 0 else FLOOR_SHARE * _first_floor(scorer, k) / float(lengths.max())
     found = scorer.above(lengths * floor)
     counts = torch.bincount(found.rows, minlength=scorer.n_tokens)
+    values, latents = _top_of_rows(found, counts, k)
     few = (counts < k).nonzero()[:, 0]
     if len(few) and floor > 0:
-        found = _with_all_of(found, few, scorer)
-        counts = torch.bincount(found.rows, minlength=scorer.n_tokens)
-    keep, smallest = _top_of_rows(found, counts, k)
-    shares = smallest[counts >= k] / lengths[:, 0][counts >= k]
-    return _pick(found, keep), float(shares.quantile(0.05)) if len(shares) else 0.0
+        values[few], latents[few] = scorer.largest(few, k)
+    smallest = values.amin(1)
+    shares = (smallest / lengths[:, 0])[smallest > 0]
+    return _by_token(scorer, values, latents), float(shares.quantile(0.05)) if len(shares) else 0.0
 
 
 def select_above(scorer: Scorer, floor: Tensor) -> Entries:
     """All entries above a floor, () or (d_sae,), dense where they are many."""
-    first = Scorer(scorer.weights, scorer.inputs_bd[:TOKENS_OF_GUESS], scorer.levels, scorer.dtype).dense()
-    share = float((first > floor).float().mean())
+    share = float((scorer.some() > floor).float().mean())
     return Dense(scorer.levels, scorer.dense()) if share > DENSE_SHARE else scorer.above(floor)
 
 
 def _first_floor(scorer: Scorer, k: int) -> float:
     """A guess where no step came before: what k entries a token of some of the batch are above; all ranks take the first's."""
-    some = Scorer(scorer.weights, scorer.inputs_bd[:TOKENS_OF_GUESS], scorer.levels, scorer.dtype).dense()
+    some = scorer.some()
     smallest = some.flatten().topk(min(k * len(some), some.numel()), sorted=False).values.min()
     return max(0.0, float(ranks.agree(smallest)))
 
@@ -175,27 +202,22 @@ def _is_dense(k: int, scorer: Scorer) -> bool:
     return k > DENSE_SHARE * len(scorer.weights.b_enc)
 
 
-def _with_all_of(found: Sparse, few: Tensor, scorer: Scorer) -> Sparse:
-    """The entries, those of some tokens without a floor."""
-    again = Scorer(scorer.weights, scorer.inputs_bd[few], scorer.levels, scorer.dtype).above(torch.zeros((), device=few.device))
-    stays = torch.ones(scorer.n_tokens, dtype=torch.bool, device=few.device)
-    stays[few] = False
-    kept = stays[found.rows]
-    rows = torch.cat([found.rows[kept], few[again.rows]])
-    order = rows.argsort(stable=True)
-    latents, values = torch.cat([found.latents[kept], again.latents]), torch.cat([found.values[kept], again.values])
-    return Sparse(found.n_tokens, found.levels, rows[order], latents[order], values[order])
-
-
 def _top_of_rows(found: Sparse, counts: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Which entries are among the k largest of their token, ascending, and the smallest of these for each token."""
+    """The k largest values of each token and their latents, (batch, k) each, in no order; 0 where a token has fewer."""
     widest = max(int(counts.max()), k)
-    place = torch.arange(len(found.rows), device=found.rows.device) - (counts.cumsum(0) - counts)[found.rows]
-    table = torch.zeros(found.n_tokens, widest, dtype=found.values.dtype, device=found.values.device)
-    table[found.rows, place] = found.values
-    top = table.topk(k, dim=1)
-    chosen = torch.zeros_like(table, dtype=torch.bool).scatter_(1, top.indices, top.values > 0)
-    return chosen[found.rows, place].nonzero()[:, 0], top.values[:, -1]
+    place = found.rows * widest + torch.arange(len(found.rows), device=found.rows.device) - (counts.cumsum(0) - counts)[found.rows]
+    values, latents = (own.new_zeros(found.n_tokens * widest).scatter_(0, place, own) for own in (found.values, found.latents))
+    top = values.view(-1, widest).topk(k, dim=1, sorted=False)
+    return top.values, latents.view(-1, widest).gather(1, top.indices)
+
+
+def _by_token(scorer: Scorer, values: Tensor, latents: Tensor) -> Sparse:
+    """Entries of equally many latents a token, (batch, k), where they are positive."""
+    latents, order = latents.sort(dim=1)
+    values = values.gather(1, order)
+    fires = values > 0
+    rows = torch.arange(len(values), device=values.device)[:, None].expand_as(values)
+    return Sparse(scorer.n_tokens, scorer.levels, rows[fires], latents[fires], values[fires])
 
 
 def _pick(found: Sparse, keep: Tensor) -> Sparse:

@@ -29,14 +29,19 @@ class Batch:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """x̂ and what its error asks of it."""
+    """What the error of x̂ asks of it."""
 
-    x_hat: Tensor
-    """(batch, d_out)"""
     loss: Tensor
     """This rank's share of the mean squared error a token, the mean over levels, ()."""
     table: Tensor
     """Gradient of the loss in what each level adds, (batch, levels, d_out): of its own error and those of the levels above."""
+    share: float
+    """Of an error in `table`."""
+
+    def take_x_hat(self, target: Tensor) -> Tensor:
+        """x̂ of the whole dictionary, (batch, d_out), in the memory of `table`, which is of no use afterwards."""
+        error = self.table[:, -1]
+        return (error if self.table.shape[1] == 1 else error.clone()).div_(self.share).add_(target)
 
 
 @dataclass(frozen=True)
@@ -67,14 +72,14 @@ def reconstruct(entries: Entries, acts: Tensor, weights: Weights, batch: Batch) 
     for level in range(1, n_levels):
         table[:, level].add_(table[:, level - 1])
     table.add_(weights.b_dec)
-    x_hat = table[:, -1].clone()
     table.sub_(batch.target[:, None])
     rows = table.flatten(0, 1)
     loss = torch.linalg.vector_norm(rows, dim=1).square().sum() / (batch.n_total * n_levels)
-    table.mul_(2 / (batch.n_total * n_levels))
+    share = 2 / (batch.n_total * n_levels)
+    table.mul_(share)
     for level in reversed(range(n_levels - 1)):
         table[:, level].add_(table[:, level + 1])
-    return Reconstruction(x_hat, loss, table)
+    return Reconstruction(loss, table, share)
 
 
 def set_gradients(

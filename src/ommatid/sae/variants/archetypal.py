@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from ommatid.sae.beginning import fit_scale
 from ommatid.sae.kmeans import find_centres
 from ommatid.sae.step import Batch, Step
 from ommatid.sae.variants.base import Guides, Settings
 from ommatid.sae.variants.topk import BatchTopK
-from ommatid.sae.weights import Weights, fit_scale, grad_of
+from ommatid.sae.weights import Weights, grad_of
 
 MOST_CENTRES = 2048
 

@@ -45,7 +45,7 @@ class Gated(Steered):
         set_gradients(weights, entries, found, acts, grad_gate + grad_mag * scale, inputs, grad_gate)
         n_firings = int((acts > 0).sum())
         self._steer(guides, n_firings, batch.n_total)
-        return Step(loss, found.x_hat, n_firings, entries.fired(acts), 0.0)
+        return Step(loss, found.take_x_hat(batch.target), n_firings, entries.fired(acts), 0.0)
 
     def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
         """In the pre-activations π: exp(r) (π − b_gate) + b_mag."""

@@ -62,7 +62,7 @@ class JumpReLU(Steered):
         n_firings = int(fires.sum())
         average_act(guides, acts)
         self._steer(guides, n_firings, batch.n_total)
-        return Step(loss + weight * penalty, found.x_hat, n_firings, entries.fired(acts), 0.0)
+        return Step(loss + weight * penalty, found.take_x_hat(batch.target), n_firings, entries.fired(acts), 0.0)
 
     def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
         """See `Variant`."""

@@ -37,7 +37,7 @@ class ReLU(Steered):
         set_gradients(weights, entries, found, acts, grad_acts.mul_(acts > 0), inputs)
         n_firings = int((acts > 0).sum())
         self._steer(guides, n_firings, batch.n_total)
-        return Step(loss, found.x_hat, n_firings, entries.fired(acts), 0.0)
+        return Step(loss, found.take_x_hat(batch.target), n_firings, entries.fired(acts), 0.0)
 
     def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
         """See `Variant`."""

@@ -32,9 +32,10 @@ class BatchTopK(Variant):
         if settings.ms_weight:
             loss = loss + add_monosemanticity(entries, acts, batch, settings.ms_weight, grad_acts)
         set_gradients(weights, entries, found, acts, grad_acts.mul_(acts > 0), inputs)
+        x_hat = found.take_x_hat(batch.target)
         if settings.aux_coefficient and len(dead):
-            loss = loss + add_aux(weights, batch, inputs, found.x_hat, dead, settings.aux_coefficient, scorer.dtype)
-        return Step(loss, found.x_hat, int((acts > 0).sum()), entries.fired(acts), threshold)
+            loss = loss + add_aux(weights, batch, inputs, x_hat, dead, settings.aux_coefficient, scorer.dtype)
+        return Step(loss, x_hat, int((acts > 0).sum()), entries.fired(acts), threshold)
 
     def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
         """See `Variant`."""
