@@ -10,8 +10,8 @@ def true_at(mask: Tensor) -> Tensor:
         return mask.flatten().nonzero()[:, 0]
     words = mask.flatten().view(torch.int64)
     some = words.nonzero()[:, 0]
-    found = words[some].view(torch.bool).nonzero()[:, 0]
-    return some[found >> 3] * 8 + (found & 7)
+    found = words.index_select(0, some).view(torch.bool).nonzero()[:, 0]
+    return some.index_select(0, found >> 3) * 8 + (found & 7)
 
 
 def positive(x: Tensor) -> Tensor:

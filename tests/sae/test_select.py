@@ -81,8 +81,8 @@ def test_gradients_lend_their_memory(d_out: int, dtype: torch.dtype) -> None:
     before = [tensor.clone() for tensor in weights.tensors().values()]
     for floor in (torch.tensor(10.0), 10 + torch.rand(300, 1, generator=generator), torch.tensor(-1.0)):
         scorer = Scorer(weights, torch.randn(300, 160, generator=generator), Levels((41,)), dtype)
-        pre_acts = torch.addmm(weights.b_enc.to(dtype), scorer.inputs_bd.to(dtype), W_enc.to(dtype).T).float()
-        expected = torch.where(pre_acts > floor.to(dtype), pre_acts, 0)
+        products, bound = scorer.inputs_bd.to(dtype) @ W_enc.to(dtype).T, floor.to(dtype) - weights.b_enc.to(dtype)
+        expected = torch.where(products > bound, products.float() + weights.b_enc, 0)
         torch.testing.assert_close(matrix(scorer.above(floor)), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
     assert all(map(torch.equal, before, weights.tensors().values()))
 

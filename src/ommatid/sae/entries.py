@@ -85,17 +85,21 @@ class Sparse:
         return embedding_bag(self.latents, W_dec, starts, mode="sum", per_sample_weights=acts).unflatten(0, (-1, self.levels.n))
 
     def product(self, table_bld: Tensor, directions_sd: Tensor) -> Tensor:
-        """What table · direction is at the entries, with the row of the entry's token and level, (n,)."""
-        table, bags = table_bld.flatten(0, 1), self._bags_of(table_bld)
-        ends = torch.searchsorted(bags, torch.arange(len(table) + 1, device=self.rows.device))
-        zeros = torch.zeros_like(self.values)
-        pattern = torch.sparse_csr_tensor(ends, self.latents, zeros, (len(table), len(directions_sd)), check_invariants=False)
-        return torch.sparse.sampled_addmm(pattern, table, directions_sd.T, beta=0.0).values()
+        """What table · direction is at the entries, with the row of the entry's token and level, (n,).
+
+        Latent by latent: the table is smaller than the dictionary, and more of it stays in the cache.
+        """
+        table, (order, bounds) = table_bld.flatten(0, 1), self._by_latent
+        rows, zeros = self._bags_of(table_bld).index_select(0, order), torch.zeros_like(self.values)
+        pattern = torch.sparse_csr_tensor(bounds, rows, zeros, (len(directions_sd), len(table)), check_invariants=False)
+        found = torch.sparse.sampled_addmm(pattern, directions_sd, table.T, beta=0.0).values()
+        return zeros.scatter_(0, order, found)
 
     def gather(self, weights: Tensor, table_bld: Tensor, out_sd: Tensor) -> None:
         """For each latent the weighted sum of the table's rows (of token and level) over its entries, into (d_sae, d_model)."""
         order, bounds = self._by_latent
-        rows, sorted_weights, table = self._bags_of(table_bld)[order], weights[order], table_bld.flatten(0, 1)
+        rows, sorted_weights = (own.index_select(0, order) for own in (self._bags_of(table_bld), weights))
+        table = table_bld.flatten(0, 1)
         if HAS_MKL and not out_sd.is_cuda:
             pattern = torch.sparse_csr_tensor(bounds, rows, sorted_weights, (len(out_sd), len(table)), check_invariants=False)
             torch.addmm(out_sd, pattern, table, beta=0, out=out_sd)

@@ -59,39 +59,43 @@ class Scorer:
         return torch.addmm(self.weights.b_enc, self.inputs_bd, self.weights.W_enc.T)
 
     def above(self, floor: Tensor) -> Sparse:
-        """The entries above a floor: one for all, (), of each token, (batch, 1), or of each latent, (d_sae,)."""
-        indices, values = zip(*self._iter_above(floor), strict=True)
-        index = torch.cat(indices)
-        rows = index // len(self.weights.b_enc)
-        latents = index.remainder_(len(self.weights.b_enc))
-        return Sparse(self.n_tokens, self.levels, rows, latents, torch.cat(values).to(self.weights.b_enc.dtype))
+        """The entries above a floor: one for all, (), of each token, (batch, 1), or of each latent, (d_sae,).
 
-    def _iter_above(self, floor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        room, d_sae = self._room, len(self.weights.b_enc)
+        Compared in the product's arithmetic; b_enc is taken from the floor, which is less work than to add it to every entry.
+        """
+        rows, latents, values = (torch.cat(parts) for parts in zip(*self._iter_above(floor), strict=True))
+        return Sparse(self.n_tokens, self.levels, rows, latents, values)
+
+    def _iter_above(self, floor: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        room, b_enc = self._room, self.weights.b_enc
+        floor, own = floor.to(self.dtype), b_enc.to(self.dtype)
         for part, scores in self._iter_scores(self.inputs_bd):
             mask, flags = room.mask[: len(scores)], room.flags[: len(scores)]
             of_chunk = floor[part] if floor.ndim == 2 else floor
-            torch.gt(scores, of_chunk.to(self.dtype), out=mask)
+            bound = torch.sub(of_chunk, own, out=mask if floor.ndim == 2 else None)
+            torch.gt(scores, bound, out=mask)
             flags.copy_(mask)  # to compare straight into bool takes three times as long
             index = true_at(flags)
-            yield index + part.start * d_sae, scores.flatten()[index]
+            rows, latents = index // len(b_enc), index % len(b_enc)
+            yield rows + part.start, latents, scores.flatten().index_select(0, index).to(b_enc.dtype) + b_enc.index_select(0, latents)
 
     def largest(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest pre-activations of some tokens, also negative ones, and their latents, (tokens, k) each, in no order."""
-        tops = [scores.topk(k, dim=1, sorted=False) for _, scores in self._iter_scores(self.inputs_bd[tokens])]
+        scores = self._iter_scores(self.inputs_bd[tokens])
+        tops = [of_chunk.add_(self.weights.b_enc).topk(k, dim=1, sorted=False) for _, of_chunk in scores]
         values, latents = zip(*tops, strict=True)
         return torch.cat(values).to(self.weights.b_enc.dtype), torch.cat(latents)
 
     def some(self) -> Tensor:
         """Pre-activations of the first tokens, of as many as a guess needs and there is room for, in memory that the next overwrite."""
-        return next(self._iter_scores(self.inputs_bd[:TOKENS_OF_GUESS]))[1]
+        return next(self._iter_scores(self.inputs_bd[:TOKENS_OF_GUESS]))[1].add_(self.weights.b_enc)
 
     def _iter_scores(self, inputs: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Pre-activations of some tokens at a time, in memory that those of the next overwrite."""
-        room, b_enc = self._room, self.weights.b_enc.to(self.dtype)
+        """Pre-activations, less b_enc, of some tokens at a time, in memory that those of the next overwrite."""
+        room = self._room
         for part in room.parts(len(inputs)):
             x = inputs[part].to(self.dtype)
-            yield part, torch.addmm(b_enc, x, room.W_enc.T, out=room.scores[: len(x)])
+            yield part, torch.mm(x, room.W_enc.T, out=room.scores[: len(x)])
 
     @cached_property
     def _room(self) -> "_Room":
@@ -215,9 +219,10 @@ def _by_token(scorer: Scorer, values: Tensor, latents: Tensor) -> Sparse:
     """Entries of equally many latents a token, (batch, k), where they are positive."""
     latents, order = latents.sort(dim=1)
     values = values.gather(1, order)
-    fires = values > 0
     rows = torch.arange(len(values), device=values.device)[:, None].expand_as(values)
-    return Sparse(scorer.n_tokens, scorer.levels, rows[fires], latents[fires], values[fires])
+    found = Sparse(scorer.n_tokens, scorer.levels, rows.flatten(), latents.flatten(), values.flatten())
+    fires = found.values > 0
+    return found if bool(fires.all()) else _pick(found, fires)
 
 
 def _pick(found: Sparse, keep: Tensor) -> Sparse:
