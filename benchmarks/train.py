@@ -66,7 +66,8 @@ class Bench:
 
     def quality(self) -> Iterator[Row]:
         with open_peers() as peers:
-            yield from quality(peers, 40 if self._quick else N_STEPS)
+            for n_steps in (40,) if self._quick else N_STEPS:
+                yield from quality(peers, n_steps)
 
     def stage(self) -> Iterator[Row]:
         record_runs(self._root)

@@ -14,7 +14,8 @@ from ommatid.sae.learner import Learner, Sample
 from ommatid.sae.step import Batch
 
 SIZE = Size(d_model=256, d_sae=2048, k=16, batch_size=1024)
-N_STEPS = 300
+N_STEPS = (300, 1500)
+"""What is ahead soon need not be ahead later."""
 SAMPLE = 16384
 """Tokens that a run begins from, as in the stage."""
 N_HELD_OUT = 16
@@ -37,17 +38,19 @@ def quality(peers: Peers, n_steps: int) -> Iterator[Row]:
             assert abs(peers.ask("train") / check - 1) < 1e-6, "the peer's batches are not ours: is its torch another one?"
             other = {bound: peers.ask("fvu", n_batches=N_HELD_OUT, bound=bound) for bound in mine}
             yield Row(f"{what}: {peer['peer']}", other[None], "FVU")
-            yield Row(f"{variant}: FVU, ours / {peer['peer']} - 1", 100 * (mine[None] / other[None] - 1), "%", 1, 0, "lower")
+            yield Row(
+                f"{variant}: FVU after {n_steps} steps, ours / {peer['peer']} - 1", 100 * (mine[None] / other[None] - 1), "%", 1, 0, "lower"
+            )
             if len(mine) > 1:
-                yield from _levels(mine, other, peer["peer"])
+                yield from _levels(mine, other, f"after {n_steps} steps", peer["peer"])
 
 
-def _levels(mine: dict[int | None, float], other: dict[int | None, float], peer: str) -> Iterator[Row]:
+def _levels(mine: dict[int | None, float], other: dict[int | None, float], when: str, peer: str) -> Iterator[Row]:
     """Of the levels of a Matryoshka dictionary: their mean is what is minimised, that of all latents is one of them."""
     ours, theirs = (fmean(fvu for bound, fvu in found.items() if bound) for found in (mine, other))
-    yield Row("matryoshka, mean FVU over levels: ours", ours, "FVU")
-    yield Row(f"matryoshka, mean FVU over levels: {peer}", theirs, "FVU")
-    yield Row(f"matryoshka: mean FVU over levels, ours / {peer} - 1", 100 * (ours / theirs - 1), "%", 1, 0, "lower")
+    yield Row(f"matryoshka, mean FVU over levels {when}: ours", ours, "FVU")
+    yield Row(f"matryoshka, mean FVU over levels {when}: {peer}", theirs, "FVU")
+    yield Row(f"matryoshka: mean FVU over levels {when}, ours / {peer} - 1", 100 * (ours / theirs - 1), "%", 1, 0, "lower")
 
 
 def _ours(variant: str, n_steps: int) -> tuple[dict[int | None, float], float, float]:
