@@ -234,8 +234,7 @@ def test_without_a_limit_encoding_is_non_negative_least_squares(n_latents: int, 
     nmf = NMF(W, torch.zeros(12), n_latents)
     for row, acts in zip(x, nmf.encode(x), strict=True):
         _, best = nnls(W.double().T.numpy(), row.double().numpy())
-        # a fixed number of sweeps: of all 40,040 rows that can be drawn here seven are more than 2 % above the best, the worst 4.0 %
-        assert float((row - acts @ W).norm()) <= best * 1.05 + 1e-3
+        assert float((row - acts @ W).norm()) <= best * 1.02 + 1e-3
 
 
 def test_a_token_made_of_k_parts_is_taken_apart() -> None:

@@ -16,8 +16,8 @@ ROUNDS = 8
 """Rounds in which the parts of a token are chosen, k / 8 each."""
 SWEEPS = 2
 """HALS sweeps over a token's parts after each round."""
-LAST_SWEEPS = 10
-"""HALS sweeps over a token's parts when all are there."""
+LAST_SWEEPS = 20
+"""HALS sweeps over a token's parts when all are there: with 10 one in 6,000 is over 2 % above the best (12 dimensions, to 8 parts)."""
 ENTRIES = 2**24
 """Values of chosen parts (tokens x k x d_model), or of activations (tokens x n_latents), held at once."""
 
