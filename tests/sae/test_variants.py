@@ -180,6 +180,21 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Oracle, Tensor], Tensor]]] = {
 
 
 @pytest.mark.parametrize("dense_share", [1.0, 0.0], ids=["sparse", "dense"])
+@pytest.mark.parametrize(
+    ("name", "acts_of"), [("topk", topk_acts), ("batch_topk", batch_topk_acts), ("matryoshka", batch_topk_acts), ("relu", torch.relu)]
+)
+def test_a_step_tells_what_the_whole_dictionary_reconstructs(
+    name: str, acts_of: Callable[[Tensor], Tensor], dense_share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select, "DENSE_SHARE", dense_share)
+    variant, weights, batch, guides = make(CASES[name][0], 0.0), make_weights(), make_batch(), Guides(floor=0.3)
+    variant.begin(weights, batch.x - weights.b_dec, guides)
+    acts = acts_of((batch.x - weights.b_dec) @ weights.W_enc.T + weights.b_enc)
+    step = variant.step(weights, batch, guides, torch.arange(N_DEAD))
+    torch.testing.assert_close(step.x_hat, acts @ weights.W_dec + weights.b_dec, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dense_share", [1.0, 0.0], ids=["sparse", "dense"])
 @pytest.mark.parametrize("ms_weight", [0.0, 0.7], ids=["", "ms"])
 @pytest.mark.parametrize("transcoder", [False, True], ids=["", "transcoder"])
 @pytest.mark.parametrize("name", CASES)
