@@ -29,20 +29,19 @@ PEERS: dict[str, tuple[dict[str, Any], ...]] = {
 
 def quality(peers: Peers, n_steps: int) -> Iterator[Row]:
     """Variant by variant."""
+    when = f"after {n_steps} steps"
     for variant, others in PEERS.items():
         mine, scale, check = _ours(variant, n_steps)
-        what = f"{variant}, FVU on held-out tokens after {n_steps} steps"
+        what = f"{variant}, FVU on held-out tokens {when}"
         yield Row(f"{what}: ours", mine[None], "FVU")
         for peer in others:
             peers.ask("make", **request(variant, SIZE, n_steps, scale) | peer)
             assert abs(peers.ask("train") / check - 1) < 1e-6, "the peer's batches are not ours: is its torch another one?"
             other = {bound: peers.ask("fvu", n_batches=N_HELD_OUT, bound=bound) for bound in mine}
             yield Row(f"{what}: {peer['peer']}", other[None], "FVU")
-            yield Row(
-                f"{variant}: FVU after {n_steps} steps, ours / {peer['peer']} - 1", 100 * (mine[None] / other[None] - 1), "%", 1, 0, "lower"
-            )
+            yield Row(f"{variant}: FVU {when}, ours / {peer['peer']} - 1", 100 * (mine[None] / other[None] - 1), "%", 1, 0, "lower")
             if len(mine) > 1:
-                yield from _levels(mine, other, f"after {n_steps} steps", peer["peer"])
+                yield from _levels(mine, other, when, peer["peer"])
 
 
 def _levels(mine: dict[int | None, float], other: dict[int | None, float], when: str, peer: str) -> Iterator[Row]:

@@ -13,7 +13,7 @@ from synthetic import Synthetic
 from torch import Tensor
 
 from ommatid.config import TrainParams, load_params
-from ommatid.hardware import computes_in_bfloat16
+from ommatid.hardware import product_dtype
 from ommatid.sae.learner import Learner, Sample
 from ommatid.sae.schedule import make_plan
 from ommatid.sae.step import Batch
@@ -66,7 +66,7 @@ class Floor:
     """The product that no step can do without: the encoder's, in the hardware's arithmetic."""
 
     def __init__(self, size: Size) -> None:
-        self.dtype = torch.bfloat16 if computes_in_bfloat16(CPU) else torch.float32
+        self.dtype = product_dtype(CPU)
         self._x: Tensor = torch.randn(size.batch_size, size.d_model).to(self.dtype)
         self._W: Tensor = torch.randn(size.d_sae, size.d_model).to(self.dtype)
         self._out = torch.empty(size.batch_size, size.d_sae, dtype=self.dtype)

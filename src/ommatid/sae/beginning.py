@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
-from ommatid.hardware import computes_in_bfloat16
+from ommatid.hardware import product_dtype
 from ommatid.sae.entries import Levels
 from ommatid.sae.select import Scorer
 from ommatid.sae.weights import Weights
@@ -51,8 +51,7 @@ def fit_scale(weights: Weights, x_nd: Tensor, k: int, target_nd: Tensor | None =
     """
     x = x_nd[:TOKENS_OF_SCALE]
     target = x if target_nd is None else target_nd[:TOKENS_OF_SCALE]
-    dtype = torch.bfloat16 if computes_in_bfloat16(x.device) else torch.float32
-    scorer = Scorer(weights, x, Levels((weights.d_sae,)), dtype)
+    scorer = Scorer(weights, x, Levels((weights.d_sae,)), product_dtype(x.device))
     values, latents = scorer.largest(torch.arange(len(x)), min(k, weights.d_sae))
     x_hat = embedding_bag(latents, weights.W_dec, mode="sum", per_sample_weights=values.relu_())
     squares = float(x_hat.square().sum())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ommatid.config import Imported, TrainParams
 from ommatid.errors import TrainingError
-from ommatid.hardware import computes_in_bfloat16
+from ommatid.hardware import product_dtype
 from ommatid.metrics import Fidelity
 from ommatid.sae import ranks
 from ommatid.sae.beginning import fit_scale, make_weights
@@ -233,7 +233,6 @@ class Learner:
 
 
 def _settings(params: TrainParams, plan: Plan, device: torch.device) -> Settings:
-    dtype = torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
     return Settings(
         k=params.k,
         d_sae=params.d_sae,
@@ -242,6 +241,6 @@ def _settings(params: TrainParams, plan: Plan, device: torch.device) -> Settings
         seed=params.seed,
         aux_coefficient=params.aux_coefficient,
         ms_weight=params.ms_weight,
-        dtype=dtype,
+        dtype=product_dtype(device),
         device=device,
     )

@@ -186,7 +186,7 @@ def select_token(scorer: Scorer, k: int, floor: float) -> tuple[Entries, float]:
         values[few], latents[few] = scorer.largest(few, k)
     smallest = values.amin(1)
     shares = (smallest / lengths[:, 0])[smallest > 0]
-    return _by_token(scorer, values, latents), float(shares.quantile(0.05)) if len(shares) else 0.0
+    return _by_token(values, latents, scorer.levels), float(shares.quantile(0.05)) if len(shares) else 0.0
 
 
 def select_above(scorer: Scorer, floor: Tensor) -> Entries:
@@ -215,12 +215,12 @@ def _top_of_rows(found: Sparse, counts: Tensor, k: int) -> tuple[Tensor, Tensor]
     return top.values, latents.view(-1, widest).gather(1, top.indices)
 
 
-def _by_token(scorer: Scorer, values: Tensor, latents: Tensor) -> Sparse:
+def _by_token(values: Tensor, latents: Tensor, levels: Levels) -> Sparse:
     """Entries of equally many latents a token, (batch, k), where they are positive."""
     latents, order = latents.sort(dim=1)
     values = values.gather(1, order)
     rows = torch.arange(len(values), device=values.device)[:, None].expand_as(values)
-    found = Sparse(scorer.n_tokens, scorer.levels, rows.flatten(), latents.flatten(), values.flatten())
+    found = Sparse(len(values), levels, rows.flatten(), latents.flatten(), values.flatten())
     fires = found.values > 0
     return found if bool(fires.all()) else _pick(found, fires)
 

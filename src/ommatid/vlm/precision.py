@@ -5,7 +5,7 @@ from typing import assert_never
 import torch
 from torch import nn
 
-from ommatid.hardware import computes_in_bfloat16
+from ommatid.hardware import product_dtype
 from ommatid.vlm import Dtype
 from ommatid.vlm.preprocess import Preprocess
 
@@ -18,7 +18,7 @@ def resolve_dtype(dtype: Dtype, device: str) -> torch.dtype:
         case "bfloat16":
             return torch.bfloat16
         case "auto":
-            return torch.bfloat16 if computes_in_bfloat16(torch.device(device)) else torch.float32
+            return product_dtype(torch.device(device))
         case _:
             assert_never(dtype)
 
