@@ -11,7 +11,8 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",  # or pages of CancelledError when a temporary server ends
+    "PREFECT_SERVER_UI_V2_ENABLED": "false",  # the second UI, to which the bare address would lead, asks a host of analytics
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",  # or pages of CancelledError in the log when a temporary server ends
     "PREFECT_HOME": str(Path.cwd() / ".prefect"),
 }
 

@@ -86,7 +86,7 @@ class Workplace:
                 time.sleep(5)
                 continue
             if code:
-                raise RunError(f"{stage}: {_error_in(lines, code)}")
+                raise RunError(f"{stage}: {_error_in(lines, code).removeprefix(f'{stage}: ')}")
             return
 
     def dvc(self, *arguments: str) -> str:

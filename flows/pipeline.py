@@ -6,9 +6,9 @@ its progress, and publishes its quality report; the run ends with the headline n
 """
 
 import logging
-import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 from uuid import UUID
@@ -22,10 +22,12 @@ from prefect.states import Completed
 
 from flows import pages
 from flows.checkout import Workplace, open_workplace
+from flows.server import leave_out_tracebacks, prefect_server
 from ommatid.config import Params, load_params
-from ommatid.errors import OmmatidError
+from ommatid.edge import at_edge
 
-PREFILLED = load_params()
+with at_edge() if __name__ == "__main__" else nullcontext():
+    PREFILLED = load_params()
 """What the form of the Prefect UI begins with."""
 UPDATE_SECONDS = 3.0
 """Between two requests that move one progress bar."""
@@ -129,11 +131,9 @@ def _follow(stage: str) -> Callable[[str], None]:
 
 def main() -> None:
     """Run once, here and now, with params.yaml as it is; a temporary Prefect server serves when none is named."""
-    try:
+    leave_out_tracebacks(Exception)  # the edge keeps it in a file
+    with at_edge(), prefect_server():
         pipeline()
-    except OmmatidError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -16,9 +16,11 @@ from prefect.states import Completed
 from flows import pages
 from flows.checkout import open_workplace
 from flows.pipeline import run_stages
+from flows.server import leave_out_tracebacks, prefect_server
 from ommatid import champion
 from ommatid.champion import Decision
 from ommatid.config import Params, load_params
+from ommatid.edge import at_edge
 from ommatid.errors import RunError
 from ommatid.events import Event, Progress
 
@@ -68,5 +70,12 @@ def point_alias() -> None:
         get_run_logger().warning(f"the alias champion was not set: {error}; the next run tries again")
 
 
+def main() -> None:
+    """Retrain once, here and now."""
+    leave_out_tracebacks(Exception)  # the edge keeps it in a file
+    with at_edge(), prefect_server():
+        retrain()
+
+
 if __name__ == "__main__":
-    retrain()
+    main()

@@ -7,92 +7,24 @@ Everything they write stays in the checkout: .prefect and .mlflow. Ports are tho
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.checkout import end, environment
+from flows.checkout import environment
+from flows.services import Services, free_port
 from ommatid.config import load_params
-from ommatid.errors import OmmatidError, RunError
+from ommatid.edge import at_edge
 
 POOL = "ommatid"
-START_SECONDS = 120
-"""How long a server may take to answer: the first start makes its database."""
-
-
-class Services:
-    """Processes that run until they are all ended."""
-
-    def __init__(self, env: Mapping[str, str], logs: Path):
-        self._env = env
-        self._logs = logs
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
-        logs.mkdir(parents=True, exist_ok=True)
-
-    def start(self, name: str, *command: str) -> None:
-        """Start a process; its output goes to `<name>.log`."""
-        with self._log(name).open("w") as log:
-            self._running[name] = subprocess.Popen(
-                [sys.executable, "-m", *command], env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-
-    def wait_for(self, name: str, url: str) -> None:
-        """Wait until a server answers.
-
-        Raises:
-            RunError: it ended, or did not answer in time.
-        """
-        deadline = time.monotonic() + START_SECONDS
-        while not _answers(url):
-            self.check()
-            if time.monotonic() > deadline:
-                raise RunError(f"{name} did not answer at {url} in {START_SECONDS} s; its output is in {self._log(name)}")
-            time.sleep(0.3)
-
-    def finish(self, *names: str) -> None:
-        """Wait until these processes have done their work.
-
-        Raises:
-            RunError: one failed.
-        """
-        for name in names:
-            code = self._running[name].wait()
-            del self._running[name]
-            if code:
-                raise RunError(f"{name} ended with status {code}: {self._last_lines(name)}")
-
-    def check(self) -> None:
-        """Whether all still run.
-
-        Raises:
-            RunError: one ended.
-        """
-        for name, process in self._running.items():
-            if process.poll() is not None:
-                raise RunError(f"{name} ended with status {process.returncode}: {self._last_lines(name)}")
-
-    def end(self) -> None:
-        """End all, the newest first: the worker ends its runs while the server still listens."""
-        for process in reversed(self._running.values()):
-            end(process, 20)
-
-    def _log(self, name: str) -> Path:
-        return self._logs / f"{name}.log"
-
-    def _last_lines(self, name: str) -> str:
-        return " / ".join(self._log(name).read_text(errors="replace").splitlines()[-5:]) + f" (all of it: {self._log(name)})"
 
 
 def serve(checkout: Path) -> None:
     """Start everything, print the addresses, and stay until a signal or the end of one of them."""
-    prefect = _free_port(int(os.environ.get("PREFECT_SERVER_API_PORT", "4200")))
-    mlflow = _free_port(int(os.environ.get("MLFLOW_PORT", "5000")), taken=prefect)
+    prefect = free_port(int(os.environ.get("PREFECT_SERVER_API_PORT", "4200")))
+    mlflow = free_port(int(os.environ.get("MLFLOW_PORT", "5000")), taken=prefect)
     parameters = json.dumps({"params": load_params(checkout / "params.yaml").model_dump(mode="json")})
     services = Services(_environment(checkout, prefect), checkout / ".prefect/logs")
     deploy = ("prefect", "--no-prompt", "deploy", "--prefect-file", "infra/prefect.yaml", "--name")
@@ -136,20 +68,6 @@ def _mlflow(checkout: Path, port: int) -> tuple[str, ...]:
     return ("mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port), *store)
 
 
-def _free_port(first: int, taken: int | None = None) -> int:
-    """`first`, or the next port that nobody listens on."""
-    for port in range(first, first + 100):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        if port != taken:
-            return port
-    raise RunError(f"no free port from {first} to {first + 99}")
-
-
 def _bury(api: str) -> None:
     """Runs that a worker of the last time was killed with still say Running, and hold the place of those to come."""
     wanted = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}, "deployment_id": {"is_null_": False}}
@@ -164,29 +82,19 @@ def _post(url: str, body: object) -> Any:
         return json.load(answer)
 
 
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
-            return answer.status == 200
-    except (OSError, urllib.error.URLError):
-        return False
-
-
 def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
 def main() -> None:
     """Serve until Ctrl-C, SIGTERM or the end of the terminal."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
-    try:
-        serve(Path.cwd())
-    except KeyboardInterrupt:
-        print("ended")
-    except OmmatidError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    with at_edge():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _stop)
+        try:
+            serve(Path.cwd())
+        except KeyboardInterrupt:
+            print("ended")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """`ommatid <verb>`: every stage, and questions to the catalogue. Heavy imports wait until a verb needs them."""
 
 import os
-import signal
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
-from ommatid.errors import ConfigError, OmmatidError, StoppedError
+from ommatid.edge import at_edge
+from ommatid.errors import ConfigError
 
 if TYPE_CHECKING:
     from ommatid.config import Model, Params
@@ -17,7 +18,21 @@ if TYPE_CHECKING:
     from ommatid.sae.model import SAE
     from ommatid.vlm import Hookpoint
 
+
+class _Verbs(typer.core.TyperGroup):
+    """The verbs; what ends one is told at our own edge, and Typer tells only how the command line is written."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        # Typer would end Ctrl-C in silence, and a pipe that breaks anywhere as if it were our output
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, OSError):
+            with at_edge():
+                raise
+
+
 app = typer.Typer(
+    cls=_Verbs,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -318,15 +333,9 @@ def _sizes(artefact: "object") -> str:
 
 
 def main() -> None:
-    """Run a verb; errors that are the user's to mend are printed in one line and end with status 1, a stop on demand with 143."""
-    try:
+    """Run a verb; see `at_edge` for how errors end it."""
+    with at_edge():
         app()
-    except StoppedError as stop:
-        typer.echo(f"stopped: {stop}", err=True)
-        raise SystemExit(128 + signal.SIGTERM) from None
-    except OmmatidError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""Proves that a flow run by hand ends in one line whatever becomes of its Prefect server, its params or its stages."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from fake_checkout import REPOSITORY
+
+from flows.services import free_port
+
+
+def environment(**more: str) -> dict[str, str]:
+    """A user's shell: nothing of Prefect is set but what the test sets."""
+    mine = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    return {**mine, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "src")]), **more}
+
+
+def run_flow(checkout: Path, name: str, **more: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-m", f"flows.{name}"], cwd=checkout, env=environment(**more), capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", ["pipeline", "retrain"])
+def test_a_dead_server_is_one_line_that_says_what_to_do(checkout: Path, name: str) -> None:
+    dead = f"http://somebody:secret@127.0.0.1:{free_port(20_000)}/api"
+    done = run_flow(checkout, name, PREFECT_API_URL=dead)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: the Prefect server at http://127.0.0.1:") and done.stderr.count("\n") == 1
+    assert "Connection refused; start it, or correct the address, or unset PREFECT_API_URL" in done.stderr
+    assert "secret" not in done.stderr
+
+
+def test_a_temporary_server_that_dies_is_noticed_at_once(checkout: Path, tmp_path: Path) -> None:
+    nowhere = f"sqlite+aiosqlite:///{tmp_path}/not/there/prefect.db"
+    start = time.monotonic()
+    done = run_flow(checkout, "pipeline", PREFECT_SERVER_DATABASE_CONNECTION_URL=nowhere)
+    assert time.monotonic() - start < 120
+    assert done.returncode == 1 and done.stderr.startswith("error: temporary-server ended with status ")
+    assert done.stderr.count("\n") == 1 and str(checkout / ".prefect/logs/temporary-server.log") in done.stderr
+
+
+@pytest.mark.parametrize("name", ["pipeline", "serve"])
+def test_broken_params_are_one_line(checkout: Path, name: str) -> None:
+    params = checkout / "params.yaml"
+    params.write_text(params.read_text().replace("k: 32", "k: many"))
+    done = run_flow(checkout, name)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "params.yaml: train.k: got 'many'; input should be a valid integer" in done.stderr
+
+
+def test_a_failing_stage_ends_in_its_error_and_leaves_no_server(checkout: Path) -> None:
+    params = checkout / "params.yaml"
+    params.write_text(params.read_text().replace("k: 32", "k: 13"))
+    done = run_flow(checkout, "pipeline", OMMATID_TEST_MARK=str(checkout))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: train: 13 is unlucky"
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not marked(checkout)
+
+
+def test_sigterm_ends_the_stage_and_the_temporary_server(checkout: Path) -> None:
+    (checkout / "fake.py").write_text("import time\nprint('working', flush=True)\ntime.sleep(600)\n")
+    (checkout / "src/train.py").write_text("changed = True\n")
+    command = [sys.executable, "-m", "flows.pipeline"]
+    env = environment(OMMATID_TEST_MARK=str(checkout))
+    with subprocess.Popen(command, cwd=checkout, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as flow:
+        assert flow.stdout
+        said = []
+        for line in flow.stdout:
+            said.append(line)
+            if "working" in line:
+                flow.send_signal(signal.SIGTERM)
+        assert flow.wait() == 143 and said[-1] == "stopped: asked to end by SIGTERM\n", said
+    assert not marked(checkout)
+
+
+def marked(checkout: Path) -> list[psutil.Process]:
+    """Processes that a run of a test has left."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("OMMATID_TEST_MARK") == str(checkout):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found

@@ -1,0 +1,132 @@
+"""Proves that whatever ends one of our processes is told in one line, with the status that says which kind it was."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from ommatid import cli
+from ommatid.edge import LONGEST, at_edge
+from ommatid.errors import ArtefactError, StoppedError
+
+
+def ended(capsys: pytest.CaptureFixture[str], error: BaseException) -> tuple[object, str]:
+    """Status and what is said when a block raises."""
+    with pytest.raises(SystemExit) as exit_, at_edge():
+        raise error
+    return exit_.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ArtefactError("data/sae: missing"), 1, "error: data/sae: missing\n"),
+        (StoppedError("train: step 5 of 9"), 143, "stopped: train: step 5 of 9\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_what_is_expected_ends_with_its_line(capsys: pytest.CaptureFixture[str], error: BaseException, status: int, line: str) -> None:
+    assert ended(capsys, error) == (status, line)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("bicubic"), BrokenPipeError(32, "Broken pipe"), ValueError("\n first \nsecond"), AssertionError()]
+)
+def test_what_nobody_expected_is_one_line_with_its_type_and_a_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    status, said = ended(capsys, error)
+    assert status == 70 and said.count("\n") == 1 and said.startswith(f"error: {type(error).__name__}")
+    (file,) = tmp_path.iterdir()
+    assert f"its traceback is in {file};" in said
+    text = file.read_text()
+    assert text.startswith("Traceback (most recent call last):") and "raise error" in text and type(error).__name__ in text
+
+
+def test_a_long_message_is_cut_and_a_full_disk_does_not_hide_the_traceback(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not there"))
+    status, said = ended(capsys, ValueError("x" * 10_000))
+    line = said.splitlines()[-1]
+    assert status == 70 and "Traceback" in said
+    assert line.startswith("error: ValueError: xxx") and len(line) < LONGEST + 200 and "no file could be written" in line
+
+
+def script(body: str) -> list[str]:
+    """A process whose whole is `body` at the edge."""
+    text = f"import os, sys, time\nfrom ommatid.edge import at_edge\nwith at_edge():\n{textwrap.indent(textwrap.dedent(body), '    ')}"
+    return [sys.executable, "-c", text]
+
+
+def test_sigterm_ends_a_process_in_order(tmp_path: Path) -> None:
+    body = """
+        import tempfile
+        with tempfile.TemporaryDirectory(dir=sys.argv[1]):
+            print("ready", flush=True)
+            try:
+                time.sleep(60)
+            except Exception:
+                pass
+    """
+    with subprocess.Popen([*script(body), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.readline() == "ready\n"
+        assert len(list(tmp_path.iterdir())) == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.read() == "stopped: asked to end by SIGTERM\n"
+        assert process.wait() == 143
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_who_has_seen_enough_ends_a_process_in_silence() -> None:
+    body = """
+        while True:
+            print("line", flush=True)
+    """
+    with subprocess.Popen(script(body), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.readline() == "line\n"
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 141
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (BrokenPipeError(32, "Broken pipe"), 70, "error: BrokenPipeError: [Errno 32] Broken pipe; this was not expected"),
+        (OSError(5, "Input/output error"), 70, "error: OSError: [Errno 5] Input/output error; this was not expected"),
+        (KeyError("bicubic"), 70, "error: KeyError: 'bicubic'; this was not expected"),
+    ],
+)
+def test_every_verb_ends_at_the_edge(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    error: BaseException,
+    status: int,
+    said: str,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(cli, "_run", fail)
+    monkeypatch.setattr(sys, "argv", ["ommatid", "images"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == status
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_typer_still_tells_how_a_command_line_is_written(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["ommatid", "images", "--nothing"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    assert "No such option: --nothing" in capsys.readouterr().err
