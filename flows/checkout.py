@@ -391,7 +391,7 @@ def _stream(command: list[str], root: Path, env: Mapping[str, str], say: Say) ->
             raise
 
 
-def end(child: "subprocess.Popen[Any]", seconds: float = 10) -> None:
+def end(child: "subprocess.Popen[Any]", seconds: float = 60) -> None:
     """End a child and all that it started; they get so long to do it themselves."""
     try:
         process = psutil.Process(child.pid)
@@ -401,11 +401,20 @@ def end(child: "subprocess.Popen[Any]", seconds: float = 10) -> None:
     for one in tree:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.terminate()
-    _, alive = psutil.wait_procs(tree, seconds)
-    for one in alive:
+    until = time.monotonic() + seconds
+    while any(map(_runs, tree)) and time.monotonic() < until:
+        time.sleep(0.05)
+    for one in tree:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
     child.wait()
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether a process has not ended yet. A zombie has: only its parent, often init in a container, never asked how."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _error_in(lines: list[str], code: int) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from flows.checkout import end
 from ommatid.errors import RunError
 
-START_SECONDS = 300
+START_SECONDS = 600
 """How long a server may take to answer: the first start makes its database, and the machine may be busy."""
 
 
@@ -70,7 +70,7 @@ class Services:
     def end(self) -> None:
         """End all, the newest first: the worker ends its runs while the server still listens."""
         for process in reversed(self._running.values()):
-            end(process, 20)
+            end(process)
 
     def _log(self, name: str) -> Path:
         return self._logs / f"{name}.log"
@@ -95,7 +95,7 @@ def free_port(first: int, taken: int | None = None) -> int:
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
+        with urllib.request.urlopen(url, timeout=30) as answer:
             return answer.status == 200
     except (OSError, urllib.error.URLError):
         return False

@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import psutil
 from processes import TESTS
 from s3_server import free_port
+from waiting import wait_for, wait_for_end
 
 from ommatid.config import RayExecutor
 
@@ -27,11 +27,14 @@ def dask_scheduler(path: str = "") -> Iterator[str]:
 
 def _wait_for(address: str) -> None:
     host, port = address.removeprefix("tcp://").split(":")
-    for _ in range(300):
+
+    def answers() -> bool:
         with suppress(OSError):
-            return socket.create_connection((host, int(port))).close()
-        time.sleep(0.1)
-    raise AssertionError("the scheduler does not start")
+            socket.create_connection((host, int(port))).close()
+            return True
+        return False
+
+    wait_for(answers, "the scheduler to listen")
 
 
 @contextmanager
@@ -63,11 +66,14 @@ def ray_cluster(log: Path, n_places: int = 2, path: str = str(TESTS)) -> Iterato
     environment = os.environ | {"PYTHONPATH": path}
     with log.open("w") as file, subprocess.Popen(command, env=environment, cwd=log.parent, stdout=file, stderr=file) as process:
         try:
-            while "Ray runtime started" not in log.read_text():
+
+            def started() -> bool:
                 assert process.poll() is None, log.read_text()
-                time.sleep(0.1)
+                return "Ray runtime started" in log.read_text()
+
+            wait_for(started, "Ray to start")
             yield RayExecutor(kind="ray", address=address, workers=1)
         finally:
             tree = psutil.Process(process.pid).children(recursive=True)
             process.terminate()
-            psutil.wait_procs(tree, 30)
+            wait_for_end(tree, "Ray's processes")

@@ -12,6 +12,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NoReturn
 
+from waiting import wait_for
+
 from ommatid.errors import ArtefactError
 
 _busy = threading.Lock()
@@ -111,11 +113,15 @@ class StubbornJob(WriteJob):
 
 @dataclass(frozen=True)
 class NestedJob(WriteJob):
-    """Starts a process, as images are decoded where there is a GPU."""
+    """Starts a process, as images are decoded where there is a GPU, and waits until so many workers are at it."""
+
+    n_workers: int = 1
 
     def disturb(self, shard: int) -> None:
         with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
             assert pool.submit(abs, -3).result() == 3
+        self.path(f"{os.getpid()}.worker").touch()
+        wait_for(lambda: len(list(Path(self.folder).glob("*.worker"))) >= self.n_workers, "the other workers")
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
+from waiting import HANG_SECONDS, wait_for
 
 TESTS = Path(__file__).parent
 
@@ -45,18 +45,15 @@ class Driver:
         assert len(self.running()) > 1
 
     def end(self, number: signal.Signals) -> None:
-        """Ctrl-C reaches all processes of a terminal, a kill only one; then none is left within seconds."""
+        """Ctrl-C reaches all processes of a terminal, a kill only one; then none is left."""
         assert self._process and self._process.stdout
         if number == signal.SIGINT:
             os.killpg(self._process.pid, number)
         else:
             self._process.send_signal(number)
-        assert self._process.wait(60) != 0
+        assert self._process.wait(HANG_SECONDS) != 0
         self._process.stdout.close()
-        until = time.monotonic() + 90
-        while (running := self.running()) and time.monotonic() < until:
-            time.sleep(0.1)
-        assert not running
+        wait_for(lambda: not self.running(), "the processes of a driver that has ended")
 
     def running(self) -> list[psutil.Process]:
         return [process for process in psutil.process_iter() if self._mark in _environment(process).get("OMMATID_TEST_MARK", "")]

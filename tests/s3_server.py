@@ -4,13 +4,14 @@ import secrets
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from waiting import HANG_SECONDS, wait_for
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,14 @@ def free_port() -> int:
 
 
 def _wait_for(endpoint: str, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(200):
+    def answers() -> bool:
         try:
-            urllib.request.urlopen(endpoint, timeout=5).close()
-            return
+            urllib.request.urlopen(endpoint, timeout=HANG_SECONDS).close()
         except urllib.error.HTTPError as error:
             error.close()  # it answers: without a signature nobody is let in
-            return
         except OSError:
             assert process.poll() is None, f"the server ended with {process.returncode}"
-            time.sleep(0.05)
-    raise AssertionError("the server does not answer")
+            return False
+        return True
+
+    wait_for(answers, "the S3 server to answer")

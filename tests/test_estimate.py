@@ -21,6 +21,7 @@ import yaml
 from fakes import make_images_artefact, make_test_params, write_tile_folder
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import HANG_SECONDS, wait_for, wait_for_end
 
 from ommatid import cli
 from ommatid.config import STAGES, EvaluateParams, load_params
@@ -238,12 +239,11 @@ def test_ctrl_c_leaves_nothing(checkout: Path) -> None:
         children = wait_for_children(running.pid)
         assert list(checkout.glob(".estimate-*"))
         running.send_signal(signal.SIGINT)
-        _, error = running.communicate(timeout=60)
+        _, error = running.communicate(timeout=HANG_SECONDS)
     assert running.returncode != 0
     assert "Traceback" not in error
     assert not list(checkout.glob(".estimate-*")) and not (checkout / "nowhere").exists()
-    gone, alive = psutil.wait_procs(children, timeout=10)
-    assert gone and not alive
+    wait_for_end(children, "the trials")
 
 
 def test_trials_end_with_whoever_asked_for_them(checkout: Path) -> None:
@@ -252,18 +252,13 @@ def test_trials_end_with_whoever_asked_for_them(checkout: Path) -> None:
         children = wait_for_children(running.pid)
         time.sleep(1)
         running.kill()
-    gone, alive = psutil.wait_procs(children, timeout=60)
+    wait_for_end(children, "the trials")
     for leftover in checkout.glob(".estimate-*"):
         shutil.rmtree(leftover)
-    assert gone and not alive
 
 
 def wait_for_children(pid: int) -> list[psutil.Process]:
-    for _ in range(200):
-        if found := psutil.Process(pid).children(recursive=True):
-            return found
-        time.sleep(0.05)
-    raise AssertionError("no trial was started")
+    return wait_for(lambda: psutil.Process(pid).children(recursive=True), "a trial to start")
 
 
 @pytest.mark.parametrize(

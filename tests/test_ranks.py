@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from fakes import make_test_params
+from waiting import HANG_SECONDS
 
 from ommatid.config import Params
 from ommatid.events import ignore
@@ -39,7 +40,7 @@ def make_params(folder: Path, **train: object) -> Params:
 def together(folder: Path, n: int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "-m", "ommatid", "train"]
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
 
 
 @pytest.fixture

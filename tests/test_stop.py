@@ -20,6 +20,7 @@ import torch
 import yaml
 from fakes import make_test_params
 from mlflow import MlflowClient
+from waiting import HANG_SECONDS, alive
 
 from flows.checkout import end
 from ommatid.stage import STAGES, open_stage
@@ -94,7 +95,7 @@ def digest(folder: Path) -> str:
 def test_training_that_is_asked_to_end_says_so_and_goes_on(prepared: Path, folder: Path) -> None:
     process = begin(folder, *COMMAND)
     process.send_signal(signal.SIGTERM)
-    said, complained = process.communicate(timeout=60)
+    said, complained = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 143, complained
     (line,) = [line for line in complained.splitlines() if line.startswith("stopped: ")]
     assert "run it again to go on from there" in line
@@ -115,7 +116,7 @@ def test_a_cancelled_flow_ends_the_tree_and_training_keeps_what_it_has(folder: P
     process = begin(folder, "sh", "-c", f"{stage} train; exit 0")  # as DVC stands between the flow and the stage
     tree = psutil.Process(process.pid).children(recursive=True)
     end(process)
-    assert tree and not [one for one in tree if one.is_running()]
+    assert tree and not alive(tree)
     assert process.stdout and process.stderr
     assert "stopped: train: step " in process.stderr.read()
     process.stdout.close()
@@ -129,7 +130,7 @@ def test_training_killed_again_and_again_ends_with_the_same_bytes(prepared: Path
         process = begin(folder, sys.executable, "-c", OFTEN)
         time.sleep(chance.uniform(0, 1.5))
         process.kill()
-        process.communicate(timeout=60)
+        process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == -signal.SIGKILL
         checkpoints += any((folder / "data/.work").glob("sae-*/scratch/checkpoint.safetensors"))
     assert checkpoints  # the last kills may come when training is done, and its gate is not

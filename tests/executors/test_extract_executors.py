@@ -13,6 +13,7 @@ from distributed import Client
 from fakes import make_images_artefact, make_test_params
 from processes import command_of
 from tiny_clip import save_tiny_clip
+from waiting import HANG_SECONDS
 
 from ommatid.config import ExtractParams
 from ommatid.events import Listener, ignore
@@ -94,7 +95,7 @@ def test_by_two_processes_one_of_which_is_killed(images: Artefact, expected: Art
 
 def test_by_two_dask_workers_one_of_which_is_killed(images: Artefact, expected: Artefact, tmp_path: Path) -> None:
     with dask_scheduler() as address, dask_workers(address, tmp_path), Client(address) as client:
-        client.wait_for_workers(2, 60)
+        client.wait_for_workers(2, HANG_SECONDS)
         answers: Any = client.run(os.getpid)
         kill = KillOne(lambda: list(answers.values()))
         check(make(images, {"kind": "dask", "address": address, "workers": 1}, kill), expected)

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from fake_checkout import bytes_of, run
+from waiting import wait_for, wait_for_end
 
 from flows.checkout import KEEP_SECONDS, Workplace, differences, name_experiment, open_workplace
 from ommatid.config import Params, load_params
@@ -151,20 +153,18 @@ def test_a_stage_ends_with_its_run(checkout: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         Workplace(checkout, checkout).repro("train", stop)
-    for _ in range(100):
-        if not Path(f"/proc/{pids[0]}").exists():
-            return
-        time.sleep(0.1)
-    pytest.fail(f"the stage's process {pids[0]} outlived its run")
+    with contextlib.suppress(psutil.NoSuchProcess):
+        wait_for_end([psutil.Process(pids[0])], "the stage's process")
 
 
 def test_runs_in_the_checkout_wait_for_each_other(checkout: Path) -> None:
     events: list[str] = []
+    waiting = "another run works in checkout; waiting for it to end"
 
     def work() -> None:
         with open_workplace(checkout, params_of(checkout), None, events.append):
             events.append("in")
-            time.sleep(0.3)
+            wait_for(lambda: waiting in events, "the other run to come")
             events.append("out")
 
     both = [threading.Thread(target=work) for _ in range(2)]
@@ -172,7 +172,7 @@ def test_runs_in_the_checkout_wait_for_each_other(checkout: Path) -> None:
         thread.start()
     for thread in both:
         thread.join()
-    events.remove("another run works in checkout; waiting for it to end")
+    events.remove(waiting)
     assert events == ["in", "out", "in", "out"]
 
 

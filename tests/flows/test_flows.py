@@ -8,6 +8,7 @@ import pytest
 from fake_checkout import REPOSITORY
 from prefect.client.schemas.objects import State
 from prefect.testing.utilities import prefect_test_harness
+from waiting import HANG_SECONDS
 
 from flows.pipeline import pipeline
 from flows.retrain import retrain
@@ -19,7 +20,7 @@ from ommatid.errors import RunError
 
 @pytest.fixture(scope="module", autouse=True)
 def _server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=90):
+    with prefect_test_harness(server_startup_timeout=int(HANG_SECONDS)):
         yield
 
 

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -16,8 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from fake_checkout import REPOSITORY, bytes_of, run
-
-PATIENCE = 150
+from waiting import HANG_SECONDS, wait_for, wait_for_end
 
 
 def free_port() -> int:
@@ -28,7 +26,7 @@ def free_port() -> int:
 
 def call(url: str, body: object = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"}), timeout=30) as answer:
+    with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"}), timeout=HANG_SECONDS) as answer:
         return json.load(answer)
 
 
@@ -41,16 +39,13 @@ def run_deployment(api: str, overrides: dict[str, Any]) -> str:
 
 
 def finished(api: str, flow_run: str) -> dict[str, Any]:
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
+    def ended() -> dict[str, Any] | None:
         found = call(f"{api}/flow_runs/{flow_run}")
-        if found["state_type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}:
-            return found
-        time.sleep(0.5)
-    pytest.fail(f"the run did not end in {PATIENCE} s")
+        return found if found["state_type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"} else None
+
+    return wait_for(ended, "the end of the run")
 
 
-@pytest.mark.timeout(2 * PATIENCE + 60)
 def test_run_in_the_ui_with_an_override(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("flows", "infra"):
         shutil.copytree(REPOSITORY / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -86,8 +81,7 @@ def test_run_in_the_ui_with_an_override(checkout: Path, monkeypatch: pytest.Monk
     finally:
         family = psutil.Process(up.pid).children(recursive=True)
         up.send_signal(signal.SIGINT)
-        up.wait(60)
+        up.wait(HANG_SECONDS)
         up.stdout.close() if up.stdout else None
     assert len(family) >= 4
-    _, alive = psutil.wait_procs(family, 10)
-    assert not alive
+    wait_for_end(family, "servers and worker")

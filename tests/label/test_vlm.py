@@ -9,6 +9,7 @@ import pytest
 from chat_server import Asked, ChatServer, Reply, Script, chatting, names, refuses, says
 from label_cases import make_case
 from s3_server import free_port
+from waiting import HANG_SECONDS
 
 from ommatid.config import VlmLabeller
 from ommatid.label.vlm import Memory, Vlm, labeller
@@ -39,7 +40,7 @@ class Run:
         self.said: list[str] = []
         self.time = FakeClock()
         self.memory = Memory(folder / "answers.sqlite")
-        values = {"kind": "vlm", "model": "tiny", "url": url, "timeout": 5.0, **params}
+        values = {"kind": "vlm", "model": "tiny", "url": url, "timeout": HANG_SECONDS, **params}
         self.vlm = Vlm("vlm", VlmLabeller.model_validate(values), self.memory, self.said.append, self.time.clock)
 
     def statuses(self, n: int, first: int = 0) -> list[str]:
@@ -119,11 +120,11 @@ def test_a_server_that_stumbles_is_asked_again_after_a_while(replies: list[Reply
 
 
 def test_a_server_may_say_by_a_date_when_to_come_back(tmp_path: Path) -> None:
-    in_a_minute = formatdate(time.time() + 60, usegmt=True)
-    with chatting([Reply(429, {}, {"retry-after": in_a_minute}), Reply(429, {}, {"retry-after": "soon"}), HORSE]) as server:
+    in_nine_minutes = formatdate(time.time() + 540, usegmt=True)
+    with chatting([Reply(429, {}, {"retry-after": in_nine_minutes}), Reply(429, {}, {"retry-after": "soon"}), HORSE]) as server:
         labelling = run(server, tmp_path)
         assert labelling.vlm.answer(make_case(0)).status == "ok"
-    assert 50 < labelling.time.slept[0] <= 60 and labelling.time.slept[1] == 2.0
+    assert 60 < labelling.time.slept[0] <= 540 and labelling.time.slept[1] == 2.0
 
 
 def test_waiting_is_partly_chance_so_that_clients_do_not_come_back_together(tmp_path: Path) -> None:
@@ -135,8 +136,8 @@ def test_waiting_is_partly_chance_so_that_clients_do_not_come_back_together(tmp_
 
 
 def test_a_timeout_is_tried_again(tmp_path: Path) -> None:
-    with chatting([Reply(200, {}, seconds=0.5), HORSE]) as server:
-        answer = run(server, tmp_path, timeout=0.1).vlm.answer(make_case(0))
+    with chatting([Reply(200, {}, seconds=HANG_SECONDS), HORSE]) as server:
+        answer = run(server, tmp_path, timeout=2.0).vlm.answer(make_case(0))
     assert (answer.status, answer.n_requests) == ("ok", 2)
 
 

@@ -6,7 +6,6 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from chat_server import Asked, Reply, chatting, names
 from label_cases import LEFT, make_case
+from waiting import HANG_SECONDS, wait_for
 
 from ommatid.config import VlmLabeller
 from ommatid.errors import ArtefactError
@@ -26,7 +26,7 @@ TESTS = Path(__file__).parents[1]
 
 
 def make(url: str, path: Path, **params: object) -> Vlm:
-    values = {"kind": "vlm", "model": "tiny", "url": url, "timeout": 60, **params}
+    values = {"kind": "vlm", "model": "tiny", "url": url, "timeout": HANG_SECONDS, **params}
     return Vlm("vlm", VlmLabeller.model_validate(values), Memory(path), lambda line: None)
 
 
@@ -105,7 +105,7 @@ RUN = """
 
 def test_a_run_that_was_killed_goes_on_after_its_last_answer(tmp_path: Path) -> None:
     def slow(asked: Asked, n_before: int) -> Reply:
-        return replace(names(f"thing {n_before}"), seconds=60 if n_before == 4 else 0)
+        return replace(names(f"thing {n_before}"), seconds=HANG_SECONDS if n_before == 4 else 0)
 
     program = tmp_path / "run.py"
     program.write_text(textwrap.dedent(RUN))
@@ -113,11 +113,14 @@ def test_a_run_that_was_killed_goes_on_after_its_last_answer(tmp_path: Path) -> 
         command = [sys.executable, str(program), server.url, str(tmp_path / "a"), "8"]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-            while len(server.asked) < 5:  # it waits for the fifth answer
+
+            def waits_for_the_fifth_answer() -> bool:
                 assert process.poll() is None
-                time.sleep(0.02)
+                return len(server.asked) == 5
+
+            wait_for(waits_for_the_fifth_answer, "five questions")
             process.send_signal(signal.SIGKILL)
-            assert process.wait(30) == -signal.SIGKILL
+            assert process.wait(HANG_SECONDS) == -signal.SIGKILL
         answers = [make(server.url, tmp_path / "a").answer(make_case(i)) for i in range(8)]
     assert len(server.asked) == 5 + 4  # the fifth again, and the rest
     assert [answer.label for answer in answers] == [f"thing {i}" for i in (0, 1, 2, 3, 5, 6, 7, 8)]

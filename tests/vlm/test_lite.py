@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 
 from ommatid.config import LiteModel
 from ommatid.errors import ModelError
-from ommatid.vlm import check_hookpoint, imagenet_classes, load_judge, load_model
+from ommatid.vlm import check_hookpoint, imagenet_classes, lite, load_judge, load_model
 from ommatid.vlm.lite import LiteVision, Variant, class_texts, conse, load_efficientnet
 from ommatid.vlm.precision import normalise
 
@@ -105,10 +105,13 @@ def test_splice_equals_a_hook_on_the_packages_network(lite0: LiteVision, block: 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_splice_at_every_hookpoint(dtype: str) -> None:
+def test_splice_at_every_hookpoint(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing goes by beside a map: its own tokens give the image's embedding, and another's the other's, to the bit."""
     model = load(image_size=64, dtype=dtype)
-    pixels, shapes = noise(70, 64), []  # slices of 64 and of 6, in float32
+    # slices of two and of one: few images, for bfloat16 takes 20 times as long where the hardware does not compute in it
+    monkeypatch.setattr(lite, "SLICE_BYTES", 2 * 64**2 * getattr(torch, dtype).itemsize)
+    pixels, shapes = noise(3, 64), []
+    assert [len(part) for part in model._slices(pixels)] == [2, 1]
 
     def swap(x: torch.Tensor) -> torch.Tensor:
         shapes.append(tuple(x.shape))
@@ -120,7 +123,7 @@ def test_splice_at_every_hookpoint(dtype: str) -> None:
         same, swapped = model.splice(pixels, name, [lambda x: x.float(), swap])
         assert torch.equal(same, plain), name
         torch.testing.assert_close(swapped, plain.roll(1, dims=0), atol=1e-4, rtol=1e-4)
-        assert shapes.pop() == (70, point.n_tokens, point.d_model) and not shapes
+        assert shapes.pop() == (3, point.n_tokens, point.d_model) and not shapes
 
 
 def test_splice_says_what_it_cannot_take(lite0: LiteVision) -> None:

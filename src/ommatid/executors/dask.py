@@ -21,7 +21,7 @@ from typing import Any
 from ommatid.config import DaskExecutor
 from ommatid.errors import ExecutorError
 from ommatid.executors.attempts import ATTEMPTS, died
-from ommatid.executors.workers import Driver, attempt, environment, thread_settings
+from ommatid.executors.workers import Driver, attempt, environment, reach, thread_settings
 
 try:
     import dask.config
@@ -31,7 +31,8 @@ try:
 except ImportError as error:
     raise ExecutorError(f"extract.executor: dask is not installed ({error}); pip install 'ommatid[dask]'") from None
 
-_SECONDS_TO_CONNECT = 10
+_SECONDS_TO_CONNECT = 30
+"""For the greetings of a scheduler that listens: those of a busy one take seconds."""
 _SECONDS_WITHOUT_WORKERS = 300
 """Batch systems take minutes to start a worker."""
 _IN_FLIGHT = 2
@@ -72,6 +73,7 @@ def _start(n_workers: int) -> Any:
 @contextmanager
 def _connected(address: str) -> Iterator[Any]:
     try:
+        reach(address)
         with warnings.catch_warnings():
             # of Dask's own dependencies; what changes results we compare ourselves
             warnings.simplefilter("ignore", VersionMismatchWarning)

@@ -13,8 +13,8 @@ import psutil
 from ommatid.executors.attempts import ATTEMPTS, Waiting, died
 from ommatid.executors.workers import attempt, environment, thread_settings
 
-_SECONDS_TO_END = 10
-"""A worker that has nothing to do any more gets so long to end by itself."""
+_SECONDS_TO_END = 60
+"""A worker that has nothing to do any more, or has closed its pipe, gets so long to end by itself."""
 
 
 def run(job: Callable[[int], None], shards: Sequence[int], on_done: Callable[[int], None], devices: Sequence[str] | None = None) -> None:

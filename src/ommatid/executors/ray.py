@@ -6,7 +6,6 @@ the process after each one that has a GPU, and one that is kept may be given ano
 
 import logging
 import os
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from ommatid.config import RayExecutor
 from ommatid.errors import ExecutorError
 from ommatid.executors.attempts import ATTEMPTS, Waiting, died
-from ommatid.executors.workers import Driver, attempt, environment, thread_settings
+from ommatid.executors.workers import Driver, attempt, environment, reach, thread_settings
 
 # read at import: nothing is reported to Ray's makers, and no code is uploaded where the driver runs under uv
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -25,7 +24,6 @@ try:
 except ImportError as error:
     raise ExecutorError(f"extract.executor: ray is not installed ({error}); pip install 'ommatid[ray]'") from None
 
-_SECONDS_TO_CONNECT = 10
 _SECONDS_WITHOUT_WORKERS = 300
 """Clusters that grow take minutes to start a node."""
 _OBJECT_STORE = 100 * 2**20
@@ -79,24 +77,13 @@ def _start(n_workers: int) -> None:
 
 def _connect(address: str) -> None:
     try:
-        _probe(address)
+        reach(address)
         ray.init(address, **_QUIET)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise ExecutorError(
             f"extract.executor.address: no Ray cluster answers at {address} ({error}); start one, mend the address, or set "
             "RAY_AUTH_MODE=token for one that asks for a token"
         ) from None
-
-
-def _probe(address: str) -> None:
-    """Ray itself tries for minutes.
-
-    Raises:
-        OSError: nobody listens there.
-    """
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_CONNECT).close()
 
 
 class _Worker:

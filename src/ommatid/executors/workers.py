@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import socket
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import chdir, contextmanager, nullcontext
@@ -17,6 +18,9 @@ WAITING = {"GOMP_SPINCOUNT": "1000"}
 Measured on a training step, 2 cores: sleeping at once (OMP_WAIT_POLICY=PASSIVE) takes 81 ms in place of 67 on a quiet machine, looking as
 long as by default 405 ms in place of 122 beside another busy process; looking so often 70 and 138 ms.
 """
+
+_SECONDS_TO_CONNECT = 30
+"""Of one TCP connection, which a busy machine takes as fast as a quiet one."""
 
 
 def thread_settings(n_workers: int) -> dict[str, str]:
@@ -81,6 +85,17 @@ def _versions() -> dict[str, str]:
     """Without the local part: torch for CPUs and for GPUs are one version."""
     libraries = ("ommatid", "torch", "transformers", "numpy", "pyarrow", "pillow")
     return {name: metadata.version(name).partition("+")[0] for name in libraries}
+
+
+def reach(address: str) -> None:
+    """Refuse the address of a cluster at once where nobody listens: clients of clusters themselves try for up to minutes.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_CONNECT).close()
 
 
 def attempt(job: Callable[[int], None], shard: int) -> Exception | None:

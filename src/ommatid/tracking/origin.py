@@ -5,6 +5,9 @@ import os
 import subprocess
 from pathlib import Path
 
+_SECONDS = 60.0
+"""After which git is taken to hang; on a busy machine a large checkout takes seconds."""
+
 
 def origin() -> dict[str, str]:
     """Tags that name the code, the DVC state and the flow run; what is not known is left out."""
@@ -26,7 +29,7 @@ def _dirty() -> str | None:
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
