@@ -85,4 +85,4 @@ constraints: $(READY) ## write down the versions that are installed
 
 clean: ## remove artefacts; the DVC cache, MLflow and the environment stay
 	@rm -rf .worktrees && git worktree prune
-	@rm -rf data/.work data/images data/activations data/sae data/evaluation data/labels data/catalog data/quality data/pictures
+	@rm -rf data/.work data/sources data/images data/activations data/sae data/evaluation data/labels data/catalog data/quality data/pictures

@@ -28,6 +28,8 @@ from ommatid.config import Params, dotted, load_params
 from ommatid.errors import RunError
 
 WORKTREES = Path(".worktrees")
+SOURCES = "sources"
+"""The stage of dvc.yaml that looks at what the params name by path; it is part of asking what must run, and makes no artefact."""
 KEEP_SECONDS = 24 * 3600
 """How long the worktree of an experiment that failed waits to be continued before another experiment clears it away."""
 
@@ -53,24 +55,36 @@ class Workplace:
         return self.experiment or "the checkout"
 
     def stages(self) -> list[str]:
-        """The stages, each after those it needs: DVC's graph, DVC's words."""
+        """The stages but `sources`, each after those it needs: DVC's graph, DVC's words."""
         graph: dict[str, set[str]] = {}
         for name, needed_by in re.findall(r'^"(.+?)"(?: -> "(.+?)")?;$', self.dvc("dag", "--dot"), re.MULTILINE):
             graph.setdefault(name, set())
             if needed_by:
                 graph.setdefault(needed_by, set()).add(name)
-        return list(TopologicalSorter(graph).static_order())
+        return [stage for stage in TopologicalSorter(graph).static_order() if stage != SOURCES]
 
     def stale(self) -> set[str]:
-        """The stages whose inputs, params, code or outputs differ from what DVC noted; those after them may follow."""
-        return set(json.loads(self.dvc("status", "--json")))
+        """The stages whose sources, inputs, params, code or outputs differ from what DVC noted; those after them may follow.
+
+        Raises:
+            RunError: a source is missing.
+        """
+        self._look()
+        return set(json.loads(self.dvc("status", "--json"))) - {SOURCES}
 
     def plan(self) -> list[tuple[str, bool]]:
         """(stage, is up to date), in order; from the first stage that is not, DVC is asked again one by one."""
         stages = self.stages()
-        stale = self.stale() if self.experiment is None else set(stages)  # a worktree begins without outputs
+        if self.experiment is None:
+            stale = self.stale()
+        else:  # a worktree begins without outputs
+            self._look()
+            stale = set(stages)
         first = next((i for i, stage in enumerate(stages) if stage in stale), len(stages))
         return [(stage, i < first) for i, stage in enumerate(stages)]
+
+    def _look(self) -> None:
+        self.repro(SOURCES, lambda line: None)
 
     def repro(self, stage: str, say: Say) -> None:
         """`dvc repro --single-item <stage>`, each of its lines to `say`.

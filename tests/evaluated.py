@@ -106,7 +106,7 @@ def _make(place: Path, kind: str, fill: Callable[[Draft], Mapping[str, Any]]) ->
 
 
 def _write_images(draft: Draft, labels: Sequence[str | None], paths: Sequence[str | None]) -> dict[str, Any]:
-    constant = {"split": "eval", "width": 1, "height": 1, "caption": None, "thumbnail": b"", "encoded": b""}
+    constant = {"split": "eval", "width": 1, "height": 1, "captions": [], "thumbnail": b"", "encoded": b""}
     rows = [
         {"image": i, "image_id": hashlib.sha256(f"{i}".encode()).hexdigest(), "path": f"{i}", "label": label, "taxonomy": path, **constant}
         for i, (label, path) in enumerate(zip(labels, paths, strict=True))

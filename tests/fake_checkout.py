@@ -26,10 +26,14 @@ stages:
     deps: [data/images, src/train.py]
     outs: [data/sae, data/quality/train.html, data/quality/health]
     metrics: [data/quality/train.json]
+  sources:
+    cmd: ommatid sources
+    always_changed: true
+    outs: [data/sources/images.json: {persist: true}]
   images:
     cmd: python fake.py images
     params: [images]
-    deps: ["${images.source.path}"]
+    deps: [data/sources/images.json]
     outs: [data/images, data/quality/images.html]
     metrics: [data/quality/images.json]
 """

@@ -23,10 +23,11 @@ from typer.testing import CliRunner
 from ommatid.cli import app
 from ommatid.config import ExtractFiles, Params, dotted, load_params, make_params
 from ommatid.errors import ArtefactError, ConfigError, GateError, SourceError
-from ommatid.events import Progress, ignore
+from ommatid.events import Progress, Warned, ignore
 from ommatid.extract import file_plan
 from ommatid.extract import files as module
 from ommatid.extract.files import import_files, is_eval
+from ommatid.extract.formats import open_files
 from ommatid.stage import open_stage, run_stage
 from ommatid.store import Artefact, open_draft
 from ommatid.tensors import from_float16
@@ -266,7 +267,11 @@ def refuse(tmp_path: Path, path: Path, message: str, **changes: Any) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    refuse(tmp_path, tmp_path / "none", r"none: no such file or folder; set extract.path to a folder of .npy, .safetensors, .pt")
+    refuse(
+        tmp_path,
+        tmp_path / "none",
+        r"none: no such file or folder; bring it back with `dvc pull` .*, or set extract.path to a folder of .npy, .safetensors, .pt",
+    )
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "readme.txt").write_text("hello")
     refuse(tmp_path, tmp_path / "in", r"in: there are no .npy, .safetensors, .pt, .pth, .parquet files in this folder")
@@ -320,6 +325,81 @@ def test_a_key_that_is_unknown_or_missing(tmp_path: Path) -> None:
     refuse(tmp_path, tmp_path / "x.parquet", "column text holds string; activations must be", key="text")
     for path in (write_npy(tmp_path / "y", x), write_pt(tmp_path / "y", x)):
         refuse(tmp_path, path, "extract.key is 'acts', and the file holds one array without a name", key="acts")
+
+
+@pytest.mark.parametrize("images", [sorted([*range(20)] * 2), tuple(sorted([*range(20)] * 2))], ids=["list", "tuple"])
+def test_images_in_a_list_are_images(tmp_path: Path, images: Any) -> None:
+    x = planted(40)
+    torch.save({"x": x, "image": images}, tmp_path / "x.pt")
+    listed = make(tmp_path / "out", tmp_path / "x.pt")
+    assert listed.summary["n_images"] == 20
+    assert all_rows(listed) == all_rows(make(tmp_path / "again", write_pt(tmp_path / "y", x, torch.tensor(images)), key="acts"))
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        ([0, 1], r"'image' is torch.int64 of shape \(2\); it must be whole numbers, one for each of the 4 entries"),
+        ([0.0, 1.0, 2.0, 3.0], "'image' is a list; it must be a tensor or a list of whole numbers"),
+        ([True] * 4, "'image' is a list"),
+        (["a", "b", "c", "d"], "'image' is a list"),
+        ([[0, 1], [2, 3]], "'image' is a list"),
+        ([0, 1, 2, 2**70], "'image' is a list"),
+        ({0: 1}, "'image' is a dict"),
+        (None, "'image' is a NoneType"),
+        (7, "'image' is a int"),
+        (torch.arange(4.0), "'image' is torch.float32"),
+        ([0, 1, 2, -1], "the image of row 3 is -1; it must be from 0"),
+        (np.arange(4), "needs pickle, which can run any code"),
+    ],
+    ids=str,
+)
+def test_images_that_are_none_are_refused(tmp_path: Path, images: Any, said: str) -> None:
+    torch.save({"x": planted(4), "image": images}, tmp_path / "x.pt")
+    refuse(tmp_path, tmp_path / "x.pt", said)
+
+
+@pytest.mark.parametrize("name", ["Image", "images", "image_id", "image_ids", "img_idx", "sample_index", "ids", "index"])
+def test_images_by_another_name_are_not_passed_over(tmp_path: Path, name: str) -> None:
+    said = f"'{name}' is not read; call it 'image' if it says which image an entry comes from, or leave it out"
+    x, images = planted(4).float(), torch.tensor([0, 0, 1, 1])
+    torch.save({"x": x, name: images.tolist()}, tmp_path / "x.pt")
+    save_file({"x": x, name: images}, tmp_path / "x.safetensors")
+    pq.write_table(pa.table({"x": x.tolist(), name: images.tolist()}), tmp_path / "x.parquet")
+    for ending in ("pt", "safetensors", "parquet"):
+        refuse(tmp_path, tmp_path / f"x.{ending}", said, key="x")
+
+
+def test_what_is_not_read_is_said_and_hidden_files_are_as_everywhere(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for name in ("a", ".ipynb_checkpoints/a-checkpoint", ".b"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_lists(folder / name, planted(4), torch.arange(4))
+    pq.write_table(
+        pa.table({"acts": planted(4, seed=1).tolist(), "image": range(4, 8), "token": range(4), "text": "abcd"}), folder / "B.PARQUET"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    write_lists(tmp_path / "elsewhere/c", planted(4, seed=2), torch.arange(8, 12))
+    (folder / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (folder / "notes.txt").write_text("hello")
+    events: list[Any] = []
+    made = make(tmp_path / "out", folder, events.append)
+    assert made.summary["n_images"] == 12
+    assert [event.what.removeprefix(f"{folder}: ") for event in events if isinstance(event, Warned)] == [
+        "1 file is not read, for the name does not end in .npy or .safetensors or .pt or .pth or .parquet: notes.txt",
+        "token, text in the files are not read",
+    ]
+
+
+def test_images_beside_nothing(tmp_path: Path) -> None:
+    write_npy(tmp_path / "a", planted(4), torch.arange(4))
+    (tmp_path / "a.image.npy").rename(tmp_path / "b.image.npy")
+    refuse(tmp_path, tmp_path, "b.image.npy: says which image each entry of b.npy comes from, and there is no such file")
+
+
+def test_a_url_is_no_place_for_activations(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"s3://bucket/acts: extract.path must be on this machine"):
+        open_files("s3://bucket/acts", None)
 
 
 class NotATensor:
@@ -598,4 +678,4 @@ def test_the_stage_of_the_page_is_that_of_dvc_yaml_but_for_what_it_depends_on() 
     ours = yaml.safe_load((CHECKOUT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["extract"]
     assert {key: theirs[key] for key in ("cmd", "outs", "metrics")} == {key: ours[key] for key in ("cmd", "outs", "metrics")}
     others = {"data/images", "src/ommatid/ahead.py", "src/ommatid/images/decode.py", "src/ommatid/vlm"}  # only for images
-    assert set(theirs["deps"][1:]) == set(ours["deps"]) - others
+    assert set(theirs["deps"]) == set(ours["deps"]) - others

@@ -89,7 +89,7 @@ def failed(report: Report) -> dict[str, Check]:
 
 def image_rows(first: int, n: int) -> Rows:
     keys = range(first, first + n)
-    shared = {"width": 32, "height": 24, "label": None, "caption": None, "thumbnail": b"t", "encoded": b"bytes"}
+    shared = {"width": 32, "height": 24, "label": None, "captions": [], "thumbnail": b"t", "encoded": b"bytes"}
     return [
         {"image": i, "image_id": hashlib.sha256(bytes([i])).hexdigest(), "path": f"{i}.png", "split": ("train", "eval")[i % 2], **shared}
         for i in keys

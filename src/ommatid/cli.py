@@ -89,6 +89,17 @@ def catalog(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, da
 
 
 @app.command()
+def sources(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) -> None:
+    """Look at the files that params.yaml names by path: what DVC compares to tell whether a stage must run again."""
+    from ommatid.config import load_params
+    from ommatid.sources import PLACE, write_sources
+
+    found = [one for keys in write_sources(load_params(params, overrides or ())).values() for one in keys.values()]
+    n_files, n_bytes = sum(one["n_files"] for one in found), sum(one["bytes"] for one in found)
+    typer.echo(f"sources: {PLACE} holds what DVC compares, of {n_files} file{'s' * (n_files != 1)}, {n_bytes / 1e6:.1f} MB")
+
+
+@app.command()
 def estimate(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data: Data = DEFAULT_DATA) -> None:
     """Say what a run will take, by trials of every stage on samples: disk, minutes, memory."""
     from ommatid.config import load_params

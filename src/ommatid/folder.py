@@ -81,10 +81,6 @@ class Folder(ABC):
         """Names of the folders inside, in order."""
 
     @abstractmethod
-    def entries(self) -> Iterator[Entry]:
-        """All files below, in any order."""
-
-    @abstractmethod
     def entry(self, name: str = "") -> Entry | None:
         """A file, or this itself if it is one; None: there is none, or it is a folder."""
 
@@ -171,6 +167,11 @@ def open_folder(place: "Folder | Path | str") -> Folder:
     return Disk(Path(place))
 
 
+def cache_folder() -> Path:
+    """Where this user's machine keeps what can be made or fetched again: $OMMATID_CACHE, else ~/.cache/ommatid; need not exist."""
+    return Path(os.environ.get("OMMATID_CACHE") or Path.home() / ".cache" / "ommatid")
+
+
 def aside_of(path: Path) -> Path:
     """Where a file is written before it gets its name: unlike that of any other writer, in this process or another."""
     return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -229,12 +230,6 @@ class Disk(Folder):
                 return sorted(entry.name for entry in found if entry.is_dir())
         except FileNotFoundError:
             return []
-
-    def entries(self) -> Iterator[Entry]:
-        """All files below, in any order."""
-        for path in self.path.rglob("*"):
-            if entry := self.entry(path.relative_to(self.path).as_posix()):
-                yield entry
 
     def entry(self, name: str = "") -> Entry | None:
         """A file; None: there is none, or it is a directory."""

@@ -12,7 +12,9 @@ from fake_checkout import make_checkout, run
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout in which everything was run once; tests copy it."""
     root = make_checkout(tmp_path_factory.mktemp("made") / "checkout")
-    run(root, "dvc", "repro")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMMATID_CACHE", str(root.parent / "cache"))
+        run(root, "dvc", "repro")
     return root
 
 

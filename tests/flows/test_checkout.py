@@ -20,6 +20,9 @@ from flows.checkout import KEEP_SECONDS, Workplace, differences, name_experiment
 from ommatid.config import Params, load_params
 from ommatid.errors import RunError
 
+UP_TO_DATE = "sources:\n\talways changed\n"
+"""What `dvc status` says where nothing changed: it cannot know of the sources without a look."""
+
 
 def params_of(root: Path, *overrides: str) -> Params:
     return load_params(root / "params.yaml", overrides)
@@ -62,8 +65,29 @@ def test_same_params_work_in_the_checkout_in_dvcs_order_and_only_what_changed_ru
     assert ran(checkout) == [["train", "-", "run-1"]]  # its output is the same, so evaluate need not run
     assert "train things: 3 of 3" in said
     assert not any("git add" in line for line in said)
-    assert "up to date" in run(checkout, "dvc", "status")
-    assert "up to date" in run(checkout, "dvc", "repro")
+    assert run(checkout, "dvc", "status") == UP_TO_DATE
+    assert ran(checkout) == [["train", "-", "run-1"]] and run(checkout, "dvc", "repro").count("didn't change, skipping") == 3
+
+
+def test_dvc_depends_on_what_the_stages_read_and_not_on_a_walk_of_its_own(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (checkout / "photos/ext").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere/new.jpg").write_text("new")
+    (checkout / "photos/gone.jpg").symlink_to("nowhere")
+    os.mkfifo(checkout / "photos/pipe")
+    (checkout / os.fsdecode(b"photos/caf\xe9.jpg")).write_text("latin-1")
+    place = Workplace(checkout, checkout)
+    assert place.stale() == {"images"}
+    run(checkout, "dvc", "repro", "images")
+    assert place.stale() == {"train", "evaluate"}  # the fake stage wrote other images
+    (tmp_path / "elsewhere/another.jpg").write_text("another")
+    run(checkout, "dvc", "repro", "images")
+    assert [line[0] for line in ran(checkout)] == ["images", "images"]
+    before = (checkout / "data/images/out.json").read_bytes()
+    shutil.rmtree(checkout / "photos")
+    with pytest.raises(RunError, match=r"^sources: photos: no such folder; bring it back with `dvc pull` if DVC keeps it, or set images"):
+        place.plan()
+    assert (checkout / "data/images/out.json").read_bytes() == before
 
 
 def test_an_override_is_an_experiment_that_leaves_the_checkout_as_it_was(checkout: Path) -> None:
@@ -94,7 +118,7 @@ def test_an_override_is_an_experiment_that_leaves_the_checkout_as_it_was(checkou
     assert json.loads((checkout / "data/images/out.json").read_text())[1] == ["one.jpg", "two.jpg"]
     assert (checkout / "src/train.py").read_text() == "not_committed = True\n"
     assert sorted(p.name for p in (checkout / "photos").iterdir()) == ["one.jpg", "two.jpg"] and not (checkout / "photos").is_symlink()
-    assert "up to date" in run(checkout, "dvc", "status")
+    assert run(checkout, "dvc", "status") == UP_TO_DATE
 
 
 def experiments(checkout: Path) -> list[dict]:

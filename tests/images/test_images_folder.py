@@ -29,14 +29,36 @@ def source(root: Path) -> dict[str, str]:
 def test_labels_captions_and_order(root, png, make):
     for seed, name in enumerate(["b.png", "dog/2.png", "dog/1.png", "dog/poodle/x.png", "cat/é.png", ".hidden.png", ".thumbs/y.png"]):
         write(root / name, png(seed))
-    write(root / "captions.csv", '\ufeffpath,caption\ndog/1.png,"a dog, asleep"\n./b.png,\nnot/there.png,nothing\n'.encode())
+    write(root / "captions.csv", '\ufeffpath,caption\ndog/1.png,"a dog, asleep"\n./b.png,\n'.encode())
     rows = make(source(root)).read("images").to_pylist()
-    assert [(row["image"], row["path"], row["label"], row["caption"]) for row in rows] == [
-        (0, "b.png", None, None),
-        (1, "cat/é.png", "cat", None),
-        (2, "dog/1.png", "dog", "a dog, asleep"),
-        (3, "dog/2.png", "dog", None),
-        (4, "dog/poodle/x.png", "dog/poodle", None),
+    assert [(row["image"], row["path"], row["label"], row["captions"]) for row in rows] == [
+        (0, "b.png", None, []),
+        (1, "cat/é.png", "cat", []),
+        (2, "dog/1.png", "dog", ["a dog, asleep"]),
+        (3, "dog/2.png", "dog", []),
+        (4, "dog/poodle/x.png", "dog/poodle", []),
+    ]
+
+
+def test_all_captions_of_an_image_are_kept_and_labels_name_the_classes_of_a_flat_folder(root, png, make):
+    for seed, name in enumerate(["a.jpg", "b.jpg", "dog/c.jpg", "dog/e\u0301.jpg"]):
+        write(root / name, png(seed))
+    lines = [
+        "path,caption,label",
+        "a.jpg,a dog,dog",
+        "a.jpg,it runs,",
+        "b.jpg,,cat",
+        "a.jpg,a dog,dog",
+        "dog/c.jpg,,poodle",
+        "dog/\u00e9.jpg,x,",
+    ]
+    write(root / "captions.csv", "\r\n".join(lines).encode())
+    rows = make(source(root)).read("images").to_pylist()
+    assert [(row["path"], row["label"], row["captions"]) for row in rows] == [
+        ("a.jpg", "dog", ["a dog", "it runs"]),
+        ("b.jpg", "cat", []),
+        ("dog/c.jpg", "poodle", []),
+        ("dog/e\u0301.jpg", "dog", ["x"]),  # the same name in another of Unicode's normal forms
     ]
 
 
@@ -45,15 +67,15 @@ def test_taxonomies_stand_beside_captions_or_alone_and_may_be_missing(root, png,
         write(root / name, png(seed))
     write(root / "captions.csv", b"taxonomy,path,caption\nanimal/mammal/dog,a.png,a dog\n / animal /bird/,b.png,\n/,c.png,sky\n")
     rows = make(source(root)).read("images").to_pylist()
-    assert [(row["taxonomy"], row["caption"]) for row in rows] == [
-        ("animal/mammal/dog", "a dog"),
-        ("animal/bird", None),
-        (None, "sky"),
-        (None, None),
+    assert [(row["taxonomy"], row["captions"]) for row in rows] == [
+        ("animal/mammal/dog", ["a dog"]),
+        ("animal/bird", []),
+        (None, ["sky"]),
+        (None, []),
     ]
-    write(root / "captions.csv", b"path,taxonomy\nb.png,animal\nc.png\n")
+    write(root / "captions.csv", b"path;taxonomy\nb.png;animal\nc.png;\n")
     rows = make(source(root), "other").read("images").to_pylist()
-    assert [(row["taxonomy"], row["caption"]) for row in rows] == [(None, None), ("animal", None), (None, None), (None, None)]
+    assert [(row["taxonomy"], row["captions"]) for row in rows] == [(None, []), ("animal", []), (None, []), (None, [])]
 
 
 def test_every_file_that_is_no_image_is_listed(root, png, make):
@@ -130,20 +152,50 @@ def test_nothing_to_read_names_the_path_and_what_to_do(kind, root, png):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (b"file,text\na.png,x\n", "its first line must name the columns path and caption"),
-        (b"", "its first line must name the columns path and caption"),
-        (b"path,text\na.png,x\n", r"taxonomy or both; it names \['path', 'text'\]"),
-        (b"path,caption\n\xff\xfe,x\n", "not a CSV file in UTF-8"),
-        (b"path,taxonomy\na.png,x/y\na.png,x//y\n", "captions.csv, line 3: the taxonomy 'x//y' has a class without a name"),
-        (b"path,caption\n/photos/a.png,x\n", "names no file of the folder, for one '/photos/a.png'"),
+        (b"file,text\na.png,x\n", "line 1 names none of the columns path, caption, label, taxonomy; it needs path"),
+        (b"", "is empty"),
+        (b"path,text\na.png,x\n", "line 1 has the columns path, text; it needs path and one of caption, label, taxonomy"),
+        (b"path,capton,label\na.png,x,y\n", "is caption meant by 'capton'"),
+        (b"path,caption,path\na.png,x,y\n", "columns path, caption, path; it needs path, each once"),
+        (b"path,caption\n\xff\xfe,x\n", "line 2, can't decode byte 13: not UTF-8"),
+        ("path,caption\na.png,x\n".encode("utf-16"), "is UTF-16"),
+        (b"path,caption\na.png,a dog, running\n", "line 2, 3 cells and 2 columns; put a value with a comma between quotation marks"),
+        (b"path,caption\na.png\n", "line 2, 1 cells and 2 columns; fill in the rest"),
+        (b'path,caption\na.png,x\n\na.png,"x\nb.png,y\n', "line 4, not CSV .*quotation mark that is not closed"),
+        (b"path,caption\n,x\n", "line 2, column path: is empty"),
+        (b"path,taxonomy\na.png,x/y\na.png,x//y\n", "line 3, the taxonomy 'x//y' has a class without a name"),
+        (b"path,label\na.png,x\na.png,y\n", "line 3, column label: 'y', and a line before says 'x' of the same image"),
+        (b"path,caption\n/photos/a.png,x\n", "1 of 1 images named there are no file of the folder: '/photos/a.png'; write paths relative"),
+        (
+            b"path,caption\nA.PNG,x\nb\\c.png,y\nz.png,z\na.png,a\n",
+            r"3 of 4 images .*'A.PNG' \(is 'a.png' meant\?\), .* \(is 'b/c.png' meant",
+        ),
     ],
 )
 def test_captions_that_cannot_be_used_are_an_error(text, said, root, png):
     write(root / "a.png", png(0))
+    write(root / "b/c.png", png(1))
     write(root / "captions.csv", text)
     with pytest.raises(SourceError, match=said) as caught:
         Folder(root)
     assert str(root / "captions.csv") in str(caught.value)
+
+
+def test_rows_and_columns_that_are_not_used_are_counted(root, png):
+    for seed, name in enumerate(["a.png", "b.png", "c.png"]):
+        write(root / name, png(seed))
+    write(root / "captions.csv", b"path,caption,split\na.png,x,train\nb.png,y,train\nC.png,z,test\ngone.png,z,test\n")
+    columns, rows = Folder(root).notices
+    assert columns.endswith("captions.csv: 1 column is not used: split")
+    assert rows.endswith("captions.csv: 2 of 4 images named there are no file of the folder: 'C.png' (is 'c.png' meant?), 'gone.png'")
+
+
+def test_a_captions_file_that_links_to_something_else_is_not_shown(root, tmp_path, png):
+    write(root / "a.png", png(0))
+    (root / "captions.csv").symlink_to(write(tmp_path / "secret", b"the password is hunter2\nhunter3\n"))
+    with pytest.raises(SourceError, match="line 1 names none of the columns") as caught:
+        Folder(root)
+    assert "hunter" not in str(caught.value)
 
 
 def test_the_fingerprint_follows_names_sizes_and_times(root, png):

@@ -30,7 +30,9 @@ def test_binary_and_struct_columns(type_, tmp_path, png, make):
     artefact = make(source(path).model_dump())
     rows = artefact.read("images").to_pylist()
     assert [(row["path"], row["encoded"], row["label"]) for row in rows] == [("x.parquet#0", png(0), None), ("x.parquet#1", png(1), None)]
-    assert [(row["path"], row["reason"]) for row in artefact.read("rejected").to_pylist()] == [("x.parquet#2", "empty")]
+    (row,) = artefact.read("rejected").to_pylist()
+    why = "bytes is null and path names a file, which is not looked for" if pa.types.is_struct(type_) else "null: the row has no image"
+    assert (row["path"], row["reason"]) == ("x.parquet#2", "empty") and row["detail"].startswith(why)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_nothing_to_read_names_the_path(tmp_path, png):
     no_rows = write(tmp_path / "no_rows.parquet", {"image": pa.array([], pa.binary())})
     expected = {
         "gone": "no such file or folder",
-        "empty": "there is no file",
+        "empty": "there are no files named",
         "not.parquet": "cannot be read as Parquet",
         no_rows.name: "no rows",
     }
@@ -124,3 +126,17 @@ def test_damage_inside_a_file_is_an_error_that_names_it(tmp_path, png):
     path.write_bytes(data)
     with pytest.raises(SourceError, match=str(path)):
         list(ParquetFiles(source(path)).iter_items(range(50)))
+
+
+def test_hidden_files_are_left_out_as_by_the_folder_source_and_what_is_not_read_is_said(tmp_path, png):
+    table = {"image": pa.array([png(0)]), "label": pa.array(["a"]), "caption": pa.array(["b"])}
+    for name in ("a.parquet", ".ipynb_checkpoints/a-checkpoint.parquet", ".b.parquet", "C.PARQUET"):
+        write(tmp_path / "in" / name, table)
+    (tmp_path / "in/readme.txt").write_text("hello")
+    write(tmp_path / "elsewhere/d.parquet", table)
+    (tmp_path / "in/more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    files = ParquetFiles(source(tmp_path / "in", label_column="label"))
+    assert [item.path for item in files.iter_items(range(files.total))] == ["C.PARQUET#0", "a.parquet#0", "more/d.parquet#0"]
+    endings, columns = files.notices
+    assert endings.endswith("in: 1 file is not read, for the name does not end in .parquet: readme.txt")
+    assert "in: 1 column is not read: caption; images.source.label_column" in columns

@@ -44,7 +44,7 @@ def test_a_folder(s3: str, root: Path, make: Callable[..., Any]) -> None:
     assert there.read("images").equals(here.read("images"))
     assert there.read("rejected").equals(here.read("rejected"))
     assert there.read("rejected")["path"].to_pylist() == ["empty.jpg", "half.png"]
-    assert there.read("images")["caption"].to_pylist() == [None, None, "a dog, asleep", None, None]
+    assert there.read("images")["captions"].to_pylist() == [[], [], ["a dog, asleep"], [], []]
 
 
 def test_the_fingerprint_follows_names_and_contents(s3: str, root: Path) -> None:
@@ -64,7 +64,9 @@ def test_an_object_that_goes_away_is_refused_and_a_bucket_that_is_not_there_is_a
     open_folder(f"{s3}/photos").remove(item.path)
     with pytest.raises(FileNotFoundError):
         item.read()
-    with pytest.raises(SourceError, match=r"nothing: there are no files in this folder; put images there, or change images\.source\.path"):
+    with pytest.raises(
+        SourceError, match=r"nothing: no such folder; bring it back with `dvc pull` if DVC keeps it, or set images\.source\.path"
+    ):
         Folder(f"{s3}/nothing")
     with pytest.raises(ArtefactError, match="s3://no-such-bucket/x: there is no such bucket"):
         Folder("s3://no-such-bucket/x")
@@ -83,7 +85,8 @@ def test_parquet(s3: str, path: str, tmp_path: Path, png: Callable[[int], bytes]
 
 
 @pytest.mark.parametrize(
-    ("path", "said"), [("none", "no such file or folder"), ("photos", "there is no file named"), ("x.parquet", "cannot be read as Parquet")]
+    ("path", "said"),
+    [("none", "no such file or folder"), ("photos", "there are no files named"), ("x.parquet", "cannot be read as Parquet")],
 )
 def test_parquet_that_is_not_there(s3: str, root: Path, path: str, said: str, make: Callable[..., Any]) -> None:
     (root / "x.txt").write_text("text")

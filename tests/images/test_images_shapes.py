@@ -154,8 +154,8 @@ def test_the_stage_makes_rows_of_it(plan, make):
     artefact = make({"kind": "shapes", "path": str(plan)}, limit=20)
     rows = artefact.read("images").to_pylist()
     figures = [make_figure(0, number) for number in range(0, 40, 2)]
-    assert [(row["path"], row["label"], row["caption"], row["taxonomy"]) for row in rows] == [
-        (f"{2 * i:07d}.png", figure.shape, figure.caption, figure.taxonomy) for i, figure in enumerate(figures)
+    assert [(row["path"], row["label"], row["captions"], row["taxonomy"]) for row in rows] == [
+        (f"{2 * i:07d}.png", figure.shape, [figure.caption], figure.taxonomy) for i, figure in enumerate(figures)
     ]
     for row, figure in zip(rows, figures, strict=True):
         assert np.array_equal(np.array(Image.open(io.BytesIO(row["encoded"]))), draw(figure, 32))

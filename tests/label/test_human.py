@@ -23,6 +23,12 @@ def test_labels_of_one_sae(tmp_path: Path, encoding: str) -> None:
     assert load_labels(path, {ONE: 8}) == {ONE: {3: "horse", 7: "wheels, in a row", 0: "two\nlines", 1: "кот"}}
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_spreadsheets_write_other_delimiters(tmp_path: Path, delimiter: str) -> None:
+    path = write(tmp_path, f"latent{delimiter}label\n3{delimiter}horse, or pony\n")
+    assert load_labels(path, {ONE: 8}) == {ONE: {3: "horse, or pony"}}
+
+
 def test_several_saes_are_told_by_the_names_of_folders_or_of_tables(tmp_path: Path) -> None:
     path = write(tmp_path, f"sae,latent,label\n{ONE},7,a\ntopk-4-k2-s0,3,b\n")
     assert load_labels(path, {ONE: 8, TWO: 4}) == {ONE: {7: "a"}, TWO: {3: "b"}}
@@ -35,12 +41,17 @@ def test_several_saes_are_told_by_the_names_of_folders_or_of_tables(tmp_path: Pa
         ("latent,label\n1,horse\n-1,horse\n", "line 3, column latent: got '-1'"),
         ("latent,label\nx,horse\n", "line 2, column latent: got 'x'"),
         ("latent,label\n1,horse\n2,dog\n1,cat\n", "line 4, column latent: latent 1 has a label on line 2 already"),
-        ("latent,label\n1,wheels, in a row\n", "line 2, 3 cells and 2 columns; put a label with a comma between quotation marks"),
+        ("latent,label\n1,wheels, in a row\n", "line 2, 3 cells and 2 columns; put a value with a comma between quotation marks"),
         ("latent,label,sae\n1,horse,topk-16\n", f"line 2, column sae: got 'topk-16'; this training has {ONE}"),
         ("latent,label,sae\n1,horse,\n", "line 2, column sae: got ''"),
         ("latent,lable\n1,horse\n", "line 1 has the columns latent, lable; it needs latent, label"),
-        ("latent,label,label\n1,horse,pony\n", "line 1 has the columns latent, label, label"),
-        ("", "line 1 has the columns none"),
+        ("latent,label,label\n1,horse,pony\n", "line 1 has the columns latent, label, label; it needs latent, label, each once"),
+        ("latent,label,sea\n1,horse,x\n", "line 1 has the columns latent, label, sea; is sae meant by 'sea'?"),
+        ("latent,label,by\n1,horse,x\n", "line 1 has the columns latent, label, by; it needs latent, label, and takes no other"),
+        ("Latent,Label\n1,horse\n", "line 1 names none of the columns latent, label, sae; it needs .*is latent meant by 'Latent'"),
+        ("", "is empty"),
+        ('latent,label\n1,"horse\n2,"dog"\n', "line 2, not CSV"),
+        ('latent,label\n1,horse\n2,"dog\n', "line 3, not CSV"),
         ("latent,label\n1,\n", "has no label"),
         ("latent,label\n9,a\n1,b\n10,c\n", "line 2, .*; line 4, "),
         ("latent,label\n" + "9,a\n" * 12, "line 2, .*; line 11, .*; and 2 more"),
@@ -53,7 +64,7 @@ def test_what_is_wrong_is_named_by_line_and_column(tmp_path: Path, text: str, sa
 
 
 def test_with_several_saes_the_file_must_say_which(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="it needs latent, label, sae, for there are 2 SAEs"):
+    with pytest.raises(ConfigError, match="line 1 has the columns latent, label; it needs latent, label, sae"):
         load_labels(write(tmp_path, "latent,label\n1,horse\n"), {ONE: 8, TWO: 4})
 
 
@@ -63,9 +74,9 @@ def test_labels_of_another_training_are_refused(tmp_path: Path) -> None:
         load_labels(write(tmp_path, "latent,label,sae\n1,horse,topk-8-k2-s0-99999999\n"), {ONE: 8})
 
 
-@pytest.mark.parametrize(("content", "says"), [(None, "No such file"), (b"latent,label\n1,\xe9\n", "can't decode")])
+@pytest.mark.parametrize(("content", "says"), [(None, "No such file"), (b"latent,label\n1,\xe9\n", "line 2, can't decode")])
 def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None, says: str) -> None:
     if content is not None:
         (tmp_path / "labels.csv").write_bytes(content)
-    with pytest.raises(ConfigError, match=f"labels.csv: .*{says}.*; give a CSV file in UTF-8"):
+    with pytest.raises(ConfigError, match=f"labels.csv: {says}.*; (give a CSV file|save it as CSV) in UTF-8"):
         load_labels(str(tmp_path / "labels.csv"), {ONE: 8})

@@ -1,6 +1,7 @@
 """What every file of activations is to an import, whatever its format, and what is refused in each. See docs/import.md."""
 
-from collections.abc import Container, Iterator, Mapping
+import re
+from collections.abc import Collection, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,8 @@ class ActivationFile(Protocol):
     """(tokens, d_model) or (images, tokens, d_model)."""
     has_images: bool
     """Whether it says which image each entry comes from."""
+    others: tuple[str, ...]
+    """Names of tensors or columns in it that are not read."""
 
     def iter_images(self, n: int) -> Iterator[np.ndarray]:
         """The image of every entry in order, `n` entries a piece; only where `has_images`."""
@@ -70,6 +73,25 @@ def choose(path: Path, key: str | None, known: Mapping[str, str], what: str) -> 
     if len(names) != 1:
         raise SourceError(f"{path}: which {what} holds the activations? Set extract.key; the file has {listed}")
     return names[0]
+
+
+def others_of(path: Path, names: Collection[str], key: str) -> tuple[str, ...]:
+    """What a file holds beside the activations `key` and `image`.
+
+    Raises:
+        SourceError: something that looks like the images by another name, without which every entry would count as an image.
+    """
+    others = tuple(name for name in names if name not in (key, IMAGE))
+    for name in others:
+        if _IMAGES.fullmatch(name) and IMAGE not in names:
+            raise SourceError(
+                f"{path}: {name!r} is not read; call it {IMAGE!r} if it says which image an entry comes from, or leave it out"
+            )
+    return others
+
+
+_IMAGES = re.compile(r"(image|img|sample)s?[ _.-]?(id|idx|index|number|no|nr)?(e?s)?|idx|index|indices|ids?", re.IGNORECASE)
+"""Names by which other programs call what is `image` here."""
 
 
 def refuse_key(path: Path, key: str | None) -> None:

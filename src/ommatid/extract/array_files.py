@@ -3,7 +3,7 @@
 import pickle
 import zipfile
 from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ommatid.errors import SourceError
-from ommatid.extract.activation_file import IMAGE, Piece, check_images, check_shape, choose, refuse_key, text_of
+from ommatid.extract.activation_file import IMAGE, Piece, check_images, check_shape, choose, others_of, refuse_key, text_of
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -25,6 +25,7 @@ class _Sliced:
     paths: tuple[Path, ...]
     shape: tuple[int, ...]
     has_images: bool
+    others: tuple[str, ...] = ()
 
     @contextmanager
     def _open(self) -> Iterator[tuple[Any, Any]]:
@@ -95,6 +96,7 @@ class Safetensors(_Sliced):
             self._name = choose(path, key, known, "tensor")
             self.shape, dtype = tuple(slices[self._name].get_shape()), slices[self._name].get_dtype()
             self.has_images = IMAGE in slices
+            self.others = others_of(path, slices, self._name)
             check_shape(path, self.shape, dtype, dtype in ("F16", "BF16", "F32", "F64"))
             if self.has_images:
                 shape, dtype = tuple(slices[IMAGE].get_shape()), slices[IMAGE].get_dtype()
@@ -162,7 +164,24 @@ class Pt(_Sliced):
             raise SourceError(f"{self.path}: holds a {type(found).__name__}; {_HOW_TO_SAVE}")
         tensors = {name: value.detach() for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
         known = {name: f"{str(value.dtype).removeprefix('torch.')} {text_of(tuple(value.shape))}" for name, value in tensors.items()}
-        return tensors[choose(self.path, self._key, known, "tensor")], tensors.get(IMAGE)
+        name = choose(self.path, self._key, known, "tensor")
+        self.others = others_of(self.path, [str(key) for key in found], name)
+        return tensors[name], self._images(found[IMAGE]) if IMAGE in found else None
+
+    def _images(self, found: Any) -> Tensor:
+        """As a tensor: a list or tuple of whole numbers says the same.
+
+        Raises:
+            SourceError: it is neither.
+        """
+        if isinstance(found, Tensor):
+            return found.detach()
+        if isinstance(found, list | tuple) and all(type(number) is int for number in found):
+            with suppress(RuntimeError, ValueError, OverflowError):  # a number that no integer of 64 bits holds
+                return torch.tensor(found, dtype=torch.int64)
+        raise SourceError(
+            f"{self.path}: {IMAGE!r} is a {type(found).__name__}; it must be a tensor or a list of whole numbers, one for each entry"
+        )
 
 
 _HOW_TO_SAVE = 'save a tensor, torch.save(x, path), or tensors by name, torch.save({"x": x, "image": image}, path)'

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch import Tensor
 from ommatid import schemas
 from ommatid.config import ExtractFiles
 from ommatid.errors import ArtefactError, ConfigError, SourceError
-from ommatid.events import Listener, Progress, ignore
+from ommatid.events import Listener, Progress, Warned, ignore
 from ommatid.extract.activation_file import ActivationFile
 from ommatid.extract.file_plan import Block, FilePlan, places_in_runs
 from ommatid.extract.formats import open_files
@@ -46,7 +45,9 @@ def import_files(params: ExtractFiles, inputs: Mapping[str, Artefact], draft: Dr
     """
     if params.name in (SCRATCH, RECEIPTS):
         raise ConfigError(f"extract.name: {params.name!r} is a folder of Ommatid's own; call the activations something else")
-    files = open_files(Path(params.path), params.key)
+    files, notices = open_files(params.path, params.key)
+    for notice in notices:
+        on_event(Warned(notice))
     plan = FilePlan(files)
     _start_or_go_on(draft, params.name, files)
     _Import(params, files, plan, draft, on_event).make()

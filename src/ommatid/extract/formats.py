@@ -1,7 +1,7 @@
 """Files of activations that were made elsewhere, found and opened by their endings. See docs/import.md."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,41 +9,46 @@ from ommatid.errors import SourceError
 from ommatid.extract.activation_file import IMAGE, ActivationFile, text_of
 from ommatid.extract.array_files import Npy, Pt, Safetensors
 from ommatid.extract.parquet_file import ParquetFile
+from ommatid.listing import ACTIVATIONS, list_activations, some_of
 
 
-def open_files(place: Path, key: str | None) -> list[ActivationFile]:
-    """The files at `place`, a file or a folder, in order of name, where part10 comes after part9.
+def open_files(place: str, key: str | None) -> tuple[list[ActivationFile], list[str]]:
+    """The files at `place`, a file or a folder, in order of name, where part10 comes after part9; and what of it is not read, in sentences.
 
     Raises:
         SourceError: nothing there, several formats, or a file that does not hold what docs/import.md asks for.
     """
-    paths = _find(place)
-    formats = {path.suffix: path for path in paths}
+    if "://" in place:
+        raise SourceError(f"{place}: extract.path must be on this machine, for files of activations are mapped; copy them first")
+    listing = list_activations(place)
+    paths = sorted((file.path for file in listing.files if file.path), key=_natural)
+    for path in paths:
+        if path.suffix.lower() not in FORMATS:
+            raise SourceError(f"{path}: extract.path must end in {_NAMES}, or be a folder of such files")
+    beside = {path for path in paths if path.name.endswith(f".{IMAGE}.npy")} if len(paths) > 1 else set()
+    paths = [path for path in paths if path not in beside]
+    _check_beside(beside, paths)
+    formats = {path.suffix.lower(): path for path in paths}
     if len({FORMATS[suffix] for suffix in formats}) > 1:
         first, second, *_ = formats.values()
         raise SourceError(f"{place}: holds files of several formats, such as {first.name} and {second.name}; give each a folder of its own")
-    files = [FORMATS[path.suffix](path, key) for path in paths]
+    files = [FORMATS[path.suffix.lower()](path, key) for path in paths]
     for file in files:
         _check_alike(files[0], file)
-    return files
+    return files, [f"{place}: {sentence}" for sentence in listing.notice(ACTIVATIONS)] + _unread(files)
 
 
-def _find(place: Path) -> list[Path]:
-    if not place.exists():
-        raise SourceError(f"{place}: no such file or folder; set extract.path to a folder of {_NAMES} files, or to one of them")
-    if place.is_file():
-        if place.suffix not in FORMATS:
-            raise SourceError(f"{place}: extract.path must end in {_NAMES}, or be a folder of such files")
-        return [place]
-    found = (path for path in place.rglob("*") if path.suffix in FORMATS and path.is_file() and not _is_hidden(path.relative_to(place)))
-    paths = sorted((path for path in found if not path.name.endswith(f".{IMAGE}.npy")), key=_natural)
-    if not paths:
-        raise SourceError(f"{place}: there are no {_NAMES} files in this folder; change extract.path")
-    return paths
+def _check_beside(images: Collection[Path], paths: Collection[Path]) -> None:
+    """Raises SourceError where images lie beside nothing."""
+    for path in images:
+        if (owner := path.with_name(path.name.removesuffix(f".{IMAGE}.npy") + ".npy")) not in paths:
+            raise SourceError(f"{path}: says which image each entry of {owner.name} comes from, and there is no such file; name them alike")
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _unread(files: Sequence[ActivationFile]) -> list[str]:
+    """A sentence about tensors or columns that are not read, if any."""
+    names = list(dict.fromkeys(name for file in files for name in file.others))
+    return [f"{files[0].path.parent}: {some_of(names)} in the files {'is' if len(names) == 1 else 'are'} not read"] if names else []
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -63,4 +68,4 @@ def _check_alike(first: ActivationFile, other: ActivationFile) -> None:
 
 
 FORMATS: Mapping[str, Any] = {".npy": Npy, ".safetensors": Safetensors, ".pt": Pt, ".pth": Pt, ".parquet": ParquetFile}
-_NAMES = ", ".join(FORMATS)
+_NAMES = ", ".join(ACTIVATIONS)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ommatid.errors import SourceError
-from ommatid.extract.activation_file import IMAGE, Piece, check_images, check_shape, choose
+from ommatid.extract.activation_file import IMAGE, Piece, check_images, check_shape, choose, others_of
 
 
 class ParquetFile:
@@ -32,6 +32,7 @@ class ParquetFile:
             self._bytes_dtype = _bytes_dtype(path, schema) if _is_bytes(type_) else None
             self._width = self._width_of(file, type_) if n_rows else 0
             self.has_images = IMAGE in schema.names
+            self.others = others_of(path, schema.names, self._name)
             if self.has_images:
                 images = schema.field(IMAGE).type
                 check_images(path, (n_rows,), n_rows, images, pa.types.is_integer(images))

@@ -63,6 +63,7 @@ class Cifar10:
         pin = load_pin(pin_path)
         self._archive = fetch(pin)
         self.fingerprint = pin.integrity
+        self.notices: Sequence[str] = ()
         with _reading(self._archive) as tar:
             heights = {member: _rows(tar, member) for member in (*_TRAIN, *_TEST)}
             # [sic]: that is how the package spells its labels

@@ -26,7 +26,7 @@ class Row:
     width: int
     height: int
     label: str | None
-    caption: str | None
+    captions: tuple[str, ...]
     taxonomy: str | None
     thumbnail: bytes
     encoded: bytes
@@ -45,15 +45,14 @@ def examine(item: Item, thumbnail: int) -> Row | Rejected:
     """Read and decode one item; `thumbnail` is the longest side of its thumbnail in pixels."""
     try:
         encoded = item.read()
+        image = decode(encoded)
     except OSError as error:
         return Rejected(item.path, "unreadable", error.strerror or type(error).__name__)
-    try:
-        image = decode(encoded)
     except Unreadable as error:
         return Rejected(item.path, error.reason, error.detail)
     width, height = image.size
     image_id = hashlib.sha256(encoded).hexdigest()
-    return Row(image_id, item.path, width, height, item.label, item.caption, item.taxonomy, _webp(image, thumbnail), encoded)
+    return Row(image_id, item.path, width, height, item.label, item.captions, item.taxonomy, _webp(image, thumbnail), encoded)
 
 
 def examine_all(items: Iterable[Item], thumbnail: int) -> Iterator[Row | Rejected]:

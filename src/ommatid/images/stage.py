@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import assert_never
 
 from ommatid.config import Cifar10Source, FolderSource, ImageSource, ImagesParams, ParquetSource, ShapesSource
-from ommatid.events import Listener, Progress, ignore
+from ommatid.events import Listener, Progress, Warned, ignore
 from ommatid.images.cifar10 import Cifar10
 from ommatid.images.collection import Collection
 from ommatid.images.examine import examine_all
@@ -21,14 +21,16 @@ _ITEMS_PER_EVENT = 256
 def make_images(params: ImagesParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
     """Read a source into the draft: the tables `images` and `rejected`, sealed. It has no `inputs`.
 
-    What cannot be read or was there before is listed and never stops the run; memory does not depend on the number
-    of images but for their ids and paths. A draft begun on the same content is continued.
+    What cannot be read or was there before is listed and never stops the run, and what of the source is not used is said. Memory does
+    not depend on the number of images but for their ids and paths. A draft begun on the same content is continued.
 
     Raises:
         SourceError: the source is missing, empty or not what params say; names the path and what to do.
         OSError: the draft cannot be written.
     """
     source = open_source(params.source)
+    for notice in source.notices:
+        on_event(Warned(notice))
     positions = spread(source.total, params.limit)
     collection = Collection(draft, params.eval_share, source.fingerprint)
     items = source.iter_items(positions[collection.n_seen :])
