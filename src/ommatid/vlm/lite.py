@@ -224,7 +224,11 @@ class LiteVision(_Tower):
     @torch.inference_mode()
     def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
         """MiniLM's embeddings (texts, 384) less the mean over the 1,000 class texts, as in the image embedding."""
-        return load_minilm(self._device).embed(texts) - _raw_class_texts(self._device).mean(0)
+        of_classes, place = _raw_class_texts(self._device), {text: i for i, text in enumerate(_class_templates())}
+        others = dict.fromkeys(text for text in texts if text not in place)
+        place |= {text: len(of_classes) + i for i, text in enumerate(others)}
+        known = torch.cat([of_classes, load_minilm(self._device).embed(tuple(others))])
+        return known[[place[text] for text in texts]] - of_classes.mean(0)
 
     def _embed(self, head: torch.Tensor) -> torch.Tensor:
         return conse(self._logits(head), class_texts(self._device))
@@ -263,5 +267,9 @@ _class_texts: dict[str, torch.Tensor] = {}
 def _raw_class_texts(device: str) -> torch.Tensor:
     """Computed once a process and device, when first needed: it takes seconds."""
     if device not in _class_texts:
-        _class_texts[device] = load_minilm(device).embed([TEMPLATE.format(name) for name in imagenet_classes()])
+        _class_texts[device] = load_minilm(device).embed(_class_templates())
     return _class_texts[device]
+
+
+def _class_templates() -> list[str]:
+    return [TEMPLATE.format(name) for name in imagenet_classes()]
