@@ -65,15 +65,21 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "JPEG"])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "JPEG", "AVIF"])
 def test_every_exif_orientation_is_turned_upright(orientation, kind, pixels, encode):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    options = {"PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}, "JPEG": {"quality": 100, "subsampling": 0}}[kind]
+    options = {
+        "PNG": {},
+        "WEBP": {"lossless": True},
+        "TIFF": {},
+        "JPEG": {"quality": 100, "subsampling": 0},
+        "AVIF": {"quality": 100, "subsampling": "4:4:4"},
+    }[kind]
     stored = np.ascontiguousarray(STORED[orientation](pixels()))
     found = rgb(encode(stored, kind, exif=exif, **options)).astype(int)
     assert found.shape == pixels().shape
-    assert abs(found - pixels()).max() <= (3 if kind == "JPEG" else 0)
+    assert abs(found - pixels()).max() <= (3 if kind in ("JPEG", "AVIF") else 0)
 
 
 def test_damaged_exif_does_not_cost_the_image(pixels, encode):
@@ -175,6 +181,90 @@ def test_sixteen_bits_with_a_transparent_grey(encode):
 )
 def test_wide_pixels_take_the_smallest_usual_range_that_holds_them(values, expected, encode):
     assert rgb(encode(values[None], "TIFF"))[0, :, 0].tolist() == expected
+
+
+def tiff(values: np.ndarray, order: str = "<", **tags: int | float) -> bytes:
+    """A plain TIFF of one channel, tag by tag: PIL writes only some of what it reads."""
+    height, width = values.shape
+    data = values.astype(values.dtype.newbyteorder(order)).tobytes()
+    bits, kind = 8 * values.dtype.itemsize, {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    known = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(data), 339: kind}
+    names = {"width": 256, "bits": 258, "photometric": 262, "s_min": 340, "s_max": 341}
+    known |= {names[name]: value for name, value in tags.items()}
+    entries = [
+        struct.pack(f"{order}HHI{'f' if isinstance(value, float) else 'I'}", number, 11 if isinstance(value, float) else 4, 1, value)
+        for number, value in sorted(known.items())
+    ]
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8 + len(data))
+    return head + data + struct.pack(f"{order}H", len(entries)) + b"".join(entries) + b"\0\0\0\0"
+
+
+@pytest.mark.parametrize(
+    ("values", "tags", "expected"),
+    [
+        (np.array([0, 0.5, 1.0001], np.float32), {}, [0, 128, 255]),
+        (np.array([-0.04, 0.5, 1.2], np.float32), {}, [0, 128, 255]),  # a bicubic filter overshoots
+        (np.array([-3, 100, 250], np.float32), {}, [0, 100, 250]),
+        (np.array([-1.0001, 0, 1], np.float32), {}, [0, 128, 255]),
+        (np.array([0, 1, np.inf, -np.inf, np.nan], np.float32), {}, [0, 255, 255, 0, 0]),
+        (np.array([np.nan, np.nan], np.float32), {}, [0, 0]),
+        (np.array([-3e38, 0, 3e38], np.float32), {}, [0, 128, 255]),
+        (np.array([0, 2, 4], np.float32), {"s_min": 0.0, "s_max": 4.0}, [0, 128, 255]),
+        (np.array([0, 0.5, 1], np.float32), {"s_max": float("nan")}, [0, 128, 255]),
+        (np.array([0, 0.5, 1], np.float32), {"photometric": 0}, [255, 127, 0]),
+        (np.array([0, 30000, 65535], np.uint16), {"photometric": 0}, [255, 138, 0]),
+        (np.array([0, 100, 255], np.uint8), {"photometric": 0}, [255, 155, 0]),
+        (np.array([0, 2048, 4095], np.uint16), {"s_min": 0, "s_max": 4095}, [0, 128, 255]),
+        (np.array([0, 2048, 65535], np.uint16), {"s_min": 0, "s_max": 4095}, [0, 8, 255]),  # a tag that is wrong
+        (np.array([0x00, 0x08, 0x00, 0xFF, 0xF0, 0x00], np.uint8), {"bits": 12, "width": 4}, [0, 128, 255, 0]),
+        (np.array([0, 2**31, 2**32 - 1], np.uint32), {}, [0, 128, 255]),
+        (np.array([0, 100, 255], np.uint32), {}, [0, 100, 255]),
+        (np.array([-128, 0, 127], np.int8), {}, [0, 128, 255]),
+        (np.array([0, 100, 127], np.int8), {}, [128, 228, 255]),
+        (np.array([0, 200, 16384], np.int16), {}, [0, 2, 128]),
+        (np.array([0, 100, 200], np.int16), {}, [0, 1, 2]),  # as its siblings with larger values
+        (np.array([-1000, 0, 1000], np.int16), {}, [0, 128, 255]),
+    ],
+    ids=str,
+)
+def test_tags_of_tiff_say_what_the_values_mean(values, tags, expected):
+    with warnings.catch_warnings(action="error"):
+        assert rgb(tiff(values[None], **tags))[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("top", [200, 65535])
+def test_a_dark_picture_of_16_bits_stays_dark(top):
+    assert rgb(b"P5 2 1 65535\n" + np.array([0, top], ">u2").tobytes())[0, 1, 0] == round(top / 257)
+
+
+def test_a_variant_that_is_not_decoded_is_no_damage():
+    with pytest.raises(Unreadable, match="or of a variant that Pillow does not decode"):
+        decode(tiff(np.zeros((2, 2), np.float64)))
+
+
+@pytest.mark.parametrize(
+    ("encoded", "said"),
+    [
+        (b"root:x:0:0:root:/root:/bin/bash\nhunter2", "does not begin like any image file"),
+        (b"P6 hunter2 hunter2 255\n", None),
+        (b"P3\n2 2\n255\nhunter2 1 1", None),
+        (b"\0\0\0\x18ftypheic" + b"hunter2" * 9, "HEIC or HEIF, which is not decoded"),
+        (b"\0\0\0\x18ftypisom" + b"hunter2" * 9, "a video, which is not decoded"),
+        (b"%PDF-1.7 hunter2", "a PDF, which"),
+        (b"version https://git-lfs.github.com/spec/v1\noid hunter2", "a pointer of Git LFS"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\x07hunter2hunter2", None),
+        (b"BMhunt\0\0\0\0hunter2hunter2hunter2hunter2", None),
+        (b"GIF89a" + b"hunter2" * 9, None),
+        (b"II*\0" + b"hunter2" * 99, None),
+    ],
+    ids=str,
+)
+def test_what_is_said_of_a_file_that_is_no_image_holds_nothing_of_it(encoded, said):
+    with pytest.raises(Unreadable) as caught:
+        decode(encoded)
+    assert "hunter" not in str(caught.value) and "hunt" not in str(caught.value)
+    assert caught.value.detail
+    assert said is None or caught.value.detail.startswith(said)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])

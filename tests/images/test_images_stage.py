@@ -3,6 +3,7 @@
 Also after it was killed at each of its steps, interrupted, or stopped by a full disk.
 """
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -18,6 +19,7 @@ from PIL import Image
 
 from ommatid import store
 from ommatid.errors import ArtefactError
+from ommatid.events import Warned
 from ommatid.images import collection, make_images, stage
 from ommatid.images.collection import split_of
 from ommatid.images.source import spread
@@ -72,6 +74,9 @@ def test_the_summary_counts_what_the_tables_hold(photos, make):
         "n_duplicates": 3,
         "n_rejected": 3,
         "rejected_share": 0.1,
+        "n_nearly_black": 0,
+        "n_nearly_white": 0,
+        "n_of_several_frames": 0,
         "labels": {"a": 8, "b": 8, "c": 8},
     }
 
@@ -167,6 +172,46 @@ def test_progress_ends_at_the_total(photos, tmp_path, params, drafting):
     with drafting(tmp_path / "artefact", chosen) as draft:
         make_images(chosen, {}, draft, events.append)
     assert (events[-1].what, events[-1].done, events[-1].total) == ("images", 30, 30)
+
+
+def test_dark_bright_and_many_paged_pictures_are_counted_and_said(tmp_path, encode, pixels, params, drafting, small_parts, monkeypatch):
+    root = tmp_path / "photos"
+    root.mkdir()
+    frames = [Image.fromarray(pixels(seed)) for seed in range(3)]
+    files = {
+        "a.png": encode(pixels()),
+        "night.png": encode(np.full((9, 9, 3), 3, np.uint8)),
+        "fog.png": encode(np.full((9, 9), 250, np.uint8)),
+    }
+    files |= {f"m.{kind}": encode(frames[0], kind, save_all=True, append_images=frames[1:]) for kind in ("gif", "tiff", "webp")}
+    for name, content in files.items():
+        (root / name).write_bytes(content)
+    monkeypatch.setattr(collection, "ROWS_PER_PART", 2)
+    chosen, events = params(source(root)), []
+    with drafting(tmp_path / "artefact", chosen) as draft:
+        for stopped in (True, False):  # the counts of a run that died go on
+            written = []
+            monkeypatch.setattr(
+                collection.Collection, "_write_part", counting(collection.Collection._write_part, written, 2 if stopped else 9)
+            )
+            with contextlib.suppress(KeyboardInterrupt):
+                summary = make_images(chosen, {}, draft, events.append).summary
+    assert (summary["n_nearly_black"], summary["n_nearly_white"], summary["n_of_several_frames"]) == (1, 1, 3)
+    assert [event.what.partition(";")[0] for event in events if isinstance(event, Warned)] == [
+        "1 of 6 images is nearly black",
+        "1 of 6 images is nearly white",
+        "3 of 6 images are of files with several frames or pages, of which only the first is taken",
+    ]
+
+
+def counting(write, written, most):
+    def write_or_stop(self):
+        write(self)
+        written.append(1)
+        if len(written) == most:
+            raise KeyboardInterrupt
+
+    return write_or_stop
 
 
 DYING = """

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from ommatid.images.examine import Rejected, Row
+from ommatid.images.examine import REMARKS, Rejected, Row
 from ommatid.schemas import IMAGES, REJECTED
 from ommatid.store import SCRATCH, Artefact, Draft, part_name
 
@@ -48,6 +48,8 @@ class Collection:
         self._paths: dict[bytes, str] = {}
         self._splits: Counter[str] = Counter()
         self._labels: Counter[str] = Counter()
+        self.remarks: Counter[str] = Counter()
+        """Images of which each of `REMARKS` is true."""
         self._rejected: list[Rejected] = []
         self._n_noted = 0
         self._n_parts = 0
@@ -58,6 +60,11 @@ class Collection:
         else:
             self._start(fingerprint)
 
+    @property
+    def n_images(self) -> int:
+        """Images that were kept."""
+        return len(self._paths)
+
     def add(self, result: Row | Rejected) -> None:
         """Take the next result; writes a part when one is full."""
         self.n_seen += 1
@@ -67,6 +74,7 @@ class Collection:
             self._rejected.append(Rejected(result.path, "duplicate", first))
         else:
             self._keep(_Kept(result.image_id, result.path, split_of(result.image_id, self._eval_share), result.label))
+            self.remarks.update(result.remarks)
             self._waiting.append(result)
             self._n_bytes += len(result.encoded) + len(result.thumbnail)
         if len(self._waiting) >= ROWS_PER_PART or self._n_bytes >= BYTES_PER_PART:
@@ -87,7 +95,7 @@ class Collection:
             self._labels[kept.label] += 1
 
     def _write_part(self) -> None:
-        note = {"n_seen": self.n_seen, "rejected": [vars(row) for row in self._rejected[self._n_noted :]]}
+        note = {"n_seen": self.n_seen, "remarks": self.remarks, "rejected": [vars(row) for row in self._rejected[self._n_noted :]]}
         self._draft.write_json(_note_name(self._n_parts), note)
         self._draft.write_table(part_name("images", self._n_parts), self._table(), **PARQUET)  # the part makes the note count
         self._n_parts += 1
@@ -124,6 +132,7 @@ class Collection:
                 self._keep(_Kept(*values))
             note = self._draft.read_json(_note_name(index))
             self.n_seen = note["n_seen"]
+            self.remarks = Counter(note["remarks"])
             self._rejected += [Rejected(**row) for row in note["rejected"]]
             self._n_parts = index + 1
         self._n_noted = len(self._rejected)
@@ -133,12 +142,13 @@ class Collection:
         n_rejected = len(self._rejected) - n_duplicates
         return {
             "n_seen": self.n_seen,
-            "n_images": len(self._paths),
+            "n_images": self.n_images,
             "n_train": self._splits["train"],
             "n_eval": self._splits["eval"],
             "n_duplicates": n_duplicates,
             "n_rejected": n_rejected,
             "rejected_share": n_rejected / self.n_seen if self.n_seen else 0.0,
+            **{key: self.remarks[key] for key in REMARKS},
             "labels": dict(sorted(self._labels.items())),
         }
 

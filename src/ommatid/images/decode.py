@@ -26,6 +26,24 @@ _SIGNATURE = re.compile(
 )
 """How files of these formats begin: with one of these, bytes that PIL cannot identify are a damaged image."""
 
+_OTHERS = {
+    rb"....ftyp(hei[cfmsx]|hev|mif1|msf1)": "HEIC or HEIF",
+    rb"....ftyp|\x1aE\xdf\xa3|\0\0\x01\xba|RIFF....AVI ": "a video",
+    rb"\xff\x0a|\0\0\0\x0cJXL ": "JPEG XL",
+    rb"8BPS": "a Photoshop file",
+    rb"%PDF": "a PDF",
+    rb"%!PS|\xc5\xd0\xd3\xc6": "PostScript",
+    rb".{128}DICM": "DICOM",
+    rb"SIMPLE  =": "FITS",
+    rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!": "an archive",
+    rb"\x93NUMPY": "an array of NumPy",
+    rb"\x89HDF": "HDF5",
+    rb"version https://git-lfs": "a pointer of Git LFS to a file that was not fetched",
+    rb"\s*<svg|\s*<\?xml": "SVG or XML",
+    rb"\s*<!doctype|\s*<!DOCTYPE|\s*<html": "a web page",
+}
+"""How other files begin that are met among images, and what they are."""
+
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -129,11 +147,13 @@ def _open(encoded: bytes) -> Image.Image:
 
 
 def _unidentified(encoded: bytes, ran_out: bool) -> Unreadable:
+    """Never with anything of the file's content: a link among the images may lead to a file that is nobody's business."""
     if not _SIGNATURE.match(encoded):
-        return Unreadable("not_an_image", f"starts with {encoded[:16]!r}")
+        known = next((what for signature, what in _OTHERS.items() if re.match(signature, encoded, re.DOTALL)), None)
+        return Unreadable("not_an_image", f"{known}, which is not decoded" if known else "does not begin like any image file")
     if ran_out or _is_short_riff(encoded):
         return Unreadable("truncated", "the file ends inside its header")
-    return Unreadable("unreadable", "the header is damaged")
+    return Unreadable("unreadable", "the header is damaged, or of a variant that Pillow does not decode")
 
 
 def _is_short_riff(encoded: bytes) -> bool:
@@ -146,8 +166,20 @@ def _why(encoded: bytes, error: Exception) -> Reason:
 
 
 def _said(error: Exception) -> str:
-    """The decoder's message, without addresses in memory, which differ from run to run."""
-    return re.sub(r" ?<[^>]* at 0x[0-9a-fA-F]+>", "", str(error)) or type(error).__name__
+    """The decoder's message up to what it quotes of the file, without addresses in memory, which differ from run to run."""
+    said = re.sub(r" ?<[^>]* at 0x[0-9a-fA-F]+>", "", str(error))
+    return re.split(r"[\s:(\[]*(?<!\w)b?['\"]", said, maxsplit=1)[0] or type(error).__name__
+
+
+def has_several_frames(encoded: bytes) -> bool:
+    """Whether an image that can be decoded has more pages or frames than the first."""
+    if not _MAY_HAVE_SEVERAL.match(encoded):
+        return False
+    with _pil_is_quiet:
+        try:
+            return bool(getattr(Image.open(io.BytesIO(encoded), formats=_FORMATS), "is_animated", False))
+        except Exception:  # damage behind the first frame
+            return False
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -158,7 +190,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode.startswith("I") or image.mode == "F" or _sample_format(image) == _SIGNED:
         return _eight_bits(image).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
@@ -169,19 +201,84 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits a pixel as grey of 8, scaled: PIL's own conversion clips at 255."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float32))
-    low, high = _range(values, image.mode)
-    grey = ((values - low) * (255 / (high - low)) + 0.5).clip(0, 255).astype(np.uint8)
+    """Grey of more bits a pixel, or of signed ones, as grey of 8, scaled: PIL's own conversion clips at 255."""
+    values = _numbers(image)
+    finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+    smallest, largest = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    low, high = _range(image, smallest, largest)
+    wide = np.float64 if high - low > _WIDE else np.float32
+    scaled = np.nan_to_num(values.astype(wide), posinf=high, neginf=low).clip(low, high)
+    scaled -= low
+    scaled *= 255 / (high - low)
+    scaled += 0.5
+    grey = scaled.astype(np.uint8)
+    if _tag(image, _PHOTOMETRIC) == _WHITE_IS_ZERO:
+        grey = 255 - grey
     if (transparent := image.info.get("transparency")) is not None:
         grey[values == transparent] = 255
     return Image.fromarray(grey)
 
 
-def _range(values: np.ndarray, mode: str) -> tuple[float, float]:
-    """The values that become black and white: those of the type, or the smallest usual range that holds them all."""
-    usual = {"F": (1.0, 255.0, 65535.0), "I": (255.0, 65535.0)}.get(mode, (65535.0,))
-    low, high = float(values.min()), float(values.max())
-    if low < 0 or high > usual[-1]:
-        return low, high if high > low else low + 1
-    return 0.0, next(top for top in usual if high <= top)
+def _numbers(image: Image.Image) -> np.ndarray:
+    """The pixels in the type that the file says: PIL has none for some."""
+    values = np.asarray(image)
+    if image.mode == "L":
+        return values.view(np.int8)
+    return values.view(np.uint32) if image.mode == "I" and _sample_format(image) == _UNSIGNED else values
+
+
+def _range(image: Image.Image, smallest: float, largest: float) -> tuple[float, float]:
+    """The values that become black and white, from the most to the least certain source.
+
+    What the file declares; the range of a type whose range is used as a whole; the smallest usual range that holds all values, those of
+    floats with room for what filters overshoot by; from the smallest value to the largest.
+    """
+    n_bits = int(_tag(image, _BITS) or 16)
+    if (top := _tag(image, _S_MAX)) is not None:
+        bottom = _tag(image, _S_MIN) or 0.0
+        if bottom < top and _holds(bottom, top, smallest, largest, _OVERSHOOT):
+            return bottom, top
+    if image.mode == "L":
+        return -128.0, 127.0
+    if image.mode.startswith("I;16"):
+        return 0.0, 2.0**n_bits - 1
+    if image.format == "PPM" and image.mode == "I":  # which PIL scales to 16 bits
+        return 0.0, 65535.0
+    if image.mode == "I" and n_bits == 16 and smallest >= 0:
+        return 0.0, 32767.0
+    room = _OVERSHOOT if image.mode == "F" else 0.0
+    if smallest >= -room * largest:
+        for top in (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0):
+            if _holds(0.0, top, smallest, largest, room):
+                return 0.0, top
+    elif image.mode == "F" and _holds(-1.0, 1.0, smallest, largest, room):
+        return -1.0, 1.0
+    return smallest, largest if largest > smallest else smallest + 1
+
+
+def _holds(low: float, high: float, smallest: float, largest: float, room: float) -> bool:
+    beyond = room * (high - low)
+    return smallest >= low - beyond and largest <= high + beyond
+
+
+_OVERSHOOT = 0.25
+"""Share of a range by which values of floats may lie outside, and are clipped: sharpening and bicubic filters leave some."""
+_WIDE = 1e30
+"""Ranges too wide for float32."""
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _S_MIN, _S_MAX = 258, 262, 339, 340, 341
+"""Tags of TIFF."""
+_WHITE_IS_ZERO = 0
+_UNSIGNED, _SIGNED = 1, 2
+_MAY_HAVE_SEVERAL = re.compile(rb"GIF8|RIFF|II|MM|....ftyp|\x89PNG.{0,4096}acTL", re.DOTALL)
+
+
+def _tag(image: Image.Image, number: int) -> float | None:
+    """A tag of a TIFF file, of several numbers the first; None: the file has none."""
+    value = getattr(image, "tag_v2", {}).get(number)
+    value = value[0] if isinstance(value, tuple) and value else value
+    return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
+
+
+def _sample_format(image: Image.Image) -> float | None:
+    """Of a TIFF with one channel."""
+    return _tag(image, _SAMPLE_FORMAT) if image.mode in ("L", "I", "F") else None

@@ -7,10 +7,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import cast
 
 from PIL import Image
 
-from ommatid.images.decode import Unreadable, decode
+from ommatid.images.decode import Unreadable, decode, has_several_frames
 from ommatid.images.source import Item
 
 _N_WORKERS = min(os.cpu_count() or 1, 8)
@@ -30,6 +31,18 @@ class Row:
     taxonomy: str | None
     thumbnail: bytes
     encoded: bytes
+    remarks: tuple[str, ...] = ()
+    """Keys of `REMARKS` that are true of it; not in the table."""
+
+
+REMARKS = {
+    "n_nearly_black": "nearly black; where they should not be, their values are of another range than the file says: docs/images.md",
+    "n_nearly_white": "nearly white; where they should not be, their values are of another range than the file says: docs/images.md",
+    "n_of_several_frames": "of files with several frames or pages, of which only the first is taken",
+}
+"""Key of the summary that counts such images, and what they are."""
+NEARLY = 8
+"""Levels of 255 within which all of a picture's thumbnail is called black, or white."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,19 @@ def examine(item: Item, thumbnail: int) -> Row | Rejected:
         return Rejected(item.path, error.reason, error.detail)
     width, height = image.size
     image_id = hashlib.sha256(encoded).hexdigest()
-    return Row(image_id, item.path, width, height, item.label, item.captions, item.taxonomy, _webp(image, thumbnail), encoded)
+    small = _webp(image, thumbnail)
+    remarks = tuple(_remark(image, encoded))  # on what is a thumbnail by now
+    return Row(image_id, item.path, width, height, item.label, item.captions, item.taxonomy, small, encoded, remarks)
+
+
+def _remark(image: Image.Image, encoded: bytes) -> Iterator[str]:
+    extrema = [level for band in image.split() for level in cast(tuple[int, int], band.getextrema())]
+    if max(extrema) < NEARLY:
+        yield "n_nearly_black"
+    if min(extrema) > 255 - NEARLY:
+        yield "n_nearly_white"
+    if has_several_frames(encoded):
+        yield "n_of_several_frames"
 
 
 def examine_all(items: Iterable[Item], thumbnail: int) -> Iterator[Row | Rejected]:

@@ -8,7 +8,7 @@ from ommatid.config import Cifar10Source, FolderSource, ImageSource, ImagesParam
 from ommatid.events import Listener, Progress, Warned, ignore
 from ommatid.images.cifar10 import Cifar10
 from ommatid.images.collection import Collection
-from ommatid.images.examine import examine_all
+from ommatid.images.examine import REMARKS, examine_all
 from ommatid.images.folder import Folder
 from ommatid.images.parquet import ParquetFiles
 from ommatid.images.shapes import Shapes
@@ -38,6 +38,9 @@ def make_images(params: ImagesParams, inputs: Mapping[str, Artefact], draft: Dra
         collection.add(result)
         if collection.n_seen % _ITEMS_PER_EVENT == 0 or collection.n_seen == len(positions):
             on_event(Progress("images", collection.n_seen, len(positions)))
+    for key, what in REMARKS.items():
+        if n := collection.remarks[key]:
+            on_event(Warned(f"{n} of {collection.n_images} images {'is' if n == 1 else 'are'} {what}"))
     return collection.seal()
 
 
