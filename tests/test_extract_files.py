@@ -402,6 +402,43 @@ def test_a_url_is_no_place_for_activations(tmp_path: Path) -> None:
         open_files("s3://bucket/acts", None)
 
 
+def _safetensors(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header + bytes(8)
+
+
+def _npy(header: bytes) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.npy", b"hunter2 hunter2", "not an npy file, or cut off at its begin"),
+        ("x.npy", _npy(b"hunter2 hunter2"), "not a whole npy file"),
+        ("x.npy", _npy(b"{'descr': 'hunter2', 'fortran_order': False, 'shape': (3,)}"), "not a whole npy file"),
+        ("x.safetensors", b"hunter2 hunter2", "not a whole safetensors file"),
+        ("x.safetensors", _safetensors(b'{"x":{"dtype":"hunter2","shape":[1],"data_offsets":[0,4]}}'), "not a whole safetensors file"),
+        ("x.safetensors", _safetensors(b'{"x":"hunter2"}'), "not a whole safetensors file"),
+        ("x.pt", b"hunter2 hunter2", "not a whole file of torch.save"),
+        ("x.parquet", b"hunter2 hunter2", "cannot be read as Parquet"),
+    ],
+)
+def test_what_is_said_of_a_damaged_file_holds_nothing_of_it(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    """It may be a link to a file that is nobody's business."""
+    (tmp_path / "secret").write_bytes(content)
+    (tmp_path / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(SourceError, match=said) as caught:
+        open_files(str(tmp_path / name), None)
+    assert "hunter" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("names", "twice"), [(["x", "x", "image"], "x"), (["x", "image", "image"], "image")])
+def test_columns_of_one_name_are_refused(tmp_path: Path, names: list[str], twice: str) -> None:
+    columns = [pa.array([[1.0]]) if name == "x" else pa.array([1]) for name in names]
+    pq.write_table(pa.table(columns, names=names), tmp_path / "x.parquet")
+    refuse(tmp_path, tmp_path / "x.parquet", f"has 2 columns named {twice}; give each another name")
+
+
 class NotATensor:
     """What only pickle can bring back."""
 

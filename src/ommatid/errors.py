@@ -1,5 +1,7 @@
 """The errors that are the user's to mend: each names the key or path, what came, what is allowed, what to do."""
 
+import re
+
 
 class OmmatidError(Exception):
     """Base of every error whose message is meant for the user; the CLI prints it without a traceback."""
@@ -47,3 +49,13 @@ class QueryError(OmmatidError):
 
 class RunError(OmmatidError):
     """A flow cannot start or go on: the checkout, git or DVC is not in the state it needs."""
+
+
+def gist(error: Exception) -> str:
+    """What a library's exception says, in one line and without what it quotes of a file, or addresses in memory.
+
+    A file may be a link to another that is nobody's business, and messages are published: in the table `rejected`, in logs, in reports.
+    """
+    said = re.sub(r" ?<[^>]* at 0x[0-9a-fA-F]+>", "", str(error)).strip().partition("\n")[0]
+    unquoted = re.split(r"[\s:(\[{]*(?<!\w)b?['\"`]", said, maxsplit=1)[0]
+    return unquoted if re.search("[A-Za-z]", unquoted) else type(error).__name__

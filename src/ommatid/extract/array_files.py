@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ommatid.errors import SourceError
+from ommatid.errors import SourceError, gist
 from ommatid.extract.activation_file import IMAGE, Piece, check_images, check_shape, choose, others_of, refuse_key, text_of
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -77,11 +77,18 @@ class Npy(_Sliced):
 
 
 def _map(path: Path) -> np.ndarray:
+    how = "write it with np.save, an array of float16 or float32"
+    with path.open("rb") as file:
+        if file.read(len(_NPY)) != _NPY:
+            raise SourceError(f"{path}: not an npy file, or cut off at its begin; {how}")
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        what = "an array of Python objects" if "objects" in str(error) else f"not a whole npy file ({error})"
-        raise SourceError(f"{path}: {what}; write it with np.save, an array of float16 or float32") from None
+        what = "an array of Python objects" if "objects" in str(error) else f"not a whole npy file ({gist(error)})"
+        raise SourceError(f"{path}: {what}; {how}") from None
+
+
+_NPY = b"\x93NUMPY"
 
 
 class Safetensors(_Sliced):
@@ -113,7 +120,7 @@ class Safetensors(_Sliced):
             with safe_open(self.path, framework="pt") as file:
                 yield file
         except SafetensorError as error:
-            raise SourceError(f"{self.path}: not a whole safetensors file ({error}); write it again") from None
+            raise SourceError(f"{self.path}: not a whole safetensors file ({gist(error)}); write it again") from None
 
 
 class Pt(_Sliced):
@@ -196,7 +203,7 @@ def _load(path: Path) -> Any:
             raise SourceError(f"{path}: not a whole file of torch.save; write it again") from None
         raise SourceError(f"{path}: needs pickle, which can run any code, so it is not opened; {_HOW_TO_SAVE}") from None
     except (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError) as error:  # of a parser of any bytes
-        raise SourceError(f"{path}: not a whole file of torch.save ({str(error).partition(chr(10))[0]}); write it again") from None
+        raise SourceError(f"{path}: not a whole file of torch.save ({gist(error)}); write it again") from None
 
 
 def _is_pickle(path: Path) -> bool:

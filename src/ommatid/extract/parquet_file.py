@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ommatid.errors import SourceError
+from ommatid.errors import SourceError, gist
 from ommatid.extract.activation_file import IMAGE, Piece, check_images, check_shape, choose, others_of
 
 
@@ -24,6 +24,8 @@ class ParquetFile:
         self.paths = (path,)
         with _parquet(path) as file:
             schema, n_rows = file.schema_arrow, file.metadata.num_rows
+            if twice := [name for name in schema.names if schema.names.count(name) > 1]:
+                raise SourceError(f"{path}: has {schema.names.count(twice[0])} columns named {twice[0]}; give each another name")
             known = {field.name: str(field.type) for field in schema if key is not None or _is_vector(field.type)}
             self._name = choose(path, key, known, "column")
             type_ = schema.field(self._name).type
@@ -117,7 +119,7 @@ def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{path}: cannot be read as Parquet ({error}); write it again") from None
+        raise SourceError(f"{path}: cannot be read as Parquet ({gist(error)}); write it again") from None
 
 
 def _is_vector(type_: pa.DataType) -> bool:

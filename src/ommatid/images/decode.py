@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from ommatid.errors import gist
+
 Reason = Literal["empty", "truncated", "not_an_image", "too_large", "unreadable"]
 
 MAX_BYTES = 2**28
@@ -86,9 +88,9 @@ def decode(encoded: bytes) -> Image.Image:
         except Unreadable:
             raise
         except Image.DecompressionBombError as error:
-            raise Unreadable("too_large", _said(error)) from None
+            raise Unreadable("too_large", gist(error)) from None
         except Exception as error:  # on damaged bytes decoders raise nearly every type there is
-            raise Unreadable(_why(encoded, error), _said(error)) from None
+            raise Unreadable(_why(encoded, error), gist(error)) from None
 
 
 class _Quiet:
@@ -163,12 +165,6 @@ def _is_short_riff(encoded: bytes) -> bool:
 
 def _why(encoded: bytes, error: Exception) -> Reason:
     return "truncated" if "truncated" in str(error).lower() or _is_short_riff(encoded) else "unreadable"
-
-
-def _said(error: Exception) -> str:
-    """The decoder's message up to what it quotes of the file, without addresses in memory, which differ from run to run."""
-    said = re.sub(r" ?<[^>]* at 0x[0-9a-fA-F]+>", "", str(error))
-    return re.split(r"[\s:(\[]*(?<!\w)b?['\"]", said, maxsplit=1)[0] or type(error).__name__
 
 
 def has_several_frames(encoded: bytes) -> bool:

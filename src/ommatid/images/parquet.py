@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ommatid.config import ParquetSource
-from ommatid.errors import SourceError
+from ommatid.errors import SourceError, gist
 from ommatid.folder import READ_BYTES
 from ommatid.images.decode import Unreadable
 from ommatid.images.source import Item
@@ -33,7 +33,7 @@ def _opened(file: Listed) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(source, buffer_size=size, pre_buffer=False) as opened:
             yield opened
     except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{file}: cannot be read as Parquet: {error}; mend or remove it") from None
+        raise SourceError(f"{file}: cannot be read as Parquet: {gist(error)}; mend or remove it") from None
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,9 @@ def _unread(schema: pa.Schema, params: ParquetSource) -> list[str]:
 
 
 def _check_columns(path: str, schema: pa.Schema, params: ParquetSource) -> None:
+    for name in (params.column, params.label_column, params.taxonomy_column):
+        if schema.names.count(name) > 1:
+            raise SourceError(f"{path}: has {schema.names.count(name)} columns named {name}; give each another name")
     known = ", ".join(f"{field.name} ({field.type})" for field in schema)
     image = _type_of(schema, params.column)
     if image is None or not _holds_images(image):
@@ -161,7 +164,7 @@ def _check_taxonomy(path: str, file: pq.ParquetFile, column: str) -> None:
 
 
 def _type_of(schema: pa.Schema, column: str) -> pa.DataType | None:
-    return schema.field(column).type if schema.names.count(column) == 1 else None
+    return schema.field(column).type if column in schema.names else None
 
 
 def _holds_images(type_: pa.DataType) -> bool:
