@@ -108,8 +108,8 @@ def test_examples_are_counted_as_evaluation_draws_them() -> None:
     params = EvaluateParams(image_activation="max", n_top=16, n_per_decile=4, baselines=(), max_dead=0.9)
 
     def drawn(n: int) -> int:
-        deciles = np.bincount([10 - 10 * place // n for place in range(n)], minlength=11)
-        return sum(min(int(size), params.n_top if decile == 10 else params.n_per_decile) for decile, size in enumerate(deciles))
+        below = [10 * place // n for place in range(params.n_top, n)]
+        return min(n, params.n_top) + sum(min(below.count(tenth), params.n_per_decile) for tenth in range(1, 10))
 
     fired = np.random.default_rng(0).geometric(0.02, 2000)
     assert expect_examples(fired, params) == pytest.approx(sum(drawn(int(n)) for n in fired), rel=0.02)

@@ -74,7 +74,7 @@ def extract_params(judge: Any, tokens: str = "all") -> ExtractParams:
 
 
 def evaluate_params(image_activation: str = "max") -> EvaluateParams:
-    return make_test_params(evaluate={"image_activation": image_activation, "n_top": 4, "n_per_decile": 2}).evaluate
+    return make_test_params(evaluate={"image_activation": image_activation, "n_top": 16, "n_per_decile": 2}).evaluate
 
 
 @pytest.fixture(scope="module")

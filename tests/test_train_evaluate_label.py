@@ -5,6 +5,7 @@ Tiles are red, green, blue or grey. The SAE is made by hand: latents 0 to 2 fire
 must be the colours. Training is run on the same activations for what its stage adds to the trainer: resuming, order, errors.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def params(words: Path) -> Params:
     return make_test_params(
         extract={"hookpoints": ["tiles"], "tokens": "patch", "dtype": "float32"},
         train={"d_sae": D_SAE, "k": 1, "epochs": 20, "batch_size": 128, "lr": 0.01},
-        evaluate={"n_top": 4, "n_per_decile": 2, "baselines": ["pca", "kmeans", "nmf"]},
+        evaluate={"n_top": 16, "n_per_decile": 2, "baselines": ["pca", "kmeans", "nmf"]},
         label={"labellers": [{"kind": "vocabulary", "words": [str(words)]}], "min_examples": 4, "n_examples": 16},
     )
 
@@ -117,11 +118,11 @@ def test_examples_are_ranked_by_decile_and_hot_where_the_tile_is(line: dict[str,
     model = TileModel()
     for latent, colour in PURE.items():
         mine = examples[examples.latent == latent]
-        fired = firings[firings.latent == latent].sort_values("act", ascending=False)
-        top = mine[mine.decile == 10].sort_values("rank")
-        assert top.act.tolist() == fired.act.tolist()[: len(top)]
-        assert len(top) == min(4, -(-len(fired) // 10))
-        assert mine[mine.decile < 10].groupby("decile").size().max() <= 2
+        fired = firings[firings.latent == latent].sort_values(["act", "image"], ascending=[False, True])
+        ordered = mine.sort_values(["decile", "rank"], ascending=[False, True])
+        top, rest = ordered[:16], ordered[16:]
+        assert top.image.tolist() == fired.image.tolist()[:16]
+        assert set(rest.decile) <= set(range(1, 10)) and rest.groupby("decile").size().max() <= 2
         edges = {d: g.act for d, g in mine.groupby("decile")}
         assert all(edges[a].max() <= edges[b].min() for a in edges for b in edges if a < b)
         for _, example in top.iterrows():
@@ -131,6 +132,15 @@ def test_examples_are_ranked_by_decile_and_hot_where_the_tile_is(line: dict[str,
             assert float(torch.cosine_similarity(tiles[hottest // GRID[1], hottest % GRID[1]], reference, dim=0)) > 0.9
             assert float(np.max(example.heat)) == pytest.approx(example.act, rel=1e-5)
             assert (example.rows, example.cols) == GRID
+
+
+def test_purity_is_that_of_the_images_shown(line: dict[str, Artefact]) -> None:
+    examples = line["evaluate"].read("examples").to_pandas().sort_values(["latent", "decile", "rank"], ascending=[True, False, True])
+    images = line["images"].read("images")
+    label = dict(zip(images["image"].to_pylist(), images["label"].to_pylist(), strict=True))
+    pure = {row["latent"]: row["purity"] for row in latents_of(line) if row["purity"] is not None}
+    shown = {latent: Counter(map(label.get, mine.image[:16])) for latent, mine in examples.groupby("latent")}
+    assert pure and pure == {latent: shown[latent].most_common(1)[0][1] / 16 for latent in pure}
 
 
 def test_comparisons_have_the_controls_beside_the_sae(line: dict[str, Artefact]) -> None:

@@ -134,7 +134,10 @@ EXAMPLES = _schema(
     sae=(pa.string(), "name of the SAE"),
     latent=(pa.int32(), "index of the latent"),
     decile=(pa.int8(), "decile of the image's activation among the images on which the latent fires; 10 is the strongest"),
-    rank=(pa.int32(), "1 is the strongest of the decile's examples"),
+    rank=(
+        pa.int32(),
+        "1 is the strongest of the decile's examples; ORDER BY decile DESC, rank begins with the 16 strongest images",
+    ),
     image=(pa.int32(), "images.image"),
     act=(pa.float32(), "image-level activation"),
     heat=(pa.list_(pa.float32()), "activation of each patch, row by row; null: tokens have no place"),

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ommatid.catalog import Catalog
 from ommatid.catalog.pictures import choose_sae, draw_best, draw_comparison, draw_feature
+from ommatid.catalog.pictures.best import ROW
 from ommatid.catalog.pictures.examples import SIDE, Example, overlaid
 from ommatid.catalog.pictures.feature import GUTTER, TOP
 from ommatid.catalog.pictures.page import MARGIN
@@ -88,7 +89,7 @@ def test_contact_sheet_shows_the_best_that_rest_on_enough_images(catalog: Catalo
     draw_best(catalog, tmp_path / "one.png", n=1)
     heights = [pixels(tmp_path / f"{name}.png").shape[0] for name in ("none", "one", "two")]
     assert heights[0] < heights[1] < heights[2]
-    assert heights[2] - heights[1] == SIDE + 26
+    assert heights[2] - heights[1] == ROW
 
 
 def test_show_writes_and_names_the_picture(file: Path, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_features_are_the_best_the_worst_and_the_misnamed(file: Path, tmp_path: 
     shown = {section.title: [feature.label for feature in section.features] for section in report.sections if section.features}
     assert shown == {"The best features": ["cat", "truck"], "The worst features": ["truck", "cat"], "Names not to believe": ["truck"]}
     (truck,) = next(section.features for section in report.sections if section.title == "Names not to believe")
-    assert truck.numbers == ("MS 0.600", "name 60.0 %, control 70.0 %", "latent 1, on 20 images")
+    assert truck.numbers == ("MS 0.600", "name 60.0 %, control 70.0 %", "latent 1, on 20 images", "purity 1.000")
     assert truck.picture[:4] == b"RIFF"
     assert report.headlines[0].value == "50 %"
 

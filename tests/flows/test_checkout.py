@@ -224,7 +224,7 @@ def test_a_path_that_leads_out_of_the_checkout_is_refused_in_an_experiment(check
 
 def test_files_that_git_does_not_know_are_warned_of(checkout: Path) -> None:
     (checkout / "src/new.py").write_text("")
-    with opened(checkout, "evaluate.n_top=8") as (_, said):
+    with opened(checkout, "evaluate.n_top=32") as (_, said):
         assert any(line.startswith("warning: git does not know src/new.py") for line in said)
 
 

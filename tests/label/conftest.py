@@ -22,7 +22,7 @@ def params(words: Path) -> Params:
     return make_test_params(
         extract={"hookpoints": ["tiles"], "tokens": "patch", "dtype": "float32"},
         train={"d_sae": D_SAE, "k": 1},
-        evaluate={"n_top": 4, "n_per_decile": 2},
+        evaluate={"n_top": 16, "n_per_decile": 2},
         label={"labellers": [{"kind": "vocabulary", "words": [str(words)]}], "min_examples": 4, "n_examples": 8},
     )
 

@@ -33,7 +33,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Artefac
     params = make_test_params(
         extract={"hookpoints": ["tiles"], "tokens": "patch", "dtype": "float32"},
         train={"d_sae": D_SAE, "k": 1},
-        evaluate={"n_top": 8, "n_per_decile": 2},
+        evaluate={"n_top": 16, "n_per_decile": 2},
     )
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((towers, "load_model"), (towers, "load_judge"), (material, "load_model")):

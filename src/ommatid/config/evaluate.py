@@ -14,10 +14,10 @@ class EvaluateParams(Section):
 
     image_activation: Literal["max", "mean", "cls"]
     """How a latent's activations over an image's tokens become the image's one; cls: that of the class token, which must be extracted."""
-    n_top: Annotated[int, Field(ge=2, le=256)]
-    """How many of a latent's strongest images are kept as examples (decile 10, rank 1 is the strongest)."""
+    n_top: Annotated[int, Field(ge=16, le=256)]
+    """How many of a latent's strongest images are kept as examples; purity is about the 16 strongest, so that no fewer are kept."""
     n_per_decile: Annotated[int, Field(ge=1, le=64)]
-    """How many examples are kept from each lower decile of a latent's firing images."""
+    """How many examples are kept from each lower decile of a latent's firing images, besides the strongest."""
     baselines: tuple[Baseline, ...]
     """Dictionaries compared with the SAE besides raw neurons and an untrained SAE: what each costs says docs/baselines.md; []: none."""
     max_dead: Annotated[float, Field(gt=0, le=1)]

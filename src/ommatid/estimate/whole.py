@@ -241,9 +241,14 @@ class Whole:
 
 
 def expect_examples(fired: np.ndarray, params: EvaluateParams) -> float:
-    """Rows of examples of latents that fire on so many images each: tenths of its images, of each at most so many."""
-    tenth = fired / 10
-    return float((np.minimum(params.n_top, tenth) + 9 * np.minimum(params.n_per_decile, tenth)).sum())
+    """Rows of examples of latents that fire on so many images each: the strongest, and of each lower tenth at most so many others."""
+    strongest = np.minimum(params.n_top, fired)
+    return float((strongest + sum(np.minimum(params.n_per_decile, _left(fired, tenth, strongest)) for tenth in range(1, 10))).sum())
+
+
+def _left(fired: np.ndarray, tenth: int, strongest: np.ndarray) -> np.ndarray:
+    """Images of a tenth (0 the strongest) that are not among the strongest."""
+    return np.clip(fired * (tenth + 1) / 10 - np.maximum(strongest, fired * tenth / 10), 0, None)
 
 
 def _count_firings(evaluation: Artefact, d_sae: int) -> np.ndarray:

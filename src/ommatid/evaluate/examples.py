@@ -23,19 +23,22 @@ WITH placed AS (
 ), tenths AS (
   SELECT *, CAST(10 - floor(10 * (place - 1) / n) AS TINYINT) AS decile FROM placed
 ), drawn AS (
-  -- decile 10 keeps its strongest, the others a draw that has nothing to do with the activation
-  SELECT *, row_number() OVER (PARTITION BY latent, decile ORDER BY CASE WHEN decile = 10 THEN place ELSE hash(image, latent) END) AS draw
+  -- the strongest are kept whatever their decile; of the others a draw from each decile that has nothing to do with the activation
+  SELECT *, row_number() OVER (PARTITION BY latent, decile, place <= $n_top ORDER BY hash(image, latent)) AS draw
   FROM tenths
 )
 SELECT latent, decile, CAST(row_number() OVER (PARTITION BY latent, decile ORDER BY place) AS INTEGER) AS rank, image, act
 FROM drawn
-WHERE draw <= CASE WHEN decile = 10 THEN $n_top ELSE $n_per_decile END
+WHERE place <= $n_top OR (decile < 10 AND draw <= $n_per_decile)
 ORDER BY latent, decile DESC, rank
 """
 
 
 def choose_examples(draft: Draft, firings: Firings, params: EvaluateParams) -> pa.Table:
-    """Examples of every latent by decile; DuckDB sorts outside memory where it must."""
+    """Examples of every latent: its `n_top` strongest images, of equals those of lower number, and some of each lower decile beside them.
+
+    DuckDB sorts outside memory where it must.
+    """
     settings: dict[str, Any] = {"memory_limit": "1GB", "temp_directory": str(draft.scratch), "preserve_insertion_order": "false"}
     with duckdb.connect(config=settings) as connection:
         values = {"files": firings.files(), "n_top": params.n_top, "n_per_decile": params.n_per_decile}

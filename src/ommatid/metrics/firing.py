@@ -81,7 +81,7 @@ def density_histogram(density_s: Tensor, n_tokens: int) -> list[Decade]:
 
 
 class TopImages:
-    """The images on which each latent is strongest, found in a stream; ties go to the earlier image."""
+    """The images on which each latent is strongest, found in a stream; ties go to the image of lower number."""
 
     def __init__(self, d_sae: int, n: int) -> None:
         self.acts = torch.full((n, d_sae), -math.inf)
@@ -89,8 +89,10 @@ class TopImages:
 
     def add(self, acts_bs: Tensor, images_b: Tensor) -> None:
         """Image-level activations (images, d_sae) and the images' numbers (images,)."""
-        new = (acts_bs > self.acts[-1]).any(0).nonzero()[:, 0]  # latents with an image among their strongest: soon few
+        # latents with an image among their strongest: soon few, for ties count only where there is something to tie
+        new = ((acts_bs >= self.acts[-1]) & (acts_bs > 0) | (acts_bs > self.acts[-1])).any(0).nonzero()[:, 0]
         acts = torch.cat([self.acts[:, new], acts_bs[:, new].float()])
-        images = torch.cat([self.images[:, new], images_b[:, None].expand(-1, len(new))])
+        images, by_image = torch.cat([self.images[:, new], images_b[:, None].expand(-1, len(new))]).sort(dim=0, stable=True)
+        acts = acts.gather(0, by_image)
         order = torch.sort(acts, dim=0, descending=True, stable=True).indices[: len(self.acts)]
         self.acts[:, new], self.images[:, new] = acts.gather(0, order), images.gather(0, order)

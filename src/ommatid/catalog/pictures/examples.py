@@ -1,7 +1,7 @@
 """Images on which a latent fires, as tiles, with and without the heat of its patches."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ SIDE = 96
 GAP = 6
 N_ACROSS = 8
 """Examples in a row."""
+N_STRONGEST = 16
+"""Strongest images of a feature that are shown: those that its purity is about."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,21 @@ class Example:
     """Share of width and height, about the centre, that the model sees."""
 
 
-def load_examples(catalog: Catalog, feature: dict[str, Any], n_top: int) -> list[Example]:
-    """Decile 10 first, by rank."""
-    values = {"sae": feature["sae"], "latent": feature["latent"], "n_top": n_top, "n_lower": N_ACROSS}
-    return [_example(*row) for row in catalog.rows(_EXAMPLES, values)]
+def load_examples(catalog: Catalog, feature: Mapping[str, Any]) -> tuple[list[Example], list[Example]]:
+    """The strongest images of a feature, N_STRONGEST or all on which it fires; and others, of the lower deciles, strongest decile first."""
+    values = {"sae": feature["sae"], "latent": feature["latent"], "n": N_STRONGEST, "n_lower": N_ACROSS}
+    found = [_example(*row) for row in catalog.rows(_EXAMPLES, values)]
+    return found[:N_STRONGEST], found[N_STRONGEST:]
 
 
 def _example(decile: int, act: float, heat: list[float] | None, rows: int, cols: int, thumbnail: bytes, *seen: float) -> Example:
     grid = np.array(heat, np.float32).reshape(rows, cols) if heat else None
     return Example(decile, act, grid, Image.open(io.BytesIO(thumbnail)).convert("RGB"), (seen[0], seen[1]))
+
+
+def places(n: int) -> list[tuple[int, int]]:
+    """Left and top pixel of each of n tiles, in rows of N_ACROSS."""
+    return [(i % N_ACROSS * (SIDE + GAP), i // N_ACROSS * (SIDE + GAP)) for i in range(n)]
 
 
 def has_heat(examples: Sequence[Example]) -> bool:
@@ -84,8 +92,14 @@ def overlaid(example: Example, max_act: float, side: int = SIDE) -> np.ndarray:
 
 
 _EXAMPLES = """
-    SELECT decile, act, heat, examples.rows, cols, thumbnail, coalesce(seen_width, 1), coalesce(seen_height, 1)
-    FROM examples JOIN images USING (image)
-    WHERE sae = $sae AND latent = $latent AND rank <= CASE decile WHEN 10 THEN $n_top ELSE $n_lower END
-    ORDER BY decile DESC, rank
+    WITH placed AS (
+        SELECT *, row_number() OVER (ORDER BY decile DESC, rank) AS place
+        FROM examples
+        WHERE sae = $sae AND latent = $latent
+    ), lower AS (
+        SELECT *, row_number() OVER (PARTITION BY decile ORDER BY rank) AS nth FROM placed WHERE place > $n AND decile < 10
+    )
+    SELECT decile, act, heat, shown.rows, cols, thumbnail, coalesce(seen_width, 1), coalesce(seen_height, 1)
+    FROM (SELECT *, 0 AS nth FROM placed WHERE place <= $n UNION ALL FROM lower WHERE nth <= $n_lower) AS shown JOIN images USING (image)
+    ORDER BY place
 """

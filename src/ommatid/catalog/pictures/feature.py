@@ -20,7 +20,7 @@ SIDEBAR = 330
 TOP = MARGIN + 74
 """Where the examples begin, below the header."""
 N_DECILES = 5
-"""Lower deciles that are drawn: 9, 7, 5, 3, 1 of those with examples, so that the page stays one page."""
+"""Deciles that are drawn below the strongest images: 9, 7, 5, 3, 1 of those with other examples, so that the page stays one page."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,14 @@ def draw_feature(catalog: Catalog, latent: int, path: Path, sae: str | None = No
         QueryError: there is no such latent, or no such SAE; None is the best of the catalogue.
     """
     feature = _feature(catalog, choose_sae(catalog, sae), latent)
-    examples = load_examples(catalog, feature, n_top=2 * N_ACROSS)
-    top = [example for example in examples if example.decile == 10]
-    lower = [[e for e in examples if e.decile == decile] for decile in _deciles(examples)]
+    top, others = load_examples(catalog, feature)
+    lower = [[e for e in others if e.decile == decile] for decile in _deciles(others)]
     width = 2 * MARGIN + GUTTER + N_ACROSS * (SIDE + GAP) + 40 + SIDEBAR
     sidebar = _sidebar(catalog, feature)
     page = Page(width, max(_height(top, lower), sidebar.height))
     _draw_header(page, feature)
     _draw_examples(page, top, lower, feature["max_act"])
-    _draw_sidebar(page, sidebar, feature, has_heat(examples))
+    _draw_sidebar(page, sidebar, feature, has_heat(top))
     page.save(path)
 
 
@@ -68,8 +67,8 @@ def _feature(catalog: Catalog, sae: str, latent: int) -> dict[str, Any]:
 
 
 def _deciles(examples: Sequence[Example]) -> list[int]:
-    """At most N_DECILES of the lower deciles that have examples, evenly spread, strongest first."""
-    found = sorted({e.decile for e in examples if e.decile < 10}, reverse=True)
+    """At most N_DECILES of the deciles of these examples, evenly spread, strongest first."""
+    found = sorted({e.decile for e in examples}, reverse=True)
     if len(found) <= N_DECILES:
         return found
     return [found[round(i * (len(found) - 1) / (N_DECILES - 1))] for i in range(N_DECILES)]
@@ -115,7 +114,7 @@ def _draw_examples(page: Page, top: Sequence[Example], lower: Sequence[Sequence[
     if not top:
         page.text(MARGIN, y + 10, "No examples: it fires on no image.", 11, GREY)
     for start in range(0, len(top), N_ACROSS):
-        page.text(MARGIN, y + 2, "decile 10" if start == 0 else "", 8.5, GREY)
+        page.text(MARGIN, y + 2, "strongest" if start == 0 else "", 8.5, GREY)
         _draw_pairs(page, y, top[start : start + N_ACROSS], max_act)
         y += _pair_height(top)
     for examples in lower:

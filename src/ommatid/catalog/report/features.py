@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ommatid.catalog.pictures.best import BEST, MIN_IMAGES
+from ommatid.catalog.pictures.examples import N_STRONGEST
 from ommatid.catalog.report import figures, questions
 from ommatid.catalog.report.about import About
 from ommatid.catalog.report.numbers import fixed, percent
@@ -37,8 +38,9 @@ def _make(about: About, title: str, choice: str, sql: str) -> Section:
     found = question.ask(about.catalog).dicts()
     none = "" if found else "None to show. "
     reading = (
-        f"{none}{choice}. Only features that fire on {MIN_IMAGES} evaluation images or more; their strongest images first, under the "
-        "latent's heat map. The control is the score of another latent's name on the same images."
+        f"{none}{choice}. Only features that fire on {MIN_IMAGES} evaluation images or more; their {N_STRONGEST} strongest images, under "
+        "the latent's heat map; purity is the share of their commonest class. The control is the score of another latent's name on the "
+        "same images."
     )
     return Section(title, reading, question, is_wide=True, features=tuple(_show(about, feature) for feature in found))
 
@@ -48,5 +50,6 @@ def _show(about: About, feature: Mapping[str, Any]) -> Shown:
         f"MS {fixed(feature['ms'])}",
         f"name {percent(feature['label_score'])}, control {percent(feature['control_score'])}",
         f"latent {feature['latent']}, on {feature['n_images']:,} images",
+        *([f"purity {fixed(feature['purity'])}"] if feature["purity"] is not None else []),
     )
     return Shown(feature["label"], numbers, figures.draw_examples(about.catalog, feature))

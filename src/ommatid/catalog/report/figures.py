@@ -9,7 +9,7 @@ from PIL import Image
 
 from ommatid.catalog import Catalog
 from ommatid.catalog.pictures.comparison import HUES, make_plots
-from ommatid.catalog.pictures.examples import GAP, N_ACROSS, SIDE, load_examples, overlaid
+from ommatid.catalog.pictures.examples import SIDE, load_examples, overlaid, places
 from ommatid.catalog.pictures.page import ACCENT, FAINT, GREY, INK, Page, short
 
 WIDTH, HEIGHT = 620, 380
@@ -101,11 +101,12 @@ def draw_scores(scores: Sequence[float], controls: Sequence[float]) -> bytes:
 
 
 def draw_examples(catalog: Catalog, feature: Mapping[str, Any]) -> bytes:
-    """The strongest images of a feature side by side, under the latent's heat map, as WebP."""
-    tiles = [overlaid(example, feature["max_act"]) for example in load_examples(catalog, dict(feature), n_top=N_ACROSS)[:N_ACROSS]]
-    strip = np.full((SIDE, max(1, len(tiles)) * (SIDE + GAP) - GAP, 3), 255, np.uint8)
-    for i, tile in enumerate(tiles):
-        strip[:, i * (SIDE + GAP) : i * (SIDE + GAP) + SIDE] = tile
+    """The strongest images of a feature, strongest first, under the latent's heat map, as WebP."""
+    strongest, _ = load_examples(catalog, feature)
+    at = places(max(1, len(strongest)))
+    strip = np.full((at[-1][1] + SIDE, max(x for x, _ in at) + SIDE, 3), 255, np.uint8)
+    for (x, y), example in zip(at, strongest, strict=False):
+        strip[y : y + SIDE, x : x + SIDE] = overlaid(example, feature["max_act"])
     out = io.BytesIO()
     Image.fromarray(strip).save(out, "WEBP", quality=86)
     return out.getvalue()
