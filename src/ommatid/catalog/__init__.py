@@ -1,18 +1,17 @@
-"""Catalog: read-only SQL over catalog.duckdb. Importing it needs duckdb only."""
+"""Catalog: read-only SQL over catalog.duckdb. DuckDB itself runs in processes of its own, so that no statement can harm this one."""
 
-import difflib
-import re
+import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import duckdb
-
-from ommatid.catalog.settings import SEALED, memory_limit, quote
+from ommatid.catalog.child import Child, Died, Late
+from ommatid.catalog.opening import explain, open_file
+from ommatid.catalog.settings import memory_mb as default_memory_mb
 from ommatid.errors import QueryError
 
 if TYPE_CHECKING:
@@ -22,11 +21,13 @@ if TYPE_CHECKING:
 Parameters = dict[str, Any] | Sequence[Any] | None
 
 READER_MB = 4096
-"""Most memory that a query may take. Nothing spills: a reader writes no file."""
-
-REFUSED = {"query", "json_execute_serialized_sql", "enable_logging", "disable_logging", "truncate_duckdb_logs"}
-"""Functions with an effect beyond their rows, and those that hide one in a string: on a locked connection
-`FROM enable_logging(storage='file')` fails every later statement and aborts the process when it closes (duckdb 1.5)."""
+"""Most memory that a statement may take where nothing else is said. Nothing spills: a reader writes no file."""
+LEAST_MB = 64
+"""A limit below this leaves too little to read a catalogue."""
+ANSWER_MB = 256
+"""Most memory of an answer where nothing else is said."""
+LONGEST = 2**20
+"""Characters of a statement, at most."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,11 @@ class Answer:
 
 
 class Catalog:
-    """A catalogue, open for reading: one SELECT at a time, no files, no network, settings locked. Not for several threads at once.
+    """A catalogue, open for reading: SELECT only, no files, no network, settings locked. Several threads may ask it at a time.
+
+    Every statement, also one of this package, runs in a process that holds DuckDB and the catalogue and can open nothing else. It is killed
+    when its time is up and cannot take more than its memory, whatever DuckDB makes of the statement; one that crashes it is an error like
+    another. The process stays for the next statement, which then takes milliseconds; the next after a kill waits for a new process.
 
     A catalogue that is replaced while it is open here stays readable as it was; a new Catalog reads the new one.
 
@@ -68,9 +73,32 @@ class Catalog:
         QueryError: from every method, in words for whoever wrote the SQL.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, memory_mb: int | None = None, answer_mb: int = ANSWER_MB, at_once: int = 2, child: Child | None = None):
+        """Open it.
+
+        Args:
+            path: The file.
+            memory_mb: Most memory that a statement may take; None: READER_MB, or a quarter of the machine's where that is less.
+            answer_mb: Most memory that an answer may take here.
+            at_once: Statements that run at a time, each in a process of its own; others wait for one of them.
+            child: A process that was started ahead.
+        """
         self.path = path
-        self._connection = _connect(path)
+        self.memory_mb = default_memory_mb(READER_MB) if memory_mb is None else memory_mb
+        self._most = answer_mb * 2**20
+        self._free = threading.BoundedSemaphore(at_once)
+        self._idle: list[Child] = []
+        self._file = -1
+        try:
+            if self.memory_mb < LEAST_MB:
+                raise QueryError(f"a memory limit of {self.memory_mb} MB: expected {LEAST_MB} or more")
+            self._file = open_file(path)
+            self._idle.append(self._begin(child or Child()))
+        except BaseException:
+            if child:
+                child.end()
+            self.close()
+            raise
 
     def __enter__(self) -> "Catalog":
         return self
@@ -79,16 +107,28 @@ class Catalog:
         self.close()
 
     def close(self) -> None:
-        """Release the file."""
-        self._connection.close()
+        """Release the file and end its processes; a statement that another thread waits for is still answered."""
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
+        while self._idle:
+            self._idle.pop().end()
 
     def ask(self, sql: str, parameters: Parameters = None, max_rows: int | None = None, timeout: float | None = None) -> Answer:
-        """Answer one query with at most `max_rows` rows, within `timeout` seconds."""
-        with self._running(sql, parameters, timeout) as result:
-            rows = result.fetchall() if max_rows is None else result.fetchmany(max_rows + 1)
-            names = tuple(column[0] for column in result.description)
-            types = tuple(str(column[1]) for column in result.description)
-        return Answer(names, types, rows[:max_rows], max_rows is not None and len(rows) > max_rows)
+        """Answer one query with at most `max_rows` rows, within `timeout` seconds; None: all rows, and as long as it takes."""
+        names: tuple[str, ...] = ()
+        types: tuple[str, ...] = ()
+        rows: list[tuple[Any, ...]] = []
+        more = False
+        for kind, *values in self._answer("ask", sql, parameters, max_rows, timeout=timeout):
+            match kind:
+                case "columns":
+                    names, types = values
+                case "rows":
+                    rows += values[0]
+                case _:
+                    (more,) = values
+        return Answer(names, types, rows, more)
 
     def rows(
         self, sql: str, parameters: Parameters = None, max_rows: int | None = None, timeout: float | None = None
@@ -98,13 +138,18 @@ class Catalog:
 
     def arrow(self, sql: str, parameters: Parameters = None, timeout: float | None = None) -> "pyarrow.Table":
         """The rows of one query as an Arrow table."""
-        with self._running(sql, parameters, timeout) as result:
-            return result.to_arrow_table()
+        import pyarrow as pa
+
+        (stream,) = [values[0] for kind, *values in self._answer("arrow", sql, parameters, timeout=timeout) if kind == "arrow"]
+        return pa.ipc.open_stream(stream).read_all()
 
     def pandas(self, sql: str, parameters: Parameters = None, timeout: float | None = None) -> "pandas.DataFrame":
-        """The rows of one query as a pandas frame."""
-        with self._running(sql, parameters, timeout) as result:
-            return result.df()
+        """The rows of one query as a pandas frame, of the types that DuckDB gives one."""
+        import duckdb
+
+        table = self.arrow(sql, parameters, timeout)
+        with duckdb.connect() as connection:
+            return connection.from_arrow(table).df()
 
     def relations(self) -> dict[str, list[Column]]:
         """The columns of each relation, with what they mean."""
@@ -113,90 +158,65 @@ class Catalog:
             found.setdefault(name, []).append(Column(*column))
         return found
 
-    @contextmanager
-    def _running(self, sql: str, parameters: Parameters, timeout: float | None) -> Iterator[duckdb.DuckDBPyConnection]:
-        """The result of one statement, while a timer watches it."""
-        timer = threading.Timer(timeout, self._connection.interrupt) if timeout is not None else None
+    def _answer(self, what: str, sql: str, *values: Any, timeout: float | None) -> Iterator[tuple[Any, ...]]:
+        """The messages of the answer to one statement, while its time runs."""
+        if len(sql) > LONGEST:
+            raise QueryError(f"the statement has {len(sql):,} characters: expected {LONGEST:,} or fewer")
         try:
-            statement = self._parse(sql)
-            if timer:
-                timer.start()
-            yield self._connection.execute(statement, parameters)
-        except duckdb.InterruptException:
+            with self._lent(timeout) as (child, left):
+                yield from child.ask(what, sql, *values, most=self._most, timeout=left)
+        except Late:
             raise QueryError(f"stopped after {timeout:g} s; make the query narrower, or raise --timeout") from None
-        except duckdb.Error as error:
-            raise QueryError(self._explain(error)) from None
-        finally:
-            if timer:
-                timer.cancel()
-
-    def _parse(self, sql: str) -> duckdb.Statement:
-        """The one SELECT in `sql`."""
-        words = _words(sql)
-        if words[:1] == ["pragma"]:
-            raise QueryError("PRAGMA is refused: write DESCRIBE <relation>, SHOW TABLES or SUMMARIZE <relation>")
-        if called := next((a for a, b in pairwise(words) if a in REFUSED and b == "("), None):
-            raise QueryError(f"{called}() is refused here")
-        statements = self._connection.extract_statements(sql)
-        if len(statements) != 1 and words[:1] == ["pivot"]:
-            raise QueryError("PIVOT must name its values here: PIVOT ... ON column IN (value, ...)")
-        if len(statements) != 1:
-            raise QueryError(f"expected one statement, found {len(statements)}")
-        if statements[0].type != duckdb.StatementType.SELECT:
+        except Died as death:
             raise QueryError(
-                f"{statements[0].type.name} is refused: the catalogue is read-only; ask with SELECT, FROM, DESCRIBE or SUMMARIZE"
-            )
-        return statements[0]
+                f"the process that ran it died ({death}): DuckDB cannot run this statement, or not within {self.memory_mb} MB of memory; "
+                "ask in another way, or raise --memory-limit"
+            ) from None
 
-    def _explain(self, error: duckdb.Error) -> str:
-        """DuckDB's message in our words, where ours help more."""
-        text = str(error)
-        if isinstance(error, duckdb.OutOfMemoryException):
-            return f"needs more than {memory_limit(READER_MB)} of memory; aggregate or filter more, or ask for fewer rows at once"
-        if missing := re.search(r"Table with name (.+?) does not exist", text):
-            names = list(self.relations())
-            near = difflib.get_close_matches(missing[1].lower(), names, n=1)
-            guess = f"did you mean {near[0]}? " if near else ""
-            return f"no relation {missing[1]!r}; {guess}the catalogue has {', '.join(names)}"
-        return text
+    @contextmanager
+    def _lent(self, timeout: float | None) -> Iterator[tuple[Child, float | None]]:
+        """A process that waits for a statement, and the time that is left after waiting for it."""
+        began = time.monotonic()
+        if not self._free.acquire(timeout=timeout):
+            raise QueryError(f"others were asking for {timeout:g} s; try again, or raise --timeout")
+        try:
+            left = None if timeout is None else max(0.001, timeout - (time.monotonic() - began))
+            child = self._take()
+            try:
+                yield child, left
+            finally:
+                self._put_back(child)
+        finally:
+            self._free.release()
+
+    def _take(self) -> Child:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._begin(Child())
+
+    def _put_back(self, child: Child) -> None:
+        if child.is_idle and self._file >= 0:
+            self._idle.append(child)
+        else:
+            child.end()
+
+    def _begin(self, child: Child) -> Child:
+        """Let it open the catalogue."""
+        try:
+            if self._file < 0:
+                raise QueryError("it was closed here")
+            child.open(self._file, self.path, self.memory_mb)
+        except QueryError as error:
+            child.end()
+            raise QueryError(explain(self.path, str(error))) from None
+        except BaseException:
+            child.end()
+            raise
+        return child
 
 
 _RELATIONS = """
     SELECT table_name, column_name, data_type, coalesce(comment, '') FROM duckdb_columns()
     WHERE database_name = 'catalogue' ORDER BY table_name, column_index
 """
-
-
-def _connect(path: Path) -> duckdb.DuckDBPyConnection:
-    """Attached to a database of its own in memory: `connect(path)` would hand out the old file where another reader still holds it."""
-    if not path.is_file():
-        raise QueryError(f"{path}: no catalogue; make it with `dvc repro` (or `make demo`), or name one with --catalog FILE")
-    settings: dict[str, Any] = {**SEALED, "memory_limit": memory_limit(READER_MB), "temp_directory": ""}
-    connection = duckdb.connect(":memory:", config=settings)
-    try:
-        connection.execute(f"ATTACH {quote(str(path))} AS catalogue (READ_ONLY)")
-        connection.execute("USE catalogue")
-    except duckdb.Error as error:
-        connection.close()
-        raise QueryError(f"{path}: not a catalogue ({error}); make it again with `dvc repro catalog`") from None
-    connection.execute("SET enable_progress_bar = false")
-    connection.execute("SET enable_external_access = false")
-    connection.execute("SET lock_configuration = true")
-    return connection
-
-
-def _words(sql: str) -> list[str]:
-    """The words and signs of `sql` in lower case, without comments and quotes."""
-    # DuckDB's offsets count bytes, and a token's tail holds the comments that follow it
-    text = sql.encode()
-    tokens = duckdb.tokenize(sql)
-    ends = [*(start for start, _ in tokens[1:]), len(text)]
-    pieces = (text[start:end].decode(errors="replace").strip() for (start, _), end in zip(tokens, ends, strict=False))
-    return [_bare(piece).lower() for piece in pieces]
-
-
-def _bare(piece: str) -> str:
-    """A token without the comments after it and the quotes around it."""
-    if quoted := re.match(r'"((?:[^"]|"")*)"', piece):
-        return quoted[1]
-    return re.split(r"\s|--|/\*", piece, maxsplit=1)[0] or piece

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from ommatid import schemas
 from ommatid.catalog.neighbours import iter_neighbours
 from ommatid.catalog.origins import Lineage, OneSAE, iter_saes, make_runs
-from ommatid.catalog.settings import SEALED, memory_limit, quote
+from ommatid.catalog.settings import SEALED, memory_mb, quote, settings
 from ommatid.config import CatalogParams
 from ommatid.errors import ArtefactError
 from ommatid.events import Listener, Progress, ignore
@@ -116,11 +116,9 @@ def _write(params: CatalogParams, inputs: Mapping[str, Artefact], draft: Draft, 
 
 
 def _settings(work: Path) -> dict[str, Any]:
-    threads = min(4, len(os.sched_getaffinity(0)))
     return {
-        **SEALED,
-        "memory_limit": memory_limit(WRITER_MB),
-        "threads": str(threads),
+        **settings(),
+        "memory_limit": f"{memory_mb(WRITER_MB)}MB",
         "temp_directory": str(work / "spilled"),
         "preserve_insertion_order": "false",
     }

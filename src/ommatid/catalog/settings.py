@@ -9,12 +9,20 @@ SEALED = {
     "python_enable_replacements": "false",
 }
 """Nothing is downloaded, and SQL cannot read the variables of the Python process around it."""
+MOST_THREADS = 4
 
 
-def memory_limit(most: int) -> str:
-    """A quarter of this machine's memory, `most` MB at most and 256 MB at least, as DuckDB writes it."""
+def settings() -> dict[str, str]:
+    """SEALED, and a thread for each processor, four at most."""
+    # os.process_cpu_count is 3.13's; macOS has no affinity
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {**SEALED, "threads": str(min(MOST_THREADS, processors))}
+
+
+def memory_mb(most: int) -> int:
+    """A quarter of this machine's memory, `most` MB at most and 256 MB at least."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
-    return f"{max(256, min(most, physical // 4))}MB"
+    return max(256, min(most, physical // 4))
 
 
 def quote(text: str) -> str:
