@@ -1,5 +1,7 @@
 """`ommatid <verb>`: every stage, and questions to the catalogue. Heavy imports wait until a verb needs them."""
 
+from ommatid import early  # isort: skip - before all others, which load beside what it starts
+
 import os
 import sys
 from collections import Counter
@@ -11,6 +13,7 @@ import typer.core
 
 from ommatid.edge import at_edge
 from ommatid.errors import ConfigError
+from ommatid.terminal import say
 
 if TYPE_CHECKING:
     from ommatid.config import Model, Params
@@ -109,7 +112,7 @@ def estimate(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, d
     with showing(sys.stdout) as on_event:
         found = make(load_params(params, overrides or ()), data, on_event)
     for line in [*_table(_estimate_rows(found)), *_estimate_notes(found)]:
-        typer.echo(line)
+        say(line)
 
 
 @app.command()
@@ -130,7 +133,7 @@ def hookpoints(
     points = load_model(wanted, "float32", "cpu").hookpoints
     rows = [(name, _tokens(point), _grid(point), str(point.d_model)) for name, point in points.items()]
     for line in _table([("hookpoint", "tokens", "grid", "d_model"), *rows]):
-        typer.echo(line)
+        say(line)
 
 
 @app.command()
@@ -139,12 +142,16 @@ def query(
     output: Annotated[str, typer.Option("--format", help="table, csv or json.")] = "table",
     max_rows: Annotated[int, typer.Option(help="Print at most so many rows.")] = 1000,
     timeout: Annotated[float, typer.Option(help="Seconds after which the query is stopped.")] = 30.0,
+    memory: Annotated[
+        int | None,
+        typer.Option("--memory-limit", metavar="MB", help="Memory that it may take; default: 4096, or a quarter of the machine's."),
+    ] = None,
     catalog: CatalogFile = DEFAULT_CATALOG,
 ) -> None:
     """Ask the catalogue in SQL; it is opened read-only."""
     from ommatid.catalog.query import answer
 
-    answer(sql, catalog, output, max_rows, timeout, sys.stdout)
+    answer(sql, catalog, output, max_rows, timeout, sys.stdout, memory, early.child)
 
 
 @app.command()
@@ -172,7 +179,7 @@ def show(
             draw_best(opened, path, sae=sae)
         else:
             draw_feature(opened, latent, path, sae)
-    typer.echo(path)
+    say(path)
 
 
 @app.command()
@@ -187,7 +194,7 @@ def report(
 
     with Catalog(catalog) as opened:
         write_report(opened, to, sae)
-    typer.echo(to)
+    say(to)
 
 
 @app.command("import")
@@ -207,14 +214,12 @@ def import_(
 
     name = format_name or find_format(path)
     if format_name is None:
-        typer.echo(f"found {name} ({FORMATS[name].FILES})")
+        say(f"found {name} ({FORMATS[name].FILES})")
     sae = import_sae(path, Told(hookpoint, model, target, _as_mapping(values or [])), name)
     write_own(sae, to)
-    typer.echo(f"import: {to} holds {_describe(sae)}")
+    say(f"import: {to} holds {_describe(sae)}")
     if not sae.config.k:
-        typer.echo(
-            "k: the files don't say how many latents fire a token; say it with --set k=N: the untrained control of evaluate needs it"
-        )
+        say("k: the files don't say how many latents fire a token; say it with --set k=N: the untrained control of evaluate needs it")
 
 
 @app.command()
@@ -228,7 +233,7 @@ def export(
 
     loaded = load_own(sae)
     export_sae(loaded, to, out)
-    typer.echo(f"export: {out} holds {_describe(loaded)} as {to}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+    say(f"export: {out} holds {_describe(loaded)} as {to}: {', '.join(sorted(file.name for file in out.iterdir()))}")
 
 
 def _as_mapping(values: list[str]) -> dict[str, str]:
@@ -315,7 +320,7 @@ def _run_here(name: str, params: "Params", data: str) -> None:
 
     with showing(sys.stdout, len(params.train.each()) > 1) as on_event:
         artefact = run_stage(name, params, on_event, data)
-    typer.echo(f"{name}: {artefact.url} holds {_sizes(artefact)}")
+    say(f"{name}: {artefact.url} holds {_sizes(artefact)}")
 
 
 def _train_together(params: "Params", data: str) -> None:
@@ -346,7 +351,10 @@ def _sizes(artefact: "object") -> str:
 def main() -> None:
     """Run a verb; see `at_edge` for how errors end it."""
     with at_edge():
-        app()
+        try:
+            app()
+        finally:
+            early.end()
 
 
 if __name__ == "__main__":

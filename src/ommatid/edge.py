@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from ommatid.errors import OmmatidError, StoppedError
+from ommatid.printable import printable
 
 FAULT = 70
 """Exit status of an error that nobody expected: EX_SOFTWARE of sysexits.h."""
@@ -60,7 +61,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _end(status: int, line: str) -> None:
     with suppress(OSError):
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
     raise SystemExit(status) from None
 
 

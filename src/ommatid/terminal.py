@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TextIO, assert_never
 import typer
 
 from ommatid.events import Event, Listener, Measured, Noticed, Progress, Warned
+from ommatid.printable import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -36,6 +37,11 @@ def showing(out: TextIO, has_several_saes: bool = False) -> Iterator[Listener]:
         yield _Bar(bars)
 
 
+def say(text: object) -> None:
+    """Print a line on the standard output, with what in it could steer a terminal escaped: names and labels come from outside."""
+    typer.echo(printable(str(text)))
+
+
 class Lines:
     """Prints events as lines, at most one every two seconds for each kind of work; what was noticed at once."""
 
@@ -53,7 +59,7 @@ class Lines:
                 whose = f"{event.sae}: " if self._has_several_saes else ""
                 self._print(f"measured {event.sae}", f"{whose}step {event.step}: {values}", is_last=False)
             case Noticed() | Warned():
-                typer.echo(notice(event))
+                say(notice(event))
             case _:
                 assert_never(event)
 
@@ -61,7 +67,7 @@ class Lines:
         now = time.monotonic()
         if is_last or now - self._last.get(what, 0.0) >= SECONDS:
             self._last[what] = now
-            typer.echo(line)
+            say(line)
 
 
 class _Bar:
@@ -124,7 +130,8 @@ def summarise(numbers: Mapping[str, Mapping[str, float]]) -> str:
 
 def notice(event: Noticed | Warned) -> str:
     """The line that says what was noticed."""
-    return f"notice: {event.sae}: step {event.step}: {event.what}" if isinstance(event, Noticed) else f"notice: {event.what}"
+    whose = f"{event.sae}: step {event.step}: " if isinstance(event, Noticed) else ""
+    return printable(f"notice: {whose}{event.what}")
 
 
 def number(value: float, digits: int = 4) -> str:

@@ -16,7 +16,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return catalog_artefacts.path_in(root)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def catalog(file: Path) -> Iterator[Catalog]:
     with Catalog(file) as opened:
         yield opened

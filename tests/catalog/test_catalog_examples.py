@@ -55,7 +55,7 @@ def opened(request: pytest.FixtureRequest, planted: Planted, tmp_path_factory: p
         connection.execute("CREATE TABLE examples AS SELECT 's' AS sae, *, NULL::FLOAT[] AS heat, 0 AS rows, 0 AS cols FROM chosen")
         connection.execute("CREATE TABLE images (image INTEGER, thumbnail BLOB, seen_width FLOAT, seen_height FLOAT)")
         connection.executemany("INSERT INTO images VALUES (?, ?, 1, 1)", [(i, catalog_artefacts.thumbnail(i)) for i in range(400)])
-        connection.execute("CREATE TABLE features AS SELECT 1 AS x; CREATE TABLE runs AS SELECT 1 AS x")
+        connection.execute("CREATE TABLE features AS SELECT 1 AS x")
     with Catalog(folder / "c.duckdb") as catalog:
         yield catalog, request.param
 

@@ -19,9 +19,12 @@ EVERY_KIND = """
 """
 
 
-def ask(file: Path, sql: str, output: str = "table", max_rows: int = 1000, timeout: float = 30.0) -> str:
+def ask(
+    file: Path, sql: str, output: str = "table", max_rows: int = 1000, timeout: float = 30.0, memory: int | None = None, tty: bool = False
+) -> str:
     stream = io.StringIO()
-    answer(sql, file, output, max_rows, timeout, stream)
+    stream.isatty = lambda: tty
+    answer(sql, file, output, max_rows, timeout, stream, memory)
     return stream.getvalue()
 
 
@@ -80,6 +83,56 @@ def test_json_keeps_columns_of_one_name(file: Path) -> None:
     assert json.loads(ask(file, "SELECT 1 AS a WHERE false", "json")) == []
 
 
+STEERING = "\x1b]0;title\x07\x1b[2J\x9b31m\x00\x08\x7f\r\u202e\u2066\u200b\u2028\U000e0041"
+"""OSC, CSI in both forms, NUL, backspace, delete, return, turned reading directions, invisible characters."""
+STEERS = {c for c in STEERING if not c.isprintable()}
+
+
+@pytest.mark.parametrize("output", ["table", "csv", "json"])
+def test_nothing_steers_a_terminal(file: Path, output: str) -> None:
+    chars = " || ".join(f"chr({ord(c)})" for c in STEERING)
+    sql = f"SELECT {chars} AS t, [{chars}] AS l, {{'k': {chars}}} AS s, map([{chars}], [1]) AS m, 1 AS \"{STEERING.replace(chr(0), '')}\""
+    found = ask(file, sql, output, tty=True)
+    assert not set(found) & STEERS
+    if output == "json":
+        assert json.loads(found)[0]["t"] == STEERING
+    if output == "csv":
+        assert "\\x1b]0;title\\x07" in found
+
+
+def test_what_goes_elsewhere_than_to_a_terminal_is_as_it_is(file: Path) -> None:
+    chars = " || ".join(f"chr({ord(c)})" for c in STEERING)
+    assert json.loads(ask(file, f"SELECT {chars} AS t", "json")) == [{"t": STEERING}]
+    assert next(csv.reader(io.StringIO(ask(file, f"SELECT 1, {chars.replace('chr(0) || ', '')} AS t", "csv"), newline="")))[0] == "1"
+    assert "\x1b[2J" in ask(file, f"SELECT {chars} AS t", "csv")
+    assert not set(ask(file, f"SELECT {chars} AS t")) & STEERS
+
+
+def test_letters_and_emoji_stay_what_they_are(file: Path) -> None:
+    text = "Grüße 猫 \U0001f469\u200d\U0001f52c می‌خواهم a\u00a0b"
+    for output in ("table", "csv", "json"):
+        assert text in ask(file, f"SELECT '{text}' AS t", output, tty=True)
+
+
+@pytest.mark.parametrize("output", ["table", "csv", "json"])
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT repeat('1', 5000)::JSON AS j",
+        "SELECT '1e999'::JSON AS j",
+        "SELECT (repeat('[', 900) || repeat(']', 900))::JSON AS j",
+        "SELECT " + "[" * 200 + "]" * 200 + " AS l",
+        "SELECT 'infinity'::DATE AS d, '-infinity'::TIMESTAMP AS t, 170141183460469231731687303715884105727 AS h, 1e308 * 10 AS i",
+        "FROM test_all_types()",
+    ],
+)  # fmt: skip
+def test_odd_values_are_printed(file: Path, output: str, sql: str) -> None:
+    try:
+        assert ask(file, sql, output)
+    except QueryError as error:
+        assert output == "json" and "repeat('['" in sql and "nested too deeply to be printed; unnest them in SQL" in str(error)
+
+
 @pytest.mark.parametrize("output", ["table", "csv", "json"])
 def test_cap_is_said_on_stderr_only(file: Path, capsys: pytest.CaptureFixture[str], output: str) -> None:
     found = ask(file, "SELECT latent FROM features ORDER BY latent", output, max_rows=2)
@@ -95,7 +148,12 @@ def test_cap_is_said_on_stderr_only(file: Path, capsys: pytest.CaptureFixture[st
         ({"output": "xml"}, "--format 'xml': expected table, csv, json"),
         ({"max_rows": 0}, "--max-rows 0: expected 1 or more"),
         ({"timeout": 0.0}, "--timeout 0: expected seconds, more than 0"),
+        ({"max_rows": 1000001}, "--max-rows 1000001: expected 1000000 or fewer; Catalog.arrow in Python"),
         ({"timeout": float("nan")}, "--timeout nan: expected seconds, more than 0"),
+        ({"timeout": -1.0}, "--timeout -1: expected seconds, more than 0 and 86400 at most"),
+        ({"timeout": float("inf")}, "--timeout inf: expected seconds, more than 0 and 86400 at most"),
+        ({"memory": 63}, "--memory-limit 63: expected MB, 64 to the [0-9]+ of this machine"),
+        ({"memory": 10**9}, "--memory-limit 1000000000: expected MB, 64 to the [0-9]+ of this machine"),
     ],
 )
 def test_wrong_options_name_what_is_allowed(file: Path, options: dict, message: str) -> None:

@@ -140,18 +140,6 @@ def test_a_query_too_large_for_memory_says_so(file: Path, monkeypatch: pytest.Mo
         catalog.rows("SELECT list(range) FROM range(100000000)")
 
 
-def test_a_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
-    with pytest.raises(QueryError, match=r"nothing\.duckdb: no catalogue; make it with `dvc repro` \(or `make demo`\)"):
-        Catalog(tmp_path / "nothing.duckdb")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_another_file_is_no_catalogue(tmp_path: Path) -> None:
-    (tmp_path / "it's.duckdb").write_text("not a database, but long enough to be read as one" * 100)
-    with pytest.raises(QueryError, match=r"it's\.duckdb: not a catalogue"):
-        Catalog(tmp_path / "it's.duckdb")
-
-
 def test_a_path_with_a_quote_opens(file: Path, tmp_path: Path) -> None:
     copy = tmp_path / "it's here.duckdb"
     copy.write_bytes(file.read_bytes())

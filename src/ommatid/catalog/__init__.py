@@ -169,7 +169,7 @@ class Catalog:
             raise QueryError(f"stopped after {timeout:g} s; make the query narrower, or raise --timeout") from None
         except Died as death:
             raise QueryError(
-                f"the process that ran it died ({death}): DuckDB cannot run this statement, or not within {self.memory_mb} MB of memory; "
+                f"the process that ran it died ({death}): DuckDB cannot run this statement, or not within {self.memory_mb}MB of memory; "
                 "ask in another way, or raise --memory-limit"
             ) from None
 

@@ -49,13 +49,18 @@ class Child:
         environment = {name: os.environ[name] for name in KEPT if name in os.environ}
         environment |= {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # others reserve more than a limit grants
         self._process = subprocess.Popen(
-            command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[held], env=environment, cwd="/"
+            command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[held], env=environment, cwd="/"
         )
         theirs.close()
         os.close(held)
         self._link = ours
         self.is_idle = False
         """Whether it waits for a statement."""
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
 
     def open(self, file: int, path: Path, memory_mb: int) -> None:
         """Have it open a catalogue.
@@ -99,14 +104,14 @@ class Child:
         self._send((what, *values, most), until)
         left = 2 * most + 2**20
         while True:
-            kind, *values, size = self._receive(left, until)
+            (kind, *found), size = self._receive(left, until)
             left -= size
             if kind == "end":
-                more, is_spent = values
+                more, is_spent = found
                 self.is_idle = not is_spent
                 yield "end", more
                 return
-            yield kind, *values
+            yield kind, *found
 
     def end(self) -> None:
         """Kill the process, if it still runs, and wait until it is gone."""
@@ -127,17 +132,17 @@ class Child:
         except OSError:
             raise self._death() from None
 
-    def _receive(self, most: int, until: float | None) -> tuple[Any, ...]:
+    def _receive(self, most: int, until: float | None) -> tuple[list[Any], int]:
         """One message, and its size; an error is raised."""
         (length,) = struct.unpack(">Q", self._take(8, until))
         if length > most:
-            raise QueryError("its answer is too large")
-        kind, *values = _Values(io.BytesIO(self._take(length, until))).load()
+            raise QueryError("its answer is larger than any that was agreed on")
+        kind, *values = Values(io.BytesIO(self._take(length, until))).load()
         if kind == "error":
             text, *is_spent = values
             self.is_idle = is_spent == [False]
             raise QueryError(text)
-        return kind, *values, length
+        return [kind, *values], length
 
     def _take(self, n: int, until: float | None) -> bytearray:
         taken = bytearray(n)
@@ -161,7 +166,7 @@ class Child:
         return Died(signal.Signals(-status).name if status < 0 else f"exit status {status}")
 
 
-class _Values(pickle.Unpickler):
+class Values(pickle.Unpickler):
     """Unpickles values and nothing else: a process that runs foreign SQL is not trusted to name what is called here."""
 
     def find_class(self, module: str, name: str) -> Any:

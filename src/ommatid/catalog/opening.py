@@ -49,7 +49,7 @@ def explain(path: Path, text: str) -> str:
     if "version number" in text:
         return f"{path}: written by another version of DuckDB ({_short(text)}); read it with that version, or {AGAIN}"
     if "not a valid DuckDB database file" in text:
-        return f"{path}: not a DuckDB database; {AGAIN}"
+        return f"{path}: not a catalogue, for it is no DuckDB database; {AGAIN}"
     if "Could not read enough bytes" in text:
         return f"{path}: cut short: what wrote or copied it did not finish; {AGAIN}"
     if "Corrupt database file" in text or "checksum" in text:

@@ -11,29 +11,63 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from ommatid.catalog import Answer, Catalog
+from ommatid.catalog import LEAST_MB, Answer, Catalog
+from ommatid.catalog.child import Child
+from ommatid.catalog.settings import physical_mb
 from ommatid.errors import QueryError
+from ommatid.printable import printable
 
 FORMATS = ("table", "csv", "json")
 WIDEST = 120
 """Most characters of a cell where the output is no terminal, whose width would say."""
+LONGEST_CELL = 2000
+"""Characters of a text that a table looks at: more than any terminal is wide."""
 NARROWEST = 8
 """A column is not squeezed below this to fit a terminal."""
 
 
-def answer(sql: str, catalog: Path, output: str, max_rows: int, timeout: float, stream: TextIO) -> None:
+MOST_ROWS = 10**6
+"""Rows that are printed at most."""
+LONGEST_TIMEOUT = 86400.0
+"""Seconds."""
+ANSWER_MB = 100
+"""Most memory of an answer that is printed."""
+
+
+def answer(
+    sql: str,
+    catalog: Path,
+    output: str,
+    max_rows: int,
+    timeout: float,
+    stream: TextIO,
+    memory: int | None = None,
+    child: Child | None = None,
+) -> None:
     """Print the answer to `sql` on `stream`; when there are more than `max_rows` rows, say so on stderr.
 
-    Blobs are shown as sizes in a table and as base64 in csv and json; NaN and infinity are null in json.
+    Blobs are shown as sizes in a table and as base64 in csv and json; NaN and infinity are null in json. On a terminal, and in a table
+    everywhere, what could steer the terminal is escaped; csv and json that go elsewhere have every character as it is.
+
+    Args:
+        sql: One statement.
+        catalog: The file.
+        output: One of FORMATS.
+        max_rows: Rows that are printed, at most.
+        timeout: Seconds that the statement may take.
+        stream: Where it is printed.
+        memory: MB that the statement may take; None: see Catalog.
+        child: A process that was started ahead.
 
     Raises:
         QueryError: the query cannot be answered, or an option is not one of those allowed.
     """
-    _check(output, max_rows, timeout)
-    with Catalog(catalog) as opened:
+    _check(output, max_rows, timeout, memory)
+    with Catalog(catalog, memory, ANSWER_MB, child=child) as opened:
         found = opened.ask(sql, max_rows=max_rows, timeout=timeout)
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")
@@ -44,17 +78,23 @@ def answer(sql: str, catalog: Path, output: str, max_rows: int, timeout: float, 
         # the reader has seen enough (`| head`); the interpreter flushes once more when it ends, and that must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return
+    except RecursionError:
+        raise QueryError("its values are nested too deeply to be printed; unnest them in SQL") from None
     if found.more:
         print(f"… {len(found.rows)} rows shown, more exist; raise --max-rows", file=sys.stderr)
 
 
-def _check(output: str, max_rows: int, timeout: float) -> None:
+def _check(output: str, max_rows: int, timeout: float, memory: int | None) -> None:
     if output not in FORMATS:
         raise QueryError(f"--format {output!r}: expected {', '.join(FORMATS)}")
     if max_rows < 1:
         raise QueryError(f"--max-rows {max_rows}: expected 1 or more")
-    if not 0 < timeout < 1e6:
-        raise QueryError(f"--timeout {timeout:g}: expected seconds, more than 0")
+    if max_rows > MOST_ROWS:
+        raise QueryError(f"--max-rows {max_rows}: expected {MOST_ROWS} or fewer; Catalog.arrow in Python gives larger answers")
+    if not 0 < timeout <= LONGEST_TIMEOUT:
+        raise QueryError(f"--timeout {timeout:g}: expected seconds, more than 0 and {LONGEST_TIMEOUT:.0f} at most")
+    if memory is not None and not LEAST_MB <= memory <= physical_mb():
+        raise QueryError(f"--memory-limit {memory}: expected MB, {LEAST_MB} to the {physical_mb()} of this machine")
 
 
 def _write(found: Answer, output: str, stream: TextIO) -> None:
@@ -64,10 +104,12 @@ def _write(found: Answer, output: str, stream: TextIO) -> None:
             stream.writelines(line + "\n" for line in _table(found, width))
         case "csv":
             writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(found.columns)
-            writer.writerows([_plain(value) for value in row] for row in found.rows)
+            shown = printable if stream.isatty() else str
+            for row in (found.columns, *found.rows):
+                cells = map(_plain, row)
+                writer.writerow([shown(cell) if isinstance(cell, str) else cell for cell in cells])
         case _:
-            stream.writelines(_json(found))
+            stream.writelines(map(_escape_json, _json(found)) if stream.isatty() else _json(found))
 
 
 def _json(found: Answer) -> list[str]:
@@ -77,6 +119,11 @@ def _json(found: Answer) -> list[str]:
     objects = [{n: _value(v, kind) for n, v, kind in zip(names, row, kinds, strict=True)} for row in found.rows]
     lines = [json.dumps(o, ensure_ascii=False, allow_nan=False) for o in objects]
     return ["[\n", ",\n".join(lines), "\n]\n"] if lines else ["[]\n"]
+
+
+def _escape_json(text: str) -> str:
+    """JSON of the same meaning, in which escapes stand for what could steer a terminal."""
+    return "".join(c if printable(c) == c else json.dumps(c)[1:-1] for c in text) if printable(text) != text else text
 
 
 def _unique(names: Sequence[str]) -> list[str]:
@@ -95,7 +142,7 @@ def _value(value: Any, kind: str = "") -> Any:
         case None | bool() | int():
             return value
         case str():
-            return json.loads(value) if kind == "JSON" else value
+            return _parsed(value) if kind == "JSON" else value
         case float():
             return value if math.isfinite(value) else None
         case Decimal():
@@ -108,6 +155,14 @@ def _value(value: Any, kind: str = "") -> Any:
             return {str(key): _value(item) for key, item in value.items()}
         case _:
             return str(value)
+
+
+def _parsed(text: str) -> Any:
+    """What JSON text says, or the text where Python cannot hold that: numbers of thousands of digits."""
+    try:
+        return _value(json.loads(text))
+    except ValueError:
+        return text
 
 
 def _plain(value: Any) -> Any:
@@ -126,7 +181,7 @@ def _plain(value: Any) -> Any:
 def _table(found: Answer, width: int | None) -> list[str]:
     """Aligned lines: header, rule, rows; numbers to the right."""
     cells = [[_cell(value) for value in row] for row in found.rows]
-    head = [_printable(name) for name in found.columns]
+    head = [_line_of(name) for name in found.columns]
     widths = [max(map(_width, column)) for column in zip(head, *cells, strict=True)]
     widths = _fit(widths, width)
     right = [_is_number(kind) for kind in found.types]
@@ -147,15 +202,20 @@ def _cell(value: Any) -> str:
         case float():
             return _number(value)
         case str():
-            return _printable(value)
+            return _line_of(value)
         case bytes():
             return f"<{len(value)} bytes>"
         case list() | tuple():
-            return "[" + ", ".join(map(_cell, value)) + "]"
+            return "[" + ", ".join(map(_cell, value[:LONGEST_CELL])) + "]"
         case dict():
-            return "{" + ", ".join(f"{_cell(key)}: {_cell(item)}" for key, item in value.items()) + "}"
+            return "{" + ", ".join(f"{_cell(key)}: {_cell(item)}" for key, item in islice(value.items(), LONGEST_CELL)) + "}"
         case _:
-            return _printable(str(value))
+            return _line_of(str(value))
+
+
+def _line_of(text: str) -> str:
+    """The beginning of a text, on one line; a cell shows no more than LONGEST_CELL characters of it."""
+    return printable(text[:LONGEST_CELL], kept="")
 
 
 def _number(value: float) -> str:
@@ -163,11 +223,6 @@ def _number(value: float) -> str:
     if value == 0 or 1e-3 <= abs(value) < 1e6:
         return f"{value:.4f}"
     return f"{value:.3e}" if math.isfinite(value) else str(value)
-
-
-def _printable(text: str) -> str:
-    """`text` on one line, without what would steer a terminal."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _width(text: str) -> int:

@@ -21,8 +21,12 @@ def settings() -> dict[str, str]:
 
 def memory_mb(most: int) -> int:
     """A quarter of this machine's memory, `most` MB at most and 256 MB at least."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
-    return max(256, min(most, physical // 4))
+    return max(256, min(most, physical_mb() // 4))
+
+
+def physical_mb() -> int:
+    """This machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
 
 
 def quote(text: str) -> str:

@@ -1,16 +1,16 @@
 """The process that runs the SQL of a `Catalog`: DuckDB, and nothing else of this package.
 
-`child.py` starts this file by its path and talks to it over standard input, which is a socket. What a statement may do ends at this process:
-- It opens nothing. Once the catalogue is open, DuckDB's access to files is off and its settings are locked; and the kernel refuses every
-  `open` and `socket` (RLIMIT_NOFILE) and every byte written to a file (RLIMIT_FSIZE), whatever a function of DuckDB tries.
+`child.py` starts this file by its path and talks to it over standard input, which is a socket. A statement cannot reach beyond it:
+- It opens nothing. Once the catalogue is open, DuckDB's access to files is off and its settings are locked; beneath that the kernel refuses
+  every `open` and `socket` (RLIMIT_NOFILE) and every byte written to a file (RLIMIT_FSIZE), whatever a function of DuckDB tries.
 - Its memory ends at a limit of the kernel (RLIMIT_DATA on Linux), for not every function of DuckDB asks DuckDB's own limit. macOS does not
   enforce such a limit: there a thread ends the process once its peak is above it.
-- It ends with its parent: the kernel signals the end of a pipe that the parent holds (O_ASYNC), so that even a statement that never looks up
-  is ended.
+- It ends with its parent: the kernel signals when the last end of a pipe that the parent holds is closed (O_ASYNC), and so reaches even
+  a statement that never looks up.
 Time is the parent's: it kills this process.
 """
 
-import datetime  # noqa: F401  (DuckDB makes dates with it, and could not import it once nothing may be opened)
+import datetime  # noqa: F401 - DuckDB makes dates with it, and could not import it once nothing may be opened
 import difflib
 import fcntl
 import importlib
@@ -32,14 +32,16 @@ from typing import Any
 
 if __name__ == "__main__":
     sys.path[:] = sys.argv[2:]  # the parent's: this interpreter was started without any, and quickly
-import duckdb  # noqa: E402
+    sys.modules["pandas"] = None  # type: ignore[assignment]  # DuckDB would import it to ask whether a parameter is one of its values
+import _duckdb as duckdb  # what `duckdb` itself is made of; the rest of that package takes as long again to import
 
 IS_LINUX = sys.platform == "linux"
-REFUSED = frozenset(
-    "query json_execute_serialized_sql enable_logging disable_logging truncate_duckdb_logs enable_profiling disable_profiling "
-    "checkpoint force_checkpoint write_log arrow_scan arrow_scan_dumb pandas_scan python_map_function".split()
-)
-"""Functions with an effect beyond their rows, those that take addresses of memory, and those that hide one of them in a string.
+REFUSED = {
+    *("checkpoint", "force_checkpoint", "enable_profiling", "disable_profiling", "enable_logging", "disable_logging", "write_log"),
+    *("truncate_duckdb_logs", "arrow_scan", "arrow_scan_dumb", "pandas_scan", "python_map_function"),
+    *("query", "json_execute_serialized_sql"),
+}
+"""Functions with an effect beyond their rows, those that take addresses of memory, and those that hide another statement in a string.
 
 `FROM enable_profiling(format='json', save_location='...')` makes every later statement write a file; `FROM enable_logging(storage='file')`
 fails every later statement and aborts the process when it closes (DuckDB 1.5)."""
@@ -107,8 +109,8 @@ class Reader:
         for setting in ("enable_progress_bar = false", "enable_external_access = false", "lock_configuration = true"):
             self._connection.execute(f"SET {setting}")
         names = {name for (name,) in self._connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
-        if missing := sorted({"features", "runs"} - names):
-            raise Refused(f"a DuckDB database, but not a catalogue: it has no relation {' and no relation '.join(missing)}")
+        if not names & {"features", "runs"}:
+            raise Refused("a DuckDB database, but not a catalogue: it has neither a relation features nor runs")
         self._limits = Limits(memory_mb + SLACK_MB)
 
     @property
@@ -118,18 +120,18 @@ class Reader:
 
     def ask(self, sql: str, parameters: Any, max_rows: int | None, most: int) -> None:
         """Send the columns, the rows in chunks, and whether there are more; at most `most` bytes of Python objects."""
-        result = self._connection.execute(self._parse(sql), parameters)
+        result = self._execute(sql, parameters)
         names, types = zip(*((column[0], str(column[1])) for column in result.description), strict=True)
         self._load_converters(" ".join(types))
         is_nested = any(kind.endswith(("]", ")")) and not kind.startswith("DECIMAL") for kind in types)
         self._wire.send("columns", names, types)
-        left = max_rows
+        left, taken = max_rows, 0
         while rows := result.fetchmany(CHUNK if left is None else min(CHUNK, left + 1)):
             more = left is not None and len(rows) > left
             rows = rows[:left]
-            most -= sum(sys.getsizeof(row) + sum(map(weigh if is_nested else sys.getsizeof, row)) for row in rows)
-            if most < 0:
-                raise Refused("its answer is too large")
+            taken += sum(sys.getsizeof(row) + sum(map(weigh if is_nested else sys.getsizeof, row)) for row in rows)
+            if taken > most:
+                raise too_large(most)
             self._wire.send("rows", rows)
             if more:
                 return self._wire.send("end", True, self.is_spent)
@@ -141,14 +143,14 @@ class Reader:
         with self._limits.lifted():
             import pyarrow as pa
 
-        result = self._connection.execute(self._parse(sql), parameters)
+        result = self._execute(sql, parameters)
         sink = pa.BufferOutputStream()
         batches = result.to_arrow_reader(CHUNK * 64)
         with pa.ipc.new_stream(sink, batches.schema) as stream:
             for batch in batches:
                 stream.write_batch(batch)
                 if sink.tell() > most:
-                    raise Refused("its answer is too large")
+                    raise too_large(most)
         self._wire.send("arrow", sink.getvalue().to_pybytes())
         self._wire.send("end", False, self.is_spent)
 
@@ -157,7 +159,7 @@ class Reader:
         text = str(error)
         if isinstance(error, (MemoryError, duckdb.OutOfMemoryException)):
             return (
-                f"needs more than {self._memory_mb} MB of memory; aggregate or filter more, ask for fewer rows at once, "
+                f"needs more than {self._memory_mb}MB of memory; aggregate or filter more, ask for fewer rows at once, "
                 "or raise --memory-limit"
             )
         if missing := re.search(r"Table with name (.+?) does not exist", text):
@@ -172,6 +174,12 @@ class Reader:
         near = difflib.get_close_matches(missing.lower(), names, n=1)
         guess = f"did you mean {near[0]}? " if near else ""
         return f"no relation {missing!r}; {guess}the catalogue has {', '.join(names)}"
+
+    def _execute(self, sql: str, parameters: Any) -> duckdb.DuckDBPyConnection:
+        statement = self._parse(sql)
+        if parameters:
+            self._load_converters("DECIMAL UUID")  # what DuckDB asks whether a parameter is
+        return self._connection.execute(statement, parameters)
 
     def _parse(self, sql: str) -> Any:
         """The one SELECT in `sql`."""
@@ -275,6 +283,11 @@ def _bare(piece: str) -> str:
     if quoted := re.match(r'"((?:[^"]|"")*)"', piece):
         return quoted[1]
     return re.split(r"\s|--|/\*", piece, maxsplit=1)[0] or piece
+
+
+def too_large(most: int) -> Refused:
+    """What is said of an answer of more than `most` bytes."""
+    return Refused(f"its answer takes more than {most // 2**20}MB; ask for fewer columns or rows, or aggregate")
 
 
 def weigh(value: Any) -> int:
