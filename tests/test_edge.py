@@ -26,6 +26,7 @@ def ended(capsys: pytest.CaptureFixture[str], error: BaseException) -> tuple[obj
         (ArtefactError("data/sae: missing"), 1, "error: data/sae: missing\n"),
         (StoppedError("train: step 5 of 9"), 143, "stopped: train: step 5 of 9\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (ArtefactError("\x1b]0;evil\x07\u202eb.jpg\x9b2J:\n  not read"), 1, "error: \\x1b]0;evil\\x07\\u202eb.jpg\\x9b2J:\n  not read\n"),
     ],
 )
 def test_what_is_expected_ends_with_its_line(capsys: pytest.CaptureFixture[str], error: BaseException, status: int, line: str) -> None:

@@ -2,12 +2,13 @@
 
 import io
 import re
+from pathlib import Path
 
 import pytest
 
 from ommatid import terminal
 from ommatid.events import Listener, Measured, Noticed, Progress, Warned
-from ommatid.terminal import Lines, number, showing, summarise
+from ommatid.terminal import Lines, number, say, showing, summarise
 
 VALUES = {"loss": 0.5, "fvu": 0.3125, "l0": 16.0, "dead": 0.02, "tokens_per_second": 123456.7}
 
@@ -44,6 +45,13 @@ def test_lines_say_which_sae_where_there_are_several(capsys: pytest.CaptureFixtu
     for sae in ("a", "b"):
         listener(Measured(sae, 3, {"fvu": 0.25}))
     assert capsys.readouterr().out.splitlines() == ["a: step 3: fvu 0.25", "b: step 3: fvu 0.25"]
+
+
+def test_names_and_labels_from_outside_do_not_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    for event in (Warned("\x1b[2Jb.jpg: 'a\u202e'"), Noticed("s\x9b1m", 3, "x\r")):
+        Lines()(event)
+    say(Path("b\x07.png"))
+    assert capsys.readouterr().out == "notice: \\x1b[2Jb.jpg: 'a\\u202e'\nnotice: s\\x9b1m: step 3: x\\r\nb\\x07.png\n"
 
 
 def test_a_terminal_gets_a_bar_with_rate_time_left_and_the_last_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

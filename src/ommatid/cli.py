@@ -99,7 +99,7 @@ def sources(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) ->
 
     found = [one for keys in write_sources(load_params(params, overrides or ())).values() for one in keys.values()]
     n_files, n_bytes = sum(one["n_files"] for one in found), sum(one["bytes"] for one in found)
-    typer.echo(f"sources: {PLACE} holds what DVC compares, of {n_files} file{'s' * (n_files != 1)}, {n_bytes / 1e6:.1f} MB")
+    say(f"sources: {PLACE} holds what DVC compares, of {n_files} file{'s' * (n_files != 1)}, {n_bytes / 1e6:.1f} MB")
 
 
 @app.command()
