@@ -43,32 +43,50 @@ class Scorer:
 
     def score(self, trial: Trial, tried: Tried) -> dict[str, float | None]:
         """Scores of a name and of its controls on the same images: columns of `labels`."""
-        area, low, high = auroc(*self._cosines(trial.held_out, tried.name))
-        other, random = tried.shuffled, tried.random
+        naming, held_out = self._gather(trial.naming), self._gather(trial.held_out)
+        own = _Cosines.of(naming, held_out, tried.name)
+        other, random = (None if name is None else _Cosines.of(naming, held_out, name) for name in (tried.shuffled, tried.random))
+        area, low, high = auroc(*own.held_out)
+        acts = torch.from_numpy(np.concatenate([trial.held_out.acts, np.zeros(len(trial.held_out.negative))]))
         return {
-            "score": self._detect(trial, tried.name),
+            "score": own.detect(),
             "auroc": area,
             "auroc_low": low,
             "auroc_high": high,
-            "control_score": None if other is None else self._detect(trial, other),
-            "random_score": None if random is None else self._detect(trial, random),
-            "correlation": self._correlate(trial.held_out, tried.name),
-            "control_correlation": None if other is None else self._correlate(trial.held_out, other),
+            "control_score": other and other.detect(),
+            "random_score": random and random.detect(),
+            "correlation": own.correlate(acts),
+            "control_correlation": other and other.correlate(acts),
         }
 
-    def _detect(self, trial: Trial, name: Tensor) -> float:
+    def _gather(self, test: Test) -> "Two":
+        return self.images[torch.from_numpy(test.positive)], self.images[torch.from_numpy(test.negative)]
+
+
+Two = tuple[Tensor, Tensor]
+"""Of a test's images that fire the latent, and of those that do not."""
+
+
+@dataclass(frozen=True)
+class _Cosines:
+    """Cosines of a name to the images of both halves, computed once for all its scores."""
+
+    naming: Two
+    held_out: Two
+
+    @classmethod
+    def of(cls, naming: Two, held_out: Two, name: Tensor) -> "_Cosines":
+        """From the images' embeddings, (images, d_joint) each, and the name's, (d_joint,)."""
+        return cls((naming[0] @ name, naming[1] @ name), (held_out[0] @ name, held_out[1] @ name))
+
+    def detect(self) -> float:
         """Balanced accuracy on the held-out images at the threshold that is best on those of the naming half."""
-        threshold = best_threshold(*self._cosines(trial.naming, name))
-        return balanced_accuracy(*self._cosines(trial.held_out, name), threshold)
+        return balanced_accuracy(*self.held_out, best_threshold(*self.naming))
 
-    def _correlate(self, test: Test, name: Tensor) -> float | None:
-        acts = torch.from_numpy(np.concatenate([test.acts, np.zeros(len(test.negative))]))
-        found = rank_correlation(torch.cat(self._cosines(test, name)), acts)
+    def correlate(self, acts: Tensor) -> float | None:
+        """Rank correlation with the activations on the held-out images; None where either is constant."""
+        found = rank_correlation(torch.cat(self.held_out), acts)
         return None if math.isnan(found) else found
-
-    def _cosines(self, test: Test, name: Tensor) -> tuple[Tensor, Tensor]:
-        positive, negative = (self.images[torch.from_numpy(rows)] @ name for rows in (test.positive, test.negative))
-        return positive, negative
 
 
 N_DETECTED = 8
