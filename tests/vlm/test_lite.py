@@ -241,3 +241,15 @@ def test_texts_of_classes_are_embedded_as_any_other(lite0: LiteVision) -> None:
     expected = lite.load_minilm("cpu").embed(texts) - lite._raw_class_texts("cpu").mean(0)
     torch.testing.assert_close(lite0.embed_text(texts), expected, atol=2e-6, rtol=0)
     assert lite0.embed_text([]).shape == (0, expected.shape[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["stem", "blocks.1.convs.1", "blocks.3.convs.2"])
+def test_convolution_and_clipping_in_one_equal_both(name: str, dtype: torch.dtype) -> None:
+    conv = lite.LiteNet("lite0", 64).get_submodule(name).to(dtype)
+    assert isinstance(conv, lite.FusedConv)
+    for n in (4, 1):  # weights are laid out for the first batch and serve all
+        x = torch.randn(n, conv.weight.shape[1] * conv.groups, 16, 16, generator=torch.Generator().manual_seed(n)).to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        y = torch.nn.functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, 1, conv.groups)
+        torch.testing.assert_close(conv(x), y.clamp(0, 6) if conv.activation else y)
