@@ -88,10 +88,12 @@ def test_missing_unfinished_other_kind_and_newer_version(tmp_path: Path) -> None
     manifest = json.loads((place / "manifest.json").read_text())
     for other in (99, 1):
         (place / "manifest.json").write_text(json.dumps(manifest | {"schema_version": other}))
-        with pytest.raises(ArtefactError, match=f"images: written with schema version {other}, this code reads 3; run the stage again"):
+        with pytest.raises(
+            ArtefactError, match=f"images: written with schema version {other}, this code reads {SCHEMA_VERSION}; run the stage again"
+        ):
             open_artefact(place, "images")
     (place / "manifest.json").write_text("{")
-    with pytest.raises(ArtefactError, match="not a manifest"):
+    with pytest.raises(ArtefactError, match=r"images/manifest.json: damaged, or not a manifest"):
         open_artefact(place, "images")
 
 
@@ -250,19 +252,23 @@ def test_damage_of_children(tmp_path: Path) -> None:
     values = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(values))
     with pytest.raises(ArtefactError, match=r"one/manifest.json: \d+ bytes, the manifest says"):
-        open_artefact(top.path, "extraction")
+        open_artefact(top.url, "extraction")
     manifest.unlink()
     with pytest.raises(ArtefactError, match=r"one/manifest.json: missing"):
-        open_artefact(top.path, "extraction")
+        open_artefact(top.url, "extraction")
 
 
 def test_a_child_that_was_replaced_or_is_of_a_newer_version(tmp_path: Path) -> None:
     top = write_with_children(tmp_path / "activations")
     manifest = top.path / "one" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"name": "one"', '"name": "two"'))
+    text = manifest.read_text()
+    manifest.write_text((top.path / "two" / "manifest.json").read_text())  # whole, and of the same size
     with pytest.raises(ArtefactError, match=r"one/manifest.json: checksum differs"):
         top.child("one", "activations")
-    newer = json.loads(manifest.read_text()) | {"schema_version": 99, "unheard_of": 1}
+    manifest.write_text(text.replace('"name": "one"', '"name": "two"'))
+    with pytest.raises(ArtefactError, match=r"one/manifest.json: damaged, or not a manifest \(its checksum differs\)"):
+        top.child("one", "activations")
+    newer = json.loads(text) | {"schema_version": 99, "unheard_of": 1}
     manifest.write_text(json.dumps(newer))
     with pytest.raises(ArtefactError, match=r"one: written with schema version 99, this code reads \d+; run the stage again"):
         top.child("one", "activations")
@@ -339,7 +345,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_million_files_a_line_each() -> None:
-    files = tuple(store.File(part_name("train", i), i, f"{i:064x}", None if i % 2 else i) for i in range(1000))
+    files = tuple(store.File(part_name("train", i), i, f"{i:064x}", None if i % 2 else i, f"{i:08x}") for i in range(1000))
     manifest = store.Manifest("sae", SCHEMA_VERSION, {"a": [1]}, {}, files, {}, {"n": None})
     text = b"".join(manifest.iter_json())
     assert text.count(b"\n") < 1020

@@ -391,5 +391,5 @@ def test_questions_to_a_catalogue_load_no_fsspec() -> None:
 
 
 def test_descriptions_survive_json() -> None:
-    file = File("a", 1, "b", None)
+    file = File("a", 1, "b", None, "c")
     assert File(**asdict(file)) == file

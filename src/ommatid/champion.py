@@ -282,7 +282,7 @@ def _keep(decision: Decision) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     sae = next(sae for sae in open_stage("train").each().values() if sae.digest == decision.challenger.digest)
     shutil.copytree(sae.path, aside / "sae")
-    shutil.copyfile(open_stage("catalog").path / CATALOG.name, aside / CATALOG.name)
+    shutil.copyfile(open_stage("catalog").file(CATALOG.name), aside / CATALOG.name)
     add_rows(aside / CATALOG.name, {path.stem: path for path in (MATCHED / _key(decision.catalog)).glob("*.parquet")})
     for path in [*aside.rglob("*"), aside]:
         sync(path)
@@ -325,6 +325,6 @@ def _row(decision: Decision) -> dict[str, Any]:
 def _run_of(catalog: Artefact, sae: str) -> dict[str, Any]:
     from ommatid.catalog import Catalog
 
-    with Catalog(catalog.path / CATALOG.name) as opened:
+    with Catalog(catalog.file(CATALOG.name)) as opened:
         (row,) = opened.ask("FROM runs WHERE sae = $sae", {"sae": sae}).dicts()
     return row

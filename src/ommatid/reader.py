@@ -203,6 +203,8 @@ def _iter_column(artefact: Artefact, part: str, file: pq.ParquetFile, name: str)
     path, index = artefact.local(part), file.schema_arrow.get_field_index(name)
     width = file.schema_arrow.field(name).type.byte_width
     for group in range(file.num_row_groups):
+        if path:
+            artefact.check_chunk(part, file.metadata, group, index)
         values = map_column(path, file, group, index, width) if path else None
         yield _read_column(file, group, name, width) if values is None else values
 

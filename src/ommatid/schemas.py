@@ -2,8 +2,8 @@
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 3
-"""Raised when a table changes so that older readers would misread it."""
+SCHEMA_VERSION = 4
+"""Raised when a table or the manifest changes so that older readers would misread it."""
 
 
 def _schema(**columns: tuple[pa.DataType, str]) -> pa.Schema:

@@ -41,11 +41,11 @@ def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_
         StoppedError: the process was asked to end; a checkpoint is there.
         ModelError: an SAE to be imported cannot be read, or is of another width.
     """
-    checkpoint = draft.scratch / CHECKPOINT
-    saved = load_file(checkpoint) if checkpoint.exists() else None
+    checkpoint = f"{draft.scratch.name}/{CHECKPOINT}"
+    saved = load_file(draft.local(checkpoint)) if draft.has(checkpoint) else None
 
     def save(tensors: dict[str, torch.Tensor]) -> None:
-        with draft.write_file(f"{draft.scratch.name}/{CHECKPOINT}") as path:
+        with draft.write_file(checkpoint) as path:
             save_file(tensors, path)
 
     made = {

@@ -28,7 +28,7 @@ class Checkpoint:
         self._draft = draft
         self._name = f"{draft.scratch.name}/evaluate-{sae}.safetensors"  # the drafts of several SAEs share the folder
         self._saved: dict[str, Tensor] = {}
-        if draft.has(self._name):
+        if draft.has(self._name) and all([draft.has(name) for name in draft.names()]):  # it tells of firings in them
             # copied: as they lie in the file they are not aligned as torch aligns, and products then differ in their last bits
             self._saved = {name: tensor.clone() for name, tensor in load_file(draft.local(self._name)).items()}
         self._written = time.monotonic()

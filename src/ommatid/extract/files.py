@@ -8,7 +8,7 @@ written. So memory depends on neither rows nor files, and a run that died goes o
 import hashlib
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import Any
@@ -101,10 +101,15 @@ class _Import:
         self._plan = plan
         self._draft = draft
         self._on_event = on_event
-        done = set(draft.names(RECEIPTS))
-        self._missing = [shard for shard in range(len(plan.shards)) if _receipt(shard) not in done]
+        shards = range(len(plan.shards))
+        done = draft.whole_receipts(map(_receipt, shards), self._iter_files)
+        self._missing = [shard for shard in shards if _receipt(shard) not in done]
         self._spills = {shard: Spill(draft.scratch / f"shard-{shard:07d}") for shard in self._missing}
         self._groups = {shard: _groups(plan.shards[shard], plan.d_model) for shard in self._missing}
+
+    def _iter_files(self, receipt: dict[str, Any]) -> Iterator[File]:
+        """The files of a shard, by their names in the draft."""
+        return (File(**(values | {"name": f"{self._params.name}/{values['name']}"})) for values in receipt["files"])
 
     def make(self) -> None:
         """Read what is missing, check it, write what is missing.

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 from ommatid.extract.shard import EMBEDDINGS, receipt_name
-from ommatid.store import RECEIPTS, Draft, File, part_name
+from ommatid.store import Draft, File, part_name
 
 
 @dataclass
@@ -54,11 +55,19 @@ def merge(draft: Draft, hookpoints: Sequence[str], n_shards: int) -> dict[str, M
 
 
 def iter_missing(draft: Draft, hookpoints: Sequence[str], n_shards: int) -> Iterator[int]:
-    """Shards that lack their receipt or, after a power cut, one of the files that it tells of."""
-    done = set(draft.names(RECEIPTS))
+    """Shards that lack their receipt or one of the files that it tells of, or of which either was damaged since."""
+    names = [receipt_name(shard) for shard in range(n_shards)]
+    done = draft.whole_receipts(names, partial(_iter_files, hookpoints))
     there = [(name, set(draft.names(name))) for name in hookpoints]
     for shard in range(n_shards):
-        names = [part_name(table, shard) for table in ("train", "eval", EMBEDDINGS)]
-        if receipt_name(shard) not in done or any(f"{folder}/{name}" not in found for folder, found in there for name in names):
-            draft.remove(receipt_name(shard))
+        files = [part_name(table, shard) for table in ("train", "eval", EMBEDDINGS)]
+        if names[shard] not in done or any(f"{folder}/{file}" not in found for folder, found in there for file in files):
+            draft.remove(names[shard])
             yield shard
+
+
+def _iter_files(hookpoints: Sequence[str], receipt: dict[str, Any]) -> Iterator[File]:
+    """The files of a shard, by their names in the draft."""
+    for hookpoint in hookpoints:
+        for values in (*receipt["hookpoints"][hookpoint]["files"], *receipt[EMBEDDINGS]["files"]):
+            yield File(**(values | {"name": f"{hookpoint}/{values['name']}"}))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,7 +39,7 @@ def _first(waiting: "deque[tuple[int, Future[Said]]]") -> tuple[int, Said]:
 
 
 class Kept:
-    """Answers of one labeller about one SAE, a line of JSON each: a run that was killed goes on without asking again."""
+    """Answers of one labeller about one SAE, a line of JSON and its CRC-32 each: a run that was killed goes on without asking again."""
 
     def __init__(self, path: Path) -> None:
         self.answers: dict[int, Answer] = {}
@@ -50,7 +51,8 @@ class Kept:
 
     def add(self, latent: int, answer: Answer) -> None:
         """Keep an answer."""
-        self._file.write(json.dumps({"latent": latent, **asdict(answer)}).encode() + b"\n")
+        text = json.dumps({"latent": latent, **asdict(answer)}).encode()
+        self._file.write(text + b"\t%08x\n" % zlib.crc32(text))
         self._file.flush()  # a process that is killed then loses nothing
         self._n_new += 1
         if self._n_new % BLOCK == 0:
@@ -62,13 +64,14 @@ class Kept:
         self._file.close()
 
     def _load(self) -> int:
-        """Read what is whole, and give its bytes: a process that was killed may have left half a line."""
+        """Read what is whole, and give its bytes: a process that was killed may have left half a line, and a line may be damaged."""
         self._file.seek(0)
         n_bytes = 0
         for line in self._file:
-            if not line.endswith(b"\n"):
+            text, _, checksum = line.rpartition(b"\t")
+            if checksum != b"%08x\n" % zlib.crc32(text):
                 break
-            values = json.loads(line)
+            values = json.loads(text)
             latent, answer = values.pop("latent"), Answer(**values)
             if answer.status not in TO_ASK_AGAIN:
                 self.answers[latent] = answer

@@ -26,7 +26,7 @@ class Spool:
     """
 
     def __init__(self, images: Artefact, halves: Halves, draft: Draft, preprocess: Preprocess) -> None:
-        if not draft.has(OFFSETS):
+        if not (draft.has(OFFSETS) and draft.has(SPOOL)):
             _write_spool(images, halves, draft, preprocess)
         table = np.load(draft.path / OFFSETS)
         self._offsets, self._seen = table["offset"], table["seen"]

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from ommatid.errors import ArtefactError
 from ommatid.folder import READ_BYTES, Disk, Folder, open_folder
+from ommatid.store.checked import Checked, is_whole
 from ommatid.store.damage import raise_damage, size_damage
 from ommatid.store.manifest import INSIDE, MANIFEST, File, Manifest, child_of, parse, read_manifest, table_of
 
@@ -36,29 +37,43 @@ class Artefact:
 
     @property
     def path(self) -> Path:
-        """A folder on this machine with all its files; objects are copied to `CACHE` first. For small ones: see `file`, `open_part`."""
-        if isinstance(self.folder, Disk):
-            return self.folder.path
-        for file in self.manifest.files:
-            self.file(file.name)
-        return self._cache
-
-    def file(self, name: str) -> Path:
-        """One file on this machine; an object is copied to `CACHE`, once.
+        """A folder on this machine with all its files, checked; objects are copied to `CACHE`. For small artefacts: see `file`.
 
         Raises:
-            ArtefactError: what came is not what the manifest says.
+            ArtefactError: as `file` does.
         """
+        for file in self.manifest.files:
+            self.file(file.name)
+        return self.folder.path if isinstance(self.folder, Disk) else self._cache
+
+    def file(self, name: str) -> Path:
+        """One file on this machine, all of it checked; an object is copied to `CACHE`, once.
+
+        Raises:
+            ArtefactError: it is not what the manifest says.
+        """
+        listed = self._by_name[name]
         if isinstance(self.folder, Disk):
+            with Checked(self.folder, listed) as file:
+                file.check()
             return self.folder.path / name
-        path, listed = self._cache / name, self._by_name[name]
-        if not path.exists() or path.stat().st_size != listed.bytes:
-            self.folder.fetch(name, path, listed.sha256)
-        return path
+        copies = Disk(self._cache)
+        if not is_whole(copies, listed):
+            self.folder.fetch(name, copies.path / name, listed.sha256)
+        return copies.path / name
 
     def local(self, name: str) -> Path | None:
-        """Where a file lies, if that is a disk of this machine."""
+        """Where a file lies, if that is a disk of this machine. It is not checked: whoever reads it there does that with `check_chunk`."""
         return self.folder.path / name if isinstance(self.folder, Disk) else None
+
+    def check_chunk(self, name: str, metadata: pq.FileMetaData, row_group: int, column: int) -> None:
+        """Check the bytes that one column has in one row group of a part.
+
+        Raises:
+            ArtefactError: they are not what the manifest says.
+        """
+        with Checked(self.folder, self._by_name[name]) as file:
+            file.check(*_extent(metadata.row_group(row_group).column(column)))
 
     @property
     def _cache(self) -> Path:
@@ -88,9 +103,28 @@ class Artefact:
             raise ArtefactError(f"{self.url}: has no table {table!r}; it has {', '.join(self.tables)}")
         return [file.name for file in self._by_table[table]]
 
-    def files(self, table: str) -> list[Path]:
-        """The files of a table on this machine, in order; objects are copied to `CACHE`, once."""
-        return [self.file(name) for name in self.parts(table)]
+    def files(self, table: str, columns: Container[str] | None = None) -> list[Path]:
+        """The files of a table on this machine, in order, checked; objects are copied to `CACHE`, once.
+
+        Args:
+            table: Which.
+            columns: Those that will be read: of large files only these are checked. None: all.
+
+        Raises:
+            ArtefactError: they are not what the manifest says.
+        """
+        if columns is None or not isinstance(self.folder, Disk):
+            return [self.file(name) for name in self.parts(table)]
+        return [self._check_columns(self.folder.path, name, columns) for name in self.parts(table)]
+
+    def _check_columns(self, folder: Path, name: str, columns: Container[str]) -> Path:
+        with Checked(self.folder, self._by_name[name]) as source, pq.ParquetFile(source) as file:
+            schema, metadata = file.schema, file.metadata
+            wanted = [i for i in range(metadata.num_columns) if schema.column(i).path.partition(".")[0] in columns]
+            for row_group in range(metadata.num_row_groups):
+                for column in wanted:
+                    source.check(*_extent(metadata.row_group(row_group).column(column)))
+        return folder / name
 
     @property
     def tables(self) -> list[str]:
@@ -111,21 +145,16 @@ class Artefact:
     def open_part(self, name: str) -> Iterator[pq.ParquetFile]:
         """One part of a table, to read some row groups of."""
         # buffered reads: by default whole row groups are held, which for encoded images are large
-        if isinstance(self.folder, Disk):
-            with pq.ParquetFile(self.folder.path / name, buffer_size=2**20, pre_buffer=False) as file:
-                yield file
-            return
-        source = self.folder.open(name, self._by_name[name].bytes)
-        with pq.ParquetFile(source, metadata=self._footers.get(name), buffer_size=READ_BYTES, pre_buffer=False) as file:
-            if len(self._footers) < _FOOTERS_KEPT:
+        is_near = isinstance(self.folder, Disk)
+        options = {"buffer_size": 2**20 if is_near else READ_BYTES, "pre_buffer": False, "metadata": self._footers.get(name)}
+        with Checked(self.folder, self._by_name[name]) as source, pq.ParquetFile(source, **options) as file:
+            if not is_near and len(self._footers) < _FOOTERS_KEPT:
                 self._footers[name] = file.metadata
             yield file
 
     def read_part(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """One part of a table, or some of its columns, in memory."""
-        if isinstance(self.folder, Disk):
-            return read_part(self.folder.path / name, columns)
-        with pq.ParquetFile(self.folder.open(name, self._by_name[name].bytes), pre_buffer=True) as file:
+        with Checked(self.folder, self._by_name[name]) as source, pq.ParquetFile(source, pre_buffer=True) as file:
             return file.read(columns)
 
     def read(self, table: str, columns: list[str] | None = None) -> pa.Table:
@@ -210,6 +239,13 @@ def open_artefact(place: Folder | Path | str, kind: str) -> Artefact:
         raise ArtefactError(f"{folder}: holds {manifest.kind}, expected {kind}")
     raise_damage(folder, size_damage(folder, manifest.files))
     return Artefact(folder, manifest, digest)
+
+
+def _extent(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
+    """Where the bytes of a column chunk begin and end."""
+    pages = [chunk.data_page_offset, *([chunk.dictionary_page_offset] if chunk.has_dictionary_page else [])]
+    start = min(pages)
+    return start, start + chunk.total_compressed_size
 
 
 def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:

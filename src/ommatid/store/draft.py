@@ -5,7 +5,7 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
@@ -14,12 +14,25 @@ from typing import Any
 
 import filelock
 
+from ommatid.errors import ArtefactError
 from ommatid.folder import Disk, Folder, open_folder, writing
 from ommatid.schemas import SCHEMA_VERSION
 from ommatid.store.artefact import Artefact, open_artefact
+from ommatid.store.checked import is_whole
 from ommatid.store.damage import differences, raise_damage
-from ommatid.store.manifest import MANIFEST, File, Manifest, describe_in
-from ommatid.store.workplace import OPEN, RECEIPTS, SCRATCH, artefact_of, find_published, here_of, note_published, remove_asides
+from ommatid.store.manifest import MANIFEST, File, Manifest, child_of, describe_in
+from ommatid.store.workplace import (
+    OPEN,
+    RECEIPTS,
+    SCRATCH,
+    artefact_of,
+    find_published,
+    fits_note,
+    here_of,
+    note_published,
+    remove_asides,
+    write_note,
+)
 from ommatid.store.writer import Writer
 
 
@@ -35,6 +48,54 @@ class Draft(Writer):
         self._params = dict(params)
         self._inputs = dict(inputs)
         self._made: Artefact | None = None
+        self._sound: set[Path] = set()
+        """Files on this machine that this process wrote, or found to be what a run before it wrote."""
+        self._on_notice: Callable[[str], None] = lambda line: None
+
+    def has(self, name: str) -> bool:
+        """Whether this file was finished, now or by a run that died, and on this machine's disk still is as it was written.
+
+        One that is not is removed, to be made again.
+        """
+        home = self._home(name)
+        if home.size(name) is None:
+            return False
+        if not isinstance(home, Disk) or (path := home.path / name) in self._sound:
+            return True
+        if fits_note(self._here, path):
+            self._sound.add(path)
+            return True
+        self._on_notice(f"{path}: damaged since a run that was stopped wrote it; it is made again")
+        home.remove(name)
+        return False
+
+    def _note(self, path: Path, source: Path) -> None:
+        write_note(self._here, path, source)
+        self._sound.add(path)
+
+    def whole_receipts(self, names: Iterable[str], files_of: Callable[[Any], Iterable[File]]) -> set[str]:
+        """Those of some receipts that are there and undamaged, and whose files are; others are removed: their shards are made again.
+
+        What an object store holds is not read for that: it is checked when it is read next, by the gate at the latest.
+
+        Args:
+            names: Of the receipts.
+            files_of: The files that a receipt tells of, by their names in this draft.
+        """
+        found = set(self.names(RECEIPTS)).intersection(names)
+        if not isinstance(self.folder, Disk):
+            return found
+        whole = {name for name in sorted(found) if self._is_whole(name, files_of, self.folder)}
+        for name in sorted(found - whole):
+            self._on_notice(f"{self.url}/{name}: what it tells of was damaged since a stopped run wrote it; it is made again")
+            self.remove(name)
+        return whole
+
+    def _is_whole(self, receipt: str, files_of: Callable[[Any], Iterable[File]], folder: Disk) -> bool:
+        try:
+            return all(is_whole(folder, file) for file in files_of(self.read_json(receipt)))
+        except ArtefactError:
+            return False
 
     def child(self, name: str, kind: str, params: Mapping[str, Any] | None = None, inputs: Mapping[str, Artefact] | None = None) -> "Draft":
         """An artefact inside this one, with a manifest of its own; seal it first.
@@ -52,16 +113,31 @@ class Draft(Writer):
         digests = self._inputs if inputs is None else _digests(inputs)
         child = Draft(folder, self._here, kind, self._params if params is None else params, digests)
         child._top = self._top
+        child._on_notice = self._on_notice
         mine = {own: file for own, file in self._described.items() if own.startswith(f"{name}/")}
         child._described = {(inside := own.removeprefix(f"{name}/")): replace(file, name=inside) for own, file in mine.items()}
         return child
 
     def sealed(self) -> Artefact | None:
-        """The artefact, if the manifest is written already: the process died before publishing."""
-        if not self.has(MANIFEST):
+        """The artefact, if the manifest is written already: the process died before publishing.
+
+        One on this machine's disk that is damaged is removed, to be made again.
+        """
+        if self.folder.size(MANIFEST) is None:
+            return None
+        try:
+            made = open_artefact(self.folder, self.kind)
+            if isinstance(self.folder, Disk):
+                made.verify()
+        except ArtefactError as error:
+            if not isinstance(self.folder, Disk):
+                raise
+            self._on_notice(f"{error}; it is made again")
+            self.folder.remove("")
+            (self.folder.path if self.folder is not self._top else self.scratch).mkdir(parents=True)
             return None
         self._clean()
-        return open_artefact(self.folder, self.kind)
+        return made
 
     def seal(self, summary: Mapping[str, Any], files: Sequence[File] | None = None) -> Artefact:
         """Write the manifest over all files and children, and drop scratch folder and receipts.
@@ -78,6 +154,8 @@ class Draft(Writer):
         self._check_open()  # after the listing: what it lacks then was never there
         raise_damage(self.folder, differences(found, [given[file.name] for file in files or ()]))
         names = sorted(name for name in found if name not in (MANIFEST, OPEN))
+        if isinstance(self.folder, Disk):  # what a run before this one left is only taken as it was written
+            raise_damage(self.folder, [f"{name}: checksum differs" for name in names if name not in given and not self._is_sound(name)])
         listed = tuple(given[name] if name in given else describe_in(self.folder, name) for name in names)
         plain = json.loads(json.dumps([self._params, summary]))  # as a reader will find it: lists for tuples
         manifest = Manifest(self.kind, SCHEMA_VERSION, plain[0], self._inputs, listed, _versions(), plain[1])
@@ -86,6 +164,10 @@ class Draft(Writer):
         self._clean()
         self._made = Artefact(self.folder, manifest, self.describe(MANIFEST).sha256)
         return self._made
+
+    def _is_sound(self, name: str) -> bool:
+        path = self._here / name if self.folder is self._top else self._here / self.folder.name / name
+        return child_of(name) is not None or path in self._sound or fits_note(self._here, path)
 
     def _child_manifests(self) -> dict[str, int]:
         """Size of each child's manifest by its name in this artefact."""
@@ -109,7 +191,7 @@ class Draft(Writer):
 
     def publish(self, place: Folder | Path | str) -> Artefact:
         """Move the sealed draft to `place`, replacing what was there."""
-        assert self.has(MANIFEST), f"{self.url} is not sealed"
+        assert self.folder.size(MANIFEST) is not None, f"{self.url} is not sealed"
         target = open_folder(place)
         made = self._made or open_artefact(self.folder, self.kind)
         with writing(self._here):
@@ -136,7 +218,7 @@ def open_draft(
         kind: Its kind.
         params: The section of Params, without what only says how to compute.
         inputs: Artefacts that it is made from.
-        on_wait: Hears one line when another process is making the artefact now.
+        on_wait: Hears a line when another process is making the artefact now, and when what a run left is damaged and made again.
 
     Raises:
         ArtefactError: the folder may not be written to, or not be reached.
@@ -157,6 +239,7 @@ def open_draft(
             if found is None:
                 _begin(folder, here)
         draft = Draft(folder, here, kind, params, _digests(inputs))
+        draft._on_notice = on_wait
         draft.published = found
         yield draft
     finally:

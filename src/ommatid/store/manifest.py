@@ -1,6 +1,8 @@
 """What an artefact says of itself: its files with sizes and checksums, and what it was made of."""
 
+import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import pyarrow.parquet as pq
 from ommatid.errors import ArtefactError
 from ommatid.folder import Disk, Folder
 from ommatid.schemas import SCHEMA_VERSION
+from ommatid.store.sums import checksums
 
 MANIFEST = "manifest.json"
 INSIDE = {"extraction": "activations", "training": "sae", "evaluations": "evaluation", "labellings": "labels"}
@@ -29,6 +32,8 @@ class File:
     """Checksum of the content."""
     rows: int | None
     """Rows, where it is Parquet."""
+    blocks: str
+    """CRC-32 of each `BLOCK` of the content, `DIGITS` hex digits each: what is read is compared with these."""
 
 
 @dataclass(frozen=True)
@@ -51,22 +56,31 @@ class Manifest:
     """Statistics that the quality gate and later stages read."""
 
     def iter_json(self) -> Iterator[bytes]:
-        """The text of manifest.json, piece by piece: a line a file, for there may be millions."""
+        """The text of manifest.json, piece by piece: a line a file, for there may be millions, and a checksum of what precedes it."""
+        digest = hashlib.sha256()
+        for piece in self._iter_content():
+            digest.update(piece)
+            yield piece
+        yield _TAIL % digest.hexdigest().encode()
+
+    def _iter_content(self) -> Iterator[bytes]:
         values = {name: getattr(self, name) for name in ("kind", "schema_version", "params", "inputs", "versions", "summary")}
         yield json.dumps(values, indent=2, sort_keys=True).removesuffix("\n}").encode() + b',\n  "files": ['
         for i, file in enumerate(self.files):
-            line = json.dumps({"bytes": file.bytes, "name": file.name, "rows": file.rows, "sha256": file.sha256})
+            line = json.dumps({name: getattr(file, name) for name in sorted(_FILE_KEYS)})
             yield f"{',' if i else ''}\n    {line}".encode()
-        yield b"\n  ]\n}\n"
+        yield b"\n  ]"
 
     @classmethod
     def from_json(cls, text: bytes) -> "Manifest":
         """Read the text of manifest.json.
 
         Raises:
-            ValueError, KeyError, TypeError: it is not one.
+            ValueError, KeyError, TypeError: it is not one, or not as it was written.
             ArtefactError: it is of another schema version.
         """
+        if (tail := _TAIL_PATTERN.search(text, max(0, len(text) - _TAIL_BYTES))) and not _is_sum_of(tail, text):
+            raise ValueError("its checksum differs")
         values = json.loads(text, object_hook=lambda found: File(**found) if found.keys() == _FILE_KEYS else found)
         version = values["schema_version"]
         if version != SCHEMA_VERSION:
@@ -74,13 +88,26 @@ class Manifest:
                 f"written with schema version {version}, this code reads {SCHEMA_VERSION}; "
                 "run the stage again, or use the version of ommatid that wrote it"
             )
+        if tail is None:
+            raise ValueError("it does not end with its checksum")
+        del values[_CHECKSUM]
         files = tuple(values.pop("files"))
         if not all(isinstance(file, File) for file in files):
-            raise ValueError("a file without name, bytes, sha256 or rows")
+            raise ValueError("a file without name, bytes, sha256, rows or blocks")
         return cls(files=files, **values)
 
 
-_FILE_KEYS = frozenset(("name", "bytes", "sha256", "rows"))
+_FILE_KEYS = frozenset(("name", "bytes", "sha256", "rows", "blocks"))
+_CHECKSUM = "checksum"
+_TAIL = b',\n  "checksum": "%s"\n}\n'
+_TAIL_PATTERN = re.compile(re.escape(_TAIL).replace(b"%s", b"([0-9a-f]{64})") + rb"\Z")
+_TAIL_BYTES = len(_TAIL % (64 * b"0"))
+
+
+def _is_sum_of(tail: re.Match[bytes], text: bytes) -> bool:
+    return hashlib.sha256(memoryview(text)[: tail.start()]).hexdigest().encode() == tail[1]
+
+
 _MADE_BY = {
     "images": "images",
     "extraction": "extract",
@@ -122,7 +149,10 @@ def parse(folder: Folder, text: bytes) -> Manifest:
     except ArtefactError as error:
         raise ArtefactError(f"{folder}: {error}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"{folder / MANIFEST}: not a manifest ({error}); delete {folder} and run the stage again") from None
+        raise ArtefactError(
+            f"{folder / MANIFEST}: damaged, or not a manifest ({error}); bring it back with `dvc checkout`, or delete {folder} and run the "
+            "stage again"
+        ) from None
 
 
 def part_name(table: str, index: int) -> str:
@@ -138,7 +168,9 @@ def describe(path: Path) -> File:
 def describe_path(path: Path, name: str) -> File:
     """Of a file on this machine whose name will be `name`."""
     rows = pq.read_metadata(path).num_rows if name.endswith(".parquet") else None
-    return File(name, path.stat().st_size, Disk(path.parent).sha256(path.name), rows)
+    with path.open("rb") as file:
+        sha256, blocks = checksums(file)
+    return File(name, path.stat().st_size, sha256, rows, blocks)
 
 
 def describe_in(folder: Folder, name: str) -> File:
@@ -149,7 +181,9 @@ def describe_in(folder: Folder, name: str) -> File:
     if name.endswith(".parquet"):
         with folder.open(name, size) as file:
             rows = pq.read_metadata(file).num_rows
-    return File(name, size, folder.sha256(name, size), rows)
+    with folder.open(name, size) as file:
+        sha256, blocks = checksums(file)
+    return File(name, size, sha256, rows, blocks)
 
 
 def table_of(name: str) -> str:

@@ -8,9 +8,12 @@ from pathlib import Path
 from ommatid.folder import Disk, Folder, aside_of, is_aside
 from ommatid.store.artefact import Artefact, open_artefact
 from ommatid.store.manifest import MANIFEST
+from ommatid.store.sums import block_sums
 
 SCRATCH = "scratch"
 """Folder of a draft, on this machine only, whose files (chunks, checkpoints) never become part of the artefact."""
+NOTES = f"{SCRATCH}/notes"
+"""Folder in it with a note for each file that the driver finished on this machine: size and checksums, by which a later run knows it."""
 WORK = Path("data/.work")
 """Where a machine keeps its scratch files and locks of drafts that are in an object store."""
 RECEIPTS = "receipts"
@@ -46,6 +49,33 @@ def remove_asides(here: Path) -> None:
             shutil.rmtree(leftover)
         else:
             leftover.unlink(missing_ok=True)
+
+
+def write_note(here: Path, path: Path, source: Path) -> None:
+    """Note what a file will hold that gets the name `path`, inside a draft, and is at `source` until then.
+
+    A file whose note is another's, for the process died between the two, counts as damaged, and is made again.
+    """
+    note = _note_of(here, path)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    aside = aside_of(note)
+    aside.write_text(_facts(source), encoding="ascii")
+    os.replace(aside, note)
+
+
+def fits_note(here: Path, path: Path) -> bool:
+    """Whether a file of a draft holds what was written to it, as far as there is a note: of what workers write, receipts tell."""
+    note = _note_of(here, path)
+    return not note.exists() or note.read_bytes() == _facts(path).encode()
+
+
+def _note_of(here: Path, path: Path) -> Path:
+    return here / NOTES / path.relative_to(here).as_posix().replace("/", "~")
+
+
+def _facts(path: Path) -> str:
+    with path.open("rb") as file:
+        return f"{path.stat().st_size} {block_sums(file)}"
 
 
 def note_published(here: Path, digest: str) -> None:

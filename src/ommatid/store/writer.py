@@ -1,5 +1,6 @@
 """Files of a draft, written whole or not at all."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 
 from ommatid.errors import ArtefactError
 from ommatid.folder import Disk, Folder, aside_of, open_folder, writing
+from ommatid.store.checked import trust
 from ommatid.store.manifest import File, describe_in, describe_path
 from ommatid.store.workplace import OPEN, RECEIPTS, SCRATCH, here_of, remove_old_scratch
 
@@ -81,15 +83,23 @@ class Writer:
             return pq.read_table(source, columns=columns, filters=filters, partitioning=no_partitions)
 
     def read_json(self, name: str) -> Any:
-        """What a finished JSON file holds."""
+        """What a finished JSON file holds.
+
+        Raises:
+            ArtefactError: it is damaged.
+        """
         with self._still_mine():
-            return json.loads(self._home(name).read_bytes(name))
+            return _value_of(self._home(name).read_bytes(name), f"{self.url}/{name}")
 
     def iter_json(self, names: Sequence[str]) -> Iterator[Any]:
-        """What many finished JSON files hold, in order; from an object store many are read at a time."""
+        """What many finished JSON files hold, in order; from an object store many are read at a time.
+
+        Raises:
+            ArtefactError: one is damaged.
+        """
         with self._still_mine():
-            for text in self.folder.iter_bytes(names):
-                yield json.loads(text)
+            for name, text in zip(names, self.folder.iter_bytes(names), strict=True):
+                yield _value_of(text, f"{self.url}/{name}")
 
     @contextmanager
     def _still_mine(self) -> Iterator[None]:
@@ -139,17 +149,24 @@ class Writer:
             try:
                 yield aside
                 described = None if name.startswith((f"{SCRATCH}/", f"{RECEIPTS}/")) else describe_path(aside, name)
+                if isinstance(home, Disk):
+                    self._note(path, aside)
                 home.put(aside, name)
             except BaseException:
                 aside.unlink(missing_ok=True)
                 raise
         if described:
             self._described[name] = described
+            trust(home, described)
+
+    def _note(self, path: Path, source: Path) -> None:
+        """Remember what a file will hold, where no receipt tells it."""
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file, whole or not at all."""
+        """Write a JSON file for `read_json`, with a checksum of the value, whole or not at all."""
+        text = json.dumps(value, indent=2, sort_keys=True)
         with self.write_file(name) as path:
-            path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            path.write_text(f'{{"checksum": "{_sum_of(value)}", "value": {text}}}\n', encoding="utf-8")
 
     def describe(self, name: str) -> File:
         """Size, checksum and rows of a finished file; what this process wrote is not read again."""
@@ -171,3 +188,17 @@ class Writer:
 
     def __reduce__(self) -> tuple[Callable[[str], "Writer"], tuple[str]]:
         return Writer.attach, (self.url,)
+
+
+def _sum_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _value_of(text: bytes, where: str) -> Any:
+    try:
+        found = json.loads(text)
+        if found["checksum"] == _sum_of(found["value"]):
+            return found["value"]
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ArtefactError(f"{where}: damaged: its checksum differs; delete this draft and run the stage again")
