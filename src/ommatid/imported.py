@@ -16,7 +16,7 @@ from ommatid.sae.histograms import histograms
 from ommatid.sae.interop import Told, import_sae, is_own, load_own, with_measured_k
 from ommatid.sae.model import CONFIG, SAE, WEIGHTS
 from ommatid.sae.weights import Weights
-from ommatid.store import Artefact, Draft
+from ommatid.store import Artefact, Draft, checked_folder
 
 SAMPLE = 16384
 """Training tokens on which it is measured."""
@@ -45,7 +45,7 @@ def _load(variant: Imported, inputs: Mapping[str, Artefact]) -> SAE:
     seen, path = inputs["extract"].summary, Path(variant.path).expanduser()
     target = inputs["target"].summary["hookpoint"] if "target" in inputs else None
     if is_own(path):
-        sae = load_own(path)
+        sae = load_own(checked_folder(path, "sae"))
     else:
         sae = import_sae(path, Told(seen["hookpoint"], seen["model"], target, variant.values), variant.format)
     return SAE(replace(sae.config, hookpoint=seen["hookpoint"], model=seen["model"], target=target), **sae.tensors())

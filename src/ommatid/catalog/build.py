@@ -47,6 +47,8 @@ RELATIONS: Mapping[str, tuple[pa.Schema, ...]] = {
     "runs": (schemas.COMPARISONS,),
 }
 """Each relation, in the order they are built, and the schemas that say what its columns mean where its SQL does not."""
+_READ = {"images": frozenset(schemas.IMAGES.names) - {"encoded"}}
+"""Columns that are read of a table, where it is not all."""
 EVALUATED = ("latents", "examples", "firings", "comparisons", "judged")
 EVALUATED += ("fidelity", "densities", "cofiring", "levels", "probes", "zero_shot")
 """Tables of an SAE's evaluation."""
@@ -154,7 +156,7 @@ def _tables(saes: Mapping[str, OneSAE], inputs: Mapping[str, Artefact]) -> dict[
     evaluated = {table: [one.evaluation for one in saes.values()] for table in EVALUATED}
     pairs = {table: [inputs["evaluate"]] for table in ("matches", "stability")}
     sources = {"images": [inputs["images"]], "labels": [one.labels for one in saes.values()], **evaluated, **pairs}
-    return {table: [str(path) for source in found for path in source.files(table)] for table, found in sources.items()}
+    return {table: [str(path) for source in found for path in source.files(table, _READ.get(table))] for table, found in sources.items()}
 
 
 def _write_neighbours(saes: Mapping[str, OneSAE], n: int, work: Path) -> list[str]:

@@ -276,8 +276,9 @@ def _grown_inside(artefact: Artefact, more: Mapping[str, float]) -> float:
 def _data_bytes(artefact: Artefact, table: str, without: str = "") -> int:
     """Bytes of the values of a table, but of one column: without the files' schemas, which do not grow."""
     total = 0
-    for path in artefact.files(table):
-        metadata = pq.read_metadata(path)
+    for name in artefact.parts(table):
+        with artefact.open_part(name) as file:
+            metadata = file.metadata
         groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
         columns = (group.column(i) for group in groups for i in range(metadata.num_columns))
         total += sum(column.total_compressed_size for column in columns if column.path_in_schema != without)

@@ -5,7 +5,7 @@ objects for those who need a path. The lock holds among the processes of one mac
 same bytes under the same names, each whole; when one has taken the draft away, the other finds out before it seals, and stops.
 """
 
-from ommatid.store.artefact import Artefact, open_artefact, read_part
+from ommatid.store.artefact import Artefact, checked_folder, open_artefact, read_part
 from ommatid.store.draft import Draft, open_draft
 from ommatid.store.manifest import INSIDE, MANIFEST, File, Manifest, describe, part_name
 from ommatid.store.workplace import RECEIPTS, SCRATCH
@@ -21,6 +21,7 @@ __all__ = [
     "File",
     "Manifest",
     "Writer",
+    "checked_folder",
     "describe",
     "open_artefact",
     "open_draft",

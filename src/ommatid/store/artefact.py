@@ -241,6 +241,15 @@ def open_artefact(place: Folder | Path | str, kind: str) -> Artefact:
     return Artefact(folder, manifest, digest)
 
 
+def checked_folder(path: Path, kind: str) -> Path:
+    """A folder named by the user; where it is an artefact, all of it checked.
+
+    Raises:
+        ArtefactError: it is one, and damaged, or of another kind.
+    """
+    return open_artefact(path, kind).path if (path / MANIFEST).exists() else path
+
+
 def _extent(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
     """Where the bytes of a column chunk begin and end."""
     pages = [chunk.data_page_offset, *([chunk.dictionary_page_offset] if chunk.has_dictionary_page else [])]
