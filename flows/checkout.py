@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -432,9 +433,36 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def _error_in(lines: list[str], code: int) -> str:
-    """The line that says what went wrong: the stage's own, else DVC's or git's, else the last."""
-    for start in ("error: ", "ERROR: ", "fatal: "):
-        found = [line for line in lines if line.startswith(start)]
-        if found:
-            return found[-1].removeprefix(start)
+    """The line that says what went wrong: the stage's own, else what killed it, else DVC's or git's, else the last."""
+    if own := _last(lines, "error: "):
+        return own
+    if killer := _killer(lines, code):
+        return killer
+    if found := _last(lines, "ERROR: ") or _last(lines, "fatal: "):
+        return found
     return next((line for line in reversed(lines) if line.strip()), f"ended with status {code} and no message")
+
+
+def _last(lines: list[str], start: str) -> str | None:
+    return next((line.removeprefix(start) for line in reversed(lines) if line.startswith(start)), None)
+
+
+_KILLED_BY = {
+    signal.SIGKILL: "almost always the system, for want of memory (`dmesg` says so): use less of it, or a machine with more",
+    signal.SIGABRT: "a library gave up, most often for want of memory: use less of it, or a machine with more",
+    signal.SIGSEGV: "a library crashed: run the stage again, and report it if that happens twice",
+    signal.SIGBUS: "a file that was being read was cut short, or the disk failed: look at the disk's health (`dmesg`)",
+    signal.SIGILL: "a library was built for another kind of processor: install the one for this machine",
+    signal.SIGXCPU: "its limit of processor time was reached (`ulimit -t`)",
+}
+_EXITED = re.compile(r"exited with (-?\d+)")
+"""As DVC tells how a stage's command ended."""
+
+
+def _killer(lines: list[str], code: int) -> str | None:
+    """Which signal ended a stage that said nothing itself, and what that means."""
+    said = [int(found[1]) for line in lines if (found := _EXITED.search(line))]
+    status = said[-1] if said else code
+    number = -status if status < 0 else status - 128  # a shell between adds 128
+    meaning = next((meaning for known, meaning in _KILLED_BY.items() if known == number), None)
+    return f"killed by {signal.Signals(number).name}: {meaning}; what is finished is kept" if meaning else None

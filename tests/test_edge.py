@@ -101,7 +101,7 @@ def test_a_reader_who_has_seen_enough_ends_a_process_in_silence() -> None:
     [
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (BrokenPipeError(32, "Broken pipe"), 70, "error: BrokenPipeError: [Errno 32] Broken pipe; this was not expected"),
-        (OSError(5, "Input/output error"), 70, "error: OSError: [Errno 5] Input/output error; this was not expected"),
+        (OSError(116, "Stale file handle"), 70, "error: OSError: [Errno 116] Stale file handle; this was not expected"),
         (KeyError("bicubic"), 70, "error: KeyError: 'bicubic'; this was not expected"),
     ],
 )

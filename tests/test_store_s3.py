@@ -19,6 +19,7 @@ from ommatid import folder, store
 from ommatid.errors import ArtefactError
 from ommatid.folder import open_folder
 from ommatid.store import Artefact, Draft, File, open_artefact, open_draft, part_name
+from ommatid.store import draft as draft_module
 
 PARTS = 3
 
@@ -276,8 +277,8 @@ def test_workers_in_other_processes_and_children(s3: str, monkeypatch: pytest.Mo
         files = [File(**(values | {"name": values["name"][4:]})) for receipt in draft.iter_json(receipts) for values in receipt]
         with monkeypatch.context() as patch:
             read: list[str] = []
-            sha256 = folder.Remote.sha256
-            patch.setattr(folder.Remote, "sha256", lambda here, name, size=None: read.append(name) or sha256(here, name, size))
+            describe_in = draft_module.describe_in
+            patch.setattr(draft_module, "describe_in", lambda here, name: read.append(name) or describe_in(here, name))
             draft.child("one", "activations").seal({}, files)
             assert read == []  # what workers described
             draft.child("two", "activations").seal({})

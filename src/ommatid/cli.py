@@ -229,9 +229,10 @@ def export(
     sae: Annotated[Path, typer.Option(help="Folder with sae.safetensors and cfg.json.")] = Path("data/sae"),
 ) -> None:
     """Write an SAE so that another library's own loader opens it."""
-    from ommatid.sae.interop import export_sae, load_own
+    from ommatid.sae.interop import export_sae, is_own, load_own
+    from ommatid.store import checked_folder
 
-    loaded = load_own(sae)
+    loaded = load_own(checked_folder(sae, "sae") if is_own(sae) else sae)
     export_sae(loaded, to, out)
     say(f"export: {out} holds {_describe(loaded)} as {to}: {', '.join(sorted(file.name for file in out.iterdir()))}")
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from ommatid.errors import OmmatidError, StoppedError
+from ommatid.lacks import find_lack
 from ommatid.printable import printable
 
 FAULT = 70
@@ -24,9 +25,10 @@ LONGEST = 300
 def at_edge() -> Iterator[None]:
     """Run the block as the whole of a process: every error ends it with one line on stderr, none with a traceback.
 
-    An error that is the user's to mend ends with status 1, Ctrl-C with 130, a reader of the output who went away (`| head`) with 141.
-    SIGTERM ends the block as Ctrl-C does, so that what must be removed or ended is, with status 143. Any other error is a fault: its
-    type and message are printed, its traceback goes to a file that the line names, and the status is 70.
+    An error that is the user's to mend, or that tells what the machine lacks (see lacks.py), ends with status 1, Ctrl-C with 130, a
+    reader of the output who went away (`| head`) with 141. SIGTERM ends the block as Ctrl-C does, so that what must be removed or ended
+    is, with status 143. Any other error is a fault: its type and message are printed, its traceback goes to a file that the line names,
+    and the status is 70.
 
     Raises:
         SystemExit: the block raised anything.
@@ -45,6 +47,8 @@ def at_edge() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _lost_its_reader():
             _end_unread()
+        if lack := find_lack(error):
+            _end(1, f"error: {'; '.join(lack.value)} ({_describe(error)})")
         _end(FAULT, f"error: {_describe(error)}; this was not expected: {_keep_traceback(error)}")
     finally:
         if listens:

@@ -39,6 +39,10 @@ class TrainingError(OmmatidError):
     """Training cannot go on (divergence, too little data)."""
 
 
+class MachineError(OmmatidError):
+    """The machine lacks or refuses what a stage needs: memory, disk, permission, files, threads."""
+
+
 class StoppedError(OmmatidError):
     """The process was asked to end in the middle of a stage; what was done is kept, and the stage goes on when it is run again."""
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ommatid.errors import ArtefactError
+from ommatid.lacks import Lack, describe, find_lack
 
 OBJECTS_AT_ONCE = 1000
 """Objects asked for, copied or removed in one go: their requests run side by side."""
@@ -178,8 +179,8 @@ def aside_of(path: Path) -> Path:
 
 
 def is_aside(name: str) -> bool:
-    """Whether a file is one that a writer has not finished."""
-    return name.endswith(".tmp")
+    """Whether a file is one that a writer has not finished; safetensors, too, writes aside, as `.tmp` and six letters."""
+    return name.endswith(".tmp") or name.startswith(".tmp")
 
 
 def sync(path: Path) -> None:
@@ -513,7 +514,6 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _BACKENDS = ("botocore", "aiobotocore", "aiohttp", "fsspec", "s3fs", "gcsfs", "adlfs", "requests", "urllib3")
 
 
@@ -528,21 +528,26 @@ def _refused(where: str, error: Exception) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into an error that says what to do."""
+    """Turn what a disk lacks or refuses, whatever library met it, into an error that says what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL:
-            free = shutil.disk_usage(_existing(path)).free
-            raise ArtefactError(
-                f"{path}: the disk is full ({free / 1e6:.0f} MB free); make room and run the stage again: what is finished is kept"
-            ) from error
-        if error.errno in _REFUSED:
-            raise ArtefactError(
-                f"{path}: cannot be written ({os.strerror(error.errno).lower()}); make {_existing(path)} writable for this user "
-                "and run the stage again: what is finished is kept"
-            ) from error
-        raise
+    except Exception as error:
+        lack = find_lack(error)
+        if lack not in _OF_DISKS:
+            raise
+        raise ArtefactError(f"{path}: {_explain(lack, error, path)} and run the stage again: what is finished is kept") from error
+
+
+def _explain(lack: Lack, error: Exception, path: Path) -> str:
+    what, todo = lack.value
+    if lack in (Lack.SPACE, Lack.QUOTA):
+        return f"{what} ({shutil.disk_usage(_existing(path)).free / 1e6:.0f} MB free); {todo}"
+    if lack in (Lack.READ_ONLY, Lack.DENIED):
+        return f"cannot be written ({what}); make {_existing(path)} writable for this user"
+    return f"{what} ({describe(error)}); {todo}"
+
+
+_OF_DISKS = (Lack.SPACE, Lack.QUOTA, Lack.FILE_SIZE, Lack.READ_ONLY, Lack.DENIED, Lack.FILES, Lack.DISK)
 
 
 def _existing(path: Path) -> Path:

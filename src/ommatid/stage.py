@@ -6,17 +6,21 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, assert_never
 
 from ommatid import quality, store
 from ommatid.config import ExtractFiles, ExtractParams, Params, Section, TrainParams
-from ommatid.errors import ArtefactError, GateError
+from ommatid.errors import ArtefactError, GateError, MachineError
 from ommatid.events import Listener, Progress, about
 from ommatid.folder import Folder, open_folder
+from ommatid.lacks import Lack, describe, find_lack
 from ommatid.store import INSIDE, Artefact, Draft
 
 if TYPE_CHECKING:
     from ommatid.tracking import Runs
+
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,34 @@ def _place(name: str, data: str) -> Folder:
     return open_folder(data) / STAGES[name].place.name
 
 
+LESS = {
+    "extract": "lower extract.batch_size, or extract.executor.workers where there are several",
+    "train": "lower train.batch_size or train.d_sae, or train fewer SAEs at a time (train.runs, train.grid)",
+    "evaluate": "leave out evaluate.baselines, or evaluate SAEs of a lower train.d_sae",
+    "label": "name fewer label.labellers at a time",
+}
+"""How a stage takes less memory; the others take little, whatever their params."""
+
+
+def _telling_lacks(run: Callable[Concatenate[str, P], Artefact]) -> Callable[Concatenate[str, P], Artefact]:
+    """Have a stage say what the machine lacks, where that ends it."""
+
+    @functools.wraps(run)
+    def telling(name: str, *args: P.args, **kwargs: P.kwargs) -> Artefact:
+        try:
+            return run(name, *args, **kwargs)
+        except Exception as error:
+            if (lack := find_lack(error)) is None:
+                raise
+            what, todo = lack.value
+            if lack in (Lack.MEMORY, Lack.DEVICE_MEMORY, Lack.THREADS) and name in LESS:
+                todo = f"{LESS[name]}; or {todo}"
+            raise MachineError(f"{name}: {what} ({describe(error)}); {todo}; then run the stage again: what is finished is kept") from error
+
+    return telling
+
+
+@_telling_lacks
 def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA, reports: Path = QUALITY, must_pass: bool = True) -> Artefact:
     """Run one stage in the current directory; where another process is making the same artefact, wait for it and take that one.
 
@@ -81,6 +113,7 @@ def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA, r
 
     Raises:
         GateError: a check failed; the artefact is not published, the report is written.
+        MachineError: memory, disk or threads do not suffice.
         OmmatidError: an input is missing or damaged, or the user's values cannot be used.
     """
     stage = STAGES[name]

@@ -21,7 +21,7 @@ ENTRIES = {
     "label": "ommatid.label",
     "catalog": "ommatid.catalog.build",
 }
-NO_NUMBERS = {"ommatid", "ommatid.catalog", "ommatid.config", "ommatid.errors", "ommatid.events", "ommatid.executors"}
+NO_NUMBERS = {"ommatid", "ommatid.catalog", "ommatid.config", "ommatid.errors", "ommatid.events", "ommatid.executors", "ommatid.lacks"}
 """Modules that cannot change what a stage computes from the same params, nor can what they import; executors only say where, and the
 package of the catalogue's builder is what reads it."""
 STAGE_FILE = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
