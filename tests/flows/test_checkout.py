@@ -143,7 +143,7 @@ def test_images_under_dvc_add_reach_an_experiment(checkout: Path) -> None:
 def test_a_failing_stage_says_its_error_and_leaves_no_lock_entry(checkout: Path) -> None:
     params = checkout / "params.yaml"
     params.write_text(params.read_text().replace("k: 32", "k: 13"))
-    with pytest.raises(RunError, match=r"^train: train: 13 is unlucky$"):
+    with pytest.raises(RunError, match=r"^train: 13 is unlucky$"):
         Workplace(checkout, checkout).repro("train", print)
     assert yaml.safe_load((checkout / "dvc.lock").read_text())["stages"]["train"]["params"]["params.yaml"]["train"]["k"] == 32
     assert "train" in Workplace(checkout, checkout).stale()
