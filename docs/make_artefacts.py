@@ -17,13 +17,21 @@ object store ([storage.md](storage.md)).
 - **Whole or not there.** A stage writes into `data/.work/<artefact>-<key>`, keyed by params, inputs and code; files are written
   aside, synced and renamed; the manifest comes last, the gate is passed, and the directory is moved into place. A run that was
   killed goes on from what it finds there.
-- **Opening** checks manifest, files and sizes and names all damage at once; `Artefact.verify()` also compares checksums.
+- **Opening** checks the manifest against its own checksum, and files and sizes against the manifest; all damage is named at once. A
+  child's manifest must be the one that its parent lists.
+- **Reading checks what is read.** The manifest has the CRC-32 of each block (256 KiB) of each file. A block is compared with it in the
+  bytes that are read anyway, once a process for as long as the file is unchanged: whoever reads one column of a large table checks the
+  blocks that hold it and no others. What differs is an error that names the file; nothing is computed from it. Checking takes less than
+  1 % of a stage's CPU time (`benchmarks/damage.py`, [results](damage.md)). `Artefact.verify()` reads everything and compares sha256.
+- **What a stopped run left is checked, too**: parts, receipts, chunks, checkpoints and answers that were damaged since are made again.
+  `catalog.duckdb` has checksums of its own, which DuckDB compares with every block that a query reads.
 - **Activations are mixed as they are written.** Blocks of images are dealt to shards at random (`plan`); within a shard the training
   rows come in rounds, one token of every image a round, so that any `window` (in the summary) consecutive rows are of different
   images. Images with fewer rows (`extract.max_norm`, imports) are spread over the rounds evenly; then it is about so many. The `train`
   tables need no shuffling to be read, and `ommatid train` shuffles them anew within windows.
-- **manifest.json**: kind, schema_version, params (the stage's section), inputs (sha256 of each input's manifest), files (name,
-  bytes, sha256, rows), versions (code and libraries), summary (what the gate and later stages read).
+- **manifest.json**: kind, schema_version, params (the stage's section), inputs (sha256 of each input's manifest), versions (code and
+  libraries), summary (what the gate and later stages read), files (name, bytes, sha256, rows, and blocks: CRC-32 of each 256 KiB, eight
+  hex digits each), checksum (sha256 of the text before `,\n  "checksum"`).
 
 | artefact | stage | holds |
 |---|---|---|
