@@ -31,7 +31,7 @@ object store ([storage.md](storage.md)).
   tables need no shuffling to be read, and `ommatid train` shuffles them anew within windows.
 - **manifest.json**: kind, schema_version, params (the stage's section), inputs (sha256 of each input's manifest), versions (code and
   libraries), summary (what the gate and later stages read), files (name, bytes, sha256, rows, and blocks: CRC-32 of each 256 KiB, eight
-  hex digits each), checksum (sha256 of the text before `,\n  "checksum"`).
+  hex digits each), checksum (sha256 of the text that precedes it).
 
 | artefact | stage | holds |
 |---|---|---|
