@@ -29,6 +29,8 @@ from ommatid.tensors import from_float16, from_float32
 from ommatid.vlm import Captured, Hookpoint
 
 N_IMAGES = 600
+N_CHECKED = 8
+"""Pictures that a model is looked at with before the images."""
 
 
 def params(**changes: object) -> ExtractParams:
@@ -136,7 +138,7 @@ def test_several_hookpoints_come_from_one_pass_as_one_artefact_each(tmp_path: Pa
     alone = make_tiles(tmp_path / "alone", images, tokens="all")
     model.n_captured = 0
     both = make(tmp_path / "both", images, hookpoints=["tiles", "cls"], tokens="all")
-    assert model.n_captured == N_IMAGES + 1  # the probe
+    assert model.n_captured == N_IMAGES + N_CHECKED + 1  # the probe
     tiles, cls = (both.child(name, "activations") for name in ("tiles", "cls"))
     assert [(f.name, f.sha256) for f in tiles.manifest.files] == [(f.name, f.sha256) for f in alone.manifest.files]
     assert cls.summary["tokens_per_image"] == 1

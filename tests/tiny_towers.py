@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ommatid.errors import ModelError
 from ommatid.vlm import VisionModel
 from ommatid.vlm.precision import normalise
+from ommatid.vlm.trust import check_model
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 PARTS = (".attn", ".mlp", "")
@@ -123,9 +124,15 @@ def check_planted_patch(vision: VisionModel, grid: tuple[int, int]) -> None:
     assert [divmod(int(i), grid[1]) for i in brightest] == places
 
 
+def check_trust(vision: VisionModel, dtype: torch.dtype = torch.float32) -> None:
+    """The look at load finds nothing at any hookpoint, nor in the embeddings of image and text."""
+    check_model(vision, tuple(vision.hookpoints), "extract.model", dtype)
+
+
 def check_bfloat16(load: Callable[[str], Any]) -> None:
     """Close to float32; the residual stream itself is float32; and not a bit other than with float32 weights that autocast casts."""
     exact, half, cast = (load(dtype) for dtype in ("float32", "bfloat16", "float32"))
+    check_trust(half, torch.bfloat16)
     cast._dtype = torch.bfloat16
     names, pixels = tuple(exact.hookpoints), noise(exact)
     theirs, ours, autocast = (model.capture(pixels, names) for model in (exact, half, cast))

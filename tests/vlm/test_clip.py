@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from planted import check_planted_patch_in_artefact
-from tiny_towers import check_bfloat16, check_hooks, check_planted_patch, check_residual_stream, check_splice
+from tiny_towers import check_bfloat16, check_hooks, check_planted_patch, check_residual_stream, check_splice, check_trust
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -53,6 +53,10 @@ def block_modules(tower: Any) -> dict[str, torch.nn.Module]:
     for i, block in enumerate(tower.encoder.layers):
         modules |= {f"vision.blocks.{i}.attn": block.self_attn, f"vision.blocks.{i}.mlp": block.mlp, f"vision.blocks.{i}": block}
     return modules
+
+
+def test_passes_the_look_at_load(vision: ClipVision) -> None:
+    check_trust(vision)
 
 
 def test_hookpoints(vision: ClipVision) -> None:

@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 from planted import check_planted_patch_in_artefact
-from tiny_towers import PARTS, by_hand, check_bfloat16, check_hooks, check_planted_patch, check_residual_stream, noise, randomise
+from tiny_towers import (
+    PARTS,
+    by_hand,
+    check_bfloat16,
+    check_hooks,
+    check_planted_patch,
+    check_residual_stream,
+    check_trust,
+    noise,
+    randomise,
+)
 from transformers import (
     Dinov2Config,
     Dinov2Model,
@@ -80,6 +90,10 @@ def vision(folder: Path) -> VisionModel:
     model = load(folder)
     assert isinstance(model, DinoVision)
     return model
+
+
+def test_passes_the_look_at_load(vision: VisionModel) -> None:
+    check_trust(vision)
 
 
 def test_hookpoints(vision: VisionModel, kind: str) -> None:

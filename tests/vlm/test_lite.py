@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_image
+from tiny_towers import check_trust
 from torch.nn.functional import cosine_similarity
 
 from ommatid.config import LiteModel
@@ -17,6 +18,7 @@ from ommatid.errors import ModelError
 from ommatid.vlm import check_hookpoint, imagenet_classes, lite, load_judge, load_model
 from ommatid.vlm.lite import LiteVision, Variant, class_texts, conse, load_efficientnet
 from ommatid.vlm.precision import normalise
+from ommatid.vlm.trust import check_judge
 
 
 def load(variant: Variant = "lite0", image_size: int = 128, dtype: str = "float32") -> LiteVision:
@@ -202,6 +204,11 @@ def test_conse_equals_brute_force(lite0: LiteVision) -> None:
     torch.testing.assert_close(lite0.capture(pixels, ()).embedding, torch.stack(expected).float(), atol=1e-5, rtol=1e-4)
 
 
+def test_passes_the_look_at_load(lite0: LiteVision) -> None:
+    check_trust(lite0)
+    check_judge(load_judge(LiteModel(kind="lite", variant="lite2", image_size=64), "float32", "cpu"), "extract.judge", torch.float32)
+
+
 def test_text_embeddings_do_not_depend_on_their_order(lite0: LiteVision) -> None:
     texts = [f"a photo of {'very ' * (i % 7)}old thing {i}" for i in range(150)]
     torch.testing.assert_close(lite0.embed_text(texts)[::10], lite0.embed_text(texts[::10]), atol=1e-5, rtol=1e-4)
@@ -214,6 +221,7 @@ def test_preprocessing_goes_into_a_manifest(lite0: LiteVision) -> None:
         "interpolation": "bicubic",
         "mean": [127.0, 127.0, 127.0],
         "std": [128.0, 128.0, 128.0],
+        "channels": "RGB",
     }
     image = Image.fromarray(noise(1, 128)[0].numpy())
     x = normalise(torch.from_numpy(lite0.preprocess(image))[None], lite0.preprocess, "cpu")

@@ -12,7 +12,7 @@ from big_models import plant, save_llava, squares
 from PIL import Image
 from planted import check_planted_patch_in_artefact
 from safetensors.torch import load_file, save_file
-from tiny_towers import check_bfloat16, check_no_splice, check_residual_stream
+from tiny_towers import check_bfloat16, check_no_splice, check_residual_stream, check_trust
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -71,6 +71,10 @@ def by_hand(full: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
     for handle in handles:
         handle.remove()
     return seen
+
+
+def test_passes_the_look_at_load(vision: LlavaVision) -> None:
+    check_trust(vision)
 
 
 def test_hookpoints(vision: LlavaVision) -> None:

@@ -20,6 +20,7 @@ from ommatid.config import ModuleModel, load_params
 from ommatid.errors import ConfigError, ModelError
 from ommatid.vlm import Hookpoint, load_model
 from ommatid.vlm.module import ModuleVision, make_preprocess
+from ommatid.vlm.trust import check_model
 
 FILE = '''
 import torch
@@ -108,6 +109,62 @@ def like_timm():
     return model
 
 
+class Changed(Conv):
+    """The network with something before or after the first layer."""
+
+    def __init__(self, before=None, after=None):
+        super().__init__()
+        self.stem = nn.Sequential(before or nn.Identity(), self.stem, after or nn.Identity())
+
+    def forward(self, images):
+        return self.pool(self.relu(self.body(self.relu(self.stem(images)))))
+
+
+class AlwaysDrops(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.1, training=True)
+
+
+class LooksAtTheMiddle(nn.Module):
+    def forward(self, x):
+        return nn.functional.pad(x[:, :, 8:24, 8:24], (8, 8, 8, 8))
+
+
+class LooksAtTheLeft(nn.Module):
+    def forward(self, x):
+        return torch.cat([x[..., :20], torch.zeros_like(x[..., 20:])], dim=-1)
+
+
+class Overflows(nn.Module):
+    def forward(self, x):
+        return x * 1e38 * 1e38
+
+
+def batch_statistics():
+    torch.manual_seed(0)
+    return Changed(after=nn.BatchNorm2d(6, track_running_stats=False))
+
+
+def always_drops():
+    torch.manual_seed(0)
+    return Changed(before=AlwaysDrops())
+
+
+def looks_at_the_middle():
+    torch.manual_seed(0)
+    return Changed(before=LooksAtTheMiddle())
+
+
+def looks_at_the_left():
+    torch.manual_seed(0)
+    return Changed(before=LooksAtTheLeft())
+
+
+def overflows():
+    torch.manual_seed(0)
+    return Changed(after=Overflows())
+
+
 def needs_an_argument(x):
     return x
 
@@ -156,6 +213,28 @@ def pixels() -> torch.Tensor:
 def normalised(vision: ModuleVision, pixels: torch.Tensor) -> torch.Tensor:
     x = pixels.double() - torch.tensor(vision.preprocess.mean).double()
     return (x / torch.tensor(vision.preprocess.std).double()).permute(0, 3, 1, 2).float()
+
+
+@pytest.mark.parametrize("factory", ["vit", "vit_with_registers", "conv"])
+def test_passes_the_look_at_load(factory: str) -> None:
+    vision = load(factory)
+    names = [name for name in vision.hookpoints if name != "weights"]
+    check_model(vision, names, "extract.model", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("factory", "reason"),
+    [
+        ("always_drops", "two passes over the same input differ by .* drawn anew"),
+        ("batch_statistics", "the same input alone and in a batch differs by .* entries of a batch mix"),
+        ("looks_at_the_middle", "the same whatever stands in rows 0 to 8 and columns 0 to 8 of the 32 x 32"),
+        ("looks_at_the_left", "the same whatever stands in rows 0 to 8 and columns 24 to 32"),
+        ("overflows", "NaN or infinity for a plain picture"),
+    ],
+)
+def test_what_cannot_be_believed_is_refused_by_its_cause(factory: str, reason: str) -> None:
+    with pytest.raises(ModelError, match=f"^extract.model: {NAME}:{factory}@.*: the activations at body: {reason}"):
+        check_model(load(factory), ["body"], "extract.model", torch.float32)
 
 
 def test_hookpoints_of_a_transformer_in_the_order_of_the_pass() -> None:

@@ -12,7 +12,7 @@ from big_models import plant, save_qwen, squares
 from PIL import Image
 from planted import check_planted_patch_in_artefact
 from safetensors.torch import load_file, save_file
-from tiny_towers import check_bfloat16, check_no_splice
+from tiny_towers import check_bfloat16, check_no_splice, check_trust
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -75,6 +75,10 @@ def in_rows(x: torch.Tensor, places: list[tuple[int, int]]) -> torch.Tensor:
     for i, (row, col) in enumerate(places):
         out[:, row, col] = x.unflatten(0, (-1, len(places)))[:, i]
     return out.flatten(1, 2)
+
+
+def test_passes_the_look_at_load(vision: QwenVision) -> None:
+    check_trust(vision)
 
 
 def test_hookpoints(vision: QwenVision) -> None:

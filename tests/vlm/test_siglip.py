@@ -17,6 +17,7 @@ from tiny_towers import (
     check_planted_patch,
     check_residual_stream,
     check_splice,
+    check_trust,
     noise,
     randomise,
     save_weights,
@@ -71,6 +72,10 @@ def block_modules(reference: Any) -> dict[str, torch.nn.Module]:
     for i, block in enumerate(reference.vision_model.encoder.layers):
         modules |= {f"vision.blocks.{i}.attn": block.self_attn, f"vision.blocks.{i}.mlp": block.mlp, f"vision.blocks.{i}": block}
     return modules
+
+
+def test_passes_the_look_at_load(vision: VisionModel) -> None:
+    check_trust(vision)
 
 
 def test_hookpoints(vision: VisionModel) -> None:

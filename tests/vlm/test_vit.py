@@ -15,6 +15,7 @@ from tiny_towers import (
     check_no_splice,
     check_planted_patch,
     check_residual_stream,
+    check_trust,
     noise,
     randomise,
     save_weights,
@@ -57,6 +58,10 @@ def vision(folder: Path) -> VisionModel:
     model = load(folder)
     assert isinstance(model, VitVision)
     return model
+
+
+def test_passes_the_look_at_load(vision: VisionModel) -> None:
+    check_trust(vision)
 
 
 def test_hookpoints(vision: VisionModel, kind: str) -> None:

@@ -39,6 +39,7 @@ def extract(params: ExtractParams, inputs: Mapping[str, Artefact], draft: Draft,
         raise ModelError(f"extract.hookpoints: {taken[0]!r} is the name of a folder that Ommatid needs; rename the module")
     towers = Towers(_with_dtype(params))  # all that can be wrong with the models is found before any work
     check_room(draft, params, images.summary, towers)
+    towers.check()
     probe = _start_or_go_on(draft, towers.probe())
     job = ShardJob(towers.params.model_dump_json(), _absolute(images.url), images.digest, _absolute(draft.url), tuple(probe))
     n_images = _write_plan(draft, images)

@@ -16,6 +16,7 @@ from ommatid.extract.tokens import TokenPicker
 from ommatid.vlm import Judge, VisionModel, check_hookpoint, load_judge, load_model
 from ommatid.vlm.precision import resolve_dtype
 from ommatid.vlm.preprocess import Preprocess
+from ommatid.vlm.trust import check_judge, check_model
 
 PROBED = 64
 """Components of each vector of a probe."""
@@ -80,6 +81,19 @@ class Towers:
     def preprocesses(self) -> tuple[Preprocess, ...]:
         """The different preprocessings, each once."""
         return tuple(dict.fromkeys(network.preprocess for network in self._networks))
+
+    def check(self) -> None:
+        """Ask of each network whether its numbers can be believed (see `trust`): once a run, not in every worker.
+
+        Raises:
+            ModelError: they cannot.
+        """
+        dtype = resolve_dtype(self.params.dtype, self.device)
+        check_model(self.model, tuple(self.pickers), "extract.model", dtype)
+        if self.namer is not self.model:
+            check_model(self.namer, (), "extract.namer", dtype)
+        for judge in self.judges:
+            check_judge(judge, "extract.judge", dtype)
 
     def run(self, pixels: tuple[Tensor, ...]) -> Outputs:
         """One forward pass of each network over a batch as `preprocesses` make it."""

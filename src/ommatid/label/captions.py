@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText
 from ommatid.errors import ModelError
 from ommatid.vlm import hub
 from ommatid.vlm.precision import normalise
+from ommatid.vlm.processor import load_preprocess
 
 KEY = "label.labellers.path"
 FAMILIES = ("blip", "git", "vision-encoder-decoder")
@@ -31,7 +32,7 @@ class TransformersCaptions:
                 f"{KEY}: {path}: is a {family} model; models that caption are of the families {', '.join(FAMILIES)}; one that is asked "
                 "questions goes behind a server such as vLLM, and is used as {kind: vlm}"
             )
-        self._preprocess = hub.load_preprocess(folder, path, KEY)
+        self._preprocess = load_preprocess(folder, path, KEY)
         self._tokenizer = hub.load_tokenizer(folder, path, KEY)
         model, _ = hub.load_weights(AutoModelForImageTextToText, folder, path, KEY)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"

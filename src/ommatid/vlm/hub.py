@@ -1,6 +1,8 @@
 """Transformers models on disk: finds the folder of a hub name or path, says what it lacks, loads without noise."""
 
+import json
 import logging
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,15 +11,11 @@ from typing import Any
 import huggingface_hub
 import torch
 from huggingface_hub.errors import HFValidationError
-from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.image_processing_backends import PilBackend
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
-from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ommatid.errors import ModelError
-from ommatid.vlm.preprocess import Preprocess
 
 # What a folder must have: a sentence for the user, and the patterns of which one must match.
 CONFIG = {"config.json": ("config.json",)}
@@ -25,6 +23,10 @@ WEIGHTS = {"weights (*.safetensors or pytorch_model*.bin)": ("*.safetensors", "p
 PREPROCESSOR = {"preprocessor_config.json": ("preprocessor_config.json", "processor_config.json")}
 TOKENIZER = {"a tokenizer (tokenizer.json, or vocab.json and merges.txt)": ("tokenizer.json", "vocab.json")}
 Needs = Mapping[str, tuple[str, ...]]
+_CODE = (
+    "{what} asks for Python code that the folder brings (auto_map), and no code of a model's folder is ever run; use a model that "
+    "transformers knows by itself, or load this one in a function of your own (extract.model: {{kind: module}})"
+)
 
 
 @contextmanager
@@ -63,7 +65,27 @@ def locate(path: str, key: str, needs: Needs, instead: str | None = None) -> Pat
     missing = _missing(folder, needs)
     if missing:
         raise ModelError(f"{key}: {path}: missing in this folder: {'; '.join(missing)}; save the whole model there with save_pretrained")
+    if (folder / "config.json").is_file():
+        with reading(path, key, "config.json"):
+            _refuse_code(json.loads((folder / "config.json").read_bytes()), path, key)
     return folder
+
+
+def _refuse_code(config: object, path: str, key: str) -> None:
+    """Transformers asks before it runs the code of a whole model, but `trust_remote_code` does not reach all parts of a config."""
+    if not isinstance(config, dict):
+        raise ModelError(f"{key}: {path}: config.json holds a {type(config).__name__}; expected a JSON object")
+    waiting: list[Any] = list(config.values())
+    while waiting:
+        value = waiting.pop()
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if isinstance(value, dict) and "auto_map" in value:
+            raise ModelError(f"{key}: {path}: {_CODE.format(what='a part of the model in config.json')}")
+    for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+        if "/" in str(config.get(name, "")):
+            raise ModelError(
+                f"{key}: {path}: config.json says {name} {config[name]!r}, which is code of the hub, and is not run; remove it"
+            )
 
 
 def _missing(folder: Path, needs: Needs) -> list[str]:
@@ -98,7 +120,7 @@ def _download(path: str, key: str, instead: str) -> Path:
 
 
 @contextmanager
-def _reading(path: str, key: str, what: str) -> Iterator[None]:
+def reading(path: str, key: str, what: str) -> Iterator[None]:
     """Every error of transformers becomes ours: which it raises for a damaged or foreign folder differs by family and version."""
     try:
         with quiet():
@@ -106,8 +128,16 @@ def _reading(path: str, key: str, what: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{key}: {path}: {what} cannot be read: {reason[0]}") from error
+        raise ModelError(f"{key}: {path}: {_why(what, error)}") from error
+
+
+def _why(what: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return _CODE.format(what=what)
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return f"{what} holds objects beside tensors, and unpickling those would run code, so it is not opened; save it as safetensors"
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{what} cannot be read: {reason[0]}"
 
 
 def load_config(folder: Path, path: str, key: str) -> Any:
@@ -116,8 +146,8 @@ def load_config(folder: Path, path: str, key: str) -> Any:
     Raises:
         ModelError: not readable.
     """
-    with _reading(path, key, "config.json"):
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    with reading(path, key, "config.json"):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def load_weights(cls: Any, folder: Path, path: str, key: str, optional: str = "") -> tuple[Any, set[str]]:
@@ -136,9 +166,14 @@ def load_weights(cls: Any, folder: Path, path: str, key: str, optional: str = ""
     Raises:
         ModelError: damaged, of another model, of other shapes than config.json says, or incomplete.
     """
-    with _reading(path, key, "the model"):
+    with reading(path, key, "the model"):
         model, info = cls.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,
         )
     for name, came, wanted in sorted(info["mismatched_keys"]):
         raise ModelError(
@@ -159,77 +194,8 @@ def load_tokenizer(folder: Path, path: str, key: str) -> Any:
     Raises:
         ModelError: not readable.
     """
-    with _reading(path, key, "the tokenizer"):
+    with reading(path, key, "the tokenizer"):
         # The class that SigLIP's folders name wants sentencepiece; their tokenizer.json says the same without.
         named = get_tokenizer_config(folder, local_files_only=True).get("tokenizer_class")
         cls: Any = PreTrainedTokenizerFast if named == "SiglipTokenizer" else AutoTokenizer
-        return cls.from_pretrained(folder, local_files_only=True)
-
-
-def load_preprocess(folder: Path, path: str, key: str, changes: Mapping[str, Any] | None = None) -> Preprocess:
-    """The model's own resize, crop and normalisation; `changes` are settings of its processor that the caller knows better.
-
-    Raises:
-        ModelError: not readable, or not one fixed size for every image.
-    """
-    with _reading(path, key, "preprocessor_config.json"):
-        settings = _load_processor(folder).to_dict() | dict(changes or {})
-    preprocess = _as_preprocess(settings)
-    if preprocess is None:
-        shown = {name: settings.get(name) for name in ("do_resize", "size", "do_center_crop", "crop_size", "do_pad")}
-        raise ModelError(f"{key}: {path}: preprocessing must end in one fixed size (resize, then centre crop); preprocessor has {shown}")
-    return preprocess
-
-
-class Dinov3Processor(PilBackend):
-    """The defaults of DINOv3's image processor, whose own class wants torchvision.
-
-    That one resizes numbers with fractions, where Pillow rounds to bytes: the same to half a level of 255 in each direction.
-    """
-
-    resample = Image.Resampling.BILINEAR
-    image_mean = IMAGENET_DEFAULT_MEAN
-    image_std = IMAGENET_DEFAULT_STD
-    size = {"height": 224, "width": 224}  # noqa: RUF012
-    do_resize = True
-    do_rescale = True
-    do_normalize = True
-
-
-def _load_processor(folder: Path) -> Any:
-    settings, _ = PilBackend.get_image_processor_dict(folder, local_files_only=True)
-    if settings.get("image_processor_type", "").startswith("DINOv3ViTImageProcessor"):
-        return Dinov3Processor.from_pretrained(folder, local_files_only=True)
-    # torchvision, the other backend, does not install beside this torch
-    return AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
-
-
-def _as_preprocess(settings: Mapping[str, Any]) -> Preprocess | None:
-    """None where the processor does something else than resize to, or crop to, one fixed size."""
-    resize = _sides(settings.get("size") if settings.get("do_resize", True) else None)
-    crop = _sides(settings.get("crop_size")) if settings.get("do_center_crop") else resize
-    if resize is None or crop is None or "crop_pct" in settings or settings.get("do_pad"):
-        return None
-    crop = crop * 2 if len(crop) == 1 and settings.get("do_center_crop") else crop
-    if len(crop) != 2 or crop[0] > resize[0] or crop[1] > resize[-1]:
-        return None
-    scale = 1 / settings["rescale_factor"] if settings.get("do_rescale", True) else 1.0
-    mean, std = (settings["image_mean"], settings["image_std"]) if settings.get("do_normalize", True) else ((0.0,) * 3, (1.0,) * 3)
-    names = {filter_.value: filter_.name.lower() for filter_ in Image.Resampling}
-    return Preprocess(
-        resize=resize,
-        crop=(crop[0], crop[1]),
-        interpolation=names[settings["resample"]],  # pyright: ignore[reportArgumentType]
-        mean=tuple(value * scale for value in mean),
-        std=tuple(value * scale for value in std),
-    )
-
-
-def _sides(size: Mapping[str, int] | None) -> tuple[int, ...] | None:
-    match size:
-        case {"shortest_edge": int(side), **rest} if not rest:
-            return (side,)
-        case {"height": int(height), "width": int(width), **rest} if not rest:
-            return (height, width)
-        case _:
-            return None
+        return cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, SiglipVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
@@ -11,6 +13,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiMod
 from ommatid.errors import ModelError
 from ommatid.vlm import Dtype, Hookpoint, hub, parts
 from ommatid.vlm.hooks import capturing
+from ommatid.vlm.processor import load_preprocess, own_pixels
 from ommatid.vlm.tower import KEY, Opened, Site, Tower, block_sites, check_size, patch_grid
 
 PROJECTION = "vision.projection"
@@ -36,7 +39,8 @@ class LlavaVision(Tower):
         vision = config.vision_config
         # The base view of LLaVA-NeXT: its processor stretches the image to this square, beside the padded tiles
         base_view = {"size": {"height": vision.image_size, "width": vision.image_size}, "do_pad": False}
-        preprocess = hub.load_preprocess(folder, path, KEY, base_view if config.model_type == "llava_next" else {})
+        changes, own = (base_view, _base_pixels) if config.model_type == "llava_next" else ({}, own_pixels)
+        preprocess = load_preprocess(folder, path, KEY, changes, own)
         model = _Encoder(*_load(config, folder, path), config, path)
         opened = Opened(path, folder, config, model, preprocess)
         check_size(vision, opened)
@@ -45,6 +49,11 @@ class LlavaVision(Tower):
         special = () if model.drops_first else point.special
         sites[PROJECTION] = Site(Hookpoint(d_model=config.text_config.hidden_size, special=special, grid=point.grid), model.projector)
         super().__init__(opened, sites, model, dtype, device)
+
+
+def _base_pixels(processor: Any, picture: Image.Image) -> np.ndarray:
+    """The base view, which the processor puts before the tiles: (3, H, W)."""
+    return own_pixels(processor, picture)[0]
 
 
 class _Encoder(nn.Module):

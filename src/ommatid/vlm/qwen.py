@@ -4,15 +4,19 @@ Shapes: b images, r rows and q columns of patches, m patches a side of a merge g
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from ommatid.errors import ModelError
 from ommatid.vlm import Captured, Dtype, Hookpoint, hub, parts
+from ommatid.vlm.processor import load_preprocess
 from ommatid.vlm.tower import KEY, Opened, Site, Tower, block_sites
 
 PROJECTION = "vision.projection"
@@ -35,7 +39,8 @@ class QwenVision(Tower):
             raise ModelError(f"{KEY}: {path}: is a {config.model_type} model; kind qwen takes model_type {' or '.join(TOWERS)}")
         self._vision = config.vision_config
         grid = _grid(image_size, self._vision)
-        preprocess = hub.load_preprocess(folder, path, KEY, {"size": {"height": image_size, "width": image_size}})
+        square = {"size": {"height": image_size, "width": image_size}}
+        preprocess = load_preprocess(folder, path, KEY, square, partial(_square_pixels, self._vision, image_size))
         weights = parts.read_weights(folder, PART, path, KEY)
         tower = parts.load_pretrained(TOWERS[config.model_type], self._vision, weights, PART, path, KEY)
         sites = _sites(tower, self._vision, config.model_type, grid)
@@ -73,6 +78,16 @@ class _Encoder(nn.Module):
     def forward(self, pixel_values: Tensor) -> None:
         grids = torch.tensor([[1, *self._grid]] * len(pixel_values), device=pixel_values.device)
         self.tower(flatten_patches(pixel_values, *self._sizes), grids)
+
+
+def _square_pixels(vision: Any, image_size: int, processor: Any, picture: Image.Image) -> np.ndarray:
+    """What the processor makes of the picture as a square, put back from its patches: (3, image_size, image_size)."""
+    square = picture.resize((image_size, image_size), processor.resample)
+    patches = processor(square, do_resize=False, return_tensors="pt")["pixel_values"]
+    sizes = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+    pixels = torch.empty(3, image_size, image_size)
+    places = flatten_patches(torch.arange(pixels.numel()).reshape(1, *pixels.shape), *sizes)
+    return pixels.put_(places, patches.reshape(places.shape)).numpy()
 
 
 def flatten_patches(images: Tensor, patch_size: int, merge_size: int, temporal_size: int) -> Tensor:

@@ -14,6 +14,7 @@ from ommatid.vlm import Captured, Dtype, Hookpoint, Replacement, check_hookpoint
 from ommatid.vlm.hooks import capturing, ending_after, replacing
 from ommatid.vlm.precision import halve_linears, normalise, resolve_dtype
 from ommatid.vlm.preprocess import Preprocess
+from ommatid.vlm.processor import load_preprocess
 
 KEY = "extract.model.path"
 IMAGE_NEEDS = hub.CONFIG | hub.WEIGHTS | hub.PREPROCESSOR
@@ -46,7 +47,7 @@ def open_model(path: str, kind: str, classes: Mapping[str, Any], needs: hub.Need
     config = hub.load_config(folder, path, KEY)
     if config.model_type not in classes:
         raise ModelError(f"{KEY}: {path}: is a {config.model_type} model; kind {kind} takes model_type {' or '.join(classes)}")
-    preprocess = hub.load_preprocess(folder, path, KEY)
+    preprocess = load_preprocess(folder, path, KEY)
     # The pooler of a ViT runs after the last hookpoint, and most folders come without one.
     model, _ = hub.load_weights(classes[config.model_type], folder, path, KEY, optional="pooler.")
     return Opened(path, folder, config, model, preprocess)
