@@ -413,7 +413,7 @@ def _npy(header: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("x.npy", b"hunter2 hunter2", "not an npy file, or cut off at its begin"),
+        ("x.npy", b"hunter2 hunter2", "not a whole npy file .it does not begin like one"),
         ("x.npy", _npy(b"hunter2 hunter2"), "not a whole npy file"),
         ("x.npy", _npy(b"{'descr': 'hunter2', 'fortran_order': False, 'shape': (3,)}"), "not a whole npy file"),
         ("x.safetensors", b"hunter2 hunter2", "not a whole safetensors file"),
@@ -430,6 +430,13 @@ def test_what_is_said_of_a_damaged_file_holds_nothing_of_it(tmp_path: Path, name
     with pytest.raises(SourceError, match=said) as caught:
         open_files(str(tmp_path / name), None)
     assert "hunter" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["npy", "safetensors", "pt", "parquet"])
+def test_a_link_that_leads_nowhere(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"x.{ending}").symlink_to("nowhere")
+    with pytest.raises(SourceError, match=rf"x\.{ending}: cannot be read .*No such file or directory"):
+        open_files(str(tmp_path), None)
 
 
 @pytest.mark.parametrize(("names", "twice"), [(["x", "x", "image"], "x"), (["x", "image", "image"], "image")])

@@ -1,5 +1,6 @@
 """The errors that are the user's to mend: each names the key or path, what came, what is allowed, what to do."""
 
+import os
 import re
 
 
@@ -60,6 +61,8 @@ def gist(error: Exception) -> str:
 
     A file may be a link to another that is nobody's business, and messages are published: in the table `rejected`, in logs, in reports.
     """
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
     said = re.sub(r" ?<[^>]* at 0x[0-9a-fA-F]+>", "", str(error)).strip().partition("\n")[0]
     unquoted = re.split(r"[\s:(\[{]*(?<!\w)b?['\"`]", said, maxsplit=1)[0]
     return unquoted if re.search("[A-Za-z]", unquoted) else type(error).__name__

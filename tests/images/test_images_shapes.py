@@ -172,6 +172,7 @@ def test_another_plan_is_another_source(plan, tmp_path):
     [
         (None, "no such file; images.source.path names the plan"),
         ("{", "not a plan with n_images, size and seed"),
+        ("[" * 100_000, "not a plan with n_images, size and seed"),
         ("[]", "the whole: Input should be"),
         ('{"n_images": 0, "size": 32, "seed": 0}', "n_images: Input should be greater than or equal to 1"),
         ('{"n_images": 4, "size": 8, "seed": 0}', "size: Input should be greater than or equal to 24"),

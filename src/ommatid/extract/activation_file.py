@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Collection, Container, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from ommatid.errors import SourceError
+from ommatid.errors import SourceError, gist
 
 IMAGE = "image"
 """The tensor or column that says which image a row, or an entry of the first dimension, comes from."""
@@ -37,6 +38,15 @@ class ActivationFile(Protocol):
     def iter_pieces(self, n: int, wanted: Container[int]) -> Iterator[Piece]:
         """The file in pieces of `n` entries, in order; only the wanted ones."""
         ...
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses (a link that leads nowhere, no rights) into an error that says so. Raises SourceError."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({gist(error)}); mend or remove it") from None
 
 
 def text_of(shape: tuple[int, ...]) -> str:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ommatid.errors import SourceError, gist
-from ommatid.extract.activation_file import IMAGE, Piece, check_images, check_shape, choose, others_of, refuse_key, text_of
+from ommatid.extract.activation_file import IMAGE, Piece, check_images, check_shape, choose, others_of, reading, refuse_key, text_of
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -78,12 +78,13 @@ class Npy(_Sliced):
 
 def _map(path: Path) -> np.ndarray:
     how = "write it with np.save, an array of float16 or float32"
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         if file.read(len(_NPY)) != _NPY:
-            raise SourceError(f"{path}: not an npy file, or cut off at its begin; {how}")
+            raise SourceError(f"{path}: not a whole npy file (it does not begin like one); {how}")
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        with reading(path):
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
         what = "an array of Python objects" if "objects" in str(error) else f"not a whole npy file ({gist(error)})"
         raise SourceError(f"{path}: {what}; {how}") from None
 
@@ -117,7 +118,7 @@ class Safetensors(_Sliced):
     @contextmanager
     def _reading(self) -> Iterator[Any]:
         try:
-            with safe_open(self.path, framework="pt") as file:
+            with reading(self.path), safe_open(self.path, framework="pt") as file:
                 yield file
         except SafetensorError as error:
             raise SourceError(f"{self.path}: not a whole safetensors file ({gist(error)}); write it again") from None
@@ -195,14 +196,16 @@ _HOW_TO_SAVE = 'save a tensor, torch.save(x, path), or tensors by name, torch.sa
 
 
 def _load(path: Path) -> Any:
-    is_zip = zipfile.is_zipfile(path)
+    with reading(path), path.open("rb") as file:
+        is_zip = zipfile.is_zipfile(file)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with reading(path):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError:
         if not is_zip and not _is_pickle(path):
             raise SourceError(f"{path}: not a whole file of torch.save; write it again") from None
         raise SourceError(f"{path}: needs pickle, which can run any code, so it is not opened; {_HOW_TO_SAVE}") from None
-    except (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError) as error:  # of a parser of any bytes
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:  # of a parser of any bytes
         raise SourceError(f"{path}: not a whole file of torch.save ({gist(error)}); write it again") from None
 
 

@@ -118,8 +118,8 @@ def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
         # buffered reads: by default whole row groups are held, and one may be the whole file
         with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
             yield file
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{path}: cannot be read as Parquet ({gist(error)}); write it again") from None
+    except (pa.ArrowException, OSError) as error:  # Arrow says of damage what a disk says, too
+        raise SourceError(f"{path}: cannot be read as Parquet ({gist(error)}); mend it, or write it again") from None
 
 
 def _is_vector(type_: pa.DataType) -> bool:

