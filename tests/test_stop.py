@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +23,20 @@ from mlflow import MlflowClient
 from waiting import HANG_SECONDS, alive
 
 from flows.checkout import end
-from ommatid.stage import STAGES, open_stage
+from ommatid.config import load_params
+from ommatid.events import ignore
+from ommatid.stage import STAGES, open_stage, run_stage
 
-N_KILLS = 5
+N_KILLS = 3
 COMMAND = [sys.executable, "-m", "ommatid.cli"]
 OFTEN = """
 import sys
-from ommatid import cli
+from ommatid import cli, terminal
 from ommatid.sae import trainer
-trainer.CHECKPOINT_SECONDS = 0.0
+trainer.CHECKPOINT_SECONDS = terminal.SECONDS = 0.0
 cli.main()
 """
-"""`ommatid`, but with a checkpoint at every measurement: a training of seconds would have none."""
+"""`ommatid`, but with a checkpoint at every measurement, for a training of seconds would have none, and with a line for every event."""
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +45,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("planted")
     np.save(root / "x.npy", draw_activations())
     values = make_test_params(
-        train={"d_sae": 128, "k": 4, "epochs": 40, "batch_size": 256, "lr": 1e-3, "max_dead": 1.0, "runs": [{}, {"variant": "topk"}]}
+        train={"d_sae": 128, "k": 4, "epochs": 20, "batch_size": 256, "lr": 1e-3, "max_dead": 1.0, "runs": [{}, {"variant": "topk"}]}
     ).model_dump(mode="json")
     values["extract"] = {"source": "files", "path": str(root / "x.npy"), "name": "planted", "model": "drawn"}
     (root / "params.yaml").write_text(yaml.safe_dump(values))
-    run(root, "extract")
+    with chdir(root):
+        run_stage("extract", load_params(), ignore)
     shutil.copytree(root, root / "whole")
     run(root / "whole", "train")
     return root
@@ -128,11 +131,13 @@ def test_training_killed_again_and_again_ends_with_the_same_bytes(prepared: Path
     chance, checkpoints = random.Random(0), 0
     for _ in range(N_KILLS):
         process = begin(folder, sys.executable, "-c", OFTEN)
-        time.sleep(chance.uniform(0, 1.5))
+        assert process.stdout
+        for _ in range(chance.randint(20, 200)):  # by what it has done and not by time: a busy machine is slow
+            process.stdout.readline()
         process.kill()
         process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == -signal.SIGKILL
         checkpoints += any((folder / "data/.work").glob("sae-*/scratch/checkpoint.safetensors"))
-    assert checkpoints  # the last kills may come when training is done, and its gate is not
+    assert checkpoints
     run(folder, "train")
     assert digest(folder) == digest(prepared / "whole")

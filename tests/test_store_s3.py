@@ -297,7 +297,7 @@ def test_large_objects(s3: str) -> None:
     """They arrive in pieces, and the store copies them whole."""
     with open_draft(f"{s3}/images", "images", {}, {}) as draft:
         with draft.write_file("one.bin") as path, path.open("wb") as file:
-            for i in range(160):
+            for i in range(101):  # s3fs sends a file in pieces from 100 MiB on
                 file.write(bytes([i]) * 2**20)
         draft.share("one.bin", "two.bin")
         draft.seal({})
