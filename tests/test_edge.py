@@ -70,7 +70,7 @@ def test_sigterm_ends_a_process_in_order(tmp_path: Path) -> None:
         with tempfile.TemporaryDirectory(dir=sys.argv[1]):
             print("ready", flush=True)
             try:
-                time.sleep(60)
+                time.sleep(3600)
             except Exception:
                 pass
     """
