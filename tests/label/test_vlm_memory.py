@@ -80,7 +80,11 @@ def test_whatever_changes_what_is_shown_or_who_is_asked_is_asked_again_and_nothi
 
 
 def test_threads_share_a_labeller_and_its_budget_exactly(tmp_path: Path) -> None:
-    with chatting(lambda asked, n: replace(names("horse"), seconds=0.02)) as server:
+    def with_company(asked: Asked, n_before: int) -> Reply:
+        wait_for(lambda: server.n_at_once > 1, "another thread")
+        return replace(names("horse"), seconds=0.02)
+
+    with chatting(with_company) as server:
         vlm = make(server.url, tmp_path / "a", max_requests=17)
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda i: vlm.answer(make_case(i)), range(30)))
