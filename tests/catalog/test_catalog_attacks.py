@@ -19,6 +19,7 @@ from uuid import UUID
 import catalog_attacks as attacks
 import duckdb
 import pytest
+from waiting import HANG_SECONDS, wait_for
 
 from ommatid.catalog import Catalog
 from ommatid.catalog import child as child_module
@@ -29,8 +30,6 @@ from ommatid.errors import QueryError
 SECRET = "c4n4ry"
 MEMORY_MB = 256
 TIMEOUT = 0.2
-HANG = 60.0
-"""Seconds: only what hangs takes as long; a busy machine may start a process in several."""
 
 
 @dataclass
@@ -64,7 +63,7 @@ class World:
         except QueryError as error:
             return error
         finally:
-            assert time.monotonic() - began < HANG, sql[:200]
+            assert time.monotonic() - began < HANG_SECONDS, sql[:200]
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +142,7 @@ def test_every_table_function_is_known_to_only_read_or_is_refused() -> None:
 
 def test_a_crash_is_an_error_and_the_next_statement_is_answered(catalog: Catalog) -> None:
     with pytest.raises(QueryError, match=r"the process that ran it died \(SIG\w+\): DuckDB cannot run this statement, or not within"):
-        catalog.rows("SELECT json_structure(" + attacks.nested(100_000) + ")", timeout=HANG)
+        catalog.rows("SELECT json_structure(" + attacks.nested(100_000) + ")", timeout=HANG_SECONDS)
     assert catalog.rows("SELECT 1") == [(1,)]
 
 
@@ -153,15 +152,20 @@ def test_a_crash_is_an_error_and_the_next_statement_is_answered(catalog: Catalog
 def test_memory_ends_where_the_limit_says_and_the_next_statement_is_answered(file: Path, sql: str) -> None:
     with Catalog(file, memory_mb=100) as catalog:
         with pytest.raises(QueryError, match=r"(needs more than|not within) 100MB of memory"):
-            catalog.rows(sql, timeout=HANG)
+            catalog.rows(sql, timeout=HANG_SECONDS)
         assert catalog.rows("SELECT 1") == [(1,)]
 
 
 def test_a_process_that_holds_on_to_memory_is_replaced(file: Path) -> None:
     with Catalog(file, memory_mb=200) as catalog:
         (first,) = {child.pid for child in catalog._idle}
-        catalog.rows("SELECT count(DISTINCT range) FROM range(2000000)", timeout=HANG)
-        assert first not in {child.pid for child in catalog._idle}
+
+        def is_replaced() -> bool:
+            """DuckDB gives memory back by a clock of its own: on a busy machine sometimes before it is looked at."""
+            catalog.rows("SELECT count(DISTINCT range) FROM range(2000000)", timeout=HANG_SECONDS)
+            return first not in {child.pid for child in catalog._idle}
+
+        wait_for(is_replaced, "another process")
         assert catalog.rows("SELECT 1") == [(1,)]
 
 
@@ -199,14 +203,14 @@ def test_the_process_ends_with_the_one_that_asks(file: Path, sql: str) -> None:
     script = (
         "import os, sys, threading, time\nfrom pathlib import Path\nfrom ommatid.catalog import Catalog\n"
         f"catalog = Catalog(Path({str(file)!r}))\n(child,) = catalog._idle\nprint(child.pid, flush=True)\n"
-        f"threading.Thread(target=catalog.rows, args=({sql!r},), daemon=True).start()\ntime.sleep(60)"
+        f"threading.Thread(target=catalog.rows, args=({sql!r},), daemon=True).start()\ntime.sleep(3600)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout
         child = int(parent.stdout.readline())
         time.sleep(0.3)
         parent.kill()
-    until = time.monotonic() + HANG
+    until = time.monotonic() + HANG_SECONDS
     while Path(f"/proc/{child}").exists() and "zombie" not in Path(f"/proc/{child}/status").read_text() and time.monotonic() < until:
         time.sleep(0.02)
     assert time.monotonic() < until
@@ -231,7 +235,7 @@ def test_where_the_kernel_has_no_limit_a_thread_ends_the_process(file: Path, mon
     monkeypatch.setattr(child_module, "WORKER", told)
     with Catalog(file, memory_mb=100) as catalog:
         with pytest.raises(QueryError, match=r"not within 100MB of memory"):
-            catalog.rows("SELECT len(repeat('x', 400000000)) + len(repeat('y', 400000000)), sleep_ms(2000)", timeout=HANG)
+            catalog.rows("SELECT len(repeat('x', 400000000)) + len(repeat('y', 400000000)), sleep_ms(2000)", timeout=HANG_SECONDS)
         assert catalog.rows("SELECT 1") == [(1,)]
 
 
@@ -240,20 +244,20 @@ def test_where_the_kernel_has_no_limit_a_thread_ends_the_process(file: Path, mon
 
 def test_threads_ask_at_a_time_and_each_gets_its_own_answer(file: Path) -> None:
     with Catalog(file, at_once=2) as catalog, ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda i: catalog.rows("SELECT ?, count(*) FROM features", [i], timeout=HANG), range(100)))
+        found = list(pool.map(lambda i: catalog.rows("SELECT ?, count(*) FROM features", [i], timeout=HANG_SECONDS), range(100)))
         assert found == [[(i, 4)] for i in range(100)]
         assert len(catalog._idle) <= 2
 
 
 def test_who_waits_too_long_for_a_process_is_told(file: Path) -> None:
     with Catalog(file, at_once=1) as catalog, ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(catalog.rows, "SELECT sleep_ms(1500)", timeout=HANG)
+        slow = pool.submit(catalog.rows, "SELECT sleep_ms(3000)", timeout=HANG_SECONDS)
         while catalog._idle:
             time.sleep(0.01)
         with pytest.raises(QueryError, match=r"others were asking for 0\.2 s; try again, or raise --timeout"):
             catalog.rows("SELECT 1", timeout=0.2)
         assert len(slow.result()) == 1
-        assert catalog.rows("SELECT 1", timeout=HANG) == [(1,)]
+        assert catalog.rows("SELECT 1", timeout=HANG_SECONDS) == [(1,)]
 
 
 def test_a_closed_catalogue_says_so(file: Path) -> None:
@@ -267,5 +271,5 @@ def test_each_question_has_a_time_of_its_own(catalog: Catalog) -> None:
     began = time.monotonic()
     with pytest.raises(QueryError, match=r"stopped after 0\.3 s"):
         catalog.rows("SELECT sleep_ms(100000)", timeout=0.3)
-    assert 0.3 <= time.monotonic() - began < HANG
-    assert catalog.rows("SELECT sleep_ms(400)", timeout=HANG) == [(None,)]
+    assert 0.3 <= time.monotonic() - began < HANG_SECONDS
+    assert catalog.rows("SELECT sleep_ms(400)", timeout=HANG_SECONDS) == [(None,)]

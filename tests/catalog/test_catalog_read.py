@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import HANG_SECONDS
 
 from ommatid.catalog import Catalog
 from ommatid.errors import QueryError
@@ -114,13 +115,13 @@ def test_an_endless_query_is_stopped_and_the_next_is_answered(catalog: Catalog) 
     began = time.monotonic()
     with pytest.raises(QueryError, match=r"stopped after 0\.3 s; make the query narrower, or raise --timeout"):
         catalog.rows(ENDLESS, timeout=0.3)
-    assert time.monotonic() - began < 10
-    assert catalog.rows("SELECT 1", timeout=30) == [(1,)]
+    assert time.monotonic() - began < HANG_SECONDS
+    assert catalog.rows("SELECT 1", timeout=HANG_SECONDS) == [(1,)]
 
 
 def test_a_timer_does_not_outlive_its_query(catalog: Catalog) -> None:
-    assert catalog.rows("SELECT 1", timeout=0.2) == [(1,)]
-    assert catalog.rows("SELECT count(*) FROM range(30000000) WHERE range % 7 = 3", timeout=60) == [(4285714,)]
+    assert catalog.rows("SELECT 1", timeout=2.0) == [(1,)]
+    assert catalog.rows("SELECT sleep_ms(2200)", timeout=HANG_SECONDS) == [(None,)]
 
 
 def test_wrong_sql_is_explained(catalog: Catalog) -> None:
