@@ -1,6 +1,7 @@
 """Proves every metric against its definition written as slow loops, scikit-learn, or a resampling experiment."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -178,6 +179,19 @@ def test_detection_scores_equal_scikit_learn(positive: list[int], negative: list
     best = balanced_accuracy(pos, neg, threshold)
     assert best == pytest.approx(balanced_accuracy_score(truth, scores > threshold))
     assert best >= max(balanced_accuracy_score(truth, scores > cut) for cut in np.arange(-0.5, 9)) - 1e-9
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=30), st.lists(st.integers(0, 8), min_size=1, max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_of_equally_good_thresholds_the_lowest_is_taken(positive: list[int], negative: list[int]) -> None:
+    values = sorted({*positive, *negative})
+
+    def accuracy(cut: int) -> Fraction:
+        return Fraction(sum(x > cut for x in positive), len(positive)) + Fraction(sum(x <= cut for x in negative), len(negative))
+
+    lowest = max(values, key=accuracy)  # of equals max takes the first
+    after = values[values.index(lowest) + 1 :][:1] or [lowest]
+    assert best_threshold(torch.tensor(positive).double(), torch.tensor(negative).double()) == (lowest + after[0]) / 2
 
 
 @pytest.mark.parametrize("n_values", [2, 5, 1000])

@@ -8,6 +8,7 @@ import pyarrow as pa
 from safetensors import safe_open
 
 from ommatid import schemas
+from ommatid.largest import largest
 
 WEIGHTS = "sae.safetensors"
 """Written by `ommatid.sae.model`, which cannot be imported here: it needs torch."""
@@ -37,20 +38,12 @@ def _nearest(tile_at: Callable[[int], np.ndarray], start: int, d_sae: int, n: in
         tile = queries @ tile_at(at).T
         if at == start:
             np.fill_diagonal(tile, -np.inf)
-        found = _top(tile, n)
+        found = largest(tile, n)
         others = np.concatenate([others, found.astype(np.int32) + at], axis=1)
         cosines = np.concatenate([cosines, np.take_along_axis(tile, found, axis=1)], axis=1)
-        keep = _top(cosines, n)
+        keep = largest(cosines, n)
         others, cosines = np.take_along_axis(others, keep, axis=1), np.take_along_axis(cosines, keep, axis=1)
     return others, cosines
-
-
-def _top(values: np.ndarray, n: int) -> np.ndarray:
-    """Columns of each row's n largest values, largest first, the lower column first where they are equal."""
-    n = min(n, values.shape[1])
-    part = np.sort(np.argpartition(-values, n - 1, axis=1)[:, :n], axis=1)
-    order = np.argsort(-np.take_along_axis(values, part, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(part, order, axis=1)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ommatid import schemas
+from ommatid.largest import largest
 from ommatid.metrics import CoFiring, Firing, density_histogram, unit
 from ommatid.store import read_part
 
@@ -99,8 +100,7 @@ def _partners(name: str, latents: Tensor, counted: CoFiring, rows: slice, n_imag
     lift, jaccard, both = counted.lift(rows, n_images), counted.jaccard(rows), counted.counts[rows]
     lift[(both < MIN_BOTH) | (lift.nan_to_num() <= 1)] = 0
     lift[torch.arange(len(latents)), latents] = 0
-    others = lift.topk(min(N_PARTNERS, lift.shape[1]), dim=1).indices.sort(dim=1).values
-    others = others.gather(1, lift.gather(1, others).sort(dim=1, descending=True, stable=True).indices)
+    others = torch.from_numpy(largest(lift.numpy(), N_PARTNERS))
     row, place = (lift.gather(1, others) > 0).nonzero(as_tuple=True)
     other = others[row, place]
     columns = {

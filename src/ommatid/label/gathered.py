@@ -10,6 +10,7 @@ from torch import Tensor
 from ommatid.config import LabelParams
 from ommatid.halves import Fired, Halves
 from ommatid.label.examples import MAX_FIRING, N_HARD_LATENTS
+from ommatid.largest import largest
 from ommatid.metrics import unit
 from ommatid.sae.model import SAE
 from ommatid.store import Artefact
@@ -53,8 +54,12 @@ class Gathered:
 
 
 def nearest_latents(sae: Artefact, block: int = 1024) -> np.ndarray:
-    """The latents with the nearest directions, (d_sae, N_HARD_LATENTS), without itself."""
+    """The latents with the nearest directions, nearest first, the lower latent first of equals, (d_sae, N_HARD_LATENTS), without itself."""
     directions = unit(SAE.load(sae.path).W_dec).float()
-    n = min(N_HARD_LATENTS + 1, len(directions))
-    nearest = torch.cat([(rows @ directions.T).topk(n, dim=1).indices for rows in directions.split(block)])
-    return nearest[:, 1:].numpy()
+    n = min(N_HARD_LATENTS, len(directions) - 1)
+    nearest = []
+    for start in range(0, len(directions), block):
+        cosines = (directions[start : start + block] @ directions.T).numpy()
+        np.fill_diagonal(cosines[:, start:], -np.inf)
+        nearest.append(largest(cosines, n))
+    return np.concatenate(nearest)

@@ -12,14 +12,17 @@ def balanced_accuracy(positive: Tensor, negative: Tensor, threshold: float) -> f
 
 
 def best_threshold(positive: Tensor, negative: Tensor) -> float:
-    """The threshold between observed scores with the highest balanced accuracy, the middle of the gap it falls into."""
+    """The threshold between observed scores with the highest balanced accuracy, the middle of the gap it falls into.
+
+    Of thresholds that are equally good the lowest: accuracies are compared as integers, so that rounding decides nothing.
+    """
     scores, order = torch.sort(torch.cat([positive, negative]).double())
-    is_positive = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))])[order].double()
+    is_positive = (order < len(positive)).long()
     # cutting after position i: positives above, negatives at or below; after the last, everything is at or below
-    above = 1 - is_positive.cumsum(0) / len(positive)
-    below = (1 - is_positive).cumsum(0) / len(negative)
+    above = len(positive) - is_positive.cumsum(0)
+    below = (1 - is_positive).cumsum(0)
     can_cut = torch.cat([scores[1:] > scores[:-1], torch.tensor([True])])
-    best = int(torch.where(can_cut, above + below, -1.0).argmax())
+    best = int(torch.where(can_cut, above * len(negative) + below * len(positive), -1).argmax())
     return float(scores[best : best + 2].mean())
 
 
