@@ -21,7 +21,7 @@ def test_checkouts_params_are_valid_and_cover_every_stage() -> None:
     [
         ("train.kk=3", "train.kk: unknown key; did you mean k?"),
         ("trian.k=3", "trian: unknown key; did you mean train?"),
-        ("train.k=9999", "train: k is 9999, larger than d_sae 2560"),
+        ("train.k=9999", "train: k is 9999, larger than d_sae 1280"),
         ("train.k=0", "train.k: got 0; input should be greater than or equal to 1"),
         ("train.lr=abc", "train.lr: got 'abc'; input should be a valid number"),
         ("train.lr=.nan", "train.lr"),

@@ -85,6 +85,7 @@ CONFIG = SAEConfig("batch_topk", D_MODEL, 64, K, "blocks.0", "planted")
 
 VARIANTS: dict[str, dict[str, object]] = {
     "batch_topk": {},
+    "aligned": {"variant": {"kind": "batch_topk", "aligned": True}},
     "topk": {},
     "matryoshka": {"variant": {"kind": "matryoshka", "prefixes": [0.75, 1]}, "d_sae": 96},
     "relu": {"epochs": 100},
@@ -160,6 +161,15 @@ def test_directions_stay_unit_and_encoder_is_no_view() -> None:
     assert learner.weights.W_enc.data_ptr() != learner.weights.W_dec.data_ptr()
     go_on([learner], x)
     torch.testing.assert_close(finish(learner).W_dec.norm(dim=1), torch.ones(64))
+
+
+@pytest.mark.parametrize("kind", ["batch_topk", "topk", "matryoshka"])
+def test_aligned_encoders_are_nearer_to_their_directions(kind: str) -> None:
+    x = make_planted(2048, noise=0.5).x
+    learners = [begin(make_params(variant={"kind": kind, "aligned": aligned}, epochs=20), x) for aligned in (True, False)]
+    go_on(learners, x)
+    aligned, free = (float(torch.cosine_similarity(one.weights.W_enc, one.weights.W_dec).mean()) for one in learners)
+    assert 1 - aligned < 0.8 * (1 - free), (aligned, free)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -74,6 +74,11 @@ class TrainParams(Section):
         return saes
 
     @property
+    def is_aligned(self) -> bool:
+        """Whether encoders are kept near their directions; not in a transcoder, where they are of two spaces."""
+        return isinstance(self.variant, TopK | BatchTopK | Matryoshka) and self.variant.aligned and self.target is None
+
+    @property
     def aims_at_k(self) -> bool:
         """Whether k latents are to fire a token; not where the weight of a penalty is given, whatever that leads to."""
         match self.variant:

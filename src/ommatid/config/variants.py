@@ -11,18 +11,24 @@ class TopK(Section):
     """Of every token the k largest latents fire (arXiv 2406.04093)."""
 
     kind: Literal["topk"]
+    aligned: bool = False
+    """Keep encoders near their directions (in the spirit of arXiv 2605.18629): fewer latents die, and they say more of unseen images."""
 
 
 class BatchTopK(Section):
     """Of every batch the k · batch largest latents fire; used with the average threshold of training (arXiv 2412.06410)."""
 
     kind: Literal["batch_topk"]
+    aligned: bool = False
+    """Keep encoders near their directions (in the spirit of arXiv 2605.18629): fewer latents die, and they say more of unseen images."""
 
 
 class Matryoshka(Section):
     """BatchTopK whose first latents must reconstruct by themselves, for several prefixes of the dictionary (arXiv 2503.17547)."""
 
     kind: Literal["matryoshka"]
+    aligned: bool = False
+    """Keep encoders near their directions (in the spirit of arXiv 2605.18629): fewer latents die, and they say more of unseen images."""
     prefixes: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
     """Each as a share of d_sae, rising to 1."""
     random: bool = False

@@ -18,10 +18,12 @@ from ommatid.sae.optimiser import Optimiser
 from ommatid.sae.schedule import Plan, make_plan
 from ommatid.sae.step import Batch, Step
 from ommatid.sae.variants import Guides, Settings, Variant, make_variant
-from ommatid.sae.weights import Weights
+from ommatid.sae.weights import Weights, align
 
 PROGRESS = 0.001
 """FVU must fall by this share to count as progress."""
+ALIGNMENT = 0.01
+"""Share of an encoder across its direction that is taken away each step at the peak learning rate: a decoupled decay, as AdamW's."""
 CURVE_COLUMNS = ("step", "loss", "fvu", "l0", "dead", "lr", "grad_norm")
 """Columns of `Learner.curves`."""
 
@@ -123,6 +125,8 @@ class Learner:
                 f"train: {self.name}: the loss is {loss} and the gradient's length {norm} at step {self.guides.step}; the last checkpoint "
                 f"is kept; lower train.lr (now {self.plan.lr:.2g}), or look for activations that are far larger than the others"
             )
+        if self.params.is_aligned:
+            align(self.weights, ALIGNMENT * lr / self.plan.lr)
         self.variant.updated(self.weights)
         self._count(step, scaled)
         self._window.add(scaled.target, step.x_hat, step.n_firings)

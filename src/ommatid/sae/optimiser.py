@@ -4,12 +4,10 @@ import torch
 from torch import Tensor
 
 from ommatid.sae import ranks
-from ommatid.sae.weights import Weights
+from ommatid.sae.weights import ROWS_PER_CHUNK, Weights
 
 MAX_NORM = 1.0
 """Of all gradients together."""
-ROWS_PER_CHUNK = 1024
-"""Of a matrix, read while it is in the cache."""
 
 
 class Optimiser:

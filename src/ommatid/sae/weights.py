@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+ROWS_PER_CHUNK = 1024
+"""Of a matrix, read while it is in the cache."""
+
 
 @dataclass
 class Weights:
@@ -58,3 +61,10 @@ def grad_of(tensor: Tensor) -> Tensor:
     if tensor.grad is None:
         tensor.grad = torch.zeros_like(tensor)
     return tensor.grad
+
+
+def align(weights: Weights, share: float) -> None:
+    """Take a share of what is across its direction from each row of W_enc; directions are of unit norm."""
+    for of_encoder, of_decoder in zip(weights.W_enc.split(ROWS_PER_CHUNK), weights.W_dec.split(ROWS_PER_CHUNK), strict=True):
+        along = torch.linalg.vecdot(of_encoder, of_decoder)[:, None]
+        of_encoder.mul_(1 - share).addcmul_(along, of_decoder, value=share)
