@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,12 @@ WEIGHTS = {"weights (*.safetensors or pytorch_model*.bin)": ("*.safetensors", "p
 PREPROCESSOR = {"preprocessor_config.json": ("preprocessor_config.json", "processor_config.json")}
 TOKENIZER = {"a tokenizer (tokenizer.json, or vocab.json and merges.txt)": ("tokenizer.json", "vocab.json")}
 Needs = Mapping[str, tuple[str, ...]]
+MAX_SIZE, MAX_LAYERS = 2**24, 1024
+"""The largest number in a config.json, and of layers, that is taken for one: what is larger only fills the memory."""
+MAX_REASON = 300
+"""Characters of another library's message that are passed on."""
+NUMBERS_PER_BYTE = 2
+"""Of weights, at most: some are stored in four bits."""
 _CODE = (
     "{what} asks for Python code that the folder brings (auto_map), and no code of a model's folder is ever run; use a model that "
     "transformers knows by itself, or load this one in a function of your own (extract.model: {{kind: module}})"
@@ -67,20 +74,23 @@ def locate(path: str, key: str, needs: Needs, instead: str | None = None) -> Pat
         raise ModelError(f"{key}: {path}: missing in this folder: {'; '.join(missing)}; save the whole model there with save_pretrained")
     if (folder / "config.json").is_file():
         with reading(path, key, "config.json"):
-            _refuse_code(json.loads((folder / "config.json").read_bytes()), path, key)
+            _check_config(json.loads((folder / "config.json").read_bytes()), path, key)
     return folder
 
 
-def _refuse_code(config: object, path: str, key: str) -> None:
+def _check_config(config: object, path: str, key: str) -> None:
     """Transformers asks before it runs the code of a whole model, but `trust_remote_code` does not reach all parts of a config."""
     if not isinstance(config, dict):
         raise ModelError(f"{key}: {path}: config.json holds a {type(config).__name__}; expected a JSON object")
-    waiting: list[Any] = list(config.values())
+    waiting: list[tuple[str, Any]] = list(config.items())
     while waiting:
-        value = waiting.pop()
-        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        name, value = waiting.pop()
+        waiting += value.items() if isinstance(value, dict) else ((name, each) for each in value) if isinstance(value, list) else ()
         if isinstance(value, dict) and "auto_map" in value:
             raise ModelError(f"{key}: {path}: {_CODE.format(what='a part of the model in config.json')}")
+        most = MAX_LAYERS if "layers" in name or "depth" in name else MAX_SIZE
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) > most and "theta" not in name:
+            raise ModelError(f"{key}: {path}: config.json says {name} {value}; no model has more than {most}")
     for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
         if "/" in str(config.get(name, "")):
             raise ModelError(
@@ -123,7 +133,7 @@ def _download(path: str, key: str, instead: str) -> Path:
 def reading(path: str, key: str, what: str) -> Iterator[None]:
     """Every error of transformers becomes ours: which it raises for a damaged or foreign folder differs by family and version."""
     try:
-        with quiet():
+        with quiet(), warnings.catch_warnings(action="ignore"):
             yield
     except ModelError:
         raise
@@ -137,7 +147,7 @@ def _why(what: str, error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
         return f"{what} holds objects beside tensors, and unpickling those would run code, so it is not opened; save it as safetensors"
     reason = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{what} cannot be read: {reason[0]}"
+    return f"{what} cannot be read: {reason[0][:MAX_REASON]}{'...' if len(reason[0]) > MAX_REASON else ''}"
 
 
 def load_config(folder: Path, path: str, key: str) -> Any:
@@ -167,6 +177,9 @@ def load_weights(cls: Any, folder: Path, path: str, key: str, optional: str = ""
         ModelError: damaged, of another model, of other shapes than config.json says, or incomplete.
     """
     with reading(path, key, "the model"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        n_bytes = sum(file.stat().st_size for pattern in WEIGHTS.values() for glob in pattern for file in folder.glob(glob))
+        refuse_larger(cls, config, n_bytes, path, key)
         model, info = cls.from_pretrained(
             folder,
             local_files_only=True,
@@ -186,6 +199,22 @@ def load_weights(cls: Any, folder: Path, path: str, key: str, optional: str = ""
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ModelError(f"{key}: {path}: the weights lack {', '.join(wrong[:3])}{more}; is the file whole, and of this model?")
     return model.eval().requires_grad_(False), missing
+
+
+def refuse_larger(cls: Any, config: Any, n_bytes: int, path: str, key: str) -> None:
+    """Weights of other shapes than the config says are drawn at random by transformers, however large, before it tells.
+
+    Raises:
+        ModelError: the model has more numbers than weights of so many bytes can hold.
+    """
+    with torch.device("meta"):
+        model = cls.from_config(config, trust_remote_code=False) if hasattr(cls, "from_config") else cls(config)
+    n = sum(weight.numel() for weight in model.parameters())
+    if n > NUMBERS_PER_BYTE * n_bytes + 2**24:
+        raise ModelError(
+            f"{key}: {path}: the model has {n} numbers by config.json, and the weights hold at most {NUMBERS_PER_BYTE * n_bytes}; are "
+            "config.json and the weights of the same model?"
+        )
 
 
 def load_tokenizer(folder: Path, path: str, key: str) -> Any:

@@ -81,7 +81,7 @@ class TransformersVisionJudge:
         try:
             embedding = self.embed(pixels)
         except Exception as error:  # the model's code, which says in as many ways as there are models that it takes something else
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = str(error).strip().partition("\n")[0][: hub.MAX_REASON] or type(error).__name__
             raise ModelError(f"{KEY}: {path}: gives no embedding for an image ({reason}); set it to a vision model") from error
         finally:
             for handle in handles:

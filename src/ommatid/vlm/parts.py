@@ -50,7 +50,8 @@ def load_pretrained(cls: Any, config: Any, weights: Mapping[str, Tensor], part: 
     Raises:
         ModelError: weights are missing or do not fit the config.
     """
-    with hub.quiet():
+    with hub.reading(path, key, part):
+        hub.refuse_larger(cls, config, sum(weight.nbytes for weight in weights.values()), path, key)
         model, info = cls.from_pretrained(
             None, config=config, state_dict=dict(weights), output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32
         )

@@ -176,6 +176,8 @@ class JointTower(Tower, ABC):
         self._tokenizer = hub.load_tokenizer(opened.folder, opened.path, KEY)
         self._is_all = {name: site.is_all for name, site in sites.items()}
         self.logit_scale = float(opened.model.logit_scale.exp())
+        with torch.inference_mode(), hub.reading(opened.path, KEY, "what the text tower makes of texts"):
+            self._embed_texts(["a", "a dog"])
 
     @torch.inference_mode()
     def splice(self, pixels: Tensor, hookpoint: str, replacements: Sequence[Replacement]) -> tuple[Tensor, ...]:

@@ -1,0 +1,34 @@
+"""Proves that whatever one value of another library's JSON becomes, an import ends in an SAE or in one sentence."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from interop_saes import FIXTURES, SAID, TOLD, fixture
+from mutated import iter_mutated
+
+from ommatid.errors import OmmatidError
+from ommatid.sae.interop import import_sae
+
+CASES = [(name.name, file) for name in sorted(FIXTURES.iterdir()) if name.is_dir() for file in sorted(name.rglob("*.json"))]
+
+
+@pytest.mark.parametrize(("name", "file"), CASES, ids=[f"{name}-{file.name}" for name, file in CASES])
+def test_a_mutated_config_is_read_or_refused(tmp_path: Path, name: str, file: Path) -> None:
+    folder = Path(shutil.copytree(FIXTURES / name, tmp_path / name))
+    path = folder / fixture(name).relative_to(FIXTURES / name)
+    copy = folder / file.relative_to(FIXTURES / name)
+    told = replace(TOLD, values=SAID.get(name, {}))
+    refused = 0
+    for what, values in iter_mutated(json.loads(file.read_text(encoding="utf-8")), step=5):  # of 13: all come up over the keys
+        copy.write_text(json.dumps(values), encoding="utf-8")
+        try:
+            import_sae(path, told)
+        except OmmatidError as error:
+            refused += 1
+            assert "\n" not in str(error), what
+        except Exception as error:
+            raise AssertionError(f"{name}/{file.name} with {what}: {error!r}") from error
+    assert refused
