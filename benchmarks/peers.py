@@ -293,7 +293,7 @@ def over(make: Callable[[], Any], folder: Path, threshold: float | None = None) 
     sae(inputs())
     torch.save(sae.state_dict(), folder / "sae.pt")
     fresh = make()
-    fresh.load_state_dict(torch.load(folder / "sae.pt"))
+    fresh.load_state_dict(torch.load(folder / "sae.pt", weights_only=True))
     if threshold is not None:
         fresh.running_threshold = torch.tensor(threshold)
     return run_over(fresh)
@@ -336,7 +336,7 @@ def load_over(folder: Path) -> tuple[Tensor, Tensor]:
     sae = getattr(s, about["class"])(
         about["input_shape"], about["nb_concepts"], dictionary_params={"normalization": about["normalization"]}, **more
     )
-    sae.load_state_dict(torch.load(folder / "sae.pt"))
+    sae.load_state_dict(torch.load(folder / "sae.pt", weights_only=True))
     return run_over(sae)
 
 

@@ -135,6 +135,13 @@ class LooksAtTheLeft(nn.Module):
         return torch.cat([x[..., :20], torch.zeros_like(x[..., 20:])], dim=-1)
 
 
+class FailsLate(nn.Module):
+    """On more than two images, which is not seen when the shapes are."""
+
+    def forward(self, x):
+        return x if len(x) < 3 else x.reshape(-1, 7)
+
+
 class Overflows(nn.Module):
     def forward(self, x):
         return x * 1e38 * 1e38
@@ -158,6 +165,11 @@ def looks_at_the_middle():
 def looks_at_the_left():
     torch.manual_seed(0)
     return Changed(before=LooksAtTheLeft())
+
+
+def fails_late():
+    torch.manual_seed(0)
+    return Changed(before=FailsLate())
 
 
 def overflows():
@@ -220,6 +232,11 @@ def test_passes_the_look_at_load(factory: str) -> None:
     vision = load(factory)
     names = [name for name in vision.hookpoints if name != "weights"]
     check_model(vision, names, "extract.model", torch.float32)
+
+
+def test_a_module_that_fails_on_a_batch_is_refused() -> None:
+    with pytest.raises(ModelError, match=f"^extract.model: {NAME}:fails_late@.*: fails on a picture: RuntimeError: Expected 3D"):
+        check_model(load("fails_late"), ["body"], "extract.model", torch.float32)
 
 
 @pytest.mark.parametrize(

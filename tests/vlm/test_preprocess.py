@@ -1,5 +1,6 @@
 """Preprocessing equals transformers' own, its box says where the square lies in the image, and a manifest can carry it."""
 
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -11,14 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from tiny_families import FAMILIES, make_processor
+from transformers import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from ommatid.errors import ModelError
 from ommatid.vlm.precision import normalise
-from ommatid.vlm.preprocess import Preprocess
+from ommatid.vlm.preprocess import MAX_PIXELS, Preprocess
 from ommatid.vlm.processor import load_preprocess
 
 SQUARE = Preprocess((56,), (48, 48), "bicubic", mean=(127.0,) * 3, std=(128.0,) * 3)
@@ -37,27 +38,58 @@ def test_equals_transformers(size: tuple[int, int]) -> None:
     assert torch.equal(actual, torch.from_numpy(np.asarray(expected)))
 
 
-@pytest.mark.parametrize(
-    ("processor", "tolerance"),
-    [
-        (SiglipImageProcessorPil(size={"height": 48, "width": 64}), 0),
-        (ViTImageProcessorPil(size={"height": 48, "width": 48}), 0),
-        (DeiTImageProcessorPil(size={"height": 56, "width": 60}, crop_size={"height": 48, "width": 48}), 2),
-        (BitImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 48, "width": 48}), 2),  # DINOv2
-    ],
-    ids=["siglip", "vit", "deit", "dinov2"],
-)
-@pytest.mark.parametrize("size", [(32, 32), (100, 57), (57, 101), (640, 479)])
-def test_families_equal_their_processors(tmp_path: Path, processor: Any, tolerance: int, size: tuple[int, int]) -> None:
+ODD = list(itertools.product((17, 33, 57, 101, 223, 640), (19, 57, 100, 301, 479)))
+
+
+@pytest.mark.parametrize("processor", [FAMILIES[name][2:] for name in ("clip", "convnext", "poolformer")], ids=lambda case: case[0])
+def test_every_pixel_of_odd_shapes_is_the_processors(tmp_path: Path, processor: tuple[str, Any]) -> None:
+    own = make_processor(*processor)
+    own.save_pretrained(tmp_path)
+    preprocess = load_preprocess(tmp_path, "tiny", "key")
+    for size in ODD:
+        expected = own(noise(*size), return_tensors="np", do_normalize=False, do_rescale=False)["pixel_values"][0]
+        assert np.array_equal(preprocess(noise(*size)), expected.transpose(1, 2, 0)), size
+
+
+@pytest.mark.parametrize("family", ["beit", "deit", "dinov2", "efficientnet", "levit", "mobilevit", "pvt", "siglip", "vit"])
+def test_families_equal_their_processors(tmp_path: Path, family: str) -> None:
+    processor = make_processor(*FAMILIES[family][2:])
     processor.save_pretrained(tmp_path)
     preprocess = load_preprocess(tmp_path, "tiny", "key")
-    resized = processor(noise(*size), return_tensors="pt", do_normalize=False, do_rescale=False)["pixel_values"][0]
-    pixels = torch.from_numpy(preprocess(noise(*size)))
-    difference = (pixels.permute(2, 0, 1).float() - resized.float()).abs()
-    assert difference.max() <= tolerance and difference.mean() < 0.02, (difference.max(), difference.mean())
-    expected = processor(noise(*size), return_tensors="pt")["pixel_values"]
-    steps = (normalise(pixels[None], preprocess, "cpu") - expected).abs() * torch.tensor(preprocess.std)[:, None, None]
-    assert steps.max() <= tolerance + 1e-3
+    for size in ((32, 32), (100, 57), (57, 101), (640, 479)):
+        expected = torch.from_numpy(np.asarray(processor(noise(*size), return_tensors="np")["pixel_values"], np.float32))
+        actual = normalise(torch.from_numpy(preprocess(noise(*size)))[None], preprocess, "cpu")
+        levels = (actual - expected).abs() * torch.tensor(preprocess.std)[:, None, None]
+        assert levels.max() < 1e-3, (family, size)
+
+
+@pytest.mark.parametrize(
+    ("processor", "settings"),
+    [
+        ("ConvNext", {"size": {"shortest_edge": 384}}),
+        ("ConvNext", {"size": {"shortest_edge": 48}, "crop_pct": 0.95}),
+        ("EfficientNet", {"size": {"height": 48, "width": 48}, "include_top": False}),
+        ("PoolFormer", {"size": {"height": 48, "width": 40}, "crop_size": {"height": 32, "width": 32}}),
+        ("ViT", {"size": {"height": 48, "width": 48}, "do_rescale": False, "image_mean": 10.0, "image_std": 20.0}),
+        ("ViT", {"size": {"height": 48, "width": 48}, "do_normalize": False}),
+        ("ViT", {"size": {"height": 48, "width": 48}, "resample": 0}),
+    ],
+)
+def test_what_a_setting_means_is_the_processors(tmp_path: Path, processor: str, settings: dict[str, Any]) -> None:
+    make_processor(processor, settings).save_pretrained(tmp_path)
+    load_preprocess(tmp_path, "tiny", "key")  # it compares
+
+
+def test_a_processor_that_does_something_else_is_refused(tmp_path: Path) -> None:
+    class Sharpening(ViTImageProcessorPil):
+        def resize(self, image: np.ndarray, *args: Any, **kwargs: Any) -> np.ndarray:
+            return np.clip(super().resize(image, *args, **kwargs).astype(np.int64) + 2, 0, 255).astype(np.uint8)
+
+    make_processor("ViT", {"size": {"height": 48, "width": 48}}).save_pretrained(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AutoImageProcessor, "from_pretrained", lambda *args, **kwargs: Sharpening(size={"height": 48, "width": 48}))
+        with pytest.raises(ModelError, match=r"tiny: its image processor \(Sharpening\) does more .* up to 2 levels of 255"):
+            load_preprocess(tmp_path, "tiny", "key")
 
 
 @pytest.mark.parametrize("size", [(32, 32), (100, 57), (57, 101), (640, 479)])
@@ -93,6 +125,16 @@ def test_box_lies_inside_the_image(width: int, height: int) -> None:
     left, top, right, bottom = SQUARE.box(width, height)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
+
+
+def test_of_a_panorama_the_box_is_resampled() -> None:
+    image = noise(30_000, 20)
+    width, height = 84_000, 56  # resized whole
+    assert width * height > MAX_PIXELS
+    left = (width - 48) // 2
+    whole = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC).crop((left, 4, left + 48, 52))).astype(int)
+    difference = np.abs(SQUARE(image) - whole)
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-2
 
 
 def test_a_panorama_stays_small() -> None:

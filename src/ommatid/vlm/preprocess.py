@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
-MAX_RATIO = 16
-"""Resized images of more than this many times the pixels of the crop, as of panoramas, are never made whole."""
+MAX_PIXELS, MAX_RATIO = 2**22, 16
+"""A resized image of more pixels, which are also more than so many times those of the crop, is never made whole: a long panorama."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Preprocess:
     def __call__(self, image: Image.Image) -> np.ndarray:
         """An RGB image to uint8 (height, width, 3): Pillow's resize, then the crop, as transformers' image processors do.
 
-        Of panoramas (see `MAX_RATIO`) only the box that the crop keeps is resampled. That gives the same pixels but for rounding, which
-        differs by one level of 255 in fewer than one value in a thousand, and never makes a huge image of one that is 20,000 x 10.
+        Of long panoramas (see `MAX_PIXELS`) only the box that the crop keeps is resampled. That gives the same pixels but for rounding,
+        which differs by one level of 255 in fewer than one value in a hundred, and never makes a huge image of one of 20,000 x 10.
         """
         height, width = self.crop
         rows, cols = self._resized(*image.size)
         filter_ = Image.Resampling[self.interpolation.upper()]
         image = image if image.mode == "RGB" else image.convert("RGB")
-        if rows * cols > MAX_RATIO * height * width:
+        if rows * cols > max(MAX_PIXELS, MAX_RATIO * height * width):
             small = image.resize((width, height), filter_, box=self.box(*image.size))
         else:
             top, left = (rows - height) // 2, (cols - width) // 2

@@ -3,7 +3,8 @@
 That preprocessing is the model's own is asked where it is read: see `processor`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -71,13 +72,26 @@ def check(run: Run, preprocess: Preprocess, where: str, dtype: torch.dtype) -> N
             picture changes nothing.
     """
     pixels = _pictures(preprocess)
-    alone, batch = run(pixels[:1]), run(pixels)
+    with _running(f"{where}: fails on a picture"):
+        alone, batch = run(pixels[:1]), run(pixels)
     for name, vectors in batch.items():
         what = f"{where}: {name}"
         if not (vectors.isfinite().all() and alone[name].isfinite().all()):
             raise ModelError(f"{what}: NaN or infinity for a plain picture; set extract.dtype to float32, or use another model")
         _compare(lambda name=name: run(pixels[:1])[name], alone[name], vectors[:1], what, dtype)
         _check_sight(vectors, preprocess.crop, what)
+
+
+@contextmanager
+def _running(what: str) -> Iterator[None]:
+    """Every error of a model's code becomes ours."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # the model's code: whatever it raises
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"{what}: {type(error).__name__}: {reason}; is its configuration that of its weights?") from error
 
 
 def _pictures(preprocess: Preprocess) -> Tensor:
@@ -126,7 +140,8 @@ def _check_sight(vectors: Tensor, shape: tuple[int, int], where: str) -> None:
 
 
 def _check_texts(embed: Callable[[Sequence[str]], Tensor], where: str, dtype: torch.dtype) -> None:
-    first, both = embed(TEXTS[:1])[:, None], embed(TEXTS)[:, None]
+    with _running(f"{where}: fails on a text"):
+        first, both = embed(TEXTS[:1])[:, None], embed(TEXTS)[:, None]
     if not both.isfinite().all():
         raise ModelError(f"{where}: the embedding of a text has NaN or infinity; use another model, or another extract.namer")
     _compare(lambda: embed(TEXTS[:1])[:, None], first, both[:1], f"{where}: the embedding of a text", dtype)
