@@ -84,7 +84,7 @@ class CsvFile:
         if len(self.others) == len(self.columns):
             meant = [f"; {_meant(name, self._known)}" for name in self.columns if _meant(name, self._known)]
             raise ValueError(f"line 1 names none of the columns {', '.join(self._known)}; {needs}{''.join(meant[:1])}")
-        listed = f"line 1 has the columns {', '.join(self.columns)}"
+        listed = f"line 1 has the columns {', '.join(name if name.isprintable() else repr(name) for name in self.columns)}"
         if len(set(self.columns)) < len(self.columns):
             raise ValueError(f"{listed}; {needs}, each once")
         if set(self._needed) - set(self.columns):

@@ -100,14 +100,14 @@ def _checksums(listing: Listing) -> list[str]:
         return [f"{file.size} {file.stamp}" for file in listing.files]  # the store's own checksum
     memory = cache_folder() / "checksums" / f"{hashlib.sha256(listing.place.encode()).hexdigest()[:32]}.json"
     known = _load(memory)
-    missing = [file for file in listing.files if not file.stamp or known.get(file.name, ("", ""))[0] != _facts(file)]
+    missing = [file for file in listing.files if not file.stamp or known.get(file.inside, ("", ""))[0] != _facts(file)]
     with ThreadPoolExecutor(_N_READERS) as pool:
-        read = dict(zip((file.name for file in missing), pool.map(_checksum, missing), strict=True))
-    found = [read[file.name] if file.name in read else known[file.name][1] for file in listing.files]
+        read = dict(zip((file.inside for file in missing), pool.map(_checksum, missing), strict=True))
+    found = [read[file.inside] if file.inside in read else known[file.inside][1] for file in listing.files]
     if missing or len(known) != len(found):
         now = time.time_ns()
         settled = {
-            file.name: (_facts(file), checksum)
+            file.inside: (_facts(file), checksum)
             for file, checksum in zip(listing.files, found, strict=True)
             if file.stamp and now - max(map(int, file.stamp.split())) > SETTLED_NS
         }

@@ -183,11 +183,12 @@ def test_wide_pixels_take_the_smallest_usual_range_that_holds_them(values, expec
     assert rgb(encode(values[None], "TIFF"))[0, :, 0].tolist() == expected
 
 
-def tiff(values: np.ndarray, order: str = "<", **tags: int | float) -> bytes:
+def tiff(values: np.ndarray, order: str = "<", **tags: Any) -> bytes:
     """A plain TIFF of one channel, tag by tag: PIL writes only some of what it reads."""
     height, width = values.shape
     data = values.astype(values.dtype.newbyteorder(order)).tobytes()
     bits, kind = 8 * values.dtype.itemsize, {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    nodata = tags.pop("nodata", None)
     known = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(data), 339: kind}
     names = {"width": 256, "bits": 258, "photometric": 262, "s_min": 340, "s_max": 341}
     known |= {names[name]: value for name, value in tags.items()}
@@ -195,6 +196,7 @@ def tiff(values: np.ndarray, order: str = "<", **tags: int | float) -> bytes:
         struct.pack(f"{order}HHI{'f' if isinstance(value, float) else 'I'}", number, 11 if isinstance(value, float) else 4, 1, value)
         for number, value in sorted(known.items())
     ]
+    entries += [struct.pack(f"{order}HHI4s", 42113, 2, 4, nodata)] if nodata else []
     head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8 + len(data))
     return head + data + struct.pack(f"{order}H", len(entries)) + b"".join(entries) + b"\0\0\0\0"
 
@@ -209,6 +211,9 @@ def tiff(values: np.ndarray, order: str = "<", **tags: int | float) -> bytes:
         (np.array([0, 1, np.inf, -np.inf, np.nan], np.float32), {}, [0, 255, 255, 0, 0]),
         (np.array([np.nan, np.nan], np.float32), {}, [0, 0]),
         (np.array([-3e38, 0, 3e38], np.float32), {}, [0, 128, 255]),
+        (np.array([np.finfo(np.float32).min, 0.5, 1], np.float32), {}, [0, 128, 255]),  # no value, as programs of maps write it
+        (np.array([-999, 0.5, 1], np.float32), {"nodata": b"-999"}, [0, 128, 255]),
+        (np.array([-999, 100, 16384], np.int16), {"nodata": b"-999"}, [0, 1, 128]),
         (np.array([0, 2, 4], np.float32), {"s_min": 0.0, "s_max": 4.0}, [0, 128, 255]),
         (np.array([0, 0.5, 1], np.float32), {"s_max": float("nan")}, [0, 128, 255]),
         (np.array([0, 0.5, 1], np.float32), {"photometric": 0}, [255, 127, 0]),

@@ -190,6 +190,16 @@ def test_rows_and_columns_that_are_not_used_are_counted(root, png):
     assert rows.endswith("captions.csv: 2 of 4 images named there are no file of the folder: 'C.png' (is 'c.png' meant?), 'gone.png'")
 
 
+def test_tables_of_other_programs_are_named(root, png):
+    for name in ("a.png", "Captions.csv", "metadata.jsonl", "b/captions.csv", "b/\x1b[2J.json"):
+        write(root / name, png(0))
+    (notice,) = Folder(root).notices
+    assert notice.endswith(
+        "4 files are not read, for only captions.csv at the top says something of images: "
+        "Captions.csv, 'b/\\x1b[2J.json', b/captions.csv and 1 more"
+    )
+
+
 def test_a_captions_file_that_links_to_something_else_is_not_shown(root, tmp_path, png):
     write(root / "a.png", png(0))
     (root / "captions.csv").symlink_to(write(tmp_path / "secret", b"the password is hunter2\nhunter3\n"))

@@ -49,6 +49,8 @@ def import_files(params: ExtractFiles, inputs: Mapping[str, Artefact], draft: Dr
     for notice in notices:
         on_event(Warned(notice))
     plan = FilePlan(files)
+    if not files[0].has_images and len(files[0].shape) == 2:
+        on_event(Warned(f"{params.path}: nothing says which image a row comes from: each of {plan.n_rows} counts as an image of its own"))
     _start_or_go_on(draft, params.name, files)
     _Import(params, files, plan, draft, on_event).make()
     shards = list(draft.iter_json([_receipt(shard) for shard in range(len(plan.shards))]))

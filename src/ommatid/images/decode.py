@@ -201,11 +201,12 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey of more bits a pixel, or of signed ones, as grey of 8, scaled: PIL's own conversion clips at 255."""
     values = _numbers(image)
-    finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+    none = _nothing(image, values)
+    finite = values if none is None else values[~none]
     smallest, largest = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     low, high = _range(image, smallest, largest)
     wide = np.float64 if high - low > _WIDE else np.float32
-    scaled = np.nan_to_num(values.astype(wide), posinf=high, neginf=low).clip(low, high)
+    scaled = np.nan_to_num(values.astype(wide)).clip(low, high)
     scaled -= low
     scaled *= 255 / (high - low)
     scaled += 0.5
@@ -215,6 +216,16 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if (transparent := image.info.get("transparency")) is not None:
         grey[values == transparent] = 255
     return Image.fromarray(grey)
+
+
+def _nothing(image: Image.Image, values: np.ndarray) -> np.ndarray | None:
+    """Where there is no value: not finite, the largest float of either sign, or what GDAL's tag says stands for none; None: nowhere."""
+    mask = ~(np.abs(values) < np.finfo(np.float32).max) if values.dtype.kind == "f" else None
+    try:
+        marker = float(getattr(image, "tag_v2", {}).get(_GDAL_NODATA, "").strip("\0 "))
+    except (ValueError, AttributeError):
+        return mask
+    return (values == marker) | (False if mask is None else mask)
 
 
 def _numbers(image: Image.Image) -> np.ndarray:
@@ -265,6 +276,7 @@ _WIDE = 1e30
 """Ranges too wide for float32."""
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _S_MIN, _S_MAX = 258, 262, 339, 340, 341
 """Tags of TIFF."""
+_GDAL_NODATA = 42113
 _WHITE_IS_ZERO = 0
 _UNSIGNED, _SIGNED = 1, 2
 _MAY_HAVE_SEVERAL = re.compile(rb"GIF8|RIFF|II|MM|....ftyp|\x89PNG.{0,4096}acTL", re.DOTALL)

@@ -9,7 +9,10 @@ from ommatid.errors import SourceError
 from ommatid.images.captions import CAPTIONS, Captions, Said, read_captions
 from ommatid.images.decode import MAX_BYTES
 from ommatid.images.source import Item
-from ommatid.listing import list_images
+from ommatid.listing import count_of, list_images, some_of
+
+_TABLES = (".csv", ".tsv", ".json", ".jsonl")
+"""Endings of files that say something of images in other programs' folders."""
 
 
 class Folder:
@@ -37,7 +40,7 @@ class Folder:
                 except OSError as error:
                     raise SourceError(f"{file}: {error.strerror}; mend or remove it") from None
         self._said = about.said
-        self.notices = about.notices
+        self.notices = [*about.notices, *_tables(str(root), [file.name for file in self._files])]
         self.total = len(self._files)
 
     def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
@@ -47,3 +50,13 @@ class Folder:
             said = self._said.get(file.name, Said())
             label = said.label or posixpath.dirname(file.name) or None
             yield Item(file.name, partial(file.read, MAX_BYTES + 1), label, said.captions, said.taxonomy)
+
+
+def _tables(root: str, names: Sequence[str]) -> list[str]:
+    """A sentence about files that may say something of the images and are not read, if any."""
+    found = [name for name in names if name.lower().endswith(_TABLES)]
+    return (
+        [f"{root}: {count_of(found, 'file')} not read, for only {CAPTIONS} at the top says something of images: {some_of(found)}"]
+        if found
+        else []
+    )
