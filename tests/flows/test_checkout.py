@@ -16,6 +16,7 @@ import yaml
 from fake_checkout import bytes_of, run
 from waiting import wait_for, wait_for_end
 
+from flows import checkout as checkout_module
 from flows.checkout import KEEP_SECONDS, Workplace, differences, name_experiment, open_workplace
 from ommatid.config import Params, load_params
 from ommatid.errors import RunError
@@ -256,3 +257,20 @@ def test_files_that_lists_in_the_params_name_are_reachable_too(checkout: Path) -
         opened(checkout, "label.labellers=[{kind: vocabulary, words: [../birds.txt]}]"),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        ("-9", "killed by SIGKILL: almost always the system, for want of memory"),
+        ("137", "killed by SIGKILL: almost always the system, for want of memory"),
+        ("-6", "killed by SIGABRT: a library gave up, most often for want of memory"),
+        ("-11", "killed by SIGSEGV: a library crashed"),
+        ("3", "failed to reproduce 'train': failed to run: ommatid train, exited with 3"),
+    ],
+)
+def test_a_stage_that_a_signal_ended_says_what_that_means(status: str, said: str) -> None:
+    lines = ["terminate called after throwing an instance of 'std::bad_alloc'"]
+    dvc = f"ERROR: failed to reproduce 'train': failed to run: ommatid train, exited with {status}"
+    assert checkout_module._error_in([*lines, dvc], 255).startswith(said)
+    assert checkout_module._error_in(["error: train: too few tokens", dvc], 255) == "train: too few tokens"
