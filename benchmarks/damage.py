@@ -1,6 +1,6 @@
 """Flips single bytes in the artefacts of a study, and says what becomes of them: found, harmless, or (never) other results.
 
-    python benchmarks/damage.py reads DATA              100 flips in every file, each read as the stages read it
+    python benchmarks/damage.py reads DATA [STAGE ...]  100 flips in every file, each read as the stages read it
     python benchmarks/damage.py stages DATA catalog     one flip in every file, and the whole stage run on it
     python benchmarks/damage.py cost DATA catalog       the share of a stage's CPU time that goes into checking what it reads
 
@@ -82,9 +82,10 @@ def digest_of(artefact: Artefact) -> str:
     return digest.hexdigest()
 
 
-def reads(data: Path) -> None:
+def reads(data: Path, only: list[str]) -> None:
     total: Counter[str] = Counter()
-    for name, (place, kind) in artefacts(data).items():
+    for name in only or stages.STAGES:
+        place, kind = artefacts(data)[name]
         right = digest_of(open_artefact(place, kind))
         for path in files_of(place):
             came: Counter[str] = Counter()
@@ -146,7 +147,7 @@ if __name__ == "__main__":
     what, data, *rest = sys.argv[1:]
     match what:
         case "reads":
-            reads(Path(data))
+            reads(Path(data), rest)
         case "stages":
             stage_on_damage(rest[0], Path(data), rest[1:])
         case "cost":

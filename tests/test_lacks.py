@@ -103,6 +103,7 @@ def test_every_library_says_when_memory_does_not_suffice(tmp_path: Path) -> None
             Lack.DEVICE_MEMORY,
         ),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), Lack.DEVICE_MEMORY),
+        (ImportError("scipy/linalg/cython_lapack.so: failed to map segment from shared object"), Lack.MEMORY),
         (OSError(errno.EMFILE, "Too many open files"), Lack.FILES),
         (OSError(errno.EIO, "Input/output error"), Lack.DISK),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), Lack.QUOTA),

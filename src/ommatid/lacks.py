@@ -49,7 +49,7 @@ _BY_TEXT = (
     (Lack.READ_ONLY, ("attempt to write a readonly database",)),
     (Lack.THREADS, ("can't start new thread", "Thread creation failed", "pthread_create")),
     (Lack.MEMORY, ("DefaultCPUAllocator", "std::bad_alloc", "bad allocation", "malloc of size", "realloc of size")),
-    (Lack.MEMORY, ("Unable to allocate", "not enough memory")),
+    (Lack.MEMORY, ("Unable to allocate", "not enough memory", "failed to map segment from shared object")),  # the last at an import
 )
 _BY_TYPE = {
     "MemoryError": Lack.MEMORY,
