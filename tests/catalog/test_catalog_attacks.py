@@ -185,6 +185,15 @@ def test_a_statement_too_long_is_refused_unread(catalog: Catalog) -> None:
         catalog.rows("SELECT " + "x" * 2_000_000)
 
 
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf")])
+def test_times_and_rows_out_of_bounds_are_named(catalog: Catalog, timeout: float) -> None:
+    with pytest.raises(QueryError, match=r"a timeout of .*: expected seconds, more than 0 and 86400 at most, or None"):
+        catalog.rows("SELECT 1", timeout=timeout)
+    with pytest.raises(QueryError, match="at most -1 rows: expected 0 or more, or None"):
+        catalog.rows("SELECT 1", max_rows=-1)
+    assert (catalog.ask("SELECT 1", max_rows=0).rows, catalog.ask("SELECT 1", max_rows=0).more) == ([], True)
+
+
 def test_nothing_can_be_opened_once_the_catalogue_is(file: Path) -> None:
     """Of the limits of the kernel, which hold whatever DuckDB lets through."""
     with Catalog(file) as catalog:

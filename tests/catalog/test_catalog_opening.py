@@ -28,9 +28,9 @@ def checksum(data: bytes) -> int:
 def of_version(path: Path, version: int) -> None:
     """Say in the file's header that another version of DuckDB wrote it."""
     content = bytearray(path.read_bytes())
-    assert content[8:12] == b"DUCK" and struct.unpack("<Q", content[:8])[0] == checksum(content[8:4096])
+    assert content[8:12] == b"DUCK" and struct.unpack("<Q", content[:8])[0] == checksum(bytes(content[8:4096]))
     content[12:20] = struct.pack("<Q", version)
-    content[:8] = struct.pack("<Q", checksum(content[8:4096]))
+    content[:8] = struct.pack("<Q", checksum(bytes(content[8:4096])))
     path.write_bytes(content)
 
 

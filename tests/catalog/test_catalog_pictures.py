@@ -74,6 +74,15 @@ def test_an_unknown_latent_names_the_range(catalog: Catalog, tmp_path: Path, lat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_that_cannot_be_written_is_named_and_nothing_is_left(catalog: Catalog, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "taken.png").mkdir()
+    for path, why in ((tmp_path / "file" / "x.png", f"{tmp_path / 'file'} is no folder"), (tmp_path / "taken.png", "Is a directory")):
+        with pytest.raises(QueryError, match=f"{path}: cannot be written: {why}; name another place with --to FILE"):
+            draw_feature(catalog, 0, path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken.png"]
+
+
 def test_heat_lies_where_the_model_looks() -> None:
     wide = Image.new("RGB", (40, 20), (128, 128, 128))
     tile = overlaid(Example(10, 1.0, np.ones((2, 2), np.float32), wide, (0.5, 1.0)), 1.0, side=80)

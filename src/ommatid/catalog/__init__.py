@@ -28,6 +28,8 @@ ANSWER_MB = 256
 """Most memory of an answer where nothing else is said."""
 LONGEST = 2**20
 """Characters of a statement, at most."""
+LONGEST_TIMEOUT = 86400.0
+"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ class Catalog:
 
     def ask(self, sql: str, parameters: Parameters = None, max_rows: int | None = None, timeout: float | None = None) -> Answer:
         """Answer one query with at most `max_rows` rows, within `timeout` seconds; None: all rows, and as long as it takes."""
+        if max_rows is not None and max_rows < 0:
+            raise QueryError(f"at most {max_rows} rows: expected 0 or more, or None")
         names: tuple[str, ...] = ()
         types: tuple[str, ...] = ()
         rows: list[tuple[Any, ...]] = []
@@ -160,6 +164,8 @@ class Catalog:
 
     def _answer(self, what: str, sql: str, *values: Any, timeout: float | None) -> Iterator[tuple[Any, ...]]:
         """The messages of the answer to one statement, while its time runs."""
+        if timeout is not None and not 0 < timeout <= LONGEST_TIMEOUT:
+            raise QueryError(f"a timeout of {timeout:g}: expected seconds, more than 0 and {LONGEST_TIMEOUT:.0f} at most, or None")
         if len(sql) > LONGEST:
             raise QueryError(f"the statement has {len(sql):,} characters: expected {LONGEST:,} or fewer")
         try:

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from ommatid.catalog import LEAST_MB, Answer, Catalog
+from ommatid.catalog import LEAST_MB, LONGEST_TIMEOUT, Answer, Catalog
 from ommatid.catalog.child import Child
 from ommatid.catalog.settings import physical_mb
 from ommatid.errors import QueryError
@@ -32,8 +32,6 @@ NARROWEST = 8
 
 MOST_ROWS = 10**6
 """Rows that are printed at most."""
-LONGEST_TIMEOUT = 86400.0
-"""Seconds."""
 ANSWER_MB = 100
 """Most memory of an answer that is printed."""
 

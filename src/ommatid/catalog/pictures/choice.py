@@ -13,6 +13,8 @@ def choose_sae(catalog: Catalog, name: str | None = None) -> str:
         QueryError: there is none of this name.
     """
     found = catalog.rows(_SAES)
+    if not found:
+        raise QueryError(f"{catalog.path}: no SAE in it was evaluated; make it again with `dvc repro catalog`")
     if name is None:
         return found[0][0]
     for sae, own in found:

@@ -1,7 +1,6 @@
 """A page in pixels: text, tiles, plots; and how words and numbers are written on it."""
 
 import io
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from ommatid.catalog.whole import write_whole
 
 DPI = 100
 INK, GREY, FAINT, ACCENT, ALARM = "#1b1e23", "#6a7078", "#d9dce1", "#2b6cb0", "#b42318"
@@ -59,10 +60,7 @@ class Page:
 
     def save(self, path: Path) -> None:
         """Write the PNG, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_bytes(self.png())
-        os.replace(aside, path)
+        write_whole(path, self.png())
 
 
 def short(text: str, n: int) -> str:

@@ -1,7 +1,6 @@
 """The report as one HTML file: styles and pictures inside, no script, no network, everything from data escaped."""
 
 import base64
-import os
 from pathlib import Path
 
 import jinja2
@@ -9,6 +8,7 @@ import jinja2
 from ommatid.catalog import Catalog
 from ommatid.catalog.report.content import make_report
 from ommatid.catalog.report.parts import Report
+from ommatid.catalog.whole import write_whole
 
 
 def write_report(catalog: Catalog, path: Path, sae: str | None = None) -> Report:
@@ -23,10 +23,7 @@ def write_report(catalog: Catalog, path: Path, sae: str | None = None) -> Report
         QueryError: there is no such SAE.
     """
     report = make_report(catalog, sae)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(_as_html(report), encoding="utf-8")
-    os.replace(aside, path)
+    write_whole(path, _as_html(report).encode())
     return report
 
 
