@@ -4,7 +4,9 @@
 whether it does (the only file that imports it), `report` writes the result as JSON and as a page.
 """
 
+import gc
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -25,13 +27,26 @@ def check(stage: str, artefact: Artefact, params: Params, saes: Mapping[str, Tra
         saes: Of a stage with an artefact inside for each SAE: what each was trained by. The suite holds for each, and its
             checks begin with the SAE's name where there are several.
     """
-    from ommatid.quality import gate, profiles, suites  # great_expectations takes seconds to import
+    with _uncollected():
+        from ommatid.quality import gate, profiles, suites  # great_expectations takes seconds to import
 
     frames, rules = {}, []
     for name, one, own in _subjects(artefact, params, saes):
         frames |= {f"{name}{frame}": rows for frame, rows in profiles.PROFILES[stage](one, own).items()}
         rules += [replace(rule, frame=f"{name}{rule.frame}", name=f"{name}{rule.name}") for rule in suites.SUITES[stage](own)]
     return Report(stage, tuple(gate.validate(frames, rules)), _summary(artefact, saes))
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Collect no garbage in this block: imports leave next to none, and looking for it takes a quarter of Great Expectations' import."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _subjects(artefact: Artefact, params: Params, saes: Mapping[str, TrainParams]) -> Iterator[tuple[str, Artefact, Params]]:
