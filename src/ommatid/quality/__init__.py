@@ -39,7 +39,7 @@ def check(stage: str, artefact: Artefact, params: Params, saes: Mapping[str, Tra
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Collect no garbage in this block: imports leave next to none, and looking for it takes a quarter of Great Expectations' import."""
+    """Collect no garbage in this block: imports leave next to none, and looking for it takes a seventh of Great Expectations' import."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
