@@ -14,6 +14,7 @@ from transformers import (
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
     ViTConfig,
+    ViTMAEConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -25,16 +26,17 @@ TEXT = SMALL | {"vocab_size": len(WORDS), "max_position_embeddings": 64, "pad_to
 
 
 def save_tiny_captioner(folder: Path, family: str) -> Any:
-    """One of `blip`, `git`, `vision-encoder-decoder` on 32 x 32 images, with twenty words; gives the model."""
+    """One of `blip`, `git`, `vision-encoder-decoder`, `masked` on 32 x 32 images, with twenty words; gives the model."""
     torch.manual_seed(0)
     match family:
         case "blip":
             model: Any = BlipForConditionalGeneration(BlipConfig(text_config=TEXT | {"sep_token_id": 3}, vision_config=VISION))
         case "git":
             model = GitForCausalLM(GitConfig(vision_config=VISION, **TEXT))
-        case _:
+        case _:  # with an encoder that masks patches at random where it is so called
+            encoder = ViTMAEConfig(**VISION | {"patch_size": 4}) if family == "masked" else ViTConfig(**VISION)
             decoder = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=len(WORDS), bos_token_id=2, eos_token_id=3)
-            config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(**VISION), decoder)
+            config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
             model = VisionEncoderDecoderModel(config=config)
             model.generation_config.decoder_start_token_id, model.generation_config.pad_token_id = 2, 0
     torch.manual_seed(1)

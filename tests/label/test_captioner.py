@@ -109,3 +109,11 @@ def test_a_model_that_is_not_there_or_does_not_caption_is_an_error_that_says_wha
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="weights"):
         TransformersCaptions(str(tmp_path))
+
+
+def test_a_captioner_that_masks_at_random_is_refused(tmp_path: Path) -> None:
+    save_tiny_captioner(tmp_path, "masked")
+    with pytest.raises(
+        ModelError, match=r"label.labellers.path: .*: says '.*' of a picture alone, and '.*' of the same picture in a batch"
+    ):
+        TransformersCaptions(str(tmp_path))

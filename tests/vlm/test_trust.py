@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes import CHECKOUT
 from tiny_families import FAMILIES, REFUSED, save_tiny
 
 from ommatid.config import TransformersJudge
@@ -27,6 +28,12 @@ def test_a_family_passes_as_a_judge(tmp_path: Path, family: str) -> None:
     check_judge(judge, KEY, torch.float32)
     pixels = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
     assert torch.equal(judge.embed(pixels), load(tmp_path).embed(pixels))  # two extractions
+
+
+def test_the_documentation_lists_these_families() -> None:
+    text = (CHECKOUT / "docs/models.md").read_text(encoding="utf-8")
+    listed = text.partition("(`tests/vlm/test_trust.py`): ")[2].partition(".\n")[0].replace("\n", " ")
+    assert listed.split(", ") == sorted(FAMILIES)
 
 
 def test_without_a_class_token_the_mean_of_the_tokens_judges(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText
 
 from ommatid.errors import ModelError
 from ommatid.vlm import hub
+from ommatid.vlm.picture import SHAPES, structured_picture
 from ommatid.vlm.precision import normalise
 from ommatid.vlm.processor import load_preprocess
 
@@ -37,6 +38,18 @@ class TransformersCaptions:
         model, _ = hub.load_weights(AutoModelForImageTextToText, folder, path, KEY)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = model.to(self._device)
+        self._check(path)
+
+    def _check(self, path: str) -> None:
+        """Whether a picture alone and in a batch is said to be the same: no mask is drawn anew, and no picture looks at another."""
+        picture, other = (structured_picture(*shape) for shape in SHAPES)
+        with hub.reading(path, KEY, "what the model says of a picture"):
+            alone, batch = self([picture]), self([picture, other])
+        if alone[0] != batch[0]:
+            raise ModelError(
+                f"{KEY}: {path}: says {alone[0]!r} of a picture alone, and {batch[0]!r} of the same picture in a batch: something in the "
+                "model is drawn anew in every pass, such as masks, or the pictures of a batch mix; use another model"
+            )
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image]) -> list[str]:
