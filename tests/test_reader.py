@@ -68,6 +68,12 @@ def test_a_batch_has_as_many_images_as_rows(activations: Artefact) -> None:
         assert np.mean(shares) >= 0.95
 
 
+def test_shards_are_read_in_turn_so_that_no_stretch_of_an_epoch_is_of_one_alone(activations: Artefact) -> None:
+    for number in range(3):
+        shares = [float((batch[:, 0] < N_IMAGES).double().mean()) for batch in epoch(activations, 64, number)]
+        assert all(0.2 < np.mean(shares[at : at + 8]) < 0.8 for at in range(len(shares) - 10))
+
+
 def test_with_few_images_rows_are_shuffled_all_the_same(tmp_path: Path) -> None:
     batches = epoch(make(tmp_path, window_rows=20), 500)
     shares = [len(batch[:, 0].unique()) / 500 for batch in batches]

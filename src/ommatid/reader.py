@@ -1,8 +1,9 @@
 """Training batches from the activations: read in sequence, mixed as they were written, in another order every epoch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,6 +16,8 @@ from ommatid.sae.step import Batch
 from ommatid.store import Artefact
 from ommatid.tensors import from_float32
 
+MIXED = 4
+"""Shards that are read in turn: one alone begins with images that are all new, and FVU then jumps where it begins."""
 Rows = tuple[np.ndarray, ...]
 """Some rows, column by column, an item a row: (rows,) each."""
 
@@ -44,8 +47,8 @@ class Share:
 def iter_batches(columns: Columns | Artefact, batch_size: int, seed: int, start: int = 0, share: Share | None = None) -> Iterator[Batch]:
     """Batches of float16 rows for ever, from step `start` on; an epoch leaves out the rows that fill no batch.
 
-    The order is a function of seed and epoch: shards come in a new order, and their rows, which are mixed as they lie (see
-    extract/shuffle.py), are shuffled anew within windows. Windows hold whole batches, so that a batch's rows come from as many
+    The order is a function of seed and epoch: shards come in a new order, some of them in turn, and their rows, which are mixed as they
+    lie (see extract/shuffle.py), are shuffled anew within windows. Windows hold whole batches, so that a batch's rows come from as many
     images, where a shard has so many. Several processes share each batch: the order does not depend on their number.
     """
     columns = columns if isinstance(columns, Columns) else Columns(columns)
@@ -72,16 +75,39 @@ def load_sample(activations: Artefact, n: int) -> Tensor:
 
 
 def _iter_epoch(columns: Columns, batch_size: int, rng: np.random.Generator) -> Iterator[tuple[Rows, np.ndarray]]:
+    """Batches of `MIXED` shards in turn; where one ends the next begins, so that the images of a batch are seldom new all at once."""
     activations = columns.activations
     parts = activations.parts("train")
     window = max(1, activations.summary["window"] // batch_size) * batch_size
     rest = _Rest(batch_size, rng)
-    for part in (parts[index] for index in rng.permutation(len(parts))):
-        with activations.open_part(part) as file:
-            n_rows = file.metadata.num_rows
-        with _open(columns, part) as row_groups, ExitStack() as stack:
-            ready = [_Column(stack.enter_context(closing(ahead(groups, 2)))) for groups in row_groups]
-            yield from _iter_part(_Near(ready), n_rows, batch_size, window, rest, rng)
+    waiting = iter([parts[index] for index in rng.permutation(len(parts))])
+    with ExitStack() as stack:
+
+        def begin(part: str) -> Iterator[tuple[Rows, np.ndarray]]:
+            return stack.enter_context(closing(_read_part(columns, part, batch_size, window, rest, rng)))
+
+        reading = [begin(part) for part in islice(waiting, MIXED)]
+        turn = 0
+        while reading:
+            turn %= len(reading)
+            batch = next(reading[turn], None)
+            if batch is not None:
+                yield batch
+                turn += 1
+            elif part := next(waiting, None):
+                reading[turn] = begin(part)
+            else:
+                del reading[turn]
+
+
+def _read_part(
+    columns: Columns, part: str, batch_size: int, window: int, rest: "_Rest", rng: np.random.Generator
+) -> Generator[tuple[Rows, np.ndarray], None, None]:
+    with columns.activations.open_part(part) as file:
+        n_rows = file.metadata.num_rows
+    with _open(columns, part) as row_groups, ExitStack() as stack:
+        ready = [_Column(stack.enter_context(closing(ahead(groups, 2)))) for groups in row_groups]
+        yield from _iter_part(_Near(ready), n_rows, batch_size, window, rest, rng)
 
 
 def _iter_part(
@@ -182,9 +208,9 @@ class _Rest:
         joined = tuple(np.concatenate(column) for column in zip(*self._pieces, strict=True))
         order = self._rng.permutation(n)
         n_whole = n // self._batch_size * self._batch_size
+        self._pieces = [tuple(column[order[n_whole:]] for column in joined)]  # before the first batch: another part may add in between
         for first in range(0, n_whole, self._batch_size):
             yield joined, order[first : first + self._batch_size]
-        self._pieces = [tuple(column[order[n_whole:]] for column in joined)]
 
 
 @contextmanager

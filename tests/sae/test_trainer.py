@@ -15,7 +15,7 @@ from ommatid.config import TrainParams
 from ommatid.errors import StoppedError, TrainingError
 from ommatid.events import Event, Listener, Measured, Noticed, Progress, ignore
 from ommatid.sae import trainer as trainer_module
-from ommatid.sae.learner import Learner, Sample
+from ommatid.sae.learner import CURVE_COLUMNS, Learner, Sample
 from ommatid.sae.model import SAE, SAEConfig, make_untrained
 from ommatid.sae.schedule import make_plan
 from ommatid.sae.step import Batch
@@ -279,6 +279,23 @@ def test_no_progress_is_said_and_ends_the_run_early_where_asked() -> None:
         assert any("training ends at step" in what for what in said) == (patience is not None)
         assert learner.guides.step == 400 if patience is None else learner.guides.step < n_steps
         assert Progress("train steps", learner.guides.step, learner.guides.step) in events
+
+
+def curve(fvu: torch.Tensor) -> Learner:
+    """A learner whose FVU was measured to be this."""
+    learner = begin(make_params(epochs=1), make_planted(1024).x)
+    learner.curves = torch.zeros(len(fvu), len(CURVE_COLUMNS), dtype=torch.float64)
+    learner.curves[:, CURVE_COLUMNS.index("fvu")] = fvu
+    return learner
+
+
+def test_a_saw_tooth_that_falls_is_progress_and_a_plateau_is_none() -> None:
+    at = torch.arange(100, dtype=torch.float64)
+    teeth = 0.03 * (1 - at % 10 / 10)  # of the size and length of those in the demo
+    for n in range(1, 101):
+        assert curve(0.42 - 0.001 * at[:n] + teeth[:n]).stalled < 5
+    assert curve(0.42 - 0.001 * at.clamp(max=60) + teeth).stalled in range(25, 45)
+    assert curve(torch.full((100,), 0.4).double()).stalled == 90
 
 
 def test_too_few_tokens_is_refused() -> None:

@@ -24,6 +24,8 @@ PROGRESS = 0.001
 """FVU must fall by this share to count as progress."""
 ALIGNMENT = 0.01
 """Share of an encoder across its direction that is taken away each step at the peak learning rate: a decoupled decay, as AdamW's."""
+SMOOTHED = 10
+"""Measurements, of a hundred, whose mean is judged: one alone is up or down with its batches."""
 CURVE_COLUMNS = ("step", "loss", "fvu", "l0", "dead", "lr", "grad_norm")
 """Columns of `Learner.curves`."""
 
@@ -163,9 +165,11 @@ class Learner:
 
     @property
     def stalled(self) -> int:
-        """Measurements since FVU last fell by `PROGRESS` of its best."""
+        """Measurements since the mean FVU of the last `SMOOTHED` of them fell by `PROGRESS` of its best; none before there are so many."""
         best, since = math.inf, 0
-        for fvu in self.curves[:, CURVE_COLUMNS.index("fvu")].tolist():
+        if len(self.curves) < SMOOTHED:
+            return since
+        for fvu in self.curves[:, CURVE_COLUMNS.index("fvu")].unfold(0, SMOOTHED, 1).mean(1).tolist():
             best, since = (fvu, 0) if fvu < best * (1 - PROGRESS) else (best, since + 1)
         return since
 
