@@ -103,7 +103,7 @@ class Learner:
 
     def _take(self, tensors: Mapping[str, Tensor]) -> None:
         self.weights = Weights.of(tensors, self.variant.derives_W_dec)
-        self._optimiser = Optimiser(self.weights)
+        self._optimiser = Optimiser(self.weights, self.variant.rates(self.plan.lr))
 
     @property
     def dead(self) -> Tensor:

@@ -1,5 +1,7 @@
 """Adam over the weights of an SAE: clipped, and without what would only change the length of directions."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,13 @@ MAX_NORM = 1.0
 class Optimiser:
     """Adam(0.9, 0.999) with the recipe of dictionary_learning: clipping to 1, directions kept at unit length."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, rates: Mapping[str, float] | None = None) -> None:
+        """`rates` are those of some tensors, by name, as multiples of the learning rate."""
         self._weights = weights
-        self.adam = torch.optim.Adam(weights.trained().values(), betas=(0.9, 0.999), fused=True)
+        rates = rates or {}
+        groups = [{"params": [tensor], "rate": rates.get(name, 1.0)} for name, tensor in weights.trained().items() if name in rates]
+        rest = [tensor for name, tensor in weights.trained().items() if name not in rates]
+        self.adam = torch.optim.Adam([{"params": rest, "rate": 1.0}, *groups], betas=(0.9, 0.999), fused=True)
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
@@ -33,7 +39,8 @@ class Optimiser:
         # Adam divides by grad_scale while it reads the gradient: clipping costs no pass of its own
         self.adam.grad_scale = torch.tensor(max(norm / MAX_NORM, 1.0), device=squares[0].device, dtype=torch.float32)  # pyright: ignore
         self.adam.found_inf = torch.zeros((), device=squares[0].device)  # pyright: ignore
-        self.adam.param_groups[0]["lr"] = lr
+        for group in self.adam.param_groups:
+            group["lr"] = lr * group["rate"]
         self.adam.step()
         if not weights.derives_W_dec:
             _normalise(weights.W_dec)

@@ -94,6 +94,10 @@ class Variant(ABC):
     def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
         """The tensors of inference (threshold, and gates), of scaled activations; average: of `Step.threshold` over steps."""
 
+    def rates(self, lr: float) -> dict[str, float]:
+        """Learning rates of tensors that need one of their own, as multiples of the peak rate `lr`."""
+        return {}
+
     def updated(self, weights: Weights) -> None:  # noqa: B027 most have nothing to keep to
         """After the optimiser: back to what the definition allows."""
 
@@ -131,16 +135,22 @@ class Steered(Variant):
         """See `Variant`."""
         guides.penalty = FIRST_PENALTY if self._weight is None else self._weight
 
+    @property
+    def most(self) -> float:
+        """Of a penalty that is steered: an L1 norm of this weight, where mean‖x‖² is 1, leaves nothing to fire."""
+        return 2.0
+
     def _steer(self, guides: Guides, n_firings: int, n_total: int) -> None:
         """Move the penalty toward k firings a token: up by at most a tenth a step while there are more, down while there are fewer.
 
         The rate lets the penalty cross twenty factors of e in a run, within bounds; close to k it moves by the logarithm of the ratio.
+        Never above `most`: while what it acts on lags behind, it would grow without end.
         """
         if self._weight is not None:
             return
         rate = min(0.1, max(0.002, 20 / self._settings.n_steps))
         ratio = max(ranks.total(n_firings) / n_total, 1e-3) / self._settings.k
-        guides.penalty *= math.exp(rate * max(-1.0, min(1.0, 2 * math.log(ratio))))
+        guides.penalty = min(self.most, guides.penalty * math.exp(rate * max(-1.0, min(1.0, 2 * math.log(ratio)))))
 
 
 def average_act(guides: Guides, acts: Tensor) -> None:

@@ -13,6 +13,8 @@ from ommatid.sae.weights import Weights, grad_of
 
 TANH_SLOPE = 4.0
 """Of the tanh penalty (Conerly et al. 2025), on activations in units of their mean."""
+REACH = 10.0
+"""How far thresholds can move, in factors of e: from 4 k latents a token to k is one or two, and back and forth while others learn."""
 FIRST_FIRINGS = 4
 """Times k: the density at which the thresholds begin."""
 
@@ -38,6 +40,15 @@ class JumpReLU(Steered):
         first = max(quantile(pre_acts, FIRST_FIRINGS * self._settings.k), 1e-3)
         guides.mean_act = float(pre_acts[pre_acts > first].mean()) if bool((pre_acts > first).any()) else first
         weights.own["log_threshold"] = torch.full_like(weights.b_enc, math.log(first))
+
+    def rates(self, lr: float) -> dict[str, float]:
+        """Thresholds can move by `REACH` factors of e in the run, at whatever rate the weights move: Adam bounds each step by its rate."""
+        return {"log_threshold": max(1.0, REACH / (self._settings.n_steps * lr))}
+
+    @property
+    def most(self) -> float:
+        """With it k firings cost as much as reconstructing nothing."""
+        return 1 / self._settings.k
 
     def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Tensor) -> Step:
         """See `Variant`."""
