@@ -79,7 +79,7 @@ def test_every_library_says_when_memory_does_not_suffice(tmp_path: Path) -> None
         import threading, time
         def threads():
             for _ in range(200):
-                threading.Thread(target=time.sleep, args=(5,), daemon=True).start()
+                threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()
         def duck(limit):
             with duckdb.connect(config={"memory_limit": limit, "threads": 1}) as connection:
                 connection.execute("SELECT list(i) FROM range(100000000) t(i)").fetchall()

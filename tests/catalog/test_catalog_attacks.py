@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from decimal import Decimal
@@ -18,8 +19,9 @@ from uuid import UUID
 
 import catalog_attacks as attacks
 import duckdb
+import psutil
 import pytest
-from waiting import HANG_SECONDS, wait_for
+from waiting import HANG_SECONDS, wait_for, wait_for_end
 
 from ommatid.catalog import Catalog
 from ommatid.catalog import child as child_module
@@ -219,10 +221,8 @@ def test_the_process_ends_with_the_one_that_asks(file: Path, sql: str) -> None:
         child = int(parent.stdout.readline())
         time.sleep(0.3)
         parent.kill()
-    until = time.monotonic() + HANG_SECONDS
-    while Path(f"/proc/{child}").exists() and "zombie" not in Path(f"/proc/{child}/status").read_text() and time.monotonic() < until:
-        time.sleep(0.02)
-    assert time.monotonic() < until
+    with suppress(psutil.NoSuchProcess):
+        wait_for_end([psutil.Process(child)], "the process that answers")
 
 
 def test_only_values_are_unpickled() -> None:
@@ -261,8 +261,7 @@ def test_threads_ask_at_a_time_and_each_gets_its_own_answer(file: Path) -> None:
 def test_who_waits_too_long_for_a_process_is_told(file: Path) -> None:
     with Catalog(file, at_once=1) as catalog, ThreadPoolExecutor(1) as pool:
         slow = pool.submit(catalog.rows, "SELECT sleep_ms(3000)", timeout=HANG_SECONDS)
-        while catalog._idle:
-            time.sleep(0.01)
+        wait_for(lambda: not catalog._idle, "the question to be asked")
         with pytest.raises(QueryError, match=r"others were asking for 0\.2 s; try again, or raise --timeout"):
             catalog.rows("SELECT 1", timeout=0.2)
         assert len(slow.result()) == 1
