@@ -52,7 +52,7 @@ class FusedConv(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """From (b, c, r, q) to (b, c', r', q')."""
-        if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        if x.device.type == "cpu" and _onednn_takes(x.dtype):
             return self._forward_mkldnn(x)
         x = functional.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
         return functional.relu6(x, inplace=True) if self.activation else x
@@ -64,6 +64,11 @@ class FusedConv(nn.Module):
             self._laid_out = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *where, x.shape)
         clip = ("hardtanh", [0.0, 6.0], None) if self.activation else ("none", [], None)
         return torch.ops.mkldnn._convolution_pointwise(x, self._laid_out, self.bias, *where, *clip)
+
+
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's own operators are there for the type: in bfloat16 only where the processor can, while torch's always are."""
+    return torch.backends.mkldnn.is_available() and (dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _padding(conv: nn.Conv2d) -> tuple[int, int]:
