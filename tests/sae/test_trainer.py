@@ -298,6 +298,16 @@ def test_a_saw_tooth_that_falls_is_progress_and_a_plateau_is_none() -> None:
     assert curve(torch.full((100,), 0.4).double()).stalled == 90
 
 
+@pytest.mark.parametrize(("changes", "is_said"), [({"epochs": 2}, True), ({"epochs": 13}, False), ({"epochs": 13, "d_sae": 2000}, True)])
+def test_a_run_that_is_too_short_is_said_with_what_would_do(changes: dict[str, object], is_said: bool) -> None:
+    x = make_planted(8192).x
+    said = list(trainer_module._lacks(begin(make_params(**changes), x)))  # pyright: ignore[reportPrivateUsage]
+    assert bool(said) == is_said
+    if said:
+        epochs = int(said[0].split("train.epochs to ")[1].split()[0])
+        assert not list(trainer_module._lacks(begin(make_params(**(changes | {"epochs": epochs})), x)))  # pyright: ignore[reportPrivateUsage]
+
+
 def test_too_few_tokens_is_refused() -> None:
     with pytest.raises(TrainingError, match="1 training tokens"):
         make_plan(make_params(), 1)

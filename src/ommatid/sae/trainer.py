@@ -5,6 +5,7 @@ parallel to each direction removed, directions renormalised, mean‖x‖² scale
 datapoint init (saev); AuxK (arXiv 2406.04093); EMA threshold for inference (arXiv 2412.06410, appendix).
 """
 
+import math
 import resource
 import signal
 import threading
@@ -22,6 +23,10 @@ from ommatid.sae.step import Batch
 
 CURVE_POINTS = 100
 """Rows of the training curves."""
+FEWEST_STEPS = 200
+"""Below it Adam's averages and the schedule have hardly begun."""
+FEWEST_FIRINGS = 1000
+"""Of a latent on average, below which that is said; the demo's 1,280 latents have 13,800."""
 CHECKPOINT_SECONDS = 60.0
 """A run that is killed without warning loses so much, or what is between two measurements."""
 PATIENCE = 20
@@ -64,6 +69,10 @@ class Trainer:
             StoppedError: the process was asked to end; a checkpoint was written.
         """
         every = max(1, self._n_steps // CURVE_POINTS)
+        if self._step == 0:
+            for learner in self._learners:
+                for what in _lacks(learner):
+                    self._on_event(Noticed(learner.name, 0, what))
         with _terminating() as asked:
             while self._step < self._n_steps:
                 with self._clock.waiting():
@@ -102,6 +111,19 @@ class Trainer:
                 learner.shorten(whole)
                 what = f"FVU has not fallen by {PROGRESS:.1%} for {self._patience} measurements: training ends at step {whole}"
                 self._on_event(Noticed(learner.name, self._step, what))
+
+
+def _lacks(learner: Learner) -> Iterator[str]:
+    """Sentences about a run that is too short, before any of it is spent."""
+    plan, params = learner.plan, learner.params
+    seen = plan.n_steps * plan.batch_size * params.k / params.d_sae
+    if plan.n_steps < FEWEST_STEPS or seen < FEWEST_FIRINGS:
+        epochs = math.ceil(params.epochs * max(FEWEST_STEPS / plan.n_steps, FEWEST_FIRINGS / seen))
+        yield (
+            f"a short run: {plan.n_steps} steps, in which a latent fires {seen:,.0f} times on average ({plan.n_tokens:,} tokens an epoch "
+            f"for {params.d_sae:,} latents); that is less than {FEWEST_STEPS} steps or {FEWEST_FIRINGS:,} firings: set train.epochs to "
+            f"{epochs} or more, or a lower train.d_sae or train.batch_size, or give more images"
+        )
 
 
 def _notices(learner: Learner) -> Iterator[str]:
