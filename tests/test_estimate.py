@@ -37,7 +37,7 @@ from ommatid.sae.schedule import make_plan
 from ommatid.stage import STAGES as MADE
 from ommatid.stage import run_stage
 
-N_IMAGES = 512
+N_IMAGES = 256
 
 
 @dataclass
