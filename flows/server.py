@@ -7,7 +7,6 @@ import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 from prefect import get_client
@@ -15,7 +14,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from flows.services import Services, free_port
-from ommatid.errors import OmmatidError, RunError
+from ommatid.errors import OmmatidError, RunError, without_credentials
 
 PORTS = range(8000, 9000)
 """Of temporary servers; drawn, so that two runs that start at once do not meet."""
@@ -42,7 +41,7 @@ def prefect_server() -> Iterator[None]:
         yield
     except httpx.TransportError as error:
         raise RunError(
-            f"the Prefect server at {_public(url)} went away: {_cause(error)}; start it and run again: what finished stays"
+            f"the Prefect server at {without_credentials(url)} went away: {_cause(error)}; start it and run again: what finished stays"
         ) from error
 
 
@@ -68,7 +67,7 @@ def _ask(url: str) -> None:
         problem = error
     if problem is not None:
         raise RunError(
-            f"the Prefect server at {_public(url)} (PREFECT_API_URL) cannot be used: {_cause(problem)}; "
+            f"the Prefect server at {without_credentials(url)} (PREFECT_API_URL) cannot be used: {_cause(problem)}; "
             "start it, or correct the address, or unset PREFECT_API_URL to run with a temporary server"
         ) from problem
 
@@ -78,12 +77,6 @@ def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
-def _public(url: str) -> str:
-    """The address without the user name and password it may carry."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 class _WithoutTraceback(logging.Filter):

@@ -1,4 +1,16 @@
-"""The errors that are the user's to mend: each names the key or path, what came, what is allowed, what to do."""
+"""The errors that are the user's to mend: each names the key or path, what came, what is allowed, what to do, and no credentials."""
+
+import re
+
+_USER = re.compile(r"(?<=://)(?:[^\s/@]*@)+|(?<=://)[^\s/@:]+:(?!\d+/)[^\s@]*@")
+"""User name and password in a URL; also where a slash in the password keeps it from being read as one."""
+_QUERY = re.compile(r"(://[^\s?]*)\?[^\s'\"]*")
+"""What follows the path of a URL: keys and signatures stand there."""
+
+
+def without_credentials(text: str) -> str:
+    """The text without the user names, passwords and queries of URLs in it."""
+    return _QUERY.sub(r"\1", _USER.sub("", text))
 
 import os
 import re

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from ommatid.errors import ArtefactError
+from ommatid.errors import ArtefactError, without_credentials
 from ommatid.lacks import Lack, describe, find_lack
 
 OBJECTS_AT_ONCE = 1000
@@ -163,6 +163,10 @@ def open_folder(place: "Folder | Path | str") -> Folder:
         return place
     text = str(place)
     if isinstance(place, str) and "://" in text:
+        if (bare := without_credentials(text)) != text:
+            raise ArtefactError(
+                f"{bare}: was given with a user name, a password or a query, which would be written wherever it is named; take it out"
+            )
         protocol, _, rest = text.partition("://")
         return Disk(Path(rest)) if protocol == "file" else Remote(text.rstrip("/"))
     return Disk(Path(place))

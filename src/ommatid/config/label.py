@@ -48,7 +48,7 @@ class VlmLabeller(Section):
     kind: Literal["vlm"]
     model: Annotated[str, Field(min_length=1)]
     """Its name on the server."""
-    url: Annotated[str, Field(pattern=r"^https?://\S+$")] = "http://localhost:8000/v1"
+    url: Annotated[str, Field(pattern=r"^https?://[^\s@?#]+$")] = "http://localhost:8000/v1"
     """Base URL of the server, up to /v1 on most."""
     max_requests: Annotated[int, Field(ge=1)] | None = None
     """Requests that a run may send, failed ones too; null: no limit."""

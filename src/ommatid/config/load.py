@@ -4,12 +4,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from ommatid.config.params import Params
 from ommatid.config.problems import explain
-from ommatid.errors import ConfigError
+from ommatid.config.written import parse_yaml
+from ommatid.errors import ConfigError, without_credentials
+
+LONGEST = 200
+"""Characters of an override that an error repeats."""
 
 
 def load_params(path: Path = Path("params.yaml"), overrides: Iterable[str] = ()) -> Params:
@@ -44,11 +47,14 @@ def dotted(params: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, An
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; run in the checkout, or name one with --params FILE") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}; save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a file with --params FILE") from None
+    values = parse_yaml(text, f"{path}")
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections {', '.join(Params.model_fields)}; found {type(values).__name__}")
     return values
@@ -56,16 +62,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _apply(values: dict[str, Any], override: str) -> None:
     """Set one dotted key; the value is read as YAML, so `null`, `0.1` and `{kind: folder, path: x}` work."""
+    where = f"--set {without_credentials(override)!r}"
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {override!r}: expected KEY=VALUE, such as train.k=32")
+        raise ConfigError(f"{where}: expected KEY=VALUE, such as train.k=32")
     *parents, last = key.split(".")
     place = values
     for parent in parents:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
-            raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
-    try:
-        place[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+            raise ConfigError(f"{where}: {parent} is a value, not a section")
+    place[last] = parse_yaml(text, where if len(where) < LONGEST else f"--set {key}")

@@ -5,6 +5,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from ommatid.errors import without_credentials
+
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """All that pydantic found, in one line.
@@ -16,7 +18,8 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     problems = error.errors(include_url=False)
     inside = {problem["loc"][:n] for problem in problems for n in range(len(problem["loc"]))}
     # of a list with a bad entry pydantic also says that it is too short, having counted the good ones
-    return "; ".join(_explain_one(problem, root) for problem in problems if problem["type"] != "too_short" or problem["loc"] not in inside)
+    told = (_explain_one(problem, root) for problem in problems if problem["type"] != "too_short" or problem["loc"] not in inside)
+    return without_credentials("; ".join(told))
 
 
 def _explain_one(problem: Any, root: type[BaseModel]) -> str:

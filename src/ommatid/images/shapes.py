@@ -1,6 +1,5 @@
 """The source `shapes`: drawn images whose factors are known, for a first run without any data and for truth that can be checked."""
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -8,11 +7,14 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ommatid.errors import SourceError, gist
+from ommatid.config.written import parse_json
+from ommatid.errors import ConfigError, SourceError, gist
 from ommatid.images.drawing import draw
 from ommatid.images.figure import Figure, make_figure
 from ommatid.images.png import encode_png
 from ommatid.images.source import Item
+
+_NO_PLAN = "not a plan with n_images, size and seed"
 
 
 class Plan(BaseModel):
@@ -58,18 +60,20 @@ def load_plan(path: Path) -> Plan:
         SourceError: missing, or not a plan.
     """
     try:
-        return Plan.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return Plan.model_validate(parse_json(path.read_text(encoding="utf-8"), f"{path}: {_NO_PLAN}"))
     except FileNotFoundError:
         raise SourceError(
             f"{path}: no such file; images.source.path names the plan of the images, data/shapes.json in a checkout"
         ) from None
     except ValidationError as error:
         found = "; ".join(f"{'.'.join(map(str, problem['loc'])) or 'the whole'}: {problem['msg']}" for problem in error.errors())
-        raise SourceError(f"{path}: not a plan with n_images, size and seed: {found}") from None
+        raise SourceError(f"{path}: {_NO_PLAN}: {found}") from None
+    except ConfigError as error:
+        raise SourceError(f"{error}") from None
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({gist(error)}); images.source.path names a file with n_images, size and seed") from None
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: not a plan with n_images, size and seed: {gist(error)}") from None
+    except ValueError as error:
+        raise SourceError(f"{path}: {_NO_PLAN}: {gist(error)}") from None
 
 
 def _png(figure: Figure, size: int) -> bytes:
