@@ -3,10 +3,14 @@
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -339,7 +343,7 @@ def change(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., N
         ({"AWS_SECRET_ACCESS_KEY": "x" * 40}, "signature"),
         ({"AWS_ACCESS_KEY_ID": "x" * 20}, "Access Key Id you provided does not exist"),
         ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "Unable to locate credentials"),
-        ({"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}, "Could not connect to the endpoint URL"),
+        ({"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}, r"http://127.0.0.1:\d+: \[Errno 111\] Connection refused"),
     ],
 )
 def test_a_store_that_does_not_let_us_in(s3: str, change: Callable[..., None], variables: dict[str, str | None], said: str) -> None:
@@ -352,6 +356,43 @@ def test_a_store_that_does_not_let_us_in(s3: str, change: Callable[..., None], v
     if "AWS_ENDPOINT_URL" not in variables:
         with pytest.raises(ArtefactError, match=r"Forbidden|credentials"):
             open_artefact(f"{s3}/images", "images")
+
+
+def test_a_dead_store_is_told_in_seconds_with_all_the_retries_of_its_library(
+    s3: str, change: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "KNOCK_SECONDS", 0.3)
+    with socket.socket() as silent:  # takes connections and never answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        for endpoint, said in (
+            (f"http://127.0.0.1:{free_port()}", "Connection refused"),
+            (f"http://127.0.0.1:{silent.getsockname()[1]}", "timed out"),
+        ):
+            change(AWS_ENDPOINT_URL=endpoint)
+            start = time.monotonic()
+            with pytest.raises(ArtefactError, match=said):
+                open_artefact(f"{s3}/images", "images")
+            assert time.monotonic() - start < 30  # its library tries for two minutes
+
+
+def test_an_answer_of_any_kind_is_one_and_nobody_else_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            self.send_response(307 if self.path == "/" else 500)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        folder._knock(f"http://127.0.0.1:{server.server_port}")
+    assert asked == ["/"]
 
 
 def test_no_such_bucket(s3: str) -> None:

@@ -7,6 +7,7 @@ written aside, synced and renamed; an object store shows an object when all of i
 import errno
 import functools
 import hashlib
+import http.client
 import io
 import os
 import secrets
@@ -15,7 +16,7 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -27,6 +28,8 @@ OBJECTS_AT_ONCE = 1000
 """Objects asked for, copied or removed in one go: their requests run side by side."""
 COPIES_AT_ONCE = 32
 """Requests to copy an object that run side by side: the store works, and this machine waits."""
+KNOCK_SECONDS = 10.0
+"""How long a store may take to answer for the first time."""
 READ_BYTES = 8 * 2**20
 """Bytes of an object asked for at once while it is read from end to end: few enough to hold, enough to hide the way there."""
 
@@ -420,22 +423,9 @@ class Remote(Folder):
             self.remove(last)
             self.remove("")
 
-    @contextmanager
-    def _guard(self, name: str = "") -> Iterator[None]:
+    def _guard(self, name: str = "") -> AbstractContextManager[None]:
         """Turn a store that cannot be reached, or refuses, into an error that says what to do."""
-        where = f"{self.url}/{name}" if name else self.url
-        try:
-            yield
-        except (FileNotFoundError, ArtefactError):
-            raise
-        except OSError as error:
-            if error.errno in _FULL:
-                raise
-            raise ArtefactError(_refused(where, error)) from error
-        except Exception as error:  # every backend has errors of its own, which fsspec lets through
-            if not type(error).__module__.startswith(_BACKENDS):
-                raise
-            raise ArtefactError(_refused(where, error)) from error
+        return _guarding(f"{self.url}/{name}" if name else self.url)
 
     def _copy(self, objects: Sequence[tuple[str, str, int]]) -> None:
         """Let the store copy objects: path, new path, bytes."""
@@ -514,11 +504,63 @@ def _filesystem(url: str) -> tuple[Any, str]:
         raise ArtefactError(f"{url}: the library for {protocol}:// is not installed here: {what}") from None
     except ValueError as error:
         raise ArtefactError(f"{url}: not a URL that can be used ({error}); use a path, or s3://bucket/prefix") from None
+    with _guarding(url):
+        if endpoint := _endpoint_of(fs, url):
+            _knock(endpoint)
     return fs, root.rstrip("/")
+
+
+def _endpoint_of(fs: Any, url: str) -> str | None:
+    """Address of the server that requests go to, where it is known how to find it."""
+    if "s3" in fs.protocol:
+        fs.connect()
+        return fs.s3.meta.endpoint_url
+    return "/".join(url.split("/")[:3]) if url.startswith(("http://", "https://")) else None
+
+
+@functools.cache
+def _knock(endpoint: str) -> None:
+    """Find out in seconds whether anything answers at all; the libraries try for minutes, which is right only once a store was there.
+
+    Raises:
+        ConnectionError: nothing does.
+    """
+    import ssl
+    import urllib.error
+    import urllib.request
+
+    class Stay(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *_: Any) -> None:
+            return None  # an answer is an answer; nobody else is asked
+
+    # nothing secret is sent: certificates are checked by the library that sends it, which knows the user's bundle
+    https = urllib.request.HTTPSHandler(context=ssl._create_unverified_context())
+    try:
+        urllib.request.build_opener(Stay, https).open(urllib.request.Request(endpoint, method="HEAD"), timeout=KNOCK_SECONDS).close()
+    except urllib.error.HTTPError as answer:
+        answer.close()
+    except (OSError, http.client.HTTPException) as error:
+        raise ConnectionError(f"{endpoint}: {getattr(error, 'reason', error)}") from error
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _BACKENDS = ("botocore", "aiobotocore", "aiohttp", "fsspec", "s3fs", "gcsfs", "adlfs", "requests", "urllib3")
+
+
+@contextmanager
+def _guarding(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, ArtefactError):
+        raise
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        raise ArtefactError(_refused(where, error)) from error
+    except Exception as error:  # every backend has errors of its own, which fsspec lets through
+        if not type(error).__module__.startswith(_BACKENDS):
+            raise
+        raise ArtefactError(_refused(where, error)) from error
 
 
 def _refused(where: str, error: Exception) -> str:
