@@ -72,7 +72,7 @@ class Place:
     def stage(self, section: TrainParams) -> tuple[float, Watch]:
         """Seconds of the stage as `ommatid train` runs it, with MLflow, gate and publishing, and what it told."""
         params, watch, start = self._params.model_copy(update={"train": section}), Watch(self._root), time.perf_counter()
-        run_stage("train", params, watch, str(self._root), self._root / "quality", must_pass=False)
+        run_stage("train", params, watch, str(self._root), must_pass=False)
         return time.perf_counter() - start, watch
 
 

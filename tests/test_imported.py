@@ -23,13 +23,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_it_is_one_of_several(folder: Path) -> None:
     prepare(folder, make_params(folder))
-    run_stage("train", make_params(folder, d_sae=40, k=4), ignore, reports=folder / "reports")
+    run_stage("train", make_params(folder, d_sae=40, k=4), ignore)
     (first,) = (open_stage("train").child(name, "sae") for name in open_stage("train").children)
     theirs, fvu = SAE.load(first.path), first.summary["fvu"]
     export_sae(theirs, "saelens", folder / "theirs")
     write_own(theirs, folder / "ours")
     runs = [{"k": 2}, {"variant": {"kind": "imported", "path": "theirs"}}, {"variant": {"kind": "imported", "path": "ours"}}]
-    made = run_stage("train", make_params(folder, runs=runs), ignore, reports=folder / "reports")
+    made = run_stage("train", make_params(folder, runs=runs), ignore)
     assert len(made.children) == 3
     x = torch.randn(50, 16)
     for name in made.children[1:] if made.children[0].startswith("batch") else made.children[:2]:
@@ -49,4 +49,4 @@ def test_another_width_is_refused_before_training(folder: Path) -> None:
     write_own(sae, folder / "wide")
     params = make_params(folder, runs=[{"k": 2}, {"variant": {"kind": "imported", "path": "wide"}}])
     with pytest.raises(ModelError, match=r"train.variant.path: wide: encodes activations of width 20.*those at hand are of width 16"):
-        run_stage("train", params, ignore, reports=folder / "reports")
+        run_stage("train", params, ignore)

@@ -63,7 +63,7 @@ def only_sae(artefact: Artefact) -> SAE:
 def test_two_ranks_make_the_sae_of_one(folder: Path, variant: str) -> None:
     params = make_params(folder, variant=variant, epochs=6 if variant == "batch_topk" else 40)  # penalties take longer to settle
     prepare(folder, params)
-    alone = only_sae(run_stage("train", params, ignore, reports=folder / "reports"))
+    alone = only_sae(run_stage("train", params, ignore))
     done = together(folder, 2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("holds") == 1

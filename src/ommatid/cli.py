@@ -46,13 +46,14 @@ ParamsFile = Annotated[Path, typer.Option("--params", help="File with every valu
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value, such as train.k=32; repeatable.")
 ]
-CatalogFile = Annotated[Path, typer.Option("--catalog", help="The DuckDB file to ask.")]
+CatalogFile = Annotated[
+    Path | None, typer.Option("--catalog", help="The DuckDB file to ask; default: catalog/catalog.duckdb below --data.", show_default=False)
+]
 
 Data = Annotated[str, typer.Option("--data", metavar="PATH|URL", help="Root of all artefacts, such as s3://bucket/prefix.")]
 
 DEFAULT_PARAMS = Path("params.yaml")
 DEFAULT_DATA = "data"
-DEFAULT_CATALOG = Path("data/catalog/catalog.duckdb")
 
 
 @app.command()
@@ -107,10 +108,11 @@ def estimate(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, d
     """Say what a run will take, by trials of every stage on samples: disk, minutes, memory."""
     from ommatid.config import load_params
     from ommatid.estimate import estimate as make
+    from ommatid.stage import study_params
     from ommatid.terminal import showing
 
     with showing(sys.stdout) as on_event:
-        found = make(load_params(params, overrides or ()), data, on_event)
+        found = make(study_params("extract", load_params(params, overrides or ()), data, on_event), data, on_event)
     for line in [*_table(_estimate_rows(found)), *_estimate_notes(found)]:
         say(line)
 
@@ -146,12 +148,13 @@ def query(
         int | None,
         typer.Option("--memory-limit", metavar="MB", help="Memory that it may take; default: 4096, or a quarter of the machine's."),
     ] = None,
-    catalog: CatalogFile = DEFAULT_CATALOG,
+    catalog: CatalogFile = None,
+    data: Data = DEFAULT_DATA,
 ) -> None:
     """Ask the catalogue in SQL; it is opened read-only."""
     from ommatid.catalog.query import answer
 
-    answer(sql, catalog, output, max_rows, timeout, sys.stdout, memory, early.child)
+    answer(sql, _catalog_file(catalog, data), output, max_rows, timeout, sys.stdout, memory, early.child)
 
 
 @app.command()
@@ -160,9 +163,10 @@ def show(
     sae: Annotated[str | None, typer.Option(metavar="NAME", help="Which SAE; default: the highest mean MS above its floor.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="All SAEs beside one another instead.")] = False,
     to: Annotated[
-        Path | None, typer.Option(help="The PNG to write; default data/pictures/latent-<n>.png, best.png or comparison.png.")
+        Path | None, typer.Option(help="The PNG to write; default latent-<n>.png, best.png or comparison.png in pictures below --data.")
     ] = None,
-    catalog: CatalogFile = DEFAULT_CATALOG,
+    catalog: CatalogFile = None,
+    data: Data = DEFAULT_DATA,
 ) -> None:
     """Write a picture of a feature: examples by decile with heat maps, its label and its numbers; or of several SAEs."""
     from ommatid.catalog import Catalog
@@ -171,8 +175,9 @@ def show(
     if compare and (latent is not None or sae is not None):
         raise ConfigError("show --compare draws all SAEs: give it no latent and no --sae")
     name = "comparison.png" if compare else "best.png" if latent is None else f"latent-{latent}.png"
-    path = to or Path("data/pictures") / name
-    with Catalog(catalog) as opened:
+    file = _catalog_file(catalog, data)
+    path = to or _beside(file, data) / "pictures" / name
+    with Catalog(file) as opened:
         if compare:
             draw_comparison(opened, path)
         elif latent is None:
@@ -185,16 +190,19 @@ def show(
 @app.command()
 def report(
     sae: Annotated[str | None, typer.Option(metavar="NAME", help="Which SAE; default: the highest mean MS above its floor.")] = None,
-    to: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("data/report.html"),
-    catalog: CatalogFile = DEFAULT_CATALOG,
+    to: Annotated[Path | None, typer.Option(help="The HTML file to write; default report.html below --data.")] = None,
+    catalog: CatalogFile = None,
+    data: Data = DEFAULT_DATA,
 ) -> None:
     """Write what was found as one page that needs no network: numbers beside their controls, plots, best and worst features."""
     from ommatid.catalog import Catalog
     from ommatid.catalog.report import write_report
 
-    with Catalog(catalog) as opened:
-        write_report(opened, to, sae)
-    say(to)
+    file = _catalog_file(catalog, data)
+    path = to or _beside(file, data) / "report.html"
+    with Catalog(file) as opened:
+        write_report(opened, path, sae)
+    say(path)
 
 
 @app.command("import")
@@ -226,15 +234,50 @@ def import_(
 def export(
     to: Annotated[str, typer.Option(help="saelens, dictionary_learning, sparsify, saev, sae_for_vlm or overcomplete.")],
     out: Annotated[Path, typer.Option(help="Folder to write into.")],
-    sae: Annotated[Path, typer.Option(help="Folder with sae.safetensors and cfg.json.")] = Path("data/sae"),
+    sae: Annotated[Path | None, typer.Option(help="Folder with sae.safetensors and cfg.json; default: sae below --data.")] = None,
+    data: Data = DEFAULT_DATA,
 ) -> None:
     """Write an SAE so that another library's own loader opens it."""
     from ommatid.sae.interop import export_sae, is_own, load_own
     from ommatid.store import checked_folder
 
-    loaded = load_own(checked_folder(sae, "sae") if is_own(sae) else sae)
+    folder = sae or _trained(data)
+    loaded = load_own(checked_folder(folder, "sae") if is_own(folder) else folder)
     export_sae(loaded, to, out)
     say(f"export: {out} holds {_describe(loaded)} as {to}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+
+
+def _catalog_file(given: Path | None, data: str) -> Path:
+    """The DuckDB file of a study, on this machine."""
+    if given is not None and data != DEFAULT_DATA:
+        raise ConfigError(f"--catalog {given} and --data {data} are both given; name the catalogue by one of them")
+    if given is None and "://" in data:
+        from ommatid.stage import open_stage
+
+        return open_stage("catalog", data=data).file("catalog.duckdb")
+    return given or Path(data) / "catalog" / "catalog.duckdb"
+
+
+def _beside(catalog: Path, data: str) -> Path:
+    """Where pictures and reports of a catalogue go: the root of its study."""
+    if "://" in data:
+        raise ConfigError(f"{data} is not on this machine: say with --to FILE where to write")
+    return catalog.parent.parent if catalog.parent.name == "catalog" else catalog.parent
+
+
+def _trained(data: str) -> Path:
+    """The folder of what was trained, on this machine; of a single SAE that of the SAE itself in an object store."""
+    if "://" not in data:
+        return Path(data) / "sae"
+    from ommatid.stage import open_stage
+
+    saes = open_stage("train", data=data).each()
+    if len(saes) > 1:
+        raise ConfigError(
+            f"{data}/sae holds {len(saes)} SAEs ({', '.join(saes)}): copy one to this machine, and name its folder with --sae"
+        )
+    (one,) = saes.values()
+    return one.path
 
 
 def _as_mapping(values: list[str]) -> dict[str, str]:
@@ -316,22 +359,22 @@ def _run(name: str, params_file: Path, overrides: list[str] | None, data: str) -
 
 
 def _run_here(name: str, params: "Params", data: str) -> None:
-    from ommatid.stage import run_stage
+    from ommatid.stage import run_stage, study_params
     from ommatid.terminal import showing
 
     with showing(sys.stdout, len(params.train.each()) > 1) as on_event:
-        artefact = run_stage(name, params, on_event, data)
+        artefact = run_stage(name, study_params(name, params, data, on_event), on_event, data)
     say(f"{name}: {artefact.url} holds {_sizes(artefact)}")
 
 
 def _train_together(params: "Params", data: str) -> None:
     """One of the processes that `torchrun --nproc-per-node N -m ommatid train` starts; the first does what a single one would."""
     from ommatid.sae import ranks
-    from ommatid.stage import follow_training
+    from ommatid.stage import follow_training, study_params
 
     with ranks.joined():
         if ranks.mine():
-            follow_training(params, data)
+            follow_training(study_params("train", params, data), data)
         else:
             _run_here("train", params, data)
 

@@ -12,6 +12,7 @@ def without_credentials(text: str) -> str:
     """The text without the user names, passwords and queries of URLs in it."""
     return _QUERY.sub(r"\1", _USER.sub("", text))
 
+
 import os
 import re
 

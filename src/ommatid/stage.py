@@ -2,17 +2,18 @@
 
 import functools
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, assert_never
 
 from ommatid import quality, store
-from ommatid.config import ExtractFiles, ExtractParams, Params, Section, TrainParams
+from ommatid.config import ExtractFiles, ExtractParams, Params, Section, TrainParams, dotted, make_params
 from ommatid.errors import ArtefactError, GateError, MachineError
-from ommatid.events import Listener, Progress, about
-from ommatid.folder import Folder, open_folder
+from ommatid.events import Listener, Progress, Warned, about, ignore
+from ommatid.folder import Disk, Folder, open_folder
 from ommatid.lacks import Lack, describe, find_lack
 from ommatid.store import INSIDE, Artefact, Draft
 
@@ -51,7 +52,7 @@ TRACKED = ("train", "evaluate", "label")
 DECODING = ("train", "evaluate")
 """Stages that compare what an SAE decodes with what it should: of a transcoder they read `target`, too."""
 QUALITY = Path("data/quality")
-"""Folder of the gates' reports, relative to the checkout, wherever the artefacts are."""
+"""Folder of the gates' reports, relative to the checkout; with another root than `DATA`, its name there."""
 HEALTH = "health"
 """Folder in it with a picture of each dictionary that was trained."""
 REPORT = "report.html"
@@ -100,15 +101,14 @@ def _telling_lacks(run: Callable[Concatenate[str, P], Artefact]) -> Callable[Con
 
 
 @_telling_lacks
-def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA, reports: Path = QUALITY, must_pass: bool = True) -> Artefact:
+def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA, must_pass: bool = True) -> Artefact:
     """Run one stage in the current directory; where another process is making the same artefact, wait for it and take that one.
 
     Args:
         name: The stage.
         params: All of them.
         on_event: Hears of progress.
-        data: Root of all artefacts, a path or URL.
-        reports: Where the gate's report goes.
+        data: Root of all artefacts and of the gates' reports, a path or URL.
         must_pass: Publish nothing that fails the gate; False: only report it, as trials on samples need it.
 
     Raises:
@@ -125,22 +125,104 @@ def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA, r
         on_event(Progress(line, 0, 1))
 
     pictures: dict[str, list[Path]] = {}
-    with store.open_draft(place, stage.kind, section.identity(), inputs, on_wait) as draft:
+    with _open_reports(name, data) as reports, store.open_draft(place, stage.kind, section.identity(), inputs, on_wait) as draft:
         if draft.published:
             return draft.published
-        with _training_runs(name, params, inputs) as runs:
-            artefact = draft.sealed() or _compute(name, params, inputs, draft, runs.tee(on_event) if runs else on_event)
+        with _training_runs(name, params, inputs, data) as runs:
+            artefact = draft.sealed() or _compute(name, params, inputs, draft, runs.tee(on_event) if runs else on_event, data)
             if name == "train":
-                pictures = _draw_health(artefact, reports)
+                pictures = _draw_health(artefact, reports.path)
             report = _gate(name, artefact, params, inputs.get("train", artefact), draft, reports, must_pass)
             if name == "catalog":
-                report.append(_write_report(artefact, reports))
+                report.append(_write_report(artefact, reports.path))
             if runs:
                 runs.finish(artefact)
         published = draft.publish(place)
-    if name in TRACKED or name == "catalog":
-        _track(name, inputs.get("train", published), published, report, pictures, reports)
+        if name in TRACKED or name == "catalog":
+            _track(name, inputs.get("train", published), published, report, pictures, reports.path)
     return published
+
+
+@dataclass(frozen=True)
+class _Reports:
+    """The folder of the gates' reports."""
+
+    path: Path
+    """On this machine."""
+    shown: str
+    """Where a user finds it."""
+
+
+@contextmanager
+def _open_reports(name: str, data: str) -> Iterator[_Reports]:
+    """The reports of a data root; of one in an object store, a folder on this machine that goes there when the block ends."""
+    there = open_folder(data) / QUALITY.name
+    if isinstance(there, Disk):
+        yield _Reports(there.path, f"{there.path.absolute()}")
+        return
+    with tempfile.TemporaryDirectory(prefix="ommatid-") as scratch:
+        path = Path(scratch)
+        if name == "train":  # it hands on the reports of what came before
+            for earlier in there.sizes().keys() & {file.name for file in _earlier_reports(path)}:
+                there.fetch(earlier, path / earlier)
+        try:
+            yield _Reports(path, there.url)
+        finally:
+            new = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+            old = {f"{HEALTH}/{picture}" for picture in there.sizes(HEALTH)} if (path / HEALTH).exists() else set()
+            for picture in old.difference(new):  # of SAEs of the training before
+                there.remove(picture)
+            for file in new:
+                there.put(path / file, file)
+
+
+def _earlier_reports(reports: Path) -> list[Path]:
+    """Of the stages before training, which know no MLflow run."""
+    return [reports / f"{earlier}{suffix}" for earlier in ("images", "extract") for suffix in (".json", ".html")]
+
+
+def study_params(name: str, params: Params, data: str, on_event: Listener = ignore) -> Params:
+    """The params of a stage in a study: its own section as given, those before it as the artefacts there were made.
+
+    In the checkout's own root DVC sees to that, and they are left as they are. What differs from what was given is told.
+
+    Args:
+        name: The stage.
+        params: As params.yaml and the command line give them.
+        data: Root of the artefacts, a path or URL.
+        on_event: Hears what differs.
+    """
+    if _is_checkouts(data):
+        return params
+    sections: dict[str, Any] = {}
+    for other in STAGES[name].inputs:
+        given: Section = getattr(params, other)
+        try:
+            made = store.open_artefact(_place(other, data), STAGES[other].kind).manifest.params
+        except ArtefactError:
+            continue  # the stage says so, if it needs it
+        if other != "label" and made != given.identity():
+            kept = {key: value for key, value in given.model_dump(mode="json").items() if key in given.how and key not in made}
+            sections[other] = {**kept, **made}
+    if not sections:
+        return params
+    values = params.model_dump(mode="json")
+    studied = make_params({**values, **sections}, f"{open_folder(data)}")
+    told = {key: value for key, value in dotted(studied).items() if dotted(params).get(key, _ABSENT) != value}
+    if told:
+        changes = ", ".join(f"{key}={value}" for key, value in list(told.items())[:5])
+        more = f" and {len(told) - 5} more" if len(told) > 5 else ""
+        on_event(Warned(f"{open_folder(data)} was made with {changes}{more}: {name} goes by these, not by what was given"))
+    return studied
+
+
+_ABSENT = object()
+
+
+def _is_checkouts(data: str) -> bool:
+    """Whether a root is that of the checkout, which DVC knows."""
+    root = open_folder(data)
+    return isinstance(root, Disk) and root.path.resolve() == Path(DATA).resolve()
 
 
 def follow_training(params: Params, data: str = DATA) -> None:
@@ -200,25 +282,27 @@ def _check_pair(activations: Artefact, target: Artefact) -> None:
         )
 
 
-def _training_runs(name: str, params: Params, inputs: dict[str, Artefact]) -> AbstractContextManager["Runs | None"]:
+def _training_runs(name: str, params: Params, inputs: dict[str, Artefact], data: str) -> AbstractContextManager["Runs | None"]:
     """The MLflow runs that training is recorded in; they fail with the gate."""
     if name != "train":
         return nullcontext()
     from ommatid import tracking
 
-    return tracking.training_runs(params, inputs)
+    return tracking.training_runs(params, inputs, _is_checkouts(data))
 
 
-def _gate(name: str, artefact: Artefact, params: Params, training: Artefact, draft: Draft, reports: Path, must_pass: bool) -> list[Path]:
+def _gate(
+    name: str, artefact: Artefact, params: Params, training: Artefact, draft: Draft, reports: _Reports, must_pass: bool
+) -> list[Path]:
     """Check the artefact; gives the report's files. What fails and must not is discarded."""
     # what each SAE was made by stands in its manifest: params may have been overridden for the training alone
     saes = {own: TrainParams.model_validate(sae.manifest.params) for own, sae in training.each().items()} if name in TRACKED else {}
     report = quality.check(name, artefact, params, saes)
-    json_path, html_path = quality.write_report(report, reports)
+    json_path, html_path = quality.write_report(report, reports.path)
     if must_pass and not report.success:
         draft.discard()
         failures = "; ".join(f"{check.name}: {check.detail}" for check in report.failures)
-        raise GateError(f"{name}: quality gate failed: {failures}; nothing was published; the report is {html_path}")
+        raise GateError(f"{name}: quality gate failed: {failures}; nothing was published; the report is {reports.shown}/{html_path.name}")
     return [json_path, html_path]
 
 
@@ -251,8 +335,7 @@ def _track(
     from ommatid import tracking
 
     if name == "train":
-        before = [reports / f"{earlier}{suffix}" for earlier in ("images", "extract") for suffix in (".json", ".html")]
-        report = [*(path for path in before if path.exists()), *report]
+        report = [*(path for path in _earlier_reports(reports) if path.exists()), *report]
     made = artefact.each()  # nothing inside a catalogue: it is about all of them
     numbers = {sae: _numbers(made[sae].summary) if made else {} for sae in training.children}
     tracking.log_stage(name, training.each(), report, numbers, pictures)
@@ -262,7 +345,7 @@ def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in summary.items() if isinstance(value, int | float)}
 
 
-def _compute(name: str, params: Params, inputs: dict[str, Artefact], draft: Draft, on_event: Listener) -> Artefact:
+def _compute(name: str, params: Params, inputs: dict[str, Artefact], draft: Draft, on_event: Listener, data: str) -> Artefact:
     match name:
         case "images":
             from ommatid.images import make_images
@@ -289,7 +372,8 @@ def _compute(name: str, params: Params, inputs: dict[str, Artefact], draft: Draf
             from ommatid import tracking
             from ommatid.catalog.build import build_catalog
 
-            return build_catalog(params.catalog, inputs, draft, tracking.lineage(inputs["train"].each()), on_event)
+            lineage = tracking.lineage(inputs["train"].each(), _is_checkouts(data))
+            return build_catalog(params.catalog, inputs, draft, lineage, on_event)
         case _:
             raise AssertionError(f"no stage {name!r}")
 

@@ -67,7 +67,7 @@ def _run(stage: str, params: dict[str, Any], data: str, whole: dict[str, int] | 
 
     checked, spans = Params.model_validate(params), _Spans()
     with _training_as_the_whole(checked, data, **whole) if whole else nullcontext():
-        run_stage(stage, checked, spans, data, reports=Path(data) / "quality", must_pass=False)
+        run_stage(stage, checked, spans, data, must_pass=False)
     seconds = time.perf_counter() - start
     gc.collect()  # networks first: the next run loads them again
     return {"seconds": seconds, "peak": _peak(), "spans": spans.seconds}

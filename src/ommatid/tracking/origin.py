@@ -9,13 +9,17 @@ _SECONDS = 60.0
 """After which git is taken to hang; on a busy machine a large checkout takes seconds."""
 
 
-def origin() -> dict[str, str]:
-    """Tags that name the code, the DVC state and the flow run; what is not known is left out."""
+def origin(is_versioned: bool) -> dict[str, str]:
+    """Tags that name the code, the DVC state and the flow run; what is not known is left out.
+
+    Args:
+        is_versioned: Whether dvc.lock is about these artefacts: not where they are below another root than the checkout's.
+    """
     values = {
         "mlflow.source.git.commit": _git("rev-parse", "HEAD"),
         "git.dirty": _dirty(),
         "dvc.experiment": os.environ.get("OMMATID_EXPERIMENT"),
-        "dvc.lock": _sha256(Path("dvc.lock")),
+        "dvc.lock": _sha256(Path("dvc.lock")) if is_versioned else None,
         "prefect.flow_run": os.environ.get("OMMATID_FLOW_RUN"),
     }
     return {key: value for key, value in values.items() if value}

@@ -44,9 +44,10 @@ _PLACE = "ommatid.place"
 class Runs:
     """The runs of a training, one for each SAE, on their way into MLflow by one thread: training neither waits nor fails with it."""
 
-    def __init__(self, params: Params, inputs: Mapping[str, Artefact]):
+    def __init__(self, params: Params, inputs: Mapping[str, Artefact], is_versioned: bool = True):
         self._params = {name: params.model_copy(update={"train": one}) for name, one in params.train.each().items()}
         self._inputs = inputs
+        self._is_versioned = is_versioned
         self._training = _training_of(params, inputs)
         self._journal = Journal(list(self._params))
         self._n_noted = dict.fromkeys(self._params, 0)
@@ -151,7 +152,7 @@ class Runs:
             self._experiment = _open_experiment(self._client)
         if name not in self._run_ids:
             run_name = name if len(self._params) > 1 else os.environ.get("OMMATID_EXPERIMENT")
-            self._run_ids[name] = _create_run(self._client, self._experiment, run_name, self._training, self._inputs)
+            self._run_ids[name] = _create_run(self._client, self._experiment, run_name, self._training, self._inputs, self._is_versioned)
         if name not in self._described:
             _describe(self._client, self._run_ids[name], self._params[name], self._inputs)
             self._described.add(name)
@@ -184,9 +185,9 @@ def _give_up() -> None:
 
 
 @contextmanager
-def training_runs(params: Params, inputs: Mapping[str, Artefact]) -> Iterator[Runs]:
-    """MLflow runs around a training; they end as FAILED or KILLED when the block does."""
-    runs = Runs(params, inputs)
+def training_runs(params: Params, inputs: Mapping[str, Artefact], is_versioned: bool = True) -> Iterator[Runs]:
+    """MLflow runs around a training; they end as FAILED or KILLED when the block does. `is_versioned`: see `origin`."""
+    runs = Runs(params, inputs, is_versioned)
     runs.start()
     try:
         yield runs
@@ -208,13 +209,14 @@ def _why(error: BaseException) -> str:
             return f"Ended by {type(error).__name__}"
 
 
-def lineage(saes: Mapping[str, Artefact]) -> dict[str, dict[str, str | None]]:
+def lineage(saes: Mapping[str, Artefact], is_versioned: bool = True) -> dict[str, dict[str, str | None]]:
     """Where each SAE came from; a value is None when it is not known.
 
     With an MLflow run of this SAE: git and DVC as they were when it was trained. Without one: as they are here and now.
+    `is_versioned`: see `origin`.
     """
     found = quietly(lambda client: {name: _find_run(client, sae) for name, sae in saes.items()}) or {}
-    here = origin() if not all(found.get(name) for name in saes) else {}
+    here = origin(is_versioned) if not all(found.get(name) for name in saes) else {}
     return {name: _lineage(found.get(name), here) for name in saes}
 
 
@@ -266,9 +268,11 @@ def _open_experiment(client: "MlflowClient") -> str:
     return experiment
 
 
-def _create_run(client: "MlflowClient", experiment: str, name: str | None, training: str, inputs: Mapping[str, Artefact]) -> str:
+def _create_run(
+    client: "MlflowClient", experiment: str, name: str | None, training: str, inputs: Mapping[str, Artefact], is_versioned: bool
+) -> str:
     of_inputs = {f"ommatid.input.{stage}": artefact.digest for stage, artefact in inputs.items()}
-    tags = {**origin(), TRAINING: training, _PLACE: _place(), **of_inputs}
+    tags = {**origin(is_versioned), TRAINING: training, _PLACE: _place(), **of_inputs}
     return client.create_run(experiment, run_name=name, tags=tags).info.run_id
 
 
