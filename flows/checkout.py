@@ -101,7 +101,8 @@ class Workplace:
                 time.sleep(5)
                 continue
             if code:
-                raise RunError(f"{stage}: {_error_in(lines, code).removeprefix(f'{stage}: ')}")
+                where = "" if self.experiment is None else f" (in the experiment's worktree, {self.root})"
+                raise RunError(f"{stage}: {_error_in(lines, code).removeprefix(f'{stage}: ')}{where}")
             return
 
     def dvc(self, *arguments: str) -> str:

@@ -670,7 +670,7 @@ def test_failing_gate_leaves_a_report_and_no_artefact(tmp_path: Path, monkeypatc
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        stage, "_compute", lambda name, params, inputs, draft, on_event: make_images(params.images, inputs, draft, on_event)
+        stage, "_compute", lambda name, params, inputs, draft, on_event, data: make_images(params.images, inputs, draft, on_event)
     )
     with pytest.raises(GateError, match=r"both splits have images: split eval: images 0.*data/quality/images\.html"):
         stage.run_stage("images", params, ignore)

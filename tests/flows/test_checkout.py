@@ -150,6 +150,15 @@ def test_a_failing_stage_says_its_error_and_leaves_no_lock_entry(checkout: Path)
     assert "train" in Workplace(checkout, checkout).stale()
 
 
+def test_a_failing_stage_of_an_experiment_names_the_worktree_in_which_its_files_are(checkout: Path) -> None:
+    with opened(checkout, "train.k=13") as (place, said):
+        place.repro("images", said.append)
+        with pytest.raises(RunError) as error:
+            place.repro("train", said.append)
+    assert str(error.value) == f"train: 13 is unlucky (in the experiment's worktree, {place.root})"
+    assert place.root.is_dir() and place.root != checkout
+
+
 def test_the_worktree_of_a_run_that_died_is_continued_and_cleared_after_a_day(checkout: Path) -> None:
     with opened(checkout, "train.k=14") as (place, said):
         tree = place.root

@@ -1,7 +1,10 @@
-"""`make up`, end to end: servers, worker and deployments start; "Run" with an override becomes an experiment; Ctrl-C ends all."""
+"""`make up`, end to end: servers, worker and deployments start; a schedule starts a run; "Run" with an override becomes an experiment;
+Ctrl-C ends all; and no log of any of them has an error in it.
+"""
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 from fake_checkout import REPOSITORY, bytes_of, run
 from waiting import HANG_SECONDS, wait_for, wait_for_end
 
@@ -46,9 +50,35 @@ def finished(api: str, flow_run: str) -> dict[str, Any]:
     return wait_for(ended, "the end of the run")
 
 
+def schedule_pipeline(checkout: Path) -> None:
+    """Let the pipeline, and nothing else, run by a schedule that comes often."""
+    path = checkout / "infra/prefect.yaml"
+    project = yaml.safe_load(path.read_text())
+    pipeline, retrain = project["deployments"]
+    assert retrain.pop("schedules")
+    pipeline["schedules"] = [{"interval": 15, "active": True}]
+    path.write_text(yaml.safe_dump(project))
+
+
+def scheduled(api: str) -> dict[str, Any]:
+    """A run that a schedule started, when it has ended; then no more come."""
+    deployment = call(f"{api}/deployments/name/pipeline/pipeline")
+    wanted = {"flow_runs": {"deployment_id": {"any_": [deployment["id"]]}, "state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}}
+    (run, *_) = wait_for(lambda: call(f"{api}/flow_runs/filter", wanted), "a run that a schedule starts")
+    call(f"{api}/deployments/{deployment['id']}/pause_deployment", {})
+    return run
+
+
+def errors_in(logs: Path) -> list[str]:
+    """Lines of any log that tell of an error."""
+    said = [f"{path.name}: {line}" for path in sorted(logs.glob("*.log")) for line in path.read_text(errors="replace").splitlines()]
+    return [line for line in said if re.search(r"ERROR|CRITICAL|Traceback|Error\b|[Ee]xception", line)]
+
+
 def test_run_in_the_ui_with_an_override(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("flows", "infra"):
         shutil.copytree(REPOSITORY / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    schedule_pipeline(checkout)
     run(checkout, "git", "add", "-A")
     run(checkout, "git", "commit", "-qm", "Flows")
     for key in [key for key in os.environ if key.startswith("PREFECT_")]:
@@ -62,6 +92,9 @@ def test_run_in_the_ui_with_an_override(checkout: Path, monkeypatch: pytest.Monk
         assert up.stdout
         said = [up.stdout.readline() for _ in range(3)]
         assert said[0] == f"Prefect  http://127.0.0.1:{port}/deployments\n" and said[1].startswith("MLflow   http://127.0.0.1:"), said
+
+        started = scheduled(api)
+        assert started["auto_scheduled"] and started["state_type"] == "COMPLETED", started["state"]
 
         with pytest.raises(urllib.error.HTTPError, match="409") as refused:
             run_deployment(api, {"k": "many"})
@@ -85,3 +118,6 @@ def test_run_in_the_ui_with_an_override(checkout: Path, monkeypatch: pytest.Monk
         up.stdout.close() if up.stdout else None
     assert len(family) >= 4
     wait_for_end(family, "servers and worker")
+    logs = checkout / ".prefect/logs"
+    assert {path.stem for path in logs.glob("*.log")} == {"prefect", "mlflow", "pool", "deploy-pipeline", "deploy-retrain", "worker"}
+    assert errors_in(logs) == []
