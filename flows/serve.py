@@ -17,6 +17,7 @@ from flows.checkout import environment
 from flows.services import Services, free_port
 from ommatid.config import load_params
 from ommatid.edge import at_edge
+from ommatid.tracking import follow_move
 
 POOL = "ommatid"
 
@@ -64,6 +65,7 @@ def _mlflow(checkout: Path, port: int) -> tuple[str, ...]:
     """MLflow's pages over the store that runs in this checkout write to."""
     folder = checkout / ".mlflow"
     folder.mkdir(exist_ok=True)
+    follow_move(folder)
     store = ("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--default-artifact-root", (folder / "artifacts").as_uri())
     return ("mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port), *store)
 

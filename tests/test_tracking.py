@@ -3,10 +3,13 @@
 import json
 import logging
 import os
+import shutil
+import sqlite3
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -188,6 +191,44 @@ def test_lineage_is_that_of_the_training_run(checkout: Path, client: MlflowClien
     assert found["dvc_experiment"] == "wide"
     assert found["git_dirty"] == "false"
     assert found["prefect_flow_run_id"] is None
+
+
+def test_files_follow_a_checkout_that_was_moved(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    training = make_training(params)
+    with tracking.training_runs(params, {}) as run:
+        run.finish(training)
+    moved = tmp_path_factory.mktemp("else where") / "moved's"  # what must be escaped in a URL, and in SQL
+    shutil.move(checkout, moved)
+    monkeypatch.chdir(moved)
+    Path("evaluate.json").write_text("{}")
+    tracking.log_stage("evaluate", training.each(), [Path("evaluate.json")], {ONE: {"fvu": 0.5}})
+    assert not checkout.exists()
+    client = MlflowClient(f"sqlite:///{moved}/.mlflow/mlflow.db")
+    made = only_run(client)
+    assert made.info.artifact_uri.startswith((moved / ".mlflow/artifacts").as_uri())
+    assert (moved / ".mlflow/artifacts" / made.info.run_id / "artifacts/quality/evaluate.json").exists()
+    version = client.get_model_version("ommatid-sae", "1")
+    assert Path(mlflow.artifacts.download_artifacts(version.source, tracking_uri=client.tracking_uri)).is_relative_to(moved)
+
+    copied = moved.with_name("copied")
+    shutil.copytree(moved, copied)
+    tracking.follow_move(copied / ".mlflow")
+    tracking.follow_move(copied / ".mlflow")
+    with closing(sqlite3.connect(copied / ".mlflow/mlflow.db")) as connection:
+        (uri,) = connection.execute("SELECT artifact_uri FROM runs").fetchone()
+    assert uri == made.info.artifact_uri.replace(moved.as_uri(), copied.as_uri())
+    tracking.follow_move(copied / "nothing")
+    assert not (copied / "nothing").exists()
+
+
+def test_a_study_that_dvc_does_not_know_names_no_dvc_lock(checkout: Path, client: MlflowClient, params: Params) -> None:
+    with tracking.training_runs(params, {}, is_versioned=False):
+        pass
+    assert "dvc.lock" not in only_run(client).data.tags and len(only_run(client).data.tags["mlflow.source.git.commit"]) == 40
+    (checkout / ".mlflow/mlflow.db").unlink()
+    assert tracking.lineage(make_training(params).each(), is_versioned=False)[ONE]["dvc_lock"] is None
 
 
 def test_lineage_without_a_run_is_here_and_now(checkout: Path, params: Params) -> None:

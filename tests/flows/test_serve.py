@@ -1,6 +1,4 @@
-"""`make up`, end to end: servers, worker and deployments start; a schedule starts a run; "Run" with an override becomes an experiment;
-Ctrl-C ends all; and no log of any of them has an error in it.
-"""
+"""`make up`, end to end: servers start, a schedule and "Run" start runs, Ctrl-C ends all, and no log of any has an error in it."""
 
 import json
 import os

@@ -4,7 +4,7 @@ Nothing here stops a stage: when no server answers, one warning says so and the 
 MLFLOW_TRACKING_URI; without it everything goes into .mlflow/ of the checkout that the run came from.
 """
 
-from ommatid.tracking.client import database
+from ommatid.tracking.client import database, follow_move
 from ommatid.tracking.registry import CHAMPION, MODEL, Version, find_version, get_champion, set_champion
 from ommatid.tracking.runs import Runs, lineage, log_stage, training_runs
 
@@ -15,6 +15,7 @@ __all__ = [
     "Version",
     "database",
     "find_version",
+    "follow_move",
     "get_champion",
     "lineage",
     "log_stage",

@@ -2,8 +2,9 @@
 
 import logging
 import os
+import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
@@ -59,7 +60,37 @@ def make_client() -> "MlflowClient":
     uri = _uri()
     if uri == f"sqlite:///{_folder() / 'mlflow.db'}":
         _folder().mkdir(parents=True, exist_ok=True)
+        follow_move(_folder())
     return MlflowClient(uri, os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+
+
+def follow_move(folder: Path) -> None:
+    """Let a store of ours find its files where it is now: MLflow records absolute places, and a checkout may have been moved or copied.
+
+    Args:
+        folder: `.mlflow` of a checkout, with mlflow.db and artifacts; nothing happens where there is no store yet.
+    """
+    path, here = folder / "mlflow.db", (folder.absolute() / "artifacts").as_uri()
+    if not path.exists():
+        return
+    with closing(sqlite3.connect(path, timeout=60)) as store, store:
+        for table, column in _PLACES:
+            if not store.execute("SELECT 1 FROM pragma_table_info(?) WHERE name = ?", (table, column)).fetchone():
+                continue  # an older MLflow's store, or one that is being made
+            begin = f"instr({column}, '/.mlflow/artifacts') + {len('/.mlflow/artifacts')}"
+            elsewhere = f"{column} LIKE 'file://%/.mlflow/artifacts%' AND substr({column}, 1, {begin} - 1) <> ?"
+            if store.execute(f"SELECT 1 FROM {table} WHERE {elsewhere} LIMIT 1", (here,)).fetchone():
+                store.execute(f"UPDATE {table} SET {column} = ? || substr({column}, {begin}) WHERE {elsewhere}", (here, here))
+
+
+_PLACES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Tables and columns of MLflow's store in which places of files stand."""
 
 
 def import_mlflow() -> None:
