@@ -61,9 +61,14 @@ def schedule_pipeline(checkout: Path) -> None:
 def scheduled(api: str) -> dict[str, Any]:
     """A run that a schedule started, when it has ended; then no more come."""
     deployment = call(f"{api}/deployments/name/pipeline/pipeline")
-    wanted = {"flow_runs": {"deployment_id": {"any_": [deployment["id"]]}, "state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}}
-    (run, *_) = wait_for(lambda: call(f"{api}/flow_runs/filter", wanted), "a run that a schedule starts")
+
+    def runs(*states: str) -> list[dict[str, Any]]:
+        wanted = {"deployment_id": {"any_": [deployment["id"]]}, "state": {"type": {"any_": states}}}
+        return call(f"{api}/flow_runs/filter", {"flow_runs": wanted})
+
+    (run, *_) = wait_for(lambda: runs("COMPLETED", "FAILED", "CRASHED"), "a run that a schedule starts")
     call(f"{api}/deployments/{deployment['id']}/pause_deployment", {})
+    wait_for(lambda: not runs("SCHEDULED", "PENDING", "RUNNING"), "the end of those that had begun")
     return run
 
 
@@ -84,7 +89,6 @@ def test_run_in_the_ui_with_an_override(checkout: Path, monkeypatch: pytest.Monk
     port = free_port()
     api = f"http://127.0.0.1:{port}/api"
     env = {**os.environ, "PREFECT_SERVER_API_PORT": str(port), "MLFLOW_PORT": str(free_port())}
-    before, status = bytes_of(checkout), run(checkout, "git", "status", "--porcelain")
     up = subprocess.Popen([sys.executable, "-m", "flows.serve"], cwd=checkout, env=env, stdout=subprocess.PIPE, text=True)
     try:
         assert up.stdout
@@ -94,6 +98,7 @@ def test_run_in_the_ui_with_an_override(checkout: Path, monkeypatch: pytest.Monk
         started = scheduled(api)
         assert started["auto_scheduled"] and started["state_type"] == "COMPLETED", started["state"]
 
+        before, status = bytes_of(checkout), run(checkout, "git", "status", "--porcelain")
         with pytest.raises(urllib.error.HTTPError, match="409") as refused:
             run_deployment(api, {"k": "many"})
         assert "is not of type 'integer'" in refused.value.read().decode()
