@@ -329,7 +329,9 @@ def _check(checkout: Path) -> None:
     """Refuse a folder in which no run can work, saying what is missing."""
     try:
         top = Path(_git(checkout, "rev-parse", "--show-toplevel")).resolve()
-    except RunError:
+    except RunError as error:
+        if "not a git repository" not in str(error):  # such as a folder of another user's, which git does not trust
+            raise
         raise RunError(f"{checkout}: not a git checkout; a run works in a clone of the repository") from None
     if top != checkout:
         raise RunError(f"{checkout}: not the top of its git checkout; run in {top}")
@@ -372,13 +374,19 @@ def _git(root: Path, *arguments: str) -> str:
 
 def _identity(root: Path) -> dict[str, str]:
     """Whose name experiments carry where git knows nobody, as in a fresh container: it refuses to make a commit then."""
-    known = subprocess.run(["git", "config", "user.email"], cwd=root, env=environment(root, root), capture_output=True)
+    try:
+        known = _ask(["git", "config", "user.email"], root, environment(root, root))
+    except RunError:
+        known = ""
     who = {"NAME": "ommatid", "EMAIL": "ommatid@localhost"}
-    return {} if known.returncode == 0 else {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in who.items()}
+    return {} if known else {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in who.items()}
 
 
 def _ask(command: list[str], root: Path, env: Mapping[str, str]) -> str:
-    done = subprocess.run(command, cwd=root, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    try:
+        done = subprocess.run(command, cwd=root, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise RunError(f"{command[0]} cannot be started in {root} ({error.strerror}); is it installed, and is the folder there?") from None
     if done.returncode:
         what = " ".join(command).replace(" ".join([*_DVC, "--wait-for-lock"]), "dvc")
         raise RunError(f"{what}: {_error_in(done.stderr.splitlines(), done.returncode)}")

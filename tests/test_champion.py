@@ -12,6 +12,7 @@ from ommatid import champion, store
 from ommatid.catalog import Catalog
 from ommatid.champion import Decision, Scores, compare
 from ommatid.config import Params, RetrainParams, load_params
+from ommatid.errors import ArtefactError
 from ommatid.stage import STAGES
 
 MARGINS = RetrainParams(min_ms_gain=0.005, max_fvu_loss=0.01, max_dead_rise=0.02)
@@ -242,3 +243,11 @@ def test_a_lost_catalogue_comes_back(checkout: Path) -> None:
     shutil.rmtree("data/sae")
     champion.settle()
     assert published() == {"first": "champion"}
+
+
+def test_a_line_that_is_no_decision_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    champion.DECISIONS.parent.mkdir(parents=True)
+    champion.DECISIONS.write_text('{"decision": "champion"}\n{"decision"')
+    with pytest.raises(ArtefactError, match=r"decisions\.jsonl: line 1 is no decision \(reason: missing; add it"):
+        champion.read_decisions()

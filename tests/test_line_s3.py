@@ -98,7 +98,7 @@ def test_workers_of_a_cluster_write_the_same(kind: str) -> None:
 
 
 def test_nothing_is_left_beside_the_artefacts() -> None:
-    assert open_folder(DATA).folders() == sorted(stage.place.name for stage in STAGES.values())
+    assert open_folder(DATA).folders() == sorted(["quality", *(stage.place.name for stage in STAGES.values())])
     left = [path for path in Path("data/.work").rglob("*") if path.is_file()]
     assert {path.suffix for path in left} == {".lock", ".published"}
 

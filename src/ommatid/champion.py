@@ -18,10 +18,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ommatid import store
 from ommatid.config import EvaluateParams, Params, RetrainParams
+from ommatid.config.problems import explain
+from ommatid.errors import ArtefactError
 from ommatid.events import Listener, ignore
 from ommatid.folder import sync
 from ommatid.stage import open_stage
@@ -189,11 +191,21 @@ def find_champion() -> Decision | None:
 
 
 def read_decisions() -> list[Decision]:
-    """All decisions, oldest first; a last line that a dying run cut short counts as not written."""
+    """All decisions, oldest first; a last line that a dying run cut short counts as not written.
+
+    Raises:
+        ArtefactError: a line before it is no decision.
+    """
     if not DECISIONS.exists():
         return []
     whole = DECISIONS.read_bytes().rpartition(b"\n")[0]
-    return [Decision.model_validate_json(line) for line in whole.splitlines()]
+    decisions = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            decisions.append(Decision.model_validate_json(line))
+        except ValidationError as error:
+            raise ArtefactError(f"{DECISIONS}: line {number} is no decision ({explain(error, Decision)}); take the line out") from None
+    return decisions
 
 
 def _read_scores() -> dict[str, Scores]:

@@ -222,6 +222,18 @@ def test_what_is_missing_is_said(checkout: Path, tmp_path: Path) -> None:
         pass
 
 
+def test_git_that_is_missing_or_does_not_trust_the_folder_is_not_called_a_folder_without_git(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = params_of(checkout)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    with pytest.raises(RunError, match="dubious ownership"), open_workplace(checkout, params, None, print):
+        pass
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(RunError, match=r"git cannot be started in .* is it installed"), open_workplace(checkout, params, None, print):
+        pass
+
+
 def test_a_path_that_leads_out_of_the_checkout_is_refused_in_an_experiment(checkout: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     with (

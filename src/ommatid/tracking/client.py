@@ -147,7 +147,9 @@ def ask(question: Callable[["MlflowClient"], T]) -> T:
     try:
         return question(make_client())
     except (MlflowException, OSError) as error:
-        raise RunError(f"MLflow at {shown_uri()}: {_line(error)}; start the server, or unset MLFLOW_TRACKING_URI") from error
+        by_server = "start the server, or unset MLFLOW_TRACKING_URI"
+        by_file = "another program may hold the file, or another version of MLflow have written it"
+        raise RunError(f"MLflow at {shown_uri()}: {_line(error)}; {by_server if _uri().startswith('http') else by_file}") from error
 
 
 def warn(error: Exception) -> None:
