@@ -1,5 +1,6 @@
 """The errors that are the user's to mend: each names the key or path, what came, what is allowed, what to do, and no credentials."""
 
+import os
 import re
 
 _USER = re.compile(r"(?<=://)(?:[^\s/@]*@)+|(?<=://)[^\s/@:]+:(?!\d+/)[^\s@]*@")
@@ -11,10 +12,6 @@ _QUERY = re.compile(r"(://[^\s?]*)\?[^\s'\"]*")
 def without_credentials(text: str) -> str:
     """The text without the user names, passwords and queries of URLs in it."""
     return _QUERY.sub(r"\1", _USER.sub("", text))
-
-
-import os
-import re
 
 
 class OmmatidError(Exception):

@@ -40,7 +40,7 @@ class Folder:
                 except OSError as error:
                     raise SourceError(f"{file}: {error.strerror}; mend or remove it") from None
         self._said = about.said
-        self.notices = [*about.notices, *_tables(str(root), [file.name for file in self._files])]
+        self.notices: Sequence[str] = [*about.notices, *_tables(str(root), [file.name for file in self._files])]
         self.total = len(self._files)
 
     def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
