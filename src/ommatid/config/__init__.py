@@ -21,6 +21,7 @@ from ommatid.config.params import CatalogParams, Params, RetrainParams
 from ommatid.config.section import Section
 from ommatid.config.train import TrainParams
 from ommatid.config.variants import Archetypal, BatchTopK, Gated, Imported, JumpReLU, Matryoshka, ReLU, TopK, TrainedVariant, Variant
+from ommatid.config.written import parse_json
 
 __all__ = [
     "STAGES",
@@ -72,6 +73,7 @@ __all__ = [
     "dotted",
     "load_params",
     "make_params",
+    "parse_json",
 ]
 
 STAGES = ("images", "extract", "train", "evaluate", "label", "catalog")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import filelock
 
-from ommatid.config.written import parse_json
+from ommatid.config import parse_json
 from ommatid.errors import ConfigError, SourceError, gist
 from ommatid.folder import cache_folder
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ommatid.config.written import parse_json
+from ommatid.config import parse_json
 from ommatid.errors import ConfigError, SourceError, gist
 from ommatid.images.drawing import draw
 from ommatid.images.figure import Figure, make_figure
