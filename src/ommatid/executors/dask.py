@@ -26,6 +26,7 @@ from ommatid.executors.workers import Driver, attempt, environment, reach, threa
 try:
     import dask.config
     from distributed import Client, Future, KilledWorker, LocalCluster, get_worker, wait
+    from distributed.client import ClosedClientError
     from distributed.comm.core import CommClosedError
     from distributed.versions import VersionMismatchWarning
 except ImportError as error:
@@ -132,12 +133,12 @@ class _Run:
                     shard = self._shards.pop(future)
                     self._check(future, shard)
                     on_done(shard)
-        except (CancelledError, CommClosedError):
+        except (CancelledError, CommClosedError, ClosedClientError):
             raise ExecutorError(
                 f"{self._address}: the Dask scheduler has gone; start it again, then run the stage again: what is finished is kept"
             ) from None
         finally:
-            with suppress(CommClosedError):
+            with suppress(CommClosedError, ClosedClientError):  # the client closes itself when it has not found the scheduler again
                 self._client.cancel(list(self._shards))
 
     def _fill(self, waiting: Iterator[int]) -> bool:
