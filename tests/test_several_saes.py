@@ -4,6 +4,7 @@ Drawn tiles and the model that sees their colours: by `run_stage` with the real 
 run in order: each needs the artefacts of the one before.
 """
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -183,6 +184,17 @@ def test_show_takes_an_sae_and_compares_all(capsys: pytest.CaptureFixture[str]) 
     assert run("show", "20", "--sae", NARROW) == 1
     assert "has 0 to 11" in capsys.readouterr().err
     assert run("show", "3", "--compare") == 1
+
+
+def test_inputs_that_do_not_belong_together_are_refused(params: Params) -> None:
+    shutil.copytree("data", "other")
+    again = params.train.model_copy(update={"seed": 1, "epochs": 1, "runs": (), "max_dead": 1.0})
+    run_stage("train", params.model_copy(update={"train": again}), ignore, "other")
+    with pytest.raises(ArtefactError) as refused:
+        run_stage("catalog", params, ignore, "other")
+    assert "other/evaluation was made from another other/sae" in str(refused.value)
+    assert "other/labels was made from another other/sae" in str(refused.value)
+    assert "in this order: evaluate, label, catalog" in str(refused.value)
 
 
 def test_a_gate_names_the_sae_that_fails_and_nothing_is_published(params: Params) -> None:

@@ -240,7 +240,7 @@ def _open_inputs(name: str, params: Params, data: str) -> dict[str, Artefact]:
     """What a stage reads; activations from files are made of no other artefact.
 
     Raises:
-        ArtefactError: an input is missing or damaged, or was imported and lacks what this stage needs.
+        ArtefactError: an input is missing or damaged, was imported and lacks what this stage needs, or was made from others than these.
     """
     stages = STAGES[name].inputs
     if name == "extract" and isinstance(params.extract, ExtractFiles):
@@ -252,7 +252,29 @@ def _open_inputs(name: str, params: Params, data: str) -> dict[str, Artefact]:
             f"files that carry neither; the SAE is finished without {name}; to have it, set extract.source: images, with the images and "
             "the model that they came from, and run the stages from images on"
         )
-    return inputs | {other: open_stage(other, params.hookpoint, data) for other in stages if other != "extract"}
+    inputs |= {other: open_stage(other, params.hookpoint, data) for other in stages if other != "extract"}
+    _check_lineage(name, inputs)
+    return inputs
+
+
+def _check_lineage(name: str, inputs: Mapping[str, Artefact]) -> None:
+    """Check that the inputs of a stage belong together: each was made from those of the others that it names.
+
+    Raises:
+        ArtefactError: an artefact was made again, and one made from what it held before was not.
+    """
+    stale = {
+        f"{artefact.url} was made from another {source.url}": stage
+        for stage, artefact in inputs.items()
+        for made_from, digest in artefact.manifest.inputs.items()
+        if (source := inputs.get(made_from)) and source.digest != digest
+    }
+    if stale:
+        again = [stage for stage in STAGES if stage in stale.values()]
+        raise ArtefactError(
+            f"{name}: its inputs do not belong together: {'; '.join(stale)} than is there now; "
+            f"run `dvc repro {name}`, or these stages again, in this order: {', '.join([*again, name])}"
+        )
 
 
 def _open_activations(name: str, params: Params, data: str) -> dict[str, Artefact]:
