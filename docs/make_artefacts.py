@@ -38,7 +38,7 @@ object store ([storage.md](storage.md)).
 | `data/images` | images | tables `images`, `rejected` |
 | `data/activations` | extract | table `plan`; a folder each hookpoint, such as `data/activations/blocks.15`, an artefact by itself |
 | `data/activations/<hookpoint>` | extract | tables `train` (shuffled), `eval` (by image within a part), `embeddings`; one part a shard |
-| `data/sae` | train | a folder each SAE, such as `data/sae/batch_topk-2560-k32-s0`, an artefact by itself; also where there is one SAE |
+| `data/sae` | train | a folder each SAE, such as `data/sae/batch_topk-1280-k16-s0`, an artefact by itself; also where there is one SAE |
 | `data/sae/<sae>` | train | `sae.safetensors`, `cfg.json`, table `curves`; its params are those of this SAE alone |
 | `data/evaluation`, `data/labels` | evaluate, label | the same folders, by the same names |
 | `data/evaluation` | evaluate | tables `matches`, `stability`: of every two of its SAEs; without rows where there is one |
