@@ -1,6 +1,7 @@
 """What every test shares: one thread for torch (small tensors gain nothing from more, and lose much on a busy machine)."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from s3_server import S3Server, serving
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` starts processes that ignore it, and so would ours
 
 
 @pytest.fixture(autouse=True)
