@@ -17,7 +17,7 @@ START_SECONDS = 600
 
 
 class Services:
-    """Processes that run until they are all ended."""
+    """Processes that run until they are all ended, or this process is gone, however it ended: see ward.py."""
 
     def __init__(self, env: Mapping[str, str], logs: Path):
         self._env = env
@@ -29,8 +29,9 @@ class Services:
         """Start a process; its output goes to `<name>.log`."""
         with self._log(name).open("w") as log:
             self._running[name] = subprocess.Popen(
-                [sys.executable, "-m", *command], env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+                [sys.executable, "-m", "flows.ward", *command],
+                env=self._env, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
 
     def wait_for(self, name: str, url: str) -> None:
         """Wait until a server answers.
@@ -52,8 +53,8 @@ class Services:
             RunError: one failed.
         """
         for name in names:
-            code = self._running[name].wait()
-            del self._running[name]
+            with self._running.pop(name) as process:
+                code = process.wait()
             if code:
                 raise RunError(f"{name} ended with status {code}: {self._last_lines(name)}")
 
@@ -69,8 +70,9 @@ class Services:
 
     def end(self) -> None:
         """End all, the newest first: the worker ends its runs while the server still listens."""
-        for process in reversed(self._running.values()):
-            end(process)
+        while self._running:
+            with self._running.popitem()[1] as process:
+                end(process)
 
     def _log(self, name: str) -> Path:
         return self._logs / f"{name}.log"

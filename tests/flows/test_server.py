@@ -89,3 +89,15 @@ def marked(checkout: Path) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def test_sigkill_leaves_no_temporary_server(checkout: Path) -> None:
+    (checkout / "fake.py").write_text("import time\nprint('working', flush=True)\ntime.sleep(2)\n")
+    (checkout / "src/train.py").write_text("changed = True\n")
+    env = environment(OMMATID_TEST_MARK=str(checkout))
+    command = [sys.executable, "-m", "flows.pipeline"]
+    with subprocess.Popen(command, cwd=checkout, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as flow:
+        assert flow.stdout and any("working" in line for line in flow.stdout)
+        assert any("flows.ward" in process.cmdline() for process in marked(checkout))
+        flow.kill()
+    wait_for(lambda: not marked(checkout), "what the run started to end")
