@@ -34,7 +34,7 @@ D_MODEL, D_SAE = 4, 6
 
 @pytest.fixture(scope="module")
 def params() -> Params:
-    return load_params(Path(__file__).parents[1] / "params.yaml")
+    return load_params(Path(__file__).parents[1] / "params.yaml", ["train.d_sae=12", "train.k=2"])
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +96,8 @@ def tiny_sae(seed: int) -> SAE:
     return SAE(config, w_dec.T.contiguous(), torch.zeros(D_SAE), w_dec, torch.zeros(D_MODEL), torch.tensor(0.1))
 
 
-ONE = "batch_topk-2560-k16-s0"
-"""The SAE of params.yaml."""
+ONE = "batch_topk-12-k2-s0"
+"""The SAE of `params`."""
 
 
 def curves(listener: Listener, n: int, sae: str = ONE, factor: float = 1.0) -> None:
