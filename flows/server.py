@@ -33,7 +33,7 @@ def prefect_server() -> Iterator[None]:
         RunError: the server does not answer, or refuses, or the temporary one did not start; or it went away during the block.
     """
     url = PREFECT_API_URL.value()
-    if url is None:
+    if not url:  # an empty one is none to Prefect
         url = _start_temporary()
     else:
         _ask(url)
