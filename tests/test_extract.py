@@ -376,10 +376,12 @@ def test_a_small_disk_is_refused_with_both_numbers_and_what_would_fit(
     tmp_path: Path, images: Artefact, model: TileModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage: Callable[[Any], Any] = shutil.disk_usage
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage(path)._replace(free=20_000))
-    with pytest.raises(
-        ArtefactError, match=r"needs 0.0 GB .* 0.0 GB are free.*images.limit=\d+, or extract.sample=\d.*extract.tokens=pooled"
-    ):
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage(path)._replace(free=100_000))
+    ways = r"images.limit=[1-9]\d*, or extract.sample=[1-9].*extract.tokens=pooled"
+    with pytest.raises(ArtefactError, match=rf"needs \d+ kB .* 100 kB are free; make room, or set {ways}"):
+        make(tmp_path, images)
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage(path)._replace(free=0))
+    with pytest.raises(ArtefactError, match=r"0 kB are free; make room, or set extract.tokens=pooled$"):
         make(tmp_path, images)
     assert model.n_captured == 0
     monkeypatch.setattr(room.shutil, "disk_usage", usage)

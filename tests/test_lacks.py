@@ -140,7 +140,7 @@ def test_writing_names_the_file_whatever_the_type_of_the_error(tmp_path: Path) -
         """Of a type that is no OSError."""
 
     with (
-        pytest.raises(ArtefactError, match=r"sae.safetensors: the disk is full \(\d+ MB free\); make room and run the stage again"),
+        pytest.raises(ArtefactError, match=r"sae.safetensors: the disk is full \([\d.]+ [MG]B free\); make room and run the stage again"),
         writing(tmp_path / "sae.safetensors"),
     ):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")

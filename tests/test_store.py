@@ -110,7 +110,7 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(store.writer.pq, "write_table", full)
     with open_draft(tmp_path / "images", "images", {}, {}) as draft:
         with pytest.raises(
-            ArtefactError, match=r"images-00000.parquet: the disk is full \(\d+ MB free\); make room and run the stage again"
+            ArtefactError, match=r"images-00000.parquet: the disk is full \([\d.]+ [MG]B free\); make room and run the stage again"
         ):
             draft.write_table("images-00000.parquet", pa.table({"x": [1]}))
         assert [p.name for p in draft.path.iterdir()] == ["scratch"]

@@ -96,11 +96,12 @@ def catalog(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, da
 def sources(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) -> None:
     """Look at the files that params.yaml names by path: what DVC compares to tell whether a stage must run again."""
     from ommatid.config import load_params
+    from ommatid.folder import in_words
     from ommatid.sources import PLACE, write_sources
 
     found = [one for keys in write_sources(load_params(params, overrides or ())).values() for one in keys.values()]
     n_files, n_bytes = sum(one["n_files"] for one in found), sum(one["bytes"] for one in found)
-    say(f"sources: {PLACE} holds what DVC compares, of {n_files} file{'s' * (n_files != 1)}, {n_bytes / 1e6:.1f} MB")
+    say(f"sources: {PLACE} holds what DVC compares, of {n_files} file{'s' * (n_files != 1)}, {in_words(n_bytes)}")
 
 
 @app.command()
@@ -318,30 +319,30 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def _estimate_rows(found: "Estimate") -> list[tuple[str, ...]]:
+    from ommatid.folder import in_words
+
     rows = [("stage", "disk", "minutes", "memory", "by trials on")]
     for stage in found.stages:
         seconds, peak = (stage.seconds, stage.peak) if stage.sizes else (None, None)
         by = f"{' and '.join(map(str, {stage.sizes[0]: 0, stage.sizes[-1]: 0}))} images" if stage.sizes else "there already: used as it is"
-        minutes, memory = "-" if seconds is None else f"{seconds / 60:.1f}", "-" if peak is None else _megabytes(peak)
-        rows.append((stage.stage, _megabytes(stage.bytes), minutes, memory, by))
-    return [*rows, ("total", _megabytes(found.bytes), f"{found.seconds / 60:.1f}", _megabytes(found.peak), f"of {found.n_images} images")]
+        minutes, memory = "-" if seconds is None else f"{seconds / 60:.1f}", "-" if peak is None else in_words(peak)
+        rows.append((stage.stage, in_words(stage.bytes), minutes, memory, by))
+    return [*rows, ("total", in_words(found.bytes), f"{found.seconds / 60:.1f}", in_words(found.peak), f"of {found.n_images} images")]
 
 
 def _estimate_notes(found: "Estimate") -> list[str]:
+    from ommatid.folder import in_words
+
     lines = [f"estimated in {found.took / 60:.1f} minutes"]
     if found.untried:
         lines.append(f"label: what {' and '.join(found.untried)} will take is not in it: no model is asked before the run")
     if found.free is not None:
         verdict = "it fits" if found.missing <= found.free else "IT DOES NOT FIT: free some, or lower images.limit or extract.sample"
-        more = _megabytes(found.while_running)
+        more = in_words(found.while_running)
         lines.append(
-            f"disk: {_megabytes(found.missing)} needed ({more} of it only while a stage runs), {_megabytes(found.free)} free: {verdict}"
+            f"disk: {in_words(found.missing)} needed ({more} of it only while a stage runs), {in_words(found.free)} free: {verdict}"
         )
     return lines
-
-
-def _megabytes(n: int) -> str:
-    return f"{n / 1e6:.1f} MB" if n < 1e9 else f"{n / 1e9:.1f} GB"
 
 
 def _run(name: str, params_file: Path, overrides: list[str] | None, data: str) -> None:
@@ -380,6 +381,7 @@ def _train_together(params: "Params", data: str) -> None:
 
 
 def _sizes(artefact: "object") -> str:
+    from ommatid.folder import in_words
     from ommatid.store import Artefact
 
     assert isinstance(artefact, Artefact)
@@ -389,7 +391,7 @@ def _sizes(artefact: "object") -> str:
         rows.update({table: one.rows(table) for table in one.tables})
     of = [f"{len(inside)} {'hookpoints' if artefact.manifest.kind == 'extraction' else 'SAEs'}"] if len(inside) > 1 else []
     counts = [f"{n} {table}" for table, n in rows.items()]
-    return ", ".join([*of, *counts, f"{sum(f.bytes for one in [artefact, *inside] for f in one.manifest.files) / 1e6:.1f} MB"])
+    return ", ".join([*of, *counts, in_words(sum(f.bytes for one in [artefact, *inside] for f in one.manifest.files))])
 
 
 def main() -> None:

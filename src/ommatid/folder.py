@@ -190,6 +190,13 @@ def is_aside(name: str) -> bool:
     return name.endswith(".tmp") or name.startswith(".tmp")
 
 
+def in_words(n_bytes: float) -> str:
+    """A size to read, such as `20 kB`, `3.5 MB` or `2.0 GB`."""
+    if n_bytes < 1e6:
+        return f"{n_bytes / 1e3:.0f} kB"
+    return f"{n_bytes / 1e6:.1f} MB" if n_bytes < 1e9 else f"{n_bytes / 1e9:.1f} GB"
+
+
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's names, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -587,7 +594,7 @@ def writing(path: Path) -> Iterator[None]:
 def _explain(lack: Lack, error: Exception, path: Path) -> str:
     what, todo = lack.value
     if lack in (Lack.SPACE, Lack.QUOTA):
-        return f"{what} ({shutil.disk_usage(_existing(path)).free / 1e6:.0f} MB free); {todo}"
+        return f"{what} ({in_words(shutil.disk_usage(_existing(path)).free)} free); {todo}"
     if lack in (Lack.READ_ONLY, Lack.DENIED):
         return f"cannot be written ({what}); make {_existing(path)} writable for this user"
     return f"{what} ({describe(error)}); {todo}"

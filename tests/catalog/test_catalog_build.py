@@ -283,7 +283,7 @@ import os, resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import catalog_artefacts as artefacts
-from ommatid import store
+from ommatid import lacks, store
 root = Path(sys.argv[2])
 places = {"images": ("images", "images"), "train": ("sae", "training")}
 places |= {"evaluate": ("evaluation", "evaluations"), "label": ("labels", "labellings")}
@@ -325,6 +325,11 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     full = _run(tmp_path, "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\nartefacts.build(root, inputs)")
     assert full.returncode == 1
     assert "ArtefactError" in full.stderr and "catalog.duckdb: a file became larger than is allowed here" in full.stderr
+    assert not (tmp_path / "catalog").exists()
+    # before the database is begun pyarrow writes tables for it
+    script = "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\ntry: artefacts.build(root, inputs)\n"
+    early = _run(tmp_path, script + "except Exception as error: print(lacks.find_lack(error))")
+    assert early.stdout == "Lack.FILE_SIZE\n", early.stderr
     assert not (tmp_path / "catalog").exists()
 
 

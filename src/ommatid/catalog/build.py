@@ -20,6 +20,7 @@ from ommatid.catalog.settings import SEALED, memory_mb, quote, settings
 from ommatid.config import CatalogParams
 from ommatid.errors import ArtefactError
 from ommatid.events import Listener, Progress, ignore
+from ommatid.lacks import find_lack
 from ommatid.store import Artefact, Draft, open_artefact
 
 CATALOG = "catalog.duckdb"
@@ -73,7 +74,7 @@ def build_catalog(
         on_event: Hears of each relation.
 
     Raises:
-        ArtefactError: an input is damaged (all damaged files are named), or the disk is full.
+        ArtefactError: an input is damaged (all damaged files are named), or the catalogue cannot be written.
     """
     try:
         if not draft.has(CATALOG):
@@ -81,7 +82,8 @@ def build_catalog(
         return draft.seal(_summary(draft.local(CATALOG), inputs["train"]))
     except (ArtefactError, duckdb.Error, pa.ArrowInvalid, SafetensorError, OSError) as error:
         _check_inputs(inputs)
-        if isinstance(error, (duckdb.IOException, duckdb.FatalException, duckdb.OutOfMemoryException, OSError)):
+        # what the machine lacks is told by the stage, as everywhere
+        if find_lack(error) is None and isinstance(error, (duckdb.IOException, duckdb.FatalException, OSError)):
             raise ArtefactError(f"{draft.url}: the catalogue cannot be written: {error}") from error
         raise
 

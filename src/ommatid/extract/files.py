@@ -28,6 +28,7 @@ from ommatid.extract.formats import open_files
 from ommatid.extract.plan import SEED
 from ommatid.extract.rows import BYTES_PER_ROW_GROUP, Groups, Seen, iter_in_order, write_rows
 from ommatid.extract.spill import Spill
+from ommatid.folder import in_words
 from ommatid.store import RECEIPTS, SCRATCH, Artefact, Draft, File, part_name
 from ommatid.tensors import to_binary
 
@@ -134,7 +135,7 @@ class _Import:
         free = shutil.disk_usage(self._draft.scratch).free
         if need > free:
             raise ArtefactError(
-                f"{self._draft.scratch}: the import needs {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; make room, or point "
+                f"{self._draft.scratch}: the import needs {in_words(need)}, and {in_words(free)} are free; make room, or point "
                 "extract.path at fewer files"
             )
 

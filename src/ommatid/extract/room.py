@@ -12,6 +12,7 @@ from ommatid.config import Executor, ExtractParams, LocalExecutor
 from ommatid.errors import ArtefactError
 from ommatid.extract.plan import IMAGES_PER_SHARD
 from ommatid.extract.towers import Towers
+from ommatid.folder import in_words
 from ommatid.store import Draft
 
 ROW = 4
@@ -60,17 +61,20 @@ def check_room(draft: Draft, params: ExtractParams, images: Mapping[str, Any], t
     need = final + waiting - _written(draft.scratch.parent)
     if need <= free:
         return
-    ways = [f"images.limit={int(images['n_images'] * max(0, free) / need * 0.95)}"]
+    ways = []
+    if limit := int(images["n_images"] * max(0, free) / need * 0.95):
+        ways.append(f"images.limit={limit}")
     most = max(len(picker.places) for picker in towers.pickers.values())
-    if most > 1:
-        ways += [f"extract.sample={max(1, int((params.sample or most) * free / need * 0.8))} (fewer tokens of each training image)"]
+    if sample := int((params.sample or most) * free / need * 0.8):
+        ways.append(f"extract.sample={sample} (fewer tokens of each training image)")
     if params.tokens in ("patch", "all") and any(picker.grid for picker in towers.pickers.values()):
         ways.append("extract.tokens=pooled")
     if len(params.hookpoints) > 1:
         ways.append("fewer extract.hookpoints")
     raise ArtefactError(
-        f"{draft.url}: extraction needs {_gigabytes(need)} ({_gigabytes(size.final)} of activations and embeddings, "
-        f"{_gigabytes(waiting)} while shards are made), and {_gigabytes(free)} are free; make room, or set {', or '.join(ways)}"
+        f"{draft.url}: extraction needs {in_words(need)} ({in_words(size.final)} of activations and embeddings, "
+        f"{in_words(waiting)} while shards are made), and {in_words(free)} are free; make room"
+        + (f", or set {', or '.join(ways)}" if ways else "")
     )
 
 
@@ -85,7 +89,3 @@ def _written(folder: Path) -> int:
     """Bytes that an earlier run left; files of two names count once."""
     found = (path.stat() for path in folder.rglob("*") if path.is_file())
     return sum({status.st_ino: status.st_size for status in found}.values())
-
-
-def _gigabytes(n: int) -> str:
-    return f"{n / 1e9:.1f} GB"
