@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import HANG_SECONDS
 
 from ommatid.catalog.query import answer
 from ommatid.errors import QueryError
@@ -198,3 +199,21 @@ def test_a_closed_pipe_is_no_error(file: Path, n: int) -> None:
 def test_the_whole_package_needs_no_torch() -> None:
     script = "import sys, ommatid.catalog.build, ommatid.catalog.pictures; print({'torch', 'transformers', 'pandas'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_process_whose_standard_streams_are_closed_answers(file: Path, closed: str) -> None:
+    ended = in_shell(f"$QUERY {closed}", file)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ("7" in ended.stdout) == (closed in ("<&-", "2>&-"))
+
+
+def test_a_process_that_may_open_few_files_says_so(file: Path) -> None:
+    ended = in_shell("ulimit -n 9; $QUERY", file)
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1 and "Too many open files" in ended.stderr
+
+
+def in_shell(command: str, file: Path) -> "subprocess.CompletedProcess[str]":
+    """Runs a line of shell, in which $QUERY asks the catalogue for 7."""
+    query = f"'{sys.executable}' -m ommatid query --catalog '{file}' 'SELECT 7'"
+    return subprocess.run(["sh", "-c", command.replace("$QUERY", query)], capture_output=True, text=True, timeout=HANG_SECONDS)

@@ -1,8 +1,15 @@
 """A Catalog only reads: rows, Arrow and pandas come out; nothing else gets in, out or changed; errors say what to do."""
 
+import multiprocessing
 import time
+from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
+from uuid import UUID
+from zoneinfo import ZoneInfo
 
+import numpy as np
 import pytest
 from waiting import HANG_SECONDS
 
@@ -22,6 +29,65 @@ def test_rows_arrow_and_pandas_agree(catalog: Catalog) -> None:
 
 def test_values_are_parameters_not_sql(catalog: Catalog) -> None:
     assert catalog.rows("SELECT count(*) FROM features WHERE label = ?", ["cat' OR true --"]) == [(0,)]
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 2**70, 1.5, "猫\0", b"\xff", [[1], [2, 3]], {"a": [1]}, Decimal("1.20"), UUID(int=7), datetime(2026, 1, 2)]
+)
+def test_values_of_sql_come_back_as_they_went(catalog: Catalog, value: Any) -> None:
+    assert catalog.rows("SELECT ?", [value]) == [(value,)]
+    assert catalog.rows("SELECT ?", [datetime(2026, 1, 2, tzinfo=timezone(timedelta(hours=2)))]) == [
+        (datetime(2026, 1, 1, 22, tzinfo=UTC),)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (np.float32(1), "numpy.float32"),
+        (np.float64(1), "numpy.float64"),
+        ([np.arange(2)], "numpy.ndarray"),
+        ({1}, "builtins.set"),
+        (Path("x"), "pathlib.PosixPath"),
+        (len, "builtins.builtin_function_or_method"),
+        (datetime(2026, 1, 2, tzinfo=ZoneInfo("UTC")), "zoneinfo.ZoneInfo"),
+    ],
+)  # fmt: skip
+def test_what_is_no_value_of_sql_is_named_and_the_next_is_answered(catalog: Catalog, value: Any, kind: str) -> None:
+    with pytest.raises(QueryError, match=f"a parameter is or holds a {kind}: expected"):
+        catalog.rows("SELECT ?", [value])
+    assert catalog.rows("SELECT 1") == [(1,)]
+
+
+def test_text_that_is_not_unicode_is_named(catalog: Catalog) -> None:
+    for sql, parameters in (("SELECT '\udcff'", None), ("SELECT ?", ["\ud800"])):
+        with pytest.raises(QueryError, match=r"ud.* is not Unicode: "):
+            catalog.rows(sql, parameters)
+
+
+def test_a_process_that_is_forked_asks_and_closes_for_itself(file: Path) -> None:
+    def ask(catalog: Catalog, answers: Any) -> None:
+        answers.send([catalog.rows("SELECT ?", [i]) for i in range(9)])
+        catalog.close()
+
+    fork = multiprocessing.get_context("fork")
+    with Catalog(file, at_once=1) as catalog:
+        forks = []
+        for _ in range(2):
+            ours, theirs = fork.Pipe()
+            # while this process asks: the fork holds a copy of the one permit that is lent
+            answer = catalog._answer("ask", "FROM range(1000)", None, None, timeout=None)
+            next(answer)
+            process = fork.Process(target=ask, args=(catalog, theirs))
+            process.start()
+            list(answer)
+            forks.append((process, ours))
+        assert [catalog.rows("SELECT ?", [i]) for i in range(9)] == [[(i,)] for i in range(9)]
+        for process, ours in forks:
+            assert ours.poll(HANG_SECONDS) and ours.recv() == [[(i,)] for i in range(9)]
+            process.join(HANG_SECONDS)
+            assert process.exitcode == 0
+        assert catalog.rows("SELECT 1") == [(1,)]
 
 
 def test_rows_are_capped_and_more_is_said(catalog: Catalog) -> None:

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ class Catalog:
     when its time is up and cannot take more than its memory, whatever DuckDB makes of the statement; one that crashes it is an error like
     another. The process stays for the next statement, which then takes milliseconds; the next after a kill waits for a new process.
 
+    A process that is forked from this one may ask as well, and starts processes of its own.
+
     A catalogue that is replaced while it is open here stays readable as it was; a new Catalog reads the new one.
 
     Raises:
@@ -88,8 +91,9 @@ class Catalog:
         self.path = path
         self.memory_mb = default_memory_mb(READER_MB) if memory_mb is None else memory_mb
         self._most = answer_mb * 2**20
-        self._free = threading.BoundedSemaphore(at_once)
-        self._idle: list[Child] = []
+        self._at_once = at_once
+        self._begin_anew()
+        _OPEN.add(self)
         self._file = -1
         try:
             if self.memory_mb < LEAST_MB:
@@ -162,6 +166,11 @@ class Catalog:
             found.setdefault(name, []).append(Column(*column))
         return found
 
+    def _begin_anew(self) -> None:
+        """Have no process yet; after a fork, for those there are answer the other, whose threads may have been asking."""
+        self._free = threading.BoundedSemaphore(self._at_once)
+        self._idle: list[Child] = []
+
     def _answer(self, what: str, sql: str, *values: Any, timeout: float | None) -> Iterator[tuple[Any, ...]]:
         """The messages of the answer to one statement, while its time runs."""
         if timeout is not None and not 0 < timeout <= LONGEST_TIMEOUT:
@@ -183,7 +192,8 @@ class Catalog:
     def _lent(self, timeout: float | None) -> Iterator[tuple[Child, float | None]]:
         """A process that waits for a statement, and the time that is left after waiting for it."""
         began = time.monotonic()
-        if not self._free.acquire(timeout=timeout):
+        free = self._free  # after a fork there is another
+        if not free.acquire(timeout=timeout):
             raise QueryError(f"others were asking for {timeout:g} s; try again, or raise --timeout")
         try:
             left = None if timeout is None else max(0.001, timeout - (time.monotonic() - began))
@@ -193,7 +203,7 @@ class Catalog:
             finally:
                 self._put_back(child)
         finally:
-            self._free.release()
+            free.release()
 
     def _take(self) -> Child:
         try:
@@ -220,6 +230,17 @@ class Catalog:
             child.end()
             raise
         return child
+
+
+_OPEN: weakref.WeakSet[Catalog] = weakref.WeakSet()
+
+
+def _begin_all_anew() -> None:
+    for catalog in list(_OPEN):
+        catalog._begin_anew()
+
+
+os.register_at_fork(after_in_child=_begin_all_anew)
 
 
 _RELATIONS = """

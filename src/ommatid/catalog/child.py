@@ -9,7 +9,9 @@ import struct
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ VALUES = {
     "pytz": {"_UTC", "_p"},
 }
 """What an answer may be made of, besides numbers, texts, bytes, lists and dicts."""
+SENT = VALUES | {"builtins": {"NoneType", "bool", "int", "float", "str", "bytes", "bytearray", "list", "tuple", "dict"}}
+"""What a statement and its parameters may be made of."""
 KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH", "TZ")
 """Variables of the environment that Python or an answer may need; others could be secrets."""
 
@@ -40,22 +44,25 @@ class Died(Exception):
 
 
 class Child:
-    """A process that answers one statement at a time; whoever leaves an answer half read must end it."""
+    """A process that answers one statement at a time; whoever leaves an answer half read must end it.
+
+    It belongs to the process that started it: in one that is forked from that, it is closed.
+
+    Raises:
+        QueryError: the operating system starts no process.
+    """
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        held, self._lifeline = os.pipe()
-        command = [sys.executable, "-I", "-S", str(WORKER), str(held), *filter(None, map(os.path.abspath, sys.path))]
-        environment = {name: os.environ[name] for name in KEPT if name in os.environ}
-        environment |= {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # others reserve more than a limit grants
-        self._process = subprocess.Popen(
-            command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[held], env=environment, cwd="/"
-        )
-        theirs.close()
-        os.close(held)
-        self._link = ours
+        try:
+            self._process, self._link, self._lifeline = _start()
+        except OSError as error:
+            raise QueryError(
+                f"the process that reads the catalogue cannot be started ({error.strerror}); close other programs or files, or raise the "
+                "limits that `ulimit -a` shows"
+            ) from None
         self.is_idle = False
         """Whether it waits for a statement."""
+        _STARTED.add(self)
 
     @property
     def pid(self) -> int:
@@ -122,8 +129,18 @@ class Child:
             os.close(self._lifeline)
             self._lifeline = -1
 
+    def forget(self) -> None:
+        """Leave the process to the one that this process was forked from."""
+        self._process.returncode = 0  # it is no child of this process, which can neither end it nor wait for it
+        self.is_idle = False
+        self._link.close()
+        os.close(self._lifeline)
+        self._lifeline = -1
+
     def _send(self, message: Any, until: float | None) -> None:
-        payload = pickle.dumps(message)
+        buffer = io.BytesIO()
+        Question(buffer).dump(message)
+        payload = buffer.getvalue()
         try:
             self._link.settimeout(_left(until))
             self._link.sendall(struct.pack(">Q", len(payload)) + payload)
@@ -164,6 +181,58 @@ class Child:
         """How the process ended."""
         status = self._process.wait()
         return Died(signal.Signals(-status).name if status < 0 else f"exit status {status}")
+
+
+def _start() -> tuple[subprocess.Popen[bytes], socket.socket, int]:
+    """The process, our end of its socket, and the end of the pipe whose closing ends it; raises OSError."""
+    with ExitStack() as undone:
+        ours, theirs = socket.socketpair()
+        undone.callback(ours.close)
+        with theirs:
+            held, lifeline = os.pipe()
+            undone.callback(os.close, lifeline)
+            command = [sys.executable, "-I", "-S", str(WORKER), str(held), *filter(None, map(os.path.abspath, sys.path))]
+            environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+            environment |= {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # others reserve more than a limit grants
+            nowhere = subprocess.DEVNULL
+            try:
+                process = subprocess.Popen(
+                    command, stdin=theirs.fileno(), stdout=nowhere, stderr=nowhere, pass_fds=[held], env=environment, cwd="/"
+                )
+            finally:
+                os.close(held)
+        undone.pop_all()
+        return process, ours, lifeline
+
+
+_STARTED: weakref.WeakSet[Child] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for child in list(_STARTED):
+        if child._lifeline >= 0:
+            child.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
+
+
+class Question(pickle.Pickler):
+    """Pickles values and nothing else: the process opens no module to learn of another class."""
+
+    def persistent_id(self, value: Any) -> None:
+        """Look at every value on its way. Raises QueryError."""
+        kind = value if isinstance(value, type) else type(value)
+        if kind.__name__ not in SENT.get(kind.__module__, ()):
+            raise QueryError(
+                f"a parameter is or holds a {kind.__module__}.{kind.__qualname__}: expected None, a bool, number, text, bytes, date, time, "
+                "Decimal or UUID, or a list or dict of these; NumPy's have tolist()"
+            )
+        if kind is str:
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise QueryError(f"{value[:40]!a} is not Unicode: it holds half of a surrogate pair, or a byte that is not UTF-8") from None
 
 
 class Values(pickle.Unpickler):
