@@ -39,6 +39,8 @@ class CsvFile:
         self._text = _decode(data)
         self._delimiter = max(DELIMITERS, key=lambda delimiter: sum(cell in known for cell in self._header(delimiter)))
         self.columns = self._header(self._delimiter)
+        while self.columns and not self.columns[-1]:  # spreadsheets write empty columns; text below such a one is a cell too many
+            self.columns.pop()
         self.others = [column for column in self.columns if column not in known]
         """Columns that mean nothing here."""
         self.problems: list[str] = []
@@ -55,6 +57,8 @@ class CsvFile:
                 line, last = last + 1, reader.line_num
                 if not any(cell.strip() for cell in cells):
                     continue
+                while len(cells) > len(self.columns) and not cells[-1].strip():
+                    cells.pop()
                 if len(cells) == len(self.columns):
                     yield Row(line, {column: cell.strip() for column, cell in zip(self.columns, cells, strict=True)})
                 else:

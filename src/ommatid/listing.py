@@ -83,9 +83,9 @@ def count_of(things: Collection[object], what: str) -> str:
 
 
 def some_of(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are; one that would steer a terminal is spelt out."""
+    """The first few names, and how many more there are; one that is empty or would steer a terminal is spelt out."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(name if name.isprintable() else repr(name) for name in names[:_SHOWN]) + more
+    return ", ".join(name if name and name.isprintable() else repr(name) for name in names[:_SHOWN]) + more
 
 
 def list_images(place: Path | str) -> Listing:

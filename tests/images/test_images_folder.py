@@ -160,6 +160,7 @@ def test_nothing_to_read_names_the_path_and_what_to_do(kind, root, png):
         (b"path,caption\n\xff\xfe,x\n", "line 2, can't decode byte 13: not UTF-8"),
         ("path,caption\na.png,x\n".encode("utf-16"), "is UTF-16"),
         (b"path,caption\na.png,a dog, running\n", "line 2, 3 cells and 2 columns; put a value with a comma between quotation marks"),
+        (b"path,caption,\na.png,a dog, running\n", "line 2, 3 cells and 2 columns; put a value with a comma between quotation marks"),
         (b"path,caption\na.png\n", "line 2, 1 cells and 2 columns; fill in the rest"),
         (b'path,caption\na.png,x\n\na.png,"x\nb.png,y\n', "line 4, not CSV .*quotation mark that is not closed"),
         (b"path,caption\n,x\n", "line 2, column path: is empty"),
@@ -179,6 +180,19 @@ def test_captions_that_cannot_be_used_are_an_error(text, said, root, png):
     with pytest.raises(SourceError, match=said) as caught:
         Folder(root)
     assert str(root / "captions.csv") in str(caught.value)
+
+
+def test_empty_cells_at_the_end_of_lines_are_those_of_a_spreadsheet(root, png):
+    write(root / "a.png", png(0))
+    write(root / "captions.csv", b"path,caption,,\na.png,a dog,,\na.png,it runs\na.png,it barks,,,,\n,,,\n")
+    assert Folder(root).notices == []
+    assert [item.captions for item in Folder(root).iter_items([0])] == [("a dog", "it runs", "it barks")]
+
+
+def test_a_column_without_a_name_is_named_in_a_notice(root, png):
+    write(root / "a.png", png(0))
+    write(root / "captions.csv", b",path,caption\n0,a.png,a dog\n")
+    assert Folder(root).notices == [f"{root / 'captions.csv'}: 1 column is not used: ''"]
 
 
 def test_rows_and_columns_that_are_not_used_are_counted(root, png):

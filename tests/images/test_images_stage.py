@@ -22,7 +22,8 @@ from ommatid.errors import ArtefactError
 from ommatid.events import Warned
 from ommatid.images import collection, make_images, stage
 from ommatid.images.collection import split_of
-from ommatid.images.source import spread
+from ommatid.images.examine import examine
+from ommatid.images.source import Item, spread
 from ommatid.schemas import IMAGES, REJECTED
 from ommatid.store import open_artefact
 
@@ -180,7 +181,7 @@ def test_dark_bright_and_many_paged_pictures_are_counted_and_said(tmp_path, enco
     frames = [Image.fromarray(pixels(seed)) for seed in range(3)]
     files = {
         "a.png": encode(pixels()),
-        "night.png": encode(np.full((9, 9, 3), 3, np.uint8)),
+        "night.png": encode(np.full((9, 9), 4095, np.uint16)),  # the lightest grey of 12 bits
         "fog.png": encode(np.full((9, 9), 250, np.uint8)),
     }
     files |= {f"m.{kind}": encode(frames[0], kind, save_all=True, append_images=frames[1:]) for kind in ("gif", "tiff", "webp")}
@@ -317,3 +318,9 @@ def test_the_artefact_verifies(photos, make):
     artefact.verify()
     assert json.loads((artefact.path / "manifest.json").read_text())["params"]["source"] == source(photos)
     assert open_artefact(artefact.path, "images").digest == artefact.digest
+
+
+def test_a_hot_pixel_does_not_hide_that_a_picture_is_dark(encode):
+    dark = np.full((64, 64), 4095, np.uint16)
+    dark[3, 4] = 65535
+    assert examine(Item("a.png", lambda: encode(dark), None, ()), 96).remarks == ("n_nearly_black",)
