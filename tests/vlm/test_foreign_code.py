@@ -12,13 +12,14 @@ import pytest
 import torch
 from tiny_captioners import save_tiny_captioner
 from tiny_families import FAMILIES, save_tiny
+from transformers.dynamic_module_utils import resolve_trust_remote_code
 from typer.testing import CliRunner
 
 from ommatid.cli import app
 from ommatid.config import ClipModel, TransformersJudge
 from ommatid.errors import ModelError
 from ommatid.label.captions import TransformersCaptions
-from ommatid.vlm import load_judge, load_model
+from ommatid.vlm import hub, load_judge, load_model
 
 EVIL = """
 from pathlib import Path
@@ -123,6 +124,17 @@ def test_kernels_of_the_hub_are_not_fetched(clip: Path) -> None:
     plant(clip, "config.json", attn_implementation="someone/kernels")
     with pytest.raises(ModelError, match=r"config.json says attn_implementation 'someone/kernels', which is code of the hub"):
         LOADERS["clip"](clip)
+
+
+def test_a_backbone_of_the_hub_is_not_asked_for(clip: Path) -> None:
+    plant(clip, "config.json", model_type="depth_anything", backbone="someone/backbone", use_timm_backbone=False)
+    with pytest.raises(ModelError, match=r"config.json says backbone 'someone/backbone', and transformers would ask the hub"):
+        LOADERS["judge"](clip)
+
+
+def test_nobody_is_asked_whether_to_run_code() -> None:
+    with pytest.raises(ModelError, match=r"a part asks for Python code that the folder brings"), hub.reading("x", "key", "a part"):
+        resolve_trust_remote_code(None, "x", has_local_code=False, has_remote_code=True)
 
 
 def test_hookpoints_of_a_folder(clip: Path) -> None:

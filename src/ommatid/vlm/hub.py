@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub
 import torch
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, dynamic_module_utils
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
@@ -91,6 +91,12 @@ def _check_config(config: object, path: str, key: str) -> None:
         most = MAX_LAYERS if "layers" in name or "depth" in name else MAX_SIZE
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) > most and "theta" not in name:
             raise ModelError(f"{key}: {path}: config.json says {name} {value}; no model has more than {most}")
+    backbone = config.get("backbone")
+    if isinstance(backbone, str) and "/" in backbone and not config.get("backbone_config"):
+        raise ModelError(
+            f"{key}: {path}: config.json says backbone {backbone!r}, and transformers would ask the hub for the config of that; load the "
+            "model where there is a network, save it again with save_pretrained, which writes backbone_config, and name that folder"
+        )
     for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
         if "/" in str(config.get(name, "")):
             raise ModelError(
@@ -131,7 +137,11 @@ def _download(path: str, key: str, instead: str) -> Path:
 
 @contextmanager
 def reading(path: str, key: str, what: str) -> Iterator[None]:
-    """Every error of transformers becomes ours: which it raises for a damaged or foreign folder differs by family and version."""
+    """Every error of transformers becomes ours: which it raises for a damaged or foreign folder differs by family and version.
+
+    Nobody is asked whether to run code, also where `trust_remote_code` is not passed on to a part of the model.
+    """
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:
         with quiet(), warnings.catch_warnings(action="ignore"):
             yield
