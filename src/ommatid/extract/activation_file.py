@@ -72,9 +72,19 @@ def check_images(path: Path, shape: tuple[int, ...], n: int, dtype: Any, is_inte
         )
 
 
+def as_int64(images: np.ndarray) -> np.ndarray:
+    """Whole numbers of any type as int64; what that cannot hold becomes its largest, and is refused like any image that is too large."""
+    top = np.iinfo(np.int64).max
+    return (images.clip(max=top) if images.dtype == np.uint64 else images).astype(np.int64)
+
+
 def choose(path: Path, key: str | None, known: Mapping[str, str], what: str) -> str:
     """The name of the activations among `known`: names of tensors or columns, and what they are. Raises SourceError."""
-    listed = ", ".join(f"{name} ({is_})" for name, is_ in known.items()) or "nothing"
+    if not known:
+        raise SourceError(
+            f"{path}: no {what} of it can hold activations; it must be floats of shape (tokens, d_model) or as docs/import.md says"
+        )
+    listed = ", ".join(f"{name} ({is_})" for name, is_ in known.items())
     if key is not None:
         if key not in known:
             raise SourceError(f"{path}: extract.key is {key!r}, and there is no such {what}; the file has {listed}")

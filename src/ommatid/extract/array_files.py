@@ -13,7 +13,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ommatid.errors import SourceError, gist
-from ommatid.extract.activation_file import IMAGE, Piece, check_images, check_shape, choose, others_of, reading, refuse_key, text_of
+from ommatid.extract.activation_file import (
+    IMAGE,
+    Piece,
+    as_int64,
+    check_images,
+    check_shape,
+    choose,
+    others_of,
+    reading,
+    refuse_key,
+    text_of,
+)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -52,7 +63,7 @@ def _as_tensor(x: Any) -> Tensor:
 
 
 def _as_images(images: Any) -> np.ndarray:
-    return np.array(images.numpy() if isinstance(images, Tensor) else images).astype(np.int64)
+    return as_int64(np.array(images.numpy() if isinstance(images, Tensor) else images))
 
 
 class Npy(_Sliced):
@@ -135,7 +146,9 @@ class Pt(_Sliced):
         x, images = self._tensors()
         self.shape = tuple(x.shape)
         self.has_images = images is not None
-        check_shape(path, self.shape, x.dtype, x.dtype in FLOATS and x.layout == torch.strided)
+        if x.layout != torch.strided:
+            raise SourceError(f"{path}: holds a sparse tensor ({x.layout}); save it dense, x.to_dense()")
+        check_shape(path, self.shape, x.dtype, x.dtype in FLOATS)
         if images is not None:
             is_integer = not (images.is_floating_point() or images.is_complex() or images.dtype == torch.bool)
             check_images(path, tuple(images.shape), self.shape[0], images.dtype, is_integer)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ommatid.errors import SourceError, gist
-from ommatid.extract.activation_file import IMAGE, Piece, check_images, check_shape, choose, others_of
+from ommatid.extract.activation_file import IMAGE, Piece, as_int64, check_images, check_shape, choose, others_of
 
 
 class ParquetFile:
@@ -68,7 +68,7 @@ class ParquetFile:
 
     def _images(self, rows: pa.Table, start: int) -> np.ndarray:
         self._check_nulls(rows[IMAGE], start, IMAGE)
-        return rows[IMAGE].to_numpy().astype(np.int64)
+        return as_int64(rows[IMAGE].to_numpy())
 
     def _vectors(self, rows: pa.Table, start: int) -> Tensor:
         column = rows[self._name].combine_chunks()
