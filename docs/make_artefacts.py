@@ -41,6 +41,7 @@ object store ([storage.md](storage.md)).
 | `data/sae` | train | a folder each SAE, such as `data/sae/batch_topk-1280-k16-s0`, an artefact by itself; also where there is one SAE |
 | `data/sae/<sae>` | train | `sae.safetensors`, `cfg.json`, table `curves`; its params are those of this SAE alone |
 | `data/evaluation`, `data/labels` | evaluate, label | the same folders, by the same names |
+| all three | | SAEs that failed the stage's gate where others passed: in folders like the others; `rejected` of the summary says why |
 | `data/evaluation` | evaluate | tables `matches`, `stability`: of every two of its SAEs; without rows where there is one |
 | `data/evaluation/<sae>` | evaluate | of latents: tables `latents`, `examples`, `firings`, `cofiring` |
 | | | of the whole: tables `comparisons`, `judged`, `fidelity`, `densities`, `levels`, `probes`, `zero_shot` |

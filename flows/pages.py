@@ -30,11 +30,16 @@ def quality(root: Path, stage: str) -> str | None:
     if not report:
         return None
     rows = [
-        (f"{'passed' if check['success'] else '**failed**'}", check["name"], check["observed"], check["detail"] or check["reason"])
+        (f"{'passed' if check['success'] else '**failed**'}", _title(check), check["observed"], check["detail"] or check["reason"])
         for check in report.get("checks", ())
     ]
-    verdict = "passed" if report.get("success") else "**failed**"
-    return f"# {stage}: {verdict}\n\n" + _table(("", "check", "found", "why, or what failed"), rows)
+    rejected = [f"{one['sae']} is **rejected**: {one['reason']}" for one in report.get("rejected", ())]
+    verdict = "passed" if report.get("success") else f"{len(rejected)} rejected" if rejected else "**failed**"
+    return "\n\n".join([f"# {stage}: {verdict}", *rejected, _table(("", "check", "found", "why, or what failed"), rows)])
+
+
+def _title(check: dict[str, Any]) -> str:
+    return f"{check['sae']}: {check['name']}" if check.get("sae") else check["name"]
 
 
 def health(root: Path) -> str | None:

@@ -187,7 +187,7 @@ def test_a_champion_of_other_activations_gives_way(checkout: Path) -> None:
 
 def test_the_same_sae_with_a_new_catalogue_is_published_again(checkout: Path) -> None:
     retrain()
-    _write("catalog", {"": ({"again": True}, {"catalog.duckdb": champion.CATALOG.read_bytes()})})
+    _write("catalog", {"": ({"saes": ["first"], "again": True}, {"catalog.duckdb": champion.CATALOG.read_bytes()})})
     assert not champion.is_decided()
     assert retrain().reason == "the same SAE as the champion, with a new catalogue"
 

@@ -81,7 +81,7 @@ def extraction_of(folder: Path, tables: Mapping[str, pa.Table]) -> Artefact:
 
 
 def failed(report: Report) -> dict[str, Check]:
-    return {check.name: check for check in report.failures}
+    return {check.title: check for check in report.failures}
 
 
 # images

@@ -118,7 +118,8 @@ def compare(champion: Scores | None, challenger: Scores, margins: RetrainParams)
 
 def decide(params: Params, on_event: Listener = ignore) -> Decision:
     """Hold the best SAE that the checkout's stages made against the champion, measured anew on the same evaluation split."""
-    catalog, made = open_stage("catalog"), _read_scores()
+    catalog = open_stage("catalog")
+    made = _read_scores(catalog)
     challenger = max(made.values(), key=lambda scores: scores.gain)
     last, champion = find_champion(), None
     if last is None:
@@ -208,10 +209,10 @@ def read_decisions() -> list[Decision]:
     return decisions
 
 
-def _read_scores() -> dict[str, Scores]:
-    """Of every SAE of the checkout's training, by its digest."""
-    evaluations = open_stage("evaluate").each()
-    return {sae.digest: _scores(sae, evaluations[name]) for name, sae in open_stage("train").each().items()}
+def _read_scores(catalog: Artefact) -> dict[str, Scores]:
+    """Of every SAE of the checkout's catalogue, by its digest; the gates may have rejected others of the training."""
+    saes, evaluations = open_stage("train").each(), open_stage("evaluate").each()
+    return {saes[name].digest: _scores(saes[name], evaluations[name]) for name in catalog.summary["saes"]}
 
 
 def _scores(sae: Artefact, evaluation: Artefact) -> Scores:

@@ -52,8 +52,14 @@ CatalogFile = Annotated[
 
 Data = Annotated[str, typer.Option("--data", metavar="PATH|URL", help="Root of all artefacts, such as s3://bucket/prefix.")]
 
+AllowRejected = Annotated[
+    bool, typer.Option("--allow-rejected", help="End with status 0, not 3, where the gate rejects some SAEs and the others are published.")
+]
+
 DEFAULT_PARAMS = Path("params.yaml")
 DEFAULT_DATA = "data"
+REJECTED = 3
+"""Exit status of a stage whose gate rejected some SAEs and passed others, which are published."""
 
 
 @app.command()
@@ -69,21 +75,27 @@ def extract(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, da
 
 
 @app.command()
-def train(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data: Data = DEFAULT_DATA) -> None:
+def train(
+    params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data: Data = DEFAULT_DATA, allow_rejected: AllowRejected = False
+) -> None:
     """Train a sparse autoencoder on the activations, or several."""
-    _run("train", params, overrides, data)
+    _run("train", params, overrides, data, allow_rejected)
 
 
 @app.command()
-def evaluate(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data: Data = DEFAULT_DATA) -> None:
+def evaluate(
+    params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data: Data = DEFAULT_DATA, allow_rejected: AllowRejected = False
+) -> None:
     """Measure every latent on the evaluation split."""
-    _run("evaluate", params, overrides, data)
+    _run("evaluate", params, overrides, data, allow_rejected)
 
 
 @app.command()
-def label(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data: Data = DEFAULT_DATA) -> None:
+def label(
+    params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data: Data = DEFAULT_DATA, allow_rejected: AllowRejected = False
+) -> None:
     """Name every latent and score the names on held-out images."""
-    _run("label", params, overrides, data)
+    _run("label", params, overrides, data, allow_rejected)
 
 
 @app.command()
@@ -345,7 +357,7 @@ def _estimate_notes(found: "Estimate") -> list[str]:
     return lines
 
 
-def _run(name: str, params_file: Path, overrides: list[str] | None, data: str) -> None:
+def _run(name: str, params_file: Path, overrides: list[str] | None, data: str, allow_rejected: bool = False) -> None:
     from ommatid.config import load_params
 
     params = load_params(params_file, overrides or ())
@@ -354,30 +366,35 @@ def _run(name: str, params_file: Path, overrides: list[str] | None, data: str) -
     for key, value in WAITING.items():
         os.environ.setdefault(key, value)
     if name == "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _train_together(params, data)
+        has_rejected = _train_together(params, data)
     else:
-        _run_here(name, params, data)
+        has_rejected = _run_here(name, params, data)
+    if has_rejected and not allow_rejected:
+        raise typer.Exit(REJECTED)
 
 
-def _run_here(name: str, params: "Params", data: str) -> None:
+def _run_here(name: str, params: "Params", data: str) -> bool:
+    """Run a stage; gives whether its gate rejected some SAEs."""
     from ommatid.stage import run_stage, study_params
     from ommatid.terminal import showing
 
     with showing(sys.stdout, len(params.train.each()) > 1) as on_event:
         artefact = run_stage(name, study_params(name, params, data, on_event), on_event, data)
-    say(f"{name}: {artefact.url} holds {_sizes(artefact)}")
+    rejected = f"; {len(artefact.rejected)} rejected: {', '.join(artefact.rejected)}" if artefact.rejected else ""
+    say(f"{name}: {artefact.url} holds {_sizes(artefact)}{rejected}")
+    return bool(artefact.rejected)
 
 
-def _train_together(params: "Params", data: str) -> None:
-    """One of the processes that `torchrun --nproc-per-node N -m ommatid train` starts; the first does what a single one would."""
+def _train_together(params: "Params", data: str) -> bool:
+    """One of the processes that `torchrun --nproc-per-node N -m ommatid train` starts; the first does and gives what a single one would."""
     from ommatid.sae import ranks
     from ommatid.stage import follow_training, study_params
 
     with ranks.joined():
         if ranks.mine():
             follow_training(study_params("train", params, data), data)
-        else:
-            _run_here("train", params, data)
+            return False
+        return _run_here("train", params, data)
 
 
 def _sizes(artefact: "object") -> str:

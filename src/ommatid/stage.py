@@ -111,8 +111,11 @@ def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA, m
         data: Root of all artefacts and of the gates' reports, a path or URL.
         must_pass: Publish nothing that fails the gate; False: only report it, as trials on samples need it.
 
+    Where some of several SAEs fail the gate, the artefact is published: the rest are its children, and its summary says in `rejected`
+    which are not, and why. These are inside it, too, whole; no later stage reads them.
+
     Raises:
-        GateError: a check failed; the artefact is not published, the report is written.
+        GateError: a check failed for the only SAE, for all of them, or for the whole; nothing is published, the report is written.
         MachineError: memory, disk or threads do not suffice.
         OmmatidError: an input is missing or damaged, or the user's values cannot be used.
     """
@@ -126,13 +129,19 @@ def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA, m
 
     pictures: dict[str, list[Path]] = {}
     with _open_reports(name, data) as reports, store.open_draft(place, stage.kind, section.identity(), inputs, on_wait) as draft:
+        for earlier, given in inputs.items():
+            for sae, reason in given.rejected.items():
+                on_event(Warned(f"{name}: {sae} is left out, for {earlier} rejected it: {reason}"))
         if draft.published:
+            _tell_rejected(name, draft.published, place, on_event)
             return draft.published
         with _training_runs(name, params, inputs, data) as runs:
             artefact = draft.sealed() or _compute(name, params, inputs, draft, runs.tee(on_event) if runs else on_event, data)
+            artefact = artefact.leaving_out(())  # a run that was killed may have rejected some: all are judged again
             if name == "train":
                 pictures = _draw_health(artefact, reports.path)
-            report = _gate(name, artefact, params, inputs.get("train", artefact), draft, reports, must_pass)
+            artefact, report = _gate(name, artefact, params, inputs.get("train", artefact), draft, reports, must_pass)
+            _tell_rejected(name, artefact, place, on_event)
             if name == "catalog":
                 report.append(_write_report(artefact, reports.path))
             if runs:
@@ -141,6 +150,11 @@ def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA, m
         if name in TRACKED or name == "catalog":
             _track(name, inputs.get("train", published), published, report, pictures, reports.path)
     return published
+
+
+def _tell_rejected(name: str, artefact: Artefact, place: Folder, on_event: Listener) -> None:
+    for sae, reason in artefact.rejected.items():
+        on_event(Warned(f"{name}: {sae} is rejected: {reason}; it is kept in {place / sae}, and no later stage reads it"))
 
 
 @dataclass(frozen=True)
@@ -254,7 +268,7 @@ def _open_inputs(name: str, params: Params, data: str) -> dict[str, Artefact]:
         )
     inputs |= {other: open_stage(other, params.hookpoint, data) for other in stages if other != "extract"}
     _check_lineage(name, inputs)
-    return inputs
+    return _passed(inputs)
 
 
 def _check_lineage(name: str, inputs: Mapping[str, Artefact]) -> None:
@@ -275,6 +289,12 @@ def _check_lineage(name: str, inputs: Mapping[str, Artefact]) -> None:
             f"{name}: its inputs do not belong together: {'; '.join(stale)} than is there now; "
             f"run `dvc repro {name}`, or these stages again, in this order: {', '.join([*again, name])}"
         )
+
+
+def _passed(inputs: Mapping[str, Artefact]) -> dict[str, Artefact]:
+    """The inputs without the SAEs that the gate of any of their stages rejected."""
+    rejected = {sae for stage in inputs.keys() & TRACKED for sae in inputs[stage].rejected}
+    return {stage: artefact.leaving_out(rejected) if stage in TRACKED else artefact for stage, artefact in inputs.items()}
 
 
 def _open_activations(name: str, params: Params, data: str) -> dict[str, Artefact]:
@@ -315,17 +335,25 @@ def _training_runs(name: str, params: Params, inputs: dict[str, Artefact], data:
 
 def _gate(
     name: str, artefact: Artefact, params: Params, training: Artefact, draft: Draft, reports: _Reports, must_pass: bool
-) -> list[Path]:
-    """Check the artefact; gives the report's files. What fails and must not is discarded."""
+) -> tuple[Artefact, list[Path]]:
+    """Check the artefact; gives what of it passed, and the report's files. What fails as a whole, and must not, is discarded."""
     # what each SAE was made by stands in its manifest: params may have been overridden for the training alone
     saes = {own: TrainParams.model_validate(sae.manifest.params) for own, sae in training.each().items()} if name in TRACKED else {}
     report = quality.check(name, artefact, params, saes)
     json_path, html_path = quality.write_report(report, reports.path)
-    if must_pass and not report.success:
+    if must_pass and report.rejected:
+        artefact = draft.reseal(artefact, _without(artefact.summary, report.rejected))
+    elif must_pass and not report.success:
         draft.discard()
-        failures = "; ".join(f"{check.name}: {check.detail}" for check in report.failures)
+        failures = "; ".join(f"{check.title}: {check.detail}" for check in report.failures)
         raise GateError(f"{name}: quality gate failed: {failures}; nothing was published; the report is {reports.shown}/{html_path.name}")
-    return [json_path, html_path]
+    return artefact, [json_path, html_path]
+
+
+def _without(summary: Mapping[str, Any], rejected: Mapping[str, str]) -> dict[str, Any]:
+    """The summary of a stage's SAEs once some are rejected."""
+    passed = {sae: numbers for sae, numbers in summary["of"].items() if sae not in rejected}
+    return {**summary, "saes": list(passed), "of": passed, "rejected": dict(rejected)}
 
 
 def _draw_health(training: Artefact, reports: Path) -> dict[str, list[Path]]:
@@ -358,9 +386,9 @@ def _track(
 
     if name == "train":
         report = [*(path for path in _earlier_reports(reports) if path.exists()), *report]
-    made = artefact.each()  # nothing inside a catalogue: it is about all of them
+    made = artefact.leaving_out(()).each()  # nothing inside a catalogue: it is about all of them
     numbers = {sae: _numbers(made[sae].summary) if made else {} for sae in training.children}
-    tracking.log_stage(name, training.each(), report, numbers, pictures)
+    tracking.log_stage(name, training.each(), report, numbers, pictures, artefact.rejected)
 
 
 def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:

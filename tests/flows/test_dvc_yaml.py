@@ -9,7 +9,7 @@ import yaml
 from ommatid.config import ExtractParams, TrainParams
 from ommatid.sources import PLACE
 from ommatid.sources import STAGES as SOURCE_STAGES
-from ommatid.stage import HEALTH, QUALITY, REPORT, STAGES
+from ommatid.stage import HEALTH, QUALITY, REPORT, STAGES, TRACKED
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "src/ommatid"
@@ -76,7 +76,7 @@ def test_every_module_behind_a_stage_is_a_dependency_and_no_other(stage: str) ->
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_in_dvc_is_the_verb_its_params_its_inputs_and_its_report(stage: str) -> None:
     entry = STAGE_FILE[stage]
-    assert entry["cmd"] == f"ommatid {stage}"
+    assert entry["cmd"] == f"ommatid {stage}{' --allow-rejected' if stage in TRACKED else ''}"
     section = {"extract": ExtractParams, "train": TrainParams}.get(stage)
     keys = sorted(f"{stage}.{key}" for key in set(section.model_fields) - section.how) if section and section.how else [stage]
     assert sorted(entry["params"]) == keys

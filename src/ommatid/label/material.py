@@ -48,7 +48,7 @@ def load_material(params: LabelParams, inputs: Mapping[str, Artefact], on_event:
         ConfigError: a file of words or labels is missing, or cannot be used.
         ModelError: the model's text tower cannot be loaded.
     """
-    training = inputs["train"]
+    training = inputs["train"].leaving_out(())  # labels by people may be of SAEs that were rejected since
     saes = training.each().values() if training.manifest.kind == "training" else [training]
     n_latents = {sae.summary["sae"]: sae.manifest.params["d_sae"] for sae in saes}
     sources = {

@@ -25,15 +25,15 @@ def check(stage: str, artefact: Artefact, params: Params, saes: Mapping[str, Tra
         artefact: What it made.
         params: Of the run.
         saes: Of a stage with an artefact inside for each SAE: what each was trained by. The suite holds for each, and its
-            checks begin with the SAE's name where there are several.
+            checks name the SAE where there are several.
     """
     with _uncollected():
         from ommatid.quality import gate, profiles, suites  # great_expectations takes seconds to import
 
     frames, rules = {}, []
-    for name, one, own in _subjects(artefact, params, saes):
-        frames |= {f"{name}{frame}": rows for frame, rows in profiles.PROFILES[stage](one, own).items()}
-        rules += [replace(rule, frame=f"{name}{rule.frame}", name=f"{name}{rule.name}") for rule in suites.SUITES[stage](own)]
+    for sae, one, own in _subjects(artefact, params, saes):
+        frames |= {f"{sae or ''}{frame}": rows for frame, rows in profiles.PROFILES[stage](one, own).items()}
+        rules += [replace(rule, frame=f"{sae or ''}{rule.frame}", sae=sae) for rule in suites.SUITES[stage](own)]
     return Report(stage, tuple(gate.validate(frames, rules)), _summary(artefact, saes))
 
 
@@ -49,13 +49,13 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _subjects(artefact: Artefact, params: Params, saes: Mapping[str, TrainParams]) -> Iterator[tuple[str, Artefact, Params]]:
-    """What the suite must hold of: how its checks begin, the artefact, and its params."""
+def _subjects(artefact: Artefact, params: Params, saes: Mapping[str, TrainParams]) -> Iterator[tuple[str | None, Artefact, Params]]:
+    """What the suite must hold of: the SAE that its checks name, the artefact, and its params."""
     if not saes:
-        yield "", artefact, params
+        yield None, artefact, params
     inside = artefact.each() if saes else {}
     for name, train in saes.items():
-        yield f"{name}: " if len(saes) > 1 else "", inside[name], params.model_copy(update={"train": train})
+        yield name if len(saes) > 1 else None, inside[name], params.model_copy(update={"train": train})
 
 
 def _summary(artefact: Artefact, saes: Mapping[str, TrainParams]) -> dict[str, Any]:

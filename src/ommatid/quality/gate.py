@@ -40,7 +40,7 @@ def _result_format(rule: Rule) -> dict[str, Any]:
 
 def _check(rule: Rule, frame: pd.DataFrame, result: Any) -> Check:
     detail = "" if result.success else "; ".join(_failures(rule, result))
-    return Check(rule.name, rule.reason, bool(result.success), _observed(rule, frame[rule.column]), detail)
+    return Check(rule.name, rule.reason, bool(result.success), _observed(rule, frame[rule.column]), detail, rule.sae)
 
 
 def _failures(rule: Rule, result: Any) -> Iterator[str]:

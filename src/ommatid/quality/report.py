@@ -26,6 +26,13 @@ class Check:
     """What was found."""
     detail: str
     """What failed, naming rows or parts; empty when it passed."""
+    sae: str | None = None
+    """Name of the SAE that it is about, where the artefact holds several; None: the artefact as a whole."""
+
+    @property
+    def title(self) -> str:
+        """The name, after that of the SAE."""
+        return f"{self.sae}: {self.name}" if self.sae else self.name
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,20 @@ class Report:
         return tuple(check for check in self.checks if not check.success)
 
     @property
+    def rejected(self) -> dict[str, str]:
+        """SAEs that failed a check, each with the reason, where others passed: these can be published without them.
+
+        Empty where all passed, all failed, or the artefact as a whole failed.
+        """
+        reasons: dict[str, list[str]] = {}
+        for check in self.failures:
+            if check.sae is None:
+                return {}
+            reasons.setdefault(check.sae, []).append(f"{check.name}: {check.detail}")
+        saes = {check.sae for check in self.checks}
+        return {sae: "; ".join(found) for sae, found in reasons.items()} if len(reasons) < len(saes) else {}
+
+    @property
     def numbers(self) -> dict[str, float]:
         """The finite numbers of the summary by dotted key."""
         flat = dotted(self.summary)
@@ -66,9 +87,15 @@ def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
 
 
 def _as_json(report: Report) -> dict[str, Any]:
-    # `dvc metrics show` makes a column of every number at the top and drops lists: the checks stay readable in the file only
-    counts = {"success": report.success, "n_checks": len(report.checks), "n_failed": len(report.failures)}
-    return {**counts, "summary": report.numbers, "checks": [asdict(check) for check in report.checks]}
+    # `dvc metrics show` makes a column of every number and text at the top and drops lists: these stay readable in the file only
+    counts = {
+        "success": report.success,
+        "n_checks": len(report.checks),
+        "n_failed": len(report.failures),
+        "n_rejected": len(report.rejected),
+    }
+    rejected = [{"sae": sae, "reason": reason} for sae, reason in report.rejected.items()]
+    return {**counts, "summary": report.numbers, "rejected": rejected, "checks": [asdict(check) for check in report.checks]}
 
 
 def _as_html(report: Report) -> str:

@@ -27,6 +27,8 @@ class Rule:
     """Column whose value names a failing row."""
     first: str | None
     """Column that names the first failing things inside that row, such as tokens of a part."""
+    sae: str | None = None
+    """Name of the SAE that it is about, where the artefact holds several."""
 
 
 def _within(frame: str, column: str, name: str, reason: str, *, row: str, first: str | None = None, **bounds: Any) -> Rule:

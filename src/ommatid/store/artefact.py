@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class Artefact:
         self.manifest = manifest
         self.digest = digest
         """sha256 of manifest.json: stands for the whole content."""
+        self._left_out = frozenset(self.rejected)
         self._footers: dict[str, pq.FileMetaData] = {}
 
     @property
@@ -83,6 +84,17 @@ class Artefact:
     def summary(self) -> dict[str, Any]:
         """Statistics that the stage wrote into the manifest."""
         return self.manifest.summary
+
+    @property
+    def rejected(self) -> Mapping[str, str]:
+        """Artefacts inside that failed the gate while others passed, by name, each with the reason; `children` has them not."""
+        return self.summary.get("rejected", {}) if self.manifest.kind in INSIDE else {}
+
+    def leaving_out(self, names: Iterable[str]) -> "Artefact":
+        """The same artefact, whose `children` are all but these; of none, those that the gate rejected are among them."""
+        view = Artefact(self.folder, self.manifest, self.digest)
+        view._left_out = frozenset(names)
+        return view
 
     @functools.cached_property
     def _by_name(self) -> dict[str, File]:
@@ -174,8 +186,8 @@ class Artefact:
 
     @property
     def children(self) -> list[str]:
-        """Names of the artefacts inside."""
-        return [child for file in self.manifest.files if (child := child_of(file.name))]
+        """Names of the artefacts inside, without those that are left out: what the gate rejected, or as `leaving_out` says."""
+        return [child for file in self.manifest.files if (child := child_of(file.name)) and child not in self._left_out]
 
     def child(self, name: str, kind: str) -> "Artefact":
         """An artefact inside this one.
@@ -184,7 +196,8 @@ class Artefact:
             ArtefactError: there is none of this name and kind, it is damaged, or not the one that this manifest lists.
         """
         if name not in self.children:
-            raise ArtefactError(f"{self.url}: has no {name!r} inside; it has {', '.join(self.children) or 'none'}")
+            why = f"; {name} was rejected: {self.rejected[name]}" if name in self.rejected else ""
+            raise ArtefactError(f"{self.url}: has no {name!r} inside; it has {', '.join(self.children) or 'none'}{why}")
         child = open_artefact(self.folder / name, kind)
         listed = self._by_name[f"{name}/{MANIFEST}"]
         if child.digest != listed.sha256:
@@ -192,7 +205,7 @@ class Artefact:
         return child
 
     def each(self) -> dict[str, "Artefact"]:
-        """All artefacts inside this one, by name.
+        """The artefacts inside this one, by name: those of `children`.
 
         Raises:
             ArtefactError: one is damaged, or not the one that this manifest lists.

@@ -159,6 +159,14 @@ class Draft(Writer):
         listed = tuple(given[name] if name in given else describe_in(self.folder, name) for name in names)
         plain = json.loads(json.dumps([self._params, summary]))  # as a reader will find it: lists for tuples
         manifest = Manifest(self.kind, SCHEMA_VERSION, plain[0], self._inputs, listed, _versions(), plain[1])
+        return self._write_manifest(manifest)
+
+    def reseal(self, made: Artefact, summary: Mapping[str, Any]) -> Artefact:
+        """Write the manifest of what is sealed once more, with another summary; all else stays as it is."""
+        self.scratch.mkdir(parents=True, exist_ok=True)  # an object is written there first
+        return self._write_manifest(replace(made.manifest, summary=json.loads(json.dumps(summary))))
+
+    def _write_manifest(self, manifest: Manifest) -> Artefact:
         with self.write_file(MANIFEST) as path, path.open("wb") as file:
             file.writelines(manifest.iter_json())
         self._clean()

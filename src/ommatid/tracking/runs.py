@@ -34,6 +34,8 @@ LAST_CHANCE_SECONDS = 3.0
 
 TRAINING = "ommatid.training"
 """Tag of a run: names the training, so that all SAEs of it are found together."""
+REJECTED = "ommatid.rejected"
+"""Tag of a run, with the stage after a dot: why the gate of that stage rejected its SAE, where it passed others."""
 NOTE = "mlflow.note.content"
 """Tag of a run: what MLflow shows as its description."""
 HISTOGRAMS = "histograms.json"
@@ -57,7 +59,8 @@ class Runs:
         self._experiment: str | None = None
         self._run_ids: dict[str, str] = {}
         self._described: set[str] = set()
-        self._why: str | None = None
+        self._why: dict[str, str] = {}
+        """Of runs that failed: the reason."""
         self._warned = False
         self._is_lost = False
         self._stop = threading.Event()
@@ -73,7 +76,11 @@ class Runs:
         return listen
 
     def finish(self, training: Artefact) -> None:
-        """Send the rest of the curves and the models: each as an MLflow model, and as a new version in the registry."""
+        """Send the rest of the curves and the models: each as an MLflow model, and as a new version in the registry.
+
+        The runs of SAEs that were rejected will end as FAILED, with the reason.
+        """
+        self._why = {name: f"Rejected: {reason}" for name, reason in training.rejected.items()}
         if self._flush_at_last():
             for name, sae in training.each().items():
                 self._attempt(functools.partial(self._log_model, name, sae))
@@ -86,10 +93,11 @@ class Runs:
 
     def end(self, status: str, why: str | None = None) -> None:
         """Close the runs as FINISHED, FAILED or KILLED, and note why; called by `training_runs`."""
-        self._why = why
+        rejected = self._why
+        self._why = rejected if why is None else dict.fromkeys(self._params, why)
         if self._flush_at_last():
             for name in self._params:
-                self._attempt(functools.partial(self._close, name, status))
+                self._attempt(functools.partial(self._close, name, "FAILED" if name in rejected else status))
 
     def _work(self) -> None:
         while True:
@@ -133,7 +141,7 @@ class Runs:
             self._next_table = time.monotonic() + TABLE_SECONDS
 
     def _send_notes(self, client: "MlflowClient", run_id: str, name: str, page: Page) -> None:
-        notes = [*page.notes, *([self._why] if self._why else [])]
+        notes = [*page.notes, *([self._why[name]] if name in self._why else [])]
         if len(notes) > self._n_noted[name]:
             client.set_tag(run_id, NOTE, "\n\n".join(notes))
             self._n_noted[name] = len(notes)
@@ -238,6 +246,7 @@ def log_stage(
     files: Sequence[Path],
     numbers: Mapping[str, Mapping[str, float]],
     own_files: Mapping[str, Sequence[Path]] | None = None,
+    rejected: Mapping[str, str] | None = None,
 ) -> None:
     """Add to the run of each SAE, when there is one, what a stage found.
 
@@ -247,11 +256,13 @@ def log_stage(
         files: Quality reports, the same for all.
         numbers: Of each SAE, which become metrics `<stage>.<number>`.
         own_files: Pictures of each SAE.
+        rejected: SAEs that failed the stage's gate, and why: their runs are FAILED from then on, with tag `ommatid.rejected.<stage>`.
     """
 
     def log(client: "MlflowClient") -> None:
         for name, sae in saes.items():
-            _log_stage(client, stage, sae, [*files, *(own_files or {}).get(name, ())], numbers[name])
+            reason = (rejected or {}).get(name)
+            _log_stage(client, stage, sae, [*files, *(own_files or {}).get(name, ())], numbers[name], reason)
 
     quietly(log)
 
@@ -314,7 +325,9 @@ def _place() -> str:
     return hashlib.sha256(f"{socket.gethostname()}:{Path.cwd()}".encode()).hexdigest()[:16]
 
 
-def _log_stage(client: "MlflowClient", stage: str, sae: Artefact, reports: Sequence[Path], numbers: Mapping[str, float]) -> None:
+def _log_stage(
+    client: "MlflowClient", stage: str, sae: Artefact, reports: Sequence[Path], numbers: Mapping[str, float], rejected: str | None
+) -> None:
     from mlflow.entities import Metric
 
     run = _find_run(client, sae)
@@ -324,6 +337,18 @@ def _log_stage(client: "MlflowClient", stage: str, sae: Artefact, reports: Seque
     client.log_batch(run.info.run_id, metrics=[Metric(f"{stage}.{key}", float(value), now, 0) for key, value in numbers.items()])
     for path in reports:
         client.log_artifact(run.info.run_id, str(path), "quality")
+    _log_verdict(client, stage, run, rejected)
+
+
+def _log_verdict(client: "MlflowClient", stage: str, run: "MlflowRun", rejected: str | None) -> None:
+    """Let the run of an SAE that a stage rejected be FAILED until the stage passes it."""
+    tag = f"{REJECTED}.{stage}"
+    if rejected:
+        client.set_tag(run.info.run_id, tag, rejected)
+        client.update_run(run.info.run_id, "FAILED")
+    elif tag in run.data.tags:
+        client.delete_tag(run.info.run_id, tag)
+        client.update_run(run.info.run_id, "FINISHED")
 
 
 def _find_run(client: "MlflowClient", sae: Artefact) -> "MlflowRun | None":

@@ -2,4 +2,6 @@
 CREATE TABLE stability AS
 SELECT *
 FROM read_parquet($stability)
+-- a stage may have rejected an SAE after it was matched
+WHERE sae IN (SELECT sae FROM read_parquet($runs)) AND other_sae IN (SELECT sae FROM read_parquet($runs))
 ORDER BY sae, other_sae;
