@@ -244,6 +244,18 @@ def test_archetypal_gradients_are_those_of_the_definition() -> None:
     assert bool((own["mix"] >= 0).all()) and torch.allclose(own["mix"].sum(1), torch.ones(D_SAE, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(("points", "most"), [(None, 0.0), (25, 0.5)], ids=["a centre a latent", "fewer centres"])
+def test_archetypal_directions_share_at_most_half_of_a_centre_at_first(points: int | None, most: float) -> None:
+    variant, weights = make({"kind": "archetypal", "points": points}), make_weights()
+    for tensor in (weights.W_enc, weights.b_enc, weights.W_dec, weights.b_dec):
+        tensor.data = tensor.data.float()
+    variant.begin(weights, seeded(10, 200, D_MODEL).float(), Guides())
+    mix = weights.own["mix"]
+    shared = torch.minimum(mix[:, None], mix).sum(2).fill_diagonal_(0)
+    assert float(shared.max()) == most
+    torch.testing.assert_close(mix.sum(1), torch.ones(D_SAE))
+
+
 def test_random_prefixes_differ_from_step_to_step_and_end_with_all() -> None:
     variant = make({"kind": "matryoshka", "random": True})
     seen = {variant._levels_of(Guides(step=step)).bounds for step in range(20)}  # pyright: ignore

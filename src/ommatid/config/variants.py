@@ -75,7 +75,7 @@ class Archetypal(Section):
 
     kind: Literal["archetypal"]
     points: Annotated[int, Field(ge=2, le=2**17)] | None = None
-    """Centres of the data, found by k-means; null: half of d_sae, 2,048 at most."""
+    """Centres of the data, found by k-means; null: as many as latents, 2,048 at most."""
     relaxation: Annotated[float, Field(ge=0, le=1)] = 0.1
     """How far, at most, a direction may leave the combination, as a share of its length."""
 

@@ -11,6 +11,7 @@ from ommatid.sae.variants.topk import BatchTopK
 from ommatid.sae.weights import Weights, grad_of
 
 MOST_CENTRES = 2048
+"""Where none are given: A costs d_sae · centres · d_model a step, more than the encoder where centres outnumber the batch."""
 
 
 class Archetypal(BatchTopK):
@@ -23,20 +24,23 @@ class Archetypal(BatchTopK):
 
     def __init__(self, settings: Settings, n_centres: int | None, relaxation: float) -> None:
         super().__init__(settings)
-        self._n_centres = n_centres or min(MOST_CENTRES, max(2, settings.d_sae // 2))
+        self._n_centres = n_centres or min(MOST_CENTRES, settings.d_sae)
         self._relaxation = relaxation
 
     def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
-        """Each direction begins at one centre, drawn with the seed; where latents outnumber centres, mixed with a second one."""
+        """Start each direction at a centre of its own; latents beyond the centres start halfway between two of them, drawn with the seed.
+
+        Directions that share most of a centre compete for the same tokens from the first step on, and a good part of them dies.
+        """
         centres = find_centres(x_nd, min(self._n_centres, len(x_nd)), self._settings.seed)
         generator = torch.Generator().manual_seed(self._settings.seed)
-        n = len(centres)
-        first = torch.arange(self._settings.d_sae)[torch.randperm(self._settings.d_sae, generator=generator)] % n
-        second = torch.randint(n, first.shape, generator=generator)
-        rows = torch.arange(len(first))
-        mix = torch.zeros(len(first), n)
-        mix[rows, first] += 0.8
-        mix[rows, second] += 0.2
+        rows, n = torch.arange(self._settings.d_sae), len(centres)
+        first = rows % n
+        second = (first + torch.randint(1, n, first.shape, generator=generator)) % n
+        share = torch.where(rows < n, 1.0, 0.5)
+        mix = torch.zeros(len(rows), n)
+        mix[rows, first] = share
+        mix[rows, second] = 1 - share
         weights.fixed["centres"] = centres
         weights.own |= {"mix": mix, "shift": torch.zeros_like(weights.W_dec)}
         self.updated(weights)
