@@ -21,9 +21,9 @@ import yaml
 from fakes import make_images_artefact, make_test_params, write_tile_folder
 from hypothesis import given
 from hypothesis import strategies as st
+from verbs import run
 from waiting import HANG_SECONDS, wait_for, wait_for_end
 
-from ommatid import cli
 from ommatid.config import STAGES, EvaluateParams, load_params
 from ommatid.errors import ConfigError, ModelError, OmmatidError, SourceError
 from ommatid.estimate import Estimate, estimate, process, trial, trials
@@ -284,14 +284,3 @@ def test_a_trial_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(process, "MODULE", "ommatid.no_such_module")
     with StageProcess("images", {}, tmp_path / "log") as trial, pytest.raises(OmmatidError, match=r"stage images died \(exit status 1\)"):
         trial.run({}, tmp_path)
-
-
-def run(*arguments: str) -> int:
-    """`ommatid ...` in this process. Gives the exit status."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["ommatid", *arguments])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return int(end.code or 0)
-    return 0

@@ -16,8 +16,9 @@ import pytest
 import yaml
 from fakes import make_test_params, write_tile_folder
 from PIL import Image
+from verbs import run
 
-from ommatid import cli, folder, store
+from ommatid import folder, store
 from ommatid.catalog import Catalog
 from ommatid.config import STAGES as NAMES
 from ommatid.stage import STAGES
@@ -46,17 +47,6 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _inside(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkout)
-
-
-def run(*arguments: str) -> int:
-    """`ommatid ...` in this process: heavy imports are paid once. Gives the exit status."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["ommatid", *arguments])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return int(end.code or 0)
-    return 0
 
 
 def kill_in_the_middle(stage: str) -> None:

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from fakes import make_test_params, write_tile_folder
 from s3_server import S3Server
+from verbs import run
 
-from ommatid import cli
 from ommatid.catalog import Catalog
 from ommatid.folder import open_folder
 from ommatid.stage import STAGES, open_stage
@@ -48,17 +48,6 @@ def _checkout(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> 
         for path in Path("photos").rglob("*.png"):
             open_folder("s3://bucket/photos").put(path, path.relative_to("photos").as_posix())
         yield
-
-
-def run(*arguments: str) -> int:
-    """`ommatid ...` in this process. Gives the exit status."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["ommatid", *arguments])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return int(end.code or 0)
-    return 0
 
 
 def kill_in_the_middle(stage: str) -> None:

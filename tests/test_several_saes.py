@@ -5,7 +5,6 @@ run in order: each needs the artefacts of the one before.
 """
 
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,9 @@ import yaml
 from fakes import COLOURS, GRID, TileModel, make_test_params, write_tile_folder
 from mlflow import MlflowClient
 from PIL import Image
+from verbs import run
 
-from ommatid import champion, cli
+from ommatid import champion
 from ommatid.catalog import Catalog
 from ommatid.config import Params, RetrainParams, make_params
 from ommatid.errors import ArtefactError, GateError
@@ -84,17 +84,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeepTileModel]:
 @pytest.fixture
 def params() -> Params:
     return make_params(yaml.safe_load(Path("params.yaml").read_text()), "params.yaml")
-
-
-def run(*arguments: str) -> int:
-    """`ommatid ...` in this process. Gives the exit status."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["ommatid", *arguments])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return int(end.code or 0)
-    return 0
 
 
 class Killed(BaseException):

@@ -1,7 +1,6 @@
 """Proves that a study below another root than the checkout's keeps to itself: its reports, its params, and its provenance."""
 
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,21 +10,12 @@ import yaml
 from fakes import make_test_params
 from mlflow import MlflowClient
 from test_stop import draw_activations
+from verbs import run
 
-from ommatid import cli, quality
+from ommatid import quality
 from ommatid.config import load_params
 from ommatid.events import Event, Warned
 from ommatid.stage import open_stage, study_params
-
-
-def run(*arguments: str) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["ommatid", *arguments])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module", autouse=True)

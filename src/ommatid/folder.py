@@ -459,41 +459,62 @@ class Remote(Folder):
         return size
 
 
-class _Object(io.RawIOBase):
-    """An object as a file that can be read from anywhere."""
+class Ranges(io.RawIOBase):
+    """A file of known size that can be read from anywhere; a subclass says how a range of its bytes is read."""
 
-    def __init__(self, folder: Remote, name: str, size: int):
-        self._folder, self._name, self._size = folder, name, size
+    def __init__(self, size: int):
+        self._size = size
         self._at = 0
 
     def readable(self) -> bool:
+        """It is."""
         return True
 
     def seekable(self) -> bool:
+        """It is."""
         return True
 
     def tell(self) -> int:
+        """Where the next read begins."""
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go somewhere."""
         self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
         return self._at
 
-    def read(self, size: int | None = -1) -> bytes:
-        end = self._size if size is None or size < 0 else min(self._at + size, self._size)
-        if end <= self._at:
+    def read(self, size: int | None = -1) -> Any:
+        """The next bytes, as anything that has the buffer protocol."""
+        start = self._at
+        end = self._size if size is None or size < 0 else min(start + size, self._size)
+        if end <= start:
             return b""
-        found = self._folder.read_range(self._name, self._at, end)
         self._at = end
-        return found
+        return self._read_range(start, end)
 
-    def readall(self) -> bytes:
+    def readall(self) -> Any:
+        """All that is left."""
         return self.read()
 
     def readinto(self, buffer: Any) -> int:
+        """Fill a buffer."""
         found = self.read(len(buffer))
         buffer[: len(found)] = found
         return len(found)
+
+    def _read_range(self, start: int, end: int) -> Any:
+        raise NotImplementedError
+
+
+class _Object(Ranges):
+    """An object as a file."""
+
+    def __init__(self, folder: Remote, name: str, size: int):
+        super().__init__(size)
+        self._folder, self._name = folder, name
+
+    def _read_range(self, start: int, end: int) -> bytes:
+        return self._folder.read_range(self._name, start, end)
 
 
 @functools.cache

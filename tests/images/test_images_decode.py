@@ -190,7 +190,7 @@ def tiff(values: np.ndarray, order: str = "<", **tags: Any) -> bytes:
     bits, kind = 8 * values.dtype.itemsize, {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
     nodata = tags.pop("nodata", None)
     known = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(data), 339: kind}
-    names = {"width": 256, "bits": 258, "photometric": 262, "s_min": 340, "s_max": 341}
+    names = {"width": 256, "bits": 258, "photometric": 262, "samples": 277, "planes": 284, "s_min": 340, "s_max": 341}
     known |= {names[name]: value for name, value in tags.items()}
     entries = [
         struct.pack(f"{order}HHI{'f' if isinstance(value, float) else 'I'}", number, 11 if isinstance(value, float) else 4, 1, value)
@@ -235,6 +235,14 @@ def tiff(values: np.ndarray, order: str = "<", **tags: Any) -> bytes:
 def test_tags_of_tiff_say_what_the_values_mean(values, tags, expected):
     with warnings.catch_warnings(action="error"):
         assert rgb(tiff(values[None], **tags))[0, :, 0].tolist() == expected
+
+
+def test_planes_of_16_bits_which_pillow_would_mix_are_refused():
+    values = np.linspace(0, 65535, 24).astype(np.uint16)[None]
+    tags = {"width": 8, "photometric": 2, "samples": 3}
+    assert rgb(tiff(values, **tags, planes=1)).ravel().tolist() == [round(v // 256) for v in values[0].tolist()]
+    with pytest.raises(Unreadable, match="a plane of more than 8 bits for each channel, which Pillow misreads"):
+        decode(tiff(values, **tags, planes=2))
 
 
 @pytest.mark.parametrize("top", [200, 65535])

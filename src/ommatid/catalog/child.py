@@ -228,7 +228,7 @@ class Question(pickle.Pickler):
                 f"a parameter is or holds a {kind.__module__}.{kind.__qualname__}: expected None, a bool, number, text, bytes, date, time, "
                 "Decimal or UUID, or a list or dict of these; NumPy's have tolist()"
             )
-        if kind is str:
+        if isinstance(value, str):
             try:
                 value.encode()
             except UnicodeEncodeError:

@@ -146,6 +146,10 @@ def _open(encoded: bytes) -> Image.Image:
     limit = Image.MAX_IMAGE_PIXELS  # PIL itself warns from here, and raises from twice as many
     if limit is not None and image.width * image.height > limit:
         raise Unreadable("too_large", f"{image.width} x {image.height} pixels, more than {limit}")
+    if _tag(image, _PLANAR) == 2 and _tag(image, _COMPRESSION) == 1 and int(_tag(image, _BITS) or 1) > 8:
+        raise Unreadable(
+            "unreadable", "a TIFF with a plane of more than 8 bits for each channel, which Pillow misreads; save it interleaved"
+        )
     image.load()
     return image
 
@@ -274,7 +278,7 @@ _OVERSHOOT = 0.25
 """Share of a range by which values of floats may lie outside, and are clipped: sharpening and bicubic filters leave some."""
 _WIDE = 1e30
 """Ranges too wide for float32."""
-_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _S_MIN, _S_MAX = 258, 262, 339, 340, 341
+_BITS, _COMPRESSION, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT, _S_MIN, _S_MAX = 258, 259, 262, 284, 339, 340, 341
 """Tags of TIFF."""
 _GDAL_NODATA = 42113
 _WHITE_IS_ZERO = 0

@@ -4,12 +4,11 @@ Who reads some columns of a file checks the blocks that hold them and no others,
 large the file is.
 """
 
-import io
 import os
 from typing import Any
 
 from ommatid.errors import ArtefactError
-from ommatid.folder import Disk, Folder, Remote
+from ommatid.folder import Disk, Folder, Ranges, Remote
 from ommatid.store.damage import raise_damage
 from ommatid.store.manifest import File
 from ommatid.store.sums import BLOCK, DIGITS, READ_BLOCKS, sums_of
@@ -20,7 +19,7 @@ _checked: dict[tuple[int, int], tuple[_Stamp, bytearray]] = {}
 """For each file on a disk that this process has read, by device and inode: which of its blocks were found to be right."""
 
 
-class Checked(io.RawIOBase):
+class Checked(Ranges):
     """A file of an artefact, open for reading from anywhere.
 
     Every block is compared with its checksum when it is first read; on a disk, once in this process for as long as the file is unchanged.
@@ -30,8 +29,8 @@ class Checked(io.RawIOBase):
     """
 
     def __init__(self, folder: Folder, file: File):
+        super().__init__(file.bytes)
         self._folder, self._file = folder, file
-        self._at = 0
         self._descriptor: int | None = None
         self._seen: bytearray | None = None  # of an object every read is another transfer, and is checked again
         if isinstance(folder, Disk):
@@ -44,51 +43,18 @@ class Checked(io.RawIOBase):
         for first in range(start // BLOCK, -(-end // BLOCK), READ_BLOCKS):
             self._whole_blocks(first, min(first + READ_BLOCKS, -(-end // BLOCK)), only_check=True)
 
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def seekable(self) -> bool:
-        """It is."""
-        return True
-
-    def tell(self) -> int:
-        """Where the next read begins."""
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go somewhere."""
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._file.bytes}[whence]
-        return self._at
-
-    def read(self, size: int | None = -1) -> Any:
-        """The next bytes, checked, as anything that has the buffer protocol."""
-        start = self._at
-        end = self._file.bytes if size is None or size < 0 else min(start + size, self._file.bytes)
-        if end <= start:
-            return b""
-        self._at = end
-        first, last = start // BLOCK, -(-end // BLOCK)
-        if self._seen is not None and all(self._seen[first:last]):
-            return self._fetch(start, end)
-        return memoryview(self._whole_blocks(first, last))[start - first * BLOCK : end - first * BLOCK]
-
-    def readall(self) -> Any:
-        """All that is left."""
-        return self.read()
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill a buffer."""
-        found = self.read(len(buffer))
-        buffer[: len(found)] = found
-        return len(found)
-
     def close(self) -> None:
         """Release the file."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
         super().close()
+
+    def _read_range(self, start: int, end: int) -> Any:
+        first, last = start // BLOCK, -(-end // BLOCK)
+        if self._seen is not None and all(self._seen[first:last]):
+            return self._fetch(start, end)
+        return memoryview(self._whole_blocks(first, last))[start - first * BLOCK : end - first * BLOCK]
 
     def _whole_blocks(self, first: int, last: int, only_check: bool = False) -> bytes:
         """The blocks from `first` up to `last`, checked; nothing where that is all they are for, and it was done before."""
