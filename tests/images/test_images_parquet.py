@@ -21,7 +21,11 @@ def write(path: Path, columns: dict[str, pa.Array], **options) -> Path:
     return path
 
 
-@pytest.mark.parametrize("type_", [pa.binary(), pa.large_binary(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])], ids=str)
+@pytest.mark.parametrize(
+    "type_",
+    [pa.binary(), pa.large_binary(), pa.dictionary(pa.int32(), pa.binary()), pa.struct([("bytes", pa.binary()), ("path", pa.string())])],
+    ids=str,
+)
 def test_binary_and_struct_columns(type_, tmp_path, png, make):
     images = [png(0), png(1), None]
     if pa.types.is_struct(type_):
@@ -37,8 +41,8 @@ def test_binary_and_struct_columns(type_, tmp_path, png, make):
 
 @pytest.mark.parametrize(
     "labels",
-    [pa.array([3, None]), pa.array(["3", None]), pa.array(["3", None]).dictionary_encode()],
-    ids=["integer", "string", "category"],
+    [pa.array([3, None]), pa.array(["3", None]), pa.array(["3", None]).dictionary_encode(), pa.array([" 3\t", " "])],
+    ids=["integer", "string", "category", "blanks"],
 )
 def test_labels_become_strings(labels, tmp_path, png):
     path = write(tmp_path / "x.parquet", {"picture": pa.array([png(0), png(1)]), "class": labels})

@@ -110,7 +110,7 @@ class ParquetFiles:
         return Item(
             path,
             partial(_read, batch.column(self._params.column)[i]),
-            None if label is None else str(label),
+            None if label is None else str(label).strip() or None,
             taxonomy=normalise(taxonomy),
         )
 
@@ -175,7 +175,8 @@ def _holds_images(type_: pa.DataType) -> bool:
 
 
 def _is_binary(type_: pa.DataType) -> bool:
-    return pa.types.is_binary(type_) or pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_)
+    value = _value_type(type_)
+    return pa.types.is_binary(value) or pa.types.is_large_binary(value) or pa.types.is_binary_view(value)
 
 
 def _holds_labels(type_: pa.DataType) -> bool:
