@@ -37,6 +37,10 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("{[1]: 2}", "f: not valid YAML: line 1, column 2: found unhashable key"),
         ("a: 1\n---\nb: 2", "f: not valid YAML: line 2, column 1: but found another document"),
         ("k: \x07", "f: not valid YAML: unacceptable character #x0007"),
+        ("k: 1\nl: 010", "f: line 2: 010 is an octal number to some readers of YAML, and a decimal one to others"),
+        ("k: [1, 1:30]", "f: line 1: 1:30 is a number to base 60 to some readers of YAML, and a word to others"),
+        ("k: yes", "f: line 1: yes is a truth value to some readers of YAML, and a word to others; write true or false"),
+        ("off: 1", "f: line 1: off is a truth value"),
     ],
 )
 def test_yaml_that_cannot_be_meant_is_refused_in_one_short_line(text: str, says: str) -> None:
@@ -46,7 +50,27 @@ def test_yaml_that_cannot_be_meant_is_refused_in_one_short_line(text: str, says:
     assert len(str(error.value)) < 300 and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.k=true", "train: k is true, where a number is expected"),
+        ("train.lr=false", "train: lr is false, where a number is expected"),
+        ("train.runs=[{k: true}]", "k is true, where a number is expected"),
+        ('images.source={kind: folder, path: ""}', "images.source: path is empty; write where the files are"),
+        ('images.source.path="a\\0b"', "images.source: path holds a character that no text and no file name can"),
+        ('extract.hookpoints=["\\ud800"]', "extract: hookpoints holds a character that no text and no file name can"),
+    ],
+)
+def test_values_that_would_be_taken_for_others_are_refused(override: str, says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_params(CHECKOUT / "params.yaml", [override])
+    assert says in str(error.value)
+
+
 def test_yaml_says_what_it_always_said() -> None:
+    assert parse_yaml("a: 'yes'\nb: '010'\nc: 0\nd: 0x10\ne: True\nf: -0.5\n", "f") == {
+        "a": "yes", "b": "010", "c": 0, "d": 16, "e": True, "f": -0.5,
+    }  # fmt: skip
     assert parse_yaml("a: &x {k: 1}\nb: {<<: *x, l: [0.1, null, 2026-01-02]}\n", "f")["b"]["k"] == 1
     assert parse_yaml("", "f") is None
     assert parse_yaml("[" * (DEEPEST - 1) + "]" * (DEEPEST - 1), "f")

@@ -1,8 +1,9 @@
 """What every section of params.yaml is."""
 
 import itertools
+import re
 from collections.abc import Collection, Iterator
-from typing import Any, ClassVar, get_origin
+from typing import Any, ClassVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -12,6 +13,9 @@ _SECRET = (
     "carries a user name, a password or a query in its URL, which would be written wherever params are; take it out, and leave "
     "credentials to the environment: OPENAI_API_KEY for a labeller, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for S3"
 )
+
+
+_NO_TEXT = "holds a character that no text and no file name can: NUL, or half of a surrogate pair; take it out"
 
 
 class Section(BaseModel):
@@ -24,18 +28,31 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _holds_no_credentials(cls, values: Any) -> Any:
-        # values go into dvc.lock, manifests, the catalogue, reports, MLflow and Prefect: a secret must not be one
+    def _can_be_meant(cls, values: Any) -> Any:
         for key, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(key)
-            holds_values = field is not None and get_origin(field.annotation) is dict  # other mappings are sections: they look themselves
-            if any(without_credentials(text) != text for text in _texts(value, holds_values)):
+            annotation = field.annotation if field else None
+            if isinstance(value, bool) and _allows(annotation, int, float) and not _allows(annotation, bool):
+                raise ValueError(f"{key} is {str(value).lower()}, where a number is expected; write the number")  # it would be 0 or 1
+            if value == "" and key == "path":  # which would be the current folder
+                raise ValueError("path is empty; write where the files are")
+            # mappings of values; other mappings are sections, which look themselves
+            texts = list(_texts(value, holds_values=get_origin(annotation) is dict))
+            # values go into dvc.lock, manifests, the catalogue, reports, MLflow and Prefect: a secret must not be one
+            if any(without_credentials(text) != text for text in texts):
                 raise ValueError(f"{key} {_SECRET}")
+            if any(re.search("[\0\ud800-\udfff]", text) for text in texts):
+                raise ValueError(f"{key} {_NO_TEXT}")
         return values
 
     def identity(self) -> dict[str, Any]:
         """The values that an artefact is made of, as JSON has them: what its manifest keeps and its draft is known by."""
         return self.model_dump(mode="json", exclude=set(self.how))
+
+
+def _allows(annotation: Any, *kinds: type) -> bool:
+    """Whether one of the types is, or is part of, an annotation."""
+    return annotation in kinds or any(_allows(inside, *kinds) for inside in get_args(annotation))
 
 
 def _texts(value: Any, holds_values: bool) -> Iterator[str]:

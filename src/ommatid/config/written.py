@@ -1,6 +1,7 @@
 """Files that people write, read strictly: what two readers could understand in two ways is refused, with its line where there is one."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,6 +76,22 @@ def parse_json(text: str, where: str) -> Any:
 _TOO_DEEP = f"nested more than {DEEPEST} levels deep; nothing here is, so a bracket or an indent is wrong"
 
 
+def _two_meanings(node: yaml.Node) -> str | None:
+    """What YAML 1.1, which is read here, and 1.2, which DVC reads, understand differently in a value without quotes."""
+    if not isinstance(node, yaml.ScalarNode) or node.style is not None:
+        return None
+    kind, text = node.tag.rpartition(":")[2], node.value
+    if kind == "bool" and text.lower() not in ("true", "false"):
+        return f"{text} is a truth value to some readers of YAML, and a word to others; write true or false, or put the word into quotes"
+    if kind in ("int", "float") and ":" in text:
+        return f"{text} is a number to base 60 to some readers of YAML, and a word to others; write the number, or put the word into quotes"
+    if kind == "int" and re.fullmatch("[-+]?0[0-9_]+", text):
+        return (
+            f"{text} is an octal number to some readers of YAML, and a decimal one to others; write it without the zero that it begins with"
+        )
+    return None
+
+
 def _problems(root: yaml.Node) -> Iterator[str]:
     """What is wrong with a document that is valid YAML."""
     # A walk without recursion over the document as it will be read: an alias is walked each time, so its value counts each time
@@ -88,6 +105,9 @@ def _problems(root: yaml.Node) -> Iterator[str]:
             return
         if n_values > MOST_VALUES:
             yield f"holds more than {MOST_VALUES:,} values, aliases (*name) resolved; write them out, or take them away"
+            return
+        if two := _two_meanings(node):
+            yield f"line {node.start_mark.line + 1}: {two}"
             return
         if isinstance(node, yaml.SequenceNode):
             left += [(inside, depth + 1) for inside in node.value]
