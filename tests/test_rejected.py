@@ -18,12 +18,14 @@ from mlflow import MlflowClient
 from ommatid import champion, cli, quality
 from ommatid.catalog import Catalog
 from ommatid.config import EvaluateParams, Params, TrainParams, make_params
-from ommatid.errors import ArtefactError, GateError
+from ommatid.errors import ArtefactError, GateError, TrainingError
 from ommatid.events import Event, Warned, ignore
 from ommatid.extract import towers
 from ommatid.label import material
 from ommatid.quality import Report
+from ommatid.sae.learner import Learner
 from ommatid.sae.model import SAE
+from ommatid.sae.step import Batch
 from ommatid.stage import open_stage, run_stage
 from ommatid.store import Artefact, Draft
 
@@ -215,3 +217,17 @@ def test_where_none_passes_nothing_is_published(runs: list[dict[str, Any]], para
         run_stage("train", changed(params, runs=runs), ignore)
     assert str(failed.value).count("the final FVU is below 1") == len(runs)
     assert open_stage("train").digest == before and not list(Path("data/.work").glob("sae-*"))
+
+
+def test_an_sae_that_diverges_is_rejected_and_the_others_go_on(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    learn, bad = Learner.learn, "batch_topk-20-k2-s0"
+
+    def diverge(self: Learner, batch: Batch) -> None:
+        if self.name == bad and self.guides.step == 7:
+            raise TrainingError("the loss is nan")
+        learn(self, batch)
+
+    monkeypatch.setattr(Learner, "learn", diverge)
+    made = run_stage("train", changed(params, runs=[RUNS[0], {"d_sae": 20, "k": 2}]), ignore)
+    assert made.children == [GOOD] and list(made.rejected) == [bad]
+    assert made.rejected[bad].startswith("the final FVU is a number: step 7: ")

@@ -37,7 +37,7 @@ def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_
     """Train all SAEs in one pass over the train split; a run that died goes on from its last checkpoint, bit for bit.
 
     Raises:
-        TrainingError: too few tokens, or a loss diverged.
+        TrainingError: too few tokens, or the loss of every SAE diverged; one that diverges while others go on fails the gate.
         StoppedError: the process was asked to end; a checkpoint is there.
         ModelError: an SAE to be imported cannot be read, or is of another width.
     """
@@ -96,7 +96,7 @@ def fit(
         )
     columns = Columns(inputs["extract"], inputs.get("target"), any(learner.params.ms_weight for learner in learners))
     share = Share(ranks.mine(), ranks.n())
-    batches = iter_batches(columns, first.plan.batch_size, params.seed, first.guides.step, share)
+    batches = iter_batches(columns, first.plan.batch_size, params.seed, max(learner.guides.step for learner in learners), share)
 
     def checkpoint() -> None:
         save({f"{learner.name}/{key}": tensor.detach().contiguous() for learner in learners for key, tensor in learner.tensors().items()})

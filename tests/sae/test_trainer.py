@@ -1,5 +1,6 @@
 """Proves that training recovers a planted dictionary, that stopping and going on changes no bit, and that bad runs stop."""
 
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -249,6 +250,24 @@ def test_divergence_names_the_step_and_what_to_do_and_keeps_the_weights() -> Non
     with pytest.raises(TrainingError, match=r"train: one: the loss is nan.*at step \d+.*lower train.lr"):
         go_on([learner], x)
     assert all(bool(tensor.isfinite().all()) for tensor in learner.weights.tensors().values())
+
+
+def test_one_that_diverges_is_given_up_and_the_others_are_what_they_are_without_it() -> None:
+    x = make_planted(2048).x
+    events: list[Event] = []
+    alone, beside, bad = begin(make_params(epochs=4), x), begin(make_params(epochs=4), x), begin(make_params(epochs=4), x)
+    bad.name = "bad"
+    bad.weights.b_dec[0] = math.nan
+    go_on([alone], x)
+    go_on([bad, beside], x, events.append)
+    assert bad.has_diverged and not beside.has_diverged and bad.guides.step < beside.guides.step == alone.guides.step
+    for one, other in zip(alone.weights.tensors().values(), beside.weights.tensors().values(), strict=True):
+        assert torch.equal(one, other)
+    assert [event.sae for event in events if isinstance(event, Noticed) and event.what.startswith("given up, the others go on: ")] == [
+        "bad"
+    ]
+    again = Learner.restore("bad", bad.params, len(x), bad.tensors(), torch.device("cpu"))
+    assert again.has_diverged and again.guides.step == 0
 
 
 def test_a_request_to_end_writes_a_checkpoint_first() -> None:

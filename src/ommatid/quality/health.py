@@ -42,7 +42,7 @@ def draw_health(sae: Artefact, name: str, path: Path) -> None:
     _draw_density(page, sae.summary, len(weights["W_dec"]))
     _draw_likeness(page, nearest_cosines(weights["W_dec"]))
     _draw_norms(page, np.linalg.norm(weights["W_enc"], axis=0))
-    _draw_curves(page, sae.read("curves").to_pydict())
+    _draw_curves(page, _load_curves(sae))
     page.save(path)
 
 
@@ -50,6 +50,14 @@ def _load(sae: Artefact, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     with safe_open(sae.file("sae.safetensors"), framework="numpy") as file:
         # what is not finite fails the gate, which says so
         return {name: np.nan_to_num(file.get_tensor(name)) for name in names}
+
+
+def _load_curves(sae: Artefact) -> dict[str, np.ndarray]:
+    """The measurements; of an SAE that diverged without the last, which has no numbers, unless it is the only one."""
+    table = sae.read("curves")
+    columns = {name: table[name].to_numpy() for name in table.column_names}
+    measured = np.isfinite(columns["fvu"])
+    return {name: column[measured] if measured.any() else np.nan_to_num(column) for name, column in columns.items()}
 
 
 def _caption(summary: Mapping[str, Any], d_sae: int) -> str:
@@ -101,10 +109,10 @@ def _draw_norms(page: Page, norms: np.ndarray) -> None:
     _remark(axes, f"median {np.median(norms):.3g}", GREY)
 
 
-def _draw_curves(page: Page, curves: Mapping[str, list[float]]) -> None:
+def _draw_curves(page: Page, curves: Mapping[str, np.ndarray]) -> None:
     for column, (key, title) in enumerate({"fvu": "FVU", "l0": "L0", "dead": "Share of dead latents"}.items()):
         axes = _plot(page, column, 1, title, "tokens")
-        values = np.array(curves[key])
+        values = curves[key]
         axes.plot(curves["tokens"], values, color=ACCENT, linewidth=1.5, marker="." if len(values) == 1 else "")
         # FVU begins far above where training goes
         highest = float(np.quantile(values, 0.9)) * 1.3 if key == "fvu" else float(values.max()) * 1.1

@@ -164,6 +164,17 @@ class Learner:
         return float(self.curves[-1, CURVE_COLUMNS.index("fvu")])
 
     @property
+    def has_diverged(self) -> bool:
+        """Whether it was given up: the last row of its curves then has no FVU, which fails the gate."""
+        return len(self.curves) > 0 and math.isnan(self.fvu)
+
+    def give_up(self) -> None:
+        """Learn no more: the weights stay as they were before the step that diverged, and the curves end there."""
+        row = torch.full((1, len(CURVE_COLUMNS)), math.nan, dtype=torch.float64)
+        row[0, 0] = self.guides.step
+        self.curves = torch.cat([self.curves, row])
+
+    @property
     def stalled(self) -> int:
         """Measurements since the mean FVU of the last `SMOOTHED` of them fell by `PROGRESS` of its best; none before there are so many."""
         best, since = math.inf, 0

@@ -12,6 +12,9 @@ MAX_NORM = 1.0
 """Of all gradients together."""
 
 
+_MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq"}
+
+
 class Optimiser:
     """Adam(0.9, 0.999) with the recipe of dictionary_learning: clipping to 1, directions kept at unit length."""
 
@@ -71,8 +74,8 @@ class Optimiser:
         """Moments by name, as a checkpoint holds them."""
         found = {}
         for name, tensor in self._weights.trained().items():
-            state = self.adam.state[tensor]
-            found |= {f"first.{name}": state["exp_avg"], f"second.{name}": state["exp_avg_sq"]}
+            state = self.adam.state[tensor]  # empty before the first step
+            found |= {f"{which}.{name}": state.get(key, torch.zeros_like(tensor)) for which, key in _MOMENTS.items()}
         return found
 
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from ommatid.errors import StoppedError
+from ommatid.errors import StoppedError, TrainingError
 from ommatid.events import Listener, Measured, Noticed, Progress
 from ommatid.sae import ranks
 from ommatid.sae.histograms import histograms
@@ -55,7 +55,12 @@ class Trainer:
 
     @property
     def _step(self) -> int:
-        return self._learners[0].guides.step
+        return max(learner.guides.step for learner in self._learners)
+
+    @property
+    def _going(self) -> list[Learner]:
+        """Those that have not diverged."""
+        return [learner for learner in self._learners if not learner.has_diverged]
 
     @property
     def _n_steps(self) -> int:
@@ -65,7 +70,7 @@ class Trainer:
         """Train on raw activations, beginning with the batch of the learners' step.
 
         Raises:
-            TrainingError: a loss is no longer finite.
+            TrainingError: the loss of the only learner, or of the last that had a finite one, is no longer finite.
             StoppedError: the process was asked to end; a checkpoint was written.
         """
         every = max(1, self._n_steps // CURVE_POINTS)
@@ -77,8 +82,7 @@ class Trainer:
             while self._step < self._n_steps:
                 with self._clock.waiting():
                     batch = next(batches)
-                for learner in self._learners:
-                    learner.learn(batch)
+                self._learn(batch)
                 self._clock.count(batch.n_total)
                 if self._step % every == 0 or self._step == self._n_steps:
                     self._measure()
@@ -88,19 +92,30 @@ class Trainer:
                     self._write()
                     raise StoppedError(f"train: step {self._step} of {self._n_steps}; run it again to go on from there")
 
+    def _learn(self, batch: Batch) -> None:
+        """One step of each learner; one that diverges is given up where others go on."""
+        for learner in self._going:
+            try:
+                learner.learn(batch)
+            except TrainingError as error:
+                if len(self._going) == 1:
+                    raise
+                learner.give_up()
+                self._on_event(Noticed(learner.name, learner.guides.step, f"given up, the others go on: {error}"))
+
     def _write(self) -> None:
         self._checkpoint()
         self._written = time.monotonic()
 
     def _measure(self) -> None:
         pace = self._clock.read()
-        for learner in self._learners:
+        for learner in self._going:
             density, values = learner.take_density(), learner.measure()
             self._on_event(Measured(learner.name, self._step, values | pace, histograms(learner.weights, density)))
             for what in _notices(learner):
                 self._on_event(Noticed(learner.name, self._step, what))
         self._on_event(Progress("train steps", self._step, self._n_steps))
-        if self._patience and all(learner.stalled >= self._patience for learner in self._learners):
+        if self._patience and all(learner.stalled >= self._patience for learner in self._going):
             self._end_early()
 
     def _end_early(self) -> None:
