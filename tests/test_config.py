@@ -30,9 +30,10 @@ def test_checkouts_params_are_valid_and_cover_every_stage() -> None:
         ("extract.executor={kind: dask, address: null, workers: 0}", "extract.executor.workers: got 0"),
         ("extract.executor={kind: slurm}", "'local', 'dask', 'ray'"),
         ("images.source.pth=3", "images.source.pth: unknown key; did you mean path?"),
+        ("images.source.column=x", "images.source.column: unknown key; known here: kind, path"),  # a key of another source
         ("extract.judge.variant=lite0", "judge must be another encoder than model: both are lite0"),
         ("extract.judge.variant=lite9", "extract.judge.variant: got 'lite9'; input should be 'lite0' or 'lite2'"),
-        ("extract.judge.size=3", "extract.judge.size: unknown key; known here: image_size, kind, path, variant"),
+        ("extract.judge.size=3", "extract.judge.size: unknown key; known here: image_size, kind, variant"),
         ("extract.judge={kind: dino}", "extract.judge.kind: "),
         ("extract.judge=[]", "extract.judge: got []"),
         ("extract.judge=3", "extract.judge"),

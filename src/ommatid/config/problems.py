@@ -1,7 +1,7 @@
 """What is wrong with a value, in words: the key, what came, what is allowed."""
 
 import difflib
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -24,15 +24,11 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
 
 def _explain_one(problem: Any, root: type[BaseModel]) -> str:
     # pydantic puts the tag of a discriminated union into the path: images.source.folder.path -> images.source.path
-    tags = {"cifar10", "folder", "parquet", "shapes", "images", "files", "local", "dask", "ray"}
-    tags |= {"lite", "clip", "siglip", "dino", "vit", "llava", "qwen", "module", "transformers", "one", "several"}
-    tags |= {"topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated", "archetypal", "imported"}
-    tags |= {"vocabulary", "human", "vlm", "captioner"}
-    path = [str(part) for i, part in enumerate(problem["loc"]) if not (i and part in tags)]
+    path = [str(part) for i, part in enumerate(problem["loc"]) if not (i and part in _TAGS)]
     key = ".".join(path) or "params"
     match problem["type"]:
         case "extra_forbidden":
-            return f"{key}: unknown key; {_known_keys(path, root)}"
+            return f"{key}: unknown key; {_known_keys(problem['loc'], root)}"
         case "missing":
             return f"{key}: missing; add it"
         case "union_tag_invalid" | "union_tag_not_found":
@@ -43,17 +39,29 @@ def _explain_one(problem: Any, root: type[BaseModel]) -> str:
             return f"{key}: got {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
-def _known_keys(path: list[str], root: type[BaseModel]) -> str:
+_TAGS = {
+    *("cifar10", "folder", "parquet", "shapes", "images", "files", "local", "dask", "ray"),
+    *("lite", "clip", "siglip", "dino", "vit", "llava", "qwen", "module", "transformers", "one", "several"),
+    *("topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated", "archetypal", "imported"),
+    *("vocabulary", "human", "vlm", "captioner"),
+}
+
+
+def _known_keys(loc: tuple[str | int, ...], root: type[BaseModel]) -> str:
     """The keys that are allowed beside an unknown one, the nearest in spelling first."""
-    known = _fields_at(path[:-1], root)
-    near = difflib.get_close_matches(path[-1], known, n=1)
+    known = _fields_at(loc[:-1], root)
+    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
     return (f"did you mean {near[0]}? " if near else "") + f"known here: {', '.join(known)}"
 
 
-def _fields_at(path: list[str], root: type[BaseModel]) -> list[str]:
+def _fields_at(loc: tuple[str | int, ...], root: type[BaseModel]) -> list[str]:
     models: list[type[BaseModel]] = [root]
-    for part in filter(lambda part: not part.isdecimal(), path):  # an entry of a list has the list's types
-        models = [sub for model in models if part in model.model_fields for sub in _models_in(model.model_fields[part].annotation)]
+    for part in (part for part in loc if isinstance(part, str)):  # an entry of a list has the list's types
+        if inside := [sub for model in models if part in model.model_fields for sub in _models_in(model.model_fields[part].annotation)]:
+            models = inside
+        else:  # a tag: of a union's models those that it stands for; one or several of a kind say nothing of which
+            tagged = [model for model in models if any(part in get_args(field.annotation) for field in model.model_fields.values())]
+            models = tagged or models
     return sorted({name for model in models for name in model.model_fields})
 
 
