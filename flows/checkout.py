@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -422,6 +422,12 @@ def end(child: "subprocess.Popen[Any]", seconds: float = 60) -> None:
         tree = [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         tree = []
+    end_all(tree, seconds)
+    child.wait()
+
+
+def end_all(tree: Sequence[psutil.Process], seconds: float = 60) -> None:
+    """End some processes; they get so long to do it themselves."""
     for one in tree:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.terminate()
@@ -431,7 +437,6 @@ def end(child: "subprocess.Popen[Any]", seconds: float = 60) -> None:
     for one in tree:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
-    child.wait()
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -1,5 +1,6 @@
 """Services: servers and workers in processes of their own, their output in log files. Imports no Prefect."""
 
+import secrets
 import socket
 import subprocess
 import sys
@@ -7,20 +8,27 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from flows.checkout import end
+import psutil
+
+from flows.checkout import end, end_all
 from ommatid.errors import RunError
 
 START_SECONDS = 600
 """How long a server may take to answer: the first start makes its database, and the machine may be busy."""
+
+MARK = "OMMATID_SERVICES"
+"""Environment variable by which what services started is known as theirs."""
 
 
 class Services:
     """Processes that run until they are all ended, or this process is gone, however it ended: see ward.py."""
 
     def __init__(self, env: Mapping[str, str], logs: Path):
-        self._env = env
+        self._mark = secrets.token_hex(8)
+        self._env = {**env, MARK: self._mark}
         self._logs = logs
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         logs.mkdir(parents=True, exist_ok=True)
@@ -73,6 +81,16 @@ class Services:
         while self._running:
             with self._running.popitem()[1] as process:
                 end(process)
+        end_all(self._orphans())
+
+    def _orphans(self) -> list[psutil.Process]:
+        """What is left of those that were killed, such as the run of a worker: it inherited the mark."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):  # of another user, or ended meanwhile
+                if process.environ().get(MARK) == self._mark:
+                    found.append(process)
+        return found
 
     def _log(self, name: str) -> Path:
         return self._logs / f"{name}.log"

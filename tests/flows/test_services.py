@@ -1,0 +1,34 @@
+"""Proves that services end with all that they started, also with what a service that was killed has left."""
+
+import os
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from waiting import wait_for, wait_for_end
+
+from flows.services import Services
+
+
+def test_what_a_killed_service_left_ends_with_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "parent.py").write_text(
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)\n"
+        "open('pids.tmp', 'w').write(str(child.pid))\n"
+        "import os; os.rename('pids.tmp', 'pids')\n"
+        "time.sleep(600)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    services = Services(env, tmp_path / "logs")
+    monkeypatch.chdir(tmp_path)
+    services.start("parent", "parent")
+    try:
+        wait_for((tmp_path / "pids").exists, "the service to start its child")
+        orphan = psutil.Process(int((tmp_path / "pids").read_text()))
+        (parent,) = psutil.Process().children()
+        parent.kill()
+        wait_for(lambda: orphan.ppid() != parent.pid, "the child to lose its parent")
+    finally:
+        services.end()
+    wait_for_end([orphan], "what was left")
