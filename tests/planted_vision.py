@@ -107,8 +107,14 @@ def tokens() -> Tensor:
     return mixed + NOISE * torch.randn(mixed.shape, generator=torch.Generator().manual_seed(6))
 
 
+def light(pixels: Tensor) -> Tensor:
+    """Mean of each of the nine patches of uint8 pixels (images, H, W, 3), between 0 and 1: (images, 9)."""
+    side = PLAN.size // 3
+    return pixels.float().view(-1, 3, side, 3, side, 3).mean((2, 4, 5)).flatten(1) / 255
+
+
 class Planted(nn.Module):
-    """The explained model; images that it does not know give nothing but what all activations have in common."""
+    """The explained model; of images that it does not know it gives the light, beside what all activations have in common."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +123,8 @@ class Planted(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         pixels = (255 * images).round().byte().permute(0, 2, 3, 1).contiguous()
         numbers = numbers_of(pixels)
-        return self.tokens(torch.where(numbers[:, None, None] < 0, B_DEC, tokens()[numbers]))
+        unknown = B_DEC + light(pixels)[:, :, None] * DIRECTIONS[0]
+        return self.tokens(torch.where(numbers[:, None, None] < 0, unknown, tokens()[numbers]))
 
 
 def make() -> nn.Module:
@@ -137,11 +144,12 @@ class _Embedder:
         self.directions = directions(width, seed)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Embeddings (images, width) of uint8 pixels (images, H, W, 3), with noise a fifth as long; 1 everywhere for an unknown image."""
+        """Embeddings (images, width) of uint8 pixels (images, H, W, 3), with noise a fifth as long; of an unknown image its light."""
         numbers = numbers_of(pixels)
         noise = torch.randn(PLAN.n_images, self.d_embed, generator=torch.Generator().manual_seed(7)) / self.d_embed**0.5
         known = normalize(truths() @ self.directions, dim=1) + 0.2 * noise
-        return torch.where(numbers[:, None] < 0, torch.ones(()), known[numbers])
+        unknown = torch.nn.functional.pad(light(pixels), (0, self.d_embed - 9), value=1.0)
+        return torch.where(numbers[:, None] < 0, unknown, known[numbers])
 
 
 class PlantedNamer(_Embedder):

@@ -61,7 +61,8 @@ def only_sae(artefact: Artefact) -> SAE:
 
 @pytest.mark.parametrize("variant", ["batch_topk", "jumprelu"])
 def test_two_ranks_make_the_sae_of_one(folder: Path, variant: str) -> None:
-    params = make_params(folder, variant=variant, epochs=6 if variant == "batch_topk" else 40)  # penalties take longer to settle
+    # JumpReLU's step of a latent across its threshold enlarges what rounding leaves between the two: a short run, held tightly
+    params = make_params(folder, variant=variant, epochs=6 if variant == "batch_topk" else 4)
     prepare(folder, params)
     alone = only_sae(run_stage("train", params, ignore))
     done = together(folder, 2)
@@ -71,7 +72,8 @@ def test_two_ranks_make_the_sae_of_one(folder: Path, variant: str) -> None:
     cosines = torch.cosine_similarity(alone.W_dec, both.W_dec, dim=1)
     assert float(cosines.min()) > 0.98 and float(cosines.mean()) > 0.999
     torch.testing.assert_close(both.b_dec, alone.b_dec, rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(both.threshold, alone.threshold, rtol=2e-2, atol=1e-3)
+    close = {"rtol": 2e-2, "atol": 1e-3} if variant == "batch_topk" else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(both.threshold, alone.threshold, **close)
 
 
 def test_what_cannot_be_shared_is_refused_by_all(folder: Path) -> None:

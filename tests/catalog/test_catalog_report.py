@@ -224,8 +224,9 @@ def test_interval_of_a_share(part: int, whole: int, low: float, high: float) -> 
 def test_the_verb_writes_and_names_the_page(file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-c", "from ommatid.cli import main; main()", "report", "--catalog", str(file)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "data/report.html", done.stderr
-    assert (tmp_path / "data/report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    page = file.parents[1] / "report.html"  # below the root of the catalogue's study
+    assert done.stdout.strip() == str(page), done.stderr
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     command[-2:] = ["--catalog", str(file), "--sae", "none"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.startswith("error: no SAE 'none'")) == (1, True)

@@ -152,6 +152,7 @@ def test_a_failing_stage_says_its_error_and_leaves_no_lock_entry(checkout: Path)
 
 def test_a_failing_stage_of_an_experiment_names_the_worktree_in_which_its_files_are(checkout: Path) -> None:
     with opened(checkout, "train.k=13") as (place, said):
+        place.plan()
         place.repro("images", said.append)
         with pytest.raises(RunError) as error:
             place.repro("train", said.append)
