@@ -459,6 +459,8 @@ def test_factories_that_give_no_model(factory: str, message: str) -> None:
         (None, "no_such_package.models", r"no module no_such_package: neither installed, nor no_such_package\.py in /"),
         ("import nothing_like_this", f"{NAME}_2", r"imports nothing_like_this, which is not installed here"),
         ("1 / 0", f"{NAME}_3", r"importing some_users_model_3 failed: ZeroDivisionError"),
+        ("raise SystemExit(3)", f"{NAME}_6", r"importing some_users_model_6 failed: SystemExit: 3"),
+        ("def make():\n    exit(3)", f"{NAME}_7", r"calling it without arguments failed: SystemExit: 3"),
         ("def (", f"{NAME}_4", r"importing some_users_model_4 failed: SyntaxError"),
     ],
 )

@@ -59,14 +59,14 @@ def _import(name: str, spec: str, key: str) -> ModuleType:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise ModelError(f"{key}: {spec}: {name} imports {error.name}, which is not installed here") from error
         raise ModelError(f"{key}: {spec}: no module {error.name}: neither installed, nor {error.name.split('.')[0]}.py in {here}") from None
-    except Exception as error:  # the user's code: whatever it raises
+    except (Exception, SystemExit) as error:  # the user's code: whatever it raises, also a script's sys.exit()
         raise ModelError(f"{key}: {spec}: importing {name} failed: {type(error).__name__}: {error}") from error
 
 
 def _call(factory: Callable[[], object], spec: str, key: str) -> object:
     try:
         return factory()
-    except Exception as error:  # the user's code: whatever it raises
+    except (Exception, SystemExit) as error:  # the user's code: whatever it raises, also a script's sys.exit()
         raise ModelError(f"{key}: {spec}: calling it without arguments failed: {type(error).__name__}: {error}") from error
 
 
