@@ -22,7 +22,7 @@ from ommatid.errors import ArtefactError
 from ommatid.events import Warned
 from ommatid.images import collection, make_images, stage
 from ommatid.images.collection import split_of
-from ommatid.images.examine import examine
+from ommatid.images.examine import Row, examine
 from ommatid.images.source import Item, spread
 from ommatid.schemas import IMAGES, REJECTED
 from ommatid.store import open_artefact
@@ -323,4 +323,5 @@ def test_the_artefact_verifies(photos, make):
 def test_a_hot_pixel_does_not_hide_that_a_picture_is_dark(encode):
     dark = np.full((64, 64), 4095, np.uint16)
     dark[3, 4] = 65535
-    assert examine(Item("a.png", lambda: encode(dark), None, ()), 96).remarks == ("n_nearly_black",)
+    row = examine(Item("a.png", lambda: encode(dark), None, ()), 96)
+    assert isinstance(row, Row) and row.remarks == ("n_nearly_black",)
