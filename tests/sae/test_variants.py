@@ -256,6 +256,15 @@ def test_archetypal_directions_share_at_most_half_of_a_centre_at_first(points: i
     torch.testing.assert_close(mix.sum(1), torch.ones(D_SAE))
 
 
+def test_a_steered_penalty_settles_at_k_though_latents_answer_late() -> None:
+    variant, guides, firings, seen = make({"kind": "relu"}), Guides(penalty=1e-3), 10.0 * K, []
+    for _ in range(150):
+        variant._steer(guides, round(firings * 1000), 1000)  # pyright: ignore
+        firings *= (guides.penalty / 0.1) ** -0.2  # fewer and fewer fire while the penalty is above 0.1
+        seen.append(firings)
+    assert seen[-20:] == pytest.approx([K] * 20, rel=0.1), "without damping it swings around k for ever"
+
+
 def test_random_prefixes_differ_from_step_to_step_and_end_with_all() -> None:
     variant = make({"kind": "matryoshka", "random": True})
     seen = {variant._levels_of(Guides(step=step)).bounds for step in range(20)}  # pyright: ignore

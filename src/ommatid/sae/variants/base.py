@@ -51,10 +51,12 @@ class Guides:
     """Weight of the sparsity penalty; 0: not begun."""
     mean_act: float = 0.0
     """Mean activation of the firing entries, averaged over steps."""
+    firings: float = 0.0
+    """Latents that fired a token in the last step, where a penalty is steered; 0: not begun."""
 
     def as_tensor(self) -> Tensor:
         """For a checkpoint."""
-        return torch.tensor([self.step, self.floor, self.penalty, self.mean_act], dtype=torch.float64)
+        return torch.tensor([self.step, self.floor, self.penalty, self.mean_act, self.firings], dtype=torch.float64)
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Guides":
@@ -144,13 +146,18 @@ class Steered(Variant):
         """Move the penalty toward k firings a token: up by at most a tenth a step while there are more, down while there are fewer.
 
         The rate lets the penalty cross twenty factors of e in a run, within bounds; close to k it moves by the logarithm of the ratio.
-        Never above `most`: while what it acts on lags behind, it would grow without end.
+        It also follows the change of that logarithm since the last step: latents answer to a penalty some steps later, and without
+        this damping a short run ends somewhere in a swing around k. Never above `most`: while what it acts on lags behind, it would
+        grow without end.
         """
         if self._weight is not None:
             return
         rate = min(0.1, max(0.002, 20 / self._settings.n_steps))
-        ratio = max(ranks.total(n_firings) / n_total, 1e-3) / self._settings.k
-        guides.penalty = min(self.most, guides.penalty * math.exp(rate * max(-1.0, min(1.0, 2 * math.log(ratio)))))
+        firings = max(ranks.total(n_firings) / n_total, 1e-3)
+        change = math.log(firings / guides.firings) if guides.firings else 0.0
+        toward = max(-1.0, min(1.0, 2 * math.log(firings / self._settings.k)))
+        guides.penalty = min(self.most, guides.penalty * math.exp(rate * toward + change))
+        guides.firings = firings
 
 
 def average_act(guides: Guides, acts: Tensor) -> None:
