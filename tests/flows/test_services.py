@@ -26,7 +26,7 @@ def test_what_a_killed_service_left_ends_with_the_others(tmp_path: Path, monkeyp
     try:
         wait_for((tmp_path / "pids").exists, "the service to start its child")
         orphan = psutil.Process(int((tmp_path / "pids").read_text()))
-        (parent,) = psutil.Process().children()
+        parent = psutil.Process(orphan.ppid())
         parent.kill()
         wait_for(lambda: orphan.ppid() != parent.pid, "the child to lose its parent")
     finally:

@@ -128,18 +128,28 @@ class _Run:
     def run(self, shards: Sequence[int], on_done: Callable[[int], None]) -> None:
         waiting = iter(shards)
         try:
-            while self._fill(waiting):
-                for future in self._next_done():
+            while done := self._go_on(waiting):
+                for future in done:
                     shard = self._shards.pop(future)
                     self._check(future, shard)
                     on_done(shard)
         except (CancelledError, CommClosedError, ClosedClientError):
-            raise ExecutorError(
-                f"{self._address}: the Dask scheduler has gone; start it again, then run the stage again: what is finished is kept"
-            ) from None
+            raise self._gone() from None
         finally:
-            with suppress(CommClosedError, ClosedClientError):  # the client closes itself when it has not found the scheduler again
+            with suppress(OSError, ClosedClientError):  # the client closes itself when it has not found the scheduler again
                 self._client.cancel(list(self._shards))
+
+    def _go_on(self, waiting: Iterator[int]) -> set[Future]:
+        """Keep the workers busy, and wait for the next shards that are done; none when all are."""
+        try:
+            return self._next_done() if self._fill(waiting) else set()
+        except OSError:  # what Dask raises when it cannot connect again; errors of a shard are raised by `_check`
+            raise self._gone() from None
+
+    def _gone(self) -> ExecutorError:
+        return ExecutorError(
+            f"{self._address}: the Dask scheduler has gone; start it again, then run the stage again: what is finished is kept"
+        )
 
     def _fill(self, waiting: Iterator[int]) -> bool:
         """Submit as many as the workers take; false: all are done."""
