@@ -53,8 +53,8 @@ up: $(READY) ## Prefect server, worker and MLflow; Ctrl-C ends all
 	@python -m flows.serve
 
 docs: $(READY) ## pages that are made from code
-	@python docs/make_artefacts.py
-	@python docs/make_shapes.py
+	@python docs/developers/make_artefacts.py
+	@python docs/pictures/make_shapes.py
 
 bench: $(READY) ## seconds and memory of every stage
 	@python benchmarks/stages.py 10000

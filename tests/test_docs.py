@@ -1,4 +1,4 @@
-"""Proves that the pages are true: every SQL statement in them runs, and pages made from code are those the code makes."""
+"""Proves that the pages are true: SQL in them runs, links lead somewhere, the index is complete, and generated pages are up to date."""
 
 import re
 import runpy
@@ -13,11 +13,13 @@ from PIL import Image
 
 from ommatid.catalog import Catalog
 
-PAGES = [CHECKOUT / "README.md", *(CHECKOUT / "docs" / name for name in ("catalogue.md", "labels.md", "labelling.md", "stability.md"))]
+DOCS = CHECKOUT / "docs"
+PAGES = sorted([*CHECKOUT.glob("*.md"), *DOCS.rglob("*.md"), *(CHECKOUT / ".github").rglob("*.md")])
+TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 SQL = [
-    pytest.param(sql, id=f"{page.name}-{i}")
+    pytest.param(fenced or quoted, id=f"{page.name}-{i}")
     for page in PAGES
-    for i, sql in enumerate(re.findall(r'```sql\n(.*?)```|ommatid query "(SELECT .*?)"', page.read_text(encoding="utf-8"), re.DOTALL))
+    for i, (fenced, quoted) in enumerate(re.findall(r'```sql\n(.*?)```|ommatid query "(SELECT .*?)"', TEXT[page], re.DOTALL))
 ]
 
 
@@ -30,26 +32,55 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Catalog]:
 
 
 @pytest.mark.parametrize("sql", SQL)
-def test_sql_of_the_pages_runs(sql: tuple[str, str], catalog: Catalog) -> None:
-    statement = sql[0] or sql[1]
-    assert catalog.ask(statement).columns
+def test_sql_of_the_pages_runs(sql: str, catalog: Catalog) -> None:
+    assert catalog.ask(sql).columns
 
 
-def test_there_is_sql_in_every_page() -> None:
-    assert len(SQL) >= 8
+def test_the_pages_contain_sql() -> None:
+    assert len(SQL) >= 20
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(CHECKOUT))) for page in PAGES])
+def test_links_of_the_pages_resolve(page: Path) -> None:
+    prose = re.sub(r"```.*?```", "", TEXT[page], flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose) if not link.startswith(("http:", "https:", "mailto:"))]
+    assert [link for link in links if not resolves(page, link)] == []
+
+
+def resolves(page: Path, link: str) -> bool:
+    """Whether the file exists and, where the link names a section, has a heading of that name."""
+    path, _, section = link.partition("#")
+    target = (page.parent / path).resolve() if path else page
+    return target.exists() and (not section or section in anchors(target))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_pages_that_code_and_settings_name_exist() -> None:
+    files = [CHECKOUT / name for name in ("params.yaml", "dvc.yaml", "Makefile", "pyproject.toml")]
+    for folder in ("src", "flows", "tests", "benchmarks", "infra"):
+        files += [path for path in (CHECKOUT / folder).rglob("*") if path.suffix in (".py", ".html", ".md", ".yaml", ".toml")]
+    named = [(path, name) for path in files for name in re.findall(r"\bdocs/[\w/.-]+\.\w+", path.read_text(encoding="utf-8"))]
+    assert len(named) > 10
+    assert [f"{path.relative_to(CHECKOUT)}: {name}" for path, name in named if not (CHECKOUT / name).exists()] == []
+
+
+def test_the_index_lists_every_page() -> None:
+    index = DOCS / "index.md"
+    linked = {(DOCS / link).resolve() for link in re.findall(r"^\| \[[^]]+\]\(([^)#]+)\) \| .+ \|$", TEXT[index], re.MULTILINE)}
+    assert linked == set(DOCS.rglob("*.md")) - {index}
 
 
 def test_the_page_of_artefacts_is_that_of_the_schemas() -> None:
-    page = runpy.run_path(str(CHECKOUT / "docs" / "make_artefacts.py"))
-    assert Path(CHECKOUT / "docs" / "artefacts.md").read_text(encoding="utf-8") == page["make_page"](), "run: make docs"
-
-
-def test_files_that_the_readme_links_to_exist() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", PAGES[0].read_text(encoding="utf-8"))
-    assert [link for link in links if not (CHECKOUT / link).exists()] == []
+    page = runpy.run_path(str(DOCS / "developers/make_artefacts.py"))
+    assert TEXT[DOCS / "developers/artefacts.md"] == page["make_page"](), "run: make docs"
 
 
 def test_the_sheet_of_shapes_is_what_the_source_draws() -> None:
-    sheet = runpy.run_path(str(CHECKOUT / "docs" / "make_shapes.py"))["make_sheet"]()
-    with Image.open(CHECKOUT / "docs/pictures/shapes.png") as picture:
+    sheet = runpy.run_path(str(DOCS / "pictures/make_shapes.py"))["make_sheet"]()
+    with Image.open(DOCS / "pictures/shapes.png") as picture:
         assert np.array_equal(np.array(picture), sheet), "run: make docs"

@@ -1,4 +1,4 @@
-"""The Arrow schema of every Parquet table in every artefact. `docs/artefacts.md` is generated from these."""
+"""The Arrow schema of every Parquet table in every artefact. `docs/developers/artefacts.md` is generated from these."""
 
 import pyarrow as pa
 

@@ -488,7 +488,7 @@ def test_params_that_cannot_be_used(params: str, says: str) -> None:
 
 
 def test_example_of_the_page_runs(tmp_path: Path) -> None:
-    page = (CHECKOUT / "docs" / "models.md").read_text(encoding="utf-8")
+    page = (CHECKOUT / "docs/users/models.md").read_text(encoding="utf-8")
     examples = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
     params = [make_test_params(**example).extract for example in examples if "model" in example["extract"]]
     assert [extract.model.kind for extract in params] == ["llava", "qwen", "module"]  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""Proves that each family that docs/models.md lists passes the look at load, and that what cannot be believed is refused by its cause."""
+"""Proves that each family listed in docs/users/models.md passes the checks at load, and that each refusal names its cause."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def test_a_family_passes_as_a_judge(tmp_path: Path, family: str) -> None:
 
 
 def test_the_documentation_lists_these_families() -> None:
-    text = (CHECKOUT / "docs/models.md").read_text(encoding="utf-8")
+    text = (CHECKOUT / "docs/users/models.md").read_text(encoding="utf-8")
     listed = text.partition("(`tests/vlm/test_trust.py`): ")[2].partition(".\n")[0].replace("\n", " ")
     assert listed.split(", ") == sorted(FAMILIES)
 

@@ -19,7 +19,7 @@ class EvaluateParams(Section):
     n_per_decile: Annotated[int, Field(ge=1, le=64)]
     """How many examples are kept from each lower decile of a latent's firing images, besides the strongest."""
     baselines: tuple[Baseline, ...]
-    """Dictionaries compared with the SAE besides raw neurons and an untrained SAE: what each costs says docs/baselines.md; []: none."""
+    """Dictionaries to compare the SAE with, besides raw neurons and an untrained SAE; [] for none. Costs: docs/users/baselines.md."""
     max_dead: Annotated[float, Field(gt=0, le=1)]
     """The gate fails when more than this share of latents fires on no evaluation image; a wide SAE on few images has many of them."""
 

@@ -101,7 +101,7 @@ class ExtractParams(Section):
 
 
 class ExtractFiles(Section):
-    """Stage `extract` without images: activations that were made elsewhere. What the files must hold: docs/import.md."""
+    """Stage `extract` without images: activations that were made elsewhere. What the files must hold: docs/users/activations.md."""
 
     source: Literal["files"]
     """Activations from files."""

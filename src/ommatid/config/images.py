@@ -38,7 +38,7 @@ class ParquetSource(Section):
 
 
 class ShapesSource(Section):
-    """Drawn images with known factors and a taxonomy, for a first run without any data (docs/images.md)."""
+    """Drawn images with known factors and a taxonomy, for a first run without any data (docs/users/images.md)."""
 
     kind: Literal["shapes"]
     path: str = "data/shapes.json"

@@ -41,7 +41,7 @@ def _checksum(path: str) -> str | None:
 
 
 class VlmLabeller(Section):
-    """A vision-language model behind any server that speaks OpenAI's protocol; a key, if any, is in OPENAI_API_KEY (docs/labelling.md)."""
+    """A vision-language model behind an OpenAI-compatible server; its key is in OPENAI_API_KEY (docs/users/labels-from-models.md)."""
 
     how: ClassVar[frozenset[str]] = frozenset({"url", "requests_per_minute", "concurrency", "timeout"})
 

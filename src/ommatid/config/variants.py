@@ -81,7 +81,7 @@ class Archetypal(Section):
 
 
 class Imported(Section):
-    """An SAE that another library trained (docs/interop.md); d_sae and k are what it has."""
+    """An SAE that another library trained (docs/users/interop.md); d_sae and k are what it has."""
 
     kind: Literal["imported"]
     path: str
@@ -89,7 +89,7 @@ class Imported(Section):
     format: str | None = None
     """saelens, sparsify, saev, sae_for_vlm, dictionary_learning, overcomplete or ommatid; null: found by the files."""
     values: Annotated[dict[str, str], Field(default_factory=dict)]
-    """What the files don't say, such as {k: "32"}: docs/interop.md."""
+    """What the files don't say, such as {k: "32"}: docs/users/interop.md."""
 
 
 TrainedVariant = TopK | BatchTopK | Matryoshka | ReLU | JumpReLU | Gated | Archetypal

@@ -1,4 +1,4 @@
-"""What every file of activations is to an import, whatever its format, and what is refused in each. See docs/import.md."""
+"""What every file of activations is to an import, whatever its format, and what is refused in each. See docs/users/activations.md."""
 
 import re
 from collections.abc import Collection, Container, Iterator, Mapping
@@ -82,7 +82,7 @@ def choose(path: Path, key: str | None, known: Mapping[str, str], what: str) -> 
     """The name of the activations among `known`: names of tensors or columns, and what they are. Raises SourceError."""
     if not known:
         raise SourceError(
-            f"{path}: no {what} of it can hold activations; it must be floats of shape (tokens, d_model) or as docs/import.md says"
+            f"{path}: no {what} of it can hold activations; it must be floats of shape (tokens, d_model), or see docs/users/activations.md"
         )
     listed = ", ".join(f"{name} ({is_})" for name, is_ in known.items())
     if key is not None:

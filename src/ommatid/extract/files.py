@@ -1,4 +1,4 @@
-"""Stage `extract` with `source: files`: activations that were made elsewhere become an artefact as images would. See docs/import.md.
+"""Stage `extract` with `source: files`: imports activations that were made elsewhere. See docs/users/activations.md.
 
 Every file is cut into blocks of consecutive entries, which are dealt to shards at random. The files are read once, in order: each
 block waits in the spill of its shard, checked, in float16 and with its rows in random rounds (see shuffle.py). Then each shard is
@@ -41,7 +41,7 @@ def import_files(params: ExtractFiles, inputs: Mapping[str, Artefact], draft: Dr
     """Import activations; it has no `inputs`, and makes no embeddings.
 
     Raises:
-        SourceError: the files are not what docs/import.md asks for, or hold what float16 cannot: found before anything is published.
+        SourceError: the files break the contract of docs/users/activations.md, or hold values that float16 cannot; nothing is published.
         ConfigError: a name that a folder of the artefact has already.
     """
     if params.name in (SCRATCH, RECEIPTS):

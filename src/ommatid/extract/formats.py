@@ -1,4 +1,4 @@
-"""Files of activations that were made elsewhere, found and opened by their endings. See docs/import.md."""
+"""Files of activations that were made elsewhere, found and opened by their endings. See docs/users/activations.md."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -16,7 +16,7 @@ def open_files(place: str, key: str | None) -> tuple[list[ActivationFile], list[
     """The files at `place`, a file or a folder, in order of name, where part10 comes after part9; and what of it is not read, in sentences.
 
     Raises:
-        SourceError: nothing there, several formats, or a file that does not hold what docs/import.md asks for.
+        SourceError: nothing there, several formats, or a file that does not hold what docs/users/activations.md asks for.
     """
     if "://" in place:
         raise SourceError(f"{place}: extract.path must be on this machine, for files of activations are mapped; copy them first")

@@ -36,8 +36,8 @@ class Row:
 
 
 REMARKS = {
-    "n_nearly_black": "nearly black; where they should not be, their values are of another range than the file says: docs/images.md",
-    "n_nearly_white": "nearly white; where they should not be, their values are of another range than the file says: docs/images.md",
+    "n_nearly_black": "nearly black; where they should not be, their values are of another range than the file says: docs/users/images.md",
+    "n_nearly_white": "nearly white; where they should not be, their values are of another range than the file says: docs/users/images.md",
     "n_of_several_frames": "of files with several frames or pages, of which only the first is taken",
 }
 """Key of the summary that counts such images, and what they are."""

@@ -9,13 +9,13 @@ from ommatid.images.drawing import draw
 from ommatid.images.figure import make_figure
 from ommatid.images.shapes import load_plan
 
-DOCS = Path(__file__).parent
+PICTURES = Path(__file__).parent
 ROWS, COLUMNS, GAP, ZOOM = 3, 8, 4, 2
 
 
 def make_sheet() -> np.ndarray:
     """The images row by row with white between them, (height, width, 3) uint8."""
-    plan = load_plan(DOCS.parent / "data/shapes.json")
+    plan = load_plan(PICTURES.parents[1] / "data/shapes.json")
     step = plan.size + GAP
     sheet = np.full((ROWS * step - GAP, COLUMNS * step - GAP, 3), 255, np.uint8)
     for number in range(ROWS * COLUMNS):
@@ -25,4 +25,4 @@ def make_sheet() -> np.ndarray:
 
 
 if __name__ == "__main__":
-    Image.fromarray(make_sheet()).save(DOCS / "pictures/shapes.png", optimize=True)
+    Image.fromarray(make_sheet()).save(PICTURES / "shapes.png", optimize=True)

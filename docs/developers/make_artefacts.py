@@ -1,4 +1,4 @@
-"""Writes docs/artefacts.md from the schemas; `make docs` runs it, and a test fails when the page is behind."""
+"""Writes docs/developers/artefacts.md from the schemas; `make docs` runs it, and a test fails when the page is behind."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ HEAD = """# Artefacts
 
 Every stage makes one artefact: a directory `data/<artefact>` with `manifest.json` and Parquet tables. A table is one file,
 `<table>.parquet`, or parts, `<table>-00000.parquet ...`. Nothing is ever pickled. `--data` gives `data` another root, a path or an
-object store ([storage.md](storage.md)).
+object store ([storage.md](../users/storage.md)).
 
 - **Whole or not there.** A stage writes into `data/.work/<artefact>-<key>`, keyed by params, inputs and code; files are written
   aside, synced and renamed; the manifest comes last, the gate is passed, and the directory is moved into place. A run that was
@@ -22,7 +22,7 @@ object store ([storage.md](storage.md)).
 - **Reading checks what is read.** The manifest has the CRC-32 of each block (256 KiB) of each file. A block is compared with it in the
   bytes that are read anyway, once a process for as long as the file is unchanged: whoever reads one column of a large table checks the
   blocks that hold it and no others. What differs is an error that names the file; nothing is computed from it. Checking takes less than
-  1 % of a stage's CPU time (`benchmarks/damage.py`, [results](damage.md)). `Artefact.verify()` reads everything and compares sha256.
+  1 % of a stage's CPU time ([results](../results/damage.md)). `Artefact.verify()` reads everything and compares sha256.
 - **What a stopped run left is checked, too**: parts, receipts, chunks, checkpoints and answers that were damaged since are made again.
   `catalog.duckdb` has checksums of its own, which DuckDB compares with every block that a query reads.
 - **Activations are mixed as they are written.** Blocks of images are dealt to shards at random (`plan`); within a shard the training
