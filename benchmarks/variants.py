@@ -2,7 +2,7 @@
 
     python benchmarks/variants.py [train.KEY=VALUE ...]
 
-in a checkout in which `make demo` has run; prints the table of docs/users/training.md. Several minutes.
+in a checkout in which `make demo` has run; prints the table of docs/results/variants.md. Several minutes.
 """
 
 import sys

@@ -60,6 +60,10 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_the_readme_is_short() -> None:
+    assert len(TEXT[CHECKOUT / "README.md"].split()) < 900
+
+
 def test_pages_that_code_and_settings_name_exist() -> None:
     files = [CHECKOUT / name for name in ("params.yaml", "dvc.yaml", "Makefile", "pyproject.toml")]
     for folder in ("src", "flows", "tests", "benchmarks", "infra"):
