@@ -2,11 +2,13 @@
 
 import re
 import runpy
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from catalog_artefacts import build, make_inputs, path_in
 from fakes import CHECKOUT
 from PIL import Image
@@ -88,3 +90,16 @@ def test_the_sheet_of_shapes_is_what_the_source_draws() -> None:
     sheet = runpy.run_path(str(DOCS / "pictures/make_shapes.py"))["make_sheet"]()
     with Image.open(DOCS / "pictures/shapes.png") as picture:
         assert np.array_equal(np.array(picture), sheet), "run: make docs"
+
+
+def test_the_citation_names_the_version_of_the_package() -> None:
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((CHECKOUT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+
+
+def test_the_hooks_before_a_commit_need_no_network() -> None:
+    repos = yaml.safe_load((CHECKOUT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    hooks = [hook for repo in repos for hook in repo["hooks"]]
+    assert {repo["repo"] for repo in repos} == {"local"} and {hook["language"] for hook in hooks} == {"system"}
+    assert all(hook["entry"].startswith(".venv/bin/ruff ") for hook in hooks)
