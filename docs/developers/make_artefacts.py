@@ -10,27 +10,28 @@ PAGE = Path(__file__).with_name("artefacts.md")
 
 HEAD = """# Artefacts
 
-An artefact is a directory `data/<artefact>` that one stage makes: a `manifest.json` and Parquet tables, never pickle. A table is one file,
-`<table>.parquet`, or several parts, `<table>-00000.parquet ...`. `--data` gives `data` another root: a path or an object store
-([Storage](../users/storage.md)).
+An artefact is a directory `data/<artefact>` that one stage makes: a `manifest.json` and Parquet tables, never pickle. A table is
+one file, `<table>.parquet`, or several parts, `<table>-00000.parquet ...`. `--data` gives `data` another root: a path or an
+object store ([Storage](../users/storage.md)).
 
 ## What holds for every artefact
 
-- **Whole or absent.** A stage writes into the draft `data/.work/<artefact>-<key>`, whose key is made of params, inputs and code. Files are
-  written aside, synced and renamed. The manifest comes last, then the draft passes the gate and is moved into place. A run that was killed
-  resumes from what it finds in the draft.
-- **Opening** an artefact compares the manifest with its own checksum, and files and sizes with the manifest. All damage is named at once. The
-  manifest of a child (one SAE, one hookpoint) must be the one that its parent lists.
-- **Reading** checks what is read. The manifest has the CRC-32 of each block (256 KiB) of each file. A block is compared with it when its
-  bytes are read, once a process for as long as the file is unchanged: whoever reads one column of a large table checks the blocks that hold
-  it, and no others. A difference is an error that names the file; nothing is computed from it. Checking takes less than 1 % of a stage's
-  CPU time ([results](../results/damage.md)). `Artefact.verify()` reads everything and compares sha256.
-- **What a stopped run left is checked, too**: parts, receipts, chunks, checkpoints and answers that have been damaged since are made again.
-  `catalog.duckdb` has checksums of its own, which DuckDB compares with every block that a query reads.
-- **Activations are shuffled as they are written.** Blocks of images are dealt to shards at random (`plan`). Within a shard the training rows
-  come in rounds, one token of every image a round, so that any `window` (in the summary) consecutive rows belong to different images.
-  Images with fewer rows (`extract.max_norm`, imports) are spread evenly over the rounds; `window` is then approximate. The `train` tables
-  need no shuffling to be read, and `ommatid train` shuffles them anew within windows.
+- **Whole or absent.** A stage writes into the draft `data/.work/<artefact>-<key>`, whose key is made of params, inputs and code.
+  Files are written aside, synced and renamed. The manifest comes last, then the draft passes the gate and is moved into place. A
+  run that was killed resumes from what it finds in the draft.
+- **Opening** an artefact compares the manifest with its own checksum, and files and sizes with the manifest. All damage is named
+  at once. The manifest of a child (one SAE, one hookpoint) must be the one that its parent lists.
+- **Reading** checks what is read. The manifest has the CRC-32 of each block (256 KiB) of each file. A block is compared with it
+  when its bytes are read, once a process for as long as the file is unchanged: whoever reads one column of a large table checks
+  the blocks that hold it, and no others. A difference is an error that names the file; nothing is computed from it. Checking
+  takes less than 1 % of a stage's CPU time ([results](../results/damage.md)). `Artefact.verify()` reads everything and compares
+  sha256.
+- **What a stopped run left is checked, too**: parts, receipts, chunks, checkpoints and answers that have been damaged since are
+  made again. `catalog.duckdb` has checksums of its own, which DuckDB compares with every block that a query reads.
+- **Activations are shuffled as they are written.** Blocks of images are dealt to shards at random (`plan`). Within a shard the
+  training rows come in rounds, one token of every image a round, so that any `window` (in the summary) consecutive rows belong to
+  different images. Images with fewer rows (`extract.max_norm`, imports) are spread evenly over the rounds; `window` is then
+  approximate. The `train` tables need no shuffling to be read, and `ommatid train` shuffles them anew within windows.
 
 The keys of `manifest.json`:
 
@@ -51,10 +52,10 @@ The keys of `manifest.json`:
 | `data/images` | images | tables `images`, `rejected` |
 | `data/activations` | extract | table `plan`; one folder for each hookpoint, such as `data/activations/blocks.15`, an artefact of its own |
 | `data/activations/<hookpoint>` | extract | tables `train` (shuffled), `eval` (by image within a part), `embeddings`; one part a shard |
-| `data/sae` | train | one folder for each SAE, even where there is only one, such as `data/sae/batch_topk-1280-k16-s0`: an artefact of its own |
+| `data/sae` | train | a folder for each SAE, such as `data/sae/batch_topk-1280-k16-s0`, an artefact of its own, even if only one |
 | `data/sae/<sae>` | train | `sae.safetensors`, `cfg.json`, table `curves`; its params are those of this SAE alone |
 | `data/evaluation`, `data/labels` | evaluate, label | the same folders, by the same names |
-| all three | | SAEs that failed the stage's gate where others passed, in folders like the others; `rejected` of the summary has the reasons |
+| all three | | also SAEs that failed the stage's gate where others passed; `rejected` of the summary has the reasons |
 | `data/evaluation` | evaluate | tables `matches`, `stability` of every two of its SAEs; no rows where there is only one |
 | `data/evaluation/<sae>` | evaluate | about latents: tables `latents`, `examples`, `firings`, `cofiring` |
 | | | about the whole: tables `comparisons`, `judged`, `fidelity`, `densities`, `levels`, `probes`, `zero_shot` |
@@ -63,10 +64,10 @@ The keys of `manifest.json`:
 
 ## Weights
 
-`sae.safetensors` (float32) holds `W_enc` (d_model, d_sae), `b_enc` (d_sae,), `W_dec` (d_sae, d_model) with unit rows, `b_dec` (d_model,) and
-`threshold` () or (d_sae,); a gated SAE also has `gate_scale` and `gate_shift` (d_sae,). With them, `pre_acts = x W_enc + b_enc` and
-`x_hat = acts W_dec + b_dec`, for x as the model gives it: the scale of training, and what is subtracted before the encoder, are folded in.
-`activation` in cfg.json says how acts follow from pre_acts:
+`sae.safetensors` (float32) holds `W_enc` (d_model, d_sae), `b_enc` (d_sae,), `W_dec` (d_sae, d_model) with unit rows, `b_dec`
+(d_model,) and `threshold` () or (d_sae,); a gated SAE also has `gate_scale` and `gate_shift` (d_sae,). With them,
+`pre_acts = x W_enc + b_enc` and `x_hat = acts W_dec + b_dec`, for x as the model gives it: the scale of training, and what is
+subtracted before the encoder, are folded in. `activation` in cfg.json says how acts follow from pre_acts:
 
 | activation | acts |
 |---|---|
@@ -74,8 +75,8 @@ The keys of `manifest.json`:
 | `topk` | the k largest positive pre_acts of each token |
 | `gated` | relu(pre_acts gate_scale + gate_shift) where pre_acts > 0 |
 
-The `x_hat` of a transcoder has width d_out, and its cfg.json names the `target`. The column `sae` of all tables is the folder's name followed by
-the first digits of the weights' checksum.
+The `x_hat` of a transcoder has width d_out, and its cfg.json names the `target`. The column `sae` of all tables is the folder's
+name followed by the first digits of the weights' checksum.
 """
 
 TABLES = {
