@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 import yaml
 from catalog_artefacts import build, make_inputs, path_in
 from fakes import CHECKOUT
 from PIL import Image
 
 from ommatid.catalog import Catalog
+from ommatid.cli import app
+from ommatid.config.load import make_params
 
 DOCS = CHECKOUT / "docs"
 PAGES = sorted([*CHECKOUT.glob("*.md"), *DOCS.rglob("*.md"), *(CHECKOUT / ".github").rglob("*.md")])
@@ -103,3 +106,34 @@ def test_the_hooks_before_a_commit_need_no_network() -> None:
     hooks = [hook for repo in repos for hook in repo["hooks"]]
     assert {repo["repo"] for repo in repos} == {"local"} and {hook["language"] for hook in hooks} == {"system"}
     assert all(hook["entry"].startswith(".venv/bin/ruff ") for hook in hooks)
+
+
+def test_commands_of_the_pages_exist() -> None:
+    verbs = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    options = {name: {option for param in verb.params for option in param.opts} for name, verb in verbs.items()}
+    shown = "\n".join(code for text in TEXT.values() for code in re.findall(r"(?:```\w*\n|`(?=ommatid ))([^`]*)`", text))
+    used = re.findall(r"^(?:\$ )?ommatid ([\w-]+)(.*)$", shown, re.MULTILINE)
+    assert len(used) > 40
+    for verb, rest in used:
+        given = re.findall(r"(?<=\s)--[\w-]+", re.sub(r"""#.*|;.*|"[^"]*"?|'[^']*'""", "", rest))
+        assert set(given) <= options.get(verb, set()), f"ommatid {verb}{rest}"
+
+
+def test_targets_of_make_that_the_pages_name_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (CHECKOUT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {target for text in TEXT.values() for target in re.findall(r"`make ([a-z-]+)`", text)} <= targets
+
+
+YAML = [
+    pytest.param(yaml.safe_load(text), id=f"{page.name}-{i}")
+    for page in PAGES
+    for i, text in enumerate(re.findall(r"```yaml\n(.*?)```", TEXT[page], re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("sections", YAML)
+def test_params_of_the_pages_are_valid(sections: dict) -> None:
+    params = yaml.safe_load((CHECKOUT / "params.yaml").read_text(encoding="utf-8"))
+    for name, section in sections.items():
+        params[name] = section if section.get("source") == "files" else params[name] | section
+    make_params(params, "the page")
