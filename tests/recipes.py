@@ -91,6 +91,13 @@ def files_of(page: str) -> list[str]:
     return re.findall(r"^[-*] `([^`]+)`", section[1], re.MULTILINE)
 
 
+def blocks_of(page: str, language: str = "python") -> list[str]:
+    """Blocks of code in one language that a recipe shows, in order."""
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", (CHECKOUT / "docs/developers" / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+
+
 def _fits(path: str, file: str) -> bool:
     """Whether a file is one that a path with `<...>` for names stands for."""
     return re.fullmatch("[^/]+".join(map(re.escape, re.split(r"<[^>]+>", path))), file) is not None

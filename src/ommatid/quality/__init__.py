@@ -1,13 +1,15 @@
-"""The gate behind every stage: profile an artefact, hold the profile against the stage's suite, report.
+"""The gate behind every stage: it reduces an artefact to small frames, holds them against the rules of its stage, and reports.
 
-`profiles` reduces an artefact to small frames, `suites` says what must hold of them and why, `gate` asks Great Expectations
-whether it does (the only file that imports it), `report` writes the result as JSON and as a page.
+`<stage>.py` has both for one stage: `profile(artefact, params)` makes the frames, `rules(params)` says what must hold of them and
+why. `base` has what these files share, `gate` asks Great Expectations whether the rules hold (no other file imports it), and `report`
+writes the answer as JSON and as a page. A new check is a rule in the file of its stage: docs/developers/add-a-gate.md.
 """
 
 import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 from ommatid.config import Params, TrainParams
@@ -18,28 +20,33 @@ __all__ = ["Check", "Report", "check", "write_report"]
 
 
 def check(stage: str, artefact: Artefact, params: Params, saes: Mapping[str, TrainParams]) -> Report:
-    """Hold the artefact that `stage` made against the suite of that stage; reads it in a stream, in bounded memory.
+    """Hold an artefact against the rules of the stage that made it; reads it as a stream, in bounded memory.
 
     Args:
-        stage: Which.
-        artefact: What it made.
-        params: Of the run.
-        saes: Of a stage with an artefact inside for each SAE: what each was trained by. The suite holds for each, and its
-            checks name the SAE where there are several.
+        stage: Name of the stage; its profile and rules are in the module of this name.
+        artefact: Artefact that the stage made.
+        params: Parameters of the run.
+        saes: Training parameters of each SAE, for a stage whose artefact has one inside for each SAE. The rules hold for each,
+            and the checks name the SAE where there are several.
+
+    Returns:
+        The checks in the order of the rules, and the artefact's numbers.
     """
     with _uncollected():
-        from ommatid.quality import gate, profiles, suites  # great_expectations takes seconds to import
+        from ommatid.quality import gate  # great_expectations takes seconds to import
+
+        made_by = import_module(f"{__name__}.{stage}")
 
     frames, rules = {}, []
     for sae, one, own in _subjects(artefact, params, saes):
-        frames |= {f"{sae or ''}{frame}": rows for frame, rows in profiles.PROFILES[stage](one, own).items()}
-        rules += [replace(rule, frame=f"{sae or ''}{rule.frame}", sae=sae) for rule in suites.SUITES[stage](own)]
+        frames |= {f"{sae or ''}{frame}": rows for frame, rows in made_by.profile(one, own).items()}
+        rules += [replace(rule, frame=f"{sae or ''}{rule.frame}", sae=sae) for rule in made_by.rules(own)]
     return Report(stage, tuple(gate.validate(frames, rules)), _summary(artefact, saes))
 
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Collect no garbage in this block: imports leave next to none, and looking for it takes a seventh of Great Expectations' import."""
+    """Pause garbage collection: imports leave next to no garbage, and the search takes a seventh of Great Expectations' import."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -50,7 +57,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def _subjects(artefact: Artefact, params: Params, saes: Mapping[str, TrainParams]) -> Iterator[tuple[str | None, Artefact, Params]]:
-    """What the suite must hold of: the SAE that its checks name, the artefact, and its params."""
+    """Each thing that the rules must hold for: name of its SAE, None where there is only one, its artefact and its parameters."""
     if not saes:
         yield None, artefact, params
     inside = artefact.each() if saes else {}
@@ -59,6 +66,6 @@ def _subjects(artefact: Artefact, params: Params, saes: Mapping[str, TrainParams
 
 
 def _summary(artefact: Artefact, saes: Mapping[str, TrainParams]) -> dict[str, Any]:
-    """The numbers of the report: of a single SAE its own, so that runs with one SAE compare whatever it is called."""
+    """The numbers of the report. A single SAE's stand at the top, so that runs with one SAE compare whatever it is called."""
     of = {name: one.summary for name, one in artefact.each().items()} if saes else {}
     return artefact.summary if not of else of if len(of) > 1 else next(iter(of.values()))

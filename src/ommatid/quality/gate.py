@@ -1,22 +1,21 @@
-"""Great Expectations over the frames of a profile: the only file that imports it."""
+"""Great Expectations over the frames of a profile; no other file imports it."""
 
 import os
 from collections.abc import Iterator
 from typing import Any
 
-os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")  # read at import: without it every run is reported to its makers
+os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")  # read at import; without it, the library reports every run to its makers
 
 import great_expectations as gx
 import pandas as pd
 from great_expectations import expectations as gxe
 
-from ommatid.quality.profiles import SHOWN, Frames
+from ommatid.quality.base import SHOWN, Frames, Rule
 from ommatid.quality.report import Check
-from ommatid.quality.suites import Rule
 
 
 def validate(frames: Frames, rules: list[Rule]) -> list[Check]:
-    """Hold each frame against its rules, in the order of the rules."""
+    """Hold each frame against its rules; returns one check a rule, in the order of the rules."""
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False, "metric_calculations": False}  # pyright: ignore[reportAttributeAccessIssue]
     source = context.data_sources.add_pandas("profile")
@@ -60,7 +59,7 @@ def _label(rule: Rule, value: Any) -> str:
 
 
 def _observed(rule: Rule, values: Any) -> str:
-    """What was looked at, the range of its values, and over how many rows."""
+    """Text that names the column, the range of its values, and the number of rows."""
     over = f" over {len(values)} {rule.row}s" if len(values) > 1 else ""
     return f"{rule.column}: {_range(values)}{over}"
 

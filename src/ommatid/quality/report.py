@@ -1,4 +1,4 @@
-"""What a gate found: as values, as JSON that `dvc metrics show` reads, and as a page that needs no network."""
+"""The findings of a gate: as values, as JSON that `dvc metrics show` reads, and as a page that needs no network."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from ommatid.config import dotted
 
 @dataclass(frozen=True)
 class Check:
-    """One expectation and how it went."""
+    """One expectation and its outcome."""
 
     name: str
     """What must hold, in a few words."""
@@ -27,11 +27,11 @@ class Check:
     detail: str
     """What failed, naming rows or parts; empty when it passed."""
     sae: str | None = None
-    """Name of the SAE that it is about, where the artefact holds several; None: the artefact as a whole."""
+    """Name of the SAE that the check is about, where the artefact holds several; None for the artefact as a whole."""
 
     @property
     def title(self) -> str:
-        """The name, after that of the SAE."""
+        """The name of the check, after that of its SAE."""
         return f"{self.sae}: {self.name}" if self.sae else self.name
 
 
@@ -42,7 +42,7 @@ class Report:
     stage: str
     """Stage that made the artefact."""
     checks: tuple[Check, ...]
-    """In the order of the suite."""
+    """In the order of the rules."""
     summary: dict[str, Any]
     """Statistics from the artefact's manifest."""
 
@@ -58,9 +58,9 @@ class Report:
 
     @property
     def rejected(self) -> dict[str, str]:
-        """SAEs that failed a check, each with the reason, where others passed: these can be published without them.
+        """SAEs that failed a check while others passed, each with the reason; the others can be published without them.
 
-        Empty where all passed, all failed, or the artefact as a whole failed.
+        Empty if all passed, all failed, or the artefact as a whole failed.
         """
         reasons: dict[str, list[str]] = {}
         for check in self.failures:
