@@ -1,9 +1,11 @@
 """What is wrong with a value, in words: the key, what came, what is allowed."""
 
 import difflib
+from collections.abc import Iterator
+from functools import cache
 from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ommatid.errors import without_credentials
 
@@ -24,7 +26,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
 
 def _explain_one(problem: Any, root: type[BaseModel]) -> str:
     # pydantic puts the tag of a discriminated union into the path: images.source.folder.path -> images.source.path
-    path = [str(part) for i, part in enumerate(problem["loc"]) if not (i and part in _TAGS)]
+    path = [str(part) for i, part in enumerate(problem["loc"]) if not (i and part in _tags(root))]
     key = ".".join(path) or "params"
     match problem["type"]:
         case "extra_forbidden":
@@ -39,12 +41,21 @@ def _explain_one(problem: Any, root: type[BaseModel]) -> str:
             return f"{key}: got {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
-_TAGS = {
-    *("cifar10", "folder", "parquet", "shapes", "images", "files", "local", "dask", "ray"),
-    *("lite", "clip", "siglip", "dino", "vit", "llava", "qwen", "module", "transformers", "one", "several"),
-    *("topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated", "archetypal", "imported"),
-    *("vocabulary", "human", "vlm", "captioner"),
-}
+@cache
+def _tags(root: type[BaseModel]) -> frozenset[str]:
+    """The tags of every discriminated union in the fields of `root`, whatever their depth."""
+    return frozenset(_iter_tags(TypeAdapter(root).core_schema))
+
+
+def _iter_tags(schema: Any) -> Iterator[str]:
+    if isinstance(schema, dict):
+        if schema.get("type") == "tagged-union":
+            yield from schema["choices"]
+        for part in schema.values():
+            yield from _iter_tags(part)
+    elif isinstance(schema, list | tuple):
+        for part in schema:
+            yield from _iter_tags(part)
 
 
 def _known_keys(loc: tuple[str | int, ...], root: type[BaseModel]) -> str:
