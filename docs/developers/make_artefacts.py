@@ -1,5 +1,6 @@
 """Writes docs/developers/artefacts.md from the schemas; `make docs` runs it, and a test fails when the page is behind."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -79,33 +80,21 @@ The `x_hat` of a transcoder has width d_out, and its cfg.json names the `target`
 name followed by the first digits of the weights' checksum.
 """
 
-TABLES = {
-    "images": ("images", schemas.IMAGES),
-    "rejected": ("images", schemas.REJECTED),
-    "plan": ("activations", schemas.PLAN),
-    "train, eval": ("activations/<hookpoint>", schemas.activations(320, {})),
-    "embeddings": ("activations/<hookpoint>", schemas.embeddings(384, 1280)),
-    "curves": ("sae/<sae>", schemas.CURVES),
-    "latents": ("evaluation/<sae>", schemas.LATENTS),
-    "examples": ("evaluation/<sae>", schemas.EXAMPLES),
-    "firings": ("evaluation/<sae>", schemas.FIRINGS),
-    "comparisons": ("evaluation/<sae>", schemas.COMPARISONS),
-    "judged": ("evaluation/<sae>", schemas.JUDGED),
-    "fidelity": ("evaluation/<sae>", schemas.FIDELITY),
-    "densities": ("evaluation/<sae>", schemas.DENSITIES),
-    "cofiring": ("evaluation/<sae>", schemas.COFIRING),
-    "levels": ("evaluation/<sae>", schemas.LEVELS),
-    "probes": ("evaluation/<sae>", schemas.PROBES),
-    "zero_shot": ("evaluation/<sae>", schemas.ZERO_SHOT),
-    "matches": ("evaluation", schemas.MATCHES),
-    "stability": ("evaluation", schemas.STABILITY),
-    "labels": ("labels/<sae>", schemas.LABELS),
-}
+ARTEFACTS = ("images", "activations", "activations/<hookpoint>", "sae/<sae>", "evaluation/<sae>", "evaluation", "labels/<sae>")
+"""In the order of their sections."""
+
+
+def iter_tables() -> Iterator[tuple[str, str, pa.Schema]]:
+    """Name, artefact and schema of every table of the artefacts, those whose schema depends on the model at the widths of the demo."""
+    yield "train, eval", "activations/<hookpoint>", schemas.activations(320, {})
+    yield "embeddings", "activations/<hookpoint>", schemas.embeddings(384, 1280)
+    yield from ((name, table.place, table.schema) for name, table in schemas.TABLES.items() if table.place != "catalog")
 
 
 def make_page() -> str:
     """The whole page."""
-    return HEAD + "".join(_section(name, *table) for name, table in TABLES.items())
+    tables = sorted(iter_tables(), key=lambda table: ARTEFACTS.index(table[1]))
+    return HEAD + "".join(_section(*table) for table in tables)
 
 
 def _section(name: str, artefact: str, schema: pa.Schema) -> str:

@@ -27,32 +27,11 @@ CATALOG = "catalog.duckdb"
 WRITER_MB = 1024
 """Most memory that DuckDB takes while it builds; what does not fit is spilled to the draft."""
 
-RELATIONS: Mapping[str, tuple[pa.Schema, ...]] = {
-    "images": (schemas.IMAGES,),
-    "latents": (schemas.LATENTS,),
-    "examples": (schemas.EXAMPLES,),
-    "firings": (schemas.FIRINGS,),
-    "labels": (schemas.LABELS,),
-    "neighbours": (schemas.NEIGHBOURS,),
-    "comparisons": (schemas.COMPARISONS,),
-    "judged": (schemas.JUDGED,),
-    "fidelity": (schemas.FIDELITY,),
-    "densities": (schemas.DENSITIES,),
-    "cofiring": (schemas.COFIRING,),
-    "levels": (schemas.LEVELS,),
-    "probes": (schemas.PROBES,),
-    "zero_shot": (schemas.ZERO_SHOT,),
-    "matches": (schemas.MATCHES,),
-    "stability": (schemas.STABILITY,),
-    "features": (schemas.LATENTS, schemas.COMPARISONS, schemas.LABELS),
-    "runs": (schemas.COMPARISONS,),
-}
-"""Each relation, in the order they are built, and the schemas that say what its columns mean where its SQL does not."""
+_SQL = resources.files("ommatid.catalog").joinpath("sql")
+RELATIONS = (*(table for table in schemas.TABLES if _SQL.joinpath(f"{table}.sql").is_file()), *schemas.DERIVED)
+"""Every relation, in the order in which they are built."""
 _READ = {"images": frozenset(schemas.IMAGES.names) - {"encoded"}}
 """Columns that are read of a table, where it is not all."""
-EVALUATED = ("latents", "examples", "firings", "comparisons", "judged")
-EVALUATED += ("fidelity", "densities", "cofiring", "levels", "probes", "zero_shot")
-"""Tables of an SAE's evaluation."""
 
 
 def build_catalog(
@@ -109,7 +88,7 @@ def _write(params: CatalogParams, inputs: Mapping[str, Artefact], draft: Draft, 
     pq.write_table(make_runs(params, inputs, saes, lineage), work / "runs.parquet")
     preprocessing = inputs["extract"].summary["preprocessing"] if "extract" in inputs else {}
     values = {"resize": preprocessing.get("resize"), "crop": preprocessing.get("crop"), "runs": str(work / "runs.parquet")}
-    values |= _tables(saes, inputs) | {"neighbours": _write_neighbours(saes, params.n_neighbours, work)}
+    values |= {"neighbours": _write_neighbours(saes, params.n_neighbours, work), **_files(saes, inputs)}
     with draft.write_file(CATALOG) as path:
         with duckdb.connect(work / CATALOG, config=_settings(work)) as connection:
             for done, relation in enumerate(RELATIONS, start=1):
@@ -130,7 +109,7 @@ def _settings(work: Path) -> dict[str, Any]:
 
 def _create(connection: duckdb.DuckDBPyConnection, relation: str, values: Mapping[str, Any]) -> None:
     """Run the relation's file, then comment on the relation and on the columns that the file does not comment on."""
-    sql = resources.files("ommatid.catalog").joinpath("sql", f"{relation}.sql").read_text(encoding="utf-8")
+    sql = _SQL.joinpath(f"{relation}.sql").read_text(encoding="utf-8")
     connection.execute("SET enable_progress_bar = false")
     for statement in connection.extract_statements(sql):
         connection.execute(statement, {name: values[name] for name in statement.named_parameters})
@@ -148,17 +127,23 @@ def _header(sql: str) -> str:
 
 
 def _meaning(relation: str, column: str) -> str:
-    fields = [schema.field(column) for schema in RELATIONS[relation] if column in schema.names]
-    assert fields, f"{relation}.{column}: neither its SQL nor {len(RELATIONS[relation])} schemas say what it means"
+    tables = [schemas.TABLES[table].schema for table in schemas.DERIVED.get(relation, (relation,))]
+    fields = [schema.field(column) for schema in tables if column in schema.names]
+    assert fields, f"{relation}.{column}: neither its SQL nor {len(tables)} schemas say what it means"
     return fields[0].metadata[b"meaning"].decode()
 
 
-def _tables(saes: Mapping[str, OneSAE], inputs: Mapping[str, Artefact]) -> dict[str, list[str]]:
-    """The Parquet files of each table, of all SAEs, by the name of the parameter in SQL."""
-    evaluated = {table: [one.evaluation for one in saes.values()] for table in EVALUATED}
-    pairs = {table: [inputs["evaluate"]] for table in ("matches", "stability")}
-    sources = {"images": [inputs["images"]], "labels": [one.labels for one in saes.values()], **evaluated, **pairs}
-    return {table: [str(path) for source in found for path in source.files(table, _READ.get(table))] for table, found in sources.items()}
+def _files(saes: Mapping[str, OneSAE], inputs: Mapping[str, Artefact]) -> dict[str, list[str]]:
+    """The Parquet files of the table behind each relation, of all SAEs, by the name of the parameter in SQL."""
+    holders: dict[schemas.Place, list[Artefact]] = {
+        "images": [inputs["images"]],
+        "sae/<sae>": [one.sae for one in saes.values()],
+        "evaluation": [inputs["evaluate"]],
+        "evaluation/<sae>": [one.evaluation for one in saes.values()],
+        "labels/<sae>": [one.labels for one in saes.values()],
+    }
+    found = {name: holders[table.place] for name, table in schemas.TABLES.items() if name in RELATIONS and table.place in holders}
+    return {name: [str(path) for artefact in held for path in artefact.files(name, _READ.get(name))] for name, held in found.items()}
 
 
 def _write_neighbours(saes: Mapping[str, OneSAE], n: int, work: Path) -> list[str]:

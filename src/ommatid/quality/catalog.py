@@ -5,21 +5,17 @@ from typing import Any
 import duckdb
 import pandas as pd
 
+from ommatid.catalog.build import RELATIONS
 from ommatid.config import Params
 from ommatid.quality.base import SHOWN, Frames, Rule, filled, named, one_of, zero
+from ommatid.schemas import TABLES
 from ommatid.store import Artefact
-
-_RELATIONS = ("images", "latents", "examples", "firings", "labels", "neighbours", "fidelity", "densities", "levels", "features", "runs")
-"""Relations that have rows whatever was evaluated.
-
-Others may be empty: without classes of images there are no probes, and no two latents may fire together.
-"""
 
 
 def profile(artefact: Artefact, params: Params) -> Frames:
     """Frames `relations` (one row a relation) and `features` (one row)."""
     with duckdb.connect(str(artefact.file("catalog.duckdb")), read_only=True) as connection:
-        relations = [_relation(connection, name) for name in _RELATIONS]
+        relations = [_relation(connection, name) for name in RELATIONS]
         readable = all(row["rows"] is not None for row in relations)
         features = _features(connection) if readable else {"latents not in features once": None, "first such": ""}
     return {"relations": pd.DataFrame(relations), "features": pd.DataFrame([{"relation": "features", **features}])}
@@ -31,7 +27,8 @@ def _relation(connection: duckdb.DuckDBPyConnection, name: str) -> dict[str, Any
     except duckdb.Error as error:
         return {"relation": name, "problem": f"cannot be read: {str(error).splitlines()[0]}", "rows": None}
     assert row is not None, name
-    return {"relation": name, "problem": "" if row[0] else "empty", "rows": row[0]}
+    must_have_rows = name not in TABLES or not TABLES[name].may_be_empty
+    return {"relation": name, "problem": "empty" if must_have_rows and not row[0] else "", "rows": row[0]}
 
 
 def _features(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
