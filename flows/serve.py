@@ -4,6 +4,7 @@ Everything they write stays in the checkout: .prefect and .mlflow. Ports are tho
 5000 when not set, or the next free one. Imports no Prefect: each part is a process of its own, its output in .prefect/logs.
 """
 
+import ast
 import json
 import os
 import signal
@@ -13,40 +14,104 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from flows.checkout import environment
 from flows.services import Services, free_port
 from ommatid.config import load_params
+from ommatid.config.load import parse_yaml
+from ommatid.config.problems import explain
 from ommatid.edge import at_edge
+from ommatid.errors import ConfigError
 from ommatid.tracking import follow_move
 
-POOL = "ommatid"
+PROJECT = "infra/prefect.yaml"
+
+
+class Pool(BaseModel):
+    """Work pool of a deployment."""
+
+    name: str
+
+
+class Deployment(BaseModel):
+    """Deployment in infra/prefect.yaml; Prefect itself reads the keys that are not named here."""
+
+    name: str
+    entrypoint: str
+    work_pool: Pool
+
+
+class Project(BaseModel):
+    """Contents of infra/prefect.yaml."""
+
+    deployments: list[Deployment]
 
 
 def serve(checkout: Path) -> None:
-    """Start everything, print the addresses, and stay until a signal or the end of one of them."""
+    """Start everything that infra/prefect.yaml names, print the addresses, and stay until a signal or the end of one of them."""
+    deployments = read_deployments(checkout)
+    pools = list(dict.fromkeys(deployment.work_pool.name for deployment in deployments))
+    parameters = json.dumps({"params": load_params(checkout / "params.yaml").model_dump(mode="json")})
+    prefilled = {one.name: ("--params", parameters) if takes_params(checkout, one) else () for one in deployments}
     prefect = free_port(int(os.environ.get("PREFECT_SERVER_API_PORT", "4200")))
     mlflow = free_port(int(os.environ.get("MLFLOW_PORT", "5000")), taken=prefect)
-    parameters = json.dumps({"params": load_params(checkout / "params.yaml").model_dump(mode="json")})
     services = Services(_environment(checkout, prefect), checkout / ".prefect/logs")
-    deploy = ("prefect", "--no-prompt", "deploy", "--prefect-file", "infra/prefect.yaml", "--name")
+    deploy = ("prefect", "--no-prompt", "deploy", "--prefect-file", PROJECT, "--name")
     try:
         services.start("prefect", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect))
         services.start("mlflow", *_mlflow(checkout, mlflow))
         services.wait_for("prefect", f"http://127.0.0.1:{prefect}/api/health")
         _bury(f"http://127.0.0.1:{prefect}/api")
-        services.start("pool", "prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite")
-        services.finish("pool")
-        services.start("deploy-pipeline", *deploy, "pipeline", "--params", parameters)
-        services.start("deploy-retrain", *deploy, "retrain")
-        services.finish("deploy-pipeline", "deploy-retrain")
+        for pool in pools:
+            services.start(f"pool-{pool}", "prefect", "work-pool", "create", pool, "--type", "process", "--overwrite")
+        services.finish(*(f"pool-{pool}" for pool in pools))
+        for name, arguments in prefilled.items():
+            services.start(f"deploy-{name}", *deploy, name, *arguments)
+        services.finish(*(f"deploy-{name}" for name in prefilled))
         services.wait_for("mlflow", f"http://127.0.0.1:{mlflow}/health")
-        services.start("worker", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "ommatid")
+        for pool in pools:
+            services.start(f"worker-{pool}", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", pool)
         print(f"Prefect  http://127.0.0.1:{prefect}/deployments\nMLflow   http://127.0.0.1:{mlflow}\nCtrl-C ends both.", flush=True)
         while True:
             services.check()
             time.sleep(1)
     finally:
         services.end()
+
+
+def read_deployments(checkout: Path) -> list[Deployment]:
+    """The deployments of infra/prefect.yaml.
+
+    Raises:
+        ConfigError: the file is missing or is not valid YAML, or a deployment lacks its name, entrypoint or work pool.
+    """
+    try:
+        text = (checkout / PROJECT).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{PROJECT}: cannot be read ({error.strerror}); run in the checkout") from None
+    try:
+        return Project.model_validate(parse_yaml(text, PROJECT)).deployments
+    except ValidationError as error:
+        raise ConfigError(f"{PROJECT}: {explain(error, Project)}") from None
+
+
+def takes_params(checkout: Path, deployment: Deployment) -> bool:
+    """Whether the flow of a deployment has an argument `params`; its form is then prefilled with params.yaml.
+
+    Raises:
+        ConfigError: the entrypoint is not a function of a Python file.
+    """
+    file, _, flow = deployment.entrypoint.rpartition(":")
+    try:
+        functions = [node for node in ast.parse((checkout / file).read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
+        (arguments,) = [node.args for node in functions if node.name == flow]
+    except (OSError, SyntaxError, ValueError):
+        raise ConfigError(
+            f"{PROJECT}: deployment {deployment.name}: entrypoint {deployment.entrypoint!r} is not a function of a Python file; "
+            "write FILE.py:FUNCTION, such as flows/pipeline.py:pipeline"
+        ) from None
+    return any(argument.arg == "params" for argument in (*arguments.args, *arguments.kwonlyargs))
 
 
 def _environment(checkout: Path, port: int) -> dict[str, str]:
