@@ -1,4 +1,7 @@
-"""`make up`, end to end: servers start, a schedule and "Run" start runs, Ctrl-C ends all, and no log of any has an error in it."""
+"""`make up`, end to end: servers start, a schedule and "Run" start runs, Ctrl-C ends all, and no log of any has an error in it.
+
+The checkout has one deployment more, added by the recipe docs/developers/add-a-deployment.md.
+"""
 
 import json
 import os
@@ -16,8 +19,14 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from fake_checkout import REPOSITORY, bytes_of, run
+from fake_checkout import bytes_of, run
+from recipes import Tree, assert_only_named, blocks_of, copy_tree
 from waiting import HANG_SECONDS, wait_for, wait_for_end
+
+from flows.serve import read_deployments, takes_params
+from ommatid.errors import ConfigError
+
+PAGE = "add-a-deployment.md"
 
 
 def free_port() -> int:
@@ -30,6 +39,13 @@ def call(url: str, body: object = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"}), timeout=HANG_SECONDS) as answer:
         return json.load(answer)
+
+
+def add_deployment(tree: Tree) -> None:
+    """Follow the recipe."""
+    project = "infra/prefect.yaml"
+    tree.write("flows/count.py", blocks_of(PAGE)[0])
+    tree.write(project, (tree.root / project).read_text(encoding="utf-8") + "\n" + blocks_of(PAGE, "text")[0])
 
 
 def run_deployment(api: str, overrides: dict[str, Any]) -> str:
@@ -52,9 +68,9 @@ def schedule_pipeline(checkout: Path) -> None:
     """Let the pipeline, and nothing else, run by a schedule that comes often."""
     path = checkout / "infra/prefect.yaml"
     project = yaml.safe_load(path.read_text())
-    pipeline, retrain = project["deployments"]
-    assert retrain.pop("schedules")
-    pipeline["schedules"] = [{"interval": 15, "active": True}]
+    deployments = {one["name"]: one for one in project["deployments"]}
+    assert deployments["retrain"].pop("schedules")
+    deployments["pipeline"]["schedules"] = [{"interval": 15, "active": True}]
     path.write_text(yaml.safe_dump(project))
 
 
@@ -78,9 +94,41 @@ def errors_in(logs: Path) -> list[str]:
     return [line for line in said if re.search(r"ERROR|CRITICAL|Traceback|Error\b|[Ee]xception", line)]
 
 
-def test_run_in_the_ui_with_an_override(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flows_with_params_are_prefilled(tmp_path: Path) -> None:
+    tree = copy_tree(tmp_path)
+    add_deployment(tree)
+    found = {one.name: (one.work_pool.name, takes_params(tree.root, one)) for one in read_deployments(tree.root)}
+    assert found == {"pipeline": ("ommatid", True), "retrain": ("ommatid", False), "count": ("ommatid", False)}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("entrypoint: flows/count.py:count", "schedules: []", "infra/prefect.yaml: deployments.2.entrypoint: missing"),
+        ("    work_pool: *pool\n", "", "infra/prefect.yaml: deployments.2.work_pool: missing"),
+        ("flows/count.py:count", "flows/count.py:cuont", "deployment count: entrypoint 'flows/count.py:cuont' is not a function"),
+        ("flows/count.py:count", "flows/cuont.py:count", "deployment count: entrypoint 'flows/cuont.py:count' is not a function"),
+        ("*pool", "*lake", "infra/prefect.yaml: not valid YAML"),
+    ],
+)
+def test_a_deployment_that_cannot_be_is_named(tmp_path: Path, old: str, new: str, says: str) -> None:
+    tree = copy_tree(tmp_path)
+    add_deployment(tree)
+    path = tmp_path / "infra/prefect.yaml"
+    before, _, added = path.read_text().rpartition("  - name: count")
+    path.write_text(f"{before}  - name: count{added.replace(old, new)}")
+    with pytest.raises(ConfigError) as error:
+        for deployment in read_deployments(tmp_path):
+            takes_params(tmp_path, deployment)
+    assert says in str(error.value)
+
+
+def test_run_in_the_ui_with_an_override(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = copy_tree(tmp_path / "tree")
+    add_deployment(tree)
+    assert_only_named(tree, PAGE)
     for folder in ("flows", "infra"):
-        shutil.copytree(REPOSITORY / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(tree.root / folder, checkout / folder)
     schedule_pipeline(checkout)
     run(checkout, "git", "add", "-A")
     run(checkout, "git", "commit", "-qm", "Flows")
@@ -114,6 +162,10 @@ def test_run_in_the_ui_with_an_override(checkout: Path, monkeypatch: pytest.Monk
         assert bytes_of(checkout) == before and run(checkout, "git", "status", "--porcelain") == status
         shown = call(f"{api}/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [ended["id"]]}}})
         assert {"quality-images", "quality-train", "progress-train", "health", "metrics"} <= {artifact["key"] for artifact in shown}
+
+        count = call(f"{api}/deployments/name/count/count")
+        counted = finished(api, call(f"{api}/deployments/{count['id']}/create_flow_run", {})["id"])
+        assert counted["state"]["message"] == f"{len(list((checkout / 'data/images').iterdir()))} files"
     finally:
         family = psutil.Process(up.pid).children(recursive=True)
         up.send_signal(signal.SIGINT)
@@ -122,5 +174,8 @@ def test_run_in_the_ui_with_an_override(checkout: Path, monkeypatch: pytest.Monk
     assert len(family) >= 4
     wait_for_end(family, "servers and worker")
     logs = checkout / ".prefect/logs"
-    assert {path.stem for path in logs.glob("*.log")} == {"prefect", "mlflow", "pool", "deploy-pipeline", "deploy-retrain", "worker"}
+    assert {path.stem for path in logs.glob("*.log")} == {
+        *("prefect", "mlflow", "pool-ommatid", "worker-ommatid"),
+        *("deploy-pipeline", "deploy-retrain", "deploy-count"),
+    }
     assert errors_in(logs) == []
