@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
+from ommatid import __version__
 from ommatid.edge import at_edge
 from ommatid.errors import ConfigError
 from ommatid.terminal import say
@@ -36,7 +37,6 @@ class _Verbs(typer.core.TyperGroup):
 
 app = typer.Typer(
     cls=_Verbs,
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="From a folder of images and a vision-language model to a SQL catalogue of monosemantic features.",
@@ -60,6 +60,19 @@ DEFAULT_PARAMS = Path("params.yaml")
 DEFAULT_DATA = "data"
 REJECTED = 3
 """Exit status of a stage whose gate rejected some SAEs and passed others, which are published."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        say(f"ommatid {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    pass
 
 
 @app.command()

@@ -15,7 +15,15 @@ def without_credentials(text: str) -> str:
 
 
 class OmmatidError(Exception):
-    """Base of every error whose message is meant for the user; the CLI prints it without a traceback."""
+    """Base of every error whose message is meant for the user; the CLI prints it without a traceback.
+
+    >>> import ommatid
+    >>> try:
+    ...     ommatid.open_run("nowhere")
+    ... except ommatid.OmmatidError as error:
+    ...     print(error)
+    nowhere holds no finished study: nowhere/sae: does not exist; make it with ...
+    """
 
 
 class ConfigError(OmmatidError):

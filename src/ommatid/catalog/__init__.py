@@ -76,6 +76,11 @@ class Catalog:
 
     Raises:
         QueryError: from every method, in words for whoever wrote the SQL.
+
+    >>> from pathlib import Path
+    >>> from ommatid import Catalog
+    >>> with Catalog(Path("data/catalog/catalog.duckdb")) as catalog:
+    ...     rows = catalog.rows("SELECT latent, label FROM features WHERE ms > $least", {"least": 0.5})
     """
 
     def __init__(self, path: Path, memory_mb: int | None = None, answer_mb: int = ANSWER_MB, at_once: int = 2, child: Child | None = None):
@@ -111,6 +116,10 @@ class Catalog:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):  # opened, and dropped without `close`, as in a notebook
+            self.close()
 
     def close(self) -> None:
         """Release the file and end its processes; a statement that another thread waits for is still answered."""

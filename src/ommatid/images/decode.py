@@ -83,16 +83,20 @@ def decode(encoded: bytes) -> Image.Image:
         raise Unreadable("too_large", f"more than {MAX_BYTES} bytes")
     with _pil_is_quiet:
         try:
-            image = _open(encoded)
-            turn = _turn(image)
-            upright = _rgb(image)
-            return upright if turn is None else upright.transpose(turn)
+            return upright(_open(encoded))
         except Unreadable:
             raise
         except Image.DecompressionBombError as error:
             raise Unreadable("too_large", gist(error)) from None
         except Exception as error:  # on damaged bytes decoders raise nearly every type there is
             raise Unreadable(_why(encoded, error), gist(error)) from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image that Pillow has opened, as `decode` gives it: upright 8-bit RGB."""
+    turn = _turn(image)
+    rgb = _rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 class _Quiet:

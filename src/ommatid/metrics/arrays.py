@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ommatid.errors import InputError
+from ommatid.metrics.fidelity import Fidelity
 from ommatid.metrics.monosemanticity import Monosemanticity
 
 VALUES = 2**22
@@ -40,6 +41,13 @@ def monosemanticity(acts: Any, embeddings: Any) -> Tensor | np.ndarray:
 
     Raises:
         InputError: shapes that do not fit, values that are not finite, an embedding of zeros, rows that are not compressed as said.
+
+    >>> import numpy as np
+    >>> from ommatid import monosemanticity
+    >>> embeddings = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])  # two pairs of like images
+    >>> acts = np.array([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])  # latent 0 fires on one pair, latent 1 on one of each
+    >>> monosemanticity(acts, embeddings).round(2)
+    array([0.99, 0.  ])
     """
     blocks, judge = _open(acts), _Dense(embeddings, "embeddings")
     if len(blocks) != len(judge):
@@ -51,6 +59,39 @@ def monosemanticity(acts: Any, embeddings: Any) -> Tensor | np.ndarray:
         scores.add(_finite(blocks.read(start, stop), start), _directions(judge.read(start, stop), start))
     ms = scores.scores().ms
     return ms if isinstance(acts, Tensor) else ms.numpy()
+
+
+def fvu(x: Any, x_hat: Any) -> float:
+    """Fraction of variance unexplained: Σ‖x−x̂‖² / Σ‖x−x̄‖², x̄ the mean of x. 0 is perfect, 1 no better than the mean.
+
+    Args:
+        x: Activations (tokens, d_model) of any real type: a numpy array or torch tensor.
+        x_hat: Their reconstructions, of the same shape.
+
+    Returns:
+        NaN where x does not vary.
+
+    Raises:
+        InputError: shapes that do not fit, or values that are not finite.
+
+    >>> import numpy as np
+    >>> from ommatid import fvu
+    >>> x = np.array([[0.0, 0.0], [2.0, 0.0]])
+    >>> fvu(x, x), fvu(x, [[1.0, 0.0], [1.0, 0.0]]), fvu(x, [[0.5, 0.0], [1.5, 0.0]])
+    (0.0, 1.0, 0.25)
+    """
+    ours, theirs = _Dense(x, "x"), _Dense(x_hat, "x_hat")
+    if (len(ours), ours.width) != (len(theirs), theirs.width):
+        raise InputError(
+            f"x has the shape {(len(ours), ours.width)} and x_hat {(len(theirs), theirs.width)}; they must be of the same tokens and width"
+        )
+    fidelity = Fidelity()
+    for start, stop in ours.spans():
+        one, other = (rows.read(start, stop).double() for rows in (ours, theirs))
+        if not (one.isfinite().all() and other.isfinite().all()):
+            raise InputError(f"x or x_hat is not finite, of tokens {start} to {stop - 1}")
+        fidelity.add(one, other, 0)
+    return fidelity.fvu
 
 
 class _Rows(Protocol):
