@@ -126,7 +126,7 @@ class Run:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Run({self.data!r}, SAEs: {', '.join(self.saes)})"
+        return f"Run({self.data!r}, SAEs: {', '.join(self._training.children)})"
 
     def close(self) -> None:
         """Release the catalogue."""
