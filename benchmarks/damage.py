@@ -25,7 +25,7 @@ from ommatid import stage as stages
 from ommatid.config import load_params
 from ommatid.errors import ArtefactError, OmmatidError
 from ommatid.events import ignore
-from ommatid.store import Artefact, checked, open_artefact
+from ommatid.store import Artefact, damage, open_artefact
 
 FLIPS = 100
 SEED = 0
@@ -127,7 +127,7 @@ def stage_on_damage(stage: str, data: Path, overrides: list[str]) -> None:
 
 
 def cost(stage: str, data: Path, overrides: list[str]) -> None:
-    spent, sums_of = [0.0], checked.sums_of
+    spent, sums_of = [0.0], damage.sums_of
 
     def timed(found: Any) -> str:
         before = time.thread_time()
@@ -136,7 +136,7 @@ def cost(stage: str, data: Path, overrides: list[str]) -> None:
         finally:
             spent[0] += time.thread_time() - before
 
-    checked.sums_of = timed  # pyright: ignore[reportPrivateImportUsage]
+    damage.sums_of = timed  # pyright: ignore[reportPrivateImportUsage]
     before = time.process_time()
     run(stage, data, overrides)
     whole = time.process_time() - before

@@ -34,7 +34,7 @@ print(json.dumps({"took": found.took, "stages": {s.stage: asdict(s) for s in fou
 """
 RUN = """
 import sys
-from ommatid.cli import main
+from ommatid.cli import app
 where, sys.argv = sys.argv[1], ["ommatid", *sys.argv[2:]]
 try:
     main()

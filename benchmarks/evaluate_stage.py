@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ommatid import schemas, store
+from ommatid.activations.batches import load_sample
+from ommatid.activations.columns import to_binary
 from ommatid.config import load_params
-from ommatid.evaluate import evaluate
-from ommatid.reader import load_sample
+from ommatid.evaluate.stage import evaluate
 from ommatid.sae.model import SAEConfig, make_untrained
 from ommatid.store import part_name
-from ommatid.tensors import to_binary
 
 THREADS = 2
 D_MODEL, K = 64, 16

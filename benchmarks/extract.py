@@ -27,15 +27,15 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ommatid import store
+from ommatid.activations.batches import iter_batches
+from ommatid.activations.columns import from_float16
 from ommatid.config import ExtractParams, Params, load_params
-from ommatid.extract import extract
-from ommatid.extract.loader import Pixels, iter_pixels, make_pool
 from ommatid.extract.shard import _encoded
+from ommatid.extract.stage import extract
 from ommatid.extract.towers import Towers
 from ommatid.images import make_images
-from ommatid.reader import iter_batches
+from ommatid.images.loader import Pixels, iter_pixels, make_pool
 from ommatid.store import Artefact
-from ommatid.tensors import from_float16
 
 CHECKOUT = Path(__file__).parent.parent
 ROUNDS = 3

@@ -13,15 +13,15 @@ from report import Row, publish
 from torch import Tensor
 
 from ommatid import store
+from ommatid.activations.batches import iter_batches, load_sample
+from ommatid.activations.columns import from_float16
 from ommatid.config import load_params
 from ommatid.metrics import Fidelity
-from ommatid.reader import iter_batches, load_sample
 from ommatid.sae.learner import Learner, Sample
 from ommatid.sae.step import Batch
 from ommatid.sae.trainer import Trainer
 from ommatid.stage import open_stage
-from ommatid.tensors import from_float16
-from ommatid.train import SAMPLE
+from ommatid.train.stage import SAMPLE
 
 
 def load(activations: store.Artefact, table: str) -> tuple[np.ndarray, np.ndarray, Tensor]:

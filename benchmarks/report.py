@@ -122,7 +122,7 @@ def _instructions() -> str:
     """Such as "AVX512, bfloat16": what a product costs depends on it."""
     import torch
 
-    from ommatid.hardware import computes_in_bfloat16
+    from ommatid.compute.hardware import computes_in_bfloat16
 
     return torch.backends.cpu.get_cpu_capability() + (", bfloat16" if computes_in_bfloat16(torch.device("cpu")) else "")
 

@@ -12,8 +12,8 @@ from report import Row
 from synthetic import Synthetic
 from torch import Tensor
 
+from ommatid.compute.hardware import product_dtype
 from ommatid.config import TrainParams, load_params
-from ommatid.hardware import product_dtype
 from ommatid.sae.learner import Learner, Sample
 from ommatid.sae.schedule import make_plan
 from ommatid.sae.step import Batch

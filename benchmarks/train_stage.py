@@ -16,16 +16,15 @@ from synthetic import Synthetic
 from train_setup import CHECKOUT, CPU, Size
 
 from ommatid import schemas, store
+from ommatid.activations.batches import iter_batches, load_sample
+from ommatid.activations.columns import to_binary
 from ommatid.config import TrainParams, load_params
 from ommatid.events import Event, Measured, Progress
-from ommatid.extract.rows import BYTES_PER_ROW_GROUP, write_rows
-from ommatid.extract.shuffle import order_rows, window
-from ommatid.reader import iter_batches, load_sample
+from ommatid.extract.rows import BYTES_PER_ROW_GROUP, order_rows, window, write_rows
 from ommatid.sae.learner import Learner, Sample
 from ommatid.stage import run_stage
 from ommatid.store import Artefact
-from ommatid.tensors import to_binary
-from ommatid.train import CHECKPOINT, SAMPLE
+from ommatid.train.stage import CHECKPOINT, SAMPLE
 
 PATCHES = 49
 """Tokens of an image."""

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from ommatid.config import TrainParams, load_params
-from ommatid.evaluate.stream import iter_images
+from ommatid.evaluate.batches import iter_images
 from ommatid.events import ignore
 from ommatid.metrics import Fidelity, Firing, Monosemanticity, nan_mean
 from ommatid.sae.learner import CURVE_COLUMNS, Learner
 from ommatid.stage import open_stage
 from ommatid.store import Artefact
-from ommatid.train import fit
+from ommatid.train.stage import fit
 
 KINDS = ("batch_topk", "topk", "matryoshka", "jumprelu", "gated", "archetypal", "relu")
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ommatid.catalog import Catalog
-from ommatid.champion import Decision
+from ommatid.catalog.reader import Catalog
+from ommatid.publish.champion import Decision
 from ommatid.stage import HEALTH, QUALITY, REPORT, STAGES
 
 HEADLINES = ("evaluate", "label")
@@ -72,7 +72,7 @@ def _numbers(summary: dict[str, float]) -> str:
 
 def features(root: Path) -> str | None:
     """The best features of the best SAE as a picture that needs no network; None where the pipeline has made no catalogue."""
-    from ommatid.catalog.pictures import draw_best
+    from ommatid.show.pictures import draw_best
 
     picture = _picture(root, lambda catalog, png: draw_best(catalog, png, N_FEATURES))
     return picture and f"# The {N_FEATURES} features with the highest monosemanticity\n\n![examples of each feature]({picture})"
@@ -80,7 +80,7 @@ def features(root: Path) -> str | None:
 
 def comparison(root: Path) -> str | None:
     """All SAEs beside one another, likewise."""
-    from ommatid.catalog.pictures import draw_comparison
+    from ommatid.show.pictures import draw_comparison
 
     picture = _picture(root, draw_comparison)
     return picture and f"# The SAEs beside raw neurons and untrained ones\n\n![fidelity and monosemanticity of each]({picture})"
@@ -88,7 +88,7 @@ def comparison(root: Path) -> str | None:
 
 def report(root: Path) -> str | None:
     """What was found in the best SAE: numbers, tables and plots; the page `report.html` of the quality reports has features as well."""
-    from ommatid.catalog.report import make_report
+    from ommatid.show.report import make_report
 
     catalogue = root / STAGES["catalog"].place / "catalog.duckdb"
     if not catalogue.exists():

@@ -23,8 +23,8 @@ from prefect.states import Completed
 from flows import pages
 from flows.checkout import Workplace, open_workplace
 from flows.server import leave_out_tracebacks, prefect_server
+from ommatid.cli.edge import at_edge
 from ommatid.config import Params, load_params
-from ommatid.edge import at_edge
 
 with at_edge() if __name__ == "__main__" else nullcontext():
     PREFILLED = load_params()

@@ -17,12 +17,12 @@ from flows import pages
 from flows.checkout import open_workplace
 from flows.pipeline import run_stages
 from flows.server import leave_out_tracebacks, prefect_server
-from ommatid import champion
-from ommatid.champion import Decision
+from ommatid.cli.edge import at_edge
 from ommatid.config import Params, load_params
-from ommatid.edge import at_edge
 from ommatid.errors import RunError
 from ommatid.events import Event, Progress
+from ommatid.publish import champion
+from ommatid.publish.champion import Decision
 
 
 @flow(name="retrain")

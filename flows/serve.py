@@ -18,10 +18,10 @@ from pydantic import BaseModel, ValidationError
 
 from flows.checkout import environment
 from flows.services import Services, free_port
+from ommatid.cli.edge import at_edge
 from ommatid.config import load_params
 from ommatid.config.load import parse_yaml
 from ommatid.config.problems import explain
-from ommatid.edge import at_edge
 from ommatid.errors import ConfigError
 from ommatid.tracking import follow_move
 

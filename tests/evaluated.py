@@ -25,12 +25,12 @@ from fakes import make_artefact, make_test_params
 from torch import Tensor
 
 from ommatid import schemas, store
+from ommatid.activations.columns import to_binary
 from ommatid.config import EvaluateParams
-from ommatid.evaluate import evaluate
+from ommatid.evaluate.stage import evaluate
 from ommatid.events import Listener, ignore
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, Draft, part_name
-from ommatid.tensors import to_binary
 
 PATHS = {
     "dog": ("animal", "mammal", "dog"),

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from ommatid.label.labeller import Case, Example
+from ommatid.label.labellers.base import Case, Example
 
 
 def encode(pixels: np.ndarray) -> bytes:

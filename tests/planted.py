@@ -9,10 +9,10 @@ from fakes import make_artefact, make_test_params
 from PIL import Image
 from torch import Tensor
 
-from ommatid.extract import extract
+from ommatid.activations.columns import from_float16
+from ommatid.extract.stage import extract
 from ommatid.images import make_images
 from ommatid.store import Artefact
-from ommatid.tensors import from_float16
 from ommatid.vlm import VisionModel
 
 HOOKPOINT = "vision.blocks.0"

@@ -9,9 +9,10 @@ import torch
 from fakes import TileModel, make_artefact, make_images_artefact
 
 from ommatid.config import Params, TrainParams
-from ommatid.evaluate import evaluate
-from ommatid.extract import extract, towers
-from ommatid.label import material
+from ommatid.evaluate.stage import evaluate
+from ommatid.extract import towers
+from ommatid.extract.stage import extract
+from ommatid.label.evidence import context
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, Draft
 
@@ -51,4 +52,4 @@ def use_tile_model(patch: pytest.MonkeyPatch) -> None:
     model = TileModel()
     patch.setattr(towers, "load_model", lambda params, dtype, device: model)
     patch.setattr(towers, "load_judge", lambda params, dtype, device: model)
-    patch.setattr(material, "load_model", lambda params, dtype, device: model)
+    patch.setattr(context, "load_model", lambda params, dtype, device: model)

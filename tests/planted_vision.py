@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ommatid.images.drawing import draw
-from ommatid.images.figure import BACKGROUNDS, COLOURS, FAMILIES, PLACES, SHAPES, TEMPERATURES, TEXTURES, Figure, make_figure
+from ommatid.images.drawing import BACKGROUNDS, COLOURS, FAMILIES, PLACES, SHAPES, TEMPERATURES, TEXTURES, Figure, draw, make_figure
 from ommatid.images.shapes import Plan
 from ommatid.vlm import Captured, Hookpoint
 from ommatid.vlm.preprocess import Preprocess

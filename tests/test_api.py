@@ -27,7 +27,7 @@ from verbs import run as run_verb
 
 import ommatid
 from ommatid.errors import ArtefactError, ConfigError, InputError, ModelError
-from ommatid.folder import open_folder
+from ommatid.store.filesystem import open_folder
 
 PAGE = CHECKOUT / "docs/users/python.md"
 N_IMAGES = 200

@@ -12,7 +12,7 @@ from fakes import CHECKOUT
 
 from ommatid.config import Params, load_params
 from ommatid.errors import ArtefactError, ConfigError, without_credentials
-from ommatid.folder import open_folder
+from ommatid.store.filesystem import open_folder
 
 SECRET = "canary0secret"
 

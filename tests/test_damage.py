@@ -13,15 +13,15 @@ import pyarrow as pa
 import pytest
 from test_reader import make as make_activations
 
+from ommatid.activations.batches import iter_batches, load_sample
 from ommatid.errors import ArtefactError
 from ommatid.extract.receipts import iter_missing
-from ommatid.extract.spill import Spill
-from ommatid.label.asked import Kept
-from ommatid.label.labeller import Answer
-from ommatid.label.vlm.memory import Memory
-from ommatid.label.vlm.question import Said
-from ommatid.reader import iter_batches, load_sample
-from ommatid.store import Artefact, Draft, File, checked, open_artefact, open_draft, part_name
+from ommatid.extract.rows import Spill
+from ommatid.label.labellers.base import Answer
+from ommatid.label.labellers.vlm.cache import Memory
+from ommatid.label.labellers.vlm.messages import Said
+from ommatid.label.naming import Kept
+from ommatid.store import Artefact, Draft, File, damage, open_artefact, open_draft, part_name
 from ommatid.store.sums import BLOCK
 
 ROWS = 30_000
@@ -120,13 +120,13 @@ def test_only_the_columns_that_are_read_are_checked_and_once(place: Path, monkey
     """Of a large set most is other columns, and epochs come again."""
     images = open_artefact(place, "images")
     (last := place / part_name("images", 1)).touch()  # as if new: nothing of it was checked
-    sums_of, n_bytes = checked.sums_of, [0]
+    sums_of, n_bytes = damage.sums_of, [0]
 
     def counting(data: bytes) -> str:
         n_bytes[0] += len(data)
         return sums_of(data)
 
-    monkeypatch.setattr(checked, "sums_of", counting)
+    monkeypatch.setattr(damage, "sums_of", counting)
     metadata = images.read_part(last.name, ["image"])
     assert 0 < n_bytes[0] < last.stat().st_size, "less than all of it"
     for_one, n_bytes[0] = n_bytes[0], 0

@@ -15,7 +15,7 @@ from fakes import CHECKOUT
 from PIL import Image
 
 from ommatid.catalog import Catalog
-from ommatid.cli import app
+from ommatid.cli.app import app
 from ommatid.config.load import make_params
 
 DOCS = CHECKOUT / "docs"

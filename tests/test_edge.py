@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ommatid import cli
-from ommatid.edge import LONGEST, at_edge
+from ommatid.cli import app
+from ommatid.cli.edge import LONGEST, at_edge
 from ommatid.errors import ArtefactError, StoppedError
 
 
@@ -60,7 +60,7 @@ def test_a_long_message_is_cut_and_a_full_disk_does_not_hide_the_traceback(
 
 def script(body: str) -> list[str]:
     """A process whose whole is `body` at the edge."""
-    text = f"import os, sys, time\nfrom ommatid.edge import at_edge\nwith at_edge():\n{textwrap.indent(textwrap.dedent(body), '    ')}"
+    text = f"import os, sys, time\nfrom ommatid.cli.edge import at_edge\nwith at_edge():\n{textwrap.indent(textwrap.dedent(body), '    ')}"
     return [sys.executable, "-c", text]
 
 
@@ -117,10 +117,10 @@ def test_every_verb_ends_at_the_edge(
         raise error
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(cli, "_run", fail)
+    monkeypatch.setattr(app, "_run", fail)
     monkeypatch.setattr(sys, "argv", ["ommatid", "images"])
     with pytest.raises(SystemExit) as exit_:
-        cli.main()
+        app.main()
     assert exit_.value.code == status
     assert capsys.readouterr().err.startswith(said)
 
@@ -128,6 +128,6 @@ def test_every_verb_ends_at_the_edge(
 def test_typer_still_tells_how_a_command_line_is_written(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["ommatid", "images", "--nothing"])
     with pytest.raises(SystemExit) as exit_:
-        cli.main()
+        app.main()
     assert exit_.value.code == 2
     assert "No such option: --nothing" in capsys.readouterr().err

@@ -27,11 +27,11 @@ from waiting import HANG_SECONDS, wait_for, wait_for_end
 from ommatid.config import STAGES, EvaluateParams, load_params
 from ommatid.errors import ConfigError, ModelError, OmmatidError, SourceError
 from ommatid.estimate import Estimate, estimate, process, trial, trials
-from ommatid.estimate.lines import LARGEST, SMALLEST, Timed, expect, fit, grow, trial_sizes
+from ommatid.estimate.fit import LARGEST, SMALLEST, Timed, expect, fit, grow, trial_sizes
 from ommatid.estimate.process import Answer, StageProcess
 from ommatid.estimate.sample import draw_images
+from ommatid.estimate.totals import expect_examples
 from ommatid.estimate.trials import trained_tokens
-from ommatid.estimate.whole import expect_examples
 from ommatid.events import ignore
 from ommatid.sae.schedule import make_plan
 from ommatid.stage import STAGES as MADE

@@ -18,10 +18,10 @@ import torch
 from evaluated import ALWAYS, D_SAE, DEAD, DOG, DOG_AGAIN, KINDS, LEVELS, PATHS, SHOWN, make_inputs, make_sae, make_world, run
 
 from ommatid import store
-from ommatid.evaluate import checkpoint, judged, stream, structure
+from ommatid.evaluate import batches, monosemanticity, passes, structure
 from ommatid.evaluate.structure import MIN_BOTH, iter_fires, measure_structure
 from ommatid.events import Progress
-from ommatid.halves import load_halves
+from ommatid.images.eval_split import load_halves
 from ommatid.metrics import Decade, Firing
 from ommatid.sae.model import SAE
 from ommatid.store import Artefact
@@ -34,7 +34,7 @@ Rows = list[dict[str, Any]]
 def fifty_wait() -> Iterator[None]:
     """Fifty images are judged together, some of one shard of eighty and some of the next."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judged, "IMAGES", 50)
+        patch.setattr(monosemanticity, "IMAGES", 50)
         yield
 
 
@@ -316,7 +316,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(
     world: dict[str, Artefact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     """Three shards in each of two passes, a step and an event each; checkpoints where a shard begins."""
-    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(passes, "CHECKPOINT_SECONDS", -1.0)
     inputs = {name: world[name] for name in ("images", "extract", "train")}
 
     class Killed(BaseException):
@@ -344,7 +344,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(
 
 
 def test_a_checkpoint_holds_what_accumulates_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(passes, "CHECKPOINT_SECONDS", -1.0)
 
     def make(filled: bool) -> dict[str, Any]:
         firing = Firing(3)
@@ -356,8 +356,8 @@ def test_a_checkpoint_holds_what_accumulates_and_nothing_else(tmp_path: Path, mo
     with store.open_draft(tmp_path / "evaluation", "evaluation", {}, {}) as draft:
         filled = make(True)
         filled["list"].append(filled["firing"].count)  # shares memory
-        checkpoint.Checkpoint(draft, "s").reach(1, 2, filled)
-        found, fresh = checkpoint.Checkpoint(draft, "s"), make(False)
+        passes.Checkpoint(draft, "s").reach(1, 2, filled)
+        found, fresh = passes.Checkpoint(draft, "s"), make(False)
         found.restore(fresh)
         assert (found.n_passes, found.shard) == (1, 2)
         assert fresh["firing"].count.tolist() == [2, 2, 2]
@@ -368,10 +368,10 @@ def test_a_checkpoint_holds_what_accumulates_and_nothing_else(tmp_path: Path, mo
         found.restore(fresh)
         assert fresh["firing"].n_tokens == 3  # once
         found.remove()
-        assert checkpoint.Checkpoint(draft, "s").n_passes == 0
+        assert passes.Checkpoint(draft, "s").n_passes == 0
 
 
 def test_steps_of_the_stream_are_a_shard_each(world: dict[str, Artefact]) -> None:
     """What the test above counts on."""
-    batches = list(stream.iter_images(world["extract"], None, D_SAE, N_IMAGES, "", lambda event: None))
-    assert [batch.shard for batch in batches] == [0, 1, 2]
+    steps = list(batches.iter_images(world["extract"], None, D_SAE, N_IMAGES, "", lambda event: None))
+    assert [batch.shard for batch in steps] == [0, 1, 2]

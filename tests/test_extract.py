@@ -15,17 +15,18 @@ import torch
 from fakes import GRID, TileModel, make_images_artefact, make_test_params
 from PIL import Image
 
+from ommatid.activations.columns import from_float16, from_float32
 from ommatid.config import ExtractParams
 from ommatid.errors import ArtefactError, ModelError
 from ommatid.events import Listener, Progress, ignore
-from ommatid.extract import extract, plan, room, rows, shard, towers
+from ommatid.extract import disk_space, plan, rows, shard, towers
 from ommatid.extract.plan import make_plan
+from ommatid.extract.rows import order_rows, window
 from ommatid.extract.shard import ShardJob
-from ommatid.extract.shuffle import order_rows, window
+from ommatid.extract.stage import extract
 from ommatid.extract.tokens import TokenPicker, draw_kept
-from ommatid.images import collection, decode
+from ommatid.images import dataset, decode
 from ommatid.store import Artefact, Draft, open_draft
-from ommatid.tensors import from_float16, from_float32
 from ommatid.vlm import Captured, Hookpoint
 
 N_IMAGES = 600
@@ -55,7 +56,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> TileModel:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(collection.PARQUET, "row_group_size", 16)
+        patch.setitem(dataset.PARQUET, "row_group_size", 16)
         return make_images_artefact(tmp_path_factory.mktemp("images"), N_IMAGES)
 
 
@@ -376,21 +377,21 @@ def test_a_small_disk_is_refused_with_both_numbers_and_what_would_fit(
     tmp_path: Path, images: Artefact, model: TileModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage: Callable[[Any], Any] = shutil.disk_usage
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage(path)._replace(free=100_000))
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage(path)._replace(free=100_000))
     ways = r"images.limit=[1-9]\d*, or extract.sample=[1-9].*extract.tokens=pooled"
     with pytest.raises(ArtefactError, match=rf"needs \d+ kB .* 100 kB are free; make room, or set {ways}"):
         make(tmp_path, images)
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage(path)._replace(free=0))
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage(path)._replace(free=0))
     with pytest.raises(ArtefactError, match=r"0 kB are free; make room, or set extract.tokens=pooled$"):
         make(tmp_path, images)
     assert model.n_captured == 0
-    monkeypatch.setattr(room.shutil, "disk_usage", usage)
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", usage)
     make(tmp_path, images)
 
 
 def test_the_size_is_known_before(tmp_path: Path, images: Artefact, model: TileModel) -> None:
     artefact = make(tmp_path, images, sample=3)
-    size = room.size_of(params(sample=3), images.summary, towers.Towers(params(sample=3)))
+    size = disk_space.size_of(params(sample=3), images.summary, towers.Towers(params(sample=3)))
     found = sum(path.stat().st_size for path in artefact.path.rglob("*.parquet"))
     assert size.final == pytest.approx(found, rel=0.35)  # tables this small are half headers
 

@@ -20,17 +20,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from ommatid.cli import app
+from ommatid.activations.columns import from_float16
+from ommatid.cli.app import app
 from ommatid.config import ExtractFiles, Params, dotted, load_params, make_params
 from ommatid.errors import ArtefactError, ConfigError, GateError, SourceError
 from ommatid.events import Progress, Warned, ignore
-from ommatid.extract import file_plan
-from ommatid.extract import files as module
-from ommatid.extract.files import import_files, is_eval
-from ommatid.extract.formats import open_files
+from ommatid.extract.from_files import plan
+from ommatid.extract.from_files import stage as module
+from ommatid.extract.from_files.formats import open_files
+from ommatid.extract.from_files.stage import import_files, is_eval
 from ommatid.stage import open_stage, run_stage
 from ommatid.store import Artefact, open_draft
-from ommatid.tensors import from_float16
 
 D_MODEL = 6
 
@@ -133,9 +133,9 @@ def expected(x: Tensor, images: list[int] | None = None) -> dict[tuple[int, int]
 
 def small(monkeypatch: pytest.MonkeyPatch, rows_per_block: int, images_per_shard: int, rows_per_shard: int = 1) -> None:
     """So that a few rows make many blocks, shards and row groups."""
-    monkeypatch.setattr(file_plan, "BYTES_PER_BLOCK", rows_per_block * 2 * D_MODEL)
-    monkeypatch.setattr(file_plan, "IMAGES_PER_SHARD", images_per_shard)
-    monkeypatch.setattr(file_plan, "BYTES_PER_SHARD", rows_per_shard * 2 * D_MODEL)
+    monkeypatch.setattr(plan, "BYTES_PER_BLOCK", rows_per_block * 2 * D_MODEL)
+    monkeypatch.setattr(plan, "IMAGES_PER_SHARD", images_per_shard)
+    monkeypatch.setattr(plan, "BYTES_PER_SHARD", rows_per_shard * 2 * D_MODEL)
     monkeypatch.setattr(module, "BYTES_PER_ROW_GROUP", 20 * 2 * D_MODEL)
 
 

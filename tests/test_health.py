@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from ommatid import schemas
-from ommatid.quality import health
-from ommatid.quality.health import draw_health, nearest_cosines
-from ommatid.sae.beginning import make_weights
-from ommatid.sae.histograms import histogram, histograms
+from ommatid.sae.init import make_weights
+from ommatid.sae.learner import histogram, histograms
 from ommatid.sae.model import SAE, SAEConfig
+from ommatid.show import health
+from ommatid.show.health import draw_health, nearest_cosines
 from ommatid.store import Artefact, open_draft
 
 D_SAE, D_MODEL = 300, 16

@@ -15,17 +15,19 @@ import torch
 from fakes import GRID, TileModel, make_artefact, make_images_artefact, make_test_params
 
 from ommatid import store
+from ommatid.activations.batches import load_sample
+from ommatid.activations.columns import from_float16, from_float32
 from ommatid.config import EvaluateParams, ExtractParams, LiteModel
 from ommatid.errors import ArtefactError, ConfigError, ModelError
-from ommatid.evaluate import evaluate, judged
-from ommatid.evaluate.judged import Judge, Judged
+from ommatid.evaluate import monosemanticity as judging
+from ommatid.evaluate.monosemanticity import Judge, Judged
+from ommatid.evaluate.stage import evaluate
 from ommatid.events import Warned
-from ommatid.extract import extract, towers
+from ommatid.extract import towers
+from ommatid.extract.stage import extract
 from ommatid.metrics import monosemanticity
-from ommatid.reader import load_sample
 from ommatid.sae.model import SAE, SAEConfig, make_untrained
 from ommatid.store import Artefact
-from ommatid.tensors import from_float16, from_float32
 
 N_IMAGES = 240
 N_CHECKED = 8
@@ -65,7 +67,7 @@ def model() -> Iterator[TileModel]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(towers, "load_model", lambda params, dtype, device: model)
         patch.setattr(towers, "load_judge", lambda params, dtype, device: model if isinstance(params, LiteModel) else others[params.path])
-        patch.setattr(judged, "WAITING", 7 * D_SAE)  # many additions
+        patch.setattr(judging, "WAITING", 7 * D_SAE)  # many additions
         yield model
 
 

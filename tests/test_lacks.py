@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from ommatid import stage
+from ommatid.cli.edge import at_edge
 from ommatid.config import load_params
-from ommatid.edge import at_edge
-from ommatid.errors import ArtefactError, MachineError
+from ommatid.errors import ArtefactError, Lack, MachineError, find_lack
 from ommatid.events import ignore
-from ommatid.folder import writing
-from ommatid.lacks import Lack, find_lack
+from ommatid.store.filesystem import writing
 
 
 def lacks_in(tmp_path: Path, body: str) -> dict[str, str]:
@@ -26,7 +25,7 @@ def lacks_in(tmp_path: Path, body: str) -> dict[str, str]:
         import duckdb, numpy as np, pyarrow as pa, pyarrow.parquet as pq, sqlite3, torch
         from PIL import Image
         from safetensors.torch import save_file
-        from ommatid.lacks import find_lack
+        from ommatid.errors import find_lack
 
         found = {}
         def try_(name, function, *args):

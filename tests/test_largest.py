@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ommatid.largest import largest
+from ommatid.compute.largest import largest
 
 
 @pytest.mark.parametrize("n_values", [2, 5, 10**6], ids=["ties everywhere", "some ties", "none"])

@@ -9,9 +9,11 @@ import torch
 from fakes import COLOURS, TileModel, make_artefact, make_images_artefact, make_test_params
 
 from ommatid.config import Params, TrainParams
-from ommatid.evaluate import evaluate
-from ommatid.extract import extract, towers
-from ommatid.label import label, material
+from ommatid.evaluate.stage import evaluate
+from ommatid.extract import towers
+from ommatid.extract.stage import extract
+from ommatid.label import label
+from ommatid.label.evidence import context
 from ommatid.sae.interop import Told, export_sae, import_sae
 from ommatid.sae.model import SAE, Activation, SAEConfig
 from ommatid.store import Artefact, Draft
@@ -48,7 +50,7 @@ def before(tmp_path_factory: pytest.TempPathFactory, params: Params) -> Iterator
     """Images and their activations."""
     root, model = tmp_path_factory.mktemp("line"), TileModel()
     with pytest.MonkeyPatch.context() as patch:
-        for place, name in ((towers, "load_model"), (towers, "load_judge"), (material, "load_model")):
+        for place, name in ((towers, "load_model"), (towers, "load_judge"), (context, "load_model")):
             patch.setattr(place, name, lambda params, dtype, device: model)
         made = {"images": make_images_artefact(root, 300)}
         made["extract"] = make_artefact(root / "extraction", "extraction", extract, params.extract, made).child("tiles", "activations")

@@ -16,10 +16,10 @@ from fakes import make_test_params, write_tile_folder
 from s3_server import S3Server
 from verbs import run
 
-from ommatid.catalog import Catalog
-from ommatid.folder import open_folder
+from ommatid.catalog.reader import Catalog
 from ommatid.stage import STAGES, open_stage
 from ommatid.store import Artefact
+from ommatid.store.filesystem import open_folder
 
 DATA = "s3://bucket/line"
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ommatid.mapped import ONE_PAGE, map_column
+from ommatid.activations.mmap import ONE_PAGE, map_column
 
 WIDTH = 24
 N = 50_000

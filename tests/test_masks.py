@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ommatid.masks import count_positive, positive, true_at
+from ommatid.compute.nonzero import count_positive, positive, true_at
 
 
 @given(rows=st.integers(0, 9), columns=st.integers(1, 40), share=st.sampled_from([0.0, 0.02, 0.5, 1.0]), seed=st.integers(0, 99))

@@ -79,7 +79,7 @@ def test_uniqueness_equals_pairs_of_sets(seed: int) -> None:
 def test_uniqueness_does_not_depend_on_how_many_are_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.stack([torch.randperm(30, generator=torch.Generator().manual_seed(i))[:5] for i in range(23)])
     whole = uniqueness(images)
-    monkeypatch.setattr(importlib.import_module("ommatid.metrics.uniqueness"), "LATENTS_PER_STEP", 4)
+    monkeypatch.setattr(importlib.import_module("ommatid.metrics.overlap"), "LATENTS_PER_STEP", 4)
     assert torch.equal(uniqueness(images), whole)
 
 

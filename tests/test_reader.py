@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from ommatid import schemas
-from ommatid.ahead import ahead
-from ommatid.extract.rows import write_rows
-from ommatid.extract.shuffle import order_rows, window
-from ommatid.mapped import map_column
-from ommatid.reader import iter_batches
+from ommatid.activations.batches import iter_batches
+from ommatid.activations.columns import to_binary
+from ommatid.activations.mmap import map_column
+from ommatid.compute.prefetch import prefetch
+from ommatid.extract.rows import order_rows, window, write_rows
 from ommatid.store import Artefact, open_draft, part_name
-from ommatid.tensors import to_binary
 
 N_IMAGES, N_TOKENS = 400, 5
 """Of each of two shards."""
@@ -110,8 +109,8 @@ def test_running_ahead_ends_with_its_consumer_and_hands_errors_over() -> None:
         yield 2
         raise ValueError("broken")
 
-    assert list(islice(ahead(iter(range(100)), 2), 3)) == [0, 1, 2]
-    made = ahead(items(), 1)
+    assert list(islice(prefetch(iter(range(100)), 2), 3)) == [0, 1, 2]
+    made = prefetch(items(), 1)
     assert [next(made), next(made)] == [1, 2]
     with pytest.raises(ValueError, match="broken"):
         next(made)

@@ -15,13 +15,15 @@ import yaml
 from fakes import COLOURS, TileModel, make_test_params, write_tile_folder
 from mlflow import MlflowClient
 
-from ommatid import champion, cli, quality
-from ommatid.catalog import Catalog
+from ommatid import quality
+from ommatid.catalog.reader import Catalog
+from ommatid.cli import app
 from ommatid.config import EvaluateParams, Params, TrainParams, make_params
 from ommatid.errors import ArtefactError, GateError, TrainingError
 from ommatid.events import Event, Warned, ignore
 from ommatid.extract import towers
-from ommatid.label import material
+from ommatid.label.evidence import context
+from ommatid.publish import champion
 from ommatid.quality import Report
 from ommatid.sae.learner import Learner
 from ommatid.sae.model import SAE
@@ -50,7 +52,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.chdir(root)
         patch.setattr(towers, "load_model", lambda params, dtype, device: model)
         patch.setattr(towers, "load_judge", lambda params, dtype, device: model)
-        patch.setattr(material, "load_model", lambda params, dtype, device: model)
+        patch.setattr(context, "load_model", lambda params, dtype, device: model)
         for stage in ("images", "extract"):
             run_stage(stage, params, ignore)
         yield
@@ -70,7 +72,7 @@ def run(*arguments: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["ommatid", *arguments])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            app.main()
         return int(end.value.code or 0)
 
 

@@ -17,19 +17,19 @@ from mlflow import MlflowClient
 from PIL import Image
 from verbs import run
 
-from ommatid import champion
-from ommatid.catalog import Catalog
+from ommatid.activations.columns import from_float16
+from ommatid.catalog.reader import Catalog
 from ommatid.config import Params, RetrainParams, make_params
 from ommatid.errors import ArtefactError, GateError
-from ommatid.evaluate import evaluate
+from ommatid.evaluate.stage import evaluate
 from ommatid.events import Event, Listener, Progress, ignore
 from ommatid.extract import towers
-from ommatid.label import material
+from ommatid.label.evidence import context
 from ommatid.metrics import Fidelity
+from ommatid.publish import champion
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.stage import STAGES, open_stage, run_stage
 from ommatid.store import Artefact, open_draft
-from ommatid.tensors import from_float16
 from ommatid.vlm import Captured, Hookpoint, Replacement
 
 NARROW, WIDE = "batch_topk-12-k2-s0", "batch_topk-24-k3-s0"
@@ -77,7 +77,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeepTileModel]:
         patch.chdir(root)
         patch.setattr(towers, "load_model", lambda params, dtype, device: model)
         patch.setattr(towers, "load_judge", lambda params, dtype, device: model)
-        patch.setattr(material, "load_model", lambda params, dtype, device: model)
+        patch.setattr(context, "load_model", lambda params, dtype, device: model)
         yield model
 
 

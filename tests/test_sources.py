@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from fakes import CHECKOUT
 
-from ommatid import sources
 from ommatid.config import Params, load_params
 from ommatid.errors import ArtefactError, SourceError
-from ommatid.folder import Disk, open_folder
-from ommatid.sources import PLACE, STAGES, write_sources
+from ommatid.sources import stage as sources
+from ommatid.sources.stage import PLACE, STAGES, write_sources
+from ommatid.store.filesystem import Disk, open_folder
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,8 @@ N_KILLS = 3
 COMMAND = [sys.executable, "-m", "ommatid.cli"]
 OFTEN = """
 import sys
-from ommatid import cli, terminal
+from ommatid import cli
+from ommatid.cli import terminal
 from ommatid.sae import trainer
 trainer.CHECKPOINT_SECONDS = terminal.SECONDS = 0.0
 cli.main()

@@ -19,11 +19,11 @@ import pytest
 import s3fs
 from s3_server import free_port
 
-from ommatid import folder, store
+from ommatid import store
 from ommatid.errors import ArtefactError
-from ommatid.folder import open_folder
-from ommatid.store import Artefact, Draft, File, open_artefact, open_draft, part_name
+from ommatid.store import Artefact, Draft, File, filesystem, open_artefact, open_draft, part_name
 from ommatid.store import draft as draft_module
+from ommatid.store.filesystem import open_folder
 
 PARTS = 3
 
@@ -78,7 +78,7 @@ def test_files_and_path_are_copies_that_are_made_once(s3: str, monkeypatch: pyte
     assert [path.name for path in artefact.files("images")] == [part_name("images", i) for i in range(PARTS)]
     assert store.read_part(artefact.files("images")[2]).equals(artefact.read_part("images-00002.parquet"))
     assert sorted(path.name for path in artefact.path.iterdir()) == ["cfg.json", *artefact.parts("images")]
-    monkeypatch.setattr(folder.Remote, "fetch", lambda *args: pytest.fail("fetched again"))
+    monkeypatch.setattr(filesystem.Remote, "fetch", lambda *args: pytest.fail("fetched again"))
     artefact.file("cfg.json")
     artefact.file("images-00000.parquet")
 
@@ -217,7 +217,7 @@ def test_a_draft_that_another_machine_takes_away(s3: str, monkeypatch: pytest.Mo
     with open_draft(f"{s3}/images", "images", {"a": 1}, {}) as draft:
         draft.write_json("cfg.json", 1)
         with monkeypatch.context() as patch:
-            patch.setattr(store.workplace, "WORK", tmp_path / "other machine")
+            patch.setattr(store.workspace, "WORK", tmp_path / "other machine")
             other = write(f"{s3}/images", params={"a": a})
         with pytest.raises(ArtefactError, match="this draft was published or removed by another machine"):
             fill(draft)
@@ -231,7 +231,7 @@ def test_a_draft_that_is_taken_away_while_receipts_and_children_are_made_of_it(
         draft.write_json("receipts/0.json", 1)
         file = draft.child("one", "activations").write_table("train-00000.parquet", pa.table({"x": [1]}))
         with monkeypatch.context() as patch:
-            patch.setattr(store.workplace, "WORK", tmp_path / "other machine")
+            patch.setattr(store.workspace, "WORK", tmp_path / "other machine")
             with open_draft(f"{s3}/activations", "extraction", {"a": 2}, {}):
                 pass
         for use in (
@@ -248,7 +248,7 @@ def test_a_worker_removes_what_others_left_on_its_machine(s3: str, monkeypatch: 
     here = []
     for a in (1, 2):
         with open_draft(f"{s3}/images", "images", {"a": a}, {}) as draft, monkeypatch.context() as patch:
-            patch.setattr(store.workplace, "WORK", tmp_path / "worker's machine")
+            patch.setattr(store.workspace, "WORK", tmp_path / "worker's machine")
             here.append(Draft.attach(draft.url).scratch)
             (here[-1] / "shard-0000000").mkdir()
             Draft.attach(draft.url)
@@ -322,7 +322,7 @@ def change(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., N
     """Sets variables of the environment, and lets clients see them."""
 
     def forget() -> None:
-        folder._filesystem.cache_clear()
+        filesystem._filesystem.cache_clear()
         s3fs.S3FileSystem.clear_instance_cache()
 
     def changed(**variables: str | None) -> None:
@@ -361,7 +361,7 @@ def test_a_store_that_does_not_let_us_in(s3: str, change: Callable[..., None], v
 def test_a_dead_store_is_told_in_seconds_with_all_the_retries_of_its_library(
     s3: str, change: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "KNOCK_SECONDS", 0.3)
+    monkeypatch.setattr(filesystem, "KNOCK_SECONDS", 0.3)
     with socket.socket() as silent:  # takes connections and never answers
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -391,7 +391,7 @@ def test_an_answer_of_any_kind_is_one_and_nobody_else_is_asked(monkeypatch: pyte
 
     with HTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
-        folder._knock(f"http://127.0.0.1:{server.server_port}")
+        filesystem._knock(f"http://127.0.0.1:{server.server_port}")
     assert asked == ["/"]
 
 
@@ -428,7 +428,7 @@ def test_a_full_disk_here_is_not_the_store_s_fault(s3: str, monkeypatch: pytest.
 
 
 def test_questions_to_a_catalogue_load_no_fsspec() -> None:
-    code = "import sys, ommatid.cli, ommatid.catalog.query, ommatid.store; assert not {'fsspec', 's3fs', 'aiobotocore'} & {*sys.modules}"
+    code = "import sys, ommatid.cli, ommatid.cli.query, ommatid.store; assert not {'fsspec', 's3fs', 'aiobotocore'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ommatid import terminal
+from ommatid.cli import terminal
+from ommatid.cli.terminal import Lines, number, say, showing, summarise
 from ommatid.events import Listener, Measured, Noticed, Progress, Warned
-from ommatid.terminal import Lines, number, say, showing, summarise
 
 VALUES = {"loss": 0.5, "fvu": 0.3125, "l0": 16.0, "dead": 0.02, "tokens_per_second": 123456.7}
 

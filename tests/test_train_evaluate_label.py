@@ -16,23 +16,23 @@ import torch
 from fakes import COLOURS, GRID, TileModel, make_artefact, make_test_params
 from planted_tiles import ALWAYS, D_SAE, DEAD, MIXED, PURE, make_line
 
+from ommatid.activations.batches import load_sample
+from ommatid.activations.columns import from_float16, from_float32
 from ommatid.config import Baseline, Params, TrainParams
 from ommatid.errors import ConfigError, TrainingError
-from ommatid.evaluate.subject import CONTROL_SEED
+from ommatid.evaluate.dictionaries import CONTROL_SEED
 from ommatid.events import Measured
-from ommatid.halves import iter_fired, load_halves
 from ommatid.images import decode
-from ommatid.label import examples as label_examples
+from ommatid.images.eval_split import iter_fired, load_halves
 from ommatid.label import label
-from ommatid.label.material import load_joint
-from ommatid.label.vocabulary import load_words
-from ommatid.reader import load_sample
+from ommatid.label.evidence import firings as label_examples
+from ommatid.label.evidence.context import load_joint
+from ommatid.label.labellers.vocabulary import load_words
 from ommatid.sae import trainer
 from ommatid.sae.baselines import make_baseline
 from ommatid.sae.model import SAE
 from ommatid.store import Artefact, open_draft
-from ommatid.tensors import from_float16, from_float32
-from ommatid.train import train
+from ommatid.train.stage import train
 
 
 @pytest.fixture(scope="module")

@@ -36,19 +36,20 @@ from sae.test_trainer import begin, iter_batches
 from sae.test_trainer import make_params as make_training
 from torch import Tensor
 
-from ommatid.evaluate import evaluate
+from ommatid.activations.columns import from_float16
+from ommatid.evaluate.stage import evaluate
 from ommatid.events import ignore
-from ommatid.extract import extract, towers
+from ommatid.extract import towers
+from ommatid.extract.stage import extract
 from ommatid.images import make_images
 from ommatid.label import label
-from ommatid.label import material as label_material
+from ommatid.label.evidence import context as label_material
 from ommatid.metrics import auroc
 from ommatid.metrics.matching import ALIKE, best_matches, chance_cosine
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.sae.trainer import Trainer
 from ommatid.store import Artefact
-from ommatid.tensors import from_float16
-from ommatid.train import train
+from ommatid.train.stage import train
 from ommatid.vlm import VisionModel, load_model
 
 N_MIXED = 60

@@ -7,7 +7,7 @@ import pytest
 from fakes import CHECKOUT
 
 from ommatid.config import load_params
-from ommatid.config.written import DEEPEST, parse_json, parse_yaml
+from ommatid.config.strict_yaml import DEEPEST, parse_json, parse_yaml
 from ommatid.errors import ConfigError, SourceError
 from ommatid.images.npm import load_pin
 from ommatid.images.shapes import load_plan

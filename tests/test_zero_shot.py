@@ -13,15 +13,15 @@ import torch
 from fakes import TileModel, make_artefact, make_images_artefact, make_test_params
 
 from ommatid import schemas
+from ommatid.activations.batches import load_sample
 from ommatid.errors import ModelError
-from ommatid.evaluate import drawn, zero_shot
-from ommatid.evaluate.drawn import draw_images, iter_drawn
-from ommatid.evaluate.stream import load_labels
-from ommatid.evaluate.zero_shot import ZeroShot, measure_zero_shot
+from ommatid.evaluate import zero_shot
+from ommatid.evaluate.batches import load_labels
+from ommatid.evaluate.zero_shot import ZeroShot, draw_images, iter_drawn, measure_zero_shot
 from ommatid.events import Event, Warned
-from ommatid.extract import extract, towers
+from ommatid.extract import towers
+from ommatid.extract.stage import extract
 from ommatid.images import decode
-from ommatid.reader import load_sample
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, open_draft
 from ommatid.vlm import Captured, Hookpoint, Replacement
@@ -294,8 +294,8 @@ def test_images_that_are_not_numbered_as_they_lie(images: Artefact, tmp_path: Pa
 
 def test_images_of_few_row_groups_are_read(images: Artefact, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(images.row_groups("images")) == [[128, N_IMAGES - 128]]
-    monkeypatch.setattr(drawn, "N_BLOCKS", 1)
+    monkeypatch.setattr(zero_shot, "N_BLOCKS", 1)
     found = draw_images(images, range(N_IMAGES), 20)
     assert len(found.numbers) == 20 and found.numbers.max() < 128
-    monkeypatch.setattr(drawn, "BATCH", 8)
+    monkeypatch.setattr(zero_shot, "BATCH", 8)
     assert [len(batch.numbers) for batch in iter_drawn(images, found, TileModel.preprocess, "cpu")] == [8, 8, 4]

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from ommatid import cli
+from ommatid.cli import app
 
 
 def run(*arguments: str) -> int:
@@ -12,7 +12,7 @@ def run(*arguments: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["ommatid", *arguments])
         try:
-            cli.main()
+            app.main()
         except SystemExit as end:
             return int(end.code or 0)
     return 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ommatid.api import Encoding, Run, encode, load_model, load_sae, open_run
-    from ommatid.catalog import Catalog
+    from ommatid.catalog.reader import Catalog
     from ommatid.errors import OmmatidError
     from ommatid.metrics.arrays import fvu, monosemanticity
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ommatid.catalog import Catalog
+from ommatid.catalog.reader import Catalog
 from ommatid.config import EvaluateParams
 from ommatid.errors import ArtefactError, ConfigError, InputError, ModelError, gist
 from ommatid.images.decode import Unreadable, decode, upright
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas
     import torch
 
-    from ommatid.evaluate.pool import Pool
+    from ommatid.evaluate.dictionaries import Pool
     from ommatid.extract.tokens import TokenPicker
     from ommatid.sae.model import SAE
     from ommatid.vlm import Dtype, VisionModel
@@ -303,7 +303,7 @@ class Run:
         raise ConfigError(f"{self.data} has no SAE {sae!r}; it has {', '.join(self.saes) or 'none that passed the quality gate'}")
 
     def _make_encoder(self, name: str | None) -> "_Encoder":
-        from ommatid.evaluate.pool import make_pool
+        from ommatid.evaluate.dictionaries import make_pool
         from ommatid.extract.tokens import TokenPicker
         from ommatid.vlm import check_hookpoint
 

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, assert_never
 
 from ommatid import quality, store
 from ommatid.config import ExtractFiles, ExtractParams, Params, Section, TrainParams, dotted, make_params
-from ommatid.errors import ArtefactError, GateError, MachineError
+from ommatid.errors import ArtefactError, GateError, Lack, MachineError, describe, find_lack
 from ommatid.events import Listener, Progress, Warned, about, ignore
-from ommatid.folder import Disk, Folder, open_folder
-from ommatid.lacks import Lack, describe, find_lack
 from ommatid.store import INSIDE, Artefact, Draft
+from ommatid.store.filesystem import Disk, Folder, open_folder
 
 if TYPE_CHECKING:
     from ommatid.tracking import Runs
@@ -245,7 +244,7 @@ def follow_training(params: Params, data: str = DATA) -> None:
     Raises:
         OmmatidError: an input is missing or damaged, or training cannot go on.
     """
-    from ommatid.train import follow
+    from ommatid.train.stage import follow
 
     follow(params.train, _open_inputs("train", params, data))
 
@@ -358,7 +357,7 @@ def _without(summary: Mapping[str, Any], rejected: Mapping[str, str]) -> dict[st
 
 def _draw_health(training: Artefact, reports: Path) -> dict[str, list[Path]]:
     """A picture of each dictionary; also of one that then fails the gate, for it shows why."""
-    from ommatid.quality.health import draw_health
+    from ommatid.show.health import draw_health
 
     folder = reports / HEALTH
     shutil.rmtree(folder, ignore_errors=True)  # SAEs of the training before
@@ -370,8 +369,8 @@ def _draw_health(training: Artefact, reports: Path) -> dict[str, list[Path]]:
 
 
 def _write_report(catalog: Artefact, reports: Path) -> Path:
-    from ommatid.catalog import Catalog
-    from ommatid.catalog.report import write_report
+    from ommatid.catalog.reader import Catalog
+    from ommatid.show.report import write_report
 
     with Catalog(catalog.file("catalog.duckdb")) as opened:
         write_report(opened, reports / REPORT)
@@ -404,12 +403,12 @@ def _compute(name: str, params: Params, inputs: dict[str, Artefact], draft: Draf
         case "extract":
             return _extract(params.extract, inputs, draft, on_event)
         case "train":
-            from ommatid.train import train
+            from ommatid.train.stage import train
 
             return train(params.train, inputs, draft, on_event)
         case "evaluate":
-            from ommatid.evaluate import evaluate
             from ommatid.evaluate.matches import write_matches
+            from ommatid.evaluate.stage import evaluate
 
             each = functools.partial(evaluate, params.evaluate)
             return _for_each_sae(each, inputs, draft, on_event, lambda made: write_matches(inputs["train"].each(), made, draft, on_event))
@@ -460,11 +459,11 @@ def _for_each_sae(
 def _extract(params: ExtractParams | ExtractFiles, inputs: dict[str, Artefact], draft: Draft, on_event: Listener) -> Artefact:
     match params:
         case ExtractParams():
-            from ommatid.extract import extract
+            from ommatid.extract.stage import extract
 
             return extract(params, inputs, draft, on_event)
         case ExtractFiles():
-            from ommatid.extract.files import import_files
+            from ommatid.extract.from_files.stage import import_files
 
             return import_files(params, inputs, draft, on_event)
         case _:

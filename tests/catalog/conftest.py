@@ -6,7 +6,7 @@ from pathlib import Path
 import catalog_artefacts
 import pytest
 
-from ommatid.catalog import Catalog
+from ommatid.catalog.reader import Catalog
 
 
 @pytest.fixture(scope="session")

@@ -23,9 +23,9 @@ import psutil
 import pytest
 from waiting import HANG_SECONDS, wait_for, wait_for_end
 
-from ommatid.catalog import Catalog
-from ommatid.catalog import child as child_module
-from ommatid.catalog.child import Child, Values
+from ommatid.catalog import client as child_module
+from ommatid.catalog.client import Child, Values
+from ommatid.catalog.reader import Catalog
 from ommatid.catalog.worker import REFUSED
 from ommatid.errors import QueryError
 
@@ -235,9 +235,9 @@ def test_only_values_are_unpickled() -> None:
 
 AS_ON_MACOS = """
 from pathlib import Path
-from ommatid.catalog import Catalog, child
+from ommatid.catalog import Catalog, client
 from ommatid.errors import QueryError
-child.WORKER, file = Path("worker.py").absolute(), Path(%r)
+client.WORKER, file = Path("worker.py").absolute(), Path(%r)
 with Catalog(file, memory_mb=100) as catalog:
     try:
         catalog.rows("SELECT len(repeat('x', 400000000)) + len(repeat('y', 400000000)), sleep_ms(2000)", timeout=%d)

@@ -15,10 +15,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from ommatid import schemas
-from ommatid.catalog import Catalog
 from ommatid.catalog import neighbours as neighbours_module
 from ommatid.catalog.build import RELATIONS
 from ommatid.catalog.neighbours import iter_neighbours
+from ommatid.catalog.reader import Catalog
 from ommatid.errors import ArtefactError
 
 GRAIN = {
@@ -283,7 +283,7 @@ import os, resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import catalog_artefacts as artefacts
-from ommatid import lacks, store
+from ommatid import errors, store
 root = Path(sys.argv[2])
 places = {"images": ("images", "images"), "train": ("sae", "training")}
 places |= {"evaluate": ("evaluation", "evaluations"), "label": ("labels", "labellings")}
@@ -328,7 +328,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "catalog").exists()
     # before the database is begun pyarrow writes tables for it
     script = "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\ntry: artefacts.build(root, inputs)\n"
-    early = _run(tmp_path, script + "except Exception as error: print(lacks.find_lack(error))")
+    early = _run(tmp_path, script + "except Exception as error: print(errors.find_lack(error))")
     assert early.stdout == "Lack.FILE_SIZE\n", early.stderr
     assert not (tmp_path / "catalog").exists()
 

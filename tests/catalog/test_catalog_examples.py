@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from ommatid import schemas
-from ommatid.catalog import Catalog
-from ommatid.catalog.pictures.examples import N_ACROSS, N_STRONGEST, load_examples
+from ommatid.catalog.reader import Catalog
 from ommatid.config import EvaluateParams
-from ommatid.evaluate.examples import choose_examples
+from ommatid.evaluate.firings import choose_examples
+from ommatid.show.pictures.page import N_ACROSS, N_STRONGEST, load_examples
 
 SIZES = (1, 2, 9, 15, 16, 17, 20, 41, 79, 80, 159, 160, 161, 400)
 """Images that fire each latent: below, at and above those whose tenth is 16."""

@@ -12,8 +12,8 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from ommatid.catalog import Catalog
-from ommatid.catalog.opening import open_file
+from ommatid.catalog.database import open_file
+from ommatid.catalog.reader import Catalog
 from ommatid.errors import QueryError
 
 
@@ -118,7 +118,7 @@ def test_a_file_that_may_not_be_read_says_so(file: Path, monkeypatch: pytest.Mon
     def refuse(*arguments: object) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("ommatid.catalog.opening.os.open", refuse)  # root may read all
+    monkeypatch.setattr("ommatid.catalog.database.os.open", refuse)  # root may read all
     with pytest.raises(QueryError, match="no permission to read it; `ls -l` shows whose it is"):
         open_file(file)
 

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ommatid.catalog import Catalog
-from ommatid.catalog.pictures import choose_sae, draw_best, draw_comparison, draw_feature
-from ommatid.catalog.pictures.best import ROW
-from ommatid.catalog.pictures.examples import SIDE, Example, overlaid
-from ommatid.catalog.pictures.feature import GUTTER, TOP
-from ommatid.catalog.pictures.page import MARGIN
+from ommatid.catalog.reader import Catalog
 from ommatid.errors import QueryError
+from ommatid.show.pictures import choose_sae, draw_best, draw_comparison, draw_feature
+from ommatid.show.pictures.best import ROW
+from ommatid.show.pictures.feature import GUTTER, TOP
+from ommatid.show.pictures.page import MARGIN, SIDE, Example, overlaid
 
 WIDTH = 1326
 
@@ -93,7 +92,7 @@ def test_heat_lies_where_the_model_looks() -> None:
 
 def test_contact_sheet_shows_the_best_that_rest_on_enough_images(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw_best(catalog, tmp_path / "none.png")
-    monkeypatch.setattr("ommatid.catalog.pictures.best.MIN_IMAGES", 2)
+    monkeypatch.setattr("ommatid.show.pictures.best.MIN_IMAGES", 2)
     draw_best(catalog, tmp_path / "two.png", n=5)
     draw_best(catalog, tmp_path / "one.png", n=1)
     heights = [pixels(tmp_path / f"{name}.png").shape[0] for name in ("none", "one", "two")]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from waiting import HANG_SECONDS
 
-from ommatid.catalog import Catalog
+from ommatid.catalog.reader import Catalog
 from ommatid.errors import QueryError
 
 ENDLESS = "SELECT count(*) FROM range(1000000) a, range(1000000) b WHERE a.range + b.range = 7"
@@ -202,7 +202,7 @@ def test_wrong_sql_is_explained(catalog: Catalog) -> None:
 
 
 def test_a_query_too_large_for_memory_says_so(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ommatid.catalog.READER_MB", 256)
+    monkeypatch.setattr("ommatid.catalog.reader.READER_MB", 256)
     with Catalog(file) as catalog, pytest.raises(QueryError, match="needs more than 256MB of memory; aggregate or filter more"):
         catalog.rows("SELECT list(range) FROM range(100000000)")
 

@@ -12,12 +12,12 @@ import catalog_artefacts as artefacts
 import duckdb
 import pytest
 
-from ommatid.catalog import Catalog
-from ommatid.catalog.pictures.page import Page
-from ommatid.catalog.report import Report, figures, make_report, write_report
-from ommatid.catalog.report.numbers import wilson
-from ommatid.catalog.report.questions import Question
+from ommatid.catalog.reader import Catalog
 from ommatid.errors import QueryError
+from ommatid.show.pictures.page import Page
+from ommatid.show.report import Report, make_report, plots, write_report
+from ommatid.show.report.parts import wilson
+from ommatid.show.report.queries import Question
 
 OTHER = f"{artefacts.OTHER}-00000000"
 EVIL = "<script>alert(1)</script>\"'&"
@@ -233,17 +233,17 @@ def test_the_verb_writes_and_names_the_page(file: Path, tmp_path: Path) -> None:
 
 
 def test_a_report_needs_no_torch() -> None:
-    script = "import sys, ommatid.catalog.report; print({'torch', 'transformers'} & set(sys.modules))"
+    script = "import sys, ommatid.show.report; print({'torch', 'transformers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 def test_no_legend_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Page] = []
     monkeypatch.setattr(Page, "png", lambda page, density: drawn.append(page) or b"")
-    figures.draw_monosemanticity({name: [0.3, 0.4] for name in figures.NAMES}, floor=0.3)
+    plots.draw_monosemanticity({name: [0.3, 0.4] for name in plots.NAMES}, floor=0.3)
     figure = drawn[0].figure
     figure.canvas.draw()
     legend = figure.axes[0].get_legend()
-    assert legend is not None and len(legend.get_texts()) == len(figures.NAMES) + 1
+    assert legend is not None and len(legend.get_texts()) == len(plots.NAMES) + 1
     box = legend.get_window_extent()
     assert box.x0 >= 0 and box.x1 <= drawn[0].width and box.y1 <= drawn[0].height

@@ -18,8 +18,9 @@ from waiting import HANG_SECONDS
 from ommatid.config import ExtractParams
 from ommatid.events import Listener, ignore
 from ommatid.executors import local
-from ommatid.extract import extract, plan
-from ommatid.images import collection
+from ommatid.extract import plan
+from ommatid.extract.stage import extract
+from ommatid.images import dataset
 from ommatid.store import Artefact, open_draft
 
 N_IMAGES = 180
@@ -41,7 +42,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Artefact]:
         patch.chdir(root)
         for name in ("clip", "judge"):
             save_tiny_clip(Path("models", name))
-        patch.setitem(collection.PARQUET, "row_group_size", 10)
+        patch.setitem(dataset.PARQUET, "row_group_size", 10)
         patch.setattr(plan, "IMAGES_PER_SHARD", 30)
         yield make_images_artefact(Path("data"), N_IMAGES)
 

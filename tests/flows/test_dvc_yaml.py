@@ -7,21 +7,22 @@ import pytest
 import yaml
 
 from ommatid.config import ExtractParams, TrainParams
-from ommatid.sources import PLACE
-from ommatid.sources import STAGES as SOURCE_STAGES
+from ommatid.sources.stage import PLACE
+from ommatid.sources.stage import STAGES as SOURCE_STAGES
 from ommatid.stage import HEALTH, QUALITY, REPORT, STAGES, TRACKED
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "src/ommatid"
 ENTRIES = {
     "images": "ommatid.images",
-    "extract": "ommatid.extract.files",  # imported for its source alone; its package comes with it
-    "train": "ommatid.train",
-    "evaluate": "ommatid.evaluate",
+    "extract": "ommatid.extract.stage",
+    "train": "ommatid.train.stage",
+    "evaluate": "ommatid.evaluate.stage",
     "label": "ommatid.label",
     "catalog": "ommatid.catalog.build",
 }
-NO_NUMBERS = {"ommatid", "ommatid.catalog", "ommatid.config", "ommatid.errors", "ommatid.events", "ommatid.executors", "ommatid.lacks"}
+FROM_FILES = "ommatid.extract.from_files.stage"
+NO_NUMBERS = {"ommatid", "ommatid.catalog", "ommatid.config", "ommatid.errors", "ommatid.events", "ommatid.executors"}
 """Modules that cannot change what a stage computes from the same params, nor can what they import; executors only say where, and the
 package of the catalogue's builder is what reads it."""
 STAGE_FILE = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
@@ -53,7 +54,7 @@ def imported_by(module: str) -> set[str]:
 
 def needed_by(module: str) -> set[str]:
     seen: set[str] = set()
-    queue = [module, module.rpartition(".")[0]]
+    queue = [module, module.rpartition(".")[0], *([FROM_FILES] if module == ENTRIES["extract"] else [])]
     while queue:
         name = queue.pop()
         if name not in seen | NO_NUMBERS:

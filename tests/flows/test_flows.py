@@ -12,10 +12,10 @@ from waiting import HANG_SECONDS
 
 from flows.pipeline import pipeline
 from flows.retrain import retrain
-from ommatid import champion
-from ommatid.champion import Decision, Scores
 from ommatid.config import load_params
 from ommatid.errors import RunError
+from ommatid.publish import champion
+from ommatid.publish.champion import Decision, Scores
 
 
 @pytest.fixture(scope="module", autouse=True)

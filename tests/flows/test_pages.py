@@ -6,8 +6,8 @@ from pathlib import Path
 import catalog_artefacts
 
 from flows import pages
-from ommatid.champion import Decision, Scores
 from ommatid.config import RetrainParams
+from ommatid.publish.champion import Decision, Scores
 from ommatid.stage import HEALTH, QUALITY, STAGES
 
 

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ommatid.errors import ArtefactError, SourceError
-from ommatid.folder import open_folder
 from ommatid.images.folder import Folder
+from ommatid.store.filesystem import open_folder
 
 
 @pytest.fixture
@@ -100,10 +100,10 @@ def test_parquet_that_is_not_there(s3: str, root: Path, path: str, said: str, ma
 DYING = """
 import sys
 from ommatid.config import ImagesParams
-from ommatid.images import collection, make_images
+from ommatid.images import dataset, make_images
 from ommatid.store import open_draft
 
-collection.ROWS_PER_PART = 2
+dataset.ROWS_PER_PART = 2
 params = ImagesParams.model_validate_json(sys.argv[2])
 with open_draft(sys.argv[1], "images", params.identity(), {}) as draft:
     write = draft.write_table
@@ -118,7 +118,7 @@ with open_draft(sys.argv[1], "images", params.identity(), {}) as draft:
 
 
 def test_a_killed_run_goes_on(s3: str, root: Path, params: Callable[..., Any], drafting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ommatid.images import collection, make_images
+    from ommatid.images import dataset, make_images
 
     monkeypatch.chdir(root.parent)
     upload(root, f"{s3}/photos")
@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on(s3: str, root: Path, params: Callable[..., Any], d
         assert process.stdout
         assert process.stdout.readline() == b"one part is there\n"
         process.send_signal(signal.SIGKILL)
-    monkeypatch.setattr(collection, "ROWS_PER_PART", 2)
+    monkeypatch.setattr(dataset, "ROWS_PER_PART", 2)
     with drafting(f"{s3}/data/images", values) as draft:
         assert draft.names() == ["images-00000.parquet"]
         first = draft.describe("images-00000.parquet")

@@ -18,8 +18,7 @@ from PIL import Image
 from scipy.stats import chisquare
 
 from ommatid.errors import SourceError
-from ommatid.images.drawing import draw
-from ommatid.images.figure import BACKGROUNDS, COLOURS, FAMILIES, PLACES, SHAPES, TEXTURES, Figure, make_figure
+from ommatid.images.drawing import BACKGROUNDS, COLOURS, FAMILIES, PLACES, SHAPES, TEXTURES, Figure, draw, make_figure
 from ommatid.images.shapes import Shapes
 
 FACTORS = {"shape": SHAPES, "colour": tuple(COLOURS), "texture": TEXTURES, "place": PLACES, "background": tuple(BACKGROUNDS)}

@@ -20,9 +20,8 @@ from PIL import Image
 from ommatid import store
 from ommatid.errors import ArtefactError
 from ommatid.events import Warned
-from ommatid.images import collection, make_images, stage
-from ommatid.images.collection import split_of
-from ommatid.images.examine import Row, examine
+from ommatid.images import dataset, make_images, stage
+from ommatid.images.dataset import Row, examine, split_of
 from ommatid.images.source import Item, spread
 from ommatid.schemas import IMAGES, REJECTED
 from ommatid.store import open_artefact
@@ -41,7 +40,7 @@ def photos(tmp_path: Path, png) -> Path:
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(collection, "ROWS_PER_PART", 5)
+    monkeypatch.setattr(dataset, "ROWS_PER_PART", 5)
     monkeypatch.setattr(store.draft, "_code_digest", lambda: "the same")  # whoever edits the package meanwhile
 
 
@@ -101,11 +100,11 @@ def test_thumbnails_are_upright_webp_of_the_longest_side_and_never_enlarged(tmp_
 
 
 def test_parts_and_row_groups_are_bounded(photos, make, monkeypatch, png):
-    monkeypatch.setattr(collection, "ROWS_PER_PART", 10)
+    monkeypatch.setattr(dataset, "ROWS_PER_PART", 10)
     assert [pq.read_metadata(path).num_rows for path in make(source(photos)).files("images")] == [10, 10, 4]
-    monkeypatch.setattr(collection, "BYTES_PER_PART", 3 * len(png(1)))
+    monkeypatch.setattr(dataset, "BYTES_PER_PART", 3 * len(png(1)))
     assert all(pq.read_metadata(path).num_rows <= 3 for path in make(source(photos)).files("images"))
-    assert collection.PARQUET["row_group_size"] <= 512
+    assert dataset.PARQUET["row_group_size"] <= 512
 
 
 def test_encoded_bytes_are_stored_as_they_are(photos, make):
@@ -187,14 +186,12 @@ def test_dark_bright_and_many_paged_pictures_are_counted_and_said(tmp_path, enco
     files |= {f"m.{kind}": encode(frames[0], kind, save_all=True, append_images=frames[1:]) for kind in ("gif", "tiff", "webp")}
     for name, content in files.items():
         (root / name).write_bytes(content)
-    monkeypatch.setattr(collection, "ROWS_PER_PART", 2)
+    monkeypatch.setattr(dataset, "ROWS_PER_PART", 2)
     chosen, events = params(source(root)), []
     with drafting(tmp_path / "artefact", chosen) as draft:
         for stopped in (True, False):  # the counts of a run that died go on
             written = []
-            monkeypatch.setattr(
-                collection.Collection, "_write_part", counting(collection.Collection._write_part, written, 2 if stopped else 9)
-            )
+            monkeypatch.setattr(dataset.Collection, "_write_part", counting(dataset.Collection._write_part, written, 2 if stopped else 9))
             with contextlib.suppress(KeyboardInterrupt):
                 summary = make_images(chosen, {}, draft, events.append).summary
     assert (summary["n_nearly_black"], summary["n_nearly_white"], summary["n_of_several_frames"]) == (1, 1, 3)
@@ -220,9 +217,9 @@ import os, sys
 from pathlib import Path
 from ommatid.config import ImagesParams
 from ommatid import store
-from ommatid.images import collection, make_images
+from ommatid.images import dataset, make_images
 place, params, when, name = Path(sys.argv[1]), ImagesParams.model_validate_json(sys.argv[2]), sys.argv[3], sys.argv[4]
-collection.ROWS_PER_PART = 5
+dataset.ROWS_PER_PART = 5
 store.draft._code_digest = lambda: "the same"
 replace = os.replace
 def replace_or_die(aside, path):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ommatid.label.asked import Kept, ask_each
-from ommatid.label.controls import others
-from ommatid.label.labeller import Answer
+from ommatid.label.labellers.base import Answer
+from ommatid.label.naming import Kept, ask_each
+from ommatid.label.scoring import others
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])

@@ -12,9 +12,7 @@ from tiny_captioners import WORDS, save_tiny_captioner
 from tiny_clip import save_tiny_clip
 
 from ommatid.errors import ModelError
-from ommatid.label.captioner import Captioner
-from ommatid.label.captions import TransformersCaptions
-from ommatid.label.phrases import Phrase, shared_phrase
+from ommatid.label.labellers.captioner import Captioner, Phrase, TransformersCaptions, shared_phrase
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from fakes import GRID, TileModel
 from planted_tiles import ALWAYS, DEAD, MIXED, PURE
 
 from ommatid.config import Params
-from ommatid.halves import Halves, iter_fired, load_halves
-from ommatid.label.cases import Cases, Spool, choose_firing, iter_looks
-from ommatid.label.gathered import Gathered, nearest_latents
-from ommatid.label.labeller import Case
+from ommatid.images.eval_split import Halves, iter_fired, load_halves
+from ommatid.label.evidence.firings import Gathered, nearest_latents
+from ommatid.label.evidence.images import Cases, Spool, choose_firing, iter_looks
+from ommatid.label.labellers.base import Case
 from ommatid.store import Artefact, Draft, open_draft
 from ommatid.vlm.preprocess import Preprocess
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ommatid.errors import ConfigError
-from ommatid.label.human import load_labels
+from ommatid.label.labellers.human import load_labels
 
 ONE, TWO = "topk-8-k2-s0-0a1b2c3d", "topk-4-k2-s0-ffffffff"
 

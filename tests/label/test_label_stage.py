@@ -12,9 +12,10 @@ from planted_tiles import ALWAYS, D_SAE, DEAD, MIXED, PURE, use_tile_model
 from ommatid.config import LabelParams, Params
 from ommatid.errors import ConfigError
 from ommatid.events import Event, Warned, ignore
-from ommatid.label import label, load_material, material
-from ommatid.label.labeller import Answer, Case
+from ommatid.label import label, load_material
+from ommatid.label.evidence import context
 from ommatid.label.labellers import Asked, Source
+from ommatid.label.labellers.base import Answer, Case
 from ommatid.quality import check
 from ommatid.store import Artefact, Draft, open_draft
 
@@ -128,7 +129,7 @@ def test_two_labellers_of_a_kind_are_numbered(tmp_path: Path, line: dict[str, Ar
 def test_people_alone_are_scored_against_standard_words(
     tmp_path: Path, line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(material, "load_words", lambda lists: tuple(COLOURS))
+    monkeypatch.setattr(context, "load_words", lambda lists: tuple(COLOURS))
     rows = rows_of(run(tmp_path, label_params(params, write_labels(tmp_path, {0: "red"})), line))
     assert list(rows) == [(0, "human")]
     row = rows[0, "human"]

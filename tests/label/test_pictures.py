@@ -11,9 +11,9 @@ from label_cases import LEFT, encode, make_case
 from PIL import Image
 
 from ommatid.config import VlmLabeller
-from ommatid.label.labeller import Example
-from ommatid.label.pictures import DRAWING, N_TILES, SIDE, draw_grid, mark, place_of
-from ommatid.label.vlm import Memory, Vlm
+from ommatid.label.evidence.images import DRAWING, N_TILES, SIDE, draw_grid, mark, place_of
+from ommatid.label.labellers.base import Example
+from ommatid.label.labellers.vlm import Memory, Vlm
 
 RED, BLUE, GREEN = (220, 0, 0), (0, 0, 220), (0, 160, 0)
 

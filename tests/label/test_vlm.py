@@ -12,8 +12,8 @@ from s3_server import free_port
 from waiting import HANG_SECONDS
 
 from ommatid.config import VlmLabeller
-from ommatid.label.vlm import Memory, Vlm, labeller
-from ommatid.label.vlm.pace import Clock
+from ommatid.label.labellers.vlm import Memory, Vlm, labeller
+from ommatid.label.labellers.vlm.client import Clock
 
 BUSY = refuses(429, "slow down")
 BROKEN = refuses(500, "out of memory")
@@ -321,7 +321,7 @@ def test_the_model_judges_which_images_show_a_name_whatever_their_order(tmp_path
 
 
 def numbers_of_red(asked: Asked) -> list[int]:
-    from ommatid.label.pictures import SIDE, place_of
+    from ommatid.label.evidence.images import SIDE, place_of
 
     (grid,) = asked.images
     n = int(asked.text.split(" numbered images")[0].split()[-1])

@@ -18,9 +18,9 @@ from waiting import HANG_SECONDS, wait_for
 
 from ommatid.config import VlmLabeller
 from ommatid.errors import ArtefactError
-from ommatid.label.labeller import Case
-from ommatid.label.vlm import Memory, Vlm, in_checkout, labeller
-from ommatid.label.vlm.question import Said
+from ommatid.label.labellers.base import Case
+from ommatid.label.labellers.vlm import Memory, Vlm, in_checkout, labeller
+from ommatid.label.labellers.vlm.messages import Said
 
 TESTS = Path(__file__).parents[1]
 
@@ -98,7 +98,7 @@ RUN = """
     from pathlib import Path
     from label_cases import make_case
     from ommatid.config import VlmLabeller
-    from ommatid.label.vlm import Memory, Vlm
+    from ommatid.label.labellers.vlm import Memory, Vlm
 
     url, path, n = sys.argv[1:]
     vlm = Vlm("vlm", VlmLabeller(kind="vlm", model="tiny", url=url), Memory(Path(path)), print)

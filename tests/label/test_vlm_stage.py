@@ -16,11 +16,13 @@ from s3_server import free_port
 from ommatid import store
 from ommatid.config import LabelParams
 from ommatid.errors import ConfigError
-from ommatid.evaluate import evaluate
+from ommatid.evaluate.stage import evaluate
 from ommatid.events import Event, Warned
-from ommatid.extract import extract, towers
-from ommatid.label import label, material
-from ommatid.label.pictures import SIDE, place_of
+from ommatid.extract import towers
+from ommatid.extract.stage import extract
+from ommatid.label import label
+from ommatid.label.evidence import context
+from ommatid.label.evidence.images import SIDE, place_of
 from ommatid.store import Artefact
 
 N_IMAGES = 200
@@ -36,7 +38,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Artefac
         evaluate={"n_top": 16, "n_per_decile": 2},
     )
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((towers, "load_model"), (towers, "load_judge"), (material, "load_model")):
+        for module, name in ((towers, "load_model"), (towers, "load_judge"), (context, "load_model")):
             patch.setattr(module, name, lambda params, dtype, device: TileModel())
         made = {"images": make_images_artefact(root, N_IMAGES)}
         stages: Mapping[str, Any] = {"extract": extract, "train": plant_sae, "evaluate": evaluate}
@@ -92,7 +94,7 @@ def test_planted_colours_are_named_and_recognised_and_a_second_run_asks_nothing(
     line: dict[str, Artefact], words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(material, "load_model", lambda params, dtype, device: TileModel())
+    monkeypatch.setattr(context, "load_model", lambda params, dtype, device: TileModel())
     with chatting(look) as server:
         rows, _ = run(tmp_path / "first", line, words, server.url)
         n_asked = len(server.asked)
@@ -114,8 +116,8 @@ def test_without_a_server_the_vocabulary_still_names_and_one_sentence_says_what_
     line: dict[str, Artefact], words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(material, "load_model", lambda params, dtype, device: TileModel())
-    monkeypatch.setattr("ommatid.label.vlm.asker.FIRST_WAIT", 0.001)
+    monkeypatch.setattr(context, "load_model", lambda params, dtype, device: TileModel())
+    monkeypatch.setattr("ommatid.label.labellers.vlm.client.FIRST_WAIT", 0.001)
     url = f"http://127.0.0.1:{free_port()}/v1"
     rows, warned = run(tmp_path / "labels", line, words, url)
     assert {latent: rows["vocabulary"][latent]["label"] for latent in PURE} == PURE
@@ -130,7 +132,7 @@ def test_a_budget_ends_the_asking_and_the_next_run_goes_on(
     line: dict[str, Artefact], words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(material, "load_model", lambda params, dtype, device: TileModel())
+    monkeypatch.setattr(context, "load_model", lambda params, dtype, device: TileModel())
     with chatting(look) as server:
         rows, warned = run(tmp_path / "first", line, words, server.url, max_requests=2)
         assert len(server.asked) == 2
@@ -145,7 +147,7 @@ def test_a_refused_name_is_a_status_in_the_table(
     line: dict[str, Artefact], words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(material, "load_model", lambda params, dtype, device: TileModel())
+    monkeypatch.setattr(context, "load_model", lambda params, dtype, device: TileModel())
     replies = {0: says("I'm sorry, I can't help with that."), 1: says("red"), 2: refuses(400, "bad image")}
 
     def script(asked: Asked, n_before: int) -> Reply:

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ommatid.errors import ConfigError
-from ommatid.label import texts, vocabulary
-from ommatid.label.texts import Texts
-from ommatid.label.vocabulary import By, choose, load_words
+from ommatid.label import scoring
+from ommatid.label.labellers import vocabulary
+from ommatid.label.labellers.vocabulary import By, choose, load_words
+from ommatid.label.scoring import Texts
 from ommatid.vlm import VisionModel
 
 BYS: tuple[By, ...] = ("mean", "soft_wpmi")
@@ -115,7 +116,7 @@ class Letters:
 
 
 def test_texts_are_means_of_templates_less_the_words_mean(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "BLOCK", 3)
+    monkeypatch.setattr(scoring, "BLOCK", 3)
     words = [f"word {i}" for i in range(10)]
     made = Texts(cast(VisionModel, Letters()), words)
     raw = torch.stack([normalize(Letters().embed_text([f"{article} {word}" for word in words]), dim=1) for article in ("a", "the")]).mean(0)

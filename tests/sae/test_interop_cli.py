@@ -6,7 +6,7 @@ import pytest
 from interop_saes import fixture
 from typer.testing import CliRunner
 
-from ommatid.cli import app
+from ommatid.cli.app import app
 from ommatid.errors import ConfigError, ModelError
 from ommatid.sae.interop import import_sae, load_own
 

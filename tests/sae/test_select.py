@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from waiting import HANG_SECONDS
 
-from ommatid.sae import ranks, select
+from ommatid.sae import distributed, select
 from ommatid.sae.entries import Levels, Sparse
 from ommatid.sae.select import Scorer, select_above, select_batch, select_token
 from ommatid.sae.weights import Weights
@@ -140,13 +140,13 @@ def _of_rank(rank: int, port: int, n_ranks: int, wanted: Sequence[int], where: P
         "WORLD_SIZE": str(n_ranks),
         "LOCAL_RANK": str(rank),
     }
-    with ranks.joined():
-        ranks.call()
+    with distributed.joined():
+        distributed.call()
         values = values_of(rank)
         for n_wanted in wanted:
-            keep, border = ranks.keep_largest(values, n_wanted)
+            keep, border = distributed.keep_largest(values, n_wanted)
             assert keep is not None
-            found = {"kept": values[keep], "border": torch.tensor(border), "total": torch.tensor(ranks.total(rank + 1))}
+            found = {"kept": values[keep], "border": torch.tensor(border), "total": torch.tensor(distributed.total(rank + 1))}
             torch.save(found, where / f"{rank}-{n_wanted}.pt")
 
 

@@ -7,10 +7,10 @@ from tiny_towers import SIZES
 from transformers import ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from ommatid.evaluate import evaluate
-from ommatid.extract import extract
+from ommatid.evaluate.stage import evaluate
+from ommatid.extract.stage import extract
 from ommatid.label import label
-from ommatid.train import train
+from ommatid.train.stage import train
 
 
 def test_clip_goes_through_the_line(tmp_path: Path, tiny_clip: Path) -> None:

@@ -15,10 +15,10 @@ from tiny_families import FAMILIES, save_tiny
 from transformers.dynamic_module_utils import resolve_trust_remote_code
 from typer.testing import CliRunner
 
-from ommatid.cli import app
+from ommatid.cli.app import app
 from ommatid.config import ClipModel, TransformersJudge
 from ommatid.errors import ModelError
-from ommatid.label.captions import TransformersCaptions
+from ommatid.label.labellers.captioner import TransformersCaptions
 from ommatid.vlm import hub, load_judge, load_model
 
 EVIL = """

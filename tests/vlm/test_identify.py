@@ -9,7 +9,7 @@ from big_models import save_llava, save_qwen
 from fakes import CHECKOUT
 from typer.testing import CliRunner
 
-from ommatid.cli import app
+from ommatid.cli.app import app
 from ommatid.config import ClipModel, DinoModel, LiteModel, LlavaModel, ModuleModel, QwenModel, SiglipModel, VitModel
 from ommatid.errors import ConfigError, ModelError
 from ommatid.vlm.identify import identify

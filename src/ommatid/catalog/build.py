@@ -14,13 +14,12 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
 from ommatid import schemas
+from ommatid.catalog.database import SEALED, memory_mb, quote, settings
+from ommatid.catalog.lineage import Lineage, OneSAE, iter_saes, make_runs
 from ommatid.catalog.neighbours import iter_neighbours
-from ommatid.catalog.origins import Lineage, OneSAE, iter_saes, make_runs
-from ommatid.catalog.settings import SEALED, memory_mb, quote, settings
 from ommatid.config import CatalogParams
-from ommatid.errors import ArtefactError
+from ommatid.errors import ArtefactError, find_lack
 from ommatid.events import Listener, Progress, ignore
-from ommatid.lacks import find_lack
 from ommatid.store import Artefact, Draft, open_artefact
 
 CATALOG = "catalog.duckdb"

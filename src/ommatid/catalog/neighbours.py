@@ -8,7 +8,7 @@ import pyarrow as pa
 from safetensors import safe_open
 
 from ommatid import schemas
-from ommatid.largest import largest
+from ommatid.compute.largest import largest
 
 WEIGHTS = "sae.safetensors"
 """Written by `ommatid.sae.model`, which cannot be imported here: it needs torch."""

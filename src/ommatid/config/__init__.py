@@ -19,9 +19,9 @@ from ommatid.config.models import (
 )
 from ommatid.config.params import CatalogParams, Params, RetrainParams
 from ommatid.config.section import Section
+from ommatid.config.strict_yaml import parse_json
 from ommatid.config.train import TrainParams
 from ommatid.config.variants import Archetypal, BatchTopK, Gated, Imported, JumpReLU, Matryoshka, ReLU, TopK, TrainedVariant, Variant
-from ommatid.config.written import parse_json
 
 __all__ = [
     "STAGES",

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from ommatid.config.params import Params
 from ommatid.config.problems import explain
-from ommatid.config.written import parse_yaml
+from ommatid.config.strict_yaml import parse_yaml
 from ommatid.errors import ConfigError, without_credentials
 
 LONGEST = 200

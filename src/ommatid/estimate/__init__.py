@@ -17,9 +17,9 @@ from ommatid.config import CaptionerLabeller, ExtractFiles, ImagesParams, Params
 from ommatid.errors import ArtefactError, ConfigError
 from ommatid.estimate.trials import Trials
 from ommatid.events import Listener, ignore
-from ommatid.folder import Disk, open_folder
 from ommatid.stage import DATA, STAGES, open_stage
 from ommatid.store import Artefact
+from ommatid.store.filesystem import Disk, open_folder
 
 __all__ = ["Estimate", "StageEstimate", "estimate"]
 
@@ -104,7 +104,7 @@ def estimate(params: Params, data: str = DATA, on_event: Listener = ignore) -> E
 
 
 def _conclude(params: Params, whole: Artefact | None, n_items: int, trials: Trials, data: str, start: float) -> Estimate:
-    from ommatid.estimate.whole import Whole  # torch is loaded here: not beside the trials
+    from ommatid.estimate.totals import Whole  # torch is loaded here: not beside the trials
 
     artefacts = {stage: trials.artefact(stage) for stage in STAGES}
     images = _images_of(params, whole, artefacts["images"], n_items)

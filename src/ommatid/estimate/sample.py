@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from ommatid import store
-from ommatid.images.collection import PARQUET
+from ommatid.images.dataset import PARQUET
 from ommatid.images.source import spread
 from ommatid.schemas import IMAGES, REJECTED
 from ommatid.store import Artefact, part_name

@@ -10,7 +10,7 @@ from typing import Any
 
 from ommatid import tracking
 from ommatid.config import Params, VocabularyLabeller
-from ommatid.estimate.lines import Timed, grow, trial_sizes
+from ommatid.estimate.fit import Timed, grow, trial_sizes
 from ommatid.estimate.process import Answer, StageProcess
 from ommatid.estimate.sample import draw_images
 from ommatid.events import Listener, Progress

@@ -20,8 +20,7 @@ from typing import Any
 
 from ommatid.config import DaskExecutor
 from ommatid.errors import ExecutorError
-from ommatid.executors.attempts import ATTEMPTS, died
-from ommatid.executors.workers import Driver, attempt, environment, reach, thread_settings
+from ommatid.executors.workers import ATTEMPTS, Driver, attempt, died, environment, reach, thread_settings
 
 try:
     import dask.config

@@ -10,8 +10,7 @@ from multiprocessing.connection import Connection, wait
 
 import psutil
 
-from ommatid.executors.attempts import ATTEMPTS, Waiting, died
-from ommatid.executors.workers import attempt, environment, thread_settings
+from ommatid.executors.workers import ATTEMPTS, Waiting, attempt, died, environment, thread_settings
 
 _SECONDS_TO_END = 60
 """A worker that has nothing to do any more, or has closed its pipe, gets so long to end by itself."""

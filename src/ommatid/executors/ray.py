@@ -12,8 +12,7 @@ from typing import Any
 
 from ommatid.config import RayExecutor
 from ommatid.errors import ExecutorError
-from ommatid.executors.attempts import ATTEMPTS, Waiting, died
-from ommatid.executors.workers import Driver, attempt, environment, reach, thread_settings
+from ommatid.executors.workers import ATTEMPTS, Driver, Waiting, attempt, died, environment, reach, thread_settings
 
 # read at import: nothing is reported to Ray's makers, and no code is uploaded where the driver runs under uv
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

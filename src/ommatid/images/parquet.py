@@ -12,11 +12,10 @@ import pyarrow.parquet as pq
 
 from ommatid.config import ParquetSource
 from ommatid.errors import SourceError, gist
-from ommatid.folder import READ_BYTES
 from ommatid.images.decode import Unreadable
-from ommatid.images.source import Item
-from ommatid.images.taxonomy import normalise
-from ommatid.listing import Listed, count_of, list_parquet, some_of
+from ommatid.images.source import Item, normalise
+from ommatid.store.filesystem import READ_BYTES
+from ommatid.store.filesystem.listing import Listed, count_of, list_parquet, some_of
 
 _ROWS_AT_ONCE = 32
 """Rows held in memory: few, for a row may be a large photograph."""

@@ -7,8 +7,7 @@ from typing import assert_never
 from ommatid.config import Cifar10Source, FolderSource, ImageSource, ImagesParams, ParquetSource, ShapesSource
 from ommatid.events import Listener, Progress, Warned, ignore
 from ommatid.images.cifar10 import Cifar10
-from ommatid.images.collection import Collection
-from ommatid.images.examine import REMARKS, examine_all
+from ommatid.images.dataset import REMARKS, Collection, examine_all
 from ommatid.images.folder import Folder
 from ommatid.images.parquet import ParquetFiles
 from ommatid.images.shapes import Shapes

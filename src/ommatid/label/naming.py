@@ -1,20 +1,91 @@
 """What each labeller says of the latents of an SAE."""
 
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+import json
+import os
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
-from typing import assert_never
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TypeVar, assert_never
 
 import numpy as np
 
 from ommatid.events import Progress, Warned
-from ommatid.label.asked import Kept, ask_each
-from ommatid.label.cases import Cases, iter_looks
-from ommatid.label.labeller import Answer, Case
+from ommatid.label.evidence.context import Subject
+from ommatid.label.evidence.images import Cases, iter_looks
 from ommatid.label.labellers import Asked, People, Source, Words
-from ommatid.label.subject import Subject
-from ommatid.label.vocabulary import choose
+from ommatid.label.labellers.base import Answer, Case
+from ommatid.label.labellers.vocabulary import choose
+
+BLOCK = 16
+"""Answers that a power cut may cost, at most: so many are synced at a time."""
+TO_ASK_AGAIN = ("failed", "over_budget")
+"""Statuses that may be others the next time."""
+
+Item = TypeVar("Item")
+Said = TypeVar("Said")
+
+
+def ask_each(ask: Callable[[Item], Said], subjects: Iterator[tuple[int, Item]], concurrency: int = 1) -> Iterator[tuple[int, Said]]:
+    """Latents and what is said of their subjects, in order; few of them are in memory at a time."""
+    waiting: deque[tuple[int, Future[Said]]] = deque()
+    with ThreadPoolExecutor(concurrency) as pool:
+        for latent, subject in subjects:
+            waiting.append((latent, pool.submit(ask, subject)))
+            if len(waiting) > concurrency:
+                yield _first(waiting)
+        while waiting:
+            yield _first(waiting)
+
+
+def _first(waiting: "deque[tuple[int, Future[Said]]]") -> tuple[int, Said]:
+    latent, future = waiting.popleft()
+    return latent, future.result()
+
+
+class Kept:
+    """Answers of one labeller about one SAE, a line of JSON and its CRC-32 each: a run that was killed goes on without asking again."""
+
+    def __init__(self, path: Path) -> None:
+        self.answers: dict[int, Answer] = {}
+        """By latent, of runs before; without those that failed."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab+")
+        self._file.truncate(self._load())
+        self._n_new = 0
+
+    def add(self, latent: int, answer: Answer) -> None:
+        """Keep an answer."""
+        text = json.dumps({"latent": latent, **asdict(answer)}).encode()
+        self._file.write(text + b"\t%08x\n" % zlib.crc32(text))
+        self._file.flush()  # a process that is killed then loses nothing
+        self._n_new += 1
+        if self._n_new % BLOCK == 0:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Sync what is left."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _load(self) -> int:
+        """Read what is whole, and give its bytes: a process that was killed may have left half a line, and a line may be damaged."""
+        self._file.seek(0)
+        n_bytes = 0
+        for line in self._file:
+            text, _, checksum = line.rpartition(b"\t")
+            if checksum != b"%08x\n" % zlib.crc32(text):
+                break
+            values = json.loads(text)
+            latent, answer = values.pop("latent"), Answer(**values)
+            if answer.status not in TO_ASK_AGAIN:
+                self.answers[latent] = answer
+            n_bytes += len(line)
+        return n_bytes
+
 
 Answers = Mapping[int, Answer]
 """By latent; one that is not there gets no row."""

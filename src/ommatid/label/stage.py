@@ -4,11 +4,9 @@ from collections.abc import Mapping
 
 from ommatid.config import LabelParams
 from ommatid.events import Listener, ignore
-from ommatid.label.material import Material, load_material
+from ommatid.label.evidence.context import Material, load_material, make_subject
 from ommatid.label.naming import find_names
-from ommatid.label.rows import make_table
-from ommatid.label.subject import make_subject
-from ommatid.label.summary import summarise
+from ommatid.label.table import make_table, summarise
 from ommatid.store import Artefact, Draft
 
 

@@ -4,16 +4,14 @@ Suffixes: b tokens or images of a batch, d d_model or the judge's width, s laten
 """
 
 from ommatid.metrics.arrays import monosemanticity
-from ommatid.metrics.cofiring import CoFiring
+from ommatid.metrics.classes import coverage, label_entropy, lca_depth, purity
 from ommatid.metrics.detection import auroc, balanced_accuracy, best_threshold, rank_correlation
 from ommatid.metrics.fidelity import Fidelity, FidelityByKind
 from ommatid.metrics.firing import Decade, Firing, TopImages, density_histogram
-from ommatid.metrics.hierarchy import lca_depth
 from ommatid.metrics.matching import BestMatches, best_matches, chance_cosine, match_one_to_one
-from ommatid.metrics.meaning import coverage, label_entropy, purity
 from ommatid.metrics.monosemanticity import Monosemanticity, MonosemanticityInterval, MonosemanticityScores
+from ommatid.metrics.overlap import CoFiring, uniqueness
 from ommatid.metrics.probe import LogisticProbes, fit_probes
-from ommatid.metrics.uniqueness import uniqueness
 from ommatid.metrics.vectors import nan_mean, unit
 from ommatid.metrics.zero_shot import Classified, Interval, classify, fit_scale, recovered
 

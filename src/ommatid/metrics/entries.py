@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ommatid.masks import true_at
+from ommatid.compute.nonzero import true_at
 
 FEW = 0.08
 """Share of non-zero activations below which a product over the entries is faster than one over all (measured: 0.09)."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ommatid.masks import count_positive
+from ommatid.compute.nonzero import count_positive
 
 
 class Fidelity:

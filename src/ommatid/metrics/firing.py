@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ommatid.masks import count_positive
+from ommatid.compute.nonzero import count_positive
 
 DENSE = 0.1
 """Share of tokens above which a latent is dense. Such latents carry position, norm or context rather than one thing that is in some

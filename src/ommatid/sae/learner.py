@@ -7,18 +7,49 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ommatid.compute.hardware import product_dtype
 from ommatid.config import Imported, TrainParams
 from ommatid.errors import TrainingError
-from ommatid.hardware import product_dtype
 from ommatid.metrics import Fidelity
-from ommatid.sae import ranks
-from ommatid.sae.beginning import fit_scale, make_weights
+from ommatid.sae import distributed
+from ommatid.sae.init import fit_scale, make_weights
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.sae.optimiser import Optimiser
 from ommatid.sae.schedule import Plan, make_plan
 from ommatid.sae.step import Batch, Step
 from ommatid.sae.variants import Guides, Settings, Variant, make_variant
 from ommatid.sae.weights import Weights, align
+
+BINS = 24
+"""Of each."""
+
+Histogram = tuple[list[float], list[int]]
+"""Edges and counts, one edge more than counts."""
+
+
+def histograms(weights: Weights, density: Tensor) -> dict[str, Histogram]:
+    """Of all latents, by name; of the densities those that are not 0.
+
+    Args:
+        weights: Of the dictionary.
+        density: Firings a token of each latent, (d_sae,).
+    """
+    found = {
+        "log10_density": density[density > 0].double().log10(),
+        "encoder_norm": weights.W_enc.norm(dim=1).double(),
+        "encoder_bias": weights.b_enc.double(),
+    }
+    return {name: histogram(values.cpu()) for name, values in found.items() if len(values)}
+
+
+def histogram(values: Tensor) -> Histogram:
+    """Of values, (n,), in `BINS` bins from the smallest to the largest."""
+    low, high = float(values.min()), float(values.max())
+    counts = torch.histc(values, BINS, low, high) if high > low else torch.zeros(BINS)
+    if high <= low:
+        counts[0] = len(values)
+    return torch.linspace(low, high, BINS + 1).tolist(), [int(n) for n in counts.tolist()]
+
 
 PROGRESS = 0.001
 """FVU must fall by this share to count as progress."""
@@ -98,7 +129,7 @@ class Learner:
         centred = x - x.mean(0)
         fit_scale(weights, centred, params.k, None if target is None else target - target.mean(0))
         learner.variant.begin(weights, centred, learner.guides)
-        learner._take({key: ranks.agree(tensor.contiguous().to(device)) for key, tensor in weights.tensors().items()})
+        learner._take({key: distributed.agree(tensor.contiguous().to(device)) for key, tensor in weights.tensors().items()})
         return learner
 
     def _take(self, tensors: Mapping[str, Tensor]) -> None:
@@ -119,7 +150,7 @@ class Learner:
         """
         scaled = self._scaled(batch)
         step = self.variant.step(self.weights, scaled, self.guides, self.dead)
-        loss = float(ranks.sum_(step.loss.double()))
+        loss = float(distributed.sum_(step.loss.double()))
         lr = self.plan.lr_at(self.guides.step)
         norm = self._optimiser.step(lr) if math.isfinite(loss) else math.nan
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -141,7 +172,7 @@ class Learner:
         return Batch(x, target, None if batch.joint is None else batch.joint.to(device).float())
 
     def _count(self, step: Step, batch: Batch) -> None:
-        counts = ranks.sum_(torch.bincount(step.fired, minlength=self.params.d_sae))
+        counts = distributed.sum_(torch.bincount(step.fired, minlength=self.params.d_sae))
         self.firings += counts
         self.idle += batch.n_total
         self.idle[counts > 0] = 0
@@ -193,7 +224,7 @@ class Learner:
     def measure(self) -> dict[str, float]:
         """Numbers since the last measurement, which are also a new row of the curves."""
         loss, norm, n = self._sums.tolist()
-        window = self._window.merged(ranks.sum_)
+        window = self._window.merged(distributed.sum_)
         values = {
             "loss": loss / n,
             "fvu": window.fvu,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ommatid.sae import ranks
+from ommatid.sae import distributed
 from ommatid.sae.weights import ROWS_PER_CHUNK, Weights
 
 MAX_NORM = 1.0
@@ -34,7 +34,7 @@ class Optimiser:
         """
         weights = self._weights
         for grad in weights.grads().values():
-            ranks.sum_(grad)
+            distributed.sum_(grad)
         squares = [self._prepare(name, tensor) for name, tensor in weights.trained().items()]
         norm = float(torch.stack(squares).sum().sqrt())
         if norm != norm or norm == float("inf"):

@@ -15,8 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ommatid.masks import true_at
-from ommatid.sae import ranks
+from ommatid.compute.nonzero import true_at
+from ommatid.sae import distributed
 from ommatid.sae.entries import Dense, Entries, Levels, Sparse
 from ommatid.sae.weights import Weights, grad_of
 
@@ -150,17 +150,17 @@ def select_batch(scorer: Scorer, k: int, floor: float) -> tuple[Entries, float]:
 
     With several ranks the batch is that of all.
     """
-    n = k * ranks.total(scorer.n_tokens)
+    n = k * distributed.total(scorer.n_tokens)
     if _is_dense(k, scorer):
         values = scorer.dense().relu_()
-        threshold = ranks.nth_largest(values[values > 0], n)
+        threshold = distributed.nth_largest(values[values > 0], n)
         return Dense(scorer.levels, values.mul_(values >= threshold)), threshold
     first = floor if floor > 0 else FLOOR_SHARE * _first_floor(scorer, k)
     for guess in (first, first / 2, first / 4, 0.0):
         found = scorer.above(torch.tensor(guess, device=scorer.inputs_bd.device))
-        if guess == 0 or ranks.total(len(found.values)) >= n:
+        if guess == 0 or distributed.total(len(found.values)) >= n:
             break
-    keep, threshold = ranks.keep_largest(found.values, n)
+    keep, threshold = distributed.keep_largest(found.values, n)
     return (found if keep is None else _pick(found, keep)), threshold
 
 
@@ -199,7 +199,7 @@ def _first_floor(scorer: Scorer, k: int) -> float:
     """A guess where no step came before: what k entries a token of some of the batch are above; all ranks take the first's."""
     some = scorer.some()
     smallest = some.flatten().topk(min(k * len(some), some.numel()), sorted=False).values.min()
-    return max(0.0, float(ranks.agree(smallest)))
+    return max(0.0, float(distributed.agree(smallest)))
 
 
 def _is_dense(k: int, scorer: Scorer) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ommatid.sae import ranks
+from ommatid.sae import distributed
 from ommatid.sae.entries import Entries
 from ommatid.sae.weights import Weights, grad_of
 
@@ -24,7 +24,7 @@ class Batch:
     @property
     def n_total(self) -> int:
         """Tokens of all ranks: they have equally many."""
-        return len(self.x) * ranks.n()
+        return len(self.x) * distributed.n()
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ def add_aux(weights: Weights, batch: Batch, inputs: Tensor, x_hat: Tensor, dead:
     x, W_enc, W_dec, b_enc = (tensor.to(dtype) for tensor in (inputs, weights.W_enc[dead], weights.W_dec[dead], weights.b_enc[dead]))
     acts = _keep_largest(torch.addmm(b_enc, x, W_enc.T), k_aux).relu_()
     error = acts @ W_dec - residual
-    mean = ranks.sum_(residual.sum(0)) / batch.n_total
-    variance = ranks.sum_((residual - mean).square().sum()) / batch.n_total
+    mean = distributed.sum_(residual.sum(0)) / batch.n_total
+    variance = distributed.sum_((residual - mean).square().sum()) / batch.n_total
     scale = coefficient * min(len(dead) / k_aux, 1.0) / variance.clamp_min(1e-12)
     grad_x_hat = (error * (2 * scale / batch.n_total)).to(dtype)
     grad_acts = (grad_x_hat @ W_dec.T).mul_(acts > 0)
@@ -173,6 +173,6 @@ def add_monosemanticity(entries: Entries, acts: Tensor, batch: Batch, weight: fl
     pairs = torch.where(is_defined, pairs, 1.0)
     ms = torch.where(is_defined, (squares - v) / pairs, 0.0)
     toward = entries.product(batch.joint[:, None], w) - relative - entries.at(ms) * (entries.at(u) - relative)
-    share = weight / (n_defined * ranks.n())
+    share = weight / (n_defined * distributed.n())
     grad_acts.sub_(toward * entries.at(2 * share * is_defined.to(acts.dtype) / (pairs * largest.clamp_min(1e-12))))
     return share * (n_defined - ms.sum())

@@ -16,9 +16,8 @@ from types import FrameType
 
 from ommatid.errors import StoppedError, TrainingError
 from ommatid.events import Listener, Measured, Noticed, Progress
-from ommatid.sae import ranks
-from ommatid.sae.histograms import histograms
-from ommatid.sae.learner import PROGRESS, Learner
+from ommatid.sae import distributed
+from ommatid.sae.learner import PROGRESS, Learner, histograms
 from ommatid.sae.step import Batch
 
 CURVE_POINTS = 100
@@ -47,8 +46,8 @@ class Trainer:
                 None: it never does.
         """
         self._learners = learners
-        self._on_event = on_event if ranks.mine() == 0 else lambda event: None
-        self._checkpoint = checkpoint if ranks.mine() == 0 else lambda: None
+        self._on_event = on_event if distributed.mine() == 0 else lambda event: None
+        self._checkpoint = checkpoint if distributed.mine() == 0 else lambda: None
         self._patience = patience
         self._clock = _Clock()
         self._written = time.monotonic()
@@ -88,7 +87,7 @@ class Trainer:
                     self._measure()
                     if time.monotonic() - self._written > CHECKPOINT_SECONDS:
                         self._write()
-                if ranks.total(int(asked.is_set())) and self._step < self._n_steps:
+                if distributed.total(int(asked.is_set())) and self._step < self._n_steps:
                     self._write()
                     raise StoppedError(f"train: step {self._step} of {self._n_steps}; run it again to go on from there")
 

@@ -8,7 +8,7 @@ same bytes under the same names, each whole; when one has taken the draft away, 
 from ommatid.store.artefact import Artefact, checked_folder, open_artefact, read_part
 from ommatid.store.draft import Draft, open_draft
 from ommatid.store.manifest import INSIDE, MANIFEST, File, Manifest, describe, part_name
-from ommatid.store.workplace import RECEIPTS, SCRATCH
+from ommatid.store.workspace import RECEIPTS, SCRATCH
 from ommatid.store.writer import Writer
 
 __all__ = [

@@ -11,9 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ommatid.errors import ArtefactError
-from ommatid.folder import READ_BYTES, Disk, Folder, open_folder
-from ommatid.store.checked import Checked, is_whole
-from ommatid.store.damage import raise_damage, size_damage
+from ommatid.store.damage import Checked, is_whole, raise_damage, size_damage
+from ommatid.store.filesystem import READ_BYTES, Disk, Folder, open_folder
 from ommatid.store.manifest import INSIDE, MANIFEST, File, Manifest, child_of, parse, read_manifest, table_of
 
 CACHE = Path("data/.cache")

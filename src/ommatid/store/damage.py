@@ -1,10 +1,17 @@
-"""What differs between an artefact's files and its manifest."""
+"""Damage to an artefact's files: what differs from the manifest at once, and what is found as blocks are read.
 
+Who reads some columns of a file checks the blocks that hold them and no others, so checking costs a small share of reading, however
+large the file is.
+"""
+
+import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ommatid.errors import ArtefactError
-from ommatid.folder import Disk, Folder
+from ommatid.store.filesystem import Disk, Folder, Ranges, Remote
 from ommatid.store.manifest import File, child_of
+from ommatid.store.sums import BLOCK, DIGITS, READ_BLOCKS, sums_of
 
 _MOST_NAMED = 100
 """Files that an error names; the rest are counted."""
@@ -37,3 +44,96 @@ def raise_damage(folder: Folder, damage: list[str]) -> None:
         repro = "bring it back with `dvc checkout`, or delete the folder and run `dvc repro`"
         todo = repro if isinstance(folder, Disk) else "delete what is there and make it again"
         raise ArtefactError(f"{folder}: damaged ({len(damage)}): {'; '.join(damage[:_MOST_NAMED])}{more}; {todo}")
+
+
+_Stamp = tuple[int, int, int, str]
+"""Size, times of the last changes in nanoseconds, and the checksums that a file was compared with."""
+_checked: dict[tuple[int, int], tuple[_Stamp, bytearray]] = {}
+"""For each file on a disk that this process has read, by device and inode: which of its blocks were found to be right."""
+
+
+class Checked(Ranges):
+    """A file of an artefact, open for reading from anywhere.
+
+    Every block is compared with its checksum when it is first read; on a disk, once in this process for as long as the file is unchanged.
+
+    Raises:
+        ArtefactError: from every read and check, where a block differs.
+    """
+
+    def __init__(self, folder: Folder, file: File):
+        super().__init__(file.bytes)
+        self._folder, self._file = folder, file
+        self._descriptor: int | None = None
+        self._seen: bytearray | None = None  # of an object every read is another transfer, and is checked again
+        if isinstance(folder, Disk):
+            self._descriptor = os.open(folder.path / file.name, os.O_RDONLY)
+            self._seen = _seen(os.fstat(self._descriptor), file)
+
+    def check(self, start: int = 0, end: int | None = None) -> None:
+        """Compare the blocks of a range of bytes, by default all, that were not yet."""
+        end = self._file.bytes if end is None else end
+        for first in range(start // BLOCK, -(-end // BLOCK), READ_BLOCKS):
+            self._whole_blocks(first, min(first + READ_BLOCKS, -(-end // BLOCK)), only_check=True)
+
+    def close(self) -> None:
+        """Release the file."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+        super().close()
+
+    def _read_range(self, start: int, end: int) -> Any:
+        first, last = start // BLOCK, -(-end // BLOCK)
+        if self._seen is not None and all(self._seen[first:last]):
+            return self._fetch(start, end)
+        return memoryview(self._whole_blocks(first, last))[start - first * BLOCK : end - first * BLOCK]
+
+    def _whole_blocks(self, first: int, last: int, only_check: bool = False) -> bytes:
+        """The blocks from `first` up to `last`, checked; nothing where that is all they are for, and it was done before."""
+        if only_check and self._seen is not None and all(self._seen[first:last]):
+            return b""
+        found = self._fetch(first * BLOCK, min(last * BLOCK, self._file.bytes))
+        if sums_of(found) != self._file.blocks[first * DIGITS : last * DIGITS]:
+            raise_damage(self._folder, [f"{self._file.name}: checksum differs"])
+        if self._seen is not None:
+            self._seen[first:last] = b"\1" * (last - first)
+        return found
+
+    def _fetch(self, start: int, end: int) -> bytes:
+        if isinstance(self._folder, Remote):
+            return self._folder.read_range(self._file.name, start, end)
+        assert self._descriptor is not None, f"{self._file.name} is closed"
+        pieces = []
+        while start < end and (piece := os.pread(self._descriptor, end - start, start)):
+            pieces.append(piece)
+            start += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def is_whole(folder: Disk, file: File) -> bool:
+    """Whether a file is there, and every block of it is what its description says."""
+    if folder.size(file.name) != file.bytes:
+        return False
+    try:
+        with Checked(folder, file) as opened:
+            opened.check()
+    except ArtefactError:
+        return False
+    return True
+
+
+def trust(folder: Folder, file: File) -> None:
+    """Take a file for checked: this process has written it just now."""
+    if isinstance(folder, Disk):
+        seen = _seen(os.stat(folder.path / file.name), file)
+        seen[:] = b"\1" * len(seen)
+
+
+def _seen(status: os.stat_result, file: File) -> bytearray:
+    """Which blocks of a file were found to be right; all zero for one that was not read, or has changed since."""
+    stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, file.blocks)
+    known = _checked.get((status.st_dev, status.st_ino))
+    if known is None or known[0] != stamp:
+        known = _checked[status.st_dev, status.st_ino] = (stamp, bytearray(len(file.blocks) // DIGITS))
+    return known[1]

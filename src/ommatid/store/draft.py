@@ -15,13 +15,12 @@ from typing import Any
 import filelock
 
 from ommatid.errors import ArtefactError
-from ommatid.folder import Disk, Folder, open_folder, writing
 from ommatid.schemas import SCHEMA_VERSION
 from ommatid.store.artefact import Artefact, open_artefact
-from ommatid.store.checked import is_whole
-from ommatid.store.damage import differences, raise_damage
+from ommatid.store.damage import differences, is_whole, raise_damage
+from ommatid.store.filesystem import Disk, Folder, open_folder, writing
 from ommatid.store.manifest import MANIFEST, File, Manifest, child_of, describe_in
-from ommatid.store.workplace import (
+from ommatid.store.workspace import (
     OPEN,
     RECEIPTS,
     SCRATCH,

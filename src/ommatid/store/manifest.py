@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from ommatid.errors import ArtefactError
-from ommatid.folder import Disk, Folder
 from ommatid.schemas import SCHEMA_VERSION
+from ommatid.store.filesystem import Disk, Folder
 from ommatid.store.sums import checksums
 
 MANIFEST = "manifest.json"

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ommatid.errors import ArtefactError
-from ommatid.folder import Disk, Folder, aside_of, open_folder, writing
-from ommatid.store.checked import trust
+from ommatid.store.damage import trust
+from ommatid.store.filesystem import Disk, Folder, aside_of, open_folder, writing
 from ommatid.store.manifest import File, describe_in, describe_path
-from ommatid.store.workplace import OPEN, RECEIPTS, SCRATCH, here_of, remove_old_scratch
+from ommatid.store.workspace import OPEN, RECEIPTS, SCRATCH, here_of, remove_old_scratch
 
 
 class Writer:

@@ -5,7 +5,7 @@ from typing import assert_never
 import torch
 from torch import nn
 
-from ommatid.hardware import product_dtype
+from ommatid.compute.hardware import product_dtype
 from ommatid.vlm import Dtype
 from ommatid.vlm.preprocess import Preprocess
 

@@ -15,9 +15,9 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 from ommatid.config.problems import explain
 from ommatid.errors import ModelError
 from ommatid.vlm import hub
-from ommatid.vlm.picture import SHAPES, structured_picture
 from ommatid.vlm.precision import normalise
 from ommatid.vlm.preprocess import Interpolation, Preprocess
+from ommatid.vlm.trust import SHAPES, structured_picture
 
 FILE = "preprocessor_config.json"
 MAX_SIDE = 4096

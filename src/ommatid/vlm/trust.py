@@ -8,12 +8,27 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ommatid.errors import ModelError
 from ommatid.vlm import Judge, VisionModel
-from ommatid.vlm.picture import SHAPES, structured_picture
 from ommatid.vlm.preprocess import Preprocess
+
+SHAPES = ((301, 207), (207, 301))
+"""Width and height of pictures that are neither square nor even."""
+
+
+def structured_picture(width: int, height: int) -> Image.Image:
+    """A picture in which no two places, directions or channels look alike: three gradients, and edges in three colours."""
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    pixels = np.stack([x, y, (1 - x) * (1 - y)], axis=-1)
+    row, col = np.indices((height, width))
+    for channel, (step, turn) in enumerate(((13, 0), (17, 1), (23, 2))):
+        stripe = (row + turn * col) // step % 4
+        pixels[..., channel] = np.where(stripe == channel, 1, np.where(stripe == 3, 0, pixels[..., channel]))
+    return Image.fromarray((255 * pixels).astype(np.uint8))
+
 
 PARTS = ((0, 0), (0, 6), (3, 3), (6, 0), (6, 6))
 """Where the parts of a picture begin that are changed one at a time, top and left in eighths; each is a quarter high and wide."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from ommatid.errors import ModelError
 from ommatid.sae.interop import dictionary_learning, overcomplete, sae_for_vlm, saelens, saev, sparsify
 from ommatid.sae.interop.files import read_json
-from ommatid.sae.interop.told import Told
+from ommatid.sae.interop.overrides import Told
 from ommatid.sae.model import CONFIG, SAE, WEIGHTS
 
 K = {"k": "mean number of latents that fire a token"}

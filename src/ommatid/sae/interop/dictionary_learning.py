@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ommatid.errors import ModelError
 from ommatid.sae.interop.files import PT, child, read_json, read_tensors, text, write_json
-from ommatid.sae.interop.told import Told
+from ommatid.sae.interop.overrides import Told
 from ommatid.sae.interop.weights import (
     PLAIN,
     Folded,

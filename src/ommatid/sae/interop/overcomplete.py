@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ommatid.errors import ModelError
 from ommatid.sae.interop.files import PT, read_json, read_tensors, write_json
-from ommatid.sae.interop.told import Told
+from ommatid.sae.interop.overrides import Told
 from ommatid.sae.interop.weights import Folded, Kind, Shape, float_tensors, make_sae, refuse_transcoder, take
 from ommatid.sae.model import SAE, Activation
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ommatid.sae.interop import dictionary_learning
 from ommatid.sae.interop.files import child, text
-from ommatid.sae.interop.told import Told
+from ommatid.sae.interop.overrides import Told
 from ommatid.sae.model import SAE
 
 FILES: str = "ae.pt and config.json with MatroyshkaBatchTopKSAE"

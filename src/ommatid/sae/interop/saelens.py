@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ommatid.errors import ModelError
 from ommatid.sae.interop.files import child, number, read_json, read_safetensors, text, write_json
-from ommatid.sae.interop.told import Told
+from ommatid.sae.interop.overrides import Told
 from ommatid.sae.interop.weights import PLAIN, Folded, Kind, Shape, check_prefixes, float_tensors, make_sae, take
 from ommatid.sae.model import SAE
 

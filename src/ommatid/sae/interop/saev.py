@@ -9,7 +9,7 @@ import torch
 
 from ommatid.errors import ModelError
 from ommatid.sae.interop.files import MAX_JSON, parse_json, read_pt
-from ommatid.sae.interop.told import Told
+from ommatid.sae.interop.overrides import Told
 from ommatid.sae.interop.weights import PLAIN, Folded, Kind, before_subtracting, float_tensors, make_sae, refuse_transcoder, take
 from ommatid.sae.model import SAE
 

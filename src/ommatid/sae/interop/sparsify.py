@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from ommatid.errors import ModelError
 from ommatid.sae.interop.files import number, parse_json, read_json, read_safetensors, write_json
-from ommatid.sae.interop.told import Told
+from ommatid.sae.interop.overrides import Told
 from ommatid.sae.interop.weights import Folded, Kind, Shape, before_subtracting, float_tensors, make_sae, take
 from ommatid.sae.model import SAE
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ommatid.errors import ModelError
-from ommatid.sae.interop.told import Told, need
+from ommatid.sae.interop.overrides import Told, need
 from ommatid.sae.model import SAE, Activation, SAEConfig
 
 Shape = tuple[str, ...]

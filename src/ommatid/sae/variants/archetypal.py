@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ommatid.sae.beginning import fit_scale
+from ommatid.sae.init import fit_scale
 from ommatid.sae.kmeans import find_centres
 from ommatid.sae.step import Batch, Step
 from ommatid.sae.variants.base import Guides, Settings

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ommatid.sae import ranks
+from ommatid.sae import distributed
 from ommatid.sae.entries import Levels
 from ommatid.sae.model import Activation
 from ommatid.sae.select import Scorer
@@ -153,7 +153,7 @@ class Steered(Variant):
         if self._weight is not None:
             return
         rate = min(0.1, max(0.002, 20 / self._settings.n_steps))
-        firings = max(ranks.total(n_firings) / n_total, 1e-3)
+        firings = max(distributed.total(n_firings) / n_total, 1e-3)
         change = math.log(firings / guides.firings) if guides.firings else 0.0
         toward = max(-1.0, min(1.0, 2 * math.log(firings / self._settings.k)))
         guides.penalty = min(self.most, guides.penalty * math.exp(rate * toward + change))
@@ -162,7 +162,7 @@ class Steered(Variant):
 
 def average_act(guides: Guides, acts: Tensor) -> None:
     """Update the mean activation of what fires."""
-    sums = ranks.sum_(torch.stack([acts.sum().double(), (acts > 0).sum().double()]))
+    sums = distributed.sum_(torch.stack([acts.sum().double(), (acts > 0).sum().double()]))
     if float(sums[1]):
         mean = float(sums[0] / sums[1])
         guides.mean_act = mean if not guides.mean_act else 0.99 * guides.mean_act + 0.01 * mean

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ommatid.sae import ranks
+from ommatid.sae import distributed
 from ommatid.sae.select import select_above
 from ommatid.sae.step import Batch, Step, add_monosemanticity, centre, reconstruct, set_gradients
 from ommatid.sae.variants.base import Guides, Steered, make_scorer
@@ -64,8 +64,8 @@ def _resample(weights: Weights, batch: Batch, x_hat: Tensor, dead: Tensor, seed:
     alive = torch.ones(weights.d_sae, dtype=torch.bool, device=dead.device)
     alive[dead] = False
     length = RESAMPLED_NORM * float(weights.W_enc[alive].norm(dim=1).mean()) if alive.any() else RESAMPLED_NORM
-    weights.W_dec[dead] = ranks.agree(normalize((batch.target - weights.b_dec)[tokens], dim=1))
-    weights.W_enc[dead] = ranks.agree(length * normalize(centre(weights, batch)[tokens], dim=1))
+    weights.W_dec[dead] = distributed.agree(normalize((batch.target - weights.b_dec)[tokens], dim=1))
+    weights.W_enc[dead] = distributed.agree(length * normalize(centre(weights, batch)[tokens], dim=1))
     weights.b_enc[dead] = 0.0
     for tensor in (weights.W_dec, weights.W_enc, weights.b_enc):
         grad_of(tensor)[dead] = 0.0

@@ -1,0 +1,5 @@
+"""`python -m ommatid.cli`: the command line."""
+
+from ommatid.cli import main
+
+main()

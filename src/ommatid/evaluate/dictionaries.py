@@ -1,0 +1,224 @@
+"""A dictionary under evaluation: the SAE, an untrained one, the raw neurons, or another baseline."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, assert_never
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from ommatid import schemas
+from ommatid.activations.batches import load_sample
+from ommatid.compute.nulls import none_for_nan, nullable
+from ommatid.config import EvaluateParams
+from ommatid.errors import ConfigError
+from ommatid.evaluate.batches import Images, load_kinds
+from ommatid.evaluate.classes import Meaning
+from ommatid.evaluate.monosemanticity import Judge, Judged, Verdict
+from ommatid.evaluate.structure import Levels, Structure
+from ommatid.metrics import FidelityByKind, Firing, TopImages, coverage, nan_mean, purity, uniqueness
+from ommatid.sae.baselines import Dictionary, Neurons, make_baseline
+from ommatid.sae.model import SAE, make_untrained
+from ommatid.store import Artefact
+
+Pool = Callable[[Tensor], Tensor]
+"""From activations of tokens (images, tokens, latents) to those of images (images, latents)."""
+
+
+def make_pool(params: EvaluateParams, activations: Artefact) -> Pool:
+    """The image-level activation that params ask for.
+
+    Raises:
+        ConfigError: cls, and no class token was extracted.
+    """
+    match params.image_activation:
+        case "max":
+            return lambda acts: acts.amax(1)
+        case "mean":
+            return lambda acts: acts.mean(1)
+        case "cls":
+            place = _find_class_token(activations)
+            return lambda acts: acts[:, place]
+        case _:
+            assert_never(params.image_activation)
+
+
+def _find_class_token(activations: Artefact) -> int:
+    """Its place among the tokens of an image."""
+    per_image = activations.summary["tokens_per_image"]
+    first = next((rows for rows in activations.iter_batches("eval", ["kind"], n_rows=per_image) if len(rows)), None)
+    kinds = first["kind"].to_pylist() if first else ["cls"]
+    if "cls" not in kinds:
+        raise ConfigError(
+            f"evaluate.image_activation: cls, and no class token was extracted at {activations.summary['hookpoint']}, only "
+            f"{', '.join(sorted(set(kinds)))}; set it to max or mean, or extract.tokens to all or cls where the model has a class token"
+        )
+    return kinds.index("cls")
+
+
+N_PURITY = 16
+"""Images of purity@16."""
+CONTROL_SEED = 12345
+"""Not the training seed: the controls share nothing with the SAE."""
+CALIBRATION_TOKENS = 4096
+"""Training tokens on which the untrained SAE's threshold is set."""
+BASELINE_TOKENS = 2**17
+"""Training tokens on which baselines are fitted, at most."""
+BASELINE_VALUES = 2**26
+"""Values of these tokens (tokens x d_model), at most: 256 MiB."""
+
+
+class Subject:
+    """A dictionary under evaluation: the SAE, an untrained one, the raw neurons, or another baseline."""
+
+    def __init__(self, name: str, dictionary: Dictionary, kinds: Sequence[str] | None, judges: Sequence[Judge], pool: Pool) -> None:
+        """`kinds` names the kind of each token of an image; None: the dictionary decodes nothing."""
+        self.name = name
+        self._dictionary = dictionary
+        self.fidelity = None if kinds is None else FidelityByKind(kinds)
+        self.levels = Levels(dictionary) if name == "sae" and isinstance(dictionary, SAE) else None
+        d_latents = dictionary.n_latents
+        self.firing = Firing(d_latents)
+        self.judged = Judged(d_latents, judges)
+        self.verdicts: list[Verdict] = []
+        self.top = TopImages(d_latents, N_PURITY)
+        self._pool = pool
+
+    @property
+    def dictionary(self) -> Dictionary:
+        """What is measured."""
+        return self._dictionary
+
+    def add(self, batch: Images) -> Tensor:
+        """First pass; gives the image-level activations (images, latents)."""
+        x = batch.x.flatten(0, 1)
+        acts = self._dictionary.encode(x)
+        shape = batch.x.shape[:2]
+        pooled = self._pool(acts.unflatten(0, shape))
+        if self.fidelity:
+            self.fidelity.add(batch.target, self._dictionary.decode(acts).unflatten(0, shape), acts.unflatten(0, shape))
+        if self.levels:
+            self.levels.add(batch.target.flatten(0, 1), acts)
+        self.firing.add(acts, pooled)
+        self.judged.add(pooled, batch.judges)
+        self.top.add(pooled, batch.numbers)
+        return pooled
+
+    def begin_second_pass(self) -> None:
+        """After the first."""
+        self.judged.begin_second_pass()
+
+    def add_again(self, batch: Images) -> Tensor:
+        """Second pass; gives the token activations (images, tokens, latents)."""
+        acts = self._dictionary.encode(batch.x.flatten(0, 1)).unflatten(0, batch.x.shape[:2])
+        self.judged.add(self._pool(acts), batch.judges)
+        return acts
+
+    def end(self) -> None:
+        """After the second pass."""
+        self.verdicts = self.judged.verdicts()
+
+    def purity(self, labels: Mapping[int, str]) -> list[float]:
+        """Purity@16 of each latent; NaN without labels or with fewer than 16 firing images."""
+        return purity(self.top_labels(labels), N_PURITY)
+
+    def top_labels(self, labels: Mapping[int, str]) -> list[list[str]]:
+        """Classes of the strongest firing images of each latent, of those that have one."""
+        return [[labels[i] for i in images if i in labels] for images in self.top_images()]
+
+    def top_images(self) -> list[list[int]]:
+        """The strongest firing images of each latent, strongest first."""
+        fires = (self.top.acts > 0).T.tolist()
+        images = self.top.images.T.tolist()
+        return [[i for i, fired in zip(*pair, strict=True) if fired] for pair in zip(images, fires, strict=True)]
+
+    def uniqueness(self) -> Tensor:
+        """Of each latent, (latents,); NaN with fewer than 16 firing images."""
+        return uniqueness(torch.where(self.top.acts > 0, self.top.images, -1).T.contiguous())
+
+    def compare(self, sae: str, labels: Mapping[int, str]) -> dict[str, Any]:
+        """The row of `comparisons`: MS by the main judge."""
+        fidelity = self.fidelity.whole if self.fidelity else None
+        values = {
+            "fvu": fidelity.fvu if fidelity else math.nan,
+            "cosine": fidelity.cosine if fidelity else math.nan,
+            "purity": nan_mean(torch.tensor(self.purity(labels), dtype=torch.float64)),
+            "coverage": coverage(self.top_labels(labels), N_PURITY, len(set(labels.values()))),
+            "uniqueness": nan_mean(self.uniqueness()),
+        }
+        return {
+            "sae": sae,
+            "dictionary": self.name,
+            "n_latents": len(self.firing.count),
+            "l0": float(self.firing.count.sum()) / self.firing.n_tokens,
+            "dead": float(self.firing.is_dead.double().mean()),
+            **self.verdicts[0].headline,
+            **none_for_nan(values),
+        }
+
+    def kinds(self, sae: str) -> list[dict[str, Any]]:
+        """The rows of `fidelity`."""
+        found = {**self.fidelity.of, "all": self.fidelity.whole} if self.fidelity else {}
+        return [
+            {"sae": sae, "dictionary": self.name, "kind": kind, "n_tokens": one.n}
+            | none_for_nan({"fvu": one.fvu, "cosine": one.cosine, "l0": one.l0})
+            for kind, one in found.items()
+        ]
+
+
+def make_subjects(sae: SAE, activations: Artefact, params: EvaluateParams) -> list[Subject]:
+    """The SAE, its two controls, and the baselines that are asked for, in this order."""
+    judges, pool = Judge.all_of(activations), make_pool(params, activations)
+    dictionaries: dict[str, Dictionary] = {
+        "sae": sae,
+        "untrained": make_untrained(sae.config, load_sample(activations, CALIBRATION_TOKENS), CONTROL_SEED),
+        "neurons": Neurons(sae.config.d_model),
+    }
+    if params.baselines:
+        sample = load_sample(activations, min(BASELINE_TOKENS, BASELINE_VALUES // sae.config.d_model))
+        dictionaries |= {kind: make_baseline(kind, sae.config, sample, CONTROL_SEED) for kind in params.baselines}
+    is_transcoder = sae.config.target is not None  # the others decode the activations that they encode, and nothing else
+    kinds = load_kinds(activations)
+    return [
+        Subject(name, dictionary, kinds if name == "sae" or (name != "neurons" and not is_transcoder) else None, judges, pool)
+        for name, dictionary in dictionaries.items()
+    ]
+
+
+def make_latents(
+    sae: str, subject: Subject, labels: Mapping[int, str], dead_in_training: list[int], meaning: Meaning, structure: Structure
+) -> pa.Table:
+    """The `latents` table."""
+    firing = subject.firing
+    n = len(firing.count)
+    judged = subject.verdicts[0]
+    classes = [[name for name, _ in Counter(top).most_common(3)] for top in subject.top_labels(labels)]
+    duplicate_of = structure.duplicate_of.numpy()
+    was_dead = torch.zeros(n, dtype=torch.bool)
+    was_dead[dead_in_training] = True
+    columns = {
+        "sae": [sae] * n,
+        "latent": np.arange(n, dtype=np.int32),
+        "density": firing.density.numpy(),
+        "mean_act": nullable(firing.mean),
+        "max_act": firing.max.numpy(),
+        "n_images": firing.n_images.int().numpy(),
+        "is_dead": firing.is_dead.numpy(),
+        "dead_in_training": was_dead.numpy(),
+        "ms": nullable(judged.ms),
+        "ms_low": nullable(judged.low),
+        "ms_high": nullable(judged.high),
+        "purity": nullable(torch.tensor(subject.purity(labels), dtype=torch.float64)),
+        "purity_64": nullable(meaning.purity_64),
+        "top_classes": classes,
+        "label_entropy": nullable(meaning.label_entropy),
+        "lca_depth": nullable(meaning.lca_depth).cast(pa.int32()),
+        "uniqueness": nullable(subject.uniqueness()),
+        "is_dense": firing.is_dense.numpy(),
+        "is_rare": firing.is_rare.numpy(),
+        "duplicate_of": pa.array(duplicate_of, pa.int32(), mask=duplicate_of < 0),
+    }
+    return pa.table(columns, schema=schemas.LATENTS)

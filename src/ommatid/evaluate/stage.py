@@ -1,0 +1,101 @@
+"""Stage `evaluate`: what every latent does on the evaluation split, with raw neurons and an untrained SAE beside it.
+
+Two passes over the evaluation tokens stream (passes.py); what relates latents to one another, to labels and to a taxonomy is made of the
+firings that they leave (structure.py, meaning.py, probes.py). Then the model itself runs over some of the images (zero_shot.py).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from ommatid import schemas
+from ommatid.config import EvaluateParams
+from ommatid.errors import ArtefactError
+from ommatid.evaluate.batches import load_classes, load_paths
+from ommatid.evaluate.classes import choose_images, measure_meaning, measure_probes
+from ommatid.evaluate.dictionaries import Subject, make_latents
+from ommatid.evaluate.monosemanticity import iter_failures, make_judged
+from ommatid.evaluate.passes import Passes
+from ommatid.evaluate.structure import make_densities, measure_structure
+from ommatid.evaluate.zero_shot import measure_zero_shot
+from ommatid.events import Listener, Warned, ignore
+from ommatid.images.eval_split import iter_fired, load_halves
+from ommatid.sae.model import SAE, SAEConfig
+from ommatid.store import Artefact, Draft
+
+
+def evaluate(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
+    """Measure one SAE, an untrained SAE and the raw neurons on the evaluation split.
+
+    Args:
+        params: The section `evaluate`.
+        inputs: `images`, the activations (`extract`), the SAE (`train`) and, of a transcoder, what it is to decode (`target`).
+        draft: Of the SAE's evaluation.
+        on_event: Hears of both passes.
+
+    Raises:
+        ArtefactError: `target` is not what the SAE was trained to decode, or a judge failed on every evaluation image.
+        ConfigError: image_activation is cls, and no class token was extracted.
+    """
+    activations, images = inputs["extract"], inputs["images"]
+    sae = SAE.load(inputs["train"].path)
+    _check_target(sae.config, inputs.get("target"))
+    name, labels, halves = inputs["train"].summary["sae"], load_classes(images), load_halves(images)
+    probed = choose_images(halves, labels)
+    passes = Passes(params, inputs, sae, probed, draft, on_event)
+    passes.run()
+    trained, subjects, files = passes.subjects[0], passes.subjects, passes.firings.files()
+    for what in iter_failures(trained.verdicts):
+        on_event(Warned(f"{name}: {what}"))
+    fired = iter_fired(files, halves, str(draft.scratch))
+    meaning = measure_meaning(fired, halves, labels, load_paths(images), sae.n_latents)
+    structure = measure_structure(name, files, sae.W_dec, trained.verdicts[0].n_shown)
+    assert trained.fidelity and trained.levels, trained.name
+    comparisons = [subject.compare(name, labels) for subject in subjects]
+    kinds = [row for subject in subjects for row in subject.kinds(name)]
+    zero_shot = measure_zero_shot(name, {one.name: one.dictionary for one in subjects if one.fidelity}, inputs, on_event)
+    tables = {
+        "examples": passes.heat.table(name),
+        "latents": make_latents(name, trained, labels, inputs["train"].summary["dead_latents"], meaning, structure),
+        "judged": make_judged(name, [(subject.name, verdict) for subject in subjects for verdict in subject.verdicts]),
+        "comparisons": pa.Table.from_pylist(comparisons, schema=schemas.COMPARISONS),
+        "fidelity": pa.Table.from_pylist(kinds, schema=schemas.FIDELITY),
+        "densities": make_densities(name, {subject.name: subject.firing for subject in subjects}),
+        "cofiring": structure.cofiring,
+        "levels": trained.levels.table(name, trained.fidelity.whole, trained.verdicts[0].ms, meaning.lca_depth),
+        "probes": measure_probes(name, probed, passes.pooled, files, sae.n_latents),
+        "zero_shot": zero_shot.table(),
+    }
+    for table, rows in tables.items():
+        draft.write_table(f"{table}.parquet", rows)
+    sealed = draft.seal(_summarise(params, comparisons, trained, activations) | zero_shot.summary())
+    passes.forget()
+    return sealed
+
+
+def _check_target(config: SAEConfig, target: Artefact | None) -> None:
+    given = target.summary["hookpoint"] if target else None
+    if given != config.target:
+        raise ArtefactError(
+            f"evaluate: the SAE decodes {config.target or config.hookpoint}, and train.target says {given or config.hookpoint}; "
+            "evaluate with the params of its training, or train again"
+        )
+
+
+def _summarise(params: EvaluateParams, comparisons: list[dict[str, Any]], subject: Subject, activations: Artefact) -> dict[str, Any]:
+    mine, untrained, neurons, *_ = comparisons
+    keys = ("sae", "fvu", "cosine", "l0", "dead", "ms", "ms_low", "ms_high", "ms_best", "ms_left_out", "ms_floor", "purity")
+    keys += ("coverage", "uniqueness", "judge")
+    return {
+        **{key: mine[key] for key in keys},
+        "ms_untrained": untrained["ms"],
+        "ms_neurons": neurons["ms"],
+        "fvu_untrained": untrained["fvu"],
+        "n_latents": mine["n_latents"],
+        "n_images": subject.verdicts[0].n_shown,
+        "judges": [{**verdict.headline, "n_images": verdict.n_images, "failed": verdict.failed} for verdict in subject.verdicts],
+        "n_tokens": subject.firing.n_tokens,
+        "image_activation": params.image_activation,
+        "grid": activations.summary["grid"],
+    }

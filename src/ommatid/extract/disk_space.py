@@ -1,0 +1,91 @@
+"""How many bytes extraction writes, known before it starts; it does not start on a disk that is too small."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ommatid.config import Executor, ExtractParams, LocalExecutor
+from ommatid.errors import ArtefactError
+from ommatid.extract.plan import IMAGES_PER_SHARD
+from ommatid.extract.towers import Towers
+from ommatid.store import Draft
+from ommatid.store.filesystem import in_words
+
+ROW = 4
+"""Bytes of a row beside its vector: `image`; the other columns are a dictionary's indices."""
+SPILLED = 29
+"""Bytes of a waiting training row beside its vector: image, place, round, stratum, draw."""
+MARGIN = 1.02
+"""Page headers, footers, indices of the dictionaries, manifests."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of an extraction."""
+
+    final: int
+    """Of the artefacts."""
+    waiting: int
+    """Of the chunks of the largest shard, while it is being made."""
+
+
+def size_of(params: ExtractParams, images: Mapping[str, Any], towers: Towers) -> Size:
+    """Bytes of an extraction of an images artefact with this summary; `sample` and `max_norm` as if nothing were left out by norm."""
+    n, n_train, n_eval = (images[key] for key in ("n_images", "n_train", "n_eval"))
+    embedding = 4 * (1 + towers.d_joint + sum(judge.d_embed for judge in towers.judges))
+    tokens = 0.0
+    spilled = 0.0
+    for picker in towers.pickers.values():
+        width, per_image = 2 * picker.hookpoint.d_model, len(picker.places)
+        kept = min(per_image, params.sample or per_image)
+        tokens += (n_train * kept + n_eval * per_image) * (width + ROW)
+        spilled += (n_train * kept + n_eval * per_image) * (width + SPILLED)
+    share = min(1.0, IMAGES_PER_SHARD / max(1, n))
+    return Size(int((tokens + n * embedding) * MARGIN), int((spilled + n * embedding) * share))
+
+
+def check_disk_space(draft: Draft, params: ExtractParams, images: Mapping[str, Any], towers: Towers) -> None:
+    """Refuse before any work.
+
+    Raises:
+        ArtefactError: the disk is too small; names both numbers and the params that would make it fit.
+    """
+    size, free = size_of(params, images, towers), shutil.disk_usage(draft.scratch).free
+    # an object store has room, but a shard's finished files wait here until they are there
+    final, files = (0, 2) if "://" in draft.url else (size.final, 1)
+    waiting = size.waiting * files * _workers_here(params.executor)
+    need = final + waiting - _written(draft.scratch.parent)
+    if need <= free:
+        return
+    ways = []
+    if limit := int(images["n_images"] * max(0, free) / need * 0.95):
+        ways.append(f"images.limit={limit}")
+    most = max(len(picker.places) for picker in towers.pickers.values())
+    if sample := int((params.sample or most) * free / need * 0.8):
+        ways.append(f"extract.sample={sample} (fewer tokens of each training image)")
+    if params.tokens in ("patch", "all") and any(picker.grid for picker in towers.pickers.values()):
+        ways.append("extract.tokens=pooled")
+    if len(params.hookpoints) > 1:
+        ways.append("fewer extract.hookpoints")
+    raise ArtefactError(
+        f"{draft.url}: extraction needs {in_words(need)} ({in_words(size.final)} of activations and embeddings, "
+        f"{in_words(waiting)} while shards are made), and {in_words(free)} are free; make room"
+        + (f", or set {', or '.join(ways)}" if ways else "")
+    )
+
+
+def _workers_here(executor: Executor) -> int:
+    """How many shards are made on this disk at once."""
+    if isinstance(executor, LocalExecutor):
+        return max(1, torch.cuda.device_count())
+    return 1 if executor.address else executor.workers
+
+
+def _written(folder: Path) -> int:
+    """Bytes that an earlier run left; files of two names count once."""
+    found = (path.stat() for path in folder.rglob("*") if path.is_file())
+    return sum({status.st_ino: status.st_size for status in found}.values())

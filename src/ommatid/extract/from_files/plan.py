@@ -1,0 +1,128 @@
+"""The plan of an import: files are cut into blocks of consecutive entries, which are dealt to shards at random."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ommatid.errors import SourceError
+from ommatid.extract.from_files.base import ActivationFile
+from ommatid.extract.plan import IMAGES_PER_SHARD, SEED
+
+BYTES_PER_BLOCK = 2**23
+"""Of float16: what is read at once, and what a killed run loses."""
+BYTES_PER_SHARD = 2**27
+"""Of float16, at most, where that leaves it enough images: a round of a shard is held in memory."""
+MAX_IMAGES = 2**31
+"""`image` is an int32."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive entries of one file."""
+
+    file: int
+    """Index of the file."""
+    index: int
+    """Index of the block in the file."""
+    n_rows: int
+    """Tokens in it."""
+    n_images: int
+    """Images in it."""
+    most: int
+    """Tokens of the image that has most in it."""
+    before: int
+    """Entries right before it that are of its first image."""
+
+
+class FilePlan:
+    """Which blocks each shard holds: a function of the files' shapes and images.
+
+    Raises:
+        SourceError: images that are no int32 from 0 on.
+    """
+
+    def __init__(self, files: Sequence[ActivationFile]) -> None:
+        self._files = files
+        self.d_model = files[0].shape[-1]
+        self.tokens = math.prod(files[0].shape[1:-1])
+        """Rows of an entry."""
+        self.entries = max(1, BYTES_PER_BLOCK // (2 * self.tokens * self.d_model))
+        """Of a block, but the last of a file."""
+        self._images = _Images()
+        self.blocks = [block for index, file in enumerate(files) for block in self._cut(index, file)]
+        self.n_rows = sum(block.n_rows for block in self.blocks)
+        self.n_images = self._images.n if files[0].has_images else self.n_rows // self.tokens
+        if self.n_images > MAX_IMAGES:
+            raise SourceError(
+                f"{files[0].path}: {self.n_images} images in all; at most {MAX_IMAGES}; say with `image` which rows belong to one"
+            )
+
+    def _cut(self, index: int, file: ActivationFile) -> Iterator[Block]:
+        for i, (n, n_images, most, before) in enumerate(self._count(file)):
+            yield Block(index, i, n * self.tokens, n_images, most * self.tokens, before)
+
+    def _count(self, file: ActivationFile) -> Iterator[tuple[int, int, int, int]]:
+        """Entries, images, entries of the image that has most, and entries right before it of its first one, of each block of a file."""
+        if not file.has_images:
+            yield from ((n, n, 1, 0) for start in range(0, file.shape[0], self.entries) for n in [min(self.entries, file.shape[0] - start)])
+            return
+        row, last, run = 0, -1, 0
+        for images in file.iter_images(self.entries):
+            bad = ((images < 0) | (images >= MAX_IMAGES)).nonzero()[0]
+            if len(bad):
+                raise SourceError(
+                    f"{file.path}: the image of row {row + bad[0]} is {images[bad[0]]}; it must be from 0 to {MAX_IMAGES - 1}"
+                )
+            different, counts = np.unique(images, return_counts=True)
+            self._images.add(different)
+            before = run if images[0] == last else 0
+            yield len(images), len(different), int(counts.max()), before
+            last, run = int(images[-1]), int(places_in_runs(images, before)[-1]) + 1
+            row += len(images)
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Number of each file's first image, where the files do not say."""
+        return [0, *np.cumsum([file.shape[0] for file in self._files]).tolist()]
+
+    @cached_property
+    def shards(self) -> list[list[Block]]:
+        """The blocks of each shard, in the order of the files; every shard has some."""
+        n_bytes = 2 * self.n_rows * self.d_model
+        n = max(1, min(len(self.blocks), self.n_images // IMAGES_PER_SHARD, math.ceil(n_bytes / BYTES_PER_SHARD)))
+        rows = np.array([block.n_rows for block in self.blocks])
+        order = np.random.default_rng(SEED).permutation(len(rows))
+        middle = rows[order].cumsum() - rows[order] / 2
+        dealt = np.minimum((middle * n / rows.sum()).astype(np.int64), n - 1)
+        return [[self.blocks[i] for i in sorted(order[dealt == shard])] for shard in np.unique(dealt)]
+
+
+class _Images:
+    """Counts different images: a bit each."""
+
+    def __init__(self) -> None:
+        self._bits = np.zeros(0, np.uint8)
+
+    def add(self, images: np.ndarray) -> None:
+        short = int(images.max()) // 8 + 1 - len(self._bits)
+        if short > 0:
+            self._bits = np.concatenate(
+                [self._bits, np.zeros(min(max(short, len(self._bits)), MAX_IMAGES // 8 - len(self._bits)), np.uint8)]
+            )
+        np.bitwise_or.at(self._bits, images // 8, np.left_shift(1, images % 8).astype(np.uint8))
+
+    @property
+    def n(self) -> int:
+        return int(np.bitwise_count(self._bits).sum(dtype=np.int64))
+
+
+def places_in_runs(entries: np.ndarray, before: int) -> np.ndarray:
+    """Place of each entry in its run of entries of one image; the first run began `before` entries earlier."""
+    starts = np.concatenate([[0], (np.diff(entries) != 0).nonzero()[0] + 1])
+    lengths = np.diff([*starts, len(entries)])
+    place = np.arange(len(entries)) - starts.repeat(lengths)
+    place[: lengths[0]] += before
+    return place

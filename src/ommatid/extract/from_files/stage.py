@@ -1,0 +1,259 @@
+"""Stage `extract` with `source: files`: imports activations that were made elsewhere. See docs/users/activations.md.
+
+Every file is cut into blocks of consecutive entries, which are dealt to shards at random. The files are read once, in order: each
+block waits in the spill of its shard, checked, in float16 and with its rows in random rounds (see shuffle.py). Then each shard is
+written. So memory depends on neither rows nor files, and a run that died goes on after its last whole block or shard.
+"""
+
+import hashlib
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from ommatid import schemas
+from ommatid.activations.columns import to_binary
+from ommatid.config import ExtractFiles
+from ommatid.errors import ArtefactError, ConfigError, SourceError
+from ommatid.events import Listener, Progress, Warned, ignore
+from ommatid.extract.from_files.base import ActivationFile
+from ommatid.extract.from_files.formats import open_files
+from ommatid.extract.from_files.plan import Block, FilePlan, places_in_runs
+from ommatid.extract.plan import SEED
+from ommatid.extract.rows import BYTES_PER_ROW_GROUP, Groups, Seen, Spill, iter_in_order, write_rows
+from ommatid.store import RECEIPTS, SCRATCH, Artefact, Draft, File, part_name
+from ommatid.store.filesystem import in_words
+
+LARGEST = 65504.0
+"""The largest float16."""
+_SOURCE = f"{SCRATCH}/source.json"
+
+
+def import_files(params: ExtractFiles, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
+    """Import activations; it has no `inputs`, and makes no embeddings.
+
+    Raises:
+        SourceError: the files break the contract of docs/users/activations.md, or hold values that float16 cannot; nothing is published.
+        ConfigError: a name that a folder of the artefact has already.
+    """
+    if params.name in (SCRATCH, RECEIPTS):
+        raise ConfigError(f"extract.name: {params.name!r} is a folder of Ommatid's own; call the activations something else")
+    files, notices = open_files(params.path, params.key)
+    for notice in notices:
+        on_event(Warned(notice))
+    plan = FilePlan(files)
+    if not files[0].has_images and len(files[0].shape) == 2:
+        on_event(Warned(f"{params.path}: nothing says which image a row comes from: each of {plan.n_rows} counts as an image of its own"))
+    _start_or_go_on(draft, params.name, files)
+    _Import(params, files, plan, draft, on_event).make()
+    shards = list(draft.iter_json([_receipt(shard) for shard in range(len(plan.shards))]))
+    written = [File(**file) for shard in shards for file in shard["files"]]
+    n_tokens = {table: sum(file.rows or 0 for file in written if file.name.startswith(f"{table}-")) for table in ("train", "eval")}
+    summary = {"n_train_tokens": n_tokens["train"], "n_eval_tokens": n_tokens["eval"], "window": min(shard["window"] for shard in shards)}
+    draft.child(params.name, "activations").seal(_summarise(params, files[0], plan) | summary, written)
+    return draft.seal({"source": "files", "hookpoints": [params.name], "n_shards": len(shards), "n_images": plan.n_images})
+
+
+def _summarise(params: ExtractFiles, first: ActivationFile, plan: FilePlan) -> dict[str, Any]:
+    """The keys of activations made from images; null: there are no images to know it from."""
+    per_image = 1 if not first.has_images else None
+    known = {
+        "source": "files",
+        "model": params.model,
+        "hookpoint": params.name,
+        "d_model": first.shape[-1],
+        "tokens_per_image": first.shape[1] if len(first.shape) == 3 else per_image,
+        "n_images": plan.n_images,
+        "preprocessing": {},
+    }
+    return known | dict.fromkeys(("judge", "judges", "namer", "d_joint", "d_judge", "grid", "rounding"))
+
+
+def _start_or_go_on(draft: Draft, name: str, files: Sequence[ActivationFile]) -> None:
+    """What a run left that died is kept where the files are still the same."""
+    stats = [(path, path.stat()) for file in files for path in file.paths]
+    facts = [(path.as_posix(), status.st_size, status.st_mtime_ns) for path, status in stats]
+    fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
+    if draft.has(_SOURCE) and draft.read_json(_SOURCE) == fingerprint:
+        return
+    for folder in (name, RECEIPTS):
+        draft.remove(folder)
+    shutil.rmtree(draft.scratch)
+    draft.scratch.mkdir()
+    draft.write_json(_SOURCE, fingerprint)
+
+
+def _receipt(shard: int) -> str:
+    return f"{RECEIPTS}/{shard:07d}.json"
+
+
+class _Import:
+    """Files to shards."""
+
+    def __init__(self, params: ExtractFiles, files: Sequence[ActivationFile], plan: FilePlan, draft: Draft, on_event: Listener) -> None:
+        self._params = params
+        self._files = files
+        self._plan = plan
+        self._draft = draft
+        self._on_event = on_event
+        shards = range(len(plan.shards))
+        done = draft.whole_receipts(map(_receipt, shards), self._iter_files)
+        self._missing = [shard for shard in shards if _receipt(shard) not in done]
+        self._spills = {shard: Spill(draft.scratch / f"shard-{shard:07d}") for shard in self._missing}
+        self._groups = {shard: _groups(plan.shards[shard], plan.d_model) for shard in self._missing}
+
+    def _iter_files(self, receipt: dict[str, Any]) -> Iterator[File]:
+        """The files of a shard, by their names in the draft."""
+        return (File(**(values | {"name": f"{self._params.name}/{values['name']}"})) for values in receipt["files"])
+
+    def make(self) -> None:
+        """Read what is missing, check it, write what is missing.
+
+        Raises:
+            SourceError: values that float16 cannot hold; names the files, the first rows and how many.
+        """
+        places = {block: (shard, chunk) for shard in self._missing for chunk, block in enumerate(self._plan.shards[shard])}
+        wanted = {block: place for block, place in places.items() if not self._spills[place[0]].has(place[1])}
+        self._check_room(wanted)
+        self._read(wanted)
+        for n, shard in enumerate(self._missing, start=1):
+            self._write(shard)
+            self._on_event(Progress("write shards", n, len(self._missing)))
+
+    def _check_room(self, wanted: Mapping[Block, Any]) -> None:
+        per_row = 2 * self._plan.d_model + _BESIDE
+        largest = max((sum(block.n_rows for block in self._plan.shards[shard]) for shard in self._missing), default=0)
+        need = (sum(block.n_rows for block in wanted) + largest) * per_row
+        free = shutil.disk_usage(self._draft.scratch).free
+        if need > free:
+            raise ArtefactError(
+                f"{self._draft.scratch}: the import needs {in_words(need)}, and {in_words(free)} are free; make room, or point "
+                "extract.path at fewer files"
+            )
+
+    def _read(self, wanted: Mapping[Block, tuple[int, int]]) -> None:
+        """Every file once, in order."""
+        damage: list[str] = []
+        done = len(self._plan.blocks) - len(wanted)
+        for index, blocks in groupby(sorted(wanted, key=lambda block: (block.file, block.index)), lambda block: block.file):
+            file, bad = self._files[index], _Bad(self._plan.tokens)
+            of_piece = {block.index: block for block in blocks}
+            for i, x, images in file.iter_pieces(self._plan.entries, of_piece):
+                start = i * self._plan.entries
+                if not bad.add(start, x) and not damage:
+                    entries = np.arange(start, start + len(x)) + self._plan.starts[index] if images is None else images
+                    self._spill(*wanted[of_piece[i]], entries, places_in_runs(entries, of_piece[i].before), x)
+                done += 1
+                self._on_event(Progress("read blocks", done, len(self._plan.blocks)))
+            damage += [f"{file.path}: {bad}"] if bad else []
+        if damage:
+            more = f"; and {len(damage) - _SHOWN} more files" if len(damage) > _SHOWN else ""
+            raise SourceError(
+                f"activations that cannot be stored as float16: {'; '.join(damage[:_SHOWN])}{more}; mend or remove these rows"
+            )
+
+    def _spill(self, shard: int, chunk: int, entries: np.ndarray, place: np.ndarray, x: Tensor) -> None:
+        """Rows of a block wait for their shard: training rows in random rounds, evaluation rows as they came."""
+        image = entries.repeat(self._plan.tokens)
+        token = (place[:, None] * self._plan.tokens + np.arange(self._plan.tokens)).reshape(-1)
+        rows = x.reshape(-1, self._plan.d_model).half()
+        held = is_eval(image, self._params.eval_share)
+        where, kept = held.nonzero()[0], (~held).nonzero()[0]
+        order, parts = self._groups[shard].split(image[kept], np.random.default_rng([SEED, shard, chunk]))
+        train = []
+        for part in parts:
+            columns = _columns(image[kept[part]], token[kept[part]], rows[torch.from_numpy(kept[part])])
+            extra = {"round": order.round[part], "stratum": order.stratum[part], "draw": order.draw[part]}
+            train.append(pa.RecordBatch.from_pydict(columns | {name: pa.array(values) for name, values in extra.items()}))
+        held_out = pa.RecordBatch.from_pydict(_columns(image[where], token[where], rows[torch.from_numpy(where)]))
+        self._spills[shard].write(chunk, {"train": train, "eval": [held_out]})
+
+    def _write(self, shard: int) -> None:
+        spill, n_chunks = self._spills[shard], len(self._plan.shards[shard])
+        schema = schemas.activations(self._plan.d_model, {"model": self._params.model, "hookpoint": self._params.name})
+        draft = self._draft.child(self._params.name, "activations")
+        seen = Seen()
+        tables = {
+            "train": (seen.add(rows) for rows in iter_in_order(spill, "train", n_chunks, self._groups[shard].n)),
+            "eval": (pa.Table.from_batches([spill.read(chunk, "eval")]) for chunk in range(n_chunks)),
+        }
+        files = [
+            write_rows(draft, part_name(table, shard), (_activations(rows, schema) for rows in found), schema)
+            for table, found in tables.items()
+        ]
+        self._draft.write_json(_receipt(shard), {"files": [asdict(file) for file in files], "window": seen.window})
+        spill.drop()
+
+
+_BESIDE = 29
+"""Bytes of a waiting row beside its vector."""
+_SHOWN = 3
+"""Damaged files that are named; the rest are counted."""
+
+
+def _groups(blocks: Sequence[Block], d_model: int) -> Groups:
+    """Row groups of about the usual size: whole rounds."""
+    most = max(block.most for block in blocks)
+    n_bytes = sum(block.n_rows for block in blocks) * d_model * 2
+    return Groups(most, math.ceil(most / max(1, n_bytes // BYTES_PER_ROW_GROUP)))
+
+
+def _columns(image: np.ndarray, token: np.ndarray, x: Tensor) -> dict[str, pa.Array]:
+    return {"image": pa.array(image, pa.int32()), "token": pa.array(token, pa.int32()), "x": to_binary(x, torch.float16)}
+
+
+def _activations(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Rows in the schema of the artefact: imported tokens have no place."""
+    n = len(rows)
+    nowhere = pa.array(np.full(n, -1), pa.int16())
+    columns = {"kind": pa.array(["imported"] * n, pa.string()), "row": nowhere, "col": nowhere}
+    return pa.table([columns.get(name) if name in columns else rows[name] for name in schema.names], schema=schema)
+
+
+def is_eval(image: np.ndarray, share: float) -> np.ndarray:
+    """Which images are held out, by their number alone: an image stays on its side when others come or go.
+
+    The hash is the finaliser of SplitMix64 (doi 10.1145/2714064.2660195).
+    """
+    x = image.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x ^ (x >> np.uint64(31))) / 2**64 < share
+
+
+class _Bad:
+    """Rows of one file that float16 cannot hold."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+        self._counts = dict.fromkeys(("NaN", "infinity", f"more than {LARGEST:.0f}"), 0)
+        self._first: int | None = None
+
+    def add(self, start: int, x: Tensor) -> bool:
+        """Look at the entries from `start` on; whether any is bad."""
+        top = x.reshape(-1, x.shape[-1]).abs().amax(1)  # NaN where there is one
+        bad = (~(top <= LARGEST)).nonzero()[:, 0]
+        if not len(bad):
+            return False
+        found = top[bad]
+        for name, mask in zip(self._counts, (found.isnan(), found.isinf(), found.isfinite()), strict=True):
+            self._counts[name] += int(mask.sum())
+        if self._first is None:
+            self._first = start * self._tokens + int(bad[0])
+        return True
+
+    def __bool__(self) -> bool:
+        return self._first is not None
+
+    def __str__(self) -> str:
+        assert self._first is not None
+        entry, token = divmod(self._first, self._tokens)
+        where = f"row {entry}" + (f" token {token}" if self._tokens > 1 else "")
+        return ", ".join(f"{n} with {name}" for name, n in self._counts.items() if n) + f" (first: {where})"

@@ -1,0 +1,144 @@
+"""Stage `extract`: images through the model and the judges, activations and embeddings out.
+
+A plan deals the images to shards; an executor runs `extract_shard(i)` for those that are not there yet; their receipts become the
+manifests. What comes out is a function of images, params and code: the same bytes whoever ran it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ommatid import executors
+from ommatid.config import ExtractParams
+from ommatid.errors import ModelError
+from ommatid.events import Listener, Progress, ignore
+from ommatid.extract.disk_space import check_disk_space
+from ommatid.extract.plan import blocks_of, make_plan
+from ommatid.extract.receipts import iter_missing, merge
+from ommatid.extract.shard import PLAN, ShardJob, drop_worker, keep_worker
+from ommatid.extract.tokens import TokenPicker
+from ommatid.extract.towers import Towers, find_device, is_same
+from ommatid.store import RECEIPTS, SCRATCH, Artefact, Draft
+from ommatid.vlm.precision import resolve_dtype
+
+PROBE = f"{RECEIPTS}/probe.json"
+__all__ = ["extract"]
+
+
+def extract(params: ExtractParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
+    """Capture activations at every hookpoint for every image, and embed it for the names and for the judges.
+
+    Raises:
+        ModelError: unknown hookpoint, a model that cannot be loaded or lacks the tokens asked for, or a judge that fails on every image.
+        ArtefactError: the disk is too small, or an image was lost.
+        ExecutorError: a worker died again and again, or no cluster answers.
+    """
+    images = inputs["images"]
+    if taken := sorted({SCRATCH, RECEIPTS.strip("/")} & set(params.hookpoints)):
+        raise ModelError(f"extract.hookpoints: {taken[0]!r} is the name of a folder that Ommatid needs; rename the module")
+    towers = Towers(_with_dtype(params))  # all that can be wrong with the models is found before any work
+    check_disk_space(draft, params, images.summary, towers)
+    towers.check()
+    probe = _start_or_go_on(draft, towers.probe())
+    job = ShardJob(towers.params.model_dump_json(), _absolute(images.url), images.digest, _absolute(draft.url), tuple(probe))
+    n_images = _write_plan(draft, images)
+    missing = list(iter_missing(draft, params.hookpoints, len(n_images)))
+    progress = _Progress(n_images, missing, on_event)
+    keep_worker(job, towers)
+    try:
+        executors.run(params.executor, replace(job, on_chunk=progress.tell), missing, progress.shard)
+    finally:
+        drop_worker()
+    for name, merged in merge(draft, params.hookpoints, len(n_images)).items():
+        judges = _judges(towers, merged.failed, sum(n_images))
+        summary = _summarise(towers, towers.pickers[name], images) | {"judges": judges} | merged.summary
+        draft.child(name, "activations").seal(summary, merged.files)
+    return draft.seal({"hookpoints": list(towers.pickers), "n_shards": len(n_images), "n_images": sum(n_images)})
+
+
+def _with_dtype(params: ExtractParams) -> ExtractParams:
+    """Every worker computes as this machine would: `auto` is decided here."""
+    dtype = str(resolve_dtype(params.dtype, find_device())).removeprefix("torch.")
+    return params.model_copy(update={"dtype": dtype})
+
+
+def _start_or_go_on(draft: Draft, probe: list[float]) -> list[float]:
+    """The probe that the draft was begun with; what other weights left in it is dropped."""
+    if draft.has(PROBE):
+        begun: list[float] = draft.read_json(PROBE)
+        if is_same(probe, begun):
+            return begun
+        for name in draft.names(RECEIPTS):
+            draft.remove(name)
+    draft.write_json(PROBE, probe)
+    return probe
+
+
+def _absolute(url: str) -> str:
+    """For workers that run in another folder."""
+    return url if "://" in url else str(Path(url).resolve())
+
+
+def _write_plan(draft: Draft, images: Artefact) -> list[int]:
+    """Images of each shard."""
+    if not draft.has(PLAN):
+        plan = make_plan(blocks_of(images))
+        draft.write_table(PLAN, plan, row_group_size=2**16)  # a worker reads the few row groups that hold its shard
+    counted = draft.read(PLAN).group_by("shard").aggregate([("n_images", "sum")]).sort_by("shard")
+    return counted["n_images_sum"].to_pylist()
+
+
+class _Progress:
+    """Images done, from chunks in this process and shards in others."""
+
+    def __init__(self, n_images: list[int], missing: list[int], on_event: Listener) -> None:
+        self._n_images = n_images
+        self._of_shard = dict.fromkeys(missing, 0)
+        self._total = sum(n_images)
+        self._done = self._total - sum(n_images[shard] for shard in missing)
+        self._on_event = on_event
+
+    def shard(self, shard: int) -> None:
+        """A shard is done."""
+        self.tell(shard, self._n_images[shard])
+
+    def tell(self, shard: int, done: int) -> None:
+        """So many images of a shard are done."""
+        more = done - self._of_shard[shard]
+        if more > 0:
+            self._of_shard[shard] = done
+            self._done += more
+            self._on_event(Progress("extract images", self._done, self._total))
+
+
+def _judges(towers: Towers, failed: list[int], n_images: int) -> list[dict[str, Any]]:
+    """Name, width and failures of each judge, in the order of their columns.
+
+    Raises:
+        ModelError: one failed on every image.
+    """
+    for judge, n in zip(towers.judges, failed, strict=True):
+        if n == n_images > 0:
+            raise ModelError(
+                f"extract.judge: {judge.name} gave no embedding (NaN, infinity or zeros) for any of the {n} images; set extract.dtype to "
+                "float32 if it overflows in bfloat16, or extract.judge to another encoder"
+            )
+    return [{"judge": judge.name, "d_judge": judge.d_embed, "failed": n} for judge, n in zip(towers.judges, failed, strict=True)]
+
+
+def _summarise(towers: Towers, picker: TokenPicker, images: Artefact) -> dict[str, Any]:
+    model = towers.model
+    return {
+        "model": model.name,
+        "judge": towers.judges[0].name,
+        "namer": towers.namer.name,
+        "hookpoint": picker.name,
+        "d_model": picker.hookpoint.d_model,
+        "d_joint": towers.d_joint,
+        "d_judge": towers.judges[0].d_embed,
+        "grid": picker.grid,
+        "tokens_per_image": len(picker.places),
+        "n_images": images.summary["n_images"],
+        "preprocessing": dict(model.preprocessing),
+    }

@@ -1,0 +1,258 @@
+"""The data set in the making: items are examined and become rows, or are rejected with a reason."""
+
+import hashlib
+import io
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from ommatid.images.decode import Unreadable, decode, has_several_frames
+from ommatid.images.source import Item
+from ommatid.schemas import IMAGES, REJECTED
+from ommatid.store import SCRATCH, Artefact, Draft, part_name
+
+_N_WORKERS = min(os.cpu_count() or 1, 8)
+"""Threads: PIL decodes and scales without the interpreter's lock. More than 8 would hold too many large images."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the table images will hold of one image; see schemas.IMAGES."""
+
+    image_id: str
+    path: str
+    width: int
+    height: int
+    label: str | None
+    captions: tuple[str, ...]
+    taxonomy: str | None
+    thumbnail: bytes
+    encoded: bytes
+    remarks: tuple[str, ...] = ()
+    """Keys of `REMARKS` that are true of it; not in the table."""
+
+
+REMARKS = {
+    "n_nearly_black": "nearly black; where they should not be, their values are of another range than the file says: docs/users/images.md",
+    "n_nearly_white": "nearly white; where they should not be, their values are of another range than the file says: docs/users/images.md",
+    "n_of_several_frames": "of files with several frames or pages, of which only the first is taken",
+}
+"""Key of the summary that counts such images, and what they are."""
+NEARLY = 20
+"""Levels of 255 within which a picture's thumbnail is called black, or white: 12 bits in 16 come out at 16 or less."""
+STRAY = 0.001
+"""Share of the thumbnail's values that may lie outside: hot pixels."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row of the table rejected; see schemas.REJECTED."""
+
+    path: str
+    reason: str
+    detail: str
+
+
+def examine(item: Item, thumbnail: int) -> Row | Rejected:
+    """Read and decode one item; `thumbnail` is the longest side of its thumbnail in pixels."""
+    try:
+        encoded = item.read()
+        image = decode(encoded)
+    except OSError as error:
+        return Rejected(item.path, "unreadable", error.strerror or type(error).__name__)
+    except Unreadable as error:
+        return Rejected(item.path, error.reason, error.detail)
+    width, height = image.size
+    image_id = hashlib.sha256(encoded).hexdigest()
+    small = _webp(image, thumbnail)
+    remarks = tuple(_remark(image, encoded))  # on what is a thumbnail by now
+    return Row(image_id, item.path, width, height, item.label, item.captions, item.taxonomy, small, encoded, remarks)
+
+
+def _remark(image: Image.Image, encoded: bytes) -> Iterator[str]:
+    levels = np.asarray(image)
+    if (levels >= NEARLY).mean() <= STRAY:
+        yield "n_nearly_black"
+    if (levels <= 255 - NEARLY).mean() <= STRAY:
+        yield "n_nearly_white"
+    if has_several_frames(encoded):
+        yield "n_of_several_frames"
+
+
+def examine_all(items: Iterable[Item], thumbnail: int) -> Iterator[Row | Rejected]:
+    """Examine items in threads, a few ahead of the reader; results come in the order of the items."""
+    ahead: deque[Future[Row | Rejected]] = deque()
+    with ThreadPoolExecutor(_N_WORKERS) as pool:
+        for item in items:
+            ahead.append(pool.submit(examine, item, thumbnail))
+            if len(ahead) >= 4 * _N_WORKERS:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _webp(image: Image.Image, longest: int) -> bytes:
+    """A thumbnail; scales `image` itself."""
+    image.thumbnail((longest, longest))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=80)
+    return buffer.getvalue()
+
+
+ROWS_PER_PART = 4096
+BYTES_PER_PART = 2**26
+"""A part ends at the row that reaches either: this much is held in memory."""
+
+_SOURCE = f"{SCRATCH}/source.json"
+PARQUET: dict[str, Any] = {
+    "row_group_size": 128,  # what extraction reads and shuffles as one block,
+    "write_batch_size": 16,  # and of large ones not all: a page only ends after a batch
+    "compression": {**dict.fromkeys(IMAGES.names, "zstd"), "thumbnail": "none", "encoded": "none"},  # compressed already
+    "use_dictionary": ["split", "label", "taxonomy"],
+    "write_statistics": ["image", "split", "label"],
+}
+
+
+class _Kept(NamedTuple):
+    """What is remembered of a row after its part is written."""
+
+    image_id: str
+    path: str
+    split: str
+    label: str | None
+
+
+class Collection:
+    """Rows in order of arrival, the first of each image_id only, written as the parts of a draft.
+
+    Beside each part stands a note in the draft's scratch folder: how many items of the source led up to it and which
+    were refused. From parts and notes a killed run continues, and ends with the same bytes.
+    """
+
+    def __init__(self, draft: Draft, eval_share: float, fingerprint: str):
+        self._draft = draft
+        self._eval_share = eval_share
+        self.n_seen = 0
+        """Items of the source that need not be examined again."""
+        self._paths: dict[bytes, str] = {}
+        self._splits: Counter[str] = Counter()
+        self._labels: Counter[str] = Counter()
+        self.remarks: Counter[str] = Counter()
+        """Images of which each of `REMARKS` is true."""
+        self._rejected: list[Rejected] = []
+        self._n_noted = 0
+        self._n_parts = 0
+        self._waiting: list[Row] = []
+        self._n_bytes = 0
+        if self._is_of(fingerprint):
+            self._continue()
+        else:
+            self._start(fingerprint)
+
+    @property
+    def n_images(self) -> int:
+        """Images that were kept."""
+        return len(self._paths)
+
+    def add(self, result: Row | Rejected) -> None:
+        """Take the next result; writes a part when one is full."""
+        self.n_seen += 1
+        if isinstance(result, Rejected):
+            self._rejected.append(result)
+        elif (first := self._paths.get(bytes.fromhex(result.image_id))) is not None:
+            self._rejected.append(Rejected(result.path, "duplicate", first))
+        else:
+            self._keep(_Kept(result.image_id, result.path, split_of(result.image_id, self._eval_share), result.label))
+            self.remarks.update(result.remarks)
+            self._waiting.append(result)
+            self._n_bytes += len(result.encoded) + len(result.thumbnail)
+        if len(self._waiting) >= ROWS_PER_PART or self._n_bytes >= BYTES_PER_PART:
+            self._write_part()
+
+    def seal(self) -> Artefact:
+        """Write what waits, the table of what was refused, and the manifest with the counts."""
+        if self._waiting or not self._n_parts:
+            self._write_part()
+        rejected = pa.Table.from_pylist([vars(row) for row in self._rejected], schema=REJECTED)
+        self._draft.write_table("rejected.parquet", rejected, compression="zstd")
+        return self._draft.seal(self._summary())
+
+    def _keep(self, kept: _Kept) -> None:
+        self._paths[bytes.fromhex(kept.image_id)] = kept.path
+        self._splits[kept.split] += 1
+        if kept.label is not None:
+            self._labels[kept.label] += 1
+
+    def _write_part(self) -> None:
+        note = {"n_seen": self.n_seen, "remarks": self.remarks, "rejected": [vars(row) for row in self._rejected[self._n_noted :]]}
+        self._draft.write_json(_note_name(self._n_parts), note)
+        self._draft.write_table(part_name("images", self._n_parts), self._table(), **PARQUET)  # the part makes the note count
+        self._n_parts += 1
+        self._n_noted = len(self._rejected)
+        self._waiting = []
+        self._n_bytes = 0
+
+    def _table(self) -> pa.Table:
+        start = len(self._paths) - len(self._waiting)
+        rows = ({**vars(row), "image": start + i, "split": split_of(row.image_id, self._eval_share)} for i, row in enumerate(self._waiting))
+        return pa.Table.from_pylist(list(rows), schema=IMAGES)
+
+    def _is_of(self, fingerprint: str) -> bool:
+        """Whether the draft was begun on the same content, and no note is missing."""
+        if not self._draft.has(_SOURCE) or self._draft.read_json(_SOURCE) != fingerprint:
+            return False
+        return all(self._draft.has(_note_name(index)) for index in self._parts_found())
+
+    def _parts_found(self) -> Iterator[int]:
+        index = 0
+        while self._draft.has(part_name("images", index)):
+            yield index
+            index += 1
+
+    def _start(self, fingerprint: str) -> None:
+        for index in reversed([*self._parts_found()]):
+            self._draft.remove(part_name("images", index))
+        self._draft.write_json(_SOURCE, fingerprint)
+
+    def _continue(self) -> None:
+        for index in self._parts_found():
+            table = self._draft.read(part_name("images", index), columns=list(_Kept._fields))
+            for values in zip(*(table[name].to_pylist() for name in _Kept._fields), strict=True):
+                self._keep(_Kept(*values))
+            note = self._draft.read_json(_note_name(index))
+            self.n_seen = note["n_seen"]
+            self.remarks = Counter(note["remarks"])
+            self._rejected += [Rejected(**row) for row in note["rejected"]]
+            self._n_parts = index + 1
+        self._n_noted = len(self._rejected)
+
+    def _summary(self) -> dict[str, Any]:
+        n_duplicates = sum(row.reason == "duplicate" for row in self._rejected)
+        n_rejected = len(self._rejected) - n_duplicates
+        return {
+            "n_seen": self.n_seen,
+            "n_images": self.n_images,
+            "n_train": self._splits["train"],
+            "n_eval": self._splits["eval"],
+            "n_duplicates": n_duplicates,
+            "n_rejected": n_rejected,
+            "rejected_share": n_rejected / self.n_seen if self.n_seen else 0.0,
+            **{key: self.remarks[key] for key in REMARKS},
+            "labels": dict(sorted(self._labels.items())),
+        }
+
+
+def split_of(image_id: str, eval_share: float) -> str:
+    """Train or eval, by the id alone: an image stays on its side when others come or go."""
+    return "eval" if int(image_id[:8], 16) / 2**32 < eval_share else "train"
+
+
+def _note_name(index: int) -> str:
+    return f"{SCRATCH}/images-{index:05d}.json"

@@ -1,0 +1,72 @@
+"""The labeller `human`: labels that people wrote into a CSV file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ommatid.errors import ConfigError
+from ommatid.store.filesystem.csv_file import CsvFile, Row
+
+COLUMNS = ("latent", "label", "sae")
+
+
+def load_labels(path: str, saes: Mapping[str, int]) -> dict[str, dict[int, str]]:
+    """Labels by SAE and latent; a line whose label is empty says nothing yet, and is passed over.
+
+    Args:
+        path: A CSV file with a header: latent, label and, where there are several SAEs, sae.
+        saes: Number of latents of each SAE of the training, by the column `sae` of the tables; the file may also leave out the digits
+            of the checksum at its end.
+
+    Raises:
+        ConfigError: the file is missing, is no CSV of this kind, or has no label; or naming line and column of each thing that is wrong.
+    """
+    where = f"label.labellers: {path}"
+    try:
+        found = _load(Path(path).read_bytes(), saes)
+    except OSError as error:
+        raise ConfigError(
+            f"{where}: {error.strerror}; give a CSV file in UTF-8 with columns latent, label and, of several SAEs, sae"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if not any(found.values()):
+        raise ConfigError(f"{where}: has no label; write one line a latent, such as 301,horse")
+    return found
+
+
+def _load(data: bytes, saes: Mapping[str, int]) -> dict[str, dict[int, str]]:
+    needed = COLUMNS if len(saes) > 1 else COLUMNS[:2]
+    file = CsvFile(data, COLUMNS, needed)
+    if file.others:
+        raise ValueError(f"line 1 has the columns {', '.join(file.columns)}; it needs {', '.join(needed)}, and takes no other than sae")
+    found: dict[str, dict[int, str]] = {name: {} for name in saes}
+    first_lines: dict[tuple[str, int], int] = {}
+    for row in file:
+        try:
+            sae, latent = _parse(row, saes)
+        except ValueError as error:
+            file.problems.append(f"line {row.line}, {error}")
+            continue
+        if not (label := row.cells["label"]):
+            continue
+        if (first := first_lines.setdefault((sae, latent), row.line)) != row.line:
+            file.problems.append(f"line {row.line}, column latent: latent {latent} has a label on line {first} already; keep one")
+        found[sae].setdefault(latent, label)
+    if file.problems:
+        raise ValueError(file.told())
+    return found
+
+
+def _parse(row: Row, saes: Mapping[str, int]) -> tuple[str, int]:
+    sae = _find(row.cells["sae"], saes) if "sae" in row.cells else next(iter(saes))
+    latent = row.cells["latent"]
+    if not latent.isdecimal() or int(latent) >= saes[sae]:
+        raise ValueError(f"column latent: got {latent!r}; {sae} has latents 0 to {saes[sae] - 1}")
+    return sae, int(latent)
+
+
+def _find(given: str, saes: Mapping[str, int]) -> str:
+    names = {alias: name for name in saes for alias in (name.rpartition("-")[0], name)}
+    if not given or given not in names:
+        raise ValueError(f"column sae: got {given!r}; this training has {', '.join(saes)}")
+    return names[given]

@@ -1,0 +1,306 @@
+"""All SAEs of a catalogue beside one another: fidelity, monosemanticity, the controls, and a table of the numbers."""
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+
+from ommatid.catalog.reader import Catalog
+from ommatid.errors import QueryError
+from ommatid.show.pictures.page import FAINT, GREY, INK, MARGIN, Page, fixed, short
+
+
+def choose_sae(catalog: Catalog, name: str | None = None) -> str:
+    """The SAE of this name, the catalogue's or its training's; None: the one with the highest mean MS above its floor.
+
+    Raises:
+        QueryError: there is none of this name.
+    """
+    found = catalog.rows(_SAES)
+    if not found:
+        raise QueryError(f"{catalog.path}: no SAE in it was evaluated; make it again with `dvc repro catalog`")
+    if name is None:
+        return found[0][0]
+    for sae, own in found:
+        if name in (sae, own):
+            return sae
+    names = [own or sae for sae, own in found]
+    near = difflib.get_close_matches(name, names, n=1)
+    guess = f"did you mean {near[0]}? " if near else ""
+    raise QueryError(f"no SAE {name!r}; {guess}the catalogue has {', '.join(names)}")
+
+
+_SAES = """
+    SELECT comparisons.sae, runs.name FROM comparisons LEFT JOIN runs ON runs.sae = comparisons.sae
+    WHERE dictionary = 'sae' ORDER BY comparisons.ms - comparisons.ms_floor DESC NULLS LAST, comparisons.sae
+"""
+
+
+WIDTH = 1240
+PLOT_HEIGHT, PLOT_WIDTH = 350, 510
+LEGEND = 50
+"""Above the plots, for what their colours mean."""
+PLOT_TOP = MARGIN + 42 + LEGEND
+AXIS = 58
+"""Left of a plot, for its numbers."""
+N_ROWS = 16
+"""SAEs in the table, the best first."""
+ROW = 22
+HUES = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#718096", "#975a16")
+"""Colours of variants."""
+LINE = "#a3a9b1"
+"""Joins SAEs of several colours."""
+COLUMNS = (
+    ("d_sae", 560),
+    ("k", 620),
+    ("L0", 695),
+    ("FVU", 775),
+    ("dead", 850),
+    ("MS − floor", 950),
+    ("95 % interval", 1080),
+    ("labelled", 1168),
+)
+"""Of the table, and the right edge of each in pixels."""
+WORST_FVU = 1.1
+"""Of an untrained SAE that is drawn: random directions can be far worse than the mean, which has 1."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An SAE, with its controls."""
+
+    sae: str
+    """What the catalogue calls it."""
+    name: str
+    """In its training."""
+    variant: str
+    d_sae: int
+    k: int
+    l0: float
+    fvu: float | None
+    dead: float
+    above: float | None
+    """Mean MS above its floor."""
+    low: float | None
+    """Lower end of its 95 % interval."""
+    high: float | None
+    labelled: int
+    """Latents with a label."""
+    untrained_fvu: float | None
+    untrained_l0: float
+    untrained_above: float | None
+    neurons_above: float | None
+
+
+def draw_comparison(catalog: Catalog, path: Path) -> None:
+    """Draw FVU against L0 and MS above its floor against d_sae of every SAE, and a table of their numbers."""
+    entries = [Entry(*row) for row in catalog.rows(_ENTRIES)]
+    colours = _colours(entries)
+    rows = entries[:N_ROWS]
+    page = Page(WIDTH, PLOT_TOP + PLOT_HEIGHT + 84 + ROW * len(rows) + 24 + MARGIN)
+    page.text(
+        MARGIN,
+        MARGIN - 10,
+        f"{len(entries)} SAEs of this catalogue" if len(entries) > 1 else "The SAE of this catalogue",
+        15,
+        weight="bold",
+    )
+    page.text(MARGIN, MARGIN + 16, _caption(catalog), 9, GREY)
+    _draw_plots(page, MARGIN + 42, entries, colours)
+    _draw_table(page, PLOT_TOP + PLOT_HEIGHT + 62, rows, len(entries), colours)
+    page.save(path)
+
+
+def make_plots(catalog: Catalog) -> Page:
+    """The two plots alone, with their legend."""
+    entries = [Entry(*row) for row in catalog.rows(_ENTRIES)]
+    page = Page(WIDTH, MARGIN // 2 + LEGEND + PLOT_HEIGHT + 52)
+    _draw_plots(page, MARGIN // 2, entries, _colours(entries))
+    return page
+
+
+def _caption(catalog: Catalog) -> str:
+    ((model, hookpoint, judge, floor),) = catalog.rows(_SUBJECT)
+    return f"trained on {model} {hookpoint}, measured on images that training never saw. Judge {judge}, floor {fixed(floor)}"
+
+
+# ---- colours
+
+
+def _group(entry: Entry, entries: Sequence[Entry]) -> str:
+    """What an SAE's colour stands for: its variant, or its k where all are of one variant."""
+    return entry.variant if len({other.variant for other in entries}) > 1 else f"k {entry.k}"
+
+
+def _colours(entries: Sequence[Entry]) -> dict[str, str]:
+    """Colour by group, in the order of the legend: hues for variants; for k, which is ordered, from light to dark."""
+    if len({entry.variant for entry in entries}) > 1:
+        return dict(zip(sorted({entry.variant for entry in entries}), _cycle(HUES), strict=False))
+    ks = sorted({entry.k for entry in entries})
+    shades = colormaps["viridis_r"](np.linspace(0.3, 0.9, len(ks))) if len(ks) > 1 else [HUES[0]]
+    return {f"k {k}": to_hex(shade) for k, shade in zip(ks, shades, strict=True)}
+
+
+def _cycle(hues: Sequence[str]) -> Iterable[str]:
+    while True:
+        yield from hues
+
+
+def _draw_plots(page: Page, y: int, entries: Sequence[Entry], colours: dict[str, str]) -> None:
+    _draw_legend(page, y, entries, colours)
+    _draw_fidelity(page, MARGIN + AXIS, y + LEGEND, entries, colours)
+    _draw_monosemanticity(page, WIDTH - MARGIN - PLOT_WIDTH, y + LEGEND, entries, colours)
+
+
+def _draw_legend(page: Page, y: int, entries: Sequence[Entry], colours: dict[str, str]) -> None:
+    x = MARGIN
+    if len({entry.variant for entry in entries}) == 1:
+        page.text(x, y, entries[0].variant, 9.5, weight="bold")
+        x += 14 + 8 * len(entries[0].variant)
+    for group, colour in colours.items():
+        page.text(x, y - 3, "●", 12, colour)
+        page.text(x + 18, y, group, 9.5)
+        x += 44 + 8 * len(group)
+    page.text(x, y, "- - -  untrained SAEs of the same shapes        ———  raw neurons", 9.5, GREY)
+
+
+# ---- the plots
+
+
+def _draw_fidelity(page: Page, x: int, y: int, entries: Sequence[Entry], colours: dict[str, str]) -> None:
+    """FVU against L0; SAEs that differ in k only are joined."""
+    page.text(x, y - 22, "Reconstruction: FVU against L0", 10, weight="bold")
+    axes = _plot(page, x, y, "L0: latents that fire a token", "fraction of variance unexplained")
+    known = [(entry, entry.fvu) for entry in entries if entry.fvu is not None]
+    for line in _lines(known, lambda entry: (entry.variant, entry.d_sae)):
+        _join(axes, [(entry.l0, fvu) for entry, fvu in line], color=colours.get(line[0][0].variant, LINE))  # one of several k is grey
+    untrained = [(entry, entry.untrained_fvu) for entry in entries if entry.untrained_fvu is not None and entry.untrained_fvu < WORST_FVU]
+    for line in _lines(untrained, lambda entry: entry.d_sae):
+        _join(axes, [(entry.untrained_l0, fvu) for entry, fvu in line], color=GREY, linestyle=(0, (4, 3)), marker="x", markersize=4)
+    for entry, fvu in known:
+        axes.plot(entry.l0, fvu, "o", color=colours[_group(entry, entries)], markersize=7, markeredgecolor="white", zorder=3)
+    _mark_l0(axes, [entry.l0 for entry in entries])
+    axes.set_ylim(bottom=0)
+
+
+def _draw_monosemanticity(page: Page, x: int, y: int, entries: Sequence[Entry], colours: dict[str, str]) -> None:
+    """Mean MS above its floor against the width; SAEs that differ in width only are joined."""
+    page.text(x, y - 22, "Monosemanticity: mean MS above its floor against width", 10, weight="bold")
+    axes = _plot(page, x, y, "d_sae: latents", "mean MS − floor, with 95 % interval")
+    known = [(entry, entry.above) for entry in entries if entry.above is not None]
+    for line in _lines(known, lambda entry: (entry.variant, entry.k)):
+        _join(axes, [(entry.d_sae, above) for entry, above in line], color=colours[_group(line[0][0], entries)])
+    untrained = [(entry, entry.untrained_above) for entry in entries if entry.untrained_above is not None]
+    for line in _lines(untrained, lambda entry: entry.k):
+        _join(axes, [(entry.d_sae, above) for entry, above in line], color=GREY, linestyle=(0, (4, 3)), marker="x", markersize=4)
+    for (entry, above), place in zip(known, _beside([entry for entry, _ in known]), strict=True):
+        colour = colours[_group(entry, entries)]
+        if entry.low is not None and entry.high is not None:
+            axes.plot([place, place], [entry.low, entry.high], color=colour, linewidth=1.6, alpha=0.75, solid_capstyle="butt")
+        axes.plot(place, above, "o", color=colour, markersize=7, markeredgecolor="white", zorder=3)
+    if entries[0].neurons_above is not None:
+        axes.axhline(entries[0].neurons_above, color=GREY, linewidth=1.2, zorder=1)
+    _mark_widths(axes, (entry.d_sae for entry in entries))
+
+
+def _plot(page: Page, x: int, y: int, across: str, up: str) -> Any:
+    axes = page.axes(x, y, PLOT_WIDTH, PLOT_HEIGHT)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(across, fontsize=9, color=GREY)
+    axes.set_ylabel(up, fontsize=9, color=GREY)
+    return axes
+
+
+def _lines(points: list[tuple[Entry, float]], key: Any) -> Iterable[list[tuple[Entry, float]]]:
+    """The points of each line."""
+    return [list(line) for _, line in groupby(sorted(points, key=lambda point: key(point[0])), key=lambda point: key(point[0]))]
+
+
+def _join(axes: Any, points: Sequence[tuple[float, float]], **style: Any) -> None:
+    """A thin line from left to right, through the mean where several share a place."""
+    ordered = [(x, np.mean([y for _, y in same])) for x, same in groupby(sorted(points), key=lambda point: point[0])]
+    axes.plot(*zip(*ordered, strict=True), **{"linewidth": 1.2, "alpha": 0.6, **style})
+
+
+def _beside(entries: Sequence[Entry]) -> list[float]:
+    """Places on the axis of widths, SAEs of one width side by side by variant and k: their intervals do not cover each other."""
+    found: dict[str, float] = {}
+    widths = {entry.d_sae for entry in entries}
+    room, widest = (0.5, 0.08) if len(widths) == 1 else (0.25, 0.03)  # in octaves
+    for d_sae in widths:
+        same = sorted((entry for entry in entries if entry.d_sae == d_sae), key=lambda entry: (entry.variant, entry.k, entry.sae))
+        step = min(widest, room / len(same))
+        found |= {entry.sae: d_sae * 2 ** (step * (i - (len(same) - 1) / 2)) for i, entry in enumerate(same)}
+    return [found[entry.sae] for entry in entries]
+
+
+def _mark_widths(axes: Any, widths: Iterable[int]) -> None:
+    """A scale to the base 2 with room at both ends, marked where SAEs are."""
+    marks = sorted(set(widths))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(marks, labels=[f"{mark:,}" for mark in marks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(marks[0] / 2**0.3, marks[-1] * 2**0.3)
+
+
+def _mark_l0(axes: Any, values: Sequence[float]) -> None:
+    """A scale to the base 2 where the values span octaves."""
+    low, high = min(values) / 1.25, max(values) * 1.25
+    axes.set_xlim(low, high)
+    if low > 0 and high / low > 3:
+        marks = [2.0**i for i in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(marks, labels=[f"{mark:,g}" for mark in marks])
+        axes.set_xticks([], minor=True)
+
+
+# ---- the table
+
+
+def _draw_table(page: Page, y: int, entries: Sequence[Entry], n: int, colours: dict[str, str]) -> None:
+    page.text(MARGIN + 18, y + 12, "SAE", 9, GREY, va="baseline")
+    for title, right in COLUMNS:
+        page.text(MARGIN + right, y + 12, title, 9, GREY, ha="right", va="baseline")
+    page.rule(y + 20)
+    for i, entry in enumerate(entries):
+        at = y + 40 + ROW * i
+        page.text(MARGIN, at + 1, "●", 12, colours[_group(entry, entries)], va="baseline")
+        page.text(MARGIN + 18, at, short(entry.name, 52), 9.5, INK, va="baseline", weight="bold" if i == 0 else "normal")
+        for (_, right), cell in zip(COLUMNS, _cells(entry), strict=True):
+            page.text(MARGIN + right, at, cell, 9.5, ha="right", va="baseline")
+    if n > len(entries):
+        page.text(MARGIN + 18, y + 32 + ROW * len(entries), f"and {n - len(entries)} more; the relation runs has all", 9, GREY)
+
+
+def _cells(entry: Entry) -> list[str]:
+    interval = "–" if entry.low is None or entry.high is None else f"{entry.low:.3f} to {entry.high:.3f}"
+    above = "–" if entry.above is None else f"{entry.above:.3f}"
+    fvu = "–" if entry.fvu is None else f"{entry.fvu:.3f}"
+    labelled = f"{entry.labelled:,}"
+    return [f"{entry.d_sae:,}", f"{entry.k}", f"{entry.l0:.1f}", fvu, f"{entry.dead:.1%}", above, interval, labelled]
+
+
+_ENTRIES = """
+    SELECT
+        mine.sae, coalesce(runs.name, mine.sae), coalesce(runs.variant, 'unknown'), mine.n_latents, coalesce(runs.k, 0),
+        mine.l0, mine.fvu, mine.dead, mine.ms - mine.ms_floor, mine.ms_low - mine.ms_floor, mine.ms_high - mine.ms_floor,
+        coalesce(runs.n_labelled, 0), untrained.fvu, untrained.l0, untrained.ms - untrained.ms_floor, neurons.ms - neurons.ms_floor
+    FROM comparisons AS mine
+    LEFT JOIN runs ON runs.sae = mine.sae
+    JOIN comparisons AS untrained ON untrained.sae = mine.sae AND untrained.dictionary = 'untrained'
+    JOIN comparisons AS neurons ON neurons.sae = mine.sae AND neurons.dictionary = 'neurons'
+    WHERE mine.dictionary = 'sae'
+    ORDER BY mine.ms - mine.ms_floor DESC NULLS LAST, mine.sae
+"""
+_SUBJECT = """
+    SELECT any_value(runs.model), any_value(runs.hookpoint), any_value(comparisons.judge), any_value(comparisons.ms_floor)
+    FROM comparisons JOIN runs ON runs.sae = comparisons.sae WHERE dictionary = 'sae'
+"""

@@ -1,0 +1,60 @@
+"""The report as one HTML file: styles and pictures inside, no script, no network, everything from data escaped."""
+
+import base64
+from pathlib import Path
+
+import jinja2
+
+from ommatid.catalog.reader import Catalog
+from ommatid.show.pictures import choose_sae
+from ommatid.show.pictures.page import write_whole
+from ommatid.show.report.about import About
+from ommatid.show.report.features import make_features
+from ommatid.show.report.parts import Report
+from ommatid.show.report.plots import make_densities, make_fidelity, make_monosemanticity, make_scatter, make_scores
+from ommatid.show.report.tables import list_facts, make_controls, make_headlines, make_saes, make_stability, write_params
+
+
+def make_report(catalog: Catalog, sae: str | None = None) -> Report:
+    """The report about an SAE of a catalogue, beside its controls and all other SAEs.
+
+    Args:
+        catalog: Open.
+        sae: Name of the SAE; None is the one with the highest mean MS above its floor.
+
+    Raises:
+        QueryError: there is no such SAE.
+    """
+    about = About(catalog, choose_sae(catalog, sae))
+    plots = [make(about) for make in (make_monosemanticity, make_scores, make_densities, make_scatter)]
+    sections = [make_saes(about), make_controls(about), make_fidelity(about), *plots, *make_features(about), *make_stability(about)]
+    title = f"{about.run['model']}, {about.run['hookpoint']}"
+    return Report(title, about.name, make_headlines(about), list_facts(about), tuple(sections), write_params(about))
+
+
+def write_report(catalog: Catalog, path: Path, sae: str | None = None) -> Report:
+    """Write the report about an SAE of a catalogue, whole or not at all; the same catalogue makes the same bytes.
+
+    Args:
+        catalog: Open.
+        path: The HTML file.
+        sae: Name of the SAE; None is the one with the highest mean MS above its floor.
+
+    Raises:
+        QueryError: there is no such SAE.
+    """
+    report = make_report(catalog, sae)
+    write_whole(path, _as_html(report).encode())
+    return report
+
+
+def _as_html(report: Report) -> str:
+    loader = jinja2.PackageLoader("ommatid", "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["png"] = lambda picture: _embed(picture, "png")
+    environment.filters["webp"] = lambda picture: _embed(picture, "webp")
+    return environment.get_template("report.html").render(report=report)
+
+
+def _embed(picture: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"

@@ -1,0 +1,1 @@
+"""Stage `sources`: fingerprints of what params.yaml names by path, for DVC."""

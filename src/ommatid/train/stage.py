@@ -1,0 +1,167 @@
+"""Stage `train`: activations in, one or several SAEs out, each with `sae.safetensors`, `cfg.json` and training curves."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors.torch import load_file, save_file
+
+from ommatid import schemas
+from ommatid.activations.batches import Columns, Share, iter_batches, load_sample
+from ommatid.compute.prefetch import prefetch
+from ommatid.config import Imported, TrainParams
+from ommatid.errors import ConfigError
+from ommatid.events import Listener, ignore
+from ommatid.sae import distributed
+from ommatid.sae.learner import CURVE_COLUMNS, Learner, Sample, histograms
+from ommatid.sae.model import CONFIG, WEIGHTS
+from ommatid.sae.schedule import make_plan
+from ommatid.sae.step import Batch
+from ommatid.sae.trainer import Trainer
+from ommatid.store import Artefact, Draft
+from ommatid.train.imported import write_imported
+
+CHECKPOINT = "checkpoint.safetensors"
+SAMPLE = 16384
+"""Tokens from which scale, mean and initial directions are taken."""
+BATCHES_AHEAD = 4
+"""Ready before the step that needs them."""
+SUMMARISED = ("sae", "n_steps", "n_tokens", "fvu", "l0", "dead")
+"""What the training's summary says of each SAE."""
+
+
+def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
+    """Train all SAEs in one pass over the train split; a run that died goes on from its last checkpoint, bit for bit.
+
+    Raises:
+        TrainingError: too few tokens, or the loss of every SAE diverged; one that diverges while others go on fails the gate.
+        StoppedError: the process was asked to end; a checkpoint is there.
+        ModelError: an SAE to be imported cannot be read, or is of another width.
+    """
+    checkpoint = f"{draft.scratch.name}/{CHECKPOINT}"
+    saved = load_file(draft.local(checkpoint)) if draft.has(checkpoint) else None
+
+    def save(tensors: dict[str, torch.Tensor]) -> None:
+        with draft.write_file(checkpoint) as path:
+            save_file(tensors, path)
+
+    made = {
+        name: write_imported(name, one, inputs, draft) for name, one in params.each().items() if isinstance(one.variant, Imported)
+    }  # first: what is wrong with them is found before hours of training
+    if len(made) < len(params.each()):
+        distributed.call()
+        for name, learner in fit(params, inputs, saved, save, on_event).items():
+            child = draft.child(name, "sae", learner.params.identity())
+            made[name] = child.sealed() or _write(learner, inputs, child)
+    of = {name: {key: made[name].summary[key] for key in SUMMARISED} for name in params.each()}
+    return draft.seal({"saes": list(of), "of": of})
+
+
+def follow(params: TrainParams, inputs: Mapping[str, Artefact]) -> None:
+    """What every rank but the first does: train with it, if it trains."""
+    if distributed.call():
+        fit(params, inputs, None, lambda tensors: None, ignore)
+
+
+def fit(
+    params: TrainParams,
+    inputs: Mapping[str, Artefact],
+    saved: dict[str, torch.Tensor] | None,
+    save: Callable[[dict[str, torch.Tensor]], None],
+    on_event: Listener,
+) -> dict[str, Learner]:
+    """Train; called by every rank, of which the first has the checkpoint and writes it.
+
+    Raises:
+        ConfigError: a batch cannot be shared among the ranks.
+        TrainingError, StoppedError: see `train`.
+
+    Args:
+        params: Of the stage.
+        inputs: `extract`, and `target` for a transcoder.
+        saved: The last checkpoint, if there is one.
+        save: Writes a checkpoint.
+        on_event: Hears of progress.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    learners = _learners(params, inputs, distributed.share(saved, device), device)
+    first = learners[0]
+    if first.plan.batch_size % distributed.n():
+        raise ConfigError(
+            f"train.batch_size: {first.plan.batch_size} tokens a step cannot be shared evenly by {distributed.n()} processes; "
+            f"set a multiple of {distributed.n()}"
+        )
+    columns = Columns(inputs["extract"], inputs.get("target"), any(learner.params.ms_weight for learner in learners))
+    share = Share(distributed.mine(), distributed.n())
+    batches = iter_batches(columns, first.plan.batch_size, params.seed, max(learner.guides.step for learner in learners), share)
+
+    def checkpoint() -> None:
+        save({f"{learner.name}/{key}": tensor.detach().contiguous() for learner in learners for key, tensor in learner.tensors().items()})
+
+    with closing(prefetch(_pinned(batches, device), BATCHES_AHEAD)) as ready:
+        Trainer(learners, on_event, checkpoint, params.patience).fit(ready)
+    return {learner.name: learner for learner in learners}
+
+
+def _learners(
+    params: TrainParams, inputs: Mapping[str, Artefact], saved: dict[str, torch.Tensor] | None, device: torch.device
+) -> Sequence[Learner]:
+    trained = {name: one for name, one in params.each().items() if not isinstance(one.variant, Imported)}
+    n_tokens = inputs["extract"].rows("train")
+    make_plan(params, n_tokens)  # refuses too few before any are read
+    if saved is None:
+        sample = _load_sample(inputs)
+        return [Learner.begin(name, one, n_tokens, sample, device) for name, one in trained.items()]
+    found = []
+    for name, one in trained.items():
+        tensors = {key.removeprefix(f"{name}/"): tensor for key, tensor in saved.items() if key.startswith(f"{name}/")}
+        found.append(Learner.restore(name, one, n_tokens, tensors, device))
+    return found
+
+
+def _load_sample(inputs: Mapping[str, Artefact]) -> Sample:
+    return Sample(load_sample(inputs["extract"], SAMPLE), load_sample(inputs["target"], SAMPLE) if "target" in inputs else None)
+
+
+def _pinned(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """In memory from which a GPU copies by itself."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    for batch in batches:
+        x = batch.x.pin_memory()
+        target = x if batch.target is batch.x else batch.target.pin_memory()
+        yield Batch(x, target, batch.joint.pin_memory() if batch.joint is not None else None)
+
+
+def _write(learner: Learner, inputs: Mapping[str, Artefact], draft: Draft) -> Artefact:
+    seen, plan = inputs["extract"].summary, learner.plan
+    target = inputs["target"].summary["hookpoint"] if "target" in inputs else None
+    sae = learner.finish(seen["hookpoint"], seen["model"], target)
+    with draft.write_file(WEIGHTS) as weights, draft.write_file(CONFIG) as cfg:
+        sae.save(weights, cfg)
+    draft.write_table("curves.parquet", _curves(learner))
+    final = dict(zip(CURVE_COLUMNS, learner.curves[-1].tolist(), strict=True))
+    summary = {
+        "sae": f"{learner.name}-{draft.describe(WEIGHTS).sha256[:8]}",  # the name of another training's SAE may be the same
+        "n_steps": plan.n_steps,
+        "n_tokens": plan.n_steps * plan.batch_size,
+        "fvu": final["fvu"],
+        "l0": final["l0"],
+        "dead": final["dead"],
+        "dead_latents": learner.dead.tolist(),
+        "dead_after": plan.dead_after,
+        "histograms": histograms(learner.weights, learner.density),
+        "threshold": float(sae.threshold.mean()),
+        "scale": learner.scales.x,
+    }
+    return draft.seal(summary)
+
+
+def _curves(learner: Learner) -> pa.Table:
+    columns: dict[str, np.ndarray] = dict(zip(CURVE_COLUMNS, learner.curves.T.numpy(), strict=True))
+    steps = columns["step"].astype(np.int64)
+    columns |= {"step": steps, "tokens": steps * learner.plan.batch_size}
+    return pa.table({name: columns[name] for name in schemas.CURVES.names}, schema=schemas.CURVES)
