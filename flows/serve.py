@@ -50,9 +50,9 @@ class Project(BaseModel):
 
 def serve(checkout: Path) -> None:
     """Start everything that infra/prefect.yaml names, print the addresses, and stay until a signal or the end of one of them."""
+    parameters = json.dumps({"params": load_params(checkout / "params.yaml").model_dump(mode="json")})
     deployments = read_deployments(checkout)
     pools = list(dict.fromkeys(deployment.work_pool.name for deployment in deployments))
-    parameters = json.dumps({"params": load_params(checkout / "params.yaml").model_dump(mode="json")})
     prefilled = {one.name: ("--params", parameters) if takes_params(checkout, one) else () for one in deployments}
     prefect = free_port(int(os.environ.get("PREFECT_SERVER_API_PORT", "4200")))
     mlflow = free_port(int(os.environ.get("MLFLOW_PORT", "5000")), taken=prefect)
