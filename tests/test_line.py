@@ -22,7 +22,7 @@ from ommatid import store
 from ommatid.catalog.reader import Catalog
 from ommatid.config import STAGES as NAMES
 from ommatid.stage import STAGES
-from ommatid.store import filesystem
+from ommatid.store.filesystem import disk
 
 N_IMAGES = 90
 D_SAE = 24
@@ -70,7 +70,7 @@ def test_each_stage_survives_a_full_disk_and_a_kill_and_then_works(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(filesystem, "sync", full)
+        patch.setattr(disk, "sync", full)
         assert run(stage) == 1
     assert "the disk is full" in capsys.readouterr().err
     assert not place.exists()

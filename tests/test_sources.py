@@ -17,7 +17,8 @@ from ommatid.config import Params, load_params
 from ommatid.errors import ArtefactError, SourceError
 from ommatid.sources import stage as sources
 from ommatid.sources.stage import PLACE, STAGES, write_sources
-from ommatid.store.filesystem import Disk, open_folder
+from ommatid.store.filesystem import open_folder
+from ommatid.store.filesystem.disk import Disk
 
 
 @pytest.fixture(autouse=True)

@@ -21,9 +21,9 @@ from s3_server import free_port
 
 from ommatid import store
 from ommatid.errors import ArtefactError
-from ommatid.store import Artefact, Draft, File, filesystem, open_artefact, open_draft, part_name
+from ommatid.store import Artefact, Draft, File, open_artefact, open_draft, part_name
 from ommatid.store import draft as draft_module
-from ommatid.store.filesystem import open_folder
+from ommatid.store.filesystem import open_folder, remote
 
 PARTS = 3
 
@@ -48,7 +48,7 @@ def write(place: str, n: int = 10, params: dict[str, object] | None = None) -> A
 
 
 def names(url: str) -> list[str]:
-    return sorted(entry.name for entry in open_folder(url).entries())
+    return sorted(entry.name for entry in remote.Remote(url).entries())
 
 
 def test_the_same_bytes_as_on_a_disk(s3: str, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_files_and_path_are_copies_that_are_made_once(s3: str, monkeypatch: pyte
     assert [path.name for path in artefact.files("images")] == [part_name("images", i) for i in range(PARTS)]
     assert store.read_part(artefact.files("images")[2]).equals(artefact.read_part("images-00002.parquet"))
     assert sorted(path.name for path in artefact.path.iterdir()) == ["cfg.json", *artefact.parts("images")]
-    monkeypatch.setattr(filesystem.Remote, "fetch", lambda *args: pytest.fail("fetched again"))
+    monkeypatch.setattr(remote.Remote, "fetch", lambda *args: pytest.fail("fetched again"))
     artefact.file("cfg.json")
     artefact.file("images-00000.parquet")
 
@@ -322,7 +322,7 @@ def change(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., N
     """Sets variables of the environment, and lets clients see them."""
 
     def forget() -> None:
-        filesystem._filesystem.cache_clear()
+        remote._filesystem.cache_clear()
         s3fs.S3FileSystem.clear_instance_cache()
 
     def changed(**variables: str | None) -> None:
@@ -361,7 +361,7 @@ def test_a_store_that_does_not_let_us_in(s3: str, change: Callable[..., None], v
 def test_a_dead_store_is_told_in_seconds_with_all_the_retries_of_its_library(
     s3: str, change: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(filesystem, "KNOCK_SECONDS", 0.3)
+    monkeypatch.setattr(remote, "KNOCK_SECONDS", 0.3)
     with socket.socket() as silent:  # takes connections and never answers
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -391,7 +391,7 @@ def test_an_answer_of_any_kind_is_one_and_nobody_else_is_asked(monkeypatch: pyte
 
     with HTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
-        filesystem._knock(f"http://127.0.0.1:{server.server_port}")
+        remote._knock(f"http://127.0.0.1:{server.server_port}")
     assert asked == ["/"]
 
 

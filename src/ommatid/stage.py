@@ -2,7 +2,6 @@
 
 import functools
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from ommatid.config import ExtractFiles, ExtractParams, Params, Section, TrainPa
 from ommatid.errors import ArtefactError, GateError, Lack, MachineError, describe, find_lack
 from ommatid.events import Listener, Progress, Warned, about, ignore
 from ommatid.store import INSIDE, Artefact, Draft
-from ommatid.store.filesystem import Disk, Folder, open_folder
+from ommatid.store.filesystem import Folder, open_folder
 
 if TYPE_CHECKING:
     from ommatid.tracking import Runs
@@ -170,23 +169,10 @@ class _Reports:
 def _open_reports(name: str, data: str) -> Iterator[_Reports]:
     """The reports of a data root; of one in an object store, a folder on this machine that goes there when the block ends."""
     there = open_folder(data) / QUALITY.name
-    if isinstance(there, Disk):
-        yield _Reports(there.path, f"{there.path.absolute()}")
-        return
-    with tempfile.TemporaryDirectory(prefix="ommatid-") as scratch:
-        path = Path(scratch)
-        if name == "train":  # it hands on the reports of what came before
-            for earlier in there.sizes().keys() & {file.name for file in _earlier_reports(path)}:
-                there.fetch(earlier, path / earlier)
-        try:
-            yield _Reports(path, there.url)
-        finally:
-            new = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
-            old = {f"{HEALTH}/{picture}" for picture in there.sizes(HEALTH)} if (path / HEALTH).exists() else set()
-            for picture in old.difference(new):  # of SAEs of the training before
-                there.remove(picture)
-            for file in new:
-                there.put(path / file, file)
+    # training hands on the reports of what came before, and replaces the pictures of SAEs of the training before
+    earlier = [file.name for file in _earlier_reports(Path())] if name == "train" else []
+    with there.mirror(earlier, replace=HEALTH) as path:
+        yield _Reports(path, f"{path.absolute()}" if there.is_local else there.url)
 
 
 def _earlier_reports(reports: Path) -> list[Path]:
@@ -234,8 +220,8 @@ _ABSENT = object()
 
 def _is_checkouts(data: str) -> bool:
     """Whether a root is that of the checkout, which DVC knows."""
-    root = open_folder(data)
-    return isinstance(root, Disk) and root.path.resolve() == Path(DATA).resolve()
+    path = open_folder(data).local_path()
+    return path is not None and path.resolve() == Path(DATA).resolve()
 
 
 def follow_training(params: Params, data: str = DATA) -> None:

@@ -4,7 +4,6 @@ Every stage runs for real on small samples of the images, in a process of its ow
 removed afterwards (trials.py). Two sizes and more give a line, which is followed to the whole (lines.py, whole.py).
 """
 
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from ommatid.estimate.trials import Trials
 from ommatid.events import Listener, ignore
 from ommatid.stage import DATA, STAGES, open_stage
 from ommatid.store import Artefact
-from ommatid.store.filesystem import Disk, open_folder
+from ommatid.store.filesystem import nearest_folder, open_folder
 
 __all__ = ["Estimate", "StageEstimate", "estimate"]
 
@@ -125,7 +124,7 @@ def _conclude(params: Params, whole: Artefact | None, n_items: int, trials: Tria
     ]
     running = seen.while_running(all_, sizes["extract"])
     untried = tuple(name for name, one in params.label.each().items() if isinstance(one, VlmLabeller | CaptionerLabeller))
-    return Estimate(tuple(stages), round(all_.images), running, _free(data), time.perf_counter() - start, untried)
+    return Estimate(tuple(stages), round(all_.images), running, open_folder(data).free_bytes(), time.perf_counter() - start, untried)
 
 
 def _find_images(params: Params, data: str) -> Artefact | None:
@@ -167,10 +166,4 @@ def _workplace(data: str) -> Iterator[Path]:
 
 def _nearest(data: str) -> Path:
     """The folder of the artefacts, or the nearest above that is there; of an object store, the current one."""
-    folder = open_folder(data)
-    path = folder.path.absolute() if isinstance(folder, Disk) else Path.cwd()
-    return next(place for place in (path, *path.parents) if place.is_dir())
-
-
-def _free(data: str) -> int | None:
-    return shutil.disk_usage(_nearest(data)).free if isinstance(open_folder(data), Disk) else None
+    return nearest_folder((open_folder(data).local_path() or Path()).absolute())

@@ -18,7 +18,6 @@ from ommatid.extract.rows import BYTES_PER_ROW_GROUP
 from ommatid.extract.shard import BYTES_PER_CHUNK, IMAGES_PER_CHUNK
 from ommatid.images.dataset import BYTES_PER_PART, ROWS_PER_PART
 from ommatid.store import MANIFEST, Artefact
-from ommatid.store.filesystem import Disk
 from ommatid.train.stage import SAMPLE
 
 CHUNK_COPIES = 4
@@ -261,11 +260,12 @@ def _count_firings(evaluation: Artefact, d_sae: int) -> np.ndarray:
 
 def _grown(artefact: Artefact, more: Mapping[str, float]) -> float:
     """Bytes of an artefact whose tables have so many times the rows; all else stays as it is. Without its children's."""
-    assert isinstance(artefact.folder, Disk)
+    manifest = artefact.folder.size(MANIFEST)
+    assert manifest is not None, artefact.url
     children = {f"{child}/{MANIFEST}" for child in artefact.children}
     total = sum(file.bytes for file in artefact.manifest.files if file.name not in children)
     growth = sum((factor - 1) * _data_bytes(artefact, table) for table, factor in more.items())
-    return total + growth + (artefact.folder.path / MANIFEST).stat().st_size
+    return total + growth + manifest
 
 
 def _grown_inside(artefact: Artefact, more: Mapping[str, float]) -> float:

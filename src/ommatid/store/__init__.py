@@ -1,6 +1,6 @@
 """Artefacts: folders of Parquet parts and a manifest, written aside as drafts and moved into place whole.
 
-A folder is on a disk or in an object store (see folder.py). What belongs to a machine is on its disk: locks, scratch files, and copies of
+A folder is on a disk or in an object store (see filesystem/). What belongs to a machine is on its disk: locks, scratch files, and copies of
 objects for those who need a path. The lock holds among the processes of one machine. Two machines that make the same artefact write the
 same bytes under the same names, each whole; when one has taken the draft away, the other finds out before it seals, and stops.
 """

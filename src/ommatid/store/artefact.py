@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from ommatid.errors import ArtefactError
 from ommatid.store.damage import Checked, is_whole, raise_damage, size_damage
-from ommatid.store.filesystem import READ_BYTES, Disk, Folder, open_folder
+from ommatid.store.filesystem import READ_BYTES, Folder, open_folder
 from ommatid.store.manifest import INSIDE, MANIFEST, File, Manifest, child_of, parse, read_manifest, table_of
 
 CACHE = Path("data/.cache")
@@ -44,7 +44,7 @@ class Artefact:
         """
         for file in self.manifest.files:
             self.file(file.name)
-        return self.folder.path if isinstance(self.folder, Disk) else self._cache
+        return self.folder.local_path() or self._cache
 
     def file(self, name: str) -> Path:
         """One file on this machine, all of it checked; an object is copied to `CACHE`, once.
@@ -53,18 +53,18 @@ class Artefact:
             ArtefactError: it is not what the manifest says.
         """
         listed = self._by_name[name]
-        if isinstance(self.folder, Disk):
+        if path := self.folder.local_path(name):
             with Checked(self.folder, listed) as file:
                 file.check()
-            return self.folder.path / name
-        copies = Disk(self._cache)
-        if not is_whole(copies, listed):
-            self.folder.fetch(name, copies.path / name, listed.sha256)
-        return copies.path / name
+            return path
+        copy = self._cache / name
+        if not is_whole(open_folder(self._cache), listed):
+            self.folder.fetch(name, copy, listed.sha256)
+        return copy
 
     def local(self, name: str) -> Path | None:
         """Where a file lies, if that is a disk of this machine. It is not checked: whoever reads it there does that with `check_chunk`."""
-        return self.folder.path / name if isinstance(self.folder, Disk) else None
+        return self.folder.local_path(name)
 
     def check_chunk(self, name: str, metadata: pq.FileMetaData, row_group: int, column: int) -> None:
         """Check the bytes that one column has in one row group of a part.
@@ -124,9 +124,10 @@ class Artefact:
         Raises:
             ArtefactError: they are not what the manifest says.
         """
-        if columns is None or not isinstance(self.folder, Disk):
+        folder = self.folder.local_path()
+        if columns is None or folder is None:
             return [self.file(name) for name in self.parts(table)]
-        return [self._check_columns(self.folder.path, name, columns) for name in self.parts(table)]
+        return [self._check_columns(folder, name, columns) for name in self.parts(table)]
 
     def _check_columns(self, folder: Path, name: str, columns: Container[str]) -> Path:
         with Checked(self.folder, self._by_name[name]) as source, pq.ParquetFile(source) as file:
@@ -156,7 +157,7 @@ class Artefact:
     def open_part(self, name: str) -> Iterator[pq.ParquetFile]:
         """One part of a table, to read some row groups of."""
         # buffered reads: by default whole row groups are held, which for encoded images are large
-        is_near = isinstance(self.folder, Disk)
+        is_near = self.folder.is_local
         options = {"buffer_size": 2**20 if is_near else READ_BYTES, "pre_buffer": False, "metadata": self._footers.get(name)}
         with Checked(self.folder, self._by_name[name]) as source, pq.ParquetFile(source, **options) as file:
             if not is_near and len(self._footers) < _FOOTERS_KEPT:

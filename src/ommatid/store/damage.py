@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ommatid.errors import ArtefactError
-from ommatid.store.filesystem import Disk, Folder, Ranges, Remote
+from ommatid.store.filesystem import Folder, Ranges
 from ommatid.store.manifest import File, child_of
 from ommatid.store.sums import BLOCK, DIGITS, READ_BLOCKS, sums_of
 
@@ -42,7 +42,7 @@ def raise_damage(folder: Folder, damage: list[str]) -> None:
     if damage:
         more = f"; and {len(damage) - _MOST_NAMED} more" if len(damage) > _MOST_NAMED else ""
         repro = "bring it back with `dvc checkout`, or delete the folder and run `dvc repro`"
-        todo = repro if isinstance(folder, Disk) else "delete what is there and make it again"
+        todo = repro if folder.is_local else "delete what is there and make it again"
         raise ArtefactError(f"{folder}: damaged ({len(damage)}): {'; '.join(damage[:_MOST_NAMED])}{more}; {todo}")
 
 
@@ -66,8 +66,8 @@ class Checked(Ranges):
         self._folder, self._file = folder, file
         self._descriptor: int | None = None
         self._seen: bytearray | None = None  # of an object every read is another transfer, and is checked again
-        if isinstance(folder, Disk):
-            self._descriptor = os.open(folder.path / file.name, os.O_RDONLY)
+        if path := folder.local_path(file.name):
+            self._descriptor = os.open(path, os.O_RDONLY)
             self._seen = _seen(os.fstat(self._descriptor), file)
 
     def check(self, start: int = 0, end: int | None = None) -> None:
@@ -101,9 +101,9 @@ class Checked(Ranges):
         return found
 
     def _fetch(self, start: int, end: int) -> bytes:
-        if isinstance(self._folder, Remote):
+        assert not self.closed, f"{self._file.name} is closed"
+        if self._descriptor is None:
             return self._folder.read_range(self._file.name, start, end)
-        assert self._descriptor is not None, f"{self._file.name} is closed"
         pieces = []
         while start < end and (piece := os.pread(self._descriptor, end - start, start)):
             pieces.append(piece)
@@ -111,7 +111,7 @@ class Checked(Ranges):
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def is_whole(folder: Disk, file: File) -> bool:
+def is_whole(folder: Folder, file: File) -> bool:
     """Whether a file is there, and every block of it is what its description says."""
     if folder.size(file.name) != file.bytes:
         return False
@@ -125,8 +125,8 @@ def is_whole(folder: Disk, file: File) -> bool:
 
 def trust(folder: Folder, file: File) -> None:
     """Take a file for checked: this process has written it just now."""
-    if isinstance(folder, Disk):
-        seen = _seen(os.stat(folder.path / file.name), file)
+    if path := folder.local_path(file.name):
+        seen = _seen(os.stat(path), file)
         seen[:] = b"\1" * len(seen)
 
 

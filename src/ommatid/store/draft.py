@@ -18,7 +18,7 @@ from ommatid.errors import ArtefactError
 from ommatid.schemas import SCHEMA_VERSION
 from ommatid.store.artefact import Artefact, open_artefact
 from ommatid.store.damage import differences, is_whole, raise_damage
-from ommatid.store.filesystem import Disk, Folder, open_folder, writing
+from ommatid.store.filesystem import Folder, open_folder, writing
 from ommatid.store.manifest import MANIFEST, File, Manifest, child_of, describe_in
 from ommatid.store.workspace import (
     OPEN,
@@ -59,7 +59,8 @@ class Draft(Writer):
         home = self._home(name)
         if home.size(name) is None:
             return False
-        if not isinstance(home, Disk) or (path := home.path / name) in self._sound:
+        path = home.local_path(name)
+        if path is None or path in self._sound:
             return True
         if fits_note(self._here, path):
             self._sound.add(path)
@@ -82,17 +83,17 @@ class Draft(Writer):
             files_of: The files that a receipt tells of, by their names in this draft.
         """
         found = set(self.names(RECEIPTS)).intersection(names)
-        if not isinstance(self.folder, Disk):
+        if not self.folder.is_local:
             return found
-        whole = {name for name in sorted(found) if self._is_whole(name, files_of, self.folder)}
+        whole = {name for name in sorted(found) if self._is_whole(name, files_of)}
         for name in sorted(found - whole):
             self._on_notice(f"{self.url}/{name}: what it tells of was damaged since a stopped run wrote it; it is made again")
             self.remove(name)
         return whole
 
-    def _is_whole(self, receipt: str, files_of: Callable[[Any], Iterable[File]], folder: Disk) -> bool:
+    def _is_whole(self, receipt: str, files_of: Callable[[Any], Iterable[File]]) -> bool:
         try:
-            return all(is_whole(folder, file) for file in files_of(self.read_json(receipt)))
+            return all(is_whole(self.folder, file) for file in files_of(self.read_json(receipt)))
         except ArtefactError:
             return False
 
@@ -106,9 +107,7 @@ class Draft(Writer):
             inputs: Artefacts that it is made from; None: the same as of this one.
         """
         folder = self.folder / name
-        if isinstance(folder, Disk):
-            with writing(folder.path):
-                folder.path.mkdir(exist_ok=True)
+        folder.make()
         digests = self._inputs if inputs is None else _digests(inputs)
         child = Draft(folder, self._here, kind, self._params if params is None else params, digests)
         child._top = self._top
@@ -124,16 +123,17 @@ class Draft(Writer):
         """
         if self.folder.size(MANIFEST) is None:
             return None
+        path = self.folder.local_path()
         try:
             made = open_artefact(self.folder, self.kind)
-            if isinstance(self.folder, Disk):
+            if path:
                 made.verify()
         except ArtefactError as error:
-            if not isinstance(self.folder, Disk):
+            if path is None:
                 raise
             self._on_notice(f"{error}; it is made again")
             self.folder.remove("")
-            (self.folder.path if self.folder is not self._top else self.scratch).mkdir(parents=True)
+            (path if self.folder is not self._top else self.scratch).mkdir(parents=True)
             return None
         self._clean()
         return made
@@ -153,8 +153,8 @@ class Draft(Writer):
         self._check_open()  # after the listing: what it lacks then was never there
         raise_damage(self.folder, differences(found, [given[file.name] for file in files or ()]))
         names = sorted(name for name in found if name not in (MANIFEST, OPEN))
-        if isinstance(self.folder, Disk):  # what a run before this one left is only taken as it was written
-            raise_damage(self.folder, [f"{name}: checksum differs" for name in names if name not in given and not self._is_sound(name)])
+        # what a run before this one left is only taken as it was written
+        raise_damage(self.folder, [f"{name}: checksum differs" for name in names if name not in given and not self._is_sound(name)])
         listed = tuple(given[name] if name in given else describe_in(self.folder, name) for name in names)
         plain = json.loads(json.dumps([self._params, summary]))  # as a reader will find it: lists for tuples
         manifest = Manifest(self.kind, SCHEMA_VERSION, plain[0], self._inputs, listed, _versions(), plain[1])
@@ -173,8 +173,8 @@ class Draft(Writer):
         return self._made
 
     def _is_sound(self, name: str) -> bool:
-        path = self._here / name if self.folder is self._top else self._here / self.folder.name / name
-        return child_of(name) is not None or path in self._sound or fits_note(self._here, path)
+        path = self.folder.local_path(name)
+        return path is None or child_of(name) is not None or path in self._sound or fits_note(self._here, path)
 
     def _child_manifests(self) -> dict[str, int]:
         """Size of each child's manifest by its name in this artefact."""
@@ -239,7 +239,7 @@ def open_draft(
         waited = _acquire(lock, lambda: on_wait(f"waiting for another process that makes {target}"))
     try:
         with writing(here.parent):
-            for drafts in {folder.parent.url: folder.parent, str(here.parent): Disk(here.parent)}.values():
+            for drafts in {folder.parent.url: folder.parent, str(here.parent): open_folder(here.parent)}.values():
                 _remove_others(drafts, target.name, folder.name)
             remove_asides(here)
             found = find_published(target, kind, here) if waited else None
@@ -274,10 +274,7 @@ def _remove_others(drafts: Folder, name: str, mine: str) -> None:
 
 def _begin(folder: Folder, here: Path) -> None:
     (here / SCRATCH).mkdir(parents=True, exist_ok=True)
-    if not isinstance(folder, Disk):
-        mark = here / SCRATCH / OPEN
-        mark.touch()
-        folder.put(mark, OPEN)
+    folder.make(OPEN)
 
 
 def _key(kind: str, params: Mapping[str, Any], inputs: Mapping[str, Artefact]) -> str:

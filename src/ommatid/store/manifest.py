@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from ommatid.errors import ArtefactError
 from ommatid.schemas import SCHEMA_VERSION
-from ommatid.store.filesystem import Disk, Folder
+from ommatid.store.filesystem import Folder
 from ommatid.store.sums import checksums
 
 MANIFEST = "manifest.json"
@@ -134,7 +134,7 @@ def read_manifest(folder: Folder, kind: str) -> bytes:
         stage = _MADE_BY[kind]
         what = "has no manifest.json, so it is not whole" if folder.exists() else "does not exist"
         dvc = f"`dvc repro {stage}` (or `ommatid {stage}`)"
-        todo = dvc if isinstance(folder, Disk) else f"`ommatid {stage} --data {folder.parent}`"
+        todo = dvc if folder.is_local else f"`ommatid {stage} --data {folder.parent}`"
         raise ArtefactError(f"{folder}: {what}; make it with {todo}") from None
 
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from ommatid.store.artefact import Artefact, open_artefact
-from ommatid.store.filesystem import Disk, Folder, aside_of, is_aside
+from ommatid.store.filesystem import Folder, aside_of, is_aside, open_folder
 from ommatid.store.manifest import MANIFEST
 from ommatid.store.sums import block_sums
 
@@ -24,8 +24,8 @@ OPEN = ".open"
 
 def here_of(folder: Folder) -> Path:
     """Where this machine keeps what a draft has on its disk: the draft itself, or a folder that stands for it."""
-    if isinstance(folder, Disk):
-        return folder.path
+    if path := folder.local_path():
+        return path
     root = hashlib.sha256(folder.parent.parent.url.encode()).hexdigest()[:8]
     return WORK / root / folder.name
 
@@ -37,7 +37,7 @@ def artefact_of(draft: str) -> str:
 
 def remove_old_scratch(here: Path) -> None:
     """What workers that died left on their own machine, where no driver looks, of drafts that are no longer."""
-    for other in Disk(here.parent).folders():
+    for other in open_folder(here.parent).folders():
         if artefact_of(other) == artefact_of(here.name) and other != here.name:
             shutil.rmtree(here.parent / other, ignore_errors=True)  # another worker may remove it, too
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from ommatid.errors import ArtefactError
 from ommatid.store.damage import trust
-from ommatid.store.filesystem import Disk, Folder, aside_of, open_folder, writing
+from ommatid.store.filesystem import Folder, aside_of, open_folder, writing
 from ommatid.store.manifest import File, describe_in, describe_path
 from ommatid.store.workspace import OPEN, RECEIPTS, SCRATCH, here_of, remove_old_scratch
 
@@ -38,11 +38,10 @@ class Writer:
             ArtefactError: there is no such draft.
         """
         folder = open_folder(url)
-        is_there = folder.path.is_dir() if isinstance(folder, Disk) else folder.size(OPEN) is not None
-        if not is_there:
+        if not folder.is_made(OPEN):
             raise ArtefactError(f"{url}: there is no draft here to write to; its run has ended, or this machine does not see its folder")
         here = here_of(folder)
-        if not isinstance(folder, Disk):
+        if not folder.is_local:
             with writing(here):
                 remove_old_scratch(here)
                 (here / SCRATCH).mkdir(parents=True, exist_ok=True)
@@ -64,7 +63,7 @@ class Writer:
         return self._here / SCRATCH
 
     def _home(self, name: str) -> Folder:
-        return Disk(self._here) if name.startswith(f"{SCRATCH}/") else self.folder
+        return open_folder(self._here) if name.startswith(f"{SCRATCH}/") else self.folder
 
     def has(self, name: str) -> bool:
         """Whether this file was finished, now or by a run that died. For many files ask `names` once."""
@@ -79,7 +78,7 @@ class Writer:
         home = self._home(name)
         no_partitions: Any = None  # folders named a=b are not columns
         with self._still_mine():
-            source = home.path / name if isinstance(home, Disk) else home.open(name)
+            source = home.local_path(name) or home.open(name)
             return pq.read_table(source, columns=columns, filters=filters, partitioning=no_partitions)
 
     def read_json(self, name: str) -> Any:
@@ -111,7 +110,7 @@ class Writer:
             raise
 
     def _check_open(self) -> None:
-        if not isinstance(self._top, Disk) and self._top.size(OPEN) is None:
+        if not self._top.is_local and not self._top.is_made(OPEN):
             raise ArtefactError(
                 f"{self._top}: this draft was published or removed by another machine, which makes the same one or one with other params; "
                 "make an artefact on one machine at a time; run the stage again if it is not there now"
@@ -120,8 +119,8 @@ class Writer:
     def local(self, name: str) -> Path:
         """A finished file on this machine; an object is copied to the scratch folder, once."""
         home = self._home(name)
-        if isinstance(home, Disk):
-            return home.path / name
+        if path := home.local_path(name):
+            return path
         path = self.scratch / "fetched" / self.folder.name / name  # children share the scratch folder
         if not path.exists():
             home.fetch(name, path)
@@ -141,15 +140,15 @@ class Writer:
             ArtefactError: the disk is full, or may not be written to; the store cannot be reached.
         """
         home = self._home(name)
-        path = home.path / name if isinstance(home, Disk) else self.scratch / name.replace("/", "-")
+        path = home.local_path(name) or self.scratch / name.replace("/", "-")
         aside = aside_of(path)
         with writing(path):
-            if "/" in name and isinstance(home, Disk):
+            if "/" in name and home.is_local:
                 path.parent.mkdir(exist_ok=True)
             try:
                 yield aside
                 described = None if name.startswith((f"{SCRATCH}/", f"{RECEIPTS}/")) else describe_path(aside, name)
-                if isinstance(home, Disk):
+                if home.is_local:
                     self._note(path, aside)
                 home.put(aside, name)
             except BaseException:

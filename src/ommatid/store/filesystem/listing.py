@@ -7,14 +7,12 @@ it can say so. Pipes, sockets and devices are passed over: reading them could wa
 
 import hashlib
 import os
-import stat
-from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ommatid.errors import SourceError
-from ommatid.store.filesystem import Folder, Remote, open_folder
+from ommatid.store.filesystem import Folder, open_folder
 
 ACTIVATIONS = (".npy", ".safetensors", ".pt", ".pth", ".parquet")
 """Endings of files of activations."""
@@ -43,15 +41,12 @@ class Listed:
     @property
     def path(self) -> Path | None:
         """On this machine's disk; None: behind a URL."""
-        return None if isinstance(self.folder, Remote) else Path(self.folder.url, self.inside)
+        return self.folder.local_path(self.inside)
 
     def read(self, most: int) -> bytes:
         """At most so many bytes of it; raises OSError."""
-        if isinstance(self.folder, Remote):
-            # no store gives a range of nothing
-            return self.folder.read_range(self.inside, 0, most) if self.size > most else self.folder.read_bytes(self.inside)
-        with self.folder.open(self.inside) as file:
-            return file.read(most)
+        # no store gives a range of an empty object
+        return self.folder.read_range(self.inside, 0, most) if self.size > most else self.folder.read_bytes(self.inside)[:most]
 
 
 @dataclass(frozen=True)
@@ -117,7 +112,8 @@ def _list(place: Path | str, key: str, allowed: str, what: str, endings: Collect
         ArtefactError: a URL that cannot be reached.
     """
     root = open_folder(place)
-    real = root.url if isinstance(root, Remote) else os.path.realpath(root.url)
+    path = root.local_path()
+    real = root.url if path is None else os.path.realpath(path)
     entry = root.entry()
     if entry and is_folder:
         raise SourceError(f"{place}: is a file, not a folder; set {key} to {allowed}")
@@ -126,7 +122,8 @@ def _list(place: Path | str, key: str, allowed: str, what: str, endings: Collect
     if not root.exists():  # tells a bucket that is not there from one without files, too
         found = "no such folder" if is_folder else "no such file or folder"
         raise SourceError(f"{place}: {found}; bring it back with `dvc pull` if DVC keeps it, or set {key} to {allowed}")
-    every = sorted(_objects(root) if isinstance(root, Remote) else _files(root), key=lambda file: file.name)
+    every = [Listed(_text(entry.name), entry.bytes, entry.stamp, root, entry.name) for entry in root.iter_visible()]
+    every.sort(key=lambda file: file.name)
     files = [file for file in every if _ends(file.name, endings)]
     if not files:
         raise SourceError(f"{place}: there are no {what} in this folder, hidden ones aside; put some there, or change {key}")
@@ -135,59 +132,6 @@ def _list(place: Path | str, key: str, allowed: str, what: str, endings: Collect
 
 def _ends(name: str, endings: Collection[str]) -> bool:
     return not endings or name.lower().endswith(tuple(endings))
-
-
-def _objects(folder: Remote) -> Iterator[Listed]:
-    for entry in folder.entries():
-        if not any(part.startswith(".") for part in entry.name.split("/")):
-            yield Listed(entry.name, entry.bytes, entry.stamp, folder, entry.name)
-
-
-def _files(folder: Folder) -> Iterator[Listed]:
-    for name, status in _walk(folder.url):
-        size, stamp = (0, "") if status is None else (status.st_size, stamp_of(status))
-        yield Listed(_text(name), size, stamp, folder, name)
-
-
-def stamp_of(status: os.stat_result) -> str:
-    """Changes when a file's content does: its own times, of which programs that restore the first still change the second."""
-    return f"{status.st_mtime_ns} {status.st_ctime_ns}"
-
-
-def _walk(root: str) -> Iterator[tuple[str, os.stat_result | None]]:
-    """Regular files, and links that lead nowhere; folders that are links wait until all real ones are known."""
-    entered: set[tuple[int, int]] = set()
-    tops = deque([""])
-    while tops:
-        waiting = [tops.popleft()]
-        while waiting:
-            top = waiting.pop()
-            here = os.path.join(root, top)
-            status = os.stat(here)
-            if (status.st_dev, status.st_ino) in entered:
-                continue
-            entered.add((status.st_dev, status.st_ino))
-            inside = []
-            for entry in _scan(here):
-                name = os.path.join(top, entry.name)
-                try:
-                    status = entry.stat()
-                except OSError:
-                    yield name, None
-                    continue
-                if stat.S_ISDIR(status.st_mode):
-                    (tops if entry.is_symlink() else inside).append(name)
-                elif stat.S_ISREG(status.st_mode):
-                    yield name, status
-            waiting += reversed(inside)
-
-
-def _scan(folder: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as found:
-            return sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    except OSError as error:
-        raise SourceError(f"{folder}: cannot be listed ({error.strerror}); give it the rights, or move it away") from None
 
 
 def _text(name: str) -> str:

@@ -1,0 +1,287 @@
+"""The interface of a folder, what both implementations share, and how files are written whole on this machine."""
+
+import hashlib
+import io
+import os
+import secrets
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ommatid.errors import ArtefactError, Lack, describe, find_lack
+
+READ_BYTES = 8 * 2**20
+"""Bytes requested at once when an object is read from end to end: few enough to hold, enough to hide the latency of a request."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file below a folder."""
+
+    name: str
+    """Path below the folder, with slashes."""
+    bytes: int
+    """Size."""
+    stamp: str
+    """Changes when the content does: the store's checksum, or the time of the last change; empty if the file cannot be looked at."""
+
+
+class Folder(ABC):
+    """A folder of files. Names are relative to it and may lead into folders inside, with slashes."""
+
+    url: str
+    """A path or URL that `open_folder` takes, also in another process."""
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return self.url.rstrip("/").rpartition("/")[2]
+
+    @property
+    @abstractmethod
+    def parent(self) -> "Folder":
+        """The folder that holds this one."""
+
+    @abstractmethod
+    def __truediv__(self, name: str) -> "Folder": ...
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the files lie on a disk of this machine, so that they have paths and locks of this machine protect them."""
+        return self.local_path() is not None
+
+    @abstractmethod
+    def local_path(self, name: str = "") -> Path | None:
+        """Path of a file, or of the folder itself, on a disk of this machine; None if it is behind a URL."""
+
+    @abstractmethod
+    def free_bytes(self) -> int | None:
+        """Free bytes on the disk that holds, or would hold, the folder; None if it is behind a URL, where nobody knows."""
+
+    @abstractmethod
+    def exists(self) -> bool:
+        """Whether there is anything.
+
+        Raises:
+            ArtefactError: The place as a whole (server, bucket) cannot be reached.
+        """
+
+    @abstractmethod
+    def make(self, mark: str = "") -> None:
+        """Make the folder inside one that exists.
+
+        Object stores have no folders: there an empty object named `mark`, if given, stands for one.
+        """
+
+    @abstractmethod
+    def is_made(self, mark: str) -> bool:
+        """Whether `make(mark)` was called and the folder has not been removed since."""
+
+    @abstractmethod
+    def sizes(self, inside: str = "") -> dict[str, int]:
+        """Size of every file in the folder or in one inside it, by name; empty if it does not exist. Takes one listing."""
+
+    @abstractmethod
+    def folders(self) -> list[str]:
+        """Names of the folders inside, in order."""
+
+    @abstractmethod
+    def iter_visible(self) -> Iterator[Entry]:
+        """Files at any depth, in any order, except where a part of the name begins with a dot.
+
+        Raises:
+            SourceError: A folder cannot be listed.
+        """
+
+    @abstractmethod
+    def entry(self, name: str = "") -> Entry | None:
+        """A file, or the folder itself if it is really a file; None if there is none, or it is a folder."""
+
+    def size(self, name: str) -> int | None:
+        """Size of a file; None if there is none."""
+        entry = self.entry(name)
+        return entry.bytes if entry else None
+
+    @abstractmethod
+    def open(self, name: str, size: int | None = None) -> BinaryIO:
+        """Open a file for reading from any position; passing a known `size` saves looking it up. Raises FileNotFoundError."""
+
+    @abstractmethod
+    def read_bytes(self, name: str) -> bytes:
+        """Content of a file. Raises FileNotFoundError."""
+
+    @abstractmethod
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        """Bytes of a file from `start` up to `end`, or up to its end if that comes first. Raises FileNotFoundError."""
+
+    @abstractmethod
+    def iter_bytes(self, names: Sequence[str]) -> Iterator[bytes]:
+        """Content of many small files, in order. Raises FileNotFoundError."""
+
+    @abstractmethod
+    def put(self, path: Path, name: str) -> None:
+        """Move a finished file on this machine into the folder, whole or not at all; `path` is gone afterwards."""
+
+    @abstractmethod
+    def mirror(self, bring: Iterable[str] = (), replace: str = "") -> AbstractContextManager[Path]:
+        """A folder on this machine whose files are those of this folder once the block ends, even if it ends with an error.
+
+        Args:
+            bring: Files that the block reads; those that exist are copied to this machine first.
+            replace: Name of a folder inside; if the block makes it, files in it that the block did not write are removed.
+        """
+
+    @abstractmethod
+    def share(self, name: str, to: str) -> None:
+        """Give a file a second name, without a second transfer."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove a file, or a folder with everything in it; do nothing if there is none."""
+
+    @abstractmethod
+    def move(self, place: "Folder", last: str) -> None:
+        """Become `place`, a folder of the same kind, replacing what is there.
+
+        Args:
+            place: Where the folder goes.
+            last: Name of the file without which a folder counts as unfinished, here and in folders inside.
+        """
+
+    def sha256(self, name: str, size: int | None = None) -> str:
+        """Checksum of a file."""
+        digest = hashlib.sha256()
+        with self.open(name, size) as file:
+            while block := file.read(READ_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def fetch(self, name: str, to: Path, sha256: str | None = None) -> None:
+        """Copy a file to this machine, whole or not at all.
+
+        Raises:
+            ArtefactError: The checksum of what came is not `sha256`.
+        """
+        aside = aside_of(to)
+        with writing(to):
+            to.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with self.open(name) as source, aside.open("wb") as target:
+                    digest = hashlib.sha256()
+                    while block := source.read(READ_BYTES):
+                        digest.update(block)
+                        target.write(block)
+                if sha256 not in (None, digest.hexdigest()):
+                    raise ArtefactError(f"{self.url}/{name}: checksum differs from the manifest's; make it again")
+                os.replace(aside, to)
+            finally:
+                aside.unlink(missing_ok=True)
+
+
+class Ranges(io.RawIOBase):
+    """A file of known size that can be read from any position; a subclass implements reading a range of its bytes."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self._at = 0
+
+    def readable(self) -> bool:
+        """Always true."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always true."""
+        return True
+
+    def tell(self) -> int:
+        """Position at which the next read begins."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Set the position and return it."""
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int | None = -1) -> Any:
+        """The next bytes, as any object with the buffer protocol."""
+        start = self._at
+        end = self._size if size is None or size < 0 else min(start + size, self._size)
+        if end <= start:
+            return b""
+        self._at = end
+        return self._read_range(start, end)
+
+    def readall(self) -> Any:
+        """All remaining bytes."""
+        return self.read()
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer with the next bytes and return their number."""
+        found = self.read(len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+    def _read_range(self, start: int, end: int) -> Any:
+        raise NotImplementedError
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be made or fetched again: $OMMATID_CACHE, else ~/.cache/ommatid; it need not exist."""
+    return Path(os.environ.get("OMMATID_CACHE") or Path.home() / ".cache" / "ommatid")
+
+
+def aside_of(path: Path) -> Path:
+    """Temporary path where a file is written before it gets its name, different for every writer in every process."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def is_aside(name: str) -> bool:
+    """Whether a name is that of an unfinished file; safetensors uses temporary names too, `.tmp` and six letters."""
+    return name.endswith(".tmp") or name.startswith(".tmp")
+
+
+def in_words(n_bytes: float) -> str:
+    """A size for people to read, such as `20 kB`, `3.5 MB` or `2.0 GB`."""
+    if n_bytes < 1e6:
+        return f"{n_bytes / 1e3:.0f} kB"
+    return f"{n_bytes / 1e6:.1f} MB" if n_bytes < 1e9 else f"{n_bytes / 1e9:.1f} GB"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn errors of the disk, whichever library met them, into one that says what to do.
+
+    Raises:
+        ArtefactError: The disk is full, read-only or failing, or `path` may not be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        lack = find_lack(error)
+        if lack not in _OF_DISKS:
+            raise
+        raise ArtefactError(f"{path}: {_explain(lack, error, path)} and run the stage again: what is finished is kept") from error
+
+
+_OF_DISKS = (Lack.SPACE, Lack.QUOTA, Lack.FILE_SIZE, Lack.READ_ONLY, Lack.DENIED, Lack.FILES, Lack.DISK)
+
+
+def _explain(lack: Lack, error: Exception, path: Path) -> str:
+    what, todo = lack.value
+    if lack in (Lack.SPACE, Lack.QUOTA):
+        return f"{what} ({in_words(shutil.disk_usage(nearest_folder(path)).free)} free); {todo}"
+    if lack in (Lack.READ_ONLY, Lack.DENIED):
+        return f"cannot be written ({what}); make {nearest_folder(path)} writable for this user"
+    return f"{what} ({describe(error)}); {todo}"
+
+
+def nearest_folder(path: Path) -> Path:
+    """The path itself if it is an existing folder, else the nearest one above it."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
