@@ -48,7 +48,7 @@ def iter_batches(columns: Columns | Artefact, batch_size: int, seed: int, start:
     """Batches of float16 rows for ever, from step `start` on; an epoch leaves out the rows that fill no batch.
 
     The order is a function of seed and epoch: shards come in a new order, some of them in turn, and their rows, which are mixed as they
-    lie (see extract/shuffle.py), are shuffled anew within windows. Windows hold whole batches, so that a batch's rows come from as many
+    lie (see extract/rows.py), are shuffled anew within windows. Windows hold whole batches, so that a batch's rows come from as many
     images, where a shard has so many. Several processes share each batch: the order does not depend on their number.
     """
     columns = columns if isinstance(columns, Columns) else Columns(columns)

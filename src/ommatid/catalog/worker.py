@@ -1,6 +1,6 @@
 """The process that runs the SQL of a `Catalog`: DuckDB, and nothing else of this package.
 
-`child.py` starts this file by its path and talks to it over standard input, which is a socket. A statement cannot reach beyond it:
+`client.py` starts this file by its path and talks to it over standard input, which is a socket. A statement cannot reach beyond it:
 - It opens nothing. Once the catalogue is open, DuckDB's access to files is off and its settings are locked; beneath that the kernel refuses
   every `open` and `socket` (RLIMIT_NOFILE) and every byte written to a file (RLIMIT_FSIZE), whatever a function of DuckDB tries.
 - Its memory ends at a limit of the kernel (RLIMIT_DATA on Linux), for not every function of DuckDB asks DuckDB's own limit. macOS does not

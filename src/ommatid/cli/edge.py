@@ -24,7 +24,7 @@ LONGEST = 300
 def at_edge() -> Iterator[None]:
     """Run the block as the whole of a process: every error ends it with one line on stderr, none with a traceback.
 
-    An error that is the user's to mend, or that tells what the machine lacks (see lacks.py), ends with status 1, Ctrl-C with 130, a
+    An error that is the user's to mend, or that tells what the machine lacks (see errors.py), ends with status 1, Ctrl-C with 130, a
     reader of the output who went away (`| head`) with 141. SIGTERM ends the block as Ctrl-C does, so that what must be removed or ended
     is, with status 143. Any other error is a fault: its type and message are printed, its traceback goes to a file that the line names,
     and the status is 70.

@@ -1,7 +1,7 @@
 """What a run will take, before it: bytes, minutes and memory of every stage.
 
 Every stage runs for real on small samples of the images, in a process of its own as `ommatid <stage>` runs it, in a folder that is
-removed afterwards (trials.py). Two sizes and more give a line, which is followed to the whole (lines.py, whole.py).
+removed afterwards (trials.py). Two sizes and more give a line, which is followed to the whole (fit.py, totals.py).
 """
 
 import tempfile

@@ -93,7 +93,7 @@ class ProbeImages:
 
 
 def choose_images(halves: Halves, labels: Mapping[int, str]) -> ProbeImages:
-    """Images of the commonest classes, cut in halves as they are for names (see halves.py)."""
+    """Images of the commonest classes, cut in halves as they are for names (see images/eval_split.py)."""
     commonest = sorted(Counter(labels.values()).items(), key=lambda item: (-item[1], item[0]))[:MAX_CLASSES]
     wanted = {name for name, _ in commonest}
     rows = np.array([row for row, image in enumerate(halves.images.tolist()) if labels.get(image) in wanted], dtype=np.int64)

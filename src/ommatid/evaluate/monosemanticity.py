@@ -79,7 +79,7 @@ class Judged:
     """Scores of one dictionary by every judge, in two passes over the same images.
 
     An image that a judge failed on, whose embedding is not finite, takes no part in this judge's scores.
-    Public attributes are what has come together (see checkpoint.py).
+    Public attributes are what has come together (see passes.py).
     """
 
     def __init__(self, n_latents: int, judges: Sequence[Judge]) -> None:

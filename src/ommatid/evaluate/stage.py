@@ -1,7 +1,7 @@
 """Stage `evaluate`: what every latent does on the evaluation split, with raw neurons and an untrained SAE beside it.
 
 Two passes over the evaluation tokens stream (passes.py); what relates latents to one another, to labels and to a taxonomy is made of the
-firings that they leave (structure.py, meaning.py, probes.py). Then the model itself runs over some of the images (zero_shot.py).
+firings that they leave (structure.py, classes.py). Then the model itself runs over some of the images (zero_shot.py).
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """`extract_shard(i)`: pure and idempotent: some blocks of images through the networks, one file of each table out, and a receipt.
 
-Images go through in chunks that wait on the local disk (see spill.py), so memory depends on neither the number of images nor that
+Images go through in chunks that wait on the local disk (see rows.py), so memory depends on neither the number of images nor that
 of tokens, and a run that died goes on after the last whole chunk. What a shard writes is a function of the plan and the params.
 """
 

@@ -1,7 +1,7 @@
 """Stage `extract` with `source: files`: imports activations that were made elsewhere. See docs/users/activations.md.
 
 Every file is cut into blocks of consecutive entries, which are dealt to shards at random. The files are read once, in order: each
-block waits in the spill of its shard, checked, in float16 and with its rows in random rounds (see shuffle.py). Then each shard is
+block waits in the spill of its shard, checked, in float16 and with its rows in random rounds (see extract/rows.py). Then each shard is
 written. So memory depends on neither rows nor files, and a run that died goes on after its last whole block or shard.
 """
 

@@ -1,6 +1,6 @@
 """What one pass over the firings of an SAE leaves of each latent: what its names are made of.
 
-The naming half of the evaluation images (see halves.py) makes the name and the detection threshold; the held-out half scores it:
+The naming half of the evaluation images (see images/eval_split.py) makes the name and the detection threshold; the held-out half scores it:
 firing images against images that do not fire, half of them random, half of them hard (they fire the latents whose directions are
 nearest).
 """

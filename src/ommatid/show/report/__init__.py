@@ -1,7 +1,7 @@
 """What was found, for reading: one page that needs no network, made from a catalogue alone.
 
-`questions` are the SQL behind every number, `figures` the plots; `facts`, `tables`, `plots` and `features` make sections of both, `content`
-puts them in order, `page` writes them as HTML.
+`queries` holds the SQL behind every number; `tables`, `plots` and `features` make the sections, and `page` puts them in order and writes
+them as HTML.
 """
 
 from ommatid.show.report.page import make_report, write_report
