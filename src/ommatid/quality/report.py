@@ -99,7 +99,7 @@ def _as_json(report: Report) -> dict[str, Any]:
 
 
 def _as_html(report: Report) -> str:
-    loader = jinja2.PackageLoader("ommatid", "templates")
+    loader = jinja2.PackageLoader("ommatid", "show/templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number
     return environment.get_template("quality.html").render(report=report)

@@ -49,7 +49,7 @@ def write_report(catalog: Catalog, path: Path, sae: str | None = None) -> Report
 
 
 def _as_html(report: Report) -> str:
-    loader = jinja2.PackageLoader("ommatid", "templates")
+    loader = jinja2.PackageLoader("ommatid", "show/templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["png"] = lambda picture: _embed(picture, "png")
     environment.filters["webp"] = lambda picture: _embed(picture, "webp")
