@@ -55,7 +55,7 @@ def test_a_long_message_is_cut_and_a_full_disk_does_not_hide_the_traceback(
     status, said = ended(capsys, ValueError("x" * 10_000))
     line = said.splitlines()[-1]
     assert status == 70 and "Traceback" in said
-    assert line.startswith("error: ValueError: xxx") and len(line) < LONGEST + 200 and "no file could be written" in line
+    assert line.startswith("error: ValueError: xxx") and len(line) < LONGEST + 200 and "could not be written to a file" in line
 
 
 def script(body: str) -> list[str]:

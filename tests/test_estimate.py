@@ -222,11 +222,11 @@ def test_the_command_says_so_and_uses_the_images_that_are_there(
         (checkout / "elsewhere").rename(checkout / "photos")
     out = capsys.readouterr().out
     table = {line.split()[0]: line for line in out.splitlines() if line}
-    assert "there already" in table["images"]
+    assert "exists already" in table["images"]
     assert all(f"{SMALLEST} and " in table[stage] for stage in ("extract", "train"))
     assert f"of {N_IMAGES} images" in table["total"]
     assert "it fits" in table["disk:"]
-    assert table["label:"] == "label: what vlm will take is not in it: no model is asked before the run"
+    assert table["label:"] == "label: not included is what vlm will take, as no model is asked before the run"
     assert not list(checkout.rglob(".estimate-*"))
 
 

@@ -20,7 +20,7 @@ def run(*arguments: str) -> str:
 def test_from_saelens_to_dictionary_learning(tmp_path: Path) -> None:
     own, out = tmp_path / "imported", tmp_path / "out"
     said = run("import", str(fixture("saelens-batchtopk")), "--to", str(own), "--hookpoint", "vision.blocks.11")
-    assert "found saelens (cfg.json and sae_weights.safetensors)" in said
+    assert "recognised saelens (cfg.json and sae_weights.safetensors)" in said
     assert "batch_topk (threshold), 6 -> 18, k 4, of vision.blocks.11 of clip-vit-base-patch32" in said
     assert load_own(own).config.hookpoint == "vision.blocks.11"
     assert "as dictionary_learning: ae.pt, config.json" in run(

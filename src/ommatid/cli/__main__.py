@@ -1,4 +1,4 @@
-"""`python -m ommatid.cli`: the command line."""
+"""Entry point of `python -m ommatid.cli`."""
 
 from ommatid.cli import main
 

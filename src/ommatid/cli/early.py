@@ -1,4 +1,4 @@
-"""The process that `ommatid query` asks, started before the command line's own parts are imported: DuckDB loads beside them."""
+"""The process that answers `ommatid query`, started before anything else is imported, so that DuckDB loads in parallel."""
 
 import os
 import sys
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ommatid.catalog.client import Child
 
-for number, mode in enumerate("rww"):  # what is opened next would take the place of one that is closed, and be written to
+# If a standard stream is closed, the next file opened would get its descriptor, and output meant for the stream would go into it
+for number, mode in enumerate("rww"):
     try:
         os.fstat(number)
     except OSError:
@@ -16,7 +17,7 @@ for number, mode in enumerate("rww"):  # what is opened next would take the plac
         setattr(sys, ("stdin", "stdout", "stderr")[number], opened)
 
 child: "Child | None" = None
-"""None: another verb was asked for, or none could be started, which is said where it is asked for."""
+"""The process, or None if the verb is not `query` or the process failed to start; the query then reports why."""
 if sys.argv[1:2] == ["query"]:
     from ommatid.catalog.client import Child
     from ommatid.errors import QueryError
@@ -26,6 +27,6 @@ if sys.argv[1:2] == ["query"]:
 
 
 def end() -> None:
-    """End the process, if it still runs."""
+    """End the process if it is still running."""
     if child:
         child.end()

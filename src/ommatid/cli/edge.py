@@ -1,4 +1,4 @@
-"""The edge of a process: whatever ends it becomes one line for whoever started it, and an exit status."""
+"""The edge of a process, where every error becomes a single line for the user and an exit status."""
 
 import os
 import select
@@ -15,22 +15,22 @@ from ommatid.cli.terminal import printable
 from ommatid.errors import OmmatidError, StoppedError, find_lack
 
 FAULT = 70
-"""Exit status of an error that nobody expected: EX_SOFTWARE of sysexits.h."""
+"""Exit status of an unexpected error: EX_SOFTWARE of sysexits.h."""
 LONGEST = 300
-"""Characters of an unexpected error's message that are printed; the traceback has all of it."""
+"""Maximum number of characters printed of an unexpected error's message; the traceback has all of it."""
 
 
 @contextmanager
 def at_edge() -> Iterator[None]:
-    """Run the block as the whole of a process: every error ends it with one line on stderr, none with a traceback.
+    """Run the block as the main program, turning every error into one line on stderr, without a traceback.
 
-    An error that is the user's to mend, or that tells what the machine lacks (see errors.py), ends with status 1, Ctrl-C with 130, a
-    reader of the output who went away (`| head`) with 141. SIGTERM ends the block as Ctrl-C does, so that what must be removed or ended
-    is, with status 143. Any other error is a fault: its type and message are printed, its traceback goes to a file that the line names,
-    and the status is 70.
+    The exit status is 1 for errors that the user can fix and for anything the machine lacks (see errors.py), 130 for Ctrl-C, and 141
+    when the reader of the output has gone away (`| head`). SIGTERM unwinds the block as Ctrl-C does, so that it can clean up, and gives
+    143. Any other error is a fault: its type and message are printed, its traceback is written to a file that the line names, and the
+    status is 70.
 
     Raises:
-        SystemExit: the block raised anything.
+        SystemExit: The block raised an exception.
     """
     listens = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     try:
@@ -44,18 +44,18 @@ def at_edge() -> Iterator[None]:
     except KeyboardInterrupt:
         _end(128 + signal.SIGINT, "interrupted")
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _lost_its_reader():
+        if isinstance(error, BrokenPipeError) and _has_lost_reader():
             _end_unread()
         if lack := find_lack(error):
             _end(1, f"error: {'; '.join(lack.value)} ({_describe(error)})")
-        _end(FAULT, f"error: {_describe(error)}; this was not expected: {_keep_traceback(error)}")
+        _end(FAULT, f"error: {_describe(error)}; this was not expected: {_save_traceback(error)}")
     finally:
         if listens:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Stop(BaseException):
-    """SIGTERM has come. No `except Exception` on the way takes it for an error."""
+    """Raised on SIGTERM; a BaseException, so that no `except Exception` on the way catches it."""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -69,15 +69,15 @@ def _end(status: int, line: str) -> None:
 
 
 def _end_unread() -> None:
-    # the interpreter flushes once more when it ends, and that must not fail
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    # the interpreter flushes both streams once more on exit, which must not fail
+    devnull = os.open(os.devnull, os.O_WRONLY)
     for number in (1, 2):
-        os.dup2(nowhere, number)
+        os.dup2(devnull, number)
     raise SystemExit(128 + signal.SIGPIPE) from None
 
 
-def _lost_its_reader() -> bool:
-    """Whether it was our output that broke, not the pipe to some other process."""
+def _has_lost_reader() -> bool:
+    """Return whether our own stdout or stderr is broken, rather than a pipe to some other process."""
     outputs = select.poll()
     for number in (1, 2):
         outputs.register(number, 0)  # errors are always reported
@@ -85,15 +85,15 @@ def _lost_its_reader() -> bool:
 
 
 def _describe(error: Exception) -> str:
-    """Type and first line."""
+    """Type and first line of an error."""
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{name}: {line[:LONGEST]}" if line else name
 
 
-def _keep_traceback(error: Exception) -> str:
-    """Write the traceback to a file, and say where; on stderr where no file can be written."""
+def _save_traceback(error: Exception) -> str:
+    """Write the traceback to a file, or to stderr if that fails, and return the words that say where it is."""
     text = "".join(traceback.format_exception(error))
     try:
         with tempfile.NamedTemporaryFile("w", prefix="ommatid-", suffix=".traceback.txt", delete=False, encoding="utf-8") as file:
@@ -101,5 +101,5 @@ def _keep_traceback(error: Exception) -> str:
     except OSError as obstacle:
         with suppress(OSError):
             sys.stderr.write(text)
-        return f"its traceback is above, for no file could be written ({obstacle.strerror})"
+        return f"its traceback is above, as it could not be written to a file ({obstacle.strerror})"
     return f"its traceback is in {file.name}; please report it with that file"

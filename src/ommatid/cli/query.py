@@ -1,4 +1,4 @@
-"""What `ommatid query` prints: the answer to one query as table, csv or json."""
+"""The output of `ommatid query`: the answer to one query as a table, CSV or JSON."""
 
 import base64
 import csv
@@ -23,17 +23,15 @@ from ommatid.errors import QueryError
 
 FORMATS = ("table", "csv", "json")
 WIDEST = 120
-"""Most characters of a cell where the output is no terminal, whose width would say."""
+"""Maximum width of a column, in characters, if the output is not a terminal."""
 LONGEST_CELL = 2000
-"""Characters of a text that a table looks at: more than any terminal is wide."""
+"""Number of characters of a text that a table considers; more than any terminal is wide."""
 NARROWEST = 8
-"""A column is not squeezed below this to fit a terminal."""
-
-
+"""Minimum width of a column, in characters, when columns are squeezed to fit a terminal."""
 MOST_ROWS = 10**6
-"""Rows that are printed at most."""
+"""Maximum number of rows printed."""
 ANSWER_MB = 100
-"""Most memory of an answer that is printed."""
+"""Maximum memory of an answer, in MB."""
 
 
 def answer(
@@ -46,23 +44,23 @@ def answer(
     memory: int | None = None,
     child: Child | None = None,
 ) -> None:
-    """Print the answer to `sql` on `stream`; when there are more than `max_rows` rows, say so on stderr.
+    """Print the answer to a query; if it has more than `max_rows` rows, say so on stderr.
 
-    Blobs are shown as sizes in a table and as base64 in csv and json; NaN and infinity are null in json. On a terminal, and in a table
-    everywhere, what could steer the terminal is escaped; csv and json that go elsewhere have every character as it is.
+    Blobs appear as their sizes in a table and as base64 in CSV and JSON; NaN and infinity are null in JSON. Terminal control characters
+    are escaped in tables, and on a terminal in every format; CSV and JSON written elsewhere keep every character.
 
     Args:
-        sql: One statement.
-        catalog: The file.
-        output: One of FORMATS.
-        max_rows: Rows that are printed, at most.
-        timeout: Seconds that the statement may take.
-        stream: Where it is printed.
-        memory: MB that the statement may take; None: see Catalog.
-        child: A process that was started ahead.
+        sql: One SQL statement.
+        catalog: The catalogue's DuckDB file.
+        output: One of `FORMATS`.
+        max_rows: Maximum number of rows printed.
+        timeout: Time limit of the statement, in seconds.
+        stream: Stream to print on.
+        memory: Memory limit of the statement, in MB; None: the default of `Catalog`.
+        child: Reader process to use; None starts one.
 
     Raises:
-        QueryError: the query cannot be answered, or an option is not one of those allowed.
+        QueryError: The query cannot be answered, or an option is out of range.
     """
     _check(output, max_rows, timeout, memory)
     with Catalog(catalog, memory, ANSWER_MB, child=child) as opened:
@@ -73,7 +71,7 @@ def answer(
         _write(found, output, stream)
         stream.flush()
     except BrokenPipeError:
-        # the reader has seen enough (`| head`); the interpreter flushes once more when it ends, and that must not fail
+        # the reader (`| head`) has gone away; the interpreter flushes once more on exit, which must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return
     except RecursionError:
@@ -111,7 +109,7 @@ def _write(found: Answer, output: str, stream: TextIO) -> None:
 
 
 def _json(found: Answer) -> list[str]:
-    """A list of objects, one a line; names that occur twice get a number."""
+    """Format an answer as a list of objects, one per line; a column name that repeats gets a number."""
     names = _unique(found.columns)
     kinds = found.types
     objects = [{n: _value(v, kind) for n, v, kind in zip(names, row, kinds, strict=True)} for row in found.rows]
@@ -120,7 +118,7 @@ def _json(found: Answer) -> list[str]:
 
 
 def _escape_json(text: str) -> str:
-    """JSON of the same meaning, in which escapes stand for what could steer a terminal."""
+    """Return equivalent JSON in which terminal control characters are escaped."""
     return "".join(c if printable(c) == c else json.dumps(c)[1:-1] for c in text) if printable(text) != text else text
 
 
@@ -135,7 +133,7 @@ def _unique(names: Sequence[str]) -> list[str]:
 
 
 def _value(value: Any, kind: str = "") -> Any:
-    """`value` as JSON has it."""
+    """Convert a value to one that JSON can hold."""
     match value:
         case None | bool() | int():
             return value
@@ -156,7 +154,7 @@ def _value(value: Any, kind: str = "") -> Any:
 
 
 def _parsed(text: str) -> Any:
-    """What JSON text says, or the text where Python cannot hold that: numbers of thousands of digits."""
+    """Parse JSON text; return the text itself if Python cannot parse it, as with integers of thousands of digits."""
     try:
         return _value(json.loads(text))
     except ValueError:
@@ -164,7 +162,7 @@ def _parsed(text: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as csv has it: nothing for NULL, JSON for lists and structs."""
+    """Convert a value to one that CSV can hold: nothing for NULL, JSON for lists and structs."""
     match value:
         case None | bool() | int() | float() | str():
             return value
@@ -177,7 +175,7 @@ def _plain(value: Any) -> Any:
 
 
 def _table(found: Answer, width: int | None) -> list[str]:
-    """Aligned lines: header, rule, rows; numbers to the right."""
+    """Format an answer as aligned lines: a header, a rule and the rows, with numbers aligned to the right."""
     cells = [[_cell(value) for value in row] for row in found.rows]
     head = [_line_of(name) for name in found.columns]
     widths = [max(map(_width, column)) for column in zip(head, *cells, strict=True)]
@@ -212,26 +210,26 @@ def _cell(value: Any) -> str:
 
 
 def _line_of(text: str) -> str:
-    """The beginning of a text, on one line; a cell shows no more than LONGEST_CELL characters of it."""
+    """The first LONGEST_CELL characters of a text, on one line."""
     return printable(text[:LONGEST_CELL], kept="")
 
 
 def _number(value: float) -> str:
-    """Four decimals, or four digits where those would hide it."""
+    """Format a number with four decimals, or in scientific notation if it is too small or too large for them."""
     if value == 0 or 1e-3 <= abs(value) < 1e6:
         return f"{value:.4f}"
     return f"{value:.3e}" if math.isfinite(value) else str(value)
 
 
 def _width(text: str) -> int:
-    """Columns that a terminal gives it."""
+    """Number of terminal columns that a text takes."""
     if text.isascii():
         return len(text)
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _fit(widths: list[int], total: int | None) -> list[int]:
-    """Squeeze the widest columns until the table fits."""
+    """Narrow the widest columns until the table fits in `total` characters."""
     if total is None:
         return [min(width, WIDEST) for width in widths]
     room = total - 2 * (len(widths) - 1)

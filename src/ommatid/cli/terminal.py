@@ -1,8 +1,8 @@
-"""Text from outside (labels of servers, names of files, cells of answers), made safe to print on a terminal."""
+"""Output on a terminal: the progress of a stage, and text from outside with its control characters escaped."""
 
 import time
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO, assert_never
 
@@ -14,22 +14,21 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
-
 SECONDS = 2.0
-"""Between two lines of one kind of work."""
+"""Minimum number of seconds between two lines about the same kind of work."""
 SHOWN = ("fvu", "l0", "dead")
-"""Numbers beside a bar."""
+"""Measurements shown beside a progress bar."""
 RECENT = 30.0
-"""Seconds over which a bar's rate is averaged."""
+"""Number of seconds over which a progress bar averages its rate."""
 
 
 @contextmanager
 def showing(out: TextIO, has_several_saes: bool = False) -> Iterator[Listener]:
-    """A listener that shows what a stage tells, for as long as the block runs.
+    """Provide a listener that prints events: as progress bars on a terminal, as lines elsewhere.
 
     Args:
-        out: Where: the standard output.
-        has_several_saes: Whether a line must say which SAE it is about.
+        out: The standard output.
+        has_several_saes: Whether to print the name of the SAE with its measurements.
     """
     if not out.isatty():
         yield Lines(has_several_saes)
@@ -39,19 +38,25 @@ def showing(out: TextIO, has_several_saes: bool = False) -> Iterator[Listener]:
 
 
 def say(text: object) -> None:
-    """Print a line on the standard output, with what in it could steer a terminal escaped: names and labels come from outside."""
+    """Print a line on the standard output with terminal control characters escaped, as it may quote names and labels from outside."""
     typer.echo(printable(str(text)))
 
 
+def align(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Format rows of text as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 class Lines:
-    """Prints events as lines, at most one every two seconds for each kind of work; what was noticed at once."""
+    """Listener that prints events as lines: notices at once, and each kind of work every two seconds at most."""
 
     def __init__(self, has_several_saes: bool = False) -> None:
         self._has_several_saes = has_several_saes
         self._last: dict[str, float] = {}
 
     def __call__(self, event: Event) -> None:
-        """Print the event, or nothing where its kind was printed just now."""
+        """Print the event, unless one of the same kind was printed within the last two seconds."""
         match event:
             case Progress():
                 self._print(event.what, f"{event.what}: {event.done} of {event.total}", is_last=event.done == event.total)
@@ -72,7 +77,7 @@ class Lines:
 
 
 class _Bar:
-    """One bar for each kind of work, with the last numbers of training beside it."""
+    """Listener that shows a progress bar for each kind of work, with the latest measurements of training beside it."""
 
     def __init__(self, bars: "Bars") -> None:
         self._bars = bars
@@ -93,7 +98,7 @@ class _Bar:
 
     def _move(self, event: Progress) -> None:
         if event.what not in self._tasks:
-            # what an earlier run had done already says nothing about the speed of this one
+            # a resumed stage starts part-way; work done by the earlier run must not count towards this run's rate
             self._begun[event.what] = event.done
             self._tasks[event.what] = self._bars.add_task(event.what, total=event.total, completed=event.done, numbers="", rate="")
         task = self._bars.tasks[self._tasks[event.what]]
@@ -119,7 +124,7 @@ def _open_bars(out: TextIO) -> "Bars":
 
 
 def summarise(numbers: Mapping[str, Mapping[str, float]]) -> str:
-    """The last numbers of training, by SAE: `fvu 0.31 l0 16 dead 0.02`; of several SAEs the range of each."""
+    """Summarise the latest measurements of each SAE, such as `fvu 0.31 l0 16 dead 0.02`; for several SAEs, as ranges."""
     shown = []
     for key in SHOWN:
         values = [of[key] for of in numbers.values() if key in of]
@@ -130,29 +135,32 @@ def summarise(numbers: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def notice(event: Noticed | Warned) -> str:
-    """The line that says what was noticed."""
+    """Format a notice or warning as a line."""
     whose = f"{event.sae}: step {event.step}: " if isinstance(event, Noticed) else ""
     return printable(f"notice: {whose}{event.what}")
 
 
 def number(value: float, digits: int = 4) -> str:
-    """So many digits, but never an exponent for what is large."""
+    """Format a number with `digits` significant digits, but never with an exponent if it is large."""
     return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
 
 
 JOINERS = "\u200c\u200d"
-"""Between the letters of some scripts and the parts of some emoji; they steer nothing."""
+"""Zero-width joiners, which some scripts and emoji need and which do not control a terminal."""
 
 
 def printable(text: str, kept: str = "\n\t") -> str:
-    r"""`text` with what could steer a terminal or turn its reading direction written as an escape, such as \x1b.
+    r"""Escape the characters of a text that could control a terminal or change its reading direction, such as \x1b.
 
-    These are control characters (C0 and C1, such as ESC and CSI), marks of direction and other invisible ones, separators of lines and
-    halves of surrogate pairs.
+    Escaped are control characters (C0 and C1, such as ESC and CSI), direction marks and other invisible format characters, line and
+    paragraph separators, and unpaired surrogates.
 
     Args:
-        text: Any.
-        kept: Control characters that stay.
+        text: Any text.
+        kept: Control characters to leave as they are.
+
+    Returns:
+        The text with escapes such as \x1b in place of those characters.
     """
     if text.isprintable():
         return text
@@ -160,13 +168,13 @@ def printable(text: str, kept: str = "\n\t") -> str:
 
 
 class _Escapes(dict[int, str]):
-    """What stands for each character, as str.translate asks for it."""
+    """Lazy translation table for `str.translate`, which maps each character to itself or to its escape."""
 
     def __init__(self, kept: str) -> None:
         super().__init__((ord(c), c) for c in kept)
 
     def __missing__(self, code: int) -> str:
         c = chr(code)
-        steers = unicodedata.category(c) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
-        self[code] = c.encode("unicode_escape").decode() if steers else c
+        is_control = unicodedata.category(c) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
+        self[code] = c.encode("unicode_escape").decode() if is_control else c
         return self[code]
