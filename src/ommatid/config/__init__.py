@@ -21,13 +21,11 @@ from ommatid.config.params import CatalogParams, Params, RetrainParams
 from ommatid.config.section import Section
 from ommatid.config.strict_yaml import parse_json
 from ommatid.config.train import TrainParams
-from ommatid.config.variants import Archetypal, BatchTopK, Gated, Imported, JumpReLU, Matryoshka, ReLU, TopK, TrainedVariant, Variant
+from ommatid.config.variants import Imported, TrainedVariant, Variant
 
 __all__ = [
     "STAGES",
-    "Archetypal",
     "Baseline",
-    "BatchTopK",
     "CaptionerLabeller",
     "CatalogParams",
     "Cifar10Source",
@@ -39,30 +37,25 @@ __all__ = [
     "ExtractFiles",
     "ExtractParams",
     "FolderSource",
-    "Gated",
     "HumanLabeller",
     "ImageSource",
     "ImagesParams",
     "Imported",
-    "JumpReLU",
     "LabelParams",
     "Labeller",
     "LiteModel",
     "LlavaModel",
     "LocalExecutor",
-    "Matryoshka",
     "Model",
     "ModuleModel",
     "Params",
     "ParquetSource",
     "QwenModel",
     "RayExecutor",
-    "ReLU",
     "RetrainParams",
     "Section",
     "ShapesSource",
     "SiglipModel",
-    "TopK",
     "TrainParams",
     "TrainedVariant",
     "TransformersJudge",

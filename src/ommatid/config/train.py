@@ -1,13 +1,13 @@
 """Section `train`."""
 
 import itertools
-from typing import Annotated, Any, assert_never
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ommatid.config.problems import explain
 from ommatid.config.section import Section, unlike
-from ommatid.config.variants import Archetypal, BatchTopK, Gated, Imported, JumpReLU, Matryoshka, ReLU, TopK, Variant
+from ommatid.config.variants import Variant
 
 
 class TrainParams(Section):
@@ -76,22 +76,12 @@ class TrainParams(Section):
     @property
     def is_aligned(self) -> bool:
         """Whether encoders are kept near their directions; not in a transcoder, where they are of two spaces."""
-        return isinstance(self.variant, TopK | BatchTopK | Matryoshka) and self.variant.aligned and self.target is None
+        return self.variant.is_aligned and self.target is None
 
     @property
     def aims_at_k(self) -> bool:
         """Whether k latents are to fire a token; not where the weight of a penalty is given, whatever that leads to."""
-        match self.variant:
-            case ReLU() | Gated():
-                return self.variant.l1 is None
-            case JumpReLU():
-                return self.variant.weight is None
-            case Imported():
-                return False
-            case TopK() | BatchTopK() | Matryoshka() | Archetypal():
-                return True
-            case _:
-                assert_never(self.variant)
+        return self.variant.aims_at_k
 
     def _changes(self) -> list[dict[str, Any]]:
         combined = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]

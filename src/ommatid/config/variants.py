@@ -1,4 +1,4 @@
-"""Kinds of SAE."""
+"""Kinds of SAE; each that is trained here is made by `ommatid/sae/variants/<kind>.py`."""
 
 from typing import Annotated, Literal
 
@@ -7,7 +7,21 @@ from pydantic import Field, field_validator
 from ommatid.config.section import Section
 
 
-class TopK(Section):
+class Trained(Section):
+    """What training asks of a kind of SAE."""
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether encoders are kept near their directions, where the kind has that choice."""
+        return getattr(self, "aligned", False)
+
+    @property
+    def aims_at_k(self) -> bool:
+        """Whether k latents are to fire a token; not where the weight of a penalty is given, whatever that leads to."""
+        return True
+
+
+class TopK(Trained):
     """Of every token the k largest latents fire (arXiv 2406.04093)."""
 
     kind: Literal["topk"]
@@ -15,7 +29,7 @@ class TopK(Section):
     """Keep encoders near their directions (in the spirit of arXiv 2605.18629): fewer latents die, and they say more of unseen images."""
 
 
-class BatchTopK(Section):
+class BatchTopK(Trained):
     """Of every batch the k · batch largest latents fire; used with the average threshold of training (arXiv 2412.06410)."""
 
     kind: Literal["batch_topk"]
@@ -23,7 +37,7 @@ class BatchTopK(Section):
     """Keep encoders near their directions (in the spirit of arXiv 2605.18629): fewer latents die, and they say more of unseen images."""
 
 
-class Matryoshka(Section):
+class Matryoshka(Trained):
     """BatchTopK whose first latents must reconstruct by themselves, for several prefixes of the dictionary (arXiv 2503.17547)."""
 
     kind: Literal["matryoshka"]
@@ -42,15 +56,20 @@ class Matryoshka(Section):
         return value
 
 
-class ReLU(Section):
+class ReLU(Trained):
     """Whatever is positive fires; an L1 penalty keeps it sparse; dead latents are drawn anew (Bricken et al. 2023)."""
 
     kind: Literal["relu"]
     l1: Annotated[float, Field(gt=0)] | None = None
     """Weight of the mean L1 norm of a token's activations; null: steered so that k latents fire a token."""
 
+    @property
+    def aims_at_k(self) -> bool:
+        """See `Trained`."""
+        return self.l1 is None
 
-class JumpReLU(Section):
+
+class JumpReLU(Trained):
     """Each latent fires above a threshold of its own that is learned through a straight-through estimator (arXiv 2407.14435)."""
 
     kind: Literal["jumprelu"]
@@ -61,16 +80,26 @@ class JumpReLU(Section):
     weight: Annotated[float, Field(gt=0)] | None = None
     """Of the penalty; null: steered so that k latents fire a token."""
 
+    @property
+    def aims_at_k(self) -> bool:
+        """See `Trained`."""
+        return self.weight is None
 
-class Gated(Section):
+
+class Gated(Trained):
     """One set of weights decides which latents fire, with magnitudes of their own (arXiv 2404.16014)."""
 
     kind: Literal["gated"]
     l1: Annotated[float, Field(gt=0)] | None = None
     """Weight of the mean L1 norm of a token's gates; null: steered so that k latents fire a token."""
 
+    @property
+    def aims_at_k(self) -> bool:
+        """See `Trained`."""
+        return self.l1 is None
 
-class Archetypal(Section):
+
+class Archetypal(Trained):
     """BatchTopK whose directions are near convex combinations of centres of the data, so that seeds agree (RA-SAE, arXiv 2502.12892)."""
 
     kind: Literal["archetypal"]
@@ -90,6 +119,16 @@ class Imported(Section):
     """saelens, sparsify, saev, sae_for_vlm, dictionary_learning, overcomplete or ommatid; null: found by the files."""
     values: Annotated[dict[str, str], Field(default_factory=dict)]
     """What the files don't say, such as {k: "32"}: docs/users/interop.md."""
+
+    @property
+    def is_aligned(self) -> bool:
+        """See `Trained`; it was trained elsewhere."""
+        return False
+
+    @property
+    def aims_at_k(self) -> bool:
+        """See `Trained`; whatever its k is, it was aimed at elsewhere."""
+        return False
 
 
 TrainedVariant = TopK | BatchTopK | Matryoshka | ReLU | JumpReLU | Gated | Archetypal

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from ommatid.config import variants
 from ommatid.sae.init import fit_scale
 from ommatid.sae.kmeans import find_centres
 from ommatid.sae.step import Batch, Step
 from ommatid.sae.variants.base import Guides, Settings
-from ommatid.sae.variants.topk import BatchTopK
+from ommatid.sae.variants.batch_topk import BatchTopK
 from ommatid.sae.weights import Weights, grad_of
 
 MOST_CENTRES = 2048
@@ -66,3 +67,8 @@ class Archetypal(BatchTopK):
         shift.mul_((most / shift.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp(max=1))
         weights.fixed["lengths"] = combined.add_(shift).norm(dim=1, keepdim=True)
         torch.div(combined, weights.fixed["lengths"], out=weights.W_dec)
+
+
+def make(params: variants.Archetypal, settings: Settings) -> Archetypal:
+    """The variant of these params; see `make_variant`."""
+    return Archetypal(settings, params.points, params.relaxation)

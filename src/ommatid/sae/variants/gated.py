@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from ommatid.config import variants
 from ommatid.sae.entries import Entries
 from ommatid.sae.model import Activation
 from ommatid.sae.select import select_above
 from ommatid.sae.step import Batch, Step, add_monosemanticity, centre, reconstruct, set_gradients
-from ommatid.sae.variants.base import Guides, Steered, make_scorer
+from ommatid.sae.variants.base import Guides, Settings, Steered, make_scorer
 from ommatid.sae.weights import Weights, grad_of
 
 
@@ -56,3 +57,8 @@ class Gated(Steered):
     def _set_gradients(self, weights: Weights, entries: Entries, grad_mag: Tensor, scaled: Tensor) -> None:
         grad_of(weights.own["b_mag"]).copy_(entries.sum_by_latent(grad_mag))
         grad_of(weights.own["r_mag"]).copy_(entries.sum_by_latent(grad_mag * scaled))
+
+
+def make(params: variants.Gated, settings: Settings) -> Gated:
+    """The variant of these params; see `make_variant`."""
+    return Gated(settings, params.l1)

@@ -6,6 +6,7 @@ from typing import Literal, assert_never
 import torch
 from torch import Tensor
 
+from ommatid.config import variants
 from ommatid.sae.select import select_above
 from ommatid.sae.step import Batch, Step, add_monosemanticity, centre, reconstruct, set_gradients
 from ommatid.sae.variants.base import Guides, Settings, Steered, average_act, make_scorer, quantile
@@ -90,3 +91,8 @@ class JumpReLU(Steered):
                 return found.sum(), slope * (1 - found.square()), 0.0
             case _:
                 assert_never(self._sparsity)
+
+
+def make(params: variants.JumpReLU, settings: Settings) -> JumpReLU:
+    """The variant of these params; see `make_variant`."""
+    return JumpReLU(settings, params.weight, params.bandwidth, params.sparsity)

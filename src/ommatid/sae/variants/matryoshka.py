@@ -2,9 +2,10 @@
 
 import torch
 
+from ommatid.config import variants
 from ommatid.sae.entries import Levels
 from ommatid.sae.variants.base import Guides, Settings
-from ommatid.sae.variants.topk import BatchTopK
+from ommatid.sae.variants.batch_topk import BatchTopK
 
 
 class Matryoshka(BatchTopK):
@@ -33,3 +34,8 @@ class Matryoshka(BatchTopK):
         shares = 1 / torch.arange(1, d_sae, dtype=torch.float64)
         drawn = torch.multinomial(shares, min(n - 1, d_sae - 1), generator=generator) + 1
         return Levels((*sorted(drawn.tolist()), d_sae), self._settings.device)
+
+
+def make(params: variants.Matryoshka, settings: Settings) -> Matryoshka:
+    """The variant of these params; see `make_variant`."""
+    return Matryoshka(settings, params.prefixes, params.random)

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ommatid.config import variants
 from ommatid.sae import distributed
 from ommatid.sae.select import select_above
 from ommatid.sae.step import Batch, Step, add_monosemanticity, centre, reconstruct, set_gradients
-from ommatid.sae.variants.base import Guides, Steered, make_scorer
+from ommatid.sae.variants.base import Guides, Settings, Steered, make_scorer
 from ommatid.sae.weights import Weights, grad_of
 
 RESAMPLE_AT = (1 / 8, 1 / 4, 3 / 8, 1 / 2)
@@ -69,3 +70,8 @@ def _resample(weights: Weights, batch: Batch, x_hat: Tensor, dead: Tensor, seed:
     weights.b_enc[dead] = 0.0
     for tensor in (weights.W_dec, weights.W_enc, weights.b_enc):
         grad_of(tensor)[dead] = 0.0
+
+
+def make(params: variants.ReLU, settings: Settings) -> ReLU:
+    """The variant of these params; see `make_variant`."""
+    return ReLU(settings, params.l1)
