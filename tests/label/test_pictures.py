@@ -10,7 +10,7 @@ from chat_server import chatting, names
 from label_cases import LEFT, encode, make_case
 from PIL import Image
 
-from ommatid.config import VlmLabeller
+from ommatid.config.label import VlmLabeller
 from ommatid.label.evidence.images import DRAWING, N_TILES, SIDE, draw_grid, mark, place_of
 from ommatid.label.labellers.base import Example
 from ommatid.label.labellers.vlm import Memory, Vlm

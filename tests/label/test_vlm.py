@@ -11,7 +11,7 @@ from label_cases import make_case
 from s3_server import free_port
 from waiting import HANG_SECONDS
 
-from ommatid.config import VlmLabeller
+from ommatid.config.label import VlmLabeller
 from ommatid.label.labellers.vlm import Memory, Vlm, labeller
 from ommatid.label.labellers.vlm.client import Clock
 

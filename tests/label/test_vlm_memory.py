@@ -16,7 +16,7 @@ from chat_server import Asked, Reply, chatting, names
 from label_cases import LEFT, make_case
 from waiting import HANG_SECONDS, wait_for
 
-from ommatid.config import VlmLabeller
+from ommatid.config.label import VlmLabeller
 from ommatid.errors import ArtefactError
 from ommatid.label.labellers.base import Case
 from ommatid.label.labellers.vlm import Memory, Vlm, in_checkout, labeller
@@ -97,7 +97,7 @@ RUN = """
     import sys
     from pathlib import Path
     from label_cases import make_case
-    from ommatid.config import VlmLabeller
+    from ommatid.config.label import VlmLabeller
     from ommatid.label.labellers.vlm import Memory, Vlm
 
     url, path, n = sys.argv[1:]

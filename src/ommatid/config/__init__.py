@@ -3,7 +3,7 @@
 from ommatid.config.evaluate import Baseline, EvaluateParams
 from ommatid.config.extract import DaskExecutor, Executor, ExtractFiles, ExtractParams, LocalExecutor, RayExecutor
 from ommatid.config.images import Cifar10Source, FolderSource, ImageSource, ImagesParams, ParquetSource, ShapesSource
-from ommatid.config.label import CaptionerLabeller, HumanLabeller, Labeller, LabelParams, VlmLabeller, VocabularyLabeller
+from ommatid.config.label import Labeller, LabelParams
 from ommatid.config.load import dotted, load_params, make_params
 from ommatid.config.models import (
     ClipModel,
@@ -26,7 +26,6 @@ from ommatid.config.variants import Imported, TrainedVariant, Variant
 __all__ = [
     "STAGES",
     "Baseline",
-    "CaptionerLabeller",
     "CatalogParams",
     "Cifar10Source",
     "ClipModel",
@@ -37,7 +36,6 @@ __all__ = [
     "ExtractFiles",
     "ExtractParams",
     "FolderSource",
-    "HumanLabeller",
     "ImageSource",
     "ImagesParams",
     "Imported",
@@ -61,8 +59,6 @@ __all__ = [
     "TransformersJudge",
     "Variant",
     "VitModel",
-    "VlmLabeller",
-    "VocabularyLabeller",
     "dotted",
     "load_params",
     "make_params",

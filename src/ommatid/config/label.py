@@ -1,4 +1,4 @@
-"""Section `label`."""
+"""Section `label`, and the kinds of labeller; each is made by `ommatid/label/labellers/<kind>.py`."""
 
 import hashlib
 from pathlib import Path
@@ -8,9 +8,20 @@ from pydantic import Field, PositiveFloat
 
 from ommatid.config.section import Section, unlike
 
+Cost = Literal["tried", "none", "unknown"]
 
-class VocabularyLabeller(Section):
+
+class LabellerSection(Section):
+    """A kind of labeller."""
+
+    cost: ClassVar[Cost] = "unknown"
+    """What `ommatid estimate` knows of the time that it takes: it is tried on a sample, takes none, or is left out and named as such."""
+
+
+class VocabularyLabeller(LabellerSection):
     """Words of a list: the one whose place in the joint space says best what a latent's strongest images have in common."""
+
+    cost: ClassVar[Cost] = "tried"
 
     kind: Literal["vocabulary"]
     words: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -23,8 +34,10 @@ class VocabularyLabeller(Section):
         return super().identity() | {"files": {path: checksum for path in self.words if (checksum := _checksum(path))}}
 
 
-class HumanLabeller(Section):
+class HumanLabeller(LabellerSection):
     """Labels that people gave."""
+
+    cost: ClassVar[Cost] = "none"
 
     kind: Literal["human"]
     path: str
@@ -40,7 +53,7 @@ def _checksum(path: str) -> str | None:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
 
 
-class VlmLabeller(Section):
+class VlmLabeller(LabellerSection):
     """A vision-language model behind an OpenAI-compatible server; its key is in OPENAI_API_KEY (docs/users/labels-from-models.md)."""
 
     how: ClassVar[frozenset[str]] = frozenset({"url", "requests_per_minute", "concurrency", "timeout"})
@@ -62,7 +75,7 @@ class VlmLabeller(Section):
     """Seconds to wait for an answer."""
 
 
-class CaptionerLabeller(Section):
+class CaptionerLabeller(LabellerSection):
     """A transformers model that captions images, on this machine: the name is the phrase that captions of firing images share."""
 
     kind: Literal["captioner"]

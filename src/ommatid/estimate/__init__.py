@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ommatid.config import CaptionerLabeller, ExtractFiles, ImagesParams, Params, VlmLabeller
+from ommatid.config import ExtractFiles, ImagesParams, Params
 from ommatid.errors import ArtefactError, ConfigError
 from ommatid.estimate.trials import Trials
 from ommatid.events import Listener, ignore
@@ -123,7 +123,7 @@ def _conclude(params: Params, whole: Artefact | None, n_items: int, trials: Tria
         for stage in STAGES
     ]
     running = seen.while_running(all_, sizes["extract"])
-    untried = tuple(name for name, one in params.label.each().items() if isinstance(one, VlmLabeller | CaptionerLabeller))
+    untried = tuple(name for name, one in params.label.each().items() if one.cost == "unknown")
     return Estimate(tuple(stages), round(all_.images), running, open_folder(data).free_bytes(), time.perf_counter() - start, untried)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ommatid import tracking
-from ommatid.config import Params, VocabularyLabeller
+from ommatid.config import Params
+from ommatid.config.label import VocabularyLabeller
 from ommatid.estimate.fit import Timed, grow, trial_sizes
 from ommatid.estimate.process import Answer, StageProcess
 from ommatid.estimate.sample import draw_images
@@ -162,7 +163,7 @@ class Trials:
         """Once: most of its time goes to the words, which a sample has, too; how long the scores take, its events say."""
         # on a sample few latents fire on as many images as params ask for, and what a score costs would not be seen
         # nobody is asked for what will be asked again, and people named latents of the whole run's SAEs
-        words = [one for one in self._params.label.labellers if isinstance(one, VocabularyLabeller)] or [WORDS]
+        words = [one for one in self._params.label.labellers if one.cost == "tried"] or [WORDS]
         labellers = [labeller.model_dump(mode="json") for labeller in words]
         values = self._values(label={"min_examples": 2, "labellers": labellers})
         self._alone("label", n, n, lambda process: process.run(values, self._data(n)))

@@ -1,5 +1,6 @@
 """What a labeller is shown of a latent, and what it answers: the seam between the stage and everything that gives names."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -78,3 +79,36 @@ class Detector(Protocol):
     def fires(self, label: str, images: tuple[bytes, ...]) -> tuple[float, ...] | None:
         """How far each image shows what the label says, 0 to 1; None: no usable answer."""
         ...
+
+
+@dataclass(frozen=True)
+class Words:
+    """Names that are words of a list."""
+
+    words: tuple[str, ...]
+    """Each once."""
+    by: Literal["mean", "soft_wpmi"]
+    """How the word is found."""
+
+
+@dataclass(frozen=True)
+class People:
+    """Names that were given."""
+
+    labels: Mapping[str, Mapping[int, str]]
+    """By SAE, as the tables call it, and latent."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Names from a labeller that looks at images, latent by latent."""
+
+    labeller: Labeller
+    """Who is asked."""
+    detector: Detector | None = None
+    """Its second opinion on its own names; None: it has none."""
+    concurrency: int = 1
+    """Latents that are worth asking about at a time."""
+
+
+Source = Words | People | Asked

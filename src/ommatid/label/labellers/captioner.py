@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import log2
 from typing import Any
@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from ommatid.config.label import CaptionerLabeller
 from ommatid.errors import ModelError
 from ommatid.images.decode import decode
 from ommatid.label.evidence.images import N_TILES, choose_shown, cut
-from ommatid.label.labellers.base import Answer, Case
+from ommatid.label.labellers.base import Answer, Asked, Case
 from ommatid.vlm import hub
 from ommatid.vlm.precision import normalise
 from ommatid.vlm.processor import load_preprocess
@@ -162,3 +163,8 @@ class Captioner:
             return Answer("unparsed", detail=f"no phrase that the captions share, such as: {'; '.join(mine[:SHOWN])}")
         detail = f"in {phrase.n_firing} of {len(mine)} captions, and in {phrase.n_silent} of {len(others)} of images that do not fire it"
         return Answer("ok", phrase.text, detail)
+
+
+def make(name: str, params: CaptionerLabeller, saes: Mapping[str, int], say: Callable[[str], None]) -> Asked:
+    """See `make_source`."""
+    return Asked(Captioner(name, TransformersCaptions(params.path)))

@@ -1,9 +1,11 @@
 """The labeller `human`: labels that people wrote into a CSV file."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from ommatid.config.label import HumanLabeller
 from ommatid.errors import ConfigError
+from ommatid.label.labellers.base import People
 from ommatid.store.filesystem.csv_file import CsvFile, Row
 
 COLUMNS = ("latent", "label", "sae")
@@ -70,3 +72,8 @@ def _find(given: str, saes: Mapping[str, int]) -> str:
     if not given or given not in names:
         raise ValueError(f"column sae: got {given!r}; this training has {', '.join(saes)}")
     return names[given]
+
+
+def make(name: str, params: HumanLabeller, saes: Mapping[str, int], say: Callable[[str], None]) -> People:
+    """See `make_source`."""
+    return People(load_labels(params.path, saes))

@@ -3,7 +3,7 @@
 Suffixes: n latents, k images of a latent, u images in all, w words, d the joint space.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal, assert_never
@@ -11,7 +11,9 @@ from typing import Literal, assert_never
 import torch
 from torch import Tensor
 
+from ommatid.config.label import VocabularyLabeller
 from ommatid.errors import ConfigError
+from ommatid.label.labellers.base import Words
 from ommatid.metrics import unit
 from ommatid.vlm import imagenet_classes
 
@@ -155,3 +157,8 @@ def _load_list(name: str) -> Sequence[str]:
 def _parse(text: str) -> list[str]:
     lines = (line.strip() for line in text.splitlines())
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def make(name: str, params: VocabularyLabeller, saes: Mapping[str, int], say: Callable[[str], None]) -> Words:
+    """See `make_source`."""
+    return Words(load_words(params.words), params.by)

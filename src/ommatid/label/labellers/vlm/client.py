@@ -11,7 +11,7 @@ from ommatid.label.labellers.vlm.cache import Memory
 from ommatid.label.labellers.vlm.messages import Outcome, Question, Said, Silence
 
 if TYPE_CHECKING:
-    from ommatid.config import VlmLabeller
+    from ommatid.config.label import VlmLabeller
     from ommatid.label.labellers.vlm.server import Hiccup, Server
 
 

@@ -23,7 +23,7 @@ from ommatid.label.labellers.vlm.messages import (
 )
 
 if TYPE_CHECKING:
-    from ommatid.config import VlmLabeller
+    from ommatid.config.label import VlmLabeller
 
 
 class Vlm:
