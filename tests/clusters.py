@@ -13,7 +13,7 @@ from processes import TESTS
 from s3_server import free_port
 from waiting import wait_for, wait_for_end
 
-from ommatid.config import RayExecutor
+from ommatid.config.extract import RayExecutor
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from fakes import GRID, TileModel, make_artefact, make_images_artefact, make_tes
 from ommatid import store
 from ommatid.activations.batches import load_sample
 from ommatid.activations.columns import from_float16, from_float32
-from ommatid.config import EvaluateParams, ExtractParams, LiteModel
+from ommatid.config import EvaluateParams, ExtractParams
+from ommatid.config.models import LiteModel
 from ommatid.errors import ArtefactError, ConfigError, ModelError
 from ommatid.evaluate import monosemanticity as judging
 from ommatid.evaluate.monosemanticity import Judge, Judged

@@ -12,11 +12,12 @@ from executor_jobs import BreakJob, KillJob, KillOnceJob, NestedJob, RefuseJob, 
 from processes import started
 from waiting import HANG_SECONDS
 
-from ommatid.config import LocalExecutor
+from ommatid.config.extract import LocalExecutor
 from ommatid.errors import ArtefactError, ExecutorError
 from ommatid.executors import local, run
 from ommatid.executors.workers import Driver, environment, thread_settings
 
+LOCAL = LocalExecutor(kind="local")
 DEVICES = ("5", "GPU-7")
 """No GPU is needed to see which one a process was told to take."""
 
@@ -38,7 +39,7 @@ def test_an_error_here_is_raised_at_once(tmp_path: Path) -> None:
 def test_each_gpu_has_a_process_and_they_share_the_cores(tmp_path: Path) -> None:
     others = started()
     done: list[int] = []
-    local.run(NestedJob(str(tmp_path), n_workers=2), range(8), done.append, DEVICES)
+    local.run(LOCAL, NestedJob(str(tmp_path), n_workers=2), range(8), done.append, DEVICES)
     facts = made(tmp_path)
     assert sorted(done) == sorted(facts) == list(range(8))
     assert {fact["CUDA_VISIBLE_DEVICES"] for fact in facts.values()} == set(DEVICES)
@@ -50,7 +51,7 @@ def test_each_gpu_has_a_process_and_they_share_the_cores(tmp_path: Path) -> None
 
 
 def test_there_are_no_more_processes_than_shards(tmp_path: Path) -> None:
-    local.run(WriteJob(str(tmp_path)), [7], lambda shard: None, DEVICES)
+    local.run(LOCAL, WriteJob(str(tmp_path)), [7], lambda shard: None, DEVICES)
     assert list(made(tmp_path)) == [7]
 
 
@@ -58,7 +59,7 @@ def test_the_shard_of_a_killed_process_is_made_by_another(tmp_path: Path) -> Non
     others = started()
     done: list[int] = []
     job = KillOnceJob(str(tmp_path))
-    local.run(job, range(6), done.append, DEVICES)
+    local.run(LOCAL, job, range(6), done.append, DEVICES)
     facts = made(tmp_path)
     assert sorted(done) == sorted(facts) == list(range(6))
     assert job.attempts(3) == 2
@@ -70,7 +71,7 @@ def test_a_shard_that_kills_every_process_is_named(tmp_path: Path) -> None:
     others = started()
     job = KillJob(str(tmp_path))
     with pytest.raises(ExecutorError, match=r"shard 3: failed 3 times, .* its worker died \(SIGKILL\).*batch_size.*is kept"):
-        local.run(job, range(6), lambda shard: None, DEVICES)
+        local.run(LOCAL, job, range(6), lambda shard: None, DEVICES)
     assert job.attempts(3) == 3
     assert started() <= others
 
@@ -78,25 +79,25 @@ def test_a_shard_that_kills_every_process_is_named(tmp_path: Path) -> None:
 def test_an_error_for_the_user_arrives_as_it_is(tmp_path: Path) -> None:
     job = RefuseJob(str(tmp_path))
     with pytest.raises(ArtefactError, match=r"^images: image 5 cannot be decoded any more$"):
-        local.run(job, range(6), lambda shard: None, DEVICES)
+        local.run(LOCAL, job, range(6), lambda shard: None, DEVICES)
     assert job.attempts(3) == 3
 
 
 def test_an_error_that_passes_does_no_harm(tmp_path: Path) -> None:
-    local.run(RefuseJob(str(tmp_path), times=2), range(6), lambda shard: None, DEVICES)
+    local.run(LOCAL, RefuseJob(str(tmp_path), times=2), range(6), lambda shard: None, DEVICES)
     assert sorted(made(tmp_path)) == list(range(6))
 
 
 def test_an_error_of_ours_says_where_it_happened(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError) as caught:
-        local.run(BreakJob(str(tmp_path)), [2, 3], lambda shard: None, DEVICES)
+        local.run(LOCAL, BreakJob(str(tmp_path)), [2, 3], lambda shard: None, DEVICES)
     (note,) = caught.value.__notes__
     assert "at shard 3" in note and "in disturb" in note
 
 
 def test_an_error_that_does_not_travel_is_told_all_the_same(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)shard 3.*Stubborn: planted"):
-        local.run(StubbornJob(str(tmp_path)), [2, 3], lambda shard: None, DEVICES)
+        local.run(LOCAL, StubbornJob(str(tmp_path)), [2, 3], lambda shard: None, DEVICES)
 
 
 def test_an_error_ends_what_the_others_are_at(tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_an_error_ends_what_the_others_are_at(tmp_path: Path) -> None:
 
     began = time.monotonic()
     with pytest.raises(KeyError):
-        local.run(SlowJob(str(tmp_path)), [0, 3600], fail, DEVICES)
+        local.run(LOCAL, SlowJob(str(tmp_path)), [0, 3600], fail, DEVICES)
     assert time.monotonic() - began < HANG_SECONDS
     assert started() <= others
 
@@ -115,10 +116,12 @@ def test_an_error_ends_what_the_others_are_at(tmp_path: Path) -> None:
 DRIVER = """
 import sys
 from executor_jobs import WriteJob
+from ommatid.config.extract import LocalExecutor
 from ommatid.executors import local
 
 if __name__ == "__main__":
-    local.run(WriteJob(sys.argv[1], seconds=0.2), range(10_000), lambda shard: print(shard, flush=True), ["", ""])
+    job = WriteJob(sys.argv[1], seconds=0.2)
+    local.run(LocalExecutor(kind="local"), job, range(10_000), lambda shard: print(shard, flush=True), ["", ""])
 """
 
 

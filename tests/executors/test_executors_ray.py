@@ -16,7 +16,7 @@ from processes import TESTS, Driver, started
 from s3_server import free_port
 from waiting import HANG_SECONDS, wait_for
 
-from ommatid.config import RayExecutor
+from ommatid.config.extract import RayExecutor
 from ommatid.errors import ArtefactError, ExecutorError
 from ommatid.executors import ray, run, workers
 
@@ -135,7 +135,7 @@ def test_without_an_address_a_cluster_is_started_and_ended(tmp_path: Path, monke
 DRIVER = """
 import sys
 from executor_jobs import WriteJob
-from ommatid.config import RayExecutor
+from ommatid.config.extract import RayExecutor
 from ommatid.executors import run
 
 if __name__ == "__main__":

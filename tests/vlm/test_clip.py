@@ -12,7 +12,7 @@ from tiny_towers import check_bfloat16, check_hooks, check_planted_patch, check_
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ommatid.config import ClipModel
+from ommatid.config.models import ClipModel
 from ommatid.errors import ModelError
 from ommatid.vlm import Hookpoint, check_hookpoint, load_model
 from ommatid.vlm.clip import ClipVision

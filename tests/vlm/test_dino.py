@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
-from ommatid.config import DinoModel
+from ommatid.config.models import DinoModel
 from ommatid.errors import ModelError
 from ommatid.vlm import Hookpoint, VisionModel, load_model
 from ommatid.vlm.dino import DinoVision

@@ -16,7 +16,7 @@ from transformers.dynamic_module_utils import resolve_trust_remote_code
 from typer.testing import CliRunner
 
 from ommatid.cli.app import app
-from ommatid.config import ClipModel, TransformersJudge
+from ommatid.config.models import ClipModel, TransformersJudge
 from ommatid.errors import ModelError
 from ommatid.label.labellers.captioner import TransformersCaptions
 from ommatid.vlm import hub, load_judge, load_model

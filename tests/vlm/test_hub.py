@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ommatid.config import ClipModel, TransformersJudge
+from ommatid.config.models import ClipModel, TransformersJudge
 from ommatid.errors import ModelError
 from ommatid.vlm import load_judge, load_model
 

@@ -10,7 +10,7 @@ from fakes import CHECKOUT
 from typer.testing import CliRunner
 
 from ommatid.cli.app import app
-from ommatid.config import ClipModel, DinoModel, LiteModel, LlavaModel, ModuleModel, QwenModel, SiglipModel, VitModel
+from ommatid.config.models import ClipModel, DinoModel, LiteModel, LlavaModel, ModuleModel, QwenModel, SiglipModel, VitModel
 from ommatid.errors import ConfigError, ModelError
 from ommatid.vlm.identify import identify
 

@@ -13,7 +13,7 @@ from sklearn.datasets import load_sample_image
 from tiny_towers import check_trust
 from torch.nn.functional import cosine_similarity
 
-from ommatid.config import LiteModel
+from ommatid.config.models import LiteModel
 from ommatid.errors import ModelError
 from ommatid.vlm import check_hookpoint, imagenet_classes, lite, load_judge, load_model
 from ommatid.vlm.lite import LiteVision, Variant, class_texts, conse, load_efficientnet

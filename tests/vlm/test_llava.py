@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalG
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from ommatid.config import LlavaModel
+from ommatid.config.models import LlavaModel
 from ommatid.errors import ModelError
 from ommatid.vlm import Hookpoint, load_model
 from ommatid.vlm.llava import LlavaVision

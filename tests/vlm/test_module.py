@@ -16,7 +16,8 @@ from PIL import Image
 from planted import check_planted_patch_in_artefact
 from tiny_towers import check_no_splice
 
-from ommatid.config import ModuleModel, load_params
+from ommatid.config import load_params
+from ommatid.config.models import ModuleModel
 from ommatid.errors import ConfigError, ModelError
 from ommatid.vlm import Hookpoint, load_model
 from ommatid.vlm.module import ModuleVision, make_preprocess

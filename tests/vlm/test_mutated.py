@@ -10,7 +10,7 @@ from mutated import iter_mutated
 from tiny_clip import save_tiny_clip
 from tiny_families import FAMILIES, save_tiny
 
-from ommatid.config import ClipModel, TransformersJudge, VitModel
+from ommatid.config.models import ClipModel, TransformersJudge, VitModel
 from ommatid.errors import ModelError
 from ommatid.vlm import load_judge, load_model
 

@@ -16,7 +16,7 @@ from tiny_towers import check_bfloat16, check_no_splice, check_trust
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from ommatid.config import QwenModel
+from ommatid.config.models import QwenModel
 from ommatid.errors import ModelError
 from ommatid.vlm import Hookpoint, load_model
 from ommatid.vlm.preprocess import Preprocess

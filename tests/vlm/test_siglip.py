@@ -26,7 +26,7 @@ from transformers import Siglip2Tokenizer, SiglipConfig
 from transformers import SiglipModel as Reference
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from ommatid.config import SiglipModel
+from ommatid.config.models import SiglipModel
 from ommatid.errors import ModelError
 from ommatid.vlm import Hookpoint, VisionModel, load_model
 from ommatid.vlm.siglip import SiglipVision

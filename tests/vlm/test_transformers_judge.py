@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPModel, Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ommatid.config import TransformersJudge
+from ommatid.config.models import TransformersJudge
 from ommatid.errors import ModelError
 from ommatid.vlm import load_judge
 from ommatid.vlm.precision import normalise

@@ -7,7 +7,7 @@ import torch
 from fakes import CHECKOUT
 from tiny_families import FAMILIES, REFUSED, save_tiny
 
-from ommatid.config import TransformersJudge
+from ommatid.config.models import TransformersJudge
 from ommatid.errors import ModelError
 from ommatid.vlm import Judge, load_judge
 from ommatid.vlm.precision import normalise

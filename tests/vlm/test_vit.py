@@ -23,7 +23,7 @@ from tiny_towers import (
 from transformers import DeiTConfig, DeiTModel, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from ommatid.config import VitModel
+from ommatid.config.models import VitModel
 from ommatid.errors import ModelError
 from ommatid.vlm import Hookpoint, VisionModel, load_model
 from ommatid.vlm.vit import VitVision

@@ -1,22 +1,11 @@
 """Params: the type, the bounds and one sentence for every value in params.yaml. The values live there only."""
 
 from ommatid.config.evaluate import Baseline, EvaluateParams
-from ommatid.config.extract import DaskExecutor, Executor, ExtractFiles, ExtractParams, LocalExecutor, RayExecutor
+from ommatid.config.extract import Executor, ExtractFiles, ExtractParams
 from ommatid.config.images import Cifar10Source, FolderSource, ImageSource, ImagesParams, ParquetSource, ShapesSource
 from ommatid.config.label import Labeller, LabelParams
 from ommatid.config.load import dotted, load_params, make_params
-from ommatid.config.models import (
-    ClipModel,
-    DinoModel,
-    LiteModel,
-    LlavaModel,
-    Model,
-    ModuleModel,
-    QwenModel,
-    SiglipModel,
-    TransformersJudge,
-    VitModel,
-)
+from ommatid.config.models import Model
 from ommatid.config.params import CatalogParams, Params, RetrainParams
 from ommatid.config.section import Section
 from ommatid.config.strict_yaml import parse_json
@@ -28,9 +17,6 @@ __all__ = [
     "Baseline",
     "CatalogParams",
     "Cifar10Source",
-    "ClipModel",
-    "DaskExecutor",
-    "DinoModel",
     "EvaluateParams",
     "Executor",
     "ExtractFiles",
@@ -41,24 +27,15 @@ __all__ = [
     "Imported",
     "LabelParams",
     "Labeller",
-    "LiteModel",
-    "LlavaModel",
-    "LocalExecutor",
     "Model",
-    "ModuleModel",
     "Params",
     "ParquetSource",
-    "QwenModel",
-    "RayExecutor",
     "RetrainParams",
     "Section",
     "ShapesSource",
-    "SiglipModel",
     "TrainParams",
     "TrainedVariant",
-    "TransformersJudge",
     "Variant",
-    "VitModel",
     "dotted",
     "load_params",
     "make_params",

@@ -1,4 +1,4 @@
-"""Section `extract`."""
+"""Section `extract`, and the kinds of executor; each is `ommatid/executors/<kind>.py`."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -22,6 +22,11 @@ class LocalExecutor(Section):
 
     kind: Literal["local"]
 
+    @property
+    def workers_here(self) -> int | None:
+        """Shards that are made on this machine at a time; None: one, or one for each GPU."""
+        return None
+
 
 class DaskExecutor(Section):
     """A Dask cluster (`pip install 'ommatid[dask]'`)."""
@@ -32,6 +37,11 @@ class DaskExecutor(Section):
     workers: Annotated[int, Field(ge=1)]
     """Processes of the cluster on this machine."""
 
+    @property
+    def workers_here(self) -> int | None:
+        """Shards that are made on this machine at a time; on a cluster elsewhere this machine may be one of the workers."""
+        return 1 if self.address else self.workers
+
 
 class RayExecutor(Section):
     """A Ray cluster (`pip install 'ommatid[ray]'`)."""
@@ -41,6 +51,11 @@ class RayExecutor(Section):
     """Of the cluster, such as auto or ray://10.0.0.1:10001; null: one on this machine for the time of the run."""
     workers: Annotated[int, Field(ge=1)]
     """Processes of the cluster on this machine."""
+
+    @property
+    def workers_here(self) -> int | None:
+        """Shards that are made on this machine at a time; on a cluster elsewhere this machine may be one of the workers."""
+        return 1 if self.address else self.workers
 
 
 Executor = Annotated[LocalExecutor | DaskExecutor | RayExecutor, Field(discriminator="kind")]

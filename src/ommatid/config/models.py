@@ -1,4 +1,4 @@
-"""Models that are explained, judge or name."""
+"""Models that are explained, judge or name; a model that is explained is loaded by `ommatid/vlm/<kind>.py`."""
 
 import os
 import re

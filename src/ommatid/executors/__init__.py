@@ -3,11 +3,14 @@
 A job makes one shard: it leaves its result in storage, returns nothing, and may be done twice. So all that an executor owes is that
 every shard is made, whatever happens to the processes that make them. Workers must run the versions that the driver runs, and
 reach the same storage under the same names.
+
+An executor is a section of `config/extract.py` and the module here that its `kind` names, with a function `run`.
 """
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
-from ommatid.config import DaskExecutor, Executor, LocalExecutor, RayExecutor
+from ommatid.config import Executor
 
 
 def run(params: Executor, job: Callable[[int], None], shards: Sequence[int], on_done: Callable[[int], None]) -> None:
@@ -25,17 +28,5 @@ def run(params: Executor, job: Callable[[int], None], shards: Sequence[int], on_
     """
     if not shards:
         return
-    # each library is imported when it is asked for: they are extras
-    match params:
-        case LocalExecutor():
-            from ommatid.executors import local
-
-            local.run(job, shards, on_done)
-        case DaskExecutor():
-            from ommatid.executors import dask
-
-            dask.run(params, job, shards, on_done)
-        case RayExecutor():
-            from ommatid.executors import ray
-
-            ray.run(params, job, shards, on_done)
+    # the library of a cluster is an extra: it is imported when it is asked for
+    import_module(f"{__name__}.{params.kind}").run(params, job, shards, on_done)

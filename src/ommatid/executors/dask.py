@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
 
-from ommatid.config import DaskExecutor
+from ommatid.config.extract import DaskExecutor
 from ommatid.errors import ExecutorError
 from ommatid.executors.workers import ATTEMPTS, Driver, attempt, died, environment, reach, thread_settings
 

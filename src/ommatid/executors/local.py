@@ -10,16 +10,24 @@ from multiprocessing.connection import Connection, wait
 
 import psutil
 
+from ommatid.config.extract import LocalExecutor
 from ommatid.executors.workers import ATTEMPTS, Waiting, attempt, died, environment, thread_settings
 
 _SECONDS_TO_END = 60
 """A worker that has nothing to do any more, or has closed its pipe, gets so long to end by itself."""
 
 
-def run(job: Callable[[int], None], shards: Sequence[int], on_done: Callable[[int], None], devices: Sequence[str] | None = None) -> None:
+def run(
+    params: LocalExecutor,
+    job: Callable[[int], None],
+    shards: Sequence[int],
+    on_done: Callable[[int], None],
+    devices: Sequence[str] | None = None,
+) -> None:
     """Run a job for every shard.
 
     Args:
+        params: Says nothing more.
         job: See `executors.run`.
         shards: See `executors.run`.
         on_done: See `executors.run`.

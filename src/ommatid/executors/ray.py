@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ommatid.config import RayExecutor
+from ommatid.config.extract import RayExecutor
 from ommatid.errors import ExecutorError
 from ommatid.executors.workers import ATTEMPTS, Driver, Waiting, attempt, died, environment, reach, thread_settings
 

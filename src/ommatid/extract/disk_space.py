@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ommatid.config import Executor, ExtractParams, LocalExecutor
+from ommatid.config import ExtractParams
 from ommatid.errors import ArtefactError
 from ommatid.extract.plan import IMAGES_PER_SHARD
 from ommatid.extract.towers import Towers
@@ -57,7 +57,7 @@ def check_disk_space(draft: Draft, params: ExtractParams, images: Mapping[str, A
     size, free = size_of(params, images, towers), shutil.disk_usage(draft.scratch).free
     # an object store has room, but a shard's finished files wait here until they are there
     final, files = (0, 2) if "://" in draft.url else (size.final, 1)
-    waiting = size.waiting * files * _workers_here(params.executor)
+    waiting = size.waiting * files * (params.executor.workers_here or max(1, torch.cuda.device_count()))
     need = final + waiting - _written(draft.scratch.parent)
     if need <= free:
         return
@@ -76,13 +76,6 @@ def check_disk_space(draft: Draft, params: ExtractParams, images: Mapping[str, A
         f"{in_words(waiting)} while shards are made), and {in_words(free)} are free; make room"
         + (f", or set {', or '.join(ways)}" if ways else "")
     )
-
-
-def _workers_here(executor: Executor) -> int:
-    """How many shards are made on this disk at once."""
-    if isinstance(executor, LocalExecutor):
-        return max(1, torch.cuda.device_count())
-    return 1 if executor.address else executor.workers
 
 
 def _written(folder: Path) -> int:

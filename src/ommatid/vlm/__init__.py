@@ -1,27 +1,18 @@
 """Vision-language models: one file a family behind one small protocol, none of which knows where data lives.
 
-Families load late: importing this module needs neither torch nor transformers.
+A family is a section of `config/models.py` and the module here that its `kind` names, with a function `make`. Families load late:
+importing this module needs neither torch nor transformers.
 """
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Literal, Protocol, assert_never
 
-from ommatid.config import (
-    ClipModel,
-    DinoModel,
-    LiteModel,
-    LlavaModel,
-    Model,
-    ModuleModel,
-    QwenModel,
-    SiglipModel,
-    TransformersJudge,
-    VitModel,
-)
+from ommatid.config.models import LiteModel, Model, TransformersJudge
 from ommatid.errors import ModelError
 from ommatid.vlm.preprocess import Preprocess
 
@@ -161,46 +152,12 @@ class Judge(Protocol):
 
 
 def load_model(params: Model, dtype: Dtype, device: str) -> VisionModel:
-    """Load the model that is explained.
+    """Load the model that is explained by `make`, with these arguments, of the module that is named for its kind.
 
     Raises:
         ModelError: its files cannot be found or used; the message says which and what to do.
     """
-    match params:
-        case LiteModel():
-            from ommatid.vlm.lite import LiteVision
-
-            return LiteVision(params.variant, params.image_size, dtype, device)
-        case ClipModel():
-            from ommatid.vlm.clip import ClipVision
-
-            return ClipVision(params.path, dtype, device)
-        case SiglipModel():
-            from ommatid.vlm.siglip import SiglipVision
-
-            return SiglipVision(params.path, dtype, device)
-        case DinoModel():
-            from ommatid.vlm.dino import DinoVision
-
-            return DinoVision(params.path, dtype, device)
-        case VitModel():
-            from ommatid.vlm.vit import VitVision
-
-            return VitVision(params.path, dtype, device)
-        case LlavaModel():
-            from ommatid.vlm.llava import LlavaVision
-
-            return LlavaVision(params.path, dtype, device)
-        case QwenModel():
-            from ommatid.vlm.qwen import QwenVision
-
-            return QwenVision(params.path, params.image_size, dtype, device)
-        case ModuleModel():
-            from ommatid.vlm.module import ModuleVision
-
-            return ModuleVision(params, dtype, device)
-        case _:
-            assert_never(params)
+    return import_module(f"{__name__}.{params.kind}").make(params, dtype, device)
 
 
 def load_judge(params: LiteModel | TransformersJudge, dtype: Dtype, device: str) -> Judge:

@@ -3,10 +3,13 @@
 from torch import Tensor
 from transformers import CLIPModel
 
+from ommatid.config import models
 from ommatid.vlm import Dtype, Hookpoint, hub
 from ommatid.vlm.tower import IMAGE_NEEDS, JointTower, Site, block_sites, check_size, open_model, patch_grid
 
 PROJECTION = "vision.projection"
+MODEL_TYPES = ("clip",)
+"""Values of model_type in config.json that are of this family."""
 
 
 class ClipVision(JointTower):
@@ -30,3 +33,8 @@ class ClipVision(JointTower):
         longest = self._model.config.text_config.max_position_embeddings
         tokens = self._tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(self._device)
         return self._model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output.float()
+
+
+def make(params: models.ClipModel, dtype: Dtype, device: str) -> ClipVision:
+    """See `load_model`."""
+    return ClipVision(params.path, dtype, device)

@@ -4,10 +4,13 @@ from typing import Any
 
 from transformers import Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel
 
+from ommatid.config import models
 from ommatid.vlm import Dtype, Hookpoint
 from ommatid.vlm.tower import Tower, block_sites, open_model, patch_grid
 
 CLASSES = {"dinov2": Dinov2Model, "dinov2_with_registers": Dinov2WithRegistersModel, "dinov3_vit": DINOv3ViTModel}
+MODEL_TYPES = tuple(CLASSES)
+"""Values of model_type in config.json that are of this family."""
 
 
 class DinoVision(Tower):
@@ -28,3 +31,8 @@ class DinoVision(Tower):
 
 def _blocks(model: Any) -> Any:
     return model.model.layer if isinstance(model, DINOv3ViTModel) else model.encoder.layer
+
+
+def make(params: models.DinoModel, dtype: Dtype, device: str) -> DinoVision:
+    """See `load_model`."""
+    return DinoVision(params.path, dtype, device)

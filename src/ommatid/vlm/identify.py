@@ -1,10 +1,12 @@
 """What a short name of a model means as params: `lite0`, a folder, a name on the hub, or `module:my_model:make`."""
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from ommatid.config import ClipModel, DinoModel, LiteModel, LlavaModel, Model, ModuleModel, QwenModel, SiglipModel, VitModel
+from ommatid.config.models import LiteModel, Model, ModuleModel
 from ommatid.errors import ModelError
 
 KEY = "extract.model.path"
@@ -34,25 +36,19 @@ def _module(spec: str) -> ModuleModel:
 
 
 def _transformers(path: str) -> Model:
-    from ommatid.vlm import dino, hub, llava, qwen, vit  # the families load late: none is needed to identify the others
+    from ommatid.vlm import hub
 
     model_type = hub.load_config(hub.locate(path, KEY, hub.CONFIG), path, KEY).model_type
-    match model_type:
-        case "clip":
-            return ClipModel(kind="clip", path=path)
-        case "siglip":
-            return SiglipModel(kind="siglip", path=path)
-        case _ if model_type in dino.CLASSES:
-            return DinoModel(kind="dino", path=path)
-        case _ if model_type in vit.CLASSES:
-            return VitModel(kind="vit", path=path)
-        case _ if model_type in llava.PROJECTORS:
-            return LlavaModel(kind="llava", path=path)
-        case _ if model_type in qwen.TOWERS:
-            return QwenModel(kind="qwen", path=path)
-        case _:
-            known = ("clip", "siglip", *dino.CLASSES, *vit.CLASSES, *llava.PROJECTORS, *qwen.TOWERS)
-            raise ModelError(
-                f"MODEL: {path}: is a {model_type} model; known are {', '.join(known)}; any other goes as {{kind: module}}, by a function "
-                "that returns it"
-            )
+    known: dict[str, tuple[Any, str]] = {}
+    for section in get_args(get_args(Model)[0]):
+        if "path" in section.model_fields:
+            (kind,) = get_args(section.model_fields["kind"].annotation)
+            family = import_module(f"ommatid.vlm.{kind}")
+            known |= dict.fromkeys(family.MODEL_TYPES, (section, kind))
+    if model_type not in known:
+        raise ModelError(
+            f"MODEL: {path}: is a {model_type} model; known are {', '.join(known)}; any other goes as {{kind: module}}, by a function "
+            "that returns it"
+        )
+    section, kind = known[model_type]
+    return section(kind=kind, path=path)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ommatid.config import models
 from ommatid.vlm import Captured, Dtype, Hookpoint, Replacement, check_hookpoint, imagenet_classes
 from ommatid.vlm.precision import normalise, resolve_dtype
 from ommatid.vlm.preprocess import Preprocess
@@ -292,3 +293,8 @@ def _raw_class_texts(device: str) -> torch.Tensor:
 
 def _class_templates() -> list[str]:
     return [TEMPLATE.format(name) for name in imagenet_classes()]
+
+
+def make(params: models.LiteModel, dtype: Dtype, device: str) -> LiteVision:
+    """See `load_model`."""
+    return LiteVision(params.variant, params.image_size, dtype, device)

@@ -10,6 +10,7 @@ from transformers import CLIPVisionModel, SiglipVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
 
+from ommatid.config import models
 from ommatid.errors import ModelError
 from ommatid.vlm import Dtype, Hookpoint, hub, parts
 from ommatid.vlm.hooks import capturing
@@ -20,6 +21,8 @@ PROJECTION = "vision.projection"
 TOWER, PROJECTOR = "vision_tower", "multi_modal_projector"
 TOWERS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
 PROJECTORS = {"llava": LlavaMultiModalProjector, "llava_next": LlavaNextMultiModalProjector}
+MODEL_TYPES = tuple(PROJECTORS)
+"""Values of model_type in config.json that are of this family."""
 
 
 class LlavaVision(Tower):
@@ -108,3 +111,8 @@ def _load(config: Any, folder: Any, path: str) -> tuple[Any, nn.Module]:
     with torch.device("meta"):
         projector = PROJECTORS[config.model_type](config)
     return tower, parts.load_module(projector, parts.read_weights(folder, PROJECTOR, path, KEY), PROJECTOR, path, KEY)
+
+
+def make(params: models.LlavaModel, dtype: Dtype, device: str) -> LlavaVision:
+    """See `load_model`."""
+    return LlavaVision(params.path, dtype, device)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ommatid.config import ModuleModel
+from ommatid.config.models import ModuleModel
 from ommatid.errors import ModelError
 from ommatid.vlm import Captured, Dtype, Hookpoint, Replacement, check_hookpoint, factory
 from ommatid.vlm.precision import normalise, resolve_dtype
@@ -246,3 +246,8 @@ def _resize(crop: tuple[int, int], settings: Mapping[str, Any], params: ModuleMo
                 f"{KEY}: {params.factory}: what images of {crop[0]} x {crop[1]} are cut from cannot be told (crop_mode {mode!r}); "
                 "set extract.model.resize to [shorter side], or to [height, width]"
             )
+
+
+def make(params: ModuleModel, dtype: Dtype, device: str) -> ModuleVision:
+    """See `load_model`."""
+    return ModuleVision(params, dtype, device)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
+from ommatid.config import models
 from ommatid.errors import ModelError
 from ommatid.vlm import Captured, Dtype, Hookpoint, hub, parts
 from ommatid.vlm.processor import load_preprocess
@@ -22,6 +23,8 @@ from ommatid.vlm.tower import KEY, Opened, Site, Tower, block_sites
 PROJECTION = "vision.projection"
 PART = "visual"
 TOWERS = {"qwen2_5_vl": Qwen2_5_VisionTransformerPretrainedModel, "qwen2_vl": Qwen2VisionTransformerPretrainedModel}
+MODEL_TYPES = tuple(TOWERS)
+"""Values of model_type in config.json that are of this family."""
 
 
 class QwenVision(Tower):
@@ -138,3 +141,8 @@ def _sites(tower: Any, vision: Any, model_type: str, grid: tuple[int, int]) -> d
     sites = block_sites(((block.attn, block.mlp, block) for block in tower.blocks), Hookpoint(d_model=widths[0], special=(), grid=grid))
     merged = (grid[0] // vision.spatial_merge_size, grid[1] // vision.spatial_merge_size)
     return sites | {PROJECTION: Site(Hookpoint(d_model=widths[1], special=(), grid=merged), tower.merger)}
+
+
+def make(params: models.QwenModel, dtype: Dtype, device: str) -> QwenVision:
+    """See `load_model`."""
+    return QwenVision(params.path, params.image_size, dtype, device)

@@ -3,11 +3,14 @@
 from torch import Tensor
 from transformers import SiglipModel
 
+from ommatid.config import models
 from ommatid.errors import ModelError
 from ommatid.vlm import Dtype, Hookpoint, hub
 from ommatid.vlm.tower import IMAGE_NEEDS, KEY, JointTower, Site, block_sites, check_size, open_model, patch_grid
 
 HEAD = "vision.head"
+MODEL_TYPES = ("siglip",)
+"""Values of model_type in config.json that are of this family."""
 
 
 class SiglipVision(JointTower):
@@ -35,3 +38,8 @@ class SiglipVision(JointTower):
         texts, longest = [text.lower() for text in texts], self._model.config.text_config.max_position_embeddings
         tokens = self._tokenizer(texts, padding="max_length", truncation=True, max_length=longest, return_tensors="pt")
         return self._model.get_text_features(tokens["input_ids"].to(self._device)).pooler_output.float()
+
+
+def make(params: models.SiglipModel, dtype: Dtype, device: str) -> SiglipVision:
+    """See `load_model`."""
+    return SiglipVision(params.path, dtype, device)

@@ -2,10 +2,13 @@
 
 from transformers import DeiTModel, ViTModel
 
+from ommatid.config import models
 from ommatid.vlm import Dtype, Hookpoint
 from ommatid.vlm.tower import Tower, block_sites, check_size, open_model, patch_grid
 
 CLASSES = {"vit": ViTModel, "deit": DeiTModel}
+MODEL_TYPES = tuple(CLASSES)
+"""Values of model_type in config.json that are of this family."""
 SPECIAL = {"vit": ("cls",), "deit": ("cls", "distillation")}
 
 
@@ -20,3 +23,8 @@ class VitVision(Tower):
         point = Hookpoint(d_model=config.hidden_size, special=SPECIAL[config.model_type], grid=grid)
         sites = block_sites(((block.attention, block.mlp, block) for block in blocks), point)
         super().__init__(opened, sites, blocks, dtype, device)
+
+
+def make(params: models.VitModel, dtype: Dtype, device: str) -> VitVision:
+    """See `load_model`."""
+    return VitVision(params.path, dtype, device)
