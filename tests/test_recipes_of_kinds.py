@@ -84,3 +84,59 @@ def test_labeller(tree: Tree, tmp_path: Path) -> None:
     tree.write("src/ommatid/label/labellers/colour.py", module)
     assert_only_named(tree, "add-a-labeller.md")
     tree.run("python", "-c", LABEL, str(tmp_path / "line"))
+
+
+LOAD = """
+import sys
+
+from tiny_towers import SIZES, noise, randomise, save_weights
+from pathlib import Path
+from transformers import ViTMSNConfig, ViTMSNModel
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from ommatid.vlm import load_model
+from ommatid.vlm.identify import identify
+
+model = randomise(ViTMSNModel(ViTMSNConfig(**SIZES, image_size=48, patch_size=16)))
+folder = save_weights(Path(sys.argv[1]), model, ViTImageProcessorPil(size={"height": 48, "width": 48}))
+found = identify(str(folder))
+assert found.kind == "msn"
+vision = load_model(found, "float32", "cpu")
+assert vision.capture(noise(vision), ["vision.blocks.1"]).tokens["vision.blocks.1"].shape == (5, 10, 32)
+"""
+
+
+def test_model_family(tree: Tree, tmp_path: Path) -> None:
+    section, module = examples_of("add-a-model-family.md")
+    union = "LiteModel | ClipModel | SiglipModel | DinoModel | VitModel | LlavaModel | QwenModel | "
+    declare(tree, "src/ommatid/config/models.py", section, "class TransformersJudge(Section):", union, "ModuleModel")
+    tree.write("src/ommatid/vlm/msn.py", module)
+    assert_only_named(tree, "add-a-model-family.md")
+    tree.run("python", "-c", LOAD, str(tmp_path / "msn"))
+
+
+RUN = """
+import sys
+from pathlib import Path
+
+from fakes import make_test_params
+
+from ommatid.executors import run
+
+params = make_test_params(extract={"executor": {"kind": "threads", "workers": 2}}).extract
+assert params.executor.workers_here == 2
+done = []
+run(params.executor, lambda shard: (Path(sys.argv[1]) / str(shard)).touch(), range(5), done.append)
+assert sorted(done) == [0, 1, 2, 3, 4]
+assert len(list(Path(sys.argv[1]).iterdir())) == 5
+"""
+
+
+def test_executor(tree: Tree, tmp_path: Path) -> None:
+    section, module = examples_of("add-an-executor.md")
+    union = "Executor = Annotated[LocalExecutor | DaskExecutor | "
+    declare(tree, "src/ommatid/config/extract.py", section, "Executor = Annotated[", union, "RayExecutor")
+    tree.write("src/ommatid/executors/threads.py", module)
+    assert_only_named(tree, "add-an-executor.md")
+    (tmp_path / "shards").mkdir()
+    tree.run("python", "-c", RUN, str(tmp_path / "shards"))
