@@ -1,0 +1,156 @@
+"""New images and the activations of an SAE's latents on them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from ommatid.errors import InputError, gist
+from ommatid.images.decode import Unreadable, decode, upright
+
+if TYPE_CHECKING:
+    import pandas
+    import torch
+
+    from ommatid.api.run import Run
+    from ommatid.evaluate.dictionaries import Pool
+    from ommatid.extract.tokens import TokenPicker
+    from ommatid.sae.model import SAE
+    from ommatid.vlm import VisionModel
+
+ImageLike = str | Path | bytes | Image.Image | np.ndarray
+"""Path or bytes of an image file, a Pillow image, or a uint8 array (height, width), (height, width, 3) or (height, width, 4)."""
+MEASURES = ("label_score", "max_act", "ms", "density")
+"""Columns of the relation `features` that `Encoding.top` adds to each label and activation."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """The activations of an SAE's latents on some images.
+
+    >>> import ommatid
+    >>> found = ommatid.open_run("data").encode(["cat.jpg", "dog.jpg"])
+    >>> found
+    Encoding(2 images, ... latents of ...)
+    >>> list(found.top(3).columns)
+    ['image', 'latent', 'label', 'act', 'label_score', 'max_act', 'ms', 'density']
+    """
+
+    images: tuple[str, ...]
+    """Name of each image: its path as passed to `encode`, or its index as text if it had no path."""
+    acts: "torch.Tensor"
+    """Image-level activations, (images, latents) float32, pooled over each image's tokens as set by `evaluate.image_activation`."""
+    x: "torch.Tensor"
+    """Activations at the hookpoint, (images, tokens, d_model) float32, rounded to float16 as the study's are."""
+    sae: str
+    """Name of the SAE in the column `sae` of the catalogue."""
+    run: "Run"
+    """The study that the SAE belongs to."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        return f"Encoding({len(self)} image{'s' * (len(self) != 1)}, {self.acts.shape[1]} latents of {self.sae})"
+
+    def top(self, n: int | None = 10) -> "pandas.DataFrame":
+        """List the strongest features of each image, strongest first.
+
+        Args:
+            n: Maximum number of features per image; None lists every latent that fires.
+
+        Returns:
+            A row for each image and latent that fires: `image`, `latent`, `label` (None if no labeller found one) and `act`, followed by
+            columns of the catalogue: `label_score`, `max_act` (largest activation on any token of the evaluation split), `ms` and
+            `density`.
+
+        Raises:
+            ArtefactError: The catalogue is missing or was built before this SAE was trained.
+
+        >>> import ommatid
+        >>> rows = ommatid.open_run("data").encode("cat.jpg").top(3)
+        >>> rows.image.tolist()
+        ['cat.jpg', 'cat.jpg', 'cat.jpg']
+        >>> rows.act.is_monotonic_decreasing
+        True
+        """
+        import pandas as pd
+
+        if n is not None and n < 1:
+            raise InputError(f"n is {n}; it must be 1 or more, or None for every latent that fires")
+        acts, latents = self.acts.sort(dim=1, descending=True, stable=True)
+        shown = acts[:, :n] > 0
+        rows = shown.nonzero()[:, 0].tolist()
+        columns = {"image": [self.images[row] for row in rows], "latent": latents[:, :n][shown].numpy(), "act": acts[:, :n][shown].numpy()}
+        found = pd.DataFrame(columns).join(self.run.features(self.sae), on="latent")
+        return found.loc[:, ["image", "latent", "label", "act", *MEASURES]]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The pipeline from images to the activations of one SAE's latents."""
+
+    model: "VisionModel"
+    picker: "TokenPicker"
+    sae: "SAE"
+    pool: "Pool"
+
+    def run(self, images: Sequence[Image.Image]) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """Return image-level activations (images, latents) and activations at the hookpoint (images, tokens, d_model), both float32."""
+        import torch
+
+        from ommatid.extract.towers import find_device
+
+        pixels = torch.from_numpy(np.stack([self.model.preprocess(image) for image in images])).to(find_device())
+        tokens = self.picker.pick(self.model.capture(pixels, [self.picker.name]).tokens[self.picker.name])
+        x = tokens.to("cpu", torch.float16).float()
+        # one image at a time, since the token activations of a wide SAE are large
+        acts = [self.pool(self.sae.encode(x_td)[None]) for x_td in x]
+        return torch.cat(acts), x
+
+
+def as_list(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
+    """List the images; a single image becomes a list of one, and an array (images, height, width, 3) one of its images."""
+    if isinstance(images, np.ndarray):
+        return list(images) if images.ndim == 4 else [images]
+    return [images] if isinstance(images, ImageLike) else list(images)
+
+
+def name_image(image: ImageLike, number: int) -> str:
+    """Name of an image: its path, or its index as text if it has no path."""
+    return str(image) if isinstance(image, str | Path) else str(number)
+
+
+def open_image(image: ImageLike, number: int) -> Image.Image:
+    """Decode an image to upright 8-bit RGB, as the stage `images` does.
+
+    Args:
+        image: The image.
+        number: Its index, for error messages.
+
+    Returns:
+        The decoded image.
+
+    Raises:
+        InputError: The image cannot be read, or is not an image.
+    """
+    try:
+        match image:
+            case str() | Path():
+                return decode(Path(image).expanduser().read_bytes())
+            case bytes():
+                return decode(image)
+            case Image.Image():
+                return upright(image)
+            case np.ndarray() if image.dtype == np.uint8 and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
+                return upright(Image.fromarray(image))
+    except (OSError, Unreadable) as error:
+        raise InputError(f"image {name_image(image, number)}: {error if isinstance(error, Unreadable) else gist(error)}") from None
+    what = f"an array of {image.dtype} {image.shape}" if isinstance(image, np.ndarray) else f"of type {type(image).__name__}"
+    raise InputError(
+        f"image {number} is {what}; it must be a path, the bytes of an image file, a Pillow image, or a uint8 array of shape "
+        "(height, width), (height, width, 3) or (height, width, 4)"
+    )
