@@ -32,7 +32,7 @@ def scores(name: str = "a", ms: float | None = 0.45, fvu: float = 0.3, dead: flo
         (scores(), scores("b", ms=0.455), True, "MS above floor +0.0050"),
         (scores(), scores("b", ms=0.454), False, "the champion stays: MS above floor +0.0040"),
         (scores(), scores("b", ms=0.5, floor=0.42), False, "MS above floor -0.0200"),
-        (scores(), scores("b", ms=0.5, fvu=0.32), False, "the champion stays: FVU +0.0200 (at most +0.01); though MS above floor +0.0500"),
+        (scores(), scores("b", ms=0.5, fvu=0.32), False, "the champion stays: FVU +0.0200 (at most +0.01); but MS above floor +0.0500"),
         (scores(), scores("b", ms=0.5, dead=0.13), False, "dead +0.0300 (at most +0.02)"),
         (scores(), scores("b", ms=0.5, fvu=0.31, dead=0.12), True, "FVU +0.0100"),
         (scores(), scores("b", ms=None), False, "MS above floor -inf"),
@@ -250,5 +250,5 @@ def test_a_line_that_is_no_decision_is_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     champion.DECISIONS.parent.mkdir(parents=True)
     champion.DECISIONS.write_text('{"decision": "champion"}\n{"decision"')
-    with pytest.raises(ArtefactError, match=r"decisions\.jsonl: line 1 is no decision \(reason: missing; add it"):
+    with pytest.raises(ArtefactError, match=r"decisions\.jsonl: line 1 is not a decision \(reason: missing; add it"):
         champion.read_decisions()

@@ -361,7 +361,7 @@ def test_an_event_costs_microseconds_on_the_training_thread(checkout: Path, para
 
 
 def test_a_measurement_of_no_sae_of_the_training_is_a_mistake(params: Params, checkout: Path) -> None:
-    with tracking.training_runs(params, {}) as run, pytest.raises(AssertionError, match="measured of 'other'"):
+    with tracking.training_runs(params, {}) as run, pytest.raises(AssertionError, match="event of 'other'"):
         curves(run.tee(ignore), 1, "other")
 
 

@@ -1,1 +1,1 @@
-"""Publishing: which of two SAEs is the champion, and the catalogue that users read."""
+"""Publishing: the choice between champion and challenger, and the catalogue that users read."""

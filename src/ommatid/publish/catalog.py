@@ -1,4 +1,4 @@
-"""What a published catalogue says of SAEs that it is not about: all that were decided on, and how the last champion's latents match."""
+"""Rows that a published catalogue has about other SAEs: all decisions so far, and matches with the previous champion's latents."""
 
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -11,9 +11,13 @@ from ommatid.catalog.database import SEALED
 
 
 def write_runs(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Put rows into `runs` of a catalogue that nobody reads yet, in place of those about the same SAE; of several the last is kept.
+    """Write rows to the relation `runs` of a catalogue that is not published yet, replacing those about the same SAE.
 
-    A column that the catalogue does not have is left out, one that a row does not have is null: rows may be older than the catalogue.
+    Rows may come from older versions: columns that the catalogue lacks are dropped, and columns that a row lacks are null.
+
+    Args:
+        path: The catalogue's DuckDB file.
+        rows: Rows, oldest first; if several are about the same SAE, the last one is kept.
     """
     last = {row["sae"]: row for row in rows}
     with duckdb.connect(path, config=dict(SEALED)) as connection:
@@ -29,7 +33,12 @@ def write_runs(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def add_rows(path: Path, files: Mapping[str, Path]) -> None:
-    """Add the rows of a Parquet file to each of these relations of a catalogue that nobody reads yet."""
+    """Append rows to relations of a catalogue that is not published yet.
+
+    Args:
+        path: The catalogue's DuckDB file.
+        files: Parquet file of the rows to append, by relation.
+    """
     with duckdb.connect(path, config=dict(SEALED)) as connection:
         for relation, file in files.items():
             connection.execute(f'INSERT INTO "{relation}" BY NAME FROM read_parquet(?)', [str(file)])

@@ -1,12 +1,13 @@
 """Champion and challenger: which SAE is published, and why.
 
-    data/published/catalog.duckdb          the champion's catalogue, replaced whole: readers of the old file keep it
-    data/published/decisions.jsonl         every decision with its numbers, one a line, only ever added to
+    data/published/catalog.duckdb          the champion's catalogue; replaced as a whole, so that open readers keep the old file
+    data/published/decisions.jsonl         every decision with its numbers, one per line; lines are only ever appended
     data/published/champions/<key>/        the champion's SAE and catalogue as they were when it won; the catalogue also
-                                           matches its latents with those of the champion before, on the same images
+                                           matches its latents with those of the previous champion, on the same images
 
-The line in decisions.jsonl is what decides. The champion's files are there before its line is written, and `settle` makes the rest
-follow from the lines: whatever moment a run dies at, the next one ends where it would have ended. Works in the current directory.
+decisions.jsonl is the source of truth. The champion's files are complete before its line is written, and `settle` derives
+everything else from the lines, so that a run killed at any point is completed by the next one. All paths are relative to the current
+directory.
 """
 
 import json
@@ -39,65 +40,74 @@ CATALOG = PUBLISHED / "catalog.duckdb"
 DECISIONS = PUBLISHED / "decisions.jsonl"
 CHAMPIONS = PUBLISHED / "champions"
 MATCHED = PUBLISHED / "matched"
-"""Matches of a challenger with the champion, in a folder by the challenger's catalogue, until it is decided."""
+"""Matches of a challenger's latents with the champion's, kept until the decision, in a folder named by the challenger's catalogue."""
 SETTLED = PUBLISHED / "settled"
-"""How many bytes of decisions.jsonl the published catalogue holds."""
+"""File with the number of bytes of decisions.jsonl that the published catalogue reflects."""
 
 ROUNDING = 1e-9
-"""0.31 - 0.30 is more than 0.01 in floating point; a margin means what it says."""
+"""Tolerance when a difference is compared with a margin, as 0.31 - 0.30 exceeds 0.01 in floating point."""
 
 
 class Scores(BaseModel):
-    """An SAE on an evaluation split."""
+    """Scores of an SAE on an evaluation split."""
 
     model_config = ConfigDict(frozen=True)
 
     sae: str
-    """Its name."""
+    """Name of the SAE."""
     digest: str
-    """sha256 of its manifest."""
+    """sha256 of the SAE's manifest."""
     fvu: float
     """Fraction of variance unexplained."""
     l0: float
-    """Mean latents that fire a token."""
+    """Mean number of latents that fire per token."""
     dead: float
     """Share of latents that never fire."""
     ms: float | None
-    """Mean monosemanticity; None: undefined for every latent."""
+    """Mean monosemanticity score (MS); None if it is undefined for every latent."""
     ms_floor: float | None
-    """What unrelated images would score."""
+    """MS of unrelated images."""
 
     @property
     def gain(self) -> float:
-        """Mean MS above its floor; minus infinity where it is undefined."""
+        """Mean MS above its floor; minus infinity if undefined."""
         return -math.inf if self.ms is None or self.ms_floor is None else self.ms - self.ms_floor
 
 
 class Decision(BaseModel):
-    """What became of a challenger: one line of decisions.jsonl."""
+    """The decision on a challenger; one line of decisions.jsonl."""
 
     model_config = ConfigDict(frozen=True)
 
     decision: Literal["champion", "challenger"]
-    """`champion`: it is published; `challenger`: the champion stays."""
+    """`champion` if the challenger won and is published; `challenger` if the previous champion stays."""
     reason: str
-    """The numbers behind it, in a sentence."""
+    """Sentence with the numbers behind the decision."""
     decided_at: datetime
-    """When, UTC."""
+    """Time of the decision, UTC."""
     challenger: Scores
-    """The challenger's numbers."""
+    """Scores of the challenger."""
     champion: Scores | None
-    """The numbers of the champion of that time on the same split; None: there was none, or it could not be measured there."""
+    """Scores of the champion of that time on the same split; None if there was none or it could not be measured there."""
     margins: RetrainParams
-    """The margins that it was held against."""
+    """Margins by which the challenger had to win."""
     catalog: str
     """sha256 of the manifest of the challenger's catalogue."""
     run: dict[str, Any]
-    """Its row of the relation `runs`."""
+    """The challenger's row of the relation `runs`."""
 
 
 def compare(champion: Scores | None, challenger: Scores, margins: RetrainParams) -> tuple[bool, str]:
-    """Whether the challenger becomes champion, and the sentence that says why; both were measured on the same split."""
+    """Compare a challenger with the champion.
+
+    Args:
+        champion: Scores of the champion; None if there is none.
+        challenger: Scores of the challenger on the same evaluation split.
+        margins: Margins by which the challenger has to win.
+
+    Returns:
+        Whether the challenger becomes the champion, and a sentence that says why.
+    """
     if champion is None:
         return True, "there was no champion"
     if champion.digest == challenger.digest:
@@ -112,28 +122,36 @@ def compare(champion: Scores | None, challenger: Scores, margins: RetrainParams)
     failed = [text for passed, text in checks if not passed]
     passed = [text for passed, text in checks if passed]
     if failed:
-        return False, f"the champion stays: {'; '.join(failed)}" + (f"; though {'; '.join(passed)}" if passed else "")
+        return False, f"the champion stays: {'; '.join(failed)}" + (f"; but {'; '.join(passed)}" if passed else "")
     return True, f"better than the champion: {'; '.join(passed)}"
 
 
 def decide(params: Params, on_event: Listener = ignore) -> Decision:
-    """Hold the best SAE that the checkout's stages made against the champion, measured anew on the same evaluation split."""
+    """Compare the checkout's best SAE with the champion, which is evaluated again on the checkout's evaluation split.
+
+    Args:
+        params: All params; those of the evaluation and of retraining are used.
+        on_event: Called with each progress event and warning.
+
+    Returns:
+        The decision, which `publish` records.
+    """
     catalog = open_stage("catalog")
-    made = _read_scores(catalog)
-    challenger = max(made.values(), key=lambda scores: scores.gain)
+    candidates = _read_scores(catalog)
+    challenger = max(candidates.values(), key=lambda scores: scores.gain)
     last, champion = find_champion(), None
     if last is None:
         won, reason = compare(None, challenger, params.retrain)
-    elif champion := made.get(last.challenger.digest):
+    elif champion := candidates.get(last.challenger.digest):
         won, reason = compare(champion, challenger, params.retrain)
-    elif obstacle := _incomparable(_sae_of(last)):
+    elif obstacle := _find_mismatch(_sae_of(last)):
         won, reason = True, f"the champion {last.challenger.sae} cannot be measured on these activations: {obstacle}"
     else:
         champion = _measure(_sae_of(last), params.evaluate, on_event, challenger, catalog.digest)
         won, reason = compare(champion, challenger, params.retrain)
     return Decision(
         decision="champion" if won else "challenger",
-        reason=reason if len(made) == 1 else f"{reason}; it is the best of {len(made)} SAEs",
+        reason=reason if len(candidates) == 1 else f"{reason}; it is the best of {len(candidates)} SAEs",
         decided_at=datetime.now(UTC),
         challenger=challenger,
         champion=champion,
@@ -144,15 +162,15 @@ def decide(params: Params, on_event: Listener = ignore) -> Decision:
 
 
 def publish(decision: Decision) -> None:
-    """Record a decision, and make the published files follow."""
+    """Record a decision and update the published files accordingly."""
     if decision.decision == "champion":
-        _keep(decision)
+        _copy_winner(decision)
     _append(decision)
     settle()
 
 
 def settle() -> None:
-    """Make the published catalogue, and nothing else, follow from decisions.jsonl; undoes what a dead run left half done."""
+    """Bring the published files in line with decisions.jsonl, completing or undoing what a killed run left unfinished."""
     champion = find_champion()
     keep = _folder(champion) if champion else None
     for folder in CHAMPIONS.glob("*"):
@@ -165,10 +183,13 @@ def settle() -> None:
 
 
 def point_alias() -> str | None:
-    """Let the alias `champion` of the MLflow registry point at the champion's SAE; says so when it had to be moved.
+    """Point the alias `champion` of the MLflow registry at the champion's SAE.
+
+    Returns:
+        A sentence that says where the alias points now; None if it did not have to be moved.
 
     Raises:
-        RunError: the registry does not answer, or does not hold the SAE.
+        RunError: The registry does not answer, or does not hold the SAE.
     """
     from ommatid import tracking
 
@@ -181,21 +202,21 @@ def point_alias() -> str | None:
 
 
 def is_decided() -> bool:
-    """Whether the last decision was about what the checkout holds now."""
+    """Return whether the last decision was about the catalogue that the checkout holds now."""
     decisions = read_decisions()
     return bool(decisions) and decisions[-1].catalog == open_stage("catalog").digest
 
 
 def find_champion() -> Decision | None:
-    """The decision that made today's champion."""
+    """Find the decision that made the current champion; None if there is no champion."""
     return next((decision for decision in reversed(read_decisions()) if decision.decision == "champion"), None)
 
 
 def read_decisions() -> list[Decision]:
-    """All decisions, oldest first; a last line that a dying run cut short counts as not written.
+    """Read all decisions, oldest first; an incomplete last line, left by a killed run, is ignored.
 
     Raises:
-        ArtefactError: a line before it is no decision.
+        ArtefactError: A complete line is not a valid decision.
     """
     if not DECISIONS.exists():
         return []
@@ -205,12 +226,12 @@ def read_decisions() -> list[Decision]:
         try:
             decisions.append(Decision.model_validate_json(line))
         except ValidationError as error:
-            raise ArtefactError(f"{DECISIONS}: line {number} is no decision ({explain(error, Decision)}); take the line out") from None
+            raise ArtefactError(f"{DECISIONS}: line {number} is not a decision ({explain(error, Decision)}); delete that line") from None
     return decisions
 
 
 def _read_scores(catalog: Artefact) -> dict[str, Scores]:
-    """Of every SAE of the checkout's catalogue, by its digest; the gates may have rejected others of the training."""
+    """Scores of every SAE in the checkout's catalogue, by digest; SAEs that a gate rejected are not in it."""
     saes, evaluations = open_stage("train").each(), open_stage("evaluate").each()
     return {saes[name].digest: _scores(saes[name], evaluations[name]) for name in catalog.summary["saes"]}
 
@@ -231,15 +252,15 @@ def _sae_of(decision: Decision) -> Artefact:
     return store.open_artefact(_folder(decision) / "sae", "sae")
 
 
-def _incomparable(sae: Artefact) -> str | None:
-    """Why the SAE cannot encode the checkout's activations, or decodes others; None: it can be measured there."""
+def _find_mismatch(sae: Artefact) -> str | None:
+    """Reason why the SAE cannot be measured on the checkout's activations; None if it can."""
     was, now = _config(sae), _config(_any_sae())
     differing = [key for key in ("model", "hookpoint", "d_model", "target") if was.get(key) != now.get(key)]
     return ", ".join(f"{key} was {was.get(key)}, is {now.get(key)}" for key in differing) or None
 
 
 def _any_sae() -> Artefact:
-    """One of the training: all of them encode and decode the same activations."""
+    """Any SAE of the training; all of them encode and decode the same activations."""
     return next(iter(open_stage("train").each().values()))
 
 
@@ -248,14 +269,14 @@ def _config(sae: Artefact) -> Mapping[str, Any]:
 
 
 def _activations() -> dict[str, Artefact]:
-    """What the challenger was trained on; of a transcoder also what it decodes."""
+    """Activations that the challenger was trained on and, if it is a transcoder, those that it decodes, as `target`."""
     config = _config(_any_sae())
     target = {"target": open_stage("extract", config["target"])} if config.get("target") else {}
     return {"extract": open_stage("extract", config["hookpoint"]), **target}
 
 
 def _measure(sae: Artefact, params: EvaluateParams, on_event: Listener, challenger: Scores, catalog: str) -> Scores:
-    """Evaluate an SAE on the checkout's images and activations, and match its latents with the challenger's, which fire on the same."""
+    """Evaluate an SAE on the checkout's images and activations, and match its latents with the challenger's."""
     from ommatid.evaluate.matches import Evaluated, match
     from ommatid.evaluate.stage import evaluate
 
@@ -267,16 +288,16 @@ def _measure(sae: Artefact, params: EvaluateParams, on_event: Listener, challeng
         return _scores(sae, evaluation)
 
 
-def _evaluated(made: Scores) -> "Evaluated":
-    """One of the checkout's SAEs, with what it does."""
+def _evaluated(scores: Scores) -> "Evaluated":
+    """The checkout's SAE that has these scores, with its evaluation."""
     from ommatid.evaluate.matches import Evaluated
 
-    name, sae = next((name, sae) for name, sae in open_stage("train").each().items() if sae.digest == made.digest)
+    name, sae = next((name, sae) for name, sae in open_stage("train").each().items() if sae.digest == scores.digest)
     return Evaluated(sae, open_stage("evaluate").each()[name])
 
 
 def _write_matched(catalog: str, tables: Mapping[str, "pa.Table"]) -> None:
-    """Rows that the catalogue gets should its SAE win."""
+    """Write the rows that are added to the challenger's catalogue if its SAE wins."""
     import pyarrow.parquet as pq
 
     folder = MATCHED / _key(catalog)
@@ -285,21 +306,21 @@ def _write_matched(catalog: str, tables: Mapping[str, "pa.Table"]) -> None:
         pq.write_table(table, folder / f"{relation}.parquet")
 
 
-def _keep(decision: Decision) -> None:
-    """Copy the challenger's SAE and catalogue, whole or not at all."""
+def _copy_winner(decision: Decision) -> None:
+    """Copy the challenger's SAE and catalogue to the folder of champions, atomically."""
     from ommatid.publish.catalog import add_rows
 
-    place, aside = _folder(decision), _folder(decision).with_suffix(".tmp")
-    if place.exists():
+    folder, temporary = _folder(decision), _folder(decision).with_suffix(".tmp")
+    if folder.exists():
         return
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
     sae = next(sae for sae in open_stage("train").each().values() if sae.digest == decision.challenger.digest)
-    shutil.copytree(sae.path, aside / "sae")
-    shutil.copyfile(open_stage("catalog").file(CATALOG.name), aside / CATALOG.name)
-    add_rows(aside / CATALOG.name, {path.stem: path for path in (MATCHED / _key(decision.catalog)).glob("*.parquet")})
-    for path in [*aside.rglob("*"), aside]:
+    shutil.copytree(sae.path, temporary / "sae")
+    shutil.copyfile(open_stage("catalog").file(CATALOG.name), temporary / CATALOG.name)
+    add_rows(temporary / CATALOG.name, {path.stem: path for path in (MATCHED / _key(decision.catalog)).glob("*.parquet")})
+    for path in [*temporary.rglob("*"), temporary]:
         sync(path)
-    os.rename(aside, place)
+    os.rename(temporary, folder)
     sync(CHAMPIONS)
 
 
@@ -319,14 +340,14 @@ def _is_settled() -> bool:
 
 
 def _publish_catalog(champion: Decision) -> None:
-    """The champion's catalogue, with every SAE that was decided on in `runs`; readers that hold the old one keep it."""
+    """Publish the champion's catalogue, with a row in `runs` for every decision; open readers of the old file keep it."""
     from ommatid.publish.catalog import write_runs
 
-    aside = CATALOG.with_suffix(".new")
-    shutil.copyfile(_folder(champion) / CATALOG.name, aside)
-    write_runs(aside, [_row(decision) for decision in read_decisions()])
-    sync(aside)
-    os.replace(aside, CATALOG)
+    temporary = CATALOG.with_suffix(".new")
+    shutil.copyfile(_folder(champion) / CATALOG.name, temporary)
+    write_runs(temporary, [_row(decision) for decision in read_decisions()])
+    sync(temporary)
+    os.replace(temporary, CATALOG)
     SETTLED.write_text(str(DECISIONS.stat().st_size))
     sync(PUBLISHED)
 

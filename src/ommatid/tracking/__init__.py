@@ -1,7 +1,7 @@
-"""MLflow: runs with their curves, the model registry, and lineage. The only package that imports mlflow.
+"""MLflow tracking: runs with their curves, the model registry, and lineage. The only package that imports mlflow.
 
-Nothing here stops a stage: when no server answers, one warning says so and the work goes on. Servers are named by MLflow's own
-MLFLOW_TRACKING_URI; without it everything goes into .mlflow/ of the checkout that the run came from.
+A failure of tracking never stops a stage: if the server doesn't answer, a single warning says so and the stage continues. MLflow's
+own variable MLFLOW_TRACKING_URI names the server; without it, everything is stored in .mlflow/ of the checkout that the run came from.
 """
 
 from ommatid.tracking.client import database, follow_move

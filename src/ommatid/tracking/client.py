@@ -1,4 +1,4 @@
-"""The MLflow client: where the server is, how long to wait for it, and what to say when it does not answer."""
+"""The MLflow client: where the server is, how long to wait for it, and what to report if it doesn't answer."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SAE = "ommatid.sae"
-"""Tag of runs, models and versions: the digest of the SAE's manifest."""
+"""Tag of runs, models and versions that holds the digest of the SAE's manifest."""
 
 _log = logging.getLogger("ommatid.tracking")
 _our_timeout = False
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def _uri() -> str:
-    """Where MLflow is: its own variable, else a file of the checkout that the run came from."""
+    """URI of the tracking server: MLflow's own variable, or else a file in the checkout that the run came from."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_folder() / 'mlflow.db'}"
 
 
@@ -32,28 +32,28 @@ def _folder() -> Path:
 
 
 def database() -> Path | None:
-    """The sqlite file in which runs are recorded; None: there is none yet, or they go elsewhere."""
+    """Path of the SQLite file that records the runs; None if it doesn't exist yet or runs are recorded elsewhere."""
     path = Path(_uri().removeprefix("sqlite:///"))
     return path if _uri().startswith("sqlite:///") and path.exists() else None
 
 
 def shown_uri() -> str:
-    """The URI without the user name and password it may carry."""
-    return _public(_uri())
+    """The tracking URI without user name and password."""
+    return _without_credentials(_uri())
 
 
-def _public(text: str) -> str:
+def _without_credentials(text: str) -> str:
     secret = urlsplit(_uri()).netloc.rpartition("@")[0]
     return text.replace(f"{secret}@", "") if secret else text
 
 
 def join_seconds() -> float:
-    """How long to wait for a request under way: a file may have to be made or migrated, a server should answer."""
+    """Seconds to wait for a request in progress; more for a file, which MLflow may have to create or migrate, than for a server."""
     return 10.0 if _uri().startswith("http") else 60.0
 
 
 def make_client() -> "MlflowClient":
-    """A client of the server that the environment names."""
+    """Make a client of the server named by the environment."""
     import_mlflow()
     from mlflow import MlflowClient
 
@@ -65,10 +65,10 @@ def make_client() -> "MlflowClient":
 
 
 def follow_move(folder: Path) -> None:
-    """Let a store of ours find its files where it is now: MLflow records absolute places, and a checkout may have been moved or copied.
+    """Update the paths in a checkout's MLflow store after the checkout was moved or copied, as MLflow records absolute paths.
 
     Args:
-        folder: `.mlflow` of a checkout, with mlflow.db and artifacts; nothing happens where there is no store yet.
+        folder: Folder `.mlflow` of a checkout, with mlflow.db and artifacts; if there is no store yet, nothing happens.
     """
     path, here = folder / "mlflow.db", (folder.absolute() / "artifacts").as_uri()
     if not path.exists():
@@ -76,7 +76,7 @@ def follow_move(folder: Path) -> None:
     with closing(sqlite3.connect(path, timeout=60)) as store, store:
         for table, column in _PLACES:
             if not store.execute("SELECT 1 FROM pragma_table_info(?) WHERE name = ?", (table, column)).fetchone():
-                continue  # an older MLflow's store, or one that is being made
+                continue  # the store is still being created, or an older MLflow wrote it
             begin = f"instr({column}, '/.mlflow/artifacts') + {len('/.mlflow/artifacts')}"
             elsewhere = f"{column} LIKE 'file://%/.mlflow/artifacts%' AND substr({column}, 1, {begin} - 1) <> ?"
             if store.execute(f"SELECT 1 FROM {table} WHERE {elsewhere} LIMIT 1", (here,)).fetchone():
@@ -90,11 +90,11 @@ _PLACES = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-"""Tables and columns of MLflow's store in which places of files stand."""
+"""Tables and columns of MLflow's store that hold paths of files."""
 
 
 def import_mlflow() -> None:
-    """Import MLflow, quiet, without telemetry, and unwilling to wait; what the user set in the environment stays."""
+    """Import MLflow with logging, telemetry and long timeouts turned off; variables that the user has set keep their values."""
     global _our_timeout
     _our_timeout = _our_timeout or "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
     ours = {
@@ -113,7 +113,7 @@ def import_mlflow() -> None:
 
 @contextmanager
 def patience() -> Iterator[None]:
-    """Files may take a server longer than a few numbers: only used after it has just answered."""
+    """Allow longer requests inside the block, for uploads to a server that has just answered."""
     if not _our_timeout:
         yield
         return
@@ -125,44 +125,50 @@ def patience() -> Iterator[None]:
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = before
 
 
-def quietly(question: Callable[["MlflowClient"], T]) -> T | None:
-    """The answer, or None with a warning when there is none; None at once where nothing was ever tracked."""
+def call_or_warn(request: Callable[["MlflowClient"], T]) -> T | None:
+    """Call `request` with a client and return its result; None, with a warning, if it fails, or if nothing was ever tracked."""
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (_folder() / "mlflow.db").exists():
         return None
     try:
-        return question(make_client())
+        return request(make_client())
     except Exception as error:
         warn(error)
         return None
 
 
-def ask(question: Callable[["MlflowClient"], T]) -> T:
-    """The answer.
+def call(request: Callable[["MlflowClient"], T]) -> T:
+    """Call `request` with a client and return its result.
+
+    Args:
+        request: Function that sends requests with the client.
+
+    Returns:
+        The result of `request`.
 
     Raises:
-        RunError: there is none.
+        RunError: The server does not answer, or refuses the request.
     """
     from mlflow.exceptions import MlflowException
 
     try:
-        return question(make_client())
+        return request(make_client())
     except (MlflowException, OSError) as error:
         by_server = "start the server, or unset MLFLOW_TRACKING_URI"
-        by_file = "another program may hold the file, or another version of MLflow have written it"
-        raise RunError(f"MLflow at {shown_uri()}: {_line(error)}; {by_server if _uri().startswith('http') else by_file}") from error
+        by_file = "another program may have locked the file, or another version of MLflow may have written it"
+        raise RunError(f"MLflow at {shown_uri()}: {_first_line(error)}; {by_server if _uri().startswith('http') else by_file}") from error
 
 
 def warn(error: Exception) -> None:
-    """Say in one line that tracking does not work."""
-    _log.warning("MLflow at %s cannot be used: %s; the stage goes on without it", shown_uri(), _line(error))
+    """Log a one-line warning that tracking does not work."""
+    _log.warning("MLflow at %s cannot be used: %s; the stage goes on without it", shown_uri(), _first_line(error))
 
 
-def _line(error: Exception) -> str:
-    return _public((str(error).splitlines() or [type(error).__name__])[0])[:200]
+def _first_line(error: Exception) -> str:
+    return _without_credentials((str(error).splitlines() or [type(error).__name__])[0])[:200]
 
 
 def experiment_of(client: "MlflowClient") -> str:
-    """Id of the experiment, made when missing; on sqlite its files lie beside the database."""
+    """Return the id of the experiment, creating it if it is missing; with SQLite, its files are stored beside the database."""
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "ommatid")
     found = client.get_experiment_by_name(name)
     if found is not None:

@@ -1,6 +1,6 @@
-"""Journal: what a training said, on its way to MLflow: points of curves, rows of histograms, notes.
+"""The journal of a training: measurements, histograms and notices waiting to be sent to MLflow.
 
-The training thread only appends to a queue; all else is done by whoever takes from it.
+The training thread only appends events to a queue; the sending thread does everything else.
 """
 
 import itertools
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
 
 MAX_BATCH = 1000
-"""MLflow's limit of metrics a request."""
+"""Maximum number of metrics in one request, set by MLflow."""
 HISTOGRAM_COLUMNS = ("step", "histogram", "low", "high", "latents")
-"""Of the table of histograms: a row a bin."""
+"""Columns of the table of histograms, which has a row for each bin."""
 
 
 @dataclass
 class Page:
-    """What is known of one SAE."""
+    """The events of one SAE."""
 
     unsent: list[tuple[int, Measured]] = field(default_factory=list)
-    """Measurements that MLflow does not have yet, and when they were made, in milliseconds since 1970."""
+    """Measurements not yet sent to MLflow, each with its time in milliseconds since 1970."""
     rows: list[tuple[int, str, float, float, int]] = field(default_factory=list)
-    """Of `HISTOGRAM_COLUMNS`."""
+    """Rows of the table of histograms, in the order of `HISTOGRAM_COLUMNS`."""
     notes: list[str] = field(default_factory=list)
-    """Sentences that whoever looks at the run should read."""
+    """Notices, one sentence each, for the description of the run."""
 
     def add(self, when: int, event: Measured | Noticed) -> None:
-        """Take in what was said."""
+        """Add an event that occurred at `when`, in milliseconds since 1970."""
         if isinstance(event, Noticed):
             self.notes.append(f"Step {event.step}: {event.what}")
             return
@@ -43,7 +43,7 @@ class Page:
             self.rows += [(event.step, name, low, high, n) for (low, high), n in zip(itertools.pairwise(edges), counts, strict=True)]
 
     def iter_metrics(self) -> Iterator[list["Metric"]]:
-        """What is unsent, in batches that MLflow takes."""
+        """Iterate over the unsent measurements, in batches small enough for one request."""
         from mlflow.entities import Metric
 
         metrics = (Metric(key, value, when, event.step) for when, event in self.unsent for key, value in event.values.items())
@@ -51,25 +51,25 @@ class Page:
             yield batch
 
     def histograms(self) -> str:
-        """The table of histograms as JSON, which MLflow shows as one."""
+        """The table of histograms, as JSON that MLflow displays as a table."""
         return json.dumps({"columns": HISTOGRAM_COLUMNS, "data": self.rows})
 
 
 class Journal:
-    """Of all SAEs of a training."""
+    """The events of all SAEs of a training, with a page for each SAE."""
 
     def __init__(self, saes: list[str]) -> None:
-        self._heard: deque[tuple[int, Measured | Noticed]] = deque()  # the one thing both threads touch; append and popleft are atomic
+        self._queue: deque[tuple[int, Measured | Noticed]] = deque()  # all that the two threads share; append and popleft are atomic
         self.pages = {name: Page() for name in saes}
 
-    def hear(self, event: Event) -> None:
-        """Note an event; all that the training thread does."""
+    def record(self, event: Event) -> None:
+        """Append an event to the queue; the only method that the training thread calls."""
         if isinstance(event, Measured | Noticed):
-            assert event.sae in self.pages, f"measured of {event.sae!r}, which is none of {list(self.pages)}"
-            self._heard.append((time.time_ns() // 1_000_000, event))
+            assert event.sae in self.pages, f"event of {event.sae!r}, which is none of {list(self.pages)}"
+            self._queue.append((time.time_ns() // 1_000_000, event))
 
     def sort(self) -> None:
-        """Put what was heard on the page of its SAE."""
-        while self._heard:
-            when, event = self._heard.popleft()
+        """Move the events from the queue to the pages of their SAEs."""
+        while self._queue:
+            when, event = self._queue.popleft()
             self.pages[event.sae].add(when, event)

@@ -1,4 +1,4 @@
-"""An SAE as an MLflow model: written from safetensors and cfg.json, loaded by `mlflow.pyfunc.load_model` without pickle."""
+"""An SAE as an MLflow model, which `mlflow.pyfunc.load_model` loads from safetensors and JSON, without pickle."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class _Encoder:
-    """What `mlflow.pyfunc.load_model` gives: activations in, latents out."""
+    """The model that `mlflow.pyfunc.load_model` returns; encodes activations at the hookpoint to activations of latents."""
 
     def __init__(self, folder: Path):
         from ommatid.sae.model import SAE
@@ -25,7 +25,7 @@ class _Encoder:
         self._sae = SAE.load(folder)
 
     def predict(self, model_input: "np.ndarray", params: dict[str, Any] | None = None) -> "np.ndarray":
-        """Encode activations (n, d_model), float32, to latent activations (n, d_sae)."""
+        """Encode float32 activations (n, d_model) to activations of latents (n, d_sae)."""
         import torch
 
         with torch.inference_mode():
@@ -33,12 +33,12 @@ class _Encoder:
 
 
 def _load_pyfunc(data_path: str) -> _Encoder:
-    """The entry point that MLflow looks for in a loader module."""
+    """Load the model; MLflow looks for a function of this name in the loader module."""
     return _Encoder(Path(data_path))
 
 
 def log_model(client: "MlflowClient", run_id: str, artefact: Artefact) -> None:
-    """An MLflow model that rebuilds the SAE from its own files, without pickle, and a version of it in the registry."""
+    """Log an SAE as an MLflow model, without pickle, and register it as a new version."""
     experiment = client.get_run(run_id).info.experiment_id
     model = client.create_logged_model(experiment, name="sae", source_run_id=run_id, model_type="sae", tags={SAE_TAG: artefact.digest})
     with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +53,7 @@ def log_model(client: "MlflowClient", run_id: str, artefact: Artefact) -> None:
 
 
 def _save_model(folder: Path, artefact: Artefact, run_id: str, model_id: str) -> None:
-    # mlflow.pyfunc.save_model does the same, after reading the metadata of every installed package: 1 to 2 s for nothing
+    # mlflow.pyfunc.save_model does the same, but first spends 1 to 2 s reading the metadata of every installed package
     import mlflow.pyfunc
     from mlflow.models import Model
 

@@ -1,4 +1,4 @@
-"""Where a run comes from: git, DVC and Prefect, as tags."""
+"""The origin of a run: the state of git and DVC and the Prefect flow run, as MLflow tags."""
 
 import hashlib
 import os
@@ -6,14 +6,17 @@ import subprocess
 from pathlib import Path
 
 _SECONDS = 60.0
-"""After which git is taken to hang; on a busy machine a large checkout takes seconds."""
+"""Timeout of git, in seconds; generous, as a large checkout on a busy machine takes several."""
 
 
 def origin(is_versioned: bool) -> dict[str, str]:
-    """Tags that name the code, the DVC state and the flow run; what is not known is left out.
+    """Collect tags that identify the code, the state of DVC and the flow run.
 
     Args:
-        is_versioned: Whether dvc.lock is about these artefacts: not where they are below another root than the checkout's.
+        is_versioned: Whether dvc.lock describes these artefacts; it does not if their root lies outside the checkout's own `data`.
+
+    Returns:
+        Values by tag; tags whose value is not known are left out.
     """
     values = {
         "mlflow.source.git.commit": _git("rev-parse", "HEAD"),
@@ -26,7 +29,7 @@ def origin(is_versioned: bool) -> dict[str, str]:
 
 
 def _dirty() -> str | None:
-    # dvc.lock changes with every stage that runs: it is a result, not code
+    # dvc.lock is excluded because it is a result, not code: every stage that runs changes it
     status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock")
     return None if status is None else str(bool(status)).lower()
 

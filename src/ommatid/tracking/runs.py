@@ -1,4 +1,4 @@
-"""Runs in MLflow: one for each SAE of a training, with its curves, what later stages add to it, and lineage."""
+"""MLflow runs: one for each SAE of a training, with its curves, the numbers of later stages, and its lineage."""
 
 import functools
 import hashlib
@@ -16,7 +16,7 @@ from ommatid.config import Params, dotted
 from ommatid.errors import OmmatidError, StoppedError
 from ommatid.events import Event, Listener
 from ommatid.store import Artefact
-from ommatid.tracking.client import SAE, experiment_of, import_mlflow, join_seconds, make_client, patience, quietly, warn
+from ommatid.tracking.client import SAE, call_or_warn, experiment_of, import_mlflow, join_seconds, make_client, patience, warn
 from ommatid.tracking.journal import Journal, Page
 from ommatid.tracking.model import log_model
 from ommatid.tracking.origin import origin
@@ -26,25 +26,28 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
 
 FLUSH_SECONDS = 2.0
-"""Points are sent this often: one by one they cost 4 to 55 ms each, in batches 8 microseconds (measured)."""
+"""Seconds between two batches of points; sent one by one, a point costs 4 to 55 ms, in a batch 8 microseconds (measured)."""
 TABLE_SECONDS = 60.0
-"""The table of histograms, which is sent whole, is sent this often."""
+"""Seconds between two uploads of the table of histograms, which is always sent as a whole."""
 LAST_CHANCE_SECONDS = 3.0
-"""How long the end of a run tries again while the server refuses."""
+"""Seconds for which the last batch is retried while the server refuses it."""
 
 TRAINING = "ommatid.training"
-"""Tag of a run: names the training, so that all SAEs of it are found together."""
+"""Tag that identifies the training of a run, shared by all of its SAEs."""
 REJECTED = "ommatid.rejected"
-"""Tag of a run, with the stage after a dot: why the gate of that stage rejected its SAE, where it passed others."""
+"""Prefix of the tag `ommatid.rejected.<stage>`: why the stage's gate rejected the SAE of a run while passing others."""
 NOTE = "mlflow.note.content"
-"""Tag of a run: what MLflow shows as its description."""
+"""Tag that MLflow shows as the description of a run."""
 HISTOGRAMS = "histograms.json"
-"""Artifact of a run: a table of how often latents fire, encoder norms and biases, at every step that was measured."""
+"""Artifact of a run: a table of histograms of firing rates, encoder norms and biases at every measured step."""
 _PLACE = "ommatid.place"
 
 
 class Runs:
-    """The runs of a training, one for each SAE, on their way into MLflow by one thread: training neither waits nor fails with it."""
+    """The MLflow runs of a training, one for each SAE.
+
+    A separate thread sends the events, so that training neither waits for MLflow nor fails with it.
+    """
 
     def __init__(self, params: Params, inputs: Mapping[str, Artefact], is_versioned: bool = True):
         self._params = {name: params.model_copy(update={"train": one}) for name, one in params.train.each().items()}
@@ -59,43 +62,43 @@ class Runs:
         self._experiment: str | None = None
         self._run_ids: dict[str, str] = {}
         self._described: set[str] = set()
-        self._why: dict[str, str] = {}
-        """Of runs that failed: the reason."""
+        self._failures: dict[str, str] = {}
+        """Reasons why runs failed, by the name of the SAE."""
         self._warned = False
         self._is_lost = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
     def tee(self, listener: Listener) -> Listener:
-        """A listener that records what is measured and noticed, and passes every event on."""
+        """Return a listener that records measurements and notices, and passes every event on to `listener`."""
 
         def listen(event: Event) -> None:
-            self._journal.hear(event)
+            self._journal.record(event)
             listener(event)
 
         return listen
 
     def finish(self, training: Artefact) -> None:
-        """Send the rest of the curves and the models: each as an MLflow model, and as a new version in the registry.
+        """Send the rest of the curves, and log each SAE as an MLflow model and as a new version in the registry.
 
-        The runs of SAEs that were rejected will end as FAILED, with the reason.
+        Runs of rejected SAEs will end as FAILED, with the reason in their description.
         """
-        self._why = {name: f"Rejected: {reason}" for name, reason in training.rejected.items()}
-        if self._flush_at_last():
+        self._failures = {name: f"Rejected: {reason}" for name, reason in training.rejected.items()}
+        if self._flush_remaining():
             for name, sae in training.each().items():
                 self._attempt(functools.partial(self._log_model, name, sae))
 
     def start(self) -> None:
-        """Begin to send; called by `training_runs`."""
-        # Imported here, not in the thread: two threads that import the same packages can see each other's half-made modules
+        """Start the sending thread; called by `training_runs`."""
+        # Imported here, not in the thread, because concurrent imports of the same packages can see partly initialised modules
         if self._attempt(import_mlflow):
             self._thread.start()
 
     def end(self, status: str, why: str | None = None) -> None:
-        """Close the runs as FINISHED, FAILED or KILLED, and note why; called by `training_runs`."""
-        rejected = self._why
-        self._why = rejected if why is None else dict.fromkeys(self._params, why)
-        if self._flush_at_last():
+        """Close the runs as FINISHED, FAILED or KILLED and record the reason; called by `training_runs`."""
+        rejected = self._failures
+        self._failures = rejected if why is None else dict.fromkeys(self._params, why)
+        if self._flush_remaining():
             for name in self._params:
                 self._attempt(functools.partial(self._close, name, "FAILED" if name in rejected else status))
 
@@ -105,17 +108,17 @@ class Runs:
             if self._stop.wait(FLUSH_SECONDS):
                 return
 
-    def _flush_at_last(self) -> bool:
-        """Take over from the thread and send what is left; False when the server does not take it."""
+    def _flush_remaining(self) -> bool:
+        """Stop the thread and send the remaining events; return whether that succeeded."""
         self._stop.set()
         if self._thread.ident is None or self._is_lost:
             return False
         self._thread.join(join_seconds())
-        self._is_lost = not self._attempt(_give_up if self._thread.is_alive() else self._flush_patiently)
+        self._is_lost = not self._attempt(_give_up if self._thread.is_alive() else self._flush_with_retries)
         return not self._is_lost
 
-    def _flush_patiently(self) -> None:
-        """Try for a few seconds: a server that restarts should not cost the whole run."""
+    def _flush_with_retries(self) -> None:
+        """Send the remaining events, retrying for a few seconds, so that a restart of the server does not lose the run."""
         deadline = time.monotonic() + LAST_CHANCE_SECONDS
         while True:
             try:
@@ -126,7 +129,7 @@ class Runs:
                 time.sleep(1)
 
     def _flush(self) -> None:
-        """Send what has gathered; what a failing server did not take stays for the next time."""
+        """Send all unsent events; if that fails, they are kept for the next attempt."""
         self._journal.sort()
         is_time = self._stop.is_set() or time.monotonic() > self._next_table
         for name, page in self._journal.pages.items():
@@ -141,7 +144,7 @@ class Runs:
             self._next_table = time.monotonic() + TABLE_SECONDS
 
     def _send_notes(self, client: "MlflowClient", run_id: str, name: str, page: Page) -> None:
-        notes = [*page.notes, *([self._why[name]] if name in self._why else [])]
+        notes = [*page.notes, *([self._failures[name]] if name in self._failures else [])]
         if len(notes) > self._n_noted[name]:
             client.set_tag(run_id, NOTE, "\n\n".join(notes))
             self._n_noted[name] = len(notes)
@@ -153,7 +156,7 @@ class Runs:
             self._n_rows[name] = len(page.rows)
 
     def _server(self, name: str) -> tuple["MlflowClient", str]:
-        """The client and the run of an SAE, made when first asked for."""
+        """Return the client and the run id of an SAE, creating both on first use."""
         if self._client is None:
             self._client = make_client()
         if self._experiment is None:
@@ -177,7 +180,7 @@ class Runs:
         client.set_terminated(run_id, status)
 
     def _attempt(self, action: Callable[[], Any]) -> bool:
-        # Whatever goes wrong with tracking, training is worth more: this is the edge where it ends as one warning
+        # Training must survive any failure of tracking, so every error ends here, as a single warning
         try:
             action()
         except Exception as error:
@@ -194,20 +197,29 @@ def _give_up() -> None:
 
 @contextmanager
 def training_runs(params: Params, inputs: Mapping[str, Artefact], is_versioned: bool = True) -> Iterator[Runs]:
-    """MLflow runs around a training; they end as FAILED or KILLED when the block does. `is_versioned`: see `origin`."""
+    """Record a training in MLflow for the duration of the block.
+
+    Args:
+        params: All params of the training.
+        inputs: Input artefacts, by stage.
+        is_versioned: See `origin`.
+
+    Yields:
+        The runs, which end as FINISHED, or as FAILED or KILLED if the block raises.
+    """
     runs = Runs(params, inputs, is_versioned)
     runs.start()
     try:
         yield runs
     except BaseException as error:
         has_failed = isinstance(error, Exception) and not isinstance(error, StoppedError)
-        runs.end("FAILED" if has_failed else "KILLED", _why(error))
+        runs.end("FAILED" if has_failed else "KILLED", _reason(error))
         raise
     runs.end("FINISHED")
 
 
-def _why(error: BaseException) -> str:
-    """What a run that did not finish says of itself."""
+def _reason(error: BaseException) -> str:
+    """Sentence that says why a run did not finish."""
     match error:
         case StoppedError():
             return f"Stopped: {error}"
@@ -218,25 +230,31 @@ def _why(error: BaseException) -> str:
 
 
 def lineage(saes: Mapping[str, Artefact], is_versioned: bool = True) -> dict[str, dict[str, str | None]]:
-    """Where each SAE came from; a value is None when it is not known.
+    """Find out where each SAE came from.
 
-    With an MLflow run of this SAE: git and DVC as they were when it was trained. Without one: as they are here and now.
-    `is_versioned`: see `origin`.
+    The state of git and DVC is that of the SAE's training if MLflow has a run of it, and otherwise the current state.
+
+    Args:
+        saes: SAEs of a training, by name.
+        is_versioned: See `origin`.
+
+    Returns:
+        For each SAE, git_commit, git_dirty, dvc_experiment, dvc_lock, prefect_flow_run_id and mlflow_run_id; None if not known.
     """
-    found = quietly(lambda client: {name: _find_run(client, sae) for name, sae in saes.items()}) or {}
-    here = origin(is_versioned) if not all(found.get(name) for name in saes) else {}
-    return {name: _lineage(found.get(name), here) for name in saes}
+    runs = call_or_warn(lambda client: {name: _find_run(client, sae) for name, sae in saes.items()}) or {}
+    current = origin(is_versioned) if not all(runs.get(name) for name in saes) else {}
+    return {name: _lineage(runs.get(name), current) for name in saes}
 
 
-def _lineage(found: "MlflowRun | None", here: Mapping[str, str]) -> dict[str, str | None]:
-    tags = found.data.tags if found else here
+def _lineage(run: "MlflowRun | None", current: Mapping[str, str]) -> dict[str, str | None]:
+    tags = run.data.tags if run else current
     return {
         "git_commit": tags.get("mlflow.source.git.commit"),
         "git_dirty": tags.get("git.dirty"),
         "dvc_experiment": tags.get("dvc.experiment"),
         "dvc_lock": tags.get("dvc.lock"),
         "prefect_flow_run_id": tags.get("prefect.flow_run"),
-        "mlflow_run_id": found.info.run_id if found else None,
+        "mlflow_run_id": run.info.run_id if run else None,
     }
 
 
@@ -245,37 +263,37 @@ def log_stage(
     saes: Mapping[str, Artefact],
     files: Sequence[Path],
     numbers: Mapping[str, Mapping[str, float]],
-    own_files: Mapping[str, Sequence[Path]] | None = None,
+    sae_files: Mapping[str, Sequence[Path]] | None = None,
     rejected: Mapping[str, str] | None = None,
 ) -> None:
-    """Add to the run of each SAE, when there is one, what a stage found.
+    """Add the results of a stage to the run of each SAE that has one.
 
     Args:
-        stage: Which.
+        stage: Name of the stage.
         saes: SAEs of the training, by name.
-        files: Quality reports, the same for all.
-        numbers: Of each SAE, which become metrics `<stage>.<number>`.
-        own_files: Pictures of each SAE.
-        rejected: SAEs that failed the stage's gate, and why: their runs are FAILED from then on, with tag `ommatid.rejected.<stage>`.
+        files: Quality reports, shared by all SAEs.
+        numbers: Results of each SAE, which become metrics `<stage>.<number>`.
+        sae_files: Pictures of each SAE.
+        rejected: Reasons why SAEs failed the stage's gate; their runs become FAILED, with the reason as tag `ommatid.rejected.<stage>`.
     """
 
     def log(client: "MlflowClient") -> None:
         for name, sae in saes.items():
             reason = (rejected or {}).get(name)
-            _log_stage(client, stage, sae, [*files, *(own_files or {}).get(name, ())], numbers[name], reason)
+            _log_stage(client, stage, sae, [*files, *(sae_files or {}).get(name, ())], numbers[name], reason)
 
-    quietly(log)
+    call_or_warn(log)
 
 
 def _training_of(params: Params, inputs: Mapping[str, Artefact]) -> str:
-    """The same for a training that was killed and goes on."""
+    """Identifier of a training, which stays the same when a killed training is resumed."""
     parts = [params.train.identity(), {name: artefact.digest for name, artefact in inputs.items()}]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _open_experiment(client: "MlflowClient") -> str:
     experiment = experiment_of(client)
-    _bury(client, experiment)
+    _end_orphans(client, experiment)
     return experiment
 
 
@@ -296,14 +314,14 @@ def _log_params(client: "MlflowClient", run_id: str, params: Params) -> None:
     from mlflow.entities import Param
 
     flat = [Param(key, value if isinstance(value, str) else json.dumps(value)) for key, value in dotted(params).items()]
-    for i in range(0, len(flat), 100):  # MLflow's limit of params a request
+    for i in range(0, len(flat), 100):  # MLflow accepts 100 params per request
         client.log_batch(run_id, params=flat[i : i + 100])
 
 
 def _log_inputs(client: "MlflowClient", run_id: str, inputs: Mapping[str, Artefact]) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    # MLflow cuts a data set's digest at 36 characters; the tag ommatid.input.<stage> has all of it
+    # MLflow truncates the digest of a data set to 36 characters; the tag ommatid.input.<stage> has it in full
     datasets = [
         DatasetInput(
             Dataset(name=name, digest=artefact.digest[:32], source_type="ommatid", source=json.dumps({"manifest": artefact.digest})),
@@ -314,10 +332,10 @@ def _log_inputs(client: "MlflowClient", run_id: str, inputs: Mapping[str, Artefa
     client.log_inputs(run_id, datasets)
 
 
-def _bury(client: "MlflowClient", experiment: str) -> None:
-    """Runs of this place that still say RUNNING were killed: the draft's lock lets only one train here at a time."""
-    left = client.search_runs([experiment], f"attributes.status = 'RUNNING' AND tags.`{_PLACE}` = '{_place()}'")
-    for run in left:
+def _end_orphans(client: "MlflowClient", experiment: str) -> None:
+    """Mark runs of this folder that still report RUNNING as KILLED; as the draft's lock admits one training at a time, they are dead."""
+    orphans = client.search_runs([experiment], f"attributes.status = 'RUNNING' AND tags.`{_PLACE}` = '{_place()}'")
+    for run in orphans:
         client.set_terminated(run.info.run_id, "KILLED")
 
 
@@ -341,7 +359,7 @@ def _log_stage(
 
 
 def _log_verdict(client: "MlflowClient", stage: str, run: "MlflowRun", rejected: str | None) -> None:
-    """Let the run of an SAE that a stage rejected be FAILED until the stage passes it."""
+    """Mark the run of an SAE as FAILED if a stage rejected it, and as FINISHED again once the stage passes it."""
     tag = f"{REJECTED}.{stage}"
     if rejected:
         client.set_tag(run.info.run_id, tag, rejected)
@@ -352,7 +370,7 @@ def _log_verdict(client: "MlflowClient", stage: str, run: "MlflowRun", rejected:
 
 
 def _find_run(client: "MlflowClient", sae: Artefact) -> "MlflowRun | None":
-    """The newest run that made this SAE."""
+    """Find the newest run that trained this SAE."""
     experiment = experiment_of(client)
     found = client.search_runs([experiment], f"tags.`{SAE}` = '{sae.digest}'", max_results=1, order_by=["attributes.start_time DESC"])
     return found[0] if found else None
