@@ -4,9 +4,14 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from s3_server import S3Server, serving
+
+from support.servers import S3Server, serving
+
+if TYPE_CHECKING:
+    from ommatid.catalog.reader import Catalog
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` starts processes that ignore it, and so would ours
@@ -32,3 +37,22 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return f"s3://bucket/{tmp_path.name}"
+
+
+@pytest.fixture(scope="session")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of one tiny catalogue, for all tests that only read."""
+    from support import catalog as artefacts
+
+    root = tmp_path_factory.mktemp("catalogue")
+    artefacts.build(root, artefacts.make_inputs(root))
+    return artefacts.path_in(root)
+
+
+@pytest.fixture(scope="session")
+def catalog(file: Path) -> Iterator["Catalog"]:
+    """The same catalogue, opened."""
+    from ommatid.catalog.reader import Catalog
+
+    with Catalog(file) as opened:
+        yield opened

@@ -19,15 +19,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fakes import CHECKOUT, COLOURS, draw_tiles, make_test_params, png, write_tile_folder
 from PIL import Image
-from planted_tiles import use_tile_model
-from test_stop import draw_activations
-from verbs import run as run_verb
 
 import ommatid
 from ommatid.errors import ArtefactError, ConfigError, InputError, ModelError
 from ommatid.store.filesystem import open_folder
+from support.activations import draw_activations
+from support.study import CHECKOUT, make_test_params, run_verb
+from support.tiles import COLOURS, draw_tiles, png, use_tile_model, write_tile_folder
 
 PAGE = CHECKOUT / "docs/users/python.md"
 N_IMAGES = 200

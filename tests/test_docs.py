@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import typer
 import yaml
-from catalog_artefacts import build, make_inputs, path_in
-from fakes import CHECKOUT
 from PIL import Image
 
 from ommatid.catalog import Catalog
 from ommatid.cli.app import app
 from ommatid.config.load import make_params
+from support.catalog import build, make_inputs, path_in
+from support.study import CHECKOUT
 
 DOCS = CHECKOUT / "docs"
 PAGES = sorted([*CHECKOUT.glob("*.md"), *DOCS.rglob("*.md"), *(CHECKOUT / ".github").rglob("*.md")])

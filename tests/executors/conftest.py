@@ -5,7 +5,8 @@ import secrets
 from collections.abc import Iterator
 
 import pytest
-from processes import Driver
+
+from support.processes import Driver
 
 # read when Ray is imported: Ray clusters of tests answer nobody else, and no token is written to the user's home
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}

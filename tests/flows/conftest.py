@@ -1,11 +1,12 @@
-"""Checkouts for the tests of the flows; see fake_checkout."""
+"""Checkouts for the tests of the flows; see support.checkout."""
 
 import os
 import shutil
 from pathlib import Path
 
 import pytest
-from fake_checkout import make_checkout, run
+
+from support.checkout import make_checkout, run
 
 
 @pytest.fixture(scope="session")

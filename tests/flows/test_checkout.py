@@ -13,13 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from fake_checkout import bytes_of, run
-from waiting import wait_for, wait_for_end
 
 from flows import checkout as checkout_module
 from flows.checkout import KEEP_SECONDS, Workplace, differences, name_experiment, open_workplace
 from ommatid.config import Params, load_params
 from ommatid.errors import RunError
+from support.checkout import bytes_of, run
+from support.processes import wait_for, wait_for_end
 
 UP_TO_DATE = "sources:\n\talways changed\n"
 """What `dvc status` says where nothing changed: it cannot know of the sources without a look."""

@@ -5,10 +5,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from fake_checkout import REPOSITORY
 from prefect.client.schemas.objects import State
 from prefect.testing.utilities import prefect_test_harness
-from waiting import HANG_SECONDS
 
 from flows.pipeline import pipeline
 from flows.retrain import retrain
@@ -16,6 +14,8 @@ from ommatid.config import load_params
 from ommatid.errors import RunError
 from ommatid.publish import champion
 from ommatid.publish.champion import Decision, Scores
+from support.checkout import REPOSITORY
+from support.processes import HANG_SECONDS
 
 
 @pytest.fixture(scope="module", autouse=True)

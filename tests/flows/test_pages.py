@@ -3,12 +3,11 @@
 import json
 from pathlib import Path
 
-import catalog_artefacts
-
 from flows import pages
 from ommatid.config import RetrainParams
 from ommatid.publish.champion import Decision, Scores
 from ommatid.stage import HEALTH, QUALITY, STAGES
+from support import catalog as catalog_artefacts
 
 
 def report(root: Path, stage: str, success: bool = True) -> None:

@@ -19,12 +19,12 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from fake_checkout import bytes_of, run
-from recipes import Tree, assert_only_named, blocks_of, copy_tree
-from waiting import HANG_SECONDS, wait_for, wait_for_end
 
 from flows.serve import read_deployments, takes_params
 from ommatid.errors import ConfigError
+from support.checkout import bytes_of, run
+from support.processes import HANG_SECONDS, wait_for, wait_for_end
+from support.recipes import Tree, assert_only_named, blocks_of, copy_tree
 
 PAGE = "add-a-deployment.md"
 

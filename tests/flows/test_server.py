@@ -9,10 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fake_checkout import REPOSITORY
-from waiting import wait_for
 
 from flows.services import START_SECONDS, free_port
+from support.checkout import REPOSITORY
+from support.processes import wait_for
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from waiting import wait_for, wait_for_end
 
 from flows.services import Services
+from support.processes import wait_for, wait_for_end
 
 
 def test_what_a_killed_service_left_ends_with_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from fakes import COLOURS, make_test_params
-from planted_tiles import D_SAE, make_line
 
 from ommatid.config import Params
 from ommatid.store import Artefact
+from support.study import make_test_params
+from support.tiles import COLOURS, D_SAE, make_line
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from label_cases import LEFT, make_case
 from PIL import Image
-from tiny_captioners import WORDS, save_tiny_captioner
-from tiny_clip import save_tiny_clip
 
 from ommatid.errors import ModelError
 from ommatid.label.labellers.captioner import Captioner, Phrase, TransformersCaptions, shared_phrase
+from support.cases import LEFT, make_case
+from support.models import WORDS, save_tiny_captioner, save_tiny_clip
 
 
 @pytest.mark.parametrize(

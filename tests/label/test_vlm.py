@@ -6,14 +6,13 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
-from chat_server import Asked, ChatServer, Reply, Script, chatting, names, refuses, says
-from label_cases import make_case
-from s3_server import free_port
-from waiting import HANG_SECONDS
 
 from ommatid.config.label import VlmLabeller
 from ommatid.label.labellers.vlm import Memory, Vlm, labeller
 from ommatid.label.labellers.vlm.client import Clock
+from support.cases import make_case
+from support.processes import HANG_SECONDS
+from support.servers import Asked, ChatServer, Reply, Script, chatting, free_port, names, refuses, says
 
 BUSY = refuses(429, "slow down")
 BROKEN = refuses(500, "out of memory")

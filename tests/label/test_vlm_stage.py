@@ -7,11 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chat_server import Asked, Reply, chatting, names, refuses, says
-from fakes import COLOURS, TileModel, make_artefact, make_images_artefact, make_test_params
 from PIL import Image
-from planted_tiles import D_SAE, DEAD, MIXED, PURE, plant_sae
-from s3_server import free_port
 
 from ommatid import store
 from ommatid.config import LabelParams
@@ -24,6 +20,9 @@ from ommatid.label import label
 from ommatid.label.evidence import context
 from ommatid.label.evidence.images import SIDE, place_of
 from ommatid.store import Artefact
+from support.servers import Asked, Reply, chatting, free_port, names, refuses, says
+from support.study import make_artefact, make_test_params
+from support.tiles import COLOURS, D_SAE, DEAD, MIXED, PURE, TileModel, make_images_artefact, plant_sae
 
 N_IMAGES = 200
 

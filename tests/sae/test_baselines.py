@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sae.planted import make_planted, mmcs
 from scipy.optimize import nnls
 from sklearn.cluster import KMeans as SklearnKMeans
 from sklearn.decomposition import NMF as SklearnNMF
@@ -17,6 +16,7 @@ from ommatid.sae.baselines import Dictionary, Neurons, make_baseline, make_pca, 
 from ommatid.sae.kmeans import KMeans, find_centres, find_nearest
 from ommatid.sae.model import SAEConfig, make_untrained
 from ommatid.sae.nmf import NMF, fit_nmf
+from support.planted import make_planted, mmcs
 
 D_MODEL, D_SAE, K = 32, 64, 3
 KINDS: tuple[Baseline, ...] = ("sparse_neurons", "pca", "kmeans", "nmf")

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from interop_saes import fixture
 from typer.testing import CliRunner
 
 from ommatid.cli.app import app
 from ommatid.errors import ConfigError, ModelError
 from ommatid.sae.interop import import_sae, load_own
+from support.interop import fixture
 
 
 def run(*arguments: str) -> str:

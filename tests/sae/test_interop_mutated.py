@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from interop_saes import FIXTURES, SAID, TOLD, fixture
-from mutated import iter_mutated
 
 from ommatid.errors import OmmatidError
 from ommatid.sae.interop import import_sae
+from support.interop import FIXTURES, SAID, TOLD, fixture
+from support.mutated import iter_mutated
 
 CASES = [(name.name, file) for name in sorted(FIXTURES.iterdir()) if name.is_dir() for file in sorted(name.rglob("*.json"))]
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from interop_saes import D_SAE, EXPECTED, SAID, TOLD, difference, fixture, make_own
 
 from ommatid.errors import ModelError
 from ommatid.sae.interop import Told, find_format, import_sae, load_own, with_measured_k, write_own
 from ommatid.sae.model import SAE
+from support.interop import D_SAE, EXPECTED, SAID, TOLD, difference, fixture, make_own
 
 
 def read(name: str) -> SAE:

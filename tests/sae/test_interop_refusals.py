@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from interop_saes import SAID, TOLD, fixture, make_own
 from safetensors.torch import load_file, save_file
 
 from ommatid.errors import ModelError
 from ommatid.sae.interop import Told, find_format, import_sae, load_own, write_own
+from support.interop import SAID, TOLD, fixture, make_own
 
 LENS, LEARNT, SPARSE, SAEV = "saelens-standard", "dictionary_learning-BatchTopKSAE", "sparsify-topk", "saev-relu"
 JUMP, TOPK, BATCH = "overcomplete-JumpSAE", "overcomplete-TopKSAE", "overcomplete-BatchTopKSAE"

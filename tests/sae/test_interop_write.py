@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from interop_saes import D_MODEL, TOLD, as_transcoder, difference, make_own, per_latent, with_prefixes
 from safetensors.torch import load_file
 
 from ommatid.errors import ModelError
 from ommatid.sae.interop import export_sae, find_format, import_sae, write_own
 from ommatid.sae.model import SAE
+from support.interop import D_MODEL, TOLD, as_transcoder, difference, make_own, per_latent, with_prefixes
 
 GOES = {
     "saelens-jumprelu": make_own(),

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from sae.planted import Planted, make_correlated, make_hierarchical, make_planted, mmcs
+
+from support.planted import Planted, make_correlated, make_hierarchical, make_planted, mmcs
 
 MAKERS = (make_planted, make_correlated, make_hierarchical)
 

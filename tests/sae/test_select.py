@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from waiting import HANG_SECONDS
 
 from ommatid.sae import distributed, select
 from ommatid.sae.entries import Levels, Sparse
 from ommatid.sae.select import Scorer, select_above, select_batch, select_token
 from ommatid.sae.weights import Weights
+from support.processes import HANG_SECONDS
 
 D_MODEL, D_SAE, N_TOKENS = 6, 32, 24
 

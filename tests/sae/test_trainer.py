@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import make_test_params
-from sae.planted import make_correlated, make_hierarchical, make_planted, mmcs
 from safetensors.torch import load_file, save_file
 
 from ommatid.config import TrainParams
@@ -21,49 +19,15 @@ from ommatid.sae.model import SAE, SAEConfig, make_untrained
 from ommatid.sae.schedule import make_plan
 from ommatid.sae.step import Batch
 from ommatid.sae.trainer import Trainer
+from support.planted import begin, iter_planted, make_correlated, make_hierarchical, make_planted, make_train_params, mmcs
+from support.study import make_test_params
 
 D_MODEL, K = 32, 3
 
 
-def make_params(**changes: object) -> TrainParams:
-    values = {
-        "d_sae": 64,
-        "k": K,
-        "epochs": 60,
-        "batch_size": 512,
-        "lr": 3e-3,
-        "aux_coefficient": 1 / 32,
-        "seed": 0,
-        "max_dead": 0.5,
-        "hookpoint": "blocks.0",
-        "target": None,
-        "variant": "batch_topk",
-        "ms_weight": 0.0,
-        "patience": None,
-        "runs": [],
-        "grid": {},
-    }
-    return TrainParams.model_validate(values | changes)
-
-
-def iter_batches(x: torch.Tensor, batch_size: int, start: int = 0) -> Iterator[Batch]:
-    per_epoch = len(x) // batch_size
-    step = start
-    while True:
-        epoch, i = divmod(step, per_epoch)
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))
-        rows = x[order[i * batch_size : (i + 1) * batch_size]]
-        yield Batch(rows, rows)
-        step += 1
-
-
-def begin(params: TrainParams, x: torch.Tensor, name: str = "one") -> Learner:
-    return Learner.begin(name, params, len(x), Sample(x), torch.device("cpu"))
-
-
 def go_on(learners: list[Learner], x: torch.Tensor, on_event: Listener = ignore, checkpoint: Callable[[], None] = lambda: None) -> None:
     first = learners[0]
-    batches = iter_batches(x, first.plan.batch_size, first.guides.step)
+    batches = iter_planted(x, first.plan.batch_size, first.guides.step)
     Trainer(learners, on_event, checkpoint, first.params.patience).fit(batches)
 
 
@@ -101,7 +65,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 def test_recovers_a_planted_dictionary(name: str) -> None:
     planted = make_planted(8192)
     x = planted.x
-    sae = finish(fit(make_params(**({"variant": name} | VARIANTS[name])), x))
+    sae = finish(fit(make_train_params(**({"variant": name} | VARIANTS[name])), x))
     assert mmcs(sae.W_dec, planted.directions) > 0.95
     acts = sae.encode(x)
     fvu = float((x - sae.decode(acts)).square().sum() / (x - x.mean(0)).square().sum())
@@ -113,7 +77,7 @@ def test_recovers_a_planted_dictionary(name: str) -> None:
 @pytest.mark.parametrize("name", ["batch_topk", "topk", "jumprelu"])
 def test_recovers_features_that_fire_in_pairs(name: str) -> None:
     planted = make_correlated(8192)
-    sae = finish(fit(make_params(variant=name, epochs=60), planted.x))
+    sae = finish(fit(make_train_params(variant=name, epochs=60), planted.x))
     assert mmcs(sae.W_dec, planted.directions) > 0.85
 
 
@@ -122,7 +86,7 @@ def test_matryoshka_learns_parents_first() -> None:
     shares = {}
     for name in ("batch_topk", "matryoshka"):
         variant = {"kind": name} | ({"prefixes": [0.2, 1]} if name == "matryoshka" else {})
-        sae = finish(fit(make_params(variant=variant, d_sae=40), planted.x))
+        sae = finish(fit(make_train_params(variant=variant, d_sae=40), planted.x))
         shares[name] = float((planted.directions[:8] @ sae.W_dec[:8].T).amax(1).mean())  # eight parents, eight first latents
     assert shares["matryoshka"] > 0.8 > 0.6 > shares["batch_topk"], shares
 
@@ -132,7 +96,7 @@ def test_a_transcoder_recovers_the_planted_directions_of_its_target() -> None:
     x = planted.x
     other = torch.nn.functional.normalize(torch.randn(48, 20, generator=torch.Generator().manual_seed(9)), dim=1)
     target = planted.codes @ other + 1
-    params = make_params(epochs=60)
+    params = make_train_params(epochs=60)
     learner = Learner.begin("one", params, len(x), Sample(x, target), torch.device("cpu"))
 
     def batches() -> Iterator[Batch]:
@@ -151,14 +115,14 @@ def test_a_transcoder_recovers_the_planted_directions_of_its_target() -> None:
 
 def test_scale_of_the_data_changes_nothing_but_the_scale() -> None:
     x = make_planted(2048).x
-    params = make_params(epochs=5)
+    params = make_train_params(epochs=5)
     one, thousand = (finish(fit(params, x * factor)) for factor in (1.0, 1024.0))
     torch.testing.assert_close(one.encode(x) * 1024, thousand.encode(x * 1024))
 
 
 def test_directions_stay_unit_and_encoder_is_no_view() -> None:
     x = make_planted(2048).x
-    learner = begin(make_params(epochs=2), x)
+    learner = begin(make_train_params(epochs=2), x)
     assert learner.weights.W_enc.data_ptr() != learner.weights.W_dec.data_ptr()
     go_on([learner], x)
     torch.testing.assert_close(finish(learner).W_dec.norm(dim=1), torch.ones(64))
@@ -167,7 +131,7 @@ def test_directions_stay_unit_and_encoder_is_no_view() -> None:
 @pytest.mark.parametrize("kind", ["batch_topk", "topk", "matryoshka"])
 def test_aligned_encoders_are_nearer_to_their_directions(kind: str) -> None:
     x = make_planted(2048, noise=0.5).x
-    learners = [begin(make_params(variant={"kind": kind, "aligned": aligned}, epochs=20), x) for aligned in (True, False)]
+    learners = [begin(make_train_params(variant={"kind": kind, "aligned": aligned}, epochs=20), x) for aligned in (True, False)]
     go_on(learners, x)
     aligned, free = (float(torch.cosine_similarity(one.weights.W_enc, one.weights.W_dec).mean()) for one in learners)
     assert 1 - aligned < 0.8 * (1 - free), (aligned, free)
@@ -177,7 +141,7 @@ def test_aligned_encoders_are_nearer_to_their_directions(kind: str) -> None:
 def test_going_on_from_a_checkpoint_is_bit_identical(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer_module, "CHECKPOINT_SECONDS", 0.0)
     x = make_planted(4096).x
-    params = make_params(**({"variant": name} | VARIANTS[name] | {"epochs": 6}))
+    params = make_train_params(**({"variant": name} | VARIANTS[name] | {"epochs": 6}))
     whole = fit(params, x)
     learner = begin(params, x)
 
@@ -200,7 +164,7 @@ def test_going_on_from_a_checkpoint_is_bit_identical(name: str, tmp_path: Path, 
 
 def test_several_in_one_pass_are_those_of_single_runs() -> None:
     x = make_planted(2048).x
-    many = [make_params(epochs=4, k=k, d_sae=d, seed=seed) for k, d, seed in ((2, 64, 0), (3, 64, 1), (4, 96, 0))]
+    many = [make_train_params(epochs=4, k=k, d_sae=d, seed=seed) for k, d, seed in ((2, 64, 0), (3, 64, 1), (4, 96, 0))]
     learners = [begin(one, x, f"{i}") for i, one in enumerate(many)]
     go_on(learners, x)
     for one, learner in zip(many, learners, strict=True):
@@ -212,7 +176,7 @@ def test_auxk_revives_dead_latents() -> None:
     x = make_planted(2048).x
     shares = []
     for coefficient in (0.0, 1 / 32):
-        learner = begin(make_params(epochs=40, d_sae=128, aux_coefficient=coefficient), x)
+        learner = begin(make_train_params(epochs=40, d_sae=128, aux_coefficient=coefficient), x)
         learner.weights.b_enc[:64] = (
             -0.6 * learner.weights.W_enc[0].norm()
         )  # too low to be among the largest, high enough to be positive at times
@@ -224,7 +188,7 @@ def test_auxk_revives_dead_latents() -> None:
 
 def test_the_first_reconstruction_has_the_right_length() -> None:
     x = make_planted(4096).x
-    learner = begin(make_params(epochs=1), x)
+    learner = begin(make_train_params(epochs=1), x)
     weights, centred = learner.weights, (x - x.mean(0)) * learner.scales.x
     pre_acts = centred @ weights.W_enc.T
     top = pre_acts.topk(K, dim=1)
@@ -236,7 +200,7 @@ def test_the_first_reconstruction_has_the_right_length() -> None:
 
 def test_resampling_gives_dead_latents_of_relu_new_directions() -> None:
     x = make_planted(2048).x
-    learner = begin(make_params(variant={"kind": "relu", "l1": 0.01}, epochs=40), x)
+    learner = begin(make_train_params(variant={"kind": "relu", "l1": 0.01}, epochs=40), x)
     learner.weights.b_enc[:20] = -10.0  # never positive
     go_on([learner], x)
     assert len(learner.dead) == 0
@@ -246,7 +210,7 @@ def test_resampling_gives_dead_latents_of_relu_new_directions() -> None:
 def test_divergence_names_the_step_and_what_to_do_and_keeps_the_weights() -> None:
     x = make_planted(2048).x
     x[7, 3] = float("nan")
-    learner = Learner.begin("one", make_params(epochs=2), len(x), Sample(x[8:]), torch.device("cpu"))
+    learner = Learner.begin("one", make_train_params(epochs=2), len(x), Sample(x[8:]), torch.device("cpu"))
     with pytest.raises(TrainingError, match=r"train: one: the loss is nan.*at step \d+.*lower train.lr"):
         go_on([learner], x)
     assert all(bool(tensor.isfinite().all()) for tensor in learner.weights.tensors().values())
@@ -255,7 +219,7 @@ def test_divergence_names_the_step_and_what_to_do_and_keeps_the_weights() -> Non
 def test_one_that_diverges_is_given_up_and_the_others_are_what_they_are_without_it() -> None:
     x = make_planted(2048).x
     events: list[Event] = []
-    alone, beside, bad = begin(make_params(epochs=4), x), begin(make_params(epochs=4), x), begin(make_params(epochs=4), x)
+    alone, beside, bad = begin(make_train_params(epochs=4), x), begin(make_train_params(epochs=4), x), begin(make_train_params(epochs=4), x)
     bad.name = "bad"
     bad.weights.b_dec[0] = math.nan
     go_on([alone], x)
@@ -274,7 +238,7 @@ def test_a_request_to_end_writes_a_checkpoint_first() -> None:
     x = make_planted(2048).x
     written: list[int] = []
     before = signal.getsignal(signal.SIGTERM)
-    learner = begin(make_params(epochs=50), x)
+    learner = begin(make_train_params(epochs=50), x)
 
     def ask(event: Event) -> None:
         if isinstance(event, Progress) and event.done > 20:
@@ -291,7 +255,7 @@ def test_no_progress_is_said_and_ends_the_run_early_where_asked() -> None:
     x = make_planted(2048).x
     for patience, n_steps in ((None, 400), (25, 300)):
         events: list[Event] = []
-        learner = begin(make_params(epochs=100, lr=1e-9, patience=patience), x)
+        learner = begin(make_train_params(epochs=100, lr=1e-9, patience=patience), x)
         go_on([learner], x, events.append)
         said = [event.what for event in events if isinstance(event, Noticed)]
         assert any("no progress" in what for what in said)
@@ -302,7 +266,7 @@ def test_no_progress_is_said_and_ends_the_run_early_where_asked() -> None:
 
 def curve(fvu: torch.Tensor) -> Learner:
     """A learner whose FVU was measured to be this."""
-    learner = begin(make_params(epochs=1), make_planted(1024).x)
+    learner = begin(make_train_params(epochs=1), make_planted(1024).x)
     learner.curves = torch.zeros(len(fvu), len(CURVE_COLUMNS), dtype=torch.float64)
     learner.curves[:, CURVE_COLUMNS.index("fvu")] = fvu
     return learner
@@ -320,22 +284,22 @@ def test_a_saw_tooth_that_falls_is_progress_and_a_plateau_is_none() -> None:
 @pytest.mark.parametrize(("changes", "is_said"), [({"epochs": 2}, True), ({"epochs": 13}, False), ({"epochs": 13, "d_sae": 2000}, True)])
 def test_a_run_that_is_too_short_is_said_with_what_would_do(changes: dict[str, object], is_said: bool) -> None:
     x = make_planted(8192).x
-    said = list(trainer_module._lacks(begin(make_params(**changes), x)))  # pyright: ignore[reportPrivateUsage]
+    said = list(trainer_module._lacks(begin(make_train_params(**changes), x)))  # pyright: ignore[reportPrivateUsage]
     assert bool(said) == is_said
     if said:
         epochs = int(said[0].split("train.epochs to ")[1].split()[0])
-        assert not list(trainer_module._lacks(begin(make_params(**(changes | {"epochs": epochs})), x)))  # pyright: ignore[reportPrivateUsage]
+        assert not list(trainer_module._lacks(begin(make_train_params(**(changes | {"epochs": epochs})), x)))  # pyright: ignore[reportPrivateUsage]
 
 
 def test_too_few_tokens_is_refused() -> None:
     with pytest.raises(TrainingError, match="1 training tokens"):
-        make_plan(make_params(), 1)
+        make_plan(make_train_params(), 1)
 
 
 def test_events_carry_curves_histograms_and_progress() -> None:
     x = make_planted(2048).x
     events: list[Event] = []
-    learner = begin(make_params(epochs=10), x)
+    learner = begin(make_train_params(epochs=10), x)
     go_on([learner], x, events.append)
     measured = [e for e in events if isinstance(e, Measured)]
     assert measured[-1].step == learner.plan.n_steps == 40

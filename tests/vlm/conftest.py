@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_clip import save_tiny_clip
+
+from support.models import save_tiny_clip
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from planted import check_planted_patch_in_artefact
-from tiny_towers import check_bfloat16, check_hooks, check_planted_patch, check_residual_stream, check_splice, check_trust
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -16,6 +14,15 @@ from ommatid.config.models import ClipModel
 from ommatid.errors import ModelError
 from ommatid.vlm import Hookpoint, check_hookpoint, load_model
 from ommatid.vlm.clip import ClipVision
+from support.towers import (
+    check_bfloat16,
+    check_hooks,
+    check_planted_patch,
+    check_planted_patch_in_artefact,
+    check_residual_stream,
+    check_splice,
+    check_trust,
+)
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from fakes import make_artefact, make_images_artefact, make_test_params
-from tiny_towers import SIZES
 from transformers import ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -11,6 +9,9 @@ from ommatid.evaluate.stage import evaluate
 from ommatid.extract.stage import extract
 from ommatid.label import label
 from ommatid.train.stage import train
+from support.models import SIZES
+from support.study import make_artefact, make_test_params
+from support.tiles import make_images_artefact
 
 
 def test_clip_goes_through_the_line(tmp_path: Path, tiny_clip: Path) -> None:

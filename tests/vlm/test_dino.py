@@ -6,18 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from planted import check_planted_patch_in_artefact
-from tiny_towers import (
-    PARTS,
-    by_hand,
-    check_bfloat16,
-    check_hooks,
-    check_planted_patch,
-    check_residual_stream,
-    check_trust,
-    noise,
-    randomise,
-)
 from transformers import (
     Dinov2Config,
     Dinov2Model,
@@ -34,6 +22,18 @@ from ommatid.config.models import DinoModel
 from ommatid.errors import ModelError
 from ommatid.vlm import Hookpoint, VisionModel, load_model
 from ommatid.vlm.dino import DinoVision
+from support.models import randomise
+from support.towers import (
+    PARTS,
+    by_hand,
+    check_bfloat16,
+    check_hooks,
+    check_planted_patch,
+    check_planted_patch_in_artefact,
+    check_residual_stream,
+    check_trust,
+    noise,
+)
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 16}
 MODELS: dict[str, Any] = {

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_captioners import save_tiny_captioner
-from tiny_families import FAMILIES, save_tiny
 from transformers.dynamic_module_utils import resolve_trust_remote_code
 from typer.testing import CliRunner
 
@@ -20,6 +18,8 @@ from ommatid.config.models import ClipModel, TransformersJudge
 from ommatid.errors import ModelError
 from ommatid.label.labellers.captioner import TransformersCaptions
 from ommatid.vlm import hub, load_judge, load_model
+from support.families import FAMILIES, save_tiny
+from support.models import save_tiny_captioner
 
 EVIL = """
 from pathlib import Path

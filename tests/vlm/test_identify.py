@@ -5,14 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from big_models import save_llava, save_qwen
-from fakes import CHECKOUT
 from typer.testing import CliRunner
 
 from ommatid.cli.app import app
 from ommatid.config.models import ClipModel, DinoModel, LiteModel, LlavaModel, ModuleModel, QwenModel, SiglipModel, VitModel
 from ommatid.errors import ConfigError, ModelError
 from ommatid.vlm.identify import identify
+from support.models import save_llava, save_qwen
+from support.study import CHECKOUT
 
 
 def lines(*arguments: str) -> list[list[str]]:

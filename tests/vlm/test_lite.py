@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_image
-from tiny_towers import check_trust
 from torch.nn.functional import cosine_similarity
 
 from ommatid.config.models import LiteModel
@@ -19,6 +18,7 @@ from ommatid.vlm import check_hookpoint, imagenet_classes, lite, load_judge, loa
 from ommatid.vlm.lite import LiteVision, Variant, class_texts, conse, load_efficientnet
 from ommatid.vlm.precision import normalise
 from ommatid.vlm.trust import check_judge
+from support.towers import check_trust
 
 
 def load(variant: Variant = "lite0", image_size: int = 128, dtype: str = "float32") -> LiteVision:

@@ -8,11 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from big_models import plant, save_llava, squares
 from PIL import Image
-from planted import check_planted_patch_in_artefact
 from safetensors.torch import load_file, save_file
-from tiny_towers import check_bfloat16, check_no_splice, check_residual_stream, check_trust
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -21,6 +18,8 @@ from ommatid.config.models import LlavaModel
 from ommatid.errors import ModelError
 from ommatid.vlm import Hookpoint, load_model
 from ommatid.vlm.llava import LlavaVision
+from support.models import plant, save_llava, squares
+from support.towers import check_bfloat16, check_no_splice, check_planted_patch_in_artefact, check_residual_stream, check_trust
 
 EVERY = [f"vision.blocks.{i}{suffix}" for i in range(3) for suffix in (".attn", ".mlp", "")]
 

@@ -11,10 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fakes import CHECKOUT, make_test_params
 from PIL import Image
-from planted import check_planted_patch_in_artefact
-from tiny_towers import check_no_splice
 
 from ommatid.config import load_params
 from ommatid.config.models import ModuleModel
@@ -22,6 +19,8 @@ from ommatid.errors import ConfigError, ModelError
 from ommatid.vlm import Hookpoint, load_model
 from ommatid.vlm.module import ModuleVision, make_preprocess
 from ommatid.vlm.trust import check_model
+from support.study import CHECKOUT, make_test_params
+from support.towers import check_no_splice, check_planted_patch_in_artefact
 
 FILE = '''
 import torch

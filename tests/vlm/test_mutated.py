@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mutated import iter_mutated
-from tiny_clip import save_tiny_clip
-from tiny_families import FAMILIES, save_tiny
 
 from ommatid.config.models import ClipModel, TransformersJudge, VitModel
 from ommatid.errors import ModelError
 from ommatid.vlm import load_judge, load_model
+from support.families import FAMILIES, save_tiny
+from support.models import save_tiny_clip
+from support.mutated import iter_mutated
 
 KINDS: dict[str, Callable[[str], object]] = {
     "vit": lambda path: load_model(VitModel(kind="vit", path=path), "float32", "cpu"),

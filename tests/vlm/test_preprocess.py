@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_families import FAMILIES, make_processor
 from transformers import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -21,6 +20,7 @@ from ommatid.errors import ModelError
 from ommatid.vlm.precision import normalise
 from ommatid.vlm.preprocess import MAX_PIXELS, Preprocess
 from ommatid.vlm.processor import load_preprocess
+from support.families import FAMILIES, make_processor
 
 SQUARE = Preprocess((56,), (48, 48), "bicubic", mean=(127.0,) * 3, std=(128.0,) * 3)
 

@@ -8,11 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from big_models import plant, save_qwen, squares
 from PIL import Image
-from planted import check_planted_patch_in_artefact
 from safetensors.torch import load_file, save_file
-from tiny_towers import check_bfloat16, check_no_splice, check_trust
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -21,6 +18,8 @@ from ommatid.errors import ModelError
 from ommatid.vlm import Hookpoint, load_model
 from ommatid.vlm.preprocess import Preprocess
 from ommatid.vlm.qwen import QwenVision, flatten_patches, patch_order
+from support.models import plant, save_qwen, squares
+from support.towers import check_bfloat16, check_no_splice, check_planted_patch_in_artefact, check_trust
 
 SIZE = 64  # 16 x 16 patches of 4 pixels, 8 x 8 merge groups, windows of 3 x 3 groups: those at the right and the bottom are smaller
 EVERY = [f"vision.blocks.{i}{suffix}" for i in range(4) for suffix in (".attn", ".mlp", "")]

@@ -7,21 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from planted import check_planted_patch_in_artefact
-from tiny_towers import (
-    PARTS,
-    SIZES,
-    by_processor,
-    check_bfloat16,
-    check_hooks,
-    check_planted_patch,
-    check_residual_stream,
-    check_splice,
-    check_trust,
-    noise,
-    randomise,
-    save_weights,
-)
 from transformers import Siglip2Tokenizer, SiglipConfig
 from transformers import SiglipModel as Reference
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -30,6 +15,19 @@ from ommatid.config.models import SiglipModel
 from ommatid.errors import ModelError
 from ommatid.vlm import Hookpoint, VisionModel, load_model
 from ommatid.vlm.siglip import SiglipVision
+from support.models import SIZES, randomise, save_weights
+from support.towers import (
+    PARTS,
+    by_processor,
+    check_bfloat16,
+    check_hooks,
+    check_planted_patch,
+    check_planted_patch_in_artefact,
+    check_residual_stream,
+    check_splice,
+    check_trust,
+    noise,
+)
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ▁"
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]

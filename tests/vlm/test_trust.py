@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import CHECKOUT
-from tiny_families import FAMILIES, REFUSED, save_tiny
 
 from ommatid.config.models import TransformersJudge
 from ommatid.errors import ModelError
 from ommatid.vlm import Judge, load_judge
 from ommatid.vlm.precision import normalise
 from ommatid.vlm.trust import check_judge
+from support.families import FAMILIES, REFUSED, save_tiny
+from support.study import CHECKOUT
 
 KEY = "extract.judge"
 

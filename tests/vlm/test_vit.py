@@ -5,21 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from planted import check_planted_patch_in_artefact
-from tiny_towers import (
-    PARTS,
-    SIZES,
-    by_processor,
-    check_bfloat16,
-    check_hooks,
-    check_no_splice,
-    check_planted_patch,
-    check_residual_stream,
-    check_trust,
-    noise,
-    randomise,
-    save_weights,
-)
 from transformers import DeiTConfig, DeiTModel, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -27,6 +12,19 @@ from ommatid.config.models import VitModel
 from ommatid.errors import ModelError
 from ommatid.vlm import Hookpoint, VisionModel, load_model
 from ommatid.vlm.vit import VitVision
+from support.models import SIZES, randomise, save_weights
+from support.towers import (
+    PARTS,
+    by_processor,
+    check_bfloat16,
+    check_hooks,
+    check_no_splice,
+    check_planted_patch,
+    check_planted_patch_in_artefact,
+    check_residual_stream,
+    check_trust,
+    noise,
+)
 
 TINY = SIZES | {"image_size": (48, 64), "patch_size": 16}
 MODELS: dict[str, Any] = {"vit": lambda: ViTModel(ViTConfig(**TINY)), "deit": lambda: DeiTModel(DeiTConfig(**TINY))}

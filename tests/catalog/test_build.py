@@ -1,0 +1,372 @@
+"""The catalogue says what the artefacts say: grain, columns, comments, the best label, neighbours, lineage.
+
+It is replaced whole or not at all: by a killed process, a full disk or damaged inputs never.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ommatid import schemas
+from ommatid.catalog import neighbours as neighbours_module
+from ommatid.catalog.build import RELATIONS
+from ommatid.catalog.neighbours import iter_neighbours
+from ommatid.catalog.reader import Catalog
+from ommatid.errors import ArtefactError
+from support import catalog as artefacts
+
+GRAIN = {
+    "images": "image",
+    "latents": "sae, latent",
+    "examples": "sae, latent, decile, rank",
+    "firings": "sae, image, latent",
+    "labels": "sae, latent, labeller",
+    "neighbours": "sae, latent, rank",
+    "comparisons": "sae, dictionary",
+    "judged": "sae, dictionary, latent, judge",
+    "fidelity": "sae, dictionary, kind",
+    "densities": "sae, dictionary, low",
+    "cofiring": "sae, latent, rank",
+    "levels": "sae, level",
+    "probes": "sae, class, probe, k",
+    "zero_shot": "sae, spliced",
+    "matches": "sae, latent, other_sae",
+    "stability": "sae, other_sae",
+    "features": "sae, latent",
+    "runs": "sae",
+}
+COUNTS = {"images": 6, "latents": 4, "examples": 7, "firings": 7, "labels": 5, "neighbours": 8, "comparisons": 3, "features": 4, "runs": 1}
+COUNTS |= {
+    "judged": 6,
+    "fidelity": 3,
+    "densities": 4,
+    "cofiring": 2,
+    "levels": 1,
+    "probes": 4,
+    "zero_shot": 5,
+    "matches": 0,
+    "stability": 0,
+}
+
+
+# ---- relations
+
+
+def test_relations_are_those_of_the_design(catalog: Catalog) -> None:
+    assert catalog.relations().keys() == GRAIN.keys()
+
+
+@pytest.mark.parametrize("relation", GRAIN)
+def test_grain_has_one_row_each(catalog: Catalog, relation: str) -> None:
+    assert catalog.rows(f"SELECT {GRAIN[relation]}, count(*) FROM {relation} GROUP BY ALL HAVING count(*) > 1") == []
+    (header,) = catalog.rows("SELECT comment FROM duckdb_tables() WHERE table_name = ?", [relation])[0]
+    assert header.startswith(f"{relation}({GRAIN[relation]}): ")
+
+
+def test_every_column_says_what_it_means(catalog: Catalog) -> None:
+    silent = [(relation, column.name) for relation, columns in catalog.relations().items() for column in columns if not column.comment]
+    assert silent == []
+
+
+def test_tables_have_the_columns_of_their_schemas(catalog: Catalog) -> None:
+    relations = {name: [column.name for column in columns] for name, columns in catalog.relations().items()}
+    for table in set(schemas.TABLES) & set(RELATIONS) - {"images"}:
+        assert relations[table] == schemas.TABLES[table].schema.names
+    assert relations["images"] == [name for name in schemas.IMAGES.names if name != "encoded"] + ["seen_width", "seen_height"]
+
+
+def test_features_have_what_users_were_promised(catalog: Catalog) -> None:
+    promised = ["sae", "latent", "label", "label_score", "ms", "ms_floor", "judge", "density", "is_dead", "max_act", "purity"]
+    assert set(promised) <= {column.name for column in catalog.relations()["features"]}
+
+
+def test_features_take_the_best_ok_label_and_keep_every_latent(catalog: Catalog) -> None:
+    assert catalog.rows("SELECT latent, label, label_score, control_score, labeller, label_status FROM features ORDER BY latent") == [
+        (0, "cat", 0.9, 0.4, "prompts", "ok"),
+        (1, "truck", 0.6, 0.7, "words", "ok"),
+        (2, None, None, None, "words", "too_few_examples"),
+        (3, None, None, None, None, None),
+    ]
+
+
+def test_features_carry_statistics_floor_and_judge(catalog: Catalog) -> None:
+    assert catalog.rows("SELECT latent, ms, ms_floor, judge, density, is_dead, max_act, purity FROM features ORDER BY latent") == [
+        (0, 0.8, 0.35, "lite2", 0.4, False, 4.0, 0.75),
+        (1, 0.6, 0.35, "lite2", 0.2, False, 2.0, 1.0),
+        (2, None, 0.35, "lite2", 0.1, False, 1.0, None),
+        (3, None, 0.35, "lite2", 0.0, True, 0.0, None),
+    ]
+
+
+def test_features_carry_structure(catalog: Catalog) -> None:
+    columns = "latent, is_dense, is_rare, uniqueness, label_entropy, lca_depth, duplicate_of"
+    assert catalog.rows(f"SELECT {columns} FROM features ORDER BY latent") == [
+        (latent, *structure) for latent, structure in enumerate(artefacts.STRUCTURE)
+    ]
+
+
+def test_labels_are_null_unless_ok(catalog: Catalog) -> None:
+    assert catalog.rows("SELECT count(*) FROM labels WHERE (status = 'ok') <> (label IS NOT NULL)") == [(0,)]
+
+
+def test_runs_name_where_the_sae_comes_from(tmp_path: Path) -> None:
+    inputs = artefacts.make_inputs(tmp_path)
+    artefacts.build(tmp_path, inputs)
+    with Catalog(artefacts.path_in(tmp_path)) as catalog:
+        (run,) = catalog.ask("FROM runs").dicts()
+    assert json.loads(run.pop("params")) == {
+        "images": {"limit": 6},
+        "train": {"k": 2},
+        "evaluate": {"n_top": 2},
+        "label": {"seed": 0},
+        "catalog": {"n_neighbours": 2},
+    }
+    assert run.pop("created_at").year >= 2024
+    assert run == {
+        "sae": artefacts.SAE,
+        "name": artefacts.NAME,
+        "model": "lite0",
+        "hookpoint": "blocks.15",
+        "target": None,
+        "variant": "batch_topk",
+        "k": 2,
+        **artefacts.LINEAGE,
+        "git_dirty": False,
+        "images_digest": inputs["images"].digest,
+        "activations_digest": inputs["train"].manifest.inputs["extract"],
+        "sae_digest": inputs["train"].each()[artefacts.NAME].digest,
+        "fvu": 0.2,
+        "l0": 2.0,
+        "dead": 0.25,
+        "ms": 0.7,
+        "ms_floor": 0.35,
+        "judge": "lite2",
+        "n_latents": 4,
+        "n_labelled": 2,
+        "label_score": 0.75,
+        "control_score": pytest.approx(0.55),
+        "beats_control": 0.5,
+        "decision": None,
+        "decided_at": None,
+        "reason": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("resize", "crop", "seen"),
+    [([64], [64, 64], (0.5, 1.0)), ([80], [64, 64], (0.4, 0.8)), ([64, 64], [64, 64], (1.0, 1.0)), (None, None, (None, None))],
+)
+def test_images_say_what_the_model_sees_of_them(tmp_path: Path, resize: list[int] | None, crop: list[int] | None, seen: tuple) -> None:
+    inputs = artefacts.make_inputs(tmp_path, width=200, height=100)
+    preprocessing = {"resize": resize, "crop": crop} if resize else {}
+    inputs["extract"] = artefacts.make(tmp_path / "extract", "activations", lambda draft: {"preprocessing": preprocessing}, {})
+    artefacts.build(tmp_path, inputs)
+    with Catalog(artefacts.path_in(tmp_path)) as catalog:
+        ((width, height),) = catalog.rows("SELECT DISTINCT seen_width, seen_height FROM images")
+    assert (width, height) == pytest.approx(seen)
+
+
+def test_judged_has_every_judge_with_its_floor(catalog: Catalog) -> None:
+    above = "SELECT judge, avg(ms - floor), count(*) - count(ms) FROM judged WHERE dictionary = 'sae' GROUP BY judge ORDER BY judge"
+    assert catalog.rows(above) == [("dino", pytest.approx(0.4), 1), ("lite2", pytest.approx(0.35), 0)]
+
+
+def test_summary_counts_the_rows(tmp_path: Path) -> None:
+    summary = artefacts.build(tmp_path, artefacts.make_inputs(tmp_path)).summary
+    assert summary["saes"] == [artefacts.NAME]
+    assert summary["rows"] == COUNTS
+
+
+# ---- several SAEs
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Catalog]:
+    root = tmp_path_factory.mktemp("two")
+    artefacts.build(root, artefacts.make_inputs(root, names=[artefacts.NAME, artefacts.OTHER]))
+    with Catalog(artefacts.path_in(root)) as opened:
+        yield opened
+
+
+def test_every_relation_holds_all_saes_and_of_each_what_it_holds_alone(two: Catalog, catalog: Catalog) -> None:
+    other = f"{artefacts.OTHER}-00000000"
+    for relation in set(GRAIN) - {"images", "runs", "matches", "stability"}:
+        counts = dict(two.rows(f"SELECT sae, count(*) FROM {relation} GROUP BY sae"))
+        assert counts.keys() == {artefacts.SAE, other}
+        assert counts[artefacts.SAE] == COUNTS[relation]
+        mine = "FROM {} WHERE sae = ? ORDER BY ALL"
+        assert two.rows(mine.format(relation), [artefacts.SAE]) == catalog.rows(mine.format(relation), [artefacts.SAE])
+    assert two.rows("SELECT latent, other, round(cosine::DOUBLE, 4) FROM neighbours WHERE sae = ? ORDER BY latent", [other]) == [
+        (0, 1, 0.8),
+        (1, 0, 0.8),
+    ]
+
+
+def test_runs_give_each_sae_its_own_name_lineage_and_params(two: Catalog) -> None:
+    rows = two.rows("SELECT name, k, n_latents, n_labelled, mlflow_run_id, params->'train'->'k' FROM runs ORDER BY sae")
+    assert rows == [
+        (artefacts.OTHER, 1, 2, 2, f"run of {artefacts.OTHER}", "1"),
+        (artefacts.NAME, 2, 4, 2, "run-1", "2"),
+    ]
+    assert two.rows("SELECT count(DISTINCT sae_digest) FROM runs") == [(2,)]
+
+
+def test_two_saes_are_held_against_each_other_and_one_against_none(two: Catalog, catalog: Catalog) -> None:
+    other = f"{artefacts.OTHER}-00000000"
+    assert two.rows("SELECT sae, latent, other_sae, other_latent FROM matches ORDER BY ALL") == [
+        *((other, latent, artefacts.SAE, latent) for latent in range(2)),
+        *((artefacts.SAE, latent, other, latent % 2) for latent in range(4)),
+    ]
+    assert two.rows("SELECT sae, other_sae, matched FROM stability ORDER BY sae") == [
+        (other, artefacts.SAE, 1.0),
+        (artefacts.SAE, other, 0.5),
+    ]
+    assert catalog.rows("FROM matches") == catalog.rows("FROM stability") == []
+
+
+def test_an_sae_that_was_not_labelled_is_named(tmp_path: Path) -> None:
+    inputs = artefacts.make_inputs(tmp_path, names=[artefacts.NAME, artefacts.OTHER])
+    fewer = artefacts.make_inputs(tmp_path / "fewer")
+    with pytest.raises(ArtefactError, match=f"labels: has no '{artefacts.OTHER}' inside; it has {artefacts.NAME}"):
+        artefacts.build(tmp_path, {**inputs, "label": fewer["label"]})
+
+
+# ---- neighbours
+
+
+def test_neighbours_are_the_nearest_by_cosine(catalog: Catalog) -> None:
+    found = catalog.rows("SELECT latent, rank, other, cosine FROM neighbours WHERE latent < 2 ORDER BY latent, rank")
+    assert [row[:3] for row in found] == [(0, 1, 1), (0, 2, 2), (1, 1, 0), (1, 2, 2)]
+    assert [row[3] for row in found] == pytest.approx([0.8, 0.0, 0.8, 0.6])
+
+
+def test_neighbours_in_tiles_equal_those_of_the_whole_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directions = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    save_file({"W_dec": directions}, tmp_path / "sae.safetensors")
+    monkeypatch.setattr(neighbours_module, "TILE", 7)
+    tables = list(iter_neighbours(tmp_path, "s", 5))
+    assert max(len(table) for table in tables) == 7 * 5
+    found = np.concatenate([table["other"].to_numpy() for table in tables]).reshape(50, 5)
+    unit = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    cosines = unit @ unit.T - 2 * np.eye(50)
+    assert np.array_equal(found, np.argsort(-cosines, axis=1)[:, :5])
+
+
+def test_more_neighbours_than_latents_are_all_of_them(tmp_path: Path) -> None:
+    artefacts.build(tmp_path, artefacts.make_inputs(tmp_path), n_neighbours=64)
+    with Catalog(artefacts.path_in(tmp_path)) as catalog:
+        assert catalog.rows("SELECT count(*) FROM neighbours") == [(4 * 3,)]
+
+
+# ---- whole or not at all
+
+
+def test_a_reader_keeps_the_old_file_while_it_is_replaced(tmp_path: Path) -> None:
+    inputs = artefacts.make_inputs(tmp_path)
+    artefacts.build(tmp_path, inputs, n_neighbours=1)
+    count = "SELECT count(*) FROM neighbours"
+    with Catalog(artefacts.path_in(tmp_path)) as before:
+        artefacts.build(tmp_path, inputs, n_neighbours=3)
+        with Catalog(artefacts.path_in(tmp_path)) as after:
+            assert (before.rows(count), after.rows(count)) == ([(4,)], [(12,)])
+        assert before.rows("SELECT label FROM features WHERE latent = 0") == [("cat",)]
+
+
+BEFORE = """
+import os, resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from support import catalog as artefacts
+from ommatid import errors, store
+root = Path(sys.argv[2])
+places = {"images": ("images", "images"), "train": ("sae", "training")}
+places |= {"evaluate": ("evaluation", "evaluations"), "label": ("labels", "labellings")}
+inputs = {stage: store.open_artefact(root / place, kind) for stage, (place, kind) in places.items()}
+"""
+
+
+def _run(root: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run `script` in a process of its own, with `root` and the `inputs` in it."""
+    command = [sys.executable, "-c", BEFORE + script, str(Path(artefacts.__file__).parents[1]), str(root)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_killed_build_leaves_nothing_and_the_next_succeeds(tmp_path: Path) -> None:
+    inputs = artefacts.make_inputs(tmp_path)
+    killed = _run(tmp_path, "artefacts.build(root, inputs, on_event=lambda e: e.done == 4 and os.kill(os.getpid(), signal.SIGKILL))")
+    assert killed.returncode == -9, killed.stderr
+    assert not (tmp_path / "catalog").exists()
+    assert list(tmp_path.glob(".work/catalog-*/scratch/building/catalog.duckdb*"))
+    artefact = artefacts.build(tmp_path, inputs)
+    assert [path.name for path in sorted(artefact.path.iterdir())] == ["catalog.duckdb", "manifest.json"]
+    assert artefact.summary["rows"]["features"] == 4
+
+
+def test_a_build_that_died_before_its_manifest_is_taken_up(tmp_path: Path) -> None:
+    inputs = artefacts.make_inputs(tmp_path)
+    killed = _run(
+        tmp_path,
+        "store.Draft.seal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\nartefacts.build(root, inputs)",
+    )
+    assert killed.returncode == -9, killed.stderr
+    events = []
+    assert artefacts.build(tmp_path, inputs, on_event=events.append).summary["rows"]["features"] == 4
+    assert events == []
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    artefacts.make_inputs(tmp_path)
+    full = _run(tmp_path, "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\nartefacts.build(root, inputs)")
+    assert full.returncode == 1
+    assert "ArtefactError" in full.stderr and "catalog.duckdb: a file became larger than is allowed here" in full.stderr
+    assert not (tmp_path / "catalog").exists()
+    # before the database is begun pyarrow writes tables for it
+    script = "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\ntry: artefacts.build(root, inputs)\n"
+    early = _run(tmp_path, script + "except Exception as error: print(errors.find_lack(error))")
+    assert early.stdout == "Lack.FILE_SIZE\n", early.stderr
+    assert not (tmp_path / "catalog").exists()
+
+
+def test_all_damaged_inputs_are_named(tmp_path: Path) -> None:
+    inputs = artefacts.make_inputs(tmp_path)
+    latents, image_part = tmp_path / f"evaluation/{artefacts.NAME}/latents.parquet", tmp_path / "images/images-00001.parquet"
+    latents.write_bytes(latents.read_bytes()[:-40])
+    image_part.write_bytes(b"x" * image_part.stat().st_size)
+    with pytest.raises(ArtefactError, match=r"(?s)images-00001\.parquet: checksum differs.*latents\.parquet: checksum differs"):
+        artefacts.build(tmp_path, inputs)
+    assert not (tmp_path / "catalog").exists()
+
+
+def test_a_damaged_sae_is_named(tmp_path: Path) -> None:
+    inputs = artefacts.make_inputs(tmp_path)
+    (tmp_path / f"sae/{artefacts.NAME}/sae.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ArtefactError, match=rf"sae: damaged \(1\): {artefacts.NAME}/sae\.safetensors: checksum differs"):
+        artefacts.build(tmp_path, inputs)
+
+
+@pytest.mark.parametrize(
+    ("labels", "best"),
+    [
+        ([("human", 1, 0.8), ("words", 2, 0.8)], "human"),
+        ([("words", 1, 0.8), ("human", 2, 0.8)], "words"),
+        ([("words", 1, 0.8), ("human", 2, 0.9)], "human"),
+        ([("words", 1, None), ("human", 2, 0.1)], "human"),
+        ([("vlm", 1, None), ("human", 2, None)], "vlm"),
+    ],
+)
+def test_of_labels_that_score_the_same_the_first_labeller_s_is_the_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: list[tuple[str, int, float | None]], best: str
+) -> None:
+    rows = [(0, labeller, place, "ok", f"by {labeller}", score, None) for labeller, place, score in labels]
+    monkeypatch.setattr(artefacts, "LABELS", rows)
+    artefacts.build(tmp_path, artefacts.make_inputs(tmp_path))
+    with Catalog(artefacts.path_in(tmp_path)) as catalog:
+        assert catalog.rows("SELECT label, labeller FROM features WHERE latent = 0") == [(f"by {best}", best)]
+        assert catalog.rows("SELECT labeller FROM labels WHERE latent = 0") == [(labeller,) for labeller, _, _ in labels]
+        assert catalog.rows("SELECT beats_control FROM runs") == [(None,)]

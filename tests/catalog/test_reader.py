@@ -1,0 +1,214 @@
+"""A Catalog only reads: rows, Arrow and pandas come out; nothing else gets in, out or changed; errors say what to do."""
+
+import multiprocessing
+import time
+from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pytest
+
+from ommatid.catalog.reader import Catalog
+from ommatid.errors import QueryError
+from support.processes import HANG_SECONDS
+
+ENDLESS = "SELECT count(*) FROM range(1000000) a, range(1000000) b WHERE a.range + b.range = 7"
+
+
+def test_rows_arrow_and_pandas_agree(catalog: Catalog) -> None:
+    sql, values = "SELECT latent, ms FROM features WHERE latent <= $most ORDER BY latent", {"most": 1}
+    assert catalog.rows(sql, values) == [(0, 0.8), (1, 0.6)]
+    assert catalog.ask(sql, values).dicts() == [{"latent": 0, "ms": 0.8}, {"latent": 1, "ms": 0.6}]
+    assert catalog.arrow(sql, values).to_pydict() == {"latent": [0, 1], "ms": [0.8, 0.6]}
+    assert catalog.pandas(sql, values).to_dict("list") == {"latent": [0, 1], "ms": [0.8, 0.6]}
+
+
+def test_values_are_parameters_not_sql(catalog: Catalog) -> None:
+    assert catalog.rows("SELECT count(*) FROM features WHERE label = ?", ["cat' OR true --"]) == [(0,)]
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 2**70, 1.5, "猫\0", b"\xff", [[1], [2, 3]], {"a": [1]}, Decimal("1.20"), UUID(int=7), datetime(2026, 1, 2)]
+)
+def test_values_of_sql_come_back_as_they_went(catalog: Catalog, value: Any) -> None:
+    assert catalog.rows("SELECT ?", [value]) == [(value,)]
+    assert catalog.rows("SELECT ?", [datetime(2026, 1, 2, tzinfo=timezone(timedelta(hours=2)))]) == [
+        (datetime(2026, 1, 1, 22, tzinfo=UTC),)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (np.float32(1), "numpy.float32"),
+        (np.float64(1), "numpy.float64"),
+        ([np.arange(2)], "numpy.ndarray"),
+        ({1}, "builtins.set"),
+        (Path("x"), "pathlib.PosixPath"),
+        (len, "builtins.builtin_function_or_method"),
+        (datetime(2026, 1, 2, tzinfo=ZoneInfo("UTC")), "zoneinfo.ZoneInfo"),
+    ],
+)  # fmt: skip
+def test_what_is_no_value_of_sql_is_named_and_the_next_is_answered(catalog: Catalog, value: Any, kind: str) -> None:
+    with pytest.raises(QueryError, match=f"a parameter is or holds a {kind}: expected"):
+        catalog.rows("SELECT ?", [value])
+    assert catalog.rows("SELECT 1") == [(1,)]
+
+
+def test_text_that_is_not_unicode_is_named(catalog: Catalog) -> None:
+    for sql, parameters in (("SELECT '\udcff'", None), ("SELECT ?", ["\ud800"])):
+        with pytest.raises(QueryError, match=r"ud.* is not Unicode: "):
+            catalog.rows(sql, parameters)
+
+
+def test_a_process_that_is_forked_asks_and_closes_for_itself(file: Path) -> None:
+    def ask(catalog: Catalog, answers: Any) -> None:
+        answers.send([catalog.rows("SELECT ?", [i]) for i in range(9)])
+        catalog.close()
+
+    fork = multiprocessing.get_context("fork")
+    with Catalog(file, at_once=1) as catalog:
+        forks = []
+        for _ in range(2):
+            ours, theirs = fork.Pipe()
+            # while this process asks: the fork holds a copy of the one permit that is lent
+            answer = catalog._answer("ask", "FROM range(1000)", None, None, timeout=None)
+            next(answer)
+            process = fork.Process(target=ask, args=(catalog, theirs))
+            process.start()
+            list(answer)
+            forks.append((process, ours))
+        assert [catalog.rows("SELECT ?", [i]) for i in range(9)] == [[(i,)] for i in range(9)]
+        for process, ours in forks:
+            assert ours.poll(HANG_SECONDS) and ours.recv() == [[(i,)] for i in range(9)]
+            process.join(HANG_SECONDS)
+            assert process.exitcode == 0
+        assert catalog.rows("SELECT 1") == [(1,)]
+
+
+def test_rows_are_capped_and_more_is_said(catalog: Catalog) -> None:
+    found = catalog.ask("FROM range(1000000000)", max_rows=3)
+    assert ([value for (value,) in found.rows], found.more) == ([0, 1, 2], True)
+    assert not catalog.ask("FROM range(3)", max_rows=3).more
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "DESCRIBE features", "SHOW TABLES", "SUMMARIZE features", "FROM features", "VALUES (1)", "TABLE images",
+        "WITH x AS (SELECT 1) FROM x", "SELECT 1;", "-- a note\nSELECT 1 -- another", "SELECT 'query(' AS \"query\"",
+        "PIVOT firings ON latent IN (0, 1) USING count(*) GROUP BY sae", "SELECT '猫' AS \"猫\"",
+    ],
+)  # fmt: skip
+def test_what_reads_is_answered(catalog: Catalog, sql: str) -> None:
+    assert catalog.rows(sql)
+
+
+REFUSED = {
+    "": "expected one statement, found 0",
+    "-- nothing": "expected one statement, found 0",
+    "SELECT 1; SELECT 2": "expected one statement, found 2",
+    "SELECT 1; DROP TABLE features": "expected one statement, found 2",
+    "DROP TABLE features": "DROP is refused",
+    "DELETE FROM features": "DELETE is refused",
+    "UPDATE features SET label = 'x'": "UPDATE is refused",
+    "INSERT INTO features SELECT * FROM features": "INSERT is refused",
+    "CREATE TABLE x AS SELECT 1": "CREATE is refused",
+    "CREATE TEMP VIEW features AS SELECT 1": "CREATE is refused",
+    "CREATE TABLE memory.x AS SELECT 1": "CREATE is refused",
+    "COPY features TO 'x.csv'": "COPY is refused",
+    "EXPORT DATABASE 'x'": "EXPORT is refused",
+    "ATTACH 'x.duckdb'": "ATTACH is refused",
+    "DETACH catalogue": "DETACH is refused",
+    "USE memory": "SET is refused",
+    "SET enable_external_access = true": "SET is refused",
+    "RESET lock_configuration": "SET is refused",
+    "SET VARIABLE x = 1": "SET is refused",
+    "PRAGMA enable_verification": "PRAGMA is refused",
+    "/* x */ pragma database_list": "PRAGMA is refused",
+    "INSTALL httpfs": "LOAD is refused",
+    "LOAD httpfs": "LOAD is refused",
+    "CALL enable_logging(storage = 'file', storage_path = 'logs')": "enable_logging() is refused",
+    "FROM enable_logging(storage = 'file', storage_path = 'logs')": "enable_logging() is refused",
+    'FROM system.main."Enable_Logging" /* x */ ()': "enable_logging() is refused",
+    "FROM query('FROM enable_' || 'logging()')": "query() is refused",
+    "FROM query--\n('SELECT 1')": "query() is refused",
+    "FROM json_execute_serialized_sql(json_serialize_sql('SELECT 1'))": "json_execute_serialized_sql() is refused",
+    "PREPARE x AS SELECT 1": "PREPARE is refused",
+    "EXPLAIN ANALYZE CREATE TEMP TABLE features AS SELECT 1": "EXPLAIN is refused",
+    "BEGIN": "TRANSACTION is refused",
+    "CHECKPOINT": "CALL is refused",
+    "VACUUM": "VACUUM is refused",
+    "PIVOT features ON label USING count(*)": "PIVOT must name its values",
+    "FROM read_csv('{outside}')": "file system operations are disabled",
+    "FROM read_text('{outside}')": "file system operations are disabled",
+    "FROM read_blob('{outside}')": "file system operations are disabled",
+    "FROM glob('/*')": "file system operations are disabled",
+    "FROM read_duckdb('{outside}')": "file system operations are disabled",
+    "FROM '{outside}'": "file system operations are disabled",
+    "FROM duckdb_secrets()": "file system operations are disabled",
+    "FROM sqlite_scan('x', 'y')": "sqlite_scan",
+    "SELECT getenv('HOME')": "getenv does not exist",
+    "FROM outside": "no relation 'outside'",
+}
+
+
+@pytest.mark.parametrize("sql", REFUSED)
+def test_what_could_escape_is_refused(catalog: Catalog, sql: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    outside = tmp_path / "outside.csv"
+    outside.write_text("secret\n42\n")
+    with pytest.raises(QueryError) as refused:
+        catalog.rows(sql.replace("{outside}", str(outside)))
+    assert REFUSED[sql] in str(refused.value)
+    assert "42" not in str(refused.value).replace(str(tmp_path), "")
+    assert [path.name for path in tmp_path.iterdir()] == ["outside.csv"]
+    assert catalog.rows("SELECT count(*) FROM features") == [(4,)]
+
+
+def test_python_variables_are_out_of_reach(catalog: Catalog) -> None:
+    secret = catalog.arrow("SELECT 42 AS x")
+    assert secret.num_rows == 1
+    with pytest.raises(QueryError, match="no relation 'secret'"):
+        catalog.rows("FROM secret")
+
+
+def test_an_endless_query_is_stopped_and_the_next_is_answered(catalog: Catalog) -> None:
+    began = time.monotonic()
+    with pytest.raises(QueryError, match=r"stopped after 0\.3 s; make the query narrower, or raise --timeout"):
+        catalog.rows(ENDLESS, timeout=0.3)
+    assert time.monotonic() - began < HANG_SECONDS
+    assert catalog.rows("SELECT 1", timeout=HANG_SECONDS) == [(1,)]
+
+
+def test_a_timer_does_not_outlive_its_query(catalog: Catalog) -> None:
+    assert catalog.rows("SELECT 1", timeout=2.0) == [(1,)]
+    assert catalog.rows("SELECT sleep_ms(2200)", timeout=HANG_SECONDS) == [(None,)]
+
+
+def test_wrong_sql_is_explained(catalog: Catalog) -> None:
+    with pytest.raises(QueryError, match=r"no relation 'featurs'; did you mean features\? the catalogue has cofiring, .*runs"):
+        catalog.rows("SELECT * FROM featurs")
+    with pytest.raises(QueryError, match=r'(?s)column "labl" not found.*label'):
+        catalog.rows("SELECT labl FROM features")
+    with pytest.raises(QueryError, match='syntax error at or near "SELEC"'):
+        catalog.rows("SELEC 1")
+    with pytest.raises(QueryError, match="unterminated"):
+        catalog.rows("SELECT 'x")
+
+
+def test_a_query_too_large_for_memory_says_so(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ommatid.catalog.reader.READER_MB", 256)
+    with Catalog(file) as catalog, pytest.raises(QueryError, match="needs more than 256MB of memory; aggregate or filter more"):
+        catalog.rows("SELECT list(range) FROM range(100000000)")
+
+
+def test_a_path_with_a_quote_opens(file: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "it's here.duckdb"
+    copy.write_bytes(file.read_bytes())
+    with Catalog(copy) as catalog:
+        assert catalog.rows("SELECT count(*) FROM features") == [(4,)]

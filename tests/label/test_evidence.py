@@ -1,0 +1,125 @@
+"""Proves what a labeller that looks at images is shown: images of the naming half only, with the heat that was measured."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ommatid.config import Params
+from ommatid.images.eval_split import Halves, iter_fired, load_halves
+from ommatid.label.evidence.firings import Gathered, nearest_latents
+from ommatid.label.evidence.images import Cases, Spool, choose_firing, iter_looks
+from ommatid.label.labellers.base import Case
+from ommatid.store import Artefact, Draft, open_draft
+from ommatid.vlm.preprocess import Preprocess
+from support.tiles import ALWAYS, DEAD, GRID, MIXED, PURE, TileModel
+
+WANTED = [*PURE, MIXED, ALWAYS]
+
+
+@pytest.fixture
+def draft(tmp_path: Path) -> Iterator[Draft]:
+    with open_draft(tmp_path / "labels", "labels", {}, {}) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def halves(line: dict[str, Artefact]) -> Halves:
+    return load_halves(line["images"])
+
+
+@pytest.fixture
+def cases(line: dict[str, Artefact], params: Params, halves: Halves, draft: Draft) -> dict[int, Case]:
+    gathered = Gathered(halves, params.label, nearest_latents(line["train"]))
+    gathered.fill(iter_fired(line["evaluate"].files("firings"), halves, str(draft.scratch)))
+    assert sorted(gathered.strongest) == sorted(WANTED)
+    made = Cases(Spool(line["images"], halves, draft, TileModel.preprocess), halves, gathered, params.label)
+    fired = iter_fired(line["evaluate"].files("firings"), halves, str(draft.scratch))
+    return {case.latent: case for case in made.iter_cases(fired, iter_looks(line["evaluate"]), WANTED)}
+
+
+def test_cases_are_of_the_latents_that_were_asked_for(cases: dict[int, Case]) -> None:
+    assert list(cases) == WANTED
+    assert DEAD not in cases
+
+
+def test_no_image_of_the_held_out_half_is_in_a_case(line: dict[str, Artefact], cases: dict[int, Case]) -> None:
+    """By the ids of the images, apart from the stage's own bookkeeping."""
+    rows = line["images"].read("images", ["image", "image_id", "split", "encoded"]).to_pylist()
+    by_image = {row["image"]: row for row in rows}
+    shown = [example for case in cases.values() for example in (*case.firing, *case.silent)]
+    assert len(shown) > 60
+    for example in shown:
+        row = by_image[example.image]
+        assert row["split"] == "eval"
+        assert int(row["image_id"][8:16], 16) % 2 == 0
+        assert example.encoded == row["encoded"]
+
+
+def test_firing_and_silent_images_are_what_they_are_called(line: dict[str, Artefact], cases: dict[int, Case], params: Params) -> None:
+    firings = line["evaluate"].read("firings").to_pandas()
+    for latent, case in cases.items():
+        acts = dict(firings[firings.latent == latent][["image", "act"]].itertuples(index=False))
+        assert [example.act for example in case.firing] == [pytest.approx(acts[example.image]) for example in case.firing]
+        assert [example.act for example in case.firing] == sorted((example.act for example in case.firing), reverse=True)
+        assert all(example.act == 0 and example.image not in acts for example in case.silent)
+        images = [example.image for example in (*case.firing, *case.silent)]
+        assert len(set(images)) == len(images)
+        assert len(case.firing) == params.label.n_examples
+        assert len(case.silent) == (0 if latent == ALWAYS else params.label.n_examples)
+
+
+def test_hard_and_random_images_alternate(line: dict[str, Artefact], cases: dict[int, Case]) -> None:
+    """Green fires no image that red does, so hard images for red are those of the other colours: grey ones fire nothing."""
+    fired = line["evaluate"].read("firings").to_pandas()
+    coloured = set(fired[fired.latent.isin(PURE)].image)
+    hard = cases[0].silent[::2]
+    assert all(example.image in coloured for example in hard)
+
+
+def test_heat_is_that_of_the_examples(line: dict[str, Artefact], cases: dict[int, Case]) -> None:
+    examples = line["evaluate"].read("examples").to_pylist()
+    heat = {(row["latent"], row["image"]): row["heat"] for row in examples}
+    n_with_heat = 0
+    for latent, case in cases.items():
+        for example in case.firing:
+            expected = heat.get((latent, example.image))
+            if expected is None:
+                assert example.heat is None
+            else:
+                assert example.heat is not None
+                assert example.heat.shape == GRID
+                assert example.heat.ravel().tolist() == expected
+                n_with_heat += 1
+    assert n_with_heat > 30
+
+
+def test_the_strongest_half_and_weaker_ones_with_heat_are_chosen() -> None:
+    has_heat = np.zeros(100, dtype=bool)
+    has_heat[[0, 1, 30, 40, 50, 60, 70]] = True
+    assert choose_firing(has_heat, 10).tolist() == [0, 1, 2, 3, 4, 30, 40, 50, 60, 70]
+    assert choose_firing(has_heat, 6).tolist() == [0, 1, 2, 30, 50, 70]
+    assert choose_firing(np.zeros(100, dtype=bool), 6).tolist() == [0, 1, 2, 3, 51, 99]
+    assert choose_firing(np.ones(4, dtype=bool), 6).tolist() == [0, 1, 2, 3]
+    assert choose_firing(np.arange(100) == 99, 5).tolist() == [0, 1, 2, 3, 99]
+
+
+def test_a_spool_that_a_dead_run_left_is_used_again(line: dict[str, Artefact], halves: Halves, draft: Draft) -> None:
+    first = Spool(line["images"], halves, draft, TileModel.preprocess)
+    made = (draft.path / "scratch/encoded.bin").stat()
+    again = Spool(line["images"], halves, draft, TileModel.preprocess)
+    assert (draft.path / "scratch/encoded.bin").stat().st_ino == made.st_ino
+    assert first.read(5) == again.read(5)
+    last = len(halves.images) - 1
+    assert first.read(last)[0] == line["images"].read("images", ["encoded"])["encoded"][int(halves.images[last])].as_py()
+
+
+@pytest.mark.parametrize(
+    ("resize", "crop", "seen"), [((16,), (16, 16), (16 / 24, 1)), ((32, 48), (32, 48), (1, 1)), ((32, 48), (16, 12), (0.25, 0.5))]
+)
+def test_what_the_model_sees_of_an_image(
+    line: dict[str, Artefact], halves: Halves, draft: Draft, resize: tuple[int, ...], crop: tuple[int, int], seen: tuple[float, float]
+) -> None:
+    preprocess = Preprocess(resize, crop, "bicubic", mean=(0, 0, 0), std=(1, 1, 1))
+    assert Spool(line["images"], halves, draft, preprocess).read(0)[1] == pytest.approx(seen)

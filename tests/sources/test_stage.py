@@ -1,0 +1,225 @@
+"""Proves that what DVC depends on is what the stages read: it follows content, not times or places, and covers all that params name."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ommatid.config import Params, load_params
+from ommatid.errors import ArtefactError, SourceError
+from ommatid.sources import stage as sources
+from ommatid.sources.stage import PLACE, STAGES, write_sources
+from ommatid.store.filesystem import open_folder
+from ommatid.store.filesystem.disk import Disk
+from support.study import CHECKOUT
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMMATID_CACHE", str(tmp_path / "cache"))
+
+
+def params(*overrides: str) -> Params:
+    return load_params(CHECKOUT / "params.yaml", overrides)
+
+
+def write(path: str, content: bytes = b"x") -> Path:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(content)
+    return Path(path)
+
+
+@pytest.fixture
+def photos() -> Callable[[], str]:
+    """The folder `photos`; gives what DVC compares of it, as it is at the call."""
+    write("photos/dog/a.jpg", b"a")
+    write("photos/b.jpg", b"b")
+    chosen = params("images.source={kind: folder, path: photos}")
+
+    def look() -> str:
+        write_sources(chosen)
+        return (PLACE / "images.json").read_text()
+
+    return look
+
+
+def test_a_look_writes_what_is_there_for_each_stage(photos: Callable[[], str]) -> None:
+    (found,) = json.loads(photos()).values()
+    assert (found["n_files"], found["bytes"], len(found["sha256"])) == (2, 2, 64)
+    assert sorted(path.name for path in PLACE.iterdir()) == sorted(f"{stage}.json" for stage in STAGES)
+    assert json.loads((PLACE / "label.json").read_text()) == {}
+
+
+def test_the_fingerprint_is_of_names_and_contents_alone(photos: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = photos()
+    os.utime("photos/b.jpg", (1, 1))
+    assert photos() == first
+    Path("photos").rename("moved")
+    Path("photos").symlink_to("moved", target_is_directory=True)
+    monkeypatch.setenv("OMMATID_CACHE", "/proc/nowhere")  # cannot be written
+    assert photos() == first
+    write("photos/.hidden/c.jpg")
+    assert photos() == first
+    seen = {first}
+    for change in (
+        lambda: write("photos/b.jpg", b"c"),
+        lambda: Path("photos/b.jpg").rename("photos/c.jpg"),
+        lambda: write("photos/captions.csv", b"path,caption\nc.jpg,x\n"),
+        lambda: Path("photos/c.jpg").unlink(),
+    ):
+        change()
+        now = photos()
+        assert now not in seen
+        seen.add(now)
+
+
+def test_what_dvc_cannot_walk_is_followed_or_passed_over(photos: Callable[[], str]) -> None:
+    """Linked folders, pipes, broken links, a loop, names that are not UTF-8, and a file that may not be read."""
+    write("elsewhere/c.jpg", b"c")
+    Path("photos/ext").symlink_to(Path("elsewhere").absolute(), target_is_directory=True)
+    Path("photos/up").symlink_to(Path("photos").absolute(), target_is_directory=True)
+    Path("photos/gone.jpg").symlink_to("nowhere")
+    os.mkfifo("photos/pipe.jpg")
+    write(os.fsdecode(b"photos/caf\xe9.jpg"), b"d")
+    first = photos()
+    assert json.loads(first)["images.source.path"]["n_files"] == 5
+    write("elsewhere/new.jpg", b"e")
+    assert (second := photos()) != first
+    write("photos/nowhere", b"f").rename("nowhere")
+    Path("photos/gone.jpg").unlink()
+    Path("photos/gone.jpg").symlink_to(Path("nowhere").absolute())
+    assert photos() not in (first, second)
+
+
+def read_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files whose content is read from here on."""
+    read: list[str] = []
+    original = Disk.open
+    monkeypatch.setattr(Disk, "open", lambda folder, name, size=None: read.append(name) or original(folder, name, size))
+    return read
+
+
+def age(*paths: str) -> None:
+    """Let no file be so young that it could change unnoticed; the time of the change of its entry cannot be set, so wait for that."""
+    for path in paths:
+        os.utime(path, (1, 1))
+    time.sleep(sources.SETTLED_NS / 1e9 + 0.02)
+
+
+def test_only_what_changed_is_read_again(photos: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "SETTLED_NS", 10**8)
+    age("photos/dog/a.jpg", "photos/b.jpg")
+    read = read_of(monkeypatch)
+    first = photos()
+    assert sorted(read) == ["b.jpg", "dog/a.jpg"]
+    read.clear()
+    assert photos() == first and read == []
+    write("photos/b.jpg", b"B")
+    os.utime("photos/b.jpg", (1, 1))  # as `cp --preserve` and rsync do: same size, same time of change
+    changed = os.stat("photos/b.jpg").st_ctime_ns
+    monkeypatch.setattr(sources.time, "time_ns", lambda: changed + 1)  # a busy machine looks later
+    second = photos()
+    assert second != first and read == ["b.jpg"]
+    assert photos() == second and read == ["b.jpg"] * 2  # changed a moment ago: it may yet change within the same tick of the clock
+    (memory,) = Path("cache/checksums").iterdir()
+    memory.write_text("[1, 2")
+    assert photos() == second
+
+
+def test_everything_that_params_name_by_path_is_looked_at() -> None:
+    write("words/birds.txt", b"heron\n")
+    write("labels.csv", b"latent,label\n")
+    write("models/clip/config.json")
+    write("models/judge/config.json")
+    write("my_model.py")
+    write("saes/x/cfg.json")
+    write("photos/a.jpg")
+    chosen = params(
+        "images.source={kind: folder, path: photos}",
+        "extract.model={kind: module, factory: 'my_model:make'}",
+        "extract.judge=[{kind: transformers, path: models/judge}, {kind: transformers, path: facebook/dinov2-base}]",
+        "extract.namer={kind: clip, path: models/clip}",
+        "train.runs=[{variant: {kind: imported, path: saes/x}}]",
+        "label.labellers=[{kind: vocabulary, words: [imagenet, words/birds.txt]}, {kind: human, path: labels.csv}, {kind: captioner}]",
+    )
+    found = write_sources(chosen)
+    assert {stage: list(keys) for stage, keys in found.items()} == {
+        "images": ["images.source.path"],
+        "extract": ["extract.model.factory", "extract.judge.0.path", "extract.namer.path"],
+        "train": ["train.runs.0.variant.path"],
+        "label": ["label.labellers.0.words.1", "label.labellers.1.path"],
+    }
+    for stage, path in [
+        ("extract", "models/judge/config.json"),
+        ("train", "saes/x/new"),
+        ("label", "labels.csv"),
+        ("extract", "my_model.py"),
+    ]:
+        write(path, b"changed")
+        again = write_sources(chosen)
+        assert [other for other in STAGES if again[other] != found[other]] == [stage]
+        found = again
+
+
+def test_files_of_activations_take_the_place_of_images() -> None:
+    write("acts/readme.txt")
+    np.save("acts/x.npy", np.zeros((4, 2), np.float16))
+    chosen = params("extract={source: files, path: acts, name: blocks.15, model: theirs}", "images.source.path=gone")
+    found = write_sources(chosen)
+    assert found["images"] == {} and found["extract"]["extract.path"]["n_files"] == 1
+    np.save("acts/x.image.npy", np.arange(4))
+    assert write_sources(chosen)["extract"] != found["extract"]
+
+
+@pytest.mark.parametrize("source", ["{kind: folder, path: gone}", "{kind: parquet, path: gone}", "{kind: cifar10, path: gone}"])
+def test_a_source_that_was_not_pulled_says_so_and_leaves_what_is_there(source: str, photos: Callable[[], str]) -> None:
+    before = photos()
+    with pytest.raises(
+        SourceError, match=r"^gone: no such (file or )?folder; bring it back with `dvc pull` if DVC keeps it, or set images"
+    ):
+        write_sources(params(f"images.source={source}"))
+    assert (PLACE / "images.json").read_text() == before
+
+
+def test_the_json_of_drawn_and_downloaded_images_is_what_counts() -> None:
+    write("plan.json", b"{}")
+    drawn, loaded = (write_sources(params(f"images.source={{kind: {kind}, path: plan.json}}")) for kind in ("shapes", "cifar10"))
+    assert drawn == loaded
+    write("plan.json", b"[]")
+    assert write_sources(params("images.source={kind: shapes, path: plan.json}")) != drawn
+
+
+def test_hidden_files_and_other_endings_are_none_of_the_parquet_source() -> None:
+    Path("in/.ipynb_checkpoints").mkdir(parents=True)
+    for name in ("in/a.parquet", "in/.ipynb_checkpoints/a-checkpoint.parquet"):
+        pq.write_table(pa.table({"image": [b"x"]}), name)
+    chosen = params("images.source={kind: parquet, path: in}")
+    first = write_sources(chosen)
+    assert first["images"]["images.source.path"]["n_files"] == 1
+    write("in/notes.txt")
+    assert write_sources(chosen) == first
+
+
+def test_an_object_store_is_listed_and_not_read(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def put(name: str, content: bytes) -> None:
+        open_folder(f"{s3}/photos").put(write("to-put", content), name)
+
+    put("a.jpg", b"a")
+    put("dog/b.jpg", b"b")
+    chosen = params(f"images.source={{kind: folder, path: '{s3}/photos'}}")
+    found: dict[str, Any] = write_sources(chosen)
+    assert found["images"]["images.source.path"]["n_files"] == 2
+    put(".hidden.jpg", b"c")
+    assert write_sources(chosen) == found
+    put("a.jpg", b"A")
+    assert write_sources(chosen) != found
+    with pytest.raises(ArtefactError, match="there is no such bucket"):
+        write_sources(params("images.source={kind: folder, path: s3://no-such-bucket/photos}"))

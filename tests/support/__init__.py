@@ -1,0 +1,1 @@
+"""What tests are made of: models, planted truths, artefacts, servers and processes."""

@@ -1,0 +1,163 @@
+"""Jobs for executors: each shard writes one file; some shards kill their worker, or raise. A module of its own: workers import it."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ommatid.errors import ArtefactError
+from support.processes import wait_for
+
+_busy = threading.Lock()
+
+
+@dataclass(frozen=True)
+class WriteJob:
+    """Leaves a file a shard, which says who made it."""
+
+    folder: str
+    seconds: float = 0.0
+
+    def __call__(self, shard: int) -> None:
+        assert _busy.acquire(blocking=False), "two shards at once in one process"
+        try:
+            self.disturb(shard)
+            time.sleep(self.seconds)
+            self.write(shard)
+        finally:
+            _busy.release()
+
+    def write(self, shard: int) -> None:
+        names = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "CUDA_VISIBLE_DEVICES")
+        facts = {"square": shard**2, "pid": os.getpid(), **{name: os.environ.get(name) for name in names}}
+        aside = self.path(f"{shard}.{os.getpid()}.tmp")
+        aside.write_text(json.dumps(facts))
+        aside.rename(self.path(f"{shard}.json"))
+
+    def path(self, name: str) -> Path:
+        return Path(self.folder, name)
+
+    def disturb(self, shard: int) -> None:
+        """What goes wrong."""
+
+    def attempt(self, shard: int) -> int:
+        """How often it was tried, this time included."""
+        self.path(f"{shard}.{os.getpid()}.{time.monotonic_ns()}.attempt").touch()
+        return self.attempts(shard)
+
+    def attempts(self, shard: int) -> int:
+        return len(list(Path(self.folder).glob(f"{shard}.*.attempt")))
+
+
+@dataclass(frozen=True)
+class KillOnceJob(WriteJob):
+    """Kills its process in the middle of shard 3, once."""
+
+    def disturb(self, shard: int) -> None:
+        if shard == 3 and self.attempt(shard) == 1:
+            _kill_me()
+
+
+@dataclass(frozen=True)
+class KillJob(WriteJob):
+    """Kills its process at shard 3, always."""
+
+    def disturb(self, shard: int) -> None:
+        if shard == 3 and self.attempt(shard):
+            _kill_me()
+
+
+@dataclass(frozen=True)
+class RefuseJob(WriteJob):
+    """Shard 3 raises an error for the user as often as said."""
+
+    times: int = 1000
+
+    def disturb(self, shard: int) -> None:
+        if shard == 3 and self.attempt(shard) <= self.times:
+            raise ArtefactError("images: image 5 cannot be decoded any more")
+
+
+@dataclass(frozen=True)
+class BreakJob(WriteJob):
+    """Shard 3 raises an error that is ours to mend."""
+
+    def disturb(self, shard: int) -> None:
+        if shard == 3:
+            raise ZeroDivisionError("planted")
+
+
+class Stubborn(Exception):
+    """Cannot be pickled back."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first)
+
+
+@dataclass(frozen=True)
+class StubbornJob(WriteJob):
+    """Shard 3 raises an error that does not travel."""
+
+    def disturb(self, shard: int) -> None:
+        if shard == 3:
+            raise Stubborn("planted", "twice")
+
+
+@dataclass(frozen=True)
+class NestedJob(WriteJob):
+    """Starts a process, as images are decoded where there is a GPU, and waits until so many workers are at it."""
+
+    n_workers: int = 1
+
+    def disturb(self, shard: int) -> None:
+        with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
+            assert pool.submit(abs, -3).result() == 3
+        self.path(f"{os.getpid()}.worker").touch()
+        wait_for(lambda: len(list(Path(self.folder).glob("*.worker"))) >= self.n_workers, "the other workers")
+
+
+@dataclass(frozen=True)
+class SlowJob(WriteJob):
+    """Each shard takes as many seconds as its number says."""
+
+    def disturb(self, shard: int) -> None:
+        time.sleep(shard)
+
+
+class Counted(Sequence[int]):
+    """So many shards, and how many of them are taken at most beyond those that are done."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.done, self.most = n, 0, 0
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: Any) -> int:
+        if index >= self.n:
+            raise IndexError
+        self.most = max(self.most, index + 1 - self.done)
+        return index
+
+    def finish(self, shard: int) -> None:
+        self.done += 1
+
+
+def made(folder: Path) -> dict[int, dict[str, Any]]:
+    """What is there by shard, all whole."""
+    assert not list(folder.glob("*.tmp"))
+    facts = {int(path.stem): json.loads(path.read_text()) for path in folder.glob("*.json")}
+    assert all(fact["square"] == shard**2 for shard, fact in facts.items())
+    return facts
+
+
+def _kill_me() -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("still here")

@@ -1,0 +1,184 @@
+"""A model whose activations are a known mixture of the factors of the source `shapes`, with a joint text space and a judge of its own.
+
+It knows every image by its pixels and looks up what is in it: nothing is learnt, so whatever is measured on it has a right answer.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ommatid.images.drawing import BACKGROUNDS, COLOURS, FAMILIES, PLACES, SHAPES, TEMPERATURES, TEXTURES, Figure, draw, make_figure
+from ommatid.images.shapes import Plan
+from ommatid.vlm import Captured, Hookpoint
+from ommatid.vlm.preprocess import Preprocess
+
+PLAN = Plan(n_images=1200, size=36, seed=0)
+"""The images it knows."""
+GROUPS = {
+    "family": tuple(FAMILIES),
+    "shape": SHAPES,
+    "temperature": tuple(TEMPERATURES),
+    "colour": tuple(COLOURS),
+    "texture": TEXTURES,
+    "place": PLACES,
+    "background": tuple(BACKGROUNDS),
+}
+FACTORS = tuple(chain.from_iterable(GROUPS.values()))
+"""38 words, of which seven are true of an image."""
+SEVEN, PER_PATCH = len(GROUPS), 3
+"""Factors of an image, and of each of its patches."""
+D_MODEL = 64
+NOISE = 0.05
+"""Standard deviation of each component of an activation beside the mixture."""
+OFFSET = 1.0
+"""Length of what every activation has in common."""
+HOOKPOINT = "tokens"
+MODEL = {
+    "kind": "module",
+    "factory": "support.planted_vision:make",
+    "resize": [PLAN.size, PLAN.size],
+    "crop": [PLAN.size, PLAN.size],
+    "interpolation": "nearest",
+    "mean": [0.0, 0.0, 0.0],
+    "std": [1.0, 1.0, 1.0],
+}
+"""It, as `extract.model`."""
+
+
+def directions(width: int, seed: int) -> Tensor:
+    """A random unit direction for each factor, (factors, width)."""
+    return normalize(torch.randn(len(FACTORS), width, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+DIRECTIONS = directions(D_MODEL, seed=1)
+"""Planted in the activations, (factors, d_model)."""
+B_DEC = OFFSET * normalize(torch.randn(D_MODEL, generator=torch.Generator().manual_seed(2)), dim=0)
+"""What every activation has in common, (d_model,)."""
+
+
+@cache
+def figures() -> tuple[Figure, ...]:
+    """What is on the images."""
+    return tuple(make_figure(PLAN.seed, number) for number in range(PLAN.n_images))
+
+
+@cache
+def _numbers() -> dict[bytes, int]:
+    """Number of each image by its pixels."""
+    return {draw(figure, PLAN.size).tobytes(): number for number, figure in enumerate(figures())}
+
+
+def numbers_of(pixels: Tensor) -> Tensor:
+    """Of uint8 pixels (images, H, W, 3); -1: an image that is not of the plan."""
+    return torch.tensor([_numbers().get(image.numpy().tobytes(), -1) for image in pixels])
+
+
+@cache
+def truths() -> Tensor:
+    """Which factors are true of which image, (images, factors) 0 or 1."""
+    return torch.tensor([[float(name in figure.factors) for name in FACTORS] for figure in figures()])
+
+
+@cache
+def codes() -> Tensor:
+    """How strongly each factor is in each of the nine patches, (images, 9, factors).
+
+    Each patch has three of the seven factors that are true of its image, by turns in an order drawn for the image: so each factor is in
+    three patches or four. Strengths lie between 1 and 2, each on its own.
+    """
+    generator = torch.Generator().manual_seed(5)
+    order = torch.rand(PLAN.n_images, SEVEN, generator=generator).argsort(dim=1)
+    by_turns = torch.arange(9 * PER_PATCH).view(9, PER_PATCH) % SEVEN
+    true = truths().nonzero()[:, 1].view(-1, SEVEN)
+    chosen = true.gather(1, order)[:, by_turns]
+    strengths = 1 + torch.rand(chosen.shape, generator=generator)
+    return torch.zeros(PLAN.n_images, 9, len(FACTORS)).scatter_(2, chosen, strengths)
+
+
+@cache
+def tokens() -> Tensor:
+    """Activations of all images, (images, 9, d_model)."""
+    mixed = codes() @ DIRECTIONS + B_DEC
+    return mixed + NOISE * torch.randn(mixed.shape, generator=torch.Generator().manual_seed(6))
+
+
+def light(pixels: Tensor) -> Tensor:
+    """Mean of each of the nine patches of uint8 pixels (images, H, W, 3), between 0 and 1: (images, 9)."""
+    side = PLAN.size // 3
+    return pixels.float().view(-1, 3, side, 3, side, 3).mean((2, 4, 5)).flatten(1) / 255
+
+
+class Planted(nn.Module):
+    """The explained model; of images that it does not know it gives the light, beside what all activations have in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = (255 * images).round().byte().permute(0, 2, 3, 1).contiguous()
+        numbers = numbers_of(pixels)
+        unknown = B_DEC + light(pixels)[:, :, None] * DIRECTIONS[0]
+        return self.tokens(torch.where(numbers[:, None, None] < 0, unknown, tokens()[numbers]))
+
+
+def make() -> nn.Module:
+    """The factory of `extract.model`."""
+    return Planted()
+
+
+class _Embedder:
+    """Images as the mean of the directions of their factors."""
+
+    preprocess = Preprocess((PLAN.size, PLAN.size), (PLAN.size, PLAN.size), "nearest", (0, 0, 0), (1, 1, 1))
+    preprocessing = preprocess.as_json()
+
+    def __init__(self, name: str, width: int, seed: int) -> None:
+        self.name = name
+        self.d_embed = width
+        self.directions = directions(width, seed)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Embeddings (images, width) of uint8 pixels (images, H, W, 3), with noise a fifth as long; of an unknown image its light."""
+        numbers = numbers_of(pixels)
+        noise = torch.randn(PLAN.n_images, self.d_embed, generator=torch.Generator().manual_seed(7)) / self.d_embed**0.5
+        known = normalize(truths() @ self.directions, dim=1) + 0.2 * noise
+        unknown = torch.nn.functional.pad(light(pixels), (0, self.d_embed - 9), value=1.0)
+        return torch.where(numbers[:, None] < 0, unknown, known[numbers])
+
+
+class PlantedNamer(_Embedder):
+    """Texts as the sum of the directions of the factors that they name; texts that name none lie anywhere."""
+
+    text_templates = ("a photo of a {}",)
+    hookpoints: dict[str, Hookpoint] = {}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__("planted names", 64, seed=3)
+
+    def capture(self, pixels: Tensor, hookpoints: Sequence[str]) -> Captured:
+        return Captured({}, self.embed(pixels))
+
+    def embed_text(self, texts: Sequence[str]) -> Tensor:
+        return torch.stack([self._embed_text(text) for text in texts])
+
+    def _embed_text(self, text: str) -> Tensor:
+        found = torch.zeros(self.d_embed)
+        for name in sorted(FACTORS, key=len, reverse=True):  # "top left" is neither "top" nor "left"
+            if f" {name} " in f" {text} ":
+                text = text.replace(name, "")
+                found += self.directions[FACTORS.index(name)]
+        if found.any():
+            return found
+        return normalize(torch.randn(self.d_embed, generator=torch.Generator().manual_seed(sum(text.encode()))), dim=0)
+
+
+class PlantedJudge(_Embedder):
+    """The judge: the same factors in other directions."""
+
+    def __init__(self) -> None:
+        super().__init__("planted judge", 96, seed=4)

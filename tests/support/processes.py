@@ -1,0 +1,112 @@
+"""Processes of tests: waiting for them, ending them, and what they leave.
+
+A limit of time is for hangs: a busy machine is ten times slower than a quiet one, and no test may fail for that.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+HANG_SECONDS = 600.0
+"""How long a test waits for what takes seconds. Less than pytest's own limit (pyproject.toml), so that this one says what did not come."""
+
+Found = TypeVar("Found")
+
+
+def wait_for(find: Callable[[], Found | None], what: str) -> Found:
+    """Return what `find` finds, as soon as it finds anything.
+
+    Raises:
+        AssertionError: nothing came; names `what`.
+    """
+    until = time.monotonic() + HANG_SECONDS
+    while not (found := find()):
+        assert time.monotonic() < until, f"waited {HANG_SECONDS:.0f} s for {what}"
+        time.sleep(0.05)
+    return found
+
+
+def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run. A zombie does not: it has ended, and waits for its parent to ask how."""
+    return [process for process in processes if _runs(process)]
+
+
+def wait_for_end(processes: Iterable[psutil.Process], what: str) -> None:
+    """Wait until none of the processes runs."""
+    left = list(processes)
+    wait_for(lambda: not alive(left), f"the end of {what}")
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+TESTS = Path(__file__).parents[1]
+
+
+def started() -> set[psutil.Process]:
+    """Processes that this one has started itself and that still run, but the one that multiprocessing keeps."""
+    return {child for child in psutil.Process().children() if (command := command_of(child)) and "resource_tracker" not in command}
+
+
+def command_of(process: psutil.Process) -> str:
+    """Its command line; "" of one that has ended."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+class Driver:
+    """A script that runs shards until it is ended; it and all it starts carry a mark."""
+
+    def __init__(self) -> None:
+        self._mark = str(uuid.uuid4())
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self, script: str, folder: Path) -> None:
+        """Returns when it has said that a shard is done."""
+        path = folder / "driver.py"
+        path.write_text(script)
+        environment = os.environ | {"PYTHONPATH": str(TESTS), "OMMATID_TEST_MARK": self._mark}
+        command = [sys.executable, str(path), str(folder)]
+        self._process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        assert self._process.stdout
+        assert self._process.stdout.readline().strip().isdigit()
+        assert len(self.running()) > 1
+
+    def end(self, number: signal.Signals) -> None:
+        """Ctrl-C reaches all processes of a terminal, a kill only one; then none is left."""
+        assert self._process and self._process.stdout
+        if number == signal.SIGINT:
+            os.killpg(self._process.pid, number)
+        else:
+            self._process.send_signal(number)
+        assert self._process.wait(HANG_SECONDS) != 0
+        self._process.stdout.close()
+        wait_for(lambda: not self.running(), "the processes of a driver that has ended")
+
+    def running(self) -> list[psutil.Process]:
+        return [process for process in psutil.process_iter() if self._mark in _environment(process).get("OMMATID_TEST_MARK", "")]
+
+    def kill(self) -> None:
+        """Whatever the test left."""
+        for process in self.running():
+            process.kill()
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    with suppress(psutil.Error):
+        if process.status() != psutil.STATUS_ZOMBIE:
+            return process.environ()
+    return {}

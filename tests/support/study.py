@@ -1,0 +1,41 @@
+"""A study as tests make it: params with a few values changed, stages and verbs run in the process of the test."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ommatid import store
+from ommatid.cli import app
+from ommatid.config import Params, load_params, make_params
+from ommatid.store import Artefact
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def make_test_params(**sections: Mapping[str, Any]) -> Params:
+    """The checkout's params.yaml with some values of each section changed."""
+    values = load_params(CHECKOUT / "params.yaml").model_dump(mode="json")
+    for section, changes in sections.items():
+        values[section] |= changes
+    return make_params(values, "test")
+
+
+def make_artefact(place: Path, kind: str, stage: Any, params: Any, inputs: Mapping[str, Artefact]) -> Artefact:
+    """Run a stage function and publish what it makes."""
+    with store.open_draft(place, kind, params.identity(), inputs) as draft:
+        stage(params, inputs, draft)
+        return draft.publish(place)
+
+
+def run_verb(*arguments: str) -> int:
+    """`ommatid ...`. Gives the exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["ommatid", *arguments])
+        try:
+            app.main()
+        except SystemExit as end:
+            return int(end.code or 0)
+    return 0

@@ -1,0 +1,142 @@
+"""Pictures of coloured tiles, a model that sees their colours, and an SAE planted on its activations."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ommatid.config import Params, TrainParams
+from ommatid.evaluate.stage import evaluate
+from ommatid.extract import towers
+from ommatid.extract.stage import extract
+from ommatid.images import make_images
+from ommatid.label.evidence import context
+from ommatid.sae.model import SAE, SAEConfig
+from ommatid.store import Artefact, Draft
+from ommatid.vlm import Captured, Hookpoint, Replacement
+from ommatid.vlm.preprocess import Preprocess
+from support.study import make_artefact, make_test_params
+
+COLOURS = {"red": (240, 128, 128), "green": (128, 240, 128), "blue": (128, 128, 240), "grey": (128, 128, 128)}
+GRID = (2, 3)
+
+
+def draw_tiles(rng: np.random.Generator, names: Sequence[str]) -> Image.Image:
+    """A picture of 2 x 3 tiles of 16 pixels, each of a named colour with a little noise."""
+    tiles = np.array([COLOURS[name] for name in names], dtype=float).reshape(*GRID, 3)
+    pixels = tiles.repeat(16, axis=0).repeat(16, axis=1) + rng.normal(0, 6, (32, 48, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def write_tile_folder(folder: Path, n: int, seed: int = 0) -> None:
+    """N pictures, each mostly grey with up to three tiles of its class's colour: sub-folder = colour."""
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        colour = ["red", "green", "blue"][i % 3]
+        names = ["grey"] * 6
+        for place in rng.permutation(6)[: rng.integers(1, 4)]:
+            names[place] = colour
+        (folder / colour).mkdir(parents=True, exist_ok=True)
+        draw_tiles(rng, names).save(folder / colour / f"{i:04d}.png")
+
+
+def make_images_artefact(root: Path, n: int) -> Artefact:
+    """The images artefact of a tile folder."""
+    write_tile_folder(root / "tiles", n)
+    params = make_test_params(images={"source": {"kind": "folder", "path": str(root / "tiles")}, "limit": None})
+    return make_artefact(root / "images", "images", make_images, params.images, {})
+
+
+class TileModel:
+    """Patch activations are the mean colours of the tiles minus grey, spread over d_model by a fixed matrix; text is colours."""
+
+    name = "tiles"
+    d_embed = 3
+    d_model = 8
+    text_templates = ("a photo of a {}",)
+    logit_scale = None
+    preprocess = Preprocess(resize=(32, 48), crop=(32, 48), interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1))
+    preprocessing = preprocess.as_json()
+    hookpoints = {"tiles": Hookpoint(8, ("cls",), GRID), "cls": Hookpoint(8, ("cls",), None)}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.n_captured = 0
+        mixed = torch.randn(self.d_model, 3, generator=torch.Generator().manual_seed(5))
+        self.spread = torch.linalg.qr(mixed).Q.T.contiguous()
+        """Three orthogonal directions: planted, and no axis of the activations."""
+
+    def colours(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Mean colour of each tile minus grey, in -1..1: (batch, rows, cols, 3)."""
+        tiles = pixels.float().unflatten(1, (2, 16)).unflatten(3, (3, 16))
+        return tiles.mean((2, 4)) / 128 - 1
+
+    def capture(self, pixels: torch.Tensor, hookpoints: Sequence[str]) -> Captured:
+        self.n_captured += len(pixels)
+        colours = self.colours(pixels)
+        patches = (colours @ self.spread).flatten(1, 2)
+        cls = patches.mean(1, keepdim=True)
+        tokens = {"tiles": torch.cat([cls, patches], dim=1), "cls": cls}
+        return Captured({name: tokens[name] for name in hookpoints}, colours.mean((1, 2)) + 0.01)
+
+    def splice(self, pixels: torch.Tensor, hookpoint: str, replacements: Sequence[Replacement]) -> tuple[torch.Tensor, ...]:
+        tokens = self.capture(pixels, [hookpoint]).tokens[hookpoint]
+        n_special = len(self.hookpoints[hookpoint].special) if self.hookpoints[hookpoint].grid else 0
+        return tuple(replace(tokens)[:, n_special:].mean(1) @ self.spread.T + 0.01 for replace in replacements)
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.colours(pixels).mean((1, 2)) + 0.03
+
+    def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
+        rows = [next((c for name, c in COLOURS.items() if name in text), COLOURS["grey"]) for text in texts]
+        return torch.tensor(rows).float() / 128 - 1 + 0.01
+
+
+def png(image: Image.Image) -> bytes:
+    """The picture as PNG bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+N_IMAGES = 300
+PURE = {0: "red", 1: "green", 2: "blue"}
+MIXED, DEAD, ALWAYS = 3, 4, 5
+D_SAE = 6
+
+
+def plant_sae(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft) -> Artefact:
+    """The train stage's artefact with weights that are known."""
+    red, green, blue = TileModel().spread
+    directions = torch.stack([red, green, blue, (red + green) / 2**0.5, red, red])
+    b_enc = torch.tensor([0.0, 0.0, 0.0, 0.0, -100.0, 5.0])
+    config = SAEConfig("planted", TileModel.d_model, D_SAE, 1, "tiles", "tiles")
+    sae = SAE(config, directions.T.contiguous(), b_enc, directions, torch.zeros(TileModel.d_model), torch.tensor(0.3))
+    with draft.write_file("sae.safetensors") as weights, draft.write_file("cfg.json") as cfg:
+        sae.save(weights, cfg)
+    return draft.seal({"sae": "planted", "dead_latents": [DEAD]})
+
+
+def make_line(root: Path, params: Params, **more: Any) -> dict[str, Artefact]:
+    """Images, activations, the planted SAE and its evaluation, by stage; and what the stages in `more` make after them."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_tile_model(patch)
+        made: dict[str, Artefact] = {"images": make_images_artefact(root, N_IMAGES)}
+        stages: Mapping[str, Any] = {"extract": extract, "train": plant_sae, "evaluate": evaluate, **more}
+        kinds = {"extract": "extraction", "train": "sae", "evaluate": "evaluation", "label": "labels"}
+        for name, stage in stages.items():
+            artefact = make_artefact(root / kinds[name], kinds[name], stage, getattr(params, name), made)
+            made[name] = artefact.child("tiles", "activations") if name == "extract" else artefact
+        return made
+
+
+def use_tile_model(patch: pytest.MonkeyPatch) -> None:
+    """Whichever model the params name, it is the TileModel."""
+    model = TileModel()
+    patch.setattr(towers, "load_model", lambda params, dtype, device: model)
+    patch.setattr(towers, "load_judge", lambda params, dtype, device: model)
+    patch.setattr(context, "load_model", lambda params, dtype, device: model)
