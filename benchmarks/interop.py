@@ -17,13 +17,13 @@ from report import Row, publish
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ommatid.sae.interop import Told, export_sae, import_sae
+from ommatid.sae.interop import Overrides, export_sae, import_sae
 from ommatid.sae.model import SAE, SAEConfig
 
 HERE = Path(__file__).parent
 D_MODEL, D_SAE, N, K = 96, 576, 64, 16
 MUST = 1e-5
-TOLD = Told(hookpoint="vision.blocks.11", model="clip", target="vision.blocks.11.mlp")
+TOLD = Overrides(hookpoint="vision.blocks.11", model="clip", target="vision.blocks.11.mlp")
 
 PLACES = {
     "threshold": ("saelens", "dictionary_learning", "sae_for_vlm"),

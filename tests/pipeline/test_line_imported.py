@@ -13,7 +13,7 @@ from ommatid.extract import towers
 from ommatid.extract.stage import extract
 from ommatid.label import label
 from ommatid.label.evidence import context
-from ommatid.sae.interop import Told, export_sae, import_sae
+from ommatid.sae.interop import Overrides, export_sae, import_sae
 from ommatid.sae.model import SAE, Activation, SAEConfig
 from ommatid.store import Artefact, Draft
 from support.study import make_artefact, make_test_params
@@ -71,7 +71,7 @@ def test_it_is_measured_and_named(form: str, sae: SAE, before: dict[str, Artefac
 
     def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft) -> Artefact:
         """The train stage's artefact, from the files of another library."""
-        imported = import_sae(tmp_path / "theirs", Told("tiles", "tiles"))
+        imported = import_sae(tmp_path / "theirs", Overrides("tiles", "tiles"))
         with draft.write_file("sae.safetensors") as weights, draft.write_file("cfg.json") as cfg:
             imported.save(weights, cfg)
         return draft.seal({"sae": "imported", "dead_latents": []})

@@ -20,12 +20,12 @@ def test_a_mutated_config_is_read_or_refused(tmp_path: Path, name: str, file: Pa
     folder = Path(shutil.copytree(FIXTURES / name, tmp_path / name))
     path = folder / fixture(name).relative_to(FIXTURES / name)
     copy = folder / file.relative_to(FIXTURES / name)
-    told = replace(TOLD, values=SAID.get(name, {}))
+    overrides = replace(TOLD, values=SAID.get(name, {}))
     refused = 0
     for what, values in iter_mutated(json.loads(file.read_text(encoding="utf-8")), step=5):  # of 13: all come up over the keys
         copy.write_text(json.dumps(values), encoding="utf-8")
         try:
-            import_sae(path, told)
+            import_sae(path, overrides)
         except OmmatidError as error:
             refused += 1
             assert "\n" not in str(error), what

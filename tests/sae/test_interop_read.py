@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ommatid.errors import ModelError
-from ommatid.sae.interop import Told, find_format, import_sae, load_own, with_measured_k, write_own
+from ommatid.sae.interop import Overrides, find_format, import_sae, load_native, with_measured_k, write_native
 from ommatid.sae.model import SAE
 from support.interop import D_SAE, EXPECTED, SAID, TOLD, difference, fixture, make_own
 
@@ -27,8 +27,8 @@ def test_acts_and_reconstruction_are_those_of_the_library(name: str) -> None:
 @pytest.mark.parametrize("name", SAID)
 def test_the_same_after_it_was_written_and_read(name: str, tmp_path: Path) -> None:
     sae = read(name)
-    write_own(sae, tmp_path)
-    again = load_own(tmp_path)
+    write_native(sae, tmp_path)
+    again = load_native(tmp_path)
     assert again.config == sae.config
     assert torch.equal(again.encode(EXPECTED["x"]), sae.encode(EXPECTED["x"]))
 
@@ -73,7 +73,7 @@ def test_hookpoint_and_model_of_the_files() -> None:
 
 
 def test_what_is_told_goes_first() -> None:
-    config = import_sae(fixture("saelens-standard"), Told("a", "b", values={"k": "7"})).config
+    config = import_sae(fixture("saelens-standard"), Overrides("a", "b", values={"k": "7"})).config
     assert (config.hookpoint, config.model, config.k) == ("a", "b", 7)
 
 
@@ -109,4 +109,4 @@ def test_k_is_measured_on_a_sample() -> None:
 def test_an_import_does_not_write_over_its_source() -> None:
     name = "sparsify-topk"
     with pytest.raises(ModelError, match="name another folder"):
-        write_own(read(name), fixture(name))
+        write_native(read(name), fixture(name))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ommatid.errors import ModelError
-from ommatid.sae.interop import export_sae, find_format, import_sae, write_own
+from ommatid.sae.interop import export_sae, find_format, import_sae, write_native
 from ommatid.sae.model import SAE
 from support.interop import D_MODEL, TOLD, as_transcoder, difference, make_own, per_latent, with_prefixes
 
@@ -112,6 +112,6 @@ def test_d_sae_that_saev_cannot_say(tmp_path: Path) -> None:
 
 
 def test_an_export_does_not_write_over_an_own_sae(tmp_path: Path) -> None:
-    write_own(make_own("topk"), tmp_path)
+    write_native(make_own("topk"), tmp_path)
     with pytest.raises(ModelError, match="name another folder"):
         export_sae(make_own("topk"), "sparsify", tmp_path)

@@ -140,8 +140,8 @@ def _of_rank(rank: int, port: int, n_ranks: int, wanted: Sequence[int], where: P
         "WORLD_SIZE": str(n_ranks),
         "LOCAL_RANK": str(rank),
     }
-    with distributed.joined():
-        distributed.call()
+    with distributed.process_group():
+        distributed.agree_to_train()
         values = values_of(rank)
         for n_wanted in wanted:
             keep, border = distributed.keep_largest(values, n_wanted)

@@ -231,7 +231,7 @@ def test_archetypal_gradients_are_those_of_the_definition() -> None:
     own["shift"] = 0.05 * seeded(11, D_SAE, D_MODEL)
     plain = [tensor.double() for tensor in (weights.W_enc, weights.b_enc, weights.W_dec, weights.b_dec)]
     weights = Weights(*plain, own=own, fixed={"centres": weights.fixed["centres"].double()}, derives_W_dec=True)
-    variant.updated(weights)
+    variant.constrain(weights)
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in weights.trained().items()}
     W_dec = normalize(leaves["mix"] @ weights.fixed["centres"] + leaves["shift"], dim=1)
     acts = batch_topk_acts((batch.x - leaves["b_dec"]) @ leaves["W_enc"].T + leaves["b_enc"])
@@ -283,11 +283,11 @@ def test_sparse_products_are_the_dense_ones(bounds: tuple[int, ...], monkeypatch
     for one in (table, inputs):
         torch.testing.assert_close(sparse.product(one, W), dense.product(one, W)[rows, latents])
         expected = torch.empty(D_SAE, D_MODEL, dtype=torch.float64)
-        dense.gather(values, one, expected)
+        dense.weighted_sums(values, one, expected)
         for has_mkl in {entries.HAS_MKL, False}:
             monkeypatch.setattr(entries, "HAS_MKL", has_mkl)
             found = torch.full_like(expected, math.nan)  # what is in it before does not matter
-            sparse.gather(sparse.values, one, found)
+            sparse.weighted_sums(sparse.values, one, found)
             torch.testing.assert_close(found, expected)
     torch.testing.assert_close(sparse.sum_by_latent(sparse.values), values.sum(0))
     torch.testing.assert_close(sparse.max_by_latent(sparse.values), values.amax(0))

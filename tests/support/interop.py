@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ommatid.sae.interop import Told
+from ommatid.sae.interop import Overrides
 from ommatid.sae.model import SAE, Activation, SAEConfig
 
 FIXTURES = Path(__file__).parents[1] / "sae" / "interop_fixtures"
 SAID: dict[str, dict[str, str]] = json.loads((FIXTURES / "cases.json").read_text(encoding="utf-8"))["said"]
 EXPECTED = load_file(FIXTURES / "expected.safetensors")
-TOLD = Told(hookpoint="vision.blocks.11", model="clip", target="vision.blocks.11.mlp")
+TOLD = Overrides(hookpoint="vision.blocks.11", model="clip", target="vision.blocks.11.mlp")
 
 D_MODEL, D_SAE, K = 5, 20, 3
 

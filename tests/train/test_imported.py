@@ -7,7 +7,7 @@ import torch
 
 from ommatid.errors import ModelError
 from ommatid.events import ignore
-from ommatid.sae.interop import export_sae, write_own
+from ommatid.sae.interop import export_sae, write_native
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.stage import open_stage, run_stage
 from support.activations import make_params, prepare, write_activations
@@ -27,7 +27,7 @@ def test_it_is_one_of_several(folder: Path) -> None:
     (first,) = (open_stage("train").child(name, "sae") for name in open_stage("train").children)
     theirs, fvu = SAE.load(first.path), first.summary["fvu"]
     export_sae(theirs, "saelens", folder / "theirs")
-    write_own(theirs, folder / "ours")
+    write_native(theirs, folder / "ours")
     runs = [{"k": 2}, {"variant": {"kind": "imported", "path": "theirs"}}, {"variant": {"kind": "imported", "path": "ours"}}]
     made = run_stage("train", make_params(folder, runs=runs), ignore)
     assert len(made.children) == 3
@@ -46,7 +46,7 @@ def test_another_width_is_refused_before_training(folder: Path) -> None:
     prepare(folder, make_params(folder))
     W = torch.nn.functional.normalize(torch.randn(30, 20), dim=1)
     sae = SAE(SAEConfig("topk", 20, 30, 3, "x", "m", "topk"), W.T.contiguous(), torch.zeros(30), W, torch.zeros(20), torch.tensor(0.0))
-    write_own(sae, folder / "wide")
+    write_native(sae, folder / "wide")
     params = make_params(folder, runs=[{"k": 2}, {"variant": {"kind": "imported", "path": "wide"}}])
     with pytest.raises(ModelError, match=r"train.variant.path: wide: encodes activations of width 20.*those at hand are of width 16"):
         run_stage("train", params, ignore)

@@ -94,7 +94,7 @@ def test_training_that_is_asked_to_end_says_so_and_goes_on(prepared: Path, folde
     said, complained = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 143, complained
     (line,) = [line for line in complained.splitlines() if line.startswith("stopped: ")]
-    assert "run it again to go on from there" in line
+    assert "run it again to continue from there" in line
     assert "error" not in said + complained and "Traceback" not in complained
     assert not (folder / STAGES["train"].place).exists()
     runs = MlflowClient(f"sqlite:///{folder}/.mlflow/mlflow.db").search_runs(["1"])

@@ -1,1 +1,1 @@
-"""Sparse autoencoders: the model, one training step, the trainer. They don't know where data lives."""
+"""Sparse autoencoders: the model, the training step and the trainer. Nothing here knows where data is stored."""

@@ -1,6 +1,6 @@
-"""Baselines: the dictionaries that an SAE is compared with, behind one protocol. k-means and NMF have files of their own.
+"""Baseline dictionaries that an SAE is compared with, behind one protocol. k-means and NMF have their own files.
 
-Each is fitted on a sample of training tokens (tokens, d_model) float32, and is the same for the same sample and seed.
+Each baseline is fitted on a float32 sample of training tokens, `(tokens, d_model)`. The same sample and seed give the same baseline.
 """
 
 from typing import Protocol, assert_never
@@ -14,38 +14,38 @@ from ommatid.sae.model import SAE, SAEConfig
 from ommatid.sae.nmf import fit_nmf
 
 ROWS = 8192
-"""Tokens that are held in float64 at once."""
+"""Tokens converted to float64 at a time."""
 
 
 class Dictionary(Protocol):
-    """Latents that tokens are encoded to and decoded from: what an SAE has in common with its baselines."""
+    """A dictionary of latents that tokens are encoded to and decoded from: the interface that an SAE shares with its baselines."""
 
     @property
     def name(self) -> str:
-        """What it is, such as pca."""
+        """Name of the method, such as pca."""
         ...
 
     @property
     def n_latents(self) -> int:
-        """Latents."""
+        """Number of latents."""
         ...
 
     @property
     def d_model(self) -> int:
-        """Width of the activations that are encoded."""
+        """Width of the activations."""
         ...
 
     def encode(self, x_bd: Tensor) -> Tensor:
-        """Latent activations (batch, n_latents) of x (batch, d_model), >= 0 but for raw neurons, which keep their signs."""
+        """Return the latent activations `(batch, n_latents)` of x `(batch, d_model)`: non-negative, except those of raw neurons."""
         ...
 
     def decode(self, acts_bs: Tensor) -> Tensor:
-        """Reconstruction x̂ of acts (batch, n_latents)."""
+        """Return the reconstruction x̂ `(batch, d_model)` of acts `(batch, n_latents)`."""
         ...
 
 
 class Neurons:
-    """acts = x̂ = x: each dimension of the activations is a latent."""
+    """Raw neurons: each dimension of the activations is a latent, so acts = x̂ = x."""
 
     name = "neurons"
 
@@ -54,16 +54,16 @@ class Neurons:
         self.n_latents = d_model
 
     def encode(self, x_bd: Tensor) -> Tensor:
-        """X itself, (batch, d_model)."""
+        """Return x itself, `(batch, d_model)`."""
         return x_bd
 
     def decode(self, acts_bs: Tensor) -> Tensor:
-        """Acts themselves, (batch, d_model)."""
+        """Return acts themselves, `(batch, d_model)`."""
         return acts_bs
 
 
 def make_baseline(kind: Baseline, config: SAEConfig, sample_nd: Tensor, seed: int) -> Dictionary:
-    """The baseline of an SAE, with as many latents and firings a token where it can have as many."""
+    """Fit a baseline for an SAE, with as many latents and as many firings per token as the SAE where the method allows it."""
     match kind:
         case "sparse_neurons":
             return make_sparse_neurons(config, sample_nd)
@@ -78,10 +78,10 @@ def make_baseline(kind: Baseline, config: SAEConfig, sample_nd: Tensor, seed: in
 
 
 def make_sparse_neurons(config: SAEConfig, sample_nd: Tensor) -> SAE:
-    """The raw neurons, each as often silent as a latent of the SAE: what of an SAE's monosemanticity is sparsity alone.
+    """Make raw neurons as sparse as the SAE's latents: a control for how much of an SAE's monosemanticity comes from sparsity alone.
 
-    Each dimension and its opposite, in units of its standard deviation from its mean, is a latent that fires above one threshold for all,
-    at which a latent fires on k / d_sae of the sample's tokens.
+    Each dimension, standardised by its mean and standard deviation, gives two latents, one for each sign. All latents share one threshold,
+    chosen so that the average latent fires on k / d_sae of the sample's tokens.
     """
     d_model = sample_nd.shape[1]
     mean, std = sample_nd.mean(0), sample_nd.std(0).clamp_min(1e-12)
@@ -97,10 +97,11 @@ def make_sparse_neurons(config: SAEConfig, sample_nd: Tensor) -> SAE:
 
 
 def make_pca(config: SAEConfig, sample_nd: Tensor) -> SAE:
-    """Principal components as an SAE whose directions are the components and their opposites: the k largest of a token fire.
+    """Make an SAE whose directions are the principal components and their opposites; the k largest latents of a token fire.
 
-    Of each component one sign fires, so 2 · min(d_model, d_sae / 2) latents, the components with the largest variance first. Where k
-    is no less than their number nothing is cut off, and x̂ is the projection on them (Jolliffe 2002), for d_model of them x itself.
+    There are 2 · min(d_model, d_sae / 2) latents, two per component, and the components with the largest variance come first. Only one
+    sign of a component can fire on a token. If k is at least the number of components, nothing is cut off: x̂ is then the projection on
+    the components (Jolliffe 2002), which is x itself if there are d_model of them.
     """
     d_model = sample_nd.shape[1]
     rank = min(d_model, config.d_sae // 2)

@@ -1,10 +1,11 @@
-"""Entries: where latents fire in a batch, and the products of training over those entries alone.
+"""Entries: the (token, latent) pairs of a batch at which a latent may fire, and the products that training computes at those pairs.
 
-`Sparse` holds them as compressed rows: reconstruction, sampled product and weight gradients then cost entries · d_model each. `Dense`
-holds the whole matrix, and costs batch · d_sae · d_model each: it is faster above some density, and the oracle below.
+`Sparse` stores entries as compressed rows: the reconstruction, the sampled product and the weight gradients cost entries · d_model each.
+`Dense` stores the whole matrix: they cost batch · d_sae · d_model each, which is faster above some density. Tests check one against the
+other.
 
-A dictionary may have levels (Matryoshka): level l reconstructs with the latents below its bound. Without, there is one.
-Suffixes: b tokens of the batch, l levels, d d_model, s latents, n entries.
+A Matryoshka dictionary has several levels: level l reconstructs with the latents below its bound. Other dictionaries have one level.
+Suffixes of names: b tokens of the batch, l levels, d d_model, s latents, n entries.
 """
 
 import warnings
@@ -16,18 +17,18 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 LATENTS_PER_CHUNK = 512
-"""Of weight gradients made at once without MKL: new memory stays small, for large pieces have to be zeroed by the system each time."""
+"""Latents whose weight gradients are computed together without MKL. Larger allocations would be zeroed by the system each time."""
 HAS_MKL = torch.backends.mkl.is_available()
-"""Whose product of compressed rows takes half the time of bags, and writes where it is told to."""
+"""Whether torch has MKL, whose sparse product takes half the time of `embedding_bag` and writes into a given tensor."""
 
 
-with warnings.catch_warnings():  # torch says once a process that compressed rows are in beta
+with warnings.catch_warnings():  # torch warns once per process that sparse CSR support is in beta
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
 
 
 class Levels:
-    """Bounds of the prefixes of a dictionary, rising to d_sae."""
+    """Levels of a dictionary: level l is made of the latents below `bounds[l]`. Bounds increase, and the last is d_sae."""
 
     def __init__(self, bounds: tuple[int, ...], device: torch.device | str = "cpu") -> None:
         self.bounds = bounds
@@ -35,59 +36,59 @@ class Levels:
 
     @property
     def n(self) -> int:
-        """How many."""
+        """Number of levels."""
         return len(self.bounds)
 
     def of(self, latents: Tensor) -> Tensor:
-        """The level in which a latent first takes part."""
+        """Return the first level that each latent belongs to."""
         return torch.bucketize(latents, self._inner, right=True)
 
     def slices(self) -> list[slice]:
-        """The latents that each level adds."""
+        """Return, for each level, the latents that it adds to the previous one."""
         return [slice(start, end) for start, end in zip((0, *self.bounds), self.bounds, strict=False)]
 
 
 @dataclass(frozen=True)
 class Sparse:
-    """Entries ordered by token."""
+    """Some entries of a batch, ordered by token; at all others, no latent fires."""
 
     n_tokens: int
-    """Tokens of the batch."""
+    """Number of tokens in the batch."""
     levels: Levels
-    """Of the dictionary."""
+    """Levels of the dictionary."""
     rows: Tensor
-    """Token of each entry, (n,), ascending."""
+    """Token of each entry, `(n,)`, ascending."""
     latents: Tensor
-    """Latent of each entry, (n,), ascending within a token."""
+    """Latent of each entry, `(n,)`, ascending within a token."""
     values: Tensor
-    """Pre-activation of each entry, (n,)."""
+    """Pre-activation of each entry, `(n,)`."""
 
     def at(self, of_latent: Tensor) -> Tensor:
-        """A value a latent, (d_sae,), at each entry."""
+        """Look up a value per latent, `(d_sae,)`, for each entry, `(n,)`."""
         return of_latent[self.latents]
 
     def sum_by_latent(self, values: Tensor) -> Tensor:
-        """Sums of values at entries, (d_sae,)."""
+        """Sum values of entries, `(n,)`, by latent, `(d_sae,)`."""
         return torch.zeros(self.levels.bounds[-1], dtype=values.dtype, device=values.device).index_add_(0, self.latents, values)
 
     def max_by_latent(self, values: Tensor) -> Tensor:
-        """Largest of values at entries, at least 0, (d_sae,)."""
+        """Return each latent's largest of some values of entries, or 0 if they are all negative, `(d_sae,)`."""
         zeros = torch.zeros(self.levels.bounds[-1], dtype=values.dtype, device=values.device)
         return zeros.scatter_reduce_(0, self.latents, values, "amax")
 
-    def fired(self, acts: Tensor) -> Tensor:
-        """Latents that fire, with repetitions; acts are of the entries."""
+    def firing_latents(self, acts: Tensor) -> Tensor:
+        """Return the latent of each entry that fires, with repetitions; acts are those of the entries, `(n,)`."""
         return self.latents[acts > 0]
 
     def decode(self, acts: Tensor, W_dec: Tensor) -> Tensor:
-        """What each level adds to the reconstruction, without bias: (batch, levels, d_model)."""
+        """Return what each level adds to the reconstruction, without the bias, `(batch, levels, d_model)`."""
         starts = torch.searchsorted(self._bags, torch.arange(self.n_tokens * self.levels.n, device=self.rows.device))
         return embedding_bag(self.latents, W_dec, starts, mode="sum", per_sample_weights=acts).unflatten(0, (-1, self.levels.n))
 
     def product(self, table_bld: Tensor, directions_sd: Tensor) -> Tensor:
-        """What table · direction is at the entries, with the row of the entry's token and level, (n,).
+        """Return, for each entry, the dot product of its latent's direction and the table's row for its token and level, `(n,)`.
 
-        Latent by latent: the table is smaller than the dictionary, and more of it stays in the cache.
+        Entries are visited latent by latent: the table is smaller than the dictionary, so more of it stays in the cache.
         """
         table, (order, bounds) = table_bld.flatten(0, 1), self._by_latent
         rows, zeros = self._bags_of(table_bld).index_select(0, order), torch.zeros_like(self.values)
@@ -95,29 +96,35 @@ class Sparse:
         found = torch.sparse.sampled_addmm(pattern, directions_sd, table.T, beta=0.0).values()
         return zeros.scatter_(0, order, found)
 
-    def gather(self, weights: Tensor, table_bld: Tensor, out_sd: Tensor) -> None:
-        """For each latent the weighted sum of the table's rows (of token and level) over its entries, into (d_sae, d_model)."""
+    def weighted_sums(self, weights: Tensor, table_bld: Tensor, out_sd: Tensor) -> None:
+        """Write, for each latent, the weighted sum over its entries of the table's rows, into `out_sd` `(d_sae, d_model)`.
+
+        Args:
+            weights: Weight of each entry, `(n,)`.
+            table_bld: A row for each token and level, or for each token.
+            out_sd: Output, overwritten.
+        """
         order, bounds = self._by_latent
-        rows, sorted_weights = (own.index_select(0, order) for own in (self._bags_of(table_bld), weights))
+        rows, sorted_weights = (t.index_select(0, order) for t in (self._bags_of(table_bld), weights))
         table = table_bld.flatten(0, 1)
         if HAS_MKL and not out_sd.is_cuda:
             pattern = torch.sparse_csr_tensor(bounds, rows, sorted_weights, (len(out_sd), len(table)), check_invariants=False)
             torch.addmm(out_sd, pattern, table, beta=0, out=out_sd)
         else:
-            _gather_bags(rows, sorted_weights, table, bounds, out_sd)
+            _sum_bags(rows, sorted_weights, table, bounds, out_sd)
 
     def _bags_of(self, table_bld: Tensor) -> Tensor:
-        """Each entry's row in a table with one level, or with all."""
+        """Return each entry's row in a table that has one level or all of them."""
         return self.rows if table_bld.shape[1] == 1 else self._bags
 
     @cached_property
     def _bags(self) -> Tensor:
-        """Row of each entry in a table of tokens and levels, ascending."""
+        """Row of each entry in a table of all tokens and levels, ascending."""
         return self.rows if self.levels.n == 1 else self.rows * self.levels.n + self.levels.of(self.latents)
 
     @cached_property
     def _by_latent(self) -> tuple[Tensor, Tensor]:
-        """The order of the entries by latent, and where each latent's begin and the last's end."""
+        """The permutation that orders entries by latent, and the `(d_sae + 1,)` bounds of each latent's entries in that order."""
         latents, order = self.latents.sort(stable=True)
         n = self.levels.bounds[-1]
         return order, torch.searchsorted(latents, torch.arange(n + 1, device=latents.device))
@@ -125,12 +132,12 @@ class Sparse:
 
 @dataclass(frozen=True)
 class Dense:
-    """All entries of the batch, also those where nothing fires: there activations and their gradients are 0."""
+    """All entries of a batch. Where a latent does not fire, its activation and the gradient of it are 0."""
 
     levels: Levels
-    """Of the dictionary."""
+    """Levels of the dictionary."""
     values: Tensor
-    """Pre-activations, (batch, d_sae)."""
+    """Pre-activations, `(batch, d_sae)`."""
 
     def at(self, of_latent: Tensor) -> Tensor:
         """See `Sparse`."""
@@ -144,7 +151,7 @@ class Dense:
         """See `Sparse`."""
         return values.amax(0).clamp_min(0)
 
-    def fired(self, acts: Tensor) -> Tensor:
+    def firing_latents(self, acts: Tensor) -> Tensor:
         """See `Sparse`."""
         return (acts > 0).any(0).nonzero()[:, 0]
 
@@ -157,7 +164,7 @@ class Dense:
         parts = self._levels_of(table_bld)
         return torch.cat([table_bld[:, level] @ directions_sd[part].T for level, part in parts], dim=1)
 
-    def gather(self, weights: Tensor, table_bld: Tensor, out_sd: Tensor) -> None:
+    def weighted_sums(self, weights: Tensor, table_bld: Tensor, out_sd: Tensor) -> None:
         """See `Sparse`."""
         for level, part in self._levels_of(table_bld):
             torch.mm(weights[:, part].T, table_bld[:, level], out=out_sd[part])
@@ -169,8 +176,8 @@ class Dense:
 Entries = Sparse | Dense
 
 
-def _gather_bags(rows: Tensor, weights: Tensor, table: Tensor, bounds: Tensor, out_sd: Tensor) -> None:
-    """See `Sparse.gather`; entries are in the order of latents, of which each one's begin at its bound."""
+def _sum_bags(rows: Tensor, weights: Tensor, table: Tensor, bounds: Tensor, out_sd: Tensor) -> None:
+    """Compute `Sparse.weighted_sums` for entries that are ordered by latent, with each latent's first entry in `bounds`."""
     firsts = range(0, len(out_sd), LATENTS_PER_CHUNK)
     ends = bounds[[*firsts, len(out_sd)]].tolist()
     for i, first in enumerate(firsts):

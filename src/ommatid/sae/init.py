@@ -1,4 +1,4 @@
-"""How training begins: directions from data points, and an encoder of the right length."""
+"""Initial weights: directions made from data points, and an encoder scaled so that the reconstruction has the right length."""
 
 import torch
 from torch import Tensor
@@ -10,28 +10,32 @@ from ommatid.sae.select import Scorer
 from ommatid.sae.weights import Weights
 
 DATAPOINT_BLEND = 0.8
-"""Share of a data point in the initial direction, the rest random (saev)."""
+"""Weight of the data point in an initial direction; the rest is noise (saev)."""
 TOKENS_OF_SCALE = 2048
-"""On which the encoder's first length is fitted."""
+"""Tokens on which the scale of the encoder is fitted."""
 ROWS_PER_CHUNK = 1024
-"""Of directions, made at a time."""
+"""Directions computed at a time."""
 
 
 def make_weights(d_sae: int, x_nd: Tensor, target_nd: Tensor | None, seed: int) -> Weights:
-    """Datapoint init (saev): directions are a blend of centred data points and noise, W_enc their clone, b_dec the mean.
+    """Initialise from data points (saev): directions blend centred data points with noise, W_enc copies them, b_dec is the mean.
 
     Args:
-        d_sae: Latents.
-        x_nd: Scaled activations to draw from.
-        target_nd: What is to be reconstructed of the same tokens, where that is another (a transcoder): W_dec is made of it.
-        seed: Of the draw.
+        d_sae: Number of latents.
+        x_nd: Scaled activations from which data points are drawn, `(tokens, d_model)`.
+        target_nd: Scaled activations that a transcoder reconstructs for the same tokens, `(tokens, d_out)`: W_dec is made from these.
+            None for an autoencoder.
+        seed: Seed of the draw.
+
+    Returns:
+        The weights, with b_enc 0. A transcoder's also hold the mean of `x_nd` as `b_pre`.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(x_nd), (d_sae,), generator=generator)
     noise = torch.randn(d_sae, x_nd.shape[1], generator=generator)
     W_enc = _directions(x_nd, chosen, noise)
     if target_nd is None:
-        # .clone(): a view of W_dec would tie encoder and decoder together
+        # Cloned because a view of W_dec would tie the encoder to the decoder.
         return Weights(W_enc.clone(), torch.zeros(d_sae), W_enc, x_nd.mean(0))
     noise = torch.randn(d_sae, target_nd.shape[1], generator=generator)
     W_dec = _directions(target_nd, chosen, noise)
@@ -39,15 +43,16 @@ def make_weights(d_sae: int, x_nd: Tensor, target_nd: Tensor | None, seed: int) 
 
 
 def fit_scale(weights: Weights, x_nd: Tensor, k: int, target_nd: Tensor | None = None) -> None:
-    """Scale the encoder so that x̂ of the k largest entries a token has the right length: by Σ x·x̂ / Σ ‖x̂‖² over some tokens.
+    """Scale the encoder so that x̂, made from the k largest latents of each token, has the right length.
 
-    Directions that overlap add up: with encoder rows of unit length x̂ is several times too long, and FVU begins far above 1.
+    The factor is Σ x·x̂ / Σ ‖x̂‖² over some tokens. Directions overlap and add up: with encoder rows of unit length, x̂ would be several
+    times too long, and FVU would begin far above 1.
 
     Args:
-        weights: W_enc is changed; b_enc is 0.
-        x_nd: Scaled, centred activations.
-        k: Latents that fire a token.
-        target_nd: What is to be reconstructed of them, centred, where it is another.
+        weights: Weights with b_enc 0; W_enc is scaled in place.
+        x_nd: Scaled, centred activations, `(tokens, d_model)`.
+        k: Latents that fire per token.
+        target_nd: Centred activations that a transcoder reconstructs, `(tokens, d_out)`. None for an autoencoder.
     """
     x = x_nd[:TOKENS_OF_SCALE]
     target = x if target_nd is None else target_nd[:TOKENS_OF_SCALE]
@@ -61,9 +66,9 @@ def fit_scale(weights: Weights, x_nd: Tensor, k: int, target_nd: Tensor | None =
 
 
 def _directions(x_nd: Tensor, chosen: Tensor, noise: Tensor) -> Tensor:
-    """In the memory of the noise: what large temporary tensors leave behind in the heap stays with the process."""
+    """Compute directions in the noise's own memory: heap memory of large temporary tensors would not be returned to the system."""
     mean = x_nd.mean(0)
-    for own, points in zip(noise.split(ROWS_PER_CHUNK), chosen.split(ROWS_PER_CHUNK), strict=True):
-        blend = DATAPOINT_BLEND * normalize(x_nd[points] - mean, dim=1) + (1 - DATAPOINT_BLEND) * normalize(own, dim=1)
-        own.copy_(normalize(blend, dim=1))
+    for rows, points in zip(noise.split(ROWS_PER_CHUNK), chosen.split(ROWS_PER_CHUNK), strict=True):
+        blend = DATAPOINT_BLEND * normalize(x_nd[points] - mean, dim=1) + (1 - DATAPOINT_BLEND) * normalize(rows, dim=1)
+        rows.copy_(normalize(blend, dim=1))
     return noise

@@ -1,4 +1,4 @@
-"""Learner: one SAE in training: its weights, optimiser and counters, a step, a checkpoint, and the SAE it ends as."""
+"""The learner: one SAE in training, with its weights, optimiser, counters and checkpoint."""
 
 import math
 from collections.abc import Mapping
@@ -21,18 +21,21 @@ from ommatid.sae.variants import Guides, Settings, Variant, make_variant
 from ommatid.sae.weights import Weights, align
 
 BINS = 24
-"""Of each."""
+"""Number of bins of a histogram."""
 
 Histogram = tuple[list[float], list[int]]
-"""Edges and counts, one edge more than counts."""
+"""Bin edges and counts; there is one more edge than counts."""
 
 
 def histograms(weights: Weights, density: Tensor) -> dict[str, Histogram]:
-    """Of all latents, by name; of the densities those that are not 0.
+    """Return histograms over latents by name: encoder norms and biases, and the log of densities above 0.
 
     Args:
-        weights: Of the dictionary.
-        density: Firings a token of each latent, (d_sae,).
+        weights: Weights of the SAE.
+        density: Firings per token of each latent, `(d_sae,)`.
+
+    Returns:
+        The histograms; one whose values would be empty is left out.
     """
     found = {
         "log10_density": density[density > 0].double().log10(),
@@ -43,7 +46,7 @@ def histograms(weights: Weights, density: Tensor) -> dict[str, Histogram]:
 
 
 def histogram(values: Tensor) -> Histogram:
-    """Of values, (n,), in `BINS` bins from the smallest to the largest."""
+    """Return the histogram of values `(n,)`, in `BINS` bins from the smallest value to the largest."""
     low, high = float(values.min()), float(values.max())
     counts = torch.histc(values, BINS, low, high) if high > low else torch.zeros(BINS)
     if high <= low:
@@ -52,37 +55,37 @@ def histogram(values: Tensor) -> Histogram:
 
 
 PROGRESS = 0.001
-"""FVU must fall by this share to count as progress."""
+"""Share by which FVU must fall to count as progress."""
 ALIGNMENT = 0.01
-"""Share of an encoder across its direction that is taken away each step at the peak learning rate: a decoupled decay, as AdamW's."""
+"""Share of an encoder row's component orthogonal to its direction that a step removes at the peak learning rate: a decoupled decay."""
 SMOOTHED = 10
-"""Measurements, of a hundred, whose mean is judged: one alone is up or down with its batches."""
+"""Measurements (hundredths of the run) averaged before progress is judged: a single one fluctuates with its batches."""
 CURVE_COLUMNS = ("step", "loss", "fvu", "l0", "dead", "lr", "grad_norm")
 """Columns of `Learner.curves`."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Training tokens from which a run begins."""
+    """A sample of training tokens, from which weights and scales are initialised."""
 
     x: Tensor
-    """Activations, (tokens, d_model) float32, on the CPU."""
+    """Activations, `(tokens, d_model)` float32, on the CPU."""
     target: Tensor | None = None
-    """What is to be reconstructed of the same tokens, (tokens, d_out) float32; None: x itself."""
+    """Activations to reconstruct for the same tokens, `(tokens, d_out)` float32; None means x itself."""
 
 
 @dataclass(frozen=True)
 class Scales:
-    """Activations are multiplied by these, so that the mean of their squared length is 1."""
+    """Factors by which activations are multiplied, so that the mean of their squared norm is 1."""
 
     x: float
-    """Of what is encoded."""
+    """Factor of the activations that are encoded."""
     target: float
-    """Of what is reconstructed."""
+    """Factor of the activations that are reconstructed."""
 
     @classmethod
     def of(cls, sample: Sample) -> "Scales":
-        """Of the sample."""
+        """Measure the factors on a sample."""
         x = _scale(sample.x)
         return cls(x, x if sample.target is None else _scale(sample.target))
 
@@ -92,7 +95,7 @@ def _scale(x_nd: Tensor) -> float:
 
 
 class Learner:
-    """One SAE that learns from batches."""
+    """One SAE in training."""
 
     def __init__(self, name: str, params: TrainParams, n_tokens: int, scales: Scales, device: torch.device) -> None:
         self.name = name
@@ -100,27 +103,27 @@ class Learner:
         self.params = params
         self.plan: Plan = make_plan(params, n_tokens)
         self.scales = scales
-        assert not isinstance(params.variant, Imported), f"{name}: is not trained"
+        assert not isinstance(params.variant, Imported), f"{name}: an imported SAE is not trained"
         self.variant: Variant = make_variant(params.variant, _settings(params, self.plan, device))
         self.guides = Guides()
         self.weights: Weights
         self.idle = torch.zeros(params.d_sae, dtype=torch.int64, device=device)
-        """Tokens since each latent last fired, (d_sae,)."""
+        """Tokens since each latent last fired, `(d_sae,)`."""
         self.firings = torch.zeros(params.d_sae, dtype=torch.int64, device=device)
-        """How often each latent fired since the last measurement, (d_sae,)."""
+        """Firings of each latent since the last measurement, `(d_sae,)`."""
         self.density = torch.zeros(params.d_sae, dtype=torch.float64, device=device)
-        """Firings a token of each latent between the last two measurements, (d_sae,)."""
+        """Firings per token of each latent between the last two measurements, `(d_sae,)`."""
         self.threshold = 0.0
-        """Average of the smallest firing activation; 0 until it begins."""
+        """Moving average over steps of the smallest firing activation; 0 until step `Plan.threshold_start`."""
         self.curves = torch.zeros(0, len(CURVE_COLUMNS), dtype=torch.float64)
-        """A row a measurement, (points, columns)."""
+        """Training curves, one row per measurement, `(points, columns)`."""
         self._window = Fidelity()
         self._sums = torch.zeros(3, dtype=torch.float64)
-        """Loss, gradient norm and steps since the last measurement."""
+        """Sums of losses and gradient norms, and the number of steps, since the last measurement, `(3,)`."""
 
     @classmethod
     def begin(cls, name: str, params: TrainParams, n_tokens: int, sample: Sample, device: torch.device) -> "Learner":
-        """A new one, with weights from a sample."""
+        """Make a new learner, whose weights are initialised from a sample."""
         scales = Scales.of(sample)
         learner = cls(name, params, n_tokens, scales, device)
         x, target = sample.x * scales.x, None if sample.target is None else sample.target * scales.target
@@ -129,7 +132,7 @@ class Learner:
         centred = x - x.mean(0)
         fit_scale(weights, centred, params.k, None if target is None else target - target.mean(0))
         learner.variant.begin(weights, centred, learner.guides)
-        learner._take({key: distributed.agree(tensor.contiguous().to(device)) for key, tensor in weights.tensors().items()})
+        learner._take({key: distributed.broadcast(tensor.contiguous().to(device)) for key, tensor in weights.tensors().items()})
         return learner
 
     def _take(self, tensors: Mapping[str, Tensor]) -> None:
@@ -138,29 +141,29 @@ class Learner:
 
     @property
     def dead(self) -> Tensor:
-        """Latents that have not fired for `Plan.dead_after` tokens, (n_dead,)."""
+        """Indices of the latents that have not fired for `Plan.dead_after` tokens, `(n_dead,)`."""
         return (self.idle >= self.plan.dead_after).nonzero()[:, 0]
 
     @torch.no_grad()
     def learn(self, batch: Batch) -> None:
-        """One step on raw activations.
+        """Take one training step on raw activations.
 
         Raises:
-            TrainingError: the loss or the gradient is no longer finite; the weights are those before the step.
+            TrainingError: The loss or the gradient is not finite. The weights are left as they were before the step.
         """
         scaled = self._scaled(batch)
         step = self.variant.step(self.weights, scaled, self.guides, self.dead)
-        loss = float(distributed.sum_(step.loss.double()))
+        loss = float(distributed.all_reduce(step.loss.double()))
         lr = self.plan.lr_at(self.guides.step)
         norm = self._optimiser.step(lr) if math.isfinite(loss) else math.nan
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise TrainingError(
-                f"train: {self.name}: the loss is {loss} and the gradient's length {norm} at step {self.guides.step}; the last checkpoint "
-                f"is kept; lower train.lr (now {self.plan.lr:.2g}), or look for activations that are far larger than the others"
+                f"train: {self.name}: the loss is {loss} and the gradient's norm {norm} at step {self.guides.step}; the last checkpoint "
+                f"is kept; lower train.lr (now {self.plan.lr:.2g}), or look for activations that are far larger than the rest"
             )
         if self.params.is_aligned:
             align(self.weights, ALIGNMENT * lr / self.plan.lr)
-        self.variant.updated(self.weights)
+        self.variant.constrain(self.weights)
         self._count(step, scaled)
         self._window.add(scaled.target, step.x_hat, step.n_firings)
         self._sums += torch.tensor([loss, norm, 1.0], dtype=torch.float64)
@@ -172,7 +175,7 @@ class Learner:
         return Batch(x, target, None if batch.joint is None else batch.joint.to(device).float())
 
     def _count(self, step: Step, batch: Batch) -> None:
-        counts = distributed.sum_(torch.bincount(step.fired, minlength=self.params.d_sae))
+        counts = distributed.all_reduce(torch.bincount(step.firing_latents, minlength=self.params.d_sae))
         self.firings += counts
         self.idle += batch.n_total
         self.idle[counts > 0] = 0
@@ -186,28 +189,32 @@ class Learner:
             self.idle[revived] = 0
 
     def shorten(self, n_steps: int) -> None:
-        """End after so many steps."""
+        """Change the total number of steps to `n_steps`."""
         self.plan = replace(self.plan, n_steps=n_steps)
 
     @property
     def fvu(self) -> float:
-        """At the last measurement."""
+        """FVU at the last measurement; NaN if the learner was given up."""
         return float(self.curves[-1, CURVE_COLUMNS.index("fvu")])
 
     @property
     def has_diverged(self) -> bool:
-        """Whether it was given up: the last row of its curves then has no FVU, which fails the gate."""
+        """Whether the learner was given up. The last row of its curves then has no FVU, which the quality gate rejects."""
         return len(self.curves) > 0 and math.isnan(self.fvu)
 
     def give_up(self) -> None:
-        """Learn no more: the weights stay as they were before the step that diverged, and the curves end there."""
+        """Stop learning: the weights stay as they were before the step that diverged, and the curves end there."""
         row = torch.full((1, len(CURVE_COLUMNS)), math.nan, dtype=torch.float64)
         row[0, 0] = self.guides.step
         self.curves = torch.cat([self.curves, row])
 
     @property
-    def stalled(self) -> int:
-        """Measurements since the mean FVU of the last `SMOOTHED` of them fell by `PROGRESS` of its best; none before there are so many."""
+    def n_stalled(self) -> int:
+        """Number of measurements without progress.
+
+        Progress means that FVU, averaged over the last `SMOOTHED` measurements, falls below its best by the share `PROGRESS`. The number
+        is 0 until there are `SMOOTHED` measurements.
+        """
         best, since = math.inf, 0
         if len(self.curves) < SMOOTHED:
             return since
@@ -216,15 +223,15 @@ class Learner:
         return since
 
     def take_density(self) -> Tensor:
-        """Firings a token of each latent since they were last taken, (d_sae,) float64."""
+        """Return each latent's firings per token since the last measurement, `(d_sae,)` float64, and reset the counts."""
         self.density = self.firings.double() / max(1, int(self._sums[2]) * self.plan.batch_size)
         self.firings = torch.zeros_like(self.firings)
         return self.density
 
     def measure(self) -> dict[str, float]:
-        """Numbers since the last measurement, which are also a new row of the curves."""
+        """Append a row to the curves and return its values by name, without the step. Means are over steps since the last measurement."""
         loss, norm, n = self._sums.tolist()
-        window = self._window.merged(distributed.sum_)
+        window = self._window.merged(distributed.all_reduce)
         values = {
             "loss": loss / n,
             "fvu": window.fvu,
@@ -239,7 +246,7 @@ class Learner:
         return values
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint holds."""
+        """Return all tensors that a checkpoint holds, by name."""
         scalars = torch.tensor([self.scales.x, self.scales.target, self.threshold, self.plan.n_steps], dtype=torch.float64)
         counters = {"idle": self.idle, "firings": self.firings, "density": self.density, "curves": self.curves, "sums": self._sums}
         window = {f"window.{name}": tensor for name, tensor in self._window.tensors().items()}
@@ -248,7 +255,8 @@ class Learner:
 
     @classmethod
     def restore(cls, name: str, params: TrainParams, n_tokens: int, tensors: dict[str, Tensor], device: torch.device) -> "Learner":
-        """Take what `tensors` gave, into memory of its own: a file's tensors are not aligned, and products then differ in the last bits."""
+        """Make a learner from the tensors of a checkpoint, as `tensors` returned them."""
+        # Cloned because tensors loaded from a file are not aligned in memory, which changes the last bits of products.
         tensors = {key: tensor.clone() for key, tensor in tensors.items()}
         scale_x, scale_target, threshold, n_steps = tensors["scalars"].tolist()
         learner = cls(name, params, n_tokens, Scales(scale_x, scale_target), device)
@@ -265,21 +273,27 @@ class Learner:
         return learner
 
     def finish(self, hookpoint: str, model: str, target: str | None) -> SAE:
-        """The trained SAE for raw activations: scales and what is subtracted before the encoder are folded in.
+        """Return the trained SAE for raw activations, with scales and the subtracted bias folded into its weights.
 
-        With c the scale of x, e that of the target: pre_acts of the raw x are (c W_enc · x + b) / e, x̂ = acts W_dec + b_dec / e, so that
-        directions stay as they are and activations are in units of the target.
+        With c the scale of x and e the scale of the target, the pre-activations of a raw x are (c W_enc · x + b) / e, and
+        x̂ = acts W_dec + b_dec / e. Directions are unchanged, and activations are in units of the target.
+
+        Args:
+            hookpoint: Hookpoint of the activations that are encoded.
+            model: Name of the model.
+            target: Hookpoint that a transcoder decodes; None for an autoencoder.
         """
         weights, (c, e) = self.weights, (self.scales.x, self.scales.target)
         pre = weights.fixed.get("b_pre", weights.b_dec)
         W_enc = (weights.W_enc.T * (c / e)).contiguous()
         b_enc = (weights.b_enc - weights.W_enc @ pre) / e
-        own = {key: value / e if key != "gate_scale" else value for key, value in self.variant.thresholds(weights, self.threshold).items()}
+        thresholds = self.variant.thresholds(weights, self.threshold)
+        gates = {key: value / e if key != "gate_scale" else value for key, value in thresholds.items()}
         params, (d_sae, d_model) = self.params, weights.W_enc.shape
         config = SAEConfig(
             params.variant.kind, d_model, d_sae, params.k, hookpoint, model, self.variant.activation, target, self.variant.prefixes()
         )
-        return SAE(config, W_enc, b_enc, weights.W_dec, weights.b_dec / e, **own)
+        return SAE(config, W_enc, b_enc, weights.W_dec, weights.b_dec / e, **gates)
 
 
 def _settings(params: TrainParams, plan: Plan, device: torch.device) -> Settings:

@@ -1,4 +1,4 @@
-"""The sparse autoencoder as it is used: encode, decode, load, save."""
+"""The sparse autoencoder at inference: encode, decode, load and save."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -15,47 +15,50 @@ from ommatid.errors import ModelError
 WEIGHTS = "sae.safetensors"
 CONFIG = "cfg.json"
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-"""Of every SAE; a gated one has GATED besides."""
+"""Names of the tensors that every SAE has."""
 GATED = ("gate_scale", "gate_shift")
+"""Names of the further tensors of a gated SAE."""
 
 Activation = Literal["threshold", "topk", "gated"]
 
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """What cfg.json says of an SAE."""
+    """The configuration of an SAE, as stored in cfg.json."""
 
     variant: str
-    """How it was trained, such as batch_topk."""
+    """Training method, such as batch_topk."""
     d_model: int
     """Width of the activations that are encoded."""
     d_sae: int
-    """Latents."""
+    """Number of latents."""
     k: int
-    """Mean number of latents that fire a token."""
+    """Mean number of latents that fire per token."""
     hookpoint: str
-    """Where the activations were captured."""
+    """Hookpoint whose activations are encoded."""
     model: str
-    """The model that is explained."""
+    """Name of the model that the activations come from."""
     activation: Activation = "threshold"
-    """Which pre-activations become activations: see `SAE`."""
+    """How activations follow from pre-activations: see `SAE`."""
     target: str | None = None
-    """Hookpoint whose activations are decoded, where it is another (a transcoder)."""
+    """Hookpoint whose activations a transcoder decodes; None for an autoencoder."""
     prefixes: tuple[int, ...] | None = None
-    """Matryoshka: so many first latents are a dictionary by themselves, for each level; the last is d_sae."""
+    """Sizes of a Matryoshka SAE's levels: the first `prefixes[l]` latents form a dictionary by themselves. The last is d_sae."""
 
 
 class SAE:
     """A sparse autoencoder: pre_acts = x W_enc + b_enc;  x̂ = acts W_dec + b_dec.
 
-    `activation` says what acts are:
-    threshold: pre_acts where pre_acts > threshold, else 0 (JumpReLU, arXiv 2407.14435); ReLU is the threshold 0.
-    topk: the k largest positive pre_acts of each token, else 0 (arXiv 2406.04093).
-    gated: relu(pre_acts · gate_scale + gate_shift) where pre_acts > 0, else 0 (arXiv 2404.16014, equations 6 and 7: the gate's
-    pre-activation with magnitudes that share its weights).
+    `SAEConfig.activation` selects how acts follow from pre_acts:
 
-    x is the activation as the model gives it: the scale of training, and what is subtracted before the encoder, are folded into the
-    biases. A direction is a row of W_dec, of unit norm where it was trained here; one of another library keeps its norm, and so its acts.
+    - threshold: acts = pre_acts where pre_acts > threshold, else 0 (JumpReLU, arXiv 2407.14435). ReLU is the case of threshold 0.
+    - topk: acts = pre_acts where they are among the k largest positive ones of their token, else 0 (arXiv 2406.04093).
+    - gated: acts = relu(pre_acts · gate_scale + gate_shift) where pre_acts > 0, else 0 (arXiv 2404.16014, equations 6 and 7).
+      pre_acts are the gate's pre-activations; magnitudes share the gate's weights.
+
+    x is the raw activation of the model: the scale used in training and the bias subtracted before the encoder are folded into the
+    weights. A direction is a row of W_dec. Directions trained here have unit norm; those of an imported SAE keep their norm, and with it
+    the scale of their acts.
     """
 
     def __init__(
@@ -71,28 +74,28 @@ class SAE:
     ):
         self.config = config
         self.W_enc = W_enc
-        """(d_model, d_sae)"""
+        """Encoder, `(d_model, d_sae)`."""
         self.b_enc = b_enc
-        """(d_sae,)"""
+        """Bias of the encoder, `(d_sae,)`."""
         self.W_dec = W_dec
-        """(d_sae, d_out): d_out is d_model, but for a transcoder."""
+        """Decoder directions, `(d_sae, d_out)`; d_out is d_model unless the SAE is a transcoder."""
         self.b_dec = b_dec
-        """(d_out,)"""
+        """Bias of the decoder, `(d_out,)`."""
         self.threshold = threshold
-        """() or (d_sae,), >= 0"""
+        """Threshold of all latents, `()`, or of each, `(d_sae,)`; non-negative."""
         self.gate_scale = gate_scale
-        """(d_sae,), > 0, where gated"""
+        """Scale of magnitudes relative to gates, `(d_sae,)`, positive; None unless the SAE is gated."""
         self.gate_shift = gate_shift
-        """(d_sae,), where gated"""
+        """Shift of magnitudes relative to scaled gates, `(d_sae,)`; None unless the SAE is gated."""
 
     @property
     def name(self) -> str:
-        """How it was trained, such as batch_topk."""
+        """Training method, such as batch_topk."""
         return self.config.variant
 
     @property
     def n_latents(self) -> int:
-        """Latents."""
+        """Number of latents."""
         return self.config.d_sae
 
     @property
@@ -102,15 +105,15 @@ class SAE:
 
     @property
     def d_out(self) -> int:
-        """Width of what is decoded."""
+        """Width of the reconstruction."""
         return self.W_dec.shape[1]
 
     def pre_acts(self, x_bd: Tensor) -> Tensor:
-        """Latents before the nonlinearity (batch, d_sae) of x (batch, d_model)."""
+        """Return the pre-activations `(batch, d_sae)` of x `(batch, d_model)`."""
         return torch.addmm(self.b_enc, x_bd, self.W_enc)
 
     def encode(self, x_bd: Tensor) -> Tensor:
-        """Latent activations (batch, d_sae) of x (batch, d_model)."""
+        """Return the latent activations `(batch, d_sae)` of x `(batch, d_model)`."""
         pre_acts = self.pre_acts(x_bd)
         match self.config.activation:
             case "threshold":
@@ -127,39 +130,53 @@ class SAE:
                 assert_never(self.config.activation)
 
     def decode(self, acts_bs: Tensor) -> Tensor:
-        """Reconstruction x̂ (batch, d_out) of acts (batch, d_sae)."""
+        """Return the reconstruction x̂ `(batch, d_out)` of acts `(batch, d_sae)`."""
         return torch.addmm(self.b_dec, acts_bs, self.W_dec)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, as sae.safetensors has them."""
+        """Return all tensors by name, as sae.safetensors stores them."""
         names = (*TENSORS, *(GATED if self.config.activation == "gated" else ()))
         return {name: getattr(self, name) for name in names}
 
     def save(self, weights: Path, config: Path) -> None:
-        """Write sae.safetensors and cfg.json."""
+        """Write sae.safetensors to the path `weights`, and cfg.json to the path `config`."""
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}, weights)
         config.write_text(json.dumps(asdict(self.config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> "SAE":
-        """Read what `save` wrote into a folder.
+        """Read an SAE that `save` wrote into a folder.
+
+        Args:
+            folder: Folder with sae.safetensors and cfg.json.
+            device: Device for the weights.
+
+        Returns:
+            The SAE.
 
         Raises:
-            ModelError: cfg.json is of another version of Ommatid.
+            ModelError: cfg.json was written by another version of Ommatid.
         """
         return cls(load_config(folder), **load_file(folder / WEIGHTS, device=device))
 
 
 def load_config(folder: Path) -> SAEConfig:
-    """Read cfg.json in a folder.
+    """Read cfg.json from a folder.
+
+    Args:
+        folder: Folder with cfg.json.
+
+    Returns:
+        The configuration.
 
     Raises:
-        ModelError: it lacks something, has what is not known here, or names an activation that is not known.
+        ModelError: cfg.json lacks a key, has an unknown key, or names an unknown activation.
     """
     values: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     known = set(SAEConfig.__dataclass_fields__)
     if odd := sorted(values.keys() ^ known):
-        raise ModelError(f"{folder / CONFIG}: {', '.join(odd)}: missing or not known to this version; it takes {', '.join(sorted(known))}")
+        keys = ", ".join(sorted(known))
+        raise ModelError(f"{folder / CONFIG}: {', '.join(odd)}: missing, or not known to this version, whose keys are {keys}")
     if values["activation"] not in get_args(Activation):
         allowed = ", ".join(get_args(Activation))
         raise ModelError(f"{folder / CONFIG}: activation: {values['activation']!r} is not known; allowed are {allowed}")
@@ -168,15 +185,21 @@ def load_config(folder: Path) -> SAEConfig:
 
 
 def keep_topk(pre_acts_bs: Tensor, k: int) -> Tensor:
-    """Zero all but the k largest positive entries of each row."""
+    """Return pre_acts `(batch, d_sae)` with all but the k largest positive entries of each row set to 0."""
     top = pre_acts_bs.topk(k, dim=1)
     return torch.zeros_like(pre_acts_bs).scatter_(1, top.indices, top.values.relu_())
 
 
 def make_untrained(config: SAEConfig, sample_nd: Tensor, seed: int) -> SAE:
-    """An SAE of the same width with random unit directions, centred on `sample` (tokens, d_model).
+    """Make an untrained SAE with random unit directions, as a control for what training adds.
 
-    Its threshold lets k latents a token fire on the sample: the control for what training adds.
+    Args:
+        config: Configuration of the trained SAE, whose width and k are used.
+        sample_nd: Tokens, `(tokens, d_model)`. Their mean becomes b_dec, and the threshold is set so that k latents per token fire on them.
+        seed: Seed of the directions.
+
+    Returns:
+        The untrained SAE.
     """
     generator = torch.Generator().manual_seed(seed)
     W_dec = torch.randn(config.d_sae, config.d_model, generator=generator)

@@ -1,51 +1,52 @@
-"""NMF: non-negative parts of the data, and the dictionary that makes each token of at most k of them."""
+"""Sparse non-negative matrix factorisation: a dictionary of non-negative parts, at most k of which make up each token."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 BLEND = 0.8
-"""Share of a token in each first part, the rest noise."""
+"""Weight of a token in each initial part; the rest is noise."""
 STEPS = 256
-"""Updates of the parts."""
+"""Number of updates of the parts."""
 BATCH = 1024
-"""Tokens of an update of the parts."""
+"""Tokens per update of the parts."""
 FORGET = 0.7
-"""What is left of a batch's weight after a pass over the sample (scikit-learn's MiniBatchNMF)."""
+"""Factor by which a batch's weight decays over one pass through the sample (as in scikit-learn's MiniBatchNMF)."""
 ROUNDS = 8
-"""Rounds in which the parts of a token are chosen, k / 8 each."""
+"""Rounds in which the parts of a token are chosen, k / 8 in each."""
 SWEEPS = 2
 """HALS sweeps over a token's parts after each round."""
 LAST_SWEEPS = 20
-"""HALS sweeps over a token's parts when all are there: with 10 one in 6,000 is over 2 % above the best (12 dimensions, to 8 parts)."""
+"""HALS sweeps after the last round. With 10, the error of one token in 6,000 was over 2 % above the optimum (12 dimensions, k up to 8)."""
 ENTRIES = 2**24
-"""Values of chosen parts (tokens x k x d_model), or of activations (tokens x n_latents), held at once."""
+"""Values of chosen parts (tokens x k x d_model), or of activations (tokens x n_latents), held in memory at a time."""
 
 
 class NMF:
-    """acts = argmin ‖x₊ − acts W‖² with acts >= 0 and at most k of them positive a token;  x̂ = acts W + low;  x₊ = max(x − low, 0).
+    """A sparse NMF dictionary with parts W >= 0.
 
-    W >= 0. Activations are not: low, the minimum of each dimension over the sample, is subtracted first.
+    acts = argmin ‖x₊ − acts W‖² subject to acts >= 0 with at most k positive per token;  x̂ = acts W + low;  x₊ = max(x − low, 0).
+    The activations x may be negative, so `low`, the minimum of each dimension over the sample, is subtracted first.
 
-    A token's parts are chosen by non-negative orthogonal matching pursuit: in each of eight rounds the k / 8 parts that are most
-    alike to what is left join them (as in generalised OMP, Wang, Kwon and Shim 2012), and all their acts are solved anew by sweeps of
-    HALS (hierarchical alternating least squares: Cichocki et al. 2007), a fixed number. So L0 is about the SAE's. Without the limit
-    the parts would say nothing: with d_model of them NMF is exact whatever the data, each dimension a part.
+    A token's parts are chosen by non-negative orthogonal matching pursuit. In each of eight rounds the k / 8 parts most similar to the
+    residual are added (as in generalised OMP, Wang, Kwon and Shim 2012); then the acts of all chosen parts are solved again by a fixed
+    number of HALS sweeps (hierarchical alternating least squares, Cichocki et al. 2007). L0 is therefore about that of the SAE. Without
+    the limit k, a comparison would mean nothing: with d_model parts, one per dimension, NMF is exact for any data.
     """
 
     name = "nmf"
 
     def __init__(self, W: Tensor, low: Tensor, k: int) -> None:
         self.W = W
-        """(n_latents, d_model), >= 0, rows of unit norm"""
+        """Parts, `(n_latents, d_model)`, non-negative, unit norm."""
         self.low = low
-        """(d_model,)"""
+        """Minimum of each dimension over the sample, `(d_model,)`."""
         self.k = k
-        """Parts a token has at most."""
+        """Largest number of parts per token."""
 
     @property
     def n_latents(self) -> int:
-        """Parts."""
+        """Number of parts."""
         return self.W.shape[0]
 
     @property
@@ -54,20 +55,29 @@ class NMF:
         return self.W.shape[1]
 
     def encode(self, x_bd: Tensor) -> Tensor:
-        """Activations (batch, n_latents) of x (batch, d_model)."""
+        """Return the activations `(batch, n_latents)` of x `(batch, d_model)`."""
         rows = x_bd.split(max(1, ENTRIES // max(self.k * self.d_model, self.n_latents)))
         return torch.cat([_solve((x - self.low).relu_(), self.W, self.k) for x in rows])
 
     def decode(self, acts_bs: Tensor) -> Tensor:
-        """Reconstruction (batch, d_model) of acts (batch, n_latents)."""
+        """Return the reconstruction x̂ `(batch, d_model)` of acts `(batch, n_latents)`."""
         return torch.addmm(self.low, acts_bs, self.W)
 
 
 def fit_nmf(sample_nd: Tensor, n_latents: int, k: int, seed: int) -> NMF:
-    """Parts of `sample` (tokens, d_model), as many as tokens at most; the same for the same seed.
+    """Fit NMF with at most k parts per token (Peharz and Pernkopf 2012, Neurocomputing 80) in mini-batches.
 
-    NMF with at most k parts a token (Peharz and Pernkopf 2012, Neurocomputing 80) in mini-batches whose weights fade (online
-    dictionary learning: Mairal et al. 2010, with the diagonal of its matrix). Memory beside the sample: the parts thrice, ENTRIES.
+    The weights of past batches decay, as in online dictionary learning (Mairal et al. 2010), of whose matrix only the diagonal is kept.
+    Besides the sample, memory is needed for three copies of the parts and for `ENTRIES` values.
+
+    Args:
+        sample_nd: Tokens, `(tokens, d_model)`.
+        n_latents: Number of parts; at most one per token is made.
+        k: Largest number of parts per token.
+        seed: Seed of the draws. The same sample and seed give the same parts.
+
+    Returns:
+        The fitted dictionary.
     """
     generator = torch.Generator().manual_seed(seed)
     low = sample_nd.amin(0)
@@ -82,23 +92,28 @@ def fit_nmf(sample_nd: Tensor, n_latents: int, k: int, seed: int) -> NMF:
 
 
 def _improve(nmf: NMF, x_bd: Tensor, weight_s: Tensor) -> None:
-    """Move each part towards its best value for the batch given the others, by the batch's share in `weight`, which grows.
+    """Move each part towards its optimum on the batch, given the rest, by the batch's share of the accumulated `weight_s`.
 
-    Multiplicative updates need 15 times the seconds for the same error. But all parts move at once, and where they overlap that
-    goes too far: the step is the best one along the direction, 1 at most.
+    All parts move at once, which overshoots where they overlap; the step length is therefore the best along this direction, at most 1.
+    Multiplicative updates would take 15 times as long to reach the same error.
+
+    Args:
+        nmf: Dictionary whose parts are updated in place.
+        x_bd: Batch of tokens, `(batch, d_model)`.
+        weight_s: Accumulated weight of each part, `(n_latents,)`; the batch's is added in place.
     """
     acts = nmf.encode(x_bd)
-    left = x_bd - nmf.decode(acts)
+    residual = x_bd - nmf.decode(acts)
     weight_s += acts.square().sum(0)
-    move = (acts.T @ left) / weight_s.clamp(min=1e-12)[:, None]
+    move = (acts.T @ residual) / weight_s.clamp(min=1e-12)[:, None]
     change = acts @ move
-    step = (left * change).sum() / change.square().sum().clamp(min=1e-12)
+    step = (residual * change).sum() / change.square().sum().clamp(min=1e-12)
     nmf.W.add_(move * step.clamp(max=1)).relu_()
     normalize(nmf.W, dim=1, out=nmf.W)
 
 
 def _draw_parts(sample_nd: Tensor, low: Tensor, n_latents: int, generator: torch.Generator) -> Tensor:
-    """Tokens blended with noise, so that no two parts are equal where tokens are."""
+    """Draw tokens as initial parts, blended with noise so that equal tokens give different parts."""
     chosen = torch.randperm(len(sample_nd), generator=generator)[:n_latents]
     noise = torch.rand(n_latents, sample_nd.shape[1], generator=generator)
     points, noise = normalize(sample_nd[chosen.to(low.device)] - low, dim=1), normalize(noise, dim=1).to(low.device)
@@ -106,27 +121,35 @@ def _draw_parts(sample_nd: Tensor, low: Tensor, n_latents: int, generator: torch
 
 
 def _solve(x_bd: Tensor, W: Tensor, k: int) -> Tensor:
-    """The acts (batch, n_latents) of non-negative x, dense."""
+    """Return the dense acts `(batch, n_latents)` of non-negative x `(batch, d_model)`."""
     n = len(x_bd)
     chosen = torch.empty(n, k, dtype=torch.int64, device=x_bd.device)
     parts = x_bd.new_empty(n, k, x_bd.shape[1])
     gram, target, acts = x_bd.new_empty(n, k, k), x_bd.new_empty(n, k), x_bd.new_zeros(n, k)
-    left, n_chosen = x_bd, 0
-    for some in torch.arange(k).chunk(ROUNDS):
-        new, n_chosen = slice(n_chosen, n_chosen + len(some)), n_chosen + len(some)
-        chosen[:, new] = (left @ W.T).scatter_(1, chosen[:, : new.start], -torch.inf).topk(len(some)).indices
+    residual, n_chosen = x_bd, 0
+    for group in torch.arange(k).chunk(ROUNDS):
+        new, n_chosen = slice(n_chosen, n_chosen + len(group)), n_chosen + len(group)
+        chosen[:, new] = (residual @ W.T).scatter_(1, chosen[:, : new.start], -torch.inf).topk(len(group)).indices
         parts[:, new] = W[chosen[:, new]]
         gram[:, new, :n_chosen] = torch.bmm(parts[:, new], parts[:, :n_chosen].mT)
         gram[:, :n_chosen, new] = gram[:, new, :n_chosen].mT
         target[:, new] = torch.bmm(parts[:, new], x_bd[:, :, None])[:, :, 0]
         _sweep(acts, gram, target, n_chosen, SWEEPS)
-        left = x_bd - torch.bmm(acts[:, None, :n_chosen], parts[:, :n_chosen])[:, 0]
+        residual = x_bd - torch.bmm(acts[:, None, :n_chosen], parts[:, :n_chosen])[:, 0]
     _sweep(acts, gram, target, k, LAST_SWEEPS)
     return x_bd.new_zeros(n, len(W)).scatter_(1, chosen, acts)
 
 
 def _sweep(acts_bk: Tensor, gram_bkk: Tensor, target_bk: Tensor, n: int, n_sweeps: int) -> None:
-    """Set each of the first n acts in turn to the best non-negative value given the others; parts are of unit norm."""
+    """Set each of a token's first n acts, in turn, to its best non-negative value given the rest. Parts have unit norm.
+
+    Args:
+        acts_bk: Acts of the chosen parts, `(batch, k)`, updated in place.
+        gram_bkk: Inner products of the chosen parts, `(batch, k, k)`.
+        target_bk: Inner products of the chosen parts and the token, `(batch, k)`.
+        n: Number of parts chosen so far.
+        n_sweeps: Number of sweeps over them.
+    """
     for j in list(range(n)) * n_sweeps:
         gradient = torch.linalg.vecdot(gram_bkk[:, j, :n], acts_bk[:, :n]) - target_bk[:, j]
         acts_bk[:, j] = (acts_bk[:, j] - gradient).relu_()

@@ -1,4 +1,4 @@
-"""Adam over the weights of an SAE: clipped, and without what would only change the length of directions."""
+"""Adam for the weights of an SAE, with gradient clipping and directions kept at unit norm."""
 
 from collections.abc import Mapping
 
@@ -9,17 +9,22 @@ from ommatid.sae import distributed
 from ommatid.sae.weights import ROWS_PER_CHUNK, Weights
 
 MAX_NORM = 1.0
-"""Of all gradients together."""
+"""Norm of all gradients together above which they are clipped."""
 
 
 _MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq"}
 
 
 class Optimiser:
-    """Adam(0.9, 0.999) with the recipe of dictionary_learning: clipping to 1, directions kept at unit length."""
+    """Adam(0.9, 0.999) with the recipe of dictionary_learning: gradients clipped to norm 1, directions kept at unit norm."""
 
     def __init__(self, weights: Weights, rates: Mapping[str, float] | None = None) -> None:
-        """`rates` are those of some tensors, by name, as multiples of the learning rate."""
+        """Make an optimiser.
+
+        Args:
+            weights: Weights to train.
+            rates: Learning rates of individual tensors by name, as multiples of the common rate.
+        """
         self._weights = weights
         rates = rates or {}
         groups = [{"params": [tensor], "rate": rates.get(name, 1.0)} for name, tensor in weights.trained().items() if name in rates]
@@ -28,18 +33,19 @@ class Optimiser:
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
-        """Change the weights by their gradients, summed over the ranks; gives the gradient's length before clipping.
+        """Update the weights with their gradients, summed over all ranks. A gradient that is not finite changes nothing.
 
-        A gradient that is not finite changes nothing.
+        Returns:
+            The norm of the gradient before clipping.
         """
         weights = self._weights
         for grad in weights.grads().values():
-            distributed.sum_(grad)
+            distributed.all_reduce(grad)
         squares = [self._prepare(name, tensor) for name, tensor in weights.trained().items()]
         norm = float(torch.stack(squares).sum().sqrt())
         if norm != norm or norm == float("inf"):
             return norm
-        # Adam divides by grad_scale while it reads the gradient: clipping costs no pass of its own
+        # Fused Adam divides by grad_scale as it reads the gradient, so clipping needs no extra pass over memory.
         self.adam.grad_scale = torch.tensor(max(norm / MAX_NORM, 1.0), device=squares[0].device, dtype=torch.float32)  # pyright: ignore
         self.adam.found_inf = torch.zeros((), device=squares[0].device)  # pyright: ignore
         for group in self.adam.param_groups:
@@ -50,20 +56,20 @@ class Optimiser:
         return norm
 
     def _prepare(self, name: str, tensor: Tensor) -> Tensor:
-        """Of W_dec's gradient take away what is along the directions; gives the squared length."""
+        """Remove the part of W_dec's gradient that is parallel to the directions; return the squared norm of a tensor's gradient."""
         grad = tensor.grad
         assert grad is not None, name
         if tensor.ndim == 1:
             return grad.double().square().sum()
         total = torch.zeros((), dtype=torch.float64, device=grad.device)
-        for rows, of_rows in zip(grad.split(ROWS_PER_CHUNK), tensor.split(ROWS_PER_CHUNK), strict=True):
+        for grads, rows in zip(grad.split(ROWS_PER_CHUNK), tensor.split(ROWS_PER_CHUNK), strict=True):
             if name == "W_dec":
-                rows.addcmul_(torch.linalg.vecdot(rows, of_rows)[:, None], of_rows, value=-1)
-            total += torch.linalg.vector_norm(rows, dim=1).square().sum(dtype=torch.float64)
+                grads.addcmul_(torch.linalg.vecdot(grads, rows)[:, None], rows, value=-1)
+            total += torch.linalg.vector_norm(grads, dim=1).square().sum(dtype=torch.float64)
         return total
 
     def forget(self, names: tuple[str, ...], rows: Tensor) -> None:
-        """Begin anew for some rows of some tensors: their moments are 0."""
+        """Reset the moments of some rows of the named tensors to 0."""
         for name in names:
             state = self.adam.state.get(self._weights.trained()[name], {})
             for moment in ("exp_avg", "exp_avg_sq"):
@@ -71,18 +77,18 @@ class Optimiser:
                     state[moment][rows] = 0.0
 
     def tensors(self) -> dict[str, Tensor]:
-        """Moments by name, as a checkpoint holds them."""
+        """Return the moments by name, as a checkpoint holds them."""
         found = {}
         for name, tensor in self._weights.trained().items():
-            state = self.adam.state[tensor]  # empty before the first step
+            state = self.adam.state[tensor]  # Empty before the first step.
             found |= {f"{which}.{name}": state.get(key, torch.zeros_like(tensor)) for which, key in _MOMENTS.items()}
         return found
 
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Take what `tensors` gave after so many steps."""
+        """Restore the moments that `tensors` returned after `step` steps."""
         for name, tensor in self._weights.trained().items():
-            done = torch.tensor(float(step), device=tensor.device)
-            self.adam.state[tensor] = {"step": done, "exp_avg": tensors[f"first.{name}"], "exp_avg_sq": tensors[f"second.{name}"]}
+            n_steps = torch.tensor(float(step), device=tensor.device)
+            self.adam.state[tensor] = {"step": n_steps, "exp_avg": tensors[f"first.{name}"], "exp_avg_sq": tensors[f"second.{name}"]}
 
 
 def _normalise(W_dec: Tensor) -> None:

@@ -1,10 +1,10 @@
-"""Selection: from a batch to the entries that may fire, through the one dense product of a training step.
+"""Selection of the entries of a batch that may fire, by the one dense product of a training step: inputs times encoder.
 
-The product is computed for some tokens at a time, in memory that gradients will be in later; all of it is never there. In bfloat16,
-where the hardware has it, its values are rounded to 8 bits; weights and everything after it are float32.
+The product is never held as a whole: it is computed for a chunk of tokens at a time, in memory that later holds the gradients. Where the
+hardware supports bfloat16, the product is rounded to 8 significant bits; weights and all later steps are float32.
 
-A floor is a guess below which nothing is wanted, from the last step: only speed depends on it. Where it was too high, the tokens
-concerned are looked at again without.
+A floor is a guess, from the previous step, of the smallest pre-activation that will be selected. It affects only speed: tokens for which
+the floor was too high are computed again without it.
 """
 
 import math
@@ -21,123 +21,124 @@ from ommatid.sae.entries import Dense, Entries, Levels, Sparse
 from ommatid.sae.weights import Weights, grad_of
 
 TOKENS_PER_CHUNK = 1024
-"""Of the product: in float32 with 256 it takes a quarter longer (AVX2), in bfloat16 with 128 to 1,536 the same (AMX; both 768 x 8,192)."""
+"""Largest number of tokens per chunk. For 768 x 8,192, chunks of 256 take a quarter longer in float32 (AVX2), and in bfloat16 chunks of 128
+to 1,536 take equally long (AMX)."""
 TOKENS_PER_TILE = 16
-"""Chunks are multiples of it, and about equally large: with 511 tokens and a last chunk of 4 a step takes a seventh longer (AVX-512)."""
+"""Chunk sizes are multiples of this, and about equal: chunks of 511 tokens and a last one of 4 make a step a seventh longer (AVX-512)."""
 FEWEST_TOKENS = 64
-"""Below it the gradients' memory is not worth a loop."""
+"""Chunk size below which new memory is allocated instead of reusing that of the gradients."""
 ALIGNMENT = 64
-"""Bytes, of pieces of memory."""
+"""Alignment of scratch tensors, in bytes."""
 TOKENS_OF_GUESS = 256
-"""On which a first floor, and the density, are guessed."""
+"""Tokens from which the first floor and the density are estimated."""
 FLOOR_SHARE = 0.92
-"""Of the last step's threshold: below it few candidates, rarely too few."""
+"""The floor as a share of the previous step's threshold: low enough to rarely miss entries, high enough to admit few extra ones."""
 DENSE_SHARE = 0.08
-"""Of all entries: above it products over the whole matrix are faster, reckoned from times of the kernels (768 x 8,192, 2 cores)."""
+"""Share of selected entries above which dense products are faster, estimated from the times of the kernels (768 x 8,192, 2 cores)."""
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """The encoder over one batch."""
+    """The encoder applied to one batch."""
 
     weights: Weights
-    """Of the SAE."""
+    """Weights of the SAE."""
     inputs_bd: Tensor
-    """What is encoded, centred, (batch, d_model)."""
+    """Centred inputs of the encoder, `(batch, d_model)`."""
     levels: Levels
-    """Of the dictionary."""
+    """Levels of the dictionary."""
     dtype: torch.dtype
-    """Arithmetic of the product."""
+    """Data type of the product."""
 
     @property
     def n_tokens(self) -> int:
-        """Of the batch."""
+        """Number of tokens in the batch."""
         return len(self.inputs_bd)
 
     def dense(self) -> Tensor:
-        """All pre-activations, (batch, d_sae)."""
+        """Return all pre-activations, `(batch, d_sae)`."""
         return torch.addmm(self.weights.b_enc, self.inputs_bd, self.weights.W_enc.T)
 
     def above(self, floor: Tensor) -> Sparse:
-        """The entries above a floor: one for all, (), of each token, (batch, 1), or of each latent, (d_sae,).
+        """Return the entries above a floor: one for all, `()`, one per token, `(batch, 1)`, or one per latent, `(d_sae,)`.
 
-        Compared in the product's arithmetic; b_enc is taken from the floor, which is less work than to add it to every entry.
+        Values are compared in the product's data type. b_enc is subtracted from the floor, which is cheaper than adding it to each entry.
         """
         rows, latents, values = (torch.cat(parts) for parts in zip(*self._iter_above(floor), strict=True))
         return Sparse(self.n_tokens, self.levels, rows, latents, values)
 
     def _iter_above(self, floor: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        room, b_enc = self._room, self.weights.b_enc
-        floor, own = floor.to(self.dtype), b_enc.to(self.dtype)
+        scratch, b_enc = self._scratch, self.weights.b_enc
+        floor, bias = floor.to(self.dtype), b_enc.to(self.dtype)
         for part, scores in self._iter_scores(self.inputs_bd):
-            mask, flags = room.mask[: len(scores)], room.flags[: len(scores)]
+            mask, flags = scratch.mask[: len(scores)], scratch.flags[: len(scores)]
             of_chunk = floor[part] if floor.ndim == 2 else floor
-            bound = torch.sub(of_chunk, own, out=mask if floor.ndim == 2 else None)
+            bound = torch.sub(of_chunk, bias, out=mask if floor.ndim == 2 else None)
             torch.gt(scores, bound, out=mask)
-            flags.copy_(mask)  # to compare straight into bool takes three times as long
+            flags.copy_(mask)  # Writing the comparison straight into a bool tensor takes three times as long.
             index = true_at(flags)
             rows, latents = index // len(b_enc), index % len(b_enc)
             yield rows + part.start, latents, scores.flatten().index_select(0, index).to(b_enc.dtype) + b_enc.index_select(0, latents)
 
     def largest(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest pre-activations of some tokens, also negative ones, and their latents, (tokens, k) each, in no order."""
+        """Return the k largest pre-activations of the given tokens, even if negative, and their latents, unordered, `(tokens, k)` each."""
         scores = self._iter_scores(self.inputs_bd[tokens])
         tops = [of_chunk.add_(self.weights.b_enc).topk(k, dim=1, sorted=False) for _, of_chunk in scores]
         values, latents = zip(*tops, strict=True)
         return torch.cat(values).to(self.weights.b_enc.dtype), torch.cat(latents)
 
-    def some(self) -> Tensor:
-        """Pre-activations of the first tokens, of as many as a guess needs and there is room for, in memory that the next overwrite."""
+    def preview(self) -> Tensor:
+        """Return the pre-activations of the first few tokens, in scratch memory that the next product overwrites."""
         return next(self._iter_scores(self.inputs_bd[:TOKENS_OF_GUESS]))[1].add_(self.weights.b_enc)
 
     def _iter_scores(self, inputs: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Pre-activations, less b_enc, of some tokens at a time, in memory that those of the next overwrite."""
-        room = self._room
-        for part in room.parts(len(inputs)):
+        """Yield chunks of tokens and their pre-activations without b_enc, in scratch memory that the next chunk overwrites."""
+        scratch = self._scratch
+        for part in scratch.parts(len(inputs)):
             x = inputs[part].to(self.dtype)
-            yield part, torch.mm(x, room.W_enc.T, out=room.scores[: len(x)])
+            yield part, torch.mm(x, scratch.W_enc.T, out=scratch.scores[: len(x)])
 
     @cached_property
-    def _room(self) -> "_Room":
-        return _Room(self.weights, self.dtype)
+    def _scratch(self) -> "_Scratch":
+        return _Scratch(self.weights, self.dtype)
 
 
-class _Room:
-    """Scratch memory of a selection: that of the gradients, which hold nothing between a step's end and the next one's gradients."""
+class _Scratch:
+    """Scratch memory for a selection: the memory of the gradients, which is unused until a step computes its gradients."""
 
     def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
         d_sae = len(weights.b_enc)
-        one, other = _Piece(grad_of(weights.W_enc)), _Piece(grad_of(weights.W_dec))
-        self.W_enc = weights.W_enc if dtype == weights.W_enc.dtype else other.take(weights.W_enc.shape, dtype).copy_(weights.W_enc)
-        fits = min(one.n_bytes // (d_sae * dtype.itemsize), other.n_bytes // (d_sae * (dtype.itemsize + 1)))
+        first, second = _Buffer(grad_of(weights.W_enc)), _Buffer(grad_of(weights.W_dec))
+        self.W_enc = weights.W_enc if dtype == weights.W_enc.dtype else second.take(weights.W_enc.shape, dtype).copy_(weights.W_enc)
+        fits = min(first.n_bytes // (d_sae * dtype.itemsize), second.n_bytes // (d_sae * (dtype.itemsize + 1)))
         self._n_tokens = min(fits // TOKENS_PER_TILE * TOKENS_PER_TILE, TOKENS_PER_CHUNK)
-        if self._n_tokens < FEWEST_TOKENS:  # small widths only
+        if self._n_tokens < FEWEST_TOKENS:  # Only if d_model is small.
             self._n_tokens = FEWEST_TOKENS
-            one = other = _Piece(torch.empty(0, device=weights.W_enc.device))
+            first = second = _Buffer(torch.empty(0, device=weights.W_enc.device))
         shape = (self._n_tokens, d_sae)
-        self.scores, self.mask, self.flags = one.take(shape, dtype), other.take(shape, dtype), other.take(shape, torch.bool)
+        self.scores, self.mask, self.flags = first.take(shape, dtype), second.take(shape, dtype), second.take(shape, torch.bool)
 
     def parts(self, n_tokens: int) -> Iterator[slice]:
-        """So many tokens in chunks that have room."""
+        """Split tokens into chunks that fit into the scratch memory."""
         n_parts = max(1, -(-n_tokens // self._n_tokens))
         n = -(-n_tokens // (n_parts * TOKENS_PER_TILE)) * TOKENS_PER_TILE
         for start in range(0, n_tokens, n):
             yield slice(start, min(start + n, n_tokens))
 
 
-class _Piece:
-    """Memory to be cut."""
+class _Buffer:
+    """Memory from which tensors are cut."""
 
     def __init__(self, memory: Tensor) -> None:
         self._bytes = memory.flatten().view(torch.uint8)
 
     @property
     def n_bytes(self) -> int:
-        """What is left."""
+        """Bytes left."""
         return len(self._bytes)
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Some of it, or of new memory where that is not enough."""
+        """Return a tensor cut from this memory, or newly allocated if too little is left."""
         n = math.prod(shape) * dtype.itemsize
         if n > len(self._bytes):
             return torch.empty(shape, dtype=dtype, device=self._bytes.device)
@@ -146,9 +147,15 @@ class _Piece:
 
 
 def select_batch(scorer: Scorer, k: int, floor: float) -> tuple[Entries, float]:
-    """The k · batch largest positive entries (fewer if there are fewer), and the smallest of them (0 where there is none).
+    """Select the k · batch largest positive entries of the batch of all ranks, or all positive ones if there are fewer.
 
-    With several ranks the batch is that of all.
+    Args:
+        scorer: The encoder over this rank's batch.
+        k: Mean number of entries per token.
+        floor: Guess at the smallest selected entry; 0 means none.
+
+    Returns:
+        This rank's entries, and the smallest selected entry on any rank, or 0 if there is none.
     """
     n = k * distributed.total(scorer.n_tokens)
     if _is_dense(k, scorer):
@@ -165,12 +172,16 @@ def select_batch(scorer: Scorer, k: int, floor: float) -> tuple[Entries, float]:
 
 
 def select_token(scorer: Scorer, k: int, floor: float) -> tuple[Entries, float]:
-    """Of each token the k largest positive entries (fewer if there are fewer), and the floor of the next step.
+    """Select the k largest positive entries of each token, or all positive ones if there are fewer.
 
     Args:
-        scorer: Of the batch.
-        k: Entries a token.
-        floor: As a share of the length of what is encoded: tokens differ in length, and their largest entries with it.
+        scorer: The encoder over this rank's batch.
+        k: Number of entries per token.
+        floor: Guess at the smallest selected entry, relative to the norm of the token's input: tokens with a larger norm have larger
+            entries. 0 means no guess.
+
+    Returns:
+        The entries, and the smallest of them relative to the norm, for most tokens (the 5 % quantile): the basis of the next floor.
     """
     if _is_dense(k, scorer):
         values = scorer.dense().relu_()
@@ -190,16 +201,16 @@ def select_token(scorer: Scorer, k: int, floor: float) -> tuple[Entries, float]:
 
 
 def select_above(scorer: Scorer, floor: Tensor) -> Entries:
-    """All entries above a floor, () or (d_sae,), dense where they are many."""
-    share = float((scorer.some() > floor).float().mean())
+    """Return all entries above a floor, `()` or `(d_sae,)`. They are dense if many entries are above it."""
+    share = float((scorer.preview() > floor).float().mean())
     return Dense(scorer.levels, scorer.dense()) if share > DENSE_SHARE else scorer.above(floor)
 
 
 def _first_floor(scorer: Scorer, k: int) -> float:
-    """A guess where no step came before: what k entries a token of some of the batch are above; all ranks take the first's."""
-    some = scorer.some()
+    """Estimate a floor for the first step: the smallest of the k largest entries per token of a few tokens, on rank 0."""
+    some = scorer.preview()
     smallest = some.flatten().topk(min(k * len(some), some.numel()), sorted=False).values.min()
-    return max(0.0, float(distributed.agree(smallest)))
+    return max(0.0, float(distributed.broadcast(smallest)))
 
 
 def _is_dense(k: int, scorer: Scorer) -> bool:
@@ -207,16 +218,16 @@ def _is_dense(k: int, scorer: Scorer) -> bool:
 
 
 def _top_of_rows(found: Sparse, counts: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values of each token and their latents, (batch, k) each, in no order; 0 where a token has fewer."""
+    """Return each token's k largest values and their latents, unordered, `(batch, k)` each; both are 0 where a token has fewer."""
     widest = max(int(counts.max()), k)
     place = found.rows * widest + torch.arange(len(found.rows), device=found.rows.device) - (counts.cumsum(0) - counts)[found.rows]
-    values, latents = (own.new_zeros(found.n_tokens * widest).scatter_(0, place, own) for own in (found.values, found.latents))
+    values, latents = (flat.new_zeros(found.n_tokens * widest).scatter_(0, place, flat) for flat in (found.values, found.latents))
     top = values.view(-1, widest).topk(k, dim=1, sorted=False)
     return top.values, latents.view(-1, widest).gather(1, top.indices)
 
 
 def _by_token(values: Tensor, latents: Tensor, levels: Levels) -> Sparse:
-    """Entries of equally many latents a token, (batch, k), where they are positive."""
+    """Make entries from k values and latents of each token, `(batch, k)` each, leaving out values that are not positive."""
     latents, order = latents.sort(dim=1)
     values = values.gather(1, order)
     rows = torch.arange(len(values), device=values.device)[:, None].expand_as(values)

@@ -1,4 +1,4 @@
-"""One training step's common parts: batch, reconstruction, gradients of encoder and decoder, AuxK."""
+"""The parts of a training step that variants share: batch, reconstruction, gradients of encoder and decoder, auxiliary losses."""
 
 from dataclasses import dataclass
 
@@ -12,61 +12,61 @@ from ommatid.sae.weights import Weights, grad_of
 
 @dataclass(frozen=True)
 class Batch:
-    """Scaled tokens of one step; with several ranks this one's share."""
+    """Tokens of one training step; with several ranks, this rank's share of them."""
 
     x: Tensor
-    """What is encoded, (batch, d_model)."""
+    """Activations to encode, `(batch, d_model)`."""
     target: Tensor
-    """What is to be reconstructed, (batch, d_out): x itself, but for a transcoder."""
+    """Activations to reconstruct, `(batch, d_out)`: x itself unless the SAE is a transcoder."""
     joint: Tensor | None = None
-    """The joint image-text embedding of each token's image, (batch, d_joint) of unit norm, where the objective asks for it."""
+    """Joint image-text embedding of each token's image, `(batch, d_joint)`, unit norm; None if the loss does not use it."""
 
     @property
     def n_total(self) -> int:
-        """Tokens of all ranks: they have equally many."""
-        return len(self.x) * distributed.n()
+        """Number of tokens over all ranks, each of which has the same number."""
+        return len(self.x) * distributed.n_ranks()
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What the error of x̂ asks of it."""
+    """The reconstruction loss of a batch, and its gradient."""
 
     loss: Tensor
-    """This rank's share of the mean squared error a token, the mean over levels, ()."""
+    """This rank's share of the squared error, averaged over tokens and levels, `()`."""
     table: Tensor
-    """Gradient of the loss in what each level adds, (batch, levels, d_out): of its own error and those of the levels above."""
+    """Gradient of the loss with respect to what each level adds to x̂, `(batch, levels, d_out)`: the sum over this and later levels."""
     share: float
-    """Of an error in `table`."""
+    """Factor by which errors x̂ − target were multiplied to give gradients."""
 
     def take_x_hat(self, target: Tensor) -> Tensor:
-        """x̂ of the whole dictionary, (batch, d_out), in the memory of `table`, which is of no use afterwards."""
+        """Return x̂ of the whole dictionary, `(batch, d_out)`. It may reuse the memory of `table`, which must not be used afterwards."""
         error = self.table[:, -1]
         return (error if self.table.shape[1] == 1 else error.clone()).div_(self.share).add_(target)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one step computed; the gradients are in `.grad` of the weights."""
+    """Results of one training step on this rank. Gradients are in the `.grad` of the weights."""
 
     loss: Tensor
-    """This rank's share, ()."""
+    """This rank's share of the loss, `()`."""
     x_hat: Tensor
-    """Reconstruction, (batch, d_out)."""
+    """Reconstruction, `(batch, d_out)`."""
     n_firings: int
-    """On this rank."""
-    fired: Tensor
-    """Latents that fire on this rank, with repetitions."""
+    """Number of firings on this rank."""
+    firing_latents: Tensor
+    """Latent of each firing on this rank, with repetitions, `(n_firings,)`."""
     threshold: float
-    """Smallest activation that fires, of all ranks; 0 where nothing does."""
+    """Smallest firing activation on any rank; 0 if nothing fires, or if the variant has no common threshold."""
 
 
 def centre(weights: Weights, batch: Batch) -> Tensor:
-    """What the encoder multiplies: x − b_dec; for a transcoder x less its mean."""
+    """Return the input of the encoder, `(batch, d_model)`: x − b_dec, or for a transcoder x minus its mean."""
     return batch.x - weights.fixed.get("b_pre", weights.b_dec)
 
 
 def reconstruct(entries: Entries, acts: Tensor, weights: Weights, batch: Batch) -> Reconstruction:
-    """Mean over levels of ‖x̂_l − target‖², with x̂_l of the latents up to level l; divided by the number of levels once."""
+    """Compute the mean over levels l of ‖x̂_l − target‖², where x̂_l is the reconstruction by the latents of levels up to l."""
     table = entries.decode(acts, weights.W_dec)
     n_levels = table.shape[1]
     for level in range(1, n_levels):
@@ -83,53 +83,59 @@ def reconstruct(entries: Entries, acts: Tensor, weights: Weights, batch: Batch) 
 
 
 def set_gradients(
-    weights: Weights, entries: Entries, found: Reconstruction, acts: Tensor, grad_pre: Tensor, inputs: Tensor, grad_b: Tensor | None = None
+    weights: Weights,
+    entries: Entries,
+    reconstruction: Reconstruction,
+    acts: Tensor,
+    grad_pre: Tensor,
+    inputs: Tensor,
+    grad_b: Tensor | None = None,
 ) -> None:
-    """Gradients of W_dec, W_enc, b_enc and b_dec.
+    """Set the gradients of W_dec, W_enc, b_enc and b_dec.
 
     Args:
-        weights: Their `.grad` is set.
-        entries: Where `acts` and `grad_pre` are.
-        found: What the decoder made of `acts`.
+        weights: Weights whose `.grad` is set.
+        entries: Entries that `acts`, `grad_pre` and `grad_b` refer to.
+        reconstruction: Reconstruction from `acts`.
         acts: Activations.
-        grad_pre: Gradient in W_enc · inputs at the entries.
-        inputs: What was encoded, (batch, d_model).
-        grad_b: Gradient in b_enc at the entries, where it is another than `grad_pre`.
+        grad_pre: Gradient with respect to W_enc · inputs.
+        inputs: Inputs of the encoder, `(batch, d_model)`.
+        grad_b: Gradient with respect to b_enc; None means `grad_pre`.
     """
-    entries.gather(acts, found.table, grad_of(weights.W_dec))
-    entries.gather(grad_pre, inputs[:, None], grad_of(weights.W_enc))
+    entries.weighted_sums(acts, reconstruction.table, grad_of(weights.W_dec))
+    entries.weighted_sums(grad_pre, inputs[:, None], grad_of(weights.W_enc))
     of_latents = entries.sum_by_latent(grad_pre)
     grad_of(weights.b_enc).copy_(of_latents if grad_b is None else entries.sum_by_latent(grad_b))
-    grad_b_dec = grad_of(weights.b_dec).copy_(found.table[:, 0].sum(0))
+    grad_b_dec = grad_of(weights.b_dec).copy_(reconstruction.table[:, 0].sum(0))
     if "b_pre" not in weights.fixed:
         grad_b_dec.sub_(of_latents @ weights.W_enc)
 
 
 def add_aux(weights: Weights, batch: Batch, inputs: Tensor, x_hat: Tensor, dead: Tensor, coefficient: float, dtype: torch.dtype) -> Tensor:
-    """Add AuxK's gradients: dead latents reconstruct what the living leave over (arXiv 2406.04093, appendix A.2).
+    """Add the gradients of AuxK, by which dead latents learn to reconstruct the residual (arXiv 2406.04093, appendix A.2).
 
-    The residual is a constant here, b_dec takes no part in the reconstruction, the loss is divided by the residual's variance and
-    scaled by min(n_dead / k_aux, 1).
+    The residual is treated as a constant, and its reconstruction does not include b_dec. The loss is divided by the variance of the
+    residual and multiplied by min(n_dead / k_aux, 1).
 
     Args:
-        weights: Their gradients are added to.
-        batch: Of the step.
-        inputs: What was encoded.
-        x_hat: Reconstruction by the living.
-        dead: Which latents are dead, (n_dead,).
+        weights: Weights whose `.grad` is added to.
+        batch: Batch of the step.
+        inputs: Inputs of the encoder, `(batch, d_model)`.
+        x_hat: Reconstruction by the other latents, `(batch, d_out)`.
+        dead: Indices of the dead latents, `(n_dead,)`.
         coefficient: Weight of the loss.
-        dtype: Arithmetic of the five products of batch · n_dead · d_model.
+        dtype: Data type of the five matrix products, each batch · n_dead · d_model.
 
     Returns:
-        This rank's share of the weighted loss, ().
+        This rank's share of the weighted loss, `()`.
     """
     residual = batch.target - x_hat
     k_aux = weights.W_dec.shape[1] // 2
     x, W_enc, W_dec, b_enc = (tensor.to(dtype) for tensor in (inputs, weights.W_enc[dead], weights.W_dec[dead], weights.b_enc[dead]))
     acts = _keep_largest(torch.addmm(b_enc, x, W_enc.T), k_aux).relu_()
     error = acts @ W_dec - residual
-    mean = distributed.sum_(residual.sum(0)) / batch.n_total
-    variance = distributed.sum_((residual - mean).square().sum()) / batch.n_total
+    mean = distributed.all_reduce(residual.sum(0)) / batch.n_total
+    variance = distributed.all_reduce((residual - mean).square().sum()) / batch.n_total
     scale = coefficient * min(len(dead) / k_aux, 1.0) / variance.clamp_min(1e-12)
     grad_x_hat = (error * (2 * scale / batch.n_total)).to(dtype)
     grad_acts = (grad_x_hat @ W_dec.T).mul_(acts > 0)
@@ -143,7 +149,7 @@ def add_aux(weights: Weights, batch: Batch, inputs: Tensor, x_hat: Tensor, dead:
 
 
 def _keep_largest(pre_acts: Tensor, k: int) -> Tensor:
-    """All but the k largest of each token become 0."""
+    """Return pre_acts `(batch, n)` with all but the k largest of each token set to 0."""
     if pre_acts.shape[1] <= k:
         return pre_acts
     top = pre_acts.topk(k, dim=1, sorted=False)
@@ -151,19 +157,27 @@ def _keep_largest(pre_acts: Tensor, k: int) -> Tensor:
 
 
 def add_monosemanticity(entries: Entries, acts: Tensor, batch: Batch, weight: float, grad_acts: Tensor) -> Tensor:
-    """Add the gradient of weight · (1 − mean MS of the batch's latents) in the activations (closed form of Pach et al. 2025, equation 1).
+    """Add the gradient of the monosemanticity loss, weight · (1 − mean MS of the batch's latents), with respect to activations.
 
-    With ã = act / its largest in the batch (a constant here; the smallest is 0), p the unit embeddings, u = Σã, v = Σã², w = Σãp:
-    MS = (‖w‖² − v) / (u² − v). Latents that fire on fewer than two tokens have none. Each rank takes its own share of the batch.
+    MS is a closed form of equation 1 of Pach et al. 2025: MS = (‖w‖² − v) / (u² − v), where u = Σã, v = Σã², w = Σãp, p are the unit
+    embeddings, and ã are a latent's activations divided by its largest in the batch, which is treated as a constant. Latents that fire on
+    fewer than two tokens have no MS. Each rank computes MS on its own share of the batch.
+
+    Args:
+        entries: Entries that `acts` and `grad_acts` refer to.
+        acts: Activations.
+        batch: Batch of the step, with joint embeddings.
+        weight: Weight of the loss.
+        grad_acts: Gradient with respect to activations, updated in place.
 
     Returns:
-        This rank's share of the weighted loss, ().
+        This rank's share of the weighted loss, `()`.
     """
     assert batch.joint is not None
     largest = entries.max_by_latent(acts)
     relative = acts / entries.at(largest.clamp_min(1e-12))
     w = torch.zeros(len(largest), batch.joint.shape[1], dtype=acts.dtype, device=acts.device)
-    entries.gather(relative, batch.joint[:, None], w)
+    entries.weighted_sums(relative, batch.joint[:, None], w)
     u, v, squares = entries.sum_by_latent(relative), entries.sum_by_latent(relative.square()), w.square().sum(1)
     pairs = u.square() - v
     is_defined = pairs > 1e-6
@@ -173,6 +187,6 @@ def add_monosemanticity(entries: Entries, acts: Tensor, batch: Batch, weight: fl
     pairs = torch.where(is_defined, pairs, 1.0)
     ms = torch.where(is_defined, (squares - v) / pairs, 0.0)
     toward = entries.product(batch.joint[:, None], w) - relative - entries.at(ms) * (entries.at(u) - relative)
-    share = weight / (n_defined * distributed.n())
+    share = weight / (n_defined * distributed.n_ranks())
     grad_acts.sub_(toward * entries.at(2 * share * is_defined.to(acts.dtype) / (pairs * largest.clamp_min(1e-12))))
     return share * (n_defined - ms.sum())

@@ -1,8 +1,8 @@
-"""The trainer: several learners over one stream of batches; measures, notices, checkpoints. It is given batches and gives events.
+"""The trainer: several learners over one stream of batches. It takes batches, writes checkpoints and emits events.
 
-Recipe and sources: Adam, lr 2e-4/√(d_sae/16384), warm-up, linear decay over the last fifth, clipping to 1, the gradient's part
-parallel to each direction removed, directions renormalised, mean‖x‖² scaled to 1 (saprmarks/dictionary_learning);
-datapoint init (saev); AuxK (arXiv 2406.04093); EMA threshold for inference (arXiv 2412.06410, appendix).
+Recipe and sources: Adam with lr 2e-4/√(d_sae/16384), warm-up, linear decay over the last fifth, gradients clipped to norm 1 and
+orthogonal to the directions, directions renormalised, mean ‖x‖² scaled to 1 (saprmarks/dictionary_learning); datapoint init (saev);
+AuxK (arXiv 2406.04093); moving average of the threshold for inference (arXiv 2412.06410, appendix).
 """
 
 import math
@@ -23,31 +23,32 @@ from ommatid.sae.step import Batch
 CURVE_POINTS = 100
 """Rows of the training curves."""
 FEWEST_STEPS = 200
-"""Below it Adam's averages and the schedule have hardly begun."""
+"""Steps below which a run is reported as short: Adam's averages and the schedule have hardly begun by then."""
 FEWEST_FIRINGS = 1000
-"""Of a latent on average, below which that is said; the demo's 1,280 latents have 13,800."""
+"""Mean firings of a latent below which a run is reported as short. The demo's 1,280 latents have 13,800."""
 CHECKPOINT_SECONDS = 60.0
-"""A run that is killed without warning loses so much, or what is between two measurements."""
+"""Seconds between checkpoints, which are written only after a measurement: the most that a killed run loses is the longer of the two
+intervals."""
 PATIENCE = 20
-"""Measurements without progress, of a hundred, after which that is said."""
+"""Measurements (hundredths of the run) without progress after which that is reported."""
 
 
 class Trainer:
-    """Runs learners through the same batches up to the end of their plan."""
+    """Trains learners on the same batches until the end of their schedule."""
 
     def __init__(self, learners: Sequence[Learner], on_event: Listener, checkpoint: Callable[[], None], patience: int | None = None):
-        """Prepare.
+        """Make a trainer.
 
         Args:
-            learners: All of the same number of steps done, and to do.
-            on_event: Hears of measurements and progress.
-            checkpoint: Writes all learners' tensors; called now and then, and when the process is asked to end.
-            patience: Measurements (hundredths of the run) without progress of any learner after which the run begins to end early;
-                None: it never does.
+            learners: Learners that have the same number of steps behind them and the same number ahead.
+            on_event: Called with each progress event and warning.
+            checkpoint: Writes the tensors of all learners. Called from time to time, and when the process receives SIGTERM.
+            patience: Measurements (hundredths of the run) without progress of any learner after which the run ends early. None means it
+                never does.
         """
         self._learners = learners
-        self._on_event = on_event if distributed.mine() == 0 else lambda event: None
-        self._checkpoint = checkpoint if distributed.mine() == 0 else lambda: None
+        self._on_event = on_event if distributed.rank() == 0 else lambda event: None
+        self._checkpoint = checkpoint if distributed.rank() == 0 else lambda: None
         self._patience = patience
         self._clock = _Clock()
         self._written = time.monotonic()
@@ -57,8 +58,8 @@ class Trainer:
         return max(learner.guides.step for learner in self._learners)
 
     @property
-    def _going(self) -> list[Learner]:
-        """Those that have not diverged."""
+    def _active(self) -> list[Learner]:
+        """Learners that have not diverged."""
         return [learner for learner in self._learners if not learner.has_diverged]
 
     @property
@@ -66,18 +67,21 @@ class Trainer:
         return self._learners[0].plan.n_steps
 
     def fit(self, batches: Iterator[Batch]) -> None:
-        """Train on raw activations, beginning with the batch of the learners' step.
+        """Train the learners.
+
+        Args:
+            batches: Batches of raw activations, beginning with that of the learners' next step.
 
         Raises:
-            TrainingError: the loss of the only learner, or of the last that had a finite one, is no longer finite.
-            StoppedError: the process was asked to end; a checkpoint was written.
+            TrainingError: The loss of the last learner that had not diverged is no longer finite.
+            StoppedError: The process received SIGTERM. A checkpoint was written.
         """
         every = max(1, self._n_steps // CURVE_POINTS)
         if self._step == 0:
             for learner in self._learners:
-                for what in _lacks(learner):
+                for what in _short_run_notices(learner):
                     self._on_event(Noticed(learner.name, 0, what))
-        with _terminating() as asked:
+        with _deferred_sigterm() as stop_requested:
             while self._step < self._n_steps:
                 with self._clock.waiting():
                     batch = next(batches)
@@ -87,20 +91,20 @@ class Trainer:
                     self._measure()
                     if time.monotonic() - self._written > CHECKPOINT_SECONDS:
                         self._write()
-                if distributed.total(int(asked.is_set())) and self._step < self._n_steps:
+                if distributed.total(int(stop_requested.is_set())) and self._step < self._n_steps:
                     self._write()
-                    raise StoppedError(f"train: step {self._step} of {self._n_steps}; run it again to go on from there")
+                    raise StoppedError(f"train: step {self._step} of {self._n_steps}; run it again to continue from there")
 
     def _learn(self, batch: Batch) -> None:
-        """One step of each learner; one that diverges is given up where others go on."""
-        for learner in self._going:
+        """Take one step with each learner. A learner that diverges is given up unless it is the last."""
+        for learner in self._active:
             try:
                 learner.learn(batch)
             except TrainingError as error:
-                if len(self._going) == 1:
+                if len(self._active) == 1:
                     raise
                 learner.give_up()
-                self._on_event(Noticed(learner.name, learner.guides.step, f"given up, the others go on: {error}"))
+                self._on_event(Noticed(learner.name, learner.guides.step, f"given up; training continues with the remaining SAEs: {error}"))
 
     def _write(self) -> None:
         self._checkpoint()
@@ -108,17 +112,17 @@ class Trainer:
 
     def _measure(self) -> None:
         pace = self._clock.read()
-        for learner in self._going:
+        for learner in self._active:
             density, values = learner.take_density(), learner.measure()
             self._on_event(Measured(learner.name, self._step, values | pace, histograms(learner.weights, density)))
             for what in _notices(learner):
                 self._on_event(Noticed(learner.name, self._step, what))
         self._on_event(Progress("train steps", self._step, self._n_steps))
-        if self._patience and all(learner.stalled >= self._patience for learner in self._going):
+        if self._patience and all(learner.n_stalled >= self._patience for learner in self._active):
             self._end_early()
 
     def _end_early(self) -> None:
-        """The learning rate begins to fall now: it falls over the last fifth of what is then the whole run."""
+        """Shorten the run so that the learning rate begins to decay now, over the last fifth of the shortened run."""
         whole = self._step + max(1, self._step // 4)
         if whole < self._n_steps:
             for learner in self._learners:
@@ -127,28 +131,28 @@ class Trainer:
                 self._on_event(Noticed(learner.name, self._step, what))
 
 
-def _lacks(learner: Learner) -> Iterator[str]:
-    """Sentences about a run that is too short, before any of it is spent."""
+def _short_run_notices(learner: Learner) -> Iterator[str]:
+    """Yield a notice if the run is too short, before any time is spent on it."""
     plan, params = learner.plan, learner.params
     seen = plan.n_steps * plan.batch_size * params.k / params.d_sae
     if plan.n_steps < FEWEST_STEPS or seen < FEWEST_FIRINGS:
         epochs = math.ceil(params.epochs * max(FEWEST_STEPS / plan.n_steps, FEWEST_FIRINGS / seen))
         yield (
-            f"a short run: {plan.n_steps} steps, in which a latent fires {seen:,.0f} times on average ({plan.n_tokens:,} tokens an epoch "
+            f"a short run: {plan.n_steps} steps, in which a latent fires {seen:,.0f} times on average ({plan.n_tokens:,} tokens per epoch "
             f"for {params.d_sae:,} latents); that is less than {FEWEST_STEPS} steps or {FEWEST_FIRINGS:,} firings: set train.epochs to "
-            f"{epochs} or more, or a lower train.d_sae or train.batch_size, or give more images"
+            f"{epochs} or more, lower train.d_sae or train.batch_size, or add images"
         )
 
 
 def _notices(learner: Learner) -> Iterator[str]:
-    if learner.stalled == PATIENCE:
+    if learner.n_stalled == PATIENCE:
         yield f"no progress: FVU has not fallen by {PROGRESS:.1%} for {PATIENCE} measurements (it is {learner.fvu:.4g})"
     if learner.fvu >= 1 and learner.guides.step == learner.plan.n_steps:
-        yield f"FVU is {learner.fvu:.4g}, worse than the mean activation: lower train.lr, or give more steps"
+        yield f"FVU is {learner.fvu:.4g}, worse than predicting the mean activation: lower train.lr, or train for more steps"
 
 
 class _Clock:
-    """How fast training is, and how much of its time it waits for data."""
+    """Measures the speed of training and the share of time spent waiting for data."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -165,7 +169,7 @@ class _Clock:
         self._n_tokens += n_tokens
 
     def read(self) -> dict[str, float]:
-        """Since the last reading."""
+        """Return the values since the last reading."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
         values = {
             "tokens_per_second": self._n_tokens / seconds,
@@ -177,18 +181,18 @@ class _Clock:
 
 
 @contextmanager
-def _terminating() -> Iterator[threading.Event]:
-    """In this block SIGTERM is only noted; outside the main thread, where no signals arrive, nothing changes."""
-    asked = threading.Event()
+def _deferred_sigterm() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM sets instead of ending the process. Outside the main thread, which alone gets signals, do nothing."""
+    stop_requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield stop_requested
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.set()
+    def handler(number: int, frame: FrameType | None) -> None:
+        stop_requested.set()
 
-    before = signal.signal(signal.SIGTERM, note)
+    previous = signal.signal(signal.SIGTERM, handler)
     try:
-        yield asked
+        yield stop_requested
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)

@@ -1,4 +1,4 @@
-"""The tensors of an SAE in training, of scaled activations."""
+"""The weights of an SAE in training, which apply to scaled activations."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,64 +7,64 @@ import torch
 from torch import Tensor
 
 ROWS_PER_CHUNK = 1024
-"""Of a matrix, read while it is in the cache."""
+"""Rows of a matrix processed at a time, so that they stay in the cache."""
 
 
 @dataclass
 class Weights:
-    """Encoder and decoder; W_enc is kept transposed, so that a latent's weights are contiguous in both matrices."""
+    """Weights of encoder and decoder. W_enc is stored transposed, so that a latent's weights are contiguous in both matrices."""
 
     W_enc: Tensor
-    """(d_sae, d_model): transposed."""
+    """Transposed encoder, `(d_sae, d_model)`."""
     b_enc: Tensor
-    """(d_sae,)"""
+    """Bias of the encoder, `(d_sae,)`."""
     W_dec: Tensor
-    """(d_sae, d_out), rows of unit norm."""
+    """Decoder directions, `(d_sae, d_out)`, unit norm."""
     b_dec: Tensor
-    """(d_out,)"""
+    """Bias of the decoder, `(d_out,)`."""
     own: dict[str, Tensor] = field(default_factory=dict)
-    """What a variant trains besides."""
+    """Further trained tensors that belong to one variant alone, by name."""
     fixed: dict[str, Tensor] = field(default_factory=dict)
-    """What a variant needs and does not train."""
+    """Tensors that are not trained, by name."""
     derives_W_dec: bool = False
-    """W_dec follows from `own`: it has a gradient, and the optimiser leaves it alone."""
+    """Whether W_dec is computed from `own`: it then has a gradient, but the optimiser does not update it."""
 
     @property
     def d_sae(self) -> int:
-        """Latents."""
+        """Number of latents."""
         return len(self.b_enc)
 
     def trained(self) -> dict[str, Tensor]:
-        """What the optimiser changes, by name."""
+        """Return the tensors that the optimiser updates, by name."""
         of_all = {"W_enc": self.W_enc, "b_enc": self.b_enc, "b_dec": self.b_dec}
         return of_all | ({} if self.derives_W_dec else {"W_dec": self.W_dec}) | self.own
 
     def grads(self) -> dict[str, Tensor]:
-        """Gradients of `trained`, by name; kept from step to step."""
+        """Return the gradients of the trained tensors, by name. Their memory is kept from step to step."""
         return {name: grad_of(tensor) for name, tensor in self.trained().items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything, by name, as a checkpoint holds it."""
+        """Return all tensors by name, as a checkpoint holds them."""
         parts = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
         return parts | {f"own.{k}": v for k, v in self.own.items()} | {f"fixed.{k}": v for k, v in self.fixed.items()}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], derives_W_dec: bool) -> "Weights":
-        """What `tensors` gave."""
+        """Make weights from the tensors of a checkpoint, as `tensors` returned them."""
         parts = {name: tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
         own, fixed = ({k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("own.", "fixed."))
         return cls(**parts, own=own, fixed=fixed, derives_W_dec=derives_W_dec)
 
 
 def grad_of(tensor: Tensor) -> Tensor:
-    """The gradient's memory, made when first asked for."""
+    """Return a tensor's gradient, allocating it on first use."""
     if tensor.grad is None:
         tensor.grad = torch.zeros_like(tensor)
     return tensor.grad
 
 
 def align(weights: Weights, share: float) -> None:
-    """Take a share of what is across its direction from each row of W_enc; directions are of unit norm."""
-    for of_encoder, of_decoder in zip(weights.W_enc.split(ROWS_PER_CHUNK), weights.W_dec.split(ROWS_PER_CHUNK), strict=True):
-        along = torch.linalg.vecdot(of_encoder, of_decoder)[:, None]
-        of_encoder.mul_(1 - share).addcmul_(along, of_decoder, value=share)
+    """Remove a share of each W_enc row's component orthogonal to the latent's direction. Directions have unit norm."""
+    for rows, directions in zip(weights.W_enc.split(ROWS_PER_CHUNK), weights.W_dec.split(ROWS_PER_CHUNK), strict=True):
+        along = torch.linalg.vecdot(rows, directions)[:, None]
+        rows.mul_(1 - share).addcmul_(along, directions, value=share)

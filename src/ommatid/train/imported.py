@@ -12,7 +12,7 @@ from ommatid.activations.batches import load_sample
 from ommatid.config import Imported, TrainParams
 from ommatid.errors import ModelError
 from ommatid.metrics import Fidelity
-from ommatid.sae.interop import Told, import_sae, is_own, load_own, with_measured_k
+from ommatid.sae.interop import Overrides, import_sae, is_native, load_native, with_measured_k
 from ommatid.sae.learner import histograms
 from ommatid.sae.model import CONFIG, SAE, WEIGHTS
 from ommatid.sae.weights import Weights
@@ -44,10 +44,10 @@ def _load(variant: Imported, inputs: Mapping[str, Artefact]) -> SAE:
     """What the files don't say of hookpoint and model, the activations do."""
     seen, path = inputs["extract"].summary, Path(variant.path).expanduser()
     target = inputs["target"].summary["hookpoint"] if "target" in inputs else None
-    if is_own(path):
-        sae = load_own(checked_folder(path, "sae"))
+    if is_native(path):
+        sae = load_native(checked_folder(path, "sae"))
     else:
-        sae = import_sae(path, Told(seen["hookpoint"], seen["model"], target, variant.values), variant.format)
+        sae = import_sae(path, Overrides(seen["hookpoint"], seen["model"], target, variant.values), variant.format)
     return SAE(replace(sae.config, hookpoint=seen["hookpoint"], model=seen["model"], target=target), **sae.tensors())
 
 

@@ -51,7 +51,7 @@ def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_
         name: write_imported(name, one, inputs, draft) for name, one in params.each().items() if isinstance(one.variant, Imported)
     }  # first: what is wrong with them is found before hours of training
     if len(made) < len(params.each()):
-        distributed.call()
+        distributed.agree_to_train()
         for name, learner in fit(params, inputs, saved, save, on_event).items():
             child = draft.child(name, "sae", learner.params.identity())
             made[name] = child.sealed() or _write(learner, inputs, child)
@@ -61,7 +61,7 @@ def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_
 
 def follow(params: TrainParams, inputs: Mapping[str, Artefact]) -> None:
     """What every rank but the first does: train with it, if it trains."""
-    if distributed.call():
+    if distributed.agree_to_train():
         fit(params, inputs, None, lambda tensors: None, ignore)
 
 
@@ -86,15 +86,15 @@ def fit(
         on_event: Hears of progress.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    learners = _learners(params, inputs, distributed.share(saved, device), device)
+    learners = _learners(params, inputs, distributed.broadcast_tensors(saved, device), device)
     first = learners[0]
-    if first.plan.batch_size % distributed.n():
+    if first.plan.batch_size % distributed.n_ranks():
         raise ConfigError(
-            f"train.batch_size: {first.plan.batch_size} tokens a step cannot be shared evenly by {distributed.n()} processes; "
-            f"set a multiple of {distributed.n()}"
+            f"train.batch_size: {first.plan.batch_size} tokens a step cannot be shared evenly by {distributed.n_ranks()} processes; "
+            f"set a multiple of {distributed.n_ranks()}"
         )
     columns = Columns(inputs["extract"], inputs.get("target"), any(learner.params.ms_weight for learner in learners))
-    share = Share(distributed.mine(), distributed.n())
+    share = Share(distributed.rank(), distributed.n_ranks())
     batches = iter_batches(columns, first.plan.batch_size, params.seed, max(learner.guides.step for learner in learners), share)
 
     def checkpoint() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ommatid.errors import ModelError
 from ommatid.sae.interop import dictionary_learning, overcomplete, sae_for_vlm, saelens, saev, sparsify
 from ommatid.sae.interop.files import read_json
-from ommatid.sae.interop.overrides import Told
+from ommatid.sae.interop.overrides import Overrides
 from ommatid.sae.model import CONFIG, SAE, WEIGHTS
 
 K = {"k": "mean number of latents that fire a token"}
@@ -29,7 +29,7 @@ class Format(Protocol):
         """Does this folder or file look like it? Names and headers are looked at, weights only where there is nothing else."""
         ...
 
-    def read(self, path: Path, told: Told) -> SAE:
+    def read(self, path: Path, overrides: Overrides) -> SAE:
         """Read and fold.
 
         Raises:
@@ -57,23 +57,23 @@ FORMATS: dict[str, Format] = {
 """By name, in the order in which they are looked for."""
 
 
-def import_sae(path: Path, told: Told | None = None, format_name: str | None = None) -> SAE:
+def import_sae(path: Path, overrides: Overrides | None = None, format_name: str | None = None) -> SAE:
     """Read another library's SAE: acts and reconstruction are those that its own loader gives.
 
-    `config.k` is 0 where neither the files nor `told` say how many latents fire: see `with_measured_k`.
+    `config.k` is 0 where neither the files nor `overrides` say how many latents fire: see `with_measured_k`.
 
     Args:
         path: A folder or file.
-        told: What the files don't say.
+        overrides: What the files don't say.
         format_name: One of FORMATS; None finds it.
 
     Raises:
         ModelError: nothing known is there, or it cannot be read or represented: the message says what it is and what can be done.
     """
     name = format_name or find_format(path)
-    told = told or Told()
-    told.check({**K, **_format(name).TAKES}, name)
-    return _format(name).read(path, told)
+    overrides = overrides or Overrides()
+    overrides.check({**K, **_format(name).TAKES}, name)
+    return _format(name).read(path, overrides)
 
 
 def export_sae(sae: SAE, format_name: str, folder: Path) -> None:
@@ -83,31 +83,31 @@ def export_sae(sae: SAE, format_name: str, folder: Path) -> None:
         ModelError: the library has no such SAE, or the folder holds one of Ommatid's.
     """
     form = _format(format_name)
-    if is_own(folder):
+    if is_native(folder):
         raise ModelError(f"{folder}: holds an SAE of Ommatid, which the files of {format_name} might replace; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     form.write(sae, folder)
 
 
-def write_own(sae: SAE, folder: Path) -> None:
+def write_native(sae: SAE, folder: Path) -> None:
     """Write sae.safetensors and cfg.json.
 
     Raises:
         ModelError: the folder holds another library's, whose files have the same names.
     """
-    if (folder / CONFIG).exists() and not is_own(folder):
+    if (folder / CONFIG).exists() and not is_native(folder):
         raise ModelError(f"{folder}: {CONFIG} of another library is there, and would be replaced; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     sae.save(folder / WEIGHTS, folder / CONFIG)
 
 
-def load_own(folder: Path) -> SAE:
+def load_native(folder: Path) -> SAE:
     """Read sae.safetensors and cfg.json.
 
     Raises:
         ModelError: they are not there.
     """
-    if not is_own(folder):
+    if not is_native(folder):
         raise ModelError(f"{folder}: no SAE of Ommatid; it has {WEIGHTS} and {CONFIG}")
     return SAE.load(folder)
 
@@ -120,7 +120,7 @@ def find_format(path: Path) -> str:
     """
     if not path.exists():
         raise ModelError(f"{path}: no such file or folder")
-    if is_own(path):
+    if is_native(path):
         raise ModelError(f"{path}: an SAE of Ommatid already; use it as it is")
     if name := _detect(path):
         return name
@@ -157,7 +157,7 @@ def _looks_like_one(path: Path) -> bool:
         return False
 
 
-def is_own(path: Path) -> bool:
+def is_native(path: Path) -> bool:
     """Sparsify has files of the same names."""
     has_files = (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
     return has_files and {"variant", "d_model", "hookpoint"} <= read_json(path / CONFIG).keys()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ommatid.errors import ModelError
 from ommatid.sae.interop.files import PT, child, read_json, read_tensors, text, write_json
-from ommatid.sae.interop.overrides import Told
+from ommatid.sae.interop.overrides import Overrides
 from ommatid.sae.interop.weights import (
     PLAIN,
     Folded,
@@ -64,17 +64,17 @@ def detect(path: Path) -> bool:
     return path.suffix in PT and bool(classes_of(read_tensors(path)))
 
 
-def read(path: Path, told: Told) -> SAE:
+def read(path: Path, overrides: Overrides) -> SAE:
     """Read and fold: the bias that is subtracted from x, and the norms of AutoEncoder, as its loader does.
 
     Raises:
         ModelError: as `Format.read` says; a file that does not say which of two classes it is.
     """
-    return read_as(path, told, find_config(path), {})
+    return read_as(path, overrides, find_config(path), {})
 
 
-def read_as(path: Path, told: Told, config: Mapping[str, Any], spelled: Mapping[str, str]) -> SAE:
-    """`read`, where some classes are spelled otherwise.
+def read_as(path: Path, overrides: Overrides, config: Mapping[str, Any], spellings: Mapping[str, str]) -> SAE:
+    """`read`, where some classes are spellings otherwise.
 
     Raises:
         ModelError: as `read`.
@@ -82,12 +82,12 @@ def read_as(path: Path, told: Told, config: Mapping[str, Any], spelled: Mapping[
     file = path / WEIGHTS if path.is_dir() else path
     tensors = read_tensors(file)
     trainer = child(config, "trainer", file)
-    said = told.choice("class", CLASSES) or text(trainer, "dict_class", file)
-    name = choose_class(tensors, spelled.get(said, said) if said else None, file)
+    said = overrides.choice("class", CLASSES) or text(trainer, "dict_class", file)
+    name = choose_class(tensors, spellings.get(said, said) if said else None, file)
     weights = take(tensors, CLASSES[name].shapes, file)
     about = {"hookpoint": text(trainer, "submodule_name", file), "model": text(trainer, "lm_name", file)}
     kind = replace(_make_kind(name, weights, file), **about)
-    return make_sae(_FOLD[name](weights), kind, told, file)
+    return make_sae(_FOLD[name](weights), kind, overrides, file)
 
 
 def find_config(path: Path) -> dict[str, Any]:
@@ -194,8 +194,8 @@ def write(sae: SAE, folder: Path) -> None:
     write_as(sae, folder, {})
 
 
-def write_as(sae: SAE, folder: Path, spelled: Mapping[str, str]) -> None:
-    """`write`, where some classes are spelled otherwise.
+def write_as(sae: SAE, folder: Path, spellings: Mapping[str, str]) -> None:
+    """`write`, where some classes are spellings otherwise.
 
     Raises:
         ModelError: as `write`.
@@ -204,7 +204,7 @@ def write_as(sae: SAE, folder: Path, spelled: Mapping[str, str]) -> None:
     name, config = _class_for(sae), sae.config
     state = {key: tensor.contiguous() for key, tensor in _UNFOLD[name](sae).items()}
     torch.save(state, folder / WEIGHTS)
-    trainer = {"dict_class": spelled.get(name, name), "activation_dim": config.d_model, "dict_size": config.d_sae, "k": config.k}
+    trainer = {"dict_class": spellings.get(name, name), "activation_dim": config.d_model, "dict_size": config.d_sae, "k": config.k}
     about = {"lm_name": config.model, "submodule_name": config.hookpoint, "layer": None}
     write_json(folder / CONFIG, {"trainer": trainer | about})
 

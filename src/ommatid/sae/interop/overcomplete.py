@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ommatid.errors import ModelError
 from ommatid.sae.interop.files import PT, read_json, read_tensors, write_json
-from ommatid.sae.interop.overrides import Told
+from ommatid.sae.interop.overrides import Overrides
 from ommatid.sae.interop.weights import Folded, Kind, Shape, float_tensors, make_sae, refuse_transcoder, take
 from ommatid.sae.model import SAE, Activation
 
@@ -77,7 +77,7 @@ def detect(path: Path) -> bool:
     return bool({"dictionary._weights", "dictionary.C"} & read_tensors(file).keys())
 
 
-def read(path: Path, told: Told) -> SAE:
+def read(path: Path, overrides: Overrides) -> SAE:
     """Read and fold: the dictionary's normalization and multiplier, a batch normalization after the encoder.
 
     Raises:
@@ -87,24 +87,24 @@ def read(path: Path, told: Told) -> SAE:
     tensors = read_tensors(file)
     beside = file.with_name(CONFIG)
     said = {name: str(value) for name, value in (read_json(beside) if beside.is_file() else {}).items() if name in (*TAKES, "k")}
-    told = Told(told.hookpoint, told.model, told.target, {**said, **told.values})
-    name = _choose_class(tensors, told, file)
+    overrides = Overrides(overrides.hookpoint, overrides.model, overrides.target, {**said, **overrides.values})
+    name = _choose_class(tensors, overrides, file)
     is_tied = any(key.startswith(TIED) for key in tensors)
     # a tied encoder keeps the same dictionary a second time
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(TIED)}
     weights = take(tensors, _shapes(tensors.keys(), is_tied, file), file)
-    W_dec = _read_dictionary(weights, told, file)
+    W_dec = _read_dictionary(weights, overrides, file)
     W_enc, b_enc = _read_encoder(weights, W_dec, is_tied)
     b_dec = torch.zeros(W_dec.shape[1], dtype=torch.float64)
-    folded = Folded(W_enc, b_enc, W_dec, b_dec, _threshold(name, weights.get("thresholds"), told, file))
-    return make_sae(folded, Kind(CLASSES[name].variant, CLASSES[name].activation), told, file)
+    folded = Folded(W_enc, b_enc, W_dec, b_dec, _threshold(name, weights.get("thresholds"), overrides, file))
+    return make_sae(folded, Kind(CLASSES[name].variant, CLASSES[name].activation), overrides, file)
 
 
 def _locate(path: Path) -> Path:
     return path / WEIGHTS if path.is_dir() else path
 
 
-def _choose_class(tensors: Mapping[str, Tensor], told: Told, file: Path) -> str:
+def _choose_class(tensors: Mapping[str, Tensor], overrides: Overrides, file: Path) -> str:
     if "Q" in tensors:
         raise ModelError(
             f"{file}: a QSAE of overcomplete rounds its codes to learnt levels, which Ommatid's form cannot say; {_readable()}"
@@ -115,7 +115,7 @@ def _choose_class(tensors: Mapping[str, Tensor], told: Told, file: Path) -> str:
     if is_jump:
         return "RAJumpSAE" if is_archetypal else "JumpSAE"
     possible = ("RATopKSAE",) if is_archetypal else ("SAE", "TopKSAE", "BatchTopKSAE")
-    said = told.choice("class", CLASSES)
+    said = overrides.choice("class", CLASSES)
     if said is None and not is_archetypal:
         raise ModelError(f"{file}: SAE, TopKSAE and BatchTopKSAE have the same state dict; say which it is with --set class=...")
     if said is not None and said not in possible:
@@ -127,12 +127,12 @@ def _readable() -> str:
     return f"can be read: {', '.join(CLASSES)} with a linear encoder"
 
 
-def _threshold(name: str, thresholds: Tensor | None, told: Told, file: Path) -> Tensor:
+def _threshold(name: str, thresholds: Tensor | None, overrides: Overrides, file: Path) -> Tensor:
     """Overcomplete fires at the threshold, Ommatid above it: the float just below is the same."""
     if thresholds is not None:
         below = thresholds.float().exp()
     elif name == "BatchTopKSAE":
-        if (said := told.number("running_threshold")) is None:
+        if (said := overrides.number("running_threshold")) is None:
             raise ModelError(
                 f"{file}: a BatchTopKSAE keeps its threshold outside its state dict; say --set running_threshold=<sae.running_threshold>"
             )
@@ -178,21 +178,21 @@ def _read_encoder(weights: Mapping[str, Tensor], W_dec: Tensor, is_tied: bool) -
     return W_enc * factor, (b_enc - mean) * factor + shift
 
 
-def _read_dictionary(weights: Mapping[str, Tensor], told: Told, file: Path) -> Tensor:
+def _read_dictionary(weights: Mapping[str, Tensor], overrides: Overrides, file: Path) -> Tensor:
     """(d_sae, d_model), as get_dictionary gives it."""
     if "dictionary.C" in weights:
         mix = weights["dictionary.W"].relu()
         mix = mix / (mix.sum(dim=1, keepdim=True) + EPS)
-        relax, delta = weights["dictionary.Relax"], told.number("delta")
+        relax, delta = weights["dictionary.Relax"], overrides.number("delta")
         relax = relax * ((1.0 if delta is None else delta) / relax.norm(dim=1, keepdim=True)).clamp(max=1)
         rows = mix @ weights["dictionary.C"] + relax
     else:
-        rows = NORMALIZATIONS[_normalization(weights["dictionary._weights"], told, file)](weights["dictionary._weights"])
+        rows = NORMALIZATIONS[_normalization(weights["dictionary._weights"], overrides, file)](weights["dictionary._weights"])
     return rows * weights["dictionary.multiplier"].exp()
 
 
-def _normalization(rows: Tensor, told: Told, file: Path) -> str:
-    if said := told.choice("normalization", NORMALIZATIONS):
+def _normalization(rows: Tensor, overrides: Overrides, file: Path) -> str:
+    if said := overrides.choice("normalization", NORMALIZATIONS):
         return said
     norms = rows.norm(dim=1)
     if norms.min() < 0.8 or norms.max() > 1.25:

@@ -8,7 +8,7 @@ from ommatid.errors import ModelError
 
 
 @dataclass(frozen=True)
-class Told:
+class Overrides:
     """It goes before what the files say."""
 
     hookpoint: str | None = None

@@ -8,28 +8,28 @@ from pathlib import Path
 
 from ommatid.sae.interop import dictionary_learning
 from ommatid.sae.interop.files import child, text
-from ommatid.sae.interop.overrides import Told
+from ommatid.sae.interop.overrides import Overrides
 from ommatid.sae.model import SAE
 
 FILES: str = "ae.pt and config.json with MatroyshkaBatchTopKSAE"
 TAKES: Mapping[str, str] = dictionary_learning.TAKES
 
-SPELLED = {"MatroyshkaBatchTopKSAE": "MatryoshkaBatchTopKSAE"}
+SPELLINGS = {"MatroyshkaBatchTopKSAE": "MatryoshkaBatchTopKSAE"}
 
 
 def detect(path: Path) -> bool:
     """Files of dictionary_learning, with that spelling in config.json."""
     is_weights = (path / dictionary_learning.WEIGHTS).is_file() if path.is_dir() else path.suffix == ".pt"
-    return is_weights and text(child(dictionary_learning.find_config(path), "trainer", path), "dict_class", path) in SPELLED
+    return is_weights and text(child(dictionary_learning.find_config(path), "trainer", path), "dict_class", path) in SPELLINGS
 
 
-def read(path: Path, told: Told) -> SAE:
+def read(path: Path, overrides: Overrides) -> SAE:
     """Read and fold, as dictionary_learning.
 
     Raises:
         ModelError: as `Format.read` says.
     """
-    return dictionary_learning.read_as(path, told, dictionary_learning.find_config(path), SPELLED)
+    return dictionary_learning.read_as(path, overrides, dictionary_learning.find_config(path), SPELLINGS)
 
 
 def write(sae: SAE, folder: Path) -> None:
@@ -38,4 +38,4 @@ def write(sae: SAE, folder: Path) -> None:
     Raises:
         ModelError: a transcoder.
     """
-    dictionary_learning.write_as(sae, folder, {right: wrong for wrong, right in SPELLED.items()})
+    dictionary_learning.write_as(sae, folder, {right: wrong for wrong, right in SPELLINGS.items()})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ommatid.errors import ModelError
 from ommatid.sae.interop.files import child, number, read_json, read_safetensors, text, write_json
-from ommatid.sae.interop.overrides import Told
+from ommatid.sae.interop.overrides import Overrides
 from ommatid.sae.interop.weights import PLAIN, Folded, Kind, Shape, check_prefixes, float_tensors, make_sae, take
 from ommatid.sae.model import SAE
 
@@ -62,7 +62,7 @@ def detect(path: Path) -> bool:
     return (path / WEIGHTS).is_file()
 
 
-def read(path: Path, told: Told) -> SAE:
+def read(path: Path, overrides: Overrides) -> SAE:
     """Read and fold: b_dec where it is subtracted from x, decoder norms where they rescale, the scale of training.
 
     Raises:
@@ -71,8 +71,8 @@ def read(path: Path, told: Told) -> SAE:
     cfg = _modernize(read_json(path / CONFIG), path)
     architecture = _check_architecture(cfg, path)
     weights = take(_drop_legacy(read_safetensors(path / WEIGHTS), path), SHAPES[architecture], path / WEIGHTS)
-    folded = _fold(weights, cfg | {"architecture": architecture}, _scaling_factor(cfg, path, told))
-    return make_sae(folded, _make_kind(architecture, cfg, path, folded.W_enc.shape[1]), told, path)
+    folded = _fold(weights, cfg | {"architecture": architecture}, _scaling_factor(cfg, path, overrides))
+    return make_sae(folded, _make_kind(architecture, cfg, path, folded.W_enc.shape[1]), overrides, path)
 
 
 def _modernize(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -106,11 +106,11 @@ def _check_architecture(cfg: Mapping[str, Any], path: Path) -> str:
     return architecture
 
 
-def _scaling_factor(cfg: Mapping[str, Any], path: Path, told: Told) -> float:
+def _scaling_factor(cfg: Mapping[str, Any], path: Path, overrides: Overrides) -> float:
     """1 where activations were taken as they are."""
     if cfg.get("normalize_activations") not in ("expected_average_only_in", True):
         return 1.0
-    if (said := told.number("scaling_factor")) is not None:
+    if (said := overrides.number("scaling_factor")) is not None:
         return said
     if (path / SCALER).is_file() and (kept := number(read_json(path / SCALER), "scaling_factor", path / SCALER)):
         return kept

@@ -9,7 +9,7 @@ import torch
 
 from ommatid.errors import ModelError
 from ommatid.sae.interop.files import MAX_JSON, parse_json, read_pt
-from ommatid.sae.interop.overrides import Told
+from ommatid.sae.interop.overrides import Overrides
 from ommatid.sae.interop.weights import PLAIN, Folded, Kind, before_subtracting, float_tensors, make_sae, refuse_transcoder, take
 from ommatid.sae.model import SAE
 
@@ -28,7 +28,7 @@ def detect(path: Path) -> bool:
         return opened.read(1) == b"{"
 
 
-def read(path: Path, told: Told) -> SAE:
+def read(path: Path, overrides: Overrides) -> SAE:
     """Read and fold: b_dec, which is subtracted from x.
 
     Raises:
@@ -43,7 +43,7 @@ def read(path: Path, told: Told) -> SAE:
     _check_header(header, file)
     weights = take(tensors, PLAIN, file)
     folded = Folded(weights["W_enc"], weights["b_enc"], weights["W_dec"], weights["b_dec"]).after_subtracting(weights["b_dec"])
-    return make_sae(folded, Kind("relu"), told, file)
+    return make_sae(folded, Kind("relu"), overrides, file)
 
 
 def _locate(path: Path) -> Path:

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from ommatid.errors import ModelError
 from ommatid.sae.interop.files import number, parse_json, read_json, read_safetensors, write_json
-from ommatid.sae.interop.overrides import Told
+from ommatid.sae.interop.overrides import Overrides
 from ommatid.sae.interop.weights import Folded, Kind, Shape, before_subtracting, float_tensors, make_sae, take
 from ommatid.sae.model import SAE
 
@@ -26,7 +26,7 @@ def detect(path: Path) -> bool:
     return "d_in" in parse_json((path / CONFIG).read_bytes(), path / CONFIG)
 
 
-def read(path: Path, told: Told) -> SAE:
+def read(path: Path, overrides: Overrides) -> SAE:
     """Read and fold: b_dec, which an autoencoder subtracts from x.
 
     Raises:
@@ -50,7 +50,7 @@ def read(path: Path, told: Told) -> SAE:
         hookpoint=path.resolve().name if _is_hookpoint(path) else None,
         is_transcoder=is_transcoder,
     )
-    return make_sae(folded, kind, told, path)
+    return make_sae(folded, kind, overrides, path)
 
 
 def _is_hookpoint(path: Path) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ommatid.errors import ModelError
-from ommatid.sae.interop.overrides import Told, need
+from ommatid.sae.interop.overrides import Overrides, need
 from ommatid.sae.model import SAE, Activation, SAEConfig
 
 Shape = tuple[str, ...]
@@ -98,13 +98,13 @@ class Kind:
     """Matryoshka levels."""
 
 
-def make_sae(folded: Folded, kind: Kind, told: Told, path: Path) -> SAE:
+def make_sae(folded: Folded, kind: Kind, overrides: Overrides, path: Path) -> SAE:
     """The SAE, in float32.
 
     Raises:
         ModelError: k, hookpoint, model or target is needed and neither the files nor the user say it, or k cannot be.
     """
-    config = _make_config(folded, kind, told, path)
+    config = _make_config(folded, kind, overrides, path)
     gated = {"gate_scale": folded.gate_scale, "gate_shift": folded.gate_shift} if kind.activation == "gated" else {}
     tensors = {"W_enc": folded.W_enc, "b_enc": folded.b_enc, "W_dec": folded.W_dec, "b_dec": folded.b_dec, **gated}
     tensors["threshold"] = _as_simple(torch.as_tensor(folded.threshold).clamp(min=0))
@@ -119,17 +119,19 @@ def _as_simple(threshold: Tensor) -> Tensor:
     return threshold.flatten()[0].clone() if (threshold == threshold.flatten()[0]).all() else threshold
 
 
-def _make_config(folded: Folded, kind: Kind, told: Told, path: Path) -> SAEConfig:
+def _make_config(folded: Folded, kind: Kind, overrides: Overrides, path: Path) -> SAEConfig:
     d_model, d_sae = folded.W_enc.shape
-    k = _choose_k(kind, told.integer("k"), d_sae, path)
-    target = need(told.target or kind.target, path, "which hookpoint the transcoder decodes", "--target") if kind.is_transcoder else None
+    k = _choose_k(kind, overrides.integer("k"), d_sae, path)
+    target = (
+        need(overrides.target or kind.target, path, "which hookpoint the transcoder decodes", "--target") if kind.is_transcoder else None
+    )
     return SAEConfig(
         variant=kind.variant,
         d_model=d_model,
         d_sae=d_sae,
         k=k,
-        hookpoint=need(told.hookpoint or kind.hookpoint, path, "where the activations were captured", "--hookpoint"),
-        model=need(told.model or kind.model, path, "which model is explained", "--model"),
+        hookpoint=need(overrides.hookpoint or kind.hookpoint, path, "where the activations were captured", "--hookpoint"),
+        model=need(overrides.model or kind.model, path, "which model is explained", "--model"),
         activation=kind.activation,
         target=target,
         prefixes=kind.prefixes,

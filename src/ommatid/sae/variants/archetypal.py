@@ -1,4 +1,4 @@
-"""Archetypal (RA-SAE): directions are nearly convex combinations of centres of the data, so that seeds agree (arXiv 2502.12892)."""
+"""Archetypal (RA-SAE): directions are nearly convex combinations of data centres, so that runs with different seeds agree."""
 
 import torch
 from torch import Tensor
@@ -12,13 +12,14 @@ from ommatid.sae.variants.batch_topk import BatchTopK
 from ommatid.sae.weights import Weights, grad_of
 
 MOST_CENTRES = 2048
-"""Where none are given: A costs d_sae · centres · d_model a step, more than the encoder where centres outnumber the batch."""
+"""Default limit on the number of centres. A costs d_sae · centres · d_model per step, more than the encoder if centres outnumber tokens."""
 
 
 class Archetypal(BatchTopK):
-    """W_dec = normalise(A C + Λ), rows of A >= 0 that sum to 1, C centres of the centred data, ‖Λ row‖ <= δ ‖A C row‖.
+    """BatchTopK with W_dec = normalise(A C + Λ) (arXiv 2502.12892).
 
-    The paper's D = W C + Λ (equation 6) with its relaxation relative, and directions of unit norm. Otherwise BatchTopK.
+    Rows of A are non-negative and sum to 1, C are centres of the centred data, and each row of Λ is at most δ times as long as the same
+    row of A C. This is D = W C + Λ of the paper (equation 6), except that δ is relative and directions have unit norm.
     """
 
     derives_W_dec = True
@@ -29,9 +30,9 @@ class Archetypal(BatchTopK):
         self._relaxation = relaxation
 
     def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
-        """Start each direction at a centre of its own; latents beyond the centres start halfway between two of them, drawn with the seed.
+        """Start each direction at a different centre, and further ones halfway between two centres, the second drawn with the seed.
 
-        Directions that share most of a centre compete for the same tokens from the first step on, and a good part of them dies.
+        Directions that start close to the same centre would compete for the same tokens from the first step, and many of them would die.
         """
         centres = find_centres(x_nd, min(self._n_centres, len(x_nd)), self._settings.seed)
         generator = torch.Generator().manual_seed(self._settings.seed)
@@ -44,7 +45,7 @@ class Archetypal(BatchTopK):
         mix[rows, second] = 1 - share
         weights.fixed["centres"] = centres
         weights.own |= {"mix": mix, "shift": torch.zeros_like(weights.W_dec)}
-        self.updated(weights)
+        self.constrain(weights)
         weights.W_enc.copy_(weights.W_dec)
         fit_scale(weights, x_nd, self._settings.k)
 
@@ -58,8 +59,8 @@ class Archetypal(BatchTopK):
         torch.mm(grad_raw, weights.fixed["centres"].T, out=grad_of(weights.own["mix"]))
         return step
 
-    def updated(self, weights: Weights) -> None:
-        """Rows of A back to the simplex, Λ back into its ball, W_dec made of them."""
+    def constrain(self, weights: Weights) -> None:
+        """Project the rows of A onto the simplex and those of Λ into their balls, and recompute W_dec."""
         mix, shift = weights.own["mix"].clamp_(min=0), weights.own["shift"]
         mix.div_(mix.sum(1, keepdim=True).clamp_min(1e-12))
         combined = mix @ weights.fixed["centres"]

@@ -1,4 +1,4 @@
-"""Variant: what the trainer asks of every kind of SAE."""
+"""The interface between the trainer and SAE variants."""
 
 import math
 from abc import ABC, abstractmethod
@@ -17,61 +17,61 @@ from ommatid.sae.weights import Weights
 
 @dataclass(frozen=True)
 class Settings:
-    """What all variants are told."""
+    """Settings that all variants share."""
 
     k: int
-    """Mean latents that fire a token: chosen, or steered to."""
+    """Mean number of latents that fire per token: imposed, or the goal of a steered penalty."""
     d_sae: int
-    """Latents."""
+    """Number of latents."""
     n_steps: int
-    """Of the run."""
+    """Number of steps of the run."""
     dead_after: int
-    """Tokens without a firing after which a latent is dead."""
+    """Tokens without a firing after which a latent counts as dead."""
     seed: int
-    """Of what is drawn."""
+    """Seed of random draws."""
     aux_coefficient: float
-    """Weight of AuxK."""
+    """Weight of the AuxK loss."""
     ms_weight: float
-    """Weight of 1 − MS."""
+    """Weight of the monosemanticity loss 1 − MS."""
     dtype: torch.dtype
-    """Arithmetic of the encoder's product."""
+    """Data type of the encoder's product."""
     device: torch.device
-    """Where the weights are."""
+    """Device of the weights."""
 
 
 @dataclass
 class Guides:
-    """Numbers that a variant carries from step to step; a checkpoint holds them."""
+    """State that a variant carries from step to step, and a checkpoint holds."""
 
     step: int = 0
-    """Steps done."""
+    """Steps completed."""
     floor: float = 0.0
-    """A guess at the next step's smallest firing entry."""
+    """Guess at the next step's smallest firing entry."""
     penalty: float = 0.0
-    """Weight of the sparsity penalty; 0: not begun."""
+    """Weight of the sparsity penalty; 0 before training begins."""
     mean_act: float = 0.0
-    """Mean activation of the firing entries, averaged over steps."""
+    """Mean activation of firing entries, averaged over steps."""
     firings: float = 0.0
-    """Latents that fired a token in the last step, where a penalty is steered; 0: not begun."""
+    """Firings per token in the last step, if the penalty is steered; 0 before the first step."""
 
     def as_tensor(self) -> Tensor:
-        """For a checkpoint."""
+        """Return the state as a tensor for a checkpoint."""
         return torch.tensor([self.step, self.floor, self.penalty, self.mean_act, self.firings], dtype=torch.float64)
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Guides":
-        """What `as_tensor` gave."""
+        """Restore the state that `as_tensor` returned."""
         step, *rest = tensor.tolist()
         return cls(int(step), *rest)
 
 
 class Variant(ABC):
-    """One kind of SAE in training."""
+    """A kind of SAE in training."""
 
     activation: Activation = "threshold"
-    """At inference: see `SAE`."""
+    """Activation of the trained SAE: see `SAE`."""
     derives_W_dec = False
-    """See `Weights`."""
+    """Whether W_dec is computed from the variant's own tensors: see `Weights`."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -79,76 +79,100 @@ class Variant(ABC):
 
     @abstractmethod
     def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
-        """Add what the variant trains besides; x_nd: scaled, centred activations that the encoder was made from."""
+        """Add the tensors that only this variant has.
+
+        Args:
+            weights: Initial weights, changed in place.
+            x_nd: Scaled, centred activations from which the weights were initialised, `(tokens, d_model)`.
+            guides: Initial state, changed in place.
+        """
 
     @abstractmethod
     def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Tensor) -> Step:
-        """Loss and gradients of one batch.
+        """Compute the loss and the gradients of one batch.
 
         Args:
-            weights: Their `.grad` is set, to this rank's share.
-            batch: Of this rank.
-            guides: Updated.
-            dead: Latents that have not fired for long, (n_dead,).
+            weights: Weights whose `.grad` is set to this rank's share.
+            batch: Scaled batch of this rank.
+            guides: State, updated in place.
+            dead: Indices of the dead latents, `(n_dead,)`.
+
+        Returns:
+            The results of the step.
         """
 
     @abstractmethod
     def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
-        """The tensors of inference (threshold, and gates), of scaled activations; average: of `Step.threshold` over steps."""
+        """Return the threshold, and the gates if any, of the trained SAE for scaled activations.
 
-    def rates(self, lr: float) -> dict[str, float]:
-        """Learning rates of tensors that need one of their own, as multiples of the peak rate `lr`."""
-        return {}
-
-    def updated(self, weights: Weights) -> None:  # noqa: B027 most have nothing to keep to
-        """After the optimiser: back to what the definition allows."""
-
-    def revive(self, weights: Weights, batch: Batch, step: Step, guides: Guides, idle: Tensor) -> Tensor:
-        """After each step: draw anew the latents that have been idle for so many tokens, (d_sae,), where the variant does so.
+        Args:
+            weights: Trained weights.
+            average: Moving average of `Step.threshold` over steps.
 
         Returns:
-            Which were drawn, (n,).
+            Tensors by their name in `SAE`.
+        """
+
+    def rates(self, lr: float) -> dict[str, float]:
+        """Return the learning rates of tensors that need a different one, as multiples of the peak rate `lr`, by name."""
+        return {}
+
+    def constrain(self, weights: Weights) -> None:  # noqa: B027 most variants have no constraints
+        """Restore the variant's constraints on weights after each update by the optimiser."""
+
+    def revive(self, weights: Weights, batch: Batch, step: Step, guides: Guides, idle: Tensor) -> Tensor:
+        """Re-initialise dead latents after a step, if the variant does so.
+
+        Args:
+            weights: Weights, changed in place.
+            batch: Scaled batch of the step.
+            step: Results of the step.
+            guides: State after the step.
+            idle: Tokens since each latent last fired, `(d_sae,)`.
+
+        Returns:
+            Indices of the re-initialised latents, `(n,)`.
         """
         return idle.new_zeros(0)
 
     def prefixes(self) -> tuple[int, ...] | None:
-        """Latents of each level, where there are some."""
+        """Return the sizes of the levels of a Matryoshka SAE, or None for other variants."""
         return None
 
 
 def make_scorer(settings: Settings, weights: Weights, inputs: Tensor, levels: Levels) -> Scorer:
-    """The encoder over a batch, in the settings' arithmetic; float64 weights, as tests have them, stay exact."""
+    """Make the scorer of a batch, with the settings' data type for float32 weights and the weights' own for others (tests use float64)."""
     dtype = settings.dtype if weights.b_enc.dtype == torch.float32 else weights.b_enc.dtype
     return Scorer(weights, inputs, levels, dtype)
 
 
 FIRST_PENALTY = 1e-3
-"""Of mean‖x‖² = 1, a token: weak, so that steering comes from above."""
+"""Initial weight of a steered penalty, for mean ‖x‖² = 1. It is small, so that steering begins with too many firings."""
 
 
 class Steered(Variant):
-    """A variant whose firing is penalised: by a weight that is given, or that is steered so that k latents fire a token."""
+    """A variant with a sparsity penalty, whose weight is fixed or steered so that k latents fire per token."""
 
     def __init__(self, settings: Settings, weight: float | None) -> None:
         super().__init__(settings)
         self._weight = weight
 
     def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
-        """See `Variant`."""
+        """Set the initial weight of the penalty."""
         guides.penalty = FIRST_PENALTY if self._weight is None else self._weight
 
     @property
     def most(self) -> float:
-        """Of a penalty that is steered: an L1 norm of this weight, where mean‖x‖² is 1, leaves nothing to fire."""
+        """Upper bound of a steered penalty. An L1 penalty of this weight leaves nothing to fire if mean ‖x‖² is 1."""
         return 2.0
 
     def _steer(self, guides: Guides, n_firings: int, n_total: int) -> None:
-        """Move the penalty toward k firings a token: up by at most a tenth a step while there are more, down while there are fewer.
+        """Move the penalty towards k firings per token: up while more latents fire, down while fewer do.
 
-        The rate lets the penalty cross twenty factors of e in a run, within bounds; close to k it moves by the logarithm of the ratio.
-        It also follows the change of that logarithm since the last step: latents answer to a penalty some steps later, and without
-        this damping a short run ends somewhere in a swing around k. Never above `most`: while what it acts on lags behind, it would
-        grow without end.
+        The logarithm of the penalty moves by a rate times twice the logarithm of firings / k, clipped to ±1. The rate, between 0.002 and
+        0.1, allows a change by a factor of e^20 over the run. The change of log(firings) since the last step is added as damping: latents
+        respond to a penalty only some steps later, and without it a short run would end in an oscillation around k. The penalty is
+        bounded by `most`, because it would otherwise grow without limit while latents lag behind.
         """
         if self._weight is not None:
             return
@@ -161,14 +185,14 @@ class Steered(Variant):
 
 
 def average_act(guides: Guides, acts: Tensor) -> None:
-    """Update the mean activation of what fires."""
-    sums = distributed.sum_(torch.stack([acts.sum().double(), (acts > 0).sum().double()]))
+    """Update the moving average of the mean firing activation, over all ranks."""
+    sums = distributed.all_reduce(torch.stack([acts.sum().double(), (acts > 0).sum().double()]))
     if float(sums[1]):
         mean = float(sums[0] / sums[1])
         guides.mean_act = mean if not guides.mean_act else 0.99 * guides.mean_act + 0.01 * mean
 
 
 def quantile(pre_acts: Tensor, per_token: float) -> float:
-    """The value above which so many entries a token are."""
+    """Return the value that `per_token` pre-activations per token reach, on average, for pre_acts `(tokens, d_sae)`."""
     n = int(min(max(per_token * len(pre_acts), 1), pre_acts.numel()))
     return float(pre_acts.flatten().topk(n, sorted=False).values.min())

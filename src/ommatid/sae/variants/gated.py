@@ -1,4 +1,4 @@
-"""Gated: whether a latent fires and how strongly are learned apart, so that the penalty on firing does not shrink activations."""
+"""Gated: whether a latent fires and how strongly are learned separately, so that the sparsity penalty does not shrink activations."""
 
 import torch
 from torch import Tensor
@@ -13,16 +13,17 @@ from ommatid.sae.weights import Weights, grad_of
 
 
 class Gated(Steered):
-    """gate π = W x + b_gate;  acts = relu(exp(r) · W x + b_mag) where π > 0, else 0 (arXiv 2404.16014, equations 6 to 8).
+    """Gated SAE (arXiv 2404.16014, equations 6 to 8).
 
-    loss = mean ‖x̂(acts) − x‖² + λ mean Σ relu(π) + mean ‖x̂_frozen(relu(π)) − x‖², the decoder of the last term held fixed.
-    λ is given, or steered so that k latents fire a token.
+    gate π = W x + b_gate;  acts = relu(exp(r) · W x + b_mag) where π > 0, else 0.
+    loss = mean ‖x̂(acts) − x‖² + λ mean Σ relu(π) + mean ‖x̂_frozen(relu(π)) − x‖², where the decoder of the last term is held constant.
+    λ is fixed, or steered so that k latents fire per token.
     """
 
     activation: Activation = "gated"
 
     def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
-        """Magnitudes begin as the gates are."""
+        """Initialise magnitudes to equal the gates."""
         super().begin(weights, x_nd, guides)
         weights.own |= {"r_mag": torch.zeros_like(weights.b_enc), "b_mag": weights.b_enc.clone()}
 
@@ -34,22 +35,22 @@ class Gated(Steered):
         gates, scale = entries.values.relu(), entries.at(weights.own["r_mag"].exp())
         is_open, bare = entries.values > 0, entries.values - entries.at(weights.b_enc)
         acts = (scale * bare + entries.at(weights.own["b_mag"])).relu_().mul_(is_open)
-        found, frozen = (reconstruct(entries, values, weights, batch) for values in (acts, gates))
+        reconstruction, frozen = (reconstruct(entries, values, weights, batch) for values in (acts, gates))
         weight = guides.penalty / batch.n_total
-        grad_mag = entries.product(found.table, weights.W_dec)
-        loss = found.loss + frozen.loss + weight * gates.sum()
+        grad_mag = entries.product(reconstruction.table, weights.W_dec)
+        loss = reconstruction.loss + frozen.loss + weight * gates.sum()
         if settings.ms_weight:
             loss = loss + add_monosemanticity(entries, acts, batch, settings.ms_weight, grad_mag)
         grad_mag.mul_(acts > 0)
         grad_gate = entries.product(frozen.table, weights.W_dec).add_(weight).mul_(is_open)
         self._set_gradients(weights, entries, grad_mag, scale * bare)
-        set_gradients(weights, entries, found, acts, grad_gate + grad_mag * scale, inputs, grad_gate)
+        set_gradients(weights, entries, reconstruction, acts, grad_gate + grad_mag * scale, inputs, grad_gate)
         n_firings = int((acts > 0).sum())
         self._steer(guides, n_firings, batch.n_total)
-        return Step(loss, found.take_x_hat(batch.target), n_firings, entries.fired(acts), 0.0)
+        return Step(loss, reconstruction.take_x_hat(batch.target), n_firings, entries.firing_latents(acts), 0.0)
 
     def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
-        """In the pre-activations π: exp(r) (π − b_gate) + b_mag."""
+        """Return scale and shift of the magnitude as a function of the gate π: exp(r) (π − b_gate) + b_mag."""
         scale = weights.own["r_mag"].exp()
         shift = weights.own["b_mag"] - scale * weights.b_enc
         return {"threshold": torch.tensor(0.0), "gate_scale": scale, "gate_shift": shift}

@@ -1,4 +1,4 @@
-"""JumpReLU: every latent learns the threshold above which it fires, through a straight-through estimator (arXiv 2407.14435)."""
+"""JumpReLU: each latent learns the threshold above which it fires, by a straight-through estimator."""
 
 import math
 from typing import Literal, assert_never
@@ -13,20 +13,21 @@ from ommatid.sae.variants.base import Guides, Settings, Steered, average_act, ma
 from ommatid.sae.weights import Weights, grad_of
 
 TANH_SLOPE = 4.0
-"""Of the tanh penalty (Conerly et al. 2025), on activations in units of their mean."""
+"""Slope of the tanh penalty (Conerly et al. 2025), for activations in units of their mean."""
 REACH = 10.0
-"""How far thresholds can move, in factors of e: from 4 k latents a token to k is one or two, and back and forth while others learn."""
+"""Distance that log-thresholds can move over a run. From 4 k firings per token to k it takes 1 or 2; the rest allows for detours."""
 FIRST_FIRINGS = 4
-"""Times k: the density at which the thresholds begin."""
+"""Firings per token, as a multiple of k, at the initial thresholds."""
 
 
 class JumpReLU(Steered):
-    """acts = pre_acts where pre_acts > θ, else 0, θ = exp(log_threshold) a latent;  loss = mean ‖x̂ − x‖² + λ mean S.
+    """JumpReLU SAE (arXiv 2407.14435).
 
-    S is the number of firing latents, or Σ tanh(4 acts / mean act). With the rectangle kernel K of width ε (the bandwidth times the
-    mean activation), what the thresholds get is the paper's pseudo-derivative (equations 11 and 12):
+    acts = pre_acts where pre_acts > θ, else 0, with θ = exp(log_threshold) of each latent;  loss = mean ‖x̂ − x‖² + λ mean S.
+    S is the number of firing latents, or Σ tanh(4 acts / mean act). The gradient of θ is the paper's pseudo-derivative (equations 11
+    and 12), with the rectangle kernel K of width ε, which is the bandwidth times the mean activation:
     d acts / dθ = −(θ/ε) K((pre − θ)/ε),  d 1[pre > θ] / dθ = −(1/ε) K((pre − θ)/ε).
-    λ is given, or steered so that k latents fire a token.
+    λ is fixed, or steered so that k latents fire per token.
     """
 
     def __init__(self, settings: Settings, weight: float | None, bandwidth: float, sparsity: Literal["l0", "tanh"]) -> None:
@@ -35,7 +36,7 @@ class JumpReLU(Steered):
         self._sparsity: Literal["l0", "tanh"] = sparsity
 
     def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
-        """Thresholds begin where a few times k latents fire a token."""
+        """Initialise thresholds so that `FIRST_FIRINGS` times k latents fire per token."""
         super().begin(weights, x_nd, guides)
         pre_acts = torch.addmm(weights.b_enc, x_nd[:2048], weights.W_enc.T)
         first = max(quantile(pre_acts, FIRST_FIRINGS * self._settings.k), 1e-3)
@@ -43,12 +44,12 @@ class JumpReLU(Steered):
         weights.own["log_threshold"] = torch.full_like(weights.b_enc, math.log(first))
 
     def rates(self, lr: float) -> dict[str, float]:
-        """Thresholds can move by `REACH` factors of e in the run, at whatever rate the weights move: Adam bounds each step by its rate."""
+        """Return a rate at which log-thresholds can move by `REACH` over the run whatever `lr` is: Adam bounds each step by its rate."""
         return {"log_threshold": max(1.0, REACH / (self._settings.n_steps * lr))}
 
     @property
     def most(self) -> float:
-        """With it k firings cost as much as reconstructing nothing."""
+        """Upper bound of a steered penalty: with it, k firings cost as much as reconstructing nothing."""
         return 1 / self._settings.k
 
     def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Tensor) -> Step:
@@ -59,9 +60,9 @@ class JumpReLU(Steered):
         at_theta = entries.at(theta)
         fires = entries.values > at_theta
         acts = entries.values * fires
-        found = reconstruct(entries, acts, weights, batch)
-        grad_acts = entries.product(found.table, weights.W_dec)
-        loss = found.loss
+        reconstruction = reconstruct(entries, acts, weights, batch)
+        grad_acts = entries.product(reconstruction.table, weights.W_dec)
+        loss = reconstruction.loss
         if settings.ms_weight:
             loss = loss + add_monosemanticity(entries, acts, batch, settings.ms_weight, grad_acts)
         weight = guides.penalty / batch.n_total
@@ -69,26 +70,26 @@ class JumpReLU(Steered):
         grad_acts.add_(of_acts, alpha=weight)
         kernel = ((entries.values - at_theta).abs() < width / 2).to(acts.dtype) / width
         grad_theta = -kernel * (at_theta * grad_acts + weight * of_jump)
-        set_gradients(weights, entries, found, acts, grad_acts.mul_(fires), inputs)
+        set_gradients(weights, entries, reconstruction, acts, grad_acts.mul_(fires), inputs)
         grad_of(weights.own["log_threshold"]).copy_(entries.sum_by_latent(grad_theta * at_theta))
         n_firings = int(fires.sum())
         average_act(guides, acts)
         self._steer(guides, n_firings, batch.n_total)
-        return Step(loss + weight * penalty, found.take_x_hat(batch.target), n_firings, entries.fired(acts), 0.0)
+        return Step(loss + weight * penalty, reconstruction.take_x_hat(batch.target), n_firings, entries.firing_latents(acts), 0.0)
 
     def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
         """See `Variant`."""
         return {"threshold": weights.own["log_threshold"].exp()}
 
     def _penalty(self, acts: Tensor, fires: Tensor, mean_act: float) -> tuple[Tensor, Tensor, float]:
-        """S summed over the batch, its derivative in the activations, and what a jump from below θ to above costs beside these."""
+        """Return S summed over the batch, its derivative with respect to activations, and the cost of a jump across θ by itself."""
         match self._sparsity:
             case "l0":
                 return fires.sum().to(acts.dtype), torch.zeros_like(acts), 1.0
             case "tanh":
                 slope = TANH_SLOPE / mean_act
-                found = torch.tanh(slope * acts)
-                return found.sum(), slope * (1 - found.square()), 0.0
+                squashed = torch.tanh(slope * acts)
+                return squashed.sum(), slope * (1 - squashed.square()), 0.0
             case _:
                 assert_never(self._sparsity)
 

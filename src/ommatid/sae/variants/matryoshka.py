@@ -1,4 +1,4 @@
-"""Matryoshka BatchTopK: the first latents must do by themselves, so they learn what is common and the later ones what is special."""
+"""Matryoshka BatchTopK: the first latents must reconstruct by themselves, so they become general and later ones specific."""
 
 import torch
 
@@ -9,11 +9,11 @@ from ommatid.sae.variants.batch_topk import BatchTopK
 
 
 class Matryoshka(BatchTopK):
-    """BatchTopK with loss = mean over levels l of mean ‖x̂_l − x‖² + AuxK, x̂_l from the first n_l latents (arXiv 2503.17547).
+    """BatchTopK with loss = mean over levels l of mean ‖x̂_l − x‖² + AuxK, where x̂_l uses the first n_l latents (arXiv 2503.17547).
 
-    What fires is chosen once, over the whole dictionary. The mean over levels is taken once (two public trainers divide by their
-    number twice, which makes AuxK several times as strong as written). Bounds n_l are fixed, or drawn every step from a Pareto
-    distribution whose density falls with n, as many as there are prefixes, the last d_sae.
+    Firing latents are selected once, over the whole dictionary. The sum over levels is divided by their number once; two public trainers
+    divide twice, which makes AuxK several times as strong as written. The bounds n_l are fixed, or drawn at every step with probabilities
+    that fall as 1 / n (Pareto). There are as many as prefixes, and the last is d_sae.
     """
 
     def __init__(self, settings: Settings, shares: tuple[float, ...], random: bool) -> None:
@@ -23,7 +23,7 @@ class Matryoshka(BatchTopK):
         self._random = random
 
     def prefixes(self) -> tuple[int, ...] | None:
-        """See `Variant`."""
+        """Return the fixed bounds of the levels."""
         return self._levels.bounds
 
     def _levels_of(self, guides: Guides) -> Levels:

@@ -1,4 +1,4 @@
-"""ReLU with an L1 penalty: the first SAE for language models, with dead latents drawn anew (Bricken et al. 2023)."""
+"""ReLU with an L1 penalty and resampling of dead latents: the first SAE for language models (Bricken et al. 2023)."""
 
 import torch
 from torch import Tensor
@@ -12,15 +12,15 @@ from ommatid.sae.variants.base import Guides, Settings, Steered, make_scorer
 from ommatid.sae.weights import Weights, grad_of
 
 RESAMPLE_AT = (1 / 8, 1 / 4, 3 / 8, 1 / 2)
-"""Shares of the run after which dead latents are drawn anew (Bricken et al. 2023: steps 25,000 to 100,000 of 200,000)."""
+"""Shares of the run after which dead latents are resampled (Bricken et al. 2023: steps 25,000 to 100,000 of 200,000)."""
 RESAMPLED_NORM = 0.2
-"""Length of a new encoder row, as a share of the mean of the living."""
+"""Norm of a resampled encoder row, as a share of the mean norm of the other rows."""
 
 
 class ReLU(Steered):
-    """acts = relu(pre_acts);  loss = mean ‖x̂ − x‖² + λ mean Σ acts, directions of unit norm.
+    """ReLU SAE: acts = relu(pre_acts);  loss = mean ‖x̂ − x‖² + λ mean Σ acts, with directions of unit norm.
 
-    λ is given, or steered so that k latents fire a token.
+    λ is fixed, or steered so that k latents fire per token.
     """
 
     def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Tensor) -> Step:
@@ -29,23 +29,23 @@ class ReLU(Steered):
         scorer = make_scorer(settings, weights, inputs, self._levels)
         entries = select_above(scorer, torch.zeros((), dtype=inputs.dtype, device=inputs.device))
         acts = entries.values.relu()
-        found = reconstruct(entries, acts, weights, batch)
+        reconstruction = reconstruct(entries, acts, weights, batch)
         weight = guides.penalty / batch.n_total
-        grad_acts = entries.product(found.table, weights.W_dec).add_(weight)
-        loss = found.loss + weight * acts.sum()
+        grad_acts = entries.product(reconstruction.table, weights.W_dec).add_(weight)
+        loss = reconstruction.loss + weight * acts.sum()
         if settings.ms_weight:
             loss = loss + add_monosemanticity(entries, acts, batch, settings.ms_weight, grad_acts)
-        set_gradients(weights, entries, found, acts, grad_acts.mul_(acts > 0), inputs)
+        set_gradients(weights, entries, reconstruction, acts, grad_acts.mul_(acts > 0), inputs)
         n_firings = int((acts > 0).sum())
         self._steer(guides, n_firings, batch.n_total)
-        return Step(loss, found.take_x_hat(batch.target), n_firings, entries.fired(acts), 0.0)
+        return Step(loss, reconstruction.take_x_hat(batch.target), n_firings, entries.firing_latents(acts), 0.0)
 
     def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
         """See `Variant`."""
         return {"threshold": torch.tensor(0.0)}
 
     def revive(self, weights: Weights, batch: Batch, step: Step, guides: Guides, idle: Tensor) -> Tensor:
-        """At some shares of the run, dead latents."""
+        """Resample dead latents after the shares `RESAMPLE_AT` of the run."""
         if guides.step not in {round(share * self._settings.n_steps) for share in RESAMPLE_AT}:
             return idle.new_zeros(0)
         silent = (idle >= self._settings.dead_after).nonzero()[:, 0]
@@ -55,9 +55,9 @@ class ReLU(Steered):
 
 
 def _resample(weights: Weights, batch: Batch, x_hat: Tensor, dead: Tensor, seed: int) -> None:
-    """Give dead latents the directions of badly reconstructed tokens, drawn with the square of their error as weight.
+    """Give dead latents the directions of poorly reconstructed tokens, drawn with probability proportional to the square of their loss.
 
-    With several ranks all take what the first draws.
+    All ranks use the tokens that rank 0 draws from its share of the batch.
     """
     errors = (batch.target - x_hat).square().sum(1)
     generator = torch.Generator().manual_seed(seed)
@@ -65,8 +65,8 @@ def _resample(weights: Weights, batch: Batch, x_hat: Tensor, dead: Tensor, seed:
     alive = torch.ones(weights.d_sae, dtype=torch.bool, device=dead.device)
     alive[dead] = False
     length = RESAMPLED_NORM * float(weights.W_enc[alive].norm(dim=1).mean()) if alive.any() else RESAMPLED_NORM
-    weights.W_dec[dead] = distributed.agree(normalize((batch.target - weights.b_dec)[tokens], dim=1))
-    weights.W_enc[dead] = distributed.agree(length * normalize(centre(weights, batch)[tokens], dim=1))
+    weights.W_dec[dead] = distributed.broadcast(normalize((batch.target - weights.b_dec)[tokens], dim=1))
+    weights.W_enc[dead] = distributed.broadcast(length * normalize(centre(weights, batch)[tokens], dim=1))
     weights.b_enc[dead] = 0.0
     for tensor in (weights.W_dec, weights.W_enc, weights.b_enc):
         grad_of(tensor)[dead] = 0.0
