@@ -47,7 +47,7 @@ def refuse(path: Path, *reasons: str, told: Told = TOLD) -> None:
         ({"architecture": "abstopk"}, "negative activations"),
         ({"architecture": "temporal"}, "by those before it"),
         ({"architecture": "matching_pursuit"}, "one after another"),
-        ({"architecture": "crosscoder"}, "architecture 'crosscoder' is not known; can be read: standard"),
+        ({"architecture": "crosscoder"}, "architecture 'crosscoder' is not known; Ommatid reads standard"),
         ({"architecture": 5}, "architecture is 5; expected text"),
         ({"architecture": None, "k": -1}, "k is -1; expected a number above 0"),
         ({"normalize_activations": "layer_norm"}, "standard deviation"),
@@ -55,11 +55,11 @@ def refuse(path: Path, *reasons: str, told: Told = TOLD) -> None:
         ({"normalize_activations": "covariance_whitening"}, "fold_activation_whitening"),
         ({"normalize_activations": "expected_average_only_in"}, "--set scaling_factor=F"),
         ({"activation_fn_str": "tanh-relu"}, "activation_fn is 'tanh-relu'"),
-        ({"architecture": "topk"}, "k is not said"),
+        ({"architecture": "topk"}, "k is missing"),
         ({"architecture": "topk", "k": 19}, "from 1 to 18"),
         ({"architecture": "topk", "k": "4"}, "k is '4'; expected a number"),
         ({"architecture": "jumprelu"}, "threshold (missing)"),
-        ({"matryoshka_widths": [9, 9]}, "expected numbers that grow"),
+        ({"matryoshka_widths": [9, 9]}, "expected numbers that increase"),
         ({"metadata": [1]}, "expected an object"),
     ],
 )
@@ -79,7 +79,7 @@ def test_a_scale_that_is_told_is_folded_in(copy: Callable[[str], Path]) -> None:
 def test_sparsify_that_cannot_be_said(copy: Callable[[str], Path]) -> None:
     folder = copy(SPARSE)
     change(folder / "cfg.json", activation="groupmax")
-    refuse(folder, "groupmax", "topk can be read")
+    refuse(folder, "groupmax", "Ommatid reads topk")
     change(folder / "cfg.json", activation="topk", skip_connection=True)
     refuse(folder, "skip connection")
 
@@ -108,8 +108,8 @@ def test_a_checkpoint_without_config_must_say_its_class(copy: Callable[[str], Pa
 def test_levels_and_k_that_cannot_be(tmp_path: Path) -> None:
     state = torch.load(fixture("dictionary_learning-MatryoshkaBatchTopKSAE") / "ae.pt", weights_only=True)
     for change_to, reason in (
-        ({"group_sizes": torch.tensor([6, 6])}, "group_sizes add up to 12, and there are 18 latents"),
-        ({"group_sizes": torch.tensor([20, -2])}, "expected numbers that grow"),
+        ({"group_sizes": torch.tensor([6, 6])}, "group_sizes add up to 12, but there are 18 latents"),
+        ({"group_sizes": torch.tensor([20, -2])}, "expected numbers that increase"),
         ({"k": torch.tensor(-1)}, "k is -1"),
     ):
         torch.save(state | change_to, tmp_path / "ae.pt")
@@ -147,7 +147,7 @@ def test_overcomplete_that_cannot_be_said(add: dict[str, tuple[int, ...]], drop:
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("b_enc", None, "b_enc (missing); expected are W_dec, W_enc, b_dec, b_enc"),
+        ("b_enc", None, "b_enc (missing); expected W_dec, W_enc, b_dec, b_enc"),
         ("W_skip", torch.zeros(2), "W_skip (not known)"),
         ("b_enc", torch.zeros(17), "b_enc has shape (17,); expected (d_sae) with"),
         ("W_dec", torch.zeros(6, 18), "expected (d_sae, d_model)"),
@@ -260,7 +260,7 @@ def test_places_without_an_sae(tmp_path: Path) -> None:
     refuse(tmp_path, "an empty folder")
     (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
     refuse(tmp_path, "among notes.txt; known are saelens")
-    refuse(tmp_path / "notes.txt", "not an SAE of a library that is known")
+    refuse(tmp_path / "notes.txt", "not an SAE of a known library")
     refuse(fixture(LENS).parent, "holds SAEs in dictionary_learning-AutoEncoder", "name one of these folders")
     with pytest.raises(ModelError, match="'keras' is not known"):
         import_sae(fixture(LENS), TOLD, "keras")

@@ -1,4 +1,4 @@
-"""From another library's SAE to Ommatid's, and back: which format, and what it takes."""
+"""Conversion between another library's SAEs and Ommatid's: detection of formats, import and export."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,26 +14,34 @@ from ommatid.sae.interop.files import read_json
 from ommatid.sae.interop.overrides import Overrides
 from ommatid.sae.model import CONFIG, SAE, WEIGHTS
 
-K = {"k": "mean number of latents that fire a token"}
+K = {"k": "mean number of latents that fire per token"}
+"""The value that every format takes: see `Format.TAKES`."""
 
 
 class Format(Protocol):
-    """One library's way to keep an SAE: a module of this package."""
+    """A library's file format for SAEs. Each is a module of this package."""
 
     FILES: str
-    """What it looks like on disk, in words."""
+    """Description of the files, in words."""
     TAKES: Mapping[str, str]
-    """Values that the user may have to say, and what each means."""
+    """Values that the user can give because files may lack them, with their meanings."""
 
     def detect(self, path: Path) -> bool:
-        """Does this folder or file look like it? Names and headers are looked at, weights only where there is nothing else."""
+        """Return whether a folder or file has this format, judging by names and headers, and by weights only where these do not tell."""
         ...
 
     def read(self, path: Path, overrides: Overrides) -> SAE:
-        """Read and fold.
+        """Read an SAE, and fold its biases and scales into Ommatid's form.
+
+        Args:
+            path: Folder or file.
+            overrides: Values that the user gives.
+
+        Returns:
+            The SAE.
 
         Raises:
-            ModelError: a file is missing or damaged, or holds what Ommatid's form cannot say.
+            ModelError: A file is missing or damaged, or holds an SAE that Ommatid's form cannot represent.
         """
         ...
 
@@ -41,7 +49,7 @@ class Format(Protocol):
         """Write files that the library's own loader opens.
 
         Raises:
-            ModelError: the library has no such SAE.
+            ModelError: The library cannot represent the SAE.
         """
         ...
 
@@ -54,21 +62,22 @@ FORMATS: dict[str, Format] = {
     "dictionary_learning": dictionary_learning,
     "overcomplete": overcomplete,
 }
-"""By name, in the order in which they are looked for."""
+"""Formats by name, in the order in which they are tried."""
 
 
 def import_sae(path: Path, overrides: Overrides | None = None, format_name: str | None = None) -> SAE:
-    """Read another library's SAE: acts and reconstruction are those that its own loader gives.
-
-    `config.k` is 0 where neither the files nor `overrides` say how many latents fire: see `with_measured_k`.
+    """Read another library's SAE. Its activations and reconstructions equal those of the library's own loader.
 
     Args:
-        path: A folder or file.
-        overrides: What the files don't say.
-        format_name: One of FORMATS; None finds it.
+        path: Folder or file.
+        overrides: Values that the files lack, or that replace theirs.
+        format_name: A key of `FORMATS`; None means that the format is detected.
+
+    Returns:
+        The SAE. Its `config.k` is 0 if neither the files nor `overrides` give it: see `with_measured_k`.
 
     Raises:
-        ModelError: nothing known is there, or it cannot be read or represented: the message says what it is and what can be done.
+        ModelError: The path holds no SAE of a known format, or one that cannot be read or represented.
     """
     name = format_name or find_format(path)
     overrides = overrides or Overrides()
@@ -77,66 +86,74 @@ def import_sae(path: Path, overrides: Overrides | None = None, format_name: str 
 
 
 def export_sae(sae: SAE, format_name: str, folder: Path) -> None:
-    """Write an SAE into `folder` so that the library's own loader opens it and computes the same.
+    """Write an SAE as files that another library's own loader opens, and that compute the same.
+
+    Args:
+        sae: The SAE.
+        format_name: A key of `FORMATS`.
+        folder: Folder to write, created if it does not exist.
 
     Raises:
-        ModelError: the library has no such SAE, or the folder holds one of Ommatid's.
+        ModelError: The library cannot represent the SAE, or the folder holds an SAE in Ommatid's format.
     """
     form = _format(format_name)
     if is_native(folder):
-        raise ModelError(f"{folder}: holds an SAE of Ommatid, which the files of {format_name} might replace; name another folder")
+        raise ModelError(f"{folder}: holds an SAE of Ommatid, which the files of {format_name} could overwrite; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     form.write(sae, folder)
 
 
 def write_native(sae: SAE, folder: Path) -> None:
-    """Write sae.safetensors and cfg.json.
+    """Write an SAE in Ommatid's own format: sae.safetensors and cfg.json.
 
     Raises:
-        ModelError: the folder holds another library's, whose files have the same names.
+        ModelError: The folder holds another library's SAE, whose files may have the same names.
     """
     if (folder / CONFIG).exists() and not is_native(folder):
-        raise ModelError(f"{folder}: {CONFIG} of another library is there, and would be replaced; name another folder")
+        raise ModelError(f"{folder}: holds another library's {CONFIG}, which would be overwritten; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     sae.save(folder / WEIGHTS, folder / CONFIG)
 
 
 def load_native(folder: Path) -> SAE:
-    """Read sae.safetensors and cfg.json.
+    """Read an SAE in Ommatid's own format.
 
     Raises:
-        ModelError: they are not there.
+        ModelError: The folder does not hold one.
     """
     if not is_native(folder):
-        raise ModelError(f"{folder}: no SAE of Ommatid; it has {WEIGHTS} and {CONFIG}")
+        raise ModelError(f"{folder}: holds no SAE of Ommatid, which consists of {WEIGHTS} and {CONFIG}")
     return SAE.load(folder)
 
 
 def find_format(path: Path) -> str:
-    """The name of the format that a folder or file has.
+    """Detect the format of a folder or file.
+
+    Returns:
+        A key of `FORMATS`.
 
     Raises:
-        ModelError: it has none that is known here; the message names those inside, or all that are known.
+        ModelError: It has no known format. The message names sub-folders that have one, or else all known formats.
     """
     if not path.exists():
         raise ModelError(f"{path}: no such file or folder")
     if is_native(path):
-        raise ModelError(f"{path}: an SAE of Ommatid already; use it as it is")
+        raise ModelError(f"{path}: is an SAE of Ommatid already; use it as it is")
     if name := _detect(path):
         return name
     raise ModelError(f"{path}: {_what_else(path)}")
 
 
 def with_measured_k(sae: SAE, sample_nd: Tensor) -> SAE:
-    """The same SAE, whose k is the mean number of latents that fire on a sample of activations (tokens, d_model).
+    """Return the same SAE with k set to the mean number of latents that fire on a sample of activations, `(tokens, d_model)`.
 
-    A TopK SAE is as it is: its k is part of what it computes.
+    A TopK SAE is returned unchanged, because its k is part of what it computes.
     """
     if sae.config.activation == "topk":
         return sae
     with torch.inference_mode():
-        firing = sum(int((sae.encode(x_bd) > 0).sum()) for x_bd in sample_nd.split(1024))
-    config = replace(sae.config, k=max(1, round(firing / len(sample_nd))))
+        n_firings = sum(int((sae.encode(x_bd) > 0).sum()) for x_bd in sample_nd.split(1024))
+    config = replace(sae.config, k=max(1, round(n_firings / len(sample_nd))))
     return SAE(config, **sae.tensors())
 
 
@@ -158,7 +175,7 @@ def _looks_like_one(path: Path) -> bool:
 
 
 def is_native(path: Path) -> bool:
-    """Sparsify has files of the same names."""
+    """Return whether a folder holds an SAE in Ommatid's own format. Sparsify's files have the same names, so the keys decide."""
     has_files = (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
     return has_files and {"variant", "d_model", "hookpoint"} <= read_json(path / CONFIG).keys()
 
@@ -168,11 +185,11 @@ def _known() -> str:
 
 
 def _what_else(path: Path) -> str:
-    """Folders inside that hold SAEs, or the files that are there."""
+    """Explain why no format was detected: name the sub-folders that hold SAEs, or else the files found."""
     if path.is_file():
-        return f"not an SAE of a library that is known; {_known()}"
+        return f"not an SAE of a known library; {_known()}"
     inside = sorted(child for child in path.iterdir() if child.is_dir())
     if found := [child.name for child in inside if _looks_like_one(child)]:
         return f"holds SAEs in {', '.join(found[:10])}{' and more' if len(found) > 10 else ''}: name one of these folders"
     names = sorted(child.name for child in path.iterdir())
-    return f"no SAE of a library that is known among {', '.join(names[:10])}; {_known()}" if names else "an empty folder"
+    return f"no SAE of a known library among {', '.join(names[:10])}; {_known()}" if names else "an empty folder"

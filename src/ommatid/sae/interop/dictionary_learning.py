@@ -1,4 +1,4 @@
-"""The package dictionary_learning: ae.pt and config.json."""
+"""SAEs of the package dictionary_learning: ae.pt and config.json."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -37,9 +37,9 @@ class Class:
     """One of the library's dictionary classes."""
 
     shapes: Mapping[str, Shape]
-    """Its tensors."""
+    """Shapes of its tensors, by name."""
     variant: str
-    """What Ommatid calls it."""
+    """Ommatid's name for its variant."""
 
 
 _TOPK = {**ENCODER, "encoder.bias": ("d_sae",), "b_dec": ("d_model",), "k": (), "threshold": ()}
@@ -54,36 +54,45 @@ CLASSES: Mapping[str, Class] = {
         {**ENCODER, "decoder_bias": ("d_model",)} | {name: ("d_sae",) for name in ("r_mag", "gate_bias", "mag_bias")}, "gated"
     ),
 }
-TAKES: Mapping[str, str] = {"class": f"where config.json is not there: {', '.join(CLASSES)}"}
+TAKES: Mapping[str, str] = {"class": f"if there is no config.json, one of {', '.join(CLASSES)}"}
 
 
 def detect(path: Path) -> bool:
-    """A folder with ae.pt, or a .pt file with the tensors of one of the classes."""
+    """Return whether the path is a folder with ae.pt, or a .pt file with the tensors of a known class."""
     if path.is_dir():
         return (path / WEIGHTS).is_file()
     return path.suffix in PT and bool(classes_of(read_tensors(path)))
 
 
 def read(path: Path, overrides: Overrides) -> SAE:
-    """Read and fold: the bias that is subtracted from x, and the norms of AutoEncoder, as its loader does.
+    """Read an SAE; fold the bias that is subtracted from x, and for AutoEncoder the norms of directions, as its loader does.
 
     Raises:
-        ModelError: as `Format.read` says; a file that does not say which of two classes it is.
+        ModelError: As for `Format.read`, or the class is ambiguous.
     """
     return read_as(path, overrides, find_config(path), {})
 
 
 def read_as(path: Path, overrides: Overrides, config: Mapping[str, Any], spellings: Mapping[str, str]) -> SAE:
-    """`read`, where some classes are spellings otherwise.
+    """Read an SAE as `read` does, with a given configuration.
+
+    Args:
+        path: Folder or file.
+        overrides: Values that the user gives.
+        config: Contents of config.json.
+        spellings: Other spellings of class names, mapped to the usual ones.
+
+    Returns:
+        The SAE.
 
     Raises:
-        ModelError: as `read`.
+        ModelError: As for `read`.
     """
     file = path / WEIGHTS if path.is_dir() else path
     tensors = read_tensors(file)
     trainer = child(config, "trainer", file)
-    said = overrides.choice("class", CLASSES) or text(trainer, "dict_class", file)
-    name = choose_class(tensors, spellings.get(said, said) if said else None, file)
+    named = overrides.choice("class", CLASSES) or text(trainer, "dict_class", file)
+    name = choose_class(tensors, spellings.get(named, named) if named else None, file)
     weights = take(tensors, CLASSES[name].shapes, file)
     about = {"hookpoint": text(trainer, "submodule_name", file), "model": text(trainer, "lm_name", file)}
     kind = replace(_make_kind(name, weights, file), **about)
@@ -91,33 +100,41 @@ def read_as(path: Path, overrides: Overrides, config: Mapping[str, Any], spellin
 
 
 def find_config(path: Path) -> dict[str, Any]:
-    """config.json beside the weights, or above the checkpoints; empty where there is none."""
+    """Read config.json beside the weights, or above a folder `checkpoints`. Return an empty dict if there is none."""
     folder = path if path.is_dir() else path.parent
     places = [folder / CONFIG, folder.parent / CONFIG] if folder.name == "checkpoints" else [folder / CONFIG]
     return next((read_json(place) for place in places if place.is_file()), {})
 
 
 def classes_of(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The classes whose tensors have these names."""
+    """Return the names of the classes whose tensors have these names."""
     return [name for name, known in CLASSES.items() if known.shapes.keys() == tensors.keys()]
 
 
-def choose_class(tensors: Mapping[str, Tensor], said: str | None, file: Path) -> str:
-    """The class of these tensors.
+def choose_class(tensors: Mapping[str, Tensor], named: str | None, file: Path) -> str:
+    """Decide the class of an SAE.
+
+    Args:
+        tensors: Its tensors.
+        named: Name of the class according to config.json or the user, if any.
+        file: File of the tensors, for messages.
+
+    Returns:
+        The name of the class.
 
     Raises:
-        ModelError: none has such, the class that is said is not known, or two have them and it says neither.
+        ModelError: No class has such tensors, `named` is not known, or two classes have such tensors and `named` is neither.
     """
     possible = classes_of(tensors)
     if not possible:
-        closest = min(CLASSES, key=lambda name: (name != said, len(CLASSES[name].shapes.keys() ^ tensors.keys())))
+        closest = min(CLASSES, key=lambda name: (name != named, len(CLASSES[name].shapes.keys() ^ tensors.keys())))
         take(tensors, CLASSES[closest].shapes, file)
-    if said is not None and said not in CLASSES:
-        raise ModelError(f"{file}: class {said} is not known; its tensors are named as those of {' or '.join(possible)}")
-    # StandardTrainerAprilUpdate writes AutoEncoder beside an AutoEncoderNew: tensors that are of one class only say more than the name
-    if said not in possible and len(possible) > 1:
-        raise ModelError(f"{file}: tensors of {' or of '.join(possible)}, and no {CONFIG} says which; say it with --set class=...")
-    return said if said in possible else possible[0]
+    if named is not None and named not in CLASSES:
+        raise ModelError(f"{file}: class {named} is not known; the tensors have the names of those of {' or '.join(possible)}")
+    # StandardTrainerAprilUpdate records AutoEncoder for an AutoEncoderNew, so tensors that only one class has outweigh the recorded name.
+    if named not in possible and len(possible) > 1:
+        raise ModelError(f"{file}: could be of {' or of '.join(possible)}, and no {CONFIG} says which; name it with --set class=...")
+    return named if named in possible else possible[0]
 
 
 def _linear(weights: Mapping[str, Tensor], b_enc: str, b_dec: str) -> Folded:
@@ -127,7 +144,7 @@ def _linear(weights: Mapping[str, Tensor], b_enc: str, b_dec: str) -> Folded:
 def _fold_standard(weights: Mapping[str, Tensor]) -> Folded:
     folded = _linear(weights, "encoder.bias", "bias").after_subtracting(weights["bias"])
     norms = folded.W_dec.float().norm(dim=1)
-    # AutoEncoder.from_pretrained makes directions unit norm unless they are already, so acts are in these units
+    # AutoEncoder.from_pretrained normalises directions that are not of unit norm, so acts are in those units.
     return folded if torch.allclose(norms, torch.ones_like(norms)) else folded.scaled(folded.W_dec.norm(dim=1))
 
 
@@ -181,24 +198,29 @@ def _levels(sizes: Tensor, d_sae: int, file: Path) -> tuple[int, ...]:
     ends = [int(end) for end in sizes.cumsum(0)]
     levels = check_prefixes(ends, d_sae, file)
     if len(levels) != len(ends):
-        raise ModelError(f"{file}: group_sizes add up to {ends[-1] if ends else 0}, and there are {d_sae} latents")
+        raise ModelError(f"{file}: group_sizes add up to {ends[-1] if ends else 0}, but there are {d_sae} latents")
     return levels
 
 
 def write(sae: SAE, folder: Path) -> None:
-    """Write AutoEncoderTopK, GatedAutoEncoder, BatchTopKSAE, MatryoshkaBatchTopKSAE, or JumpReluAutoEncoder for other thresholds.
+    """Write an AutoEncoderTopK, GatedAutoEncoder, BatchTopKSAE or MatryoshkaBatchTopKSAE, or a JumpReluAutoEncoder for all else.
 
     Raises:
-        ModelError: a transcoder.
+        ModelError: The SAE is a transcoder.
     """
     write_as(sae, folder, {})
 
 
 def write_as(sae: SAE, folder: Path, spellings: Mapping[str, str]) -> None:
-    """`write`, where some classes are spellings otherwise.
+    """Write an SAE as `write` does, with other spellings of some class names.
+
+    Args:
+        sae: The SAE.
+        folder: Folder to write.
+        spellings: The usual class names, mapped to other spellings.
 
     Raises:
-        ModelError: as `write`.
+        ModelError: As for `write`.
     """
     refuse_transcoder(sae, "dictionary_learning")
     name, config = _class_for(sae), sae.config
@@ -227,7 +249,7 @@ def _unfold_batch_topk(sae: SAE) -> dict[str, Tensor]:
 
 
 def _unfold_topk(sae: SAE) -> dict[str, Tensor]:
-    # its threshold is what training would measure for another way to encode; -1 says that none was
+    # The library's threshold serves another way to encode, and is measured in training; -1 means that it was not measured.
     return _unfold_batch_topk(sae) | {"threshold": torch.tensor(-1.0)}
 
 

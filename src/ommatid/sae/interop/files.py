@@ -1,4 +1,4 @@
-"""Files of other libraries: JSON, safetensors, and what torch.save wrote, of which no code is ever run."""
+"""Readers of other libraries' files: JSON, safetensors, and pickles of torch.save, none of whose code is ever run."""
 
 import io
 import json
@@ -22,23 +22,23 @@ MAX_JSON = 16 * 2**20
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read a JSON object from a file.
 
     Raises:
-        ModelError: missing, too large, or not a JSON object.
+        ModelError: The file is missing, too large, or not a JSON object.
     """
     if not path.is_file():
         raise ModelError(f"{path}: missing; it belongs beside the weights")
     if path.stat().st_size > MAX_JSON:
-        raise ModelError(f"{path}: {path.stat().st_size} bytes; the configuration of an SAE has at most {MAX_JSON}")
+        raise ModelError(f"{path}: {path.stat().st_size} bytes; the configuration of an SAE may have at most {MAX_JSON}")
     return parse_json(path.read_bytes(), path)
 
 
 def parse_json(text: bytes, where: Path) -> dict[str, Any]:
-    """The object that `text` is.
+    """Parse a JSON object.
 
     Raises:
-        ModelError: it is not a JSON object.
+        ModelError: The text is not a JSON object.
     """
     try:
         values = json.loads(text)
@@ -50,10 +50,10 @@ def parse_json(text: bytes, where: Path) -> dict[str, Any]:
 
 
 def child(values: Mapping[str, Any], name: str, where: Path) -> dict[str, Any]:
-    """The object under `name`, empty where there is none.
+    """Return the object under a key, or an empty dict if the key is missing.
 
     Raises:
-        ModelError: it is something else.
+        ModelError: The value is not an object.
     """
     found = values.get(name)
     if found is not None and not isinstance(found, dict):
@@ -62,10 +62,10 @@ def child(values: Mapping[str, Any], name: str, where: Path) -> dict[str, Any]:
 
 
 def text(values: Mapping[str, Any], name: str, where: Path) -> str | None:
-    """The text under `name`, or None.
+    """Return the text under a key, or None if the key is missing.
 
     Raises:
-        ModelError: it is something else.
+        ModelError: The value is not text.
     """
     found = values.get(name)
     if found is not None and not isinstance(found, str):
@@ -74,10 +74,10 @@ def text(values: Mapping[str, Any], name: str, where: Path) -> str | None:
 
 
 def number(values: Mapping[str, Any], name: str, where: Path) -> float | None:
-    """The number above 0 under `name`, or None.
+    """Return the number under a key, or None if the key is missing.
 
     Raises:
-        ModelError: it is something else.
+        ModelError: The value is not a number above 0.
     """
     found = values.get(name)
     if found is not None and (isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < math.inf):
@@ -86,10 +86,10 @@ def number(values: Mapping[str, Any], name: str, where: Path) -> float | None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .pt file by name.
+    """Read the tensors of a .safetensors or .pt file, by name.
 
     Raises:
-        ModelError: missing, damaged, not a flat dict of tensors, or it holds more than tensors.
+        ModelError: The file is missing or damaged, or not a flat dict of tensors alone.
     """
     if not path.is_file():
         raise ModelError(f"{path}: missing; it holds the weights")
@@ -99,10 +99,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file by name.
+    """Read the tensors of a .safetensors file, by name.
 
     Raises:
-        ModelError: missing or damaged.
+        ModelError: The file is missing or damaged.
     """
     try:
         return load_file(path)
@@ -113,10 +113,17 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_pt(source: Path | io.BytesIO, where: Path) -> dict[str, Tensor]:
-    """The state dict that torch.save wrote; nothing in it is run.
+    """Read a state dict that torch.save wrote, without running any code in it.
+
+    Args:
+        source: Path, or bytes in memory.
+        where: Path to name in messages.
+
+    Returns:
+        The tensors, by name.
 
     Raises:
-        ModelError: damaged, not a flat dict of tensors, or it holds more than tensors.
+        ModelError: The file is damaged, or not a flat dict of tensors alone.
     """
     is_zip = zipfile.is_zipfile(source)
     if is_zip:
@@ -134,42 +141,42 @@ def read_pt(source: Path | io.BytesIO, where: Path) -> dict[str, Tensor]:
 
 
 def _why_not_loaded(error: pickle.UnpicklingError) -> str:
-    """Weights-only loading refuses objects; a file that is no pickle fails with the same class."""
+    """Explain an error of weights-only loading, which raises the same class for pickled objects and for files that are not pickles."""
     if "GLOBAL" not in str(error) and "global" not in str(error):
-        return "not a file of torch.save; .pt files of SAEs are what torch.save(sae.state_dict(), path) writes"
+        return "not a file of torch.save; write the .pt file of an SAE with torch.save(sae.state_dict(), path)"
     return (
-        "holds objects beside tensors; reading them would run code from the file, which is refused. "
-        "Where it was made, write torch.save(sae.state_dict(), path), and import that"
+        "holds objects other than tensors; reading them would run code from the file, which is refused. "
+        "Where the library is installed, write torch.save(sae.state_dict(), path), and import that file"
     )
 
 
 def _refuse_bomb(source: Path | io.BytesIO, where: Path) -> None:
-    """torch.save stores without compression: what is compressed is not its file, and may unpack without end."""
+    """Refuse a compressed archive, which torch.save never writes, and which could unpack to any size."""
     with zipfile.ZipFile(source) as archive:
         entries = archive.infolist()
     size = source.stat().st_size if isinstance(source, Path) else source.getbuffer().nbytes
     unpacked = sum(entry.file_size for entry in entries)
     if unpacked > size:
-        raise ModelError(f"{where}: {size} bytes that unpack to {unpacked}; torch.save never compresses, so this is not its file")
+        raise ModelError(f"{where}: {size} bytes that unpack to {unpacked}; torch.save never compresses, so it did not write this file")
 
 
 def check_state(values: object, where: Path) -> dict[str, Tensor]:
-    """A flat dict of tensors, each with storage of its own size.
+    """Check that values are a flat dict of tensors, none of which is larger than its storage, and return it.
 
     Raises:
-        ModelError: it is something else.
+        ModelError: They are not.
     """
     if not isinstance(values, Mapping):
-        raise ModelError(f"{where}: holds a {type(values).__name__}; expected a dict of tensors, as sae.state_dict() is")
+        raise ModelError(f"{where}: holds a {type(values).__name__}; expected a dict of tensors, such as sae.state_dict()")
     if odd := [str(name) for name, value in values.items() if not isinstance(name, str) or not _is_plain(value)]:
-        raise ModelError(f"{where}: {', '.join(odd[:5])}: not plain tensors; expected a flat dict of tensors, as sae.state_dict() is")
+        raise ModelError(f"{where}: {', '.join(odd[:5])}: not plain tensors; expected a flat dict of tensors, such as sae.state_dict()")
     if large := [name for name, value in values.items() if value.numel() * value.element_size() > value.untyped_storage().nbytes()]:
-        raise ModelError(f"{where}: {', '.join(large[:5])}: larger than the numbers that the file holds for it")
+        raise ModelError(f"{where}: {', '.join(large[:5])}: larger than the numbers that the file holds for the tensor")
     return dict(values)
 
 
 def _is_plain(value: object) -> bool:
-    """A dense tensor of real numbers, whose numbers are here."""
+    """Return whether a value is a dense tensor of real numbers on the CPU."""
     return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu" and not value.is_complex()
 
 

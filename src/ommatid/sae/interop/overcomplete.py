@@ -1,4 +1,4 @@
-"""Overcomplete: a state dict that says little, and overcomplete.json beside it for what it does not say."""
+"""SAEs of overcomplete: a bare state dict, with our overcomplete.json beside it for what the state dict does not record."""
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ FILES: str = "a .pt or .safetensors file with dictionary._weights or dictionary.
 CONFIG = "overcomplete.json"
 WEIGHTS = "sae.pt"
 BATCH_NORM_EPS = 1e-5
-"""torch.nn.BatchNorm1d's default, which overcomplete leaves."""
+"""The default of torch.nn.BatchNorm1d, which overcomplete uses."""
 EPS = 1e-8
-"""What overcomplete adds to norms that it divides by."""
+"""Number that overcomplete adds to the norms that it divides by."""
 
 
 @dataclass(frozen=True)
 class Class:
-    """One of the library's SAEs."""
+    """One of the library's SAE classes."""
 
     variant: str
-    """What Ommatid calls it."""
+    """Ommatid's name for its variant."""
     activation: Activation
-    """See `ommatid.sae.model.SAE`."""
+    """Activation of `ommatid.sae.model.SAE`."""
 
 
 CLASSES = {
@@ -50,9 +50,9 @@ NORMALIZATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 TAKES: Mapping[str, str] = {
     "class": f"one of {', '.join(CLASSES)}",
-    "running_threshold": "of a BatchTopKSAE, sae.running_threshold: not in its state dict",
-    "normalization": f"of the dictionary, one of {', '.join(NORMALIZATIONS)}; l2 where it is not said and rows are about unit norm",
-    "delta": "of an archetypal dictionary; 1.0 where it is not said",
+    "running_threshold": "sae.running_threshold of a BatchTopKSAE, which its state dict lacks",
+    "normalization": f"normalization of the dictionary, one of {', '.join(NORMALIZATIONS)}; by default l2, if rows have about unit norm",
+    "delta": "delta of an archetypal dictionary, by default 1.0",
 }
 
 DICTIONARY: Mapping[str, Shape] = {"dictionary._weights": ("d_sae", "d_model"), "dictionary.multiplier": ()}
@@ -70,7 +70,7 @@ TIED = "encoder.tied_to."
 
 
 def detect(path: Path) -> bool:
-    """A file, or a folder with sae.pt, whose tensors have an overcomplete dictionary."""
+    """Return whether the path is a file, or a folder with sae.pt, that holds a dictionary of overcomplete."""
     file = _locate(path)
     if file.suffix not in (*PT, ".safetensors") or not file.is_file():
         return False
@@ -78,19 +78,19 @@ def detect(path: Path) -> bool:
 
 
 def read(path: Path, overrides: Overrides) -> SAE:
-    """Read and fold: the dictionary's normalization and multiplier, a batch normalization after the encoder.
+    """Read an SAE; fold the dictionary's normalization and multiplier, and a batch normalization after the encoder.
 
     Raises:
-        ModelError: as `Format.read` says; a value that the state dict lacks and nobody says, or an encoder that is not linear.
+        ModelError: As for `Format.read`; or a value that the state dict lacks is not given, or the encoder is not linear.
     """
     file = _locate(path)
     tensors = read_tensors(file)
     beside = file.with_name(CONFIG)
-    said = {name: str(value) for name, value in (read_json(beside) if beside.is_file() else {}).items() if name in (*TAKES, "k")}
-    overrides = Overrides(overrides.hookpoint, overrides.model, overrides.target, {**said, **overrides.values})
+    recorded = {name: str(value) for name, value in (read_json(beside) if beside.is_file() else {}).items() if name in (*TAKES, "k")}
+    overrides = Overrides(overrides.hookpoint, overrides.model, overrides.target, {**recorded, **overrides.values})
     name = _choose_class(tensors, overrides, file)
     is_tied = any(key.startswith(TIED) for key in tensors)
-    # a tied encoder keeps the same dictionary a second time
+    # A tied encoder stores the dictionary a second time.
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(TIED)}
     weights = take(tensors, _shapes(tensors.keys(), is_tied, file), file)
     W_dec = _read_dictionary(weights, overrides, file)
@@ -106,37 +106,36 @@ def _locate(path: Path) -> Path:
 
 def _choose_class(tensors: Mapping[str, Tensor], overrides: Overrides, file: Path) -> str:
     if "Q" in tensors:
-        raise ModelError(
-            f"{file}: a QSAE of overcomplete rounds its codes to learnt levels, which Ommatid's form cannot say; {_readable()}"
-        )
+        raise ModelError(f"{file}: a QSAE of overcomplete rounds its codes to learnt levels, which Ommatid cannot represent; {_readable()}")
     if not any(name.startswith("encoder.") for name in tensors):
-        raise ModelError(f"{file}: has no encoder: MpSAE and OMPSAE choose latents one after another; {_readable()}")
+        raise ModelError(f"{file}: has no encoder, as an MpSAE or OMPSAE, which choose latents one after another; {_readable()}")
     is_jump, is_archetypal = "thresholds" in tensors, "dictionary.C" in tensors
     if is_jump:
         return "RAJumpSAE" if is_archetypal else "JumpSAE"
     possible = ("RATopKSAE",) if is_archetypal else ("SAE", "TopKSAE", "BatchTopKSAE")
-    said = overrides.choice("class", CLASSES)
-    if said is None and not is_archetypal:
-        raise ModelError(f"{file}: SAE, TopKSAE and BatchTopKSAE have the same state dict; say which it is with --set class=...")
-    if said is not None and said not in possible:
-        raise ModelError(f"{file}: class {said} has other tensors; these are of {' or '.join(possible)}")
-    return said or possible[0]
+    named = overrides.choice("class", CLASSES)
+    if named is None and not is_archetypal:
+        raise ModelError(f"{file}: SAE, TopKSAE and BatchTopKSAE have the same state dict; name the class with --set class=...")
+    if named is not None and named not in possible:
+        raise ModelError(f"{file}: class {named} has other tensors; these are of {' or '.join(possible)}")
+    return named or possible[0]
 
 
 def _readable() -> str:
-    return f"can be read: {', '.join(CLASSES)} with a linear encoder"
+    return f"Ommatid reads {', '.join(CLASSES)} with a linear encoder"
 
 
 def _threshold(name: str, thresholds: Tensor | None, overrides: Overrides, file: Path) -> Tensor:
-    """Overcomplete fires at the threshold, Ommatid above it: the float just below is the same."""
+    """Return the threshold. In overcomplete latents fire at it, in Ommatid only above it, so the next smaller float is equivalent."""
     if thresholds is not None:
         below = thresholds.float().exp()
     elif name == "BatchTopKSAE":
-        if (said := overrides.number("running_threshold")) is None:
+        if (given := overrides.number("running_threshold")) is None:
             raise ModelError(
-                f"{file}: a BatchTopKSAE keeps its threshold outside its state dict; say --set running_threshold=<sae.running_threshold>"
+                f"{file}: a BatchTopKSAE keeps its threshold outside its state dict; give it with "
+                "--set running_threshold=<sae.running_threshold>"
             )
-        below = torch.tensor(said)
+        below = torch.tensor(given)
     else:
         return torch.tensor(0.0)
     return torch.nextafter(below, torch.tensor(-torch.inf))
@@ -155,18 +154,18 @@ def _encoder_shapes(names: Set[str], is_tied: bool, file: Path) -> Mapping[str, 
     if "encoder.weight" in names:
         return {"encoder.weight": ("d_sae", "d_model"), **bias}
     if deep := sorted(name for name in names if not name.startswith("encoder.final_block.")):
-        raise ModelError(f"{file}: an encoder of several layers ({deep[0]}, ...), and Ommatid's is one matrix; {_readable()}")
+        raise ModelError(f"{file}: an encoder of several layers ({deep[0]}, ...), while Ommatid's is one matrix; {_readable()}")
     if "encoder.final_block.1.weight" not in names:
         return LINEAR
     if "encoder.final_block.1.running_mean" not in names:
         raise ModelError(
-            f"{file}: a layer normalization after the encoder depends on each activation, which no weights can do; {_readable()}"
+            f"{file}: a layer normalization after the encoder depends on each activation and cannot be folded into weights; {_readable()}"
         )
     return {**LINEAR, **BATCH_NORM}
 
 
 def _read_encoder(weights: Mapping[str, Tensor], W_dec: Tensor, is_tied: bool) -> tuple[Tensor, Tensor]:
-    """W_enc and b_enc."""
+    """Return W_enc `(d_model, d_sae)` and b_enc `(d_sae,)`."""
     if is_tied or "encoder.weight" in weights:
         W_enc = W_dec.T if is_tied else weights["encoder.weight"].T
         return W_enc, weights.get("encoder.bias", torch.zeros(len(W_dec), dtype=torch.float64))
@@ -179,7 +178,7 @@ def _read_encoder(weights: Mapping[str, Tensor], W_dec: Tensor, is_tied: bool) -
 
 
 def _read_dictionary(weights: Mapping[str, Tensor], overrides: Overrides, file: Path) -> Tensor:
-    """(d_sae, d_model), as get_dictionary gives it."""
+    """Return the directions `(d_sae, d_model)`, as overcomplete's get_dictionary does."""
     if "dictionary.C" in weights:
         mix = weights["dictionary.W"].relu()
         mix = mix / (mix.sum(dim=1, keepdim=True) + EPS)
@@ -192,22 +191,22 @@ def _read_dictionary(weights: Mapping[str, Tensor], overrides: Overrides, file: 
 
 
 def _normalization(rows: Tensor, overrides: Overrides, file: Path) -> str:
-    if said := overrides.choice("normalization", NORMALIZATIONS):
-        return said
+    if named := overrides.choice("normalization", NORMALIZATIONS):
+        return named
     norms = rows.norm(dim=1)
     if norms.min() < 0.8 or norms.max() > 1.25:
         raise ModelError(
             f"{file}: rows of the dictionary have norms from {float(norms.min()):.3g} to {float(norms.max()):.3g}, "
-            f"so they were not made 1; say how with --set normalization=... ({', '.join(NORMALIZATIONS)})"
+            f"so they do not have unit norm; name the normalization with --set normalization=... ({', '.join(NORMALIZATIONS)})"
         )
     return "l2"
 
 
 def write(sae: SAE, folder: Path) -> None:
-    """Write sae.pt for a TopKSAE, a JumpSAE or an SAE with dictionary_params={"normalization": "identity"}, and overcomplete.json.
+    """Write sae.pt, for a TopKSAE, JumpSAE or SAE with dictionary_params={"normalization": "identity"}, and overcomplete.json.
 
     Raises:
-        ModelError: gated, a transcoder, or b_dec is not 0: overcomplete's decoder has no bias.
+        ModelError: The SAE is gated, a transcoder, or has a b_dec other than 0: overcomplete's decoder has no bias.
     """
     refuse_transcoder(sae, "overcomplete")
     weights = float_tensors(sae)

@@ -1,4 +1,4 @@
-"""What the user says of an SAE that its files don't."""
+"""Values that the user gives for an imported SAE because its files lack them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,22 +9,22 @@ from ommatid.errors import ModelError
 
 @dataclass(frozen=True)
 class Overrides:
-    """It goes before what the files say."""
+    """Values that the user gives; they take precedence over those in the files."""
 
     hookpoint: str | None = None
-    """Where the activations were captured."""
+    """Hookpoint whose activations are encoded."""
     model: str | None = None
-    """The model that is explained."""
+    """Name of the model that the activations come from."""
     target: str | None = None
-    """Hookpoint that a transcoder decodes."""
+    """Hookpoint whose activations a transcoder decodes."""
     values: Mapping[str, str] = field(default_factory=dict)
-    """Values by name, such as k or scaling_factor: each format says which it takes."""
+    """Further values by name, such as k or scaling_factor. Each format lists those it takes in `Format.TAKES`."""
 
     def integer(self, name: str) -> int | None:
-        """A whole number above 0, or None where it was not said.
+        """Return a value as a whole number, or None if it was not given.
 
         Raises:
-            ModelError: it is something else.
+            ModelError: The value is not a whole number above 0.
         """
         value = self.values.get(name)
         if value is not None and (not value.isdecimal() or int(value) == 0):
@@ -32,10 +32,10 @@ class Overrides:
         return None if value is None else int(value)
 
     def number(self, name: str) -> float | None:
-        """A number, or None where it was not said.
+        """Return a value as a number, or None if it was not given.
 
         Raises:
-            ModelError: it is something else.
+            ModelError: The value is not a number.
         """
         try:
             return float(self.values[name]) if name in self.values else None
@@ -43,10 +43,10 @@ class Overrides:
             raise ModelError(f"{name}: {self.values[name]!r} is not a number") from None
 
     def choice(self, name: str, allowed: Mapping[str, object] | tuple[str, ...]) -> str | None:
-        """One of the allowed words, or None where it was not said.
+        """Return a value that must be one of the allowed words, or None if it was not given.
 
         Raises:
-            ModelError: it is something else.
+            ModelError: The value is not allowed.
         """
         value = self.values.get(name)
         if value is not None and value not in allowed:
@@ -54,10 +54,10 @@ class Overrides:
         return value
 
     def check(self, takes: Mapping[str, str], format_name: str) -> None:
-        """Refuse what a format does not take.
+        """Check that a format takes all values.
 
         Raises:
-            ModelError: a value has a name that is not in `takes`.
+            ModelError: The name of a value is not in `takes`.
         """
         if odd := sorted(self.values.keys() - takes.keys()):
             allowed = "; ".join(f"{name}: {meaning}" for name, meaning in takes.items())
@@ -65,11 +65,17 @@ class Overrides:
 
 
 def need(value: str | None, path: Path, what: str, option: str) -> str:
-    """The value, or an error that says how to give it.
+    """Return a value, or raise an error that says how to give it.
+
+    Args:
+        value: The value, if known.
+        path: Path of the SAE, for the message.
+        what: What the value means, for the message.
+        option: Option of the command line that gives it.
 
     Raises:
-        ModelError: there is none.
+        ModelError: The value is missing.
     """
     if not value:
-        raise ModelError(f"{path}: the files don't say {what}; say it with {option}")
+        raise ModelError(f"{path}: the files do not record {what}; give it with {option}")
     return value

@@ -1,6 +1,6 @@
-"""The code of arXiv 2504.02821 (ExplainableML/sae-for-vlm): ae.pt and config.json.
+"""SAEs of the code of arXiv 2504.02821 (ExplainableML/sae-for-vlm): ae.pt and config.json.
 
-It carries a copy of dictionary_learning that spells Matryoshka another way; all else is the same.
+The code contains a copy of dictionary_learning, with a different spelling of Matryoshka.
 """
 
 from collections.abc import Mapping
@@ -18,24 +18,24 @@ SPELLINGS = {"MatroyshkaBatchTopKSAE": "MatryoshkaBatchTopKSAE"}
 
 
 def detect(path: Path) -> bool:
-    """Files of dictionary_learning, with that spelling in config.json."""
+    """Return whether the path has files of dictionary_learning, with the different spelling in config.json."""
     is_weights = (path / dictionary_learning.WEIGHTS).is_file() if path.is_dir() else path.suffix == ".pt"
     return is_weights and text(child(dictionary_learning.find_config(path), "trainer", path), "dict_class", path) in SPELLINGS
 
 
 def read(path: Path, overrides: Overrides) -> SAE:
-    """Read and fold, as dictionary_learning.
+    """Read an SAE in the same way as from dictionary_learning.
 
     Raises:
-        ModelError: as `Format.read` says.
+        ModelError: As for `Format.read`.
     """
     return dictionary_learning.read_as(path, overrides, dictionary_learning.find_config(path), SPELLINGS)
 
 
 def write(sae: SAE, folder: Path) -> None:
-    """Write what dictionary_learning writes, in that spelling.
+    """Write the files of dictionary_learning, with the different spelling.
 
     Raises:
-        ModelError: a transcoder.
+        ModelError: The SAE is a transcoder.
     """
     dictionary_learning.write_as(sae, folder, {right: wrong for wrong, right in SPELLINGS.items()})

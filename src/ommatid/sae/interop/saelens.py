@@ -1,4 +1,4 @@
-"""SAELens: cfg.json and sae_weights.safetensors."""
+"""SAEs of SAELens: cfg.json and sae_weights.safetensors."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,14 +17,14 @@ from ommatid.sae.model import SAE
 
 FILES: str = "cfg.json and sae_weights.safetensors"
 TAKES: Mapping[str, str] = {
-    "scaling_factor": "what SAELens multiplied activations with, where normalize_activations is expected_average_only_in"
+    "scaling_factor": "factor by which SAELens multiplied activations, if normalize_activations is expected_average_only_in"
 }
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 SCALER = "activation_scaler.json"
 VERSION = "6.0.0"
-"""Of the layout that is written: from 6.0 on, metadata is an object of its own."""
+"""SAELens version of the layout that is written: from 6.0 on, metadata is a separate object."""
 
 TRANSCODER: Mapping[str, Shape] = {**PLAIN, "W_dec": ("d_sae", "d_out"), "b_dec": ("d_out",)}
 THRESHOLD: Mapping[str, Shape] = {"threshold": ("d_sae",)}
@@ -39,34 +39,36 @@ SHAPES: Mapping[str, Mapping[str, Shape]] = {
     "transcoder": TRANSCODER,
     "jumprelu_transcoder": {**TRANSCODER, **THRESHOLD},
 }
-"""Tensors of each architecture that can be read; batchtopk and matryoshka_batchtopk are checkpoints of training."""
+"""Tensors of each supported architecture. batchtopk and matryoshka_batchtopk occur only in checkpoints of training."""
 
 VARIANTS = {"standard": "relu", "batchtopk": "batch_topk", "matryoshka_batchtopk": "matryoshka", "transcoder": "relu"}
-"""What params.yaml calls them, where it is another word; jumprelu_transcoder is jumprelu."""
+"""Ommatid's names of variants that differ from SAELens's. Of jumprelu_transcoder only the suffix is dropped."""
 
 REFUSED = {
-    "skip_transcoder": "adds x W_skip to what it decodes, which no latent explains",
-    "jumprelu_skip_transcoder": "adds x W_skip to what it decodes, which no latent explains",
+    "skip_transcoder": "adds x W_skip to its reconstruction, which no latent explains",
+    "jumprelu_skip_transcoder": "adds x W_skip to its reconstruction, which no latent explains",
     "abstopk": "has negative activations; a feature of Ommatid fires in one direction",
     "temporal": "encodes a token by those before it; Ommatid encodes each token by itself",
     "matching_pursuit": "chooses latents one after another; Ommatid encodes with one matrix",
 }
+"""Architectures that are refused, with the reason."""
 NORMALIZED = {
     "layer_norm": "is divided by its own standard deviation",
     "constant_norm_rescale": "is divided by its own norm",
 }
+"""Values of normalize_activations that are refused, with what each does to an activation."""
 
 
 def detect(path: Path) -> bool:
-    """A folder with sae_weights.safetensors."""
+    """Return whether the path is a folder with sae_weights.safetensors."""
     return (path / WEIGHTS).is_file()
 
 
 def read(path: Path, overrides: Overrides) -> SAE:
-    """Read and fold: b_dec where it is subtracted from x, decoder norms where they rescale, the scale of training.
+    """Read an SAE; fold b_dec if it is subtracted from x, decoder norms if they rescale acts, and the scale used in training.
 
     Raises:
-        ModelError: as `Format.read` says.
+        ModelError: As for `Format.read`.
     """
     cfg = _modernize(read_json(path / CONFIG), path)
     architecture = _check_architecture(cfg, path)
@@ -76,14 +78,14 @@ def read(path: Path, overrides: Overrides) -> SAE:
 
 
 def _modernize(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Names of before 6.0, as SAELens itself reads them."""
+    """Rename the keys of versions before 6.0, as SAELens itself does."""
     old = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
     cfg = {old.get(name, name): value for name, value in cfg.items()}
     cfg.setdefault("architecture", "standard")
     if cfg.get("activation_fn") == "topk":
         cfg |= {"architecture": "topk", "k": child(cfg, "activation_fn_kwargs", path / CONFIG).get("k")}
     elif cfg.get("activation_fn", "relu") != "relu":
-        raise ModelError(f"{path / CONFIG}: activation_fn is {cfg['activation_fn']!r}; relu and topk can be read")
+        raise ModelError(f"{path / CONFIG}: activation_fn is {cfg['activation_fn']!r}; Ommatid reads relu and topk")
     return cfg
 
 
@@ -92,13 +94,15 @@ def _check_architecture(cfg: Mapping[str, Any], path: Path) -> str:
     architecture = text(cfg, "architecture", where) or "standard"
     allowed = ", ".join(SHAPES)
     if architecture in REFUSED:
-        raise ModelError(f"{where}: a {architecture} SAE of SAELens {REFUSED[architecture]}; can be read: {allowed}")
+        raise ModelError(f"{where}: a {architecture} SAE of SAELens {REFUSED[architecture]}; Ommatid reads {allowed}")
     if architecture not in SHAPES:
-        raise ModelError(f"{where}: architecture {architecture!r} is not known; can be read: {allowed}")
-    # before 6.0 it was true or false
+        raise ModelError(f"{where}: architecture {architecture!r} is not known; Ommatid reads {allowed}")
+    # Before 6.0 the value was true or false.
     normalize = "none" if isinstance(cfg.get("normalize_activations"), bool) else text(cfg, "normalize_activations", where)
     if normalize in NORMALIZED:
-        raise ModelError(f"{where}: normalize_activations is {normalize}: each activation {NORMALIZED[normalize]}, which no weights can do")
+        raise ModelError(
+            f"{where}: normalize_activations is {normalize}: each activation {NORMALIZED[normalize]}, which cannot be folded into weights"
+        )
     if normalize == "covariance_whitening":
         raise ModelError(
             f"{where}: normalize_activations is covariance_whitening; call sae.fold_activation_whitening in SAELens and save it again"
@@ -107,24 +111,24 @@ def _check_architecture(cfg: Mapping[str, Any], path: Path) -> str:
 
 
 def _scaling_factor(cfg: Mapping[str, Any], path: Path, overrides: Overrides) -> float:
-    """1 where activations were taken as they are."""
+    """Return the factor by which activations were multiplied in training, which is 1 unless cfg.json says that they were."""
     if cfg.get("normalize_activations") not in ("expected_average_only_in", True):
         return 1.0
-    if (said := overrides.number("scaling_factor")) is not None:
-        return said
-    if (path / SCALER).is_file() and (kept := number(read_json(path / SCALER), "scaling_factor", path / SCALER)):
-        return kept
+    if (given := overrides.number("scaling_factor")) is not None:
+        return given
+    if (path / SCALER).is_file() and (recorded := number(read_json(path / SCALER), "scaling_factor", path / SCALER)):
+        return recorded
     raise ModelError(
-        f"{path / CONFIG}: normalize_activations is expected_average_only_in, and the factor of training is not in the weights; "
-        f"say it with --set scaling_factor=F (SAELens keeps it in {SCALER} of a checkpoint)"
+        f"{path / CONFIG}: normalize_activations is expected_average_only_in, and the factor of training is not folded into the weights; "
+        f"give it with --set scaling_factor=F (a checkpoint of SAELens has it in {SCALER})"
     )
 
 
 def _drop_legacy(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """A scaling_factor of ones was written for a while; log_threshold is what checkpoints of training had."""
+    """Convert tensors of older versions: drop a scaling_factor of ones, and turn the log_threshold of a checkpoint into threshold."""
     scale = tensors.pop("scaling_factor", None)
     if scale is not None and not torch.allclose(scale, torch.ones_like(scale)):
-        raise ModelError(f"{path / WEIGHTS}: scaling_factor of a finetuned SAE is not 1; SAELens 6 cannot read it either")
+        raise ModelError(f"{path / WEIGHTS}: scaling_factor of a finetuned SAE is not 1; SAELens 6 does not read it either")
     if "log_threshold" in tensors:
         tensors["threshold"] = tensors.pop("log_threshold").double().exp()
     return tensors
@@ -137,7 +141,7 @@ def _fold(weights: dict[str, Tensor], cfg: Mapping[str, Any], scale: float) -> F
     folded = Folded(W_enc, weights["b_gate" if is_gated else "b_enc"], W_dec, b_dec, threshold)
     if is_gated:
         ratio = weights["r_mag"].exp()
-        # the magnitude's pre-activation, in terms of the gate's; neither bias depends on x
+        # The magnitude's pre-activation is expressed by the gate's; neither bias depends on x.
         folded = replace(folded, gate_scale=ratio, gate_shift=weights["b_mag"] - ratio * weights["b_gate"])
     if "transcoder" not in cfg["architecture"] and cfg.get("apply_b_dec_to_input", True):
         folded = folded.after_subtracting(b_dec)
@@ -147,7 +151,7 @@ def _fold(weights: dict[str, Tensor], cfg: Mapping[str, Any], scale: float) -> F
 
 
 def _rescale(folded: Folded, scale: float) -> Folded:
-    """Acts are in units of the decoder's norm, and so is a checkpoint's threshold: SAELens divides it with the directions."""
+    """Rescale acts by decoder norms. A checkpoint's threshold is divided by the scale, as SAELens divides it with the directions."""
     return replace(folded.scaled(folded.W_dec.norm(dim=1)), threshold=torch.as_tensor(folded.threshold) / scale)
 
 
@@ -170,10 +174,10 @@ def _make_kind(architecture: str, cfg: Mapping[str, Any], path: Path, d_sae: int
 
 
 def write(sae: SAE, folder: Path) -> None:
-    """Write jumprelu, standard where all thresholds are 0, topk, gated, or a transcoder of the first two.
+    """Write a jumprelu SAE, a standard one if all thresholds are 0, a topk or gated one, or a transcoder of the first two kinds.
 
     Raises:
-        ModelError: a topk or gated transcoder, which SAELens does not have.
+        ModelError: The SAE is a topk or gated transcoder, which SAELens does not have.
     """
     config = sae.config
     weights = float_tensors(sae)

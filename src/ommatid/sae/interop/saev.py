@@ -1,4 +1,4 @@
-"""The package saev 0.1: one file, a line of JSON and then a state dict."""
+"""SAEs of the package saev 0.1: one file with a line of JSON, followed by a state dict."""
 
 import io
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ NAME = "sae.pt"
 
 
 def detect(path: Path) -> bool:
-    """A .pt file that begins with a JSON object, or a folder with one that is called sae.pt."""
+    """Return whether the path is a .pt file that begins with a JSON object, or a folder that holds such a file as sae.pt."""
     file = _locate(path)
     if file.suffix != ".pt" or not file.is_file():
         return False
@@ -29,10 +29,10 @@ def detect(path: Path) -> bool:
 
 
 def read(path: Path, overrides: Overrides) -> SAE:
-    """Read and fold: b_dec, which is subtracted from x.
+    """Read an SAE; fold b_dec, which saev subtracts from x.
 
     Raises:
-        ModelError: as `Format.read` says; a file with a schema number.
+        ModelError: As for `Format.read`, or the file has a schema number.
     """
     file = _locate(path)
     if not file.is_file():
@@ -52,20 +52,20 @@ def _locate(path: Path) -> Path:
 
 def _check_header(header: dict[str, Any], file: Path) -> None:
     if "schema" in header:
-        # schemas 1 and 2 were both written by code that subtracts b_dec from x and by code that does not, under the same number
+        # Schemas 1 and 2 were each written both by code that subtracts b_dec from x and by code that does not.
         raise ModelError(
-            f"{file}: schema {header['schema']} of a later saev: whether b_dec is subtracted from x changed without the number changing; "
-            "saev 0.1 can be read. Write W_enc, b_enc, W_dec, b_dec as SAELens has them, with apply_b_dec_to_input as your version computes"
+            f"{file}: has schema {header['schema']} of a later saev, which does not record whether b_dec is subtracted from x; Ommatid "
+            "reads saev 0.1. Write W_enc, b_enc, W_dec and b_dec in the format of SAELens, with apply_b_dec_to_input as your version has it"
         )
     if "d_vit" not in header:
-        raise ModelError(f"{file}: its first line lacks d_vit; the header of saev 0.1 has d_vit and exp_factor")
+        raise ModelError(f"{file}: the first line lacks d_vit; the header of saev 0.1 has d_vit and exp_factor")
 
 
 def write(sae: SAE, folder: Path) -> None:
-    """Write a ReLU SAE, all that saev 0.1 has.
+    """Write a ReLU SAE, the only kind that saev 0.1 has.
 
     Raises:
-        ModelError: another activation, a threshold, a transcoder, or d_sae is no multiple of d_model.
+        ModelError: The SAE has another activation or a threshold, is a transcoder, or its d_sae is not a multiple of d_model.
     """
     config = sae.config
     refuse_transcoder(sae, "saev")
@@ -73,7 +73,7 @@ def write(sae: SAE, folder: Path) -> None:
         kind = "a threshold" if config.activation == "threshold" else config.activation
         raise ModelError(f"saev 0.1 has ReLU only, and this SAE has {kind}; write it as saelens or dictionary_learning")
     if config.d_sae % config.d_model:
-        raise ModelError(f"saev has d_sae as a multiple of d_model, and here they are {config.d_sae} and {config.d_model}")
+        raise ModelError(f"saev needs d_sae to be a multiple of d_model, and here they are {config.d_sae} and {config.d_model}")
     weights = float_tensors(sae)
     state = {"W_enc": weights["W_enc"], "b_enc": before_subtracting(sae), "W_dec": weights["W_dec"], "b_dec": weights["b_dec"]}
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Sparsify of EleutherAI (PyPI eai-sparsify): cfg.json and sae.safetensors."""
+"""SAEs of EleutherAI's sparsify (PyPI eai-sparsify): cfg.json and sae.safetensors."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,24 +20,24 @@ SHAPES: dict[str, Shape] = {"encoder.weight": ("d_sae", "d_in"), "encoder.bias":
 
 
 def detect(path: Path) -> bool:
-    """A folder with sae.safetensors and a cfg.json that has d_in."""
+    """Return whether the path is a folder with sae.safetensors and a cfg.json that has d_in."""
     if not (path / WEIGHTS).is_file() or not (path / CONFIG).is_file():
         return False
     return "d_in" in parse_json((path / CONFIG).read_bytes(), path / CONFIG)
 
 
 def read(path: Path, overrides: Overrides) -> SAE:
-    """Read and fold: b_dec, which an autoencoder subtracts from x.
+    """Read an SAE; fold b_dec, which an autoencoder subtracts from x.
 
     Raises:
-        ModelError: as `Format.read` says; a GroupMax SAE, or one with a skip connection.
+        ModelError: As for `Format.read`, or the SAE is a GroupMax SAE or has a skip connection.
     """
     cfg = read_json(path / CONFIG)
     if (activation := cfg.get("activation", "topk")) != "topk":
-        raise ModelError(f"{path / CONFIG}: activation is {activation}, of which the largest of each group fires; topk can be read")
+        raise ModelError(f"{path / CONFIG}: activation is {activation}, with which the largest of each group fires; Ommatid reads topk")
     tensors = read_safetensors(path / WEIGHTS)
     if cfg.get("skip_connection") or "W_skip" in tensors:
-        raise ModelError(f"{path}: a transcoder with a skip connection adds x W_skip to what it decodes, which no latent explains")
+        raise ModelError(f"{path}: a transcoder with a skip connection adds x W_skip to its reconstruction, which no latent explains")
     weights = take(tensors, SHAPES, path / WEIGHTS)
     folded = Folded(weights["encoder.weight"].T, weights["encoder.bias"], weights["W_dec"], weights["b_dec"])
     is_transcoder = bool(cfg.get("transcode", False))
@@ -54,22 +54,22 @@ def read(path: Path, overrides: Overrides) -> SAE:
 
 
 def _is_hookpoint(path: Path) -> bool:
-    """Sparsify names the folder of each SAE after the module: layers.11, or layers.11.mlp."""
+    """Return whether the folder is named after a hookpoint: sparsify calls it after the module, such as layers.11 or layers.11.mlp."""
     return "." in path.resolve().name
 
 
 def write(sae: SAE, folder: Path) -> None:
-    """Write a TopK autoencoder, or a transcoder whose two hookpoints are equally wide.
+    """Write a TopK autoencoder, or a TopK transcoder whose two hookpoints have the same width.
 
     Raises:
-        ModelError: another activation, or a transcoder with another width.
+        ModelError: The SAE has another activation, or is a transcoder between different widths.
     """
     config = sae.config
     if config.activation != "topk":
         raise ModelError(f"sparsify has TopK only, and this SAE is {config.activation}; write it as saelens or dictionary_learning")
     if sae.d_out != config.d_model:
         raise ModelError(
-            f"transcoders of sparsify decode as many numbers as they encode, and this one goes from {config.d_model} to {sae.d_out}"
+            f"a transcoder of sparsify has one width for both hookpoints, and this one goes from {config.d_model} to {sae.d_out}"
         )
     is_transcoder = config.target is not None
     weights = float_tensors(sae)

@@ -1,4 +1,4 @@
-"""Weights of an SAE on their way from another library: checked, folded in double precision, and rounded once."""
+"""Weights of an SAE during conversion: tensors are checked, folded in double precision, and rounded once."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,23 +16,26 @@ Shape = tuple[str, ...]
 VECTORS = {"b_enc": ("d_sae",), "b_dec": ("d_model",)}
 MATRICES = {"W_enc": ("d_model", "d_sae"), "W_dec": ("d_sae", "d_model")}
 PLAIN: Mapping[str, Shape] = VECTORS | MATRICES
-"""The names and shapes that most libraries share with Ommatid."""
+"""Names and shapes of tensors that most libraries share with Ommatid."""
 
 
 def take(tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], where: Path) -> dict[str, Tensor]:
-    """The tensors that `shapes` names, in float64.
+    """Check tensors and convert them to float64.
 
     Args:
-        tensors: By name.
-        shapes: Names of each one's axes; the same name is the same size everywhere.
-        where: The file, for errors.
+        tensors: Tensors by name.
+        shapes: Names of each tensor's axes. Axes with the same name must have the same size.
+        where: File of the tensors, for messages.
+
+    Returns:
+        The tensors in float64, by name.
 
     Raises:
-        ModelError: a tensor is missing, not known, of another shape, or not finite.
+        ModelError: A tensor is missing, not known, of the wrong shape, or not finite.
     """
     if odd := sorted(tensors.keys() ^ shapes.keys()):
         words = [f"{name} ({'missing' if name in shapes else 'not known'})" for name in odd]
-        raise ModelError(f"{where}: {', '.join(words)}; expected are {', '.join(sorted(shapes))}")
+        raise ModelError(f"{where}: {', '.join(words)}; expected {', '.join(sorted(shapes))}")
     _check_shapes(tensors, shapes, where)
     if broken := [name for name in shapes if not torch.isfinite(tensors[name]).all()]:
         raise ModelError(f"{where}: {', '.join(broken)}: has NaN or infinite entries; the SAE diverged or the file is damaged")
@@ -50,59 +53,68 @@ def _check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], wh
 
 @dataclass(frozen=True)
 class Folded:
-    """An SAE in Ommatid's form, in float64: see `ommatid.sae.model.SAE`."""
+    """The weights of an SAE in Ommatid's form, in float64: see `ommatid.sae.model.SAE`."""
 
     W_enc: Tensor
-    """(d_model, d_sae)"""
+    """Encoder, `(d_model, d_sae)`."""
     b_enc: Tensor
-    """(d_sae,)"""
+    """Bias of the encoder, `(d_sae,)`."""
     W_dec: Tensor
-    """(d_sae, d_out)"""
+    """Decoder directions, `(d_sae, d_out)`."""
     b_dec: Tensor
-    """(d_out,)"""
+    """Bias of the decoder, `(d_out,)`."""
     threshold: Tensor | float = 0.0
-    """() or (d_sae,); below 0 is the same as 0, where acts are relu(pre_acts) at most"""
+    """Threshold of all latents, `()`, or of each, `(d_sae,)`. Negative values mean 0, because these libraries apply a ReLU first."""
     gate_scale: Tensor | None = None
-    """(d_sae,)"""
+    """Scale of magnitudes relative to gates, `(d_sae,)`."""
     gate_shift: Tensor | None = None
-    """(d_sae,)"""
+    """Shift of magnitudes relative to scaled gates, `(d_sae,)`."""
 
     def after_subtracting(self, b: Tensor) -> "Folded":
-        """The encoder sees x - b, for b (d_model,)."""
+        """Return weights that encode x as these encode x − b, for b `(d_model,)`."""
         return replace(self, b_enc=self.b_enc - b @ self.W_enc)
 
     def scaled(self, factor: Tensor) -> "Folded":
-        """Pre-activations times `factor` (d_sae,), directions divided by it; the threshold stays."""
+        """Return weights with pre-activations multiplied, and directions divided, by `factor` `(d_sae,)`; the threshold is unchanged."""
         return replace(self, W_enc=self.W_enc * factor, b_enc=self.b_enc * factor, W_dec=self.W_dec / factor[:, None])
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What an SAE is, beside its weights."""
+    """What the files record about an SAE besides its weights. None means that they do not record it."""
 
     variant: str
-    """How it was trained."""
+    """Training method."""
     activation: Activation = "threshold"
-    """See `SAE`."""
+    """Activation of `SAE`."""
     k: float | None = None
-    """Mean number of latents that fire a token, where the files say it."""
+    """Mean number of latents that fire per token."""
     hookpoint: str | None = None
-    """Where the activations were captured, where the files say it."""
+    """Hookpoint whose activations are encoded."""
     model: str | None = None
-    """The model that is explained, where the files say it."""
+    """Name of the model that the activations come from."""
     is_transcoder: bool = False
-    """What is decoded is another hookpoint."""
+    """Whether the SAE decodes another hookpoint."""
     target: str | None = None
-    """That hookpoint, where the files say it."""
+    """Hookpoint whose activations a transcoder decodes."""
     prefixes: tuple[int, ...] | None = None
-    """Matryoshka levels."""
+    """Sizes of the Matryoshka levels, if there are any."""
 
 
 def make_sae(folded: Folded, kind: Kind, overrides: Overrides, path: Path) -> SAE:
-    """The SAE, in float32.
+    """Make the SAE, in float32.
+
+    Args:
+        folded: Weights.
+        kind: What the files record.
+        overrides: Values that the user gives.
+        path: Path of the SAE, for messages.
+
+    Returns:
+        The SAE.
 
     Raises:
-        ModelError: k, hookpoint, model or target is needed and neither the files nor the user say it, or k cannot be.
+        ModelError: k, hookpoint, model or target is needed and missing, k is not possible, or a folded weight is not finite.
     """
     config = _make_config(folded, kind, overrides, path)
     gated = {"gate_scale": folded.gate_scale, "gate_shift": folded.gate_shift} if kind.activation == "gated" else {}
@@ -110,12 +122,12 @@ def make_sae(folded: Folded, kind: Kind, overrides: Overrides, path: Path) -> SA
     tensors["threshold"] = _as_simple(torch.as_tensor(folded.threshold).clamp(min=0))
     rounded = {name: tensor.float().contiguous() for name, tensor in tensors.items() if tensor is not None}
     if broken := [name for name, tensor in rounded.items() if not torch.isfinite(tensor).all()]:
-        raise ModelError(f"{path}: {', '.join(broken)}: not finite once folded; a direction has norm 0, or a scale is out of range")
+        raise ModelError(f"{path}: {', '.join(broken)}: not finite after folding; a direction has norm 0, or a scale is out of range")
     return SAE(config, **rounded)
 
 
 def _as_simple(threshold: Tensor) -> Tensor:
-    """One number where all latents have the same: encoding is faster."""
+    """Return one number if all latents have the same threshold: this makes encoding faster."""
     return threshold.flatten()[0].clone() if (threshold == threshold.flatten()[0]).all() else threshold
 
 
@@ -131,39 +143,47 @@ def _make_config(folded: Folded, kind: Kind, overrides: Overrides, path: Path) -
         d_sae=d_sae,
         k=k,
         hookpoint=need(overrides.hookpoint or kind.hookpoint, path, "where the activations were captured", "--hookpoint"),
-        model=need(overrides.model or kind.model, path, "which model is explained", "--model"),
+        model=need(overrides.model or kind.model, path, "which model the activations come from", "--model"),
         activation=kind.activation,
         target=target,
         prefixes=kind.prefixes,
     )
 
 
-def _choose_k(kind: Kind, said: int | None, d_sae: int, path: Path) -> int:
-    """0 where nobody says it and nothing is computed with it."""
+def _choose_k(kind: Kind, override: int | None, d_sae: int, path: Path) -> int:
+    """Return k, or 0 if neither the files nor the user give it and the SAE does not compute with it."""
     if kind.k is not None and kind.k <= 0:
-        raise ModelError(f"{path}: k is {kind.k:g}; so many latents fire a token, and it must be above 0")
-    found = None if kind.k is None else max(round(kind.k), 1)
-    k = said or found or 0
+        raise ModelError(f"{path}: k is {kind.k:g}; the number of latents that fire per token must be above 0")
+    recorded = None if kind.k is None else max(round(kind.k), 1)
+    k = override or recorded or 0
     if kind.activation == "topk" and not 0 < k <= d_sae:
         raise ModelError(
-            f"{path}: k is {k or 'not said'}; a TopK SAE with {d_sae} latents needs one from 1 to {d_sae}; say it with --set k=N"
+            f"{path}: k is {k or 'missing'}; a TopK SAE with {d_sae} latents needs one from 1 to {d_sae}; give it with --set k=N"
         )
-    if kind.activation == "topk" and found not in (None, k):
-        raise ModelError(f"{path}: its TopK has k {found}; with {k} it would be another SAE; leave out --set k={k}")
+    if kind.activation == "topk" and recorded not in (None, k):
+        raise ModelError(f"{path}: its TopK has k {recorded}; with {k} it would be a different SAE; leave out --set k={k}")
     return k
 
 
 def check_prefixes(widths: object, d_sae: int, where: Path) -> tuple[int, ...]:
-    """Matryoshka levels that end with d_sae.
+    """Check the sizes of Matryoshka levels, and append d_sae if it is missing.
+
+    Args:
+        widths: Sizes of the levels, as found in the files.
+        d_sae: Number of latents.
+        where: File, for messages.
+
+    Returns:
+        The sizes; the last is d_sae.
 
     Raises:
-        ModelError: they are not whole numbers that grow to at most d_sae.
+        ModelError: They are not whole numbers that increase to at most d_sae.
     """
     if not isinstance(widths, list | tuple) or not all(isinstance(width, int) for width in widths):
         raise ModelError(f"{where}: matryoshka levels are {widths!r}; expected a list of whole numbers")
     levels = (*widths, d_sae) if not widths or widths[-1] != d_sae else tuple(widths)
     if any(a >= b for a, b in zip((0, *levels), levels, strict=False)):
-        raise ModelError(f"{where}: matryoshka levels are {list(widths)}; expected numbers that grow, to at most {d_sae}")
+        raise ModelError(f"{where}: matryoshka levels are {list(widths)}; expected numbers that increase to at most {d_sae}")
     return levels
 
 
@@ -171,18 +191,18 @@ def refuse_transcoder(sae: SAE, format_name: str) -> None:
     """Refuse to write a transcoder as an autoencoder.
 
     Raises:
-        ModelError: `sae` decodes another hookpoint.
+        ModelError: `sae` is a transcoder.
     """
     if sae.config.target is not None or sae.d_out != sae.config.d_model:
         raise ModelError(f"{format_name} has no transcoders, and this SAE decodes {sae.config.target}; write it as saelens")
 
 
 def before_subtracting(sae: SAE) -> Tensor:
-    """b_enc (d_sae,) of an encoder that sees x - b_dec, for libraries that subtract it."""
+    """Return b_enc `(d_sae,)` of an encoder whose input is x − b_dec, for libraries that subtract b_dec."""
     W_enc, b_enc, b_dec = (tensor.detach().cpu().double() for tensor in (sae.W_enc, sae.b_enc, sae.b_dec))
     return (b_enc + b_dec @ W_enc).float()
 
 
 def float_tensors(sae: SAE) -> dict[str, Tensor]:
-    """The SAE's tensors by name, float32 on the CPU."""
+    """Return the SAE's tensors by name, in float32 on the CPU."""
     return {name: tensor.detach().cpu().float().contiguous() for name, tensor in sae.tensors().items()}
