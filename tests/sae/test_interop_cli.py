@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from ommatid.cli.app import app
 from ommatid.errors import ConfigError, ModelError
-from ommatid.sae.interop import import_sae, load_own
+from ommatid.sae.interop import import_sae, load_native
 from support.interop import fixture
 
 
@@ -22,18 +22,18 @@ def test_from_saelens_to_dictionary_learning(tmp_path: Path) -> None:
     said = run("import", str(fixture("saelens-batchtopk")), "--to", str(own), "--hookpoint", "vision.blocks.11")
     assert "recognised saelens (cfg.json and sae_weights.safetensors)" in said
     assert "batch_topk (threshold), 6 -> 18, k 4, of vision.blocks.11 of clip-vit-base-patch32" in said
-    assert load_own(own).config.hookpoint == "vision.blocks.11"
+    assert load_native(own).config.hookpoint == "vision.blocks.11"
     assert "as dictionary_learning: ae.pt, config.json" in run(
         "export", "--sae", str(own), "--to", "dictionary_learning", "--out", str(out)
     )
-    assert import_sae(out).config == load_own(own).config
+    assert import_sae(out).config == load_native(own).config
 
 
 def test_k_that_nobody_said(tmp_path: Path) -> None:
     arguments = ("import", str(fixture("saev-relu")), "--to", str(tmp_path), "--hookpoint", "h", "--model", "m")
     assert "--set k=N" in run(*arguments)
     assert "--set k=N" not in run(*arguments, "--set", "k=3")
-    assert load_own(tmp_path).config.k == 3
+    assert load_native(tmp_path).config.k == 3
 
 
 def test_mistakes_are_the_users_to_mend(tmp_path: Path) -> None:

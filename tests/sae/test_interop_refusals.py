@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ommatid.errors import ModelError
-from ommatid.sae.interop import Told, find_format, import_sae, load_own, write_own
+from ommatid.sae.interop import Overrides, find_format, import_sae, load_native, write_native
 from support.interop import SAID, TOLD, fixture, make_own
 
 LENS, LEARNT, SPARSE, SAEV = "saelens-standard", "dictionary_learning-BatchTopKSAE", "sparsify-topk", "saev-relu"
@@ -33,9 +33,9 @@ def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
 
 
-def refuse(path: Path, *reasons: str, told: Told = TOLD) -> None:
+def refuse(path: Path, *reasons: str, overrides: Overrides = TOLD) -> None:
     with pytest.raises(ModelError) as caught:
-        import_sae(path, told)
+        import_sae(path, overrides)
     for reason in reasons:
         assert reason in str(caught.value), caught.value
 
@@ -100,7 +100,7 @@ def test_a_checkpoint_without_config_must_say_its_class(copy: Callable[[str], Pa
     (folder / "config.json").unlink()
     refuse(folder, "AutoEncoderTopK or of BatchTopKSAE", "--set class=")
     assert import_sae(folder, replace(TOLD, values={"class": "AutoEncoderTopK"})).config.activation == "topk"
-    refuse(folder, "'Other' is not known", told=replace(TOLD, values={"class": "Other"}))
+    refuse(folder, "'Other' is not known", overrides=replace(TOLD, values={"class": "Other"}))
     (folder / "config.json").write_text('{"trainer": {"dict_class": "MySAE"}}', encoding="utf-8")
     refuse(folder, "class MySAE is not known", "BatchTopKSAE")
 
@@ -118,12 +118,12 @@ def test_levels_and_k_that_cannot_be(tmp_path: Path) -> None:
 
 def test_overcomplete_must_be_told_what_its_state_dict_lacks(copy: Callable[[str], Path]) -> None:
     refuse(fixture(TOPK), "the same state dict", "--set class=")
-    refuse(fixture(TOPK), "--set k=N", told=replace(TOLD, values={"class": "TopKSAE"}))
-    refuse(fixture(TOPK), "class JumpSAE has other tensors", told=replace(TOLD, values={"class": "JumpSAE"}))
-    refuse(fixture(BATCH), "--set running_threshold=", told=replace(TOLD, values={"class": "BatchTopKSAE"}))
+    refuse(fixture(TOPK), "--set k=N", overrides=replace(TOLD, values={"class": "TopKSAE"}))
+    refuse(fixture(TOPK), "class JumpSAE has other tensors", overrides=replace(TOLD, values={"class": "JumpSAE"}))
+    refuse(fixture(BATCH), "--set running_threshold=", overrides=replace(TOLD, values={"class": "BatchTopKSAE"}))
     l1 = {**SAID["overcomplete-TopKSAE-l1"]}
     del l1["normalization"]
-    refuse(fixture("overcomplete-TopKSAE-l1"), "--set normalization=", told=replace(TOLD, values=l1))
+    refuse(fixture("overcomplete-TopKSAE-l1"), "--set normalization=", overrides=replace(TOLD, values=l1))
 
 
 @pytest.mark.parametrize(
@@ -243,16 +243,16 @@ def test_what_is_no_state_dict(state: object, reason: str, tmp_path: Path) -> No
 
 
 def test_what_the_files_dont_say_must_be_told() -> None:
-    refuse(fixture(SPARSE), "--hookpoint", told=Told(model="m"))
-    refuse(fixture(SPARSE), "--model", told=Told("h"))
-    refuse(fixture("sparsify-transcoder"), "--target", told=Told("h", "m"))
+    refuse(fixture(SPARSE), "--hookpoint", overrides=Overrides(model="m"))
+    refuse(fixture(SPARSE), "--model", overrides=Overrides("h"))
+    refuse(fixture("sparsify-transcoder"), "--target", overrides=Overrides("h", "m"))
 
 
 def test_what_is_told_must_be_known_and_possible() -> None:
-    refuse(fixture(SAEV), "scale: not a value that saev takes; it takes k", told=replace(TOLD, values={"scale": "1"}))
-    refuse(fixture(SAEV), "'0' is not a whole number above 0", told=replace(TOLD, values={"k": "0"}))
-    refuse(fixture(SPARSE), "its TopK has k 4", told=replace(TOLD, values={"k": "5"}))
-    refuse(fixture("saelens-scaled"), "'x' is not a number", told=replace(TOLD, values={"scaling_factor": "x"}))
+    refuse(fixture(SAEV), "scale: not a value that saev takes; it takes k", overrides=replace(TOLD, values={"scale": "1"}))
+    refuse(fixture(SAEV), "'0' is not a whole number above 0", overrides=replace(TOLD, values={"k": "0"}))
+    refuse(fixture(SPARSE), "its TopK has k 4", overrides=replace(TOLD, values={"k": "5"}))
+    refuse(fixture("saelens-scaled"), "'x' is not a number", overrides=replace(TOLD, values={"scaling_factor": "x"}))
 
 
 def test_places_without_an_sae(tmp_path: Path) -> None:
@@ -269,8 +269,8 @@ def test_places_without_an_sae(tmp_path: Path) -> None:
 
 
 def test_an_own_sae_is_used_as_it_is(tmp_path: Path) -> None:
-    write_own(make_own(), tmp_path)
+    write_native(make_own(), tmp_path)
     with pytest.raises(ModelError, match="use it as it is"):
         find_format(tmp_path)
     with pytest.raises(ModelError, match="no SAE of Ommatid"):
-        load_own(fixture(LENS))
+        load_native(fixture(LENS))

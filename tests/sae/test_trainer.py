@@ -227,7 +227,7 @@ def test_one_that_diverges_is_given_up_and_the_others_are_what_they_are_without_
     assert bad.has_diverged and not beside.has_diverged and bad.guides.step < beside.guides.step == alone.guides.step
     for one, other in zip(alone.weights.tensors().values(), beside.weights.tensors().values(), strict=True):
         assert torch.equal(one, other)
-    assert [event.sae for event in events if isinstance(event, Noticed) and event.what.startswith("given up, the others go on: ")] == [
+    assert [event.sae for event in events if isinstance(event, Noticed) and event.what.startswith("given up; training continues")] == [
         "bad"
     ]
     again = Learner.restore("bad", bad.params, len(x), bad.tensors(), torch.device("cpu"))
@@ -244,7 +244,7 @@ def test_a_request_to_end_writes_a_checkpoint_first() -> None:
         if isinstance(event, Progress) and event.done > 20:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(StoppedError, match=r"train: step \d+ of 200; run it again"):
+    with pytest.raises(StoppedError, match=r"train: stopped at step \d+ of 200; run it again"):
         go_on([learner], x, ask, lambda: written.append(learner.guides.step))
     assert written == [learner.guides.step]
     assert 20 < learner.guides.step < 60
@@ -276,19 +276,19 @@ def test_a_saw_tooth_that_falls_is_progress_and_a_plateau_is_none() -> None:
     at = torch.arange(100, dtype=torch.float64)
     teeth = 0.03 * (1 - at % 10 / 10)  # of the size and length of those in the demo
     for n in range(1, 101):
-        assert curve(0.42 - 0.001 * at[:n] + teeth[:n]).stalled < 5
-    assert curve(0.42 - 0.001 * at.clamp(max=60) + teeth).stalled in range(25, 45)
-    assert curve(torch.full((100,), 0.4).double()).stalled == 90
+        assert curve(0.42 - 0.001 * at[:n] + teeth[:n]).n_stalled < 5
+    assert curve(0.42 - 0.001 * at.clamp(max=60) + teeth).n_stalled in range(25, 45)
+    assert curve(torch.full((100,), 0.4).double()).n_stalled == 90
 
 
 @pytest.mark.parametrize(("changes", "is_said"), [({"epochs": 2}, True), ({"epochs": 13}, False), ({"epochs": 13, "d_sae": 2000}, True)])
 def test_a_run_that_is_too_short_is_said_with_what_would_do(changes: dict[str, object], is_said: bool) -> None:
     x = make_planted(8192).x
-    said = list(trainer_module._lacks(begin(make_train_params(**changes), x)))  # pyright: ignore[reportPrivateUsage]
+    said = list(trainer_module._short_run_notices(begin(make_train_params(**changes), x)))  # pyright: ignore[reportPrivateUsage]
     assert bool(said) == is_said
     if said:
         epochs = int(said[0].split("train.epochs to ")[1].split()[0])
-        assert not list(trainer_module._lacks(begin(make_train_params(**(changes | {"epochs": epochs})), x)))  # pyright: ignore[reportPrivateUsage]
+        assert not list(trainer_module._short_run_notices(begin(make_train_params(**(changes | {"epochs": epochs})), x)))  # pyright: ignore[reportPrivateUsage]
 
 
 def test_too_few_tokens_is_refused() -> None:

@@ -42,13 +42,13 @@ def load_sae(
     >>> sae.W_enc.shape == (sae.d_model, sae.n_latents)
     True
     """
-    from ommatid.sae.interop import Told, import_sae, is_own, load_own
+    from ommatid.sae.interop import Overrides, import_sae, is_native, load_native
     from ommatid.store import checked_folder
 
     path = Path(path).expanduser()
-    if is_own(path):
-        return load_own(checked_folder(path, "sae"))
-    return import_sae(path, Told(hookpoint, model, target, values or {}), format)
+    if is_native(path):
+        return load_native(checked_folder(path, "sae"))
+    return import_sae(path, Overrides(hookpoint, model, target, values or {}), format)
 
 
 def load_model(model: str, dtype: "Dtype" = "auto", device: str | None = None) -> "VisionModel":

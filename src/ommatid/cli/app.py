@@ -249,13 +249,13 @@ def import_(
     to: Annotated[Path, typer.Option(help="Folder to write sae.safetensors and cfg.json to.")] = Path("data/imported"),
 ) -> None:
     """Import an SAE from SAELens, dictionary_learning, sparsify, saev, sae-for-vlm or overcomplete."""
-    from ommatid.sae.interop import FORMATS, Told, find_format, import_sae, write_own
+    from ommatid.sae.interop import FORMATS, Overrides, find_format, import_sae, write_native
 
     name = format_name or find_format(path)
     if format_name is None:
         say(f"recognised {name} ({FORMATS[name].FILES})")
-    sae = import_sae(path, Told(hookpoint, model, target, _as_mapping(values or [])), name)
-    write_own(sae, to)
+    sae = import_sae(path, Overrides(hookpoint, model, target, _as_mapping(values or [])), name)
+    write_native(sae, to)
     say(f"import: {to} holds {_describe(sae)}")
     if not sae.config.k:
         say("k: the files don't say how many latents fire per token; set it with --set k=N, as evaluate needs it for the untrained control")
@@ -269,11 +269,11 @@ def export(
     data: Data = DEFAULT_DATA,
 ) -> None:
     """Export an SAE in the format of another library, whose own loader can then open it."""
-    from ommatid.sae.interop import export_sae, is_own, load_own
+    from ommatid.sae.interop import export_sae, is_native, load_native
     from ommatid.store import checked_folder
 
     folder = sae or _trained_sae(data)
-    loaded = load_own(checked_folder(folder, "sae") if is_own(folder) else folder)
+    loaded = load_native(checked_folder(folder, "sae") if is_native(folder) else folder)
     export_sae(loaded, to, out)
     say(f"export: {out} holds {_describe(loaded)} as {to}: {', '.join(sorted(file.name for file in out.iterdir()))}")
 

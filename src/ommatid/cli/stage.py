@@ -63,8 +63,8 @@ def _train_distributed(params: Params, data: str) -> bool:
     from ommatid.sae import distributed
     from ommatid.stage import follow_training, study_params
 
-    with distributed.joined():
-        if distributed.mine():
+    with distributed.process_group():
+        if distributed.rank():
             follow_training(study_params("train", params, data), data)
             return False
         return _run_alone("train", params, data)

@@ -1,6 +1,6 @@
-"""Variants of SAE: what fires, what is penalised, and what is trained besides encoder and decoder.
+"""SAE variants: which latents fire, what is penalised, and what is trained besides encoder and decoder.
 
-A variant is a section of `config/variants.py` and the module here that its `kind` names, with a function `make`.
+A variant consists of a section of `config/variants.py` and the module here that has the name of its `kind`, with a function `make`.
 """
 
 from importlib import import_module
@@ -12,5 +12,5 @@ __all__ = ["Guides", "Settings", "Variant", "make_variant"]
 
 
 def make_variant(params: TrainedVariant, settings: Settings) -> Variant:
-    """The variant of these params, made by `make(params, settings)` of the module that is named for its kind."""
+    """Make the variant that the parameters select, with `make(params, settings)` of the module that has the name of its kind."""
     return import_module(f"{__name__}.{params.kind}").make(params, settings)

@@ -71,5 +71,5 @@ class Archetypal(BatchTopK):
 
 
 def make(params: variants.Archetypal, settings: Settings) -> Archetypal:
-    """The variant of these params; see `make_variant`."""
+    """Make the variant from its parameters."""
     return Archetypal(settings, params.points, params.relaxation)

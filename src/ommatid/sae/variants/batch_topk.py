@@ -1,4 +1,4 @@
-"""BatchTopK: the number of firing latents of a batch is fixed, so nothing has to be penalised."""
+"""BatchTopK: the number of firings in a batch is fixed, so no sparsity penalty is needed."""
 
 import torch
 from torch import Tensor
@@ -12,13 +12,13 @@ from ommatid.sae.weights import Weights
 
 
 class BatchTopK(Variant):
-    """acts = pre_acts where they are among the k · batch largest positive ones of the batch, else 0 (arXiv 2412.06410).
+    """BatchTopK SAE (arXiv 2412.06410): acts = pre_acts where they are among the k · batch largest positive ones of the batch, else 0.
 
-    loss = mean ‖x̂ − x‖² + AuxK. At inference the threshold is the average over steps of the smallest activation that fires.
+    loss = mean ‖x̂ − x‖² + AuxK. At inference, latents fire above the average over steps of the smallest firing activation.
     """
 
     def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
-        """Nothing is trained besides."""
+        """Do nothing: the variant has no further tensors."""
 
     def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Tensor) -> Step:
         """See `Variant`."""
@@ -26,16 +26,16 @@ class BatchTopK(Variant):
         scorer = make_scorer(settings, weights, inputs, self._levels_of(guides))
         entries, threshold = self._select(scorer, guides)
         acts = entries.values
-        found = reconstruct(entries, acts, weights, batch)
-        grad_acts = entries.product(found.table, weights.W_dec)
-        loss = found.loss
+        reconstruction = reconstruct(entries, acts, weights, batch)
+        grad_acts = entries.product(reconstruction.table, weights.W_dec)
+        loss = reconstruction.loss
         if settings.ms_weight:
             loss = loss + add_monosemanticity(entries, acts, batch, settings.ms_weight, grad_acts)
-        set_gradients(weights, entries, found, acts, grad_acts.mul_(acts > 0), inputs)
-        x_hat = found.take_x_hat(batch.target)
+        set_gradients(weights, entries, reconstruction, acts, grad_acts.mul_(acts > 0), inputs)
+        x_hat = reconstruction.take_x_hat(batch.target)
         if settings.aux_coefficient and len(dead):
             loss = loss + add_aux(weights, batch, inputs, x_hat, dead, settings.aux_coefficient, scorer.dtype)
-        return Step(loss, x_hat, int((acts > 0).sum()), entries.fired(acts), threshold)
+        return Step(loss, x_hat, int((acts > 0).sum()), entries.firing_latents(acts), threshold)
 
     def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
         """See `Variant`."""
@@ -51,5 +51,5 @@ class BatchTopK(Variant):
 
 
 def make(params: variants.BatchTopK, settings: Settings) -> BatchTopK:
-    """The variant of these params; see `make_variant`."""
+    """Make the variant from its parameters."""
     return BatchTopK(settings)

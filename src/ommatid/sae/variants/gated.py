@@ -61,5 +61,5 @@ class Gated(Steered):
 
 
 def make(params: variants.Gated, settings: Settings) -> Gated:
-    """The variant of these params; see `make_variant`."""
+    """Make the variant from its parameters."""
     return Gated(settings, params.l1)

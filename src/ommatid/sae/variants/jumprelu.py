@@ -95,5 +95,5 @@ class JumpReLU(Steered):
 
 
 def make(params: variants.JumpReLU, settings: Settings) -> JumpReLU:
-    """The variant of these params; see `make_variant`."""
+    """Make the variant from its parameters."""
     return JumpReLU(settings, params.weight, params.bandwidth, params.sparsity)

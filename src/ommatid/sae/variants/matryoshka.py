@@ -37,5 +37,5 @@ class Matryoshka(BatchTopK):
 
 
 def make(params: variants.Matryoshka, settings: Settings) -> Matryoshka:
-    """The variant of these params; see `make_variant`."""
+    """Make the variant from its parameters."""
     return Matryoshka(settings, params.prefixes, params.random)

@@ -73,5 +73,5 @@ def _resample(weights: Weights, batch: Batch, x_hat: Tensor, dead: Tensor, seed:
 
 
 def make(params: variants.ReLU, settings: Settings) -> ReLU:
-    """The variant of these params; see `make_variant`."""
+    """Make the variant from its parameters."""
     return ReLU(settings, params.l1)

@@ -1,4 +1,4 @@
-"""TopK: the number of firing latents of a token is fixed, so nothing has to be penalised."""
+"""TopK: the number of latents that fire on a token is fixed, so no sparsity penalty is needed."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ommatid.sae.weights import Weights
 
 
 class TopK(BatchTopK):
-    """acts = pre_acts where they are among the k largest positive ones of their token, else 0 (arXiv 2406.04093)."""
+    """TopK SAE (arXiv 2406.04093): acts = pre_acts where they are among the k largest positive ones of their token, else 0."""
 
     activation: Activation = "topk"
 
@@ -22,10 +22,10 @@ class TopK(BatchTopK):
         return entries, 0.0
 
     def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
-        """None: it is the k largest that fire."""
+        """Return threshold 0: the k largest latents fire."""
         return {"threshold": torch.tensor(0.0)}
 
 
 def make(params: variants.TopK, settings: Settings) -> TopK:
-    """The variant of these params; see `make_variant`."""
+    """Make the variant from its parameters."""
     return TopK(settings)
