@@ -33,8 +33,8 @@ def main() -> None:
         _restart()
         _learn(learner, pool, steps)
         peaks[name] = _read("VmHWM") - before
-    state = learner.tensors()
-    held = sum(tensor.nbytes for key, tensor in state.items() if key.startswith(("weights.", "first.", "second.")))
+    state = learner.state_dict()
+    held = sum(tensor.nbytes for key, tensor in state.items() if key.startswith(("weights/", "optimiser/")))
     gradients = sum(tensor.nbytes for tensor in learner.weights.grads().values())
     print(json.dumps({name: peak - held for name, peak in peaks.items()} | {"gradients": gradients}))
 

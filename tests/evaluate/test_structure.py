@@ -16,12 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ommatid import store
-from ommatid.evaluate import batches, monosemanticity, passes, structure
+from ommatid.compute import checkpoint
+from ommatid.evaluate import batches, monosemanticity, structure
 from ommatid.evaluate.structure import MIN_BOTH, iter_fires, measure_structure
 from ommatid.events import Progress
 from ommatid.images.eval_split import load_halves
-from ommatid.metrics import Decade, Firing
 from ommatid.sae.model import SAE
 from ommatid.store import Artefact
 from support.world import ALWAYS, D_SAE, DEAD, DOG, DOG_AGAIN, KINDS, LEVELS, PATHS, SHOWN, make_inputs, make_sae, make_world, run
@@ -316,7 +315,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(
     world: dict[str, Artefact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     """Three shards in each of two passes, a step and an event each; checkpoints where a shard begins."""
-    monkeypatch.setattr(passes, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(checkpoint, "SECONDS", -1.0)
     inputs = {name: world[name] for name in ("images", "extract", "train")}
 
     class Killed(BaseException):
@@ -343,32 +342,28 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(
     assert again.digest == world["evaluate"].digest
 
 
-def test_a_checkpoint_holds_what_accumulates_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "CHECKPOINT_SECONDS", -1.0)
+@pytest.mark.parametrize("at", [5, 8, 14])
+def test_an_evaluation_killed_within_a_shard_counts_no_image_twice(
+    world: dict[str, Artefact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    monkeypatch.setattr(batches, "ENTRIES", 20 * len(KINDS) * D_SAE)
+    inputs = {name: world[name] for name in ("images", "extract", "train")}
+    unbroken = run(tmp_path / "unbroken", inputs)
+    monkeypatch.setattr(checkpoint, "SECONDS", -1.0)
+    events: list[int] = []
 
-    def make(filled: bool) -> dict[str, Any]:
-        firing = Firing(3)
-        if filled:
-            firing.add(torch.ones(2, 3), torch.ones(1, 3))
-        array = np.arange(4.0) if filled else np.zeros(4)
-        return {"firing": firing, "list": [firing, Decade(0.5 if filled else 0.0, 1.0, 7)], "array": array, "sae": make_sae(), "x": None}
+    class Killed(BaseException):
+        pass
 
-    with store.open_draft(tmp_path / "evaluation", "evaluation", {}, {}) as draft:
-        filled = make(True)
-        filled["list"].append(filled["firing"].count)  # shares memory
-        passes.Checkpoint(draft, "s").reach(1, 2, filled)
-        found, fresh = passes.Checkpoint(draft, "s"), make(False)
-        found.restore(fresh)
-        assert (found.n_passes, found.shard) == (1, 2)
-        assert fresh["firing"].count.tolist() == [2, 2, 2]
-        assert (fresh["firing"].n_tokens, fresh["list"][0] is fresh["firing"]) == (2, True)
-        assert fresh["list"][1] == Decade(0.5, 1.0, 7)
-        assert fresh["array"].tolist() == [0, 1, 2, 3]
-        fresh["firing"].add(torch.ones(1, 3), torch.ones(1, 3))
-        found.restore(fresh)
-        assert fresh["firing"].n_tokens == 3  # once
-        found.remove()
-        assert passes.Checkpoint(draft, "s").n_passes == 0
+    def listen(event: Any) -> None:
+        if isinstance(event, Progress):
+            events.append(event.done)
+            if len(events) == at:
+                raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "evaluation", inputs, listen)
+    assert run(tmp_path / "evaluation", inputs, listen).digest == unbroken.digest
 
 
 def test_steps_of_the_stream_are_a_shard_each(world: dict[str, Artefact]) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from ommatid.activations.batches import load_sample
 from ommatid.activations.columns import from_float16, from_float32
+from ommatid.compute import checkpoint
 from ommatid.config import Baseline, Params, TrainParams
 from ommatid.errors import ConfigError, TrainingError
 from ommatid.evaluate.dictionaries import CONTROL_SEED
@@ -26,7 +27,6 @@ from ommatid.label import label
 from ommatid.label.evidence import firings as label_examples
 from ommatid.label.evidence.context import load_joint
 from ommatid.label.labellers.vocabulary import load_words
-from ommatid.sae import trainer
 from ommatid.sae.baselines import make_baseline
 from ommatid.sae.model import SAE
 from ommatid.store import Artefact, open_draft
@@ -210,7 +210,7 @@ def test_iter_fired_gives_each_latent_once_with_all_its_images(line: dict[str, A
 def test_training_killed_in_the_middle_ends_with_the_same_weights(
     line: dict[str, Artefact], params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     place, section = tmp_path / "sae", with_runs(params, [{}])
 
     class Killed(BaseException):
@@ -239,7 +239,7 @@ def with_runs(params: Params, runs: list[dict[str, Any]]) -> TrainParams:
 def test_training_of_two_saes_killed_between_their_measurements_goes_on_with_both(
     line: dict[str, Artefact], params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     place, section = tmp_path / "sae", with_runs(params, [{}, {"d_sae": 12, "k": 2}])
     first, second = section.each()
     unbroken = make_artefact(tmp_path / "unbroken", "training", train, section, line)

@@ -3,13 +3,15 @@
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
+from ommatid.compute import checkpoint
+from ommatid.compute.checkpoint import Checkpoint, inside
 from ommatid.config import TrainParams
 from ommatid.errors import StoppedError, TrainingError
 from ommatid.events import Event, Listener, Measured, Noticed, Progress, ignore
@@ -19,13 +21,14 @@ from ommatid.sae.model import SAE, SAEConfig, make_untrained
 from ommatid.sae.schedule import make_plan
 from ommatid.sae.step import Batch
 from ommatid.sae.trainer import Trainer
+from ommatid.store import Draft, open_draft
 from support.planted import begin, iter_planted, make_correlated, make_hierarchical, make_planted, make_train_params, mmcs
 from support.study import make_test_params
 
 D_MODEL, K = 32, 3
 
 
-def go_on(learners: list[Learner], x: torch.Tensor, on_event: Listener = ignore, checkpoint: Callable[[], None] = lambda: None) -> None:
+def go_on(learners: list[Learner], x: torch.Tensor, on_event: Listener = ignore, checkpoint: Checkpoint | None = None) -> None:
     first = learners[0]
     batches = iter_planted(x, first.plan.batch_size, first.guides.step)
     Trainer(learners, on_event, checkpoint, first.params.patience).fit(batches)
@@ -41,8 +44,11 @@ def finish(learner: Learner) -> SAE:
     return learner.finish("blocks.0", "planted", None)
 
 
-def restore(tensors: dict[str, torch.Tensor], params: TrainParams, x: torch.Tensor) -> Learner:
-    return Learner.restore("one", params, len(x), tensors, torch.device("cpu"))
+@pytest.fixture
+def draft(tmp_path: Path) -> Iterator[Draft]:
+    """Where checkpoints lie."""
+    with open_draft(tmp_path / "sae", "sae", {}, {}) as draft:
+        yield draft
 
 
 CONFIG = SAEConfig("batch_topk", D_MODEL, 64, K, "blocks.0", "planted")
@@ -105,7 +111,7 @@ def test_a_transcoder_recovers_the_planted_directions_of_its_target() -> None:
             order = torch.randperm(len(x), generator=generator)[step % 16 * 512 :][:512]
             yield Batch(x[order], target[order])
 
-    Trainer([learner], ignore, lambda: None).fit(batches())
+    Trainer([learner], ignore, None).fit(batches())
     sae = learner.finish("blocks.0", "planted", "blocks.1")
     assert (sae.config.target, sae.d_out) == ("blocks.1", 20)
     error = (sae.decode(sae.encode(x)) - target).square().sum() / (target - target.mean(0)).square().sum()
@@ -138,8 +144,8 @@ def test_aligned_encoders_are_nearer_to_their_directions(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_going_on_from_a_checkpoint_is_bit_identical(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "CHECKPOINT_SECONDS", 0.0)
+def test_going_on_from_a_checkpoint_is_bit_identical(name: str, draft: Draft, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     x = make_planted(4096).x
     params = make_train_params(**({"variant": name} | VARIANTS[name] | {"epochs": 6}))
     whole = fit(params, x)
@@ -148,18 +154,19 @@ def test_going_on_from_a_checkpoint_is_bit_identical(name: str, tmp_path: Path, 
     class Killed(BaseException):
         pass
 
-    def kill() -> None:
-        save_file({k: v.detach().contiguous() for k, v in learner.tensors().items()}, tmp_path / "checkpoint.safetensors")
-        if learner.guides.step >= 20:
-            raise Killed
+    class Killing(Checkpoint):
+        def save(self, values: Mapping[str, Any]) -> None:
+            super().save(values)
+            if learner.guides.step >= 20:
+                raise Killed
 
     with pytest.raises(Killed):
-        go_on([learner], x, checkpoint=kill)
-    again = restore(load_file(tmp_path / "checkpoint.safetensors"), params, x)
+        go_on([learner], x, checkpoint=Killing(draft, "scratch/one"))
+    again = Learner.restore("one", params, len(x), inside(Checkpoint(draft, "scratch/one").load(), "one"), torch.device("cpu"))
     assert again.guides.step == 20
     go_on([again], x)
-    for key, tensor in whole.tensors().items():
-        assert torch.equal(tensor, again.tensors()[key]), key
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[key]), key
 
 
 def test_several_in_one_pass_are_those_of_single_runs() -> None:
@@ -169,7 +176,7 @@ def test_several_in_one_pass_are_those_of_single_runs() -> None:
     go_on(learners, x)
     for one, learner in zip(many, learners, strict=True):
         alone = fit(one, x)
-        assert all(torch.equal(tensor, learner.tensors()[key]) for key, tensor in alone.tensors().items())
+        assert all(torch.equal(tensor, learner.state_dict()[key]) for key, tensor in alone.state_dict().items())
 
 
 def test_auxk_revives_dead_latents() -> None:
@@ -230,13 +237,12 @@ def test_one_that_diverges_is_given_up_and_the_others_are_what_they_are_without_
     assert [event.sae for event in events if isinstance(event, Noticed) and event.what.startswith("given up; training continues")] == [
         "bad"
     ]
-    again = Learner.restore("bad", bad.params, len(x), bad.tensors(), torch.device("cpu"))
+    again = Learner.restore("bad", bad.params, len(x), bad.state_dict(), torch.device("cpu"))
     assert again.has_diverged and again.guides.step == 0
 
 
-def test_a_request_to_end_writes_a_checkpoint_first() -> None:
+def test_a_request_to_end_writes_a_checkpoint_first(draft: Draft) -> None:
     x = make_planted(2048).x
-    written: list[int] = []
     before = signal.getsignal(signal.SIGTERM)
     learner = begin(make_train_params(epochs=50), x)
 
@@ -245,8 +251,8 @@ def test_a_request_to_end_writes_a_checkpoint_first() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(StoppedError, match=r"train: stopped at step \d+ of 200; run it again"):
-        go_on([learner], x, ask, lambda: written.append(learner.guides.step))
-    assert written == [learner.guides.step]
+        go_on([learner], x, ask, Checkpoint(draft, "scratch/one"))
+    assert Checkpoint(draft, "scratch/one").load()["one/guides/step"].tolist() == learner.guides.step
     assert 20 < learner.guides.step < 60
     assert signal.getsignal(signal.SIGTERM) == before
 

@@ -33,8 +33,8 @@ OFTEN = """
 import sys
 from ommatid import cli
 from ommatid.cli import terminal
-from ommatid.sae import trainer
-trainer.CHECKPOINT_SECONDS = terminal.SECONDS = 0.0
+from ommatid.compute import checkpoint
+checkpoint.SECONDS = terminal.SECONDS = 0.0
 cli.main()
 """
 """`ommatid`, but with a checkpoint at every measurement, for a training of seconds would have none, and with a line for every event."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ommatid import schemas
+from ommatid.compute.checkpoint import Accumulator
 from ommatid.evaluate.batches import Images
 from ommatid.images.eval_split import Fired, Halves
 from ommatid.metrics import auroc, balanced_accuracy, fit_probes, label_entropy, lca_depth, purity
@@ -108,8 +109,10 @@ def choose_images(halves: Halves, labels: Mapping[int, str]) -> ProbeImages:
     return ProbeImages(halves.images[rows][keep], classes, torch.from_numpy(held_out[keep]), names)
 
 
-class Pooled:
+class Pooled(Accumulator):
     """Activations of the probe's images, averaged over tokens as they come."""
+
+    STATE = ("x",)
 
     def __init__(self, images: ProbeImages, d_model: int) -> None:
         self.x = torch.zeros(len(images.numbers), d_model)

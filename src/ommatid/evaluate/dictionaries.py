@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ommatid import schemas
 from ommatid.activations.batches import load_sample
+from ommatid.compute.checkpoint import Accumulator
 from ommatid.compute.nulls import none_for_nan, nullable
 from ommatid.config import EvaluateParams
 from ommatid.errors import ConfigError
@@ -71,8 +72,10 @@ BASELINE_VALUES = 2**26
 """Values of these tokens (tokens x d_model), at most: 256 MiB."""
 
 
-class Subject:
+class Subject(Accumulator):
     """A dictionary under evaluation: the SAE, an untrained one, the raw neurons, or another baseline."""
+
+    STATE = ("fidelity", "levels", "firing", "judged", "top")
 
     def __init__(self, name: str, dictionary: Dictionary, kinds: Sequence[str] | None, judges: Sequence[Judge], pool: Pool) -> None:
         """`kinds` names the kind of each token of an image; None: the dictionary decodes nothing."""

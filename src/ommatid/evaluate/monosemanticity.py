@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ommatid import schemas
+from ommatid.compute.checkpoint import Accumulator
 from ommatid.compute.nulls import none_for_nan, nullable
 from ommatid.errors import ArtefactError
 from ommatid.metrics import Monosemanticity, MonosemanticityInterval, nan_mean
@@ -75,12 +76,13 @@ class Verdict:
         return {**none_for_nan(numbers), "ms_left_out": undefined, "judge": self.judge}
 
 
-class Judged:
+class Judged(Accumulator):
     """Scores of one dictionary by every judge, in two passes over the same images.
 
     An image that a judge failed on, whose embedding is not finite, takes no part in this judge's scores.
-    Public attributes are what has come together (see passes.py).
     """
+
+    STATE = ("first", "second")
 
     def __init__(self, n_latents: int, judges: Sequence[Judge]) -> None:
         self._judges = judges
@@ -123,8 +125,10 @@ class Judged:
         ]
 
 
-class _Pass(Generic[Scores]):
+class _Pass(Accumulator, Generic[Scores]):
     """What one pass adds to, and the images that wait to be added."""
+
+    STATE = ("by_judge", "n_images", "failed", "waiting", "n_waiting")
 
     def __init__(self, by_judge: list[Scores], widths: Sequence[int]) -> None:
         """`widths` are of the activations and of each judge's embeddings."""

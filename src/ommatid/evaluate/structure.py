@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ommatid import schemas
+from ommatid.compute.checkpoint import Accumulator
 from ommatid.compute.largest import largest
 from ommatid.compute.nulls import none_for_nan
 from ommatid.metrics import CoFiring, Fidelity, Firing, density_histogram, nan_mean, unit
@@ -140,8 +141,10 @@ def make_densities(name: str, firings: Mapping[str, Firing]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schemas.DENSITIES)
 
 
-class Levels:
+class Levels(Accumulator):
     """Fidelity of every level but the last, which is the whole dictionary; of an SAE without levels that is none."""
+
+    STATE = ("inner",)
 
     def __init__(self, sae: SAE) -> None:
         bounds = [bound for bound in sae.config.prefixes or () if bound < sae.n_latents]

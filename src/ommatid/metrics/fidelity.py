@@ -1,19 +1,22 @@
 """How well x̂ stands for x."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ommatid.compute.checkpoint import Accumulator
 from ommatid.compute.nonzero import count_positive
 
 
-class Fidelity:
+class Fidelity(Accumulator):
     """How well x̂ stands for x: FVU, cosine and L0 over everything added.
 
     FVU = Σ‖x−x̂‖² / Σ‖x−x̄‖², x̄ the mean over everything added. 0 is perfect.
     """
+
+    STATE = ("n", "squared_error", "squared_norm", "sum_x", "sum_cosine", "n_firings")
 
     def __init__(self) -> None:
         self.n = 0
@@ -49,21 +52,8 @@ class Fidelity:
 
     def merged(self, sum_: Callable[[Tensor], Tensor]) -> "Fidelity":
         """With those of other processes; `sum_` adds a tensor over all."""
-        return Fidelity.of({name: sum_(tensor.clone()) for name, tensor in self.tensors().items()})
-
-    def tensors(self) -> dict[str, Tensor]:
-        """For a checkpoint."""
-        scalars = [self.n, self.squared_error, self.squared_norm, self.sum_cosine, self.n_firings]
-        sum_x = torch.zeros(0, dtype=torch.float64) if self.sum_x is None else self.sum_x
-        return {"scalars": torch.tensor(scalars, dtype=torch.float64), "sum_x": sum_x}
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> "Fidelity":
-        """What `tensors` gave."""
-        found = cls()
-        n, found.squared_error, found.squared_norm, found.sum_cosine, n_firings = tensors["scalars"].tolist()
-        found.n, found.n_firings = int(n), int(n_firings)
-        found.sum_x = tensors["sum_x"] if len(tensors["sum_x"]) else None
+        found = Fidelity()
+        found.load_state_dict({name: sum_(tensor.clone()) for name, tensor in self.state_dict().items()})
         return found
 
     @property
@@ -85,8 +75,10 @@ class Fidelity:
         return self.n_firings / self.n if self.n else math.nan
 
 
-class FidelityByKind:
+class FidelityByKind(Accumulator):
     """Fidelity of each kind of token (cls, patch, ...), and of all of them."""
+
+    STATE = ("of",)
 
     def __init__(self, kinds: Sequence[str]) -> None:
         """`kinds` names the kind of each token of an image, in order."""

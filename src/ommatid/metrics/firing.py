@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ommatid.compute.checkpoint import Accumulator
 from ommatid.compute.nonzero import count_positive
 
 DENSE = 0.1
@@ -15,8 +16,10 @@ RARE = 16
 """Images below which a latent that fires is rare: what is said of its 16 strongest images (purity, uniqueness) cannot be said of it."""
 
 
-class Firing:
+class Firing(Accumulator):
     """Per latent: on how many tokens and images it fires, and how strongly."""
+
+    STATE = ("n_tokens", "count", "n_images", "sum", "max")
 
     def __init__(self, d_sae: int) -> None:
         self.n_tokens = 0
@@ -80,8 +83,10 @@ def density_histogram(density_s: Tensor, n_tokens: int) -> list[Decade]:
     return [Decade(*row) for row in zip(lows, highs, counts.tolist(), strict=True)]
 
 
-class TopImages:
+class TopImages(Accumulator):
     """The images on which each latent is strongest, found in a stream; ties go to the image of lower number."""
+
+    STATE = ("acts", "images")
 
     def __init__(self, d_sae: int, n: int) -> None:
         self.acts = torch.full((n, d_sae), -math.inf)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ommatid.compute.checkpoint import Accumulator
 from ommatid.metrics.entries import Entries
 from ommatid.metrics.vectors import nan_mean, row_norms, unit
 
@@ -24,7 +25,7 @@ class MonosemanticityScores:
     """Score of uniform weights: the mean pairwise cosine of the judge on the same images."""
 
 
-class Monosemanticity:
+class Monosemanticity(Accumulator):
     """MonoSemanticity score (Pach et al. 2025, arXiv 2504.02821, eq. 9), exact and in one pass.
 
     With ã = (a−min)/(max−min) over the images and p the judge's unit embeddings,
@@ -33,6 +34,8 @@ class Monosemanticity:
 
     All in float64. What it costs is Σap: over the entries where few latents fire, else one dense product.
     """
+
+    STATE = ("n", "sum", "sum_squares", "sum_ap", "sum_p", "min", "max", "n_firing")
 
     def __init__(self, d_sae: int, d_judge: int) -> None:
         self.n = 0
@@ -127,13 +130,15 @@ class Monosemanticity:
             yield torch.addr(sum_ap, self.min, sum_p, alpha=-1) if is_shifted else sum_ap
 
 
-class MonosemanticityInterval:
+class MonosemanticityInterval(Accumulator):
     """Standard errors of MS over images by the infinitesimal jackknife, in a second pass over the same images.
 
     The influence of image n on a latent's MS is g_n = 2 ã_n [(p_n·w − ã_n) − MS (u − ã_n)] / (u² − v): the derivative by the
     image's weight. Σ g_n² is the variance that a Poisson bootstrap over images has to first order (Efron 1982, ch. 6), without
     replicates: those would need a copy of w for each. It holds all that it needs of the first pass, which may go.
     """
+
+    STATE = ("defined", "u", "w", "denominator", "ms", "floor", "low", "span", "variance", "variance_of_mean")
 
     def __init__(self, first_pass: Monosemanticity) -> None:
         self.defined = first_pass.is_defined()

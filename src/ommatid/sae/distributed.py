@@ -122,13 +122,11 @@ def _all_gather(values: Tensor) -> Tensor:
     return torch.cat([one[:size] for one, size in zip(found, sizes.tolist(), strict=True)])
 
 
-def broadcast_tensors(tensors: dict[str, Tensor] | None, device: torch.device) -> dict[str, Tensor] | None:
-    """Return rank 0's tensors on every rank, or None if rank 0 has none."""
+def broadcast_tensors(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return rank 0's tensors on every rank, whatever the others were given."""
     if n_ranks() == 1:
         return tensors
-    found = [None if tensors is None else {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}]
+    found = [{name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}]
     dist.broadcast_object_list(found, 0, device=device)
-    if found[0] is None:
-        return None
     tensors = tensors or {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in found[0].items()}
     return {name: broadcast(tensor.contiguous()) for name, tensor in tensors.items()}

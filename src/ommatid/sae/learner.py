@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ommatid.compute.checkpoint import Accumulator, State, flatten, inside
 from ommatid.compute.hardware import product_dtype
 from ommatid.config import Imported, TrainParams
 from ommatid.errors import TrainingError
@@ -94,15 +95,18 @@ def _scale(x_nd: Tensor) -> float:
     return 1 / float(x_nd.double().square().sum(1).mean().sqrt())
 
 
-class Learner:
+class Learner(Accumulator):
     """One SAE in training."""
 
-    def __init__(self, name: str, params: TrainParams, n_tokens: int, scales: Scales, device: torch.device) -> None:
+    STATE = ("guides", "idle", "firings", "density", "threshold", "curves", "_window", "_sums")
+    """Beside the weights and their moments, from which an optimiser is made."""
+
+    def __init__(self, name: str, params: TrainParams, n_tokens: int, device: torch.device) -> None:
         self.name = name
         """Key of `TrainParams.each`."""
         self.params = params
         self.plan: Plan = make_plan(params, n_tokens)
-        self.scales = scales
+        self.scales: Scales
         assert not isinstance(params.variant, Imported), f"{name}: an imported SAE is not trained"
         self.variant: Variant = make_variant(params.variant, _settings(params, self.plan, device))
         self.guides = Guides()
@@ -124,8 +128,8 @@ class Learner:
     @classmethod
     def begin(cls, name: str, params: TrainParams, n_tokens: int, sample: Sample, device: torch.device) -> "Learner":
         """Make a new learner, whose weights are initialised from a sample."""
-        scales = Scales.of(sample)
-        learner = cls(name, params, n_tokens, scales, device)
+        learner = cls(name, params, n_tokens, device)
+        scales = learner.scales = Scales.of(sample)
         x, target = sample.x * scales.x, None if sample.target is None else sample.target * scales.target
         weights = make_weights(params.d_sae, x, target, params.seed)
         weights.derives_W_dec = learner.variant.derives_W_dec
@@ -245,31 +249,26 @@ class Learner:
         self._window, self._sums = Fidelity(), torch.zeros(3, dtype=torch.float64)
         return values
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors that a checkpoint holds, by name."""
-        scalars = torch.tensor([self.scales.x, self.scales.target, self.threshold, self.plan.n_steps], dtype=torch.float64)
-        counters = {"idle": self.idle, "firings": self.firings, "density": self.density, "curves": self.curves, "sums": self._sums}
-        window = {f"window.{name}": tensor for name, tensor in self._window.tensors().items()}
-        state = {"guides": self.guides.as_tensor(), "scalars": scalars} | counters | window
-        return {f"weights.{k}": v for k, v in self.weights.tensors().items()} | self._optimiser.tensors() | state
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights, their moments and everything that `STATE` names."""
+        scales = {"x": self.scales.x, "target": self.scales.target}
+        made = {"weights": self.weights.tensors(), "optimiser": self._optimiser, "scales": scales, "n_steps": self.plan.n_steps}
+        return flatten(made) | super().state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over what `state_dict` returned."""
+        state = {key: tensor.to(self.idle.device) for key, tensor in state.items()}
+        self.scales = Scales(float(state["scales/x"]), float(state["scales/target"]))
+        self.shorten(int(state["n_steps"]))
+        self._take(inside(state, "weights"))
+        self._optimiser.load_state_dict(inside(state, "optimiser"))
+        super().load_state_dict(state)
 
     @classmethod
-    def restore(cls, name: str, params: TrainParams, n_tokens: int, tensors: dict[str, Tensor], device: torch.device) -> "Learner":
-        """Make a learner from the tensors of a checkpoint, as `tensors` returned them."""
-        # Cloned because tensors loaded from a file are not aligned in memory, which changes the last bits of products.
-        tensors = {key: tensor.clone() for key, tensor in tensors.items()}
-        scale_x, scale_target, threshold, n_steps = tensors["scalars"].tolist()
-        learner = cls(name, params, n_tokens, Scales(scale_x, scale_target), device)
-        learner.shorten(int(n_steps))
-        weights = {k.removeprefix("weights."): v.to(device) for k, v in tensors.items() if k.startswith("weights.")}
-        learner._take(weights)
-        learner.guides, learner.threshold = Guides.of(tensors["guides"]), threshold
-        moments = {k: v.to(device) for k, v in tensors.items() if k.startswith(("first.", "second."))}
-        learner._optimiser.restore(moments, learner.guides.step)
-        learner.idle, learner.firings = tensors["idle"].to(device), tensors["firings"].to(device)
-        learner.density = tensors["density"].to(device)
-        learner.curves, learner._sums = tensors["curves"], tensors["sums"]
-        learner._window = Fidelity.of({k.removeprefix("window."): v for k, v in tensors.items() if k.startswith("window.")})
+    def restore(cls, name: str, params: TrainParams, n_tokens: int, state: State, device: torch.device) -> "Learner":
+        """Make the learner whose `state_dict` this is."""
+        learner = cls(name, params, n_tokens, device)
+        learner.load_state_dict(state)
         return learner
 
     def finish(self, hookpoint: str, model: str, target: str | None) -> SAE:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ommatid.compute.checkpoint import State
 from ommatid.sae import distributed
 from ommatid.sae.weights import ROWS_PER_CHUNK, Weights
 
@@ -76,19 +77,20 @@ class Optimiser:
                 if moment in state:
                     state[moment][rows] = 0.0
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the moments by name, as a checkpoint holds them."""
-        found = {}
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return both moments of each tensor by its name, and how many steps are done."""
+        found = {"step": torch.tensor(0.0)}
         for name, tensor in self._weights.trained().items():
-            state = self.adam.state[tensor]  # Empty before the first step.
+            state = self.adam.state[tensor]  # empty before the first step
+            found["step"] = state.get("step", found["step"])
             found |= {f"{which}.{name}": state.get(key, torch.zeros_like(tensor)) for which, key in _MOMENTS.items()}
         return found
 
-    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Restore the moments that `tensors` returned after `step` steps."""
+    def load_state_dict(self, state: State) -> None:
+        """Take over what `state_dict` returned."""
         for name, tensor in self._weights.trained().items():
-            n_steps = torch.tensor(float(step), device=tensor.device)
-            self.adam.state[tensor] = {"step": n_steps, "exp_avg": tensors[f"first.{name}"], "exp_avg_sq": tensors[f"second.{name}"]}
+            moments = {key: state[f"{which}.{name}"].to(tensor.device) for which, key in _MOMENTS.items()}
+            self.adam.state[tensor] = {"step": state["step"].to(tensor.device, copy=True), **moments}
 
 
 def _normalise(W_dec: Tensor) -> None:

@@ -10,10 +10,11 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from ommatid.compute.checkpoint import Checkpoint
 from ommatid.errors import StoppedError, TrainingError
 from ommatid.events import Listener, Measured, Noticed, Progress
 from ommatid.sae import distributed
@@ -26,9 +27,6 @@ FEWEST_STEPS = 200
 """Steps below which a run is reported as short: Adam's averages and the schedule have hardly begun by then."""
 FEWEST_FIRINGS = 1000
 """Mean firings of a latent below which a run is reported as short. The demo's 1,280 latents have 13,800."""
-CHECKPOINT_SECONDS = 60.0
-"""Seconds between checkpoints, which are written only after a measurement: the most that a killed run loses is the longer of the two
-intervals."""
 PATIENCE = 20
 """Measurements (hundredths of the run) without progress after which that is reported."""
 
@@ -36,22 +34,22 @@ PATIENCE = 20
 class Trainer:
     """Trains learners on the same batches until the end of their schedule."""
 
-    def __init__(self, learners: Sequence[Learner], on_event: Listener, checkpoint: Callable[[], None], patience: int | None = None):
+    def __init__(self, learners: Sequence[Learner], on_event: Listener, checkpoint: Checkpoint | None, patience: int | None = None):
         """Make a trainer.
 
         Args:
             learners: Learners that have the same number of steps behind them and the same number ahead.
             on_event: Called with each progress event and warning.
-            checkpoint: Writes the tensors of all learners. Called from time to time, and when the process receives SIGTERM.
+            checkpoint: Written with the state of all learners after a measurement, once it is due, and when the process receives SIGTERM.
+                None writes nothing.
             patience: Measurements (hundredths of the run) without progress of any learner after which the run ends early. None means it
                 never does.
         """
         self._learners = learners
         self._on_event = on_event if distributed.rank() == 0 else lambda event: None
-        self._checkpoint = checkpoint if distributed.rank() == 0 else lambda: None
+        self._checkpoint = checkpoint if distributed.rank() == 0 else None
         self._patience = patience
         self._clock = _Clock()
-        self._written = time.monotonic()
 
     @property
     def _step(self) -> int:
@@ -89,7 +87,7 @@ class Trainer:
                 self._clock.count(batch.n_total)
                 if self._step % every == 0 or self._step == self._n_steps:
                     self._measure()
-                    if time.monotonic() - self._written > CHECKPOINT_SECONDS:
+                    if self._checkpoint and self._checkpoint.is_due:
                         self._write()
                 if distributed.total(int(stop_requested.is_set())) and self._step < self._n_steps:
                     self._write()
@@ -107,8 +105,8 @@ class Trainer:
                 self._on_event(Noticed(learner.name, learner.guides.step, f"given up; training continues with the remaining SAEs: {error}"))
 
     def _write(self) -> None:
-        self._checkpoint()
-        self._written = time.monotonic()
+        if self._checkpoint:
+            self._checkpoint.save({learner.name: learner for learner in self._learners})
 
     def _measure(self) -> None:
         pace = self._clock.read()

@@ -1,15 +1,15 @@
 """Stage `train`: activations in, one or several SAEs out, each with `sae.safetensors`, `cfg.json` and training curves."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors.torch import load_file, save_file
 
 from ommatid import schemas
 from ommatid.activations.batches import Columns, Share, iter_batches, load_sample
+from ommatid.compute.checkpoint import Checkpoint, State, inside
 from ommatid.compute.prefetch import prefetch
 from ommatid.config import Imported, TrainParams
 from ommatid.errors import ConfigError
@@ -40,19 +40,13 @@ def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_
         StoppedError: the process was asked to end; a checkpoint is there.
         ModelError: an SAE to be imported cannot be read, or is of another width.
     """
-    checkpoint = f"{draft.scratch.name}/{CHECKPOINT}"
-    saved = load_file(draft.local(checkpoint)) if draft.has(checkpoint) else None
-
-    def save(tensors: dict[str, torch.Tensor]) -> None:
-        with draft.write_file(checkpoint) as path:
-            save_file(tensors, path)
-
+    checkpoint = Checkpoint(draft, f"{draft.scratch.name}/{CHECKPOINT}")
     made = {
         name: write_imported(name, one, inputs, draft) for name, one in params.each().items() if isinstance(one.variant, Imported)
     }  # first: what is wrong with them is found before hours of training
     if len(made) < len(params.each()):
         distributed.agree_to_train()
-        for name, learner in fit(params, inputs, saved, save, on_event).items():
+        for name, learner in fit(params, inputs, checkpoint, on_event).items():
             child = draft.child(name, "sae", learner.params.identity())
             made[name] = child.sealed() or _write(learner, inputs, child)
     of = {name: {key: made[name].summary[key] for key in SUMMARISED} for name in params.each()}
@@ -62,14 +56,13 @@ def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_
 def follow(params: TrainParams, inputs: Mapping[str, Artefact]) -> None:
     """What every rank but the first does: train with it, if it trains."""
     if distributed.agree_to_train():
-        fit(params, inputs, None, lambda tensors: None, ignore)
+        fit(params, inputs, None, ignore)
 
 
 def fit(
     params: TrainParams,
     inputs: Mapping[str, Artefact],
-    saved: dict[str, torch.Tensor] | None,
-    save: Callable[[dict[str, torch.Tensor]], None],
+    checkpoint: Checkpoint | None,
     on_event: Listener,
 ) -> dict[str, Learner]:
     """Train; called by every rank, of which the first has the checkpoint and writes it.
@@ -81,12 +74,11 @@ def fit(
     Args:
         params: Of the stage.
         inputs: `extract`, and `target` for a transcoder.
-        saved: The last checkpoint, if there is one.
-        save: Writes a checkpoint.
+        checkpoint: Read and written by the first rank only; None on the others.
         on_event: Hears of progress.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    learners = _learners(params, inputs, distributed.broadcast_tensors(saved, device), device)
+    learners = _learners(params, inputs, distributed.broadcast_tensors(checkpoint.load() if checkpoint else {}, device), device)
     first = learners[0]
     if first.plan.batch_size % distributed.n_ranks():
         raise ConfigError(
@@ -96,29 +88,19 @@ def fit(
     columns = Columns(inputs["extract"], inputs.get("target"), any(learner.params.ms_weight for learner in learners))
     share = Share(distributed.rank(), distributed.n_ranks())
     batches = iter_batches(columns, first.plan.batch_size, params.seed, max(learner.guides.step for learner in learners), share)
-
-    def checkpoint() -> None:
-        save({f"{learner.name}/{key}": tensor.detach().contiguous() for learner in learners for key, tensor in learner.tensors().items()})
-
     with closing(prefetch(_pinned(batches, device), BATCHES_AHEAD)) as ready:
         Trainer(learners, on_event, checkpoint, params.patience).fit(ready)
     return {learner.name: learner for learner in learners}
 
 
-def _learners(
-    params: TrainParams, inputs: Mapping[str, Artefact], saved: dict[str, torch.Tensor] | None, device: torch.device
-) -> Sequence[Learner]:
+def _learners(params: TrainParams, inputs: Mapping[str, Artefact], saved: State, device: torch.device) -> Sequence[Learner]:
     trained = {name: one for name, one in params.each().items() if not isinstance(one.variant, Imported)}
     n_tokens = inputs["extract"].rows("train")
     make_plan(params, n_tokens)  # refuses too few before any are read
-    if saved is None:
+    if not saved:
         sample = _load_sample(inputs)
         return [Learner.begin(name, one, n_tokens, sample, device) for name, one in trained.items()]
-    found = []
-    for name, one in trained.items():
-        tensors = {key.removeprefix(f"{name}/"): tensor for key, tensor in saved.items() if key.startswith(f"{name}/")}
-        found.append(Learner.restore(name, one, n_tokens, tensors, device))
-    return found
+    return [Learner.restore(name, one, n_tokens, inside(saved, name), device) for name, one in trained.items()]
 
 
 def _load_sample(inputs: Mapping[str, Artefact]) -> Sample:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ommatid.compute.checkpoint import Accumulator
 from ommatid.sae import distributed
 from ommatid.sae.entries import Levels
 from ommatid.sae.model import Activation
@@ -40,8 +41,10 @@ class Settings:
 
 
 @dataclass
-class Guides:
+class Guides(Accumulator):
     """State that a variant carries from step to step, and a checkpoint holds."""
+
+    STATE = ("step", "floor", "penalty", "mean_act", "firings")
 
     step: int = 0
     """Steps completed."""
@@ -53,16 +56,6 @@ class Guides:
     """Mean activation of firing entries, averaged over steps."""
     firings: float = 0.0
     """Firings per token in the last step, if the penalty is steered; 0 before the first step."""
-
-    def as_tensor(self) -> Tensor:
-        """Return the state as a tensor for a checkpoint."""
-        return torch.tensor([self.step, self.floor, self.penalty, self.mean_act, self.firings], dtype=torch.float64)
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "Guides":
-        """Restore the state that `as_tensor` returned."""
-        step, *rest = tensor.tolist()
-        return cls(int(step), *rest)
 
 
 class Variant(ABC):
