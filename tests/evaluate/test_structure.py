@@ -342,14 +342,13 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(
     assert again.digest == world["evaluate"].digest
 
 
-@pytest.mark.parametrize("at", [5, 8, 14])
-def test_an_evaluation_killed_within_a_shard_counts_no_image_twice(
-    world: dict[str, Artefact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+def test_a_checkpoint_that_is_due_within_a_shard_waits_for_the_next(
+    world: dict[str, Artefact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Four steps a shard; a checkpoint is due from the second shard's first step on, and the run is killed in its third."""
     monkeypatch.setattr(batches, "ENTRIES", 20 * len(KINDS) * D_SAE)
     inputs = {name: world[name] for name in ("images", "extract", "train")}
     unbroken = run(tmp_path / "unbroken", inputs)
-    monkeypatch.setattr(checkpoint, "SECONDS", -1.0)
     events: list[int] = []
 
     class Killed(BaseException):
@@ -358,12 +357,15 @@ def test_an_evaluation_killed_within_a_shard_counts_no_image_twice(
     def listen(event: Any) -> None:
         if isinstance(event, Progress):
             events.append(event.done)
-            if len(events) == at:
+            if len(events) == 5:
+                monkeypatch.setattr(checkpoint, "SECONDS", -1.0)
+            if len(events) == 7:
                 raise Killed
 
     with pytest.raises(Killed):
         run(tmp_path / "evaluation", inputs, listen)
-    assert run(tmp_path / "evaluation", inputs, listen).digest == unbroken.digest
+    assert events == [20 * n for n in range(1, 8)]
+    assert run(tmp_path / "evaluation", inputs).digest == unbroken.digest
 
 
 def test_steps_of_the_stream_are_a_shard_each(world: dict[str, Artefact]) -> None:
