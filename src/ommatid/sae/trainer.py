@@ -91,7 +91,7 @@ class Trainer:
                         self._write()
                 if distributed.total(int(stop_requested.is_set())) and self._step < self._n_steps:
                     self._write()
-                    raise StoppedError(f"train: step {self._step} of {self._n_steps}; run it again to continue from there")
+                    raise StoppedError(f"train: stopped at step {self._step} of {self._n_steps}; run it again to continue from there")
 
     def _learn(self, batch: Batch) -> None:
         """Take one step with each learner. A learner that diverges is given up unless it is the last."""
