@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from ommatid.catalog import client as child_module
-from ommatid.catalog.client import Child, Values
+from ommatid.catalog.client import AnswerUnpickler, Child
 from ommatid.catalog.reader import Catalog
 from ommatid.catalog.worker import REFUSED
 from ommatid.errors import QueryError
@@ -227,10 +227,10 @@ def test_the_process_ends_with_the_one_that_asks(file: Path, sql: str) -> None:
 
 def test_only_values_are_unpickled() -> None:
     values = [None, True, 2**100, 1.5, "x", b"x", [1, (2,)], {"a": 1}, Decimal("1.5"), UUID(int=1), date(2024, 2, 29), timedelta(1)]
-    assert Values(io.BytesIO(pickle.dumps(values))).load() == values
+    assert AnswerUnpickler(io.BytesIO(pickle.dumps(values))).load() == values
     for evil in (os.system, Path("x"), subprocess.run, QueryError("x")):
         with pytest.raises(QueryError, match="which no answer can"):
-            Values(io.BytesIO(pickle.dumps(evil))).load()
+            AnswerUnpickler(io.BytesIO(pickle.dumps(evil))).load()
 
 
 AS_ON_MACOS = """
@@ -274,7 +274,7 @@ def test_who_waits_too_long_for_a_process_is_told(file: Path) -> None:
     with Catalog(file, at_once=1) as catalog, ThreadPoolExecutor(1) as pool:
         slow = pool.submit(catalog.rows, "SELECT sleep_ms(3000)", timeout=HANG_SECONDS)
         wait_for(lambda: not catalog._idle, "the question to be asked")
-        with pytest.raises(QueryError, match=r"others were asking for 0\.2 s; try again, or raise --timeout"):
+        with pytest.raises(QueryError, match=r"other statements were running for 0\.2 s; try again, or raise --timeout"):
             catalog.rows("SELECT 1", timeout=0.2)
         assert len(slow.result()) == 1
         assert catalog.rows("SELECT 1", timeout=HANG_SECONDS) == [(1,)]
@@ -283,7 +283,7 @@ def test_who_waits_too_long_for_a_process_is_told(file: Path) -> None:
 def test_a_closed_catalogue_says_so(file: Path) -> None:
     with Catalog(file) as catalog:
         pass
-    with pytest.raises(QueryError, match="it was closed here"):
+    with pytest.raises(QueryError, match="this Catalog has been closed"):
         catalog.rows("SELECT 1")
 
 

@@ -69,16 +69,16 @@ def pipe(path: Path) -> None:
 
 
 CAUSES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (Path.unlink, r"no catalogue; make it with `dvc repro` \(or `make demo`\)"),
-    "broken link": (link, r"links to gone\.duckdb, which does not exist; make it with"),
+    "missing": (Path.unlink, r"does not exist; build it with `dvc repro` \(or `make demo`\)"),
+    "broken link": (link, r"links to gone\.duckdb, which does not exist; build it with"),
     "folder": (folder, r"a folder; name the file in it, such as --catalog .*it's\.duckdb/catalog\.duckdb"),
     "pipe": (pipe, r"not a regular file"),
-    "empty": (lambda path: path.write_bytes(b""), r"empty: what wrote or copied it did not finish"),
-    "text": (lambda path: path.write_text("words " * 5000), r"not a catalogue, for it is no DuckDB database"),
-    "short text": (lambda path: path.write_text("word"), r"not a catalogue, for it is no DuckDB database|cut short"),
-    "sqlite": (sqlite, r"not a catalogue, for it is no DuckDB database"),
+    "empty": (lambda path: path.write_bytes(b""), r"empty, as it was not completely written or copied"),
+    "text": (lambda path: path.write_text("words " * 5000), r"not a catalogue, as it is not a DuckDB database"),
+    "short text": (lambda path: path.write_text("word"), r"not a catalogue, as it is not a DuckDB database|cut short"),
+    "sqlite": (sqlite, r"not a catalogue, as it is not a DuckDB database"),
     "other database": (other, r"a DuckDB database, but not a catalogue: it has neither a relation features nor runs"),
-    "cut in its header": (lambda path: os.truncate(path, 5000), r"cut short: what wrote or copied it did not finish"),
+    "cut in its header": (lambda path: os.truncate(path, 5000), r"cut short, as it was not completely written or copied"),
     "cut in half": (lambda path: os.truncate(path, path.stat().st_size // 2), r"cut short|damaged"),
     "header changed": (lambda path: flip(path, 100), r"damaged \(.*checksum"),
     "newer DuckDB": (lambda path: of_version(path, 9999), r"written by another version of DuckDB \(.*9999"),
@@ -119,7 +119,7 @@ def test_a_file_that_may_not_be_read_says_so(file: Path, monkeypatch: pytest.Mon
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("ommatid.catalog.database.os.open", refuse)  # root may read all
-    with pytest.raises(QueryError, match="no permission to read it; `ls -l` shows whose it is"):
+    with pytest.raises(QueryError, match="no permission to read it; `ls -l` shows its owner"):
         open_file(file)
 
 

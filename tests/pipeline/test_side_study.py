@@ -95,7 +95,7 @@ def test_questions_pictures_and_reports_of_a_study_stay_in_it(
     assert "name the catalogue by one of them" in capsys.readouterr().err
     for data in ("nowhere", "study/none"):
         assert run_verb("query", "SELECT 1", "--data", data) == 1
-        assert f"{data}/catalog/catalog.duckdb: no catalogue" in capsys.readouterr().err
+        assert f"{data}/catalog/catalog.duckdb: does not exist" in capsys.readouterr().err
 
 
 def test_an_sae_of_a_study_is_exported_from_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Catalogue: one DuckDB file built from the artefacts, and SQL over it in a process that cannot do harm."""
+"""The catalogue: one DuckDB file built from the artefacts, queried in SQL in a sandboxed process."""
 
 from ommatid.catalog.reader import Catalog
 

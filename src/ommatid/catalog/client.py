@@ -1,4 +1,4 @@
-"""The parent's side of `worker.py`: starts the process that runs SQL, asks it, and ends it."""
+"""The parent's side of `worker.py`: starts the process that runs SQL, sends it statements, and ends it."""
 
 import io
 import os
@@ -20,36 +20,36 @@ from ommatid.errors import QueryError
 
 WORKER = Path(__file__).with_name("worker.py")
 START = 120.0
-"""Seconds that a process may take to start and to open the catalogue: a busy machine is no reason to give up."""
-VALUES = {
+"""Seconds that a process may take to start and open the catalogue; generous, as the machine may be busy."""
+ANSWER_TYPES = {
     "builtins": {"bytearray"},
     "datetime": {"date", "datetime", "time", "timedelta", "timezone"},
     "decimal": {"Decimal"},
     "uuid": {"UUID", "SafeUUID"},
     "pytz": {"_UTC", "_p"},
 }
-"""What an answer may be made of, besides numbers, texts, bytes, lists and dicts."""
-SENT = VALUES | {"builtins": {"NoneType", "bool", "int", "float", "str", "bytes", "bytearray", "list", "tuple", "dict"}}
-"""What a statement and its parameters may be made of."""
-KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH", "TZ")
-"""Variables of the environment that Python or an answer may need; others could be secrets."""
+"""Types of values allowed in an answer, by module, besides numbers, text, bytes, lists and dicts."""
+QUESTION_TYPES = ANSWER_TYPES | {"builtins": {"NoneType", "bool", "int", "float", "str", "bytes", "bytearray", "list", "tuple", "dict"}}
+"""Types of values allowed in a statement and its parameters, by module."""
+INHERITED = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH", "TZ")
+"""Environment variables passed on because Python or an answer may need them; all others could hold secrets."""
 
 
 class Late(Exception):
-    """The answer did not come in time."""
+    """Raised when an answer is not complete in time."""
 
 
 class Died(Exception):
-    """The process ended before its answer did."""
+    """Raised when the process ends before its answer is complete."""
 
 
 class Child:
-    """A process that answers one statement at a time; whoever leaves an answer half read must end it.
+    """A process that answers one statement at a time; if an answer is not read to its end, the process must be ended.
 
-    It belongs to the process that started it: in one that is forked from that, it is closed.
+    It belongs to the process that started it, and is closed in any process forked from that one.
 
     Raises:
-        QueryError: the operating system starts no process.
+        QueryError: The operating system cannot start a process.
     """
 
     def __init__(self) -> None:
@@ -61,24 +61,24 @@ class Child:
                 "limits that `ulimit -a` shows"
             ) from None
         self.is_idle = False
-        """Whether it waits for a statement."""
+        """Whether the process is waiting for a statement."""
         _STARTED.add(self)
 
     @property
     def pid(self) -> int:
-        """Its process."""
+        """Id of the process."""
         return self._process.pid
 
     def open(self, file: int, path: Path, memory_mb: int) -> None:
-        """Have it open a catalogue.
+        """Open a catalogue in the process.
 
         Args:
-            file: Descriptor of the file.
-            path: Where it lies.
-            memory_mb: Most memory of a statement.
+            file: Descriptor of the catalogue's file.
+            path: Path of the file.
+            memory_mb: Memory limit of a statement, in MB.
 
         Raises:
-            QueryError: it is none, in DuckDB's words.
+            QueryError: The file is not a readable catalogue; the message is DuckDB's.
         """
         until = time.monotonic() + START
         try:
@@ -93,18 +93,21 @@ class Child:
         self.is_idle = True
 
     def ask(self, what: str, *values: Any, most: int, timeout: float | None) -> Iterator[tuple[Any, ...]]:
-        """The messages of one answer.
+        """Send a statement and iterate over the messages of its answer.
 
         Args:
-            what: `ask` or `arrow`.
-            values: Of the question.
-            most: Bytes of the answer.
-            timeout: Seconds until it has to be complete.
+            what: Kind of answer: `ask` for rows, `arrow` for an Arrow stream.
+            values: Arguments of the method of that name of `worker.Reader`, except the last.
+            most: Maximum size of the answer, in bytes.
+            timeout: Seconds until the answer has to be complete; None: no limit.
+
+        Yields:
+            The kind of each message and its values.
 
         Raises:
-            QueryError: the statement was not answered, in words for whoever wrote it.
-            Late: it took too long.
-            Died: the process ended.
+            QueryError: The statement cannot be answered; the message is meant for its author.
+            Late: The answer was not complete in time.
+            Died: The process ended.
         """
         until = None if timeout is None else time.monotonic() + timeout
         self.is_idle = False
@@ -121,7 +124,7 @@ class Child:
             yield kind, *found
 
     def end(self) -> None:
-        """Kill the process, if it still runs, and wait until it is gone."""
+        """Kill the process if it is still running, and wait until it has ended."""
         self._process.kill()
         self._process.wait()
         self._link.close()
@@ -130,8 +133,8 @@ class Child:
             self._lifeline = -1
 
     def forget(self) -> None:
-        """Leave the process to the one that this process was forked from."""
-        self._process.returncode = 0  # it is no child of this process, which can neither end it nor wait for it
+        """Disconnect from the process after a fork and leave it to the parent, which started it."""
+        self._process.returncode = 0  # only the parent can end the process or wait for it
         self.is_idle = False
         self._link.close()
         os.close(self._lifeline)
@@ -139,10 +142,10 @@ class Child:
 
     def _send(self, message: Any, until: float | None) -> None:
         buffer = io.BytesIO()
-        Question(buffer).dump(message)
+        QuestionPickler(buffer).dump(message)
         payload = buffer.getvalue()
         try:
-            self._link.settimeout(_left(until))
+            self._link.settimeout(_seconds_left(until))
             self._link.sendall(struct.pack(">Q", len(payload)) + payload)
         except TimeoutError:
             raise Late from None
@@ -150,58 +153,69 @@ class Child:
             raise self._death() from None
 
     def _receive(self, most: int, until: float | None) -> tuple[list[Any], int]:
-        """One message, and its size; an error is raised."""
-        (length,) = struct.unpack(">Q", self._take(8, until))
+        """Receive a message; return its kind, its values and its size in bytes.
+
+        Raises:
+            QueryError: The message reports an error.
+        """
+        (length,) = struct.unpack(">Q", self._receive_bytes(8, until))
         if length > most:
-            raise QueryError("its answer is larger than any that was agreed on")
-        kind, *values = Values(io.BytesIO(self._take(length, until))).load()
+            raise QueryError("its answer is larger than the agreed limit")
+        kind, *values = AnswerUnpickler(io.BytesIO(self._receive_bytes(length, until))).load()
         if kind == "error":
             text, *is_spent = values
             self.is_idle = is_spent == [False]
             raise QueryError(text)
         return [kind, *values], length
 
-    def _take(self, n: int, until: float | None) -> bytearray:
-        taken = bytearray(n)
-        view, got = memoryview(taken), 0
-        while got < n:
+    def _receive_bytes(self, n: int, until: float | None) -> bytearray:
+        received = bytearray(n)
+        view, n_received = memoryview(received), 0
+        while n_received < n:
             try:
-                self._link.settimeout(_left(until))
-                some = self._link.recv_into(view[got:])
+                self._link.settimeout(_seconds_left(until))
+                n_new = self._link.recv_into(view[n_received:])
             except TimeoutError:
                 raise Late from None
             except OSError:
                 raise self._death() from None
-            if not some:
+            if not n_new:
                 raise self._death()
-            got += some
-        return taken
+            n_received += n_new
+        return received
 
     def _death(self) -> Died:
-        """How the process ended."""
+        """Exception that says how the process ended."""
         status = self._process.wait()
         return Died(signal.Signals(-status).name if status < 0 else f"exit status {status}")
 
 
 def _start() -> tuple[subprocess.Popen[bytes], socket.socket, int]:
-    """The process, our end of its socket, and the end of the pipe whose closing ends it; raises OSError."""
-    with ExitStack() as undone:
+    """Start a process.
+
+    Returns:
+        The process, our end of its socket, and the end of a pipe that ends the process when it is closed.
+
+    Raises:
+        OSError: The process, its socket or its pipe cannot be made.
+    """
+    with ExitStack() as cleanup:
         ours, theirs = socket.socketpair()
-        undone.callback(ours.close)
+        cleanup.callback(ours.close)
         with theirs:
-            held, lifeline = os.pipe()
-            undone.callback(os.close, lifeline)
-            command = [sys.executable, "-I", "-S", str(WORKER), str(held), *filter(None, map(os.path.abspath, sys.path))]
-            environment = {name: os.environ[name] for name in KEPT if name in os.environ}
-            environment |= {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # others reserve more than a limit grants
-            nowhere = subprocess.DEVNULL
+            read_end, lifeline = os.pipe()
+            cleanup.callback(os.close, lifeline)
+            command = [sys.executable, "-I", "-S", str(WORKER), str(read_end), *filter(None, map(os.path.abspath, sys.path))]
+            environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
+            environment |= {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # the other pools reserve more memory than the limit allows
+            devnull = subprocess.DEVNULL
             try:
                 process = subprocess.Popen(
-                    command, stdin=theirs.fileno(), stdout=nowhere, stderr=nowhere, pass_fds=[held], env=environment, cwd="/"
+                    command, stdin=theirs.fileno(), stdout=devnull, stderr=devnull, pass_fds=[read_end], env=environment, cwd="/"
                 )
             finally:
-                os.close(held)
-        undone.pop_all()
+                os.close(read_end)
+        cleanup.pop_all()
         return process, ours, lifeline
 
 
@@ -217,16 +231,20 @@ def _forget_all() -> None:
 os.register_at_fork(after_in_child=_forget_all)
 
 
-class Question(pickle.Pickler):
-    """Pickles values and nothing else: the process opens no module to learn of another class."""
+class QuestionPickler(pickle.Pickler):
+    """Pickler that accepts only `QUESTION_TYPES`, as the process cannot import a module to unpickle any other class."""
 
     def persistent_id(self, value: Any) -> None:
-        """Look at every value on its way. Raises QueryError."""
+        """Check a value; the pickler calls this for each one.
+
+        Raises:
+            QueryError: The value is of another type, or is text that is not Unicode.
+        """
         kind = value if isinstance(value, type) else type(value)
-        if kind.__name__ not in SENT.get(kind.__module__, ()):
+        if kind.__name__ not in QUESTION_TYPES.get(kind.__module__, ()):
             raise QueryError(
                 f"a parameter is or holds a {kind.__module__}.{kind.__qualname__}: expected None, a bool, number, text, bytes, date, time, "
-                "Decimal or UUID, or a list or dict of these; NumPy's have tolist()"
+                "Decimal or UUID, or a list or dict of these; convert NumPy's with tolist()"
             )
         if isinstance(value, str):
             try:
@@ -235,21 +253,25 @@ class Question(pickle.Pickler):
                 raise QueryError(f"{value[:40]!a} is not Unicode: it holds half of a surrogate pair, or a byte that is not UTF-8") from None
 
 
-class Values(pickle.Unpickler):
-    """Unpickles values and nothing else: a process that runs foreign SQL is not trusted to name what is called here."""
+class AnswerUnpickler(pickle.Unpickler):
+    """Unpickler that accepts only `ANSWER_TYPES`, as a process that runs untrusted SQL must not choose what is called here."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class of a value."""
-        if name not in VALUES.get(module, ()):
+        """Return a class named in an answer.
+
+        Raises:
+            QueryError: It is not one of `ANSWER_TYPES`.
+        """
+        if name not in ANSWER_TYPES.get(module, ()):
             raise QueryError(f"its answer holds a {module}.{name}, which no answer can")
         return super().find_class(module, name)
 
 
-def _left(until: float | None) -> float | None:
-    """Seconds until then.
+def _seconds_left(until: float | None) -> float | None:
+    """Seconds until a time of the monotonic clock.
 
     Raises:
-        Late: it is past.
+        Late: The time has passed.
     """
     if until is None:
         return None

@@ -1,4 +1,4 @@
-"""Opening DuckDB on a catalogue: settings shared by writer and readers, and why a file cannot be read."""
+"""Opening a catalogue with DuckDB: the settings that writer and readers share, and the reasons why a file cannot be read."""
 
 import os
 import re
@@ -13,48 +13,56 @@ SEALED = {
     "allow_community_extensions": "false",
     "python_enable_replacements": "false",
 }
-"""Nothing is downloaded, and SQL cannot read the variables of the Python process around it."""
+"""DuckDB settings under which nothing is downloaded, and SQL cannot read variables of the Python process."""
 MOST_THREADS = 4
+"""Maximum number of DuckDB threads."""
 
 
 def settings() -> dict[str, str]:
-    """SEALED, and a thread for each processor, four at most."""
-    # os.process_cpu_count is 3.13's; macOS has no affinity
+    """`SEALED`, with a thread for each processor up to `MOST_THREADS`."""
+    # os.process_cpu_count is new in Python 3.13, and macOS has no CPU affinity
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {**SEALED, "threads": str(min(MOST_THREADS, processors))}
 
 
 def memory_mb(most: int) -> int:
-    """A quarter of this machine's memory, `most` MB at most and 256 MB at least."""
+    """A quarter of this machine's memory in MB, at least 256 and at most `most`."""
     return max(256, min(most, physical_mb() // 4))
 
 
 def physical_mb() -> int:
-    """This machine's memory."""
+    """This machine's memory, in MB."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
 
 
 def quote(text: str) -> str:
-    """A SQL string literal, for the few statements in which DuckDB takes no parameters (ATTACH, COMMENT)."""
+    """Quote text as a SQL string literal, for the few statements that take no parameters in DuckDB (ATTACH, COMMENT)."""
     return "'" + text.replace("'", "''") + "'"
 
 
-AGAIN = "make it again with `dvc repro catalog`, or name another with --catalog FILE"
+AGAIN = "build it again with `dvc repro catalog`, or name another with --catalog FILE"
+"""What to do about a file that is not a readable catalogue."""
 
 
 def open_file(path: Path) -> int:
-    """A descriptor of the file, which stays readable when the file is replaced.
+    """Open a file for reading.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        A descriptor, through which the file stays readable even if it is replaced.
 
     Raises:
-        QueryError: there is no such file, or it may not be read.
+        QueryError: There is no such file, or it cannot be read.
     """
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nobody writes to would be waited for
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without O_NONBLOCK, opening a named pipe waits for a writer
     except FileNotFoundError:
-        where = f"links to {path.readlink()}, which does not exist" if path.is_symlink() else "no catalogue"
-        raise QueryError(f"{path}: {where}; make it with `dvc repro` (or `make demo`), or name one with --catalog FILE") from None
+        problem = f"links to {path.readlink()}, which does not exist" if path.is_symlink() else "does not exist"
+        raise QueryError(f"{path}: {problem}; build it with `dvc repro` (or `make demo`), or name another with --catalog FILE") from None
     except PermissionError:
-        raise QueryError(f"{path}: no permission to read it; `ls -l` shows whose it is") from None
+        raise QueryError(f"{path}: no permission to read it; `ls -l` shows its owner") from None
     except OSError as error:
         raise QueryError(f"{path}: cannot be read: {error.strerror}") from None
     if problem := _problem(path, os.fstat(file)):
@@ -69,21 +77,29 @@ def _problem(path: Path, found: os.stat_result) -> str | None:
     if not stat.S_ISREG(found.st_mode):
         return "not a regular file; name one with --catalog FILE"
     if not found.st_size:
-        return f"empty: what wrote or copied it did not finish; {AGAIN}"
+        return f"empty, as it was not completely written or copied; {AGAIN}"
     return None
 
 
 def explain(path: Path, text: str) -> str:
-    """Why DuckDB did not open the file, from what it says."""
+    """Explain why DuckDB did not open a file.
+
+    Args:
+        path: Path of the file.
+        text: Message of DuckDB's error.
+
+    Returns:
+        The reason, and what to do about it.
+    """
     if lock := re.search(r"Conflicting lock is held in (.*?)(?: \(PID (\d+)\))?(?: by user .*?)?\. See also", text):
         who = f"{lock[1]}, process {lock[2]}" if lock[2] else lock[1]
         return f"{path}: another program has it open for writing ({who}); close it there, or have it open the file read-only"
     if "version number" in text:
         return f"{path}: written by another version of DuckDB ({_short(text)}); read it with that version, or {AGAIN}"
     if "not a valid DuckDB database file" in text:
-        return f"{path}: not a catalogue, for it is no DuckDB database; {AGAIN}"
+        return f"{path}: not a catalogue, as it is not a DuckDB database; {AGAIN}"
     if "Could not read enough bytes" in text:
-        return f"{path}: cut short: what wrote or copied it did not finish; {AGAIN}"
+        return f"{path}: cut short, as it was not completely written or copied; {AGAIN}"
     if "Corrupt database file" in text or "checksum" in text:
         return f"{path}: damaged ({_short(text)}); {AGAIN}"
     if "not a catalogue" in text:

@@ -1,4 +1,4 @@
-"""Where each SAE of a catalogue comes from: what the relation `runs` is made of."""
+"""Lineage of each SAE in a catalogue: the rows of the relation `runs`."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from ommatid.config import CatalogParams
 from ommatid.store import Artefact
 
 Lineage = Mapping[str, Mapping[str, str | None]]
-"""Of each SAE, by its name in the training."""
+"""Origin of each SAE, by its name in the training; see `ommatid.tracking.lineage`."""
 
 _TRACES = ("git_commit", "dvc_experiment", "dvc_lock", "mlflow_run_id", "prefect_flow_run_id")
 _TEXTS = ("sae", "name", "variant", "model", "hookpoint", "target", *_TRACES, "images_digest", "activations_digest", "sae_digest", "params")
@@ -23,31 +23,39 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class OneSAE:
-    """What the stages made of one SAE."""
+    """The artefacts of one SAE."""
 
     sae: Artefact
-    """Itself."""
+    """The SAE."""
     evaluation: Artefact
+    """Its evaluation."""
     labels: Artefact
+    """The labels of its latents."""
 
     @property
     def name(self) -> str:
-        """What the catalogue calls it."""
+        """Name of the SAE in the catalogue."""
         return self.sae.summary["sae"]
 
 
 def iter_saes(inputs: Mapping[str, Artefact]) -> Iterator[tuple[str, OneSAE]]:
-    """The SAEs of a training by their names in it.
+    """Iterate over the SAEs of a training.
+
+    Args:
+        inputs: Artefacts, by stage.
+
+    Yields:
+        The name of each SAE in the training, and its artefacts.
 
     Raises:
-        ArtefactError: one is damaged, or was not evaluated or labelled.
+        ArtefactError: An artefact is damaged or missing.
     """
     for name, sae in inputs["train"].each().items():
         yield name, OneSAE(sae, inputs["evaluate"].child(name, "evaluation"), inputs["label"].child(name, "labels"))
 
 
 def make_runs(params: CatalogParams, inputs: Mapping[str, Artefact], saes: Mapping[str, OneSAE], lineage: Lineage) -> pa.Table:
-    """A row for each SAE, as runs.sql reads it."""
+    """Make the table that runs.sql reads, with a row for each SAE."""
     shared = {
         "created_at": datetime.now(UTC).replace(tzinfo=None, microsecond=0),
         "images_digest": inputs["images"].digest,

@@ -1,4 +1,4 @@
-"""Nearest latents by cosine of their directions, in tiles: memory does not grow with the number of latents."""
+"""Nearest latents by the cosine of their directions, computed in tiles so that memory does not grow with the number of latents."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,13 +11,22 @@ from ommatid import schemas
 from ommatid.compute.largest import largest
 
 WEIGHTS = "sae.safetensors"
-"""Written by `ommatid.sae.model`, which cannot be imported here: it needs torch."""
+"""File written by `ommatid.sae.model`, which is not imported here because it needs torch."""
 TILE = 4096
-"""Directions on a side of a tile: its cosines take 64 MB."""
+"""Number of directions on each side of a tile, whose cosines take 64 MB."""
 
 
 def iter_neighbours(folder: Path, sae: str, n: int) -> Iterator[pa.Table]:
-    """Rows of `schemas.NEIGHBOURS`, the `n` nearest of each latent, by tiles of latents in order. `folder` holds the weights."""
+    """Find the nearest latents of each latent of an SAE.
+
+    Args:
+        folder: Folder with the SAE's weights.
+        sae: Name of the SAE.
+        n: Number of neighbours per latent.
+
+    Yields:
+        Rows of `schemas.NEIGHBOURS` for one tile of latents after another, in order.
+    """
     with safe_open(folder / WEIGHTS, framework="numpy") as file:
         directions = file.get_slice("W_dec")
         d_sae = directions.get_shape()[0]
@@ -30,7 +39,7 @@ def iter_neighbours(folder: Path, sae: str, n: int) -> Iterator[pa.Table]:
 
 
 def _nearest(tile_at: Callable[[int], np.ndarray], start: int, d_sae: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Latents and cosines (tile, n), nearest first, for the tile of latents at `start`."""
+    """Return the nearest latents and their cosines, each (tile, n) and nearest first, for the tile of latents at `start`."""
     queries = tile_at(start)
     others = np.empty((len(queries), 0), np.int32)
     cosines = np.empty((len(queries), 0), np.float32)
@@ -47,7 +56,7 @@ def _nearest(tile_at: Callable[[int], np.ndarray], start: int, d_sae: int, n: in
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
-    """Rows of unit norm: those of other trainers may not be; a row of zeros stays as it is."""
+    """Scale rows to unit norm, as imported directions may have other norms; a row of zeros stays as it is."""
     rows = rows.astype(np.float32, copy=False)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(norms > 0, norms, 1)

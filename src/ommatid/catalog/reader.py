@@ -1,4 +1,4 @@
-"""Catalog: read-only SQL over catalog.duckdb. DuckDB itself runs in processes of its own, so that no statement can harm this one."""
+"""Read-only SQL over a catalogue; DuckDB runs in separate processes, so that no statement can harm this one."""
 
 import os
 import threading
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 Parameters = dict[str, Any] | Sequence[Any] | None
 
 READER_MB = 4096
-"""Most memory that a statement may take where nothing else is said. Nothing spills: a reader writes no file."""
+"""Default memory limit of a statement, in MB. A reader writes no files, so nothing is spilled to disk."""
 LEAST_MB = 64
-"""A limit below this leaves too little to read a catalogue."""
+"""Smallest memory limit, in MB, with which a catalogue can be read."""
 ANSWER_MB = 256
-"""Most memory of an answer where nothing else is said."""
+"""Default memory limit of an answer, in MB."""
 LONGEST = 2**20
-"""Characters of a statement, at most."""
+"""Maximum number of characters of a statement."""
 LONGEST_TIMEOUT = 86400.0
-"""Seconds."""
+"""Maximum timeout, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -38,44 +38,45 @@ class Column:
     """A column of a relation."""
 
     name: str
-    """What SQL calls it."""
+    """Name of the column in SQL."""
     type: str
-    """DuckDB's type."""
+    """DuckDB type of the column."""
     comment: str
-    """What it means."""
+    """Meaning of the column."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The rows of a query."""
+    """The answer to a query."""
 
     columns: tuple[str, ...]
-    """Names, as SQL gave them: not necessarily unique."""
+    """Names of the columns, not necessarily unique."""
     types: tuple[str, ...]
-    """DuckDB's type of each column."""
+    """DuckDB type of each column."""
     rows: list[tuple[Any, ...]]
-    """At most as many as asked for."""
+    """Rows, up to the requested maximum."""
     more: bool
-    """Whether the query has rows beyond these."""
+    """Whether the query has further rows."""
 
     def dicts(self) -> list[dict[str, Any]]:
-        """Rows by column name."""
+        """The rows as dicts, by column name."""
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
 
 class Catalog:
-    """A catalogue, open for reading: SELECT only, no files, no network, settings locked. Several threads may ask it at a time.
+    """A catalogue opened for reading: SELECT only, no files, no network, settings locked. Safe to use from several threads.
 
-    Every statement, also one of this package, runs in a process that holds DuckDB and the catalogue and can open nothing else. It is killed
-    when its time is up and cannot take more than its memory, whatever DuckDB makes of the statement; one that crashes it is an error like
-    another. The process stays for the next statement, which then takes milliseconds; the next after a kill waits for a new process.
+    Every statement runs in a separate process that holds DuckDB and the catalogue and can open nothing else. The process is killed
+    when a statement exceeds its time, and cannot exceed its memory, whatever DuckDB does; a statement that crashes it raises an ordinary
+    error. Otherwise the process is kept for the next statement, which then takes milliseconds; after a kill, the next statement waits
+    for a new process to start.
 
-    A process that is forked from this one may ask as well, and starts processes of its own.
+    A process forked from this one can use the catalogue as well, and starts its own reader processes.
 
-    A catalogue that is replaced while it is open here stays readable as it was; a new Catalog reads the new one.
+    If the file is replaced while it is open, this object keeps reading the old file; a new `Catalog` reads the new one.
 
     Raises:
-        QueryError: from every method, in words for whoever wrote the SQL.
+        QueryError: Raised by every method for statements that cannot be answered; the message is meant for the author of the SQL.
 
     >>> from pathlib import Path
     >>> from ommatid import Catalog
@@ -84,27 +85,27 @@ class Catalog:
     """
 
     def __init__(self, path: Path, memory_mb: int | None = None, answer_mb: int = ANSWER_MB, at_once: int = 2, child: Child | None = None):
-        """Open it.
+        """Open a catalogue.
 
         Args:
-            path: The file.
-            memory_mb: Most memory that a statement may take; None: READER_MB, or a quarter of the machine's where that is less.
-            answer_mb: Most memory that an answer may take here.
-            at_once: Statements that run at a time, each in a process of its own; others wait for one of them.
-            child: A process that was started ahead.
+            path: The DuckDB file.
+            memory_mb: Memory limit of a statement, in MB; None: `READER_MB` or, if less, a quarter of the machine's memory.
+            answer_mb: Memory limit of an answer in this process, in MB.
+            at_once: Maximum number of statements that run at the same time, each in its own process; further ones wait.
+            child: Reader process that is already running; None starts one.
         """
         self.path = path
         self.memory_mb = default_memory_mb(READER_MB) if memory_mb is None else memory_mb
         self._most = answer_mb * 2**20
         self._at_once = at_once
-        self._begin_anew()
+        self._reset()
         _OPEN.add(self)
         self._file = -1
         try:
             if self.memory_mb < LEAST_MB:
                 raise QueryError(f"a memory limit of {self.memory_mb} MB: expected {LEAST_MB} or more")
             self._file = open_file(path)
-            self._idle.append(self._begin(child or Child()))
+            self._idle.append(self._prepare(child or Child()))
         except BaseException:
             if child:
                 child.end()
@@ -118,11 +119,11 @@ class Catalog:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_file"):  # opened, and dropped without `close`, as in a notebook
+        if hasattr(self, "_file"):  # dropped without `close`, as in a notebook
             self.close()
 
     def close(self) -> None:
-        """Release the file and end its processes; a statement that another thread waits for is still answered."""
+        """Close the file and end the idle processes; statements running in other threads are still answered."""
         file, self._file = self._file, -1
         if file >= 0:
             os.close(file)
@@ -130,7 +131,17 @@ class Catalog:
             self._idle.pop().end()
 
     def ask(self, sql: str, parameters: Parameters = None, max_rows: int | None = None, timeout: float | None = None) -> Answer:
-        """Answer one query with at most `max_rows` rows, within `timeout` seconds; None: all rows, and as long as it takes."""
+        """Answer a query.
+
+        Args:
+            sql: One SELECT statement, or one of DESCRIBE, SHOW and SUMMARIZE.
+            parameters: Values of its parameters.
+            max_rows: Maximum number of rows; None: all rows.
+            timeout: Time limit in seconds; None: no limit.
+
+        Returns:
+            The rows, with the names and types of the columns.
+        """
         if max_rows is not None and max_rows < 0:
             raise QueryError(f"at most {max_rows} rows: expected 0 or more, or None")
         names: tuple[str, ...] = ()
@@ -150,18 +161,18 @@ class Catalog:
     def rows(
         self, sql: str, parameters: Parameters = None, max_rows: int | None = None, timeout: float | None = None
     ) -> list[tuple[Any, ...]]:
-        """The rows of one query as tuples."""
+        """Answer a query, as `ask` does, with the rows alone."""
         return self.ask(sql, parameters, max_rows, timeout).rows
 
     def arrow(self, sql: str, parameters: Parameters = None, timeout: float | None = None) -> "pyarrow.Table":
-        """The rows of one query as an Arrow table."""
+        """Answer a query with an Arrow table of all its rows."""
         import pyarrow as pa
 
         (stream,) = [values[0] for kind, *values in self._answer("arrow", sql, parameters, timeout=timeout) if kind == "arrow"]
         return pa.ipc.open_stream(stream).read_all()
 
     def pandas(self, sql: str, parameters: Parameters = None, timeout: float | None = None) -> "pandas.DataFrame":
-        """The rows of one query as a pandas frame, of the types that DuckDB gives one."""
+        """Answer a query with a pandas frame of all its rows, with the types that DuckDB's own conversion gives."""
         import duckdb
 
         table = self.arrow(sql, parameters, timeout)
@@ -169,68 +180,68 @@ class Catalog:
             return connection.from_arrow(table).df()
 
     def relations(self) -> dict[str, list[Column]]:
-        """The columns of each relation, with what they mean."""
+        """The columns of each relation, with their types and meanings."""
         found: dict[str, list[Column]] = {}
         for name, *column in self.rows(_RELATIONS):
             found.setdefault(name, []).append(Column(*column))
         return found
 
-    def _begin_anew(self) -> None:
-        """Have no process yet; after a fork, for those there are answer the other, whose threads may have been asking."""
+    def _reset(self) -> None:
+        """Start without any process; called again after a fork, as existing processes belong to the parent."""
         self._free = threading.BoundedSemaphore(self._at_once)
         self._idle: list[Child] = []
 
     def _answer(self, what: str, sql: str, *values: Any, timeout: float | None) -> Iterator[tuple[Any, ...]]:
-        """The messages of the answer to one statement, while its time runs."""
+        """Iterate over the messages of the answer to a statement, within its time limit."""
         if timeout is not None and not 0 < timeout <= LONGEST_TIMEOUT:
             raise QueryError(f"a timeout of {timeout:g}: expected seconds, more than 0 and {LONGEST_TIMEOUT:.0f} at most, or None")
         if len(sql) > LONGEST:
             raise QueryError(f"the statement has {len(sql):,} characters: expected {LONGEST:,} or fewer")
         try:
-            with self._lent(timeout) as (child, left):
+            with self._borrow(timeout) as (child, left):
                 yield from child.ask(what, sql, *values, most=self._most, timeout=left)
         except Late:
             raise QueryError(f"stopped after {timeout:g} s; make the query narrower, or raise --timeout") from None
         except Died as death:
             raise QueryError(
                 f"the process that ran it died ({death}): DuckDB cannot run this statement, or not within {self.memory_mb}MB of memory; "
-                "ask in another way, or raise --memory-limit"
+                "rewrite the query, or raise --memory-limit"
             ) from None
 
     @contextmanager
-    def _lent(self, timeout: float | None) -> Iterator[tuple[Child, float | None]]:
-        """A process that waits for a statement, and the time that is left after waiting for it."""
+    def _borrow(self, timeout: float | None) -> Iterator[tuple[Child, float | None]]:
+        """Provide an idle process, and the seconds left of the timeout after waiting for it."""
         began = time.monotonic()
-        free = self._free  # after a fork there is another
+        free = self._free  # kept, as `_reset` replaces it after a fork
         if not free.acquire(timeout=timeout):
-            raise QueryError(f"others were asking for {timeout:g} s; try again, or raise --timeout")
+            raise QueryError(f"other statements were running for {timeout:g} s; try again, or raise --timeout")
         try:
             left = None if timeout is None else max(0.001, timeout - (time.monotonic() - began))
-            child = self._take()
+            child = self._acquire()
             try:
                 yield child, left
             finally:
-                self._put_back(child)
+                self._release(child)
         finally:
             free.release()
 
-    def _take(self) -> Child:
+    def _acquire(self) -> Child:
         try:
             return self._idle.pop()
         except IndexError:
-            return self._begin(Child())
+            return self._prepare(Child())
 
-    def _put_back(self, child: Child) -> None:
+    def _release(self, child: Child) -> None:
         if child.is_idle and self._file >= 0:
             self._idle.append(child)
         else:
             child.end()
 
-    def _begin(self, child: Child) -> Child:
-        """Let it open the catalogue."""
+    def _prepare(self, child: Child) -> Child:
+        """Open the catalogue in a new process."""
         try:
             if self._file < 0:
-                raise QueryError("it was closed here")
+                raise QueryError("this Catalog has been closed")
             child.open(self._file, self.path, self.memory_mb)
         except QueryError as error:
             child.end()
@@ -244,12 +255,12 @@ class Catalog:
 _OPEN: weakref.WeakSet[Catalog] = weakref.WeakSet()
 
 
-def _begin_all_anew() -> None:
+def _reset_all() -> None:
     for catalog in list(_OPEN):
-        catalog._begin_anew()
+        catalog._reset()
 
 
-os.register_at_fork(after_in_child=_begin_all_anew)
+os.register_at_fork(after_in_child=_reset_all)
 
 
 _RELATIONS = """

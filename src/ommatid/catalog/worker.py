@@ -1,16 +1,16 @@
-"""The process that runs the SQL of a `Catalog`: DuckDB, and nothing else of this package.
+"""The process that runs the SQL of a `Catalog`; it loads DuckDB and nothing else of this package.
 
-`client.py` starts this file by its path and talks to it over standard input, which is a socket. A statement cannot reach beyond it:
-- It opens nothing. Once the catalogue is open, DuckDB's access to files is off and its settings are locked; beneath that the kernel refuses
-  every `open` and `socket` (RLIMIT_NOFILE) and every byte written to a file (RLIMIT_FSIZE), whatever a function of DuckDB tries.
-- Its memory ends at a limit of the kernel (RLIMIT_DATA on Linux), for not every function of DuckDB asks DuckDB's own limit. macOS does not
-  enforce such a limit: there a thread ends the process once its peak is above it.
-- It ends with its parent: the kernel signals when the last end of a pipe that the parent holds is closed (O_ASYNC), and so reaches even
-  a statement that never looks up.
-Time is the parent's: it kills this process.
+`client.py` runs this file by its path and talks to it over standard input, which is a socket. The process is a sandbox:
+- No statement can open a file. Once the catalogue is open, DuckDB's access to files is off and its settings are locked; below that, the
+  kernel refuses every `open` and `socket` (RLIMIT_NOFILE) and every byte written to a file (RLIMIT_FSIZE), whatever DuckDB tries.
+- Its memory is limited by the kernel (RLIMIT_DATA on Linux), as not every function of DuckDB respects DuckDB's own limit. macOS does
+  not enforce such a limit; there, a thread ends the process once its peak memory exceeds it.
+- It ends with its parent. The kernel signals it when the parent's end of a pipe closes (O_ASYNC), which interrupts even a statement that
+  never returns to Python.
+Time limits are enforced by the parent, which kills this process.
 """
 
-import datetime  # noqa: F401 - DuckDB makes dates with it, and could not import it once nothing may be opened
+import datetime  # noqa: F401 - DuckDB makes dates with it, and cannot import it once no file may be opened
 import difflib
 import fcntl
 import importlib
@@ -31,9 +31,9 @@ from itertools import pairwise
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path[:] = sys.argv[2:]  # the parent's: this interpreter was started without any, and quickly
-    sys.modules["pandas"] = None  # type: ignore[assignment]  # DuckDB would import it to ask whether a parameter is one of its values
-import _duckdb as duckdb  # what `duckdb` itself is made of; the rest of that package takes as long again to import
+    sys.path[:] = sys.argv[2:]  # the parent's path; the interpreter is started without one, which is faster
+    sys.modules["pandas"] = None  # type: ignore[assignment]  # or DuckDB would import it to check the types of parameters
+import _duckdb as duckdb  # the core of `duckdb`; importing the rest of that package would take twice as long
 
 IS_LINUX = sys.platform == "linux"
 REFUSED = {
@@ -41,63 +41,63 @@ REFUSED = {
     *("truncate_duckdb_logs", "arrow_scan", "arrow_scan_dumb", "pandas_scan", "python_map_function"),
     *("query", "json_execute_serialized_sql"),
 }
-"""Functions with an effect beyond their rows, those that take addresses of memory, and those that hide another statement in a string.
+"""Functions that have side effects, that take memory addresses, or that run another statement hidden in a string.
 
 `FROM enable_profiling(format='json', save_location='...')` makes every later statement write a file; `FROM enable_logging(storage='file')`
-fails every later statement and aborts the process when it closes (DuckDB 1.5)."""
+makes every later statement fail and aborts the process when it closes (DuckDB 1.5)."""
 CONVERTERS = {"DECIMAL": "decimal", "UUID": "uuid", "TIME ZONE": "pytz"}
-"""Modules that DuckDB imports when it makes values of these types."""
+"""Modules that DuckDB imports to make values of these types."""
 CHUNK = 256
-"""Rows fetched at once."""
+"""Number of rows fetched at a time."""
 SLACK_MB = 64
-"""Beside the limit on a query: stacks of threads, and what Python takes."""
-TOLD = 2000
-"""Most characters of an error's text; DuckDB's may quote a whole statement."""
+"""Memory allowed beyond the limit of a query, in MB, for stacks of threads and for Python."""
+LONGEST_ERROR = 2000
+"""Maximum number of characters of an error message; DuckDB may quote a whole statement."""
 
 
 class Refused(Exception):
-    """SQL that is not run, in words for whoever wrote it."""
+    """SQL that is not run; the message is meant for its author."""
 
 
 class Wire:
-    """Messages on a socket: the length in eight bytes, then the pickle. The parent unpickles values only, and no classes but theirs."""
+    """Messages on a socket: the length in eight bytes, then the pickle, of which the parent accepts only values (see `client.py`)."""
 
     def __init__(self, link: socket.socket) -> None:
         self.link = link
 
     def send(self, *message: Any) -> None:
-        """Write one."""
+        """Send a message."""
         payload = pickle.dumps(message, protocol=5)
         self.link.sendall(struct.pack(">Q", len(payload)))
         self.link.sendall(payload)
 
     def receive(self) -> Any:
-        """Read one; where none comes, the parent is gone, and this process ends."""
-        (length,) = struct.unpack(">Q", self._take(8))
-        return pickle.loads(self._take(length))
+        """Receive a message; if the parent has gone, end this process."""
+        (length,) = struct.unpack(">Q", self._receive_bytes(8))
+        return pickle.loads(self._receive_bytes(length))
 
-    def _take(self, n: int) -> bytearray:
-        taken = bytearray()
-        while len(taken) < n:
-            some = self.link.recv(min(n - len(taken), 2**20))
-            if not some:
+    def _receive_bytes(self, n: int) -> bytearray:
+        received = bytearray()
+        while len(received) < n:
+            chunk = self.link.recv(min(n - len(received), 2**20))
+            if not chunk:
                 os._exit(0)
-            taken += some
-        return taken
+            received += chunk
+        return received
 
 
 class Reader:
-    """A catalogue, open for reading, that can no longer open anything else."""
+    """A catalogue opened for reading, after which DuckDB can open nothing else."""
 
     def __init__(self, wire: Wire, file: int, path: str, settings: dict[str, Any], memory_mb: int) -> None:
-        """Attach it to a database of its own in memory.
+        """Attach the catalogue to a new in-memory database.
 
         Args:
-            wire: Where answers go.
-            file: Descriptor of the catalogue: of a file that was replaced since, the old one is read.
-            path: Where it lay, for messages and where a descriptor has no path.
-            settings: DuckDB's.
-            memory_mb: Most memory of a query.
+            wire: Connection to send answers on.
+            file: Descriptor of the catalogue, which refers to the same file even if another has replaced it.
+            path: Path of the catalogue, for messages and for systems where a descriptor has no path.
+            settings: Settings of DuckDB.
+            memory_mb: Memory limit of a query, in MB.
         """
         self._wire = wire
         self._memory_mb = memory_mb
@@ -115,22 +115,32 @@ class Reader:
 
     @property
     def is_spent(self) -> bool:
-        """Whether this process holds on to so much memory that another had better run the next statement."""
+        """Whether this process retains so much memory that a new one should run the next statement."""
         return self._limits.used() > (self._memory_mb + SLACK_MB) // 2
 
     def ask(self, sql: str, parameters: Any, max_rows: int | None, most: int) -> None:
-        """Send the columns, the rows in chunks, and whether there are more; at most `most` bytes of Python objects."""
+        """Send the columns of an answer, its rows in chunks, and whether there are more.
+
+        Args:
+            sql: The statement.
+            parameters: Values of its parameters.
+            max_rows: Maximum number of rows; None: all rows.
+            most: Maximum size of the rows as Python objects, in bytes.
+
+        Raises:
+            Refused: The statement is not allowed, or the answer is too large.
+        """
         result = self._execute(sql, parameters)
         names, types = zip(*((column[0], str(column[1])) for column in result.description), strict=True)
         self._load_converters(" ".join(types))
         is_nested = any(kind.endswith(("]", ")")) and not kind.startswith("DECIMAL") for kind in types)
         self._wire.send("columns", names, types)
-        left, taken = max_rows, 0
+        left, size = max_rows, 0
         while rows := result.fetchmany(CHUNK if left is None else min(CHUNK, left + 1)):
             more = left is not None and len(rows) > left
             rows = rows[:left]
-            taken += sum(sys.getsizeof(row) + sum(map(weigh if is_nested else sys.getsizeof, row)) for row in rows)
-            if taken > most:
+            size += sum(sys.getsizeof(row) + sum(map(weigh if is_nested else sys.getsizeof, row)) for row in rows)
+            if size > most:
                 raise too_large(most)
             self._wire.send("rows", rows)
             if more:
@@ -139,7 +149,16 @@ class Reader:
         self._wire.send("end", False, self.is_spent)
 
     def arrow(self, sql: str, parameters: Any, most: int) -> None:
-        """Send the answer as one Arrow stream of at most `most` bytes."""
+        """Send an answer as a single Arrow stream.
+
+        Args:
+            sql: The statement.
+            parameters: Values of its parameters.
+            most: Maximum size of the stream, in bytes.
+
+        Raises:
+            Refused: The statement is not allowed, or the answer is too large.
+        """
         with self._limits.lifted():
             import pyarrow as pa
 
@@ -155,7 +174,7 @@ class Reader:
         self._wire.send("end", False, self.is_spent)
 
     def explain(self, error: BaseException) -> str:
-        """What DuckDB says in our words, where ours help more."""
+        """Message for an error: DuckDB's, or a more helpful one if there is one."""
         text = str(error)
         if isinstance(error, (MemoryError, duckdb.OutOfMemoryException)):
             return (
@@ -165,7 +184,7 @@ class Reader:
         if missing := re.search(r"Table with name (.+?) does not exist", text):
             return self._name_relations(missing[1])
         if isinstance(error, (duckdb.IOException, duckdb.SerializationException)) and not isinstance(error, duckdb.PermissionException):
-            return f"the catalogue cannot be read: it is damaged ({text}); make it again with `dvc repro catalog`"
+            return f"the catalogue cannot be read, as it is damaged ({text}); build it again with `dvc repro catalog`"
         return text
 
     def _name_relations(self, missing: str) -> str:
@@ -178,11 +197,15 @@ class Reader:
     def _execute(self, sql: str, parameters: Any) -> duckdb.DuckDBPyConnection:
         statement = self._parse(sql)
         if parameters:
-            self._load_converters("DECIMAL UUID")  # what DuckDB asks whether a parameter is
+            self._load_converters("DECIMAL UUID")  # DuckDB checks every parameter for these types
         return self._connection.execute(statement, parameters)
 
     def _parse(self, sql: str) -> Any:
-        """The one SELECT in `sql`."""
+        """Parse the single SELECT statement in `sql`.
+
+        Raises:
+            Refused: It holds anything else, or calls one of the `REFUSED` functions.
+        """
         words = split_words(sql)
         if words[:1] == ["pragma"]:
             raise Refused("PRAGMA is refused: write DESCRIBE <relation>, SHOW TABLES or SUMMARIZE <relation>")
@@ -199,7 +222,7 @@ class Reader:
         return statements[0]
 
     def _load_converters(self, types: str) -> None:
-        """Import what DuckDB makes values of these types with."""
+        """Import the modules that DuckDB needs to make values of these types."""
         wanted = [module for word, module in CONVERTERS.items() if word in types and module not in sys.modules]
         if not wanted:
             return
@@ -212,7 +235,7 @@ class Reader:
 
 
 class Limits:
-    """What the kernel grants this process from now on."""
+    """Limits that the kernel sets on this process from now on."""
 
     def __init__(self, memory_mb: int) -> None:
         self._memory_mb = memory_mb
@@ -225,7 +248,7 @@ class Limits:
             self._watch()
 
     def used(self) -> int:
-        """MB taken since then. Where the kernel sets no limit, too many end this process."""
+        """Memory taken since the limits were set, in MB; where the kernel enforces no limit, end the process if it is exceeded."""
         used = self._taken() - self._base
         if not IS_LINUX and used >= self._memory_mb:
             os._exit(1)
@@ -233,7 +256,7 @@ class Limits:
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
-        """For a block that imports modules: they may be opened, and their memory is not the statement's."""
+        """Lift the limits inside a block that imports modules, and don't count the memory that it takes."""
         before = self._taken()
         for kind in (resource.RLIMIT_DATA, resource.RLIMIT_NOFILE):
             set_soft(kind, resource.getrlimit(kind)[1])
@@ -244,18 +267,18 @@ class Limits:
             self._set()
 
     def _set(self) -> None:
-        set_soft(resource.RLIMIT_NOFILE, 0)  # of new ones: those that are open stay so
+        set_soft(resource.RLIMIT_NOFILE, 0)  # no new files; those already open stay open
         if IS_LINUX:
             set_soft(resource.RLIMIT_DATA, (self._base + self._memory_mb) * 2**20)
 
     def _taken(self) -> int:
-        """MB of private writable memory, what RLIMIT_DATA counts; elsewhere than on Linux the peak of resident memory."""
+        """Private writable memory in MB, which RLIMIT_DATA counts; on systems other than Linux, the peak resident memory."""
         if self._statm is None:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**20
         return int(os.pread(self._statm, 256, 0).split()[5]) * resource.getpagesize() // 2**20
 
     def _watch(self) -> None:
-        """Ask from a thread what is used; a statement that lets no other thread run is judged when it ends, by `Reader.is_spent`."""
+        """Check the memory from a thread; if a statement never releases the GIL, `Reader.is_spent` checks it afterwards."""
 
         def watch() -> None:
             while True:
@@ -266,14 +289,14 @@ class Limits:
 
 
 def set_soft(kind: int, limit: int) -> None:
-    """Set a limit that this process may lift again, or the hard one where that is lower."""
+    """Set a soft limit, which this process can raise again, or the hard limit if that is lower."""
     hard = resource.getrlimit(kind)[1]
     resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def split_words(sql: str) -> list[str]:
-    """The words and signs of `sql` in lower case, without comments and quotes."""
-    # DuckDB's offsets count bytes, and a token's tail holds the comments that follow it
+    """Split SQL into its words and symbols, in lower case and without comments and quotes."""
+    # DuckDB's offsets count bytes, and the text up to the next token includes any comments
     text = sql.encode()
     tokens = duckdb.tokenize(sql)
     ends = [*(start for start, _ in tokens[1:]), len(text)]
@@ -282,41 +305,41 @@ def split_words(sql: str) -> list[str]:
 
 
 def _bare(piece: str) -> str:
-    """A token without the comments after it and the quotes around it."""
+    """Strip a token of trailing comments and surrounding quotes."""
     if quoted := re.match(r'"((?:[^"]|"")*)"', piece):
         return quoted[1]
     return re.split(r"\s|--|/\*", piece, maxsplit=1)[0] or piece
 
 
 def too_large(most: int) -> Refused:
-    """What is said of an answer of more than `most` bytes."""
+    """Make the error for an answer of more than `most` bytes."""
     return Refused(f"its answer takes more than {most // 2**20}MB; ask for fewer columns or rows, or aggregate")
 
 
 def weigh(value: Any) -> int:
-    """Bytes of a value and all that is in it."""
-    size, rest = 0, [value]
-    while rest:
-        one = rest.pop()
-        size += sys.getsizeof(one)
-        if isinstance(one, dict):
-            rest += [*one.keys(), *one.values()]
-        elif isinstance(one, (list, tuple)):
-            rest += one
+    """Size of a value in bytes, including everything nested in it."""
+    size, pending = 0, [value]
+    while pending:
+        item = pending.pop()
+        size += sys.getsizeof(item)
+        if isinstance(item, dict):
+            pending += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple)):
+            pending += item
     return size
 
 
 def end_with_parent(pipe: int) -> None:
-    """Have the kernel end this process (SIGIO, whose default that is) when the other end of a pipe that nobody writes to is closed."""
+    """Let the kernel end this process, by the default action of SIGIO, when the parent's end of a pipe is closed."""
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
     if select.select([pipe], [], [], 0)[0]:
-        os._exit(0)  # it was closed already
+        os._exit(0)  # the parent has closed it already
 
 
 def serve(wire: Wire) -> None:
-    """Open the catalogue that comes first, then answer one statement after the other."""
+    """Open the catalogue named in the first message, then answer one statement after another."""
     _, (file, *_), _, _ = socket.recv_fds(wire.link, 1, 1)
     try:
         reader = Reader(wire, file, *wire.receive())
@@ -329,11 +352,11 @@ def serve(wire: Wire) -> None:
             (reader.ask if what == "ask" else reader.arrow)(*values)
         except Refused as error:
             wire.send("error", str(error), reader.is_spent)
-        except Exception as error:  # the edge of the process: whatever DuckDB raises is about the statement
-            wire.send("error", reader.explain(error)[:TOLD], reader.is_spent)
+        except Exception as error:  # the edge of the process: DuckDB raises many types, all of them about the statement
+            wire.send("error", reader.explain(error)[:LONGEST_ERROR], reader.is_spent)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     end_with_parent(int(sys.argv[1]))
     serve(Wire(socket.socket(fileno=0)))

@@ -1,4 +1,4 @@
--- comparisons(sae, dictionary): the SAE beside an untrained one and the raw neurons, on the same evaluation split.
+-- comparisons(sae, dictionary): an SAE compared with its baselines, such as an untrained SAE and the raw neurons, on the same evaluation split.
 CREATE TABLE comparisons AS
 SELECT *
 FROM read_parquet($comparisons)

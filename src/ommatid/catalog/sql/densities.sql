@@ -1,4 +1,5 @@
--- densities(sae, dictionary, low): how many latents fire on a share of the tokens from low to high, by order of magnitude; low 0: never.
+-- densities(sae, dictionary, low): number of latents that fire on a share of the tokens between low and high, by order of magnitude;
+-- low 0: latents that never fire.
 CREATE TABLE densities AS
 SELECT *
 FROM read_parquet($densities)

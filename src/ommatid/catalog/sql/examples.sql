@@ -1,4 +1,4 @@
--- examples(sae, latent, decile, rank): an image on which a latent fires, kept to be looked at; all deciles, not only the top.
+-- examples(sae, latent, decile, rank): an example image on which a latent fires, from every decile of its activations, not only the top.
 CREATE TABLE examples AS
 SELECT *
 FROM read_parquet($examples)

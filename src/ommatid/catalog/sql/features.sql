@@ -1,6 +1,6 @@
--- features(sae, latent): a latent with its best label, its scores and its statistics: what users query.
--- The best label has the highest score of those whose status is ok, and of equals the one whose labeller stands first in label.labellers;
--- a latent without any keeps its row and says why in label_status.
+-- features(sae, latent): a latent with its best label, its scores and its statistics; the relation to query first.
+-- The best label is the one with the highest score among those with status ok; ties go to the labeller listed first in label.labellers.
+-- A latent without a label has a row too, and label_status gives the reason.
 CREATE TABLE features AS
 WITH best AS (
     SELECT *
@@ -41,7 +41,7 @@ LEFT JOIN best ON best.sae = latents.sae AND best.latent = latents.latent
 LEFT JOIN comparisons ON comparisons.sae = latents.sae AND comparisons.dictionary = 'sae'
 ORDER BY latents.sae, latents.latent;
 
-COMMENT ON COLUMN features.label IS 'the name with the highest score; null: no labeller found one, see label_status';
-COMMENT ON COLUMN features.label_score IS 'balanced accuracy of the label at picking held-out firing images; null: no label, too few images fire it, or all do';
-COMMENT ON COLUMN features.labeller IS 'what made the label; null: none was asked';
-COMMENT ON COLUMN features.label_status IS 'ok, unparsed, refused, failed, over_budget or too_few_examples; null: no labeller was asked';
+COMMENT ON COLUMN features.label IS 'the label with the highest score; null: no labeller found one, see label_status';
+COMMENT ON COLUMN features.label_score IS 'balanced accuracy of the label at predicting which held-out images fire; null: no label, or too few or all images fire';
+COMMENT ON COLUMN features.labeller IS 'labeller that made the label; null: no labeller was run';
+COMMENT ON COLUMN features.label_status IS 'ok, unparsed, refused, failed, over_budget or too_few_examples; null: no labeller was run';

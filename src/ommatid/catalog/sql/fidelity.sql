@@ -1,4 +1,4 @@
--- fidelity(sae, dictionary, kind): how well reconstructions stand for the evaluation tokens of one kind, or of all.
+-- fidelity(sae, dictionary, kind): how faithfully evaluation tokens of one kind, or of all kinds, are reconstructed.
 CREATE TABLE fidelity AS
 SELECT *
 FROM read_parquet($fidelity)

@@ -1,5 +1,5 @@
--- images(image): an image of the data set; its encoded bytes stay in the artefact, the thumbnail is here.
--- $resize is [shorter side] or [height, width] and $crop [height, width], as the model's preprocessing has them; both may be null.
+-- images(image): an image of the data set, with its thumbnail; its encoded bytes are only in the artefact.
+-- $resize is [shorter side] or [height, width], and $crop is [height, width], as in the model's preprocessing; both may be null.
 CREATE TABLE images AS
 WITH found AS (
     SELECT
@@ -18,5 +18,5 @@ SELECT
 FROM found
 ORDER BY image;
 
-COMMENT ON COLUMN images.seen_width IS 'share of the width, about the centre, that the model sees: where heat maps lie; null: not known';
-COMMENT ON COLUMN images.seen_height IS 'share of the height, about the centre, that the model sees; null: not known';
+COMMENT ON COLUMN images.seen_width IS 'share of the width, around the centre, that the model sees and heat maps cover; null: not known';
+COMMENT ON COLUMN images.seen_height IS 'share of the height, around the centre, that the model sees and heat maps cover; null: not known';

@@ -1,5 +1,5 @@
--- judged(sae, dictionary, latent, judge): the monosemanticity of a latent by each judge, with the judge's floor; of the SAE, the raw neurons,
--- an untrained SAE and the other baselines. Compare ms - floor, and never ms of different judges.
+-- judged(sae, dictionary, latent, judge): the monosemanticity of a latent by each judge, with the judge's floor, for the SAE, the raw
+-- neurons, an untrained SAE and the other baselines. Compare ms - floor; ms itself is not comparable between judges.
 CREATE TABLE judged AS
 SELECT *
 FROM read_parquet($judged)

@@ -1,4 +1,4 @@
--- labels(sae, latent, labeller): what a labeller made of a latent; status says why there is no label.
+-- labels(sae, latent, labeller): the label that a labeller gave to a latent; if there is none, status gives the reason.
 CREATE TABLE labels AS
 SELECT *
 FROM read_parquet($labels)

@@ -1,4 +1,4 @@
--- latents(sae, latent): what a latent does on the evaluation split.
+-- latents(sae, latent): statistics of a latent on the evaluation split.
 CREATE TABLE latents AS
 SELECT *
 FROM read_parquet($latents)

@@ -1,4 +1,4 @@
--- levels(sae, level): what each level of a Matryoshka dictionary adds and explains; another SAE is one level.
+-- levels(sae, level): what each level of a Matryoshka dictionary adds and explains; any other SAE has a single level.
 CREATE TABLE levels AS
 SELECT *
 FROM read_parquet($levels)

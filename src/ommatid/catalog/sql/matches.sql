@@ -1,7 +1,7 @@
--- matches(sae, latent, other_sae): the latent of another SAE of the same activations whose direction is nearest to a latent's.
+-- matches(sae, latent, other_sae): the latent of another SAE of the same activations whose direction is nearest to that of a latent.
 CREATE TABLE matches AS
 SELECT *
 FROM read_parquet($matches)
--- a stage may have rejected an SAE after it was matched
+-- matches of SAEs that a later stage rejected are left out
 WHERE sae IN (SELECT sae FROM read_parquet($runs)) AND other_sae IN (SELECT sae FROM read_parquet($runs))
 ORDER BY sae, other_sae, latent;

@@ -1,4 +1,4 @@
--- neighbours(sae, latent, rank): the latents whose directions are nearest to a latent's by cosine.
+-- neighbours(sae, latent, rank): the latents of the same SAE whose directions are nearest to that of a latent, by cosine.
 CREATE TABLE neighbours AS
 SELECT *
 FROM read_parquet($neighbours)

@@ -1,4 +1,4 @@
--- probes(sae, class, probe, k): how well a class is told from the rest on held-out images, by k latents or by the activations themselves.
+-- probes(sae, class, probe, k): how well k latents, or the activations themselves, distinguish a class from the rest on held-out images.
 CREATE TABLE probes AS
 SELECT *
 FROM read_parquet($probes)

@@ -1,5 +1,5 @@
--- runs(sae): where an SAE comes from, its headline numbers, and what was decided about it; a published catalogue also has a row for each SAE
--- that was decided on before.
+-- runs(sae): the lineage of an SAE, its headline numbers, and the decision about it; a published catalogue also has a row for each SAE
+-- of an earlier decision.
 CREATE TABLE runs AS
 SELECT
     run.sae,
@@ -50,27 +50,27 @@ LEFT JOIN (
 ORDER BY run.sae;
 
 COMMENT ON COLUMN runs.name IS 'name of the SAE in its training, and of its folder in data/sae, data/evaluation and data/labels';
-COMMENT ON COLUMN runs.created_at IS 'when its catalogue was built, UTC';
-COMMENT ON COLUMN runs.model IS 'the model that is explained';
+COMMENT ON COLUMN runs.created_at IS 'when the catalogue of the SAE was built, UTC';
+COMMENT ON COLUMN runs.model IS 'the model that the SAE explains';
 COMMENT ON COLUMN runs.hookpoint IS 'where the activations were captured';
-COMMENT ON COLUMN runs.target IS 'hookpoint whose activations it decodes, a transcoder; null: the same that it encodes';
-COMMENT ON COLUMN runs.variant IS 'how it was trained, such as batch_topk';
-COMMENT ON COLUMN runs.k IS 'latents that were asked to fire a token; where the weight of a penalty was given, not what came';
-COMMENT ON COLUMN runs.git_commit IS 'commit of the code that trained it; null: no git';
+COMMENT ON COLUMN runs.target IS 'hookpoint whose activations a transcoder decodes; null: the SAE decodes the activations that it encodes';
+COMMENT ON COLUMN runs.variant IS 'variant of the SAE, such as batch_topk';
+COMMENT ON COLUMN runs.k IS 'number of latents meant to fire per token; with a fixed penalty weight, the actual number can differ';
+COMMENT ON COLUMN runs.git_commit IS 'commit of the code that trained the SAE; null: no git';
 COMMENT ON COLUMN runs.git_dirty IS 'whether tracked files differed from that commit; null: no git';
 COMMENT ON COLUMN runs.dvc_experiment IS 'DVC experiment; null: made in the checkout, or no DVC';
 COMMENT ON COLUMN runs.dvc_lock IS 'checksum of dvc.lock; null: no DVC';
-COMMENT ON COLUMN runs.mlflow_run_id IS 'MLflow run that holds its curves; null: no tracking server answered';
-COMMENT ON COLUMN runs.prefect_flow_run_id IS 'Prefect flow run that made it; null: made without Prefect';
+COMMENT ON COLUMN runs.mlflow_run_id IS 'MLflow run with the training curves; null: no tracking server answered';
+COMMENT ON COLUMN runs.prefect_flow_run_id IS 'Prefect flow run that trained the SAE; null: trained without Prefect';
 COMMENT ON COLUMN runs.images_digest IS 'sha256 of the manifest of the images';
-COMMENT ON COLUMN runs.activations_digest IS 'sha256 of the manifest of the activations it was trained on';
+COMMENT ON COLUMN runs.activations_digest IS 'sha256 of the manifest of the activations that the SAE was trained on';
 COMMENT ON COLUMN runs.sae_digest IS 'sha256 of the manifest of the SAE';
-COMMENT ON COLUMN runs.params IS 'the params of each stage that led here, by section';
-COMMENT ON COLUMN runs.n_latents IS 'latents of the SAE';
-COMMENT ON COLUMN runs.n_labelled IS 'latents with a label';
+COMMENT ON COLUMN runs.params IS 'params of all stages, by section';
+COMMENT ON COLUMN runs.n_latents IS 'number of latents of the SAE';
+COMMENT ON COLUMN runs.n_labelled IS 'number of latents with a label';
 COMMENT ON COLUMN runs.label_score IS 'mean label score of the features that have one; null: none has';
-COMMENT ON COLUMN runs.control_score IS 'mean score of another latent''s name on the same images: what label_score is to be compared with; null: none has';
-COMMENT ON COLUMN runs.beats_control IS 'share of the features with a label whose name scores higher than another latent''s name; null: none has';
-COMMENT ON COLUMN runs.decision IS 'champion or challenger, by the retrain flow; null: it was not asked, or another of its training was better';
-COMMENT ON COLUMN runs.decided_at IS 'when that was decided, UTC; null: it was not';
-COMMENT ON COLUMN runs.reason IS 'the numbers behind the decision; null: none was made';
+COMMENT ON COLUMN runs.control_score IS 'mean score of another latent''s label on the same images, as a baseline for label_score; null: no feature has one';
+COMMENT ON COLUMN runs.beats_control IS 'share of labelled features whose label scores higher than another latent''s label; null: no feature has both scores';
+COMMENT ON COLUMN runs.decision IS 'champion or challenger, by the retrain flow; null: no decision, or another SAE of the training was better';
+COMMENT ON COLUMN runs.decided_at IS 'time of the decision, UTC; null: no decision';
+COMMENT ON COLUMN runs.reason IS 'the numbers behind the decision; null: no decision';

@@ -1,7 +1,7 @@
--- stability(sae, other_sae): how many of an SAE's directions another SAE of the same activations has, too.
+-- stability(sae, other_sae): how many directions of an SAE are also found in another SAE of the same activations.
 CREATE TABLE stability AS
 SELECT *
 FROM read_parquet($stability)
--- a stage may have rejected an SAE after it was matched
+-- SAEs that a later stage rejected are left out
 WHERE sae IN (SELECT sae FROM read_parquet($runs)) AND other_sae IN (SELECT sae FROM read_parquet($runs))
 ORDER BY sae, other_sae;
