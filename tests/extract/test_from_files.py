@@ -386,7 +386,7 @@ def test_what_is_not_read_is_said_and_hidden_files_are_as_everywhere(tmp_path: P
     made = make(tmp_path / "out", folder, events.append)
     assert made.summary["n_images"] == 12
     assert [event.what.removeprefix(f"{folder}: ") for event in events if isinstance(event, Warned)] == [
-        "1 file is not read, for the name does not end in .npy or .safetensors or .pt or .pth or .parquet: notes.txt",
+        "1 file is not read, as the name does not end in .npy or .safetensors or .pt or .pth or .parquet: notes.txt",
         "token, text in the files are not read",
     ]
 

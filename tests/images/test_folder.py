@@ -155,7 +155,7 @@ def test_nothing_to_read_names_the_path_and_what_to_do(kind, root, png):
         (b"file,text\na.png,x\n", "line 1 names none of the columns path, caption, label, taxonomy; it needs path"),
         (b"", "is empty"),
         (b"path,text\na.png,x\n", "line 1 has the columns path, text; it needs path and one of caption, label, taxonomy"),
-        (b"path,capton,label\na.png,x,y\n", "is caption meant by 'capton'"),
+        (b"path,capton,label\na.png,x,y\n", "is 'capton' meant to be caption"),
         (b"path,caption,path\na.png,x,y\n", "columns path, caption, path; it needs path, each once"),
         (b"path,caption\n\xff\xfe,x\n", "line 2, can't decode byte 13: not UTF-8"),
         ("path,caption\na.png,x\n".encode("utf-16"), "is UTF-16"),

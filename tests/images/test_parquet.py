@@ -142,5 +142,5 @@ def test_hidden_files_are_left_out_as_by_the_folder_source_and_what_is_not_read_
     files = ParquetFiles(source(tmp_path / "in", label_column="label"))
     assert [item.path for item in files.iter_items(range(files.total))] == ["C.PARQUET#0", "a.parquet#0", "more/d.parquet#0"]
     endings, columns = files.notices
-    assert endings.endswith("in: 1 file is not read, for the name does not end in .parquet: readme.txt")
+    assert endings.endswith("in: 1 file is not read, as the name does not end in .parquet: readme.txt")
     assert "in: 1 column is not read: caption; images.source.label_column" in columns

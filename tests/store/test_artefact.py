@@ -79,7 +79,7 @@ def test_missing_unfinished_other_kind_and_newer_version(tmp_path: Path) -> None
     with pytest.raises(ArtefactError, match=r"does not exist; make it with `dvc repro images`"):
         open_artefact(place, "images")
     place.mkdir()
-    with pytest.raises(ArtefactError, match=r"no manifest\.json, so it is not whole"):
+    with pytest.raises(ArtefactError, match=r"no manifest\.json, so it is incomplete"):
         open_artefact(place, "images")
     write(place)
     with pytest.raises(ArtefactError, match="holds images, expected sae"):

@@ -153,7 +153,7 @@ def test_a_part_of_a_draft_that_was_damaged_is_made_again(tmp_path: Path) -> Non
             path.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :] if at else b"cut")
             with open_draft(tmp_path / "images", "images", {}, {}, said.append) as draft:
                 assert not draft.has(name) and not path.exists()
-            assert said[-1] == f"{path}: damaged since a run that was stopped wrote it; it is made again"
+            assert said[-1] == f"{path}: damaged since an interrupted run wrote it; it is made again"
 
 
 def test_what_a_run_left_is_not_described_anew_where_it_was_damaged(tmp_path: Path) -> None:

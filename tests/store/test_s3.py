@@ -112,7 +112,7 @@ def test_missing_and_unfinished(s3: str) -> None:
     with pytest.raises(ArtefactError, match=rf"{s3}/images: does not exist; make it with `ommatid images --data {s3}`"):
         open_artefact(f"{s3}/images", "images")
     put(f"{s3}/images", "images-00000.parquet", b"PAR1")
-    with pytest.raises(ArtefactError, match=r"has no manifest\.json, so it is not whole"):
+    with pytest.raises(ArtefactError, match=r"has no manifest\.json, so it is incomplete"):
         open_artefact(f"{s3}/images", "images")
 
 
@@ -397,7 +397,7 @@ def test_an_answer_of_any_kind_is_one_and_nobody_else_is_asked(monkeypatch: pyte
 
 def test_no_such_bucket(s3: str) -> None:
     for use in (lambda: write("s3://no-such-bucket/x/images"), lambda: open_artefact("s3://no-such-bucket/x/images", "images")):
-        with pytest.raises(ArtefactError, match=r"s3://no-such-bucket/x/.*: there is no such bucket; make it, or mend the URL"):
+        with pytest.raises(ArtefactError, match=r"s3://no-such-bucket/x/.*: there is no such bucket; make it, or correct the URL"):
             use()
 
 
@@ -409,9 +409,7 @@ def test_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
         open_folder("s3://other/x")
 
 
-@pytest.mark.parametrize(
-    ("url", "said"), [("s4://bucket/x", "not a URL that can be used"), ("s3://bucket/x*", r"may not have any of \* \?")]
-)
+@pytest.mark.parametrize(("url", "said"), [("s4://bucket/x", "not a usable URL"), ("s3://bucket/x*", r"must not contain any of \* \?")])
 def test_urls_that_cannot_be_used(url: str, said: str) -> None:
     with pytest.raises(ArtefactError, match=said):
         open_folder(url)

@@ -54,15 +54,17 @@ def read_captions(data: bytes, where: str, paths: Collection[str]) -> Captions:
     """
     try:
         file = CsvFile(data, COLUMNS, COLUMNS[:1])
-        if len(file.columns) - len(file.others) < 2:
+        if len(file.columns) - len(file.unknown_columns) < 2:
             raise ValueError(f"line 1 has the columns {', '.join(file.columns)}; it needs path and one of {', '.join(COLUMNS[1:])}")
         rows = list(file)
         said = _join(rows, _Names(paths), file.problems)
         if file.problems:
-            raise ValueError(file.told())
+            raise ValueError(file.problems_text())
     except ValueError as error:
         raise SourceError(f"{where}: {error}; mend or remove it") from None
-    notices = [f"{where}: {count_of(file.others, 'column')} not used: {some_of(file.others)}"] if file.others else []
+    notices = (
+        [f"{where}: {count_of(file.unknown_columns, 'column')} not used: {some_of(file.unknown_columns)}"] if file.unknown_columns else []
+    )
     return Captions(said, notices + _lost(said, where, paths))
 
 

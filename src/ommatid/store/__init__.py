@@ -1,8 +1,8 @@
 """Artefacts: folders of Parquet parts and a manifest, written aside as drafts and moved into place whole.
 
-A folder is on a disk or in an object store (see filesystem/). What belongs to a machine is on its disk: locks, scratch files, and copies of
-objects for those who need a path. The lock holds among the processes of one machine. Two machines that make the same artefact write the
-same bytes under the same names, each whole; when one has taken the draft away, the other finds out before it seals, and stops.
+A folder lies on a disk or in an object store (see filesystem/). Each machine keeps its own locks, scratch files and copies of objects on
+its own disk, so a lock only excludes other processes of the same machine. Two machines that make the same artefact write the same bytes
+under the same names, each file whole; if one of them publishes or removes the draft, the other notices before it seals, and stops.
 """
 
 from ommatid.store.artefact import Artefact, checked_folder, open_artefact, read_part

@@ -1,4 +1,4 @@
-"""Artefacts that are finished, to be read."""
+"""Finished artefacts, opened for reading."""
 
 import functools
 import hashlib
@@ -16,7 +16,7 @@ from ommatid.store.filesystem import READ_BYTES, Folder, open_folder
 from ommatid.store.manifest import INSIDE, MANIFEST, File, Manifest, child_of, parse, read_manifest, table_of
 
 CACHE = Path("data/.cache")
-"""Copies of objects, by the digest of their artefact's manifest; may be deleted at any time."""
+"""Folder of local copies of objects, keyed by the digest of their artefact's manifest; it may be deleted at any time."""
 
 
 class Artefact:
@@ -26,31 +26,33 @@ class Artefact:
         self.folder = folder
         self.manifest = manifest
         self.digest = digest
-        """sha256 of manifest.json: stands for the whole content."""
+        """sha256 of manifest.json, which identifies the whole content."""
         self._left_out = frozenset(self.rejected)
         self._footers: dict[str, pq.FileMetaData] = {}
 
     @property
     def url(self) -> str:
-        """Where it is, in words that `open_artefact` takes."""
+        """Path or URL at which `open_artefact` finds it."""
         return self.folder.url
 
     @property
     def path(self) -> Path:
-        """A folder on this machine with all its files, checked; objects are copied to `CACHE`. For small artefacts: see `file`.
+        """Folder on this machine with all files, checked; objects are copied to `CACHE`.
+
+        Meant for small artefacts; `file` returns one file of a large one.
 
         Raises:
-            ArtefactError: as `file` does.
+            ArtefactError: A file is not what the manifest says.
         """
         for file in self.manifest.files:
             self.file(file.name)
         return self.folder.local_path() or self._cache
 
     def file(self, name: str) -> Path:
-        """One file on this machine, all of it checked; an object is copied to `CACHE`, once.
+        """Return the local path of one file after checking all of it; an object is copied to `CACHE` once.
 
         Raises:
-            ArtefactError: it is not what the manifest says.
+            ArtefactError: The file is not what the manifest says.
         """
         listed = self._by_name[name]
         if path := self.folder.local_path(name):
@@ -63,14 +65,20 @@ class Artefact:
         return copy
 
     def local(self, name: str) -> Path | None:
-        """Where a file lies, if that is a disk of this machine. It is not checked: whoever reads it there does that with `check_chunk`."""
+        """Return the path of a file on a disk of this machine, else None. It is not checked: callers do so with `check_chunk`."""
         return self.folder.local_path(name)
 
     def check_chunk(self, name: str, metadata: pq.FileMetaData, row_group: int, column: int) -> None:
-        """Check the bytes that one column has in one row group of a part.
+        """Check the bytes of one column in one row group of a part.
+
+        Args:
+            name: File name of the part.
+            metadata: Its Parquet footer.
+            row_group: Index of the row group.
+            column: Index of the column.
 
         Raises:
-            ArtefactError: they are not what the manifest says.
+            ArtefactError: The bytes are not what the manifest says.
         """
         with Checked(self.folder, self._by_name[name]) as file:
             file.check(*_extent(metadata.row_group(row_group).column(column)))
@@ -86,11 +94,11 @@ class Artefact:
 
     @property
     def rejected(self) -> Mapping[str, str]:
-        """Artefacts inside that failed the gate while others passed, by name, each with the reason; `children` has them not."""
+        """Reasons, by name, why artefacts inside failed the gate while others passed; `children` does not list them."""
         return self.summary.get("rejected", {}) if self.manifest.kind in INSIDE else {}
 
     def leaving_out(self, names: Iterable[str]) -> "Artefact":
-        """The same artefact, whose `children` are all but these; of none, those that the gate rejected are among them."""
+        """Return the same artefact with `children` leaving out just these names; with none, it lists those that the gate rejected too."""
         view = Artefact(self.folder, self.manifest, self.digest)
         view._left_out = frozenset(names)
         return view
@@ -105,24 +113,31 @@ class Artefact:
         for file in self.manifest.files:
             if file.rows is not None:
                 tables.setdefault(table_of(file.name), []).append(file)
-        # by length first: part 100000 comes after 99999
+        # by length first, so that part 100000 comes after 99999
         return {table: sorted(files, key=lambda file: (len(file.name), file.name)) for table, files in sorted(tables.items())}
 
     def parts(self, table: str) -> list[str]:
-        """File names of a table, `<table>.parquet` or `<table>-00000.parquet ...`, in order."""
+        """Return the file names of a table in order: `<table>.parquet`, or `<table>-00000.parquet ...`.
+
+        Raises:
+            ArtefactError: There is no such table.
+        """
         if table not in self._by_table:
             raise ArtefactError(f"{self.url}: has no table {table!r}; it has {', '.join(self.tables)}")
         return [file.name for file in self._by_table[table]]
 
     def files(self, table: str, columns: Container[str] | None = None) -> list[Path]:
-        """The files of a table on this machine, in order, checked; objects are copied to `CACHE`, once.
+        """Return the local paths of a table's files in order, after checking them; objects are copied to `CACHE` once.
 
         Args:
-            table: Which.
-            columns: Those that will be read: of large files only these are checked. None: all.
+            table: Name of the table.
+            columns: Columns that will be read; in files on a disk only these are checked. None for all.
+
+        Returns:
+            One path per part.
 
         Raises:
-            ArtefactError: they are not what the manifest says.
+            ArtefactError: A file is not what the manifest says, or there is no such table.
         """
         folder = self.folder.local_path()
         if columns is None or folder is None:
@@ -144,19 +159,19 @@ class Artefact:
         return list(self._by_table)
 
     def rows(self, table: str) -> int:
-        """Rows of a table, from the manifest."""
+        """Number of rows of a table, according to the manifest."""
         return sum(file.rows or 0 for file in self._by_table.get(table, ()))
 
     def row_groups(self, table: str) -> Iterator[list[int]]:
-        """Rows of each row group of each part of a table."""
+        """Iterate over the parts of a table, yielding the number of rows of each row group."""
         for name in self.parts(table):
             with self.open_part(name) as file:
                 yield [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
 
     @contextmanager
     def open_part(self, name: str) -> Iterator[pq.ParquetFile]:
-        """One part of a table, to read some row groups of."""
-        # buffered reads: by default whole row groups are held, which for encoded images are large
+        """Open one part of a table, to read some of its row groups."""
+        # reads are buffered because pyarrow otherwise holds whole row groups, which are large for encoded images
         is_near = self.folder.is_local
         options = {"buffer_size": 2**20 if is_near else READ_BYTES, "pre_buffer": False, "metadata": self._footers.get(name)}
         with Checked(self.folder, self._by_name[name]) as source, pq.ParquetFile(source, **options) as file:
@@ -165,35 +180,35 @@ class Artefact:
             yield file
 
     def read_part(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """One part of a table, or some of its columns, in memory."""
+        """Read one part of a table, or some of its columns, into memory."""
         with Checked(self.folder, self._by_name[name]) as source, pq.ParquetFile(source, pre_buffer=True) as file:
             return file.read(columns)
 
     def read(self, table: str, columns: list[str] | None = None) -> pa.Table:
-        """A whole table, or some of its columns, in memory."""
+        """Read a whole table, or some of its columns, into memory."""
         return pa.concat_tables(list(self.iter_parts(table, columns)))
 
     def iter_parts(self, table: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
-        """The parts of a table, one at a time, in order."""
+        """Iterate over the parts of a table in order, holding one at a time."""
         for name in self.parts(table):
             yield self.read_part(name, columns)
 
     def iter_batches(self, table: str, columns: list[str] | None = None, n_rows: int = 1024) -> Iterator[pa.RecordBatch]:
-        """A table in order, at most `n_rows` rows at a time: what is needed for tables with large values."""
+        """Iterate over a table in order, at most `n_rows` rows at a time, as suits tables with large values."""
         for name in self.parts(table):
             with self.open_part(name) as file:
                 yield from file.iter_batches(batch_size=n_rows, columns=columns)
 
     @property
     def children(self) -> list[str]:
-        """Names of the artefacts inside, without those that are left out: what the gate rejected, or as `leaving_out` says."""
+        """Names of the artefacts inside, except those that the gate rejected or that `leaving_out` named instead."""
         return [child for file in self.manifest.files if (child := child_of(file.name)) and child not in self._left_out]
 
     def child(self, name: str, kind: str) -> "Artefact":
-        """An artefact inside this one.
+        """Open an artefact inside this one.
 
         Raises:
-            ArtefactError: there is none of this name and kind, it is damaged, or not the one that this manifest lists.
+            ArtefactError: None has this name and kind, it is damaged, or it is not the one that this manifest lists.
         """
         if name not in self.children:
             why = f"; {name} was rejected: {self.rejected[name]}" if name in self.rejected else ""
@@ -205,18 +220,18 @@ class Artefact:
         return child
 
     def each(self) -> dict[str, "Artefact"]:
-        """The artefacts inside this one, by name: those of `children`.
+        """Open all `children`, by name.
 
         Raises:
-            ArtefactError: one is damaged, or not the one that this manifest lists.
+            ArtefactError: One is damaged, or is not the one that this manifest lists.
         """
         return {name: self.child(name, INSIDE[self.manifest.kind]) for name in self.children}
 
     def verify(self) -> None:
-        """Read every byte, of children too, and compare checksums.
+        """Read every byte, including those of children, and compare checksums.
 
         Raises:
-            ArtefactError: naming every file that differs.
+            ArtefactError: Some files differ; the message names them.
         """
         raise_damage(self.folder, list(self._iter_damage()))
 
@@ -234,20 +249,28 @@ class Artefact:
 
 
 _FOOTERS_KEPT = 1024
-"""Footers of parts in an object store that an artefact remembers: whoever reads row groups here and there asks for each once."""
+"""Parquet footers of remote parts that an artefact keeps, so that reading scattered row groups fetches each footer once."""
 
 
 def open_artefact(place: Folder | Path | str, kind: str) -> Artefact:
-    """Open an artefact at a path or URL, checking manifest, files and sizes.
+    """Open an artefact, checking its manifest and the presence and size of its files.
+
+    Args:
+        place: Path or URL.
+        kind: Kind that the artefact must have.
+
+    Returns:
+        The artefact.
 
     Raises:
-        ArtefactError: missing, of another kind or version, or damaged (all damage is named at once); or a URL that cannot be reached.
+        ArtefactError: The artefact is missing, damaged (all damage is named at once), or of another kind or schema version; or the URL
+            cannot be reached.
     """
     folder = open_folder(place)
     text = read_manifest(folder, kind)
     digest = hashlib.sha256(text).hexdigest()
     manifest = parse(folder, text)
-    del text  # of a million shards some hundred megabytes
+    del text  # hundreds of megabytes for a million shards
     if manifest.kind != kind:
         raise ArtefactError(f"{folder}: holds {manifest.kind}, expected {kind}")
     raise_damage(folder, size_damage(folder, manifest.files))
@@ -255,22 +278,22 @@ def open_artefact(place: Folder | Path | str, kind: str) -> Artefact:
 
 
 def checked_folder(path: Path, kind: str) -> Path:
-    """A folder named by the user; where it is an artefact, all of it checked.
+    """Return a folder named by the user; if it is an artefact, check all of it first.
 
     Raises:
-        ArtefactError: it is one, and damaged, or of another kind.
+        ArtefactError: The folder is an artefact that is damaged or of another kind.
     """
     return open_artefact(path, kind).path if (path / MANIFEST).exists() else path
 
 
 def _extent(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
-    """Where the bytes of a column chunk begin and end."""
+    """Return where the bytes of a column chunk begin and end."""
     pages = [chunk.data_page_offset, *([chunk.dictionary_page_offset] if chunk.has_dictionary_page else [])]
     start = min(pages)
     return start, start + chunk.total_compressed_size
 
 
 def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """One Parquet file, or some of its columns, in memory."""
+    """Read one Parquet file, or some of its columns, into memory."""
     with pq.ParquetFile(path) as file:
         return file.read(columns)

@@ -1,7 +1,6 @@
-"""Damage to an artefact's files: what differs from the manifest at once, and what is found as blocks are read.
+"""Detection of damage to an artefact's files: wrong sizes when it is opened, wrong checksums as blocks are read.
 
-Who reads some columns of a file checks the blocks that hold them and no others, so checking costs a small share of reading, however
-large the file is.
+Reading some columns of a file checks only the blocks that hold them, so checking costs a small share of reading, however large the file.
 """
 
 import os
@@ -14,11 +13,11 @@ from ommatid.store.manifest import File, child_of
 from ommatid.store.sums import BLOCK, DIGITS, READ_BLOCKS, sums_of
 
 _MOST_NAMED = 100
-"""Files that an error names; the rest are counted."""
+"""Number of files that an error message names; the rest are counted."""
 
 
 def size_damage(folder: Folder, files: Sequence[File]) -> list[str]:
-    """What is missing or of another size; children are looked at by their manifests."""
+    """Describe each listed file that is missing or has another size; of children, only the manifests are looked at."""
     found = folder.sizes()
     for file in files:
         if child_of(file.name) and (size := folder.size(file.name)) is not None:
@@ -27,17 +26,17 @@ def size_damage(folder: Folder, files: Sequence[File]) -> list[str]:
 
 
 def differences(found: Mapping[str, int], files: Sequence[File]) -> list[str]:
-    """Of sizes found on the disk from those listed."""
+    """Describe each listed file that is missing from `found`, the sizes by name, or has another size there."""
     missing = [f"{file.name}: missing" for file in files if file.name not in found]
     wrong = [(file, found[file.name]) for file in files if found.get(file.name, file.bytes) != file.bytes]
     return missing + [f"{file.name}: {size} bytes, the manifest says {file.bytes}" for file, size in wrong]
 
 
 def raise_damage(folder: Folder, damage: list[str]) -> None:
-    """Say what is damaged, if anything is.
+    """Raise an error that names the damage, if there is any, and says what to do.
 
     Raises:
-        ArtefactError: naming it, and what to do.
+        ArtefactError: `damage` is not empty.
     """
     if damage:
         more = f"; and {len(damage) - _MOST_NAMED} more" if len(damage) > _MOST_NAMED else ""
@@ -47,31 +46,31 @@ def raise_damage(folder: Folder, damage: list[str]) -> None:
 
 
 _Stamp = tuple[int, int, int, str]
-"""Size, times of the last changes in nanoseconds, and the checksums that a file was compared with."""
+"""Size in bytes, modification and change times in nanoseconds, and the checksums that a file was compared with."""
 _checked: dict[tuple[int, int], tuple[_Stamp, bytearray]] = {}
-"""For each file on a disk that this process has read, by device and inode: which of its blocks were found to be right."""
+"""Flags of the blocks that proved right, for each file on a disk that this process has read, by device and inode."""
 
 
 class Checked(Ranges):
-    """A file of an artefact, open for reading from anywhere.
+    """A file of an artefact, open for reading from any position, that checks what it reads.
 
-    Every block is compared with its checksum when it is first read; on a disk, once in this process for as long as the file is unchanged.
+    Every block is compared with its checksum when it is read. On a disk, a block is checked once per process unless the file changes.
 
     Raises:
-        ArtefactError: from every read and check, where a block differs.
+        ArtefactError: A block differs; raised by every method that reads or checks.
     """
 
     def __init__(self, folder: Folder, file: File):
         super().__init__(file.bytes)
         self._folder, self._file = folder, file
         self._descriptor: int | None = None
-        self._seen: bytearray | None = None  # of an object every read is another transfer, and is checked again
+        self._seen: bytearray | None = None  # None for objects: every read is a new transfer, so it is checked again
         if path := folder.local_path(file.name):
             self._descriptor = os.open(path, os.O_RDONLY)
             self._seen = _seen(os.fstat(self._descriptor), file)
 
     def check(self, start: int = 0, end: int | None = None) -> None:
-        """Compare the blocks of a range of bytes, by default all, that were not yet."""
+        """Check the blocks of a range of bytes, by default of the whole file, that were not checked before."""
         end = self._file.bytes if end is None else end
         for first in range(start // BLOCK, -(-end // BLOCK), READ_BLOCKS):
             self._whole_blocks(first, min(first + READ_BLOCKS, -(-end // BLOCK)), only_check=True)
@@ -90,7 +89,7 @@ class Checked(Ranges):
         return memoryview(self._whole_blocks(first, last))[start - first * BLOCK : end - first * BLOCK]
 
     def _whole_blocks(self, first: int, last: int, only_check: bool = False) -> bytes:
-        """The blocks from `first` up to `last`, checked; nothing where that is all they are for, and it was done before."""
+        """Read and check the blocks from `first` up to `last`; with `only_check`, skip them if they were checked before."""
         if only_check and self._seen is not None and all(self._seen[first:last]):
             return b""
         found = self._fetch(first * BLOCK, min(last * BLOCK, self._file.bytes))
@@ -112,7 +111,7 @@ class Checked(Ranges):
 
 
 def is_whole(folder: Folder, file: File) -> bool:
-    """Whether a file is there, and every block of it is what its description says."""
+    """Whether a file exists and every block of it matches its description."""
     if folder.size(file.name) != file.bytes:
         return False
     try:
@@ -124,14 +123,14 @@ def is_whole(folder: Folder, file: File) -> bool:
 
 
 def trust(folder: Folder, file: File) -> None:
-    """Take a file for checked: this process has written it just now."""
+    """Count all blocks of a file as checked, since this process has just written it."""
     if path := folder.local_path(file.name):
         seen = _seen(os.stat(path), file)
         seen[:] = b"\1" * len(seen)
 
 
 def _seen(status: os.stat_result, file: File) -> bytearray:
-    """Which blocks of a file were found to be right; all zero for one that was not read, or has changed since."""
+    """Return the flags of the blocks of a file that proved right; all zero if it was not read yet, or has changed since."""
     stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, file.blocks)
     known = _checked.get((status.st_dev, status.st_ino))
     if known is None or known[0] != stamp:

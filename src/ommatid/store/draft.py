@@ -1,4 +1,4 @@
-"""Drafts: artefacts in the making, locked, kept when their process dies, and moved into place whole."""
+"""Drafts: artefacts in the making, which are locked, survive the death of their process, and are moved into place whole."""
 
 import functools
 import hashlib
@@ -27,7 +27,7 @@ from ommatid.store.workspace import (
     artefact_of,
     find_published,
     fits_note,
-    here_of,
+    local_folder_of,
     note_published,
     remove_asides,
     write_note,
@@ -36,25 +36,25 @@ from ommatid.store.writer import Writer
 
 
 class Draft(Writer):
-    """An artefact in the making: a folder of its own, kept when the process dies, continued when it runs again."""
+    """An artefact in the making, in a folder of its own that survives the death of the process, so that the next run continues it."""
 
     published: Artefact | None = None
-    """Set where another process published this very artefact while this one waited for it: there is nothing to make."""
+    """The artefact, if another process published the same one while this process waited for the lock; there is nothing left to make."""
 
-    def __init__(self, folder: Folder, here: Path, kind: str, params: Mapping[str, Any], inputs: Mapping[str, str]):
-        super().__init__(folder, here)
+    def __init__(self, folder: Folder, local: Path, kind: str, params: Mapping[str, Any], inputs: Mapping[str, str]):
+        super().__init__(folder, local)
         self.kind = kind
         self._params = dict(params)
         self._inputs = dict(inputs)
         self._made: Artefact | None = None
         self._sound: set[Path] = set()
-        """Files on this machine that this process wrote, or found to be what a run before it wrote."""
+        """Local files that this process wrote, or found unchanged since an earlier run wrote them."""
         self._on_notice: Callable[[str], None] = lambda line: None
 
     def has(self, name: str) -> bool:
-        """Whether this file was finished, now or by a run that died, and on this machine's disk still is as it was written.
+        """Whether this file was finished, by this run or one that died, and is unchanged since.
 
-        One that is not is removed, to be made again.
+        A changed file on this machine's disk is removed, so that it is made again; objects are not read to find out.
         """
         home = self._home(name)
         if home.size(name) is None:
@@ -62,32 +62,35 @@ class Draft(Writer):
         path = home.local_path(name)
         if path is None or path in self._sound:
             return True
-        if fits_note(self._here, path):
+        if fits_note(self._local, path):
             self._sound.add(path)
             return True
-        self._on_notice(f"{path}: damaged since a run that was stopped wrote it; it is made again")
+        self._on_notice(f"{path}: damaged since an interrupted run wrote it; it is made again")
         home.remove(name)
         return False
 
     def _note(self, path: Path, source: Path) -> None:
-        write_note(self._here, path, source)
+        write_note(self._local, path, source)
         self._sound.add(path)
 
     def whole_receipts(self, names: Iterable[str], files_of: Callable[[Any], Iterable[File]]) -> set[str]:
-        """Those of some receipts that are there and undamaged, and whose files are; others are removed: their shards are made again.
+        """Find receipts that exist and are undamaged, and whose files are too; remove the damaged, so that their shards are made again.
 
-        What an object store holds is not read for that: it is checked when it is read next, by the gate at the latest.
+        In an object store nothing is read to find out: files are checked when they are next read, by the gate at the latest.
 
         Args:
-            names: Of the receipts.
-            files_of: The files that a receipt tells of, by their names in this draft.
+            names: Names of the receipts to look for.
+            files_of: Maps the content of a receipt to the files that it describes, by their names in this draft.
+
+        Returns:
+            Names of the receipts that are whole.
         """
         found = set(self.names(RECEIPTS)).intersection(names)
         if not self.folder.is_local:
             return found
         whole = {name for name in sorted(found) if self._is_whole(name, files_of)}
         for name in sorted(found - whole):
-            self._on_notice(f"{self.url}/{name}: what it tells of was damaged since a stopped run wrote it; it is made again")
+            self._on_notice(f"{self.url}/{name}: its files were damaged since an interrupted run wrote them; they are made again")
             self.remove(name)
         return whole
 
@@ -98,18 +101,21 @@ class Draft(Writer):
             return False
 
     def child(self, name: str, kind: str, params: Mapping[str, Any] | None = None, inputs: Mapping[str, Artefact] | None = None) -> "Draft":
-        """An artefact inside this one, with a manifest of its own; seal it first.
+        """Begin an artefact inside this one, with a manifest of its own, which must be sealed before this one.
 
         Args:
-            name: Of its folder.
-            kind: Its kind.
-            params: Those that made it; None: the same as of this one.
-            inputs: Artefacts that it is made from; None: the same as of this one.
+            name: Name of its folder.
+            kind: Kind of artefact.
+            params: Params for its manifest; None for those of this draft.
+            inputs: Artefacts that it is made from; None for those of this draft.
+
+        Returns:
+            The draft of the inner artefact.
         """
         folder = self.folder / name
         folder.make()
         digests = self._inputs if inputs is None else _digests(inputs)
-        child = Draft(folder, self._here, kind, self._params if params is None else params, digests)
+        child = Draft(folder, self._local, kind, self._params if params is None else params, digests)
         child._top = self._top
         child._on_notice = self._on_notice
         mine = {own: file for own, file in self._described.items() if own.startswith(f"{name}/")}
@@ -117,9 +123,9 @@ class Draft(Writer):
         return child
 
     def sealed(self) -> Artefact | None:
-        """The artefact, if the manifest is written already: the process died before publishing.
+        """Return the artefact if it is sealed already, because an earlier process died before publishing it; else None.
 
-        One on this machine's disk that is damaged is removed, to be made again.
+        If it lies on this machine's disk and is damaged, it is removed, so that it is made again.
         """
         if self.folder.size(MANIFEST) is None:
             return None
@@ -139,30 +145,33 @@ class Draft(Writer):
         return made
 
     def seal(self, summary: Mapping[str, Any], files: Sequence[File] | None = None) -> Artefact:
-        """Write the manifest over all files and children, and drop scratch folder and receipts.
+        """Write the manifest of all files and children, and remove scratch folder and receipts.
 
         Args:
             summary: Statistics for the quality gate and later stages.
-            files: Descriptions of files that workers wrote: these are not read again. Others are described here.
+            files: Descriptions of files that workers wrote, which are then not read again. All other files are read and described.
+
+        Returns:
+            The sealed artefact, still in the draft's folder.
 
         Raises:
-            ArtefactError: a file that `files` describes is missing or of another size; or another machine took the draft away.
+            ArtefactError: A file is missing, damaged or of another size, or another machine published or removed the draft.
         """
-        given = self._described | {file.name: file for file in files or ()}
+        described = self._described | {file.name: file for file in files or ()}
         found = self.folder.sizes() | self._child_manifests()
-        self._check_open()  # after the listing: what it lacks then was never there
-        raise_damage(self.folder, differences(found, [given[file.name] for file in files or ()]))
+        self._check_open()  # after the listing: if the draft is still open, a file that the listing lacks was never written
+        raise_damage(self.folder, differences(found, [described[file.name] for file in files or ()]))
         names = sorted(name for name in found if name not in (MANIFEST, OPEN))
-        # what a run before this one left is only taken as it was written
-        raise_damage(self.folder, [f"{name}: checksum differs" for name in names if name not in given and not self._is_sound(name)])
-        listed = tuple(given[name] if name in given else describe_in(self.folder, name) for name in names)
-        plain = json.loads(json.dumps([self._params, summary]))  # as a reader will find it: lists for tuples
+        # files of an earlier run are accepted only if they are unchanged
+        raise_damage(self.folder, [f"{name}: checksum differs" for name in names if name not in described and not self._is_sound(name)])
+        listed = tuple(described[name] if name in described else describe_in(self.folder, name) for name in names)
+        plain = json.loads(json.dumps([self._params, summary]))  # as readers will get it, with lists for tuples
         manifest = Manifest(self.kind, SCHEMA_VERSION, plain[0], self._inputs, listed, _versions(), plain[1])
         return self._write_manifest(manifest)
 
     def reseal(self, made: Artefact, summary: Mapping[str, Any]) -> Artefact:
-        """Write the manifest of what is sealed once more, with another summary; all else stays as it is."""
-        self.scratch.mkdir(parents=True, exist_ok=True)  # an object is written there first
+        """Replace the summary in the manifest of a sealed draft, and return the artefact; all else stays as it is."""
+        self.scratch.mkdir(parents=True, exist_ok=True)  # objects are written there before the upload
         return self._write_manifest(replace(made.manifest, summary=json.loads(json.dumps(summary))))
 
     def _write_manifest(self, manifest: Manifest) -> Artefact:
@@ -174,10 +183,10 @@ class Draft(Writer):
 
     def _is_sound(self, name: str) -> bool:
         path = self.folder.local_path(name)
-        return path is None or child_of(name) is not None or path in self._sound or fits_note(self._here, path)
+        return path is None or child_of(name) is not None or path in self._sound or fits_note(self._local, path)
 
     def _child_manifests(self) -> dict[str, int]:
-        """Size of each child's manifest by its name in this artefact."""
+        """Return the size in bytes of each child's manifest, by the manifest's name in this artefact."""
         names = [f"{name}/{MANIFEST}" for name in self.folder.folders() if name not in (SCRATCH, RECEIPTS)]
         sizes = {name: self.folder.size(name) for name in names}
         unsealed = [name for name, size in sizes.items() if size is None]
@@ -185,26 +194,26 @@ class Draft(Writer):
         return {name: size for name, size in sizes.items() if size is not None}
 
     def _clean(self) -> None:
-        """Drop what is not part of the artefact; a child has nothing of that kind."""
+        """Remove what is not part of the artefact: scratch folder, receipts and mark, which children share with the outermost draft."""
         if self.folder is self._top:
             shutil.rmtree(self.scratch, ignore_errors=True)
-            self.folder.remove(OPEN)  # first: who misses a receipt then knows why
+            self.folder.remove(OPEN)  # first, so that a worker that misses a receipt finds out why
             self.folder.remove(RECEIPTS)
 
     def discard(self) -> None:
-        """Remove the draft: its gate failed, so nothing of it may be continued."""
+        """Remove the draft after its gate failed, so that no later run continues it."""
         self.folder.remove("")
-        shutil.rmtree(self._here, ignore_errors=True)
+        shutil.rmtree(self._local, ignore_errors=True)
 
     def publish(self, place: Folder | Path | str) -> Artefact:
-        """Move the sealed draft to `place`, replacing what was there."""
+        """Move the sealed draft to `place`, replacing what is there, and return the artefact."""
         assert self.folder.size(MANIFEST) is not None, f"{self.url} is not sealed"
         target = open_folder(place)
         made = self._made or open_artefact(self.folder, self.kind)
-        with writing(self._here):
+        with writing(self._local):
             self.folder.move(target, last=MANIFEST)
-            note_published(self._here, made.digest)
-            shutil.rmtree(self._here, ignore_errors=True)
+            note_published(self._local, made.digest)
+            shutil.rmtree(self._local, ignore_errors=True)
         return Artefact(target, made.manifest, made.digest)
 
 
@@ -216,36 +225,39 @@ def open_draft(
     inputs: Mapping[str, Artefact],
     on_wait: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Draft]:
-    """The draft of the artefact that will be at `place`, locked; drafts made by other params, inputs or code are removed.
+    """Lock and open the draft of an artefact; drafts of the same artefact from other params, inputs or code are removed.
 
-    Where another process of this machine holds it, this one waits for it, and looks at `Draft.published` afterwards.
+    If another process of this machine holds the lock, wait for it; `Draft.published` is set if that process published the same artefact.
 
     Args:
-        place: Where the artefact goes, a path or URL.
-        kind: Its kind.
-        params: The section of Params, without what only says how to compute.
-        inputs: Artefacts that it is made from.
-        on_wait: Hears a line when another process is making the artefact now, and when what a run left is damaged and made again.
+        place: Path or URL where the artefact will be published.
+        kind: Kind of artefact.
+        params: The section of Params, without the keys that do not affect the result.
+        inputs: Artefacts that it is made from, by name.
+        on_wait: Called with a line of text when another process holds the lock, and when damaged files of an earlier run are made again.
+
+    Yields:
+        The draft, empty or as an interrupted run left it.
 
     Raises:
-        ArtefactError: the folder may not be written to, or not be reached.
+        ArtefactError: The folder cannot be reached or written.
     """
     target = open_folder(place)
     folder = target.parent / ".work" / f"{target.name}-{_key(kind, params, inputs)}"
-    here = here_of(folder)
-    lock = filelock.FileLock(here.parent / f"{target.name}.lock")
-    with writing(here.parent):
-        here.parent.mkdir(parents=True, exist_ok=True)
+    local = local_folder_of(folder)
+    lock = filelock.FileLock(local.parent / f"{target.name}.lock")
+    with writing(local.parent):
+        local.parent.mkdir(parents=True, exist_ok=True)
         waited = _acquire(lock, lambda: on_wait(f"waiting for another process that makes {target}"))
     try:
-        with writing(here.parent):
-            for drafts in {folder.parent.url: folder.parent, str(here.parent): open_folder(here.parent)}.values():
+        with writing(local.parent):
+            for drafts in {folder.parent.url: folder.parent, str(local.parent): open_folder(local.parent)}.values():
                 _remove_others(drafts, target.name, folder.name)
-            remove_asides(here)
-            found = find_published(target, kind, here) if waited else None
+            remove_asides(local)
+            found = find_published(target, kind, local) if waited else None
             if found is None:
-                _begin(folder, here)
-        draft = Draft(folder, here, kind, params, _digests(inputs))
+                _begin(folder, local)
+        draft = Draft(folder, local, kind, params, _digests(inputs))
         draft._on_notice = on_wait
         draft.published = found
         yield draft
@@ -254,7 +266,7 @@ def open_draft(
 
 
 def _acquire(lock: filelock.BaseFileLock, on_wait: Callable[[], None]) -> bool:
-    """Lock; gives whether it took waiting."""
+    """Acquire the lock and return whether it was necessary to wait for it."""
     try:
         lock.acquire(timeout=0)
         return False
@@ -265,15 +277,15 @@ def _acquire(lock: filelock.BaseFileLock, on_wait: Callable[[], None]) -> bool:
 
 
 def _remove_others(drafts: Folder, name: str, mine: str) -> None:
-    """Drafts of other params, inputs or code."""
+    """Remove drafts of the artefact `name` from other params, inputs or code, all but the folder `mine`."""
     for other in drafts.folders():
         if artefact_of(other) == name and other != mine:
-            drafts.remove(f"{other}/{OPEN}")  # first: another machine that is at work there finds out
+            drafts.remove(f"{other}/{OPEN}")  # first, so that another machine at work there notices
             drafts.remove(other)
 
 
-def _begin(folder: Folder, here: Path) -> None:
-    (here / SCRATCH).mkdir(parents=True, exist_ok=True)
+def _begin(folder: Folder, local: Path) -> None:
+    (local / SCRATCH).mkdir(parents=True, exist_ok=True)
     folder.make(OPEN)
 
 
@@ -288,7 +300,7 @@ def _digests(inputs: Mapping[str, Artefact]) -> dict[str, str]:
 
 @functools.cache
 def _code_digest() -> str:
-    """sha256 of this package's sources: a draft is only continued by the code that began it."""
+    """sha256 of this package's sources, since only the code that began a draft may continue it."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())

@@ -1,4 +1,4 @@
-"""What an artefact says of itself: its files with sizes and checksums, and what it was made of."""
+"""Manifests: descriptions of artefacts, with the size and checksum of each file and the params and inputs that they were made from."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from ommatid.store.sums import checksums
 
 MANIFEST = "manifest.json"
 INSIDE = {"extraction": "activations", "training": "sae", "evaluations": "evaluation", "labellings": "labels"}
-"""Kind of the artefacts inside one of this kind: one a hookpoint, or one an SAE."""
+"""Kinds of artefacts that hold others, and the kind of those inside: one for each hookpoint or SAE."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,38 +25,38 @@ class File:
     """One file of an artefact, as its manifest lists it."""
 
     name: str
-    """File name inside the artefact; `<child>/manifest.json` stands for all of a child."""
+    """File name inside the artefact; `<child>/manifest.json` stands for the whole of a child."""
     bytes: int
-    """Size."""
+    """Size in bytes."""
     sha256: str
-    """Checksum of the content."""
+    """sha256 of the content, in hex digits."""
     rows: int | None
-    """Rows, where it is Parquet."""
+    """Number of rows if it is a Parquet file, else None."""
     blocks: str
-    """CRC-32 of each `BLOCK` of the content, `DIGITS` hex digits each: what is read is compared with these."""
+    """CRC-32 of each `BLOCK` bytes of the content, `DIGITS` hex digits each, against which blocks are checked when read."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json says of an artefact."""
+    """The content of an artefact's manifest.json."""
 
     kind: str
-    """images, extraction, training, evaluations, labellings or catalog; of what is inside one: see `INSIDE`."""
+    """Kind of artefact: images, extraction, training, evaluations, labellings, catalog, or a kind in the values of `INSIDE`."""
     schema_version: int
-    """`schemas.SCHEMA_VERSION` of the writer."""
+    """`schemas.SCHEMA_VERSION` of the code that wrote it."""
     params: dict[str, Any]
-    """The section of Params that made it, without what only says how to compute."""
+    """The section of Params that it was made with, without the keys that do not affect the result."""
     inputs: dict[str, str]
-    """sha256 of the manifest of each input artefact."""
+    """sha256 of the manifest of each input artefact, by name."""
     files: tuple[File, ...]
-    """All files, by name."""
+    """All files, in order of name."""
     versions: dict[str, str]
-    """Of code and libraries."""
+    """Versions of Python, Ommatid and the libraries that affect results."""
     summary: dict[str, Any]
     """Statistics that the quality gate and later stages read."""
 
     def iter_json(self) -> Iterator[bytes]:
-        """The text of manifest.json, piece by piece: a line a file, for there may be millions, and a checksum of what precedes it."""
+        """Iterate over the text of manifest.json in pieces, one per file, as there may be millions; it ends with its own checksum."""
         digest = hashlib.sha256()
         for piece in self._iter_content():
             digest.update(piece)
@@ -73,11 +73,11 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: bytes) -> "Manifest":
-        """Read the text of manifest.json.
+        """Parse the text of manifest.json.
 
         Raises:
-            ValueError, KeyError, TypeError: it is not one, or not as it was written.
-            ArtefactError: it is of another schema version.
+            ValueError, KeyError, TypeError: The text is not a manifest, or was changed after it was written.
+            ArtefactError: The manifest has another schema version.
         """
         if (tail := _TAIL_PATTERN.search(text, max(0, len(text) - _TAIL_BYTES))) and not _is_sum_of(tail, text):
             raise ValueError("its checksum differs")
@@ -123,26 +123,33 @@ _MADE_BY = {
 
 
 def read_manifest(folder: Folder, kind: str) -> bytes:
-    """Text of an artefact's manifest.
+    """Read the text of an artefact's manifest.
+
+    Args:
+        folder: Folder of the artefact.
+        kind: Kind of artefact expected there.
+
+    Returns:
+        The bytes of manifest.json.
 
     Raises:
-        ArtefactError: it has none, or is not there; what makes it is named.
+        ArtefactError: The folder or its manifest is missing; the message names the command that makes it.
     """
     try:
         return folder.read_bytes(MANIFEST)
     except FileNotFoundError:
         stage = _MADE_BY[kind]
-        what = "has no manifest.json, so it is not whole" if folder.exists() else "does not exist"
+        what = "has no manifest.json, so it is incomplete" if folder.exists() else "does not exist"
         dvc = f"`dvc repro {stage}` (or `ommatid {stage}`)"
         todo = dvc if folder.is_local else f"`ommatid {stage} --data {folder.parent}`"
         raise ArtefactError(f"{folder}: {what}; make it with {todo}") from None
 
 
 def parse(folder: Folder, text: bytes) -> Manifest:
-    """What the text of a folder's manifest says.
+    """Parse the text of a folder's manifest.
 
     Raises:
-        ArtefactError: it is not a manifest, or of another schema version.
+        ArtefactError: The text is not a manifest, is damaged, or has another schema version.
     """
     try:
         return Manifest.from_json(text)
@@ -156,17 +163,17 @@ def parse(folder: Folder, text: bytes) -> Manifest:
 
 
 def part_name(table: str, index: int) -> str:
-    """File name of a table's part: `train-00003.parquet`."""
+    """Return the file name of a table's part, such as `train-00003.parquet`."""
     return f"{table}-{index:05d}.parquet"
 
 
 def describe(path: Path) -> File:
-    """Size, checksum and rows of a file on this machine."""
+    """Describe a file on this machine under its own name."""
     return describe_path(path, path.name)
 
 
 def describe_path(path: Path, name: str) -> File:
-    """Of a file on this machine whose name will be `name`."""
+    """Describe a file on this machine under the name that it will have in the artefact."""
     rows = pq.read_metadata(path).num_rows if name.endswith(".parquet") else None
     with path.open("rb") as file:
         sha256, blocks = checksums(file)
@@ -174,7 +181,7 @@ def describe_path(path: Path, name: str) -> File:
 
 
 def describe_in(folder: Folder, name: str) -> File:
-    """Of a file of a draft, wherever that is."""
+    """Describe a file of a folder, which may be behind a URL."""
     size = folder.size(name)
     assert size is not None, f"{folder}: has no {name}"
     rows = None
@@ -187,12 +194,12 @@ def describe_in(folder: Folder, name: str) -> File:
 
 
 def table_of(name: str) -> str:
-    """Name of the table that a Parquet file is a part of."""
+    """Return the name of the table that a Parquet file is a part of."""
     stem = name.removesuffix(".parquet")
     head, dash, tail = stem.rpartition("-")
     return head if dash and tail.isdigit() else stem
 
 
 def child_of(name: str) -> str | None:
-    """Name of the child whose manifest this file is."""
+    """Return the name of the child whose manifest this file is; None if it is no child's manifest."""
     return name.removesuffix(f"/{MANIFEST}") if name.endswith(f"/{MANIFEST}") else None

@@ -5,15 +5,15 @@ import zlib
 from typing import BinaryIO
 
 BLOCK = 2**18
-"""Bytes of a block: few enough that reading one column of a table checks little else."""
+"""Bytes per block: small enough that reading one column of a table checks little beside that column."""
 DIGITS = 8
-"""Hex digits of a block's checksum. A CRC-32 finds every change within 32 bits, and misses one in four billion of the others."""
+"""Hex digits per block checksum. A CRC-32 detects every change confined to 32 bits, and misses one in four billion larger changes."""
 READ_BLOCKS = 16
-"""Blocks that are read at a time where only their checksums are of interest."""
+"""Blocks read at a time when a file is read only for its checksums."""
 
 
 def checksums(file: BinaryIO) -> tuple[str, str]:
-    """The sha256 of a file that is open at its beginning, and what `block_sums` gives."""
+    """Return a file's sha256 and its block checksums, reading it once; the file must be open at its beginning."""
     digest, sums = hashlib.sha256(), []
     while found := file.read(READ_BLOCKS * BLOCK):
         digest.update(found)
@@ -22,11 +22,11 @@ def checksums(file: BinaryIO) -> tuple[str, str]:
 
 
 def block_sums(file: BinaryIO) -> str:
-    """The checksums of a file's blocks, one after the other, of a file that is open at its beginning."""
+    """Return the concatenated checksums of a file's blocks; the file must be open at its beginning."""
     return "".join(iter(lambda: sums_of(file.read(READ_BLOCKS * BLOCK)), ""))
 
 
 def sums_of(data: bytes) -> str:
-    """The checksums of some whole blocks, of which the last may be shorter."""
+    """Return the concatenated checksums of the blocks in `data`, which begins at the start of a block; the last one may be shorter."""
     view = memoryview(data)
     return "".join(f"{zlib.crc32(view[start : start + BLOCK]):0{DIGITS}x}" for start in range(0, len(view), BLOCK))

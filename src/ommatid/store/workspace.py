@@ -1,4 +1,4 @@
-"""What a machine keeps of drafts on its own disk: their folders, scratch files, and notes of what became of them."""
+"""Local state of drafts on a machine's own disk: folders, scratch files, and notes by which a later run recognises their files."""
 
 import hashlib
 import os
@@ -11,19 +11,19 @@ from ommatid.store.manifest import MANIFEST
 from ommatid.store.sums import block_sums
 
 SCRATCH = "scratch"
-"""Folder of a draft, on this machine only, whose files (chunks, checkpoints) never become part of the artefact."""
+"""Subfolder of a draft for chunks and checkpoints, which stay on this machine and never become part of the artefact."""
 NOTES = f"{SCRATCH}/notes"
-"""Folder in it with a note for each file that the driver finished on this machine: size and checksums, by which a later run knows it."""
+"""Subfolder with a note for each file that the driver finished on this machine: size and checksums, by which a later run recognises it."""
 WORK = Path("data/.work")
-"""Where a machine keeps its scratch files and locks of drafts that are in an object store."""
+"""Local folder for the scratch files and locks of drafts that lie in an object store."""
 RECEIPTS = "receipts"
-"""Folder of a draft, where its finished files are, for what workers tell the driver; never part of the artefact."""
+"""Subfolder of a draft, beside its finished files, for what workers report to the driver; never part of the artefact."""
 OPEN = ".open"
-"""Object that marks a draft in an object store, which has no folders: workers see that it is there, and the driver that it may write."""
+"""Object that marks an open draft in an object store, which has no folders: workers and driver may write while it exists."""
 
 
-def here_of(folder: Folder) -> Path:
-    """Where this machine keeps what a draft has on its disk: the draft itself, or a folder that stands for it."""
+def local_folder_of(folder: Folder) -> Path:
+    """Return the local folder of a draft: its own folder if that is on a disk, else one under `WORK` that stands for it."""
     if path := folder.local_path():
         return path
     root = hashlib.sha256(folder.parent.parent.url.encode()).hexdigest()[:8]
@@ -31,46 +31,46 @@ def here_of(folder: Folder) -> Path:
 
 
 def artefact_of(draft: str) -> str:
-    """Name of the artefact that a draft's folder is for."""
+    """Return the name of the artefact from the name of its draft's folder."""
     return draft.rpartition("-")[0]
 
 
-def remove_old_scratch(here: Path) -> None:
-    """What workers that died left on their own machine, where no driver looks, of drafts that are no longer."""
-    for other in open_folder(here.parent).folders():
-        if artefact_of(other) == artefact_of(here.name) and other != here.name:
-            shutil.rmtree(here.parent / other, ignore_errors=True)  # another worker may remove it, too
+def remove_old_scratch(local: Path) -> None:
+    """Remove scratch folders of earlier drafts of the same artefact, left by workers on machines whose disks no driver cleans."""
+    for other in open_folder(local.parent).folders():
+        if artefact_of(other) == artefact_of(local.name) and other != local.name:
+            shutil.rmtree(local.parent / other, ignore_errors=True)  # another worker may remove it at the same time
 
 
-def remove_asides(here: Path) -> None:
-    """What dead writers left: files, and folders that were to become chunks."""
-    for leftover in [path for path in here.rglob("*") if is_aside(path.name)]:
+def remove_asides(local: Path) -> None:
+    """Remove unfinished files, and folders of unfinished chunks, that dead writers left."""
+    for leftover in [path for path in local.rglob("*") if is_aside(path.name)]:
         if leftover.is_dir():
             shutil.rmtree(leftover)
         else:
             leftover.unlink(missing_ok=True)
 
 
-def write_note(here: Path, path: Path, source: Path) -> None:
-    """Note what a file will hold that gets the name `path`, inside a draft, and is at `source` until then.
+def write_note(local: Path, path: Path, source: Path) -> None:
+    """Write the note of a file that is at `source` now and is about to be renamed to `path`, inside a draft.
 
-    A file whose note is another's, for the process died between the two, counts as damaged, and is made again.
+    If the process dies between note and rename, an older file at `path` does not fit the note: it counts as damaged and is made again.
     """
-    note = _note_of(here, path)
+    note = _note_of(local, path)
     note.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_of(note)
     aside.write_text(_facts(source), encoding="ascii")
     os.replace(aside, note)
 
 
-def fits_note(here: Path, path: Path) -> bool:
-    """Whether a file of a draft holds what was written to it, as far as there is a note: of what workers write, receipts tell."""
-    note = _note_of(here, path)
+def fits_note(local: Path, path: Path) -> bool:
+    """Whether a file of a draft matches its note; true if it has none, since receipts describe the files of workers."""
+    note = _note_of(local, path)
     return not note.exists() or note.read_bytes() == _facts(path).encode()
 
 
-def _note_of(here: Path, path: Path) -> Path:
-    return here / NOTES / path.relative_to(here).as_posix().replace("/", "~")
+def _note_of(local: Path, path: Path) -> Path:
+    return local / NOTES / path.relative_to(local).as_posix().replace("/", "~")
 
 
 def _facts(path: Path) -> str:
@@ -78,20 +78,20 @@ def _facts(path: Path) -> str:
         return f"{path.stat().st_size} {block_sums(file)}"
 
 
-def note_published(here: Path, digest: str) -> None:
-    """Remember beside the lock which draft became what: a process that waited knows its own artefact by it."""
-    note = here.with_name(f"{artefact_of(here.name)}.published")
+def note_published(local: Path, digest: str) -> None:
+    """Record beside the lock which draft became which artefact, so that a process waiting to make the same one finds it."""
+    note = local.with_name(f"{artefact_of(local.name)}.published")
     aside = aside_of(note)
-    aside.write_text(f"{here.name} {digest}\n", encoding="utf-8")
+    aside.write_text(f"{local.name} {digest}\n", encoding="utf-8")
     os.replace(aside, note)
 
 
-def find_published(target: Folder, kind: str, here: Path) -> Artefact | None:
-    """The artefact at `target`, where it was made of the same params, inputs and code as this draft would be."""
-    note = here.with_name(f"{target.name}.published")
+def find_published(target: Folder, kind: str, local: Path) -> Artefact | None:
+    """Return the artefact at `target` if it was made from the same params, inputs and code as this draft; else None."""
+    note = local.with_name(f"{target.name}.published")
     if not note.exists():
         return None
     name, _, digest = note.read_text(encoding="utf-8").strip().rpartition(" ")
-    if name != here.name or target.size(MANIFEST) is None or target.sha256(MANIFEST) != digest:
+    if name != local.name or target.size(MANIFEST) is None or target.sha256(MANIFEST) != digest:
         return None
     return open_artefact(target, kind)

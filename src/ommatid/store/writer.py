@@ -1,4 +1,4 @@
-"""Files of a draft, written whole or not at all."""
+"""The writer of a draft's files, each of which appears whole or not at all."""
 
 import hashlib
 import json
@@ -15,86 +15,86 @@ from ommatid.errors import ArtefactError
 from ommatid.store.damage import trust
 from ommatid.store.filesystem import Folder, aside_of, open_folder, writing
 from ommatid.store.manifest import File, describe_in, describe_path
-from ommatid.store.workspace import OPEN, RECEIPTS, SCRATCH, here_of, remove_old_scratch
+from ommatid.store.workspace import OPEN, RECEIPTS, SCRATCH, local_folder_of, remove_old_scratch
 
 
 class Writer:
-    """Where the files of a draft are written, each whole or not at all; many processes may hold one.
+    """Writes and reads the files of a draft, each of which appears whole or not at all; many processes may each hold one.
 
-    Two that write the same file do not harm one another: each writes aside under a name of its own, and the last one's stays.
+    Two processes may write the same file: each writes under a temporary name of its own, and the last to finish replaces the other's.
     """
 
-    def __init__(self, folder: Folder, here: Path):
+    def __init__(self, folder: Folder, local: Path):
         self.folder = folder
         self._top = folder
-        self._here = here
+        self._local = local
         self._described: dict[str, File] = {}
 
     @staticmethod
     def attach(url: str) -> "Writer":
-        """A worker process's hold on a draft that the driver has open: it writes files, and neither locks nor cleans.
+        """Return a worker's writer for a draft that the driver has open; it neither locks the draft nor cleans up.
 
         Raises:
-            ArtefactError: there is no such draft.
+            ArtefactError: There is no such draft.
         """
         folder = open_folder(url)
         if not folder.is_made(OPEN):
-            raise ArtefactError(f"{url}: there is no draft here to write to; its run has ended, or this machine does not see its folder")
-        here = here_of(folder)
+            raise ArtefactError(f"{url}: there is no draft here to write to; its run has ended, or this machine cannot see its folder")
+        local = local_folder_of(folder)
         if not folder.is_local:
-            with writing(here):
-                remove_old_scratch(here)
-                (here / SCRATCH).mkdir(parents=True, exist_ok=True)
-        return Writer(folder, here)
+            with writing(local):
+                remove_old_scratch(local)
+                (local / SCRATCH).mkdir(parents=True, exist_ok=True)
+        return Writer(folder, local)
 
     @property
     def url(self) -> str:
-        """What `Writer.attach` takes in another process."""
+        """Path or URL from which `Writer.attach` opens the draft in another process."""
         return self.folder.url
 
     @property
     def path(self) -> Path:
-        """The draft's folder on this machine, which holds `scratch`; finished files are there only where the draft is on a disk."""
-        return self._here
+        """The draft's folder on this machine, which holds `scratch`; finished files are in it only if the draft is on a disk."""
+        return self._local
 
     @property
     def scratch(self) -> Path:
-        """Folder on this machine for chunks and checkpoints; removed when the artefact is sealed."""
-        return self._here / SCRATCH
+        """Folder on this machine for chunks and checkpoints, which is removed when the artefact is sealed."""
+        return self._local / SCRATCH
 
     def _home(self, name: str) -> Folder:
-        return open_folder(self._here) if name.startswith(f"{SCRATCH}/") else self.folder
+        return open_folder(self._local) if name.startswith(f"{SCRATCH}/") else self.folder
 
     def has(self, name: str) -> bool:
-        """Whether this file was finished, now or by a run that died. For many files ask `names` once."""
+        """Whether this file was finished, by this run or one that died. For many files, one call of `names` is faster."""
         return self._home(name).size(name) is not None
 
     def names(self, inside: str = "") -> list[str]:
-        """Finished files of the draft, or of a folder in it, in order, by one listing."""
+        """Return the names of the finished files of the draft, or of a subfolder, in order; costs one listing."""
         return sorted(f"{inside}/{name}" if inside else name for name in self._home(f"{inside}/").sizes(inside) if name != OPEN)
 
     def read(self, name: str, filters: list[tuple[str, str, Any]] | None = None, columns: list[str] | None = None) -> pa.Table:
-        """A finished Parquet file, or its rows that pass `filters`, or some of its columns."""
+        """Read a finished Parquet file, or the rows that pass `filters`, or some of its columns."""
         home = self._home(name)
-        no_partitions: Any = None  # folders named a=b are not columns
+        no_partitions: Any = None  # else pyarrow takes folders named a=b for columns
         with self._still_mine():
             source = home.local_path(name) or home.open(name)
             return pq.read_table(source, columns=columns, filters=filters, partitioning=no_partitions)
 
     def read_json(self, name: str) -> Any:
-        """What a finished JSON file holds.
+        """Return the value in a finished JSON file.
 
         Raises:
-            ArtefactError: it is damaged.
+            ArtefactError: The file is damaged.
         """
         with self._still_mine():
             return _value_of(self._home(name).read_bytes(name), f"{self.url}/{name}")
 
     def iter_json(self, names: Sequence[str]) -> Iterator[Any]:
-        """What many finished JSON files hold, in order; from an object store many are read at a time.
+        """Iterate over the values in many finished JSON files, in order; from an object store many are read at a time.
 
         Raises:
-            ArtefactError: one is damaged.
+            ArtefactError: A file is damaged.
         """
         with self._still_mine():
             for name, text in zip(names, self.folder.iter_bytes(names), strict=True):
@@ -102,7 +102,7 @@ class Writer:
 
     @contextmanager
     def _still_mine(self) -> Iterator[None]:
-        """A file that is not there is looked for no further where another machine took the whole draft."""
+        """If a file is missing because another machine published or removed the draft, raise an error that says so."""
         try:
             yield
         except FileNotFoundError:
@@ -112,12 +112,12 @@ class Writer:
     def _check_open(self) -> None:
         if not self._top.is_local and not self._top.is_made(OPEN):
             raise ArtefactError(
-                f"{self._top}: this draft was published or removed by another machine, which makes the same one or one with other params; "
-                "make an artefact on one machine at a time; run the stage again if it is not there now"
+                f"{self._top}: this draft was published or removed by another machine that makes the same artefact, perhaps with "
+                "other params; make an artefact on one machine at a time; run the stage again if it is not there now"
             )
 
     def local(self, name: str) -> Path:
-        """A finished file on this machine; an object is copied to the scratch folder, once."""
+        """Return the local path of a finished file; an object is copied to the scratch folder once."""
         home = self._home(name)
         if path := home.local_path(name):
             return path
@@ -127,17 +127,17 @@ class Writer:
         return path
 
     def write_table(self, name: str, table: pa.Table, **parquet_options: Any) -> File:
-        """Write one Parquet file, whole or not at all; `name` is `<table>.parquet` or made by `part_name`."""
+        """Write one Parquet file and return its description; `name` is `<table>.parquet` or comes from `part_name`."""
         with self.write_file(name) as path:
             pq.write_table(table, path, **parquet_options)
         return self.describe(name)
 
     @contextmanager
     def write_file(self, name: str) -> Iterator[Path]:
-        """A path to write to; when the block ends without an error the file is synced and gets its name.
+        """Yield a temporary path to write to; when the block ends without an error, the file is synced and gets its name.
 
         Raises:
-            ArtefactError: the disk is full, or may not be written to; the store cannot be reached.
+            ArtefactError: The disk is full or cannot be written, or the store cannot be reached.
         """
         home = self._home(name)
         path = home.local_path(name) or self.scratch / name.replace("/", "-")
@@ -159,29 +159,29 @@ class Writer:
             trust(home, described)
 
     def _note(self, path: Path, source: Path) -> None:
-        """Remember what a file will hold, where no receipt tells it."""
+        """Write the note of a file about to be renamed; only the driver does, since receipts describe the files of workers."""
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file for `read_json`, with a checksum of the value, whole or not at all."""
+        """Write a value, with its checksum, to a JSON file for `read_json`."""
         text = json.dumps(value, indent=2, sort_keys=True)
         with self.write_file(name) as path:
             path.write_text(f'{{"checksum": "{_sum_of(value)}", "value": {text}}}\n', encoding="utf-8")
 
     def describe(self, name: str) -> File:
-        """Size, checksum and rows of a finished file; what this process wrote is not read again."""
+        """Return the description of a finished file; files that this process wrote are not read again."""
         if name not in self._described:
             self._described[name] = describe_in(self.folder, name)
         return self._described[name]
 
     def share(self, name: str, to: str) -> File:
-        """Give a finished file a second name, such as `b/embeddings-00000.parquet`, without a second copy on the disk."""
-        with writing(self._here / to):
+        """Give a finished file a second name, such as `b/embeddings-00000.parquet`, without a second copy; return its description."""
+        with writing(self._local / to):
             self.folder.share(name, to)
         self._described[to] = replace(self.describe(name), name=to)
         return self._described[to]
 
     def remove(self, name: str) -> None:
-        """Remove a finished file, or a folder with all that is in it."""
+        """Remove a finished file, or a folder with everything in it."""
         self._home(name).remove(name)
         self._described = {own: file for own, file in self._described.items() if own != name and not own.startswith(f"{name}/")}
 

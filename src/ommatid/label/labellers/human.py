@@ -39,7 +39,7 @@ def load_labels(path: str, saes: Mapping[str, int]) -> dict[str, dict[int, str]]
 def _load(data: bytes, saes: Mapping[str, int]) -> dict[str, dict[int, str]]:
     needed = COLUMNS if len(saes) > 1 else COLUMNS[:2]
     file = CsvFile(data, COLUMNS, needed)
-    if file.others:
+    if file.unknown_columns:
         raise ValueError(f"line 1 has the columns {', '.join(file.columns)}; it needs {', '.join(needed)}, and takes no other than sae")
     found: dict[str, dict[int, str]] = {name: {} for name in saes}
     first_lines: dict[tuple[str, int], int] = {}
@@ -55,7 +55,7 @@ def _load(data: bytes, saes: Mapping[str, int]) -> dict[str, dict[int, str]]:
             file.problems.append(f"line {row.line}, column latent: latent {latent} has a label on line {first} already; keep one")
         found[sae].setdefault(latent, label)
     if file.problems:
-        raise ValueError(file.told())
+        raise ValueError(file.problems_text())
     return found
 
 

@@ -1,6 +1,6 @@
 """Folders that hold artefacts and images: on this machine's disk (`disk.py`), or behind a URL such as s3://bucket/prefix (`remote.py`).
 
-A file appears in a folder whole or not at all. What callers may ask of a folder is in `base.py`; they need not know which kind it is.
+A file appears in a folder whole or not at all. `base.py` defines the interface; callers need not know which kind of folder they hold.
 """
 
 from pathlib import Path
@@ -38,10 +38,10 @@ __all__ = [
 
 
 def open_folder(place: "Folder | Path | str") -> Folder:
-    """The folder at a path or URL; it need not exist.
+    """Return the folder at a path or URL, which need not exist; a `Folder` is returned as it is.
 
     Raises:
-        ArtefactError: a URL of a kind that is not known here, or whose library is not installed.
+        ArtefactError: The URL carries credentials, its protocol is unknown, or the library for its protocol is not installed.
     """
     if isinstance(place, Folder):
         return place
@@ -49,7 +49,7 @@ def open_folder(place: "Folder | Path | str") -> Folder:
     if isinstance(place, str) and "://" in text:
         if (bare := without_credentials(text)) != text:
             raise ArtefactError(
-                f"{bare}: was given with a user name, a password or a query, which would be written wherever it is named; take it out"
+                f"{bare}: the URL contains a user name, a password or a query, which would be written wherever the URL is; remove it"
             )
         protocol, _, rest = text.partition("://")
         return Disk(Path(rest)) if protocol == "file" else Remote(text.rstrip("/"))

@@ -27,14 +27,14 @@ class Entry:
     bytes: int
     """Size."""
     stamp: str
-    """Changes when the content does: the store's checksum, or the time of the last change; empty if the file cannot be looked at."""
+    """Value that changes with the content: the store's checksum, or the time of the last change; empty if the file cannot be read."""
 
 
 class Folder(ABC):
     """A folder of files. Names are relative to it and may lead into folders inside, with slashes."""
 
     url: str
-    """A path or URL that `open_folder` takes, also in another process."""
+    """Path or URL from which `open_folder` makes this folder again, also in another process."""
 
     def __str__(self) -> str:
         return self.url
@@ -63,21 +63,21 @@ class Folder(ABC):
 
     @abstractmethod
     def free_bytes(self) -> int | None:
-        """Free bytes on the disk that holds, or would hold, the folder; None if it is behind a URL, where nobody knows."""
+        """Free bytes on the disk that holds, or would hold, the folder; None if it is behind a URL, where that is unknown."""
 
     @abstractmethod
     def exists(self) -> bool:
-        """Whether there is anything.
+        """Whether the folder exists.
 
         Raises:
-            ArtefactError: The place as a whole (server, bucket) cannot be reached.
+            ArtefactError: The server or bucket cannot be reached.
         """
 
     @abstractmethod
     def make(self, mark: str = "") -> None:
         """Make the folder inside one that exists.
 
-        Object stores have no folders: there an empty object named `mark`, if given, stands for one.
+        Object stores have no folders: there, an empty object named `mark`, if given, marks the folder as made.
         """
 
     @abstractmethod
@@ -86,7 +86,7 @@ class Folder(ABC):
 
     @abstractmethod
     def sizes(self, inside: str = "") -> dict[str, int]:
-        """Size of every file in the folder or in one inside it, by name; empty if it does not exist. Takes one listing."""
+        """Size of every file in the folder, or in the folder named `inside`, by name; empty if it does not exist. Costs one listing."""
 
     @abstractmethod
     def folders(self) -> list[str]:
@@ -94,7 +94,7 @@ class Folder(ABC):
 
     @abstractmethod
     def iter_visible(self) -> Iterator[Entry]:
-        """Files at any depth, in any order, except where a part of the name begins with a dot.
+        """Iterate over the files at any depth, in any order, skipping names of which a part begins with a dot.
 
         Raises:
             SourceError: A folder cannot be listed.
@@ -102,61 +102,63 @@ class Folder(ABC):
 
     @abstractmethod
     def entry(self, name: str = "") -> Entry | None:
-        """A file, or the folder itself if it is really a file; None if there is none, or it is a folder."""
+        """Return the entry of a file, or of the folder itself if it is in fact a file; None if it is missing or a folder."""
 
     def size(self, name: str) -> int | None:
-        """Size of a file; None if there is none."""
+        """Size of a file in bytes; None if it is missing."""
         entry = self.entry(name)
         return entry.bytes if entry else None
 
     @abstractmethod
     def open(self, name: str, size: int | None = None) -> BinaryIO:
-        """Open a file for reading from any position; passing a known `size` saves looking it up. Raises FileNotFoundError."""
+        """Open a file for reading from any position; passing its `size`, if known, saves a lookup. Raises FileNotFoundError."""
 
     @abstractmethod
     def read_bytes(self, name: str) -> bytes:
-        """Content of a file. Raises FileNotFoundError."""
+        """Read a whole file. Raises FileNotFoundError."""
 
     @abstractmethod
     def read_range(self, name: str, start: int, end: int) -> bytes:
-        """Bytes of a file from `start` up to `end`, or up to its end if that comes first. Raises FileNotFoundError."""
+        """Read the bytes of a file from `start` up to `end` or the end of the file. Raises FileNotFoundError."""
 
     @abstractmethod
     def iter_bytes(self, names: Sequence[str]) -> Iterator[bytes]:
-        """Content of many small files, in order. Raises FileNotFoundError."""
+        """Iterate over the contents of many small files, in order. Raises FileNotFoundError."""
 
     @abstractmethod
     def put(self, path: Path, name: str) -> None:
-        """Move a finished file on this machine into the folder, whole or not at all; `path` is gone afterwards."""
+        """Move the finished file at `path` on this machine into the folder, whole or not at all."""
 
     @abstractmethod
     def mirror(self, bring: Iterable[str] = (), replace: str = "") -> AbstractContextManager[Path]:
-        """A folder on this machine whose files are those of this folder once the block ends, even if it ends with an error.
+        """Return a context manager that yields a local folder; what the block writes there is in this folder when the block ends.
+
+        That holds even if the block ends with an error.
 
         Args:
-            bring: Files that the block reads; those that exist are copied to this machine first.
-            replace: Name of a folder inside; if the block makes it, files in it that the block did not write are removed.
+            bring: Files that the block reads; those that exist are copied to the local folder first.
+            replace: Name of a subfolder; if the block makes it, files already in it that the block did not write are removed.
         """
 
     @abstractmethod
     def share(self, name: str, to: str) -> None:
-        """Give a file a second name, without a second transfer."""
+        """Give a file a second name without transferring it again."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Remove a file, or a folder with everything in it; do nothing if there is none."""
+        """Remove a file, or a folder with everything in it; do nothing if it is missing."""
 
     @abstractmethod
     def move(self, place: "Folder", last: str) -> None:
-        """Become `place`, a folder of the same kind, replacing what is there.
+        """Move this folder to `place`, replacing what is there.
 
         Args:
-            place: Where the folder goes.
-            last: Name of the file without which a folder counts as unfinished, here and in folders inside.
+            place: The new place, a folder of the same kind (disk or remote).
+            last: Name of the file that marks a folder, or a subfolder, as complete; it is moved last.
         """
 
     def sha256(self, name: str, size: int | None = None) -> str:
-        """Checksum of a file."""
+        """Return the sha256 of a file, in hex digits."""
         digest = hashlib.sha256()
         with self.open(name, size) as file:
             while block := file.read(READ_BYTES):
@@ -167,7 +169,7 @@ class Folder(ABC):
         """Copy a file to this machine, whole or not at all.
 
         Raises:
-            ArtefactError: The checksum of what came is not `sha256`.
+            ArtefactError: The checksum of the fetched file is not `sha256`, or the file cannot be written.
         """
         aside = aside_of(to)
         with writing(to):
@@ -186,7 +188,7 @@ class Folder(ABC):
 
 
 class Ranges(io.RawIOBase):
-    """A file of known size that can be read from any position; a subclass implements reading a range of its bytes."""
+    """A file of known size that can be read from any position; subclasses implement `_read_range`."""
 
     def __init__(self, size: int):
         self._size = size
@@ -210,7 +212,7 @@ class Ranges(io.RawIOBase):
         return self._at
 
     def read(self, size: int | None = -1) -> Any:
-        """The next bytes, as any object with the buffer protocol."""
+        """Read the next bytes; the result is any object with the buffer protocol."""
         start = self._at
         end = self._size if size is None or size < 0 else min(start + size, self._size)
         if end <= start:
@@ -219,7 +221,7 @@ class Ranges(io.RawIOBase):
         return self._read_range(start, end)
 
     def readall(self) -> Any:
-        """All remaining bytes."""
+        """Read all remaining bytes."""
         return self.read()
 
     def readinto(self, buffer: Any) -> int:
@@ -233,22 +235,22 @@ class Ranges(io.RawIOBase):
 
 
 def cache_folder() -> Path:
-    """The user's folder for what can be made or fetched again: $OMMATID_CACHE, else ~/.cache/ommatid; it need not exist."""
+    """Return the user's cache folder, which need not exist: $OMMATID_CACHE, else ~/.cache/ommatid."""
     return Path(os.environ.get("OMMATID_CACHE") or Path.home() / ".cache" / "ommatid")
 
 
 def aside_of(path: Path) -> Path:
-    """Temporary path where a file is written before it gets its name, different for every writer in every process."""
+    """Return a temporary path beside `path` at which to write the file before it is renamed; unique to every writer and process."""
     return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def is_aside(name: str) -> bool:
-    """Whether a name is that of an unfinished file; safetensors uses temporary names too, `.tmp` and six letters."""
+    """Whether a name is that of an unfinished file; safetensors has temporary names of its own, `.tmp` and six letters."""
     return name.endswith(".tmp") or name.startswith(".tmp")
 
 
 def in_words(n_bytes: float) -> str:
-    """A size for people to read, such as `20 kB`, `3.5 MB` or `2.0 GB`."""
+    """Format a size for people to read, such as `20 kB`, `3.5 MB` or `2.0 GB`."""
     if n_bytes < 1e6:
         return f"{n_bytes / 1e3:.0f} kB"
     return f"{n_bytes / 1e6:.1f} MB" if n_bytes < 1e9 else f"{n_bytes / 1e9:.1f} GB"
@@ -256,7 +258,7 @@ def in_words(n_bytes: float) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn errors of the disk, whichever library met them, into one that says what to do.
+    """Turn disk errors, whichever library raised them, into an `ArtefactError` that says what to do.
 
     Raises:
         ArtefactError: The disk is full, read-only or failing, or `path` may not be written.
@@ -283,5 +285,5 @@ def _explain(lack: Lack, error: Exception, path: Path) -> str:
 
 
 def nearest_folder(path: Path) -> Path:
-    """The path itself if it is an existing folder, else the nearest one above it."""
+    """Return `path` if it is an existing folder, else the nearest existing folder above it."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())

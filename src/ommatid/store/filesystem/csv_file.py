@@ -1,4 +1,4 @@
-"""CSV files that people write: one reader, which names the line of whatever is wrong and guesses nothing."""
+"""A reader of hand-written CSV files that names the line of every problem and guesses nothing."""
 
 import csv
 import difflib
@@ -7,31 +7,31 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 DELIMITERS = ",;\t"
-"""Of them the one that finds most known columns in the first line; spreadsheets write the second in many languages."""
+"""Delimiters to try; the one that yields most known columns is used. Spreadsheets write semicolons in many languages."""
 _SHOWN = 10
-"""Problems of a file that its error names; the rest are counted."""
+"""Number of problems that an error message lists; the rest are counted."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line that is not empty."""
+    """A row that is not empty."""
 
     line: int
-    """Number of the line where it begins, from 1."""
+    """Number of the line on which the row begins, counted from 1."""
     cells: dict[str, str]
-    """Text by column, without blanks around it."""
+    """Text of each cell by column, stripped of surrounding blanks."""
 
 
 class CsvFile:
     """The rows of a CSV file whose first line names its columns.
 
     Args:
-        data: The file's bytes: UTF-8, with or without a mark at the begin.
-        known: Columns that mean something.
-        needed: Those of them without which the file is none.
+        data: The file's bytes, in UTF-8 with or without a byte-order mark.
+        known: Names of the columns that are used.
+        needed: Names of those known columns that the file must have.
 
     Raises:
-        ValueError: not text in UTF-8, no or a wrong first line, quotation marks that do not match; says what, and what is needed.
+        ValueError: The file is not UTF-8, its first line is missing or wrong, or a quotation mark is not closed.
     """
 
     def __init__(self, data: bytes, known: Sequence[str], needed: Sequence[str]):
@@ -39,16 +39,16 @@ class CsvFile:
         self._text = _decode(data)
         self._delimiter = max(DELIMITERS, key=lambda delimiter: sum(cell in known for cell in self._header(delimiter)))
         self.columns = self._header(self._delimiter)
-        while self.columns and not self.columns[-1]:  # spreadsheets write empty columns; text below such a one is a cell too many
+        while self.columns and not self.columns[-1]:  # spreadsheets write empty columns; text in one is reported as an extra cell
             self.columns.pop()
-        self.others = [column for column in self.columns if column not in known]
-        """Columns that mean nothing here."""
+        self.unknown_columns = [column for column in self.columns if column not in known]
+        """Columns that are not used."""
         self.problems: list[str] = []
-        """What is wrong, line by line: complete once all rows are read, and added to by whoever reads them."""
+        """Problems found so far, each naming its line; complete once all rows are read. Callers append their own."""
         self._check_columns()
 
     def __iter__(self) -> Iterator[Row]:
-        """The rows below the first line; of one that has another number of cells there is only a problem."""
+        """Iterate over the rows below the first line; a row with the wrong number of cells is reported in `problems` instead."""
         reader = self._reader(self._delimiter)
         next(reader)
         last = reader.line_num
@@ -68,8 +68,8 @@ class CsvFile:
         except csv.Error as error:
             raise ValueError(f"line {last + 1}, not CSV ({error}); look for a quotation mark that is not closed, or not doubled") from None
 
-    def told(self) -> str:
-        """All problems in one line; the first ones of very many."""
+    def problems_text(self) -> str:
+        """Return the problems as one line, listing the first few and counting the rest."""
         more = f"; and {len(self.problems) - _SHOWN} more" if len(self.problems) > _SHOWN else ""
         return "; ".join(self.problems[:_SHOWN]) + more
 
@@ -83,25 +83,29 @@ class CsvFile:
             return []
 
     def _check_columns(self) -> None:
-        """Raises ValueError; the text of a file that names no column of ours is none of a message's business."""
+        """Check the first line. If it names no known column, it is not quoted: it may not be a header at all.
+
+        Raises:
+            ValueError: A needed column is missing, a column occurs twice, or a name looks like a misspelling of a known one.
+        """
         needs = f"it needs {', '.join(self._needed)}"
-        if len(self.others) == len(self.columns):
-            meant = [f"; {_meant(name, self._known)}" for name in self.columns if _meant(name, self._known)]
-            raise ValueError(f"line 1 names none of the columns {', '.join(self._known)}; {needs}{''.join(meant[:1])}")
+        if len(self.unknown_columns) == len(self.columns):
+            hints = [f"; {hint}" for name in self.columns if (hint := _spelling_hint(name, self._known))]
+            raise ValueError(f"line 1 names none of the columns {', '.join(self._known)}; {needs}{''.join(hints[:1])}")
         listed = f"line 1 has the columns {', '.join(name if name.isprintable() else repr(name) for name in self.columns)}"
         if len(set(self.columns)) < len(self.columns):
             raise ValueError(f"{listed}; {needs}, each once")
         if set(self._needed) - set(self.columns):
             raise ValueError(f"{listed}; {needs}")
         absent = [name for name in self._known if name not in self.columns]
-        if meant := [found for name in self.others if (found := _meant(name, absent))]:
-            raise ValueError(f"{listed}; {meant[0]}")
+        if hints := [hint for name in self.unknown_columns if (hint := _spelling_hint(name, absent))]:
+            raise ValueError(f"{listed}; {hints[0]}")
 
 
-def _meant(name: str, known: Sequence[str]) -> str:
-    """What a column was meant to be called, if it can be told; else nothing."""
+def _spelling_hint(name: str, known: Sequence[str]) -> str:
+    """Return a question that suggests the known column nearest to `name`, or an empty string if none is near."""
     close = difflib.get_close_matches(name.lower().removesuffix("s"), known, 1, 0.65)
-    return f"is {close[0]} meant by {name!r}? Write it so" if close else ""
+    return f"is {name!r} meant to be {close[0]}? Then rename it" if close else ""
 
 
 def _decode(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""A folder on a disk of this machine. A file is written aside, synced and renamed, so that it appears whole or not at all."""
+"""Folders on a disk of this machine. Files are written under a temporary name, synced and renamed, so they appear whole or not at all."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from ommatid.store.filesystem.base import Entry, Folder, aside_of, is_aside, nea
 
 
 class Disk(Folder):
-    """A directory on this machine, or one that its file system shows."""
+    """A directory on this machine, or on a file system that it has mounted."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -43,7 +43,7 @@ class Disk(Folder):
         return shutil.disk_usage(nearest_folder(self.path)).free
 
     def exists(self) -> bool:
-        """Whether there is such a directory."""
+        """Whether the directory exists."""
         return self.path.exists()
 
     def make(self, mark: str = "") -> None:
@@ -52,7 +52,7 @@ class Disk(Folder):
             self.path.mkdir(exist_ok=True)
 
     def is_made(self, mark: str) -> bool:
-        """Whether there is such a directory."""
+        """Whether the directory exists."""
         return self.path.is_dir()
 
     def sizes(self, inside: str = "") -> dict[str, int]:
@@ -72,9 +72,9 @@ class Disk(Folder):
             return []
 
     def iter_visible(self) -> Iterator[Entry]:
-        """Regular files at any depth, and links that lead nowhere, except those with a part of the name that begins with a dot.
+        """Iterate over regular files and dangling links at any depth, skipping names of which a part begins with a dot.
 
-        Linked directories are followed, each real directory once.
+        Links to directories are followed; every real directory is visited once.
 
         Raises:
             SourceError: A directory cannot be listed.
@@ -83,7 +83,7 @@ class Disk(Folder):
             yield Entry(name, 0, "") if status is None else Entry(name, status.st_size, _stamp_of(status))
 
     def entry(self, name: str = "") -> Entry | None:
-        """A file; None if there is none, or it is a directory."""
+        """Return the entry of a file; None if it is missing or a directory."""
         try:
             status = (self.path / name).stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -95,30 +95,30 @@ class Disk(Folder):
         return (self.path / name).open("rb")
 
     def read_bytes(self, name: str) -> bytes:
-        """Content of a file."""
+        """Read a whole file."""
         return (self.path / name).read_bytes()
 
     def read_range(self, name: str, start: int, end: int) -> bytes:
-        """Bytes of a file from `start` up to `end`, or up to its end if that comes first."""
+        """Read the bytes of a file from `start` up to `end` or the end of the file."""
         with self.open(name) as file:
             file.seek(start)
             return file.read(end - start)
 
     def iter_bytes(self, names: Sequence[str]) -> Iterator[bytes]:
-        """Content of many small files, in order."""
+        """Iterate over the contents of many small files, in order."""
         return (self.read_bytes(name) for name in names)
 
     def put(self, path: Path, name: str) -> None:
-        """Sync and rename a file; `path` is on the same file system."""
+        """Sync and rename a file; `path` must be on the same file system."""
         sync(path)
         os.replace(path, self.path / name)
 
     def mirror(self, bring: Iterable[str] = (), replace: str = "") -> AbstractContextManager[Path]:
-        """The directory itself: what the block writes is there at once."""
+        """Yield the directory itself, so that what the block writes is there at once."""
         return nullcontext(self.path)
 
     def share(self, name: str, to: str) -> None:
-        """Make a hard link, or a copy if the file system has none."""
+        """Make a hard link, or a copy if the file system does not support links."""
         aside = aside_of(self.path / to)
         (self.path / to).parent.mkdir(exist_ok=True)
         try:
@@ -129,7 +129,7 @@ class Disk(Folder):
             shutil.copyfile(self.path / name, aside)
             sync(aside)
         os.replace(aside, self.path / to)
-        aside.unlink(missing_ok=True)  # rename does nothing if both are links to one file already
+        aside.unlink(missing_ok=True)  # os.replace does nothing if both names already link to one file
 
     def remove(self, name: str) -> None:
         """Remove a file, or a directory with everything in it."""
@@ -140,7 +140,7 @@ class Disk(Folder):
             path.unlink(missing_ok=True)
 
     def move(self, place: Folder, last: str) -> None:
-        """Rename twice: readers find the old directory, for a moment none, then the new one."""
+        """Rename the old directory away and this one into its place; for a moment between the two, readers find none."""
         assert isinstance(place, Disk), place
         for folder in (self.path, *(self.path / name for name in self.folders())):
             sync(folder)
@@ -156,7 +156,7 @@ class Disk(Folder):
 
 
 def sync(path: Path) -> None:
-    """Wait until the content of a file, or the names in a directory, are on the disk."""
+    """Flush the content of a file, or the names in a directory, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -165,12 +165,12 @@ def sync(path: Path) -> None:
 
 
 def _stamp_of(status: os.stat_result) -> str:
-    """Both times of a file: programs that restore the first after a change still change the second."""
+    """Return both modification and change time: programs that restore the first after a change still alter the second."""
     return f"{status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def _walk(root: str) -> Iterator[tuple[str, os.stat_result | None]]:
-    """Regular files, and links that lead nowhere; linked directories wait until all real ones are known."""
+    """Iterate over regular files, and over dangling links with None; linked directories come after all real ones."""
     entered: set[tuple[int, int]] = set()
     tops = deque([""])
     while tops:
@@ -202,4 +202,4 @@ def _scan(folder: str) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as found:
             return sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
     except OSError as error:
-        raise SourceError(f"{folder}: cannot be listed ({error.strerror}); give it the rights, or move it away") from None
+        raise SourceError(f"{folder}: cannot be listed ({error.strerror}); make it readable for this user, or move it away") from None

@@ -1,6 +1,6 @@
-"""A folder behind a URL such as s3://bucket/prefix. Only this file imports fsspec, and does so when the first URL is opened.
+"""Folders behind URLs such as s3://bucket/prefix. Only this file imports fsspec, and only when the first URL is opened.
 
-An object store shows an object when all of it has arrived.
+Object stores show an object once all of it has arrived, so files appear whole without being renamed.
 """
 
 import errno
@@ -18,15 +18,15 @@ from ommatid.errors import ArtefactError
 from ommatid.store.filesystem.base import Entry, Folder, Ranges
 
 OBJECTS_AT_ONCE = 1000
-"""Objects requested, copied or removed in one go: their requests run side by side."""
+"""Objects requested, copied or removed in one call, whose requests run concurrently."""
 COPIES_AT_ONCE = 32
-"""Requests to copy an object that run side by side: the store works, and this machine waits."""
+"""Concurrent requests to copy an object; the store does the copying, this machine only waits."""
 KNOCK_SECONDS = 10.0
-"""Seconds that a store may take to answer for the first time."""
+"""Seconds that a store may take over its first answer."""
 
 
 class Remote(Folder):
-    """A prefix of an object store, or whatever else fsspec reaches by a URL. Credentials and endpoint are those of its library."""
+    """A prefix of an object store, or anything else that fsspec reaches by URL; its library supplies credentials and endpoint."""
 
     def __init__(self, url: str):
         self.url = url
@@ -41,26 +41,26 @@ class Remote(Folder):
         return Remote(f"{self.url}/{name}")
 
     def local_path(self, name: str = "") -> None:
-        """None: objects have no path."""
+        """None, since objects have no path."""
 
     def free_bytes(self) -> None:
-        """None: nobody knows."""
+        """None, since object stores do not report free space."""
 
     def exists(self) -> bool:
-        """Whether there is any object; also finds out whether the bucket exists."""
+        """Whether any object has this prefix; also checks that the bucket exists."""
         with self._guard():
             if self._list(self._root):
                 return True
             try:
                 self._fs.ls(self._root.partition("/")[0])
             except PermissionError:
-                return False  # may see its own prefix only
+                return False  # the credentials may be limited to the prefix
             except FileNotFoundError:
-                raise ArtefactError(f"{self.url}: there is no such bucket; make it, or mend the URL") from None
+                raise ArtefactError(f"{self.url}: there is no such bucket; make it, or correct the URL") from None
             return False
 
     def make(self, mark: str = "") -> None:
-        """Put an empty object named `mark`; without one there is nothing to do, for object stores have no folders."""
+        """Put an empty object named `mark`; without `mark`, do nothing, since object stores have no folders."""
         if mark:
             with tempfile.TemporaryDirectory(prefix="ommatid-") as scratch:
                 path = Path(scratch) / mark
@@ -68,7 +68,7 @@ class Remote(Folder):
                 self.put(path, mark)
 
     def is_made(self, mark: str) -> bool:
-        """Whether the object named `mark` is there."""
+        """Whether the object named `mark` exists."""
         return self.size(mark) is not None
 
     def sizes(self, inside: str = "") -> dict[str, int]:
@@ -82,18 +82,18 @@ class Remote(Folder):
             return sorted(_last(found["name"]) for found in self._list(self._root) if found["type"] == "directory")
 
     def entries(self) -> Iterator[Entry]:
-        """All objects below the prefix, in any order."""
+        """Iterate over all objects below the prefix, in any order."""
         with self._guard():
             found = self._fs.find(self._root, detail=True)
         for path, info in found.items():
             yield _entry(path.removeprefix(self._root).lstrip("/"), info)
 
     def iter_visible(self) -> Iterator[Entry]:
-        """Objects below the prefix, in any order, except where a part of the name begins with a dot."""
+        """Iterate over the objects below the prefix, in any order, skipping names of which a part begins with a dot."""
         return (entry for entry in self.entries() if not any(part.startswith(".") for part in entry.name.split("/")))
 
     def entry(self, name: str = "") -> Entry | None:
-        """An object; None if there is none, or it is a prefix."""
+        """Return the entry of an object; None if it is missing or a prefix."""
         with self._guard(name):
             try:
                 info = self._fs.info(self._path(name))
@@ -102,15 +102,15 @@ class Remote(Folder):
             return _entry(name, info) if info["type"] == "file" else None
 
     def open(self, name: str, size: int | None = None) -> BinaryIO:
-        """Open an object for reading from any position; every read is a request, so read much at once."""
+        """Open an object for reading from any position; every read is a request, so large reads are faster."""
         return cast(BinaryIO, _Object(self, name, self._needed_size(name) if size is None else size))
 
     def read_bytes(self, name: str) -> bytes:
-        """Content of an object."""
+        """Read a whole object."""
         return self._read(name, None, None)
 
     def read_range(self, name: str, start: int, end: int) -> bytes:
-        """Bytes of an object, which must not be empty, from `start` up to `end`, or up to its end if that comes first."""
+        """Read the bytes of an object, which must not be empty, from `start` up to `end` or the end of the object."""
         return self._read(name, start, end)
 
     def _read(self, name: str, start: int | None, end: int | None) -> bytes:
@@ -121,7 +121,7 @@ class Remote(Folder):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.url}/{name}") from None
 
     def iter_bytes(self, names: Sequence[str]) -> Iterator[bytes]:
-        """Content of many small objects, in order, many at a time."""
+        """Iterate over the contents of many small objects, in order, requesting many at a time."""
         for start in range(0, len(names), OBJECTS_AT_ONCE):
             paths = [self._path(name) for name in names[start : start + OBJECTS_AT_ONCE]]
             with self._guard():
@@ -129,17 +129,17 @@ class Remote(Folder):
             yield from (found[path] for path in paths)
 
     def put(self, path: Path, name: str) -> None:
-        """Upload a file; the object is there once all of it has arrived."""
+        """Upload a file and remove the local copy."""
         with self._guard(name):
             try:
                 self._fs.put_file(str(path), self._path(name))
             except FileNotFoundError:
-                raise ArtefactError(f"{self.url}: there is no such bucket; make it, or mend the URL") from None
+                raise ArtefactError(f"{self.url}: there is no such bucket; make it, or correct the URL") from None
         path.unlink()
 
     @contextmanager
     def mirror(self, bring: Iterable[str] = (), replace: str = "") -> Iterator[Path]:
-        """A temporary folder whose files are uploaded when the block ends, even if it ends with an error."""
+        """Yield a temporary folder whose files are uploaded when the block ends, even if it ends with an error."""
         with tempfile.TemporaryDirectory(prefix="ommatid-") as scratch:
             path = Path(scratch)
             if wanted := set(bring):
@@ -156,7 +156,7 @@ class Remote(Folder):
                     self.put(path / name, name)
 
     def share(self, name: str, to: str) -> None:
-        """Let the store copy the object by itself."""
+        """Copy the object within the store."""
         with self._guard(to):
             self._copy([(self._path(name), self._path(to), self._needed_size(name))])
 
@@ -167,9 +167,9 @@ class Remote(Folder):
                 self._fs.rm(group)
 
     def move(self, place: Folder, last: str) -> None:
-        """Let the store copy all objects and then remove them; after an interruption at any moment, moving again completes it.
+        """Copy all objects within the store, then remove the originals; an interrupted move is completed by moving again.
 
-        `last` is removed from `place` first and copied there last: readers find the old folder whole, none, or the new one whole.
+        `last` is removed from `place` first and copied there last, so readers find the whole old folder, none, or the whole new one.
         """
         assert isinstance(place, Remote), place
         sizes = {entry.name: entry.bytes for entry in self.entries()}
@@ -184,19 +184,19 @@ class Remote(Folder):
                     self._copy([(self._path(name), place._path(name), sizes[name]) for name in group])
                 except FileNotFoundError:
                     raise ArtefactError(
-                        f"{self.url}: another machine took files away while they were published; run the stage again"
+                        f"{self.url}: another machine removed files while they were being published; run the stage again"
                     ) from None
             self.remove(last)
             self.remove("")
 
     def _guard(self, name: str = "") -> AbstractContextManager[None]:
-        """Turn errors of a store that cannot be reached, or refuses, into one that says what to do."""
+        """Turn errors of a store that is unreachable, or refuses a request, into an `ArtefactError` that says what to do."""
         return _guarding(f"{self.url}/{name}" if name else self.url)
 
     def _copy(self, objects: Sequence[tuple[str, str, int]]) -> None:
-        """Let the store copy objects, each given as its path, new path and size in bytes."""
+        """Copy objects within the store, each given as its path, new path and size in bytes."""
         if "s3" in self._fs.protocol:
-            # in one request each: s3fs copies piece by piece from 150 MB on, one piece after the other, which not every store can
+            # one request per object: from 150 MB on, s3fs copies in sequential parts, which not every store supports
             with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
                 list(pool.map(lambda found: _copy_on_s3(self._fs, *found), objects))
         else:
@@ -219,7 +219,7 @@ class Remote(Folder):
 
 
 class _Object(Ranges):
-    """An object as a file."""
+    """An object, opened as a file."""
 
     def __init__(self, folder: Remote, name: str, size: int):
         super().__init__(size)
@@ -231,11 +231,11 @@ class _Object(Ranges):
 
 @functools.cache
 def _filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a store, and the path of the folder in it. Listings are never cached, since other processes write too."""
+    """Return a store's fsspec file system and the folder's path in it. Listings are not cached, since other processes write too."""
     import fsspec
 
     if set(url) & set("*?["):
-        raise ArtefactError(f"{url}: may not have any of * ? [ in it; choose another name")
+        raise ArtefactError(f"{url}: must not contain any of * ? [; choose another name")
     try:
         fs, root = fsspec.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
@@ -243,7 +243,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
         what = "pip install 'ommatid[s3]'" if protocol in ("s3", "s3a") else str(error)
         raise ArtefactError(f"{url}: the library for {protocol}:// is not installed here: {what}") from None
     except ValueError as error:
-        raise ArtefactError(f"{url}: not a URL that can be used ({error}); use a path, or s3://bucket/prefix") from None
+        raise ArtefactError(f"{url}: not a usable URL ({error}); use a path, or s3://bucket/prefix") from None
     with _guarding(url):
         if endpoint := _endpoint_of(fs, url):
             _knock(endpoint)
@@ -251,7 +251,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def _endpoint_of(fs: Any, url: str) -> str | None:
-    """Address of the server that receives the requests, if there is a known way to find it."""
+    """Return the address of the server that receives the requests; None if there is no known way to find it."""
     if "s3" in fs.protocol:
         fs.connect()
         return fs.s3.meta.endpoint_url
@@ -260,10 +260,10 @@ def _endpoint_of(fs: Any, url: str) -> str | None:
 
 @functools.cache
 def _knock(endpoint: str) -> None:
-    """Find out in seconds whether a server answers at all; the libraries retry for minutes, which is right only for one known to exist.
+    """Check within seconds that a server answers at all; the libraries would retry for minutes, which suits only a server known to exist.
 
     Raises:
-        ConnectionError: Nothing answers.
+        ConnectionError: The server does not answer.
     """
     import ssl
     import urllib.error
@@ -271,9 +271,9 @@ def _knock(endpoint: str) -> None:
 
     class Stay(urllib.request.HTTPRedirectHandler):
         def redirect_request(self, *_: Any) -> None:
-            return None  # an answer is an answer; nobody else is asked
+            return None  # a redirect is an answer too; it is not followed
 
-    # nothing secret is sent: certificates are checked by the library that sends it, which knows the user's bundle
+    # certificates need no check here, as nothing secret is sent; the library that sends credentials checks them, with the user's bundle
     https = urllib.request.HTTPSHandler(context=ssl._create_unverified_context())
     try:
         urllib.request.build_opener(Stay, https).open(urllib.request.Request(endpoint, method="HEAD"), timeout=KNOCK_SECONDS).close()
@@ -297,7 +297,7 @@ def _guarding(where: str) -> Iterator[None]:
         if error.errno in _FULL:
             raise
         raise ArtefactError(_refused(where, error)) from error
-    except Exception as error:  # every backend has errors of its own, which fsspec lets through
+    except Exception as error:  # every backend has exceptions of its own, which fsspec passes on
         if not type(error).__module__.startswith(_BACKENDS):
             raise
         raise ArtefactError(_refused(where, error)) from error
@@ -313,7 +313,7 @@ def _refused(where: str, error: Exception) -> str:
 
 
 _S3_COPIES = 5 * 2**30
-"""Size in bytes of the largest object that S3 copies in one request."""
+"""Largest object, in bytes, that S3 copies in one request."""
 
 
 def _copy_on_s3(fs: Any, source: str, target: str, size: int) -> None:
