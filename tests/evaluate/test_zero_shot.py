@@ -244,7 +244,7 @@ def test_where_a_mean_of_tokens_was_encoded(model: TileModel, images: Artefact, 
     pooled = make_artefact(tmp_path / "pooled", "extraction", extract, params.extract, {"images": images})
     inputs = {"images": images, "extract": pooled.child("tiles", "activations")}
     assert refused(inputs, sae=exact_sae(model)) == (
-        "extract.tokens: pooled is the mean of the patches at tiles, no token whose place another can take"
+        "extract.tokens: pooled is the mean of the patches at tiles, not a token that can be replaced"
     )
 
 

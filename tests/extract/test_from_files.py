@@ -319,7 +319,7 @@ def test_a_key_that_is_unknown_or_missing(tmp_path: Path) -> None:
     torch.save({"resid": x, "mlp": x}, tmp_path / "x.pt")
     refuse(tmp_path, tmp_path / "x.pt", r"there is no such tensor; the file has resid \(float32 \(4, 6\)\), mlp", key="acts")
     torch.save({"layer": 11}, tmp_path / "x.pt")
-    refuse(tmp_path, tmp_path / "x.pt", "no tensor of it can hold activations; it must be floats")
+    refuse(tmp_path, tmp_path / "x.pt", "has no tensor that can hold activations, which are floats")
     pq.write_table(pa.table({"image": [1], "acts": [[1.0]], "text": ["a"]}), tmp_path / "x.parquet")
     refuse(tmp_path, tmp_path / "x.parquet", r"no such column; the file has image \(int64\), acts \(list<.*>\), text", key="x")
     refuse(tmp_path, tmp_path / "x.parquet", "column text holds string; activations must be", key="text")
@@ -396,13 +396,13 @@ def test_rows_without_images_are_said_to_be_images(tmp_path: Path) -> None:
         events: list[Any] = []
         make(tmp_path / f"out{n}", write_npy(tmp_path / f"x{n}", planted(*shape)), events.append)
         said = [event.what for event in events if isinstance(event, Warned)]
-        assert len(said) == n and all("nothing says which image a row comes from: each of 40 counts" in what for what in said)
+        assert len(said) == n and all("do not say which image a row comes from, so each of 40 rows counts" in what for what in said)
 
 
 def test_images_beside_nothing(tmp_path: Path) -> None:
     write_npy(tmp_path / "a", planted(4), torch.arange(4))
     (tmp_path / "a.image.npy").rename(tmp_path / "b.image.npy")
-    refuse(tmp_path, tmp_path, "b.image.npy: says which image each entry of b.npy comes from, and there is no such file")
+    refuse(tmp_path, tmp_path, "b.image.npy: holds the images of the entries of b.npy, and there is no such file")
 
 
 def test_a_url_is_no_place_for_activations(tmp_path: Path) -> None:
@@ -421,13 +421,13 @@ def _npy(header: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("x.npy", b"hunter2 hunter2", "not a whole npy file .it does not begin like one"),
-        ("x.npy", _npy(b"hunter2 hunter2"), "not a whole npy file"),
-        ("x.npy", _npy(b"{'descr': 'hunter2', 'fortran_order': False, 'shape': (3,)}"), "not a whole npy file"),
-        ("x.safetensors", b"hunter2 hunter2", "not a whole safetensors file"),
-        ("x.safetensors", _safetensors(b'{"x":{"dtype":"hunter2","shape":[1],"data_offsets":[0,4]}}'), "not a whole safetensors file"),
-        ("x.safetensors", _safetensors(b'{"x":"hunter2"}'), "not a whole safetensors file"),
-        ("x.pt", b"hunter2 hunter2", "not a whole file of torch.save"),
+        ("x.npy", b"hunter2 hunter2", "not a complete npy file .it does not begin like one"),
+        ("x.npy", _npy(b"hunter2 hunter2"), "not a complete npy file"),
+        ("x.npy", _npy(b"{'descr': 'hunter2', 'fortran_order': False, 'shape': (3,)}"), "not a complete npy file"),
+        ("x.safetensors", b"hunter2 hunter2", "not a complete safetensors file"),
+        ("x.safetensors", _safetensors(b'{"x":{"dtype":"hunter2","shape":[1],"data_offsets":[0,4]}}'), "not a complete safetensors file"),
+        ("x.safetensors", _safetensors(b'{"x":"hunter2"}'), "not a complete safetensors file"),
+        ("x.pt", b"hunter2 hunter2", "not a complete file of torch.save"),
         ("x.parquet", b"hunter2 hunter2", "cannot be read as Parquet"),
     ],
 )
@@ -474,7 +474,7 @@ def test_arrays_of_objects(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.array([{"a": 1}, {"b": 2}], dtype=object))
     refuse(tmp_path, tmp_path / "x.npy", "x.npy: an array of Python objects; write it with np.save")
     (tmp_path / "y.npy").write_bytes(pickle.dumps([1, 2]))
-    refuse(tmp_path, tmp_path / "y.npy", "y.npy: not a whole npy file")
+    refuse(tmp_path, tmp_path / "y.npy", "y.npy: not a complete npy file")
 
 
 @pytest.mark.parametrize("write", ARRAYS + PARQUET)
@@ -482,7 +482,7 @@ def test_arrays_of_objects(tmp_path: Path) -> None:
 def test_files_that_were_cut_off(tmp_path: Path, write: Write, keep: float) -> None:
     path = write(tmp_path / "x", planted(500))
     os.truncate(path, int(keep * path.stat().st_size) if isinstance(keep, float) else keep)
-    refuse(tmp_path, path, r"x\.\w+: (not a whole|cannot be read)")
+    refuse(tmp_path, path, r"x\.\w+: (not a complete|cannot be read)")
 
 
 def test_images_that_are_none(tmp_path: Path) -> None:
@@ -508,11 +508,11 @@ def test_columns_that_are_no_matrix(tmp_path: Path) -> None:
         pq.write_table(pa.table({"x": column}).replace_schema_metadata(metadata), tmp_path / "x.parquet")
         return tmp_path / "x.parquet"
 
-    refuse(tmp_path, parquet(pa.array([b"abc"] * 3, pa.binary(3))), "column x is 3 bytes wide, which are no float16s")
+    refuse(tmp_path, parquet(pa.array([b"abc"] * 3, pa.binary(3))), "column x is 3 bytes wide, which is not a multiple of float16")
     refuse(
         tmp_path, parquet(pa.array([b"abcd"] * 3), {"dtype": "int8"}), "metadata says dtype=int8; it must be float16, float32 or float64"
     )
-    refuse(tmp_path, parquet(pa.array([[1], [2]])), "no column of it can hold activations; it must be floats")
+    refuse(tmp_path, parquet(pa.array([[1], [2]])), "has no column that can hold activations, which are floats")
     for column, message in [
         ([[1.0, 2.0], [1.0, 2.0], [1.0]], "row 2 of column x has 1 values, row 0 has 2"),
         ([[1.0, 2.0], None], "row 1 of column x is null"),
@@ -538,7 +538,7 @@ def test_what_float16_cannot_hold_is_named_and_counted(tmp_path: Path, monkeypat
             write(tmp_path / "in" / f"{part}", values)
     message = (
         r"activations that cannot be stored as float16: .*1\.\w+: 1 with NaN, 2 with infinity, 2 with more than 65504 \(first: row 17\); "
-        r".*3\.\w+: 1 with NaN \(first: row 3\); mend or remove these rows"
+        r".*3\.\w+: 1 with NaN \(first: row 3\); correct or remove these rows"
     )
     for _ in range(2):  # also when it is tried again
         with pytest.raises(SourceError, match=message):
@@ -631,7 +631,7 @@ def test_an_image_with_very_many_rows_makes_no_tail(tmp_path: Path, monkeypatch:
 
 def test_a_name_that_is_no_folder(tmp_path: Path) -> None:
     path = write_npy(tmp_path / "x", planted(4))
-    with pytest.raises(ConfigError, match=r"extract.name: 'scratch' is a folder of Ommatid's own"):
+    with pytest.raises(ConfigError, match=r"extract.name: 'scratch' is a folder that Ommatid uses itself"):
         make(tmp_path / "out", path, name="scratch")
     values = load_params().model_dump(mode="json") | {"extract": section(path).model_dump(mode="json") | {"name": "../up"}}
     with pytest.raises(ConfigError, match=r"extract.name: got '../up'"):

@@ -184,9 +184,9 @@ def test_token_policies() -> None:
         TokenPicker("h", whole, "pooled").put(x, x[:, :1])
     assert TokenPicker("h", whole, "register").grid is None
     assert TokenPicker("h", whole, "all").grid == GRID
-    with pytest.raises(ModelError, match="'cls' is not at hookpoint h; it has patch, pooled, all"):
+    with pytest.raises(ModelError, match="hookpoint h has no 'cls'; it has patch, pooled, all"):
         TokenPicker("h", Hookpoint(4, (), GRID), "cls")
-    with pytest.raises(ModelError, match="'patch' is not at hookpoint h; it has cls, all"):
+    with pytest.raises(ModelError, match="hookpoint h has no 'patch'; it has cls, all"):
         TokenPicker("h", Hookpoint(4, ("cls",), None), "patch")
 
 
@@ -345,7 +345,7 @@ def test_images_that_changed_under_a_worker_are_refused(tmp_path: Path, images: 
     with pytest.raises(ArtefactError, match="changed since this extraction was planned"):
         job(0)
     stranger = replace(job, digest=images.digest, probe=(1.0,) * len(job.probe))
-    with pytest.raises(ModelError, match="other weights here"):
+    with pytest.raises(ModelError, match="its weights here differ"):
         stranger(0)
 
 

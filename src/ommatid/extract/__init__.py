@@ -1,1 +1,1 @@
-"""Stage `extract`: images through the model and the judges, or activations that were made elsewhere."""
+"""Stage `extract`: computes activations and embeddings of images, or imports activations that were made elsewhere."""

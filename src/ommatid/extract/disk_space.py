@@ -1,4 +1,4 @@
-"""How many bytes extraction writes, known before it starts; it does not start on a disk that is too small."""
+"""Disk space of an extraction: computed before the extraction starts, which is refused if the disk is too small."""
 
 import shutil
 from collections.abc import Mapping
@@ -16,25 +16,34 @@ from ommatid.store import Draft
 from ommatid.store.filesystem import in_words
 
 ROW = 4
-"""Bytes of a row beside its vector: `image`; the other columns are a dictionary's indices."""
+"""Bytes of a row beside its vector: `image`. The other columns are dictionary-encoded and take next to nothing."""
 SPILLED = 29
-"""Bytes of a waiting training row beside its vector: image, place, round, stratum, draw."""
+"""Bytes of a spilled training row beside its vector: image, place, round, stratum and draw."""
 MARGIN = 1.02
-"""Page headers, footers, indices of the dictionaries, manifests."""
+"""Factor that allows for page headers, footers, dictionary indices and manifests."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of an extraction."""
+    """Disk space that an extraction needs."""
 
     final: int
-    """Of the artefacts."""
-    waiting: int
-    """Of the chunks of the largest shard, while it is being made."""
+    """Bytes of the finished artefacts."""
+    spilled: int
+    """Bytes of the spilled chunks of the largest shard, while it is being made."""
 
 
 def size_of(params: ExtractParams, images: Mapping[str, Any], towers: Towers) -> Size:
-    """Bytes of an extraction of an images artefact with this summary; `sample` and `max_norm` as if nothing were left out by norm."""
+    """Return the disk space that an extraction needs; tokens that `max_norm` will leave out are counted.
+
+    Args:
+        params: The `extract` section of the params.
+        images: Summary of the images artefact.
+        towers: Networks of the extraction.
+
+    Returns:
+        Size in bytes.
+    """
     n, n_train, n_eval = (images[key] for key in ("n_images", "n_train", "n_eval"))
     embedding = 4 * (1 + towers.d_joint + sum(judge.d_embed for judge in towers.judges))
     tokens = 0.0
@@ -49,16 +58,16 @@ def size_of(params: ExtractParams, images: Mapping[str, Any], towers: Towers) ->
 
 
 def check_disk_space(draft: Draft, params: ExtractParams, images: Mapping[str, Any], towers: Towers) -> None:
-    """Refuse before any work.
+    """Check that an extraction fits on the disk.
 
     Raises:
-        ArtefactError: the disk is too small; names both numbers and the params that would make it fit.
+        ArtefactError: The disk is too small; the message names the bytes needed and free, and params that would make it fit.
     """
     size, free = size_of(params, images, towers), shutil.disk_usage(draft.scratch).free
-    # an object store has room, but a shard's finished files wait here until they are there
-    final, files = (0, 2) if "://" in draft.url else (size.final, 1)
-    waiting = size.waiting * files * (params.executor.workers_here or max(1, torch.cuda.device_count()))
-    need = final + waiting - _written(draft.scratch.parent)
+    # with an object store, the disk also holds a shard's finished files until they are uploaded, but nothing for good
+    final, copies = (0, 2) if "://" in draft.url else (size.final, 1)
+    spilled = size.spilled * copies * (params.executor.workers_here or max(1, torch.cuda.device_count()))
+    need = final + spilled - _bytes_written(draft.scratch.parent)
     if need <= free:
         return
     ways = []
@@ -73,12 +82,12 @@ def check_disk_space(draft: Draft, params: ExtractParams, images: Mapping[str, A
         ways.append("fewer extract.hookpoints")
     raise ArtefactError(
         f"{draft.url}: extraction needs {in_words(need)} ({in_words(size.final)} of activations and embeddings, "
-        f"{in_words(waiting)} while shards are made), and {in_words(free)} are free; make room"
+        f"{in_words(spilled)} while shards are made), and {in_words(free)} are free; make room"
         + (f", or set {', or '.join(ways)}" if ways else "")
     )
 
 
-def _written(folder: Path) -> int:
-    """Bytes that an earlier run left; files of two names count once."""
+def _bytes_written(folder: Path) -> int:
+    """Return the bytes that an earlier run left; a file with two names counts once."""
     found = (path.stat() for path in folder.rglob("*") if path.is_file())
     return sum({status.st_ino: status.st_size for status in found}.values())

@@ -1,4 +1,4 @@
-"""Receipts: what each shard wrote, merged in the order of the shards."""
+"""Receipts, which list what each shard wrote: merged in the order of the shards."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,21 +12,27 @@ from ommatid.store import Draft, File, part_name
 
 @dataclass
 class Merged:
-    """One hookpoint's artefact."""
+    """The merged receipts of one hookpoint's artefact."""
 
     files: list[File] = field(default_factory=list)
-    """Of all shards."""
+    """Files of all shards."""
     window: int | None = None
-    """So many consecutive training rows come from different images, in every shard."""
+    """Number of consecutive training rows that come from different images, in every shard."""
     rounding: float = 0.0
-    """Difference of the activations to float32, relative to their length."""
+    """Rounding error of the activations relative to float32 (see `Towers.rounding`)."""
     failed: list[int] = field(default_factory=list)
-    """Images that each judge failed on."""
+    """Number of images that each judge failed on."""
     n_tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("train", "eval"), 0))
-    """Rows by table."""
+    """Number of rows by table."""
 
     def add(self, receipt: dict[str, Any], embeddings: dict[str, Any], rounding: float | None) -> None:
-        """Take what one shard says of this hookpoint."""
+        """Add the receipt of one shard.
+
+        Args:
+            receipt: The hookpoint's part of the receipt.
+            embeddings: The receipt's part about embeddings.
+            rounding: Rounding error at the hookpoint, which only one shard measures; else None.
+        """
         for values in (*receipt["files"], *embeddings["files"]):
             file = File(**values)
             self.files.append(file)
@@ -39,13 +45,13 @@ class Merged:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Statistics for the manifest."""
         counts = {"n_train_tokens": self.n_tokens["train"], "n_eval_tokens": self.n_tokens["eval"]}
         return counts | {"window": self.window or 0, "rounding": self.rounding}
 
 
 def merge(draft: Draft, hookpoints: Sequence[str], n_shards: int) -> dict[str, Merged]:
-    """All receipts, by hookpoint."""
+    """Merge all receipts, by hookpoint."""
     merged = {name: Merged() for name in hookpoints}
     for receipt in draft.iter_json([receipt_name(shard) for shard in range(n_shards)]):
         for name in hookpoints:
@@ -55,19 +61,19 @@ def merge(draft: Draft, hookpoints: Sequence[str], n_shards: int) -> dict[str, M
 
 
 def iter_missing(draft: Draft, hookpoints: Sequence[str], n_shards: int) -> Iterator[int]:
-    """Shards that lack their receipt or one of the files that it tells of, or of which either was damaged since."""
+    """Iterate over the shards whose receipt, or one of whose files, is missing or damaged."""
     names = [receipt_name(shard) for shard in range(n_shards)]
     done = draft.whole_receipts(names, partial(_iter_files, hookpoints))
-    there = [(name, set(draft.names(name))) for name in hookpoints]
+    existing = [(name, set(draft.names(name))) for name in hookpoints]
     for shard in range(n_shards):
         files = [part_name(table, shard) for table in ("train", "eval", EMBEDDINGS)]
-        if names[shard] not in done or any(f"{folder}/{file}" not in found for folder, found in there for file in files):
+        if names[shard] not in done or any(f"{folder}/{file}" not in found for folder, found in existing for file in files):
             draft.remove(names[shard])
             yield shard
 
 
 def _iter_files(hookpoints: Sequence[str], receipt: dict[str, Any]) -> Iterator[File]:
-    """The files of a shard, by their names in the draft."""
+    """Iterate over the files that a receipt describes, by their names in the draft."""
     for hookpoint in hookpoints:
         for values in (*receipt["hookpoints"][hookpoint]["files"], *receipt[EMBEDDINGS]["files"]):
             yield File(**(values | {"name": f"{hookpoint}/{values['name']}"}))

@@ -1,13 +1,13 @@
-"""Rows of activations and embeddings: spilled to the local disk, put in their final order, written as Parquet.
+"""Rows of activations and embeddings: spilled to the local disk, put in their final order, and written as Parquet.
 
-A shard's images each put their tokens in a random order; round r takes the r-th token of every image. Images are dealt to four
-strata, which every round goes through in the same order, each shuffled anew. So two rows of one image are at least three quarters
-of the shard's images apart, whatever the number of tokens: a batch holds as many different images as it has rows.
-(A uniform shuffle of 2,048 rows over 7,000 images repeats 14 % of them.)
+The tokens of each image are put in a random order, and round r of a shard takes the r-th token of every image. Images are dealt to four
+strata. Every round goes through the strata in the same order and shuffles each stratum anew. So two rows of one image are at least three
+quarters of the shard's images apart, whatever the number of tokens, and every row of a batch comes from a different image.
+(In a uniform shuffle of 2,048 rows over 7,000 images, 14 % of the rows repeat an image.)
 
-An image with fewer rows than there are rounds skips some, evenly, from a random one on: no round is left to a few images with many
-rows. Then rows of one image are about `window` apart, which falls with the share of the image that has most; an image whose rows
-come to a shard in several chunks is spread by each of them alone.
+An image with fewer rows than there are rounds skips rounds evenly, beginning at a random one, so that no round is left to the few images
+with many rows. Rows of one image are then about `window` apart, which shrinks as the largest image's share of the rows grows. If the rows
+of an image reach a shard in several chunks, each chunk spreads them independently.
 """
 
 import json
@@ -33,21 +33,22 @@ from ommatid.store.filesystem import sync, writing
 from ommatid.store.sums import block_sums
 
 N_STRATA = 4
+"""Number of strata that a shard's images are dealt to."""
 
 
 @dataclass(frozen=True)
 class RowOrder:
-    """Where each row of a chunk stands in its shard; sorts by round, stratum, draw."""
+    """Sort keys that place each row of a chunk in its shard: round, then stratum, then draw."""
 
     round: np.ndarray
-    """(rows,) int32: where all images have equally many rows, the how-manieth of its image."""
+    """Round of each row, (rows,) int32; if all images have equally many rows, the row's index within its image."""
     stratum: np.ndarray
-    """(rows,) int8: of its image."""
+    """Stratum of each row's image, (rows,) int8."""
     draw: np.ndarray
-    """(rows,) float64: the place within round and stratum."""
+    """Random number that orders rows within round and stratum, (rows,) float64."""
 
     def argsort(self) -> np.ndarray:
-        """Indices that put the rows in order."""
+        """Return the indices that put the rows in order, (rows,)."""
         return np.lexsort((self.draw, self.stratum, self.round))
 
 
@@ -56,8 +57,11 @@ def order_rows(image: np.ndarray, rng: np.random.Generator, n_rounds: int | None
 
     Args:
         image: Image of each row, (rows,); an image's rows need not be adjacent.
-        rng: Seeded by shard and chunk.
-        n_rounds: Rounds of the shard, at least as many as rows of an image in the chunk; None: just so many.
+        rng: Generator seeded by shard and chunk.
+        n_rounds: Number of rounds of the shard, at least the number of rows that any image has in the chunk; None for exactly that.
+
+    Returns:
+        The sort keys of the rows.
     """
     _, member = np.unique(image, return_inverse=True)
     n_images = int(member.max(initial=-1)) + 1
@@ -74,17 +78,20 @@ def order_rows(image: np.ndarray, rng: np.random.Generator, n_rounds: int | None
 
 
 def window(rows_per_stratum: np.ndarray, most: int) -> int:
-    """So many consecutive rows of a shard come from different images: a round but for the largest stratum.
+    """Return how many consecutive rows of a shard come from different images: a round without its largest stratum.
 
     Args:
-        rows_per_stratum: Rows of each.
-        most: Rows of the image that has most. Where all have so many it is true of any consecutive rows, else about.
+        rows_per_stratum: Number of rows in each stratum, (strata,).
+        most: Number of rows of the image that has most. The result is exact if all images have that many, else approximate.
+
+    Returns:
+        Number of rows.
     """
     return int(rows_per_stratum.sum() - rows_per_stratum.max(initial=0)) // max(1, most)
 
 
 BYTES_PER_ROW_GROUP = 2**25
-"""Of the training table, about."""
+"""Approximate bytes per row group of the training table."""
 
 _PARQUET: dict[str, Any] = {"compression": "none", "use_dictionary": ["token", "kind", "row", "col"], "write_statistics": False}
 
@@ -94,26 +101,39 @@ class Groups:
     """How the rounds of a shard are divided into row groups."""
 
     n_rounds: int
-    """Rounds of the shard: rows of the image that may have most."""
+    """Number of rounds of the shard: the largest number of rows that an image can have."""
     rounds: int
-    """Rounds in a row group."""
+    """Number of rounds per row group."""
 
     @classmethod
     def of(cls, n_images: int, n_tokens: int, d_model: int, sample: int | None) -> "Groups":
-        """Of a shard of so many images and kept tokens each."""
+        """Return the row groups of a shard.
+
+        Args:
+            n_images: Number of images in the shard.
+            n_tokens: Number of tokens kept per image before sampling.
+            d_model: Width of an activation.
+            sample: `extract.sample`, the number of tokens drawn per image; None for all.
+
+        Returns:
+            Row groups of about `BYTES_PER_ROW_GROUP` bytes.
+        """
         return cls(min(n_tokens, sample or n_tokens), max(1, BYTES_PER_ROW_GROUP // (n_images * d_model * 2)))
 
     @property
     def n(self) -> int:
-        """Row groups."""
+        """Number of row groups."""
         return -(-self.n_rounds // self.rounds)
 
     def split(self, image: np.ndarray, rng: np.random.Generator) -> tuple[RowOrder, list[np.ndarray]]:
-        """The order of a chunk's rows, and for each row group which of them are in it, in that order.
+        """Draw the order of a chunk's rows and divide them into row groups.
 
         Args:
             image: Image of each row, (rows,).
-            rng: Seeded by shard and chunk.
+            rng: Generator seeded by shard and chunk.
+
+        Returns:
+            The order of the rows, and for each row group the indices of its rows, in that order.
         """
         order = order_rows(image, rng, self.n_rounds)
         first = order.argsort()
@@ -122,14 +142,31 @@ class Groups:
 
 
 def embeddings_batch(numbers: np.ndarray, joint: Tensor, judges: Sequence[Tensor]) -> pa.RecordBatch:
-    """One row an image."""
+    """Return embeddings as a record batch with one row per image.
+
+    Args:
+        numbers: Number of each image, (images,).
+        joint: Embeddings in the joint image-text space, (images, d_joint).
+        judges: Embeddings by each judge, (images, d_judge).
+
+    Returns:
+        Columns image, joint and one for each judge.
+    """
     vectors = {"joint": joint, **dict(zip(judge_columns(len(judges)), judges, strict=True))}
     columns = {name: to_binary(vector, torch.float32) for name, vector in vectors.items()}
     return pa.RecordBatch.from_pydict({"image": pa.array(numbers, pa.int32()), **columns})
 
 
 def rows_batch(numbers: np.ndarray, tokens_btd: Tensor) -> pa.RecordBatch:
-    """One row a token, in image and token order: image, place (index of the kept token) and x."""
+    """Return activations as a record batch with one row per token, ordered by image and token.
+
+    Args:
+        numbers: Number of each image, (images,).
+        tokens_btd: Activations of the kept tokens, (images, tokens, d_model) float16.
+
+    Returns:
+        Columns image, place (index of the kept token) and x.
+    """
     n, per_image = tokens_btd.shape[:2]
     columns = {
         "image": pa.array(numbers.repeat(per_image), pa.int32()),
@@ -140,14 +177,17 @@ def rows_batch(numbers: np.ndarray, tokens_btd: Tensor) -> pa.RecordBatch:
 
 
 def split_rounds(numbers: np.ndarray, tokens_btd: Tensor, kept_bt: np.ndarray, rng: np.random.Generator, groups: Groups) -> list[Any]:
-    """The kept rows of a chunk as one record batch for each row group of the shard, with what puts them in order.
+    """Return the kept rows of a chunk as one record batch per row group of the shard, with the columns that sort them.
 
     Args:
-        numbers: images.image, (images,).
-        tokens_btd: Activations (images, tokens, d_model) float16.
-        kept_bt: Which are kept, (images, tokens) bool.
-        rng: Seeded by shard and chunk.
-        groups: Of the shard.
+        numbers: Number of each image, (images,).
+        tokens_btd: Activations, (images, tokens, d_model) float16.
+        kept_bt: Whether each token is kept, (images, tokens) bool.
+        rng: Generator seeded by shard and chunk.
+        groups: Row groups of the shard.
+
+    Returns:
+        One record batch per row group: image, place, round, stratum, draw and x.
     """
     image, place = kept_bt.nonzero()
     order, parts = groups.split(image, rng)
@@ -171,29 +211,33 @@ def _ordered_batch(
 
 
 class Spill:
-    """The folder of one shard's chunks. A chunk is there whole or not at all."""
+    """The folder of one shard's chunks, each of which appears whole or not at all."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._sound: set[Path] = set()
-        """Chunks that this process has found to be what was written."""
+        """Chunks that this process has found undamaged."""
         folder.mkdir(parents=True, exist_ok=True)
 
     def has(self, chunk: int) -> bool:
-        """Whether this chunk was finished, now or by a run that died; one that was damaged since is removed, to be made again."""
+        """Whether this chunk was finished, by this run or one that died; a damaged chunk is removed, so that it is made again."""
         path = self._path(chunk)
         if path not in self._sound and path.exists():
-            if _facts(path) == _noted(path):
+            if _checksums(path) == _read_note(path):
                 self._sound.add(path)
             else:
                 shutil.rmtree(path)
         return path.exists()
 
     def write(self, chunk: int, tables: Mapping[str, list[pa.RecordBatch]]) -> None:
-        """Write a chunk: batches of one schema under each name.
+        """Write a chunk.
+
+        Args:
+            chunk: Index of the chunk.
+            tables: Record batches by name of their table; those of one table share a schema.
 
         Raises:
-            ArtefactError: the disk is full, or may not be written to.
+            ArtefactError: The disk is full or cannot be written.
         """
         with writing(self._path(chunk)):
             self._write(chunk, tables)
@@ -207,14 +251,14 @@ class Spill:
                 for batch in batches:
                     file.write_batch(batch)
             sync(aside / f"{name}.arrow")
-        (aside / _NOTE).write_text(json.dumps(_facts(aside)), encoding="utf-8")
+        (aside / _NOTE).write_text(json.dumps(_checksums(aside)), encoding="utf-8")
         sync(aside / _NOTE)
         if not self.has(chunk):
             aside.rename(self._path(chunk))
 
     def read(self, chunk: int, name: str, index: int = 0) -> pa.RecordBatch:
-        """One of the batches under a name."""
-        # read, not mapped: mapped pages would count as this process's memory
+        """Read one record batch of a table."""
+        # not mapped, since mapped pages would count as memory of this process
         with pa.OSFile(str(self._path(chunk) / f"{name}.arrow")) as file:
             return pa.ipc.open_file(file).get_batch(index)
 
@@ -227,48 +271,57 @@ class Spill:
 
 
 def iter_in_order(spill: Spill, name: str, n_chunks: int, n_groups: int) -> Iterator[pa.Table]:
-    """The row groups of a shard, rows in their final order."""
+    """Iterate over the row groups of a shard, with rows in their final order."""
     for group in range(n_groups):
         rows = pa.Table.from_batches([spill.read(chunk, name, group) for chunk in range(n_chunks)])
         yield rows.take(RowOrder(*(rows[column].to_numpy() for column in ("round", "stratum", "draw"))).argsort())
 
 
-class Seen:
-    """Counts the rows of each stratum and image while they pass by."""
+class WindowCounter:
+    """Counts the rows of each stratum and image as they are written, to compute the shard's window."""
 
     def __init__(self) -> None:
         self._strata = np.zeros(N_STRATA, np.int64)
         self._images: list[np.ndarray] = []
 
     def add(self, rows: pa.Table) -> pa.Table:
-        """Look at some rows; gives them back."""
+        """Count some rows and return them unchanged."""
         self._strata += np.bincount(rows["stratum"].to_numpy(), minlength=N_STRATA)
         self._images.append(rows["image"].to_numpy())
         return rows
 
     @property
     def window(self) -> int:
-        """So many consecutive rows come from different images."""
+        """Number of consecutive rows that come from different images."""
         images = np.concatenate(self._images)
         return window(self._strata, int(np.unique(images, return_counts=True)[1].max(initial=1)))
 
 
-class Failed:
-    """Counts the images that each judge failed on while their embeddings pass by."""
+class FailureCounter:
+    """Counts the images that each judge failed on as their embeddings are written."""
 
     def __init__(self, n_judges: int) -> None:
         self.counts = dict.fromkeys(judge_columns(n_judges), 0)
-        """By column."""
+        """Number of images, by the judge's column."""
 
     def add(self, rows: pa.Table) -> pa.Table:
-        """Look at some embeddings; gives them back."""
+        """Count the failures in some rows of embeddings and return the rows unchanged."""
         for name in self.counts:
             self.counts[name] += int(from_float32(rows[name]).isnan().all(1).sum())
         return rows
 
 
 def activation_table(rows: pa.Table, places: Sequence[Place], schema: pa.Schema) -> pa.Table:
-    """Rows of image, place and x in the schema of the artefact."""
+    """Convert rows of image, place and x to the schema of the artefact.
+
+    Args:
+        rows: Table with the columns image, place and x.
+        places: What is written about each kept token, by the index in `place`.
+        schema: Schema of the artefact's table.
+
+    Returns:
+        The table in that schema.
+    """
     place = rows["place"]
     of_place = {field: pa.array([getattr(p, field) for p in places], schema.field(field).type) for field in ("token", "kind", "row", "col")}
     columns = {"image": rows["image"], "x": rows["x"], **{field: values.take(place.combine_chunks()) for field, values in of_place.items()}}
@@ -276,7 +329,17 @@ def activation_table(rows: pa.Table, places: Sequence[Place], schema: pa.Schema)
 
 
 def write_rows(writer: Writer, name: str, tables: Iterable[pa.Table], schema: pa.Schema) -> File:
-    """One Parquet file, a row group a table; whole or not at all. Training rows can be mapped."""
+    """Write a Parquet file with one row group per table, whole or not at all; training rows are laid out to be mapped into memory.
+
+    Args:
+        writer: Writer of the draft.
+        name: File name in the draft.
+        tables: Contents of the row groups.
+        schema: Schema of the file.
+
+    Returns:
+        Description of the file.
+    """
     options = _PARQUET | (ONE_PAGE if "/train-" in f"/{name}" else {})
     with writer.write_file(name) as path, pq.ParquetWriter(path, schema, **options) as parquet:
         for table in tables:
@@ -285,11 +348,11 @@ def write_rows(writer: Writer, name: str, tables: Iterable[pa.Table], schema: pa
 
 
 _NOTE = "checksums.json"
-"""File of a chunk that tells what the others hold."""
+"""File of a chunk that holds the checksums of its other files."""
 
 
-def _facts(chunk: Path) -> dict[str, str]:
-    """Checksums of the files of a chunk."""
+def _checksums(chunk: Path) -> dict[str, str]:
+    """Compute the checksums of a chunk's files, by name."""
     found = {}
     for path in chunk.glob("*.arrow"):
         with path.open("rb") as file:
@@ -297,7 +360,7 @@ def _facts(chunk: Path) -> dict[str, str]:
     return found
 
 
-def _noted(chunk: Path) -> Any:
+def _read_note(chunk: Path) -> Any:
     try:
         return json.loads((chunk / _NOTE).read_bytes())
     except (FileNotFoundError, ValueError):

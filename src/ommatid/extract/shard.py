@@ -1,7 +1,7 @@
-"""`extract_shard(i)`: pure and idempotent: some blocks of images through the networks, one file of each table out, and a receipt.
+"""The job of making one shard: run its images through the networks, write one file of each table, and write a receipt.
 
-Images go through in chunks that wait on the local disk (see rows.py), so memory depends on neither the number of images nor that
-of tokens, and a run that died goes on after the last whole chunk. What a shard writes is a function of the plan and the params.
+Images are processed in chunks that are spilled to the local disk (see rows.py), so memory use depends on the number of neither images nor
+tokens, and an interrupted run continues after its last whole chunk. The job is idempotent: what it writes is a function of plan and params.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ from ommatid.config import ExtractParams
 from ommatid.errors import ArtefactError, ModelError
 from ommatid.extract.plan import SEED, Run, divide, shard_blocks
 from ommatid.extract.rows import (
-    Failed,
+    FailureCounter,
     Groups,
-    Seen,
     Spill,
+    WindowCounter,
     activation_table,
     embeddings_batch,
     iter_in_order,
@@ -39,38 +39,39 @@ from ommatid.store import RECEIPTS, Artefact, Draft, Writer, open_artefact, part
 EMBEDDINGS = "embeddings"
 PLAN = "plan.parquet"
 ROUNDING_IMAGES = 8
-"""On which the difference of the arithmetic to float32 is measured."""
+"""Number of images on which the rounding error of the extraction's dtype, relative to float32, is measured."""
 IMAGES_PER_CHUNK = 1024
+"""Largest number of images in a chunk, which is what is held in memory and what an interrupted run loses."""
 BYTES_PER_CHUNK = 2**27
-"""A chunk ends at the block that reaches either: what is held in memory, and what a killed run loses."""
+"""Largest number of bytes of activations in a chunk, if that allows fewer images."""
 
 
 def _ignore(shard: int, n_images: int) -> None:
-    """Nobody listens."""
+    """Do nothing."""
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """The work unit that executors call, small enough to send anywhere."""
+    """The unit of work that executors call; it is small enough to send to any worker."""
 
     params: str
     """`ExtractParams` as JSON."""
     images: str
     """Path or URL of the images artefact."""
     digest: str
-    """Of the images artefact that was planned."""
+    """Digest of the images artefact from which the plan was made."""
     draft: str
-    """Path or URL of the draft of the activations."""
+    """Path or URL of the draft of the extraction."""
     probe: tuple[float, ...]
-    """What the driver's networks make of one image."""
+    """Probe of the driver's networks (see `Towers.probe`)."""
     on_chunk: Callable[[int, int], None] = field(default=_ignore, compare=False)
-    """Told of shard and images done in it, in this process; stays behind when the job is sent to another."""
+    """Called in this process with the shard and the number of its images done; not sent along to other processes."""
 
     def __call__(self, shard: int) -> None:
-        """Make one shard.
+        """Make one shard, unless its receipt exists.
 
         Raises:
-            OmmatidError: an input is missing or damaged, the disk is full, a model cannot be loaded.
+            OmmatidError: An input is missing or damaged, the disk is full, or a model cannot be loaded.
         """
         worker = load_worker(replace(self, on_chunk=_ignore))
         if not worker.draft.has(receipt_name(shard)):
@@ -81,51 +82,53 @@ class ShardJob:
 
     @property
     def key(self) -> str:
-        """Differs wherever shards would differ."""
+        """Digest of everything that the content of a shard depends on, beside its index."""
         return hashlib.sha256(repr((self.params, self.digest, self.probe)).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
 class Worker:
-    """What a process keeps between shards."""
+    """What a worker process keeps between shards: opened inputs and loaded networks."""
 
     params: ExtractParams
     images: Artefact
     parts: list[str]
-    """File names of its table `images`."""
+    """File names of the table `images`."""
     draft: Writer
     towers: Towers
     pool: Executor
-    """Decodes images."""
+    """Pool that decodes images."""
     key: str
-    """Of the job."""
+    """Key of the job."""
 
 
 _workers: dict[ShardJob, Worker] = {}
-"""At most one: of the job that this process was last given."""
+"""The worker of the job that this process ran last; at most one."""
 
 
 def load_worker(job: ShardJob) -> Worker:
-    """Open inputs and load networks, once a process.
+    """Return the worker of a job, opening inputs and loading networks if this process has not done so yet.
 
     Raises:
-        OmmatidError: an input is missing, damaged or not what was planned, or a model cannot be loaded, lacks what params ask for,
-            or has other weights than the driver's.
+        OmmatidError: An input is missing, damaged or changed since the plan was made, or a model cannot be loaded, lacks what the params
+            name, or has other weights than the driver's.
     """
     if job not in _workers:
         drop_worker()
         towers = Towers(ExtractParams.model_validate_json(job.params))
         if not is_same(towers.probe(), list(job.probe)):
-            raise ModelError(f"{towers.model.name}: has other weights here than where the run was started; give all workers the same files")
+            raise ModelError(
+                f"{towers.model.name}: its weights here differ from those where the run was started; give all workers the same files"
+            )
         keep_worker(job, towers)
     return _workers[job]
 
 
 def keep_worker(job: ShardJob, towers: Towers) -> None:
-    """Have networks at hand that are loaded already.
+    """Make this process's worker from networks that are loaded already.
 
     Raises:
-        ArtefactError: the images are missing, damaged or not what was planned.
+        ArtefactError: The images are missing, damaged, or changed since the plan was made.
     """
     images = open_artefact(job.images, "images")
     if images.digest != job.digest:
@@ -135,14 +138,14 @@ def keep_worker(job: ShardJob, towers: Towers) -> None:
 
 
 def drop_worker() -> None:
-    """Let go of networks and decoding processes."""
+    """Release the worker's networks and stop its decoding processes."""
     for worker in _workers.values():
         worker.pool.shutdown(cancel_futures=True)
     _workers.clear()
 
 
 def receipt_name(shard: int) -> str:
-    """Of the file that says that a shard is done, and what it wrote."""
+    """Return the name of a shard's receipt, which lists what the shard wrote and marks it as done."""
     return f"{RECEIPTS}/{shard:07d}.json"
 
 
@@ -163,9 +166,9 @@ class _Shard:
         }
 
     def make(self) -> None:
-        """Run the networks over the chunks that are not there yet, then write the files and the receipt."""
+        """Run the networks over the missing chunks, then write the files and the receipt."""
         missing = [i for i in range(len(self._chunks)) if not self._spill.has(i)]
-        with ThreadPoolExecutor(1) as writer:  # a chunk is written while the next one is computed
+        with ThreadPoolExecutor(1) as writer:  # writes a chunk while the next one is computed
             writing: Future[None] | None = None
             for i, tables in self._compute(missing):
                 if writing:
@@ -177,7 +180,7 @@ class _Shard:
         receipt = {
             "hookpoints": {name: self._write_activations(name) for name in self._towers.pickers},
             EMBEDDINGS: self._write_embeddings(),
-            "rounding": self._rounding() if self._index == 0 else None,
+            "rounding": self._measure_rounding() if self._index == 0 else None,
         }
         self._worker.draft.write_json(receipt_name(self._index), receipt)
         self._spill.drop()
@@ -188,7 +191,7 @@ class _Shard:
         return min(IMAGES_PER_CHUNK, max(1, BYTES_PER_CHUNK // per_image))
 
     def _compute(self, chunks: list[int]) -> Iterator[tuple[int, Mapping[str, list[pa.RecordBatch]]]]:
-        """What waits in the spill, chunk by chunk; images of the next are decoded meanwhile."""
+        """Compute chunks one by one, yielding index and tables; images of the next chunk are decoded meanwhile."""
         size, towers = self._worker.params.batch_size, self._towers
         encoded = (batch for i in chunks for batch in self._iter_encoded(self._chunks[i], size))
         pixels = iter_pixels(encoded, towers.preprocesses, self._worker.pool, towers.device)
@@ -197,7 +200,7 @@ class _Shard:
             yield i, self._tables(i, [(batch.numbers, batch.is_train, towers.run(batch.of)) for batch in batches])
 
     def _iter_encoded(self, chunk: list[Run], size: int) -> Iterator[Encoded]:
-        """Batches of a chunk's images."""
+        """Read a chunk's images in batches of `size`, which may span row groups."""
         waiting: list[pa.Table] = []
         for n, run in enumerate(chunk, start=1):
             with self._worker.images.open_part(self._worker.parts[run.block.file]) as file:
@@ -216,7 +219,7 @@ class _Shard:
         for name in self._towers.pickers:
             tokens = torch.cat([o.tokens[name] for o in outputs])
             tables[f"{name}.eval"] = [rows_batch(numbers[~is_train], tokens[torch.from_numpy(~is_train)])]
-            # the same seed for every hookpoint: they keep the same tokens
+            # the same seed for every hookpoint, so that all keep the same tokens
             rng = np.random.default_rng([SEED, self._index, chunk])
             params = self._worker.params
             kept = draw_kept(tokens := tokens[torch.from_numpy(is_train)], params.sample, params.max_norm, rng)
@@ -224,21 +227,21 @@ class _Shard:
         return tables
 
     def _write_activations(self, name: str) -> dict[str, Any]:
-        """Both tables of a hookpoint, in the order in which they are read."""
+        """Write the training and evaluation rows of a hookpoint in their final order; return their part of the receipt."""
         picker, n_chunks, n_groups = self._towers.pickers[name], len(self._chunks), self._groups[name].n
         schema = schemas.activations(picker.hookpoint.d_model, {"model": self._towers.model.name, "hookpoint": name})
         eval_rows = (pa.Table.from_batches([self._spill.read(i, f"{name}.eval")]) for i in range(n_chunks))
-        seen = Seen()
-        train_rows = (seen.add(rows) for rows in iter_in_order(self._spill, f"{name}.train", n_chunks, n_groups))
+        counter = WindowCounter()
+        train_rows = (counter.add(rows) for rows in iter_in_order(self._spill, f"{name}.train", n_chunks, n_groups))
         files = [
             self._write(f"{name}/", table, (activation_table(rows, picker.places, schema) for rows in tables), schema)
             for table, tables in (("train", train_rows), ("eval", eval_rows))
         ]
-        return {"files": files, "window": seen.window}
+        return {"files": files, "window": counter.window}
 
     def _write_embeddings(self) -> dict[str, Any]:
-        """The embeddings, in every hookpoint's artefact."""
-        failed = Failed(len(self._towers.judges))
+        """Write the embeddings into every hookpoint's artefact; return their part of the receipt."""
+        failed = FailureCounter(len(self._towers.judges))
         tables = (failed.add(pa.Table.from_batches([self._spill.read(i, EMBEDDINGS)])) for i in range(len(self._chunks)))
         first, *others = self._towers.pickers
         schema = schemas.embeddings(self._towers.d_joint, *(judge.d_embed for judge in self._towers.judges))
@@ -248,12 +251,13 @@ class _Shard:
         return {"files": [file], "failed": list(failed.counts.values())}
 
     def _write(self, folder: str, table: str, tables: Iterable[pa.Table], schema: pa.Schema) -> dict[str, Any]:
-        """One file of a hookpoint's artefact, described as its manifest will name it."""
+        """Write one file of a hookpoint's artefact; return its description under the name that the artefact's manifest uses."""
         name = part_name(table, self._index)
         file = write_rows(self._worker.draft, folder + name, tables, schema)
         return asdict(replace(file, name=name))
 
-    def _rounding(self) -> dict[str, float]:
+    def _measure_rounding(self) -> dict[str, float]:
+        """Return the rounding error at each hookpoint on a few images (see `Towers.rounding`)."""
         encoded = next(self._iter_encoded(self._chunks[0], ROUNDING_IMAGES))
         (pixels,) = iter_pixels([encoded], self._towers.preprocesses, self._worker.pool, "cpu")
         return self._towers.rounding(pixels.of)

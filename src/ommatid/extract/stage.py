@@ -1,7 +1,7 @@
-"""Stage `extract`: images through the model and the judges, activations and embeddings out.
+"""Stage `extract`: runs images through the model and the judges, and writes activations and embeddings.
 
-A plan deals the images to shards; an executor runs `extract_shard(i)` for those that are not there yet; their receipts become the
-manifests. What comes out is a function of images, params and code: the same bytes whoever ran it.
+A plan deals the images to shards, an executor makes the missing shards, and their receipts are merged into the manifests. The result is a
+function of images, params and code: every executor writes the same bytes.
 """
 
 from collections.abc import Mapping
@@ -27,44 +27,53 @@ __all__ = ["extract"]
 
 
 def extract(params: ExtractParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
-    """Capture activations at every hookpoint for every image, and embed it for the names and for the judges.
+    """Capture activations at every hookpoint for every image, and embed the image for the labels and for each judge.
+
+    Args:
+        params: The `extract` section of the params.
+        inputs: The `images` artefact.
+        draft: Draft of the extraction.
+        on_event: Called with each progress event and warning.
+
+    Returns:
+        The sealed extraction, with one artefact of activations for each hookpoint.
 
     Raises:
-        ModelError: unknown hookpoint, a model that cannot be loaded or lacks the tokens asked for, or a judge that fails on every image.
-        ArtefactError: the disk is too small, or an image was lost.
-        ExecutorError: a worker died again and again, or no cluster answers.
+        ModelError: A hookpoint is unknown, a model cannot be loaded or lacks the tokens to extract, or a judge fails on every image.
+        ArtefactError: The disk is too small, or an image was lost.
+        ExecutorError: A worker died repeatedly, or the cluster does not answer.
     """
     images = inputs["images"]
     if taken := sorted({SCRATCH, RECEIPTS.strip("/")} & set(params.hookpoints)):
         raise ModelError(f"extract.hookpoints: {taken[0]!r} is the name of a folder that Ommatid needs; rename the module")
-    towers = Towers(_with_dtype(params))  # all that can be wrong with the models is found before any work
+    towers = Towers(_with_dtype(params))  # first, so that whatever is wrong with the models is found before any work is done
     check_disk_space(draft, params, images.summary, towers)
     towers.check()
-    probe = _start_or_go_on(draft, towers.probe())
+    probe = _begin_or_continue(draft, towers.probe())
     job = ShardJob(towers.params.model_dump_json(), _absolute(images.url), images.digest, _absolute(draft.url), tuple(probe))
     n_images = _write_plan(draft, images)
     missing = list(iter_missing(draft, params.hookpoints, len(n_images)))
-    progress = _Progress(n_images, missing, on_event)
+    progress = _Counter(n_images, missing, on_event)
     keep_worker(job, towers)
     try:
-        executors.run(params.executor, replace(job, on_chunk=progress.tell), missing, progress.shard)
+        executors.run(params.executor, replace(job, on_chunk=progress.update), missing, progress.finish)
     finally:
         drop_worker()
     for name, merged in merge(draft, params.hookpoints, len(n_images)).items():
-        judges = _judges(towers, merged.failed, sum(n_images))
+        judges = _summarise_judges(towers, merged.failed, sum(n_images))
         summary = _summarise(towers, towers.pickers[name], images) | {"judges": judges} | merged.summary
         draft.child(name, "activations").seal(summary, merged.files)
     return draft.seal({"hookpoints": list(towers.pickers), "n_shards": len(n_images), "n_images": sum(n_images)})
 
 
 def _with_dtype(params: ExtractParams) -> ExtractParams:
-    """Every worker computes as this machine would: `auto` is decided here."""
+    """Resolve the dtype `auto` on this machine, so that all workers compute alike."""
     dtype = str(resolve_dtype(params.dtype, find_device())).removeprefix("torch.")
     return params.model_copy(update={"dtype": dtype})
 
 
-def _start_or_go_on(draft: Draft, probe: list[float]) -> list[float]:
-    """The probe that the draft was begun with; what other weights left in it is dropped."""
+def _begin_or_continue(draft: Draft, probe: list[float]) -> list[float]:
+    """Return the probe that the draft was begun with, after dropping the receipts of a draft begun with other weights."""
     if draft.has(PROBE):
         begun: list[float] = draft.read_json(PROBE)
         if is_same(probe, begun):
@@ -76,21 +85,21 @@ def _start_or_go_on(draft: Draft, probe: list[float]) -> list[float]:
 
 
 def _absolute(url: str) -> str:
-    """For workers that run in another folder."""
+    """Make a path absolute, for workers that run in another folder."""
     return url if "://" in url else str(Path(url).resolve())
 
 
 def _write_plan(draft: Draft, images: Artefact) -> list[int]:
-    """Images of each shard."""
+    """Write the plan unless the draft has one, and return the number of images of each shard."""
     if not draft.has(PLAN):
         plan = make_plan(blocks_of(images))
-        draft.write_table(PLAN, plan, row_group_size=2**16)  # a worker reads the few row groups that hold its shard
+        draft.write_table(PLAN, plan, row_group_size=2**16)  # a worker reads only the few row groups that hold its shard
     counted = draft.read(PLAN).group_by("shard").aggregate([("n_images", "sum")]).sort_by("shard")
     return counted["n_images_sum"].to_pylist()
 
 
-class _Progress:
-    """Images done, from chunks in this process and shards in others."""
+class _Counter:
+    """Counts images done: chunk by chunk in this process, shard by shard in others."""
 
     def __init__(self, n_images: list[int], missing: list[int], on_event: Listener) -> None:
         self._n_images = n_images
@@ -99,12 +108,12 @@ class _Progress:
         self._done = self._total - sum(n_images[shard] for shard in missing)
         self._on_event = on_event
 
-    def shard(self, shard: int) -> None:
-        """A shard is done."""
-        self.tell(shard, self._n_images[shard])
+    def finish(self, shard: int) -> None:
+        """Count a shard as done."""
+        self.update(shard, self._n_images[shard])
 
-    def tell(self, shard: int, done: int) -> None:
-        """So many images of a shard are done."""
+    def update(self, shard: int, done: int) -> None:
+        """Count the first `done` images of a shard as done."""
         more = done - self._of_shard[shard]
         if more > 0:
             self._of_shard[shard] = done
@@ -112,11 +121,11 @@ class _Progress:
             self._on_event(Progress("extract images", self._done, self._total))
 
 
-def _judges(towers: Towers, failed: list[int], n_images: int) -> list[dict[str, Any]]:
-    """Name, width and failures of each judge, in the order of their columns.
+def _summarise_judges(towers: Towers, failed: list[int], n_images: int) -> list[dict[str, Any]]:
+    """Return name, width and number of failures of each judge, in the order of their columns.
 
     Raises:
-        ModelError: one failed on every image.
+        ModelError: A judge failed on every image.
     """
     for judge, n in zip(towers.judges, failed, strict=True):
         if n == n_images > 0:

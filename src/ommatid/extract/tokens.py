@@ -1,4 +1,4 @@
-"""Which tokens of a forward pass are kept, and where they are: the policy `extract.tokens`."""
+"""Selection of tokens from a forward pass by the policy `extract.tokens`, and their places in the image."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,62 +13,70 @@ from ommatid.vlm import Hookpoint
 
 @dataclass(frozen=True)
 class Place:
-    """What the table of activations says of a token."""
+    """The columns that describe a token in the table of activations."""
 
     token: int
     """Position in the model's sequence, special tokens first; 0 for pooled."""
     kind: str
-    """cls, register, distillation (DeiT), patch or pooled."""
+    """Kind of token: cls, register, distillation (DeiT), patch or pooled."""
     row: int
-    """Row of a patch in the grid; -1 for tokens without a place."""
+    """Row of a patch in the grid; -1 for other tokens."""
     col: int
-    """Column of a patch in the grid; -1 for tokens without a place."""
+    """Column of a patch in the grid; -1 for other tokens."""
 
 
 @dataclass(frozen=True)
 class TokenPicker:
-    """The tokens of one hookpoint that a policy keeps.
+    """Picks the tokens of one hookpoint that a policy keeps.
 
     Raises:
-        ModelError: the hookpoint has no such token.
+        ModelError: The hookpoint has no such token.
     """
 
     name: str
-    """The hookpoint."""
+    """Name of the hookpoint."""
     hookpoint: Hookpoint
+    """Description of the hookpoint."""
     policy: str
-    """patch, cls, register, pooled or all."""
+    """Kind of token to keep: patch, cls, register, pooled or all."""
 
     def __post_init__(self) -> None:
         if self._averages or self._kept:
             return
         has = sorted({*self.hookpoint.special, *(("patch", "pooled") if self.hookpoint.grid else ())})
-        raise ModelError(f"extract.tokens: {self.policy!r} is not at hookpoint {self.name}; it has {', '.join([*has, 'all'])}")
+        raise ModelError(f"extract.tokens: hookpoint {self.name} has no {self.policy!r}; it has {', '.join([*has, 'all'])}")
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """Rows and columns of the kept patches, which come last; None when no kept token has a place."""
+        """Number of rows and columns of the kept patches, which come last; None if no kept token is a patch."""
         return self.hookpoint.grid if any(place.kind == "patch" for place in self.places) else None
 
     @cached_property
     def places(self) -> tuple[Place, ...]:
-        """The kept tokens, in the order of `pick`."""
+        """Descriptions of the kept tokens, in the order of `pick`."""
         return (Place(0, "pooled", -1, -1),) if self._averages else self._kept
 
     def pick(self, x_btd: Tensor) -> Tensor:
-        """Of all tokens (batch, tokens, d_model) the kept ones, (batch, kept, d_model)."""
+        """Return the kept tokens, (batch, kept, d_model), of all tokens, (batch, tokens, d_model)."""
         if self._averages:
             return x_btd[:, len(self.hookpoint.special) :].float().mean(1, keepdim=True)
         return x_btd[:, self._positions]
 
     def put(self, x_btd: Tensor, kept_bkd: Tensor) -> Tensor:
-        """The tokens with others in the place of the kept ones: what `pick` then gives is `kept_bkd`.
+        """Replace the kept tokens, so that `pick` returns the new ones.
+
+        Args:
+            x_btd: All tokens, (batch, tokens, d_model).
+            kept_bkd: New values of the kept tokens, (batch, kept, d_model).
+
+        Returns:
+            A copy of `x_btd` with the kept tokens replaced.
 
         Raises:
-            ModelError: what is kept is a mean of tokens, and is at no place of the model.
+            ModelError: The policy keeps the mean of the patches, which is not itself a token.
         """
         if self._averages:
-            raise ModelError(f"extract.tokens: pooled is the mean of the patches at {self.name}, no token whose place another can take")
+            raise ModelError(f"extract.tokens: pooled is the mean of the patches at {self.name}, not a token that can be replaced")
         x_btd = x_btd.clone()
         x_btd[:, self._positions] = kept_bkd.to(x_btd)
         return x_btd
@@ -84,7 +92,7 @@ class TokenPicker:
     @cached_property
     def _positions(self) -> Tensor | slice:
         kept = [place.token for place in self._kept]
-        # consecutive as a rule: a slice copies nothing
+        # usually consecutive, and a slice copies nothing
         return slice(kept[0], kept[-1] + 1) if kept[-1] - kept[0] + 1 == len(kept) else torch.tensor(kept)
 
 
@@ -96,19 +104,22 @@ def _all_places(hookpoint: Hookpoint) -> list[Place]:
 
 
 def draw_kept(tokens_btd: Tensor, sample: int | None, max_norm: float | None, rng: np.random.Generator) -> np.ndarray:
-    """Which tokens of training images are written: (images, tokens) bool.
+    """Draw the tokens of training images that are written.
 
     Args:
-        tokens_btd: Kept tokens, (images, tokens, d_model).
-        sample: At most this many an image, drawn without replacement; None: all.
-        max_norm: Only tokens at most this many times as long as the median token of their image; None: all. Tokens of abnormal
-            norm hold global information in place of local (arXiv 2309.16588).
-        rng: Of the draw.
+        tokens_btd: Tokens kept by the policy, (images, tokens, d_model).
+        sample: Largest number of tokens per image, drawn without replacement; None for all.
+        max_norm: Largest norm of a token, as a multiple of the median norm in its image; None for no limit. Tokens of abnormal norm hold
+            global information in place of local (arXiv 2309.16588).
+        rng: Generator of the draw.
+
+    Returns:
+        Whether each token is written, (images, tokens) bool.
     """
     keep = np.ones(tokens_btd.shape[:2], dtype=bool)
     if max_norm is not None:
         norms = tokens_btd.float().norm(dim=2).numpy()
-        # what is not a number is kept for the gate to find
+        # NaN and infinity are kept, for the gate to find
         limit = max_norm * np.nan_to_num(np.median(norms, axis=1, keepdims=True), nan=np.inf)
         keep &= ~(norms > limit) | ~np.isfinite(norms)
     if sample is not None:

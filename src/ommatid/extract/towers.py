@@ -1,4 +1,4 @@
-"""The networks that an image goes through: the explained model, the judges, and the namer where it is another."""
+"""The networks that an image goes through: the explained model, the judges, and the namer if it is another model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,42 +19,48 @@ from ommatid.vlm.preprocess import Preprocess
 from ommatid.vlm.trust import check_judge, check_model
 
 PROBED = 64
-"""Components of each vector of a probe."""
+"""Number of components of each vector that a probe takes."""
 SAME = 0.01
-"""Probes of the same weights differ by less, relatively, whatever machine they ran on."""
+"""Largest relative difference of two probes of the same weights, computed on any two machines."""
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a batch of images gives, on the CPU."""
+    """Outputs of all networks for a batch of images, on the CPU."""
 
     tokens: Mapping[str, Tensor]
-    """By hookpoint the kept tokens, (batch, tokens, d_model) float16."""
+    """Kept tokens by hookpoint, (batch, tokens, d_model) float16."""
     joint: Tensor
-    """In the joint image-text space, (batch, d_joint) float32 of unit norm."""
+    """Embeddings in the joint image-text space, (batch, d_joint) float32, unit norm."""
     judges: tuple[Tensor, ...]
-    """Each judge's embeddings, (batch, d_judge) float32 of unit norm; all NaN where it failed on an image."""
+    """Embeddings by each judge, (batch, d_judge) float32, unit norm; a row is NaN if the judge failed on the image."""
 
 
 def find_device() -> str:
-    """Where the networks run: the GPU, where there is one."""
+    """Return the device that networks run on: the GPU if there is one, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_explained(params: Mapping[str, Any]) -> VisionModel:
-    """The model that an extraction explained, as its manifest's params name it, on this machine's device.
+    """Load the model whose activations were extracted onto this machine's device.
+
+    Args:
+        params: The params section in the extraction's manifest.
+
+    Returns:
+        The model.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: The model cannot be loaded.
     """
     return load_model(TypeAdapter(Model).validate_python(params["model"]), params["dtype"], find_device())
 
 
 class Towers:
-    """All networks of a params section, loaded on one device.
+    """All networks of an `extract` section, loaded on one device.
 
     Raises:
-        ModelError: a model that cannot be loaded, an unknown hookpoint, tokens that it lacks, or nothing to name latents with.
+        ModelError: A model cannot be loaded, a hookpoint is unknown or lacks the tokens, or no model can embed text.
     """
 
     def __init__(self, params: ExtractParams) -> None:
@@ -66,7 +72,7 @@ class Towers:
         if self.namer.d_embed is None:
             key = "extract.namer" if params.namer else "extract.model"
             raise ModelError(
-                f"{key}: {self.namer.name} has no text tower, and latents are named in a joint image-text space; "
+                f"{key}: {self.namer.name} has no text tower, and latents are labelled in a joint image-text space; "
                 "set extract.namer to a model that has one, such as {kind: lite}"
             )
         self.judges = tuple(load_judge(judge, params.dtype, self.device) for judge in params.judges)
@@ -79,14 +85,14 @@ class Towers:
 
     @cached_property
     def preprocesses(self) -> tuple[Preprocess, ...]:
-        """The different preprocessings, each once."""
+        """The distinct preprocessings of the networks."""
         return tuple(dict.fromkeys(network.preprocess for network in self._networks))
 
     def check(self) -> None:
-        """Ask of each network whether its numbers can be believed (see `trust`): once a run, not in every worker.
+        """Check that the outputs of each network can be trusted (see `vlm.trust`); done once per run, not in every worker.
 
         Raises:
-            ModelError: they cannot.
+            ModelError: They cannot.
         """
         dtype = resolve_dtype(self.params.dtype, self.device)
         check_model(self.model, tuple(self.pickers), "extract.model", dtype)
@@ -96,7 +102,14 @@ class Towers:
             check_judge(judge, "extract.judge", dtype)
 
     def run(self, pixels: tuple[Tensor, ...]) -> Outputs:
-        """One forward pass of each network over a batch as `preprocesses` make it."""
+        """Run each network once over a batch of images.
+
+        Args:
+            pixels: The batch as each of `preprocesses` makes it, (batch, height, width, 3) uint8.
+
+        Returns:
+            The outputs, on the CPU.
+        """
         of = {preprocess: x.to(self.device, non_blocking=True) for preprocess, x in zip(self.preprocesses, pixels, strict=True)}
         captured = self.model.capture(of[self.model.preprocess], tuple(self.pickers))
         tokens = {name: picker.pick(captured.tokens[name]).to("cpu", torch.float16) for name, picker in self.pickers.items()}
@@ -105,7 +118,14 @@ class Towers:
         return Outputs(tokens, _unit(joint), tuple(_unit_or_nan(judge.embed(of[judge.preprocess])) for judge in self.judges))
 
     def rounding(self, pixels: tuple[Tensor, ...]) -> dict[str, float]:
-        """How far the kept tokens are from those in float32: root of the squared difference over the squared length, by hookpoint."""
+        """Measure the rounding error of the kept tokens relative to float32: the norm of the difference over the norm in float32.
+
+        Args:
+            pixels: A batch of images as each of `preprocesses` makes it.
+
+        Returns:
+            The relative error, by hookpoint.
+        """
         if resolve_dtype(self.params.dtype, self.device) == torch.float32:
             return dict.fromkeys(self.pickers, 0.0)
         exact = load_model(self.params.model, "float32", self.device)
@@ -114,7 +134,7 @@ class Towers:
         return {name: _difference(picker.pick(ours[name]), picker.pick(theirs[name])) for name, picker in self.pickers.items()}
 
     def probe(self) -> list[float]:
-        """What the networks make of one drawn image: tells other weights from these (see `is_same`)."""
+        """Return a few outputs of each network for one random image, by which `is_same` recognises the same weights."""
         rng = np.random.default_rng(0)
         pixels = tuple(torch.from_numpy(rng.integers(0, 256, (1, *p.crop, 3), dtype=np.uint8)) for p in self.preprocesses)
         outputs = self.run(pixels)
@@ -127,7 +147,7 @@ class Towers:
 
 
 def is_same(probe: list[float], other: list[float]) -> bool:
-    """Whether two probes are of the same weights."""
+    """Whether two probes come from the same weights."""
     x, y = np.nan_to_num(probe), np.nan_to_num(other)
     return x.shape == y.shape and bool(np.linalg.norm(x - y) <= SAME * np.linalg.norm(y))
 
@@ -143,6 +163,6 @@ def _unit(x_bd: Tensor) -> Tensor:
 
 
 def _unit_or_nan(x_bd: Tensor) -> Tensor:
-    """NaN in the rows that have no direction: what is not finite, or zero."""
+    """Normalise rows to unit norm; rows that are zero or not finite become NaN."""
     lengths = x_bd.double().norm(dim=1)
     return torch.where(((lengths > 0) & lengths.isfinite())[:, None].cpu(), _unit(x_bd), torch.nan)

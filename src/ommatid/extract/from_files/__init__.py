@@ -1,1 +1,1 @@
-"""Activations from files: `extract.source: files`. See docs/users/activations.md."""
+"""Import of activations from files: `extract.source: files`. See docs/users/activations.md."""

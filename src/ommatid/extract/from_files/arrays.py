@@ -1,4 +1,4 @@
-"""Formats of arrays, any run of whose entries can be read: npy, safetensors, and what torch.save wrote."""
+"""Array formats from which any slice can be read: npy, safetensors, and files of torch.save."""
 
 import pickle
 import zipfile
@@ -20,7 +20,7 @@ from ommatid.extract.from_files.base import (
     check_images,
     check_shape,
     choose,
-    others_of,
+    find_unread,
     reading,
     refuse_key,
     text_of,
@@ -30,17 +30,17 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class _Sliced:
-    """A format from which any run of entries can be read."""
+    """A file from which any slice of entries can be read."""
 
     path: Path
     paths: tuple[Path, ...]
     shape: tuple[int, ...]
     has_images: bool
-    others: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     @contextmanager
     def _open(self) -> Iterator[tuple[Any, Any]]:
-        """Activations and images, to be sliced; what is mapped into memory goes when the block ends."""
+        """Yield activations and images to be sliced; mapped memory is released when the block ends."""
         raise NotImplementedError
         yield
 
@@ -58,7 +58,7 @@ class _Sliced:
 
 
 def _as_tensor(x: Any) -> Tensor:
-    """A copy, so that nothing is left of the file in memory, in this machine's byte order."""
+    """Copy to a tensor in this machine's byte order, so that the file does not stay mapped."""
     return x.clone() if isinstance(x, Tensor) else torch.from_numpy(np.array(x, x.dtype.newbyteorder("="), order="C"))
 
 
@@ -67,7 +67,7 @@ def _as_images(images: Any) -> np.ndarray:
 
 
 class Npy(_Sliced):
-    """An array; images in a file beside it: `x.npy` and `x.image.npy`."""
+    """An npy file `x.npy` with one array; the images are in `x.image.npy` beside it."""
 
     def __init__(self, path: Path, key: str | None):
         self.path = path
@@ -91,12 +91,12 @@ def _map(path: Path) -> np.ndarray:
     how = "write it with np.save, an array of float16 or float32"
     with reading(path), path.open("rb") as file:
         if file.read(len(_NPY)) != _NPY:
-            raise SourceError(f"{path}: not a whole npy file (it does not begin like one); {how}")
+            raise SourceError(f"{path}: not a complete npy file (it does not begin like one); {how}")
     try:
         with reading(path):
             return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        what = "an array of Python objects" if "objects" in str(error) else f"not a whole npy file ({gist(error)})"
+        what = "an array of Python objects" if "objects" in str(error) else f"not a complete npy file ({gist(error)})"
         raise SourceError(f"{path}: {what}; {how}") from None
 
 
@@ -104,7 +104,7 @@ _NPY = b"\x93NUMPY"
 
 
 class Safetensors(_Sliced):
-    """A file of named tensors."""
+    """A safetensors file, which holds tensors by name."""
 
     def __init__(self, path: Path, key: str | None):
         self.path = path
@@ -115,7 +115,7 @@ class Safetensors(_Sliced):
             self._name = choose(path, key, known, "tensor")
             self.shape, dtype = tuple(slices[self._name].get_shape()), slices[self._name].get_dtype()
             self.has_images = IMAGE in slices
-            self.others = others_of(path, slices, self._name)
+            self.unread = find_unread(path, slices, self._name)
             check_shape(path, self.shape, dtype, dtype in ("F16", "BF16", "F32", "F64"))
             if self.has_images:
                 shape, dtype = tuple(slices[IMAGE].get_shape()), slices[IMAGE].get_dtype()
@@ -132,11 +132,11 @@ class Safetensors(_Sliced):
             with reading(self.path), safe_open(self.path, framework="pt") as file:
                 yield file
         except SafetensorError as error:
-            raise SourceError(f"{self.path}: not a whole safetensors file ({gist(error)}); write it again") from None
+            raise SourceError(f"{self.path}: not a complete safetensors file ({gist(error)}); write it again") from None
 
 
 class Pt(_Sliced):
-    """What torch.save wrote: a tensor, or a dict of tensors. Never unpickled: weights_only."""
+    """A file of torch.save with a tensor or a dict of tensors; loaded with `weights_only`, so no pickled code runs."""
 
     def __init__(self, path: Path, key: str | None):
         self.path = path
@@ -169,7 +169,7 @@ class Pt(_Sliced):
 
     @contextmanager
     def _holding(self) -> Iterator[None]:
-        """Torch's old format, before 1.6, cannot be mapped: the whole file is in memory while it is read."""
+        """Hold the whole file in memory during the block if it has the format from before torch 1.6, which cannot be mapped."""
         self._held = None if zipfile.is_zipfile(self.path) else self._tensors()
         try:
             yield
@@ -186,19 +186,19 @@ class Pt(_Sliced):
         tensors = {name: value.detach() for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
         known = {name: f"{str(value.dtype).removeprefix('torch.')} {text_of(tuple(value.shape))}" for name, value in tensors.items()}
         name = choose(self.path, self._key, known, "tensor")
-        self.others = others_of(self.path, [str(key) for key in found], name)
+        self.unread = find_unread(self.path, [str(key) for key in found], name)
         return tensors[name], self._images(found[IMAGE]) if IMAGE in found else None
 
     def _images(self, found: Any) -> Tensor:
-        """As a tensor: a list or tuple of whole numbers says the same.
+        """Return the images as a tensor; a list or tuple of whole numbers will do too.
 
         Raises:
-            SourceError: it is neither.
+            SourceError: The images are neither.
         """
         if isinstance(found, Tensor):
             return found.detach()
         if isinstance(found, list | tuple) and all(type(number) is int for number in found):
-            with suppress(RuntimeError, ValueError, OverflowError):  # a number that no integer of 64 bits holds
+            with suppress(RuntimeError, ValueError, OverflowError):  # raised for a number that does not fit into 64 bits
                 return torch.tensor(found, dtype=torch.int64)
         raise SourceError(
             f"{self.path}: {IMAGE!r} is a {type(found).__name__}; it must be a tensor or a list of whole numbers, one for each entry"
@@ -216,10 +216,10 @@ def _load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError:
         if not is_zip and not _is_pickle(path):
-            raise SourceError(f"{path}: not a whole file of torch.save; write it again") from None
+            raise SourceError(f"{path}: not a complete file of torch.save; write it again") from None
         raise SourceError(f"{path}: needs pickle, which can run any code, so it is not opened; {_HOW_TO_SAVE}") from None
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:  # of a parser of any bytes
-        raise SourceError(f"{path}: not a whole file of torch.save ({gist(error)}); write it again") from None
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:  # what torch raises for arbitrary bytes
+        raise SourceError(f"{path}: not a complete file of torch.save ({gist(error)}); write it again") from None
 
 
 def _is_pickle(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What every file of activations is to an import, whatever its format, and what is refused in each. See docs/users/activations.md."""
+"""The interface of a file of activations, whatever its format, and the checks that every file must pass. See docs/users/activations.md."""
 
 import re
 from collections.abc import Collection, Container, Iterator, Mapping
@@ -12,50 +12,50 @@ from torch import Tensor
 from ommatid.errors import SourceError, gist
 
 IMAGE = "image"
-"""The tensor or column that says which image a row, or an entry of the first dimension, comes from."""
+"""Name of the tensor or column that holds the image of each row, or of each entry of the first dimension."""
 
 Piece = tuple[int, Tensor, np.ndarray | None]
-"""Index of the piece, its activations (entries, ...) and their images (entries,) int64."""
+"""Index of a piece, its activations, (entries, ...), and their images, (entries,) int64, or None if the file does not hold them."""
 
 
 class ActivationFile(Protocol):
-    """One file. Its entries are tokens where `shape` has two dimensions, images where it has three."""
+    """A file of activations. Its entries are tokens if `shape` has two dimensions, images if it has three."""
 
     path: Path
     paths: tuple[Path, ...]
-    """Every file that is read: `path`, and what lies beside it."""
+    """All files that are read: `path`, and a file of images beside it."""
     shape: tuple[int, ...]
     """(tokens, d_model) or (images, tokens, d_model)."""
     has_images: bool
-    """Whether it says which image each entry comes from."""
-    others: tuple[str, ...]
-    """Names of tensors or columns in it that are not read."""
+    """Whether the file holds the image of each entry."""
+    unread: tuple[str, ...]
+    """Names of tensors or columns in the file that are not read."""
 
     def iter_images(self, n: int) -> Iterator[np.ndarray]:
-        """The image of every entry in order, `n` entries a piece; only where `has_images`."""
+        """Iterate over the images of all entries in order, `n` entries at a time; only if `has_images`."""
         ...
 
     def iter_pieces(self, n: int, wanted: Container[int]) -> Iterator[Piece]:
-        """The file in pieces of `n` entries, in order; only the wanted ones."""
+        """Iterate over pieces of `n` entries in order, yielding those whose index is in `wanted`."""
         ...
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses (a link that leads nowhere, no rights) into an error that says so. Raises SourceError."""
+    """Turn an OSError, such as that of a dangling link or missing permissions, into an error that names the file. Raises SourceError."""
     try:
         yield
     except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({gist(error)}); mend or remove it") from None
+        raise SourceError(f"{path}: cannot be read ({gist(error)}); repair or remove it") from None
 
 
 def text_of(shape: tuple[int, ...]) -> str:
-    """Such as (100, 768)."""
+    """Format a shape, such as (100, 768)."""
     return f"({', '.join(map(str, shape))})"
 
 
 def check_shape(path: Path, shape: tuple[int, ...], dtype: Any, is_float: bool) -> None:
-    """Refuse what is no matrix of floats or one for each image. Raises SourceError."""
+    """Check that a file holds floats, either one matrix or one for each image. Raises SourceError."""
     if not is_float:
         raise SourceError(f"{path}: holds {dtype}; activations must be float16, bfloat16, float32 or float64")
     if len(shape) not in (2, 3):
@@ -65,7 +65,7 @@ def check_shape(path: Path, shape: tuple[int, ...], dtype: Any, is_float: bool) 
 
 
 def check_images(path: Path, shape: tuple[int, ...], n: int, dtype: Any, is_integer: bool) -> None:
-    """Refuse images that are no whole numbers, one for each of `n` entries. Raises SourceError."""
+    """Check that a file's images are whole numbers, one for each of `n` entries. Raises SourceError."""
     if shape != (n,) or not is_integer:
         raise SourceError(
             f"{path}: {IMAGE!r} is {dtype} of shape {text_of(shape)}; it must be whole numbers, one for each of the {n} entries"
@@ -73,18 +73,31 @@ def check_images(path: Path, shape: tuple[int, ...], n: int, dtype: Any, is_inte
 
 
 def as_int64(images: np.ndarray) -> np.ndarray:
-    """Whole numbers of any type as int64; what that cannot hold becomes its largest, and is refused like any image that is too large."""
+    """Convert whole numbers to int64; larger ones become its maximum, which is refused later like any number that is too large."""
     top = np.iinfo(np.int64).max
     return (images.clip(max=top) if images.dtype == np.uint64 else images).astype(np.int64)
 
 
 def choose(path: Path, key: str | None, known: Mapping[str, str], what: str) -> str:
-    """The name of the activations among `known`: names of tensors or columns, and what they are. Raises SourceError."""
+    """Choose the tensor or column that holds the activations.
+
+    Args:
+        path: Path of the file.
+        key: `extract.key`, the name that the user set; None if the file leaves no choice.
+        known: Descriptions of the tensors or columns, by name.
+        what: "tensor" or "column".
+
+    Returns:
+        Name of the tensor or column.
+
+    Raises:
+        SourceError: None has the name `key`, or without a key there is no candidate or more than one.
+    """
     if not known:
         raise SourceError(
-            f"{path}: no {what} of it can hold activations; it must be floats of shape (tokens, d_model), or see docs/users/activations.md"
+            f"{path}: has no {what} that can hold activations, which are floats of shape (tokens, d_model); see docs/users/activations.md"
         )
-    listed = ", ".join(f"{name} ({is_})" for name, is_ in known.items())
+    listed = ", ".join(f"{name} ({description})" for name, description in known.items())
     if key is not None:
         if key not in known:
             raise SourceError(f"{path}: extract.key is {key!r}, and there is no such {what}; the file has {listed}")
@@ -95,26 +108,34 @@ def choose(path: Path, key: str | None, known: Mapping[str, str], what: str) -> 
     return names[0]
 
 
-def others_of(path: Path, names: Collection[str], key: str) -> tuple[str, ...]:
-    """What a file holds beside the activations `key` and `image`.
+def find_unread(path: Path, names: Collection[str], key: str) -> tuple[str, ...]:
+    """List what a file holds beside the activations and `image`.
+
+    Args:
+        path: Path of the file.
+        names: Names of its tensors or columns.
+        key: Name of the activations.
+
+    Returns:
+        Names of the tensors or columns that are not read.
 
     Raises:
-        SourceError: something that looks like the images by another name, without which every entry would count as an image.
+        SourceError: There is no `image`, but something whose name suggests images; ignoring it would count every entry as an image.
     """
-    others = tuple(name for name in names if name not in (key, IMAGE))
-    for name in others:
+    unread = tuple(name for name in names if name not in (key, IMAGE))
+    for name in unread:
         if _IMAGES.fullmatch(name) and IMAGE not in names:
             raise SourceError(
                 f"{path}: {name!r} is not read; call it {IMAGE!r} if it says which image an entry comes from, or leave it out"
             )
-    return others
+    return unread
 
 
 _IMAGES = re.compile(r"(image|img|sample)s?[ _.-]?(id|idx|index|number|no|nr)?(e?s)?|idx|index|indices|ids?", re.IGNORECASE)
-"""Names by which other programs call what is `image` here."""
+"""Names that other programs give to what is called `image` here."""
 
 
 def refuse_key(path: Path, key: str | None) -> None:
-    """Refuse a key for an array that has no name. Raises SourceError."""
+    """Check that no key is set for a file with a single nameless array. Raises SourceError."""
     if key is not None:
         raise SourceError(f"{path}: extract.key is {key!r}, and the file holds one array without a name; set extract.key to null")

@@ -1,4 +1,4 @@
-"""Files of activations that were made elsewhere, found and opened by their endings. See docs/users/activations.md."""
+"""Discovery of files of activations, which are opened by their endings. See docs/users/activations.md."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -13,13 +13,20 @@ from ommatid.store.filesystem.listing import ACTIVATIONS, list_activations, some
 
 
 def open_files(place: str, key: str | None) -> tuple[list[ActivationFile], list[str]]:
-    """The files at `place`, a file or a folder, in order of name, where part10 comes after part9; and what of it is not read, in sentences.
+    """Open the files of activations at a path.
+
+    Args:
+        place: Path of a file or a folder.
+        key: `extract.key`, the name of the activations inside each file; None if the files leave no choice.
+
+    Returns:
+        The files in order of name, where part10 comes after part9, and sentences about what is not read.
 
     Raises:
-        SourceError: nothing there, several formats, or a file that does not hold what docs/users/activations.md asks for.
+        SourceError: There is no such file, there are several formats, or a file does not meet the contract of docs/users/activations.md.
     """
     if "://" in place:
-        raise SourceError(f"{place}: extract.path must be on this machine, for files of activations are mapped; copy them first")
+        raise SourceError(f"{place}: extract.path must be on this machine, since files of activations are mapped; copy them first")
     listing = list_activations(place)
     paths = sorted((file.path for file in listing.files if file.path), key=_natural)
     for path in paths:
@@ -39,20 +46,20 @@ def open_files(place: str, key: str | None) -> tuple[list[ActivationFile], list[
 
 
 def _check_beside(images: Collection[Path], paths: Collection[Path]) -> None:
-    """Raises SourceError where images lie beside nothing."""
+    """Check that each file of images lies beside its file of activations. Raises SourceError."""
     for path in images:
         if (owner := path.with_name(path.name.removesuffix(f".{IMAGE}.npy") + ".npy")) not in paths:
-            raise SourceError(f"{path}: says which image each entry of {owner.name} comes from, and there is no such file; name them alike")
+            raise SourceError(f"{path}: holds the images of the entries of {owner.name}, and there is no such file; name them alike")
 
 
 def _unread(files: Sequence[ActivationFile]) -> list[str]:
-    """A sentence about tensors or columns that are not read, if any."""
-    names = list(dict.fromkeys(name for file in files for name in file.others))
+    """Return a sentence about tensors or columns that are not read, or an empty list if there are none."""
+    names = list(dict.fromkeys(name for file in files for name in file.unread))
     return [f"{files[0].path.parent}: {some_of(names)} in the files {'is' if len(names) == 1 else 'are'} not read"] if names else []
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """Numbers in names count as numbers: writers of per-batch parts rarely pad them."""
+    """Sort key that compares numbers in names as numbers, since programs that write a part per batch rarely pad them with zeros."""
     return [(int(text), "") if text.isdigit() else (-1, text) for text in re.split(r"([0-9]+)", path.as_posix())]
 
 

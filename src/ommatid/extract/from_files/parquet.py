@@ -1,4 +1,4 @@
-"""Vectors in a column of a Parquet file: bytes of one width, or lists of floats."""
+"""Parquet files with activations in one column, as bytes of one width or lists of floats."""
 
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ommatid.errors import SourceError, gist
-from ommatid.extract.from_files.base import IMAGE, Piece, as_int64, check_images, check_shape, choose, others_of
+from ommatid.extract.from_files.base import IMAGE, Piece, as_int64, check_images, check_shape, choose, find_unread
 
 
 class ParquetFile:
-    """A column of vectors: fixed-width bytes, lists or fixed-size lists; images in a column of their own."""
+    """A Parquet file with a column of vectors, as bytes, lists or fixed-size lists, and perhaps a column of images."""
 
     def __init__(self, path: Path, key: str | None):
         self.path = path
@@ -34,7 +34,7 @@ class ParquetFile:
             self._bytes_dtype = _bytes_dtype(path, schema) if _is_bytes(type_) else None
             self._width = self._width_of(file, type_) if n_rows else 0
             self.has_images = IMAGE in schema.names
-            self.others = others_of(path, schema.names, self._name)
+            self.unread = find_unread(path, schema.names, self._name)
             if self.has_images:
                 images = schema.field(IMAGE).type
                 check_images(path, (n_rows,), n_rows, images, pa.types.is_integer(images))
@@ -54,7 +54,7 @@ class ParquetFile:
                 yield index, self._vectors(batch, start), self._images(batch, start) if self.has_images else None
 
     def _iter_batches(self, n: int, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
-        """Tables of n rows, wherever row groups end, with the number of their first row."""
+        """Iterate over tables of `n` rows, which may span row groups, yielding the index of the first row with each."""
         waiting, start = [], 0
         with _parquet(self.path) as file:
             for batch in file.iter_batches(n, columns=columns):
@@ -97,11 +97,13 @@ class ParquetFile:
             return pc.call_function("list_value_length", [column]).to_numpy(zero_copy_only=False)
         lengths = pc.call_function("binary_length", [column]).to_numpy(zero_copy_only=False)
         if (odd := (lengths % self._bytes_dtype.itemsize).nonzero()[0]).size:
-            raise SourceError(f"{self.path}: column {self._name} is {lengths[odd[0]]} bytes wide, which are no {self._bytes_dtype.name}s")
+            raise SourceError(
+                f"{self.path}: column {self._name} is {lengths[odd[0]]} bytes wide, which is not a multiple of {self._bytes_dtype.name}"
+            )
         return lengths // self._bytes_dtype.itemsize
 
     def _width_of(self, file: pq.ParquetFile, type_: pa.DataType) -> int:
-        """Numbers in the first row."""
+        """Return the number of values in the first row."""
         first = next(file.iter_batches(1, columns=[self._name])).column(0)
         self._check_nulls(first, 0, self._name)
         return int(self._widths(first)[0])
@@ -115,11 +117,11 @@ class ParquetFile:
 @contextmanager
 def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
     try:
-        # buffered reads: by default whole row groups are held, and one may be the whole file
+        # reads are buffered because pyarrow otherwise holds whole row groups, and one may be the whole file
         with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
             yield file
-    except (pa.ArrowException, OSError) as error:  # Arrow says of damage what a disk says, too
-        raise SourceError(f"{path}: cannot be read as Parquet ({gist(error)}); mend it, or write it again") from None
+    except (pa.ArrowException, OSError) as error:  # Arrow raises OSError for damaged files, too
+        raise SourceError(f"{path}: cannot be read as Parquet ({gist(error)}); repair it, or write it again") from None
 
 
 def _is_vector(type_: pa.DataType) -> bool:
@@ -133,7 +135,7 @@ def _is_bytes(type_: pa.DataType) -> bool:
 
 
 def _bytes_dtype(path: Path, schema: pa.Schema) -> np.dtype:
-    """What the bytes are: the schema's metadata `dtype`, as Ommatid's own artefacts have it, or float16."""
+    """Return the dtype of byte columns: `dtype` of the schema's metadata, which Ommatid's own artefacts have, else float16."""
     name = (schema.metadata or {}).get(b"dtype", b"float16").decode()
     if name not in ("float16", "float32", "float64"):
         raise SourceError(f"{path}: the schema's metadata says dtype={name}; it must be float16, float32 or float64")

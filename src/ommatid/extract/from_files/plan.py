@@ -1,4 +1,4 @@
-"""The plan of an import: files are cut into blocks of consecutive entries, which are dealt to shards at random."""
+"""The plan of an import: files are divided into blocks of consecutive entries, which are dealt to shards at random."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,11 +12,11 @@ from ommatid.extract.from_files.base import ActivationFile
 from ommatid.extract.plan import IMAGES_PER_SHARD, SEED
 
 BYTES_PER_BLOCK = 2**23
-"""Of float16: what is read at once, and what a killed run loses."""
+"""Bytes of a block in float16, which is what is read at once and what an interrupted run loses."""
 BYTES_PER_SHARD = 2**27
-"""Of float16, at most, where that leaves it enough images: a round of a shard is held in memory."""
+"""Largest size of a shard in float16, unless it would have too few images; one round of it is held in memory."""
 MAX_IMAGES = 2**31
-"""`image` is an int32."""
+"""Largest number of images, since `image` is an int32."""
 
 
 @dataclass(frozen=True)
@@ -28,36 +28,37 @@ class Block:
     index: int
     """Index of the block in the file."""
     n_rows: int
-    """Tokens in it."""
+    """Number of tokens in the block."""
     n_images: int
-    """Images in it."""
+    """Number of images in the block."""
     most: int
-    """Tokens of the image that has most in it."""
+    """Largest number of tokens that one image has in the block."""
     before: int
-    """Entries right before it that are of its first image."""
+    """Number of entries immediately before the block that belong to its first image."""
 
 
 class FilePlan:
-    """Which blocks each shard holds: a function of the files' shapes and images.
+    """The plan of an import, a function of the files' shapes and images: which blocks each shard holds.
 
     Raises:
-        SourceError: images that are no int32 from 0 on.
+        SourceError: The number of an image is negative or does not fit into an int32, or there are too many images.
     """
 
     def __init__(self, files: Sequence[ActivationFile]) -> None:
         self._files = files
         self.d_model = files[0].shape[-1]
         self.tokens = math.prod(files[0].shape[1:-1])
-        """Rows of an entry."""
+        """Number of rows per entry."""
         self.entries = max(1, BYTES_PER_BLOCK // (2 * self.tokens * self.d_model))
-        """Of a block, but the last of a file."""
-        self._images = _Images()
+        """Number of entries per block; the last block of a file may have fewer."""
+        self._images = _ImageCounter()
         self.blocks = [block for index, file in enumerate(files) for block in self._cut(index, file)]
         self.n_rows = sum(block.n_rows for block in self.blocks)
         self.n_images = self._images.n if files[0].has_images else self.n_rows // self.tokens
         if self.n_images > MAX_IMAGES:
             raise SourceError(
-                f"{files[0].path}: {self.n_images} images in all; at most {MAX_IMAGES}; say with `image` which rows belong to one"
+                f"{files[0].path}: {self.n_images} images in all, at most {MAX_IMAGES} are allowed; use `image` to say which rows "
+                "belong to one image"
             )
 
     def _cut(self, index: int, file: ActivationFile) -> Iterator[Block]:
@@ -65,7 +66,10 @@ class FilePlan:
             yield Block(index, i, n * self.tokens, n_images, most * self.tokens, before)
 
     def _count(self, file: ActivationFile) -> Iterator[tuple[int, int, int, int]]:
-        """Entries, images, entries of the image that has most, and entries right before it of its first one, of each block of a file."""
+        """Iterate over the blocks of a file, yielding four numbers for each.
+
+        They are its entries, its images, the most entries that one image has, and the entries before the block of its first image.
+        """
         if not file.has_images:
             yield from ((n, n, 1, 0) for start in range(0, file.shape[0], self.entries) for n in [min(self.entries, file.shape[0] - start)])
             return
@@ -85,12 +89,12 @@ class FilePlan:
 
     @cached_property
     def starts(self) -> list[int]:
-        """Number of each file's first image, where the files do not say."""
+        """Number given to each file's first image if the files do not number their images."""
         return [0, *np.cumsum([file.shape[0] for file in self._files]).tolist()]
 
     @cached_property
     def shards(self) -> list[list[Block]]:
-        """The blocks of each shard, in the order of the files; every shard has some."""
+        """Blocks of each shard, in the order of the files; no shard is empty."""
         n_bytes = 2 * self.n_rows * self.d_model
         n = max(1, min(len(self.blocks), self.n_images // IMAGES_PER_SHARD, math.ceil(n_bytes / BYTES_PER_SHARD)))
         rows = np.array([block.n_rows for block in self.blocks])
@@ -100,8 +104,8 @@ class FilePlan:
         return [[self.blocks[i] for i in sorted(order[dealt == shard])] for shard in np.unique(dealt)]
 
 
-class _Images:
-    """Counts different images: a bit each."""
+class _ImageCounter:
+    """Counts distinct images, at one bit each."""
 
     def __init__(self) -> None:
         self._bits = np.zeros(0, np.uint8)
@@ -120,7 +124,15 @@ class _Images:
 
 
 def places_in_runs(entries: np.ndarray, before: int) -> np.ndarray:
-    """Place of each entry in its run of entries of one image; the first run began `before` entries earlier."""
+    """Return the index of each entry within its run of consecutive entries of one image.
+
+    Args:
+        entries: Image of each entry, (entries,).
+        before: Number of entries of the first run that precede these.
+
+    Returns:
+        Indices, (entries,).
+    """
     starts = np.concatenate([[0], (np.diff(entries) != 0).nonzero()[0] + 1])
     lengths = np.diff([*starts, len(entries)])
     place = np.arange(len(entries)) - starts.repeat(lengths)

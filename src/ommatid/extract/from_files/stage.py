@@ -1,8 +1,8 @@
 """Stage `extract` with `source: files`: imports activations that were made elsewhere. See docs/users/activations.md.
 
-Every file is cut into blocks of consecutive entries, which are dealt to shards at random. The files are read once, in order: each
-block waits in the spill of its shard, checked, in float16 and with its rows in random rounds (see extract/rows.py). Then each shard is
-written. So memory depends on neither rows nor files, and a run that died goes on after its last whole block or shard.
+Every file is divided into blocks of consecutive entries, which are dealt to shards at random. The files are read once, in order: each
+block is checked, converted to float16, put into random rounds (see extract/rows.py) and spilled to its shard. Then each shard is written.
+So memory use depends on the number of neither rows nor files, and an interrupted run continues after its last whole block or shard.
 """
 
 import hashlib
@@ -27,31 +27,42 @@ from ommatid.extract.from_files.base import ActivationFile
 from ommatid.extract.from_files.formats import open_files
 from ommatid.extract.from_files.plan import Block, FilePlan, places_in_runs
 from ommatid.extract.plan import SEED
-from ommatid.extract.rows import BYTES_PER_ROW_GROUP, Groups, Seen, Spill, iter_in_order, write_rows
+from ommatid.extract.rows import BYTES_PER_ROW_GROUP, Groups, Spill, WindowCounter, iter_in_order, write_rows
 from ommatid.store import RECEIPTS, SCRATCH, Artefact, Draft, File, part_name
 from ommatid.store.filesystem import in_words
 
 LARGEST = 65504.0
-"""The largest float16."""
+"""Largest finite float16."""
 _SOURCE = f"{SCRATCH}/source.json"
 
 
 def import_files(params: ExtractFiles, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
-    """Import activations; it has no `inputs`, and makes no embeddings.
+    """Import activations; no embeddings are made.
+
+    Args:
+        params: The `extract` section of the params.
+        inputs: Not used, since an import has no inputs.
+        draft: Draft of the extraction.
+        on_event: Called with each progress event and warning.
+
+    Returns:
+        The sealed extraction, with one artefact of activations.
 
     Raises:
-        SourceError: the files break the contract of docs/users/activations.md, or hold values that float16 cannot; nothing is published.
-        ConfigError: a name that a folder of the artefact has already.
+        SourceError: The files break the contract of docs/users/activations.md, or hold values that float16 cannot represent.
+        ConfigError: `extract.name` is the name of a folder that Ommatid uses itself.
     """
     if params.name in (SCRATCH, RECEIPTS):
-        raise ConfigError(f"extract.name: {params.name!r} is a folder of Ommatid's own; call the activations something else")
+        raise ConfigError(f"extract.name: {params.name!r} is a folder that Ommatid uses itself; call the activations something else")
     files, notices = open_files(params.path, params.key)
     for notice in notices:
         on_event(Warned(notice))
     plan = FilePlan(files)
     if not files[0].has_images and len(files[0].shape) == 2:
-        on_event(Warned(f"{params.path}: nothing says which image a row comes from: each of {plan.n_rows} counts as an image of its own"))
-    _start_or_go_on(draft, params.name, files)
+        on_event(
+            Warned(f"{params.path}: the files do not say which image a row comes from, so each of {plan.n_rows} rows counts as an image")
+        )
+    _begin_or_continue(draft, params.name, files)
     _Import(params, files, plan, draft, on_event).make()
     shards = list(draft.iter_json([_receipt(shard) for shard in range(len(plan.shards))]))
     written = [File(**file) for shard in shards for file in shard["files"]]
@@ -62,7 +73,7 @@ def import_files(params: ExtractFiles, inputs: Mapping[str, Artefact], draft: Dr
 
 
 def _summarise(params: ExtractFiles, first: ActivationFile, plan: FilePlan) -> dict[str, Any]:
-    """The keys of activations made from images; null: there are no images to know it from."""
+    """Return the same summary keys as for activations made from images; None where only images would tell the value."""
     per_image = 1 if not first.has_images else None
     known = {
         "source": "files",
@@ -76,8 +87,8 @@ def _summarise(params: ExtractFiles, first: ActivationFile, plan: FilePlan) -> d
     return known | dict.fromkeys(("judge", "judges", "namer", "d_joint", "d_judge", "grid", "rounding"))
 
 
-def _start_or_go_on(draft: Draft, name: str, files: Sequence[ActivationFile]) -> None:
-    """What a run left that died is kept where the files are still the same."""
+def _begin_or_continue(draft: Draft, name: str, files: Sequence[ActivationFile]) -> None:
+    """Keep what an interrupted run left if the files are still the same, else begin anew."""
     stats = [(path, path.stat()) for file in files for path in file.paths]
     facts = [(path.as_posix(), status.st_size, status.st_mtime_ns) for path, status in stats]
     fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
@@ -95,7 +106,7 @@ def _receipt(shard: int) -> str:
 
 
 class _Import:
-    """Files to shards."""
+    """One import, from files to shards."""
 
     def __init__(self, params: ExtractFiles, files: Sequence[ActivationFile], plan: FilePlan, draft: Draft, on_event: Listener) -> None:
         self._params = params
@@ -110,24 +121,24 @@ class _Import:
         self._groups = {shard: _groups(plan.shards[shard], plan.d_model) for shard in self._missing}
 
     def _iter_files(self, receipt: dict[str, Any]) -> Iterator[File]:
-        """The files of a shard, by their names in the draft."""
+        """Iterate over the files that a receipt describes, by their names in the draft."""
         return (File(**(values | {"name": f"{self._params.name}/{values['name']}"})) for values in receipt["files"])
 
     def make(self) -> None:
-        """Read what is missing, check it, write what is missing.
+        """Read, check and spill the missing blocks, then write the missing shards.
 
         Raises:
-            SourceError: values that float16 cannot hold; names the files, the first rows and how many.
+            SourceError: Some values cannot be represented in float16; the message names the files, the first row and the number of rows.
         """
         places = {block: (shard, chunk) for shard in self._missing for chunk, block in enumerate(self._plan.shards[shard])}
         wanted = {block: place for block, place in places.items() if not self._spills[place[0]].has(place[1])}
-        self._check_room(wanted)
+        self._check_disk_space(wanted)
         self._read(wanted)
         for n, shard in enumerate(self._missing, start=1):
             self._write(shard)
             self._on_event(Progress("write shards", n, len(self._missing)))
 
-    def _check_room(self, wanted: Mapping[Block, Any]) -> None:
+    def _check_disk_space(self, wanted: Mapping[Block, Any]) -> None:
         per_row = 2 * self._plan.d_model + _BESIDE
         largest = max((sum(block.n_rows for block in self._plan.shards[shard]) for shard in self._missing), default=0)
         need = (sum(block.n_rows for block in wanted) + largest) * per_row
@@ -139,11 +150,11 @@ class _Import:
             )
 
     def _read(self, wanted: Mapping[Block, tuple[int, int]]) -> None:
-        """Every file once, in order."""
+        """Read every file once, in order, and spill the wanted blocks to their shard and chunk."""
         damage: list[str] = []
         done = len(self._plan.blocks) - len(wanted)
         for index, blocks in groupby(sorted(wanted, key=lambda block: (block.file, block.index)), lambda block: block.file):
-            file, bad = self._files[index], _Bad(self._plan.tokens)
+            file, bad = self._files[index], _BadRows(self._plan.tokens)
             of_piece = {block.index: block for block in blocks}
             for i, x, images in file.iter_pieces(self._plan.entries, of_piece):
                 start = i * self._plan.entries
@@ -156,50 +167,58 @@ class _Import:
         if damage:
             more = f"; and {len(damage) - _SHOWN} more files" if len(damage) > _SHOWN else ""
             raise SourceError(
-                f"activations that cannot be stored as float16: {'; '.join(damage[:_SHOWN])}{more}; mend or remove these rows"
+                f"activations that cannot be stored as float16: {'; '.join(damage[:_SHOWN])}{more}; correct or remove these rows"
             )
 
     def _spill(self, shard: int, chunk: int, entries: np.ndarray, place: np.ndarray, x: Tensor) -> None:
-        """Rows of a block wait for their shard: training rows in random rounds, evaluation rows as they came."""
+        """Spill the rows of a block to its shard: training rows in random rounds, evaluation rows in their original order.
+
+        Args:
+            shard: Index of the shard.
+            chunk: Index of the block in the shard.
+            entries: Image of each entry, (entries,).
+            place: Index of each entry within its image's run of entries, (entries,).
+            x: Activations, (entries, ..., d_model).
+        """
         image = entries.repeat(self._plan.tokens)
         token = (place[:, None] * self._plan.tokens + np.arange(self._plan.tokens)).reshape(-1)
         rows = x.reshape(-1, self._plan.d_model).half()
-        held = is_eval(image, self._params.eval_share)
-        where, kept = held.nonzero()[0], (~held).nonzero()[0]
-        order, parts = self._groups[shard].split(image[kept], np.random.default_rng([SEED, shard, chunk]))
+        is_held_out = is_eval(image, self._params.eval_share)
+        eval_rows, train_rows = is_held_out.nonzero()[0], (~is_held_out).nonzero()[0]
+        order, parts = self._groups[shard].split(image[train_rows], np.random.default_rng([SEED, shard, chunk]))
         train = []
         for part in parts:
-            columns = _columns(image[kept[part]], token[kept[part]], rows[torch.from_numpy(kept[part])])
+            columns = _columns(image[train_rows[part]], token[train_rows[part]], rows[torch.from_numpy(train_rows[part])])
             extra = {"round": order.round[part], "stratum": order.stratum[part], "draw": order.draw[part]}
             train.append(pa.RecordBatch.from_pydict(columns | {name: pa.array(values) for name, values in extra.items()}))
-        held_out = pa.RecordBatch.from_pydict(_columns(image[where], token[where], rows[torch.from_numpy(where)]))
+        held_out = pa.RecordBatch.from_pydict(_columns(image[eval_rows], token[eval_rows], rows[torch.from_numpy(eval_rows)]))
         self._spills[shard].write(chunk, {"train": train, "eval": [held_out]})
 
     def _write(self, shard: int) -> None:
         spill, n_chunks = self._spills[shard], len(self._plan.shards[shard])
         schema = schemas.activations(self._plan.d_model, {"model": self._params.model, "hookpoint": self._params.name})
         draft = self._draft.child(self._params.name, "activations")
-        seen = Seen()
+        counter = WindowCounter()
         tables = {
-            "train": (seen.add(rows) for rows in iter_in_order(spill, "train", n_chunks, self._groups[shard].n)),
+            "train": (counter.add(rows) for rows in iter_in_order(spill, "train", n_chunks, self._groups[shard].n)),
             "eval": (pa.Table.from_batches([spill.read(chunk, "eval")]) for chunk in range(n_chunks)),
         }
         files = [
             write_rows(draft, part_name(table, shard), (_activations(rows, schema) for rows in found), schema)
             for table, found in tables.items()
         ]
-        self._draft.write_json(_receipt(shard), {"files": [asdict(file) for file in files], "window": seen.window})
+        self._draft.write_json(_receipt(shard), {"files": [asdict(file) for file in files], "window": counter.window})
         spill.drop()
 
 
 _BESIDE = 29
-"""Bytes of a waiting row beside its vector."""
+"""Bytes of a spilled row beside its vector."""
 _SHOWN = 3
-"""Damaged files that are named; the rest are counted."""
+"""Number of bad files that an error message names; the rest are counted."""
 
 
 def _groups(blocks: Sequence[Block], d_model: int) -> Groups:
-    """Row groups of about the usual size: whole rounds."""
+    """Return row groups of whole rounds, of about `BYTES_PER_ROW_GROUP` bytes each."""
     most = max(block.most for block in blocks)
     n_bytes = sum(block.n_rows for block in blocks) * d_model * 2
     return Groups(most, math.ceil(most / max(1, n_bytes // BYTES_PER_ROW_GROUP)))
@@ -210,7 +229,7 @@ def _columns(image: np.ndarray, token: np.ndarray, x: Tensor) -> dict[str, pa.Ar
 
 
 def _activations(rows: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Rows in the schema of the artefact: imported tokens have no place."""
+    """Convert rows to the schema of the artefact, in which imported tokens have no place in the image."""
     n = len(rows)
     nowhere = pa.array(np.full(n, -1), pa.int16())
     columns = {"kind": pa.array(["imported"] * n, pa.string()), "row": nowhere, "col": nowhere}
@@ -218,9 +237,17 @@ def _activations(rows: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def is_eval(image: np.ndarray, share: float) -> np.ndarray:
-    """Which images are held out, by their number alone: an image stays on its side when others come or go.
+    """Return which images are held out for evaluation.
 
-    The hash is the finaliser of SplitMix64 (doi 10.1145/2714064.2660195).
+    The choice depends on the image's number alone, so an image stays in its split when others are added or removed. The hash is the
+    finaliser of SplitMix64 (doi 10.1145/2714064.2660195).
+
+    Args:
+        image: Numbers of images, (images,).
+        share: Share of the images to hold out, from 0 to 1.
+
+    Returns:
+        Whether each image is held out, (images,) bool.
     """
     x = image.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -228,8 +255,8 @@ def is_eval(image: np.ndarray, share: float) -> np.ndarray:
     return (x ^ (x >> np.uint64(31))) / 2**64 < share
 
 
-class _Bad:
-    """Rows of one file that float16 cannot hold."""
+class _BadRows:
+    """Count of the rows of one file that float16 cannot represent."""
 
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
@@ -237,7 +264,7 @@ class _Bad:
         self._first: int | None = None
 
     def add(self, start: int, x: Tensor) -> bool:
-        """Look at the entries from `start` on; whether any is bad."""
+        """Count the bad rows among the entries from `start` on, and return whether there are any."""
         top = x.reshape(-1, x.shape[-1]).abs().amax(1)  # NaN where there is one
         bad = (~(top <= LARGEST)).nonzero()[:, 0]
         if not len(bad):
