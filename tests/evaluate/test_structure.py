@@ -20,7 +20,7 @@ from ommatid.compute import checkpoint
 from ommatid.evaluate import batches, monosemanticity, structure
 from ommatid.evaluate.structure import MIN_BOTH, iter_fires, measure_structure
 from ommatid.events import Progress
-from ommatid.images.eval_split import load_halves
+from ommatid.images.eval_split import load_eval_split
 from ommatid.sae.model import SAE
 from ommatid.store import Artefact
 from support.world import ALWAYS, D_SAE, DEAD, DOG, DOG_AGAIN, KINDS, LEVELS, PATHS, SHOWN, make_inputs, make_sae, make_world, run
@@ -249,7 +249,7 @@ def test_probes_find_the_latents_that_are_planted(world: dict[str, Artefact]) ->
         (name, probe, k) for name in PATHS for probe, k in [*(("latents", k) for k in (1, 2, 5, 10)), ("x", 16)]
     )
     places = {name: latent for latent, name in reversed(SHOWN.items())}
-    held_out = load_halves(world["images"]).is_held_out
+    held_out = load_eval_split(world["images"]).is_held_out
     _, labels = make_world(N_IMAGES)
     for row in probes:
         assert row["n_positive"] == sum(label == row["class"] and out for label, out in zip(labels, held_out, strict=True))
@@ -264,7 +264,7 @@ def test_probes_find_the_latents_that_are_planted(world: dict[str, Artefact]) ->
 
 def test_latents_of_a_probe_differ_most_in_the_half_that_fits(world: dict[str, Artefact], acts: torch.Tensor) -> None:
     _, labels = make_world(N_IMAGES)
-    fits = torch.from_numpy(~load_halves(world["images"]).is_held_out)
+    fits = torch.from_numpy(~load_eval_split(world["images"]).is_held_out)
     for row in rows_of(world["evaluate"], "probes"):
         if row["k"] == 10:
             mine = torch.tensor([label == row["class"] for label in labels])

@@ -165,8 +165,8 @@ def test_nothing_to_read_names_the_path_and_what_to_do(kind, root, png):
         (b'path,caption\na.png,x\n\na.png,"x\nb.png,y\n', "line 4, not CSV .*quotation mark that is not closed"),
         (b"path,caption\n,x\n", "line 2, column path: is empty"),
         (b"path,taxonomy\na.png,x/y\na.png,x//y\n", "line 3, the taxonomy 'x//y' has a class without a name"),
-        (b"path,label\na.png,x\na.png,y\n", "line 3, column label: 'y', and a line before says 'x' of the same image"),
-        (b"path,caption\n/photos/a.png,x\n", "1 of 1 images named there are no file of the folder: '/photos/a.png'; write paths relative"),
+        (b"path,label\na.png,x\na.png,y\n", "line 3, column label: 'y', but an earlier line has 'x' for the same image"),
+        (b"path,caption\n/photos/a.png,x\n", "1 of 1 images named there do not exist in the folder: '/photos/a.png'; write paths relative"),
         (
             b"path,caption\nA.PNG,x\nb\\c.png,y\nz.png,z\na.png,a\n",
             r"3 of 4 images .*'A.PNG' \(is 'a.png' meant\?\), .* \(is 'b/c.png' meant",
@@ -201,7 +201,7 @@ def test_rows_and_columns_that_are_not_used_are_counted(root, png):
     write(root / "captions.csv", b"path,caption,split\na.png,x,train\nb.png,y,train\nC.png,z,test\ngone.png,z,test\n")
     columns, rows = Folder(root).notices
     assert columns.endswith("captions.csv: 1 column is not used: split")
-    assert rows.endswith("captions.csv: 2 of 4 images named there are no file of the folder: 'C.png' (is 'c.png' meant?), 'gone.png'")
+    assert rows.endswith("captions.csv: 2 of 4 images named there do not exist in the folder: 'C.png' (is 'c.png' meant?), 'gone.png'")
 
 
 def test_tables_of_other_programs_are_named(root, png):
@@ -209,7 +209,7 @@ def test_tables_of_other_programs_are_named(root, png):
         write(root / name, png(0))
     (notice,) = Folder(root).notices
     assert notice.endswith(
-        "4 files are not read, for only captions.csv at the top says something of images: "
+        "4 files are not read, as annotations are only read from captions.csv at the top: "
         "Captions.csv, 'b/\\x1b[2J.json', b/captions.csv and 1 more"
     )
 

@@ -198,7 +198,7 @@ def test_dark_bright_and_many_paged_pictures_are_counted_and_said(tmp_path, enco
     assert [event.what.partition(";")[0] for event in events if isinstance(event, Warned)] == [
         "1 of 6 images is nearly black",
         "1 of 6 images is nearly white",
-        "3 of 6 images are of files with several frames or pages, of which only the first is taken",
+        "3 of 6 images are from files with several frames or pages, of which only the first is used",
     ]
 
 

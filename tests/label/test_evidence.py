@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ommatid.config import Params
-from ommatid.images.eval_split import Halves, iter_fired, load_halves
+from ommatid.images.eval_split import EvalSplit, iter_latent_firings, load_eval_split
 from ommatid.label.evidence.firings import Gathered, nearest_latents
 from ommatid.label.evidence.images import Cases, Spool, choose_firing, iter_looks
 from ommatid.label.labellers.base import Case
@@ -25,17 +25,17 @@ def draft(tmp_path: Path) -> Iterator[Draft]:
 
 
 @pytest.fixture(scope="module")
-def halves(line: dict[str, Artefact]) -> Halves:
-    return load_halves(line["images"])
+def halves(line: dict[str, Artefact]) -> EvalSplit:
+    return load_eval_split(line["images"])
 
 
 @pytest.fixture
-def cases(line: dict[str, Artefact], params: Params, halves: Halves, draft: Draft) -> dict[int, Case]:
+def cases(line: dict[str, Artefact], params: Params, halves: EvalSplit, draft: Draft) -> dict[int, Case]:
     gathered = Gathered(halves, params.label, nearest_latents(line["train"]))
-    gathered.fill(iter_fired(line["evaluate"].files("firings"), halves, str(draft.scratch)))
+    gathered.fill(iter_latent_firings(line["evaluate"].files("firings"), halves, str(draft.scratch)))
     assert sorted(gathered.strongest) == sorted(WANTED)
     made = Cases(Spool(line["images"], halves, draft, TileModel.preprocess), halves, gathered, params.label)
-    fired = iter_fired(line["evaluate"].files("firings"), halves, str(draft.scratch))
+    fired = iter_latent_firings(line["evaluate"].files("firings"), halves, str(draft.scratch))
     return {case.latent: case for case in made.iter_cases(fired, iter_looks(line["evaluate"]), WANTED)}
 
 
@@ -105,7 +105,7 @@ def test_the_strongest_half_and_weaker_ones_with_heat_are_chosen() -> None:
     assert choose_firing(np.arange(100) == 99, 5).tolist() == [0, 1, 2, 3, 99]
 
 
-def test_a_spool_that_a_dead_run_left_is_used_again(line: dict[str, Artefact], halves: Halves, draft: Draft) -> None:
+def test_a_spool_that_a_dead_run_left_is_used_again(line: dict[str, Artefact], halves: EvalSplit, draft: Draft) -> None:
     first = Spool(line["images"], halves, draft, TileModel.preprocess)
     made = (draft.path / "scratch/encoded.bin").stat()
     again = Spool(line["images"], halves, draft, TileModel.preprocess)
@@ -119,7 +119,7 @@ def test_a_spool_that_a_dead_run_left_is_used_again(line: dict[str, Artefact], h
     ("resize", "crop", "seen"), [((16,), (16, 16), (16 / 24, 1)), ((32, 48), (32, 48), (1, 1)), ((32, 48), (16, 12), (0.25, 0.5))]
 )
 def test_what_the_model_sees_of_an_image(
-    line: dict[str, Artefact], halves: Halves, draft: Draft, resize: tuple[int, ...], crop: tuple[int, int], seen: tuple[float, float]
+    line: dict[str, Artefact], halves: EvalSplit, draft: Draft, resize: tuple[int, ...], crop: tuple[int, int], seen: tuple[float, float]
 ) -> None:
     preprocess = Preprocess(resize, crop, "bicubic", mean=(0, 0, 0), std=(1, 1, 1))
     assert Spool(line["images"], halves, draft, preprocess).read(0)[1] == pytest.approx(seen)

@@ -22,7 +22,7 @@ from ommatid.errors import ConfigError, TrainingError
 from ommatid.evaluate.dictionaries import CONTROL_SEED
 from ommatid.events import Measured
 from ommatid.images import decode
-from ommatid.images.eval_split import iter_fired, load_halves
+from ommatid.images.eval_split import iter_latent_firings, load_eval_split
 from ommatid.label import label
 from ommatid.label.evidence import firings as label_examples
 from ommatid.label.evidence.context import load_joint
@@ -188,9 +188,9 @@ def test_labels_are_the_colours_and_beat_their_control(line: dict[str, Artefact]
 
 
 def test_names_are_scored_on_images_that_did_not_make_them(line: dict[str, Artefact]) -> None:
-    halves = load_halves(line["images"])
+    halves = load_eval_split(line["images"])
     assert 0.3 < halves.is_held_out.mean() < 0.7
-    fired = next(iter(iter_fired(line["evaluate"].files("firings"), halves, "")))
+    fired = next(iter(iter_latent_firings(line["evaluate"].files("firings"), halves, "")))
     rng = np.random.default_rng(0)
     for held_out in (False, True):
         test = label_examples.draw_test(fired, halves, held_out, [fired.rows, np.arange(5)], rng)
@@ -199,10 +199,10 @@ def test_names_are_scored_on_images_that_did_not_make_them(line: dict[str, Artef
         assert len(set(test.negative)) == len(test.negative)
 
 
-def test_iter_fired_gives_each_latent_once_with_all_its_images(line: dict[str, Artefact]) -> None:
-    halves = load_halves(line["images"])
+def test_iter_latent_firings_gives_each_latent_once_with_all_its_images(line: dict[str, Artefact]) -> None:
+    halves = load_eval_split(line["images"])
     firings = line["evaluate"].read("firings").to_pandas()
-    seen = {f.latent: f for f in iter_fired(line["evaluate"].files("firings"), halves, "")}
+    seen = {f.latent: f for f in iter_latent_firings(line["evaluate"].files("firings"), halves, "")}
     assert {k: len(f.rows) for k, f in seen.items()} == firings.groupby("latent").size().to_dict()
     assert all((np.diff(f.acts) <= 0).all() for f in seen.values())
 
@@ -268,7 +268,7 @@ def test_training_of_two_saes_killed_between_their_measurements_goes_on_with_bot
 
 
 def test_embeddings_are_those_of_the_images(line: dict[str, Artefact]) -> None:
-    halves = load_halves(line["images"])
+    halves = load_eval_split(line["images"])
     joint = load_joint(line["extract"], halves)
     table = line["extract"].read("embeddings")
     raw = from_float32(table["joint"])[torch.from_numpy(halves.images)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ommatid import schemas
 from ommatid.compute.checkpoint import Accumulator
 from ommatid.evaluate.batches import Images
-from ommatid.images.eval_split import Fired, Halves
+from ommatid.images.eval_split import EvalSplit, LatentFirings
 from ommatid.metrics import auroc, balanced_accuracy, fit_probes, label_entropy, lca_depth, purity
 from ommatid.store import read_part
 
@@ -37,7 +37,7 @@ class Meaning:
 
 
 def measure_meaning(
-    fired: Iterable[Fired], halves: Halves, labels: Mapping[int, str], paths: Mapping[int, Sequence[str]], d_sae: int
+    fired: Iterable[LatentFirings], halves: EvalSplit, labels: Mapping[int, str], paths: Mapping[int, Sequence[str]], d_sae: int
 ) -> Meaning:
     """Measure all latents.
 
@@ -93,7 +93,7 @@ class ProbeImages:
     """Of the classes; none where there are not two."""
 
 
-def choose_images(halves: Halves, labels: Mapping[int, str]) -> ProbeImages:
+def choose_images(halves: EvalSplit, labels: Mapping[int, str]) -> ProbeImages:
     """Images of the commonest classes, cut in halves as they are for names (see images/eval_split.py)."""
     commonest = sorted(Counter(labels.values()).items(), key=lambda item: (-item[1], item[0]))[:MAX_CLASSES]
     wanted = {name for name, _ in commonest}

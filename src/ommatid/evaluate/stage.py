@@ -20,7 +20,7 @@ from ommatid.evaluate.passes import Passes
 from ommatid.evaluate.structure import make_densities, measure_structure
 from ommatid.evaluate.zero_shot import measure_zero_shot
 from ommatid.events import Listener, Warned, ignore
-from ommatid.images.eval_split import iter_fired, load_halves
+from ommatid.images.eval_split import iter_latent_firings, load_eval_split
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, Draft
 
@@ -41,14 +41,14 @@ def evaluate(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draf
     activations, images = inputs["extract"], inputs["images"]
     sae = SAE.load(inputs["train"].path)
     _check_target(sae.config, inputs.get("target"))
-    name, labels, halves = inputs["train"].summary["sae"], load_classes(images), load_halves(images)
+    name, labels, halves = inputs["train"].summary["sae"], load_classes(images), load_eval_split(images)
     probed = choose_images(halves, labels)
     passes = Passes(params, inputs, sae, probed, draft, on_event)
     passes.run()
     trained, subjects, files = passes.subjects[0], passes.subjects, passes.firings.files()
     for what in iter_failures(trained.verdicts):
         on_event(Warned(f"{name}: {what}"))
-    fired = iter_fired(files, halves, str(draft.scratch))
+    fired = iter_latent_firings(files, halves, str(draft.scratch))
     meaning = measure_meaning(fired, halves, labels, load_paths(images), sae.n_latents)
     structure = measure_structure(name, files, sae.W_dec, trained.verdicts[0].n_shown)
     assert trained.fidelity and trained.levels, trained.name

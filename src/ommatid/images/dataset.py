@@ -1,4 +1,4 @@
-"""The data set in the making: items are examined and become rows, or are rejected with a reason."""
+"""The data set in the making: every item is examined and becomes a row of the data set or is rejected with a reason."""
 
 import hashlib
 import io
@@ -19,12 +19,12 @@ from ommatid.schemas import IMAGES, REJECTED
 from ommatid.store import SCRATCH, Artefact, Draft, part_name
 
 _N_WORKERS = min(os.cpu_count() or 1, 8)
-"""Threads: PIL decodes and scales without the interpreter's lock. More than 8 would hold too many large images."""
+"""Number of threads, which PIL lets decode and scale in parallel. More than 8 would hold too many large images in memory."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the table images will hold of one image; see schemas.IMAGES."""
+    """A row of the table `images`, whose columns `schemas.IMAGES` describes."""
 
     image_id: str
     path: str
@@ -36,24 +36,24 @@ class Row:
     thumbnail: bytes
     encoded: bytes
     remarks: tuple[str, ...] = ()
-    """Keys of `REMARKS` that are true of it; not in the table."""
+    """Keys of `REMARKS` that apply to the image; not a column of the table."""
 
 
 REMARKS = {
-    "n_nearly_black": "nearly black; where they should not be, their values are of another range than the file says: docs/users/images.md",
-    "n_nearly_white": "nearly white; where they should not be, their values are of another range than the file says: docs/users/images.md",
-    "n_of_several_frames": "of files with several frames or pages, of which only the first is taken",
+    "n_nearly_black": "nearly black; if they should not be, their values have another range than the file says: see docs/users/images.md",
+    "n_nearly_white": "nearly white; if they should not be, their values have another range than the file says: see docs/users/images.md",
+    "n_of_several_frames": "from files with several frames or pages, of which only the first is used",
 }
-"""Key of the summary that counts such images, and what they are."""
+"""Properties of images that users should know of, by the key of the summary that counts them; each continues "3 images are ..."."""
 NEARLY = 20
-"""Levels of 255 within which a picture's thumbnail is called black, or white: 12 bits in 16 come out at 16 or less."""
+"""Distance from black (0) or white (255) within which a thumbnail counts as nearly so. 12-bit values stored in 16 bits stay below 17."""
 STRAY = 0.001
-"""Share of the thumbnail's values that may lie outside: hot pixels."""
+"""Share of the thumbnail's values that may lie outside that distance, to allow for hot pixels."""
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row of the table rejected; see schemas.REJECTED."""
+    """A row of the table `rejected`, whose columns `schemas.REJECTED` describes."""
 
     path: str
     reason: str
@@ -61,7 +61,15 @@ class Rejected:
 
 
 def examine(item: Item, thumbnail: int) -> Row | Rejected:
-    """Read and decode one item; `thumbnail` is the longest side of its thumbnail in pixels."""
+    """Read and decode one item.
+
+    Args:
+        item: Item to read.
+        thumbnail: Longest side of its thumbnail, in pixels.
+
+    Returns:
+        The row of the image, or the reason why it is rejected.
+    """
     try:
         encoded = item.read()
         image = decode(encoded)
@@ -72,11 +80,12 @@ def examine(item: Item, thumbnail: int) -> Row | Rejected:
     width, height = image.size
     image_id = hashlib.sha256(encoded).hexdigest()
     small = _webp(image, thumbnail)
-    remarks = tuple(_remark(image, encoded))  # on what is a thumbnail by now
+    remarks = tuple(_iter_remarks(image, encoded))  # `_webp` has scaled the image down
     return Row(image_id, item.path, width, height, item.label, item.captions, item.taxonomy, small, encoded, remarks)
 
 
-def _remark(image: Image.Image, encoded: bytes) -> Iterator[str]:
+def _iter_remarks(image: Image.Image, encoded: bytes) -> Iterator[str]:
+    """Iterate over the keys of `REMARKS` that apply to an image, given its thumbnail and its file."""
     levels = np.asarray(image)
     if (levels >= NEARLY).mean() <= STRAY:
         yield "n_nearly_black"
@@ -87,7 +96,7 @@ def _remark(image: Image.Image, encoded: bytes) -> Iterator[str]:
 
 
 def examine_all(items: Iterable[Item], thumbnail: int) -> Iterator[Row | Rejected]:
-    """Examine items in threads, a few ahead of the reader; results come in the order of the items."""
+    """Examine items in threads, a few ahead of the consumer, and yield the results in the order of the items."""
     ahead: deque[Future[Row | Rejected]] = deque()
     with ThreadPoolExecutor(_N_WORKERS) as pool:
         for item in items:
@@ -99,7 +108,7 @@ def examine_all(items: Iterable[Item], thumbnail: int) -> Iterator[Row | Rejecte
 
 
 def _webp(image: Image.Image, longest: int) -> bytes:
-    """A thumbnail; scales `image` itself."""
+    """Scale `image` down in place and return it as WebP."""
     image.thumbnail((longest, longest))
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=80)
@@ -107,21 +116,22 @@ def _webp(image: Image.Image, longest: int) -> bytes:
 
 
 ROWS_PER_PART = 4096
+"""Largest number of rows in a part, which is held in memory until it is written."""
 BYTES_PER_PART = 2**26
-"""A part ends at the row that reaches either: this much is held in memory."""
+"""Bytes of images and thumbnails at which a part ends even if it has fewer rows."""
 
 _SOURCE = f"{SCRATCH}/source.json"
 PARQUET: dict[str, Any] = {
-    "row_group_size": 128,  # what extraction reads and shuffles as one block,
-    "write_batch_size": 16,  # and of large ones not all: a page only ends after a batch
-    "compression": {**dict.fromkeys(IMAGES.names, "zstd"), "thumbnail": "none", "encoded": "none"},  # compressed already
+    "row_group_size": 128,  # extraction reads and shuffles row groups as blocks
+    "write_batch_size": 16,  # pages end only after a batch, and large pages would have to be read whole
+    "compression": {**dict.fromkeys(IMAGES.names, "zstd"), "thumbnail": "none", "encoded": "none"},  # images are compressed already
     "use_dictionary": ["split", "label", "taxonomy"],
     "write_statistics": ["image", "split", "label"],
 }
 
 
 class _Kept(NamedTuple):
-    """What is remembered of a row after its part is written."""
+    """The fields of a row that stay in memory after its part is written."""
 
     image_id: str
     path: str
@@ -130,22 +140,22 @@ class _Kept(NamedTuple):
 
 
 class Collection:
-    """Rows in order of arrival, the first of each image_id only, written as the parts of a draft.
+    """Collects rows in order of arrival, drops duplicates by image_id, and writes the rest as the parts of a draft.
 
-    Beside each part stands a note in the draft's scratch folder: how many items of the source led up to it and which
-    were refused. From parts and notes a killed run continues, and ends with the same bytes.
+    For each part, a note in the draft's scratch folder says how many items of the source were examined up to its end, and which were
+    rejected. From parts and notes an interrupted run continues, and ends with the same bytes.
     """
 
     def __init__(self, draft: Draft, eval_share: float, fingerprint: str):
         self._draft = draft
         self._eval_share = eval_share
         self.n_seen = 0
-        """Items of the source that need not be examined again."""
+        """Number of items of the source that were examined and need not be examined again."""
         self._paths: dict[bytes, str] = {}
         self._splits: Counter[str] = Counter()
         self._labels: Counter[str] = Counter()
         self.remarks: Counter[str] = Counter()
-        """Images of which each of `REMARKS` is true."""
+        """Number of images to which each of `REMARKS` applies."""
         self._rejected: list[Rejected] = []
         self._n_noted = 0
         self._n_parts = 0
@@ -158,11 +168,11 @@ class Collection:
 
     @property
     def n_images(self) -> int:
-        """Images that were kept."""
+        """Number of images kept."""
         return len(self._paths)
 
     def add(self, result: Row | Rejected) -> None:
-        """Take the next result; writes a part when one is full."""
+        """Add the next result, and write a part when one is full."""
         self.n_seen += 1
         if isinstance(result, Rejected):
             self._rejected.append(result)
@@ -177,7 +187,7 @@ class Collection:
             self._write_part()
 
     def seal(self) -> Artefact:
-        """Write what waits, the table of what was refused, and the manifest with the counts."""
+        """Write the last part, the table of rejected items, and the manifest with the counts; return the artefact."""
         if self._waiting or not self._n_parts:
             self._write_part()
         rejected = pa.Table.from_pylist([vars(row) for row in self._rejected], schema=REJECTED)
@@ -193,7 +203,8 @@ class Collection:
     def _write_part(self) -> None:
         note = {"n_seen": self.n_seen, "remarks": self.remarks, "rejected": [vars(row) for row in self._rejected[self._n_noted :]]}
         self._draft.write_json(_note_name(self._n_parts), note)
-        self._draft.write_table(part_name("images", self._n_parts), self._table(), **PARQUET)  # the part makes the note count
+        # after the note, which counts only if its part exists
+        self._draft.write_table(part_name("images", self._n_parts), self._table(), **PARQUET)
         self._n_parts += 1
         self._n_noted = len(self._rejected)
         self._waiting = []
@@ -205,7 +216,7 @@ class Collection:
         return pa.Table.from_pylist(list(rows), schema=IMAGES)
 
     def _is_of(self, fingerprint: str) -> bool:
-        """Whether the draft was begun on the same content, and no note is missing."""
+        """Whether the draft was begun on the same content of the source, and no note is missing."""
         if not self._draft.has(_SOURCE) or self._draft.read_json(_SOURCE) != fingerprint:
             return False
         return all(self._draft.has(_note_name(index)) for index in self._parts_found())
@@ -250,7 +261,7 @@ class Collection:
 
 
 def split_of(image_id: str, eval_share: float) -> str:
-    """Train or eval, by the id alone: an image stays on its side when others come or go."""
+    """Return `train` or `eval` by the id alone, so that an image stays in its split when others are added or removed."""
     return "eval" if int(image_id[:8], 16) / 2**32 < eval_share else "train"
 
 

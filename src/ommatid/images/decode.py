@@ -1,4 +1,4 @@
-"""Decoding: from the bytes of any image file to upright RGB, or to the reason why not."""
+"""Decoding of any image file to upright 8-bit RGB, or to a reason why it cannot be decoded."""
 
 import io
 import re
@@ -15,10 +15,10 @@ from ommatid.errors import gist
 Reason = Literal["empty", "truncated", "not_an_image", "too_large", "unreadable"]
 
 MAX_BYTES = 2**28
-"""Larger files are refused unread: a video among the images must not fill the memory."""
+"""Largest file that is read, so that a video among the images does not fill the memory."""
 
-# Decoders that only look at the bytes they are given (EPS, for one, would start Ghostscript) and that know their
-# format by a signature (TGA takes nearly any bytes for its own).
+# Only decoders that run no other program (that of EPS would start Ghostscript) and recognise their format by a signature (that of TGA
+# accepts nearly any bytes).
 _FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 _SIGNATURE = re.compile(
@@ -26,9 +26,9 @@ _SIGNATURE = re.compile(
     rb"\xff\x4f\xff\x51|\0\0\0\x0cjP",
     re.DOTALL,
 )
-"""How files of these formats begin: with one of these, bytes that PIL cannot identify are a damaged image."""
+"""First bytes of files in these formats; if PIL cannot identify bytes that begin so, they are a damaged image."""
 
-_OTHERS = {
+_OTHER_KINDS = {
     rb"....ftyp(hei[cfmsx]|hev|mif1|msf1)": "HEIC or HEIF",
     rb"....ftyp|\x1aE\xdf\xa3|\0\0\x01\xba|RIFF....AVI ": "a video",
     rb"\xff\x0a|\0\0\0\x0cJXL ": "JPEG XL",
@@ -46,7 +46,7 @@ _OTHERS = {
     rb"\s*<svg|\s*<\?xml": "SVG or XML",
     rb"\s*<!doctype|\s*<!DOCTYPE|\s*<html": "a web page",
 }
-"""How other files begin that are met among images, and what they are."""
+"""Names of other kinds of files that are found among images, by their first bytes."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -57,11 +57,11 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation to the turn that makes the image upright."""
+"""Transposition that makes an image upright, by EXIF orientation."""
 
 
 class Unreadable(Exception):
-    """Bytes that give no whole image."""
+    """The bytes cannot be decoded to a whole image."""
 
     def __init__(self, reason: Reason, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -70,12 +70,12 @@ class Unreadable(Exception):
 
 
 def decode(encoded: bytes) -> Image.Image:
-    """The first frame as upright 8-bit RGB: EXIF orientation applied, transparency on white, 16 bits scaled to 8.
+    """Decode the first frame to upright 8-bit RGB: EXIF orientation applied, transparency on white, 16 bits scaled to 8.
 
-    Whole or not at all: a file that was cut off raises. May be called from several threads.
+    May be called from several threads.
 
     Raises:
-        Unreadable: with the reason and what the decoder said.
+        Unreadable: The bytes are not a whole image; holds the reason and the decoder's message.
     """
     if not encoded:
         raise Unreadable("empty", "0 bytes")
@@ -88,22 +88,22 @@ def decode(encoded: bytes) -> Image.Image:
             raise
         except Image.DecompressionBombError as error:
             raise Unreadable("too_large", gist(error)) from None
-        except Exception as error:  # on damaged bytes decoders raise nearly every type there is
-            raise Unreadable(_why(encoded, error), gist(error)) from None
+        except Exception as error:  # damaged bytes make decoders raise exceptions of nearly every type
+            raise Unreadable(_reason_of(encoded, error), gist(error)) from None
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """An image that Pillow has opened, as `decode` gives it: upright 8-bit RGB."""
+    """Convert an image opened by Pillow to upright 8-bit RGB, as `decode` does."""
     turn = _turn(image)
     rgb = _rgb(image)
     return rgb if turn is None else rgb.transpose(turn)
 
 
 class _Quiet:
-    """Ignores what PIL warns of while at least one thread decodes.
+    """Context manager that silences PIL's warnings while at least one thread decodes.
 
-    `catch_warnings` swaps the filters of the whole process, so threads that nest it freely restore each other's
-    filters; here only the first to come and the last to go touch them.
+    `catch_warnings` replaces the filters of the whole process, so threads that overlap in it would restore one another's filters. Here only
+    the first thread to enter and the last to leave touch them.
     """
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ _pil_is_quiet = _Quiet()
 
 
 class _Reader(io.BytesIO):
-    """Bytes that remember whether more was asked for than there is."""
+    """Bytes that record whether a read went beyond their end."""
 
     ran_out = False
 
@@ -141,27 +141,27 @@ class _Reader(io.BytesIO):
 
 
 def _open(encoded: bytes) -> Image.Image:
-    """The decoded image, in the mode of the file."""
+    """Decode an image in the mode of its file."""
     reader = _Reader(encoded)
     try:
         image = Image.open(reader, formats=_FORMATS)
     except UnidentifiedImageError:
         raise _unidentified(encoded, reader.ran_out) from None
-    limit = Image.MAX_IMAGE_PIXELS  # PIL itself warns from here, and raises from twice as many
+    limit = Image.MAX_IMAGE_PIXELS  # PIL itself only warns at this limit, and raises at twice as many pixels
     if limit is not None and image.width * image.height > limit:
         raise Unreadable("too_large", f"{image.width} x {image.height} pixels, more than {limit}")
     if _tag(image, _PLANAR) == 2 and _tag(image, _COMPRESSION) == 1 and int(_tag(image, _BITS) or 1) > 8:
         raise Unreadable(
-            "unreadable", "a TIFF with a plane of more than 8 bits for each channel, which Pillow misreads; save it interleaved"
+            "unreadable", "a TIFF with more than 8 bits and a plane for each channel, which Pillow misreads; save it interleaved"
         )
     image.load()
     return image
 
 
 def _unidentified(encoded: bytes, ran_out: bool) -> Unreadable:
-    """Never with anything of the file's content: a link among the images may lead to a file that is nobody's business."""
+    """Explain why PIL cannot identify the bytes, without quoting any: a link among the images may lead to a private file."""
     if not _SIGNATURE.match(encoded):
-        known = next((what for signature, what in _OTHERS.items() if re.match(signature, encoded, re.DOTALL)), None)
+        known = next((what for signature, what in _OTHER_KINDS.items() if re.match(signature, encoded, re.DOTALL)), None)
         return Unreadable("not_an_image", f"{known}, which is not decoded" if known else "does not begin like any image file")
     if ran_out or _is_short_riff(encoded):
         return Unreadable("truncated", "the file ends inside its header")
@@ -169,29 +169,29 @@ def _unidentified(encoded: bytes, ran_out: bool) -> Unreadable:
 
 
 def _is_short_riff(encoded: bytes) -> bool:
-    """Whether a WebP file is shorter than it says; its decoder does not tell."""
+    """Whether a WebP file is shorter than its header says, which its decoder does not report."""
     return encoded[:4] == b"RIFF" and len(encoded) < 8 + int.from_bytes(encoded[4:8], "little")
 
 
-def _why(encoded: bytes, error: Exception) -> Reason:
+def _reason_of(encoded: bytes, error: Exception) -> Reason:
     return "truncated" if "truncated" in str(error).lower() or _is_short_riff(encoded) else "unreadable"
 
 
 def has_several_frames(encoded: bytes) -> bool:
-    """Whether an image that can be decoded has more pages or frames than the first."""
+    """Whether an image that can be decoded has more than one page or frame."""
     if not _MAY_HAVE_SEVERAL.match(encoded):
         return False
     with _pil_is_quiet:
         try:
             return bool(getattr(Image.open(io.BytesIO(encoded), formats=_FORMATS), "is_animated", False))
-        except Exception:  # damage behind the first frame
+        except Exception:  # damage after the first frame
             return False
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF, of which PIL raises many types, says nothing against the pixels
+    except Exception:  # damaged EXIF makes PIL raise many types, and the pixels may still be sound
         return None
 
 
@@ -207,10 +207,10 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of more bits a pixel, or of signed ones, as grey of 8, scaled: PIL's own conversion clips at 255."""
-    values = _numbers(image)
-    none = _nothing(image, values)
-    finite = values if none is None else values[~none]
+    """Scale a grey image of more than 8 bits, or of signed values, to 8 bits; PIL's own conversion would clip at 255."""
+    values = _values_of(image)
+    is_missing = _find_missing(image, values)
+    finite = values if is_missing is None else values[~is_missing]
     smallest, largest = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     low, high = _range(image, smallest, largest)
     wide = np.float64 if high - low > _WIDE else np.float32
@@ -226,8 +226,12 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def _nothing(image: Image.Image, values: np.ndarray) -> np.ndarray | None:
-    """Where there is no value: not finite, the largest float of either sign, or what GDAL's tag says stands for none; None: nowhere."""
+def _find_missing(image: Image.Image, values: np.ndarray) -> np.ndarray | None:
+    """Find pixels without a value: those that are not finite, the largest float of either sign, or the marker in GDAL's nodata tag.
+
+    Returns:
+        Whether each pixel has no value, in the shape of `values`; None if all have one.
+    """
     mask = ~(np.abs(values) < np.finfo(np.float32).max) if values.dtype.kind == "f" else None
     try:
         marker = float(getattr(image, "tag_v2", {}).get(_GDAL_NODATA, "").strip("\0 "))
@@ -236,8 +240,8 @@ def _nothing(image: Image.Image, values: np.ndarray) -> np.ndarray | None:
     return (values == marker) | (False if mask is None else mask)
 
 
-def _numbers(image: Image.Image) -> np.ndarray:
-    """The pixels in the type that the file says: PIL has none for some."""
+def _values_of(image: Image.Image) -> np.ndarray:
+    """Return the pixels in the type that the file declares, as PIL has no mode for some types."""
     values = np.asarray(image)
     if image.mode == "L":
         return values.view(np.int8)
@@ -245,10 +249,18 @@ def _numbers(image: Image.Image) -> np.ndarray:
 
 
 def _range(image: Image.Image, smallest: float, largest: float) -> tuple[float, float]:
-    """The values that become black and white, from the most to the least certain source.
+    """Return the values that become black and white, from the most certain source that is available.
 
-    What the file declares; the range of a type whose range is used as a whole; the smallest usual range that holds all values, those of
-    floats with room for what filters overshoot by; from the smallest value to the largest.
+    In this order: the range that the file declares; the full range of types that are used in full; the smallest usual range that contains
+    all values, with a margin for overshooting filters if they are floats; the smallest and largest values.
+
+    Args:
+        image: The image.
+        smallest: Smallest of its values.
+        largest: Largest of its values.
+
+    Returns:
+        The values of black and white.
     """
     n_bits = int(_tag(image, _BITS) or 16)
     if (top := _tag(image, _S_MAX)) is not None:
@@ -259,7 +271,7 @@ def _range(image: Image.Image, smallest: float, largest: float) -> tuple[float, 
         return -128.0, 127.0
     if image.mode.startswith("I;16"):
         return 0.0, 2.0**n_bits - 1
-    if image.format == "PPM" and image.mode == "I":  # which PIL scales to 16 bits
+    if image.format == "PPM" and image.mode == "I":  # PIL scales these to 16 bits
         return 0.0, 65535.0
     if image.mode == "I" and n_bits == 16 and smallest >= 0:
         return 0.0, 32767.0
@@ -279,11 +291,11 @@ def _holds(low: float, high: float, smallest: float, largest: float, room: float
 
 
 _OVERSHOOT = 0.25
-"""Share of a range by which values of floats may lie outside, and are clipped: sharpening and bicubic filters leave some."""
+"""Share of a range by which floats may lie outside it and are clipped, since sharpening and bicubic filters overshoot."""
 _WIDE = 1e30
-"""Ranges too wide for float32."""
+"""Width from which a range is scaled in float64, because it might overflow float32."""
 _BITS, _COMPRESSION, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT, _S_MIN, _S_MAX = 258, 259, 262, 284, 339, 340, 341
-"""Tags of TIFF."""
+"""Numbers of TIFF tags."""
 _GDAL_NODATA = 42113
 _WHITE_IS_ZERO = 0
 _UNSIGNED, _SIGNED = 1, 2
@@ -291,12 +303,12 @@ _MAY_HAVE_SEVERAL = re.compile(rb"GIF8|RIFF|II|MM|....ftyp|\x89PNG.{0,4096}acTL"
 
 
 def _tag(image: Image.Image, number: int) -> float | None:
-    """A tag of a TIFF file, of several numbers the first; None: the file has none."""
+    """Return a numeric tag of a TIFF file, the first if it has several numbers; None if the file does not have it."""
     value = getattr(image, "tag_v2", {}).get(number)
     value = value[0] if isinstance(value, tuple) and value else value
     return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
 
 
 def _sample_format(image: Image.Image) -> float | None:
-    """Of a TIFF with one channel."""
+    """Return the sample format of a TIFF with one channel."""
     return _tag(image, _SAMPLE_FORMAT) if image.mode in ("L", "I", "F") else None

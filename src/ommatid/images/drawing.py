@@ -1,6 +1,7 @@
-"""Drawn images: a figure, all that can be said of it, and its pixels as PNG.
+"""Drawn images: a figure with known factors, its description in words, and its pixels as PNG.
 
-Shapes lie in the unit circle, x to the right and y down; everything from points to pixels is whole numbers.
+Shapes lie in the unit circle, with x to the right and y down. Once it is known which points lie inside, pixels are computed in whole
+numbers, so that every machine draws the same image.
 """
 
 import math
@@ -16,17 +17,17 @@ FAMILIES = {
     "polygonal": ("triangle", "square", "hexagon"),
     "spiky": ("star", "cross", "arrow"),
 }
-"""Shapes by family: the first level of the taxonomy, and the second."""
+"""Shapes by family, which are the second and first level of the taxonomy."""
 TEMPERATURES = {
     "warm": {"red": (214, 36, 40), "orange": (245, 130, 20), "yellow": (240, 214, 40), "pink": (244, 130, 190)},
     "cool": {"green": (40, 150, 60), "cyan": (50, 200, 214), "blue": (40, 70, 210), "purple": (130, 50, 170)},
 }
-"""Colours by temperature."""
+"""Colours by temperature, as RGB."""
 TEXTURES = ("plain", "striped", "dotted", "checked")
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
-"""Cells of a grid of 3 x 3, row by row."""
+"""Cells of a 3 x 3 grid, row by row."""
 BACKGROUNDS = {"white": 240, "grey": 120, "black": 16}
-"""Levels of grey."""
+"""Backgrounds, as levels of grey."""
 
 SHAPES = tuple(shape for shapes in FAMILIES.values() for shape in shapes)
 COLOURS = {colour: rgb for colours in TEMPERATURES.values() for colour, rgb in colours.items()}
@@ -37,7 +38,7 @@ _TEMPERATURE_OF = {colour: temperature for temperature, colours in TEMPERATURES.
 
 @dataclass(frozen=True)
 class Figure:
-    """Five factors, drawn independently and all values of one as often, and what varies besides."""
+    """A figure: five factors, each drawn uniformly and independently, and nuisance variables."""
 
     shape: str
     colour: str
@@ -47,38 +48,38 @@ class Figure:
     scale: float
     """Radius as a share of half a cell, 0.72 to 0.92."""
     turn: float
-    """Clockwise, in radians: at most 12 degrees either way."""
+    """Clockwise rotation in radians, at most 12 degrees either way."""
     shift: tuple[float, float]
-    """Of the centre from that of the cell, right and down, as a share of the room that is left, -1 to 1."""
+    """Offset from the centre of the cell, right and down, as a share of the room around the figure, -1 to 1."""
     phase: tuple[float, float]
-    """Of the texture, right and down, as a share of its period, 0 to 1."""
+    """Phase of the texture, right and down, as a share of its period, 0 to 1."""
     shade: int
-    """Added to the background, -12 to 12."""
+    """Levels added to the background, -12 to 12."""
 
     @property
     def family(self) -> str:
-        """Of its shape."""
+        """Family of the shape."""
         return _FAMILY_OF[self.shape]
 
     @property
     def temperature(self) -> str:
-        """Of its colour."""
+        """Temperature of the colour."""
         return _TEMPERATURE_OF[self.colour]
 
     @property
     def factors(self) -> tuple[str, ...]:
-        """All that is true of it, in words: family, shape, temperature, colour, texture, place, background."""
+        """Words that describe the figure: family, shape, temperature, colour, texture, place and background."""
         return self.family, self.shape, self.temperature, self.colour, self.texture, self.place, self.background
 
     @property
     def taxonomy(self) -> str:
-        """Five classes, from the family on: each is a kind of the one before."""
+        """Path of five classes, beginning with the family, each a kind of the one before."""
         shape, colour = self.shape, self.colour
         return f"{self.family}/{shape}/{self.temperature} {shape}/{colour} {shape}/{self.texture} {colour} {shape}"
 
     @property
     def caption(self) -> str:
-        """Such as: a striped red circle at the top left on a white background."""
+        """Caption, such as `a striped red circle at the top left on a white background`."""
         texture = "" if self.texture == "plain" else f"{self.texture} "
         what = f"{texture}{self.colour} {self.shape}"
         article = "an" if what[0] in "aeiou" else "a"
@@ -87,9 +88,10 @@ class Figure:
 
 
 def make_figure(seed: int, number: int) -> Figure:
-    """The figure of that number: the same whatever others are made.
+    """Make a figure from the seed and its own number alone.
 
-    Taken from the generator's raw words, which numpy promises never to change; of the numbers made from them it does not.
+    The factors come from the raw words of the bit generator, which NumPy promises never to change; it makes no such promise about the
+    distributions built on them.
     """
     words = np.random.PCG64([seed, number]).random_raw(12)
     shape, colour, texture, place, background, *rest = (words >> np.uint64(11)).astype(float) * 2.0**-53
@@ -114,9 +116,9 @@ def _choose(values: tuple[str, ...], at: float) -> str:
 
 
 def encode_png(pixels: bytes, width: int, height: int) -> bytes:
-    """PNG of RGB pixels, row after row, 3 bytes each.
+    """Encode RGB pixels, 3 bytes each and row by row, as PNG.
 
-    Stored without compression, the bytes, and with them the image's id and split, are the same on every machine.
+    The pixels are stored without compression, so that the bytes, and with them the image's id and split, are the same on every machine.
     """
     stride = 3 * width
     assert len(pixels) == stride * height, f"{len(pixels)} bytes are not {width} x {height} RGB pixels"
@@ -131,15 +133,16 @@ def _chunk(name: bytes, data: bytes) -> bytes:
 
 
 POINTS = 4
-"""Points a side of a pixel."""
+"""Number of sampled points along each side of a pixel."""
 CELLS = 3
-"""Cells a side of the image."""
+"""Number of cells along each side of the image."""
 
 Points = np.ndarray
+"""Coordinates of points, of any shape."""
 
 
 def draw(figure: Figure, size: int) -> np.ndarray:
-    """Pixels of the image, (size, size, 3) uint8; the figure never leaves its cell of the grid."""
+    """Draw an image of `size` pixels a side, (size, size, 3) uint8; the figure never leaves its cell of the grid."""
     pixels = np.full((size, size, 3), BACKGROUNDS[figure.background] + figure.shade, np.uint8)
     row, column = divmod(PLACES.index(figure.place), CELLS)
     half = size / CELLS / 2
@@ -155,13 +158,13 @@ def draw(figure: Figure, size: int) -> np.ndarray:
 
 
 def _is_inside(figure: Figure, x: Points, y: Points) -> np.ndarray:
-    """Which points belong to the figure."""
+    """Whether each point lies in the figure; x and y are relative to its centre, in units of its radius."""
     cos, sin = math.cos(figure.turn), math.sin(figure.turn)
     return _OUTLINES[figure.shape](cos * x + sin * y, cos * y - sin * x)
 
 
 def _is_dark(figure: Figure, x: Points, y: Points) -> np.ndarray:
-    """Which points of the figure have half its colour; a texture has three periods in a cell, and does not turn with the figure."""
+    """Whether each point is drawn at half the brightness. The texture has three periods per cell and does not turn with the figure."""
     u, v = 3 * x + figure.phase[0], 3 * y + figure.phase[1]
     match figure.texture:
         case "striped":
@@ -175,7 +178,7 @@ def _is_dark(figure: Figure, x: Points, y: Points) -> np.ndarray:
 
 
 def _blend(background: np.ndarray, colour: tuple[int, int, int], is_inside: np.ndarray, is_dark: np.ndarray) -> np.ndarray:
-    """Pixels as means of their points, rounded."""
+    """Average the points of each pixel, rounded to whole levels."""
     light, dark = (
         points.reshape(points.shape[0] // POINTS, POINTS, -1, POINTS).sum((1, 3))[..., None]
         for points in (is_inside & ~is_dark, is_inside & is_dark)
@@ -190,17 +193,17 @@ def _crescent(x: Points, y: Points) -> np.ndarray:
 
 
 def _polygon(n: int, first: float) -> Callable[[Points, Points], np.ndarray]:
-    """Regular, with corners on the unit circle; its first side looks `first` quarters of a turn from the right, clockwise."""
+    """Return the test of a regular polygon with corners on the unit circle; its first side faces `first` quarter turns from the right."""
     return lambda x, y: _sides(x, y, n, first, math.cos(math.pi / n)) == n
 
 
 def _star(x: Points, y: Points) -> np.ndarray:
-    """Within all five sides of a pentagon, or all but one: the pentagram that its sides make when they go on."""
+    """Test of a pentagram, which is where a point is inside at least four of the five extended sides of a pentagon."""
     return _sides(x, y, 5, 1, math.cos(2 * math.pi / 5)) >= 4
 
 
 def _sides(x: Points, y: Points, n: int, first: float, distance: float) -> np.ndarray:
-    """On the inner side of how many of n lines around the centre."""
+    """Count, for each point, of how many of n lines around the centre it is on the inner side."""
     angles = [(first / 4 + i / n) * 2 * math.pi for i in range(n)]
     return sum((math.cos(angle) * x + math.sin(angle) * y < distance).astype(int) for angle in angles)  # type: ignore[return-value]
 
@@ -224,4 +227,4 @@ _OUTLINES: Mapping[str, Callable[[Points, Points], np.ndarray]] = {
     "cross": _cross,
     "arrow": _arrow,
 }
-"""Whether points lie in a shape: x and y may be of shapes that broadcast."""
+"""Tests of whether points lie in a shape; x and y may have any shapes that broadcast."""

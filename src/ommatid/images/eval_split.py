@@ -1,6 +1,6 @@
-"""The evaluation images, cut in two, and the firings of each latent on them.
+"""The evaluation images, divided into two halves, and the firings of each latent on them.
 
-The cut is by hash of the image id: one half makes what the other one tests (names, probes).
+Labels and probes are made on one half and scored on the other, the held-out half. A hash of the image id decides which half an image is in.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,31 +15,33 @@ from ommatid.store import Artefact
 
 
 @dataclass(frozen=True)
-class Halves:
-    """Evaluation images by row: their place in the embedding matrix is their row here."""
+class EvalSplit:
+    """The evaluation images, one per row of the matrices of embeddings, and the half that each is in."""
 
     images: np.ndarray
-    """images.image of each row, ascending."""
+    """Number of each row's image, ascending, (rows,)."""
     is_held_out: np.ndarray
-    """Whether the row belongs to the half that scores."""
+    """Whether the row is in the held-out half, (rows,) bool."""
 
     def rows_of(self, images: np.ndarray) -> np.ndarray:
-        """Rows of image numbers."""
+        """Return the rows of images, given their numbers."""
         return np.searchsorted(self.images, images)
 
 
 @dataclass(frozen=True)
-class Fired:
-    """All images that fire one latent, strongest first."""
+class LatentFirings:
+    """All evaluation images on which one latent fires, in order of decreasing activation."""
 
     latent: int
+    """Index of the latent."""
     rows: np.ndarray
-    """Rows of `Halves`."""
+    """Rows of the images in `EvalSplit`, (firings,)."""
     acts: np.ndarray
+    """Activation of the latent on each image, (firings,)."""
 
 
-def load_halves(images: Artefact) -> Halves:
-    """Cut the evaluation split by the second 32 bits of the image id (the first made the split)."""
+def load_eval_split(images: Artefact) -> EvalSplit:
+    """Load the evaluation images, halved by the second 32 bits of the image id; the first 32 decide between train and eval."""
     numbers, held_out = [], []
     for batch in images.iter_batches("images", ["image", "image_id", "split"], n_rows=4096):
         rows = zip(*(batch[name].to_pylist() for name in ("image", "image_id", "split")), strict=True)
@@ -47,11 +49,20 @@ def load_halves(images: Artefact) -> Halves:
             if split == "eval":
                 numbers.append(image)
                 held_out.append(int(image_id[8:16], 16) % 2 == 1)
-    return Halves(np.array(numbers, dtype=np.int64), np.array(held_out, dtype=bool))
+    return EvalSplit(np.array(numbers, dtype=np.int64), np.array(held_out, dtype=bool))
 
 
-def iter_fired(files: Sequence[Path | str], halves: Halves, temp: str) -> Iterator[Fired]:
-    """The latents that fire, in order, from the parts of a table `firings`; DuckDB sorts in the folder `temp` what memory does not hold."""
+def iter_latent_firings(files: Sequence[Path | str], split: EvalSplit, temp: str) -> Iterator[LatentFirings]:
+    """Iterate over the latents that fire at all, in order.
+
+    Args:
+        files: The parts of a table `firings`.
+        split: The evaluation images.
+        temp: Folder into which DuckDB spills what does not fit into memory.
+
+    Yields:
+        The firings of one latent.
+    """
     settings: dict[str, Any] = {"memory_limit": "1GB", "temp_directory": temp, "preserve_insertion_order": "false"}
     with duckdb.connect(config=settings) as connection:
         sql = "SELECT latent, image, act FROM read_parquet($files) ORDER BY latent, act DESC, image"
@@ -60,10 +71,10 @@ def iter_fired(files: Sequence[Path | str], halves: Halves, temp: str) -> Iterat
             columns = [batch[name].to_numpy().astype(np.float64) for name in ("latent", "image", "act")]
             rows = np.concatenate([rest, np.stack(columns, axis=1)])
             *whole, rest = np.split(rows, np.flatnonzero(np.diff(rows[:, 0])) + 1)
-            yield from (_fired(rows, halves) for rows in whole)
+            yield from (_firings_of(rows, split) for rows in whole)
         if len(rest):
-            yield _fired(rest, halves)
+            yield _firings_of(rest, split)
 
 
-def _fired(rows: np.ndarray, halves: Halves) -> Fired:
-    return Fired(int(rows[0, 0]), halves.rows_of(rows[:, 1].astype(np.int64)), rows[:, 2])
+def _firings_of(rows: np.ndarray, split: EvalSplit) -> LatentFirings:
+    return LatentFirings(int(rows[0, 0]), split.rows_of(rows[:, 1].astype(np.int64)), rows[:, 2])

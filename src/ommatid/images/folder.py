@@ -1,4 +1,4 @@
-"""The folder source: every file below a folder or URL, its sub-folder the label; more may be said in captions.csv."""
+"""The source `folder`: every file below a folder or URL, labelled by its sub-folder or by captions.csv."""
 
 import posixpath
 import unicodedata
@@ -14,94 +14,99 @@ from ommatid.store.filesystem.csv_file import CsvFile, Row
 from ommatid.store.filesystem.listing import count_of, list_images, some_of
 
 CAPTIONS = "captions.csv"
+"""Name of the optional file with captions, labels and taxonomy paths, at the top of the folder."""
 COLUMNS = ("path", "caption", "label", "taxonomy")
+"""Columns of that file."""
 MAX_LOST = 0.5
-"""Share of rows that may name no file; with more of them the file is taken for that of another folder."""
+"""Largest share of images named there that may not exist; with more, the file is taken to belong to another folder."""
 
 
 @dataclass(frozen=True)
-class Said:
-    """What captions.csv says of one image."""
+class Annotation:
+    """The annotation of one image in captions.csv."""
 
     captions: tuple[str, ...] = ()
-    """One for each of its rows that has any, in their order, each once."""
+    """Distinct captions, in the order of their rows."""
     label: str | None = None
-    """None: nothing."""
+    """Label; None if the file has none for the image."""
     taxonomy: str | None = None
-    """None: nothing."""
+    """Taxonomy path; None if the file has none for the image."""
 
 
 @dataclass(frozen=True)
-class Captions:
-    """The whole file."""
+class Annotations:
+    """The content of captions.csv."""
 
-    said: Mapping[str, Said]
-    """By path of the image."""
+    by_path: Mapping[str, Annotation]
+    """Annotations by path of the image."""
     notices: Sequence[str]
-    """What was left out, a sentence each."""
+    """Sentences about what was left out."""
 
 
-def read_captions(data: bytes, where: str, paths: Collection[str]) -> Captions:
-    """Read captions.csv; rows of one image are put together.
+def read_captions(data: bytes, where: str, paths: Collection[str]) -> Annotations:
+    """Read captions.csv, joining the rows of each image.
 
     Args:
-        data: Its bytes.
-        where: Its path or URL, for messages.
-        paths: The images' paths, as `Item.path` has them.
+        data: Bytes of the file.
+        where: Path or URL of the file, for messages.
+        paths: Paths of the images, as in `Item.path`.
+
+    Returns:
+        The annotations.
 
     Raises:
-        SourceError: not a CSV file of this kind; or naming the lines of what is wrong, or that most rows name no file.
+        SourceError: The file is not CSV with these columns, some lines are invalid, or most rows name no image of the folder.
     """
     try:
         file = CsvFile(data, COLUMNS, COLUMNS[:1])
         if len(file.columns) - len(file.unknown_columns) < 2:
             raise ValueError(f"line 1 has the columns {', '.join(file.columns)}; it needs path and one of {', '.join(COLUMNS[1:])}")
         rows = list(file)
-        said = _join(rows, _Names(paths), file.problems)
+        by_path = _join(rows, _Paths(paths), file.problems)
         if file.problems:
             raise ValueError(file.problems_text())
     except ValueError as error:
-        raise SourceError(f"{where}: {error}; mend or remove it") from None
+        raise SourceError(f"{where}: {error}; correct or remove it") from None
     notices = (
         [f"{where}: {count_of(file.unknown_columns, 'column')} not used: {some_of(file.unknown_columns)}"] if file.unknown_columns else []
     )
-    return Captions(said, notices + _lost(said, where, paths))
+    return Annotations(by_path, notices + _report_lost(by_path, where, paths))
 
 
-class _Names:
-    """The images' paths; a path that is the same text in another of Unicode's normal forms is the same path."""
+class _Paths:
+    """Lookup of image paths that ignores differences of Unicode normal form."""
 
     def __init__(self, paths: Collection[str]):
         self._exact = set(paths)
         self._composed = {unicodedata.normalize("NFC", path): path for path in paths}
 
     def find(self, cell: str) -> str:
-        """The image's path, or what was given where there is none."""
+        """Return the path of the image that a cell names, or the cell's own path if there is none."""
         if not cell:
             raise ValueError("column path: is empty; name the image, relative to the folder")
         path = posixpath.normpath(cell)
         return path if path in self._exact else self._composed.get(unicodedata.normalize("NFC", path), path)
 
 
-def _join(rows: Sequence[Row], names: _Names, problems: list[str]) -> dict[str, Said]:
-    """What all rows of each image say together; rows that contradict one another are problems."""
-    found: dict[str, Said] = {}
+def _join(rows: Sequence[Row], known: _Paths, problems: list[str]) -> dict[str, Annotation]:
+    """Join the rows of each image; rows that contradict one another are appended to `problems`."""
+    found: dict[str, Annotation] = {}
     for row in rows:
         try:
-            path = names.find(row.cells["path"])
-            found[path] = _both(found.get(path, Said()), _said(row))
+            path = known.find(row.cells["path"])
+            found[path] = _merge(found.get(path, Annotation()), _annotation_of(row))
         except ValueError as error:
             problems.append(f"line {row.line}, {error}")
     return found
 
 
-def _said(row: Row) -> Said:
+def _annotation_of(row: Row) -> Annotation:
     caption = row.cells.get("caption")
-    return Said((caption,) if caption else (), row.cells.get("label") or None, normalise(row.cells.get("taxonomy")))
+    return Annotation((caption,) if caption else (), row.cells.get("label") or None, normalise(row.cells.get("taxonomy")))
 
 
-def _both(one: Said, other: Said) -> Said:
-    return Said(
+def _merge(one: Annotation, other: Annotation) -> Annotation:
+    return Annotation(
         tuple(dict.fromkeys(one.captions + other.captions)),
         _same("label", one.label, other.label),
         _same("taxonomy", one.taxonomy, other.taxonomy),
@@ -110,46 +115,46 @@ def _both(one: Said, other: Said) -> Said:
 
 def _same(column: str, one: str | None, other: str | None) -> str | None:
     if one and other and one != other:
-        raise ValueError(f"column {column}: {other!r}, and a line before says {one!r} of the same image; an image has one {column}")
+        raise ValueError(f"column {column}: {other!r}, but an earlier line has {one!r} for the same image; an image has one {column}")
     return one or other
 
 
-def _lost(said: Mapping[str, Said], where: str, paths: Collection[str]) -> list[str]:
-    """A sentence about paths that are no image of the folder.
+def _report_lost(by_path: Mapping[str, Annotation], where: str, paths: Collection[str]) -> list[str]:
+    """Return a sentence about annotated paths that are not in the folder, or an empty list if all are.
 
     Raises:
-        SourceError: there are too many of them.
+        SourceError: There are too many of them.
     """
     known = set(paths)
-    if not (lost := [path for path in said if path not in known]):
+    if not (lost := [path for path in by_path if path not in known]):
         return []
-    meant = {_loosely(path): path for path in paths}
-    near = [f"{path!r} (is {meant[_loosely(path)]!r} meant?)" for path in lost if _loosely(path) in meant]
-    far = [repr(path) for path in lost if _loosely(path) not in meant]
-    told = f"{where}: {len(lost)} of {len(said)} images named there are no file of the folder: {some_of(near + far)}"
-    if len(lost) > MAX_LOST * len(said):
-        raise SourceError(f"{told}; write paths relative to the folder, such as {min(paths)!r}")
-    return [told]
+    similar = {_loose_form(path): path for path in paths}
+    near = [f"{path!r} (is {similar[_loose_form(path)]!r} meant?)" for path in lost if _loose_form(path) in similar]
+    far = [repr(path) for path in lost if _loose_form(path) not in similar]
+    sentence = f"{where}: {len(lost)} of {len(by_path)} images named there do not exist in the folder: {some_of(near + far)}"
+    if len(lost) > MAX_LOST * len(by_path):
+        raise SourceError(f"{sentence}; write paths relative to the folder, such as {min(paths)!r}")
+    return [sentence]
 
 
-def _loosely(path: str) -> str:
-    r"""How a path is spelt but for what other machines spell otherwise: case, \ for /, and a slash at the begin."""
+def _loose_form(path: str) -> str:
+    r"""Return a path without what differs between machines: case, \ or / as separator, and a slash at the beginning."""
     return posixpath.normpath(path.replace("\\", "/").lstrip("/")).casefold()
 
 
 _TABLES = (".csv", ".tsv", ".json", ".jsonl")
-"""Endings of files that say something of images in other programs' folders."""
+"""Endings of files in which other programs store annotations."""
 
 
 class Folder:
-    """The files below a folder (see `listing`), sorted by path.
+    """The files below a folder (see `store.filesystem.listing`), sorted by path.
 
-    The label is what captions.csv says, or else the path of the file's own folder below the root (`dog/x.jpg`: dog, `dog/poodle/x.jpg`:
-    dog/poodle); files at the root have none.
+    The label is that of captions.csv, else the path of the file's own folder below the root: `dog` for `dog/x.jpg`, `dog/poodle` for
+    `dog/poodle/x.jpg`. Files at the root have none.
 
     Raises:
-        SourceError: no such folder, nothing in it, or a captions.csv that cannot be used.
-        ArtefactError: a URL that cannot be reached.
+        SourceError: The folder does not exist or is empty, or its captions.csv is invalid.
+        ArtefactError: The URL cannot be reached.
     """
 
     def __init__(self, root: Path | str):
@@ -158,31 +163,31 @@ class Folder:
         self._files = [file for file in listing.files if file.name != CAPTIONS]
         if not self._files:
             raise SourceError(f"{root}: there is no file but {CAPTIONS}; put images there, or change images.source.path")
-        about = Captions({}, ())
+        annotations = Annotations({}, ())
         for file in listing.files:
             if file.name == CAPTIONS:
                 try:
-                    about = read_captions(file.read(MAX_BYTES), str(file), [image.name for image in self._files])
+                    annotations = read_captions(file.read(MAX_BYTES), str(file), [image.name for image in self._files])
                 except OSError as error:
-                    raise SourceError(f"{file}: {error.strerror}; mend or remove it") from None
-        self._said = about.said
-        self.notices: Sequence[str] = [*about.notices, *_tables(str(root), [file.name for file in self._files])]
+                    raise SourceError(f"{file}: {error.strerror}; repair or remove it") from None
+        self._annotations = annotations.by_path
+        self.notices: Sequence[str] = [*annotations.notices, *_report_tables(str(root), [file.name for file in self._files])]
         self.total = len(self._files)
 
     def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
-        """The files at these positions, in order."""
+        """Iterate over the files at these positions, in order."""
         for position in positions:
             file = self._files[position]
-            said = self._said.get(file.name, Said())
-            label = said.label or posixpath.dirname(file.name) or None
-            yield Item(file.name, partial(file.read, MAX_BYTES + 1), label, said.captions, said.taxonomy)
+            annotation = self._annotations.get(file.name, Annotation())
+            label = annotation.label or posixpath.dirname(file.name) or None
+            yield Item(file.name, partial(file.read, MAX_BYTES + 1), label, annotation.captions, annotation.taxonomy)
 
 
-def _tables(root: str, names: Sequence[str]) -> list[str]:
-    """A sentence about files that may say something of the images and are not read, if any."""
+def _report_tables(root: str, names: Sequence[str]) -> list[str]:
+    """Return a sentence about files that may hold annotations and are not read, or an empty list if there are none."""
     found = [name for name in names if name.lower().endswith(_TABLES)]
     return (
-        [f"{root}: {count_of(found, 'file')} not read, for only {CAPTIONS} at the top says something of images: {some_of(found)}"]
+        [f"{root}: {count_of(found, 'file')} not read, as annotations are only read from {CAPTIONS} at the top: {some_of(found)}"]
         if found
         else []
     )

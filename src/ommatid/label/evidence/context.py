@@ -11,7 +11,7 @@ from torch import Tensor
 from ommatid.activations.columns import from_float32
 from ommatid.config import LabelParams, Model
 from ommatid.events import Listener, Warned, ignore
-from ommatid.images.eval_split import Fired, Halves, iter_fired, load_halves
+from ommatid.images.eval_split import EvalSplit, LatentFirings, iter_latent_firings, load_eval_split
 from ommatid.label.evidence.firings import Gathered, nearest_latents
 from ommatid.label.evidence.images import Spool
 from ommatid.label.labellers import Source, Words, make_source
@@ -33,7 +33,7 @@ class Material:
     """The labellers, by `labels.labeller`."""
     texts: Texts
     """The words of all of them."""
-    halves: Halves
+    halves: EvalSplit
     """The evaluation images."""
     images: Tensor
     """Their joint embeddings, (images, d_joint) float32, centred, unit norm."""
@@ -59,7 +59,7 @@ def load_material(params: LabelParams, inputs: Mapping[str, Artefact], on_event:
     }
     words = dict.fromkeys(word for source in sources.values() if isinstance(source, Words) for word in source.words)
     texts = Texts(_load_namer(inputs["extract"]), tuple(words) or load_words(STANDARD), on_event)
-    halves = load_halves(inputs["images"])
+    halves = load_eval_split(inputs["images"])
     return Material(sources, texts, halves, load_joint(inputs["extract"], halves))
 
 
@@ -69,7 +69,7 @@ def _load_namer(activations: Artefact) -> VisionModel:
     return load_model(namer, params["dtype"], "cpu")
 
 
-def load_joint(activations: Artefact, halves: Halves) -> Tensor:
+def load_joint(activations: Artefact, halves: EvalSplit) -> Tensor:
     """Joint embeddings of the evaluation images, centred on the naming half, unit norm: (images, d_joint) float32."""
     joint = torch.empty(len(halves.images), activations.summary["d_joint"])
     for batch in activations.iter_batches("embeddings", ["image", "joint"], n_rows=4096):
@@ -95,14 +95,14 @@ class Subject:
     gathered: Gathered
     """Of its latents what names are made of."""
     has_named: np.ndarray
-    """Whether each evaluation image helped to make a name or a threshold, by row of `Halves`."""
+    """Whether each evaluation image helped to make a name or a threshold, by row of `EvalSplit`."""
     has_scored: np.ndarray
     """Whether it served to score one: the gate holds that no image did both."""
     on_event: Listener
 
-    def iter_fired(self) -> Iterator[Fired]:
+    def iter_fired(self) -> Iterator[LatentFirings]:
         """The latents that fire, in order."""
-        return iter_fired(self.inputs["evaluate"].files("firings"), self.material.halves, str(self.draft.scratch))
+        return iter_latent_firings(self.inputs["evaluate"].files("firings"), self.material.halves, str(self.draft.scratch))
 
     def spool(self) -> Spool:
         """The encoded images, which are copied for that where they have not been."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ommatid.compute.largest import largest
 from ommatid.config import LabelParams
-from ommatid.images.eval_split import Fired, Halves
+from ommatid.images.eval_split import EvalSplit, LatentFirings
 from ommatid.metrics import unit
 from ommatid.sae.model import SAE
 from ommatid.store import Artefact
@@ -49,7 +49,7 @@ class Test:
         return np.concatenate([self.positive, self.negative])
 
 
-def draw_test(fired: Fired, halves: Halves, held_out: bool, neighbours: Sequence[np.ndarray], rng: np.random.Generator) -> Test:
+def draw_test(fired: LatentFirings, halves: EvalSplit, held_out: bool, neighbours: Sequence[np.ndarray], rng: np.random.Generator) -> Test:
     """Firing images of one half and as many that do not fire; `neighbours` are rows that fire the nearest latents."""
     drawn = rng.permutation(np.flatnonzero(halves.is_held_out[fired.rows] == held_out))[:MAX_FIRING]
     hard, random = draw_silent(fired, halves, held_out, neighbours, len(drawn), rng)
@@ -57,7 +57,7 @@ def draw_test(fired: Fired, halves: Halves, held_out: bool, neighbours: Sequence
 
 
 def draw_silent(
-    fired: Fired, halves: Halves, held_out: bool, neighbours: Sequence[np.ndarray], n: int, rng: np.random.Generator
+    fired: LatentFirings, halves: EvalSplit, held_out: bool, neighbours: Sequence[np.ndarray], n: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """At most n rows of one half that do not fire: up to half of them fire the nearest latents, the others are random."""
     silent = halves.is_held_out == held_out
@@ -73,7 +73,7 @@ class Strongest:
     """The strongest images of the naming half of a latent."""
 
     rows: Tensor
-    """Rows of `Halves`, strongest first."""
+    """Rows of `EvalSplit`, strongest first."""
     acts: Tensor
     """Image-level activation of each, float64."""
 
@@ -81,7 +81,7 @@ class Strongest:
 class Gathered:
     """What is kept of each latent that fires."""
 
-    def __init__(self, halves: Halves, params: LabelParams, neighbours: np.ndarray) -> None:
+    def __init__(self, halves: EvalSplit, params: LabelParams, neighbours: np.ndarray) -> None:
         self._halves = halves
         self._params = params
         self._neighbours = neighbours
@@ -90,7 +90,7 @@ class Gathered:
         self._samples: dict[int, np.ndarray] = {}
         """Some rows that fire each latent, for its neighbours' hard negatives."""
 
-    def fill(self, all_fired: Iterator[Fired]) -> None:
+    def fill(self, all_fired: Iterator[LatentFirings]) -> None:
         """One pass over the latents that fire."""
         for fired in all_fired:
             self._samples[fired.latent] = fired.rows[:: max(1, len(fired.rows) // MAX_FIRING)][:MAX_FIRING]

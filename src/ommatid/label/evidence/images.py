@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ommatid.config import LabelParams
 from ommatid.images.decode import decode
-from ommatid.images.eval_split import Fired, Halves
+from ommatid.images.eval_split import EvalSplit, LatentFirings
 from ommatid.label.evidence.firings import Gathered, draw_silent
 from ommatid.label.labellers.base import Case, Example
 from ommatid.store import Artefact, Draft
@@ -140,7 +140,7 @@ class Spool:
     A row group of it has 128 images, and a latent's are all over the set. Made once for all SAEs; a run that died may have left it.
     """
 
-    def __init__(self, images: Artefact, halves: Halves, draft: Draft, preprocess: Preprocess) -> None:
+    def __init__(self, images: Artefact, halves: EvalSplit, draft: Draft, preprocess: Preprocess) -> None:
         if not (draft.has(OFFSETS) and draft.has(SPOOL)):
             _write_spool(images, halves, draft, preprocess)
         table = np.load(draft.path / OFFSETS)
@@ -148,14 +148,14 @@ class Spool:
         self._path = draft.path / SPOOL
 
     def read(self, row: int) -> tuple[bytes, tuple[float, float]]:
-        """The image file of a row of `Halves`, and what the model sees of it."""
+        """The image file of a row of `EvalSplit`, and what the model sees of it."""
         with self._path.open("rb") as file:
             file.seek(int(self._offsets[row]))
             encoded = file.read(int(self._offsets[row + 1] - self._offsets[row]))
         return encoded, (float(self._seen[row][0]), float(self._seen[row][1]))
 
 
-def _write_spool(images: Artefact, halves: Halves, draft: Draft, preprocess: Preprocess) -> None:
+def _write_spool(images: Artefact, halves: EvalSplit, draft: Draft, preprocess: Preprocess) -> None:
     table = np.zeros(len(halves.images) + 1, dtype=[("offset", "i8"), ("seen", "f4", 2)])
     row = 0
     with draft.write_file(SPOOL) as path, path.open("wb") as file:
@@ -204,13 +204,13 @@ def iter_looks(evaluation: Artefact) -> Iterator[Looks]:
 class Cases:
     """Makes the cases of an SAE's latents."""
 
-    def __init__(self, spool: Spool, halves: Halves, gathered: Gathered, params: LabelParams) -> None:
+    def __init__(self, spool: Spool, halves: EvalSplit, gathered: Gathered, params: LabelParams) -> None:
         self._spool = spool
         self._halves = halves
         self._gathered = gathered
         self._params = params
 
-    def iter_cases(self, all_fired: Iterator[Fired], all_looks: Iterator[Looks], wanted: Collection[int]) -> Iterator[Case]:
+    def iter_cases(self, all_fired: Iterator[LatentFirings], all_looks: Iterator[Looks], wanted: Collection[int]) -> Iterator[Case]:
         """The cases of some latents, in order; images are read as cases are asked for."""
         looks = next(all_looks, None)
         for fired in all_fired:
@@ -219,7 +219,7 @@ class Cases:
             if fired.latent in wanted:
                 yield self._make(fired, looks.heat if looks and looks.latent == fired.latent else {})
 
-    def _make(self, fired: Fired, heat: Mapping[int, np.ndarray | None]) -> Case:
+    def _make(self, fired: LatentFirings, heat: Mapping[int, np.ndarray | None]) -> Case:
         n = self._params.n_examples
         naming = np.flatnonzero(~self._halves.is_held_out[fired.rows])
         has_heat = np.isin(self._halves.images[fired.rows[naming]], list(heat))
