@@ -18,6 +18,7 @@ from ommatid.activations.columns import from_float16
 from ommatid.config import load_params
 from ommatid.metrics import Fidelity
 from ommatid.sae.learner import Learner, Sample
+from ommatid.sae.schedule import make_plan
 from ommatid.sae.step import Batch
 from ommatid.sae.trainer import Trainer
 from ommatid.stage import open_stage
@@ -59,7 +60,7 @@ def main() -> None:
     rows = []
     for name, batches in orders.items():
         (one,) = params.train.each().values()
-        learner = Learner.begin(name, one, len(x), Sample(load_sample(activations, SAMPLE)), torch.device("cpu"))
+        learner = Learner.begin(name, one, make_plan(one, len(x)), Sample(load_sample(activations, SAMPLE)), torch.device("cpu"))
         first = next(batches()).x
         distinct = len({row.tobytes() for row in first.numpy()})
         assert distinct > size / 2

@@ -12,6 +12,7 @@ from synthetic import Synthetic
 from train_setup import CPU, POOL, Size
 
 from ommatid.sae.learner import Learner, Sample
+from ommatid.sae.schedule import make_plan
 from ommatid.sae.step import Batch
 
 N_STEPS = 20
@@ -41,7 +42,7 @@ def main() -> None:
 
 def _begin(size: Size, sample: Sample) -> Learner:
     params = size.section(variant="batch_topk", epochs=1, seed=0)
-    return Learner.begin("memory", params, 10_000 * size.batch_size, sample, CPU)
+    return Learner.begin("memory", params, make_plan(params, 10_000 * size.batch_size), sample, CPU)
 
 
 def _learn(learner: Learner, pool: list[torch.Tensor], steps: range) -> None:

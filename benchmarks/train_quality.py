@@ -11,6 +11,7 @@ from synthetic import HELD_OUT, Synthetic, first_of, fvu
 from train_setup import CPU, Size, request
 
 from ommatid.sae.learner import Learner, Sample
+from ommatid.sae.schedule import make_plan
 from ommatid.sae.step import Batch
 
 SIZE = Size(d_model=256, d_sae=2048, k=16, batch_size=1024)
@@ -57,7 +58,7 @@ def _ours(variant: str, n_steps: int) -> tuple[dict[int | None, float], float, f
     data, b = Synthetic(SIZE.d_model), SIZE.batch_size
     sample = Sample(torch.cat([data.batch(number, b) for number in range(SAMPLE // b)]))
     params = SIZE.section(variant=variant, epochs=1, seed=0)
-    learner = Learner.begin(variant, params, n_steps * b, sample, CPU)
+    learner = Learner.begin(variant, params, make_plan(params, n_steps * b), sample, CPU)
     for x in (data.batch(number, b) for number in range(n_steps)):
         learner.learn(Batch(x, x))
     sae, scale = learner.finish("synthetic", "synthetic", None), learner.scales.x

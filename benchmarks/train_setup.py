@@ -50,7 +50,7 @@ class Ours:
         data = Synthetic(size.d_model)
         pool = [data.batch(number, size.batch_size) for number in range(POOL)]
         params = size.section(variant=variant, epochs=1, seed=0)
-        self._learner = Learner.begin(variant, params, RUN_STEPS * size.batch_size, Sample(torch.cat(pool)), CPU)
+        self._learner = Learner.begin(variant, params, make_plan(params, RUN_STEPS * size.batch_size), Sample(torch.cat(pool)), CPU)
         self._batches = [Batch(x, x) for x in pool]
         self.scale = self._learner.scales.x
 

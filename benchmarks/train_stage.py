@@ -22,6 +22,7 @@ from ommatid.config import TrainParams, load_params
 from ommatid.events import Event, Measured, Progress
 from ommatid.extract.rows import BYTES_PER_ROW_GROUP, order_rows, window, write_rows
 from ommatid.sae.learner import Learner, Sample
+from ommatid.sae.schedule import make_plan
 from ommatid.stage import run_stage
 from ommatid.store import Artefact
 from ommatid.train.stage import CHECKPOINT, SAMPLE
@@ -108,7 +109,7 @@ class Bare:
 
     def __init__(self, activations: Artefact, section: TrainParams) -> None:
         sample = Sample(load_sample(activations, SAMPLE))
-        self._learner = Learner.begin("bare", section, activations.rows("train"), sample, CPU)
+        self._learner = Learner.begin("bare", section, make_plan(section, activations.rows("train")), sample, CPU)
         with closing(iter_batches(activations, section.batch_size, section.seed)) as batches:  # pyright: ignore[reportArgumentType]
             self._batches = list(islice(batches, self._learner.plan.n_tokens // section.batch_size))
         self.n_steps = self._learner.plan.n_steps

@@ -99,7 +99,14 @@ def _telling_lacks(run: Callable[Concatenate[str, P], Artefact]) -> Callable[Con
 
 
 @_telling_lacks
-def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA, must_pass: bool = True) -> Artefact:
+def run_stage(
+    name: str,
+    params: Params,
+    on_event: Listener,
+    data: str = DATA,
+    must_pass: bool = True,
+    run: Callable[[Any, Mapping[str, Artefact], Draft, Listener], Artefact] | None = None,
+) -> Artefact:
     """Run one stage in the current directory; where another process is making the same artefact, wait for it and take that one.
 
     Args:
@@ -108,6 +115,7 @@ def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA, m
         on_event: Hears of progress.
         data: Root of all artefacts and of the gates' reports, a path or URL.
         must_pass: Publish nothing that fails the gate; False: only report it, as trials on samples need it.
+        run: Computes the artefact in place of the stage's own function, as a trial of training needs it; None: the stage's own.
 
     Where some of several SAEs fail the gate, the artefact is published: the rest are its children, and its summary says in `rejected`
     which are not, and why. These are inside it, too, whole; no later stage reads them.
@@ -134,7 +142,10 @@ def run_stage(name: str, params: Params, on_event: Listener, data: str = DATA, m
             _tell_rejected(name, draft.published, place, on_event)
             return draft.published
         with _training_runs(name, params, inputs, data) as runs:
-            artefact = draft.sealed() or _compute(name, params, inputs, draft, runs.tee(on_event) if runs else on_event, data)
+            listener = runs.tee(on_event) if runs else on_event
+            artefact = draft.sealed() or (
+                run(section, inputs, draft, listener) if run else _compute(name, params, inputs, draft, listener, data)
+            )
             artefact = artefact.leaving_out(())  # a run that was killed may have rejected some: all are judged again
             if name == "train":
                 pictures = _draw_health(artefact, reports.path)

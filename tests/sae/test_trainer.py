@@ -103,7 +103,7 @@ def test_a_transcoder_recovers_the_planted_directions_of_its_target() -> None:
     other = torch.nn.functional.normalize(torch.randn(48, 20, generator=torch.Generator().manual_seed(9)), dim=1)
     target = planted.codes @ other + 1
     params = make_train_params(epochs=60)
-    learner = Learner.begin("one", params, len(x), Sample(x, target), torch.device("cpu"))
+    learner = Learner.begin("one", params, make_plan(params, len(x)), Sample(x, target), torch.device("cpu"))
 
     def batches() -> Iterator[Batch]:
         for step in range(10**6):
@@ -162,7 +162,9 @@ def test_going_on_from_a_checkpoint_is_bit_identical(name: str, draft: Draft, mo
 
     with pytest.raises(Killed):
         go_on([learner], x, checkpoint=Killing(draft, "scratch/one"))
-    again = Learner.restore("one", params, len(x), inside(Checkpoint(draft, "scratch/one").load(), "one"), torch.device("cpu"))
+    again = Learner.restore(
+        "one", params, make_plan(params, len(x)), inside(Checkpoint(draft, "scratch/one").load(), "one"), torch.device("cpu")
+    )
     assert again.guides.step == 20
     go_on([again], x)
     for key, tensor in whole.state_dict().items():
@@ -217,7 +219,8 @@ def test_resampling_gives_dead_latents_of_relu_new_directions() -> None:
 def test_divergence_names_the_step_and_what_to_do_and_keeps_the_weights() -> None:
     x = make_planted(2048).x
     x[7, 3] = float("nan")
-    learner = Learner.begin("one", make_train_params(epochs=2), len(x), Sample(x[8:]), torch.device("cpu"))
+    params = make_train_params(epochs=2)
+    learner = Learner.begin("one", params, make_plan(params, len(x)), Sample(x[8:]), torch.device("cpu"))
     with pytest.raises(TrainingError, match=r"train: one: the loss is nan.*at step \d+.*lower train.lr"):
         go_on([learner], x)
     assert all(bool(tensor.isfinite().all()) for tensor in learner.weights.tensors().values())
@@ -237,7 +240,7 @@ def test_one_that_diverges_is_given_up_and_the_others_are_what_they_are_without_
     assert [event.sae for event in events if isinstance(event, Noticed) and event.what.startswith("given up; training continues")] == [
         "bad"
     ]
-    again = Learner.restore("bad", bad.params, len(x), bad.state_dict(), torch.device("cpu"))
+    again = Learner.restore("bad", bad.params, bad.plan, bad.state_dict(), torch.device("cpu"))
     assert again.has_diverged and again.guides.step == 0
 
 
@@ -267,6 +270,8 @@ def test_no_progress_is_said_and_ends_the_run_early_where_asked() -> None:
         assert any("no progress" in what for what in said)
         assert any("training ends at step" in what for what in said) == (patience is not None)
         assert learner.guides.step == 400 if patience is None else learner.guides.step < n_steps
+        plan = make_plan(learner.params, len(x))
+        assert Learner.restore("one", learner.params, plan, learner.state_dict(), torch.device("cpu")).plan == learner.plan
         assert Progress("train steps", learner.guides.step, learner.guides.step) in events
 
 
@@ -300,6 +305,13 @@ def test_a_run_that_is_too_short_is_said_with_what_would_do(changes: dict[str, o
 def test_too_few_tokens_is_refused() -> None:
     with pytest.raises(TrainingError, match="1 training tokens"):
         make_plan(make_train_params(), 1)
+
+
+def test_a_trial_is_measured_and_counts_dead_latents_as_the_whole_run() -> None:
+    whole = make_plan(make_train_params(epochs=40), 100_000)
+    trial = make_plan(make_train_params(epochs=2), 4096).like(whole)
+    assert (trial.measure_every, trial.dead_after) == (whole.measure_every, whole.dead_after)
+    assert (trial.n_steps, trial.lr) == (make_plan(make_train_params(epochs=2), 4096).n_steps, whole.lr)
 
 
 def test_events_carry_curves_histograms_and_progress() -> None:

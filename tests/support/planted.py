@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 
 from ommatid.config import TrainParams
 from ommatid.sae.learner import Learner, Sample
+from ommatid.sae.schedule import make_plan
 from ommatid.sae.step import Batch
 
 
@@ -132,4 +133,4 @@ def iter_planted(x: torch.Tensor, batch_size: int, start: int = 0) -> Iterator[B
 
 def begin(params: TrainParams, x: torch.Tensor, name: str = "one") -> Learner:
     """A learner of `x` before its first step."""
-    return Learner.begin(name, params, len(x), Sample(x), torch.device("cpu"))
+    return Learner.begin(name, params, make_plan(params, len(x)), Sample(x), torch.device("cpu"))

@@ -17,18 +17,27 @@ Judges = Annotated[
 ]
 
 
-class LocalExecutor(Section):
-    """This process; with several GPUs a process each."""
-
-    kind: Literal["local"]
+class ExecutorSection(Section):
+    """A kind of executor."""
 
     @property
     def workers_here(self) -> int | None:
         """Shards that are made on this machine at a time; None: one, or one for each GPU."""
         return None
 
+    @property
+    def trial(self) -> "Executor":
+        """Executor with which `ommatid estimate` tries the extraction of a sample, and by which it counts time and memory."""
+        return LocalExecutor(kind="local")
 
-class DaskExecutor(Section):
+
+class LocalExecutor(ExecutorSection):
+    """This process; with several GPUs a process each."""
+
+    kind: Literal["local"]
+
+
+class DaskExecutor(ExecutorSection):
     """A Dask cluster (`pip install 'ommatid[dask]'`)."""
 
     kind: Literal["dask"]
@@ -43,7 +52,7 @@ class DaskExecutor(Section):
         return 1 if self.address else self.workers
 
 
-class RayExecutor(Section):
+class RayExecutor(ExecutorSection):
     """A Ray cluster (`pip install 'ommatid[ray]'`)."""
 
     kind: Literal["ray"]

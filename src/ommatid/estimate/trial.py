@@ -11,9 +11,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,32 +65,24 @@ def _run(stage: str, params: dict[str, Any], data: str, whole: dict[str, int] | 
     from ommatid.stage import run_stage
 
     checked, spans = Params.model_validate(params), _Spans()
-    with _training_as_the_whole(checked, data, **whole) if whole else nullcontext():
-        run_stage(stage, checked, spans, data, must_pass=False)
+    run_stage(stage, checked, spans, data, must_pass=False, run=_like_the_whole(checked.train, **whole) if whole else None)
     seconds = time.perf_counter() - start
     gc.collect()  # networks first: the next run loads them again
     return {"seconds": seconds, "peak": _peak(), "spans": spans.seconds}
 
 
-@contextmanager
-def _training_as_the_whole(params: Any, data: str, epochs: int, n_tokens: int) -> Iterator[None]:
-    """Have the steps of a short training do what those of the whole will do.
+def _like_the_whole(params: Any, epochs: int, n_tokens: int) -> Callable[..., Any]:
+    """Return a training whose steps cost as much as those of the whole run.
 
-    By themselves they would write a checkpoint each, and count latents as dead, whose revival costs time, after a few batches.
+    Args:
+        params: Section `train` of the trial.
+        epochs: Epochs of the whole run.
+        n_tokens: Training tokens of an epoch of the whole run.
     """
-    from ommatid.sae import learner, trainer
     from ommatid.sae.schedule import make_plan
-    from ommatid.stage import open_stage
+    from ommatid.train.stage import train
 
-    points = trainer.CURVE_POINTS
-    whole = make_plan(params.train.model_copy(update={"epochs": epochs}), n_tokens)
-    trial = make_plan(params.train, open_stage("extract", params.hookpoint, data).rows("train"))
-    trainer.CURVE_POINTS = max(1, trial.n_steps // max(1, whole.n_steps // points))
-    learner.make_plan = lambda params, n_tokens: replace(make_plan(params, n_tokens), dead_after=whole.dead_after)
-    try:
-        yield
-    finally:
-        trainer.CURVE_POINTS, learner.make_plan = points, make_plan
+    return partial(train, whole=make_plan(params.model_copy(update={"epochs": epochs}), n_tokens))
 
 
 class _Spans:

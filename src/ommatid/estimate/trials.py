@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ommatid import tracking
-from ommatid.config import Params
+from ommatid.config import ExtractParams, Params
 from ommatid.config.label import VocabularyLabeller
 from ommatid.estimate.fit import Timed, grow, trial_sizes
 from ommatid.estimate.process import Answer, StageProcess
@@ -59,7 +59,9 @@ class Trials:
             on_event: Hears of the trials.
         """
         self.tried: dict[str, Tried] = {stage: Tried() for stage in STAGES}
+        assert isinstance(params.extract, ExtractParams), params.extract
         self._params = params
+        self._executor = params.extract.executor.trial
         self._whole = whole
         self._sizes = trial_sizes(n_items)
         self._root = root
@@ -212,7 +214,8 @@ class Trials:
     def _values(self, **changes: Mapping[str, Any]) -> dict[str, Any]:
         """Params of a trial."""
         values = self._params.model_dump(mode="json")
-        for section, change in ({"extract": {"executor": {"kind": "local"}}} | changes).items():
+        values["extract"]["executor"] = self._executor.model_dump(mode="json")
+        for section, change in changes.items():
             values[section] |= change
         return values
 

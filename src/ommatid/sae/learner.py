@@ -16,7 +16,7 @@ from ommatid.sae import distributed
 from ommatid.sae.init import fit_scale, make_weights
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.sae.optimiser import Optimiser
-from ommatid.sae.schedule import Plan, make_plan
+from ommatid.sae.schedule import Plan
 from ommatid.sae.step import Batch, Step
 from ommatid.sae.variants import Guides, Settings, Variant, make_variant
 from ommatid.sae.weights import Weights, align
@@ -101,11 +101,11 @@ class Learner(Accumulator):
     STATE = ("guides", "idle", "firings", "density", "threshold", "curves", "_window", "_sums")
     """Beside the weights and their moments, from which an optimiser is made."""
 
-    def __init__(self, name: str, params: TrainParams, n_tokens: int, device: torch.device) -> None:
+    def __init__(self, name: str, params: TrainParams, plan: Plan, device: torch.device) -> None:
         self.name = name
         """Key of `TrainParams.each`."""
         self.params = params
-        self.plan: Plan = make_plan(params, n_tokens)
+        self.plan = plan
         self.scales: Scales
         assert not isinstance(params.variant, Imported), f"{name}: an imported SAE is not trained"
         self.variant: Variant = make_variant(params.variant, _settings(params, self.plan, device))
@@ -126,9 +126,9 @@ class Learner(Accumulator):
         """Sums of losses and gradient norms, and the number of steps, since the last measurement, `(3,)`."""
 
     @classmethod
-    def begin(cls, name: str, params: TrainParams, n_tokens: int, sample: Sample, device: torch.device) -> "Learner":
+    def begin(cls, name: str, params: TrainParams, plan: Plan, sample: Sample, device: torch.device) -> "Learner":
         """Make a new learner, whose weights are initialised from a sample."""
-        learner = cls(name, params, n_tokens, device)
+        learner = cls(name, params, plan, device)
         scales = learner.scales = Scales.of(sample)
         x, target = sample.x * scales.x, None if sample.target is None else sample.target * scales.target
         weights = make_weights(params.d_sae, x, target, params.seed)
@@ -265,9 +265,9 @@ class Learner(Accumulator):
         super().load_state_dict(state)
 
     @classmethod
-    def restore(cls, name: str, params: TrainParams, n_tokens: int, state: State, device: torch.device) -> "Learner":
+    def restore(cls, name: str, params: TrainParams, plan: Plan, state: State, device: torch.device) -> "Learner":
         """Make the learner whose `state_dict` this is."""
-        learner = cls(name, params, n_tokens, device)
+        learner = cls(name, params, plan, device)
         learner.load_state_dict(state)
         return learner
 

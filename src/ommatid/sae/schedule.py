@@ -1,10 +1,13 @@
 """The schedule of a training run, derived from its parameters and the number of training tokens."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ommatid.config import TrainParams
 from ommatid.errors import TrainingError
+
+CURVE_POINTS = 100
+"""Measurements of a run, and rows of its training curves."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,16 @@ class Plan:
     """Peak learning rate."""
     dead_after: int
     """Tokens without a firing after which a latent counts as dead: the least of 10 million, a tenth of the run, and 8 epochs."""
+    measure_every: int
+    """Steps from one measurement to the next; a run that ends early keeps them."""
+
+    def like(self, whole: "Plan") -> "Plan":
+        """Return this plan of a short run with steps that cost as much as those of a whole run.
+
+        By its own rules a short run would measure after every step, and would count latents as dead, whose revival takes time, after a
+        few batches. Here both happen after as many steps and tokens as in the whole run.
+        """
+        return replace(self, dead_after=whole.dead_after, measure_every=whole.measure_every)
 
     @property
     def warmup(self) -> int:
@@ -65,4 +78,5 @@ def make_plan(params: TrainParams, n_tokens: int) -> Plan:
     lr = params.lr if params.lr is not None else 2e-4 / math.sqrt(params.d_sae / 16384)
     n_steps = steps_per_epoch * params.epochs
     # dead_after is bounded by a share of the run because AuxK must begin while there is still time to revive latents.
-    return Plan(n_tokens, batch_size, n_steps, lr, min(10_000_000, n_steps * batch_size // 10, 8 * n_tokens))
+    dead_after = min(10_000_000, n_steps * batch_size // 10, 8 * n_tokens)
+    return Plan(n_tokens, batch_size, n_steps, lr, dead_after, max(1, n_steps // CURVE_POINTS))

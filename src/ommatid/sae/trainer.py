@@ -21,8 +21,6 @@ from ommatid.sae import distributed
 from ommatid.sae.learner import PROGRESS, Learner, histograms
 from ommatid.sae.step import Batch
 
-CURVE_POINTS = 100
-"""Rows of the training curves."""
 FEWEST_STEPS = 200
 """Steps below which a run is reported as short: Adam's averages and the schedule have hardly begun by then."""
 FEWEST_FIRINGS = 1000
@@ -74,7 +72,7 @@ class Trainer:
             TrainingError: The loss of the last learner that had not diverged is no longer finite.
             StoppedError: The process received SIGTERM. A checkpoint was written.
         """
-        every = max(1, self._n_steps // CURVE_POINTS)
+        every = self._learners[0].plan.measure_every
         if self._step == 0:
             for learner in self._learners:
                 for what in _short_run_notices(learner):

@@ -17,7 +17,7 @@ from ommatid.events import Listener, ignore
 from ommatid.sae import distributed
 from ommatid.sae.learner import CURVE_COLUMNS, Learner, Sample, histograms
 from ommatid.sae.model import CONFIG, WEIGHTS
-from ommatid.sae.schedule import make_plan
+from ommatid.sae.schedule import Plan, make_plan
 from ommatid.sae.step import Batch
 from ommatid.sae.trainer import Trainer
 from ommatid.store import Artefact, Draft
@@ -32,8 +32,17 @@ SUMMARISED = ("sae", "n_steps", "n_tokens", "fvu", "l0", "dead")
 """What the training's summary says of each SAE."""
 
 
-def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
+def train(
+    params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore, whole: Plan | None = None
+) -> Artefact:
     """Train all SAEs in one pass over the train split; a run that died goes on from its last checkpoint, bit for bit.
+
+    Args:
+        params: The section `train`.
+        inputs: `extract`, and `target` for a transcoder.
+        draft: Where the SAEs are written.
+        on_event: Called with progress events.
+        whole: Plan of a longer run for which this one is a trial, so that its steps must cost as much; None if it is no trial.
 
     Raises:
         TrainingError: too few tokens, or the loss of every SAE diverged; one that diverges while others go on fails the gate.
@@ -46,7 +55,7 @@ def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_
     }  # first: what is wrong with them is found before hours of training
     if len(made) < len(params.each()):
         distributed.agree_to_train()
-        for name, learner in fit(params, inputs, checkpoint, on_event).items():
+        for name, learner in fit(params, inputs, checkpoint, on_event, whole).items():
             child = draft.child(name, "sae", learner.params.identity())
             made[name] = child.sealed() or _write(learner, inputs, child)
     of = {name: {key: made[name].summary[key] for key in SUMMARISED} for name in params.each()}
@@ -64,6 +73,7 @@ def fit(
     inputs: Mapping[str, Artefact],
     checkpoint: Checkpoint | None,
     on_event: Listener,
+    whole: Plan | None = None,
 ) -> dict[str, Learner]:
     """Train; called by every rank, of which the first has the checkpoint and writes it.
 
@@ -76,9 +86,10 @@ def fit(
         inputs: `extract`, and `target` for a transcoder.
         checkpoint: Read and written by the first rank only; None on the others.
         on_event: Hears of progress.
+        whole: See `train`.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    learners = _learners(params, inputs, distributed.broadcast_tensors(checkpoint.load() if checkpoint else {}, device), device)
+    learners = _learners(params, inputs, distributed.broadcast_tensors(checkpoint.load() if checkpoint else {}, device), device, whole)
     first = learners[0]
     if first.plan.batch_size % distributed.n_ranks():
         raise ConfigError(
@@ -93,14 +104,18 @@ def fit(
     return {learner.name: learner for learner in learners}
 
 
-def _learners(params: TrainParams, inputs: Mapping[str, Artefact], saved: State, device: torch.device) -> Sequence[Learner]:
+def _learners(
+    params: TrainParams, inputs: Mapping[str, Artefact], saved: State, device: torch.device, whole: Plan | None
+) -> Sequence[Learner]:
     trained = {name: one for name, one in params.each().items() if not isinstance(one.variant, Imported)}
-    n_tokens = inputs["extract"].rows("train")
-    make_plan(params, n_tokens)  # refuses too few before any are read
+    # refuses too few tokens before any are read
+    plans = {name: make_plan(one, inputs["extract"].rows("train")) for name, one in trained.items()}
+    if whole is not None:
+        plans = {name: plan.like(whole) for name, plan in plans.items()}
     if not saved:
         sample = _load_sample(inputs)
-        return [Learner.begin(name, one, n_tokens, sample, device) for name, one in trained.items()]
-    return [Learner.restore(name, one, n_tokens, inside(saved, name), device) for name, one in trained.items()]
+        return [Learner.begin(name, one, plans[name], sample, device) for name, one in trained.items()]
+    return [Learner.restore(name, one, plans[name], inside(saved, name), device) for name, one in trained.items()]
 
 
 def _load_sample(inputs: Mapping[str, Artefact]) -> Sample:
