@@ -14,10 +14,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from ommatid import schemas
-from ommatid.catalog import neighbours as neighbours_module
 from ommatid.catalog.build import RELATIONS
 from ommatid.catalog.neighbours import iter_neighbours
 from ommatid.catalog.reader import Catalog
+from ommatid.compute import nearest
 from ommatid.errors import ArtefactError
 from support import catalog as artefacts
 
@@ -249,7 +249,7 @@ def test_neighbours_are_the_nearest_by_cosine(catalog: Catalog) -> None:
 def test_neighbours_in_tiles_equal_those_of_the_whole_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directions = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
     save_file({"W_dec": directions}, tmp_path / "sae.safetensors")
-    monkeypatch.setattr(neighbours_module, "TILE", 7)
+    monkeypatch.setattr(nearest, "TILE", 7)
     tables = list(iter_neighbours(tmp_path, "s", 5))
     assert max(len(table) for table in tables) == 7 * 5
     found = np.concatenate([table["other"].to_numpy() for table in tables]).reshape(50, 5)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from ommatid import schemas, store
+from ommatid.compute import nearest
 from ommatid.evaluate import matches as matches_module
 from ommatid.evaluate.matches import Evaluated, match, write_matches
 from ommatid.metrics import best_matches, chance_cosine, match_one_to_one, matching
@@ -36,7 +37,7 @@ def copy_of(a: torch.Tensor, noise: float = 0.05) -> tuple[torch.Tensor, torch.T
 
 @pytest.mark.parametrize("tile", [3, 7, 4096])
 def test_best_matches_in_tiles_are_those_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
-    monkeypatch.setattr(matching, "TILE", tile)
+    monkeypatch.setattr(nearest, "TILE", tile)
     a, b = 3 * random(20, 6), random(13, 6, seed=1)
     cosines = torch.nn.functional.cosine_similarity(a[:, None].double(), b[None].double(), dim=2)
     there, back = best_matches(a, b)
@@ -63,7 +64,7 @@ def test_random_dictionaries_are_at_chance_and_hardly_any_is_the_same(n: int, d:
     there, _ = best_matches(a, b)
     assert there.mmcs == pytest.approx(chance_cosine(n, d), abs=0.01)
     cosines = match_one_to_one(a, b)
-    assert cosines is not None and int((cosines > matching.ALIKE).sum()) == 0
+    assert cosines is not None and int((cosines > nearest.ALIKE).sum()) == 0
     assert float(cosines.mean()) < there.mmcs  # one to one, not everyone gets the nearest
 
 
@@ -90,7 +91,7 @@ def test_two_copies_of_one_direction_match_it_once() -> None:
     a, b = torch.tensor([[1.0, 0], [1.0, 0.01]]), torch.tensor([[1.0, 0], [0, 1.0]])
     assert best_matches(a, b)[0].other.tolist() == [0, 0]
     found = match_one_to_one(a, b)
-    assert found is not None and int((found > matching.ALIKE).sum()) == 1
+    assert found is not None and int((found > nearest.ALIKE).sum()) == 1
 
 
 def test_wide_dictionaries_are_not_matched_one_to_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ommatid.activations.columns import from_float16
+from ommatid.compute.nearest import ALIKE
 from ommatid.evaluate.stage import evaluate
 from ommatid.events import ignore
 from ommatid.extract import towers
@@ -23,8 +24,7 @@ from ommatid.extract.stage import extract
 from ommatid.images import make_images
 from ommatid.label import label
 from ommatid.label.evidence import context as label_material
-from ommatid.metrics import auroc
-from ommatid.metrics.matching import ALIKE, best_matches, chance_cosine
+from ommatid.metrics import auroc, best_matches, chance_cosine
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.sae.trainer import Trainer
 from ommatid.store import Artefact

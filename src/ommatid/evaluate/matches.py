@@ -13,9 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ommatid import schemas
+from ommatid.compute.nearest import ALIKE
 from ommatid.events import Listener, Progress, ignore
 from ommatid.metrics import BestMatches, best_matches, chance_cosine, match_one_to_one
-from ommatid.metrics.matching import ALIKE
 from ommatid.sae.model import WEIGHTS
 from ommatid.store import Artefact, Draft, part_name
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ommatid import schemas
 from ommatid.compute.checkpoint import Accumulator
-from ommatid.compute.largest import largest
+from ommatid.compute.nearest import ALIKE, largest, nearest
 from ommatid.compute.nulls import none_for_nan
 from ommatid.metrics import CoFiring, Fidelity, Firing, density_histogram, nan_mean, unit
 from ommatid.sae.model import SAE
@@ -21,10 +21,8 @@ N_PARTNERS = 8
 """Partners kept of a latent."""
 MIN_BOTH = 8
 """Images on which both must fire: the 95 % interval of a count of 8 is 3.5 to 15.8, so the lift is known to a factor of about two."""
-DUPLICATE_COSINE = 0.9
-"""Directions at least this near are the same, as where SAEs of two seeds are matched."""
 DUPLICATE_JACCARD = 0.5
-"""And then they are duplicates where they share at least half of the images on which either fires."""
+"""Latents whose directions are alike are duplicates if they share at least this part of the images on which either fires."""
 PAIRS = 2**26
 """Pairs of latents that are counted in one pass over the firings: 256 MB."""
 VALUES = 2**24
@@ -120,11 +118,8 @@ def _partners(name: str, latents: Tensor, counted: CoFiring, rows: slice, n_imag
 
 def _duplicates(latents: Tensor, directions: Tensor, jaccard: Tensor) -> Tensor:
     """The nearest direction among near duplicates, -1 without, (latents,)."""
-    cosine = directions[latents] @ directions.T
-    cosine[(cosine < DUPLICATE_COSINE) | (jaccard < DUPLICATE_JACCARD)] = 0
-    cosine[torch.arange(len(latents)), latents] = 0
-    nearest = cosine.max(dim=1)
-    return torch.where(nearest.values > 0, nearest.indices, -1)
+    found = nearest(directions[latents], directions, 1, latents.numpy(), (jaccard >= DUPLICATE_JACCARD).numpy())
+    return torch.from_numpy(np.where(found.cosines >= ALIKE, found.others, -1)[:, 0])
 
 
 def _slices(n: int, step: int) -> list[slice]:

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ALIKE = 0.9
-"""Two directions with a higher cosine are taken for the same."""
-TILE = 4096
-"""Directions on a side of a tile of cosines: 64 MB."""
+from ommatid.compute.nearest import Nearest, nearest_both_ways
+
 MOST_ONE_TO_ONE = 4096
 """Directions of the larger dictionary up to which one-to-one matching is done: 14 s and 200 MB there, and it grows with the cube."""
 
@@ -40,32 +38,12 @@ def best_matches(a_nd: Tensor, b_md: Tensor) -> tuple[BestMatches, BestMatches]:
 
     In tiles: beside the dictionaries themselves memory does not grow with their size.
     """
-    a, b = _unit(a_nd), _unit(b_md)
-    there, back = _Best(len(a)), _Best(len(b))
-    for i in range(0, len(a), TILE):
-        for j in range(0, len(b), TILE):
-            tile = a[i : i + TILE] @ b[j : j + TILE].T
-            there.add(i, j, tile)
-            back.add(j, i, tile.T)
-    return there.found(), back.found()
+    there, back = nearest_both_ways(_unit(a_nd), _unit(b_md))
+    return _best_matches(there), _best_matches(back)
 
 
-class _Best:
-    """The largest of each row so far."""
-
-    def __init__(self, n: int) -> None:
-        self._cosine = torch.full((n,), -torch.inf)
-        self._other = torch.zeros(n, dtype=torch.int64)
-
-    def add(self, row: int, column: int, tile: Tensor) -> None:
-        cosine, other = tile.max(1)
-        rows = slice(row, row + len(tile))
-        is_better = cosine > self._cosine[rows]
-        self._cosine[rows] = torch.where(is_better, cosine, self._cosine[rows])
-        self._other[rows] = torch.where(is_better, other + column, self._other[rows])
-
-    def found(self) -> BestMatches:
-        return BestMatches(self._other, self._cosine)
+def _best_matches(found: Nearest) -> BestMatches:
+    return BestMatches(torch.from_numpy(found.others[:, 0]), torch.from_numpy(found.cosines[:, 0]))
 
 
 def match_one_to_one(a_nd: Tensor, b_md: Tensor) -> Tensor | None:

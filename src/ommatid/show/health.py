@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.ticker import EngFormatter
 from safetensors import safe_open
 
+from ommatid.compute.nearest import ALIKE, UnitRows, nearest
 from ommatid.show.pictures.page import ACCENT, ALARM, FAINT, GREY, INK, MARGIN, Page, percent, short
 from ommatid.store import Artefact
 
@@ -21,10 +22,6 @@ BINS = 48
 """Of the histograms that are drawn from the weights."""
 N_COMPARED = 2048
 """Latents, spread over the dictionary, that are compared with all others: all would take minutes where there are many."""
-ALIKE = 0.9
-"""Cosine above which two directions are called alike."""
-TILE = 4096
-"""Latents that are compared at once."""
 
 
 def draw_health(sae: Artefact, name: str, path: Path) -> None:
@@ -69,15 +66,10 @@ def _caption(summary: Mapping[str, Any], d_sae: int) -> str:
 
 def nearest_cosines(directions: np.ndarray) -> np.ndarray:
     """Cosine of latents to their nearest other, (at most `N_COMPARED`,); `directions`: (d_sae, d_out)."""
-    unit = directions / np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), 1e-12)
-    mine = np.unique(np.linspace(0, len(unit) - 1, min(N_COMPARED, len(unit))).astype(int))
-    nearest = np.full(len(mine), -1.0)
-    for start in range(0, len(unit), TILE):
-        cosines = unit[mine] @ unit[start : start + TILE].T
-        inside = (mine >= start) & (mine < start + TILE)
-        cosines[np.flatnonzero(inside), mine[inside] - start] = -1.0
-        nearest = np.maximum(nearest, cosines.max(1))
-    return nearest
+    n = len(directions)
+    mine = np.unique(np.linspace(0, n - 1, min(N_COMPARED, n)).astype(int))
+    queries, others = UnitRows(len(mine), lambda rows: directions[mine[rows]]), UnitRows(n, lambda rows: directions[rows])
+    return np.maximum(nearest(queries, others, 1, mine).cosines[:, 0], -1.0)
 
 
 # ---- the plots

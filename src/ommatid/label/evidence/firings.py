@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ommatid.compute.largest import largest
+from ommatid.compute.nearest import nearest
 from ommatid.config import LabelParams
 from ommatid.images.eval_split import EvalSplit, LatentFirings
 from ommatid.metrics import unit
@@ -105,13 +105,8 @@ class Gathered:
         return [self._samples[i] for i in self._neighbours[latent].tolist() if i in self._samples]
 
 
-def nearest_latents(sae: Artefact, block: int = 1024) -> np.ndarray:
+def nearest_latents(sae: Artefact) -> np.ndarray:
     """The latents with the nearest directions, nearest first, the lower latent first of equals, (d_sae, N_HARD_LATENTS), without itself."""
     directions = unit(SAE.load(sae.path).W_dec).float()
     n = min(N_HARD_LATENTS, len(directions) - 1)
-    nearest = []
-    for start in range(0, len(directions), block):
-        cosines = (directions[start : start + block] @ directions.T).numpy()
-        np.fill_diagonal(cosines[:, start:], -np.inf)
-        nearest.append(largest(cosines, n))
-    return np.concatenate(nearest)
+    return nearest(directions, directions, n, np.arange(len(directions))).others
