@@ -64,7 +64,7 @@ def main() -> None:
         first = next(batches()).x
         distinct = len({row.tobytes() for row in first.numpy()})
         assert distinct > size / 2
-        Trainer([learner], lambda event: None, lambda: None).fit(batches())
+        Trainer([learner], lambda event: None, None).fit(batches())
         sae = learner.finish(params.hookpoint, name, None)
         fidelity, fired = Fidelity(), torch.zeros(one.d_sae, dtype=torch.bool)
         for some in held.split(4096):

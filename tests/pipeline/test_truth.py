@@ -288,5 +288,5 @@ def fit(x: Tensor, seed: int) -> Tensor:
     """Directions of an SAE of 96 latents."""
     params = make_train_params(d_sae=96, k=PER_PATCH, epochs=15, batch_size=256, seed=seed)
     learner = begin(params, x)
-    Trainer([learner], ignore, lambda: None).fit(iter_planted(x, params.batch_size))
+    Trainer([learner], ignore, None).fit(iter_planted(x, params.batch_size))
     return learner.weights.W_dec
