@@ -87,7 +87,7 @@ def test_an_auto_map_is_not_followed(loader: str, file: str, changes: dict[str, 
     changes = {name: value | {"auto_map": auto_map} if isinstance(value, dict) else value for name, value in changes.items()}
     canary = plant(folder, file, auto_map=auto_map, **changes)
     with pytest.raises(
-        ModelError, match=r"path: .*Python code that the folder brings \(auto_map\), and no code .* is ever run; use"
+        ModelError, match=r"path: .*requires Python code from the folder \(auto_map\), and code .* is never run; use"
     ) as caught:
         LOADERS[loader](folder)
     assert not canary.exists() and "evil" not in sys.modules
@@ -99,7 +99,7 @@ def test_a_tokenizers_auto_map_is_not_followed(clip: Path, captioner: Path) -> N
     canary = plant(clip, "tokenizer_config.json", **changes)
     LOADERS["clip"](clip)  # transformers knows CLIP's tokenizer by itself
     plant(captioner, "tokenizer_config.json", **changes)
-    with pytest.raises(ModelError, match=r"the tokenizer asks for Python code that the folder brings"):
+    with pytest.raises(ModelError, match=r"the tokenizer requires Python code from the folder"):
         LOADERS["captioner"](captioner)
     assert not canary.exists()
 
@@ -115,25 +115,25 @@ def test_an_auto_map_of_a_part_of_the_model_is_not_followed(captioner: Path) -> 
     config = json.loads((captioner / "config.json").read_text())
     decoder = config["encoder"] | {"auto_map": dict.fromkeys(AUTO, "evil.Evil"), "_name_or_path": str(captioner)}
     canary = plant(captioner, "config.json", decoder=decoder)
-    with pytest.raises(ModelError, match=r"a part of the model in config.json asks for Python code"):
+    with pytest.raises(ModelError, match=r"a part of the model in config.json requires Python code"):
         LOADERS["captioner"](captioner)
     assert not canary.exists()
 
 
 def test_kernels_of_the_hub_are_not_fetched(clip: Path) -> None:
     plant(clip, "config.json", attn_implementation="someone/kernels")
-    with pytest.raises(ModelError, match=r"config.json says attn_implementation 'someone/kernels', which is code of the hub"):
+    with pytest.raises(ModelError, match=r"config.json says attn_implementation 'someone/kernels', which is code from the hub"):
         LOADERS["clip"](clip)
 
 
 def test_a_backbone_of_the_hub_is_not_asked_for(clip: Path) -> None:
     plant(clip, "config.json", model_type="depth_anything", backbone="someone/backbone", use_timm_backbone=False)
-    with pytest.raises(ModelError, match=r"config.json says backbone 'someone/backbone', and transformers would ask the hub"):
+    with pytest.raises(ModelError, match=r"config.json says backbone 'someone/backbone', whose config transformers would download"):
         LOADERS["judge"](clip)
 
 
 def test_nobody_is_asked_whether_to_run_code() -> None:
-    with pytest.raises(ModelError, match=r"a part asks for Python code that the folder brings"), hub.reading("x", "key", "a part"):
+    with pytest.raises(ModelError, match=r"a part requires Python code from the folder"), hub.reading("x", "key", "a part"):
         resolve_trust_remote_code(None, "x", has_local_code=False, has_remote_code=True)
 
 
@@ -162,6 +162,6 @@ def test_weights_are_not_unpickled(judge: Path, way: str) -> None:
         path.write_bytes(pickle.dumps({"x": Touch(canary)}))
     else:
         torch.save({"x": Touch(canary)}, path)
-    with pytest.raises(ModelError, match=r"extract.judge.path: .*the model (holds objects beside tensors|cannot be read)"):
+    with pytest.raises(ModelError, match=r"extract.judge.path: .*the model (holds objects other than tensors|cannot be read)"):
         LOADERS["judge"](judge)
     assert not canary.exists()

@@ -88,7 +88,7 @@ def test_a_processor_that_does_something_else_is_refused(tmp_path: Path) -> None
     make_processor("ViT", {"size": {"height": 48, "width": 48}}).save_pretrained(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AutoImageProcessor, "from_pretrained", lambda *args, **kwargs: Sharpening(size={"height": 48, "width": 48}))
-        with pytest.raises(ModelError, match=r"tiny: its image processor \(Sharpening\) does more .* up to 2 levels of 255"):
+        with pytest.raises(ModelError, match=r"tiny: its image processor \(Sharpening\) does more .* by up to 2 levels of 255"):
             load_preprocess(tmp_path, "tiny", "key")
 
 

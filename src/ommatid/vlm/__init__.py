@@ -1,7 +1,7 @@
-"""Vision-language models: one file a family behind one small protocol, none of which knows where data lives.
+"""Vision-language models behind one small protocol, one file per family. Nothing here knows where data is stored.
 
-A family is a section of `config/models.py` and the module here that its `kind` names, with a function `make`. Families load late:
-importing this module needs neither torch nor transformers.
+A family consists of a section of `config/models.py` and the module here that has the name of its `kind`, with a function `make`. Families
+are imported when first used: importing this module needs neither torch nor transformers.
 """
 
 import difflib
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Replacement = Callable[["torch.Tensor"], "torch.Tensor"]
-"""From the tokens at a hookpoint (batch, n_tokens, d_model), as `Captured` has them, to those that take their place: as many, as wide."""
+"""Function from the tokens at a hookpoint, `(batch, n_tokens, d_model)` as in `Captured`, to replacements of the same shape."""
 N_NEAR = 10
-"""Hookpoints that the error about an unknown one shows."""
+"""Number of similar names listed in the error about an unknown hookpoint."""
 
 
 @dataclass(frozen=True)
@@ -35,95 +35,102 @@ class Hookpoint:
     special: tuple[str, ...]
     """Kinds of the tokens before the patches, in the model's order: ("cls",), ("cls", "register", "register"), ("pooled",) or ()."""
     grid: tuple[int, int] | None
-    """Rows and columns of the patch tokens; None: no token has a place in the image."""
+    """Rows and columns of the patch tokens; None if no token has a place in the image."""
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of an image: the special ones and the patches."""
+        """Number of tokens per image: special tokens and patches."""
         rows, cols = self.grid or (0, 0)
         return len(self.special) + rows * cols
 
 
 @dataclass(frozen=True)
 class Captured:
-    """What one forward pass gives for a batch of images, on the model's device."""
+    """The results of one forward pass over a batch of images, on the model's device."""
 
     tokens: Mapping[str, "torch.Tensor"]
-    """By hookpoint (batch, n_tokens, d_model): special tokens first, then patches row by row from the top left; in the dtype in which the
-    model computes there."""
+    """Activations by hookpoint, `(batch, n_tokens, d_model)`, in the dtype in which the model computes there. Special tokens come first,
+    then patches row by row from the top left."""
     embedding: "torch.Tensor | None"
-    """The images in the joint space (batch, d_embed), float32: comparable to `embed_text` by cosine; finite, not of unit norm. None where
-    the model has no text tower."""
+    """Image embeddings in the joint space, `(batch, d_embed)` float32, comparable to `embed_text` by cosine. They are finite, but not of
+    unit norm. None if the model has no text tower."""
 
 
 class VisionModel(Protocol):
-    """The model that is explained."""
+    """The model whose activations are explained."""
 
     @property
     def name(self) -> str:
-        """What the user would call it: "lite0@128", or the path."""
+        """Name that a user would recognise: "lite0@128", or the path."""
         ...
 
     @property
     def d_embed(self) -> int | None:
-        """Width of the joint image-text space; None: no text tower, thus no joint space."""
+        """Width of the joint image-text space; None if the model has no text tower, and so no joint space."""
         ...
 
     @property
     def hookpoints(self) -> Mapping[str, Hookpoint]:
-        """Every hookpoint by name, in the order of the forward pass."""
+        """All hookpoints by name, in the order of the forward pass."""
         ...
 
     @property
     def preprocess(self) -> Preprocess:
-        """From an RGB image to uint8 (H, W, 3): resize and crop only; cheap, picklable, safe in threads."""
+        """Function from an RGB image to uint8 pixels `(H, W, 3)`. It only resizes and crops; it is cheap, picklable and thread-safe."""
         ...
 
     @property
     def preprocessing(self) -> Mapping[str, Any]:
-        """The same as JSON for a manifest; `Preprocess(**preprocessing)` gives it back."""
+        """The settings of `preprocess` as JSON for a manifest, from which `Preprocess(**preprocessing)` restores it."""
         ...
 
     @property
     def text_templates(self) -> tuple[str, ...]:
-        """How a name becomes a text: ("a photo of a {}",); empty without a text tower."""
+        """Templates that turn a name into a text, such as ("a photo of a {}",); empty without a text tower."""
         ...
 
     @property
     def logit_scale(self) -> float | None:
-        """What the model was trained to multiply cosines of images and texts by before a softmax or sigmoid; None: it was not."""
+        """Factor that multiplied cosines of images and texts before the softmax or sigmoid in training; None if there was none."""
         ...
 
     def capture(self, pixels: "torch.Tensor", hookpoints: Sequence[str]) -> Captured:
-        """Run the model once on uint8 pixels (batch, H, W, 3) as `preprocess` makes them; without hookpoints for the embedding alone.
+        """Run the model once.
+
+        Args:
+            pixels: uint8 pixels `(batch, H, W, 3)` from `preprocess`.
+            hookpoints: Names of the hookpoints to capture. If there are none, only the embedding is computed.
+
+        Returns:
+            The activations and the embedding.
 
         Raises:
-            ModelError: a hookpoint is unknown.
+            ModelError: A hookpoint is unknown.
         """
         ...
 
     def splice(self, pixels: "torch.Tensor", hookpoint: str, replacements: Sequence[Replacement]) -> "tuple[torch.Tensor, ...]":
-        """Embeddings, as `Captured` has them, that the model comes to when it goes on from other tokens at the hookpoint.
+        """Compute image embeddings with the tokens at a hookpoint replaced.
 
         Args:
-            pixels: uint8 (batch, H, W, 3) as `preprocess` makes them.
-            hookpoint: Where.
-            replacements: What takes the place of the tokens there, one or more; each is called once, on the whole batch, and must not
-                write into what it is given.
+            pixels: uint8 pixels `(batch, H, W, 3)` from `preprocess`.
+            hookpoint: Name of the hookpoint.
+            replacements: One or more functions that compute the replacing tokens. Each is called once, on the whole batch, and must not
+                write into its argument.
 
         Returns:
-            One (batch, d_embed) float32 for each replacement.
+            The embeddings for each replacement, `(batch, d_embed)` float32.
 
         Raises:
-            ModelError: the hookpoint is unknown, or there is no text tower, and so no embedding to come to.
+            ModelError: The hookpoint is unknown, or the model has no text tower, and so no embedding.
         """
         ...
 
     def embed_text(self, texts: Sequence[str]) -> "torch.Tensor":
-        """Texts in the joint space (texts, d_embed), float32.
+        """Return the embeddings of texts in the joint space, `(texts, d_embed)` float32.
 
         Raises:
-            ModelError: there is no text tower.
+            ModelError: The model has no text tower.
         """
         ...
 
@@ -133,7 +140,7 @@ class Judge(Protocol):
 
     @property
     def name(self) -> str:
-        """What the user would call it."""
+        """Name that a user would recognise."""
         ...
 
     @property
@@ -143,19 +150,27 @@ class Judge(Protocol):
 
     @property
     def preprocess(self) -> Preprocess:
-        """From an RGB image to uint8 (H, W, 3)."""
+        """Function from an RGB image to uint8 pixels `(H, W, 3)`."""
         ...
 
     def embed(self, pixels: "torch.Tensor") -> "torch.Tensor":
-        """From uint8 pixels (batch, H, W, 3) to embeddings (batch, d_embed), float32."""
+        """Return the embeddings `(batch, d_embed)` float32 of uint8 pixels `(batch, H, W, 3)`."""
         ...
 
 
 def load_model(params: Model, dtype: Dtype, device: str) -> VisionModel:
-    """Load the model that is explained by `make`, with these arguments, of the module that is named for its kind.
+    """Load a model by calling `make` of the module that has the name of its kind.
+
+    Args:
+        params: Section of the parameters.
+        dtype: Data type in which the model computes.
+        device: Device of the model.
+
+    Returns:
+        The model.
 
     Raises:
-        ModelError: its files cannot be found or used; the message says which and what to do.
+        ModelError: The model's files cannot be found or used. The message says which, and what to do.
     """
     return import_module(f"{__name__}.{params.kind}").make(params, dtype, device)
 
@@ -163,8 +178,16 @@ def load_model(params: Model, dtype: Dtype, device: str) -> VisionModel:
 def load_judge(params: LiteModel | TransformersJudge, dtype: Dtype, device: str) -> Judge:
     """Load the judge.
 
+    Args:
+        params: Section of the parameters.
+        dtype: Data type in which the judge computes.
+        device: Device of the judge.
+
+    Returns:
+        The judge.
+
     Raises:
-        ModelError: its files cannot be found or used; the message says which and what to do.
+        ModelError: The judge's files cannot be found or used. The message says which, and what to do.
     """
     match params:
         case LiteModel():
@@ -180,10 +203,10 @@ def load_judge(params: LiteModel | TransformersJudge, dtype: Dtype, device: str)
 
 
 def check_hookpoint(model: VisionModel, name: str) -> Hookpoint:
-    """The hookpoint of that name.
+    """Return the hookpoint with a name.
 
     Raises:
-        ModelError: unknown; lists the valid ones that are nearest in spelling.
+        ModelError: The model has no such hookpoint. The message lists those with the most similar names.
     """
     known = model.hookpoints
     if name not in known:
@@ -197,7 +220,7 @@ def check_hookpoint(model: VisionModel, name: str) -> Hookpoint:
 
 @cache
 def imagenet_classes() -> tuple[str, ...]:
-    """The 1,000 ImageNet class names in the order of the network's logits (998 differ: missile and sunglasses stand twice)."""
+    """Return the 1,000 ImageNet class names in the order of the network's logits. Missile and sunglasses each occur twice."""
     text = (files("ommatid.vlm") / "imagenet_classes.txt").read_text(encoding="utf-8")
     names = tuple(line for line in text.splitlines() if line and not line.startswith("#"))
     assert len(names) == 1000, f"imagenet_classes.txt has {len(names)} names, not 1000"

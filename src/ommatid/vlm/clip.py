@@ -1,4 +1,4 @@
-"""ClipVision: any transformers CLIP, by hub name or local folder."""
+"""CLIP models of transformers, from a hub name or a local folder."""
 
 from torch import Tensor
 from transformers import CLIPModel
@@ -9,14 +9,14 @@ from ommatid.vlm.tower import IMAGE_NEEDS, JointTower, Site, block_sites, check_
 
 PROJECTION = "vision.projection"
 MODEL_TYPES = ("clip",)
-"""Values of model_type in config.json that are of this family."""
+"""Values of `model_type` in config.json that belong to this family."""
 
 
 class ClipVision(JointTower):
-    """A ViT with a class token and a grid of patch tokens, and a text tower in the same space.
+    """A ViT with a class token and a grid of patch tokens, and a text tower with a joint space.
 
-    Hookpoints: those of the blocks; and `vision.projection`, the class token after the last layer norm and the projection, which is also
-    the embedding.
+    Hookpoints are those of the blocks, and `vision.projection`: the class token after the last layer norm and the projection, which is
+    also the embedding.
     """
 
     def __init__(self, path: str, dtype: Dtype, device: str) -> None:
@@ -36,5 +36,5 @@ class ClipVision(JointTower):
 
 
 def make(params: models.ClipModel, dtype: Dtype, device: str) -> ClipVision:
-    """See `load_model`."""
+    """Load the model, as `load_model` describes."""
     return ClipVision(params.path, dtype, device)

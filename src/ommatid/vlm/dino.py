@@ -1,4 +1,4 @@
-"""DinoVision: DINOv2 with and without registers, and DINOv3's ViTs, by hub name or local folder."""
+"""DINOv2 with or without registers, and the ViTs of DINOv3, from a hub name or a local folder."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from ommatid.vlm.tower import Tower, block_sites, open_model, patch_grid
 
 CLASSES = {"dinov2": Dinov2Model, "dinov2_with_registers": Dinov2WithRegistersModel, "dinov3_vit": DINOv3ViTModel}
 MODEL_TYPES = tuple(CLASSES)
-"""Values of model_type in config.json that are of this family."""
+"""Values of `model_type` in config.json that belong to this family."""
 
 
 class DinoVision(Tower):
-    """A ViT with a class token, register tokens where it has them, and a grid of patches as large as preprocessing makes the image.
+    """A ViT with a class token, register tokens if it has any, and a grid of patches whose size follows from preprocessing.
 
-    `.attn` and `.mlp` are after the layer scale: what is added to the residual stream.
+    The hookpoints `.attn` and `.mlp` come after the layer scale: they are what is added to the residual stream.
     """
 
     def __init__(self, path: str, dtype: Dtype, device: str) -> None:
@@ -34,5 +34,5 @@ def _blocks(model: Any) -> Any:
 
 
 def make(params: models.DinoModel, dtype: Dtype, device: str) -> DinoVision:
-    """See `load_model`."""
+    """Load the model, as `load_model` describes."""
     return DinoVision(params.path, dtype, device)

@@ -1,4 +1,4 @@
-"""A user's own code: finds the function behind `my_pkg.my_model:make`, calls it, and says what is wrong with it in a sentence."""
+"""Loading of a model from the user's code: find the function named by `my_pkg.my_model:make`, call it, and explain what goes wrong."""
 
 import difflib
 import hashlib
@@ -14,23 +14,26 @@ from ommatid.errors import ModelError
 
 
 def call_factory(spec: str, key: str) -> nn.Module:
-    """What the factory makes.
+    """Call a factory and return the module that it makes.
 
     Args:
-        spec: `package.module:function`; the module is installed, or a file in the current directory.
-        key: Where it is written, such as `extract.model.factory`.
+        spec: `package.module:function`. The module is installed, or a file in the current directory.
+        key: Key of the parameter, such as `extract.model.factory`, for messages.
+
+    Returns:
+        The module.
 
     Raises:
-        ModelError: no such module or function, its code fails, or what it makes is not an nn.Module.
+        ModelError: There is no such module or function, its code fails, or it does not return an nn.Module.
     """
-    made = _call(_find(spec, key), spec, key)
-    if not isinstance(made, nn.Module):
-        raise ModelError(f"{key}: {spec}: returned {_article(made)}, not a torch.nn.Module; return the model")
-    return made
+    model = _call(_find(spec, key), spec, key)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{key}: {spec}: returned {_with_article(model)}, not a torch.nn.Module; return the model")
+    return model
 
 
 def checksum(spec: str) -> str:
-    """sha256 of the file that holds the factory, which was imported before: other code is another model."""
+    """Return the sha256 of the file of an imported factory, or "" if there is none. It identifies the model: other code, other model."""
     file = sys.modules[spec.partition(":")[0]].__file__
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
@@ -44,32 +47,32 @@ def _find(spec: str, key: str) -> Callable[[], object]:
             raise ModelError(f"{key}: {spec}: {name} has no {part}{f'; did you mean {near[0]}?' if near else ''}")
         found = getattr(found, part)
     if not callable(found):
-        raise ModelError(f"{key}: {spec}: is {_article(found)}, and cannot be called; name a function that returns the model")
+        raise ModelError(f"{key}: {spec}: is {_with_article(found)}, and cannot be called; name a function that returns the model")
     return found
 
 
 def _import(name: str, spec: str, key: str) -> ModuleType:
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.append(here)  # last: a file here must not hide an installed package
-    importlib.invalidate_caches()  # the file may be younger than this process
+        sys.path.append(here)  # Appended, so that a file here cannot hide an installed package.
+    importlib.invalidate_caches()  # The file may be newer than this process.
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise ModelError(f"{key}: {spec}: {name} imports {error.name}, which is not installed here") from error
         raise ModelError(f"{key}: {spec}: no module {error.name}: neither installed, nor {error.name.split('.')[0]}.py in {here}") from None
-    except (Exception, SystemExit) as error:  # the user's code: whatever it raises, also a script's sys.exit()
+    except (Exception, SystemExit) as error:  # The user's code may raise anything, and a script may call sys.exit().
         raise ModelError(f"{key}: {spec}: importing {name} failed: {type(error).__name__}: {error}") from error
 
 
 def _call(factory: Callable[[], object], spec: str, key: str) -> object:
     try:
         return factory()
-    except (Exception, SystemExit) as error:  # the user's code: whatever it raises, also a script's sys.exit()
+    except (Exception, SystemExit) as error:  # The user's code may raise anything, and a script may call sys.exit().
         raise ModelError(f"{key}: {spec}: calling it without arguments failed: {type(error).__name__}: {error}") from error
 
 
-def _article(value: object) -> str:
+def _with_article(value: object) -> str:
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

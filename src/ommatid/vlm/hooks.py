@@ -1,4 +1,4 @@
-"""Hooks: what leaves a module in a forward pass, other things in its place, and an end to the pass where no more of it is wanted."""
+"""Forward hooks that capture or replace the outputs of modules, or end a forward pass early."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -9,10 +9,14 @@ from torch import Tensor, nn
 
 @contextmanager
 def capturing(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Within it, a forward pass puts each module's output, or the first of a tuple, into the dict, by name.
+    """Capture the outputs of modules during forward passes inside the block.
 
-    Not copies: nothing may write into them later in the pass. A module that runs twice leaves its last output. Hooks are removed at the
-    end, also on errors.
+    Args:
+        modules: Modules by name.
+
+    Yields:
+        A dict that receives each module's output, or the first element of a tuple, by name. Outputs are not copied, so nothing may write
+        into them later in the pass. Of a module that runs twice, the last output is kept.
     """
     seen: dict[str, Tensor] = {}
 
@@ -28,7 +32,7 @@ def capturing(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def replacing(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within it, a forward pass goes on from what `replace` makes of the module's output, or of the first of a tuple."""
+    """Replace a module's output, or the first element of a tuple, by `replace(output)` in forward passes inside the block."""
 
     def put(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
@@ -40,21 +44,21 @@ def replacing(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterato
         handle.remove()
 
 
-class _Enough(Exception):
-    """Not an error: the way out of a forward pass."""
+class _PassEnded(Exception):
+    """Raised to leave a forward pass; it is not an error."""
 
 
 @contextmanager
 def ending_after(module: nn.Module) -> Iterator[None]:
-    """A forward pass ends, and the block with it, when the module has run; hooks that it had before have run too."""
+    """End the forward pass, and the block, as soon as the module and its earlier hooks have run."""
 
     def end(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-        raise _Enough
+        raise _PassEnded
 
     handle = module.register_forward_hook(end)
     try:
         yield
-    except _Enough:
+    except _PassEnded:
         pass
     finally:
         handle.remove()

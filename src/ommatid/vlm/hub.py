@@ -1,4 +1,4 @@
-"""Transformers models on disk: finds the folder of a hub name or path, says what it lacks, loads without noise."""
+"""Transformers models on disk: find the folder of a hub name or path, check its files, and load models without any noise."""
 
 import json
 import logging
@@ -18,27 +18,27 @@ from transformers.utils import logging as transformers_logging
 
 from ommatid.errors import ModelError
 
-# What a folder must have: a sentence for the user, and the patterns of which one must match.
+# Files that a folder must have: a description for the user, and patterns of which at least one must match.
 CONFIG = {"config.json": ("config.json",)}
 WEIGHTS = {"weights (*.safetensors or pytorch_model*.bin)": ("*.safetensors", "pytorch_model*.bin")}
 PREPROCESSOR = {"preprocessor_config.json": ("preprocessor_config.json", "processor_config.json")}
 TOKENIZER = {"a tokenizer (tokenizer.json, or vocab.json and merges.txt)": ("tokenizer.json", "vocab.json")}
 Needs = Mapping[str, tuple[str, ...]]
 MAX_SIZE, MAX_LAYERS = 2**24, 1024
-"""The largest number in a config.json, and of layers, that is taken for one: what is larger only fills the memory."""
+"""The largest number, and the largest number of layers, accepted in a config.json. Larger ones would only exhaust the memory."""
 MAX_REASON = 300
-"""Characters of another library's message that are passed on."""
+"""Characters of another library's message that are passed on to the user."""
 NUMBERS_PER_BYTE = 2
-"""Of weights, at most: some are stored in four bits."""
+"""Largest number of parameters per byte of weights: some are stored in four bits."""
 _CODE = (
-    "{what} asks for Python code that the folder brings (auto_map), and no code of a model's folder is ever run; use a model that "
-    "transformers knows by itself, or load this one in a function of your own (extract.model: {{kind: module}})"
+    "{what} requires Python code from the folder (auto_map), and code from a model's folder is never run; use a model that transformers "
+    "supports by itself, or load this one in a function of your own (extract.model: {{kind: module}})"
 )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no warnings from transformers and its hub client: our errors say what matters."""
+    """Silence the progress bars and warnings of transformers and its hub client: our own errors say what matters."""
     hub_logger = logging.getLogger("huggingface_hub")
     level, bars, verbosity = hub_logger.level, transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     hub_logger.setLevel(logging.CRITICAL)
@@ -54,16 +54,19 @@ def quiet() -> Iterator[None]:
 
 
 def locate(path: str, key: str, needs: Needs, instead: str | None = None) -> Path:
-    """The local folder of a model: a folder as it is, or a hub name from the cache, or downloaded once.
+    """Return the local folder of a model, which is downloaded if it is a hub name that is not in the cache.
 
     Args:
-        path: What the user wrote.
-        key: Where it is written, such as `extract.model.path`.
-        needs: What the folder must have.
-        instead: What to do without this model; None: use the embedded one.
+        path: Folder or hub name.
+        key: Key of the parameter, such as `extract.model.path`, for messages.
+        needs: Files that the folder must have.
+        instead: Advice for users who cannot reach the hub; None advises to use the embedded model.
+
+    Returns:
+        The folder.
 
     Raises:
-        ModelError: not found, not reachable, or files are missing.
+        ModelError: The model is not found or not reachable, or its files are incomplete.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -79,13 +82,13 @@ def locate(path: str, key: str, needs: Needs, instead: str | None = None) -> Pat
 
 
 def _check_config(config: object, path: str, key: str) -> None:
-    """Transformers asks before it runs the code of a whole model, but `trust_remote_code` does not reach all parts of a config."""
+    """Refuse configs that ask for code or for absurd sizes: `trust_remote_code=False` does not reach every part of a config."""
     if not isinstance(config, dict):
         raise ModelError(f"{key}: {path}: config.json holds a {type(config).__name__}; expected a JSON object")
-    waiting: list[tuple[str, Any]] = list(config.items())
-    while waiting:
-        name, value = waiting.pop()
-        waiting += value.items() if isinstance(value, dict) else ((name, each) for each in value) if isinstance(value, list) else ()
+    pending: list[tuple[str, Any]] = list(config.items())
+    while pending:
+        name, value = pending.pop()
+        pending += value.items() if isinstance(value, dict) else ((name, each) for each in value) if isinstance(value, list) else ()
         if isinstance(value, dict) and "auto_map" in value:
             raise ModelError(f"{key}: {path}: {_CODE.format(what='a part of the model in config.json')}")
         most = MAX_LAYERS if "layers" in name or "depth" in name else MAX_SIZE
@@ -94,13 +97,13 @@ def _check_config(config: object, path: str, key: str) -> None:
     backbone = config.get("backbone")
     if isinstance(backbone, str) and "/" in backbone and not config.get("backbone_config"):
         raise ModelError(
-            f"{key}: {path}: config.json says backbone {backbone!r}, and transformers would ask the hub for the config of that; load the "
+            f"{key}: {path}: config.json says backbone {backbone!r}, whose config transformers would download from the hub; load the "
             "model where there is a network, save it again with save_pretrained, which writes backbone_config, and name that folder"
         )
     for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
         if "/" in str(config.get(name, "")):
             raise ModelError(
-                f"{key}: {path}: config.json says {name} {config[name]!r}, which is code of the hub, and is not run; remove it"
+                f"{key}: {path}: config.json says {name} {config[name]!r}, which is code from the hub and is not run; remove it"
             )
 
 
@@ -109,7 +112,7 @@ def _missing(folder: Path, needs: Needs) -> list[str]:
 
 
 def _cached(path: str, needs: Needs) -> Path | None:
-    """A whole model in the hub's cache is taken as it is: the same weights in every run, and no network."""
+    """Return the folder in the hub's cache if it is complete. It is used without a network, so that every run has the same weights."""
     try:
         folder = Path(huggingface_hub.snapshot_download(path, local_files_only=True))
     except (OSError, HFValidationError):
@@ -122,24 +125,33 @@ def _download(path: str, key: str, instead: str) -> Path:
     try:
         with quiet():
             folder = Path(huggingface_hub.snapshot_download(path, allow_patterns=[*small, "*.safetensors"]))
-            if _missing(folder, WEIGHTS):  # older models have no safetensors; fetching both would double the download
+            if _missing(folder, WEIGHTS):  # Older models have no safetensors. Fetching both formats at once would double the download.
                 folder = Path(huggingface_hub.snapshot_download(path, allow_patterns=[*small, "pytorch_model*.bin"]))
     except HFValidationError:
         raise ModelError(f"{key}: {path}: no such folder, and not a hub name (OWNER/NAME)") from None
-    except Exception as error:  # the hub client lets its HTTP library's errors through; all mean: not fetched
+    except Exception as error:  # The hub client does not wrap the errors of its HTTP library, and all of them mean a failed download.
         raise ModelError(
-            f"{key}: {path}: no such folder here, and not fetched from the model hub: no network, or no such model "
-            f"({type(error).__name__}). Without a network: {instead}; or copy the model's files (config, weights, tokenizer, preprocessor) "
-            f"into a folder, and set {key} to it"
+            f"{key}: {path}: no such folder here, and it could not be fetched from the model hub: no network, or no such model "
+            f"({type(error).__name__}). Without a network, {instead}, or copy the model's files (config, weights, tokenizer, preprocessor) "
+            f"into a folder and set {key} to it"
         ) from None
     return folder
 
 
 @contextmanager
 def reading(path: str, key: str, what: str) -> Iterator[None]:
-    """Every error of transformers becomes ours: which it raises for a damaged or foreign folder differs by family and version.
+    """Turn every error of transformers inside the block into a ModelError.
 
-    Nobody is asked whether to run code, also where `trust_remote_code` is not passed on to a part of the model.
+    The errors that transformers raises for a damaged or unsuitable folder differ by family and version. It also never prompts the user to
+    run code, even for parts of a model to which it does not pass on `trust_remote_code`.
+
+    Args:
+        path: Folder or hub name.
+        key: Key of the parameter, for messages.
+        what: Description of what is read, for messages.
+
+    Raises:
+        ModelError: Something inside the block raised an error.
     """
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:
@@ -148,43 +160,46 @@ def reading(path: str, key: str, what: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"{key}: {path}: {_why(what, error)}") from error
+        raise ModelError(f"{key}: {path}: {_explain(what, error)}") from error
 
 
-def _why(what: str, error: Exception) -> str:
+def _explain(what: str, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return _CODE.format(what=what)
     if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
-        return f"{what} holds objects beside tensors, and unpickling those would run code, so it is not opened; save it as safetensors"
+        return f"{what} holds objects other than tensors, and unpickling those would run code, so it is not opened; save it as safetensors"
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return f"{what} cannot be read: {reason[0][:MAX_REASON]}{'...' if len(reason[0]) > MAX_REASON else ''}"
 
 
 def load_config(folder: Path, path: str, key: str) -> Any:
-    """The model's config.
+    """Read the config of a model.
 
     Raises:
-        ModelError: not readable.
+        ModelError: The config cannot be read.
     """
     with reading(path, key, "config.json"):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def load_weights(cls: Any, folder: Path, path: str, key: str, optional: str = "") -> tuple[Any, set[str]]:
-    """A transformers model in float32, ready for inference, and those of its weights that were missing in the folder.
+    """Load a transformers model in float32, ready for inference.
 
-    Transformers fills missing weights with random numbers and only warns; activations of those would explain nothing. At wrong shapes
-    it raises, but puts which they are into its log.
+    Transformers fills missing weights with random numbers and only logs a warning, and it names weights of a wrong shape only in its log.
+    Here both are errors.
 
     Args:
-        cls: The transformers class.
-        folder: From `locate`.
-        path: What the user wrote.
-        key: Where it is written.
-        optional: Weights of this prefix may be missing.
+        cls: Class of the model.
+        folder: Folder from `locate`.
+        path: Folder or hub name that the user gave.
+        key: Key of the parameter, for messages.
+        optional: Prefix of weights that may be missing.
+
+    Returns:
+        The model, and the names of its missing weights.
 
     Raises:
-        ModelError: damaged, of another model, of other shapes than config.json says, or incomplete.
+        ModelError: The weights are damaged, incomplete, of another model, or of shapes that config.json does not expect.
     """
     with reading(path, key, "the model"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -198,43 +213,50 @@ def load_weights(cls: Any, folder: Path, path: str, key: str, optional: str = ""
             ignore_mismatched_sizes=True,
             dtype=torch.float32,
         )
-    for name, came, wanted in sorted(info["mismatched_keys"]):
+    for name, found, expected in sorted(info["mismatched_keys"]):
         raise ModelError(
-            f"{key}: {path}: the weights {name} have the shape {list(came)}, and by config.json they have {list(wanted)}; "
-            "are config.json and the weights of the same model?"
+            f"{key}: {path}: the weights {name} have the shape {list(found)}, but by config.json they have {list(expected)}; "
+            "do config.json and the weights belong to the same model?"
         )
     missing = set(info["missing_keys"])
     wrong = sorted(str(name) for name in missing if not (optional and name.startswith(optional)))
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ModelError(f"{key}: {path}: the weights lack {', '.join(wrong[:3])}{more}; is the file whole, and of this model?")
+        raise ModelError(f"{key}: {path}: the weights lack {', '.join(wrong[:3])}{more}; is the file complete, and of this model?")
     return model.eval().requires_grad_(False), missing
 
 
 def refuse_larger(cls: Any, config: Any, n_bytes: int, path: str, key: str) -> None:
-    """Weights of other shapes than the config says are drawn at random by transformers, however large, before it tells.
+    """Refuse a config whose model is much larger than its weights: transformers would allocate and initialise it before complaining.
+
+    Args:
+        cls: Class of the model.
+        config: Config of the model.
+        n_bytes: Size of the weights.
+        path: Folder or hub name.
+        key: Key of the parameter, for messages.
 
     Raises:
-        ModelError: the model has more numbers than weights of so many bytes can hold.
+        ModelError: The model has more parameters than the weights can hold.
     """
     with torch.device("meta"):
         model = cls.from_config(config, trust_remote_code=False) if hasattr(cls, "from_config") else cls(config)
     n = sum(weight.numel() for weight in model.parameters())
     if n > NUMBERS_PER_BYTE * n_bytes + 2**24:
         raise ModelError(
-            f"{key}: {path}: the model has {n} numbers by config.json, and the weights hold at most {NUMBERS_PER_BYTE * n_bytes}; are "
-            "config.json and the weights of the same model?"
+            f"{key}: {path}: the model has {n} parameters by config.json, but the weights hold at most {NUMBERS_PER_BYTE * n_bytes}; do "
+            "config.json and the weights belong to the same model?"
         )
 
 
 def load_tokenizer(folder: Path, path: str, key: str) -> Any:
-    """The model's tokenizer.
+    """Load the tokenizer of a model.
 
     Raises:
-        ModelError: not readable.
+        ModelError: The tokenizer cannot be read.
     """
     with reading(path, key, "the tokenizer"):
-        # The class that SigLIP's folders name wants sentencepiece; their tokenizer.json says the same without.
+        # The class named in SigLIP's folders needs sentencepiece; their tokenizer.json is equivalent and does not.
         named = get_tokenizer_config(folder, local_files_only=True).get("tokenizer_class")
         cls: Any = PreTrainedTokenizerFast if named == "SiglipTokenizer" else AutoTokenizer
         return cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

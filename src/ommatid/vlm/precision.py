@@ -1,4 +1,4 @@
-"""Which arithmetic a forward pass runs in."""
+"""Data types of a forward pass, and normalisation of its input."""
 
 from typing import assert_never
 
@@ -11,7 +11,7 @@ from ommatid.vlm.preprocess import Preprocess
 
 
 def resolve_dtype(dtype: Dtype, device: str) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware computes in it, not where it merely emulates it."""
+    """Return the torch dtype: `auto` is bfloat16 if the hardware computes in it rather than emulating it, and float32 otherwise."""
     match dtype:
         case "float32":
             return torch.float32
@@ -24,20 +24,20 @@ def resolve_dtype(dtype: Dtype, device: str) -> torch.dtype:
 
 
 def normalise(pixels: torch.Tensor, preprocess: Preprocess, device: str) -> torch.Tensor:
-    """From uint8 (batch, H, W, 3) to float32 (batch, 3, H, W) on `device`, channels last in memory.
+    """Normalise uint8 pixels `(batch, H, W, 3)` to float32 `(batch, 3, H, W)` on a device.
 
-    channels_last matters tenfold for the convolutions, and is how the bytes lie already.
+    Channels stay last in memory, which makes convolutions ten times as fast.
     """
     mean = torch.tensor(preprocess.mean, device=device)
     std = torch.tensor(preprocess.std, device=device)
     return pixels.to(device).float().sub_(mean).div_(std).permute(0, 3, 1, 2)
 
 
-def halve_linears(module: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights of linear layers in `dtype`: autocast, which would cast frozen ones anew in every pass, gives the same bits.
+def cast_linears(module: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the weights of linear layers to `dtype`. Autocast would convert them again in every pass, with the same bits as a result.
 
-    Everything else stays in float32, and with it the residual stream; the patch embedding too, as DINOv3 takes the dtype of its rotary
-    angles from there.
+    All other weights stay in float32, and so does the residual stream. The patch embedding must stay too, because DINOv3 uses its dtype for
+    rotary angles.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):

@@ -1,4 +1,4 @@
-"""From an image to the square a model sees, and from that square back to the place in the image."""
+"""Preprocessing: conversion of an image to the pixels that a model sees, and of those back to a box in the image."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,39 +9,39 @@ from PIL import Image
 
 Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 MAX_PIXELS, MAX_RATIO = 2**22, 16
-"""A resized image of more pixels, which are also more than so many times those of the crop, is never made whole: a long panorama."""
+"""A resized image that has more than MAX_PIXELS pixels, and more than MAX_RATIO times those of the crop, is never held as a whole."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize (one number: the shorter side; two: height and width), crop the centre, and later (pixel - mean) / std.
+    """A resize and a centre crop, and the mean and standard deviation with which pixels are normalised later.
 
-    Plain numbers, so that a manifest can carry it: `Preprocess(**as_json())`. Calling it does the resize, the crop and the order of the
-    channels.
+    Calling it resizes and crops an image and orders its channels; normalisation takes place on the model's device. All fields are plain
+    numbers, so that a manifest can store them: `Preprocess(**preprocess.as_json())` restores it.
     """
 
     resize: tuple[int, ...]
-    """(shorter side,) in pixels, which keeps the aspect ratio, or (height, width), which does not."""
+    """Target of the resize in pixels: (shorter side,), which keeps the aspect ratio, or (height, width), which does not."""
     crop: tuple[int, int]
-    """Height and width of the centre crop, in pixels: the size of what comes out."""
+    """Height and width of the centre crop in pixels, which is the size of the output."""
     interpolation: Interpolation
-    """The filter of the resize, as Pillow defines it (with antialiasing)."""
+    """Filter of the resize, as Pillow defines it (with antialiasing)."""
     mean: tuple[float, ...]
-    """Of the three channels in their order, on the scale of the pixels, 0 to 255."""
+    """Mean of each channel, in the order of `channels`, on the scale of pixels from 0 to 255."""
     std: tuple[float, ...]
-    """Of the three channels in their order, on the scale of the pixels, 0 to 255."""
+    """Standard deviation of each channel, in the order of `channels`, on the scale of pixels from 0 to 255."""
     channels: Literal["RGB", "BGR"] = "RGB"
-    """The order in which the channels leave."""
+    """Order of the channels in the output."""
 
-    def __post_init__(self) -> None:  # lists come back from JSON
+    def __post_init__(self) -> None:  # Values from JSON are lists.
         for name in ("resize", "crop", "mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """An RGB image to uint8 (height, width, 3): Pillow's resize, then the crop, as transformers' image processors do.
+        """Convert an image to uint8 pixels `(height, width, 3)` by Pillow's resize and a crop, as the processors of transformers do.
 
-        Of long panoramas (see `MAX_PIXELS`) only the box that the crop keeps is resampled. That gives the same pixels but for rounding,
-        which differs by one level of 255 in fewer than one value in a hundred, and never makes a huge image of one of 20,000 x 10.
+        For long panoramas (see `MAX_PIXELS`), such as 20,000 x 10, only the box that the crop keeps is resampled, so that no huge image is
+        made. The pixels are the same up to rounding, by which fewer than one value in a hundred differs by one level of 255.
         """
         height, width = self.crop
         rows, cols = self._resized(*image.size)
@@ -52,23 +52,23 @@ class Preprocess:
         else:
             top, left = (rows - height) // 2, (cols - width) // 2
             small = image.resize((cols, rows), filter_).crop((left, top, left + width, top + height))
-        pixels = np.array(small)  # a copy: torch.from_numpy warns about read-only memory
+        pixels = np.array(small)  # A copy, because torch.from_numpy warns about read-only memory.
         return pixels if self.channels == "RGB" else np.ascontiguousarray(pixels[..., ::-1])
 
     def box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """The part (left, top, right, bottom) of a `width` x `height` image that the model sees, in the image's pixels."""
+        """Return the box (left, top, right, bottom) of a `width` x `height` image that the model sees, in pixels of the image."""
         rows, cols = self._resized(width, height)
         top, left = (rows - self.crop[0]) // 2, (cols - self.crop[1]) // 2
         x, y = width / cols, height / rows
         return left * x, top * y, min((left + self.crop[1]) * x, width), min((top + self.crop[0]) * y, height)
 
     def as_json(self) -> Mapping[str, Any]:
-        """For a manifest."""
+        """Return the fields as JSON for a manifest."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         if len(self.resize) == 2:
             return self.resize[0], self.resize[1]
         short = self.resize[0]
-        longer = int(short * max(width, height) / min(width, height))  # rounds down, as transformers does
+        longer = int(short * max(width, height) / min(width, height))  # Rounded down, as in transformers.
         return (longer, short) if height >= width else (short, longer)

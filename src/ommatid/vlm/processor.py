@@ -1,4 +1,4 @@
-"""A folder's image processor as a `Preprocess`: its settings checked, and the pixels compared with those that it makes itself."""
+"""Conversion of a folder's image processor to a `Preprocess`: its settings are checked, and its pixels are compared with ours."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,61 +23,67 @@ FILE = "preprocessor_config.json"
 MAX_SIDE = 4096
 FILTERS: dict[int, Interpolation] = {Image.Resampling[name.upper()].value: name for name in get_args(Interpolation)}
 LEVEL = 1.001
-"""Levels of 255 that the two may differ by: one, and rounding."""
-OwnPixels = Callable[[Any, Image.Image], np.ndarray]
-"""From a processor and a picture to what the processor makes of it, (3, H, W)."""
+"""Largest difference between our pixels and the processor's, in levels of 255: one level, plus rounding."""
+ProcessPicture = Callable[[Any, Image.Image], np.ndarray]
+"""Function from a processor and a picture to the processor's output for it, `(3, H, W)`."""
 
 
-def own_pixels(processor: Any, picture: Image.Image) -> np.ndarray:
-    """What most processors make of a picture."""
+def process_picture(processor: Any, picture: Image.Image) -> np.ndarray:
+    """Run a processor with the usual interface on a picture."""
     return np.asarray(processor(picture, return_tensors="np")["pixel_values"][0])
 
 
-def load_preprocess(folder: Path, path: str, key: str, changes: Mapping[str, Any] | None = None, own: OwnPixels = own_pixels) -> Preprocess:
-    """The model's own resize, crop and normalisation; equal to what its processor makes of two pictures, to a level of 255.
+def load_preprocess(
+    folder: Path, path: str, key: str, changes: Mapping[str, Any] | None = None, process: ProcessPicture = process_picture
+) -> Preprocess:
+    """Read a model's preprocessing, and check that it agrees with its processor on two pictures, to one level of 255.
 
     Args:
-        folder: From `hub.locate`.
-        path: What the user wrote.
-        key: Where it is written.
-        changes: Settings of its processor that the caller knows better.
-        own: How the processor is asked, where the caller knows better.
+        folder: Folder from `hub.locate`.
+        path: Folder or hub name that the user gave.
+        key: Key of the parameter, for messages.
+        changes: Settings that replace those of the processor.
+        process: Function that runs the processor.
+
+    Returns:
+        The preprocessing.
 
     Raises:
-        ModelError: not readable, a setting that cannot be, not one fixed size for every image, or the processor makes other pixels.
+        ModelError: The settings cannot be read, are not valid, or do not lead to one fixed size for every image; or the processor's pixels
+            differ.
     """
     with hub.reading(path, key, FILE):
         processor = _load_processor(folder)
-        said = processor.to_dict() | dict(changes or {})
-    preprocess = _as_preprocess(_check(said, path, key), said, path, key)
+        values = processor.to_dict() | dict(changes or {})
+    preprocess = _as_preprocess(_check(values, path, key), values, path, key)
     for shape in SHAPES:
-        _compare(preprocess, processor, structured_picture(*shape), own, path, key)
+        _compare(preprocess, processor, structured_picture(*shape), process, path, key)
     return preprocess
 
 
-def _compare(preprocess: Preprocess, processor: Any, picture: Image.Image, own: OwnPixels, path: str, key: str) -> None:
-    with hub.reading(path, key, "what its image processor makes of a picture"):
-        theirs = torch.from_numpy(np.asarray(own(processor, picture), np.float32))
+def _compare(preprocess: Preprocess, processor: Any, picture: Image.Image, process: ProcessPicture, path: str, key: str) -> None:
+    with hub.reading(path, key, "the output of its image processor"):
+        theirs = torch.from_numpy(np.asarray(process(processor, picture), np.float32))
     ours = normalise(torch.from_numpy(preprocess(picture))[None], preprocess, "cpu")[0]
     name = type(processor).__name__.removesuffix("Pil")
     if theirs.shape != ours.shape:
-        what = f"it makes numbers of shape {list(theirs.shape)} of a picture, not {list(ours.shape)}"
+        what = f"its output has shape {list(theirs.shape)}, not {list(ours.shape)}"
     else:
         levels = float(((ours - theirs).abs() * torch.tensor(preprocess.std)[:, None, None]).max())
         if levels <= LEVEL:
             return
-        what = f"its pixels are up to {levels:.3g} levels of 255 from these"
+        what = f"its pixels differ by up to {levels:.3g} levels of 255"
     raise ModelError(
-        f"{key}: {path}: its image processor ({name}) does more than a resize, a centre crop and a normalisation: of a picture of "
-        f"{picture.width} x {picture.height}, {what}; Ommatid cannot follow it: name another model, or write a {FILE} of another processor "
-        "that the model takes"
+        f"{key}: {path}: its image processor ({name}) does more than a resize, a centre crop and a normalisation: for a picture of "
+        f"{picture.width} x {picture.height}, {what}; Ommatid cannot reproduce it: name another model, or write a {FILE} of another "
+        "processor that suits the model"
     )
 
 
 class Dinov3Processor(PilBackend):
-    """The defaults of DINOv3's image processor, whose own class wants torchvision.
+    """The defaults of DINOv3's image processor, whose own class needs torchvision.
 
-    That one resizes numbers with fractions, where Pillow rounds to bytes: the same to half a level of 255 in each direction.
+    That class resizes floating-point numbers, while Pillow rounds to bytes. The results agree to half a level of 255 in each direction.
     """
 
     resample = Image.Resampling.BILINEAR
@@ -93,17 +99,17 @@ def _load_processor(folder: Path) -> Any:
     settings, _ = PilBackend.get_image_processor_dict(folder, local_files_only=True)
     if str(settings.get("image_processor_type", "")).startswith("DINOv3ViTImageProcessor"):
         return Dinov3Processor.from_pretrained(folder, local_files_only=True)
-    # torchvision, the other backend, does not install beside this torch
+    # The other backend, torchvision, cannot be installed with this version of torch.
     return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False, backend="pil")
 
 
 def _plain(value: object) -> object:
-    """Pillow's name of a filter as its number."""
+    """Convert a filter of Pillow to its number."""
     return int(value) if isinstance(value, Image.Resampling) else value
 
 
 def _each(value: object) -> object:
-    """One number for all channels, as one for each."""
+    """Repeat a single number for each channel."""
     return [value] * 3 if isinstance(value, int | float) else value
 
 
@@ -124,7 +130,7 @@ class _Size(BaseModel):
 
     @property
     def sides(self) -> tuple[int, ...] | None:
-        """(shorter side,) or (height, width); None where it is something else, such as a longest side."""
+        """(shorter side,) or (height, width); None for any other specification, such as a longest side."""
         match self.model_dump(exclude_none=True):
             case {"shortest_edge": side, **rest} if not rest:
                 return (side,)
@@ -135,7 +141,7 @@ class _Size(BaseModel):
 
 
 class _Settings(BaseModel):
-    """Settings that say what a processor computes; whether others matter is seen in what it makes of a picture."""
+    """Settings that determine what a processor computes. Whether others matter shows when its pixels are compared with ours."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -157,21 +163,21 @@ class _Settings(BaseModel):
     do_flip_channel_order: Switch = None
 
 
-def _check(said: Mapping[str, Any], path: str, key: str) -> _Settings:
+def _check(values: Mapping[str, Any], path: str, key: str) -> _Settings:
     try:
-        return _Settings.model_validate({name: value for name, value in said.items() if value is not None})
+        return _Settings.model_validate({name: value for name, value in values.items() if value is not None})
     except ValidationError as error:
         raise ModelError(f"{key}: {path}: {FILE}: {explain(error, _Settings)}") from None
 
 
-def _as_preprocess(settings: _Settings, said: Mapping[str, Any], path: str, key: str) -> Preprocess:
+def _as_preprocess(settings: _Settings, values: Mapping[str, Any], path: str, key: str) -> Preprocess:
     resize, crop = _sides(settings)
     if settings.do_pad or resize is None or crop is None or len(crop) != 2 or crop[0] > resize[0] or crop[1] > resize[-1]:
-        shown = {name: said.get(name) for name in ("do_resize", "size", "do_center_crop", "crop_size", "do_pad")}
+        shown = {name: values.get(name) for name in ("do_resize", "size", "do_center_crop", "crop_size", "do_pad")}
         name = settings.image_processor_type or "image processor"
         raise ModelError(
             f"{key}: {path}: preprocessing must end in one fixed size (resize, then centre crop); the folder's {name} has {shown}; "
-            f"set these in {FILE}, or name another model"
+            f"change these in {FILE}, or name another model"
         )
     is_flipped = settings.image_processor_type == "MobileViTImageProcessor" and settings.do_flip_channel_order
     shift, scale = _shift_and_scale(settings)
@@ -186,7 +192,7 @@ def _as_preprocess(settings: _Settings, said: Mapping[str, Any], path: str, key:
 
 
 def _sides(settings: _Settings) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-    """What the processor resizes to, and what it crops; its family says how `size` is meant."""
+    """Return the sizes of the resize and of the crop. The meaning of `size` depends on the kind of processor."""
     resize = settings.size.sides if settings.do_resize else None
     crop = settings.crop_size.sides if settings.do_center_crop else None
     if crop is not None and len(crop) == 1:
@@ -206,7 +212,7 @@ def _sides(settings: _Settings) -> tuple[tuple[int, ...] | None, tuple[int, ...]
 
 
 def _shift_and_scale(settings: _Settings) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What is taken from a pixel, 0 to 255, and what the rest is divided by."""
+    """Return the mean and the standard deviation of each channel, for pixels from 0 to 255."""
     unit = 1 / settings.rescale_factor if settings.do_rescale else 1.0
     kind = settings.image_processor_type
     normalizes = settings.do_normalize and kind != "MobileViTImageProcessor"
@@ -215,5 +221,5 @@ def _shift_and_scale(settings: _Settings) -> tuple[tuple[float, ...], tuple[floa
         if settings.do_rescale and settings.rescale_offset:
             mean = tuple(value + 1 for value in mean)
         if settings.include_top:
-            std = tuple(value * again for value, again in zip(std, settings.image_std, strict=True))
+            std = tuple(value * factor for value, factor in zip(std, settings.image_std, strict=True))
     return tuple(value * unit for value in mean), tuple(value * unit for value in std)

@@ -1,6 +1,6 @@
-"""QwenVision: the vision tower inside the folder of a Qwen2.5-VL or Qwen2-VL; the language model is never loaded.
+"""The vision tower of Qwen2.5-VL and Qwen2-VL models, read from their folders without loading the language model.
 
-Shapes: b images, r rows and q columns of patches, m patches a side of a merge group, w groups a side of a window.
+Shapes: b images, r rows and q columns of patches, m patches per side of a merge group, w merge groups per side of a window.
 """
 
 from collections.abc import Sequence
@@ -24,15 +24,15 @@ PROJECTION = "vision.projection"
 PART = "visual"
 TOWERS = {"qwen2_5_vl": Qwen2_5_VisionTransformerPretrainedModel, "qwen2_vl": Qwen2VisionTransformerPretrainedModel}
 MODEL_TYPES = tuple(TOWERS)
-"""Values of model_type in config.json that are of this family."""
+"""Values of `model_type` in config.json that belong to this family."""
 
 
 class QwenVision(Tower):
-    """A ViT without special tokens, whose patches run in 2 x 2 merge groups and, in Qwen2.5-VL, in attention windows.
+    """A ViT without special tokens, which orders patches by 2 x 2 merge groups and, in Qwen2.5-VL, by attention windows.
 
-    Images are resized to one square, so that the grid is the same for all; the model's own processor would keep the aspect ratio.
-    Hookpoints: those of the blocks, over the full grid; and `vision.projection`, what the merger hands to the language model, one token
-    a merge group. All come row by row from the top left, whatever order the tower runs them in.
+    Images are resized to a square, so that all have the same grid; the model's own processor would keep the aspect ratio. Hookpoints are
+    those of the blocks, on the full grid, and `vision.projection`: the merger's output for the language model, one token per merge group.
+    Tokens are returned row by row from the top left, whatever the order inside the tower.
     """
 
     def __init__(self, path: str, image_size: int, dtype: Dtype, device: str) -> None:
@@ -53,28 +53,28 @@ class QwenVision(Tower):
 
     @torch.inference_mode()
     def capture(self, pixels: Tensor, hookpoints: Sequence[str]) -> Captured:
-        """Activations at the hookpoints of uint8 pixels (b, size, size, 3); there is no joint space.
+        """Return activations at the hookpoints, without an embedding: see `VisionModel`.
 
         Raises:
-            ModelError: a hookpoint is unknown.
+            ModelError: A hookpoint is unknown.
         """
-        rows = super().capture(pixels, hookpoints).tokens  # images one after another, each in the tower's order
+        rows = super().capture(pixels, hookpoints).tokens  # The tokens of all images in one sequence, in the tower's order.
         return Captured({name: x.reshape(len(pixels), -1, x.shape[-1])[:, self._places[name]] for name, x in rows.items()}, None)
 
     def _find_places(self, hookpoint: str) -> Tensor:
-        """For each token, row by row, its position in the output of the hookpoint."""
+        """Return, for each token in row-by-row order, its position in the output of a hookpoint."""
         grid, m = self.hookpoints[hookpoint].grid, 1 if hookpoint == PROJECTION else self._vision.spatial_merge_size
         assert grid is not None
         return torch.tensor(patch_order(grid, m, _window(self._vision)), device=self._device).argsort()
 
 
 class _Encoder(nn.Module):
-    """The tower for images (b, 3, size, size), all of one grid."""
+    """The tower with images `(b, 3, size, size)` as its input."""
 
     def __init__(self, tower: Any, vision: Any, grid: tuple[int, int]) -> None:
         super().__init__()
         self.tower, self._grid = tower, grid
-        # Autocast makes patches bfloat16, and no position is added that would make them float32 again, as the residual stream is to be.
+        # The residual stream is to be float32. Autocast makes patches bfloat16, and no position embedding is added that would undo this.
         tower.patch_embed.register_forward_hook(lambda _module, _inputs, patches: patches.float())
         self._sizes = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
 
@@ -84,7 +84,7 @@ class _Encoder(nn.Module):
 
 
 def _square_pixels(vision: Any, image_size: int, processor: Any, picture: Image.Image) -> np.ndarray:
-    """What the processor makes of the picture as a square, put back from its patches: (3, image_size, image_size)."""
+    """Run the processor on a picture resized to a square, and reassemble its patches to `(3, image_size, image_size)`."""
     square = picture.resize((image_size, image_size), processor.resample)
     patches = processor(square, do_resize=False, return_tensors="pt")["pixel_values"]
     sizes = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
@@ -94,23 +94,39 @@ def _square_pixels(vision: Any, image_size: int, processor: Any, picture: Image.
 
 
 def flatten_patches(images: Tensor, patch_size: int, merge_size: int, temporal_size: int) -> Tensor:
-    """From (b, 3, H, W) to (b * r * q, 3 * temporal_size * patch_size^2), as the processor of Qwen2-VL hands patches to the tower.
+    """Cut images into patches in the layout that the processor of Qwen2-VL makes for the tower.
 
-    Merge groups row by row, patches row by row in each; an image is a film of `temporal_size` equal frames.
+    Merge groups are ordered row by row, and so are the patches within each. An image is treated as a video of equal frames.
+
+    Args:
+        images: Images, `(b, 3, H, W)`.
+        patch_size: Pixels per side of a patch.
+        merge_size: Patches per side of a merge group.
+        temporal_size: Number of frames.
+
+    Returns:
+        The patches, `(b * r * q, 3 * temporal_size * patch_size^2)`.
     """
     b, channels, height, width = images.shape
     groups = (height // patch_size // merge_size, width // patch_size // merge_size)
     x = images.reshape(b, channels, groups[0], merge_size, patch_size, groups[1], merge_size, patch_size)
-    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # b, group row, group column, row in it, column in it, channel, y, x
+    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # Image, row and column of the group, row and column in the group, channel, y, x.
     x = x.unsqueeze(6).expand(*x.shape[:6], temporal_size, patch_size, patch_size)
     return x.reshape(b * height * width // patch_size**2, -1)
 
 
 def patch_order(grid: tuple[int, int], m: int, w: int) -> list[int]:
-    """The patches (index row * columns + column) in the order in which the tower runs them; with m 1, the merge groups.
+    """Return the order of patches in the tower: by window, by merge group in a window and by patch in a group, each row by row.
 
-    Windows row by row, merge groups row by row in a window, patches row by row in a group; windows at the right and the bottom may
-    be smaller.
+    Windows at the right and at the bottom may be smaller.
+
+    Args:
+        grid: Rows and columns of the patches.
+        m: Patches per side of a merge group; 1 gives the order of the merge groups themselves, for their grid.
+        w: Merge groups per side of a window.
+
+    Returns:
+        The index of each patch, row * columns + column.
     """
 
     def place(patch: int) -> tuple[int, ...]:
@@ -124,19 +140,19 @@ def _grid(image_size: int, vision: Any) -> tuple[int, int]:
     unit = vision.patch_size * vision.spatial_merge_size
     if image_size % unit:
         raise ModelError(
-            f"extract.model.image_size: {image_size} is no multiple of {unit}, the {vision.spatial_merge_size} patches of "
-            f"{vision.patch_size} pixels that the model merges; such as {max(unit, round(image_size / unit) * unit)}"
+            f"extract.model.image_size: {image_size} is not a multiple of {unit}, which is the {vision.spatial_merge_size} patches of "
+            f"{vision.patch_size} pixels that the model merges; set it to a multiple, such as {max(unit, round(image_size / unit) * unit)}"
         )
     return (image_size // vision.patch_size,) * 2
 
 
 def _window(vision: Any) -> int:
-    """Merge groups a side of an attention window; Qwen2-VL has none, which is one group a window: the order of its patches."""
+    """Return the merge groups per side of an attention window. Qwen2-VL has no windows, which orders patches like windows of one group."""
     return vision.window_size // vision.spatial_merge_size // vision.patch_size if hasattr(vision, "window_size") else 1
 
 
 def _sites(tower: Any, vision: Any, model_type: str, grid: tuple[int, int]) -> dict[str, Site]:
-    # Qwen2-VL calls the width of its blocks embed_dim, and that of the language model hidden_size
+    # In Qwen2-VL the width of the blocks is embed_dim, and hidden_size is the width of the language model.
     widths = (vision.hidden_size, vision.out_hidden_size) if model_type == "qwen2_5_vl" else (vision.embed_dim, vision.hidden_size)
     sites = block_sites(((block.attn, block.mlp, block) for block in tower.blocks), Hookpoint(d_model=widths[0], special=(), grid=grid))
     merged = (grid[0] // vision.spatial_merge_size, grid[1] // vision.spatial_merge_size)
@@ -144,5 +160,5 @@ def _sites(tower: Any, vision: Any, model_type: str, grid: tuple[int, int]) -> d
 
 
 def make(params: models.QwenModel, dtype: Dtype, device: str) -> QwenVision:
-    """See `load_model`."""
+    """Load the model, as `load_model` describes."""
     return QwenVision(params.path, params.image_size, dtype, device)

@@ -1,4 +1,4 @@
-"""SiglipVision: SigLIP, and SigLIP 2 of a fixed resolution, by hub name or local folder."""
+"""SigLIP, and SigLIP 2 models with a fixed resolution, from a hub name or a local folder."""
 
 from torch import Tensor
 from transformers import SiglipModel
@@ -10,14 +10,14 @@ from ommatid.vlm.tower import IMAGE_NEEDS, KEY, JointTower, Site, block_sites, c
 
 HEAD = "vision.head"
 MODEL_TYPES = ("siglip",)
-"""Values of model_type in config.json that are of this family."""
+"""Values of `model_type` in config.json that belong to this family."""
 
 
 class SiglipVision(JointTower):
-    """A ViT of patch tokens alone, pooled by an attention head, and a text tower in the same space.
+    """A ViT with patch tokens only, pooled by an attention head, and a text tower with a joint space.
 
-    Hookpoints: those of the blocks; and `vision.head`, what the pooling head makes of the patches after the last layer norm, which is
-    also the embedding.
+    Hookpoints are those of the blocks, and `vision.head`: the output of the pooling head for the patches after the last layer norm, which
+    is also the embedding.
     """
 
     def __init__(self, path: str, dtype: Dtype, device: str) -> None:
@@ -33,13 +33,13 @@ class SiglipVision(JointTower):
         super().__init__(opened, sites, tower.encoder, dtype, device)
 
     def _embed_texts(self, texts: list[str]) -> Tensor:
-        # As it was trained: in lower case, padded to the full length, and the padding attended to. SigLIP's tokenizer lowers the case
-        # itself; the one in the folders of SigLIP 2 does not.
+        # The model was trained on lower-case texts, padded to the full length, without a mask for the padding. SigLIP's tokenizer converts
+        # texts to lower case itself, but the one in SigLIP 2 folders does not.
         texts, longest = [text.lower() for text in texts], self._model.config.text_config.max_position_embeddings
         tokens = self._tokenizer(texts, padding="max_length", truncation=True, max_length=longest, return_tensors="pt")
         return self._model.get_text_features(tokens["input_ids"].to(self._device)).pooler_output.float()
 
 
 def make(params: models.SiglipModel, dtype: Dtype, device: str) -> SiglipVision:
-    """See `load_model`."""
+    """Load the model, as `load_model` describes."""
     return SiglipVision(params.path, dtype, device)

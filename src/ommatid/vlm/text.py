@@ -1,4 +1,4 @@
-"""MiniLM: the embedded text tower, read from the package that carries its weights.
+"""MiniLM, the embedded text tower, whose weights come from a package.
 
 Shapes: b texts of the same number of tokens t, d = 384, h heads.
 """
@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.nn.functional import embedding, gelu, layer_norm, linear, normalize, scaled_dot_product_attention
 
 D_TEXT = 384
-MAX_TOKENS = 256  # of sentence_bert_config.json in the package
+MAX_TOKENS = 256  # From sentence_bert_config.json in the package.
 TOKENS_PER_BATCH = 1024
-N_LAYERS, N_HEADS, EPS = 6, 12, 1e-12  # of config.json in the package
+N_LAYERS, N_HEADS, EPS = 6, 12, 1e-12  # From config.json in the package.
 
 
 class MiniLM:
-    """all-MiniLM-L6-v2: the mean of the token states, of unit norm.
+    """all-MiniLM-L6-v2, which embeds a text as the mean of its token states, scaled to unit norm.
 
-    The six BERT layers are written out here, because transformers takes longer to import than 1,000 texts take to embed; the tests
-    compare the two. Texts of the same number of tokens go through together, so no batch holds padding.
+    The six BERT layers are implemented here, because importing transformers takes longer than embedding 1,000 texts; tests compare the
+    two. Texts with the same number of tokens are batched together, so that there is no padding.
     """
 
     def __init__(self, device: str) -> None:
@@ -41,14 +41,14 @@ class MiniLM:
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """(texts, 384), float32, unit norm."""
+        """Return the embeddings of texts, `(texts, 384)` float32, unit norm."""
         embeddings = torch.empty(len(texts), D_TEXT, device=self._device)
         for places, ids_bt in self._iter_batches(texts):
             embeddings[places] = self._embed_batch(ids_bt)
         return embeddings
 
     def _iter_batches(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Tensor]]:
-        """Places in `texts` and token ids, (b, t), of texts of the same length."""
+        """Yield batches of texts with the same number of tokens: their indices in `texts`, and their token ids `(b, t)`."""
         ids = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
         for n_tokens, group in groupby(sorted(range(len(ids)), key=lambda i: len(ids[i])), key=lambda i: len(ids[i])):
             places, n_texts = list(group), max(1, TOKENS_PER_BATCH // n_tokens)
@@ -74,7 +74,7 @@ class _Norm:
 
 
 class _Embeddings:
-    """Norm of word + position + the first of two segments."""
+    """Input embeddings: the norm of word, position and first-segment embeddings added up."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         self._words = weights["embeddings.word_embeddings.weight"]
@@ -86,7 +86,7 @@ class _Embeddings:
 
 
 class _Layer:
-    """BERT's layer: y = norm(x + attention(x)), then norm(y + mlp(y))."""
+    """Layer of BERT: y = norm(x + attention(x)), then norm(y + mlp(y))."""
 
     def __init__(self, weights: dict[str, Tensor], name: str) -> None:
         parts = [f"{name}.attention.self.{part}" for part in ("query", "key", "value")]
@@ -104,5 +104,5 @@ class _Layer:
 
 @cache
 def load_minilm(device: str) -> MiniLM:
-    """One a process and device."""
+    """Load MiniLM, once per process and device."""
     return MiniLM(device)

@@ -1,4 +1,4 @@
-"""Tower: what the transformers ViTs share: opening a folder, naming hookpoints, and one forward pass that captures several of them."""
+"""The common base of transformers' ViTs: it opens a folder, names hookpoints, and captures several of them in one forward pass."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ommatid.errors import ModelError
 from ommatid.vlm import Captured, Dtype, Hookpoint, Replacement, check_hookpoint, hub
 from ommatid.vlm.hooks import capturing, ending_after, replacing
-from ommatid.vlm.precision import halve_linears, normalise, resolve_dtype
+from ommatid.vlm.precision import cast_linears, normalise, resolve_dtype
 from ommatid.vlm.preprocess import Preprocess
 from ommatid.vlm.processor import load_preprocess
 
@@ -23,52 +23,63 @@ TEXT_BATCH = 64
 
 @dataclass(frozen=True)
 class Opened:
-    """A model's folder, read."""
+    """A model that was read from a folder."""
 
     path: str
-    """What the user wrote."""
+    """Folder or hub name that the user gave."""
     folder: Path
-    """Where the files lie."""
+    """Folder of the files."""
     config: Any
-    """transformers' config."""
+    """Config of transformers."""
     model: Any
-    """transformers' model, in float32 on the CPU."""
+    """Model of transformers, in float32 on the CPU."""
     preprocess: Preprocess
-    """What its images go through."""
+    """Preprocessing of images."""
 
 
 def open_model(path: str, kind: str, classes: Mapping[str, Any], needs: hub.Needs = IMAGE_NEEDS) -> Opened:
-    """Read the folder of a model of one of the types (`model_type` in its config.json) that `classes` maps to transformers' classes.
+    """Read a model.
+
+    Args:
+        path: Folder or hub name.
+        kind: Kind of the family, for messages.
+        classes: Classes of transformers by `model_type` in config.json.
+        needs: Files that the folder must have.
+
+    Returns:
+        The model.
 
     Raises:
-        ModelError: not found, incomplete, damaged, or of another type.
+        ModelError: The model is not found, incomplete or damaged, or its `model_type` is not in `classes`.
     """
     folder = hub.locate(path, KEY, needs)
     config = hub.load_config(folder, path, KEY)
     if config.model_type not in classes:
         raise ModelError(f"{KEY}: {path}: is a {config.model_type} model; kind {kind} takes model_type {' or '.join(classes)}")
     preprocess = load_preprocess(folder, path, KEY)
-    # The pooler of a ViT runs after the last hookpoint, and most folders come without one.
+    # The pooler of a ViT may be missing: it runs after the last hookpoint, and most folders have none.
     model, _ = hub.load_weights(classes[config.model_type], folder, path, KEY, optional="pooler.")
     return Opened(path, folder, config, model, preprocess)
 
 
 @dataclass(frozen=True)
 class Site:
-    """A hookpoint and the module that puts it out."""
+    """A hookpoint and its module."""
 
     hookpoint: Hookpoint
+    """The hookpoint."""
     module: nn.Module
+    """Module whose output is captured."""
     is_all: bool = True
-    """Whether what it puts out is all that the pass goes on from, and nothing goes by beside it."""
+    """Whether the rest of the pass depends on the image only through this output, with no residual stream around the module."""
 
 
 def block_sites(blocks: Iterable[tuple[nn.Module, nn.Module, nn.Module]], hookpoint: Hookpoint) -> dict[str, Site]:
-    """The three hookpoints of each block, by name.
+    """Return the sites of the three hookpoints of each block, by name.
 
     Args:
-        blocks: For each what puts out attention's addition to the residual stream, the MLP's, and the stream after both.
-        hookpoint: The same for all.
+        blocks: For each block, the modules that output attention's addition to the residual stream, the MLP's, and the stream after both.
+        hookpoint: Hookpoint that describes all of them.
     """
     names = (".attn", ".mlp", "")
     return {
@@ -79,22 +90,22 @@ def block_sites(blocks: Iterable[tuple[nn.Module, nn.Module, nn.Module]], hookpo
 
 
 def patch_grid(config: Any, crop: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of the patches of an image of `crop`; a rest at the right or the bottom is in none."""
+    """Return the rows and columns of the patches of an image of size `crop`. Pixels left over at the right and bottom are in no patch."""
     patch = _pair(config.patch_size)
     return crop[0] // patch[0], crop[1] // patch[1]
 
 
 def check_size(config: Any, opened: Opened) -> None:
-    """For models that take images of one size.
+    """Check that preprocessing makes images of the one size that a model takes.
 
     Raises:
-        ModelError: preprocessing makes another.
+        ModelError: It makes another size.
     """
     size, crop = _pair(config.image_size), opened.preprocess.crop
     if crop != size:
-        said = " x ".join(map(str, size))
+        sides = " x ".join(map(str, size))
         raise ModelError(
-            f"{KEY}: {opened.path}: preprocessor crops to {crop[0]} x {crop[1]}, but config.json says image_size {said}; they must agree"
+            f"{KEY}: {opened.path}: preprocessor crops to {crop[0]} x {crop[1]}, but config.json says image_size {sides}; they must agree"
         )
 
 
@@ -105,8 +116,8 @@ def _pair(value: Any) -> tuple[int, int]:
 class Tower:
     """A ViT without a text tower.
 
-    Hookpoints: `vision.blocks.<i>`, the residual stream after block i (transformers' hidden_states[i + 1]), and `.attn` and `.mlp`,
-    what the block's two halves add to it.
+    Its hookpoints are `vision.blocks.<i>`, the residual stream after block i (hidden_states[i + 1] in transformers), and
+    `vision.blocks.<i>.attn` and `vision.blocks.<i>.mlp`, what the block's two halves add to it.
     """
 
     d_embed: int | None = None
@@ -120,15 +131,15 @@ class Tower:
         self.hookpoints: Mapping[str, Hookpoint] = {name: site.hookpoint for name, site in sites.items()}
         self._modules = {name: site.module for name, site in sites.items()}
         self._device, self._dtype = device, resolve_dtype(dtype, device)
-        halve_linears(tower, self._dtype)
+        cast_linears(tower, self._dtype)
         self._model = opened.model.to(device)
 
     @torch.inference_mode()
     def capture(self, pixels: Tensor, hookpoints: Sequence[str]) -> Captured:
-        """Activations at the hookpoints, and the embedding where there is one, of uint8 pixels (batch, H, W, 3).
+        """Return activations at the hookpoints, and the embedding if there is one: see `VisionModel`.
 
         Raises:
-            ModelError: a hookpoint is unknown.
+            ModelError: A hookpoint is unknown.
         """
         for name in hookpoints:
             check_hookpoint(self, name)
@@ -138,18 +149,18 @@ class Tower:
         return Captured({name: _as_tokens(seen[name]) for name in hookpoints}, embedding)
 
     def splice(self, pixels: Tensor, hookpoint: str, replacements: Sequence[Replacement]) -> tuple[Tensor, ...]:
-        """There is no text tower, and so no embedding to come to.
+        """Raise an error: the model has no text tower, and so no embedding.
 
         Raises:
-            ModelError: always.
+            ModelError: Always.
         """
-        raise ModelError(f"{self.name}: has no text tower, and so no joint space in which to see what other tokens at {hookpoint} change")
+        raise ModelError(f"{self.name}: has no text tower, so there is no joint space in which to compare other tokens at {hookpoint}")
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
-        """There is no text tower.
+        """Raise an error: the model has no text tower.
 
         Raises:
-            ModelError: always.
+            ModelError: Always.
         """
         raise ModelError(f"{self.name}: has no text tower; set extract.namer to a model that has one")
 
@@ -157,7 +168,7 @@ class Tower:
         return torch.autocast(torch.device(self._device).type, self._dtype, enabled=self._dtype != torch.float32)
 
     def _run(self, x: Tensor, hookpoints: Sequence[str]) -> Tensor | None:
-        """Run the model on (batch, 3, H, W), no further than to the last of the hookpoints."""
+        """Run the model on normalised pixels `(batch, 3, H, W)`, no further than the last hookpoint."""
         if hookpoints:
             last = max(hookpoints, key=list(self._modules).index)
             with ending_after(self._modules[last]):
@@ -166,7 +177,7 @@ class Tower:
 
 
 class JointTower(Tower, ABC):
-    """A ViT with a text tower in the same space; the family adds the hookpoint of the image embedding."""
+    """A ViT and a text tower with a joint space. Each family adds the hookpoint of the image embedding."""
 
     text_templates = ("a photo of a {}",)
     d_embed: int
@@ -176,24 +187,24 @@ class JointTower(Tower, ABC):
         self._tokenizer = hub.load_tokenizer(opened.folder, opened.path, KEY)
         self._is_all = {name: site.is_all for name, site in sites.items()}
         self.logit_scale = float(opened.model.logit_scale.exp())
-        with torch.inference_mode(), hub.reading(opened.path, KEY, "what the text tower makes of texts"):
+        with torch.inference_mode(), hub.reading(opened.path, KEY, "the text tower's output"):
             self._embed_texts(["a", "a dog"])
 
     @torch.inference_mode()
     def splice(self, pixels: Tensor, hookpoint: str, replacements: Sequence[Replacement]) -> tuple[Tensor, ...]:
-        """Image embeddings, one (batch, d_embed) float32 for each replacement, of uint8 pixels (batch, H, W, 3); see `VisionModel`.
+        """Return image embeddings `(batch, d_embed)` float32 for each replacement: see `VisionModel`.
 
-        One forward pass: up to the hookpoint once for all, where nothing goes by beside it.
+        One forward pass computes all replacements. If nothing bypasses the hookpoint, the layers before it run only once per image.
 
         Raises:
-            ModelError: the hookpoint is unknown.
+            ModelError: The hookpoint is unknown.
         """
         check_hookpoint(self, hookpoint)
         n, is_all = len(replacements), self._is_all[hookpoint]
 
         def replace(output: Tensor) -> Tensor:
             parts = [output] * n if is_all else output.chunk(n)
-            return torch.cat([_other_tokens(part, replacement) for part, replacement in zip(parts, replacements, strict=True)])
+            return torch.cat([_replace_tokens(part, replacement) for part, replacement in zip(parts, replacements, strict=True)])
 
         x = normalise(pixels, self.preprocess, self._device)
         with self._autocast(), replacing(self._modules[hookpoint], replace):
@@ -201,7 +212,7 @@ class JointTower(Tower, ABC):
 
     @torch.inference_mode()
     def embed_text(self, texts: Sequence[str]) -> Tensor:
-        """Text embeddings (texts, d_embed), float32."""
+        """Return the embeddings of texts, `(texts, d_embed)` float32."""
         parts = [self._embed_texts(list(texts[start : start + TEXT_BATCH])) for start in range(0, len(texts), TEXT_BATCH)]
         return torch.cat([torch.empty(0, self.d_embed, device=self._device), *parts])
 
@@ -213,11 +224,11 @@ class JointTower(Tower, ABC):
 
 
 def _as_tokens(output: Tensor) -> Tensor:
-    """One vector an image is one token: (batch, d_model) or (batch, tokens, d_model) to the latter."""
+    """Return an output as tokens `(batch, tokens, d_model)`; one vector per image, `(batch, d_model)`, becomes one token."""
     return output if output.ndim == 3 else output[:, None]
 
 
-def _other_tokens(output: Tensor, replacement: Replacement) -> Tensor:
+def _replace_tokens(output: Tensor, replacement: Replacement) -> Tensor:
     tokens = replacement(_as_tokens(output))
     assert tokens.shape == _as_tokens(output).shape, f"tokens {tuple(tokens.shape)} cannot take the place of {tuple(output.shape)}"
     return tokens.reshape(output.shape).to(output)

@@ -1,6 +1,6 @@
-"""Trust: what is asked of every network before its numbers are believed, whatever family or code it is of.
+"""Checks that every network must pass before its outputs are used, whatever family or code it comes from.
 
-That preprocessing is the model's own is asked where it is read: see `processor`.
+That preprocessing agrees with the model's own is checked where it is read: see `processor`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,11 +16,11 @@ from ommatid.vlm import Judge, VisionModel
 from ommatid.vlm.preprocess import Preprocess
 
 SHAPES = ((301, 207), (207, 301))
-"""Width and height of pictures that are neither square nor even."""
+"""Widths and heights of test pictures, neither square nor even."""
 
 
 def structured_picture(width: int, height: int) -> Image.Image:
-    """A picture in which no two places, directions or channels look alike: three gradients, and edges in three colours."""
+    """Make a picture in which no two places, directions or channels look alike: three gradients, and edges in three colours."""
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     pixels = np.stack([x, y, (1 - x) * (1 - y)], axis=-1)
     row, col = np.indices((height, width))
@@ -31,26 +31,27 @@ def structured_picture(width: int, height: int) -> Image.Image:
 
 
 PARTS = ((0, 0), (0, 6), (3, 3), (6, 0), (6, 6))
-"""Where the parts of a picture begin that are changed one at a time, top and left in eighths; each is a quarter high and wide."""
+"""Top left corners, in eighths of the picture, of the parts that are changed one at a time. Each part is a quarter high and wide."""
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.02}
-"""What rounding makes of one vector in another batch, relative to its length; TensorFloat-32, which GPUs take for float32, included."""
+"""Relative difference that rounding may cause between outputs for the same image, allowing for TensorFloat-32 on GPUs."""
 SEEN = 1e-6
-"""A vector that changes by less, relatively, is the same but for rounding in a batch."""
+"""Relative difference below which an output counts as unchanged: it is no more than rounding within a batch."""
 TEXTS = ("a dog", "a red car in front of a house, seen from above")
 Run = Callable[[Tensor], Mapping[str, Tensor]]
 
 
 def check_model(model: VisionModel, hookpoints: Sequence[str], key: str, dtype: torch.dtype) -> None:
-    """Ask of a model what `check` does, at hookpoints and of its image embedding, and then of its texts.
+    """Check the activations and image embeddings of a model, as `check` does, and its text embeddings.
 
     Args:
-        model: Loaded.
-        hookpoints: Those whose activations are wanted; none for the embedding alone.
-        key: Where it is written, such as `extract.model`.
-        dtype: What it computes in.
+        model: The model.
+        hookpoints: Hookpoints whose activations are checked. If there are none, only embeddings are.
+        key: Key of the parameter, such as `extract.model`, for messages.
+        dtype: Data type in which the model computes.
 
     Raises:
-        ModelError: as `check` says; or texts do as images must not.
+        ModelError: An image fails as in `check`; or text embeddings are not finite, not repeatable, depend on the batch, or are the same
+            for different texts.
     """
 
     def run(pixels: Tensor) -> dict[str, Tensor]:
@@ -65,29 +66,29 @@ def check_model(model: VisionModel, hookpoints: Sequence[str], key: str, dtype: 
 
 
 def check_judge(judge: Judge, key: str, dtype: torch.dtype) -> None:
-    """Ask of a judge what `check` does.
+    """Check the embeddings of a judge, as `check` does.
 
     Raises:
-        ModelError: as `check` says.
+        ModelError: As for `check`.
     """
     check(lambda pixels: {"the embedding": judge.embed(pixels)[:, None]}, judge.preprocess, f"{key}: {judge.name}", dtype)
 
 
 def check(run: Run, preprocess: Preprocess, where: str, dtype: torch.dtype) -> None:
-    """Look at what a network makes of one picture, and of others that differ from it in one part each: eight images are run.
+    """Check a network on one picture and on others that each differ from it in one part; eight images are run.
 
     Args:
-        run: From uint8 pixels (images, H, W, 3) to vectors by what they are, each (images, tokens, width).
-        preprocess: What makes its pixels.
-        where: What the errors begin with: the key, and the network's name.
-        dtype: What it computes in.
+        run: Function from uint8 pixels `(images, H, W, 3)` to outputs `(images, tokens, width)`, by their description.
+        preprocess: Preprocessing of the network.
+        where: Beginning of messages: the key, and the name of the network.
+        dtype: Data type in which the network computes.
 
     Raises:
-        ModelError: numbers are not finite, two passes differ, an image alone differs from the same image in a batch, or a part of the
-            picture changes nothing.
+        ModelError: An output is not finite, two passes differ, an image alone differs from the same image in a batch, or some part of the
+            picture has no influence.
     """
     pixels = _pictures(preprocess)
-    with _running(f"{where}: fails on a picture"):
+    with _model_errors(f"{where}: fails on a picture"):
         alone, batch = run(pixels[:1]), run(pixels)
     for name, vectors in batch.items():
         what = f"{where}: {name}"
@@ -98,21 +99,21 @@ def check(run: Run, preprocess: Preprocess, where: str, dtype: torch.dtype) -> N
 
 
 @contextmanager
-def _running(what: str) -> Iterator[None]:
-    """Every error of a model's code becomes ours."""
+def _model_errors(what: str) -> Iterator[None]:
+    """Turn every error of a model's code inside the block into a ModelError."""
     try:
         yield
     except ModelError:
         raise
-    except Exception as error:  # the model's code: whatever it raises
+    except Exception as error:  # The model's code may raise anything.
         reason = str(error).strip().partition("\n")[0]
-        raise ModelError(f"{what}: {type(error).__name__}: {reason}; is its configuration that of its weights?") from error
+        raise ModelError(f"{what}: {type(error).__name__}: {reason}; does its configuration fit its weights?") from error
 
 
 def _pictures(preprocess: Preprocess) -> Tensor:
-    """A picture as preprocessing makes it; the same with one of its parts in the opposite colours, for each part; and a black one.
+    """Return a preprocessed picture, copies with one part each in inverted colours, and a black picture.
 
-    The black one moves whatever is taken over a batch.
+    The black picture changes any statistics that a network takes over the batch.
     """
     plain = preprocess(structured_picture(*SHAPES[0]))
     pictures = [plain]
@@ -124,24 +125,24 @@ def _pictures(preprocess: Preprocess) -> Tensor:
 
 
 def _parts(shape: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
-    """Top, bottom, left and right of each part."""
+    """Return top, bottom, left and right of each part."""
     (height, width), n = shape, 8
     return [(top * height // n, (top + 2) * height // n, left * width // n, (left + 2) * width // n) for top, left in PARTS]
 
 
 def _compare(run: Callable[[], Tensor], alone: Tensor, in_batch: Tensor, where: str, dtype: torch.dtype) -> None:
-    """Whether two passes gave the same; what `run` gives in a third, over the first's input, tells why not."""
+    """Check that an input gave the same output alone and in a batch. If not, running it alone again shows the cause."""
     difference = _difference(in_batch, alone)
     if difference <= TOLERANCES[dtype]:
         return
     if _difference(run(), alone) > TOLERANCES[dtype]:
         raise ModelError(
-            f"{where}: two passes over the same input differ by {difference:.2g} of their length: something in the model is drawn anew in "
-            "every pass, such as masks or a dropout that eval() does not switch off; switch it off, or use another model"
+            f"{where}: two passes over the same input differ by {difference:.2g} of their norm: something in the model is random in every "
+            "pass, such as masks or a dropout that eval() does not switch off; switch it off, or use another model"
         )
     raise ModelError(
-        f"{where}: the same input alone and in a batch differs by {difference:.2g} of its length: the entries of a batch mix, as by a "
-        "batch norm that takes the statistics of the batch; switch it off, or use another model"
+        f"{where}: the same input alone and in a batch differs by {difference:.2g} of its norm: the inputs of a batch influence one "
+        "another, for example through a batch norm that uses the statistics of the batch; switch it off, or use another model"
     )
 
 
@@ -149,26 +150,26 @@ def _check_sight(vectors: Tensor, shape: tuple[int, int], where: str) -> None:
     for changed, (top, bottom, left, right) in zip(vectors[1:-1], _parts(shape), strict=True):
         if _difference(changed, vectors[0]) <= SEEN:
             raise ModelError(
-                f"{where}: the same whatever stands in rows {top} to {bottom} and columns {left} to {right} of the "
-                f"{shape[0]} x {shape[1]} pixels that it gets; a model must see the whole picture: use another, or another hookpoint"
+                f"{where}: unaffected by rows {top} to {bottom} and columns {left} to {right} of the {shape[0]} x {shape[1]} input "
+                "pixels; a model must see the whole picture: use another model, or another hookpoint"
             )
 
 
 def _check_texts(embed: Callable[[Sequence[str]], Tensor], where: str, dtype: torch.dtype) -> None:
-    with _running(f"{where}: fails on a text"):
+    with _model_errors(f"{where}: fails on a text"):
         first, both = embed(TEXTS[:1])[:, None], embed(TEXTS)[:, None]
     if not both.isfinite().all():
         raise ModelError(f"{where}: the embedding of a text has NaN or infinity; use another model, or another extract.namer")
     _compare(lambda: embed(TEXTS[:1])[:, None], first, both[:1], f"{where}: the embedding of a text", dtype)
     if _difference(both[0], both[1]) <= SEEN:
         raise ModelError(
-            f"{where}: the texts {TEXTS[0]!r} and {TEXTS[1]!r} have the same embedding; is the tokenizer of this model? use another "
-            "extract.namer"
+            f"{where}: the texts {TEXTS[0]!r} and {TEXTS[1]!r} have the same embedding; does the tokenizer belong to this model? use "
+            "another extract.namer"
         )
 
 
 def _difference(x: Tensor, y: Tensor) -> float:
-    """The largest distance of two vectors, relative to the length of the second or of all of them together, whichever is larger."""
+    """Return the largest distance between vectors of x and y, relative to the norm of y's vector or the norms' RMS, whichever is larger."""
     x, y = x.double(), y.double()
     lengths = y.norm(dim=-1)
     scale = torch.maximum(lengths, lengths.square().mean().sqrt()).clamp_min(1e-300)

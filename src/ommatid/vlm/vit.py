@@ -1,4 +1,4 @@
-"""VitVision: ViT and DeiT, by hub name or local folder."""
+"""ViT and DeiT models of transformers, from a hub name or a local folder."""
 
 from transformers import DeiTModel, ViTModel
 
@@ -8,12 +8,12 @@ from ommatid.vlm.tower import Tower, block_sites, check_size, open_model, patch_
 
 CLASSES = {"vit": ViTModel, "deit": DeiTModel}
 MODEL_TYPES = tuple(CLASSES)
-"""Values of model_type in config.json that are of this family."""
+"""Values of `model_type` in config.json that belong to this family."""
 SPECIAL = {"vit": ("cls",), "deit": ("cls", "distillation")}
 
 
 class VitVision(Tower):
-    """A ViT with a class token, a distillation token where it has one, and a grid of patches."""
+    """A ViT with a class token, a distillation token if it has one, and a grid of patches."""
 
     def __init__(self, path: str, dtype: Dtype, device: str) -> None:
         opened = open_model(path, "vit", CLASSES)
@@ -26,5 +26,5 @@ class VitVision(Tower):
 
 
 def make(params: models.VitModel, dtype: Dtype, device: str) -> VitVision:
-    """See `load_model`."""
+    """Load the model, as `load_model` describes."""
     return VitVision(params.path, dtype, device)
