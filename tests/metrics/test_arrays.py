@@ -128,8 +128,8 @@ def test_is_undefined_where_it_means_nothing() -> None:
 @pytest.mark.parametrize(
     ("acts", "embeddings", "says"),
     [
-        (np.ones((3, 2)), np.ones((4, 5)), "acts are of 3 images and embeddings of 4"),
-        (csr_array(np.eye(3)), np.ones((4, 5)), "acts are of 3 images and embeddings of 4"),
+        (np.ones((3, 2)), np.ones((4, 5)), "acts have 3 images and embeddings 4"),
+        (csr_array(np.eye(3)), np.ones((4, 5)), "acts have 3 images and embeddings 4"),
         (np.ones(3), np.ones((3, 5)), r"acts have the shape \(3,\); they must be \(images, latents\)"),
         (np.ones((3, 2)), np.ones((3, 5, 2)), r"embeddings have the shape \(3, 5, 2\); they must be \(images, width\)"),
         (np.ones((3, 2)), np.ones((3, 0)), "their width must be 1 or more"),
@@ -140,9 +140,9 @@ def test_is_undefined_where_it_means_nothing() -> None:
         (np.ones((3, 2)), np.array([[1.0, 1], [np.nan, 0], [1, 1]]), "embeddings are not finite: image 1"),
         (np.ones((3, 2)), np.array([[1.0, 1], [1, 1], [np.inf, 0]]), "embeddings are not finite: image 2"),
         (np.ones((3, 2)), np.array([[1.0, 1], [1, 1], [0, -0.0]]), "embeddings are all zeros: image 2.*leave these images out"),
-        (csc_array(np.eye(3)), np.ones((3, 5)), r"acts are of format csc; .*acts.tocsr\(\)"),
+        (csc_array(np.eye(3)), np.ones((3, 5)), r"acts have the format csc; .*acts.tocsr\(\)"),
         (torch.eye(3).to_sparse_coo(), np.ones((3, 5)), "layout torch.sparse_coo.*to_sparse_csr"),
-        (torch.eye(3), torch.eye(3).to_sparse_csr(), "embeddings are a tensor of layout torch.sparse_csr; it must be dense"),
+        (torch.eye(3), torch.eye(3).to_sparse_csr(), "embeddings are a tensor of layout torch.sparse_csr; they must be dense"),
         (csr_array((np.ones(4), [0, 1, 1, 0], [0, 1, 3, 4]), shape=(3, 2)), np.ones((3, 5)), r"stored twice, .*acts.sum_duplicates\(\)"),
     ],
 )
@@ -162,8 +162,8 @@ class Rows:
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        (Rows([0, 1, 2], [0, 1], [1.0, 1.0], (3, 2)), "no compressed rows: of 3 images, with 3 row pointers"),
-        (Rows([0, 2, 1, 2], [0, 1], [1.0, 1.0], (3, 2)), "must rise from 0"),
+        (Rows([0, 1, 2], [0, 1], [1.0, 1.0], (3, 2)), "not valid compressed rows: for 3 images there are 3 row pointers"),
+        (Rows([0, 2, 1, 2], [0, 1], [1.0, 1.0], (3, 2)), "rise from 0"),
         (Rows([0, 1, 2, 3], [0, 1], [1.0, 1.0], (3, 2)), "2 indices and 2 values"),
         (Rows([0, 1, 2, 2], [0, 2], [1.0, 1.0], (3, 2)), "a column index is outside 0 to 1"),
     ],

@@ -78,7 +78,7 @@ def test_verb_lists_the_model_of_params(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_verb_needs_a_model_where_activations_come_from_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(CHECKOUT)
-    with pytest.raises(ConfigError, match=r"extract\.source: files .* name a MODEL"):
+    with pytest.raises(ConfigError, match=r"extract\.source is files: .* name a MODEL"):
         lines("--set", "extract={source: files, path: x, name: x, model: x}", "--set", "train.hookpoint=null")
 
 

@@ -1,6 +1,6 @@
-"""Every metric once, from accumulators in float64 that can be merged over batches, shards and workers.
+"""All metrics, each defined once. Most are float64 accumulators that can be merged over batches, shards and workers.
 
-Suffixes: b tokens or images of a batch, d d_model or the judge's width, s latents.
+Suffixes of names: b tokens or images of a batch, d d_model or the width of the judge, s latents.
 """
 
 from ommatid.metrics.arrays import monosemanticity

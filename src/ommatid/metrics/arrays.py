@@ -1,4 +1,4 @@
-"""Metrics of plain arrays, as other code has them: numpy, torch, and compressed rows of either or of scipy."""
+"""Metrics of plain arrays from other code: numpy arrays, torch tensors, and compressed rows of numpy, torch or scipy."""
 
 import math
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ from ommatid.metrics.fidelity import Fidelity
 from ommatid.metrics.monosemanticity import Monosemanticity
 
 VALUES = 2**22
-"""Values, zeros included where they are stored, of the images that are looked at together: 32 MiB in float64."""
+"""Values per block of dense rows: 32 MiB in float64."""
 ENTRIES = 2**19
-"""Entries of the images that are looked at together where they are compressed: few enough to be held with their zeros."""
+"""Stored entries per block of compressed rows. They are few enough for the block to be made dense."""
 IMAGES = 4096
-"""Images that are looked at together, at most."""
+"""Largest number of images per block."""
 
 TINY, HUGE = 1e-6, 1e100
-"""Embeddings whose largest value is outside are scaled first: float64 could not hold their squares, or would take them for zeros."""
+"""Bounds of an embedding's largest value outside of which it is rescaled, because its squares would overflow or vanish in float64."""
 
 
 @overload
@@ -28,32 +28,31 @@ def monosemanticity(acts: Tensor, embeddings: Any) -> Tensor: ...
 @overload
 def monosemanticity(acts: Any, embeddings: Any) -> np.ndarray: ...
 def monosemanticity(acts: Any, embeddings: Any) -> Tensor | np.ndarray:
-    """MonoSemanticity score of each latent (Pach et al. 2025, arXiv 2504.02821, eq. 9), exact, in one pass over blocks of images.
+    """Compute the exact MonoSemanticity score of each latent (Pach et al. 2025, arXiv 2504.02821, eq. 9) in one pass over the images.
 
     Args:
-        acts: Image-level activations (images, latents) of any real type: a numpy array or torch tensor; or compressed rows: a torch
-            tensor of layout sparse_csr, or what has `indptr`, `indices`, `data` and `shape` as scipy.sparse.csr_array has.
-        embeddings: The judge's embeddings of the same images (images, width), of any length but zero.
+        acts: Image-level activations `(images, latents)` of any real type: a numpy array, a torch tensor, or compressed rows. Compressed
+            rows are a torch tensor of layout sparse_csr, or an object with the attributes `indptr`, `indices`, `data` and `shape` of
+            scipy.sparse.csr_array.
+        embeddings: The judge's embeddings of the same images, `(images, width)`. Their norms do not matter, but must not be zero.
 
     Returns:
-        One float64 a latent, (latents,): a tensor where `acts` is one, else a numpy array. NaN where the score is undefined: the
-        latent is constant, or fires (is not 0) on fewer than two images.
+        The scores, `(latents,)` float64, as a tensor if `acts` is one, and as a numpy array otherwise. A score is NaN where it is
+        undefined, because the latent is constant or fires (is not 0) on fewer than two images.
 
     Raises:
-        InputError: shapes that do not fit, values that are not finite, an embedding of zeros, rows that are not compressed as said.
+        InputError: Shapes do not fit, values are not finite, an embedding is zero, or compressed rows are malformed.
 
     >>> import numpy as np
     >>> from ommatid import monosemanticity
-    >>> embeddings = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])  # two pairs of like images
-    >>> acts = np.array([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])  # latent 0 fires on one pair, latent 1 on one of each
+    >>> embeddings = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])  # two pairs of similar images
+    >>> acts = np.array([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])  # latent 0 fires on one pair, latent 1 on one image of each
     >>> monosemanticity(acts, embeddings).round(2)
     array([0.99, 0.  ])
     """
     blocks, judge = _open(acts), _Dense(embeddings, "embeddings")
     if len(blocks) != len(judge):
-        raise InputError(
-            f"acts are of {len(blocks)} images and embeddings of {len(judge)}: give a row of each for every image, in one order"
-        )
+        raise InputError(f"acts have {len(blocks)} images and embeddings {len(judge)}: give both one row per image, in the same order")
     scores = Monosemanticity(blocks.width, judge.width)
     for start, stop in blocks.spans():
         scores.add(_finite(blocks.read(start, stop), start), _directions(judge.read(start, stop), start))
@@ -62,17 +61,17 @@ def monosemanticity(acts: Any, embeddings: Any) -> Tensor | np.ndarray:
 
 
 def fvu(x: Any, x_hat: Any) -> float:
-    """Fraction of variance unexplained: Σ‖x−x̂‖² / Σ‖x−x̄‖², x̄ the mean of x. 0 is perfect, 1 no better than the mean.
+    """Compute the fraction of variance unexplained, Σ‖x−x̂‖² / Σ‖x−x̄‖², where x̄ is the mean of x.
 
     Args:
-        x: Activations (tokens, d_model) of any real type: a numpy array or torch tensor.
-        x_hat: Their reconstructions, of the same shape.
+        x: Activations `(tokens, d_model)` of any real type, as a numpy array or torch tensor.
+        x_hat: Reconstructions of the same shape.
 
     Returns:
-        NaN where x does not vary.
+        The fraction: 0 is perfect, and 1 is no better than the mean. NaN if x does not vary.
 
     Raises:
-        InputError: shapes that do not fit, or values that are not finite.
+        InputError: Shapes do not fit, or values are not finite.
 
     >>> import numpy as np
     >>> from ommatid import fvu
@@ -83,33 +82,33 @@ def fvu(x: Any, x_hat: Any) -> float:
     ours, theirs = _Dense(x, "x"), _Dense(x_hat, "x_hat")
     if (len(ours), ours.width) != (len(theirs), theirs.width):
         raise InputError(
-            f"x has the shape {(len(ours), ours.width)} and x_hat {(len(theirs), theirs.width)}; they must be of the same tokens and width"
+            f"x has the shape {(len(ours), ours.width)} and x_hat {(len(theirs), theirs.width)}; both must have the same tokens and width"
         )
     fidelity = Fidelity()
     for start, stop in ours.spans():
-        one, other = (rows.read(start, stop).double() for rows in (ours, theirs))
-        if not (one.isfinite().all() and other.isfinite().all()):
-            raise InputError(f"x or x_hat is not finite, of tokens {start} to {stop - 1}")
-        fidelity.add(one, other, 0)
+        part, part_hat = (rows.read(start, stop).double() for rows in (ours, theirs))
+        if not (part.isfinite().all() and part_hat.isfinite().all()):
+            raise InputError(f"x or x_hat is not finite, in tokens {start} to {stop - 1}")
+        fidelity.add(part, part_hat, 0)
     return fidelity.fvu
 
 
 class _Rows(Protocol):
-    """A matrix, read some rows at a time."""
+    """A matrix that is read in blocks of rows."""
 
     width: int
-    """Columns."""
+    """Number of columns."""
 
     def __len__(self) -> int:
-        """Rows."""
+        """Number of rows."""
         ...
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """First row of each block, and the one after its last."""
+        """Yield the first row of each block, and the row after its last."""
         ...
 
     def read(self, start: int, stop: int) -> Tensor:
-        """These rows, dense or in CSR form, on the CPU."""
+        """Return rows `start` to `stop` on the CPU, dense or in CSR form."""
         ...
 
 
@@ -119,7 +118,7 @@ def _open(acts: Any) -> _Rows:
     if isinstance(acts, Tensor) or not hasattr(acts, "indptr"):
         return _Dense(acts, "acts")
     if (form := getattr(acts, "format", "csr")) != "csr":
-        raise InputError(f"acts are of format {form}; compressed rows are needed: acts.tocsr()")
+        raise InputError(f"acts have the format {form}; convert them to compressed rows: acts.tocsr()")
     starts, columns, values = (torch.from_numpy(np.asarray(getattr(acts, name))) for name in ("indptr", "indices", "data"))
     return _Compressed(starts, columns, values, acts.shape)
 
@@ -129,7 +128,7 @@ class _Dense:
 
     def __init__(self, values: Any, name: str) -> None:
         if isinstance(values, Tensor) and values.layout != torch.strided:
-            raise InputError(f"{name} are a tensor of layout {values.layout}; it must be dense" + _OR_CSR * (name == "acts"))
+            raise InputError(f"{name} are a tensor of layout {values.layout}; they must be dense" + _OR_CSR * (name == "acts"))
         self._values = values if isinstance(values, Tensor) else np.asarray(values)
         _check_shape(name, tuple(self._values.shape), self._values.dtype)
         self._n, self.width = self._values.shape
@@ -150,7 +149,7 @@ _OR_CSR = ", or of layout sparse_csr: acts.to_sparse_csr()"
 
 
 class _Compressed:
-    """Compressed rows."""
+    """A matrix of compressed rows."""
 
     def __init__(self, starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]) -> None:
         _check_shape("acts", shape, values.dtype)
@@ -159,8 +158,8 @@ class _Compressed:
         fits = len(starts) == self._n + 1 and int(starts[0]) == 0 and int(starts[-1]) == len(columns) == len(values)
         if not fits or bool((self._starts.diff() < 0).any()):
             raise InputError(
-                f"acts are no compressed rows: of {self._n} images, with {len(starts)} row pointers that must rise from 0 to the number "
-                f"of entries, which is {len(columns)} indices and {len(values)} values"
+                f"acts are not valid compressed rows: for {self._n} images there are {len(starts)} row pointers, which must be one more "
+                f"than images and rise from 0 to the number of entries, for which there are {len(columns)} indices and {len(values)} values"
             )
 
     def __len__(self) -> int:
@@ -180,10 +179,10 @@ class _Compressed:
         columns, values = self._columns[entries].cpu().long(), _real(self._values[entries])
         rows = torch.arange(stop - start).repeat_interleave(starts.diff())
         if len(columns) and not 0 <= int(columns.min()) <= int(columns.max()) < self.width:
-            raise InputError(f"acts: a column index is outside 0 to {self.width - 1}, of images {start} to {stop - 1}")
+            raise InputError(f"acts: a column index is outside 0 to {self.width - 1}, in images {start} to {stop - 1}")
         in_order = (columns.diff() > 0) | (rows.diff() > 0)
         if not bool(in_order.all()) and len((rows * self.width + columns).unique()) < len(columns):
-            raise InputError(f"acts: an entry is stored twice, of images {start} to {stop - 1}; add them up first: acts.sum_duplicates()")
+            raise InputError(f"acts: an entry is stored twice, in images {start} to {stop - 1}; add duplicates up: acts.sum_duplicates()")
         return torch.sparse_csr_tensor(starts - starts[0], columns, values, (stop - start, self.width), check_invariants=False)
 
 
@@ -197,7 +196,7 @@ def _check_shape(name: str, shape: tuple[int, ...], dtype: Any) -> None:
 
 
 def _native(rows: np.ndarray) -> np.ndarray:
-    """As torch takes them: no other byte order, no unsigned or longer types."""
+    """Convert rows to float32 or float64 in native byte order, since torch takes not every type of numpy."""
     return np.ascontiguousarray(rows, np.float32 if rows.dtype == np.float32 else np.float64)
 
 
@@ -207,9 +206,9 @@ def _real(values: Tensor) -> Tensor:
 
 
 def _finite(acts: Tensor, start: int) -> Tensor:
-    """The block that begins with this image, if all is finite."""
+    """Check that a block of activations is finite, and return it. The block begins with image `start`."""
     values = acts.values() if acts.layout == torch.sparse_csr else acts
-    if not values.numel() or all(map(math.isfinite, torch.stack(values.aminmax()).tolist())):  # both are NaN where one value is
+    if not values.numel() or all(map(math.isfinite, torch.stack(values.aminmax()).tolist())):  # A single NaN makes both extremes NaN.
         return acts
     bad = (~acts.to_dense().isfinite()).nonzero()
     image, latent = bad[0].tolist()
@@ -217,7 +216,7 @@ def _finite(acts: Tensor, start: int) -> Tensor:
 
 
 def _directions(embeddings: Tensor, start: int) -> Tensor:
-    """The embeddings of a block, if all have a direction."""
+    """Check that a block of embeddings is finite and not zero, and return it, rescaled if its values are extreme."""
     if not embeddings.shape[1]:
         raise InputError(f"embeddings have the shape {tuple(embeddings.shape)}; their width must be 1 or more")
     largest = torch.maximum(embeddings.amax(1, keepdim=True), -embeddings.amin(1, keepdim=True))
@@ -225,7 +224,7 @@ def _directions(embeddings: Tensor, start: int) -> Tensor:
     if len(bad):
         what = "all zeros" if largest[bad[0, 0]] == 0 else "not finite"
         raise InputError(
-            f"embeddings are {what}: image {start + int(bad[0, 0])}, and {len(bad) - 1} more that cannot be used within {len(embeddings)} "
+            f"embeddings are {what}: image {start + int(bad[0, 0])}, and {len(bad) - 1} more unusable ones within {len(embeddings)} "
             "images; leave these images out of acts and embeddings"
         )
     is_usual = bool((largest > TINY).all() and (largest < HUGE).all())

@@ -1,4 +1,4 @@
-"""What labels of images say of latents: purity, coverage, entropy, depth in a taxonomy."""
+"""Metrics of latents that use the classes of images: purity, coverage, entropy, and depth in a taxonomy."""
 
 import math
 from collections import Counter
@@ -8,9 +8,9 @@ import numpy as np
 
 
 def lca_depth(paths: Sequence[Sequence[str]]) -> int:
-    """Depth of the lowest common ancestor of classes: how many names their paths from the root have in common; 0 is the root.
+    """Return the depth of the lowest common ancestor of classes: the number of leading names that their paths from the root share.
 
-    The deeper, the more special what they share: (animal, mammal, dog) and (animal, mammal, cat) give 2.
+    The deeper it is, the more specific is what they share: (animal, mammal, dog) and (animal, mammal, cat) give 2. The root has depth 0.
     """
     depth = 0
     for names in zip(*paths, strict=False):
@@ -21,31 +21,49 @@ def lca_depth(paths: Sequence[Sequence[str]]) -> int:
 
 
 COVERED = 0.75
-"""Purity from which on a latent stands for its commonest class: 12 of 16. Of two equally frequent classes chance gives that to four
-latents in a hundred, of ten classes to none."""
+"""Purity at which a latent counts as representing its most common class: 12 images of 16. With two equally frequent classes, four latents
+in a hundred reach it by chance; with ten, none does."""
 
 
 def purity(labels: Sequence[Sequence[Hashable]], n: int) -> list[float]:
-    """Purity@n: share of the commonest class among a latent's n strongest images; NaN where it fires on fewer.
+    """Return purity@n of each latent: the share of the most common class among its n strongest images.
 
-    `labels` has, for each latent, the classes of its strongest firing images, at most n of them.
+    Args:
+        labels: For each latent, the classes of its strongest firing images, at most n.
+        n: Number of images.
+
+    Returns:
+        The purities; NaN for a latent that fires on fewer than n images.
     """
     return [Counter(of_one).most_common(1)[0][1] / n if len(of_one) == n else math.nan for of_one in labels]
 
 
 def coverage(labels: Sequence[Sequence[Hashable]], n: int, n_classes: int) -> float:
-    """Share of the classes that are the commonest of some latent with purity@n of at least `COVERED`; NaN without classes."""
+    """Return the share of classes that are the most common class of a latent with purity@n of at least `COVERED`.
+
+    Args:
+        labels: For each latent, the classes of its strongest firing images, at most n.
+        n: Number of images.
+        n_classes: Number of classes.
+
+    Returns:
+        The share; NaN if there are no classes.
+    """
     pure = zip(labels, purity(labels, n), strict=True)
     covered = {Counter(of_one).most_common(1)[0][0] for of_one, share in pure if share >= COVERED}
     return len(covered) / n_classes if n_classes else math.nan
 
 
 def label_entropy(mass_c: np.ndarray) -> float:
-    """Entropy in bits of a latent's labels, a class weighing as much as its images' activations: `mass_c`, (classes,).
+    """Return the entropy in bits of the classes on which a latent fires.
 
-    0: it fires on one class only; log2(n): on n classes alike. NaN where it fires on no labelled image.
+    Args:
+        mass_c: Sum of the latent's activations over the images of each class, `(classes,)`.
+
+    Returns:
+        The entropy: 0 if the latent fires on one class only, log2(n) if it fires equally on n, NaN if it fires on no labelled image.
     """
     total = mass_c.sum()
     share = mass_c / total if total > 0 else np.array([math.nan])
     share = share[share != 0]
-    return abs(float((share * np.log2(share)).sum()))  # abs: of one class the sum is -0
+    return abs(float((share * np.log2(share)).sum()))  # With one class the sum is -0.

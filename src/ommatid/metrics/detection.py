@@ -1,4 +1,4 @@
-"""Does a score tell some images from others."""
+"""Metrics of how well a score separates positive from negative images."""
 
 import math
 
@@ -7,18 +7,18 @@ from torch import Tensor
 
 
 def balanced_accuracy(positive: Tensor, negative: Tensor, threshold: float) -> float:
-    """Mean of the share of `positive` scores above the threshold and the share of `negative` scores at or below it."""
+    """Return the mean of two shares: `positive` scores above the threshold, and `negative` scores at or below it."""
     return float(((positive > threshold).double().mean() + (negative <= threshold).double().mean()) / 2)
 
 
 def best_threshold(positive: Tensor, negative: Tensor) -> float:
-    """The threshold between observed scores with the highest balanced accuracy, the middle of the gap it falls into.
+    """Return the threshold with the highest balanced accuracy, in the middle of a gap between observed scores.
 
-    Of thresholds that are equally good the lowest: accuracies are compared as integers, so that rounding decides nothing.
+    Of equally good thresholds, the lowest is returned. Accuracies are compared as integers, so that rounding has no influence.
     """
     scores, order = torch.sort(torch.cat([positive, negative]).double())
     is_positive = (order < len(positive)).long()
-    # cutting after position i: positives above, negatives at or below; after the last, everything is at or below
+    # For a cut after position i: positives above it, and negatives at or below it. After the last position, all scores are below.
     above = len(positive) - is_positive.cumsum(0)
     below = (1 - is_positive).cumsum(0)
     can_cut = torch.cat([scores[1:] > scores[:-1], torch.tensor([True])])
@@ -27,7 +27,15 @@ def best_threshold(positive: Tensor, negative: Tensor) -> float:
 
 
 def auroc(positive: Tensor, negative: Tensor) -> tuple[float, float, float]:
-    """Area under the ROC curve (ties count half) and its 95 % interval (DeLong, DeLong and Clarke-Pearson 1988)."""
+    """Compute the area under the ROC curve, where ties count half.
+
+    Args:
+        positive: Scores of positive images.
+        negative: Scores of negative images.
+
+    Returns:
+        The area, and the lower and upper end of its 95 % interval (DeLong, DeLong and Clarke-Pearson 1988).
+    """
     wins = (positive[:, None] > negative).double() + 0.5 * (positive[:, None] == negative).double()
     area = float(wins.mean())
     variance = sum(float(mean.var()) / len(mean) for mean in (wins.mean(1), wins.mean(0)) if len(mean) > 1)
@@ -36,7 +44,7 @@ def auroc(positive: Tensor, negative: Tensor) -> tuple[float, float, float]:
 
 
 def rank_correlation(x: Tensor, y: Tensor) -> float:
-    """Spearman's: Pearson's correlation of the ranks, where equal values share the mean of theirs; NaN where either is constant."""
+    """Return Spearman's rank correlation, in which equal values share their mean rank; NaN if either input is constant."""
     ranks = torch.stack([_ranks(x), _ranks(y)])
     centred = ranks - ranks.mean(1, keepdim=True)
     norms = centred.norm(dim=1)
@@ -44,6 +52,6 @@ def rank_correlation(x: Tensor, y: Tensor) -> float:
 
 
 def _ranks(x: Tensor) -> Tensor:
-    """Mean rank of each value among all, from 0, float64."""
+    """Return the rank of each value, from 0, `(n,)` float64. Equal values share their mean rank."""
     _, place, times = torch.unique(x, return_inverse=True, return_counts=True)
     return (times.cumsum(0) - (times + 1) / 2)[place].double()

@@ -1,4 +1,4 @@
-"""Activations by their non-zero entries: most latents do not fire on most images, and what is zero costs nothing."""
+"""Activations stored by their non-zero entries. Most latents do not fire on most images, and zeros then cost nothing."""
 
 import warnings
 from dataclasses import dataclass
@@ -10,29 +10,29 @@ from torch import Tensor
 from ommatid.compute.nonzero import true_at
 
 FEW = 0.08
-"""Share of non-zero activations below which a product over the entries is faster than one over all (measured: 0.09)."""
+"""Share of non-zero activations below which sparse products are faster than dense ones (measured: 0.09)."""
 
-with warnings.catch_warnings():  # torch says once a process that compressed rows are in beta
+with warnings.catch_warnings():  # torch warns once per process that sparse CSR support is in beta
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
 
 
 @dataclass(frozen=True)
 class Entries:
-    """Image-level activations (images, d_sae) without their zeros."""
+    """The non-zero entries of image-level activations `(images, d_sae)`."""
 
     images: Tensor
-    """Row of each entry, (entries,) int64, ascending."""
+    """Image (row) of each entry, `(entries,)` int64, ascending."""
     latents: Tensor
-    """Column of each entry, (entries,) int64."""
+    """Latent (column) of each entry, `(entries,)` int64."""
     acts: Tensor
-    """Value of each entry, (entries,) float64, not 0."""
+    """Activation of each entry, `(entries,)` float64, not 0."""
     shape: tuple[int, int]
-    """(images, d_sae)"""
+    """Shape of the activations, `(images, d_sae)`."""
 
     @classmethod
     def of(cls, acts_bs: Tensor) -> "Entries | None":
-        """Of a tensor, dense or in CSR form, where most is zero; None where it has too many entries."""
+        """Make entries from activations, dense or in CSR form. Return None if too many are not zero for this to be faster."""
         n, d_sae = acts_bs.shape
         is_dense = acts_bs.layout == torch.strided
         fires = acts_bs.bool() if is_dense else acts_bs.values().bool()
@@ -48,22 +48,22 @@ class Entries:
 
     @cached_property
     def n_firing(self) -> Tensor:
-        """Images on which each latent fires, (d_sae,) int64."""
+        """Number of images on which each latent fires, `(d_sae,)` int64."""
         return torch.bincount(self.latents, minlength=self.shape[1])
 
     def sums(self, values: Tensor) -> Tensor:
-        """Of a value for each entry the sum over each latent's, (d_sae,) float64."""
+        """Sum values of entries, `(entries,)`, by latent, `(d_sae,)` float64."""
         return torch.bincount(self.latents, values, minlength=self.shape[1])
 
     def extremes(self) -> tuple[Tensor, Tensor]:
-        """Smallest and largest activation of each latent, zeros included, (d_sae,) float64 each."""
+        """Return the smallest and the largest activation of each latent, zeros included, `(d_sae,)` float64 each."""
         has_zero = self.n_firing < self.shape[0]
         low = torch.full((self.shape[1],), torch.inf, dtype=torch.float64).scatter_reduce_(0, self.latents, self.acts, "amin")
         high = torch.full((self.shape[1],), -torch.inf, dtype=torch.float64).scatter_reduce_(0, self.latents, self.acts, "amax")
         return torch.where(has_zero, low.clamp(max=0), low), torch.where(has_zero, high.clamp(min=0), high)
 
     def transposed(self) -> Tensor:
-        """By latent, (d_sae, images) float64 in CSR form."""
+        """Return the transposed activations, `(d_sae, images)` float64 in CSR form."""
         by_latent = torch.sort(self.latents, stable=True).indices
         starts = torch.zeros(self.shape[1] + 1, dtype=torch.int64)
         torch.cumsum(self.n_firing, 0, out=starts[1:])

@@ -1,4 +1,4 @@
-"""How well x̂ stands for x."""
+"""Fidelity of reconstructions: how closely x̂ reproduces x."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,9 +11,9 @@ from ommatid.compute.nonzero import count_positive
 
 
 class Fidelity(Accumulator):
-    """How well x̂ stands for x: FVU, cosine and L0 over everything added.
+    """Accumulates FVU, cosine and L0 of reconstructions.
 
-    FVU = Σ‖x−x̂‖² / Σ‖x−x̄‖², x̄ the mean over everything added. 0 is perfect.
+    FVU = Σ‖x−x̂‖² / Σ‖x−x̄‖², where x̄ is the mean over all tokens added. 0 is perfect.
     """
 
     STATE = ("n", "squared_error", "squared_norm", "sum_x", "sum_cosine", "n_firings")
@@ -27,8 +27,8 @@ class Fidelity(Accumulator):
         self.n_firings = 0
 
     def add(self, x_bd: Tensor, x_hat_bd: Tensor, n_firings: int) -> None:
-        """Add a batch: x and x̂ of shape (batch, d_model), and how many (token, latent) pairs fired."""
-        # a row's sums in the arithmetic of the data, everything over rows in float64: half the time of converting all of it
+        """Add a batch: x and x̂, `(batch, d_model)` each, and the number of (token, latent) pairs that fired."""
+        # Sums within a row use the dtype of the data, and sums over rows float64. Converting all of the data would take twice as long.
         error, norms, norms_hat = x_bd - x_hat_bd, _squares(x_bd), _squares(x_hat_bd)
         total = x_bd.sum(0).double()
         self.n += x_bd.shape[0]
@@ -40,7 +40,7 @@ class Fidelity(Accumulator):
         self.n_firings += n_firings
 
     def merge(self, other: "Fidelity") -> None:
-        """Take in what another accumulator has seen."""
+        """Add the tokens of another accumulator."""
         if other.sum_x is None:
             return
         self.n += other.n
@@ -50,15 +50,15 @@ class Fidelity(Accumulator):
         self.sum_cosine += other.sum_cosine
         self.n_firings += other.n_firings
 
-    def merged(self, sum_: Callable[[Tensor], Tensor]) -> "Fidelity":
-        """With those of other processes; `sum_` adds a tensor over all."""
-        found = Fidelity()
-        found.load_state_dict({name: sum_(tensor.clone()) for name, tensor in self.state_dict().items()})
-        return found
+    def merged(self, all_reduce: Callable[[Tensor], Tensor]) -> "Fidelity":
+        """Return the fidelity over all processes, given a function that sums a tensor over them."""
+        total = Fidelity()
+        total.load_state_dict({name: all_reduce(tensor.clone()) for name, tensor in self.state_dict().items()})
+        return total
 
     @property
     def fvu(self) -> float:
-        """Fraction of variance unexplained; NaN where x does not vary."""
+        """Fraction of variance unexplained; NaN if x does not vary."""
         if self.sum_x is None:
             return math.nan
         variance = self.squared_norm - float(self.sum_x.square().sum()) / self.n
@@ -71,36 +71,36 @@ class Fidelity(Accumulator):
 
     @property
     def l0(self) -> float:
-        """Mean number of latents that fire a token."""
+        """Mean number of latents that fire per token."""
         return self.n_firings / self.n if self.n else math.nan
 
 
 class FidelityByKind(Accumulator):
-    """Fidelity of each kind of token (cls, patch, ...), and of all of them."""
+    """Fidelity of each kind of token (cls, patch, ...), and of all tokens."""
 
     STATE = ("of",)
 
     def __init__(self, kinds: Sequence[str]) -> None:
-        """`kinds` names the kind of each token of an image, in order."""
+        """Make empty accumulators for images whose tokens have these kinds, in order."""
         self.of = {kind: Fidelity() for kind in kinds}
-        self._places = {kind: torch.tensor([i for i, own in enumerate(kinds) if own == kind]) for kind in self.of}
+        self._places = {kind: torch.tensor([i for i, kind_ in enumerate(kinds) if kind_ == kind]) for kind in self.of}
 
     def add(self, x_btd: Tensor, x_hat_btd: Tensor, acts_bts: Tensor) -> None:
-        """Add images: x and x̂ (images, tokens, d_model) and the latents' activations (images, tokens, d_sae)."""
+        """Add images: x and x̂, `(images, tokens, d_model)` each, and the latents' activations `(images, tokens, d_sae)`."""
         for kind, fidelity in self.of.items():
-            mine = (tokens if len(self.of) == 1 else tokens[:, self._places[kind]] for tokens in (x_btd, x_hat_btd, acts_bts))
-            x, x_hat, acts = (tokens.flatten(0, 1) for tokens in mine)
+            of_kind = (tokens if len(self.of) == 1 else tokens[:, self._places[kind]] for tokens in (x_btd, x_hat_btd, acts_bts))
+            x, x_hat, acts = (tokens.flatten(0, 1) for tokens in of_kind)
             fidelity.add(x, x_hat, int(count_positive(acts).sum()))
 
     @property
     def whole(self) -> Fidelity:
-        """Of all tokens together."""
-        found = Fidelity()
+        """Fidelity of all tokens together."""
+        whole = Fidelity()
         for fidelity in self.of.values():
-            found.merge(fidelity)
-        return found
+            whole.merge(fidelity)
+        return whole
 
 
 def _squares(x_bd: Tensor) -> Tensor:
-    """Squared lengths of rows, (batch,) float64."""
+    """Return the squared norms of rows, `(batch,)` float64."""
     return torch.linalg.vector_norm(x_bd, dim=1).double().square()

@@ -1,4 +1,4 @@
-"""On how many tokens and images latents fire, and on which images most strongly."""
+"""Firing statistics: on how many tokens and images each latent fires, and on which images most strongly."""
 
 import math
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from ommatid.compute.checkpoint import Accumulator
 from ommatid.compute.nonzero import count_positive
 
 DENSE = 0.1
-"""Share of tokens above which a latent is dense. Such latents carry position, norm or context rather than one thing that is in some
-images (arXiv 2506.15679)."""
+"""Share of tokens above which a latent is dense. Dense latents represent position, norm or context rather than one thing that occurs in
+some images (arXiv 2506.15679)."""
 RARE = 16
-"""Images below which a latent that fires is rare: what is said of its 16 strongest images (purity, uniqueness) cannot be said of it."""
+"""Number of images below which a latent that fires is rare: metrics of its 16 strongest images (purity, uniqueness) are then undefined."""
 
 
 class Firing(Accumulator):
-    """Per latent: on how many tokens and images it fires, and how strongly."""
+    """Accumulates, for each latent, on how many tokens and images it fires, and how strongly."""
 
     STATE = ("n_tokens", "count", "n_images", "sum", "max")
 
@@ -29,53 +29,61 @@ class Firing(Accumulator):
         self.max = torch.zeros(d_sae, dtype=torch.float64)
 
     def add(self, acts_bs: Tensor, image_acts_bs: Tensor) -> None:
-        """Add token activations (tokens, d_sae) and the same images' image-level activations (images, d_sae)."""
+        """Add token activations `(tokens, d_sae)` and the image-level activations `(images, d_sae)` of the same images."""
         self.n_tokens += acts_bs.shape[0]
         self.count += count_positive(acts_bs)
         self.n_images += count_positive(image_acts_bs)
-        self.sum += acts_bs.sum(0).double()  # of a batch in the arithmetic of the data, of all in float64
+        self.sum += acts_bs.sum(0).double()  # A batch is summed in the dtype of the data, and batches in float64.
         self.max = torch.maximum(self.max, acts_bs.amax(0).double())
 
     @property
     def density(self) -> Tensor:
-        """Share of tokens on which each latent fires, (d_sae,)."""
+        """Share of tokens on which each latent fires, `(d_sae,)`."""
         return self.count.double() / max(self.n_tokens, 1)
 
     @property
     def mean(self) -> Tensor:
-        """Mean activation over the tokens on which a latent fires, (d_sae,); NaN if it never does."""
+        """Mean activation over the tokens on which a latent fires, `(d_sae,)`; NaN if it never fires."""
         return self.sum / self.count.double()
 
     @property
     def is_dead(self) -> Tensor:
-        """Never fired, (d_sae,)."""
+        """Whether each latent never fires, `(d_sae,)`."""
         return self.count == 0
 
     @property
     def is_dense(self) -> Tensor:
-        """Fires on more than `DENSE` of the tokens, (d_sae,)."""
+        """Whether each latent fires on more than the share `DENSE` of tokens, `(d_sae,)`."""
         return self.density > DENSE
 
     @property
     def is_rare(self) -> Tensor:
-        """Fires, but on fewer than `RARE` images, (d_sae,)."""
+        """Whether each latent fires, but on fewer than `RARE` images, `(d_sae,)`."""
         return (self.n_images > 0) & (self.n_images < RARE)
 
 
 @dataclass(frozen=True)
 class Decade:
-    """Latents whose density is of one order of magnitude."""
+    """A bin of the density histogram, for densities of one order of magnitude."""
 
     low: float
-    """Least density; 0: those that never fire."""
+    """Lowest density of the bin; 0 for the bin of latents that never fire."""
     high: float
-    """Density below which they are, but 1 is within the last."""
+    """Upper bound of the density, exclusive except for 1."""
     n_latents: int
-    """How many."""
+    """Number of latents in the bin."""
 
 
 def density_histogram(density_s: Tensor, n_tokens: int) -> list[Decade]:
-    """Latents by order of magnitude of their density: first the dead, then every decade from that of one token in all to 0.1 to 1."""
+    """Count latents by the order of magnitude of their density.
+
+    Args:
+        density_s: Density of each latent, `(d_sae,)`.
+        n_tokens: Number of tokens on which densities were measured.
+
+    Returns:
+        A bin for dead latents, and one for each decade from that of a single firing up to 0.1 to 1.
+    """
     lowest = math.floor(math.log10(1 / n_tokens)) if n_tokens else -1
     edges = torch.tensor([10.0**power for power in range(lowest, 0)], dtype=torch.float64)
     counts = torch.bincount(torch.bucketize(density_s.double(), edges, right=True), minlength=len(edges) + 1)
@@ -84,7 +92,7 @@ def density_histogram(density_s: Tensor, n_tokens: int) -> list[Decade]:
 
 
 class TopImages(Accumulator):
-    """The images on which each latent is strongest, found in a stream; ties go to the image of lower number."""
+    """Finds the images on which each latent is strongest in a stream of images. Of tied images, the one with the lower number wins."""
 
     STATE = ("acts", "images")
 
@@ -93,8 +101,8 @@ class TopImages(Accumulator):
         self.images = torch.full((n, d_sae), -1, dtype=torch.int64)
 
     def add(self, acts_bs: Tensor, images_b: Tensor) -> None:
-        """Image-level activations (images, d_sae) and the images' numbers (images,)."""
-        # latents with an image among their strongest: soon few, for ties count only where there is something to tie
+        """Add image-level activations `(images, d_sae)` and the numbers of the images `(images,)`."""
+        # Only latents that gain an image are updated, which soon are few: a tie counts only above 0, so further zeros change nothing.
         new = ((acts_bs >= self.acts[-1]) & (acts_bs > 0) | (acts_bs > self.acts[-1])).any(0).nonzero()[:, 0]
         acts = torch.cat([self.acts[:, new], acts_bs[:, new].float()])
         images, by_image = torch.cat([self.images[:, new], images_b[:, None].expand(-1, len(new))]).sort(dim=0, stable=True)

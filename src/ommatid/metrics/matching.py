@@ -1,6 +1,6 @@
-"""Do two dictionaries hold the same directions: best matches by cosine, one-to-one matches, and what chance would give.
+"""Comparison of the directions of two dictionaries: best matches by cosine, one-to-one matches, and what chance would give.
 
-Suffixes: n and m directions of two dictionaries, d their width. scipy, which takes a second to import, waits until it is needed.
+Suffixes of names: n and m directions of two dictionaries, d their width. scipy takes a second to import, so it is imported when needed.
 """
 
 from dataclasses import dataclass
@@ -11,32 +11,37 @@ from torch import Tensor
 from ommatid.compute.nearest import Nearest, nearest_both_ways
 
 MOST_ONE_TO_ONE = 4096
-"""Directions of the larger dictionary up to which one-to-one matching is done: 14 s and 200 MB there, and it grows with the cube."""
+"""Largest number of directions for one-to-one matching. It takes 14 s and 200 MB, and time grows with the cube of the number."""
 
 
 @dataclass(frozen=True)
 class BestMatches:
-    """Of each direction of a dictionary the nearest of another; the first where several are equally near."""
+    """The nearest direction in another dictionary for each direction of a dictionary. Of equally near directions, the first is taken."""
 
     other: Tensor
-    """Which, (n,) int64."""
+    """Index of the nearest direction, `(n,)` int64."""
     cosine: Tensor
-    """How near, (n,) float32; 0 for a direction of length 0."""
+    """Cosine with the nearest direction, `(n,)` float32; 0 for a direction of norm 0."""
 
     @property
     def mmcs(self) -> float:
-        """Mean max cosine similarity (Sharkey et al. 2022): the mean over the directions of the best cosine."""
+        """Mean max cosine similarity (Sharkey et al. 2022): the mean of the best cosines."""
         return float(self.cosine.double().mean())
 
     def mutual(self, back: "BestMatches") -> Tensor:
-        """Whether each direction is the best match of its own best match, (n,)."""
+        """Return whether each direction is the best match of its best match, `(n,)`; `back` holds the matches in the other direction."""
         return back.other[self.other] == torch.arange(len(self.other))
 
 
 def best_matches(a_nd: Tensor, b_md: Tensor) -> tuple[BestMatches, BestMatches]:
-    """Best match of each direction of `a_nd` in `b_md`, and of each of `b_md` in `a_nd`; rows of any length.
+    """Find the best matches between two dictionaries, in tiles, so that extra memory does not grow with their size.
 
-    In tiles: beside the dictionaries themselves memory does not grow with their size.
+    Args:
+        a_nd: Directions, `(n, d)`, of any norm.
+        b_md: Directions, `(m, d)`, of any norm.
+
+    Returns:
+        The best matches of `a_nd` in `b_md`, and those of `b_md` in `a_nd`.
     """
     there, back = nearest_both_ways(_unit(a_nd), _unit(b_md))
     return _best_matches(there), _best_matches(back)
@@ -47,9 +52,15 @@ def _best_matches(found: Nearest) -> BestMatches:
 
 
 def match_one_to_one(a_nd: Tensor, b_md: Tensor) -> Tensor | None:
-    """Cosines of the pairs of the one-to-one matching with the highest sum (Hungarian), (min(n, m),).
+    """Find the one-to-one matching with the highest sum of cosines (Hungarian algorithm).
 
-    None where a dictionary is larger than MOST_ONE_TO_ONE: there `BestMatches.mutual` says what can be said in bounded time.
+    Args:
+        a_nd: Directions, `(n, d)`, of any norm.
+        b_md: Directions, `(m, d)`, of any norm.
+
+    Returns:
+        The cosines of the matched pairs, `(min(n, m),)`. None if a dictionary has more than `MOST_ONE_TO_ONE` directions:
+        `BestMatches.mutual` is the alternative that takes a bounded time.
     """
     if max(len(a_nd), len(b_md)) > MOST_ONE_TO_ONE:
         return None
@@ -61,10 +72,10 @@ def match_one_to_one(a_nd: Tensor, b_md: Tensor) -> Tensor | None:
 
 
 def chance_cosine(m: int, d: int) -> float:
-    """Expected cosine of a direction with the nearest of `m` directions drawn at random, uniformly, in `d` dimensions: MMCS by chance.
+    """Return the MMCS expected by chance: the mean cosine of a direction with the nearest of `m` uniformly random ones in `d` dimensions.
 
-    One cosine is below t with probability F(t) = (1 + sign(t) I(t²; 1/2, (d-1)/2)) / 2, I the regularised incomplete beta function; so
-    the largest of m has the mean 1 - ∫ F(t)^m dt over -1 to 1.
+    One cosine is below t with probability F(t) = (1 + sign(t) I(t²; 1/2, (d-1)/2)) / 2, where I is the regularised incomplete beta
+    function, so the mean of the largest of m is 1 - ∫ F(t)^m dt over -1 to 1.
     """
     if d == 1:
         return 1 - 2.0 ** (1 - m)
@@ -79,5 +90,5 @@ def chance_cosine(m: int, d: int) -> float:
 
 
 def _unit(x_nd: Tensor) -> Tensor:
-    """Rows of unit length in float32, zeros where a row is."""
+    """Return rows scaled to unit norm, in float32; rows of zeros stay zero."""
     return torch.nn.functional.normalize(x_nd.float(), dim=1)

@@ -1,4 +1,4 @@
-"""MonoSemanticity score and its interval."""
+"""The MonoSemanticity score and its confidence interval."""
 
 import math
 from collections.abc import Iterator
@@ -12,27 +12,27 @@ from ommatid.metrics.entries import Entries
 from ommatid.metrics.vectors import nan_mean, row_norms, unit
 
 WIDTH = 384
-"""Columns of Σap that lie together: a product over few entries adds to them in place, and they stay in the cache."""
+"""Columns per part of Σap. A sparse product adds to a part in place, and a part of this width stays in the cache."""
 
 
 @dataclass(frozen=True)
 class MonosemanticityScores:
-    """What `Monosemanticity.scores` gives."""
+    """Monosemanticity scores of latents, and the score that chance would give."""
 
     ms: Tensor
-    """MS of each latent, (d_sae,) float64; NaN where it is undefined."""
+    """MS of each latent, `(d_sae,)` float64; NaN where it is undefined."""
     floor: float
-    """Score of uniform weights: the mean pairwise cosine of the judge on the same images."""
+    """Score of uniform weights, which is the judge's mean pairwise cosine on the same images."""
 
 
 class Monosemanticity(Accumulator):
-    """MonoSemanticity score (Pach et al. 2025, arXiv 2504.02821, eq. 9), exact and in one pass.
+    """Accumulates the exact MonoSemanticity score (Pach et al. 2025, arXiv 2504.02821, eq. 9) in one pass.
 
     With ã = (a−min)/(max−min) over the images and p the judge's unit embeddings,
     MS = Σ_{n<m} ã_n ã_m p_n·p_m / Σ_{n<m} ã_n ã_m = (‖w‖²−v)/(u²−v), where u = Σã, v = Σã², w = Σãp.
-    min and max are known only at the end, so Σa, Σa², Σap, Σp, N, min and max are carried and expanded then.
+    Since min and max are known only at the end, Σa, Σa², Σap, Σp, N, min and max are accumulated, and u, v and w are derived from them.
 
-    All in float64. What it costs is Σap: over the entries where few latents fire, else one dense product.
+    All sums are float64. Σap dominates the cost; it is a sparse product if few latents fire, and a dense one otherwise.
     """
 
     STATE = ("n", "sum", "sum_squares", "sum_ap", "sum_p", "min", "max", "n_firing")
@@ -43,18 +43,18 @@ class Monosemanticity(Accumulator):
         self.sum_squares = torch.zeros(d_sae, dtype=torch.float64)
         widths = [min(WIDTH, d_judge - start) for start in range(0, d_judge, WIDTH)]
         self.sum_ap = [torch.zeros(d_sae, width, dtype=torch.float64) for width in widths]
-        """Σap in columns of (d_sae, at most WIDTH)."""
+        """Σap, in parts of `(d_sae, at most WIDTH)`."""
         self.sum_p = torch.zeros(d_judge, dtype=torch.float64)
         self.min = torch.full((d_sae,), math.inf, dtype=torch.float64)
         self.max = torch.full((d_sae,), -math.inf, dtype=torch.float64)
         self.n_firing = torch.zeros(d_sae, dtype=torch.int64)
 
     def add(self, acts_bs: Tensor, judge_bd: Tensor) -> None:
-        """Add image-level activations (images, d_sae), dense or in CSR form, and the judge's embeddings of the same images.
+        """Add a batch of images.
 
         Args:
-            acts_bs: Finite; where one is stored twice in CSR form, the two count as two.
-            judge_bd: Finite and not zero, (images, d_judge).
+            acts_bs: Image-level activations, `(images, d_sae)`, dense or in CSR form without duplicate entries, finite.
+            judge_bd: The judge's embeddings of the same images, `(images, d_judge)`, finite and not zero.
         """
         if not len(judge_bd):
             return
@@ -68,7 +68,7 @@ class Monosemanticity(Accumulator):
             sum_ap.addmm_(a, p)
 
     def _add_all(self, acts_bs: Tensor) -> Tensor:
-        """All but what needs the judge; gives the activations by latent, (d_sae, images) float64."""
+        """Update everything that does not need the judge. Return the activations by latent, `(d_sae, images)` float64."""
         self.min = torch.minimum(self.min, acts_bs.amin(0).double())
         self.max = torch.maximum(self.max, acts_bs.amax(0).double())
         self.n_firing += (acts_bs != 0).sum(0)
@@ -78,7 +78,7 @@ class Monosemanticity(Accumulator):
         return a.T
 
     def _add_entries(self, entries: Entries) -> Tensor:
-        """The same of entries; the activations by latent are in CSR form."""
+        """Do the same as `_add_all` for sparse activations. The result is in CSR form."""
         low, high = entries.extremes()
         self.min, self.max = torch.minimum(self.min, low), torch.maximum(self.max, high)
         self.n_firing += entries.n_firing
@@ -87,7 +87,7 @@ class Monosemanticity(Accumulator):
         return entries.transposed()
 
     def merge(self, other: "Monosemanticity") -> None:
-        """Take in what another accumulator has seen."""
+        """Add the images of another accumulator."""
         self.n += other.n
         for name in ("sum", "sum_squares", "sum_p", "n_firing"):
             getattr(self, name).add_(getattr(other, name))
@@ -97,7 +97,7 @@ class Monosemanticity(Accumulator):
         self.max = torch.maximum(self.max, other.max)
 
     def scores(self) -> MonosemanticityScores:
-        """The scores of all that was added."""
+        """Return the scores over all images added."""
         u, v = self.scaled_sums()
         squares = (
             sum((torch.linalg.vector_norm(w, dim=1).square() for w in self._iter_w()), torch.zeros(())) / (self.max - self.min).square()
@@ -108,34 +108,35 @@ class Monosemanticity(Accumulator):
         return MonosemanticityScores(ms, floor)
 
     def is_defined(self) -> Tensor:
-        """Whether each latent varies and fires on at least two images, (d_sae,)."""
+        """Return whether the score of each latent is defined, `(d_sae,)`: the latent varies, and fires on at least two images."""
         u, v = self.scaled_sums()
         return (self.max > self.min) & (self.n_firing >= 2) & (u.square() - v > 1e-12)
 
     def scaled_sums(self) -> tuple[Tensor, Tensor]:
-        """U and v of the scaled activations, (d_sae,) each."""
+        """Return u = Σã and v = Σã², `(d_sae,)` each."""
         low, span = self.min, self.max - self.min
         u = (self.sum - self.n * low) / span
         v = (self.sum_squares - 2 * low * self.sum + self.n * low.square()) / span.square()
         return u, v
 
     def scaled_w(self) -> Tensor:
-        """W of the scaled activations, (d_sae, d_judge)."""
+        """Return w = Σãp, `(d_sae, d_judge)`."""
         return torch.cat(list(self._iter_w()), dim=1).div_((self.max - self.min)[:, None])
 
     def _iter_w(self) -> Iterator[Tensor]:
-        """Columns of Σ (a−min) p, (d_sae, at most WIDTH)."""
+        """Yield Σ (a−min) p, in parts of `(d_sae, at most WIDTH)`."""
         is_shifted = bool((self.min != 0).any())
         for sum_ap, sum_p in zip(self.sum_ap, self.sum_p.split(WIDTH), strict=True):
             yield torch.addr(sum_ap, self.min, sum_p, alpha=-1) if is_shifted else sum_ap
 
 
 class MonosemanticityInterval(Accumulator):
-    """Standard errors of MS over images by the infinitesimal jackknife, in a second pass over the same images.
+    """Accumulates confidence intervals of MS by the infinitesimal jackknife, in a second pass over the same images.
 
-    The influence of image n on a latent's MS is g_n = 2 ã_n [(p_n·w − ã_n) − MS (u − ã_n)] / (u² − v): the derivative by the
-    image's weight. Σ g_n² is the variance that a Poisson bootstrap over images has to first order (Efron 1982, ch. 6), without
-    replicates: those would need a copy of w for each. It holds all that it needs of the first pass, which may go.
+    The influence of image n on a latent's MS is its derivative by the weight of the image,
+    g_n = 2 ã_n [(p_n·w − ã_n) − MS (u − ã_n)] / (u² − v). Σ g_n² is, to first order, the variance of a Poisson bootstrap over images
+    (Efron 1982, ch. 6), without replicates, each of which would need a copy of w. The first pass may be freed: all that is needed of it is
+    copied.
     """
 
     STATE = ("defined", "u", "w", "denominator", "ms", "floor", "low", "span", "variance", "variance_of_mean")
@@ -152,7 +153,7 @@ class MonosemanticityInterval(Accumulator):
         self.variance_of_mean = 0.0
 
     def add(self, acts_bs: Tensor, judge_bd: Tensor) -> None:
-        """The same batches as in the first pass, in any order."""
+        """Add a batch. The batches must be those of the first pass, in any order."""
         a = (acts_bs.double() - self.low) / self.span
         alignment = unit(judge_bd) @ self.w.T
         influence = 2 * a * ((alignment - a) - self.ms * (self.u - a)) / self.denominator
@@ -162,11 +163,11 @@ class MonosemanticityInterval(Accumulator):
             self.variance_of_mean += float(influence.mean(1).square().sum())
 
     def of_latents(self) -> tuple[Tensor, Tensor]:
-        """Lower and upper end of each latent's 95 % interval, (d_sae,) each; NaN where MS is undefined."""
+        """Return the lower and upper ends of each latent's 95 % interval, `(d_sae,)` each; NaN where MS is undefined."""
         half = 1.959964 * self.variance.sqrt()
         return self.ms - half, self.ms + half
 
     def of_mean(self) -> tuple[float, float]:
-        """Lower and upper end of the 95 % interval of the mean MS over the latents that have one."""
+        """Return the lower and upper ends of the 95 % interval of the mean MS, over latents for which MS is defined."""
         mean, half = nan_mean(self.ms), 1.959964 * math.sqrt(self.variance_of_mean)
         return mean - half, mean + half

@@ -1,6 +1,6 @@
-"""Logistic probes: can a class be read off some features.
+"""Logistic probes, which measure how well a class can be predicted from some features.
 
-Suffixes: n images, c classes, d features; features are shared by all classes (n, d), or each class has its own (n, c, d).
+Suffixes of names: n images, c classes, d features. Features are shared by all classes, `(n, d)`, or differ by class, `(n, c, d)`.
 """
 
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 PENALTY = 0.01
-"""Of half the squared weights, beside the mean loss. On standardised features one value serves one latent and hundreds of dimensions."""
+"""Factor of half the squared norm of the weights. It suits one latent and hundreds of dimensions, because features are standardised."""
 STEPS = 50
-"""Of Newton's method, at most; about eight are needed."""
+"""Largest number of steps of Newton's method; about eight are needed."""
 TOLERANCE = 1e-7
-"""Of the gradient, at which it ends."""
+"""Largest component of the gradient at which Newton's method stops."""
 
 
 @dataclass(frozen=True)
@@ -22,28 +22,32 @@ class LogisticProbes:
     """A logistic regression for each class against all others."""
 
     mean: Tensor
-    """Of the features it was fitted on."""
+    """Means of the features in the training data, `(features,)` or `(classes, features)`."""
     std: Tensor
-    """Of the same; 1 where one does not vary."""
+    """Standard deviations of the same features; 1 for a feature that does not vary."""
     weights_cd: Tensor
-    """Weights of standardised features, (classes, features)."""
+    """Weights of standardised features, `(classes, features)`."""
     bias_c: Tensor
-    """(classes,)."""
+    """Biases, `(classes,)`."""
 
     def scores(self, x: Tensor) -> Tensor:
-        """Log-odds of each class, (images, classes) float64, from features shaped as those it was fitted on."""
+        """Return the log-odds of each class, `(images, classes)` float64, from features in the layout of the training data."""
         return _logits((x.double() - self.mean) / self.std, self.weights_cd, self.bias_c)
 
 
 def fit_probes(x: Tensor, y_nc: Tensor) -> LogisticProbes:
-    """Minimise, for each class, Σ_n v_n log(1 + exp(∓(w·x_n + b))) + PENALTY/2 ‖w‖², x standardised.
+    """Fit a probe for each class by minimising Σ_n v_n log(1 + exp(∓(w·x_n + b))) + PENALTY/2 ‖w‖², for standardised x.
 
-    v is such that a class and its complement weigh half each: then 0 is the threshold of balanced accuracy, however rare the class.
-    All classes are fitted together, by Newton's method with conjugate gradients: no matrix of features x features is made.
+    The weights v give a class and its complement half of the total weight each, so that 0 is the threshold of balanced accuracy however
+    rare the class is. All classes are fitted together by Newton's method with conjugate gradients, which needs no matrix of features x
+    features.
 
     Args:
-        x: Features, (images, features), or of each class its own, (images, classes, features).
-        y_nc: Which images are of each class, (images, classes) bool; each class has some and lacks some.
+        x: Features, `(images, features)`, or different ones for each class, `(images, classes, features)`.
+        y_nc: Whether each image belongs to each class, `(images, classes)` bool. Each class must have some images and lack some.
+
+    Returns:
+        The probes.
     """
     x = x.double()
     mean, std = x.mean(0), x.std(0, correction=0)
@@ -58,7 +62,7 @@ def _logits(x: Tensor, weights_cd: Tensor, bias_c: Tensor | float) -> Tensor:
 
 
 class _Loss:
-    """Of each class, as a function of its weights, the last of which is the bias."""
+    """The loss of each class as a function of its weights, the last of which is the bias."""
 
     def __init__(self, x: Tensor, y_nc: Tensor) -> None:
         self._x = x
@@ -68,7 +72,7 @@ class _Loss:
         self._penalty[-1] = 0
 
     def minimise(self) -> Tensor:
-        """The best weights, (classes, features + 1)."""
+        """Return the weights that minimise the loss, `(classes, features + 1)`."""
         weights = torch.zeros(self._y.shape[1], self._x.shape[-1], dtype=torch.float64)
         for _ in range(STEPS):
             p = _logits(self._x, weights, 0.0).sigmoid()
@@ -83,26 +87,26 @@ class _Loss:
         return losses.sum(0) + (self._penalty * weights_cd.square()).sum(1) / 2
 
     def _sum(self, of_nc: Tensor) -> Tensor:
-        """Σ_n of_nc x_n, (classes, features + 1)."""
+        """Return Σ_n of_nc x_n, `(classes, features + 1)`."""
         return of_nc.T @ self._x if self._x.ndim == 2 else (of_nc[:, :, None] * self._x).sum(0)
 
     def _solve(self, curvature_nc: Tensor, target_cd: Tensor) -> Tensor:
-        """Steps s with H s = target, H = Σ_n curvature_n x_n x_nᵀ + penalty, by conjugate gradients to a hundredth of the target."""
-        steps, rest = torch.zeros_like(target_cd), target_cd.clone()
-        direction, squared = rest.clone(), rest.square().sum(1)
+        """Solve H s = target by conjugate gradients, to a hundredth of the target, where H = Σ_n curvature_n x_n x_nᵀ + penalty."""
+        steps, residual = torch.zeros_like(target_cd), target_cd.clone()
+        direction, squared = residual.clone(), residual.square().sum(1)
         enough = 1e-4 * squared
         for _ in range(2 * target_cd.shape[1]):
             if (squared <= enough).all():
                 break
             product = self._sum(curvature_nc * _logits(self._x, direction, 0.0)) + self._penalty * direction
             length = torch.where(squared > enough, squared / (direction * product).sum(1), 0.0)[:, None]
-            steps, rest = steps + length * direction, rest - length * product
-            before, squared = squared, rest.square().sum(1)
-            direction = rest + torch.where(before > 0, squared / before, 0.0)[:, None] * direction
+            steps, residual = steps + length * direction, residual - length * product
+            before, squared = squared, residual.square().sum(1)
+            direction = residual + torch.where(before > 0, squared / before, 0.0)[:, None] * direction
         return steps
 
     def _descend(self, weights_cd: Tensor, steps_cd: Tensor) -> Tensor:
-        """Weights after a step each, halved until no class's loss is higher than before."""
+        """Return the weights after a step of each class, which is halved until the loss is not higher than before."""
         before = self._values(weights_cd)
         for _ in range(30):
             is_worse = self._values(weights_cd + steps_cd) > before

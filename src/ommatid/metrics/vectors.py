@@ -1,19 +1,19 @@
-"""What several metrics need of vectors."""
+"""Operations on vectors that several metrics share."""
 
 import torch
 from torch import Tensor
 
 
 def unit(x_bd: Tensor) -> Tensor:
-    """Rows scaled to unit norm, in float64."""
+    """Return rows scaled to unit norm, in float64."""
     return x_bd / row_norms(x_bd)
 
 
 def row_norms(x_bd: Tensor) -> Tensor:
-    """Lengths of rows, (rows, 1) float64; those of rows of zeros are such that one can divide by them."""
+    """Return the norms of rows, `(rows, 1)` float64, with a lower bound of 1e-12 that makes them safe to divide by."""
     return torch.linalg.vector_norm(x_bd.double(), dim=1, keepdim=True).clamp_min(1e-12)
 
 
 def nan_mean(x: Tensor) -> float:
-    """Mean of what is not NaN; NaN if nothing is."""
+    """Return the mean of the values that are not NaN, or NaN if there are none."""
     return float(x.nanmean())

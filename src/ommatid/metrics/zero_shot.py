@@ -1,6 +1,6 @@
-"""Zero-shot classification: how much of what a model needs to tell classes apart is left when x̂ takes the place of x.
+"""Zero-shot classification with x̂ in the place of x, which measures how much of a model's ability to separate classes is preserved.
 
-Suffixes: n images, c classes.
+Suffixes of names: n images, c classes.
 """
 
 import math
@@ -10,32 +10,35 @@ import torch
 from torch import Tensor
 
 Z = 1.959964
-"""Of a 95 % interval."""
+"""Half the width of a 95 % interval, in standard errors."""
 SCALES = (1.0, 1000.0)
-"""Between which a scale is fitted: from nearly no opinion to nearly no doubt about a cosine's third digit."""
+"""Bounds of a fitted scale: all classes are almost equally likely at the lower one; the third digit of a cosine decides at the upper."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A number and its 95 % interval; NaN where it is undefined."""
+    """A number and its 95 % interval; all are NaN where the number is undefined."""
 
     value: float
+    """The number."""
     low: float
+    """Lower end of the interval."""
     high: float
+    """Upper end of the interval."""
 
 
 @dataclass(frozen=True)
 class Classified:
-    """What became of some images."""
+    """The results of classifying some images."""
 
     is_right: Tensor
-    """Whether the class with the largest logit is the image's own, (n,) bool."""
+    """Whether the class with the largest logit is the true one, `(n,)` bool."""
     cross_entropies: Tensor
-    """−log of the probability of its own class, (n,) float64, in nats."""
+    """−log of the probability of the true class, `(n,)` float64, in nats."""
 
     @property
     def accuracy(self) -> Interval:
-        """Interval of images that are right, and its interval (Wilson 1927)."""
+        """Share of images classified correctly, and its interval (Wilson 1927)."""
         n, share = len(self.is_right), float(self.is_right.double().mean())
         middle, half = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
         low, high = ((middle + side * half) / (1 + Z**2 / n) for side in (-1, 1))
@@ -43,44 +46,61 @@ class Classified:
 
     @property
     def cross_entropy(self) -> float:
-        """Mean over images."""
+        """Mean cross-entropy over images, in nats."""
         return float(self.cross_entropies.mean())
 
 
 def classify(cosines_nc: Tensor, classes_n: Tensor, scale: float) -> Classified:
-    """Softmax over the classes of scale · cosine of image and text.
+    """Classify images by a softmax over scale · cosine of image and text.
 
     Args:
-        cosines_nc: Of each image and the text of each class, (n, c).
-        classes_n: Each image's own class, (n,) int64.
-        scale: The model's own, or a fitted one (`fit_scale`).
+        cosines_nc: Cosines of each image with the text of each class, `(n, c)`.
+        classes_n: True class of each image, `(n,)` int64.
+        scale: Logit scale of the model, or one from `fit_scale`.
+
+    Returns:
+        The results.
     """
     logits = scale * cosines_nc.double()
     return Classified(logits.argmax(1) == classes_n, torch.nn.functional.cross_entropy(logits, classes_n, reduction="none"))
 
 
 def fit_scale(cosines_nc: Tensor, classes_n: Tensor) -> float:
-    """The scale within SCALES with the smallest mean cross-entropy, by bisection of its slope.
+    """Fit the scale, within `SCALES`, that has the smallest mean cross-entropy.
 
-    The cross-entropy of softmax(scale · cosine) is convex in the scale: its slope, the mean over images of the expected cosine less
-    that of the own class, only rises.
+    The cross-entropy of softmax(scale · cosine) is convex in the scale, so the zero of its slope is found by bisection. The slope is the
+    mean over images of the expected cosine minus the cosine of the true class.
+
+    Args:
+        cosines_nc: Cosines of each image with the text of each class, `(n, c)`.
+        classes_n: True class of each image, `(n,)` int64.
+
+    Returns:
+        The scale.
     """
     cosines = cosines_nc.double()
-    own = cosines.gather(1, classes_n[:, None]).mean()
+    true = cosines.gather(1, classes_n[:, None]).mean()
     low, high = (math.log(scale) for scale in SCALES)
     for _ in range(50):
         middle = (low + high) / 2
         expected = ((math.exp(middle) * cosines).softmax(1) * cosines).sum(1).mean()
-        low, high = (low, middle) if expected > own else (middle, high)
+        low, high = (low, middle) if expected > true else (middle, high)
     return math.exp((low + high) / 2)
 
 
 def recovered(plain: Classified, spliced: Classified, mean: Classified) -> Interval:
-    """(CE_mean − CE_spliced) / (CE_mean − CE_plain): 1 is the plain model, 0 the mean activation in the place of every activation.
+    """Compute the share of cross-entropy recovered, (CE_mean − CE_spliced) / (CE_mean − CE_plain).
 
-    All three are of the same images in the same order. The interval is that of a ratio of paired means (delta method, Cochran 1977).
-    NaN where the mean hurts no more than chance would (CE_mean − CE_plain within 1.96 standard errors of 0): then there is nothing to
-    recover, and the ratio says nothing.
+    Args:
+        plain: Results of the unchanged model, for which the share is 1.
+        spliced: Results with x̂ in the place of x.
+        mean: Results with the mean activation in the place of x, for which the share is 0. All three have the same images in the same
+            order.
+
+    Returns:
+        The share and its interval, which is that of a ratio of paired means (delta method, Cochran 1977). Both are NaN if replacing
+        activations by their mean has no significant effect (CE_mean − CE_plain is within 1.96 standard errors of 0): there is then nothing
+        to recover.
     """
     kept, all_ = mean.cross_entropies - spliced.cross_entropies, mean.cross_entropies - plain.cross_entropies
     n, whole = len(all_), float(all_.mean())
