@@ -465,7 +465,7 @@ _KILLED_BY = {
     signal.SIGKILL: "almost always the system, for want of memory (`dmesg` says so): use less of it, or a machine with more",
     signal.SIGABRT: "a library gave up, most often for want of memory: use less of it, or a machine with more",
     signal.SIGSEGV: "a library crashed: run the stage again, and report it if that happens twice",
-    signal.SIGBUS: "a file that was being read was cut short, or the disk failed: look at the disk's health (`dmesg`)",
+    signal.SIGBUS: "a file that was being read was cut short, or the disk failed: check the disk's health (`dmesg`)",
     signal.SIGILL: "a library was built for another kind of processor: install the one for this machine",
     signal.SIGXCPU: "its limit of processor time was reached (`ulimit -t`)",
 }

@@ -1,4 +1,7 @@
-"""What a machine lacks or refuses, told from the errors of whatever library met it: by cause, not by the type of the exception."""
+"""The errors that Ommatid raises for users, and the recognition of machine faults in the errors of other libraries.
+
+A full disk or a lack of memory is recognised by the error number or the text, because libraries wrap it in exceptions of their own.
+"""
 
 import errno
 import os
@@ -7,13 +10,13 @@ from collections.abc import Iterator
 from enum import Enum
 
 _USER = re.compile(r"(?<=://)(?:[^\s/@]*@)+|(?<=://)[^\s/@:]+:(?!\d+/)[^\s@]*@")
-"""User name and password in a URL; also where a slash in the password keeps it from being read as one."""
+"""User name and password in a URL, even if the password contains a slash, which makes the URL invalid."""
 _QUERY = re.compile(r"(://[^\s?]*)\?[^\s'\"]*")
-"""What follows the path of a URL: keys and signatures stand there."""
+"""The query of a URL, which may hold keys and signatures."""
 
 
 def without_credentials(text: str) -> str:
-    """The text without the user names, passwords and queries of URLs in it."""
+    """Remove the user names, passwords and queries of all URLs in a text."""
     return _QUERY.sub(r"\1", _USER.sub("", text))
 
 
@@ -30,11 +33,11 @@ class OmmatidError(Exception):
 
 
 class ConfigError(OmmatidError):
-    """A value in params.yaml or on the command line that cannot be used."""
+    """A value in params.yaml or on the command line is invalid."""
 
 
 class SourceError(OmmatidError):
-    """Images or activations cannot be found, fetched or used at the place named in `images.source` or `extract.path`."""
+    """The images or activations named in `images.source` or `extract.path` cannot be found, fetched or used."""
 
 
 class ModelError(OmmatidError):
@@ -46,11 +49,11 @@ class ArtefactError(OmmatidError):
 
 
 class InputError(OmmatidError, ValueError):
-    """Arrays given to a call of the library that cannot be used."""
+    """An array passed to the Python API is invalid."""
 
 
 class ExecutorError(OmmatidError):
-    """Shards cannot be run: no cluster answers, or the workers of one die again and again."""
+    """Shards cannot be made: the cluster does not answer, or its workers die repeatedly."""
 
 
 class GateError(OmmatidError):
@@ -58,7 +61,7 @@ class GateError(OmmatidError):
 
 
 class TrainingError(OmmatidError):
-    """Training cannot go on (divergence, too little data)."""
+    """Training cannot continue, because it diverged or has too little data."""
 
 
 class MachineError(OmmatidError):
@@ -66,21 +69,21 @@ class MachineError(OmmatidError):
 
 
 class StoppedError(OmmatidError):
-    """The process was asked to end in the middle of a stage; what was done is kept, and the stage goes on when it is run again."""
+    """A signal ended the process in the middle of a stage; finished work is kept, and the next run of the stage continues from it."""
 
 
 class QueryError(OmmatidError):
-    """SQL that cannot be answered: refused, too slow, or wrong."""
+    """A SQL query is refused, too slow or wrong."""
 
 
 class RunError(OmmatidError):
-    """A flow cannot start or go on: the checkout, git or DVC is not in the state it needs."""
+    """A flow cannot start or continue, because the checkout, git or DVC is not in the state that it needs."""
 
 
 def gist(error: Exception) -> str:
-    """What a library's exception says, in one line and without what it quotes of a file, or addresses in memory.
+    """Return the message of a library's exception as one line, without quotations from files and memory addresses.
 
-    A file may be a link to another that is nobody's business, and messages are published: in the table `rejected`, in logs, in reports.
+    A file may be a link to a private one, and messages are published in the table `rejected`, in logs and in reports.
     """
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
@@ -90,21 +93,21 @@ def gist(error: Exception) -> str:
 
 
 LONGEST = 200
-"""Characters of a library's own message that are passed on."""
+"""Largest number of characters of another library's message that are passed on."""
 
 
 class Lack(Enum):
-    """What is lacking; its value says it in words, and what to do about it."""
+    """Something that the machine lacks or refuses; the value is a description and what to do about it."""
 
     SPACE = ("the disk is full", "make room")
     QUOTA = ("the disk quota is used up", "make room, or have the quota raised")
     FILE_SIZE = ("a file became larger than is allowed here", "raise the limit (`ulimit -f`), or use another file system")
-    READ_ONLY = ("read-only file system", "use a folder that can be written to")
-    DENIED = ("permission denied", "give this user the right to it")
+    READ_ONLY = ("read-only file system", "use a writable folder")
+    DENIED = ("permission denied", "give this user the permission")
     FILES = ("too many files are open", "raise the limit (`ulimit -n`)")
-    DISK = ("the disk cannot be read or written (input/output error)", "look at the disk's health (`dmesg`), and use another one")
-    MEMORY = ("the memory does not suffice", "use less of it, or a machine with more")
-    DEVICE_MEMORY = ("the GPU's memory does not suffice", "use less of it, or a GPU with more")
+    DISK = ("the disk cannot be read or written (input/output error)", "check the disk's health (`dmesg`), and use another one")
+    MEMORY = ("there is not enough memory", "use less of it, or a machine with more")
+    DEVICE_MEMORY = ("there is not enough GPU memory", "use less of it, or a GPU with more")
     THREADS = ("no thread or process can be started", "raise the limits of memory and processes (`ulimit -v`, `ulimit -u`)")
 
 
@@ -121,16 +124,16 @@ _BY_NUMBER = {
     errno.ENOMEM: Lack.MEMORY,
 }
 _NUMBER = re.compile(r"(?:os error|errno) (\d+)\b", re.IGNORECASE)
-"""As Rust's libraries (safetensors, tokenizers) and pyarrow give the system's error number."""
+"""The system's error number in messages of Rust libraries (safetensors, tokenizers) and of pyarrow."""
 _BY_TEXT = (
     (Lack.DEVICE_MEMORY, ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")),
-    # in the words of SQLite, DuckDB, numpy and torch, of which the last two do not say why a write fell short
+    # words of SQLite, DuckDB, NumPy and torch, of which the last two do not say why a write was incomplete
     (Lack.SPACE, ("database or disk is full", "max_temp_directory_size", " requested and ", ". unexpected pos ")),
     (Lack.DISK, ("disk I/O error",)),
     (Lack.READ_ONLY, ("attempt to write a readonly database",)),
     (Lack.THREADS, ("can't start new thread", "Thread creation failed", "pthread_create")),
     (Lack.MEMORY, ("DefaultCPUAllocator", "std::bad_alloc", "bad allocation", "malloc of size", "realloc of size")),
-    (Lack.MEMORY, ("Unable to allocate", "not enough memory", "failed to map segment from shared object")),  # the last at an import
+    (Lack.MEMORY, ("Unable to allocate", "not enough memory", "failed to map segment from shared object")),  # the last when importing
 )
 _BY_TYPE = {
     "MemoryError": Lack.MEMORY,
@@ -141,18 +144,18 @@ _BY_TYPE = {
 
 
 def find_lack(error: BaseException) -> Lack | None:
-    """What the machine lacked where it is behind an error; None: it was something else, or has been said already."""
+    """Return what the machine lacked if that caused an error; None for any other cause, or if an `OmmatidError` names it already."""
     return next((lack for one in _iter_causes(error) if (lack := _lack_of(one))), None)
 
 
 def describe(error: BaseException) -> str:
-    """The first line of an error, cut, or the name of its type where it says nothing."""
+    """Return the first line of an error's message, shortened if necessary, or the name of its type if the message is empty."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
 def _iter_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and those that it was raised from, up to one that is told in our words."""
+    """Iterate over an error and its causes, up to the first `OmmatidError`, whose message already names the cause."""
     while error is not None and not isinstance(error, OmmatidError):
         yield error
         if isinstance(error, BaseExceptionGroup):
@@ -169,7 +172,7 @@ def _lack_of(error: BaseException) -> Lack | None:
         return _BY_NUMBER.get(error.errno or 0) or _by_words(text)
     if by_type := next((_BY_TYPE[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _BY_TYPE), None):
         return by_type
-    # what libraries in other languages raise is of types of their own, or a RuntimeError
+    # libraries in other languages raise types of their own, or RuntimeError
     return _by_words(text) if type(error).__module__ != "builtins" or isinstance(error, RuntimeError) else None
 
 

@@ -1,4 +1,4 @@
-"""What a running stage tells whoever listens: the terminal, MLflow, Prefect. Stages know none of these."""
+"""Events that a running stage sends to its listener, such as the terminal, MLflow or Prefect, none of which stages know."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -6,48 +6,48 @@ from dataclasses import dataclass, field, replace
 
 @dataclass(frozen=True)
 class Progress:
-    """So much of a stage is done."""
+    """Progress of a stage."""
 
     what: str
     """What is being done, such as `extract images`."""
     done: int
-    """Units finished."""
+    """Number of units done."""
     total: int
-    """Units in all."""
+    """Number of units in all."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Numbers of one SAE at one step of training."""
+    """Measurements of one SAE at one step of training."""
 
     sae: str
-    """Name of the SAE: key of `TrainParams.each`."""
+    """Name of the SAE, a key of `TrainParams.each`."""
     step: int
-    """Optimiser steps done."""
+    """Number of optimiser steps done."""
     values: dict[str, float]
-    """Name (fvu, l0, dead, loss, lr, tokens_per_second, waiting ...) to value."""
+    """Measured values by name: fvu, l0, dead, loss, lr, tokens_per_second, waiting ..."""
     histograms: dict[str, tuple[list[float], list[int]]] = field(default_factory=dict)
-    """Name (density, decoder norms ...) to edges and counts, one edge more than counts."""
+    """Edges and counts of histograms by name (density, decoder norms ...); there is one edge more than counts."""
 
 
 @dataclass(frozen=True)
 class Noticed:
-    """Something that whoever watches should know."""
+    """A notice about the training of one SAE."""
 
     sae: str
     """Name of the SAE."""
     step: int
-    """Optimiser steps done."""
+    """Number of optimiser steps done."""
     what: str
-    """One sentence."""
+    """The notice, one sentence."""
 
 
 @dataclass(frozen=True)
 class Warned:
-    """A stage goes on, but not all of it went as was asked."""
+    """A warning: a stage continues, but something in it did not work as requested."""
 
     what: str
-    """What did not, and what to do about it."""
+    """What did not work, and what to do about it."""
 
 
 Event = Progress | Measured | Noticed | Warned
@@ -55,11 +55,11 @@ Listener = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """The listener that does nothing."""
+    """Ignore an event; the default listener."""
 
 
 def about(sae: str, is_only: bool, listener: Listener) -> Listener:
-    """A listener for work on one SAE: progress carries the SAE's name where there are others."""
+    """Return a listener for work on one SAE, which adds the SAE's name to progress unless it is the only SAE."""
 
     def listen(event: Event) -> None:
         listener(replace(event, what=f"{sae}: {event.what}") if isinstance(event, Progress) and not is_only else event)

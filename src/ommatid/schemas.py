@@ -7,11 +7,11 @@ from typing import Literal
 import pyarrow as pa
 
 SCHEMA_VERSION = 4
-"""Raised when a table or the manifest changes so that older readers would misread it."""
+"""Version of the tables and the manifest, incremented when older code would misread a change."""
 
 
 Place = Literal["images", "activations", "sae/<sae>", "evaluation", "evaluation/<sae>", "labels/<sae>", "catalog"]
-"""Artefact that holds a table, by its folder in data; `<sae>` is the folder of each SAE. Tables of `catalog` are nowhere else."""
+"""Artefact that holds a table, by its folder in data; `<sae>` is the folder of each SAE. Tables of `catalog` are only in the catalogue."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Table:
     place: Place
     """Artefact that holds the table."""
     schema: pa.Schema
-    """Its columns, each with its meaning."""
+    """Columns of the table, each with its meaning."""
     may_be_empty: bool
-    """Whether a sound artefact may hold it without rows; the catalogue's gate requires rows of every other relation."""
+    """Whether the table may have no rows; the catalogue's gate requires rows in every other relation."""
 
 
 TABLES: dict[str, Table] = {}
@@ -40,12 +40,12 @@ class _Nullable:
 
 
 def nullable(type_: pa.DataType) -> _Nullable:
-    """Type of a column that may hold nulls; its meaning says when."""
+    """Return the type of a column that may hold nulls; the meaning of the column says when."""
     return _Nullable(type_)
 
 
 def _schema(**columns: tuple[pa.DataType | _Nullable, str]) -> pa.Schema:
-    """Schema of columns given as name=(type, meaning)."""
+    """Return the schema of columns given as name=(type, meaning)."""
     return pa.schema([_field(name, type_, meaning) for name, (type_, meaning) in columns.items()])
 
 
@@ -68,25 +68,25 @@ def _table(name: str, place: Place, /, *, may_be_empty: bool = False, **columns:
 IMAGES = _table(
     "images",
     "images",
-    image=(pa.int32(), "row number in the data set, the key that other tables use"),
-    image_id=(pa.string(), "sha256 of the encoded bytes"),
-    path=(pa.string(), "where it was in the source, relative to it"),
-    split=(pa.string(), "train or eval, by hash of image_id"),
-    width=(pa.int32(), "pixels, upright"),
-    height=(pa.int32(), "pixels, upright"),
-    label=(nullable(pa.string()), "class given by the source; null: none"),
-    captions=(pa.list_(pa.field("element", pa.string())), "captions given by the source, which may be several, or none"),
-    taxonomy=(nullable(pa.string()), "path of classes from the root, separated by /, given by the source; null: none"),
-    thumbnail=(pa.binary(), "WebP, upright RGB"),
-    encoded=(pa.binary(), "the image file's bytes, as they came"),
+    image=(pa.int32(), "number of the image: its row in the data set, and its key in other tables"),
+    image_id=(pa.string(), "sha256 of the image file"),
+    path=(pa.string(), "path relative to the source"),
+    split=(pa.string(), "train or eval, decided by a hash of image_id"),
+    width=(pa.int32(), "width of the upright image in pixels"),
+    height=(pa.int32(), "height of the upright image in pixels"),
+    label=(nullable(pa.string()), "class of the image in the source; null if it has none"),
+    captions=(pa.list_(pa.field("element", pa.string())), "captions in the source, of which there may be several or none"),
+    taxonomy=(nullable(pa.string()), "path of classes in the source, from the root and separated by /; null if it has none"),
+    thumbnail=(pa.binary(), "thumbnail of the upright image, WebP"),
+    encoded=(pa.binary(), "content of the image file, unchanged"),
 )
 
 REJECTED = _table(
     "rejected",
     "images",
-    path=(pa.string(), "where it was in the source"),
+    path=(pa.string(), "path relative to the source"),
     reason=(pa.string(), "empty, truncated, not_an_image, too_large, unreadable or duplicate"),
-    detail=(pa.string(), "what the decoder said, or the path it duplicates"),
+    detail=(pa.string(), "message of the decoder, or path of the image that it duplicates"),
 )
 
 
@@ -96,35 +96,53 @@ PLAN = _table(
     shard=(pa.int32(), "shard of the activations that holds these images"),
     file=(pa.int32(), "index of the file in the images artefact"),
     row_group=(pa.int32(), "index of the row group in that file"),
-    n_images=(pa.int32(), "images in the row group"),
+    n_images=(pa.int32(), "number of images in the row group"),
 )
 
 
 def activations(d_model: int, metadata: dict[str, str]) -> pa.Schema:
-    """One row a token; `x` is d_model little-endian float16 values. `metadata` names model, hookpoint, width and dtype."""
+    """Return the schema of tables of activations, with one row per token.
+
+    Args:
+        d_model: Width of an activation; `x` holds as many little-endian float16 values.
+        metadata: Model and hookpoint, which the schema's metadata names beside width and dtype.
+
+    Returns:
+        The schema.
+    """
     schema = _schema(
         image=(pa.int32(), "images.image"),
         token=(pa.int32(), "position of the token in the model's sequence; 0 for pooled"),
-        kind=(pa.string(), "cls, distillation, register, patch, pooled or imported"),
-        row=(pa.int16(), "row of a patch in the grid; -1 for tokens without a place"),
-        col=(pa.int16(), "column of a patch in the grid; -1 for tokens without a place"),
+        kind=(pa.string(), "kind of token: cls, distillation, register, patch, pooled or imported"),
+        row=(pa.int16(), "row of a patch in the grid; -1 for other tokens"),
+        col=(pa.int16(), "column of a patch in the grid; -1 for other tokens"),
         x=(pa.binary(2 * d_model), "activation, little-endian float16"),
     )
     return schema.with_metadata({**metadata, "d_model": str(d_model), "dtype": "float16"})
 
 
 def judge_columns(n: int) -> list[str]:
-    """Columns of `embeddings` that hold the judges' vectors, in the order of extract.judge: judge, judge_1, judge_2 ..."""
+    """Return the columns of `embeddings` that hold the judges' vectors, in the order of extract.judge: judge, judge_1, judge_2 ..."""
     return ["judge", *(f"judge_{i}" for i in range(1, n))]
 
 
 def embeddings(d_joint: int, *d_judges: int) -> pa.Schema:
-    """One row an image, in image order; vectors are little-endian float32 of unit norm. A column for each judge, the main one first."""
+    """Return the schema of tables of embeddings, with one row per image, in the order of the images.
+
+    Vectors are little-endian float32 of unit norm.
+
+    Args:
+        d_joint: Width of the joint image-text space.
+        d_judges: Width of each judge's embeddings, the main judge first.
+
+    Returns:
+        The schema.
+    """
     widths = dict(zip(judge_columns(len(d_judges)), d_judges, strict=True))
-    meaning = "embedding, little-endian float32; all NaN: it failed on this image"
+    meaning = "embedding, little-endian float32; all NaN if it failed on this image"
     schema = _schema(
         image=(pa.int32(), "images.image"),
-        joint=(pa.binary(4 * d_joint), "the model's joint image-text embedding, little-endian float32"),
+        joint=(pa.binary(4 * d_joint), "embedding in the joint image-text space, little-endian float32"),
         **{
             name: (pa.binary(4 * width), f"the judge's {meaning}" if name == "judge" else f"another judge's {meaning}")
             for name, width in widths.items()
@@ -136,13 +154,13 @@ def embeddings(d_joint: int, *d_judges: int) -> pa.Schema:
 CURVES = _table(
     "curves",
     "sae/<sae>",
-    step=(pa.int64(), "optimiser steps done"),
-    tokens=(pa.int64(), "tokens seen"),
-    loss=(nullable(pa.float64()), "reconstruction loss plus what is penalised, on scaled activations; null: it was trained elsewhere"),
-    fvu=(pa.float64(), "fraction of variance unexplained of the batches since the last row"),
-    l0=(pa.float64(), "mean latents that fire a token"),
-    dead=(pa.float64(), "share of latents that have not fired in dead_after tokens"),
-    lr=(nullable(pa.float64()), "learning rate; null: it was trained elsewhere"),
+    step=(pa.int64(), "number of optimiser steps done"),
+    tokens=(pa.int64(), "number of tokens seen"),
+    loss=(nullable(pa.float64()), "reconstruction loss plus penalties, on scaled activations; null if the SAE was imported"),
+    fvu=(pa.float64(), "fraction of variance unexplained, over the batches since the last row"),
+    l0=(pa.float64(), "mean number of latents that fire per token"),
+    dead=(pa.float64(), "share of latents that have not fired in the last dead_after tokens"),
+    lr=(nullable(pa.float64()), "learning rate; null if the SAE was imported"),
 )
 
 LATENTS = _table(
@@ -151,41 +169,45 @@ LATENTS = _table(
     sae=(pa.string(), "name of the SAE"),
     latent=(pa.int32(), "index of the latent"),
     density=(pa.float64(), "share of evaluation tokens on which it fires"),
-    mean_act=(nullable(pa.float64()), "mean activation over the tokens on which it fires; null: it never fires"),
+    mean_act=(nullable(pa.float64()), "mean activation over the tokens on which it fires; null if it never fires"),
     max_act=(pa.float64(), "largest activation; 0 if it never fires"),
-    n_images=(pa.int32(), "evaluation images on which it fires"),
-    is_dead=(pa.bool_(), "never fires on the evaluation split"),
-    dead_in_training=(pa.bool_(), "had not fired in dead_after tokens when training ended"),
-    ms=(nullable(pa.float64()), "MonoSemanticity score (Pach et al. 2025) by the judge; null: constant, or fires on fewer than two images"),
-    ms_low=(nullable(pa.float64()), "lower end of its 95 % interval over images; null: ms is"),
-    ms_high=(nullable(pa.float64()), "upper end of its 95 % interval over images; null: ms is"),
+    n_images=(pa.int32(), "number of evaluation images on which it fires"),
+    is_dead=(pa.bool_(), "whether it never fires on the evaluation split"),
+    dead_in_training=(pa.bool_(), "whether it had not fired in the last dead_after tokens when training ended"),
+    ms=(
+        nullable(pa.float64()),
+        "MonoSemanticity score (Pach et al. 2025) by the judge; null if its activation is constant or it fires on fewer than two images",
+    ),
+    ms_low=(nullable(pa.float64()), "lower end of the 95 % interval of ms over images; null if ms is"),
+    ms_high=(nullable(pa.float64()), "upper end of the 95 % interval of ms over images; null if ms is"),
     purity=(
         nullable(pa.float64()),
-        "share of the commonest class among its 16 strongest images; null: one of them has no label, it fires on fewer, or there are "
-        "not two classes",
+        "share of the most common class among its 16 strongest images; null if one of them has no label, it fires on fewer, or the data "
+        "set has fewer than two classes",
     ),
-    purity_64=(nullable(pa.float64()), "the same of its 64 strongest images; null: as purity"),
-    top_classes=(pa.list_(pa.string()), "up to three classes of its 16 strongest images, commonest first"),
+    purity_64=(nullable(pa.float64()), "the same for its 64 strongest images; null in the same cases"),
+    top_classes=(pa.list_(pa.string()), "up to three classes of its 16 strongest images, the most common first"),
     label_entropy=(
         nullable(pa.float64()),
-        "entropy in bits of the classes of the images on which it fires, each weighed by its activations; 0 is one class; null: it "
-        "fires on no labelled image, or there are not two classes",
+        "entropy in bits of the classes of the images on which it fires, weighted by activation; 0 for a single class; null if it fires "
+        "on no labelled image, or the data set has fewer than two classes",
     ),
     lca_depth=(
         nullable(pa.int32()),
-        "depth in the taxonomy of the lowest common ancestor of its 16 strongest images that have a path, 0 is the root; null: fewer than "
-        "16 of its 64 strongest have one",
+        "depth in the taxonomy of the lowest common ancestor of its 16 strongest images that have a path, 0 for the root; null if fewer "
+        "than 16 of its 64 strongest have one",
     ),
     uniqueness=(
         nullable(pa.float64()),
-        "1 - largest Jaccard of its 16 strongest images with those of another latent, 1 shares none; null: it fires on fewer than 16",
+        "1 - largest Jaccard index of its 16 strongest images with those of another latent, so 1 if it shares none; null if it fires on "
+        "fewer than 16",
     ),
-    is_dense=(pa.bool_(), "fires on more than a tenth of the tokens"),
-    is_rare=(pa.bool_(), "fires, but on fewer than 16 images"),
+    is_dense=(pa.bool_(), "whether it fires on more than a tenth of the tokens"),
+    is_rare=(pa.bool_(), "whether it fires, but on fewer than 16 images"),
     duplicate_of=(
         nullable(pa.int32()),
-        "the latent with the nearest direction of those with cosine >= 0.9 that share at least half of the images on which either fires; "
-        "null: there is none",
+        "latent with the nearest direction among those with a cosine of at least 0.9 that fire on at least half of the images on which "
+        "either fires; null if there is none",
     ),
 )
 
@@ -197,13 +219,13 @@ EXAMPLES = _table(
     decile=(pa.int8(), "decile of the image's activation among the images on which the latent fires; 10 is the strongest"),
     rank=(
         pa.int32(),
-        "1 is the strongest of the decile's examples; ORDER BY decile DESC, rank begins with the 16 strongest images",
+        "rank among the decile's examples, 1 is the strongest; ORDER BY decile DESC, rank begins with the 16 strongest images",
     ),
     image=(pa.int32(), "images.image"),
     act=(pa.float32(), "image-level activation"),
-    heat=(nullable(pa.list_(pa.float32())), "activation of each patch, row by row; null: tokens have no place"),
-    rows=(pa.int16(), "rows of heat; 0 if none"),
-    cols=(pa.int16(), "columns of heat; 0 if none"),
+    heat=(nullable(pa.list_(pa.float32())), "activation of each patch, row by row; null if tokens have no place in the image"),
+    rows=(pa.int16(), "number of rows of heat; 0 if it is null"),
+    cols=(pa.int16(), "number of columns of heat; 0 if it is null"),
 )
 
 FIRINGS = _table(
@@ -221,26 +243,34 @@ COMPARISONS = _table(
     sae=(pa.string(), "name of the SAE"),
     dictionary=(
         pa.string(),
-        "sae, untrained (same shape, random directions), neurons (the raw activations), sparse_neurons (rare ones), pca, kmeans or nmf",
+        "dictionary compared: sae, untrained (same shape, random directions), neurons (the raw activations), sparse_neurons (neurons made "
+        "to fire rarely), pca, kmeans or nmf",
     ),
-    n_latents=(pa.int32(), "latents of the dictionary"),
-    fvu=(nullable(pa.float64()), "fraction of variance unexplained; null: not a reconstruction"),
-    cosine=(nullable(pa.float64()), "mean cosine of activation and reconstruction; null: not a reconstruction"),
-    l0=(pa.float64(), "mean latents that fire a token"),
+    n_latents=(pa.int32(), "number of latents of the dictionary"),
+    fvu=(nullable(pa.float64()), "fraction of variance unexplained; null if the dictionary does not reconstruct"),
+    cosine=(nullable(pa.float64()), "mean cosine of activation and reconstruction; null if the dictionary does not reconstruct"),
+    l0=(pa.float64(), "mean number of latents that fire per token"),
     dead=(pa.float64(), "share of latents that never fire on the evaluation split"),
-    ms=(nullable(pa.float64()), "mean MonoSemanticity score; null: undefined for every latent"),
-    ms_low=(nullable(pa.float64()), "lower end of its 95 % interval over images; null: ms is"),
-    ms_high=(nullable(pa.float64()), "upper end of its 95 % interval over images; null: ms is"),
-    ms_best=(nullable(pa.float64()), "highest MonoSemanticity score of a latent; null: undefined for every latent"),
-    ms_left_out=(pa.int32(), "latents whose score is undefined"),
-    ms_floor=(nullable(pa.float64()), "mean pairwise cosine of the judge on the same images; null: there are not two"),
-    purity=(nullable(pa.float64()), "mean purity of the 16 strongest images; null: there are not two classes"),
+    ms=(nullable(pa.float64()), "mean MonoSemanticity score of the latents; null if no latent has one"),
+    ms_low=(nullable(pa.float64()), "lower end of the 95 % interval of ms over images; null if ms is"),
+    ms_high=(nullable(pa.float64()), "upper end of the 95 % interval of ms over images; null if ms is"),
+    ms_best=(nullable(pa.float64()), "highest MonoSemanticity score of a latent; null if no latent has one"),
+    ms_left_out=(pa.int32(), "number of latents without a MonoSemanticity score"),
+    ms_floor=(
+        nullable(pa.float64()),
+        "mean pairwise cosine of the judge's embeddings of the same images; null if there are fewer than two",
+    ),
+    purity=(
+        nullable(pa.float64()),
+        "mean purity of the 16 strongest images; null if the data set has fewer than two classes",
+    ),
     coverage=(
         nullable(pa.float64()),
-        "share of the classes that some latent stands for, with purity of at least 0.75; null: there are not two classes",
+        "share of the classes that are the most common one of some latent with a purity of at least 0.75; null if the data set has fewer "
+        "than two classes",
     ),
-    uniqueness=(nullable(pa.float64()), "mean uniqueness of latents; null: undefined for every latent"),
-    judge=(pa.string(), "the encoder behind ms"),
+    uniqueness=(nullable(pa.float64()), "mean uniqueness of the latents; null if no latent has one"),
+    judge=(pa.string(), "name of the judge whose embeddings ms uses"),
 )
 
 JUDGED = _table(
@@ -249,26 +279,30 @@ JUDGED = _table(
     sae=(pa.string(), "name of the SAE"),
     dictionary=(pa.string(), "comparisons.dictionary"),
     latent=(pa.int32(), "index of the latent in the dictionary"),
-    judge=(pa.string(), "the encoder behind ms"),
+    judge=(pa.string(), "name of the judge whose embeddings ms uses"),
     ms=(
         nullable(pa.float64()),
-        "MonoSemanticity score by this judge; null: constant, or fires on fewer than two of the images that it embedded",
+        "MonoSemanticity score by this judge; null if the activation is constant, or the latent fires on fewer than two of the images "
+        "that the judge embedded",
     ),
-    ms_low=(nullable(pa.float64()), "lower end of its 95 % interval over images; null: ms is"),
-    ms_high=(nullable(pa.float64()), "upper end of its 95 % interval over images; null: ms is"),
-    floor=(nullable(pa.float64()), "mean pairwise cosine of this judge on the same images; null: fewer than two images"),
+    ms_low=(nullable(pa.float64()), "lower end of the 95 % interval of ms over images; null if ms is"),
+    ms_high=(nullable(pa.float64()), "upper end of the 95 % interval of ms over images; null if ms is"),
+    floor=(nullable(pa.float64()), "mean pairwise cosine of this judge's embeddings of the same images; null if there are fewer than two"),
 )
 
 FIDELITY = _table(
     "fidelity",
     "evaluation/<sae>",
     sae=(pa.string(), "name of the SAE"),
-    dictionary=(pa.string(), "comparisons.dictionary, where it is a reconstruction"),
-    kind=(pa.string(), "cls, distillation, register, patch or pooled; all: every token"),
-    n_tokens=(pa.int64(), "evaluation tokens of this kind"),
-    fvu=(nullable(pa.float64()), "fraction of variance unexplained, the mean taken over this kind; null: the activations do not vary"),
+    dictionary=(pa.string(), "comparisons.dictionary, for dictionaries that reconstruct"),
+    kind=(pa.string(), "kind of token: cls, distillation, register, patch or pooled; all for every token"),
+    n_tokens=(pa.int64(), "number of evaluation tokens of this kind"),
+    fvu=(
+        nullable(pa.float64()),
+        "fraction of variance unexplained, relative to the mean of this kind; null if the activations do not vary",
+    ),
     cosine=(pa.float64(), "mean cosine of activation and reconstruction"),
-    l0=(pa.float64(), "mean latents that fire a token"),
+    l0=(pa.float64(), "mean number of latents that fire per token"),
 )
 
 DENSITIES = _table(
@@ -276,9 +310,9 @@ DENSITIES = _table(
     "evaluation/<sae>",
     sae=(pa.string(), "name of the SAE"),
     dictionary=(pa.string(), "comparisons.dictionary"),
-    low=(pa.float64(), "least density of these latents; 0: those that never fire"),
-    high=(pa.float64(), "density below which they are; 1 is among the last"),
-    n_latents=(pa.int32(), "latents"),
+    low=(pa.float64(), "lower bound of the bin of densities; 0 for latents that never fire"),
+    high=(pa.float64(), "upper bound of the bin, which excludes it except in the last bin, where it is 1"),
+    n_latents=(pa.int32(), "number of latents in the bin"),
 )
 
 COFIRING = _table(
@@ -287,25 +321,28 @@ COFIRING = _table(
     may_be_empty=True,
     sae=(pa.string(), "name of the SAE"),
     latent=(pa.int32(), "index of the latent"),
-    rank=(pa.int32(), "1 has the highest lift"),
-    other=(pa.int32(), "the other latent"),
-    lift=(pa.float64(), "how many times as often both fire on an image as if they were independent, > 1"),
-    jaccard=(pa.float64(), "of the images on which either fires, the share on which both do"),
-    n_both=(pa.int32(), "images on which both fire, at least 8"),
+    rank=(pa.int32(), "rank of the other latent, 1 has the highest lift"),
+    other=(pa.int32(), "index of the other latent"),
+    lift=(pa.float64(), "number of images on which both fire, divided by that expected if they were independent, > 1"),
+    jaccard=(pa.float64(), "share of the images on which either fires on which both do"),
+    n_both=(pa.int32(), "number of images on which both fire, at least 8"),
 )
 
 LEVELS = _table(
     "levels",
     "evaluation/<sae>",
     sae=(pa.string(), "name of the SAE"),
-    level=(pa.int32(), "1 is the smallest dictionary; an SAE that is not Matryoshka has one level"),
-    first=(pa.int32(), "first latent that this level adds"),
-    last=(pa.int32(), "last latent of this level"),
-    fvu=(nullable(pa.float64()), "fraction of variance unexplained with the latents up to the last; null: the activations do not vary"),
-    ms=(nullable(pa.float64()), "mean MonoSemanticity score of the latents that it adds; null: undefined for each of them"),
-    n_ms=(pa.int32(), "of them, those that have a score"),
-    lca_depth=(nullable(pa.float64()), "mean depth in the taxonomy of the latents that it adds; null: undefined for each of them"),
-    n_lca=(pa.int32(), "of them, those that have a depth"),
+    level=(pa.int32(), "level of the dictionary, 1 is the smallest prefix; an SAE that is not Matryoshka has one level"),
+    first=(pa.int32(), "index of the first latent that this level adds"),
+    last=(pa.int32(), "index of the last latent that this level adds"),
+    fvu=(
+        nullable(pa.float64()),
+        "fraction of variance unexplained with all latents up to the last; null if the activations do not vary",
+    ),
+    ms=(nullable(pa.float64()), "mean MonoSemanticity score of the latents that this level adds; null if none has one"),
+    n_ms=(pa.int32(), "number of the latents that this level adds with a MonoSemanticity score"),
+    lca_depth=(nullable(pa.float64()), "mean lca_depth of the latents that this level adds; null if none has one"),
+    n_lca=(pa.int32(), "number of the latents that this level adds with an lca_depth"),
 )
 
 PROBES = _table(
@@ -313,15 +350,18 @@ PROBES = _table(
     "evaluation/<sae>",
     may_be_empty=True,
     sae=(pa.string(), "name of the SAE"),
-    **{"class": (pa.string(), "images.label; the 64 commonest at most")},
-    probe=(pa.string(), "latents: a logistic regression on k of them; x: on the activations, averaged over the image's tokens"),
-    k=(pa.int32(), "features of the probe: latents, or the width of x"),
+    **{"class": (pa.string(), "images.label, of at most the 64 most common classes")},
+    probe=(pa.string(), "latents for a logistic regression on k latents; x for one on activations averaged over the image's tokens"),
+    k=(pa.int32(), "number of inputs of the probe: latents, or the width of x"),
     accuracy=(pa.float64(), "balanced accuracy on the held-out half of the evaluation images"),
     auroc=(pa.float64(), "area under the ROC curve on the same images"),
-    auroc_low=(pa.float64(), "lower end of its 95 % interval"),
-    auroc_high=(pa.float64(), "upper end of its 95 % interval"),
-    n_positive=(pa.int32(), "held-out images of the class"),
-    latents=(nullable(pa.list_(pa.int32())), "those of the probe, the largest difference between class and rest first; null: it is on x"),
+    auroc_low=(pa.float64(), "lower end of the 95 % interval of auroc"),
+    auroc_high=(pa.float64(), "upper end of the 95 % interval of auroc"),
+    n_positive=(pa.int32(), "number of held-out images of the class"),
+    latents=(
+        nullable(pa.list_(pa.int32())),
+        "latents that the probe uses, by decreasing difference between the class and the rest; null for a probe on x",
+    ),
 )
 
 ZERO_SHOT = _table(
@@ -331,25 +371,25 @@ ZERO_SHOT = _table(
     sae=(pa.string(), "name of the SAE"),
     spliced=(
         pa.string(),
-        "what the model goes on from in place of x: plain (x itself), sae (x̂), sae_with_error (x̂ + (x − x̂): equal to plain, or splicing "
-        "itself changes something), mean (the mean training token), untrained (another x̂), sparse_neurons, pca, kmeans or nmf",
+        "what replaces x in the forward pass: plain (x itself), sae (x̂), sae_with_error (x̂ + (x − x̂), which equals plain unless splicing "
+        "itself changes something), mean (the mean training token), or the x̂ of untrained, sparse_neurons, pca, kmeans or nmf",
     ),
-    n_images=(pa.int32(), "evaluation images that were classified"),
-    n_classes=(pa.int32(), "labels of the evaluation split: the classes, by their texts; chance is one in as many"),
-    n_replaced=(pa.int32(), "tokens of an image that were replaced: those that extract.tokens keeps"),
-    n_tokens=(pa.int32(), "tokens of an image at the hookpoint; the others stayed what they were"),
-    logit_scale=(pa.float64(), "what cosines were multiplied by before the softmax: the model's, or fitted on plain training images"),
-    accuracy=(pa.float64(), "share of images whose own class had the largest cosine"),
-    accuracy_low=(pa.float64(), "lower end of its 95 % interval (Wilson)"),
-    accuracy_high=(pa.float64(), "upper end of its 95 % interval (Wilson)"),
-    cross_entropy=(pa.float64(), "mean −log of the probability of the own class, in nats"),
+    n_images=(pa.int32(), "number of evaluation images classified"),
+    n_classes=(pa.int32(), "number of classes, which are the labels of the evaluation split as text; chance is 1 / n_classes"),
+    n_replaced=(pa.int32(), "number of tokens per image that are replaced: those that extract.tokens keeps"),
+    n_tokens=(pa.int32(), "number of tokens per image at the hookpoint, replaced or not"),
+    logit_scale=(pa.float64(), "factor of the cosines before the softmax: the model's own, or fitted on plain training images"),
+    accuracy=(pa.float64(), "share of images whose own class has the largest cosine"),
+    accuracy_low=(pa.float64(), "lower end of the 95 % interval of accuracy (Wilson)"),
+    accuracy_high=(pa.float64(), "upper end of the 95 % interval of accuracy (Wilson)"),
+    cross_entropy=(pa.float64(), "mean of −log of the probability of the image's own class, in nats"),
     recovered=(
         nullable(pa.float64()),
-        "(cross-entropy of mean − this one) / (cross-entropy of mean − that of plain): 1 for plain, 0 for mean; null: the mean hurts no "
-        "more than chance would",
+        "(cross-entropy of mean − this one) / (cross-entropy of mean − that of plain), so 1 for plain and 0 for mean; null if replacing "
+        "tokens by the mean hurts no more than chance would",
     ),
-    recovered_low=(nullable(pa.float64()), "lower end of its 95 % interval, over the same images; null: recovered is"),
-    recovered_high=(nullable(pa.float64()), "upper end of its 95 % interval, over the same images; null: recovered is"),
+    recovered_low=(nullable(pa.float64()), "lower end of the 95 % interval of recovered, over the same images; null if recovered is"),
+    recovered_high=(nullable(pa.float64()), "upper end of the 95 % interval of recovered, over the same images; null if recovered is"),
 )
 
 MATCHES = _table(
@@ -359,9 +399,12 @@ MATCHES = _table(
     sae=(pa.string(), "name of the SAE"),
     latent=(pa.int32(), "index of the latent"),
     other_sae=(pa.string(), "name of another SAE of the same activations"),
-    other_latent=(pa.int32(), "the other SAE's latent whose direction is nearest to this latent's"),
+    other_latent=(pa.int32(), "index of the other SAE's latent whose direction is nearest to this latent's"),
     cosine=(pa.float32(), "cosine of the two directions"),
-    jaccard=(nullable(pa.float64()), "evaluation images that fire both over those that fire either; null: neither fires"),
+    jaccard=(
+        nullable(pa.float64()),
+        "share of the evaluation images on which either latent fires on which both do; null if neither fires",
+    ),
 )
 
 STABILITY = _table(
@@ -372,53 +415,65 @@ STABILITY = _table(
     other_sae=(pa.string(), "name of another SAE of the same activations"),
     matched=(
         nullable(pa.float64()),
-        "share of the SAE's latents that one-to-one (Hungarian) matching by cosine pairs above 0.9; null: one has more than 4,096 latents",
+        "share of the SAE's latents that one-to-one (Hungarian) matching by cosine pairs above 0.9; null if an SAE has more than 4,096 "
+        "latents",
     ),
     mutual=(
         pa.float64(),
-        "share of the SAE's latents above 0.9 with a latent whose best match they are, too; close to matched, at any width",
+        "share of the SAE's latents that have a cosine above 0.9 with their best match and are its best match too; close to matched, and "
+        "defined for any number of latents",
     ),
-    mmcs=(pa.float64(), "mean over the SAE's latents of the cosine of their best match"),
-    chance=(pa.float64(), "what mmcs would be were the other's directions drawn at random"),
+    mmcs=(pa.float64(), "mean over the SAE's latents of the cosine with their best match"),
+    chance=(pa.float64(), "mmcs with random directions in place of the other SAE's"),
 )
 
-_UNSCORED = "null: there is no label, too few images fire it, or all do"
+_UNSCORED = "null if there is no label, or the latent fires on too few of the images or on all of them"
 
 LABELS = _table(
     "labels",
     "labels/<sae>",
     sae=(pa.string(), "name of the SAE"),
     latent=(pa.int32(), "index of the latent"),
-    labeller=(pa.string(), "what made the label: its kind, with a number where there are several of a kind"),
-    place=(pa.int8(), "place of the labeller in label.labellers, from 1: of labels that score the same, the first is the feature's"),
+    labeller=(pa.string(), "labeller that made the label: its kind, with a number if there are several of a kind"),
+    place=(pa.int8(), "position of the labeller in label.labellers, from 1; the feature shows the first of labels with equal scores"),
     status=(pa.string(), "ok, unparsed, refused, failed, over_budget or too_few_examples"),
-    label=(nullable(pa.string()), "the name; null: status is not ok"),
-    detail=(nullable(pa.string()), "why there is no label, or what else the labeller said; null: nothing"),
+    label=(nullable(pa.string()), "label of the latent; null unless status is ok"),
+    detail=(nullable(pa.string()), "why there is no label, or what else the labeller said; null if nothing"),
     similarity=(
         nullable(pa.float64()),
-        "cosine of the name and the mean of its strongest images in the joint space; null: there is no label, or too few images fire it",
+        "cosine of the label and the mean of the latent's strongest images in the joint space; null if there is no label, or the latent "
+        "fires on too few images",
     ),
-    score=(nullable(pa.float64()), f"balanced accuracy of the name at picking held-out firing images, by the joint space; {_UNSCORED}"),
+    score=(
+        nullable(pa.float64()),
+        f"balanced accuracy of the label at detecting held-out firing images, by cosines in the joint space; {_UNSCORED}",
+    ),
     auroc=(nullable(pa.float64()), f"area under the ROC curve of the same detection; {_UNSCORED}"),
-    auroc_low=(nullable(pa.float64()), f"lower end of its 95 % interval; {_UNSCORED}"),
-    auroc_high=(nullable(pa.float64()), f"upper end of its 95 % interval; {_UNSCORED}"),
+    auroc_low=(nullable(pa.float64()), f"lower end of the 95 % interval of auroc; {_UNSCORED}"),
+    auroc_high=(nullable(pa.float64()), f"upper end of the 95 % interval of auroc; {_UNSCORED}"),
     control_score=(
         nullable(pa.float64()),
-        "score of another latent's name by the same labeller on the same images; null: score is, or there is none",
+        "score of another latent's label, by the same labeller, on the same images; null if score is, or no latent has a different label",
     ),
-    random_score=(nullable(pa.float64()), "score of a random word of the vocabulary on the same images; null: score is, or there is none"),
+    random_score=(
+        nullable(pa.float64()),
+        "score of a random word of the vocabulary on the same images; null if score is, or the vocabulary has no other word",
+    ),
     correlation=(
         nullable(pa.float64()),
-        f"rank correlation of the name's cosine to the same held-out images with what the latent does on them; {_UNSCORED}",
+        f"rank correlation of the label's cosine with the latent's activation over the same held-out images; {_UNSCORED}",
     ),
-    control_correlation=(nullable(pa.float64()), "the same of the name behind control_score; null: correlation or that is"),
+    control_correlation=(
+        nullable(pa.float64()),
+        "correlation of the label that control_score is of; null if correlation or control_score is",
+    ),
     detector_score=(
         nullable(pa.float64()),
-        "balanced accuracy of the same detection by the labeller's own eyes; null: it has none, or no answer",
+        "balanced accuracy of the same detection by the labeller, which is shown the images; null if it cannot see or did not answer",
     ),
-    detector_auroc=(nullable(pa.float64()), "area under its ROC curve; null: detector_score is"),
-    n_requests=(pa.int32(), "requests to a server that the label took, failed ones included"),
-    n_tokens=(pa.int32(), "tokens of these, asked and answered"),
+    detector_auroc=(nullable(pa.float64()), "area under the ROC curve of that detection; null if detector_score is"),
+    n_requests=(pa.int32(), "number of requests to a server for the label, including failed ones"),
+    n_tokens=(pa.int32(), "number of tokens in those requests and their answers"),
 )
 
 NEIGHBOURS = _table(
@@ -426,7 +481,7 @@ NEIGHBOURS = _table(
     "catalog",
     sae=(pa.string(), "name of the SAE"),
     latent=(pa.int32(), "index of the latent"),
-    rank=(pa.int32(), "1 is the nearest"),
-    other=(pa.int32(), "the other latent"),
+    rank=(pa.int32(), "rank of the other latent, 1 is the nearest"),
+    other=(pa.int32(), "index of the other latent"),
     cosine=(pa.float32(), "cosine of the two directions"),
 )

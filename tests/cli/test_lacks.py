@@ -129,7 +129,7 @@ def test_a_stage_that_lacks_something_is_named_with_what_helps(name: str, monkey
         )
 
     monkeypatch.setattr(stage, "_open_inputs", fail)
-    with pytest.raises(MachineError, match=rf"^{name}: the memory does not suffice \(.*DefaultCPUAllocator") as said:
+    with pytest.raises(MachineError, match=rf"^{name}: there is not enough memory \(.*DefaultCPUAllocator") as said:
         stage.run_stage(name, load_params(), ignore)
     assert stage.LESS.get(name, "use less of it") in str(said.value) and "run the stage again" in str(said.value)
 

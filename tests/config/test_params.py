@@ -31,7 +31,7 @@ def test_checkouts_params_are_valid_and_cover_every_stage() -> None:
         ("extract.executor={kind: slurm}", "'local', 'dask', 'ray'"),
         ("images.source.pth=3", "images.source.pth: unknown key; did you mean path?"),
         ("images.source.column=x", "images.source.column: unknown key; known here: kind, path"),  # a key of another source
-        ("extract.judge.variant=lite0", "judge must be another encoder than model: both are lite0"),
+        ("extract.judge.variant=lite0", "judge must be a different encoder from model: both are lite0"),
         ("extract.judge.variant=lite9", "extract.judge.variant: got 'lite9'; input should be 'lite0' or 'lite2'"),
         ("extract.judge.size=3", "extract.judge.size: unknown key; known here: image_size, kind, variant"),
         ("extract.judge={kind: dino}", "extract.judge.kind: "),
@@ -41,7 +41,7 @@ def test_checkouts_params_are_valid_and_cover_every_stage() -> None:
             "extract.judge=[{kind: lite, variant: lite2}, {kind: lite, size: 3}]",
             "extract.judge.1.size: unknown key; known here: image_size",
         ),
-        ("extract.judge=[{kind: lite, variant: lite2}, {kind: lite}]", "judge must be another encoder than model: both are lite0"),
+        ("extract.judge=[{kind: lite, variant: lite2}, {kind: lite}]", "judge must be a different encoder from model: both are lite0"),
         ("extract.judge=[{kind: lite, variant: lite2}, {kind: lite, variant: lite2}]", "extract: judge names lite2 twice"),
         ("extract.judge=[{kind: transformers, path: m/a}, {kind: transformers, path: ./m//a}]", "extract: judge names m/a twice"),
         ("evaluate.image_activation=median", "evaluate.image_activation: got 'median'; input should be 'max', 'mean' or 'cls'"),
@@ -63,7 +63,7 @@ def test_wrong_values_are_named(override: str, says: str) -> None:
 def test_judge_must_not_be_the_model_however_its_path_is_spelt(kind: str) -> None:
     model = f"extract.model={{kind: {kind}, path: models/tiny}}"
     for path in ("models/tiny", "./models//tiny/", "models/other/../tiny", str(Path("models/tiny").absolute())):
-        with pytest.raises(ConfigError, match="judge must be another encoder than model: both are models/tiny"):
+        with pytest.raises(ConfigError, match="judge must be a different encoder from model: both are models/tiny"):
             load_params(PARAMS, [model, f"extract.judge={{kind: transformers, path: {path}}}"])
     load_params(PARAMS, [model, "extract.judge={kind: transformers, path: models/other}"])
 

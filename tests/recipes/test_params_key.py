@@ -24,7 +24,7 @@ def paths_of(tree: Tree, work: Path, *overrides: str) -> list[str]:
 
 def test_a_key_of_a_kind_takes_the_files_of_its_recipe(tmp_path: Path) -> None:
     tree = copy_tree(tmp_path / "tree")
-    (last,) = re.findall(r'class FolderSource.*?(    """The folder, .*?"""\n)', (tree.root / CONFIG).read_text(encoding="utf-8"), re.DOTALL)
+    (last,) = re.findall(r'class FolderSource.*?(    """Folder, .*?"""\n)', (tree.root / CONFIG).read_text(encoding="utf-8"), re.DOTALL)
     tree.replace(CONFIG, last, last + textwrap.indent(blocks_of(PAGE)[0], " " * 4))
     tree.replace(STAGE, "Folder(params.path)", 'Folder(f"{params.path}/{params.inside}")')
     assert_only_named(tree, PAGE)

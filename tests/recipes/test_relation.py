@@ -57,4 +57,4 @@ def test_a_new_relation_takes_the_files_of_its_recipe(tmp_path: Path) -> None:
     (table,) = ask("SELECT comment FROM duckdb_tables() WHERE table_name = 'silence'")
     assert table["comment"] == "silence(sae, latent): how seldom a latent fires."
     (column,) = ask("SELECT comment FROM duckdb_columns() WHERE table_name = 'silence' AND column_name = 'share'")
-    assert column["comment"] == "share of evaluation tokens on which it does not fire; null: it never fires"
+    assert column["comment"] == "share of evaluation tokens on which it does not fire; null if it never fires"

@@ -46,7 +46,7 @@ def test_credentials_in_any_url_of_the_params_are_refused_without_repeating_them
     said = str(error.value)
     assert override.partition("=")[0].partition(".")[0] in said
     assert SECRET not in said
-    assert "carries a user name, a password or a query in its URL" in said and "OPENAI_API_KEY" in said
+    assert "contains a URL with a user name, a password or a query" in said and "OPENAI_API_KEY" in said
 
 
 def test_what_only_looks_like_credentials_is_taken() -> None:
@@ -68,7 +68,7 @@ def test_a_refused_run_leaves_the_secret_nowhere_but_in_params_yaml(tmp_path: Pa
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
     for verb in ("label", "estimate"):
         done = subprocess.run([sys.executable, "-m", "ommatid", verb], cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True)
-        assert done.returncode == 1 and done.stderr.startswith("error: params.yaml: label.labellers.0: url carries")
+        assert done.returncode == 1 and done.stderr.startswith("error: params.yaml: label.labellers.0: url contains")
         assert SECRET not in done.stdout + done.stderr
     assert [path.name for path in tmp_path.rglob("*")] == ["params.yaml"]
 

@@ -1,4 +1,4 @@
-"""Params: the type, the bounds and one sentence for every value in params.yaml. The values live there only."""
+"""Params: type, bounds and a description of every key in params.yaml, which alone holds the values."""
 
 from ommatid.config.evaluate import Baseline, EvaluateParams
 from ommatid.config.extract import Executor, ExtractFiles, ExtractParams
@@ -43,4 +43,4 @@ __all__ = [
 ]
 
 STAGES = ("images", "extract", "train", "evaluate", "label", "catalog")
-"""In order; each has a section."""
+"""The stages in order; each has a section of its name."""

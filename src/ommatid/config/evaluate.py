@@ -10,18 +10,18 @@ Baseline = Literal["sparse_neurons", "pca", "kmeans", "nmf"]
 
 
 class EvaluateParams(Section):
-    """Stage `evaluate`: what every latent does on the evaluation split."""
+    """Stage `evaluate`: measures every latent on the evaluation split."""
 
     image_activation: Literal["max", "mean", "cls"]
-    """How a latent's activations over an image's tokens become the image's one; cls: that of the class token, which must be extracted."""
+    """How a latent's activations over an image's tokens become one; `cls` takes that of the class token, which must be extracted."""
     n_top: Annotated[int, Field(ge=16, le=256)]
-    """How many of a latent's strongest images are kept as examples; purity is about the 16 strongest, so that no fewer are kept."""
+    """Number of a latent's strongest images to keep as examples; at least 16, the number on which purity is measured."""
     n_per_decile: Annotated[int, Field(ge=1, le=64)]
-    """How many examples are kept from each lower decile of a latent's firing images, besides the strongest."""
+    """Number of examples to keep from each lower decile of a latent's firing images."""
     baselines: tuple[Baseline, ...]
-    """Dictionaries to compare the SAE with, besides raw neurons and an untrained SAE; [] for none. Costs: docs/users/baselines.md."""
+    """Dictionaries to compare the SAE with, beside raw neurons and an untrained SAE; [] for none. Their costs: docs/users/baselines.md."""
     max_dead: Annotated[float, Field(gt=0, le=1)]
-    """The gate fails when more than this share of latents fires on no evaluation image; a wide SAE on few images has many of them."""
+    """Largest share of latents that may fire on no evaluation image; with more, the gate fails. Wide SAEs on few images need more."""
 
     @field_validator("baselines")
     @classmethod

@@ -1,4 +1,4 @@
-"""Section `extract`, and the kinds of executor; each is `ommatid/executors/<kind>.py`."""
+"""Section `extract`, and the kinds of executor, each of which is implemented by `ommatid/executors/<kind>.py`."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -18,21 +18,21 @@ Judges = Annotated[
 
 
 class ExecutorSection(Section):
-    """A kind of executor."""
+    """Base of the kinds of executor."""
 
     @property
     def workers_here(self) -> int | None:
-        """Shards that are made on this machine at a time; None: one, or one for each GPU."""
+        """Number of shards made on this machine at once; None for one, or one for each GPU."""
         return None
 
     @property
     def trial(self) -> "Executor":
-        """Executor with which `ommatid estimate` tries the extraction of a sample, and by which it counts time and memory."""
+        """Executor with which `ommatid estimate` extracts a sample to measure time and memory."""
         return LocalExecutor(kind="local")
 
 
 class LocalExecutor(ExecutorSection):
-    """This process; with several GPUs a process each."""
+    """This process, or one process for each GPU if there are several."""
 
     kind: Literal["local"]
 
@@ -42,13 +42,13 @@ class DaskExecutor(ExecutorSection):
 
     kind: Literal["dask"]
     address: str | None
-    """Of the scheduler, such as tcp://10.0.0.1:8786; null: a cluster on this machine for the time of the run."""
+    """Address of the scheduler, such as tcp://10.0.0.1:8786; null for a cluster on this machine that lasts as long as the run."""
     workers: Annotated[int, Field(ge=1)]
-    """Processes of the cluster on this machine."""
+    """Number of processes of a cluster on this machine."""
 
     @property
     def workers_here(self) -> int | None:
-        """Shards that are made on this machine at a time; on a cluster elsewhere this machine may be one of the workers."""
+        """Number of shards made on this machine at once; 1 for a cluster at an address, as this machine may be one of its workers."""
         return 1 if self.address else self.workers
 
 
@@ -57,13 +57,13 @@ class RayExecutor(ExecutorSection):
 
     kind: Literal["ray"]
     address: str | None
-    """Of the cluster, such as auto or ray://10.0.0.1:10001; null: one on this machine for the time of the run."""
+    """Address of the cluster, such as auto or ray://10.0.0.1:10001; null for one on this machine that lasts as long as the run."""
     workers: Annotated[int, Field(ge=1)]
-    """Processes of the cluster on this machine."""
+    """Number of processes of a cluster on this machine."""
 
     @property
     def workers_here(self) -> int | None:
-        """Shards that are made on this machine at a time; on a cluster elsewhere this machine may be one of the workers."""
+        """Number of shards made on this machine at once; 1 for a cluster at an address, as this machine may be one of its workers."""
         return 1 if self.address else self.workers
 
 
@@ -71,45 +71,45 @@ Executor = Annotated[LocalExecutor | DaskExecutor | RayExecutor, Field(discrimin
 
 
 class ExtractParams(Section):
-    """Stage `extract`: activations at some hookpoints in one pass over the images, and embeddings of every image."""
+    """Stage `extract`: captures activations at one or more hookpoints in one pass over the images, and embeds every image."""
 
     how: ClassVar[frozenset[str]] = frozenset({"executor"})
 
     source: Literal["images"]
-    """The images of stage `images`; or `files`: activations that were made elsewhere."""
+    """`images` for the images of the stage `images`, or `files` for activations that were made elsewhere."""
     model: Model
-    """The model that is explained."""
+    """Model to explain."""
     hookpoints: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Where activations are captured, one artefact each; an unknown name lists the valid ones."""
+    """Hookpoints at which activations are captured, each into an artefact of its own; an unknown one is refused with a list of all."""
     tokens: Literal["patch", "cls", "register", "pooled", "all"]
-    """Which tokens are kept: those with a place in the image, class or register tokens, the mean of the patches, or every one."""
+    """Tokens to keep: patches, class tokens, register tokens, the mean of the patches, or all tokens."""
     sample: Annotated[int, Field(ge=1)] | None
-    """At most this many tokens of each training image, drawn by a fixed seed; null: all. Evaluation images keep theirs for heat maps."""
+    """Largest number of tokens per training image, drawn with a fixed seed; null for all. Evaluation images keep all, for heat maps."""
     max_norm: Annotated[float, Field(gt=1)] | None
-    """Leave out of training what is longer than this many times the median token of its image (arXiv 2309.16588); null: keep it."""
+    """Largest norm of a training token, as a multiple of the median norm in its image (arXiv 2309.16588); null for no limit."""
     judge: Judges
-    """The independent encoder whose embeddings the monosemanticity score uses, or a list of them: the first is the main one."""
+    """Independent encoder whose embeddings the monosemanticity score uses, or a list of encoders of which the first is the main one."""
     namer: Model | None
-    """The model whose joint image-text space names the latents; null: the explained model, which must have a text tower."""
+    """Model whose joint image-text space is used to label latents; null for the explained model, which must have a text tower."""
     batch_size: Annotated[int, Field(ge=1, le=4096)]
-    """Images a forward pass."""
+    """Number of images per forward pass."""
     dtype: Literal["auto", "float32", "bfloat16"]
-    """Arithmetic of the forward pass; auto: bfloat16 where the hardware computes in it."""
+    """Data type of the forward pass; auto for bfloat16 if the hardware computes in it, else float32."""
     executor: Executor
-    """Who runs the shards; the artefact is the same whoever does."""
+    """Executor that makes the shards; the artefact does not depend on it."""
 
     @model_validator(mode="after")
     def _judge_is_independent(self) -> "ExtractParams":
         network = network_of(self.model)
         if network is not None and network in map(network_of, self.judges):
-            raise ValueError(f"judge must be another encoder than model: both are {network}")
+            raise ValueError(f"judge must be a different encoder from model: both are {network}")
         return self
 
     @model_validator(mode="after")
     def _judges_differ(self) -> "ExtractParams":
         known = [(network_of(judge), getattr(judge, "image_size", None)) for judge in self.judges]
         if twice := [network for network, size in known if known.count((network, size)) > 1]:
-            raise ValueError(f"judge names {twice[0]} twice; every judge must be another encoder")
+            raise ValueError(f"judge names {twice[0]} twice; every judge must be a different encoder")
         return self
 
     @property
@@ -125,22 +125,22 @@ class ExtractParams(Section):
 
 
 class ExtractFiles(Section):
-    """Stage `extract` without images: activations that were made elsewhere. What the files must hold: docs/users/activations.md."""
+    """Stage `extract` without images: imports activations that were made elsewhere (docs/users/activations.md)."""
 
     source: Literal["files"]
-    """Activations from files."""
+    """`files` for activations that were made elsewhere."""
     path: str
     """A .npy, .safetensors, .pt or .parquet file, or a folder of them, relative to the checkout or absolute."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """What the activations are called: their hookpoint, such as vision.blocks.11."""
+    """Name of the hookpoint that the activations come from, such as vision.blocks.11."""
     model: Annotated[str, Field(min_length=1)]
-    """The model they come from, in your words: it goes into the SAE's cfg.json and the lineage."""
+    """Name of the model that they come from, in your own words; it is recorded in the SAE's cfg.json and the lineage."""
     key: str | None = None
-    """Name of the tensor or column that holds them; null: the only one."""
+    """Name of the tensor or column that holds the activations; null if each file has only one."""
     eval_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of images kept from training (by hash of the image's number)."""
+    """Share of images, chosen by a hash of the image's number, that are kept from training."""
 
     @property
     def hookpoints(self) -> tuple[str, ...]:
-        """Where activations were captured."""
+        """Names of the hookpoints, of which there is one."""
         return (self.name,)

@@ -12,15 +12,15 @@ class Cifar10Source(Section):
 
     kind: Literal["cifar10"]
     path: str = "data/cifar10.json"
-    """The pin: package, version and checksum of the archive."""
+    """File with the pin: package, version and checksum of the archive."""
 
 
 class FolderSource(Section):
-    """Every image below a folder; the sub-folder is the label; an optional captions.csv (path, caption, taxonomy)."""
+    """Every image below a folder, labelled by its sub-folder or by an optional captions.csv (path, caption, label, taxonomy)."""
 
     kind: Literal["folder"]
     path: str
-    """The folder, relative to the checkout or absolute, or a URL such as s3://bucket/photos."""
+    """Folder, relative to the checkout or absolute, or a URL such as s3://bucket/photos."""
 
 
 class ParquetSource(Section):
@@ -28,13 +28,13 @@ class ParquetSource(Section):
 
     kind: Literal["parquet"]
     path: str
-    """The file or folder, relative to the checkout or absolute, or a URL such as s3://bucket/photos."""
+    """File or folder, relative to the checkout or absolute, or a URL such as s3://bucket/photos."""
     column: str = "image"
-    """The column of encoded images: binary, or the struct with a field `bytes` that Hugging Face data sets use."""
+    """Column of encoded images: binary, or the struct with a field `bytes` that Hugging Face data sets use."""
     label_column: str | None = None
-    """The column of labels, strings or integers; null: no labels."""
+    """Column of labels, strings or integers; null if there are no labels."""
     taxonomy_column: str | None = None
-    """The column of taxonomies, paths of classes from the root separated by /; null: none."""
+    """Column of taxonomy paths, which are classes from the root separated by /; null if there are none."""
 
 
 class ShapesSource(Section):
@@ -42,22 +42,22 @@ class ShapesSource(Section):
 
     kind: Literal["shapes"]
     path: str = "data/shapes.json"
-    """The plan: n_images, size and seed."""
+    """File with the plan: n_images, size and seed."""
 
 
 ImageSource = Annotated[Cifar10Source | FolderSource | ParquetSource | ShapesSource, Field(discriminator="kind")]
 
 
 class ImagesParams(Section):
-    """Stage `images`: from a source to the data set."""
+    """Stage `images`: collects images from a source into the data set."""
 
     source: ImageSource
-    """Where the images come from."""
+    """Source of the images."""
     limit: Annotated[int, Field(ge=1)] | None
-    """Take at most this many images, spread evenly over the source; null: all."""
+    """Largest number of images to use, spread evenly over the source; null for all."""
     eval_share: Annotated[float, Field(gt=0, lt=1)]
-    """Share of images kept from training, on which latents are evaluated and labelled (by hash of the id)."""
+    """Share of images, chosen by a hash of the id, that are kept from training and on which latents are evaluated and labelled."""
     max_rejected: Annotated[float, Field(ge=0, lt=1)]
-    """The gate fails when more than this share of the source cannot be read."""
+    """Largest share of the source that may be unreadable; with more, the gate fails."""
     thumbnail: Annotated[int, Field(ge=16, le=512)]
-    """Longest side of the WebP thumbnail, in pixels; smaller images are not enlarged."""
+    """Longest side of the WebP thumbnail in pixels; smaller images are not enlarged."""

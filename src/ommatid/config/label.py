@@ -1,4 +1,4 @@
-"""Section `label`, and the kinds of labeller; each is made by `ommatid/label/labellers/<kind>.py`."""
+"""Section `label`, and the kinds of labeller, each of which is implemented by `ommatid/label/labellers/<kind>.py`."""
 
 import hashlib
 from pathlib import Path
@@ -6,77 +6,77 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
-from ommatid.config.section import Section, unlike
+from ommatid.config.section import Section, unique_name
 
 Cost = Literal["tried", "none", "unknown"]
 
 
 class LabellerSection(Section):
-    """A kind of labeller."""
+    """Base of the kinds of labeller."""
 
     cost: ClassVar[Cost] = "unknown"
-    """What `ommatid estimate` knows of the time that it takes: it is tried on a sample, takes none, or is left out and named as such."""
+    """How `ommatid estimate` treats the labeller's time: measured on a sample, none, or unknown and listed as left out."""
 
 
 class VocabularyLabeller(LabellerSection):
-    """Words of a list: the one whose place in the joint space says best what a latent's strongest images have in common."""
+    """Labels each latent with the word of a list that is nearest to its strongest images in the joint image-text space."""
 
     cost: ClassVar[Cost] = "tried"
 
     kind: Literal["vocabulary"]
     words: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Word lists: `imagenet`, `common`, or the path of a text file with one name a line."""
+    """Word lists: `imagenet`, `common`, or the path of a text file with one word or phrase per line."""
     by: Literal["mean", "soft_wpmi"] = "mean"
-    """mean: cosine to the activation-weighted mean of the images; soft_wpmi: CLIP-Dissect (arXiv 2204.10965)."""
+    """Criterion: `mean` for the cosine to the activation-weighted mean of the images, `soft_wpmi` for CLIP-Dissect (arXiv 2204.10965)."""
 
     def identity(self) -> dict[str, Any]:
-        """With what the files say."""
+        """Return the values that determine the labels, with the checksums of the word lists."""
         return super().identity() | {"files": {path: checksum for path in self.words if (checksum := _checksum(path))}}
 
 
 class HumanLabeller(LabellerSection):
-    """Labels that people gave."""
+    """Uses labels that people wrote."""
 
     cost: ClassVar[Cost] = "none"
 
     kind: Literal["human"]
     path: str
-    """A CSV file with columns latent, label and, where there are several SAEs, sae, relative to the checkout or absolute."""
+    """CSV file with the columns latent, label and, if there are several SAEs, sae; relative to the checkout or absolute."""
 
     def identity(self) -> dict[str, Any]:
-        """With what the file says."""
+        """Return the values that determine the labels, with the checksum of the file."""
         return super().identity() | {"files": {self.path: _checksum(self.path)}}
 
 
 def _checksum(path: str) -> str | None:
-    """sha256 of a file; None: there is none, which the stage then says."""
+    """Return the sha256 of a file; None if there is no such file, which the stage will report."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
 
 
 class VlmLabeller(LabellerSection):
-    """A vision-language model behind an OpenAI-compatible server; its key is in OPENAI_API_KEY (docs/users/labels-from-models.md)."""
+    """Asks a vision-language model on an OpenAI-compatible server; the key is in OPENAI_API_KEY (docs/users/labels-from-models.md)."""
 
     how: ClassVar[frozenset[str]] = frozenset({"url", "requests_per_minute", "concurrency", "timeout"})
 
     kind: Literal["vlm"]
     model: Annotated[str, Field(min_length=1)]
-    """Its name on the server."""
+    """Name of the model on the server."""
     url: Annotated[str, Field(pattern=r"^https?://[^\s@?#]+$")] = "http://localhost:8000/v1"
-    """Base URL of the server, up to /v1 on most."""
+    """Base URL of the server, which ends in /v1 for most."""
     max_requests: Annotated[int, Field(ge=1)] | None = None
-    """Requests that a run may send, failed ones too; null: no limit."""
+    """Largest number of requests in a run, including failed ones; null for no limit."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Tokens, asked and answered, after which a run sends no further request; null: no limit."""
+    """Number of tokens, in prompts and answers, after which a run sends no more requests; null for no limit."""
     requests_per_minute: PositiveFloat | None = None
-    """No more than this, evenly spaced; null: as fast as answers come."""
+    """Largest number of requests per minute, which are then evenly spaced; null for no limit."""
     concurrency: Annotated[int, Field(ge=1, le=256)] = 4
-    """Requests under way at a time; what one server makes of several differs much."""
+    """Number of concurrent requests; servers differ much in how many they handle well."""
     timeout: PositiveFloat = 120.0
     """Seconds to wait for an answer."""
 
 
 class CaptionerLabeller(LabellerSection):
-    """A transformers model that captions images, on this machine: the name is the phrase that captions of firing images share."""
+    """Captions images with a transformers model on this machine; the label is the phrase that captions of firing images share."""
 
     kind: Literal["captioner"]
     path: str = "Salesforce/blip-image-captioning-base"
@@ -87,24 +87,24 @@ Labeller = Annotated[VocabularyLabeller | HumanLabeller | VlmLabeller | Captione
 
 
 class LabelParams(Section):
-    """Stage `label`: names for every latent, scored on images that did not make them."""
+    """Stage `label`: labels every latent, and scores the labels on held-out images."""
 
     labellers: Annotated[tuple[Labeller, ...], Field(min_length=1)]
-    """Who gives names; `features` shows of each latent the one that scores best, and of equals the one that stands first here."""
+    """Labellers to use; `features` shows the label with the best score for each latent, and the first of equal ones in this order."""
     n_examples: Annotated[int, Field(ge=2, le=256)]
-    """Images of the naming half that make the name: the strongest for a vocabulary; half strongest, half weaker for others."""
+    """Number of images, not held out, that a label is made from: the strongest for a vocabulary, half of them weaker for other kinds."""
     min_examples: Annotated[int, Field(ge=2, le=256)]
-    """A latent that fires on fewer images of either half gets no label but the status too_few_examples."""
+    """Number of images in either half below which a latent gets the status too_few_examples instead of a label."""
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     """Seed of the negatives and of the controls."""
 
     def identity(self) -> dict[str, Any]:
-        """With what the labellers' files say: a list that was edited gives other labels."""
+        """Return the values that determine the labels, with the checksums of the labellers' files, as edited files give other labels."""
         return super().identity() | {"labellers": [labeller.identity() for labeller in self.labellers]}
 
     def each(self) -> dict[str, Labeller]:
-        """The labellers by `labels.labeller`: their kind, with a number where several are of one kind."""
-        named: dict[str, Labeller] = {}
+        """Return the labellers by their name in `labels.labeller`: their kind, with a number if several are of one kind."""
+        by_name: dict[str, Labeller] = {}
         for labeller in self.labellers:
-            named[unlike(labeller.kind, named)] = labeller
-        return named
+            by_name[unique_name(labeller.kind, by_name)] = labeller
+        return by_name

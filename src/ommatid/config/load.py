@@ -1,4 +1,4 @@
-"""From params.yaml to `Params`."""
+"""Loading of params.yaml into `Params`."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,14 +12,21 @@ from ommatid.config.strict_yaml import parse_yaml
 from ommatid.errors import ConfigError, without_credentials
 
 LONGEST = 200
-"""Characters of an override that an error repeats."""
+"""Largest number of characters of an override that an error message repeats."""
 
 
 def load_params(path: Path = Path("params.yaml"), overrides: Iterable[str] = ()) -> Params:
-    """Read `path`, apply `overrides` such as "train.k=32", and check everything.
+    """Read a params file, apply overrides and validate the result.
+
+    Args:
+        path: Path of the file.
+        overrides: Overrides such as "train.k=32".
+
+    Returns:
+        The params.
 
     Raises:
-        ConfigError: naming every key that is unknown, missing, of the wrong type or out of bounds.
+        ConfigError: A key is unknown, missing, of the wrong type or out of bounds; the message names every such key.
     """
     values = _read_yaml(path)
     for override in overrides:
@@ -28,7 +35,18 @@ def load_params(path: Path = Path("params.yaml"), overrides: Iterable[str] = ())
 
 
 def make_params(values: dict[str, Any], origin: str) -> Params:
-    """Check a nested dict of values; `origin` names where they came from in the error."""
+    """Validate a nested dict of values.
+
+    Args:
+        values: The values, by section and key.
+        origin: Where the values came from, for messages.
+
+    Returns:
+        The params.
+
+    Raises:
+        ConfigError: As for `load_params`.
+    """
     try:
         return Params.model_validate(values)
     except ValidationError as error:
@@ -36,7 +54,7 @@ def make_params(values: dict[str, Any], origin: str) -> Params:
 
 
 def dotted(params: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten to dotted keys: {"train.k": 32, ...}, as MLflow, `--set` and `dvc exp run -S` write them."""
+    """Flatten params to dotted keys, {"train.k": 32, ...}, as MLflow, `--set` and `dvc exp run -S` write them."""
     values = params.model_dump(mode="json") if isinstance(params, BaseModel) else params
     flat: dict[str, Any] = {}
     for key, value in values.items():
@@ -61,7 +79,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
-    """Set one dotted key; the value is read as YAML, so `null`, `0.1` and `{kind: folder, path: x}` work."""
+    """Apply one override, whose value is read as YAML, so that `null`, `0.1` and `{kind: folder, path: x}` work."""
     where = f"--set {without_credentials(override)!r}"
     key, equals, text = override.partition("=")
     if not equals or not key:

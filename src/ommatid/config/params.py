@@ -1,4 +1,4 @@
-"""All sections together."""
+"""All sections of params.yaml together."""
 
 from typing import Annotated
 
@@ -13,21 +13,21 @@ from ommatid.config.train import TrainParams
 
 
 class CatalogParams(Section):
-    """Stage `catalog`: the DuckDB file."""
+    """Stage `catalog`: the DuckDB file that users query."""
 
     n_neighbours: Annotated[int, Field(ge=1, le=64)]
-    """Nearest latents by cosine of their directions kept for each latent."""
+    """Number of neighbours kept for each latent: those with the largest cosine of directions."""
 
 
 class RetrainParams(Section):
-    """When the scheduled flow lets a challenger replace the champion."""
+    """Conditions under which the scheduled flow replaces the champion by a challenger."""
 
     min_ms_gain: Annotated[float, Field(ge=-1, le=1)]
-    """The challenger's mean (MS - floor) must exceed the champion's by at least this."""
+    """Least amount by which the challenger's mean (MS - floor) must exceed the champion's."""
     max_fvu_loss: Annotated[float, Field(ge=0, le=1)]
-    """Its FVU may be at most this much higher."""
+    """Largest amount by which the challenger's FVU may exceed the champion's."""
     max_dead_rise: Annotated[float, Field(ge=0, le=1)]
-    """Its share of dead latents may be at most this much higher."""
+    """Largest amount by which the challenger's share of dead latents may exceed the champion's."""
 
 
 class Params(Section):
@@ -43,14 +43,14 @@ class Params(Section):
 
     @property
     def hookpoint(self) -> str:
-        """Where the activations were captured that the SAE is trained on."""
+        """Hookpoint whose activations the SAE is trained on."""
         return self.train.hookpoint or self.extract.hookpoints[0]
 
     @model_validator(mode="after")
     def _hookpoint_is_extracted(self) -> "Params":
         known, wanted = self.extract.hookpoints, self.train.hookpoint
         if wanted is None and len(known) > 1:
-            raise ValueError(f"train.hookpoint: must say which of extract.hookpoints to train on: {', '.join(known)}")
+            raise ValueError(f"train.hookpoint: must name one of extract.hookpoints to train on: {', '.join(known)}")
         for key, name in (("hookpoint", wanted), ("target", self.train.target)):
             if name is not None and name not in known:
                 raise ValueError(f"train.{key}: {name!r} is not in extract.hookpoints: {', '.join(known)}")

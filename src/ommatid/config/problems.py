@@ -1,4 +1,4 @@
-"""What is wrong with a value, in words: the key, what came, what is allowed."""
+"""Messages about invalid params, which say the key, what came and what is allowed."""
 
 import difflib
 from collections.abc import Iterator
@@ -11,17 +11,20 @@ from ommatid.errors import without_credentials
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """All that pydantic found, in one line.
+    """Describe all problems that pydantic found, in one line.
 
     Args:
-        error: Of checking values against `root`.
-        root: Whose keys the paths begin with.
+        error: Error of validating values against `root`.
+        root: Model whose keys the paths begin with.
+
+    Returns:
+        The problems, separated by semicolons and without credentials.
     """
     problems = error.errors(include_url=False)
     inside = {problem["loc"][:n] for problem in problems for n in range(len(problem["loc"]))}
-    # of a list with a bad entry pydantic also says that it is too short, having counted the good ones
-    told = (_explain_one(problem, root) for problem in problems if problem["type"] != "too_short" or problem["loc"] not in inside)
-    return without_credentials("; ".join(told))
+    # pydantic also reports a list with a bad entry as too short, as it counts only the good entries
+    sentences = (_explain_one(problem, root) for problem in problems if problem["type"] != "too_short" or problem["loc"] not in inside)
+    return without_credentials("; ".join(sentences))
 
 
 def _explain_one(problem: Any, root: type[BaseModel]) -> str:
@@ -43,7 +46,7 @@ def _explain_one(problem: Any, root: type[BaseModel]) -> str:
 
 @cache
 def _tags(root: type[BaseModel]) -> frozenset[str]:
-    """The tags of every discriminated union in the fields of `root`, whatever their depth."""
+    """Collect the tags of all discriminated unions in the fields of `root`, at any depth."""
     return frozenset(_iter_tags(TypeAdapter(root).core_schema))
 
 
@@ -59,7 +62,7 @@ def _iter_tags(schema: Any) -> Iterator[str]:
 
 
 def _known_keys(loc: tuple[str | int, ...], root: type[BaseModel]) -> str:
-    """The keys that are allowed beside an unknown one, the nearest in spelling first."""
+    """Return a sentence with the keys allowed in place of an unknown one, the nearest in spelling first."""
     known = _fields_at(loc[:-1], root)
     near = difflib.get_close_matches(str(loc[-1]), known, n=1)
     return (f"did you mean {near[0]}? " if near else "") + f"known here: {', '.join(known)}"
@@ -67,10 +70,10 @@ def _known_keys(loc: tuple[str | int, ...], root: type[BaseModel]) -> str:
 
 def _fields_at(loc: tuple[str | int, ...], root: type[BaseModel]) -> list[str]:
     models: list[type[BaseModel]] = [root]
-    for part in (part for part in loc if isinstance(part, str)):  # an entry of a list has the list's types
+    for part in (part for part in loc if isinstance(part, str)):  # indices are skipped, as an entry of a list has the list's types
         if inside := [sub for model in models if part in model.model_fields for sub in _models_in(model.model_fields[part].annotation)]:
             models = inside
-        else:  # a tag: of a union's models those that it stands for; one or several of a kind say nothing of which
+        else:  # a tag, which selects the models of a union that have it; the tags "one" and "several" select none
             tagged = [model for model in models if any(part in get_args(field.annotation) for field in model.model_fields.values())]
             models = tagged or models
     return sorted({name for model in models for name in model.model_fields})

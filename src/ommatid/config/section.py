@@ -1,4 +1,4 @@
-"""What every section of params.yaml is."""
+"""The base class of every section of params.yaml."""
 
 import itertools
 import re
@@ -10,35 +10,37 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from ommatid.errors import without_credentials
 
 _SECRET = (
-    "carries a user name, a password or a query in its URL, which would be written wherever params are; take it out, and leave "
+    "contains a URL with a user name, a password or a query, which would be written wherever params are; remove it, and leave "
     "credentials to the environment: OPENAI_API_KEY for a labeller, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for S3"
 )
 
 
-_NO_TEXT = "holds a character that no text and no file name can: NUL, or half of a surrogate pair; take it out"
+_NO_TEXT = "contains a character that is not allowed in text and file names: NUL, or half of a surrogate pair; remove it"
 
 
 class Section(BaseModel):
-    """A frozen part of params.yaml that refuses keys it does not know."""
+    """A frozen section of params.yaml, which refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     how: ClassVar[frozenset[str]] = frozenset()
-    """Fields that say how to compute and not what: the artefact is the same whatever they are."""
+    """Fields that affect how the artefact is computed, but not its content."""
 
     @model_validator(mode="before")
     @classmethod
-    def _can_be_meant(cls, values: Any) -> Any:
+    def _check_values(cls, values: Any) -> Any:
         for key, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(key)
             annotation = field.annotation if field else None
             if isinstance(value, bool) and _allows(annotation, int, float) and not _allows(annotation, bool):
-                raise ValueError(f"{key} is {str(value).lower()}, where a number is expected; write the number")  # it would be 0 or 1
-            if value == "" and key == "path":  # which would be the current folder
-                raise ValueError("path is empty; write where the files are")
-            # mappings of values; other mappings are sections, which look themselves
+                raise ValueError(
+                    f"{key} is {str(value).lower()}, where a number is expected; write the number"
+                )  # pydantic would read 0 or 1
+            if value == "" and key == "path":  # an empty path would be the current folder
+                raise ValueError("path is empty; set it to where the files are")
+            # mappings that are not annotated as dict are sections, which check themselves
             texts = list(_texts(value, holds_values=get_origin(annotation) is dict))
-            # values go into dvc.lock, manifests, the catalogue, reports, MLflow and Prefect: a secret must not be one
+            # values are written into dvc.lock, manifests, the catalogue, reports, MLflow and Prefect, so none may be a secret
             if any(without_credentials(text) != text for text in texts):
                 raise ValueError(f"{key} {_SECRET}")
             if any(re.search("[\0\ud800-\udfff]", text) for text in texts):
@@ -46,17 +48,17 @@ class Section(BaseModel):
         return values
 
     def identity(self) -> dict[str, Any]:
-        """The values that an artefact is made of, as JSON has them: what its manifest keeps and its draft is known by."""
+        """Return the values that determine an artefact's content, as JSON values; they go into its manifest and the name of its draft."""
         return self.model_dump(mode="json", exclude=set(self.how))
 
 
 def _allows(annotation: Any, *kinds: type) -> bool:
-    """Whether one of the types is, or is part of, an annotation."""
+    """Whether an annotation is, or contains, one of the types."""
     return annotation in kinds or any(_allows(inside, *kinds) for inside in get_args(annotation))
 
 
 def _texts(value: Any, holds_values: bool) -> Iterator[str]:
-    """The strings in a value, and in the lists and mappings of values that it holds."""
+    """Iterate over the strings in a value, and in the lists that it holds; also in its mappings if `holds_values`."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | tuple):
@@ -67,6 +69,6 @@ def _texts(value: Any, holds_values: bool) -> Iterator[str]:
             yield from _texts(one, holds_values)
 
 
-def unlike(name: str, others: Collection[str]) -> str:
-    """The name, with a number where it is taken."""
-    return name if name not in others else next(new for i in itertools.count(2) if (new := f"{name}-{i}") not in others)
+def unique_name(name: str, taken: Collection[str]) -> str:
+    """Return the name, with a number appended if it is taken."""
+    return name if name not in taken else next(new for i in itertools.count(2) if (new := f"{name}-{i}") not in taken)

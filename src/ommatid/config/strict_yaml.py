@@ -1,4 +1,4 @@
-"""Files that people write, read strictly: what two readers could understand in two ways is refused, with its line where there is one."""
+"""Strict parsers of hand-written YAML and JSON, which refuse what two parsers could read differently."""
 
 import json
 import re
@@ -10,20 +10,23 @@ import yaml
 from ommatid.errors import ConfigError, without_credentials
 
 DEEPEST = 50
-"""Levels of lists and mappings inside one another; params.yaml has six."""
+"""Largest depth of nested lists and mappings; params.yaml has a depth of six."""
 MOST_VALUES = 1_000_000
-"""Values in one file, those that an alias repeats counted each time."""
+"""Largest number of values in one file, counting those behind an alias each time it is used."""
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The values of one YAML document.
+    """Parse one YAML document.
 
     Args:
         text: The document.
-        where: What the error calls it, such as the path of the file.
+        where: Name of the document for messages, such as the path of the file.
+
+    Returns:
+        The values of the document.
 
     Raises:
-        ConfigError: not valid YAML, a key that is given twice, or nested or repeated without end.
+        ConfigError: The document is not valid YAML, gives a key twice, is ambiguous between YAML 1.1 and 1.2, or is too deep or too large.
     """
     loader = yaml.SafeLoader("")
     try:
@@ -36,25 +39,28 @@ def parse_yaml(text: str, where: str) -> Any:
         return loader.construct_document(node)
     except RecursionError:
         raise ConfigError(f"{where}: {_TOO_DEEP}") from None
-    except yaml.MarkedYAMLError as error:  # its snippet would show the text around, which may be secret
+    except yaml.MarkedYAMLError as error:  # not its own message, whose snippet of the text may show a secret
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ConfigError(f"{where}: not valid YAML: {line}{error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError) as error:  # of a date such as 2026-13-01, and of a number of thousands of digits
+    except (yaml.YAMLError, ValueError) as error:  # ValueError for a date such as 2026-13-01 or a number of thousands of digits
         raise ConfigError(f"{where}: not valid YAML: {without_credentials(' '.join(str(error).split()))}") from None
     finally:
         loader.dispose()
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The values of a JSON document.
+    """Parse a JSON document.
 
     Args:
         text: The document.
-        where: What the error calls it, such as the path of the file.
+        where: Name of the document for messages, such as the path of the file.
+
+    Returns:
+        The values of the document.
 
     Raises:
-        ConfigError: not valid JSON, a key that is given twice, or nested too deep.
+        ConfigError: The document is not valid JSON, gives a key twice, or is too deep.
     """
 
     def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -73,48 +79,46 @@ def parse_json(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: not valid JSON: {error}") from None
 
 
-_TOO_DEEP = f"nested more than {DEEPEST} levels deep; nothing here is, so a bracket or an indent is wrong"
+_TOO_DEEP = f"nested more than {DEEPEST} levels deep; no file here is meant to be, so a bracket or an indent is wrong"
 
 
-def _two_meanings(node: yaml.Node) -> str | None:
-    """What YAML 1.1, which is read here, and 1.2, which DVC reads, understand differently in a value without quotes."""
+def _find_ambiguity(node: yaml.Node) -> str | None:
+    """Describe an unquoted value that YAML 1.1, which PyYAML reads, and YAML 1.2, which DVC reads, understand differently; else None."""
     if not isinstance(node, yaml.ScalarNode) or node.style is not None:
         return None
     kind, text = node.tag.rpartition(":")[2], node.value
     if kind == "bool" and text.lower() not in ("true", "false"):
-        return f"{text} is a truth value to some readers of YAML, and a word to others; write true or false, or put the word into quotes"
+        return f"some YAML parsers read {text} as a boolean, others as a string; write true or false, or put the string into quotes"
     if kind in ("int", "float") and ":" in text:
-        return f"{text} is a number to base 60 to some readers of YAML, and a word to others; write the number, or put the word into quotes"
+        return f"some YAML parsers read {text} as a number to base 60, others as a string; write the number, or put the string into quotes"
     if kind == "int" and re.fullmatch("[-+]?0[0-9_]+", text):
-        return (
-            f"{text} is an octal number to some readers of YAML, and a decimal one to others; write it without the zero that it begins with"
-        )
+        return f"some YAML parsers read {text} as an octal number, others as a decimal one; write it without the leading zero"
     return None
 
 
 def _problems(root: yaml.Node) -> Iterator[str]:
-    """What is wrong with a document that is valid YAML."""
-    # A walk without recursion over the document as it will be read: an alias is walked each time, so its value counts each time
-    left = [(root, 1)]
+    """Iterate over the problems of a document that is valid YAML."""
+    # walks the document without recursion, following an alias each time it is used, so that its values count each time
+    pending = [(root, 1)]
     n_values = 0
-    while left:
-        node, depth = left.pop()
+    while pending:
+        node, depth = pending.pop()
         n_values += 1
         if depth > DEEPEST:
             yield _TOO_DEEP
             return
         if n_values > MOST_VALUES:
-            yield f"holds more than {MOST_VALUES:,} values, aliases (*name) resolved; write them out, or take them away"
+            yield f"holds more than {MOST_VALUES:,} values with its aliases (*name) resolved; write them out or remove them"
             return
-        if two := _two_meanings(node):
-            yield f"line {node.start_mark.line + 1}: {two}"
+        if ambiguity := _find_ambiguity(node):
+            yield f"line {node.start_mark.line + 1}: {ambiguity}"
             return
         if isinstance(node, yaml.SequenceNode):
-            left += [(inside, depth + 1) for inside in node.value]
+            pending += [(inside, depth + 1) for inside in node.value]
         elif isinstance(node, yaml.MappingNode):
             lines: dict[tuple[str, str], int] = {}
             for key, value in node.value:
-                left += [(key, depth + 1), (value, depth + 1)]
+                pending += [(key, depth + 1), (value, depth + 1)]
                 if not isinstance(key, yaml.ScalarNode):
                     continue
                 line = key.start_mark.line + 1

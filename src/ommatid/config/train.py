@@ -6,43 +6,43 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ommatid.config.problems import explain
-from ommatid.config.section import Section, unlike
+from ommatid.config.section import Section, unique_name
 from ommatid.config.variants import Variant
 
 
 class TrainParams(Section):
-    """Stage `train`: a sparse autoencoder, or several in one pass over the activations."""
+    """Stage `train`: trains a sparse autoencoder, or several in one pass over the activations."""
 
     hookpoint: str | None
-    """Which of extract.hookpoints it is trained on; null: the only one."""
+    """Hookpoint of extract.hookpoints to train on; null if there is only one."""
     target: str | None
-    """Which of extract.hookpoints is to be reconstructed from it (a transcoder); null: itself."""
+    """Hookpoint of extract.hookpoints to reconstruct from the first, which makes a transcoder; null to reconstruct the first itself."""
     variant: Variant
-    """What fires, and what is penalised."""
+    """Variant of SAE: which latents fire, and which penalty keeps them sparse."""
     d_sae: Annotated[int, Field(ge=2, le=2**20)]
-    """Latents of the SAE."""
+    """Number of latents."""
     k: Annotated[int, Field(ge=1)]
-    """Mean number of latents that fire a token (L0)."""
+    """Mean number of latents that fire per token (L0)."""
     epochs: Annotated[int, Field(ge=1, le=10_000)]
-    """Passes over the training tokens."""
+    """Number of passes over the training tokens."""
     batch_size: Annotated[int, Field(ge=2, le=2**20)]
-    """Tokens a step."""
+    """Number of tokens per step."""
     lr: Annotated[float, Field(gt=0, le=1)] | None
-    """Peak learning rate of Adam; null: 2e-4 / sqrt(d_sae / 16384)."""
+    """Peak learning rate of Adam; null for 2e-4 / sqrt(d_sae / 16384)."""
     aux_coefficient: Annotated[float, Field(ge=0, le=1)]
     """Weight of the AuxK loss (arXiv 2406.04093), which revives dead latents of the TopK family; 0 turns it off."""
     ms_weight: Annotated[float, Field(ge=0, le=1)]
-    """Weight of 1 - MS of the batch, by the joint embeddings of the images, not the judge's (1e-4 to 4e-4); 0 turns it off."""
+    """Weight of the loss 1 - MS of the batch, with joint embeddings in place of the judge's (try 1e-4 to 4e-4); 0 turns it off."""
     patience: Annotated[int, Field(ge=1, le=100)] | None
-    """End early when FVU has not fallen by 0.1 % for so many hundredths of the run; null: never. It is said in any case."""
+    """Stop when FVU has not fallen by 0.1 % within this percentage of the run; null to never stop early. A notice is given either way."""
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     """Seed of the initial weights and of the order of the batches."""
     max_dead: Annotated[float, Field(gt=0, le=1)]
-    """The gate fails when more than this share of latents ends training dead."""
+    """Largest share of latents that may be dead when training ends; with more, the gate fails."""
     runs: tuple[dict[str, Any], ...]
-    """Several SAEs in one pass: for each what differs from the values above, such as [{k: 8}, {k: 32, d_sae: 5120}]; []: one."""
+    """SAEs to train in one pass, each as its differences from the values above, such as [{k: 8}, {k: 32, d_sae: 5120}]; [] for one SAE."""
     grid: dict[str, tuple[Any, ...]]
-    """The same as values to combine, such as {k: [8, 16], seed: [0, 1]}; {}: none. Per SAE: variant, d_sae, k, lr, seed and the weights."""
+    """Values to combine into SAEs, such as {k: [8, 16], seed: [0, 1]}, of variant, d_sae, k, lr, seed and the weights; {} for one SAE."""
 
     @field_validator("variant", mode="before")
     @classmethod
@@ -54,33 +54,33 @@ class TrainParams(Section):
         if self.k > self.d_sae:
             raise ValueError(f"k is {self.k}, larger than d_sae {self.d_sae}: at most d_sae latents can fire; lower k or raise d_sae")
         if self.runs and self.grid:
-            raise ValueError("runs and grid are both given; name the SAEs by one of them")
+            raise ValueError("runs and grid are both given; use only one of them")
         if self.runs or self.grid:
             self.each()
         return self
 
     def each(self) -> dict[str, "TrainParams"]:
-        """The SAEs that are made, by name: for each these values without `runs` and `grid`.
+        """Return the params of each SAE to train, by name, without `runs` and `grid`.
 
         Raises:
-            ValueError: one cannot be made, or is there twice.
+            ValueError: The values of an SAE are invalid, or two SAEs are the same.
         """
         saes: dict[str, TrainParams] = {}
         for change in self._changes():
             one = self._changed(change)
             if one in saes.values():
                 raise ValueError(f"runs or grid: makes the same SAE twice: {change}")
-            saes[unlike(f"{one.variant.kind}-{one.d_sae}-k{one.k}-s{one.seed}", saes)] = one
+            saes[unique_name(f"{one.variant.kind}-{one.d_sae}-k{one.k}-s{one.seed}", saes)] = one
         return saes
 
     @property
     def is_aligned(self) -> bool:
-        """Whether encoders are kept near their directions; not in a transcoder, where they are of two spaces."""
+        """Whether each encoder is kept near its direction; false for a transcoder, where the two lie in different spaces."""
         return self.variant.is_aligned and self.target is None
 
     @property
     def aims_at_k(self) -> bool:
-        """Whether k latents are to fire a token; not where the weight of a penalty is given, whatever that leads to."""
+        """Whether training aims at k firing latents per token; false if the weight of a sparsity penalty is set instead."""
         return self.variant.aims_at_k
 
     def _changes(self) -> list[dict[str, Any]]:
@@ -88,8 +88,8 @@ class TrainParams(Section):
         return list(self.runs) or combined
 
     def _changed(self, change: dict[str, Any]) -> "TrainParams":
-        if odd := sorted(change.keys() - set(PER_SAE)):
-            raise ValueError(f"runs or grid: {', '.join(odd)}: cannot differ between SAEs of one pass; what can: {', '.join(PER_SAE)}")
+        if shared := sorted(change.keys() - set(PER_SAE)):
+            raise ValueError(f"runs or grid: {', '.join(shared)}: cannot differ between SAEs of one pass; these can: {', '.join(PER_SAE)}")
         try:
             return TrainParams.model_validate(self.model_dump(mode="json") | change | {"runs": (), "grid": {}})
         except ValidationError as error:

@@ -1,1 +1,1 @@
-"""Stage `sources`: fingerprints of what params.yaml names by path, for DVC."""
+"""Stage `sources`: fingerprints, for DVC, of the files that params.yaml names."""

@@ -1,8 +1,8 @@
-"""What params.yaml names by path, as DVC depends on it: a fingerprint of the files' content, for each stage that reads some.
+"""Stage `sources`: writes a fingerprint of the files that params.yaml names, for each stage that reads some, so that DVC can depend on it.
 
-DVC's own walk of a folder differs from ours: it does not follow linked folders, waits for pipes, and fails at links that lead nowhere and
-at names that are not UTF-8. So dvc.yaml has the stage `sources`, which always runs: it writes what it finds into small files, on which
-the other stages depend. The same content gives the same bytes on every machine; sizes and times only spare reading what was read before.
+DVC's own listing of a folder differs from Ommatid's: it does not follow linked folders, blocks on pipes, and fails on dangling links and on
+names that are not UTF-8. So dvc.yaml has the stage `sources`, which always runs and writes small files on which the other stages depend.
+The same content gives the same fingerprints on every machine; sizes and times only serve to skip files that were read before.
 """
 
 import hashlib
@@ -20,37 +20,44 @@ from ommatid.store.filesystem import READ_BYTES, aside_of, cache_folder
 from ommatid.store.filesystem.listing import Listed, Listing, list_activations, list_any, list_images, list_parquet
 
 PLACE = Path("data/sources")
-"""Folder of the files that DVC depends on."""
+"""Folder of the fingerprint files."""
 STAGES = ("images", "extract", "train", "label")
-"""Stages that read what their section names by path; there is a file for each."""
+"""Stages that read files named in their section; each has a fingerprint file."""
 SETTLED_NS = 2 * 10**9
-"""A file that changed less than this ago may change again and show the same times: it is not remembered."""
+"""Nanoseconds since the last change before which a checksum is not cached, as another change might leave the same times."""
 _N_READERS = 8
 
-Found = dict[str, dict[str, Any]]
-"""Key of params, and the path where it names several, to number, bytes and checksum of the files there."""
+Fingerprints = dict[str, dict[str, Any]]
+"""Number, bytes and checksum of files, by the dotted params key that names them, with an index if it names several."""
 
 
-def write_sources(params: Params, place: Path = PLACE) -> dict[str, Found]:
-    """Look at everything that params name by path, write down what was found, and give it by stage.
+def write_sources(params: Params, place: Path = PLACE) -> dict[str, Fingerprints]:
+    """Write the fingerprints of all files that params name.
 
-    Images, and activations from files, must be there. Of the rest, what is not there is left out: it may be a name on a model hub, and
-    the stage that needs it says so.
+    Images and activations from files must exist. Other paths may be names on a model hub, so missing ones are left out; the stage that
+    needs them will report it.
+
+    Args:
+        params: The params.
+        place: Folder to write to.
+
+    Returns:
+        The fingerprints by stage.
 
     Raises:
-        SourceError: the images, or the files of activations, are not there or cannot be listed.
-        ArtefactError: a URL that cannot be reached.
+        SourceError: The images or the files of activations are missing or cannot be listed.
+        ArtefactError: A URL cannot be reached.
     """
-    found = {stage: _look(stage, params) for stage in STAGES}
+    found = {stage: _fingerprint_stage(stage, params) for stage in STAGES}
     place.mkdir(parents=True, exist_ok=True)
     for stage, values in found.items():
         _replace(place / f"{stage}.json", json.dumps(values, indent=1, sort_keys=True) + "\n")
     return found
 
 
-def _look(stage: str, params: Params) -> Found:
+def _fingerprint_stage(stage: str, params: Params) -> Fingerprints:
     from_files = isinstance(params.extract, ExtractFiles)
-    if stage == "images":  # which nobody reads where activations come from files
+    if stage == "images":  # not used if activations come from files
         return {} if from_files else {"images.source.path": fingerprint(_list_source(params.images.source))}
     if stage == "extract" and isinstance(params.extract, ExtractFiles):
         return {"extract.path": fingerprint(list_activations(params.extract.path))}
@@ -71,7 +78,7 @@ def _list_source(source: ImageSource) -> Listing:
 
 
 def _paths(key: str, value: Any) -> Iterator[tuple[str, Path]]:
-    """Key and path of whatever in a section may be a file or folder, by the names that fields of this kind have."""
+    """Iterate over the values in a section that may be files or folders, judging by their field's name, with their dotted keys."""
     if isinstance(value, Mapping):
         for name, inside in value.items():
             yield from _paths(f"{key}.{name}", inside)
@@ -87,7 +94,7 @@ def _paths(key: str, value: Any) -> Iterator[tuple[str, Path]]:
 
 
 def fingerprint(listing: Listing) -> dict[str, Any]:
-    """Number, bytes and checksum of some files; the checksum is of their names and contents."""
+    """Return number, bytes and checksum of the files in a listing; the checksum covers names and contents."""
     whole = hashlib.sha256()
     for file, checksum in zip(listing.files, _checksums(listing), strict=True):
         whole.update(f"{file.name}\0{checksum}\n".encode())
@@ -95,11 +102,11 @@ def fingerprint(listing: Listing) -> dict[str, Any]:
 
 
 def _checksums(listing: Listing) -> list[str]:
-    """The checksum of each file: the one remembered where size and times are as they were, else by reading it."""
+    """Return the checksum of each file, from the cache if its size and times are unchanged, else by reading the file."""
     if listing.files[0].path is None:
-        return [f"{file.size} {file.stamp}" for file in listing.files]  # the store's own checksum
-    memory = cache_folder() / "checksums" / f"{hashlib.sha256(listing.place.encode()).hexdigest()[:32]}.json"
-    known = _load(memory)
+        return [f"{file.size} {file.stamp}" for file in listing.files]  # contains the store's own checksum
+    cache = cache_folder() / "checksums" / f"{hashlib.sha256(listing.place.encode()).hexdigest()[:32]}.json"
+    known = _load(cache)
     missing = [file for file in listing.files if not file.stamp or known.get(file.inside, ("", ""))[0] != _facts(file)]
     with ThreadPoolExecutor(_N_READERS) as pool:
         read = dict(zip((file.inside for file in missing), pool.map(_checksum, missing), strict=True))
@@ -111,9 +118,9 @@ def _checksums(listing: Listing) -> list[str]:
             for file, checksum in zip(listing.files, found, strict=True)
             if file.stamp and now - max(map(int, file.stamp.split())) > SETTLED_NS
         }
-        with suppress(OSError):  # without a memory everything is read again: slow, not wrong
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            _replace(memory, json.dumps(settled))
+        with suppress(OSError):  # without the cache all files are read again, which is only slower
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            _replace(cache, json.dumps(settled))
     return found
 
 
@@ -132,9 +139,9 @@ def _checksum(file: Listed) -> str:
     return digest.hexdigest()
 
 
-def _load(memory: Path) -> dict[str, tuple[str, str]]:
+def _load(cache: Path) -> dict[str, tuple[str, str]]:
     try:
-        return {name: (facts, checksum) for name, (facts, checksum) in json.loads(memory.read_text(encoding="utf-8")).items()}
+        return {name: (facts, checksum) for name, (facts, checksum) in json.loads(cache.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 

@@ -41,7 +41,7 @@ LEFT JOIN best ON best.sae = latents.sae AND best.latent = latents.latent
 LEFT JOIN comparisons ON comparisons.sae = latents.sae AND comparisons.dictionary = 'sae'
 ORDER BY latents.sae, latents.latent;
 
-COMMENT ON COLUMN features.label IS 'the label with the highest score; null: no labeller found one, see label_status';
-COMMENT ON COLUMN features.label_score IS 'balanced accuracy of the label at predicting which held-out images fire; null: no label, or too few or all images fire';
-COMMENT ON COLUMN features.labeller IS 'labeller that made the label; null: no labeller was run';
-COMMENT ON COLUMN features.label_status IS 'ok, unparsed, refused, failed, over_budget or too_few_examples; null: no labeller was run';
+COMMENT ON COLUMN features.label IS 'the label with the highest score; null if no labeller found one, see label_status';
+COMMENT ON COLUMN features.label_score IS 'balanced accuracy of the label at predicting on which held-out images the latent fires; null if there is no label, or the latent fires on too few or on all images';
+COMMENT ON COLUMN features.labeller IS 'labeller that made the label; null if no labeller was run';
+COMMENT ON COLUMN features.label_status IS 'ok, unparsed, refused, failed, over_budget or too_few_examples; null if no labeller was run';
