@@ -51,7 +51,7 @@ class Planted:
     def __post_init__(self) -> None:
         self.runs: list[float] = []
 
-    def run_verb(self, work: float) -> float:
+    def run(self, work: float) -> float:
         self.runs.append(work)
         return (self.start if len(self.runs) == 1 else 0.0) + self.fixed + self.each * work
 
@@ -157,7 +157,7 @@ class InThisProcess:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def run_verb(self, params: Any, data: Path, whole: dict[str, int] | None = None) -> Answer:
+    def run(self, params: Any, data: Path, whole: dict[str, int] | None = None) -> Answer:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in self._environment.items():
                 patch.setenv(name, value)
