@@ -21,10 +21,11 @@ from typing import Any
 
 import duckdb
 
-from ommatid import stage as stages
 from ommatid.config import load_params
 from ommatid.errors import ArtefactError, OmmatidError
 from ommatid.events import ignore
+from ommatid.pipeline import STAGES
+from ommatid.pipeline.run import run_stage
 from ommatid.store import Artefact, damage, open_artefact
 
 FLIPS = 100
@@ -59,7 +60,7 @@ def iter_flips(path: Path, n: int) -> Iterator[tuple[int, int]]:
 
 
 def artefacts(data: Path) -> dict[str, tuple[Path, str]]:
-    return {name: (data / one.place.name, one.kind) for name, one in stages.STAGES.items() if (data / one.place.name).exists()}
+    return {name: (data / one.place.name, one.kind) for name, one in STAGES.items() if (data / one.place.name).exists()}
 
 
 def files_of(place: Path) -> list[Path]:
@@ -84,7 +85,7 @@ def digest_of(artefact: Artefact) -> str:
 
 def reads(data: Path, only: list[str]) -> None:
     total: Counter[str] = Counter()
-    for name in only or stages.STAGES:
+    for name in only or STAGES:
         place, kind = artefacts(data)[name]
         right = digest_of(open_artefact(place, kind))
         for path in files_of(place):
@@ -103,7 +104,7 @@ def reads(data: Path, only: list[str]) -> None:
 
 def run(stage: str, data: Path, overrides: list[str]) -> str:
     """Digest of the tables and weights that a stage publishes."""
-    made = stages.run_stage(stage, load_params(Path("params.yaml"), overrides), ignore, str(data), data / "quality")
+    made = run_stage(stage, load_params(Path("params.yaml"), overrides), ignore, str(data))
     if stage == "catalog":  # its file has the time in it
         with duckdb.connect(str(made.file("catalog.duckdb")), read_only=True) as connection:
             names = [name for (name,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall() if name != "runs"]
@@ -112,7 +113,7 @@ def run(stage: str, data: Path, overrides: list[str]) -> str:
 
 
 def stage_on_damage(stage: str, data: Path, overrides: list[str]) -> None:
-    inputs = [path for name in stages.STAGES[stage].inputs for path in files_of(artefacts(data)[name][0])]
+    inputs = [path for name in STAGES[stage].inputs for path in files_of(artefacts(data)[name][0])]
     right, came = run(stage, data, overrides), Counter()
     for path in inputs:
         ((at, bit),) = iter_flips(path, 1)

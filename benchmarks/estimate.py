@@ -17,8 +17,8 @@ from pathlib import Path
 
 from report import Row, publish
 
-from ommatid.config import STAGES
-from ommatid.stage import STAGES as MADE
+from ommatid.config import STAGE_NAMES
+from ommatid.pipeline import STAGES as MADE
 
 CHECKOUT = Path(__file__).parent.parent
 MB = 1e6
@@ -97,8 +97,8 @@ def compare(name: str, overrides: list[str]) -> tuple[list[Row], list[str]]:
         shutil.copy(CHECKOUT / "data/cifar10.json", folder / "data")
         said = json.loads(python(folder, ESTIMATE, *overrides).splitlines()[-1])
         estimated = {stage: Taken(values["bytes"], values["seconds"], values["peak"]) for stage, values in said["stages"].items()}
-        actual = {stage: run_stage(folder, stage, overrides) for stage in STAGES}
-    notes = [f"{name}: {stage}: {describe(estimated[stage], actual[stage])}" for stage in STAGES]
+        actual = {stage: run_stage(folder, stage, overrides) for stage in STAGE_NAMES}
+    notes = [f"{name}: {stage}: {describe(estimated[stage], actual[stage])}" for stage in STAGE_NAMES]
     print(*notes, sep="\n", flush=True)
     return [*rows_of(name, estimated, actual), Row(f"{name}: the estimate itself takes", said["took"] / 60, "minutes")], notes
 
@@ -119,10 +119,10 @@ def rows_of(name: str, estimated: dict[str, Taken], actual: dict[str, Taken]) ->
         for of in (estimated, actual)
     ]
     of_sum = sums[0].beside(sums[1])
-    of_stages = {stage: estimated[stage].beside(actual[stage]) for stage in STAGES}
+    of_stages = {stage: estimated[stage].beside(actual[stage]) for stage in STAGE_NAMES}
     rows = []
     for i, what in enumerate(("bytes", "minutes", "peak memory")):
-        worst = max(STAGES, key=lambda stage: of_stages[stage][i])
+        worst = max(STAGE_NAMES, key=lambda stage: of_stages[stage][i])
         rows.append(Row(f"{name}: {what} of the run, estimate against what happens", 100 * of_sum[i], "% off", 10, None, "lower"))
         rows.append(Row(f"{name}: {what} of the worst stage ({worst})", 100 * of_stages[worst][i], "% off", 10, None, "lower"))
     return rows

@@ -33,8 +33,8 @@ from ommatid.config import ExtractParams, Params, load_params
 from ommatid.extract.shard import _encoded
 from ommatid.extract.stage import extract
 from ommatid.extract.towers import Towers
-from ommatid.images import make_images
 from ommatid.images.loader import Pixels, iter_pixels, make_pool
+from ommatid.images.stage import run as make_images
 from ommatid.store import Artefact
 
 CHECKOUT = Path(__file__).parent.parent

@@ -17,11 +17,11 @@ from ommatid.activations.batches import iter_batches, load_sample
 from ommatid.activations.columns import from_float16
 from ommatid.config import load_params
 from ommatid.metrics import Fidelity
+from ommatid.pipeline import open_stage
 from ommatid.sae.learner import Learner, Sample
 from ommatid.sae.schedule import make_plan
 from ommatid.sae.step import Batch
 from ommatid.sae.trainer import Trainer
-from ommatid.stage import open_stage
 from ommatid.train.stage import SAMPLE
 
 

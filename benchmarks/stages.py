@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ommatid.config import STAGES
+from ommatid.config import STAGE_NAMES
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -35,7 +35,7 @@ def run(n_images: int, overrides: list[str]) -> dict[str, tuple[float, float]]:
         shutil.copy(CHECKOUT / "params.yaml", folder)
         (folder / "data").mkdir()
         shutil.copy(CHECKOUT / "data/cifar10.json", folder / "data")
-        return {stage: measure(stage, folder, [f"images.limit={n_images}", *overrides]) for stage in STAGES}
+        return {stage: measure(stage, folder, [f"images.limit={n_images}", *overrides]) for stage in STAGE_NAMES}
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     table = {n: run(n, overrides) for n in sizes}
     print("| stage |" + "".join(f" {n:,} images: s | MB |" for n in sizes))
     print("|---|" + "--:|--:|" * len(sizes))
-    for stage in STAGES:
+    for stage in STAGE_NAMES:
         print(f"| {stage} |" + "".join(f" {table[n][stage][0]:.1f} | {table[n][stage][1]:.0f} |" for n in sizes))
 
 

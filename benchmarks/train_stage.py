@@ -21,9 +21,9 @@ from ommatid.activations.columns import to_binary
 from ommatid.config import TrainParams, load_params
 from ommatid.events import Event, Measured, Progress
 from ommatid.extract.rows import BYTES_PER_ROW_GROUP, order_rows, window, write_rows
+from ommatid.pipeline.run import run_stage
 from ommatid.sae.learner import Learner, Sample
 from ommatid.sae.schedule import make_plan
-from ommatid.stage import run_stage
 from ommatid.store import Artefact
 from ommatid.train.stage import CHECKPOINT, SAMPLE
 

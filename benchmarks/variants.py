@@ -15,8 +15,8 @@ from ommatid.config import TrainParams, load_params
 from ommatid.evaluate.batches import iter_images
 from ommatid.events import ignore
 from ommatid.metrics import Fidelity, Firing, Monosemanticity, nan_mean
+from ommatid.pipeline import open_stage
 from ommatid.sae.learner import CURVE_COLUMNS, Learner
-from ommatid.stage import open_stage
 from ommatid.store import Artefact
 from ommatid.train.stage import fit
 

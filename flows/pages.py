@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ommatid.catalog.reader import Catalog
+from ommatid.pipeline import STAGES
 from ommatid.publish.champion import Decision
-from ommatid.stage import HEALTH, QUALITY, REPORT, STAGES
+from ommatid.stage import HEALTH, QUALITY, REPORT
 
 HEADLINES = ("evaluate", "label")
 N_FEATURES = 10

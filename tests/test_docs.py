@@ -12,7 +12,7 @@ import typer
 import yaml
 from PIL import Image
 
-from ommatid.catalog import Catalog
+from ommatid.catalog.reader import Catalog
 from ommatid.cli.app import app
 from ommatid.config.load import make_params
 from support.catalog import build, make_inputs, path_in

@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 __all__ = ["Catalog", "Encoding", "OmmatidError", "Run", "encode", "fvu", "load_model", "load_sae", "monosemanticity", "open_run"]
 
 _ELSEWHERE = {
-    "Catalog": "ommatid.catalog",
+    "Catalog": "ommatid.catalog.reader",
     "OmmatidError": "ommatid.errors",
     "fvu": "ommatid.metrics.arrays",
     "monosemanticity": "ommatid.metrics.arrays",

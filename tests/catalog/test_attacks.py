@@ -212,7 +212,7 @@ def test_nothing_can_be_opened_once_the_catalogue_is(file: Path) -> None:
 @pytest.mark.parametrize("sql", ["SELECT 1", "SELECT levenshtein(repeat('a', 1000000), repeat('b', 1000000))"], ids=["idle", "busy"])
 def test_the_process_ends_with_the_one_that_asks(file: Path, sql: str) -> None:
     script = (
-        "import os, sys, threading, time\nfrom pathlib import Path\nfrom ommatid.catalog import Catalog\n"
+        "import os, sys, threading, time\nfrom pathlib import Path\nfrom ommatid.catalog.reader import Catalog\n"
         f"catalog = Catalog(Path({str(file)!r}))\n(child,) = catalog._idle\nprint(child.pid, flush=True)\n"
         f"threading.Thread(target=catalog.rows, args=({sql!r},), daemon=True).start()\ntime.sleep(3600)"
     )
@@ -235,7 +235,8 @@ def test_only_values_are_unpickled() -> None:
 
 AS_ON_MACOS = """
 from pathlib import Path
-from ommatid.catalog import Catalog, client
+from ommatid.catalog import client
+from ommatid.catalog.reader import Catalog
 from ommatid.errors import QueryError
 client.WORKER, file = Path("worker.py").absolute(), Path(%r)
 with Catalog(file, memory_mb=100) as catalog:

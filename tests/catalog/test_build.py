@@ -14,9 +14,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from ommatid import schemas
-from ommatid.catalog.build import RELATIONS
 from ommatid.catalog.neighbours import iter_neighbours
 from ommatid.catalog.reader import Catalog
+from ommatid.catalog.stage import RELATIONS
 from ommatid.compute import nearest
 from ommatid.errors import ArtefactError
 from support import catalog as artefacts

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ommatid import stage
 from ommatid.cli.edge import at_edge
 from ommatid.config import load_params
 from ommatid.errors import ArtefactError, Lack, MachineError, find_lack
 from ommatid.events import ignore
+from ommatid.pipeline import STAGES, run
 from ommatid.store.filesystem import writing
 
 
@@ -121,17 +121,17 @@ def test_the_cause_is_found_also_behind_other_errors(error: Exception, lack: Lac
     assert find_lack(ExceptionGroup("several", [ValueError("a"), error])) is lack
 
 
-@pytest.mark.parametrize("name", stage.STAGES)
+@pytest.mark.parametrize("name", STAGES)
 def test_a_stage_that_lacks_something_is_named_with_what_helps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise RuntimeError(
             "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"
         )
 
-    monkeypatch.setattr(stage, "_open_inputs", fail)
+    monkeypatch.setattr(run, "open_inputs", fail)
     with pytest.raises(MachineError, match=rf"^{name}: there is not enough memory \(.*DefaultCPUAllocator") as said:
-        stage.run_stage(name, load_params(), ignore)
-    assert stage.LESS.get(name, "use less of it") in str(said.value) and "run the stage again" in str(said.value)
+        run.run_stage(name, load_params(), ignore)
+    assert (STAGES[name].memory_advice or "use less of it") in str(said.value) and "run the stage again" in str(said.value)
 
 
 def test_writing_names_the_file_whatever_the_type_of_the_error(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_a_closed_pipe_is_no_error(file: Path, n: int) -> None:
 
 
 def test_the_whole_package_needs_no_torch() -> None:
-    script = "import sys, ommatid.catalog.build, ommatid.show.pictures; print({'torch', 'transformers', 'pandas'} & set(sys.modules))"
+    script = "import sys, ommatid.catalog.stage, ommatid.show.pictures; print({'torch', 'transformers', 'pandas'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 

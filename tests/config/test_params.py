@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from ommatid.config import STAGES, ExtractParams, Params, Section, dotted, load_params
+from ommatid.config import STAGE_NAMES, ExtractParams, Params, Section, dotted, load_params
 from ommatid.errors import ConfigError
 from support.study import CHECKOUT
 
@@ -13,7 +13,7 @@ PARAMS = CHECKOUT / "params.yaml"
 
 
 def test_checkouts_params_are_valid_and_cover_every_stage() -> None:
-    assert set(STAGES) < set(dotted(load_params(PARAMS))) | set(Params.model_fields)
+    assert set(STAGE_NAMES) < set(dotted(load_params(PARAMS))) | set(Params.model_fields)
 
 
 @pytest.mark.parametrize(

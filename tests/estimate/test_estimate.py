@@ -21,7 +21,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ommatid.config import STAGES, EvaluateParams, load_params
+from ommatid.config import EvaluateParams, load_params
 from ommatid.errors import ConfigError, ModelError, OmmatidError, SourceError
 from ommatid.estimate import Estimate, estimate, process, trial, trials
 from ommatid.estimate.fit import LARGEST, SMALLEST, Timed, expect, fit, grow, trial_sizes
@@ -30,9 +30,9 @@ from ommatid.estimate.sample import draw_images
 from ommatid.estimate.totals import expect_examples
 from ommatid.estimate.trials import trained_tokens
 from ommatid.events import ignore
+from ommatid.pipeline import STAGES
+from ommatid.pipeline.run import run_stage
 from ommatid.sae.schedule import make_plan
-from ommatid.stage import STAGES as MADE
-from ommatid.stage import run_stage
 from support.processes import HANG_SECONDS, wait_for, wait_for_end
 from support.study import make_test_params, run_verb
 from support.tiles import make_images_artefact, write_tile_folder
@@ -193,7 +193,7 @@ def test_a_real_run_makes_what_was_estimated(estimated: Estimate, checkout: Path
     made = {}
     for stage in STAGES:
         run_stage(stage, params, ignore)
-        made[stage] = sum(path.stat().st_size for path in MADE[stage].place.rglob("*") if path.is_file())
+        made[stage] = sum(path.stat().st_size for path in STAGES[stage].place.rglob("*") if path.is_file())
     said = {stage.stage: stage.bytes for stage in estimated.stages}
     assert said == pytest.approx(made, rel=0.1)
     assert estimated.n_images == N_IMAGES

@@ -20,7 +20,7 @@ from ommatid.evaluate.zero_shot import ZeroShot, draw_images, iter_drawn, measur
 from ommatid.events import Event, Warned
 from ommatid.extract import towers
 from ommatid.extract.stage import extract
-from ommatid.images import decode
+from ommatid.images.decode import decode
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, open_draft
 from ommatid.vlm import Captured, Hookpoint, Replacement

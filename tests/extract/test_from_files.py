@@ -28,7 +28,8 @@ from ommatid.extract.from_files import plan
 from ommatid.extract.from_files import stage as module
 from ommatid.extract.from_files.formats import open_files
 from ommatid.extract.from_files.stage import import_files, is_eval
-from ommatid.stage import open_stage, run_stage
+from ommatid.pipeline import open_stage
+from ommatid.pipeline.run import run_stage
 from ommatid.store import Artefact, open_draft
 from support.study import CHECKOUT, make_test_params
 

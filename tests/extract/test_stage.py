@@ -24,7 +24,8 @@ from ommatid.extract.rows import order_rows, window
 from ommatid.extract.shard import ShardJob
 from ommatid.extract.stage import extract
 from ommatid.extract.tokens import TokenPicker, draw_kept
-from ommatid.images import dataset, decode
+from ommatid.images import dataset
+from ommatid.images.decode import decode
 from ommatid.store import Artefact, Draft, open_draft
 from ommatid.vlm import Captured, Hookpoint
 from support.study import make_test_params

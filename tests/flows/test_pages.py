@@ -5,8 +5,9 @@ from pathlib import Path
 
 from flows import pages
 from ommatid.config import RetrainParams
+from ommatid.pipeline import STAGES
 from ommatid.publish.champion import Decision, Scores
-from ommatid.stage import HEALTH, QUALITY, STAGES
+from ommatid.stage import HEALTH, QUALITY
 from support import catalog as catalog_artefacts
 
 

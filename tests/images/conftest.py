@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ommatid.config import ImagesParams
-from ommatid.images import make_images
+from ommatid.images.stage import run as make_images
 from ommatid.store import Artefact, Draft, open_draft
 
 

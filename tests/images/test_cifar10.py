@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from ommatid.errors import SourceError
-from ommatid.images import decode
 from ommatid.images.cifar10 import CLASSES, Cifar10
+from ommatid.images.decode import decode
 from ommatid.images.npm import Pin, fetch, load_pin
 
 PER_BATCH = 3

@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from ommatid.images import Unreadable, decode
-from ommatid.images.decode import MAX_BYTES
+from ommatid.images.decode import MAX_BYTES, Unreadable, decode
 
 STORED = {  # how a camera stores an upright picture under each EXIF orientation
     1: lambda upright: upright,

@@ -100,7 +100,8 @@ def test_parquet_that_is_not_there(s3: str, root: Path, path: str, said: str, ma
 DYING = """
 import sys
 from ommatid.config import ImagesParams
-from ommatid.images import dataset, make_images
+from ommatid.images import dataset
+from ommatid.images.stage import run as make_images
 from ommatid.store import open_draft
 
 dataset.ROWS_PER_PART = 2
@@ -118,7 +119,8 @@ with open_draft(sys.argv[1], "images", params.identity(), {}) as draft:
 
 
 def test_a_killed_run_goes_on(s3: str, root: Path, params: Callable[..., Any], drafting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ommatid.images import dataset, make_images
+    from ommatid.images import dataset
+    from ommatid.images.stage import run as make_images
 
     monkeypatch.chdir(root.parent)
     upload(root, f"{s3}/photos")

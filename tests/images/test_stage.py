@@ -20,9 +20,10 @@ from PIL import Image
 from ommatid import store
 from ommatid.errors import ArtefactError
 from ommatid.events import Warned
-from ommatid.images import dataset, make_images, stage
+from ommatid.images import dataset, stage
 from ommatid.images.dataset import Row, examine, split_of
 from ommatid.images.source import Item, spread
+from ommatid.images.stage import run as make_images
 from ommatid.schemas import IMAGES, REJECTED
 from ommatid.store import open_artefact
 
@@ -217,7 +218,8 @@ import os, sys
 from pathlib import Path
 from ommatid.config import ImagesParams
 from ommatid import store
-from ommatid.images import dataset, make_images
+from ommatid.images import dataset
+from ommatid.images.stage import run as make_images
 place, params, when, name = Path(sys.argv[1]), ImagesParams.model_validate_json(sys.argv[2]), sys.argv[3], sys.argv[4]
 dataset.ROWS_PER_PART = 5
 store.draft._code_digest = lambda: "the same"

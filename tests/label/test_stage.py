@@ -10,10 +10,11 @@ import pytest
 from ommatid.config import LabelParams, Params
 from ommatid.errors import ConfigError
 from ommatid.events import Event, Warned, ignore
-from ommatid.label import label, load_material
 from ommatid.label.evidence import context
+from ommatid.label.evidence.context import load_material
 from ommatid.label.labellers import Asked, Source
 from ommatid.label.labellers.base import Answer, Case
+from ommatid.label.stage import label
 from ommatid.quality import check
 from ommatid.store import Artefact, Draft, open_draft
 from support.study import make_artefact, make_test_params

@@ -18,8 +18,8 @@ from PIL import Image
 
 from ommatid import store
 from ommatid.catalog.reader import Catalog
-from ommatid.config import STAGES as NAMES
-from ommatid.stage import STAGES
+from ommatid.config import STAGE_NAMES as NAMES
+from ommatid.pipeline import STAGES
 from ommatid.store.filesystem import disk
 from support.study import make_test_params, run_verb
 from support.tiles import write_tile_folder

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from ommatid.catalog.reader import Catalog
-from ommatid.stage import STAGES, open_stage
+from ommatid.pipeline import STAGES, open_stage
 from ommatid.store import Artefact
 from ommatid.store.filesystem import open_folder
 from support.servers import S3Server

@@ -22,12 +22,13 @@ from ommatid.errors import ArtefactError, GateError, TrainingError
 from ommatid.events import Event, Warned, ignore
 from ommatid.extract import towers
 from ommatid.label.evidence import context
+from ommatid.pipeline import open_stage
+from ommatid.pipeline.run import run_stage
 from ommatid.publish import champion
 from ommatid.quality import Report
 from ommatid.sae.learner import Learner
 from ommatid.sae.model import SAE
 from ommatid.sae.step import Batch
-from ommatid.stage import open_stage, run_stage
 from ommatid.store import Artefact, Draft
 from support.study import make_test_params
 from support.tiles import COLOURS, TileModel, write_tile_folder

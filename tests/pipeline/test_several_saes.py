@@ -24,9 +24,10 @@ from ommatid.events import Event, Listener, Progress, ignore
 from ommatid.extract import towers
 from ommatid.label.evidence import context
 from ommatid.metrics import Fidelity
+from ommatid.pipeline import STAGES, open_stage
+from ommatid.pipeline.run import run_stage
 from ommatid.publish import champion
 from ommatid.sae.model import SAE, SAEConfig
-from ommatid.stage import STAGES, open_stage, run_stage
 from ommatid.store import Artefact, open_draft
 from ommatid.vlm import Captured, Hookpoint, Replacement
 from support.study import make_test_params, run_verb

@@ -12,7 +12,8 @@ from mlflow import MlflowClient
 from ommatid import quality
 from ommatid.config import load_params
 from ommatid.events import Event, Warned
-from ommatid.stage import open_stage, study_params
+from ommatid.pipeline import open_stage
+from ommatid.pipeline.inputs import study_params
 from support.activations import draw_activations
 from support.study import make_test_params, run_verb
 

@@ -21,16 +21,16 @@ from ommatid.config import Baseline, Params, TrainParams
 from ommatid.errors import ConfigError, TrainingError
 from ommatid.evaluate.dictionaries import CONTROL_SEED
 from ommatid.events import Measured
-from ommatid.images import decode
+from ommatid.images.decode import decode
 from ommatid.images.eval_split import iter_latent_firings, load_eval_split
-from ommatid.label import label
 from ommatid.label.evidence import firings as label_examples
 from ommatid.label.evidence.context import load_joint
 from ommatid.label.labellers.vocabulary import load_words
+from ommatid.label.stage import label
 from ommatid.sae.baselines import make_baseline
 from ommatid.sae.model import SAE
 from ommatid.store import Artefact, open_draft
-from ommatid.train.stage import train
+from ommatid.train.stage import run as train
 from support.study import make_artefact, make_test_params
 from support.tiles import ALWAYS, COLOURS, D_SAE, DEAD, GRID, MIXED, PURE, TileModel, make_line
 

@@ -21,14 +21,14 @@ from ommatid.evaluate.stage import evaluate
 from ommatid.events import ignore
 from ommatid.extract import towers
 from ommatid.extract.stage import extract
-from ommatid.images import make_images
-from ommatid.label import label
+from ommatid.images.stage import run as make_images
 from ommatid.label.evidence import context as label_material
+from ommatid.label.stage import label
 from ommatid.metrics import auroc, best_matches, chance_cosine
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.sae.trainer import Trainer
 from ommatid.store import Artefact
-from ommatid.train.stage import train
+from ommatid.train.stage import run as train
 from ommatid.vlm import VisionModel, load_model
 from support import planted_vision
 from support.planted import begin, iter_planted, make_train_params, mmcs

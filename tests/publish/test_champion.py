@@ -12,9 +12,9 @@ from ommatid import store
 from ommatid.catalog.reader import Catalog
 from ommatid.config import Params, RetrainParams, load_params
 from ommatid.errors import ArtefactError
+from ommatid.pipeline import STAGES
 from ommatid.publish import champion
 from ommatid.publish.champion import Decision, Scores, compare
-from ommatid.stage import STAGES
 from support.study import CHECKOUT
 
 MARGINS = RetrainParams(min_ms_gain=0.005, max_fvu_loss=0.01, max_dead_rise=0.02)

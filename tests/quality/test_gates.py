@@ -16,11 +16,12 @@ import pyarrow as pa
 import pytest
 from safetensors.numpy import save_file
 
-from ommatid import quality, schemas, stage, store
-from ommatid.catalog.build import RELATIONS
+from ommatid import quality, schemas, store
+from ommatid.catalog.stage import RELATIONS
 from ommatid.config import Params, TrainParams, load_params, make_params
 from ommatid.errors import GateError
 from ommatid.events import ignore
+from ommatid.pipeline.run import run_stage
 from ommatid.quality import Check, Report
 from ommatid.store import Artefact, Draft, part_name
 from support.study import CHECKOUT
@@ -672,10 +673,8 @@ def test_failing_gate_leaves_a_report_and_no_artefact(tmp_path: Path, monkeypatc
         return draft.seal({})
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        stage, "_compute", lambda name, params, inputs, draft, on_event, data: make_images(params.images, inputs, draft, on_event)
-    )
+    monkeypatch.setattr("ommatid.images.stage.run", make_images)
     with pytest.raises(GateError, match=r"both splits have images: split eval: images 0.*data/quality/images\.html"):
-        stage.run_stage("images", params, ignore)
+        run_stage("images", params, ignore)
     assert not (tmp_path / "data/images").exists()
     assert json.loads((tmp_path / "data/quality/images.json").read_text())["success"] is False

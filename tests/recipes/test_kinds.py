@@ -63,7 +63,7 @@ import pytest
 from support.study import make_test_params
 from support.tiles import D_SAE, PURE, make_line
 
-from ommatid.label import label
+from ommatid.label.stage import label
 
 params = make_test_params(
     extract={"hookpoints": ["tiles"], "tokens": "patch", "dtype": "float32"},

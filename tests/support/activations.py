@@ -12,7 +12,7 @@ from ommatid.activations.columns import to_binary
 from ommatid.config import Params
 from ommatid.events import ignore
 from ommatid.extract.rows import order_rows, window, write_rows
-from ommatid.stage import run_stage
+from ommatid.pipeline.run import run_stage
 from ommatid.store import Artefact, open_draft, part_name
 from support.study import make_test_params
 

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from ommatid import schemas, store
-from ommatid.catalog.build import CATALOG, build_catalog
+from ommatid.catalog.stage import CATALOG, build_catalog
 from ommatid.config import CatalogParams
 from ommatid.events import Listener, ignore
 from ommatid.store import Artefact, Draft

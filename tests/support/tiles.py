@@ -14,7 +14,7 @@ from ommatid.config import Params, TrainParams
 from ommatid.evaluate.stage import evaluate
 from ommatid.extract import towers
 from ommatid.extract.stage import extract
-from ommatid.images import make_images
+from ommatid.images.stage import run as make_images
 from ommatid.label.evidence import context
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, Draft

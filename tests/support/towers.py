@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ommatid.activations.columns import from_float16
 from ommatid.errors import ModelError
 from ommatid.extract.stage import extract
-from ommatid.images import make_images
+from ommatid.images.stage import run as make_images
 from ommatid.store import Artefact
 from ommatid.vlm import VisionModel
 from ommatid.vlm.precision import normalise

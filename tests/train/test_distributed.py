@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ommatid.events import ignore
+from ommatid.pipeline import open_stage
+from ommatid.pipeline.run import run_stage
 from ommatid.sae.model import SAE
-from ommatid.stage import open_stage, run_stage
 from ommatid.store import Artefact
 from support.activations import make_params, prepare, write_activations
 from support.processes import HANG_SECONDS

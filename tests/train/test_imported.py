@@ -7,9 +7,10 @@ import torch
 
 from ommatid.errors import ModelError
 from ommatid.events import ignore
+from ommatid.pipeline import open_stage
+from ommatid.pipeline.run import run_stage
 from ommatid.sae.interop import export_sae, write_native
 from ommatid.sae.model import SAE, SAEConfig
-from ommatid.stage import open_stage, run_stage
 from support.activations import make_params, prepare, write_activations
 
 

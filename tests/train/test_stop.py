@@ -22,7 +22,8 @@ from mlflow import MlflowClient
 from flows.checkout import end
 from ommatid.config import load_params
 from ommatid.events import ignore
-from ommatid.stage import STAGES, open_stage, run_stage
+from ommatid.pipeline import STAGES, open_stage
+from ommatid.pipeline.run import run_stage
 from support.activations import draw_activations
 from support.processes import HANG_SECONDS, alive
 from support.study import make_test_params

@@ -7,8 +7,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from ommatid.evaluate.stage import evaluate
 from ommatid.extract.stage import extract
-from ommatid.label import label
-from ommatid.train.stage import train
+from ommatid.label.stage import label
+from ommatid.train.stage import run as train
 from support.models import SIZES
 from support.study import make_artefact, make_test_params
 from support.tiles import make_images_artefact

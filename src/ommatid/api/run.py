@@ -9,7 +9,9 @@ from ommatid.api.encoding import Encoder, Encoding, ImageLike, as_list, name_ima
 from ommatid.catalog.reader import Catalog
 from ommatid.config import EvaluateParams
 from ommatid.errors import ArtefactError, ConfigError, InputError, ModelError
-from ommatid.stage import DATA, STAGES, TRACKED, open_stage
+from ommatid.pipeline import STAGES, open_stage
+from ommatid.pipeline.inputs import check_lineage
+from ommatid.stage import DATA
 from ommatid.store import INSIDE, Artefact
 
 if TYPE_CHECKING:
@@ -93,7 +95,7 @@ class Run:
         >>> len(ommatid.open_run("data").saes)
         1
         """
-        rejected = {name for stage in TRACKED if stage in self.artefacts for name in self.artefacts[stage].rejected}
+        rejected = {name for artefact in self.artefacts.values() for name in artefact.rejected}
         return tuple(name for name in self._training.children if name not in rejected)
 
     @cached_property
@@ -240,9 +242,7 @@ class Run:
         model, sae = self.model, self.sae(name)
         hookpoint = sae.config.hookpoint
         activations, evaluations = open_stage("extract", hookpoint, self.data), open_stage("evaluate", data=self.data)
-        for made, stage, source in ((self._training, "extract", activations), (evaluations, "train", self._training)):
-            if made.manifest.inputs[stage] != source.digest:
-                raise ArtefactError(f"{made.url} was made from another {source.url} than the one there now; run `dvc repro`")
+        check_lineage("encode", {"extract": activations, "train": self._training, "evaluate": evaluations})
         picker = TokenPicker(hookpoint, check_hookpoint(model, hookpoint), self.params["extract"]["tokens"])
         return Encoder(model, picker, sae, make_pool(EvaluateParams(**evaluations.manifest.params), activations))
 

@@ -1,5 +1,13 @@
-"""The catalogue: one DuckDB file built from the artefacts, queried in SQL in a sandboxed process."""
+"""Stage `catalog`: one DuckDB file built from the artefacts, queried in SQL in a sandboxed process."""
 
-from ommatid.catalog.reader import Catalog
+from pathlib import Path
 
-__all__ = ["Catalog"]
+from ommatid.stage import Stage
+
+STAGE = Stage(
+    "catalog",
+    kind="catalog",
+    place=Path("data/catalog"),
+    inputs=("images", "extract", "train", "evaluate", "label"),
+    reporter="ommatid.show.report:write_into",
+)

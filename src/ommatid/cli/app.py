@@ -136,7 +136,7 @@ def estimate(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, d
     from ommatid.cli.terminal import showing
     from ommatid.config import load_params
     from ommatid.estimate import estimate as make_estimate
-    from ommatid.stage import study_params
+    from ommatid.pipeline.inputs import study_params
 
     with showing(sys.stdout) as on_event:
         made = make_estimate(study_params("extract", load_params(params, overrides or ()), data, on_event), data, on_event)
@@ -291,7 +291,7 @@ def _catalog_file(catalog: Path | None, data: str) -> Path:
     if catalog is not None and data != DEFAULT_DATA:
         raise ConfigError(f"--catalog {catalog} and --data {data} are both given; name the catalogue by one of them")
     if catalog is None and "://" in data:
-        from ommatid.stage import open_stage
+        from ommatid.pipeline import open_stage
 
         return open_stage("catalog", data=data).file("catalog.duckdb")
     return catalog or Path(data) / "catalog" / "catalog.duckdb"
@@ -308,7 +308,7 @@ def _trained_sae(data: str) -> Path:
     """Folder of the study's SAE, fetched first if the study is in an object store."""
     if "://" not in data:
         return Path(data) / "sae"
-    from ommatid.stage import open_stage
+    from ommatid.pipeline import open_stage
 
     saes = open_stage("train", data=data).each()
     if len(saes) > 1:

@@ -45,7 +45,8 @@ def run(name: str, params_file: Path, overrides: Sequence[str], data: str, allow
 
 def _run_alone(name: str, params: Params, data: str) -> bool:
     """Run a stage in this process; return whether its gate rejected any SAE."""
-    from ommatid.stage import run_stage, study_params
+    from ommatid.pipeline.inputs import study_params
+    from ommatid.pipeline.run import run_stage
 
     with showing(sys.stdout, len(params.train.each()) > 1) as on_event:
         artefact = run_stage(name, study_params(name, params, data, on_event), on_event, data)
@@ -60,8 +61,9 @@ def _train_distributed(params: Params, data: str) -> bool:
     Returns:
         Whether the gate rejected any SAE, in the first process; False in all others.
     """
+    from ommatid.pipeline.inputs import study_params
+    from ommatid.pipeline.run import follow_training
     from ommatid.sae import distributed
-    from ommatid.stage import follow_training, study_params
 
     with distributed.process_group():
         if distributed.rank():

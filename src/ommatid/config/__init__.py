@@ -13,7 +13,7 @@ from ommatid.config.train import TrainParams
 from ommatid.config.variants import Imported, TrainedVariant, Variant
 
 __all__ = [
-    "STAGES",
+    "STAGE_NAMES",
     "Baseline",
     "CatalogParams",
     "Cifar10Source",
@@ -42,5 +42,5 @@ __all__ = [
     "parse_json",
 ]
 
-STAGES = ("images", "extract", "train", "evaluate", "label", "catalog")
-"""The stages in order; each has a section of its name."""
+STAGE_NAMES = ("images", "extract", "train", "evaluate", "label", "catalog")
+"""Names of the stages in the order in which the pipeline runs them. Each has a section of params.yaml and a room."""

@@ -127,6 +127,8 @@ class ExtractParams(Section):
 class ExtractFiles(Section):
     """Stage `extract` without images: imports activations that were made elsewhere (docs/users/activations.md)."""
 
+    reads_artefacts = False
+
     source: Literal["files"]
     """`files` for activations that were made elsewhere."""
     path: str

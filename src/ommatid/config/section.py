@@ -25,6 +25,8 @@ class Section(BaseModel):
 
     how: ClassVar[frozenset[str]] = frozenset()
     """Fields that affect how the artefact is computed, but not its content."""
+    reads_artefacts: ClassVar[bool] = True
+    """Whether the stage reads artefacts of earlier stages when its section is this one."""
 
     @model_validator(mode="before")
     @classmethod

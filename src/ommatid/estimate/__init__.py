@@ -16,7 +16,8 @@ from ommatid.config import ExtractFiles, ImagesParams, Params
 from ommatid.errors import ArtefactError, ConfigError
 from ommatid.estimate.trials import Trials
 from ommatid.events import Listener, ignore
-from ommatid.stage import DATA, STAGES, open_stage
+from ommatid.pipeline import STAGES, open_stage
+from ommatid.stage import DATA
 from ommatid.store import Artefact
 from ommatid.store.filesystem import nearest_folder, open_folder
 

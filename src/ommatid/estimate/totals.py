@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ommatid import schemas
-from ommatid.catalog.build import WRITER_MB
+from ommatid.catalog.stage import WRITER_MB
 from ommatid.config import EvaluateParams, ExtractParams, Params
 from ommatid.estimate.fit import Cost, Timed, fit
 from ommatid.estimate.trials import Tried, trained_tokens

@@ -62,7 +62,7 @@ def _run(stage: str, params: dict[str, Any], data: str, whole: dict[str, int] | 
     """
     start = time.perf_counter()
     from ommatid.config import Params
-    from ommatid.stage import run_stage
+    from ommatid.pipeline.run import run_stage
 
     checked, spans = Params.model_validate(params), _Spans()
     run_stage(stage, checked, spans, data, must_pass=False, run=_like_the_whole(checked.train, **whole) if whole else None)
@@ -80,9 +80,9 @@ def _like_the_whole(params: Any, epochs: int, n_tokens: int) -> Callable[..., An
         n_tokens: Training tokens of an epoch of the whole run.
     """
     from ommatid.sae.schedule import make_plan
-    from ommatid.train.stage import train
+    from ommatid.train.stage import run
 
-    return partial(train, whole=make_plan(params.model_copy(update={"epochs": epochs}), n_tokens))
+    return partial(run, whole=make_plan(params.model_copy(update={"epochs": epochs}), n_tokens))
 
 
 class _Spans:

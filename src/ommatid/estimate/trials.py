@@ -15,7 +15,7 @@ from ommatid.estimate.fit import Timed, grow, trial_sizes
 from ommatid.estimate.process import Answer, StageProcess
 from ommatid.estimate.sample import draw_images
 from ommatid.events import Listener, Progress
-from ommatid.stage import STAGES, open_stage
+from ommatid.pipeline import STAGES, open_stage
 from ommatid.store import Artefact
 
 BUDGET = 10.0

@@ -4,6 +4,7 @@ Two passes over the evaluation tokens stream (passes.py); what relates latents t
 firings that they leave (structure.py, classes.py). Then the model itself runs over some of the images (zero_shot.py).
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from ommatid.errors import ArtefactError
 from ommatid.evaluate.batches import load_classes, load_paths
 from ommatid.evaluate.classes import choose_images, measure_meaning, measure_probes
 from ommatid.evaluate.dictionaries import Subject, make_latents
+from ommatid.evaluate.matches import write_matches
 from ommatid.evaluate.monosemanticity import iter_failures, make_judged
 from ommatid.evaluate.passes import Passes
 from ommatid.evaluate.structure import make_densities, measure_structure
@@ -23,6 +25,18 @@ from ommatid.events import Listener, Warned, ignore
 from ommatid.images.eval_split import iter_latent_firings, load_eval_split
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, Draft
+from ommatid.store.per_sae import for_each_sae
+
+
+def run(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
+    """Evaluate every SAE of a training, and match each with every other; see `evaluate` and `write_matches`."""
+    return for_each_sae(
+        functools.partial(evaluate, params),
+        inputs,
+        draft,
+        on_event,
+        lambda made: write_matches(inputs["train"].each(), made, draft, on_event),
+    )
 
 
 def evaluate(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:

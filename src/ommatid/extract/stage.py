@@ -7,10 +7,10 @@ function of images, params and code: every executor writes the same bytes.
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from ommatid import executors
-from ommatid.config import ExtractParams
+from ommatid.config import ExtractFiles, ExtractParams
 from ommatid.errors import ModelError
 from ommatid.events import Listener, Progress, ignore
 from ommatid.extract.disk_space import check_disk_space
@@ -23,7 +23,19 @@ from ommatid.store import RECEIPTS, SCRATCH, Artefact, Draft
 from ommatid.vlm.precision import resolve_dtype
 
 PROBE = f"{RECEIPTS}/probe.json"
-__all__ = ["extract"]
+
+
+def run(params: ExtractParams | ExtractFiles, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
+    """Capture the activations of images, or import those of files; see `extract` and `import_files`."""
+    match params:
+        case ExtractParams():
+            return extract(params, inputs, draft, on_event)
+        case ExtractFiles():
+            from ommatid.extract.from_files.stage import import_files
+
+            return import_files(params, inputs, draft, on_event)
+        case _:
+            assert_never(params)
 
 
 def extract(params: ExtractParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:

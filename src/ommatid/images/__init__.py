@@ -1,6 +1,7 @@
-"""Images: from a source (CIFAR-10, a folder, Parquet) to the data set that every later stage reads."""
+"""Stage `images`: a source (CIFAR-10, a folder, Parquet) becomes the data set that every later stage reads."""
 
-from ommatid.images.decode import Unreadable, decode
-from ommatid.images.stage import make_images
+from pathlib import Path
 
-__all__ = ["Unreadable", "decode", "make_images"]
+from ommatid.stage import Stage
+
+STAGE = Stage("images", kind="images", place=Path("data/images"))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ommatid.compute.prefetch import prefetch
 from ommatid.errors import ArtefactError, ExecutorError
-from ommatid.images import Unreadable, decode
+from ommatid.images.decode import Unreadable, decode
 from ommatid.vlm.preprocess import Preprocess
 
 BYTES_AHEAD = 2**28

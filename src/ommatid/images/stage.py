@@ -17,7 +17,7 @@ from ommatid.store import Artefact, Draft
 _ITEMS_PER_EVENT = 256
 
 
-def make_images(params: ImagesParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
+def run(params: ImagesParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
     """Read a source into the draft: the tables `images` and `rejected`, sealed. It has no `inputs`.
 
     What cannot be read or was there before is listed and never stops the run, and what of the source is not used is said. Memory does

@@ -1,6 +1,15 @@
-"""Stage `label`: names for latents, and how far to believe them."""
+"""Stage `label`: labels for latents, each scored on images that did not make it."""
 
-from ommatid.label.evidence.context import load_material
-from ommatid.label.stage import label
+from pathlib import Path
 
-__all__ = ["label", "load_material"]
+from ommatid.stage import Stage
+
+STAGE = Stage(
+    "label",
+    kind="labellings",
+    place=Path("data/labels"),
+    inputs=("images", "extract", "train", "evaluate"),
+    is_per_sae=True,
+    has_binding_params=False,
+    memory_advice="name fewer label.labellers at a time",
+)

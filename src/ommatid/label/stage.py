@@ -1,5 +1,6 @@
 """Stage `label`: names for every latent by each labeller, and their scores on images that did not make them."""
 
+import functools
 from collections.abc import Mapping
 
 from ommatid.config import LabelParams
@@ -8,6 +9,13 @@ from ommatid.label.evidence.context import Material, load_material, make_subject
 from ommatid.label.naming import find_names
 from ommatid.label.table import make_table, summarise
 from ommatid.store import Artefact, Draft
+from ommatid.store.per_sae import for_each_sae
+
+
+def run(params: LabelParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
+    """Label the latents of every SAE of a training; see `label`."""
+    material = functools.cache(lambda: load_material(params, inputs, on_event))  # loaded only if an SAE is not labelled yet
+    return for_each_sae(lambda own, child, listener: label(params, own, child, listener, material()), inputs, draft, on_event)
 
 
 def label(

@@ -26,7 +26,7 @@ from ommatid.config import EvaluateParams, Params, RetrainParams
 from ommatid.config.problems import explain
 from ommatid.errors import ArtefactError
 from ommatid.events import Listener, ignore
-from ommatid.stage import open_stage
+from ommatid.pipeline import open_stage
 from ommatid.store import Artefact
 from ommatid.store.filesystem import sync
 

@@ -5,7 +5,7 @@ from typing import Any
 import duckdb
 import pandas as pd
 
-from ommatid.catalog.build import RELATIONS
+from ommatid.catalog.stage import RELATIONS
 from ommatid.config import Params
 from ommatid.quality.base import SHOWN, Frames, Rule, filled, named, one_of, zero
 from ommatid.schemas import TABLES

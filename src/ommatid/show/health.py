@@ -1,5 +1,6 @@
 """The health of a dictionary in one picture: how often latents fire, how alike they are, how training went."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from safetensors import safe_open
 
 from ommatid.compute.nearest import ALIKE, UnitRows, nearest
 from ommatid.show.pictures.page import ACCENT, ALARM, FAINT, GREY, INK, MARGIN, Page, percent, short
+from ommatid.stage import HEALTH
 from ommatid.store import Artefact
 
 WIDTH, HEIGHT = 1240, 640
@@ -22,6 +24,21 @@ BINS = 48
 """Of the histograms that are drawn from the weights."""
 N_COMPARED = 2048
 """Latents, spread over the dictionary, that are compared with all others: all would take minutes where there are many."""
+
+
+def draw_all(training: Artefact, reports: Path) -> dict[str, list[Path]]:
+    """Draw the health of every SAE of a training into the folder `HEALTH` of the reports; pictures of earlier trainings are removed.
+
+    Returns:
+        The pictures of each SAE.
+    """
+    folder = reports / HEALTH
+    shutil.rmtree(folder, ignore_errors=True)
+    pictures = {}
+    for name, sae in training.each().items():
+        draw_health(sae, name, folder / f"{name}.png")
+        pictures[name] = [folder / f"{name}.png"]
+    return pictures
 
 
 def draw_health(sae: Artefact, name: str, path: Path) -> None:

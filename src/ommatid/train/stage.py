@@ -32,7 +32,7 @@ SUMMARISED = ("sae", "n_steps", "n_tokens", "fvu", "l0", "dead")
 """What the training's summary says of each SAE."""
 
 
-def train(
+def run(
     params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore, whole: Plan | None = None
 ) -> Artefact:
     """Train all SAEs in one pass over the train split; a run that died goes on from its last checkpoint, bit for bit.

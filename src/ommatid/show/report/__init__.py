@@ -4,7 +4,7 @@
 them as HTML.
 """
 
-from ommatid.show.report.page import make_report, write_report
+from ommatid.show.report.page import make_report, write_into, write_report
 from ommatid.show.report.parts import Report
 
-__all__ = ["Report", "make_report", "write_report"]
+__all__ = ["Report", "make_report", "write_into", "write_report"]

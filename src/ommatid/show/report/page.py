@@ -13,6 +13,8 @@ from ommatid.show.report.features import make_features
 from ommatid.show.report.parts import Report
 from ommatid.show.report.plots import make_densities, make_fidelity, make_monosemanticity, make_scatter, make_scores
 from ommatid.show.report.tables import list_facts, make_controls, make_headlines, make_saes, make_stability, write_params
+from ommatid.stage import REPORT
+from ommatid.store import Artefact
 
 
 def make_report(catalog: Catalog, sae: str | None = None) -> Report:
@@ -30,6 +32,13 @@ def make_report(catalog: Catalog, sae: str | None = None) -> Report:
     sections = [make_saes(about), make_controls(about), make_fidelity(about), *plots, *make_features(about), *make_stability(about)]
     title = f"{about.run['model']}, {about.run['hookpoint']}"
     return Report(title, about.name, make_headlines(about), list_facts(about), tuple(sections), write_params(about))
+
+
+def write_into(catalog: Artefact, reports: Path) -> Path:
+    """Write the report about the artefact of `catalog` into the folder of reports, and return its file."""
+    with Catalog(catalog.file("catalog.duckdb")) as opened:
+        write_report(opened, reports / REPORT)
+    return reports / REPORT
 
 
 def write_report(catalog: Catalog, path: Path, sae: str | None = None) -> Report:

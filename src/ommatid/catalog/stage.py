@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
-from ommatid import schemas
+from ommatid import schemas, tracking
 from ommatid.catalog.database import SEALED, memory_mb, quote, settings
 from ommatid.catalog.lineage import Lineage, OneSAE, iter_saes, make_runs
 from ommatid.catalog.neighbours import iter_neighbours
 from ommatid.config import CatalogParams
 from ommatid.errors import ArtefactError, find_lack
 from ommatid.events import Listener, Progress, ignore
+from ommatid.stage import is_checkouts
 from ommatid.store import Artefact, Draft, open_artefact
 
 CATALOG = "catalog.duckdb"
@@ -31,6 +32,12 @@ RELATIONS = (*(table for table in schemas.TABLES if _SQL.joinpath(f"{table}.sql"
 """Every relation, in the order in which they are built."""
 _READ = {"images": frozenset(schemas.IMAGES.names) - {"encoded"}}
 """Columns that are read of a table, where it is not all."""
+
+
+def run(params: CatalogParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
+    """Build the catalogue with the lineage of each SAE as MLflow, git and DVC know it; see `build_catalog`."""
+    is_versioned = is_checkouts(inputs["train"].folder.parent)
+    return build_catalog(params, inputs, draft, tracking.lineage(inputs["train"].each(), is_versioned), on_event)
 
 
 def build_catalog(

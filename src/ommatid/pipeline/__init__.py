@@ -1,0 +1,41 @@
+"""The pipeline: all stages in order, and their artefacts. `run` runs one stage from end to end; `inputs` opens what a stage reads.
+
+The stages are declared in their rooms (see ommatid/stage.py); nothing here knows one of them by name.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+
+from ommatid import store
+from ommatid.config import STAGE_NAMES
+from ommatid.stage import DATA, Stage
+from ommatid.store import Artefact
+from ommatid.store.filesystem import Folder, open_folder
+
+STAGES: Mapping[str, Stage] = {name: import_module(f"ommatid.{name}").STAGE for name in STAGE_NAMES}
+"""Every stage by its name, in the order in which the pipeline runs them."""
+
+
+def place_of(name: str, data: str = DATA) -> Folder:
+    """Return the folder of a stage's artefact under a data root.
+
+    Args:
+        name: Name of the stage.
+        data: Root of the artefacts, a path or URL.
+    """
+    return open_folder(data) / STAGES[name].place.name
+
+
+def open_stage(name: str, hookpoint: str | None = None, data: str = DATA) -> Artefact:
+    """Open the artefact that a stage made.
+
+    Args:
+        name: Name of the stage.
+        hookpoint: Hookpoint whose activations to open inside the artefact of `extract`; None opens the artefact itself.
+        data: Root of the artefacts, a path or URL.
+
+    Raises:
+        ArtefactError: the artefact is missing or damaged, or holds no activations of that hookpoint.
+    """
+    artefact = store.open_artefact(place_of(name, data), STAGES[name].kind)
+    return artefact if hookpoint is None else artefact.child(hookpoint, "activations")
