@@ -1,7 +1,7 @@
-"""The flows: Prefect decides when, where and how often again; DVC decides what must run.
+"""The Prefect flows: Prefect decides when and where a stage runs and how often it is retried; DVC decides whether it must run.
 
-Importing this package chooses what Prefect does when nobody said otherwise: its database lives in the checkout, nothing is
-sent anywhere, and a temporary server stays silent. Each is an environment variable of Prefect's own, which wins when set.
+Importing this package sets defaults for Prefect: its database is in the checkout, no telemetry is sent, and a temporary server logs
+nothing. Each default is an environment variable of Prefect's own, which takes precedence if it is already set.
 """
 
 import os
@@ -11,8 +11,8 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-    "PREFECT_SERVER_UI_V2_ENABLED": "false",  # the second UI, to which the bare address would lead, asks a host of analytics
-    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",  # or pages of CancelledError in the log when a temporary server ends
+    "PREFECT_SERVER_UI_V2_ENABLED": "false",  # the root address leads to this second UI, which contacts an analytics host
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",  # or a temporary server that ends logs pages of CancelledError
     "PREFECT_HOME": str(Path.cwd() / ".prefect"),
 }
 

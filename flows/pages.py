@@ -1,4 +1,4 @@
-"""What a run shows in the Prefect UI, as Markdown made from the files that its stages left. Imports no Prefect."""
+"""The pages that a run shows in the Prefect UI, in Markdown made from the files that its stages wrote. Imports no Prefect."""
 
 import base64
 import json
@@ -16,17 +16,17 @@ from ommatid.stage import HEALTH, QUALITY, REPORT
 HEADLINES = ("evaluate", "label")
 N_FEATURES = 10
 N_DICTIONARIES = 8
-"""Whose pictures of health are shown: each takes some 50 kB of Prefect's database."""
+"""Maximum number of dictionaries whose health is shown; each picture takes about 50 kB of Prefect's database."""
 
 
 def progress_in(line: str) -> tuple[str, float] | None:
-    """`extract images: 2048 of 8192` -> ("extract images", 25.0); None where a line tells no progress."""
+    """Parse a line of progress: `extract images: 2048 of 8192` gives ("extract images", 25.0), any other line gives None."""
     found = re.fullmatch(r"(.*\S): (\d+) of ([1-9]\d*)", line)
     return (found[1], min(100.0, 100 * int(found[2]) / int(found[3]))) if found else None
 
 
 def quality(root: Path, stage: str) -> str | None:
-    """The report of a stage's gate: a row for each check."""
+    """Make the page of a stage's quality gate, with a row for each check; None if the stage has no report."""
     report = _read(root, stage)
     if not report:
         return None
@@ -34,9 +34,9 @@ def quality(root: Path, stage: str) -> str | None:
         (f"{'passed' if check['success'] else '**failed**'}", _title(check), check["observed"], check["detail"] or check["reason"])
         for check in report.get("checks", ())
     ]
-    rejected = [f"{one['sae']} is **rejected**: {one['reason']}" for one in report.get("rejected", ())]
+    rejected = [f"{entry['sae']} is **rejected**: {entry['reason']}" for entry in report.get("rejected", ())]
     verdict = "passed" if report.get("success") else f"{len(rejected)} rejected" if rejected else "**failed**"
-    return "\n\n".join([f"# {stage}: {verdict}", *rejected, _table(("", "check", "found", "why, or what failed"), rows)])
+    return "\n\n".join([f"# {stage}: {verdict}", *rejected, _table(("", "check", "observed", "reason or failure"), rows)])
 
 
 def _title(check: dict[str, Any]) -> str:
@@ -44,15 +44,15 @@ def _title(check: dict[str, Any]) -> str:
 
 
 def health(root: Path) -> str | None:
-    """Pictures of the dictionaries that were trained; None where there are none."""
+    """Make the page with pictures of the trained dictionaries; None if there are none."""
     pictures = sorted((root / QUALITY / HEALTH).glob("*.png"))
     shown = [f"![latents and curves of {path.stem}]({_embed(path.read_bytes())})" for path in pictures[:N_DICTIONARIES]]
     more = [f"{len(pictures) - len(shown)} more in `{QUALITY / HEALTH}`"] if len(pictures) > len(shown) else []
-    return "\n\n".join(["# What training made", *shown, *more]) if shown else None
+    return "\n\n".join(["# Trained dictionaries", *shown, *more]) if shown else None
 
 
 def headline(root: Path) -> str | None:
-    """The numbers of evaluation and labels."""
+    """Make the page with the numbers of evaluation and labels; None if there are none yet."""
     parts = []
     for stage in HEADLINES:
         if report := _read(root, stage):
@@ -61,7 +61,7 @@ def headline(root: Path) -> str | None:
 
 
 def _numbers(summary: dict[str, float]) -> str:
-    """A row for each number, with a column for each SAE where there are several: then keys are `<sae>.<number>`."""
+    """Make a table with a row for each number and, for several SAEs, whose keys are `<sae>.<number>`, a column for each."""
     columns: dict[str, dict[str, float]] = {}
     for key, value in summary.items():
         sae, _, number = key.rpartition(".")
@@ -72,7 +72,7 @@ def _numbers(summary: dict[str, float]) -> str:
 
 
 def features(root: Path) -> str | None:
-    """The best features of the best SAE as a picture that needs no network; None where the pipeline has made no catalogue."""
+    """Make the page with an embedded picture of the best SAE's best features; None if there is no catalogue."""
     from ommatid.show.pictures import draw_best
 
     picture = _picture(root, lambda catalog, png: draw_best(catalog, png, N_FEATURES))
@@ -80,15 +80,15 @@ def features(root: Path) -> str | None:
 
 
 def comparison(root: Path) -> str | None:
-    """All SAEs beside one another, likewise."""
+    """Make the page with an embedded picture that compares all SAEs; None if there is no catalogue."""
     from ommatid.show.pictures import draw_comparison
 
     picture = _picture(root, draw_comparison)
-    return picture and f"# The SAEs beside raw neurons and untrained ones\n\n![fidelity and monosemanticity of each]({picture})"
+    return picture and f"# The SAEs compared with raw neurons and untrained SAEs\n\n![fidelity and monosemanticity of each]({picture})"
 
 
 def report(root: Path) -> str | None:
-    """What was found in the best SAE: numbers, tables and plots; the page `report.html` of the quality reports has features as well."""
+    """Make the report on the best SAE, with numbers, tables and plots but without features; None if there is no catalogue."""
     from ommatid.show.report import make_report
 
     catalogue = root / STAGES["catalog"].place / "catalog.duckdb"
@@ -97,7 +97,7 @@ def report(root: Path) -> str | None:
     with Catalog(catalogue) as catalog:
         made = make_report(catalog)
     first = _table(("", "", ""), [(f"**{headline.value}**", headline.name, headline.meaning) for headline in made.headlines])
-    parts = [f"# {_cell(made.title)}, {_cell(made.sae)}", first, f"With features as pictures: `{QUALITY / REPORT}`"]
+    parts = [f"# {_cell(made.title)}, {_cell(made.sae)}", first, f"The full report, with pictures of features, is `{QUALITY / REPORT}`."]
     for section in made.sections:
         if section.table or section.picture:
             parts += [f"## {section.title}", section.reading]
@@ -109,7 +109,7 @@ def report(root: Path) -> str | None:
 
 
 def _picture(root: Path, draw: Callable[[Catalog, Path], None]) -> str | None:
-    """A picture of the catalogue inside its own address."""
+    """Draw a picture of the catalogue and return it as a data URL; None if there is no catalogue."""
     catalogue = root / STAGES["catalog"].place / "catalog.duckdb"
     if not catalogue.exists():
         return None
@@ -120,16 +120,16 @@ def _picture(root: Path, draw: Callable[[Catalog, Path], None]) -> str | None:
 
 
 def _embed(png: bytes) -> str:
-    """A picture as an address that holds it."""
+    """Encode a picture as a data URL."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def decision(made: Decision) -> str:
-    """Champion and challenger side by side."""
+    """Make the page that compares champion and challenger."""
     keys = ("sae", "ms", "ms_floor", "fvu", "dead", "l0")
     sides = (made.champion, made.challenger)
     rows = [(key, *(_number(getattr(scores, key)) if scores else "" for scores in sides)) for key in keys]
-    return f"# {made.decision}: {made.reason}\n\n" + _table(("", "champion before", "challenger"), rows)
+    return f"# {made.decision}: {made.reason}\n\n" + _table(("", "previous champion", "challenger"), rows)
 
 
 def _number(value: Any) -> str:

@@ -1,8 +1,9 @@
-"""The pipeline: every stage as a task, in DVC's order; DVC decides which must run.
+"""The pipeline: every stage as a task, in DVC's order; DVC decides which stages must run.
 
-With the parameters of params.yaml it works in this checkout, as `dvc repro` does. With others it is an experiment: it works in a git
-worktree with DVC's cache shared, and ends as a DVC experiment (`dvc exp show`). Each stage streams its lines into the run's log, shows
-its progress, and publishes its quality report; the run ends with the headline numbers and pictures of the best features and all SAEs.
+With the parameters of params.yaml, a run works in this checkout, as `dvc repro` does. With any others it is an experiment: it works in a
+git worktree that shares the DVC cache, and ends as a DVC experiment (`dvc exp show`). Each stage streams its output to the run's log,
+shows its progress, and publishes its quality report; the run ends by publishing the headline numbers, a report, and pictures of the best
+features and of all SAEs.
 """
 
 import logging
@@ -28,16 +29,16 @@ from ommatid.config import Params, load_params
 
 with at_edge() if __name__ == "__main__" else nullcontext():
     PREFILLED = load_params()
-"""What the form of the Prefect UI begins with."""
+"""Initial values of the form in the Prefect UI."""
 UPDATE_SECONDS = 3.0
-"""Between two requests that move one progress bar."""
+"""Minimum number of seconds between two updates of a progress bar."""
 
 
 @flow(name="pipeline")
 def pipeline(params: Params = PREFILLED) -> str | None:
-    """From images to the catalogue.
+    """Run every stage from the images to the catalogue.
 
-    With the parameters of params.yaml the run works in the checkout; with any other it becomes a DVC experiment, whose name it returns.
+    With the parameters of params.yaml the run works in the checkout; with any others it becomes a DVC experiment, whose name it returns.
     """
     with open_workplace(Path.cwd(), params, flow_run.id, get_run_logger().info) as place:
         name_run(place)
@@ -46,7 +47,7 @@ def pipeline(params: Params = PREFILLED) -> str | None:
 
 
 def run_stages(place: Workplace) -> None:
-    """Every stage in order, then the numbers and the pictures."""
+    """Run every stage in order, then publish the numbers and the pictures."""
     for stage, is_clean in place.plan():
         run_stage.with_options(name=stage, task_run_name=stage)(stage, place, is_clean)
     publish_metrics(place)
@@ -55,10 +56,10 @@ def run_stages(place: Workplace) -> None:
 
 @task(cache_policy=NO_CACHE)
 def run_stage(stage: str, place: Workplace, is_clean: bool) -> State | None:
-    """One stage through `dvc repro --single-item`; what DVC called up to date is left alone."""
+    """Run a stage with `dvc repro --single-item`, unless DVC has found it up to date."""
     if is_clean:
         publish_quality(stage, place)
-        return Completed(name="UpToDate", message="nothing it depends on has changed")
+        return Completed(name="UpToDate", message="none of its dependencies have changed")
     try:
         place.repro(stage, _follow(stage))
     finally:
@@ -70,16 +71,16 @@ def run_stage(stage: str, place: Workplace, is_clean: bool) -> State | None:
 
 @task(name="metrics", cache_policy=NO_CACHE)
 def publish_metrics(place: Workplace) -> None:
-    """The headline numbers of evaluation and labels, as a table."""
+    """Publish the headline numbers of evaluation and labels as a table."""
     if table := pages.headline(place.root):
         create_markdown_artifact(table, key="metrics", description=f"Headline numbers of {place.name}")
 
 
 @task(name="features", cache_policy=NO_CACHE)
 def publish_features(place: Workplace) -> None:
-    """What was found, as a report; pictures of the best features, and of all SAEs."""
+    """Publish the report, and pictures of the best features and of all SAEs."""
     if report := pages.report(place.root):
-        create_markdown_artifact(report, key="report", description=f"What was found by {place.name}")
+        create_markdown_artifact(report, key="report", description=f"Results of {place.name}")
     if picture := pages.features(place.root):
         create_markdown_artifact(picture, key="features", description=f"The best features of {place.name}")
     if picture := pages.comparison(place.root):
@@ -87,19 +88,19 @@ def publish_features(place: Workplace) -> None:
 
 
 def publish_quality(stage: str, place: Workplace) -> None:
-    """The report of the stage's gate, passed or failed."""
+    """Publish the report of a stage's quality gate, whether it passed or failed."""
     if table := pages.quality(place.root, stage):
         create_markdown_artifact(table, key=f"quality-{stage}", description=f"Quality gate of {stage} in {place.name}")
 
 
 def publish_health(place: Workplace) -> None:
-    """Pictures of the dictionaries that were trained."""
+    """Publish pictures of the trained dictionaries."""
     if pictures := pages.health(place.root):
         create_markdown_artifact(pictures, key="health", description=f"The dictionaries of {place.name}")
 
 
 def name_run(place: Workplace) -> None:
-    """Let the run in the Prefect UI carry the experiment's name."""
+    """Name and tag the run in the Prefect UI by its experiment."""
     if place.experiment and flow_run.id:
         tags = {*flow_run.tags, f"experiment:{place.experiment}"}
         with get_client(sync_client=True) as client:
@@ -107,10 +108,10 @@ def name_run(place: Workplace) -> None:
 
 
 def _follow(stage: str) -> Callable[[str], None]:
-    """Each line into the log, what was noticed as a warning; lines that end in `X of Y` also move the progress bar."""
+    """Return a function that logs the lines of a stage, notices as warnings, and moves a progress bar on lines ending in `X of Y`."""
     log = get_run_logger()
-    shown: dict[str, UUID] = {}
-    moved: dict[str, float] = {}
+    bars: dict[str, UUID] = {}
+    updated: dict[str, float] = {}
 
     def follow(line: str) -> None:
         log.log(logging.WARNING if line.startswith("notice: ") else logging.INFO, line)
@@ -118,20 +119,20 @@ def _follow(stage: str) -> Callable[[str], None]:
             return
         what, percent = progress
         now = time.monotonic()
-        if percent < 100 and now - moved.get(what, -UPDATE_SECONDS) < UPDATE_SECONDS:
+        if percent < 100 and now - updated.get(what, -UPDATE_SECONDS) < UPDATE_SECONDS:
             return
-        moved[what] = now
-        if what in shown:
-            update_progress_artifact(shown[what], percent)
+        updated[what] = now
+        if what in bars:
+            update_progress_artifact(bars[what], percent)
         else:
-            shown[what] = cast(UUID, create_progress_artifact(percent, key=f"progress-{stage}", description=what))
+            bars[what] = cast(UUID, create_progress_artifact(percent, key=f"progress-{stage}", description=what))
 
     return follow
 
 
 def main() -> None:
-    """Run once, here and now, with params.yaml as it is; a temporary Prefect server serves when none is named."""
-    leave_out_tracebacks(Exception)  # the edge keeps it in a file
+    """Run the pipeline once with params.yaml, on a temporary Prefect server if PREFECT_API_URL is not set."""
+    leave_out_tracebacks(Exception)  # `at_edge` writes tracebacks to a file
     with at_edge(), prefect_server():
         pipeline()
 

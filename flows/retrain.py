@@ -1,7 +1,7 @@
-"""Retraining, by a schedule: when images, params or code changed, run the pipeline and let the better SAE be the champion.
+"""Scheduled retraining: if images, params or code have changed, run the pipeline, and publish the new SAE if it beats the champion.
 
-The challenger is the best SAE of the new training; it and the champion are measured on the same evaluation split. The champion's catalogue
-is what data/published holds; the alias `champion` in the MLflow registry points at its SAE.
+The challenger is the best SAE of the new training; it and the champion are measured on the same evaluation split. data/published
+holds the champion's catalogue, and the alias `champion` in the MLflow registry points at its SAE.
 """
 
 from pathlib import Path
@@ -27,13 +27,13 @@ from ommatid.publish.champion import Decision
 
 @flow(name="retrain")
 def retrain() -> State:
-    """Run the pipeline if anything changed, and publish the challenger if it is better by the margins of params.yaml."""
+    """Run the pipeline if anything has changed, and publish the challenger if it wins by the margins in params.yaml."""
     params = load_params()
     with open_workplace(Path.cwd(), params, flow_run.id, get_run_logger().info) as place:
-        champion.settle()  # what a run that died left half done
+        champion.settle()  # complete what a killed run left unfinished
         if not place.stale() and champion.is_decided():
             point_alias()
-            return Completed(name="Unchanged", message="images, params and code are as they were: nothing to do")
+            return Completed(name="Unchanged", message="images, params and code have not changed")
         run_stages(place)
         decision = decide(params)
         publish(decision)
@@ -43,7 +43,7 @@ def retrain() -> State:
 
 @task(cache_policy=NO_CACHE)
 def decide(params: Params) -> Decision:
-    """Measure champion and challenger on the same split, and hold them against the margins."""
+    """Measure champion and challenger on the same split and compare them by the margins."""
     log = get_run_logger()
 
     def follow(event: Event) -> None:
@@ -55,14 +55,14 @@ def decide(params: Params) -> Decision:
 
 @task(cache_policy=NO_CACHE)
 def publish(decision: Decision) -> None:
-    """Record the decision, put the champion's catalogue in place, and show both."""
+    """Record the decision, publish the champion's catalogue, and show both in the Prefect UI."""
     champion.publish(decision)
     get_run_logger().info(decision.reason)
     create_markdown_artifact(pages.decision(decision), key="decision", description="Champion and challenger on the same split")
 
 
 def point_alias() -> None:
-    """Let the registry's alias follow; a registry that does not answer is asked again by the next run."""
+    """Point the registry's alias at the champion; if the registry doesn't answer, the next run tries again."""
     try:
         if moved := champion.point_alias():
             get_run_logger().info(moved)
@@ -71,8 +71,8 @@ def point_alias() -> None:
 
 
 def main() -> None:
-    """Retrain once, here and now."""
-    leave_out_tracebacks(Exception)  # the edge keeps it in a file
+    """Retrain once, without waiting for the schedule."""
+    leave_out_tracebacks(Exception)  # `at_edge` writes tracebacks to a file
     with at_edge(), prefect_server():
         retrain()
 

@@ -1,7 +1,7 @@
-"""`make up`: a Prefect server with the deployments of infra/prefect.yaml, a worker, and MLflow's pages, until Ctrl-C ends them all.
+"""The servers of `make up`: Prefect with the deployments of infra/prefect.yaml and their workers, and MLflow, until Ctrl-C ends them.
 
-Everything they write stays in the checkout: .prefect and .mlflow. Ports are those of PREFECT_SERVER_API_PORT and MLFLOW_PORT, 4200 and
-5000 when not set, or the next free one. Imports no Prefect: each part is a process of its own, its output in .prefect/logs.
+Everything that they write stays in the checkout, in .prefect and .mlflow. PREFECT_SERVER_API_PORT and MLFLOW_PORT set the ports (default:
+4200 and 5000, or the next free ones). Imports no Prefect: each server is a separate process that logs to .prefect/logs.
 """
 
 import ast
@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from flows.checkout import environment
+from flows.commands import environment
 from flows.services import Services, free_port
 from ommatid.cli.edge import at_edge
 from ommatid.config import load_params
@@ -49,11 +49,11 @@ class Project(BaseModel):
 
 
 def serve(checkout: Path) -> None:
-    """Start everything that infra/prefect.yaml names, print the addresses, and stay until a signal or the end of one of them."""
+    """Start the servers, deployments and workers, print the addresses, and run until a signal comes or one of the processes ends."""
     parameters = json.dumps({"params": load_params(checkout / "params.yaml").model_dump(mode="json")})
     deployments = read_deployments(checkout)
     pools = list(dict.fromkeys(deployment.work_pool.name for deployment in deployments))
-    prefilled = {one.name: ("--params", parameters) if takes_params(checkout, one) else () for one in deployments}
+    prefilled = {deployment.name: ("--params", parameters) if takes_params(checkout, deployment) else () for deployment in deployments}
     prefect = free_port(int(os.environ.get("PREFECT_SERVER_API_PORT", "4200")))
     mlflow = free_port(int(os.environ.get("MLFLOW_PORT", "5000")), taken=prefect)
     services = Services(_environment(checkout, prefect), checkout / ".prefect/logs")
@@ -62,7 +62,7 @@ def serve(checkout: Path) -> None:
         services.start("prefect", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect))
         services.start("mlflow", *_mlflow(checkout, mlflow))
         services.wait_for("prefect", f"http://127.0.0.1:{prefect}/api/health")
-        _bury(f"http://127.0.0.1:{prefect}/api")
+        _end_orphans(f"http://127.0.0.1:{prefect}/api")
         for pool in pools:
             services.start(f"pool-{pool}", "prefect", "work-pool", "create", pool, "--type", "process", "--overwrite")
         services.finish(*(f"pool-{pool}" for pool in pools))
@@ -81,15 +81,15 @@ def serve(checkout: Path) -> None:
 
 
 def read_deployments(checkout: Path) -> list[Deployment]:
-    """The deployments of infra/prefect.yaml.
+    """Read the deployments in infra/prefect.yaml.
 
     Raises:
-        ConfigError: the file is missing or is not valid YAML, or a deployment lacks its name, entrypoint or work pool.
+        ConfigError: The file is missing or is not valid YAML, or a deployment lacks its name, entrypoint or work pool.
     """
     try:
         text = (checkout / PROJECT).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{PROJECT}: cannot be read ({error.strerror}); run in the checkout") from None
+        raise ConfigError(f"{PROJECT}: cannot be read ({error.strerror}); start this command in the checkout") from None
     try:
         return Project.model_validate(parse_yaml(text, PROJECT)).deployments
     except ValidationError as error:
@@ -97,10 +97,10 @@ def read_deployments(checkout: Path) -> list[Deployment]:
 
 
 def takes_params(checkout: Path, deployment: Deployment) -> bool:
-    """Whether the flow of a deployment has an argument `params`; its form is then prefilled with params.yaml.
+    """Return whether the flow of a deployment has an argument `params`, which is then prefilled with params.yaml.
 
     Raises:
-        ConfigError: the entrypoint is not a function of a Python file.
+        ConfigError: The entrypoint is not a function in a Python file.
     """
     file, _, flow = deployment.entrypoint.rpartition(":")
     try:
@@ -108,7 +108,7 @@ def takes_params(checkout: Path, deployment: Deployment) -> bool:
         (arguments,) = [node.args for node in functions if node.name == flow]
     except (OSError, SyntaxError, ValueError):
         raise ConfigError(
-            f"{PROJECT}: deployment {deployment.name}: entrypoint {deployment.entrypoint!r} is not a function of a Python file; "
+            f"{PROJECT}: deployment {deployment.name}: entrypoint {deployment.entrypoint!r} is not a function in a Python file; "
             "write FILE.py:FUNCTION, such as flows/pipeline.py:pipeline"
         ) from None
     return any(argument.arg == "params" for argument in (*arguments.args, *arguments.kwonlyargs))
@@ -118,7 +118,7 @@ def _environment(checkout: Path, port: int) -> dict[str, str]:
     ours = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")])),  # for `import flows`
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        "PREFECT_SERVER_UI_API_URL": "/api",  # or the pages ask port 4200
+        "PREFECT_SERVER_UI_API_URL": "/api",  # or the pages in the browser send their requests to port 4200
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -127,7 +127,7 @@ def _environment(checkout: Path, port: int) -> dict[str, str]:
 
 
 def _mlflow(checkout: Path, port: int) -> tuple[str, ...]:
-    """MLflow's pages over the store that runs in this checkout write to."""
+    """Command that starts MLflow on the store of this checkout's runs."""
     folder = checkout / ".mlflow"
     folder.mkdir(exist_ok=True)
     follow_move(folder)
@@ -135,11 +135,11 @@ def _mlflow(checkout: Path, port: int) -> tuple[str, ...]:
     return ("mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port), *store)
 
 
-def _bury(api: str) -> None:
-    """Runs that a worker of the last time was killed with still say Running, and hold the place of those to come."""
-    wanted = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}, "deployment_id": {"is_null_": False}}
-    for run in _post(f"{api}/flow_runs/filter", {"flow_runs": wanted}):
-        state = {"type": "CRASHED", "message": "its worker ended; the same run again goes on where it was"}
+def _end_orphans(api: str) -> None:
+    """Mark runs orphaned by a killed worker as Crashed; they still report Running, and would count towards the concurrency limit."""
+    orphans = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}, "deployment_id": {"is_null_": False}}
+    for run in _post(f"{api}/flow_runs/filter", {"flow_runs": orphans}):
+        state = {"type": "CRASHED", "message": "its worker was killed; start the same run again to continue where it stopped"}
         _post(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
 
 
@@ -154,7 +154,7 @@ def _stop(*_: object) -> None:
 
 
 def main() -> None:
-    """Serve until Ctrl-C, SIGTERM or the end of the terminal."""
+    """Run the servers until Ctrl-C, SIGTERM, or SIGHUP when the terminal is closed."""
     with at_edge():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _stop)

@@ -1,4 +1,4 @@
-"""The Prefect server that a flow reports to, named by PREFECT_API_URL or a temporary one, and what its log says of a failure."""
+"""The Prefect server that a flow reports to, which is the one at PREFECT_API_URL or a temporary one, and how failures are logged."""
 
 import atexit
 import logging
@@ -17,31 +17,32 @@ from flows.services import Services, free_port
 from ommatid.errors import OmmatidError, RunError, without_credentials
 
 PORTS = range(8000, 9000)
-"""Of temporary servers; drawn, so that two runs that start at once do not meet."""
+"""Ports of temporary servers; one is chosen at random, so that two runs started at the same time rarely collide."""
 _TEMPORARY = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
-"""What Prefect sets for a temporary server of its own: no pages, and only the services that a short run needs."""
+"""Settings that Prefect uses for its own temporary servers: no UI, and only the services that a short run needs."""
 
 
 @contextmanager
 def prefect_server() -> Iterator[None]:
-    """A server that answers, found before any work begins; without PREFECT_API_URL a temporary one, which ends with this process.
+    """Make sure that a Prefect server answers before the block begins, starting a temporary one if PREFECT_API_URL is not set.
 
-    Prefect would start a temporary server by itself. That one prints into our output, may be dead for minutes before anybody notices,
-    and is given up where an answer takes more than five seconds, as happens on a busy machine.
+    A temporary server ends with this process. We don't use the one that Prefect itself would start, as it prints to our output, may be
+    dead for minutes before anybody notices, and is abandoned if an answer takes more than five seconds, as can happen on a busy machine.
 
     Raises:
-        RunError: the server does not answer, or refuses, or the temporary one did not start; or it went away during the block.
+        RunError: The server does not answer or refuses, the temporary one does not start, or the server goes away during the block.
     """
     url = PREFECT_API_URL.value()
-    if not url:  # an empty one is none to Prefect
+    if not url:  # Prefect treats an empty value as unset
         url = _start_temporary()
     else:
-        _ask(url)
+        _check(url)
     try:
         yield
     except httpx.TransportError as error:
         raise RunError(
-            f"the Prefect server at {without_credentials(url)} went away: {_cause(error)}; start it and run again: what finished stays"
+            f"the Prefect server at {without_credentials(url)} went away: {_root_cause(error)}; start it and run again: "
+            "what is finished is kept"
         ) from error
 
 
@@ -50,7 +51,7 @@ def _start_temporary() -> str:
     url = f"http://127.0.0.1:{port}/api"
     server = Services({**os.environ, **_TEMPORARY}, Path(PREFECT_HOME.value()) / "logs")
     stack = ExitStack()
-    atexit.register(stack.close)  # not earlier: Prefect sends its last log lines when the interpreter ends
+    atexit.register(stack.close)  # no earlier, as Prefect sends its last log lines when the interpreter exits
     stack.callback(server.end)
     create = ("uvicorn", "--factory", "prefect.server.api.server:create_app", "--log-level", "error")
     server.start("temporary-server", *create, "--host", "127.0.0.1", "--port", str(port))
@@ -59,7 +60,7 @@ def _start_temporary() -> str:
     return url
 
 
-def _ask(url: str) -> None:
+def _check(url: str) -> None:
     try:
         with get_client(sync_client=True) as client:
             problem = client.api_healthcheck()
@@ -67,20 +68,20 @@ def _ask(url: str) -> None:
         problem = error
     if problem is not None:
         raise RunError(
-            f"the Prefect server at {without_credentials(url)} (PREFECT_API_URL) cannot be used: {_cause(problem)}; "
+            f"the Prefect server at {without_credentials(url)} (PREFECT_API_URL) cannot be used: {_root_cause(problem)}; "
             "start it, or correct the address, or unset PREFECT_API_URL to run with a temporary server"
         ) from problem
 
 
-def _cause(error: BaseException) -> str:
-    """First line of what lies behind an error: Prefect wraps what the connection said."""
+def _root_cause(error: BaseException) -> str:
+    """First line of the error at the root of another, as Prefect wraps errors of the connection."""
     while error.__cause__ is not None:
         error = error.__cause__
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 class _WithoutTraceback(logging.Filter):
-    """Leaves the traceback of some kinds of errors out of the log: their message says all there is to say."""
+    """Log filter that drops the traceback of errors of some kinds, whose message is enough."""
 
     def __init__(self, *kinds: type[BaseException]) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class _WithoutTraceback(logging.Filter):
 
 
 def leave_out_tracebacks(*kinds: type[BaseException]) -> None:
-    """Log errors of these kinds that end a flow or a task in one line."""
+    """Log flow and task failures with errors of these kinds on one line."""
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_WithoutTraceback(*kinds))
 

@@ -1,4 +1,4 @@
-"""Services: servers and workers in processes of their own, their output in log files. Imports no Prefect."""
+"""Servers and workers as background processes that write their output to log files. Imports no Prefect."""
 
 import secrets
 import socket
@@ -13,18 +13,18 @@ from pathlib import Path
 
 import psutil
 
-from flows.checkout import end, end_all
+from flows.commands import end, end_all
 from ommatid.errors import RunError
 
 START_SECONDS = 600
-"""How long a server may take to answer: the first start makes its database, and the machine may be busy."""
+"""Seconds that a server may take to answer; generous, as its first start creates its database and the machine may be busy."""
 
 MARK = "OMMATID_SERVICES"
-"""Environment variable by which what services started is known as theirs."""
+"""Environment variable, inherited by all descendants of a service, that identifies the `Services` object they belong to."""
 
 
 class Services:
-    """Processes that run until they are all ended, or this process is gone, however it ended: see ward.py."""
+    """Processes that run until `end` is called or this process ends, in whatever way (see ward.py)."""
 
     def __init__(self, env: Mapping[str, str], logs: Path):
         self._mark = secrets.token_hex(8)
@@ -34,7 +34,12 @@ class Services:
         logs.mkdir(parents=True, exist_ok=True)
 
     def start(self, name: str, *command: str) -> None:
-        """Start a process; its output goes to `<name>.log`."""
+        """Start a process that writes its output to `<name>.log`.
+
+        Args:
+            name: Name of the process.
+            command: Python module to run, and its arguments.
+        """
         with self._log(name).open("w") as log:
             self._running[name] = subprocess.Popen(
                 [sys.executable, "-m", "flows.ward", *command],
@@ -42,23 +47,23 @@ class Services:
             )  # fmt: skip
 
     def wait_for(self, name: str, url: str) -> None:
-        """Wait until a server answers.
+        """Wait until the server `name` answers at `url`.
 
         Raises:
-            RunError: it ended, or did not answer in time.
+            RunError: The server or another process ended, or it did not answer in time.
         """
         deadline = time.monotonic() + START_SECONDS
         while not _answers(url):
             self.check()
             if time.monotonic() > deadline:
-                raise RunError(f"{name} did not answer at {url} in {START_SECONDS} s; its output is in {self._log(name)}")
+                raise RunError(f"{name} did not answer at {url} within {START_SECONDS} s; its output is in {self._log(name)}")
             time.sleep(0.3)
 
     def finish(self, *names: str) -> None:
-        """Wait until these processes have done their work.
+        """Wait until processes have ended by themselves.
 
         Raises:
-            RunError: one failed.
+            RunError: One of them failed.
         """
         for name in names:
             with self._running.pop(name) as process:
@@ -67,30 +72,30 @@ class Services:
                 raise RunError(f"{name} ended with status {code}: {self._last_lines(name)}")
 
     def check(self) -> None:
-        """Whether all still run.
+        """Check that all processes are still running.
 
         Raises:
-            RunError: one ended.
+            RunError: One has ended.
         """
         for name, process in self._running.items():
             if process.poll() is not None:
                 raise RunError(f"{name} ended with status {process.returncode}: {self._last_lines(name)}")
 
     def end(self) -> None:
-        """End all, the newest first: the worker ends its runs while the server still listens."""
+        """End all processes, newest first, so that workers can end their runs while the server still answers."""
         while self._running:
             with self._running.popitem()[1] as process:
                 end(process)
         end_all(self._orphans())
 
     def _orphans(self) -> list[psutil.Process]:
-        """What is left of those that were killed, such as the run of a worker: it inherited the mark."""
-        found = []
+        """Descendants that outlived their parent, such as the run of a killed worker."""
+        orphans = []
         for process in psutil.process_iter():
-            with suppress(psutil.Error):  # of another user, or ended meanwhile
+            with suppress(psutil.Error):  # another user's process, or one that has just ended
                 if process.environ().get(MARK) == self._mark:
-                    found.append(process)
-        return found
+                    orphans.append(process)
+        return orphans
 
     def _log(self, name: str) -> Path:
         return self._logs / f"{name}.log"
@@ -100,7 +105,18 @@ class Services:
 
 
 def free_port(first: int, taken: int | None = None) -> int:
-    """`first`, or the next port that nobody listens on."""
+    """Find a port that nobody listens on.
+
+    Args:
+        first: Port to try first; the 99 ports after it follow.
+        taken: Port to leave out.
+
+    Returns:
+        The port.
+
+    Raises:
+        RunError: None of the ports is free.
+    """
     for port in range(first, first + 100):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

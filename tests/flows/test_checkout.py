@@ -14,8 +14,9 @@ import psutil
 import pytest
 import yaml
 
-from flows import checkout as checkout_module
-from flows.checkout import KEEP_SECONDS, Workplace, differences, name_experiment, open_workplace
+from flows.checkout import KEEP_SECONDS, Workplace, name_experiment, open_workplace
+from flows.commands import find_error
+from flows.worktree import differences
 from ommatid.config import Params, load_params
 from ommatid.errors import RunError
 from support.checkout import bytes_of, run
@@ -164,7 +165,7 @@ def test_the_worktree_of_a_run_that_died_is_continued_and_cleared_after_a_day(ch
     with opened(checkout, "train.k=14") as (place, said):
         tree = place.root
         (tree / "data/.work").mkdir(parents=True)
-    assert any("the same run continues there" in line for line in said)
+    assert any("run it again to continue there" in line for line in said)
     with opened(checkout, "train.k=14") as (place, said):
         assert place.root == tree and (tree / "data/.work").exists()
         assert (place.root / "photos/one.jpg").exists()
@@ -194,7 +195,7 @@ def test_a_stage_ends_with_its_run(checkout: Path) -> None:
 
 def test_runs_in_the_checkout_wait_for_each_other(checkout: Path) -> None:
     events: list[str] = []
-    waiting = "another run works in checkout; waiting for it to end"
+    waiting = "another run is working in checkout; waiting for it to end"
 
     def work() -> None:
         with open_workplace(checkout, params_of(checkout), None, events.append):
@@ -215,7 +216,7 @@ def test_what_is_missing_is_said(checkout: Path, tmp_path: Path) -> None:
     params = params_of(checkout)
     plain = tmp_path / "plain"
     plain.mkdir()
-    for root, message in [(plain, "not a git checkout"), (checkout / "src", "not the top of its git checkout; run in ")]:
+    for root, message in [(plain, "not a git checkout"), (checkout / "src", "not the top of its git checkout; start the run in ")]:
         with pytest.raises(RunError, match=message), open_workplace(root, params, None, print):
             pass
     run(plain, "git", "init", "-q")
@@ -248,7 +249,7 @@ def test_a_path_that_leads_out_of_the_checkout_is_refused_in_an_experiment(check
 def test_files_that_git_does_not_know_are_warned_of(checkout: Path) -> None:
     (checkout / "src/new.py").write_text("")
     with opened(checkout, "evaluate.n_top=32") as (_, said):
-        assert any(line.startswith("warning: git does not know src/new.py") for line in said)
+        assert any(line.startswith("warning: git does not track src/new.py") for line in said)
 
 
 def test_an_experiment_is_named_for_its_first_overrides(checkout: Path) -> None:
@@ -284,9 +285,9 @@ def test_files_that_lists_in_the_params_name_are_reachable_too(checkout: Path) -
 @pytest.mark.parametrize(
     ("status", "said"),
     [
-        ("-9", "killed by SIGKILL: almost always the system, for want of memory"),
-        ("137", "killed by SIGKILL: almost always the system, for want of memory"),
-        ("-6", "killed by SIGABRT: a library gave up, most often for want of memory"),
+        ("-9", "killed by SIGKILL: almost always by the system, because memory ran out"),
+        ("137", "killed by SIGKILL: almost always by the system, because memory ran out"),
+        ("-6", "killed by SIGABRT: a library gave up, most often because memory ran out"),
         ("-11", "killed by SIGSEGV: a library crashed"),
         ("3", "failed to reproduce 'train': failed to run: ommatid train, exited with 3"),
     ],
@@ -294,5 +295,5 @@ def test_files_that_lists_in_the_params_name_are_reachable_too(checkout: Path) -
 def test_a_stage_that_a_signal_ended_says_what_that_means(status: str, said: str) -> None:
     lines = ["terminate called after throwing an instance of 'std::bad_alloc'"]
     dvc = f"ERROR: failed to reproduce 'train': failed to run: ommatid train, exited with {status}"
-    assert checkout_module._error_in([*lines, dvc], 255).startswith(said)
-    assert checkout_module._error_in(["error: train: too few tokens", dvc], 255) == "train: too few tokens"
+    assert find_error([*lines, dvc], 255).startswith(said)
+    assert find_error(["error: train: too few tokens", dvc], 255) == "train: too few tokens"

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from flows.checkout import environment
+from flows.commands import environment
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from flows.checkout import end
+from flows.commands import end
 from ommatid.config import load_params
 from ommatid.events import ignore
 from ommatid.pipeline import STAGES, open_stage
