@@ -15,7 +15,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export GOMP_SPINCOUNT := 1000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint up docs bench bench-extract bench-train bench-evaluate bench-interop peers constraints clean
+.PHONY: help demo fmt check test lint up docs bench bench-extract bench-train bench-evaluate bench-interop peers constraints clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -39,6 +39,16 @@ demo: $(READY) ## the whole line on 10,000 photographs, through the Prefect flow
 	@echo "one latent $(BIN)/ommatid show 123"
 	@echo "ask        $(BIN)/ommatid query \"SELECT ...\""
 	@echo "servers    make up"
+
+fmt: $(READY) ## format, and fix what lint can fix
+	@ruff format .
+	@ruff check --fix .
+
+# Images, models, dictionaries and numbers: the tests that start no server and run no whole line, a minute on two idle cores.
+FAST := $(addprefix tests/,activations compute config images metrics sae vlm store/test_artefact.py test_shapes.py)
+
+check: lint ## lint, types, contracts and the fast tests: under two minutes together
+	@pytest --numprocesses auto --maxprocesses 4 --dist loadfile --ignore tests/images/test_s3.py $(FAST)
 
 test: lint ## the environment, lint, types, contracts and all tests
 	@pytest --numprocesses auto --maxprocesses 4 --dist loadfile

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import support.shapes  # noqa: F401  (jaxtyping's hook, which pytest installs, finds it only once it is imported)
 from support.servers import S3Server, serving
 
 if TYPE_CHECKING:

@@ -172,7 +172,8 @@ def test_the_worktree_of_a_run_that_died_is_continued_and_cleared_after_a_day(ch
     shutil.rmtree(checkout / ".git/worktrees")
     with opened(checkout, "train.k=14") as (place, said):
         assert place.root == tree and not (tree / "data/.work").exists()  # git lost it: made anew
-    os.utime(tree, (time.time() - KEEP_SECONDS - 1,) * 2)
+    long_ago = time.time() - KEEP_SECONDS - 1
+    os.utime(tree, (long_ago, long_ago))
     with opened(checkout, "train.k=15") as (place, said):
         assert not tree.exists()
 

@@ -8,7 +8,7 @@ import struct
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -182,7 +182,7 @@ def test_wide_pixels_take_the_smallest_usual_range_that_holds_them(values, expec
     assert rgb(encode(values[None], "TIFF"))[0, :, 0].tolist() == expected
 
 
-def tiff(values: np.ndarray, order: str = "<", **tags: Any) -> bytes:
+def tiff(values: np.ndarray, order: Literal["<", ">"] = "<", **tags: Any) -> bytes:
     """A plain TIFF of one channel, tag by tag: PIL writes only some of what it reads."""
     height, width = values.shape
     data = values.astype(values.dtype.newbyteorder(order)).tobytes()

@@ -33,7 +33,7 @@ def draw(n_latents: int, n_images: int, n_words: int, d: int = 6) -> tuple[list[
 def slow_mean(rows: list[Tensor], acts: list[Tensor], images: Tensor, words: Tensor) -> list[int]:
     found = []
     for own, weights in zip(rows, acts, strict=True):
-        mean = sum(weight * images[row].double() for row, weight in zip(own, weights, strict=True))
+        mean = torch.stack([weight * images[row].double() for row, weight in zip(own, weights, strict=True)]).sum(0)
         found.append(int(torch.stack([torch.cosine_similarity(mean, word.double(), dim=0) for word in words]).argmax()))
     return found
 

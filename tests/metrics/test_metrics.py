@@ -198,7 +198,7 @@ def test_of_equally_good_thresholds_the_lowest_is_taken(positive: list[int], neg
 def test_rank_correlation_equals_scipys_ties_included(n_values: int) -> None:
     x = torch.randint(n_values, (60,), generator=torch.Generator().manual_seed(1))
     y = x + torch.randint(n_values, (60,), generator=torch.Generator().manual_seed(2))
-    assert rank_correlation(x, y.float()) == pytest.approx(spearmanr(x, y).statistic)
+    assert rank_correlation(x, y.float()) == pytest.approx(spearmanr(x, y)[0])
     assert rank_correlation(x, -x) == pytest.approx(-1)
 
 

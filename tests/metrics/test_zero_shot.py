@@ -1,6 +1,7 @@
 """Proves the numbers of zero-shot classification against loops over images, SciPy's and scikit-learn's, and resampling."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_fitted_scale_is_the_best(signal: float) -> None:
     def loss(scale: float) -> float:
         return classify(cosines, classes, scale).cross_entropy
 
-    best = minimize_scalar(loss, bounds=(1, 1000), method="bounded", options={"xatol": 1e-6})
+    best: Any = minimize_scalar(loss, bounds=(1, 1000), method="bounded", options={"xatol": 1e-6})
     assert loss(fit_scale(cosines, classes)) == pytest.approx(best.fun, abs=1e-9)
     assert fit_scale(cosines, classes) == pytest.approx(best.x, rel=1e-3)
 

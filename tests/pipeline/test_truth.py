@@ -29,7 +29,7 @@ from ommatid.sae.model import SAE, SAEConfig
 from ommatid.sae.trainer import Trainer
 from ommatid.store import Artefact
 from ommatid.train.stage import run as train
-from ommatid.vlm import VisionModel, load_model
+from ommatid.vlm import load_model
 from support import planted_vision
 from support.planted import begin, iter_planted, make_train_params, mmcs
 from support.planted_vision import (
@@ -141,7 +141,7 @@ def make_params(root: Path) -> Any:
     )
 
 
-def load(params: Any, dtype: Any, device: str) -> VisionModel:
+def load(params: Any, dtype: Any, device: str) -> Any:
     """The module is loaded as any other; in the place of `lite` the namer that knows the factors."""
     return PlantedNamer() if params.kind == "lite" else load_model(params, dtype, device)
 

@@ -107,7 +107,7 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monke
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.writer.pq, "write_table", full)
+    monkeypatch.setattr("ommatid.store.writer.pq.write_table", full)
     with open_draft(tmp_path / "images", "images", {}, {}) as draft:
         with pytest.raises(
             ArtefactError, match=r"images-00000.parquet: the disk is full \([\d.]+ [MG]B free\); make room and run the stage again"

@@ -133,9 +133,9 @@ def _save_tokenizer(folder: Path) -> int:
 
 _LIST = "[PAD] [UNK] [CLS] [SEP] [MASK] a horse dog bird car red blue green on in grass sky road water"
 WORDS = _LIST.split()
-CAPTIONER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-CAPTIONER_VISION = CAPTIONER | {"image_size": 32, "patch_size": 16}
-CAPTIONER_TEXT = CAPTIONER | {
+CAPTIONER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+CAPTIONER_VISION: dict[str, Any] = CAPTIONER | {"image_size": 32, "patch_size": 16}
+CAPTIONER_TEXT: dict[str, Any] = CAPTIONER | {
     "vocab_size": len(WORDS),
     "max_position_embeddings": 64,
     "pad_token_id": 0,

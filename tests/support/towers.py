@@ -182,8 +182,8 @@ def _draw(folder: Path, vision: VisionModel) -> dict[str, tuple[int, int]]:
     places = {f"{row} {col}.png": (row, col) for row in range(rows) for col in range(cols)}
     for name, (row, col) in places.items():
         image = Image.new("RGB", (width, height))
-        corners = (left + x * col, top + y * row, left + x * (col + 1), top + y * (row + 1))
-        image.paste((255, 255, 255), tuple(round(corner) for corner in corners))
+        box = (round(left + x * col), round(top + y * row), round(left + x * (col + 1)), round(top + y * (row + 1)))
+        image.paste((255, 255, 255), box)
         image.save(folder / name)
     return places
 

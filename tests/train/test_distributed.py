@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_two_ranks_make_the_sae_of_one(folder: Path, variant: str) -> None:
     cosines = torch.cosine_similarity(alone.W_dec, both.W_dec, dim=1)
     assert float(cosines.min()) > 0.98 and float(cosines.mean()) > 0.999
     torch.testing.assert_close(both.b_dec, alone.b_dec, rtol=1e-2, atol=1e-2)
-    close = {"rtol": 2e-2, "atol": 1e-3} if variant == "batch_topk" else {"rtol": 1e-4, "atol": 1e-5}
+    close: dict[str, Any] = {"rtol": 2e-2, "atol": 1e-3} if variant == "batch_topk" else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(both.threshold, alone.threshold, **close)
 
 

@@ -109,6 +109,7 @@ def test_logit_scale_is_the_models(vision: ClipVision, reference: Any, inputs: t
         logits = reference(input_ids=texts, pixel_values=inputs).logits_per_image
         embedded = [reference.get_image_features(inputs).pooler_output, reference.get_text_features(texts).pooler_output]
     images, words = (torch.nn.functional.normalize(x, dim=1) for x in embedded)
+    assert vision.logit_scale is not None
     torch.testing.assert_close(vision.logit_scale * images @ words.T, logits, atol=1e-5, rtol=1e-5)
 
 

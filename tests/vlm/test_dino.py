@@ -35,7 +35,7 @@ from support.towers import (
     noise,
 )
 
-TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 16}
+TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 16}
 MODELS: dict[str, Any] = {
     "dinov2": lambda: Dinov2Model(Dinov2Config(image_size=80, mlp_ratio=2, **TINY)),
     "swiglu": lambda: Dinov2Model(Dinov2Config(image_size=80, mlp_ratio=2, use_swiglu_ffn=True, **TINY)),

@@ -1,6 +1,7 @@
 """Any transformers vision model can be the judge: pooler, class token, CNN or joint image features, equal to transformers' own."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,14 @@ from ommatid.errors import ModelError
 from ommatid.vlm import load_judge
 from ommatid.vlm.precision import normalise
 
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 48, "patch_size": 16}
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 48,
+    "patch_size": 16,
+}
 VIT = ViTConfig(**TINY)
 MODELS = {
     "pooler": (lambda: ViTModel(VIT), lambda output: output.pooler_output),
@@ -49,7 +57,8 @@ def test_clip_judges_with_its_image_features(tiny_clip: Path) -> None:
     judge = load_judge(TransformersJudge(kind="transformers", path=str(tiny_clip)), "float32", "cpu")
     pixels = torch.randint(0, 256, (3, 48, 48, 3), dtype=torch.uint8)
     with torch.no_grad():
-        expected = CLIPModel.from_pretrained(tiny_clip).eval().get_image_features(normalise(pixels, judge.preprocess, "cpu")).pooler_output
+        model: Any = CLIPModel.from_pretrained(tiny_clip).eval()
+        expected = model.get_image_features(normalise(pixels, judge.preprocess, "cpu")).pooler_output
     torch.testing.assert_close(judge.embed(pixels), expected, atol=1e-5, rtol=1e-5)
 
 

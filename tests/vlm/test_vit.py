@@ -26,7 +26,7 @@ from support.towers import (
     noise,
 )
 
-TINY = SIZES | {"image_size": (48, 64), "patch_size": 16}
+TINY: dict[str, Any] = SIZES | {"image_size": (48, 64), "patch_size": 16}
 MODELS: dict[str, Any] = {"vit": lambda: ViTModel(ViTConfig(**TINY)), "deit": lambda: DeiTModel(DeiTConfig(**TINY))}
 SPECIAL = {"vit": ("cls",), "deit": ("cls", "distillation")}
 PROCESSOR = ViTImageProcessorPil(size={"height": 48, "width": 64})

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+from jaxtyping import Num
 
 
 def lca_depth(paths: Sequence[Sequence[str]]) -> int:
@@ -54,7 +55,7 @@ def coverage(labels: Sequence[Sequence[Hashable]], n: int, n_classes: int) -> fl
     return len(covered) / n_classes if n_classes else math.nan
 
 
-def label_entropy(mass_c: np.ndarray) -> float:
+def label_entropy(mass_c: Num[np.ndarray, " classes"]) -> float:
     """Return the entropy in bits of the classes on which a latent fires.
 
     Args:

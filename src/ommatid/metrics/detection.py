@@ -3,15 +3,16 @@
 import math
 
 import torch
+from jaxtyping import Float, Num
 from torch import Tensor
 
 
-def balanced_accuracy(positive: Tensor, negative: Tensor, threshold: float) -> float:
+def balanced_accuracy(positive: Float[Tensor, " positives"], negative: Float[Tensor, " negatives"], threshold: float) -> float:
     """Return the mean of two shares: `positive` scores above the threshold, and `negative` scores at or below it."""
     return float(((positive > threshold).double().mean() + (negative <= threshold).double().mean()) / 2)
 
 
-def best_threshold(positive: Tensor, negative: Tensor) -> float:
+def best_threshold(positive: Float[Tensor, " positives"], negative: Float[Tensor, " negatives"]) -> float:
     """Return the threshold with the highest balanced accuracy, in the middle of a gap between observed scores.
 
     Of equally good thresholds, the lowest is returned. Accuracies are compared as integers, so that rounding has no influence.
@@ -26,7 +27,7 @@ def best_threshold(positive: Tensor, negative: Tensor) -> float:
     return float(scores[best : best + 2].mean())
 
 
-def auroc(positive: Tensor, negative: Tensor) -> tuple[float, float, float]:
+def auroc(positive: Float[Tensor, " positives"], negative: Float[Tensor, " negatives"]) -> tuple[float, float, float]:
     """Compute the area under the ROC curve, where ties count half.
 
     Args:
@@ -43,7 +44,7 @@ def auroc(positive: Tensor, negative: Tensor) -> tuple[float, float, float]:
     return area, max(area - half, 0.0), min(area + half, 1.0)
 
 
-def rank_correlation(x: Tensor, y: Tensor) -> float:
+def rank_correlation(x: Num[Tensor, " n"], y: Num[Tensor, " n"]) -> float:
     """Return Spearman's rank correlation, in which equal values share their mean rank; NaN if either input is constant."""
     ranks = torch.stack([_ranks(x), _ranks(y)])
     centred = ranks - ranks.mean(1, keepdim=True)

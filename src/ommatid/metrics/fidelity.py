@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ommatid.compute.checkpoint import Accumulator
@@ -26,7 +27,7 @@ class Fidelity(Accumulator):
         self.sum_cosine = 0.0
         self.n_firings = 0
 
-    def add(self, x_bd: Tensor, x_hat_bd: Tensor, n_firings: int) -> None:
+    def add(self, x_bd: Float[Tensor, "batch d_model"], x_hat_bd: Float[Tensor, "batch d_model"], n_firings: int) -> None:
         """Add a batch: x and x̂, `(batch, d_model)` each, and the number of (token, latent) pairs that fired."""
         # Sums within a row use the dtype of the data, and sums over rows float64. Converting all of the data would take twice as long.
         error, norms, norms_hat = x_bd - x_hat_bd, _squares(x_bd), _squares(x_hat_bd)
@@ -85,7 +86,12 @@ class FidelityByKind(Accumulator):
         self.of = {kind: Fidelity() for kind in kinds}
         self._places = {kind: torch.tensor([i for i, kind_ in enumerate(kinds) if kind_ == kind]) for kind in self.of}
 
-    def add(self, x_btd: Tensor, x_hat_btd: Tensor, acts_bts: Tensor) -> None:
+    def add(
+        self,
+        x_btd: Float[Tensor, "images tokens d_model"],
+        x_hat_btd: Float[Tensor, "images tokens d_model"],
+        acts_bts: Float[Tensor, "images tokens d_sae"],
+    ) -> None:
         """Add images: x and x̂, `(images, tokens, d_model)` each, and the latents' activations `(images, tokens, d_sae)`."""
         for kind, fidelity in self.of.items():
             of_kind = (tokens if len(self.of) == 1 else tokens[:, self._places[kind]] for tokens in (x_btd, x_hat_btd, acts_bts))

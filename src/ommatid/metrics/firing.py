@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from ommatid.compute.checkpoint import Accumulator
@@ -28,7 +29,7 @@ class Firing(Accumulator):
         self.sum = torch.zeros(d_sae, dtype=torch.float64)
         self.max = torch.zeros(d_sae, dtype=torch.float64)
 
-    def add(self, acts_bs: Tensor, image_acts_bs: Tensor) -> None:
+    def add(self, acts_bs: Float[Tensor, "tokens d_sae"], image_acts_bs: Float[Tensor, "images d_sae"]) -> None:
         """Add token activations `(tokens, d_sae)` and the image-level activations `(images, d_sae)` of the same images."""
         self.n_tokens += acts_bs.shape[0]
         self.count += count_positive(acts_bs)
@@ -37,27 +38,27 @@ class Firing(Accumulator):
         self.max = torch.maximum(self.max, acts_bs.amax(0).double())
 
     @property
-    def density(self) -> Tensor:
+    def density(self) -> Float64[Tensor, " d_sae"]:
         """Share of tokens on which each latent fires, `(d_sae,)`."""
         return self.count.double() / max(self.n_tokens, 1)
 
     @property
-    def mean(self) -> Tensor:
+    def mean(self) -> Float64[Tensor, " d_sae"]:
         """Mean activation over the tokens on which a latent fires, `(d_sae,)`; NaN if it never fires."""
         return self.sum / self.count.double()
 
     @property
-    def is_dead(self) -> Tensor:
+    def is_dead(self) -> Bool[Tensor, " d_sae"]:
         """Whether each latent never fires, `(d_sae,)`."""
         return self.count == 0
 
     @property
-    def is_dense(self) -> Tensor:
+    def is_dense(self) -> Bool[Tensor, " d_sae"]:
         """Whether each latent fires on more than the share `DENSE` of tokens, `(d_sae,)`."""
         return self.density > DENSE
 
     @property
-    def is_rare(self) -> Tensor:
+    def is_rare(self) -> Bool[Tensor, " d_sae"]:
         """Whether each latent fires, but on fewer than `RARE` images, `(d_sae,)`."""
         return (self.n_images > 0) & (self.n_images < RARE)
 
@@ -74,7 +75,7 @@ class Decade:
     """Number of latents in the bin."""
 
 
-def density_histogram(density_s: Tensor, n_tokens: int) -> list[Decade]:
+def density_histogram(density_s: Float[Tensor, " d_sae"], n_tokens: int) -> list[Decade]:
     """Count latents by the order of magnitude of their density.
 
     Args:
@@ -100,7 +101,7 @@ class TopImages(Accumulator):
         self.acts = torch.full((n, d_sae), -math.inf)
         self.images = torch.full((n, d_sae), -1, dtype=torch.int64)
 
-    def add(self, acts_bs: Tensor, images_b: Tensor) -> None:
+    def add(self, acts_bs: Float[Tensor, "images d_sae"], images_b: Int[Tensor, " images"]) -> None:
         """Add image-level activations `(images, d_sae)` and the numbers of the images `(images,)`."""
         # Only latents that gain an image are updated, which soon are few: a tie counts only above 0, so further zeros change nothing.
         new = ((acts_bs >= self.acts[-1]) & (acts_bs > 0) | (acts_bs > self.acts[-1])).any(0).nonzero()[:, 0]

@@ -6,6 +6,7 @@ Suffixes of names: n and m directions of two dictionaries, d their width. scipy 
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
 from ommatid.compute.nearest import Nearest, nearest_both_ways
@@ -18,9 +19,9 @@ MOST_ONE_TO_ONE = 4096
 class BestMatches:
     """The nearest direction in another dictionary for each direction of a dictionary. Of equally near directions, the first is taken."""
 
-    other: Tensor
+    other: Int[Tensor, " n"]
     """Index of the nearest direction, `(n,)` int64."""
-    cosine: Tensor
+    cosine: Float32[Tensor, " n"]
     """Cosine with the nearest direction, `(n,)` float32; 0 for a direction of norm 0."""
 
     @property
@@ -28,12 +29,12 @@ class BestMatches:
         """Mean max cosine similarity (Sharkey et al. 2022): the mean of the best cosines."""
         return float(self.cosine.double().mean())
 
-    def mutual(self, back: "BestMatches") -> Tensor:
+    def mutual(self, back: "BestMatches") -> Bool[Tensor, " n"]:
         """Return whether each direction is the best match of its best match, `(n,)`; `back` holds the matches in the other direction."""
         return back.other[self.other] == torch.arange(len(self.other))
 
 
-def best_matches(a_nd: Tensor, b_md: Tensor) -> tuple[BestMatches, BestMatches]:
+def best_matches(a_nd: Float[Tensor, "n d"], b_md: Float[Tensor, "m d"]) -> tuple[BestMatches, BestMatches]:
     """Find the best matches between two dictionaries, in tiles, so that extra memory does not grow with their size.
 
     Args:
@@ -51,7 +52,7 @@ def _best_matches(found: Nearest) -> BestMatches:
     return BestMatches(torch.from_numpy(found.others[:, 0]), torch.from_numpy(found.cosines[:, 0]))
 
 
-def match_one_to_one(a_nd: Tensor, b_md: Tensor) -> Tensor | None:
+def match_one_to_one(a_nd: Float[Tensor, "n d"], b_md: Float[Tensor, "m d"]) -> Float32[Tensor, " pairs"] | None:
     """Find the one-to-one matching with the highest sum of cosines (Hungarian algorithm).
 
     Args:

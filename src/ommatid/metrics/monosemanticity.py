@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from ommatid.compute.checkpoint import Accumulator
@@ -19,7 +20,7 @@ WIDTH = 384
 class MonosemanticityScores:
     """Monosemanticity scores of latents, and the score that chance would give."""
 
-    ms: Tensor
+    ms: Float64[Tensor, " d_sae"]
     """MS of each latent, `(d_sae,)` float64; NaN where it is undefined."""
     floor: float
     """Score of uniform weights, which is the judge's mean pairwise cosine on the same images."""
@@ -49,7 +50,7 @@ class Monosemanticity(Accumulator):
         self.max = torch.full((d_sae,), -math.inf, dtype=torch.float64)
         self.n_firing = torch.zeros(d_sae, dtype=torch.int64)
 
-    def add(self, acts_bs: Tensor, judge_bd: Tensor) -> None:
+    def add(self, acts_bs: Float[Tensor, "images d_sae"], judge_bd: Float[Tensor, "images d_judge"]) -> None:
         """Add a batch of images.
 
         Args:
@@ -107,19 +108,19 @@ class Monosemanticity(Accumulator):
         floor = (float(self.sum_p.square().sum()) - n) / (n * (n - 1)) if n > 1 else math.nan
         return MonosemanticityScores(ms, floor)
 
-    def is_defined(self) -> Tensor:
+    def is_defined(self) -> Bool[Tensor, " d_sae"]:
         """Return whether the score of each latent is defined, `(d_sae,)`: the latent varies, and fires on at least two images."""
         u, v = self.scaled_sums()
         return (self.max > self.min) & (self.n_firing >= 2) & (u.square() - v > 1e-12)
 
-    def scaled_sums(self) -> tuple[Tensor, Tensor]:
+    def scaled_sums(self) -> tuple[Float64[Tensor, " d_sae"], Float64[Tensor, " d_sae"]]:
         """Return u = Σã and v = Σã², `(d_sae,)` each."""
         low, span = self.min, self.max - self.min
         u = (self.sum - self.n * low) / span
         v = (self.sum_squares - 2 * low * self.sum + self.n * low.square()) / span.square()
         return u, v
 
-    def scaled_w(self) -> Tensor:
+    def scaled_w(self) -> Float64[Tensor, "d_sae d_judge"]:
         """Return w = Σãp, `(d_sae, d_judge)`."""
         return torch.cat(list(self._iter_w()), dim=1).div_((self.max - self.min)[:, None])
 
@@ -152,7 +153,7 @@ class MonosemanticityInterval(Accumulator):
         self.variance = torch.zeros_like(self.ms)
         self.variance_of_mean = 0.0
 
-    def add(self, acts_bs: Tensor, judge_bd: Tensor) -> None:
+    def add(self, acts_bs: Float[Tensor, "images d_sae"], judge_bd: Float[Tensor, "images d_judge"]) -> None:
         """Add a batch. The batches must be those of the first pass, in any order."""
         a = (acts_bs.double() - self.low) / self.span
         alignment = unit(judge_bd) @ self.w.T
@@ -162,7 +163,7 @@ class MonosemanticityInterval(Accumulator):
         if influence.shape[1]:
             self.variance_of_mean += float(influence.mean(1).square().sum())
 
-    def of_latents(self) -> tuple[Tensor, Tensor]:
+    def of_latents(self) -> tuple[Float64[Tensor, " d_sae"], Float64[Tensor, " d_sae"]]:
         """Return the lower and upper ends of each latent's 95 % interval, `(d_sae,)` each; NaN where MS is undefined."""
         half = 1.959964 * self.variance.sqrt()
         return self.ms - half, self.ms + half

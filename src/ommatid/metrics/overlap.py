@@ -3,6 +3,7 @@
 import math
 
 import torch
+from jaxtyping import Float32, Float64, Int
 from torch import Tensor
 
 
@@ -21,7 +22,7 @@ class CoFiring:
         self.n_firing = torch.zeros(d_sae, dtype=torch.float64)
         self._tile = slice(tile.start, tile.stop)
 
-    def add(self, fires_bs: Tensor) -> None:
+    def add(self, fires_bs: Float32[Tensor, "images d_sae"]) -> None:
         """Add images, with 1 where a latent fires and 0 elsewhere, `(images, d_sae)` float32. Images without firings may be left out."""
         self.counts.addmm_(fires_bs[:, self._tile].T, fires_bs)
         self.n_firing += fires_bs.sum(0, dtype=torch.float64)
@@ -31,13 +32,13 @@ class CoFiring:
         self.counts += other.counts
         self.n_firing += other.n_firing
 
-    def lift(self, rows: slice, n_images: int) -> Tensor:
+    def lift(self, rows: slice, n_images: int) -> Float64[Tensor, "rows d_sae"]:
         """Return the lift of some latents of the tile with each latent, `(rows, d_sae)` float64; NaN where either never fires."""
         assert n_images < 2**24, n_images
         n_rows = self.n_firing[self._tile][rows]
         return self.counts[rows].double() * n_images / (n_rows[:, None] * self.n_firing)
 
-    def jaccard(self, rows: slice) -> Tensor:
+    def jaccard(self, rows: slice) -> Float64[Tensor, "rows d_sae"]:
         """Return the Jaccard index of some latents of the tile with each latent, `(rows, d_sae)` float64; 0 where neither ever fires."""
         n_rows, both = self.n_firing[self._tile][rows], self.counts[rows].double()
         return both / (n_rows[:, None] + self.n_firing - both).clamp_min(1)
@@ -47,7 +48,7 @@ LATENTS_PER_STEP = 256
 """Latents whose overlaps with all latents are counted at a time."""
 
 
-def uniqueness(images_sn: Tensor) -> Tensor:
+def uniqueness(images_sn: Int[Tensor, "latents n"]) -> Float64[Tensor, " latents"]:
     """Compute 1 − the largest Jaccard index of a latent's strongest images with those of any other latent.
 
     Args:

@@ -6,6 +6,7 @@ Suffixes of names: n images, c classes, d features. Features are shared by all c
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -25,17 +26,19 @@ class LogisticProbes:
     """Means of the features in the training data, `(features,)` or `(classes, features)`."""
     std: Tensor
     """Standard deviations of the same features; 1 for a feature that does not vary."""
-    weights_cd: Tensor
+    weights_cd: Float64[Tensor, "classes features"]
     """Weights of standardised features, `(classes, features)`."""
-    bias_c: Tensor
+    bias_c: Float64[Tensor, " classes"]
     """Biases, `(classes,)`."""
 
-    def scores(self, x: Tensor) -> Tensor:
+    def scores(self, x: Float[Tensor, "images features"] | Float[Tensor, "images classes features"]) -> Float64[Tensor, "images classes"]:
         """Return the log-odds of each class, `(images, classes)` float64, from features in the layout of the training data."""
         return _logits((x.double() - self.mean) / self.std, self.weights_cd, self.bias_c)
 
 
-def fit_probes(x: Tensor, y_nc: Tensor) -> LogisticProbes:
+def fit_probes(
+    x: Float[Tensor, "images features"] | Float[Tensor, "images classes features"], y_nc: Bool[Tensor, "images classes"]
+) -> LogisticProbes:
     """Fit a probe for each class by minimising Σ_n v_n log(1 + exp(∓(w·x_n + b))) + PENALTY/2 ‖w‖², for standardised x.
 
     The weights v give a class and its complement half of the total weight each, so that 0 is the threshold of balanced accuracy however

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Z = 1.959964
@@ -31,9 +32,9 @@ class Interval:
 class Classified:
     """The results of classifying some images."""
 
-    is_right: Tensor
+    is_right: Bool[Tensor, " images"]
     """Whether the class with the largest logit is the true one, `(n,)` bool."""
-    cross_entropies: Tensor
+    cross_entropies: Float[Tensor, " images"]
     """−log of the probability of the true class, `(n,)` float64, in nats."""
 
     @property
@@ -50,7 +51,7 @@ class Classified:
         return float(self.cross_entropies.mean())
 
 
-def classify(cosines_nc: Tensor, classes_n: Tensor, scale: float) -> Classified:
+def classify(cosines_nc: Float[Tensor, "images classes"], classes_n: Int[Tensor, " images"], scale: float) -> Classified:
     """Classify images by a softmax over scale · cosine of image and text.
 
     Args:
@@ -65,7 +66,7 @@ def classify(cosines_nc: Tensor, classes_n: Tensor, scale: float) -> Classified:
     return Classified(logits.argmax(1) == classes_n, torch.nn.functional.cross_entropy(logits, classes_n, reduction="none"))
 
 
-def fit_scale(cosines_nc: Tensor, classes_n: Tensor) -> float:
+def fit_scale(cosines_nc: Float[Tensor, "images classes"], classes_n: Int[Tensor, " images"]) -> float:
     """Fit the scale, within `SCALES`, that has the smallest mean cross-entropy.
 
     The cross-entropy of softmax(scale · cosine) is convex in the scale, so the zero of its slope is found by bisection. The slope is the

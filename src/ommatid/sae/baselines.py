@@ -6,6 +6,7 @@ Each baseline is fitted on a float32 sample of training tokens, `(tokens, d_mode
 from typing import Protocol, assert_never
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ommatid.config import Baseline
@@ -35,11 +36,11 @@ class Dictionary(Protocol):
         """Width of the activations."""
         ...
 
-    def encode(self, x_bd: Tensor) -> Tensor:
+    def encode(self, x_bd: Float[Tensor, "batch d_model={self.d_model}"]) -> Float[Tensor, "batch n_latents={self.n_latents}"]:
         """Return the latent activations `(batch, n_latents)` of x `(batch, d_model)`: non-negative, except those of raw neurons."""
         ...
 
-    def decode(self, acts_bs: Tensor) -> Tensor:
+    def decode(self, acts_bs: Float[Tensor, "batch n_latents={self.n_latents}"]) -> Float[Tensor, "batch d_out"]:
         """Return the reconstruction x̂ `(batch, d_model)` of acts `(batch, n_latents)`."""
         ...
 
@@ -53,16 +54,16 @@ class Neurons:
         self.d_model = d_model
         self.n_latents = d_model
 
-    def encode(self, x_bd: Tensor) -> Tensor:
+    def encode(self, x_bd: Float[Tensor, "batch d_model={self.d_model}"]) -> Float[Tensor, "batch n_latents={self.n_latents}"]:
         """Return x itself, `(batch, d_model)`."""
         return x_bd
 
-    def decode(self, acts_bs: Tensor) -> Tensor:
+    def decode(self, acts_bs: Float[Tensor, "batch n_latents={self.n_latents}"]) -> Float[Tensor, "batch d_out"]:
         """Return acts themselves, `(batch, d_model)`."""
         return acts_bs
 
 
-def make_baseline(kind: Baseline, config: SAEConfig, sample_nd: Tensor, seed: int) -> Dictionary:
+def make_baseline(kind: Baseline, config: SAEConfig, sample_nd: Float[Tensor, "tokens d_model"], seed: int) -> Dictionary:
     """Fit a baseline for an SAE, with as many latents and as many firings per token as the SAE where the method allows it."""
     match kind:
         case "sparse_neurons":
@@ -77,7 +78,7 @@ def make_baseline(kind: Baseline, config: SAEConfig, sample_nd: Tensor, seed: in
             assert_never(kind)
 
 
-def make_sparse_neurons(config: SAEConfig, sample_nd: Tensor) -> SAE:
+def make_sparse_neurons(config: SAEConfig, sample_nd: Float[Tensor, "tokens d_model"]) -> SAE:
     """Make raw neurons as sparse as the SAE's latents: a control for how much of an SAE's monosemanticity comes from sparsity alone.
 
     Each dimension, standardised by its mean and standard deviation, gives two latents, one for each sign. All latents share one threshold,
@@ -96,7 +97,7 @@ def make_sparse_neurons(config: SAEConfig, sample_nd: Tensor) -> SAE:
     return SAE(sparse, W_enc.T.contiguous(), -(W_enc @ mean), directions, mean, threshold)
 
 
-def make_pca(config: SAEConfig, sample_nd: Tensor) -> SAE:
+def make_pca(config: SAEConfig, sample_nd: Float[Tensor, "tokens d_model"]) -> SAE:
     """Make an SAE whose directions are the principal components and their opposites; the k largest latents of a token fire.
 
     There are 2 · min(d_model, d_sae / 2) latents, two per component, and the components with the largest variance come first. Only one

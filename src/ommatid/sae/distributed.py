@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -75,7 +76,7 @@ def broadcast(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def nth_largest(values: Tensor, n_wanted: int) -> float:
+def nth_largest(values: Float[Tensor, " values"], n_wanted: int) -> float:
     """Return the n-th largest of all ranks' values: the smallest if there are fewer than n, 0 if there are none."""
     everyone = _all_gather(values)
     if len(everyone) == 0:
@@ -84,7 +85,7 @@ def nth_largest(values: Tensor, n_wanted: int) -> float:
     return float(everyone.topk(wanted, sorted=False).values.min())
 
 
-def keep_largest(values: Tensor, n_wanted: int) -> tuple[Tensor | None, float]:
+def keep_largest(values: Float[Tensor, " values"], n_wanted: int) -> tuple[Int[Tensor, " kept"] | None, float]:
     """Find which of this rank's values are among the n largest of all ranks. Ties at the border go to the lower ranks.
 
     Args:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
@@ -39,7 +40,7 @@ class Levels:
         """Number of levels."""
         return len(self.bounds)
 
-    def of(self, latents: Tensor) -> Tensor:
+    def of(self, latents: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         """Return the first level that each latent belongs to."""
         return torch.bucketize(latents, self._inner, right=True)
 
@@ -56,36 +57,36 @@ class Sparse:
     """Number of tokens in the batch."""
     levels: Levels
     """Levels of the dictionary."""
-    rows: Tensor
+    rows: Int[Tensor, " entries"]
     """Token of each entry, `(n,)`, ascending."""
-    latents: Tensor
+    latents: Int[Tensor, " entries"]
     """Latent of each entry, `(n,)`, ascending within a token."""
-    values: Tensor
+    values: Float[Tensor, " entries"]
     """Pre-activation of each entry, `(n,)`."""
 
-    def at(self, of_latent: Tensor) -> Tensor:
+    def at(self, of_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " entries"]:
         """Look up a value per latent, `(d_sae,)`, for each entry, `(n,)`."""
         return of_latent[self.latents]
 
-    def sum_by_latent(self, values: Tensor) -> Tensor:
+    def sum_by_latent(self, values: Float[Tensor, " entries"]) -> Float[Tensor, " d_sae"]:
         """Sum values of entries, `(n,)`, by latent, `(d_sae,)`."""
         return torch.zeros(self.levels.bounds[-1], dtype=values.dtype, device=values.device).index_add_(0, self.latents, values)
 
-    def max_by_latent(self, values: Tensor) -> Tensor:
+    def max_by_latent(self, values: Float[Tensor, " entries"]) -> Float[Tensor, " d_sae"]:
         """Return each latent's largest of some values of entries, or 0 if they are all negative, `(d_sae,)`."""
         zeros = torch.zeros(self.levels.bounds[-1], dtype=values.dtype, device=values.device)
         return zeros.scatter_reduce_(0, self.latents, values, "amax")
 
-    def firing_latents(self, acts: Tensor) -> Tensor:
+    def firing_latents(self, acts: Float[Tensor, " entries"]) -> Int[Tensor, " firings"]:
         """Return the latent of each entry that fires, with repetitions; acts are those of the entries, `(n,)`."""
         return self.latents[acts > 0]
 
-    def decode(self, acts: Tensor, W_dec: Tensor) -> Tensor:
+    def decode(self, acts: Float[Tensor, " entries"], W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "batch levels d_out"]:
         """Return what each level adds to the reconstruction, without the bias, `(batch, levels, d_model)`."""
         starts = torch.searchsorted(self._bags, torch.arange(self.n_tokens * self.levels.n, device=self.rows.device))
         return embedding_bag(self.latents, W_dec, starts, mode="sum", per_sample_weights=acts).unflatten(0, (-1, self.levels.n))
 
-    def product(self, table_bld: Tensor, directions_sd: Tensor) -> Tensor:
+    def product(self, table_bld: Float[Tensor, "batch levels d"], directions_sd: Float[Tensor, "d_sae d"]) -> Float[Tensor, " entries"]:
         """Return, for each entry, the dot product of its latent's direction and the table's row for its token and level, `(n,)`.
 
         Entries are visited latent by latent: the table is smaller than the dictionary, so more of it stays in the cache.
@@ -96,7 +97,9 @@ class Sparse:
         found = torch.sparse.sampled_addmm(pattern, directions_sd, table.T, beta=0.0).values()
         return zeros.scatter_(0, order, found)
 
-    def weighted_sums(self, weights: Tensor, table_bld: Tensor, out_sd: Tensor) -> None:
+    def weighted_sums(
+        self, weights: Float[Tensor, " entries"], table_bld: Float[Tensor, "batch levels d"], out_sd: Float[Tensor, "d_sae d"]
+    ) -> None:
         """Write, for each latent, the weighted sum over its entries of the table's rows, into `out_sd` `(d_sae, d_model)`.
 
         Args:
@@ -136,35 +139,37 @@ class Dense:
 
     levels: Levels
     """Levels of the dictionary."""
-    values: Tensor
+    values: Float[Tensor, "batch d_sae"]
     """Pre-activations, `(batch, d_sae)`."""
 
-    def at(self, of_latent: Tensor) -> Tensor:
+    def at(self, of_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
         """See `Sparse`."""
         return of_latent
 
-    def sum_by_latent(self, values: Tensor) -> Tensor:
+    def sum_by_latent(self, values: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " d_sae"]:
         """See `Sparse`."""
         return values.sum(0)
 
-    def max_by_latent(self, values: Tensor) -> Tensor:
+    def max_by_latent(self, values: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " d_sae"]:
         """See `Sparse`."""
         return values.amax(0).clamp_min(0)
 
-    def firing_latents(self, acts: Tensor) -> Tensor:
+    def firing_latents(self, acts: Float[Tensor, "batch d_sae"]) -> Int[Tensor, " firings"]:
         """See `Sparse`."""
         return (acts > 0).any(0).nonzero()[:, 0]
 
-    def decode(self, acts: Tensor, W_dec: Tensor) -> Tensor:
+    def decode(self, acts: Float[Tensor, "batch d_sae"], W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "batch levels d_out"]:
         """See `Sparse`."""
         return torch.stack([acts[:, part] @ W_dec[part] for part in self.levels.slices()], dim=1)
 
-    def product(self, table_bld: Tensor, directions_sd: Tensor) -> Tensor:
+    def product(self, table_bld: Float[Tensor, "batch levels d"], directions_sd: Float[Tensor, "d_sae d"]) -> Float[Tensor, "batch d_sae"]:
         """See `Sparse`."""
         parts = self._levels_of(table_bld)
         return torch.cat([table_bld[:, level] @ directions_sd[part].T for level, part in parts], dim=1)
 
-    def weighted_sums(self, weights: Tensor, table_bld: Tensor, out_sd: Tensor) -> None:
+    def weighted_sums(
+        self, weights: Float[Tensor, "batch d_sae"], table_bld: Float[Tensor, "batch levels d"], out_sd: Float[Tensor, "d_sae d"]
+    ) -> None:
         """See `Sparse`."""
         for level, part in self._levels_of(table_bld):
             torch.mm(weights[:, part].T, table_bld[:, level], out=out_sd[part])

@@ -1,6 +1,7 @@
 """Initial weights: directions made from data points, and an encoder scaled so that the reconstruction has the right length."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
@@ -17,7 +18,7 @@ ROWS_PER_CHUNK = 1024
 """Directions computed at a time."""
 
 
-def make_weights(d_sae: int, x_nd: Tensor, target_nd: Tensor | None, seed: int) -> Weights:
+def make_weights(d_sae: int, x_nd: Float[Tensor, "tokens d_model"], target_nd: Float[Tensor, "tokens d_out"] | None, seed: int) -> Weights:
     """Initialise from data points (saev): directions blend centred data points with noise, W_enc copies them, b_dec is the mean.
 
     Args:
@@ -42,7 +43,9 @@ def make_weights(d_sae: int, x_nd: Tensor, target_nd: Tensor | None, seed: int) 
     return Weights(W_enc, torch.zeros(d_sae), W_dec, target_nd.mean(0), fixed={"b_pre": x_nd.mean(0)})
 
 
-def fit_scale(weights: Weights, x_nd: Tensor, k: int, target_nd: Tensor | None = None) -> None:
+def fit_scale(
+    weights: Weights, x_nd: Float[Tensor, "tokens d_model"], k: int, target_nd: Float[Tensor, "tokens d_out"] | None = None
+) -> None:
     """Scale the encoder so that x̂, made from the k largest latents of each token, has the right length.
 
     The factor is Σ x·x̂ / Σ ‖x̂‖² over some tokens. Directions overlap and add up: with encoder rows of unit length, x̂ would be several

@@ -1,6 +1,7 @@
 """k-means as a dictionary: each centre is a latent, and only the latent of the nearest centre fires on a token."""
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 ROUNDS = 256
@@ -18,7 +19,7 @@ class KMeans:
 
     name = "kmeans"
 
-    def __init__(self, centres: Tensor) -> None:
+    def __init__(self, centres: Float[Tensor, "n_latents d_model"]) -> None:
         self.centres = centres
         """Centres, `(n_latents, d_model)`."""
 
@@ -32,17 +33,17 @@ class KMeans:
         """Width of the activations."""
         return self.centres.shape[1]
 
-    def encode(self, x_bd: Tensor) -> Tensor:
+    def encode(self, x_bd: Float[Tensor, "batch d_model={self.d_model}"]) -> Float[Tensor, "batch n_latents={self.n_latents}"]:
         """Return the one-hot activations `(batch, n_latents)` of x `(batch, d_model)`."""
         nearest, _ = find_nearest(x_bd, self.centres)
         return x_bd.new_zeros(len(x_bd), self.n_latents).scatter_(1, nearest[:, None], 1.0)
 
-    def decode(self, acts_bs: Tensor) -> Tensor:
+    def decode(self, acts_bs: Float[Tensor, "batch n_latents={self.n_latents}"]) -> Float[Tensor, "batch d_model"]:
         """Return the centre of each token, `(batch, d_model)`, from acts `(batch, n_latents)`."""
         return acts_bs @ self.centres
 
 
-def find_centres(sample_nd: Tensor, n_centres: int, seed: int) -> Tensor:
+def find_centres(sample_nd: Float[Tensor, "tokens d_model"], n_centres: int, seed: int) -> Float[Tensor, "centres d_model"]:
     """Cluster tokens with Lloyd's algorithm, initialised by k-means++ (Arthur and Vassilvitskii 2007).
 
     Besides the sample, memory is needed for four copies of the centres and for `ENTRIES` distances.
@@ -66,7 +67,9 @@ def find_centres(sample_nd: Tensor, n_centres: int, seed: int) -> Tensor:
     return centres
 
 
-def find_nearest(x_nd: Tensor, centres_sd: Tensor) -> tuple[Tensor, Tensor]:
+def find_nearest(
+    x_nd: Float[Tensor, "tokens d_model"], centres_sd: Float[Tensor, "centres d_model"]
+) -> tuple[Int[Tensor, " tokens"], Float[Tensor, " tokens"]]:
     """Return the index of each token's nearest centre and the squared distance to it, `(tokens,)` each."""
     # Tokens and centres are shifted by the mean centre: ‖x‖² − 2 x·c + ‖c‖² loses precision far from the origin.
     middle = centres_sd.mean(0)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from ommatid.compute.checkpoint import Accumulator, State, flatten, inside
@@ -28,7 +29,7 @@ Histogram = tuple[list[float], list[int]]
 """Bin edges and counts; there is one more edge than counts."""
 
 
-def histograms(weights: Weights, density: Tensor) -> dict[str, Histogram]:
+def histograms(weights: Weights, density: Float[Tensor, " d_sae"]) -> dict[str, Histogram]:
     """Return histograms over latents by name: encoder norms and biases, and the log of densities above 0.
 
     Args:
@@ -46,7 +47,7 @@ def histograms(weights: Weights, density: Tensor) -> dict[str, Histogram]:
     return {name: histogram(values.cpu()) for name, values in found.items() if len(values)}
 
 
-def histogram(values: Tensor) -> Histogram:
+def histogram(values: Float[Tensor, " n"]) -> Histogram:
     """Return the histogram of values `(n,)`, in `BINS` bins from the smallest value to the largest."""
     low, high = float(values.min()), float(values.max())
     counts = torch.histc(values, BINS, low, high) if high > low else torch.zeros(BINS)
@@ -69,9 +70,9 @@ CURVE_COLUMNS = ("step", "loss", "fvu", "l0", "dead", "lr", "grad_norm")
 class Sample:
     """A sample of training tokens, from which weights and scales are initialised."""
 
-    x: Tensor
+    x: Float[Tensor, "tokens d_model"]
     """Activations, `(tokens, d_model)` float32, on the CPU."""
-    target: Tensor | None = None
+    target: Float[Tensor, "tokens d_out"] | None = None
     """Activations to reconstruct for the same tokens, `(tokens, d_out)` float32; None means x itself."""
 
 
@@ -144,7 +145,7 @@ class Learner(Accumulator):
         self._optimiser = Optimiser(self.weights, self.variant.rates(self.plan.lr))
 
     @property
-    def dead(self) -> Tensor:
+    def dead(self) -> Int[Tensor, " n_dead"]:
         """Indices of the latents that have not fired for `Plan.dead_after` tokens, `(n_dead,)`."""
         return (self.idle >= self.plan.dead_after).nonzero()[:, 0]
 
@@ -226,7 +227,7 @@ class Learner(Accumulator):
             best, since = (fvu, 0) if fvu < best * (1 - PROGRESS) else (best, since + 1)
         return since
 
-    def take_density(self) -> Tensor:
+    def take_density(self) -> Float64[Tensor, " d_sae"]:
         """Return each latent's firings per token since the last measurement, `(d_sae,)` float64, and reset the counts."""
         self.density = self.firings.double() / max(1, int(self._sums[2]) * self.plan.batch_size)
         self.firings = torch.zeros_like(self.firings)

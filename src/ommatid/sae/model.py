@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, assert_never, get_args
 
 import torch
+from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import threshold
@@ -64,13 +65,13 @@ class SAE:
     def __init__(
         self,
         config: SAEConfig,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        W_dec: Tensor,
-        b_dec: Tensor,
-        threshold: Tensor,
-        gate_scale: Tensor | None = None,
-        gate_shift: Tensor | None = None,
+        W_enc: Float[Tensor, "d_model d_sae"],
+        b_enc: Float[Tensor, " d_sae"],
+        W_dec: Float[Tensor, "d_sae d_out"],
+        b_dec: Float[Tensor, " d_out"],
+        threshold: Float[Tensor, ""] | Float[Tensor, " d_sae"],
+        gate_scale: Float[Tensor, " d_sae"] | None = None,
+        gate_shift: Float[Tensor, " d_sae"] | None = None,
     ):
         self.config = config
         self.W_enc = W_enc
@@ -108,11 +109,11 @@ class SAE:
         """Width of the reconstruction."""
         return self.W_dec.shape[1]
 
-    def pre_acts(self, x_bd: Tensor) -> Tensor:
+    def pre_acts(self, x_bd: Float[Tensor, "batch d_model={self.d_model}"]) -> Float[Tensor, "batch d_sae={self.n_latents}"]:
         """Return the pre-activations `(batch, d_sae)` of x `(batch, d_model)`."""
         return torch.addmm(self.b_enc, x_bd, self.W_enc)
 
-    def encode(self, x_bd: Tensor) -> Tensor:
+    def encode(self, x_bd: Float[Tensor, "batch d_model={self.d_model}"]) -> Float[Tensor, "batch d_sae={self.n_latents}"]:
         """Return the latent activations `(batch, d_sae)` of x `(batch, d_model)`."""
         pre_acts = self.pre_acts(x_bd)
         match self.config.activation:
@@ -129,7 +130,7 @@ class SAE:
             case _:
                 assert_never(self.config.activation)
 
-    def decode(self, acts_bs: Tensor) -> Tensor:
+    def decode(self, acts_bs: Float[Tensor, "batch d_sae={self.n_latents}"]) -> Float[Tensor, "batch d_out={self.d_out}"]:
         """Return the reconstruction x̂ `(batch, d_out)` of acts `(batch, d_sae)`."""
         return torch.addmm(self.b_dec, acts_bs, self.W_dec)
 
@@ -184,13 +185,13 @@ def load_config(folder: Path) -> SAEConfig:
     return SAEConfig(prefixes=None if prefixes is None else tuple(prefixes), **values)
 
 
-def keep_topk(pre_acts_bs: Tensor, k: int) -> Tensor:
+def keep_topk(pre_acts_bs: Float[Tensor, "batch d_sae"], k: int) -> Float[Tensor, "batch d_sae"]:
     """Return pre_acts `(batch, d_sae)` with all but the k largest positive entries of each row set to 0."""
     top = pre_acts_bs.topk(k, dim=1)
     return torch.zeros_like(pre_acts_bs).scatter_(1, top.indices, top.values.relu_())
 
 
-def make_untrained(config: SAEConfig, sample_nd: Tensor, seed: int) -> SAE:
+def make_untrained(config: SAEConfig, sample_nd: Float[Tensor, "tokens d_model={config.d_model}"], seed: int) -> SAE:
     """Make an untrained SAE with random unit directions, as a control for what training adds.
 
     Args:

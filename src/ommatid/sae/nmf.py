@@ -1,6 +1,7 @@
 """Sparse non-negative matrix factorisation: a dictionary of non-negative parts, at most k of which make up each token."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -36,7 +37,7 @@ class NMF:
 
     name = "nmf"
 
-    def __init__(self, W: Tensor, low: Tensor, k: int) -> None:
+    def __init__(self, W: Float[Tensor, "n_latents d_model"], low: Float[Tensor, " d_model"], k: int) -> None:
         self.W = W
         """Parts, `(n_latents, d_model)`, non-negative, unit norm."""
         self.low = low
@@ -54,17 +55,17 @@ class NMF:
         """Width of the activations."""
         return self.W.shape[1]
 
-    def encode(self, x_bd: Tensor) -> Tensor:
+    def encode(self, x_bd: Float[Tensor, "batch d_model={self.d_model}"]) -> Float[Tensor, "batch n_latents={self.n_latents}"]:
         """Return the activations `(batch, n_latents)` of x `(batch, d_model)`."""
         rows = x_bd.split(max(1, ENTRIES // max(self.k * self.d_model, self.n_latents)))
         return torch.cat([_solve((x - self.low).relu_(), self.W, self.k) for x in rows])
 
-    def decode(self, acts_bs: Tensor) -> Tensor:
+    def decode(self, acts_bs: Float[Tensor, "batch n_latents={self.n_latents}"]) -> Float[Tensor, "batch d_model"]:
         """Return the reconstruction x̂ `(batch, d_model)` of acts `(batch, n_latents)`."""
         return torch.addmm(self.low, acts_bs, self.W)
 
 
-def fit_nmf(sample_nd: Tensor, n_latents: int, k: int, seed: int) -> NMF:
+def fit_nmf(sample_nd: Float[Tensor, "tokens d_model"], n_latents: int, k: int, seed: int) -> NMF:
     """Fit NMF with at most k parts per token (Peharz and Pernkopf 2012, Neurocomputing 80) in mini-batches.
 
     The weights of past batches decay, as in online dictionary learning (Mairal et al. 2010), of whose matrix only the diagonal is kept.

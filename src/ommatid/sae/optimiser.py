@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from ommatid.compute.checkpoint import State
@@ -69,7 +70,7 @@ class Optimiser:
             total += torch.linalg.vector_norm(grads, dim=1).square().sum(dtype=torch.float64)
         return total
 
-    def forget(self, names: tuple[str, ...], rows: Tensor) -> None:
+    def forget(self, names: tuple[str, ...], rows: Int[Tensor, " rows"]) -> None:
         """Reset the moments of some rows of the named tensors to 0."""
         for name in names:
             state = self.adam.state.get(self._weights.trained()[name], {})

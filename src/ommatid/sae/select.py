@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ommatid.compute.nonzero import true_at
@@ -43,7 +44,7 @@ class Scorer:
 
     weights: Weights
     """Weights of the SAE."""
-    inputs_bd: Tensor
+    inputs_bd: Float[Tensor, "batch d_model"]
     """Centred inputs of the encoder, `(batch, d_model)`."""
     levels: Levels
     """Levels of the dictionary."""
@@ -55,11 +56,11 @@ class Scorer:
         """Number of tokens in the batch."""
         return len(self.inputs_bd)
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Float[Tensor, "batch d_sae"]:
         """Return all pre-activations, `(batch, d_sae)`."""
         return torch.addmm(self.weights.b_enc, self.inputs_bd, self.weights.W_enc.T)
 
-    def above(self, floor: Tensor) -> Sparse:
+    def above(self, floor: Float[Tensor, ""] | Float[Tensor, "batch 1"] | Float[Tensor, " d_sae"]) -> Sparse:
         """Return the entries above a floor: one for all, `()`, one per token, `(batch, 1)`, or one per latent, `(d_sae,)`.
 
         Values are compared in the product's data type. b_enc is subtracted from the floor, which is cheaper than adding it to each entry.
@@ -80,14 +81,14 @@ class Scorer:
             rows, latents = index // len(b_enc), index % len(b_enc)
             yield rows + part.start, latents, scores.flatten().index_select(0, index).to(b_enc.dtype) + b_enc.index_select(0, latents)
 
-    def largest(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def largest(self, tokens: Int[Tensor, " tokens"], k: int) -> tuple[Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:
         """Return the k largest pre-activations of the given tokens, even if negative, and their latents, unordered, `(tokens, k)` each."""
         scores = self._iter_scores(self.inputs_bd[tokens])
         tops = [of_chunk.add_(self.weights.b_enc).topk(k, dim=1, sorted=False) for _, of_chunk in scores]
         values, latents = zip(*tops, strict=True)
         return torch.cat(values).to(self.weights.b_enc.dtype), torch.cat(latents)
 
-    def preview(self) -> Tensor:
+    def preview(self) -> Float[Tensor, "tokens d_sae"]:
         """Return the pre-activations of the first few tokens, in scratch memory that the next product overwrites."""
         return next(self._iter_scores(self.inputs_bd[:TOKENS_OF_GUESS]))[1].add_(self.weights.b_enc)
 
@@ -200,7 +201,7 @@ def select_token(scorer: Scorer, k: int, floor: float) -> tuple[Entries, float]:
     return _by_token(values, latents, scorer.levels), float(shares.quantile(0.05)) if len(shares) else 0.0
 
 
-def select_above(scorer: Scorer, floor: Tensor) -> Entries:
+def select_above(scorer: Scorer, floor: Float[Tensor, ""] | Float[Tensor, " d_sae"]) -> Entries:
     """Return all entries above a floor, `()` or `(d_sae,)`. They are dense if many entries are above it."""
     share = float((scorer.preview() > floor).float().mean())
     return Dense(scorer.levels, scorer.dense()) if share > DENSE_SHARE else scorer.above(floor)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ommatid.sae import distributed
@@ -14,11 +15,11 @@ from ommatid.sae.weights import Weights, grad_of
 class Batch:
     """Tokens of one training step; with several ranks, this rank's share of them."""
 
-    x: Tensor
+    x: Float[Tensor, "batch d_model"]
     """Activations to encode, `(batch, d_model)`."""
-    target: Tensor
+    target: Float[Tensor, "batch d_out"]
     """Activations to reconstruct, `(batch, d_out)`: x itself unless the SAE is a transcoder."""
-    joint: Tensor | None = None
+    joint: Float[Tensor, "batch d_joint"] | None = None
     """Joint image-text embedding of each token's image, `(batch, d_joint)`, unit norm; None if the loss does not use it."""
 
     @property
@@ -31,14 +32,14 @@ class Batch:
 class Reconstruction:
     """The reconstruction loss of a batch, and its gradient."""
 
-    loss: Tensor
+    loss: Float[Tensor, ""]
     """This rank's share of the squared error, averaged over tokens and levels, `()`."""
-    table: Tensor
+    table: Float[Tensor, "batch levels d_out"]
     """Gradient of the loss with respect to what each level adds to x̂, `(batch, levels, d_out)`: the sum over this and later levels."""
     share: float
     """Factor by which errors x̂ − target were multiplied to give gradients."""
 
-    def take_x_hat(self, target: Tensor) -> Tensor:
+    def take_x_hat(self, target: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch d_out"]:
         """Return x̂ of the whole dictionary, `(batch, d_out)`. It may reuse the memory of `table`, which must not be used afterwards."""
         error = self.table[:, -1]
         return (error if self.table.shape[1] == 1 else error.clone()).div_(self.share).add_(target)
@@ -48,24 +49,24 @@ class Reconstruction:
 class Step:
     """Results of one training step on this rank. Gradients are in the `.grad` of the weights."""
 
-    loss: Tensor
+    loss: Float[Tensor, ""]
     """This rank's share of the loss, `()`."""
-    x_hat: Tensor
+    x_hat: Float[Tensor, "batch d_out"]
     """Reconstruction, `(batch, d_out)`."""
     n_firings: int
     """Number of firings on this rank."""
-    firing_latents: Tensor
+    firing_latents: Int[Tensor, " firings"]
     """Latent of each firing on this rank, with repetitions, `(n_firings,)`."""
     threshold: float
     """Smallest firing activation on any rank; 0 if nothing fires, or if the variant has no common threshold."""
 
 
-def centre(weights: Weights, batch: Batch) -> Tensor:
+def centre(weights: Weights, batch: Batch) -> Float[Tensor, "batch d_model"]:
     """Return the input of the encoder, `(batch, d_model)`: x − b_dec, or for a transcoder x minus its mean."""
     return batch.x - weights.fixed.get("b_pre", weights.b_dec)
 
 
-def reconstruct(entries: Entries, acts: Tensor, weights: Weights, batch: Batch) -> Reconstruction:
+def reconstruct(entries: Entries, acts: Float[Tensor, "*entries"], weights: Weights, batch: Batch) -> Reconstruction:
     """Compute the mean over levels l of ‖x̂_l − target‖², where x̂_l is the reconstruction by the latents of levels up to l."""
     table = entries.decode(acts, weights.W_dec)
     n_levels = table.shape[1]
@@ -86,10 +87,10 @@ def set_gradients(
     weights: Weights,
     entries: Entries,
     reconstruction: Reconstruction,
-    acts: Tensor,
-    grad_pre: Tensor,
-    inputs: Tensor,
-    grad_b: Tensor | None = None,
+    acts: Float[Tensor, "*entries"],
+    grad_pre: Float[Tensor, "*entries"],
+    inputs: Float[Tensor, "batch d_model"],
+    grad_b: Float[Tensor, "*entries"] | None = None,
 ) -> None:
     """Set the gradients of W_dec, W_enc, b_enc and b_dec.
 
@@ -111,7 +112,15 @@ def set_gradients(
         grad_b_dec.sub_(of_latents @ weights.W_enc)
 
 
-def add_aux(weights: Weights, batch: Batch, inputs: Tensor, x_hat: Tensor, dead: Tensor, coefficient: float, dtype: torch.dtype) -> Tensor:
+def add_aux(
+    weights: Weights,
+    batch: Batch,
+    inputs: Float[Tensor, "batch d_model"],
+    x_hat: Float[Tensor, "batch d_out"],
+    dead: Int[Tensor, " n_dead"],
+    coefficient: float,
+    dtype: torch.dtype,
+) -> Float[Tensor, ""]:
     """Add the gradients of AuxK, by which dead latents learn to reconstruct the residual (arXiv 2406.04093, appendix A.2).
 
     The residual is treated as a constant, and its reconstruction does not include b_dec. The loss is divided by the variance of the
@@ -156,7 +165,9 @@ def _keep_largest(pre_acts: Tensor, k: int) -> Tensor:
     return torch.zeros_like(pre_acts).scatter_(1, top.indices, top.values)
 
 
-def add_monosemanticity(entries: Entries, acts: Tensor, batch: Batch, weight: float, grad_acts: Tensor) -> Tensor:
+def add_monosemanticity(
+    entries: Entries, acts: Float[Tensor, "*entries"], batch: Batch, weight: float, grad_acts: Float[Tensor, "*entries"]
+) -> Float[Tensor, ""]:
     """Add the gradient of the monosemanticity loss, weight · (1 − mean MS of the batch's latents), with respect to activations.
 
     MS is a closed form of equation 1 of Pach et al. 2025: MS = (‖w‖² − v) / (u² − v), where u = Σã, v = Σã², w = Σãp, p are the unit

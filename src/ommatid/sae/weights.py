@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 ROWS_PER_CHUNK = 1024
@@ -14,13 +15,13 @@ ROWS_PER_CHUNK = 1024
 class Weights:
     """Weights of encoder and decoder. W_enc is stored transposed, so that a latent's weights are contiguous in both matrices."""
 
-    W_enc: Tensor
+    W_enc: Float[Tensor, "d_sae d_model"]
     """Transposed encoder, `(d_sae, d_model)`."""
-    b_enc: Tensor
+    b_enc: Float[Tensor, " d_sae"]
     """Bias of the encoder, `(d_sae,)`."""
-    W_dec: Tensor
+    W_dec: Float[Tensor, "d_sae d_out"]
     """Decoder directions, `(d_sae, d_out)`, unit norm."""
-    b_dec: Tensor
+    b_dec: Float[Tensor, " d_out"]
     """Bias of the decoder, `(d_out,)`."""
     own: dict[str, Tensor] = field(default_factory=dict)
     """Further trained tensors that belong to one variant alone, by name."""

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float32, UInt8
 from torch import Tensor, nn
 from transformers import AutoModel
 
@@ -40,7 +41,7 @@ class TransformersVisionJudge:
         self.d_embed = self._probe(path)
 
     @torch.inference_mode()
-    def embed(self, pixels: Tensor) -> Tensor:
+    def embed(self, pixels: UInt8[Tensor, "batch height width 3"]) -> Float32[Tensor, "batch d_embed"]:
         """Return the embeddings `(batch, d_embed)` float32 of uint8 pixels `(batch, H, W, 3)`."""
         x = normalise(pixels, self.preprocess, self._device)
         with torch.autocast(torch.device(self._device).type, self._dtype, enabled=self._dtype != torch.float32):

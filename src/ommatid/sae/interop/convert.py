@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ommatid.errors import ModelError
@@ -144,7 +145,7 @@ def find_format(path: Path) -> str:
     raise ModelError(f"{path}: {_what_else(path)}")
 
 
-def with_measured_k(sae: SAE, sample_nd: Tensor) -> SAE:
+def with_measured_k(sae: SAE, sample_nd: Float[Tensor, "tokens d_model"]) -> SAE:
     """Return the same SAE with k set to the mean number of latents that fire on a sample of activations, `(tokens, d_model)`.
 
     A TopK SAE is returned unchanged, because its k is part of what it computes.

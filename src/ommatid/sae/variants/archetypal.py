@@ -1,6 +1,7 @@
 """Archetypal (RA-SAE): directions are nearly convex combinations of data centres, so that runs with different seeds agree."""
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ommatid.config import variants
@@ -29,7 +30,7 @@ class Archetypal(BatchTopK):
         self._n_centres = n_centres or min(MOST_CENTRES, settings.d_sae)
         self._relaxation = relaxation
 
-    def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
+    def begin(self, weights: Weights, x_nd: Float[Tensor, "tokens d_model"], guides: Guides) -> None:
         """Start each direction at a different centre, and further ones halfway between two centres, the second drawn with the seed.
 
         Directions that start close to the same centre would compete for the same tokens from the first step, and many of them would die.
@@ -49,7 +50,7 @@ class Archetypal(BatchTopK):
         weights.W_enc.copy_(weights.W_dec)
         fit_scale(weights, x_nd, self._settings.k)
 
-    def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Tensor) -> Step:
+    def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Int[Tensor, " n_dead"]) -> Step:
         """See `Variant`."""
         step = super().step(weights, batch, guides, dead)
         grad = grad_of(weights.W_dec)

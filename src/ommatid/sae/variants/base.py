@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ommatid.compute.checkpoint import Accumulator
@@ -71,7 +72,7 @@ class Variant(ABC):
         self._levels = Levels((settings.d_sae,), settings.device)
 
     @abstractmethod
-    def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
+    def begin(self, weights: Weights, x_nd: Float[Tensor, "tokens d_model"], guides: Guides) -> None:
         """Add the tensors that only this variant has.
 
         Args:
@@ -81,7 +82,7 @@ class Variant(ABC):
         """
 
     @abstractmethod
-    def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Tensor) -> Step:
+    def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Int[Tensor, " n_dead"]) -> Step:
         """Compute the loss and the gradients of one batch.
 
         Args:
@@ -113,7 +114,7 @@ class Variant(ABC):
     def constrain(self, weights: Weights) -> None:  # noqa: B027 most variants have no constraints
         """Restore the variant's constraints on weights after each update by the optimiser."""
 
-    def revive(self, weights: Weights, batch: Batch, step: Step, guides: Guides, idle: Tensor) -> Tensor:
+    def revive(self, weights: Weights, batch: Batch, step: Step, guides: Guides, idle: Int[Tensor, " d_sae"]) -> Int[Tensor, " revived"]:
         """Re-initialise dead latents after a step, if the variant does so.
 
         Args:
@@ -133,7 +134,7 @@ class Variant(ABC):
         return None
 
 
-def make_scorer(settings: Settings, weights: Weights, inputs: Tensor, levels: Levels) -> Scorer:
+def make_scorer(settings: Settings, weights: Weights, inputs: Float[Tensor, "batch d_model"], levels: Levels) -> Scorer:
     """Make the scorer of a batch, with the settings' data type for float32 weights and the weights' own for others (tests use float64)."""
     dtype = settings.dtype if weights.b_enc.dtype == torch.float32 else weights.b_enc.dtype
     return Scorer(weights, inputs, levels, dtype)
@@ -150,7 +151,7 @@ class Steered(Variant):
         super().__init__(settings)
         self._weight = weight
 
-    def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
+    def begin(self, weights: Weights, x_nd: Float[Tensor, "tokens d_model"], guides: Guides) -> None:
         """Set the initial weight of the penalty."""
         guides.penalty = FIRST_PENALTY if self._weight is None else self._weight
 
@@ -177,7 +178,7 @@ class Steered(Variant):
         guides.firings = firings
 
 
-def average_act(guides: Guides, acts: Tensor) -> None:
+def average_act(guides: Guides, acts: Float[Tensor, "*entries"]) -> None:
     """Update the moving average of the mean firing activation, over all ranks."""
     sums = distributed.all_reduce(torch.stack([acts.sum().double(), (acts > 0).sum().double()]))
     if float(sums[1]):
@@ -185,7 +186,7 @@ def average_act(guides: Guides, acts: Tensor) -> None:
         guides.mean_act = mean if not guides.mean_act else 0.99 * guides.mean_act + 0.01 * mean
 
 
-def quantile(pre_acts: Tensor, per_token: float) -> float:
+def quantile(pre_acts: Float[Tensor, "batch d_sae"], per_token: float) -> float:
     """Return the value that `per_token` pre-activations per token reach, on average, for pre_acts `(tokens, d_sae)`."""
     n = int(min(max(per_token * len(pre_acts), 1), pre_acts.numel()))
     return float(pre_acts.flatten().topk(n, sorted=False).values.min())

@@ -1,6 +1,7 @@
 """BatchTopK: the number of firings in a batch is fixed, so no sparsity penalty is needed."""
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ommatid.config import variants
@@ -17,10 +18,10 @@ class BatchTopK(Variant):
     loss = mean ‖x̂ − x‖² + AuxK. At inference, latents fire above the average over steps of the smallest firing activation.
     """
 
-    def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
+    def begin(self, weights: Weights, x_nd: Float[Tensor, "tokens d_model"], guides: Guides) -> None:
         """Do nothing: the variant has no further tensors."""
 
-    def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Tensor) -> Step:
+    def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Int[Tensor, " n_dead"]) -> Step:
         """See `Variant`."""
         inputs, settings = centre(weights, batch), self._settings
         scorer = make_scorer(settings, weights, inputs, self._levels_of(guides))

@@ -1,6 +1,7 @@
 """Gated: whether a latent fires and how strongly are learned separately, so that the sparsity penalty does not shrink activations."""
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ommatid.config import variants
@@ -22,12 +23,12 @@ class Gated(Steered):
 
     activation: Activation = "gated"
 
-    def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
+    def begin(self, weights: Weights, x_nd: Float[Tensor, "tokens d_model"], guides: Guides) -> None:
         """Initialise magnitudes to equal the gates."""
         super().begin(weights, x_nd, guides)
         weights.own |= {"r_mag": torch.zeros_like(weights.b_enc), "b_mag": weights.b_enc.clone()}
 
-    def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Tensor) -> Step:
+    def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Int[Tensor, " n_dead"]) -> Step:
         """See `Variant`."""
         inputs, settings = centre(weights, batch), self._settings
         scorer = make_scorer(settings, weights, inputs, self._levels)

@@ -4,6 +4,7 @@ import math
 from typing import Literal, assert_never
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ommatid.config import variants
@@ -35,7 +36,7 @@ class JumpReLU(Steered):
         self._bandwidth = bandwidth
         self._sparsity: Literal["l0", "tanh"] = sparsity
 
-    def begin(self, weights: Weights, x_nd: Tensor, guides: Guides) -> None:
+    def begin(self, weights: Weights, x_nd: Float[Tensor, "tokens d_model"], guides: Guides) -> None:
         """Initialise thresholds so that `FIRST_FIRINGS` times k latents fire per token."""
         super().begin(weights, x_nd, guides)
         pre_acts = torch.addmm(weights.b_enc, x_nd[:2048], weights.W_enc.T)
@@ -52,7 +53,7 @@ class JumpReLU(Steered):
         """Upper bound of a steered penalty: with it, k firings cost as much as reconstructing nothing."""
         return 1 / self._settings.k
 
-    def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Tensor) -> Step:
+    def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Int[Tensor, " n_dead"]) -> Step:
         """See `Variant`."""
         inputs, settings = centre(weights, batch), self._settings
         theta, width = weights.own["log_threshold"].exp(), self._bandwidth * guides.mean_act

@@ -1,6 +1,7 @@
 """ReLU with an L1 penalty and resampling of dead latents: the first SAE for language models (Bricken et al. 2023)."""
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -23,7 +24,7 @@ class ReLU(Steered):
     λ is fixed, or steered so that k latents fire per token.
     """
 
-    def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Tensor) -> Step:
+    def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Int[Tensor, " n_dead"]) -> Step:
         """See `Variant`."""
         inputs, settings = centre(weights, batch), self._settings
         scorer = make_scorer(settings, weights, inputs, self._levels)
@@ -44,7 +45,7 @@ class ReLU(Steered):
         """See `Variant`."""
         return {"threshold": torch.tensor(0.0)}
 
-    def revive(self, weights: Weights, batch: Batch, step: Step, guides: Guides, idle: Tensor) -> Tensor:
+    def revive(self, weights: Weights, batch: Batch, step: Step, guides: Guides, idle: Int[Tensor, " d_sae"]) -> Int[Tensor, " revived"]:
         """Resample dead latents after the shares `RESAMPLE_AT` of the run."""
         if guides.step not in {round(share * self._settings.n_steps) for share in RESAMPLE_AT}:
             return idle.new_zeros(0)

@@ -1,0 +1,20 @@
+"""The checker of shapes in tests: pytest puts it around every function of sae/, metrics/ and vlm/ (see addopts in pyproject.toml)."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args
+
+from beartype import beartype
+from jaxtyping import AbstractArray
+
+Checked = TypeVar("Checked", bound=Callable[..., Any])
+
+
+def check(function: Checked) -> Checked:
+    """Check the arguments and results that are annotated with a shape; all other types are left to pyright."""
+    hints = function.__annotations__
+    function.__annotations__ = {name: hint for name, hint in hints.items() if _has_shape(hint)}
+    return beartype(function)
+
+
+def _has_shape(hint: Any) -> bool:
+    return (isinstance(hint, type) and issubclass(hint, AbstractArray)) or any(map(_has_shape, get_args(hint)))
