@@ -115,7 +115,7 @@ def test_a_cancelled_flow_ends_the_tree_and_training_keeps_what_it_has(folder: P
     end(process)
     assert tree and not alive(tree)
     assert process.stdout and process.stderr
-    assert "stopped: train: step " in process.stderr.read()
+    assert "stopped: train: stopped at step " in process.stderr.read()
     process.stdout.close()
     process.stderr.close()
     assert any((folder / "data/.work").glob("sae-*/scratch/checkpoint.safetensors"))
