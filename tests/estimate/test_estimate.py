@@ -25,7 +25,7 @@ from ommatid.config import EvaluateParams, load_params
 from ommatid.errors import ConfigError, ModelError, OmmatidError, SourceError
 from ommatid.estimate import Estimate, estimate, process, trial, trials
 from ommatid.estimate.fit import LARGEST, SMALLEST, Timed, expect, fit, grow, trial_sizes
-from ommatid.estimate.process import Answer, StageProcess
+from ommatid.estimate.process import RunCost, StageProcess
 from ommatid.estimate.sample import draw_images
 from ommatid.estimate.totals import expect_examples
 from ommatid.estimate.trials import trained_tokens
@@ -157,11 +157,11 @@ class InThisProcess:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def run(self, params: Any, data: Path, whole: dict[str, int] | None = None) -> Answer:
+    def run(self, params: Any, data: Path, whole: dict[str, int] | None = None) -> RunCost:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in self._environment.items():
                 patch.setenv(name, value)
-            return Answer(**trial._run(self._stage, params, str(data), whole))
+            return RunCost(**trial._run(self._stage, params, str(data), whole))
 
     def end(self) -> float:
         return 0.0

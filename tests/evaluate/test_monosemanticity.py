@@ -20,7 +20,7 @@ from ommatid.config import EvaluateParams, ExtractParams
 from ommatid.config.models import LiteModel
 from ommatid.errors import ArtefactError, ConfigError, ModelError
 from ommatid.evaluate import monosemanticity as judging
-from ommatid.evaluate.monosemanticity import Judge, Judged
+from ommatid.evaluate.monosemanticity import Judged, JudgeSummary
 from ommatid.evaluate.stage import evaluate
 from ommatid.events import Warned
 from ommatid.extract import towers
@@ -198,7 +198,7 @@ def test_a_judge_that_fails_on_every_image_is_refused(made: dict[str, Artefact],
 
 
 def test_a_judge_that_fails_on_every_evaluation_image_is_refused() -> None:
-    scores = Judged(D_SAE, [Judge("good", 2), Judge("bad", 2)])
+    scores = Judged(D_SAE, [JudgeSummary("good", 2), JudgeSummary("bad", 2)])
     scores.add(torch.rand(9, D_SAE), [torch.rand(9, 2), torch.full((9, 2), torch.nan)])
     with pytest.raises(ArtefactError, match="the judge bad gave no embedding of any of the 9 evaluation images"):
         scores.begin_second_pass()

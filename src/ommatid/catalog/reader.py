@@ -46,7 +46,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Answer:
+class QueryResult:
     """The answer to a query."""
 
     columns: tuple[str, ...]
@@ -130,7 +130,7 @@ class Catalog:
         while self._idle:
             self._idle.pop().end()
 
-    def ask(self, sql: str, parameters: Parameters = None, max_rows: int | None = None, timeout: float | None = None) -> Answer:
+    def ask(self, sql: str, parameters: Parameters = None, max_rows: int | None = None, timeout: float | None = None) -> QueryResult:
         """Answer a query.
 
         Args:
@@ -156,7 +156,7 @@ class Catalog:
                     rows += values[0]
                 case _:
                     (more,) = values
-        return Answer(names, types, rows, more)
+        return QueryResult(names, types, rows, more)
 
     def rows(
         self, sql: str, parameters: Parameters = None, max_rows: int | None = None, timeout: float | None = None

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from ommatid.catalog.client import Child
 from ommatid.catalog.database import physical_mb
-from ommatid.catalog.reader import LEAST_MB, LONGEST_TIMEOUT, Answer, Catalog
+from ommatid.catalog.reader import LEAST_MB, LONGEST_TIMEOUT, Catalog, QueryResult
 from ommatid.cli.terminal import printable
 from ommatid.errors import QueryError
 
@@ -93,7 +93,7 @@ def _check(output: str, max_rows: int, timeout: float, memory: int | None) -> No
         raise QueryError(f"--memory-limit {memory}: expected MB, {LEAST_MB} to the {physical_mb()} of this machine")
 
 
-def _write(found: Answer, output: str, stream: TextIO) -> None:
+def _write(found: QueryResult, output: str, stream: TextIO) -> None:
     match output:
         case "table":
             width = shutil.get_terminal_size().columns if stream.isatty() else None
@@ -108,7 +108,7 @@ def _write(found: Answer, output: str, stream: TextIO) -> None:
             stream.writelines(map(_escape_json, _json(found)) if stream.isatty() else _json(found))
 
 
-def _json(found: Answer) -> list[str]:
+def _json(found: QueryResult) -> list[str]:
     """Format an answer as a list of objects, one per line; a column name that repeats gets a number."""
     names = _unique(found.columns)
     kinds = found.types
@@ -174,7 +174,7 @@ def _plain(value: Any) -> Any:
             return str(value)
 
 
-def _table(found: Answer, width: int | None) -> list[str]:
+def _table(found: QueryResult, width: int | None) -> list[str]:
     """Format an answer as aligned lines: a header, a rule and the rows, with numbers aligned to the right."""
     cells = [[_cell(value) for value in row] for row in found.rows]
     head = [_line_of(name) for name in found.columns]

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from ommatid.config.models import Judge, LiteModel, Model, TransformersJudge, network_of
+from ommatid.config.models import JudgeModel, LiteModel, Model, TransformersJudge, network_of
 from ommatid.config.section import Section
 
 
@@ -13,7 +13,8 @@ def _one_or_several(value: Any) -> str:
 
 
 Judges = Annotated[
-    Annotated[Judge, Tag("one")] | Annotated[tuple[Judge, ...], Field(min_length=1), Tag("several")], Discriminator(_one_or_several)
+    Annotated[JudgeModel, Tag("one")] | Annotated[tuple[JudgeModel, ...], Field(min_length=1), Tag("several")],
+    Discriminator(_one_or_several),
 ]
 
 

@@ -111,7 +111,7 @@ class TransformersJudge(Section):
 Model = Annotated[
     LiteModel | ClipModel | SiglipModel | DinoModel | VitModel | LlavaModel | QwenModel | ModuleModel, Field(discriminator="kind")
 ]
-Judge = Annotated[LiteModel | TransformersJudge, Field(discriminator="kind")]
+JudgeModel = Annotated[LiteModel | TransformersJudge, Field(discriminator="kind")]
 
 
 def network_of(params: Section) -> str | None:

@@ -20,7 +20,7 @@ MODULE = "ommatid.estimate.trial"
 
 
 @dataclass(frozen=True)
-class Answer:
+class RunCost:
     """What one run of a stage took."""
 
     seconds: float
@@ -55,7 +55,7 @@ class StageProcess:
                 with suppress(OSError):
                     _there(pipe).close()
 
-    def run(self, params: Mapping[str, Any], data: Path, whole: Mapping[str, int] | None = None) -> Answer:
+    def run(self, params: Mapping[str, Any], data: Path, whole: Mapping[str, int] | None = None) -> RunCost:
         """Run the stage once; see `trial._run`.
 
         Raises:
@@ -67,7 +67,7 @@ class StageProcess:
         if "error" in answer:
             self._raise(answer["error"], answer["message"])
         seconds = time.perf_counter() - start if is_first else answer["seconds"]
-        return Answer(seconds, answer["peak"], answer["spans"])
+        return RunCost(seconds, answer["peak"], answer["spans"])
 
     def end(self) -> float:
         """Let it end by itself; gives the seconds that it took to."""

@@ -12,7 +12,7 @@ from ommatid import tracking
 from ommatid.config import ExtractParams, Params
 from ommatid.config.label import VocabularyLabeller
 from ommatid.estimate.fit import Timed, grow, trial_sizes
-from ommatid.estimate.process import Answer, StageProcess
+from ommatid.estimate.process import RunCost, StageProcess
 from ommatid.estimate.sample import draw_images
 from ommatid.events import Listener, Progress
 from ommatid.pipeline import STAGES, open_stage
@@ -102,7 +102,7 @@ class Trials:
                     made.add(n)
                     self._make_images(images, n)
 
-            def extract(process: StageProcess, i: int) -> Answer:
+            def extract(process: StageProcess, i: int) -> RunCost:
                 make(self._sizes[i])
                 return process.run(self._values(), self._data(self._sizes[i]))
 
@@ -124,7 +124,7 @@ class Trials:
         self.tried["images"].sizes.append(n)
         self.tried["images"].warm.append(Timed(n, self._run_images(process, n).seconds))
 
-    def _run_images(self, process: StageProcess, n: int) -> Answer:
+    def _run_images(self, process: StageProcess, n: int) -> RunCost:
         return process.run(self._values(images={"limit": n}), self._data(n))
 
     def _try_train(self, n_tokens: int) -> None:
@@ -132,7 +132,7 @@ class Trials:
         whole = {"epochs": self._params.train.epochs, "n_tokens": n_tokens}
         runs = self._training_runs(n_tokens)
 
-        def train(process: StageProcess, i: int) -> Answer:
+        def train(process: StageProcess, i: int) -> RunCost:
             n, epochs = runs[i][1:]
             return process.run(self._values(train={"epochs": epochs}), self._data(n), whole)
 
@@ -154,7 +154,7 @@ class Trials:
         n_eval = {n: self._images(n).summary["n_eval"] for n in sorted(set(self.tried["extract"].sizes))}
         sizes = [n for n, found in n_eval.items() if found >= FEWEST_EVAL] or list(n_eval)[-1:]
 
-        def evaluate(process: StageProcess, i: int) -> Answer:
+        def evaluate(process: StageProcess, i: int) -> RunCost:
             self._lend("train", sizes[i])
             return process.run(self._values(), self._data(sizes[i]))
 
@@ -171,14 +171,14 @@ class Trials:
         self._alone("label", n, n, lambda process: process.run(values, self._data(n)))
 
     def _try_catalog(self, sizes: Sequence[int]) -> None:
-        def build(process: StageProcess, i: int) -> Answer:
+        def build(process: StageProcess, i: int) -> RunCost:
             for stage in ("train", "label"):
                 self._lend(stage, sizes[i])
             return process.run(self._values(), self._data(sizes[i]))
 
         self._grow("catalog", sizes, sizes, build)
 
-    def _grow(self, stage: str, works: Sequence[float], sizes: Sequence[int], run: Callable[[StageProcess, int], Answer]) -> None:
+    def _grow(self, stage: str, works: Sequence[float], sizes: Sequence[int], run: Callable[[StageProcess, int], RunCost]) -> None:
         """Run trials of a stage while they are cheap; then the largest again, in a process that does nothing else.
 
         Memory is only seen in the latter: what a run leaves behind stays in its process, and a second one comes on top of it.
@@ -196,7 +196,7 @@ class Trials:
             self.tried[stage].warm = grow(one, works, BUDGET)
         self._alone(stage, sizes[last], works[last], lambda process: run(process, last))
 
-    def _alone(self, stage: str, n: int, work: float, run: Callable[[StageProcess], Answer]) -> None:
+    def _alone(self, stage: str, n: int, work: float, run: Callable[[StageProcess], RunCost]) -> None:
         """Run a trial as the whole will be run: in a process of its own."""
         self._tell(stage, n)
         tried = self.tried[stage]

@@ -18,8 +18,8 @@ from ommatid.config import EvaluateParams
 from ommatid.errors import ConfigError
 from ommatid.evaluate.batches import Images, load_kinds
 from ommatid.evaluate.classes import Meaning
-from ommatid.evaluate.monosemanticity import Judge, Judged, Verdict
-from ommatid.evaluate.structure import Levels, Structure
+from ommatid.evaluate.monosemanticity import Judged, JudgeSummary, Verdict
+from ommatid.evaluate.structure import LevelFidelity, Structure
 from ommatid.metrics import FidelityByKind, Firing, TopImages, coverage, nan_mean, purity, uniqueness
 from ommatid.sae.baselines import Dictionary, Neurons, make_baseline
 from ommatid.sae.model import SAE, make_untrained
@@ -72,17 +72,17 @@ BASELINE_VALUES = 2**26
 """Values of these tokens (tokens x d_model), at most: 256 MiB."""
 
 
-class Subject(Accumulator):
+class EvaluatedDictionary(Accumulator):
     """A dictionary under evaluation: the SAE, an untrained one, the raw neurons, or another baseline."""
 
     STATE = ("fidelity", "levels", "firing", "judged", "top")
 
-    def __init__(self, name: str, dictionary: Dictionary, kinds: Sequence[str] | None, judges: Sequence[Judge], pool: Pool) -> None:
+    def __init__(self, name: str, dictionary: Dictionary, kinds: Sequence[str] | None, judges: Sequence[JudgeSummary], pool: Pool) -> None:
         """`kinds` names the kind of each token of an image; None: the dictionary decodes nothing."""
         self.name = name
         self._dictionary = dictionary
         self.fidelity = None if kinds is None else FidelityByKind(kinds)
-        self.levels = Levels(dictionary) if name == "sae" and isinstance(dictionary, SAE) else None
+        self.levels = LevelFidelity(dictionary) if name == "sae" and isinstance(dictionary, SAE) else None
         d_latents = dictionary.n_latents
         self.firing = Firing(d_latents)
         self.judged = Judged(d_latents, judges)
@@ -172,33 +172,38 @@ class Subject(Accumulator):
         ]
 
 
-def make_subjects(sae: SAE, activations: Artefact, params: EvaluateParams) -> list[Subject]:
+def make_dictionaries(sae: SAE, activations: Artefact, params: EvaluateParams) -> list[EvaluatedDictionary]:
     """The SAE, its two controls, and the baselines that are asked for, in this order."""
-    judges, pool = Judge.all_of(activations), make_pool(params, activations)
-    dictionaries: dict[str, Dictionary] = {
+    judges, pool = JudgeSummary.all_of(activations), make_pool(params, activations)
+    made: dict[str, Dictionary] = {
         "sae": sae,
         "untrained": make_untrained(sae.config, load_sample(activations, CALIBRATION_TOKENS), CONTROL_SEED),
         "neurons": Neurons(sae.config.d_model),
     }
     if params.baselines:
         sample = load_sample(activations, min(BASELINE_TOKENS, BASELINE_VALUES // sae.config.d_model))
-        dictionaries |= {kind: make_baseline(kind, sae.config, sample, CONTROL_SEED) for kind in params.baselines}
+        made |= {kind: make_baseline(kind, sae.config, sample, CONTROL_SEED) for kind in params.baselines}
     is_transcoder = sae.config.target is not None  # the others decode the activations that they encode, and nothing else
     kinds = load_kinds(activations)
     return [
-        Subject(name, dictionary, kinds if name == "sae" or (name != "neurons" and not is_transcoder) else None, judges, pool)
-        for name, dictionary in dictionaries.items()
+        EvaluatedDictionary(name, dictionary, kinds if name == "sae" or (name != "neurons" and not is_transcoder) else None, judges, pool)
+        for name, dictionary in made.items()
     ]
 
 
 def make_latents(
-    sae: str, subject: Subject, labels: Mapping[int, str], dead_in_training: list[int], meaning: Meaning, structure: Structure
+    sae: str,
+    dictionary: EvaluatedDictionary,
+    labels: Mapping[int, str],
+    dead_in_training: list[int],
+    meaning: Meaning,
+    structure: Structure,
 ) -> pa.Table:
     """The `latents` table."""
-    firing = subject.firing
+    firing = dictionary.firing
     n = len(firing.count)
-    judged = subject.verdicts[0]
-    classes = [[name for name, _ in Counter(top).most_common(3)] for top in subject.top_labels(labels)]
+    judged = dictionary.verdicts[0]
+    classes = [[name for name, _ in Counter(top).most_common(3)] for top in dictionary.top_labels(labels)]
     duplicate_of = structure.duplicate_of.numpy()
     was_dead = torch.zeros(n, dtype=torch.bool)
     was_dead[dead_in_training] = True
@@ -214,12 +219,12 @@ def make_latents(
         "ms": nullable(judged.ms),
         "ms_low": nullable(judged.low),
         "ms_high": nullable(judged.high),
-        "purity": nullable(torch.tensor(subject.purity(labels), dtype=torch.float64)),
+        "purity": nullable(torch.tensor(dictionary.purity(labels), dtype=torch.float64)),
         "purity_64": nullable(meaning.purity_64),
         "top_classes": classes,
         "label_entropy": nullable(meaning.label_entropy),
         "lca_depth": nullable(meaning.lca_depth).cast(pa.int32()),
-        "uniqueness": nullable(subject.uniqueness()),
+        "uniqueness": nullable(dictionary.uniqueness()),
         "is_dense": firing.is_dense.numpy(),
         "is_rare": firing.is_rare.numpy(),
         "duplicate_of": pa.array(duplicate_of, pa.int32(), mask=duplicate_of < 0),

@@ -26,7 +26,7 @@ Scores = TypeVar("Scores", Monosemanticity, MonosemanticityInterval)
 
 
 @dataclass(frozen=True)
-class Judge:
+class JudgeSummary:
     """What the activations' summary says of a judge."""
 
     name: str
@@ -35,7 +35,7 @@ class Judge:
     """Of its embeddings."""
 
     @classmethod
-    def all_of(cls, activations: Artefact) -> "list[Judge]":
+    def all_of(cls, activations: Artefact) -> "list[JudgeSummary]":
         """The judges behind the embeddings, the main one first."""
         return [cls(judge["judge"], judge["d_judge"]) for judge in activations.summary["judges"]]
 
@@ -84,7 +84,7 @@ class Judged(Accumulator):
 
     STATE = ("first", "second")
 
-    def __init__(self, n_latents: int, judges: Sequence[Judge]) -> None:
+    def __init__(self, n_latents: int, judges: Sequence[JudgeSummary]) -> None:
         self._judges = judges
         self._widths = [n_latents, *(judge.width for judge in judges)]
         self.first: _Pass[Monosemanticity] | None = _Pass([Monosemanticity(n_latents, judge.width) for judge in judges], self._widths)

@@ -9,7 +9,7 @@ from ommatid.compute.checkpoint import Checkpoint, State, inside, restore
 from ommatid.config import EvaluateParams
 from ommatid.evaluate.batches import Images, iter_images
 from ommatid.evaluate.classes import Pooled, ProbeImages
-from ommatid.evaluate.dictionaries import make_subjects
+from ommatid.evaluate.dictionaries import make_dictionaries
 from ommatid.evaluate.firings import Firings, Heat, choose_examples
 from ommatid.events import Listener
 from ommatid.sae.model import SAE
@@ -29,7 +29,7 @@ class Passes:
         self._on_event = on_event
         sae_name = inputs["train"].summary["sae"]
         self._checkpoint = Checkpoint(draft, f"{draft.scratch.name}/evaluate-{sae_name}.safetensors")  # drafts of several SAEs share it
-        self.subjects = make_subjects(sae, inputs["extract"], params)
+        self.dictionaries = make_dictionaries(sae, inputs["extract"], params)
         """The SAE first."""
         self.firings = Firings(draft, sae_name)
         """Of the SAE."""
@@ -47,8 +47,8 @@ class Passes:
         else:
             self.firings.load_state_dict(inside(state, "firings"))
         self.heat = Heat(choose_examples(self._draft, self.firings, self._params), self._inputs["extract"].summary["grid"])
-        for subject in self.subjects:
-            subject.begin_second_pass()
+        for dictionary in self.dictionaries:
+            dictionary.begin_second_pass()
         self._run_second(*((state, shard) if n_done else ({}, 0)))
 
     def forget(self) -> None:
@@ -60,24 +60,24 @@ class Passes:
         return self._checkpoint.load() if all([self._draft.has(name) for name in self._draft.names()]) else {}
 
     def _run_first(self, state: State, shard: int) -> None:
-        objects = {"subjects": self.subjects, "firings": self.firings, "pooled": self.pooled}
+        objects = {"dictionaries": self.dictionaries, "firings": self.firings, "pooled": self.pooled}
         for batch in self._iter(0, objects, state, shard, self._inputs.get("target"), "evaluate images, first pass"):
             self.pooled.add(batch)
-            for subject in self.subjects:
-                acts = subject.add(batch)
-                if subject.name == "sae":
+            for dictionary in self.dictionaries:
+                acts = dictionary.add(batch)
+                if dictionary.name == "sae":
                     self.firings.add(batch.numbers, acts)
         self.firings.close()
 
     def _run_second(self, state: State, shard: int) -> None:
-        objects = {"subjects": self.subjects, "firings": self.firings, "pooled": self.pooled, "heat": self.heat}
+        objects = {"dictionaries": self.dictionaries, "firings": self.firings, "pooled": self.pooled, "heat": self.heat}
         for batch in self._iter(1, objects, state, shard, None, "evaluate images, second pass"):
-            for subject in self.subjects:
-                acts = subject.add_again(batch)
-                if subject.name == "sae":
+            for dictionary in self.dictionaries:
+                acts = dictionary.add_again(batch)
+                if dictionary.name == "sae":
                     self.heat.add(batch.numbers, acts)
-        for subject in self.subjects:
-            subject.end()
+        for dictionary in self.dictionaries:
+            dictionary.end()
 
     def _iter(
         self, n_done: int, objects: Mapping[str, Any], state: State, shard: int, target: Artefact | None, what: str

@@ -15,7 +15,7 @@ from ommatid.config import EvaluateParams
 from ommatid.errors import ArtefactError
 from ommatid.evaluate.batches import load_classes, load_paths
 from ommatid.evaluate.classes import choose_images, measure_meaning, measure_probes
-from ommatid.evaluate.dictionaries import Subject, make_latents
+from ommatid.evaluate.dictionaries import EvaluatedDictionary, make_latents
 from ommatid.evaluate.matches import write_matches
 from ommatid.evaluate.monosemanticity import iter_failures, make_judged
 from ommatid.evaluate.passes import Passes
@@ -59,23 +59,23 @@ def evaluate(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draf
     probed = choose_images(halves, labels)
     passes = Passes(params, inputs, sae, probed, draft, on_event)
     passes.run()
-    trained, subjects, files = passes.subjects[0], passes.subjects, passes.firings.files()
+    trained, dictionaries, files = passes.dictionaries[0], passes.dictionaries, passes.firings.files()
     for what in iter_failures(trained.verdicts):
         on_event(Warned(f"{name}: {what}"))
     fired = iter_latent_firings(files, halves, str(draft.scratch))
     meaning = measure_meaning(fired, halves, labels, load_paths(images), sae.n_latents)
     structure = measure_structure(name, files, sae.W_dec, trained.verdicts[0].n_shown)
     assert trained.fidelity and trained.levels, trained.name
-    comparisons = [subject.compare(name, labels) for subject in subjects]
-    kinds = [row for subject in subjects for row in subject.kinds(name)]
-    zero_shot = measure_zero_shot(name, {one.name: one.dictionary for one in subjects if one.fidelity}, inputs, on_event)
+    comparisons = [dictionary.compare(name, labels) for dictionary in dictionaries]
+    kinds = [row for dictionary in dictionaries for row in dictionary.kinds(name)]
+    zero_shot = measure_zero_shot(name, {one.name: one.dictionary for one in dictionaries if one.fidelity}, inputs, on_event)
     tables = {
         "examples": passes.heat.table(name),
         "latents": make_latents(name, trained, labels, inputs["train"].summary["dead_latents"], meaning, structure),
-        "judged": make_judged(name, [(subject.name, verdict) for subject in subjects for verdict in subject.verdicts]),
+        "judged": make_judged(name, [(dictionary.name, verdict) for dictionary in dictionaries for verdict in dictionary.verdicts]),
         "comparisons": pa.Table.from_pylist(comparisons, schema=schemas.COMPARISONS),
         "fidelity": pa.Table.from_pylist(kinds, schema=schemas.FIDELITY),
-        "densities": make_densities(name, {subject.name: subject.firing for subject in subjects}),
+        "densities": make_densities(name, {dictionary.name: dictionary.firing for dictionary in dictionaries}),
         "cofiring": structure.cofiring,
         "levels": trained.levels.table(name, trained.fidelity.whole, trained.verdicts[0].ms, meaning.lca_depth),
         "probes": measure_probes(name, probed, passes.pooled, files, sae.n_latents),
@@ -97,7 +97,9 @@ def _check_target(config: SAEConfig, target: Artefact | None) -> None:
         )
 
 
-def _summarise(params: EvaluateParams, comparisons: list[dict[str, Any]], subject: Subject, activations: Artefact) -> dict[str, Any]:
+def _summarise(
+    params: EvaluateParams, comparisons: list[dict[str, Any]], dictionary: EvaluatedDictionary, activations: Artefact
+) -> dict[str, Any]:
     mine, untrained, neurons, *_ = comparisons
     keys = ("sae", "fvu", "cosine", "l0", "dead", "ms", "ms_low", "ms_high", "ms_best", "ms_left_out", "ms_floor", "purity")
     keys += ("coverage", "uniqueness", "judge")
@@ -107,9 +109,9 @@ def _summarise(params: EvaluateParams, comparisons: list[dict[str, Any]], subjec
         "ms_neurons": neurons["ms"],
         "fvu_untrained": untrained["fvu"],
         "n_latents": mine["n_latents"],
-        "n_images": subject.verdicts[0].n_shown,
-        "judges": [{**verdict.headline, "n_images": verdict.n_images, "failed": verdict.failed} for verdict in subject.verdicts],
-        "n_tokens": subject.firing.n_tokens,
+        "n_images": dictionary.verdicts[0].n_shown,
+        "judges": [{**verdict.headline, "n_images": verdict.n_images, "failed": verdict.failed} for verdict in dictionary.verdicts],
+        "n_tokens": dictionary.firing.n_tokens,
         "image_activation": params.image_activation,
         "grid": activations.summary["grid"],
     }

@@ -136,7 +136,7 @@ def make_densities(name: str, firings: Mapping[str, Firing]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schemas.DENSITIES)
 
 
-class Levels(Accumulator):
+class LevelFidelity(Accumulator):
     """Fidelity of every level but the last, which is the whole dictionary; of an SAE without levels that is none."""
 
     STATE = ("inner",)

@@ -16,7 +16,7 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Block:
+class ImageBlock:
     """Consecutive images that are read together, a row group of the images artefact."""
 
     file: int
@@ -31,7 +31,7 @@ class Block:
 class Run:
     """Consecutive images within a block."""
 
-    block: Block
+    block: ImageBlock
     """The block that holds them."""
     start: int
     """Index of the first image in the block."""
@@ -39,7 +39,7 @@ class Run:
     """Number of images."""
 
 
-def divide(blocks: Sequence[Block], images_per_chunk: int) -> list[list[Run]]:
+def divide(blocks: Sequence[ImageBlock], images_per_chunk: int) -> list[list[Run]]:
     """Divide blocks, in order, into chunks of at most `images_per_chunk` images."""
     chunks: list[list[Run]] = [[]]
     room = images_per_chunk
@@ -61,7 +61,7 @@ def make_plan(blocks: np.ndarray) -> pa.Table:
     Within a shard, blocks stay in the order of the images. All shards have nearly the same number of images.
 
     Args:
-        blocks: One row per block, in the order of the images, with the fields of `Block`: (blocks, 3) int32.
+        blocks: One row per block, in the order of the images, with the fields of `ImageBlock`: (blocks, 3) int32.
 
     Returns:
         The plan, a table with the schema `schemas.PLAN`, ordered by shard.
@@ -84,7 +84,7 @@ def blocks_of(images: Artefact) -> np.ndarray:
     return np.array(rows, dtype=np.int32).reshape(-1, 3)
 
 
-def shard_blocks(plan: pa.Table) -> Sequence[Block]:
+def shard_blocks(plan: pa.Table) -> Sequence[ImageBlock]:
     """Return the blocks of one shard from its rows of the plan."""
     columns = (plan[name].to_pylist() for name in ("file", "row_group", "n_images"))
-    return [Block(*values) for values in zip(*columns, strict=True)]
+    return [ImageBlock(*values) for values in zip(*columns, strict=True)]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from ommatid.config import LabelParams
 from ommatid.events import Listener, ignore
-from ommatid.label.evidence.context import Material, load_material, make_subject
+from ommatid.label.evidence.context import Material, load_material, make_context
 from ommatid.label.naming import find_names
 from ommatid.label.table import make_table, summarise
 from ommatid.store import Artefact, Draft
@@ -33,7 +33,7 @@ def label(
     Raises:
         ConfigError, ModelError: as `load_material` does.
     """
-    subject = make_subject(params, inputs, draft, material or load_material(params, inputs, on_event), on_event)
-    table = make_table(subject, find_names(subject))
+    context = make_context(params, inputs, draft, material or load_material(params, inputs, on_event), on_event)
+    table = make_table(context, find_names(context))
     draft.write_table("labels.parquet", table)
-    return draft.seal(summarise(subject, table))
+    return draft.seal(summarise(context, table))

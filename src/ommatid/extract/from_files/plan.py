@@ -20,7 +20,7 @@ MAX_IMAGES = 2**31
 
 
 @dataclass(frozen=True)
-class Block:
+class FileBlock:
     """Consecutive entries of one file."""
 
     file: int
@@ -61,9 +61,9 @@ class FilePlan:
                 "belong to one image"
             )
 
-    def _cut(self, index: int, file: ActivationFile) -> Iterator[Block]:
+    def _cut(self, index: int, file: ActivationFile) -> Iterator[FileBlock]:
         for i, (n, n_images, most, before) in enumerate(self._count(file)):
-            yield Block(index, i, n * self.tokens, n_images, most * self.tokens, before)
+            yield FileBlock(index, i, n * self.tokens, n_images, most * self.tokens, before)
 
     def _count(self, file: ActivationFile) -> Iterator[tuple[int, int, int, int]]:
         """Iterate over the blocks of a file, yielding four numbers for each.
@@ -93,7 +93,7 @@ class FilePlan:
         return [0, *np.cumsum([file.shape[0] for file in self._files]).tolist()]
 
     @cached_property
-    def shards(self) -> list[list[Block]]:
+    def shards(self) -> list[list[FileBlock]]:
         """Blocks of each shard, in the order of the files; no shard is empty."""
         n_bytes = 2 * self.n_rows * self.d_model
         n = max(1, min(len(self.blocks), self.n_images // IMAGES_PER_SHARD, math.ceil(n_bytes / BYTES_PER_SHARD)))

@@ -25,7 +25,7 @@ from ommatid.errors import ArtefactError, ConfigError, SourceError
 from ommatid.events import Listener, Progress, Warned, ignore
 from ommatid.extract.from_files.base import ActivationFile
 from ommatid.extract.from_files.formats import open_files
-from ommatid.extract.from_files.plan import Block, FilePlan, places_in_runs
+from ommatid.extract.from_files.plan import FileBlock, FilePlan, places_in_runs
 from ommatid.extract.plan import SEED
 from ommatid.extract.rows import BYTES_PER_ROW_GROUP, Groups, Spill, WindowCounter, iter_in_order, write_rows
 from ommatid.store import RECEIPTS, SCRATCH, Artefact, Draft, File, part_name
@@ -138,7 +138,7 @@ class _Import:
             self._write(shard)
             self._on_event(Progress("write shards", n, len(self._missing)))
 
-    def _check_disk_space(self, wanted: Mapping[Block, Any]) -> None:
+    def _check_disk_space(self, wanted: Mapping[FileBlock, Any]) -> None:
         per_row = 2 * self._plan.d_model + _BESIDE
         largest = max((sum(block.n_rows for block in self._plan.shards[shard]) for shard in self._missing), default=0)
         need = (sum(block.n_rows for block in wanted) + largest) * per_row
@@ -149,7 +149,7 @@ class _Import:
                 "extract.path at fewer files"
             )
 
-    def _read(self, wanted: Mapping[Block, tuple[int, int]]) -> None:
+    def _read(self, wanted: Mapping[FileBlock, tuple[int, int]]) -> None:
         """Read every file once, in order, and spill the wanted blocks to their shard and chunk."""
         damage: list[str] = []
         done = len(self._plan.blocks) - len(wanted)
@@ -217,7 +217,7 @@ _SHOWN = 3
 """Number of bad files that an error message names; the rest are counted."""
 
 
-def _groups(blocks: Sequence[Block], d_model: int) -> Groups:
+def _groups(blocks: Sequence[FileBlock], d_model: int) -> Groups:
     """Return row groups of whole rounds, of about `BYTES_PER_ROW_GROUP` bytes each."""
     most = max(block.most for block in blocks)
     n_bytes = sum(block.n_rows for block in blocks) * d_model * 2

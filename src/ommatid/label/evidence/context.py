@@ -82,7 +82,7 @@ def load_joint(activations: Artefact, halves: EvalSplit) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Context:
     """One SAE, and all that naming its latents takes."""
 
     sae: str
@@ -110,13 +110,13 @@ class Subject:
         return Spool(self.inputs["images"], self.material.halves, self.draft, preprocess)
 
 
-def make_subject(params: LabelParams, inputs: Mapping[str, Artefact], draft: Draft, material: Material, on_event: Listener) -> Subject:
+def make_context(params: LabelParams, inputs: Mapping[str, Artefact], draft: Draft, material: Material, on_event: Listener) -> Context:
     """Gather what names are made of, by one pass over the firings."""
     unused = np.zeros(len(material.halves.images), dtype=bool)
     gathered = Gathered(material.halves, params, nearest_latents(inputs["train"]))
     sae, d_sae = inputs["train"].summary["sae"], inputs["train"].manifest.params["d_sae"]
-    subject = Subject(sae, d_sae, params, inputs, draft, material, gathered, unused.copy(), unused.copy(), on_event)
-    gathered.fill(subject.iter_fired())
+    context = Context(sae, d_sae, params, inputs, draft, material, gathered, unused.copy(), unused.copy(), on_event)
+    gathered.fill(context.iter_fired())
     for strongest in gathered.strongest.values():
-        subject.has_named[strongest.rows.numpy()] = True
-    return subject
+        context.has_named[strongest.rows.numpy()] = True
+    return context

@@ -6,7 +6,7 @@ from textwrap import dedent
 from typing import Any
 
 from ommatid.catalog.database import quote
-from ommatid.catalog.reader import Answer, Catalog
+from ommatid.catalog.reader import Catalog, QueryResult
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Question:
             text = text.replace(f"${name}", quote(value) if isinstance(value, str) else str(value))
         return text
 
-    def ask(self, catalog: Catalog) -> Answer:
+    def ask(self, catalog: Catalog) -> QueryResult:
         """The answer of a catalogue."""
         return catalog.ask(self.sql, dict(self.values))
 
