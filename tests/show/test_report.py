@@ -15,8 +15,7 @@ from ommatid.catalog.reader import Catalog
 from ommatid.errors import QueryError
 from ommatid.show.pictures.page import Page
 from ommatid.show.report import Report, make_report, plots, write_report
-from ommatid.show.report.parts import wilson
-from ommatid.show.report.queries import Question
+from ommatid.show.report.parts import Question, wilson
 from support import catalog as artefacts
 
 OTHER = f"{artefacts.OTHER}-00000000"

@@ -1,7 +1,7 @@
 """What was found, for reading: one page that needs no network, made from a catalogue alone.
 
-`queries` holds the SQL behind every number; `tables`, `plots` and `features` make the sections, and `page` puts them in order and writes
-them as HTML.
+`tables`, `plots` and `features` make the sections, each beside the SQL behind it; `parts` says what a section is made of, and `page` puts
+the sections in order and writes them as HTML.
 """
 
 from ommatid.show.report.page import make_report, write_into, write_report

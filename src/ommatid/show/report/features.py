@@ -5,9 +5,20 @@ from typing import Any
 
 from ommatid.show.pictures.best import BEST, MIN_IMAGES
 from ommatid.show.pictures.page import N_STRONGEST
-from ommatid.show.report import plots, queries
+from ommatid.show.report import plots
 from ommatid.show.report.about import About
 from ommatid.show.report.parts import Section, Shown, fixed, percent
+
+WORST = """
+    SELECT * FROM features
+    WHERE sae = $sae AND ms IS NOT NULL AND n_images >= $least
+    ORDER BY ms, latent LIMIT $n
+"""
+MISNAMED = """
+    SELECT * FROM features
+    WHERE sae = $sae AND label_score <= control_score AND ms IS NOT NULL AND n_images >= $least
+    ORDER BY ms DESC, latent LIMIT $n
+"""
 
 N_FEATURES = 6
 """Of each kind."""
@@ -16,13 +27,13 @@ KINDS = (
     (
         "The worst features",
         "Lowest MS: to the judge their images have hardly more in common than any. Look whether they have for you",
-        queries.WORST,
+        WORST,
     ),
     (
         "Names not to believe",
         "Highest MS of those whose name does no better than another latent's: clear to the judge, but the name is wrong, too vague, or "
         "fits others as well",
-        queries.MISNAMED,
+        MISNAMED,
     ),
 )
 

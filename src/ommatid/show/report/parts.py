@@ -1,10 +1,13 @@
 """What the report is made of."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from textwrap import dedent
+from typing import Any
 
-from ommatid.show.report.queries import Question
+from ommatid.catalog.database import quote
+from ommatid.catalog.reader import Catalog, QueryResult
 
 DASH = "–"
 """Where there is none."""
@@ -37,6 +40,29 @@ def wilson(part: int, whole: int) -> tuple[float, float]:
     middle = (found + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(found * (1 - found) / whole + spread / (4 * whole))
     return middle - half, middle + half
+
+
+@dataclass(frozen=True)
+class Question:
+    """SQL with its values."""
+
+    sql: str
+    """With parameters such as $sae."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """Of the parameters: texts and numbers."""
+
+    @property
+    def text(self) -> str:
+        """As a user can ask it: the values in their places."""
+        text = dedent(self.sql).strip()
+        for name in sorted(self.values, key=len, reverse=True):
+            value = self.values[name]
+            text = text.replace(f"${name}", quote(value) if isinstance(value, str) else str(value))
+        return text
+
+    def ask(self, catalog: Catalog) -> QueryResult:
+        """The answer of a catalogue."""
+        return catalog.ask(self.sql, dict(self.values))
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,22 @@ from ommatid.catalog.reader import Catalog
 from ommatid.show.pictures.best import MIN_IMAGES
 from ommatid.show.pictures.comparison import HUES, make_plots
 from ommatid.show.pictures.page import ACCENT, FAINT, GREY, INK, SIDE, Page, load_examples, overlaid, places, short
-from ommatid.show.report import plots, queries
 from ommatid.show.report.about import About
-from ommatid.show.report.parts import Section, fixed
-from ommatid.show.report.queries import Question
+from ommatid.show.report.parts import Question, Section, fixed
+
+FIDELITY = """
+    SELECT r.name, r.variant, r.k, c.n_latents AS d_sae, c.dictionary, c.l0, c.fvu, c.ms - c.ms_floor AS above_floor
+    FROM comparisons AS c JOIN runs AS r USING (sae) ORDER BY r.name, c.dictionary
+"""
+JUDGED = """
+    SELECT dictionary, ms FROM judged WHERE sae = $sae AND judge = $judge AND ms IS NOT NULL
+"""
+DENSITIES = """
+    SELECT density, ms, n_images FROM latents WHERE sae = $sae
+"""
+SCORES = """
+    SELECT label_score, control_score FROM features WHERE sae = $sae AND label_score IS NOT NULL AND control_score IS NOT NULL
+"""
 
 WIDTH, HEIGHT = 620, 380
 LEFT, TOP, RIGHT, BOTTOM = 62, 58, 18, 50
@@ -161,13 +173,13 @@ def make_fidelity(about: About) -> Section:
         "where it lies below it at the same L0. Right: the higher, the more a latent means one thing, on average. At or below the dashed "
         "line of the untrained SAEs, training did nothing for meaning."
     )
-    picture = plots.draw_saes(about.catalog)
-    return Section("Reconstruction and monosemanticity", reading, Question(queries.FIDELITY), picture, is_wide=True)
+    picture = draw_saes(about.catalog)
+    return Section("Reconstruction and monosemanticity", reading, Question(FIDELITY), picture, is_wide=True)
 
 
 def make_monosemanticity(about: About) -> Section:
     """Histogram of MS, with floor and controls."""
-    title, question = "Monosemanticity of the latents", about.question(queries.JUDGED, judge=about.run["judge"])
+    title, question = "Monosemanticity of the latents", about.question(JUDGED, judge=about.run["judge"])
     found: dict[str, list[float]] = {"sae": []}
     for name, ms in question.ask(about.catalog).rows:
         found.setdefault(name, []).append(ms)
@@ -177,12 +189,12 @@ def make_monosemanticity(about: About) -> Section:
         f"How alike, to the judge {about.run['judge']}, the images are that fire a latent: 1 is one picture over and over, the floor, "
         f"{fixed(about.floor)}, is what unrelated images score. Latents to the right of the controls are clearer than without training."
     )
-    return Section(title, reading, question, plots.draw_monosemanticity(found, about.floor))
+    return Section(title, reading, question, draw_monosemanticity(found, about.floor))
 
 
 def make_densities(about: About) -> Section:
     """Histogram of how often latents fire."""
-    title, question = "How often latents fire", about.question(queries.DENSITIES)
+    title, question = "How often latents fire", about.question(DENSITIES)
     densities = [density for density, _, _ in question.ask(about.catalog).rows]
     if not any(densities):
         return Section(title, "Nothing to show: no latent fires.", question)
@@ -190,12 +202,12 @@ def make_densities(about: About) -> Section:
         "Latents far to the right fire on much of everything and rarely mean one thing; latents far to the left rest on few tokens. "
         f"{densities.count(0):,} dead latents, of density 0, have no place on a logarithmic scale."
     )
-    return Section(title, reading, question, plots.draw_densities(densities))
+    return Section(title, reading, question, draw_densities(densities))
 
 
 def make_scatter(about: About) -> Section:
     """MS against density."""
-    title, question = "Monosemanticity against density", about.question(queries.DENSITIES)
+    title, question = "Monosemanticity against density", about.question(DENSITIES)
     rows = question.ask(about.catalog).rows
     if not any(ms is not None for _, ms, _ in rows):
         return Section(title, "Nothing to show: MS is undefined for every latent.", question)
@@ -203,12 +215,12 @@ def make_scatter(about: About) -> Section:
         f"A dot a latent. High scores of pale dots rest on fewer than {MIN_IMAGES} images and may be luck: believe what stays high further "
         "to the right. A cloud that only rises to the left says that rarity alone makes latents look monosemantic."
     )
-    return Section(title, reading, question, plots.draw_scatter(rows, about.floor, MIN_IMAGES))
+    return Section(title, reading, question, draw_scatter(rows, about.floor, MIN_IMAGES))
 
 
 def make_scores(about: About) -> Section:
     """Histogram of label scores and of their controls."""
-    title, question = "Do names hold on held-out images?", about.question(queries.SCORES)
+    title, question = "Do names hold on held-out images?", about.question(SCORES)
     rows = question.ask(about.catalog).rows
     if not rows:
         return Section(title, "Nothing to show: no latent has a name that could be scored.", question)
@@ -217,4 +229,4 @@ def make_scores(about: About) -> Section:
         "worth what the filled histogram lies to the right of the outlined one, which is the same test with another latent's name."
     )
     own, control = zip(*rows, strict=True)
-    return Section(title, reading, question, plots.draw_scores(own, control))
+    return Section(title, reading, question, draw_scores(own, control))

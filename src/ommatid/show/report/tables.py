@@ -6,11 +6,29 @@ from typing import Any
 
 import yaml
 
-from ommatid.show.report import queries
-from ommatid.show.report.about import About
-from ommatid.show.report.parts import DASH, Headline, Section, Table, fixed, interval, percent, share, wilson
+from ommatid.show.report.about import CONTROLS, About
+from ommatid.show.report.parts import DASH, Headline, Question, Section, Table, fixed, interval, percent, share, wilson
 from ommatid.show.report.plots import NAMES
-from ommatid.show.report.queries import Question
+
+IMAGES = """
+    SELECT count(*) FILTER (split = 'train') AS training, count(*) FILTER (split = 'eval') AS evaluation, count(DISTINCT label) AS classes
+    FROM images
+"""
+SAES = """
+    SELECT
+        r.name, r.variant, c.n_latents AS d_sae, r.k, c.l0, c.fvu, c.dead, c.ms - c.ms_floor AS above_floor,
+        c.ms_low - c.ms_floor AS low, c.ms_high - c.ms_floor AS high, u.ms - u.ms_floor AS untrained, n.ms - n.ms_floor AS neurons,
+        r.n_labelled, r.sae
+    FROM comparisons AS c JOIN runs AS r USING (sae)
+    LEFT JOIN comparisons AS u ON u.sae = c.sae AND u.dictionary = 'untrained'
+    LEFT JOIN comparisons AS n ON n.sae = c.sae AND n.dictionary = 'neurons'
+    WHERE c.dictionary = 'sae' ORDER BY above_floor DESC NULLS LAST, r.sae
+"""
+STABILITY = """
+    SELECT coalesce(r.name, s.other_sae) AS other, s.matched, s.mutual, s.mmcs, s.chance
+    FROM stability AS s LEFT JOIN runs AS r ON r.sae = s.other_sae
+    WHERE s.sae = $sae ORDER BY s.mmcs DESC, other
+"""
 
 
 def make_headlines(about: About) -> tuple[Headline, ...]:
@@ -49,7 +67,7 @@ def _of_reconstruction(about: About) -> tuple[Headline, Headline]:
 
 def list_facts(about: About) -> tuple[tuple[str, str], ...]:
     """Model, hookpoint, judge, data, code and digests, as far as they are known: name and value."""
-    run, (images,) = about.run, about.ask(queries.IMAGES)
+    run, (images,) = about.run, about.ask(IMAGES)
     classes = f"{images['classes']:,} classes" if images["classes"] else "without classes"
     given = {
         "SAE": f"{about.name}: {run['variant']}, {about.mine['n_latents']:,} latents, k {run['k']}",
@@ -77,14 +95,14 @@ def write_params(about: About) -> str:
 
 N_SAES = 24
 """In the table, the best first."""
-SAES = "SAE, latents, k, L0, FVU, dead, MS − floor, 95 % interval, untrained, raw neurons, labelled, beat control"
-CONTROLS = "dictionary, latents, L0, FVU, dead, MS − floor, 95 % interval, best MS, purity, without MS"
-STABILITY = "another SAE, matched one to one, matched mutually, mean best cosine, by chance"
+SAES_HEAD = "SAE, latents, k, L0, FVU, dead, MS − floor, 95 % interval, untrained, raw neurons, labelled, beat control"
+CONTROLS_HEAD = "dictionary, latents, L0, FVU, dead, MS − floor, 95 % interval, best MS, purity, without MS"
+STABILITY_HEAD = "another SAE, matched one to one, matched mutually, mean best cosine, by chance"
 
 
 def make_saes(about: About) -> Section:
     """Every SAE of the catalogue beside its controls."""
-    question = Question(queries.SAES)
+    question = Question(SAES)
     found = question.ask(about.catalog).dicts()
     reading = (
         "Each SAE on images that training never saw, the best first. MS − floor is the mean MonoSemanticity score of its latents above "
@@ -101,7 +119,7 @@ def make_saes(about: About) -> Section:
         reading,
         question,
         is_wide=True,
-        table=Table(tuple(SAES.split(", ")), tuple(_sae(about, row) for row in shown), strong),
+        table=Table(tuple(SAES_HEAD.split(", ")), tuple(_sae(about, row) for row in shown), strong),
     )
 
 
@@ -131,8 +149,8 @@ def make_controls(about: About) -> Section:
         "that are constant or fire on fewer than two images; no mean counts them."
     )
     rows = tuple(_control(name, row) for name, row in about.controls.items())
-    table = Table(tuple(CONTROLS.split(", ")), rows, strong=0)
-    return Section("This SAE and its controls", reading, about.question(queries.CONTROLS), is_wide=True, table=table)
+    table = Table(tuple(CONTROLS_HEAD.split(", ")), rows, strong=0)
+    return Section("This SAE and its controls", reading, about.question(CONTROLS), is_wide=True, table=table)
 
 
 def _control(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -152,7 +170,7 @@ def _control(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def make_stability(about: About) -> list[Section]:
     """How far other SAEs have the same directions, where there are others."""
-    question = about.question(queries.STABILITY)
+    question = about.question(STABILITY)
     found = question.ask(about.catalog).dicts()
     if not found:
         return []
@@ -163,4 +181,4 @@ def make_stability(about: About) -> list[Section]:
         "alike, and a short training leaves them so: other seeds tell more."
     )
     rows = tuple((row["other"], percent(row["matched"]), percent(row["mutual"]), fixed(row["mmcs"]), fixed(row["chance"])) for row in found)
-    return [Section("Stability", reading, question, is_wide=True, table=Table(tuple(STABILITY.split(", ")), rows))]
+    return [Section("Stability", reading, question, is_wide=True, table=Table(tuple(STABILITY_HEAD.split(", ")), rows))]
