@@ -16,7 +16,7 @@ Place = Literal["images", "activations", "sae/<sae>", "evaluation", "evaluation/
 
 @dataclass(frozen=True)
 class Table:
-    """A Parquet table of an artefact; it is a relation of the catalogue where catalog/sql has a file of its name."""
+    """A Parquet table of an artefact, which is also a relation of the catalogue if catalog/sql has a file of its name."""
 
     place: Place
     """Artefact that holds the table."""
@@ -31,7 +31,7 @@ TABLES: dict[str, Table] = {}
 
 DERIVED: Mapping[str, tuple[str, ...]] = {"features": ("latents", "comparisons", "labels"), "runs": ("comparisons",)}
 """Relations that are computed from other relations, in the order in which they are built once all tables are there. A column that their SQL
-does not comment on means what the first of these tables to have it says."""
+does not comment on has the meaning that the first of these tables with such a column gives it."""
 
 
 @dataclass(frozen=True)

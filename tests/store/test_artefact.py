@@ -168,7 +168,7 @@ def test_two_runs_at_once(tmp_path: Path, second: int, end: str) -> None:
     with start(tmp_path, 1) as first:
         assert line(first) == "making"
         with start(tmp_path, second) as other:
-            assert line(other) == "waiting for another process that makes images"
+            assert line(other) == "waiting for another process that is making images"
             assert first.communicate("\n")[0].strip() == "made"
             assert other.communicate("\n")[0].strip() == end
     assert open_artefact(tmp_path / "images", "images").manifest.params == {"a": second}
@@ -178,7 +178,7 @@ def test_a_run_that_waited_for_one_that_was_killed_goes_on(tmp_path: Path) -> No
     with start(tmp_path, 1) as first:
         assert line(first) == "making"
         with start(tmp_path, 1) as other:
-            assert line(other) == "waiting for another process that makes images"
+            assert line(other) == "waiting for another process that is making images"
             first.kill()
             assert other.communicate("\n")[0].strip() == "making\nmade"
 

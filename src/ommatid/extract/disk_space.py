@@ -82,7 +82,7 @@ def check_disk_space(draft: Draft, params: ExtractParams, images: Mapping[str, A
         ways.append("fewer extract.hookpoints")
     raise ArtefactError(
         f"{draft.url}: extraction needs {in_words(need)} ({in_words(size.final)} of activations and embeddings, "
-        f"{in_words(spilled)} while shards are made), and {in_words(free)} are free; make room"
+        f"{in_words(spilled)} while shards are made), but only {in_words(free)} is free; make room"
         + (f", or set {', or '.join(ways)}" if ways else "")
     )
 

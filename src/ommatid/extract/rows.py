@@ -78,7 +78,7 @@ def order_rows(image: np.ndarray, rng: np.random.Generator, n_rounds: int | None
 
 
 def window(rows_per_stratum: np.ndarray, most: int) -> int:
-    """Return how many consecutive rows of a shard come from different images: a round without its largest stratum.
+    """Return how many consecutive rows of a shard come from different images, which is a round without its largest stratum.
 
     Args:
         rows_per_stratum: Number of rows in each stratum, (strata,).
@@ -98,7 +98,7 @@ _PARQUET: dict[str, Any] = {"compression": "none", "use_dictionary": ["token", "
 
 @dataclass(frozen=True)
 class Groups:
-    """How the rounds of a shard are divided into row groups."""
+    """The division of a shard's rounds into row groups."""
 
     n_rounds: int
     """Number of rounds of the shard: the largest number of rows that an image can have."""
@@ -316,7 +316,7 @@ def activation_table(rows: pa.Table, places: Sequence[Place], schema: pa.Schema)
 
     Args:
         rows: Table with the columns image, place and x.
-        places: What is written about each kept token, by the index in `place`.
+        places: Descriptions of the kept tokens, to which `place` is the index.
         schema: Schema of the artefact's table.
 
     Returns:

@@ -1,6 +1,6 @@
 """The job of making one shard: run its images through the networks, write one file of each table, and write a receipt.
 
-Images are processed in chunks that are spilled to the local disk (see rows.py), so memory use depends on the number of neither images nor
+Images are processed in chunks that are spilled to the local disk (see rows.py), so memory use does not depend on the number of images or
 tokens, and an interrupted run continues after its last whole chunk. The job is idempotent: what it writes is a function of plan and params.
 """
 
@@ -43,7 +43,7 @@ ROUNDING_IMAGES = 8
 IMAGES_PER_CHUNK = 1024
 """Largest number of images in a chunk, which is what is held in memory and what an interrupted run loses."""
 BYTES_PER_CHUNK = 2**27
-"""Largest number of bytes of activations in a chunk, if that allows fewer images."""
+"""Largest number of bytes of activations in a chunk, which then holds fewer images."""
 
 
 def _ignore(shard: int, n_images: int) -> None:

@@ -42,7 +42,7 @@ def find_device() -> str:
 
 
 def load_explained(params: Mapping[str, Any]) -> VisionModel:
-    """Load the model whose activations were extracted onto this machine's device.
+    """Load the model whose activations an extraction captured, onto this machine's device.
 
     Args:
         params: The params section in the extraction's manifest.

@@ -193,7 +193,7 @@ def _crescent(x: Points, y: Points) -> np.ndarray:
 
 
 def _polygon(n: int, first: float) -> Callable[[Points, Points], np.ndarray]:
-    """Return the test of a regular polygon with corners on the unit circle; its first side faces `first` quarter turns from the right."""
+    """Return the test of a regular polygon with corners on the unit circle, whose first side faces `first` quarter turns from right."""
     return lambda x, y: _sides(x, y, n, first, math.cos(math.pi / n)) == n
 
 

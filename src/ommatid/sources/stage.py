@@ -24,7 +24,7 @@ PLACE = Path("data/sources")
 STAGES = ("images", "extract", "train", "label")
 """Stages that read files named in their section; each has a fingerprint file."""
 SETTLED_NS = 2 * 10**9
-"""Nanoseconds since the last change before which a checksum is not cached, as another change might leave the same times."""
+"""Age of a file's last change, in nanoseconds, below which its checksum is not cached: another change might leave the same times."""
 _N_READERS = 8
 
 Fingerprints = dict[str, dict[str, Any]]
@@ -78,7 +78,7 @@ def _list_source(source: ImageSource) -> Listing:
 
 
 def _paths(key: str, value: Any) -> Iterator[tuple[str, Path]]:
-    """Iterate over the values in a section that may be files or folders, judging by their field's name, with their dotted keys."""
+    """Iterate over the dotted keys and values of a section that may name files or folders, which is judged by the field's name."""
     if isinstance(value, Mapping):
         for name, inside in value.items():
             yield from _paths(f"{key}.{name}", inside)

@@ -94,11 +94,11 @@ class Artefact:
 
     @property
     def rejected(self) -> Mapping[str, str]:
-        """Reasons, by name, why artefacts inside failed the gate while others passed; `children` does not list them."""
+        """Artefacts inside that the gate rejected while others passed, by name, with the reason; `children` does not list them."""
         return self.summary.get("rejected", {}) if self.manifest.kind in INSIDE else {}
 
     def leaving_out(self, names: Iterable[str]) -> "Artefact":
-        """Return the same artefact with `children` leaving out just these names; with none, it lists those that the gate rejected too."""
+        """Return the same artefact, whose `children` leave out these names instead of those that the gate rejected."""
         view = Artefact(self.folder, self.manifest, self.digest)
         view._left_out = frozenset(names)
         return view
@@ -201,7 +201,7 @@ class Artefact:
 
     @property
     def children(self) -> list[str]:
-        """Names of the artefacts inside, except those that the gate rejected or that `leaving_out` named instead."""
+        """Names of the artefacts inside, except those that the gate rejected, or instead those given to `leaving_out`."""
         return [child for file in self.manifest.files if (child := child_of(file.name)) and child not in self._left_out]
 
     def child(self, name: str, kind: str) -> "Artefact":

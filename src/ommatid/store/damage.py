@@ -17,7 +17,7 @@ _MOST_NAMED = 100
 
 
 def size_damage(folder: Folder, files: Sequence[File]) -> list[str]:
-    """Describe each listed file that is missing or has another size; of children, only the manifests are looked at."""
+    """Describe each listed file that is missing or has another size; of a child, only the manifest is checked."""
     found = folder.sizes()
     for file in files:
         if child_of(file.name) and (size := folder.size(file.name)) is not None:
@@ -48,7 +48,7 @@ def raise_damage(folder: Folder, damage: list[str]) -> None:
 _Stamp = tuple[int, int, int, str]
 """Size in bytes, modification and change times in nanoseconds, and the checksums that a file was compared with."""
 _checked: dict[tuple[int, int], tuple[_Stamp, bytearray]] = {}
-"""Flags of the blocks that proved right, for each file on a disk that this process has read, by device and inode."""
+"""Flags of the blocks found undamaged, for each file on a disk that this process has read, by device and inode."""
 
 
 class Checked(Ranges):
@@ -130,7 +130,7 @@ def trust(folder: Folder, file: File) -> None:
 
 
 def _seen(status: os.stat_result, file: File) -> bytearray:
-    """Return the flags of the blocks of a file that proved right; all zero if it was not read yet, or has changed since."""
+    """Return the flags of a file's blocks found undamaged; all zero if the file was not read yet, or has changed since."""
     stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, file.blocks)
     known = _checked.get((status.st_dev, status.st_ino))
     if known is None or known[0] != stamp:

@@ -248,7 +248,7 @@ def open_draft(
     lock = filelock.FileLock(local.parent / f"{target.name}.lock")
     with writing(local.parent):
         local.parent.mkdir(parents=True, exist_ok=True)
-        waited = _acquire(lock, lambda: on_wait(f"waiting for another process that makes {target}"))
+        waited = _acquire(lock, lambda: on_wait(f"waiting for another process that is making {target}"))
     try:
         with writing(local.parent):
             for drafts in {folder.parent.url: folder.parent, str(local.parent): open_folder(local.parent)}.values():

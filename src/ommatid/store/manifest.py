@@ -17,7 +17,7 @@ from ommatid.store.sums import checksums
 
 MANIFEST = "manifest.json"
 INSIDE = {"extraction": "activations", "training": "sae", "evaluations": "evaluation", "labellings": "labels"}
-"""Kinds of artefacts that hold others, and the kind of those inside: one for each hookpoint or SAE."""
+"""Kind of the artefacts inside another, of which there is one for each hookpoint or SAE, by the kind of the outer one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,7 @@ class ParquetFile:
         lengths = pc.call_function("binary_length", [column]).to_numpy(zero_copy_only=False)
         if (odd := (lengths % self._bytes_dtype.itemsize).nonzero()[0]).size:
             raise SourceError(
-                f"{self.path}: column {self._name} is {lengths[odd[0]]} bytes wide, which is not a multiple of {self._bytes_dtype.name}"
+                f"{self.path}: column {self._name} is {lengths[odd[0]]} bytes wide, not a multiple of the size of {self._bytes_dtype.name}"
             )
         return lengths // self._bytes_dtype.itemsize
 

@@ -2,7 +2,7 @@
 
 Every file is divided into blocks of consecutive entries, which are dealt to shards at random. The files are read once, in order: each
 block is checked, converted to float16, put into random rounds (see extract/rows.py) and spilled to its shard. Then each shard is written.
-So memory use depends on the number of neither rows nor files, and an interrupted run continues after its last whole block or shard.
+So memory use does not depend on the number of rows or files, and an interrupted run continues after its last whole block or shard.
 """
 
 import hashlib
@@ -145,7 +145,7 @@ class _Import:
         free = shutil.disk_usage(self._draft.scratch).free
         if need > free:
             raise ArtefactError(
-                f"{self._draft.scratch}: the import needs {in_words(need)}, and {in_words(free)} are free; make room, or point "
+                f"{self._draft.scratch}: the import needs {in_words(need)}, but only {in_words(free)} is free; make room, or point "
                 "extract.path at fewer files"
             )
 

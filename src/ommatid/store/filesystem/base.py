@@ -1,4 +1,4 @@
-"""The interface of a folder, what both implementations share, and how files are written whole on this machine."""
+"""The interface of folders, code that both implementations share, and helpers for writing local files whole."""
 
 import hashlib
 import io
@@ -25,7 +25,7 @@ class Entry:
     name: str
     """Path below the folder, with slashes."""
     bytes: int
-    """Size."""
+    """Size in bytes."""
     stamp: str
     """Value that changes with the content: the store's checksum, or the time of the last change; empty if the file cannot be read."""
 
@@ -94,7 +94,7 @@ class Folder(ABC):
 
     @abstractmethod
     def iter_visible(self) -> Iterator[Entry]:
-        """Iterate over the files at any depth, in any order, skipping names of which a part begins with a dot.
+        """Iterate over the files at any depth, in any order, skipping those whose path has a part that begins with a dot.
 
         Raises:
             SourceError: A folder cannot be listed.

@@ -72,7 +72,7 @@ class Disk(Folder):
             return []
 
     def iter_visible(self) -> Iterator[Entry]:
-        """Iterate over regular files and dangling links at any depth, skipping names of which a part begins with a dot.
+        """Iterate over regular files and dangling links at any depth, skipping those whose path has a part that begins with a dot.
 
         Links to directories are followed; every real directory is visited once.
 
