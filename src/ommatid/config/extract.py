@@ -74,7 +74,7 @@ Executor = Annotated[LocalExecutor | DaskExecutor | RayExecutor, Field(discrimin
 class ExtractParams(Section):
     """Stage `extract`: captures activations at one or more hookpoints in one pass over the images, and embeds every image."""
 
-    how: ClassVar[frozenset[str]] = frozenset({"executor"})
+    runtime_keys: ClassVar[frozenset[str]] = frozenset({"executor"})
 
     source: Literal["images"]
     """`images` for the images of the stage `images`, or `files` for activations that were made elsewhere."""

@@ -56,7 +56,7 @@ def _checksum(path: str) -> str | None:
 class VlmLabeller(LabellerSection):
     """Asks a vision-language model on an OpenAI-compatible server; the key is in OPENAI_API_KEY (docs/users/labels-from-models.md)."""
 
-    how: ClassVar[frozenset[str]] = frozenset({"url", "requests_per_minute", "concurrency", "timeout"})
+    runtime_keys: ClassVar[frozenset[str]] = frozenset({"url", "requests_per_minute", "concurrency", "timeout"})
 
     kind: Literal["vlm"]
     model: Annotated[str, Field(min_length=1)]

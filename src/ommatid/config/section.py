@@ -23,8 +23,8 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    how: ClassVar[frozenset[str]] = frozenset()
-    """Fields that affect how the artefact is computed, but not its content."""
+    runtime_keys: ClassVar[frozenset[str]] = frozenset()
+    """Fields that affect how an artefact is computed, but not its content."""
     reads_artefacts: ClassVar[bool] = True
     """Whether the stage reads artefacts of earlier stages when its section is this one."""
 
@@ -51,7 +51,7 @@ class Section(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """Return the values that determine an artefact's content, as JSON values; they go into its manifest and the name of its draft."""
-        return self.model_dump(mode="json", exclude=set(self.how))
+        return self.model_dump(mode="json", exclude=set(self.runtime_keys))
 
 
 def _allows(annotation: Any, *kinds: type) -> bool:

@@ -1,4 +1,4 @@
-"""Stage `extract`: activations of images, or of files made elsewhere, in the order in which training reads them."""
+"""Stage `extract`: computes activations and embeddings of images, or imports activations, and writes them in the order of training."""
 
 from pathlib import Path
 
@@ -9,6 +9,6 @@ STAGE = Stage(
     kind="extraction",
     place=Path("data/activations"),
     inputs=("images",),
-    memory_advice="lower extract.batch_size, or extract.executor.workers where there are several",
+    memory_advice="lower extract.batch_size, or extract.executor.workers if there are several",
     opener="ommatid.extract.opening:open_activations",
 )

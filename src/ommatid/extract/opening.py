@@ -1,4 +1,4 @@
-"""The activations that a later stage reads, selected from the artefact of `extract` by hookpoint."""
+"""Selection, by hookpoint, of the activations that a later stage reads from the artefact of `extract`."""
 
 from ommatid.config import Params
 from ommatid.errors import ArtefactError
@@ -15,17 +15,17 @@ def open_activations(extraction: Artefact, reader: Stage, params: Params) -> dic
         params: All params; `train` says which hookpoint is encoded and, for a transcoder, which one is decoded.
 
     Returns:
-        `extract`, the activations that are encoded; and `target`, those that a transcoder should decode, if the reader compares them.
+        The activations to encode, under `extract`, and those that a transcoder should decode, under `target`, if the reader compares them.
 
     Raises:
-        ArtefactError: there are no activations of a hookpoint, the two hookpoints have other tokens, or the reader needs images and
-            the activations were imported from files.
+        ArtefactError: There are no activations of a hookpoint, the two hookpoints have different tokens, or the reader needs images and the
+            activations were imported from files.
     """
     activations = extraction.child(params.hookpoint, "activations")
     if "images" in reader.inputs and activations.summary.get("source") == "files":
         raise ArtefactError(
-            f"{activations.url}: {reader.name} needs images and a judge's embeddings of them, and these activations were imported from "
-            f"files that carry neither; the SAE is finished without {reader.name}; to have it, set extract.source: images, with the images "
+            f"{activations.url}: {reader.name} needs images and a judge's embeddings of them, but these activations were imported from "
+            f"files, which have neither; the SAE is finished without {reader.name}; to run it, set extract.source: images, with the images "
             "and the model that they came from, and run the stages from images on"
         )
     if params.train.target is None or not reader.reads_target:
@@ -36,17 +36,17 @@ def open_activations(extraction: Artefact, reader: Stage, params: Params) -> dic
 
 
 def _check_tokens(activations: Artefact, target: Artefact) -> None:
-    """Check that the rows of two hookpoints are of the same tokens in the same order.
+    """Check that the rows of two hookpoints come from the same tokens in the same order.
 
     Raises:
-        ArtefactError: they are not.
+        ArtefactError: They do not.
     """
     one, other = activations.summary, target.summary
     differing = [f"{key} {one[key]} and {other[key]}" for key in ("tokens_per_image", "grid") if one[key] != other[key]]
     if activations.manifest.params.get("max_norm") is not None:
-        differing.append("extract.max_norm left out other tokens of each")
+        differing.append("extract.max_norm left out different tokens of each")
     if differing:
         raise ArtefactError(
-            f"train.target: {other['hookpoint']} cannot be reconstructed from {one['hookpoint']}, their tokens are not the same: "
+            f"train.target: {other['hookpoint']} cannot be reconstructed from {one['hookpoint']}, as their tokens differ: "
             f"{'; '.join(differing)}; name a hookpoint with the same tokens, and extract with max_norm: null"
         )

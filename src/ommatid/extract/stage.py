@@ -26,7 +26,7 @@ PROBE = f"{RECEIPTS}/probe.json"
 
 
 def run(params: ExtractParams | ExtractFiles, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
-    """Capture the activations of images, or import those of files; see `extract` and `import_files`."""
+    """Capture activations of images, or import them from files; see `extract` and `import_files`."""
     match params:
         case ExtractParams():
             return extract(params, inputs, draft, on_event)

@@ -93,8 +93,10 @@ def study_params(name: str, params: Params, data: str, on_event: Listener = igno
         except ArtefactError:
             continue  # the stage itself reports a missing input, if it needs it
         if STAGES[other].has_binding_params and made_with != section.identity():
-            how = {key: value for key, value in section.model_dump(mode="json").items() if key in section.how and key not in made_with}
-            sections[other] = {**how, **made_with}
+            runtime = {
+                key: value for key, value in section.model_dump(mode="json").items() if key in section.runtime_keys and key not in made_with
+            }
+            sections[other] = {**runtime, **made_with}
     if not sections:
         return params
     values = params.model_dump(mode="json")

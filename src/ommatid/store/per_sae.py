@@ -1,4 +1,4 @@
-"""Stages that make one artefact for each SAE of a training."""
+"""Making the artefacts of stages that have one inner artefact for each SAE of a training."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,17 +16,17 @@ def for_each_sae(
     on_event: Listener,
     compare: Callable[[Mapping[str, Artefact]], None] = lambda made: None,
 ) -> Artefact:
-    """Make an artefact for every SAE inside the stage's own. What a run that died has sealed is kept.
+    """Make the artefact of each SAE inside the stage's own, except those that an interrupted run has sealed.
 
     Args:
         make: Makes the artefact of one SAE from that SAE's own inputs, its draft and its listener.
         inputs: Inputs of the stage.
         draft: Draft of the stage.
-        on_event: Called with each progress event and warning; where there are several SAEs, events name theirs.
-        compare: Writes tables about several SAEs into the stage's draft, from the artefact of each.
+        on_event: Called with each progress event and warning; if there are several SAEs, progress names its SAE.
+        compare: Writes tables that compare the SAEs into the stage's draft, given the artefact of each by name.
 
     Returns:
-        The stage's artefact, sealed.
+        The sealed artefact of the stage.
     """
     names = inputs["train"].children
     made: dict[str, Artefact] = {}
