@@ -206,8 +206,8 @@ LATENTS = _table(
     is_rare=(pa.bool_(), "whether it fires, but on fewer than 16 images"),
     duplicate_of=(
         nullable(pa.int32()),
-        "latent with the nearest direction among those with a cosine of at least 0.9 that fire on at least half of the images on which "
-        "either fires; null if there is none",
+        "latent with the nearest direction among those with a cosine of at least 0.9 and a Jaccard index of the images on which they fire "
+        "of at least 0.5; null if there is none",
     ),
 )
 
@@ -266,8 +266,8 @@ COMPARISONS = _table(
     ),
     coverage=(
         nullable(pa.float64()),
-        "share of the classes that are the most common one of some latent with a purity of at least 0.75; null if the data set has fewer "
-        "than two classes",
+        "share of the classes that are the most common class of some latent whose purity is at least 0.75; null if the data set has "
+        "fewer than two classes",
     ),
     uniqueness=(nullable(pa.float64()), "mean uniqueness of the latents; null if no latent has one"),
     judge=(pa.string(), "name of the judge whose embeddings ms uses"),
@@ -324,7 +324,7 @@ COFIRING = _table(
     rank=(pa.int32(), "rank of the other latent, 1 has the highest lift"),
     other=(pa.int32(), "index of the other latent"),
     lift=(pa.float64(), "number of images on which both fire, divided by that expected if they were independent, > 1"),
-    jaccard=(pa.float64(), "share of the images on which either fires on which both do"),
+    jaccard=(pa.float64(), "number of images on which both fire, as a share of those on which either fires"),
     n_both=(pa.int32(), "number of images on which both fire, at least 8"),
 )
 
@@ -340,9 +340,9 @@ LEVELS = _table(
         "fraction of variance unexplained with all latents up to the last; null if the activations do not vary",
     ),
     ms=(nullable(pa.float64()), "mean MonoSemanticity score of the latents that this level adds; null if none has one"),
-    n_ms=(pa.int32(), "number of the latents that this level adds with a MonoSemanticity score"),
+    n_ms=(pa.int32(), "number of latents that this level adds and that have a MonoSemanticity score"),
     lca_depth=(nullable(pa.float64()), "mean lca_depth of the latents that this level adds; null if none has one"),
-    n_lca=(pa.int32(), "number of the latents that this level adds with an lca_depth"),
+    n_lca=(pa.int32(), "number of latents that this level adds and that have an lca_depth"),
 )
 
 PROBES = _table(
@@ -403,7 +403,7 @@ MATCHES = _table(
     cosine=(pa.float32(), "cosine of the two directions"),
     jaccard=(
         nullable(pa.float64()),
-        "share of the evaluation images on which either latent fires on which both do; null if neither fires",
+        "number of evaluation images on which both latents fire, as a share of those on which either fires; null if neither fires",
     ),
 )
 
@@ -461,11 +461,11 @@ LABELS = _table(
     ),
     correlation=(
         nullable(pa.float64()),
-        f"rank correlation of the label's cosine with the latent's activation over the same held-out images; {_UNSCORED}",
+        f"rank correlation, over the same held-out images, of the cosine with the label and the latent's activation; {_UNSCORED}",
     ),
     control_correlation=(
         nullable(pa.float64()),
-        "correlation of the label that control_score is of; null if correlation or control_score is",
+        "correlation of the other latent's label that control_score uses; null if correlation or control_score is",
     ),
     detector_score=(
         nullable(pa.float64()),

@@ -90,15 +90,15 @@ def iter_pixels(batches: Iterable[Encoded], preprocesses: tuple[Preprocess, ...]
 
 
 def _prepare(batch: Encoded, preprocesses: tuple[Preprocess, ...]) -> Pixels:
-    made: list[list[np.ndarray]] = [[] for _ in preprocesses]
+    by_preprocess: list[list[np.ndarray]] = [[] for _ in preprocesses]
     for number, file in zip(batch.numbers, batch.files, strict=True):
         try:
             image = decode(file)
         except Unreadable as error:
             raise ArtefactError(f"images: image {number} cannot be decoded any more ({error}); run the stage images again") from None
-        for pixels, preprocess in zip(made, preprocesses, strict=True):
+        for pixels, preprocess in zip(by_preprocess, preprocesses, strict=True):
             pixels.append(preprocess(image))
-    return Pixels(batch.numbers, batch.is_train, tuple(torch.from_numpy(np.stack(pixels)) for pixels in made))
+    return Pixels(batch.numbers, batch.is_train, tuple(torch.from_numpy(np.stack(pixels)) for pixels in by_preprocess))
 
 
 def _pin(pixels: Pixels) -> Pixels:

@@ -46,7 +46,7 @@ class Draft(Writer):
         self.kind = kind
         self._params = dict(params)
         self._inputs = dict(inputs)
-        self._made: Artefact | None = None
+        self._sealed: Artefact | None = None
         self._sound: set[Path] = set()
         """Local files that this process wrote, or found unchanged since an earlier run wrote them."""
         self._on_notice: Callable[[str], None] = lambda line: None
@@ -118,8 +118,8 @@ class Draft(Writer):
         child = Draft(folder, self._local, kind, self._params if params is None else params, digests)
         child._top = self._top
         child._on_notice = self._on_notice
-        mine = {own: file for own, file in self._described.items() if own.startswith(f"{name}/")}
-        child._described = {(inside := own.removeprefix(f"{name}/")): replace(file, name=inside) for own, file in mine.items()}
+        inner = {path.removeprefix(f"{name}/"): file for path, file in self._described.items() if path.startswith(f"{name}/")}
+        child._described = {path: replace(file, name=path) for path, file in inner.items()}
         return child
 
     def sealed(self) -> Artefact | None:
@@ -131,9 +131,9 @@ class Draft(Writer):
             return None
         path = self.folder.local_path()
         try:
-            made = open_artefact(self.folder, self.kind)
+            artefact = open_artefact(self.folder, self.kind)
             if path:
-                made.verify()
+                artefact.verify()
         except ArtefactError as error:
             if path is None:
                 raise
@@ -142,7 +142,7 @@ class Draft(Writer):
             (path if self.folder is not self._top else self.scratch).mkdir(parents=True)
             return None
         self._clean()
-        return made
+        return artefact
 
     def seal(self, summary: Mapping[str, Any], files: Sequence[File] | None = None) -> Artefact:
         """Write the manifest of all files and children, and remove scratch folder and receipts.
@@ -169,17 +169,17 @@ class Draft(Writer):
         manifest = Manifest(self.kind, SCHEMA_VERSION, plain[0], self._inputs, listed, _versions(), plain[1])
         return self._write_manifest(manifest)
 
-    def reseal(self, made: Artefact, summary: Mapping[str, Any]) -> Artefact:
+    def reseal(self, artefact: Artefact, summary: Mapping[str, Any]) -> Artefact:
         """Replace the summary in the manifest of a sealed draft, and return the artefact; all else stays as it is."""
         self.scratch.mkdir(parents=True, exist_ok=True)  # objects are written there before the upload
-        return self._write_manifest(replace(made.manifest, summary=json.loads(json.dumps(summary))))
+        return self._write_manifest(replace(artefact.manifest, summary=json.loads(json.dumps(summary))))
 
     def _write_manifest(self, manifest: Manifest) -> Artefact:
         with self.write_file(MANIFEST) as path, path.open("wb") as file:
             file.writelines(manifest.iter_json())
         self._clean()
-        self._made = Artefact(self.folder, manifest, self.describe(MANIFEST).sha256)
-        return self._made
+        self._sealed = Artefact(self.folder, manifest, self.describe(MANIFEST).sha256)
+        return self._sealed
 
     def _is_sound(self, name: str) -> bool:
         path = self.folder.local_path(name)
@@ -209,12 +209,12 @@ class Draft(Writer):
         """Move the sealed draft to `place`, replacing what is there, and return the artefact."""
         assert self.folder.size(MANIFEST) is not None, f"{self.url} is not sealed"
         target = open_folder(place)
-        made = self._made or open_artefact(self.folder, self.kind)
+        artefact = self._sealed or open_artefact(self.folder, self.kind)
         with writing(self._local):
             self.folder.move(target, last=MANIFEST)
-            note_published(self._local, made.digest)
+            note_published(self._local, artefact.digest)
             shutil.rmtree(self._local, ignore_errors=True)
-        return Artefact(target, made.manifest, made.digest)
+        return Artefact(target, artefact.manifest, artefact.digest)
 
 
 @contextmanager

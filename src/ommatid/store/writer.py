@@ -183,7 +183,7 @@ class Writer:
     def remove(self, name: str) -> None:
         """Remove a finished file, or a folder with everything in it."""
         self._home(name).remove(name)
-        self._described = {own: file for own, file in self._described.items() if own != name and not own.startswith(f"{name}/")}
+        self._described = {path: file for path, file in self._described.items() if path != name and not path.startswith(f"{name}/")}
 
     def __reduce__(self) -> tuple[Callable[[str], "Writer"], tuple[str]]:
         return Writer.attach, (self.url,)
