@@ -1,11 +1,11 @@
-"""Flips single bytes in the artefacts of a study, and says what becomes of them: found, harmless, or (never) other results.
+"""Flips single bits in the artefacts of a study and reports each one's effect: found, harmless, or (never) other results.
 
     python benchmarks/damage.py reads DATA [STAGE ...]  100 flips in every file, each read as the stages read it
-    python benchmarks/damage.py stages DATA catalog     one flip in every file, and the whole stage run on it
-    python benchmarks/damage.py cost DATA catalog       the share of a stage's CPU time that goes into checking what it reads
+    python benchmarks/damage.py stages DATA catalog     one flip in every input file, and a run of the whole stage on each
+    python benchmarks/damage.py cost DATA catalog       share of a stage's CPU time spent on checking its inputs
 
-DATA is a copy of a study's `data`: files are changed in it, one byte at a time, and put back. Run it in a checkout with the params.yaml
-that the study was made with.
+DATA is a copy of a study's `data`, whose files are changed one bit at a time and restored. Run it in a checkout with the study's
+params.yaml.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ SEED = 0
 
 @contextmanager
 def flipped(path: Path, at: int, bit: int) -> Iterator[None]:
-    """The file with one bit changed; afterwards it is as it was, the time of its last change included."""
+    """Change one bit of a file for the duration of the block, then restore it together with its modification time."""
     before = path.stat()
     _flip(path, at, bit)
     try:
@@ -53,7 +53,7 @@ def _flip(path: Path, at: int, bit: int) -> None:
 
 
 def iter_flips(path: Path, n: int) -> Iterator[tuple[int, int]]:
-    """Places and bits, the same every time."""
+    """Draw offsets and bits to flip; the same ones every time."""
     draw = random.Random(f"{SEED} {path.name} {path.stat().st_size}")
     for _ in range(n):
         yield draw.randrange(path.stat().st_size), 1 << draw.randrange(8)
@@ -68,7 +68,7 @@ def files_of(place: Path) -> list[Path]:
 
 
 def digest_of(artefact: Artefact) -> str:
-    """Of all that stages read: every table by row groups, every other file whole, manifests of all."""
+    """Digest of everything that stages read: tables by row groups, all other files as a whole, and all manifests."""
     digest = hashlib.sha256(repr(artefact.manifest).encode())
     for table in artefact.tables:
         for batch in artefact.iter_batches(table, n_rows=2**16):
@@ -87,25 +87,25 @@ def reads(data: Path, only: list[str]) -> None:
     total: Counter[str] = Counter()
     for name in only or STAGES:
         place, kind = artefacts(data)[name]
-        right = digest_of(open_artefact(place, kind))
+        expected = digest_of(open_artefact(place, kind))
         for path in files_of(place):
-            came: Counter[str] = Counter()
+            outcomes: Counter[str] = Counter()
             for at, bit in iter_flips(path, FLIPS):
                 with flipped(path, at, bit):
                     try:
-                        came["harmless" if digest_of(open_artefact(place, kind)) == right else "OTHER RESULTS"] += 1
+                        outcomes["harmless" if digest_of(open_artefact(place, kind)) == expected else "OTHER RESULTS"] += 1
                     except ArtefactError as error:
-                        came["found" if path.name in str(error) else "found, file not named"] += 1
-            total += came
-            print(f"{name:9} {path.relative_to(place)!s:60} {dict(came)}", flush=True)
-        assert digest_of(open_artefact(place, kind)) == right, place
+                        outcomes["found" if path.name in str(error) else "found, file not named"] += 1
+            total += outcomes
+            print(f"{name:9} {path.relative_to(place)!s:60} {dict(outcomes)}", flush=True)
+        assert digest_of(open_artefact(place, kind)) == expected, place
     print(dict(total))
 
 
 def run(stage: str, data: Path, overrides: list[str]) -> str:
     """Digest of the tables and weights that a stage publishes."""
     made = run_stage(stage, load_params(Path("params.yaml"), overrides), ignore, str(data))
-    if stage == "catalog":  # its file has the time in it
+    if stage == "catalog":  # its file contains the time at which it was built
         with duckdb.connect(str(made.file("catalog.duckdb")), read_only=True) as connection:
             names = [name for (name,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall() if name != "runs"]
             return repr([connection.execute(f"SELECT bit_xor(hash(t)), count(*) FROM {name} t").fetchall() for name in sorted(names)])
@@ -114,17 +114,17 @@ def run(stage: str, data: Path, overrides: list[str]) -> str:
 
 def stage_on_damage(stage: str, data: Path, overrides: list[str]) -> None:
     inputs = [path for name in STAGES[stage].inputs for path in files_of(artefacts(data)[name][0])]
-    right, came = run(stage, data, overrides), Counter()
+    expected, outcomes = run(stage, data, overrides), Counter()
     for path in inputs:
         ((at, bit),) = iter_flips(path, 1)
         with flipped(path, at, bit):
             try:
-                what = "harmless" if run(stage, data, overrides) == right else "OTHER RESULTS"
+                what = "harmless" if run(stage, data, overrides) == expected else "OTHER RESULTS"
             except OmmatidError as error:
                 what = "found" if path.name in str(error) else f"found, file not named: {error}"
-        came[what] += 1
+        outcomes[what] += 1
         print(f"{stage:9} {path.relative_to(data)!s:70} {what}", flush=True)
-    print(stage, dict(came))
+    print(stage, dict(outcomes))
 
 
 def cost(stage: str, data: Path, overrides: list[str]) -> None:
@@ -141,7 +141,7 @@ def cost(stage: str, data: Path, overrides: list[str]) -> None:
     before = time.process_time()
     run(stage, data, overrides)
     whole = time.process_time() - before
-    print(f"{stage}: {spent[0]:.3f} s of {whole:.1f} s of CPU time in checking what is read, {spent[0] / whole:.2%}")
+    print(f"{stage}: {spent[0]:.3f} s of {whole:.1f} s of CPU time spent on checking inputs, {spent[0] / whole:.2%}")
 
 
 if __name__ == "__main__":

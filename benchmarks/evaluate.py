@@ -1,9 +1,10 @@
-"""MonoSemanticity: against the published pair by pair loop, at full size, and the memory of stage `evaluate` by the number of images.
+"""Benchmark of the MonoSemanticity score: against the published pairwise loop, at full size, and the memory of the stage `evaluate`.
 
-python benchmarks/evaluate.py      writes benchmarks/results/evaluate.json; 2 threads, which the loop has as well; some minutes
-What is drawn: latents that each fire on one image in a hundred, as of an SAE with k 20 of 2,048 on class tokens, given as compressed
-rows and as a dense array; and latents that fire on every image, for which a float64 product is the least that can be done. The
-judge is 768 wide. Each memory is the largest resident set of a process of its own, which holds arrays, libraries and all.
+python benchmarks/evaluate.py      writes benchmarks/results/evaluate.json; uses 2 threads, as the loop does; takes some minutes
+Two kinds of random latents are scored: latents that each fire on one image in a hundred, as those of an SAE with k 20 of 2,048 on
+class tokens, in compressed rows and as a dense array; and latents that fire on every image, which need at least one float64 matrix
+product. The judge's embeddings have 768 dimensions. Memory is the peak resident set size of a separate process, including arrays and
+libraries.
 """
 
 import json
@@ -18,16 +19,16 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 LOOP_SIZES = (750, 1500, 3000)
-"""Images."""
+"""Numbers of images on which the loop is run."""
 N_LATENTS, WIDTH = 2048, 768
 DENSITY = 0.01
-"""Share of images on which a latent of an SAE fires."""
+"""Share of images on which a latent fires."""
 FULL = (50_000, 8192)
-"""Images and latents of the full size."""
+"""Numbers of images and latents at full size."""
 
 
 def draw_acts(n: int, n_latents: int, density: float, seed: int = 0) -> Tensor:
-    """Dense, (n, n_latents) float32, some images at a time: without copies."""
+    """Draw dense activations (n, n_latents), float32, in chunks of images to avoid copies."""
     generator = torch.Generator().manual_seed(seed)
     acts = torch.empty(n, n_latents)
     for some in acts.split(512):
@@ -42,7 +43,7 @@ def draw_embeddings(n: int) -> Tensor:
 
 
 def published_loop(acts: Tensor, embeddings: Tensor, batch: int = 100) -> Tensor:
-    """As sae-for-vlm's metric.py goes about it: for every image the later ones in batches of 100, weighted cosines and weights summed."""
+    """Compute the score as metric.py of sae-for-vlm does: each image against all later ones in batches of 100, summing weighted cosines."""
     low, high = acts.amin(0), acts.amax(0)
     a = (acts - low) / (high - low)
     above, below = torch.zeros_like(low), torch.zeros_like(low)
@@ -56,7 +57,7 @@ def published_loop(acts: Tensor, embeddings: Tensor, batch: int = 100) -> Tensor
 
 
 def against_the_loop() -> tuple[list[Row], float]:
-    """Rows, and the largest difference to the loop."""
+    """Rows of the comparison with the loop, and the largest difference between the scores."""
     from ommatid.metrics import monosemanticity
 
     rows, difference = [], 0.0
@@ -70,29 +71,29 @@ def against_the_loop() -> tuple[list[Row], float]:
         ):
             acts = draw_acts(n, N_LATENTS, density)
             loop, expected = clock(lambda acts=acts, embeddings=embeddings: published_loop(acts, embeddings))
-            given = acts.to_sparse_csr() if "rows" in what else acts
-            found = [clock(lambda given=given, embeddings=embeddings: monosemanticity(given, embeddings)) for _ in range(9)]
+            array = acts.to_sparse_csr() if "rows" in what else acts
+            found = [clock(lambda array=array, embeddings=embeddings: monosemanticity(array, embeddings)) for _ in range(9)]
             ours = middle([seconds for seconds, _ in found])
             both = ~(expected.isnan() | found[0][1].isnan())
             difference = max(difference, float((found[0][1] - expected)[both].abs().max()))
             ratios[what, n] = loop / ours
             must = 200 if n == 1500 else None
             print(f"{what}, {n}: loop {loop:.2f} s, ours {ours * 1e3:.1f} ms", flush=True)
-            rows.append(Row(f"{what}, N {n:,}: times as fast as the loop", loop / ours, "x", must=must, goal=must and 300))
+            rows.append(Row(f"{what}, N {n:,}: speedup over the loop", loop / ours, "x", must=must, goal=must and 300))
     first, _, last = LOOP_SIZES
     for what in dict.fromkeys(what for what, _ in ratios):
         growth = ratios[what, last] / ratios[what, first]
-        rows.append(Row(f"{what}: that factor at N {last:,} over that at {first:,}", growth, "x", must=1.2, goal=3))
+        rows.append(Row(f"{what}: speedup at N {last:,} / speedup at {first:,}", growth, "x", must=1.2, goal=3))
     return rows, difference
 
 
 def at_full_size() -> list[Row]:
     rows = []
     for what in ("dense", "rows"):
-        told = in_a_process(__file__, "full", what)
+        result = in_a_process(__file__, "full", what)
         name = f"{FULL[0]:,} images x {FULL[1]:,} latents x {WIDTH}, {'dense float32' if what == 'dense' else 'compressed rows'}"
-        rows.append(Row(f"{name}: seconds", told["seconds"], "s", must=60, goal=20, better="lower"))
-        rows.append(Row(f"{name}: peak memory", told["peak"], "MB", must=3000, goal=2500, better="lower"))
+        rows.append(Row(f"{name}: seconds", result["seconds"], "s", must=60, goal=20, better="lower"))
+        rows.append(Row(f"{name}: peak memory", result["peak"], "MB", must=3000, goal=2500, better="lower"))
     return rows
 
 
@@ -107,7 +108,7 @@ def run_full(what: str) -> dict[str, float]:
 
 
 class Rows:
-    """Compressed rows as scipy has them."""
+    """Compressed sparse rows with the attributes of scipy's csr_matrix."""
 
     def __init__(self, parts: list[Tensor], shape: tuple[int, int]) -> None:
         self.indptr = torch.cat(
@@ -132,9 +133,9 @@ def main() -> None:
             rows, difference = against_the_loop()
             rows += at_full_size() + memory_of_the_stage()
             notes = [
-                f"{THREADS} threads; against the loop {N_LATENTS:,} latents and a judge {WIDTH} wide",
+                f"{THREADS} threads; in the comparison with the loop, {N_LATENTS:,} latents and embeddings of {WIDTH} dimensions",
                 f"SAE latents fire on {DENSITY:.0%} of images",
-                f"largest difference to the loop, which is in float32: {difference:.1g}",
+                f"largest difference from the loop, which computes in float32: {difference:.1g}",
             ]
             publish("evaluate", rows, ["ommatid", "torch", "numpy", "duckdb"], notes)
         case other:

@@ -1,7 +1,7 @@
-"""The whole stage `evaluate` on drawn activations: its memory by the number of images, and one run of any size.
+"""Benchmark of the whole stage `evaluate` on random activations: its memory for two numbers of images, or a single run of any size.
 
-python benchmarks/evaluate_stage.py N           one run on N images x 50 patches x 8,192 latents, whose seconds and peak memory it prints
-python benchmarks/evaluate_stage.py FOLDER      the same on the inputs that were drawn there: the process that is measured
+python benchmarks/evaluate_stage.py N           prints time and peak memory of a run on N images x 50 patches x 8,192 latents
+python benchmarks/evaluate_stage.py FOLDER      runs on the inputs in FOLDER; the measured process, started by the other modes
 """
 
 import json
@@ -30,18 +30,18 @@ from ommatid.store import part_name
 THREADS = 2
 D_MODEL, K = 64, 16
 JUDGES = (384, 768)
-"""Their widths."""
+"""Widths of the judges' embeddings."""
 IMAGES_PER_PART = 1500
 N_CLASSES = 10
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What is drawn: images without pictures, activations, and an SAE of random directions."""
+    """Size of the random inputs: images without pixels, activations, and an SAE of random directions."""
 
     n_images: int
     grid: tuple[int, int] = (4, 4)
-    """Patches of an image."""
+    """Rows and columns of patches in an image."""
     d_sae: int = 1024
 
     @property
@@ -54,11 +54,14 @@ LARGE = replace(SMALL, n_images=12_000)
 
 
 def memory_of_the_stage() -> list[Row]:
-    """Of two sizes, and how it grows."""
-    told = {drawn: _run(drawn) for drawn in (SMALL, LARGE)}
-    rows = [Row(f"stage evaluate, {drawn.what}, two judges: peak memory", told[drawn]["peak"], "MB", better="lower") for drawn in told]
-    growth = told[LARGE]["peak"] / told[SMALL]["peak"]
-    return [*rows, Row(f"that of {LARGE.n_images:,} images over that of {SMALL.n_images:,}", growth, "x", 1.25, 1.1, "lower")]
+    """Rows with the peak memory of two sizes, and its growth between them."""
+    results = {drawn: _run(drawn) for drawn in (SMALL, LARGE)}
+    rows = [
+        Row(f"stage evaluate, {drawn.what}, two judges: peak memory", result["peak"], "MB", better="lower")
+        for drawn, result in results.items()
+    ]
+    growth = results[LARGE]["peak"] / results[SMALL]["peak"]
+    return [*rows, Row(f"peak memory with {LARGE.n_images:,} images / with {SMALL.n_images:,}", growth, "x", 1.25, 1.1, "lower")]
 
 
 def _run(drawn: Drawn) -> dict[str, float]:
@@ -68,7 +71,7 @@ def _run(drawn: Drawn) -> dict[str, float]:
 
 
 def write_inputs(folder: Path, drawn: Drawn) -> None:
-    """The artefacts that the stage reads."""
+    """Write the artefacts that the stage reads."""
     images = _write_images(folder, drawn.n_images)
     activations = _write_activations(folder, drawn, images)
     with store.open_draft(folder / "sae", "sae", {}, {"extract": activations}) as draft:
@@ -94,7 +97,7 @@ def _write_activations(folder: Path, drawn: Drawn, images: store.Artefact) -> st
     n_patches = drawn.grid[0] * drawn.grid[1]
 
     def draw(n_images: int) -> tuple[Tensor, Tensor]:
-        """Tokens (n_images, tokens, d_model), and the images' classes."""
+        """Draw tokens (n_images, tokens, d_model) and the classes of the images."""
         of = torch.randint(N_CLASSES, (n_images,), generator=generator)
         return directions[of][:, None] + torch.randn(n_images, n_patches, D_MODEL, generator=generator), of
 

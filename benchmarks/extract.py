@@ -1,9 +1,9 @@
-"""Extraction and its store against a bare forward loop, memmaps and the writers of other projects, interleaved in one run.
+"""Compares extraction and its store with a bare forward loop, memmaps and the writers of other projects, interleaved in one run.
 
-python benchmarks/extract.py [images]     writes benchmarks/results/extract.json; a quarter of an hour with 10,000 images
-The networks of the bare loop are those of the stage (model and judge), on tensors that are in memory already, in the same batches
-and arithmetic. Peers: `pt` writes each batch as one .pt file, as sae-for-vlm's scripts do; `saev` writes a float32 memmap of
-(images, layers, tokens, d_model) as the ShardWriter of saev 0.1.0 does (its package needs torchvision, which does not import here).
+python benchmarks/extract.py [images]     writes benchmarks/results/extract.json; takes 15 minutes with 10,000 images
+The bare loop runs the networks of the stage (model and judge) on tensors already in memory, in the same batches and arithmetic. Of
+the peers, `pt` writes each batch to its own .pt file, as the scripts of sae-for-vlm do, and `saev` writes a float32 memmap (images,
+layers, tokens, d_model), as the ShardWriter of saev 0.1.0 does (its package needs torchvision, which cannot be imported here).
 """
 
 import os
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line sets it (ommatid.executors.workers.WAITING)
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does (ommatid.executors.workers.WAITING)
 
 import numpy as np
 import pyarrow as pa
@@ -40,7 +40,7 @@ from ommatid.store import Artefact
 CHECKOUT = Path(__file__).parent.parent
 ROUNDS = 3
 TOKENS = 2048
-"""Of a training batch."""
+"""Number of tokens in a training batch."""
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -50,7 +50,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 class Bench:
-    """Images, and a folder to work in."""
+    """A folder to work in, with an artefact of images."""
 
     def __init__(self, root: Path, n_images: int) -> None:
         self.root = root
@@ -64,20 +64,20 @@ class Bench:
         return ExtractParams.model_validate(self.params.extract.model_dump(mode="json") | changes)
 
     def stage(self, section: ExtractParams, place: str = "activations") -> Artefact:
-        """The stage, models loaded anew; gives the activations of the first hookpoint."""
+        """Run the stage, loading the models again, and return the activations of the first hookpoint."""
         with store.open_draft(self.root / place, "extraction", section.identity(), {"images": self.images}) as draft:
             extract(section, {"images": self.images}, draft)
             return draft.publish(self.root / place).child(section.hookpoints[0], "activations")
 
     def iter_pixels(self, towers: Towers, batch_size: int) -> Iterator[Pixels]:
-        """Images in order, prepared by the stage's own loader."""
+        """Iterate over the images in order, preprocessed by the stage's own loader."""
         batches = self.images.iter_batches("images", ["image", "split", "encoded"], n_rows=batch_size)
         with make_pool(towers.device) as pool:
             yield from iter_pixels(map(_encoded, batches), towers.preprocesses, pool, towers.device)
 
 
 def make_clip(folder: Path) -> Path:
-    """The shape of openai/clip-vit-base-patch32, with random weights and a tokenizer of 54 tokens."""
+    """Save a model shaped as openai/clip-vit-base-patch32, with random weights and a tokenizer of 54 tokens."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[]).save_pretrained(folder)
@@ -89,7 +89,7 @@ def make_clip(folder: Path) -> Path:
 
 
 def throughput(bench: Bench, name: str, section: ExtractParams, rounds: int) -> list[Row]:
-    """The stage, the bare loop and the peers' writers in turn."""
+    """Measure the stage, the bare loop and the peers' writers in turn."""
     towers = Towers(section)
     held = list(islice(bench.iter_pixels(towers, section.batch_size), 32))
     n_held = sum(len(batch.numbers) for batch in held)
@@ -99,7 +99,7 @@ def throughput(bench: Bench, name: str, section: ExtractParams, rounds: int) -> 
             towers.run(batch.of)
 
     def peer(write: Callable[[int, np.ndarray, int], None]) -> Callable[[], None]:
-        """Decode in threads, run, write: no shuffle, no checksum, no judge's embeddings kept."""
+        """Decode in threads, run the networks and write; don't shuffle, compute checksums or keep the judge's embeddings."""
 
         def work() -> None:
             done = 0
@@ -152,7 +152,7 @@ def saev_writer(folder: Path, n_images: int) -> Callable[[int, np.ndarray, int],
 
 
 def precision(bench: Bench, name: str, section: ExtractParams, rounding: float) -> list[Row]:
-    """What `auto` gains over float32, and what it costs."""
+    """Measure the speedup of dtype `auto` over float32, and the difference in the activations."""
     found = Towers(section)
     exact = Towers(section.model_copy(update={"dtype": "float32"}))
     held = list(islice(bench.iter_pixels(found, section.batch_size), 4))
@@ -163,12 +163,12 @@ def precision(bench: Bench, name: str, section: ExtractParams, rounding: float) 
     gain = middle(times["float32"]) / middle(times["auto"])
     return [
         Row(f"{name}: dtype auto / float32, forward passes", gain, "ratio"),
-        Row(f"{name}: difference of the activations to float32", rounding, "of their length"),
+        Row(f"{name}: difference of the activations from float32", rounding, "of their norm"),
     ]
 
 
 def reading(bench: Bench, name: str, activations: Artefact) -> list[Row]:
-    """Shuffled batches: from the store, from memmaps of the same data, from list<float>."""
+    """Measure reading shuffled batches from the store, from memmaps of the same data, and from list<float> Parquet."""
     x = np.concatenate([from_float16(part["x"]).numpy() for part in activations.iter_parts("train", ["x"])])
     np.save(bench.root / "x.npy", x)
     lists = pa.table(
@@ -234,7 +234,7 @@ print(loaded / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def memory(bench: Bench, name: str, section: ExtractParams, n_images: int) -> list[Row]:
-    """Peak of a process that extracts a fifth of the images and all of them."""
+    """Measure the peak memory of processes that extract a fifth of the images and all of them."""
     found = {}
     for n in (n_images // 5, n_images):
         with tempfile.TemporaryDirectory(dir=bench.root) as folder:
@@ -249,8 +249,8 @@ def memory(bench: Bench, name: str, section: ExtractParams, n_images: int) -> li
     ]
 
 
-def told(rows: list[Row]) -> list[Row]:
-    """As they come: the whole takes a while."""
+def print_rows(rows: list[Row]) -> list[Row]:
+    """Print rows as soon as they are measured, as the whole benchmark takes a while."""
     for row in rows:
         print(f"{row.what}: {row.value:.3g} {row.unit}", flush=True)
     return rows
@@ -267,11 +267,11 @@ def main() -> None:
         }
         rows: list[Row] = []
         for what, (section, rounds) in sections.items():
-            rows += told(throughput(bench, what, section, rounds))
+            rows += print_rows(throughput(bench, what, section, rounds))
             activations = store.open_artefact(bench.root / "activations" / section.hookpoints[0], "activations")
-            rows += told(precision(bench, what, section, activations.summary["rounding"]))
-            rows += told(reading(bench, what, activations))
-            rows += told(memory(bench, what, section, n_images if rounds > 1 else n_images // 3))
+            rows += print_rows(precision(bench, what, section, activations.summary["rounding"]))
+            rows += print_rows(reading(bench, what, activations))
+            rows += print_rows(memory(bench, what, section, n_images if rounds > 1 else n_images // 3))
     notes = [
         f"{n_images} CIFAR-10 images (PNG, 32 pixels a side), judge lite2@128; CLIP has random weights",
         "peers' loops decode in the same threads and run the same networks; they write only activations, unshuffled, without checksums",

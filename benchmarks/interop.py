@@ -1,7 +1,7 @@
-"""Do other libraries' SAEs compute the same in Ommatid, and Ommatid's in theirs? Every class that they have, through their own files.
+"""Compares SAEs of other libraries before and after import, and Ommatid's before and after export, for every class of each library.
 
-python benchmarks/interop.py [python of the peers]     writes benchmarks/results/interop.json; `make peers` makes .peers/bin/python
-A row is the larger of two differences, of acts and of reconstructions, relative to the largest entry.
+python benchmarks/interop.py [PYTHON]     writes benchmarks/results/interop.json; PYTHON has the libraries (default: .peers/bin/python)
+The value of a row is the larger of two differences, of acts and of reconstructions, relative to the largest entry.
 """
 
 import json
@@ -23,7 +23,7 @@ from ommatid.sae.model import SAE, SAEConfig
 HERE = Path(__file__).parent
 D_MODEL, D_SAE, N, K = 96, 576, 64, 16
 MUST = 1e-5
-TOLD = Overrides(hookpoint="vision.blocks.11", model="clip", target="vision.blocks.11.mlp")
+OVERRIDES = Overrides(hookpoint="vision.blocks.11", model="clip", target="vision.blocks.11.mlp")
 
 PLACES = {
     "threshold": ("saelens", "dictionary_learning", "sae_for_vlm"),
@@ -39,7 +39,7 @@ PLACES = {
     "threshold per latent without b_dec": ("overcomplete",),
     "relu without b_dec": ("overcomplete",),
 }
-"""Where each SAE of Ommatid can go."""
+"""Libraries that each kind of SAE can be exported to."""
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -61,8 +61,8 @@ def make_own(kind: str) -> SAE:
     per_latent = torch.rand(D_SAE, generator=generator) + 0.1
     threshold = per_latent if "per latent" in kind else torch.tensor(0.5 if "threshold" in kind or kind == "matryoshka" else 0.0)
     d_out = D_MODEL if "transcoder" not in kind or "topk" in kind else D_MODEL + 8
-    config = SAEConfig("batch_topk", D_MODEL, D_SAE, K, TOLD.hookpoint or "", TOLD.model or "", activation)
-    config = replace(config, target=TOLD.target) if "transcoder" in kind else config
+    config = SAEConfig("batch_topk", D_MODEL, D_SAE, K, OVERRIDES.hookpoint or "", OVERRIDES.model or "", activation)
+    config = replace(config, target=OVERRIDES.target) if "transcoder" in kind else config
     config = replace(config, prefixes=(64, 192, D_SAE)) if kind == "matryoshka" else config
     config = replace(config, k=0) if kind == "relu" else config
     b_dec = torch.zeros(d_out) if "without b_dec" in kind else draw(d_out)
@@ -72,18 +72,18 @@ def make_own(kind: str) -> SAE:
 
 
 def read_rows(root: Path) -> Iterator[Row]:
-    """What the peers made, in Ommatid."""
+    """Rows for SAEs made by the peers and imported into Ommatid."""
     expected = load_file(root / "expected.safetensors")
     for name, said in json.loads((root / "cases.json").read_text(encoding="utf-8"))["said"].items():
         inside = root / name / "checkpoints" / "ae_5.pt"
         path = inside if inside.exists() else root / name
-        sae = import_sae(path, replace(TOLD, values=said))
+        sae = import_sae(path, replace(OVERRIDES, values=said))
         acts, x_hat = expected[f"{name}.acts"], expected[f"{name}.x_hat"]
         yield Row(f"read: {name}", compare(sae, expected["x"], acts, x_hat), "relative", MUST, better="lower")
 
 
 def write_rows(root: Path, python: str) -> Iterator[Row]:
-    """What Ommatid writes, in the peers."""
+    """Rows for SAEs exported by Ommatid and loaded by the peers."""
     x = load_file(root / "expected.safetensors")["x"]
     out = root / "exports"
     places = {f"{form}: {kind}": (form, make_own(kind)) for kind, forms in PLACES.items() for form in forms}
@@ -111,7 +111,7 @@ def main(python: str) -> None:
     notes = [
         f"{len(rows)} SAEs of d_model {D_MODEL}, d_sae {D_SAE}, random weights, biases and norms, {N} inputs; float32 on both sides",
         "peers: " + ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "sae_for_vlm is not on PyPI: its classes are those of dictionary_learning, of which it carries a copy, under its own names",
+        "sae_for_vlm is not on PyPI; its classes are copied from dictionary_learning and used here under its names",
     ]
     publish("interop", rows, ["torch", "safetensors"], notes)
 

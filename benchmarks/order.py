@@ -1,6 +1,6 @@
-"""Does the order of the training rows matter? One SAE a row order, on the activations of this checkout (`make demo` makes them).
+"""Measures whether the order of training rows matters, with an SAE for each order, on this checkout's activations (from `make demo`).
 
-python benchmarks/order.py      writes benchmarks/results/order.json; FVU, MS and dead are of the evaluation split
+python benchmarks/order.py      writes benchmarks/results/order.json; FVU and dead latents are measured on the evaluation split
 """
 
 from collections.abc import Iterator

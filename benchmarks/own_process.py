@@ -1,4 +1,4 @@
-"""Work in a process of its own: its seconds and its largest resident memory."""
+"""Measurements in a separate process: time and peak resident memory."""
 
 import json
 import subprocess
@@ -10,21 +10,21 @@ from typing import Any
 
 
 def clock(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and what came of it."""
+    """Call `work` and return the seconds that it took, and its result."""
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, result
 
 
 def in_a_process(script: str, *arguments: str) -> dict[str, float]:
-    """What the last line of its output says, as JSON."""
+    """Run a script in a separate process and parse the last line of its output as JSON."""
     done = subprocess.run([sys.executable, script, *arguments], stdout=subprocess.PIPE, text=True, check=True)
-    told: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    print(Path(script).stem, " ".join(arguments), told, flush=True)
-    return told
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    print(Path(script).stem, " ".join(arguments), result, flush=True)
+    return result
 
 
 def peak() -> float:
-    """MB of this process alone (ru_maxrss is inherited)."""
+    """Peak resident memory of this process in MB, from VmHWM, as ru_maxrss may be inherited from the parent."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024

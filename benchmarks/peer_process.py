@@ -1,4 +1,4 @@
-"""The peers' process: it works only while it is asked to, so ours and theirs take turns."""
+"""The process that runs the peers' trainers; it computes only on request, so that our steps and theirs alternate."""
 
 import json
 import os
@@ -10,19 +10,19 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PYTHON = os.environ.get("PEERS_PYTHON") or str(HERE.parent / ".peers/bin/python")
-"""Of an environment that has the other projects' libraries (`make peers`)."""
+"""Python of an environment with the other projects' libraries (`make peers`)."""
 LIBRARIES = ["sae-lens", "dictionary-learning", "eai-sparsify", "torch"]
-"""Of that environment, whose versions are reported."""
+"""Libraries of that environment whose versions are reported."""
 
 
 class Peers:
-    """Requests to `peer_steps.py`."""
+    """Connection to a process that runs `peer_steps.py`."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
 
     def ask(self, what: str, **values: Any) -> Any:
-        """The answer of `Session.<what>`."""
+        """Call method `what` of its `Session` and return the result."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps({"do": what} | values) + "\n")
         self._process.stdin.flush()
@@ -32,13 +32,13 @@ class Peers:
         return json.loads(line)
 
     def versions(self) -> dict[str, str]:
-        """Of the libraries."""
+        """Versions of the peers' libraries."""
         return self.ask("versions", names=LIBRARIES)
 
 
 @contextmanager
 def open_peers() -> Iterator[Peers]:
-    """Start the process; it ends with the block."""
+    """Start the process, which ends with the block."""
     if not Path(PYTHON).exists():
         raise SystemExit(f"{PYTHON}: no such file; run `make peers`, or name a python that has the libraries: PEERS_PYTHON=...")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

@@ -1,7 +1,7 @@
-"""Steps of other projects' trainers, made on request: run by the peers' python, a line of JSON in, a line of JSON out.
+"""Runs steps of other projects' trainers on request, in the peers' environment; requests and answers are lines of JSON.
 
-Each trainer is used as its own project's loop uses it, in float32, and is written down here only as far as that loop is tied to a
-model and a stream of text: `Sparsify` (its Trainer computes activations in a hook), and the reading of batches.
+Each trainer is used as in its own project's training loop, in float32. Code is copied only where that loop is tied to a model and a
+stream of text: `Sparsify`, whose Trainer computes activations in a hook, and the reading of batches.
 """
 
 import gc
@@ -19,13 +19,13 @@ from synthetic import HELD_OUT, Synthetic, first_of, fvu
 from torch import Tensor
 
 GROUPS = [1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
-"""Of a Matryoshka dictionary: what each level adds."""
+"""Shares of the latents that each level of a Matryoshka dictionary adds."""
 POOL = 4
-"""Batches that are ready before steps are timed."""
+"""Number of batches made before steps are timed."""
 
 
 class SAELens:
-    """SAETrainer.step of SAELens, on its BatchTopK, TopK or Matryoshka."""
+    """Steps of SAELens' SAETrainer, with its BatchTopK, TopK or Matryoshka SAE."""
 
     def __init__(self, p: dict[str, Any]) -> None:
         from sae_lens.config import SAETrainerConfig
@@ -49,7 +49,7 @@ class SAELens:
             total_training_samples=p["n_steps"] * p["batch_size"],
             train_batch_size_samples=p["batch_size"],
             lr=p["lr"],
-            lr_end=p["lr"] / 10,  # as its runner sets it; a constant schedule does not read it
+            lr_end=p["lr"] / 10,  # as its runner does; unused by a constant schedule
             lr_warm_up_steps=p["warmup"],
             lr_decay_steps=p["n_steps"] - p["decay_start"],
         )
@@ -60,7 +60,7 @@ class SAELens:
         self._trainer.n_training_steps += 1
 
     def inference(self) -> Any:
-        """The SAE as it is saved for use: with a threshold where it was trained with BatchTopK."""
+        """The SAE as saved for inference; one trained with BatchTopK then has a threshold."""
         from sae_lens.saes.sae import SAE
 
         with tempfile.TemporaryDirectory() as folder:
@@ -69,7 +69,7 @@ class SAELens:
 
 
 class DictionaryLearning:
-    """update() of dictionary_learning's BatchTopK, TopK or Matryoshka trainer."""
+    """Updates of dictionary_learning's BatchTopK, TopK or Matryoshka trainer."""
 
     def __init__(self, p: dict[str, Any]) -> None:
         from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
@@ -103,7 +103,7 @@ class DictionaryLearning:
 
 
 class Sparsify:
-    """What the Trainer of eai-sparsify does with each batch: forward, backward, projection, optimiser, count of firings."""
+    """Steps of eai-sparsify's Trainer: forward and backward pass, projection, optimiser, and count of firings."""
 
     def __init__(self, p: dict[str, Any]) -> None:
         from sparsify.config import SparseCoderConfig
@@ -132,7 +132,7 @@ class Sparsify:
 
     def step(self, number: int, x: Tensor) -> None:
         sae = self._sae
-        x = x.clone()[torch.ones(len(x), dtype=torch.bool)]  # its hook copies, and drops tokens by a mask
+        x = x.clone()[torch.ones(len(x), dtype=torch.bool)]  # its hook copies the batch and drops masked tokens
         if number == 0:
             sae.b_dec.data = x.mean(0)
         sae.set_decoder_norm_to_unit_norm()
@@ -156,7 +156,7 @@ class Sparsify:
 
 
 class Whole:
-    """A reconstruction that is not asked for its parts."""
+    """An SAE of which only the whole reconstruction is available, not its latents."""
 
     def __init__(self, reconstruct: Callable[[Tensor], Tensor]) -> None:
         self.encode, self.decode = reconstruct, lambda x_hat: x_hat
@@ -170,14 +170,14 @@ PEERS = {"sae_lens": SAELens, "dictionary_learning": DictionaryLearning, "sparsi
 
 
 class Session:
-    """One trainer at a time, and what is asked of it."""
+    """The current trainer, and the requests that it answers."""
 
     def versions(self, names: list[str]) -> dict[str, str]:
         return {name: metadata.version(name) for name in names}
 
     def make(self, **p: Any) -> None:
-        """A new trainer instead of the last one; steps are on synthetic batches times `scale`."""
-        self._trainer: Any = None  # the last one's memory is free before the next is made
+        """Replace the trainer; its steps run on synthetic batches multiplied by `scale`."""
+        self._trainer: Any = None  # frees the memory of the last trainer first
         self._p = p
         gc.collect()
         torch.set_num_threads(p["n_threads"])
@@ -189,7 +189,7 @@ class Session:
         return self._data.batch(number, self._p["batch_size"]) * self._p["scale"]
 
     def steps(self, n: int) -> list[float]:
-        """Seconds of each."""
+        """Make `n` steps and return the seconds of each."""
         return [self._timed(self._pool[self._done % POOL]) for _ in range(n)]
 
     def _timed(self, x: Tensor) -> float:
@@ -199,14 +199,14 @@ class Session:
         return time.perf_counter() - start
 
     def train(self) -> float:
-        """All steps, each on a batch of its own; gives the sum of the first batch's squares, by which data are compared."""
+        """Make all steps, each on a new batch; return the sum of squares of the first batch, by which the data are compared."""
         for number in range(self._p["n_steps"]):
             self._timed(self._batch(number))
         return float(self._pool[0].double().square().sum())
 
     @torch.no_grad()
     def fvu(self, n_batches: int, bound: int | None = None) -> float:
-        """On held-out batches, as the library uses the SAE; of the first `bound` latents alone, if that is given."""
+        """FVU on held-out batches with the library's inference; with `bound`, of the first `bound` latents alone."""
         sae = self._trainer.inference()
         batches = [self._batch(HELD_OUT + number) for number in range(n_batches)]
         return fvu([(x, sae.decode(first_of(sae.encode(x), bound))) for x in batches])
@@ -214,7 +214,7 @@ class Session:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # the libraries print: their lines must not come between ours
+    os.dup2(2, 1)  # keeps the libraries' own output apart from the answers
     session = Session()
     for line in sys.stdin:
         request = json.loads(line)

@@ -1,9 +1,9 @@
-"""SAEs made, saved, loaded and run by the libraries they come from; it runs in their environment (`make peers`), not in Ommatid's.
+"""Makes, saves, loads and runs SAEs with the libraries they come from, in those libraries' environment (`make peers`).
 
-.peers/bin/python benchmarks/peers.py make FOLDER [d_model d_sae n_inputs]    an SAE for each library and class, with its acts and x_hat
-.peers/bin/python benchmarks/peers.py load FOLDER    FOLDER/exports.json says what lies where; each is opened by its library's loader
+.peers/bin/python benchmarks/peers.py make FOLDER [d_model d_sae n_inputs]    makes an SAE of each class, with its acts and x_hat
+.peers/bin/python benchmarks/peers.py load FOLDER    loads the SAEs listed in FOLDER/exports.json with their libraries' loaders
 
-`make` with 6 18 12 made tests/sae/interop_fixtures.
+tests/sae/interop_fixtures were made by `make` with 6 18 12.
 """
 
 import importlib.util
@@ -22,15 +22,15 @@ from torch import Tensor, nn
 
 LIBRARIES = ("sae-lens", "dictionary-learning", "eai-sparsify", "saev", "overcomplete", "torch")
 Made = tuple[str, Callable[[Path], tuple[Tensor, Tensor]], dict[str, str]]
-"""Name, what saves it into a folder and gives acts and x_hat, and what a user has to say when it is imported."""
+"""Name of an SAE; function that saves it to a folder and returns acts and x_hat; values that a user has to give to import it."""
 
 D_MODEL, D_SAE, N, K = 6, 18, 12, 4
 X: Tensor | None = None
-"""Inputs, where a file has them."""
+"""Inputs read from a file, if there is one."""
 
 
 def randomize(sae: nn.Module) -> None:
-    """Weights, biases and norms with nothing special about them."""
+    """Randomise all parameters, so that no weight, bias or norm has a special value."""
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.copy_(0.5 * torch.randn_like(parameter))
@@ -74,7 +74,7 @@ def make_lens(sae_class: Any, config: Any) -> Any:
 
 
 def lens_scaled(folder: Path) -> tuple[Tensor, Tensor]:
-    """A checkpoint whose scale was not yet folded in."""
+    """Save a checkpoint whose activation scale is not yet folded in."""
     import sae_lens.saes as s
 
     sae = make_lens(s.StandardSAE, lens_config(s.StandardSAEConfig, normalize_activations="expected_average_only_in"))
@@ -85,7 +85,7 @@ def lens_scaled(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def lens_checkpoint(folder: Path) -> tuple[Tensor, Tensor]:
-    """What training saves on the way: its threshold is a buffer."""
+    """Save a checkpoint of training, whose threshold is a buffer."""
     import sae_lens.saes as s
 
     sae = make_lens(s.BatchTopKTrainingSAE, lens_config(s.BatchTopKTrainingSAEConfig, k=K))
@@ -95,7 +95,7 @@ def lens_checkpoint(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def lens_checkpoint_scaled(folder: Path) -> tuple[Tensor, Tensor]:
-    """The two above at once: the threshold is in units of the decoder's norm, which the scale changes."""
+    """Save a checkpoint of training whose scale is not folded in; the scale changes the decoder norm, the unit of the threshold."""
     import sae_lens.saes as s
 
     config = lens_config(s.BatchTopKTrainingSAEConfig, k=K, normalize_activations="expected_average_only_in")
@@ -108,7 +108,7 @@ def lens_checkpoint_scaled(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def lens_old(folder: Path) -> tuple[Tensor, Tensor]:
-    """Names of before 6.0."""
+    """Save an SAE under the names that SAELens used before 6.0."""
     import sae_lens.saes as s
 
     expected = lens(make_lens(s.TopKSAE, lens_config(s.TopKSAEConfig, k=K)), folder)
@@ -160,7 +160,7 @@ def all_of_lens() -> Iterator[Made]:
 
 
 def learn(trainer: Any, folder: Path, spelled: str | None = None, inside: str = "ae.pt") -> tuple[Tensor, Tensor]:
-    """Saved as trainSAE does. The loader needs the true class; StandardTrainerAprilUpdate writes another."""
+    """Save an SAE as trainSAE does; the loader needs its true class, as StandardTrainerAprilUpdate writes another one."""
     from dictionary_learning.utils import load_dictionary
 
     sae = trainer.ae
@@ -269,7 +269,7 @@ def all_others() -> Iterator[Made]:
 
 
 def import_overcomplete() -> Any:
-    """Its subpackage of SAEs; the package itself imports timm and cv2 for models and pictures."""
+    """Import the subpackage of SAEs alone, as the package itself imports timm and cv2 for models and pictures."""
     if "overcomplete" not in sys.modules:
         spec = importlib.util.find_spec("overcomplete")
         assert spec is not None and spec.submodule_search_locations is not None
@@ -282,7 +282,7 @@ def import_overcomplete() -> Any:
 
 
 def over(make: Callable[[], Any], folder: Path, threshold: float | None = None) -> tuple[Tensor, Tensor]:
-    """The state dict after a pass in training mode, run by a fresh object in evaluation mode, as a reader would."""
+    """Save the state dict after a pass in training mode, and run it in a new object in evaluation mode, as a reader would."""
     sae = make()
     randomize(sae)
     for module in sae.modules():
@@ -359,7 +359,7 @@ def make(root: Path) -> None:
 
 
 def load(root: Path) -> None:
-    """Acts and x_hat of what Ommatid wrote."""
+    """Save acts and x_hat of the SAEs that Ommatid exported."""
     from dictionary_learning.utils import load_dictionary
     from sae_lens import SAE
 

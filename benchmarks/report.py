@@ -1,4 +1,4 @@
-"""Rows of a benchmark: printed as a table that says which fall short, and kept as JSON with commit, machine and versions."""
+"""The report of a benchmark: rows printed as a table with a verdict, and saved as JSON with commit, machine and versions."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 RESULTS = Path(__file__).parent / "results"
 _ALWAYS = ("must", "goal")
-"""Of a row, null where there is none."""
+"""Keys that every row has in JSON, even if null."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Row:
     goal: float | None = None
     better: Literal["higher", "lower"] = "higher"
     part: str | None = None
-    """Of a benchmark that can be run in parts."""
+    """Part of the benchmark, if it can be run in parts."""
     commit: str | None = None
-    """At which it was measured; None: now."""
+    """Commit at which the row was measured; None: the current one."""
 
     @property
     def verdict(self) -> str:
@@ -42,7 +42,7 @@ class Row:
 
 
 def show(rows: Sequence[Row], notes: Sequence[str] = ()) -> None:
-    """Print the table."""
+    """Print rows as a table, followed by notes."""
     print("\n| what | value | unit | must | goal | reaches |\n|---|--:|---|--:|--:|---|")
     for row in rows:
         bounds = ["" if bound is None else _number(bound) for bound in (row.must, row.goal)]
@@ -62,12 +62,12 @@ def publish(
     """Print the table and write benchmarks/results/<name>.json.
 
     Args:
-        name: Of the file.
-        rows: What was measured.
-        libraries: Of this environment, whose versions are written down.
-        notes: What a reader has to know.
-        versions: Of libraries in other environments, by name.
-        besides: Other keys of the file.
+        name: Name of the file.
+        rows: Measurements.
+        libraries: Libraries of this environment whose versions are recorded.
+        notes: Remarks for the reader.
+        versions: Versions of libraries in other environments, by name.
+        besides: Further keys of the file.
     """
     show(rows, notes)
     dirty = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)benchmarks/results", ":(top,exclude)docs")
@@ -92,7 +92,7 @@ def publish(
 
 
 def read(name: str) -> dict[str, Any]:
-    """What `publish` wrote, every row with the commit at which it was measured; {}: nothing yet."""
+    """Read the file that `publish` wrote, with the commit of each row; {} if there is none yet."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return {}
@@ -101,7 +101,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def middle(values: Sequence[float]) -> float:
-    """The median: machines are noisy."""
+    """The median, as machines are noisy."""
     return median(values)
 
 
@@ -119,7 +119,7 @@ def _cpu() -> str:
 
 
 def _instructions() -> str:
-    """Such as "AVX512, bfloat16": what a product costs depends on it."""
+    """Instruction sets that determine the speed of matrix products, such as "AVX512, bfloat16"."""
     import torch
 
     from ommatid.compute.hardware import computes_in_bfloat16

@@ -1,7 +1,7 @@
-"""Seconds and peak memory of every stage, each in a process of its own, as `ommatid <stage>` runs it.
+"""Measures time and peak memory of every stage, each run as `ommatid <stage>` in a separate process.
 
-python benchmarks/stages.py 10000 60000      two data set sizes, in temporary folders; other values as in params.yaml
-Peak memory is the largest resident set of the stage's process (ru_maxrss), imports included.
+python benchmarks/stages.py 10000 60000      two data set sizes, in temporary folders; all other values are those of params.yaml
+Peak memory is the peak resident set size of the stage's process (ru_maxrss), including imports.
 """
 
 import os
@@ -18,7 +18,7 @@ CHECKOUT = Path(__file__).parent.parent
 
 
 def measure(stage: str, folder: Path, overrides: list[str]) -> tuple[float, float]:
-    """Wall seconds and peak MB of one stage."""
+    """Run a stage and return its wall-clock seconds and its peak memory in MB."""
     command = [sys.executable, "-m", "ommatid.cli", stage, *(part for o in overrides for part in ("--set", o))]
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)

@@ -1,10 +1,10 @@
-"""Training steps against the peers' and the hardware, what they teach, the stage around them, and their memory.
+"""Benchmark of training: steps against those of the peers and the hardware's limit, quality, the whole stage, and memory.
 
-make bench-train                                   all of it, writes benchmarks/results/train.json and docs/pictures/train-cost.png
-python benchmarks/train.py [--quick] [--parts ...]  only some parts (of steps, width, quality, stage, several, memory); rows of others stay
-                                                   in the results, with the commit at which they were measured;
-                                                   --quick makes few and small steps, to see that all of it runs, and writes nothing
-Peers run in an environment of their own (`make peers`, or PEERS_PYTHON), with as many threads, and compute only in their turn.
+make bench-train                                   runs all parts, writes benchmarks/results/train.json and docs/pictures/train-cost.png
+python benchmarks/train.py [--quick] [--parts ...]  runs only some of the parts steps, width, quality, stage, several and memory; rows of
+                                                   the other parts are kept, with the commit at which they were measured;
+                                                   --quick checks that everything runs, with few small steps, and writes nothing
+The peers run in a separate environment (`make peers`, or PEERS_PYTHON) with the same number of threads, and compute only in turn.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line sets it (ommatid.executors.workers.WAITING)
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does (ommatid.executors.workers.WAITING)
 
 import torch
 from peer_process import open_peers
@@ -25,27 +25,27 @@ from report import Row, middle, publish, read, show
 from train_cost import Points, against_floor, against_peers, by_width
 from train_picture import PICTURE, draw
 from train_quality import N_STEPS, quality
-from train_setup import Size, told
+from train_setup import Size, print_rows
 from train_stage import DEMO, against_bare_steps, record_runs, several
 
 N_THREADS = 2
 SIZE = Size()
 QUICK = Size(d_model=256, d_sae=1024, k=32, batch_size=512)
 NOTES = [
-    "rows of milliseconds are medians of steps that are made in turn, ours and theirs, by processes with two threads each",
-    "peers as they come, in float32; ours too, but for the encoder's product, which is in bfloat16 where the hardware computes in it",
-    "SAELens: SAETrainer.step, without logging; use_sparse_activations both ways, the faster counts (its BatchTopK does not read it)",
+    "milliseconds are medians of steps made alternately by our process and the peers', with two threads each",
+    "peers run unchanged, in float32; so do we, except for the encoder's product, which is in bfloat16 if the hardware supports it",
+    "SAELens: SAETrainer.step without logging; the faster of both values of use_sparse_activations (its BatchTopK ignores it)",
     "dictionary_learning: the trainer's update",
-    "sparsify: SparseCoder, and what its Trainer does around it: projection, renormalisation; signum (its default) or Adam, the faster",
-    "quality: planted data (benchmarks/synthetic.py), mean squared norm scaled to 1 for all; one peak learning rate, warm-up and decay",
-    "quality: thresholds averaged as ours where the trainer lets one choose, AuxK as each has it, inference as each library defines it",
-    "quality: sparsify's schedule decays over the whole run; SAELens begins with directions of norm 0.1 and does not keep them at a norm",
-    "memory: resident (/proc) beyond that before Learner.begin, less weights and moments of Adam, with gradients; median of five processes",
+    "sparsify: SparseCoder with its Trainer's projection and renormalisation; the faster of signum (its default) and Adam",
+    "quality: planted data (benchmarks/synthetic.py) scaled to mean squared norm 1; the same peak learning rate, warm-up and decay for all",
+    "quality: thresholds averaged as ours where the trainer allows it, AuxK and inference as each library defines them",
+    "quality: sparsify's schedule decays over the whole run; SAELens starts with directions of norm 0.1 and does not normalise them",
+    "memory: resident memory (/proc) above that before Learner.begin, less weights and Adam moments; median of five processes",
 ]
 
 
 class Bench:
-    """The parts; `quick` only shows that they run."""
+    """The parts of the benchmark; with `quick`, they only check that they run."""
 
     def __init__(self, root: Path, quick: bool) -> None:
         self._root = root
@@ -74,7 +74,7 @@ class Bench:
         yield from against_bare_steps(self._root / "stage", self.size, 512 if self._quick else 8192, 1 if self._quick else 6)
 
     def several(self) -> Iterator[Row]:
-        """At the large size and at the demo's."""
+        """Train several SAEs in one pass, at the large size and at the demo's."""
         record_runs(self._root)
         for size, n_images, epochs in ((self.size, 2048, 2), (DEMO, 4096, 5)):
             n_images, epochs = (256, 1) if self._quick else (n_images, epochs)
@@ -87,7 +87,7 @@ class Bench:
         must = 3 * SIZE.batch_size * SIZE.d_sae * 2 / 1e6
         what = "memory beyond weights and optimiser"
         yield Row(f"{what}, steps 1 to 20", max(found["first"], found["later"]), "MB", must, None, "lower")
-        yield Row(f"{what}, steps 4 to 20: a floor for the selection is known", found["later"], "MB", must, None, "lower")
+        yield Row(f"{what}, steps 4 to 20 (with a known floor for the selection)", found["later"], "MB", must, None, "lower")
         yield Row(f"{what}: of which gradients", found["gradients"], "MB")
 
 
@@ -105,24 +105,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--quick", action="store_true")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(N_THREADS)
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:
-        bench = Bench(Path(name), asked.quick)
-        earlier = {} if asked.quick or asked.parts == list(PARTS) else read("train")
-        bench.points.take(earlier.get("points", {}))
-        rows: list[Row] = [row for row in earlier.get("rows", ()) if row.part not in asked.parts]
-        for part in asked.parts:
-            rows += [replace(row, part=part) for row in told(PARTS[part](bench))]
-            if not asked.quick:
-                _keep(bench, rows, earlier.get("versions", {}))  # an hour's run that is stopped keeps what it has measured
+        bench = Bench(Path(name), options.quick)
+        earlier = {} if options.quick or options.parts == list(PARTS) else read("train")
+        bench.points.load(earlier.get("points", {}))
+        rows: list[Row] = [row for row in earlier.get("rows", ()) if row.part not in options.parts]
+        for part in options.parts:
+            rows += [replace(row, part=part) for row in print_rows(PARTS[part](bench))]
+            if not options.quick:
+                _save(bench, rows, earlier.get("versions", {}))  # after each part, so that a run stopped early keeps its rows
         if bench.points.by_k and bench.points.peers:
-            draw(bench.points, bench.size, Path(name) / "cost.png" if asked.quick else PICTURE)
-    if asked.quick:
+            draw(bench.points, bench.size, Path(name) / "cost.png" if options.quick else PICTURE)
+    if options.quick:
         show(rows, NOTES)
 
 
-def _keep(bench: Bench, rows: list[Row], earlier: dict[str, str]) -> None:
+def _save(bench: Bench, rows: list[Row], earlier: dict[str, str]) -> None:
     rows = sorted(rows, key=lambda row: list(PARTS).index(row.part or ""))
     others = [part for part in PARTS if part not in {row.part for row in rows}]
     missing = [f"not measured: {', '.join(others)}"] if others else []

@@ -1,4 +1,4 @@
-"""What a step costs: against the peers' steps, against the encoder's product alone, by d_sae and by k."""
+"""Benchmark of the time of a training step: against the peers' steps, against the encoder's product alone, by d_sae and by k."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -9,15 +9,15 @@ from report import Row, middle
 from train_setup import Floor, Ours, Size, Theirs, in_turn
 
 LARGE = 4
-"""The second d_sae at which peers are measured, as a multiple of the first."""
+"""Second d_sae at which peers are measured, as a multiple of the first."""
 WIDTHS = (0.25, 0.5, 1, 2, 4, 8)
-"""Of d_sae, at which our step is measured."""
+"""Values of d_sae at which our step is measured, as multiples of the size's own."""
 KS = (8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
 class Contest:
-    """A peer's trainer, used in one or several ways of which the fastest counts, and ours."""
+    """A comparison of our trainer with a peer's; if the peer's can be used in several ways, the fastest counts."""
 
     name: str
     variant: str
@@ -39,24 +39,24 @@ CONTESTS = (
 
 @dataclass
 class Points:
-    """Milliseconds a step, for the picture."""
+    """Milliseconds per step, for the picture."""
 
     by_d_sae: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """Ours and the product alone."""
+    """Our step and the encoder's product alone, by d_sae."""
     by_k: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """Ours and the product alone."""
+    """Our step and the encoder's product alone, by k."""
     peers: dict[str, dict[int, float]] = field(default_factory=dict)
-    """By name and d_sae."""
+    """Steps of the peers, by name and d_sae."""
 
-    def take(self, earlier: dict[str, dict[str, Any]]) -> None:
-        """Those of an earlier run, as JSON has them."""
+    def load(self, earlier: dict[str, dict[str, Any]]) -> None:
+        """Load the points of an earlier run from JSON."""
         for name in ("by_d_sae", "by_k"):
             getattr(self, name).update({int(at): tuple(pair) for at, pair in earlier.get(name, {}).items()})
         self.peers.update({name: {int(at): ms for at, ms in found.items()} for name, found in earlier.get("peers", {}).items()})
 
 
 def against_peers(peers: Peers, size: Size, rounds: int, points: Points) -> Iterator[Row]:
-    """Each contest at the size, then at four times its d_sae, where the ratio must be no worse."""
+    """Run each contest at the size itself, then at four times its d_sae, where the ratio must be no worse."""
     for contest in CONTESTS:
         ratio, rows = _contest(peers, contest, size, rounds, contest.must, contest.goal, points)
         yield from rows
@@ -67,7 +67,7 @@ def against_peers(peers: Peers, size: Size, rounds: int, points: Points) -> Iter
 def _contest(
     peers: Peers, contest: Contest, size: Size, rounds: int, must: float, goal: float | None, points: Points
 ) -> tuple[float, list[Row]]:
-    """The ratio, and its rows."""
+    """Run a contest and return the ratio of the peer's time to ours, with its rows."""
     found = []
     for way in contest.ways:
         ours = Ours(contest.variant, size)
@@ -86,7 +86,7 @@ def _contest(
 
 
 def against_floor(size: Size, rounds: int) -> Iterator[Row]:
-    """Our step by the product that it cannot do without."""
+    """Compare our step with the encoder's product, its lower bound."""
     floor = Floor(size)
     for variant in ("batch_topk", "topk", "matryoshka"):
         mine, product = (middle(times) for times in in_turn(rounds, Ours(variant, size), floor))
@@ -96,7 +96,7 @@ def against_floor(size: Size, rounds: int) -> Iterator[Row]:
 
 
 def by_width(size: Size, rounds: int, points: Points) -> Iterator[Row]:
-    """Our BatchTopK step by d_sae and by k."""
+    """Measure our BatchTopK step by d_sae and by k."""
     for d_sae in (round(width * size.d_sae) for width in WIDTHS):
         points.by_d_sae[d_sae] = _cost(replace(size, d_sae=d_sae), rounds)
         yield Row(f"our batch_topk step, d_sae {d_sae}, k {size.k}", points.by_d_sae[d_sae][0], "ms")

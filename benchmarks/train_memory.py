@@ -1,6 +1,6 @@
-"""Memory of training steps, measured in a process of its own: a line of JSON.
+"""Measures the memory of training steps in a separate process, and prints it as a line of JSON.
 
-python benchmarks/train_memory.py     peak and resident memory from /proc, which holds this process alone (ru_maxrss is inherited)
+python benchmarks/train_memory.py     reads peak and resident memory from /proc, as ru_maxrss may be inherited from the parent
 """
 
 import json
@@ -17,7 +17,7 @@ from ommatid.sae.step import Batch
 
 N_STEPS = 20
 SETTLED = 3
-"""Steps after which a floor for the selection is known."""
+"""Number of steps after which a floor for the selection is known."""
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     pool = [data.batch(number, size.batch_size) for number in range(POOL)]
     sample = Sample(torch.cat(pool))
     small = _begin(replace(size, d_sae=256, k=4), Sample(pool[0][:256]))
-    _learn(small, [x[:64] for x in pool], range(SETTLED))  # code that a first step loads is no memory of later ones
+    _learn(small, [x[:64] for x in pool], range(SETTLED))  # loads the code that a first step needs, which must not count
     before = _restart()
     learner = _begin(size, sample)
     peaks = {}
@@ -52,13 +52,13 @@ def _learn(learner: Learner, pool: list[torch.Tensor], steps: range) -> None:
 
 
 def _restart() -> int:
-    """Let the peak start from what is resident now; gives that in bytes."""
+    """Reset the peak to the currently resident memory, and return that in bytes."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return _read("VmRSS")
 
 
 def _read(name: str) -> int:
-    """Bytes."""
+    """Read an entry of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 

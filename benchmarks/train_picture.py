@@ -1,4 +1,4 @@
-"""The picture of what a step costs by d_sae and by k: docs/pictures/train-cost.png."""
+"""The picture docs/pictures/train-cost.png: the time of a training step by d_sae and by k."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,11 +13,11 @@ from train_setup import CHECKOUT, Size
 PICTURE = CHECKOUT / "docs/pictures/train-cost.png"
 INK, GREY, FAINT, OURS = "#1b1e23", "#6a7078", "#d9dce1", "#2b6cb0"
 MARKS = (("#b42318", "o"), ("#b7791f", "s"), ("#2f855a", "D"), ("#6b46c1", "^"))
-"""Of the peers, in the order in which they were measured."""
+"""Colours and markers of the peers, in the order in which they were measured."""
 
 
 def draw(points: Points, size: Size, path: Path) -> None:
-    """Two panels, both axes logarithmic."""
+    """Draw two panels with logarithmic axes."""
     figure = Figure(figsize=(10, 4.6), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(6, 5))
@@ -25,10 +25,10 @@ def draw(points: Points, size: Size, path: Path) -> None:
     _panel(right, points.by_k, f"k, at d_sae {_thousands(size.d_sae)}")
     for i, (name, found) in enumerate(points.peers.items()):
         colour, mark = MARKS[i % len(MARKS)]
-        aside = 1.035 ** (2 * i - len(points.peers) + 1)  # so that equals do not hide one another
-        left.plot([d_sae * aside for d_sae in found], list(found.values()), mark, color=colour, ms=7, mec="white", label=name)
-        right.plot([size.k * aside], [found[size.d_sae]], mark, color=colour, ms=7, mec="white")
-    left.set_ylabel("ms a step", color=INK)
+        shift = 1.035 ** (2 * i - len(points.peers) + 1)  # sideways, so that equal values do not hide each other
+        left.plot([d_sae * shift for d_sae in found], list(found.values()), mark, color=colour, ms=7, mec="white", label=name)
+        right.plot([size.k * shift], [found[size.d_sae]], mark, color=colour, ms=7, mec="white")
+    left.set_ylabel("ms per step", color=INK)
     title = f"One training step: {size.batch_size:,} tokens of {size.d_model} values, on the CPU"
     figure.suptitle(title, x=0.012, ha="left", color=INK, weight="bold", size=12)
     handles, labels = left.get_legend_handles_labels()

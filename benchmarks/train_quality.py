@@ -1,4 +1,4 @@
-"""What the same tokens teach: FVU on held-out tokens, ours against each peer's, each SAE used as its own library uses it."""
+"""Benchmark of quality: FVU on held-out tokens after training on the same tokens, ours against each peer's with its own inference."""
 
 from collections.abc import Iterator
 from statistics import fmean
@@ -16,11 +16,11 @@ from ommatid.sae.step import Batch
 
 SIZE = Size(d_model=256, d_sae=2048, k=16, batch_size=1024)
 N_STEPS = (300, 1500)
-"""What is ahead soon need not be ahead later."""
+"""Lengths of the runs; a short one may rank the trainers differently from a long one."""
 SAMPLE = 16384
-"""Tokens that a run begins from, as in the stage."""
+"""Number of tokens in the sample that a run is initialised from, as in the stage."""
 N_HELD_OUT = 16
-"""Batches."""
+"""Number of held-out batches."""
 PEERS: dict[str, tuple[dict[str, Any], ...]] = {
     "batch_topk": ({"peer": "sae_lens"}, {"peer": "dictionary_learning"}),
     "topk": ({"peer": "sae_lens"}, {"peer": "dictionary_learning"}, {"peer": "sparsify", "optimiser": "adam"}),
@@ -29,7 +29,7 @@ PEERS: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 def quality(peers: Peers, n_steps: int) -> Iterator[Row]:
-    """Variant by variant."""
+    """Compare the FVU of each variant with the peers'."""
     when = f"after {n_steps} steps"
     for variant, others in PEERS.items():
         mine, scale, check = _ours(variant, n_steps)
@@ -37,7 +37,7 @@ def quality(peers: Peers, n_steps: int) -> Iterator[Row]:
         yield Row(f"{what}: ours", mine[None], "FVU")
         for peer in others:
             peers.ask("make", **request(variant, SIZE, n_steps, scale) | peer)
-            assert abs(peers.ask("train") / check - 1) < 1e-6, "the peer's batches are not ours: is its torch another one?"
+            assert abs(peers.ask("train") / check - 1) < 1e-6, "the peer's batches differ from ours; does it use another version of torch?"
             other = {bound: peers.ask("fvu", n_batches=N_HELD_OUT, bound=bound) for bound in mine}
             yield Row(f"{what}: {peer['peer']}", other[None], "FVU")
             yield Row(f"{variant}: FVU {when}, ours / {peer['peer']} - 1", 100 * (mine[None] / other[None] - 1), "%", 1, 0, "lower")
@@ -46,7 +46,7 @@ def quality(peers: Peers, n_steps: int) -> Iterator[Row]:
 
 
 def _levels(mine: dict[int | None, float], other: dict[int | None, float], when: str, peer: str) -> Iterator[Row]:
-    """Of the levels of a Matryoshka dictionary: their mean is what is minimised, that of all latents is one of them."""
+    """Compare the mean FVU over the levels of a Matryoshka dictionary, which training minimises; the last level has all latents."""
     ours, theirs = (fmean(fvu for bound, fvu in found.items() if bound) for found in (mine, other))
     yield Row(f"matryoshka, mean FVU over levels {when}: ours", ours, "FVU")
     yield Row(f"matryoshka, mean FVU over levels {when}: {peer}", theirs, "FVU")
@@ -54,7 +54,7 @@ def _levels(mine: dict[int | None, float], other: dict[int | None, float], when:
 
 
 def _ours(variant: str, n_steps: int) -> tuple[dict[int | None, float], float, float]:
-    """FVU of the latents below each bound (None: of all), the scale of the data, and the sum of the squares of the first scaled batch."""
+    """FVU of the latents below each bound (None: all), the scale of the data, and the sum of squares of the first scaled batch."""
     data, b = Synthetic(SIZE.d_model), SIZE.batch_size
     sample = Sample(torch.cat([data.batch(number, b) for number in range(SAMPLE // b)]))
     params = SIZE.section(variant=variant, epochs=1, seed=0)

@@ -1,4 +1,4 @@
-"""What the benchmarks of training share: params, learners on synthetic batches, steps against a peer's in turn, rows as they come."""
+"""Parts shared by the benchmarks of training: params, steps on synthetic batches, ours and the peers', and alternating timing."""
 
 import time
 from collections.abc import Iterator
@@ -21,16 +21,16 @@ from ommatid.sae.step import Batch
 CHECKOUT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 POOL = 4
-"""Batches that are ready before steps are timed."""
+"""Number of batches made before steps are timed."""
 RUN_STEPS = 100_000
-"""Of the run whose steps are timed: its schedule is that of a real one."""
+"""Length of the run whose steps are timed, so that its schedule is realistic."""
 WARM_UP = 3
-"""Steps before those that are timed."""
+"""Number of steps made before the timed ones."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of an SAE and its batches."""
+    """Size of an SAE and its batches."""
 
     d_model: int = 768
     d_sae: int = 8192
@@ -38,13 +38,13 @@ class Size:
     batch_size: int = 2048
 
     def section(self, **changes: Any) -> TrainParams:
-        """Other values as in params.yaml."""
+        """Make the section `train` for this size, with other values as in params.yaml and with `changes`."""
         values = load_params(CHECKOUT / "params.yaml").train.model_dump(mode="json")
         return TrainParams.model_validate(values | {"d_sae": self.d_sae, "k": self.k, "batch_size": self.batch_size} | changes)
 
 
 class Ours:
-    """This project's step on synthetic batches."""
+    """Our training step on synthetic batches."""
 
     def __init__(self, variant: str, size: Size) -> None:
         data = Synthetic(size.d_model)
@@ -55,7 +55,7 @@ class Ours:
         self.scale = self._learner.scales.x
 
     def step(self) -> float:
-        """Seconds."""
+        """Make a step and return its seconds."""
         batch = self._batches[self._learner.guides.step % POOL]
         start = time.perf_counter()
         self._learner.learn(batch)
@@ -63,7 +63,7 @@ class Ours:
 
 
 class Floor:
-    """The product that no step can do without: the encoder's, in the hardware's arithmetic."""
+    """The encoder's matrix product alone, a lower bound of any step, in the arithmetic that the hardware supports."""
 
     def __init__(self, size: Size) -> None:
         self.dtype = product_dtype(CPU)
@@ -72,26 +72,26 @@ class Floor:
         self._out = torch.empty(size.batch_size, size.d_sae, dtype=self.dtype)
 
     def step(self) -> float:
-        """Seconds."""
+        """Make a step and return its seconds."""
         start = time.perf_counter()
         torch.mm(self._x, self._W.T, out=self._out)
         return time.perf_counter() - start
 
 
 class Theirs:
-    """A peer's step on the same batches."""
+    """A peer's training step on the same batches."""
 
     def __init__(self, peers: Peers, variant: str, size: Size, scale: float, peer: dict[str, Any]) -> None:
         self._peers = peers
         peers.ask("make", **request(variant, size, RUN_STEPS, scale) | peer)
 
     def step(self) -> float:
-        """Seconds."""
+        """Make a step and return its seconds."""
         return self._peers.ask("steps", n=1)[0]
 
 
 def request(variant: str, size: Size, n_steps: int, scale: float) -> dict[str, Any]:
-    """What a peer's trainer is made of: our own schedule, so far as it has one."""
+    """Make the request for a peer's trainer, with our schedule as far as the trainer supports it."""
     plan = make_plan(size.section(epochs=1), n_steps * size.batch_size)
     schedule = {"warmup": plan.warmup, "decay_start": n_steps - n_steps // 5}
     threshold = {"threshold_start": plan.threshold_start, "threshold_decay": plan.threshold_decay}
@@ -101,7 +101,7 @@ def request(variant: str, size: Size, n_steps: int, scale: float) -> dict[str, A
 
 
 def in_turn(rounds: int, *steppers: Ours | Theirs | Floor) -> list[list[float]]:
-    """Milliseconds of the steps of each, in turn; in training a step follows a step, so the first of each turn is not counted."""
+    """Time steps in turn and return the milliseconds of each stepper's; the first step of every turn is a warm-up and does not count."""
     for stepper in steppers:
         for _ in range(WARM_UP):
             stepper.step()
@@ -113,8 +113,8 @@ def in_turn(rounds: int, *steppers: Ours | Theirs | Floor) -> list[list[float]]:
     return times
 
 
-def told(rows: Iterator[Row]) -> Iterator[Row]:
-    """As they come: the whole takes a while."""
+def print_rows(rows: Iterator[Row]) -> Iterator[Row]:
+    """Print rows as soon as they are measured, as the whole benchmark takes a while."""
     for row in rows:
         print(f"{row.what}: {row.value:.4g} {row.unit} {row.verdict}", flush=True)
         yield row

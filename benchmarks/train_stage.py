@@ -1,4 +1,4 @@
-"""The whole stage `train`: against bare steps on tensors in memory, and eight SAEs in one pass against one."""
+"""Benchmark of the whole stage `train`: against bare steps on tensors in memory, and eight SAEs in one pass against a single one."""
 
 import os
 import time
@@ -28,26 +28,26 @@ from ommatid.store import Artefact
 from ommatid.train.stage import CHECKPOINT, SAMPLE
 
 PATCHES = 49
-"""Tokens of an image."""
+"""Number of tokens per image."""
 N_SAES = 8
-"""In one pass."""
+"""Number of SAEs trained in one pass."""
 
 
 @dataclass
 class Watch:
-    """Hears what a stage tells, and when."""
+    """Listener that records the progress of a stage."""
 
     root: Path
-    """Below it the stage works."""
+    """Folder that the stage works in."""
     written: set[int] = field(default_factory=set)
-    """When its checkpoint was written, as far as was noticed."""
+    """Modification times at which checkpoints were seen, in nanoseconds."""
     times: list[tuple[int, float]] = field(default_factory=list)
-    """Steps done, and when that was said."""
+    """Numbers of finished steps, each with the time at which it was reported."""
     waiting: list[float] = field(default_factory=list)
-    """Share of the time since the last measurement that was spent on waiting for data."""
+    """Shares of the time between measurements that were spent waiting for data."""
 
     def __call__(self, event: Event) -> None:
-        """Listen."""
+        """Record an event."""
         if isinstance(event, Progress) and event.what == "train steps":
             self.times.append((event.done, time.perf_counter()))
             self.written |= {path.stat().st_mtime_ns for path in self.root.rglob(CHECKPOINT)}
@@ -56,13 +56,13 @@ class Watch:
 
     @property
     def ms_a_step(self) -> float:
-        """Between the first measurement and the last: loading, logging and checkpoints are in it."""
+        """Milliseconds per step between the first and the last measurement, including loading, logging and checkpoints."""
         (first, start), (last, end) = self.times[0], self.times[-1]
         return 1000 * (end - start) / (last - first)
 
 
 class Place:
-    """A folder with the activations of so many images, in which the stage runs."""
+    """A folder with activations of `n_images` images, in which the stage runs."""
 
     def __init__(self, root: Path, size: Size, n_images: int) -> None:
         self._root = root
@@ -70,14 +70,14 @@ class Place:
         self.activations = _write(root / "activations", self._params.hookpoint, size.d_model, n_images)
 
     def stage(self, section: TrainParams) -> tuple[float, Watch]:
-        """Seconds of the stage as `ommatid train` runs it, with MLflow, gate and publishing, and what it told."""
+        """Run the stage as `ommatid train` does, with MLflow, gate and publishing; return its seconds and its events."""
         params, watch, start = self._params.model_copy(update={"train": section}), Watch(self._root), time.perf_counter()
         run_stage("train", params, watch, str(self._root), must_pass=False)
         return time.perf_counter() - start, watch
 
 
 def _write(place: Path, hookpoint: str, d_model: int, n_images: int) -> Artefact:
-    """Training rows as extraction writes a shard: in its order, row groups of its size."""
+    """Write training rows as extraction writes a shard, in the same order and with row groups of the same size."""
     image = np.arange(n_images).repeat(PATCHES)
     order = order_rows(image, np.random.default_rng(0))
     rows, schema, data = order.argsort(), schemas.activations(d_model, {}), Synthetic(d_model)
@@ -96,16 +96,18 @@ def _write(place: Path, hookpoint: str, d_model: int, n_images: int) -> Artefact
         return pa.table(columns, schema=schema)
 
     with store.open_draft(place, "extraction", {}, {}) as draft:
-        own = draft.child(hookpoint, "activations")
+        child = draft.child(hookpoint, "activations")
         groups = (table(number, rows[start : start + per_group]) for number, start in enumerate(range(0, len(rows), per_group)))
-        write_rows(own, store.part_name("train", 0), groups, schema)
-        own.seal({"window": window(np.bincount(order.stratum), PATCHES), "model": "synthetic", "hookpoint": hookpoint, "d_model": d_model})
+        write_rows(child, store.part_name("train", 0), groups, schema)
+        child.seal(
+            {"window": window(np.bincount(order.stratum), PATCHES), "model": "synthetic", "hookpoint": hookpoint, "d_model": d_model}
+        )
         draft.seal({"hookpoints": [hookpoint]})
         return draft.publish(place).child(hookpoint, "activations")
 
 
 class Bare:
-    """Steps of the same run without a stage around them, on an epoch's batches in float16: on fewer, other latents would be dead."""
+    """Steps of the same run without the stage, on the float16 batches of a whole epoch; with fewer, other latents would be dead."""
 
     def __init__(self, activations: Artefact, section: TrainParams) -> None:
         sample = Sample(load_sample(activations, SAMPLE))
@@ -116,11 +118,11 @@ class Bare:
 
     @property
     def n_left(self) -> int:
-        """Steps of the run that are not made yet."""
+        """Number of steps of the run that are still to be made."""
         return self.n_steps - self._learner.guides.step
 
     def steps(self, n: int) -> float:
-        """Seconds of so many."""
+        """Make `n` steps and return their seconds."""
         start = time.perf_counter()
         for _ in range(n):
             self._learner.learn(self._batches[self._learner.guides.step % len(self._batches)])
@@ -128,18 +130,18 @@ class Bare:
 
 
 def record_runs(root: Path) -> None:
-    """Stages record their runs below a folder from here on, in a database that a first run has made, as it is for all but the first."""
+    """Make stages record their runs in an MLflow database below `root`, which a first run creates so that later ones find it."""
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{root / 'mlflow.db'}"
     tiny = Size(d_model=32, d_sae=64, k=4, batch_size=256)
     Place(root / "first", tiny, 64).stage(tiny.section(variant="batch_topk", epochs=1))
 
 
 def against_bare_steps(root: Path, size: Size, n_images: int, epochs: int) -> Iterator[Row]:
-    """The stage's steps by bare ones: half of these before it, half after."""
+    """Compare the stage's steps with bare ones, half of which are made before the stage and half after."""
     place = Place(root, size, n_images)
     section = size.section(variant="batch_topk", epochs=epochs, seed=0)
     bare = Bare(place.activations, section)
-    bare.steps(max(1, bare.n_steps // 100))  # as many as the stage makes before its first measurement
+    bare.steps(max(1, bare.n_steps // 100))  # as the stage does before its first measurement
     half = bare.n_left // 2
     before = bare.steps(half)
     seconds, watch = place.stage(section)
@@ -154,7 +156,7 @@ def against_bare_steps(root: Path, size: Size, n_images: int, epochs: int) -> It
 
 
 def several(root: Path, size: Size, n_images: int, epochs: int, rounds: int) -> Iterator[Row]:
-    """Eight seeds in one pass against one seed: whole stages in turn."""
+    """Compare whole stages, run in turn, that train eight seeds in one pass or a single seed."""
     place = Place(root, size, n_images)
     one = size.section(variant="batch_topk", epochs=epochs, seed=0)
     eight = size.section(variant="batch_topk", epochs=epochs, seed=0, runs=[{"seed": seed} for seed in range(N_SAES)])

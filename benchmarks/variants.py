@@ -1,8 +1,8 @@
-"""Whether every variant keeps its word on the demo's activations: all trained in one pass, then held against the evaluation split.
+"""Trains every variant on the demo's activations in one pass, measures them on the evaluation split, and prints a table.
 
     python benchmarks/variants.py [train.KEY=VALUE ...]
 
-in a checkout in which `make demo` has run; prints the table of docs/results/variants.md. Several minutes.
+Run it in a checkout in which `make demo` has run. The table is the one in docs/results/variants.md. Takes several minutes.
 """
 
 import sys
@@ -24,12 +24,12 @@ KINDS = ("batch_topk", "topk", "matryoshka", "jumprelu", "gated", "archetypal", 
 
 
 def main() -> None:
-    """Train, measure, print."""
+    """Train and measure all variants, and print the table."""
     params = load_params(overrides=sys.argv[1:])
     activations = open_stage("extract", params.hookpoint)
     runs = [{}, *({"variant": {"kind": kind}} for kind in KINDS)]
     train = TrainParams.model_validate(params.train.model_dump(mode="json") | {"grid": {}, "runs": runs})
-    learners = fit(train, {"extract": activations}, None, lambda tensors: None, ignore)
+    learners = fit(train, {"extract": activations}, None, ignore)
     print("| variant | L0 in training | dead | FVU | L0 on evaluation | dead | FVU | MS − floor |\n|---|--:|--:|--:|--:|--:|--:|--:|")
     for learner in learners.values():
         print(f"| {_name(learner.params)} | " + " | ".join(_numbers(learner, activations)) + " |")
