@@ -308,7 +308,8 @@ LEFT_OUT |= {"images_digest", "activations_digest", "sae_digest"}
 
 def digest_table(parts: Sequence[Path]) -> dict[str, Any]:
     """The digests of a Parquet table's columns, with its rows in stored order."""
-    table = pa.concat_tables(pq.read_table(part, partitioning=None).replace_schema_metadata() for part in parts)
+    read = [pq.read_table(part, partitioning=None) for part in parts]  # pyright: ignore[reportArgumentType] None is allowed
+    table = pa.concat_tables(part.replace_schema_metadata() for part in read)
     types = {field.name: f"{field.type}{'' if field.nullable else ' not null'}" for field in table.schema}
     return describe_columns(types, table.to_pydict(), table.num_rows)
 

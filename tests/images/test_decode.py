@@ -238,7 +238,7 @@ def test_tags_of_tiff_say_what_the_values_mean(values, tags, expected):
 
 def test_planes_of_16_bits_which_pillow_would_mix_are_refused():
     values = np.linspace(0, 65535, 24).astype(np.uint16)[None]
-    tags = {"width": 8, "photometric": 2, "samples": 3}
+    tags: dict[str, Any] = {"width": 8, "photometric": 2, "samples": 3}
     assert rgb(tiff(values, **tags, planes=1)).ravel().tolist() == [round(v // 256) for v in values[0].tolist()]
     with pytest.raises(Unreadable, match="more than 8 bits and a plane for each channel, which Pillow misreads"):
         decode(tiff(values, **tags, planes=2))

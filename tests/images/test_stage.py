@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ommatid import store
 from ommatid.errors import ArtefactError
 from ommatid.events import Warned
 from ommatid.images import dataset, stage
@@ -42,7 +41,7 @@ def photos(tmp_path: Path, png) -> Path:
 @pytest.fixture
 def small_parts(monkeypatch):
     monkeypatch.setattr(dataset, "ROWS_PER_PART", 5)
-    monkeypatch.setattr(store.draft, "_code_digest", lambda: "the same")  # whoever edits the package meanwhile
+    monkeypatch.setattr("ommatid.store.draft._code_digest", lambda: "the same")  # whoever edits the package meanwhile
 
 
 def source(root: Path) -> dict[str, str]:

@@ -20,7 +20,7 @@ from ommatid.catalog.reader import Catalog
 from ommatid.config import Params, RetrainParams, make_params
 from ommatid.errors import ArtefactError, GateError
 from ommatid.evaluate.stage import evaluate
-from ommatid.events import Event, Listener, Progress, ignore
+from ommatid.events import Event, Listener, Progress, Warned, ignore
 from ommatid.extract import towers
 from ommatid.label.evidence import context
 from ommatid.metrics import Fidelity
@@ -100,7 +100,9 @@ def kill_at(wanted: Callable[[Event], bool]) -> Listener:
 
 
 def is_about(sae: str, event: Event) -> bool:
-    return event.what.startswith(f"{sae}: ") if isinstance(event, Progress) else event.sae == sae
+    if isinstance(event, Progress):
+        return event.what.startswith(f"{sae}: ")
+    return not isinstance(event, Warned) and event.sae == sae
 
 
 def test_the_line_says_which_sae_it_is_about(capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,7 +169,7 @@ def test_kmeans_finds_nearly_all_of_so_many_that_rounds_draw_several(seed: int, 
 @pytest.mark.parametrize("n_centres", [8, 100])
 def test_inertia_is_scikit_learns(n_centres: int) -> None:
     x = make_noise(3000, 8)
-    oracle: Any = SklearnKMeans(n_centres, **{"n_init": 3}, random_state=0).fit(x.numpy()).inertia_
+    oracle: Any = SklearnKMeans(n_centres, n_init=3, random_state=0).fit(x.numpy()).inertia_  # pyright: ignore[reportArgumentType] inferred from a default
     inertia = float(find_nearest(x, find_centres(x, n_centres, seed=0))[1].sum())
     assert inertia < 1.03 * oracle
 
@@ -222,7 +222,7 @@ def test_what_is_not_negative_but_shifted_is_found_too() -> None:
 def test_nmf_reconstructs_as_scikit_learn_does() -> None:
     x = make_noise(4096, 12).abs() @ make_noise(12, D_MODEL, seed=1).abs() + 0.1 * make_noise(4096, D_MODEL, seed=2).abs()
     x -= x.amin(0)
-    oracle = SklearnNMF(**{"n_components": 8}, max_iter=2000, random_state=0).fit(x.numpy()).reconstruction_err_ ** 2
+    oracle = SklearnNMF(8, max_iter=2000, random_state=0).fit(x.numpy()).reconstruction_err_ ** 2  # pyright: ignore[reportArgumentType] inferred from a default
     nmf = fit_nmf(x, 8, 8, seed=0)
     error = float((x - nmf.decode(nmf.encode(x))).double().square().sum())
     assert error < 1.1 * oracle

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ommatid.config import TrainParams
+from ommatid.config import Imported, TrainParams
 from ommatid.sae import entries, select
 from ommatid.sae.entries import Dense, Levels, Sparse
 from ommatid.sae.step import Batch, add_aux
@@ -43,6 +43,7 @@ def make_batch(transcoder: bool = False) -> Batch:
 def make(kind: dict[str, Any], ms_weight: float = 0.0) -> Variant:
     params = TrainParams.model_validate(PARAMS | {"variant": kind})
     settings = Settings(K, D_SAE, 100, 10_000, 0, 1 / 32, ms_weight, torch.float32, torch.device("cpu"))
+    assert not isinstance(params.variant, Imported)
     return make_variant(params.variant, settings)
 
 

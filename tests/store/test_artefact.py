@@ -282,7 +282,7 @@ def test_what_workers_described_is_not_read_again(tmp_path: Path, monkeypatch: p
         given = [store.File(**values) for values in draft.read_json("receipts/0.json")]
         draft.write_json("cfg.json", 1)
         read: list[str] = []
-        monkeypatch.setattr(store.draft, "describe_in", lambda folder, name: read.append(name))
+        monkeypatch.setattr("ommatid.store.draft.describe_in", lambda folder, name: read.append(name))
         made = draft.seal({}, given)
         monkeypatch.undo()
         assert read == []
@@ -335,7 +335,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(code, os.strerror(code))
 
     with open_draft(tmp_path / "images", "images", {}, {}) as draft:
-        monkeypatch.setattr(store.writer.pq, "write_table", refuse)
+        monkeypatch.setattr("ommatid.store.writer.pq.write_table", refuse)
         with pytest.raises(ArtefactError, match=rf"images-00000.parquet: cannot be written \({word}\); make .* writable for this user"):
             draft.write_table("images-00000.parquet", pa.table({"x": [1]}))
     monkeypatch.setattr(Path, "mkdir", refuse)

@@ -217,7 +217,7 @@ def test_a_draft_that_another_machine_takes_away(s3: str, monkeypatch: pytest.Mo
     with open_draft(f"{s3}/images", "images", {"a": 1}, {}) as draft:
         draft.write_json("cfg.json", 1)
         with monkeypatch.context() as patch:
-            patch.setattr(store.workspace, "WORK", tmp_path / "other machine")
+            patch.setattr("ommatid.store.workspace.WORK", tmp_path / "other machine")
             other = write(f"{s3}/images", params={"a": a})
         with pytest.raises(ArtefactError, match="this draft was published or removed by another machine"):
             fill(draft)
@@ -231,7 +231,7 @@ def test_a_draft_that_is_taken_away_while_receipts_and_children_are_made_of_it(
         draft.write_json("receipts/0.json", 1)
         file = draft.child("one", "activations").write_table("train-00000.parquet", pa.table({"x": [1]}))
         with monkeypatch.context() as patch:
-            patch.setattr(store.workspace, "WORK", tmp_path / "other machine")
+            patch.setattr("ommatid.store.workspace.WORK", tmp_path / "other machine")
             with open_draft(f"{s3}/activations", "extraction", {"a": 2}, {}):
                 pass
         for use in (
@@ -248,7 +248,7 @@ def test_a_worker_removes_what_others_left_on_its_machine(s3: str, monkeypatch: 
     here = []
     for a in (1, 2):
         with open_draft(f"{s3}/images", "images", {"a": a}, {}) as draft, monkeypatch.context() as patch:
-            patch.setattr(store.workspace, "WORK", tmp_path / "worker's machine")
+            patch.setattr("ommatid.store.workspace.WORK", tmp_path / "worker's machine")
             here.append(Draft.attach(draft.url).scratch)
             (here[-1] / "shard-0000000").mkdir()
             Draft.attach(draft.url)
@@ -420,7 +420,7 @@ def test_a_full_disk_here_is_not_the_store_s_fault(s3: str, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     with open_draft(f"{s3}/images", "images", {}, {}) as draft:
-        monkeypatch.setattr(store.writer.pq, "write_table", full)
+        monkeypatch.setattr("ommatid.store.writer.pq.write_table", full)
         with pytest.raises(ArtefactError, match=r"images-00000.parquet: the disk is full"):
             draft.write_table("images-00000.parquet", pa.table({"x": [1]}))
 

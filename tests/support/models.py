@@ -155,7 +155,8 @@ def save_tiny_captioner(folder: Path, family: str) -> Any:
         case "git":
             model = GitForCausalLM(GitConfig(vision_config=CAPTIONER_VISION, **CAPTIONER_TEXT))
         case _:  # with an encoder that masks patches at random where it is so called
-            encoder = ViTMAEConfig(**CAPTIONER_VISION | {"patch_size": 4}) if family == "masked" else ViTConfig(**CAPTIONER_VISION)
+            masked: dict[str, Any] = CAPTIONER_VISION | {"patch_size": 4}
+            encoder = ViTMAEConfig(**masked) if family == "masked" else ViTConfig(**CAPTIONER_VISION)
             decoder = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=len(WORDS), bos_token_id=2, eos_token_id=3)
             config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
             model = VisionEncoderDecoderModel(config=config)

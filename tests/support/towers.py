@@ -41,9 +41,7 @@ def check_hooks(vision: VisionModel, modules: Mapping[str, nn.Module], run: Call
     """Every hookpoint of the blocks, captured in one pass, equals a hand-written hook on the reference."""
     seen: dict[str, Tensor] = {}
     for name, module in modules.items():
-        module.register_forward_hook(
-            lambda _m, _i, output, name=name: seen.update({name: output[0] if isinstance(output, tuple) else output})
-        )
+        module.register_forward_hook(lambda _m, _i, output, name=name: seen.update({name: _first(output)}))
     with torch.no_grad():
         run()
     captured = vision.capture(pixels, tuple(modules)).tokens
@@ -51,6 +49,11 @@ def check_hooks(vision: VisionModel, modules: Mapping[str, nn.Module], run: Call
     for name in modules:
         assert captured[name].shape == (len(pixels), vision.hookpoints[name].n_tokens, vision.hookpoints[name].d_model)
         torch.testing.assert_close(captured[name], seen[name], atol=1e-5, rtol=1e-5)
+
+
+def _first(output: Any) -> Tensor:
+    """The tensor that a module puts out, alone or first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def check_splice(vision: VisionModel, modules: Mapping[str, nn.Module], run: Callable[[], Tensor], pixels: Tensor) -> None:
@@ -66,10 +69,11 @@ def check_splice(vision: VisionModel, modules: Mapping[str, nn.Module], run: Cal
         shapes.append(tuple(x.shape))
         return 0.5 * x.roll(1, dims=0) + 0.1
 
+    def change_first(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
     for name, module in modules.items():
-        handle = module.register_forward_hook(
-            lambda _m, _i, output: (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-        )
+        handle = module.register_forward_hook(change_first)
         with torch.no_grad():
             expected = run()
         handle.remove()
@@ -124,7 +128,7 @@ def check_trust(vision: VisionModel, dtype: torch.dtype = torch.float32) -> None
     check_model(vision, tuple(vision.hookpoints), "extract.model", dtype)
 
 
-def check_bfloat16(load: Callable[[str], Any]) -> None:
+def check_bfloat16(load: Callable[[Any], Any]) -> None:
     """Close to float32; the residual stream itself is float32; and not a bit other than with float32 weights that autocast casts."""
     exact, half, cast = (load(dtype) for dtype in ("float32", "bfloat16", "float32"))
     check_trust(half, torch.bfloat16)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run as MlflowRun
 
 from ommatid import store, tracking
@@ -208,10 +209,10 @@ def test_files_follow_a_checkout_that_was_moved(
     assert not checkout.exists()
     client = MlflowClient(f"sqlite:///{moved}/.mlflow/mlflow.db")
     made = only_run(client)
-    assert made.info.artifact_uri.startswith((moved / ".mlflow/artifacts").as_uri())
+    assert made.info.artifact_uri and made.info.artifact_uri.startswith((moved / ".mlflow/artifacts").as_uri())
     assert (moved / ".mlflow/artifacts" / made.info.run_id / "artifacts/quality/evaluate.json").exists()
     version = client.get_model_version("ommatid-sae", "1")
-    assert Path(mlflow.artifacts.download_artifacts(version.source, tracking_uri=client.tracking_uri)).is_relative_to(moved)
+    assert Path(download_artifacts(version.source, tracking_uri=client.tracking_uri)).is_relative_to(moved)
 
     copied = moved.with_name("copied")
     shutil.copytree(moved, copied)

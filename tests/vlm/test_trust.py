@@ -1,6 +1,7 @@
 """Proves that each family listed in docs/users/models.md passes the checks at load, and that each refusal names its cause."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def load(folder: Path) -> Judge:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_passes_as_a_judge(tmp_path: Path, family: str) -> None:
-    model = save_tiny(tmp_path, FAMILIES[family])
+    model: Any = save_tiny(tmp_path, FAMILIES[family])
     assert model.config.model_type == family
     judge = load(tmp_path)
     check_judge(judge, KEY, torch.float32)
@@ -37,7 +38,7 @@ def test_the_documentation_lists_these_families() -> None:
 
 
 def test_without_a_class_token_the_mean_of_the_tokens_judges(tmp_path: Path) -> None:
-    model = save_tiny(tmp_path, FAMILIES["ijepa"])
+    model: Any = save_tiny(tmp_path, FAMILIES["ijepa"])
     pixels, judge = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8), load(tmp_path)
     with torch.no_grad():
         tokens = model(normalise(pixels, judge.preprocess, "cpu")).last_hidden_state
@@ -45,7 +46,7 @@ def test_without_a_class_token_the_mean_of_the_tokens_judges(tmp_path: Path) -> 
 
 
 def test_a_masked_autoencoder_judges_by_the_whole_image(tmp_path: Path) -> None:
-    model = save_tiny(tmp_path, FAMILIES["vit_mae"])
+    model: Any = save_tiny(tmp_path, FAMILIES["vit_mae"])
     grey, judge = torch.full((4, 64, 64, 3), 128, dtype=torch.uint8), load(tmp_path)
     alone, batch = judge.embed(grey[:1]), judge.embed(grey)
     torch.testing.assert_close(batch, alone.expand(4, -1), atol=1e-6, rtol=1e-6)
@@ -58,7 +59,7 @@ def test_a_masked_autoencoder_judges_by_the_whole_image(tmp_path: Path) -> None:
 
 
 def test_the_features_of_flava_are_those_of_its_class_token(tmp_path: Path) -> None:
-    model = save_tiny(tmp_path, FAMILIES["flava"])
+    model: Any = save_tiny(tmp_path, FAMILIES["flava"])
     pixels, judge = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8), load(tmp_path)
     with torch.no_grad():
         features = model.get_image_features(normalise(pixels, judge.preprocess, "cpu")).pooler_output
