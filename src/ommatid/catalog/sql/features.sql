@@ -35,7 +35,12 @@ SELECT
     latents.lca_depth,
     latents.uniqueness,
     latents.duplicate_of,
-    latents.top_classes
+    latents.top_classes,
+    -- every other column of latents, in the order of its declaration, except dead_in_training and purity_64
+    latents.* EXCLUDE (
+        sae, latent, ms, ms_low, ms_high, density, is_dead, is_dense, is_rare, mean_act, max_act, n_images, purity,
+        label_entropy, lca_depth, uniqueness, duplicate_of, top_classes, dead_in_training, purity_64
+    )
 FROM latents
 LEFT JOIN best ON best.sae = latents.sae AND best.latent = latents.latent
 LEFT JOIN comparisons ON comparisons.sae = latents.sae AND comparisons.dictionary = 'sae'
