@@ -8,8 +8,7 @@ import pytest
 
 from ommatid.config import Params
 from ommatid.images.eval_split import EvalSplit, iter_latent_firings, load_eval_split
-from ommatid.label.evidence.firings import Gathered, nearest_latents
-from ommatid.label.evidence.images import Cases, Spool, choose_firing, iter_looks
+from ommatid.label.evidence import Cases, Gathered, Spool, choose_firing, iter_looks, nearest_latents
 from ommatid.label.labellers.base import Case
 from ommatid.store import Artefact, Draft, open_draft
 from ommatid.vlm.preprocess import Preprocess

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ommatid.config.label import VlmLabeller
-from ommatid.label.evidence.images import DRAWING, N_TILES, SIDE, draw_grid, mark, place_of
+from ommatid.label.evidence import DRAWING, N_TILES, SIDE, draw_grid, mark, place_of
 from ommatid.label.labellers.base import Example
 from ommatid.label.labellers.vlm import Memory, Vlm
 from support.cases import LEFT, encode, make_case

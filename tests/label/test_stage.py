@@ -10,8 +10,8 @@ import pytest
 from ommatid.config import LabelParams, Params
 from ommatid.errors import ConfigError
 from ommatid.events import Event, Warned, ignore
-from ommatid.label.evidence import context
-from ommatid.label.evidence.context import load_material
+from ommatid.label import context
+from ommatid.label.context import load_material
 from ommatid.label.labellers import Asked, Source
 from ommatid.label.labellers.base import Answer, Case
 from ommatid.label.stage import label

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ommatid.config.label import VlmLabeller
-from ommatid.label.labellers.vlm import Memory, Vlm, labeller
+from ommatid.label.labellers import vlm
+from ommatid.label.labellers.vlm import Memory, Vlm
 from ommatid.label.labellers.vlm.client import Clock
 from support.cases import make_case
 from support.processes import HANG_SECONDS
@@ -266,7 +267,7 @@ def test_nothing_is_drawn_that_will_not_be_asked(tmp_path: Path, monkeypatch: py
     with chatting(HORSE) as server:
         labelling = run(server, tmp_path, max_requests=1)
         assert labelling.statuses(1) == ["ok"]
-        monkeypatch.setattr(labeller, "draw_grid", None)
+        monkeypatch.setattr(vlm, "draw_grid", None)
         assert labelling.statuses(3) == ["ok", "over_budget", "over_budget"]
 
 
@@ -320,7 +321,7 @@ def test_the_model_judges_which_images_show_a_name_whatever_their_order(tmp_path
 
 
 def numbers_of_red(asked: Asked) -> list[int]:
-    from ommatid.label.evidence.images import SIDE, place_of
+    from ommatid.label.evidence import SIDE, place_of
 
     (grid,) = asked.images
     n = int(asked.text.split(" numbered images")[0].split()[-1])

@@ -15,8 +15,9 @@ import pytest
 
 from ommatid.config.label import VlmLabeller
 from ommatid.errors import ArtefactError
+from ommatid.label.labellers import vlm
 from ommatid.label.labellers.base import Case
-from ommatid.label.labellers.vlm import Memory, Vlm, in_checkout, labeller
+from ommatid.label.labellers.vlm import Memory, Vlm, in_checkout
 from ommatid.label.labellers.vlm.messages import Said
 from support.cases import LEFT, make_case
 from support.processes import HANG_SECONDS, wait_for
@@ -73,9 +74,9 @@ def test_whatever_changes_what_is_shown_or_who_is_asked_is_asked_again_and_nothi
         assert n_asked(changed(case, act=99.0)) == 0
         assert n_asked(changed(case, heat=LEFT * np.float32(3.0000001))) == 0
         assert n_asked(case, max_requests=1, timeout=7.0) == 0
-        monkeypatch.setattr(labeller, "DRAWING", 10**6)
+        monkeypatch.setattr(vlm, "DRAWING", 10**6)
         assert n_asked(case) == 1
-        monkeypatch.setattr(labeller, "words_of", lambda prompt: "other words")
+        monkeypatch.setattr(vlm, "words_of", lambda prompt: "other words")
         assert n_asked(case) == 1
 
 

@@ -16,8 +16,8 @@ from ommatid.evaluate.stage import evaluate
 from ommatid.events import Event, Warned
 from ommatid.extract import towers
 from ommatid.extract.stage import extract
-from ommatid.label.evidence import context
-from ommatid.label.evidence.images import SIDE, place_of
+from ommatid.label import context
+from ommatid.label.evidence import SIDE, place_of
 from ommatid.label.stage import label
 from ommatid.store import Artefact
 from support.servers import Asked, Reply, chatting, free_port, names, refuses, says

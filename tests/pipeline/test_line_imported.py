@@ -11,7 +11,7 @@ from ommatid.config import Params, TrainParams
 from ommatid.evaluate.stage import evaluate
 from ommatid.extract import towers
 from ommatid.extract.stage import extract
-from ommatid.label.evidence import context
+from ommatid.label import context
 from ommatid.label.stage import label
 from ommatid.sae.interop import Overrides, export_sae, import_sae
 from ommatid.sae.model import SAE, Activation, SAEConfig

@@ -21,7 +21,7 @@ from ommatid.config import EvaluateParams, Params, TrainParams, make_params
 from ommatid.errors import ArtefactError, GateError, TrainingError
 from ommatid.events import Event, Warned, ignore
 from ommatid.extract import towers
-from ommatid.label.evidence import context
+from ommatid.label import context
 from ommatid.pipeline import open_stage
 from ommatid.pipeline.run import run_stage
 from ommatid.publish import champion

@@ -22,7 +22,7 @@ from ommatid.errors import ArtefactError, GateError
 from ommatid.evaluate.stage import evaluate
 from ommatid.events import Event, Listener, Progress, Warned, ignore
 from ommatid.extract import towers
-from ommatid.label.evidence import context
+from ommatid.label import context
 from ommatid.metrics import Fidelity
 from ommatid.pipeline import STAGES, open_stage
 from ommatid.pipeline.run import run_stage

@@ -23,8 +23,8 @@ from ommatid.evaluate.dictionaries import CONTROL_SEED
 from ommatid.events import Measured
 from ommatid.images.decode import decode
 from ommatid.images.eval_split import iter_latent_firings, load_eval_split
-from ommatid.label.evidence import firings as label_examples
-from ommatid.label.evidence.context import load_joint
+from ommatid.label import evidence as label_examples
+from ommatid.label.context import load_joint
 from ommatid.label.labellers.vocabulary import load_words
 from ommatid.label.stage import label
 from ommatid.sae.baselines import make_baseline

@@ -22,7 +22,7 @@ from ommatid.events import ignore
 from ommatid.extract import towers
 from ommatid.extract.stage import extract
 from ommatid.images.stage import run as make_images
-from ommatid.label.evidence import context as label_material
+from ommatid.label import context as label_material
 from ommatid.label.stage import label
 from ommatid.metrics import auroc, best_matches, chance_cosine
 from ommatid.sae.model import SAE, SAEConfig

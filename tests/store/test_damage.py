@@ -17,7 +17,7 @@ from ommatid.errors import ArtefactError
 from ommatid.extract.receipts import iter_missing
 from ommatid.extract.rows import Spill
 from ommatid.label.labellers.base import Answer
-from ommatid.label.labellers.vlm.cache import Memory
+from ommatid.label.labellers.vlm.client import Memory
 from ommatid.label.labellers.vlm.messages import Said
 from ommatid.label.naming import Kept
 from ommatid.store import Artefact, Draft, File, damage, open_artefact, open_draft, part_name

@@ -15,7 +15,7 @@ from ommatid.evaluate.stage import evaluate
 from ommatid.extract import towers
 from ommatid.extract.stage import extract
 from ommatid.images.stage import run as make_images
-from ommatid.label.evidence import context
+from ommatid.label import context
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, Draft
 from ommatid.vlm import Captured, Hookpoint, Replacement

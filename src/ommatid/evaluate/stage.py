@@ -1,7 +1,7 @@
 """Stage `evaluate`: what every latent does on the evaluation split, with raw neurons and an untrained SAE beside it.
 
-Two passes over the evaluation tokens stream (passes.py); what relates latents to one another, to labels and to a taxonomy is made of the
-firings that they leave (structure.py, classes.py). Then the model itself runs over some of the images (zero_shot.py).
+Two passes stream over the evaluation tokens (dictionaries.py). What relates latents to one another, to labels and to a taxonomy is computed
+from the firings that they leave (structure.py, classes.py). Then the model itself runs over some of the images (zero_shot.py).
 """
 
 import functools
@@ -15,11 +15,9 @@ from ommatid.config import EvaluateParams
 from ommatid.errors import ArtefactError
 from ommatid.evaluate.batches import load_classes, load_paths
 from ommatid.evaluate.classes import choose_images, measure_meaning, measure_probes
-from ommatid.evaluate.dictionaries import EvaluatedDictionary, make_latents
-from ommatid.evaluate.matches import write_matches
+from ommatid.evaluate.dictionaries import EvaluatedDictionary, Passes, make_latents
 from ommatid.evaluate.monosemanticity import iter_failures, make_judged
-from ommatid.evaluate.passes import Passes
-from ommatid.evaluate.structure import make_densities, measure_structure
+from ommatid.evaluate.structure import make_densities, measure_structure, write_matches
 from ommatid.evaluate.zero_shot import measure_zero_shot
 from ommatid.events import Listener, Warned, ignore
 from ommatid.images.eval_split import iter_latent_firings, load_eval_split

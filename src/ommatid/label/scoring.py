@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ommatid.events import Listener, Progress, ignore
 from ommatid.images.eval_split import EvalSplit, LatentFirings
-from ommatid.label.evidence.firings import Gathered, Test, draw_test
+from ommatid.label.evidence import Gathered, Test, draw_test
 from ommatid.metrics import auroc, balanced_accuracy, best_threshold, rank_correlation, unit
 from ommatid.vlm import VisionModel
 

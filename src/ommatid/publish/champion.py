@@ -33,7 +33,7 @@ from ommatid.store.filesystem import sync
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from ommatid.evaluate.matches import Evaluated
+    from ommatid.evaluate.structure import Evaluated
 
 PUBLISHED = Path("data/published")
 CATALOG = PUBLISHED / "catalog.duckdb"
@@ -277,8 +277,8 @@ def _activations() -> dict[str, Artefact]:
 
 def _measure(sae: Artefact, params: EvaluateParams, on_event: Listener, challenger: Scores, catalog: str) -> Scores:
     """Evaluate an SAE on the checkout's images and activations, and match its latents with the challenger's."""
-    from ommatid.evaluate.matches import Evaluated, match
     from ommatid.evaluate.stage import evaluate
+    from ommatid.evaluate.structure import Evaluated, match
 
     inputs = {"images": open_stage("images"), "train": sae, **_activations()}
     with store.open_draft(PUBLISHED / "evaluation", "evaluation", params.model_dump(mode="json"), inputs) as draft:
@@ -290,7 +290,7 @@ def _measure(sae: Artefact, params: EvaluateParams, on_event: Listener, challeng
 
 def _evaluated(scores: Scores) -> "Evaluated":
     """The checkout's SAE that has these scores, with its evaluation."""
-    from ommatid.evaluate.matches import Evaluated
+    from ommatid.evaluate.structure import Evaluated
 
     name, sae = next((name, sae) for name, sae in open_stage("train").each().items() if sae.digest == scores.digest)
     return Evaluated(sae, open_stage("evaluate").each()[name])

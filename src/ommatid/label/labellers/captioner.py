@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from ommatid.config.label import CaptionerLabeller
 from ommatid.errors import ModelError
 from ommatid.images.decode import decode
-from ommatid.label.evidence.images import N_TILES, choose_shown, cut
+from ommatid.label.evidence import N_TILES, choose_shown, cut
 from ommatid.label.labellers.base import Answer, Asked, Case
 from ommatid.vlm import hub
 from ommatid.vlm.precision import normalise

@@ -12,8 +12,7 @@ from ommatid.activations.columns import from_float32
 from ommatid.config import LabelParams, Model
 from ommatid.events import Listener, Warned, ignore
 from ommatid.images.eval_split import EvalSplit, LatentFirings, iter_latent_firings, load_eval_split
-from ommatid.label.evidence.firings import Gathered, nearest_latents
-from ommatid.label.evidence.images import Spool
+from ommatid.label.evidence import Gathered, Spool, nearest_latents
 from ommatid.label.labellers import Source, Words, make_source
 from ommatid.label.labellers.vocabulary import load_words
 from ommatid.label.scoring import Texts
