@@ -96,7 +96,7 @@ def test_a_model_that_is_not_there_or_does_not_caption_is_an_error_that_says_wha
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"someone/captions: no such folder here.*leave this labeller out; or copy the model's files"):
+    with pytest.raises(ModelError, match=r"someone/captions: no such folder here.*leave this labeller out, or copy the model's files"):
         TransformersCaptions("someone/captions")
     with pytest.raises(ModelError, match="OWNER/NAME"):
         TransformersCaptions("no such folder")
