@@ -1,46 +1,75 @@
-"""Proves the recipe docs/developers/add-a-params-key.md: a key of a kind takes two files, a key of a section params.yaml besides."""
+"""Proves the recipe docs/developers/add-a-params-key.md: a key takes two files, and DVC knows its value although params.yaml lacks it."""
 
+import json
 import re
 import textwrap
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from support.recipes import Tree, assert_only_named, blocks_of, copy_tree
 from support.tiles import write_tile_folder
 
 PAGE = "add-a-params-key.md"
 CONFIG, STAGE = "src/ommatid/config/images.py", "src/ommatid/images/stage.py"
+RUN_VERBS = """
+import sys
+from support.study import run_verb
+for words in sys.argv[1:]:
+    if status := run_verb(*words.split("|")):
+        sys.exit(f"{words} ended with {status}")
+"""
 
 
-def paths_of(tree: Tree, work: Path, *overrides: str) -> list[str]:
-    """Path of each image that the stage `images` of this copy takes from 12 photos."""
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return copy_tree(tmp_path / "tree")
+
+
+def add_field(tree: Tree, path: str, before: str, field: str) -> None:
+    """Add the field of a class in front of one that it has."""
+    tree.replace(path, before, textwrap.indent(field, " " * 4) + before)
+
+
+def count_images(tree: Tree, work: Path, **overrides: str) -> dict[str, int]:
+    """Count the images that the stage `images` of this copy takes from 12 photos, by the name of the override."""
     write_tile_folder(work / "photos", 12)
-    arguments = [word for override in ("images.source={kind: folder, path: photos}", *overrides) for word in ("--set", override)]
-    tree.run("python", "-m", "ommatid", "images", "--params", str(tree.root / "params.yaml"), *arguments, cwd=work)
-    (table,) = (pq.read_table(path, columns=["path"]) for path in (work / "data/images").glob("images*.parquet"))
-    return table["path"].to_pylist()
+    source = "images.source={kind: folder, path: photos}"
+    words = [
+        ("images", "--params", str(tree.root / "params.yaml"), "--data", name, "--set", source, "--set", override)
+        for name, override in overrides.items()
+    ]
+    tree.run("python", "-c", RUN_VERBS, *map("|".join, words), cwd=work)
+    return {name: sum(pq.read_metadata(path).num_rows for path in (work / name / "images").glob("images-*.parquet")) for name in overrides}
 
 
-def test_a_key_of_a_kind_takes_the_files_of_its_recipe(tmp_path: Path) -> None:
-    tree = copy_tree(tmp_path / "tree")
+def test_a_key_of_a_section_takes_the_files_of_its_recipe(tree: Tree, tmp_path: Path) -> None:
+    add_field(tree, CONFIG, "    eval_share: Annotated[float, Field(gt=0, lt=1)]\n", blocks_of(PAGE)[0])
+    tree.replace(STAGE, "spread(source.total, params.limit)", "spread(source.total, params.limit)[params.skip :]")
+    assert_only_named(tree, PAGE)
+    assert count_images(tree, tmp_path / "work", before="images.limit=null", after="images.skip=5") == {"before": 12, "after": 7}
+
+
+def test_a_key_of_a_kind_takes_the_files_of_its_recipe(tree: Tree, tmp_path: Path) -> None:
     (last,) = re.findall(r'class FolderSource.*?(    """Folder, .*?"""\n)', (tree.root / CONFIG).read_text(encoding="utf-8"), re.DOTALL)
-    tree.replace(CONFIG, last, last + textwrap.indent(blocks_of(PAGE)[0], " " * 4))
+    tree.replace(CONFIG, last, last + textwrap.indent(blocks_of(PAGE)[1], " " * 4))
     tree.replace(STAGE, "Folder(params.path)", 'Folder(f"{params.path}/{params.inside}")')
     assert_only_named(tree, PAGE)
-    key = "images.source={kind: folder, path: photos, inside: red}"
-    assert len(paths_of(tree, tmp_path / "all")) == 12
-    assert len(paths_of(tree, tmp_path / "some", key)) == 4
+    source = "images.source={kind: folder, path: photos, inside: red}"
+    assert count_images(tree, tmp_path / "work", before="images.limit=null", after=source) == {"before": 12, "after": 4}
 
 
-def test_a_key_of_a_section_stands_in_params_yaml_too(tmp_path: Path) -> None:
-    tree = copy_tree(tmp_path / "tree")
-    field = "    eval_share: Annotated[float, Field(gt=0, lt=1)]\n"
-    new = '    skip: Annotated[int, Field(ge=0)]\n    """Leave out so many images at the beginning of the source."""\n'
-    assert field in (tree.root / CONFIG).read_text(encoding="utf-8")
-    tree.replace(CONFIG, field, new + field)
-    tree.replace("params.yaml", "images:\n", "images:\n  skip: 2\n")
-    tree.replace(STAGE, "spread(source.total, params.limit)", "spread(source.total, params.limit)[params.skip :]")
-    assert tree.changed() == ["params.yaml", CONFIG, STAGE]
-    assert len(paths_of(tree, tmp_path / "work")) == 10
-    assert len(paths_of(tree, tmp_path / "other", "images.skip=5")) == 7
+def test_dvc_knows_a_key_of_extract_that_params_yaml_lacks(tree: Tree, tmp_path: Path) -> None:
+    config, before = "src/ommatid/config/extract.py", "    executor: Executor\n"
+    add_field(tree, config, before, 'mirrored: bool = False\n"""Whether to mirror the images."""\n')
+    write_tile_folder(tmp_path / "photos", 3)
+    source = ("--params", str(tree.root / "params.yaml"), "--set", "images.source={kind: folder, path: photos}")
+
+    def sources(*overrides: str) -> dict[str, object]:
+        words = "|".join(("sources", *source, *(word for override in overrides for word in ("--set", override))))
+        tree.run("python", "-c", RUN_VERBS, words, cwd=tmp_path)
+        return json.loads((tmp_path / "data/sources/extract.json").read_text(encoding="utf-8"))
+
+    assert sources() == sources("extract.mirrored=false") == {}
+    assert sources("extract.mirrored=true") == {"extract.mirrored": True}

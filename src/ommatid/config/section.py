@@ -53,6 +53,12 @@ class Section(BaseModel):
         """Return the values that determine an artefact's content, as JSON values; they go into its manifest and the name of its draft."""
         return self.model_dump(mode="json", exclude=set(self.runtime_keys))
 
+    def optional(self) -> dict[str, Any]:
+        """Return the part of `identity` whose keys params.yaml may leave out, without those that have their default value."""
+        fields = {name: field for name, field in type(self).model_fields.items() if not field.is_required()}
+        changed = {name for name, field in fields.items() if getattr(self, name) != field.get_default(call_default_factory=True)}
+        return {name: value for name, value in self.identity().items() if name in changed}
+
 
 def _allows(annotation: Any, *kinds: type) -> bool:
     """Whether an annotation is, or contains, one of the types."""
