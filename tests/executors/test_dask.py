@@ -46,7 +46,7 @@ def test_the_shard_of_a_killed_worker_is_made_by_another(cluster: DaskExecutor, 
 
 
 def test_a_shard_that_kills_every_worker_is_named(cluster: DaskExecutor, tmp_path: Path) -> None:
-    with pytest.raises(ExecutorError, match=r"shard \d: failed 4 times, .* its worker died \(.*127\.0\.0\.1.*is kept"):
+    with pytest.raises(ExecutorError, match=r"shard \d: failed 4 times, .* its worker died \(.*127\.0\.0\.1.*are kept"):
         run(cluster, KillJob(str(tmp_path)), range(3, 5), lambda shard: None)
 
 

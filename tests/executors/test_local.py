@@ -69,7 +69,7 @@ def test_the_shard_of_a_killed_process_is_made_by_another(tmp_path: Path) -> Non
 def test_a_shard_that_kills_every_process_is_named(tmp_path: Path) -> None:
     others = started()
     job = KillJob(str(tmp_path))
-    with pytest.raises(ExecutorError, match=r"shard 3: failed 3 times, .* its worker died \(SIGKILL\).*batch_size.*is kept"):
+    with pytest.raises(ExecutorError, match=r"shard 3: failed 3 times, .* its worker died \(SIGKILL\).*batch_size.*are kept"):
         local.run(LOCAL, job, range(6), lambda shard: None, DEVICES)
     assert job.attempts(3) == 3
     assert started() <= others
@@ -151,15 +151,15 @@ def test_workers_with_other_libraries_are_refused_by_name() -> None:
     here = Driver.here()
     with (
         pytest.raises(ExecutorError, match=r"worker tcp://x: has torch [\d.]+ instead of 1\.0;"),
-        replace(here, versions={**here.versions, "torch": "1.0"}).hosted("tcp://x"),
+        replace(here, versions={**here.versions, "torch": "1.0"}).enter("tcp://x"),
     ):
         raise AssertionError
 
 
 def test_workers_go_where_the_driver_is_if_they_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = os.getcwd()
-    with Driver(Driver.here().versions, str(tmp_path)).hosted("tcp://x"):
+    with Driver(Driver.here().versions, str(tmp_path)).enter("tcp://x"):
         assert os.getcwd() == str(tmp_path)
-    with Driver(Driver.here().versions, "/no/such/folder").hosted("tcp://x"):
+    with Driver(Driver.here().versions, "/no/such/folder").enter("tcp://x"):
         assert os.getcwd() == before
     assert os.getcwd() == before

@@ -44,7 +44,7 @@ def test_the_shard_of_a_killed_worker_is_made_by_another(cluster: RayExecutor, t
 
 def test_a_shard_that_kills_every_worker_is_named(cluster: RayExecutor, tmp_path: Path) -> None:
     job = KillJob(str(tmp_path))
-    with pytest.raises(ExecutorError, match=r"shard 3: failed 3 times, .* its worker died \(.*worker process has died.*is kept$"):
+    with pytest.raises(ExecutorError, match=r"shard 3: failed 3 times, .* its worker died \(.*worker process has died.*are kept$"):
         run(cluster, job, range(6), lambda shard: None)
     assert job.attempts(3) == 3
 
@@ -96,7 +96,7 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(scheme: str) -> None:
 
 def test_without_a_place_it_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "_SECONDS_WITHOUT_WORKERS", 1)
-    problem = "the Ray cluster has had no place for a worker for 1 seconds"
+    problem = "the Ray cluster has had no room for a worker for 1 seconds"
     with ray_cluster(tmp_path / "log", n_places=0) as params, pytest.raises(ExecutorError, match=problem):
         run(params, WriteJob(str(tmp_path)), range(3), lambda shard: None)
 
@@ -104,7 +104,7 @@ def test_without_a_place_it_is_given_up(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_cluster_without_ommatid_is_told_so(tmp_path: Path) -> None:
     (tmp_path / "old/ommatid").mkdir(parents=True)
     (tmp_path / "old/ommatid/__init__.py").touch()
-    problem = r"a worker cannot start \(.*ommatid[.].*'\); all nodes need what is installed here"
+    problem = r"a worker cannot start \(.*ommatid[.].*'\); install the same versions on all nodes as here"
     with ray_cluster(tmp_path / "log", path=f"{tmp_path / 'old'}:{TESTS}") as params, pytest.raises(ExecutorError, match=problem):
         run(params, WriteJob(str(tmp_path)), range(3), lambda shard: None)
 

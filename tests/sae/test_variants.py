@@ -207,10 +207,10 @@ def test_gradients_are_those_of_the_definition(
     variant, weights, batch = make(kind, ms_weight), make_weights(transcoder), make_batch(transcoder)
     guides = Guides(floor=0.3)
     variant.begin(weights, batch.x - weights.fixed.get("b_pre", weights.b_dec), guides)
-    if "r_mag" in weights.own:
-        weights.own |= {"r_mag": 0.2 * seeded(8, D_SAE), "b_mag": 0.2 * seeded(9, D_SAE)}
-    if "log_threshold" in weights.own:
-        weights.own["log_threshold"] += 0.2 * seeded(8, D_SAE)
+    if "r_mag" in weights.extra:
+        weights.extra |= {"r_mag": 0.2 * seeded(8, D_SAE), "b_mag": 0.2 * seeded(9, D_SAE)}
+    if "log_threshold" in weights.extra:
+        weights.extra["log_threshold"] += 0.2 * seeded(8, D_SAE)
     dead = torch.arange(N_DEAD)
     oracle = Oracle(weights, batch, Guides(mean_act=guides.mean_act), ms_weight)
     loss = loss_of(oracle, dead)
@@ -228,10 +228,10 @@ def test_archetypal_gradients_are_those_of_the_definition() -> None:
     for tensor in (weights.W_enc, weights.b_enc, weights.W_dec, weights.b_dec):
         tensor.data = tensor.data.float()
     variant.begin(weights, x.float(), Guides())
-    own = {name: tensor.double() for name, tensor in weights.own.items()}
-    own["shift"] = 0.05 * seeded(11, D_SAE, D_MODEL)
+    extra = {name: tensor.double() for name, tensor in weights.extra.items()}
+    extra["shift"] = 0.05 * seeded(11, D_SAE, D_MODEL)
     plain = [tensor.double() for tensor in (weights.W_enc, weights.b_enc, weights.W_dec, weights.b_dec)]
-    weights = Weights(*plain, own=own, fixed={"centres": weights.fixed["centres"].double()}, derives_W_dec=True)
+    weights = Weights(*plain, extra=extra, fixed={"centres": weights.fixed["centres"].double()}, derives_W_dec=True)
     variant.constrain(weights)
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in weights.trained().items()}
     W_dec = normalize(leaves["mix"] @ weights.fixed["centres"] + leaves["shift"], dim=1)
@@ -242,7 +242,7 @@ def test_archetypal_gradients_are_those_of_the_definition() -> None:
     assert float(step.loss) == pytest.approx(float(loss.detach()), rel=1e-10)
     for key, leaf in leaves.items():
         torch.testing.assert_close(weights.grads()[key], leaf.grad, rtol=1e-8, atol=1e-10)
-    assert bool((own["mix"] >= 0).all()) and torch.allclose(own["mix"].sum(1), torch.ones(D_SAE, dtype=torch.float64))
+    assert bool((extra["mix"] >= 0).all()) and torch.allclose(extra["mix"].sum(1), torch.ones(D_SAE, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("points", "most"), [(None, 0.0), (25, 0.5)], ids=["a centre a latent", "fewer centres"])
@@ -251,7 +251,7 @@ def test_archetypal_directions_share_at_most_half_of_a_centre_at_first(points: i
     for tensor in (weights.W_enc, weights.b_enc, weights.W_dec, weights.b_dec):
         tensor.data = tensor.data.float()
     variant.begin(weights, seeded(10, 200, D_MODEL).float(), Guides())
-    mix = weights.own["mix"]
+    mix = weights.extra["mix"]
     shared = torch.minimum(mix[:, None], mix).sum(2).fill_diagonal_(0)
     assert float(shared.max()) == most
     torch.testing.assert_close(mix.sum(1), torch.ones(D_SAE))

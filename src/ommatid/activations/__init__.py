@@ -1,1 +1,1 @@
-"""Activations: reading what `extract` wrote, as training batches, as columns, or mapped from the disk."""
+"""Reading of the activations that `extract` wrote: as training batches, as columns, or memory-mapped."""

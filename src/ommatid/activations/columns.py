@@ -1,4 +1,4 @@
-"""Fixed-width binary columns to tensors and back, without copies where Arrow allows."""
+"""Conversion between fixed-width binary columns and tensors."""
 
 import numpy as np
 import pyarrow as pa
@@ -7,17 +7,17 @@ from torch import Tensor
 
 
 def from_float16(column: pa.ChunkedArray) -> Tensor:
-    """A column of little-endian float16 vectors as (rows, width) float16."""
+    """Return a column of little-endian float16 vectors as a float16 tensor, `(rows, width)`."""
     return torch.from_numpy(_view(column, np.dtype("<f2")))
 
 
 def from_float32(column: pa.ChunkedArray) -> Tensor:
-    """A column of little-endian float32 vectors as (rows, width) float32."""
+    """Return a column of little-endian float32 vectors as a float32 tensor, `(rows, width)`."""
     return torch.from_numpy(_view(column, np.dtype("<f4")))
 
 
 def to_binary(x_nd: Tensor, dtype: torch.dtype) -> pa.Array:
-    """Rows of a tensor as fixed-width binary values of `dtype` (float16 or float32), little-endian."""
+    """Return the rows of a tensor as fixed-width binary values, which are little-endian float16 or float32 vectors."""
     rows = x_nd.to(dtype).contiguous().cpu().numpy()
     values = rows.astype(rows.dtype.newbyteorder("<"), copy=False)
     width = rows.shape[1] * rows.itemsize
@@ -31,5 +31,5 @@ def _view(column: pa.ChunkedArray, dtype: np.dtype) -> np.ndarray:
     width = array.type.byte_width // dtype.itemsize
     data = array.buffers()[1]
     flat = np.frombuffer(data, dtype, count=len(array) * width, offset=array.offset * array.type.byte_width)
-    # copied: torch warns of read-only memory, and the table can be freed
+    # Copied because torch warns about read-only memory, and so that the table can be freed.
     return flat.reshape(len(array), width).astype(dtype.newbyteorder("="), copy=True)

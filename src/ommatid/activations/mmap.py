@@ -1,7 +1,7 @@
-"""Fixed-width columns of a Parquet file as they lie on the disk: mapped, not copied.
+"""Memory maps of fixed-width columns of a Parquet file.
 
-The values of an uncompressed, plain column that is never null lie one after the other in its page. Where a row group has one page,
-they are the end of the column chunk: Parquet's own metadata tells where it ends, and rows times width how long they are.
+In an uncompressed column with plain encoding and no nulls, the values of a page are contiguous. If a row group has one page, they form the
+end of its column chunk, whose position is in the Parquet metadata, and their length is the number of rows times the width.
 """
 
 import mmap
@@ -12,22 +12,32 @@ import numpy as np
 import pyarrow.parquet as pq
 
 ONE_PAGE: dict[str, Any] = {"data_page_size": 2**30, "max_rows_per_page": 2**31 - 1}
-"""What a ParquetWriter must be told for row groups (below 1 GiB) to be one page."""
-_MOST_HEADER = 64
-"""A page's header is shorter, so a chunk with so little beside its values has but one."""
+"""Options with which a ParquetWriter writes each row group (below 1 GiB) as one page."""
+_MAX_HEADER = 64
+"""Upper bound of the size of a page header. A chunk with no more bytes than this besides its values has only one page."""
 
 
 def map_column(path: Path, file: pq.ParquetFile, row_group: int, column: int, width: int) -> np.ndarray | None:
-    """The values of one column of a row group, (rows,) of `width` bytes each, read-only; None: they do not lie in one piece.
+    """Map the values of one column of a row group.
 
-    The pages are asked for from the disk now, so a thread that runs ahead reads for the one that follows.
+    The file is read when it is mapped, so that a prefetching thread does the reading for its consumer.
+
+    Args:
+        path: Path of the file.
+        file: The opened file.
+        row_group: Index of the row group.
+        column: Index of the column.
+        width: Bytes per value.
+
+    Returns:
+        The values, `(rows,)`, read-only; None if they are not contiguous in the file.
     """
     group = file.metadata.row_group(row_group)
     chunk = group.column(column)
     n_bytes = group.num_rows * width
     header = chunk.total_compressed_size - n_bytes
     is_plain = chunk.compression == "UNCOMPRESSED" and set(chunk.encodings) <= {"PLAIN", "RLE"} and not chunk.has_dictionary_page
-    if not is_plain or file.schema.column(column).max_definition_level or not n_bytes or not 0 < header <= _MOST_HEADER:
+    if not is_plain or file.schema.column(column).max_definition_level or not n_bytes or not 0 < header <= _MAX_HEADER:
         return None
     start = chunk.data_page_offset + header
     before = start % mmap.ALLOCATIONGRANULARITY

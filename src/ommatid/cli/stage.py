@@ -31,10 +31,10 @@ def run(name: str, params_file: Path, overrides: Sequence[str], data: str, allow
         The exit status: 0, or `REJECTED`.
     """
     params = load_params(params_file, overrides)
-    from ommatid.executors.workers import WAITING
+    from ommatid.executors.workers import OPENMP_SETTINGS
 
     # before torch is imported, whose OpenMP reads them once
-    for key, value in WAITING.items():
+    for key, value in OPENMP_SETTINGS.items():
         os.environ.setdefault(key, value)
     if name == "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         has_rejected = _train_distributed(params, data)

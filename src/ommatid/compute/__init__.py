@@ -1,1 +1,1 @@
-"""Compute: small tools for arrays, threads and hardware that know nothing of SAEs."""
+"""Small tools for arrays, threads, checkpoints and hardware. Nothing here knows about SAEs."""

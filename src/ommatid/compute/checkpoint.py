@@ -1,4 +1,4 @@
-"""Checkpoints: the state of a computation, written now and then, from which a run that was killed continues bit for bit.
+"""Checkpoints: the state of a computation, saved from time to time, from which a killed run continues bit for bit.
 
 Whatever holds state is `Stateful`, as modules and optimisers of torch are, and `Checkpoint` is the only reader and writer of the files.
 Results that are final as they come, such as finished shards and answers of a labeller, are written one by one and need no checkpoint.
@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 SECONDS = 60.0
-"""Age of the last checkpoint, in seconds, at which the next one is due: about what a run that is killed without warning loses."""
+"""Age of the last checkpoint, in seconds, at which the next one is due. A killed run loses about as much work."""
 
 State = Mapping[str, Tensor]
-"""Tensors by name; the names of what an object holds inside another are joined by slashes."""
+"""Tensors by name. Names inside nested objects are joined by slashes."""
 
 
 @runtime_checkable
@@ -31,7 +31,7 @@ class Stateful(Protocol):
         ...
 
     def load_state_dict(self, state: State) -> None:
-        """Take over what `state_dict` returned."""
+        """Load the state that `state_dict` returned."""
         ...
 
 
@@ -55,7 +55,7 @@ class Accumulator:
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the state of several values, which are of the kinds that `Accumulator` allows, by their names."""
+    """Return the state of several named values of the kinds that `Accumulator` allows."""
     return {name: tensor for key, value in values.items() for name, tensor in _flat(value, key)}
 
 
@@ -93,7 +93,7 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _restored(old: Any, state: State, name: str) -> Any:
-    """The saved value that takes the place of `old`; an object stays the same one and loads its own state."""
+    """Return the saved value that replaces `old`. A `Stateful` object is kept, and loads its own state."""
     match old:
         case None:
             return state.get(name)
@@ -115,18 +115,18 @@ def _restored(old: Any, state: State, name: str) -> Any:
 
 
 class Files(Protocol):
-    """Where a checkpoint lies: a draft."""
+    """A place for checkpoint files, such as a draft."""
 
     def has(self, name: str) -> bool:
-        """Whether the file is there and undamaged."""
+        """Return whether the file exists and is undamaged."""
         ...
 
     def local(self, name: str) -> Path:
-        """Path of the file on this machine."""
+        """Return the path of the file on this machine."""
         ...
 
     def write_file(self, name: str) -> AbstractContextManager[Path]:
-        """Write the file whole or not at all."""
+        """Write the file atomically, to the path that the context manager yields."""
         ...
 
     def remove(self, name: str) -> None:
@@ -144,18 +144,18 @@ class Checkpoint:
 
     @property
     def is_due(self) -> bool:
-        """Whether the last one is old enough for the next to be written."""
+        """Whether the last checkpoint is old enough for the next to be written."""
         return time.monotonic() - self._written > SECONDS
 
     def load(self) -> dict[str, Tensor]:
-        """Return the state that was saved, empty where there is none."""
+        """Return the saved state, or an empty dict if there is none."""
         if not self._files.has(self._name):
             return {}
-        # copied: tensors do not lie in the file as torch aligns them, and products of them then differ in their last bits
+        # Cloned because tensors loaded from a file are not aligned in memory, which changes the last bits of products.
         return {name: tensor.clone() for name, tensor in load_file(self._files.local(self._name)).items()}
 
     def save(self, values: Mapping[str, Any]) -> None:
-        """Write the state of several values (see `flatten`) in place of what was there."""
+        """Save the state of several values (see `flatten`), replacing the last checkpoint."""
         with self._files.write_file(self._name) as path:
             save_file(_unshared(flatten(values)), path)
         self._written = time.monotonic()
@@ -166,7 +166,7 @@ class Checkpoint:
 
 
 def _unshared(tensors: State) -> dict[str, Tensor]:
-    """Contiguous tensors of which no two share memory: safetensors takes no others."""
+    """Return contiguous tensors no two of which share memory, as safetensors requires."""
     seen: set[int] = set()
     found = {}
     for name, tensor in tensors.items():

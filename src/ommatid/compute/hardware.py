@@ -1,16 +1,16 @@
-"""What this machine computes in hardware."""
+"""Capabilities of the hardware."""
 
 import torch
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are computed by the hardware, not merely emulated."""
+    """Return whether the hardware computes matrix products in bfloat16, rather than emulating them."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Private in torch 2.13, and there is no public way to ask; torch is pinned to 2.13 in pyproject.
+    # These functions are private, but there are no public ones, and pyproject.toml pins torch to 2.13.
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """The arithmetic of large matrix products: bfloat16 where the hardware computes in it, else float32."""
+    """Return the data type for large matrix products: bfloat16 if the hardware computes in it, and float32 otherwise."""
     return torch.bfloat16 if computes_in_bfloat16(device) else torch.float32

@@ -1,7 +1,7 @@
-"""Nearest directions by cosine, in tiles, so that memory does not grow with the number of directions.
+"""Nearest directions by cosine, computed in tiles, so that memory does not grow with the number of directions.
 
-Matrices of directions are arrays of numpy or tensors of torch, which is not imported here: each product is computed by the library
-that the matrix comes from. What is largest is decided in one way for all of them: of equal values the lower index comes first.
+Directions are numpy arrays or torch tensors. torch is not imported here: each product is computed by the library of its operands. Ties are
+always resolved in the same way: of equal values, the one with the lower index comes first.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 
 ALIKE = 0.9
-"""Cosine above which two directions are taken for the same."""
+"""Cosine above which two directions count as the same."""
 TILE = 4096
-"""Directions on a side of a tile, whose cosines take 64 MB."""
+"""Directions per side of a tile of cosines, which then takes 64 MB."""
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """Nearest directions of each query, the nearest first."""
+    """The nearest directions of each query, nearest first."""
 
     others: np.ndarray
-    """Indices of the directions, (queries, n) int64."""
+    """Indices of the directions, `(queries, n)` int64."""
     cosines: np.ndarray
-    """Their cosines, (queries, n) float32; minus infinity where the direction was not allowed."""
+    """Cosines with the directions, `(queries, n)` float32; minus infinity for a direction that was not allowed."""
 
 
 def iter_nearest(
@@ -32,11 +32,11 @@ def iter_nearest(
     """Yield the nearest directions of `TILE` queries at a time, in order.
 
     Args:
-        queries: Unit rows (queries, d): an array, a tensor, or anything else that has a length and yields such rows when it is sliced.
-        directions: Unit rows (directions, d), as `queries`.
-        n: Number of directions for each query; all of them at most.
-        own: The index of each query among the directions, (queries,), which is not allowed; None if queries are not directions.
-        allowed: Whether each pair counts, (queries, directions) bool; None allows all.
+        queries: Rows of unit norm, `(queries, d)`: an array, a tensor, or any object that has a length and returns such rows when sliced.
+        directions: Rows of unit norm, `(directions, d)`, in the same form.
+        n: Number of directions per query, or all of them if there are fewer.
+        own: Index of each query among the directions, `(queries,)`, which is then not allowed; None if queries are not directions.
+        allowed: Whether each pair is allowed, `(queries, directions)` bool; None allows all.
     """
     for rows in _slices(len(queries)):
         block = queries[rows]
@@ -44,9 +44,9 @@ def iter_nearest(
         for columns in _slices(len(directions)):
             cosines = _product(block, directions[columns])
             if own is not None:
-                mine = own[rows] - columns.start
-                inside = np.flatnonzero((mine >= 0) & (mine < cosines.shape[1]))
-                cosines[inside, mine[inside]] = -np.inf
+                own_columns = own[rows] - columns.start
+                inside = np.flatnonzero((own_columns >= 0) & (own_columns < cosines.shape[1]))
+                cosines[inside, own_columns[inside]] = -np.inf
             if allowed is not None:
                 cosines[~allowed[rows, columns]] = -np.inf
             best.add(columns.start, cosines)
@@ -54,12 +54,12 @@ def iter_nearest(
 
 
 def nearest(queries: Any, directions: Any, n: int, own: np.ndarray | None = None, allowed: np.ndarray | None = None) -> Nearest:
-    """Return the nearest directions of all queries; see `iter_nearest`."""
+    """Return the nearest directions of all queries: see `iter_nearest`."""
     return _joined(list(iter_nearest(queries, directions, n, own, allowed)))
 
 
 def nearest_both_ways(a: Any, b: Any) -> tuple[Nearest, Nearest]:
-    """Return the nearest of `b` for each row of `a`, and the nearest of `a` for each of `b`, from one product; at least a row each."""
+    """Return the nearest row of `b` for each row of `a`, and the reverse, from one product. Both must have at least one row."""
     there, back = [], [_Best(columns.stop - columns.start, 1) for columns in _slices(len(b))]
     for rows in _slices(len(a)):
         block = a[rows]
@@ -73,7 +73,7 @@ def nearest_both_ways(a: Any, b: Any) -> tuple[Nearest, Nearest]:
 
 
 class UnitRows:
-    """Rows of a matrix, read a slice at a time, and scaled to unit length in float32; rows of zeros stay zeros."""
+    """A matrix that is read in slices of rows, which are scaled to unit norm in float32. Rows of zeros stay zero."""
 
     def __init__(self, n: int, read: Callable[[slice], np.ndarray]) -> None:
         self._n = n
@@ -89,14 +89,14 @@ class UnitRows:
 
 
 def largest(values: np.ndarray, n: int) -> np.ndarray:
-    """Columns of each row's `n` largest values, largest first; of equal values the lower column comes first, and is kept where one must go.
+    """Return the columns of each row's `n` largest values, largest first. Of equal values, the one in the lower column comes first.
 
     Args:
-        values: (rows, columns), without NaN.
-        n: How many, all of them at most.
+        values: Values without NaN, `(rows, columns)`.
+        n: Number of values to select.
 
     Returns:
-        (rows, min(n, columns)) int64.
+        The columns, `(rows, min(n, columns))` int64.
     """
     n = min(n, values.shape[1])
     if not n:
@@ -106,7 +106,7 @@ def largest(values: np.ndarray, n: int) -> np.ndarray:
     found = np.argpartition(-values, n - 1, axis=1)[:, :n]
     kept = np.take_along_axis(values, found, axis=1)
     least = kept.min(axis=1, keepdims=True)
-    # of values that equal the last one kept, argpartition takes any
+    # argpartition selects arbitrary ones of the values that equal the smallest selected one.
     for row in np.flatnonzero((values == least).sum(1) > (kept == least).sum(1)):
         above = np.flatnonzero(values[row] > least[row])
         found[row] = np.concatenate([above, np.flatnonzero(values[row] == least[row])[: n - len(above)]])
@@ -116,14 +116,14 @@ def largest(values: np.ndarray, n: int) -> np.ndarray:
 
 
 class _Best:
-    """The nearest directions of some queries among the tiles so far."""
+    """The nearest directions of some queries in the tiles added so far."""
 
     def __init__(self, n_queries: int, n: int) -> None:
         self._n = n
         self.found = Nearest(np.empty((n_queries, 0), np.int64), np.empty((n_queries, 0), np.float32))
 
     def add(self, first: int, cosines: np.ndarray) -> None:
-        """Take in the cosines (queries, columns) of directions from `first` on, which come after all those before."""
+        """Add cosines `(queries, columns)` with the directions from index `first` on. Tiles must be added in ascending order."""
         new = largest(cosines, self._n)
         others = np.concatenate([self.found.others, new + first], axis=1)
         values = np.concatenate([self.found.cosines, np.take_along_axis(cosines, new, axis=1)], axis=1)
@@ -132,7 +132,7 @@ class _Best:
 
 
 def _product(queries: Any, directions: Any) -> np.ndarray:
-    """Cosines of unit rows, (queries, directions)."""
+    """Return the cosines of rows of unit norm, `(queries, directions)`."""
     return np.asarray(queries @ directions.T)
 
 

@@ -11,9 +11,9 @@ _END = object()
 
 
 def prefetch(items: Iterable[T], n: int) -> Generator[T, None, None]:
-    """The same items, up to `n` of them made before they are asked for; errors arrive where they would have.
+    """Yield the same items, up to `n` of which are computed in advance by a thread.
 
-    The thread ends with the consumer: also when that stops half-way.
+    An error is raised where it would have been raised without the thread. The thread ends with the consumer, even if that stops early.
     """
     waiting: queue.Queue[Any] = queue.Queue(n)
     stopped = threading.Event()
@@ -33,7 +33,7 @@ def prefetch(items: Iterable[T], n: int) -> Generator[T, None, None]:
                 if not put((item, None)):
                     return
             put((_END, None))
-        except BaseException as error:  # handed over: the consumer's thread raises it
+        except BaseException as error:  # Passed on, for the consumer's thread to raise.
             put((_END, error))
 
     thread = threading.Thread(target=work, daemon=True)

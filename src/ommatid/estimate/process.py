@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from ommatid import errors
 from ommatid.errors import OmmatidError
-from ommatid.executors.workers import WAITING
+from ommatid.executors.workers import OPENMP_SETTINGS
 
 MODULE = "ommatid.estimate.trial"
 
@@ -99,7 +99,7 @@ class StageProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={**WAITING, **os.environ, **self._environment},  # as the command line sets it
+                env={**OPENMP_SETTINGS, **os.environ, **self._environment},  # as the command line sets it
                 start_new_session=True,  # Ctrl-C comes to us: we end it with all that it started
             )
 

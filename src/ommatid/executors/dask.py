@@ -1,8 +1,8 @@
-"""Dask: the only file that knows `distributed`.
+"""Execution on a Dask cluster. This is the only file that imports `distributed`.
 
-Dask reruns by itself what a dead worker was at. A worker makes one shard at a time, however many threads it has: a model takes all
-cores or a GPU, and hooks of two forward passes in one process would mix. (A lock does it. Dask's resources, of which a worker could
-have one place, would be given to workers after they have joined, and tasks that wait for a worker never hear of it.)
+Dask itself reruns the task of a worker that died. A worker makes one shard at a time, however many threads it has: a model uses all cores
+or a GPU, and the hooks of two forward passes in one process would interfere. A lock ensures this. Dask's resources would not: they are
+assigned only after a worker has joined, and tasks that already wait for a worker do not notice them.
 """
 
 import logging
@@ -20,7 +20,7 @@ from typing import Any
 
 from ommatid.config.extract import DaskExecutor
 from ommatid.errors import ExecutorError
-from ommatid.executors.workers import ATTEMPTS, Driver, attempt, died, environment, reach, thread_settings
+from ommatid.executors.workers import ATTEMPTS, Driver, attempt, check_reachable, environment, thread_settings, worker_died
 
 try:
     import dask.config
@@ -32,19 +32,19 @@ except ImportError as error:
     raise ExecutorError(f"extract.executor: dask is not installed ({error}); pip install 'ommatid[dask]'") from None
 
 _SECONDS_TO_CONNECT = 30
-"""For the greetings of a scheduler that listens: those of a busy one take seconds."""
+"""Timeout of the handshake with a scheduler that listens, which takes seconds if it is busy."""
 _SECONDS_WITHOUT_WORKERS = 300
-"""Batch systems take minutes to start a worker."""
+"""Time after which a cluster without workers is given up. Batch systems take minutes to start a worker."""
 _IN_FLIGHT = 2
-"""Futures a worker: one is made, and one waits so that no worker does."""
+"""Futures per worker: while one runs, the next one is already queued."""
 
 
 def run(params: DaskExecutor, job: Callable[[int], None], shards: Sequence[int], on_done: Callable[[int], None]) -> None:
-    """Run a job for every shard on a cluster that is there, or on one for the time of the run.
+    """Run a job for every shard on an existing cluster, or on a local one that is started for the run: see `executors.run`.
 
     Raises:
-        ExecutorError: no scheduler or no worker answers, workers run other versions, or those of one shard died again and again.
-        OmmatidError: what the job raised three times.
+        ExecutorError: No scheduler or no worker answers, workers run other versions, or the workers of one shard died repeatedly.
+        OmmatidError: The job raised it three times.
     """
     with _cluster(params) as address, _connected(address) as client:
         _Run(client, address, job).run(shards, on_done)
@@ -52,11 +52,11 @@ def run(params: DaskExecutor, job: Callable[[int], None], shards: Sequence[int],
 
 @contextmanager
 def _cluster(params: DaskExecutor) -> Iterator[str]:
-    """The address of a scheduler."""
+    """Yield the address of a scheduler, which is started if the parameters name none."""
     if params.address:
         yield params.address
         return
-    # PYTHONHASHSEED: Dask sets one; all of these it puts into this process's environment, too
+    # Dask sets PYTHONHASHSEED by default. It also copies all of these into the environment of this process, which is restored afterwards.
     settings = thread_settings(params.workers) | {"PYTHONHASHSEED": "1"}
     config = {"distributed.nanny.pre-spawn-environ": settings}
     with environment(settings), dask.config.set(config), _start(params.workers) as cluster:
@@ -64,23 +64,26 @@ def _cluster(params: DaskExecutor) -> Iterator[str]:
 
 
 def _start(n_workers: int) -> Any:
-    """A cluster on this machine that no other can reach, without pages; memory is not watched, for it holds models and not Dask's data."""
+    """Start a local cluster that no other machine can reach, without a dashboard.
+
+    Memory is not limited, because it is used by models and not by Dask's own data.
+    """
     options: dict[str, Any] = {"dashboard_address": None, "memory_limit": 0, "silence_logs": logging.CRITICAL}
-    pages = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}  # None would be port 8787 for all the world
-    return LocalCluster(n_workers=n_workers, threads_per_worker=1, scheduler_kwargs=pages, **options)
+    dashboard = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}  # None would open port 8787 to all machines.
+    return LocalCluster(n_workers=n_workers, threads_per_worker=1, scheduler_kwargs=dashboard, **options)
 
 
 @contextmanager
 def _connected(address: str) -> Iterator[Any]:
     try:
-        reach(address)
+        check_reachable(address)
         with warnings.catch_warnings():
-            # of Dask's own dependencies; what changes results we compare ourselves
+            # The warning concerns Dask's own dependencies. Libraries that affect results are compared by `Driver.enter`.
             warnings.simplefilter("ignore", VersionMismatchWarning)
             client = Client(address, timeout=_SECONDS_TO_CONNECT, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ExecutorError(
-            f"extract.executor.address: no Dask scheduler answers at {address} ({error}); start one, or mend the address"
+            f"extract.executor.address: no Dask scheduler answers at {address} ({error}); start one, or correct the address"
         ) from None
     with client, client.as_current():
         _check_installed(client, address)
@@ -88,24 +91,24 @@ def _connected(address: str) -> Iterator[Any]:
 
 
 def _check_installed(client: Any, address: str) -> None:
-    """Before anything is sent: a worker that cannot read what is sent to it ends."""
+    """Check that scheduler and workers can import Ommatid before anything is sent: a worker that cannot unpickle a task dies."""
     for who, call in (("the scheduler", client.run_on_scheduler), ("a worker", client.run)):
         try:
             call(pkgutil.resolve_name, f"{__name__}:_make")
         except (ImportError, AttributeError) as error:
             raise ExecutorError(
-                f"{address}: {who} of the Dask cluster cannot import Ommatid ({error}); install on all its machines what is "
-                "installed here, and start it again"
+                f"{address}: {who} of the Dask cluster cannot import Ommatid ({error}); install the same versions on all its machines "
+                "as here, and restart it"
             ) from None
 
 
-_one = threading.Lock()
+_lock = threading.Lock()
 
 
 def _make(job: bytes, shard: int, driver: Driver) -> None:
-    """What a worker does; its other threads wait meanwhile."""
-    # Dask's processes are daemons, which may not start others; where there is a GPU, images are decoded by some
-    with _one, driver.hosted(get_worker().address):
+    """Make a shard in a worker, whose other threads wait meanwhile."""
+    # Dask's workers are daemons, which may not start processes, but with a GPU, images are decoded by other processes.
+    with _lock, driver.enter(get_worker().address):
         multiprocessing.current_process().daemon = False
         if error := attempt(pickle.loads(job), shard):
             raise error
@@ -118,42 +121,42 @@ class _Run:
         self._client = client
         self._address = address
         self._job = pickle.dumps(job)
-        """The scheduler unpickles what is submitted: it need not import what only workers need."""
+        """The job is sent as bytes, because the scheduler unpickles what is submitted but cannot import what only workers need."""
         self._driver = Driver.here()
         self._name = f"ommatid-{uuid.uuid4()}"
         self._shards: dict[Future, int] = {}
-        """In flight."""
+        """Shards in flight, by future."""
 
     def run(self, shards: Sequence[int], on_done: Callable[[int], None]) -> None:
-        waiting = iter(shards)
+        unsubmitted = iter(shards)
         try:
-            while done := self._go_on(waiting):
+            while done := self._advance(unsubmitted):
                 for future in done:
                     shard = self._shards.pop(future)
                     self._check(future, shard)
                     on_done(shard)
         except (CancelledError, CommClosedError, ClosedClientError):
-            raise self._gone() from None
+            raise self._scheduler_lost() from None
         finally:
-            with suppress(OSError, ClosedClientError):  # the client closes itself when it has not found the scheduler again
+            with suppress(OSError, ClosedClientError):  # The client closes itself if it cannot reconnect to the scheduler.
                 self._client.cancel(list(self._shards))
 
-    def _go_on(self, waiting: Iterator[int]) -> set[Future]:
-        """Keep the workers busy, and wait for the next shards that are done; none when all are."""
+    def _advance(self, unsubmitted: Iterator[int]) -> set[Future]:
+        """Keep the workers busy, wait until some shards are done, and return their futures, or none if all shards are done."""
         try:
-            return self._next_done() if self._fill(waiting) else set()
-        except OSError:  # what Dask raises when it cannot connect again; errors of a shard are raised by `_check`
-            raise self._gone() from None
+            return self._next_done() if self._fill(unsubmitted) else set()
+        except OSError:  # Raised by Dask if it cannot reconnect. Errors of shards are raised by `_check`.
+            raise self._scheduler_lost() from None
 
-    def _gone(self) -> ExecutorError:
+    def _scheduler_lost(self) -> ExecutorError:
         return ExecutorError(
-            f"{self._address}: the Dask scheduler has gone; start it again, then run the stage again: what is finished is kept"
+            f"{self._address}: the Dask scheduler has gone; start it again, then run the stage again; finished shards are kept"
         )
 
-    def _fill(self, waiting: Iterator[int]) -> bool:
-        """Submit as many as the workers take; false: all are done."""
-        room = _IN_FLIGHT * max(1, len(self._client.nthreads())) - len(self._shards)
-        for shard in islice(waiting, max(0, room)):
+    def _fill(self, unsubmitted: Iterator[int]) -> bool:
+        """Submit as many shards as the workers take, and return whether any are in flight."""
+        n_free = _IN_FLIGHT * max(1, len(self._client.nthreads())) - len(self._shards)
+        for shard in islice(unsubmitted, max(0, n_free)):
             self._shards[self._submit(shard)] = shard
         return bool(self._shards)
 
@@ -170,13 +173,13 @@ class _Run:
                 if not self._client.nthreads():
                     raise ExecutorError(
                         f"{self._address}: the Dask scheduler has had no worker for {_SECONDS_WITHOUT_WORKERS} seconds; start some, "
-                        "then run the stage again: what is finished is kept"
+                        "then run the stage again; finished shards are kept"
                     ) from None
 
     def _check(self, future: Future, shard: int) -> None:
         if future.status == "finished":
-            return  # the result, None, need not be fetched from a worker that may have died since
+            return  # The result is None, and must not be fetched from a worker that may have died since.
         try:
             future.result()
         except KilledWorker as error:
-            raise died(shard, error.allowed_failures + 1, f"{error.last_worker}") from None
+            raise worker_died(shard, error.allowed_failures + 1, f"{error.last_worker}") from None

@@ -1,4 +1,4 @@
-"""This machine: in this process, or with several GPUs in a process for each."""
+"""Execution on this machine: in this process, or in one process per GPU if there are several."""
 
 import os
 import signal
@@ -11,10 +11,10 @@ from multiprocessing.connection import Connection, wait
 import psutil
 
 from ommatid.config.extract import LocalExecutor
-from ommatid.executors.workers import ATTEMPTS, Waiting, attempt, died, environment, thread_settings
+from ommatid.executors.workers import ATTEMPTS, ShardQueue, attempt, environment, thread_settings, worker_died
 
 _SECONDS_TO_END = 60
-"""A worker that has nothing to do any more, or has closed its pipe, gets so long to end by itself."""
+"""Time that a worker has to end by itself, once it has no more work or has closed its pipe."""
 
 
 def run(
@@ -27,15 +27,15 @@ def run(
     """Run a job for every shard.
 
     Args:
-        params: Says nothing more.
+        params: Parameters of the executor, which has no options.
         job: See `executors.run`.
         shards: See `executors.run`.
         on_done: See `executors.run`.
-        devices: What CUDA_VISIBLE_DEVICES says to each process; None: one for each GPU there is.
+        devices: Value of CUDA_VISIBLE_DEVICES for each process. None means one process per available GPU.
 
     Raises:
-        ExecutorError: the processes of one shard died again and again.
-        OmmatidError: what the job raised.
+        ExecutorError: The processes of one shard died repeatedly.
+        OmmatidError: The job raised it.
     """
     devices = _gpus() if devices is None else devices
     if len(devices) > 1:
@@ -47,7 +47,7 @@ def run(
 
 
 def _gpus() -> list[str]:
-    """What CUDA calls the GPUs that this process may use."""
+    """Return CUDA's names of the GPUs that this process may use."""
     import torch
 
     n, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -55,22 +55,22 @@ def _gpus() -> list[str]:
 
 
 class _Pool:
-    """One worker process a device; one that dies is replaced."""
+    """One worker process per device. A worker that dies is replaced."""
 
     def __init__(self, job: Callable[[int], None], devices: Sequence[str], shards: Sequence[int], on_done: Callable[[int], None]) -> None:
         self._job = job
         self._settings = thread_settings(len(devices))
         self._devices = devices[: len(shards)]
-        self._waiting = Waiting(shards)
+        self._queue = ShardQueue(shards)
         self._on_done = on_done
         self._busy: dict[Connection, tuple[_Worker, int]] = {}
         self._idle: list[_Worker] = []
 
     def run(self) -> None:
-        """Returns, or raises, without a process left."""
+        """Make all shards. No process is left when this returns or raises."""
         try:
             for device in self._devices:
-                self._give(self._start(device))
+                self._assign(self._start(device))
             while self._busy:
                 for connection in wait(list(self._busy)):
                     assert isinstance(connection, Connection), connection
@@ -84,13 +84,13 @@ class _Pool:
     def _start(self, device: str) -> "_Worker":
         return _Worker(self._job, device, self._settings)
 
-    def _give(self, worker: "_Worker") -> None:
-        shard = self._waiting.take()
+    def _assign(self, worker: "_Worker") -> None:
+        shard = self._queue.take()
         if shard is None:
             self._idle.append(worker)
             return
         self._busy[worker.connection] = worker, shard
-        with suppress(OSError):  # a worker that is dead already: the answer will be its end
+        with suppress(OSError):  # If the worker has died, waiting for its answer will show it.
             worker.connection.send(shard)
 
     def _finish(self, connection: Connection) -> None:
@@ -98,20 +98,20 @@ class _Pool:
         try:
             error = connection.recv()
         except (EOFError, OSError):
-            error = died(shard, ATTEMPTS, worker.cause_of_death())
+            error = worker_died(shard, ATTEMPTS, worker.cause_of_death())
         if error is None:
             self._on_done(shard)
         else:
-            self._waiting.failed(shard, error)
+            self._queue.put_back(shard, error)
         del self._busy[connection]
-        self._give(worker if worker.is_alive() else self._start(worker.device))
+        self._assign(worker if worker.is_alive() else self._start(worker.device))
 
 
 class _Worker:
-    """A process that makes one shard after the other."""
+    """A process that makes one shard after another."""
 
     def __init__(self, job: Callable[[int], None], device: str, settings: dict[str, str]) -> None:
-        context = get_context("spawn")  # a fork of a process that has used CUDA cannot
+        context = get_context("spawn")  # CUDA does not work in a fork of a process that has used it.
         self.device = device
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(job, theirs))
@@ -119,16 +119,16 @@ class _Worker:
             self._process.start()
 
     def is_alive(self) -> bool:
-        """Whether it can take another shard."""
+        """Return whether the process can take another shard."""
         return self._process.is_alive()
 
     def end(self) -> None:
-        """Let it end by itself, so that it puts away what it holds."""
+        """Let the process end by itself, so that it cleans up."""
         self.connection.close()
         self._process.join(_SECONDS_TO_END)
 
     def cause_of_death(self) -> str:
-        """Of a process whose pipe is closed."""
+        """Return why the process, whose pipe is closed, has ended: the name of a signal, or its exit code."""
         self._process.join(_SECONDS_TO_END)
         self.kill()
         code = self._process.exitcode
@@ -136,7 +136,7 @@ class _Worker:
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
     def kill(self) -> None:
-        """End it and what it has started."""
+        """Kill the process and its children."""
         self.connection.close()
         if self._process.exitcode is None:
             with suppress(psutil.NoSuchProcess):
@@ -146,17 +146,17 @@ class _Worker:
 
 
 def _serve(job: Callable[[int], None], connection: Connection) -> None:
-    """What a worker process does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver gets it, too, and ends us
+    """Run a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The driver receives the signal too, and ends this process.
     threading.Thread(target=_end_with_driver, daemon=True).start()
-    with suppress(EOFError, OSError):  # the driver needs us no more
+    with suppress(EOFError, OSError):  # Raised when the driver closes the pipe.
         while True:
             shard = connection.recv()
             connection.send(attempt(job, shard))
 
 
 def _end_with_driver() -> None:
-    """No worker, and nothing it started, goes on where nobody waits for it."""
+    """Wait for the driver to end, then end this worker and its children."""
     driver = parent_process()
     assert driver is not None
     driver.join()

@@ -1,7 +1,7 @@
-"""Ray: the only file that knows `ray`.
+"""Execution on a Ray cluster. This is the only file that imports `ray`.
 
-A worker is an actor, for an actor keeps its process, its GPU and so the loaded model from shard to shard. A task does not: Ray ends
-the process after each one that has a GPU, and one that is kept may be given another GPU than the one its model is on.
+A worker is an actor, because an actor keeps its process, its GPU and with them the loaded model from shard to shard. A task would not: Ray
+ends the process after each task that uses a GPU, and a process that it keeps may get a different GPU from the one that its model is on.
 """
 
 import logging
@@ -12,9 +12,9 @@ from typing import Any
 
 from ommatid.config.extract import RayExecutor
 from ommatid.errors import ExecutorError
-from ommatid.executors.workers import ATTEMPTS, Driver, Waiting, attempt, died, environment, reach, thread_settings
+from ommatid.executors.workers import ATTEMPTS, Driver, ShardQueue, attempt, check_reachable, environment, thread_settings, worker_died
 
-# read at import: nothing is reported to Ray's makers, and no code is uploaded where the driver runs under uv
+# Ray reads these when it is imported. They disable usage reports, and the upload of code if the driver runs under uv.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 try:
@@ -24,17 +24,17 @@ except ImportError as error:
     raise ExecutorError(f"extract.executor: ray is not installed ({error}); pip install 'ommatid[ray]'") from None
 
 _SECONDS_WITHOUT_WORKERS = 300
-"""Clusters that grow take minutes to start a node."""
+"""Time after which a cluster without room for a worker is given up. Autoscaling clusters take minutes to start a node."""
 _OBJECT_STORE = 100 * 2**20
-"""Bytes; nothing is sent through it."""
+"""Size of the object store in bytes. It is small, because nothing is sent through it."""
 
 
 def run(params: RayExecutor, job: Callable[[int], None], shards: Sequence[int], on_done: Callable[[int], None]) -> None:
-    """Run a job for every shard on a cluster that is there, or on one for the time of the run.
+    """Run a job for every shard on an existing cluster, or on a local one that is started for the run: see `executors.run`.
 
     Raises:
-        ExecutorError: no cluster answers, workers run other versions, or those of one shard died again and again.
-        OmmatidError: what the job raised three times.
+        ExecutorError: No cluster answers, workers run other versions, or the workers of one shard died repeatedly.
+        OmmatidError: The job raised it three times.
     """
     with _connected(params):
         _Pool(job, shards, on_done).run()
@@ -55,65 +55,65 @@ def _connected(params: RayExecutor) -> Iterator[None]:
 
 @contextmanager
 def _quiet_logger() -> Iterator[None]:
-    """Ray's logger says at every start how it authenticates, and where its pages would be."""
+    """Silence Ray's logger, which reports at every start how it authenticates and where its dashboard would be."""
     logger = logging.getLogger("ray")
-    before = logger.level
+    level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
 
 
 _QUIET: Mapping[str, Any] = {"configure_logging": False, "log_to_driver": False}
 
 
 def _start(n_workers: int) -> None:
-    """A cluster on this machine without pages. It listens to others, too; by default it asks them for a token."""
+    """Start a local cluster without a dashboard. Other machines can reach it, but by default it asks them for a token."""
     with environment(thread_settings(n_workers)):
         ray.init("local", num_cpus=n_workers, include_dashboard=False, object_store_memory=_OBJECT_STORE, **_QUIET)
 
 
 def _connect(address: str) -> None:
     try:
-        reach(address)
+        check_reachable(address)
         ray.init(address, **_QUIET)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise ExecutorError(
-            f"extract.executor.address: no Ray cluster answers at {address} ({error}); start one, mend the address, or set "
-            "RAY_AUTH_MODE=token for one that asks for a token"
+            f"extract.executor.address: no Ray cluster answers at {address} ({error}); start one, correct the address, or set "
+            "RAY_AUTH_MODE=token for a cluster that asks for a token"
         ) from None
 
 
 class _Worker:
-    """What an actor does."""
+    """The actor that makes shards."""
 
     def __init__(self, job: Callable[[int], None], driver: Driver) -> None:
         self._job = job
         self._driver = driver
 
     def start(self) -> None:
-        """The first call, answered when the actor has found a place."""
+        """Do nothing. This is the first call, which returns once the actor has been placed."""
 
     def make(self, shard: int) -> Exception | None:
-        """Returns what the job raised."""
+        """Make a shard, and return the error that the job raised, if any."""
         try:
-            with self._driver.hosted(ray.util.get_node_ip_address()):
+            with self._driver.enter(ray.util.get_node_ip_address()):
                 return attempt(self._job, shard)
         except ExecutorError as error:
             return error
 
 
 class _Pool:
-    """As many workers as the cluster has GPUs, or cores; one that dies is replaced."""
+    """One worker per GPU of the cluster, or per core if it has no GPUs. A worker that dies is replaced."""
 
     def __init__(self, job: Callable[[int], None], shards: Sequence[int], on_done: Callable[[int], None]) -> None:
         self._job = job
-        self._waiting = Waiting(shards)
+        self._queue = ShardQueue(shards)
         self._n_left = len(shards)
         self._on_done = on_done
         self._calls: dict[ray.ObjectRef, tuple[Any, int | None]] = {}
-        """Worker and the shard that it makes; None: it is starting."""
+        """Worker and shard of each pending call; the shard is None while the worker starts."""
         self._failed_starts = 0
 
     def run(self) -> None:
@@ -126,7 +126,7 @@ class _Pool:
                 ray.kill(worker)
 
     def _hire(self) -> None:
-        """Start workers; where the cluster is busy with other work, some may wait for a place for as long as the run."""
+        """Start workers. If the cluster is busy with other work, some may wait for a place throughout the run."""
         resources = ray.cluster_resources()
         needs = {"num_cpus": "CPU", "num_gpus": "GPU"} if resources.get("GPU") else {"num_cpus": "CPU"}
         places = max(1, min(int(resources.get(name, 0)) for name in needs.values()))
@@ -141,42 +141,42 @@ class _Pool:
                 return done[0]
             if all(shard is None for _, shard in self._calls.values()):
                 raise ExecutorError(
-                    f"the Ray cluster has had no place for a worker for {_SECONDS_WITHOUT_WORKERS} seconds; start nodes or wait until "
-                    "others end, then run the stage again: what is finished is kept"
+                    f"the Ray cluster has had no room for a worker for {_SECONDS_WITHOUT_WORKERS} seconds; start nodes, or wait until "
+                    "other work ends, then run the stage again; finished shards are kept"
                 )
 
     def _finish(self, call: "ray.ObjectRef") -> None:
         worker, shard = self._calls[call]
         alive, error = _outcome(call, shard)
         if shard is None:
-            self._started(error)
+            self._count_failed_starts(error)
         elif error:
-            self._waiting.failed(shard, error)
+            self._queue.put_back(shard, error)
         else:
             self._n_left -= 1
             self._on_done(shard)
         del self._calls[call]
-        shard = self._waiting.take() if alive else None
+        shard = self._queue.take() if alive else None
         if shard is not None:
             self._calls[worker.make.remote(shard)] = worker, shard
 
-    def _started(self, error: Exception | None) -> None:
-        """Nodes may go while their workers start, but not one after the other."""
+    def _count_failed_starts(self, error: Exception | None) -> None:
+        """Raise the error after `ATTEMPTS` failed starts in a row. A few may fail because their nodes have gone."""
         self._failed_starts = self._failed_starts + 1 if error else 0
         if error and self._failed_starts == ATTEMPTS:
             raise error
 
 
 def _outcome(call: "ray.ObjectRef", shard: int | None) -> tuple[bool, Exception | None]:
-    """Whether the worker lives, and what is to be said of the call."""
+    """Return whether the worker is alive, and the error of a call, if any."""
     try:
         return True, ray.get(call)
     except RayTaskError:
-        raise  # not what the job raised: that is returned
+        raise  # A bug in our code: errors of the job are returned, not raised.
     except RayError as error:
         how = str(error).strip().splitlines()[-1].partition(" Some common causes")[0]
-        return False, _not_started(how) if shard is None else died(shard, ATTEMPTS, how)
+        return False, _not_started(how) if shard is None else worker_died(shard, ATTEMPTS, how)
 
 
 def _not_started(how: str) -> ExecutorError:
-    return ExecutorError(f"extract.executor: a worker cannot start ({how}); all nodes need what is installed here")
+    return ExecutorError(f"extract.executor: a worker cannot start ({how}); install the same versions on all nodes as here")

@@ -1,4 +1,4 @@
-"""What worker processes have in common, wherever they run."""
+"""Functions that the worker processes of all executors share."""
 
 import os
 import pickle
@@ -14,65 +14,66 @@ from importlib import metadata
 from ommatid.errors import ExecutorError, OmmatidError
 
 ATTEMPTS = 3
+"""Number of times that a shard is tried."""
 
 
-class Waiting:
-    """Shards that wait for a worker. One that failed waits again, until it has failed `ATTEMPTS` times."""
+class ShardQueue:
+    """Shards that wait for a worker. A shard that failed is queued again, until it has failed `ATTEMPTS` times."""
 
     def __init__(self, shards: Iterable[int]) -> None:
-        self._fresh = iter(shards)
-        self._again: deque[int] = deque()
+        self._untried = iter(shards)
+        self._failed: deque[int] = deque()
         self._failures: Counter[int] = Counter()
 
     def take(self) -> int | None:
-        """The next one; None: all have been taken."""
-        return self._again.popleft() if self._again else next(self._fresh, None)
+        """Return the next shard, or None if no shard is waiting."""
+        return self._failed.popleft() if self._failed else next(self._untried, None)
 
-    def failed(self, shard: int, error: Exception) -> None:
-        """Put it back.
+    def put_back(self, shard: int, error: Exception) -> None:
+        """Queue a failed shard again.
 
         Raises:
-            Exception: `error`, where it was the last attempt.
+            Exception: `error` itself, if this was the last attempt.
         """
         self._failures[shard] += 1
         if self._failures[shard] == ATTEMPTS:
             raise error
-        self._again.append(shard)
+        self._failed.append(shard)
 
 
-def died(shard: int, attempts: int, how: str) -> ExecutorError:
-    """What is said of a shard whose last worker died."""
+def worker_died(shard: int, attempts: int, how: str) -> ExecutorError:
+    """Make the error for a shard whose last worker died."""
     return ExecutorError(
         f"shard {shard}: failed {attempts} times, the last time because its worker died ({how}). Too little memory is the usual "
-        "reason: lower extract.batch_size or the number of workers, then run the stage again: what is finished is kept"
+        "reason: lower extract.batch_size or the number of workers, then run the stage again; finished shards are kept"
     )
 
 
-WAITING = {"GOMP_SPINCOUNT": "1000"}
-"""Threads that wait for others look so often before they sleep; read by OpenMP when torch is loaded.
+OPENMP_SETTINGS = {"GOMP_SPINCOUNT": "1000"}
+"""Number of times that a waiting thread polls before it sleeps. OpenMP reads it when torch is loaded.
 
-Measured on a training step, 2 cores: sleeping at once (OMP_WAIT_POLICY=PASSIVE) takes 81 ms in place of 67 on a quiet machine, looking as
-long as by default 405 ms in place of 122 beside another busy process; looking so often 70 and 138 ms.
+Training steps were measured on 2 cores. On an idle machine, sleeping at once (OMP_WAIT_POLICY=PASSIVE) takes 81 ms instead of 67. Beside
+another busy process, polling as long as by default takes 405 ms instead of 122. This setting takes 70 and 138 ms.
 """
 
 _SECONDS_TO_CONNECT = 30
-"""Of one TCP connection, which a busy machine takes as fast as a quiet one."""
+"""Timeout of a TCP connection, which does not take longer on a busy machine."""
 
 
 def thread_settings(n_workers: int) -> dict[str, str]:
-    """Environment of worker processes that share this machine: together they run as many threads as it has cores.
+    """Return environment variables with which worker processes on this machine together run as many threads as it has cores.
 
-    OpenMP reads it when torch is loaded, so it must be there when the process starts.
+    OpenMP reads them when torch is loaded, so they must be set before a process starts.
     """
     share = max(1, (os.cpu_count() or 1) // n_workers)
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    n = str(min(share, int(asked)) if asked.isdigit() else share)
-    return {"OMP_NUM_THREADS": n, "MKL_NUM_THREADS": n, "OPENBLAS_NUM_THREADS": n, **WAITING}
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    n = str(min(share, int(limit)) if limit.isdigit() else share)
+    return {"OMP_NUM_THREADS": n, "MKL_NUM_THREADS": n, "OPENBLAS_NUM_THREADS": n, **OPENMP_SETTINGS}
 
 
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Processes that are started in this block inherit these variables; afterwards they are as they were."""
+    """Set environment variables inside the block, for processes started there to inherit, and restore them afterwards."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -87,30 +88,33 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Driver:
-    """What workers must know of the process that they work for."""
+    """What workers must know about the process that they work for."""
 
     versions: Mapping[str, str]
-    """Of what makes the numbers."""
+    """Versions of the libraries that affect results, by name."""
     folder: str
-    """Its current directory: params name models relative to it."""
+    """Current directory, to which the paths of models in the parameters are relative."""
 
     @classmethod
     def here(cls) -> "Driver":
-        """This process."""
+        """Describe this process."""
         return cls(_versions(), os.getcwd())
 
     @contextmanager
-    def hosted(self, where: str) -> Iterator[None]:
-        """Called in the worker, `where`: in this block paths mean what they mean to the driver, if the machine sees its folder.
+    def enter(self, where: str) -> Iterator[None]:
+        """Check versions in a worker, and run the block in the driver's current directory if the worker's machine has it.
+
+        Args:
+            where: Address of the worker, for messages.
 
         Raises:
-            ExecutorError: libraries differ, which would make other bytes; names the worker.
+            ExecutorError: The worker has other versions of libraries, which could give different results.
         """
         ours = _versions()
         different = [f"{name} {ours[name]} instead of {version}" for name, version in self.versions.items() if ours[name] != version]
         if different:
             raise ExecutorError(
-                f"worker {where}: has {', '.join(different)}; install on all workers what is installed here, and start them again"
+                f"worker {where}: has {', '.join(different)}; install the same versions on all workers as here, and restart them"
             )
         with chdir(self.folder) if os.path.isdir(self.folder) else nullcontext():
             yield
@@ -118,16 +122,16 @@ class Driver:
 
 @cache
 def _versions() -> dict[str, str]:
-    """Without the local part: torch for CPUs and for GPUs are one version."""
+    """Return versions without their local part, so that the builds of torch for CPUs and GPUs count as the same version."""
     libraries = ("ommatid", "torch", "transformers", "numpy", "pyarrow", "pillow")
     return {name: metadata.version(name).partition("+")[0] for name in libraries}
 
 
-def reach(address: str) -> None:
-    """Refuse the address of a cluster at once where nobody listens: clients of clusters themselves try for up to minutes.
+def check_reachable(address: str) -> None:
+    """Fail at once if nothing listens at the address of a cluster, because the clusters' own clients keep trying for minutes.
 
     Raises:
-        OSError: nobody listens there.
+        OSError: Nothing listens there.
     """
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if colon and port.isdigit():
@@ -135,12 +139,12 @@ def reach(address: str) -> None:
 
 
 def attempt(job: Callable[[int], None], shard: int) -> Exception | None:
-    """Make a shard in a worker; returns what it raised, as an error that can be sent to the driver."""
+    """Make a shard in a worker, and return the error that it raised, if any, in a form that can be sent to the driver."""
     try:
         job(shard)
     except OmmatidError as error:
         return error
-    except Exception as error:  # ours to mend: the driver shows where it happened
+    except Exception as error:  # A bug in our code: the note lets the driver show where it happened.
         error.add_note(f"In a worker process, at shard {shard}:\n{traceback.format_exc()}")
         try:
             return pickle.loads(pickle.dumps(error))

@@ -120,11 +120,11 @@ def _all_gather(values: Tensor) -> Tensor:
     padded[: len(values)] = values
     found = [torch.empty_like(padded) for _ in range(n_ranks())]
     dist.all_gather(found, padded)
-    return torch.cat([one[:size] for one, size in zip(found, sizes.tolist(), strict=True)])
+    return torch.cat([values_[:size] for values_, size in zip(found, sizes.tolist(), strict=True)])
 
 
 def broadcast_tensors(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Return rank 0's tensors on every rank, whatever the others were given."""
+    """Return rank 0's tensors on every rank. The tensors of other ranks are ignored."""
     if n_ranks() == 1:
         return tensors
     found = [{name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}]

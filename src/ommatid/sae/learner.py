@@ -100,7 +100,7 @@ class Learner(Accumulator):
     """One SAE in training."""
 
     STATE = ("guides", "idle", "firings", "density", "threshold", "curves", "_window", "_sums")
-    """Beside the weights and their moments, from which an optimiser is made."""
+    """Attributes that are saved besides the weights, the optimiser, the scales and the number of steps."""
 
     def __init__(self, name: str, params: TrainParams, plan: Plan, device: torch.device) -> None:
         self.name = name
@@ -108,6 +108,7 @@ class Learner(Accumulator):
         self.params = params
         self.plan = plan
         self.scales: Scales
+        """Factors of the activations; set by `begin` and `load_state_dict`, like the weights."""
         assert not isinstance(params.variant, Imported), f"{name}: an imported SAE is not trained"
         self.variant: Variant = make_variant(params.variant, _settings(params, self.plan, device))
         self.guides = Guides()
@@ -137,10 +138,10 @@ class Learner(Accumulator):
         centred = x - x.mean(0)
         fit_scale(weights, centred, params.k, None if target is None else target - target.mean(0))
         learner.variant.begin(weights, centred, learner.guides)
-        learner._take({key: distributed.broadcast(tensor.contiguous().to(device)) for key, tensor in weights.tensors().items()})
+        learner._set_weights({key: distributed.broadcast(tensor.contiguous().to(device)) for key, tensor in weights.tensors().items()})
         return learner
 
-    def _take(self, tensors: Mapping[str, Tensor]) -> None:
+    def _set_weights(self, tensors: Mapping[str, Tensor]) -> None:
         self.weights = Weights.of(tensors, self.variant.derives_W_dec)
         self._optimiser = Optimiser(self.weights, self.variant.rates(self.plan.lr))
 
@@ -251,23 +252,23 @@ class Learner(Accumulator):
         return values
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the weights, their moments and everything that `STATE` names."""
+        """Return the weights, the state of the optimiser, the scales, the number of steps, and the attributes that `STATE` names."""
         scales = {"x": self.scales.x, "target": self.scales.target}
-        made = {"weights": self.weights.tensors(), "optimiser": self._optimiser, "scales": scales, "n_steps": self.plan.n_steps}
-        return flatten(made) | super().state_dict()
+        parts = {"weights": self.weights.tensors(), "optimiser": self._optimiser, "scales": scales, "n_steps": self.plan.n_steps}
+        return flatten(parts) | super().state_dict()
 
     def load_state_dict(self, state: State) -> None:
-        """Take over what `state_dict` returned."""
+        """Load the state that `state_dict` returned."""
         state = {key: tensor.to(self.idle.device) for key, tensor in state.items()}
         self.scales = Scales(float(state["scales/x"]), float(state["scales/target"]))
         self.shorten(int(state["n_steps"]))
-        self._take(inside(state, "weights"))
+        self._set_weights(inside(state, "weights"))
         self._optimiser.load_state_dict(inside(state, "optimiser"))
         super().load_state_dict(state)
 
     @classmethod
     def restore(cls, name: str, params: TrainParams, plan: Plan, state: State, device: torch.device) -> "Learner":
-        """Make the learner whose `state_dict` this is."""
+        """Make a learner with the state that `state_dict` returned."""
         learner = cls(name, params, plan, device)
         learner.load_state_dict(state)
         return learner

@@ -79,16 +79,16 @@ class Optimiser:
                     state[moment][rows] = 0.0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return both moments of each tensor by its name, and how many steps are done."""
+        """Return both moments of each tensor, by name, and the number of steps completed."""
         found = {"step": torch.tensor(0.0)}
         for name, tensor in self._weights.trained().items():
-            state = self.adam.state[tensor]  # empty before the first step
+            state = self.adam.state[tensor]  # Empty before the first step.
             found["step"] = state.get("step", found["step"])
             found |= {f"{which}.{name}": state.get(key, torch.zeros_like(tensor)) for which, key in _MOMENTS.items()}
         return found
 
     def load_state_dict(self, state: State) -> None:
-        """Take over what `state_dict` returned."""
+        """Load the state that `state_dict` returned."""
         for name, tensor in self._weights.trained().items():
             moments = {key: state[f"{which}.{name}"].to(tensor.device) for which, key in _MOMENTS.items()}
             self.adam.state[tensor] = {"step": state["step"].to(tensor.device, copy=True), **moments}

@@ -25,13 +25,13 @@ class Plan:
     dead_after: int
     """Tokens without a firing after which a latent counts as dead: the least of 10 million, a tenth of the run, and 8 epochs."""
     measure_every: int
-    """Steps from one measurement to the next; a run that ends early keeps them."""
+    """Steps between measurements, which stay the same if the run ends early."""
 
     def like(self, whole: "Plan") -> "Plan":
-        """Return this plan of a short run with steps that cost as much as those of a whole run.
+        """Return this plan of a short run, changed so that its steps cost as much as those of a whole run.
 
-        By its own rules a short run would measure after every step, and would count latents as dead, whose revival takes time, after a
-        few batches. Here both happen after as many steps and tokens as in the whole run.
+        A short run would measure after every step, and after a few batches it would count latents as dead, whose revival takes time. In
+        the changed plan, both happen after as many steps and tokens as in the whole run.
         """
         return replace(self, dead_after=whole.dead_after, measure_every=whole.measure_every)
 

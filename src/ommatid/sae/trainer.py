@@ -1,8 +1,8 @@
 """The trainer: several learners over one stream of batches. It takes batches, writes checkpoints and emits events.
 
-Recipe and sources: Adam with lr 2e-4/√(d_sae/16384), warm-up, linear decay over the last fifth, gradients clipped to norm 1 and
-orthogonal to the directions, directions renormalised, mean ‖x‖² scaled to 1 (saprmarks/dictionary_learning); datapoint init (saev);
-AuxK (arXiv 2406.04093); moving average of the threshold for inference (arXiv 2412.06410, appendix).
+Recipe and sources: Adam with lr 2e-4/√(d_sae/16384), warm-up, linear decay over the last fifth, gradients without the component parallel
+to the directions and clipped to norm 1, directions renormalised, mean ‖x‖² scaled to 1 (saprmarks/dictionary_learning); datapoint init
+(saev); AuxK (arXiv 2406.04093); moving average of the threshold for inference (arXiv 2412.06410, appendix).
 """
 
 import math

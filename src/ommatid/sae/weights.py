@@ -23,12 +23,12 @@ class Weights:
     """Decoder directions, `(d_sae, d_out)`, unit norm."""
     b_dec: Float[Tensor, " d_out"]
     """Bias of the decoder, `(d_out,)`."""
-    own: dict[str, Tensor] = field(default_factory=dict)
+    extra: dict[str, Tensor] = field(default_factory=dict)
     """Further trained tensors that belong to one variant alone, by name."""
     fixed: dict[str, Tensor] = field(default_factory=dict)
     """Tensors that are not trained, by name."""
     derives_W_dec: bool = False
-    """Whether W_dec is computed from `own`: it then has a gradient, but the optimiser does not update it."""
+    """Whether W_dec is computed from `extra`: it then has a gradient, but the optimiser does not update it."""
 
     @property
     def d_sae(self) -> int:
@@ -38,7 +38,7 @@ class Weights:
     def trained(self) -> dict[str, Tensor]:
         """Return the tensors that the optimiser updates, by name."""
         of_all = {"W_enc": self.W_enc, "b_enc": self.b_enc, "b_dec": self.b_dec}
-        return of_all | ({} if self.derives_W_dec else {"W_dec": self.W_dec}) | self.own
+        return of_all | ({} if self.derives_W_dec else {"W_dec": self.W_dec}) | self.extra
 
     def grads(self) -> dict[str, Tensor]:
         """Return the gradients of the trained tensors, by name. Their memory is kept from step to step."""
@@ -47,14 +47,14 @@ class Weights:
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name, as a checkpoint holds them."""
         parts = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
-        return parts | {f"own.{k}": v for k, v in self.own.items()} | {f"fixed.{k}": v for k, v in self.fixed.items()}
+        return parts | {f"extra.{k}": v for k, v in self.extra.items()} | {f"fixed.{k}": v for k, v in self.fixed.items()}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], derives_W_dec: bool) -> "Weights":
         """Make weights from the tensors of a checkpoint, as `tensors` returned them."""
         parts = {name: tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-        own, fixed = ({k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("own.", "fixed."))
-        return cls(**parts, own=own, fixed=fixed, derives_W_dec=derives_W_dec)
+        extra, fixed = ({k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("extra.", "fixed."))
+        return cls(**parts, extra=extra, fixed=fixed, derives_W_dec=derives_W_dec)
 
 
 def grad_of(tensor: Tensor) -> Tensor:

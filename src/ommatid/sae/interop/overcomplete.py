@@ -1,4 +1,4 @@
-"""SAEs of overcomplete: a bare state dict, with our overcomplete.json beside it for what the state dict does not record."""
+"""SAEs of overcomplete: a bare state dict, and a file overcomplete.json of Ommatid's for what the state dict does not record."""
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass

@@ -31,7 +31,7 @@ class Archetypal(BatchTopK):
         self._relaxation = relaxation
 
     def begin(self, weights: Weights, x_nd: Float[Tensor, "tokens d_model"], guides: Guides) -> None:
-        """Start each direction at a different centre, and further ones halfway between two centres, the second drawn with the seed.
+        """Start each direction at a different centre; if there are more directions, start them halfway to a second, random centre.
 
         Directions that start close to the same centre would compete for the same tokens from the first step, and many of them would die.
         """
@@ -45,7 +45,7 @@ class Archetypal(BatchTopK):
         mix[rows, first] = share
         mix[rows, second] = 1 - share
         weights.fixed["centres"] = centres
-        weights.own |= {"mix": mix, "shift": torch.zeros_like(weights.W_dec)}
+        weights.extra |= {"mix": mix, "shift": torch.zeros_like(weights.W_dec)}
         self.constrain(weights)
         weights.W_enc.copy_(weights.W_dec)
         fit_scale(weights, x_nd, self._settings.k)
@@ -56,13 +56,13 @@ class Archetypal(BatchTopK):
         grad = grad_of(weights.W_dec)
         along = torch.linalg.vecdot(grad, weights.W_dec)[:, None]
         grad_raw = torch.addcmul(grad, along, weights.W_dec, value=-1).div_(weights.fixed["lengths"])
-        grad_of(weights.own["shift"]).copy_(grad_raw)
-        torch.mm(grad_raw, weights.fixed["centres"].T, out=grad_of(weights.own["mix"]))
+        grad_of(weights.extra["shift"]).copy_(grad_raw)
+        torch.mm(grad_raw, weights.fixed["centres"].T, out=grad_of(weights.extra["mix"]))
         return step
 
     def constrain(self, weights: Weights) -> None:
         """Project the rows of A onto the simplex and those of Λ into their balls, and recompute W_dec."""
-        mix, shift = weights.own["mix"].clamp_(min=0), weights.own["shift"]
+        mix, shift = weights.extra["mix"].clamp_(min=0), weights.extra["shift"]
         mix.div_(mix.sum(1, keepdim=True).clamp_min(1e-12))
         combined = mix @ weights.fixed["centres"]
         most = self._relaxation * combined.norm(dim=1, keepdim=True)

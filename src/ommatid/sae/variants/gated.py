@@ -26,16 +26,16 @@ class Gated(Steered):
     def begin(self, weights: Weights, x_nd: Float[Tensor, "tokens d_model"], guides: Guides) -> None:
         """Initialise magnitudes to equal the gates."""
         super().begin(weights, x_nd, guides)
-        weights.own |= {"r_mag": torch.zeros_like(weights.b_enc), "b_mag": weights.b_enc.clone()}
+        weights.extra |= {"r_mag": torch.zeros_like(weights.b_enc), "b_mag": weights.b_enc.clone()}
 
     def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Int[Tensor, " n_dead"]) -> Step:
         """See `Variant`."""
         inputs, settings = centre(weights, batch), self._settings
         scorer = make_scorer(settings, weights, inputs, self._levels)
         entries = select_above(scorer, torch.zeros((), dtype=inputs.dtype, device=inputs.device))
-        gates, scale = entries.values.relu(), entries.at(weights.own["r_mag"].exp())
+        gates, scale = entries.values.relu(), entries.at(weights.extra["r_mag"].exp())
         is_open, bare = entries.values > 0, entries.values - entries.at(weights.b_enc)
-        acts = (scale * bare + entries.at(weights.own["b_mag"])).relu_().mul_(is_open)
+        acts = (scale * bare + entries.at(weights.extra["b_mag"])).relu_().mul_(is_open)
         reconstruction, frozen = (reconstruct(entries, values, weights, batch) for values in (acts, gates))
         weight = guides.penalty / batch.n_total
         grad_mag = entries.product(reconstruction.table, weights.W_dec)
@@ -52,13 +52,13 @@ class Gated(Steered):
 
     def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
         """Return scale and shift of the magnitude as a function of the gate π: exp(r) (π − b_gate) + b_mag."""
-        scale = weights.own["r_mag"].exp()
-        shift = weights.own["b_mag"] - scale * weights.b_enc
+        scale = weights.extra["r_mag"].exp()
+        shift = weights.extra["b_mag"] - scale * weights.b_enc
         return {"threshold": torch.tensor(0.0), "gate_scale": scale, "gate_shift": shift}
 
     def _set_gradients(self, weights: Weights, entries: Entries, grad_mag: Tensor, scaled: Tensor) -> None:
-        grad_of(weights.own["b_mag"]).copy_(entries.sum_by_latent(grad_mag))
-        grad_of(weights.own["r_mag"]).copy_(entries.sum_by_latent(grad_mag * scaled))
+        grad_of(weights.extra["b_mag"]).copy_(entries.sum_by_latent(grad_mag))
+        grad_of(weights.extra["r_mag"]).copy_(entries.sum_by_latent(grad_mag * scaled))
 
 
 def make(params: variants.Gated, settings: Settings) -> Gated:

@@ -42,7 +42,7 @@ class JumpReLU(Steered):
         pre_acts = torch.addmm(weights.b_enc, x_nd[:2048], weights.W_enc.T)
         first = max(quantile(pre_acts, FIRST_FIRINGS * self._settings.k), 1e-3)
         guides.mean_act = float(pre_acts[pre_acts > first].mean()) if bool((pre_acts > first).any()) else first
-        weights.own["log_threshold"] = torch.full_like(weights.b_enc, math.log(first))
+        weights.extra["log_threshold"] = torch.full_like(weights.b_enc, math.log(first))
 
     def rates(self, lr: float) -> dict[str, float]:
         """Return a rate at which log-thresholds can move by `REACH` over the run whatever `lr` is: Adam bounds each step by its rate."""
@@ -56,7 +56,7 @@ class JumpReLU(Steered):
     def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Int[Tensor, " n_dead"]) -> Step:
         """See `Variant`."""
         inputs, settings = centre(weights, batch), self._settings
-        theta, width = weights.own["log_threshold"].exp(), self._bandwidth * guides.mean_act
+        theta, width = weights.extra["log_threshold"].exp(), self._bandwidth * guides.mean_act
         entries = select_above(make_scorer(settings, weights, inputs, self._levels), theta - width / 2)
         at_theta = entries.at(theta)
         fires = entries.values > at_theta
@@ -72,7 +72,7 @@ class JumpReLU(Steered):
         kernel = ((entries.values - at_theta).abs() < width / 2).to(acts.dtype) / width
         grad_theta = -kernel * (at_theta * grad_acts + weight * of_jump)
         set_gradients(weights, entries, reconstruction, acts, grad_acts.mul_(fires), inputs)
-        grad_of(weights.own["log_threshold"]).copy_(entries.sum_by_latent(grad_theta * at_theta))
+        grad_of(weights.extra["log_threshold"]).copy_(entries.sum_by_latent(grad_theta * at_theta))
         n_firings = int(fires.sum())
         average_act(guides, acts)
         self._steer(guides, n_firings, batch.n_total)
@@ -80,7 +80,7 @@ class JumpReLU(Steered):
 
     def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
         """See `Variant`."""
-        return {"threshold": weights.own["log_threshold"].exp()}
+        return {"threshold": weights.extra["log_threshold"].exp()}
 
     def _penalty(self, acts: Tensor, fires: Tensor, mean_act: float) -> tuple[Tensor, Tensor, float]:
         """Return S summed over the batch, its derivative with respect to activations, and the cost of a jump across θ by itself."""
