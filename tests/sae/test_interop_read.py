@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ommatid.errors import ModelError
+from ommatid.sae import interop
 from ommatid.sae.interop import Overrides, find_format, import_sae, load_native, with_measured_k, write_native
 from ommatid.sae.model import SAE
 from support.interop import D_SAE, EXPECTED, SAID, TOLD, difference, fixture, make_own
@@ -110,3 +111,8 @@ def test_an_import_does_not_write_over_its_source() -> None:
     name = "sparsify-topk"
     with pytest.raises(ModelError, match="name another folder"):
         write_native(read(name), fixture(name))
+
+
+def test_the_old_name_of_overrides_still_works() -> None:
+    with pytest.warns(DeprecationWarning, match="is now called Overrides"):
+        assert interop.Told is Overrides  # pyright: ignore[reportAttributeAccessIssue]
