@@ -73,12 +73,12 @@ class Sparse:
         return torch.zeros(self.levels.bounds[-1], dtype=values.dtype, device=values.device).index_add_(0, self.latents, values)
 
     def max_by_latent(self, values: Float[Tensor, " entries"]) -> Float[Tensor, " d_sae"]:
-        """Return each latent's largest of some values of entries, or 0 if they are all negative, `(d_sae,)`."""
+        """Return the largest of the values of each latent's entries, but at least 0, `(d_sae,)`."""
         zeros = torch.zeros(self.levels.bounds[-1], dtype=values.dtype, device=values.device)
         return zeros.scatter_reduce_(0, self.latents, values, "amax")
 
     def firing_latents(self, acts: Float[Tensor, " entries"]) -> Int[Tensor, " firings"]:
-        """Return the latent of each entry that fires, with repetitions; acts are those of the entries, `(n,)`."""
+        """Return the latents that fire, given the activations of entries, `(n,)`. A latent may be repeated."""
         return self.latents[acts > 0]
 
     def decode(self, acts: Float[Tensor, " entries"], W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "batch levels d_out"]:

@@ -274,7 +274,7 @@ class Learner(Accumulator):
         return learner
 
     def finish(self, hookpoint: str, model: str, target: str | None) -> SAE:
-        """Return the trained SAE for raw activations, with scales and the subtracted bias folded into its weights.
+        """Make the trained SAE for raw activations, with scales and the subtracted bias folded into its weights.
 
         With c the scale of x and e the scale of the target, the pre-activations of a raw x are (c W_enc · x + b) / e, and
         x̂ = acts W_dec + b_dec / e. Directions are unchanged, and activations are in units of the target.
@@ -283,6 +283,9 @@ class Learner(Accumulator):
             hookpoint: Hookpoint of the activations that are encoded.
             model: Name of the model.
             target: Hookpoint that a transcoder decodes; None for an autoencoder.
+
+        Returns:
+            The SAE.
         """
         weights, (c, e) = self.weights, (self.scales.x, self.scales.target)
         pre = weights.fixed.get("b_pre", weights.b_dec)

@@ -25,7 +25,8 @@ TOKENS_PER_CHUNK = 1024
 """Largest number of tokens per chunk. For 768 x 8,192, chunks of 256 take a quarter longer in float32 (AVX2), and in bfloat16 chunks of 128
 to 1,536 take equally long (AMX)."""
 TOKENS_PER_TILE = 16
-"""Chunk sizes are multiples of this, and about equal: chunks of 511 tokens and a last one of 4 make a step a seventh longer (AVX-512)."""
+"""Chunks have about equal sizes, which are multiples of this: chunks of 511 tokens and a last one of 4 make a step a seventh longer
+(AVX-512)."""
 FEWEST_TOKENS = 64
 """Chunk size below which new memory is allocated instead of reusing that of the gradients."""
 ALIGNMENT = 64
@@ -61,7 +62,7 @@ class Scorer:
         return torch.addmm(self.weights.b_enc, self.inputs_bd, self.weights.W_enc.T)
 
     def above(self, floor: Float[Tensor, ""] | Float[Tensor, "batch 1"] | Float[Tensor, " d_sae"]) -> Sparse:
-        """Return the entries above a floor: one for all, `()`, one per token, `(batch, 1)`, or one per latent, `(d_sae,)`.
+        """Return the entries above a floor, which is one number, `()`, one per token, `(batch, 1)`, or one per latent, `(d_sae,)`.
 
         Values are compared in the product's data type. b_enc is subtracted from the floor, which is cheaper than adding it to each entry.
         """

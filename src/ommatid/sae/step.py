@@ -56,7 +56,7 @@ class Step:
     n_firings: int
     """Number of firings on this rank."""
     firing_latents: Int[Tensor, " firings"]
-    """Latent of each firing on this rank, with repetitions, `(n_firings,)`."""
+    """Latents that fire on this rank, `(n,)`. A latent may be repeated."""
     threshold: float
     """Smallest firing activation on any rank; 0 if nothing fires, or if the variant has no common threshold."""
 

@@ -175,6 +175,9 @@ def _explain(what: str, error: Exception) -> str:
 def load_config(folder: Path, path: str, key: str) -> Any:
     """Read the config of a model.
 
+    Returns:
+        The config, an object of transformers.
+
     Raises:
         ModelError: The config cannot be read.
     """
@@ -251,6 +254,9 @@ def refuse_larger(cls: Any, config: Any, n_bytes: int, path: str, key: str) -> N
 
 def load_tokenizer(folder: Path, path: str, key: str) -> Any:
     """Load the tokenizer of a model.
+
+    Returns:
+        The tokenizer, an object of transformers.
 
     Raises:
         ModelError: The tokenizer cannot be read.

@@ -289,6 +289,9 @@ def conse(
     Args:
         logits: Logits of the classes, `(b, n)`.
         class_texts: Text embeddings of the classes, `(n, 384)`.
+
+    Returns:
+        The image embeddings, `(b, 384)`.
     """
     likeliest = logits.topk(N_LIKELIEST, dim=-1)
     weights = likeliest.values.softmax(-1)  # Equal to the softmax over all classes, rescaled so that the ten sum to 1.

@@ -76,11 +76,14 @@ class Site:
 
 
 def block_sites(blocks: Iterable[tuple[nn.Module, nn.Module, nn.Module]], hookpoint: Hookpoint) -> dict[str, Site]:
-    """Return the sites of the three hookpoints of each block, by name.
+    """Name the three hookpoints of each block.
 
     Args:
         blocks: For each block, the modules that output attention's addition to the residual stream, the MLP's, and the stream after both.
         hookpoint: Hookpoint that describes all of them.
+
+    Returns:
+        The sites, by name.
     """
     names = (".attn", ".mlp", "")
     return {

@@ -119,6 +119,9 @@ def write_native(sae: SAE, folder: Path) -> None:
 def load_native(folder: Path) -> SAE:
     """Read an SAE in Ommatid's own format.
 
+    Returns:
+        The SAE.
+
     Raises:
         ModelError: The folder does not hold one.
     """

@@ -67,6 +67,9 @@ def detect(path: Path) -> bool:
 def read(path: Path, overrides: Overrides) -> SAE:
     """Read an SAE; fold the bias that is subtracted from x, and for AutoEncoder the norms of directions, as its loader does.
 
+    Returns:
+        The SAE.
+
     Raises:
         ModelError: As for `Format.read`, or the class is ambiguous.
     """

@@ -24,6 +24,9 @@ MAX_JSON = 16 * 2**20
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
+    Returns:
+        The object.
+
     Raises:
         ModelError: The file is missing, too large, or not a JSON object.
     """
@@ -36,6 +39,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def parse_json(text: bytes, where: Path) -> dict[str, Any]:
     """Parse a JSON object.
+
+    Returns:
+        The object.
 
     Raises:
         ModelError: The text is not a JSON object.
@@ -86,7 +92,10 @@ def number(values: Mapping[str, Any], name: str, where: Path) -> float | None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors or .pt file, by name.
+    """Read the tensors of a .safetensors or .pt file.
+
+    Returns:
+        The tensors, by name.
 
     Raises:
         ModelError: The file is missing or damaged, or not a flat dict of tensors alone.
@@ -99,7 +108,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors file, by name.
+    """Read the tensors of a .safetensors file.
+
+    Returns:
+        The tensors, by name.
 
     Raises:
         ModelError: The file is missing or damaged.
@@ -161,7 +173,10 @@ def _refuse_bomb(source: Path | io.BytesIO, where: Path) -> None:
 
 
 def check_state(values: object, where: Path) -> dict[str, Tensor]:
-    """Check that values are a flat dict of tensors, none of which is larger than its storage, and return it.
+    """Check that values are a flat dict of tensors, none of which is larger than its storage.
+
+    Returns:
+        The tensors, by name.
 
     Raises:
         ModelError: They are not.

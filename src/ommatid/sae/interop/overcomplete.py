@@ -80,6 +80,9 @@ def detect(path: Path) -> bool:
 def read(path: Path, overrides: Overrides) -> SAE:
     """Read an SAE; fold the dictionary's normalization and multiplier, and a batch normalization after the encoder.
 
+    Returns:
+        The SAE.
+
     Raises:
         ModelError: As for `Format.read`; or a value that the state dict lacks is not given, or the encoder is not linear.
     """

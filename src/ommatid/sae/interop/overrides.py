@@ -73,6 +73,9 @@ def need(value: str | None, path: Path, what: str, option: str) -> str:
         what: What the value means, for the message.
         option: Option of the command line that gives it.
 
+    Returns:
+        The value.
+
     Raises:
         ModelError: The value is missing.
     """

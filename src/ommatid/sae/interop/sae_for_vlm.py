@@ -26,6 +26,9 @@ def detect(path: Path) -> bool:
 def read(path: Path, overrides: Overrides) -> SAE:
     """Read an SAE in the same way as from dictionary_learning.
 
+    Returns:
+        The SAE.
+
     Raises:
         ModelError: As for `Format.read`.
     """

@@ -67,6 +67,9 @@ def detect(path: Path) -> bool:
 def read(path: Path, overrides: Overrides) -> SAE:
     """Read an SAE; fold b_dec if it is subtracted from x, decoder norms if they rescale acts, and the scale used in training.
 
+    Returns:
+        The SAE.
+
     Raises:
         ModelError: As for `Format.read`.
     """

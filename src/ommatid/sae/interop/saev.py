@@ -31,6 +31,9 @@ def detect(path: Path) -> bool:
 def read(path: Path, overrides: Overrides) -> SAE:
     """Read an SAE; fold b_dec, which saev subtracts from x.
 
+    Returns:
+        The SAE.
+
     Raises:
         ModelError: As for `Format.read`, or the file has a schema number.
     """

@@ -29,6 +29,9 @@ def detect(path: Path) -> bool:
 def read(path: Path, overrides: Overrides) -> SAE:
     """Read an SAE; fold b_dec, which an autoencoder subtracts from x.
 
+    Returns:
+        The SAE.
+
     Raises:
         ModelError: As for `Format.read`, or the SAE is a GroupMax SAE or has a skip connection.
     """
