@@ -284,7 +284,7 @@ class LiteJudge(_Tower):
 def conse(
     logits: Float[torch.Tensor, "batch classes"], class_texts: Float[torch.Tensor, "classes d_text"]
 ) -> Float[torch.Tensor, "batch d_text"]:
-    """Return the mean text embedding `(b, 384)` of each image's ten likeliest classes, weighted by their probabilities.
+    """Average the text embeddings of each image's ten likeliest classes, weighted by their probabilities.
 
     Args:
         logits: Logits of the classes, `(b, n)`.
