@@ -58,5 +58,5 @@ def test_a_checkpoint_gives_back_what_was_saved(tmp_path: Path) -> None:
 
 
 def test_what_is_no_state_is_refused() -> None:
-    with pytest.raises(AssertionError, match="made: a str is no state"):
+    with pytest.raises(AssertionError, match="made: a str cannot be saved as state"):
         flatten({"made": "text"})

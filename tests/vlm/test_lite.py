@@ -229,7 +229,7 @@ def test_preprocessing_goes_into_a_manifest(lite0: LiteVision) -> None:
 
 
 def test_unknown_hookpoint_lists_the_nearest_first(lite0: LiteVision) -> None:
-    with pytest.raises(ModelError, match="lite0@128 has none of that name") as caught:
+    with pytest.raises(ModelError, match="lite0@128 has no such hookpoint") as caught:
         check_hookpoint(lite0, "block.14")
     shown, more = str(caught.value).partition("one of: ")[2].split("; ")
     names = shown.split(", ")

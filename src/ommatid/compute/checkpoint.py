@@ -89,7 +89,7 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         case dict():
             yield from (pair for key, item in value.items() for pair in _flat(item, f"{name}/{key}"))
         case _:
-            raise AssertionError(f"{name}: a {type(value).__name__} is no state")
+            raise AssertionError(f"{name}: a {type(value).__name__} cannot be saved as state")
 
 
 def _restored(old: Any, state: State, name: str) -> Any:
@@ -111,7 +111,7 @@ def _restored(old: Any, state: State, name: str) -> Any:
         case dict():
             return {key: _restored(item, state, f"{name}/{key}") for key, item in old.items()}
         case _:
-            raise AssertionError(f"{name}: a {type(old).__name__} is no state")
+            raise AssertionError(f"{name}: a {type(old).__name__} cannot be restored from state")
 
 
 class Files(Protocol):

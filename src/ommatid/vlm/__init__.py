@@ -213,7 +213,7 @@ def check_hookpoint(model: VisionModel, name: str) -> Hookpoint:
         near = difflib.get_close_matches(name, known, n=N_NEAR, cutoff=0.0)
         more = f"; `ommatid hookpoints` lists these and {len(known) - len(near)} more" if len(known) > len(near) else ""
         raise ModelError(
-            f"hookpoint {name!r}: {model.name} has none of that name; name in extract.hookpoints one of: {', '.join(near)}{more}"
+            f"hookpoint {name!r}: {model.name} has no such hookpoint; set extract.hookpoints to one or more of: {', '.join(near)}{more}"
         )
     return known[name]
 

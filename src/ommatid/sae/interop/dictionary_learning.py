@@ -133,7 +133,7 @@ def choose_class(tensors: Mapping[str, Tensor], named: str | None, file: Path) -
         closest = min(CLASSES, key=lambda name: (name != named, len(CLASSES[name].shapes.keys() ^ tensors.keys())))
         take(tensors, CLASSES[closest].shapes, file)
     if named is not None and named not in CLASSES:
-        raise ModelError(f"{file}: class {named} is not known; the tensors have the names of those of {' or '.join(possible)}")
+        raise ModelError(f"{file}: class {named} is not known; the tensors are named like those of {' or '.join(possible)}")
     # StandardTrainerAprilUpdate records AutoEncoder for an AutoEncoderNew, so tensors that only one class has outweigh the recorded name.
     if named not in possible and len(possible) > 1:
         raise ModelError(f"{file}: could be of {' or of '.join(possible)}, and no {CONFIG} says which; name it with --set class=...")
