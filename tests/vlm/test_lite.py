@@ -231,7 +231,7 @@ def test_preprocessing_goes_into_a_manifest(lite0: LiteVision) -> None:
 def test_unknown_hookpoint_lists_the_nearest_first(lite0: LiteVision) -> None:
     with pytest.raises(ModelError, match="lite0@128 has no such hookpoint") as caught:
         check_hookpoint(lite0, "block.14")
-    shown, more = str(caught.value).partition("one of: ")[2].split("; ")
+    shown, more = str(caught.value).partition("one or more of: ")[2].split("; ")
     names = shown.split(", ")
     assert names[0] == "blocks.14" and len(set(names)) == 10 and set(names) <= set(lite0.hookpoints)
     assert more == f"`ommatid hookpoints` lists these and {len(lite0.hookpoints) - 10} more"
