@@ -1,11 +1,14 @@
-"""Writes docs/developers/artefacts.md from the schemas; `make docs` runs it, and a test fails when the page is behind."""
+"""Writes docs/developers/artefacts.md from the schemas and the summaries; `make docs` runs it, and a test fails when the page is behind."""
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pyarrow as pa
 
 from ommatid import schemas
+from ommatid.summaries import SUMMARIES
 
 PAGE = Path(__file__).with_name("artefacts.md")
 
@@ -94,12 +97,31 @@ def iter_tables() -> Iterator[tuple[str, str, pa.Schema]]:
 def make_page() -> str:
     """The whole page."""
     tables = sorted(iter_tables(), key=lambda table: ARTEFACTS.index(table[1]))
-    return HEAD + "".join(_section(*table) for table in tables)
+    return HEAD + "".join(_section(*table) for table in tables) + SUMMARY_HEAD + "".join(map(_summary, SUMMARIES))
 
 
 def _section(name: str, artefact: str, schema: pa.Schema) -> str:
     rows = [f"| {f.name} | {_type(f.type)} | {f.metadata[b'meaning'].decode()} |" for f in schema]
     return f"\n## {name} ({artefact})\n\n| column | type | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+SUMMARY_HEAD = """
+## Summaries
+
+The summary in a manifest has the keys that follow, by the kind of the artefact. A value of null means that the number is not known or
+does not exist.
+"""
+
+
+def _summary(kind: str) -> str:
+    declared = SUMMARIES[kind]
+    rows = []
+    for key, hint in get_type_hints(declared, include_extras=True).items():
+        is_optional = key in declared.__optional_keys__
+        meaning = (get_args(hint)[0] if is_optional else hint).__metadata__[0]
+        rows.append(f"| {key}{' (optional)' if is_optional else ''} | {meaning} |")
+    text = " ".join(inspect.getdoc(declared).split("\n"))
+    return f"\n## Summary of {kind}\n\n{text}\n\n| key | meaning |\n|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def _type(type_: pa.DataType) -> str:

@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "src/ommatid"
 ENTRIES = {stage: f"ommatid.{stage}.stage" for stage in STAGES}
 FROM_FILES = "ommatid.extract.from_files.stage"
-NO_NUMBERS = re.compile(r"ommatid(\.(config|errors|events|executors|stage|tracking)(\..*)?)?")
+NO_NUMBERS = re.compile(r"ommatid(\.(config|errors|events|executors|stage|summaries|tracking)(\..*)?)?")
 """Modules that cannot change what a stage computes from the same params, nor can what they import: executors only say where it is
 computed, and tracking where an SAE came from."""
 PER_SAE = [name for name, stage in STAGES.items() if stage.is_per_sae]

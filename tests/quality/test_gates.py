@@ -24,6 +24,7 @@ from ommatid.events import ignore
 from ommatid.pipeline.run import run_stage
 from ommatid.quality import Check, Report
 from ommatid.store import Artefact, Draft, part_name
+from ommatid.summaries import ImagesSummary
 from support.study import CHECKOUT
 
 N_LATENTS, WIDTH = 4, 8
@@ -670,7 +671,7 @@ def test_failing_gate_leaves_a_report_and_no_artefact(tmp_path: Path, monkeypatc
     def make_images(section: Any, inputs: Any, draft: Draft, on_event: Any) -> Artefact:
         draft.write_table(part_name("images", 0), table(schemas.IMAGES, image_rows(0, 1)))
         draft.write_table("rejected.parquet", table(schemas.REJECTED, []))
-        return draft.seal({})
+        return draft.seal(dict.fromkeys(ImagesSummary.__required_keys__))
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ommatid.images.stage.run", make_images)

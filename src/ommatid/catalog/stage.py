@@ -22,6 +22,7 @@ from ommatid.errors import ArtefactError, find_lack
 from ommatid.events import Listener, Progress, ignore
 from ommatid.stage import is_checkouts
 from ommatid.store import Artefact, Draft, open_artefact
+from ommatid.summaries import CatalogSummary
 
 CATALOG = "catalog.duckdb"
 WRITER_MB = 1024
@@ -162,7 +163,7 @@ def _write_neighbours(saes: Mapping[str, OneSAE], n: int, work: Path) -> list[st
     return [str(path)]
 
 
-def _summary(path: Path, training: Artefact) -> dict[str, Any]:
+def _summary(path: Path, training: Artefact) -> CatalogSummary:
     """Names of the SAEs, and rows of each relation."""
     with duckdb.connect(path, read_only=True, config=dict(SEALED)) as connection:
         counts = {}
@@ -170,4 +171,4 @@ def _summary(path: Path, training: Artefact) -> dict[str, Any]:
             row = connection.execute(f"SELECT count(*) FROM {relation}").fetchone()
             assert row is not None, relation
             counts[relation] = row[0]
-    return {"saes": training.children, "rows": counts}
+    return CatalogSummary(saes=training.children, rows=counts)

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -12,6 +11,7 @@ from ommatid.images.dataset import PARQUET
 from ommatid.images.source import spread
 from ommatid.schemas import IMAGES, REJECTED
 from ommatid.store import Artefact, part_name
+from ommatid.summaries import ImagesSummary
 
 _PER_GROUP = 16
 """Images taken of one row group: few, so that they come from everywhere."""
@@ -68,7 +68,15 @@ def _iter_parts(pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(waiting)
 
 
-def _summary(splits: Counter[str], labels: Counter[str]) -> dict[str, Any]:
+def _summary(splits: Counter[str], labels: Counter[str]) -> ImagesSummary:
     n = splits.total()
-    counts = {"n_seen": n, "n_images": n, "n_train": splits["train"], "n_eval": splits["eval"], "n_duplicates": 0, "n_rejected": 0}
-    return {**counts, "rejected_share": 0.0, "labels": dict(sorted(labels.items()))}
+    return ImagesSummary(
+        n_seen=n,
+        n_images=n,
+        n_train=splits["train"],
+        n_eval=splits["eval"],
+        n_duplicates=0,
+        n_rejected=0,
+        rejected_share=0.0,
+        labels=dict(sorted(labels.items())),
+    )

@@ -18,12 +18,13 @@ from ommatid.evaluate.classes import choose_images, measure_meaning, measure_pro
 from ommatid.evaluate.dictionaries import EvaluatedDictionary, Passes, make_latents
 from ommatid.evaluate.monosemanticity import iter_failures, make_judged
 from ommatid.evaluate.structure import make_densities, measure_structure, write_matches
-from ommatid.evaluate.zero_shot import measure_zero_shot
+from ommatid.evaluate.zero_shot import ZeroShot, measure_zero_shot
 from ommatid.events import Listener, Warned, ignore
 from ommatid.images.eval_split import iter_latent_firings, load_eval_split
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, Draft
 from ommatid.store.per_sae import for_each_sae
+from ommatid.summaries import EvaluationSummary, VerdictSummary
 
 
 def run(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
@@ -81,7 +82,7 @@ def evaluate(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draf
     }
     for table, rows in tables.items():
         draft.write_table(f"{table}.parquet", rows)
-    sealed = draft.seal(_summarise(params, comparisons, trained, activations) | zero_shot.summary())
+    sealed = draft.seal(_summarise(params, comparisons, trained, activations, zero_shot))
     passes.forget()
     return sealed
 
@@ -96,20 +97,26 @@ def _check_target(config: SAEConfig, target: Artefact | None) -> None:
 
 
 def _summarise(
-    params: EvaluateParams, comparisons: list[dict[str, Any]], dictionary: EvaluatedDictionary, activations: Artefact
-) -> dict[str, Any]:
+    params: EvaluateParams,
+    comparisons: list[dict[str, Any]],
+    dictionary: EvaluatedDictionary,
+    activations: Artefact,
+    zero_shot: ZeroShot,
+) -> EvaluationSummary:
     mine, untrained, neurons, *_ = comparisons
     keys = ("sae", "fvu", "cosine", "l0", "dead", "ms", "ms_low", "ms_high", "ms_best", "ms_left_out", "ms_floor", "purity")
     keys += ("coverage", "uniqueness", "judge")
-    return {
+    verdicts = [VerdictSummary(**verdict.headline, n_images=verdict.n_images, failed=verdict.failed) for verdict in dictionary.verdicts]
+    return EvaluationSummary(
         **{key: mine[key] for key in keys},
-        "ms_untrained": untrained["ms"],
-        "ms_neurons": neurons["ms"],
-        "fvu_untrained": untrained["fvu"],
-        "n_latents": mine["n_latents"],
-        "n_images": dictionary.verdicts[0].n_shown,
-        "judges": [{**verdict.headline, "n_images": verdict.n_images, "failed": verdict.failed} for verdict in dictionary.verdicts],
-        "n_tokens": dictionary.firing.n_tokens,
-        "image_activation": params.image_activation,
-        "grid": activations.summary["grid"],
-    }
+        ms_untrained=untrained["ms"],
+        ms_neurons=neurons["ms"],
+        fvu_untrained=untrained["fvu"],
+        n_latents=mine["n_latents"],
+        n_images=dictionary.verdicts[0].n_shown,
+        judges=verdicts,
+        n_tokens=dictionary.firing.n_tokens,
+        image_activation=params.image_activation,
+        grid=activations.summary["grid"],
+        **zero_shot.summary(),
+    )

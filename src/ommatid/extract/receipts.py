@@ -43,12 +43,6 @@ class Merged:
         self.window = receipt["window"] if self.window is None else min(self.window, receipt["window"])
         self.rounding = self.rounding if rounding is None else rounding
 
-    @property
-    def summary(self) -> dict[str, Any]:
-        """Statistics for the manifest."""
-        counts = {"n_train_tokens": self.n_tokens["train"], "n_eval_tokens": self.n_tokens["eval"]}
-        return counts | {"window": self.window or 0, "rounding": self.rounding}
-
 
 def merge(draft: Draft, hookpoints: Sequence[str], n_shards: int) -> dict[str, Merged]:
     """Merge all receipts, by hookpoint."""

@@ -7,7 +7,7 @@ function of images, params and code: every executor writes the same bytes.
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, assert_never
+from typing import assert_never
 
 from ommatid import executors
 from ommatid.config import ExtractFiles, ExtractParams
@@ -15,11 +15,12 @@ from ommatid.errors import ModelError
 from ommatid.events import Listener, Progress, ignore
 from ommatid.extract.disk_space import check_disk_space
 from ommatid.extract.plan import blocks_of, make_plan
-from ommatid.extract.receipts import iter_missing, merge
+from ommatid.extract.receipts import Merged, iter_missing, merge
 from ommatid.extract.shard import PLAN, ShardJob, drop_worker, keep_worker
 from ommatid.extract.tokens import TokenPicker
 from ommatid.extract.towers import Towers, find_device, is_same
 from ommatid.store import RECEIPTS, SCRATCH, Artefact, Draft
+from ommatid.summaries import ActivationsSummary, ExtractionSummary, JudgeSummary
 from ommatid.vlm.precision import resolve_dtype
 
 PROBE = f"{RECEIPTS}/probe.json"
@@ -73,9 +74,9 @@ def extract(params: ExtractParams, inputs: Mapping[str, Artefact], draft: Draft,
         drop_worker()
     for name, merged in merge(draft, params.hookpoints, len(n_images)).items():
         judges = _summarise_judges(towers, merged.failed, sum(n_images))
-        summary = _summarise(towers, towers.pickers[name], images) | {"judges": judges} | merged.summary
+        summary = _summarise(towers, towers.pickers[name], judges, merged, images.summary["n_images"])
         draft.child(name, "activations").seal(summary, merged.files)
-    return draft.seal({"hookpoints": list(towers.pickers), "n_shards": len(n_images), "n_images": sum(n_images)})
+    return draft.seal(ExtractionSummary(hookpoints=list(towers.pickers), n_shards=len(n_images), n_images=sum(n_images)))
 
 
 def _with_dtype(params: ExtractParams) -> ExtractParams:
@@ -133,7 +134,7 @@ class _Counter:
             self._on_event(Progress("extract images", self._done, self._total))
 
 
-def _summarise_judges(towers: Towers, failed: list[int], n_images: int) -> list[dict[str, Any]]:
+def _summarise_judges(towers: Towers, failed: list[int], n_images: int) -> list[JudgeSummary]:
     """Return name, width and number of failures of each judge, in the order of their columns.
 
     Raises:
@@ -145,21 +146,25 @@ def _summarise_judges(towers: Towers, failed: list[int], n_images: int) -> list[
                 f"extract.judge: {judge.name} gave no embedding (NaN, infinity or zeros) for any of the {n} images; set extract.dtype to "
                 "float32 if it overflows in bfloat16, or extract.judge to another encoder"
             )
-    return [{"judge": judge.name, "d_judge": judge.d_embed, "failed": n} for judge, n in zip(towers.judges, failed, strict=True)]
+    return [JudgeSummary(judge=judge.name, d_judge=judge.d_embed, failed=n) for judge, n in zip(towers.judges, failed, strict=True)]
 
 
-def _summarise(towers: Towers, picker: TokenPicker, images: Artefact) -> dict[str, Any]:
-    model = towers.model
-    return {
-        "model": model.name,
-        "judge": towers.judges[0].name,
-        "namer": towers.namer.name,
-        "hookpoint": picker.name,
-        "d_model": picker.hookpoint.d_model,
-        "d_joint": towers.d_joint,
-        "d_judge": towers.judges[0].d_embed,
-        "grid": picker.grid,
-        "tokens_per_image": len(picker.places),
-        "n_images": images.summary["n_images"],
-        "preprocessing": dict(model.preprocessing),
-    }
+def _summarise(towers: Towers, picker: TokenPicker, judges: list[JudgeSummary], merged: Merged, n_images: int) -> ActivationsSummary:
+    return ActivationsSummary(
+        model=towers.model.name,
+        judge=towers.judges[0].name,
+        judges=judges,
+        namer=towers.namer.name,
+        hookpoint=picker.name,
+        d_model=picker.hookpoint.d_model,
+        d_joint=towers.d_joint,
+        d_judge=towers.judges[0].d_embed,
+        grid=picker.grid,
+        tokens_per_image=len(picker.places),
+        n_images=n_images,
+        n_train_tokens=merged.n_tokens["train"],
+        n_eval_tokens=merged.n_tokens["eval"],
+        window=merged.window or 0,
+        rounding=merged.rounding,
+        preprocessing=dict(towers.model.preprocessing),
+    )

@@ -17,6 +17,7 @@ from ommatid.images.decode import Unreadable, decode, has_several_frames
 from ommatid.images.source import Item
 from ommatid.schemas import IMAGES, REJECTED
 from ommatid.store import SCRATCH, Artefact, Draft, part_name
+from ommatid.summaries import ImagesSummary
 
 _N_WORKERS = min(os.cpu_count() or 1, 8)
 """Number of threads, which PIL lets decode and scale in parallel. More than 8 would hold too many large images in memory."""
@@ -244,20 +245,22 @@ class Collection:
             self._n_parts = index + 1
         self._n_noted = len(self._rejected)
 
-    def _summary(self) -> dict[str, Any]:
+    def _summary(self) -> ImagesSummary:
         n_duplicates = sum(row.reason == "duplicate" for row in self._rejected)
         n_rejected = len(self._rejected) - n_duplicates
-        return {
-            "n_seen": self.n_seen,
-            "n_images": self.n_images,
-            "n_train": self._splits["train"],
-            "n_eval": self._splits["eval"],
-            "n_duplicates": n_duplicates,
-            "n_rejected": n_rejected,
-            "rejected_share": n_rejected / self.n_seen if self.n_seen else 0.0,
-            **{key: self.remarks[key] for key in REMARKS},
-            "labels": dict(sorted(self._labels.items())),
-        }
+        return ImagesSummary(
+            n_seen=self.n_seen,
+            n_images=self.n_images,
+            n_train=self._splits["train"],
+            n_eval=self._splits["eval"],
+            n_duplicates=n_duplicates,
+            n_rejected=n_rejected,
+            rejected_share=n_rejected / self.n_seen if self.n_seen else 0.0,
+            n_nearly_black=self.remarks["n_nearly_black"],
+            n_nearly_white=self.remarks["n_nearly_white"],
+            n_of_several_frames=self.remarks["n_of_several_frames"],
+            labels=dict(sorted(self._labels.items())),
+        )
 
 
 def split_of(image_id: str, eval_share: float) -> str:

@@ -24,6 +24,7 @@ from ommatid.label.labellers.base import Answer, Case, Detector
 from ommatid.label.labellers.vocabulary import choose, mean_direction
 from ommatid.label.scoring import Controls, Scorer, Trial, draw_detection, grade
 from ommatid.metrics import unit
+from ommatid.summaries import LabelsSummary
 
 BLOCK = 16
 """Answers that a power cut may cost, at most: so many are synced at a time."""
@@ -247,24 +248,24 @@ MEANS = ("score", "auroc", "control_score", "random_score", "correlation", "cont
 """Columns of `labels` whose mean over the latents is told."""
 
 
-def summarise(context: Context, table: pa.Table) -> dict[str, Any]:
-    """For the gate, MLflow and the pages; of several labellers also what each has, as `<number>_<labeller>`."""
+def summarise(context: Context, table: pa.Table) -> LabelsSummary:
+    """Return the summary of the labels; with several labellers it also has the numbers of each, as `<key>_<labeller>`."""
     rows = table.to_pylist()
     halves = context.material.halves
     by_labeller = {name: [row for row in rows if row["labeller"] == name] for name in context.material.sources}
     apart = {f"{key}_{name}": value for name, own in by_labeller.items() for key, value in _numbers(own).items()}
-    return {
-        "labellers": list(by_labeller),
-        "n_latents": context.d_sae,
-        "n_words": len(context.material.texts.words),
-        "n_naming_images": int((~halves.is_held_out).sum()),
-        "n_held_out_images": int(halves.is_held_out.sum()),
-        "n_images_in_both": int((context.has_named & context.has_scored).sum()),
+    return LabelsSummary(
+        labellers=list(by_labeller),
+        n_latents=context.d_sae,
+        n_words=len(context.material.texts.words),
+        n_naming_images=int((~halves.is_held_out).sum()),
+        n_held_out_images=int(halves.is_held_out.sum()),
+        n_images_in_both=int((context.has_named & context.has_scored).sum()),
         **_numbers(best_labels(rows)),
         **(apart if len(by_labeller) > 1 else {}),
-        "n_requests": sum(row["n_requests"] for row in rows),
-        "n_tokens": sum(row["n_tokens"] for row in rows),
-    }
+        n_requests=sum(row["n_requests"] for row in rows),
+        n_tokens=sum(row["n_tokens"] for row in rows),
+    )
 
 
 def best_labels(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

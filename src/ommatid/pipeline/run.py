@@ -17,6 +17,7 @@ from ommatid.stage import DATA, HEALTH, QUALITY, Stage, is_checkouts, load
 from ommatid.store import Artefact, Draft
 from ommatid.store.filesystem import Folder, open_folder
 from ommatid.store.per_sae import numbers
+from ommatid.summaries import check_keys
 
 if TYPE_CHECKING:
     from ommatid.tracking import Runs
@@ -91,6 +92,8 @@ def run_stage(
         with _recording(stage, params, inputs, data) as runs:
             artefact = draft.sealed() or (run or stage.run)(section, inputs, draft, runs.tee(on_event) if runs else on_event)
             artefact = artefact.leaving_out(())  # a run that was killed may have rejected some: all are judged again
+            for one in (artefact, *artefact.each().values()):
+                check_keys(one.manifest.kind, one.summary)
             if stage.drawer:
                 pictures = load(stage.drawer)(artefact, reports.path)
             artefact, files = _judge(stage, artefact, params, inputs.get("train", artefact), draft, reports, must_pass)

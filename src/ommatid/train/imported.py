@@ -17,6 +17,7 @@ from ommatid.sae.learner import histograms
 from ommatid.sae.model import CONFIG, SAE, WEIGHTS
 from ommatid.sae.weights import Weights
 from ommatid.store import Artefact, Draft, checked_folder
+from ommatid.summaries import SAESummary
 
 SAMPLE = 16384
 """Training tokens on which it is measured."""
@@ -72,17 +73,17 @@ def _write(name: str, sae: SAE, x: torch.Tensor, target: torch.Tensor, draft: Dr
     weights_of = Weights(sae.W_enc.T, sae.b_enc, sae.W_dec, sae.b_dec)
     row = {"step": 0, "tokens": 0, "loss": None, "fvu": fidelity.fvu, "l0": fidelity.l0, "dead": len(dead) / sae.config.d_sae, "lr": None}
     draft.write_table("curves.parquet", pa.table({key: [row[key]] for key in schemas.CURVES.names}, schema=schemas.CURVES))
-    summary = {
-        "sae": f"{name}-{draft.describe(WEIGHTS).sha256[:8]}",
-        "n_steps": 0,
-        "n_tokens": 0,
-        "fvu": fidelity.fvu,
-        "l0": fidelity.l0,
-        "dead": row["dead"],
-        "dead_latents": dead,
-        "dead_after": len(x),
-        "threshold": float(sae.threshold.mean()),
-        "scale": 1.0,
-        "histograms": histograms(weights_of, firings.double() / len(x)),
-    }
+    summary = SAESummary(
+        sae=f"{name}-{draft.describe(WEIGHTS).sha256[:8]}",
+        n_steps=0,
+        n_tokens=0,
+        fvu=fidelity.fvu,
+        l0=fidelity.l0,
+        dead=row["dead"],
+        dead_latents=dead,
+        dead_after=len(x),
+        threshold=float(sae.threshold.mean()),
+        scale=1.0,
+        histograms=histograms(weights_of, firings.double() / len(x)),
+    )
     return draft.seal(summary)

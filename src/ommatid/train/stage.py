@@ -21,6 +21,7 @@ from ommatid.sae.schedule import Plan, make_plan
 from ommatid.sae.step import Batch
 from ommatid.sae.trainer import Trainer
 from ommatid.store import Artefact, Draft
+from ommatid.summaries import SAESummary, TrainedSAESummary, TrainingSummary
 from ommatid.train.imported import write_imported
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -28,8 +29,6 @@ SAMPLE = 16384
 """Tokens from which scale, mean and initial directions are taken."""
 BATCHES_AHEAD = 4
 """Ready before the step that needs them."""
-SUMMARISED = ("sae", "n_steps", "n_tokens", "fvu", "l0", "dead")
-"""What the training's summary says of each SAE."""
 
 
 def run(
@@ -58,8 +57,8 @@ def run(
         for name, learner in fit(params, inputs, checkpoint, on_event, whole).items():
             child = draft.child(name, "sae", learner.params.identity())
             made[name] = child.sealed() or _write(learner, inputs, child)
-    of = {name: {key: made[name].summary[key] for key in SUMMARISED} for name in params.each()}
-    return draft.seal({"saes": list(of), "of": of})
+    of = {name: TrainedSAESummary(**{key: made[name].summary[key] for key in TrainedSAESummary.__annotations__}) for name in params.each()}
+    return draft.seal(TrainingSummary(saes=list(of), of=of))
 
 
 def follow(params: TrainParams, inputs: Mapping[str, Artefact]) -> None:
@@ -141,19 +140,19 @@ def _write(learner: Learner, inputs: Mapping[str, Artefact], draft: Draft) -> Ar
         sae.save(weights, cfg)
     draft.write_table("curves.parquet", _curves(learner))
     final = dict(zip(CURVE_COLUMNS, learner.curves[-1].tolist(), strict=True))
-    summary = {
-        "sae": f"{learner.name}-{draft.describe(WEIGHTS).sha256[:8]}",  # the name of another training's SAE may be the same
-        "n_steps": plan.n_steps,
-        "n_tokens": plan.n_steps * plan.batch_size,
-        "fvu": final["fvu"],
-        "l0": final["l0"],
-        "dead": final["dead"],
-        "dead_latents": learner.dead.tolist(),
-        "dead_after": plan.dead_after,
-        "histograms": histograms(learner.weights, learner.density),
-        "threshold": float(sae.threshold.mean()),
-        "scale": learner.scales.x,
-    }
+    summary = SAESummary(
+        sae=f"{learner.name}-{draft.describe(WEIGHTS).sha256[:8]}",  # an SAE of another training may have the same folder name
+        n_steps=plan.n_steps,
+        n_tokens=plan.n_steps * plan.batch_size,
+        fvu=final["fvu"],
+        l0=final["l0"],
+        dead=final["dead"],
+        dead_latents=learner.dead.tolist(),
+        dead_after=plan.dead_after,
+        histograms=histograms(learner.weights, learner.density),
+        threshold=float(sae.threshold.mean()),
+        scale=learner.scales.x,
+    )
     return draft.seal(summary)
 
 

@@ -30,6 +30,7 @@ from ommatid.extract.plan import SEED
 from ommatid.extract.rows import BYTES_PER_ROW_GROUP, Groups, Spill, WindowCounter, iter_in_order, write_rows
 from ommatid.store import RECEIPTS, SCRATCH, Artefact, Draft, File, part_name
 from ommatid.store.filesystem import in_words
+from ommatid.summaries import ActivationsSummary, ExtractionSummary
 
 LARGEST = 65504.0
 """Largest finite float16."""
@@ -66,25 +67,34 @@ def import_files(params: ExtractFiles, inputs: Mapping[str, Artefact], draft: Dr
     _Import(params, files, plan, draft, on_event).make()
     shards = list(draft.iter_json([_receipt(shard) for shard in range(len(plan.shards))]))
     written = [File(**file) for shard in shards for file in shard["files"]]
-    n_tokens = {table: sum(file.rows or 0 for file in written if file.name.startswith(f"{table}-")) for table in ("train", "eval")}
-    summary = {"n_train_tokens": n_tokens["train"], "n_eval_tokens": n_tokens["eval"], "window": min(shard["window"] for shard in shards)}
-    draft.child(params.name, "activations").seal(_summarise(params, files[0], plan) | summary, written)
-    return draft.seal({"source": "files", "hookpoints": [params.name], "n_shards": len(shards), "n_images": plan.n_images})
+    window = min(shard["window"] for shard in shards)
+    draft.child(params.name, "activations").seal(_summarise(params, files[0], plan, written, window), written)
+    return draft.seal(ExtractionSummary(source="files", hookpoints=[params.name], n_shards=len(shards), n_images=plan.n_images))
 
 
-def _summarise(params: ExtractFiles, first: ActivationFile, plan: FilePlan) -> dict[str, Any]:
+def _summarise(params: ExtractFiles, first: ActivationFile, plan: FilePlan, written: Sequence[File], window: int) -> ActivationsSummary:
     """Return the same summary keys as for activations made from images; None where only images would tell the value."""
     per_image = 1 if not first.has_images else None
-    known = {
-        "source": "files",
-        "model": params.model,
-        "hookpoint": params.name,
-        "d_model": first.shape[-1],
-        "tokens_per_image": first.shape[1] if len(first.shape) == 3 else per_image,
-        "n_images": plan.n_images,
-        "preprocessing": {},
-    }
-    return known | dict.fromkeys(("judge", "judges", "namer", "d_joint", "d_judge", "grid", "rounding"))
+    n_tokens = {table: sum(file.rows or 0 for file in written if file.name.startswith(f"{table}-")) for table in ("train", "eval")}
+    return ActivationsSummary(
+        source="files",
+        model=params.model,
+        judge=None,
+        judges=None,
+        namer=None,
+        hookpoint=params.name,
+        d_model=first.shape[-1],
+        d_joint=None,
+        d_judge=None,
+        grid=None,
+        tokens_per_image=first.shape[1] if len(first.shape) == 3 else per_image,
+        n_images=plan.n_images,
+        n_train_tokens=n_tokens["train"],
+        n_eval_tokens=n_tokens["eval"],
+        window=window,
+        rounding=None,
+        preprocessing={},
+    )
 
 
 def _begin_or_continue(draft: Draft, name: str, files: Sequence[ActivationFile]) -> None:
