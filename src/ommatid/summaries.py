@@ -1,6 +1,6 @@
 """The summary of every kind of artefact: the numbers in its manifest, which gates, later stages, MLflow and pages read.
 
-One class declares the keys of one kind, each with its meaning; docs/developers/artefacts.md is written from them. A value of None, null in JSON, means
+One class declares the keys of one kind, each with its meaning; docs/developers/artefacts.md is written from them. A value of None means
 that the number is not known or does not exist.
 """
 
