@@ -53,9 +53,13 @@ class Section(BaseModel):
         """Return the values that determine an artefact's content, as JSON values; they go into its manifest and the name of its draft."""
         return self.model_dump(mode="json", exclude=set(self.runtime_keys))
 
-    def optional(self) -> dict[str, Any]:
-        """Return the part of `identity` whose keys params.yaml may leave out, without those that have their default value."""
-        fields = {name: field for name, field in type(self).model_fields.items() if not field.is_required()}
+    def unlisted(self) -> dict[str, Any]:
+        """Return the values on which the artefact depends and that dvc.yaml does not list, as JSON values.
+
+        dvc.yaml names a section as a whole, except one with `runtime_keys`: of that it lists the other keys, but it can list none that
+        params.yaml may leave out. Of these, the values that differ from the default are returned.
+        """
+        fields = {name: field for name, field in type(self).model_fields.items() if self.runtime_keys and not field.is_required()}
         changed = {name for name, field in fields.items() if getattr(self, name) != field.get_default(call_default_factory=True)}
         return {name: value for name, value in self.identity().items() if name in changed}
 

@@ -32,7 +32,7 @@ Fingerprints = dict[str, dict[str, Any]]
 
 
 def write_sources(params: Params, place: Path = PLACE) -> dict[str, Fingerprints]:
-    """Write the fingerprints of all files that params name, and the values of keys that params.yaml may leave out.
+    """Write the fingerprints of all files that params name, and the values that dvc.yaml does not list.
 
     Images and activations from files must exist. Other paths may be names on a model hub, so missing ones are left out; the stage that
     needs them will report it.
@@ -51,8 +51,7 @@ def write_sources(params: Params, place: Path = PLACE) -> dict[str, Fingerprints
     found = {stage: _fingerprint_stage(stage, params) for stage in STAGES}
     place.mkdir(parents=True, exist_ok=True)
     for stage, fingerprints in found.items():
-        # dvc.yaml may list the keys of a section one by one, and can list none that params.yaml leaves out
-        values = {f"{stage}.{key}": value for key, value in getattr(params, stage).optional().items()}
+        values = {f"{stage}.{key}": value for key, value in getattr(params, stage).unlisted().items()}
         _replace(place / f"{stage}.json", json.dumps(fingerprints | values, indent=1, sort_keys=True) + "\n")
     return found
 
