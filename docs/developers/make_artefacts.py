@@ -1,4 +1,4 @@
-"""Writes docs/developers/artefacts.md from the schemas and the summaries; `make docs` runs it, and a test fails when the page is behind."""
+"""Writes docs/developers/artefacts.md from the schemas and summaries; `make docs` runs it, and a test fails if the page is out of date."""
 
 import inspect
 from collections.abc import Iterator
@@ -14,39 +14,38 @@ PAGE = Path(__file__).with_name("artefacts.md")
 
 HEAD = """# Artefacts
 
-An artefact is a directory `data/<artefact>` that one stage makes: a `manifest.json` and Parquet tables, never pickle. A table is
-one file, `<table>.parquet`, or several parts, `<table>-00000.parquet ...`. `--data` gives `data` another root: a path or an
-object store ([Storage](../users/storage.md)).
+An artefact is a directory `data/<artefact>` written by one stage: a `manifest.json` and Parquet tables, never pickle. A table is
+a single file, `<table>.parquet`, or several parts, `<table>-00000.parquet ...`. `--data` replaces `data` by another root: a path
+or an object store ([Storage](../users/storage.md)).
 
-## What holds for every artefact
+## Guarantees for every artefact
 
-- **Whole or absent.** A stage writes into the draft `data/.work/<artefact>-<key>`, whose key is made of params, inputs and code.
-  Files are written aside, synced and renamed. The manifest comes last, then the draft passes the gate and is moved into place. A
-  run that was killed resumes from what it finds in the draft.
-- **Opening** an artefact compares the manifest with its own checksum, and files and sizes with the manifest. All damage is named
-  at once. The manifest of a child (one SAE, one hookpoint) must be the one that its parent lists.
-- **Reading** checks what is read. The manifest has the CRC-32 of each block (256 KiB) of each file. A block is compared with it
-  when its bytes are read, once a process for as long as the file is unchanged: whoever reads one column of a large table checks
-  the blocks that hold it, and no others. A difference is an error that names the file; nothing is computed from it. Checking
-  takes less than 1 % of a stage's CPU time ([results](../results/damage.md)). `Artefact.verify()` reads everything and compares
-  sha256.
-- **What a stopped run left is checked, too**: parts, receipts, chunks, checkpoints and answers that have been damaged since are
-  made again. `catalog.duckdb` has checksums of its own, which DuckDB compares with every block that a query reads.
-- **Activations are shuffled as they are written.** Blocks of images are dealt to shards at random (`plan`). Within a shard the
-  training rows come in rounds, one token of every image a round, so that any `window` (in the summary) consecutive rows belong to
+- **Complete or absent.** A stage writes to the draft `data/.work/<artefact>-<key>`, whose key is a hash of params, inputs and
+  code. Files are written under a temporary name, synced and renamed. The manifest is written last; then the draft passes the gate
+  and is moved into place. A killed run resumes from what it finds in the draft.
+- **Opening** an artefact compares the manifest with its own checksum, and files and sizes with the manifest. The error names all
+  damage at once. The manifest of a child (one SAE, one hookpoint) must be the one that its parent lists.
+- **Reading** checks every block that is read. The manifest has the CRC-32 of each block (256 KiB) of each file, and a block is
+  compared with it when its bytes are first read in a process, and again if the file changes; blocks that are not read are not
+  checked. A difference is an error that names the file, and nothing is computed from the block. Checking takes less than 1 % of a
+  stage's CPU time ([results](../results/damage.md)). `Artefact.verify()` reads everything and compares sha256.
+- **Files of a stopped run are checked as well**: parts, receipts, chunks, checkpoints and answers that have been damaged are made
+  again. `catalog.duckdb` has its own checksums, which DuckDB compares with every block that a query reads.
+- **Activations are shuffled as they are written.** Blocks of images are assigned to shards at random (`plan`). Within a shard,
+  training rows are in rounds with one token of every image, so that any `window` (in the summary) consecutive rows belong to
   different images. Images with fewer rows (`extract.max_norm`, imports) are spread evenly over the rounds; `window` is then
-  approximate. The `train` tables need no shuffling to be read, and `ommatid train` shuffles them anew within windows.
+  approximate. The `train` tables can be read sequentially, and `ommatid train` shuffles them again within windows.
 
 The keys of `manifest.json`:
 
 | key | holds |
 |---|---|
-| kind, schema_version | what the artefact is; the version of its tables |
+| kind, schema_version | kind of artefact; version of its tables |
 | params | the stage's section of params.yaml |
 | inputs | sha256 of each input's manifest |
-| versions | code and libraries |
-| summary | what the gate and later stages read |
-| files | of each file: name, bytes, sha256, rows, and blocks (CRC-32 of each 256 KiB, eight hex digits each) |
+| versions | versions of code and libraries |
+| summary | statistics that the gate and later stages read |
+| files | for each file: name, bytes, sha256, rows, and blocks (CRC-32 of each 256 KiB, eight hex digits each) |
 | checksum | sha256 of the text that precedes it |
 
 ## Directories
@@ -54,13 +53,13 @@ The keys of `manifest.json`:
 | artefact | stage | holds |
 |---|---|---|
 | `data/images` | images | tables `images`, `rejected` |
-| `data/activations` | extract | table `plan`; one folder for each hookpoint, such as `data/activations/blocks.15`, an artefact of its own |
-| `data/activations/<hookpoint>` | extract | tables `train` (shuffled), `eval` (by image within a part), `embeddings`; one part a shard |
-| `data/sae` | train | a folder for each SAE, such as `data/sae/batch_topk-1280-k16-s0`, an artefact of its own, even if only one |
+| `data/activations` | extract | table `plan`; a folder for each hookpoint, such as `data/activations/blocks.15`, which is an artefact too |
+| `data/activations/<hookpoint>` | extract | tables `train` (shuffled), `eval` (by image within a part), `embeddings`; a part for each shard |
+| `data/sae` | train | a folder for each SAE (even a single one), such as `data/sae/batch_topk-1280-k16-s0`, which is an artefact too |
 | `data/sae/<sae>` | train | `sae.safetensors`, `cfg.json`, table `curves`; its params are those of this SAE alone |
-| `data/evaluation`, `data/labels` | evaluate, label | the same folders, by the same names |
-| all three | | also SAEs that failed the stage's gate where others passed; `rejected` of the summary has the reasons |
-| `data/evaluation` | evaluate | tables `matches`, `stability` of every two of its SAEs; no rows where there is only one |
+| `data/evaluation`, `data/labels` | evaluate, label | folders with the same names as in `data/sae` |
+| all three | | also SAEs that failed the stage's gate while others passed; `rejected` in the summary has the reasons |
+| `data/evaluation` | evaluate | tables `matches`, `stability` for every two of its SAEs; without rows if there is only one |
 | `data/evaluation/<sae>` | evaluate | about latents: tables `latents`, `examples`, `firings`, `cofiring` |
 | | | about the whole: tables `comparisons`, `judged`, `fidelity`, `densities`, `levels`, `probes`, `zero_shot` |
 | `data/labels/<sae>` | label | table `labels` |
@@ -70,32 +69,32 @@ The keys of `manifest.json`:
 
 `sae.safetensors` (float32) holds `W_enc` (d_model, d_sae), `b_enc` (d_sae,), `W_dec` (d_sae, d_model) with unit rows, `b_dec`
 (d_model,) and `threshold` () or (d_sae,); a gated SAE also has `gate_scale` and `gate_shift` (d_sae,). With them,
-`pre_acts = x W_enc + b_enc` and `x_hat = acts W_dec + b_dec`, for x as the model gives it: the scale of training, and what is
-subtracted before the encoder, are folded in. `activation` in cfg.json says how acts follow from pre_acts:
+`pre_acts = x W_enc + b_enc` and `x_hat = acts W_dec + b_dec`, where x is the unscaled output of the model: the scale used in
+training and any bias subtracted before the encoder are folded in. `activation` in cfg.json determines acts from pre_acts:
 
 | activation | acts |
 |---|---|
-| `threshold` | pre_acts where they exceed the threshold, else 0 |
-| `topk` | the k largest positive pre_acts of each token |
-| `gated` | relu(pre_acts gate_scale + gate_shift) where pre_acts > 0 |
+| `threshold` | pre_acts if they exceed the threshold, else 0 |
+| `topk` | the k largest positive pre_acts of each token, else 0 |
+| `gated` | relu(pre_acts gate_scale + gate_shift) if pre_acts > 0, else 0 |
 
 The `x_hat` of a transcoder has width d_out, and its cfg.json names the `target`. The column `sae` of all tables is the folder's
 name followed by the first digits of the weights' checksum.
 """
 
 ARTEFACTS = ("images", "activations", "activations/<hookpoint>", "sae/<sae>", "evaluation/<sae>", "evaluation", "labels/<sae>")
-"""In the order of their sections."""
+"""Artefacts in the order of their sections on the page."""
 
 
 def iter_tables() -> Iterator[tuple[str, str, pa.Schema]]:
-    """Name, artefact and schema of every table of the artefacts, those whose schema depends on the model at the widths of the demo."""
+    """Iterate over the tables as (name, artefact, schema); schemas that depend on the model have the widths of the demo."""
     yield "train, eval", "activations/<hookpoint>", schemas.activations(320, {})
     yield "embeddings", "activations/<hookpoint>", schemas.embeddings(384, 1280)
     yield from ((name, table.place, table.schema) for name, table in schemas.TABLES.items() if table.place != "catalog")
 
 
 def make_page() -> str:
-    """The whole page."""
+    """Make the page."""
     tables = sorted(iter_tables(), key=lambda table: ARTEFACTS.index(table[1]))
     return HEAD + "".join(_section(*table) for table in tables) + SUMMARY_HEAD + "".join(map(_summary, SUMMARIES))
 

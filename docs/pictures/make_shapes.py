@@ -1,4 +1,4 @@
-"""Draws docs/pictures/shapes.png: the first 24 images of the source `shapes`."""
+"""Draws docs/pictures/shapes.png, a sheet with the first 24 images of the source `shapes`."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ ROWS, COLUMNS, GAP, ZOOM = 3, 8, 4, 2
 
 
 def make_sheet() -> np.ndarray:
-    """The images row by row with white between them, (height, width, 3) uint8."""
+    """Arrange the images row by row on white, as an array (height, width, 3), uint8."""
     plan = load_plan(PICTURES.parents[1] / "data/shapes.json")
     step = plan.size + GAP
     sheet = np.full((ROWS * step - GAP, COLUMNS * step - GAP, 3), 255, np.uint8)
