@@ -54,8 +54,8 @@ The keys of `manifest.json`:
 |---|---|---|
 | `data/images` | images | tables `images`, `rejected` |
 | `data/activations` | extract | table `plan`; a folder for each hookpoint, such as `data/activations/blocks.15`, which is an artefact too |
-| `data/activations/<hookpoint>` | extract | tables `train` (shuffled), `eval` (by image within a part), `embeddings`; a part for each shard |
-| `data/sae` | train | a folder for each SAE (even a single one), such as `data/sae/batch_topk-1280-k16-s0`, which is an artefact too |
+| `data/activations/<hookpoint>` | extract | tables `train` (shuffled), `eval` (by image within a part), `embeddings`; a part per shard |
+| `data/sae` | train | a folder for each SAE, such as `data/sae/batch_topk-1280-k16-s0`, which is an artefact too |
 | `data/sae/<sae>` | train | `sae.safetensors`, `cfg.json`, table `curves`; its params are those of this SAE alone |
 | `data/evaluation`, `data/labels` | evaluate, label | folders with the same names as in `data/sae` |
 | all three | | also SAEs that failed the stage's gate while others passed; `rejected` in the summary has the reasons |

@@ -83,7 +83,7 @@ def test_a_relation_and_a_metric_take_the_files_of_their_recipes(tmp_path: Path)
         (relation,) = catalog.rows("SELECT comment FROM duckdb_tables() WHERE table_name = 'silence'")
         silence = catalog.rows("SELECT count(*), bool_and(share IS NULL = is_dead) FROM silence JOIN latents USING (sae, latent)")
         variation = catalog.rows("SELECT count(*), bool_and(variation IS NULL = is_dead), min(variation) >= 0 FROM features")
-    assert relation == ("silence(sae, latent): how seldom a latent fires.",)
+    assert relation == ("silence(sae, latent): how rarely a latent fires.",)
     assert comments["silence"]["share"] == "share of evaluation tokens on which it does not fire; null if it never fires"
     assert silence == [(N_LATENTS, True)]
     assert comments["features"]["variation"].startswith("standard deviation over mean of its activations where it fires")
