@@ -107,8 +107,7 @@ def _section(name: str, artefact: str, schema: pa.Schema) -> str:
 SUMMARY_HEAD = """
 ## Summaries
 
-The summary in a manifest has the keys that follow, by the kind of the artefact. A value of null means that the number is not known or
-does not exist.
+The keys of the summary in a manifest depend on the kind of the artefact. A null value means that a number is unknown or undefined.
 """
 
 
