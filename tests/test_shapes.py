@@ -3,10 +3,13 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from jaxtyping import TypeCheckError
 
+from ommatid.extract.tokens import draw_kept
+from ommatid.images.eval_split import EvalSplit
 from ommatid.metrics import Fidelity, uniqueness
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.sae.step import Batch
@@ -47,6 +50,13 @@ def test_another_dtype_is_named() -> None:
     square = Preprocess((8,), (8, 8), "bicubic", (0.0,) * 3, (1.0,) * 3)
     with pytest.raises(TypeCheckError, match=r"(?s)'pixels'.*UInt8.*batch height width 3"):
         normalise(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), square, "cpu")
+
+
+def test_arrays_outside_of_models_and_metrics_are_named() -> None:
+    with pytest.raises(TypeCheckError, match=r"(?s)draw_kept.*'tokens_btd'.*f32\[2,3\].*images tokens d_model"):
+        draw_kept(torch.ones(2, 3), None, None, np.random.default_rng(0))
+    with pytest.raises(TypeCheckError, match=r"(?s)'is_held_out'.*bool\[2\].*rows=3"):
+        EvalSplit(np.arange(3), np.zeros(2, dtype=bool))
 
 
 def test_nothing_is_checked_at_run_time() -> None:

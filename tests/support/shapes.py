@@ -1,4 +1,4 @@
-"""The checker of shapes in tests: pytest puts it around every function of sae/, metrics/ and vlm/ (see addopts in pyproject.toml)."""
+"""Checker of tensor shapes, which pytest puts around every function of the packages that `addopts` in pyproject.toml names."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar, get_args

@@ -8,6 +8,7 @@ from itertools import islice
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 
 from ommatid.activations.columns import from_float32
@@ -68,7 +69,7 @@ def iter_batches(columns: Columns | Artefact, batch_size: int, seed: int, start:
         epoch, skip = epoch + 1, 0
 
 
-def load_sample(activations: Artefact, n: int) -> Tensor:
+def load_sample(activations: Artefact, n: int) -> Float32[Tensor, "tokens d_model"]:
     """Return the first n training tokens, `(n, d_model)` float32. They are a random sample, because rows were shuffled."""
     pieces, found = [], 0
     for part in activations.parts("train"):

@@ -3,20 +3,21 @@
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Float, Float16, Float32
 from torch import Tensor
 
 
-def from_float16(column: pa.ChunkedArray) -> Tensor:
+def from_float16(column: pa.ChunkedArray) -> Float16[Tensor, "rows width"]:
     """Return a column of little-endian float16 vectors as a float16 tensor, `(rows, width)`."""
     return torch.from_numpy(_view(column, np.dtype("<f2")))
 
 
-def from_float32(column: pa.ChunkedArray) -> Tensor:
+def from_float32(column: pa.ChunkedArray) -> Float32[Tensor, "rows width"]:
     """Return a column of little-endian float32 vectors as a float32 tensor, `(rows, width)`."""
     return torch.from_numpy(_view(column, np.dtype("<f4")))
 
 
-def to_binary(x_nd: Tensor, dtype: torch.dtype) -> pa.Array:
+def to_binary(x_nd: Float[Tensor, "rows width"], dtype: torch.dtype) -> pa.Array:
     """Return the rows of a tensor as fixed-width binary values, which are little-endian float16 or float32 vectors."""
     rows = x_nd.to(dtype).contiguous().cpu().numpy()
     values = rows.astype(rows.dtype.newbyteorder("<"), copy=False)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, Int, Int64
 
 ALIKE = 0.9
 """Cosine above which two directions count as the same."""
@@ -20,14 +21,18 @@ TILE = 4096
 class Nearest:
     """The nearest directions of each query, nearest first."""
 
-    others: np.ndarray
+    others: Int64[np.ndarray, "queries n"]
     """Indices of the directions, `(queries, n)` int64."""
-    cosines: np.ndarray
+    cosines: Float[np.ndarray, "queries n"]
     """Cosines with the directions, `(queries, n)` float32; minus infinity for a direction that was not allowed."""
 
 
 def iter_nearest(
-    queries: Any, directions: Any, n: int, own: np.ndarray | None = None, allowed: np.ndarray | None = None
+    queries: Any,
+    directions: Any,
+    n: int,
+    own: Int[np.ndarray, " queries"] | None = None,
+    allowed: Bool[np.ndarray, "queries directions"] | None = None,
 ) -> Iterator[Nearest]:
     """Yield the nearest directions of `TILE` queries at a time, in order.
 
@@ -53,7 +58,13 @@ def iter_nearest(
         yield best.found
 
 
-def nearest(queries: Any, directions: Any, n: int, own: np.ndarray | None = None, allowed: np.ndarray | None = None) -> Nearest:
+def nearest(
+    queries: Any,
+    directions: Any,
+    n: int,
+    own: Int[np.ndarray, " queries"] | None = None,
+    allowed: Bool[np.ndarray, "queries directions"] | None = None,
+) -> Nearest:
     """Return the nearest directions of all queries: see `iter_nearest`."""
     return _joined(list(iter_nearest(queries, directions, n, own, allowed)))
 
@@ -88,7 +99,7 @@ class UnitRows:
         return found / np.where(norms > 0, norms, 1)
 
 
-def largest(values: np.ndarray, n: int) -> np.ndarray:
+def largest(values: Float[np.ndarray, "rows columns"], n: int) -> Int64[np.ndarray, "rows kept"]:
     """Return the columns of each row's `n` largest values, largest first. Of equal values, the one in the lower column comes first.
 
     Args:

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from jaxtyping import Bool, Float, Float64, Int, Int8, Int32, Int64
 from torch import Tensor
 
 from ommatid.activations.columns import from_float32, to_binary
@@ -40,19 +41,19 @@ N_STRATA = 4
 class RowOrder:
     """Sort keys that place each row of a chunk in its shard: round, then stratum, then draw."""
 
-    round: np.ndarray
+    round: Int32[np.ndarray, " rows"]
     """Round of each row, (rows,) int32; if all images have equally many rows, the row's index within its image."""
-    stratum: np.ndarray
+    stratum: Int8[np.ndarray, " rows"]
     """Stratum of each row's image, (rows,) int8."""
-    draw: np.ndarray
+    draw: Float64[np.ndarray, " rows"]
     """Random number that orders rows within round and stratum, (rows,) float64."""
 
-    def argsort(self) -> np.ndarray:
+    def argsort(self) -> Int64[np.ndarray, " rows"]:
         """Return the indices that put the rows in order, (rows,)."""
         return np.lexsort((self.draw, self.stratum, self.round))
 
 
-def order_rows(image: np.ndarray, rng: np.random.Generator, n_rounds: int | None = None) -> RowOrder:
+def order_rows(image: Int[np.ndarray, " rows"], rng: np.random.Generator, n_rounds: int | None = None) -> RowOrder:
     """Draw the order of a chunk's rows.
 
     Args:
@@ -77,7 +78,7 @@ def order_rows(image: np.ndarray, rng: np.random.Generator, n_rounds: int | None
     return RowOrder(round_, stratum[member], rng.random(len(image)))
 
 
-def window(rows_per_stratum: np.ndarray, most: int) -> int:
+def window(rows_per_stratum: Int[np.ndarray, " strata"], most: int) -> int:
     """Return how many consecutive rows of a shard come from different images, which is a round without its largest stratum.
 
     Args:
@@ -141,7 +142,9 @@ class Groups:
         return order, np.split(first, ends)
 
 
-def embeddings_batch(numbers: np.ndarray, joint: Tensor, judges: Sequence[Tensor]) -> pa.RecordBatch:
+def embeddings_batch(
+    numbers: Int[np.ndarray, " images"], joint: Float[Tensor, "images d_joint"], judges: Sequence[Float[Tensor, "images _d_judge"]]
+) -> pa.RecordBatch:
     """Return embeddings as a record batch with one row per image.
 
     Args:
@@ -157,7 +160,7 @@ def embeddings_batch(numbers: np.ndarray, joint: Tensor, judges: Sequence[Tensor
     return pa.RecordBatch.from_pydict({"image": pa.array(numbers, pa.int32()), **columns})
 
 
-def rows_batch(numbers: np.ndarray, tokens_btd: Tensor) -> pa.RecordBatch:
+def rows_batch(numbers: Int[np.ndarray, " images"], tokens_btd: Float[Tensor, "images tokens d_model"]) -> pa.RecordBatch:
     """Return activations as a record batch with one row per token, ordered by image and token.
 
     Args:
@@ -176,7 +179,13 @@ def rows_batch(numbers: np.ndarray, tokens_btd: Tensor) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict(columns)
 
 
-def split_rounds(numbers: np.ndarray, tokens_btd: Tensor, kept_bt: np.ndarray, rng: np.random.Generator, groups: Groups) -> list[Any]:
+def split_rounds(
+    numbers: Int[np.ndarray, " images"],
+    tokens_btd: Float[Tensor, "images tokens d_model"],
+    kept_bt: Bool[np.ndarray, "images tokens"],
+    rng: np.random.Generator,
+    groups: Groups,
+) -> list[Any]:
     """Return the kept rows of a chunk as one record batch per row group of the shard, with the columns that sort them.
 
     Args:

@@ -5,6 +5,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ommatid.errors import ModelError
@@ -56,13 +57,15 @@ class TokenPicker:
         """Descriptions of the kept tokens, in the order of `pick`."""
         return (Place(0, "pooled", -1, -1),) if self._averages else self._kept
 
-    def pick(self, x_btd: Tensor) -> Tensor:
+    def pick(self, x_btd: Float[Tensor, "batch tokens d_model"]) -> Float[Tensor, "batch kept d_model"]:
         """Return the kept tokens, (batch, kept, d_model), of all tokens, (batch, tokens, d_model)."""
         if self._averages:
             return x_btd[:, len(self.hookpoint.special) :].float().mean(1, keepdim=True)
         return x_btd[:, self._positions]
 
-    def put(self, x_btd: Tensor, kept_bkd: Tensor) -> Tensor:
+    def put(
+        self, x_btd: Float[Tensor, "batch tokens d_model"], kept_bkd: Float[Tensor, "batch kept d_model"]
+    ) -> Float[Tensor, "batch tokens d_model"]:
         """Replace the kept tokens, so that `pick` returns the new ones.
 
         Args:
@@ -103,7 +106,9 @@ def _all_places(hookpoint: Hookpoint) -> list[Place]:
     return special + patches
 
 
-def draw_kept(tokens_btd: Tensor, sample: int | None, max_norm: float | None, rng: np.random.Generator) -> np.ndarray:
+def draw_kept(
+    tokens_btd: Float[Tensor, "images tokens d_model"], sample: int | None, max_norm: float | None, rng: np.random.Generator
+) -> Bool[np.ndarray, "images tokens"]:
     """Draw the tokens of training images that are written.
 
     Args:

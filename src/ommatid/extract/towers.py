@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float16, Float32, UInt8
 from pydantic import TypeAdapter
 from torch import Tensor
 
@@ -28,11 +29,11 @@ SAME = 0.01
 class Outputs:
     """Outputs of all networks for a batch of images, on the CPU."""
 
-    tokens: Mapping[str, Tensor]
+    tokens: Mapping[str, Float16[Tensor, "batch _tokens _d_model"]]
     """Kept tokens by hookpoint, (batch, tokens, d_model) float16."""
-    joint: Tensor
+    joint: Float32[Tensor, "batch d_joint"]
     """Embeddings in the joint image-text space, (batch, d_joint) float32, unit norm."""
-    judges: tuple[Tensor, ...]
+    judges: tuple[Float32[Tensor, "batch _d_judge"], ...]
     """Embeddings by each judge, (batch, d_judge) float32, unit norm; a row is NaN if the judge failed on the image."""
 
 
@@ -101,7 +102,7 @@ class Towers:
         for judge in self.judges:
             check_judge(judge, "extract.judge", dtype)
 
-    def run(self, pixels: tuple[Tensor, ...]) -> Outputs:
+    def run(self, pixels: tuple[UInt8[Tensor, "batch _height _width 3"], ...]) -> Outputs:
         """Run each network once over a batch of images.
 
         Args:
@@ -117,7 +118,7 @@ class Towers:
         assert joint is not None
         return Outputs(tokens, _unit(joint), tuple(_unit_or_nan(judge.embed(of[judge.preprocess])) for judge in self.judges))
 
-    def rounding(self, pixels: tuple[Tensor, ...]) -> dict[str, float]:
+    def rounding(self, pixels: tuple[UInt8[Tensor, "batch _height _width 3"], ...]) -> dict[str, float]:
         """Measure the rounding error of the kept tokens relative to float32: the norm of the difference over the norm in float32.
 
         Args:
@@ -152,17 +153,17 @@ def is_same(probe: list[float], other: list[float]) -> bool:
     return x.shape == y.shape and bool(np.linalg.norm(x - y) <= SAME * np.linalg.norm(y))
 
 
-def _difference(x: Tensor, exact: Tensor) -> float:
+def _difference(x: Float[Tensor, "*shape"], exact: Float[Tensor, "*shape"]) -> float:
     x, exact = x.double(), exact.double()
     difference = float(((x - exact).square().sum() / exact.square().sum()).sqrt())
     return float(f"{difference:.3g}")  # the last digits depend on the number of threads, and manifests must not
 
 
-def _unit(x_bd: Tensor) -> Tensor:
+def _unit(x_bd: Float[Tensor, "batch d"]) -> Float32[Tensor, "batch d"]:
     return torch.nn.functional.normalize(x_bd.float(), dim=1).cpu()
 
 
-def _unit_or_nan(x_bd: Tensor) -> Tensor:
+def _unit_or_nan(x_bd: Float[Tensor, "batch d"]) -> Float32[Tensor, "batch d"]:
     """Normalise rows to unit norm; rows that are zero or not finite become NaN."""
     lengths = x_bd.double().norm(dim=1)
     return torch.where(((lengths > 0) & lengths.isfinite())[:, None].cpu(), _unit(x_bd), torch.nan)

@@ -10,6 +10,7 @@ from typing import Any
 
 import duckdb
 import numpy as np
+from jaxtyping import Bool, Float, Int, Int64
 
 from ommatid.store import Artefact
 
@@ -18,9 +19,9 @@ from ommatid.store import Artefact
 class EvalSplit:
     """The evaluation images, one per row of the matrices of embeddings, and the half that each is in."""
 
-    images: np.ndarray
+    images: Int64[np.ndarray, " rows"]
     """Number of each row's image, ascending, (rows,)."""
-    is_held_out: np.ndarray
+    is_held_out: Bool[np.ndarray, " rows"]
     """Whether the row is in the held-out half, (rows,) bool."""
 
     def rows_of(self, images: np.ndarray) -> np.ndarray:
@@ -34,9 +35,9 @@ class LatentFirings:
 
     latent: int
     """Index of the latent."""
-    rows: np.ndarray
+    rows: Int[np.ndarray, " firings"]
     """Rows of the images in `EvalSplit`, (firings,)."""
-    acts: np.ndarray
+    acts: Float[np.ndarray, " firings"]
     """Activation of the latent on each image, (firings,)."""
 
 

@@ -8,6 +8,7 @@ from itertools import chain
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from ommatid.compute.prefetch import prefetch
@@ -23,11 +24,11 @@ BYTES_AHEAD = 2**28
 class Pixels:
     """A batch of images, preprocessed for each network."""
 
-    numbers: np.ndarray
+    numbers: Int[np.ndarray, " batch"]
     """Number of each image, (batch,)."""
-    is_train: np.ndarray
+    is_train: Bool[np.ndarray, " batch"]
     """Whether each image is in the training split, (batch,) bool."""
-    of: tuple[Tensor, ...]
+    of: tuple[UInt8[Tensor, "batch _height _width 3"], ...]
     """Pixels as each preprocessing makes them, (batch, height, width, 3) uint8."""
 
 
@@ -35,9 +36,9 @@ class Pixels:
 class Encoded:
     """A batch of image files."""
 
-    numbers: np.ndarray
+    numbers: Int[np.ndarray, " batch"]
     """Number of each image, (batch,)."""
-    is_train: np.ndarray
+    is_train: Bool[np.ndarray, " batch"]
     """Whether each image is in the training split, (batch,) bool."""
     files: list[bytes]
     """Content of each image file."""

@@ -6,6 +6,7 @@ from typing import Any, Protocol, overload
 
 import numpy as np
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ommatid.errors import InputError
@@ -140,7 +141,7 @@ class _Dense:
         n = min(IMAGES, max(1, VALUES // max(1, self.width)))
         return ((start, min(start + n, self._n)) for start in range(0, self._n, n))
 
-    def read(self, start: int, stop: int) -> Tensor:
+    def read(self, start: int, stop: int) -> Float[Tensor, "rows width={self.width}"]:
         rows = self._values[start:stop]
         return _real(rows) if isinstance(rows, Tensor) else torch.from_numpy(_native(rows))
 
@@ -173,7 +174,7 @@ class _Compressed:
             yield start, stop
             start = stop
 
-    def read(self, start: int, stop: int) -> Tensor:
+    def read(self, start: int, stop: int) -> Float[Tensor, "rows width={self.width}"]:
         starts = self._starts[start : stop + 1]
         entries = slice(int(starts[0]), int(starts[-1]))
         columns, values = self._columns[entries].cpu().long(), _real(self._values[entries])
@@ -195,17 +196,17 @@ def _check_shape(name: str, shape: tuple[int, ...], dtype: Any) -> None:
         raise InputError(f"{name} are of type {dtype}; they must be real numbers")
 
 
-def _native(rows: np.ndarray) -> np.ndarray:
+def _native(rows: Shaped[np.ndarray, "rows width"]) -> Float[np.ndarray, "rows width"]:
     """Convert rows to float32 or float64 in native byte order, since torch takes not every type of numpy."""
     return np.ascontiguousarray(rows, np.float32 if rows.dtype == np.float32 else np.float64)
 
 
-def _real(values: Tensor) -> Tensor:
+def _real(values: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     values = values.detach().cpu()
     return values if values.dtype in (torch.float32, torch.float64) else values.double()
 
 
-def _finite(acts: Tensor, start: int) -> Tensor:
+def _finite(acts: Float[Tensor, "images latents"], start: int) -> Float[Tensor, "images latents"]:
     """Check that a block of activations is finite, and return it. The block begins with image `start`."""
     values = acts.values() if acts.layout == torch.sparse_csr else acts
     if not values.numel() or all(map(math.isfinite, torch.stack(values.aminmax()).tolist())):  # A single NaN makes both extremes NaN.
@@ -215,7 +216,7 @@ def _finite(acts: Tensor, start: int) -> Tensor:
     raise InputError(f"acts are not finite: image {start + image} latent {latent}, and {len(bad) - 1} more within {len(acts)} images")
 
 
-def _directions(embeddings: Tensor, start: int) -> Tensor:
+def _directions(embeddings: Float[Tensor, "images width"], start: int) -> Float[Tensor, "images width"]:
     """Check that a block of embeddings is finite and not zero, and return it, rescaled if its values are extreme."""
     if not embeddings.shape[1]:
         raise InputError(f"embeddings have the shape {tuple(embeddings.shape)}; their width must be 1 or more")

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float, Float64, Num
 from torch import Tensor
 
 
@@ -52,7 +52,7 @@ def rank_correlation(x: Num[Tensor, " n"], y: Num[Tensor, " n"]) -> float:
     return float(centred[0] @ centred[1] / norms.prod()) if norms.prod() > 0 else math.nan
 
 
-def _ranks(x: Tensor) -> Tensor:
+def _ranks(x: Num[Tensor, " n"]) -> Float64[Tensor, " n"]:
     """Return the rank of each value, from 0, `(n,)` float64. Equal values share their mean rank."""
     _, place, times = torch.unique(x, return_inverse=True, return_counts=True)
     return (times.cumsum(0) - (times + 1) / 2)[place].double()

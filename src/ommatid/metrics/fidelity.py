@@ -107,6 +107,6 @@ class FidelityByKind(Accumulator):
         return whole
 
 
-def _squares(x_bd: Tensor) -> Tensor:
+def _squares(x_bd: Float[Tensor, "batch d_model"]) -> Float[Tensor, " batch"]:
     """Return the squared norms of rows, `(batch,)` float64."""
     return torch.linalg.vector_norm(x_bd, dim=1).double().square()

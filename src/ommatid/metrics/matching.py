@@ -90,6 +90,6 @@ def chance_cosine(m: int, d: int) -> float:
     return 1 - quad(below, -1, 1, limit=200, points=[0.0])[0]
 
 
-def _unit(x_nd: Tensor) -> Tensor:
+def _unit(x_nd: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Return rows scaled to unit norm, in float32; rows of zeros stay zero."""
     return torch.nn.functional.normalize(x_nd.float(), dim=1)

@@ -68,7 +68,7 @@ class Monosemanticity(Accumulator):
             sum_p += p.sum(0)
             sum_ap.addmm_(a, p)
 
-    def _add_all(self, acts_bs: Tensor) -> Tensor:
+    def _add_all(self, acts_bs: Float[Tensor, "images d_sae"]) -> Float64[Tensor, "d_sae images"]:
         """Update everything that does not need the judge. Return the activations by latent, `(d_sae, images)` float64."""
         self.min = torch.minimum(self.min, acts_bs.amin(0).double())
         self.max = torch.maximum(self.max, acts_bs.amax(0).double())
@@ -78,7 +78,7 @@ class Monosemanticity(Accumulator):
         self.sum_squares += a.square().sum(0)
         return a.T
 
-    def _add_entries(self, entries: Entries) -> Tensor:
+    def _add_entries(self, entries: Entries) -> Float64[Tensor, "d_sae images"]:
         """Do the same as `_add_all` for sparse activations. The result is in CSR form."""
         low, high = entries.extremes()
         self.min, self.max = torch.minimum(self.min, low), torch.maximum(self.max, high)

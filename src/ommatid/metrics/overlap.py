@@ -71,7 +71,7 @@ def uniqueness(images_sn: Int[Tensor, "latents n"]) -> Float64[Tensor, " latents
     return found
 
 
-def _overlaps(sets_sn: Tensor, chosen: Tensor) -> Tensor:
+def _overlaps(sets_sn: Int[Tensor, "latents n"], chosen: Int[Tensor, " chosen"]) -> Float32[Tensor, "latents chosen"]:
     """Return the number of images that each latent shares with each chosen latent, `(latents, chosen)` float32."""
     images = sets_sn[chosen].unique()
     place = torch.searchsorted(images, sets_sn).clamp_max(len(images) - 1)

@@ -22,9 +22,9 @@ TOLERANCE = 1e-7
 class LogisticProbes:
     """A logistic regression for each class against all others."""
 
-    mean: Tensor
+    mean: Float64[Tensor, " features"] | Float64[Tensor, "classes features"]
     """Means of the features in the training data, `(features,)` or `(classes, features)`."""
-    std: Tensor
+    std: Float64[Tensor, " features"] | Float64[Tensor, "classes features"]
     """Standard deviations of the same features; 1 for a feature that does not vary."""
     weights_cd: Float64[Tensor, "classes features"]
     """Weights of standardised features, `(classes, features)`."""
@@ -60,21 +60,25 @@ def fit_probes(
     return LogisticProbes(mean, std, weights[:, :-1], weights[:, -1])
 
 
-def _logits(x: Tensor, weights_cd: Tensor, bias_c: Tensor | float) -> Tensor:
+def _logits(
+    x: Float64[Tensor, "images d"] | Float64[Tensor, "images classes d"],
+    weights_cd: Float64[Tensor, "classes d"],
+    bias_c: Float64[Tensor, " classes"] | float,
+) -> Float64[Tensor, "images classes"]:
     return (x @ weights_cd.T if x.ndim == 2 else (x * weights_cd).sum(2)) + bias_c
 
 
 class _Loss:
     """The loss of each class as a function of its weights, the last of which is the bias."""
 
-    def __init__(self, x: Tensor, y_nc: Tensor) -> None:
+    def __init__(self, x: Float64[Tensor, "images d"] | Float64[Tensor, "images classes d"], y_nc: Bool[Tensor, "images classes"]) -> None:
         self._x = x
         self._y = y_nc.double()
         self._v = torch.where(y_nc, 1 / self._y.sum(0), 1 / (1 - self._y).sum(0)) / 2
         self._penalty = torch.full((x.shape[-1],), PENALTY, dtype=torch.float64)
         self._penalty[-1] = 0
 
-    def minimise(self) -> Tensor:
+    def minimise(self) -> Float64[Tensor, "classes d"]:
         """Return the weights that minimise the loss, `(classes, features + 1)`."""
         weights = torch.zeros(self._y.shape[1], self._x.shape[-1], dtype=torch.float64)
         for _ in range(STEPS):
@@ -85,15 +89,17 @@ class _Loss:
             weights = self._descend(weights, self._solve(self._v * p * (1 - p), -gradient))
         return weights
 
-    def _values(self, weights_cd: Tensor) -> Tensor:
+    def _values(self, weights_cd: Float64[Tensor, "classes d"]) -> Float64[Tensor, " classes"]:
         losses = binary_cross_entropy_with_logits(_logits(self._x, weights_cd, 0.0), self._y, self._v, reduction="none")
         return losses.sum(0) + (self._penalty * weights_cd.square()).sum(1) / 2
 
-    def _sum(self, of_nc: Tensor) -> Tensor:
+    def _sum(self, of_nc: Float64[Tensor, "images classes"]) -> Float64[Tensor, "classes d"]:
         """Return Σ_n of_nc x_n, `(classes, features + 1)`."""
         return of_nc.T @ self._x if self._x.ndim == 2 else (of_nc[:, :, None] * self._x).sum(0)
 
-    def _solve(self, curvature_nc: Tensor, target_cd: Tensor) -> Tensor:
+    def _solve(
+        self, curvature_nc: Float64[Tensor, "images classes"], target_cd: Float64[Tensor, "classes d"]
+    ) -> Float64[Tensor, "classes d"]:
         """Solve H s = target by conjugate gradients, to a hundredth of the target, where H = Σ_n curvature_n x_n x_nᵀ + penalty."""
         steps, residual = torch.zeros_like(target_cd), target_cd.clone()
         direction, squared = residual.clone(), residual.square().sum(1)
@@ -108,7 +114,7 @@ class _Loss:
             direction = residual + torch.where(before > 0, squared / before, 0.0)[:, None] * direction
         return steps
 
-    def _descend(self, weights_cd: Tensor, steps_cd: Tensor) -> Tensor:
+    def _descend(self, weights_cd: Float64[Tensor, "classes d"], steps_cd: Float64[Tensor, "classes d"]) -> Float64[Tensor, "classes d"]:
         """Return the weights after a step of each class, which is halved until the loss is not higher than before."""
         before = self._values(weights_cd)
         for _ in range(30):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num, Shaped
 from torch import Tensor
 
 
@@ -62,14 +62,14 @@ def total(count: int) -> int:
     return int(all_reduce(torch.tensor(count, dtype=torch.int64)))
 
 
-def all_reduce(tensor: Tensor) -> Tensor:
+def all_reduce(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """Sum a tensor over all ranks, in place, and return it."""
     if n_ranks() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def broadcast(tensor: Tensor) -> Tensor:
+def broadcast(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """Overwrite a tensor with rank 0's, in place, and return it."""
     if n_ranks() > 1:
         dist.broadcast(tensor, 0)
@@ -109,7 +109,7 @@ def keep_largest(values: Float[Tensor, " values"], n_wanted: int) -> tuple[Int[T
     return keep.nonzero()[:, 0], border
 
 
-def _all_gather(values: Tensor) -> Tensor:
+def _all_gather(values: Num[Tensor, " values"]) -> Num[Tensor, " gathered"]:
     """Concatenate the values of all ranks, in the order of ranks."""
     if n_ranks() == 1:
         return values

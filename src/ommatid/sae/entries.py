@@ -116,17 +116,17 @@ class Sparse:
         else:
             _sum_bags(rows, sorted_weights, table, bounds, out_sd)
 
-    def _bags_of(self, table_bld: Tensor) -> Tensor:
+    def _bags_of(self, table_bld: Float[Tensor, "batch levels d"]) -> Int[Tensor, " entries"]:
         """Return each entry's row in a table that has one level or all of them."""
         return self.rows if table_bld.shape[1] == 1 else self._bags
 
     @cached_property
-    def _bags(self) -> Tensor:
+    def _bags(self) -> Int[Tensor, " entries"]:
         """Row of each entry in a table of all tokens and levels, ascending."""
         return self.rows if self.levels.n == 1 else self.rows * self.levels.n + self.levels.of(self.latents)
 
     @cached_property
-    def _by_latent(self) -> tuple[Tensor, Tensor]:
+    def _by_latent(self) -> tuple[Int[Tensor, " entries"], Int[Tensor, " bounds"]]:
         """The permutation that orders entries by latent, and the `(d_sae + 1,)` bounds of each latent's entries in that order."""
         latents, order = self.latents.sort(stable=True)
         n = self.levels.bounds[-1]
@@ -174,14 +174,20 @@ class Dense:
         for level, part in self._levels_of(table_bld):
             torch.mm(weights[:, part].T, table_bld[:, level], out=out_sd[part])
 
-    def _levels_of(self, table_bld: Tensor) -> list[tuple[int, slice]]:
+    def _levels_of(self, table_bld: Float[Tensor, "batch levels d"]) -> list[tuple[int, slice]]:
         return [(0, slice(None))] if table_bld.shape[1] == 1 else list(enumerate(self.levels.slices()))
 
 
 Entries = Sparse | Dense
 
 
-def _sum_bags(rows: Tensor, weights: Tensor, table: Tensor, bounds: Tensor, out_sd: Tensor) -> None:
+def _sum_bags(
+    rows: Int[Tensor, " entries"],
+    weights: Float[Tensor, " entries"],
+    table: Float[Tensor, "bags d"],
+    bounds: Int[Tensor, " bounds"],
+    out_sd: Float[Tensor, "d_sae d"],
+) -> None:
     """Compute `Sparse.weighted_sums` for entries that are ordered by latent, with each latent's first entry in `bounds`."""
     firsts = range(0, len(out_sd), LATENTS_PER_CHUNK)
     ends = bounds[[*firsts, len(out_sd)]].tolist()

@@ -1,7 +1,7 @@
 """Initial weights: directions made from data points, and an encoder scaled so that the reconstruction has the right length."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
@@ -68,7 +68,9 @@ def fit_scale(
         weights.W_enc.mul_(along / squares)
 
 
-def _directions(x_nd: Tensor, chosen: Tensor, noise: Tensor) -> Tensor:
+def _directions(
+    x_nd: Float[Tensor, "tokens d_model"], chosen: Int[Tensor, " d_sae"], noise: Float[Tensor, "d_sae d_model"]
+) -> Float[Tensor, "d_sae d_model"]:
     """Compute directions in the noise's own memory: heap memory of large temporary tensors would not be returned to the system."""
     mean = x_nd.mean(0)
     for rows, points in zip(noise.split(ROWS_PER_CHUNK), chosen.split(ROWS_PER_CHUNK), strict=True):

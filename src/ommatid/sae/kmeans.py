@@ -86,7 +86,9 @@ def find_nearest(
     return nearest, distances
 
 
-def _draw_centres(sample_nd: Tensor, n_centres: int, generator: torch.Generator) -> Tensor:
+def _draw_centres(
+    sample_nd: Float[Tensor, "tokens d_model"], n_centres: int, generator: torch.Generator
+) -> Float[Tensor, "centres d_model"]:
     """Draw tokens as initial centres, with probability proportional to the squared distance to the centres of earlier rounds.
 
     Drawing several centres per round saves time: 4,096 rounds of one centre take longer than all of Lloyd's algorithm, 256 rounds of 16
@@ -104,7 +106,9 @@ def _draw_centres(sample_nd: Tensor, n_centres: int, generator: torch.Generator)
     return sample_nd[torch.cat(chosen)]
 
 
-def _move(sample_nd: Tensor, nearest: Tensor, distances: Tensor, n_centres: int) -> Tensor:
+def _move(
+    sample_nd: Float[Tensor, "tokens d_model"], nearest: Int[Tensor, " tokens"], distances: Float[Tensor, " tokens"], n_centres: int
+) -> Float[Tensor, "centres d_model"]:
     """Return the mean of each centre's tokens; an empty centre moves to one of the tokens farthest from their own centre."""
     counts = torch.bincount(nearest, minlength=n_centres)
     sums = sample_nd.new_zeros(n_centres, sample_nd.shape[1]).index_add_(0, nearest, sample_nd)

@@ -92,7 +92,7 @@ class Scales:
         return cls(x, x if sample.target is None else _scale(sample.target))
 
 
-def _scale(x_nd: Tensor) -> float:
+def _scale(x_nd: Float[Tensor, "tokens d_model"]) -> float:
     return 1 / float(x_nd.double().square().sum(1).mean().sqrt())
 
 

@@ -92,7 +92,7 @@ def fit_nmf(sample_nd: Float[Tensor, "tokens d_model"], n_latents: int, k: int, 
     return nmf
 
 
-def _improve(nmf: NMF, x_bd: Tensor, weight_s: Tensor) -> None:
+def _improve(nmf: NMF, x_bd: Float[Tensor, "batch d_model"], weight_s: Float[Tensor, " n_latents"]) -> None:
     """Move each part towards its optimum on the batch, given the rest, by the batch's share of the accumulated `weight_s`.
 
     All parts move at once, which overshoots where they overlap; the step length is therefore the best along this direction, at most 1.
@@ -113,7 +113,9 @@ def _improve(nmf: NMF, x_bd: Tensor, weight_s: Tensor) -> None:
     normalize(nmf.W, dim=1, out=nmf.W)
 
 
-def _draw_parts(sample_nd: Tensor, low: Tensor, n_latents: int, generator: torch.Generator) -> Tensor:
+def _draw_parts(
+    sample_nd: Float[Tensor, "tokens d_model"], low: Float[Tensor, " d_model"], n_latents: int, generator: torch.Generator
+) -> Float[Tensor, "n_latents d_model"]:
     """Draw tokens as initial parts, blended with noise so that equal tokens give different parts."""
     chosen = torch.randperm(len(sample_nd), generator=generator)[:n_latents]
     noise = torch.rand(n_latents, sample_nd.shape[1], generator=generator)
@@ -121,7 +123,7 @@ def _draw_parts(sample_nd: Tensor, low: Tensor, n_latents: int, generator: torch
     return normalize(BLEND * points + (1 - BLEND) * noise, dim=1)
 
 
-def _solve(x_bd: Tensor, W: Tensor, k: int) -> Tensor:
+def _solve(x_bd: Float[Tensor, "batch d_model"], W: Float[Tensor, "n_latents d_model"], k: int) -> Float[Tensor, "batch n_latents"]:
     """Return the dense acts `(batch, n_latents)` of non-negative x `(batch, d_model)`."""
     n = len(x_bd)
     chosen = torch.empty(n, k, dtype=torch.int64, device=x_bd.device)
@@ -141,7 +143,9 @@ def _solve(x_bd: Tensor, W: Tensor, k: int) -> Tensor:
     return x_bd.new_zeros(n, len(W)).scatter_(1, chosen, acts)
 
 
-def _sweep(acts_bk: Tensor, gram_bkk: Tensor, target_bk: Tensor, n: int, n_sweeps: int) -> None:
+def _sweep(
+    acts_bk: Float[Tensor, "batch k"], gram_bkk: Float[Tensor, "batch k k"], target_bk: Float[Tensor, "batch k"], n: int, n_sweeps: int
+) -> None:
     """Set each of a token's first n acts, in turn, to its best non-negative value given the rest. Parts have unit norm.
 
     Args:

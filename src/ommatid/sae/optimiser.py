@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from ommatid.compute.checkpoint import State
@@ -57,7 +57,7 @@ class Optimiser:
             _normalise(weights.W_dec)
         return norm
 
-    def _prepare(self, name: str, tensor: Tensor) -> Tensor:
+    def _prepare(self, name: str, tensor: Float[Tensor, "..."]) -> Float64[Tensor, ""]:
         """Remove the part of W_dec's gradient that is parallel to the directions; return the squared norm of a tensor's gradient."""
         grad = tensor.grad
         assert grad is not None, name
@@ -94,6 +94,6 @@ class Optimiser:
             self.adam.state[tensor] = {"step": state["step"].to(tensor.device, copy=True), **moments}
 
 
-def _normalise(W_dec: Tensor) -> None:
+def _normalise(W_dec: Float[Tensor, "d_sae d_out"]) -> None:
     for rows in W_dec.split(ROWS_PER_CHUNK):
         rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))

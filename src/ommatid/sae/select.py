@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ommatid.compute.nonzero import true_at
@@ -93,7 +93,7 @@ class Scorer:
         """Return the pre-activations of the first few tokens, in scratch memory that the next product overwrites."""
         return next(self._iter_scores(self.inputs_bd[:TOKENS_OF_GUESS]))[1].add_(self.weights.b_enc)
 
-    def _iter_scores(self, inputs: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def _iter_scores(self, inputs: Float[Tensor, "tokens d_model"]) -> Iterator[tuple[slice, Tensor]]:
         """Yield chunks of tokens and their pre-activations without b_enc, in scratch memory that the next chunk overwrites."""
         scratch = self._scratch
         for part in scratch.parts(len(inputs)):
@@ -219,7 +219,7 @@ def _is_dense(k: int, scorer: Scorer) -> bool:
     return k > DENSE_SHARE * len(scorer.weights.b_enc)
 
 
-def _top_of_rows(found: Sparse, counts: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _top_of_rows(found: Sparse, counts: Int[Tensor, " batch"], k: int) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """Return each token's k largest values and their latents, unordered, `(batch, k)` each; both are 0 where a token has fewer."""
     widest = max(int(counts.max()), k)
     place = found.rows * widest + torch.arange(len(found.rows), device=found.rows.device) - (counts.cumsum(0) - counts)[found.rows]
@@ -228,7 +228,7 @@ def _top_of_rows(found: Sparse, counts: Tensor, k: int) -> tuple[Tensor, Tensor]
     return top.values, latents.view(-1, widest).gather(1, top.indices)
 
 
-def _by_token(values: Tensor, latents: Tensor, levels: Levels) -> Sparse:
+def _by_token(values: Float[Tensor, "batch k"], latents: Int[Tensor, "batch k"], levels: Levels) -> Sparse:
     """Make entries from k values and latents of each token, `(batch, k)` each, leaving out values that are not positive."""
     latents, order = latents.sort(dim=1)
     values = values.gather(1, order)
@@ -238,5 +238,5 @@ def _by_token(values: Tensor, latents: Tensor, levels: Levels) -> Sparse:
     return found if bool(fires.all()) else _pick(found, fires)
 
 
-def _pick(found: Sparse, keep: Tensor) -> Sparse:
+def _pick(found: Sparse, keep: Bool[Tensor, " entries"] | Int[Tensor, " kept"]) -> Sparse:
     return Sparse(found.n_tokens, found.levels, found.rows[keep], found.latents[keep], found.values[keep])

@@ -157,7 +157,7 @@ def add_aux(
     return scale * error.square().sum() / batch.n_total
 
 
-def _keep_largest(pre_acts: Tensor, k: int) -> Tensor:
+def _keep_largest(pre_acts: Float[Tensor, "batch n"], k: int) -> Float[Tensor, "batch n"]:
     """Return pre_acts `(batch, n)` with all but the k largest of each token set to 0."""
     if pre_acts.shape[1] <= k:
         return pre_acts

@@ -57,7 +57,7 @@ class Weights:
         return cls(**parts, extra=extra, fixed=fixed, derives_W_dec=derives_W_dec)
 
 
-def grad_of(tensor: Tensor) -> Tensor:
+def grad_of(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Return a tensor's gradient, allocating it on first use."""
     if tensor.grad is None:
         tensor.grad = torch.zeros_like(tensor)

@@ -1,5 +1,6 @@
 """CLIP models of transformers, from a hub name or a local folder."""
 
+from jaxtyping import Float32
 from torch import Tensor
 from transformers import CLIPModel
 
@@ -29,7 +30,7 @@ class ClipVision(JointTower):
         sites[PROJECTION] = Site(Hookpoint(d_model=self.d_embed, special=("cls",), grid=None), model.visual_projection)
         super().__init__(opened, sites, model.vision_model, dtype, device)
 
-    def _embed_texts(self, texts: list[str]) -> Tensor:
+    def _embed_texts(self, texts: list[str]) -> Float32[Tensor, "texts d_embed"]:
         longest = self._model.config.text_config.max_position_embeddings
         tokens = self._tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(self._device)
         return self._model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output.float()

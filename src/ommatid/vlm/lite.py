@@ -150,7 +150,7 @@ class LiteNet(nn.Module):
         return names[:after], names[after:]
 
 
-def _pool(x: torch.Tensor) -> torch.Tensor:
+def _pool(x: Float[torch.Tensor, "batch channels rows columns"]) -> Float32[torch.Tensor, "batch channels"]:
     return x.mean((2, 3), dtype=torch.float32)
 
 
@@ -184,13 +184,15 @@ class _Tower:
         # The weights themselves are converted, because autocast would convert them and every map in each pass.
         self._net = LiteNet(variant, image_size).to(device, self._dtype)
 
-    def _run(self, pixels: torch.Tensor, hookpoints: Sequence[str] = ()) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def _run(
+        self, pixels: UInt8[torch.Tensor, "batch size size 3"], hookpoints: Sequence[str] = ()
+    ) -> tuple[dict[str, Float[torch.Tensor, "batch _tokens _channels"]], Float32[torch.Tensor, "batch 1280"]]:
         """Run uint8 pixels `(b, size, size, 3)`; return tokens `(b, r * q, c)` by hookpoint, and the pooled head `(b, 1280)` float32."""
         slices = [self._net(self._normalise(part), hookpoints) for part in self._slices(pixels)]
         maps, heads = zip(*slices, strict=True)
         return {name: _as_tokens(torch.cat([part[name] for part in maps])) for name in hookpoints}, torch.cat(heads)
 
-    def _normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _normalise(self, pixels: UInt8[torch.Tensor, "batch size size 3"]) -> Float[torch.Tensor, "batch 3 size size"]:
         return normalise(pixels, self.preprocess, self._device).to(self._dtype)
 
     def _slices(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -199,12 +201,14 @@ class _Tower:
         return images.split(max(1, SLICE_BYTES // (self._net.image_size**2 * self._dtype.itemsize)))
 
 
-def _as_tokens(maps: torch.Tensor) -> torch.Tensor:
+def _as_tokens(maps: Float[torch.Tensor, "batch channels rows columns"]) -> Float[torch.Tensor, "batch tokens channels"]:
     """Reshape maps `(b, c, r, q)` to tokens `(b, r * q, c)`, without a copy, because channels are last in memory."""
     return maps.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def _as_maps(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _as_maps(
+    tokens: Float[torch.Tensor, "batch tokens channels"], like: Float[torch.Tensor, "batch channels rows columns"]
+) -> Float[torch.Tensor, "batch channels rows columns"]:
     """Reshape tokens `(b, r * q, c)` to maps `(b, c, r, q)` with the shape and dtype of `like`."""
     assert tokens.shape == _as_tokens(like).shape, f"tokens {tuple(tokens.shape)} cannot take the place of maps {tuple(like.shape)}"
     return tokens.to(like).unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
@@ -263,10 +267,10 @@ class LiteVision(_Tower):
         known = torch.cat([of_classes, load_minilm(self._device).embed(tuple(new))])
         return known[[place[text] for text in texts]] - of_classes.mean(0)
 
-    def _embed(self, head: torch.Tensor) -> torch.Tensor:
+    def _embed(self, head: Float32[torch.Tensor, "batch 1280"]) -> Float32[torch.Tensor, "batch 384"]:
         return conse(self._logits(head), class_texts(self._device))
 
-    def _logits(self, head: torch.Tensor) -> torch.Tensor:
+    def _logits(self, head: Float32[torch.Tensor, "batch 1280"]) -> Float32[torch.Tensor, "batch 1000"]:
         return self._net.classifier(head.to(self._dtype)).float()
 
 
@@ -307,7 +311,7 @@ def class_texts(device: str) -> Float32[torch.Tensor, "1000 384"]:
 _class_texts: dict[str, torch.Tensor] = {}
 
 
-def _raw_class_texts(device: str) -> torch.Tensor:
+def _raw_class_texts(device: str) -> Float32[torch.Tensor, "1000 384"]:
     """Return the embeddings before centring. They take seconds, so they are computed on first use and cached by device."""
     if device not in _class_texts:
         _class_texts[device] = load_minilm(device).embed(_class_templates())

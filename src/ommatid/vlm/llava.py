@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, SiglipVisionModel
@@ -54,7 +55,7 @@ class LlavaVision(Tower):
         super().__init__(opened, sites, model, dtype, device)
 
 
-def _base_pixels(processor: Any, picture: Image.Image) -> np.ndarray:
+def _base_pixels(processor: Any, picture: Image.Image) -> Float[np.ndarray, "3 height width"]:
     """Return the base view `(3, H, W)`, which comes before the tiles in the processor's output."""
     return process_picture(processor, picture)[0]
 
@@ -68,7 +69,7 @@ class _Encoder(nn.Module):
         self.drops_first = config.vision_feature_select_strategy == "default"
         self._chosen = _chosen_layers(tower, config, path)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens width_out"]:
         with capturing(self._chosen) as seen:
             self.tower(pixel_values)
         states = torch.cat([seen[name] for name in self._chosen], dim=-1)

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
@@ -37,7 +38,7 @@ class Preprocess:
         for name in ("resize", "crop", "mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
-    def __call__(self, image: Image.Image) -> np.ndarray:
+    def __call__(self, image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
         """Convert an image to uint8 pixels `(height, width, 3)` by Pillow's resize and a crop, as the processors of transformers do.
 
         For long panoramas (see `MAX_PIXELS`), such as 20,000 x 10, only the box that the crop keeps is resampled, so that no huge image is

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from PIL import Image
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
@@ -62,7 +62,7 @@ class QwenVision(Tower):
         rows = super().capture(pixels, hookpoints).tokens  # The tokens of all images in one sequence, in the tower's order.
         return Captured({name: x.reshape(len(pixels), -1, x.shape[-1])[:, self._places[name]] for name, x in rows.items()}, None)
 
-    def _find_places(self, hookpoint: str) -> Tensor:
+    def _find_places(self, hookpoint: str) -> Int[Tensor, " tokens"]:
         """Return, for each token in row-by-row order, its position in the output of a hookpoint."""
         grid, m = self.hookpoints[hookpoint].grid, 1 if hookpoint == PROJECTION else self._vision.spatial_merge_size
         assert grid is not None
@@ -79,12 +79,12 @@ class _Encoder(nn.Module):
         tower.patch_embed.register_forward_hook(lambda _module, _inputs, patches: patches.float())
         self._sizes = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
 
-    def forward(self, pixel_values: Tensor) -> None:
+    def forward(self, pixel_values: Float[Tensor, "batch 3 height width"]) -> None:
         grids = torch.tensor([[1, *self._grid]] * len(pixel_values), device=pixel_values.device)
         self.tower(flatten_patches(pixel_values, *self._sizes), grids)
 
 
-def _square_pixels(vision: Any, image_size: int, processor: Any, picture: Image.Image) -> np.ndarray:
+def _square_pixels(vision: Any, image_size: int, processor: Any, picture: Image.Image) -> Float[np.ndarray, "3 height width"]:
     """Run the processor on a picture resized to a square, and reassemble its patches to `(3, image_size, image_size)`."""
     square = picture.resize((image_size, image_size), processor.resample)
     patches = processor(square, do_resize=False, return_tensors="pt")["pixel_values"]

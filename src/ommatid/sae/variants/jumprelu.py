@@ -82,7 +82,9 @@ class JumpReLU(Steered):
         """See `Variant`."""
         return {"threshold": weights.extra["log_threshold"].exp()}
 
-    def _penalty(self, acts: Tensor, fires: Tensor, mean_act: float) -> tuple[Tensor, Tensor, float]:
+    def _penalty(
+        self, acts: Float[Tensor, "*entries"], fires: Tensor, mean_act: float
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "*entries"], float]:
         """Return S summed over the batch, its derivative with respect to activations, and the cost of a jump across θ by itself."""
         match self._sparsity:
             case "l0":

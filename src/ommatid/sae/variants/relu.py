@@ -1,7 +1,7 @@
 """ReLU with an L1 penalty and resampling of dead latents: the first SAE for language models (Bricken et al. 2023)."""
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -55,7 +55,7 @@ class ReLU(Steered):
         return silent
 
 
-def _resample(weights: Weights, batch: Batch, x_hat: Tensor, dead: Tensor, seed: int) -> None:
+def _resample(weights: Weights, batch: Batch, x_hat: Float[Tensor, "batch d_out"], dead: Int[Tensor, " n_dead"], seed: int) -> None:
     """Give dead latents the directions of poorly reconstructed tokens, drawn with probability proportional to the square of their loss.
 
     All ranks use the tokens that rank 0 draws from its share of the batch.
