@@ -86,25 +86,44 @@ def test_labeller(tree: Tree, tmp_path: Path) -> None:
     tree.run("python", "-c", LABEL, str(tmp_path / "line"))
 
 
-LOAD = """
+EXTRACT = """
+from pathlib import Path
+
+from ommatid.extract.stage import extract
+from support.study import make_artefact, make_test_params
+from support.tiles import make_images_artefact
+
+LITE = {"kind": "lite", "variant": "lite0", "image_size": 64}
+
+
+def extracted(place, images, hookpoint, **values):
+    params = make_test_params(extract={"hookpoints": [hookpoint], "judge": LITE, "namer": LITE, "dtype": "float32"} | values)
+    return make_artefact(place, "extraction", extract, params.extract, {"images": images})
+
+
+"""
+LOAD = (
+    EXTRACT
+    + """
 import sys
 
 from support.models import SIZES, randomise, save_weights
-from support.towers import noise
-from pathlib import Path
 from transformers import ViTMSNConfig, ViTMSNModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from ommatid.vlm import load_model
 from ommatid.vlm.identify import identify
 
+root = Path(sys.argv[1])
 model = randomise(ViTMSNModel(ViTMSNConfig(**SIZES, image_size=48, patch_size=16)))
-folder = save_weights(Path(sys.argv[1]), model, ViTImageProcessorPil(size={"height": 48, "width": 48}))
+folder = save_weights(root / "msn", model, ViTImageProcessorPil(size={"height": 48, "width": 48}))
 found = identify(str(folder))
 assert found.kind == "msn"
-vision = load_model(found, "float32", "cpu")
-assert vision.capture(noise(vision), ["vision.blocks.1"]).tokens["vision.blocks.1"].shape == (5, 10, 32)
+images = make_images_artefact(root, 12)
+made = extracted(root / "made", images, "vision.blocks.1", model=found.model_dump())
+assert made.child("vision.blocks.1", "activations").summary["d_model"] == 32
+assert made.child("vision.blocks.1", "activations").rows("train") == 9 * images.summary["n_train"]
 """
+)
 
 
 def test_model_family(tree: Tree, tmp_path: Path) -> None:
@@ -113,24 +132,29 @@ def test_model_family(tree: Tree, tmp_path: Path) -> None:
     declare(tree, "src/ommatid/config/models.py", section, "class TransformersJudge(Section):", union, "ModuleModel")
     tree.write("src/ommatid/vlm/msn.py", module)
     assert_only_named(tree, "add-a-model-family.md")
-    tree.run("python", "-c", LOAD, str(tmp_path / "msn"))
+    tree.run("python", "-c", LOAD, str(tmp_path / "study"))
 
 
-RUN = """
+RUN = (
+    EXTRACT
+    + """
 import sys
-from pathlib import Path
-
-from support.study import make_test_params
 
 from ommatid.executors import run
 
 params = make_test_params(extract={"executor": {"kind": "threads", "workers": 2}}).extract
 assert params.executor.workers_here == 2
 done = []
-run(params.executor, lambda shard: (Path(sys.argv[1]) / str(shard)).touch(), range(5), done.append)
+run(params.executor, lambda shard: None, range(5), done.append)
 assert sorted(done) == [0, 1, 2, 3, 4]
-assert len(list(Path(sys.argv[1]).iterdir())) == 5
+
+root = Path(sys.argv[1])
+images = make_images_artefact(root, 12)
+threads = extracted(root / "threads", images, "blocks.15", model=LITE | {"variant": "lite2"}, executor=params.executor.model_dump())
+local = extracted(root / "local", images, "blocks.15", model=LITE | {"variant": "lite2"})
+assert threads.digest == local.digest
 """
+)
 
 
 def test_executor(tree: Tree, tmp_path: Path) -> None:
@@ -139,5 +163,4 @@ def test_executor(tree: Tree, tmp_path: Path) -> None:
     declare(tree, "src/ommatid/config/extract.py", section, "Executor = Annotated[", union, "RayExecutor")
     tree.write("src/ommatid/executors/threads.py", module)
     assert_only_named(tree, "add-an-executor.md")
-    (tmp_path / "shards").mkdir()
-    tree.run("python", "-c", RUN, str(tmp_path / "shards"))
+    tree.run("python", "-c", RUN, str(tmp_path / "study"))
