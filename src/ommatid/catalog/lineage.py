@@ -22,7 +22,7 @@ _SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class OneSAE:
+class SAEArtefacts:
     """The artefacts of one SAE."""
 
     sae: Artefact
@@ -38,7 +38,7 @@ class OneSAE:
         return self.sae.summary["sae"]
 
 
-def iter_saes(inputs: Mapping[str, Artefact]) -> Iterator[tuple[str, OneSAE]]:
+def iter_saes(inputs: Mapping[str, Artefact]) -> Iterator[tuple[str, SAEArtefacts]]:
     """Iterate over the SAEs of a training.
 
     Args:
@@ -51,17 +51,17 @@ def iter_saes(inputs: Mapping[str, Artefact]) -> Iterator[tuple[str, OneSAE]]:
         ArtefactError: An artefact is damaged or missing.
     """
     for name, sae in inputs["train"].each().items():
-        yield name, OneSAE(sae, inputs["evaluate"].child(name, "evaluation"), inputs["label"].child(name, "labels"))
+        yield name, SAEArtefacts(sae, inputs["evaluate"].child(name, "evaluation"), inputs["label"].child(name, "labels"))
 
 
-def make_runs(params: CatalogParams, inputs: Mapping[str, Artefact], saes: Mapping[str, OneSAE], lineage: Lineage) -> pa.Table:
+def make_runs(params: CatalogParams, inputs: Mapping[str, Artefact], saes: Mapping[str, SAEArtefacts], lineage: Lineage) -> pa.Table:
     """Make the table that runs.sql reads, with a row for each SAE."""
     shared = {
         "created_at": datetime.now(UTC).replace(tzinfo=None, microsecond=0),
         "images_digest": inputs["images"].digest,
     }
     sections = {stage: artefact.manifest.params for stage, artefact in inputs.items()} | {"catalog": params.model_dump(mode="json")}
-    rows = [{**shared, "name": name, **_row(one.sae, sections, lineage.get(name, {}))} for name, one in saes.items()]
+    rows = [{**shared, "name": name, **_row(artefacts.sae, sections, lineage.get(name, {}))} for name, artefacts in saes.items()]
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 

@@ -1,4 +1,4 @@
-"""Stage `catalog`: artefacts in, one DuckDB file out that answers alone."""
+"""Stage `catalog`: builds a single DuckDB file from the artefacts, which can be queried without them."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from ommatid import schemas, tracking
 from ommatid.catalog.database import SEALED, memory_mb, quote, settings
-from ommatid.catalog.lineage import Lineage, OneSAE, iter_saes, make_runs
+from ommatid.catalog.lineage import Lineage, SAEArtefacts, iter_saes, make_runs
 from ommatid.catalog.neighbours import iter_neighbours
 from ommatid.config import CatalogParams
 from ommatid.errors import ArtefactError, find_lack
@@ -26,17 +26,17 @@ from ommatid.summaries import CatalogSummary
 
 CATALOG = "catalog.duckdb"
 WRITER_MB = 1024
-"""Most memory that DuckDB takes while it builds; what does not fit is spilled to the draft."""
+"""Memory limit of DuckDB while it builds the catalogue, in MB; beyond it, DuckDB spills to the draft."""
 
 _SQL = resources.files("ommatid.catalog").joinpath("sql")
 RELATIONS = (*(table for table in schemas.TABLES if _SQL.joinpath(f"{table}.sql").is_file()), *schemas.DERIVED)
-"""Every relation, in the order in which they are built."""
+"""All relations, in the order in which they are built."""
 _READ = {"images": frozenset(schemas.IMAGES.names) - {"encoded"}}
-"""Columns that are read of a table, where it is not all."""
+"""Columns to read from tables that are not read in full."""
 
 
 def run(params: CatalogParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
-    """Build the catalogue with the lineage of each SAE as MLflow, git and DVC know it; see `build_catalog`."""
+    """Build the catalogue, with the lineage of each SAE from MLflow, git and DVC; see `build_catalog`."""
     is_versioned = is_checkouts(inputs["train"].folder.parent)
     return build_catalog(params, inputs, draft, tracking.lineage(inputs["train"].each(), is_versioned), on_event)
 
@@ -48,19 +48,22 @@ def build_catalog(
     lineage: Lineage,
     on_event: Listener = ignore,
 ) -> Artefact:
-    """Build catalog.duckdb from images and all SAEs (`train`), their evaluations and labels.
+    """Build catalog.duckdb from the images, all SAEs (`train`), their evaluations and their labels.
 
     Args:
-        params: The section `catalog`.
-        inputs: Artefacts by stage; `images`, `train`, `evaluate` and `label` are needed; with `extract`, images say what the
-            model sees of them. The params of all of them are in `runs`.
-        draft: Where it is written.
-        lineage: Of each SAE git_commit, git_dirty ("true" or "false"), dvc_experiment, dvc_lock, mlflow_run_id,
-            prefect_flow_run_id; null or absent where there is none.
-        on_event: Hears of each relation.
+        params: The section `catalog` of params.yaml.
+        inputs: Artefacts by stage. `images`, `train`, `evaluate` and `label` are required; with `extract`, the relation `images` has
+            the share of each image that the model sees. The params of all of them are in the relation `runs`.
+        draft: Draft to write the catalogue to.
+        lineage: For each SAE, git_commit, git_dirty ("true" or "false"), dvc_experiment, dvc_lock, mlflow_run_id and
+            prefect_flow_run_id; None or missing if not known.
+        on_event: Called with each progress event and warning.
+
+    Returns:
+        The sealed artefact.
 
     Raises:
-        ArtefactError: an input is damaged (all damaged files are named), or the catalogue cannot be written.
+        ArtefactError: An input is damaged (the message names all damaged files), or the catalogue cannot be written.
     """
     try:
         if not draft.has(CATALOG):
@@ -68,14 +71,18 @@ def build_catalog(
         return draft.seal(_summary(draft.local(CATALOG), inputs["train"]))
     except (ArtefactError, duckdb.Error, pa.ArrowInvalid, SafetensorError, OSError) as error:
         _check_inputs(inputs)
-        # what the machine lacks is told by the stage, as everywhere
+        # errors about what the machine lacks are explained by the caller, as in every stage
         if find_lack(error) is None and isinstance(error, (duckdb.IOException, duckdb.FatalException, OSError)):
             raise ArtefactError(f"{draft.url}: the catalogue cannot be written: {error}") from error
         raise
 
 
 def _check_inputs(inputs: Mapping[str, Artefact]) -> None:
-    """Name all that is missing or changed in any input."""
+    """Verify all inputs.
+
+    Raises:
+        ArtefactError: Inputs are damaged; the message names everything that is missing or changed.
+    """
     damage = []
     for artefact in inputs.values():
         try:
@@ -87,7 +94,7 @@ def _check_inputs(inputs: Mapping[str, Artefact]) -> None:
 
 
 def _write(params: CatalogParams, inputs: Mapping[str, Artefact], draft: Draft, lineage: Lineage, on_event: Listener) -> None:
-    """Everything is made anew in the scratch folder: a database that a dying process left is not worth trusting."""
+    """Build the catalogue in the scratch folder, from the beginning, as a database left by a killed process cannot be trusted."""
     work = draft.scratch / "building"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -115,7 +122,7 @@ def _settings(work: Path) -> dict[str, Any]:
 
 
 def _create(connection: duckdb.DuckDBPyConnection, relation: str, values: Mapping[str, Any]) -> None:
-    """Run the relation's file, then comment on the relation and on the columns that the file does not comment on."""
+    """Run the SQL file of a relation, and add comments on the relation and on columns that the file has no comment for."""
     sql = _SQL.joinpath(f"{relation}.sql").read_text(encoding="utf-8")
     connection.execute("SET enable_progress_bar = false")
     for statement in connection.extract_statements(sql):
@@ -127,7 +134,7 @@ def _create(connection: duckdb.DuckDBPyConnection, relation: str, values: Mappin
 
 
 def _header(sql: str) -> str:
-    """The comment at the top of a relation's file, on one line."""
+    """Comment at the top of a relation's SQL file, on one line."""
     lines = re.match(r"(?:--.*\n)+", sql)
     assert lines, sql
     return " ".join(line.removeprefix("--").strip() for line in lines[0].splitlines())
@@ -140,25 +147,25 @@ def _meaning(relation: str, column: str) -> str:
     return fields[0].metadata[b"meaning"].decode()
 
 
-def _files(saes: Mapping[str, OneSAE], inputs: Mapping[str, Artefact]) -> dict[str, list[str]]:
-    """The Parquet files of the table behind each relation, of all SAEs, by the name of the parameter in SQL."""
+def _files(saes: Mapping[str, SAEArtefacts], inputs: Mapping[str, Artefact]) -> dict[str, list[str]]:
+    """Parquet files of the table behind each relation, for all SAEs, by the name of the parameter in SQL."""
     holders: dict[schemas.Place, list[Artefact]] = {
         "images": [inputs["images"]],
-        "sae/<sae>": [one.sae for one in saes.values()],
+        "sae/<sae>": [artefacts.sae for artefacts in saes.values()],
         "evaluation": [inputs["evaluate"]],
-        "evaluation/<sae>": [one.evaluation for one in saes.values()],
-        "labels/<sae>": [one.labels for one in saes.values()],
+        "evaluation/<sae>": [artefacts.evaluation for artefacts in saes.values()],
+        "labels/<sae>": [artefacts.labels for artefacts in saes.values()],
     }
     found = {name: holders[table.place] for name, table in schemas.TABLES.items() if name in RELATIONS and table.place in holders}
     return {name: [str(path) for artefact in held for path in artefact.files(name, _READ.get(name))] for name, held in found.items()}
 
 
-def _write_neighbours(saes: Mapping[str, OneSAE], n: int, work: Path) -> list[str]:
-    """One Parquet file: DuckDB then reads neighbours as it reads every other table."""
+def _write_neighbours(saes: Mapping[str, SAEArtefacts], n: int, work: Path) -> list[str]:
+    """Write the neighbours to a Parquet file, so that DuckDB reads them like every other table."""
     path = work / "neighbours.parquet"
     with pq.ParquetWriter(path, schemas.NEIGHBOURS) as writer:
-        for one in saes.values():
-            for table in iter_neighbours(one.sae.path, one.name, n):
+        for artefacts in saes.values():
+            for table in iter_neighbours(artefacts.sae.path, artefacts.name, n):
                 writer.write_table(table)
     return [str(path)]
 
