@@ -155,7 +155,7 @@ def find_error(lines: list[str], code: int) -> str:
         code: Its exit status.
 
     Returns:
-        The first of these that there is: the stage's own error, the signal that killed it, the error of DVC or git, the last line.
+        The first of these that exists: the stage's own error, the signal that killed it, the error of DVC or git, the last line.
     """
     if error := _last_line(lines, "error: "):
         return error
