@@ -74,7 +74,7 @@ class Workplace:
         return set(json.loads(self.dvc("status", "--json"))) - {SOURCES}
 
     def plan(self) -> list[tuple[str, bool]]:
-        """List the stages in order, each with whether it is up to date; from the first stale one on, DVC decides when each is run."""
+        """List the stages in order as (stage, is_clean); from the first stale one on, none is clean, and DVC checks each when it is run."""
         stages = self.stages()
         if self.experiment is None:
             stale = self.stale()

@@ -69,7 +69,7 @@ def dvc(root: Path, env: Mapping[str, str], *arguments: str) -> str:
 
 
 def _identity(root: Path) -> dict[str, str]:
-    """Variables with an author for experiments where git has none, as in a fresh container; git then refuses to commit."""
+    """Environment variables that name an author if git has none, as in a fresh container, where it would refuse to commit."""
     try:
         email = _output_of(["git", "config", "user.email"], root, environment(root, root))
     except RunError:

@@ -61,7 +61,7 @@ def headline(root: Path) -> str | None:
 
 
 def _numbers(summary: dict[str, float]) -> str:
-    """Make a table with a row for each number and, for several SAEs, whose keys are `<sae>.<number>`, a column for each."""
+    """Make a table with a row for each number; for several SAEs, keys are `<sae>.<number>`, and each SAE has a column."""
     columns: dict[str, dict[str, float]] = {}
     for key, value in summary.items():
         sae, _, number = key.rpartition(".")
