@@ -69,13 +69,38 @@ def test_the_readme_is_short() -> None:
     assert len(TEXT[CHECKOUT / "README.md"].split()) < 900
 
 
-def test_pages_that_code_and_settings_name_exist() -> None:
-    files = [CHECKOUT / name for name in ("params.yaml", "dvc.yaml", "Makefile", "pyproject.toml")]
-    for folder in ("src", "flows", "tests", "benchmarks", "infra"):
-        files += [path for path in (CHECKOUT / folder).rglob("*") if path.suffix in (".py", ".html", ".md", ".yaml", ".toml")]
-    named = [(path, name) for path in files for name in re.findall(r"\bdocs/[\w/.-]+\.\w+", path.read_text(encoding="utf-8"))]
-    assert len(named) > 10
-    assert [f"{path.relative_to(CHECKOUT)}: {name}" for path, name in named if not (CHECKOUT / name).exists()] == []
+EXAMPLES = {"flows/count.py", "src/ommatid/show/report/pairs.py"}
+"""Files that recipes for developers make."""
+
+
+def test_files_that_pages_code_and_settings_name_exist() -> None:
+    settings = [CHECKOUT / name for name in ("params.yaml", "dvc.yaml", "Makefile", "pyproject.toml", "data/naming/README.md")]
+    folders = [path for folder in ("src", "flows", "benchmarks", "infra", "docs") for path in (CHECKOUT / folder).rglob("*")]
+    files = {*PAGES, *settings, *(path for path in folders if path.suffix in (".py", ".html", ".md", ".yaml", ".sql", ".svg"))}
+    named = [(path, name) for path in files for name in find_names(path.read_text(encoding="utf-8"))]
+    assert len(named) > 200
+    assert sorted(f"{path.relative_to(CHECKOUT)}: {name}" for path, name in named if not is_there(path, name)) == []
+
+
+def find_names(text: str) -> list[str]:
+    """Paths of files (a/b.py), and of modules and what is in them (ommatid.a.b)."""
+    files = re.findall(r"(?<![\w./<>{}-])((?:[\w-]+/)+[\w-]+\.(?:py|sql|md|svg|toml))\b", text)
+    modules = re.findall(r"(?:^|[\s`(])(ommatid(?:\.[a-z_]\w*)+)\b(?!\.?[<{])", text, re.MULTILINE)
+    return [*files, *modules]
+
+
+def is_there(page: Path, name: str) -> bool:
+    """Whether a file exists relative to the checkout, to a room or to the page, or whether a module has what is named."""
+    if "/" in name:
+        bases = (CHECKOUT, CHECKOUT / "src", CHECKOUT / "src/ommatid", CHECKOUT / "tests", page.parent)
+        return name in EXAMPLES or any((base / name).exists() for base in bases)
+    place = CHECKOUT / "src"
+    for part in name.split("."):
+        if not (place / part).is_dir():
+            inside = place / "__init__.py"
+            return (place / f"{part}.py").exists() or re.search(rf"\b{part}\b", inside.read_text(encoding="utf-8")) is not None
+        place /= part
+    return True
 
 
 def test_the_index_lists_every_page() -> None:
