@@ -63,7 +63,7 @@ def test_firing_images_are_cut_where_they_fire_and_silent_ones_are_whole() -> No
     spot[1, 0] = 1.0
     answer = Captioner("captioner", colour).answer(make_case(0, n_firing=40, heat=spot))
     assert (answer.status, answer.label) == ("ok", "red")
-    assert answer.detail == "in 16 of 16 captions, and in 0 of 4 of images that do not fire it"
+    assert answer.detail == "in 16 of 16 captions of firing images, and in 0 of 4 of silent ones"
     assert Captioner("captioner", colour).answer(make_case(0, heat=None)).label == "purple"
 
 
@@ -73,7 +73,7 @@ def test_captions_with_nothing_in_common_are_no_name() -> None:
 
     answer = Captioner("captioner", numbered).answer(make_case(0, heat=LEFT))
     assert (answer.status, answer.label) == ("unparsed", None)
-    assert answer.detail == "no phrase that the captions share, such as: thinga; thingb; thingc"
+    assert answer.detail == "the captions share no phrase; the first are: thinga; thingb; thingc"
     assert Captioner("captioner", numbered).answer(make_case(0, n_firing=0)).status == "too_few_examples"
 
 
@@ -101,7 +101,7 @@ def test_a_model_that_is_not_there_or_does_not_caption_is_an_error_that_says_wha
     with pytest.raises(ModelError, match="OWNER/NAME"):
         TransformersCaptions("no such folder")
     save_tiny_clip(tmp_path)
-    with pytest.raises(ModelError, match="is a clip model; models that caption are of the families blip, git"):
+    with pytest.raises(ModelError, match="is a clip model; a captioner must be of one of the families blip, git"):
         TransformersCaptions(str(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="weights"):
@@ -110,7 +110,5 @@ def test_a_model_that_is_not_there_or_does_not_caption_is_an_error_that_says_wha
 
 def test_a_captioner_that_masks_at_random_is_refused(tmp_path: Path) -> None:
     save_tiny_captioner(tmp_path, "masked")
-    with pytest.raises(
-        ModelError, match=r"label.labellers.path: .*: says '.*' of a picture alone, and '.*' of the same picture in a batch"
-    ):
+    with pytest.raises(ModelError, match=r"label.labellers.path: .*: captions a picture '.*' when alone, and '.*' in a batch"):
         TransformersCaptions(str(tmp_path))

@@ -8,7 +8,7 @@ import pytest
 
 from ommatid.config import Params
 from ommatid.images.eval_split import EvalSplit, iter_latent_firings, load_eval_split
-from ommatid.label.evidence import Cases, Gathered, Spool, choose_firing, iter_looks, nearest_latents
+from ommatid.label.evidence import Cases, Evidence, Spool, choose_firing, iter_heat_maps, nearest_latents
 from ommatid.label.labellers.base import Case
 from ommatid.store import Artefact, Draft, open_draft
 from ommatid.vlm.preprocess import Preprocess
@@ -24,18 +24,18 @@ def draft(tmp_path: Path) -> Iterator[Draft]:
 
 
 @pytest.fixture(scope="module")
-def halves(line: dict[str, Artefact]) -> EvalSplit:
+def split(line: dict[str, Artefact]) -> EvalSplit:
     return load_eval_split(line["images"])
 
 
 @pytest.fixture
-def cases(line: dict[str, Artefact], params: Params, halves: EvalSplit, draft: Draft) -> dict[int, Case]:
-    gathered = Gathered(halves, params.label, nearest_latents(line["train"]))
-    gathered.fill(iter_latent_firings(line["evaluate"].files("firings"), halves, str(draft.scratch)))
-    assert sorted(gathered.strongest) == sorted(WANTED)
-    made = Cases(Spool(line["images"], halves, draft, TileModel.preprocess), halves, gathered, params.label)
-    fired = iter_latent_firings(line["evaluate"].files("firings"), halves, str(draft.scratch))
-    return {case.latent: case for case in made.iter_cases(fired, iter_looks(line["evaluate"]), WANTED)}
+def cases(line: dict[str, Artefact], params: Params, split: EvalSplit, draft: Draft) -> dict[int, Case]:
+    evidence = Evidence(split, params.label, nearest_latents(line["train"]))
+    evidence.fill(iter_latent_firings(line["evaluate"].files("firings"), split, str(draft.scratch)))
+    assert sorted(evidence.strongest) == sorted(WANTED)
+    made = Cases(Spool(line["images"], split, draft, TileModel.preprocess), split, evidence, params.label)
+    fired = iter_latent_firings(line["evaluate"].files("firings"), split, str(draft.scratch))
+    return {case.latent: case for case in made.iter_cases(fired, iter_heat_maps(line["evaluate"]), WANTED)}
 
 
 def test_cases_are_of_the_latents_that_were_asked_for(cases: dict[int, Case]) -> None:
@@ -104,21 +104,21 @@ def test_the_strongest_half_and_weaker_ones_with_heat_are_chosen() -> None:
     assert choose_firing(np.arange(100) == 99, 5).tolist() == [0, 1, 2, 3, 99]
 
 
-def test_a_spool_that_a_dead_run_left_is_used_again(line: dict[str, Artefact], halves: EvalSplit, draft: Draft) -> None:
-    first = Spool(line["images"], halves, draft, TileModel.preprocess)
+def test_a_spool_that_a_dead_run_left_is_used_again(line: dict[str, Artefact], split: EvalSplit, draft: Draft) -> None:
+    first = Spool(line["images"], split, draft, TileModel.preprocess)
     made = (draft.path / "scratch/encoded.bin").stat()
-    again = Spool(line["images"], halves, draft, TileModel.preprocess)
+    again = Spool(line["images"], split, draft, TileModel.preprocess)
     assert (draft.path / "scratch/encoded.bin").stat().st_ino == made.st_ino
     assert first.read(5) == again.read(5)
-    last = len(halves.images) - 1
-    assert first.read(last)[0] == line["images"].read("images", ["encoded"])["encoded"][int(halves.images[last])].as_py()
+    last = len(split.images) - 1
+    assert first.read(last)[0] == line["images"].read("images", ["encoded"])["encoded"][int(split.images[last])].as_py()
 
 
 @pytest.mark.parametrize(
     ("resize", "crop", "seen"), [((16,), (16, 16), (16 / 24, 1)), ((32, 48), (32, 48), (1, 1)), ((32, 48), (16, 12), (0.25, 0.5))]
 )
 def test_what_the_model_sees_of_an_image(
-    line: dict[str, Artefact], halves: EvalSplit, draft: Draft, resize: tuple[int, ...], crop: tuple[int, int], seen: tuple[float, float]
+    line: dict[str, Artefact], split: EvalSplit, draft: Draft, resize: tuple[int, ...], crop: tuple[int, int], seen: tuple[float, float]
 ) -> None:
     preprocess = Preprocess(resize, crop, "bicubic", mean=(0, 0, 0), std=(1, 1, 1))
-    assert Spool(line["images"], halves, draft, preprocess).read(0)[1] == pytest.approx(seen)
+    assert Spool(line["images"], split, draft, preprocess).read(0)[1] == pytest.approx(seen)

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from ommatid.config.label import VlmLabeller
-from ommatid.label.evidence import DRAWING, N_TILES, SIDE, draw_grid, mark, place_of
+from ommatid.label.evidence import GRID_VERSION, N_TILES, SIDE, draw_grid, mark, tile_corner
 from ommatid.label.labellers.base import Example
-from ommatid.label.labellers.vlm import Memory, Vlm
+from ommatid.label.labellers.vlm import AnswerCache, Vlm
 from support.cases import LEFT, encode, make_case
 from support.servers import chatting, names
 
@@ -20,7 +20,7 @@ RED, BLUE, GREEN = (220, 0, 0), (0, 0, 220), (0, 160, 0)
 
 def at(grid: Image.Image, tile: int, x: float, y: float = 0.5) -> tuple[int, ...]:
     """The pixel at a place of a tile, as shares of its width and height."""
-    left, top = place_of(tile)
+    left, top = tile_corner(tile)
     pixel = grid.getpixel((left + int(x * SIDE), top + int(y * SIDE)))
     assert isinstance(pixel, tuple)
     return pixel
@@ -33,7 +33,7 @@ def is_near(pixel: tuple[int, ...], colour: tuple[int, ...], tolerance: float = 
 def test_a_server_gets_the_whole_images_then_where_they_fire_then_the_silent_ones(tmp_path: Path) -> None:
     with chatting(names("red")) as server:
         params = VlmLabeller(kind="vlm", model="tiny", url=server.url)
-        Vlm("vlm", params, Memory(tmp_path / "a"), print).answer(make_case(0))
+        Vlm("vlm", params, AnswerCache(tmp_path / "a"), print).answer(make_case(0))
     whole, marked, silent = server.asked[0].images
     for tile in range(5):
         assert is_near(at(whole, tile, 0.2), RED) and is_near(at(whole, tile, 0.8), BLUE)
@@ -49,7 +49,7 @@ def test_a_server_gets_the_whole_images_then_where_they_fire_then_the_silent_one
 def test_without_heat_only_whole_images_are_shown(heat: np.ndarray | None, tmp_path: Path) -> None:
     with chatting(names("red")) as server:
         params = VlmLabeller(kind="vlm", model="tiny", url=server.url)
-        Vlm("vlm", params, Memory(tmp_path / "a"), print).answer(make_case(0, n_silent=0, heat=heat))
+        Vlm("vlm", params, AnswerCache(tmp_path / "a"), print).answer(make_case(0, n_silent=0, heat=heat))
     assert len(server.asked[0].images) == 1
     assert "faded" not in server.asked[0].text and "silent;" not in server.asked[0].text
 
@@ -98,11 +98,11 @@ def test_pictures_are_small_and_the_same_every_time() -> None:
 
 
 def test_grids_look_as_they_did_when_drawing_was_last_raised() -> None:
-    """Remembered answers are to these pictures. When this fails on purpose, raise DRAWING and write down the new numbers."""
+    """Remembered answers are to these pictures. When this fails on purpose, raise GRID_VERSION and write down the new numbers."""
     examples = make_case(0).firing
     grid = Image.open(io.BytesIO(draw_grid([(i, mark(example)) for i, example in enumerate(examples, start=1)])))
     coarse = np.asarray(grid.convert("L").resize((8, 4), Image.Resampling.BOX)).astype(int)
-    assert DRAWING == 1 and grid.size == (808, 452)
+    assert GRID_VERSION == 1 and grid.size == (808, 452)
     assert np.abs(coarse - EXPECTED).max() <= 3, coarse.tolist()
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ommatid.label.labellers.base import Answer
-from ommatid.label.naming import Kept, ask_each
-from ommatid.label.scoring import others
+from ommatid.label.naming import AnswerLog, ask_each
+from ommatid.label.scoring import other_labels
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
@@ -50,13 +50,13 @@ def test_what_is_asked_may_fail() -> None:
 
 
 def read(path: Path) -> dict[int, Answer]:
-    with closing(Kept(path)) as kept:
+    with closing(AnswerLog(path)) as kept:
         return kept.answers
 
 
 def test_answers_are_kept_but_those_that_failed(tmp_path: Path) -> None:
     path = tmp_path / "inside/answers.jsonl"
-    kept = Kept(path)
+    kept = AnswerLog(path)
     answers = {
         3: Answer("ok", "horse", detail="brown", n_requests=2, n_tokens=70),
         5: Answer("refused", detail="no"),
@@ -73,12 +73,12 @@ def test_answers_are_kept_but_those_that_failed(tmp_path: Path) -> None:
 
 def test_half_a_line_of_a_killed_process_is_dropped_and_the_rest_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    kept = Kept(path)
+    kept = AnswerLog(path)
     kept.add(1, Answer("ok", "a"))
     kept.add(2, Answer("ok", "b"))
     kept.close()
     path.write_bytes(path.read_bytes()[:-5])
-    with closing(Kept(path)) as again:
+    with closing(AnswerLog(path)) as again:
         assert again.answers == {1: Answer("ok", "a")}
         again.add(3, Answer("ok", "c"))
     assert read(path) == {1: Answer("ok", "a"), 3: Answer("ok", "c")}
@@ -87,20 +87,20 @@ def test_half_a_line_of_a_killed_process_is_dropped_and_the_rest_goes_on(tmp_pat
 @pytest.mark.parametrize("names", ["aab", "aaaaab", "abcabcaa", "ab", "abababab"])
 def test_the_control_is_another_latents_name_and_another_name(names: str) -> None:
     labels = {10 * i: name for i, name in enumerate(names)}
-    found = others(labels, seed=1)
+    found = other_labels(labels, seed=1)
     assert found.keys() == labels.keys()
     assert all(other in set(names) - {labels[latent]} for latent, other in found.items())
-    assert found == others(labels, seed=1)
+    assert found == other_labels(labels, seed=1)
 
 
 def test_controls_are_drawn_from_all_latents() -> None:
     """Of names that all differ they are a rotation: each is a control once."""
     labels = {i: f"name {i}" for i in range(50)}
-    assert sorted(str(other) for other in others(labels, seed=0).values()) == sorted(labels.values())
-    assert others(labels, seed=0) != others(labels, seed=1)
+    assert sorted(str(other) for other in other_labels(labels, seed=0).values()) == sorted(labels.values())
+    assert other_labels(labels, seed=0) != other_labels(labels, seed=1)
 
 
 def test_without_another_name_there_is_no_control() -> None:
-    assert others({1: "a", 2: "a"}, seed=0) == {1: None, 2: None}
-    assert others({1: "a"}, seed=0) == {1: None}
-    assert others({}, seed=0) == {}
+    assert other_labels({1: "a", 2: "a"}, seed=0) == {1: None, 2: None}
+    assert other_labels({1: "a"}, seed=0) == {1: None}
+    assert other_labels({}, seed=0) == {}

@@ -12,7 +12,7 @@ from ommatid.errors import ConfigError
 from ommatid.events import Event, Warned, ignore
 from ommatid.label import context
 from ommatid.label.context import load_material
-from ommatid.label.labellers import Asked, Source
+from ommatid.label.labellers import ImageLabeller, Source
 from ommatid.label.labellers.base import Answer, Case
 from ommatid.label.stage import label
 from ommatid.quality import check
@@ -39,7 +39,7 @@ def run(root: Path, params: LabelParams, line: Mapping[str, Artefact], asked: So
         found = load_material(params, inputs)
         if asked:
             names = list(found.sources)
-            found = type(found)({**found.sources, names[-1]: asked}, found.texts, found.halves, found.images)
+            found = type(found)({**found.sources, names[-1]: asked}, found.texts, found.split, found.images)
         return label(params, inputs, draft, hear, found)
 
     return make_artefact(root / "labels", "labels", stage, params, line)
@@ -144,14 +144,14 @@ def test_a_labeller_that_fails_leaves_the_others_and_says_so(
     heard: list[Event] = []
     eyes = Eyes(lambda latent: Answer("ok", "grey") if latent == MIXED else Answer("failed", detail="no server at http://x"))
     section = label_params(params, vocabulary(words), vocabulary(words))
-    labelled = run(tmp_path, section, line, Asked(eyes, eyes), heard.append)
+    labelled = run(tmp_path, section, line, ImageLabeller(eyes, eyes), heard.append)
     rows = rows_of(labelled)
     assert {latent: rows[latent, "vocabulary"]["label"] for latent in PURE} == PURE
     assert [rows[latent, "vocabulary-2"]["status"] for latent in range(D_SAE)] == [*["failed"] * 3, "ok", "too_few_examples", "failed"]
     assert rows[0, "vocabulary-2"]["detail"] == "no server at http://x"
     assert rows[0, "vocabulary-2"]["score"] is None
     (warning,) = [event for event in heard if isinstance(event, Warned)]
-    assert "vocabulary-2 has no name for 4 of 6 latents: 4 failed; most often: no server at http://x" in warning.what
+    assert "vocabulary-2 has no label for 4 of 6 latents: 4 failed; most often: no server at http://x" in warning.what
     assert report_of(labelled, params, section).success
 
 
@@ -170,7 +170,7 @@ def report_of(labelled: Artefact, params: Params, section: LabelParams) -> Any:
 def test_where_all_labellers_fail_the_gate_says_so(tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path) -> None:
     eyes = Eyes(lambda latent: Answer("failed", detail="no server"))
     section = label_params(params, vocabulary(words))
-    (failure,) = report_of(run(tmp_path, section, line, Asked(eyes)), params, section).failures
+    (failure,) = report_of(run(tmp_path, section, line, ImageLabeller(eyes)), params, section).failures
     assert failure.name == "some latent has a label"
     assert "5 failed, 1 too_few_examples" in failure.detail
 
@@ -178,7 +178,7 @@ def test_where_all_labellers_fail_the_gate_says_so(tmp_path: Path, line: dict[st
 def test_an_empty_or_needless_label_is_none(tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path) -> None:
     said = {0: Answer("ok", "  "), 1: Answer("ok", None), 2: Answer("refused", "I would rather not"), MIXED: Answer("ok", " red ")}
     eyes = Eyes(lambda latent: said.get(latent, Answer("unparsed")))
-    rows = rows_of(run(tmp_path, label_params(params, vocabulary(words)), line, Asked(eyes)))
+    rows = rows_of(run(tmp_path, label_params(params, vocabulary(words)), line, ImageLabeller(eyes)))
     assert [(rows[i, "vocabulary"]["status"], rows[i, "vocabulary"]["label"]) for i in (0, 1, 2, MIXED)] == [
         ("unparsed", None),
         ("unparsed", None),
@@ -190,7 +190,7 @@ def test_an_empty_or_needless_label_is_none(tmp_path: Path, line: dict[str, Arte
 def test_a_detectors_scores_stand_beside(tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path) -> None:
     said = {0: "always", 1: "never", 2: "none"}
     eyes = Eyes(lambda latent: Answer("ok", said.get(latent, "never")))
-    rows = rows_of(run(tmp_path, label_params(params, vocabulary(words)), line, Asked(eyes, eyes, 3)))
+    rows = rows_of(run(tmp_path, label_params(params, vocabulary(words)), line, ImageLabeller(eyes, eyes, 3)))
     # true of all images or of none: chance; no answer: no score; nothing to tell apart: not asked
     for latent in (0, 1):
         assert (rows[latent, "vocabulary"]["detector_score"], rows[latent, "vocabulary"]["detector_auroc"]) == (0.5, 0.5)
@@ -211,8 +211,8 @@ def test_a_killed_run_does_not_ask_again(tmp_path: Path, line: dict[str, Artefac
     section = label_params(params, vocabulary(words))
     dying, living = Eyes(say), Eyes(lambda latent: Answer("ok", "blue", n_requests=1, n_tokens=50))
     with pytest.raises(Killed):
-        run(tmp_path, section, line, Asked(dying))
-    labelled = run(tmp_path, section, line, Asked(living))
+        run(tmp_path, section, line, ImageLabeller(dying))
+    labelled = run(tmp_path, section, line, ImageLabeller(living))
     assert dying.asked[:3] == [0, 1, 2]
     assert living.asked == [MIXED, ALWAYS]
     rows = rows_of(labelled)

@@ -9,7 +9,7 @@ import pytest
 
 from ommatid.config.label import VlmLabeller
 from ommatid.label.labellers import vlm
-from ommatid.label.labellers.vlm import Memory, Vlm
+from ommatid.label.labellers.vlm import AnswerCache, Vlm
 from ommatid.label.labellers.vlm.client import Clock
 from support.cases import make_case
 from support.processes import HANG_SECONDS
@@ -39,9 +39,9 @@ class Run:
     def __init__(self, url: str, folder: Path, **params: object) -> None:
         self.said: list[str] = []
         self.time = FakeClock()
-        self.memory = Memory(folder / "answers.sqlite")
+        self.cache = AnswerCache(folder / "answers.sqlite")
         values = {"kind": "vlm", "model": "tiny", "url": url, "timeout": HANG_SECONDS, **params}
-        self.vlm = Vlm("vlm", VlmLabeller.model_validate(values), self.memory, self.said.append, self.time.clock)
+        self.vlm = Vlm("vlm", VlmLabeller.model_validate(values), self.cache, self.said.append, self.time.clock)
 
     def statuses(self, n: int, first: int = 0) -> list[str]:
         return [self.vlm.answer(make_case(first + i)).status for i in range(n)]
@@ -146,7 +146,7 @@ def test_what_fails_five_times_failed_and_is_asked_for_again_by_the_next_run(tmp
         labelling = run(server, tmp_path)
         answer = labelling.vlm.answer(make_case(0))
         assert (answer.status, answer.label, answer.n_requests) == ("failed", None, 5)
-        assert answer.detail == "5 tries, at last 500: out of memory"
+        assert answer.detail == "no answer after 5 tries: 500: out of memory"
         assert run(server, tmp_path).vlm.answer(make_case(0)).status == "ok"
     assert len(server.asked) == 6
 
@@ -171,7 +171,7 @@ def test_a_server_that_is_not_there_is_given_up_after_one_question(tmp_path: Pat
     assert [answer.n_requests for answer in answers] == [5, *[0] * 49]
     assert labelling.time.slept == [1.0, 2.0, 4.0, 8.0]
     (line,) = labelling.said
-    assert url in line and "refused" in line and "Start the server" in line and "stay" in line
+    assert url in line and "refused" in line and "Start the server" in line and "are kept" in line
 
 
 @pytest.mark.parametrize(
@@ -321,11 +321,11 @@ def test_the_model_judges_which_images_show_a_name_whatever_their_order(tmp_path
 
 
 def numbers_of_red(asked: Asked) -> list[int]:
-    from ommatid.label.evidence import SIDE, place_of
+    from ommatid.label.evidence import SIDE, tile_corner
 
     (grid,) = asked.images
     n = int(asked.text.split(" numbered images")[0].split()[-1])
-    corners = [grid.getpixel((place_of(i)[0] + SIDE // 8, place_of(i)[1] + SIDE // 2)) for i in range(n)]
+    corners = [grid.getpixel((tile_corner(i)[0] + SIDE // 8, tile_corner(i)[1] + SIDE // 2)) for i in range(n)]
     return [i for i, pixel in enumerate(corners, start=1) if isinstance(pixel, tuple) and pixel[0] > 150]
 
 

@@ -17,8 +17,8 @@ from ommatid.config.label import VlmLabeller
 from ommatid.errors import ArtefactError
 from ommatid.label.labellers import vlm
 from ommatid.label.labellers.base import Case
-from ommatid.label.labellers.vlm import Memory, Vlm, in_checkout
-from ommatid.label.labellers.vlm.messages import Said
+from ommatid.label.labellers.vlm import AnswerCache, Vlm, open_checkout_cache
+from ommatid.label.labellers.vlm.messages import Completion
 from support.cases import LEFT, make_case
 from support.processes import HANG_SECONDS, wait_for
 from support.servers import Asked, Reply, chatting, names
@@ -28,7 +28,7 @@ TESTS = Path(__file__).parents[1]
 
 def make(url: str, path: Path, **params: object) -> Vlm:
     values = {"kind": "vlm", "model": "tiny", "url": url, "timeout": HANG_SECONDS, **params}
-    return Vlm("vlm", VlmLabeller.model_validate(values), Memory(path), lambda line: None)
+    return Vlm("vlm", VlmLabeller.model_validate(values), AnswerCache(path), lambda line: None)
 
 
 def script(asked: Asked, n_before: int) -> Reply:
@@ -74,9 +74,9 @@ def test_whatever_changes_what_is_shown_or_who_is_asked_is_asked_again_and_nothi
         assert n_asked(changed(case, act=99.0)) == 0
         assert n_asked(changed(case, heat=LEFT * np.float32(3.0000001))) == 0
         assert n_asked(case, max_requests=1, timeout=7.0) == 0
-        monkeypatch.setattr(vlm, "DRAWING", 10**6)
+        monkeypatch.setattr(vlm, "GRID_VERSION", 10**6)
         assert n_asked(case) == 1
-        monkeypatch.setattr(vlm, "words_of", lambda prompt: "other words")
+        monkeypatch.setattr(vlm, "prompt_text", lambda prompt: "other words")
         assert n_asked(case) == 1
 
 
@@ -99,10 +99,10 @@ RUN = """
     from pathlib import Path
     from support.cases import make_case
     from ommatid.config.label import VlmLabeller
-    from ommatid.label.labellers.vlm import Memory, Vlm
+    from ommatid.label.labellers.vlm import AnswerCache, Vlm
 
     url, path, n = sys.argv[1:]
-    vlm = Vlm("vlm", VlmLabeller(kind="vlm", model="tiny", url=url), Memory(Path(path)), print)
+    vlm = Vlm("vlm", VlmLabeller(kind="vlm", model="tiny", url=url), AnswerCache(Path(path)), print)
     for i in range(int(n)):
         print(vlm.answer(make_case(i)).label, flush=True)
 """
@@ -136,36 +136,36 @@ def test_many_writers_at_a_time_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a"
 
     def write(i: int) -> None:
-        Memory(path).keep(f"key {i}", "tiny", Said(f"text {i}", None, "stop", i))
+        AnswerCache(path).add(f"key {i}", "tiny", Completion(f"text {i}", None, "stop", i))
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(100)))
-    assert [Memory(path).recall(f"key {i}") for i in range(100)] == [Said(f"text {i}", None, "stop", i) for i in range(100)]
-    Memory(path).keep("key 0", "tiny", Said("other", None, "stop", 0))
-    assert Memory(path).recall("key 0") == Said("text 0", None, "stop", 0)
-    assert Memory(path).recall("key 100") is None
+    assert [AnswerCache(path).get(f"key {i}") for i in range(100)] == [Completion(f"text {i}", None, "stop", i) for i in range(100)]
+    AnswerCache(path).add("key 0", "tiny", Completion("other", None, "stop", 0))
+    assert AnswerCache(path).get("key 0") == Completion("text 0", None, "stop", 0)
+    assert AnswerCache(path).get("key 100") is None
 
 
 def test_a_damaged_memory_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"this is not a database, whatever it is" * 100)
     with pytest.raises(ArtefactError, match=r"a: the answers .* move the file away"):
-        Memory(path).recall("key")
+        AnswerCache(path).get("key")
     path.unlink()
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE answers (key TEXT)")
     connection.close()
     with pytest.raises(ArtefactError, match="move the file away"):
-        Memory(path).keep("key", "tiny", Said("", None, "stop", 0))
+        AnswerCache(path).add("key", "tiny", Completion("", None, "stop", 0))
     with pytest.raises(ArtefactError):
-        Memory(path / "below-a-file").recall("key")
+        AnswerCache(path / "below-a-file").get("key")
 
 
 def test_experiments_share_the_memory_of_their_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMMATID_CHECKOUT", str(tmp_path / "checkout"))
-    in_checkout().keep("key", "tiny", Said("text", None, "stop", 0))
+    open_checkout_cache().add("key", "tiny", Completion("text", None, "stop", 0))
     assert (tmp_path / "checkout/data/.answers/answers.sqlite").exists()
     monkeypatch.delenv("OMMATID_CHECKOUT")
-    assert in_checkout().recall("key") is None
+    assert open_checkout_cache().get("key") is None
     assert (tmp_path / "data/.answers/answers.sqlite").exists()

@@ -17,7 +17,7 @@ from ommatid.events import Event, Warned
 from ommatid.extract import towers
 from ommatid.extract.stage import extract
 from ommatid.label import context
-from ommatid.label.evidence import SIDE, place_of
+from ommatid.label.evidence import SIDE, tile_corner
 from ommatid.label.stage import label
 from ommatid.store import Artefact
 from support.servers import Asked, Reply, chatting, free_port, names, refuses, says
@@ -70,7 +70,7 @@ def run(place: Path, line: Mapping[str, Artefact], words: Path, url: str, **vlm:
 
 def seen(grid: Image.Image, tile: int) -> str | None:
     """The colour of a tile, where there is one."""
-    left, top = place_of(tile)
+    left, top = tile_corner(tile)
     if top + SIDE > grid.height or left + SIDE > grid.width:
         return None
     pixels = np.asarray(grid.crop((left, top, left + SIDE, top + SIDE))).reshape(-1, 3).astype(int)

@@ -17,9 +17,9 @@ from ommatid.errors import ArtefactError
 from ommatid.extract.receipts import iter_missing
 from ommatid.extract.rows import Spill
 from ommatid.label.labellers.base import Answer
-from ommatid.label.labellers.vlm.client import Memory
-from ommatid.label.labellers.vlm.messages import Said
-from ommatid.label.naming import Kept
+from ommatid.label.labellers.vlm.client import AnswerCache
+from ommatid.label.labellers.vlm.messages import Completion
+from ommatid.label.naming import AnswerLog
 from ommatid.store import Artefact, Draft, File, damage, open_artefact, open_draft, part_name
 from ommatid.store.sums import BLOCK
 from support.activations import make_activations
@@ -231,17 +231,17 @@ def test_chunks_that_wait_are_checked_when_a_run_goes_on(tmp_path: Path) -> None
 
 def test_answers_that_were_damaged_are_asked_for_again(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    with closing(Kept(path)) as kept:
+    with closing(AnswerLog(path)) as kept:
         for latent in range(3):
             kept.add(latent, Answer("ok", f"label {latent}"))
     content = path.read_bytes()
     path.write_bytes(content.replace(b"label 1", b"label 7"))
-    with closing(Kept(path)) as kept:
+    with closing(AnswerLog(path)) as kept:
         assert list(kept.answers) == [0]
-    memory = Memory(tmp_path / "answers.sqlite")
-    memory.keep("key", "model", Said("a red bird", None, "stop", 4))
+    cache = AnswerCache(tmp_path / "answers.sqlite")
+    cache.add("key", "model", Completion("a red bird", None, "stop", 4))
     stored = (tmp_path / "answers.sqlite").read_bytes()
     (tmp_path / "answers.sqlite").write_bytes(stored.replace(b"red bird", b"bed bird"))
-    assert memory.recall("key") is None
-    memory.keep("key", "model", said := Said("a red bird", None, "stop", 4))
-    assert memory.recall("key") == said
+    assert cache.get("key") is None
+    cache.add("key", "model", said := Completion("a red bird", None, "stop", 4))
+    assert cache.get("key") == said

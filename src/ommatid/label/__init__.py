@@ -1,4 +1,4 @@
-"""Stage `label`: labels for latents, each scored on images that did not make it."""
+"""Stage `label`: labels for latents, each scored on images that it was not made from."""
 
 from pathlib import Path
 

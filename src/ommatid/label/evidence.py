@@ -1,10 +1,11 @@
 """Evidence: the firings and images of each latent from which its labels are made and on which they are tested.
 
-The naming half of the evaluation images (see images/eval_split.py) makes the label and the detection threshold. The held-out half scores
-it: firing images against images that do not fire, half of them random and half of them hard, which means that they fire the latents whose
-directions are nearest.
+The naming half of the evaluation images (see images/eval_split.py) is used to make labels and to set detection thresholds. The held-out
+half is used to score labels: firing images are compared with silent images, on which the latent does not fire. Half of the silent images
+are random, and half are hard: they fire the latents with the nearest directions.
 
-Labellers that look at images see grids of tiles. Their bytes follow from the images and the heat alone, and their size is bounded.
+Labellers that look at images are shown grids of tiles. The bytes of a grid depend on nothing but the images and their heat maps, and its
+size is bounded.
 """
 
 import io
@@ -28,47 +29,70 @@ from ommatid.store import Artefact, Draft
 from ommatid.vlm.preprocess import Preprocess
 
 MAX_FIRING = 64
-"""Firing images drawn for a test, from all strengths."""
+"""Largest number of firing images in a test, sampled regardless of their activation."""
 N_HARD_LATENTS = 8
-"""Nearest latents whose images serve as hard negatives."""
+"""Number of nearest latents whose images serve as hard negatives."""
 
 
 @dataclass(frozen=True)
 class Test:
-    """Rows on which a name is tried, all of one half, in an order that has nothing to do with their activations."""
+    """Images of one half on which labels are tested, in an order that is independent of their activations."""
 
     positive: np.ndarray
-    """Rows that fire the latent."""
+    """Rows of the images on which the latent fires."""
     acts: np.ndarray
-    """Image-level activation of each of them."""
+    """Image-level activation of each firing image."""
     hard: np.ndarray
-    """Rows that do not, but fire the latents with the nearest directions."""
+    """Rows of silent images that fire the latents with the nearest directions."""
     random: np.ndarray
-    """Other rows that do not."""
+    """Rows of other silent images."""
 
     @property
     def negative(self) -> np.ndarray:
-        """All rows that do not fire it."""
+        """Rows of all silent images."""
         return np.concatenate([self.hard, self.random])
 
     @property
     def rows(self) -> np.ndarray:
-        """All of them."""
+        """Rows of all images."""
         return np.concatenate([self.positive, self.negative])
 
 
-def draw_test(fired: LatentFirings, halves: EvalSplit, held_out: bool, neighbours: Sequence[np.ndarray], rng: np.random.Generator) -> Test:
-    """Firing images of one half and as many that do not fire; `neighbours` are rows that fire the nearest latents."""
-    drawn = rng.permutation(np.flatnonzero(halves.is_held_out[fired.rows] == held_out))[:MAX_FIRING]
-    hard, random = draw_silent(fired, halves, held_out, neighbours, len(drawn), rng)
+def draw_test(fired: LatentFirings, split: EvalSplit, held_out: bool, neighbours: Sequence[np.ndarray], rng: np.random.Generator) -> Test:
+    """Sample firing images of one half, and as many silent ones.
+
+    Args:
+        fired: Firings of the latent.
+        split: The evaluation images.
+        held_out: Whether to sample from the held-out half.
+        neighbours: For each of the nearest latents, rows of images that fire it.
+        rng: Source of randomness.
+
+    Returns:
+        The test.
+    """
+    drawn = rng.permutation(np.flatnonzero(split.is_held_out[fired.rows] == held_out))[:MAX_FIRING]
+    hard, random = draw_negatives(fired, split, held_out, neighbours, len(drawn), rng)
     return Test(fired.rows[drawn], fired.acts[drawn], hard, random)
 
 
-def draw_silent(
-    fired: LatentFirings, halves: EvalSplit, held_out: bool, neighbours: Sequence[np.ndarray], n: int, rng: np.random.Generator
+def draw_negatives(
+    fired: LatentFirings, split: EvalSplit, held_out: bool, neighbours: Sequence[np.ndarray], n: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """At most n rows of one half that do not fire: up to half of them fire the nearest latents, the others are random."""
-    silent = halves.is_held_out == held_out
+    """Sample at most `n` silent images of one half.
+
+    Args:
+        fired: Firings of the latent.
+        split: The evaluation images.
+        held_out: Whether to sample from the held-out half.
+        neighbours: For each of the nearest latents, rows of images that fire it.
+        n: Number of images.
+        rng: Source of randomness.
+
+    Returns:
+        Rows of hard images, at most half of all, and rows of random images.
+    """
+    silent = split.is_held_out == held_out
     silent[fired.rows] = False
     near = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *neighbours]))
     hard = rng.permutation(near[silent[near]])[: n // 2]
@@ -78,74 +102,91 @@ def draw_silent(
 
 @dataclass(frozen=True)
 class Strongest:
-    """The strongest images of the naming half of a latent."""
+    """The images of the naming half on which a latent fires most strongly."""
 
     rows: Tensor
-    """Rows of `EvalSplit`, strongest first."""
+    """Rows of the images in `EvalSplit`, `(images,)` int64, strongest first."""
     acts: Tensor
-    """Image-level activation of each, float64."""
+    """Image-level activation of each, `(images,)` float64."""
 
 
-class Gathered:
-    """What is kept of each latent that fires."""
+class Evidence:
+    """Evidence about every latent that fires, collected in one pass over the firings.
 
-    def __init__(self, halves: EvalSplit, params: LabelParams, neighbours: np.ndarray) -> None:
-        self._halves = halves
+    Args:
+        split: The evaluation images.
+        params: The `label` section of the params.
+        neighbours: Latents with the nearest directions, `(d_sae, n)`.
+    """
+
+    def __init__(self, split: EvalSplit, params: LabelParams, neighbours: np.ndarray) -> None:
+        self._split = split
         self._params = params
         self._neighbours = neighbours
         self.strongest: dict[int, Strongest] = {}
-        """Of the latents that both halves have enough firing images of, and only of those there can be a name by looking."""
+        """Strongest images of the latents with enough firing images in both halves; labels from images exist only for these latents."""
         self._samples: dict[int, np.ndarray] = {}
-        """Some rows that fire each latent, for its neighbours' hard negatives."""
+        """Rows of some images that fire each latent, which are hard negatives for its neighbours."""
 
     def fill(self, all_fired: Iterator[LatentFirings]) -> None:
-        """One pass over the latents that fire."""
+        """Collect the evidence from the firings of all latents."""
         for fired in all_fired:
             self._samples[fired.latent] = fired.rows[:: max(1, len(fired.rows) // MAX_FIRING)][:MAX_FIRING]
-            naming = np.flatnonzero(~self._halves.is_held_out[fired.rows])
+            naming = np.flatnonzero(~self._split.is_held_out[fired.rows])
             if min(len(naming), len(fired.rows) - len(naming)) >= self._params.min_examples:
                 first = naming[: self._params.n_examples]
                 rows, acts = fired.rows[first].astype(np.int64), fired.acts[first]
                 self.strongest[fired.latent] = Strongest(torch.from_numpy(rows), torch.from_numpy(acts))
 
-    def near(self, latent: int) -> list[np.ndarray]:
-        """Rows that fire each of the latents with the nearest directions."""
+    def neighbour_rows(self, latent: int) -> list[np.ndarray]:
+        """Return, for each of the latents with the nearest directions, rows of images that fire it."""
         return [self._samples[i] for i in self._neighbours[latent].tolist() if i in self._samples]
 
 
 def nearest_latents(sae: Artefact) -> np.ndarray:
-    """The latents with the nearest directions, nearest first, the lower latent first of equals, (d_sae, N_HARD_LATENTS), without itself."""
+    """Return the other latents with the nearest directions, nearest first, `(d_sae, N_HARD_LATENTS)` int64."""
     directions = unit(SAE.load(sae.path).W_dec).float()
     n = min(N_HARD_LATENTS, len(directions) - 1)
     return nearest(directions, directions, n, np.arange(len(directions))).others
 
 
-DRAWING = 1
-"""Raised when grids look different from before: answers to the old ones are then asked for again."""
+GRID_VERSION = 1
+"""Version of the grids; increase it whenever grids look different, so that answers about the old ones are not reused."""
 N_TILES = 16
-"""Images in a grid, at most."""
+"""Largest number of images in a grid."""
 N_ACROSS = 4
+"""Tiles in a row."""
 SIDE = 192
-"""Pixels of a tile's side."""
+"""Width and height of a tile, in pixels."""
 GAP = 8
+"""Pixels between tiles."""
 STRIP = 22
-"""Pixels above a tile for its number."""
+"""Height of the strip above a tile that holds its number, in pixels."""
 QUALITY = 90
+"""Quality of the JPEG."""
 KEPT = 0.5
-"""Share of the strongest patch's activation from which the image stays as it is."""
+"""Share of the strongest patch's activation above which the image is not faded."""
 FADED = 0.15
-"""What is left of the image's contrast where nothing fires; the rest is grey, for black would look like night."""
+"""Contrast of the image where nothing fires. It fades to grey, because black would look like night."""
 GREY = 128.0
+"""Grey value that the image fades to."""
 
 
 def draw_grid(tiles: Sequence[tuple[int, Image.Image]]) -> bytes:
-    """A JPEG of numbered tiles, row by row on white, at most `N_TILES`."""
+    """Draw at most `N_TILES` numbered tiles, row by row on white.
+
+    Args:
+        tiles: Number and picture of each tile.
+
+    Returns:
+        A JPEG file.
+    """
     assert 0 < len(tiles) <= N_TILES, f"{len(tiles)} tiles"
     n_across, n_down = min(N_ACROSS, len(tiles)), -(-len(tiles) // N_ACROSS)
     canvas = Image.new("RGB", (GAP + n_across * (SIDE + GAP), GAP + n_down * (STRIP + SIDE + GAP)), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=STRIP - 4)
     for i, (number, picture) in enumerate(tiles):
-        left, top = place_of(i)
+        left, top = tile_corner(i)
         pen.text((left, top - STRIP), str(number), fill="black", font=font)
         tile = _fitted(picture)
         canvas.paste(tile, (left + (SIDE - tile.width) // 2, top + (SIDE - tile.height) // 2))
@@ -154,13 +195,13 @@ def draw_grid(tiles: Sequence[tuple[int, Image.Image]]) -> bytes:
     return out.getvalue()
 
 
-def place_of(i: int) -> tuple[int, int]:
-    """Left and top pixel of the i-th tile."""
+def tile_corner(i: int) -> tuple[int, int]:
+    """Return the left and top pixel of the i-th tile."""
     return GAP + i % N_ACROSS * (SIDE + GAP), GAP + STRIP + i // N_ACROSS * (STRIP + SIDE + GAP)
 
 
-def choose_shown(examples: Sequence[Example]) -> Sequence[Example]:
-    """As many as a grid holds: the first half of it is the strongest, the other half goes evenly down to the weakest."""
+def choose_tiles(examples: Sequence[Example]) -> Sequence[Example]:
+    """Choose as many examples as a grid holds: half of them the strongest, half evenly spread over the others down to the weakest."""
     n_first, n_rest = N_TILES // 2, len(examples) - N_TILES // 2
     if len(examples) <= N_TILES:
         return examples
@@ -169,14 +210,14 @@ def choose_shown(examples: Sequence[Example]) -> Sequence[Example]:
 
 
 def cut(example: Example) -> Image.Image:
-    """The image cut around what fires; without heat it stays whole."""
+    """Return the image cropped around what fires, or the whole image if there is no heat."""
     picture = decode(example.encoded)
     heat = coarse_heat(example)
     return picture if heat is None else picture.crop(_box(_spread_heat(heat, picture.size, example.seen)))
 
 
 def mark(example: Example) -> Image.Image:
-    """The image cut around what fires, everything else in it faded to grey; without heat it stays whole."""
+    """Return the image cropped around what fires, with everything else faded to grey, or the whole image if there is no heat."""
     picture = decode(example.encoded)
     heat = coarse_heat(example)
     if heat is None:
@@ -188,14 +229,18 @@ def mark(example: Example) -> Image.Image:
 
 
 def coarse_heat(example: Example) -> np.ndarray | None:
-    """Heat in 255 steps of its maximum, (rows, cols) uint8: what is drawn, without the last bits, which differ between machines."""
+    """Round heat to 255 steps of its maximum, because its last bits differ between machines.
+
+    Returns:
+        Heat, `(rows, cols)` uint8; None if there is none or nothing fires.
+    """
     if example.heat is None or not (top := float(example.heat.max(initial=0))) > 0:
         return None
     return (np.clip(example.heat / top, 0, 1) * 255).round().astype(np.uint8)
 
 
 def _spread_heat(heat: np.ndarray, size: tuple[int, int], seen: tuple[float, float]) -> np.ndarray:
-    """Heat over the whole image, (height, width) 0 to 1: smooth inside what the model sees of it, 0 around that."""
+    """Scale heat to the image, `(height, width)`, 0 to 1: interpolated where the model sees the image, and 0 elsewhere."""
     width, height = size
     wide, high = (max(1, round(side * share)) for side, share in zip(size, seen, strict=True))
     inside = Image.fromarray(heat.astype(np.float32) / 255).resize((wide, high), Image.Resampling.BILINEAR)
@@ -206,7 +251,7 @@ def _spread_heat(heat: np.ndarray, size: tuple[int, int], seen: tuple[float, flo
 
 
 def _box(share: np.ndarray) -> tuple[int, int, int, int]:
-    """A square around all that is kept, with a tenth of the image as margin, half the image's shorter side at least."""
+    """Return the square to crop: all that is not faded, with a margin of a tenth of the shorter side, and at least half that side long."""
     height, width = share.shape
     rows, cols = (np.flatnonzero((share >= KEPT * share.max()).any(axis)) for axis in (1, 0))
     margin = min(height, width) // 10
@@ -218,128 +263,160 @@ def _box(share: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def _stretch(centre: int, length: int, limit: int) -> tuple[int, int]:
+    """Return start and end of an interval of a given length around a centre, moved or shortened to lie between 0 and `limit`."""
     length = min(length, limit)
     start = min(max(0, centre - length // 2), limit - length)
     return start, start + length
 
 
 def _fitted(picture: Image.Image) -> Image.Image:
-    """The picture as large as a tile holds it."""
+    """Scale a picture to the size of a tile."""
     scale = SIDE / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.LANCZOS)
 
 
 SPOOL = "scratch/encoded.bin"
+"""File of the encoded images in the draft."""
 OFFSETS = "scratch/encoded.npy"
+"""Table of the images in `SPOOL`: offset of each, and the share of it that the model sees."""
 SIZE = ("width", "height")
+"""Columns of the size of an image, in pixels."""
 
 
 class Spool:
-    """The encoded evaluation images one after the other in a scratch file: an image artefact cannot be read here and there.
+    """Encoded evaluation images, one after the other in a scratch file from which each can be read by itself.
 
-    A row group of it has 128 images, and a latent's are all over the set. Made once for all SAEs; a run that died may have left it.
+    The images artefact is no substitute: reading one image from it means reading a row group of 128, and the images of a latent are
+    scattered over the data set. The file is written once for all SAEs, and a run that continues an interrupted one reuses it.
+
+    Args:
+        images: The images artefact.
+        split: The evaluation images.
+        draft: Draft in whose scratch folder the file lies.
+        preprocess: The model's preprocessing, which decides what it sees of each image.
     """
 
-    def __init__(self, images: Artefact, halves: EvalSplit, draft: Draft, preprocess: Preprocess) -> None:
+    def __init__(self, images: Artefact, split: EvalSplit, draft: Draft, preprocess: Preprocess) -> None:
         if not (draft.has(OFFSETS) and draft.has(SPOOL)):
-            _write_spool(images, halves, draft, preprocess)
+            _write_spool(images, split, draft, preprocess)
         table = np.load(draft.path / OFFSETS)
         self._offsets, self._seen = table["offset"], table["seen"]
         self._path = draft.path / SPOOL
 
     def read(self, row: int) -> tuple[bytes, tuple[float, float]]:
-        """The image file of a row of `EvalSplit`, and what the model sees of it."""
+        """Return the image file of a row of `EvalSplit`, and the share of its width and height that the model sees."""
         with self._path.open("rb") as file:
             file.seek(int(self._offsets[row]))
             encoded = file.read(int(self._offsets[row + 1] - self._offsets[row]))
         return encoded, (float(self._seen[row][0]), float(self._seen[row][1]))
 
 
-def _write_spool(images: Artefact, halves: EvalSplit, draft: Draft, preprocess: Preprocess) -> None:
-    table = np.zeros(len(halves.images) + 1, dtype=[("offset", "i8"), ("seen", "f4", 2)])
+def _write_spool(images: Artefact, split: EvalSplit, draft: Draft, preprocess: Preprocess) -> None:
+    table = np.zeros(len(split.images) + 1, dtype=[("offset", "i8"), ("seen", "f4", 2)])
     row = 0
     with draft.write_file(SPOOL) as path, path.open("wb") as file:
         for batch in images.iter_batches("images", ["split", *SIZE, "encoded"], n_rows=128):
-            batch = batch.filter([split == "eval" for split in batch["split"].to_pylist()])
+            batch = batch.filter([name == "eval" for name in batch["split"].to_pylist()])
             end = row + batch.num_rows
             sizes = [file.write(encoded.as_buffer()) for encoded in batch["encoded"]]
             table["offset"][row + 1 : end + 1] = table["offset"][row] + np.cumsum(sizes, dtype=np.int64)
             table["seen"][row:end] = [_seen(preprocess, *size) for size in zip(*(batch[name].to_pylist() for name in SIZE), strict=True)]
             row = end
-    assert row == len(halves.images), f"{row} evaluation images, expected {len(halves.images)}"
+    assert row == len(split.images), f"{row} evaluation images, expected {len(split.images)}"
     with draft.write_file(OFFSETS) as path, path.open("wb") as file:
         np.save(file, table)
 
 
 def _seen(preprocess: Preprocess, width: int, height: int) -> tuple[float, float]:
-    """Share of width and height, about the centre, that the model sees."""
+    """Return the share of an image's width and height, around its centre, that the model sees."""
     left, top, right, bottom = preprocess.box(width, height)
     return (right - left) / width, (bottom - top) / height
 
 
 @dataclass(frozen=True)
-class Looks:
-    """What the evaluation has kept of a latent to be looked at."""
+class HeatMaps:
+    """Heat maps of a latent's examples."""
 
     latent: int
+    """Index of the latent."""
     heat: Mapping[int, np.ndarray | None]
-    """By images.image; None: tokens have no place."""
+    """Activation of each patch, `(rows, cols)` float32, by the number of the image; None if tokens have no place in the image."""
 
 
-def iter_looks(evaluation: Artefact) -> Iterator[Looks]:
-    """The table `examples`, latent by latent, in order."""
+def iter_heat_maps(evaluation: Artefact) -> Iterator[HeatMaps]:
+    """Iterate over the heat maps in the table `examples`, one latent at a time, in order."""
     latent, heat = -1, {}
     for batch in evaluation.iter_batches("examples", ["latent", "image", "heat", "rows", "cols"], n_rows=4096):
         for row in batch.to_pylist():
             if row["latent"] != latent:
                 if heat:
-                    yield Looks(latent, heat)
+                    yield HeatMaps(latent, heat)
                 latent, heat = row["latent"], {}
             values = row["heat"]
             heat[row["image"]] = None if values is None else np.array(values, dtype=np.float32).reshape(row["rows"], row["cols"])
     if heat:
-        yield Looks(latent, heat)
+        yield HeatMaps(latent, heat)
 
 
 class Cases:
-    """Makes the cases of an SAE's latents."""
+    """Makes the cases of an SAE's latents.
 
-    def __init__(self, spool: Spool, halves: EvalSplit, gathered: Gathered, params: LabelParams) -> None:
+    Args:
+        spool: The encoded images.
+        split: The evaluation images.
+        evidence: Evidence about the latents.
+        params: The `label` section of the params.
+    """
+
+    def __init__(self, spool: Spool, split: EvalSplit, evidence: Evidence, params: LabelParams) -> None:
         self._spool = spool
-        self._halves = halves
-        self._gathered = gathered
+        self._split = split
+        self._evidence = evidence
         self._params = params
 
-    def iter_cases(self, all_fired: Iterator[LatentFirings], all_looks: Iterator[Looks], wanted: Collection[int]) -> Iterator[Case]:
-        """The cases of some latents, in order; images are read as cases are asked for."""
-        looks = next(all_looks, None)
+    def iter_cases(self, all_fired: Iterator[LatentFirings], all_heat_maps: Iterator[HeatMaps], wanted: Collection[int]) -> Iterator[Case]:
+        """Iterate over the cases of some latents, in order; the images of a case are read when it is yielded.
+
+        Args:
+            all_fired: Firings of all latents, in order.
+            all_heat_maps: Heat maps of all latents, in order.
+            wanted: Latents to make cases of.
+        """
+        heat_maps = next(all_heat_maps, None)
         for fired in all_fired:
-            while looks and looks.latent < fired.latent:
-                looks = next(all_looks, None)
+            while heat_maps and heat_maps.latent < fired.latent:
+                heat_maps = next(all_heat_maps, None)
             if fired.latent in wanted:
-                yield self._make(fired, looks.heat if looks and looks.latent == fired.latent else {})
+                yield self._make(fired, heat_maps.heat if heat_maps and heat_maps.latent == fired.latent else {})
 
     def _make(self, fired: LatentFirings, heat: Mapping[int, np.ndarray | None]) -> Case:
         n = self._params.n_examples
-        naming = np.flatnonzero(~self._halves.is_held_out[fired.rows])
-        has_heat = np.isin(self._halves.images[fired.rows[naming]], list(heat))
+        naming = np.flatnonzero(~self._split.is_held_out[fired.rows])
+        has_heat = np.isin(self._split.images[fired.rows[naming]], list(heat))
         rng = np.random.default_rng([self._params.seed, 3, fired.latent])
-        hard, random = draw_silent(fired, self._halves, False, self._gathered.near(fired.latent), n, rng)
+        hard, random = draw_negatives(fired, self._split, False, self._evidence.neighbour_rows(fired.latent), n, rng)
         mixed = [row for row in chain.from_iterable(zip_longest(hard.tolist(), random.tolist())) if row is not None]
         firing = [self._example(int(fired.rows[i]), float(fired.acts[i]), heat) for i in naming[choose_firing(has_heat, n)]]
         return Case(fired.latent, tuple(firing), tuple(self._example(row, 0.0, {}) for row in mixed))
 
     def _example(self, row: int, act: float, heat: Mapping[int, np.ndarray | None]) -> Example:
-        image = int(self._halves.images[row])
+        image = int(self._split.images[row])
         encoded, seen = self._spool.read(row)
         return Example(image, encoded, act, heat.get(image), seen)
 
 
 def choose_firing(has_heat: np.ndarray, n: int) -> np.ndarray:
-    """Places of n of a latent's images, which are in order of strength: the strongest half, and weaker ones evenly spread.
+    """Choose n of a latent's images: half of them the strongest, and half evenly spread over the weaker ones.
 
-    Of the weaker ones those come first that the evaluation has kept as examples, for these have heat maps and are drawn by decile.
+    Among the weaker images, those that the evaluation kept as examples are preferred, because they have heat maps and cover the deciles.
+
+    Args:
+        has_heat: Whether each image, in order of decreasing activation, has a heat map, `(images,)` bool.
+        n: Number of images to choose.
+
+    Returns:
+        Indices of the images, ascending, int64.
     """
     strongest, rest = np.arange(min(n - n // 2, len(has_heat))), np.arange(len(has_heat))[n - n // 2 :]
     with_heat, without = rest[has_heat[rest]], rest[~has_heat[rest]]
@@ -348,5 +425,5 @@ def choose_firing(has_heat: np.ndarray, n: int) -> np.ndarray:
 
 
 def _pick_evenly(places: np.ndarray, n: int) -> np.ndarray:
-    """At most n of them, evenly."""
+    """Return at most n of the places, evenly spread."""
     return places if len(places) <= n else places[np.linspace(0, len(places) - 1, n).round().astype(np.int64)]

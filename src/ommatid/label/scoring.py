@@ -1,4 +1,4 @@
-"""How far to believe a name: detection and correlation on held-out images, beside names that are not the latent's."""
+"""Scores of labels: detection and correlation on held-out images, beside control labels that do not belong to the latent."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -10,30 +10,35 @@ from torch import Tensor
 
 from ommatid.events import Listener, Progress, ignore
 from ommatid.images.eval_split import EvalSplit, LatentFirings
-from ommatid.label.evidence import Gathered, Test, draw_test
+from ommatid.label.evidence import Evidence, Test, draw_test
 from ommatid.metrics import auroc, balanced_accuracy, best_threshold, rank_correlation, unit
 from ommatid.vlm import VisionModel
 
 Labels = Mapping[int, str]
-"""Names by latent."""
+"""Labels by latent."""
 
 
 @dataclass(frozen=True)
-class Tried:
-    """Places of names in the joint space, (d_joint,) each."""
+class LabelEmbeddings:
+    """Embeddings of a latent's label and its controls in the joint space, `(d_joint,)` each."""
 
-    name: Tensor
-    """The latent's own."""
+    label: Tensor
+    """The latent's label."""
     shuffled: Tensor | None
-    """Of another latent, by the same labeller, and another name; None: there is none."""
+    """A different label that the same labeller gave to another latent; None if there is none."""
     random: Tensor | None
-    """Of a word of the vocabulary, and another name; None: there is none."""
+    """A random word of the vocabulary that differs from the label; None if there is none."""
 
 
 class Texts:
-    """Words, and whatever else is a name: each the mean over the model's templates, less the mean of all the words, of unit norm.
+    """Embeddings of words and other labels: the mean over the model's templates, less the mean of all words, scaled to unit norm.
 
-    Taking the mean away takes out what all texts share (in CLIP, the gap between texts and images).
+    Subtracting the mean removes what all texts share, such as the gap between texts and images in CLIP.
+
+    Args:
+        model: The model whose text tower embeds the texts.
+        words: The words of all labellers.
+        on_event: Called with each progress event and warning.
     """
 
     def __init__(self, model: VisionModel, words: Sequence[str], on_event: Listener = ignore) -> None:
@@ -45,45 +50,57 @@ class Texts:
             blocks.append(self._embed(self.words[start : start + BLOCK]))
             on_event(Progress("embed words", min(start + BLOCK, len(self.words)), len(self.words)))
         self.embeddings = torch.cat(blocks)
-        """Of the words, (words, d_joint) float32."""
+        """Embeddings of the words, `(words, d_joint)` float32."""
         self._mean = self.embeddings.mean(0) if len(self.words) > 1 else torch.zeros(self.embeddings.shape[1])
         for rows in self.embeddings.split(BLOCK):
             rows.copy_(unit(rows - self._mean))
 
     def rows(self, words: Iterable[str]) -> Tensor:
-        """Places of some of the words in `embeddings`."""
+        """Return the rows of some of the words in `embeddings`, `(words,)` int64."""
         return torch.tensor([self._place[word] for word in words], dtype=torch.int64)
 
-    def embed(self, names: Sequence[str]) -> Tensor:
-        """Any names, (names, d_joint) float32; the model is asked only about those that are none of the words, once each."""
-        others = [name for name in dict.fromkeys(names) if name not in self._place]
-        new = [unit(self._embed(others[start : start + BLOCK]) - self._mean).float() for start in range(0, len(others), BLOCK)]
-        of_others = dict(zip(others, torch.cat(new), strict=True)) if new else {}
-        rows = [of_others[name] if name in of_others else self.embeddings[self._place[name]] for name in names]
+    def embed(self, labels: Sequence[str]) -> Tensor:
+        """Embed any labels, `(labels, d_joint)` float32. The model embeds only those that are not among the words, each once."""
+        new = [label for label in dict.fromkeys(labels) if label not in self._place]
+        blocks = [unit(self._embed(new[start : start + BLOCK]) - self._mean).float() for start in range(0, len(new), BLOCK)]
+        embedded = dict(zip(new, torch.cat(blocks), strict=True)) if blocks else {}
+        rows = [embedded[label] if label in embedded else self.embeddings[self._place[label]] for label in labels]
         return torch.stack(rows) if rows else self.embeddings[:0]
 
-    def _embed(self, names: Sequence[str]) -> Tensor:
+    def _embed(self, texts: Sequence[str]) -> Tensor:
+        """Return the mean embedding over the templates of each text, `(texts, d_joint)` float32."""
         templates = self._model.text_templates
-        by_template = [unit(self._model.embed_text([template.format(name) for name in names])) for template in templates]
+        by_template = [unit(self._model.embed_text([template.format(text) for text in texts])) for template in templates]
         return torch.stack(by_template).mean(0).float().cpu()
 
 
 class Controls:
-    """Of every name of an SAE what it is compared with: drawn by a seed, the same word for all labellers."""
+    """Control labels for every label of an SAE, sampled with a seed. The random word of a latent is the same for all labellers.
+
+    Args:
+        labels: Labels by labeller and latent.
+        scored: Latents whose labels are scored; the controls of a label are among the labels of these latents.
+        texts: Embeddings of the words.
+        d_sae: Number of latents.
+        seed: Seed of the controls.
+    """
 
     def __init__(self, labels: Mapping[str, Labels], scored: Collection[int], texts: Texts, d_sae: int, seed: int) -> None:
-        """`labels` has the names by labeller and latent; names of latents in `scored` are tried, and serve as controls."""
         self._texts = texts
         self._labels = labels
-        names = sorted({label for of in labels.values() for latent, label in of.items() if latent in scored})
-        self._places = dict(zip(names, texts.embed(names), strict=True))
-        self._others = {labeller: others({i: of[i] for i in of if i in scored}, seed) for labeller, of in labels.items()}
+        distinct = sorted({label for by_latent in labels.values() for latent, label in by_latent.items() if latent in scored})
+        self._embeddings = dict(zip(distinct, texts.embed(distinct), strict=True))
+        self._others = {
+            labeller: other_labels({i: label for i, label in by_latent.items() if i in scored}, seed)
+            for labeller, by_latent in labels.items()
+        }
         self._random = np.random.default_rng([seed, 2]).integers(len(texts.words), size=d_sae)
 
-    def of(self, labeller: str, latent: int) -> Tried:
-        """What is tried on a latent that is scored and has a name by that labeller."""
+    def of(self, labeller: str, latent: int) -> LabelEmbeddings:
+        """Return the embeddings of a labeller's label for a latent, which must be scored, and of its controls."""
         label, other = self._labels[labeller][latent], self._others[labeller][latent]
-        return Tried(self._places[label], None if other is None else self._places[other], self._random_word(latent, label))
+        shuffled = None if other is None else self._embeddings[other]
+        return LabelEmbeddings(self._embeddings[label], shuffled, self._random_word(latent, label))
 
     def _random_word(self, latent: int, label: str) -> Tensor | None:
         words = self._texts.words
@@ -93,11 +110,19 @@ class Controls:
         return None if words[place] == label else self._texts.embeddings[place]
 
 
-def others(labels: Labels, seed: int) -> dict[int, str | None]:
-    """For each latent the name of another one that is another name: the next such in a seeded order; None: all have the same."""
+def other_labels(labels: Labels, seed: int) -> dict[int, str | None]:
+    """Return a different label for each latent: that of the next latent in a random order whose label differs.
+
+    Args:
+        labels: Labels by latent.
+        seed: Seed of the order.
+
+    Returns:
+        Labels of other latents, by latent; None if all latents have the same label.
+    """
     order = np.random.default_rng([seed, 1]).permutation(sorted(labels)).tolist()
     found: dict[int, str | None] = {}
-    later: str | None = None  # the next name after this place that is not the one of this place
+    later: str | None = None  # The next label in the order that differs from the label of `here`.
     for here, after in zip(reversed(order * 2), reversed(order * 2 + order[:1]), strict=False):
         if labels[here] != labels[after]:
             later = labels[after]
@@ -106,41 +131,53 @@ def others(labels: Labels, seed: int) -> dict[int, str | None]:
 
 
 BLOCK = 4096
-"""Names embedded at a time."""
+"""Texts embedded at once."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Images on which all names of a latent are tried."""
+    """Images on which all labels of a latent are tested."""
 
     naming: Test
-    """They set the threshold."""
+    """Images that set the detection threshold."""
     held_out: Test
-    """They score."""
+    """Images that score the labels."""
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Does the place of a name in the joint space tell the images that fire a latent from those that do not?"""
+    """Scores how well a label's embedding distinguishes images that fire a latent from images that do not."""
 
     images: Tensor
-    """Joint embeddings of the evaluation images, (images, d_joint)."""
-    halves: EvalSplit
-    gathered: Gathered
+    """Joint embeddings of the evaluation images, `(images, d_joint)`."""
+    split: EvalSplit
+    """The evaluation images and their halves."""
+    evidence: Evidence
+    """Evidence about the latents."""
     seed: int
+    """Seed with which test images are sampled."""
 
     def draw(self, fired: LatentFirings) -> Trial | None:
-        """Images to try the names of a latent on; None: it fires on all images of a half."""
+        """Sample the images on which a latent's labels are tested; None if it fires on all images of a half."""
         rng = np.random.default_rng([self.seed, fired.latent])
-        near = self.gathered.near(fired.latent)
-        naming, held_out = (draw_test(fired, self.halves, half, near, rng) for half in (False, True))
+        neighbours = self.evidence.neighbour_rows(fired.latent)
+        naming, held_out = (draw_test(fired, self.split, half, neighbours, rng) for half in (False, True))
         return Trial(naming, held_out) if len(naming.negative) and len(held_out.negative) else None
 
-    def score(self, trial: Trial, tried: Tried) -> dict[str, float | None]:
-        """Scores of a name and of its controls on the same images: columns of `labels`."""
-        naming, held_out = self._gather(trial.naming), self._gather(trial.held_out)
-        own = _Cosines.of(naming, held_out, tried.name)
-        other, random = (None if name is None else _Cosines.of(naming, held_out, name) for name in (tried.shuffled, tried.random))
+    def score(self, trial: Trial, embeddings: LabelEmbeddings) -> dict[str, float | None]:
+        """Score a label and its controls on the same images.
+
+        Args:
+            trial: Test images.
+            embeddings: Embeddings of the label and its controls.
+
+        Returns:
+            The scores by their columns in the table `labels`.
+        """
+        naming, held_out = self._embeddings_of(trial.naming), self._embeddings_of(trial.held_out)
+        own = _Cosines.of(naming, held_out, embeddings.label)
+        controls = (embeddings.shuffled, embeddings.random)
+        shuffled, random = (None if control is None else _Cosines.of(naming, held_out, control) for control in controls)
         area, low, high = auroc(*own.held_out)
         acts = torch.from_numpy(np.concatenate([trial.held_out.acts, np.zeros(len(trial.held_out.negative))]))
         return {
@@ -148,54 +185,71 @@ class Scorer:
             "auroc": area,
             "auroc_low": low,
             "auroc_high": high,
-            "control_score": other and other.detect(),
+            "control_score": shuffled and shuffled.detect(),
             "random_score": random and random.detect(),
             "correlation": own.correlate(acts),
-            "control_correlation": other and other.correlate(acts),
+            "control_correlation": shuffled and shuffled.correlate(acts),
         }
 
-    def _gather(self, test: Test) -> "Two":
+    def _embeddings_of(self, test: Test) -> "Pair":
         return self.images[torch.from_numpy(test.positive)], self.images[torch.from_numpy(test.negative)]
 
 
-Two = tuple[Tensor, Tensor]
-"""Of a test's images that fire the latent, and of those that do not."""
+Pair = tuple[Tensor, Tensor]
+"""Values for a test's firing images, and for its silent ones."""
 
 
 @dataclass(frozen=True)
 class _Cosines:
-    """Cosines of a name to the images of both halves, computed once for all its scores."""
+    """Cosines of a label with the test images of both halves, computed once for all its scores."""
 
-    naming: Two
-    held_out: Two
+    naming: Pair
+    """Cosines with the images of the naming half, `(images,)` each."""
+    held_out: Pair
+    """Cosines with the images of the held-out half, `(images,)` each."""
 
     @classmethod
-    def of(cls, naming: Two, held_out: Two, name: Tensor) -> "_Cosines":
-        """From the images' embeddings, (images, d_joint) each, and the name's, (d_joint,)."""
-        return cls((naming[0] @ name, naming[1] @ name), (held_out[0] @ name, held_out[1] @ name))
+    def of(cls, naming: Pair, held_out: Pair, label: Tensor) -> "_Cosines":
+        """Compute the cosines from embeddings of the images, `(images, d_joint)` each, and of the label, `(d_joint,)`."""
+        return cls((naming[0] @ label, naming[1] @ label), (held_out[0] @ label, held_out[1] @ label))
 
     def detect(self) -> float:
-        """Balanced accuracy on the held-out images at the threshold that is best on those of the naming half."""
+        """Return the balanced accuracy on held-out images, at the threshold that is best on the images of the naming half."""
         return balanced_accuracy(*self.held_out, best_threshold(*self.naming))
 
     def correlate(self, acts: Tensor) -> float | None:
-        """Rank correlation with the activations on the held-out images; None where either is constant."""
+        """Return the rank correlation with the activations on held-out images; None if either is constant."""
         found = rank_correlation(torch.cat(self.held_out), acts)
         return None if math.isnan(found) else found
 
 
 N_DETECTED = 8
-"""Held-out images that fire, and as many that do not, of which a detector is asked: each costs a part of a request."""
+"""Largest number of firing held-out images that a detector judges, and of silent ones; every image adds to the cost of a request."""
 
 
 def draw_detection(test: Test) -> tuple[np.ndarray, int]:
-    """Rows for a detector, half of the silent ones hard, and how many of them, the first, fire."""
+    """Choose the images that a detector judges; half of the silent ones are hard.
+
+    Args:
+        test: Held-out test images.
+
+    Returns:
+        Rows of the images, firing ones first, and the number of firing ones.
+    """
     positive = test.positive[:N_DETECTED]
     hard = test.hard[: len(positive) // 2]
     return np.concatenate([positive, hard, test.random[: len(positive) - len(hard)]]), len(positive)
 
 
 def grade(grades: tuple[float, ...], n_firing: int) -> dict[str, float]:
-    """Scores of a detector's own grades, 0 to 1, of images of which the first `n_firing` fire: the threshold is one half."""
+    """Score the grades of a detector, with a threshold of one half.
+
+    Args:
+        grades: How clearly each image shows what the label says, 0 to 1, firing images first.
+        n_firing: Number of firing images.
+
+    Returns:
+        The scores by their columns in the table `labels`.
+    """
     positive, negative = torch.tensor(grades[:n_firing]), torch.tensor(grades[n_firing:])
     return {"detector_score": balanced_accuracy(positive, negative, 0.5), "detector_auroc": auroc(positive, negative)[0]}

@@ -1,28 +1,32 @@
-"""What each of label.labellers becomes: words of a list, labels of people, or a labeller that is asked latent by latent.
+"""Labellers, which suggest labels for latents.
 
-A labeller is a section of `config/label.py` and the module here that its `kind` names, with a function `make`.
+Each labeller has a section of params in `config/label.py` and a module here named for its `kind`, whose function `make` returns its source
+of labels: a list of words to choose from, labels that people wrote, or a labeller that looks at the images of one latent at a time.
 """
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
 
 from ommatid import config
-from ommatid.label.labellers.base import Asked, People, Source, Words
+from ommatid.label.labellers.base import HumanLabels, ImageLabeller, Source, WordList
 
-__all__ = ["Asked", "People", "Source", "Words", "make_source"]
+__all__ = ["HumanLabels", "ImageLabeller", "Source", "WordList", "make_source"]
 
 
-def make_source(name: str, params: config.Labeller, saes: Mapping[str, int], say: Callable[[str], None]) -> Source:
-    """Make a labeller by `make`, with these arguments, of the module that is named for its kind.
+def make_source(name: str, params: config.Labeller, saes: Mapping[str, int], warn: Callable[[str], None]) -> Source:
+    """Make the source of a labeller's labels, with `make` of the module that is named for the labeller's kind.
 
     Args:
-        name: `labels.labeller`.
-        params: Its values.
-        saes: Number of latents of each SAE of the training, as the tables call it.
-        say: Hears a sentence when a labeller gives up for good.
+        name: Name of the labeller, the column `labels.labeller`.
+        params: The labeller's section of the params.
+        saes: Number of latents of each SAE of the training, by the SAE's name in the tables.
+        warn: Called with a sentence for the user when the labeller gives up.
+
+    Returns:
+        The source of labels.
 
     Raises:
-        ConfigError: a file that it needs is missing, or cannot be used.
-        ModelError: the same of a model.
+        ConfigError: A file that the labeller needs is missing or cannot be used.
+        ModelError: A model that the labeller needs is missing or cannot be used.
     """
-    return import_module(f"{__name__}.{params.kind}").make(name, params, saes, say)
+    return import_module(f"{__name__}.{params.kind}").make(name, params, saes, warn)

@@ -1,4 +1,4 @@
-"""What a labeller is shown of a latent, and what it answers: the seam between the stage and everything that gives names."""
+"""The interface between the stage and its labellers: what a labeller is shown of a latent, and what it answers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from typing import Literal, Protocol
 import numpy as np
 
 Status = Literal["ok", "unparsed", "refused", "failed", "over_budget", "too_few_examples"]
-"""ok: there is a label; unparsed: an answer that is none; refused: the model would not; failed: no answer after all tries;
-over_budget: it was not asked; too_few_examples: there was nothing to ask about."""
+"""Outcome of labelling a latent. ok: there is a label; unparsed: the answer contains no label; refused: the model declined to answer;
+failed: no answer after all tries; over_budget: not asked because the budget was spent; too_few_examples: too few images fire the latent."""
 
 
 @dataclass(frozen=True)
@@ -16,99 +16,100 @@ class Example:
     """An image of the naming half, and what a latent does on it."""
 
     image: int
-    """images.image"""
+    """Number of the image, the column `images.image`."""
     encoded: bytes
-    """The image file, as it came."""
+    """The image file as it is in the data set."""
     act: float
-    """Image-level activation; 0: it does not fire."""
+    """Image-level activation of the latent; 0 if it does not fire."""
     heat: np.ndarray | None
-    """Activation of each patch, (rows, cols) float32; None: tokens have no place, or nobody looked."""
+    """Activation of each patch, `(rows, cols)` float32; None if tokens have no place in the image, or no heat map was kept."""
     seen: tuple[float, float] = (1.0, 1.0)
-    """Share of width and height, about the centre, that the model sees: where heat lies."""
+    """Share of the image's width and height, around its centre, that the model sees and the heat map covers."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A latent to name."""
+    """A latent to label, with the images to label it from."""
 
     latent: int
-    """Index."""
+    """Index of the latent."""
     firing: tuple[Example, ...]
-    """Strongest first."""
+    """Images on which the latent fires, strongest first."""
     silent: tuple[Example, ...]
-    """Images on which it does not fire: random ones, and such that fire the latents with the nearest directions."""
+    """Images on which it does not fire: random ones, and ones that fire the latents with the nearest directions."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a labeller says of a latent."""
+    """A labeller's answer about one latent."""
 
     status: Status
-    """A failed answer is a status, never a label."""
+    """Outcome. Anything but a usable label is a status, and never text in `label`."""
     label: str | None = None
-    """The name; None: status is not ok."""
+    """The label; None unless the status is ok."""
     detail: str | None = None
-    """Why not, or what else was said."""
+    """Why there is no label, or what the labeller said beside it."""
     n_requests: int = 0
-    """Calls of a server that it took; 0: none, or it was remembered."""
+    """Number of requests sent to a server; 0 if there is no server or the answer was cached."""
     n_tokens: int = 0
-    """Tokens of these calls, asked and answered."""
+    """Number of tokens in those requests, prompts and answers together."""
 
 
 class Labeller(Protocol):
-    """Names latents one by one from their images."""
+    """Labels one latent at a time from images."""
 
     @property
     def name(self) -> str:
-        """`labels.labeller`."""
+        """Name of the labeller, the column `labels.labeller`."""
         ...
 
     def answer(self, case: Case) -> Answer:
-        """The name of one latent, from images of the naming half only."""
+        """Label one latent from images of the naming half only."""
         ...
 
 
 class Detector(Protocol):
-    """Says of images whether a name is true of them: a labeller's own second opinion, beside that of the joint embedding."""
+    """Decides which images show what a label says: a labeller's own check of its labels, besides that by the joint embedding."""
 
     @property
     def name(self) -> str:
-        """`labels.labeller` of those that it judges."""
+        """Name of the labeller whose labels it checks, the column `labels.labeller`."""
         ...
 
     def fires(self, label: str, images: tuple[bytes, ...]) -> tuple[float, ...] | None:
-        """How far each image shows what the label says, 0 to 1; None: no usable answer."""
+        """Return how clearly each image shows what the label says, 0 to 1; None if there was no usable answer."""
         ...
 
 
 @dataclass(frozen=True)
-class Words:
-    """Names that are words of a list."""
+class WordList:
+    """A list of words, from which each latent gets the one that fits it best."""
 
     words: tuple[str, ...]
-    """Each once."""
+    """The words, without duplicates."""
     by: Literal["mean", "soft_wpmi"]
-    """How the word is found."""
+    """Criterion by which the word is chosen; see `vocabulary.choose`."""
 
 
 @dataclass(frozen=True)
-class People:
-    """Names that were given."""
+class HumanLabels:
+    """Labels that people wrote."""
 
     labels: Mapping[str, Mapping[int, str]]
-    """By SAE, as the tables call it, and latent."""
+    """Labels by the SAE's name in the tables and by latent."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Names from a labeller that looks at images, latent by latent."""
+class ImageLabeller:
+    """A labeller that looks at the images of one latent at a time."""
 
     labeller: Labeller
-    """Who is asked."""
+    """The labeller."""
     detector: Detector | None = None
-    """Its second opinion on its own names; None: it has none."""
+    """Checks the labeller's own labels; None if it cannot."""
     concurrency: int = 1
-    """Latents that are worth asking about at a time."""
+    """Number of latents to ask about concurrently."""
 
 
-Source = Words | People | Asked
+Source = WordList | HumanLabels | ImageLabeller
+"""Where the labels of one labeller come from."""

@@ -1,4 +1,4 @@
-"""The labeller `captioner`: captions what a latent fires on and what it does not, and takes the phrase that makes the difference."""
+"""The labeller `captioner`: captions images on which a latent fires and others, and picks the phrase that distinguishes the two."""
 
 import re
 from collections import Counter
@@ -14,8 +14,8 @@ from transformers import AutoModelForImageTextToText
 from ommatid.config.label import CaptionerLabeller
 from ommatid.errors import ModelError
 from ommatid.images.decode import decode
-from ommatid.label.evidence import N_TILES, choose_shown, cut
-from ommatid.label.labellers.base import Answer, Asked, Case
+from ommatid.label.evidence import N_TILES, choose_tiles, cut
+from ommatid.label.labellers.base import Answer, Case, ImageLabeller
 from ommatid.vlm import hub
 from ommatid.vlm.precision import normalise
 from ommatid.vlm.processor import load_preprocess
@@ -23,14 +23,22 @@ from ommatid.vlm.trust import SHAPES, structured_picture
 
 KEY = "label.labellers.path"
 FAMILIES = ("blip", "git", "vision-encoder-decoder")
-"""Values of model_type in config.json: models that caption an image without being asked a question."""
+"""Supported values of model_type in config.json: models that caption an image without a question in the prompt."""
 MAX_TOKENS = 24
-"""Of a caption."""
+"""Largest number of tokens in a caption."""
 BATCH = 16
+"""Images captioned at once."""
 
 
 class TransformersCaptions:
-    """BLIP, GIT, or an image encoder with a text decoder; greedy, so that an image always gets the same caption."""
+    """Captions by BLIP, GIT, or an image encoder with a text decoder; decoding is greedy, so an image always gets the same caption.
+
+    Args:
+        path: A hub name or a local folder.
+
+    Raises:
+        ModelError: The model cannot be loaded, is of another family, or captions an image differently in a batch.
+    """
 
     def __init__(self, path: str) -> None:
         instead = "leave this labeller out"
@@ -38,8 +46,8 @@ class TransformersCaptions:
         family = hub.load_config(folder, path, KEY).model_type
         if family not in FAMILIES:
             raise ModelError(
-                f"{KEY}: {path}: is a {family} model; models that caption are of the families {', '.join(FAMILIES)}; one that is asked "
-                "questions goes behind a server such as vLLM, and is used as {kind: vlm}"
+                f"{KEY}: {path}: is a {family} model; a captioner must be of one of the families {', '.join(FAMILIES)}; run a model that "
+                "needs a question in the prompt on a server such as vLLM, and use {kind: vlm}"
             )
         self._preprocess = load_preprocess(folder, path, KEY)
         self._tokenizer = hub.load_tokenizer(folder, path, KEY)
@@ -49,19 +57,19 @@ class TransformersCaptions:
         self._check(path)
 
     def _check(self, path: str) -> None:
-        """Whether a picture alone and in a batch is said to be the same: no mask is drawn anew, and no picture looks at another."""
+        """Check that a picture gets the same caption alone and in a batch: that nothing is random, and images in a batch do not mix."""
         picture, other = (structured_picture(*shape) for shape in SHAPES)
-        with hub.reading(path, KEY, "what the model says of a picture"):
+        with hub.reading(path, KEY, "its caption of a test picture"):
             alone, batch = self([picture]), self([picture, other])
         if alone[0] != batch[0]:
             raise ModelError(
-                f"{KEY}: {path}: says {alone[0]!r} of a picture alone, and {batch[0]!r} of the same picture in a batch: something in the "
-                "model is drawn anew in every pass, such as masks, or the pictures of a batch mix; use another model"
+                f"{KEY}: {path}: captions a picture {alone[0]!r} when alone, and {batch[0]!r} in a batch: the model draws something at "
+                "random in every pass, such as masks, or mixes the images of a batch; use another model"
             )
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image]) -> list[str]:
-        """A caption of each image."""
+        """Caption each image."""
         captions: list[str] = []
         for start in range(0, len(images), BATCH):
             pixels = torch.stack([torch.from_numpy(self._preprocess(image)) for image in images[start : start + BATCH]])
@@ -73,11 +81,11 @@ class TransformersCaptions:
 
 
 LONGEST = 3
-"""Words of a phrase, at most."""
+"""Largest number of words in a phrase."""
 FEWEST = 2
-"""Captions in which it stands, at least."""
+"""Smallest number of firing captions that must contain a phrase."""
 LEAST_SHARE = 0.25
-"""Of the captions, at least: what is in fewer is not what the images have in common."""
+"""Smallest share of firing captions that must contain a phrase: one in fewer is not what the images have in common."""
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _LIST = (
     "a an the this that these those some any each one two three several many few other another it its he his she her they their them "
@@ -86,30 +94,35 @@ _LIST = (
     "image images photo photos photograph picture pictures view close close-up closeup shot unknown unk"
 )
 _EMPTY = frozenset(_LIST.split())
-"""Words that say nothing of what is in the image: a phrase neither begins nor ends with one."""
+"""Words that say nothing about the content of an image; a phrase neither begins nor ends with one."""
 
 
 @dataclass(frozen=True)
 class Phrase:
-    """Words in a row that stand in captions."""
+    """A sequence of words, and how many captions contain it."""
 
     text: str
+    """The words in lower case, separated by blanks."""
     n_firing: int
-    """Captions of firing images in which it stands."""
+    """Number of captions of firing images that contain it."""
     n_silent: int
-    """Captions of silent images in which it stands."""
+    """Number of captions of silent images that contain it."""
 
 
 def shared_phrase(firing: Sequence[str], silent: Sequence[str]) -> Phrase | None:
-    """The phrase of one to three words that tells the firing images' captions best from the others.
+    """Return the phrase of one to three words that best distinguishes the captions of firing images from those of silent ones.
 
-    That is the one with the largest f · log2(f / g), where f is the share of firing captions in which it stands and g that of silent ones,
-    (n + 1/2) / (N + 1) so that it is never 0: a term of the Kullback-Leibler divergence, and a kind of tf-idf. Of equals the one with more
-    words, then the first by alphabet. It stands in a quarter of the firing captions, in two at least, and in a larger share of those than
-    of the silent ones.
+    It is the phrase with the largest f · log2(f / g), where f is the share of firing captions that contain it, and g the share of silent
+    ones, smoothed to (n + 1/2) / (N + 1) so that it is never 0. This is a term of the Kullback-Leibler divergence, and a kind of tf-idf.
+    Among equals, the phrase with more words is chosen, then the first in alphabetical order. At least a quarter of the firing captions,
+    and at least two of them, contain the phrase, and a larger share of them than of the silent captions.
+
+    Args:
+        firing: Captions of images that fire the latent.
+        silent: Captions of images that do not.
 
     Returns:
-        None: there is no such phrase.
+        The phrase; None if there is no such phrase.
     """
     in_firing, in_silent = _count(firing), _count(silent)
     fewest = max(FEWEST, LEAST_SHARE * len(firing))
@@ -125,11 +138,12 @@ def _score(phrase: Phrase, n_firing: int, n_silent: int) -> float:
 
 
 def _count(captions: Iterable[str]) -> Counter[str]:
-    """In how many captions each phrase stands; twice in one is once."""
+    """Count the captions that contain each phrase."""
     return Counter(phrase for caption in captions for phrase in set(_phrases(caption)))
 
 
 def _phrases(caption: str) -> Iterator[str]:
+    """Iterate over all phrases of a caption."""
     words = _WORD.findall(caption.lower())
     for start in range(len(words)):
         for end in range(start + 1, min(start + LONGEST, len(words)) + 1):
@@ -138,33 +152,37 @@ def _phrases(caption: str) -> Iterator[str]:
 
 
 SHOWN = 3
-"""Captions that the detail of an answer without a name repeats."""
+"""Captions quoted in the detail of an answer without a label."""
 
 Captions = Callable[[Sequence[Image.Image]], list[str]]
-"""A caption of each image."""
+"""A function that captions each image."""
 
 
 class Captioner:
-    """Firing images are cut around what fires, not faded, for a caption would speak of the grey; silent ones stay whole."""
+    """Labels a latent with a phrase that captions of its firing images share.
+
+    Firing images are cropped around what fires but not faded, because a caption would mention the grey. Silent images stay whole.
+    """
 
     def __init__(self, name: str, captions: Captions) -> None:
         self.name = name
         self._captions = captions
 
     def answer(self, case: Case) -> Answer:
-        """The phrase that captions of firing images share; `unparsed` where they share none."""
-        firing, silent = choose_shown(case.firing), case.silent[:N_TILES]
+        """Return the phrase that captions of firing images share; the status is `unparsed` if they share none."""
+        firing, silent = choose_tiles(case.firing), case.silent[:N_TILES]
         if not firing:
             return Answer("too_few_examples")
         captions = self._captions([*(cut(example) for example in firing), *(decode(example.encoded) for example in silent)])
-        mine, others = captions[: len(firing)], captions[len(firing) :]
-        phrase = shared_phrase(mine, others)
+        on_firing, on_silent = captions[: len(firing)], captions[len(firing) :]
+        phrase = shared_phrase(on_firing, on_silent)
         if phrase is None:
-            return Answer("unparsed", detail=f"no phrase that the captions share, such as: {'; '.join(mine[:SHOWN])}")
-        detail = f"in {phrase.n_firing} of {len(mine)} captions, and in {phrase.n_silent} of {len(others)} of images that do not fire it"
+            return Answer("unparsed", detail=f"the captions share no phrase; the first are: {'; '.join(on_firing[:SHOWN])}")
+        in_firing, in_silent = f"{phrase.n_firing} of {len(on_firing)}", f"{phrase.n_silent} of {len(on_silent)}"
+        detail = f"in {in_firing} captions of firing images, and in {in_silent} of silent ones"
         return Answer("ok", phrase.text, detail)
 
 
-def make(name: str, params: CaptionerLabeller, saes: Mapping[str, int], say: Callable[[str], None]) -> Asked:
-    """See `make_source`."""
-    return Asked(Captioner(name, TransformersCaptions(params.path)))
+def make(name: str, params: CaptionerLabeller, saes: Mapping[str, int], warn: Callable[[str], None]) -> ImageLabeller:
+    """Make the labeller; see `make_source`."""
+    return ImageLabeller(Captioner(name, TransformersCaptions(params.path)))

@@ -1,38 +1,43 @@
-"""The labeller `human`: labels that people wrote into a CSV file."""
+"""The labeller `human`: reads labels that people wrote into a CSV file."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ommatid.config.label import HumanLabeller
 from ommatid.errors import ConfigError
-from ommatid.label.labellers.base import People
+from ommatid.label.labellers.base import HumanLabels
 from ommatid.store.filesystem.csv_file import CsvFile, Row
 
 COLUMNS = ("latent", "label", "sae")
+"""Columns of the file; `sae` may be left out if there is one SAE."""
 
 
 def load_labels(path: str, saes: Mapping[str, int]) -> dict[str, dict[int, str]]:
-    """Labels by SAE and latent; a line whose label is empty says nothing yet, and is passed over.
+    """Load a file of labels. Lines with an empty label are skipped, so that a file may be filled in bit by bit.
 
     Args:
-        path: A CSV file with a header: latent, label and, where there are several SAEs, sae.
-        saes: Number of latents of each SAE of the training, by the column `sae` of the tables; the file may also leave out the digits
-            of the checksum at its end.
+        path: A CSV file with a header and the columns latent, label and, if there are several SAEs, sae.
+        saes: Number of latents of each SAE of the training, by the SAE's name in the tables. The file may leave out the checksum at the
+            end of a name.
+
+    Returns:
+        Labels by SAE and latent.
 
     Raises:
-        ConfigError: the file is missing, is no CSV of this kind, or has no label; or naming line and column of each thing that is wrong.
+        ConfigError: The file is missing, is not such a CSV file, or has no label; otherwise the error names line and column of every
+            problem.
     """
     where = f"label.labellers: {path}"
     try:
         found = _load(Path(path).read_bytes(), saes)
     except OSError as error:
         raise ConfigError(
-            f"{where}: {error.strerror}; give a CSV file in UTF-8 with columns latent, label and, of several SAEs, sae"
+            f"{where}: {error.strerror}; give a CSV file in UTF-8 with columns latent, label and, if there are several SAEs, sae"
         ) from None
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
     if not any(found.values()):
-        raise ConfigError(f"{where}: has no label; write one line a latent, such as 301,horse")
+        raise ConfigError(f"{where}: has no label; write one line per latent, such as 301,horse")
     return found
 
 
@@ -68,12 +73,13 @@ def _parse(row: Row, saes: Mapping[str, int]) -> tuple[str, int]:
 
 
 def _find(given: str, saes: Mapping[str, int]) -> str:
+    """Return the SAE's name in the tables, given that name or the part before its checksum."""
     names = {alias: name for name in saes for alias in (name.rpartition("-")[0], name)}
     if not given or given not in names:
         raise ValueError(f"column sae: got {given!r}; this training has {', '.join(saes)}")
     return names[given]
 
 
-def make(name: str, params: HumanLabeller, saes: Mapping[str, int], say: Callable[[str], None]) -> People:
-    """See `make_source`."""
-    return People(load_labels(params.path, saes))
+def make(name: str, params: HumanLabeller, saes: Mapping[str, int], warn: Callable[[str], None]) -> HumanLabels:
+    """Make the source; see `make_source`."""
+    return HumanLabels(load_labels(params.path, saes))

@@ -1,6 +1,6 @@
-"""The labeller `vocabulary`: of a list of words the one that says best what a latent's strongest images have in common.
+"""The labeller `vocabulary`: chooses the word of a list that best describes what a latent's strongest images have in common.
 
-Suffixes: n latents, k images of a latent, u images in all, w words, d the joint space.
+Suffixes of tensors: n latents, k images of a latent, u images in all, w words, d dimensions of the joint space.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,46 +13,55 @@ from torch import Tensor
 
 from ommatid.config.label import VocabularyLabeller
 from ommatid.errors import ConfigError
-from ommatid.label.labellers.base import Words
+from ommatid.label.labellers.base import WordList
 from ommatid.metrics import unit
 from ommatid.vlm import imagenet_classes
 
 By = Literal["mean", "soft_wpmi"]
+"""Criterion by which a word is chosen; see `choose`."""
 
 ENTRIES = 2**24
-"""Numbers of a block of words by images or latents held at once, about: memory does not grow with the vocabulary but for its embeddings."""
+"""Approximate number of entries in a block of words by images or latents, so that only the embeddings grow with the vocabulary."""
 CACHED = 2**20
-"""Numbers that many steps are made of in turn, about: so many stay in a processor's cache."""
+"""Approximate number of entries that go through several operations in a row; this many stay in a processor's cache."""
 FOLDS = 3
-"""How often factors are multiplied in pairs before their logarithm is taken: eight of at least 1 - FIRST_MEMBER do not underflow."""
+"""Rounds of multiplying factors in pairs before their logarithm is taken: eight factors of at least 1 - FIRST_MEMBER do not underflow."""
 SHARPNESS = 10.0
-"""By which cosines are multiplied before the softmax over words (CLIP-Dissect, `similarity.py`: a=10)."""
+"""Factor applied to cosines before the softmax over words (CLIP-Dissect, `similarity.py`: a=10)."""
 FIRST_MEMBER, LAST_MEMBER = 0.998, 0.97
-"""Probability that the strongest and the one after the weakest of a latent's images belong to what it shows; linear between (ibid.)."""
+"""Probability that an image shows what the latent represents, for the strongest image and past the weakest; linear between (ibid.)."""
 
 
 def load_words(lists: Sequence[str]) -> tuple[str, ...]:
-    """The words of all lists in order, each once.
+    """Load word lists.
 
     Args:
-        lists: `imagenet`, `common`, or paths of text files with one name a line; empty lines and such that begin with # are none.
+        lists: `imagenet`, `common`, or paths of text files with one word or phrase per line; empty lines and lines that begin with # are
+            skipped.
+
+    Returns:
+        The words of all lists in order, without duplicates.
 
     Raises:
-        ConfigError: a file is missing or has no words.
+        ConfigError: A file is missing or has no words.
     """
     words = [word for name in lists for word in _load_list(name)]
     return tuple(dict.fromkeys(words))
 
 
 def choose(by: By, images_nk: Sequence[Tensor], acts_nk: Sequence[Tensor], images_ud: Tensor, words_wd: Tensor) -> Tensor:
-    """Place of the word for each latent, (latents,); of words that suit it equally the first.
+    """Choose a word for each latent.
 
     Args:
-        by: `mean`: the largest cosine to the activation-weighted mean of the latent's images; `soft_wpmi`: see `_soft_wpmi`.
-        images_nk: Rows of `images_ud` of each latent, strongest first, at least one.
-        acts_nk: Their activations.
-        images_ud: Embeddings of images, centred, of unit norm, float32.
-        words_wd: Embeddings of words, centred, of unit norm, float32.
+        by: `mean` for the largest cosine with the activation-weighted mean of the latent's images; `soft_wpmi` for the criterion of
+            CLIP-Dissect, see `_soft_wpmi`.
+        images_nk: Rows of `images_ud` for each latent, strongest first; at least one.
+        acts_nk: Activations of the latent on those images.
+        images_ud: Image embeddings, `(images, d_joint)` float32, centred, unit norm.
+        words_wd: Word embeddings, `(words, d_joint)` float32, centred, unit norm.
+
+    Returns:
+        Index of each latent's word, `(latents,)` int64; the first of words that fit equally well.
     """
     if not images_nk:
         return torch.empty(0, dtype=torch.int64)
@@ -66,13 +75,13 @@ def choose(by: By, images_nk: Sequence[Tensor], acts_nk: Sequence[Tensor], image
 
 
 def mean_direction(images_kd: Tensor, acts_k: Tensor) -> Tensor:
-    """Activation-weighted mean of a latent's images, (d,) float64."""
+    """Return the activation-weighted mean of a latent's images, `(d_joint,)` float64."""
     weights = acts_k.double()
     return weights @ images_kd.double() / weights.sum()
 
 
 def _best(scores: Iterator[Tensor]) -> Tensor:
-    """Place of the largest score over blocks of words, each (latents, words of the block)."""
+    """Return the index of the largest score over all blocks of words, each `(latents, words in the block)`."""
     best, place, n = None, None, 0
     for block in scores:
         values, places = block.max(1)
@@ -87,6 +96,7 @@ def _best(scores: Iterator[Tensor]) -> Tensor:
 
 
 def _cosines(images_nk: Sequence[Tensor], acts_nk: Sequence[Tensor], images_ud: Tensor, words_wd: Tensor) -> Iterator[Tensor]:
+    """Yield the cosines of words with each latent's mean image, `(latents, words in the block)`."""
     means = torch.stack([mean_direction(images_ud[rows], acts) for rows, acts in zip(images_nk, acts_nk, strict=True)])
     directions_nd = unit(means).float()
     for block in words_wd.split(_words_at_once(len(directions_nd))):
@@ -94,12 +104,13 @@ def _cosines(images_nk: Sequence[Tensor], acts_nk: Sequence[Tensor], images_ud: 
 
 
 def _soft_wpmi(images_nk: Sequence[Tensor], images_ud: Tensor, words_wd: Tensor) -> Iterator[Tensor]:
-    """Soft weighted pointwise mutual information of latents and words (CLIP-Dissect: Oikarinen and Weng 2023, arXiv 2204.10965).
+    """Yield the soft weighted pointwise mutual information of latents and words, `(latents, words in the block)`.
 
-    With p(t|x) the softmax over words of `SHARPNESS` times the cosine of image and word, and s_x the probability that image x is one of
-    those that latent k is about, log p(t|k) = Σ_x log(1 + s_x (p(t|x) − 1)), and the score is log p(t|k) − log p(t), where p(t) is the
-    mean of p(t|k) over the latents. s falls linearly over a latent's images from `FIRST_MEMBER` to `LAST_MEMBER`. Where latents have
-    different numbers of images, the sums are scaled to the largest: else p(t) would be that of the latents with the fewest.
+    The criterion is that of CLIP-Dissect (Oikarinen and Weng 2023, arXiv 2204.10965). Let p(t|x) be the softmax over words of `SHARPNESS`
+    times the cosine of image and word, and s_x the probability that image x shows what latent k represents, which falls linearly over the
+    latent's images from `FIRST_MEMBER` to `LAST_MEMBER`. Then log p(t|k) = Σ_x log(1 + s_x (p(t|x) − 1)), and the score is
+    log p(t|k) − log p(t), where p(t) is the mean of p(t|k) over the latents. If latents have different numbers of images, the sums are
+    scaled to the largest number; otherwise p(t) would be determined by the latents with the fewest images.
     """
     used, places = torch.unique(torch.cat(list(images_nk)), return_inverse=True)
     images_ud = images_ud[used]
@@ -119,7 +130,7 @@ def _soft_wpmi(images_nk: Sequence[Tensor], images_ud: Tensor, words_wd: Tensor)
 
 
 def _log_given(p_nkw: Tensor, members_nk: Tensor) -> Tensor:
-    """Log p(t|k) of some latents and words, (latents, words); overwrites what it is given."""
+    """Return log p(t|k) of some latents and words, `(latents, words)`; overwrites `p_nkw`."""
     factors = p_nkw.sub_(1).mul_(members_nk[:, :, None]).add_(1)
     for _ in range(FOLDS):
         factors = factors[:, ::2] * factors[:, 1::2]
@@ -127,7 +138,15 @@ def _log_given(p_nkw: Tensor, members_nk: Tensor) -> Tensor:
 
 
 def _pad(places: Tensor, n_images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images of each latent as a table, and how far each belongs to it: 0 where the latent has no more, up to a multiple of 2^FOLDS."""
+    """Pad the images of each latent to the same number, a multiple of 2^FOLDS.
+
+    Args:
+        places: Rows of the images of all latents, one latent after the other, `(sum of n_images,)`.
+        n_images: Number of images of each latent, `(latents,)`.
+
+    Returns:
+        Rows of each latent's images, `(latents, k)`, and the probability s_x of each, `(latents, k)`, which is 0 for the padding.
+    """
     ranks = torch.arange(-(-int(n_images.max()) // 2**FOLDS) * 2**FOLDS)
     has_nk = ranks < n_images[:, None]
     table = torch.zeros(has_nk.shape, dtype=torch.int64)
@@ -137,6 +156,7 @@ def _pad(places: Tensor, n_images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _words_at_once(n: int) -> int:
+    """Return the number of words in a block with n images or latents."""
     return max(16, ENTRIES // n)
 
 
@@ -148,9 +168,9 @@ def _load_list(name: str) -> Sequence[str]:
     try:
         words = _parse(Path(name).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"label.labellers: {name!r}: {error}; use imagenet, common, or a text file with one name a line") from None
+        raise ConfigError(f"label.labellers: {name!r}: {error}; use imagenet, common, or a text file with one word per line") from None
     if not words:
-        raise ConfigError(f"label.labellers: {name!r} has no words; write one name a line")
+        raise ConfigError(f"label.labellers: {name!r} has no words; write one word per line")
     return words
 
 
@@ -159,6 +179,6 @@ def _parse(text: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def make(name: str, params: VocabularyLabeller, saes: Mapping[str, int], say: Callable[[str], None]) -> Words:
-    """See `make_source`."""
-    return Words(load_words(params.words), params.by)
+def make(name: str, params: VocabularyLabeller, saes: Mapping[str, int], warn: Callable[[str], None]) -> WordList:
+    """Make the source; see `make_source`."""
+    return WordList(load_words(params.words), params.by)

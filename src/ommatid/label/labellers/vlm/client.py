@@ -1,8 +1,8 @@
-"""Client of a server: it asks within the budget and the allowed rate, tries again after failures, and gives up at some point.
+"""Client of a server: keeps within budget and rate limit, retries failed requests, caches answers, and gives up at some point.
 
-No question is asked twice. Answers are remembered in one SQLite file for all servers, models and runs of a checkout, including
-experiments in their worktrees. An answer is written as soon as it arrives, whole or not at all, so a run that was killed continues after
-it. Several processes and threads may use the file at a time.
+No question is asked twice. Answers are cached in one SQLite file for all servers, models and runs of a checkout, including experiments in
+their worktrees. Each answer is written as soon as it arrives, in one transaction, so a run that was killed continues after its last answer.
+Several processes and threads may use the file at the same time.
 """
 
 import json
@@ -19,55 +19,55 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ommatid.errors import ArtefactError
-from ommatid.label.labellers.vlm.messages import Outcome, Question, Said, Silence
+from ommatid.label.labellers.vlm.messages import Completion, NoAnswer, Outcome, Question
 
 if TYPE_CHECKING:
     from ommatid.config.label import VlmLabeller
-    from ommatid.label.labellers.vlm.server import Hiccup, Server
+    from ommatid.label.labellers.vlm.server import Server, TransientFailure
 
 
 ANSWERS = Path("data/.answers/answers.sqlite")
-"""Relative to the checkout. DVC does not know it, and `make clean` leaves it: it may have cost money."""
+"""File of the cached answers, relative to the checkout. DVC does not track it and `make clean` keeps it: answers may have cost money."""
 SECONDS = 60.0
-"""How long to wait while another process writes."""
+"""Seconds to wait while another process writes to the file."""
 
 
-def in_checkout() -> "Memory":
-    """The memory of the checkout that this run came from."""
-    return Memory(Path(os.environ.get("OMMATID_CHECKOUT") or ".") / ANSWERS)
+def open_checkout_cache() -> "AnswerCache":
+    """Return the cache of the checkout that this run belongs to, which an experiment shares with the checkout it was started from."""
+    return AnswerCache(Path(os.environ.get("OMMATID_CHECKOUT") or ".") / ANSWERS)
 
 
-class Memory:
-    """Answers by the key of their question."""
+class AnswerCache:
+    """Answers by the key of their question, in an SQLite file that is created on first use."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def recall(self, key: str) -> Said | None:
-        """The answer to that question, if it was ever given; one that was damaged since is forgotten, to be asked for again.
+    def get(self, key: str) -> Completion | None:
+        """Return the answer to a question, or None. A damaged answer is deleted, so that the question is asked again.
 
         Raises:
-            ArtefactError: the file is damaged, or cannot be read.
+            ArtefactError: The file is damaged or cannot be read.
         """
         with self._open() as connection:
             found = connection.execute("SELECT said FROM answers WHERE key = ?", (key,)).fetchone()
-            said = _said_of(key, found[0]) if found else None
-            if found and not said:
+            completion = _parse(key, found[0]) if found else None
+            if found and not completion:
                 connection.execute("DELETE FROM answers WHERE key = ?", (key,))
-        return said
+        return completion
 
-    def keep(self, key: str, model: str, said: Said) -> None:
-        """Remember an answer; of two to the same question the first stays.
+    def add(self, key: str, model: str, completion: Completion) -> None:
+        """Add the answer to a question; an answer that is already there stays.
 
         Raises:
-            ArtefactError: the file is damaged, or cannot be written.
+            ArtefactError: The file is damaged or cannot be written.
         """
         with self._open() as connection:
-            connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", (key, model, _text_of(key, said)))
+            connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", (key, model, _dump(key, completion)))
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        # opened for each use: a connection belongs to one thread, and a request takes a thousand times as long
+        # Opened for each use: a connection belongs to one thread, and a request takes a thousand times as long as opening it.
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(self._path, timeout=SECONDS)) as connection, connection:
@@ -75,46 +75,53 @@ class Memory:
                 yield connection
         except (OSError, sqlite3.Error) as error:
             raise ArtefactError(
-                f"{self._path}: the answers of servers cannot be remembered here: {error}; mend it, or move the file away: what it held "
-                "is then asked for again"
+                f"{self._path}: the answers of servers cannot be cached here: {error}; repair it, or move the file away; the answers in it "
+                "are then asked for again"
             ) from None
 
 
 _CHECKSUM = "checksum"
-"""Beside the fields of an answer: the CRC-32 of these and the key. Answers of versions before have none."""
+"""Key of the CRC-32 of an answer and its key, beside the answer's fields. Earlier versions stored none."""
 
 
-def _text_of(key: str, said: Said) -> str:
-    return json.dumps({**asdict(said), _CHECKSUM: _sum_of(key, asdict(said))})
+def _dump(key: str, completion: Completion) -> str:
+    return json.dumps({**asdict(completion), _CHECKSUM: _checksum(key, asdict(completion))})
 
 
-def _said_of(key: str, text: str) -> Said | None:
+def _parse(key: str, text: str) -> Completion | None:
+    """Return a cached answer; None if it is damaged."""
     try:
         values = json.loads(text)
-        if _CHECKSUM in values and values.pop(_CHECKSUM) != _sum_of(key, values):
+        if _CHECKSUM in values and values.pop(_CHECKSUM) != _checksum(key, values):
             return None
-        return Said(**values)
+        return Completion(**values)
     except (ValueError, TypeError):
         return None
 
 
-def _sum_of(key: str, values: dict[str, Any]) -> int:
+def _checksum(key: str, values: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps([key, values], sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Time and chance; tests bring their own."""
+    """Source of time and randomness, which tests replace."""
 
     now: Callable[[], float] = time.monotonic
-    """Seconds."""
+    """Returns the time in seconds."""
     sleep: Callable[[float], None] = time.sleep
+    """Sleeps for a number of seconds."""
     chance: Callable[[], float] = random.random
-    """Uniform in [0, 1)."""
+    """Returns a random number, uniform in [0, 1)."""
 
 
-class Pace:
-    """Lets requests through one by one, evenly spaced, and none during a pause; may be shared by threads."""
+class RateLimiter:
+    """Spaces requests evenly, and holds them back during a pause. Threads may share it.
+
+    Args:
+        per_minute: Largest number of requests per minute; None for no limit.
+        clock: Source of time.
+    """
 
     def __init__(self, per_minute: float | None, clock: Clock) -> None:
         self._spacing = 60 / per_minute if per_minute else 0.0
@@ -123,7 +130,7 @@ class Pace:
         self._lock = threading.Lock()
 
     def wait(self) -> None:
-        """Returns when a request may be sent."""
+        """Wait until a request may be sent."""
         while True:
             with self._lock:
                 now = self._clock.now()
@@ -131,16 +138,21 @@ class Pace:
                     self._next = now + self._spacing
                     return
                 seconds = self._next - now
-            self._clock.sleep(seconds)  # and look again: a pause may have come, or another thread have been faster
+            self._clock.sleep(seconds)  # Then checks again: a pause may have begun, or another thread may have come first.
 
     def pause(self, seconds: float) -> None:
-        """Nobody sends anything for so long."""
+        """Hold back all requests for a number of seconds."""
         with self._lock:
             self._next = max(self._next, self._clock.now() + seconds)
 
 
 class Budget:
-    """Requests and tokens that may still be spent by this process; may be shared by threads."""
+    """Requests and tokens that this process may still spend. Threads may share it.
+
+    Args:
+        max_requests: Largest number of requests; None for no limit.
+        max_tokens: Number of tokens after which no further request is sent; None for no limit.
+    """
 
     def __init__(self, max_requests: int | None, max_tokens: int | None) -> None:
         self._max_requests, self._max_tokens = max_requests, max_tokens
@@ -148,7 +160,7 @@ class Budget:
         self._lock = threading.Lock()
 
     def take(self) -> bool:
-        """Take one request out of it; False: there is none left, or all tokens are spent."""
+        """Take one request from the budget; return False if the requests or the tokens are spent."""
         with self._lock:
             if self.spent():
                 return False
@@ -156,12 +168,12 @@ class Budget:
             return True
 
     def spend(self, n_tokens: int) -> None:
-        """Note the tokens of a request that was answered: known only then, so that the last answers may exceed the budget."""
+        """Count the tokens of an answered request. They are only known afterwards, so the last answers may exceed the budget."""
         with self._lock:
             self._n_tokens += n_tokens
 
     def spent(self) -> str | None:
-        """What is used up, in the words of params.yaml; None: nothing."""
+        """Return which limit is reached, by its key in params.yaml; None if there is none."""
         if self._max_requests is not None and self._n_requests >= self._max_requests:
             return f"max_requests: {self._max_requests}"
         if self._max_tokens is not None and self._n_tokens >= self._max_tokens:
@@ -170,128 +182,139 @@ class Budget:
 
 
 TRIES = 5
-"""Of one question, where the server fails it."""
+"""Largest number of requests for one question if they fail for reasons that may pass."""
 FIRST_WAIT = 1.0
-"""Seconds before the second try; doubled before each further one, less up to half of it by chance."""
+"""Seconds before the second try; doubled before each further one, and shortened by a random share of up to one half."""
 LONGEST_WAIT = 600.0
-"""A server that wants to be left alone for longer, until its quota comes back tomorrow, is given up."""
+"""Seconds. A server that asks for a longer wait, perhaps until its quota is renewed tomorrow, is given up."""
 FAILURES = 3
-"""Questions in a row that failed with all their tries, or were rejected, before the server is given up."""
+"""Number of questions in a row that fail or are rejected before the server is given up."""
 
-Say = Callable[[str], None]
+Warn = Callable[[str], None]
+"""Called with a sentence for the user."""
 
 
-class Asker:
-    """The way to one server, for one run; may be shared by threads."""
+class Client:
+    """Client of one server for one run. Threads may share it.
 
-    def __init__(self, params: "VlmLabeller", key: str, memory: Memory, say: Say, clock: Clock | None = None) -> None:
+    Args:
+        params: The labeller's section of the params.
+        key: Key of the section, for messages.
+        cache: Answers of earlier runs.
+        warn: Called with a sentence for the user when the server is given up.
+        clock: Time and randomness; None for those of the system.
+    """
+
+    def __init__(self, params: "VlmLabeller", key: str, cache: AnswerCache, warn: Warn, clock: Clock | None = None) -> None:
         self._params = params
         self._key = key
-        self._memory = memory
-        self._say = say
+        self._cache = cache
+        self._warn = warn
         self._clock = clock or Clock()
-        self._pace = Pace(params.requests_per_minute, self._clock)
+        self._rate_limiter = RateLimiter(params.requests_per_minute, self._clock)
         self._budget = Budget(params.max_requests, params.max_tokens)
         self._opened: Server | None = None
         self._lock = threading.Lock()
-        self._was_heard = False
+        self._has_responded = False
         """Whether the server ever sent anything."""
-        self._in_a_row = 0
-        self._gone: str | None = None
-        """Why the server was given up."""
+        self._failures_in_a_row = 0
+        self._given_up: str | None = None
+        """Why the server was given up; None if it was not."""
 
     def ask(self, question: Question) -> Outcome:
-        """The answer, remembered or new, or why there is none."""
-        if said := self._memory.recall(question.key):
-            return Outcome(said, 0, 0)
-        turn = _Turn()
-        reply = self._gone_silence() or self._converse(question, turn)
-        if isinstance(reply, Said):
-            self._memory.keep(question.key, self._params.model, reply)
-            self._in_a_row = 0
-        return Outcome(reply, turn.n_requests, reply.n_tokens if isinstance(reply, Said) else 0)
+        """Return the answer to a question, cached or new, or why there is none."""
+        if cached := self._cache.get(question.key):
+            return Outcome(cached, 0, 0)
+        attempts = _Attempts()
+        reply = self._no_answer_if_given_up() or self._send(question, attempts)
+        if isinstance(reply, Completion):
+            self._cache.add(question.key, self._params.model, reply)
+            self._failures_in_a_row = 0
+        return Outcome(reply, attempts.n_requests, reply.n_tokens if isinstance(reply, Completion) else 0)
 
-    def _converse(self, question: Question, turn: "_Turn") -> Said | Silence:
-        from ommatid.label.labellers.vlm.server import Changed, Hiccup, Rejected, Unusable
+    def _send(self, question: Question, attempts: "_Attempts") -> Completion | NoAnswer:
+        """Send requests until one is answered, or there is a reason to stop."""
+        from ommatid.label.labellers.vlm.server import RequestRejected, ServerUnusable, SettingRefused, TransientFailure
 
         parts: Sequence[str | bytes] = ()
         while True:
             if not self._budget.take():
-                return self._over_budget(turn)
-            self._pace.wait()
-            if gone := self._gone_silence():  # by another thread, while this one waited
-                return gone
+                return self._over_budget(attempts)
+            self._rate_limiter.wait()
+            if no_answer := self._no_answer_if_given_up():  # Another thread may have given up while this one waited.
+                return no_answer
             parts = parts or question.parts()
-            turn.n_requests += 1
+            attempts.n_requests += 1
             try:
-                said = self._server().send(parts, question.schema, turn.with_schema)
-            except Changed as changed:
-                turn.with_schema = changed.with_schema
-            except Hiccup as hiccup:
-                if silence := self._after(hiccup, turn):
-                    return silence
-            except Rejected as error:
-                self._was_heard = True
-                return self._failed(str(error))
-            except Unusable as error:
+                completion = self._server().send(parts, question.schema, attempts.with_schema)
+            except SettingRefused as refused:
+                attempts.with_schema = refused.with_schema
+            except TransientFailure as failure:
+                if no_answer := self._wait_to_retry(failure, attempts):
+                    return no_answer
+            except RequestRejected as error:
+                self._has_responded = True
+                return self._fail(str(error))
+            except ServerUnusable as error:
                 return self._give_up(str(error))
             else:
-                self._was_heard = True
-                self._budget.spend(said.n_tokens)
-                return said
+                self._has_responded = True
+                self._budget.spend(completion.n_tokens)
+                return completion
 
-    def _after(self, hiccup: "Hiccup", turn: "_Turn") -> Silence | None:
-        """Wait for the next try; or say why there is none."""
-        self._was_heard |= hiccup.was_heard
-        turn.failures.append(str(hiccup))
-        if hiccup.wait is not None and hiccup.wait > LONGEST_WAIT:
-            return self._give_up(f"{hiccup}: it wants to be left alone for {hiccup.wait:.0f} s")
-        if len(turn.failures) == TRIES:
-            return self._failed(f"{TRIES} tries, at last {hiccup}")
-        seconds = hiccup.wait if hiccup.wait is not None else FIRST_WAIT * 2 ** (len(turn.failures) - 1) * (1 - self._clock.chance() / 2)
-        if hiccup.is_busy:
-            self._pace.pause(seconds)
+    def _wait_to_retry(self, failure: "TransientFailure", attempts: "_Attempts") -> NoAnswer | None:
+        """Wait until the next try; if there is to be none, return why."""
+        self._has_responded |= failure.has_response
+        attempts.failures.append(str(failure))
+        if failure.wait is not None and failure.wait > LONGEST_WAIT:
+            return self._give_up(f"{failure}: it asks for a wait of {failure.wait:.0f} s")
+        if len(attempts.failures) == TRIES:
+            return self._fail(f"no answer after {TRIES} tries: {failure}")
+        backoff = FIRST_WAIT * 2 ** (len(attempts.failures) - 1) * (1 - self._clock.chance() / 2) if failure.wait is None else failure.wait
+        if failure.is_busy:
+            self._rate_limiter.pause(backoff)
         else:
-            self._clock.sleep(seconds)
+            self._clock.sleep(backoff)
         return None
 
-    def _failed(self, detail: str) -> Silence:
+    def _fail(self, detail: str) -> NoAnswer:
         with self._lock:
-            self._in_a_row += 1
-            is_end = self._in_a_row == FAILURES or not self._was_heard
-        return self._give_up(detail) if is_end else Silence("failed", detail)
+            self._failures_in_a_row += 1
+            is_last = self._failures_in_a_row == FAILURES or not self._has_responded
+        return self._give_up(detail) if is_last else NoAnswer("failed", detail)
 
-    def _give_up(self, why: str) -> Silence:
+    def _give_up(self, why: str) -> NoAnswer:
         with self._lock:
-            is_news = self._gone is None
-            self._gone = self._gone or why
-        if is_news:
-            self._say(
+            is_first = self._given_up is None
+            self._given_up = self._given_up or why
+        if is_first:
+            self._warn(
                 f"{self._key}: gave up on {self._params.model} at {self._params.url}: {why}. Start the server or correct url, model or "
-                "OPENAI_API_KEY, and run the stage again: what was answered is remembered; or take this labeller out of label.labellers. "
-                "Latents that it did not name have the status failed; names by other labellers stay"
+                "OPENAI_API_KEY, and run the stage again, which does not repeat answered questions; or remove this labeller from "
+                "label.labellers. Latents that it did not label have the status failed; labels by other labellers are kept"
             )
-        return Silence("failed", why)
+        return NoAnswer("failed", why)
 
-    def _gone_silence(self) -> Silence | None:
-        return Silence("failed", f"not asked, the server was given up: {self._gone}") if self._gone else None
+    def _no_answer_if_given_up(self) -> NoAnswer | None:
+        return NoAnswer("failed", f"not asked, because the server was given up: {self._given_up}") if self._given_up else None
 
-    def _over_budget(self, turn: "_Turn") -> Silence:
-        failed = f"; before that, {turn.failures[-1]}" if turn.failures else ""
-        return Silence("over_budget", f"{self._budget.spent()}{failed}")
+    def _over_budget(self, attempts: "_Attempts") -> NoAnswer:
+        failed = f"; before that, {attempts.failures[-1]}" if attempts.failures else ""
+        return NoAnswer("over_budget", f"{self._budget.spent()}{failed}")
 
     def _server(self) -> "Server":
-        from ommatid.label.labellers.vlm.server import Server  # `openai` takes seconds to import: not where all is remembered
+        from ommatid.label.labellers.vlm.server import Server  # `openai` takes seconds to import, and is not needed if all is cached.
 
         with self._lock:
             self._opened = self._opened or Server(self._params.url, self._params.model, self._params.timeout)
             return self._opened
 
 
-class _Turn:
-    """What happened to one question so far."""
+class _Attempts:
+    """Requests sent so far for one question."""
 
     def __init__(self) -> None:
         self.n_requests = 0
         self.failures: list[str] = []
         self.with_schema = True
+        """Whether the next request demands the answer's schema."""
