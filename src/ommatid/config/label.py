@@ -108,3 +108,12 @@ class LabelParams(Section):
         for labeller in self.labellers:
             by_name[unique_name(labeller.kind, by_name)] = labeller
         return by_name
+
+    @property
+    def trial(self) -> tuple[Labeller, ...]:
+        """Labellers with which `ommatid estimate` tries to label a sample.
+
+        If none can be tried, it is a vocabulary, since the labels of all kinds cost the same to score.
+        """
+        tried = tuple(labeller for labeller in self.labellers if labeller.cost == "tried")
+        return tried or (VocabularyLabeller(kind="vocabulary", words=("imagenet", "common")),)

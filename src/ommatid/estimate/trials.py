@@ -10,7 +10,6 @@ from typing import Any
 
 from ommatid import tracking
 from ommatid.config import ExtractParams, Params
-from ommatid.config.label import VocabularyLabeller
 from ommatid.estimate.fit import Timed, grow, trial_sizes
 from ommatid.estimate.process import RunCost, StageProcess
 from ommatid.estimate.sample import draw_images
@@ -24,9 +23,6 @@ FEWEST_EVAL = 16
 """Evaluation images of the smallest trial from `evaluate` on."""
 N_TRIALS = 6
 """Kinds of them, for the progress: one a stage."""
-
-WORDS = VocabularyLabeller(kind="vocabulary", words=("imagenet", "common"))
-"""Who gives names where the whole run has no labeller that can be tried; the scores then cost the same."""
 
 
 @dataclass
@@ -165,8 +161,7 @@ class Trials:
         """Once: most of its time goes to the words, which a sample has, too; how long the scores take, its events say."""
         # on a sample few latents fire on as many images as params ask for, and what a score costs would not be seen
         # nobody is asked for what will be asked again, and people named latents of the whole run's SAEs
-        words = [one for one in self._params.label.labellers if one.cost == "tried"] or [WORDS]
-        labellers = [labeller.model_dump(mode="json") for labeller in words]
+        labellers = [labeller.model_dump(mode="json") for labeller in self._params.label.trial]
         values = self._values(label={"min_examples": 2, "labellers": labellers})
         self._alone("label", n, n, lambda process: process.run(values, self._data(n)))
 
