@@ -212,6 +212,7 @@ def test_the_command_says_so_and_uses_the_images_that_are_there(
     estimated: Estimate, checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(checkout)
+    run_stage("images", load_params(), ignore)
     monkeypatch.setattr(trials, "StageProcess", InThisProcess)
     monkeypatch.setattr(trials, "BUDGET", 0.0)
     (checkout / "photos").rename(checkout / "elsewhere")  # whoever reads the source again fails
