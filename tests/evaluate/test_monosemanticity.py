@@ -20,7 +20,7 @@ from ommatid.config import EvaluateParams, ExtractParams
 from ommatid.config.models import LiteModel
 from ommatid.errors import ArtefactError, ConfigError, ModelError
 from ommatid.evaluate import monosemanticity as judging
-from ommatid.evaluate.monosemanticity import Judged, JudgeSummary
+from ommatid.evaluate.monosemanticity import JudgeScores, JudgeSummary
 from ommatid.evaluate.stage import evaluate
 from ommatid.events import Warned
 from ommatid.extract import towers
@@ -187,7 +187,7 @@ def test_failures_are_counted_and_said(made: dict[str, Artefact], evaluated: Any
     assert (shy["judge"], shy["failed"], shy["n_images"]) == ("shy", failed, len(images) - failed)
     assert evaluation.summary["n_images"] == len(images)
     assert [event.what for event in heard] == [
-        f"random: the judge shy gave no embedding of {failed} evaluation images; its scores are of the other {len(images) - failed}"
+        f"random: the judge shy gave no embedding for {failed} evaluation images; its scores are of the remaining {len(images) - failed}"
     ]
 
 
@@ -198,9 +198,9 @@ def test_a_judge_that_fails_on_every_image_is_refused(made: dict[str, Artefact],
 
 
 def test_a_judge_that_fails_on_every_evaluation_image_is_refused() -> None:
-    scores = Judged(D_SAE, [JudgeSummary("good", 2), JudgeSummary("bad", 2)])
+    scores = JudgeScores(D_SAE, [JudgeSummary("good", 2), JudgeSummary("bad", 2)])
     scores.add(torch.rand(9, D_SAE), [torch.rand(9, 2), torch.full((9, 2), torch.nan)])
-    with pytest.raises(ArtefactError, match="the judge bad gave no embedding of any of the 9 evaluation images"):
+    with pytest.raises(ArtefactError, match="the judge bad gave no embedding for any of the 9 evaluation images"):
         scores.begin_second_pass()
 
 
@@ -223,6 +223,6 @@ def test_no_class_token_is_refused(made: dict[str, Artefact], tmp_path: Path) ->
     inputs = made | {"extract": patches.child("tiles", "activations")}
     assert inputs["extract"].summary["tokens_per_image"] == GRID[0] * GRID[1]
     with pytest.raises(
-        ConfigError, match=r"evaluate.image_activation: cls, .* at tiles, only patch; set it to max or mean, or extract.tokens"
+        ConfigError, match=r"evaluate.image_activation: cls needs .* only patch tokens .* at tiles; set it to max or mean .* extract.tokens"
     ):
         make_artefact(tmp_path / "evaluation", "evaluation", evaluate, evaluate_params("cls"), inputs)

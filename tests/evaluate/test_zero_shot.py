@@ -16,7 +16,7 @@ from ommatid.activations.batches import load_sample
 from ommatid.errors import ModelError
 from ommatid.evaluate import zero_shot
 from ommatid.evaluate.batches import load_labels
-from ommatid.evaluate.zero_shot import ZeroShot, draw_images, iter_drawn, measure_zero_shot
+from ommatid.evaluate.zero_shot import ZeroShot, draw_images, iter_drawn_pixels, measure_zero_shot
 from ommatid.events import Event, Warned
 from ommatid.extract import towers
 from ommatid.extract.stage import extract
@@ -228,7 +228,7 @@ def test_without_labelled_training_images(model: TileModel, inputs: dict[str, Ar
 
 def test_without_a_text_tower(model: TileModel, inputs: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "d_embed", None, raising=False)
-    assert refused(inputs, sae=exact_sae(model)) == "tiles has no text tower, and so no classes to tell apart by their texts"
+    assert refused(inputs, sae=exact_sae(model)) == "tiles has no text tower with which to embed the names of classes"
 
 
 def test_where_the_model_is_gone(model: TileModel, inputs: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,10 +270,10 @@ def test_drawn_images_are_spread_and_are_those_that_were_drawn(images: Artefact)
     assert len(numbers) == 7 and set(numbers) < set(labels) and numbers[0] == min(labels) and numbers[-1] == max(labels)
     assert draw_images(images, labels, 10**6).numbers.tolist() == sorted(labels)
     none = draw_images(images, [], 5)
-    assert len(none.numbers) == 0 and list(iter_drawn(images, none, TileModel.preprocess, "cpu")) == []
+    assert len(none.numbers) == 0 and list(iter_drawn_pixels(images, none, TileModel.preprocess, "cpu")) == []
     encoded = images.read("images", ["encoded"])["encoded"].to_pylist()
     preprocess = TileModel.preprocess
-    found = list(iter_drawn(images, some, preprocess, "cpu"))
+    found = list(iter_drawn_pixels(images, some, preprocess, "cpu"))
     assert np.concatenate([batch.numbers for batch in found]).tolist() == numbers
     expected = np.stack([preprocess(decode(encoded[number])) for number in numbers])
     assert np.array_equal(torch.cat([batch.of[0] for batch in found]), expected)
@@ -287,7 +287,7 @@ def test_images_that_are_not_numbered_as_they_lie(images: Artefact, tmp_path: Pa
         draft.seal({})
         sample = draft.publish(tmp_path / "sample")
     some = draw_images(sample, [3, 7, 15, 19], 4)
-    (batch,) = iter_drawn(sample, some, TileModel.preprocess, "cpu")
+    (batch,) = iter_drawn_pixels(sample, some, TileModel.preprocess, "cpu")
     assert batch.numbers.tolist() == [3, 7, 15, 19]
     encoded = images.read("images", ["encoded"])["encoded"].to_pylist()
     assert np.array_equal(batch.of[0], np.stack([TileModel.preprocess(decode(encoded[number])) for number in (3, 7, 15, 19)]))
@@ -299,4 +299,4 @@ def test_images_of_few_row_groups_are_read(images: Artefact, monkeypatch: pytest
     found = draw_images(images, range(N_IMAGES), 20)
     assert len(found.numbers) == 20 and found.numbers.max() < 128
     monkeypatch.setattr(zero_shot, "BATCH", 8)
-    assert [len(batch.numbers) for batch in iter_drawn(images, found, TileModel.preprocess, "cpu")] == [8, 8, 4]
+    assert [len(batch.numbers) for batch in iter_drawn_pixels(images, found, TileModel.preprocess, "cpu")] == [8, 8, 4]

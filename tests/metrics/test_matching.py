@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ommatid import schemas, store
 from ommatid.compute import nearest
 from ommatid.evaluate import structure as matches_module
-from ommatid.evaluate.structure import Evaluated, match, write_matches
+from ommatid.evaluate.structure import EvaluatedSAE, match, write_matches
 from ommatid.metrics import best_matches, chance_cosine, match_one_to_one, matching
 from ommatid.store import Artefact
 
@@ -123,7 +123,7 @@ FIRES = {"a": {0: {1, 2, 3}, 1: {4}, 2: set()}, "b": {0: set(), 1: {2, 3, 5, 6},
 """Images that fire each latent; b's directions are a's, one on."""
 
 
-def evaluated(root: Path, name: str, directions: torch.Tensor, fires: Mapping[int, set[int]]) -> Evaluated:
+def evaluated(root: Path, name: str, directions: torch.Tensor, fires: Mapping[int, set[int]]) -> EvaluatedSAE:
     with store.open_draft(root / f"sae-{name}", "sae", {}, {}) as draft:
         with draft.write_file("sae.safetensors") as path:
             save_file({"W_dec": directions.contiguous()}, path)
@@ -134,11 +134,11 @@ def evaluated(root: Path, name: str, directions: torch.Tensor, fires: Mapping[in
         for part, some in enumerate((rows[:2], rows[2:])):
             draft.write_table(store.part_name("firings", part), pa.Table.from_pylist(some, schema=schemas.FIRINGS))
         draft.seal({})
-        return Evaluated(sae, draft.publish(root / f"evaluation-{name}"))
+        return EvaluatedSAE(sae, draft.publish(root / f"evaluation-{name}"))
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> tuple[Evaluated, Evaluated]:
+def pair(tmp_path: Path) -> tuple[EvaluatedSAE, EvaluatedSAE]:
     directions = torch.eye(3)
     return evaluated(tmp_path, "a", directions, FIRES["a"]), evaluated(tmp_path, "b", directions.roll(1, 0), FIRES["b"])
 
@@ -147,7 +147,7 @@ def jaccard(one: set[int], other: set[int]) -> float | None:
     return len(one & other) / len(one | other) if one | other else None
 
 
-def test_matches_have_the_nearest_and_the_images_that_fire_both(pair: tuple[Evaluated, Evaluated], tmp_path: Path) -> None:
+def test_matches_have_the_nearest_and_the_images_that_fire_both(pair: tuple[EvaluatedSAE, EvaluatedSAE], tmp_path: Path) -> None:
     found = match(*pair, tmp_path).matches
     assert found.schema == schemas.MATCHES
     expected = [("a", latent, "b", (latent + 1) % 3) for latent in range(3)] + [("b", latent, "a", (latent - 1) % 3) for latent in range(3)]
@@ -168,12 +168,12 @@ def test_stability_is_a_share_of_each_ones_own_latents(tmp_path: Path) -> None:
     assert (mine["chance"], theirs["chance"]) == (chance_cosine(50, 16), chance_cosine(40, 16))
 
 
-def a_directions(one: Evaluated) -> torch.Tensor:
+def a_directions(one: EvaluatedSAE) -> torch.Tensor:
     return matches_module._directions(one.sae)
 
 
 def test_too_wide_for_one_to_one_is_null_and_mutual_stays(
-    pair: tuple[Evaluated, Evaluated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: tuple[EvaluatedSAE, EvaluatedSAE], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(matching, "MOST_ONE_TO_ONE", 2)
     assert [(row["matched"], row["mutual"]) for row in match(*pair, tmp_path).stability.to_pylist()] == [(None, 1.0)] * 2
@@ -188,7 +188,7 @@ def test_every_two_saes_are_matched_and_one_alone_leaves_empty_tables(tmp_path: 
     assert {(row["sae"], row["other_sae"]) for row in rows} == set(itertools.permutations(names, 2))
 
 
-def tables(root: Path, all_of: Mapping[str, Evaluated]) -> Artefact:
+def tables(root: Path, all_of: Mapping[str, EvaluatedSAE]) -> Artefact:
     with store.open_draft(root / "evaluation", "evaluations", {}, {}) as draft:
         write_matches({name: one.sae for name, one in all_of.items()}, {name: one.evaluation for name, one in all_of.items()}, draft)
         draft.seal({})

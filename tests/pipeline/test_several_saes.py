@@ -248,7 +248,7 @@ def test_what_evaluates_a_transcoder_must_be_told_its_target(params: Params, tmp
     inputs = {"images": open_stage("images"), "extract": activations("tiles"), "target": activations("deep")}
     inputs["train"] = open_stage("train").each()[NARROW]
     with (
-        pytest.raises(ArtefactError, match=r"evaluate: the SAE decodes tiles, and train.target says deep"),
+        pytest.raises(ArtefactError, match=r"evaluate: the SAE was trained to decode tiles, but train.target says deep"),
         open_draft(tmp_path / "evaluation", "evaluation", {}, inputs) as draft,
     ):
         evaluate(params.evaluate, inputs, draft)

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: what every latent does on the evaluation split, beside raw neurons and an untrained SAE."""
+"""Stage `evaluate`: measure every latent on the evaluation split, and compare the SAE with raw neurons and an untrained SAE."""
 
 from pathlib import Path
 

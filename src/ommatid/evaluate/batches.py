@@ -1,4 +1,4 @@
-"""The evaluation images, a few at a time: activations, what is to be decoded from them, and the judges' embeddings."""
+"""The evaluation split in batches of images: activations, reconstruction targets and judges' embeddings. Also labels and taxonomy."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,38 +14,41 @@ from ommatid.schemas import judge_columns
 from ommatid.store import Artefact
 
 ENTRIES = 2**22
-"""Token activations (tokens x latents) held at once, about."""
+"""Approximate number of latent activations (tokens x latents) held in memory at once."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """Evaluation images of one step of the stream."""
+    """A batch of evaluation images from one shard."""
 
     shard: int
-    """Shard of the activations that they are in."""
+    """Index of the shard of activations that holds the images."""
     numbers: Tensor
-    """images.image, (images,)."""
+    """Number of each image (`images.image`), (images,) int64."""
     x: Tensor
     """Activations, (images, tokens, d_model) float32."""
     target: Tensor
-    """What is to be decoded from them, (images, tokens, d_out) float32: x itself, or activations of another hookpoint."""
+    """Reconstruction target, (images, tokens, d_out) float32: `x` itself or, for a transcoder, activations of another hookpoint."""
     judges: list[Tensor]
-    """Each judge's embeddings, (images, d_judge) float32; not finite where it failed."""
+    """Embeddings by each judge, (images, d_judge) float32; not finite where the judge failed on an image."""
 
 
 def iter_images(
     activations: Artefact, target: Artefact | None, d_sae: int, n_images: int, what: str, on_event: Listener, first: int = 0
 ) -> Iterator[Images]:
-    """The evaluation images shard by shard, so many at a time that their activations stay bounded.
+    """Iterate over the evaluation images shard by shard, in batches small enough to bound the memory that their latents take.
 
     Args:
-        activations: What is encoded.
-        target: What is to be decoded, where it is other activations.
-        d_sae: Latents, for how many images come at a time.
-        n_images: Images in all, for those who wait.
-        what: Words for them.
-        on_event: Hears of progress.
-        first: The first shard; those before are done.
+        activations: Activations to encode.
+        target: Activations to decode; None if they are those that are encoded.
+        d_sae: Number of latents, from which the size of a batch follows.
+        n_images: Number of evaluation images, for the progress events.
+        what: Name of the work in the progress events.
+        on_event: Called with each progress event and warning.
+        first: Index of the shard to begin with.
+
+    Yields:
+        Batches in the order of the activations; none spans two shards.
     """
     per_image, columns = activations.summary["tokens_per_image"], judge_columns(len(activations.summary["judges"]))
     n = max(1, ENTRIES // (per_image * d_sae))
@@ -53,50 +56,52 @@ def iter_images(
     done = sum(_count(activations, tokens) // per_image for tokens, _ in parts[:first])
     for shard, (tokens, embedded) in enumerate(parts[first:], start=first):
         embeddings = _Embeddings(activations.read_part(embedded, ["image", *columns]))
-        ours = _iter_tokens(activations, tokens, n * per_image)
-        theirs = _iter_tokens(target, tokens, n * per_image) if target else None
-        for image, x in ours:
+        targets = _iter_tokens(target, tokens, n * per_image) if target else None
+        for image, x in _iter_tokens(activations, tokens, n * per_image):
             numbers = image[::per_image].contiguous()
             shape = (len(numbers), per_image)
-            y = x if theirs is None else _same_images(image, *next(theirs))
+            y = x if targets is None else _same_images(image, *next(targets))
             yield Images(shard, numbers, x.unflatten(0, shape), y.unflatten(0, shape), embeddings.take(numbers))
             done += len(numbers)
             on_event(Progress(what, done, n_images))
 
 
 def _count(activations: Artefact, part: str) -> int:
-    """Rows of a part."""
+    """Return the number of rows of a part."""
     with activations.open_part(part) as file:
         return file.metadata.num_rows
 
 
 def _iter_tokens(activations: Artefact, part: str, n: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (rows,) int64 and activations (rows, d_model) float32 of a part, n rows at a time."""
+    """Yield image numbers (rows,) int64 and activations (rows, d_model) float32 of a part, `n` rows at a time."""
     with activations.open_part(part) as file:
         for rows in file.iter_batches(n, columns=["image", "x"]):
             yield torch.from_numpy(rows["image"].to_numpy().astype(np.int64)), from_float16(rows["x"]).float()
 
 
-def _same_images(image: Tensor, other: Tensor, y: Tensor) -> Tensor:
-    assert torch.equal(image, other), f"rows of two hookpoints are of other images: {image[:3].tolist()}, {other[:3].tolist()}"
-    return y
+def _same_images(image: Tensor, target_image: Tensor, target: Tensor) -> Tensor:
+    """Return the target, having checked that its rows are of the same images."""
+    assert torch.equal(image, target_image), (
+        f"rows of the two hookpoints belong to different images: {image[:3].tolist()}, {target_image[:3].tolist()}"
+    )
+    return target
 
 
 class _Embeddings:
-    """The judges' embeddings of one shard's images, which are in order."""
+    """Judges' embeddings of the images of one shard, which are in ascending order."""
 
     def __init__(self, rows: pa.Table) -> None:
         self._images = torch.from_numpy(rows["image"].to_numpy().astype(np.int64))
         self._judges = [from_float32(rows[name]) for name in rows.column_names if name != "image"]
 
     def take(self, numbers: Tensor) -> list[Tensor]:
-        """Rows of these images of each judge, (images, d_judge)."""
+        """Return each judge's embeddings of images, (images, d_judge), given their numbers."""
         rows = torch.searchsorted(self._images, numbers)
         return [embeddings[rows] for embeddings in self._judges]
 
 
 def load_kinds(activations: Artefact) -> list[str]:
-    """Kind of each token of an image; all images have the same tokens."""
+    """Load the kind of each token of an image; all images have the same tokens."""
     per_image = activations.summary["tokens_per_image"]
     for rows in activations.iter_batches("eval", ["kind"], n_rows=per_image):
         return rows["kind"].to_pylist()
@@ -104,27 +109,27 @@ def load_kinds(activations: Artefact) -> list[str]:
 
 
 def load_labels(images: Artefact, of_split: str = "eval") -> dict[int, str]:
-    """Class of each image of a split that has one."""
+    """Load the labels of the images of a split, by image number; images without a label are left out."""
     return _load_column(images, "label", of_split)
 
 
 def load_classes(images: Artefact) -> dict[int, str]:
-    """Class of each evaluation image that has one; none where there are not two classes: they then say nothing of a latent."""
+    """Load the labels of the evaluation images, by image number; empty if all are equal, since one class says nothing about a latent."""
     labels = load_labels(images)
     return labels if len(set(labels.values())) > 1 else {}
 
 
 def load_paths(images: Artefact) -> dict[int, tuple[str, ...]]:
-    """Path from the root of the taxonomy of each evaluation image that has one."""
+    """Load each evaluation image's path from the root of the taxonomy, by image number; images without a path are left out."""
     return {image: tuple(path.split("/")) for image, path in _load_column(images, "taxonomy").items()}
 
 
 def _load_column(images: Artefact, column: str, of_split: str = "eval") -> dict[int, str]:
-    """Values of the images of a split that have one."""
+    """Load the values of a column for the images of a split, by image number; images without a value are left out."""
     found: dict[int, str] = {}
     for batch in images.iter_batches("images", ["image", "split", column], n_rows=4096):
         if column not in batch.schema.names:
-            return {}  # written before there was such a column
+            return {}  # artefacts written before this column was introduced lack it
         rows = zip(*(batch[name].to_pylist() for name in ("image", "split", column)), strict=True)
         found |= {image: value for image, split, value in rows if split == of_split and value is not None}
     return found

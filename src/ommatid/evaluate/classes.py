@@ -1,4 +1,4 @@
-"""What labels and a taxonomy say of each latent, and the table `probes`."""
+"""Measures of each latent by labels and a taxonomy, and linear probes of the classes: the table `probes`."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,108 +19,111 @@ from ommatid.metrics import auroc, balanced_accuracy, fit_probes, label_entropy,
 from ommatid.store import read_part
 
 N_TOP = 64
-"""Images of purity@64; among them those of the taxonomy are looked for."""
+"""Number of strongest images of a latent over which purity is taken (purity@64), and among which `N_LCA` with a path are sought."""
 N_LCA = 16
-"""Images whose lowest common ancestor is taken."""
+"""Number of images whose lowest common ancestor is taken."""
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """Of each latent, (d_sae,) float64; NaN where it is undefined."""
+    """Measures of each latent by labels and taxonomy, (d_sae,) float64; NaN where undefined."""
 
     purity_64: Tensor
     """Purity@64."""
     label_entropy: Tensor
-    """Activation-weighted entropy of the labels of all images on which it fires."""
+    """Activation-weighted entropy of the labels of all images on which the latent fires."""
     lca_depth: Tensor
-    """Depth of the lowest common ancestor of the strongest images that have a path."""
+    """Depth in the taxonomy of the lowest common ancestor of the strongest images that have a path."""
 
 
 def measure_meaning(
-    fired: Iterable[LatentFirings], halves: EvalSplit, labels: Mapping[int, str], paths: Mapping[int, Sequence[str]], d_sae: int
+    firings: Iterable[LatentFirings], split: EvalSplit, labels: Mapping[int, str], paths: Mapping[int, Sequence[str]], d_sae: int
 ) -> Meaning:
-    """Measure all latents.
+    """Measure all latents by labels and taxonomy.
 
-    A taxonomy may have holes: of a latent's 64 strongest images the 16 strongest with a path count, and a latent with fewer has no
-    depth. Fewer images have a deeper ancestor by chance, so depths are compared over equally many.
+    The depth of a latent is that of the 16 strongest images with a path among its 64 strongest images; with fewer than 16 it is
+    undefined. The number is fixed because fewer images have a deeper common ancestor by chance, which would make depths incomparable.
 
     Args:
-        fired: The latents that fire.
-        halves: The evaluation images.
-        labels: Class of each that has one.
-        paths: Path from the root of the taxonomy of each that has one.
-        d_sae: Latents.
+        firings: Firings of each latent that fires at all.
+        split: The evaluation images.
+        labels: Label of each image that has one, by image number.
+        paths: Path from the root of the taxonomy of each image that has one, by image number.
+        d_sae: Number of latents.
+
+    Returns:
+        The measures; NaN for latents that never fire.
     """
-    images = halves.images.tolist()
+    images = split.images.tolist()
     classes = {name: code for code, name in enumerate(sorted(set(labels.values())))}
     codes = np.array([classes[labels[image]] if image in labels else -1 for image in images], dtype=np.int64)
     path_of = [paths.get(image) for image in images]
     found = Meaning(*(torch.full((d_sae,), torch.nan, dtype=torch.float64) for _ in range(3)))
-    for one in fired:
-        top, code = one.rows[:N_TOP], codes[one.rows]
+    for fired in firings:
+        top, code = fired.rows[:N_TOP], codes[fired.rows]
         known = code >= 0
-        found.purity_64[one.latent] = purity([code[:N_TOP][known[:N_TOP]].tolist()], N_TOP)[0]
-        found.label_entropy[one.latent] = label_entropy(np.bincount(code[known], weights=one.acts[known]))
-        placed = [path for row in top.tolist() if (path := path_of[row])][:N_LCA]
-        if len(placed) == N_LCA:
-            found.lca_depth[one.latent] = lca_depth(placed)
+        found.purity_64[fired.latent] = purity([code[:N_TOP][known[:N_TOP]].tolist()], N_TOP)[0]
+        found.label_entropy[fired.latent] = label_entropy(np.bincount(code[known], weights=fired.acts[known]))
+        top_paths = [path for row in top.tolist() if (path := path_of[row])][:N_LCA]
+        if len(top_paths) == N_LCA:
+            found.lca_depth[fired.latent] = lca_depth(top_paths)
     return found
 
 
 KS = (1, 2, 5, 10)
-"""Latents of a probe."""
+"""Numbers of latents that a probe may read."""
 MAX_CLASSES = 64
-"""The commonest classes are probed: enough for a mean, and time and memory stay those of 64 probes however many there are."""
+"""Number of classes that are probed, the most common first. It is enough for a mean, and it bounds time and memory."""
 MAX_IMAGES = 8192
-"""Drawn from the images of these classes: 4,096 fit and as many test, so an accuracy of one class is known to a few hundredths."""
+"""Number of images drawn from these classes. About 4,096 fit and as many test, so a class's accuracy is known to a few hundredths."""
 MIN_POSITIVE = 8
-"""Images that a class needs in either half."""
+"""Number of images that a class needs in each half to be probed."""
 SEED = 0
-"""Of the draw of images."""
+"""Seed of the draw of images."""
 
 
 @dataclass(frozen=True)
 class ProbeImages:
-    """Images on which classes are probed."""
+    """Images on which probes are fitted and tested."""
 
     numbers: np.ndarray
-    """images.image, (images,), ascending."""
+    """Number of each image (`images.image`), ascending, (images,)."""
     classes: Tensor
-    """Index of each one's class, (images,)."""
+    """Index in `names` of each image's class, (images,) int64."""
     is_held_out: Tensor
-    """Whether it tests; the others fit, (images,) bool."""
+    """Whether the image is for testing; the rest are for fitting, (images,) bool."""
     names: tuple[str, ...]
-    """Of the classes; none where there are not two."""
+    """Names of the classes; empty unless there are at least two."""
 
 
-def choose_images(halves: EvalSplit, labels: Mapping[int, str]) -> ProbeImages:
-    """Images of the commonest classes, cut in halves as they are for names (see images/eval_split.py)."""
+def choose_images(split: EvalSplit, labels: Mapping[int, str]) -> ProbeImages:
+    """Draw images of the most common classes; they are halved into fit and test as for labels (see images/eval_split.py)."""
     commonest = sorted(Counter(labels.values()).items(), key=lambda item: (-item[1], item[0]))[:MAX_CLASSES]
     wanted = {name for name, _ in commonest}
-    rows = np.array([row for row, image in enumerate(halves.images.tolist()) if labels.get(image) in wanted], dtype=np.int64)
+    rows = np.array([row for row, image in enumerate(split.images.tolist()) if labels.get(image) in wanted], dtype=np.int64)
     rows = np.sort(np.random.default_rng(SEED).permutation(rows)[:MAX_IMAGES])
-    found = np.array([labels[image] for image in halves.images[rows].tolist()], dtype=object)
-    held_out = halves.is_held_out[rows]
+    found = np.array([labels[image] for image in split.images[rows].tolist()], dtype=object)
+    held_out = split.is_held_out[rows]
     fewest = {name: min((found[held_out] == name).sum(), (found[~held_out] == name).sum()) for name in wanted}
     names = tuple(sorted(name for name in wanted if fewest[name] >= MIN_POSITIVE))
     names = names if len(names) > 1 else ()
     keep = np.isin(found, names)
     classes = torch.tensor([names.index(name) for name in found[keep]], dtype=torch.int64)
-    return ProbeImages(halves.images[rows][keep], classes, torch.from_numpy(held_out[keep]), names)
+    return ProbeImages(split.images[rows][keep], classes, torch.from_numpy(held_out[keep]), names)
 
 
-class Pooled(Accumulator):
-    """Activations of the probe's images, averaged over tokens as they come."""
+class PooledActivations(Accumulator):
+    """Activations of the probes' images, averaged over tokens, which are collected batch by batch."""
 
     STATE = ("x",)
 
     def __init__(self, images: ProbeImages, d_model: int) -> None:
         self.x = torch.zeros(len(images.numbers), d_model)
-        """(images, d_model)"""
+        """Mean activation over the tokens of each image, (images, d_model) float32."""
         self._numbers = torch.from_numpy(images.numbers)
 
     def add(self, batch: Images) -> None:
-        """Some evaluation images, each once."""
+        """Add a batch of evaluation images; every image must be added exactly once."""
         if not len(self._numbers):
             return
         place = torch.searchsorted(self._numbers, batch.numbers).clamp_max(len(self._numbers) - 1)
@@ -128,23 +131,26 @@ class Pooled(Accumulator):
         self.x[place[mine]] = batch.x[mine].mean(1)
 
 
-def measure_probes(name: str, images: ProbeImages, pooled: Pooled, files: Sequence[str], d_sae: int) -> pa.Table:
-    """The `probes` table; without rows where there are not two classes with enough images.
+def measure_probes(name: str, images: ProbeImages, pooled: PooledActivations, files: Sequence[str], d_sae: int) -> pa.Table:
+    """Fit and test probes of every class, on the activations and on a few latents.
 
-    A probe's latents are those whose mean activation over images differs most between the class and the rest, in the half that fits.
+    A probe reads the latents whose mean activation over the fitting images differs most between the class and the rest.
 
     Args:
-        name: Of the SAE.
-        images: To probe on.
-        pooled: Their activations.
+        name: Name of the SAE.
+        images: Images to fit and test on.
+        pooled: Mean activations of these images.
         files: Parts of the SAE's table `firings`.
-        d_sae: Its latents.
+        d_sae: Number of latents.
+
+    Returns:
+        The table `probes`; empty unless at least two classes have enough images.
     """
     if not images.names:
         return schemas.PROBES.empty_table()
-    fired = _read_firings(files, images.numbers)
-    chosen = _differing(fired, images, d_sae)
-    acts = fired.of(chosen, len(images.numbers), d_sae)
+    firings = _read_firings(files, images.numbers)
+    chosen = _most_different(firings, images, d_sae)
+    acts = firings.acts_of(chosen, len(images.numbers), d_sae)
     rows = [*_test("x", images, pooled.x, None)]
     for k in KS:
         if k <= chosen.shape[1]:
@@ -155,15 +161,17 @@ def measure_probes(name: str, images: ProbeImages, pooled: Pooled, files: Sequen
 
 @dataclass(frozen=True)
 class _Firings:
-    """Where latents fire on the probe's images."""
+    """Firings on the probes' images."""
 
     rows: np.ndarray
-    """Place of the image, (firings,)."""
+    """Position of the firing's image in `ProbeImages`, (firings,)."""
     latents: np.ndarray
+    """Latent that fires, (firings,)."""
     acts: np.ndarray
+    """Its activation, (firings,)."""
 
-    def of(self, chosen: np.ndarray, n_images: int, d_sae: int) -> Tensor:
-        """Activations of each class's chosen latents, (images, classes, latents) float32."""
+    def acts_of(self, chosen: np.ndarray, n_images: int, d_sae: int) -> Tensor:
+        """Return the activations of each class's chosen latents, (images, classes, latents) float32."""
         used = np.unique(chosen)
         place = np.full(d_sae, -1)
         place[used] = np.arange(len(used))
@@ -184,19 +192,19 @@ def _read_firings(files: Sequence[str], numbers: np.ndarray) -> _Firings:
     return _Firings(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
 
 
-def _differing(fired: _Firings, images: ProbeImages, d_sae: int) -> np.ndarray:
-    """Latents whose means differ most between each class and the rest, the most first, (classes, at most max(KS))."""
+def _most_different(firings: _Firings, images: ProbeImages, d_sae: int) -> np.ndarray:
+    """Return the latents whose means differ most between each class and the rest, in descending order, (classes, at most max(KS))."""
     n_classes, fits = len(images.names), ~images.is_held_out.numpy()
-    classes, mine = images.classes.numpy(), fits[fired.rows]
-    cells = classes[fired.rows[mine]] * d_sae + fired.latents[mine]
-    sums = np.bincount(cells, weights=fired.acts[mine], minlength=n_classes * d_sae).reshape(n_classes, d_sae)
+    classes, mine = images.classes.numpy(), fits[firings.rows]
+    cells = classes[firings.rows[mine]] * d_sae + firings.latents[mine]
+    sums = np.bincount(cells, weights=firings.acts[mine], minlength=n_classes * d_sae).reshape(n_classes, d_sae)
     counts = np.bincount(classes[fits], minlength=n_classes)[:, None]
     difference = np.abs(sums / counts - (sums.sum(0) - sums) / (counts.sum() - counts))
     return np.argsort(-difference, axis=1, kind="stable")[:, : max(KS)]
 
 
 def _test(probe: str, images: ProbeImages, features: Tensor, latents: np.ndarray | None) -> Iterator[dict[str, Any]]:
-    """Fit on one half and test on the other: a row a class."""
+    """Fit probes on one half of the images, test them on the other, and yield one row for each class."""
     is_class = torch.nn.functional.one_hot(images.classes, len(images.names)).bool()
     tests = images.is_held_out
     scores, truth = fit_probes(features[~tests], is_class[~tests]).scores(features[tests]), is_class[tests]

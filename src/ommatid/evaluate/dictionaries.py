@@ -1,6 +1,7 @@
 """Dictionaries under evaluation, and the two passes over the evaluation tokens in which they are measured.
 
-A dictionary is the SAE, an untrained SAE, the raw neurons, or another baseline. The passes go shard by shard, and continue after a kill.
+A dictionary is the SAE, an untrained SAE, the raw neurons, or another baseline. The passes go shard by shard, and a killed run continues
+from a checkpoint.
 """
 
 import math
@@ -20,9 +21,9 @@ from ommatid.compute.nulls import none_for_nan, nullable
 from ommatid.config import EvaluateParams
 from ommatid.errors import ConfigError
 from ommatid.evaluate.batches import Images, iter_images, load_kinds
-from ommatid.evaluate.classes import Meaning, Pooled, ProbeImages
-from ommatid.evaluate.firings import Firings, Heat, choose_examples
-from ommatid.evaluate.monosemanticity import Judged, JudgeSummary, Verdict
+from ommatid.evaluate.classes import Meaning, PooledActivations, ProbeImages
+from ommatid.evaluate.firings import Firings, HeatMaps, choose_examples
+from ommatid.evaluate.monosemanticity import JudgeScores, JudgeSummary, Verdict
 from ommatid.evaluate.structure import LevelFidelity, Structure
 from ommatid.events import Listener
 from ommatid.metrics import FidelityByKind, Firing, TopImages, coverage, nan_mean, purity, uniqueness
@@ -31,14 +32,14 @@ from ommatid.sae.model import SAE, make_untrained
 from ommatid.store import Artefact, Draft
 
 Pool = Callable[[Tensor], Tensor]
-"""From activations of tokens (images, tokens, latents) to those of images (images, latents)."""
+"""Function from token activations (images, tokens, latents) to image-level activations (images, latents)."""
 
 
 def make_pool(params: EvaluateParams, activations: Artefact) -> Pool:
-    """The image-level activation that params ask for.
+    """Return the function that makes image-level activations as `evaluate.image_activation` says.
 
     Raises:
-        ConfigError: cls, and no class token was extracted.
+        ConfigError: `image_activation` is `cls`, but no class token was extracted.
     """
     match params.image_activation:
         case "max":
@@ -53,55 +54,64 @@ def make_pool(params: EvaluateParams, activations: Artefact) -> Pool:
 
 
 def _find_class_token(activations: Artefact) -> int:
-    """Its place among the tokens of an image."""
+    """Return the position of the class token among the tokens of an image."""
     per_image = activations.summary["tokens_per_image"]
     first = next((rows for rows in activations.iter_batches("eval", ["kind"], n_rows=per_image) if len(rows)), None)
     kinds = first["kind"].to_pylist() if first else ["cls"]
     if "cls" not in kinds:
         raise ConfigError(
-            f"evaluate.image_activation: cls, and no class token was extracted at {activations.summary['hookpoint']}, only "
-            f"{', '.join(sorted(set(kinds)))}; set it to max or mean, or extract.tokens to all or cls where the model has a class token"
+            f"evaluate.image_activation: cls needs a class token, but only {', '.join(sorted(set(kinds)))} tokens were extracted at "
+            f"{activations.summary['hookpoint']}; set it to max or mean or, if the model has a class token, set extract.tokens to all "
+            "or cls"
         )
     return kinds.index("cls")
 
 
 N_PURITY = 16
-"""Images of purity@16."""
+"""Number of strongest images of a latent over which purity is taken (purity@16)."""
 CONTROL_SEED = 12345
-"""Not the training seed: the controls share nothing with the SAE."""
+"""Seed of the controls, unlike any training seed so that they share nothing with the SAE."""
 CALIBRATION_TOKENS = 4096
-"""Training tokens on which the untrained SAE's threshold is set."""
+"""Number of training tokens on which the untrained SAE's threshold is set."""
 BASELINE_TOKENS = 2**17
-"""Training tokens on which baselines are fitted, at most."""
+"""Maximum number of training tokens on which baselines are fitted."""
 BASELINE_VALUES = 2**26
-"""Values of these tokens (tokens x d_model), at most: 256 MiB."""
+"""Maximum number of values of these tokens (tokens x d_model), which take 256 MiB."""
 
 
 class EvaluatedDictionary(Accumulator):
-    """A dictionary under evaluation: the SAE, an untrained one, the raw neurons, or another baseline."""
+    """A dictionary under evaluation, and what the passes have accumulated about it."""
 
     STATE = ("fidelity", "levels", "firing", "judged", "top")
 
     def __init__(self, name: str, dictionary: Dictionary, kinds: Sequence[str] | None, judges: Sequence[JudgeSummary], pool: Pool) -> None:
-        """`kinds` names the kind of each token of an image; None: the dictionary decodes nothing."""
+        """Begin an evaluation.
+
+        Args:
+            name: Name of the dictionary, such as `sae` or `neurons`.
+            dictionary: The dictionary.
+            kinds: Kind of each token of an image, by which fidelity is measured; None if the dictionary does not decode.
+            judges: The judges, the main one first.
+            pool: Function that makes image-level activations.
+        """
         self.name = name
         self._dictionary = dictionary
         self.fidelity = None if kinds is None else FidelityByKind(kinds)
         self.levels = LevelFidelity(dictionary) if name == "sae" and isinstance(dictionary, SAE) else None
         d_latents = dictionary.n_latents
         self.firing = Firing(d_latents)
-        self.judged = Judged(d_latents, judges)
+        self.judged = JudgeScores(d_latents, judges)
         self.verdicts: list[Verdict] = []
         self.top = TopImages(d_latents, N_PURITY)
         self._pool = pool
 
     @property
     def dictionary(self) -> Dictionary:
-        """What is measured."""
+        """The dictionary itself."""
         return self._dictionary
 
     def add(self, batch: Images) -> Tensor:
-        """First pass; gives the image-level activations (images, latents)."""
+        """Add a batch in the first pass, and return its image-level activations, (images, latents)."""
         x = batch.x.flatten(0, 1)
         acts = self._dictionary.encode(x)
         shape = batch.x.shape[:2]
@@ -116,39 +126,39 @@ class EvaluatedDictionary(Accumulator):
         return pooled
 
     def begin_second_pass(self) -> None:
-        """After the first."""
+        """End the first pass and begin the second."""
         self.judged.begin_second_pass()
 
     def add_again(self, batch: Images) -> Tensor:
-        """Second pass; gives the token activations (images, tokens, latents)."""
+        """Add a batch in the second pass, and return its token activations, (images, tokens, latents)."""
         acts = self._dictionary.encode(batch.x.flatten(0, 1)).unflatten(0, batch.x.shape[:2])
         self.judged.add(self._pool(acts), batch.judges)
         return acts
 
     def end(self) -> None:
-        """After the second pass."""
+        """End the second pass, which determines the verdicts."""
         self.verdicts = self.judged.verdicts()
 
     def purity(self, labels: Mapping[int, str]) -> list[float]:
-        """Purity@16 of each latent; NaN without labels or with fewer than 16 firing images."""
+        """Return purity@16 of each latent; NaN unless all of its 16 strongest images activate it and have a label."""
         return purity(self.top_labels(labels), N_PURITY)
 
     def top_labels(self, labels: Mapping[int, str]) -> list[list[str]]:
-        """Classes of the strongest firing images of each latent, of those that have one."""
+        """Return the labels of each latent's strongest images, the strongest first; images without a label are left out."""
         return [[labels[i] for i in images if i in labels] for images in self.top_images()]
 
     def top_images(self) -> list[list[int]]:
-        """The strongest firing images of each latent, strongest first."""
+        """Return the numbers of the up to 16 images that activate each latent most, the strongest first."""
         fires = (self.top.acts > 0).T.tolist()
         images = self.top.images.T.tolist()
         return [[i for i, fired in zip(*pair, strict=True) if fired] for pair in zip(images, fires, strict=True)]
 
     def uniqueness(self) -> Tensor:
-        """Of each latent, (latents,); NaN with fewer than 16 firing images."""
+        """Return the uniqueness of each latent, (latents,); NaN if fewer than 16 images activate it."""
         return uniqueness(torch.where(self.top.acts > 0, self.top.images, -1).T.contiguous())
 
     def compare(self, sae: str, labels: Mapping[int, str]) -> dict[str, Any]:
-        """The row of `comparisons`: MS by the main judge."""
+        """Return this dictionary's row of the table `comparisons`, in which MS is by the main judge."""
         fidelity = self.fidelity.whole if self.fidelity else None
         values = {
             "fvu": fidelity.fvu if fidelity else math.nan,
@@ -167,32 +177,32 @@ class EvaluatedDictionary(Accumulator):
             **none_for_nan(values),
         }
 
-    def kinds(self, sae: str) -> list[dict[str, Any]]:
-        """The rows of `fidelity`."""
-        found = {**self.fidelity.of, "all": self.fidelity.whole} if self.fidelity else {}
+    def fidelity_rows(self, sae: str) -> list[dict[str, Any]]:
+        """Return this dictionary's rows of the table `fidelity`: one for each kind of token, and one for all tokens."""
+        by_kind = {**self.fidelity.of, "all": self.fidelity.whole} if self.fidelity else {}
         return [
-            {"sae": sae, "dictionary": self.name, "kind": kind, "n_tokens": one.n}
-            | none_for_nan({"fvu": one.fvu, "cosine": one.cosine, "l0": one.l0})
-            for kind, one in found.items()
+            {"sae": sae, "dictionary": self.name, "kind": kind, "n_tokens": fidelity.n}
+            | none_for_nan({"fvu": fidelity.fvu, "cosine": fidelity.cosine, "l0": fidelity.l0})
+            for kind, fidelity in by_kind.items()
         ]
 
 
 def make_dictionaries(sae: SAE, activations: Artefact, params: EvaluateParams) -> list[EvaluatedDictionary]:
-    """The SAE, its two controls, and the baselines that are asked for, in this order."""
+    """Make the dictionaries to evaluate: the SAE, its two controls, and the baselines of `evaluate.baselines`, in this order."""
     judges, pool = JudgeSummary.all_of(activations), make_pool(params, activations)
-    made: dict[str, Dictionary] = {
+    dictionaries: dict[str, Dictionary] = {
         "sae": sae,
         "untrained": make_untrained(sae.config, load_sample(activations, CALIBRATION_TOKENS), CONTROL_SEED),
         "neurons": Neurons(sae.config.d_model),
     }
     if params.baselines:
         sample = load_sample(activations, min(BASELINE_TOKENS, BASELINE_VALUES // sae.config.d_model))
-        made |= {kind: make_baseline(kind, sae.config, sample, CONTROL_SEED) for kind in params.baselines}
-    is_transcoder = sae.config.target is not None  # the others decode the activations that they encode, and nothing else
+        dictionaries |= {kind: make_baseline(kind, sae.config, sample, CONTROL_SEED) for kind in params.baselines}
+    is_transcoder = sae.config.target is not None  # beside a transcoder, fidelity is its own only: the rest decode what they encode
     kinds = load_kinds(activations)
     return [
         EvaluatedDictionary(name, dictionary, kinds if name == "sae" or (name != "neurons" and not is_transcoder) else None, judges, pool)
-        for name, dictionary in made.items()
+        for name, dictionary in dictionaries.items()
     ]
 
 
@@ -204,7 +214,19 @@ def make_latents(
     meaning: Meaning,
     structure: Structure,
 ) -> pa.Table:
-    """The `latents` table."""
+    """Make the table `latents`.
+
+    Args:
+        sae: Name of the SAE.
+        dictionary: The SAE after both passes.
+        labels: Label of each evaluation image that has one, by image number.
+        dead_in_training: Latents that were dead at the end of training.
+        meaning: Measures by labels and taxonomy.
+        structure: Relations between the latents.
+
+    Returns:
+        The table, one row for each latent.
+    """
     firing = dictionary.firing
     n = len(firing.count)
     judged = dictionary.verdicts[0]
@@ -238,7 +260,11 @@ def make_latents(
 
 
 class Passes:
-    """The first pass accumulates, the second gives the intervals and the heat maps of the examples that were chosen in between."""
+    """The two passes over the evaluation images.
+
+    The first pass measures the dictionaries and writes the firings of the SAE. Then examples are chosen, and the second pass collects
+    their heat maps and the confidence intervals of the scores.
+    """
 
     def __init__(
         self, params: EvaluateParams, inputs: Mapping[str, Artefact], sae: SAE, probed: ProbeImages, draft: Draft, on_event: Listener
@@ -249,35 +275,36 @@ class Passes:
         self._draft = draft
         self._on_event = on_event
         sae_name = inputs["train"].summary["sae"]
-        self._checkpoint = Checkpoint(draft, f"{draft.scratch.name}/evaluate-{sae_name}.safetensors")  # drafts of several SAEs share it
+        # The name tells SAEs apart, because their drafts share a scratch folder.
+        self._checkpoint = Checkpoint(draft, f"{draft.scratch.name}/evaluate-{sae_name}.safetensors")
         self.dictionaries = make_dictionaries(sae, inputs["extract"], params)
-        """The SAE first."""
+        """Dictionaries under evaluation, the SAE first."""
         self.firings = Firings(draft, sae_name)
-        """Of the SAE."""
-        self.pooled = Pooled(probed, sae.config.d_model)
-        """Activations for the probes."""
-        self.heat: Heat
-        """Of the examples."""
+        """Writer of the SAE's firings."""
+        self.pooled = PooledActivations(probed, sae.config.d_model)
+        """Mean activations of the images that probes use."""
+        self.heat: HeatMaps
+        """Heat maps of the examples, from the end of the first pass on."""
 
     def run(self) -> None:
-        """Make both passes, or what is left of them after a run that was killed."""
+        """Run both passes, or the rest of them if a killed run left a checkpoint."""
         state = self._load()
         n_done, shard = state["at"].tolist() if state else (0, 0)
         if n_done == 0:
             self._run_first(state, shard)
         else:
             self.firings.load_state_dict(inside(state, "firings"))
-        self.heat = Heat(choose_examples(self._draft, self.firings, self._params), self._inputs["extract"].summary["grid"])
+        self.heat = HeatMaps(choose_examples(self._draft, self.firings, self._params), self._inputs["extract"].summary["grid"])
         for dictionary in self.dictionaries:
             dictionary.begin_second_pass()
         self._run_second(*((state, shard) if n_done else ({}, 0)))
 
-    def forget(self) -> None:
-        """Delete the checkpoint once everything is written."""
+    def remove_checkpoint(self) -> None:
+        """Delete the checkpoint, which is not needed once the artefact is sealed."""
         self._checkpoint.remove()
 
     def _load(self) -> State:
-        """The last checkpoint, unless a part of the firings that it counts on was damaged since."""
+        """Return the last checkpoint, or nothing if a part of the firings that it relies on has been damaged since."""
         return self._checkpoint.load() if all([self._draft.has(name) for name in self._draft.names()]) else {}
 
     def _run_first(self, state: State, shard: int) -> None:
@@ -303,19 +330,23 @@ class Passes:
     def _iter(
         self, n_done: int, objects: Mapping[str, Any], state: State, shard: int, target: Artefact | None, what: str
     ) -> Iterator[Images]:
-        """The rest of a pass, from a shard on; where a shard begins and a checkpoint is due, one of `objects` is written.
+        """Iterate over the batches of a pass, or of the rest of it, saving a checkpoint at the start of a shard whenever one is due.
 
         Args:
-            n_done: Passes that are complete.
-            objects: Everything that accumulates.
-            state: Their state where the shard begins; empty at the beginning of the pass.
-            shard: The first shard.
-            target: Activations to decode, where they are not those that are encoded.
-            what: Words for the progress.
+            n_done: Number of complete passes.
+            objects: Everything that accumulates, by name; the checkpoint's content.
+            state: State of the objects at the start of the first shard; empty at the start of a pass.
+            shard: Index of the first shard.
+            target: Activations to decode; None if they are those that are encoded.
+            what: Name of the pass in the progress events.
+
+        Yields:
+            Batches, each of which must have been added to the objects before the next is requested.
         """
         if state:
             restore(objects, state)
-        done = shard if state or n_done == 0 else -1  # where a second pass begins a checkpoint is worth the whole first one
+        # Nothing is saved at the first shard, except at the start of the second pass, where a checkpoint preserves the whole first pass.
+        done = shard if state or n_done == 0 else -1
         n_images = self._inputs["images"].summary["n_eval"]
         for batch in iter_images(self._inputs["extract"], target, self._sae.n_latents, n_images, what, self._on_event, shard):
             if batch.shard > done and self._checkpoint.is_due:

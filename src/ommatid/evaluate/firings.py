@@ -1,4 +1,4 @@
-"""The tables `firings` and `examples`: which images a latent fires on, how strongly, and where in them."""
+"""The tables `firings` and `examples`: the images on which each latent fires, how strongly, and where in the image."""
 
 import math
 from typing import Any
@@ -16,14 +16,14 @@ from ommatid.config import EvaluateParams
 from ommatid.store import Draft, part_name
 
 FIRINGS_PER_PART = 2**20
-"""Rows."""
+"""Number of rows of a part of the table `firings`."""
 
 
 class Firings(Accumulator):
-    """Writes image-level firings as they come, in parts.
+    """Writer of the table `firings`, which collects image-level firings and writes a part whenever enough have come together.
 
-    They wait in arrays made once: small arrays that live on between the large short-lived ones of every step leave holes in the
-    heap that nothing fits, and memory grew by 2 GB over 18,000 images.
+    Firings are collected in arrays that are allocated once. Small arrays that outlive the large temporary ones of each step fragment the
+    heap: with them, memory grew by 2 GB over 18,000 images.
     """
 
     STATE = ("_waiting", "_n_waiting", "_n_parts")
@@ -36,7 +36,12 @@ class Firings(Accumulator):
         self._n_parts = 0
 
     def add(self, numbers: Tensor, acts: Tensor) -> None:
-        """Image numbers (images,) and their image-level activations (images, d_sae)."""
+        """Add the firings of a batch of images.
+
+        Args:
+            numbers: Number of each image, (images,).
+            acts: Image-level activations, (images, d_sae).
+        """
         at = true_at(positive(acts).bool())
         rows, latents = at // acts.shape[1], at % acts.shape[1]
         new = {"image": numbers[rows].numpy(), "latent": latents.numpy(), "act": acts[rows, latents].numpy()}
@@ -50,12 +55,12 @@ class Firings(Accumulator):
                 self._flush()
 
     def close(self) -> None:
-        """Write what still waits."""
+        """Write the last part; a table without firings has one empty part."""
         if self._n_waiting or not self._n_parts:
             self._flush()
 
     def files(self) -> list[str]:
-        """Paths of the parts written."""
+        """Return the paths of the parts written so far."""
         return [str(self._draft.local(part_name("firings", i))) for i in range(self._n_parts)]
 
     def _flush(self) -> None:
@@ -75,7 +80,7 @@ WITH placed AS (
 ), tenths AS (
   SELECT *, CAST(10 - floor(10 * (place - 1) / n) AS TINYINT) AS decile FROM placed
 ), drawn AS (
-  -- the strongest are kept whatever their decile; of the others a draw from each decile that has nothing to do with the activation
+  -- the strongest images are all kept; from each lower decile images are drawn by a hash, which is independent of the activation
   SELECT *, row_number() OVER (PARTITION BY latent, decile, place <= $n_top ORDER BY hash(image, latent)) AS draw
   FROM tenths
 )
@@ -87,9 +92,17 @@ ORDER BY latent, decile DESC, rank
 
 
 def choose_examples(draft: Draft, firings: Firings, params: EvaluateParams) -> pa.Table:
-    """Examples of every latent: its `n_top` strongest images, of equals those of lower number, and some of each lower decile beside them.
+    """Choose examples of every latent: its `n_top` strongest images, and `n_per_decile` more from each decile below the highest.
 
-    DuckDB sorts outside memory where it must.
+    Of images with equal activations the one with the lower number ranks first. DuckDB sorts on disk what does not fit into memory.
+
+    Args:
+        draft: Draft whose scratch folder DuckDB may use.
+        firings: Writer of the table `firings`, closed.
+        params: The section `evaluate`.
+
+    Returns:
+        The columns `latent`, `decile`, `rank`, `image` and `act` of the table `examples`.
     """
     settings: dict[str, Any] = {"memory_limit": "1GB", "temp_directory": str(draft.scratch), "preserve_insertion_order": "false"}
     with duckdb.connect(config=settings) as connection:
@@ -97,8 +110,8 @@ def choose_examples(draft: Draft, firings: Firings, params: EvaluateParams) -> p
         return connection.execute(_EXAMPLES_SQL, values).to_arrow_table()
 
 
-class Heat(Accumulator):
-    """Collects the token activations of the chosen examples."""
+class HeatMaps(Accumulator):
+    """Heat maps of the chosen examples: the activation of the example's latent on each patch."""
 
     STATE = ("heat",)
 
@@ -110,20 +123,25 @@ class Heat(Accumulator):
         self._images = images[self._by_image]
         self._latents = torch.from_numpy(examples["latent"].to_numpy().astype(np.int64))[self._by_image]
         self.heat = torch.zeros(len(examples), math.prod(grid or [0]))
-        """Activations of the patches of each example, in order of the images, (examples, patches)."""
+        """Activation on each patch, (examples, patches) float32, with examples in the order of their images."""
 
     def add(self, numbers: Tensor, acts: Tensor) -> None:
-        """Token activations (images, tokens, latents) of some images, in order; the patches come last."""
+        """Add a batch of images.
+
+        Args:
+            numbers: Number of each image, ascending, (images,).
+            acts: Token activations, (images, tokens, latents); the patches are the last tokens.
+        """
         if not self._grid:
             return
         first = int(torch.searchsorted(self._images, numbers[0]))
         last = int(torch.searchsorted(self._images, numbers[-1], right=True))
         place = torch.searchsorted(numbers, self._images[first:last])
-        shown = numbers[place] == self._images[first:last]  # images of other shards lie between these
+        shown = numbers[place] == self._images[first:last]  # the range may span images of other shards
         self.heat[first:last][shown] = acts[place[shown], -self.heat.shape[1] :, self._latents[first:last][shown]]
 
     def table(self, sae: str) -> pa.Table:
-        """The `examples` table."""
+        """Return the table `examples`."""
         n = len(self._examples)
         rows, cols = self._grid or (0, 0)
         heat: Any = pa.nulls(n, pa.list_(pa.float32()))

@@ -18,57 +18,58 @@ from ommatid.metrics import Monosemanticity, MonosemanticityInterval, nan_mean
 from ommatid.store import Artefact
 
 WAITING = 2**21
-"""Image-level activations (images x latents) that are added together: a pass over Σap then serves many images."""
+"""Number of image-level activations (images x latents) that are collected before they are added. Σap is large: one pass over it
+then serves many images."""
 IMAGES = 2048
-"""Images that are added together, at most."""
+"""Maximum number of images that are collected before they are added."""
 
 Scores = TypeVar("Scores", Monosemanticity, MonosemanticityInterval)
 
 
 @dataclass(frozen=True)
 class JudgeSummary:
-    """What the activations' summary says of a judge."""
+    """A judge as the summary of the activations describes it."""
 
     name: str
-    """What the user would call it."""
+    """Name of the judge, as the user knows it."""
     width: int
-    """Of its embeddings."""
+    """Width of its embeddings."""
 
     @classmethod
     def all_of(cls, activations: Artefact) -> "list[JudgeSummary]":
-        """The judges behind the embeddings, the main one first."""
+        """Return all judges whose embeddings lie beside the activations, the main one first."""
         return [cls(judge["judge"], judge["d_judge"]) for judge in activations.summary["judges"]]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one judge says of a dictionary."""
+    """MonoSemanticity scores (MS) of one dictionary by one judge."""
 
     judge: str
-    """Its name."""
+    """Name of the judge."""
     ms: Tensor
-    """Score of each latent, (latents,); NaN where it is undefined."""
+    """Score of each latent, (latents,); NaN where undefined."""
     low: Tensor
-    """Lower end of its 95 % interval, (latents,)."""
+    """Lower end of each score's 95 % interval, (latents,)."""
     high: Tensor
-    """Upper end of its 95 % interval, (latents,)."""
+    """Upper end of each score's 95 % interval, (latents,)."""
     of_mean: tuple[float, float]
-    """The 95 % interval of the mean over the latents that have a score."""
+    """95 % interval of the mean over the latents that have a score."""
     floor: float
-    """Score of uniform weights."""
+    """Score of uniform weights: the mean pairwise cosine of the judge's embeddings."""
     n_images: int
-    """Images behind all of this: those that it did not fail on."""
+    """Number of images that the judge embedded, to which the scores refer."""
     failed: int
-    """Images that it failed on."""
+    """Number of images on which the judge failed."""
 
     @property
     def n_shown(self) -> int:
-        """Images in all."""
+        """Number of images that the judge was shown."""
         return self.n_images + self.failed
 
     @property
     def headline(self) -> dict[str, Any]:
-        """Numbers of the whole dictionary, as `comparisons` has them; None where there is none."""
+        """Numbers of the whole dictionary, in columns of the table `comparisons`; None where undefined."""
         undefined = int(self.ms.isnan().sum())
         best = float(self.ms.nan_to_num(-math.inf).max()) if undefined < len(self.ms) else math.nan
         low, high = self.of_mean
@@ -76,10 +77,10 @@ class Verdict:
         return {**none_for_nan(numbers), "ms_left_out": undefined, "judge": self.judge}
 
 
-class Judged(Accumulator):
-    """Scores of one dictionary by every judge, in two passes over the same images.
+class JudgeScores(Accumulator):
+    """Scores of one dictionary by every judge, accumulated in two passes over the same images.
 
-    An image that a judge failed on, whose embedding is not finite, takes no part in this judge's scores.
+    An image on which a judge failed, so that its embedding is zero or not finite, is left out of this judge's scores.
     """
 
     STATE = ("first", "second")
@@ -88,34 +89,39 @@ class Judged(Accumulator):
         self._judges = judges
         self._widths = [n_latents, *(judge.width for judge in judges)]
         self.first: _Pass[Monosemanticity] | None = _Pass([Monosemanticity(n_latents, judge.width) for judge in judges], self._widths)
-        """Until the second pass begins: it is large, and of no more use then."""
+        """State of the first pass. It is large, so it is dropped when the second pass begins."""
         self.second: _Pass[MonosemanticityInterval] | None = None
 
     def add(self, acts_bs: Tensor, judges: Sequence[Tensor]) -> None:
-        """Image-level activations (images, latents), and the embeddings of these images by each judge (images, width)."""
-        now = self.first or self.second
-        assert now
-        now.add(acts_bs, judges)
+        """Add a batch of images to the current pass.
+
+        Args:
+            acts_bs: Image-level activations, (images, latents).
+            judges: Embeddings of the images by each judge, (images, width).
+        """
+        current = self.first or self.second
+        assert current
+        current.add(acts_bs, judges)
 
     def begin_second_pass(self) -> None:
-        """After the first.
+        """End the first pass and begin the second.
 
         Raises:
-            ArtefactError: a judge failed on every image.
+            ArtefactError: A judge failed on every image.
         """
         assert self.first
         self.first.flush()
         for judge, failed in zip(self._judges, self.first.failed, strict=True):
             if 0 < failed == self.first.n_images:
                 raise ArtefactError(
-                    f"evaluate: the judge {judge.name} gave no embedding of any of the {failed} evaluation images; set extract.judge to "
-                    "another encoder, or extract.dtype to float32, and extract again"
+                    f"evaluate: the judge {judge.name} gave no embedding for any of the {failed} evaluation images; set "
+                    "extract.judge to another encoder, or extract.dtype to float32, and extract again"
                 )
         self.second = _Pass([MonosemanticityInterval(scores) for scores in self.first.by_judge], self._widths)
         self.first = None
 
     def verdicts(self) -> list[Verdict]:
-        """After the second pass: what each judge says, the main one first."""
+        """End the second pass, and return the verdict of each judge, the main one first."""
         assert self.second
         self.second.flush()
         n = self.second.n_images
@@ -126,20 +132,21 @@ class Judged(Accumulator):
 
 
 class _Pass(Accumulator, Generic[Scores]):
-    """What one pass adds to, and the images that wait to be added."""
+    """State of one pass: each judge's scores so far, and images that are still to be added to them."""
 
     STATE = ("by_judge", "n_images", "failed", "waiting", "n_waiting")
 
     def __init__(self, by_judge: list[Scores], widths: Sequence[int]) -> None:
-        """`widths` are of the activations and of each judge's embeddings."""
+        """Begin a pass; `widths` are those of the activations and of each judge's embeddings."""
         self.by_judge = by_judge
         self.n_images = 0
         self.failed = [0] * len(by_judge)
         n = max(1, min(IMAGES, WAITING // widths[0]))
-        self.waiting = [torch.zeros(n, width) for width in widths]  # kept: see `Firings`
+        self.waiting = [torch.zeros(n, width) for width in widths]  # allocated once, for the reason given in `Firings`
         self.n_waiting = 0
 
     def add(self, acts_bs: Tensor, judges: Sequence[Tensor]) -> None:
+        """Collect a batch of images, and add what has been collected whenever it is enough."""
         start, most = 0, len(self.waiting[0])
         while start < len(acts_bs):
             n = min(len(acts_bs) - start, most - self.n_waiting)
@@ -150,18 +157,26 @@ class _Pass(Accumulator, Generic[Scores]):
                 self.flush()
 
     def flush(self) -> None:
-        """Add what waits."""
+        """Add the images that have been collected."""
         acts, *judges = (waiting[: self.n_waiting] for waiting in self.waiting)
         self.n_images += len(acts)
         for i, (embeddings, scores) in enumerate(zip(judges, self.by_judge, strict=True)):
-            has = embeddings.isfinite().all(1) & (embeddings != 0).any(1)
-            self.failed[i] += int((~has).sum())
-            scores.add(*((acts, embeddings) if bool(has.all()) else (acts[has], embeddings[has])))
+            is_valid = embeddings.isfinite().all(1) & (embeddings != 0).any(1)
+            self.failed[i] += int((~is_valid).sum())
+            scores.add(*((acts, embeddings) if bool(is_valid.all()) else (acts[is_valid], embeddings[is_valid])))
         self.n_waiting = 0
 
 
 def make_judged(sae: str, verdicts: Iterable[tuple[str, Verdict]]) -> pa.Table:
-    """The `judged` table of an SAE: verdicts on dictionaries by their names."""
+    """Make the table `judged` of an SAE.
+
+    Args:
+        sae: Name of the SAE.
+        verdicts: Pairs of a dictionary's name and a verdict on it.
+
+    Returns:
+        The table, one row for each dictionary, latent and judge.
+    """
     return pa.concat_tables(_rows(sae, dictionary, verdict) for dictionary, verdict in verdicts)
 
 
@@ -179,10 +194,10 @@ def _rows(sae: str, dictionary: str, verdict: Verdict) -> pa.Table:
 
 
 def iter_failures(verdicts: Iterable[Verdict]) -> Iterator[str]:
-    """A sentence for each judge that failed on some images."""
+    """Yield a sentence about each judge that failed on some images."""
     for verdict in verdicts:
         if verdict.failed:
             yield (
-                f"the judge {verdict.judge} gave no embedding of {verdict.failed} evaluation images; its scores are of the "
-                f"other {verdict.n_images}"
+                f"the judge {verdict.judge} gave no embedding for {verdict.failed} evaluation images; its scores are of the "
+                f"remaining {verdict.n_images}"
             )

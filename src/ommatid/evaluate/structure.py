@@ -1,6 +1,6 @@
-"""Relations between latents, within an SAE and between two SAEs of the same activations.
+"""Relations between latents, within one SAE and between two SAEs of the same activations.
 
-Within an SAE these are the tables `cofiring`, `densities` and `levels`, and near duplicates; between two, `matches` and `stability`.
+Within one SAE these are the tables `cofiring`, `densities` and `levels`, and near duplicates; between two, `matches` and `stability`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,40 +37,44 @@ from ommatid.sae.model import SAE, WEIGHTS
 from ommatid.store import Artefact, Draft, part_name, read_part
 
 N_PARTNERS = 8
-"""Partners kept of a latent."""
+"""Maximum number of co-firing partners kept for a latent."""
 MIN_BOTH = 8
-"""Images on which both must fire: the 95 % interval of a count of 8 is 3.5 to 15.8, so the lift is known to a factor of about two."""
+"""Number of images on which two partners must both fire. The 95 % interval of a count of 8 is 3.5 to 15.8, so the lift is known to a
+factor of about two."""
 DUPLICATE_JACCARD = 0.5
-"""Latents whose directions are alike are duplicates if they share at least this part of the images on which either fires."""
+"""Share of the images on which either fires on which two latents of alike directions must both fire to be duplicates."""
 PAIRS = 2**26
-"""Pairs of latents that are counted in one pass over the firings: 256 MB."""
+"""Number of pairs of latents that are counted in one pass over the firings; the counts take 256 MB."""
 VALUES = 2**24
-"""Of images x latents made dense at once: 64 MB."""
+"""Number of values (images x latents) in a dense batch of firings, which takes 64 MB."""
 PAIRS_AT_ONCE = 2**22
-"""Whose lift and Jaccard are held at once: 32 MB each."""
+"""Number of pairs whose lift and Jaccard are held in memory at once, in 32 MB each."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """What `measure_structure` gives."""
+    """Relations between the latents of one SAE."""
 
     cofiring: pa.Table
-    """The table."""
+    """The table `cofiring`."""
     duplicate_of: Tensor
-    """Near duplicate of each latent, (d_sae,) int64; -1 where there is none."""
+    """Near duplicate of each latent, (d_sae,) int64; -1 if it has none."""
 
 
 def measure_structure(name: str, files: Sequence[str], directions_sd: Tensor, n_images: int) -> Structure:
-    """Compare all pairs of latents.
+    """Compare all pairs of latents of one SAE.
 
-    Memory is bounded by PAIRS, VALUES and PAIRS_AT_ONCE, whatever the number of images and latents; time grows with images ·
-    latents², the products being dense.
+    Memory is bounded by PAIRS, VALUES and PAIRS_AT_ONCE, whatever the numbers of images and latents. Time grows as images · latents²,
+    because the products are dense.
 
     Args:
-        name: Of the SAE.
+        name: Name of the SAE.
         files: Parts of its table `firings`.
-        directions_sd: Of the latents, (d_sae, d_model).
-        n_images: Evaluation images.
+        directions_sd: Decoder directions, (d_sae, d_model).
+        n_images: Number of evaluation images.
+
+    Returns:
+        The co-firing partners and the near duplicate of each latent.
     """
     d_sae = len(directions_sd)
     directions = unit(directions_sd).float()
@@ -89,9 +93,15 @@ def measure_structure(name: str, files: Sequence[str], directions_sd: Tensor, n_
 
 
 def iter_fires(files: Sequence[str], d_sae: int) -> Iterator[Tensor]:
-    """Which latents fire on each image on which any does, some images at a time: (images, d_sae) float32, 0 or 1.
+    """Iterate over a table `firings` in dense batches of images.
 
-    `files` are parts of a table `firings` as they are written: rows of an image follow one another, across parts too.
+    Args:
+        files: Parts of the table. Rows of one image must follow one another, also from one part to the next, as stage `evaluate`
+            writes them.
+        d_sae: Number of latents.
+
+    Yields:
+        1 where the latent fires on the image and 0 elsewhere, (images, d_sae) float32; images without any firing are left out.
     """
     per_step = max(1, VALUES // d_sae)
     rest = np.empty((0, 2), np.int64)
@@ -106,7 +116,7 @@ def iter_fires(files: Sequence[str], d_sae: int) -> Iterator[Tensor]:
 
 
 def _dense(rows: np.ndarray, starts: np.ndarray, d_sae: int, per_step: int) -> Iterator[Tensor]:
-    """Rows of whole images, which begin at `starts`."""
+    """Yield dense batches of up to `per_step` images, given the rows (image, latent) of images and where each image's rows start."""
     for first in range(0, len(starts), per_step):
         bounds = np.append(starts, len(rows))[first : first + per_step + 1]
         places = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
@@ -116,27 +126,27 @@ def _dense(rows: np.ndarray, starts: np.ndarray, d_sae: int, per_step: int) -> I
 
 
 def _partners(name: str, latents: Tensor, counted: CoFiring, rows: slice, n_images: int) -> pa.Table:
-    """Rows of `cofiring`: the partners of highest lift, the lower latent first where they are equal."""
+    """Return rows of the table `cofiring`: each latent's partners of highest lift; of equal ones, the lower latent comes first."""
     lift, jaccard, both = counted.lift(rows, n_images), counted.jaccard(rows), counted.counts[rows]
     lift[(both < MIN_BOTH) | (lift.nan_to_num() <= 1)] = 0
     lift[torch.arange(len(latents)), latents] = 0
-    others = torch.from_numpy(largest(lift.numpy(), N_PARTNERS))
-    row, place = (lift.gather(1, others) > 0).nonzero(as_tuple=True)
-    other = others[row, place]
+    partners = torch.from_numpy(largest(lift.numpy(), N_PARTNERS))
+    row, place = (lift.gather(1, partners) > 0).nonzero(as_tuple=True)
+    partner = partners[row, place]
     columns = {
         "sae": pa.array([name] * len(row), pa.string()),
         "latent": latents[row].int().numpy(),
         "rank": (place + 1).int().numpy(),
-        "other": other.int().numpy(),
-        "lift": lift[row, other].numpy(),
-        "jaccard": jaccard[row, other].numpy(),
-        "n_both": both[row, other].int().numpy(),
+        "other": partner.int().numpy(),
+        "lift": lift[row, partner].numpy(),
+        "jaccard": jaccard[row, partner].numpy(),
+        "n_both": both[row, partner].int().numpy(),
     }
     return pa.table(columns, schema=schemas.COFIRING)
 
 
 def _duplicates(latents: Tensor, directions: Tensor, jaccard: Tensor) -> Tensor:
-    """The nearest direction among near duplicates, -1 without, (latents,)."""
+    """Return the latent of the nearest direction among each latent's near duplicates, or -1 if it has none, (latents,)."""
     found = nearest(directions[latents], directions, 1, latents.numpy(), (jaccard >= DUPLICATE_JACCARD).numpy())
     return torch.from_numpy(np.where(found.cosines >= ALIKE, found.others, -1)[:, 0])
 
@@ -146,7 +156,7 @@ def _slices(n: int, step: int) -> list[slice]:
 
 
 def make_densities(name: str, firings: Mapping[str, Firing]) -> pa.Table:
-    """The `densities` table, from the firings of each dictionary by its name."""
+    """Make the table `densities` from the firings of each dictionary, by the dictionary's name."""
     rows = [
         {"sae": name, "dictionary": dictionary, "low": decade.low, "high": decade.high, "n_latents": decade.n_latents}
         for dictionary, firing in firings.items()
@@ -156,7 +166,10 @@ def make_densities(name: str, firings: Mapping[str, Firing]) -> pa.Table:
 
 
 class LevelFidelity(Accumulator):
-    """Fidelity of every level but the last, which is the whole dictionary; of an SAE without levels that is none."""
+    """Fidelity of the levels of a Matryoshka SAE; that of the last level is the whole SAE's, and is measured elsewhere.
+
+    An SAE without levels counts as one level, so that nothing is measured here.
+    """
 
     STATE = ("inner",)
 
@@ -164,11 +177,16 @@ class LevelFidelity(Accumulator):
         bounds = [bound for bound in sae.config.prefixes or () if bound < sae.n_latents]
         self.inner = [Fidelity() for _ in bounds]
         self.bounds = (*bounds, sae.n_latents)
-        """So many first latents are each level's."""
+        """Number of latents of each level, counted from the first latent, so that each level includes the ones before it."""
         self._sae = sae
 
     def add(self, target_bd: Tensor, acts_bs: Tensor) -> None:
-        """Add tokens: what is to be decoded (tokens, d_out), and activations (tokens, d_sae)."""
+        """Add a batch of tokens.
+
+        Args:
+            target_bd: Reconstruction target, (tokens, d_out).
+            acts_bs: Activations of the latents, (tokens, d_sae).
+        """
         x_hat, start = self._sae.b_dec.expand(len(acts_bs), -1), 0
         for bound, fidelity in zip(self.bounds, self.inner, strict=False):
             x_hat = torch.addmm(x_hat, acts_bs[:, start:bound], self._sae.W_dec[start:bound])
@@ -176,13 +194,16 @@ class LevelFidelity(Accumulator):
             start = bound
 
     def table(self, name: str, whole: Fidelity, ms: Tensor, lca_depth: Tensor) -> pa.Table:
-        """The `levels` table.
+        """Make the table `levels`.
 
         Args:
-            name: Of the SAE.
-            whole: Fidelity of the last level.
-            ms: Of each latent, NaN where it is undefined, (d_sae,).
-            lca_depth: The same.
+            name: Name of the SAE.
+            whole: Fidelity of the whole SAE, which is the last level.
+            ms: MonoSemanticity score of each latent, (d_sae,); NaN where undefined.
+            lca_depth: Depth of each latent in the taxonomy, (d_sae,); NaN where undefined.
+
+        Returns:
+            The table, one row for each level.
         """
         firsts = (0, *self.bounds)
         rows = []
@@ -195,44 +216,44 @@ class LevelFidelity(Accumulator):
 
 
 MEMORY = "1GB"
-"""Of DuckDB, which spills the rest to scratch."""
+"""Memory limit of DuckDB, which spills the rest to the scratch folder."""
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """An SAE and what it does on an evaluation split."""
+class EvaluatedSAE:
+    """An SAE with its evaluation."""
 
     sae: Artefact
-    """Itself."""
+    """Artefact of the SAE."""
     evaluation: Artefact
-    """Its own, with the table `firings`; of the same images for all that are matched."""
+    """Artefact of its evaluation. SAEs can be matched only if they were evaluated on the same images."""
 
     @property
     def name(self) -> str:
-        """What the catalogue calls it."""
+        """Name of the SAE in the catalogue."""
         return self.sae.summary["sae"]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two SAEs held against each other, both ways."""
+    """Comparison of two SAEs, in both directions."""
 
     matches: pa.Table
-    """As `schemas.MATCHES`: a row for each latent of either."""
+    """Rows of the table `matches`: one for each latent of either SAE."""
     stability: pa.Table
-    """As `schemas.STABILITY`: two rows."""
+    """Rows of the table `stability`: one for each SAE."""
 
 
 def write_matches(saes: Mapping[str, Artefact], evaluations: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> None:
-    """Match every SAE of a training with every other, into the artefact that holds their evaluations; without others, into empty tables.
+    """Match every SAE of a training with every other, and write the tables `matches` and `stability`; empty if there is only one SAE.
 
     Args:
-        saes: By name.
-        evaluations: By the same names.
-        draft: Of all evaluations.
-        on_event: Hears of each pair.
+        saes: Artefact of each SAE, by folder name.
+        evaluations: Artefact of each SAE's evaluation, by the same names.
+        draft: Draft of the artefact that holds all evaluations.
+        on_event: Called with each progress event and warning.
     """
-    pairs = list(combinations([Evaluated(sae, evaluations[name]) for name, sae in saes.items()], 2))
+    pairs = list(combinations([EvaluatedSAE(sae, evaluations[name]) for name, sae in saes.items()], 2))
     matches, stability = schemas.MATCHES.empty_table(), [schemas.STABILITY.empty_table()]
     draft.write_table(part_name("matches", 0), matches)
     for i, (one, other) in enumerate(pairs):
@@ -243,13 +264,16 @@ def write_matches(saes: Mapping[str, Artefact], evaluations: Mapping[str, Artefa
     draft.write_table("stability.parquet", pa.concat_tables(stability))
 
 
-def match(one: Evaluated, other: Evaluated, scratch: Path) -> Pair:
-    """Best matches of all latents of two SAEs, both ways, and how stable they are.
+def match(one: EvaluatedSAE, other: EvaluatedSAE, scratch: Path) -> Pair:
+    """Match all latents of two SAEs of the same activations, in both directions.
 
     Args:
-        one: An SAE.
-        other: Another, of the same activations.
-        scratch: Folder for what does not fit into memory.
+        one: The first SAE.
+        other: The second SAE.
+        scratch: Folder into which DuckDB spills what does not fit into memory.
+
+    Returns:
+        The best match of each latent, and the stability of each SAE.
     """
     a, b = _directions(one.sae), _directions(other.sae)
     assert a.shape[1] == b.shape[1], f"directions of two SAEs of the same activations differ in width: {a.shape} and {b.shape}"
@@ -265,7 +289,9 @@ def _directions(sae: Artefact) -> Tensor:
         return file.get_tensor("W_dec")
 
 
-def _stability(one: Evaluated, other: Evaluated, there: BestMatches, back: BestMatches, cosines: Tensor | None, d: int) -> dict[str, Any]:
+def _stability(
+    one: EvaluatedSAE, other: EvaluatedSAE, there: BestMatches, back: BestMatches, cosines: Tensor | None, d: int
+) -> dict[str, Any]:
     n = len(there.other)
     return {
         "sae": one.name,
@@ -277,7 +303,7 @@ def _stability(one: Evaluated, other: Evaluated, there: BestMatches, back: BestM
     }
 
 
-def _table(one: Evaluated, other: Evaluated, best: BestMatches, scratch: Path) -> pa.Table:
+def _table(one: EvaluatedSAE, other: EvaluatedSAE, best: BestMatches, scratch: Path) -> pa.Table:
     latents = np.arange(len(best.other), dtype=np.int32)
     columns = {"latent": latents, "other_latent": best.other.numpy().astype(np.int32), "cosine": best.cosine.numpy()}
     with duckdb.connect(config={"memory_limit": MEMORY, "temp_directory": str(scratch), "preserve_insertion_order": "false"}) as connection:

@@ -1,11 +1,11 @@
-"""The `zero_shot` table: how well the model still tells classes apart when it goes on from x̂ at the hookpoint in the place of x.
+"""The table `zero_shot`: how well the model still classifies images when a reconstruction x̂ replaces the activations x at the hookpoint.
 
-Every variant is of the same images and the same live activations, in the arithmetic of extraction:
+All variants run on the same images and the same live activations, in the arithmetic of extraction:
 plain: nothing is replaced.
-sae: x̂, what the SAE makes of x.
-sae_with_error: x̂ + (x − x̂): equal to plain, or splicing itself changes something.
-mean: the mean of the training tokens, one vector for every token.
-untrained, and the baselines that are asked for: their x̂.
+sae: x̂, the SAE's reconstruction of x.
+sae_with_error: x̂ + (x − x̂), which must give the same result as plain; if it does not, splicing itself changes the computation.
+mean: the mean of the training tokens, the same vector for every token.
+untrained, and each of `evaluate.baselines`: the reconstruction by that dictionary.
 
 Suffixes: b images, t tokens, k tokens that were extracted, d d_model, n images in all, c classes.
 """
@@ -37,37 +37,37 @@ from ommatid.vlm import Replacement, VisionModel, check_hookpoint
 from ommatid.vlm.preprocess import Preprocess
 
 BATCH = 64
-"""Images a forward pass."""
+"""Number of images in a forward pass."""
 N_BLOCKS = 256
-"""Row groups of the images artefact that are read, at most: of a million images not all for a thousand of them."""
+"""Maximum number of row groups of the images artefact to read, so that a draw of a thousand does not read a million images."""
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Images to read, as they lie in the images artefact."""
+class DrawnImages:
+    """Images drawn from the images artefact."""
 
     numbers: np.ndarray
-    """images.image, (images,)."""
+    """Number of each image (`images.image`), (images,)."""
     rows: np.ndarray
-    """Their places in the table, ascending, (images,) int64."""
+    """Row of each image in the table `images`, ascending, (images,) int64."""
 
 
-def draw_images(images: Artefact, among: Collection[int], n: int) -> Drawn:
-    """At most n of these images, spread evenly over the set, from at most N_BLOCKS row groups."""
+def draw_images(images: Artefact, among: Collection[int], n: int) -> DrawnImages:
+    """Draw up to `n` of the images in `among`, spread evenly over the table, from at most N_BLOCKS row groups."""
     numbers = images.read("images", ["image"])["image"].to_numpy()
     rows = np.flatnonzero(np.isin(numbers, np.fromiter(among, np.int64, len(among))))
     block = np.searchsorted(blocks_of(images)[:, 2].cumsum(), rows, side="right")
     held = np.unique(block)
     rows = rows[np.isin(block, held[_spread(len(held), N_BLOCKS)])]
     rows = rows[_spread(len(rows), n)]
-    return Drawn(numbers[rows], rows)
+    return DrawnImages(numbers[rows], rows)
 
 
-def iter_drawn(images: Artefact, drawn: Drawn, preprocess: Preprocess, device: str) -> Iterator[Pixels]:
-    """The pixels of images that were drawn, in order, BATCH at a time.
+def iter_drawn_pixels(images: Artefact, drawn: DrawnImages, preprocess: Preprocess, device: str) -> Iterator[Pixels]:
+    """Iterate over the pixels of drawn images, in order, in batches of BATCH.
 
     Raises:
-        ArtefactError: the images artefact is damaged.
+        ArtefactError: The images artefact is damaged.
     """
     files = _iter_files(images, drawn.rows)
     starts = range(0, len(drawn.numbers), BATCH)
@@ -81,7 +81,7 @@ def _encoded(numbers: np.ndarray, files: Iterator[bytes]) -> Encoded:
 
 
 def _spread(n: int, at_most: int) -> np.ndarray:
-    """At most so many of n indices, evenly."""
+    """Return up to `at_most` of the indices 0 to n - 1, evenly spaced."""
     return np.linspace(0, n - 1, min(n, at_most)).round().astype(np.int64)
 
 
@@ -96,32 +96,33 @@ def _iter_files(images: Artefact, rows: np.ndarray) -> Iterator[bytes]:
 
 
 N_IMAGES = 1000
-"""Evaluation images, at most: accuracy is then known to three points, and what is recovered, a ratio of paired numbers, closer."""
+"""Maximum number of evaluation images. Accuracy is then known to three percentage points; the recovered share, a ratio of paired
+numbers, is known more closely."""
 N_FITTED = 500
-"""Training images on which the scale of cosines is fitted, at most, where the model has none of its own: it is one number."""
+"""Maximum number of training images on which the scale of cosines, a single number, is fitted if the model has none of its own."""
 N_MEAN = 2**14
-"""Training tokens that the mean is of, at most."""
+"""Maximum number of training tokens over which the mean is taken."""
 
 
 class _Undefined(Exception):
-    """There is nothing to measure; says why."""
+    """Raised, with the reason, if zero-shot classification is undefined for these images or this model."""
 
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """What came of it."""
+    """Result of the zero-shot measurement."""
 
     status: str
-    """ok, or why nothing was measured."""
+    """`ok`, or the reason why nothing was measured."""
     rows: list[dict[str, Any]]
-    """Of `schemas.ZERO_SHOT`; none where the status is not ok."""
+    """Rows of the table `zero_shot`; empty unless the status is `ok`."""
 
     def table(self) -> pa.Table:
-        """The `zero_shot` table."""
+        """Return the table `zero_shot`."""
         return pa.Table.from_pylist(self.rows, schema=schemas.ZERO_SHOT)
 
     def summary(self) -> dict[str, Any]:
-        """The headline numbers; null where there are none."""
+        """Return the numbers for the evaluation's summary; None where nothing was measured."""
         of = {row["spliced"]: row for row in self.rows}
         plain, sae = of.get("plain", {}), of.get("sae", {})
         return {
@@ -134,17 +135,17 @@ class ZeroShot:
 
 
 def measure_zero_shot(name: str, dictionaries: Mapping[str, Dictionary], inputs: Mapping[str, Artefact], on_event: Listener) -> ZeroShot:
-    """Classify some evaluation images by the texts of their classes, with each dictionary's x̂ in the place of x, and without.
+    """Classify some evaluation images by the texts of their classes, with and without each dictionary's x̂ in the place of x.
 
     Args:
-        name: Of the SAE.
-        dictionaries: `sae`, and what stands beside it; of a transcoder, only such as decode the target.
-        inputs: `images`, the activations (`extract`) and, of a transcoder, what it decodes (`target`).
-        on_event: Hears of the images, and why there is nothing to measure.
+        name: Name of the SAE.
+        dictionaries: The SAE (`sae`) and other dictionaries, by name; beside a transcoder, only those that decode its target.
+        inputs: `images`, the activations (`extract`) and, for a transcoder, the activations that it decodes (`target`).
+        on_event: Called with each progress event and warning.
 
     Returns:
-        No rows where there are no two classes, or the model has no text tower, cannot be loaded any more, or cannot go on from other
-        tokens at the hookpoint.
+        The result. It has no rows if the images have fewer than two classes, or if the model has no text tower, can no longer be
+        loaded, or cannot continue from replaced tokens at the hookpoint.
     """
     try:
         return ZeroShot("ok", _measure(name, dictionaries, inputs, on_event))
@@ -157,19 +158,19 @@ def _measure(name: str, dictionaries: Mapping[str, Dictionary], inputs: Mapping[
     labels = load_labels(inputs["images"])
     classes = sorted(set(labels.values()))
     if len(classes) < 2:
-        found = f"all labels are {classes[0]!r}" if classes else "they have no labels"
-        raise _Undefined(f"the evaluation images are not of several classes: {found}")
+        reason = f"all labels are {classes[0]!r}" if classes else "they have no labels"
+        raise _Undefined(f"the evaluation images are not of several classes: {reason}")
     splicer = _load_splicer(dictionaries, inputs)
     classifier = _make_classifier(splicer.model, inputs["images"], classes)
     drawn = draw_images(inputs["images"], labels, N_IMAGES)
     cosines: dict[str, list[Tensor]] = {}
     done = 0
-    for batch in iter_drawn(inputs["images"], drawn, splicer.model.preprocess, splicer.device):
+    for batch in iter_drawn_pixels(inputs["images"], drawn, splicer.model.preprocess, splicer.device):
         for variant, embeddings in splicer.run(batch.of[0]).items():
             cosines.setdefault(variant, []).append(classifier.cosines(embeddings))
         on_event(Progress("zero-shot images", done := done + len(batch.numbers), len(drawn.numbers)))
-    own = classifier.indices([labels[number] for number in drawn.numbers.tolist()])
-    of = {variant: classify(torch.cat(found), own, classifier.scale) for variant, found in cosines.items()}
+    truth = classifier.indices([labels[number] for number in drawn.numbers.tolist()])
+    of = {variant: classify(torch.cat(batches), truth, classifier.scale) for variant, batches in cosines.items()}
     constant = {
         "sae": name,
         "n_images": len(drawn.numbers),
@@ -193,26 +194,30 @@ def _columns(name: str, share: Interval) -> dict[str, float | None]:
 
 @dataclass(frozen=True)
 class _Classifier:
-    """Classes by the cosines of their texts."""
+    """Zero-shot classifier, which compares embeddings of images with those of the classes' texts."""
 
     classes: Sequence[str]
+    """Names of the classes, (c,)."""
     texts: Tensor
-    """(c, d_embed) float64 of unit norm."""
+    """Text embedding of each class, (c, d_embed) float64, unit norm."""
     scale: float = 1.0
-    """Of cosines before the softmax."""
+    """Factor by which cosines are multiplied before the softmax."""
 
     def cosines(self, embeddings: Tensor) -> Tensor:
-        """Of images (b, d_embed) and the classes, (b, c) float64."""
+        """Return the cosines of images (b, d_embed) and classes, (b, c) float64."""
         return unit(embeddings.cpu()) @ self.texts.T
 
     def indices(self, labels: Sequence[str]) -> Tensor:
-        """Of classes, (n,) int64."""
+        """Return the index of each label in `classes`, (n,) int64."""
         place = {label: index for index, label in enumerate(self.classes)}
         return torch.tensor([place[label] for label in labels])
 
 
 def _make_classifier(model: VisionModel, images: Artefact, classes: Sequence[str]) -> _Classifier:
-    """By the mean over the model's templates; underscores of folder names are spaces to it."""
+    """Make a classifier from the mean text embedding of each class over the model's templates.
+
+    Labels are often names of folders, so their underscores are read as spaces.
+    """
     names = [name.replace("_", " ") for name in classes]
     by_template = [unit(model.embed_text([template.format(name) for name in names]).cpu()) for template in model.text_templates]
     classifier = _Classifier(classes, unit(torch.stack(by_template).mean(0)))
@@ -220,37 +225,42 @@ def _make_classifier(model: VisionModel, images: Artefact, classes: Sequence[str
 
 
 def _fit_scale(model: VisionModel, images: Artefact, classifier: _Classifier) -> float:
-    """The scale that suits the plain model best on training images, of which none is measured."""
+    """Return the scale that fits the plain model best on training images; the images that are measured are not among them."""
     known = set(classifier.classes)
     labels = {image: label for image, label in load_labels(images, "train").items() if label in known}
     drawn = draw_images(images, labels, N_FITTED)
     if not len(drawn.numbers):
-        raise _Undefined("no training image has a label, and cosines of a model without a scale of its own need some to be scaled by")
+        raise _Undefined(
+            "no training image has a label; a model without a scale of its own needs labelled training images to scale cosines by"
+        )
     device = find_device()
-    found = [model.capture(batch.of[0].to(device), ()).embedding for batch in iter_drawn(images, drawn, model.preprocess, device)]
+    found = [model.capture(batch.of[0].to(device), ()).embedding for batch in iter_drawn_pixels(images, drawn, model.preprocess, device)]
     cosines = torch.cat([classifier.cosines(embedding) for embedding in found if embedding is not None])
     return fit_scale(cosines, classifier.indices([labels[number] for number in drawn.numbers.tolist()]))
 
 
 @dataclass(frozen=True)
 class _Splicer:
-    """The model, and what takes the place of the tokens at a hookpoint."""
+    """The model, and the dictionaries whose reconstructions replace its tokens at a hookpoint."""
 
     model: VisionModel
+    """The explained model."""
     device: str
+    """Device on which the model runs; the dictionaries are on the CPU."""
     dictionaries: Mapping[str, Dictionary]
+    """Dictionaries by name."""
     reads: TokenPicker
-    """What is encoded."""
+    """Tokens that are encoded."""
     writes: TokenPicker
-    """What is decoded: the same, but of a transcoder."""
+    """Tokens that are decoded and replaced: those that are encoded, except for a transcoder."""
     mean_d: Tensor
-    """Of what is decoded, on the training split."""
+    """Mean of the tokens that are decoded, over the training split, (d,)."""
 
     def run(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Embeddings (b, d_embed) of images (b, H, W, 3) by variant."""
+        """Return the embeddings (b, d_embed) of images (b, H, W, 3) by variant."""
         pixels = pixels.to(self.device)
-        tokens = self._read(pixels) if self.reads != self.writes else None
-        replacements = _Tokens(self, tokens).replacements()
+        x_bkd = self._read(pixels) if self.reads != self.writes else None
+        replacements = _Reconstructions(self, x_bkd).replacements()
         return dict(zip(replacements, self.model.splice(pixels, self.writes.name, list(replacements.values())), strict=True))
 
     def _read(self, pixels: Tensor) -> Tensor:
@@ -258,28 +268,27 @@ class _Splicer:
 
 
 @dataclass(frozen=True)
-class _Tokens:
-    """Those of one batch: what x̂ is made of and put in place of."""
+class _Reconstructions:
+    """Reconstructions of one batch of images, and the functions that put them in the place of tokens."""
 
     splicer: _Splicer
     x_bkd: Tensor | None
-    """What is encoded; None: what is replaced."""
+    """Tokens that are encoded; None if they are those that are replaced."""
     decoded: dict[str, Tensor] = field(default_factory=dict)
-    """x̂ by dictionary, where it was needed before."""
+    """Reconstructions that have been computed so far, by dictionary."""
 
     def replacements(self) -> dict[str, Replacement]:
-        """By variant, each of whole tokens (b, t, d)."""
-        made: dict[str, Callable[[Tensor], Tensor]] = {
+        """Return the function of each variant that replaces tokens (b, t, d)."""
+        makers: dict[str, Callable[[Tensor], Tensor]] = {
             "sae": lambda y: self._decode("sae", y),
             "sae_with_error": lambda y: self._decode("sae", y) + (y - self._decode("sae", y)),
             "mean": lambda y: self.splicer.mean_d.expand_as(y),
         }
-        others = [name for name in self.splicer.dictionaries if name != "sae"]
-        made |= {name: lambda y, name=name: self._decode(name, y) for name in others}
-        return {"plain": lambda tokens: tokens, **{variant: self._put(make) for variant, make in made.items()}}
+        makers |= {name: lambda y, name=name: self._decode(name, y) for name in self.splicer.dictionaries if name != "sae"}
+        return {"plain": lambda tokens: tokens, **{variant: self._put(make) for variant, make in makers.items()}}
 
     def _put(self, make: Callable[[Tensor], Tensor]) -> Replacement:
-        """Replace the kept tokens by what is made of them in float32 on the CPU, where the dictionaries are."""
+        """Return a function that replaces the extracted tokens by what `make` computes from them, in float32 on the CPU."""
         writes = self.splicer.writes
         return lambda tokens: writes.put(tokens, make(writes.pick(tokens).float().cpu()))
 
@@ -299,10 +308,10 @@ def _load_splicer(dictionaries: Mapping[str, Dictionary], inputs: Mapping[str, A
     activations = inputs["extract"]
     target = inputs.get("target", activations)
     if "model" not in activations.manifest.params:
-        raise _Undefined("the activations come from files, and the model that gave them is not here")
+        raise _Undefined("the activations were imported from files, and the model that they come from is not available")
     model = load_explained(activations.manifest.params)
     if model.d_embed is None:
-        raise _Undefined(f"{model.name} has no text tower, and so no classes to tell apart by their texts")
+        raise _Undefined(f"{model.name} has no text tower with which to embed the names of classes")
     reads, writes = (_make_picker(model, artefact) for artefact in (activations, target))
     return _Splicer(model, find_device(), dictionaries, reads, writes, load_sample(target, N_MEAN).mean(0))
 

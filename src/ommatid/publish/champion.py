@@ -33,7 +33,7 @@ from ommatid.store.filesystem import sync
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from ommatid.evaluate.structure import Evaluated
+    from ommatid.evaluate.structure import EvaluatedSAE
 
 PUBLISHED = Path("data/published")
 CATALOG = PUBLISHED / "catalog.duckdb"
@@ -278,22 +278,22 @@ def _activations() -> dict[str, Artefact]:
 def _measure(sae: Artefact, params: EvaluateParams, on_event: Listener, challenger: Scores, catalog: str) -> Scores:
     """Evaluate an SAE on the checkout's images and activations, and match its latents with the challenger's."""
     from ommatid.evaluate.stage import evaluate
-    from ommatid.evaluate.structure import Evaluated, match
+    from ommatid.evaluate.structure import EvaluatedSAE, match
 
     inputs = {"images": open_stage("images"), "train": sae, **_activations()}
     with store.open_draft(PUBLISHED / "evaluation", "evaluation", params.model_dump(mode="json"), inputs) as draft:
         evaluation = draft.sealed() or evaluate(params, inputs, draft, on_event)
-        pair = match(_evaluated(challenger), Evaluated(sae, evaluation), draft.scratch)
+        pair = match(_evaluated(challenger), EvaluatedSAE(sae, evaluation), draft.scratch)
         _write_matched(catalog, {"matches": pair.matches, "stability": pair.stability})
         return _scores(sae, evaluation)
 
 
-def _evaluated(scores: Scores) -> "Evaluated":
+def _evaluated(scores: Scores) -> "EvaluatedSAE":
     """The checkout's SAE that has these scores, with its evaluation."""
-    from ommatid.evaluate.structure import Evaluated
+    from ommatid.evaluate.structure import EvaluatedSAE
 
     name, sae = next((name, sae) for name, sae in open_stage("train").each().items() if sae.digest == scores.digest)
-    return Evaluated(sae, open_stage("evaluate").each()[name])
+    return EvaluatedSAE(sae, open_stage("evaluate").each()[name])
 
 
 def _write_matched(catalog: str, tables: Mapping[str, "pa.Table"]) -> None:
