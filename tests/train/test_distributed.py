@@ -56,4 +56,4 @@ def test_what_cannot_be_shared_is_refused_by_all(folder: Path) -> None:
     prepare(folder, make_params(folder, batch_size=255))
     done = together(folder, 2)
     assert done.returncode != 0
-    assert "train.batch_size: 255 tokens a step cannot be shared evenly by 2 processes; set a multiple of 2" in done.stderr
+    assert "train.batch_size: 255 tokens cannot be shared evenly among 2 processes; set a multiple of 2" in done.stderr

@@ -49,5 +49,7 @@ def test_another_width_is_refused_before_training(folder: Path) -> None:
     sae = SAE(SAEConfig("topk", 20, 30, 3, "x", "m", "topk"), W.T.contiguous(), torch.zeros(30), W, torch.zeros(20), torch.tensor(0.0))
     write_native(sae, folder / "wide")
     params = make_params(folder, runs=[{"k": 2}, {"variant": {"kind": "imported", "path": "wide"}}])
-    with pytest.raises(ModelError, match=r"train.variant.path: wide: encodes activations of width 20.*those at hand are of width 16"):
+    with pytest.raises(
+        ModelError, match=r"train.variant.path: wide: the SAE encodes activations of width 20.*the activations have width 16"
+    ):
         run_stage("train", params, ignore)

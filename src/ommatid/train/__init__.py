@@ -1,4 +1,4 @@
-"""Stage `train`: one or several SAEs trained in one pass over the activations, or imported."""
+"""Stage `train`: train one or several SAEs in one pass over the activations, or import them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""An SAE that another library trained, in place of one that stage `train` trains: read, held against the activations, measured once."""
+"""Import of an SAE that another library trained, in place of training one: it is loaded, checked against the activations, and measured."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,14 +20,25 @@ from ommatid.store import Artefact, Draft, checked_folder
 from ommatid.summaries import SAESummary
 
 SAMPLE = 16384
-"""Training tokens on which it is measured."""
+"""Number of training tokens on which an imported SAE is measured."""
 
 
 def write_imported(name: str, params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft) -> Artefact:
-    """Put it into the child artefact `name`, with the d_sae and k that it has and one measurement in place of curves.
+    """Write an imported SAE into a child artefact of the training.
+
+    The parameters in its manifest have the `d_sae` and `k` of the SAE itself, and its curves are a single measurement.
+
+    Args:
+        name: Folder name of the SAE.
+        params: Training parameters of the SAE.
+        inputs: `extract`, and `target` for a transcoder.
+        draft: Draft of the training.
+
+    Returns:
+        The sealed child artefact; one that an earlier, killed run sealed is returned as it is.
 
     Raises:
-        ModelError: it cannot be read, or is not of the width of the activations.
+        ModelError: The SAE cannot be read, or its widths are not those of the activations.
     """
     assert isinstance(params.variant, Imported), params.variant
     sae = _load(params.variant, inputs)
@@ -36,28 +47,29 @@ def write_imported(name: str, params: TrainParams, inputs: Mapping[str, Artefact
     _check_widths(sae, params.variant.path, x, target)
     if not sae.config.k:
         sae = with_measured_k(sae, x)
-    own = params.model_copy(update={"d_sae": sae.config.d_sae, "k": sae.config.k})
-    child = draft.child(name, "sae", own.identity())
+    actual = params.model_copy(update={"d_sae": sae.config.d_sae, "k": sae.config.k})
+    child = draft.child(name, "sae", actual.identity())
     return child.sealed() or _write(name, sae, x, target, child)
 
 
 def _load(variant: Imported, inputs: Mapping[str, Artefact]) -> SAE:
-    """What the files don't say of hookpoint and model, the activations do."""
-    seen, path = inputs["extract"].summary, Path(variant.path).expanduser()
+    """Load the SAE, with the hookpoint and the model of the activations in place of those that its files may name or lack."""
+    activations, path = inputs["extract"].summary, Path(variant.path).expanduser()
     target = inputs["target"].summary["hookpoint"] if "target" in inputs else None
     if is_native(path):
         sae = load_native(checked_folder(path, "sae"))
     else:
-        sae = import_sae(path, Overrides(seen["hookpoint"], seen["model"], target, variant.values), variant.format)
-    return SAE(replace(sae.config, hookpoint=seen["hookpoint"], model=seen["model"], target=target), **sae.tensors())
+        sae = import_sae(path, Overrides(activations["hookpoint"], activations["model"], target, variant.values), variant.format)
+    return SAE(replace(sae.config, hookpoint=activations["hookpoint"], model=activations["model"], target=target), **sae.tensors())
 
 
 def _check_widths(sae: SAE, path: str, x: torch.Tensor, target: torch.Tensor) -> None:
-    found, wanted = (sae.W_enc.shape[0], sae.d_out), (x.shape[1], target.shape[1])
-    if found != wanted:
+    found, required = (sae.W_enc.shape[0], sae.d_out), (x.shape[1], target.shape[1])
+    if found != required:
         raise ModelError(
-            f"train.variant.path: {path}: encodes activations of width {found[0]} and decodes {found[1]}; those at hand are of width "
-            f"{wanted[0]}, to be decoded to {wanted[1]}; extract at the hookpoint that it was trained on, with the same model"
+            f"train.variant.path: {path}: the SAE encodes activations of width {found[0]} and decodes to width {found[1]}, but the "
+            f"activations have width {required[0]}, to be decoded to width {required[1]}; extract with the model and at the hookpoint "
+            "that it was trained on"
         )
 
 
@@ -70,7 +82,7 @@ def _write(name: str, sae: SAE, x: torch.Tensor, target: torch.Tensor, draft: Dr
         fidelity.add(target_bd, sae.decode(acts), int((acts > 0).sum()))
         firings += (acts > 0).sum(0)
     dead = (firings == 0).nonzero()[:, 0].tolist()
-    weights_of = Weights(sae.W_enc.T, sae.b_enc, sae.W_dec, sae.b_dec)
+    raw_weights = Weights(sae.W_enc.T, sae.b_enc, sae.W_dec, sae.b_dec)
     row = {"step": 0, "tokens": 0, "loss": None, "fvu": fidelity.fvu, "l0": fidelity.l0, "dead": len(dead) / sae.config.d_sae, "lr": None}
     draft.write_table("curves.parquet", pa.table({key: [row[key]] for key in schemas.CURVES.names}, schema=schemas.CURVES))
     summary = SAESummary(
@@ -84,6 +96,6 @@ def _write(name: str, sae: SAE, x: torch.Tensor, target: torch.Tensor, draft: Dr
         dead_after=len(x),
         threshold=float(sae.threshold.mean()),
         scale=1.0,
-        histograms=histograms(weights_of, firings.double() / len(x)),
+        histograms=histograms(raw_weights, firings.double() / len(x)),
     )
     return draft.seal(summary)

@@ -1,4 +1,4 @@
-"""Stage `train`: activations in, one or several SAEs out, each with `sae.safetensors`, `cfg.json` and training curves."""
+"""Stage `train`: train one or several SAEs on activations; each becomes `sae.safetensors`, `cfg.json` and training curves."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -25,44 +25,48 @@ from ommatid.summaries import SAESummary, TrainedSAESummary, TrainingSummary
 from ommatid.train.imported import write_imported
 
 CHECKPOINT = "checkpoint.safetensors"
+"""Name of the checkpoint in the draft's scratch folder."""
 SAMPLE = 16384
-"""Tokens from which scale, mean and initial directions are taken."""
+"""Number of tokens from which scale, mean and initial directions are taken."""
 BATCHES_AHEAD = 4
-"""Ready before the step that needs them."""
+"""Number of batches that are read ahead of the training step."""
 
 
 def run(
     params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore, whole: Plan | None = None
 ) -> Artefact:
-    """Train all SAEs in one pass over the train split; a run that died goes on from its last checkpoint, bit for bit.
+    """Train all SAEs in one pass over the training split. A killed run continues from its last checkpoint, bit for bit.
 
     Args:
         params: The section `train`.
         inputs: `extract`, and `target` for a transcoder.
-        draft: Where the SAEs are written.
-        on_event: Called with progress events.
-        whole: Plan of a longer run for which this one is a trial, so that its steps must cost as much; None if it is no trial.
+        draft: Draft that the SAEs are written into.
+        on_event: Called with each progress event and warning.
+        whole: Plan of the longer run for which this one is a trial, so that its steps cost as much as that run's; None if this is
+            no trial.
+
+    Returns:
+        The sealed artefact, with one child for each SAE.
 
     Raises:
-        TrainingError: too few tokens, or the loss of every SAE diverged; one that diverges while others go on fails the gate.
-        StoppedError: the process was asked to end; a checkpoint is there.
-        ModelError: an SAE to be imported cannot be read, or is of another width.
+        TrainingError: There are too few tokens, or the loss of every SAE diverged. An SAE that diverges alone fails the gate later.
+        StoppedError: The process was asked to stop, and has saved a checkpoint.
+        ModelError: An SAE to be imported cannot be read, or its widths are not those of the activations.
     """
     checkpoint = Checkpoint(draft, f"{draft.scratch.name}/{CHECKPOINT}")
-    made = {
-        name: write_imported(name, one, inputs, draft) for name, one in params.each().items() if isinstance(one.variant, Imported)
-    }  # first: what is wrong with them is found before hours of training
-    if len(made) < len(params.each()):
+    # Imports come first, so that whatever is wrong with them is found before hours of training.
+    saes = {name: write_imported(name, one, inputs, draft) for name, one in params.each().items() if isinstance(one.variant, Imported)}
+    if len(saes) < len(params.each()):
         distributed.agree_to_train()
         for name, learner in fit(params, inputs, checkpoint, on_event, whole).items():
             child = draft.child(name, "sae", learner.params.identity())
-            made[name] = child.sealed() or _write(learner, inputs, child)
-    of = {name: TrainedSAESummary(**{key: made[name].summary[key] for key in TrainedSAESummary.__annotations__}) for name in params.each()}
+            saes[name] = child.sealed() or _write(learner, inputs, child)
+    of = {name: TrainedSAESummary(**{key: saes[name].summary[key] for key in TrainedSAESummary.__annotations__}) for name in params.each()}
     return draft.seal(TrainingSummary(saes=list(of), of=of))
 
 
 def follow(params: TrainParams, inputs: Mapping[str, Artefact]) -> None:
-    """What every rank but the first does: train with it, if it trains."""
+    """Take part in training as a rank other than the first; do nothing if the first rank decides not to train."""
     if distributed.agree_to_train():
         fit(params, inputs, None, ignore)
 
@@ -74,25 +78,28 @@ def fit(
     on_event: Listener,
     whole: Plan | None = None,
 ) -> dict[str, Learner]:
-    """Train; called by every rank, of which the first has the checkpoint and writes it.
-
-    Raises:
-        ConfigError: a batch cannot be shared among the ranks.
-        TrainingError, StoppedError: see `train`.
+    """Train all SAEs that are not imported. Every rank calls this.
 
     Args:
-        params: Of the stage.
+        params: The section `train`.
         inputs: `extract`, and `target` for a transcoder.
-        checkpoint: Read and written by the first rank only; None on the others.
-        on_event: Hears of progress.
-        whole: See `train`.
+        checkpoint: Checkpoint that the first rank reads and writes; None on all other ranks.
+        on_event: Called with each progress event and warning.
+        whole: Plan of the longer run for which this one is a trial; see `run`.
+
+    Returns:
+        The learner of each SAE by its folder name, after the last step.
+
+    Raises:
+        ConfigError: A batch cannot be shared evenly among the ranks.
+        TrainingError, StoppedError: See `run`.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     learners = _learners(params, inputs, distributed.broadcast_tensors(checkpoint.load() if checkpoint else {}, device), device, whole)
     first = learners[0]
     if first.plan.batch_size % distributed.n_ranks():
         raise ConfigError(
-            f"train.batch_size: {first.plan.batch_size} tokens a step cannot be shared evenly by {distributed.n_ranks()} processes; "
+            f"train.batch_size: {first.plan.batch_size} tokens cannot be shared evenly among {distributed.n_ranks()} processes; "
             f"set a multiple of {distributed.n_ranks()}"
         )
     columns = Columns(inputs["extract"], inputs.get("target"), any(learner.params.ms_weight for learner in learners))
@@ -107,7 +114,7 @@ def _learners(
     params: TrainParams, inputs: Mapping[str, Artefact], saved: State, device: torch.device, whole: Plan | None
 ) -> Sequence[Learner]:
     trained = {name: one for name, one in params.each().items() if not isinstance(one.variant, Imported)}
-    # refuses too few tokens before any are read
+    # Plans come first: they raise an error if there are too few tokens, before any is read.
     plans = {name: make_plan(one, inputs["extract"].rows("train")) for name, one in trained.items()}
     if whole is not None:
         plans = {name: plan.like(whole) for name, plan in plans.items()}
@@ -122,7 +129,7 @@ def _load_sample(inputs: Mapping[str, Artefact]) -> Sample:
 
 
 def _pinned(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """In memory from which a GPU copies by itself."""
+    """Yield the batches in pinned memory, from which a GPU copies asynchronously; on a CPU yield them as they are."""
     if device.type != "cuda":
         yield from batches
         return
@@ -133,15 +140,15 @@ def _pinned(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
 
 
 def _write(learner: Learner, inputs: Mapping[str, Artefact], draft: Draft) -> Artefact:
-    seen, plan = inputs["extract"].summary, learner.plan
+    activations, plan = inputs["extract"].summary, learner.plan
     target = inputs["target"].summary["hookpoint"] if "target" in inputs else None
-    sae = learner.finish(seen["hookpoint"], seen["model"], target)
+    sae = learner.finish(activations["hookpoint"], activations["model"], target)
     with draft.write_file(WEIGHTS) as weights, draft.write_file(CONFIG) as cfg:
         sae.save(weights, cfg)
     draft.write_table("curves.parquet", _curves(learner))
     final = dict(zip(CURVE_COLUMNS, learner.curves[-1].tolist(), strict=True))
     summary = SAESummary(
-        sae=f"{learner.name}-{draft.describe(WEIGHTS).sha256[:8]}",  # an SAE of another training may have the same folder name
+        sae=f"{learner.name}-{draft.describe(WEIGHTS).sha256[:8]}",  # unique, unlike the folder name
         n_steps=plan.n_steps,
         n_tokens=plan.n_steps * plan.batch_size,
         fvu=final["fvu"],
