@@ -33,7 +33,7 @@ Tables = dict[str, pa.Table]
 Files = Mapping[str, pa.Table | Callable[[Path], None]]
 ONE, OTHER = "batch_topk-4-k2-s0", "batch_topk-3-k1-s0"
 SUMMARY = {"n": 3, "share": 0.5, "name": "text", "nested": {"deep": 1}, "missing": None, "n_images_in_both": 0}
-SHAPES = "every tensor is there in its shape"
+SHAPES = "every tensor is present in its expected shape"
 PARENTS = {"sae": "training", "evaluation": "evaluations", "labels": "labellings"}
 
 
@@ -120,7 +120,7 @@ def test_images_pass(tmp_path: Path, params: Params) -> None:
 @pytest.mark.parametrize(
     ("row", "change", "name", "words"),
     [
-        (5, {"split": "test"}, "split is train or eval", ["images-00001.parquet", "image 5 test"]),
+        (5, {"split": "test"}, "every split is train or eval", ["images-00001.parquet", "image 5 test"]),
         (1, {"width": 0}, "width and height are positive", ["images-00000.parquet", "image 1 1.png"]),
         (4, {"encoded": b""}, "every image has its bytes", ["images-00001.parquet", "image 4"]),
         (4, {"image": 0}, "image keys are unique", ["image 0 (2 times)"]),
@@ -208,7 +208,7 @@ def test_extract_passes(tmp_path: Path, params: Params) -> None:
         ({"embeddings.parquet": embedding_table([0, 1, 2, 3, 4], assign((2, 0), np.nan))}, "embeddings are finite", ["judge", "image 2"]),
         ({"embeddings.parquet": embedding_table([0, 1, 2, 3, 4], assign(3, 1.0))}, "embeddings have unit norm", ["joint", "image 3"]),
         ({"embeddings.parquet": embedding_table([0, 1, 2, 3])}, "activations and embeddings are of the same images", ["image 4"]),
-        ({"embeddings.parquet": embedding_table([0, 1, 2, 3, 4, 3])}, "one embedding an image", ["image 3"]),
+        ({"embeddings.parquet": embedding_table([0, 1, 2, 3, 4, 3])}, "every image has one embedding", ["image 3"]),
     ],
 )
 def test_extract_damage_is_named(tmp_path: Path, params: Params, change: Tables, name: str, words: list[str]) -> None:
@@ -241,7 +241,7 @@ def test_a_further_judge_is_checked_too(tmp_path: Path, params: Params) -> None:
 def test_extract_needs_tokens_and_embeddings(tmp_path: Path, params: Params) -> None:
     tables = {"train-00000.parquet": activation_table([]), "eval-00000.parquet": activation_table([])}
     found = failed(check("extract", extraction_of(tmp_path, tables), params))
-    assert set(found) == {"both splits have tokens", "both kinds of table are there"}
+    assert set(found) == {"both splits have tokens", "activations and embeddings are both present"}
 
 
 def test_extract_large_finite_activation_passes(tmp_path: Path, params: Params) -> None:
@@ -279,9 +279,9 @@ def test_train_passes(tmp_path: Path, params: Params) -> None:
 @pytest.mark.parametrize(
     ("tensor", "value", "name", "words"),
     [
-        ("W_enc", None, "every tensor is there in its shape", ["tensor W_enc", "missing"]),
-        ("W_enc", np.zeros((2, 2), np.float32), "every tensor is there in its shape", ["W_enc", "[2, 2]", "[8, 4]"]),
-        ("b_enc", np.zeros(N_LATENTS, np.float16), "every tensor is there in its shape", ["b_enc", "float16"]),
+        ("W_enc", None, "every tensor is present in its expected shape", ["tensor W_enc", "missing"]),
+        ("W_enc", np.zeros((2, 2), np.float32), "every tensor is present in its expected shape", ["W_enc", "[2, 2]", "[8, 4]"]),
+        ("b_enc", np.zeros(N_LATENTS, np.float16), "every tensor is present in its expected shape", ["b_enc", "float16"]),
         ("b_enc", np.array([0, np.nan, 0, np.inf], np.float32), "weights are finite", ["tensor b_enc", "2"]),
         ("W_dec", np.diag([1, 1, 2, 1]).astype(np.float32) @ np.eye(4, 8, dtype=np.float32), "directions have unit norm", ["latent 2"]),
     ],
@@ -311,7 +311,7 @@ def test_train_bad_end_is_named(tmp_path: Path, params: Params, last: dict[str, 
 
 def test_train_needs_a_curve(tmp_path: Path, params: Params) -> None:
     found = failed(check("train", sae_artefact(tmp_path, sae_tensors(), table(schemas.CURVES, [])), params))
-    assert set(found) == {"training left a curve"}
+    assert set(found) == {"there is a training curve"}
 
 
 def test_weights_of_every_variant_pass(tmp_path: Path, params: Params) -> None:
@@ -361,11 +361,11 @@ def test_evaluations_and_labels_name_the_sae_that_fails(tmp_path: Path, params: 
     evaluations = inside_of(tmp_path, "evaluation", {ONE: evaluation_files(), OTHER: evaluation_files()})
     assert set(failed(check("evaluate", evaluations, two_saes(params)))) == {
         f"{OTHER}: each of 3 latents has one row",
-        f"{OTHER}: firings are positive and of a known latent",
+        f"{OTHER}: firings are positive and belong to known latents",
     }  # the sums are of the artefact alone: they are those of four latents in both
     files = {name: {"labels.parquet": table(schemas.LABELS, label_rows()[:3])} for name in (ONE, OTHER)}
     assert set(failed(check("label", inside_of(tmp_path, "labels", files), two_saes(params)))) == {
-        f"{ONE}: every latent has one row of each labeller"
+        f"{ONE}: every latent has one row for each labeller"
     }
 
 
@@ -460,30 +460,30 @@ def test_evaluate_passes(tmp_path: Path, params: Params) -> None:
         ({"latents": latent_rows()[:3]}, "each of 4 latents has one row", ["latent 3"]),
         ({"latents": latent_rows() + latent_rows()[1:2]}, "each of 4 latents has one row", ["latent 1"]),
         ({"latents": edited(latent_rows(), 2, density=1.5)}, "density is a share", ["latent 2", "1.5"]),
-        ({"latents": edited(latent_rows(), 2, is_dead=True)}, "dead means density 0", ["latent 2"]),
-        ({"latents": edited(latent_rows(), 3, ms=-1.2)}, "monosemanticity is a mean cosine", ["latent 3", "-1.2"]),
-        ({"latents": [row | {"ms": None} for row in latent_rows()]}, "some latent has a monosemanticity", ["ms 0"]),
+        ({"latents": edited(latent_rows(), 2, is_dead=True)}, "latents are dead if and only if their density is 0", ["latent 2"]),
+        ({"latents": edited(latent_rows(), 3, ms=-1.2)}, "monosemanticity lies between -1 and 1", ["latent 3", "-1.2"]),
+        ({"latents": [row | {"ms": None} for row in latent_rows()]}, "some latent has a monosemanticity score", ["ms 0"]),
         (
             {"examples": edited(example_rows(), 1, decile=0)},
             "examples have a decile from 1 to 10",
             ["latent 2 image 2", "examples.parquet"],
         ),
-        ({"examples": edited(example_rows(), 1, rank=0)}, "examples have a rank from 1", ["latent 2 image 2"]),
+        ({"examples": edited(example_rows(), 1, rank=0)}, "ranks of examples start at 1", ["latent 2 image 2"]),
         ({"examples": []}, "there are examples and firings", ["table examples"]),
         (
             {"firings": edited(firing_rows(), 0, act=0.0)},
-            "firings are positive and of a known latent",
+            "firings are positive and belong to known latents",
             ["image 1 latent 1", "firings.parquet"],
         ),
-        ({"firings": edited(firing_rows(), 0, latent=9)}, "firings are positive and of a known latent", ["latent 9"]),
+        ({"firings": edited(firing_rows(), 0, latent=9)}, "firings are positive and belong to known latents", ["latent 9"]),
         ({"comparisons": edited(comparison_rows(), 1, fvu=0.2)}, "FVU is below the untrained SAE's", ["-0.1"]),
         ({"comparisons": edited(comparison_rows(), 1, fvu=None)}, "both FVUs are numbers", ["null"]),
-        ({"comparisons": comparison_rows()[:2]}, "baselines are there", ["neurons"]),
+        ({"comparisons": comparison_rows()[:2]}, "the baselines are present", ["neurons"]),
         ({"zero_shot": zero_shot_rows(1.45)}, "splicing changes nothing by itself", ["0.05"]),
         ({"comparisons": edited(comparison_rows(), 0, fvu=0.0)}, "the SAE's FVU is above 0", ["fvu of the sae 0"]),
         ({"comparisons": edited(comparison_rows(), 0, dead=0.95)}, "few latents are dead", ["0.95"]),
         ({"comparisons": edited(comparison_rows(), 0, ms=0.3)}, "monosemanticity is above its floor on average", ["0"]),
-        ({"latents": edited(latent_rows(), 1, label_entropy=float("nan"))}, "nothing is NaN", ["table latents", "label_entropy"]),
+        ({"latents": edited(latent_rows(), 1, label_entropy=float("nan"))}, "no value is NaN", ["table latents", "label_entropy"]),
         ({"latents": edited(latent_rows(), 1, n_images=2)}, "counts add up", ["firings and latents.n_images", "-1"]),
         ({"densities": density_rows()[1:]}, "counts add up", ["latents of sae in densities", "-1"]),
         ({"fidelity": fidelity_rows()[1:]}, "counts add up", ["tokens of sae in fidelity", "-3"]),
@@ -532,15 +532,15 @@ def test_label_passes(tmp_path: Path, params: Params, score: float | None) -> No
 @pytest.mark.parametrize(
     ("rows", "name", "words"),
     [
-        (edited(label_rows(), 2, status="great"), "status is a known one", ["latent 2", "great"]),
-        (edited(label_rows(), 3, label="cat"), "a label where the status is ok, else null", ["latent 3"]),
+        (edited(label_rows(), 2, status="great"), "every status is known", ["latent 2", "great"]),
+        (edited(label_rows(), 3, label="cat"), "there is a label if and only if the status is ok", ["latent 3"]),
         (edited(label_rows(), 1, label=" "), "no label is empty", ["latent 1"]),
-        (edited(label_rows(), 3, score=0.5), "a score only where the status is ok", ["latent 3"]),
-        (edited(label_rows(), 1, score=1.5), "scores are shares", ["latent 1", "score 1.5"]),
-        (edited(label_rows(), 1, auroc=-0.1), "scores are shares", ["latent 1", "auroc -0.1"]),
-        (edited(label_rows(), 1, correlation=-1.5), "correlations are between -1 and 1", ["latent 1", "correlation -1.5"]),
-        (label_rows()[:3], "every latent has one row of each labeller", ["vocabulary", "latent 3"]),
-        ([*label_rows(), label_rows()[2]], "every latent has one row of each labeller", ["latent 2"]),
+        (edited(label_rows(), 3, score=0.5), "only labels with status ok have a score", ["latent 3"]),
+        (edited(label_rows(), 1, score=1.5), "scores lie between 0 and 1", ["latent 1", "score 1.5"]),
+        (edited(label_rows(), 1, auroc=-0.1), "scores lie between 0 and 1", ["latent 1", "auroc -0.1"]),
+        (edited(label_rows(), 1, correlation=-1.5), "correlations lie between -1 and 1", ["latent 1", "correlation -1.5"]),
+        (label_rows()[:3], "every latent has one row for each labeller", ["vocabulary", "latent 3"]),
+        ([*label_rows(), label_rows()[2]], "every latent has one row for each labeller", ["latent 2"]),
         (
             edited(label_rows(), 1, status="refused", label=None, score=None),
             "some latent has a label",
@@ -562,15 +562,15 @@ def test_labels_of_several_labellers_are_each_counted(tmp_path: Path, params: Pa
     lost = edited(label_rows(), 1, label="")
     found = failed(check("label", labels_artefact(tmp_path, lost[:3] + by_people + by_people), both))
     assert found["no label is empty"].detail.startswith("latent 1 (vocabulary)")
-    assert "human: latents missing or repeated 1 (first: latent 1)" in found["every latent has one row of each labeller"].detail
+    assert "human: latents missing or repeated 1 (first: latent 1)" in found["every latent has one row for each labeller"].detail
     (unknown,) = failed(check("label", labels_artefact(tmp_path, label_rows() + by_people), params)).values()
-    assert unknown.name == "all rows are by a labeller of label.labellers"
+    assert unknown.name == "all rows come from the labellers of label.labellers"
 
 
 def test_an_image_that_made_and_scored_a_name_fails(tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SUMMARY, "n_images_in_both", 3)
     found = failed(check("label", labels_artefact(tmp_path, label_rows()), params))
-    assert list(found) == ["no image both made and scored a name"]
+    assert list(found) == ["no image both made and scored a label"]
 
 
 @pytest.mark.parametrize("control", ["control_score", "random_score"])
@@ -611,15 +611,15 @@ def test_catalog_passes(tmp_path: Path, params: Params) -> None:
 @pytest.mark.parametrize(
     ("statement", "names", "words"),
     [
-        ("DELETE FROM neighbours", {"every relation is there and has rows"}, ["relation neighbours", "empty"]),
+        ("DELETE FROM neighbours", {"every relation is present and has rows"}, ["relation neighbours", "empty"]),
         (
             "DROP TABLE runs",
-            {"every relation is there and has rows", "features can be compared with latents"},
+            {"every relation is present and has rows", "features can be compared with latents"},
             ["relation runs", "cannot be read"],
         ),
-        ("DROP TABLE probes", {"every relation is there and has rows", "features can be compared with latents"}, ["relation probes"]),
-        ("DELETE FROM features WHERE latent = 2", {"features has one row a latent"}, ["latent 2 (0 times)"]),
-        ("INSERT INTO features FROM latents WHERE latent = 3", {"features has one row a latent"}, ["latent 3 (2 times)"]),
+        ("DROP TABLE probes", {"every relation is present and has rows", "features can be compared with latents"}, ["relation probes"]),
+        ("DELETE FROM features WHERE latent = 2", {"features has one row for each latent"}, ["latent 2 (0 times)"]),
+        ("INSERT INTO features FROM latents WHERE latent = 3", {"features has one row for each latent"}, ["latent 3 (2 times)"]),
     ],
 )
 def test_catalog_damage_is_named(tmp_path: Path, params: Params, statement: str, names: set[str], words: list[str]) -> None:

@@ -48,7 +48,7 @@ def rules(params: Params) -> list[Rule]:
             "relations",
             "problem",
             [""],
-            "every relation is there and has rows",
+            "every relation is present and has rows",
             "queries, pages and docs count on each of them",
             row="relation",
         ),
@@ -56,7 +56,7 @@ def rules(params: Params) -> list[Rule]:
         zero(
             "features",
             "latents not in features once",
-            "features has one row a latent",
+            "features has one row for each latent",
             "a join that drops or repeats a latent makes every count and mean over features wrong",
             row="relation",
             first="first such",

@@ -126,14 +126,14 @@ def rules(params: Params) -> list[Rule]:
             "latents",
             "dead disagrees",
             [False],
-            "dead means density 0",
+            "latents are dead if and only if their density is 0",
             "users filter by is_dead: it must say the same as density",
             row="latent",
         ),
         within(
             "latents",
             "ms",
-            "monosemanticity is a mean cosine",
+            "monosemanticity lies between -1 and 1",
             "it is a weighted mean of cosines, so it lies between -1 and 1, or is null",
             row="latent",
             min_value=-1,
@@ -142,7 +142,7 @@ def rules(params: Params) -> list[Rule]:
         within(
             "counts",
             "latents with ms",
-            "some latent has a monosemanticity",
+            "some latent has a monosemanticity score",
             "with none, too few images or too few firings were evaluated to say anything",
             row="set",
             min_value=1,
@@ -156,19 +156,19 @@ def rules(params: Params) -> list[Rule]:
             first="first of no decile",
         ),
         zero(
-            "examples", "examples of no rank", "examples have a rank from 1", "rank orders them within a decile", first="first of no rank"
+            "examples", "examples of no rank", "ranks of examples start at 1", "rank orders them within a decile", first="first of no rank"
         ),
         zero(
             "firings",
             "rows that are no firing",
-            "firings are positive and of a known latent",
+            "firings are positive and belong to known latents",
             "a row of firings says that the latent fires",
             first="first no firing",
         ),
         zero(
             "counts",
             "dictionaries missing",
-            "baselines are there",
+            "the baselines are present",
             "an SAE's numbers mean nothing without the raw neurons' and an untrained SAE's on the same data",
             row="set",
             first="first dictionaries",
@@ -220,7 +220,7 @@ def rules(params: Params) -> list[Rule]:
         zero(
             "undefined",
             "values that are NaN",
-            "nothing is NaN",
+            "no value is NaN",
             "what is undefined is null, which means and rankings leave out; one NaN makes a mean NaN and is the highest of a ranking",
             row="table",
             first="first columns",

@@ -143,7 +143,9 @@ def rules(params: Params) -> list[Rule]:
             "a hookpoint that gives zeros is dead or wrong, and a cosine with zero is undefined",
             first="first with only zeros",
         ),
-        filled("whole", "unmatched images", "both kinds of table are there", "scores join activations with embeddings", row="set"),
+        filled(
+            "whole", "unmatched images", "activations and embeddings are both present", "scores join activations with embeddings", row="set"
+        ),
         zero(
             "whole",
             "unmatched images",
@@ -155,7 +157,7 @@ def rules(params: Params) -> list[Rule]:
         zero(
             "whole",
             "repeated embeddings",
-            "one embedding an image",
+            "every image has one embedding",
             "a repeated image would weigh twice in monosemanticity",
             row="set",
             first="first repeated",

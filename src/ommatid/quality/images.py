@@ -85,7 +85,7 @@ def rules(params: Params) -> list[Rule]:
         zero(
             "parts",
             "images of unknown split",
-            "split is train or eval",
+            "every split is train or eval",
             "an image of any other split would be used nowhere, silently",
             first="first of unknown split",
         ),

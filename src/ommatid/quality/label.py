@@ -69,12 +69,12 @@ def rules(params: Params) -> list[Rule]:
     """Rules under which labels are text or a status, never text about a failure, and their scores can be believed."""
     statuses = ["ok", "unparsed", "refused", "failed", "over_budget", "too_few_examples"]
     return [
-        one_of("labels", "status", statuses, "status is a known one", "pages and queries tell labels from failures by it", row="latent"),
+        one_of("labels", "status", statuses, "every status is known", "pages and queries tell labels from failures by it", row="latent"),
         one_of(
             "labels",
             "label disagrees with status",
             [False],
-            "a label where the status is ok, else null",
+            "there is a label if and only if the status is ok",
             "a failed label must not be read, searched or scored as one",
             row="latent",
         ),
@@ -83,7 +83,7 @@ def rules(params: Params) -> list[Rule]:
             "labels",
             "score without status ok",
             [False],
-            "a score only where the status is ok",
+            "only labels with status ok have a score",
             "a mean over scores must not count what has no label",
             row="latent",
         ),
@@ -91,7 +91,7 @@ def rules(params: Params) -> list[Rule]:
             "labels",
             "score outside 0 to 1",
             [""],
-            "scores are shares",
+            "scores lie between 0 and 1",
             "balanced accuracy and the area under a ROC curve lie between 0 and 1",
             row="latent",
         ),
@@ -99,14 +99,14 @@ def rules(params: Params) -> list[Rule]:
             "labels",
             "correlation outside -1 to 1",
             [""],
-            "correlations are between -1 and 1",
+            "correlations lie between -1 and 1",
             "they are cosines of ranks",
             row="latent",
         ),
         zero(
             "labellers",
             "latents missing or repeated",
-            "every latent has one row of each labeller",
+            "every latent has one row for each labeller",
             "a latent without a label has a status that says why; only people label some and not others",
             row="labeller",
             first="first missing",
@@ -114,7 +114,7 @@ def rules(params: Params) -> list[Rule]:
         zero(
             "counts",
             "labels of unknown labellers",
-            "all rows are by a labeller of label.labellers",
+            "all rows come from the labellers of label.labellers",
             "else nobody asked for them",
             row="set",
         ),
@@ -122,7 +122,7 @@ def rules(params: Params) -> list[Rule]:
         zero(
             "counts",
             "images in both halves",
-            "no image both made and scored a name",
+            "no image both made and scored a label",
             "a name scored on the images that made it says nothing of others",
             row="set",
         ),
