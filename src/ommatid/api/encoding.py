@@ -1,6 +1,6 @@
 """New images and the activations of an SAE's latents on them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import pandas
     import torch
 
-    from ommatid.api.run import Run
     from ommatid.evaluate.dictionaries import Pool
     from ommatid.extract.tokens import TokenPicker
     from ommatid.sae.model import SAE
@@ -47,8 +46,8 @@ class Encoding:
     """Activations at the hookpoint, (images, tokens, d_model) float32, rounded to float16 as the study's are."""
     sae: str
     """Name of the SAE in the column `sae` of the catalogue."""
-    run: "Run"
-    """The study that the SAE belongs to."""
+    features: "Callable[[str], pandas.DataFrame]"
+    """Function that returns what the catalogue says of the latents of an SAE, given its name (`Run.features`)."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -85,7 +84,7 @@ class Encoding:
         shown = acts[:, :n] > 0
         rows = shown.nonzero()[:, 0].tolist()
         columns = {"image": [self.images[row] for row in rows], "latent": latents[:, :n][shown].numpy(), "act": acts[:, :n][shown].numpy()}
-        found = pd.DataFrame(columns).join(self.run.features(self.sae), on="latent")
+        found = pd.DataFrame(columns).join(self.features(self.sae), on="latent")
         return found.loc[:, ["image", "latent", "label", "act", *MEASURES]]
 
 

@@ -222,7 +222,7 @@ class Run:
         starts = range(0, len(items), size)
         batches = [encoder.run([open_image(item, i) for i, item in enumerate(items[at : at + size], at)]) for at in starts]
         acts, x = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        return Encoding(tuple(name_image(item, i) for i, item in enumerate(items)), acts, x, name, self)
+        return Encoding(tuple(name_image(item, i) for i, item in enumerate(items)), acts, x, name, self.features)
 
     def _artefact_of(self, sae: str | None) -> Artefact:
         """The SAE's artefact, inside the artefact of the training."""
