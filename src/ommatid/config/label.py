@@ -16,6 +16,8 @@ class LabellerSection(Section):
 
     cost: ClassVar[Cost] = "unknown"
     """How `ommatid estimate` treats the labeller's time: measured on a sample, none, or unknown and listed as left out."""
+    is_selective: ClassVar[bool] = False
+    """Whether the labeller may pass over latents without a status, as people do."""
 
 
 class VocabularyLabeller(LabellerSection):
@@ -38,6 +40,7 @@ class HumanLabeller(LabellerSection):
     """Uses labels that people wrote."""
 
     cost: ClassVar[Cost] = "none"
+    is_selective: ClassVar[bool] = True
 
     kind: Literal["human"]
     path: str

@@ -1,6 +1,6 @@
 """Variants of SAE; each that Ommatid trains is implemented by `ommatid/sae/variants/<kind>.py`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -9,6 +9,9 @@ from ommatid.config.section import Section
 
 class Trained(Section):
     """Base of the variants that Ommatid trains."""
+
+    has_unit_directions: ClassVar[bool] = True
+    """Whether the decoder directions have unit norm."""
 
     @property
     def is_aligned(self) -> bool:
@@ -111,6 +114,8 @@ class Archetypal(Trained):
 
 class Imported(Section):
     """An SAE trained by another library (docs/users/interop.md), with its own d_sae and k."""
+
+    has_unit_directions: ClassVar[bool] = False
 
     kind: Literal["imported"]
     path: str

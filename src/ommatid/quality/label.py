@@ -19,7 +19,7 @@ def profile(artefact: Artefact, params: Params) -> Frames:
     labels = table_of(artefact, "labels", ["latent", "labeller", "status", "label", *_SCORES, *_CORRELATIONS])
     each = params.label.each()
     by = labels["labeller"].to_numpy(object)
-    labellers = [_labeller(name, kind.kind == "human", labels.loc[by == name], params.train.d_sae) for name, kind in each.items()]
+    labellers = [_labeller(name, kind.is_selective, labels.loc[by == name], params.train.d_sae) for name, kind in each.items()]
     ok = labels["status"].to_numpy(object) == "ok"
     labels["label disagrees with status"] = ok != labels["label"].notna()
     labels["label is empty"] = [label is not None and not str(label).strip() for label in labels["label"]]
@@ -38,10 +38,10 @@ def profile(artefact: Artefact, params: Params) -> Frames:
     return {"labels": labels, "labellers": pd.DataFrame(labellers), "counts": pd.DataFrame([counts])}
 
 
-def _labeller(name: str, is_human: bool, own: pd.DataFrame, d_sae: int) -> dict[str, Any]:
+def _labeller(name: str, is_selective: bool, own: pd.DataFrame, d_sae: int) -> dict[str, Any]:
     """A row of frame `labellers`: latents with too few or too many rows, and how far the controls are from chance."""
     times = Counter(own["latent"].tolist())
-    lacking = [] if is_human else [latent for latent in range(d_sae) if latent not in times]
+    lacking = [] if is_selective else [latent for latent in range(d_sae) if latent not in times]
     odd = sorted({*lacking, *(latent for latent, n in times.items() if n > 1 or not 0 <= latent < d_sae)})
     row = {"labeller": name, "latents missing or repeated": len(odd), "first missing": named([f"latent {n}" for n in odd[:SHOWN]])}
     return row | {f"{control} off chance": _off_chance(own[control]) for control in ("control_score", "random_score")}

@@ -66,7 +66,7 @@ def rules(params: Params) -> list[Rule]:
             row="tensor",
         ),
         zero("tensors", "values not finite", "weights are finite", "one NaN makes every latent of every token NaN", row="tensor"),
-        *([] if params.train.variant.kind == "imported" else [_unit_directions()]),
+        *([_unit_directions()] if params.train.variant.has_unit_directions else []),
         within("counts", "rows", "there is a training curve", "without a curve nobody can say how training went", row="table", min_value=1),
         filled("final", "fvu", "the final FVU is a number", "NaN means that training diverged", **last),
         within(
