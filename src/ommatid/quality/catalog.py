@@ -1,4 +1,4 @@
-"""What is checked of the catalogue: every relation that users query is there and has rows."""
+"""Profile and rules of the stage `catalog`: every relation that users query is present and has rows."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from ommatid.store import Artefact
 
 
 def profile(artefact: Artefact, params: Params) -> Frames:
-    """Frames `relations` (one row a relation) and `features` (one row)."""
+    """Make the frames `relations` (one row for each relation) and `features` (one row)."""
     with duckdb.connect(str(artefact.file("catalog.duckdb")), read_only=True) as connection:
         relations = [_relation(connection, name) for name in RELATIONS]
         readable = all(row["rows"] is not None for row in relations)
@@ -32,7 +32,7 @@ def _relation(connection: duckdb.DuckDBPyConnection, name: str) -> dict[str, Any
 
 
 def _features(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
-    """Latents that do not have exactly one row in `features`."""
+    """Count and name the latents that do not have exactly one row in `features`, or whose row there has no density."""
     features = "(SELECT sae, latent, count(*) AS n FROM features GROUP BY ALL)"
     odd = connection.execute(
         f"SELECT latent, coalesce(n, 0) FROM latents FULL JOIN {features} USING (sae, latent) "
@@ -42,22 +42,28 @@ def _features(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
 
 
 def rules(params: Params) -> list[Rule]:
-    """Rules under which every relation that users query is there and has rows."""
+    """Make the rules under which every relation that users query is present and has rows."""
     return [
         one_of(
             "relations",
             "problem",
             [""],
             "every relation is present and has rows",
-            "queries, pages and docs count on each of them",
+            "queries, pages and docs rely on each of them",
             row="relation",
         ),
-        filled("features", "latents not in features once", "features can be compared with latents", "see the next check", row="relation"),
+        filled(
+            "features",
+            "latents not in features once",
+            "features can be compared with latents",
+            "the next check needs all relations",
+            row="relation",
+        ),
         zero(
             "features",
             "latents not in features once",
             "features has one row for each latent",
-            "a join that drops or repeats a latent makes every count and mean over features wrong",
+            "a join that drops or repeats a latent falsifies every count and mean over features",
             row="relation",
             first="first such",
         ),

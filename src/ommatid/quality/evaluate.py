@@ -1,4 +1,4 @@
-"""What is checked of an evaluation: every latent is described within the bounds of each metric, and the SAE beats an untrained one."""
+"""Profile and rules of the stage `evaluate`: every latent is measured, metrics are within their bounds, and training has helped."""
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,11 @@ from ommatid.store import Artefact
 
 
 def profile(artefact: Artefact, params: Params) -> Frames:
-    """Frames `latents`, `counts` (one row), `sizes` and `undefined` (one a table), `sums`, `examples` and `firings` (one a part)."""
+    """Make the frames of an evaluation.
+
+    They are `latents` (one row for each latent), `counts` (one row), `examples` and `firings` (one row for each part), `sizes` and
+    `undefined` (one for each table), and `sums` (one for each pair of numbers that must agree).
+    """
     latents = table_of(artefact, "latents", ["latent", "density", "is_dead", "ms"])
     known = set(latents["latent"].tolist())
     latents["dead disagrees"] = latents["is_dead"].astype(bool) != (latents["density"] == 0)
@@ -66,11 +70,11 @@ def _firing_part(d_sae: int) -> str:
 
 
 _SMALL = ("latents", "comparisons", "fidelity", "densities", "cofiring", "levels", "probes")
-"""Tables that are small enough to be read whole."""
+"""Tables that are small enough to be read whole, unlike the firings."""
 
 
 def _sums(artefact: Artefact) -> pd.DataFrame:
-    """One row a sum that two tables must agree on: what it is `of`, and the `difference` of its two sides."""
+    """Make the frame `sums`: numbers on which two tables must agree (`of`), and the `difference` that is found."""
     tables = {table: artefact.read(table).to_pandas() for table in _SMALL if table in artefact.tables}
     rows = []
     if "latents" in tables:
@@ -93,7 +97,7 @@ def _sums(artefact: Artefact) -> pd.DataFrame:
 
 
 def _undefined(artefact: Artefact) -> pd.DataFrame:
-    """One row a small table: how many values are NaN, and in which columns."""
+    """Make the frame `undefined`: how many values of each small table are NaN, and in which columns."""
     rows = []
     for table in _SMALL:
         if table in artefact.tables:
@@ -103,38 +107,51 @@ def _undefined(artefact: Artefact) -> pd.DataFrame:
 
 
 def _nans(table: pa.Table) -> dict[str, int]:
-    """Number of NaN in each column that has any."""
+    """Return the number of NaN values of each column that has any."""
     floats = [field.name for field in table.schema if pa.types.is_floating(field.type)]
     counts = {name: sum(value != value for value in table[name].drop_null().to_pylist()) for name in floats}
     return {name: n for name, n in counts.items() if n}
 
 
 def rules(params: Params) -> list[Rule]:
-    """Rules under which every latent is described within the bounds of each metric, and the SAE beats an untrained one."""
+    """Make the rules under which an evaluation is complete and consistent, and the SAE is worth publishing."""
+    return [*_latent_rules(params.train.d_sae), *_comparison_rules(params), *_table_rules()]
+
+
+def _latent_rules(d_sae: int) -> list[Rule]:
+    """Make the rules on latents, and on the examples and firings that belong to them."""
     return [
         zero(
             "counts",
             "latents missing or repeated",
-            f"each of {params.train.d_sae} latents has one row",
-            "the catalogue has one feature a latent",
+            f"each of {d_sae} latents has one row",
+            "the catalogue has one feature for each latent",
             row="set",
             first="first missing",
         ),
-        filled("latents", "density", "density is known", "density decides what is dead", row="latent"),
-        within("latents", "density", "density is a share", "it is a share of tokens", row="latent", min_value=0, max_value=1),
+        filled("latents", "density", "density is known", "density decides which latents are dead", row="latent"),
+        within(
+            "latents",
+            "density",
+            "density is a share",
+            "it is the share of tokens on which the latent fires",
+            row="latent",
+            min_value=0,
+            max_value=1,
+        ),
         one_of(
             "latents",
             "dead disagrees",
             [False],
             "latents are dead if and only if their density is 0",
-            "users filter by is_dead: it must say the same as density",
+            "users filter by is_dead, which must agree with density",
             row="latent",
         ),
         within(
             "latents",
             "ms",
             "monosemanticity lies between -1 and 1",
-            "it is a weighted mean of cosines, so it lies between -1 and 1, or is null",
+            "it is a weighted mean of cosines",
             row="latent",
             min_value=-1,
             max_value=1,
@@ -143,33 +160,43 @@ def rules(params: Params) -> list[Rule]:
             "counts",
             "latents with ms",
             "some latent has a monosemanticity score",
-            "with none, too few images or too few firings were evaluated to say anything",
+            "if none has one, too few images or too few firings were evaluated",
             row="set",
             min_value=1,
         ),
-        within("sizes", "rows", "there are examples and firings", "the pages and the labels are made of them", row="table", min_value=1),
+        within("sizes", "rows", "there are examples and firings", "pages and labels are made from them", row="table", min_value=1),
         zero(
             "examples",
             "examples of no decile",
             "examples have a decile from 1 to 10",
-            "pages and label scores take examples by decile",
+            "pages and label scores select examples by decile",
             first="first of no decile",
         ),
         zero(
-            "examples", "examples of no rank", "ranks of examples start at 1", "rank orders them within a decile", first="first of no rank"
+            "examples",
+            "examples of no rank",
+            "ranks of examples start at 1",
+            "they order the examples of a decile",
+            first="first of no rank",
         ),
         zero(
             "firings",
             "rows that are no firing",
             "firings are positive and belong to known latents",
-            "a row of firings says that the latent fires",
+            "a row of firings means that the latent fires",
             first="first no firing",
         ),
+    ]
+
+
+def _comparison_rules(params: Params) -> list[Rule]:
+    """Make the rules on the SAE as a whole, compared with an untrained one and with trivial results."""
+    return [
         zero(
             "counts",
             "dictionaries missing",
             "the baselines are present",
-            "an SAE's numbers mean nothing without the raw neurons' and an untrained SAE's on the same data",
+            "an SAE's numbers mean nothing without those of the raw neurons and of an untrained SAE on the same data",
             row="set",
             first="first dictionaries",
         ),
@@ -178,7 +205,7 @@ def rules(params: Params) -> list[Rule]:
             "counts",
             "fvu of the sae",
             "the SAE's FVU is below 1",
-            "1 is what predicting the mean gives; this is on images it never saw",
+            "predicting the mean has an FVU of 1; here it is measured on images that training never saw",
             row="set",
             max_value=1,
             strict_max=True,
@@ -187,7 +214,7 @@ def rules(params: Params) -> list[Rule]:
             "counts",
             "zero-shot changed by splicing",
             "splicing changes nothing by itself",
-            "with what the SAE leaves out put back in, the model is the plain one: a larger cross-entropy would be no fault of the SAE",
+            "with the SAE's error added back, the model must do as well as without splicing; any difference would not be the SAE's fault",
             row="set",
             max_value=0.01,
         ),
@@ -195,7 +222,7 @@ def rules(params: Params) -> list[Rule]:
             "counts",
             "fvu of the sae",
             "the SAE's FVU is above 0",
-            "0 is a perfect copy of activations that it never saw: then what was decoded was compared with itself",
+            "0 would be a perfect reconstruction of unseen activations, which means that something was compared with itself",
             row="set",
             min_value=0,
             strict_min=True,
@@ -204,7 +231,8 @@ def rules(params: Params) -> list[Rule]:
             "counts",
             "dead share",
             "few latents are dead",
-            f"more than evaluate.max_dead ({params.evaluate.max_dead:g}) dead: these images are few, or others than those of training",
+            f"a share of dead latents above evaluate.max_dead ({params.evaluate.max_dead:g}) means that the images are too few, or unlike "
+            "those of training",
             row="set",
             max_value=params.evaluate.max_dead,
         ),
@@ -212,16 +240,22 @@ def rules(params: Params) -> list[Rule]:
             "counts",
             "ms above floor",
             "monosemanticity is above its floor on average",
-            "the floor is the score of weights that know nothing: below it, activations and judge are of different images",
+            "the floor is the score of uniform weights; a mean below it means that activations and embeddings are of different images",
             row="set",
             min_value=0,
             strict_min=True,
         ),
+    ]
+
+
+def _table_rules() -> list[Rule]:
+    """Make the rules on the tables as a whole."""
+    return [
         zero(
             "undefined",
             "values that are NaN",
             "no value is NaN",
-            "what is undefined is null, which means and rankings leave out; one NaN makes a mean NaN and is the highest of a ranking",
+            "undefined values must be null, so that averages and rankings skip them; a single NaN makes an average NaN and ranks first",
             row="table",
             first="first columns",
         ),
@@ -229,23 +263,23 @@ def rules(params: Params) -> list[Rule]:
             "sums",
             "difference",
             "counts add up",
-            "what one table counts another one lists: a difference is rows that were lost or counted twice",
+            "one table counts what another one lists; a difference means that rows were lost or counted twice",
             row="of",
         ),
     ]
 
 
 def _below_untrained(is_transcoder: bool) -> list[Rule]:
-    """Rules on FVU. No untrained SAE decodes what a transcoder decodes, so only the FVU of the transcoder itself must be there."""
+    """Make the rules on FVU. Beside a transcoder there is no untrained SAE that decodes the same, so only its own FVU must exist."""
     if is_transcoder:
-        return [filled("counts", "fvu of the sae", "the FVU is a number", "NaN would pass for small in the next check", row="set")]
+        return [filled("counts", "fvu of the sae", "the FVU is a number", "the next check would let NaN pass", row="set")]
     return [
-        filled("counts", "fvu below untrained", "both FVUs are numbers", "NaN would pass for small in the next two checks", row="set"),
+        filled("counts", "fvu below untrained", "both FVUs are numbers", "the next two checks would let NaN pass", row="set"),
         within(
             "counts",
             "fvu below untrained",
             "FVU is below the untrained SAE's",
-            "else training did nothing for reconstruction",
+            "otherwise training did nothing for reconstruction",
             row="set",
             min_value=0,
             strict_min=True,

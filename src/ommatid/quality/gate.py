@@ -1,10 +1,10 @@
-"""Great Expectations over the frames of a profile; no other file imports it."""
+"""Validation of a profile's frames with Great Expectations, which no other file imports."""
 
 import os
 from collections.abc import Iterator
 from typing import Any
 
-os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")  # read at import; without it, the library reports every run to its makers
+os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")  # read at import; otherwise the library reports every run to its makers
 
 import great_expectations as gx
 import pandas as pd
@@ -15,7 +15,11 @@ from ommatid.quality.report import Check
 
 
 def validate(frames: Frames, rules: list[Rule]) -> list[Check]:
-    """Hold each frame against its rules; returns one check a rule, in the order of the rules."""
+    """Check each frame against its rules.
+
+    Returns:
+        One check for each rule whose frame exists and has columns, in the order of the rules.
+    """
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False, "metric_calculations": False}  # pyright: ignore[reportAttributeAccessIssue]
     source = context.data_sources.add_pandas("profile")
@@ -43,7 +47,7 @@ def _check(rule: Rule, frame: pd.DataFrame, result: Any) -> Check:
 
 
 def _failures(rule: Rule, result: Any) -> Iterator[str]:
-    """Text for each failing row, at most SHOWN of them, then how many more."""
+    """Yield a text for each of the first SHOWN failing rows, and one with the number of any more."""
     rows = (result.result or {}).get("unexpected_index_list") or []
     if not rows:
         yield f"could not be checked: {result.exception_info}"
@@ -59,7 +63,7 @@ def _label(rule: Rule, value: Any) -> str:
 
 
 def _observed(rule: Rule, values: Any) -> str:
-    """Text that names the column, the range of its values, and the number of rows."""
+    """Return a text with the column, the range of its values and, if there are several rows, their number."""
     over = f" over {len(values)} {rule.row}s" if len(values) > 1 else ""
     return f"{rule.column}: {_range(values)}{over}"
 

@@ -1,4 +1,4 @@
-"""What is checked of the data set: its images are unique, readable and in both splits."""
+"""Profile and rules of the stage `images`: images are unique, readable and in both splits."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from ommatid.store import Artefact
 
 
 def profile(artefact: Artefact, params: Params) -> Frames:
-    """Frames `parts` (one row a part), `splits` (one a split) and `whole` (one row)."""
+    """Make the frames `parts` (one row for each part), `splits` (one for each split) and `whole` (one row)."""
     files = files_of(artefact, "images")
     parts = [{**select(_IMAGE_PART, [path]), **_encoded(artefact, path.name)} for path in files]
     counts = {split: select(f"count(*) FILTER (split = '{split}') AS n", files)["n"] if files else 0 for split in ("train", "eval")}
@@ -30,7 +30,7 @@ _IMAGE_PART = f"""
 
 
 def _encoded(artefact: Artefact, part: str) -> dict[str, Any]:
-    """Count the images of a part whose bytes are empty, reading a few at a time: one photograph may be tens of megabytes."""
+    """Count the images of a part whose bytes are empty. Few are read at a time, because one photograph may have tens of megabytes."""
     empty: list[str] = []
     for batch in iter_batches(artefact, part, ["image", "encoded"], n_rows=64):
         lengths = pc.call_function("binary_length", [batch["encoded"]]).fill_null(0).to_numpy(zero_copy_only=False)
@@ -39,7 +39,7 @@ def _encoded(artefact: Artefact, part: str) -> dict[str, Any]:
 
 
 def _image_set(artefact: Artefact, files: list[Path]) -> dict[str, Any]:
-    """The row of frame `whole`: repeated ids and keys, and the share of files that were rejected."""
+    """Make the row of the frame `whole`: repeated ids and keys, and the share of items that were rejected."""
     repeated = query("SELECT image_id, count(*) AS n FROM {} GROUP BY ALL HAVING n > 1 ORDER BY image_id", files)
     keys = query("SELECT image, count(*) AS n FROM {} GROUP BY ALL HAVING n > 1 ORDER BY image", files)
     rejected = query("SELECT path, reason FROM {} WHERE reason <> 'duplicate' ORDER BY path", files_of(artefact, "rejected"))
@@ -56,13 +56,13 @@ def _image_set(artefact: Artefact, files: list[Path]) -> dict[str, Any]:
 
 
 def rules(params: Params) -> list[Rule]:
-    """Rules under which the data set can be trained and evaluated on, and shows what its source shows."""
+    """Make the rules under which a data set is fit for training and evaluation, and represents its source."""
     return [
         within(
             "splits",
             "images",
             "both splits have images",
-            "training needs images of split train, evaluation and labelling need others that training never saw",
+            "training needs images of the split train; evaluation and labelling need other images, which training never saw",
             row="split",
             min_value=1,
         ),
@@ -70,7 +70,7 @@ def rules(params: Params) -> list[Rule]:
             "whole",
             "repeated ids",
             "image ids are unique",
-            "a repeated picture counts twice in every score and can be in both splits",
+            "a repeated picture would count twice in every score, and could be in both splits",
             row="set",
             first="first repeated ids",
         ),
@@ -86,28 +86,28 @@ def rules(params: Params) -> list[Rule]:
             "parts",
             "images of unknown split",
             "every split is train or eval",
-            "an image of any other split would be used nowhere, silently",
+            "an image of any other split would silently go unused",
             first="first of unknown split",
         ),
         zero(
             "parts",
             "images without size",
             "width and height are positive",
-            "heat maps are placed by width and height",
+            "heat maps are laid over images by their width and height",
             first="first without size",
         ),
         zero(
             "parts",
             "images without bytes",
             "every image has its bytes",
-            "extraction decodes the bytes; the data set is whole by itself",
+            "extraction decodes these bytes, since the data set does not depend on its source",
             first="first without bytes",
         ),
         within(
             "whole",
             "rejected share",
             "few images are rejected",
-            f"more than images.max_rejected ({params.images.max_rejected:g}) unreadable means a wrong or broken source",
+            f"a share of unusable items above images.max_rejected ({params.images.max_rejected:g}) means a wrong or broken source",
             row="set",
             first="first rejected",
             max_value=params.images.max_rejected,

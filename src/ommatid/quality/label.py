@@ -1,4 +1,4 @@
-"""What is checked of labels: each is text or a status, never text about a failure, and its scores can be believed."""
+"""Profile and rules of the stage `label`: a failure is a status and never passes for a label, and scores can be trusted."""
 
 from collections import Counter
 from typing import Any
@@ -15,11 +15,11 @@ _CORRELATIONS = ("correlation", "control_correlation")
 
 
 def profile(artefact: Artefact, params: Params) -> Frames:
-    """Frames `labels` (one row a latent and labeller), `labellers` (one row each) and `counts` (one row)."""
+    """Make the frames `labels` (one row for each latent and labeller), `labellers` (one for each labeller) and `counts` (one row)."""
     labels = table_of(artefact, "labels", ["latent", "labeller", "status", "label", *_SCORES, *_CORRELATIONS])
     each = params.label.each()
-    by = labels["labeller"].to_numpy(object)
-    labellers = [_labeller(name, kind.is_selective, labels.loc[by == name], params.train.d_sae) for name, kind in each.items()]
+    names = labels["labeller"].to_numpy(object)
+    labellers = [_labeller(name, one.is_selective, labels.loc[names == name], params.train.d_sae) for name, one in each.items()]
     ok = labels["status"].to_numpy(object) == "ok"
     labels["label disagrees with status"] = ok != labels["label"].notna()
     labels["label is empty"] = [label is not None and not str(label).strip() for label in labels["label"]]
@@ -27,37 +27,40 @@ def profile(artefact: Artefact, params: Params) -> Frames:
     labels["score outside 0 to 1"] = _outside(labels, _SCORES, 0)
     labels["correlation outside -1 to 1"] = _outside(labels, _CORRELATIONS, -1)
     if len(each) > 1:
-        labels["latent"] = [f"{latent} ({name})" for latent, name in zip(labels["latent"], by, strict=True)]
+        labels["latent"] = [f"{latent} ({name})" for latent, name in zip(labels["latent"], names, strict=True)]
     counts = {
         "set": "all labels",
         "ok labels": int(ok.sum()),
         "first statuses": named([f"{n} {status}" for status, n in Counter(labels["status"]).items()]),
-        "labels of unknown labellers": sum(name not in each for name in by),
+        "labels of unknown labellers": sum(name not in each for name in names),
         "images in both halves": artefact.summary.get("n_images_in_both"),
     }
     return {"labels": labels, "labellers": pd.DataFrame(labellers), "counts": pd.DataFrame([counts])}
 
 
-def _labeller(name: str, is_selective: bool, own: pd.DataFrame, d_sae: int) -> dict[str, Any]:
-    """A row of frame `labellers`: latents with too few or too many rows, and how far the controls are from chance."""
-    times = Counter(own["latent"].tolist())
-    lacking = [] if is_selective else [latent for latent in range(d_sae) if latent not in times]
-    odd = sorted({*lacking, *(latent for latent, n in times.items() if n > 1 or not 0 <= latent < d_sae)})
+def _labeller(name: str, is_selective: bool, labels: pd.DataFrame, d_sae: int) -> dict[str, Any]:
+    """Make a row of the frame `labellers`: latents with too few or too many rows, and how far the controls are from chance.
+
+    Latents that a selective labeller leaves out are not counted.
+    """
+    times = Counter(labels["latent"].tolist())
+    missing = [] if is_selective else [latent for latent in range(d_sae) if latent not in times]
+    odd = sorted({*missing, *(latent for latent, n in times.items() if n > 1 or not 0 <= latent < d_sae)})
     row = {"labeller": name, "latents missing or repeated": len(odd), "first missing": named([f"latent {n}" for n in odd[:SHOWN]])}
-    return row | {f"{control} off chance": _off_chance(own[control]) for control in ("control_score", "random_score")}
+    return row | {f"{control} off chance": _off_chance(labels[control]) for control in ("control_score", "random_score")}
 
 
 def _off_chance(scores: Any) -> float:
-    """How far the mean of scores is from one half, beyond two standard errors; 0 where there are none.
+    """Return by how much the distance of the mean score from one half exceeds two standard errors; 0 if there are no scores.
 
-    A share lies within 0.5 of one half, so the mean of n of them has a standard error of 0.5 / sqrt(n) at most.
+    Scores lie between 0 and 1, so the mean of n of them has a standard error of at most 0.5 / sqrt(n).
     """
     known = scores.dropna().to_numpy(np.float64)
     return max(0.0, abs(float(known.mean()) - 0.5) - len(known) ** -0.5) if len(known) else 0.0
 
 
 def _outside(frame: pd.DataFrame, columns: tuple[str, ...], low: float) -> list[str]:
-    """For each row, the first of these columns whose value is not null and lies below `low` or above 1, with the value; else empty."""
+    """Name, for each row, the first column whose value lies below `low` or above 1, with the value; empty if there is none. Nulls pass."""
     values = frame[list(columns)].to_numpy(np.float64, na_value=np.nan)
     found = [""] * len(values)
     for row, column in np.argwhere((values < low) | (values > 1))[::-1].tolist():
@@ -66,25 +69,45 @@ def _outside(frame: pd.DataFrame, columns: tuple[str, ...], low: float) -> list[
 
 
 def rules(params: Params) -> list[Rule]:
-    """Rules under which labels are text or a status, never text about a failure, and their scores can be believed."""
-    statuses = ["ok", "unparsed", "refused", "failed", "over_budget", "too_few_examples"]
+    """Make the rules under which a failure never passes for a label, and scores can be trusted."""
+    return [*_row_rules(), *_labeller_rules()]
+
+
+_STATUSES = ["ok", "unparsed", "refused", "failed", "over_budget", "too_few_examples"]
+
+
+def _row_rules() -> list[Rule]:
     return [
-        one_of("labels", "status", statuses, "every status is known", "pages and queries tell labels from failures by it", row="latent"),
+        one_of(
+            "labels",
+            "status",
+            _STATUSES,
+            "every status is known",
+            "pages and queries distinguish labels from failures by it",
+            row="latent",
+        ),
         one_of(
             "labels",
             "label disagrees with status",
             [False],
             "there is a label if and only if the status is ok",
-            "a failed label must not be read, searched or scored as one",
+            "a failure must not be read, searched or scored as a label",
             row="latent",
         ),
-        one_of("labels", "label is empty", [False], "no label is empty", "an empty name would be shown and searched as one", row="latent"),
+        one_of(
+            "labels",
+            "label is empty",
+            [False],
+            "no label is empty",
+            "an empty label would be shown and searched like any other",
+            row="latent",
+        ),
         one_of(
             "labels",
             "score without status ok",
             [False],
             "only labels with status ok have a score",
-            "a mean over scores must not count what has no label",
+            "a mean score must not include latents without a label",
             row="latent",
         ),
         one_of(
@@ -92,7 +115,7 @@ def rules(params: Params) -> list[Rule]:
             "score outside 0 to 1",
             [""],
             "scores lie between 0 and 1",
-            "balanced accuracy and the area under a ROC curve lie between 0 and 1",
+            "they are balanced accuracies and areas under ROC curves",
             row="latent",
         ),
         one_of(
@@ -100,14 +123,19 @@ def rules(params: Params) -> list[Rule]:
             "correlation outside -1 to 1",
             [""],
             "correlations lie between -1 and 1",
-            "they are cosines of ranks",
+            "they are rank correlations",
             row="latent",
         ),
+    ]
+
+
+def _labeller_rules() -> list[Rule]:
+    return [
         zero(
             "labellers",
             "latents missing or repeated",
             "every latent has one row for each labeller",
-            "a latent without a label has a status that says why; only people label some and not others",
+            "a latent without a label has a row whose status says why; only people may leave latents out",
             row="labeller",
             first="first missing",
         ),
@@ -115,26 +143,26 @@ def rules(params: Params) -> list[Rule]:
             "counts",
             "labels of unknown labellers",
             "all rows come from the labellers of label.labellers",
-            "else nobody asked for them",
+            "labels by anyone else were not requested",
             row="set",
         ),
-        filled("counts", "images in both halves", "the uses of images were counted", "see the next check", row="set"),
+        filled("counts", "images in both halves", "the uses of images were counted", "the next check needs the count", row="set"),
         zero(
             "counts",
             "images in both halves",
             "no image both made and scored a label",
-            "a name scored on the images that made it says nothing of others",
+            "the score of a label on the images that it was made from says nothing about other images",
             row="set",
         ),
         *(
             _near_chance(control, whose)
-            for control, whose in (("control_score", "another latent's name"), ("random_score", "a random word"))
+            for control, whose in (("control_score", "another latent's label"), ("random_score", "a random word"))
         ),
         within(
             "counts",
             "ok labels",
             "some latent has a label",
-            "with none, every labeller failed, or vocabulary or examples are wrong",
+            "if none has one, every labeller failed, or the vocabulary or the examples are wrong",
             row="set",
             first="first statuses",
             min_value=1,
@@ -143,7 +171,7 @@ def rules(params: Params) -> list[Rule]:
 
 
 _CHANCE = 0.1
-"""Distance from one half that the mean of a control may have, besides two standard errors; labels of kindred latents fit, too."""
+"""Distance from one half that the mean score of a control may have, beyond two standard errors: labels of similar latents fit, too."""
 
 
 def _near_chance(control: str, whose: str) -> Rule:
@@ -151,8 +179,8 @@ def _near_chance(control: str, whose: str) -> Rule:
         "labellers",
         f"{control} off chance",
         f"{whose} scores near chance",
-        f"a name that is not the latent's can tell its images only by luck or kinship: a mean more than {_CHANCE:g} (and two standard "
-        "errors) from 0.5 means that the test itself gives the answer away",
+        f"text that is not about the latent fits its images only by luck or likeness: a mean that is more than {_CHANCE:g} (beyond two "
+        "standard errors) from 0.5 means that the test itself gives the answer away",
         row="labeller",
         max_value=_CHANCE,
     )

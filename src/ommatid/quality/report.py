@@ -1,4 +1,4 @@
-"""The findings of a gate: as values, as JSON that `dvc metrics show` reads, and as a page that needs no network."""
+"""The report of a gate: as values, as JSON that `dvc metrics show` reads, and as a page that needs no network."""
 
 import json
 import math
@@ -19,19 +19,19 @@ class Check:
     name: str
     """What must hold, in a few words."""
     reason: str
-    """Why it must hold: what would go wrong later."""
+    """Why it must hold: what would go wrong later if it did not."""
     success: bool
     """Whether it holds."""
     observed: str
-    """What was found."""
+    """Values that were found."""
     detail: str
-    """What failed, naming rows or parts; empty when it passed."""
+    """Failing rows or parts; empty if the check passed."""
     sae: str | None = None
-    """Name of the SAE that the check is about, where the artefact holds several; None for the artefact as a whole."""
+    """Name of the SAE that the check is about, if the artefact holds several; None if it is about the artefact as a whole."""
 
     @property
     def title(self) -> str:
-        """The name of the check, after that of its SAE."""
+        """Name of the check, preceded by that of the SAE if there is one."""
         return f"{self.sae}: {self.name}" if self.sae else self.name
 
 
@@ -42,9 +42,9 @@ class Report:
     stage: str
     """Stage that made the artefact."""
     checks: tuple[Check, ...]
-    """In the order of the rules."""
+    """Checks in the order of the rules."""
     summary: dict[str, Any]
-    """Statistics from the artefact's manifest."""
+    """Summary from the artefact's manifest."""
 
     @property
     def success(self) -> bool:
@@ -53,14 +53,14 @@ class Report:
 
     @property
     def failures(self) -> tuple[Check, ...]:
-        """The checks that failed."""
+        """Checks that failed."""
         return tuple(check for check in self.checks if not check.success)
 
     @property
     def rejected(self) -> dict[str, str]:
-        """SAEs that failed a check while others passed, each with the reason; the others can be published without them.
+        """SAEs that failed a check while others passed, with the reason. The rest of the artefact can be published without them.
 
-        Empty if all passed, all failed, or the artefact as a whole failed.
+        Empty if all SAEs passed, all failed, or the artefact as a whole failed.
         """
         reasons: dict[str, list[str]] = {}
         for check in self.failures:
@@ -68,17 +68,21 @@ class Report:
                 return {}
             reasons.setdefault(check.sae, []).append(f"{check.name}: {check.detail}")
         saes = {check.sae for check in self.checks}
-        return {sae: "; ".join(found) for sae, found in reasons.items()} if len(reasons) < len(saes) else {}
+        return {sae: "; ".join(its_reasons) for sae, its_reasons in reasons.items()} if len(reasons) < len(saes) else {}
 
     @property
     def numbers(self) -> dict[str, float]:
-        """The finite numbers of the summary by dotted key."""
+        """Finite numbers of the summary, by dotted key."""
         flat = dotted(self.summary)
         return {key: value for key, value in flat.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
-    """Write `<stage>.json` and `<stage>.html`; the same report makes the same bytes, since both are DVC outputs."""
+    """Write `<stage>.json` and `<stage>.html`. Both are outputs of DVC, so the same report always makes the same bytes.
+
+    Returns:
+        The paths of the JSON file and of the page.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     json_path, html_path = folder / f"{report.stage}.json", folder / f"{report.stage}.html"
     _write(json_path, json.dumps(_as_json(report), indent=2) + "\n")
@@ -87,7 +91,7 @@ def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
 
 
 def _as_json(report: Report) -> dict[str, Any]:
-    # `dvc metrics show` makes a column of every number and text at the top and drops lists: these stay readable in the file only
+    # `dvc metrics show` makes a column of every number and string that is not in a list, so details go into lists.
     counts = {
         "success": report.success,
         "n_checks": len(report.checks),

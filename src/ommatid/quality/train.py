@@ -1,4 +1,4 @@
-"""What is checked of a trained SAE: its tensors are whole, it learned something, and it is as sparse as asked."""
+"""Profile and rules of the stage `train`: the SAE's tensors are complete, it learned something, and it is as sparse as requested."""
 
 from typing import Any
 
@@ -11,16 +11,20 @@ from ommatid.quality.base import Frames, Rule, filled, one_of, within, zero
 from ommatid.store import Artefact
 
 _TENSORS = {"W_enc": ("ms",), "b_enc": ("s",), "W_dec": ("so",), "b_dec": ("o",), "threshold": ("", "s")}
-"""Shapes that each tensor may have, one letter a dimension.
+"""Shapes that each tensor may have, with one letter for each dimension.
 
-m is d_model, s is d_sae, and o is the width of what is decoded, which only in a transcoder may differ from d_model.
+m is d_model, s is d_sae, and o is the width of the reconstruction, which differs from d_model only in a transcoder.
 """
 _GATED = {"gate_scale": ("s",), "gate_shift": ("s",)}
-"""Tensors that a gated SAE has besides."""
+"""Additional tensors of a gated SAE."""
 
 
 def profile(artefact: Artefact, params: Params) -> Frames:
-    """Frames `tensors` (one row a tensor), `directions` (one a latent), `final` (the last row of the curves) and `counts` (one row)."""
+    """Make the frames of an SAE.
+
+    They are `tensors` (one row for each tensor), `directions` (one for each latent), `final` (the last row of the curves) and `counts`
+    (one row).
+    """
     path = artefact.file("sae.safetensors")
     with safe_open(path, framework="numpy") as file:
         names = set(file.keys())
@@ -38,7 +42,7 @@ def profile(artefact: Artefact, params: Params) -> Frames:
 
 
 def _sizes(file: Any, names: set[str], params: TrainParams) -> dict[str, int | None]:
-    """Size of each letter of a shape; None where the tensor that has it is missing."""
+    """Return the size that each letter of a shape stands for; None if the tensor that determines it is missing."""
     d_out = file.get_slice("b_dec").get_shape()[0] if "b_dec" in names else None
     d_in = file.get_slice("W_enc").get_shape()[0] if "W_enc" in names else None
     return {"m": d_out if params.target is None else d_in, "s": params.d_sae, "o": d_out}
@@ -54,7 +58,7 @@ def _tensor(file: Any, names: set[str], name: str, shapes: list[list[int | None]
 
 
 def rules(params: Params) -> list[Rule]:
-    """Rules under which the SAE is whole, learned something, and is as sparse as asked."""
+    """Make the rules under which an SAE is complete, has learned something, and is as sparse as requested."""
     last = {"row": "step"}
     return [
         one_of(
@@ -65,15 +69,17 @@ def rules(params: Params) -> list[Rule]:
             "later stages and other tools rebuild the SAE from these tensors alone",
             row="tensor",
         ),
-        zero("tensors", "values not finite", "weights are finite", "one NaN makes every latent of every token NaN", row="tensor"),
+        zero("tensors", "values not finite", "weights are finite", "one NaN makes every latent NaN for every token", row="tensor"),
         *([_unit_directions()] if params.train.variant.has_unit_directions else []),
-        within("counts", "rows", "there is a training curve", "without a curve nobody can say how training went", row="table", min_value=1),
+        within(
+            "counts", "rows", "there is a training curve", "without a curve nobody can tell how training went", row="table", min_value=1
+        ),
         filled("final", "fvu", "the final FVU is a number", "NaN means that training diverged", **last),
         within(
             "final",
             "fvu",
             "the final FVU is below 1",
-            "1 is what predicting the mean gives: above it the SAE explains nothing",
+            "predicting the mean has an FVU of 1: an SAE that is no better explains nothing",
             max_value=1,
             strict_max=True,
             **last,
@@ -83,7 +89,7 @@ def rules(params: Params) -> list[Rule]:
             "final",
             "dead",
             "few latents are dead",
-            f"more than train.max_dead ({params.train.max_dead:g}) dead is capacity paid for and not used",
+            f"a share of dead latents above train.max_dead ({params.train.max_dead:g}) is capacity that is paid for but not used",
             max_value=params.train.max_dead,
             **last,
         ),
@@ -95,7 +101,7 @@ def _unit_directions() -> Rule:
         "directions",
         "norm",
         "directions have unit norm",
-        "activations of different latents compare only when their directions are equally long",
+        "activations of different latents can be compared only if their directions are equally long",
         row="latent",
         min_value=1 - 1e-3,
         max_value=1 + 1e-3,
@@ -107,7 +113,7 @@ def _near_k(k: int) -> Rule:
         "final",
         "l0",
         "L0 is near k",
-        f"train.k asked for {k} latents a token; half or twice as many is another SAE than asked for",
+        f"train.k requests {k} active latents a token; with less than half or more than twice as many it is a different SAE",
         row="step",
         min_value=k / 2,
         max_value=k * 2,
