@@ -103,6 +103,15 @@ def is_there(page: Path, name: str) -> bool:
     return True
 
 
+def test_the_page_on_architecture_has_every_room_and_the_layers_of_the_contract() -> None:
+    page = TEXT[DOCS / "developers/architecture.md"]
+    rooms = {path.parent.name for path in (CHECKOUT / "src/ommatid").glob("*/__init__.py")}
+    assert {room for room in rooms if f"`{room}/`" not in page.partition("## Rooms")[2].partition("## Layers")[0]} == set()
+    contracts = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    layers = [set(layer.replace("ommatid.", "").split(" : ")) for layer in contracts[0]["layers"]]
+    assert [set(line.split(", ")) for line in page.partition("## Layers")[2].split("```")[1].strip().splitlines()] == layers
+
+
 def test_the_index_lists_every_page() -> None:
     index = DOCS / "index.md"
     linked = {(DOCS / link).resolve() for link in re.findall(r"^\| \[[^]]+\]\(([^)#]+)\) \| .+ \|$", TEXT[index], re.MULTILINE)}
