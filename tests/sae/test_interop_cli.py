@@ -39,5 +39,5 @@ def test_k_that_nobody_said(tmp_path: Path) -> None:
 def test_mistakes_are_the_users_to_mend(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected KEY=VALUE"):
         run("import", str(fixture("saev-relu")), "--set", "k")
-    with pytest.raises(ModelError, match="no SAE of Ommatid"):
+    with pytest.raises(ModelError, match="no SAE in Ommatid's format"):
         run("export", "--sae", str(tmp_path), "--to", "saev", "--out", str(tmp_path / "out"))

@@ -98,7 +98,7 @@ def test_saev_of_later_schemas(copy: Callable[[str], Path]) -> None:
 def test_a_checkpoint_without_config_must_say_its_class(copy: Callable[[str], Path]) -> None:
     folder = copy(LEARNT)
     (folder / "config.json").unlink()
-    refuse(folder, "AutoEncoderTopK or of BatchTopKSAE", "--set class=")
+    refuse(folder, "AutoEncoderTopK or BatchTopKSAE", "--set class=")
     assert import_sae(folder, replace(TOLD, values={"class": "AutoEncoderTopK"})).config.activation == "topk"
     refuse(folder, "'Other' is not known", overrides=replace(TOLD, values={"class": "Other"}))
     (folder / "config.json").write_text('{"trainer": {"dict_class": "MySAE"}}', encoding="utf-8")
@@ -203,16 +203,16 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
 
 def test_a_tensor_larger_than_its_numbers(tmp_path: Path) -> None:
     torch.save({"W_enc": torch.zeros(1).expand(10**9, 10**9)}, tmp_path / "ae.pt")
-    refuse(tmp_path, "W_enc: larger than the numbers")
+    refuse(tmp_path, "W_enc: larger than the values")
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "not a whole file"),
-        (b"text", "not a whole file"),
-        (b"PK\x03\x04 and no more", "not a whole file"),
-        (pickle.dumps({"a": 1}, protocol=2), "not a whole file"),
+        (b"", "not a complete file"),
+        (b"text", "not a complete file"),
+        (b"PK\x03\x04 and no more", "not a complete file"),
+        (pickle.dumps({"a": 1}, protocol=2), "not a complete file"),
     ],
 )
 def test_what_is_no_file_of_torch(content: bytes, reason: str, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_half_a_file(copy: Callable[[str], Path]) -> None:
     for name, inside in ((LEARNT, "ae.pt"), (SAEV, "sae.pt"), (LENS, "sae_weights.safetensors")):
         file = copy(name) / inside
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-        refuse(file.parent, str(file), "not a whole")
+        refuse(file.parent, str(file), "not a complete")
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_places_without_an_sae(tmp_path: Path) -> None:
     refuse(tmp_path / "none", "no such file or folder")
     refuse(tmp_path, "an empty folder")
     (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
-    refuse(tmp_path, "among notes.txt; known are saelens")
+    refuse(tmp_path, "among notes.txt; known formats are saelens")
     refuse(tmp_path / "notes.txt", "not an SAE of a known library")
     refuse(fixture(LENS).parent, "holds SAEs in dictionary_learning-AutoEncoder", "name one of these folders")
     with pytest.raises(ModelError, match="'keras' is not known"):
@@ -272,5 +272,5 @@ def test_an_own_sae_is_used_as_it_is(tmp_path: Path) -> None:
     write_native(make_own(), tmp_path)
     with pytest.raises(ModelError, match="use it as it is"):
         find_format(tmp_path)
-    with pytest.raises(ModelError, match="no SAE of Ommatid"):
+    with pytest.raises(ModelError, match="no SAE in Ommatid's format"):
         load_native(fixture(LENS))

@@ -94,7 +94,7 @@ def test_float32_on_disk_whatever_it_was(tmp_path: Path) -> None:
         ("saev", make_own("topk"), "ReLU only, and this SAE has topk"),
         ("overcomplete", make_own("topk"), "decoder has no bias"),
         ("overcomplete", make_own("gated", b_dec=False), "no gated SAE"),
-        ("keras", make_own(), "'keras' is not known; known are saelens"),
+        ("keras", make_own(), "'keras' is not known; known formats are saelens"),
     ],
 )
 def test_what_a_library_lacks_is_refused(form: str, sae: SAE, reason: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Baseline dictionaries that an SAE is compared with, behind one protocol. k-means and NMF have their own files.
+"""Baseline dictionaries for comparison with an SAE, behind one protocol. k-means and NMF have files of their own.
 
 Each baseline is fitted on a float32 sample of training tokens, `(tokens, d_model)`. The same sample and seed give the same baseline.
 """
@@ -15,11 +15,11 @@ from ommatid.sae.model import SAE, SAEConfig
 from ommatid.sae.nmf import fit_nmf
 
 ROWS = 8192
-"""Tokens converted to float64 at a time."""
+"""Number of tokens that are standardised, or converted to float64, at a time."""
 
 
 class Dictionary(Protocol):
-    """A dictionary of latents that tokens are encoded to and decoded from: the interface that an SAE shares with its baselines."""
+    """A dictionary of latents, with which tokens are encoded and decoded: the interface that an SAE shares with its baselines."""
 
     @property
     def name(self) -> str:
@@ -37,11 +37,11 @@ class Dictionary(Protocol):
         ...
 
     def encode(self, x_bd: Float[Tensor, "batch d_model={self.d_model}"]) -> Float[Tensor, "batch n_latents={self.n_latents}"]:
-        """Return the latent activations `(batch, n_latents)` of x `(batch, d_model)`: non-negative, except those of raw neurons."""
+        """Return the latent activations `(batch, n_latents)` of x `(batch, d_model)`. Only those of raw neurons may be negative."""
         ...
 
     def decode(self, acts_bs: Float[Tensor, "batch n_latents={self.n_latents}"]) -> Float[Tensor, "batch d_out"]:
-        """Return the reconstruction x̂ `(batch, d_model)` of acts `(batch, n_latents)`."""
+        """Return the reconstruction x̂ `(batch, d_out)` of acts `(batch, n_latents)`."""
         ...
 
 
@@ -64,7 +64,17 @@ class Neurons:
 
 
 def make_baseline(kind: Baseline, config: SAEConfig, sample_nd: Float[Tensor, "tokens d_model"], seed: int) -> Dictionary:
-    """Fit a baseline for an SAE, with as many latents and as many firings per token as the SAE where the method allows it."""
+    """Fit a baseline with as many latents, and as many firings per token, as an SAE has, where the method allows it.
+
+    Args:
+        kind: Kind of the baseline.
+        config: Configuration of the SAE.
+        sample_nd: Training tokens, `(tokens, d_model)`.
+        seed: Seed of random draws.
+
+    Returns:
+        The fitted dictionary.
+    """
     match kind:
         case "sparse_neurons":
             return make_sparse_neurons(config, sample_nd)
@@ -79,10 +89,17 @@ def make_baseline(kind: Baseline, config: SAEConfig, sample_nd: Float[Tensor, "t
 
 
 def make_sparse_neurons(config: SAEConfig, sample_nd: Float[Tensor, "tokens d_model"]) -> SAE:
-    """Make raw neurons as sparse as the SAE's latents: a control for how much of an SAE's monosemanticity comes from sparsity alone.
+    """Make an SAE of raw neurons as sparse as the SAE's latents, which shows how much monosemanticity comes from sparsity alone.
 
     Each dimension, standardised by its mean and standard deviation, gives two latents, one for each sign. All latents share one threshold,
-    chosen so that the average latent fires on k / d_sae of the sample's tokens.
+    chosen so that a latent fires, on average, on k / d_sae of the tokens.
+
+    Args:
+        config: Configuration of the SAE.
+        sample_nd: Training tokens, `(tokens, d_model)`, of which the first `ROWS` set the threshold.
+
+    Returns:
+        The sparse neurons, as an SAE with 2 · d_model latents.
     """
     d_model = sample_nd.shape[1]
     mean, std = sample_nd.mean(0), sample_nd.std(0).clamp_min(1e-12)
@@ -101,8 +118,15 @@ def make_pca(config: SAEConfig, sample_nd: Float[Tensor, "tokens d_model"]) -> S
     """Make an SAE whose directions are the principal components and their opposites; the k largest latents of a token fire.
 
     There are 2 · min(d_model, d_sae / 2) latents, two per component, and the components with the largest variance come first. Only one
-    sign of a component can fire on a token. If k is at least the number of components, nothing is cut off: x̂ is then the projection on
+    sign of a component can fire on a token. If k is at least the number of components, none is cut off, and x̂ is the projection of x onto
     the components (Jolliffe 2002), which is x itself if there are d_model of them.
+
+    Args:
+        config: Configuration of the SAE.
+        sample_nd: Training tokens, `(tokens, d_model)`.
+
+    Returns:
+        The SAE.
     """
     d_model = sample_nd.shape[1]
     rank = min(d_model, config.d_sae // 2)

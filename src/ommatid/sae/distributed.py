@@ -1,4 +1,4 @@
-"""Collective operations for several processes that train one SAE together. In a single process they do nothing."""
+"""Collective operations for processes that train one SAE together. A single process can call them without a process group."""
 
 import os
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Form a process group of the processes that `torchrun` started; each uses the GPU of its local rank, if there are GPUs.
+    """Join the processes that `torchrun` started into a group. Each uses the GPU of its local rank, if there are GPUs.
 
     Rank 0 does everything that a single process does. The other ranks wait until it calls `agree_to_train`.
     """
@@ -24,7 +24,7 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         if rank() == 0 and not _agreements:
-            agree_to_train(False)  # rank 0 ended without training: the other ranks are still waiting for it to decide
+            agree_to_train(False)  # Rank 0 ended without training, and the other ranks are still waiting for its decision.
         dist.destroy_process_group()
 
 
@@ -32,7 +32,7 @@ def agree_to_train(is_wanted: bool = True) -> bool:
     """Broadcast whether rank 0 wants to train.
 
     Args:
-        is_wanted: Rank 0's decision; the argument of other ranks is ignored.
+        is_wanted: Whether this rank wants to train. Only rank 0's value counts.
 
     Returns:
         Rank 0's decision, on every rank.
@@ -77,7 +77,7 @@ def broadcast(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
 
 
 def nth_largest(values: Float[Tensor, " values"], n_wanted: int) -> float:
-    """Return the n-th largest of all ranks' values: the smallest if there are fewer than n, 0 if there are none."""
+    """Return the `n_wanted`-th largest of all ranks' values: the smallest if there are fewer, 0 if there are none."""
     everyone = _all_gather(values)
     if len(everyone) == 0:
         return 0.0
@@ -86,14 +86,15 @@ def nth_largest(values: Float[Tensor, " values"], n_wanted: int) -> float:
 
 
 def keep_largest(values: Float[Tensor, " values"], n_wanted: int) -> tuple[Int[Tensor, " kept"] | None, float]:
-    """Find which of this rank's values are among the n largest of all ranks. Ties at the border go to the lower ranks.
+    """Find which of this rank's values are among the `n_wanted` largest over all ranks. Ties go to the lower ranks.
 
     Args:
         values: This rank's values, `(n,)`.
-        n_wanted: How many values to keep over all ranks.
+        n_wanted: Number of values to keep over all ranks.
 
     Returns:
-        The indices of this rank's values that are kept, ascending, or None if all of them are; and the smallest value kept on any rank.
+        The indices of the values that this rank keeps, ascending, `(n_kept,)`, or None if it keeps all; and the smallest value kept on
+        any rank, or 0 if there is none.
     """
     if n_ranks() == 1:
         if len(values) <= n_wanted:

@@ -1,8 +1,8 @@
 """Entries: the (token, latent) pairs of a batch at which a latent may fire, and the products that training computes at those pairs.
 
 `Sparse` stores entries as compressed rows: the reconstruction, the sampled product and the weight gradients cost entries · d_model each.
-`Dense` stores the whole matrix: they cost batch · d_sae · d_model each, which is faster above some density. Tests check one against the
-other.
+`Dense` stores the whole matrix: these products cost batch · d_sae · d_model each, but are faster above some density. Tests compare the
+two.
 
 A Matryoshka dictionary has several levels: level l reconstructs with the latents below its bound. Other dictionaries have one level.
 Suffixes of names: b tokens of the batch, l levels, d d_model, s latents, n entries.
@@ -18,18 +18,18 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 LATENTS_PER_CHUNK = 512
-"""Latents whose weight gradients are computed together without MKL. Larger allocations would be zeroed by the system each time."""
+"""Number of latents whose weight gradients are computed together without MKL. The system would zero larger allocations each time."""
 HAS_MKL = torch.backends.mkl.is_available()
 """Whether torch has MKL, whose sparse product takes half the time of `embedding_bag` and writes into a given tensor."""
 
 
-with warnings.catch_warnings():  # torch warns once per process that sparse CSR support is in beta
+with warnings.catch_warnings():  # torch warns once per process that sparse CSR support is in beta.
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
 
 
 class Levels:
-    """Levels of a dictionary: level l is made of the latents below `bounds[l]`. Bounds increase, and the last is d_sae."""
+    """Levels of a dictionary: level l consists of the latents below `bounds[l]`. Bounds increase, and the last is d_sae."""
 
     def __init__(self, bounds: tuple[int, ...], device: torch.device | str = "cpu") -> None:
         self.bounds = bounds
@@ -51,7 +51,7 @@ class Levels:
 
 @dataclass(frozen=True)
 class Sparse:
-    """Some entries of a batch, ordered by token; at all others, no latent fires."""
+    """Some entries of a batch, ordered by token. Latents fire at no other entries."""
 
     n_tokens: int
     """Number of tokens in the batch."""
@@ -73,7 +73,7 @@ class Sparse:
         return torch.zeros(self.levels.bounds[-1], dtype=values.dtype, device=values.device).index_add_(0, self.latents, values)
 
     def max_by_latent(self, values: Float[Tensor, " entries"]) -> Float[Tensor, " d_sae"]:
-        """Return the largest of the values of each latent's entries, but at least 0, `(d_sae,)`."""
+        """Return the largest value among each latent's entries, or 0 if that is larger or there are none, `(d_sae,)`."""
         zeros = torch.zeros(self.levels.bounds[-1], dtype=values.dtype, device=values.device)
         return zeros.scatter_reduce_(0, self.latents, values, "amax")
 
@@ -82,7 +82,7 @@ class Sparse:
         return self.latents[acts > 0]
 
     def decode(self, acts: Float[Tensor, " entries"], W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "batch levels d_out"]:
-        """Return what each level adds to the reconstruction, without the bias, `(batch, levels, d_model)`."""
+        """Return what each level adds to the reconstruction, without the bias, `(batch, levels, d_out)`."""
         starts = torch.searchsorted(self._bags, torch.arange(self.n_tokens * self.levels.n, device=self.rows.device))
         return embedding_bag(self.latents, W_dec, starts, mode="sum", per_sample_weights=acts).unflatten(0, (-1, self.levels.n))
 
@@ -100,12 +100,12 @@ class Sparse:
     def weighted_sums(
         self, weights: Float[Tensor, " entries"], table_bld: Float[Tensor, "batch levels d"], out_sd: Float[Tensor, "d_sae d"]
     ) -> None:
-        """Write, for each latent, the weighted sum over its entries of the table's rows, into `out_sd` `(d_sae, d_model)`.
+        """Compute, for each latent, the weighted sum of the table's rows for its entries.
 
         Args:
             weights: Weight of each entry, `(n,)`.
-            table_bld: A row for each token and level, or for each token.
-            out_sd: Output, overwritten.
+            table_bld: A row for each token and level, `(batch, levels, d)`, or for each token, `(batch, 1, d)`.
+            out_sd: Output, `(d_sae, d)`, overwritten.
         """
         order, bounds = self._by_latent
         rows, sorted_weights = (t.index_select(0, order) for t in (self._bags_of(table_bld), weights))
@@ -135,7 +135,7 @@ class Sparse:
 
 @dataclass(frozen=True)
 class Dense:
-    """All entries of a batch. Where a latent does not fire, its activation and the gradient of it are 0."""
+    """All entries of a batch. Where a latent does not fire, its activation and the gradient with respect to it are 0."""
 
     levels: Levels
     """Levels of the dictionary."""

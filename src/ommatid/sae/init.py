@@ -1,4 +1,4 @@
-"""Initial weights: directions made from data points, and an encoder scaled so that the reconstruction has the right length."""
+"""Initial weights: directions made from data points, and an encoder scaled so that reconstructions fit their targets."""
 
 import torch
 from jaxtyping import Float, Int
@@ -13,23 +13,23 @@ from ommatid.sae.weights import Weights
 DATAPOINT_BLEND = 0.8
 """Weight of the data point in an initial direction; the rest is noise (saev)."""
 TOKENS_OF_SCALE = 2048
-"""Tokens on which the scale of the encoder is fitted."""
+"""Number of tokens on which the scale of the encoder is fitted."""
 ROWS_PER_CHUNK = 1024
-"""Directions computed at a time."""
+"""Number of directions computed at a time."""
 
 
 def make_weights(d_sae: int, x_nd: Float[Tensor, "tokens d_model"], target_nd: Float[Tensor, "tokens d_out"] | None, seed: int) -> Weights:
-    """Initialise from data points (saev): directions blend centred data points with noise, W_enc copies them, b_dec is the mean.
+    """Initialise from data points (saev): directions blend centred data points with noise, W_enc copies them, and b_dec is the mean.
 
     Args:
         d_sae: Number of latents.
         x_nd: Scaled activations from which data points are drawn, `(tokens, d_model)`.
         target_nd: Scaled activations that a transcoder reconstructs for the same tokens, `(tokens, d_out)`: W_dec is made from these.
             None for an autoencoder.
-        seed: Seed of the draw.
+        seed: Seed of the random choice of data points and of the noise.
 
     Returns:
-        The weights, with b_enc 0. A transcoder's also hold the mean of `x_nd` as `b_pre`.
+        The weights, with b_enc 0. Those of a transcoder also hold the mean of `x_nd`, as `b_pre`.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(x_nd), (d_sae,), generator=generator)
@@ -46,15 +46,15 @@ def make_weights(d_sae: int, x_nd: Float[Tensor, "tokens d_model"], target_nd: F
 def fit_scale(
     weights: Weights, x_nd: Float[Tensor, "tokens d_model"], k: int, target_nd: Float[Tensor, "tokens d_out"] | None = None
 ) -> None:
-    """Scale the encoder so that x̂, made from the k largest latents of each token, has the right length.
+    """Scale the encoder so that x̂, reconstructed from the k largest latents of each token, fits the target in the least-squares sense.
 
-    The factor is Σ x·x̂ / Σ ‖x̂‖² over some tokens. Directions overlap and add up: with encoder rows of unit length, x̂ would be several
-    times too long, and FVU would begin far above 1.
+    The factor is Σ target·x̂ / Σ ‖x̂‖² over the first `TOKENS_OF_SCALE` tokens. Without it, x̂ would be several times too long and FVU
+    would begin far above 1, because directions overlap and their contributions add up.
 
     Args:
         weights: Weights with b_enc 0; W_enc is scaled in place.
         x_nd: Scaled, centred activations, `(tokens, d_model)`.
-        k: Latents that fire per token.
+        k: Number of latents that fire per token.
         target_nd: Centred activations that a transcoder reconstructs, `(tokens, d_out)`. None for an autoencoder.
     """
     x = x_nd[:TOKENS_OF_SCALE]
@@ -71,7 +71,7 @@ def fit_scale(
 def _directions(
     x_nd: Float[Tensor, "tokens d_model"], chosen: Int[Tensor, " d_sae"], noise: Float[Tensor, "d_sae d_model"]
 ) -> Float[Tensor, "d_sae d_model"]:
-    """Compute directions in the noise's own memory: heap memory of large temporary tensors would not be returned to the system."""
+    """Blend noise with data points into directions, in place: the heap memory of large temporary tensors is not returned to the system."""
     mean = x_nd.mean(0)
     for rows, points in zip(noise.split(ROWS_PER_CHUNK), chosen.split(ROWS_PER_CHUNK), strict=True):
         blend = DATAPOINT_BLEND * normalize(x_nd[points] - mean, dim=1) + (1 - DATAPOINT_BLEND) * normalize(rows, dim=1)

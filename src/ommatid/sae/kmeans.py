@@ -1,17 +1,17 @@
-"""k-means as a dictionary: each centre is a latent, and only the latent of the nearest centre fires on a token."""
+"""k-means as a dictionary: each centre is a latent, and on each token only the latent of the nearest centre fires."""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 ROUNDS = 256
-"""Rounds in which the initial centres are drawn. With at most this many centres, each round draws one, as in k-means++."""
+"""Number of rounds in which the initial centres are drawn. Up to this number of centres, each round draws one, as in k-means++."""
 MAX_STEPS = 20
 """Largest number of steps of Lloyd's algorithm."""
 SETTLED = 0.01
-"""Share of tokens changing their centre below which Lloyd's algorithm stops: inertia then falls by under 0.1 % per step."""
+"""Share of tokens that change their centre below which Lloyd's algorithm stops; inertia then falls by less than 0.1 % per step."""
 ENTRIES = 2**23
-"""Token-centre distances held in memory at a time."""
+"""Number of distances between tokens and centres held in memory at a time."""
 
 
 class KMeans:
@@ -50,11 +50,11 @@ def find_centres(sample_nd: Float[Tensor, "tokens d_model"], n_centres: int, see
 
     Args:
         sample_nd: Tokens, `(tokens, d_model)`.
-        n_centres: Number of centres; at most one per token is made.
+        n_centres: Number of centres. If there are fewer tokens, there is one centre per token.
         seed: Seed of the initial draw. The same sample and seed give the same centres.
 
     Returns:
-        The centres, `(n_centres, d_model)`.
+        The centres, `(centres, d_model)`.
     """
     centres = _draw_centres(sample_nd, min(n_centres, len(sample_nd)), torch.Generator().manual_seed(seed))
     previous = torch.full((len(sample_nd),), -1, device=sample_nd.device)
@@ -91,8 +91,8 @@ def _draw_centres(
 ) -> Float[Tensor, "centres d_model"]:
     """Draw tokens as initial centres, with probability proportional to the squared distance to the centres of earlier rounds.
 
-    Drawing several centres per round saves time: 4,096 rounds of one centre take longer than all of Lloyd's algorithm, 256 rounds of 16
-    do not.
+    Drawing several centres per round saves time: 4,096 rounds of one centre take longer than the whole of Lloyd's algorithm, whereas 256
+    rounds of 16 do not.
     """
     distances = torch.ones(len(sample_nd), device=sample_nd.device)
     chosen: list[Tensor] = []
@@ -109,7 +109,7 @@ def _draw_centres(
 def _move(
     sample_nd: Float[Tensor, "tokens d_model"], nearest: Int[Tensor, " tokens"], distances: Float[Tensor, " tokens"], n_centres: int
 ) -> Float[Tensor, "centres d_model"]:
-    """Return the mean of each centre's tokens; an empty centre moves to one of the tokens farthest from their own centre."""
+    """Move each centre to the mean of its tokens, and a centre without tokens to one of the tokens farthest from their own centres."""
     counts = torch.bincount(nearest, minlength=n_centres)
     sums = sample_nd.new_zeros(n_centres, sample_nd.shape[1]).index_add_(0, nearest, sample_nd)
     centres = sums / counts.clamp(min=1)[:, None]

@@ -37,7 +37,7 @@ def histograms(weights: Weights, density: Float[Tensor, " d_sae"]) -> dict[str, 
         density: Firings per token of each latent, `(d_sae,)`.
 
     Returns:
-        The histograms; one whose values would be empty is left out.
+        The histograms. The histogram of densities is left out if all densities are 0.
     """
     found = {
         "log10_density": density[density > 0].double().log10(),
@@ -57,11 +57,12 @@ def histogram(values: Float[Tensor, " n"]) -> Histogram:
 
 
 PROGRESS = 0.001
-"""Share by which FVU must fall to count as progress."""
+"""Relative fall in FVU that counts as progress."""
 ALIGNMENT = 0.01
-"""Share of an encoder row's component orthogonal to its direction that a step removes at the peak learning rate: a decoupled decay."""
+"""Share of an encoder row's component orthogonal to its direction that one step removes at the peak learning rate. The share falls with the
+learning rate, as in decoupled weight decay."""
 SMOOTHED = 10
-"""Measurements (hundredths of the run) averaged before progress is judged: a single one fluctuates with its batches."""
+"""Number of measurements (hundredths of the run) over which FVU is averaged to judge progress; single ones fluctuate with their batches."""
 CURVE_COLUMNS = ("step", "loss", "fvu", "l0", "dead", "lr", "grad_norm")
 """Columns of `Learner.curves`."""
 
@@ -100,7 +101,7 @@ class Learner(Accumulator):
     """One SAE in training."""
 
     STATE = ("guides", "idle", "firings", "density", "threshold", "curves", "_window", "_sums")
-    """Attributes that are saved besides the weights, the optimiser, the scales and the number of steps."""
+    """Attributes that are saved in addition to the weights, the optimiser, the scales and the number of steps."""
 
     def __init__(self, name: str, params: TrainParams, plan: Plan, device: torch.device) -> None:
         self.name = name
@@ -200,16 +201,16 @@ class Learner(Accumulator):
 
     @property
     def fvu(self) -> float:
-        """FVU at the last measurement; NaN if the learner was given up."""
+        """FVU at the last measurement; NaN once the learner has been given up."""
         return float(self.curves[-1, CURVE_COLUMNS.index("fvu")])
 
     @property
     def has_diverged(self) -> bool:
-        """Whether the learner was given up. The last row of its curves then has no FVU, which the quality gate rejects."""
+        """Whether the learner has been given up. The last row of its curves then has no FVU, which the quality gate rejects."""
         return len(self.curves) > 0 and math.isnan(self.fvu)
 
     def give_up(self) -> None:
-        """Stop learning: the weights stay as they were before the step that diverged, and the curves end there."""
+        """Stop learning: keep the weights from before the step that diverged, and end the curves with a row of NaN."""
         row = torch.full((1, len(CURVE_COLUMNS)), math.nan, dtype=torch.float64)
         row[0, 0] = self.guides.step
         self.curves = torch.cat([self.curves, row])
@@ -218,8 +219,8 @@ class Learner(Accumulator):
     def n_stalled(self) -> int:
         """Number of measurements without progress.
 
-        Progress means that FVU, averaged over the last `SMOOTHED` measurements, falls below its best by the share `PROGRESS`. The number
-        is 0 until there are `SMOOTHED` measurements.
+        Progress means that FVU, averaged over the last `SMOOTHED` measurements, falls below its lowest value so far by the share
+        `PROGRESS`. The number is 0 until there are `SMOOTHED` measurements.
         """
         best, since = math.inf, 0
         if len(self.curves) < SMOOTHED:
@@ -276,8 +277,9 @@ class Learner(Accumulator):
     def finish(self, hookpoint: str, model: str, target: str | None) -> SAE:
         """Make the trained SAE for raw activations, with scales and the subtracted bias folded into its weights.
 
-        With c the scale of x and e the scale of the target, the pre-activations of a raw x are (c W_enc · x + b) / e, and
-        x̂ = acts W_dec + b_dec / e. Directions are unchanged, and activations are in units of the target.
+        With c and e the scales of x and of the target, and b = b_enc − W_enc · b_pre, where b_pre is the bias that training subtracts from
+        x, the pre-activations of a raw x are (c W_enc · x + b) / e, and x̂ = acts W_dec + b_dec / e. Directions are unchanged, and
+        activations are in units of the raw target.
 
         Args:
             hookpoint: Hookpoint of the activations that are encoded.

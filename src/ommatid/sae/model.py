@@ -18,7 +18,7 @@ CONFIG = "cfg.json"
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 """Names of the tensors that every SAE has."""
 GATED = ("gate_scale", "gate_shift")
-"""Names of the further tensors of a gated SAE."""
+"""Names of the additional tensors of a gated SAE."""
 
 Activation = Literal["threshold", "topk", "gated"]
 
@@ -52,7 +52,7 @@ class SAE:
 
     `SAEConfig.activation` selects how acts follow from pre_acts:
 
-    - threshold: acts = pre_acts where pre_acts > threshold, else 0 (JumpReLU, arXiv 2407.14435). ReLU is the case of threshold 0.
+    - threshold: acts = pre_acts where pre_acts > threshold, else 0 (JumpReLU, arXiv 2407.14435). With threshold 0, this is ReLU.
     - topk: acts = pre_acts where they are among the k largest positive ones of their token, else 0 (arXiv 2406.04093).
     - gated: acts = relu(pre_acts · gate_scale + gate_shift) where pre_acts > 0, else 0 (arXiv 2404.16014, equations 6 and 7).
       pre_acts are the gate's pre-activations; magnitudes share the gate's weights.
@@ -156,7 +156,7 @@ class SAE:
             The SAE.
 
         Raises:
-            ModelError: cfg.json was written by another version of Ommatid.
+            ModelError: As for `load_config`.
         """
         return cls(load_config(folder), **load_file(folder / WEIGHTS, device=device))
 
@@ -177,10 +177,10 @@ def load_config(folder: Path) -> SAEConfig:
     known = set(SAEConfig.__dataclass_fields__)
     if odd := sorted(values.keys() ^ known):
         keys = ", ".join(sorted(known))
-        raise ModelError(f"{folder / CONFIG}: {', '.join(odd)}: missing, or not known to this version, whose keys are {keys}")
+        raise ModelError(f"{folder / CONFIG}: {', '.join(odd)}: missing or unknown; this version of Ommatid expects the keys {keys}")
     if values["activation"] not in get_args(Activation):
         allowed = ", ".join(get_args(Activation))
-        raise ModelError(f"{folder / CONFIG}: activation: {values['activation']!r} is not known; allowed are {allowed}")
+        raise ModelError(f"{folder / CONFIG}: activation: {values['activation']!r} is not known; allowed values are {allowed}")
     prefixes = values.pop("prefixes")
     return SAEConfig(prefixes=None if prefixes is None else tuple(prefixes), **values)
 
@@ -192,11 +192,12 @@ def keep_topk(pre_acts_bs: Float[Tensor, "batch d_sae"], k: int) -> Float[Tensor
 
 
 def make_untrained(config: SAEConfig, sample_nd: Float[Tensor, "tokens d_model={config.d_model}"], seed: int) -> SAE:
-    """Make an untrained SAE with random unit directions, as a control for what training adds.
+    """Make an untrained SAE with random unit directions, a control that shows what training adds.
 
     Args:
-        config: Configuration of the trained SAE, whose width and k are used.
-        sample_nd: Tokens, `(tokens, d_model)`. Their mean becomes b_dec, and the threshold is set so that k latents per token fire on them.
+        config: Configuration of the trained SAE; the control has the same widths and k.
+        sample_nd: Tokens, `(tokens, d_model)`. Their mean becomes b_dec, and the threshold is set so that, on average, k latents fire per
+            token.
         seed: Seed of the directions.
 
     Returns:

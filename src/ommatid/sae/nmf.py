@@ -1,4 +1,4 @@
-"""Sparse non-negative matrix factorisation: a dictionary of non-negative parts, at most k of which make up each token."""
+"""Sparse non-negative matrix factorisation: a dictionary of non-negative parts, with each token made of at most k of them."""
 
 import torch
 from jaxtyping import Float
@@ -14,13 +14,13 @@ BATCH = 1024
 FORGET = 0.7
 """Factor by which a batch's weight decays over one pass through the sample (as in scikit-learn's MiniBatchNMF)."""
 ROUNDS = 8
-"""Rounds in which the parts of a token are chosen, k / 8 in each."""
+"""Number of rounds in which the parts of a token are chosen, k / 8 in each."""
 SWEEPS = 2
-"""HALS sweeps over a token's parts after each round."""
+"""Number of HALS sweeps over a token's parts after each round."""
 LAST_SWEEPS = 20
-"""HALS sweeps after the last round. With 10, the error of one token in 6,000 was over 2 % above the optimum (12 dimensions, k up to 8)."""
+"""Number of HALS sweeps after the last round. With 10, one token in 6,000 was over 2 % above the lowest error (d_model 12, k up to 8)."""
 ENTRIES = 2**24
-"""Values of chosen parts (tokens x k x d_model), or of activations (tokens x n_latents), held in memory at a time."""
+"""Number of values of chosen parts (tokens x k x d_model) or of activations (tokens x n_latents) held in memory at a time."""
 
 
 class NMF:
@@ -31,8 +31,8 @@ class NMF:
 
     A token's parts are chosen by non-negative orthogonal matching pursuit. In each of eight rounds the k / 8 parts most similar to the
     residual are added (as in generalised OMP, Wang, Kwon and Shim 2012); then the acts of all chosen parts are solved again by a fixed
-    number of HALS sweeps (hierarchical alternating least squares, Cichocki et al. 2007). L0 is therefore about that of the SAE. Without
-    the limit k, a comparison would mean nothing: with d_model parts, one per dimension, NMF is exact for any data.
+    number of HALS sweeps (hierarchical alternating least squares, Cichocki et al. 2007). L0 is therefore close to that of the SAE. Without
+    the limit k, a comparison would mean nothing: with one part per dimension, NMF reconstructs any data exactly.
     """
 
     name = "nmf"
@@ -68,12 +68,12 @@ class NMF:
 def fit_nmf(sample_nd: Float[Tensor, "tokens d_model"], n_latents: int, k: int, seed: int) -> NMF:
     """Fit NMF with at most k parts per token (Peharz and Pernkopf 2012, Neurocomputing 80) in mini-batches.
 
-    The weights of past batches decay, as in online dictionary learning (Mairal et al. 2010), of whose matrix only the diagonal is kept.
-    Besides the sample, memory is needed for three copies of the parts and for `ENTRIES` values.
+    The weights of past batches decay, as in online dictionary learning (Mairal et al. 2010), but of its matrix of products of activations
+    only the diagonal is kept. Besides the sample, memory is needed for three copies of the parts and for `ENTRIES` values.
 
     Args:
         sample_nd: Tokens, `(tokens, d_model)`.
-        n_latents: Number of parts; at most one per token is made.
+        n_latents: Number of parts. If there are fewer tokens, there is one part per token.
         k: Largest number of parts per token.
         seed: Seed of the draws. The same sample and seed give the same parts.
 
@@ -93,15 +93,15 @@ def fit_nmf(sample_nd: Float[Tensor, "tokens d_model"], n_latents: int, k: int, 
 
 
 def _improve(nmf: NMF, x_bd: Float[Tensor, "batch d_model"], weight_s: Float[Tensor, " n_latents"]) -> None:
-    """Move each part towards its optimum on the batch, given the rest, by the batch's share of the accumulated `weight_s`.
+    """Move each part towards its optimum on the batch, given the other parts, in proportion to the batch's share of `weight_s`.
 
-    All parts move at once, which overshoots where they overlap; the step length is therefore the best along this direction, at most 1.
-    Multiplicative updates would take 15 times as long to reach the same error.
+    All parts move at once, which overshoots where they overlap. The moves are therefore scaled by a common factor of at most 1, chosen to
+    minimise the error. Multiplicative updates would take 15 times as long to reach the same error.
 
     Args:
         nmf: Dictionary whose parts are updated in place.
         x_bd: Batch of tokens, `(batch, d_model)`.
-        weight_s: Accumulated weight of each part, `(n_latents,)`; the batch's is added in place.
+        weight_s: Accumulated weight of each part, `(n_latents,)`. The weight from this batch is added in place.
     """
     acts = nmf.encode(x_bd)
     residual = x_bd - nmf.decode(acts)

@@ -11,7 +11,7 @@ from ommatid.sae import distributed
 from ommatid.sae.weights import ROWS_PER_CHUNK, Weights
 
 MAX_NORM = 1.0
-"""Norm of all gradients together above which they are clipped."""
+"""Norm of the whole gradient, over all tensors, above which it is clipped."""
 
 
 _MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq"}
@@ -35,7 +35,7 @@ class Optimiser:
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
-        """Update the weights with their gradients, summed over all ranks. A gradient that is not finite changes nothing.
+        """Update the weights with their gradients, summed over all ranks. If the gradient is not finite, leave the weights as they are.
 
         Returns:
             The norm of the gradient before clipping.

@@ -7,7 +7,7 @@ from ommatid.config import TrainParams
 from ommatid.errors import TrainingError
 
 CURVE_POINTS = 100
-"""Measurements of a run, and rows of its training curves."""
+"""Smallest number of measurements in a run that has at least as many steps. Each measurement adds a row to the training curves."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Plan:
     dead_after: int
     """Tokens without a firing after which a latent counts as dead: the least of 10 million, a tenth of the run, and 8 epochs."""
     measure_every: int
-    """Steps between measurements, which stay the same if the run ends early."""
+    """Steps between measurements. They do not change if the run is shortened."""
 
     def like(self, whole: "Plan") -> "Plan":
-        """Return this plan of a short run, changed so that its steps cost as much as those of a whole run.
+        """Return a copy of this plan, for a short run, whose steps cost as much as those of the whole run.
 
-        A short run would measure after every step, and after a few batches it would count latents as dead, whose revival takes time. In
-        the changed plan, both happen after as many steps and tokens as in the whole run.
+        Left unchanged, a short run would measure after every step, and would count latents as dead, and spend time on reviving them,
+        after a few batches. The copy takes both intervals from the plan of the whole run.
         """
         return replace(self, dead_after=whole.dead_after, measure_every=whole.measure_every)
 

@@ -3,8 +3,8 @@
 The product is never held as a whole: it is computed for a chunk of tokens at a time, in memory that later holds the gradients. Where the
 hardware supports bfloat16, the product is rounded to 8 significant bits; weights and all later steps are float32.
 
-A floor is a guess, from the previous step, of the smallest pre-activation that will be selected. It affects only speed: tokens for which
-the floor was too high are computed again without it.
+A floor is a guess, based on the previous step, at the smallest pre-activation that will be selected. It affects only speed: where it turns
+out to be too high, the selection is repeated with a lower floor or without one.
 """
 
 import math
@@ -22,21 +22,21 @@ from ommatid.sae.entries import Dense, Entries, Levels, Sparse
 from ommatid.sae.weights import Weights, grad_of
 
 TOKENS_PER_CHUNK = 1024
-"""Largest number of tokens per chunk. For 768 x 8,192, chunks of 256 take a quarter longer in float32 (AVX2), and in bfloat16 chunks of 128
-to 1,536 take equally long (AMX)."""
+"""Largest number of tokens per chunk. With d_model 768 and d_sae 8,192, chunks of 256 take a quarter longer in float32 (AVX2); in bfloat16
+(AMX), chunks of 128 to 1,536 take equally long."""
 TOKENS_PER_TILE = 16
-"""Chunks have about equal sizes, which are multiples of this: chunks of 511 tokens and a last one of 4 make a step a seventh longer
-(AVX-512)."""
+"""Number of which chunk sizes are multiples. Chunks also have about equal sizes, because chunks of 511 tokens followed by one of 4 make a
+step a seventh slower (AVX-512)."""
 FEWEST_TOKENS = 64
-"""Chunk size below which new memory is allocated instead of reusing that of the gradients."""
+"""Number of tokens per chunk below which new memory is allocated instead of reusing that of the gradients."""
 ALIGNMENT = 64
 """Alignment of scratch tensors, in bytes."""
 TOKENS_OF_GUESS = 256
-"""Tokens from which the first floor and the density are estimated."""
+"""Number of tokens from which the first floor and the density are estimated."""
 FLOOR_SHARE = 0.92
-"""The floor as a share of the previous step's threshold: low enough to rarely miss entries, high enough to admit few extra ones."""
+"""Floor as a share of the previous step's threshold: low enough that entries are rarely missed, high enough that few extra ones pass."""
 DENSE_SHARE = 0.08
-"""Share of selected entries above which dense products are faster, estimated from the times of the kernels (768 x 8,192, 2 cores)."""
+"""Share of entries selected above which dense products are faster, from measured times (d_model 768, d_sae 8,192, 2 cores)."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Scorer:
     def above(self, floor: Float[Tensor, ""] | Float[Tensor, "batch 1"] | Float[Tensor, " d_sae"]) -> Sparse:
         """Return the entries above a floor, which is one number, `()`, one per token, `(batch, 1)`, or one per latent, `(d_sae,)`.
 
-        Values are compared in the product's data type. b_enc is subtracted from the floor, which is cheaper than adding it to each entry.
+        Values are compared in the data type of the product. Subtracting b_enc from the floor is cheaper than adding it to every value.
         """
         rows, latents, values = (torch.cat(parts) for parts in zip(*self._iter_above(floor), strict=True))
         return Sparse(self.n_tokens, self.levels, rows, latents, values)
@@ -83,14 +83,14 @@ class Scorer:
             yield rows + part.start, latents, scores.flatten().index_select(0, index).to(b_enc.dtype) + b_enc.index_select(0, latents)
 
     def largest(self, tokens: Int[Tensor, " tokens"], k: int) -> tuple[Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:
-        """Return the k largest pre-activations of the given tokens, even if negative, and their latents, unordered, `(tokens, k)` each."""
+        """Return the k largest pre-activations of some tokens, even if negative, and their latents, `(tokens, k)` each, in no order."""
         scores = self._iter_scores(self.inputs_bd[tokens])
         tops = [of_chunk.add_(self.weights.b_enc).topk(k, dim=1, sorted=False) for _, of_chunk in scores]
         values, latents = zip(*tops, strict=True)
         return torch.cat(values).to(self.weights.b_enc.dtype), torch.cat(latents)
 
     def preview(self) -> Float[Tensor, "tokens d_sae"]:
-        """Return the pre-activations of the first few tokens, in scratch memory that the next product overwrites."""
+        """Return the pre-activations of the first few tokens, `(tokens, d_sae)`, in scratch memory that the next product overwrites."""
         return next(self._iter_scores(self.inputs_bd[:TOKENS_OF_GUESS]))[1].add_(self.weights.b_enc)
 
     def _iter_scores(self, inputs: Float[Tensor, "tokens d_model"]) -> Iterator[tuple[slice, Tensor]]:
@@ -114,7 +114,7 @@ class _Scratch:
         self.W_enc = weights.W_enc if dtype == weights.W_enc.dtype else second.take(weights.W_enc.shape, dtype).copy_(weights.W_enc)
         fits = min(first.n_bytes // (d_sae * dtype.itemsize), second.n_bytes // (d_sae * (dtype.itemsize + 1)))
         self._n_tokens = min(fits // TOKENS_PER_TILE * TOKENS_PER_TILE, TOKENS_PER_CHUNK)
-        if self._n_tokens < FEWEST_TOKENS:  # Only if d_model is small.
+        if self._n_tokens < FEWEST_TOKENS:  # Happens only if d_model is small.
             self._n_tokens = FEWEST_TOKENS
             first = second = _Buffer(torch.empty(0, device=weights.W_enc.device))
         shape = (self._n_tokens, d_sae)
@@ -136,7 +136,7 @@ class _Buffer:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes left."""
+        """Number of bytes left."""
         return len(self._bytes)
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -183,7 +183,8 @@ def select_token(scorer: Scorer, k: int, floor: float) -> tuple[Entries, float]:
             entries. 0 means no guess.
 
     Returns:
-        The entries, and the smallest of them relative to the norm, for most tokens (the 5 % quantile): the basis of the next floor.
+        The entries, and a value from which to derive the next floor: the 5 % quantile, over tokens, of the smallest entry relative to the
+        norm.
     """
     if _is_dense(k, scorer):
         values = scorer.dense().relu_()
@@ -203,13 +204,13 @@ def select_token(scorer: Scorer, k: int, floor: float) -> tuple[Entries, float]:
 
 
 def select_above(scorer: Scorer, floor: Float[Tensor, ""] | Float[Tensor, " d_sae"]) -> Entries:
-    """Return all entries above a floor, `()` or `(d_sae,)`. They are dense if many entries are above it."""
+    """Return all entries above a floor, `()` or `(d_sae,)`: as `Dense` if there are many, else as `Sparse`."""
     share = float((scorer.preview() > floor).float().mean())
     return Dense(scorer.levels, scorer.dense()) if share > DENSE_SHARE else scorer.above(floor)
 
 
 def _first_floor(scorer: Scorer, k: int) -> float:
-    """Estimate a floor for the first step: the smallest of the k largest entries per token of a few tokens, on rank 0."""
+    """Estimate a floor for the first step, on rank 0: the smallest of the k · n largest pre-activations of the first n tokens."""
     some = scorer.preview()
     smallest = some.flatten().topk(min(k * len(some), some.numel()), sorted=False).values.min()
     return max(0.0, float(distributed.broadcast(smallest)))
@@ -220,7 +221,7 @@ def _is_dense(k: int, scorer: Scorer) -> bool:
 
 
 def _top_of_rows(found: Sparse, counts: Int[Tensor, " batch"], k: int) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """Return each token's k largest values and their latents, unordered, `(batch, k)` each; both are 0 where a token has fewer."""
+    """Return each token's k largest values and their latents, `(batch, k)` each, in no order; both are 0 where a token has fewer."""
     widest = max(int(counts.max()), k)
     place = found.rows * widest + torch.arange(len(found.rows), device=found.rows.device) - (counts.cumsum(0) - counts)[found.rows]
     values, latents = (flat.new_zeros(found.n_tokens * widest).scatter_(0, place, flat) for flat in (found.values, found.latents))

@@ -1,4 +1,4 @@
-"""The parts of a training step that variants share: batch, reconstruction, gradients of encoder and decoder, auxiliary losses."""
+"""Parts of a training step that variants share: the batch, the reconstruction, the gradients of the weights, and auxiliary losses."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class Batch:
 
     @property
     def n_total(self) -> int:
-        """Number of tokens over all ranks, each of which has the same number."""
+        """Number of tokens over all ranks. Every rank has the same number."""
         return len(self.x) * distributed.n_ranks()
 
 
@@ -35,9 +35,10 @@ class Reconstruction:
     loss: Float[Tensor, ""]
     """This rank's share of the squared error, averaged over tokens and levels, `()`."""
     table: Float[Tensor, "batch levels d_out"]
-    """Gradient of the loss with respect to what each level adds to x̂, `(batch, levels, d_out)`: the sum over this and later levels."""
+    """Gradient of the loss with respect to what each level adds to x̂, `(batch, levels, d_out)`. A level's contribution is
+    part of its own reconstruction and of every later one, so their gradients are summed."""
     share: float
-    """Factor by which errors x̂ − target were multiplied to give gradients."""
+    """Factor that turns an error x̂ − target into the gradient with respect to x̂."""
 
     def take_x_hat(self, target: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch d_out"]:
         """Return x̂ of the whole dictionary, `(batch, d_out)`. It may reuse the memory of `table`, which must not be used afterwards."""
@@ -98,10 +99,10 @@ def set_gradients(
         weights: Weights whose `.grad` is set.
         entries: Entries that `acts`, `grad_pre` and `grad_b` refer to.
         reconstruction: Reconstruction from `acts`.
-        acts: Activations.
-        grad_pre: Gradient with respect to W_enc · inputs.
+        acts: Activations, one for each entry.
+        grad_pre: Gradient with respect to W_enc · inputs, for each entry.
         inputs: Inputs of the encoder, `(batch, d_model)`.
-        grad_b: Gradient with respect to b_enc; None means `grad_pre`.
+        grad_b: Gradient with respect to b_enc, for each entry; None means `grad_pre`.
     """
     entries.weighted_sums(acts, reconstruction.table, grad_of(weights.W_dec))
     entries.weighted_sums(grad_pre, inputs[:, None], grad_of(weights.W_enc))
@@ -133,7 +134,7 @@ def add_aux(
         x_hat: Reconstruction by the other latents, `(batch, d_out)`.
         dead: Indices of the dead latents, `(n_dead,)`.
         coefficient: Weight of the loss.
-        dtype: Data type of the five matrix products, each batch · n_dead · d_model.
+        dtype: Data type of the five matrix products, each of which costs batch · n_dead · d_model.
 
     Returns:
         This rank's share of the weighted loss, `()`.
@@ -158,7 +159,7 @@ def add_aux(
 
 
 def _keep_largest(pre_acts: Float[Tensor, "batch n"], k: int) -> Float[Tensor, "batch n"]:
-    """Return pre_acts `(batch, n)` with all but the k largest of each token set to 0."""
+    """Return pre_acts `(batch, n)` with all but the k largest values of each token set to 0."""
     if pre_acts.shape[1] <= k:
         return pre_acts
     top = pre_acts.topk(k, dim=1, sorted=False)
@@ -171,15 +172,15 @@ def add_monosemanticity(
     """Add the gradient of the monosemanticity loss, weight · (1 − mean MS of the batch's latents), with respect to activations.
 
     MS is a closed form of equation 1 of Pach et al. 2025: MS = (‖w‖² − v) / (u² − v), where u = Σã, v = Σã², w = Σãp, p are the unit
-    embeddings, and ã are a latent's activations divided by its largest in the batch, which is treated as a constant. Latents that fire on
-    fewer than two tokens have no MS. Each rank computes MS on its own share of the batch.
+    embeddings, and ã are a latent's activations divided by the largest of them in the batch, which is treated as a constant. Latents that
+    fire on fewer than two tokens have no MS. Each rank computes MS on its own share of the batch.
 
     Args:
         entries: Entries that `acts` and `grad_acts` refer to.
-        acts: Activations.
+        acts: Activations, one for each entry.
         batch: Batch of the step, with joint embeddings.
         weight: Weight of the loss.
-        grad_acts: Gradient with respect to activations, updated in place.
+        grad_acts: Gradient with respect to activations, for each entry; updated in place.
 
     Returns:
         This rank's share of the weighted loss, `()`.

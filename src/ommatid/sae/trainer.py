@@ -1,8 +1,9 @@
-"""The trainer: several learners over one stream of batches. It takes batches, writes checkpoints and emits events.
+"""The trainer: it trains several learners on one stream of batches, writes checkpoints and emits events.
 
-Recipe and sources: Adam with lr 2e-4/√(d_sae/16384), warm-up, linear decay over the last fifth, gradients without the component parallel
-to the directions and clipped to norm 1, directions renormalised, mean ‖x‖² scaled to 1 (saprmarks/dictionary_learning); datapoint init
-(saev); AuxK (arXiv 2406.04093); moving average of the threshold for inference (arXiv 2412.06410, appendix).
+The recipe, with its sources, is Adam with lr 2e-4/√(d_sae/16384), warm-up, linear decay over the last fifth, gradients without the
+component parallel to the directions and clipped to norm 1, directions renormalised, mean ‖x‖² scaled to 1
+(saprmarks/dictionary_learning); datapoint init (saev); AuxK (arXiv 2406.04093); and a moving average of the threshold for inference
+(arXiv 2412.06410, appendix).
 """
 
 import math
@@ -22,11 +23,11 @@ from ommatid.sae.learner import PROGRESS, Learner, histograms
 from ommatid.sae.step import Batch
 
 FEWEST_STEPS = 200
-"""Steps below which a run is reported as short: Adam's averages and the schedule have hardly begun by then."""
+"""Number of steps below which a run is reported as short: until then, Adam's averages and the schedule have hardly begun to work."""
 FEWEST_FIRINGS = 1000
-"""Mean firings of a latent below which a run is reported as short. The demo's 1,280 latents have 13,800."""
+"""Mean number of firings per latent below which a run is reported as short. In the demo, 1,280 latents fire 13,800 times each."""
 PATIENCE = 20
-"""Measurements (hundredths of the run) without progress after which that is reported."""
+"""Number of measurements (hundredths of the run) without progress after which the lack of progress is reported."""
 
 
 class Trainer:
@@ -36,12 +37,12 @@ class Trainer:
         """Make a trainer.
 
         Args:
-            learners: Learners that have the same number of steps behind them and the same number ahead.
+            learners: Learners that have all completed the same number of steps and have the same number left.
             on_event: Called with each progress event and warning.
-            checkpoint: Written with the state of all learners after a measurement, once it is due, and when the process receives SIGTERM.
-                None writes nothing.
-            patience: Measurements (hundredths of the run) without progress of any learner after which the run ends early. None means it
-                never does.
+            checkpoint: Checkpoint of the state of all learners, written after a measurement if it is due, and when the process receives
+                SIGTERM. None means that nothing is written.
+            patience: Number of measurements (hundredths of the run) without progress by any learner after which the run ends early. None
+                means that it never ends early.
         """
         self._learners = learners
         self._on_event = on_event if distributed.rank() == 0 else lambda event: None
@@ -66,10 +67,10 @@ class Trainer:
         """Train the learners.
 
         Args:
-            batches: Batches of raw activations, beginning with that of the learners' next step.
+            batches: Batches of raw activations, beginning with the one for the learners' next step.
 
         Raises:
-            TrainingError: The loss of the last learner that had not diverged is no longer finite.
+            TrainingError: The only learner that has not diverged diverges: its loss or gradient is no longer finite.
             StoppedError: The process received SIGTERM. A checkpoint was written.
         """
         every = self._learners[0].plan.measure_every
@@ -92,7 +93,7 @@ class Trainer:
                     raise StoppedError(f"train: stopped at step {self._step} of {self._n_steps}; run it again to continue from there")
 
     def _learn(self, batch: Batch) -> None:
-        """Take one step with each learner. A learner that diverges is given up unless it is the last."""
+        """Take one step with each learner. A learner that diverges is given up, unless it is the only one left."""
         for learner in self._active:
             try:
                 learner.learn(batch)
@@ -118,7 +119,7 @@ class Trainer:
             self._end_early()
 
     def _end_early(self) -> None:
-        """Shorten the run so that the learning rate begins to decay now, over the last fifth of the shortened run."""
+        """Shorten the run to five quarters of the steps so far: its last fifth, in which the learning rate decays, begins now."""
         whole = self._step + max(1, self._step // 4)
         if whole < self._n_steps:
             for learner in self._learners:
@@ -128,7 +129,7 @@ class Trainer:
 
 
 def _short_run_notices(learner: Learner) -> Iterator[str]:
-    """Yield a notice if the run is too short, before any time is spent on it."""
+    """Yield a notice if the run is too short. It comes before the first step, so that no time is lost."""
     plan, params = learner.plan, learner.params
     seen = plan.n_steps * plan.batch_size * params.k / params.d_sae
     if plan.n_steps < FEWEST_STEPS or seen < FEWEST_FIRINGS:
@@ -178,7 +179,7 @@ class _Clock:
 
 @contextmanager
 def _deferred_sigterm() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM sets instead of ending the process. Outside the main thread, which alone gets signals, do nothing."""
+    """Yield an event that SIGTERM sets instead of ending the process. Only the main thread can do so; in others the event is never set."""
     stop_requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop_requested

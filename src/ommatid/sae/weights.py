@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 ROWS_PER_CHUNK = 1024
-"""Rows of a matrix processed at a time, so that they stay in the cache."""
+"""Number of rows of a matrix processed at a time, so that they stay in the cache."""
 
 
 @dataclass
@@ -24,11 +24,11 @@ class Weights:
     b_dec: Float[Tensor, " d_out"]
     """Bias of the decoder, `(d_out,)`."""
     extra: dict[str, Tensor] = field(default_factory=dict)
-    """Further trained tensors that belong to one variant alone, by name."""
+    """Additional trained tensors of one variant, by name."""
     fixed: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors that are not trained, by name."""
+    """Tensors that the optimiser does not update, by name."""
     derives_W_dec: bool = False
-    """Whether W_dec is computed from `extra`: it then has a gradient, but the optimiser does not update it."""
+    """Whether W_dec is computed from `extra` and `fixed`. It then has a gradient, but the optimiser does not update it."""
 
     @property
     def d_sae(self) -> int:
@@ -41,7 +41,7 @@ class Weights:
         return of_all | ({} if self.derives_W_dec else {"W_dec": self.W_dec}) | self.extra
 
     def grads(self) -> dict[str, Tensor]:
-        """Return the gradients of the trained tensors, by name. Their memory is kept from step to step."""
+        """Return the gradients of the trained tensors, by name. They keep their memory from step to step."""
         return {name: grad_of(tensor) for name, tensor in self.trained().items()}
 
     def tensors(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Import of other libraries' SAEs, and export to files that those libraries' own loaders open."""
+"""Import of other libraries' SAEs, and export to files that those libraries' own loaders can open."""
 
 import warnings
 

@@ -16,7 +16,7 @@ from ommatid.sae.interop.overrides import Overrides
 from ommatid.sae.model import CONFIG, SAE, WEIGHTS
 
 K = {"k": "mean number of latents that fire per token"}
-"""The value that every format takes: see `Format.TAKES`."""
+"""The value that every format accepts, like those in `Format.TAKES`."""
 
 
 class Format(Protocol):
@@ -25,14 +25,14 @@ class Format(Protocol):
     FILES: str
     """Description of the files, in words."""
     TAKES: Mapping[str, str]
-    """Values that the user can give because files may lack them, with their meanings."""
+    """Values that the user can give because files may lack them: their names, and what they mean."""
 
     def detect(self, path: Path) -> bool:
-        """Return whether a folder or file has this format, judging by names and headers, and by weights only where these do not tell."""
+        """Return whether a folder or file has this format, judged by names and headers, and by weights only if those are ambiguous."""
         ...
 
     def read(self, path: Path, overrides: Overrides) -> SAE:
-        """Read an SAE, and fold its biases and scales into Ommatid's form.
+        """Read an SAE, and fold its biases and scales so that it has the form of `ommatid.sae.model.SAE`.
 
         Args:
             path: Folder or file.
@@ -42,7 +42,7 @@ class Format(Protocol):
             The SAE.
 
         Raises:
-            ModelError: A file is missing or damaged, or holds an SAE that Ommatid's form cannot represent.
+            ModelError: A file is missing or damaged, or holds an SAE that this form cannot represent.
         """
         ...
 
@@ -71,14 +71,14 @@ def import_sae(path: Path, overrides: Overrides | None = None, format_name: str 
 
     Args:
         path: Folder or file.
-        overrides: Values that the files lack, or that replace theirs.
+        overrides: Values that the files lack, or that replace those in the files.
         format_name: A key of `FORMATS`; None means that the format is detected.
 
     Returns:
         The SAE. Its `config.k` is 0 if neither the files nor `overrides` give it: see `with_measured_k`.
 
     Raises:
-        ModelError: The path holds no SAE of a known format, or one that cannot be read or represented.
+        ModelError: The path holds no SAE in a known format, or one that cannot be read or represented.
     """
     name = format_name or find_format(path)
     overrides = overrides or Overrides()
@@ -87,7 +87,7 @@ def import_sae(path: Path, overrides: Overrides | None = None, format_name: str 
 
 
 def export_sae(sae: SAE, format_name: str, folder: Path) -> None:
-    """Write an SAE as files that another library's own loader opens, and that compute the same.
+    """Write an SAE as files that another library's own loader opens, and from which that library computes the same values.
 
     Args:
         sae: The SAE.
@@ -99,7 +99,7 @@ def export_sae(sae: SAE, format_name: str, folder: Path) -> None:
     """
     form = _format(format_name)
     if is_native(folder):
-        raise ModelError(f"{folder}: holds an SAE of Ommatid, which the files of {format_name} could overwrite; name another folder")
+        raise ModelError(f"{folder}: holds an SAE in Ommatid's format, which files of {format_name} could overwrite; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     form.write(sae, folder)
 
@@ -108,7 +108,7 @@ def write_native(sae: SAE, folder: Path) -> None:
     """Write an SAE in Ommatid's own format: sae.safetensors and cfg.json.
 
     Raises:
-        ModelError: The folder holds another library's SAE, whose files may have the same names.
+        ModelError: The folder holds another library's SAE, which could be overwritten because its files may have the same names.
     """
     if (folder / CONFIG).exists() and not is_native(folder):
         raise ModelError(f"{folder}: holds another library's {CONFIG}, which would be overwritten; name another folder")
@@ -123,10 +123,10 @@ def load_native(folder: Path) -> SAE:
         The SAE.
 
     Raises:
-        ModelError: The folder does not hold one.
+        ModelError: The folder holds no such SAE.
     """
     if not is_native(folder):
-        raise ModelError(f"{folder}: holds no SAE of Ommatid, which consists of {WEIGHTS} and {CONFIG}")
+        raise ModelError(f"{folder}: holds no SAE in Ommatid's format, which consists of {WEIGHTS} and {CONFIG}")
     return SAE.load(folder)
 
 
@@ -137,21 +137,22 @@ def find_format(path: Path) -> str:
         A key of `FORMATS`.
 
     Raises:
-        ModelError: It has no known format. The message names sub-folders that have one, or else all known formats.
+        ModelError: The path has no known format, or already has Ommatid's. The message names sub-folders that hold SAEs, or else all
+            known formats.
     """
     if not path.exists():
         raise ModelError(f"{path}: no such file or folder")
     if is_native(path):
-        raise ModelError(f"{path}: is an SAE of Ommatid already; use it as it is")
+        raise ModelError(f"{path}: is already in Ommatid's format; use it as it is")
     if name := _detect(path):
         return name
-    raise ModelError(f"{path}: {_what_else(path)}")
+    raise ModelError(f"{path}: {_explain_undetected(path)}")
 
 
 def with_measured_k(sae: SAE, sample_nd: Float[Tensor, "tokens d_model"]) -> SAE:
     """Return the same SAE with k set to the mean number of latents that fire on a sample of activations, `(tokens, d_model)`.
 
-    A TopK SAE is returned unchanged, because its k is part of what it computes.
+    A TopK SAE is returned unchanged, because it selects latents by its k.
     """
     if sae.config.activation == "topk":
         return sae
@@ -179,16 +180,16 @@ def _looks_like_one(path: Path) -> bool:
 
 
 def is_native(path: Path) -> bool:
-    """Return whether a folder holds an SAE in Ommatid's own format. Sparsify's files have the same names, so the keys decide."""
+    """Return whether a folder holds an SAE in Ommatid's own format. Sparsify's files have the same names, so keys decide."""
     has_files = (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
     return has_files and {"variant", "d_model", "hookpoint"} <= read_json(path / CONFIG).keys()
 
 
 def _known() -> str:
-    return "known are " + "; ".join(f"{name} ({form.FILES})" for name, form in FORMATS.items())
+    return "known formats are " + "; ".join(f"{name} ({form.FILES})" for name, form in FORMATS.items())
 
 
-def _what_else(path: Path) -> str:
+def _explain_undetected(path: Path) -> str:
     """Explain why no format was detected: name the sub-folders that hold SAEs, or else the files found."""
     if path.is_file():
         return f"not an SAE of a known library; {_known()}"

@@ -65,7 +65,7 @@ def detect(path: Path) -> bool:
 
 
 def read(path: Path, overrides: Overrides) -> SAE:
-    """Read an SAE; fold the bias that is subtracted from x, and for AutoEncoder the norms of directions, as its loader does.
+    """Read an SAE; fold the bias that is subtracted from x, and for AutoEncoder the norms of directions, as the library's loader does.
 
     Returns:
         The SAE.
@@ -83,7 +83,7 @@ def read_as(path: Path, overrides: Overrides, config: Mapping[str, Any], spellin
         path: Folder or file.
         overrides: Values that the user gives.
         config: Contents of config.json.
-        spellings: Other spellings of class names, mapped to the usual ones.
+        spellings: Usual spellings of class names, by the spellings in the files.
 
     Returns:
         The SAE.
@@ -103,14 +103,14 @@ def read_as(path: Path, overrides: Overrides, config: Mapping[str, Any], spellin
 
 
 def find_config(path: Path) -> dict[str, Any]:
-    """Read config.json beside the weights, or above a folder `checkpoints`. Return an empty dict if there is none."""
+    """Read config.json beside the weights, or in the parent of a folder `checkpoints`. Return an empty dict if there is none."""
     folder = path if path.is_dir() else path.parent
     places = [folder / CONFIG, folder.parent / CONFIG] if folder.name == "checkpoints" else [folder / CONFIG]
     return next((read_json(place) for place in places if place.is_file()), {})
 
 
 def classes_of(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the classes whose tensors have these names."""
+    """Return the names of the classes that have exactly these tensors, judged by their names."""
     return [name for name, known in CLASSES.items() if known.shapes.keys() == tensors.keys()]
 
 
@@ -126,7 +126,7 @@ def choose_class(tensors: Mapping[str, Tensor], named: str | None, file: Path) -
         The name of the class.
 
     Raises:
-        ModelError: No class has such tensors, `named` is not known, or two classes have such tensors and `named` is neither.
+        ModelError: No class has such tensors, `named` is unknown, or several classes have such tensors and `named` is none of them.
     """
     possible = classes_of(tensors)
     if not possible:
@@ -136,7 +136,7 @@ def choose_class(tensors: Mapping[str, Tensor], named: str | None, file: Path) -
         raise ModelError(f"{file}: class {named} is not known; the tensors are named like those of {' or '.join(possible)}")
     # StandardTrainerAprilUpdate records AutoEncoder for an AutoEncoderNew, so tensors that only one class has outweigh the recorded name.
     if named not in possible and len(possible) > 1:
-        raise ModelError(f"{file}: could be of {' or of '.join(possible)}, and no {CONFIG} says which; name it with --set class=...")
+        raise ModelError(f"{file}: could be {' or '.join(possible)}, and no {CONFIG} says which; name the class with --set class=...")
     return named if named in possible else possible[0]
 
 
@@ -206,7 +206,7 @@ def _levels(sizes: Tensor, d_sae: int, file: Path) -> tuple[int, ...]:
 
 
 def write(sae: SAE, folder: Path) -> None:
-    """Write an AutoEncoderTopK, GatedAutoEncoder, BatchTopKSAE or MatryoshkaBatchTopKSAE, or a JumpReluAutoEncoder for all else.
+    """Write an AutoEncoderTopK, GatedAutoEncoder, BatchTopKSAE or MatryoshkaBatchTopKSAE; any other SAE becomes a JumpReluAutoEncoder.
 
     Raises:
         ModelError: The SAE is a transcoder.
@@ -220,7 +220,7 @@ def write_as(sae: SAE, folder: Path, spellings: Mapping[str, str]) -> None:
     Args:
         sae: The SAE.
         folder: Folder to write.
-        spellings: The usual class names, mapped to other spellings.
+        spellings: Spellings to write, by the usual class names.
 
     Raises:
         ModelError: As for `write`.
@@ -252,7 +252,7 @@ def _unfold_batch_topk(sae: SAE) -> dict[str, Tensor]:
 
 
 def _unfold_topk(sae: SAE) -> dict[str, Tensor]:
-    # The library's threshold serves another way to encode, and is measured in training; -1 means that it was not measured.
+    # The library uses this threshold only for an alternative way to encode, and measures it in training; -1 means not measured.
     return _unfold_batch_topk(sae) | {"threshold": torch.tensor(-1.0)}
 
 

@@ -1,4 +1,4 @@
-"""Readers of other libraries' files: JSON, safetensors, and pickles of torch.save, none of whose code is ever run."""
+"""Readers of other libraries' files: JSON, safetensors, and files written by torch.save. No code in a file is ever run."""
 
 import io
 import json
@@ -98,7 +98,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         The tensors, by name.
 
     Raises:
-        ModelError: The file is missing or damaged, or not a flat dict of tensors alone.
+        ModelError: The file is missing or damaged, or holds anything but a flat dict of tensors.
     """
     if not path.is_file():
         raise ModelError(f"{path}: missing; it holds the weights")
@@ -121,7 +121,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ModelError(f"{path}: missing; it holds the weights") from None
     except SafetensorError as error:
-        raise ModelError(f"{path}: not a whole safetensors file ({error})") from None
+        raise ModelError(f"{path}: not a complete safetensors file ({error})") from None
 
 
 def read_pt(source: Path | io.BytesIO, where: Path) -> dict[str, Tensor]:
@@ -135,7 +135,7 @@ def read_pt(source: Path | io.BytesIO, where: Path) -> dict[str, Tensor]:
         The tensors, by name.
 
     Raises:
-        ModelError: The file is damaged, or not a flat dict of tensors alone.
+        ModelError: The file is damaged, or holds anything but a flat dict of tensors.
     """
     is_zip = zipfile.is_zipfile(source)
     if is_zip:
@@ -148,14 +148,16 @@ def read_pt(source: Path | io.BytesIO, where: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise ModelError(f"{where}: {_why_not_loaded(error)}") from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OSError) as error:
-        raise ModelError(f"{where}: not a whole file of torch.save ({str(error).partition('. ')[0] or 'it ends early'})") from None
+        raise ModelError(
+            f"{where}: not a complete file written by torch.save ({str(error).partition('. ')[0] or 'it ends early'})"
+        ) from None
     return check_state(values, where)
 
 
 def _why_not_loaded(error: pickle.UnpicklingError) -> str:
-    """Explain an error of weights-only loading, which raises the same class for pickled objects and for files that are not pickles."""
+    """Explain an error of weights-only loading, whose class is the same for pickled objects and for files that are not pickles."""
     if "GLOBAL" not in str(error) and "global" not in str(error):
-        return "not a file of torch.save; write the .pt file of an SAE with torch.save(sae.state_dict(), path)"
+        return "not a file written by torch.save; write the .pt file of an SAE with torch.save(sae.state_dict(), path)"
     return (
         "holds objects other than tensors; reading them would run code from the file, which is refused. "
         "Where the library is installed, write torch.save(sae.state_dict(), path), and import that file"
@@ -175,18 +177,22 @@ def _refuse_bomb(source: Path | io.BytesIO, where: Path) -> None:
 def check_state(values: object, where: Path) -> dict[str, Tensor]:
     """Check that values are a flat dict of tensors, none of which is larger than its storage.
 
+    Args:
+        values: Values read from a file.
+        where: Path to name in messages.
+
     Returns:
         The tensors, by name.
 
     Raises:
-        ModelError: They are not.
+        ModelError: The values are anything else.
     """
     if not isinstance(values, Mapping):
         raise ModelError(f"{where}: holds a {type(values).__name__}; expected a dict of tensors, such as sae.state_dict()")
     if odd := [str(name) for name, value in values.items() if not isinstance(name, str) or not _is_plain(value)]:
         raise ModelError(f"{where}: {', '.join(odd[:5])}: not plain tensors; expected a flat dict of tensors, such as sae.state_dict()")
     if large := [name for name, value in values.items() if value.numel() * value.element_size() > value.untyped_storage().nbytes()]:
-        raise ModelError(f"{where}: {', '.join(large[:5])}: larger than the numbers that the file holds for the tensor")
+        raise ModelError(f"{where}: {', '.join(large[:5])}: larger than the values that the file holds for it")
     return dict(values)
 
 

@@ -1,4 +1,4 @@
-"""SAEs of overcomplete: a bare state dict, and a file overcomplete.json of Ommatid's for what the state dict does not record."""
+"""SAEs of overcomplete: a bare state dict, and overcomplete.json, in which Ommatid records what the state dict lacks."""
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ WEIGHTS = "sae.pt"
 BATCH_NORM_EPS = 1e-5
 """The default of torch.nn.BatchNorm1d, which overcomplete uses."""
 EPS = 1e-8
-"""Number that overcomplete adds to the norms that it divides by."""
+"""Number that overcomplete adds to norms before it divides by them."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ NORMALIZATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 TAKES: Mapping[str, str] = {
     "class": f"one of {', '.join(CLASSES)}",
     "running_threshold": "sae.running_threshold of a BatchTopKSAE, which its state dict lacks",
-    "normalization": f"normalization of the dictionary, one of {', '.join(NORMALIZATIONS)}; by default l2, if rows have about unit norm",
+    "normalization": f"normalization of the dictionary, one of {', '.join(NORMALIZATIONS)}; by default l2, if rows have roughly unit norm",
     "delta": "delta of an archetypal dictionary, by default 1.0",
 }
 
@@ -111,7 +111,7 @@ def _choose_class(tensors: Mapping[str, Tensor], overrides: Overrides, file: Pat
     if "Q" in tensors:
         raise ModelError(f"{file}: a QSAE of overcomplete rounds its codes to learnt levels, which Ommatid cannot represent; {_readable()}")
     if not any(name.startswith("encoder.") for name in tensors):
-        raise ModelError(f"{file}: has no encoder, as an MpSAE or OMPSAE, which choose latents one after another; {_readable()}")
+        raise ModelError(f"{file}: has no encoder, like an MpSAE or OMPSAE, which choose latents one after another; {_readable()}")
     is_jump, is_archetypal = "thresholds" in tensors, "dictionary.C" in tensors
     if is_jump:
         return "RAJumpSAE" if is_archetypal else "JumpSAE"
@@ -120,7 +120,7 @@ def _choose_class(tensors: Mapping[str, Tensor], overrides: Overrides, file: Pat
     if named is None and not is_archetypal:
         raise ModelError(f"{file}: SAE, TopKSAE and BatchTopKSAE have the same state dict; name the class with --set class=...")
     if named is not None and named not in possible:
-        raise ModelError(f"{file}: class {named} has other tensors; these are of {' or '.join(possible)}")
+        raise ModelError(f"{file}: class {named} has other tensors; these belong to {' or '.join(possible)}")
     return named or possible[0]
 
 
@@ -129,7 +129,7 @@ def _readable() -> str:
 
 
 def _threshold(name: str, thresholds: Tensor | None, overrides: Overrides, file: Path) -> Tensor:
-    """Return the threshold. In overcomplete latents fire at it, in Ommatid only above it, so the next smaller float is equivalent."""
+    """Return the threshold: the next float below overcomplete's, because there latents fire at the threshold, and here only above it."""
     if thresholds is not None:
         below = thresholds.float().exp()
     elif name == "BatchTopKSAE":
@@ -157,7 +157,7 @@ def _encoder_shapes(names: Set[str], is_tied: bool, file: Path) -> Mapping[str, 
     if "encoder.weight" in names:
         return {"encoder.weight": ("d_sae", "d_model"), **bias}
     if deep := sorted(name for name in names if not name.startswith("encoder.final_block.")):
-        raise ModelError(f"{file}: an encoder of several layers ({deep[0]}, ...), while Ommatid's is one matrix; {_readable()}")
+        raise ModelError(f"{file}: the encoder has several layers ({deep[0]}, ...), and Ommatid's is one matrix; {_readable()}")
     if "encoder.final_block.1.weight" not in names:
         return LINEAR
     if "encoder.final_block.1.running_mean" not in names:
@@ -200,7 +200,7 @@ def _normalization(rows: Tensor, overrides: Overrides, file: Path) -> str:
     if norms.min() < 0.8 or norms.max() > 1.25:
         raise ModelError(
             f"{file}: rows of the dictionary have norms from {float(norms.min()):.3g} to {float(norms.max()):.3g}, "
-            f"so they do not have unit norm; name the normalization with --set normalization=... ({', '.join(NORMALIZATIONS)})"
+            f"not unit norm; name the normalization with --set normalization=... ({', '.join(NORMALIZATIONS)})"
         )
     return "l2"
 

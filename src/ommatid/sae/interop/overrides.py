@@ -18,7 +18,7 @@ class Overrides:
     target: str | None = None
     """Hookpoint whose activations a transcoder decodes."""
     values: Mapping[str, str] = field(default_factory=dict)
-    """Further values by name, such as k or scaling_factor. Each format lists those it takes in `Format.TAKES`."""
+    """Other values, by name, such as k or scaling_factor. Each format lists those that it takes in `Format.TAKES`."""
 
     def integer(self, name: str) -> int | None:
         """Return a value as a whole number, or None if it was not given.
@@ -50,11 +50,15 @@ class Overrides:
         """
         value = self.values.get(name)
         if value is not None and value not in allowed:
-            raise ModelError(f"{name}: {value!r} is not known; allowed are {', '.join(allowed)}")
+            raise ModelError(f"{name}: {value!r} is not known; allowed values are {', '.join(allowed)}")
         return value
 
     def check(self, takes: Mapping[str, str], format_name: str) -> None:
-        """Check that a format takes all values.
+        """Check that a format takes all the values that the user gives.
+
+        Args:
+            takes: Values that the format takes, by name, with their meanings.
+            format_name: Name of the format, for the message.
 
         Raises:
             ModelError: The name of a value is not in `takes`.

@@ -1,6 +1,6 @@
-"""SAEs of the code of arXiv 2504.02821 (ExplainableML/sae-for-vlm): ae.pt and config.json.
+"""SAEs trained with the code of arXiv 2504.02821 (ExplainableML/sae-for-vlm): ae.pt and config.json.
 
-The code contains a copy of dictionary_learning, with a different spelling of Matryoshka.
+That code contains a copy of dictionary_learning, which spells Matryoshka differently.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ SPELLINGS = {"MatroyshkaBatchTopKSAE": "MatryoshkaBatchTopKSAE"}
 
 
 def detect(path: Path) -> bool:
-    """Return whether the path has files of dictionary_learning, with the different spelling in config.json."""
+    """Return whether the path holds files of dictionary_learning whose config.json has the different spelling."""
     is_weights = (path / dictionary_learning.WEIGHTS).is_file() if path.is_dir() else path.suffix == ".pt"
     return is_weights and text(child(dictionary_learning.find_config(path), "trainer", path), "dict_class", path) in SPELLINGS
 
@@ -36,7 +36,7 @@ def read(path: Path, overrides: Overrides) -> SAE:
 
 
 def write(sae: SAE, folder: Path) -> None:
-    """Write the files of dictionary_learning, with the different spelling.
+    """Write the files of dictionary_learning with the different spelling.
 
     Raises:
         ModelError: The SAE is a transcoder.

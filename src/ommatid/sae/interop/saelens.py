@@ -39,19 +39,19 @@ SHAPES: Mapping[str, Mapping[str, Shape]] = {
     "transcoder": TRANSCODER,
     "jumprelu_transcoder": {**TRANSCODER, **THRESHOLD},
 }
-"""Tensors of each supported architecture. batchtopk and matryoshka_batchtopk occur only in checkpoints of training."""
+"""Tensors of each supported architecture. batchtopk and matryoshka_batchtopk occur only in training checkpoints."""
 
 VARIANTS = {"standard": "relu", "batchtopk": "batch_topk", "matryoshka_batchtopk": "matryoshka", "transcoder": "relu"}
-"""Ommatid's names of variants that differ from SAELens's. Of jumprelu_transcoder only the suffix is dropped."""
+"""Ommatid's names for variants that SAELens calls differently. jumprelu_transcoder needs no entry, because only its suffix is dropped."""
 
 REFUSED = {
     "skip_transcoder": "adds x W_skip to its reconstruction, which no latent explains",
     "jumprelu_skip_transcoder": "adds x W_skip to its reconstruction, which no latent explains",
-    "abstopk": "has negative activations; a feature of Ommatid fires in one direction",
-    "temporal": "encodes a token by those before it; Ommatid encodes each token by itself",
+    "abstopk": "has negative activations; in Ommatid a feature fires in one direction only",
+    "temporal": "encodes a token by those before it; Ommatid encodes each token on its own",
     "matching_pursuit": "chooses latents one after another; Ommatid encodes with one matrix",
 }
-"""Architectures that are refused, with the reason."""
+"""Architectures that are refused, with the reasons."""
 NORMALIZED = {
     "layer_norm": "is divided by its own standard deviation",
     "constant_norm_rescale": "is divided by its own norm",
@@ -81,7 +81,7 @@ def read(path: Path, overrides: Overrides) -> SAE:
 
 
 def _modernize(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Rename the keys of versions before 6.0, as SAELens itself does."""
+    """Convert a cfg.json of a version before 6.0, as SAELens itself does: rename keys, and derive the architecture from activation_fn."""
     old = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
     cfg = {old.get(name, name): value for name, value in cfg.items()}
     cfg.setdefault("architecture", "standard")
@@ -122,8 +122,8 @@ def _scaling_factor(cfg: Mapping[str, Any], path: Path, overrides: Overrides) ->
     if (path / SCALER).is_file() and (recorded := number(read_json(path / SCALER), "scaling_factor", path / SCALER)):
         return recorded
     raise ModelError(
-        f"{path / CONFIG}: normalize_activations is expected_average_only_in, and the factor of training is not folded into the weights; "
-        f"give it with --set scaling_factor=F (a checkpoint of SAELens has it in {SCALER})"
+        f"{path / CONFIG}: normalize_activations is expected_average_only_in, and the factor used in training is not folded into the "
+        f"weights; give it with --set scaling_factor=F (a checkpoint of SAELens has it in {SCALER})"
     )
 
 
@@ -154,7 +154,7 @@ def _fold(weights: dict[str, Tensor], cfg: Mapping[str, Any], scale: float) -> F
 
 
 def _rescale(folded: Folded, scale: float) -> Folded:
-    """Rescale acts by decoder norms. A checkpoint's threshold is divided by the scale, as SAELens divides it with the directions."""
+    """Rescale acts by decoder norms, and divide the threshold of a checkpoint by the scale, as SAELens does when it divides directions."""
     return replace(folded.scaled(folded.W_dec.norm(dim=1)), threshold=torch.as_tensor(folded.threshold) / scale)
 
 

@@ -35,7 +35,7 @@ def read(path: Path, overrides: Overrides) -> SAE:
         The SAE.
 
     Raises:
-        ModelError: As for `Format.read`, or the file has a schema number.
+        ModelError: As for `Format.read`, or the file was written by a later version of saev.
     """
     file = _locate(path)
     if not file.is_file():
@@ -57,8 +57,9 @@ def _check_header(header: dict[str, Any], file: Path) -> None:
     if "schema" in header:
         # Schemas 1 and 2 were each written both by code that subtracts b_dec from x and by code that does not.
         raise ModelError(
-            f"{file}: has schema {header['schema']} of a later saev, which does not record whether b_dec is subtracted from x; Ommatid "
-            "reads saev 0.1. Write W_enc, b_enc, W_dec and b_dec in the format of SAELens, with apply_b_dec_to_input as your version has it"
+            f"{file}: has schema {header['schema']}, from a later saev, which does not record whether b_dec is subtracted from x; "
+            "Ommatid reads saev 0.1. Write W_enc, b_enc, W_dec and b_dec in the format of SAELens, and set apply_b_dec_to_input there "
+            "to what your version of saev does"
         )
     if "d_vit" not in header:
         raise ModelError(f"{file}: the first line lacks d_vit; the header of saev 0.1 has d_vit and exp_factor")

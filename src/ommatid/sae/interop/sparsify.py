@@ -33,11 +33,13 @@ def read(path: Path, overrides: Overrides) -> SAE:
         The SAE.
 
     Raises:
-        ModelError: As for `Format.read`, or the SAE is a GroupMax SAE or has a skip connection.
+        ModelError: As for `Format.read`; or the SAE is a GroupMax SAE, or has a skip connection.
     """
     cfg = read_json(path / CONFIG)
     if (activation := cfg.get("activation", "topk")) != "topk":
-        raise ModelError(f"{path / CONFIG}: activation is {activation}, with which the largest of each group fires; Ommatid reads topk")
+        raise ModelError(
+            f"{path / CONFIG}: activation is {activation}, with which the largest latent of each group fires; Ommatid reads topk"
+        )
     tensors = read_safetensors(path / WEIGHTS)
     if cfg.get("skip_connection") or "W_skip" in tensors:
         raise ModelError(f"{path}: a transcoder with a skip connection adds x W_skip to its reconstruction, which no latent explains")
@@ -57,7 +59,7 @@ def read(path: Path, overrides: Overrides) -> SAE:
 
 
 def _is_hookpoint(path: Path) -> bool:
-    """Return whether the folder is named after a hookpoint: sparsify calls it after the module, such as layers.11 or layers.11.mlp."""
+    """Return whether the folder is named after a hookpoint: sparsify names it after the module, such as layers.11 or layers.11.mlp."""
     return "." in path.resolve().name
 
 

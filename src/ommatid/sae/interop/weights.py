@@ -32,7 +32,7 @@ def take(tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], where: Path
         The tensors in float64, by name.
 
     Raises:
-        ModelError: A tensor is missing, not known, of the wrong shape, or not finite.
+        ModelError: A tensor is missing, unknown, of the wrong shape, or not finite.
     """
     if odd := sorted(tensors.keys() ^ shapes.keys()):
         words = [f"{name} ({'missing' if name in shapes else 'not known'})" for name in odd]
@@ -65,7 +65,7 @@ class Folded:
     b_dec: Float[Tensor, " d_out"]
     """Bias of the decoder, `(d_out,)`."""
     threshold: Float[Tensor, ""] | Float[Tensor, " d_sae"] | float = 0.0
-    """Threshold of all latents, `()`, or of each, `(d_sae,)`. Negative values mean 0, because these libraries apply a ReLU first."""
+    """Threshold of all latents, `()`, or of each, `(d_sae,)`. Negative values count as 0, because the libraries apply a ReLU first."""
     gate_scale: Float[Tensor, " d_sae"] | None = None
     """Scale of magnitudes relative to gates, `(d_sae,)`."""
     gate_shift: Float[Tensor, " d_sae"] | None = None
@@ -76,13 +76,13 @@ class Folded:
         return replace(self, b_enc=self.b_enc - b @ self.W_enc)
 
     def scaled(self, factor: Tensor) -> "Folded":
-        """Return weights with pre-activations multiplied, and directions divided, by `factor` `(d_sae,)`; the threshold is unchanged."""
+        """Return weights whose pre-activations are multiplied, and directions divided, by `factor` `(d_sae,)`, with the same threshold."""
         return replace(self, W_enc=self.W_enc * factor, b_enc=self.b_enc * factor, W_dec=self.W_dec / factor[:, None])
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What the files record about an SAE besides its weights. None means that they do not record it."""
+    """What the files record about an SAE besides its weights. A field is None if the files do not record it."""
 
     variant: str
     """Training method."""
@@ -103,11 +103,11 @@ class Kind:
 
 
 def make_sae(folded: Folded, kind: Kind, overrides: Overrides, path: Path) -> SAE:
-    """Make the SAE, in float32.
+    """Make the SAE in float32.
 
     Args:
         folded: Weights.
-        kind: What the files record.
+        kind: What the files record besides the weights.
         overrides: Values that the user gives.
         path: Path of the SAE, for messages.
 
@@ -115,7 +115,7 @@ def make_sae(folded: Folded, kind: Kind, overrides: Overrides, path: Path) -> SA
         The SAE.
 
     Raises:
-        ModelError: k, hookpoint, model or target is needed and missing, k is not possible, or a folded weight is not finite.
+        ModelError: k, hookpoint, model or target is needed but missing, k is out of range, or a folded weight is not finite.
     """
     config = _make_config(folded, kind, overrides, path)
     gated = {"gate_scale": folded.gate_scale, "gate_shift": folded.gate_shift} if kind.activation == "gated" else {}
@@ -128,7 +128,7 @@ def make_sae(folded: Folded, kind: Kind, overrides: Overrides, path: Path) -> SA
 
 
 def _as_simple(threshold: Tensor) -> Tensor:
-    """Return one number if all latents have the same threshold: this makes encoding faster."""
+    """Return one number, `()`, if all latents have the same threshold, because encoding is then faster."""
     return threshold.flatten()[0].clone() if (threshold == threshold.flatten()[0]).all() else threshold
 
 
@@ -152,7 +152,7 @@ def _make_config(folded: Folded, kind: Kind, overrides: Overrides, path: Path) -
 
 
 def _choose_k(kind: Kind, override: int | None, d_sae: int, path: Path) -> int:
-    """Return k, or 0 if neither the files nor the user give it and the SAE does not compute with it."""
+    """Return k, or 0 if neither the files nor the user give it and encoding does not need it."""
     if kind.k is not None and kind.k <= 0:
         raise ModelError(f"{path}: k is {kind.k:g}; the number of latents that fire per token must be above 0")
     recorded = None if kind.k is None else max(round(kind.k), 1)
@@ -178,7 +178,7 @@ def check_prefixes(widths: object, d_sae: int, where: Path) -> tuple[int, ...]:
         The sizes; the last is d_sae.
 
     Raises:
-        ModelError: They are not whole numbers that increase to at most d_sae.
+        ModelError: The sizes are not whole numbers that increase to at most d_sae.
     """
     if not isinstance(widths, list | tuple) or not all(isinstance(width, int) for width in widths):
         raise ModelError(f"{where}: matryoshka levels are {widths!r}; expected a list of whole numbers")
@@ -199,7 +199,7 @@ def refuse_transcoder(sae: SAE, format_name: str) -> None:
 
 
 def before_subtracting(sae: SAE) -> Tensor:
-    """Return b_enc `(d_sae,)` of an encoder whose input is x − b_dec, for libraries that subtract b_dec."""
+    """Return the b_enc `(d_sae,)` of an equivalent encoder that takes x − b_dec, for libraries that subtract b_dec."""
     W_enc, b_enc, b_dec = (tensor.detach().cpu().double() for tensor in (sae.W_enc, sae.b_enc, sae.b_dec))
     return (b_enc + b_dec @ W_enc).float()
 

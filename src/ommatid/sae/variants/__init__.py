@@ -1,6 +1,6 @@
-"""SAE variants: which latents fire, what is penalised, and what is trained besides encoder and decoder.
+"""SAE variants. Each decides which latents fire, what is penalised, and what is trained besides the encoder and the decoder.
 
-A variant consists of a section of `config/variants.py` and the module here that has the name of its `kind`, with a function `make`.
+A variant consists of a section in `config/variants.py` and a module here that is named after its `kind` and has a function `make`.
 """
 
 from importlib import import_module
@@ -12,5 +12,5 @@ __all__ = ["Guides", "Settings", "Variant", "make_variant"]
 
 
 def make_variant(params: TrainedVariant, settings: Settings) -> Variant:
-    """Make the variant that the parameters select, with `make(params, settings)` of the module that has the name of its kind."""
+    """Make the variant that the parameters select, by calling `make(params, settings)` of the module named after its kind."""
     return import_module(f"{__name__}.{params.kind}").make(params, settings)

@@ -13,7 +13,8 @@ from ommatid.sae.variants.batch_topk import BatchTopK
 from ommatid.sae.weights import Weights, grad_of
 
 MOST_CENTRES = 2048
-"""Default limit on the number of centres. A costs d_sae · centres · d_model per step, more than the encoder if centres outnumber tokens."""
+"""Default limit on the number of centres. The product A C costs d_sae · centres · d_model per step: more than the encoder's product if
+there are more centres than tokens in a batch."""
 
 
 class Archetypal(BatchTopK):
@@ -31,9 +32,9 @@ class Archetypal(BatchTopK):
         self._relaxation = relaxation
 
     def begin(self, weights: Weights, x_nd: Float[Tensor, "tokens d_model"], guides: Guides) -> None:
-        """Start each direction at a different centre; if there are more directions, start them halfway to a second, random centre.
+        """Start each direction at a different centre; start any further directions halfway between a centre and a random second one.
 
-        Directions that start close to the same centre would compete for the same tokens from the first step, and many of them would die.
+        Directions that start close to the same centre would compete for the same tokens from the first step, and many would die.
         """
         centres = find_centres(x_nd, min(self._n_centres, len(x_nd)), self._settings.seed)
         generator = torch.Generator().manual_seed(self._settings.seed)

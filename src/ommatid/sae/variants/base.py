@@ -22,7 +22,7 @@ class Settings:
     """Settings that all variants share."""
 
     k: int
-    """Mean number of latents that fire per token: imposed, or the goal of a steered penalty."""
+    """Mean number of latents that fire per token: imposed by selection, or the target of a steered penalty."""
     d_sae: int
     """Number of latents."""
     n_steps: int
@@ -34,7 +34,7 @@ class Settings:
     aux_coefficient: float
     """Weight of the AuxK loss."""
     ms_weight: float
-    """Weight of the monosemanticity loss 1 − MS."""
+    """Weight of the monosemanticity loss, 1 − MS."""
     dtype: torch.dtype
     """Data type of the encoder's product."""
     device: torch.device
@@ -43,20 +43,20 @@ class Settings:
 
 @dataclass
 class Guides(Accumulator):
-    """State that a variant carries from step to step, and a checkpoint holds."""
+    """State that a variant carries from step to step and that checkpoints hold."""
 
     STATE = ("step", "floor", "penalty", "mean_act", "firings")
 
     step: int = 0
     """Steps completed."""
     floor: float = 0.0
-    """Guess at the next step's smallest firing entry."""
+    """Guess at the smallest firing entry of the next step; 0 means none."""
     penalty: float = 0.0
-    """Weight of the sparsity penalty; 0 before training begins."""
+    """Weight of the sparsity penalty; 0 for variants without one."""
     mean_act: float = 0.0
-    """Mean activation of firing entries, averaged over steps."""
+    """Moving average, over steps, of the mean activation of firing entries; only JumpReLU uses it."""
     firings: float = 0.0
-    """Firings per token in the last step, if the penalty is steered; 0 before the first step."""
+    """Firings per token in the last step; 0 before the first step, or if the penalty is not steered."""
 
 
 class Variant(ABC):
@@ -73,7 +73,7 @@ class Variant(ABC):
 
     @abstractmethod
     def begin(self, weights: Weights, x_nd: Float[Tensor, "tokens d_model"], guides: Guides) -> None:
-        """Add the tensors that only this variant has.
+        """Add the variant's own tensors to the weights, and set its initial state.
 
         Args:
             weights: Initial weights, changed in place.
@@ -97,22 +97,22 @@ class Variant(ABC):
 
     @abstractmethod
     def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
-        """Return the threshold, and the gates if any, of the trained SAE for scaled activations.
+        """Return the threshold of the trained SAE, and its gates if it is gated, in units of scaled activations.
 
         Args:
             weights: Trained weights.
-            average: Moving average of `Step.threshold` over steps.
+            average: Moving average, over steps, of `Step.threshold`.
 
         Returns:
-            Tensors by their name in `SAE`.
+            The tensors, by their name in `SAE`.
         """
 
     def rates(self, lr: float) -> dict[str, float]:
-        """Return the learning rates of tensors that need a different one, as multiples of the peak rate `lr`, by name."""
+        """Return the learning rates of tensors that need their own, by name, as multiples of the peak rate `lr`."""
         return {}
 
     def constrain(self, weights: Weights) -> None:  # noqa: B027 most variants have no constraints
-        """Restore the variant's constraints on weights after each update by the optimiser."""
+        """Restore the variant's constraints on weights after the optimiser has updated them."""
 
     def revive(self, weights: Weights, batch: Batch, step: Step, guides: Guides, idle: Int[Tensor, " d_sae"]) -> Int[Tensor, " revived"]:
         """Re-initialise dead latents after a step, if the variant does so.
@@ -135,13 +135,13 @@ class Variant(ABC):
 
 
 def make_scorer(settings: Settings, weights: Weights, inputs: Float[Tensor, "batch d_model"], levels: Levels) -> Scorer:
-    """Make the scorer of a batch, with the settings' data type for float32 weights and the weights' own for others (tests use float64)."""
+    """Make the scorer of a batch. Its data type is that of the settings for float32 weights, and the weights' own otherwise (in tests)."""
     dtype = settings.dtype if weights.b_enc.dtype == torch.float32 else weights.b_enc.dtype
     return Scorer(weights, inputs, levels, dtype)
 
 
 FIRST_PENALTY = 1e-3
-"""Initial weight of a steered penalty, for mean ‖x‖² = 1. It is small, so that steering begins with too many firings."""
+"""Initial weight of a steered penalty, for mean ‖x‖² = 1. It is so small that steering begins with too many firings."""
 
 
 class Steered(Variant):
@@ -157,15 +157,15 @@ class Steered(Variant):
 
     @property
     def most(self) -> float:
-        """Upper bound of a steered penalty. An L1 penalty of this weight leaves nothing to fire if mean ‖x‖² is 1."""
+        """Upper bound on the weight of a steered penalty. With an L1 penalty of this weight, nothing fires if mean ‖x‖² is 1."""
         return 2.0
 
     def _steer(self, guides: Guides, n_firings: int, n_total: int) -> None:
-        """Move the penalty towards k firings per token: up while more latents fire, down while fewer do.
+        """Adjust the penalty so that k latents fire per token: raise it while more fire, lower it while fewer do.
 
-        The logarithm of the penalty moves by a rate times twice the logarithm of firings / k, clipped to ±1. The rate, between 0.002 and
-        0.1, allows a change by a factor of e^20 over the run. The change of log(firings) since the last step is added as damping: latents
-        respond to a penalty only some steps later, and without it a short run would end in an oscillation around k. The penalty is
+        Each step adds rate · clip(2 log(firings / k), −1, 1) to the logarithm of the penalty. The rate, between 0.002 and 0.1, allows a
+        change by a factor of e^20 over the run. The change of log(firings) since the last step is added as damping: latents respond to a
+        change of the penalty only some steps later, so that without damping a short run would end oscillating around k. The penalty is
         bounded by `most`, because it would otherwise grow without limit while latents lag behind.
         """
         if self._weight is not None:
@@ -179,7 +179,7 @@ class Steered(Variant):
 
 
 def average_act(guides: Guides, acts: Float[Tensor, "*entries"]) -> None:
-    """Update the moving average of the mean firing activation, over all ranks."""
+    """Update `guides.mean_act` with the mean activation of the entries that fire, over all ranks."""
     sums = distributed.all_reduce(torch.stack([acts.sum().double(), (acts > 0).sum().double()]))
     if float(sums[1]):
         mean = float(sums[0] / sums[1])
@@ -187,6 +187,6 @@ def average_act(guides: Guides, acts: Float[Tensor, "*entries"]) -> None:
 
 
 def quantile(pre_acts: Float[Tensor, "batch d_sae"], per_token: float) -> float:
-    """Return the value that `per_token` pre-activations per token reach, on average, for pre_acts `(tokens, d_sae)`."""
+    """Return the value that, on average, `per_token` of each token's pre_acts `(batch, d_sae)` reach."""
     n = int(min(max(per_token * len(pre_acts), 1), pre_acts.numel()))
     return float(pre_acts.flatten().topk(n, sorted=False).values.min())

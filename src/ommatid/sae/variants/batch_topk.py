@@ -15,11 +15,12 @@ from ommatid.sae.weights import Weights
 class BatchTopK(Variant):
     """BatchTopK SAE (arXiv 2412.06410): acts = pre_acts where they are among the k · batch largest positive ones of the batch, else 0.
 
-    loss = mean ‖x̂ − x‖² + AuxK. At inference, latents fire above the average over steps of the smallest firing activation.
+    loss = mean ‖x̂ − x‖² + AuxK. At inference, a latent fires above a threshold: the moving average, over steps, of the smallest activation
+    that fired.
     """
 
     def begin(self, weights: Weights, x_nd: Float[Tensor, "tokens d_model"], guides: Guides) -> None:
-        """Do nothing: the variant has no further tensors."""
+        """Do nothing: the variant has no tensors of its own."""
 
     def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Int[Tensor, " n_dead"]) -> Step:
         """See `Variant`."""

@@ -24,7 +24,7 @@ class Gated(Steered):
     activation: Activation = "gated"
 
     def begin(self, weights: Weights, x_nd: Float[Tensor, "tokens d_model"], guides: Guides) -> None:
-        """Initialise magnitudes to equal the gates."""
+        """Initialise magnitudes so that they equal the gates' pre-activations."""
         super().begin(weights, x_nd, guides)
         weights.extra |= {"r_mag": torch.zeros_like(weights.b_enc), "b_mag": weights.b_enc.clone()}
 
@@ -51,7 +51,7 @@ class Gated(Steered):
         return Step(loss, reconstruction.take_x_hat(batch.target), n_firings, entries.firing_latents(acts), 0.0)
 
     def thresholds(self, weights: Weights, average: float) -> dict[str, Tensor]:
-        """Return scale and shift of the magnitude as a function of the gate π: exp(r) (π − b_gate) + b_mag."""
+        """Return the scale and the shift of the magnitude as a linear function of the gate π: exp(r) (π − b_gate) + b_mag."""
         scale = weights.extra["r_mag"].exp()
         shift = weights.extra["b_mag"] - scale * weights.b_enc
         return {"threshold": torch.tensor(0.0), "gate_scale": scale, "gate_shift": shift}

@@ -14,9 +14,9 @@ from ommatid.sae.variants.base import Guides, Settings, Steered, average_act, ma
 from ommatid.sae.weights import Weights, grad_of
 
 TANH_SLOPE = 4.0
-"""Slope of the tanh penalty (Conerly et al. 2025), for activations in units of their mean."""
+"""Slope of the tanh penalty (Conerly et al. 2025) at 0, for activations in units of their mean."""
 REACH = 10.0
-"""Distance that log-thresholds can move over a run. From 4 k firings per token to k it takes 1 or 2; the rest allows for detours."""
+"""Distance that log-thresholds can move over a run. Falling from 4 k firings per token to k takes 1 or 2; the rest allows for detours."""
 FIRST_FIRINGS = 4
 """Firings per token, as a multiple of k, at the initial thresholds."""
 
@@ -45,12 +45,12 @@ class JumpReLU(Steered):
         weights.extra["log_threshold"] = torch.full_like(weights.b_enc, math.log(first))
 
     def rates(self, lr: float) -> dict[str, float]:
-        """Return a rate at which log-thresholds can move by `REACH` over the run whatever `lr` is: Adam bounds each step by its rate."""
+        """Return a rate at which log-thresholds can move by `REACH` over the run, whatever `lr` is: in Adam the rate bounds each step."""
         return {"log_threshold": max(1.0, REACH / (self._settings.n_steps * lr))}
 
     @property
     def most(self) -> float:
-        """Upper bound of a steered penalty: with it, k firings cost as much as reconstructing nothing."""
+        """Upper bound on the weight of a steered penalty: at this weight, k firings cost as much as reconstructing nothing."""
         return 1 / self._settings.k
 
     def step(self, weights: Weights, batch: Batch, guides: Guides, dead: Int[Tensor, " n_dead"]) -> Step:
@@ -85,7 +85,7 @@ class JumpReLU(Steered):
     def _penalty(
         self, acts: Float[Tensor, "*entries"], fires: Tensor, mean_act: float
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "*entries"], float]:
-        """Return S summed over the batch, its derivative with respect to activations, and the cost of a jump across θ by itself."""
+        """Return S summed over the batch, its derivative with respect to activations, and the jump of S where an entry crosses θ."""
         match self._sparsity:
             case "l0":
                 return fires.sum().to(acts.dtype), torch.zeros_like(acts), 1.0

@@ -1,4 +1,4 @@
-"""Matryoshka BatchTopK: the first latents must reconstruct by themselves, so they become general and later ones specific."""
+"""Matryoshka BatchTopK: the first latents must reconstruct by themselves, so that they become general and later ones specific."""
 
 import torch
 
@@ -11,9 +11,9 @@ from ommatid.sae.variants.batch_topk import BatchTopK
 class Matryoshka(BatchTopK):
     """BatchTopK with loss = mean over levels l of mean ‖x̂_l − x‖² + AuxK, where x̂_l uses the first n_l latents (arXiv 2503.17547).
 
-    Firing latents are selected once, over the whole dictionary. The sum over levels is divided by their number once; two public trainers
-    divide twice, which makes AuxK several times as strong as written. The bounds n_l are fixed, or drawn at every step with probabilities
-    that fall as 1 / n (Pareto). There are as many as prefixes, and the last is d_sae.
+    Firing latents are selected once, over the whole dictionary. The sum over levels is divided once by the number of levels; two public
+    trainers divide twice, which makes AuxK several times as strong as intended. The bounds n_l are fixed, or drawn at every step with
+    probabilities that fall as 1 / n (Pareto). Either way there is one for each of `train.variant.prefixes`, and the last is d_sae.
     """
 
     def __init__(self, settings: Settings, shares: tuple[float, ...], random: bool) -> None:

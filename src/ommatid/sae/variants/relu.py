@@ -1,4 +1,4 @@
-"""ReLU with an L1 penalty and resampling of dead latents: the first SAE for language models (Bricken et al. 2023)."""
+"""ReLU with an L1 penalty and resampling of dead latents, as in the SAEs of Bricken et al. 2023."""
 
 import torch
 from jaxtyping import Float, Int
@@ -46,7 +46,7 @@ class ReLU(Steered):
         return {"threshold": torch.tensor(0.0)}
 
     def revive(self, weights: Weights, batch: Batch, step: Step, guides: Guides, idle: Int[Tensor, " d_sae"]) -> Int[Tensor, " revived"]:
-        """Resample dead latents after the shares `RESAMPLE_AT` of the run."""
+        """Resample dead latents if a share of the run in `RESAMPLE_AT` is complete."""
         if guides.step not in {round(share * self._settings.n_steps) for share in RESAMPLE_AT}:
             return idle.new_zeros(0)
         silent = (idle >= self._settings.dead_after).nonzero()[:, 0]
