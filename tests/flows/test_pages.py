@@ -76,8 +76,8 @@ def test_the_report_has_its_numbers_tables_and_plots_inside(tmp_path: Path) -> N
     place = tmp_path / STAGES["catalog"].place
     catalog_artefacts.build(place.parent, catalog_artefacts.make_inputs(tmp_path))
     page = str(pages.report(tmp_path))
-    assert page.startswith(f"# lite0, blocks.15, {catalog_artefacts.NAME}\n") and "| **50 %** | of names beat their control |" in page
-    assert "## The SAE beside its controls" in page and "| this SAE | 4 |" in page
+    assert page.startswith(f"# lite0, blocks.15, {catalog_artefacts.NAME}\n") and "| **50 %** | of labels beat their control |" in page
+    assert "## The SAE and its controls" in page and "| this SAE | 4 |" in page
     assert page.count("](data:image/png;base64,") == 5 and "## The best features" not in page
 
 

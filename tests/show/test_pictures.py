@@ -76,7 +76,7 @@ def test_an_unknown_latent_names_the_range(catalog: Catalog, tmp_path: Path, lat
 def test_a_place_that_cannot_be_written_is_named_and_nothing_is_left(catalog: Catalog, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "taken.png").mkdir()
-    for path, why in ((tmp_path / "file" / "x.png", f"{tmp_path / 'file'} is no folder"), (tmp_path / "taken.png", "Is a directory")):
+    for path, why in ((tmp_path / "file" / "x.png", f"{tmp_path / 'file'} is not a folder"), (tmp_path / "taken.png", "Is a directory")):
         with pytest.raises(QueryError, match=f"{path}: cannot be written: {why}; name another place with --to FILE"):
             draw_feature(catalog, 0, path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken.png"]

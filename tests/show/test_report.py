@@ -107,27 +107,27 @@ def test_numbers_are_those_of_the_catalogue(report: Report) -> None:
     assert report.sae == artefacts.NAME
     # one of two named latents is better than its control: 0.9 over 0.4, 0.6 under 0.7
     assert [headline.value for headline in report.headlines] == ["50 %", "0.350", "0.200", "25.0 %"]
-    assert "9 to 91 % for 2 names" in report.headlines[0].meaning
-    assert "untrained SAE 0.150; raw neurons 0.050; the floor, 0.350" in report.headlines[1].meaning
+    assert "9 to 91 %, from 2 labels" in report.headlines[0].meaning
+    assert "untrained SAE 0.150; raw neurons 0.050; unrelated images score the floor, 0.350" in report.headlines[1].meaning
     tables = {section.title: section.table for section in report.sections if section.table}
-    saes = tables["The SAEs beside their controls"]
+    saes = tables["The SAEs and their controls"]
     assert saes and saes.strong == 0 and [row[:2] for row in saes.rows] == [(artefacts.NAME, "4"), (artefacts.OTHER, "2")]
     assert dict(zip(saes.head, saes.rows[0], strict=True))["MS − floor"] == "0.350"
-    controls = tables["This SAE and its controls"]
+    controls = tables["This SAE and all its controls"]
     assert controls and [row[0] for row in controls.rows] == ["this SAE", "untrained SAE", "raw neurons"]
     assert {len(row) for row in controls.rows} == {len(controls.head)}
     stability = tables["Stability"]
     assert stability and stability.rows == ((artefacts.OTHER, "50.0 %", "50.0 %", "0.800", "0.500"),)
     facts = dict(report.facts)
     assert facts["Model"] == "lite0" and facts["Code"] == "1f2e3d" and facts["Judge"] == "lite2"
-    assert facts["Images"] == "0 to train on, 6 others for everything measured here; 3 classes"
+    assert facts["Images"] == "0 for training, 6 others for everything measured here; 3 classes"
     assert "DVC experiment" not in facts
 
 
 def test_a_report_may_be_about_another_sae(two: Catalog, tmp_path: Path) -> None:
     report = make_report(two, artefacts.OTHER)
     assert report.sae == artefacts.OTHER
-    saes = next(section.table for section in report.sections if section.title == "The SAEs beside their controls")
+    saes = next(section.table for section in report.sections if section.title == "The SAEs and their controls")
     assert saes and saes.strong == 1
     with pytest.raises(QueryError, match="no SAE 'none'"):
         write_report(two, tmp_path / "report.html", "none")
@@ -136,7 +136,7 @@ def test_a_report_may_be_about_another_sae(two: Catalog, tmp_path: Path) -> None
 
 def test_one_sae_has_nothing_to_agree_with(catalog: Catalog) -> None:
     titles = [section.title for section in make_report(catalog).sections]
-    assert "The SAE beside its controls" in titles and "Stability" not in titles
+    assert "The SAE and its controls" in titles and "Stability" not in titles
 
 
 def test_same_catalogue_same_bytes(two: Catalog, page: str, tmp_path: Path) -> None:
@@ -159,9 +159,9 @@ def test_features_are_the_best_the_worst_and_the_misnamed(file: Path, tmp_path: 
     with changed(tmp_path, file, "UPDATE features SET n_images = 20, control_score = 0.7 WHERE latent < 2") as catalog:
         report = make_report(catalog)
     shown = {section.title: [feature.label for feature in section.features] for section in report.sections if section.features}
-    assert shown == {"The best features": ["cat", "truck"], "The worst features": ["truck", "cat"], "Names not to believe": ["truck"]}
-    (truck,) = next(section.features for section in report.sections if section.title == "Names not to believe")
-    assert truck.numbers == ("MS 0.600", "name 60.0 %, control 70.0 %", "latent 1, on 20 images", "purity 1.000")
+    assert shown == {"The best features": ["cat", "truck"], "The worst features": ["truck", "cat"], "Labels not to believe": ["truck"]}
+    (truck,) = next(section.features for section in report.sections if section.title == "Labels not to believe")
+    assert truck.numbers == ("MS 0.600", "label score 60.0 %, control 70.0 %", "latent 1, fires on 20 images", "purity 1.000")
     assert truck.picture[:4] == b"RIFF"
     assert report.headlines[0].value == "50 %"
 
@@ -169,7 +169,7 @@ def test_features_are_the_best_the_worst_and_the_misnamed(file: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("statement", "empty"),
     [
-        ("UPDATE features SET label_score = NULL", {"Do names hold on held-out images?"}),
+        ("UPDATE features SET label_score = NULL", {"Do labels hold on held-out images?"}),
         (
             "UPDATE latents SET ms = NULL; UPDATE judged SET ms = NULL",
             {"Monosemanticity of the latents", "Monosemanticity against density"},

@@ -1,1 +1,1 @@
-"""What is drawn: pictures of features and dictionaries, and the report. Reads the catalogue; needs no torch."""
+"""Pictures of features and dictionaries, and the report about a catalogue. Nothing here needs torch."""

@@ -1,4 +1,4 @@
-"""The health of a dictionary in one picture: how often latents fire, how alike they are, how training went."""
+"""A picture of a dictionary's health: how often its latents fire, how alike they are, and how its training went."""
 
 import shutil
 from collections.abc import Mapping
@@ -17,17 +17,21 @@ from ommatid.store import Artefact
 WIDTH, HEIGHT = 1240, 640
 PLOT_WIDTH, PLOT_HEIGHT = 330, 180
 LEFT, STEP = MARGIN + 34, 398
-"""Of the first plot, and from one to the next."""
+"""Left edge of the first plot, and distance from one plot to the next, in pixels."""
 ROWS = (124, 402)
-"""Tops of both rows of plots."""
+"""Top edges of the two rows of plots, in pixels."""
 BINS = 48
-"""Of the histograms that are drawn from the weights."""
+"""Bins of the histograms that are computed from the weights."""
 N_COMPARED = 2048
-"""Latents, spread over the dictionary, that are compared with all others: all would take minutes where there are many."""
+"""Largest number of latents, evenly spread over the dictionary, that are compared with all others; comparing all can take minutes."""
 
 
 def draw_all(training: Artefact, reports: Path) -> dict[str, list[Path]]:
-    """Draw the health of every SAE of a training into the folder `HEALTH` of the reports; pictures of earlier trainings are removed.
+    """Draw the health of every SAE of a training, and remove the pictures of earlier trainings.
+
+    Args:
+        training: The training.
+        reports: Folder of the reports; the pictures are written to its folder `HEALTH`.
 
     Returns:
         The pictures of each SAE.
@@ -46,8 +50,8 @@ def draw_health(sae: Artefact, name: str, path: Path) -> None:
 
     Args:
         sae: One SAE of a training.
-        name: In its training.
-        path: The PNG to write.
+        name: Name of the SAE in its training.
+        path: PNG file to write.
     """
     weights = _load(sae, ("W_enc", "W_dec"))
     page = Page(WIDTH, HEIGHT)
@@ -61,13 +65,14 @@ def draw_health(sae: Artefact, name: str, path: Path) -> None:
 
 
 def _load(sae: Artefact, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Load weights, with numbers in place of NaN and infinity."""
     with safe_open(sae.file("sae.safetensors"), framework="numpy") as file:
-        # what is not finite fails the gate, which says so
+        # The gate reports weights that are not finite; the picture is still drawn.
         return {name: np.nan_to_num(file.get_tensor(name)) for name in names}
 
 
 def _load_curves(sae: Artefact) -> dict[str, np.ndarray]:
-    """The measurements; of an SAE that diverged without the last, which has no numbers, unless it is the only one."""
+    """Load the curves of training. If the SAE diverged, measurements that are not finite are left out, unless there are no others."""
     table = sae.read("curves")
     columns = {name: table[name].to_numpy() for name in table.column_names}
     measured = np.isfinite(columns["fvu"])
@@ -82,11 +87,18 @@ def _caption(summary: Mapping[str, Any], d_sae: int) -> str:
 
 
 def nearest_cosines(directions: np.ndarray) -> np.ndarray:
-    """Cosine of latents to their nearest other, (at most `N_COMPARED`,); `directions`: (d_sae, d_out)."""
+    """Return the cosine of latents with the nearest other latent.
+
+    Args:
+        directions: Directions of all latents, `(d_sae, d_out)`.
+
+    Returns:
+        Cosines of at most `N_COMPARED` latents, `(latents,)` float32.
+    """
     n = len(directions)
-    mine = np.unique(np.linspace(0, n - 1, min(N_COMPARED, n)).astype(int))
-    queries, others = UnitRows(len(mine), lambda rows: directions[mine[rows]]), UnitRows(n, lambda rows: directions[rows])
-    return np.maximum(nearest(queries, others, 1, mine).cosines[:, 0], -1.0)
+    compared = np.unique(np.linspace(0, n - 1, min(N_COMPARED, n)).astype(int))
+    queries, others = UnitRows(len(compared), lambda rows: directions[compared[rows]]), UnitRows(n, lambda rows: directions[rows])
+    return np.maximum(nearest(queries, others, 1, compared).cosines[:, 0], -1.0)
 
 
 # ---- the plots
@@ -94,14 +106,14 @@ def nearest_cosines(directions: np.ndarray) -> np.ndarray:
 
 def _draw_density(page: Page, summary: Mapping[str, Any], d_sae: int) -> None:
     edges, counts = summary["histograms"].get("log10_density", ([-1.0, 0.0], [0]))
-    axes = _plot(page, 0, 0, "How often latents fire", "firings a token, log10")
+    axes = _plot(page, 0, 0, "How often latents fire", "firings per token, log10")
     _draw_bars(axes, edges, counts)
     silent = d_sae - sum(counts)
-    _remark(axes, f"{silent:,} silent of late", ALARM if silent > d_sae // 10 else GREY)
+    _remark(axes, f"{silent:,} did not fire recently", ALARM if silent > d_sae // 10 else GREY)
 
 
 def _draw_likeness(page: Page, cosines: np.ndarray) -> None:
-    axes = _plot(page, 1, 0, "How alike latents are", "cosine of a direction to its nearest other")
+    axes = _plot(page, 1, 0, "How alike latents are", "cosine with the nearest other direction")
     counts, edges = np.histogram(cosines, BINS, (min(0.0, float(cosines.min())), 1.0))
     _draw_bars(axes, edges, counts)
     axes.axvline(ALIKE, color=ALARM, linewidth=0.8, linestyle=(0, (4, 3)))
@@ -110,9 +122,9 @@ def _draw_likeness(page: Page, cosines: np.ndarray) -> None:
 
 
 def _draw_norms(page: Page, norms: np.ndarray) -> None:
-    axes = _plot(page, 2, 0, "How long encoders are", "length of a latent's encoder")
+    axes = _plot(page, 2, 0, "Norms of encoders", "norm of a latent's encoder")
     low, high = float(norms.min()), float(norms.max())
-    # before training has moved them all are as long as each other
+    # All norms are equal before the first step of training, and the range of a histogram must not be empty.
     counts, edges = np.histogram(norms, BINS, (low, max(high, low * 1.01, 1e-6)))
     _draw_bars(axes, edges, counts)
     _remark(axes, f"median {np.median(norms):.3g}", GREY)
@@ -123,7 +135,7 @@ def _draw_curves(page: Page, curves: Mapping[str, np.ndarray]) -> None:
         axes = _plot(page, column, 1, title, "tokens")
         values = curves[key]
         axes.plot(curves["tokens"], values, color=ACCENT, linewidth=1.5, marker="." if len(values) == 1 else "")
-        # FVU begins far above where training goes
+        # The first values of FVU are far above the rest, and would flatten the curve.
         highest = float(np.quantile(values, 0.9)) * 1.3 if key == "fvu" else float(values.max()) * 1.1
         axes.set_ylim(0, max(highest, 0.01))
         axes.set_xlim(0, max(curves["tokens"][-1], 1))
@@ -148,5 +160,5 @@ def _draw_bars(axes: Any, edges: Any, counts: Any) -> None:
 
 
 def _remark(axes: Any, text: str, colour: str) -> None:
-    """Above a plot, at its right."""
+    """Write a remark above a plot, at its right edge."""
     axes.text(1.0, 1.055, text, transform=axes.transAxes, ha="right", va="bottom", fontsize=8.5, color=colour)

@@ -1,4 +1,4 @@
-"""Pictures of a catalogue, as PNG: a feature, the best features, all its SAEs beside one another."""
+"""Pictures of a catalogue as PNG: one feature, the best features, and a comparison of its SAEs."""
 
 from ommatid.show.pictures.best import draw_best
 from ommatid.show.pictures.comparison import choose_sae, draw_comparison

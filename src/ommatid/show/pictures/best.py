@@ -1,4 +1,4 @@
-"""The contact sheet: the best features, one below the other, with their strongest images."""
+"""The contact sheet: the best features, one per row, with their strongest images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,16 +23,22 @@ from ommatid.show.pictures.page import (
 )
 
 MIN_IMAGES = 16
-"""A feature that fires on fewer images is not among the best: its score rests on too little."""
+"""Number of images a feature must fire on to be shown; the score of others rests on too little."""
 ROW = N_STRONGEST // N_ACROSS * (SIDE + GAP) + 20
-"""Pixels from one feature to the next."""
+"""Height of a feature, in pixels."""
 
 
 def draw_best(catalog: Catalog, path: Path, n: int = 10, sae: str | None = None) -> None:
-    """Draw a contact sheet of the `n` named features with the highest monosemanticity, each with its strongest images.
+    """Draw a contact sheet of the labelled features with the highest monosemanticity, each with its strongest images.
+
+    Args:
+        catalog: The open catalogue.
+        path: PNG file to write.
+        n: Number of features.
+        sae: Name of the SAE; None for the one with the highest mean MS above its floor.
 
     Raises:
-        QueryError: there is no such SAE; None is the best of the catalogue.
+        QueryError: There is no such SAE, or the file cannot be written.
     """
     sae = choose_sae(catalog, sae)
     best = catalog.ask(BEST, {"sae": sae, "n": n, "least": MIN_IMAGES}).dicts()
@@ -43,7 +49,7 @@ def draw_best(catalog: Catalog, path: Path, n: int = 10, sae: str | None = None)
     page.text(MARGIN, MARGIN + 16, _caption(best), 9, GREY)
     for index, feature in enumerate(best):
         y = MARGIN + 50 + index * ROW
-        _draw_name(page, y, feature)
+        _draw_label(page, y, feature)
         strongest, _ = load_examples(catalog, feature)
         for (right, down), example in zip(places(len(strongest)), strongest, strict=True):
             page.tile(MARGIN + left + right, y + down, overlaid(example, feature["max_act"]))
@@ -52,19 +58,19 @@ def draw_best(catalog: Catalog, path: Path, n: int = 10, sae: str | None = None)
 
 def _caption(best: Sequence[dict[str, Any]]) -> str:
     if not best:
-        return f"No latent has a label and fires on {MIN_IMAGES} images or more."
+        return f"No latent has a label and fires on at least {MIN_IMAGES} images."
     floor, judge = best[0]["ms_floor"], best[0]["judge"]
     return (
-        f"with a label, firing on {MIN_IMAGES} images or more; beside each its {N_STRONGEST} strongest evaluation images, under its heat. "
+        f"labelled features that fire on at least {MIN_IMAGES} images, with heat maps on their {N_STRONGEST} strongest evaluation images. "
         f"Judge {judge}, floor {fixed(floor)}"
     )
 
 
-def _draw_name(page: Page, y: int, feature: dict[str, Any]) -> None:
+def _draw_label(page: Page, y: int, feature: dict[str, Any]) -> None:
     page.text(MARGIN, y + 4, short(feature["label"], 28), 12.5, weight="bold")
     page.text(MARGIN, y + 30, f"MS {fixed(feature['ms'])}    label score {fixed(feature['label_score'])}", 10)
     if feature["purity"] is not None:
-        page.text(MARGIN, y + 70, f"purity {fixed(feature['purity'])}: share of their commonest class", 8.5, GREY)
+        page.text(MARGIN, y + 70, f"purity {fixed(feature['purity'])}: share of the commonest class", 8.5, GREY)
     page.text(
         MARGIN, y + 52, f"latent {feature['latent']} · density {percent(feature['density'])} · {feature['n_images']:,} images", 8.5, GREY
     )

@@ -1,4 +1,4 @@
-"""All SAEs of a catalogue beside one another: fidelity, monosemanticity, the controls, and a table of the numbers."""
+"""The comparison of all SAEs of a catalogue: fidelity, monosemanticity, their controls, and a table of the numbers."""
 
 import difflib
 import math
@@ -18,20 +18,27 @@ from ommatid.show.pictures.page import FAINT, GREY, INK, MARGIN, Page, fixed, sh
 
 
 def choose_sae(catalog: Catalog, name: str | None = None) -> str:
-    """The SAE of this name, the catalogue's or its training's; None: the one with the highest mean MS above its floor.
+    """Find an SAE by its name.
+
+    Args:
+        catalog: The open catalogue.
+        name: Name in the catalogue or in the training; None for the SAE with the highest mean MS above its floor.
+
+    Returns:
+        The name in the catalogue.
 
     Raises:
-        QueryError: there is none of this name.
+        QueryError: There is no SAE of this name.
     """
     found = catalog.rows(_SAES)
     if not found:
-        raise QueryError(f"{catalog.path}: no SAE in it was evaluated; make it again with `dvc repro catalog`")
+        raise QueryError(f"{catalog.path}: it has no evaluated SAE; build it again with `dvc repro catalog`")
     if name is None:
         return found[0][0]
-    for sae, own in found:
-        if name in (sae, own):
+    for sae, name_in_training in found:
+        if name in (sae, name_in_training):
             return sae
-    names = [own or sae for sae, own in found]
+    names = [name_in_training or sae for sae, name_in_training in found]
     near = difflib.get_close_matches(name, names, n=1)
     guess = f"did you mean {near[0]}? " if near else ""
     raise QueryError(f"no SAE {name!r}; {guess}the catalogue has {', '.join(names)}")
@@ -46,17 +53,18 @@ _SAES = """
 WIDTH = 1240
 PLOT_HEIGHT, PLOT_WIDTH = 350, 510
 LEGEND = 50
-"""Above the plots, for what their colours mean."""
+"""Height of the legend above the plots, in pixels."""
 PLOT_TOP = MARGIN + 42 + LEGEND
 AXIS = 58
-"""Left of a plot, for its numbers."""
+"""Space to the left of a plot for the numbers on its axis, in pixels."""
 N_ROWS = 16
-"""SAEs in the table, the best first."""
+"""Largest number of SAEs in the table, best first."""
 ROW = 22
+"""Height of a row of the table, in pixels."""
 HUES = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#718096", "#975a16")
 """Colours of variants."""
 LINE = "#a3a9b1"
-"""Joins SAEs of several colours."""
+"""Colour of lines that join SAEs of several colours."""
 COLUMNS = (
     ("d_sae", 560),
     ("k", 620),
@@ -67,40 +75,59 @@ COLUMNS = (
     ("95 % interval", 1080),
     ("labelled", 1168),
 )
-"""Of the table, and the right edge of each in pixels."""
+"""Columns of the table, with the right edge of each, in pixels from the margin."""
 WORST_FVU = 1.1
-"""Of an untrained SAE that is drawn: random directions can be far worse than the mean, which has 1."""
+"""FVU above which an untrained SAE is not drawn: random directions can be far worse than predicting the mean, whose FVU is 1."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An SAE, with its controls."""
+    """The numbers of an SAE and of its controls."""
 
     sae: str
-    """What the catalogue calls it."""
+    """Name of the SAE in the catalogue."""
     name: str
-    """In its training."""
+    """Name of the SAE in its training."""
     variant: str
+    """Kind of the SAE."""
     d_sae: int
+    """Number of latents."""
     k: int
+    """Value of `train.k`."""
     l0: float
+    """Mean number of latents that fire per token."""
     fvu: float | None
+    """Fraction of variance unexplained."""
     dead: float
+    """Share of dead latents."""
     above: float | None
     """Mean MS above its floor."""
     low: float | None
-    """Lower end of its 95 % interval."""
+    """Lower end of the 95 % interval of `above`."""
     high: float | None
+    """Upper end of the 95 % interval of `above`."""
     labelled: int
-    """Latents with a label."""
+    """Number of latents with a label."""
     untrained_fvu: float | None
+    """FVU of the untrained SAE."""
     untrained_l0: float
+    """L0 of the untrained SAE."""
     untrained_above: float | None
+    """Mean MS of the untrained SAE above its floor."""
     neurons_above: float | None
+    """Mean MS of the raw neurons above its floor."""
 
 
 def draw_comparison(catalog: Catalog, path: Path) -> None:
-    """Draw FVU against L0 and MS above its floor against d_sae of every SAE, and a table of their numbers."""
+    """Draw every SAE of a catalogue: FVU against L0, MS above its floor against d_sae, and a table of the numbers.
+
+    Args:
+        catalog: The open catalogue.
+        path: PNG file to write.
+
+    Raises:
+        QueryError: The file cannot be written.
+    """
     entries = [Entry(*row) for row in catalog.rows(_ENTRIES)]
     colours = _colours(entries)
     rows = entries[:N_ROWS]
@@ -119,7 +146,7 @@ def draw_comparison(catalog: Catalog, path: Path) -> None:
 
 
 def make_plots(catalog: Catalog) -> Page:
-    """The two plots alone, with their legend."""
+    """Return a page with the two plots and their legend, without the table."""
     entries = [Entry(*row) for row in catalog.rows(_ENTRIES)]
     page = Page(WIDTH, MARGIN // 2 + LEGEND + PLOT_HEIGHT + 52)
     _draw_plots(page, MARGIN // 2, entries, _colours(entries))
@@ -128,19 +155,19 @@ def make_plots(catalog: Catalog) -> Page:
 
 def _caption(catalog: Catalog) -> str:
     ((model, hookpoint, judge, floor),) = catalog.rows(_SUBJECT)
-    return f"trained on {model} {hookpoint}, measured on images that training never saw. Judge {judge}, floor {fixed(floor)}"
+    return f"trained on {model} {hookpoint}, measured on images not used in training. Judge {judge}, floor {fixed(floor)}"
 
 
 # ---- colours
 
 
 def _group(entry: Entry, entries: Sequence[Entry]) -> str:
-    """What an SAE's colour stands for: its variant, or its k where all are of one variant."""
+    """Return what an SAE's colour stands for: its variant, or its k if all SAEs are of one variant."""
     return entry.variant if len({other.variant for other in entries}) > 1 else f"k {entry.k}"
 
 
 def _colours(entries: Sequence[Entry]) -> dict[str, str]:
-    """Colour by group, in the order of the legend: hues for variants; for k, which is ordered, from light to dark."""
+    """Return the colour of each group, in the order of the legend: a hue per variant, or shades from light to dark for increasing k."""
     if len({entry.variant for entry in entries}) > 1:
         return dict(zip(sorted({entry.variant for entry in entries}), _cycle(HUES), strict=False))
     ks = sorted({entry.k for entry in entries})
@@ -175,12 +202,12 @@ def _draw_legend(page: Page, y: int, entries: Sequence[Entry], colours: dict[str
 
 
 def _draw_fidelity(page: Page, x: int, y: int, entries: Sequence[Entry], colours: dict[str, str]) -> None:
-    """FVU against L0; SAEs that differ in k only are joined."""
+    """Plot FVU against L0, and join the SAEs that differ in k only."""
     page.text(x, y - 22, "Reconstruction: FVU against L0", 10, weight="bold")
-    axes = _plot(page, x, y, "L0: latents that fire a token", "fraction of variance unexplained")
+    axes = _plot(page, x, y, "L0: latents that fire per token", "fraction of variance unexplained")
     known = [(entry, entry.fvu) for entry in entries if entry.fvu is not None]
     for line in _lines(known, lambda entry: (entry.variant, entry.d_sae)):
-        _join(axes, [(entry.l0, fvu) for entry, fvu in line], color=colours.get(line[0][0].variant, LINE))  # one of several k is grey
+        _join(axes, [(entry.l0, fvu) for entry, fvu in line], color=colours.get(line[0][0].variant, LINE))  # Grey if colours stand for k.
     untrained = [(entry, entry.untrained_fvu) for entry in entries if entry.untrained_fvu is not None and entry.untrained_fvu < WORST_FVU]
     for line in _lines(untrained, lambda entry: entry.d_sae):
         _join(axes, [(entry.untrained_l0, fvu) for entry, fvu in line], color=GREY, linestyle=(0, (4, 3)), marker="x", markersize=4)
@@ -191,16 +218,16 @@ def _draw_fidelity(page: Page, x: int, y: int, entries: Sequence[Entry], colours
 
 
 def _draw_monosemanticity(page: Page, x: int, y: int, entries: Sequence[Entry], colours: dict[str, str]) -> None:
-    """Mean MS above its floor against the width; SAEs that differ in width only are joined."""
+    """Plot mean MS above its floor against width, and join the SAEs that differ in width only."""
     page.text(x, y - 22, "Monosemanticity: mean MS above its floor against width", 10, weight="bold")
-    axes = _plot(page, x, y, "d_sae: latents", "mean MS − floor, with 95 % interval")
+    axes = _plot(page, x, y, "d_sae: number of latents", "mean MS − floor, with 95 % interval")
     known = [(entry, entry.above) for entry in entries if entry.above is not None]
     for line in _lines(known, lambda entry: (entry.variant, entry.k)):
         _join(axes, [(entry.d_sae, above) for entry, above in line], color=colours[_group(line[0][0], entries)])
     untrained = [(entry, entry.untrained_above) for entry in entries if entry.untrained_above is not None]
     for line in _lines(untrained, lambda entry: entry.k):
         _join(axes, [(entry.d_sae, above) for entry, above in line], color=GREY, linestyle=(0, (4, 3)), marker="x", markersize=4)
-    for (entry, above), place in zip(known, _beside([entry for entry, _ in known]), strict=True):
+    for (entry, above), place in zip(known, _spread_over_width([entry for entry, _ in known]), strict=True):
         colour = colours[_group(entry, entries)]
         if entry.low is not None and entry.high is not None:
             axes.plot([place, place], [entry.low, entry.high], color=colour, linewidth=1.6, alpha=0.75, solid_capstyle="butt")
@@ -220,21 +247,21 @@ def _plot(page: Page, x: int, y: int, across: str, up: str) -> Any:
 
 
 def _lines(points: list[tuple[Entry, float]], key: Any) -> Iterable[list[tuple[Entry, float]]]:
-    """The points of each line."""
+    """Group points into lines, by a key."""
     return [list(line) for _, line in groupby(sorted(points, key=lambda point: key(point[0])), key=lambda point: key(point[0]))]
 
 
 def _join(axes: Any, points: Sequence[tuple[float, float]], **style: Any) -> None:
-    """A thin line from left to right, through the mean where several share a place."""
+    """Draw a thin line from left to right, through the mean of points that share a place."""
     ordered = [(x, np.mean([y for _, y in same])) for x, same in groupby(sorted(points), key=lambda point: point[0])]
     axes.plot(*zip(*ordered, strict=True), **{"linewidth": 1.2, "alpha": 0.6, **style})
 
 
-def _beside(entries: Sequence[Entry]) -> list[float]:
-    """Places on the axis of widths, SAEs of one width side by side by variant and k: their intervals do not cover each other."""
+def _spread_over_width(entries: Sequence[Entry]) -> list[float]:
+    """Return the SAEs' places on the axis of widths; those of one width stand side by side, so that no interval covers another."""
     found: dict[str, float] = {}
     widths = {entry.d_sae for entry in entries}
-    room, widest = (0.5, 0.08) if len(widths) == 1 else (0.25, 0.03)  # in octaves
+    room, widest = (0.5, 0.08) if len(widths) == 1 else (0.25, 0.03)  # In octaves.
     for d_sae in widths:
         same = sorted((entry for entry in entries if entry.d_sae == d_sae), key=lambda entry: (entry.variant, entry.k, entry.sae))
         step = min(widest, room / len(same))
@@ -243,7 +270,7 @@ def _beside(entries: Sequence[Entry]) -> list[float]:
 
 
 def _mark_widths(axes: Any, widths: Iterable[int]) -> None:
-    """A scale to the base 2 with room at both ends, marked where SAEs are."""
+    """Scale the axis to base 2, with space at both ends and a mark at every width."""
     marks = sorted(set(widths))
     axes.set_xscale("log", base=2)
     axes.set_xticks(marks, labels=[f"{mark:,}" for mark in marks])
@@ -252,7 +279,7 @@ def _mark_widths(axes: Any, widths: Iterable[int]) -> None:
 
 
 def _mark_l0(axes: Any, values: Sequence[float]) -> None:
-    """A scale to the base 2 where the values span octaves."""
+    """Scale the axis to base 2 if the values span octaves."""
     low, high = min(values) / 1.25, max(values) * 1.25
     axes.set_xlim(low, high)
     if low > 0 and high / low > 3:
@@ -277,7 +304,7 @@ def _draw_table(page: Page, y: int, entries: Sequence[Entry], n: int, colours: d
         for (_, right), cell in zip(COLUMNS, _cells(entry), strict=True):
             page.text(MARGIN + right, at, cell, 9.5, ha="right", va="baseline")
     if n > len(entries):
-        page.text(MARGIN + 18, y + 32 + ROW * len(entries), f"and {n - len(entries)} more; the relation runs has all", 9, GREY)
+        page.text(MARGIN + 18, y + 32 + ROW * len(entries), f"and {n - len(entries)} more; the relation runs lists all", 9, GREY)
 
 
 def _cells(entry: Entry) -> list[str]:

@@ -1,4 +1,4 @@
-"""The page of one feature: examples by decile with heat maps, label and numbers, histogram, classes, neighbours."""
+"""The picture of one feature: label, numbers, examples by decile with heat maps, histogram, classes and neighbours."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,36 +33,43 @@ from ommatid.show.pictures.page import (
 )
 
 GUTTER = 68
-"""Left of the examples, for the name of the decile."""
+"""Space to the left of the examples for the name of the decile, in pixels."""
 SIDEBAR = 330
+"""Width of the sidebar, in pixels."""
 TOP = MARGIN + 74
-"""Where the examples begin, below the header."""
+"""Top of the examples, below the header, in pixels."""
 N_DECILES = 5
-"""Deciles that are drawn below the strongest images: 9, 7, 5, 3, 1 of those with other examples, so that the page stays one page."""
+"""Largest number of deciles drawn below the strongest images, evenly spread, so that everything fits on one page."""
 
 
 @dataclass(frozen=True)
 class Sidebar:
-    """What stands beside the examples."""
+    """What is drawn beside the examples."""
 
     acts: list[float]
-    """Image-level activation of each image it fires on."""
+    """Image-level activation on each image that fires the latent."""
     classes: list[tuple[Any, ...]]
-    """The commonest classes of those images: name, images, share."""
+    """The commonest classes of those images: name, number of images, share."""
     neighbours: list[tuple[Any, ...]]
-    """Nearest latents: latent, cosine, label."""
+    """The nearest latents: index, cosine, label."""
 
     @property
     def height(self) -> int:
-        """Pixels that a page needs for it."""
+        """Height that a page needs for the sidebar, in pixels."""
         return TOP + (224 if self.acts else 0) + (84 + 20 * len(self.classes)) + (24 + 20 * len(self.neighbours)) + MARGIN
 
 
 def draw_feature(catalog: Catalog, latent: int, path: Path, sae: str | None = None) -> None:
-    """Draw one feature: label and numbers, examples from strong to weak with heat maps, histogram, classes, neighbours.
+    """Draw one feature: label, numbers, examples from strong to weak with heat maps, histogram, classes and neighbours.
+
+    Args:
+        catalog: The open catalogue.
+        latent: Index of the latent.
+        path: PNG file to write.
+        sae: Name of the SAE; None for the one with the highest mean MS above its floor.
 
     Raises:
-        QueryError: there is no such latent, or no such SAE; None is the best of the catalogue.
+        QueryError: There is no such latent or SAE, or the file cannot be written.
     """
     feature = _feature(catalog, choose_sae(catalog, sae), latent)
     top, others = load_examples(catalog, feature)
@@ -85,7 +92,7 @@ def _feature(catalog: Catalog, sae: str, latent: int) -> dict[str, Any]:
 
 
 def _deciles(examples: Sequence[Example]) -> list[int]:
-    """At most N_DECILES of the deciles of these examples, evenly spread, strongest first."""
+    """Return at most `N_DECILES` of the examples' deciles, evenly spread, strongest first."""
     found = sorted({e.decile for e in examples}, reverse=True)
     if len(found) <= N_DECILES:
         return found
@@ -97,27 +104,25 @@ def _height(top: Sequence[Example], lower: Sequence[Sequence[Example]]) -> int:
 
 
 def _pair_height(examples: Sequence[Example]) -> int:
-    """A row of pictures, over a row of heat maps if there are any, over their activations."""
+    """Return the height of a row of pictures with its heat maps, if there are any, and its activations, in pixels."""
     return (2 * SIDE + 2 if has_heat(examples) else SIDE) + 24
 
 
 def _draw_header(page: Page, feature: dict[str, Any]) -> None:
-    label = feature["label"] or f"no label: {(feature['label_status'] or 'no labeller was asked').replace('_', ' ')}"
+    label = feature["label"] or f"no label: {(feature['label_status'] or 'no labeller was run').replace('_', ' ')}"
     page.text(MARGIN, MARGIN - 10, short(label, 60), 20, INK if feature["label"] else GREY, weight="bold")
     page.text(page.width - MARGIN, MARGIN - 4, f"latent {feature['latent']}", 14, GREY, ha="right")
     page.text(page.width - MARGIN, MARGIN + 16, feature["sae"], 8, GREY, ha="right")
     page.text(MARGIN, MARGIN + 30, "     ".join(_numbers(feature)), 10.5, GREY)
     if feature["is_dead"]:
-        page.text(
-            page.width - MARGIN, MARGIN + 33, "dead: fires on no image of the evaluation split", 10.5, ALARM, ha="right", weight="bold"
-        )
+        page.text(page.width - MARGIN, MARGIN + 33, "dead: fires on no evaluation image", 10.5, ALARM, ha="right", weight="bold")
     page.rule(MARGIN + 58)
 
 
 def _numbers(feature: dict[str, Any]) -> list[str]:
     score = f"label score {fixed(feature['label_score'])}"
     if feature["control_score"] is not None:
-        score += f" (another's label {fixed(feature['control_score'])})"
+        score += f" (another latent's label {fixed(feature['control_score'])})"
     return [
         score,
         f"MS {fixed(feature['ms'])} (floor {fixed(feature['ms_floor'])}, judge {feature['judge']})",
@@ -130,7 +135,7 @@ def _numbers(feature: dict[str, Any]) -> list[str]:
 def _draw_examples(page: Page, top: Sequence[Example], lower: Sequence[Sequence[Example]], max_act: float) -> None:
     y = TOP
     if not top:
-        page.text(MARGIN, y + 10, "No examples: it fires on no image.", 11, GREY)
+        page.text(MARGIN, y + 10, "No examples: the latent fires on no image.", 11, GREY)
     for start in range(0, len(top), N_ACROSS):
         page.text(MARGIN, y + 2, "strongest" if start == 0 else "", 8.5, GREY)
         _draw_pairs(page, y, top[start : start + N_ACROSS], max_act)
@@ -142,7 +147,7 @@ def _draw_examples(page: Page, top: Sequence[Example], lower: Sequence[Sequence[
 
 
 def _draw_pairs(page: Page, y: int, examples: Sequence[Example], max_act: float) -> None:
-    """Pictures, and below each its heat map and activation."""
+    """Draw pictures, and below each its heat map and activation."""
     for i, example in enumerate(examples):
         x = MARGIN + GUTTER + i * (SIDE + GAP)
         page.tile(x, y, square(example.picture, SIDE))
@@ -152,7 +157,7 @@ def _draw_pairs(page: Page, y: int, examples: Sequence[Example], max_act: float)
 
 
 def _draw_side_by_side(page: Page, y: int, examples: Sequence[Example], max_act: float) -> None:
-    """Picture and heat map beside each other, as many as fit."""
+    """Draw as many pictures as fit, each with its heat map beside it."""
     step = 2 if has_heat(examples) else 1
     for i, example in enumerate(examples[: N_ACROSS // step]):
         x = MARGIN + GUTTER + i * step * (SIDE + GAP)
@@ -184,7 +189,7 @@ def _draw_sidebar(page: Page, sidebar: Sidebar, feature: dict[str, Any], has_hea
 
 
 def _draw_scale(page: Page, x: int, y: int, max_act: float) -> None:
-    """The colours of the heat maps."""
+    """Draw the colour scale of the heat maps."""
     page.text(x, y, "heat", 8.5, GREY)
     page.text(x + 56, y, "0", 8.5, GREY, ha="right")
     ramp = colormaps[HEAT](np.linspace(0, 1, 200))[:, :3] * 255
@@ -193,7 +198,7 @@ def _draw_scale(page: Page, x: int, y: int, max_act: float) -> None:
 
 
 def _draw_histogram(page: Page, x: int, y: int, acts: Sequence[float]) -> None:
-    page.text(x, y, "Activation over the images it fires on", 10, weight="bold")
+    page.text(x, y, "Activations on images that fire the latent", 10, weight="bold")
     axes = page.axes(x + 30, y + 24, SIDEBAR - 30, 120)
     axes.hist(acts, bins=30, range=(0, max(acts)), color=ACCENT)
     axes.set_ylabel("images", fontsize=7.5, color=GREY)
@@ -202,7 +207,7 @@ def _draw_histogram(page: Page, x: int, y: int, acts: Sequence[float]) -> None:
 
 
 def _draw_classes(page: Page, x: int, y: int, classes: Sequence[tuple[Any, ...]], strongest: Sequence[str] | None) -> None:
-    """Bars of the commonest classes."""
+    """Draw the commonest classes as bars."""
     page.text(x, y, "Classes of those images", 10, weight="bold")
     for i, (name, n, share) in enumerate(classes):
         at = y + 24 + 20 * i

@@ -1,4 +1,4 @@
-"""A page in pixels: text, plots, and the images on which a latent fires as tiles."""
+"""A page to draw on, and the tiles that show the images on which a latent fires."""
 
 import io
 import os
@@ -19,14 +19,14 @@ from ommatid.errors import QueryError
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file aside and move it into its place; folders on the way are made.
+    """Write a file under another name and move it into place, so that it is whole or not there. Missing folders are created.
 
     Raises:
-        QueryError: it cannot be written there.
+        QueryError: The file cannot be written there.
     """
     aside = path.with_name(path.name + ".tmp")
     if blocked := next((folder for folder in path.parents if folder.exists() and not folder.is_dir()), None):
-        raise QueryError(f"{path}: cannot be written: {blocked} is no folder; name another place with --to FILE")
+        raise QueryError(f"{path}: cannot be written: {blocked} is not a folder; name another place with --to FILE")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_bytes(content)
@@ -38,12 +38,14 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 DPI = 100
+"""Pixels per inch, by which matplotlib scales text."""
 INK, GREY, FAINT, ACCENT, ALARM = "#1b1e23", "#6a7078", "#d9dce1", "#2b6cb0", "#b42318"
 MARGIN = 36
+"""Margin of a page, in pixels."""
 
 
 class Page:
-    """A white page in pixels, y downwards from the top."""
+    """A white page; coordinates are in pixels, from the top left corner."""
 
     def __init__(self, width: int, height: int):
         self.width, self.height = width, height
@@ -51,16 +53,16 @@ class Page:
         FigureCanvasAgg(self.figure)
 
     def text(self, x: int, y: int, text: str, size: float = 9, colour: str = INK, **options: Any) -> None:
-        """Text whose top (or `va`) is at y; dollars are dollars, not mathematics."""
+        """Write text with its top left corner at a place, unless `ha` or `va` say otherwise. Dollar signs do not start a formula."""
         options = {"va": "top", "ha": "left"} | options
         self.figure.text(x / self.width, 1 - y / self.height, text, fontsize=size, color=colour, parse_math=False, **options)
 
     def tile(self, x: int, y: int, pixels: np.ndarray) -> None:
-        """An image (height, width, 3), pixel by pixel."""
+        """Draw an image, `(height, width, 3)`, without scaling it."""
         self.figure.figimage(pixels, x, self.height - y - pixels.shape[0], zorder=1)
 
     def axes(self, x: int, y: int, width: int, height: int) -> Any:
-        """A plot in a box."""
+        """Add a plot that fills a box."""
         axes = self.figure.add_axes((x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height))
         axes.tick_params(labelsize=7.5, colors=GREY, length=3)
         for side in ("top", "right"):
@@ -70,48 +72,54 @@ class Page:
         return axes
 
     def rule(self, y: int) -> None:
-        """A faint line across."""
+        """Draw a faint line across the page."""
         axes = self.axes(MARGIN, y, self.width - 2 * MARGIN, 1)
         axes.set_axis_off()
         axes.axhline(0, color=FAINT, linewidth=1)
 
     def png(self, density: int = 1) -> bytes:
-        """The picture, with so many dots a pixel; only a page without tiles may have more than 1."""
+        """Return the page as PNG, with `density` dots per pixel, which must be 1 if the page has tiles."""
         out = io.BytesIO()
         with warnings.catch_warnings():
-            # a label in a script that matplotlib's font lacks is drawn as boxes: no reason to stop
+            # Labels in a script that matplotlib's font lacks are drawn as boxes, which is no reason to stop.
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             self.figure.savefig(out, format="png", dpi=DPI * density, metadata={"Software": None})
         return out.getvalue()
 
     def save(self, path: Path) -> None:
-        """Write the PNG, whole or not at all."""
+        """Write the page as PNG.
+
+        Raises:
+            QueryError: The file cannot be written.
+        """
         write_whole(path, self.png())
 
 
 def short(text: str, n: int) -> str:
-    """The text, cut at n characters."""
+    """Return a text, cut to n characters."""
     return text if len(text) <= n else text[: n - 1] + "…"
 
 
 def fixed(value: float | None) -> str:
-    """Two decimals, or a dash."""
+    """Write a number with two decimals, or None as a dash."""
     return "–" if value is None else f"{value:.2f}"
 
 
 def percent(value: float) -> str:
-    """Of a share, two digits."""
+    """Write a share as a percentage with two digits."""
     return f"{100 * value:.2g} %"
 
 
 HEAT = "inferno"
+"""Colour map of heat maps."""
 SIDE = 96
-"""Pixels of an example's side."""
+"""Width and height of an example, in pixels."""
 GAP = 6
+"""Pixels between examples."""
 N_ACROSS = 8
 """Examples in a row."""
 N_STRONGEST = 16
-"""Strongest images of a feature that are shown: those that its purity is about."""
+"""Number of strongest images shown of a feature; they are the images on which its purity is based."""
 
 
 @dataclass(frozen=True)
@@ -119,19 +127,27 @@ class Example:
     """An image on which a latent fires."""
 
     decile: int
-    """10 is the strongest."""
+    """Decile of the activation; 10 is the strongest."""
     act: float
     """Image-level activation."""
     heat: np.ndarray | None
-    """Activation of each patch (rows, cols), if tokens have a place."""
+    """Activation of each patch, `(rows, cols)` float32; None if tokens have no place in the image."""
     picture: Image.Image
-    """Thumbnail."""
+    """Thumbnail of the image."""
     seen: tuple[float, float]
-    """Share of width and height, about the centre, that the model sees."""
+    """Share of the image's width and height, around its centre, that the model sees."""
 
 
 def load_examples(catalog: Catalog, feature: Mapping[str, Any]) -> tuple[list[Example], list[Example]]:
-    """The strongest images of a feature, N_STRONGEST or all on which it fires; and others, of the lower deciles, strongest decile first."""
+    """Load the examples of a feature.
+
+    Args:
+        catalog: The open catalogue.
+        feature: Row of the relation `features`, by column.
+
+    Returns:
+        The `N_STRONGEST` strongest images, and examples from lower deciles, strongest decile first.
+    """
     values = {"sae": feature["sae"], "latent": feature["latent"], "n": N_STRONGEST, "n_lower": N_ACROSS}
     found = [_example(*row) for row in catalog.rows(_EXAMPLES, values)]
     return found[:N_STRONGEST], found[N_STRONGEST:]
@@ -143,17 +159,17 @@ def _example(decile: int, act: float, heat: list[float] | None, rows: int, cols:
 
 
 def places(n: int) -> list[tuple[int, int]]:
-    """Left and top pixel of each of n tiles, in rows of N_ACROSS."""
+    """Return the left and top pixel of each of n tiles, in rows of `N_ACROSS`."""
     return [(i % N_ACROSS * (SIDE + GAP), i // N_ACROSS * (SIDE + GAP)) for i in range(n)]
 
 
 def has_heat(examples: Sequence[Example]) -> bool:
-    """Whether any of them has a heat map."""
+    """Return whether any example has a heat map."""
     return any(example.heat is not None for example in examples)
 
 
 def square(picture: Image.Image, side: int) -> np.ndarray:
-    """The picture fitted into a light square; pixels stay sharp when it grows."""
+    """Fit a picture into a light grey square, `(side, side, 3)` uint8; if it is enlarged, its pixels stay sharp."""
     width, height = _fitted(picture, side)
     filter_ = Image.Resampling.NEAREST if width > picture.width else Image.Resampling.LANCZOS
     canvas = Image.new("RGB", (side, side), "#eef0f2")
@@ -162,13 +178,22 @@ def square(picture: Image.Image, side: int) -> np.ndarray:
 
 
 def _fitted(picture: Image.Image, side: int) -> tuple[int, int]:
-    """Width and height of the picture inside a square."""
+    """Return the width and height of a picture that is fitted into a square."""
     scale = side / max(picture.size)
     return max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
 
 
 def overlaid(example: Example, max_act: float, side: int = SIDE) -> np.ndarray:
-    """The picture with its heat over what the model sees of it: colour and opacity grow with activation, from 0 to `max_act`."""
+    """Draw an example's heat map over the part of the picture that the model sees.
+
+    Args:
+        example: The example.
+        max_act: Activation at which colour and opacity reach their maximum.
+        side: Width and height of the result, in pixels.
+
+    Returns:
+        The picture, `(side, side, 3)` uint8.
+    """
     pixels = square(example.picture, side).astype(np.float32)
     if example.heat is None or max_act <= 0:
         return pixels.astype(np.uint8)
@@ -176,7 +201,7 @@ def overlaid(example: Example, max_act: float, side: int = SIDE) -> np.ndarray:
     heat = np.asarray(Image.fromarray(example.heat).resize((width, height), Image.Resampling.BILINEAR))
     share = np.clip(heat / max_act, 0, 1)
     colour = colormaps[HEAT](share)[:, :, :3] * 255
-    # never opaque, so that the image stays visible under its own heat; a little dimmed where it is cold, so that warm stands out
+    # Never opaque, so that the image stays visible; slightly dimmed where nothing fires, so that the rest stands out.
     alpha = (0.15 + 0.5 * share)[:, :, None]
     top, left = (side - height) // 2, (side - width) // 2
     place = pixels[top : top + height, left : left + width]

@@ -1,7 +1,7 @@
-"""What was found, for reading: one page that needs no network, made from a catalogue alone.
+"""The report about what an SAE found: one HTML page, made from a catalogue alone, that needs no network.
 
-`tables`, `plots` and `features` make the sections, each beside the SQL behind it; `parts` says what a section is made of, and `page` puts
-the sections in order and writes them as HTML.
+`tables`, `plots` and `features` make the sections and hold their SQL. `parts` defines what a section consists of. `page` puts the sections
+in order and writes them as HTML.
 """
 
 from ommatid.show.report.page import make_report, write_into, write_report

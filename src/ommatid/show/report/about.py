@@ -1,4 +1,4 @@
-"""The SAE that the report is about."""
+"""The subject of the report: one SAE of a catalogue."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ CONTROLS = """
     FROM comparisons WHERE sae = $sae
     ORDER BY dictionary <> 'sae', above_floor DESC NULLS LAST, dictionary
 """
-NAMES = """
+LABEL_SCORES = """
     SELECT
         sae, count(*) AS scored, count(*) FILTER (label_score > control_score) AS better,
         avg(label_score) AS mean_score, avg(control_score) AS mean_control
@@ -25,25 +25,32 @@ NAMES = """
 
 
 class About:
-    """An SAE, and what several sections need of it."""
+    """An SAE, and what several sections of the report need to know about it.
+
+    Args:
+        catalog: The open catalogue.
+        sae: Name of the SAE in the catalogue.
+    """
 
     def __init__(self, catalog: Catalog, sae: str) -> None:
         self.catalog = catalog
         self.sae = sae
         (self.run,) = self.ask(RUN, sae=sae)
         self.name: str = self.run["name"]
-        """In its training."""
+        """Name of the SAE in its training."""
         self.controls = {row["dictionary"]: row for row in self.ask(CONTROLS, sae=sae)}
-        """The SAE itself and its controls, by dictionary."""
-        self.mine = self.controls["sae"]
+        """Rows of `comparisons` for the SAE and its controls, by dictionary."""
+        self.numbers = self.controls["sae"]
+        """The row of the SAE itself."""
         self.floor: float = self.run["ms_floor"]
-        self.names: Mapping[str, dict[str, Any]] = {row["sae"]: row for row in self.ask(NAMES)}
-        """How names hold against their controls, of every SAE that has some."""
+        """Floor of the monosemanticity score."""
+        self.label_scores: Mapping[str, dict[str, Any]] = {row["sae"]: row for row in self.ask(LABEL_SCORES)}
+        """Number of scored labels, how many beat their control, and mean scores, by SAE; an SAE without scored labels is missing."""
 
     def ask(self, sql: str, **values: Any) -> list[dict[str, Any]]:
-        """Rows by column."""
+        """Return the rows of an answer, by column."""
         return Question(sql, values).ask(self.catalog).dicts()
 
     def question(self, sql: str, **values: Any) -> Question:
-        """One about this SAE."""
+        """Return a question about this SAE, with `$sae` among its values."""
         return Question(sql, {"sae": self.sae, **values})

@@ -1,4 +1,4 @@
-"""The sections with features as pictures: the best, the worst, and those whose name fails."""
+"""The sections that show features: the best, the worst, and those whose label fails."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,59 +7,60 @@ from ommatid.show.pictures.best import BEST, MIN_IMAGES
 from ommatid.show.pictures.page import N_STRONGEST
 from ommatid.show.report import plots
 from ommatid.show.report.about import About
-from ommatid.show.report.parts import Section, Shown, fixed, percent
+from ommatid.show.report.parts import Section, ShownFeature, fixed, percent
 
 WORST = """
     SELECT * FROM features
     WHERE sae = $sae AND ms IS NOT NULL AND n_images >= $least
     ORDER BY ms, latent LIMIT $n
 """
-MISNAMED = """
+MISLABELLED = """
     SELECT * FROM features
     WHERE sae = $sae AND label_score <= control_score AND ms IS NOT NULL AND n_images >= $least
     ORDER BY ms DESC, latent LIMIT $n
 """
 
 N_FEATURES = 6
-"""Of each kind."""
+"""Number of features in a section."""
 KINDS = (
-    ("The best features", "Highest MS of those with a name", BEST),
+    ("The best features", "The highest MS among features with a label", BEST),
     (
         "The worst features",
-        "Lowest MS: to the judge their images have hardly more in common than any. Look whether they have for you",
+        "The lowest MS: to the judge, their images have hardly more in common than any others. See whether you agree",
         WORST,
     ),
     (
-        "Names not to believe",
-        "Highest MS of those whose name does no better than another latent's: clear to the judge, but the name is wrong, too vague, or "
-        "fits others as well",
-        MISNAMED,
+        "Labels not to believe",
+        "The highest MS among features whose label scores no better than that of another latent: the judge sees what the images have in "
+        "common, but the label is wrong, too vague, or fits other images as well",
+        MISLABELLED,
     ),
 )
+"""Title, choice and SQL of each section."""
 
 
 def make_features(about: About) -> list[Section]:
-    """A section of each kind."""
+    """Make the sections that show features."""
     return [_make(about, *kind) for kind in KINDS]
 
 
 def _make(about: About, title: str, choice: str, sql: str) -> Section:
     question = about.question(sql, least=MIN_IMAGES, n=N_FEATURES)
     found = question.ask(about.catalog).dicts()
-    none = "" if found else "None to show. "
+    none = "" if found else "Nothing to show. "
     reading = (
-        f"{none}{choice}. Only features that fire on {MIN_IMAGES} evaluation images or more; their {N_STRONGEST} strongest images, under "
-        "the latent's heat map; purity is the share of their commonest class. The control is the score of another latent's name on the "
-        "same images."
+        f"{none}{choice}. Only features that fire on at least {MIN_IMAGES} evaluation images are considered. Each is shown with its "
+        f"{N_STRONGEST} strongest images and the latent's heat map. Purity is the share of their commonest class. The control is the "
+        "score of another latent's label on the same images."
     )
     return Section(title, reading, question, is_wide=True, features=tuple(_show(about, feature) for feature in found))
 
 
-def _show(about: About, feature: Mapping[str, Any]) -> Shown:
+def _show(about: About, feature: Mapping[str, Any]) -> ShownFeature:
     numbers = (
         f"MS {fixed(feature['ms'])}",
-        f"name {percent(feature['label_score'])}, control {percent(feature['control_score'])}",
-        f"latent {feature['latent']}, on {feature['n_images']:,} images",
+        f"label score {percent(feature['label_score'])}, control {percent(feature['control_score'])}",
+        f"latent {feature['latent']}, fires on {feature['n_images']:,} images",
         *([f"purity {fixed(feature['purity'])}"] if feature["purity"] is not None else []),
     )
-    return Shown(feature["label"], numbers, plots.draw_examples(about.catalog, feature))
+    return ShownFeature(feature["label"], numbers, plots.draw_examples(about.catalog, feature))

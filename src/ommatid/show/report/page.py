@@ -1,4 +1,4 @@
-"""The report as one HTML file: styles and pictures inside, no script, no network, everything from data escaped."""
+"""The report as one HTML file, with styles and pictures inside, without scripts and links, and with everything from data escaped."""
 
 import base64
 from pathlib import Path
@@ -18,14 +18,17 @@ from ommatid.store import Artefact
 
 
 def make_report(catalog: Catalog, sae: str | None = None) -> Report:
-    """The report about an SAE of a catalogue, beside its controls and all other SAEs.
+    """Make the report about an SAE, which compares it with its controls and with all other SAEs of the catalogue.
 
     Args:
-        catalog: Open.
-        sae: Name of the SAE; None is the one with the highest mean MS above its floor.
+        catalog: The open catalogue.
+        sae: Name of the SAE; None for the one with the highest mean MS above its floor.
+
+    Returns:
+        The report.
 
     Raises:
-        QueryError: there is no such SAE.
+        QueryError: There is no such SAE.
     """
     about = About(catalog, choose_sae(catalog, sae))
     plots = [make(about) for make in (make_monosemanticity, make_scores, make_densities, make_scatter)]
@@ -42,15 +45,18 @@ def write_into(catalog: Artefact, reports: Path) -> Path:
 
 
 def write_report(catalog: Catalog, path: Path, sae: str | None = None) -> Report:
-    """Write the report about an SAE of a catalogue, whole or not at all; the same catalogue makes the same bytes.
+    """Write the report about an SAE of a catalogue. The same catalogue always gives the same bytes.
 
     Args:
-        catalog: Open.
-        path: The HTML file.
-        sae: Name of the SAE; None is the one with the highest mean MS above its floor.
+        catalog: The open catalogue.
+        path: HTML file to write.
+        sae: Name of the SAE; None for the one with the highest mean MS above its floor.
+
+    Returns:
+        The report.
 
     Raises:
-        QueryError: there is no such SAE.
+        QueryError: There is no such SAE, or the file cannot be written.
     """
     report = make_report(catalog, sae)
     write_whole(path, _as_html(report).encode())
@@ -66,4 +72,5 @@ def _as_html(report: Report) -> str:
 
 
 def _embed(picture: bytes, kind: str) -> str:
+    """Return a data URL with the picture."""
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"

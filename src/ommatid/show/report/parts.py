@@ -1,4 +1,4 @@
-"""What the report is made of."""
+"""The parts of a report, and the formats of its numbers."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,31 +10,31 @@ from ommatid.catalog.database import quote
 from ommatid.catalog.reader import Catalog, QueryResult
 
 DASH = "–"
-"""Where there is none."""
+"""Stands for a missing value."""
 
 
 def fixed(value: float | None) -> str:
-    """Three decimals, or a dash."""
+    """Write a number with three decimals, or None as a dash."""
     return DASH if value is None else f"{value:.3f}".replace("-", "−")
 
 
 def percent(value: float | None) -> str:
-    """Of a share, one decimal; or a dash."""
+    """Write a share as a percentage with one decimal, or None as a dash."""
     return DASH if value is None else f"{100 * value:.1f} %"
 
 
 def share(part: int, whole: int) -> str:
-    """Whole percent."""
+    """Write a part of a whole as a percentage without decimals."""
     return f"{100 * part / whole:.0f} %"
 
 
 def interval(low: float | None, high: float | None, write: Callable[[float], str] = fixed) -> str:
-    """From low to high, or a dash."""
+    """Write an interval, or a dash if an end is missing."""
     return DASH if low is None or high is None else f"{write(low)} to {write(high)}"
 
 
 def wilson(part: int, whole: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
+    """Return the 95 % interval of a share (Wilson 1927)."""
     z = 1.959964
     found, spread = part / whole, z * z / whole
     middle = (found + spread / 2) / (1 + spread)
@@ -44,16 +44,16 @@ def wilson(part: int, whole: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Question:
-    """SQL with its values."""
+    """A question to the catalogue."""
 
     sql: str
-    """With parameters such as $sae."""
+    """SQL with parameters such as $sae."""
     values: Mapping[str, Any] = field(default_factory=dict)
-    """Of the parameters: texts and numbers."""
+    """Values of the parameters, texts and numbers."""
 
     @property
     def text(self) -> str:
-        """As a user can ask it: the values in their places."""
+        """SQL with the values in place of the parameters, so that a user can run it."""
         text = dedent(self.sql).strip()
         for name in sorted(self.values, key=len, reverse=True):
             value = self.values[name]
@@ -61,79 +61,79 @@ class Question:
         return text
 
     def ask(self, catalog: Catalog) -> QueryResult:
-        """The answer of a catalogue."""
+        """Return the answer of a catalogue."""
         return catalog.ask(self.sql, dict(self.values))
 
 
 @dataclass(frozen=True)
 class Headline:
-    """One of the first numbers."""
+    """One of the numbers at the top of the report."""
 
     value: str
-    """As written."""
+    """The number as it is written."""
     name: str
-    """What it is."""
+    """Name of the number, a few words."""
     meaning: str
-    """What to hold it against."""
+    """What to compare it with."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are written; the first column is text, the others are numbers."""
+    """A table, with its cells as they are written. The first column is text, and the others are numbers."""
 
     head: tuple[str, ...]
     """Names of the columns."""
     rows: tuple[tuple[str, ...], ...]
     """Cells of each row."""
     strong: int | None = None
-    """The row that the report is about."""
+    """Index of the row to emphasise, which is the SAE that the report is about; None for none."""
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownFeature:
     """A feature with its strongest images."""
 
     label: str | None
-    """None: it has none."""
+    """Label of the feature; None if it has none."""
     numbers: tuple[str, ...]
-    """Lines below the label."""
+    """Lines of text below the label."""
     picture: bytes
-    """WebP."""
+    """The strongest images, as WebP."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """One thing that was measured."""
+    """A section of the report, about one thing that was measured."""
 
     title: str
-    """What."""
+    """Title of the section."""
     reading: str
-    """How to read it; or, where there is nothing, why."""
+    """How to read the section, or why there is nothing to show."""
     question: Question
-    """The SQL behind it."""
+    """Question whose answer the section shows."""
     picture: bytes | None = None
-    """PNG of a plot."""
+    """A plot, as PNG; None if there is none."""
     is_wide: bool = False
-    """Whether it takes the whole width."""
+    """Whether the section takes the whole width of the page."""
     table: Table | None = None
-    """Where it is one."""
-    features: tuple[Shown, ...] = ()
-    """As pictures."""
+    """A table; None if there is none."""
+    features: tuple[ShownFeature, ...] = ()
+    """Features with their strongest images."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """All of it."""
+    """The report about one SAE."""
 
     title: str
-    """The model and where in it."""
+    """Model and hookpoint."""
     sae: str
-    """The SAE that it is about, by its name in the training."""
+    """Name of the SAE in its training."""
     headlines: tuple[Headline, ...]
-    """What to read first."""
+    """The numbers to read first."""
     facts: tuple[tuple[str, str], ...]
-    """What was measured: name and value."""
+    """Name and value of each fact about the SAE, its data and its code."""
     sections: tuple[Section, ...]
-    """In their order."""
+    """The sections, in order."""
     params: str
-    """All params that led here, as YAML."""
+    """Params of all stages, as YAML."""

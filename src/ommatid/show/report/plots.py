@@ -1,4 +1,4 @@
-"""The sections with a plot, and the plots as PNG: distributions over the latents of one SAE, with floor, chance and controls."""
+"""The sections with a plot, most of them distributions over the latents of one SAE, with floor, chance and controls."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -30,10 +30,11 @@ SCORES = """
 
 WIDTH, HEIGHT = 620, 380
 LEFT, TOP, RIGHT, BOTTOM = 62, 58, 18, 50
-"""Around a plot, for a legend of two rows and the words on its axes."""
+"""Margins of a plot for a legend of two rows and the labels of the axes, in pixels."""
 DENSITY = 2
-"""Dots a pixel: sharp on a fine screen."""
+"""Dots per pixel, so that plots are sharp on high-resolution screens."""
 N_BINS = 40
+"""Bins of a histogram."""
 NAMES = {
     "sae": "this SAE",
     "untrained": "untrained SAE",
@@ -43,81 +44,86 @@ NAMES = {
     "kmeans": "k-means",
     "nmf": "NMF",
 }
+"""What the report calls each dictionary."""
 COLOURS = {"sae": ACCENT, "untrained": "#c05621", "neurons": "#4a5159"}
-"""Of dictionaries; others take what HUES has left."""
+"""Colours of dictionaries; others take the remaining colours of `HUES`."""
 
 
 def draw_saes(catalog: Catalog) -> bytes:
-    """All SAEs: FVU against L0, and MS above its floor against width."""
+    """Draw FVU against L0, and MS above its floor against width, for all SAEs."""
     return make_plots(catalog).png(DENSITY)
 
 
 def draw_monosemanticity(scores: Mapping[str, Sequence[float]], floor: float) -> bytes:
-    """Histogram of MS.
+    """Draw histograms of MS, one per dictionary.
 
     Args:
-        scores: MS of each latent that has one, by dictionary: `sae` and the controls.
-        floor: What uniform weights score.
+        scores: MS of each latent for which it is defined, by dictionary: `sae` and the controls.
+        floor: MS of uniform weights.
+
+    Returns:
+        A PNG file.
     """
     page, axes = _plot("MonoSemanticity score (MS) of a latent, mean cosine", "share of latents (%)")
-    everything = np.concatenate([np.asarray(some) for some in scores.values()])
-    low, high = min(floor, everything.min()), max(floor, everything.max())
+    all_scores = np.concatenate([np.asarray(values) for values in scores.values()])
+    low, high = min(floor, all_scores.min()), max(floor, all_scores.max())
     edges = np.linspace(low - 0.01, high + 0.01, N_BINS + 1)
-    for i, (name, some) in enumerate(scores.items()):
-        _histogram(axes, some, edges, NAMES.get(name, name), _colour(name, i), filled=name == "sae")
+    for i, (name, values) in enumerate(scores.items()):
+        _histogram(axes, values, edges, NAMES.get(name, name), _colour(name, i), filled=name == "sae")
     axes.axvline(floor, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="floor")
     axes.set_xlim(edges[0], edges[-1])
-    return _finished(page, axes)
+    return _save(page, axes)
 
 
 def draw_densities(density: Sequence[float]) -> bytes:
-    """Histogram of how often latents fire, and their mean."""
+    """Draw a histogram of the density of latents, with the mean, as PNG."""
     page, axes = _plot("density: share of tokens on which a latent fires (%)", "latents")
     alive = 100 * np.asarray([share for share in density if share > 0])
     edges = np.geomspace(alive.min() / 1.1, alive.max() * 1.1, N_BINS + 1)
     axes.hist(alive, bins=edges, color=ACCENT, alpha=0.85)
-    axes.axvline(
-        100 * float(np.mean(density)), color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="mean over all latents, dead ones included"
-    )
+    axes.axvline(100 * float(np.mean(density)), color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="mean, including dead latents")
     _percent_scale(axes, edges[0], edges[-1])
     axes.yaxis.get_major_locator().set_params(integer=True)
-    return _finished(page, axes)
+    return _save(page, axes)
 
 
 def draw_scatter(rows: Sequence[tuple[float, float | None, int]], floor: float, least: int) -> bytes:
-    """MS against density, a dot a latent.
+    """Draw MS against density, with one dot per latent.
 
     Args:
-        rows: Density, MS and images of each latent.
-        floor: Of MS.
-        least: A latent that fires on fewer images is drawn pale.
+        rows: Density, MS and number of images of each latent.
+        floor: Floor of MS.
+        least: Number of images below which a latent's dot is pale.
+
+    Returns:
+        A PNG file.
     """
     page, axes = _plot("density: share of tokens on which a latent fires (%)", "MS, mean cosine")
     known = [(100 * density, ms, n) for density, ms, n in rows if density > 0 and ms is not None]
     for is_sure, colour, label in ((False, "#b9c0c9", f"fires on fewer than {least} images"), (True, ACCENT, f"on {least} or more")):
-        some = [(density, ms) for density, ms, n in known if (n >= least) is is_sure]
-        if some:
-            axes.plot(*zip(*some, strict=True), ".", color=colour, markersize=3.2, alpha=0.7, markeredgewidth=0, label=label)
+        points = [(density, ms) for density, ms, n in known if (n >= least) is is_sure]
+        if points:
+            axes.plot(*zip(*points, strict=True), ".", color=colour, markersize=3.2, alpha=0.7, markeredgewidth=0, label=label)
     axes.axhline(floor, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="floor")
     densities = [density for density, _, _ in known]
     _percent_scale(axes, min(densities) / 1.3, max(densities) * 1.3)
-    return _finished(page, axes)
+    return _save(page, axes)
 
 
 def draw_scores(scores: Sequence[float], controls: Sequence[float]) -> bytes:
-    """Histogram of label scores beside those of the control."""
+    """Draw histograms of label scores and of the scores of their controls, as PNG."""
     page, axes = _plot("balanced accuracy on held-out images (%)", "share of latents (%)")
-    everything = [100 * score for score in (*scores, *controls)]
-    edges = np.arange(5 * np.floor(min(everything) / 5), 100.1 + 2.5, 2.5)
-    _histogram(axes, [100 * score for score in scores], edges, "the latent's own name", ACCENT, filled=True)
-    _histogram(axes, [100 * score for score in controls], edges, "another latent's name (control)", "#c05621", filled=False)
+    percentages = [100 * score for score in (*scores, *controls)]
+    edges = np.arange(5 * np.floor(min(percentages) / 5), 100.1 + 2.5, 2.5)
+    _histogram(axes, [100 * score for score in scores], edges, "the latent's own label", ACCENT, filled=True)
+    _histogram(axes, [100 * score for score in controls], edges, "another latent's label (control)", "#c05621", filled=False)
     axes.axvline(50, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="chance")
     axes.set_xlim(edges[0], 100)
-    return _finished(page, axes)
+    return _save(page, axes)
 
 
 def draw_examples(catalog: Catalog, feature: Mapping[str, Any]) -> bytes:
-    """The strongest images of a feature, strongest first, under the latent's heat map, as WebP."""
+    """Draw the strongest images of a feature with the latent's heat map, strongest first, as WebP."""
     strongest, _ = load_examples(catalog, feature)
     at = places(max(1, len(strongest)))
     strip = np.full((at[-1][1] + SIDE, max(x for x, _ in at) + SIDE, 3), 255, np.uint8)
@@ -139,8 +145,8 @@ def _plot(across: str, up: str) -> tuple[Page, Any]:
     return page, axes
 
 
-def _finished(page: Page, axes: Any) -> bytes:
-    """With the legend above the plot, where it covers nothing."""
+def _save(page: Page, axes: Any) -> bytes:
+    """Add the legend above the plot, where it covers nothing, and return the page as PNG."""
     axes.legend(
         loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, frameon=False, fontsize=9, labelcolor=INK, handlelength=1.6, markerscale=3
     )
@@ -154,7 +160,7 @@ def _histogram(axes: Any, values: Sequence[float], edges: np.ndarray, label: str
 
 
 def _percent_scale(axes: Any, low: float, high: float) -> None:
-    """Logarithmic, its marks written as plain numbers."""
+    """Scale the axis logarithmically, with marks written as plain numbers."""
     marks = [mark for power in range(-7, 3) for mark in (10.0**power, 3 * 10.0**power) if low <= mark <= high]
     axes.set_xscale("log")
     axes.set_xlim(low, high)
@@ -167,18 +173,18 @@ def _colour(name: str, place: int) -> str:
 
 
 def make_fidelity(about: About) -> Section:
-    """FVU against L0, and MS above its floor against width, of every SAE."""
+    """Make the section about reconstruction and monosemanticity of all SAEs."""
     reading = (
-        "Left: the lower, the more is reconstructed; the further left, the fewer latents a token needs. An SAE is better than another "
-        "where it lies below it at the same L0. Right: the higher, the more a latent means one thing, on average. At or below the dashed "
-        "line of the untrained SAEs, training did nothing for meaning."
+        "Left: a lower point means better reconstruction, and a point further to the left means fewer latents per token. At equal L0, the "
+        "SAE with the lower FVU is better. Right: the higher a point, the more clearly its latents mean one thing, on average. For an SAE "
+        "at or below the dashed line of the untrained SAEs, training did not make latents more monosemantic."
     )
     picture = draw_saes(about.catalog)
     return Section("Reconstruction and monosemanticity", reading, Question(FIDELITY), picture, is_wide=True)
 
 
 def make_monosemanticity(about: About) -> Section:
-    """Histogram of MS, with floor and controls."""
+    """Make the section about the MS of the latents, compared with the floor and the controls."""
     title, question = "Monosemanticity of the latents", about.question(JUDGED, judge=about.run["judge"])
     found: dict[str, list[float]] = {"sae": []}
     for name, ms in question.ask(about.catalog).rows:
@@ -186,47 +192,49 @@ def make_monosemanticity(about: About) -> Section:
     if not found["sae"]:
         return Section(title, "Nothing to show: MS is undefined for every latent.", question)
     reading = (
-        f"How alike, to the judge {about.run['judge']}, the images are that fire a latent: 1 is one picture over and over, the floor, "
-        f"{fixed(about.floor)}, is what unrelated images score. Latents to the right of the controls are clearer than without training."
+        f"How similar the images that fire a latent are to the judge {about.run['judge']}: 1 means the same picture over and over, and "
+        f"unrelated images score the floor, {fixed(about.floor)}. Latents to the right of the controls are more monosemantic than without "
+        "training."
     )
     return Section(title, reading, question, draw_monosemanticity(found, about.floor))
 
 
 def make_densities(about: About) -> Section:
-    """Histogram of how often latents fire."""
+    """Make the section about how often latents fire."""
     title, question = "How often latents fire", about.question(DENSITIES)
     densities = [density for density, _, _ in question.ask(about.catalog).rows]
     if not any(densities):
         return Section(title, "Nothing to show: no latent fires.", question)
     reading = (
-        "Latents far to the right fire on much of everything and rarely mean one thing; latents far to the left rest on few tokens. "
-        f"{densities.count(0):,} dead latents, of density 0, have no place on a logarithmic scale."
+        "Latents far to the right fire on many different images and rarely mean one thing; latents far to the left fire on few tokens. "
+        f"{densities.count(0):,} dead latents are not shown, because a density of 0 has no place on a logarithmic scale."
     )
     return Section(title, reading, question, draw_densities(densities))
 
 
 def make_scatter(about: About) -> Section:
-    """MS against density."""
+    """Make the section about MS against density."""
     title, question = "Monosemanticity against density", about.question(DENSITIES)
     rows = question.ask(about.catalog).rows
     if not any(ms is not None for _, ms, _ in rows):
         return Section(title, "Nothing to show: MS is undefined for every latent.", question)
     reading = (
-        f"A dot a latent. High scores of pale dots rest on fewer than {MIN_IMAGES} images and may be luck: believe what stays high further "
-        "to the right. A cloud that only rises to the left says that rarity alone makes latents look monosemantic."
+        f"Each dot is a latent. High scores of pale dots rest on fewer than {MIN_IMAGES} images and may be chance; high scores further to "
+        "the right are more reliable. If the cloud rises only to the left, rarity alone makes latents look monosemantic."
     )
     return Section(title, reading, question, draw_scatter(rows, about.floor, MIN_IMAGES))
 
 
 def make_scores(about: About) -> Section:
-    """Histogram of label scores and of their controls."""
-    title, question = "Do names hold on held-out images?", about.question(SCORES)
+    """Make the section about the scores of labels and of their controls."""
+    title, question = "Do labels hold on held-out images?", about.question(SCORES)
     rows = question.ask(about.catalog).rows
     if not rows:
-        return Section(title, "Nothing to show: no latent has a name that could be scored.", question)
+        return Section(title, "Nothing to show: no latent has a label that could be scored.", question)
     reading = (
-        "How well a name picks the images that fire its latent out of mixed ones that did not make the name; 50 % is chance. Names are "
-        "worth what the filled histogram lies to the right of the outlined one, which is the same test with another latent's name."
+        "How well a label distinguishes images that fire its latent from images that do not; none of these images was used to make the "
+        "label, and 50 % is chance. Labels are informative if the filled histogram lies to the right of the outlined one, which is the "
+        "same test with another latent's label."
     )
     own, control = zip(*rows, strict=True)
     return Section(title, reading, question, draw_scores(own, control))

@@ -1,4 +1,4 @@
-"""The sections with numbers: the headline, what was measured, SAEs beside their controls and beside one another."""
+"""The sections with numbers: headlines, facts, and tables that compare SAEs with their controls and with one another."""
 
 import json
 from collections.abc import Mapping
@@ -32,90 +32,97 @@ STABILITY = """
 
 
 def make_headlines(about: About) -> tuple[Headline, ...]:
-    """Names, meaning, reconstruction, dead latents; each with what to hold it against."""
-    return _of_names(about), _of_meaning(about), *_of_reconstruction(about)
+    """Make the headlines about labels, monosemanticity, reconstruction and dead latents, each with what to compare it with."""
+    return _label_headline(about), _monosemanticity_headline(about), *_reconstruction_headlines(about)
 
 
-def _of_names(about: About) -> Headline:
-    named, name = about.names.get(about.sae), "of names beat their control"
-    if not named:
-        return Headline(DASH, name, "no latent has a name that could be scored")
-    better, scored = named["better"], named["scored"]
+def _label_headline(about: About) -> Headline:
+    scores, name = about.label_scores.get(about.sae), "of labels beat their control"
+    if not scores:
+        return Headline(DASH, name, "no latent has a label that could be scored")
+    better, scored = scores["better"], scores["scored"]
     meaning = (
-        f"{interval(*wilson(better, scored), write=lambda of: f'{100 * of:.0f}')} % for {scored:,} names that were held against another "
-        "latent's name on held-out images; names dealt at random would come to 50 % at most"
+        f"95 % interval {interval(*wilson(better, scored), write=lambda value: f'{100 * value:.0f}')} %, from {scored:,} labels compared "
+        "with another latent's label on held-out images; random labels would reach at most 50 %"
     )
     return Headline(share(better, scored), name, meaning)
 
 
-def _of_meaning(about: About) -> Headline:
-    mine, name = about.mine, "mean MS above its floor"
-    if mine["above_floor"] is None:
+def _monosemanticity_headline(about: About) -> Headline:
+    numbers, name = about.numbers, "mean MS above its floor"
+    if numbers["above_floor"] is None:
         return Headline(DASH, name, "the MonoSemanticity score is undefined for every latent")
     others = [(label, about.controls[key]["above_floor"]) for key, label in (("untrained", "untrained SAE"), ("neurons", "raw neurons"))]
-    beside = "; ".join(f"{label} {fixed(value)}" for label, value in others)
-    within = f"{interval(mine['low'], mine['high'])} over images; " if mine["low"] is not None else ""
-    return Headline(fixed(mine["above_floor"]), name, f"{within}{beside}; the floor, {fixed(about.floor)}, is what unrelated images score")
+    controls = "; ".join(f"{label} {fixed(value)}" for label, value in others)
+    within = f"95 % interval over images {interval(numbers['low'], numbers['high'])}; " if numbers["low"] is not None else ""
+    meaning = f"{within}{controls}; unrelated images score the floor, {fixed(about.floor)}"
+    return Headline(fixed(numbers["above_floor"]), name, meaning)
 
 
-def _of_reconstruction(about: About) -> tuple[Headline, Headline]:
-    mine = about.mine
-    fired = f"with {mine['l0']:.1f} latents firing a token (L0); 0 is perfect, 1 is what predicting the mean gives"
-    dead = f"they fire on no evaluation image; the SAE has {mine['n_latents']:,} latents"
-    return Headline(fixed(mine["fvu"]), "variance unexplained (FVU)", fired), Headline(percent(mine["dead"]), "of latents are dead", dead)
+def _reconstruction_headlines(about: About) -> tuple[Headline, Headline]:
+    numbers = about.numbers
+    fidelity = f"with {numbers['l0']:.1f} latents firing per token (L0); 0 is perfect, and predicting the mean gives 1"
+    dead = f"they fire on no evaluation image; the SAE has {numbers['n_latents']:,} latents"
+    return (
+        Headline(fixed(numbers["fvu"]), "variance unexplained (FVU)", fidelity),
+        Headline(percent(numbers["dead"]), "of latents are dead", dead),
+    )
 
 
 def list_facts(about: About) -> tuple[tuple[str, str], ...]:
-    """Model, hookpoint, judge, data, code and digests, as far as they are known: name and value."""
+    """List model, hookpoint, judge, data, code and digests, as far as they are known.
+
+    Returns:
+        Name and value of each fact.
+    """
     run, (images,) = about.run, about.ask(IMAGES)
     classes = f"{images['classes']:,} classes" if images["classes"] else "without classes"
-    given = {
-        "SAE": f"{about.name}: {run['variant']}, {about.mine['n_latents']:,} latents, k {run['k']}",
+    facts = {
+        "SAE": f"{about.name}: {run['variant']}, {about.numbers['n_latents']:,} latents, k {run['k']}",
         "Model": run["model"],
         "Hookpoint": run["hookpoint"] if not run["target"] else f"{run['hookpoint']}, decoding {run['target']}",
         "Judge": run["judge"],
-        "Images": f"{images['training']:,} to train on, {images['evaluation']:,} others for everything measured here; {classes}",
-        "Catalogue made": f"{run['created_at']:%Y-%m-%d %H:%M} UTC",
-        "Code": run["git_commit"] and f"{run['git_commit']}{', with changes that were not committed' if run['git_dirty'] else ''}",
+        "Images": f"{images['training']:,} for training, {images['evaluation']:,} others for everything measured here; {classes}",
+        "Catalogue built": f"{run['created_at']:%Y-%m-%d %H:%M} UTC",
+        "Code": run["git_commit"] and f"{run['git_commit']}{', with uncommitted changes' if run['git_dirty'] else ''}",
         "DVC experiment": run["dvc_experiment"],
         "dvc.lock": run["dvc_lock"],
         "MLflow run": run["mlflow_run_id"],
         "Prefect flow run": run["prefect_flow_run_id"],
         "Digest of images": run["images_digest"],
-        "of activations": run["activations_digest"],
-        "of the SAE": run["sae_digest"],
+        "Digest of activations": run["activations_digest"],
+        "Digest of the SAE": run["sae_digest"],
     }
-    return tuple((name, value) for name, value in given.items() if value)
+    return tuple((name, value) for name, value in facts.items() if value)
 
 
 def write_params(about: About) -> str:
-    """All params that led here, as YAML."""
+    """Return the params of all stages as YAML."""
     return yaml.safe_dump(json.loads(about.run["params"]), sort_keys=False, allow_unicode=True, width=110)
 
 
 N_SAES = 24
-"""In the table, the best first."""
+"""Largest number of SAEs in the table, best first."""
 SAES_HEAD = "SAE, latents, k, L0, FVU, dead, MS − floor, 95 % interval, untrained, raw neurons, labelled, beat control"
 CONTROLS_HEAD = "dictionary, latents, L0, FVU, dead, MS − floor, 95 % interval, best MS, purity, without MS"
-STABILITY_HEAD = "another SAE, matched one to one, matched mutually, mean best cosine, by chance"
+STABILITY_HEAD = "other SAE, matched one to one, matched mutually, mean best cosine, by chance"
 
 
 def make_saes(about: About) -> Section:
-    """Every SAE of the catalogue beside its controls."""
+    """Make the section that compares every SAE of the catalogue with its controls."""
     question = Question(SAES)
     found = question.ask(about.catalog).dicts()
     reading = (
-        "Each SAE on images that training never saw, the best first. MS − floor is the mean MonoSemanticity score of its latents above "
-        "what unrelated images score; it means something only above the same of the untrained SAE and of the raw neurons, which stand "
-        "beside it. The interval is over images. Beat control: share of scored names that pick held-out images better than another"
-        " latent's name."
+        "All SAEs on images not used in training, best first. MS − floor is the mean MonoSemanticity score of the latents above the score "
+        "of unrelated images; compare it with the same number for the untrained SAE and for the raw neurons in the next columns. The "
+        "interval is over images. Beat control: share of scored labels that identify held-out images better than another latent's label."
     )
     if len(found) > N_SAES:
-        reading += f" {len(found) - N_SAES} more are in the relation runs."
+        reading += f" The relation runs lists {len(found) - N_SAES} more."
     shown = found[:N_SAES]
     strong = next((i for i, row in enumerate(shown) if row["sae"] == about.sae), None)
     return Section(
-        "The SAEs beside their controls" if len(found) > 1 else "The SAE beside its controls",
+        "The SAEs and their controls" if len(found) > 1 else "The SAE and its controls",
         reading,
         question,
         is_wide=True,
@@ -124,7 +131,7 @@ def make_saes(about: About) -> Section:
 
 
 def _sae(about: About, row: Mapping[str, Any]) -> tuple[str, ...]:
-    named = about.names.get(row["sae"])
+    scores = about.label_scores.get(row["sae"])
     return (
         row["name"],
         f"{row['d_sae']:,}",
@@ -137,20 +144,20 @@ def _sae(about: About, row: Mapping[str, Any]) -> tuple[str, ...]:
         fixed(row["untrained"]),
         fixed(row["neurons"]),
         f"{row['n_labelled']:,}",
-        share(named["better"], named["scored"]) if named else DASH,
+        share(scores["better"], scores["scored"]) if scores else DASH,
     )
 
 
 def make_controls(about: About) -> Section:
-    """The SAE beside all dictionaries that it was measured with."""
+    """Make the section that compares the SAE with all dictionaries that were evaluated beside it."""
     reading = (
-        f"{about.name} beside dictionaries that learned less or nothing, on the same images. Best MS is the highest of a single latent, "
-        "and grows with their number. Purity: mean share of the commonest class among a latent's 16 strongest images. Without MS: latents "
-        "that are constant or fire on fewer than two images; no mean counts them."
+        f"{about.name} compared with dictionaries that learned less or nothing, on the same images. Best MS is the highest score of a "
+        "single latent, which grows with the number of latents. Purity: mean share of the commonest class among a latent's 16 strongest "
+        "images. Without MS: latents that are constant or fire on fewer than two images, which are left out of the means."
     )
     rows = tuple(_control(name, row) for name, row in about.controls.items())
     table = Table(tuple(CONTROLS_HEAD.split(", ")), rows, strong=0)
-    return Section("This SAE and its controls", reading, about.question(CONTROLS), is_wide=True, table=table)
+    return Section("This SAE and all its controls", reading, about.question(CONTROLS), is_wide=True, table=table)
 
 
 def _control(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -169,16 +176,16 @@ def _control(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def make_stability(about: About) -> list[Section]:
-    """How far other SAEs have the same directions, where there are others."""
+    """Make the section about how many directions other SAEs share, if there are other SAEs."""
     question = about.question(STABILITY)
     found = question.ask(about.catalog).dicts()
     if not found:
         return []
     reading = (
-        f"How many directions of {about.name} another SAE of the same activations has, too: the share with a partner above cosine 0.9, one "
-        "to one (Hungarian) or as each other's nearest, and the mean cosine of each latent's nearest (MMCS). By chance: that mean, were "
-        "the other's directions random. Dead latents keep the direction they began with and match nothing. SAEs of one seed begin "
-        "alike, and a short training leaves them so: other seeds tell more."
+        f"How many directions of {about.name} another SAE of the same activations also has: the share of latents matched above cosine 0.9, "
+        "one to one (Hungarian) or as each other's nearest, and the mean cosine of each latent with its nearest (MMCS). By chance: that "
+        "mean if the other SAE's directions were random. Dead latents keep their initial direction and match nothing. SAEs with the same "
+        "seed start alike and stay so in a short training; SAEs with other seeds tell more about stability."
     )
     rows = tuple((row["other"], percent(row["matched"]), percent(row["mutual"]), fixed(row["mmcs"]), fixed(row["chance"])) for row in found)
     return [Section("Stability", reading, question, is_wide=True, table=Table(tuple(STABILITY_HEAD.split(", ")), rows))]
