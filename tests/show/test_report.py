@@ -169,7 +169,7 @@ def test_features_are_the_best_the_worst_and_the_misnamed(file: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("statement", "empty"),
     [
-        ("UPDATE features SET label_score = NULL", {"Do labels hold on held-out images?"}),
+        ("UPDATE features SET label_score = NULL", {"Do the labels hold up on held-out images?"}),
         (
             "UPDATE latents SET ms = NULL; UPDATE judged SET ms = NULL",
             {"Monosemanticity of the latents", "Monosemanticity against density"},

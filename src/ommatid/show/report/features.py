@@ -23,16 +23,16 @@ MISLABELLED = """
 N_FEATURES = 6
 """Number of features in a section."""
 KINDS = (
-    ("The best features", "The highest MS among features with a label", BEST),
+    ("The best features", "Labelled features with the highest MS", BEST),
     (
         "The worst features",
-        "The lowest MS: to the judge, their images have hardly more in common than any others. See whether you agree",
+        "Features with the lowest MS: to the judge, their images have hardly more in common than any others. See whether you agree",
         WORST,
     ),
     (
         "Labels not to believe",
-        "The highest MS among features whose label scores no better than that of another latent: the judge sees what the images have in "
-        "common, but the label is wrong, too vague, or fits other images as well",
+        "Features with the highest MS among those whose label scores no better than another latent's: the judge sees that the images are "
+        "alike, but the label is wrong, too vague, or fits other images as well",
         MISLABELLED,
     ),
 )

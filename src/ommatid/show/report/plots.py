@@ -192,7 +192,7 @@ def make_monosemanticity(about: About) -> Section:
     if not found["sae"]:
         return Section(title, "Nothing to show: MS is undefined for every latent.", question)
     reading = (
-        f"How similar the images that fire a latent are to the judge {about.run['judge']}: 1 means the same picture over and over, and "
+        f"How similar the judge {about.run['judge']} finds the images that fire a latent: 1 means the same picture over and over, and "
         f"unrelated images score the floor, {fixed(about.floor)}. Latents to the right of the controls are more monosemantic than without "
         "training."
     )
@@ -207,7 +207,7 @@ def make_densities(about: About) -> Section:
         return Section(title, "Nothing to show: no latent fires.", question)
     reading = (
         "Latents far to the right fire on many different images and rarely mean one thing; latents far to the left fire on few tokens. "
-        f"{densities.count(0):,} dead latents are not shown, because a density of 0 has no place on a logarithmic scale."
+        f"Dead latents ({densities.count(0):,}) are not shown, because a density of 0 has no place on a logarithmic scale."
     )
     return Section(title, reading, question, draw_densities(densities))
 
@@ -227,7 +227,7 @@ def make_scatter(about: About) -> Section:
 
 def make_scores(about: About) -> Section:
     """Make the section about the scores of labels and of their controls."""
-    title, question = "Do labels hold on held-out images?", about.question(SCORES)
+    title, question = "Do the labels hold up on held-out images?", about.question(SCORES)
     rows = question.ask(about.catalog).rows
     if not rows:
         return Section(title, "Nothing to show: no latent has a label that could be scored.", question)
