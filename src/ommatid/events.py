@@ -1,4 +1,4 @@
-"""Events that a running stage sends to its listener, such as the terminal, MLflow or Prefect, none of which stages know."""
+"""Events that a running stage sends to a listener. The stage does not know who listens: the terminal, MLflow or a Prefect flow."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

@@ -219,7 +219,7 @@ EXAMPLES = _table(
     decile=(pa.int8(), "decile of the image's activation among the images on which the latent fires; 10 is the strongest"),
     rank=(
         pa.int32(),
-        "rank among the decile's examples, 1 is the strongest; ORDER BY decile DESC, rank begins with the 16 strongest images",
+        "rank among the decile's examples; 1 is the strongest. ORDER BY decile DESC, rank begins with the 16 strongest images",
     ),
     image=(pa.int32(), "images.image"),
     act=(pa.float32(), "image-level activation"),
@@ -311,7 +311,7 @@ DENSITIES = _table(
     sae=(pa.string(), "name of the SAE"),
     dictionary=(pa.string(), "comparisons.dictionary"),
     low=(pa.float64(), "lower bound of the bin of densities; 0 for latents that never fire"),
-    high=(pa.float64(), "upper bound of the bin, which excludes it except in the last bin, where it is 1"),
+    high=(pa.float64(), "upper bound of the bin, exclusive; of the last bin it is 1, inclusive"),
     n_latents=(pa.int32(), "number of latents in the bin"),
 )
 
@@ -321,7 +321,7 @@ COFIRING = _table(
     may_be_empty=True,
     sae=(pa.string(), "name of the SAE"),
     latent=(pa.int32(), "index of the latent"),
-    rank=(pa.int32(), "rank of the other latent, 1 has the highest lift"),
+    rank=(pa.int32(), "rank of the other latent; 1 has the highest lift"),
     other=(pa.int32(), "index of the other latent"),
     lift=(pa.float64(), "number of images on which both fire, divided by that expected if they were independent, > 1"),
     jaccard=(pa.float64(), "number of images on which both fire, as a share of those on which either fires"),
@@ -332,12 +332,12 @@ LEVELS = _table(
     "levels",
     "evaluation/<sae>",
     sae=(pa.string(), "name of the SAE"),
-    level=(pa.int32(), "level of the dictionary, 1 is the smallest prefix; an SAE that is not Matryoshka has one level"),
+    level=(pa.int32(), "level of the dictionary; 1 is the smallest prefix, and the only level of an SAE that is not Matryoshka"),
     first=(pa.int32(), "index of the first latent that this level adds"),
     last=(pa.int32(), "index of the last latent that this level adds"),
     fvu=(
         nullable(pa.float64()),
-        "fraction of variance unexplained with all latents up to the last; null if the activations do not vary",
+        "fraction of variance unexplained when latents up to `last` reconstruct; null if the activations do not vary",
     ),
     ms=(nullable(pa.float64()), "mean MonoSemanticity score of the latents that this level adds; null if none has one"),
     n_ms=(pa.int32(), "number of latents that this level adds and that have a MonoSemanticity score"),
@@ -350,7 +350,7 @@ PROBES = _table(
     "evaluation/<sae>",
     may_be_empty=True,
     sae=(pa.string(), "name of the SAE"),
-    **{"class": (pa.string(), "images.label, of at most the 64 most common classes")},
+    **{"class": (pa.string(), "class to predict: a value of images.label, among the 64 most common")},
     probe=(pa.string(), "latents for a logistic regression on k latents; x for one on activations averaged over the image's tokens"),
     k=(pa.int32(), "number of inputs of the probe: latents, or the width of x"),
     accuracy=(pa.float64(), "balanced accuracy on the held-out half of the evaluation images"),
@@ -415,15 +415,15 @@ STABILITY = _table(
     other_sae=(pa.string(), "name of another SAE of the same activations"),
     matched=(
         nullable(pa.float64()),
-        "share of the SAE's latents that one-to-one (Hungarian) matching by cosine pairs above 0.9; null if an SAE has more than 4,096 "
-        "latents",
+        "share of the SAE's latents that a one-to-one (Hungarian) matching pairs with a cosine above 0.9; null if an SAE has more than "
+        "4,096 latents",
     ),
     mutual=(
         pa.float64(),
-        "share of the SAE's latents that have a cosine above 0.9 with their best match and are its best match too; close to matched, and "
-        "defined for any number of latents",
+        "share of the SAE's latents that have a cosine above 0.9 with their best match and are in turn its best match; close to `matched`, "
+        "and defined for any number of latents",
     ),
-    mmcs=(pa.float64(), "mean over the SAE's latents of the cosine with their best match"),
+    mmcs=(pa.float64(), "mean cosine of the SAE's latents with their best matches"),
     chance=(pa.float64(), "mmcs with random directions in place of the other SAE's"),
 )
 
@@ -435,7 +435,7 @@ LABELS = _table(
     sae=(pa.string(), "name of the SAE"),
     latent=(pa.int32(), "index of the latent"),
     labeller=(pa.string(), "labeller that made the label: its kind, with a number if there are several of a kind"),
-    place=(pa.int8(), "position of the labeller in label.labellers, from 1; the feature shows the first of labels with equal scores"),
+    place=(pa.int8(), "position of the labeller in label.labellers, from 1; of labels with equal scores, `features` shows the first"),
     status=(pa.string(), "ok, unparsed, refused, failed, over_budget or too_few_examples"),
     label=(nullable(pa.string()), "label of the latent; null unless status is ok"),
     detail=(nullable(pa.string()), "why there is no label, or what else the labeller said; null if nothing"),
@@ -469,7 +469,7 @@ LABELS = _table(
     ),
     detector_score=(
         nullable(pa.float64()),
-        "balanced accuracy of the same detection by the labeller, which is shown the images; null if it cannot see or did not answer",
+        "balanced accuracy of the same detection by the labeller itself; null if it does not look at images, or did not answer",
     ),
     detector_auroc=(nullable(pa.float64()), "area under the ROC curve of that detection; null if detector_score is"),
     n_requests=(pa.int32(), "number of requests to a server for the label, including failed ones"),
@@ -481,7 +481,7 @@ NEIGHBOURS = _table(
     "catalog",
     sae=(pa.string(), "name of the SAE"),
     latent=(pa.int32(), "index of the latent"),
-    rank=(pa.int32(), "rank of the other latent, 1 is the nearest"),
+    rank=(pa.int32(), "rank of the other latent; 1 is the nearest"),
     other=(pa.int32(), "index of the other latent"),
     cosine=(pa.float32(), "cosine of the two directions"),
 )

@@ -27,7 +27,7 @@ class ImagesSummary(TypedDict):
 class ExtractionSummary(TypedDict):
     """All activations of the stage `extract`."""
 
-    source: NotRequired[Annotated[str, "`files` if the activations were imported; absent if they are of images"]]
+    source: NotRequired[Annotated[str, "`files` if the activations were imported; absent if they were extracted from images"]]
     hookpoints: Annotated[list[str], "hookpoints whose activations are inside"]
     n_shards: Annotated[int, "shards, each of which is one part of every table"]
     n_images: Annotated[int, "images of both splits"]
@@ -44,7 +44,7 @@ class JudgeSummary(TypedDict):
 class ActivationsSummary(TypedDict):
     """The activations of one hookpoint."""
 
-    source: NotRequired[Annotated[str, "`files` if the activations were imported; absent if they are of images"]]
+    source: NotRequired[Annotated[str, "`files` if the activations were imported; absent if they were extracted from images"]]
     model: Annotated[str, "name of the explained model"]
     hookpoint: Annotated[str, "where in the model the activations were captured"]
     d_model: Annotated[int, "width of an activation vector"]
@@ -56,7 +56,7 @@ class ActivationsSummary(TypedDict):
     window: Annotated[int, "consecutive training rows that come from different images, in every shard"]
     rounding: Annotated[float | None, "rounding error of the activations relative to float32, measured on a few images"]
     preprocessing: Annotated[dict[str, Any], "how pixels become the model's input: resize, crop, interpolation, channels, mean, std"]
-    namer: Annotated[str | None, "model whose joint image-text space names the latents"]
+    namer: Annotated[str | None, "model whose joint image-text space is used to label latents"]
     d_joint: Annotated[int | None, "width of the namer's joint embeddings"]
     judge: Annotated[str | None, "name of the main judge"]
     d_judge: Annotated[int | None, "width of the main judge's embeddings"]
@@ -68,9 +68,9 @@ class TrainedSAESummary(TypedDict):
 
     sae: Annotated[str, "name in the catalogue: the folder's name and the first digits of the weights' checksum"]
     n_steps: Annotated[int, "training steps; 0 if imported"]
-    n_tokens: Annotated[int, "tokens trained on, those of later epochs counted again"]
-    fvu: Annotated[float, "fraction of variance unexplained at the last measurement in training; of an imported SAE on training tokens"]
-    l0: Annotated[float, "mean number of active latents a token, at the same measurement"]
+    n_tokens: Annotated[int, "tokens trained on, counted again in every epoch"]
+    fvu: Annotated[float, "fraction of variance unexplained at the last measurement in training; of an imported SAE, on training tokens"]
+    l0: Annotated[float, "mean number of latents that fire per token, at the same measurement"]
     dead: Annotated[float, "share of latents that have not fired for `dead_after` tokens"]
 
 
@@ -88,7 +88,7 @@ class TrainingSummary(TypedDict):
     """All SAEs of the stage `train`."""
 
     saes: Annotated[list[str], "folders of the SAEs that passed the gate"]
-    of: Annotated[dict[str, TrainedSAESummary], "of each of them `sae`, `n_steps`, `n_tokens`, `fvu`, `l0` and `dead`"]
+    of: Annotated[dict[str, TrainedSAESummary], "for each of them: `sae`, `n_steps`, `n_tokens`, `fvu`, `l0` and `dead`"]
     rejected: NotRequired[Annotated[dict[str, str], "folders of SAEs that failed the gate while others passed, with the reason"]]
 
 
@@ -112,7 +112,7 @@ class EvaluationSummary(TypedDict):
     sae: Annotated[str, "name of the SAE in the catalogue"]
     fvu: Annotated[float | None, "fraction of variance unexplained"]
     cosine: Annotated[float | None, "mean cosine of reconstruction and target"]
-    l0: Annotated[float | None, "mean number of active latents a token"]
+    l0: Annotated[float | None, "mean number of latents that fire per token"]
     dead: Annotated[float, "share of latents that never fire"]
     ms: Annotated[float | None, "mean MonoSemanticity score, by the main judge, of the latents that have one"]
     ms_low: Annotated[float | None, "lower end of the 95 % interval of `ms`"]
@@ -137,49 +137,49 @@ class EvaluationSummary(TypedDict):
     zero_shot_accuracy: Annotated[float | None, "zero-shot accuracy of the plain model"]
     zero_shot_accuracy_sae: Annotated[float | None, "zero-shot accuracy with the SAE's reconstruction in place of the activations"]
     zero_shot_recovered: Annotated[float | None, "share of the cross-entropy lost to mean activations that the SAE recovers"]
-    zero_shot_recovered_untrained: Annotated[float | None, "the same of the untrained SAE"]
+    zero_shot_recovered_untrained: Annotated[float | None, "the same for the untrained SAE"]
 
 
 class EvaluationsSummary(TypedDict):
     """All evaluations of the stage `evaluate`."""
 
     saes: Annotated[list[str], "folders of the SAEs that passed the gate"]
-    of: Annotated[dict[str, dict[str, float]], "of each of them the numbers of its summary"]
+    of: Annotated[dict[str, dict[str, float]], "for each of them: the numbers of its summary"]
     rejected: NotRequired[Annotated[dict[str, str], "folders of SAEs that failed the gate while others passed, with the reason"]]
 
 
 class LabelsSummary(TypedDict):
     """The labels of one SAE, counting the best-scored label of each latent.
 
-    With several labellers the keys from `n_labelled` to `beats_random` are there for each as well, followed by `_` and its name.
+    With several labellers, each also has keys of its own: those from `n_labelled` to `beats_random`, followed by `_` and its name.
     """
 
     labellers: Annotated[list[str], "names of the labellers, in the order of the params"]
     n_latents: Annotated[int, "latents of the SAE"]
     n_words: Annotated[int, "words of all vocabularies"]
-    n_naming_images: Annotated[int, "evaluation images that make labels"]
-    n_held_out_images: Annotated[int, "evaluation images that score labels"]
+    n_naming_images: Annotated[int, "evaluation images that labels are made from"]
+    n_held_out_images: Annotated[int, "evaluation images that labels are scored on"]
     n_images_in_both: Annotated[int, "images that were used for both, which must be 0"]
     n_labelled: Annotated[int, "latents with a label"]
     n_scored: Annotated[int, "latents whose label has a score"]
-    score: Annotated[float | None, "mean score: balanced accuracy with which the label tells held-out images that activate the latent"]
+    score: Annotated[float | None, "mean score: balanced accuracy of the label at detecting which held-out images the latent fires on"]
     auroc: Annotated[float | None, "mean area under the ROC curve of the same task"]
     control_score: Annotated[float | None, "mean score of another latent's label"]
     random_score: Annotated[float | None, "mean score of a random word"]
-    correlation: Annotated[float | None, "mean rank correlation of activation and similarity to the label"]
-    control_correlation: Annotated[float | None, "the same with another latent's label"]
-    detector_score: Annotated[float | None, "mean score by a vision-language model that is asked about single images"]
+    correlation: Annotated[float | None, "mean rank correlation of activation and cosine to the label"]
+    control_correlation: Annotated[float | None, "the same for another latent's label"]
+    detector_score: Annotated[float | None, "mean score by labellers that look at the images themselves"]
     beats_control: Annotated[float | None, "share of labels that score higher than another latent's label"]
     beats_random: Annotated[float | None, "share of labels that score higher than a random word"]
     n_requests: Annotated[int, "requests sent to models"]
-    n_tokens: Annotated[int, "text tokens of these requests and their answers"]
+    n_tokens: Annotated[int, "tokens of these requests and their answers"]
 
 
 class LabellingsSummary(TypedDict):
     """All labels of the stage `label`."""
 
     saes: Annotated[list[str], "folders of the SAEs that passed the gate"]
-    of: Annotated[dict[str, dict[str, float]], "of each of them the numbers of its summary"]
+    of: Annotated[dict[str, dict[str, float]], "for each of them: the numbers of its summary"]
     rejected: NotRequired[Annotated[dict[str, str], "folders of SAEs that failed the gate while others passed, with the reason"]]
 
 

@@ -1,4 +1,4 @@
-"""The verbs of `ommatid`: one for each stage, and those that read what the stages made.
+"""The verbs of `ommatid`: one for each stage, and others that prepare runs, read their results or convert SAEs.
 
 Heavy libraries are imported inside the verbs that need them, so that every other verb starts quickly.
 """
@@ -43,7 +43,7 @@ app = typer.Typer(
     help="From a folder of images and a vision-language model to a SQL catalogue of monosemantic features.",
 )
 
-ParamsFile = Annotated[Path, typer.Option("--params", help="The params file.")]
+ParamsFile = Annotated[Path, typer.Option("--params", help="Path of the params file.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value, such as train.k=32; repeatable.")
 ]
@@ -56,6 +56,10 @@ Data = Annotated[str, typer.Option("--data", metavar="PATH|URL", help="Root of a
 
 AllowRejected = Annotated[
     bool, typer.Option("--allow-rejected", help="Exit with status 0 instead of 3 if the gate rejects some SAEs and publishes the rest.")
+]
+
+SaeName = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Name of the SAE; default: the one with the highest mean MS above its floor.")
 ]
 
 DEFAULT_PARAMS = Path("params.yaml")
@@ -180,7 +184,7 @@ def query(
     catalog: CatalogFile = None,
     data: Data = DEFAULT_DATA,
 ) -> None:
-    """Query the catalogue in SQL; it is opened read-only."""
+    """Query the catalogue in SQL. The file is opened read-only."""
     from ommatid.cli.query import answer
 
     answer(sql, _catalog_file(catalog, data), output, max_rows, timeout, sys.stdout, memory, early.child)
@@ -188,9 +192,9 @@ def query(
 
 @app.command()
 def show(
-    latent: Annotated[int | None, typer.Argument(help="Index of the latent; default: the ten best features.")] = None,
-    sae: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the SAE; default: the highest mean MS above its floor.")] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Compare all SAEs instead.")] = False,
+    latent: Annotated[int | None, typer.Argument(help="Index of the latent; without it, the ten best features are drawn.")] = None,
+    sae: SaeName = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Draw a comparison of all SAEs instead of features.")] = False,
     to: Annotated[
         Path | None,
         typer.Option(help="The PNG file to write; default: latent-<n>.png, best.png or comparison.png in pictures under --data."),
@@ -198,7 +202,7 @@ def show(
     catalog: CatalogFile = None,
     data: Data = DEFAULT_DATA,
 ) -> None:
-    """Write a picture of a feature, with its label, numbers and examples by decile, or of a comparison of all SAEs."""
+    """Draw a feature with its label, numbers and examples by decile, the best features, or a comparison of all SAEs."""
     from ommatid.catalog.reader import Catalog
     from ommatid.show.pictures import draw_best, draw_comparison, draw_feature
 
@@ -219,12 +223,12 @@ def show(
 
 @app.command()
 def report(
-    sae: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the SAE; default: the highest mean MS above its floor.")] = None,
+    sae: SaeName = None,
     to: Annotated[Path | None, typer.Option(help="The HTML file to write; default: report.html under --data.")] = None,
     catalog: CatalogFile = None,
     data: Data = DEFAULT_DATA,
 ) -> None:
-    """Write a report of the results as a single offline page: numbers with their controls, plots, best and worst features."""
+    """Write a report of the results as one HTML page that needs no network: numbers with their controls, plots, best and worst features."""
     from ommatid.catalog.reader import Catalog
     from ommatid.show.report import write_report
 
@@ -238,13 +242,13 @@ def report(
 @app.command("import")
 def import_(
     path: Annotated[Path, typer.Argument(help="Folder or file that another library saved the SAE in.")],
-    format_name: Annotated[str | None, typer.Option("--format", help="Name of the library; default: recognised by the files.")] = None,
-    hookpoint: Annotated[str | None, typer.Option(help="Hookpoint that the SAE encodes, if the files don't say.")] = None,
-    model: Annotated[str | None, typer.Option(help="Model that the SAE explains, if the files don't say.")] = None,
-    target: Annotated[str | None, typer.Option(help="Hookpoint that a transcoder decodes, if the files don't say.")] = None,
+    format_name: Annotated[str | None, typer.Option("--format", help="Name of the library; default: recognised from the files.")] = None,
+    hookpoint: Annotated[str | None, typer.Option(help="Hookpoint that the SAE encodes, if the files do not name it.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model that the SAE explains, if the files do not name it.")] = None,
+    target: Annotated[str | None, typer.Option(help="Hookpoint that a transcoder decodes, if the files do not name it.")] = None,
     values: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Other values that the files don't say, such as k=32; repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Another value that the files lack, such as k=32; repeatable."),
     ] = None,
     to: Annotated[Path, typer.Option(help="Folder to write sae.safetensors and cfg.json to.")] = Path("data/imported"),
 ) -> None:
@@ -258,7 +262,7 @@ def import_(
     write_native(sae, to)
     say(f"import: {to} holds {_describe(sae)}")
     if not sae.config.k:
-        say("k: the files don't say how many latents fire per token; set it with --set k=N, as evaluate needs it for the untrained control")
+        say("k: the files do not say how many latents fire; set it with --set k=N, as evaluate needs it for its untrained control")
 
 
 @app.command()
