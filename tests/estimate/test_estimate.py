@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from ommatid.config import EvaluateParams, load_params
 from ommatid.errors import ConfigError, ModelError, OmmatidError, SourceError
 from ommatid.estimate import Estimate, estimate, process, trial, trials
-from ommatid.estimate.fit import LARGEST, SMALLEST, Timed, expect, fit, grow, trial_sizes
+from ommatid.estimate.fit import LARGEST, SMALLEST, Timing, expect, fit, grow, trial_sizes
 from ommatid.estimate.process import RunCost, StageProcess
 from ommatid.estimate.sample import draw_images
 from ommatid.estimate.totals import expect_examples
@@ -62,7 +62,7 @@ def test_planted_costs_are_found_exactly(start: float, fixed: float, each: float
     sizes = trial_sizes(whole)
     warm = grow(lambda i: planted.run(sizes[i]), sizes, 10.0)
     largest = planted.runs[-1]
-    cost = fit(warm, Timed(largest, start + fixed + each * largest))
+    cost = fit(warm, Timing(largest, start + fixed + each * largest))
     assert cost.seconds(whole) == pytest.approx(start + fixed + each * whole, rel=1e-6)
 
 
@@ -80,8 +80,8 @@ def test_trials_are_within_the_budget_and_as_large_as_it_allows(fixed: float, ea
 
 
 def test_one_trial_is_taken_for_a_proportion() -> None:
-    assert expect([Timed(32, 2.0)], 64) == 4.0
-    assert expect([Timed(32, 2.0), Timed(64, 3.0)], 128) == 5.0
+    assert expect([Timing(32, 2.0)], 64) == 4.0
+    assert expect([Timing(32, 2.0), Timing(64, 3.0)], 128) == 5.0
 
 
 @pytest.mark.parametrize("n", [1, 31, 32, 63, 64, 300, 10_000, 10**9])
@@ -93,8 +93,8 @@ def test_trial_sizes_ascend_and_stay_small(n: int) -> None:
 
 
 def test_trials_of_one_size_say_that_nothing_more_is_known() -> None:
-    assert fit([Timed(20, 1.0)], Timed(20, 4.0)).seconds(20) == 4.0
-    assert fit([], Timed(20, 4.0)).seconds(20) == 4.0
+    assert fit([Timing(20, 1.0)], Timing(20, 4.0)).seconds(20) == 4.0
+    assert fit([], Timing(20, 4.0)).seconds(20) == 4.0
 
 
 @given(n_tokens=st.integers(2, 10**6), batch_size=st.integers(2, 4096), epochs=st.integers(1, 100))

@@ -28,6 +28,6 @@ def _notes(estimate: Estimate) -> list[str]:
     if estimate.free is not None:
         fits = estimate.missing <= estimate.free
         verdict = "it fits" if fits else "IT DOES NOT FIT: free some, or lower images.limit or extract.sample"
-        needed, transient = in_words(estimate.missing), in_words(estimate.while_running)
+        needed, transient = in_words(estimate.missing), in_words(estimate.temporary)
         lines.append(f"disk: {needed} needed ({transient} of it only while a stage runs), {in_words(estimate.free)} free: {verdict}")
     return lines

@@ -1,7 +1,7 @@
-"""What a run will take, before it: bytes, minutes and memory of every stage.
+"""Estimates of what a run will take, before it starts: disk space, time and memory of every stage.
 
-Every stage runs for real on small samples of the images, in a process of its own as `ommatid <stage>` runs it, in a folder that is
-removed afterwards (trials.py). Two sizes and more give a line, which is followed to the whole (fit.py, totals.py).
+Every stage really runs on small samples of the images, in a process of its own like `ommatid <stage>`, and in a folder that is removed
+afterwards (trials.py). A line through the costs of samples of two or more sizes is extrapolated to the whole run (fit.py, totals.py).
 """
 
 import tempfile
@@ -26,91 +26,96 @@ __all__ = ["Estimate", "StageEstimate", "estimate"]
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """What one stage will take."""
+    """Estimate of one stage."""
 
     stage: str
+    """Name of the stage."""
     bytes: int
-    """Of its artefact."""
+    """Size of its artefact in bytes."""
     seconds: float | None
-    """Of the whole process; None: the artefact is there, and is used."""
+    """Seconds that its process takes; None if the artefact exists and will be used."""
     peak: int | None
-    """Largest resident set in bytes; None likewise."""
+    """Largest resident set of its process in bytes; None if the artefact exists and will be used."""
     sizes: tuple[int, ...]
-    """Images of the trials behind it."""
+    """Numbers of images of the trials from which the estimate was made."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take."""
+    """Estimate of a run."""
 
     stages: tuple[StageEstimate, ...]
-    """In order."""
+    """Estimates of the stages, in order."""
     n_images: int
-    """Images of the run, about."""
-    while_running: int
-    """Bytes on the disk that stages need besides, and give back."""
+    """Approximate number of images of the run."""
+    temporary: int
+    """Bytes of disk space that stages need in addition, and free when they end."""
     free: int | None
-    """Bytes free where the artefacts go; None: in an object store."""
+    """Bytes of free disk space where the artefacts go; None if they go to an object store."""
     took: float
     """Seconds that the estimate itself took."""
     untried: tuple[str, ...]
-    """Labellers that no trial asks, and of which nothing is in the numbers."""
+    """Names of labellers whose cost is unknown: no trial runs them, and the estimate leaves them out."""
 
     @property
     def bytes(self) -> int:
-        """Of all artefacts."""
+        """Size of all artefacts in bytes."""
         return sum(stage.bytes for stage in self.stages)
 
     @property
     def seconds(self) -> float:
-        """Of all stages that are not there yet, one after the other."""
+        """Seconds that all stages without an artefact take, one after the other."""
         return sum(stage.seconds or 0.0 for stage in self.stages)
 
     @property
     def peak(self) -> int:
-        """Of the stage that needs most memory."""
+        """Largest resident set, in bytes, of the stage that needs most memory."""
         return max(stage.peak or 0 for stage in self.stages)
 
     @property
     def missing(self) -> int:
-        """Bytes that the disk must have for what is not there yet; 0 in an object store."""
-        return 0 if self.free is None else sum(s.bytes for s in self.stages if s.seconds is not None) + self.while_running
+        """Bytes of disk space that the run needs, not counting artefacts that exist; 0 if they go to an object store."""
+        return 0 if self.free is None else sum(s.bytes for s in self.stages if s.seconds is not None) + self.temporary
 
 
 def estimate(params: Params, data: str = DATA, on_event: Listener = ignore) -> Estimate:
-    """Try the stages on samples, and say what the whole will take.
+    """Run the stages on samples, and estimate what the whole run will take.
 
     Args:
-        params: Of the run.
-        data: Root of the artefacts, a path or URL. Images that were made there by these params are used.
-        on_event: Hears of the trials.
+        params: Params of the run.
+        data: Root of the artefacts, a path or URL. The images in it are used if they were made with these params.
+        on_event: Called with each progress event and warning.
+
+    Returns:
+        The estimate.
 
     Raises:
-        ConfigError: activations come from files.
-        OmmatidError: what a stage says to these params, on the first sample on which it does.
+        ConfigError: Activations come from files, so there are no images to take samples of.
+        OmmatidError: A stage failed on a sample; the error is the stage's own.
     """
     if isinstance(params.extract, ExtractFiles):
         raise ConfigError(
-            "extract.source: what an import takes is not estimated: it writes about as many bytes as the files' values take in float16, "
-            "and reads them once; `ommatid extract` imports them, and `ommatid train` prints how far it is"
+            "extract.source: imports of activations are not estimated; an import reads the files once, and writes about as many bytes as "
+            "their values take in float16; run `ommatid extract` to import them, and `ommatid train`, which prints its progress"
         )
     start = time.perf_counter()
     whole = _find_images(params, data)
     n_items = whole.summary["n_images"] if whole else _count_items(params.images)
-    with _workplace(data) as root:
+    with _workspace(data) as root:
         trials = Trials(params, whole, n_items, root, on_event)
         trials.run(lambda images, activations: _train_tokens(images, activations, _images_of(params, whole, images, n_items)))
         return _conclude(params, whole, n_items, trials, data, start)
 
 
 def _conclude(params: Params, whole: Artefact | None, n_items: int, trials: Trials, data: str, start: float) -> Estimate:
-    from ommatid.estimate.totals import Whole  # torch is loaded here: not beside the trials
+    from ommatid.estimate.totals import Extrapolation  # imported late: it loads torch, whose memory the trials may need
 
     artefacts = {stage: trials.artefact(stage) for stage in STAGES}
     images = _images_of(params, whole, artefacts["images"], n_items)
-    seen = Whole(params, artefacts, trials.activations(), trials.tried)
-    trial, all_ = seen.amounts(images)
-    sizes, costs, work, peaks = seen.bytes(trial, all_), seen.costs(trial), seen.work(all_, n_items), seen.peaks(trial, all_)
+    extrapolation = Extrapolation(params, artefacts, trials.activations(), trials.results)
+    trial, run = extrapolation.amounts(images)
+    sizes, peaks = extrapolation.bytes(trial, run), extrapolation.peaks(trial, run)
+    costs, work = extrapolation.costs(trial), extrapolation.work(run, n_items)
     if whole:
         sizes["images"] = sum(file.bytes for file in whole.manifest.files)
     stages = [
@@ -119,17 +124,17 @@ def _conclude(params: Params, whole: Artefact | None, n_items: int, trials: Tria
             sizes[stage],
             costs[stage].seconds(work[stage]) if stage in costs else None,
             peaks.get(stage),
-            tuple(sorted(set(trials.tried[stage].sizes))),
+            tuple(sorted(set(trials.results[stage].sizes))),
         )
         for stage in STAGES
     ]
-    running = seen.while_running(all_, sizes["extract"])
+    temporary = extrapolation.temporary(run, sizes["extract"])
     untried = tuple(name for name, one in params.label.each().items() if one.cost == "unknown")
-    return Estimate(tuple(stages), round(all_.images), running, open_folder(data).free_bytes(), time.perf_counter() - start, untried)
+    return Estimate(tuple(stages), round(run.images), temporary, open_folder(data).free_bytes(), time.perf_counter() - start, untried)
 
 
 def _find_images(params: Params, data: str) -> Artefact | None:
-    """The images that these params made, if they are there."""
+    """Return the images artefact of the run, or None if there is none that was made with these params."""
     try:
         images = open_stage("images", data=data)
     except ArtefactError:
@@ -145,7 +150,10 @@ def _count_items(params: ImagesParams) -> int:
 
 
 def _images_of(params: Params, whole: Artefact | None, trial: Artefact, n_items: int) -> dict[str, Any]:
-    """Images of the whole by split: counted, or by the share that a trial kept and the share that params ask for."""
+    """Return the numbers of images of the run by split.
+
+    They are counted if the images exist. Otherwise they follow from the share of items that a trial kept, and from `images.eval_share`.
+    """
     if whole:
         return whole.summary
     n_images = n_items * trial.summary["n_images"] / max(1, trial.summary["n_seen"])
@@ -154,17 +162,17 @@ def _images_of(params: Params, whole: Artefact | None, trial: Artefact, n_items:
 
 
 def _train_tokens(images: Artefact, activations: Artefact, whole: dict[str, Any]) -> float:
-    """Training tokens of the whole."""
+    """Return the expected number of training tokens of the run."""
     return activations.rows("train") * whole["n_train"] / max(1, images.summary["n_train"])
 
 
 @contextmanager
-def _workplace(data: str) -> Iterator[Path]:
-    """A folder on the disk where the artefacts will be; nothing is left of it."""
-    with tempfile.TemporaryDirectory(prefix=".estimate-", dir=_nearest(data), ignore_cleanup_errors=True) as name:
+def _workspace(data: str) -> Iterator[Path]:
+    """Make a folder on the disk to which the artefacts will go, and remove it at the end."""
+    with tempfile.TemporaryDirectory(prefix=".estimate-", dir=_find_folder(data), ignore_cleanup_errors=True) as name:
         yield Path(name)
 
 
-def _nearest(data: str) -> Path:
-    """The folder of the artefacts, or the nearest above that is there; of an object store, the current one."""
+def _find_folder(data: str) -> Path:
+    """Return the data root, or its nearest parent that exists; for an object store, the current folder."""
     return nearest_folder((open_folder(data).local_path() or Path()).absolute())

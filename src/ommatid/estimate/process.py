@@ -1,4 +1,4 @@
-"""A trial's process, seen from the one that estimates."""
+"""The process in which trials of a stage run, as the estimating process sees it; `trial` is the other side."""
 
 import json
 import os
@@ -21,20 +21,21 @@ MODULE = "ommatid.estimate.trial"
 
 @dataclass(frozen=True)
 class RunCost:
-    """What one run of a stage took."""
+    """Cost of one run of a stage."""
 
     seconds: float
-    """The first run of a process: from its start on."""
+    """Seconds of the run; for the first run of a process, seconds since the process was started."""
     peak: int
     """Largest resident set of the process so far, in bytes."""
     spans: Mapping[str, float]
-    """Seconds from the first to the last event of each kind of work."""
+    """Seconds between the first and the last progress event of each kind of work."""
 
 
 class StageProcess:
-    """Runs one stage on samples, one after the other; started with the first, and ended with the block.
+    """A process that runs one stage on samples, one after another.
 
-    What the stage prints goes to a file. Nothing of it is left after the block, however that ends.
+    It starts with the first run. As a context manager it is killed when the block ends, with all that it started. What the stage prints
+    goes to a file.
     """
 
     def __init__(self, stage: str, environment: Mapping[str, str], log: Path) -> None:
@@ -53,13 +54,21 @@ class StageProcess:
             self._process.wait()
             for pipe in (self._process.stdin, self._process.stdout):
                 with suppress(OSError):
-                    _there(pipe).close()
+                    _not_none(pipe).close()
 
     def run(self, params: Mapping[str, Any], data: Path, whole: Mapping[str, int] | None = None) -> RunCost:
-        """Run the stage once; see `trial._run`.
+        """Run the stage once.
+
+        Args:
+            params: All params, nested.
+            data: Root of the artefacts.
+            whole: For training, `epochs` of the whole run and `n_tokens` of one of its epochs; see `trial`.
+
+        Returns:
+            The cost of the run.
 
         Raises:
-            OmmatidError: what the stage raised, or the process died.
+            OmmatidError: The stage failed, and the error is its own; or the process died.
         """
         start = time.perf_counter()
         is_first = self._process is None
@@ -70,25 +79,27 @@ class StageProcess:
         return RunCost(seconds, answer["peak"], answer["spans"])
 
     def end(self) -> float:
-        """Let it end by itself; gives the seconds that it took to."""
-        process, start = _there(self._process), time.perf_counter()
-        _there(process.stdin).close()
+        """Wait until the process has ended by itself, and return the seconds that this took."""
+        process, start = _not_none(self._process), time.perf_counter()
+        _not_none(process.stdin).close()
         process.wait()
         return time.perf_counter() - start
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         process = self._process = self._process or self._start()
         try:
-            _there(process.stdin).write(json.dumps(request) + "\n")
-            _there(process.stdin).flush()
-            line = _there(process.stdout).readline()
+            _not_none(process.stdin).write(json.dumps(request) + "\n")
+            _not_none(process.stdin).flush()
+            line = _not_none(process.stdout).readline()
         except BrokenPipeError:
             line = ""
         if not line:
             code = process.wait()
             how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-            said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
-            raise OmmatidError(f"estimate: the trial of stage {self.stage} died ({how}); too little memory is the usual reason {said}")
+            tail = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
+            raise OmmatidError(
+                f"estimate: the trial of stage {self.stage} died ({how}), usually for lack of memory; its last lines were {tail}"
+            )
         return json.loads(line)
 
     def _start(self) -> "subprocess.Popen[str]":
@@ -99,8 +110,8 @@ class StageProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={**OPENMP_SETTINGS, **os.environ, **self._environment},  # as the command line sets it
-                start_new_session=True,  # Ctrl-C comes to us: we end it with all that it started
+                env={**OPENMP_SETTINGS, **os.environ, **self._environment},  # as the command line does
+                start_new_session=True,  # Ctrl-C interrupts this process only, which then kills the whole session
             )
 
     def _raise(self, name: str, message: str) -> None:
@@ -110,6 +121,6 @@ class StageProcess:
         raise error(message)
 
 
-def _there(found: "IO[str] | subprocess.Popen[str] | None") -> Any:
-    assert found is not None
-    return found
+def _not_none(value: "IO[str] | subprocess.Popen[str] | None") -> Any:
+    assert value is not None
+    return value

@@ -1,4 +1,4 @@
-"""Some images of a data set that is there already, as a data set of its own."""
+"""Samples of an existing images artefact, each an images artefact of its own."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -14,18 +14,21 @@ from ommatid.store import Artefact, part_name
 from ommatid.summaries import ImagesSummary
 
 _PER_GROUP = 16
-"""Images taken of one row group: few, so that they come from everywhere."""
+"""Maximum number of images taken from one row group if there are enough groups, so that the sample spreads over the data set."""
 _PER_PART = 512
-"""Images held at once."""
+"""Number of images in a part of the sample, which are held in memory at once."""
 
 
 def draw_images(images: Artefact, n: int, place: Path) -> Artefact:
-    """An images artefact of `n` of the images, evenly spread over them; they keep their numbers and splits.
+    """Make an images artefact from `n` images, evenly spread over a data set. They keep their numbers and splits.
 
     Args:
-        images: The whole.
-        n: At most all.
-        place: Where the sample goes.
+        images: The data set.
+        n: Number of images, at most that of the data set.
+        place: Folder of the sample.
+
+    Returns:
+        The published sample.
     """
     splits: Counter[str] = Counter()
     labels: Counter[str] = Counter()
@@ -40,7 +43,7 @@ def draw_images(images: Artefact, n: int, place: Path) -> Artefact:
 
 
 def _iter_rows(images: Artefact, n: int) -> Iterator[pa.Table]:
-    """From row groups that are evenly spread, evenly spread rows."""
+    """Yield `n` evenly spread rows, from row groups that are evenly spread over the data set."""
     groups = [
         (name, group, size)
         for name, sizes in zip(images.parts("images"), images.row_groups("images"), strict=True)
@@ -48,24 +51,25 @@ def _iter_rows(images: Artefact, n: int) -> Iterator[pa.Table]:
     ]
     total = sum(size for _, _, size in groups)
     n_groups = min(len(groups), max(-(-n // _PER_GROUP), -(-n * len(groups) // total)))
-    left = n
+    remaining = n
     chosen = [groups[i] for i in spread(len(groups), n_groups)]
     for i, (name, group, size) in enumerate(chosen):
-        wanted = min(size, -(-left // (len(chosen) - i)))
+        n_rows = min(size, -(-remaining // (len(chosen) - i)))
         with images.open_part(name) as file:
-            yield file.read_row_group(group).take(list(spread(size, wanted)))
-        left -= wanted
+            yield file.read_row_group(group).take(list(spread(size, n_rows)))
+        remaining -= n_rows
 
 
 def _iter_parts(pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    waiting: list[pa.Table] = []
+    """Join tables until a part is full."""
+    collected: list[pa.Table] = []
     for piece in pieces:
-        waiting.append(piece.cast(IMAGES))
-        if sum(map(len, waiting)) >= _PER_PART:
-            yield pa.concat_tables(waiting)
-            waiting = []
-    if waiting:
-        yield pa.concat_tables(waiting)
+        collected.append(piece.cast(IMAGES))
+        if sum(map(len, collected)) >= _PER_PART:
+            yield pa.concat_tables(collected)
+            collected = []
+    if collected:
+        yield pa.concat_tables(collected)
 
 
 def _summary(splits: Counter[str], labels: Counter[str]) -> ImagesSummary:

@@ -1,4 +1,4 @@
-"""From trials to the whole: how much there will be of everything, and what that takes in bytes, seconds and memory."""
+"""Extrapolation from trials to the whole run: how much there will be of everything, and what it takes in bytes, seconds and memory."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from ommatid import schemas
 from ommatid.catalog.stage import WRITER_MB
 from ommatid.config import EvaluateParams, ExtractParams, Params
-from ommatid.estimate.fit import Cost, Timed, fit
-from ommatid.estimate.trials import Tried, trained_tokens
+from ommatid.estimate.fit import Cost, Timing, fit
+from ommatid.estimate.trials import TrialResults, trained_tokens
 from ommatid.extract.plan import IMAGES_PER_SHARD
 from ommatid.extract.rows import BYTES_PER_ROW_GROUP
 from ommatid.extract.shard import BYTES_PER_CHUNK, IMAGES_PER_CHUNK
@@ -21,87 +21,92 @@ from ommatid.store import MANIFEST, Artefact
 from ommatid.train.stage import SAMPLE
 
 CHUNK_COPIES = 4
-"""Of a chunk of activations in memory: its batches, joined, in their order, and the chunk before on its way to the disk."""
+"""Copies in memory of a chunk of activations: its batches, joined, reordered, and the previous chunk while it is being written."""
 GROUP_COPIES = 6
-"""Of a row group of training tokens while it is put in order: read, joined, taken, as a table, in the writer, on its way out."""
+"""Copies in memory of a row group of training tokens while extraction reorders it: read, joined, reordered, as a table, in the writer,
+and being written."""
 QUEUE_COPIES = 2
-"""Of a row group of training tokens in training: most of the queue is gone when its gate needs most."""
+"""Copies in memory of a row group of training tokens during training. Memory is highest in the gate, when most of the queue is gone."""
 PART_COPIES = 2
-"""Of a part of images: rows and a table; the files themselves are not copied."""
+"""Copies in memory of a part of images: rows and a table. The files' bytes themselves are not copied."""
 HEAT_COPIES = 3
-"""Of the heat maps: collected, in order, a table."""
+"""Copies in memory of the heat maps: collected, reordered, and as a table."""
 JOINT_COPIES = 3
-"""Of the joint embeddings of the evaluation images: read, centred, of unit norm."""
+"""Copies in memory of the joint embeddings of the evaluation images: read, centred, and normalised."""
 CATALOG_COPIES = 2
-"""Of what goes into the catalogue, up to DuckDB's limit: read and sorted."""
+"""Copies in memory of what goes into the catalogue, up to DuckDB's limit: read and sorted."""
 IMAGE_NOTE = 250
-"""Bytes that stage `images` remembers of every image: its id and its path."""
+"""Bytes that the stage `images` keeps in memory for every image: its id and its path."""
 IN_DUCKDB = 0.9
-"""Bytes of a row in the catalogue to those in Parquet: numbers are packed closer (0.95 and 0.93 where it was measured)."""
+"""Ratio of a row's bytes in the catalogue to those in Parquet, as DuckDB packs numbers more tightly (0.95 and 0.93 were measured)."""
 BYTES_PER_LABEL = 45.0
-"""Of a label with its scores, where no trial has one."""
+"""Bytes of a label with its scores, assumed if no trial has made more than one for each SAE."""
 
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much there is of everything, in a trial or in the whole."""
+    """Amounts of everything that a run handles, in a trial or in the whole run."""
 
     images: float
-    """Images kept."""
+    """Number of images kept."""
     train_images: float
+    """Number of images in the training split."""
     eval_images: float
+    """Number of images in the evaluation split."""
     train_tokens: float
-    """Rows of the training table: an epoch."""
+    """Number of training tokens in one epoch."""
     firings: float
-    """Of all SAEs."""
+    """Number of image-level firings of all SAEs."""
     examples: float
-    """Rows of examples with heat maps, of all SAEs."""
+    """Number of examples, which have heat maps, of all SAEs."""
     most_examples: float
-    """Of the SAE that has most."""
+    """Number of examples of the SAE that has most."""
     scored: float
-    """Latents with a name, of all SAEs."""
+    """Number of scored labels of all SAEs."""
 
 
-class Whole:
-    """What the whole run takes, by what the largest trials made.
+class Extrapolation:
+    """Extrapolation from the artefacts of the largest trials to the whole run.
 
-    Tokens and firings grow with the images. Examples and names do not: each latent has so many at most. How often each fired in the
-    trial says how many there will be.
+    Tokens and firings grow with the number of images. Examples and labels grow more slowly, because their number for each latent is
+    limited; how many there will be follows from how often each latent fired in the trial.
     """
 
-    def __init__(self, params: Params, artefacts: Mapping[str, Artefact], activations: Artefact, tried: Mapping[str, Tried]) -> None:
-        """Take what was tried.
+    def __init__(
+        self, params: Params, artefacts: Mapping[str, Artefact], activations: Artefact, results: Mapping[str, TrialResults]
+    ) -> None:
+        """Prepare the extrapolation.
 
         Args:
-            params: Of the whole run.
-            artefacts: What the largest trial of each stage made.
-            activations: Those that are trained on, from the largest trial.
-            tried: What the trials of each stage showed.
+            params: Params of the whole run.
+            artefacts: Artefact of the largest trial of each stage, by stage.
+            activations: Activations for training from the largest trial.
+            results: Results of the trials, by stage.
         """
         assert isinstance(params.extract, ExtractParams)
         self._params = params
         self._extract = params.extract
         self._artefacts = artefacts
         self._activations = activations
-        self._tried = tried
+        self._results = results
         self._evaluations = artefacts["evaluate"].each()
         self._labels = artefacts["label"].each()
         self._d_sae = {name: one.d_sae for name, one in params.train.each().items()}
         self._fired = {name: _count_firings(of, self._d_sae[name]) for name, of in self._evaluations.items()}
 
     def amounts(self, images: Mapping[str, Any]) -> tuple[Amounts, Amounts]:
-        """What the largest trials had, and what the whole will have.
+        """Return the amounts in the largest trials, and those expected in the whole run.
 
         Args:
-            images: Summary of the images of the whole, or what is known of it: n_images, n_train, n_eval.
+            images: `n_images`, `n_train` and `n_eval` of the whole run.
         """
-        tried = self._artefacts["images"].summary
+        sample = self._artefacts["images"].summary
         n_train = self._activations.rows("train")
         n_eval = next(iter(self._evaluations.values())).summary["n_images"]
         examples = {name: evaluation.rows("examples") for name, evaluation in self._evaluations.items()}
         trial = Amounts(
-            images=tried["n_images"],
-            train_images=tried["n_train"],
+            images=sample["n_images"],
+            train_images=sample["n_train"],
             eval_images=n_eval,
             train_tokens=n_train,
             firings=sum(evaluation.rows("firings") for evaluation in self._evaluations.values()),
@@ -115,7 +120,7 @@ class Whole:
             images=images["n_images"],
             train_images=images["n_train"],
             eval_images=images["n_eval"],
-            train_tokens=n_train * images["n_train"] / max(1, tried["n_train"]),
+            train_tokens=n_train * images["n_train"] / max(1, sample["n_train"]),
             firings=trial.firings * more,
             examples=sum(expected),
             most_examples=max(expected),
@@ -124,18 +129,19 @@ class Whole:
         return trial, whole
 
     def _more_examples(self, name: str, more: float) -> float:
-        """How many times the examples of an SAE's trial there are where every latent fires so many times more often."""
+        """Return the factor by which the examples of an SAE grow if every latent fires on `more` times as many images as in the trial."""
         before, after = (expect_examples(self._fired[name] * times, self._params.evaluate) for times in (1.0, more))
         return after / before if before else 0.0
 
     def bytes(self, trial: Amounts, whole: Amounts) -> dict[str, int]:
-        """On the disk, by stage."""
+        """Return the size of each stage's artefact in bytes."""
         images = whole.images / trial.images
-        kept = {"train": whole.train_tokens / max(1, trial.train_tokens), "embeddings": images}
-        kept["eval"] = whole.eval_images / max(1, self._artefacts["images"].summary["n_eval"])
-        found = {
+        factors = {"train": whole.train_tokens / max(1, trial.train_tokens), "embeddings": images}
+        factors["eval"] = whole.eval_images / max(1, self._artefacts["images"].summary["n_eval"])
+        sizes = {
             "images": _grown(self._artefacts["images"], {"images": images, "rejected": images}),
-            "extract": _grown(self._artefacts["extract"], {}) + sum(self._hookpoint_bytes(name, kept) for name in self._extract.hookpoints),
+            "extract": _grown(self._artefacts["extract"], {})
+            + sum(self._hookpoint_bytes(name, factors) for name in self._extract.hookpoints),
             "train": _grown_inside(self._artefacts["train"], {}),
             "evaluate": _grown_inside(
                 self._artefacts["evaluate"],
@@ -143,21 +149,21 @@ class Whole:
             ),
             "label": _grown_inside(self._artefacts["label"], {}) + self._per_label(trial) * (whole.scored - trial.scored),
         }
-        found["catalog"] = _grown(self._artefacts["catalog"], {}) + self._catalog_growth(trial, whole)
-        return {stage: int(size) for stage, size in found.items()}
+        sizes["catalog"] = _grown(self._artefacts["catalog"], {}) + self._catalog_growth(trial, whole)
+        return {stage: int(size) for stage, size in sizes.items()}
 
     def costs(self, trial: Amounts) -> dict[str, Cost]:
-        """Seconds by work, by stage."""
-        costs = {stage: fit(tried.warm, tried.alone) for stage, tried in self._tried.items() if tried.alone}
-        label = self._tried["label"]
+        """Return the cost of each stage that has to run."""
+        costs = {stage: fit(results.warm, results.alone) for stage, results in self._results.items() if results.alone}
+        label = self._results["label"]
         assert label.alone is not None
-        # with several SAEs each has its own: `about` names it first
+        # with several SAEs, each has events of its own, which begin with its name
         seconds = sum(span for what, span in label.spans.items() if what.endswith("score labels"))
         per_score = seconds / max(1.0, trial.scored)
-        return costs | {"label": Cost(Timed(trial.scored, label.alone.seconds), per_score)}
+        return costs | {"label": Cost(Timing(trial.scored, label.alone.seconds), per_score)}
 
     def work(self, whole: Amounts, n_items: int) -> dict[str, float]:
-        """What `costs` count, by stage."""
+        """Return the work of each stage in the whole run, in the units of its cost."""
         train = self._params.train
         return {
             "images": n_items,
@@ -169,17 +175,27 @@ class Whole:
         }
 
     def peaks(self, trial: Amounts, whole: Amounts) -> dict[str, int]:
-        """Largest resident set by stage, in bytes: that of the largest trial, and what the whole holds beyond it."""
-        before, after = (self._held(amounts, self.bytes(trial, amounts)["catalog"]) for amounts in (trial, whole))
-        return {stage: int(tried.peak + max(0.0, after[stage] - before[stage])) for stage, tried in self._tried.items() if tried.alone}
+        """Return the largest resident set of each stage that has to run, in bytes.
 
-    def while_running(self, whole: Amounts, extract: int) -> int:
-        """Bytes on the disk that only a running stage needs: the chunks of a shard of so large an extraction, or checkpoints."""
+        It is that of the largest trial, and what the whole run holds in memory beyond it.
+        """
+        before, after = (self._held(amounts, self.bytes(trial, amounts)["catalog"]) for amounts in (trial, whole))
+        return {
+            stage: int(results.peak + max(0.0, after[stage] - before[stage])) for stage, results in self._results.items() if results.alone
+        }
+
+    def temporary(self, whole: Amounts, extract: int) -> int:
+        """Return the bytes of disk space that only a running stage needs, for the chunks of a shard or for checkpoints.
+
+        Args:
+            whole: Amounts in the whole run.
+            extract: Size of the artefact of `extract`, in bytes.
+        """
         weights = 4 * sum(self._d_sae.values()) * self._activations.summary["d_model"]
         return int(max(extract * min(1.0, IMAGES_PER_SHARD / max(1.0, whole.images)), 6 * weights))
 
     def _held(self, amounts: Amounts, catalog: int) -> dict[str, float]:
-        """Bytes that a stage holds at once, of what may be more in the whole than in a trial."""
+        """Return the bytes that each stage holds in memory at once, of everything that grows from the trial to the whole run."""
         facts = self._activations.summary
         cells = int(np.prod(facts["grid"])) if facts["grid"] else 0
         group = self._group(amounts)
@@ -196,18 +212,18 @@ class Whole:
         }
 
     def _part(self, amounts: Amounts) -> float:
-        """Bytes of a part of images."""
+        """Return the size of a part of images in bytes."""
         images = self._artefacts["images"]
         each = sum(file.bytes for file in images.manifest.files) / max(1, images.rows("images"))
         return min(amounts.images * each, ROWS_PER_PART * each, BYTES_PER_PART)
 
     def _chunk(self, amounts: Amounts) -> float:
-        """Bytes of a chunk of activations at all hookpoints."""
+        """Return the size of a chunk of activations at all hookpoints, in bytes."""
         each = sum(facts["tokens_per_image"] * facts["d_model"] * 2 for facts in self._facts())
         return min(amounts.images, IMAGES_PER_CHUNK, max(1, BYTES_PER_CHUNK // each)) * each
 
     def _group(self, amounts: Amounts) -> float:
-        """Bytes of a row group of training tokens: whole rounds, a token of every image each."""
+        """Return the size of a row group of training tokens in bytes. It consists of whole rounds, each with one token of every image."""
         facts = self._activations.summary
         shard = amounts.images / max(1, -(-amounts.images // IMAGES_PER_SHARD))
         row = facts["d_model"] * 2
@@ -218,20 +234,20 @@ class Whole:
     def _facts(self) -> list[Mapping[str, Any]]:
         return [self._artefacts["extract"].child(name, "activations").summary for name in self._extract.hookpoints]
 
-    def _hookpoint_bytes(self, name: str, kept: Mapping[str, float]) -> float:
+    def _hookpoint_bytes(self, name: str, factors: Mapping[str, float]) -> float:
         child = self._artefacts["extract"].child(name, "activations")
-        # all hookpoints share one file of embeddings under several names: of the others it is nothing
-        return _grown(child, kept if name == self._extract.hookpoints[0] else {**kept, "embeddings": 0.0})
+        # all hookpoints link to the same file of embeddings, so it counts for the first one only
+        return _grown(child, factors if name == self._extract.hookpoints[0] else {**factors, "embeddings": 0.0})
 
     def _per_label(self, trial: Amounts) -> float:
-        """Bytes of one more label: what the trial wrote, less what a table takes that has a single one."""
+        """Return the bytes of one more label, from the bytes that the trial wrote less those of tables with a single label."""
         n_more = trial.scored - len(self._labels)
         single = sum(_bytes_of_one_label(self._d_sae[name], labels.summary["labellers"]) for name, labels in self._labels.items())
         written = sum(file.bytes for labels in self._labels.values() for file in labels.manifest.files)
         return max(0.0, (written - single) / n_more) if n_more > 0 else BYTES_PER_LABEL
 
     def _catalog_growth(self, trial: Amounts, whole: Amounts) -> float:
-        """What its tables take in Parquet, about as much as in DuckDB; of the images without their files, which it does not have."""
+        """Return the bytes by which the catalogue grows, from those of its tables in Parquet; it does not contain the images' files."""
         growth = (whole.images - trial.images) * _data_bytes(self._artefacts["images"], "images", "encoded") / max(1, trial.images)
         for table, more in (("firings", whole.firings - trial.firings), ("examples", whole.examples - trial.examples)):
             size, rows = (sum(of(evaluation, table) for evaluation in self._evaluations.values()) for of in (_data_bytes, Artefact.rows))
@@ -240,18 +256,23 @@ class Whole:
 
 
 def expect_examples(fired: np.ndarray, params: EvaluateParams) -> float:
-    """Rows of examples of latents that fire on so many images each: the strongest, and of each lower tenth at most so many others."""
+    """Return the expected number of examples: each latent's strongest images, and up to `n_per_decile` from each lower tenth.
+
+    Args:
+        fired: Number of images on which each latent fires.
+        params: The section `evaluate`.
+    """
     strongest = np.minimum(params.n_top, fired)
-    return float((strongest + sum(np.minimum(params.n_per_decile, _left(fired, tenth, strongest)) for tenth in range(1, 10))).sum())
+    return float((strongest + sum(np.minimum(params.n_per_decile, _rest(fired, tenth, strongest)) for tenth in range(1, 10))).sum())
 
 
-def _left(fired: np.ndarray, tenth: int, strongest: np.ndarray) -> np.ndarray:
-    """Images of a tenth (0 the strongest) that are not among the strongest."""
+def _rest(fired: np.ndarray, tenth: int, strongest: np.ndarray) -> np.ndarray:
+    """Return the number of images of a tenth (0 is the highest) that are not among the strongest."""
     return np.clip(fired * (tenth + 1) / 10 - np.maximum(strongest, fired * tenth / 10), 0, None)
 
 
 def _count_firings(evaluation: Artefact, d_sae: int) -> np.ndarray:
-    """Images that fire each latent, (d_sae,) float."""
+    """Return the number of images on which each latent fires, (d_sae,) float."""
     counts = np.zeros(d_sae)
     for batch in evaluation.iter_batches("firings", ["latent"], n_rows=2**18):
         counts += np.bincount(batch["latent"].to_numpy(), minlength=d_sae)
@@ -259,7 +280,12 @@ def _count_firings(evaluation: Artefact, d_sae: int) -> np.ndarray:
 
 
 def _grown(artefact: Artefact, more: Mapping[str, float]) -> float:
-    """Bytes of an artefact whose tables have so many times the rows; all else stays as it is. Without its children's."""
+    """Return the size of an artefact in bytes, without its children, after some of its tables have grown.
+
+    Args:
+        artefact: Artefact as it is.
+        more: Factor by which the rows of a table grow, by table.
+    """
     manifest = artefact.folder.size(MANIFEST)
     assert manifest is not None, artefact.url
     children = {f"{child}/{MANIFEST}" for child in artefact.children}
@@ -269,12 +295,12 @@ def _grown(artefact: Artefact, more: Mapping[str, float]) -> float:
 
 
 def _grown_inside(artefact: Artefact, more: Mapping[str, float]) -> float:
-    """The same of an artefact with others inside, whose tables grow."""
+    """Return the size of an artefact in bytes with its children, after some of the children's tables have grown."""
     return _grown(artefact, {}) + sum(_grown(one, more) for one in artefact.each().values())
 
 
 def _data_bytes(artefact: Artefact, table: str, without: str = "") -> int:
-    """Bytes of the values of a table, but of one column: without the files' schemas, which do not grow."""
+    """Return the bytes of a table's values, without those of one column. Metadata of the files, which do not grow, are left out."""
     total = 0
     for name in artefact.parts(table):
         with artefact.open_part(name) as file:
@@ -286,7 +312,7 @@ def _data_bytes(artefact: Artefact, table: str, without: str = "") -> int:
 
 
 def _bytes_of_one_label(d_sae: int, labellers: Sequence[str]) -> int:
-    """Of a table of labels in which only the first latent has one, by one labeller: columns that are all null would be smaller."""
+    """Return the size in bytes of a table in which only one latent has a label, since columns that are all null would be smaller."""
     n = d_sae * len(labellers)
     columns = {
         "latent": np.repeat(np.arange(d_sae), len(labellers)),
@@ -296,8 +322,8 @@ def _bytes_of_one_label(d_sae: int, labellers: Sequence[str]) -> int:
     }
     arrays = []
     for field in schemas.LABELS:
-        found = columns.get(field.name, [0.5 if pa.types.is_floating(field.type) else "a name", *[None] * (n - 1)])
-        arrays.append(pa.array(found, field.type))
+        values = columns.get(field.name, [0.5 if pa.types.is_floating(field.type) else "a name", *[None] * (n - 1)])
+        arrays.append(pa.array(values, field.type))
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.table(arrays, schema=schemas.LABELS), buffer)
     return buffer.getvalue().size

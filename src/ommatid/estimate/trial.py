@@ -1,6 +1,6 @@
-"""The process of a trial: runs one stage again and again, as `ommatid <stage>` runs it, and says how long each run took.
+"""The process in which trials run: it runs a stage as `ommatid <stage>` does, once for each request, and answers with what it cost.
 
-Requests come as lines of JSON on the standard input, answers go as lines of JSON to the standard output; the end of the input ends it.
+Requests are lines of JSON on standard input, and answers are lines of JSON on standard output. The process ends when its input ends.
 """
 
 import gc
@@ -18,26 +18,26 @@ from typing import Any
 
 
 def main() -> None:
-    """Answer until nobody asks any more."""
+    """Answer requests until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what stages print is no answer
-    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
+    os.dup2(2, 1)  # what stages print goes to standard error, apart from the answers
+    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     is_busy = threading.Event()
-    threading.Thread(target=_listen, args=(asked, is_busy), daemon=True).start()
-    while line := asked.get():
+    threading.Thread(target=_listen, args=(requests, is_busy), daemon=True).start()
+    while line := requests.get():
         is_busy.set()
         answers.write(json.dumps(_answer(json.loads(line))) + "\n")
         answers.flush()
         is_busy.clear()
 
 
-def _listen(asked: "queue.SimpleQueue[str]", is_busy: threading.Event) -> None:
-    """Pass requests on, then an empty one; where the input ends before the answer is there, whoever asked is dead."""
+def _listen(requests: "queue.SimpleQueue[str]", is_busy: threading.Event) -> None:
+    """Queue requests, and an empty one when the input ends. If it ends during a run, the estimating process is dead, so exit at once."""
     for line in sys.stdin:
-        asked.put(line)
+        requests.put(line)
     if is_busy.is_set():
         os._exit(1)
-    asked.put("")
+    requests.put("")
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,13 +52,16 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _run(stage: str, params: dict[str, Any], data: str, whole: dict[str, int] | None) -> dict[str, Any]:
-    """Run a stage with the gate as a witness only: a sample may fail where the whole does not.
+    """Run a stage. Failed checks of the gate are only reported, because a sample may fail where the whole does not.
 
     Args:
-        stage: Which.
+        stage: Name of the stage.
         params: All params, nested.
         data: Root of the artefacts.
-        whole: For training, what the whole run has: `epochs` and `n_tokens` of an epoch.
+        whole: For training, `epochs` of the whole run and `n_tokens` of one of its epochs.
+
+    Returns:
+        The answer: `seconds`, `peak` and `spans`, as in `RunCost`.
     """
     start = time.perf_counter()
     from ommatid.config import Params
@@ -67,17 +70,17 @@ def _run(stage: str, params: dict[str, Any], data: str, whole: dict[str, int] | 
     checked, spans = Params.model_validate(params), _Spans()
     run_stage(stage, checked, spans, data, must_pass=False, run=_like_the_whole(checked.train, **whole) if whole else None)
     seconds = time.perf_counter() - start
-    gc.collect()  # networks first: the next run loads them again
+    gc.collect()  # free the networks before the next run loads them again
     return {"seconds": seconds, "peak": _peak(), "spans": spans.seconds}
 
 
 def _like_the_whole(params: Any, epochs: int, n_tokens: int) -> Callable[..., Any]:
-    """Return a training whose steps cost as much as those of the whole run.
+    """Return the `run` of stage `train`, changed so that its steps cost as much as those of the whole run.
 
     Args:
         params: Section `train` of the trial.
-        epochs: Epochs of the whole run.
-        n_tokens: Training tokens of an epoch of the whole run.
+        epochs: Number of epochs of the whole run.
+        n_tokens: Number of training tokens in an epoch of the whole run.
     """
     from ommatid.sae.schedule import make_plan
     from ommatid.train.stage import run
@@ -86,11 +89,12 @@ def _like_the_whole(params: Any, epochs: int, n_tokens: int) -> Callable[..., An
 
 
 class _Spans:
-    """How long each kind of work took, from its first event to its last."""
+    """Listener that measures how long each kind of work takes, from its first event to its last."""
 
     def __init__(self) -> None:
         self._first: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
+        """Seconds by kind of work."""
 
     def __call__(self, event: Any) -> None:
         what, now = getattr(event, "what", None), time.perf_counter()
@@ -99,9 +103,9 @@ class _Spans:
 
 
 def _peak() -> int:
-    """Largest resident set of this process so far, in bytes."""
+    """Return the largest resident set of this process so far, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss of a new process can be that of the one that started it
+    if status.exists():  # preferred, because ru_maxrss of a new process can be that of its parent
         line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     import resource
