@@ -48,7 +48,7 @@ Digests = dict[str, dict[str, Any]]
 """For each file or table, the digests of its columns, tensors or values by name."""
 
 COLOURS = {"lifeboat": (230, 60, 60), "lampshade": (60, 200, 60), "padlock": (60, 60, 230)}
-"""The colour of each class. The embedded network tends to see these objects in such tiles, so zero-shot accuracy is above chance."""
+"""The colour of each class. The built-in network tends to see these objects in such tiles, so zero-shot accuracy is above chance."""
 N_PHOTOS = 152
 LITE0, LITE2 = ({"kind": "lite", "variant": variant, "image_size": 64} for variant in ("lite0", "lite2"))
 PARAMS = {

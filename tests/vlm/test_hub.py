@@ -99,7 +99,7 @@ def test_incomplete_weights_are_refused_not_made_up(folder: Path) -> None:
 def test_wrong_shapes_are_named(folder: Path) -> None:
     edit(folder / "config.json", lambda values: values["vision_config"].update(intermediate_size=48))
     with pytest.raises(
-        ModelError, match=r"vision_model\.encoder\.layers\.0\.mlp\.fc1\.bias have the shape \[64\], but by config\.json .* \[48\]"
+        ModelError, match=r"vision_model\.encoder\.layers\.0\.mlp\.fc1\.bias have the shape \[64\], but according to config\.json \[48\]"
     ):
         load(folder)
 

@@ -64,7 +64,7 @@ def test_names_of_no_model(spec: str, message: str) -> None:
 
 def test_folder_of_another_family(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ModelError, match=r"is a bert model; known are clip, siglip, dinov2, .*qwen2_vl; load any other with"):
+    with pytest.raises(ModelError, match=r"is a bert model; supported types are clip, siglip, dinov2, .*qwen2_vl; load any other with"):
         identify(str(tmp_path))
 
 

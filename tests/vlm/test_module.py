@@ -243,10 +243,10 @@ def test_a_module_that_fails_on_a_batch_is_refused() -> None:
     ("factory", "reason"),
     [
         ("always_drops", "two passes over the same input differ by .* is random in every pass"),
-        ("batch_statistics", "the same input alone and in a batch differs by .* inputs of a batch influence one another"),
+        ("batch_statistics", "outputs for the same input alone and in a batch differ by .* inputs of a batch influence one another"),
         ("looks_at_the_middle", "unaffected by rows 0 to 8 and columns 0 to 8 of the 32 x 32"),
         ("looks_at_the_left", "unaffected by rows 0 to 8 and columns 24 to 32"),
-        ("overflows", "NaN or infinity for a plain picture"),
+        ("overflows", "NaN or infinity for a test picture"),
     ],
 )
 def test_what_cannot_be_believed_is_refused_by_its_cause(factory: str, reason: str) -> None:
@@ -442,7 +442,7 @@ def test_preprocessing_that_cannot_be_told(params: dict, cfg: dict, message: str
     ("factory", "message"),
     [
         ("vitt", r"has no vitt; did you mean vit\?"),
-        ("a_number", r"is an int, and cannot be called"),
+        ("a_number", r"is an int, which cannot be called"),
         ("needs_an_argument", r"calling it without arguments failed: TypeError: .*missing 1 required"),
         ("gives_text", r"returned a str, not a torch\.nn\.Module"),
         ("takes_text", r"its forward pass fails on images \(2, 3, 32, 32\): RuntimeError: .*set extract\.model\.crop"),

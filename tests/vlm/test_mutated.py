@@ -85,7 +85,7 @@ def test_settings_of_a_processor_are_checked(folder: Path, changes: dict[str, An
     [
         ({"hidden_size": 10**12}, "hidden_size 1000000000000; no model has more than"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers 1000000; no model has more than 1024"),
-        ({"intermediate_size": 2**23}, "the model has [0-9]+ parameters by config.json, but the weights hold at most"),
+        ({"intermediate_size": 2**23}, "the model has [0-9]+ parameters according to config.json, but the weights hold at most"),
     ],
 )
 @pytest.mark.parametrize("kind", ["vit"])

@@ -213,7 +213,7 @@ def test_no_text_tower(vision: QwenVision) -> None:
 def test_bad_folders(copy: Path) -> None:
     weights = load_file(copy / "model.safetensors")
     save_file(weights | {"visual.blocks.1.attn.qkv.bias": torch.zeros(3)}, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"visual\.blocks\.1\.attn\.qkv\.bias has the shape \[3\], but by config\.json it has \[96\]"):
+    with pytest.raises(ModelError, match=r"visual\.blocks\.1\.attn\.qkv\.bias has the shape \[3\], but according to config\.json \[96\]"):
         load(copy)
     (copy / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(ModelError, match="is a vit model; kind qwen takes model_type qwen2_5_vl or qwen2_vl"):

@@ -15,7 +15,7 @@ class LiteModel(Section):
 
     kind: Literal["lite"]
     variant: Literal["lite0", "lite2"] = "lite0"
-    """Embedded network to use."""
+    """Built-in network to use."""
     image_size: Annotated[int, Field(ge=64, le=512, multiple_of=32)] = 128
     """Side in pixels of the square that images are resized to."""
 
@@ -115,6 +115,6 @@ JudgeModel = Annotated[LiteModel | TransformersJudge, Field(discriminator="kind"
 
 
 def network_of(params: Section) -> str | None:
-    """Return what identifies a model's weights: the embedded variant, or the hub name or folder in a normal form; None if unknown."""
+    """Return what identifies a model's weights: the built-in variant, or the hub name or folder in a normal form; None if unknown."""
     path = getattr(params, "path", None)
     return os.path.relpath(Path(path).expanduser()) if path else getattr(params, "variant", None)

@@ -1,7 +1,7 @@
 """Vision-language models behind one small protocol, one file per family. Nothing here knows where data is stored.
 
-A family consists of a section of `config/models.py` and the module here that has the name of its `kind`, with a function `make`. Families
-are imported when first used: importing this module needs neither torch nor transformers.
+A family consists of a section in `config/models.py` and a module here that is named after its `kind` and has a function `make`. Families
+are imported when first used, so that importing this module needs neither torch nor transformers.
 """
 
 import difflib
@@ -86,23 +86,23 @@ class VisionModel(Protocol):
 
     @property
     def text_templates(self) -> tuple[str, ...]:
-        """Templates that turn a name into a text, such as ("a photo of a {}",); empty without a text tower."""
+        """Templates that turn a name into a text, such as ("a photo of a {}",); empty if the model has no text tower."""
         ...
 
     @property
     def logit_scale(self) -> float | None:
-        """Factor that multiplied cosines of images and texts before the softmax or sigmoid in training; None if there was none."""
+        """Factor by which training multiplied cosines of images and texts before the softmax or sigmoid; None if there was none."""
         ...
 
     def capture(self, pixels: "torch.Tensor", hookpoints: Sequence[str]) -> Captured:
-        """Run the model once.
+        """Capture activations and image embeddings in one forward pass.
 
         Args:
             pixels: uint8 pixels `(batch, H, W, 3)` from `preprocess`.
-            hookpoints: Names of the hookpoints to capture. If there are none, only the embedding is computed.
+            hookpoints: Names of the hookpoints to capture. If there are none, only embeddings are computed.
 
         Returns:
-            The activations and the embedding.
+            The activations and the embeddings.
 
         Raises:
             ModelError: A hookpoint is unknown.
@@ -115,8 +115,8 @@ class VisionModel(Protocol):
         Args:
             pixels: uint8 pixels `(batch, H, W, 3)` from `preprocess`.
             hookpoint: Name of the hookpoint.
-            replacements: One or more functions that compute the replacing tokens. Each is called once, on the whole batch, and must not
-                write into its argument.
+            replacements: One or more functions that compute the new tokens. Each is called once, on the whole batch, and must not write
+                into its argument.
 
         Returns:
             The embeddings for each replacement, `(batch, d_embed)` float32.
@@ -159,7 +159,7 @@ class Judge(Protocol):
 
 
 def load_model(params: Model, dtype: Dtype, device: str) -> VisionModel:
-    """Load a model by calling `make` of the module that has the name of its kind.
+    """Load a model, by calling `make` of the module named after its kind.
 
     Args:
         params: Section of the parameters.

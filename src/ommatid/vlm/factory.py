@@ -17,7 +17,7 @@ def call_factory(spec: str, key: str) -> nn.Module:
     """Call a factory and return the module that it makes.
 
     Args:
-        spec: `package.module:function`. The module is installed, or a file in the current directory.
+        spec: `package.module:function`. The module must be installed, or be a file in the current directory.
         key: Key of the parameter, such as `extract.model.factory`, for messages.
 
     Returns:
@@ -33,7 +33,7 @@ def call_factory(spec: str, key: str) -> nn.Module:
 
 
 def checksum(spec: str) -> str:
-    """Return the sha256 of the file of an imported factory, or "" if there is none. It identifies the model: other code, other model."""
+    """Return the sha256 of the file that defines an imported factory, or "" if there is none, to distinguish models of different code."""
     file = sys.modules[spec.partition(":")[0]].__file__
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
@@ -47,7 +47,7 @@ def _find(spec: str, key: str) -> Callable[[], object]:
             raise ModelError(f"{key}: {spec}: {name} has no {part}{f'; did you mean {near[0]}?' if near else ''}")
         found = getattr(found, part)
     if not callable(found):
-        raise ModelError(f"{key}: {spec}: is {_with_article(found)}, and cannot be called; name a function that returns the model")
+        raise ModelError(f"{key}: {spec}: is {_with_article(found)}, which cannot be called; name a function that returns the model")
     return found
 
 

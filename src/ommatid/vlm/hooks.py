@@ -15,8 +15,8 @@ def capturing(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
         modules: Modules by name.
 
     Yields:
-        A dict that receives each module's output, or the first element of a tuple, by name. Outputs are not copied, so nothing may write
-        into them later in the pass. Of a module that runs twice, the last output is kept.
+        A dict that receives each module's output by name, or the output's first element if it is a tuple. Outputs are not copied, so
+        nothing may write into them later in the pass. If a module runs twice, its last output is kept.
     """
     seen: dict[str, Tensor] = {}
 
@@ -32,7 +32,7 @@ def capturing(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def replacing(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace a module's output, or the first element of a tuple, by `replace(output)` in forward passes inside the block."""
+    """Replace a module's output, or its first element if it is a tuple, with `replace(output)` in forward passes inside the block."""
 
     def put(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
@@ -50,7 +50,7 @@ class _PassEnded(Exception):
 
 @contextmanager
 def ending_after(module: nn.Module) -> Iterator[None]:
-    """End the forward pass, and the block, as soon as the module and its earlier hooks have run."""
+    """End the forward pass, and the block, as soon as the module has run, with the hooks registered on it before this one."""
 
     def end(_module: nn.Module, _inputs: Any, _output: Any) -> None:
         raise _PassEnded

@@ -1,4 +1,4 @@
-"""Transformers models on disk: find the folder of a hub name or path, check its files, and load models without any noise."""
+"""Transformers models on disk: find the folder of a hub name or path, check its files, and load models quietly."""
 
 import json
 import logging
@@ -60,7 +60,7 @@ def locate(path: str, key: str, needs: Needs, instead: str | None = None) -> Pat
         path: Folder or hub name.
         key: Key of the parameter, such as `extract.model.path`, for messages.
         needs: Files that the folder must have.
-        instead: Advice for users who cannot reach the hub; None advises to use the embedded model.
+        instead: Advice for users who cannot reach the hub; None means advice to use the built-in model.
 
     Returns:
         The folder.
@@ -70,8 +70,8 @@ def locate(path: str, key: str, needs: Needs, instead: str | None = None) -> Pat
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        embedded = f"use the embedded default, {key.removesuffix('.path')}: {{kind: lite}}"
-        folder = _cached(path, needs) or _download(path, key, instead or embedded)
+        built_in = f"use the built-in default, {key.removesuffix('.path')}: {{kind: lite}}"
+        folder = _cached(path, needs) or _download(path, key, instead or built_in)
     missing = _missing(folder, needs)
     if missing:
         raise ModelError(f"{key}: {path}: missing in this folder: {'; '.join(missing)}; save the whole model there with save_pretrained")
@@ -142,8 +142,8 @@ def _download(path: str, key: str, instead: str) -> Path:
 def reading(path: str, key: str, what: str) -> Iterator[None]:
     """Turn every error of transformers inside the block into a ModelError.
 
-    The errors that transformers raises for a damaged or unsuitable folder differ by family and version. It also never prompts the user to
-    run code, even for parts of a model to which it does not pass on `trust_remote_code`.
+    The errors that transformers raises for a damaged or unsuitable folder differ by family and version. Inside the block, transformers
+    does not ask the user whether to run code either, not even for parts of a model to which it fails to pass on `trust_remote_code`.
 
     Args:
         path: Folder or hub name.
@@ -218,7 +218,7 @@ def load_weights(cls: Any, folder: Path, path: str, key: str, optional: str = ""
         )
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise ModelError(
-            f"{key}: {path}: the weights {name} have the shape {list(found)}, but by config.json they have {list(expected)}; "
+            f"{key}: {path}: the weights {name} have the shape {list(found)}, but according to config.json {list(expected)}; "
             "do config.json and the weights belong to the same model?"
         )
     missing = set(info["missing_keys"])
@@ -247,8 +247,8 @@ def refuse_larger(cls: Any, config: Any, n_bytes: int, path: str, key: str) -> N
     n = sum(weight.numel() for weight in model.parameters())
     if n > NUMBERS_PER_BYTE * n_bytes + 2**24:
         raise ModelError(
-            f"{key}: {path}: the model has {n} parameters by config.json, but the weights hold at most {NUMBERS_PER_BYTE * n_bytes}; do "
-            "config.json and the weights belong to the same model?"
+            f"{key}: {path}: the model has {n} parameters according to config.json, but the weights hold at most "
+            f"{NUMBERS_PER_BYTE * n_bytes}; do config.json and the weights belong to the same model?"
         )
 
 

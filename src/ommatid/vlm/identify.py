@@ -14,10 +14,18 @@ ALLOWED = "lite0, lite2, a folder, OWNER/NAME of the model hub, or module:PACKAG
 
 
 def identify(spec: str) -> Model:
-    """Return the parameters of a model, at their defaults except for the name. A folder's kind follows from `model_type` in config.json.
+    """Return the parameters of the model that a short name stands for. All but the name have their default values.
+
+    The kind of a folder or of a hub name follows from `model_type` in config.json.
+
+    Args:
+        spec: `lite0`, `lite2`, a folder, a hub name, or `module:PACKAGE.MODULE:FUNCTION`.
+
+    Returns:
+        The parameters.
 
     Raises:
-        ModelError: The model does not belong to a known family. The message lists the known ones.
+        ModelError: The model does not belong to a known family. The message lists the known model types.
     """
     if spec in ("lite0", "lite2"):
         return LiteModel(kind="lite", variant=spec)
@@ -47,8 +55,8 @@ def _transformers(path: str) -> Model:
             known |= dict.fromkeys(family.MODEL_TYPES, (section, kind))
     if model_type not in known:
         raise ModelError(
-            f"MODEL: {path}: is a {model_type} model; known are {', '.join(known)}; load any other with {{kind: module}} and a function "
-            "that returns it"
+            f"MODEL: {path}: is a {model_type} model; supported types are {', '.join(known)}; load any other with {{kind: module}} "
+            "and a function that returns it"
         )
     section, kind = known[model_type]
     return section(kind=kind, path=path)

@@ -21,8 +21,8 @@ class TransformersVisionJudge:
     """A judge that embeds an image as one vector of a vision model's output.
 
     The vector is the first of these that the model has: image features in a joint space (CLIP, SigLIP), the output of its pooler, its class
-    token, and the mean of its tokens or of its feature map. It is never a token that stands for a place in the image. A masked autoencoder
-    gets the whole image, without a mask.
+    token, and the mean of its tokens or of its feature map. It is never the token of a place in the image. A masked autoencoder sees the
+    whole image, without a mask.
     """
 
     def __init__(self, path: str, dtype: Dtype, device: str) -> None:
@@ -68,8 +68,8 @@ class TransformersVisionJudge:
     def _probe(self, path: str) -> int:
         """Find the width of the embedding, and whether a class token comes first, by running two pictures that differ everywhere.
 
-        Families name the width differently in their configs. The first module output that has as many tokens as the last one holds the
-        token embeddings: a leading token that is the same there for both pictures does not stand for a place, so it is a class token.
+        Families name the width differently in their configs. The first module output with as many tokens as the last one is taken to be
+        the token embeddings. If their first token is the same for both pictures, it does not depend on the image: it is a class token.
         """
         height, width = self.preprocess.crop
         picture = np.asarray(structured_picture(width, height))
@@ -85,13 +85,13 @@ class TransformersVisionJudge:
             embedding = self.embed(pixels)
         except Exception as error:  # Each model's code raises its own errors for inputs that it does not take.
             reason = str(error).strip().partition("\n")[0][: hub.MAX_REASON] or type(error).__name__
-            raise ModelError(f"{KEY}: {path}: gives no embedding for an image ({reason}); set it to a vision model") from error
+            raise ModelError(f"{KEY}: {path}: gives no embedding for an image ({reason}); name a vision model") from error
         finally:
             for handle in handles:
                 handle.remove()
         if embedding.ndim != 2 or len(embedding) != 2:
             raise ModelError(
                 f"{KEY}: {path}: a {type(self._model).__name__} has neither a pooler, nor tokens, nor one feature map for an image; "
-                "set it to a vision model that has"
+                "name a vision model that has one of these"
             )
         return embedding.shape[1]

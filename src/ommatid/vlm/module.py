@@ -1,4 +1,4 @@
-"""Any torch.nn.Module that takes images `(batch, 3, H, W)`, made by a function of the user.
+"""Any torch.nn.Module that takes images `(batch, 3, H, W)` and is made by the user's function.
 
 Shapes: b images, l tokens of a sequence, c channels, r rows, q columns, d the width d_model.
 """
@@ -38,9 +38,9 @@ SPECIAL = {
     8: ("register",) * 8,
     9: ("cls", *("register",) * 8),
 }
-"""Kinds of the tokens before the patches, by their number, as they occur in vision transformers."""
+"""Kinds of the tokens before the patches in usual vision transformers, by the number of such tokens."""
 MAX_SPECIAL = 16
-"""Largest number of tokens before the patches of a given grid. An output with more is not a sequence of these patches."""
+"""Largest number of tokens before the patches. A longer sequence does not have its patches on the given grid, and is no hookpoint."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,9 @@ class ModuleVision:
         Raises:
             ModelError: Always.
         """
-        raise ModelError(f"{self.name}: has no text tower, so there is no joint space in which to compare other tokens at {hookpoint}")
+        raise ModelError(
+            f"{self.name}: has no text tower, so there is no joint space in which to measure the effect of replacing tokens at {hookpoint}"
+        )
 
     def embed_text(self, texts: Sequence[str]) -> Float32[Tensor, "texts d_embed"]:
         """Raise an error: the model has no text tower.
@@ -128,7 +130,7 @@ class ModuleVision:
         return layout.tokens(outputs[0])
 
     def _run(self, pixels: Tensor, names: Sequence[str]) -> dict[str, list[Tensor]]:
-        """Return the outputs of sub-modules by name in one forward pass; each list has one output for each time that the sub-module ran."""
+        """Run one forward pass, and return outputs of sub-modules by name: a list with one output for each time that the sub-module ran."""
         outputs: dict[str, list[Tensor]] = {}
         x = normalise(pixels, self.preprocess, self._device)
         modules = dict(self._module.named_modules())
@@ -143,7 +145,7 @@ class ModuleVision:
 
     @torch.inference_mode()
     def _find_layouts(self, params: ModuleModel) -> dict[str, Layout]:
-        """Find hookpoints and their layouts by running two blank images: this shows which outputs have one entry per image."""
+        """Find hookpoints and their layouts by running two blank images, which shows which outputs have one entry per image."""
         names = [name for name, _ in self._module.named_modules() if name]
         pixels = torch.zeros(2, *self.preprocess.crop, 3, dtype=torch.uint8)
         try:
@@ -189,7 +191,7 @@ def _layout(name: str, shape: tuple[int, ...], crop: tuple[int, int], params: Mo
 
 
 def _square(name: str, n: int, d: int, crop: tuple[int, int], params: ModuleModel) -> tuple[int, int]:
-    """Return the grid of a sequence of n tokens, the largest square, if images are square and the number of remaining tokens is usual."""
+    """Return the grid of a sequence of n tokens: the largest square, if images are square and `SPECIAL` has the number of other tokens."""
     side = math.isqrt(n)
     if crop[0] == crop[1] and n - side**2 in SPECIAL:
         return side, side
@@ -201,7 +203,7 @@ def _square(name: str, n: int, d: int, crop: tuple[int, int], params: ModuleMode
 
 
 def _fits(grid: tuple[int, int], crop: tuple[int, int]) -> bool:
-    """Return whether a map can stem from images of a given size: their aspect ratios must agree, up to rounding at the borders."""
+    """Return whether a map can come from images of a given size: their aspect ratios must agree, up to rounding at the borders."""
     if crop[0] == crop[1]:
         return grid[0] == grid[1]
     stride = max(crop[0] / grid[0], crop[1] / grid[1])
@@ -215,10 +217,10 @@ def _pretrained_cfg(module: nn.Module) -> Mapping[str, Any]:
 
 
 def make_preprocess(params: ModuleModel, cfg: Mapping[str, Any]) -> Preprocess:
-    """Make the preprocessing from the parameters; null ones are taken from `pretrained_cfg`, or else from the usual values for ImageNet.
+    """Make the preprocessing from the parameters. Those that are null come from `pretrained_cfg`, or else from `IMAGENET`.
 
-    If `resize` is null, the crop is the share `crop_pct` of the resized image, as in timm. Crops are rounded down here and to nearest in
-    timm, which can shift them by one pixel.
+    If `resize` is null, the crop is the share `crop_pct` of the resized image, as in timm. The offset of the crop is rounded down here,
+    and to the nearest pixel in timm, so that the two can differ by one pixel.
 
     Args:
         params: Parameters of the model.

@@ -41,7 +41,7 @@ def read_weights(folder: Path, part: str, path: str, key: str) -> dict[str, Tens
         if wanted:
             weights |= {wanted[name]: tensor for name, tensor in _read(folder / file, list(wanted), path, key).items()}
     if not weights:
-        raise ModelError(f"{key}: {path}: the weights contain none of {part}; is this the folder of the full model?")
+        raise ModelError(f"{key}: {path}: the weights contain no {part}; is this the folder of the full model?")
     return weights
 
 
@@ -99,7 +99,7 @@ def load_module(module: nn.Module, weights: Mapping[str, Tensor], part: str, pat
 def _check(missing: Iterable[str], mismatched: Shapes, part: str, path: str, key: str) -> None:
     for name, found, expected in sorted(mismatched):
         raise ModelError(
-            f"{key}: {path}: {part}.{name} has the shape {list(found)}, but by config.json it has {list(expected)}; "
+            f"{key}: {path}: {part}.{name} has the shape {list(found)}, but according to config.json {list(expected)}; "
             "do config.json and the weights belong to the same model?"
         )
     lacking = sorted(missing)

@@ -37,9 +37,9 @@ def normalise(
 
 
 def cast_linears(module: nn.Module, dtype: torch.dtype) -> None:
-    """Convert the weights of linear layers to `dtype`. Autocast would convert them again in every pass, with the same bits as a result.
+    """Convert the weights of linear layers to `dtype` once. Autocast would convert them in every pass, with the same results.
 
-    All other weights stay in float32, and so does the residual stream. The patch embedding must stay too, because DINOv3 uses its dtype for
+    All other weights stay in float32, and so does the residual stream. This includes the patch embedding, whose dtype DINOv3 also uses for
     rotary angles.
     """
     for layer in module.modules():

@@ -1,4 +1,4 @@
-"""Preprocessing: conversion of an image to the pixels that a model sees, and of those back to a box in the image."""
+"""Preprocessing: conversion of an image to the pixels that a model sees, and the box in the image from which they come."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ from PIL import Image
 
 Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 MAX_PIXELS, MAX_RATIO = 2**22, 16
-"""A resized image that has more than MAX_PIXELS pixels, and more than MAX_RATIO times those of the crop, is never held as a whole."""
+"""A resized image with more than MAX_PIXELS pixels, and more than MAX_RATIO times as many as the crop, is never made as a whole."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Preprocess:
         """Convert an image to uint8 pixels `(height, width, 3)` by Pillow's resize and a crop, as the processors of transformers do.
 
         For long panoramas (see `MAX_PIXELS`), such as 20,000 x 10, only the box that the crop keeps is resampled, so that no huge image is
-        made. The pixels are the same up to rounding, by which fewer than one value in a hundred differs by one level of 255.
+        made. The pixels are the same except for rounding: fewer than one value in a hundred differs, by one level of 255.
         """
         height, width = self.crop
         rows, cols = self._resized(*image.size)
@@ -57,14 +57,14 @@ class Preprocess:
         return pixels if self.channels == "RGB" else np.ascontiguousarray(pixels[..., ::-1])
 
     def box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """Return the box (left, top, right, bottom) of a `width` x `height` image that the model sees, in pixels of the image."""
+        """Return the part of a `width` x `height` image that the model sees: (left, top, right, bottom) in pixels of the image."""
         rows, cols = self._resized(width, height)
         top, left = (rows - self.crop[0]) // 2, (cols - self.crop[1]) // 2
         x, y = width / cols, height / rows
         return left * x, top * y, min((left + self.crop[1]) * x, width), min((top + self.crop[0]) * y, height)
 
     def as_json(self) -> Mapping[str, Any]:
-        """Return the fields as JSON for a manifest."""
+        """Return the fields as values that JSON can hold, for a manifest."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:

@@ -83,7 +83,8 @@ def _compare(preprocess: Preprocess, processor: Any, picture: Image.Image, proce
 class Dinov3Processor(PilBackend):
     """The defaults of DINOv3's image processor, whose own class needs torchvision.
 
-    That class resizes floating-point numbers, while Pillow rounds to bytes. The results agree to half a level of 255 in each direction.
+    That class resizes floating-point numbers, while Pillow rounds to bytes, once for each direction of the resize. The results agree to
+    half a level of 255 for each.
     """
 
     resample = Image.Resampling.BILINEAR
@@ -141,7 +142,7 @@ class _Size(BaseModel):
 
 
 class _Settings(BaseModel):
-    """Settings that determine what a processor computes. Whether others matter shows when its pixels are compared with ours."""
+    """Settings that determine what a processor computes. The comparison of its pixels with ours shows whether others matter too."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 

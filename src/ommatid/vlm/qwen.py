@@ -75,7 +75,7 @@ class _Encoder(nn.Module):
     def __init__(self, tower: Any, vision: Any, grid: tuple[int, int]) -> None:
         super().__init__()
         self.tower, self._grid = tower, grid
-        # The residual stream is to be float32. Autocast makes patches bfloat16, and no position embedding is added that would undo this.
+        # Keeps the residual stream in float32: autocast makes patches bfloat16, and no float32 position embedding is added afterwards.
         tower.patch_embed.register_forward_hook(lambda _module, _inputs, patches: patches.float())
         self._sizes = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
 
@@ -129,7 +129,7 @@ def patch_order(grid: tuple[int, int], m: int, w: int) -> list[int]:
         w: Merge groups per side of a window.
 
     Returns:
-        The index of each patch, row * columns + column.
+        The indices of the patches, row · columns + column, in the order of the tower.
     """
 
     def place(patch: int) -> tuple[int, ...]:
@@ -150,7 +150,7 @@ def _grid(image_size: int, vision: Any) -> tuple[int, int]:
 
 
 def _window(vision: Any) -> int:
-    """Return the merge groups per side of an attention window. Qwen2-VL has no windows, which orders patches like windows of one group."""
+    """Return the merge groups per side of an attention window. Qwen2-VL has no windows, and 1 gives its order of patches."""
     return vision.window_size // vision.spatial_merge_size // vision.patch_size if hasattr(vision, "window_size") else 1
 
 

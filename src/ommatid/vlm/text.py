@@ -1,4 +1,4 @@
-"""MiniLM, the embedded text tower, whose weights come from a package.
+"""MiniLM, the built-in text tower, whose weights come from a package.
 
 Shapes: b texts of the same number of tokens t, d = 384, h heads.
 """
@@ -75,7 +75,7 @@ class _Norm:
 
 
 class _Embeddings:
-    """Input embeddings: the norm of word, position and first-segment embeddings added up."""
+    """Input embeddings: the layer norm of the sum of word, position and first-segment embeddings."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         self._words = weights["embeddings.word_embeddings.weight"]
@@ -87,7 +87,7 @@ class _Embeddings:
 
 
 class _Layer:
-    """Layer of BERT: y = norm(x + attention(x)), then norm(y + mlp(y))."""
+    """A layer of BERT: y = norm(x + attention(x)), then norm(y + mlp(y))."""
 
     def __init__(self, weights: dict[str, Tensor], name: str) -> None:
         parts = [f"{name}.attention.self.{part}" for part in ("query", "key", "value")]

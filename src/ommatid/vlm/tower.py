@@ -1,4 +1,4 @@
-"""The common base of transformers' ViTs: it opens a folder, names hookpoints, and captures several of them in one forward pass."""
+"""Common base of the ViTs from transformers: it opens a folder, names hookpoints, and captures several of them in one forward pass."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -71,15 +71,16 @@ class Site:
     """The hookpoint."""
     module: nn.Module
     """Module whose output is captured."""
-    is_all: bool = True
-    """Whether the rest of the pass depends on the image only through this output, with no residual stream around the module."""
+    is_bottleneck: bool = True
+    """Whether the rest of the pass depends on the image only through this output, so that no residual stream bypasses the module."""
 
 
 def block_sites(blocks: Iterable[tuple[nn.Module, nn.Module, nn.Module]], hookpoint: Hookpoint) -> dict[str, Site]:
     """Name the three hookpoints of each block.
 
     Args:
-        blocks: For each block, the modules that output attention's addition to the residual stream, the MLP's, and the stream after both.
+        blocks: Three modules for each block: those that output what attention and what the MLP add to the residual stream, and the one
+            that outputs the stream after both.
         hookpoint: Hookpoint that describes all of them.
 
     Returns:
@@ -87,14 +88,14 @@ def block_sites(blocks: Iterable[tuple[nn.Module, nn.Module, nn.Module]], hookpo
     """
     names = (".attn", ".mlp", "")
     return {
-        f"vision.blocks.{i}{name}": Site(hookpoint, module, is_all=not name)
+        f"vision.blocks.{i}{name}": Site(hookpoint, module, is_bottleneck=not name)
         for i, block in enumerate(blocks)
         for name, module in zip(names, block, strict=True)
     }
 
 
 def patch_grid(config: Any, crop: tuple[int, int]) -> tuple[int, int]:
-    """Return the rows and columns of the patches of an image of size `crop`. Pixels left over at the right and bottom are in no patch."""
+    """Return the rows and columns of the patches of an image of size `crop`. No patch covers pixels left over at the right or bottom."""
     patch = _pair(config.patch_size)
     return crop[0] // patch[0], crop[1] // patch[1]
 
@@ -103,7 +104,7 @@ def check_size(config: Any, opened: Opened) -> None:
     """Check that preprocessing makes images of the one size that a model takes.
 
     Raises:
-        ModelError: It makes another size.
+        ModelError: Preprocessing makes images of another size.
     """
     size, crop = _pair(config.image_size), opened.preprocess.crop
     if crop != size:
@@ -121,7 +122,7 @@ class Tower:
     """A ViT without a text tower.
 
     Its hookpoints are `vision.blocks.<i>`, the residual stream after block i (hidden_states[i + 1] in transformers), and
-    `vision.blocks.<i>.attn` and `vision.blocks.<i>.mlp`, what the block's two halves add to it.
+    `vision.blocks.<i>.attn` and `vision.blocks.<i>.mlp`, which are what the block's two halves add to it.
     """
 
     d_embed: int | None = None
@@ -160,7 +161,9 @@ class Tower:
         Raises:
             ModelError: Always.
         """
-        raise ModelError(f"{self.name}: has no text tower, so there is no joint space in which to compare other tokens at {hookpoint}")
+        raise ModelError(
+            f"{self.name}: has no text tower, so there is no joint space in which to measure the effect of replacing tokens at {hookpoint}"
+        )
 
     def embed_text(self, texts: Sequence[str]) -> Float32[Tensor, "texts d_embed"]:
         """Raise an error: the model has no text tower.
@@ -174,7 +177,7 @@ class Tower:
         return torch.autocast(torch.device(self._device).type, self._dtype, enabled=self._dtype != torch.float32)
 
     def _run(self, x: Tensor, hookpoints: Sequence[str]) -> Tensor | None:
-        """Run the model on normalised pixels `(batch, 3, H, W)`, no further than the last hookpoint."""
+        """Run the model on normalised pixels `(batch, 3, H, W)` as far as the last hookpoint; return embeddings if there are any."""
         if hookpoints:
             last = max(hookpoints, key=list(self._modules).index)
             with ending_after(self._modules[last]):
@@ -191,7 +194,7 @@ class JointTower(Tower, ABC):
     def __init__(self, opened: Opened, sites: Mapping[str, Site], tower: nn.Module, dtype: Dtype, device: str) -> None:
         super().__init__(opened, sites, tower, dtype, device)
         self._tokenizer = hub.load_tokenizer(opened.folder, opened.path, KEY)
-        self._is_all = {name: site.is_all for name, site in sites.items()}
+        self._is_bottleneck = {name: site.is_bottleneck for name, site in sites.items()}
         self.logit_scale = float(opened.model.logit_scale.exp())
         with torch.inference_mode(), hub.reading(opened.path, KEY, "the text tower's output"):
             self._embed_texts(["a", "a dog"])
@@ -202,21 +205,21 @@ class JointTower(Tower, ABC):
     ) -> tuple[Float32[Tensor, "batch d_embed"], ...]:
         """Return image embeddings `(batch, d_embed)` float32 for each replacement: see `VisionModel`.
 
-        One forward pass computes all replacements. If nothing bypasses the hookpoint, the layers before it run only once per image.
+        All replacements share one forward pass. If nothing bypasses the hookpoint, the layers before it run only once per image.
 
         Raises:
             ModelError: The hookpoint is unknown.
         """
         check_hookpoint(self, hookpoint)
-        n, is_all = len(replacements), self._is_all[hookpoint]
+        n, is_bottleneck = len(replacements), self._is_bottleneck[hookpoint]
 
         def replace(output: Tensor) -> Tensor:
-            parts = [output] * n if is_all else output.chunk(n)
+            parts = [output] * n if is_bottleneck else output.chunk(n)
             return torch.cat([_replace_tokens(part, replacement) for part, replacement in zip(parts, replacements, strict=True)])
 
         x = normalise(pixels, self.preprocess, self._device)
         with self._autocast(), replacing(self._modules[hookpoint], replace):
-            return self._run(x if is_all else torch.cat([x] * n), ()).chunk(n)
+            return self._run(x if is_bottleneck else torch.cat([x] * n), ()).chunk(n)
 
     @torch.inference_mode()
     def embed_text(self, texts: Sequence[str]) -> Float32[Tensor, "texts d_embed"]:

@@ -1,6 +1,6 @@
-"""Checks that every network must pass before its outputs are used, whatever family or code it comes from.
+"""Checks that every network must pass before its outputs are used, whatever its family and whoever wrote its code.
 
-That preprocessing agrees with the model's own is checked where it is read: see `processor`.
+Whether preprocessing agrees with the model's own image processor is checked where it is read: see `processor`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from ommatid.vlm import Judge, VisionModel
 from ommatid.vlm.preprocess import Preprocess
 
 SHAPES = ((301, 207), (207, 301))
-"""Widths and heights of test pictures, neither square nor even."""
+"""Width and height of each test picture. No picture is square, and all sides are odd."""
 
 
 def structured_picture(width: int, height: int) -> Image.Image:
@@ -32,7 +32,8 @@ def structured_picture(width: int, height: int) -> Image.Image:
 
 
 PARTS = ((0, 0), (0, 6), (3, 3), (6, 0), (6, 6))
-"""Top left corners, in eighths of the picture, of the parts that are changed one at a time. Each part is a quarter high and wide."""
+"""Top left corners, in eighths of the picture, of the parts that are changed one at a time. Each part is a quarter of the picture high and
+wide."""
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.02}
 """Relative difference that rounding may cause between outputs for the same image, allowing for TensorFloat-32 on GPUs."""
 SEEN = 1e-6
@@ -76,7 +77,7 @@ def check_judge(judge: Judge, key: str, dtype: torch.dtype) -> None:
 
 
 def check(run: Run, preprocess: Preprocess, where: str, dtype: torch.dtype) -> None:
-    """Check a network on one picture and on others that each differ from it in one part; eight images are run.
+    """Check a network on one picture, alone and in a batch with variants of it; it runs on eight images in all.
 
     Args:
         run: Function from uint8 pixels `(images, H, W, 3)` to outputs `(images, tokens, width)`, by their description.
@@ -85,8 +86,8 @@ def check(run: Run, preprocess: Preprocess, where: str, dtype: torch.dtype) -> N
         dtype: Data type in which the network computes.
 
     Raises:
-        ModelError: An output is not finite, two passes differ, an image alone differs from the same image in a batch, or some part of the
-            picture has no influence.
+        ModelError: An output is not finite, differs between two passes, differs between an image alone and the same image in a batch, or
+            does not depend on some part of the picture.
     """
     pixels = _pictures(preprocess)
     with _model_errors(f"{where}: fails on a picture"):
@@ -94,7 +95,7 @@ def check(run: Run, preprocess: Preprocess, where: str, dtype: torch.dtype) -> N
     for name, vectors in batch.items():
         what = f"{where}: {name}"
         if not (vectors.isfinite().all() and alone[name].isfinite().all()):
-            raise ModelError(f"{what}: NaN or infinity for a plain picture; set extract.dtype to float32, or use another model")
+            raise ModelError(f"{what}: NaN or infinity for a test picture; set extract.dtype to float32, or use another model")
         _compare(lambda name=name: run(pixels[:1])[name], alone[name], vectors[:1], what, dtype)
         _check_sight(vectors, preprocess.crop, what)
 
@@ -142,8 +143,8 @@ def _compare(run: Callable[[], Tensor], alone: Tensor, in_batch: Tensor, where: 
             "pass, such as masks or a dropout that eval() does not switch off; switch it off, or use another model"
         )
     raise ModelError(
-        f"{where}: the same input alone and in a batch differs by {difference:.2g} of its norm: the inputs of a batch influence one "
-        "another, for example through a batch norm that uses the statistics of the batch; switch it off, or use another model"
+        f"{where}: outputs for the same input alone and in a batch differ by {difference:.2g} of their norm: the inputs of a batch "
+        "influence one another, for example through a batch norm that uses the statistics of the batch; switch it off, or use another model"
     )
 
 
@@ -160,7 +161,7 @@ def _check_texts(embed: Callable[[Sequence[str]], Tensor], where: str, dtype: to
     with _model_errors(f"{where}: fails on a text"):
         first, both = embed(TEXTS[:1])[:, None], embed(TEXTS)[:, None]
     if not both.isfinite().all():
-        raise ModelError(f"{where}: the embedding of a text has NaN or infinity; use another model, or another extract.namer")
+        raise ModelError(f"{where}: the embedding of a text contains NaN or infinity; use another model, or another extract.namer")
     _compare(lambda: embed(TEXTS[:1])[:, None], first, both[:1], f"{where}: the embedding of a text", dtype)
     if _difference(both[0], both[1]) <= SEEN:
         raise ModelError(
@@ -170,7 +171,7 @@ def _check_texts(embed: Callable[[Sequence[str]], Tensor], where: str, dtype: to
 
 
 def _difference(x: Float[Tensor, "*shape"], y: Float[Tensor, "*shape"]) -> float:
-    """Return the largest distance between vectors of x and y, relative to the norm of y's vector or the norms' RMS, whichever is larger."""
+    """Return the largest distance of a vector of x from that of y, relative to y's norm, or to the RMS of y's norms if that is larger."""
     x, y = x.double(), y.double()
     lengths = y.norm(dim=-1)
     scale = torch.maximum(lengths, lengths.square().mean().sqrt()).clamp_min(1e-300)
