@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from ommatid.activations.columns import from_float16, from_float32
@@ -23,13 +24,13 @@ class Images:
 
     shard: int
     """Index of the shard of activations that holds the images."""
-    numbers: Tensor
+    numbers: Int64[Tensor, " images"]
     """Number of each image (`images.image`), (images,) int64."""
-    x: Tensor
+    x: Float32[Tensor, "images tokens d_model"]
     """Activations, (images, tokens, d_model) float32."""
-    target: Tensor
+    target: Float32[Tensor, "images tokens d_out"]
     """Reconstruction target, (images, tokens, d_out) float32: `x` itself or, for a transcoder, activations of another hookpoint."""
-    judges: list[Tensor]
+    judges: list[Float32[Tensor, "images _d_judge"]]
     """Embeddings by each judge, (images, d_judge) float32; not finite where the judge failed on an image."""
 
 
@@ -79,7 +80,9 @@ def _iter_tokens(activations: Artefact, part: str, n: int) -> Iterator[tuple[Ten
             yield torch.from_numpy(rows["image"].to_numpy().astype(np.int64)), from_float16(rows["x"]).float()
 
 
-def _same_images(image: Tensor, target_image: Tensor, target: Tensor) -> Tensor:
+def _same_images(
+    image: Int64[Tensor, " rows"], target_image: Int64[Tensor, " rows"], target: Float32[Tensor, "rows d_out"]
+) -> Float32[Tensor, "rows d_out"]:
     """Return the target, having checked that its rows are of the same images."""
     assert torch.equal(image, target_image), (
         f"rows of the two hookpoints belong to different images: {image[:3].tolist()}, {target_image[:3].tolist()}"
@@ -94,7 +97,7 @@ class _Embeddings:
         self._images = torch.from_numpy(rows["image"].to_numpy().astype(np.int64))
         self._judges = [from_float32(rows[name]) for name in rows.column_names if name != "image"]
 
-    def take(self, numbers: Tensor) -> list[Tensor]:
+    def take(self, numbers: Int64[Tensor, " images"]) -> list[Float32[Tensor, "images _d_judge"]]:
         """Return each judge's embeddings of images, (images, d_judge), given their numbers."""
         rows = torch.searchsorted(self._images, numbers)
         return [embeddings[rows] for embeddings in self._judges]

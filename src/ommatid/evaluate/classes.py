@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
 from torch import Tensor
 
 from ommatid import schemas
@@ -28,11 +29,11 @@ N_LCA = 16
 class Meaning:
     """Measures of each latent by labels and taxonomy, (d_sae,) float64; NaN where undefined."""
 
-    purity_64: Tensor
+    purity_64: Float64[Tensor, " d_sae"]
     """Purity@64."""
-    label_entropy: Tensor
+    label_entropy: Float64[Tensor, " d_sae"]
     """Activation-weighted entropy of the labels of all images on which the latent fires."""
-    lca_depth: Tensor
+    lca_depth: Float64[Tensor, " d_sae"]
     """Depth in the taxonomy of the lowest common ancestor of the strongest images that have a path."""
 
 
@@ -86,11 +87,11 @@ SEED = 0
 class ProbeImages:
     """Images on which probes are fitted and tested."""
 
-    numbers: np.ndarray
+    numbers: Int64[np.ndarray, " images"]
     """Number of each image (`images.image`), ascending, (images,)."""
-    classes: Tensor
+    classes: Int64[Tensor, " images"]
     """Index in `names` of each image's class, (images,) int64."""
-    is_held_out: Tensor
+    is_held_out: Bool[Tensor, " images"]
     """Whether the image is for testing; the rest are for fitting, (images,) bool."""
     names: tuple[str, ...]
     """Names of the classes; empty unless there are at least two."""
@@ -163,14 +164,14 @@ def measure_probes(name: str, images: ProbeImages, pooled: PooledActivations, fi
 class _Firings:
     """Firings on the probes' images."""
 
-    rows: np.ndarray
+    rows: Int[np.ndarray, " firings"]
     """Position of the firing's image in `ProbeImages`, (firings,)."""
-    latents: np.ndarray
+    latents: Int[np.ndarray, " firings"]
     """Latent that fires, (firings,)."""
-    acts: np.ndarray
+    acts: Float[np.ndarray, " firings"]
     """Its activation, (firings,)."""
 
-    def acts_of(self, chosen: np.ndarray, n_images: int, d_sae: int) -> Tensor:
+    def acts_of(self, chosen: Int[np.ndarray, "classes k"], n_images: int, d_sae: int) -> Float32[Tensor, "images classes k"]:
         """Return the activations of each class's chosen latents, (images, classes, latents) float32."""
         used = np.unique(chosen)
         place = np.full(d_sae, -1)
@@ -181,7 +182,7 @@ class _Firings:
         return acts[:, torch.from_numpy(place[chosen])]
 
 
-def _read_firings(files: Sequence[str], numbers: np.ndarray) -> _Firings:
+def _read_firings(files: Sequence[str], numbers: Int64[np.ndarray, " images"]) -> _Firings:
     pieces = []
     for file in files:
         part = read_part(Path(file), ["image", "latent", "act"])
@@ -192,7 +193,7 @@ def _read_firings(files: Sequence[str], numbers: np.ndarray) -> _Firings:
     return _Firings(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
 
 
-def _most_different(firings: _Firings, images: ProbeImages, d_sae: int) -> np.ndarray:
+def _most_different(firings: _Firings, images: ProbeImages, d_sae: int) -> Int[np.ndarray, "classes k"]:
     """Return the latents whose means differ most between each class and the rest, in descending order, (classes, at most max(KS))."""
     n_classes, fits = len(images.names), ~images.is_held_out.numpy()
     classes, mine = images.classes.numpy(), fits[firings.rows]
@@ -203,7 +204,12 @@ def _most_different(firings: _Firings, images: ProbeImages, d_sae: int) -> np.nd
     return np.argsort(-difference, axis=1, kind="stable")[:, : max(KS)]
 
 
-def _test(probe: str, images: ProbeImages, features: Tensor, latents: np.ndarray | None) -> Iterator[dict[str, Any]]:
+def _test(
+    probe: str,
+    images: ProbeImages,
+    features: Float[Tensor, "images features"] | Float[Tensor, "images classes k"],
+    latents: Int[np.ndarray, "classes k"] | None,
+) -> Iterator[dict[str, Any]]:
     """Fit probes on one half of the images, test them on the other, and yield one row for each class."""
     is_class = torch.nn.functional.one_hot(images.classes, len(images.names)).bool()
     tests = images.is_held_out

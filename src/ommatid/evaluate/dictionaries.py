@@ -12,6 +12,7 @@ from typing import Any, assert_never
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Float32, Float64
 from torch import Tensor
 
 from ommatid import schemas
@@ -110,7 +111,7 @@ class EvaluatedDictionary(Accumulator):
         """The dictionary itself."""
         return self._dictionary
 
-    def add(self, batch: Images) -> Tensor:
+    def add(self, batch: Images) -> Float32[Tensor, "images latents"]:
         """Add a batch in the first pass, and return its image-level activations, (images, latents)."""
         x = batch.x.flatten(0, 1)
         acts = self._dictionary.encode(x)
@@ -129,7 +130,7 @@ class EvaluatedDictionary(Accumulator):
         """End the first pass and begin the second."""
         self.judged.begin_second_pass()
 
-    def add_again(self, batch: Images) -> Tensor:
+    def add_again(self, batch: Images) -> Float32[Tensor, "images tokens latents"]:
         """Add a batch in the second pass, and return its token activations, (images, tokens, latents)."""
         acts = self._dictionary.encode(batch.x.flatten(0, 1)).unflatten(0, batch.x.shape[:2])
         self.judged.add(self._pool(acts), batch.judges)
@@ -153,7 +154,7 @@ class EvaluatedDictionary(Accumulator):
         images = self.top.images.T.tolist()
         return [[i for i, fired in zip(*pair, strict=True) if fired] for pair in zip(images, fires, strict=True)]
 
-    def uniqueness(self) -> Tensor:
+    def uniqueness(self) -> Float64[Tensor, " latents"]:
         """Return the uniqueness of each latent, (latents,); NaN if fewer than 16 images activate it."""
         return uniqueness(torch.where(self.top.acts > 0, self.top.images, -1).T.contiguous())
 

@@ -7,6 +7,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from ommatid import schemas
@@ -35,7 +36,7 @@ class Firings(Accumulator):
         self._n_waiting = 0
         self._n_parts = 0
 
-    def add(self, numbers: Tensor, acts: Tensor) -> None:
+    def add(self, numbers: Int64[Tensor, " images"], acts: Float32[Tensor, "images d_sae"]) -> None:
         """Add the firings of a batch of images.
 
         Args:
@@ -125,7 +126,7 @@ class HeatMaps(Accumulator):
         self.heat = torch.zeros(len(examples), math.prod(grid or [0]))
         """Activation on each patch, (examples, patches) float32, with examples in the order of their images."""
 
-    def add(self, numbers: Tensor, acts: Tensor) -> None:
+    def add(self, numbers: Int64[Tensor, " images"], acts: Float32[Tensor, "images tokens latents"]) -> None:
         """Add a batch of images.
 
         Args:

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Float32, Float64
 from torch import Tensor
 
 from ommatid import schemas
@@ -47,11 +48,11 @@ class Verdict:
 
     judge: str
     """Name of the judge."""
-    ms: Tensor
+    ms: Float64[Tensor, " latents"]
     """Score of each latent, (latents,); NaN where undefined."""
-    low: Tensor
+    low: Float64[Tensor, " latents"]
     """Lower end of each score's 95 % interval, (latents,)."""
-    high: Tensor
+    high: Float64[Tensor, " latents"]
     """Upper end of each score's 95 % interval, (latents,)."""
     of_mean: tuple[float, float]
     """95 % interval of the mean over the latents that have a score."""
@@ -92,7 +93,7 @@ class JudgeScores(Accumulator):
         """State of the first pass. It is large, so it is dropped when the second pass begins."""
         self.second: _Pass[MonosemanticityInterval] | None = None
 
-    def add(self, acts_bs: Tensor, judges: Sequence[Tensor]) -> None:
+    def add(self, acts_bs: Float32[Tensor, "images latents"], judges: Sequence[Float32[Tensor, "images _d_judge"]]) -> None:
         """Add a batch of images to the current pass.
 
         Args:
@@ -145,7 +146,7 @@ class _Pass(Accumulator, Generic[Scores]):
         self.waiting = [torch.zeros(n, width) for width in widths]  # allocated once, for the reason given in `Firings`
         self.n_waiting = 0
 
-    def add(self, acts_bs: Tensor, judges: Sequence[Tensor]) -> None:
+    def add(self, acts_bs: Float32[Tensor, "images latents"], judges: Sequence[Float32[Tensor, "images _d_judge"]]) -> None:
         """Collect a batch of images, and add what has been collected whenever it is enough."""
         start, most = 0, len(self.waiting[0])
         while start < len(acts_bs):

@@ -13,6 +13,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Float, Float64, Int64
 from safetensors import safe_open
 from torch import Tensor
 
@@ -57,11 +58,11 @@ class Structure:
 
     cofiring: pa.Table
     """The table `cofiring`."""
-    duplicate_of: Tensor
+    duplicate_of: Int64[Tensor, " d_sae"]
     """Near duplicate of each latent, (d_sae,) int64; -1 if it has none."""
 
 
-def measure_structure(name: str, files: Sequence[str], directions_sd: Tensor, n_images: int) -> Structure:
+def measure_structure(name: str, files: Sequence[str], directions_sd: Float[Tensor, "d_sae d_out"], n_images: int) -> Structure:
     """Compare all pairs of latents of one SAE.
 
     Memory is bounded by PAIRS, VALUES and PAIRS_AT_ONCE, whatever the numbers of images and latents. Time grows as images · latents²,
@@ -115,7 +116,7 @@ def iter_fires(files: Sequence[str], d_sae: int) -> Iterator[Tensor]:
         yield from _dense(rest, np.zeros(1, np.int64), d_sae, per_step)
 
 
-def _dense(rows: np.ndarray, starts: np.ndarray, d_sae: int, per_step: int) -> Iterator[Tensor]:
+def _dense(rows: Int64[np.ndarray, "rows 2"], starts: Int64[np.ndarray, " images"], d_sae: int, per_step: int) -> Iterator[Tensor]:
     """Yield dense batches of up to `per_step` images, given the rows (image, latent) of images and where each image's rows start."""
     for first in range(0, len(starts), per_step):
         bounds = np.append(starts, len(rows))[first : first + per_step + 1]
@@ -125,7 +126,7 @@ def _dense(rows: np.ndarray, starts: np.ndarray, d_sae: int, per_step: int) -> I
         yield fires
 
 
-def _partners(name: str, latents: Tensor, counted: CoFiring, rows: slice, n_images: int) -> pa.Table:
+def _partners(name: str, latents: Int64[Tensor, " rows"], counted: CoFiring, rows: slice, n_images: int) -> pa.Table:
     """Return rows of the table `cofiring`: each latent's partners of highest lift; of equal ones, the lower latent comes first."""
     lift, jaccard, both = counted.lift(rows, n_images), counted.jaccard(rows), counted.counts[rows]
     lift[(both < MIN_BOTH) | (lift.nan_to_num() <= 1)] = 0
@@ -145,7 +146,9 @@ def _partners(name: str, latents: Tensor, counted: CoFiring, rows: slice, n_imag
     return pa.table(columns, schema=schemas.COFIRING)
 
 
-def _duplicates(latents: Tensor, directions: Tensor, jaccard: Tensor) -> Tensor:
+def _duplicates(
+    latents: Int64[Tensor, " rows"], directions: Float[Tensor, "d_sae d_out"], jaccard: Float64[Tensor, "rows d_sae"]
+) -> Int64[Tensor, " rows"]:
     """Return the latent of the nearest direction among each latent's near duplicates, or -1 if it has none, (latents,)."""
     found = nearest(directions[latents], directions, 1, latents.numpy(), (jaccard >= DUPLICATE_JACCARD).numpy())
     return torch.from_numpy(np.where(found.cosines >= ALIKE, found.others, -1)[:, 0])
@@ -180,7 +183,7 @@ class LevelFidelity(Accumulator):
         """Number of latents of each level, counted from the first latent, so that each level includes the ones before it."""
         self._sae = sae
 
-    def add(self, target_bd: Tensor, acts_bs: Tensor) -> None:
+    def add(self, target_bd: Float[Tensor, "tokens d_out"], acts_bs: Float[Tensor, "tokens d_sae"]) -> None:
         """Add a batch of tokens.
 
         Args:
@@ -193,7 +196,7 @@ class LevelFidelity(Accumulator):
             fidelity.add(target_bd, x_hat, int((acts_bs[:, :bound] > 0).sum()))
             start = bound
 
-    def table(self, name: str, whole: Fidelity, ms: Tensor, lca_depth: Tensor) -> pa.Table:
+    def table(self, name: str, whole: Fidelity, ms: Float64[Tensor, " d_sae"], lca_depth: Float64[Tensor, " d_sae"]) -> pa.Table:
         """Make the table `levels`.
 
         Args:
@@ -284,13 +287,13 @@ def match(one: EvaluatedSAE, other: EvaluatedSAE, scratch: Path) -> Pair:
     return Pair(matches, pa.Table.from_pylist(rows, schema=schemas.STABILITY))
 
 
-def _directions(sae: Artefact) -> Tensor:
+def _directions(sae: Artefact) -> Float[Tensor, "d_sae d_out"]:
     with safe_open(sae.file(WEIGHTS), framework="pt") as file:
         return file.get_tensor("W_dec")
 
 
 def _stability(
-    one: EvaluatedSAE, other: EvaluatedSAE, there: BestMatches, back: BestMatches, cosines: Tensor | None, d: int
+    one: EvaluatedSAE, other: EvaluatedSAE, there: BestMatches, back: BestMatches, cosines: Float[Tensor, " pairs"] | None, d: int
 ) -> dict[str, Any]:
     n = len(there.other)
     return {

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Float, Float32, Float64, Int, Int64, UInt8
 from torch import Tensor
 
 from ommatid import schemas
@@ -46,9 +47,9 @@ N_BLOCKS = 256
 class DrawnImages:
     """Images drawn from the images artefact."""
 
-    numbers: np.ndarray
+    numbers: Int[np.ndarray, " images"]
     """Number of each image (`images.image`), (images,)."""
-    rows: np.ndarray
+    rows: Int64[np.ndarray, " images"]
     """Row of each image in the table `images`, ascending, (images,) int64."""
 
 
@@ -198,16 +199,16 @@ class _Classifier:
 
     classes: Sequence[str]
     """Names of the classes, (c,)."""
-    texts: Tensor
+    texts: Float64[Tensor, "classes d_embed"]
     """Text embedding of each class, (c, d_embed) float64, unit norm."""
     scale: float = 1.0
     """Factor by which cosines are multiplied before the softmax."""
 
-    def cosines(self, embeddings: Tensor) -> Tensor:
+    def cosines(self, embeddings: Float32[Tensor, "batch d_embed"]) -> Float64[Tensor, "batch classes"]:
         """Return the cosines of images (b, d_embed) and classes, (b, c) float64."""
         return unit(embeddings.cpu()) @ self.texts.T
 
-    def indices(self, labels: Sequence[str]) -> Tensor:
+    def indices(self, labels: Sequence[str]) -> Int64[Tensor, " images"]:
         """Return the index of each label in `classes`, (n,) int64."""
         place = {label: index for index, label in enumerate(self.classes)}
         return torch.tensor([place[label] for label in labels])
@@ -253,17 +254,17 @@ class _Splicer:
     """Tokens that are encoded."""
     writes: TokenPicker
     """Tokens that are decoded and replaced: those that are encoded, except for a transcoder."""
-    mean_d: Tensor
+    mean_d: Float32[Tensor, " d_out"]
     """Mean of the tokens that are decoded, over the training split, (d,)."""
 
-    def run(self, pixels: Tensor) -> dict[str, Tensor]:
+    def run(self, pixels: UInt8[Tensor, "batch height width 3"]) -> dict[str, Float32[Tensor, "batch d_embed"]]:
         """Return the embeddings (b, d_embed) of images (b, H, W, 3) by variant."""
         pixels = pixels.to(self.device)
         x_bkd = self._read(pixels) if self.reads != self.writes else None
         replacements = _Reconstructions(self, x_bkd).replacements()
         return dict(zip(replacements, self.model.splice(pixels, self.writes.name, list(replacements.values())), strict=True))
 
-    def _read(self, pixels: Tensor) -> Tensor:
+    def _read(self, pixels: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch kept d_model"]:
         return self.reads.pick(self.model.capture(pixels, [self.reads.name]).tokens[self.reads.name])
 
 
@@ -272,7 +273,7 @@ class _Reconstructions:
     """Reconstructions of one batch of images, and the functions that put them in the place of tokens."""
 
     splicer: _Splicer
-    x_bkd: Tensor | None
+    x_bkd: Float[Tensor, "batch kept d_model"] | None
     """Tokens that are encoded; None if they are those that are replaced."""
     decoded: dict[str, Tensor] = field(default_factory=dict)
     """Reconstructions that have been computed so far, by dictionary."""
@@ -292,14 +293,14 @@ class _Reconstructions:
         writes = self.splicer.writes
         return lambda tokens: writes.put(tokens, make(writes.pick(tokens).float().cpu()))
 
-    def _decode(self, name: str, y_bkd: Tensor) -> Tensor:
+    def _decode(self, name: str, y_bkd: Float32[Tensor, "batch kept d_out"]) -> Float[Tensor, "batch kept d_out"]:
         if name not in self.decoded:
             x = y_bkd if self.x_bkd is None else self.x_bkd.float().cpu()
             self.decoded[name] = torch.cat(list(_iter_decoded(self.splicer.dictionaries[name], x.flatten(0, 1)))).reshape(y_bkd.shape)
         return self.decoded[name]
 
 
-def _iter_decoded(dictionary: Dictionary, x_td: Tensor) -> Iterator[Tensor]:
+def _iter_decoded(dictionary: Dictionary, x_td: Float32[Tensor, "tokens d_model"]) -> Iterator[Tensor]:
     for rows in x_td.split(max(1, ENTRIES // dictionary.n_latents)):
         yield dictionary.decode(dictionary.encode(rows))
 

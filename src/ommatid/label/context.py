@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float32
 from pydantic import TypeAdapter
 from torch import Tensor
 
@@ -71,7 +72,7 @@ def _load_namer(activations: Artefact) -> VisionModel:
     return load_model(namer, params["dtype"], "cpu")
 
 
-def load_joint(activations: Artefact, split: EvalSplit) -> Tensor:
+def load_joint(activations: Artefact, split: EvalSplit) -> Float32[Tensor, "images d_joint"]:
     """Load the joint embeddings of the evaluation images, `(images, d_joint)` float32, centred on the naming half, unit norm."""
     joint = torch.empty(len(split.images), activations.summary["d_joint"])
     for batch in activations.iter_batches("embeddings", ["image", "joint"], n_rows=4096):
@@ -101,9 +102,9 @@ class Context:
     """What all SAEs of the training share."""
     evidence: Evidence
     """What the labels of its latents are made from."""
-    has_named: np.ndarray
+    has_named: Bool[np.ndarray, " images"]
     """Whether each evaluation image was used to make a label or to set a threshold, by row of `EvalSplit`, bool."""
-    has_scored: np.ndarray
+    has_scored: Bool[np.ndarray, " images"]
     """Whether each evaluation image was used to score a label, bool; the gate checks that no image was used for both."""
     on_event: Listener
     """Called with each progress event and warning."""

@@ -15,6 +15,7 @@ from itertools import chain, zip_longest
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Float32, Float64, Int, Int64, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -38,27 +39,29 @@ N_HARD_LATENTS = 8
 class Test:
     """Images of one half on which labels are tested, in an order that is independent of their activations."""
 
-    positive: np.ndarray
+    positive: Int[np.ndarray, " firing"]
     """Rows of the images on which the latent fires."""
-    acts: np.ndarray
+    acts: Float[np.ndarray, " firing"]
     """Image-level activation of each firing image."""
-    hard: np.ndarray
+    hard: Int[np.ndarray, " hard"]
     """Rows of silent images that fire the latents with the nearest directions."""
-    random: np.ndarray
+    random: Int[np.ndarray, " random"]
     """Rows of other silent images."""
 
     @property
-    def negative(self) -> np.ndarray:
+    def negative(self) -> Int[np.ndarray, " silent"]:
         """Rows of all silent images."""
         return np.concatenate([self.hard, self.random])
 
     @property
-    def rows(self) -> np.ndarray:
+    def rows(self) -> Int[np.ndarray, " rows"]:
         """Rows of all images."""
         return np.concatenate([self.positive, self.negative])
 
 
-def draw_test(fired: LatentFirings, split: EvalSplit, held_out: bool, neighbours: Sequence[np.ndarray], rng: np.random.Generator) -> Test:
+def draw_test(
+    fired: LatentFirings, split: EvalSplit, held_out: bool, neighbours: Sequence[Int[np.ndarray, " _rows"]], rng: np.random.Generator
+) -> Test:
     """Sample firing images of one half, and as many silent ones.
 
     Args:
@@ -77,8 +80,13 @@ def draw_test(fired: LatentFirings, split: EvalSplit, held_out: bool, neighbours
 
 
 def draw_negatives(
-    fired: LatentFirings, split: EvalSplit, held_out: bool, neighbours: Sequence[np.ndarray], n: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+    fired: LatentFirings,
+    split: EvalSplit,
+    held_out: bool,
+    neighbours: Sequence[Int[np.ndarray, " _rows"]],
+    n: int,
+    rng: np.random.Generator,
+) -> tuple[Int[np.ndarray, " hard"], Int[np.ndarray, " random"]]:
     """Sample at most `n` silent images of one half.
 
     Args:
@@ -104,9 +112,9 @@ def draw_negatives(
 class Strongest:
     """The images of the naming half on which a latent fires most strongly."""
 
-    rows: Tensor
+    rows: Int64[Tensor, " images"]
     """Rows of the images in `EvalSplit`, `(images,)` int64, strongest first."""
-    acts: Tensor
+    acts: Float64[Tensor, " images"]
     """Image-level activation of each, `(images,)` float64."""
 
 
@@ -119,7 +127,7 @@ class Evidence:
         neighbours: Latents with the nearest directions, `(d_sae, n)`.
     """
 
-    def __init__(self, split: EvalSplit, params: LabelParams, neighbours: np.ndarray) -> None:
+    def __init__(self, split: EvalSplit, params: LabelParams, neighbours: Int64[np.ndarray, "d_sae n"]) -> None:
         self._split = split
         self._params = params
         self._neighbours = neighbours
@@ -138,12 +146,12 @@ class Evidence:
                 rows, acts = fired.rows[first].astype(np.int64), fired.acts[first]
                 self.strongest[fired.latent] = Strongest(torch.from_numpy(rows), torch.from_numpy(acts))
 
-    def neighbour_rows(self, latent: int) -> list[np.ndarray]:
+    def neighbour_rows(self, latent: int) -> list[Int[np.ndarray, " _rows"]]:
         """Return, for each of the latents with the nearest directions, rows of images that fire it."""
         return [self._samples[i] for i in self._neighbours[latent].tolist() if i in self._samples]
 
 
-def nearest_latents(sae: Artefact) -> np.ndarray:
+def nearest_latents(sae: Artefact) -> Int64[np.ndarray, "d_sae n"]:
     """Return the other latents with the nearest directions, nearest first, `(d_sae, N_HARD_LATENTS)` int64."""
     directions = unit(SAE.load(sae.path).W_dec).float()
     n = min(N_HARD_LATENTS, len(directions) - 1)
@@ -228,7 +236,7 @@ def mark(example: Example) -> Image.Image:
     return Image.fromarray(faded.round().astype(np.uint8)).crop(_box(share))
 
 
-def coarse_heat(example: Example) -> np.ndarray | None:
+def coarse_heat(example: Example) -> UInt8[np.ndarray, "rows columns"] | None:
     """Round heat to 255 steps of its maximum, because its last bits differ between machines.
 
     Returns:
@@ -239,7 +247,9 @@ def coarse_heat(example: Example) -> np.ndarray | None:
     return (np.clip(example.heat / top, 0, 1) * 255).round().astype(np.uint8)
 
 
-def _spread_heat(heat: np.ndarray, size: tuple[int, int], seen: tuple[float, float]) -> np.ndarray:
+def _spread_heat(
+    heat: UInt8[np.ndarray, "rows columns"], size: tuple[int, int], seen: tuple[float, float]
+) -> Float32[np.ndarray, "height width"]:
     """Scale heat to the image, `(height, width)`, 0 to 1: interpolated where the model sees the image, and 0 elsewhere."""
     width, height = size
     wide, high = (max(1, round(side * share)) for side, share in zip(size, seen, strict=True))
@@ -250,7 +260,7 @@ def _spread_heat(heat: np.ndarray, size: tuple[int, int], seen: tuple[float, flo
     return share
 
 
-def _box(share: np.ndarray) -> tuple[int, int, int, int]:
+def _box(share: Float32[np.ndarray, "height width"]) -> tuple[int, int, int, int]:
     """Return the square to crop: all that is not faded, with a margin of a tenth of the shorter side, and at least half that side long."""
     height, width = share.shape
     rows, cols = (np.flatnonzero((share >= KEPT * share.max()).any(axis)) for axis in (1, 0))
@@ -406,7 +416,7 @@ class Cases:
         return Example(image, encoded, act, heat.get(image), seen)
 
 
-def choose_firing(has_heat: np.ndarray, n: int) -> np.ndarray:
+def choose_firing(has_heat: Bool[np.ndarray, " images"], n: int) -> Int64[np.ndarray, " chosen"]:
     """Choose n of a latent's images: half of them the strongest, and half evenly spread over the weaker ones.
 
     Among the weaker images, those that the evaluation kept as examples are preferred, because they have heat maps and cover the deciles.
@@ -424,6 +434,6 @@ def choose_firing(has_heat: np.ndarray, n: int) -> np.ndarray:
     return np.sort(np.concatenate([strongest, kept, _pick_evenly(without, n // 2 - len(kept))]))
 
 
-def _pick_evenly(places: np.ndarray, n: int) -> np.ndarray:
+def _pick_evenly(places: Int64[np.ndarray, " places"], n: int) -> Int64[np.ndarray, " picked"]:
     """Return at most n of the places, evenly spread."""
     return places if len(places) <= n else places[np.linspace(0, len(places) - 1, n).round().astype(np.int64)]

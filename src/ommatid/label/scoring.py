@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
 from ommatid.events import Listener, Progress, ignore
@@ -22,11 +23,11 @@ Labels = Mapping[int, str]
 class LabelEmbeddings:
     """Embeddings of a latent's label and its controls in the joint space, `(d_joint,)` each."""
 
-    label: Tensor
+    label: Float32[Tensor, " d_joint"]
     """The latent's label."""
-    shuffled: Tensor | None
+    shuffled: Float32[Tensor, " d_joint"] | None
     """A different label that the same labeller gave to another latent; None if there is none."""
-    random: Tensor | None
+    random: Float32[Tensor, " d_joint"] | None
     """A random word of the vocabulary that differs from the label; None if there is none."""
 
 
@@ -55,11 +56,11 @@ class Texts:
         for rows in self.embeddings.split(BLOCK):
             rows.copy_(unit(rows - self._mean))
 
-    def rows(self, words: Iterable[str]) -> Tensor:
+    def rows(self, words: Iterable[str]) -> Int64[Tensor, " words"]:
         """Return the rows of some of the words in `embeddings`, `(words,)` int64."""
         return torch.tensor([self._place[word] for word in words], dtype=torch.int64)
 
-    def embed(self, labels: Sequence[str]) -> Tensor:
+    def embed(self, labels: Sequence[str]) -> Float32[Tensor, "labels d_joint"]:
         """Embed any labels, `(labels, d_joint)` float32. The model embeds only those that are not among the words, each once."""
         new = [label for label in dict.fromkeys(labels) if label not in self._place]
         blocks = [unit(self._embed(new[start : start + BLOCK]) - self._mean).float() for start in range(0, len(new), BLOCK)]
@@ -67,7 +68,7 @@ class Texts:
         rows = [embedded[label] if label in embedded else self.embeddings[self._place[label]] for label in labels]
         return torch.stack(rows) if rows else self.embeddings[:0]
 
-    def _embed(self, texts: Sequence[str]) -> Tensor:
+    def _embed(self, texts: Sequence[str]) -> Float32[Tensor, "labels d_joint"]:
         """Return the mean embedding over the templates of each text, `(texts, d_joint)` float32."""
         templates = self._model.text_templates
         by_template = [unit(self._model.embed_text([template.format(text) for text in texts])) for template in templates]
@@ -102,7 +103,7 @@ class Controls:
         shuffled = None if other is None else self._embeddings[other]
         return LabelEmbeddings(self._embeddings[label], shuffled, self._random_word(latent, label))
 
-    def _random_word(self, latent: int, label: str) -> Tensor | None:
+    def _random_word(self, latent: int, label: str) -> Float32[Tensor, " d_joint"] | None:
         words = self._texts.words
         place = int(self._random[latent])
         if words[place] == label:
@@ -148,7 +149,7 @@ class Trial:
 class Scorer:
     """Scores how well a label's embedding distinguishes images that fire a latent from images that do not."""
 
-    images: Tensor
+    images: Float32[Tensor, "images d_joint"]
     """Joint embeddings of the evaluation images, `(images, d_joint)`."""
     split: EvalSplit
     """The evaluation images and their halves."""
@@ -209,7 +210,7 @@ class _Cosines:
     """Cosines with the images of the held-out half, `(images,)` each."""
 
     @classmethod
-    def of(cls, naming: Pair, held_out: Pair, label: Tensor) -> "_Cosines":
+    def of(cls, naming: Pair, held_out: Pair, label: Float32[Tensor, " d_joint"]) -> "_Cosines":
         """Compute the cosines from embeddings of the images, `(images, d_joint)` each, and of the label, `(d_joint,)`."""
         return cls((naming[0] @ label, naming[1] @ label), (held_out[0] @ label, held_out[1] @ label))
 
@@ -217,7 +218,7 @@ class _Cosines:
         """Return the balanced accuracy on held-out images, at the threshold that is best on the images of the naming half."""
         return balanced_accuracy(*self.held_out, best_threshold(*self.naming))
 
-    def correlate(self, acts: Tensor) -> float | None:
+    def correlate(self, acts: Float[Tensor, " images"]) -> float | None:
         """Return the rank correlation with the activations on held-out images; None if either is constant."""
         found = rank_correlation(torch.cat(self.held_out), acts)
         return None if math.isnan(found) else found
@@ -227,7 +228,7 @@ N_DETECTED = 8
 """Largest number of firing held-out images that a detector judges, and of silent ones; every image adds to the cost of a request."""
 
 
-def draw_detection(test: Test) -> tuple[np.ndarray, int]:
+def draw_detection(test: Test) -> tuple[Int[np.ndarray, " rows"], int]:
     """Choose the images that a detector judges; half of the silent ones are hard.
 
     Args:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import torch
+from jaxtyping import Float
 
 from ommatid import schemas
 from ommatid.activations.batches import load_sample
@@ -63,7 +64,7 @@ def _load(variant: Imported, inputs: Mapping[str, Artefact]) -> SAE:
     return SAE(replace(sae.config, hookpoint=activations["hookpoint"], model=activations["model"], target=target), **sae.tensors())
 
 
-def _check_widths(sae: SAE, path: str, x: torch.Tensor, target: torch.Tensor) -> None:
+def _check_widths(sae: SAE, path: str, x: Float[torch.Tensor, "tokens d_model"], target: Float[torch.Tensor, "tokens d_out"]) -> None:
     found, required = (sae.W_enc.shape[0], sae.d_out), (x.shape[1], target.shape[1])
     if found != required:
         raise ModelError(
@@ -73,7 +74,9 @@ def _check_widths(sae: SAE, path: str, x: torch.Tensor, target: torch.Tensor) ->
         )
 
 
-def _write(name: str, sae: SAE, x: torch.Tensor, target: torch.Tensor, draft: Draft) -> Artefact:
+def _write(
+    name: str, sae: SAE, x: Float[torch.Tensor, "tokens d_model"], target: Float[torch.Tensor, "tokens d_out"], draft: Draft
+) -> Artefact:
     with draft.write_file(WEIGHTS) as weights, draft.write_file(CONFIG) as cfg:
         sae.save(weights, cfg)
     fidelity, firings = Fidelity(), torch.zeros(sae.config.d_sae, dtype=torch.int64)

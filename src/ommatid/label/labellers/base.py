@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
+from jaxtyping import Float32
 
 Status = Literal["ok", "unparsed", "refused", "failed", "over_budget", "too_few_examples"]
 """Outcome of labelling a latent. ok: there is a label; unparsed: the answer contains no label; refused: the model declined to answer;
@@ -21,7 +22,7 @@ class Example:
     """The image file as it is in the data set."""
     act: float
     """Image-level activation of the latent; 0 if it does not fire."""
-    heat: np.ndarray | None
+    heat: Float32[np.ndarray, "rows columns"] | None
     """Activation of each patch, `(rows, cols)` float32; None if tokens have no place in the image, or no heat map was kept."""
     seen: tuple[float, float] = (1.0, 1.0)
     """Share of the image's width and height, around its centre, that the model sees and the heat map covers."""

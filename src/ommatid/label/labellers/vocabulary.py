@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, assert_never
 
 import torch
+from jaxtyping import Float, Float32, Float64, Int, Int64
 from torch import Tensor
 
 from ommatid.config.label import VocabularyLabeller
@@ -49,7 +50,13 @@ def load_words(lists: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(words))
 
 
-def choose(by: By, images_nk: Sequence[Tensor], acts_nk: Sequence[Tensor], images_ud: Tensor, words_wd: Tensor) -> Tensor:
+def choose(
+    by: By,
+    images_nk: Sequence[Int[Tensor, " _images"]],
+    acts_nk: Sequence[Float[Tensor, " _images"]],
+    images_ud: Float32[Tensor, "images d"],
+    words_wd: Float32[Tensor, "words d"],
+) -> Int64[Tensor, " latents"]:
     """Choose a word for each latent.
 
     Args:
@@ -74,13 +81,13 @@ def choose(by: By, images_nk: Sequence[Tensor], acts_nk: Sequence[Tensor], image
             assert_never(by)
 
 
-def mean_direction(images_kd: Tensor, acts_k: Tensor) -> Tensor:
+def mean_direction(images_kd: Float[Tensor, "k d"], acts_k: Float[Tensor, " k"]) -> Float64[Tensor, " d"]:
     """Return the activation-weighted mean of a latent's images, `(d_joint,)` float64."""
     weights = acts_k.double()
     return weights @ images_kd.double() / weights.sum()
 
 
-def _best(scores: Iterator[Tensor]) -> Tensor:
+def _best(scores: Iterator[Tensor]) -> Int64[Tensor, " latents"]:
     """Return the index of the largest score over all blocks of words, each `(latents, words in the block)`."""
     best, place, n = None, None, 0
     for block in scores:
@@ -95,7 +102,12 @@ def _best(scores: Iterator[Tensor]) -> Tensor:
     return place
 
 
-def _cosines(images_nk: Sequence[Tensor], acts_nk: Sequence[Tensor], images_ud: Tensor, words_wd: Tensor) -> Iterator[Tensor]:
+def _cosines(
+    images_nk: Sequence[Int[Tensor, " _images"]],
+    acts_nk: Sequence[Float[Tensor, " _images"]],
+    images_ud: Float32[Tensor, "images d"],
+    words_wd: Float32[Tensor, "words d"],
+) -> Iterator[Tensor]:
     """Yield the cosines of words with each latent's mean image, `(latents, words in the block)`."""
     means = torch.stack([mean_direction(images_ud[rows], acts) for rows, acts in zip(images_nk, acts_nk, strict=True)])
     directions_nd = unit(means).float()
@@ -103,7 +115,9 @@ def _cosines(images_nk: Sequence[Tensor], acts_nk: Sequence[Tensor], images_ud: 
         yield directions_nd @ block.T
 
 
-def _soft_wpmi(images_nk: Sequence[Tensor], images_ud: Tensor, words_wd: Tensor) -> Iterator[Tensor]:
+def _soft_wpmi(
+    images_nk: Sequence[Int[Tensor, " _images"]], images_ud: Float32[Tensor, "images d"], words_wd: Float32[Tensor, "words d"]
+) -> Iterator[Tensor]:
     """Yield the soft weighted pointwise mutual information of latents and words, `(latents, words in the block)`.
 
     The criterion is that of CLIP-Dissect (Oikarinen and Weng 2023, arXiv 2204.10965). Let p(t|x) be the softmax over words of `SHARPNESS`
@@ -129,7 +143,7 @@ def _soft_wpmi(images_nk: Sequence[Tensor], images_ud: Tensor, words_wd: Tensor)
         yield given_nw - given_nw.logsumexp(0)
 
 
-def _log_given(p_nkw: Tensor, members_nk: Tensor) -> Tensor:
+def _log_given(p_nkw: Float32[Tensor, "latents k words"], members_nk: Float[Tensor, "latents k"]) -> Float32[Tensor, "latents words"]:
     """Return log p(t|k) of some latents and words, `(latents, words)`; overwrites `p_nkw`."""
     factors = p_nkw.sub_(1).mul_(members_nk[:, :, None]).add_(1)
     for _ in range(FOLDS):
@@ -137,7 +151,9 @@ def _log_given(p_nkw: Tensor, members_nk: Tensor) -> Tensor:
     return factors.log_().sum(1)
 
 
-def _pad(places: Tensor, n_images: Tensor) -> tuple[Tensor, Tensor]:
+def _pad(
+    places: Int64[Tensor, " places"], n_images: Int64[Tensor, " latents"]
+) -> tuple[Int64[Tensor, "latents k"], Float[Tensor, "latents k"]]:
     """Pad the images of each latent to the same number, a multiple of 2^FOLDS.
 
     Args:
