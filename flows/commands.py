@@ -94,7 +94,8 @@ def _output_of(command: list[str], root: Path, env: Mapping[str, str]) -> str:
 def stream(command: list[str], root: Path, env: Mapping[str, str], say: Say) -> tuple[int, list[str]]:
     """Run a command and pass on its lines as they arrive.
 
-    The command ends with this process: `end` stops it if the block is left early, and a Prefect worker kills our whole process group.
+    The command does not outlive this process: any exception here ends it, and a Prefect worker that cancels a run kills the whole
+    process group.
 
     Returns:
         The exit status, and all lines.

@@ -24,7 +24,7 @@ MARK = "OMMATID_SERVICES"
 
 
 class Services:
-    """Processes that run until `end` is called or this process ends, in whatever way (see ward.py)."""
+    """Processes that run until `end` is called or this process ends, even if it is killed (see flows/ward.py)."""
 
     def __init__(self, env: Mapping[str, str], logs: Path):
         self._mark = secrets.token_hex(8)

@@ -148,7 +148,9 @@ def test_one_of_several_saes_is_chosen_by_name_and_must_be_that_of_the_evaluatio
     assert [run.sae(name).config.k for name in run.saes] == [2, 3]
     with pytest.raises(ArtefactError, match="two/evaluation was made from another two/sae than is there now; run `dvc repro evaluate`"):
         run.encode("cat.jpg", run.saes[1])
-    with pytest.raises(ArtefactError, match=f"two/catalog has no features of {run.saes[1]}-.*, as it was built earlier"):
+    with pytest.raises(
+        ArtefactError, match=f"two/catalog has no features of {run.saes[1]}-.*, as it was built before that SAE was trained"
+    ):
         run.features(run.saes[1])
     run.close()
 

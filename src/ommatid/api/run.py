@@ -132,7 +132,9 @@ class Run:
         name = self._artefact_of(sae).summary["sae"]
         found = self.catalog.pandas("SELECT * FROM features WHERE sae = $sae ORDER BY latent", {"sae": name})
         if found.empty:
-            raise ArtefactError(f"{self.data}/catalog has no features of {name}, as it was built earlier; run `dvc repro`")
+            raise ArtefactError(
+                f"{self.data}/catalog has no features of {name}, as it was built before that SAE was trained; run `dvc repro`"
+            )
         return found.set_index("latent")
 
     def sae(self, name: str | None = None) -> "SAE":

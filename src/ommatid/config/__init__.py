@@ -1,4 +1,4 @@
-"""Params: type, bounds and a description of every key in params.yaml, which alone holds the values."""
+"""The params: type, bounds and description of every key in params.yaml; the values are in that file alone."""
 
 from ommatid.config.evaluate import Baseline, EvaluateParams
 from ommatid.config.extract import Executor, ExtractFiles, ExtractParams

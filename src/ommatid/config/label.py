@@ -95,7 +95,7 @@ class LabelParams(Section):
     labellers: Annotated[tuple[Labeller, ...], Field(min_length=1)]
     """Labellers to use; `features` shows the label with the best score for each latent, and the first of equal ones in this order."""
     n_examples: Annotated[int, Field(ge=2, le=256)]
-    """Number of images, not held out, that a label is made from: the strongest for a vocabulary, half of them weaker for other kinds."""
+    """Number of images, none held out, that a label is made from: the strongest for a vocabulary, half of them weaker for other kinds."""
     min_examples: Annotated[int, Field(ge=2, le=256)]
     """Number of images in either half below which a latent gets the status too_few_examples instead of a label."""
     seed: Annotated[int, Field(ge=0, lt=2**63)]

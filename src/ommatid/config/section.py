@@ -56,8 +56,8 @@ class Section(BaseModel):
     def unlisted(self) -> dict[str, Any]:
         """Return the values on which the artefact depends and that dvc.yaml does not list, as JSON values.
 
-        dvc.yaml names a section as a whole, except one with `runtime_keys`: of that it lists the other keys, but it can list none that
-        params.yaml may leave out. Of these, the values that differ from the default are returned.
+        dvc.yaml depends on most sections as a whole. Of a section with `runtime_keys` it lists the other keys one by one, except those
+        that params.yaml may leave out, which it cannot list. This method returns the latter, if they differ from their defaults.
         """
         fields = {name: field for name, field in type(self).model_fields.items() if self.runtime_keys and not field.is_required()}
         changed = {name for name, field in fields.items() if getattr(self, name) != field.get_default(call_default_factory=True)}
@@ -65,12 +65,12 @@ class Section(BaseModel):
 
 
 def _allows(annotation: Any, *kinds: type) -> bool:
-    """Whether an annotation is, or contains, one of the types."""
+    """Return whether an annotation is, or contains, one of the types."""
     return annotation in kinds or any(_allows(inside, *kinds) for inside in get_args(annotation))
 
 
 def _texts(value: Any, holds_values: bool) -> Iterator[str]:
-    """Iterate over the strings in a value, and in the lists that it holds; also in its mappings if `holds_values`."""
+    """Iterate over the strings in a value and in the lists inside it, and also in the mappings inside it if `holds_values`."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Stage `sources`: writes a fingerprint of the files that params.yaml names, for each stage that reads some, so that DVC can depend on it.
+"""Stage `sources`: writes fingerprints of the files that params.yaml names, so that DVC runs a stage again when its files change.
 
 DVC's own listing of a folder differs from Ommatid's: it does not follow linked folders, blocks on pipes, and fails on dangling links and on
 names that are not UTF-8. So dvc.yaml has the stage `sources`, which always runs and writes small files on which the other stages depend.
@@ -22,13 +22,13 @@ from ommatid.store.filesystem.listing import Listed, Listing, list_activations, 
 PLACE = Path("data/sources")
 """Folder of the fingerprint files."""
 STAGES = ("images", "extract", "train", "label")
-"""Stages that read files named in their section; each has a fingerprint file."""
+"""Stages whose section may name files to read; each has a file of fingerprints."""
 SETTLED_NS = 2 * 10**9
 """Age of a file's last change, in nanoseconds, below which its checksum is not cached: another change might leave the same times."""
 _N_READERS = 8
 
 Fingerprints = dict[str, dict[str, Any]]
-"""Number, bytes and checksum of files, by the dotted params key that names them, with an index if it names several."""
+"""Number, bytes and checksum of files, by the dotted params key that names them; a key that names several files has an index for each."""
 
 
 def write_sources(params: Params, place: Path = PLACE) -> dict[str, Fingerprints]:
@@ -79,7 +79,7 @@ def _list_source(source: ImageSource) -> Listing:
 
 
 def _paths(key: str, value: Any) -> Iterator[tuple[str, Path]]:
-    """Iterate over the dotted keys and values of a section that may name files or folders, which is judged by the field's name."""
+    """Iterate over the dotted keys and values of a section that may name files or folders, judging by the field's name."""
     if isinstance(value, Mapping):
         for name, inside in value.items():
             yield from _paths(f"{key}.{name}", inside)
