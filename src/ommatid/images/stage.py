@@ -1,4 +1,4 @@
-"""The stage `images`: a source becomes the data set."""
+"""Stage `images`: makes the data set from a source of images."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,17 +15,27 @@ from ommatid.images.source import Source, spread
 from ommatid.store import Artefact, Draft
 
 _ITEMS_PER_EVENT = 256
+"""Images between two progress events."""
 
 
 def run(params: ImagesParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
-    """Read a source into the draft: the tables `images` and `rejected`, sealed. It has no `inputs`.
+    """Make the data set: read all images of a source and write the tables `images` and `rejected`.
 
-    What cannot be read or was there before is listed and never stops the run, and what of the source is not used is said. Memory does
-    not depend on the number of images but for their ids and paths. A draft begun on the same content is continued.
+    Unreadable and repeated images never stop the run; they are listed in `rejected`. Warnings say which files of the source are not used.
+    Apart from ids and paths, memory does not grow with the number of images. A draft begun on the same content is continued.
+
+    Args:
+        params: The `images` section of the params.
+        inputs: Not used, because the stage has no inputs.
+        draft: Draft of the data set.
+        on_event: Called with each progress event and warning.
+
+    Returns:
+        The sealed data set.
 
     Raises:
-        SourceError: the source is missing, empty or not what params say; names the path and what to do.
-        OSError: the draft cannot be written.
+        SourceError: The source is missing or empty, or differs from what the params say; the message has the path and what to do.
+        OSError: The draft cannot be written.
     """
     source = open_source(params.source)
     for notice in source.notices:
@@ -44,10 +54,16 @@ def run(params: ImagesParams, inputs: Mapping[str, Artefact], draft: Draft, on_e
 
 
 def open_source(params: ImageSource) -> Source:
-    """The source that params name; relative paths start at the current directory.
+    """Open the source that the params describe. Relative paths are relative to the current directory.
+
+    Args:
+        params: The `images.source` section of the params.
+
+    Returns:
+        The source.
 
     Raises:
-        SourceError: it is missing, empty or not what params say.
+        SourceError: The source is missing or empty, or differs from what the params say.
     """
     match params:
         case Cifar10Source():
