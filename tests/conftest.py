@@ -1,4 +1,4 @@
-"""What every test shares: one thread for torch (small tensors gain nothing from more, and lose much on a busy machine)."""
+"""Settings of every test: torch uses one thread, because small tensors gain nothing from more and lose much on a busy machine."""
 
 import os
 import signal

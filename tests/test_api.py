@@ -62,7 +62,7 @@ def run() -> Iterator[ommatid.Run]:
         yield opened
 
 
-def test_activations_of_images_of_the_study_are_those_of_its_firings(run: ommatid.Run) -> None:
+def test_activations_of_images_of_the_study_equal_its_firings(run: ommatid.Run) -> None:
     """Stored activations are float16 and so are these; what is left is the order in which products of other batches are summed."""
     rows = run.artefacts["images"].read("images", ["image", "split", "encoded"]).to_pylist()
     rows = [row for row in rows if row["split"] == "eval"]
@@ -76,7 +76,7 @@ def test_activations_of_images_of_the_study_are_those_of_its_firings(run: ommati
     assert ((found.acts > 0) == (wanted > 0)).all()
 
 
-def test_top_lists_firing_latents_with_what_the_catalogue_says_of_them(run: ommatid.Run) -> None:
+def test_top_lists_firing_latents_with_their_features(run: ommatid.Run) -> None:
     found = run.encode(["cat.jpg", "dog.jpg"])
     rows, features = found.top(3), run.features()
     assert rows.columns.tolist() == ["image", "latent", "label", "act", "label_score", "max_act", "ms", "density"]
@@ -90,7 +90,7 @@ def test_top_lists_firing_latents_with_what_the_catalogue_says_of_them(run: omma
     assert "red" in rows.label[rows.image == "cat.jpg"].tolist()
 
 
-def test_an_image_is_the_same_however_it_is_given(run: ommatid.Run) -> None:
+def test_an_image_gives_the_same_activations_in_every_form(run: ommatid.Run) -> None:
     with Image.open("cat.jpg") as opened:
         array = np.asarray(opened)
         given: list[Any] = ["cat.jpg", Path("cat.jpg"), Path("cat.jpg").read_bytes(), opened, array, Image.fromarray(array).convert("RGBA")]
@@ -100,7 +100,7 @@ def test_an_image_is_the_same_however_it_is_given(run: ommatid.Run) -> None:
     assert (run.encode(np.stack([array, array])).x == found.x[:2]).all() and len(run.encode(array)) == len(run.encode("cat.jpg")) == 1
 
 
-def test_pillow_images_are_turned_upright_as_files_are(run: ommatid.Run) -> None:
+def test_pillow_images_are_turned_upright_like_files(run: ommatid.Run) -> None:
     image = draw_tiles(np.random.default_rng(0), ["red", "grey", "grey"] * 2)
     exif = image.getexif()
     exif[0x0112] = 3
@@ -128,14 +128,14 @@ def test_images_that_cannot_be_read_are_named(images: Any, says: str, run: ommat
         run.encode(images)
 
 
-def test_what_is_no_study_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_study_is_an_error_that_says_so(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match=r"nowhere holds no finished study: .*make it with `dvc repro train`"):
         ommatid.open_run("nowhere")
     with pytest.raises(ArtefactError, match=r"; did you mean .*/data\?$"):
         ommatid.open_run(Path.cwd())
 
 
-def test_one_of_several_saes_is_chosen_by_name_and_must_be_that_of_the_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_of_several_saes_is_chosen_by_name_and_must_match_the_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree("data", "two")
     assert run_verb("train", "--data", "two", "--set", "train.runs=[{k: 2}, {k: 3}]") == 0
     run = ommatid.open_run("two")
@@ -228,7 +228,7 @@ def test_the_import_loads_no_other_library() -> None:
     assert "ommatid" in loaded and loaded <= {"ommatid", *sys.stdlib_module_names}
 
 
-def test_names_are_listed_and_unknown_ones_are_told() -> None:
+def test_public_names_are_listed_and_unknown_ones_raise() -> None:
     assert set(ommatid.__all__) <= set(dir(ommatid))
     with pytest.raises(AttributeError, match="module 'ommatid' has no attribute 'open'; it has Catalog, "):
         ommatid.open  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]

@@ -385,12 +385,12 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Digests:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_what_a_stage_writes_is_what_it_was(name: str, found: Digests, expected: Digests) -> None:
+def test_what_a_stage_writes_has_not_changed(name: str, found: Digests, expected: Digests) -> None:
     assert name in found, f"{name} is recorded but was not written"
     assert found[name] == expected[name]
 
 
-def test_nothing_is_written_that_is_not_recorded(found: Digests) -> None:
+def test_everything_written_has_a_recorded_digest(found: Digests) -> None:
     assert sorted(found) == sorted(EXPECTED)
 
 

@@ -1,4 +1,4 @@
-"""Proves that the pages are true: SQL in them runs, links lead somewhere, the index is complete, and generated pages are up to date."""
+"""Proves that the documentation is true: its SQL runs, its links resolve, its index is complete, and generated pages are up to date."""
 
 import re
 import runpy
@@ -103,7 +103,7 @@ def is_there(page: Path, name: str) -> bool:
     return True
 
 
-def test_the_page_on_architecture_has_every_room_and_the_layers_of_the_contract() -> None:
+def test_the_page_on_architecture_names_every_package_and_layer() -> None:
     page = TEXT[DOCS / "developers/architecture.md"]
     rooms = {path.parent.name for path in (CHECKOUT / "src/ommatid").glob("*/__init__.py")}
     assert {room for room in rooms if f"`{room}/`" not in page.partition("## Rooms")[2].partition("## Layers")[0]} == set()
@@ -118,12 +118,12 @@ def test_the_index_lists_every_page() -> None:
     assert linked == set(DOCS.rglob("*.md")) - {index}
 
 
-def test_the_page_of_artefacts_is_that_of_the_schemas() -> None:
+def test_the_page_on_artefacts_is_up_to_date() -> None:
     page = runpy.run_path(str(DOCS / "developers/make_artefacts.py"))
     assert TEXT[DOCS / "developers/artefacts.md"] == page["make_page"](), "run: make docs"
 
 
-def test_the_sheet_of_shapes_is_what_the_source_draws() -> None:
+def test_the_sheet_of_shapes_is_up_to_date() -> None:
     sheet = runpy.run_path(str(DOCS / "pictures/make_shapes.py"))["make_sheet"]()
     with Image.open(DOCS / "pictures/shapes.png") as picture:
         assert np.array_equal(np.array(picture), sheet), "run: make docs"

@@ -1,4 +1,4 @@
-"""Proves that tests check the shapes of annotated tensors, naming argument and axes, and that nothing checks them at run time."""
+"""Proves that tests check the shapes of annotated tensors and name argument and axes, and that nothing is checked at run time."""
 
 import subprocess
 import sys

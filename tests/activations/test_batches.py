@@ -1,4 +1,4 @@
-"""Proves that training batches hold every row once an epoch, from different images, in an order of seed and epoch, from any step on."""
+"""Proves that training batches hold every row once per epoch, mix images, and depend on seed, epoch and step alone."""
 
 import threading
 from collections.abc import Iterator
@@ -27,34 +27,34 @@ def epoch(activations: Artefact, batch_size: int, number: int = 0, seed: int = 0
 
 
 @pytest.mark.parametrize("batch_size", [7, 64, 150, 290, 3000])
-def test_an_epoch_has_every_row_once_but_what_fills_no_batch(activations: Artefact, batch_size: int) -> None:
+def test_an_epoch_has_every_row_once_except_an_incomplete_batch(activations: Artefact, batch_size: int) -> None:
     batches = epoch(activations, batch_size)
     assert all(batch.shape == (batch_size, 2) and batch.dtype == torch.float16 for batch in batches)
     rows = torch.cat(batches).unique(dim=0)
     assert len(rows) == 4000 // batch_size * batch_size
 
 
-def test_a_batch_has_as_many_images_as_rows(activations: Artefact) -> None:
+def test_nearly_all_rows_of_a_batch_are_of_different_images(activations: Artefact) -> None:
     for number in range(3):
         shares = [len(batch[:, 0].unique()) / len(batch) for batch in epoch(activations, 290, number)]
         assert sorted(shares)[1] == 1.0  # all but one that collects the ends of the shards
         assert np.mean(shares) >= 0.95
 
 
-def test_shards_are_read_in_turn_so_that_no_stretch_of_an_epoch_is_of_one_alone(activations: Artefact) -> None:
+def test_shards_are_interleaved_throughout_an_epoch(activations: Artefact) -> None:
     for number in range(3):
         shares = [float((batch[:, 0] < N_IMAGES).double().mean()) for batch in epoch(activations, 64, number)]
         assert all(0.2 < np.mean(shares[at : at + 8]) < 0.8 for at in range(len(shares) - 10))
 
 
-def test_with_few_images_rows_are_shuffled_all_the_same(tmp_path: Path) -> None:
+def test_rows_of_few_images_are_shuffled_too(tmp_path: Path) -> None:
     batches = epoch(make_activations(tmp_path, window_rows=20), 500)
     shares = [len(batch[:, 0].unique()) / 500 for batch in batches]
     assert min(shares) > 0.3  # ordered: 0.2
     assert len(torch.cat(batches).unique(dim=0)) == 4000
 
 
-def test_the_order_is_new_every_epoch_and_seed_and_resumes_anywhere(activations: Artefact) -> None:
+def test_the_order_depends_on_epoch_and_seed_and_resumes_at_any_step(activations: Artefact) -> None:
     first = epoch(activations, 64)
     assert all(torch.equal(a, b) for a, b in zip(first, epoch(activations, 64), strict=True))
     for other in (epoch(activations, 64, number=1), epoch(activations, 64, seed=1)):
@@ -65,7 +65,7 @@ def test_the_order_is_new_every_epoch_and_seed_and_resumes_anywhere(activations:
         assert torch.equal(resumed.x, next(islice(iter_batches(activations, 64, 0), start, None)).x)
 
 
-def test_what_is_mapped_and_what_is_read_are_the_same(activations: Artefact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mapped_and_read_batches_are_equal(activations: Artefact, monkeypatch: pytest.MonkeyPatch) -> None:
     mapped = epoch(activations, 64)
     with activations.open_part("train-00000.parquet") as file:
         path = activations.local("train-00000.parquet")
@@ -75,7 +75,7 @@ def test_what_is_mapped_and_what_is_read_are_the_same(activations: Artefact, mon
     assert all(torch.equal(a, b) for a, b in zip(mapped, epoch(activations, 64), strict=True))
 
 
-def test_running_ahead_ends_with_its_consumer_and_hands_errors_over() -> None:
+def test_prefetching_ends_with_its_consumer_and_passes_on_errors() -> None:
     before = threading.active_count()
 
     def items() -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""Proves that a mapped column is what Parquet says it is, and that whatever lies otherwise is not mapped."""
+"""Proves that a memory-mapped column equals what Parquet reads, and that other layouts are not mapped."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def write(path: Path, nullable: bool = False, **options: Any) -> np.ndarray:
     return rows
 
 
-def test_mapped_rows_are_those_of_the_file(tmp_path: Path) -> None:
+def test_mapped_rows_equal_those_of_the_file(tmp_path: Path) -> None:
     rows = write(tmp_path / "x.parquet")
     with pq.ParquetFile(tmp_path / "x.parquet") as file:
         groups = [map_column(tmp_path / "x.parquet", file, i, 1, WIDTH) for i in range(file.num_row_groups)]
@@ -45,7 +45,7 @@ def test_mapped_rows_are_those_of_the_file(tmp_path: Path) -> None:
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_what_lies_otherwise_is_not_mapped(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_files_of_another_layout_are_not_mapped(tmp_path: Path, options: dict[str, Any]) -> None:
     write(tmp_path / "x.parquet", **options)
     with pq.ParquetFile(tmp_path / "x.parquet") as file:
         assert map_column(tmp_path / "x.parquet", file, 0, 1, WIDTH) is None

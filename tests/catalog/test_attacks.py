@@ -1,4 +1,4 @@
-"""Nothing that SQL can say harms the process that holds a Catalog: statements end with their time and memory, and touch nothing else."""
+"""No SQL statement can harm the process that holds a Catalog: statements end within their limits and touch nothing else."""
 
 import io
 import os
@@ -100,7 +100,7 @@ def listen(server: socket.socket, calls: list[object]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["READ", "REACH", "WRITE", "SETTINGS", "SHAPE"])
-def test_what_could_escape_is_refused(world: World, file: Path, kind: str) -> None:
+def test_statements_that_could_escape_are_refused(world: World, file: Path, kind: str) -> None:
     statements = getattr(attacks, kind)
     found = world.try_all(file, statements)
     answered = [(sql[:100], text) for sql, text in zip(statements, found, strict=True) if not isinstance(text, QueryError)]
@@ -108,14 +108,14 @@ def test_what_could_escape_is_refused(world: World, file: Path, kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["LOOK", "SLOW", "LARGE"])
-def test_what_runs_ends_within_its_limits(world: World, file: Path, kind: str) -> None:
+def test_statements_that_run_end_within_their_limits(world: World, file: Path, kind: str) -> None:
     found = world.try_all(file, getattr(attacks, kind))
     assert all("Traceback" not in str(text) for text in found)
     if kind == "SLOW":
         assert sum("stopped after 0.2 s" in str(text) for text in found) > len(found) / 2
 
 
-def test_every_table_function_is_known_to_only_read_or_is_refused() -> None:
+def test_every_table_function_only_reads_or_is_refused() -> None:
     with duckdb.connect() as connection:
         names = {
             name for (name,) in connection.execute("SELECT function_name FROM duckdb_functions() WHERE function_type = 'table'").fetchall()
@@ -151,14 +151,14 @@ def test_a_crash_is_an_error_and_the_next_statement_is_answered(catalog: Catalog
 @pytest.mark.parametrize(
     "sql", ["SELECT len(range(1000000000))", "SELECT repeat('x', 1000000000)", "SELECT list(range) FROM range(100000000)"]
 )
-def test_memory_ends_where_the_limit_says_and_the_next_statement_is_answered(file: Path, sql: str) -> None:
+def test_a_statement_over_its_memory_limit_fails_and_the_next_is_answered(file: Path, sql: str) -> None:
     with Catalog(file, memory_mb=100) as catalog:
         with pytest.raises(QueryError, match=r"(needs more than|not within) 100MB of memory"):
             catalog.rows(sql, timeout=HANG_SECONDS)
         assert catalog.rows("SELECT 1") == [(1,)]
 
 
-def test_a_process_that_holds_on_to_memory_is_replaced(file: Path) -> None:
+def test_a_process_that_does_not_free_memory_is_replaced(file: Path) -> None:
     with Catalog(file, memory_mb=200) as catalog:
         (first,) = {child.pid for child in catalog._idle}
 
@@ -171,7 +171,7 @@ def test_a_process_that_holds_on_to_memory_is_replaced(file: Path) -> None:
         assert catalog.rows("SELECT 1") == [(1,)]
 
 
-def test_an_answer_too_large_for_the_asker_is_refused(file: Path) -> None:
+def test_an_answer_over_the_callers_memory_limit_is_refused(file: Path) -> None:
     with Catalog(file, answer_mb=2) as catalog:
         assert len(catalog.rows("FROM range(10000)")) == 10_000
         for sql in ("FROM range(100000)", "SELECT repeat('x', 3000000)", "SELECT list_transform(range(60000), x -> []::INT[])"):
@@ -182,13 +182,13 @@ def test_an_answer_too_large_for_the_asker_is_refused(file: Path) -> None:
         assert catalog.arrow("FROM range(100000)").num_rows == 100_000
 
 
-def test_a_statement_too_long_is_refused_unread(catalog: Catalog) -> None:
+def test_a_statement_that_is_too_long_is_refused(catalog: Catalog) -> None:
     with pytest.raises(QueryError, match="the statement has 2,000,007 characters: expected 1,048,576 or fewer"):
         catalog.rows("SELECT " + "x" * 2_000_000)
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf")])
-def test_times_and_rows_out_of_bounds_are_named(catalog: Catalog, timeout: float) -> None:
+def test_limits_out_of_bounds_are_named(catalog: Catalog, timeout: float) -> None:
     with pytest.raises(QueryError, match=r"a timeout of .*: expected seconds, more than 0 and 86400 at most, or None"):
         catalog.rows("SELECT 1", timeout=timeout)
     with pytest.raises(QueryError, match="at most -1 rows: expected 0 or more, or None"):
@@ -196,7 +196,7 @@ def test_times_and_rows_out_of_bounds_are_named(catalog: Catalog, timeout: float
     assert (catalog.ask("SELECT 1", max_rows=0).rows, catalog.ask("SELECT 1", max_rows=0).more) == ([], True)
 
 
-def test_nothing_can_be_opened_once_the_catalogue_is(file: Path) -> None:
+def test_no_other_file_can_be_opened_once_the_catalogue_is_open(file: Path) -> None:
     """Of the limits of the kernel, which hold whatever DuckDB lets through."""
     with Catalog(file) as catalog:
         (child,) = catalog._idle
@@ -210,7 +210,7 @@ def test_nothing_can_be_opened_once_the_catalogue_is(file: Path) -> None:
 
 
 @pytest.mark.parametrize("sql", ["SELECT 1", "SELECT levenshtein(repeat('a', 1000000), repeat('b', 1000000))"], ids=["idle", "busy"])
-def test_the_process_ends_with_the_one_that_asks(file: Path, sql: str) -> None:
+def test_the_process_ends_with_its_parent(file: Path, sql: str) -> None:
     script = (
         "import os, sys, threading, time\nfrom pathlib import Path\nfrom ommatid.catalog.reader import Catalog\n"
         f"catalog = Catalog(Path({str(file)!r}))\n(child,) = catalog._idle\nprint(child.pid, flush=True)\n"
@@ -264,14 +264,14 @@ def test_where_the_kernel_has_no_limit_the_process_ends_itself(file: Path, tmp_p
 # ---- several at a time
 
 
-def test_threads_ask_at_a_time_and_each_gets_its_own_answer(file: Path) -> None:
+def test_concurrent_threads_get_their_own_answers(file: Path) -> None:
     with Catalog(file, at_once=2) as catalog, ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda i: catalog.rows("SELECT ?, count(*) FROM features", [i], timeout=HANG_SECONDS), range(100)))
         assert found == [[(i, 4)] for i in range(100)]
         assert len(catalog._idle) <= 2
 
 
-def test_who_waits_too_long_for_a_process_is_told(file: Path) -> None:
+def test_waiting_too_long_for_a_process_is_an_error(file: Path) -> None:
     with Catalog(file, at_once=1) as catalog, ThreadPoolExecutor(1) as pool:
         slow = pool.submit(catalog.rows, "SELECT sleep_ms(3000)", timeout=HANG_SECONDS)
         wait_for(lambda: not catalog._idle, "the question to be asked")
@@ -288,7 +288,7 @@ def test_a_closed_catalogue_says_so(file: Path) -> None:
         catalog.rows("SELECT 1")
 
 
-def test_each_question_has_a_time_of_its_own(catalog: Catalog) -> None:
+def test_each_statement_has_its_own_time_limit(catalog: Catalog) -> None:
     began = time.monotonic()
     with pytest.raises(QueryError, match=r"stopped after 0\.3 s"):
         catalog.rows("SELECT sleep_ms(100000)", timeout=0.3)

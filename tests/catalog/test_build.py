@@ -63,7 +63,7 @@ def test_relations_are_those_of_the_design(catalog: Catalog) -> None:
 
 
 @pytest.mark.parametrize("relation", GRAIN)
-def test_grain_has_one_row_each(catalog: Catalog, relation: str) -> None:
+def test_relations_have_one_row_per_key_of_their_grain(catalog: Catalog, relation: str) -> None:
     assert catalog.rows(f"SELECT {GRAIN[relation]}, count(*) FROM {relation} GROUP BY ALL HAVING count(*) > 1") == []
     (header,) = catalog.rows("SELECT comment FROM duckdb_tables() WHERE table_name = ?", [relation])[0]
     assert header.startswith(f"{relation}({GRAIN[relation]}): ")
@@ -81,7 +81,7 @@ def test_tables_have_the_columns_of_their_schemas(catalog: Catalog) -> None:
     assert relations["images"] == [name for name in schemas.IMAGES.names if name != "encoded"] + ["seen_width", "seen_height"]
 
 
-def test_features_have_what_users_were_promised(catalog: Catalog) -> None:
+def test_features_have_every_documented_column(catalog: Catalog) -> None:
     promised = ["sae", "latent", "label", "label_score", "ms", "ms_floor", "judge", "density", "is_dead", "max_act", "purity"]
     assert set(promised) <= {column.name for column in catalog.relations()["features"]}
 
@@ -111,11 +111,11 @@ def test_features_carry_structure(catalog: Catalog) -> None:
     ]
 
 
-def test_labels_are_null_unless_ok(catalog: Catalog) -> None:
+def test_labels_are_null_unless_their_status_is_ok(catalog: Catalog) -> None:
     assert catalog.rows("SELECT count(*) FROM labels WHERE (status = 'ok') <> (label IS NOT NULL)") == [(0,)]
 
 
-def test_runs_name_where_the_sae_comes_from(tmp_path: Path) -> None:
+def test_runs_have_the_lineage_of_each_sae(tmp_path: Path) -> None:
     inputs = artefacts.make_inputs(tmp_path)
     artefacts.build(tmp_path, inputs)
     with Catalog(artefacts.path_in(tmp_path)) as catalog:
@@ -162,7 +162,7 @@ def test_runs_name_where_the_sae_comes_from(tmp_path: Path) -> None:
     ("resize", "crop", "seen"),
     [([64], [64, 64], (0.5, 1.0)), ([80], [64, 64], (0.4, 0.8)), ([64, 64], [64, 64], (1.0, 1.0)), (None, None, (None, None))],
 )
-def test_images_say_what_the_model_sees_of_them(tmp_path: Path, resize: list[int] | None, crop: list[int] | None, seen: tuple) -> None:
+def test_images_have_the_share_that_the_model_sees(tmp_path: Path, resize: list[int] | None, crop: list[int] | None, seen: tuple) -> None:
     inputs = artefacts.make_inputs(tmp_path, width=200, height=100)
     preprocessing = {"resize": resize, "crop": crop} if resize else {}
     inputs["extract"] = artefacts.make(tmp_path / "extract", "activations", lambda draft: {"preprocessing": preprocessing}, {})
@@ -172,7 +172,7 @@ def test_images_say_what_the_model_sees_of_them(tmp_path: Path, resize: list[int
     assert (width, height) == pytest.approx(seen)
 
 
-def test_judged_has_every_judge_with_its_floor(catalog: Catalog) -> None:
+def test_judged_has_the_floor_of_every_judge(catalog: Catalog) -> None:
     above = "SELECT judge, avg(ms - floor), count(*) - count(ms) FROM judged WHERE dictionary = 'sae' GROUP BY judge ORDER BY judge"
     assert catalog.rows(above) == [("dino", pytest.approx(0.4), 1), ("lite2", pytest.approx(0.35), 0)]
 
@@ -194,7 +194,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Catalog]:
         yield opened
 
 
-def test_every_relation_holds_all_saes_and_of_each_what_it_holds_alone(two: Catalog, catalog: Catalog) -> None:
+def test_relations_hold_the_same_rows_of_an_sae_whether_or_not_there_are_others(two: Catalog, catalog: Catalog) -> None:
     other = f"{artefacts.OTHER}-00000000"
     for relation in set(GRAIN) - {"images", "runs", "matches", "stability"}:
         counts = dict(two.rows(f"SELECT sae, count(*) FROM {relation} GROUP BY sae"))
@@ -208,7 +208,7 @@ def test_every_relation_holds_all_saes_and_of_each_what_it_holds_alone(two: Cata
     ]
 
 
-def test_runs_give_each_sae_its_own_name_lineage_and_params(two: Catalog) -> None:
+def test_runs_have_the_name_lineage_and_params_of_each_sae(two: Catalog) -> None:
     rows = two.rows("SELECT name, k, n_latents, n_labelled, mlflow_run_id, params->'train'->'k' FROM runs ORDER BY sae")
     assert rows == [
         (artefacts.OTHER, 1, 2, 2, f"run of {artefacts.OTHER}", "1"),
@@ -217,7 +217,7 @@ def test_runs_give_each_sae_its_own_name_lineage_and_params(two: Catalog) -> Non
     assert two.rows("SELECT count(DISTINCT sae_digest) FROM runs") == [(2,)]
 
 
-def test_two_saes_are_held_against_each_other_and_one_against_none(two: Catalog, catalog: Catalog) -> None:
+def test_two_saes_are_compared_and_a_single_one_is_not(two: Catalog, catalog: Catalog) -> None:
     other = f"{artefacts.OTHER}-00000000"
     assert two.rows("SELECT sae, latent, other_sae, other_latent FROM matches ORDER BY ALL") == [
         *((other, latent, artefacts.SAE, latent) for latent in range(2)),
@@ -258,7 +258,7 @@ def test_neighbours_in_tiles_equal_those_of_the_whole_matrix(tmp_path: Path, mon
     assert np.array_equal(found, np.argsort(-cosines, axis=1)[:, :5])
 
 
-def test_more_neighbours_than_latents_are_all_of_them(tmp_path: Path) -> None:
+def test_asking_for_more_neighbours_than_latents_gives_all_of_them(tmp_path: Path) -> None:
     artefacts.build(tmp_path, artefacts.make_inputs(tmp_path), n_neighbours=64)
     with Catalog(artefacts.path_in(tmp_path)) as catalog:
         assert catalog.rows("SELECT count(*) FROM neighbours") == [(4 * 3,)]
@@ -308,7 +308,7 @@ def test_a_killed_build_leaves_nothing_and_the_next_succeeds(tmp_path: Path) -> 
     assert artefact.summary["rows"]["features"] == 4
 
 
-def test_a_build_that_died_before_its_manifest_is_taken_up(tmp_path: Path) -> None:
+def test_a_build_that_died_before_its_manifest_is_continued(tmp_path: Path) -> None:
     inputs = artefacts.make_inputs(tmp_path)
     killed = _run(
         tmp_path,
@@ -320,7 +320,7 @@ def test_a_build_that_died_before_its_manifest_is_taken_up(tmp_path: Path) -> No
     assert events == []
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path: Path) -> None:
     artefacts.make_inputs(tmp_path)
     full = _run(tmp_path, "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\nartefacts.build(root, inputs)")
     assert full.returncode == 1
@@ -360,7 +360,7 @@ def test_a_damaged_sae_is_named(tmp_path: Path) -> None:
         ([("vlm", 1, None), ("human", 2, None)], "vlm"),
     ],
 )
-def test_of_labels_that_score_the_same_the_first_labeller_s_is_the_features(
+def test_among_equal_label_scores_the_first_labellers_label_is_the_features(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: list[tuple[str, int, float | None]], best: str
 ) -> None:
     rows = [(0, labeller, place, "ok", f"by {labeller}", score, None) for labeller, place, score in labels]

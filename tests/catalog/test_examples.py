@@ -1,4 +1,4 @@
-"""The strongest images that are shown are the strongest that there are: planted firings, ties among them, against a sort of all of them."""
+"""The strongest images shown are the strongest there are: planted firings with ties, compared with a sort of all of them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,7 +64,7 @@ def strongest(acts: dict[int, float], n: int) -> list[tuple[int, float]]:
     return sorted(acts.items(), key=lambda of: (-of[1], of[0]))[:n]
 
 
-def test_all_of_the_strongest_are_kept_in_order(opened: tuple[Catalog, int], planted: Planted) -> None:
+def test_all_of_the_strongest_images_are_kept_in_order(opened: tuple[Catalog, int], planted: Planted) -> None:
     catalog, n_top = opened
     for latent, acts in planted.items():
         kept = catalog.rows("SELECT image, act FROM examples WHERE latent = ? ORDER BY decile DESC, rank", [latent])
@@ -74,7 +74,7 @@ def test_all_of_the_strongest_are_kept_in_order(opened: tuple[Catalog, int], pla
         assert len(kept) >= min(len(acts), n_top + 4)
 
 
-def test_deciles_are_those_of_all_firing_images(opened: tuple[Catalog, int], planted: Planted) -> None:
+def test_deciles_are_computed_over_all_firing_images(opened: tuple[Catalog, int], planted: Planted) -> None:
     catalog, _ = opened
     for latent, acts in planted.items():
         place = {image: i for i, (image, _) in enumerate(strongest(acts, len(acts)))}
@@ -82,7 +82,7 @@ def test_deciles_are_those_of_all_firing_images(opened: tuple[Catalog, int], pla
             assert decile == 10 - 10 * place[image] // len(acts)
 
 
-def test_what_is_shown_are_the_sixteen_strongest_and_then_weaker_ones(opened: tuple[Catalog, int], planted: Planted) -> None:
+def test_the_sixteen_strongest_images_are_shown_first_and_then_weaker_ones(opened: tuple[Catalog, int], planted: Planted) -> None:
     catalog, _ = opened
     for latent, acts in planted.items():
         top, others = load_examples(catalog, {"sae": "s", "latent": latent})

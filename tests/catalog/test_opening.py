@@ -1,4 +1,4 @@
-"""A catalogue that cannot be opened says why: each cause by its own words, and what to do about it."""
+"""A catalogue that cannot be opened says why, with a message for each cause, and what to do."""
 
 import os
 import shutil
@@ -87,7 +87,7 @@ CAUSES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("cause", CAUSES)
-def test_each_cause_has_its_own_words(file: Path, tmp_path: Path, cause: str) -> None:
+def test_each_cause_has_its_own_message(file: Path, tmp_path: Path, cause: str) -> None:
     path = tmp_path / "it's.duckdb"
     shutil.copy(file, path)
     spoil, words = CAUSES[cause]
@@ -123,7 +123,7 @@ def test_a_file_that_may_not_be_read_says_so(file: Path, monkeypatch: pytest.Mon
         open_file(file)
 
 
-def test_damage_that_a_query_meets_is_named(file: Path, tmp_path: Path) -> None:
+def test_damage_found_by_a_query_is_named(file: Path, tmp_path: Path) -> None:
     path = tmp_path / "damaged.duckdb"
     content = bytearray(file.read_bytes())
     for at in range(3 * 4096 + 20_000, len(content), 50_000):

@@ -1,4 +1,4 @@
-"""A Catalog only reads: rows, Arrow and pandas come out; nothing else gets in, out or changed; errors say what to do."""
+"""A Catalog only reads: it returns rows, Arrow and pandas, changes nothing, and its errors say what to do."""
 
 import multiprocessing
 import time
@@ -34,7 +34,7 @@ def test_values_are_parameters_not_sql(catalog: Catalog) -> None:
 @pytest.mark.parametrize(
     "value", [None, True, 2**70, 1.5, "猫\0", b"\xff", [[1], [2, 3]], {"a": [1]}, Decimal("1.20"), UUID(int=7), datetime(2026, 1, 2)]
 )
-def test_values_of_sql_come_back_as_they_went(catalog: Catalog, value: Any) -> None:
+def test_values_survive_the_round_trip_through_sql(catalog: Catalog, value: Any) -> None:
     assert catalog.rows("SELECT ?", [value]) == [(value,)]
     assert catalog.rows("SELECT ?", [datetime(2026, 1, 2, tzinfo=timezone(timedelta(hours=2)))]) == [
         (datetime(2026, 1, 1, 22, tzinfo=UTC),)
@@ -53,7 +53,7 @@ def test_values_of_sql_come_back_as_they_went(catalog: Catalog, value: Any) -> N
         (datetime(2026, 1, 2, tzinfo=ZoneInfo("UTC")), "zoneinfo.ZoneInfo"),
     ],
 )  # fmt: skip
-def test_what_is_no_value_of_sql_is_named_and_the_next_is_answered(catalog: Catalog, value: Any, kind: str) -> None:
+def test_a_value_that_sql_cannot_take_is_named_and_the_next_statement_is_answered(catalog: Catalog, value: Any, kind: str) -> None:
     with pytest.raises(QueryError, match=f"a parameter is or holds a {kind}: expected"):
         catalog.rows("SELECT ?", [value])
     assert catalog.rows("SELECT 1") == [(1,)]
@@ -65,7 +65,7 @@ def test_text_that_is_not_unicode_is_named(catalog: Catalog) -> None:
             catalog.rows(sql, parameters)
 
 
-def test_a_process_that_is_forked_asks_and_closes_for_itself(file: Path) -> None:
+def test_a_forked_process_queries_and_closes_on_its_own(file: Path) -> None:
     def ask(catalog: Catalog, answers: Any) -> None:
         answers.send([catalog.rows("SELECT ?", [i]) for i in range(9)])
         catalog.close()
@@ -90,7 +90,7 @@ def test_a_process_that_is_forked_asks_and_closes_for_itself(file: Path) -> None
         assert catalog.rows("SELECT 1") == [(1,)]
 
 
-def test_rows_are_capped_and_more_is_said(catalog: Catalog) -> None:
+def test_rows_are_capped_and_the_result_says_that_there_are_more(catalog: Catalog) -> None:
     found = catalog.ask("FROM range(1000000000)", max_rows=3)
     assert ([value for (value,) in found.rows], found.more) == ([0, 1, 2], True)
     assert not catalog.ask("FROM range(3)", max_rows=3).more
@@ -104,7 +104,7 @@ def test_rows_are_capped_and_more_is_said(catalog: Catalog) -> None:
         "PIVOT firings ON latent IN (0, 1) USING count(*) GROUP BY sae", "SELECT '猫' AS \"猫\"",
     ],
 )  # fmt: skip
-def test_what_reads_is_answered(catalog: Catalog, sql: str) -> None:
+def test_reading_statements_are_answered(catalog: Catalog, sql: str) -> None:
     assert catalog.rows(sql)
 
 
@@ -158,7 +158,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("sql", REFUSED)
-def test_what_could_escape_is_refused(catalog: Catalog, sql: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statements_that_could_escape_are_refused(catalog: Catalog, sql: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     outside = tmp_path / "outside.csv"
     outside.write_text("secret\n42\n")

@@ -1,4 +1,4 @@
-"""Proves that the command line says its version, and that a shell completes its verbs and options."""
+"""Proves that the command line prints its version, and that a shell completes its verbs and options."""
 
 import os
 import subprocess

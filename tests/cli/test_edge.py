@@ -1,4 +1,4 @@
-"""Proves that whatever ends one of our processes is told in one line, with the status that says which kind it was."""
+"""Proves that whatever ends one of our processes is reported in one line, with an exit status that says what kind of end it was."""
 
 import signal
 import subprocess
@@ -29,14 +29,14 @@ def ended(capsys: pytest.CaptureFixture[str], error: BaseException) -> tuple[obj
         (ArtefactError("\x1b]0;evil\x07\u202eb.jpg\x9b2J:\n  not read"), 1, "error: \\x1b]0;evil\\x07\\u202eb.jpg\\x9b2J:\n  not read\n"),
     ],
 )
-def test_what_is_expected_ends_with_its_line(capsys: pytest.CaptureFixture[str], error: BaseException, status: int, line: str) -> None:
+def test_expected_errors_end_in_their_own_line(capsys: pytest.CaptureFixture[str], error: BaseException, status: int, line: str) -> None:
     assert ended(capsys, error) == (status, line)
 
 
 @pytest.mark.parametrize(
     "error", [KeyError("bicubic"), BrokenPipeError(32, "Broken pipe"), ValueError("\n first \nsecond"), AssertionError()]
 )
-def test_what_nobody_expected_is_one_line_with_its_type_and_a_file(
+def test_unexpected_errors_end_in_one_line_with_their_type_and_a_file(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -48,7 +48,7 @@ def test_what_nobody_expected_is_one_line_with_its_type_and_a_file(
     assert text.startswith("Traceback (most recent call last):") and "raise error" in text and type(error).__name__ in text
 
 
-def test_a_long_message_is_cut_and_a_full_disk_does_not_hide_the_traceback(
+def test_a_long_message_is_cut_and_a_full_disk_prints_the_traceback(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not there"))
@@ -64,7 +64,7 @@ def script(body: str) -> list[str]:
     return [sys.executable, "-c", text]
 
 
-def test_sigterm_ends_a_process_in_order(tmp_path: Path) -> None:
+def test_sigterm_ends_a_process_cleanly(tmp_path: Path) -> None:
     body = """
         import tempfile
         with tempfile.TemporaryDirectory(dir=sys.argv[1]):
@@ -84,7 +84,7 @@ def test_sigterm_ends_a_process_in_order(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_reader_who_has_seen_enough_ends_a_process_in_silence() -> None:
+def test_a_closed_pipe_ends_a_process_silently() -> None:
     body = """
         while True:
             print("line", flush=True)
@@ -105,7 +105,7 @@ def test_a_reader_who_has_seen_enough_ends_a_process_in_silence() -> None:
         (KeyError("bicubic"), 70, "error: KeyError: 'bicubic'; this was not expected"),
     ],
 )
-def test_every_verb_ends_at_the_edge(
+def test_every_verb_handles_its_errors_in_the_same_way(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -125,7 +125,7 @@ def test_every_verb_ends_at_the_edge(
     assert capsys.readouterr().err.startswith(said)
 
 
-def test_typer_still_tells_how_a_command_line_is_written(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_typer_still_reports_mistakes_in_the_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["ommatid", "images", "--nothing"])
     with pytest.raises(SystemExit) as exit_:
         app.main()

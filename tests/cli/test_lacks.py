@@ -1,4 +1,4 @@
-"""Proves that what a machine lacks is told by its cause, whichever library met it, and names the stage and what helps."""
+"""Proves that a lack of disk space, memory or files is reported by its cause, whichever library met it, with the stage and what helps."""
 
 import errno
 import json
@@ -40,7 +40,7 @@ def lacks_in(tmp_path: Path, body: str) -> dict[str, str]:
     return json.loads(done.stdout)
 
 
-def test_every_library_that_writes_says_when_it_cannot(tmp_path: Path) -> None:
+def test_errors_of_every_library_that_writes_are_recognised(tmp_path: Path) -> None:
     found = lacks_in(
         tmp_path,
         """
@@ -68,7 +68,7 @@ def test_every_library_that_writes_says_when_it_cannot(tmp_path: Path) -> None:
     assert found == too_large | {"sqlite": "DISK", "numpy": "SPACE", "torch": "SPACE"}
 
 
-def test_every_library_says_when_memory_does_not_suffice(tmp_path: Path) -> None:
+def test_out_of_memory_errors_of_every_library_are_recognised(tmp_path: Path) -> None:
     found = lacks_in(
         tmp_path,
         """
@@ -112,7 +112,7 @@ def test_every_library_says_when_memory_does_not_suffice(tmp_path: Path) -> None
         (ArtefactError("x: the disk is full (1 MB free)"), None),
     ],
 )
-def test_the_cause_is_found_also_behind_other_errors(error: Exception, lack: Lack | None) -> None:
+def test_the_cause_is_found_behind_other_errors(error: Exception, lack: Lack | None) -> None:
     assert find_lack(error) is lack
     try:
         raise KeyError("b") from error
@@ -122,7 +122,7 @@ def test_the_cause_is_found_also_behind_other_errors(error: Exception, lack: Lac
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_that_lacks_something_is_named_with_what_helps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_the_stage_and_what_helps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise RuntimeError(
             "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"
@@ -134,7 +134,7 @@ def test_a_stage_that_lacks_something_is_named_with_what_helps(name: str, monkey
     assert (STAGES[name].memory_advice or "use less of it") in str(said.value) and "run the stage again" in str(said.value)
 
 
-def test_writing_names_the_file_whatever_the_type_of_the_error(tmp_path: Path) -> None:
+def test_errors_of_writing_name_the_file(tmp_path: Path) -> None:
     class SafetensorError(Exception):
         """Of a type that is no OSError."""
 
@@ -147,7 +147,7 @@ def test_writing_names_the_file_whatever_the_type_of_the_error(tmp_path: Path) -
         raise SafetensorError("InvalidHeader")
 
 
-def test_the_edge_tells_it_of_verbs_that_are_no_stage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbs_that_are_not_stages_report_it_too(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end, at_edge():
         raise OSError(errno.ENOSPC, "No space left on device", "report.html")
     assert end.value.code == 1

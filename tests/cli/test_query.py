@@ -1,4 +1,4 @@
-"""`ommatid query` prints what was asked, in each format, quickly: without torch, pandas or pyarrow, and without a traceback."""
+"""`ommatid query` prints the answer in each format, quickly: without importing torch, pandas or pyarrow, and without a traceback."""
 
 import csv
 import io
@@ -90,7 +90,7 @@ STEERS = {c for c in STEERING if not c.isprintable()}
 
 
 @pytest.mark.parametrize("output", ["table", "csv", "json"])
-def test_nothing_steers_a_terminal(file: Path, output: str) -> None:
+def test_no_value_can_control_a_terminal(file: Path, output: str) -> None:
     chars = " || ".join(f"chr({ord(c)})" for c in STEERING)
     sql = f"SELECT {chars} AS t, [{chars}] AS l, {{'k': {chars}}} AS s, map([{chars}], [1]) AS m, 1 AS \"{STEERING.replace(chr(0), '')}\""
     found = ask(file, sql, output, tty=True)
@@ -101,7 +101,7 @@ def test_nothing_steers_a_terminal(file: Path, output: str) -> None:
         assert "\\x1b]0;title\\x07" in found
 
 
-def test_what_goes_elsewhere_than_to_a_terminal_is_as_it_is(file: Path) -> None:
+def test_json_and_csv_written_elsewhere_than_to_a_terminal_are_not_escaped(file: Path) -> None:
     chars = " || ".join(f"chr({ord(c)})" for c in STEERING)
     assert json.loads(ask(file, f"SELECT {chars} AS t", "json")) == [{"t": STEERING}]
     assert next(csv.reader(io.StringIO(ask(file, f"SELECT 1, {chars.replace('chr(0) || ', '')} AS t", "csv"), newline="")))[0] == "1"
@@ -109,7 +109,7 @@ def test_what_goes_elsewhere_than_to_a_terminal_is_as_it_is(file: Path) -> None:
     assert not set(ask(file, f"SELECT {chars} AS t")) & STEERS
 
 
-def test_letters_and_emoji_stay_what_they_are(file: Path) -> None:
+def test_letters_and_emoji_are_not_escaped(file: Path) -> None:
     text = "Grüße 猫 \U0001f469\u200d\U0001f52c می‌خواهم a\u00a0b"
     for output in ("table", "csv", "json"):
         assert text in ask(file, f"SELECT '{text}' AS t", output, tty=True)
@@ -135,7 +135,7 @@ def test_odd_values_are_printed(file: Path, output: str, sql: str) -> None:
 
 
 @pytest.mark.parametrize("output", ["table", "csv", "json"])
-def test_cap_is_said_on_stderr_only(file: Path, capsys: pytest.CaptureFixture[str], output: str) -> None:
+def test_the_row_limit_is_reported_on_stderr_only(file: Path, capsys: pytest.CaptureFixture[str], output: str) -> None:
     found = ask(file, "SELECT latent FROM features ORDER BY latent", output, max_rows=2)
     assert "2" not in found
     assert capsys.readouterr().err == "… 2 rows shown, more exist; raise --max-rows\n"
@@ -178,7 +178,7 @@ def test_query_imports_neither_torch_nor_pandas_nor_pyarrow(file: Path) -> None:
     assert heavy & set(done.stderr.split()) == set()
 
 
-def test_a_wrong_query_is_one_message_and_status_1(file: Path, tmp_path: Path) -> None:
+def test_a_wrong_query_gives_one_message_and_status_1(file: Path, tmp_path: Path) -> None:
     done = run("query", "FROM featurs", "--catalog", str(file))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: no relation 'featurs'; did you mean features?")
@@ -187,7 +187,7 @@ def test_a_wrong_query_is_one_message_and_status_1(file: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("n", [3, 100000])
-def test_a_closed_pipe_is_no_error(file: Path, n: int) -> None:
+def test_a_closed_pipe_is_not_an_error(file: Path, n: int) -> None:
     command = [sys.executable, "-c", "from ommatid.cli import main; main()", "query", f"FROM range({n})", "--max-rows", "1000000"]
     with subprocess.Popen([*command, "--catalog", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stderr

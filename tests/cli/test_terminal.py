@@ -1,4 +1,4 @@
-"""Proves what a stage prints: lines for logs, a bar for a terminal, and a notice at once in both."""
+"""Proves what a stage prints: lines for logs, a bar for a terminal, and notices at once in both."""
 
 import io
 import re
@@ -28,7 +28,7 @@ def tell(listener: Listener) -> None:
     listener(Warned("vlm gave up"))
 
 
-def test_lines_are_few_but_the_last_and_every_notice_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_are_few_but_include_the_last_and_every_notice(capsys: pytest.CaptureFixture[str]) -> None:
     with showing(io.StringIO()) as listener:
         tell(listener)
     assert capsys.readouterr().out.splitlines() == [
@@ -40,21 +40,21 @@ def test_lines_are_few_but_the_last_and_every_notice_are_there(capsys: pytest.Ca
     ]
 
 
-def test_lines_say_which_sae_where_there_are_several(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_name_the_sae_if_there_are_several(capsys: pytest.CaptureFixture[str]) -> None:
     listener = Lines(has_several_saes=True)
     for sae in ("a", "b"):
         listener(Measured(sae, 3, {"fvu": 0.25}))
     assert capsys.readouterr().out.splitlines() == ["a: step 3: fvu 0.25", "b: step 3: fvu 0.25"]
 
 
-def test_names_and_labels_from_outside_do_not_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_foreign_names_and_labels_cannot_control_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     for event in (Warned("\x1b[2Jb.jpg: 'a\u202e'"), Noticed("s\x9b1m", 3, "x\r")):
         Lines()(event)
     say(Path("b\x07.png"))
     assert capsys.readouterr().out == "notice: \\x1b[2Jb.jpg: 'a\\u202e'\nnotice: s\\x9b1m: step 3: x\\r\nb\\x07.png\n"
 
 
-def test_a_terminal_gets_a_bar_with_rate_time_left_and_the_last_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_a_bar_with_rate_time_left_and_the_last_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("TERM", "xterm")
     out = Terminal()
@@ -66,7 +66,7 @@ def test_a_terminal_gets_a_bar_with_rate_time_left_and_the_last_numbers(monkeypa
     assert "notice: one: step 30: no progress: [see]" in shown
 
 
-def test_a_run_that_goes_on_does_not_count_what_was_done_before_as_its_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_continued_run_does_not_count_earlier_work_in_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     out = Terminal()
     with terminal._open_bars(out) as bars:
@@ -78,7 +78,7 @@ def test_a_run_that_goes_on_does_not_count_what_was_done_before_as_its_speed(mon
         assert float(task.fields["rate"].removesuffix("/s")) == pytest.approx(5, rel=0.1)
 
 
-def test_numbers_of_several_saes_are_ranges() -> None:
+def test_numbers_of_several_saes_are_shown_as_ranges() -> None:
     assert summarise({}) == ""
     assert summarise({"a": {"fvu": 0.5, "l0": 9.0}, "b": {"fvu": 0.25, "l0": 10.0}}) == "fvu 0.25 to 0.5  l0 9 to 10"
     assert summarise({"a": {"dead": 0.0}, "b": {"dead": 0.0}}) == "dead 0"

@@ -57,6 +57,6 @@ def test_a_checkpoint_gives_back_what_was_saved(tmp_path: Path) -> None:
         assert place.load() == {}
 
 
-def test_what_is_no_state_is_refused() -> None:
+def test_a_value_that_cannot_be_saved_is_refused() -> None:
     with pytest.raises(AssertionError, match="made: a str cannot be saved as state"):
         flatten({"made": "text"})

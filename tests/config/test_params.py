@@ -12,7 +12,7 @@ from support.study import CHECKOUT
 PARAMS = CHECKOUT / "params.yaml"
 
 
-def test_checkouts_params_are_valid_and_cover_every_stage() -> None:
+def test_the_params_of_the_checkout_are_valid_and_cover_every_stage() -> None:
     assert set(STAGE_NAMES) < set(dotted(load_params(PARAMS))) | set(Params.model_fields)
 
 
@@ -82,7 +82,7 @@ def test_judges_are_one_or_a_list_and_stay_as_they_were_given() -> None:
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dino", "vit"])
-def test_keys_of_a_model_are_named_without_its_kind(kind: str) -> None:
+def test_problems_of_a_model_are_named_without_its_kind(kind: str) -> None:
     with pytest.raises(ConfigError, match=r"extract\.model\.pth: unknown key; did you mean path\?"):
         load_params(PARAMS, [f"extract.model={{kind: {kind}, pth: x}}"])
 
@@ -101,7 +101,7 @@ def test_overrides_are_typed_and_repeatable() -> None:
 
 
 @pytest.mark.parametrize(("text", "says"), [(None, "no such file"), ("- 1", "expected sections"), ("a: [", "not valid YAML")])
-def test_a_file_that_is_no_params_file(tmp_path: Path, text: str | None, says: str) -> None:
+def test_a_file_that_is_not_a_params_file_is_refused(tmp_path: Path, text: str | None, says: str) -> None:
     path = tmp_path / "params.yaml"
     if text is not None:
         path.write_text(text)
@@ -109,7 +109,7 @@ def test_a_file_that_is_no_params_file(tmp_path: Path, text: str | None, says: s
         load_params(path)
 
 
-def test_every_field_has_its_sentence() -> None:
+def test_every_field_has_a_description() -> None:
     def sections(model: type[BaseModel]) -> set[type[BaseModel]]:
         return {model}.union(*(sections(sub) for sub in model.__subclasses__()))
 

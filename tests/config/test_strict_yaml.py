@@ -1,4 +1,4 @@
-"""Proves that files which people write are read strictly: nothing is taken two ways, and no document harms its reader."""
+"""Proves that files that people write are read strictly: nothing is ambiguous, and no document can harm its reader."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("off: 1", "f: line 1: some YAML parsers read off as a boolean"),
     ],
 )
-def test_yaml_that_cannot_be_meant_is_refused_in_one_short_line(text: str, says: str) -> None:
+def test_ambiguous_or_unsafe_yaml_is_refused_in_one_short_line(text: str, says: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse_yaml(text, "f")
     assert str(error.value).startswith(says)
@@ -61,13 +61,13 @@ def test_yaml_that_cannot_be_meant_is_refused_in_one_short_line(text: str, says:
         ('extract.hookpoints=["\\ud800"]', "extract: hookpoints contains a character that is not allowed in text and file names"),
     ],
 )
-def test_values_that_would_be_taken_for_others_are_refused(override: str, says: str) -> None:
+def test_values_that_yaml_would_read_as_another_type_are_refused(override: str, says: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_params(CHECKOUT / "params.yaml", [override])
     assert says in str(error.value)
 
 
-def test_yaml_says_what_it_always_said() -> None:
+def test_ordinary_yaml_is_read_as_before() -> None:
     assert parse_yaml("a: 'yes'\nb: '010'\nc: 0\nd: 0x10\ne: True\nf: -0.5\n", "f") == {
         "a": "yes", "b": "010", "c": 0, "d": 16, "e": True, "f": -0.5,
     }  # fmt: skip

@@ -79,7 +79,7 @@ def test_trials_are_within_the_budget_and_as_large_as_it_allows(fixed: float, ea
     assert not beyond or fixed + each * beyond[0] > budget * 0.999
 
 
-def test_one_trial_is_taken_for_a_proportion() -> None:
+def test_costs_from_a_single_trial_are_proportional() -> None:
     assert expect([Timing(32, 2.0)], 64) == 4.0
     assert expect([Timing(32, 2.0), Timing(64, 3.0)], 128) == 5.0
 
@@ -92,19 +92,19 @@ def test_trial_sizes_ascend_and_stay_small(n: int) -> None:
     assert len(sizes) > 1 or n < 2 * SMALLEST
 
 
-def test_trials_of_one_size_say_that_nothing_more_is_known() -> None:
+def test_without_trials_of_other_sizes_the_measured_seconds_are_used() -> None:
     assert fit([Timing(20, 1.0)], Timing(20, 4.0)).seconds(20) == 4.0
     assert fit([], Timing(20, 4.0)).seconds(20) == 4.0
 
 
 @given(n_tokens=st.integers(2, 10**6), batch_size=st.integers(2, 4096), epochs=st.integers(1, 100))
-def test_tokens_of_training_are_those_of_its_plan(n_tokens: int, batch_size: int, epochs: int) -> None:
+def test_the_number_of_training_tokens_follows_the_plan(n_tokens: int, batch_size: int, epochs: int) -> None:
     params = make_test_params().train.model_copy(update={"batch_size": batch_size, "epochs": epochs})
     plan = make_plan(params, n_tokens)
     assert trained_tokens(n_tokens, batch_size, epochs) == plan.n_steps * plan.batch_size
 
 
-def test_examples_are_counted_as_evaluation_draws_them() -> None:
+def test_the_number_of_examples_is_that_of_evaluation() -> None:
     params = EvaluateParams(image_activation="max", n_top=16, n_per_decile=4, baselines=(), max_dead=0.9)
 
     def drawn(n: int) -> int:
@@ -115,7 +115,7 @@ def test_examples_are_counted_as_evaluation_draws_them() -> None:
     assert expect_examples(fired, params) == pytest.approx(sum(drawn(int(n)) for n in fired), rel=0.02)
 
 
-def test_a_sample_of_images_is_spread_and_whole(tmp_path: Path) -> None:
+def test_a_sample_of_images_is_evenly_spread_and_complete(tmp_path: Path) -> None:
     images = make_images_artefact(tmp_path, 300)
     sample = draw_images(images, 50, tmp_path / "sample")
     rows, all_rows = sample.read("images"), images.read("images").to_pylist()
@@ -208,7 +208,7 @@ def test_every_stage_has_minutes_and_memory(estimated: Estimate) -> None:
     assert estimated.free is not None and estimated.missing <= estimated.free
 
 
-def test_the_command_says_so_and_uses_the_images_that_are_there(
+def test_the_command_uses_existing_images_and_says_so(
     estimated: Estimate, checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(checkout)
@@ -247,7 +247,7 @@ def test_ctrl_c_leaves_nothing(checkout: Path) -> None:
     wait_for_end(children, "the trials")
 
 
-def test_trials_end_with_whoever_asked_for_them(checkout: Path) -> None:
+def test_trials_end_with_their_parent(checkout: Path) -> None:
     command = [sys.executable, "-m", "ommatid.cli", "estimate", "--data", "nowhere"]
     with subprocess.Popen(command, cwd=checkout, stdout=subprocess.DEVNULL) as running:
         children = wait_for_children(running.pid)
@@ -271,7 +271,7 @@ def wait_for_children(pid: int) -> list[psutil.Process]:
         (["extract={source: files, path: x, name: y, model: z}"], ConfigError, "not estimated"),
     ],
 )
-def test_what_a_run_would_refuse_is_refused(
+def test_an_estimate_refuses_what_a_run_would_refuse(
     overrides: list[str], error: type[OmmatidError], says: str, checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(checkout)

@@ -138,7 +138,7 @@ def test_all_judges_embed_in_the_same_pass(made: dict[str, Artefact], model: Til
     ]
 
 
-def test_one_judge_makes_the_columns_of_one(made: dict[str, Artefact], tmp_path: Path) -> None:
+def test_a_single_judge_gives_the_columns_of_one_judge(made: dict[str, Artefact], tmp_path: Path) -> None:
     for name, judge in (("alone", COLOURS), ("listed", [COLOURS])):
         inputs = {"images": made["images"]}
         one = make_artefact(tmp_path / name, "extraction", extract, extract_params(judge), inputs).child("tiles", "activations")
@@ -146,7 +146,7 @@ def test_one_judge_makes_the_columns_of_one(made: dict[str, Artefact], tmp_path:
         assert one.read("embeddings")["judge"].equals(made["extract"].read("embeddings")["judge"])
 
 
-def test_each_judges_scores_are_of_the_images_that_it_embedded(made: dict[str, Artefact], evaluated: Any) -> None:
+def test_each_judges_scores_use_the_images_that_it_embedded(made: dict[str, Artefact], evaluated: Any) -> None:
     x, images = eval_rows(made)
     sae = SAE.load(made["train"].path)
     pooled = {"sae": sae.encode(x.flatten(0, 1)).unflatten(0, x.shape[:2]).amax(1), "neurons": x.amax(1)}
@@ -177,7 +177,7 @@ def test_the_main_judges_scores_are_in_the_other_tables(evaluated: Any) -> None:
     assert row["ms"] == pytest.approx(np.mean(of_main["ms"]))
 
 
-def test_failures_are_counted_and_said(made: dict[str, Artefact], evaluated: Any) -> None:
+def test_failures_are_counted_and_reported(made: dict[str, Artefact], evaluated: Any) -> None:
     evaluation, heard = evaluated
     _, images = eval_rows(made)
     failed = sum(bool(embeddings_of(made, "judge_1")[image].isnan().all()) for image in images)
@@ -204,7 +204,7 @@ def test_a_judge_that_fails_on_every_evaluation_image_is_refused() -> None:
         scores.begin_second_pass()
 
 
-def test_the_activation_of_the_class_token(made: dict[str, Artefact], tmp_path: Path) -> None:
+def test_the_activation_can_be_that_of_the_class_token(made: dict[str, Artefact], tmp_path: Path) -> None:
     x, images = eval_rows(made)
     acts = SAE.load(made["train"].path).encode(x[:, 0])  # the class token comes first
     evaluation = make_artefact(tmp_path / "evaluation", "evaluation", evaluate, evaluate_params("cls"), made)
@@ -217,7 +217,7 @@ def test_the_activation_of_the_class_token(made: dict[str, Artefact], tmp_path: 
     assert evaluation.summary["image_activation"] == "cls"
 
 
-def test_no_class_token_is_refused(made: dict[str, Artefact], tmp_path: Path) -> None:
+def test_activations_without_a_class_token_are_refused(made: dict[str, Artefact], tmp_path: Path) -> None:
     inputs = {"images": made["images"]}
     patches = make_artefact(tmp_path / "extract", "extraction", extract, extract_params(COLOURS, "patch"), inputs)
     inputs = made | {"extract": patches.child("tiles", "activations")}

@@ -60,7 +60,7 @@ def rows_of(evaluation: Artefact, table: str) -> Rows:
 # ---- among latents
 
 
-def test_cofiring_is_that_of_all_pairs(world: dict[str, Artefact], acts: torch.Tensor) -> None:
+def test_cofiring_equals_a_count_over_all_pairs(world: dict[str, Artefact], acts: torch.Tensor) -> None:
     fires = acts.amax(1) > 0
     n = fires.sum(0).tolist()
     pairs = []
@@ -90,7 +90,7 @@ def test_tiles_and_steps_change_nothing(world: dict[str, Artefact], monkeypatch:
     assert torch.equal(tiled.duplicate_of, whole.duplicate_of)
 
 
-def test_images_come_whole_from_firings_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_whole_although_firings_come_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fires = torch.rand(50, 6, generator=torch.Generator().manual_seed(0)) > 0.5
     image, latent = fires.nonzero(as_tuple=True)
     files = []
@@ -103,12 +103,12 @@ def test_images_come_whole_from_firings_in_parts(tmp_path: Path, monkeypatch: py
     assert torch.equal(torch.cat(steps), fires[fires.any(1)].float())
 
 
-def test_near_duplicates_know_one_another(world: dict[str, Artefact]) -> None:
+def test_near_duplicates_name_each_other(world: dict[str, Artefact]) -> None:
     found = {row["latent"]: row["duplicate_of"] for row in rows_of(world["evaluate"], "latents")}
     assert {latent: other for latent, other in found.items() if other is not None} == {DOG: DOG_AGAIN, DOG_AGAIN: DOG}
 
 
-def test_same_directions_that_fire_elsewhere_are_no_duplicates(world: dict[str, Artefact]) -> None:
+def test_equal_directions_that_fire_on_other_images_are_no_duplicates(world: dict[str, Artefact]) -> None:
     """And latents that fire on the same images with other directions are none either."""
     files = [str(path) for path in world["evaluate"].files("firings")]
     directions = SAE.load(world["train"].path).W_dec
@@ -116,7 +116,7 @@ def test_same_directions_that_fire_elsewhere_are_no_duplicates(world: dict[str, 
     assert measure_structure("s", files, directions, N_IMAGES).duplicate_of.tolist() == [-1] * D_SAE
 
 
-def test_uniqueness_is_that_of_the_sixteen_strongest(world: dict[str, Artefact], acts: torch.Tensor) -> None:
+def test_uniqueness_is_computed_over_the_sixteen_strongest_images(world: dict[str, Artefact], acts: torch.Tensor) -> None:
     pooled = acts.amax(1)
     top = [set(np.argsort(-pooled[:, latent].numpy(), kind="stable")[:16].tolist()) for latent in range(D_SAE)]
     for row in rows_of(world["evaluate"], "latents"):
@@ -125,7 +125,7 @@ def test_uniqueness_is_that_of_the_sixteen_strongest(world: dict[str, Artefact],
         assert row["uniqueness"] == (None if mine == DEAD else pytest.approx(1 - best))
 
 
-def test_flags_say_what_density_says(world: dict[str, Artefact], acts: torch.Tensor) -> None:
+def test_flags_follow_from_density(world: dict[str, Artefact], acts: torch.Tensor) -> None:
     density = (acts.flatten(0, 1) > 0).double().mean(0)
     for row in rows_of(world["evaluate"], "latents"):
         assert row["is_dense"] == (float(density[row["latent"]]) > 0.1)
@@ -163,7 +163,7 @@ def test_fidelity_of_each_kind_equals_a_direct_computation(world: dict[str, Arte
     assert {row["dictionary"] for row in rows_of(world["evaluate"], "fidelity")} == {"sae", "untrained", "sparse_neurons"}
 
 
-def test_levels_go_deeper_and_explain_more(world: dict[str, Artefact], acts: torch.Tensor) -> None:
+def test_later_levels_go_deeper_and_explain_more(world: dict[str, Artefact], acts: torch.Tensor) -> None:
     x, _ = make_world(N_IMAGES)
     sae, levels, latents = make_sae(), rows_of(world["evaluate"], "levels"), rows_of(world["evaluate"], "latents")
     assert [(row["level"], row["first"], row["last"]) for row in levels] == [(1, 0, 0), (2, 1, 2), (3, 3, 10)]
@@ -194,13 +194,13 @@ def test_an_sae_without_levels_is_one_level(tmp_path: Path) -> None:
 # ---- labels
 
 
-def test_depth_is_that_of_what_is_planted(world: dict[str, Artefact]) -> None:
+def test_depth_is_that_of_the_planted_classes(world: dict[str, Artefact]) -> None:
     depths = {row["latent"]: row["lca_depth"] for row in rows_of(world["evaluate"], "latents")}
     assert [depths[latent] for latent in range(9)] == [1, 2, 2, 3, 3, 3, 3, 2, 3]
     assert depths[DEAD] is None
 
 
-def test_entropy_and_purity_are_those_of_all_activations(world: dict[str, Artefact], acts: torch.Tensor) -> None:
+def test_entropy_and_purity_are_computed_over_all_activations(world: dict[str, Artefact], acts: torch.Tensor) -> None:
     _, labels = make_world(N_IMAGES)
     pooled = acts.amax(1).double()
     for row in rows_of(world["evaluate"], "latents"):
@@ -229,7 +229,7 @@ def test_a_taxonomy_with_holes_uses_the_images_that_have_a_path(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("label", [None, "dog"])
-def test_without_two_classes_nothing_is_said_of_labels(tmp_path: Path, label: str | None) -> None:
+def test_class_metrics_are_null_with_fewer_than_two_classes(tmp_path: Path, label: str | None) -> None:
     x, _ = make_world(60)
     evaluation = run(tmp_path / "evaluation", make_inputs(tmp_path, x, [label] * 60, [None] * 60))
     for row in rows_of(evaluation, "latents"):
@@ -262,7 +262,7 @@ def test_probes_find_the_latents_that_are_planted(world: dict[str, Artefact]) ->
             assert row["latents"] is None
 
 
-def test_latents_of_a_probe_differ_most_in_the_half_that_fits(world: dict[str, Artefact], acts: torch.Tensor) -> None:
+def test_latents_of_a_probe_are_chosen_on_the_half_that_fits_it(world: dict[str, Artefact], acts: torch.Tensor) -> None:
     _, labels = make_world(N_IMAGES)
     fits = torch.from_numpy(~load_eval_split(world["images"]).is_held_out)
     for row in rows_of(world["evaluate"], "probes"):
@@ -311,7 +311,7 @@ def test_all_latents_dead_gives_nulls(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", range(1, 8))
-def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(
+def test_a_killed_evaluation_continues_and_ends_with_the_same_bytes(
     world: dict[str, Artefact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     """Three shards in each of two passes, a step and an event each; checkpoints where a shard begins."""
@@ -368,7 +368,7 @@ def test_a_checkpoint_that_is_due_within_a_shard_waits_for_the_next(
     assert run(tmp_path / "evaluation", inputs).digest == unbroken.digest
 
 
-def test_steps_of_the_stream_are_a_shard_each(world: dict[str, Artefact]) -> None:
+def test_each_step_of_the_stream_is_one_shard(world: dict[str, Artefact]) -> None:
     """What the test above counts on."""
     steps = list(batches.iter_images(world["extract"], None, D_SAE, N_IMAGES, "", lambda event: None))
     assert [batch.shard for batch in steps] == [0, 1, 2]

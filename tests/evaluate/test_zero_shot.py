@@ -149,7 +149,7 @@ def test_every_number_equals_a_direct_computation(model: TileModel, inputs: dict
     assert fitted[1] == min(fitted)
 
 
-def test_planted_truth(model: TileModel, inputs: dict[str, Artefact]) -> None:
+def test_planted_colours_are_classified_as_planted(model: TileModel, inputs: dict[str, Artefact]) -> None:
     """Colours are told apart; all of it is recovered by x̂ = x, none by the mean, some by one colour of three."""
     rows = rows_of(measure(inputs, sae=exact_sae(model), untrained=silent_sae(inputs["extract"]), pca=red_sae(model)))
     assert rows["plain"]["accuracy"] == 1.0 and rows["plain"]["accuracy_low"] > 0.9
@@ -184,14 +184,16 @@ def test_a_transcoder_is_spliced_where_it_decodes(model: TileModel, inputs: dict
     assert rows_of(measure(inputs, sae=wrong))["sae"]["recovered"] < 0
 
 
-def test_at_most_so_many_images_are_drawn(model: TileModel, inputs: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_the_given_number_of_images_is_sampled(
+    model: TileModel, inputs: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(zero_shot, "N_IMAGES", 10)
     heard: list[Event] = []
     assert rows_of(measure(inputs, heard, sae=exact_sae(model)))["sae"]["n_images"] == 10
     assert not any(isinstance(event, Warned) for event in heard)
 
 
-def test_a_models_own_scale_is_taken(model: TileModel, inputs: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_models_own_scale_is_used(model: TileModel, inputs: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "logit_scale", 7.0, raising=False)
     row = rows_of(measure(inputs, sae=exact_sae(model)))["plain"]
     assert row["logit_scale"] == 7.0
@@ -214,24 +216,26 @@ def refused(inputs: Mapping[str, Artefact], **dictionaries: SAE) -> str:
 
 
 @pytest.mark.parametrize(("labels", "reason"), [({}, "they have no labels"), ({1: "dog", 2: "dog"}, "all labels are 'dog'")])
-def test_without_several_classes(
+def test_nothing_is_measured_without_several_classes(
     model: TileModel, inputs: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch, labels: dict[int, str], reason: str
 ) -> None:
     monkeypatch.setattr(zero_shot, "load_labels", lambda images, of_split="eval": labels)
     assert refused(inputs, sae=exact_sae(model)) == f"the evaluation images are not of several classes: {reason}"
 
 
-def test_without_labelled_training_images(model: TileModel, inputs: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_measured_without_labelled_training_images(
+    model: TileModel, inputs: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(zero_shot, "load_labels", lambda images, of_split="eval": load_labels(images) if of_split == "eval" else {})
     assert "no training image has a label" in refused(inputs, sae=exact_sae(model))
 
 
-def test_without_a_text_tower(model: TileModel, inputs: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_measured_without_a_text_tower(model: TileModel, inputs: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "d_embed", None, raising=False)
     assert refused(inputs, sae=exact_sae(model)) == "tiles has no text tower with which to embed the names of classes"
 
 
-def test_where_the_model_is_gone(model: TileModel, inputs: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_measured_if_the_model_is_gone(model: TileModel, inputs: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(*_: object) -> None:
         raise ModelError("extract.model.path: no such folder")
 
@@ -239,7 +243,7 @@ def test_where_the_model_is_gone(model: TileModel, inputs: dict[str, Artefact], 
     assert refused(inputs, sae=exact_sae(model)) == "extract.model.path: no such folder"
 
 
-def test_where_a_mean_of_tokens_was_encoded(model: TileModel, images: Artefact, tmp_path: Path) -> None:
+def test_nothing_is_measured_if_a_mean_of_tokens_was_encoded(model: TileModel, images: Artefact, tmp_path: Path) -> None:
     params = make_test_params(extract={"hookpoints": ["tiles"], "tokens": "pooled", "dtype": "float32"})
     pooled = make_artefact(tmp_path / "pooled", "extraction", extract, params.extract, {"images": images})
     inputs = {"images": images, "extract": pooled.child("tiles", "activations")}
@@ -248,7 +252,9 @@ def test_where_a_mean_of_tokens_was_encoded(model: TileModel, images: Artefact, 
     )
 
 
-def test_where_the_hookpoint_has_no_influence(model: TileModel, inputs: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_recovered_if_the_hookpoint_has_no_influence(
+    model: TileModel, inputs: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As of the patches after CLIP's last block: accuracies are there, and nothing is recovered of nothing."""
 
     def without_influence(pixels: torch.Tensor, hookpoint: str, replacements: list[Replacement]) -> list[torch.Tensor | None]:
@@ -263,7 +269,7 @@ def test_where_the_hookpoint_has_no_influence(model: TileModel, inputs: dict[str
 # ---- which images
 
 
-def test_drawn_images_are_spread_and_are_those_that_were_drawn(images: Artefact) -> None:
+def test_sampled_images_are_spread_and_the_same_ones_are_read(images: Artefact) -> None:
     labels = load_labels(images)
     some = draw_images(images, labels, 7)
     numbers = some.numbers.tolist()
@@ -279,7 +285,7 @@ def test_drawn_images_are_spread_and_are_those_that_were_drawn(images: Artefact)
     assert np.array_equal(torch.cat([batch.of[0] for batch in found]), expected)
 
 
-def test_images_that_are_not_numbered_as_they_lie(images: Artefact, tmp_path: Path) -> None:
+def test_images_are_found_if_numbers_and_rows_differ(images: Artefact, tmp_path: Path) -> None:
     """As those of a sample are, on which a run is estimated."""
     kept = images.read("images").slice(0, 20).take(list(range(1, 20, 2)))
     with open_draft(tmp_path / "sample", "images", {}, {}) as draft:
@@ -293,7 +299,7 @@ def test_images_that_are_not_numbered_as_they_lie(images: Artefact, tmp_path: Pa
     assert np.array_equal(batch.of[0], np.stack([TileModel.preprocess(decode(encoded[number])) for number in (3, 7, 15, 19)]))
 
 
-def test_images_of_few_row_groups_are_read(images: Artefact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampled_images_come_from_few_row_groups(images: Artefact, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(images.row_groups("images")) == [[128, N_IMAGES - 128]]
     monkeypatch.setattr(zero_shot, "N_BLOCKS", 1)
     found = draw_images(images, range(N_IMAGES), 20)

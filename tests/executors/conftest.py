@@ -1,4 +1,4 @@
-"""What the tests of all executors share."""
+"""Fixtures shared by the tests of all executors."""
 
 import os
 import secrets

@@ -1,4 +1,4 @@
-"""Proves on a real Dask scheduler with two worker processes that every shard is made, whatever happens to them."""
+"""Proves on a real Dask scheduler with two worker processes that every shard is made, whatever happens to the workers."""
 
 import os
 import signal
@@ -50,19 +50,19 @@ def test_a_shard_that_kills_every_worker_is_named(cluster: DaskExecutor, tmp_pat
         run(cluster, KillJob(str(tmp_path)), range(3, 5), lambda shard: None)
 
 
-def test_an_error_for_the_user_arrives_as_it_is(cluster: DaskExecutor, tmp_path: Path) -> None:
+def test_an_error_for_the_user_arrives_unchanged(cluster: DaskExecutor, tmp_path: Path) -> None:
     job = RefuseJob(str(tmp_path))
     with pytest.raises(ArtefactError, match=r"^images: image 5 cannot be decoded any more$"):
         run(cluster, job, range(6), lambda shard: None)
     assert job.attempts(3) == 3
 
 
-def test_an_error_that_passes_does_no_harm(cluster: DaskExecutor, tmp_path: Path) -> None:
+def test_a_transient_error_does_no_harm(cluster: DaskExecutor, tmp_path: Path) -> None:
     run(cluster, RefuseJob(str(tmp_path), times=2), range(6), lambda shard: None)
     assert sorted(made(tmp_path)) == list(range(6))
 
 
-def test_an_error_of_ours_says_where_it_happened(cluster: DaskExecutor, tmp_path: Path) -> None:
+def test_an_internal_error_says_where_it_happened(cluster: DaskExecutor, tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError, match="planted") as caught:
         run(cluster, BreakJob(str(tmp_path)), range(6), lambda shard: None)
     assert any("at shard 3" in note and "in disturb" in note for note in caught.value.__notes__)
@@ -85,7 +85,7 @@ def test_a_scheduler_that_does_not_answer_is_named_at_once() -> None:
         run(DaskExecutor(kind="dask", address="nonsense://x", workers=1), print, [1], lambda shard: None)
 
 
-def test_without_workers_it_is_given_up_and_with_late_ones_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_gives_up_without_workers_but_waits_for_late_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dask, "_SECONDS_WITHOUT_WORKERS", 0.5)
     with dask_scheduler() as address:
         params = DaskExecutor(kind="dask", address=address, workers=1)
@@ -100,7 +100,7 @@ def test_without_workers_it_is_given_up_and_with_late_ones_not(tmp_path: Path, m
     assert len(made(tmp_path)) == 3
 
 
-def test_a_scheduler_that_goes_is_named(tmp_path: Path) -> None:
+def test_a_scheduler_that_goes_away_is_named(tmp_path: Path) -> None:
     with ExitStack() as scheduling, ExitStack() as working:
         address = scheduling.enter_context(dask_scheduler())
         working.enter_context(dask_workers(address, tmp_path))
@@ -110,7 +110,7 @@ def test_a_scheduler_that_goes_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("who", ["a worker", "the scheduler"])
-def test_a_cluster_without_ommatid_is_told_so(who: str, tmp_path: Path) -> None:
+def test_a_cluster_without_ommatid_is_an_error_that_says_so(who: str, tmp_path: Path) -> None:
     (tmp_path / "old/ommatid").mkdir(parents=True)
     (tmp_path / "old/ommatid/__init__.py").touch()
     old = str(tmp_path / "old")
@@ -167,7 +167,7 @@ def test_no_process_outlives_its_driver(tmp_path: Path, number: signal.Signals, 
     driver.end(number)
 
 
-def test_a_missing_library_is_told_with_the_command_that_installs_it() -> None:
+def test_a_missing_library_is_an_error_with_the_command_that_installs_it() -> None:
     code = "import sys; sys.modules['distributed'] = None; import ommatid.executors.dask"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ExecutorError: extract.executor: dask is not installed" in ended.stderr

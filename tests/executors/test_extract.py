@@ -1,4 +1,4 @@
-"""Proves that an extraction is the same to the byte whoever runs its shards, and whichever worker dies in the middle."""
+"""Proves that an extraction has the same bytes whichever executor runs its shards, and whichever worker dies in the middle."""
 
 import os
 import signal
@@ -87,14 +87,16 @@ def find(words: str) -> list[int]:
     return [child.pid for child in psutil.Process().children(recursive=True) if words in command_of(child)]
 
 
-def test_by_two_processes_one_of_which_is_killed(images: Artefact, expected: Artefact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_one_of_which_is_killed_write_the_same_bytes(
+    images: Artefact, expected: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(local, "_gpus", lambda: ["", ""])
     kill = KillOne(lambda: find("spawn_main"))
     check(make(images, {"kind": "local"}, kill), expected)
     assert kill.killed
 
 
-def test_by_two_dask_workers_one_of_which_is_killed(images: Artefact, expected: Artefact, tmp_path: Path) -> None:
+def test_two_dask_workers_one_of_which_is_killed_write_the_same_bytes(images: Artefact, expected: Artefact, tmp_path: Path) -> None:
     with dask_scheduler() as address, dask_workers(address, tmp_path), Client(address) as client:
         client.wait_for_workers(2, HANG_SECONDS)
         answers: Any = client.run(os.getpid)
@@ -103,7 +105,7 @@ def test_by_two_dask_workers_one_of_which_is_killed(images: Artefact, expected: 
     assert kill.killed
 
 
-def test_by_two_ray_workers_one_of_which_is_killed(images: Artefact, expected: Artefact, tmp_path: Path) -> None:
+def test_two_ray_workers_one_of_which_is_killed_write_the_same_bytes(images: Artefact, expected: Artefact, tmp_path: Path) -> None:
     with ray_cluster(tmp_path / "log") as params:
         kill = KillOne(lambda: find("ray::_Worker"))
         check(make(images, params.model_dump(), kill), expected)

@@ -1,4 +1,4 @@
-"""Proves that this machine makes every shard once, in one process or several, whatever happens to them, and that none is left."""
+"""Proves that this machine makes every shard once, in one process or several, and that no process is left behind."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ DEVICES = ("5", "GPU-7")
 """No GPU is needed to see which one a process was told to take."""
 
 
-def test_without_several_gpus_all_is_done_here_in_order(tmp_path: Path) -> None:
+def test_without_several_gpus_shards_are_made_here_in_order(tmp_path: Path) -> None:
     done: list[int] = []
     run(LocalExecutor(kind="local"), WriteJob(str(tmp_path)), [4, 2, 3], done.append)
     assert done == [4, 2, 3]
@@ -75,31 +75,31 @@ def test_a_shard_that_kills_every_process_is_named(tmp_path: Path) -> None:
     assert started() <= others
 
 
-def test_an_error_for_the_user_arrives_as_it_is(tmp_path: Path) -> None:
+def test_an_error_for_the_user_arrives_unchanged(tmp_path: Path) -> None:
     job = RefuseJob(str(tmp_path))
     with pytest.raises(ArtefactError, match=r"^images: image 5 cannot be decoded any more$"):
         local.run(LOCAL, job, range(6), lambda shard: None, DEVICES)
     assert job.attempts(3) == 3
 
 
-def test_an_error_that_passes_does_no_harm(tmp_path: Path) -> None:
+def test_a_transient_error_does_no_harm(tmp_path: Path) -> None:
     local.run(LOCAL, RefuseJob(str(tmp_path), times=2), range(6), lambda shard: None, DEVICES)
     assert sorted(made(tmp_path)) == list(range(6))
 
 
-def test_an_error_of_ours_says_where_it_happened(tmp_path: Path) -> None:
+def test_an_internal_error_says_where_it_happened(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError) as caught:
         local.run(LOCAL, BreakJob(str(tmp_path)), [2, 3], lambda shard: None, DEVICES)
     (note,) = caught.value.__notes__
     assert "at shard 3" in note and "in disturb" in note
 
 
-def test_an_error_that_does_not_travel_is_told_all_the_same(tmp_path: Path) -> None:
+def test_an_error_that_cannot_be_pickled_is_reported_too(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)shard 3.*Stubborn: planted"):
         local.run(LOCAL, StubbornJob(str(tmp_path)), [2, 3], lambda shard: None, DEVICES)
 
 
-def test_an_error_ends_what_the_others_are_at(tmp_path: Path) -> None:
+def test_an_error_ends_the_other_workers(tmp_path: Path) -> None:
     others = started()
 
     def fail(shard: int) -> None:
@@ -130,7 +130,7 @@ def test_no_process_outlives_its_driver(tmp_path: Path, number: signal.Signals, 
     driver.end(number)
 
 
-def test_threads_of_all_processes_are_no_more_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_processes_together_use_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert [thread_settings(n)["OMP_NUM_THREADS"] for n in (1, 3, 16, 100)] == ["16", "5", "1", "1"]
@@ -138,7 +138,7 @@ def test_threads_of_all_processes_are_no_more_than_cores(monkeypatch: pytest.Mon
     assert [thread_settings(n)["OMP_NUM_THREADS"] for n in (1, 16)] == ["2", "1"]
 
 
-def test_the_environment_is_as_before_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMMATID_A", "1")
     monkeypatch.delenv("OMMATID_B", raising=False)
     with environment({"OMMATID_A": "2", "OMMATID_B": "3"}):
@@ -156,7 +156,7 @@ def test_workers_with_other_libraries_are_refused_by_name() -> None:
         raise AssertionError
 
 
-def test_workers_go_where_the_driver_is_if_they_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_use_the_drivers_folder_if_they_can_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = os.getcwd()
     with Driver(Driver.here().versions, str(tmp_path)).enter("tcp://x"):
         assert os.getcwd() == str(tmp_path)

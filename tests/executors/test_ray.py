@@ -1,4 +1,4 @@
-"""Proves on a real Ray that every shard is made, whatever happens to the processes that make them."""
+"""Proves on a real Ray cluster that every shard is made, whatever happens to the worker processes."""
 
 import logging
 import os
@@ -49,7 +49,7 @@ def test_a_shard_that_kills_every_worker_is_named(cluster: RayExecutor, tmp_path
     assert job.attempts(3) == 3
 
 
-def test_an_error_for_the_user_arrives_as_it_is(cluster: RayExecutor, tmp_path: Path) -> None:
+def test_an_error_for_the_user_arrives_unchanged(cluster: RayExecutor, tmp_path: Path) -> None:
     job = RefuseJob(str(tmp_path))
     with pytest.raises(ArtefactError, match=r"^images: image 5 cannot be decoded any more$") as caught:
         run(cluster, job, range(6), lambda shard: None)
@@ -57,12 +57,12 @@ def test_an_error_for_the_user_arrives_as_it_is(cluster: RayExecutor, tmp_path: 
     assert job.attempts(3) == 3
 
 
-def test_an_error_that_passes_does_no_harm(cluster: RayExecutor, tmp_path: Path) -> None:
+def test_a_transient_error_does_no_harm(cluster: RayExecutor, tmp_path: Path) -> None:
     run(cluster, RefuseJob(str(tmp_path), times=2), range(6), lambda shard: None)
     assert sorted(made(tmp_path)) == list(range(6))
 
 
-def test_an_error_of_ours_says_where_it_happened(cluster: RayExecutor, tmp_path: Path) -> None:
+def test_an_internal_error_says_where_it_happened(cluster: RayExecutor, tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError, match="planted") as caught:
         run(cluster, BreakJob(str(tmp_path)), range(6), lambda shard: None)
     (note,) = caught.value.__notes__
@@ -71,7 +71,7 @@ def test_an_error_of_ours_says_where_it_happened(cluster: RayExecutor, tmp_path:
         run(cluster, StubbornJob(str(tmp_path)), range(6), lambda shard: None)
 
 
-def test_no_more_shards_are_taken_than_there_are_places(cluster: RayExecutor, tmp_path: Path) -> None:
+def test_only_as_many_shards_are_taken_as_there_are_workers(cluster: RayExecutor, tmp_path: Path) -> None:
     shards = Counted(30)
     run(cluster, WriteJob(str(tmp_path)), shards, shards.finish)
     assert len(made(tmp_path)) == shards.done == 30
@@ -94,14 +94,14 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(scheme: str) -> None:
     assert time.monotonic() - began < HANG_SECONDS / 10  # Ray itself tries for minutes
 
 
-def test_without_a_place_it_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_gives_up_if_no_worker_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "_SECONDS_WITHOUT_WORKERS", 1)
     problem = "the Ray cluster has had no room for a worker for 1 seconds"
     with ray_cluster(tmp_path / "log", n_places=0) as params, pytest.raises(ExecutorError, match=problem):
         run(params, WriteJob(str(tmp_path)), range(3), lambda shard: None)
 
 
-def test_a_cluster_without_ommatid_is_told_so(tmp_path: Path) -> None:
+def test_a_cluster_without_ommatid_is_an_error_that_says_so(tmp_path: Path) -> None:
     (tmp_path / "old/ommatid").mkdir(parents=True)
     (tmp_path / "old/ommatid/__init__.py").touch()
     problem = r"a worker cannot start \(.*ommatid[.].*'\); install the same versions on all nodes as here"
@@ -148,7 +148,7 @@ def test_no_process_outlives_its_driver(tmp_path: Path, number: signal.Signals, 
     driver.end(number)
 
 
-def test_a_missing_library_is_told_with_the_command_that_installs_it() -> None:
+def test_a_missing_library_is_an_error_with_the_command_that_installs_it() -> None:
     code = "import sys; sys.modules['ray'] = None; import ommatid.executors.ray"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ExecutorError: extract.executor: ray is not installed" in ended.stderr

@@ -1,4 +1,4 @@
-"""Proves that imported activations are all there once, to the bit, whatever the format, and that what is wrong is said before work."""
+"""Proves that imported activations are all there once, bit for bit, in every format, and that problems are reported before any work."""
 
 import os
 import pickle
@@ -166,7 +166,7 @@ def test_every_token_is_there_once_to_the_bit(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("write", ARRAYS)
 @pytest.mark.parametrize("images", [None, [7, 7, 2, 3, 9, 9, 9, 2**31 - 1, 0, 0, 0, 0, 0, 5]])
-def test_images_with_several_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Write, images: list[int] | None) -> None:
+def test_images_may_have_several_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Write, images: list[int] | None) -> None:
     small(monkeypatch, rows_per_block=8, images_per_shard=3)
     x = planted(14, 4)
     path = write(tmp_path / "acts", x, images and torch.tensor(images))
@@ -179,7 +179,7 @@ def test_images_with_several_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert artefact.tables == ["eval", "train"]
 
 
-def test_the_split_is_by_image_and_by_nothing_else(tmp_path: Path) -> None:
+def test_the_split_depends_on_the_image_alone(tmp_path: Path) -> None:
     images = torch.arange(1000).repeat(3)
     artefact = make(tmp_path / "out", write_safetensors(tmp_path / "x", planted(3000), images[torch.randperm(3000)]))
     train, held = (set(artefact.read(table)["image"].to_pylist()) for table in ("train", "eval"))
@@ -210,13 +210,13 @@ def test_every_float_is_rounded_to_the_nearest_float16(tmp_path: Path, dtype: to
 
 
 @pytest.mark.parametrize("dtype", [">f4", "<f8", ">f2"])
-def test_arrays_of_numpy_in_any_byte_order_and_layout(tmp_path: Path, dtype: str) -> None:
+def test_numpy_arrays_may_have_any_byte_order_and_layout(tmp_path: Path, dtype: str) -> None:
     x = np.asfortranarray(planted(20).numpy().astype(dtype))
     np.save(tmp_path / "x.npy", x)
     assert all_rows(make(tmp_path / "out", tmp_path / "x.npy")) == expected(planted(20)[:, None])
 
 
-def test_bytes_are_what_the_metadata_says(tmp_path: Path) -> None:
+def test_binary_columns_are_read_as_their_metadata_says(tmp_path: Path) -> None:
     x = planted(20)
     column = pa.array([row.tobytes() for row in x.float().numpy()], pa.binary(4 * D_MODEL))
     pq.write_table(pa.table({"x": column}).replace_schema_metadata({"dtype": "float32"}), tmp_path / "x.parquet")
@@ -232,13 +232,13 @@ def test_our_own_tables_can_be_imported(tmp_path: Path) -> None:
         assert theirs == ours
 
 
-def test_tensors_of_a_training_graph_and_other_things_beside_them(tmp_path: Path) -> None:
+def test_tensors_with_gradients_and_other_objects_beside_them_are_read(tmp_path: Path) -> None:
     x = planted(20)
     torch.save({"acts": torch.nn.Parameter(x.float()), "layer": 11, "names": ["a"], "logits": torch.zeros(3)}, tmp_path / "x.pt")
     assert all_rows(make(tmp_path / "out", tmp_path / "x.pt", key="acts")) == expected(x[:, None])
 
 
-def test_rows_beside_one_another_come_from_different_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adjacent_rows_come_from_different_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch, rows_per_block=40, images_per_shard=100, rows_per_shard=1)
     x = torch.arange(400)[:, None, None].expand(400, 10, D_MODEL).half()  # image i is filled with i, in order
     artefact = make(tmp_path / "out", write_npy(tmp_path / "x", x))
@@ -251,7 +251,7 @@ def test_rows_beside_one_another_come_from_different_images(tmp_path: Path, monk
         assert (from_float16(part["x"])[:, 0].numpy() == image).all()
 
 
-def test_images_in_no_order_are_mixed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_in_no_order_are_shuffled_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch, rows_per_block=50, images_per_shard=100)
     images = torch.randperm(2000, generator=torch.Generator().manual_seed(0)) // 10
     x = planted(2000)
@@ -267,7 +267,7 @@ def refuse(tmp_path: Path, path: Path, message: str, **changes: Any) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_missing_files_are_named(tmp_path: Path) -> None:
     refuse(
         tmp_path,
         tmp_path / "none",
@@ -279,7 +279,7 @@ def test_nothing_there(tmp_path: Path) -> None:
     refuse(tmp_path, tmp_path / "in" / "readme.txt", r"readme.txt: extract.path must end in .npy, ")
 
 
-def test_files_that_do_not_go_together(tmp_path: Path) -> None:
+def test_files_that_do_not_match_are_refused(tmp_path: Path) -> None:
     write_npy(tmp_path / "a", planted(4))
     write_pt(tmp_path / "b", planted(4))
     refuse(tmp_path, tmp_path, "holds files of several formats, such as a.npy and b.pt")
@@ -294,24 +294,24 @@ def test_files_that_do_not_go_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(6,), (2, 2, 2, 6)])
 @pytest.mark.parametrize("write", ARRAYS)
-def test_other_shapes(tmp_path: Path, write: Write, shape: tuple[int, ...]) -> None:
+def test_arrays_of_other_shapes_are_refused(tmp_path: Path, write: Write, shape: tuple[int, ...]) -> None:
     path = write(tmp_path / "x", torch.zeros(shape))
     refuse(tmp_path, path, rf"x\.\w+: has shape \({', '.join(map(str, shape))}\); activations must be \(tokens, d_model\) or")
 
 
 @pytest.mark.parametrize("write", ARRAYS + PARQUET)
-def test_empty_files(tmp_path: Path, write: Write) -> None:
+def test_empty_files_are_refused(tmp_path: Path, write: Write) -> None:
     refuse(tmp_path, write(tmp_path / "x", planted(0)), r"x\.\w+: is empty, its shape is \(0, ")
 
 
 @pytest.mark.parametrize("write", ARRAYS)
-def test_integers(tmp_path: Path, write: Write) -> None:
+def test_integers_are_refused(tmp_path: Path, write: Write) -> None:
     refuse(
         tmp_path, write(tmp_path / "x", torch.ones(4, 6, dtype=torch.int64)), "activations must be float16, bfloat16, float32 or float64"
     )
 
 
-def test_a_key_that_is_unknown_or_missing(tmp_path: Path) -> None:
+def test_an_unknown_or_missing_key_is_named(tmp_path: Path) -> None:
     x = planted(4).float()
     save_file({"resid": x, "mlp": x + 1}, tmp_path / "x.safetensors")
     listed = r"the file has mlp \(F32 \(4, 6\)\), resid \(F32 \(4, 6\)\)"
@@ -355,13 +355,13 @@ def test_images_in_a_list_are_images(tmp_path: Path, images: Any) -> None:
     ],
     ids=str,
 )
-def test_images_that_are_none_are_refused(tmp_path: Path, images: Any, said: str) -> None:
+def test_objects_that_are_not_image_ids_are_refused(tmp_path: Path, images: Any, said: str) -> None:
     torch.save({"x": planted(4), "image": images}, tmp_path / "x.pt")
     refuse(tmp_path, tmp_path / "x.pt", said)
 
 
 @pytest.mark.parametrize("name", ["Image", "images", "image_id", "image_ids", "img_idx", "sample_index", "ids", "index"])
-def test_images_by_another_name_are_not_passed_over(tmp_path: Path, name: str) -> None:
+def test_image_ids_under_another_name_are_not_ignored(tmp_path: Path, name: str) -> None:
     said = f"'{name}' is not read; call it 'image' if it says which image an entry comes from, or leave it out"
     x, images = planted(4).float(), torch.tensor([0, 0, 1, 1])
     torch.save({"x": x, name: images.tolist()}, tmp_path / "x.pt")
@@ -371,7 +371,7 @@ def test_images_by_another_name_are_not_passed_over(tmp_path: Path, name: str) -
         refuse(tmp_path, tmp_path / f"x.{ending}", said, key="x")
 
 
-def test_what_is_not_read_is_said_and_hidden_files_are_as_everywhere(tmp_path: Path) -> None:
+def test_unread_files_are_reported_and_hidden_ones_are_skipped(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     for name in ("a", ".ipynb_checkpoints/a-checkpoint", ".b"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -392,7 +392,7 @@ def test_what_is_not_read_is_said_and_hidden_files_are_as_everywhere(tmp_path: P
     ]
 
 
-def test_rows_without_images_are_said_to_be_images(tmp_path: Path) -> None:
+def test_without_image_ids_each_row_counts_as_an_image(tmp_path: Path) -> None:
     for shape, n in (((40,), 1), ((10, 4), 0)):
         events: list[Any] = []
         make(tmp_path / f"out{n}", write_npy(tmp_path / f"x{n}", planted(*shape)), events.append)
@@ -400,13 +400,13 @@ def test_rows_without_images_are_said_to_be_images(tmp_path: Path) -> None:
         assert len(said) == n and all("do not say which image a row comes from, so each of 40 rows counts" in what for what in said)
 
 
-def test_images_beside_nothing(tmp_path: Path) -> None:
+def test_image_ids_without_activations_are_refused(tmp_path: Path) -> None:
     write_npy(tmp_path / "a", planted(4), torch.arange(4))
     (tmp_path / "a.image.npy").rename(tmp_path / "b.image.npy")
     refuse(tmp_path, tmp_path, "b.image.npy: holds the images of the entries of b.npy, and there is no such file")
 
 
-def test_a_url_is_no_place_for_activations(tmp_path: Path) -> None:
+def test_a_url_of_activations_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"s3://bucket/acts: extract.path must be on this machine"):
         open_files("s3://bucket/acts", None)
 
@@ -432,7 +432,7 @@ def _npy(header: bytes) -> bytes:
         ("x.parquet", b"hunter2 hunter2", "cannot be read as Parquet"),
     ],
 )
-def test_what_is_said_of_a_damaged_file_holds_nothing_of_it(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_messages_about_damaged_files_do_not_quote_them(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     """It may be a link to a file that is nobody's business."""
     (tmp_path / "secret").write_bytes(content)
     (tmp_path / name).symlink_to(tmp_path / "secret")
@@ -442,14 +442,14 @@ def test_what_is_said_of_a_damaged_file_holds_nothing_of_it(tmp_path: Path, name
 
 
 @pytest.mark.parametrize("ending", ["npy", "safetensors", "pt", "parquet"])
-def test_a_link_that_leads_nowhere(tmp_path: Path, ending: str) -> None:
+def test_a_broken_link_is_named(tmp_path: Path, ending: str) -> None:
     (tmp_path / f"x.{ending}").symlink_to("nowhere")
     with pytest.raises(SourceError, match=rf"x\.{ending}: cannot be read .*No such file or directory"):
         open_files(str(tmp_path), None)
 
 
 @pytest.mark.parametrize(("names", "twice"), [(["x", "x", "image"], "x"), (["x", "image", "image"], "image")])
-def test_columns_of_one_name_are_refused(tmp_path: Path, names: list[str], twice: str) -> None:
+def test_two_columns_with_the_same_name_are_refused(tmp_path: Path, names: list[str], twice: str) -> None:
     columns = [pa.array([[1.0]]) if name == "x" else pa.array([1]) for name in names]
     pq.write_table(pa.table(columns, names=names), tmp_path / "x.parquet")
     refuse(tmp_path, tmp_path / "x.parquet", f"has 2 columns named {twice}; give each another name")
@@ -471,7 +471,7 @@ def test_a_pt_file_that_needs_pickle_is_not_opened(tmp_path: Path) -> None:
     refuse(tmp_path, tmp_path / "x.pt", r"holds a sparse tensor \(torch.sparse_coo\); save it dense")
 
 
-def test_arrays_of_objects(tmp_path: Path) -> None:
+def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.array([{"a": 1}, {"b": 2}], dtype=object))
     refuse(tmp_path, tmp_path / "x.npy", "x.npy: an array of Python objects; write it with np.save")
     (tmp_path / "y.npy").write_bytes(pickle.dumps([1, 2]))
@@ -480,13 +480,13 @@ def test_arrays_of_objects(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("write", ARRAYS + PARQUET)
 @pytest.mark.parametrize("keep", [0, 3, 0.5, 0.99])
-def test_files_that_were_cut_off(tmp_path: Path, write: Write, keep: float) -> None:
+def test_truncated_files_are_refused(tmp_path: Path, write: Write, keep: float) -> None:
     path = write(tmp_path / "x", planted(500))
     os.truncate(path, int(keep * path.stat().st_size) if isinstance(keep, float) else keep)
     refuse(tmp_path, path, r"x\.\w+: (not a complete|cannot be read)")
 
 
-def test_images_that_are_none(tmp_path: Path) -> None:
+def test_image_ids_of_the_wrong_shape_type_or_range_are_refused(tmp_path: Path) -> None:
     x = planted(4)
     for image in (torch.arange(5), torch.zeros(4), torch.zeros(4, 1, dtype=torch.int64)):
         for write in ARRAYS:
@@ -504,7 +504,7 @@ def test_images_that_are_none(tmp_path: Path) -> None:
     refuse(tmp_path, tmp_path / "x.parquet", "row 1 of column image is null")
 
 
-def test_columns_that_are_no_matrix(tmp_path: Path) -> None:
+def test_columns_that_do_not_form_a_matrix_are_refused(tmp_path: Path) -> None:
     def parquet(column: pa.Array, metadata: dict[str, str] | None = None) -> Path:
         pq.write_table(pa.table({"x": column}).replace_schema_metadata(metadata), tmp_path / "x.parquet")
         return tmp_path / "x.parquet"
@@ -526,7 +526,7 @@ def test_columns_that_are_no_matrix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_npy, write_lists])
-def test_what_float16_cannot_hold_is_named_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
+def test_values_outside_the_range_of_float16_are_named_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
     small(monkeypatch, rows_per_block=5, images_per_shard=8)
     (tmp_path / "in").mkdir()
     whole = planted(30).float()
@@ -568,7 +568,7 @@ class Killed(BaseException):
     ("what", "at"), [("read blocks", 1), ("read blocks", 7), ("read blocks", 17), ("write shards", 1), ("write shards", 3)]
 )
 @pytest.mark.parametrize("write", [write_npy, write_old_pt, write_lists])
-def test_a_killed_import_goes_on_and_ends_with_the_same_bytes(
+def test_a_killed_import_continues_and_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Write, what: str, at: int
 ) -> None:
     small(monkeypatch, rows_per_block=5, images_per_shard=3)
@@ -619,7 +619,7 @@ def test_other_images_beside_the_same_file_start_an_import_anew(tmp_path: Path) 
     assert {image for image, _ in all_rows(make(tmp_path / "out", path))} == set(range(100, 160))
 
 
-def test_an_image_with_very_many_rows_makes_no_tail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_with_very_many_rows_is_spread_over_the_whole_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch, rows_per_block=500, images_per_shard=10_000)
     images = torch.arange(1000) // 4
     images = torch.cat([torch.full((200,), 999), images])  # the first block is mostly of one image
@@ -630,7 +630,7 @@ def test_an_image_with_very_many_rows_makes_no_tail(tmp_path: Path, monkeypatch:
     assert 3 <= artefact.summary["window"] <= 6
 
 
-def test_a_name_that_is_no_folder(tmp_path: Path) -> None:
+def test_a_hookpoint_that_cannot_name_a_folder_is_refused(tmp_path: Path) -> None:
     path = write_npy(tmp_path / "x", planted(4))
     with pytest.raises(ConfigError, match=r"extract.name: 'scratch' is a folder that Ommatid uses itself"):
         make(tmp_path / "out", path, name="scratch")
@@ -639,7 +639,7 @@ def test_a_name_that_is_no_folder(tmp_path: Path) -> None:
         make_params(values, "test")
 
 
-def test_a_disk_that_is_too_small_is_said_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_is_reported_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_npy(tmp_path / "x", planted(4))
     monkeypatch.setattr(module.shutil, "disk_usage", lambda place: SimpleNamespace(free=10))
     with pytest.raises(ArtefactError, match=r"the import needs \d+ kB, but only 0 kB is free; make room"):
@@ -659,7 +659,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_an_sae_is_trained_on_an_import_and_what_needs_images_says_so(checkout: Path) -> None:
+def test_an_sae_can_be_trained_on_an_import_and_stages_that_need_images_say_so(checkout: Path) -> None:
     truth = torch.nn.functional.normalize(torch.randn(8, D_MODEL, generator=torch.Generator().manual_seed(0)), dim=1)
     active = torch.randint(8, (3000,), generator=torch.Generator().manual_seed(1))
     params = import_params(write_pt(checkout / "acts", truth[active] * 3, torch.arange(3000) // 3))
@@ -675,7 +675,7 @@ def test_an_sae_is_trained_on_an_import_and_what_needs_images_says_so(checkout: 
         assert not (checkout / f"data/{stage}").exists()
 
 
-def test_the_gate_looks_at_an_import(checkout: Path) -> None:
+def test_the_gate_checks_an_import(checkout: Path) -> None:
     x = planted(200)
     x[7] = 0
     with pytest.raises(GateError, match=r"no activation is all zeros: .*image 7 token 0"):
@@ -683,7 +683,7 @@ def test_the_gate_looks_at_an_import(checkout: Path) -> None:
     assert not (checkout / "data/activations").exists()
 
 
-def test_params_of_an_import(tmp_path: Path) -> None:
+def test_the_params_of_an_import_are_validated(tmp_path: Path) -> None:
     params = import_params(tmp_path)
     assert params.hookpoint == "theirs.blocks.3"
     assert dotted(params)["extract.source"] == "files"
@@ -728,7 +728,7 @@ def test_the_example_of_the_page_runs(checkout: Path, edited: bool) -> None:
     assert sae.summary["fvu"] < 1
 
 
-def test_the_changes_to_dvc_yaml_that_the_page_asks_for_apply() -> None:
+def test_the_changes_to_dvc_yaml_on_the_page_apply() -> None:
     stage = yaml.safe_load((CHECKOUT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["extract"]
     assert "data/images" in stage["deps"]
     assert "data/sources/extract.json" in stage["deps"]

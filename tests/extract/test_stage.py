@@ -1,4 +1,4 @@
-"""Proves that activations land in the right row with the right place, mixed but reproducible, and that a kill loses one chunk."""
+"""Proves that activations have the right row and position, in a reproducible shuffled order, and that a kill loses one chunk at most."""
 
 import errno
 import pickle
@@ -89,7 +89,7 @@ def splits(images: Artefact) -> dict[int, str]:
     return dict(zip(*(images.read("images")[name].to_pylist() for name in ("image", "split")), strict=True))
 
 
-def test_every_patch_is_there_once_with_its_place_and_value(tmp_path: Path, images: Artefact, model: TileModel) -> None:
+def test_every_patch_is_written_once_with_its_position_and_value(tmp_path: Path, images: Artefact, model: TileModel) -> None:
     artefact = make_tiles(tmp_path, images)
     assert len(artefact.files("train")) == 2  # shards
     truth, split = expected(model, images), splits(images)
@@ -109,7 +109,7 @@ def test_every_patch_is_there_once_with_its_place_and_value(tmp_path: Path, imag
     assert artefact.summary["n_train_tokens"] == artefact.rows("train")
 
 
-def test_rows_beside_one_another_come_from_different_images(tmp_path: Path, images: Artefact, model: TileModel) -> None:
+def test_adjacent_rows_come_from_different_images(tmp_path: Path, images: Artefact, model: TileModel) -> None:
     artefact = make_tiles(tmp_path, images)
     size = artefact.summary["window"]
     n_train = sum(split == "train" for split in splits(images).values())
@@ -129,7 +129,7 @@ def test_a_shard_is_a_sample_of_the_whole_set(tmp_path: Path, images: Artefact, 
         assert (np.diff(image) > 0).all()
 
 
-def test_embeddings_are_unit_and_once_an_image(tmp_path: Path, images: Artefact, model: TileModel) -> None:
+def test_each_image_has_one_embedding_of_unit_norm(tmp_path: Path, images: Artefact, model: TileModel) -> None:
     table = make_tiles(tmp_path, images).read("embeddings")
     assert sorted(table["image"].to_pylist()) == list(range(N_IMAGES))
     for column in ("joint", "judge"):
@@ -137,7 +137,7 @@ def test_embeddings_are_unit_and_once_an_image(tmp_path: Path, images: Artefact,
         torch.testing.assert_close(vectors.norm(dim=1), torch.ones(N_IMAGES))
 
 
-def test_several_hookpoints_come_from_one_pass_as_one_artefact_each(tmp_path: Path, images: Artefact, model: TileModel) -> None:
+def test_several_hookpoints_take_one_pass_and_have_an_artefact_each(tmp_path: Path, images: Artefact, model: TileModel) -> None:
     alone = make_tiles(tmp_path / "alone", images, tokens="all")
     model.n_captured = 0
     both = make(tmp_path / "both", images, hookpoints=["tiles", "cls"], tokens="all")
@@ -160,7 +160,7 @@ def test_a_planted_bright_tile_is_the_brightest_patch(model: TileModel) -> None:
         assert int(tokens[0].norm(dim=1).argmax()) == index
 
 
-def test_token_policies() -> None:
+def test_each_token_policy_keeps_its_tokens() -> None:
     x = torch.arange(2 * 8 * 4.0).view(2, 8, 4)
     whole = Hookpoint(4, ("cls", "register"), GRID)
 
@@ -191,7 +191,7 @@ def test_token_policies() -> None:
         TokenPicker("h", Hookpoint(4, ("cls",), None), "patch")
 
 
-def test_a_sample_keeps_so_many_tokens_of_each_training_image(tmp_path: Path, images: Artefact, model: TileModel) -> None:
+def test_a_sample_keeps_the_given_number_of_tokens_per_training_image(tmp_path: Path, images: Artefact, model: TileModel) -> None:
     artefact = make_tiles(tmp_path, images, sample=2)
     train = artefact.read("train", ["image", "token"]).to_pandas()
     assert set(train.groupby("image").size()) == {2}
@@ -216,7 +216,7 @@ def test_long_tokens_are_left_out_of_training() -> None:
     assert sampled.sum(axis=1).tolist() == [5, 4, 5]
 
 
-def test_the_plan_deals_every_block_once_and_evenly() -> None:
+def test_the_plan_assigns_every_block_once_and_evenly() -> None:
     blocks = np.array([(file, group, 128) for file in range(50) for group in range(20)], dtype=np.int32)
     table = make_plan(blocks)
     dealt = np.stack([table[name].to_numpy() for name in ("file", "row_group", "n_images")], axis=1)
@@ -231,7 +231,7 @@ def test_the_plan_deals_every_block_once_and_evenly() -> None:
     assert make_plan(np.array([(0, 0, 50_000), (0, 1, 3)], np.int32))["shard"].to_pylist() == [0, 1]
 
 
-def test_the_order_of_rows_goes_through_the_images_in_rounds() -> None:
+def test_rows_are_ordered_in_rounds_over_the_images() -> None:
     rng = np.random.default_rng(0)
     image = np.repeat(np.arange(400), 5)
     order = order_rows(image, rng)
@@ -243,7 +243,7 @@ def test_the_order_of_rows_goes_through_the_images_in_rounds() -> None:
     assert len(order_rows(np.empty(0, np.int64), rng).argsort()) == 0
 
 
-def test_an_image_with_many_rows_makes_no_tail() -> None:
+def test_an_image_with_many_rows_is_spread_over_the_whole_order() -> None:
     rng = np.random.default_rng(0)
     counts = np.array([100] + [50] * 200 + [10] * 400)
     image = rng.permutation(np.arange(len(counts)).repeat(counts))
@@ -278,7 +278,9 @@ def test_a_model_without_text_needs_a_namer(tmp_path: Path, images: Artefact, mo
     assert len(table) == N_IMAGES
 
 
-def test_the_difference_to_float32_is_told(tmp_path: Path, images: Artefact, model: TileModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_difference_from_float32_is_reported(
+    tmp_path: Path, images: Artefact, model: TileModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Rough(TileModel):
         def capture(self, pixels: torch.Tensor, hookpoints: Sequence[str]) -> Captured:
             exact = super().capture(pixels, hookpoints)
@@ -293,7 +295,7 @@ class Killed(BaseException):
     pass
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, images: Artefact, model: TileModel) -> None:
+def test_a_killed_run_continues_and_ends_with_the_same_bytes(tmp_path: Path, images: Artefact, model: TileModel) -> None:
     whole = make(tmp_path / "whole", images)
     model.n_captured = 0
 
@@ -310,7 +312,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, image
     again.verify()
 
 
-def test_what_other_weights_left_is_not_continued(tmp_path: Path, images: Artefact, model: TileModel) -> None:
+def test_a_draft_begun_with_other_weights_is_not_continued(tmp_path: Path, images: Artefact, model: TileModel) -> None:
     def kill(event: object) -> None:
         if isinstance(event, Progress) and event.done >= 450:
             raise Killed
@@ -351,7 +353,7 @@ def test_images_that_changed_under_a_worker_are_refused(tmp_path: Path, images: 
 
 
 @pytest.mark.parametrize("name", ["embeddings", "scratch"])
-def test_a_hookpoint_may_have_any_name_but_two(
+def test_two_names_of_hookpoints_are_reserved(
     name: str, tmp_path: Path, images: Artefact, model: TileModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Named(TileModel):
@@ -369,13 +371,13 @@ def test_a_hookpoint_may_have_any_name_but_two(
         assert make(tmp_path, images, hookpoints=[name]).child(name, "activations").rows("embeddings") == N_IMAGES
 
 
-def test_a_job_travels_without_its_listener() -> None:
+def test_a_job_is_pickled_without_its_listener() -> None:
     job = ShardJob("{}", "images", "digest", "draft", (0.5,), on_chunk=lambda shard, done: None)
     assert pickle.loads(pickle.dumps(job)) == ShardJob("{}", "images", "digest", "draft", (0.5,))
     assert pickle.loads(pickle.dumps(job)).on_chunk is not job.on_chunk
 
 
-def test_a_small_disk_is_refused_with_both_numbers_and_what_would_fit(
+def test_a_small_disk_is_an_error_with_the_space_needed_and_a_way_to_need_less(
     tmp_path: Path, images: Artefact, model: TileModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage: Callable[[Any], Any] = shutil.disk_usage
@@ -391,7 +393,7 @@ def test_a_small_disk_is_refused_with_both_numbers_and_what_would_fit(
     make(tmp_path, images)
 
 
-def test_the_size_is_known_before(tmp_path: Path, images: Artefact, model: TileModel) -> None:
+def test_the_size_is_known_in_advance(tmp_path: Path, images: Artefact, model: TileModel) -> None:
     artefact = make(tmp_path, images, sample=3)
     size = disk_space.size_of(params(sample=3), images.summary, towers.Towers(params(sample=3)))
     found = sum(path.stat().st_size for path in artefact.path.rglob("*.parquet"))

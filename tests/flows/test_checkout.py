@@ -1,4 +1,4 @@
-"""A run works in the checkout, or in a worktree of its own that leaves the checkout as it was, byte for byte."""
+"""A run works in the checkout, or in a worktree of its own that leaves the checkout unchanged, byte for byte."""
 
 import contextlib
 import json
@@ -57,7 +57,7 @@ class Leave(Exception):
     pass
 
 
-def test_same_params_work_in_the_checkout_in_dvcs_order_and_only_what_changed_runs(checkout: Path) -> None:
+def test_a_run_with_unchanged_params_works_in_the_checkout_and_runs_only_what_changed(checkout: Path) -> None:
     (checkout / "src/train.py").write_text("changed = True\n")
     said: list[str] = []
     with open_workplace(checkout, params_of(checkout), "run-1", said.append) as place:
@@ -71,7 +71,7 @@ def test_same_params_work_in_the_checkout_in_dvcs_order_and_only_what_changed_ru
     assert ran(checkout) == [["train", "-", "run-1"]] and run(checkout, "dvc", "repro").count("didn't change, skipping") == 3
 
 
-def test_dvc_depends_on_what_the_stages_read_and_not_on_a_walk_of_its_own(checkout: Path, tmp_path: Path) -> None:
+def test_dvc_depends_on_what_the_stages_read(checkout: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (checkout / "photos/ext").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / "elsewhere/new.jpg").write_text("new")
@@ -92,7 +92,7 @@ def test_dvc_depends_on_what_the_stages_read_and_not_on_a_walk_of_its_own(checko
     assert (checkout / "data/images/out.json").read_bytes() == before
 
 
-def test_an_override_is_an_experiment_that_leaves_the_checkout_as_it_was(checkout: Path) -> None:
+def test_a_run_with_an_override_is_an_experiment_that_leaves_the_checkout_alone(checkout: Path) -> None:
     params = checkout / "params.yaml"  # what follows is not committed: part of the experiment all the same
     params.write_text(params.read_text().replace("seed: 0", "seed: 5", 1))
     (checkout / "src/train.py").write_text("not_committed = True\n")
@@ -142,7 +142,7 @@ def test_images_under_dvc_add_reach_an_experiment(checkout: Path) -> None:
     assert [line[0] for line in ran(checkout)] == ["train", "evaluate"]
 
 
-def test_a_failing_stage_says_its_error_and_leaves_no_lock_entry(checkout: Path) -> None:
+def test_a_failing_stage_reports_its_error_and_leaves_no_lock_entry(checkout: Path) -> None:
     params = checkout / "params.yaml"
     params.write_text(params.read_text().replace("k: 32", "k: 13"))
     with pytest.raises(RunError, match=r"^train: 13 is unlucky$"):
@@ -161,7 +161,7 @@ def test_a_failing_stage_of_an_experiment_names_the_worktree_in_which_its_files_
     assert place.root.is_dir() and place.root != checkout
 
 
-def test_the_worktree_of_a_run_that_died_is_continued_and_cleared_after_a_day(checkout: Path) -> None:
+def test_the_worktree_of_an_interrupted_run_is_continued_and_removed_after_a_day(checkout: Path) -> None:
     with opened(checkout, "train.k=14") as (place, said):
         tree = place.root
         (tree / "data/.work").mkdir(parents=True)
@@ -213,7 +213,7 @@ def test_runs_in_the_checkout_wait_for_each_other(checkout: Path) -> None:
     assert events == ["in", "out", "in", "out"]
 
 
-def test_what_is_missing_is_said(checkout: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_usable_checkout_is_refused(checkout: Path, tmp_path: Path) -> None:
     params = params_of(checkout)
     plain = tmp_path / "plain"
     plain.mkdir()
@@ -225,9 +225,7 @@ def test_what_is_missing_is_said(checkout: Path, tmp_path: Path) -> None:
         pass
 
 
-def test_git_that_is_missing_or_does_not_trust_the_folder_is_not_called_a_folder_without_git(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_of_git_are_told_apart_from_a_folder_without_git(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params = params_of(checkout)
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
     with pytest.raises(RunError, match="dubious ownership"), open_workplace(checkout, params, None, print):
@@ -247,7 +245,7 @@ def test_a_path_that_leads_out_of_the_checkout_is_refused_in_an_experiment(check
     assert not list((checkout / ".worktrees").glob("*/"))
 
 
-def test_files_that_git_does_not_know_are_warned_of(checkout: Path) -> None:
+def test_untracked_files_cause_a_warning(checkout: Path) -> None:
     (checkout / "src/new.py").write_text("")
     with opened(checkout, "evaluate.n_top=32") as (_, said):
         assert any(line.startswith("warning: git does not track src/new.py") for line in said)
@@ -260,7 +258,7 @@ def test_an_experiment_is_named_for_its_first_overrides(checkout: Path) -> None:
     assert name_experiment(differences(old, params_of(checkout, "train.lr=0.001")), "a").startswith("train-lr-0-001-")
 
 
-def test_a_kind_that_changes_keeps_params_yaml_whole(checkout: Path) -> None:
+def test_an_override_of_a_kind_leaves_a_valid_params_yaml(checkout: Path) -> None:
     (checkout / "elsewhere").mkdir()
     params = params_of(checkout, "images.source={kind: parquet, path: elsewhere}", "images.limit=null")
     with opened(checkout, "images.source={kind: parquet, path: elsewhere}", "images.limit=null") as (place, _):
@@ -293,7 +291,7 @@ def test_files_that_lists_in_the_params_name_are_reachable_too(checkout: Path) -
         ("3", "failed to reproduce 'train': failed to run: ommatid train, exited with 3"),
     ],
 )
-def test_a_stage_that_a_signal_ended_says_what_that_means(status: str, said: str) -> None:
+def test_a_stage_ended_by_a_signal_says_what_that_means(status: str, said: str) -> None:
     lines = ["terminate called after throwing an instance of 'std::bad_alloc'"]
     dvc = f"ERROR: failed to reproduce 'train': failed to run: ommatid train, exited with {status}"
     assert find_error([*lines, dvc], 255).startswith(said)

@@ -1,4 +1,4 @@
-"""A change of code reruns what it must: every module that makes a stage's numbers is a dependency of that stage, and no other."""
+"""A change of code reruns the right stages: the dependencies of a stage are exactly the modules that compute its numbers."""
 
 import ast
 import re
@@ -60,7 +60,7 @@ def needed_by(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_module_behind_a_stage_is_a_dependency_and_no_other(stage: str) -> None:
+def test_the_dependencies_of_a_stage_are_exactly_the_modules_it_uses(stage: str) -> None:
     deps = [REPOSITORY / dep for dep in STAGE_FILE[stage]["deps"] if dep.startswith("src/")]
     assert all(dep.exists() for dep in deps)
     files = {path for name in needed_by(ENTRIES[stage]) if (path := file_of(name))}
@@ -71,7 +71,7 @@ def test_every_module_behind_a_stage_is_a_dependency_and_no_other(stage: str) ->
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_in_dvc_is_the_verb_its_params_its_inputs_and_its_report(stage: str) -> None:
+def test_a_stage_in_dvc_runs_its_verb_with_its_params_inputs_and_report(stage: str) -> None:
     entry = STAGE_FILE[stage]
     assert entry["cmd"] == f"ommatid {stage}{' --allow-rejected' if stage in PER_SAE else ''}"
     section = {"extract": ExtractParams, "train": TrainParams}.get(stage)
@@ -88,7 +88,7 @@ def test_a_stage_in_dvc_is_the_verb_its_params_its_inputs_and_its_report(stage: 
     assert entry["metrics"] == [f"{QUALITY}/{stage}.json"]
 
 
-def test_what_params_name_by_path_is_looked_at_each_time_and_stays_while_it_is() -> None:
+def test_sources_named_by_path_are_checked_in_every_run() -> None:
     entry = STAGE_FILE["sources"]
     assert entry["cmd"] == "ommatid sources" and entry["always_changed"] and not entry.keys() & {"deps", "params"}
     assert entry["outs"] == [{path: {"persist": True}} for path in (f"{PLACE}/{stage}.json" for stage in SOURCE_STAGES)]

@@ -1,4 +1,4 @@
-"""The flows under a Prefect server: what they run, what they leave alone, how they fail."""
+"""The flows under a Prefect server: what they run, what they leave alone, and how they fail."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -69,9 +69,7 @@ def test_retrain_does_nothing_when_nothing_changed(here: Path, monkeypatch: pyte
     assert published == [] and ran(here) == []
 
 
-def test_retrain_runs_and_decides_when_images_changed_and_outlives_a_registry_that_does_not_answer(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retrain_runs_and_decides_when_images_changed_even_without_a_registry(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published = decided(monkeypatch)
 
     def unreachable() -> None:

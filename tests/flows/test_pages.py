@@ -1,4 +1,4 @@
-"""What a run shows: tables from the gates' reports, progress from the stages' lines, champion beside challenger."""
+"""The pages of a run: tables from the gates' reports, progress from the stages' lines, and the champion beside its challenger."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def report(root: Path, stage: str, success: bool = True) -> None:
     (root / f"data/quality/{stage}.json").write_text(text)
 
 
-def test_a_line_of_progress_is_a_share() -> None:
+def test_a_line_of_progress_becomes_a_share() -> None:
     assert pages.progress_in("extract images: 2048 of 8192") == ("extract images", 25.0)
     assert pages.progress_in("evaluate images, first pass: 3 of 3") == ("evaluate images, first pass", 100.0)
     for line in ("2 of 3", "step 4: fvu 0.5", "x: 1 of 0", "x: one of two", ""):
@@ -59,7 +59,7 @@ def test_the_headline_of_several_saes_has_a_column_for_each(tmp_path: Path) -> N
     assert "| `fvu` | 0.25 | 0.125 |" in table and "| `n` | 5 |  |" in table
 
 
-def test_no_catalogue_no_picture(tmp_path: Path) -> None:
+def test_there_is_no_picture_without_a_catalogue(tmp_path: Path) -> None:
     assert pages.features(tmp_path) is None
     assert pages.comparison(tmp_path) is None
     assert pages.report(tmp_path) is None
@@ -72,7 +72,7 @@ def test_pictures_need_no_network(tmp_path: Path) -> None:
         assert page and page.startswith("# The ") and "](data:image/png;base64," in page
 
 
-def test_the_report_has_its_numbers_tables_and_plots_inside(tmp_path: Path) -> None:
+def test_the_report_contains_its_numbers_tables_and_plots(tmp_path: Path) -> None:
     place = tmp_path / STAGES["catalog"].place
     catalog_artefacts.build(place.parent, catalog_artefacts.make_inputs(tmp_path))
     page = str(pages.report(tmp_path))
@@ -92,7 +92,7 @@ def test_a_decision_shows_both_sides() -> None:
     assert page.startswith("# champion: there was no champion") and "| ms |  | 0.4500 |" in page
 
 
-def test_the_pictures_of_health_are_inside_the_page_and_not_too_many(tmp_path: Path) -> None:
+def test_the_page_contains_a_limited_number_of_pictures_of_health(tmp_path: Path) -> None:
     assert pages.health(tmp_path) is None
     folder = tmp_path / QUALITY / HEALTH
     folder.mkdir(parents=True)

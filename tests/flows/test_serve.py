@@ -94,7 +94,7 @@ def errors_in(logs: Path) -> list[str]:
     return [line for line in said if re.search(r"ERROR|CRITICAL|Traceback|Error\b|[Ee]xception", line)]
 
 
-def test_flows_with_params_are_prefilled(tmp_path: Path) -> None:
+def test_forms_of_flows_are_filled_with_the_params(tmp_path: Path) -> None:
     tree = copy_tree(tmp_path)
     add_deployment(tree)
     found = {one.name: (one.work_pool.name, takes_params(tree.root, one)) for one in read_deployments(tree.root)}
@@ -111,7 +111,7 @@ def test_flows_with_params_are_prefilled(tmp_path: Path) -> None:
         ("*pool", "*lake", "infra/prefect.yaml: not valid YAML"),
     ],
 )
-def test_a_deployment_that_cannot_be_is_named(tmp_path: Path, old: str, new: str, says: str) -> None:
+def test_an_invalid_deployment_is_named(tmp_path: Path, old: str, new: str, says: str) -> None:
     tree = copy_tree(tmp_path)
     add_deployment(tree)
     path = tmp_path / "infra/prefect.yaml"
@@ -123,7 +123,7 @@ def test_a_deployment_that_cannot_be_is_named(tmp_path: Path, old: str, new: str
     assert says in str(error.value)
 
 
-def test_run_in_the_ui_with_an_override(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_an_override_can_be_started_in_the_ui(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = copy_tree(tmp_path / "tree")
     add_deployment(tree)
     assert_only_named(tree, PAGE)

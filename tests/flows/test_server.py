@@ -1,4 +1,4 @@
-"""Proves that a flow run by hand ends in one line whatever becomes of its Prefect server, its params or its stages."""
+"""Proves that a flow run by hand ends with one line, whatever happens to its Prefect server, its params or its stages."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def run_flow(checkout: Path, name: str, **more: str) -> "subprocess.CompletedPro
 
 
 @pytest.mark.parametrize("name", ["pipeline", "retrain"])
-def test_a_dead_server_is_one_line_that_says_what_to_do(checkout: Path, name: str) -> None:
+def test_a_dead_server_is_reported_in_one_line_that_says_what_to_do(checkout: Path, name: str) -> None:
     dead = f"http://somebody:secret@127.0.0.1:{free_port(20_000)}/api"
     done = run_flow(checkout, name, PREFECT_API_URL=dead)
     assert done.returncode == 1 and done.stdout == ""
@@ -45,7 +45,7 @@ def test_a_temporary_server_that_dies_is_noticed_at_once(checkout: Path, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["pipeline", "serve"])
-def test_broken_params_are_one_line(checkout: Path, name: str) -> None:
+def test_broken_params_are_reported_in_one_line(checkout: Path, name: str) -> None:
     params = checkout / "params.yaml"
     params.write_text(params.read_text().replace("k: 32", "k: many"))
     done = run_flow(checkout, name)

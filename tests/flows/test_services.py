@@ -1,4 +1,4 @@
-"""Proves that services end with all that they started, also with what a service that was killed has left."""
+"""Proves that services end with everything they started, and with what a killed service left behind."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from flows.services import Services
 from support.processes import wait_for, wait_for_end
 
 
-def test_what_a_killed_service_left_ends_with_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_left_by_a_killed_service_end_with_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "parent.py").write_text(
         "import subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)\n"

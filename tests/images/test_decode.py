@@ -81,12 +81,12 @@ def test_every_exif_orientation_is_turned_upright(orientation, kind, pixels, enc
     assert abs(found - pixels()).max() <= (3 if kind in ("JPEG", "AVIF") else 0)
 
 
-def test_damaged_exif_does_not_cost_the_image(pixels, encode):
+def test_an_image_with_damaged_exif_is_kept(pixels, encode):
     encoded = encode(pixels(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xfe" * 40)
     assert rgb(encoded).shape == pixels().shape
 
 
-def test_grey_and_bilevel(pixels, encode):
+def test_grey_and_bilevel_images_become_rgb(pixels, encode):
     grey = pixels()[..., 0]
     assert (rgb(encode(grey)) == grey[..., None]).all()
     bits = grey > 127
@@ -94,7 +94,7 @@ def test_grey_and_bilevel(pixels, encode):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
-def test_alpha_is_laid_on_white(kind, pixels, encode):
+def test_alpha_is_blended_onto_white(kind, pixels, encode):
     colour, alpha = pixels().astype(float), pixels(1)[..., :1].astype(float)
     alpha[:8] = 0
     layer = np.concatenate([colour, alpha], axis=2).astype(np.uint8)
@@ -104,7 +104,7 @@ def test_alpha_is_laid_on_white(kind, pixels, encode):
     assert (found[:8] == 255).all()
 
 
-def test_grey_with_alpha_is_laid_on_white(pixels, encode):
+def test_grey_with_alpha_is_blended_onto_white(pixels, encode):
     layer = pixels()[..., :2].astype(float)
     channels = [Image.fromarray(layer[..., i].astype(np.uint8)) for i in (0, 1)]
     found = rgb(encode(Image.merge("LA", channels)))
@@ -124,14 +124,14 @@ def palette_image() -> Image.Image:
     [({}, []), ({"transparency": 2}, [2]), ({"transparency": b"\x00\xff\x00\xff"}, [0, 2])],
     ids=["opaque", "one", "several"],
 )
-def test_palette_with_transparency(options, clear, encode):
+def test_a_palette_with_transparency_is_blended_onto_white(options, clear, encode):
     expected = np.arange(10, 130, 10).reshape(4, 3)
     expected[clear] = 255
     assert (rgb(encode(palette_image(), **options)).reshape(4, 3) == expected).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_one_transparent_colour(mode, pixels, encode):
+def test_a_single_transparent_colour_becomes_white(mode, pixels, encode):
     image = Image.fromarray(pixels()).convert(mode)
     expected = np.asarray(image.convert("RGB")).copy()
     corner = image.getpixel((0, 0))
@@ -139,7 +139,7 @@ def test_one_transparent_colour(mode, pixels, encode):
     assert (rgb(encode(image, transparency=corner)) == expected).all()
 
 
-def test_cmyk(encode):
+def test_cmyk_becomes_rgb(encode):
     inks = np.zeros((8, 8, 4), dtype=np.uint8)
     inks[:4, :, 0] = 255  # cyan above, paper below
     image = Image.frombytes("CMYK", (8, 8), inks.tobytes())
@@ -152,14 +152,14 @@ def test_cmyk(encode):
 @pytest.mark.parametrize(
     ("kind", "dtype"), [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2"), ("PPM", "<u2")], ids=["png", "tiff", "tiff-big-endian", "pgm"]
 )
-def test_sixteen_bits_are_scaled_not_clipped(kind, dtype, encode):
+def test_sixteen_bits_are_scaled_and_not_clipped(kind, dtype, encode):
     values = np.linspace(0, 65535, 256 * 4).round().astype(dtype).reshape(32, 32)
     found = rgb(encode(values, kind))
     assert (found == (values / 257 + 0.5).astype(np.uint8)[..., None]).all()
     assert len(np.unique(found)) == 256
 
 
-def test_sixteen_bits_with_a_transparent_grey(encode):
+def test_a_transparent_grey_of_sixteen_bits_becomes_white(encode):
     values = np.array([[0, 30000], [30001, 65535]], dtype=np.uint16)
     assert rgb(encode(values, transparency=30000))[..., 0].tolist() == [[0, 255], [117, 255]]
 
@@ -178,7 +178,7 @@ def test_sixteen_bits_with_a_transparent_grey(encode):
         (np.array([1e5, 1e5, 1e5], np.float32), [0, 0, 0]),
     ],
 )
-def test_wide_pixels_take_the_smallest_usual_range_that_holds_them(values, expected, encode):
+def test_wide_pixels_are_scaled_by_the_smallest_usual_range_that_holds_them(values, expected, encode):
     assert rgb(encode(values[None], "TIFF"))[0, :, 0].tolist() == expected
 
 
@@ -231,7 +231,7 @@ def tiff(values: np.ndarray, order: Literal["<", ">"] = "<", **tags: Any) -> byt
     ],
     ids=str,
 )
-def test_tags_of_tiff_say_what_the_values_mean(values, tags, expected):
+def test_tiff_tags_determine_the_range_of_values(values, tags, expected):
     with warnings.catch_warnings(action="error"):
         assert rgb(tiff(values[None], **tags))[0, :, 0].tolist() == expected
 
@@ -249,7 +249,7 @@ def test_a_dark_picture_of_16_bits_stays_dark(top):
     assert rgb(b"P5 2 1 65535\n" + np.array([0, top], ">u2").tobytes())[0, 1, 0] == round(top / 257)
 
 
-def test_a_variant_that_is_not_decoded_is_no_damage():
+def test_an_unsupported_variant_is_not_reported_as_damage():
     with pytest.raises(Unreadable, match="or of a variant that Pillow does not decode"):
         decode(tiff(np.zeros((2, 2), np.float64)))
 
@@ -271,7 +271,7 @@ def test_a_variant_that_is_not_decoded_is_no_damage():
     ],
     ids=str,
 )
-def test_what_is_said_of_a_file_that_is_no_image_holds_nothing_of_it(encoded, said):
+def test_messages_about_files_that_are_not_images_do_not_quote_them(encoded, said):
     with pytest.raises(Unreadable) as caught:
         decode(encoded)
     assert "hunter" not in str(caught.value) and "hunt" not in str(caught.value)
@@ -280,7 +280,7 @@ def test_what_is_said_of_a_file_that_is_no_image_holds_nothing_of_it(encoded, sa
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_the_first_frame_of_an_animation(kind, pixels, encode):
+def test_the_first_frame_of_an_animation_is_used(kind, pixels, encode):
     first, second = (Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (200, 10))
     options = {"lossless": True} if kind == "WEBP" else {}
     assert (rgb(encode(first, kind, save_all=True, append_images=[second], **options)) == 200).all()
@@ -313,7 +313,7 @@ def test_half_a_progressive_jpeg_is_truncated(pixels, encode):
     assert reason(encoded[:3]) == "truncated"
 
 
-def test_the_other_reasons(pixels, encode):
+def test_every_other_reason_of_rejection_is_named(pixels, encode):
     assert reason(b"") == "empty"
     for text in (
         b"hello",
@@ -345,7 +345,7 @@ def test_threads_leave_the_warning_filters_alone():
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 400), st.binary(min_size=1, max_size=8), st.sampled_from(sorted(FORMATS)))
-def test_damage_anywhere_gives_rgb_or_a_reason(place, damage, kind):
+def test_damage_at_any_byte_gives_rgb_or_a_reason(place, damage, kind):
     buffer = io.BytesIO()
     Image.linear_gradient("L").resize((16, 16)).convert("RGB").save(buffer, kind)
     encoded = bytearray(buffer.getvalue())

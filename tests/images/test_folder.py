@@ -1,4 +1,4 @@
-"""A folder becomes rows in order of path: labels, captions, links, odd names, and every file that is no image named with its reason."""
+"""A folder becomes rows in order of path, with labels and captions; every file that is not an image is listed with its reason."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ def source(root: Path) -> dict[str, str]:
     return {"kind": "folder", "path": str(root)}
 
 
-def test_labels_captions_and_order(root, png, make):
+def test_rows_have_labels_and_captions_in_order_of_path(root, png, make):
     for seed, name in enumerate(["b.png", "dog/2.png", "dog/1.png", "dog/poodle/x.png", "cat/é.png", ".hidden.png", ".thumbs/y.png"]):
         write(root / name, png(seed))
     write(root / "captions.csv", '\ufeffpath,caption\ndog/1.png,"a dog, asleep"\n./b.png,\n'.encode())
@@ -62,7 +62,7 @@ def test_all_captions_of_an_image_are_kept_and_labels_name_the_classes_of_a_flat
     ]
 
 
-def test_taxonomies_stand_beside_captions_or_alone_and_may_be_missing(root, png, make):
+def test_a_taxonomy_may_come_with_or_without_captions_or_be_missing(root, png, make):
     for seed, name in enumerate(["a.png", "b.png", "c.png", "d.png"]):
         write(root / name, png(seed))
     write(root / "captions.csv", b"taxonomy,path,caption\nanimal/mammal/dog,a.png,a dog\n / animal /bird/,b.png,\n/,c.png,sky\n")
@@ -78,7 +78,7 @@ def test_taxonomies_stand_beside_captions_or_alone_and_may_be_missing(root, png,
     assert [(row["taxonomy"], row["captions"]) for row in rows] == [(None, []), ("animal", []), (None, []), (None, [])]
 
 
-def test_every_file_that_is_no_image_is_listed(root, png, make):
+def test_every_file_that_is_not_an_image_is_listed(root, png, make):
     write(root / "a.png", png(0))
     write(root / "deep/captions.csv", b"path,caption\n")
     write(root / "empty.jpg", b"")
@@ -98,7 +98,7 @@ def test_every_file_that_is_no_image_is_listed(root, png, make):
     assert counts == {"n_seen": 6, "n_images": 1, "n_rejected": 4, "n_duplicates": 1, "rejected_share": 4 / 6}
 
 
-def test_loops_of_links_end_and_linked_folders_count_once(root, tmp_path, png):
+def test_loops_of_links_end_and_linked_folders_are_read_once(root, tmp_path, png):
     write(root / "z/1.png", png(0))
     (root / "a").symlink_to(root / "z", target_is_directory=True)
     (root / "z/up").symlink_to(root, target_is_directory=True)
@@ -109,7 +109,7 @@ def test_loops_of_links_end_and_linked_folders_count_once(root, tmp_path, png):
     assert [item.path for item in Folder(root).iter_items(range(3))] == ["more/2.png", "self", "z/1.png"]
 
 
-def test_what_cannot_be_opened_is_rejected_and_pipes_are_passed_over(root, png, make):
+def test_files_that_cannot_be_opened_are_rejected_and_pipes_are_skipped(root, png, make):
     write(root / "a.png", png(0))
     (root / "dangling.png").symlink_to(root / "gone.png")
     os.mkfifo(root / "pipe.png")
@@ -117,7 +117,7 @@ def test_what_cannot_be_opened_is_rejected_and_pipes_are_passed_over(root, png, 
     assert rejected == [{"path": "dangling.png", "reason": "unreadable", "detail": "No such file or directory"}]
 
 
-def test_a_file_that_goes_away_while_the_stage_runs_is_rejected(root, png):
+def test_a_file_that_disappears_while_the_stage_runs_is_rejected(root, png):
     path = write(root / "a.png", png(0))
     (item,) = Folder(root).iter_items([0])
     path.unlink()
@@ -125,20 +125,20 @@ def test_a_file_that_goes_away_while_the_stage_runs_is_rejected(root, png):
         item.read()
 
 
-def test_a_name_that_is_not_unicode_is_spelt_out(root, png, make):
+def test_a_name_that_is_not_unicode_is_escaped(root, png, make):
     write(Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9/1.png")), png(0))
     (row,) = make(source(root)).read("images").to_pylist()
     assert (row["path"], row["label"]) == ("caf\\xe9/1.png", "caf\\xe9")
 
 
-def test_a_relative_path_starts_at_the_current_directory(root, png, make, monkeypatch):
+def test_a_relative_path_is_relative_to_the_current_directory(root, png, make, monkeypatch):
     write(root / "a.png", png(0))
     monkeypatch.chdir(root.parent)
     assert make(source(Path("photos"))).summary["n_images"] == 1
 
 
 @pytest.mark.parametrize("kind", ["missing", "file", "empty", "hidden"])
-def test_nothing_to_read_names_the_path_and_what_to_do(kind, root, png):
+def test_an_empty_source_is_an_error_that_says_what_to_do(kind, root, png):
     path = {"missing": root / "missing", "file": write(root / "f/x.png", png(0)), "empty": root, "hidden": root}[kind]
     if kind in ("empty", "hidden"):
         (root / "f/x.png").unlink()
@@ -182,7 +182,7 @@ def test_captions_that_cannot_be_used_are_an_error(text, said, root, png):
     assert str(root / "captions.csv") in str(caught.value)
 
 
-def test_empty_cells_at_the_end_of_lines_are_those_of_a_spreadsheet(root, png):
+def test_empty_cells_at_the_end_of_lines_are_ignored_as_in_spreadsheets(root, png):
     write(root / "a.png", png(0))
     write(root / "captions.csv", b"path,caption,,\na.png,a dog,,\na.png,it runs\na.png,it barks,,,,\n,,,\n")
     assert Folder(root).notices == []
@@ -204,7 +204,7 @@ def test_rows_and_columns_that_are_not_used_are_counted(root, png):
     assert rows.endswith("captions.csv: 2 of 4 images named there do not exist in the folder: 'C.png' (is 'c.png' meant?), 'gone.png'")
 
 
-def test_tables_of_other_programs_are_named(root, png):
+def test_annotation_files_that_are_not_read_are_named(root, png):
     for name in ("a.png", "Captions.csv", "metadata.jsonl", "b/captions.csv", "b/\x1b[2J.json"):
         write(root / name, png(0))
     (notice,) = Folder(root).notices
@@ -214,7 +214,7 @@ def test_tables_of_other_programs_are_named(root, png):
     )
 
 
-def test_a_captions_file_that_links_to_something_else_is_not_shown(root, tmp_path, png):
+def test_the_content_of_a_linked_captions_file_is_not_shown(root, tmp_path, png):
     write(root / "a.png", png(0))
     (root / "captions.csv").symlink_to(write(tmp_path / "secret", b"the password is hunter2\nhunter3\n"))
     with pytest.raises(SourceError, match="line 1 names none of the columns") as caught:

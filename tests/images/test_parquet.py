@@ -1,4 +1,4 @@
-"""Parquet files become rows: binary and Hugging Face's struct, labels, row groups skipped, and errors that name the columns."""
+"""Parquet files become rows: binary columns and Hugging Face's structs, labels, skipped row groups, and errors that name columns."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def write(path: Path, columns: dict[str, pa.Array], **options) -> Path:
     [pa.binary(), pa.large_binary(), pa.dictionary(pa.int32(), pa.binary()), pa.struct([("bytes", pa.binary()), ("path", pa.string())])],
     ids=str,
 )
-def test_binary_and_struct_columns(type_, tmp_path, png, make):
+def test_binary_and_struct_columns_are_read(type_, tmp_path, png, make):
     images = [png(0), png(1), None]
     if pa.types.is_struct(type_):
         images = [{"bytes": image, "path": "somewhere.png"} for image in images]
@@ -58,14 +58,14 @@ def test_taxonomies_are_normalised_and_may_be_missing(type_, tmp_path, png, make
     assert rows["taxonomy"].to_pylist() == ["animal/dog", None, None, "animal/bird"]
 
 
-def test_a_taxonomy_with_a_nameless_class_is_told_before_any_image_is_read(tmp_path, png):
+def test_a_taxonomy_with_an_unnamed_class_is_refused_before_any_image_is_read(tmp_path, png):
     paths = pa.array(["a/b"] * 6 + ["a/ /b"])
     path = write(tmp_path / "x.parquet", {"image": pa.array([png(0)] * 7), "tree": paths}, row_group_size=3)
     with pytest.raises(SourceError, match=r"x.parquet, row 6, column 'tree': the taxonomy 'a/ /b' has a class without a name"):
         ParquetFiles(source(path, taxonomy_column="tree"))
 
 
-def test_a_folder_is_read_in_order_and_only_the_row_groups_that_are_wanted(tmp_path, png, monkeypatch):
+def test_a_folder_is_read_in_order_and_only_in_the_row_groups_needed(tmp_path, png, monkeypatch):
     images = [png(seed) for seed in range(20)]
     write(tmp_path / "b/1.parquet", {"image": pa.array(images[12:])}, row_group_size=3)
     write(tmp_path / "a.parquet", {"image": pa.array(images[:12])}, row_group_size=5)
@@ -101,13 +101,13 @@ def test_a_folder_is_read_in_order_and_only_the_row_groups_that_are_wanted(tmp_p
         ({"taxonomy_column": "count"}, r"images.source.taxonomy_column is 'count': holds int64, not strings"),
     ],
 )
-def test_a_wrong_column_names_those_there_are(changes, said, tmp_path, png):
+def test_an_unknown_column_is_an_error_that_lists_the_known_ones(changes, said, tmp_path, png):
     path = write(tmp_path / "x.parquet", {"image": pa.array([png(0)]), "size": pa.array([1.5]), "count": pa.array([1])})
     with pytest.raises(SourceError, match=said):
         ParquetFiles(source(path, **changes))
 
 
-def test_nothing_to_read_names_the_path(tmp_path, png):
+def test_an_empty_source_is_an_error_that_names_the_path(tmp_path, png):
     (tmp_path / "not.parquet").write_bytes(b"no Parquet at all")
     (tmp_path / "empty").mkdir()
     no_rows = write(tmp_path / "no_rows.parquet", {"image": pa.array([], pa.binary())})
@@ -132,7 +132,7 @@ def test_damage_inside_a_file_is_an_error_that_names_it(tmp_path, png):
         list(ParquetFiles(source(path)).iter_items(range(50)))
 
 
-def test_hidden_files_are_left_out_as_by_the_folder_source_and_what_is_not_read_is_said(tmp_path, png):
+def test_hidden_files_are_skipped_and_other_unread_files_are_reported(tmp_path, png):
     table = {"image": pa.array([png(0)]), "label": pa.array(["a"]), "caption": pa.array(["b"])}
     for name in ("a.parquet", ".ipynb_checkpoints/a-checkpoint.parquet", ".b.parquet", "C.PARQUET"):
         write(tmp_path / "in" / name, table)

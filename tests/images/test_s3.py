@@ -1,4 +1,4 @@
-"""Images on a real S3 server become the same rows as from a disk: labels, captions, refused files, Parquet, and a run that goes on."""
+"""Images on a real S3 server give the same rows as on a disk: labels, captions, rejected files, Parquet, and a run that continues."""
 
 import signal
 import subprocess
@@ -38,7 +38,7 @@ def upload(root: Path, url: str) -> None:
             open_folder(url).put(copy, path.relative_to(root).as_posix())
 
 
-def test_a_folder(s3: str, root: Path, make: Callable[..., Any]) -> None:
+def test_a_folder_gives_the_same_rows_as_on_a_disk(s3: str, root: Path, make: Callable[..., Any]) -> None:
     upload(root, f"{s3}/photos")
     there, here = (make({"kind": "folder", "path": path}, place) for path, place in ((f"{s3}/photos", "there"), (str(root), "here")))
     assert there.read("images").equals(here.read("images"))
@@ -58,7 +58,7 @@ def test_the_fingerprint_follows_names_and_contents(s3: str, root: Path) -> None
     assert Folder(url).fingerprint != first
 
 
-def test_an_object_that_goes_away_is_refused_and_a_bucket_that_is_not_there_is_an_error(s3: str, root: Path) -> None:
+def test_an_object_that_disappears_and_a_missing_bucket_are_errors(s3: str, root: Path) -> None:
     upload(root, f"{s3}/photos")
     (item,) = Folder(f"{s3}/photos").iter_items([0])
     open_folder(f"{s3}/photos").remove(item.path)
@@ -73,7 +73,9 @@ def test_an_object_that_goes_away_is_refused_and_a_bucket_that_is_not_there_is_a
 
 
 @pytest.mark.parametrize("path", ["tables", "tables/b/1.parquet"])
-def test_parquet(s3: str, path: str, tmp_path: Path, png: Callable[[int], bytes], make: Callable[..., Any]) -> None:
+def test_parquet_files_give_the_same_rows_as_on_a_disk(
+    s3: str, path: str, tmp_path: Path, png: Callable[[int], bytes], make: Callable[..., Any]
+) -> None:
     images = [png(seed) for seed in range(20)]
     for name, part in (("b/1.parquet", images[12:]), ("a.parquet", images[:12])):
         (tmp_path / "tables" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +90,7 @@ def test_parquet(s3: str, path: str, tmp_path: Path, png: Callable[[int], bytes]
     ("path", "said"),
     [("none", "no such file or folder"), ("photos", "there are no files named"), ("x.parquet", "cannot be read as Parquet")],
 )
-def test_parquet_that_is_not_there(s3: str, root: Path, path: str, said: str, make: Callable[..., Any]) -> None:
+def test_missing_parquet_files_are_named(s3: str, root: Path, path: str, said: str, make: Callable[..., Any]) -> None:
     (root / "x.txt").write_text("text")
     upload(root, f"{s3}/photos")
     (root.parent / "to-put").write_bytes(b"no Parquet at all")
@@ -118,7 +120,7 @@ with open_draft(sys.argv[1], "images", params.identity(), {}) as draft:
 """
 
 
-def test_a_killed_run_goes_on(s3: str, root: Path, params: Callable[..., Any], drafting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_continues(s3: str, root: Path, params: Callable[..., Any], drafting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from ommatid.images import dataset
     from ommatid.images.stage import run as make_images
 

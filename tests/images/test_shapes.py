@@ -73,7 +73,7 @@ def test_a_shape_has_its_area_however_it_is_turned(shape):
         assert covered == pytest.approx(AREAS[shape] * (0.9 * 50) ** 2, rel=0.005)
 
 
-def test_shapes_of_one_area_are_told_apart_by_their_outline():
+def test_shapes_of_equal_area_differ_in_their_outline():
     """Of nine masks each is the most like itself turned: the mean overlap with another is smaller."""
     masks = {shape: draw(a_figure(shape=shape), 96)[..., 0] > 100 for shape in SHAPES}
     turned = {shape: draw(a_figure(shape=shape, turn=0.1), 96)[..., 0] > 100 for shape in SHAPES}
@@ -82,7 +82,7 @@ def test_shapes_of_one_area_are_told_apart_by_their_outline():
         assert max(overlap, key=overlap.__getitem__) == shape
 
 
-def test_pixels_show_place_colour_texture_and_background():
+def test_pixels_show_position_colour_texture_and_background():
     for number in range(300):
         figure = make_figure(1, number)
         pixels = draw(figure, 60).astype(int)
@@ -117,7 +117,7 @@ def test_factors_are_even_and_independent():
         assert chisquare(table.ravel(), expected.ravel(), ddof=sum(table.shape) - 2).pvalue > 1e-3
 
 
-def test_words_of_a_figure():
+def test_figures_are_described_in_words():
     figure = a_figure(texture="striped", colour="orange", place="top left")
     assert figure.factors == ("round", "circle", "warm", "orange", "striped", "top left", "black")
     assert figure.taxonomy == "round/circle/warm circle/orange circle/striped orange circle"
@@ -136,7 +136,7 @@ def test_the_taxonomy_is_a_tree():
     assert set(FAMILIES) == set.union(*(parents[shape] for shape in SHAPES))
 
 
-def test_same_seed_same_bytes_whichever_are_asked_for(plan, tmp_path):
+def test_one_seed_gives_the_same_bytes_whichever_images_are_requested(plan, tmp_path):
     every = bytes_of(plan, range(40))
     assert bytes_of(plan, range(7, 30, 11)) == every[7:30:11]
     assert len(set(every)) == 40
@@ -149,7 +149,7 @@ def test_bytes_are_the_same_on_every_machine():
     assert hashlib.sha256(b"".join(images)).hexdigest() == FIRST_32
 
 
-def test_the_stage_makes_rows_of_it(plan, make):
+def test_the_stage_makes_a_data_set_of_it(plan, make):
     artefact = make({"kind": "shapes", "path": str(plan)}, limit=20)
     rows = artefact.read("images").to_pylist()
     figures = [make_figure(0, number) for number in range(0, 40, 2)]
@@ -160,7 +160,7 @@ def test_the_stage_makes_rows_of_it(plan, make):
         assert np.array_equal(np.array(Image.open(io.BytesIO(row["encoded"]))), draw(figure, 32))
 
 
-def test_another_plan_is_another_source(plan, tmp_path):
+def test_another_plan_has_another_fingerprint(plan, tmp_path):
     prints = {Shapes(write_plan(tmp_path / f"{i}.json", *values)).fingerprint for i, values in enumerate([(40, 32, 0), (41, 32, 0)])}
     assert len(prints) == 2
     assert Shapes(plan).fingerprint in prints
@@ -180,7 +180,7 @@ def test_another_plan_is_another_source(plan, tmp_path):
         ('{"n_images": 4, "size": 32, "seed": 0, "sead": 1}', "sead: Extra inputs are not permitted"),
     ],
 )
-def test_a_plan_that_is_none_is_refused(text, said, tmp_path):
+def test_an_invalid_plan_is_refused(text, said, tmp_path):
     path = tmp_path / "plan.json"
     if text is not None:
         path.write_text(text)

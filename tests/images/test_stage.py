@@ -115,7 +115,7 @@ def test_encoded_bytes_are_stored_as_they_are(photos, make):
     assert codecs["path"] == "ZSTD"
 
 
-def test_a_folder_of_text_files_is_sealed_without_rows(tmp_path, make):
+def test_a_folder_of_text_files_gives_an_artefact_without_rows(tmp_path, make):
     root = tmp_path / "texts"
     root.mkdir()
     for name in ("a.txt", "b.txt"):
@@ -129,7 +129,7 @@ def test_a_folder_of_text_files_is_sealed_without_rows(tmp_path, make):
 
 
 @pytest.mark.parametrize("names", [["one.png"], ["one.png", "two.png"]], ids=["one", "two identical"])
-def test_one_image_and_two_identical_ones(names, tmp_path, png, make):
+def test_identical_images_are_kept_once(names, tmp_path, png, make):
     root = tmp_path / "few"
     root.mkdir()
     for name in names:
@@ -174,7 +174,7 @@ def test_progress_ends_at_the_total(photos, tmp_path, params, drafting):
     assert (events[-1].what, events[-1].done, events[-1].total) == ("images", 30, 30)
 
 
-def test_dark_bright_and_many_paged_pictures_are_counted_and_said(tmp_path, encode, pixels, params, drafting, small_parts, monkeypatch):
+def test_dark_bright_and_multi_page_images_are_counted_and_reported(tmp_path, encode, pixels, params, drafting, small_parts, monkeypatch):
     root = tmp_path / "photos"
     root.mkdir()
     frames = [Image.fromarray(pixels(seed)) for seed in range(3)]
@@ -241,7 +241,7 @@ def die(place: Path, params, when: str, name: str) -> None:
     assert done.returncode == 9, done.stderr
 
 
-def test_killed_again_and_again_it_ends_with_the_same_bytes(photos, tmp_path, make, params, checksums, small_parts):
+def test_a_run_killed_at_every_step_ends_with_the_same_bytes(photos, tmp_path, make, params, checksums, small_parts):
     whole = checksums(make(source(photos), "whole").path)
     place = tmp_path / "killed"
     for when, name in [
@@ -282,13 +282,13 @@ def test_finished_parts_are_not_made_again(photos, make, interrupt, small_parts,
     assert [name.partition(".")[0] for name in written] == ["images-00002", "images-00003", "images-00004", "rejected"]
 
 
-def test_a_source_that_changed_since_is_begun_anew(photos, make, interrupt, checksums, small_parts, png):
+def test_a_draft_of_a_changed_source_is_begun_anew(photos, make, interrupt, checksums, small_parts, png):
     interrupt(source(photos), "continued", 17)
     (photos / "a" / "000.png").write_bytes(png(99))
     assert checksums(make(source(photos), "continued").path) == checksums(make(source(photos), "whole").path)
 
 
-def test_a_full_disk_leaves_nothing_that_looks_whole_and_the_next_run_continues(
+def test_a_full_disk_leaves_no_artefact_and_the_next_run_continues(
     photos, tmp_path, make, params, drafting, checksums, small_parts, monkeypatch
 ):
     whole = checksums(make(source(photos), "whole").path)

@@ -1,4 +1,4 @@
-"""The labeller `captioner`: the phrase it finds is the planted one, and its captions are those that transformers gives."""
+"""The labeller `captioner` finds the planted phrase, and its captions equal those of transformers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,13 +36,13 @@ from support.models import WORDS, save_tiny_captioner, save_tiny_clip
         (["dog", "dog", "cat"], ["dog", "dog", "dog"], None),
     ],
 )
-def test_the_phrase_is_what_firing_captions_share_and_silent_ones_lack(
+def test_the_phrase_is_shared_by_firing_captions_and_absent_from_silent_ones(
     firing: list[str], silent: list[str], expected: Phrase | None
 ) -> None:
     assert shared_phrase(firing, silent) == expected
 
 
-def test_a_planted_word_is_found_among_words_drawn_by_chance() -> None:
+def test_a_planted_word_is_found_among_random_words() -> None:
     rng = np.random.default_rng(0)
     words = [f"{a}{b}" for a in "bcdfghjklm" for b in "aeiou"]
     for _ in range(20):
@@ -58,7 +58,7 @@ def colour(images: Sequence[Image.Image]) -> list[str]:
     return [f"a photo that is {'purple' if red > 60 and blue > 60 else 'red' if red > 60 else 'green'}" for red, _, blue in means]
 
 
-def test_firing_images_are_cut_where_they_fire_and_silent_ones_are_whole() -> None:
+def test_firing_images_are_cropped_where_they_fire_and_silent_ones_are_whole() -> None:
     spot = np.zeros((4, 4), np.float32)
     spot[1, 0] = 1.0
     answer = Captioner("captioner", colour).answer(make_case(0, n_firing=40, heat=spot))
@@ -67,7 +67,7 @@ def test_firing_images_are_cut_where_they_fire_and_silent_ones_are_whole() -> No
     assert Captioner("captioner", colour).answer(make_case(0, heat=None)).label == "purple"
 
 
-def test_captions_with_nothing_in_common_are_no_name() -> None:
+def test_captions_with_nothing_in_common_give_no_label() -> None:
     def numbered(images: Sequence[Image.Image]) -> list[str]:
         return [f"thing{'abcdefghijklmnopq'[i]}" for i in range(len(images))]
 
@@ -78,7 +78,7 @@ def test_captions_with_nothing_in_common_are_no_name() -> None:
 
 
 @pytest.mark.parametrize("family", ["blip", "git", "vision-encoder-decoder"])
-def test_captions_are_those_of_the_model_itself_one_by_one(family: str, tmp_path: Path) -> None:
+def test_captions_equal_those_that_the_model_gives_one_by_one(family: str, tmp_path: Path) -> None:
     model = save_tiny_captioner(tmp_path, family)
     rng = np.random.default_rng(0)
     four = rng.integers(0, 2, (20, 2, 2, 3)) * 255  # colours of the quarters; more images than a batch
@@ -92,7 +92,7 @@ def test_captions_are_those_of_the_model_itself_one_by_one(family: str, tmp_path
     assert len(set(captions)) > 1
 
 
-def test_a_model_that_is_not_there_or_does_not_caption_is_an_error_that_says_what_to_do(
+def test_a_model_that_is_missing_or_does_not_caption_is_an_error_that_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

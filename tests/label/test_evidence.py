@@ -1,4 +1,4 @@
-"""Proves what a labeller that looks at images is shown: images of the naming half only, with the heat that was measured."""
+"""Proves what a labeller that looks at images is shown: images of the naming half only, with the heat maps of the evaluation."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +38,7 @@ def cases(line: dict[str, Artefact], params: Params, split: EvalSplit, draft: Dr
     return {case.latent: case for case in made.iter_cases(fired, iter_heat_maps(line["evaluate"]), WANTED)}
 
 
-def test_cases_are_of_the_latents_that_were_asked_for(cases: dict[int, Case]) -> None:
+def test_cases_are_made_for_the_requested_latents(cases: dict[int, Case]) -> None:
     assert list(cases) == WANTED
     assert DEAD not in cases
 
@@ -77,7 +77,7 @@ def test_hard_and_random_images_alternate(line: dict[str, Artefact], cases: dict
     assert all(example.image in coloured for example in hard)
 
 
-def test_heat_is_that_of_the_examples(line: dict[str, Artefact], cases: dict[int, Case]) -> None:
+def test_heat_maps_are_those_of_the_examples(line: dict[str, Artefact], cases: dict[int, Case]) -> None:
     examples = line["evaluate"].read("examples").to_pylist()
     heat = {(row["latent"], row["image"]): row["heat"] for row in examples}
     n_with_heat = 0
@@ -104,7 +104,7 @@ def test_the_strongest_half_and_weaker_ones_with_heat_are_chosen() -> None:
     assert choose_firing(np.arange(100) == 99, 5).tolist() == [0, 1, 2, 3, 99]
 
 
-def test_a_spool_that_a_dead_run_left_is_used_again(line: dict[str, Artefact], split: EvalSplit, draft: Draft) -> None:
+def test_a_spool_left_by_an_interrupted_run_is_reused(line: dict[str, Artefact], split: EvalSplit, draft: Draft) -> None:
     first = Spool(line["images"], split, draft, TileModel.preprocess)
     made = (draft.path / "scratch/encoded.bin").stat()
     again = Spool(line["images"], split, draft, TileModel.preprocess)
@@ -117,7 +117,7 @@ def test_a_spool_that_a_dead_run_left_is_used_again(line: dict[str, Artefact], s
 @pytest.mark.parametrize(
     ("resize", "crop", "seen"), [((16,), (16, 16), (16 / 24, 1)), ((32, 48), (32, 48), (1, 1)), ((32, 48), (16, 12), (0.25, 0.5))]
 )
-def test_what_the_model_sees_of_an_image(
+def test_the_share_that_the_model_sees_follows_from_its_preprocessing(
     line: dict[str, Artefact], split: EvalSplit, draft: Draft, resize: tuple[int, ...], crop: tuple[int, int], seen: tuple[float, float]
 ) -> None:
     preprocess = Preprocess(resize, crop, "bicubic", mean=(0, 0, 0), std=(1, 1, 1))

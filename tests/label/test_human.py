@@ -1,4 +1,4 @@
-"""Proves that labels by people are read as they were written, and that whatever is wrong with a file is named by line and column."""
+"""Proves that labels by people are read as they were written, and that every problem in a file is named by line and column."""
 
 from pathlib import Path
 
@@ -17,19 +17,19 @@ def write(folder: Path, text: str, encoding: str = "utf-8") -> str:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_labels_of_one_sae(tmp_path: Path, encoding: str) -> None:
+def test_labels_of_one_sae_are_read(tmp_path: Path, encoding: str) -> None:
     text = 'label,latent\r\n horse ,3\r\n"wheels, in a row",7\r\n\r\n,5\r\n"two\nlines",0\r\nкот,1\r\n'
     path = write(tmp_path, text, encoding)
     assert load_labels(path, {ONE: 8}) == {ONE: {3: "horse", 7: "wheels, in a row", 0: "two\nlines", 1: "кот"}}
 
 
 @pytest.mark.parametrize("delimiter", [";", "\t"])
-def test_spreadsheets_write_other_delimiters(tmp_path: Path, delimiter: str) -> None:
+def test_delimiters_of_spreadsheets_are_recognised(tmp_path: Path, delimiter: str) -> None:
     path = write(tmp_path, f"latent{delimiter}label\n3{delimiter}horse, or pony\n")
     assert load_labels(path, {ONE: 8}) == {ONE: {3: "horse, or pony"}}
 
 
-def test_several_saes_are_told_by_the_names_of_folders_or_of_tables(tmp_path: Path) -> None:
+def test_several_saes_are_named_with_or_without_their_checksum(tmp_path: Path) -> None:
     path = write(tmp_path, f"sae,latent,label\n{ONE},7,a\ntopk-4-k2-s0,3,b\n")
     assert load_labels(path, {ONE: 8, TWO: 4}) == {ONE: {7: "a"}, TWO: {3: "b"}}
 
@@ -57,7 +57,7 @@ def test_several_saes_are_told_by_the_names_of_folders_or_of_tables(tmp_path: Pa
         ("latent,label\n" + "9,a\n" * 12, "line 2, .*; line 11, .*; and 2 more"),
     ],
 )
-def test_what_is_wrong_is_named_by_line_and_column(tmp_path: Path, text: str, says: str) -> None:
+def test_problems_are_named_by_line_and_column(tmp_path: Path, text: str, says: str) -> None:
     path = write(tmp_path, text)
     with pytest.raises(ConfigError, match=rf"label\.labellers: .*labels\.csv: {says}"):
         load_labels(path, {ONE: 8})
@@ -75,7 +75,7 @@ def test_labels_of_another_training_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "says"), [(None, "No such file"), (b"latent,label\n1,\xe9\n", "line 2, can't decode")])
-def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None, says: str) -> None:
+def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None, says: str) -> None:
     if content is not None:
         (tmp_path / "labels.csv").write_bytes(content)
     with pytest.raises(ConfigError, match=f"labels.csv: {says}.*; (give a CSV file|save it as CSV) in UTF-8"):

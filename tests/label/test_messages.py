@@ -1,4 +1,4 @@
-"""What a model is shown: pictures that can be decoded, of bounded size, the same every time; crops that keep where a latent fires."""
+"""Messages to a model hold images that can be decoded, of bounded size and reproducible, with crops that contain what fires."""
 
 import io
 from dataclasses import replace
@@ -30,7 +30,7 @@ def is_near(pixel: tuple[int, ...], colour: tuple[int, ...], tolerance: float = 
     return float(np.abs(np.subtract(pixel, colour)).max()) <= tolerance
 
 
-def test_a_server_gets_the_whole_images_then_where_they_fire_then_the_silent_ones(tmp_path: Path) -> None:
+def test_messages_show_whole_images_then_marked_crops_then_silent_images(tmp_path: Path) -> None:
     with chatting(names("red")) as server:
         params = VlmLabeller(kind="vlm", model="tiny", url=server.url)
         Vlm("vlm", params, AnswerCache(tmp_path / "a"), print).answer(make_case(0))
@@ -46,7 +46,7 @@ def test_a_server_gets_the_whole_images_then_where_they_fire_then_the_silent_one
 
 
 @pytest.mark.parametrize("heat", [None, np.zeros((4, 4), np.float32)])
-def test_without_heat_only_whole_images_are_shown(heat: np.ndarray | None, tmp_path: Path) -> None:
+def test_without_heat_maps_only_whole_images_are_shown(heat: np.ndarray | None, tmp_path: Path) -> None:
     with chatting(names("red")) as server:
         params = VlmLabeller(kind="vlm", model="tiny", url=server.url)
         Vlm("vlm", params, AnswerCache(tmp_path / "a"), print).answer(make_case(0, n_silent=0, heat=heat))
@@ -54,7 +54,7 @@ def test_without_heat_only_whole_images_are_shown(heat: np.ndarray | None, tmp_p
     assert "faded" not in server.asked[0].text and "silent;" not in server.asked[0].text
 
 
-def test_everything_that_fires_is_inside_the_crop_and_in_its_own_colours() -> None:
+def test_everything_that_fires_is_inside_the_crop_and_not_faded() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         rows, cols = rng.integers(1, 9, 2)
@@ -71,7 +71,7 @@ def test_everything_that_fires_is_inside_the_crop_and_in_its_own_colours() -> No
         assert crop.size <= pixels.size
 
 
-def test_heat_lies_over_what_the_model_sees_of_the_image() -> None:
+def test_heat_covers_the_part_of_the_image_that_the_model_sees() -> None:
     pixels = np.zeros((60, 180, 3), np.uint8)
     for i, colour in enumerate((GREEN, RED, BLUE)):
         pixels[:, 60 * i : 60 * i + 60] = colour
@@ -84,7 +84,7 @@ def test_heat_lies_over_what_the_model_sees_of_the_image() -> None:
     assert not (np.abs(kept.astype(int) - GREEN).max(1) <= 2).any()
 
 
-def test_pictures_are_small_and_the_same_every_time() -> None:
+def test_grids_are_small_and_reproducible() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (600, 900, 3), np.uint8)
     tiles = [(i, Image.fromarray(noise)) for i in range(1, N_TILES + 1)]
     grid = draw_grid(tiles)
@@ -97,7 +97,7 @@ def test_pictures_are_small_and_the_same_every_time() -> None:
         assert draw_grid([(1, Image.new("RGB", size, "red"))])
 
 
-def test_grids_look_as_they_did_when_drawing_was_last_raised() -> None:
+def test_grids_look_the_same_as_when_their_version_was_last_increased() -> None:
     """Remembered answers are to these pictures. When this fails on purpose, raise GRID_VERSION and write down the new numbers."""
     examples = make_case(0).firing
     grid = Image.open(io.BytesIO(draw_grid([(i, mark(example)) for i, example in enumerate(examples, start=1)])))

@@ -1,4 +1,4 @@
-"""Proves that answers come in order whatever is asked at a time, and that a killed run goes on without asking again."""
+"""Proves that answers come in order at any concurrency, and that a killed run continues without asking again."""
 
 import random
 import threading
@@ -15,7 +15,7 @@ from ommatid.label.scoring import other_labels
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-def test_answers_come_in_order_and_few_questions_wait(concurrency: int) -> None:
+def test_answers_come_in_order_while_few_items_are_held(concurrency: int) -> None:
     n_at_once, n_most, n_drawn, lock = 0, 0, 0, threading.Lock()
 
     def ask(subject: int) -> int:
@@ -41,7 +41,7 @@ def test_answers_come_in_order_and_few_questions_wait(concurrency: int) -> None:
     assert n_most <= concurrency
 
 
-def test_what_is_asked_may_fail() -> None:
+def test_an_error_while_asking_is_raised() -> None:
     def ask(subject: int) -> int:
         raise RuntimeError(f"no {subject}")
 
@@ -54,7 +54,7 @@ def read(path: Path) -> dict[int, Answer]:
         return kept.answers
 
 
-def test_answers_are_kept_but_those_that_failed(tmp_path: Path) -> None:
+def test_all_answers_are_logged_except_failed_ones(tmp_path: Path) -> None:
     path = tmp_path / "inside/answers.jsonl"
     kept = AnswerLog(path)
     answers = {
@@ -71,7 +71,7 @@ def test_answers_are_kept_but_those_that_failed(tmp_path: Path) -> None:
     kept.close()
 
 
-def test_half_a_line_of_a_killed_process_is_dropped_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_half_a_line_of_a_killed_process_is_dropped_and_the_log_continues(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     kept = AnswerLog(path)
     kept.add(1, Answer("ok", "a"))
@@ -85,7 +85,7 @@ def test_half_a_line_of_a_killed_process_is_dropped_and_the_rest_goes_on(tmp_pat
 
 
 @pytest.mark.parametrize("names", ["aab", "aaaaab", "abcabcaa", "ab", "abababab"])
-def test_the_control_is_another_latents_name_and_another_name(names: str) -> None:
+def test_the_control_is_a_different_label_of_another_latent(names: str) -> None:
     labels = {10 * i: name for i, name in enumerate(names)}
     found = other_labels(labels, seed=1)
     assert found.keys() == labels.keys()
@@ -100,7 +100,7 @@ def test_controls_are_drawn_from_all_latents() -> None:
     assert other_labels(labels, seed=0) != other_labels(labels, seed=1)
 
 
-def test_without_another_name_there_is_no_control() -> None:
+def test_without_a_different_label_there_is_no_control() -> None:
     assert other_labels({1: "a", 2: "a"}, seed=0) == {1: None, 2: None}
     assert other_labels({1: "a"}, seed=0) == {1: None}
     assert other_labels({}, seed=0) == {}

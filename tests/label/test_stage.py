@@ -1,4 +1,4 @@
-"""Proves that several labellers stand side by side, that one that fails harms no other, and that scores tell good names from bad."""
+"""Proves that several labellers work side by side, that a failing one harms no other, and that scores tell good labels from bad ones."""
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -79,7 +79,7 @@ def vocabulary(words: Path, **more: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("by", ["mean", "soft_wpmi"])
-def test_words_by_either_way_are_the_colours(tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path, by: str) -> None:
+def test_both_criteria_choose_the_planted_colours(tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path, by: str) -> None:
     rows = rows_of(run(tmp_path, label_params(params, vocabulary(words, by=by)), line))
     assert {latent: rows[latent, "vocabulary"]["label"] for latent in PURE} == PURE
     for latent in PURE:
@@ -89,7 +89,9 @@ def test_words_by_either_way_are_the_colours(tmp_path: Path, line: dict[str, Art
         assert row["similarity"] > 0.9
 
 
-def test_labellers_stand_side_by_side_on_the_same_images(tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path) -> None:
+def test_labellers_are_scored_side_by_side_on_the_same_images(
+    tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path
+) -> None:
     human = write_labels(tmp_path, {0: "red", 1: "blue", DEAD: "nothing to see", ALWAYS: "grey"})
     labelled = run(tmp_path, label_params(params, vocabulary(words), human), line)
     rows = rows_of(labelled)
@@ -111,7 +113,7 @@ def test_labellers_stand_side_by_side_on_the_same_images(tmp_path: Path, line: d
     assert summary["n_images_in_both"] == 0
 
 
-def test_scores_are_the_same_whoever_else_is_asked(tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path) -> None:
+def test_scores_do_not_depend_on_other_labellers(tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path) -> None:
     alone = rows_of(run(tmp_path / "a", label_params(params, vocabulary(words)), line))
     human = write_labels(tmp_path, {0: "something else"})
     both = rows_of(run(tmp_path / "b", label_params(params, human, vocabulary(words)), line))
@@ -127,7 +129,7 @@ def test_two_labellers_of_a_kind_are_numbered(tmp_path: Path, line: dict[str, Ar
     assert {latent: rows[latent, "vocabulary"]["label"] for latent in PURE} == PURE
 
 
-def test_people_alone_are_scored_against_standard_words(
+def test_labels_by_people_alone_are_scored_against_default_words(
     tmp_path: Path, line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(context, "load_words", lambda lists: tuple(COLOURS))
@@ -138,7 +140,7 @@ def test_people_alone_are_scored_against_standard_words(
     assert row["control_score"] is None  # nobody named another latent
 
 
-def test_a_labeller_that_fails_leaves_the_others_and_says_so(
+def test_a_labeller_that_fails_is_reported_and_leaves_the_others_alone(
     tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path
 ) -> None:
     heard: list[Event] = []
@@ -167,7 +169,7 @@ def report_of(labelled: Artefact, params: Params, section: LabelParams) -> Any:
     return check("label", Labellings(), params.model_copy(update={"label": section}), {"one": params.train})  # type: ignore[arg-type]
 
 
-def test_where_all_labellers_fail_the_gate_says_so(tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path) -> None:
+def test_the_gate_fails_if_all_labellers_fail(tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path) -> None:
     eyes = Eyes(lambda latent: Answer("failed", detail="no server"))
     section = label_params(params, vocabulary(words))
     (failure,) = report_of(run(tmp_path, section, line, ImageLabeller(eyes)), params, section).failures
@@ -175,7 +177,9 @@ def test_where_all_labellers_fail_the_gate_says_so(tmp_path: Path, line: dict[st
     assert "5 failed, 1 too_few_examples" in failure.detail
 
 
-def test_an_empty_or_needless_label_is_none(tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path) -> None:
+def test_labels_that_are_empty_or_contradict_their_status_are_dropped(
+    tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path
+) -> None:
     said = {0: Answer("ok", "  "), 1: Answer("ok", None), 2: Answer("refused", "I would rather not"), MIXED: Answer("ok", " red ")}
     eyes = Eyes(lambda latent: said.get(latent, Answer("unparsed")))
     rows = rows_of(run(tmp_path, label_params(params, vocabulary(words)), line, ImageLabeller(eyes)))
@@ -187,7 +191,7 @@ def test_an_empty_or_needless_label_is_none(tmp_path: Path, line: dict[str, Arte
     ]
 
 
-def test_a_detectors_scores_stand_beside(tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path) -> None:
+def test_the_scores_of_a_detector_are_added(tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path) -> None:
     said = {0: "always", 1: "never", 2: "none"}
     eyes = Eyes(lambda latent: Answer("ok", said.get(latent, "never")))
     rows = rows_of(run(tmp_path, label_params(params, vocabulary(words)), line, ImageLabeller(eyes, eyes, 3)))
@@ -199,7 +203,7 @@ def test_a_detectors_scores_stand_beside(tmp_path: Path, line: dict[str, Artefac
     assert 4 * 8 < eyes.n_shown <= 4 * 16
 
 
-def test_a_killed_run_does_not_ask_again(tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path) -> None:
+def test_a_killed_run_continues_without_asking_again(tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path) -> None:
     class Killed(BaseException):
         pass
 
@@ -226,7 +230,7 @@ def test_latents_without_enough_images_have_a_status(tmp_path: Path, line: dict[
     assert labelled.summary["score"] is None
 
 
-def test_a_changed_file_of_words_or_labels_is_another_identity(tmp_path: Path, params: Params) -> None:
+def test_a_changed_file_of_words_or_labels_changes_the_identity(tmp_path: Path, params: Params) -> None:
     path = tmp_path / "words.txt"
     human = write_labels(tmp_path, {0: "red"})
     section = label_params(params, {"kind": "vocabulary", "words": ["imagenet", str(path)]}, human)
@@ -242,7 +246,7 @@ def test_a_changed_file_of_words_or_labels_is_another_identity(tmp_path: Path, p
 
 
 @pytest.mark.parametrize("labellers", [[], [{"kind": "oracle"}], [{"kind": "vocabulary", "words": []}]])
-def test_labellers_that_are_none(labellers: list[Any]) -> None:
+def test_invalid_labellers_are_refused(labellers: list[Any]) -> None:
     with pytest.raises(ConfigError, match=r"label\.labellers"):
         make_test_params(label={"labellers": labellers})
 

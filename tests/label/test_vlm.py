@@ -1,4 +1,4 @@
-"""The labeller `vlm` against a server that misbehaves on purpose: what each failure becomes, and how many requests it takes exactly."""
+"""The labeller `vlm` against a server that misbehaves on purpose: the outcome of each failure, and the exact number of requests."""
 
 import json
 import time
@@ -51,7 +51,7 @@ def run(server: ChatServer, folder: Path, **params: object) -> Run:
     return Run(server.url, folder, **params)
 
 
-def test_a_good_answer_is_a_name(tmp_path: Path) -> None:
+def test_a_good_answer_becomes_a_label(tmp_path: Path) -> None:
     with chatting(names("Spotted  fur.")) as server:
         answer = run(server, tmp_path).vlm.answer(make_case(0))
     assert (answer.status, answer.label, answer.detail) == ("ok", "Spotted fur", "all show Spotted fur.")
@@ -85,7 +85,7 @@ def text(content: str | None, finish: str = "stop") -> Reply:
         (text('{"seen": "many things", "label": "Unclear."}'), "refused", "saw nothing"),
     ],
 )
-def test_an_answer_is_a_name_or_a_status_and_is_not_asked_for_again(reply: Reply, status: str, detail: str | None, tmp_path: Path) -> None:
+def test_every_answer_becomes_a_label_or_a_status_and_is_cached(reply: Reply, status: str, detail: str | None, tmp_path: Path) -> None:
     with chatting(reply) as server:
         answer = run(server, tmp_path).vlm.answer(make_case(0))
         again = run(server, tmp_path).vlm.answer(make_case(0))
@@ -109,7 +109,7 @@ def test_an_answer_is_a_name_or_a_status_and_is_not_asked_for_again(reply: Reply
         ([Reply(200, {"choices": []}), HORSE], [1.0]),
     ],
 )
-def test_a_server_that_stumbles_is_asked_again_after_a_while(replies: list[Reply], slept: list[float], tmp_path: Path) -> None:
+def test_a_failing_server_is_asked_again_after_a_wait(replies: list[Reply], slept: list[float], tmp_path: Path) -> None:
     with chatting(replies) as server:
         labelling = run(server, tmp_path)
         answer = labelling.vlm.answer(make_case(0))
@@ -119,7 +119,7 @@ def test_a_server_that_stumbles_is_asked_again_after_a_while(replies: list[Reply
     assert labelling.said == []
 
 
-def test_a_server_may_say_by_a_date_when_to_come_back(tmp_path: Path) -> None:
+def test_a_server_may_say_by_a_date_how_long_to_wait(tmp_path: Path) -> None:
     in_nine_minutes = formatdate(time.time() + 540, usegmt=True)
     with chatting([Reply(429, {}, {"retry-after": in_nine_minutes}), Reply(429, {}, {"retry-after": "soon"}), HORSE]) as server:
         labelling = run(server, tmp_path)
@@ -127,7 +127,7 @@ def test_a_server_may_say_by_a_date_when_to_come_back(tmp_path: Path) -> None:
     assert 60 < labelling.time.slept[0] <= 540 and labelling.time.slept[1] == 2.0
 
 
-def test_waiting_is_partly_chance_so_that_clients_do_not_come_back_together(tmp_path: Path) -> None:
+def test_waits_are_randomised_so_that_clients_do_not_retry_together(tmp_path: Path) -> None:
     with chatting([BROKEN, BROKEN, HORSE]) as server:
         labelling = run(server, tmp_path)
         object.__setattr__(labelling.time.clock, "chance", lambda: 0.5)
@@ -135,13 +135,13 @@ def test_waiting_is_partly_chance_so_that_clients_do_not_come_back_together(tmp_
     assert labelling.time.slept == [0.75, 1.5]
 
 
-def test_a_timeout_is_tried_again(tmp_path: Path) -> None:
+def test_a_timeout_is_retried(tmp_path: Path) -> None:
     with chatting([Reply(200, {}, seconds=HANG_SECONDS), HORSE]) as server:
         answer = run(server, tmp_path, timeout=2.0).vlm.answer(make_case(0))
     assert (answer.status, answer.n_requests) == ("ok", 2)
 
 
-def test_what_fails_five_times_failed_and_is_asked_for_again_by_the_next_run(tmp_path: Path) -> None:
+def test_a_question_that_fails_five_times_has_failed_until_the_next_run(tmp_path: Path) -> None:
     with chatting([BROKEN] * 5 + [HORSE]) as server:
         labelling = run(server, tmp_path)
         answer = labelling.vlm.answer(make_case(0))
@@ -151,7 +151,7 @@ def test_what_fails_five_times_failed_and_is_asked_for_again_by_the_next_run(tmp
     assert len(server.asked) == 6
 
 
-def test_after_three_failures_in_a_row_a_server_is_given_up_with_one_sentence(tmp_path: Path) -> None:
+def test_after_three_failures_in_a_row_a_server_is_given_up_with_one_warning(tmp_path: Path) -> None:
     def script(asked: Asked, n_before: int) -> Reply:
         return HORSE if n_before in (0, 6) else BROKEN  # one good, one that fails, one good, then none
 
@@ -163,7 +163,7 @@ def test_after_three_failures_in_a_row_a_server_is_given_up_with_one_sentence(tm
     assert server.url in labelling.said[0] and "out of memory" in labelling.said[0] and "label.labellers" in labelling.said[0]
 
 
-def test_a_server_that_is_not_there_is_given_up_after_one_question(tmp_path: Path) -> None:
+def test_an_unreachable_server_is_given_up_after_one_question(tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}/v1"
     labelling = Run(url, tmp_path)
     answers = [labelling.vlm.answer(make_case(i)) for i in range(50)]
@@ -185,7 +185,7 @@ def test_a_server_that_is_not_there_is_given_up_after_one_question(tmp_path: Pat
         (Reply(429, {}, {"retry-after": "86400"}), "86400 s"),
     ],
 )
-def test_what_no_waiting_mends_ends_it_at_once(reply: Reply, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_permanent_failure_is_not_retried(reply: Reply, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with chatting(reply) as server:
         labelling = run(server, tmp_path)
@@ -194,7 +194,7 @@ def test_what_no_waiting_mends_ends_it_at_once(reply: Reply, part: str, tmp_path
     assert len(labelling.said) == 1 and part in labelling.said[0]
 
 
-def test_the_key_goes_into_the_header_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_api_key_is_sent_in_the_header_and_appears_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     with chatting(refuses(401, "the key sk-secret is wrong")) as server:
         labelling = run(server, tmp_path)
@@ -209,7 +209,7 @@ def without_schema(message: str) -> Script:
 
 
 @pytest.mark.parametrize("message", ["response_format json_schema is not supported", "bad request"])
-def test_a_server_without_structured_output_is_asked_in_words_and_that_is_remembered(message: str, tmp_path: Path) -> None:
+def test_a_server_without_structured_output_is_asked_without_a_schema_from_then_on(message: str, tmp_path: Path) -> None:
     with chatting(without_schema(message)) as server:
         labelling = run(server, tmp_path)
         assert labelling.statuses(10) == ["ok"] * 10
@@ -217,7 +217,7 @@ def test_a_server_without_structured_output_is_asked_in_words_and_that_is_rememb
     assert all('{"seen": "...", "label": "..."}' in asked.text for asked in server.asked)
 
 
-def test_settings_that_newer_models_refuse_are_left_out_and_that_is_remembered(tmp_path: Path) -> None:
+def test_settings_that_newer_models_refuse_are_left_out_from_then_on(tmp_path: Path) -> None:
     def script(asked: Asked, n_before: int) -> Reply:
         for name in ("temperature", "max_tokens"):
             if name in asked.body:
@@ -242,7 +242,7 @@ def test_an_image_that_the_server_cannot_read_fails_that_latent_only(tmp_path: P
     assert len(server.asked) == 3 and labelling.said == []
 
 
-def test_a_model_that_takes_no_images_is_given_up_after_three_questions(tmp_path: Path) -> None:
+def test_a_model_that_accepts_no_images_is_given_up_after_three_questions(tmp_path: Path) -> None:
     with chatting(refuses(400, "this model takes no image input")) as server:
         labelling = run(server, tmp_path)
         assert labelling.statuses(30) == ["failed"] * 30
@@ -250,7 +250,7 @@ def test_a_model_that_takes_no_images_is_given_up_after_three_questions(tmp_path
     assert len(labelling.said) == 1 and "takes no image" in labelling.said[0]
 
 
-def test_a_budget_of_requests_ends_at_that_request_and_the_next_run_goes_on(tmp_path: Path) -> None:
+def test_a_budget_of_requests_is_exact_and_the_next_run_continues(tmp_path: Path) -> None:
     with chatting([HORSE, BROKEN, HORSE]) as server:
         first = run(server, tmp_path, max_requests=4)
         assert first.statuses(6) == ["ok", "ok", "ok", *["over_budget"] * 3]
@@ -263,7 +263,7 @@ def test_a_budget_of_requests_ends_at_that_request_and_the_next_run_goes_on(tmp_
     assert first.said == second.said == []
 
 
-def test_nothing_is_drawn_that_will_not_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_grid_is_drawn_for_a_question_that_is_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with chatting(HORSE) as server:
         labelling = run(server, tmp_path, max_requests=1)
         assert labelling.statuses(1) == ["ok"]
@@ -271,14 +271,14 @@ def test_nothing_is_drawn_that_will_not_be_asked(tmp_path: Path, monkeypatch: py
         assert labelling.statuses(3) == ["ok", "over_budget", "over_budget"]
 
 
-def test_a_budget_that_ends_between_two_tries_says_what_failed(tmp_path: Path) -> None:
+def test_a_budget_spent_between_two_tries_says_what_failed(tmp_path: Path) -> None:
     with chatting(BROKEN) as server:
         answer = run(server, tmp_path, max_requests=2).vlm.answer(make_case(0))
     assert (answer.status, answer.n_requests) == ("over_budget", 2)
     assert answer.detail == "max_requests: 2; before that, 500: out of memory"
 
 
-def test_a_budget_of_tokens_ends_when_they_are_spent(tmp_path: Path) -> None:
+def test_a_budget_of_tokens_ends_once_they_are_spent(tmp_path: Path) -> None:
     with chatting(HORSE) as server:
         labelling = run(server, tmp_path, max_tokens=250)
         answers = [labelling.vlm.answer(make_case(i)) for i in range(5)]
@@ -294,7 +294,7 @@ def test_tokens_that_a_server_does_not_count_are_estimated(tmp_path: Path) -> No
     assert 3000 + words - 10 < answer.n_tokens < 3000 + words + 20  # three grids
 
 
-def test_requests_are_as_far_apart_as_the_rate_limit_says(tmp_path: Path) -> None:
+def test_requests_are_spaced_by_the_rate_limit(tmp_path: Path) -> None:
     with chatting([HORSE, BUSY, HORSE]) as server:
         labelling = run(server, tmp_path, requests_per_minute=20)
         assert labelling.statuses(4) == ["ok"] * 4
@@ -302,7 +302,7 @@ def test_requests_are_as_far_apart_as_the_rate_limit_says(tmp_path: Path) -> Non
     assert labelling.time.time == pytest.approx(4 * 3.0)  # the pause after `slow down` is shorter than what is left to wait anyway
 
 
-def test_the_model_judges_which_images_show_a_name_whatever_their_order(tmp_path: Path) -> None:
+def test_detection_does_not_depend_on_the_order_of_images(tmp_path: Path) -> None:
     images = tuple(make_case(i, 1, 1).firing[0].encoded for i in range(10)) + tuple(make_case(i, 1, 1).silent[0].encoded for i in range(10))
 
     def script(asked: Asked, n_before: int) -> Reply:
@@ -333,7 +333,7 @@ def numbers_of_red(asked: Asked) -> list[int]:
     "content",
     ['{"sure": [1], "maybe": [3]}', '{"sure": [0], "maybe": []}', '{"sure": "1"}', '{"maybe": []}', "none of them", "I'm sorry, no."],
 )
-def test_a_judgement_that_does_not_fit_the_images_is_none(content: str, tmp_path: Path) -> None:
+def test_an_unusable_detection_gives_no_grades(content: str, tmp_path: Path) -> None:
     images = tuple(example.encoded for example in make_case(0, 2).firing)
     with chatting(says(content)) as server:
         assert run(server, tmp_path).vlm.fires("horse", images) is None
@@ -342,7 +342,7 @@ def test_a_judgement_that_does_not_fit_the_images_is_none(content: str, tmp_path
         assert len(server.asked) == 5
 
 
-def test_nothing_is_asked_about_nothing(tmp_path: Path) -> None:
+def test_no_request_is_sent_without_images(tmp_path: Path) -> None:
     with chatting(HORSE) as server:
         assert run(server, tmp_path).vlm.answer(make_case(0, n_firing=0)).status == "too_few_examples"
         assert run(server, tmp_path).vlm.fires("horse", ()) == ()

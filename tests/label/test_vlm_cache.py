@@ -1,4 +1,4 @@
-"""Answers are asked for once: by the next run, after a kill, by threads and processes side by side; a change of what is asked is asked."""
+"""Every question is asked once: across runs, kills, threads and processes; a changed question is asked again."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def script(asked: Asked, n_before: int) -> Reply:
     return names(f"thing {n_before}")
 
 
-def test_a_second_run_asks_nothing_and_says_the_same(tmp_path: Path) -> None:
+def test_a_second_run_sends_no_requests_and_gives_the_same_labels(tmp_path: Path) -> None:
     with chatting(script) as server:
         first = [make(server.url, tmp_path / "a").answer(make_case(i)) for i in range(5)]
         assert len(server.asked) == 5
@@ -50,9 +50,7 @@ def changed(case: Case, **values: object) -> Case:
     return Case(case.latent, (replace(case.firing[0], **values), *case.firing[1:]), case.silent)  # pyright: ignore[reportArgumentType]
 
 
-def test_whatever_changes_what_is_shown_or_who_is_asked_is_asked_again_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_question_is_asked_again_exactly_if_its_message_or_model_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case, other = make_case(0), make_case(1)
     with chatting(script) as server:
 
@@ -108,7 +106,7 @@ RUN = """
 """
 
 
-def test_a_run_that_was_killed_goes_on_after_its_last_answer(tmp_path: Path) -> None:
+def test_a_killed_run_continues_after_its_last_answer(tmp_path: Path) -> None:
     def slow(asked: Asked, n_before: int) -> Reply:
         return replace(names(f"thing {n_before}"), seconds=HANG_SECONDS if n_before == 4 else 0)
 
@@ -132,7 +130,7 @@ def test_a_run_that_was_killed_goes_on_after_its_last_answer(tmp_path: Path) -> 
     assert [answer.n_requests for answer in answers] == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
-def test_many_writers_at_a_time_lose_nothing(tmp_path: Path) -> None:
+def test_concurrent_writers_lose_no_answers(tmp_path: Path) -> None:
     path = tmp_path / "a"
 
     def write(i: int) -> None:
@@ -146,7 +144,7 @@ def test_many_writers_at_a_time_lose_nothing(tmp_path: Path) -> None:
     assert AnswerCache(path).get("key 100") is None
 
 
-def test_a_damaged_memory_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+def test_a_damaged_cache_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"this is not a database, whatever it is" * 100)
     with pytest.raises(ArtefactError, match=r"a: the answers .* move the file away"):
@@ -161,7 +159,7 @@ def test_a_damaged_memory_is_an_error_that_says_what_to_do(tmp_path: Path) -> No
         AnswerCache(path / "below-a-file").get("key")
 
 
-def test_experiments_share_the_memory_of_their_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experiments_share_the_cache_of_their_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMMATID_CHECKOUT", str(tmp_path / "checkout"))
     open_checkout_cache().add("key", "tiny", Completion("text", None, "stop", 0))

@@ -1,4 +1,4 @@
-"""The stage with a labeller on a server that really looks at the pictures: planted colours are named, through grids, HTTP and tables."""
+"""The stage with a labeller on a server that looks at the pictures: planted colours are labelled, through grids, HTTP and tables."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -89,7 +89,7 @@ def look(asked: Asked, n_before: int) -> Reply:
     return names(max(sorted(set(found)), key=found.count)) if found else says('{"seen": "grey", "label": ""}')
 
 
-def test_planted_colours_are_named_and_recognised_and_a_second_run_asks_nothing(
+def test_planted_colours_are_labelled_and_detected_and_a_second_run_sends_no_requests(
     line: dict[str, Artefact], words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -111,7 +111,7 @@ def test_planted_colours_are_named_and_recognised_and_a_second_run_asks_nothing(
     assert {row["n_requests"] for row in again["vlm"]} == {0}
 
 
-def test_without_a_server_the_vocabulary_still_names_and_one_sentence_says_what_to_do(
+def test_without_a_server_the_vocabulary_still_labels_and_a_warning_says_what_to_do(
     line: dict[str, Artefact], words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -127,7 +127,7 @@ def test_without_a_server_the_vocabulary_still_names_and_one_sentence_says_what_
     assert url in gave_up and "label.labellers.vlm" in gave_up
 
 
-def test_a_budget_ends_the_asking_and_the_next_run_goes_on(
+def test_a_run_stops_asking_at_its_budget_and_the_next_continues(
     line: dict[str, Artefact], words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -142,7 +142,7 @@ def test_a_budget_ends_the_asking_and_the_next_run_goes_on(
     assert {latent: rows["vlm"][latent]["label"] for latent in PURE} == PURE
 
 
-def test_a_refused_name_is_a_status_in_the_table(
+def test_a_refusal_is_a_status_in_the_table(
     line: dict[str, Artefact], words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -172,7 +172,7 @@ def test_a_refused_name_is_a_status_in_the_table(
         ({"model": ""}, "labellers.1.model"),
     ],
 )
-def test_values_that_cannot_be_used_are_refused_before_any_work(values: dict[str, Any], part: str) -> None:
+def test_unusable_values_are_refused_before_any_work(values: dict[str, Any], part: str) -> None:
     labellers = [{"kind": "vocabulary", "words": ["common"]}, {"kind": "vlm", "model": "tiny", **values}]
     with pytest.raises(ConfigError, match=part):
         make_test_params(label={"labellers": labellers})

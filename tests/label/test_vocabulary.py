@@ -1,4 +1,4 @@
-"""Proves that words are found as their definitions say, in blocks as at once, and that any list of words can be one."""
+"""Proves that words are chosen as their criteria are defined, in blocks of any size, and that any list of words can be used."""
 
 import math
 import time
@@ -54,7 +54,7 @@ def slow_soft_wpmi(rows: list[Tensor], acts: list[Tensor], images: Tensor, words
 
 @pytest.mark.parametrize("entries", [2**24, 64])
 @pytest.mark.parametrize("by", BYS)
-def test_words_are_those_of_a_slow_definition_whatever_the_blocks(by: By, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_equal_those_of_a_slow_definition_for_any_block_size(by: By, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocabulary, "ENTRIES", entries)
     rows, acts, images, words = draw(30, 25, 50)
     slow = slow_mean if by == "mean" else slow_soft_wpmi
@@ -62,14 +62,14 @@ def test_words_are_those_of_a_slow_definition_whatever_the_blocks(by: By, entrie
 
 
 @pytest.mark.parametrize("by", BYS)
-def test_no_latent_has_no_word_and_equal_words_give_the_first(by: By) -> None:
+def test_no_latents_give_no_words_and_equal_words_give_the_first(by: By) -> None:
     rows, acts, images, words = draw(5, 10, 4)
     assert choose(by, [], [], images, words).tolist() == []
     twice = torch.cat([words, words])
     assert max(choose(by, rows, acts, images, twice).tolist()) < 4
 
 
-def test_soft_wpmi_prefers_the_word_that_is_true_of_one_latent_to_the_one_true_of_all() -> None:
+def test_soft_wpmi_prefers_a_word_specific_to_one_latent() -> None:
     """All latents' images lie near the first word; each has a word of its own besides, a little farther off."""
     n = 5
     basis = torch.eye(n + 1)
@@ -80,7 +80,7 @@ def test_soft_wpmi_prefers_the_word_that_is_true_of_one_latent_to_the_one_true_o
     assert choose("soft_wpmi", rows, acts, images, basis).tolist() == [1, 2, 3, 4, 5]
 
 
-def test_lists_of_words_have_each_once_without_empty_lines_and_comments(tmp_path: Path) -> None:
+def test_word_lists_are_read_without_duplicates_empty_lines_and_comments(tmp_path: Path) -> None:
     path = tmp_path / "words.txt"
     path.write_text("\ufeffred\n\n  green \n# no word\nred\n\t\nblue\r\ngreen\n", encoding="utf-8")
     assert load_words([str(path)]) == ("red", "green", "blue")
@@ -115,7 +115,7 @@ class Letters:
         return torch.sin(seeds[:, None] * torch.arange(1, 9) / 1e5).float()
 
 
-def test_texts_are_means_of_templates_less_the_words_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embeddings_are_means_over_templates_centred_on_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "BLOCK", 3)
     words = [f"word {i}" for i in range(10)]
     made = Texts(cast(VisionModel, Letters()), words)
@@ -124,7 +124,7 @@ def test_texts_are_means_of_templates_less_the_words_mean(monkeypatch: pytest.Mo
     torch.testing.assert_close(made.embeddings[made.rows(["word 7", "word 2"])], made.embeddings[[7, 2]])
 
 
-def test_other_names_are_embedded_beside_the_words_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_outside_the_list_are_embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Letters()
     made = Texts(cast(VisionModel, model), ["one", "two", "three"])
     model.asked.clear()
@@ -138,7 +138,7 @@ def test_other_names_are_embedded_beside_the_words_each_once(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("by", BYS)
-def test_a_hundred_thousand_words_need_no_more_than_blocks_of_them(by: By, tmp_path: Path) -> None:
+def test_a_hundred_thousand_words_are_processed_in_blocks(by: By, tmp_path: Path) -> None:
     """With duplicates and empty lines; a table of words by images or by latents would have 4e7 entries, a block has 2^24."""
     path = tmp_path / "many.txt"
     rows, acts, images, _ = draw(20, 400, 1, d=8)

@@ -1,4 +1,4 @@
-"""Proves the library call on plain arrays against the published pair by pair loop, whatever the arrays are and however they are cut."""
+"""Proves that the library call on plain arrays equals the published loop over pairs, for arrays of any type, layout and partition."""
 
 from collections.abc import Callable
 from typing import Any
@@ -79,7 +79,7 @@ def shuffle_rows(rows: csr_array) -> csr_array:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("block", [10**9, 40])
-def test_equals_the_published_loop(
+def test_scores_equal_the_published_loop(
     form: str, block: int, acts: torch.Tensor, embeddings: torch.Tensor, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("VALUES", "ENTRIES"):
@@ -90,14 +90,14 @@ def test_equals_the_published_loop(
     np.testing.assert_allclose(np.asarray(ms), expected, rtol=1e-9)
 
 
-def test_few_entries_equal_the_published_loop(acts: torch.Tensor, embeddings: torch.Tensor, expected: torch.Tensor) -> None:
+def test_sparse_activations_equal_the_published_loop(acts: torch.Tensor, embeddings: torch.Tensor, expected: torch.Tensor) -> None:
     """Only the latents that are mostly zero: products over entries."""
     for form in ("torch", "torch CSR"):
         np.testing.assert_allclose(monosemanticity(FORMS[form](acts[:, :8].contiguous()), embeddings), expected[:8], rtol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.bool])
-def test_any_real_type(dtype: torch.dtype, acts: torch.Tensor, embeddings: torch.Tensor) -> None:
+def test_any_real_type_is_accepted(dtype: torch.dtype, acts: torch.Tensor, embeddings: torch.Tensor) -> None:
     few = acts[:, :8].to(dtype)
     fires = (few != 0).sum(0) >= 2
     for given_acts in (few, few.to_sparse_csr() if dtype not in (torch.bool,) else few):
@@ -110,7 +110,7 @@ def test_the_length_of_embeddings_does_not_matter(acts: torch.Tensor, embeddings
     np.testing.assert_allclose(monosemanticity(acts, embeddings * lengths), expected, rtol=1e-9)
 
 
-def test_is_undefined_where_it_means_nothing() -> None:
+def test_scores_are_nan_where_they_are_undefined() -> None:
     acts = torch.zeros(10, 5)
     acts[:, 1] = 3.0  # constant
     acts[2, 2] = 1.0  # one image
@@ -146,7 +146,7 @@ def test_is_undefined_where_it_means_nothing() -> None:
         (csr_array((np.ones(4), [0, 1, 1, 0], [0, 1, 3, 4]), shape=(3, 2)), np.ones((3, 5)), r"stored twice, .*acts.sum_duplicates\(\)"),
     ],
 )
-def test_what_cannot_be_scored_is_said(acts: Any, embeddings: Any, says: str) -> None:
+def test_arrays_that_cannot_be_scored_are_refused(acts: Any, embeddings: Any, says: str) -> None:
     for kind in (InputError, ValueError, OmmatidError):
         with pytest.raises(kind, match=says):
             monosemanticity(acts, embeddings)
@@ -168,7 +168,7 @@ class Rows:
         (Rows([0, 1, 2, 2], [0, 2], [1.0, 1.0], (3, 2)), "a column index is outside 0 to 1"),
     ],
 )
-def test_rows_that_are_not_compressed_as_they_say(rows: Rows, says: str) -> None:
+def test_invalid_sparse_rows_are_refused(rows: Rows, says: str) -> None:
     with pytest.raises(InputError, match=says):
         monosemanticity(rows, np.ones((3, 4)))
 
@@ -186,7 +186,7 @@ def test_damage_in_a_later_block_is_named_by_its_image(monkeypatch: pytest.Monke
 
 @given(seed=st.integers(0, 10**6), n_parts=st.integers(1, 6))
 @settings(max_examples=25, deadline=None)
-def test_any_partition_merges_to_the_same(seed: int, n_parts: int, acts: torch.Tensor, embeddings: torch.Tensor) -> None:
+def test_any_partition_of_the_images_gives_the_same_scores(seed: int, n_parts: int, acts: torch.Tensor, embeddings: torch.Tensor) -> None:
     """Images dealt at random to parts, some empty, dense or compressed, merged in any order."""
     rng = np.random.default_rng(seed)
     of_part = rng.integers(n_parts, size=N)
@@ -214,7 +214,7 @@ def assert_same(one: MonosemanticityScores, other: MonosemanticityScores) -> Non
     assert one.floor == pytest.approx(other.floor, rel=1e-12)
 
 
-def test_a_judge_wider_than_a_column_of_sums(acts: torch.Tensor) -> None:
+def test_embeddings_wider_than_a_block_of_sums_are_scored(acts: torch.Tensor) -> None:
     """Σap lies in columns; 1,000 is two whole ones and a rest."""
     embeddings = torch.randn(N, 1000, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 0.1
     expected = published_loop(acts, embeddings)

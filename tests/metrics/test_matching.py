@@ -36,7 +36,7 @@ def copy_of(a: torch.Tensor, noise: float = 0.05) -> tuple[torch.Tensor, torch.T
 
 
 @pytest.mark.parametrize("tile", [3, 7, 4096])
-def test_best_matches_in_tiles_are_those_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+def test_best_matches_in_tiles_equal_those_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
     monkeypatch.setattr(nearest, "TILE", tile)
     a, b = 3 * random(20, 6), random(13, 6, seed=1)
     cosines = torch.nn.functional.cosine_similarity(a[:, None].double(), b[None].double(), dim=2)
@@ -59,7 +59,7 @@ def test_a_permuted_and_noised_copy_is_found_in_its_order() -> None:
 
 
 @pytest.mark.parametrize(("n", "d"), [(200, 32), (1000, 128)])
-def test_random_dictionaries_are_at_chance_and_hardly_any_is_the_same(n: int, d: int) -> None:
+def test_random_dictionaries_match_at_chance_level(n: int, d: int) -> None:
     a, b = random(n, d), random(n, d, seed=1)
     there, _ = best_matches(a, b)
     assert there.mmcs == pytest.approx(chance_cosine(n, d), abs=0.01)
@@ -68,7 +68,7 @@ def test_random_dictionaries_are_at_chance_and_hardly_any_is_the_same(n: int, d:
     assert float(cosines.mean()) < there.mmcs  # one to one, not everyone gets the nearest
 
 
-def test_opposite_directions_are_not_the_same() -> None:
+def test_opposite_directions_do_not_match() -> None:
     a = random(5, 40)
     there, _ = best_matches(a, -a)
     assert there.mmcs < 0.5
@@ -102,7 +102,7 @@ def test_wide_dictionaries_are_not_matched_one_to_one(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("m", "d"), [(1, 3), (2, 2), (8, 1), (50, 4), (300, 64)])
-def test_chance_is_what_random_directions_give(m: int, d: int) -> None:
+def test_the_chance_level_is_that_of_random_directions(m: int, d: int) -> None:
     rng = np.random.default_rng(0)
     n = 40_000 // m + 1000
     others = rng.normal(size=(n, m, d)).astype(np.float32)
@@ -147,7 +147,7 @@ def jaccard(one: set[int], other: set[int]) -> float | None:
     return len(one & other) / len(one | other) if one | other else None
 
 
-def test_matches_have_the_nearest_and_the_images_that_fire_both(pair: tuple[EvaluatedSAE, EvaluatedSAE], tmp_path: Path) -> None:
+def test_matches_have_the_nearest_latent_and_the_number_of_shared_images(pair: tuple[EvaluatedSAE, EvaluatedSAE], tmp_path: Path) -> None:
     found = match(*pair, tmp_path).matches
     assert found.schema == schemas.MATCHES
     expected = [("a", latent, "b", (latent + 1) % 3) for latent in range(3)] + [("b", latent, "a", (latent - 1) % 3) for latent in range(3)]
@@ -158,7 +158,7 @@ def test_matches_have_the_nearest_and_the_images_that_fire_both(pair: tuple[Eval
     assert found["jaccard"].to_pylist() == [0.4, 1.0, None, None, 0.4, 1.0]
 
 
-def test_stability_is_a_share_of_each_ones_own_latents(tmp_path: Path) -> None:
+def test_stability_is_a_share_of_each_saes_own_latents(tmp_path: Path) -> None:
     a = evaluated(tmp_path, "a", random(40, 16), {})
     b = evaluated(tmp_path, "b", torch.cat([a_directions(a), random(10, 16, seed=3)]), {})
     mine, theirs = match(a, b, tmp_path).stability.to_pylist()
@@ -172,7 +172,7 @@ def a_directions(one: EvaluatedSAE) -> torch.Tensor:
     return matches_module._directions(one.sae)
 
 
-def test_too_wide_for_one_to_one_is_null_and_mutual_stays(
+def test_dictionaries_too_wide_for_one_to_one_matching_still_have_mutual_matches(
     pair: tuple[EvaluatedSAE, EvaluatedSAE], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(matching, "MOST_ONE_TO_ONE", 2)
@@ -180,7 +180,7 @@ def test_too_wide_for_one_to_one_is_null_and_mutual_stays(
 
 
 @pytest.mark.parametrize(("names", "n_pairs"), [("a", 0), ("ab", 1), ("abc", 3)])
-def test_every_two_saes_are_matched_and_one_alone_leaves_empty_tables(tmp_path: Path, names: str, n_pairs: int) -> None:
+def test_every_pair_of_saes_is_matched_and_a_single_sae_leaves_empty_tables(tmp_path: Path, names: str, n_pairs: int) -> None:
     all_of = {name: evaluated(tmp_path, name, random(4, 3, seed=i), {0: {1}}) for i, name in enumerate(names)}
     found = tables(tmp_path, all_of)
     assert found.rows("stability") == 2 * n_pairs and found.rows("matches") == 2 * 4 * n_pairs

@@ -65,7 +65,7 @@ def test_floor_is_the_mean_pairwise_cosine() -> None:
     assert make_ms(random(30, 2), judge).scores().floor == pytest.approx(float(cosines.mean()))
 
 
-def test_monosemanticity_is_undefined_where_it_means_nothing() -> None:
+def test_monosemanticity_is_nan_where_it_is_undefined() -> None:
     acts = torch.zeros(10, 4)
     acts[:, 1] = 3.0  # constant
     acts[2, 2] = 1.0  # one image
@@ -77,7 +77,7 @@ def test_monosemanticity_is_undefined_where_it_means_nothing() -> None:
 
 @given(cut=st.integers(1, 39))
 @settings(max_examples=15, deadline=None)
-def test_monosemanticity_merges(cut: int) -> None:
+def test_monosemanticity_of_parts_merges_to_that_of_the_whole(cut: int) -> None:
     acts, judge = random(40, 5).relu(), random(40, 7, seed=1)
     one, other = make_ms(acts[:cut], judge[:cut]), make_ms(acts[cut:], judge[cut:])
     one.merge(other)
@@ -133,7 +133,7 @@ def test_predicting_the_mean_has_fvu_one() -> None:
     assert math.isnan(empty.l0)
 
 
-def test_firing_counts() -> None:
+def test_firings_are_counted() -> None:
     acts = torch.tensor([[0.0, 1.0, 0.0], [2.0, 3.0, 0.0], [0.0, 5.0, 0.0]])
     firing = Firing(3)
     firing.add(acts[:2], acts[:2].amax(0, keepdim=True))
@@ -160,7 +160,7 @@ def test_top_images_equals_a_sort(seed: int, batch: int) -> None:
         assert top.images[fires, latent].tolist() == [i for i in strongest if acts[i, latent] > 0]
 
 
-def test_purity() -> None:
+def test_purity_is_the_share_of_the_commonest_class() -> None:
     values = purity([["a", "a", "b", "a"], ["a", "b"], ["c"] * 4], 4)
     assert values[0] == 0.75
     assert math.isnan(values[1])
@@ -183,7 +183,7 @@ def test_detection_scores_equal_scikit_learn(positive: list[int], negative: list
 
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=30), st.lists(st.integers(0, 8), min_size=1, max_size=30))
 @settings(max_examples=60, deadline=None)
-def test_of_equally_good_thresholds_the_lowest_is_taken(positive: list[int], negative: list[int]) -> None:
+def test_among_equally_good_thresholds_the_lowest_is_chosen(positive: list[int], negative: list[int]) -> None:
     values = sorted({*positive, *negative})
 
     def accuracy(cut: int) -> Fraction:
@@ -195,7 +195,7 @@ def test_of_equally_good_thresholds_the_lowest_is_taken(positive: list[int], neg
 
 
 @pytest.mark.parametrize("n_values", [2, 5, 1000])
-def test_rank_correlation_equals_scipys_ties_included(n_values: int) -> None:
+def test_rank_correlation_equals_scipy_including_ties(n_values: int) -> None:
     x = torch.randint(n_values, (60,), generator=torch.Generator().manual_seed(1))
     y = x + torch.randint(n_values, (60,), generator=torch.Generator().manual_seed(2))
     assert rank_correlation(x, y.float()) == pytest.approx(spearmanr(x, y)[0])
@@ -207,7 +207,7 @@ def test_rank_correlation_with_a_constant_is_undefined() -> None:
     assert math.isnan(rank_correlation(torch.arange(1), torch.arange(1)))
 
 
-def test_auroc_interval_covers_the_truth_as_often_as_it_says() -> None:
+def test_auroc_intervals_have_their_nominal_coverage() -> None:
     truth = 0.5 * (1 + math.erf(1 / 2))  # two normals one standard deviation apart
     hits = 0
     for seed in range(300):

@@ -76,14 +76,14 @@ def test_uniqueness_equals_pairs_of_sets(seed: int) -> None:
     assert found[8:10].tolist() == [0, 0]
 
 
-def test_uniqueness_does_not_depend_on_how_many_are_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uniqueness_does_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.stack([torch.randperm(30, generator=torch.Generator().manual_seed(i))[:5] for i in range(23)])
     whole = uniqueness(images)
     monkeypatch.setattr(importlib.import_module("ommatid.metrics.overlap"), "LATENTS_PER_STEP", 4)
     assert torch.equal(uniqueness(images), whole)
 
 
-def test_what_shares_nothing_is_unique_and_so_is_what_is_alone() -> None:
+def test_latents_that_share_no_images_are_unique_and_so_is_a_single_latent() -> None:
     assert uniqueness(torch.arange(12).view(3, 4)).tolist() == [1, 1, 1]
     assert uniqueness(torch.arange(4).view(1, 4)).tolist() == [1]
     assert uniqueness(torch.full((2, 4), -1)).isnan().all()
@@ -94,7 +94,7 @@ names = st.lists(st.sampled_from("abc"), max_size=4)
 
 @given(st.lists(names, min_size=1, max_size=5))
 @settings(max_examples=60, deadline=None)
-def test_lca_depth_is_the_longest_prefix_of_all(paths: list[list[str]]) -> None:
+def test_lca_depth_is_the_length_of_the_common_prefix(paths: list[list[str]]) -> None:
     longest = max(n for n in range(5) if all(len(path) >= n and path[:n] == paths[0][:n] for path in paths))
     assert lca_depth(paths) == longest
 
@@ -111,7 +111,7 @@ def test_label_entropy_equals_its_definition(mass: list[float]) -> None:
         assert math.copysign(1, found) == 1
 
 
-def test_entropy_of_one_class_is_zero_and_of_four_alike_two_bits() -> None:
+def test_entropy_of_one_class_is_zero_and_of_four_equal_ones_two_bits() -> None:
     assert label_entropy(np.array([0, 3.0])) == 0
     assert label_entropy(np.ones(4)) == pytest.approx(2)
 
@@ -132,7 +132,7 @@ def test_decades_hold_every_latent_once() -> None:
     assert sum(d.n_latents for d in density_histogram(torch.zeros(3), 0)) == 3
 
 
-def test_dense_and_rare() -> None:
+def test_dense_and_rare_latents_are_flagged_by_density() -> None:
     firing = Firing(4)
     acts = torch.zeros(100, 4)
     acts[:11, 0] = acts[:10, 1] = acts[:16, 2] = 1  # of latent 3 nothing
@@ -141,7 +141,7 @@ def test_dense_and_rare() -> None:
     assert firing.is_rare.tolist() == [True, True, False, False]
 
 
-def test_fidelity_by_kind_is_that_of_the_tokens_of_a_kind() -> None:
+def test_fidelity_by_kind_is_computed_over_the_tokens_of_that_kind() -> None:
     x, error = random(20, 4, 6) * 3 + 2, random(20, 4, 6, seed=1)
     acts = random(20, 4, 9, seed=2).relu()
     kinds = ["cls", "patch", "register", "patch"]
@@ -170,7 +170,7 @@ def test_probes_equal_scikit_learn(d: int) -> None:
         np.testing.assert_allclose(scores[:, c].numpy(), theirs, atol=2e-4)
 
 
-def test_a_class_with_features_of_its_own_gets_the_probe_it_gets_alone() -> None:
+def test_the_probe_of_a_class_does_not_depend_on_other_classes() -> None:
     own, classes = random(200, 3, 2), torch.randint(0, 3, (200,), generator=torch.Generator().manual_seed(1))
     own[:, :, 1] = 4  # does not vary
     y = torch.nn.functional.one_hot(classes, 3).bool()

@@ -32,7 +32,7 @@ def by_hand(cosines: torch.Tensor, classes: torch.Tensor, scale: float) -> tuple
     return right, entropies
 
 
-def test_classified_equals_loops_and_scikit_learn() -> None:
+def test_accuracy_equals_loops_and_scikit_learn() -> None:
     cosines, classes = draw(0.15)
     found = classify(cosines, classes, 12.0)
     right, entropies = by_hand(cosines, classes, 12.0)
@@ -71,7 +71,7 @@ def test_fitted_scale_stays_within_its_bounds() -> None:
     assert fit_scale(sure, classes) == pytest.approx(1000)
 
 
-def test_recovered_is_the_ratio_of_its_definition() -> None:
+def test_the_recovered_share_follows_its_definition() -> None:
     _, classes = draw(0.0)
     plain, spliced, mean = (classify(draw(signal)[0], classes, 15.0) for signal in (0.2, 0.15, 0.0))
     expected = (mean.cross_entropy - spliced.cross_entropy) / (mean.cross_entropy - plain.cross_entropy)
@@ -82,7 +82,7 @@ def test_recovered_is_the_ratio_of_its_definition() -> None:
     assert recovered(plain, classify(draw(-0.2)[0], classes, 15.0), mean).value < 0
 
 
-def test_interval_of_recovered_covers_what_resampling_gives() -> None:
+def test_the_interval_of_the_recovered_share_agrees_with_resampling() -> None:
     _, classes = draw(0.0)
     plain, spliced, mean = (classify(draw(signal, seed)[0], classes, 15.0) for signal, seed in ((0.2, 0), (0.15, 1), (0.0, 2)))
     generator = torch.Generator().manual_seed(3)
@@ -95,7 +95,7 @@ def test_interval_of_recovered_covers_what_resampling_gives() -> None:
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.15 * (high - low))
 
 
-def test_nothing_is_recovered_where_the_mean_does_no_harm() -> None:
+def test_the_recovered_share_is_undefined_if_the_mean_does_no_harm() -> None:
     cosines, classes = draw(0.2)
     plain = classify(cosines, classes, 15.0)
     noise = 1e-4 * torch.randn(N, C, generator=torch.Generator().manual_seed(1))

@@ -61,7 +61,7 @@ def kill_in_the_middle(stage: str) -> None:
 
 
 @pytest.mark.parametrize("stage", NAMES)
-def test_each_stage_survives_a_full_disk_and_a_kill_and_then_works(
+def test_each_stage_succeeds_after_a_full_disk_and_a_kill(
     stage: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = STAGES[stage].place
@@ -107,7 +107,7 @@ def test_the_catalogue_has_a_feature_for_every_latent_and_its_lineage() -> None:
         assert shown["sae_with_error"] == pytest.approx(shown["plain"], abs=1e-3) != shown["sae"]
 
 
-def test_query_and_show_answer(capsys: pytest.CaptureFixture[str]) -> None:
+def test_query_and_show_work(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_verb("query", "SELECT latent, label, ms, density FROM features ORDER BY ms DESC LIMIT 3", "--format", "json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == 3
@@ -157,7 +157,7 @@ def test_all_damage_to_an_artefact_is_named_at_once(capsys: pytest.CaptureFixtur
         (["show", "99999"], "99999"),
     ],
 )
-def test_bad_input_is_refused_with_its_name_and_nothing_is_lost(
+def test_bad_input_is_named_and_nothing_is_lost(
     arguments: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

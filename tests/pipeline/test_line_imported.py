@@ -1,4 +1,4 @@
-"""Proves that an SAE of another library is measured and named like one that was trained here: planted colours, through its files."""
+"""Proves that an SAE of another library is evaluated and labelled like one that was trained here, on planted colours."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -66,7 +66,9 @@ def before(tmp_path_factory: pytest.TempPathFactory, params: Params) -> Iterator
         ("sparsify", plant("topk", torch.tensor(0.0))),
     ],
 )
-def test_it_is_measured_and_named(form: str, sae: SAE, before: dict[str, Artefact], params: Params, tmp_path: Path) -> None:
+def test_an_imported_sae_is_evaluated_and_labelled(
+    form: str, sae: SAE, before: dict[str, Artefact], params: Params, tmp_path: Path
+) -> None:
     export_sae(sae, form, tmp_path / "theirs")
 
     def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft) -> Artefact:

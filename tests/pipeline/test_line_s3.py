@@ -68,7 +68,7 @@ def artefacts(data: str) -> Iterator[tuple[str, Artefact]]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_each_stage_survives_a_kill_and_then_works(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_stage_succeeds_after_a_kill(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     if stage in ("extract", "train"):
         kill_in_the_middle(stage)
         assert not open_folder(DATA).folders().count(STAGES[stage].place.name)
@@ -79,7 +79,7 @@ def test_each_stage_survives_a_kill_and_then_works(stage: str, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("kind", ["dask", "ray"])
-def test_workers_of_a_cluster_write_the_same(kind: str) -> None:
+def test_workers_of_a_cluster_write_the_same_bytes(kind: str) -> None:
     before = open_stage("extract", data=DATA).digest
     open_folder(DATA).remove("activations")
     assert run_verb("extract", "--data", DATA, "--set", f"extract.executor={{kind: {kind}, address: null, workers: 2}}") == 0
@@ -92,14 +92,14 @@ def test_nothing_is_left_beside_the_artefacts() -> None:
     assert {path.suffix for path in left} == {".lock", ".published"}
 
 
-def test_the_same_bytes_as_on_a_disk() -> None:
+def test_artefacts_have_the_same_bytes_as_on_a_disk() -> None:
     for stage in STAGES:
         assert run_verb(stage) == 0
     there, here = dict(artefacts(DATA)), dict(artefacts("data"))
     assert {name: one.digest for name, one in there.items()} == {name: one.digest for name, one in here.items()}
 
 
-def test_the_catalogue_can_be_asked() -> None:
+def test_the_catalogue_can_be_queried() -> None:
     with Catalog(open_stage("catalog", data=DATA).file("catalog.duckdb")) as catalog:
         assert catalog.ask("SELECT count(*) AS n FROM latents").dicts() == [{"n": 36}]
 

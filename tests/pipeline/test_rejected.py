@@ -92,7 +92,7 @@ class Killed(BaseException):
     """Ends a stage as a signal would."""
 
 
-def test_the_others_are_published_and_the_status_says_that_one_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_other_saes_are_published_and_the_exit_status_reports_the_rejected_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train") == 3
     said = capsys.readouterr().out
     assert f"notice: train: {BAD} is rejected: the final FVU is below 1: step " in said and f"it is kept in data/sae/{BAD}" in said
@@ -108,14 +108,14 @@ def test_the_others_are_published_and_the_status_says_that_one_is_not(capsys: py
     assert "1 rejected" in page and f"<b>{BAD}</b>" in page and "not published" not in page
 
 
-def test_what_is_rejected_can_be_looked_at() -> None:
+def test_a_rejected_sae_can_be_inspected() -> None:
     open_stage("train").verify()
     (bad,) = rejected_of(open_stage("train")).values()
     assert SAE.load(bad.path).config.d_sae == 32 and bad.rows("curves") and bad.folder.url == f"data/sae/{BAD}"
     assert Path(f"data/quality/health/{BAD}.png").exists()
 
 
-def test_its_mlflow_run_fails_and_the_others_finish() -> None:
+def test_the_mlflow_run_of_the_rejected_sae_fails_and_the_others_finish() -> None:
     found = runs_of_training()
     assert {name: one.info.status for name, one in found.items()} == {BAD: "FAILED"} | dict.fromkeys((GOOD, WIDE, NARROW), "FINISHED")
     assert "Rejected: the final FVU is below 1" in found[BAD].data.tags["mlflow.note.content"] and "ommatid.sae" not in found[BAD].data.tags
@@ -127,14 +127,14 @@ def digest() -> str:
     return open_stage("train").digest
 
 
-def test_the_others_are_what_they_would_be_without_it(digest: str, params: Params) -> None:
+def test_the_other_saes_do_not_depend_on_the_rejected_one(digest: str, params: Params) -> None:
     with_it = {name: sae.digest for name, sae in open_stage("train").each().items()}
     without = run_stage("train", changed(params, runs=[RUNS[0], *RUNS[2:]]), ignore)
     assert not without.rejected and {name: sae.digest for name, sae in without.each().items()} == with_it
     assert without.digest != digest
 
 
-def test_a_run_killed_after_the_gate_ends_the_same_without_training_again(
+def test_a_run_killed_after_the_gate_continues_without_training_again(
     digest: str, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def kill(*_: Any) -> None:
@@ -153,7 +153,7 @@ def test_a_run_killed_after_the_gate_ends_the_same_without_training_again(
     assert sorted(path.name for path in Path("data/sae").iterdir()) == sorted([GOOD, WIDE, NARROW, BAD, "manifest.json"])
 
 
-def test_evaluate_leaves_out_what_train_rejected_and_rejects_by_its_own_gate(params: Params) -> None:
+def test_evaluate_skips_saes_that_train_rejected_and_rejects_by_its_own_gate(params: Params) -> None:
     strict = EvaluateParams.model_validate(params.evaluate.model_dump(mode="json") | {"max_dead": 0.5})
     heard: list[Event] = []
     made = run_stage("evaluate", params.model_copy(update={"evaluate": strict}), heard.append)
@@ -171,7 +171,7 @@ def test_evaluate_leaves_out_what_train_rejected_and_rejects_by_its_own_gate(par
     assert logged[WIDE].data.metrics["evaluate.dead"] > 0.5
 
 
-def test_label_leaves_out_both_and_rejects_a_third(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_label_skips_both_rejected_saes_and_rejects_a_third(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     labels = Path("labels.csv")  # of SAEs that were rejected, too: what people wrote stays good
     labels.write_text("".join(["sae,latent,label\n", *(f"{name},0,red\n" for name in (GOOD, WIDE, NARROW, BAD))]))
     check = quality.check
@@ -191,7 +191,7 @@ def test_label_leaves_out_both_and_rejects_a_third(params: Params, monkeypatch: 
     assert len(left_out) == 2
 
 
-def test_the_catalogue_holds_what_passed_every_gate_and_can_be_decided_on(params: Params) -> None:
+def test_the_catalogue_holds_the_saes_that_passed_every_gate_and_can_be_promoted(params: Params) -> None:
     heard: list[Event] = []
     run_stage("catalog", params, heard.append)
     assert len([event for event in heard if isinstance(event, Warned) and " is left out, for " in event.what]) == 3
@@ -215,7 +215,7 @@ def test_an_sae_that_passes_the_next_time_has_a_finished_run(params: Params) -> 
 
 
 @pytest.mark.parametrize("runs", [[RUNS[1]], [RUNS[1], {**RUNS[1], "seed": 1}]], ids=["the only one", "all"])
-def test_where_none_passes_nothing_is_published(runs: list[dict[str, Any]], params: Params) -> None:
+def test_nothing_is_published_if_no_sae_passes(runs: list[dict[str, Any]], params: Params) -> None:
     before = open_stage("train").digest
     with pytest.raises(GateError, match=r"the final FVU is below 1: .*; nothing was published; the report is ") as failed:
         run_stage("train", changed(params, runs=runs), ignore)
@@ -223,7 +223,7 @@ def test_where_none_passes_nothing_is_published(runs: list[dict[str, Any]], para
     assert open_stage("train").digest == before and not list(Path("data/.work").glob("sae-*"))
 
 
-def test_an_sae_that_diverges_is_rejected_and_the_others_go_on(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_sae_that_diverges_is_rejected_and_the_others_continue(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     learn, bad = Learner.learn, "batch_topk-20-k2-s0"
 
     def diverge(self: Learner, batch: Batch) -> None:

@@ -105,7 +105,7 @@ def is_about(sae: str, event: Event) -> bool:
     return not isinstance(event, Warned) and event.sae == sae
 
 
-def test_the_line_says_which_sae_it_is_about(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_names_the_sae(capsys: pytest.CaptureFixture[str]) -> None:
     for stage in ("images", "extract", "train"):
         assert run_verb(stage) == 0
     said = capsys.readouterr().out
@@ -118,7 +118,7 @@ def test_the_line_says_which_sae_it_is_about(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "label"])
-def test_a_stage_killed_between_two_saes_goes_on_with_the_second(stage: str, params: Params) -> None:
+def test_a_stage_killed_between_two_saes_continues_with_the_second(stage: str, params: Params) -> None:
     with pytest.raises(Killed):
         run_stage(stage, params, kill_at(lambda event: is_about(WIDE, event)))
     assert not STAGES[stage].place.exists()
@@ -244,7 +244,7 @@ def test_a_target_with_other_tokens_is_refused(params: Params) -> None:
         run_stage("train", params.model_copy(update={"train": train}), ignore)
 
 
-def test_what_evaluates_a_transcoder_must_be_told_its_target(params: Params, tmp_path: Path) -> None:
+def test_evaluating_a_transcoder_needs_its_target(params: Params, tmp_path: Path) -> None:
     inputs = {"images": open_stage("images"), "extract": activations("tiles"), "target": activations("deep")}
     inputs["train"] = open_stage("train").each()[NARROW]
     with (

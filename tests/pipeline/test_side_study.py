@@ -1,4 +1,4 @@
-"""Proves that a study below another root than the checkout's keeps to itself: its reports, its params, and its provenance."""
+"""Proves that a study under another root than the checkout's keeps its reports, params and provenance to itself."""
 
 import shutil
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ def test_reports_belong_to_their_study(capsys: pytest.CaptureFixture[str], monke
     assert f"nothing was published; the report is {report}\n" in capsys.readouterr().err and report.is_file()
 
 
-def test_a_stage_goes_by_what_the_study_was_made_with_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_uses_the_params_that_the_study_was_made_with_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_verb("train", "--data", "other/study") == 0  # its hookpoint is another than params.yaml's
     said = capsys.readouterr().out
     assert "notice: other/study was made with extract.name=another, extract.eval_share=0.4: train goes by these" in said
@@ -69,7 +69,7 @@ def test_a_stage_goes_by_what_the_study_was_made_with_and_says_so(capsys: pytest
     assert study_params("train", same, "other/study", heard.append) == same and not heard
 
 
-def test_a_study_beside_the_checkouts_own_names_no_dvc_lock() -> None:
+def test_a_study_under_another_root_records_no_dvc_lock() -> None:
     client = MlflowClient(f"sqlite:///{Path('.mlflow/mlflow.db').absolute()}")
     digests = {data: next(iter(open_stage("train", data=data).each().values())).digest for data in ("data", "other/study")}
     runs = {run.data.tags.get("ommatid.sae"): run.data.tags for run in client.search_runs(["1"])}
@@ -77,7 +77,7 @@ def test_a_study_beside_the_checkouts_own_names_no_dvc_lock() -> None:
     assert "dvc.lock" not in runs[digests["other/study"]]
 
 
-def test_questions_pictures_and_reports_of_a_study_stay_in_it(
+def test_queries_pictures_and_reports_of_a_study_stay_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from support import catalog as catalog_artefacts

@@ -71,7 +71,7 @@ def test_pure_latents_rank_above_mixed_above_floor(line: dict[str, Artefact]) ->
     assert line["evaluate"].summary["ms_left_out"] == 1
 
 
-def test_zero_shot_stands_beside_the_rest(line: dict[str, Artefact]) -> None:
+def test_zero_shot_accuracy_is_in_the_evaluation(line: dict[str, Artefact]) -> None:
     rows = {row["spliced"]: row for row in line["evaluate"].read("zero_shot").to_pylist()}
     assert list(rows) == ["plain", "sae", "sae_with_error", "mean", "untrained", "pca", "kmeans", "nmf"]
     assert {row["sae"] for row in rows.values()} == {"planted"}
@@ -79,12 +79,12 @@ def test_zero_shot_stands_beside_the_rest(line: dict[str, Artefact]) -> None:
     assert summary["zero_shot"] == "ok" and summary["zero_shot_accuracy"] == rows["plain"]["accuracy"] == 1.0
 
 
-def test_dead_is_said_twice_and_apart(line: dict[str, Artefact]) -> None:
+def test_dead_latents_are_flagged_by_evaluation_and_by_training(line: dict[str, Artefact]) -> None:
     assert [row["is_dead"] for row in latents_of(line)] == [i == DEAD for i in range(D_SAE)]
     assert [row["dead_in_training"] for row in latents_of(line)] == [i == DEAD for i in range(D_SAE)]
 
 
-def test_purity_and_top_classes_are_the_colour(line: dict[str, Artefact]) -> None:
+def test_purity_and_top_classes_are_those_of_the_colours(line: dict[str, Artefact]) -> None:
     latents = latents_of(line)
     for latent, colour in PURE.items():
         assert latents[latent]["top_classes"] == [colour]
@@ -134,7 +134,7 @@ def test_examples_are_ranked_by_decile_and_hot_where_the_tile_is(line: dict[str,
             assert (example.rows, example.cols) == GRID
 
 
-def test_purity_is_that_of_the_images_shown(line: dict[str, Artefact]) -> None:
+def test_purity_is_computed_over_the_images_shown(line: dict[str, Artefact]) -> None:
     examples = line["evaluate"].read("examples").to_pandas().sort_values(["latent", "decile", "rank"], ascending=[True, False, True])
     images = line["images"].read("images")
     label = dict(zip(images["image"].to_pylist(), images["label"].to_pylist(), strict=True))
@@ -143,7 +143,7 @@ def test_purity_is_that_of_the_images_shown(line: dict[str, Artefact]) -> None:
     assert pure and pure == {latent: shown[latent].most_common(1)[0][1] / 16 for latent in pure}
 
 
-def test_comparisons_have_the_controls_beside_the_sae(line: dict[str, Artefact]) -> None:
+def test_comparisons_have_a_row_for_the_sae_and_each_control(line: dict[str, Artefact]) -> None:
     rows = {row["dictionary"]: row for row in line["evaluate"].read("comparisons").to_pylist()}
     assert list(rows) == ["sae", "untrained", "neurons", "pca", "kmeans", "nmf"]
     assert rows["neurons"]["n_latents"] == TileModel.d_model
@@ -151,7 +151,7 @@ def test_comparisons_have_the_controls_beside_the_sae(line: dict[str, Artefact])
     assert len({row["ms_floor"] for row in rows.values()}) == 1
 
 
-def test_baselines_are_measured_as_the_sae_is(line: dict[str, Artefact]) -> None:
+def test_baselines_are_measured_in_the_same_way_as_the_sae(line: dict[str, Artefact]) -> None:
     """By fitting and encoding everything at once."""
     rows = {row["dictionary"]: row for row in line["evaluate"].read("comparisons").to_pylist()}
     config = SAE.load(line["train"].path).config
@@ -173,7 +173,7 @@ def test_baselines_are_measured_as_the_sae_is(line: dict[str, Artefact]) -> None
     assert rows["kmeans"]["fvu"] < 0.05 < rows["pca"]["fvu"] < 1
 
 
-def test_labels_are_the_colours_and_beat_their_control(line: dict[str, Artefact]) -> None:
+def test_labels_are_the_colours_and_beat_their_controls(line: dict[str, Artefact]) -> None:
     labels = line["label"].read("labels").to_pylist()
     assert len(labels) == D_SAE
     for latent, colour in PURE.items():
@@ -187,7 +187,7 @@ def test_labels_are_the_colours_and_beat_their_control(line: dict[str, Artefact]
     assert line["label"].summary["score"] > line["label"].summary["control_score"] + 0.1
 
 
-def test_names_are_scored_on_images_that_did_not_make_them(line: dict[str, Artefact]) -> None:
+def test_labels_are_scored_on_images_that_were_not_used_to_make_them(line: dict[str, Artefact]) -> None:
     halves = load_eval_split(line["images"])
     assert 0.3 < halves.is_held_out.mean() < 0.7
     fired = next(iter(iter_latent_firings(line["evaluate"].files("firings"), halves, "")))
@@ -236,7 +236,7 @@ def with_runs(params: Params, runs: list[dict[str, Any]]) -> TrainParams:
     return TrainParams.model_validate(params.train.model_dump() | {"runs": runs})
 
 
-def test_training_of_two_saes_killed_between_their_measurements_goes_on_with_both(
+def test_a_training_of_two_saes_killed_between_measurements_continues_with_both(
     line: dict[str, Artefact], params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
@@ -267,7 +267,7 @@ def test_training_of_two_saes_killed_between_their_measurements_goes_on_with_bot
     }
 
 
-def test_embeddings_are_those_of_the_images(line: dict[str, Artefact]) -> None:
+def test_embeddings_belong_to_the_evaluation_images(line: dict[str, Artefact]) -> None:
     halves = load_eval_split(line["images"])
     joint = load_joint(line["extract"], halves)
     table = line["extract"].read("embeddings")
@@ -288,7 +288,7 @@ def test_no_training_tokens_is_refused(line: dict[str, Artefact], params: Params
         train(params.train, {"extract": empty}, draft)
 
 
-def test_vocabularies(tmp_path: Path, words: Path) -> None:
+def test_word_lists_of_different_kinds_are_loaded(tmp_path: Path, words: Path) -> None:
     assert load_words([str(words)]) == tuple(COLOURS)
     both = load_words(["imagenet", "common"])
     assert len(both) == len(set(both)) > 4500

@@ -203,7 +203,7 @@ def test_monosemanticity_ranks_single_factors_above_mixtures(line: Line) -> None
         assert of_mixture < float(ms[mixed].mean())
 
 
-def test_purity_is_1_for_shapes_and_no_more_than_chance_for_what_is_independent_of_them(line: Line) -> None:
+def test_purity_is_1_for_shapes_and_at_chance_for_independent_factors(line: Line) -> None:
     purity = {name: line.by_hand.latents[i]["purity"] for i, name in enumerate(FACTORS)}
     assert {purity[shape] for shape in GROUPS["shape"]} == {1.0}
     assert all(0.2 < purity[family] < 0.8 for family in GROUPS["family"])  # three shapes each
@@ -222,13 +222,13 @@ def test_depth_in_the_taxonomy_is_that_of_the_factor(line: Line) -> None:
 
 
 @pytest.mark.parametrize(("by", "share"), [("labels", 0.9), ("labels_by_wpmi", 0.8)])  # soft-WPMI: 31 of 38
-def test_nine_in_ten_planted_latents_get_the_right_name_out_of_thousands(by: str, share: float, line: Line) -> None:
+def test_nine_in_ten_planted_latents_get_the_right_label_out_of_thousands(by: str, share: float, line: Line) -> None:
     named = [row["label"] for row in getattr(line.by_hand, by)[:N_FACTORS]]
     right = [name == factor for name, factor in zip(named, FACTORS, strict=True)]
     assert sum(right) / N_FACTORS >= share
 
 
-def test_right_names_score_high_and_wrong_ones_near_chance(line: Line) -> None:
+def test_right_labels_score_high_and_wrong_ones_near_chance(line: Line) -> None:
     rows = [row for row, factor in zip(line.by_hand.labels, FACTORS, strict=False) if row["label"] == factor]
     assert np.mean([row["auroc"] for row in rows]) > 0.9
     assert np.mean([row["score"] for row in rows]) > 0.8
@@ -236,7 +236,7 @@ def test_right_names_score_high_and_wrong_ones_near_chance(line: Line) -> None:
     assert all(row["score"] > row["control_score"] for row in rows)
 
 
-def test_a_name_is_worth_less_on_a_mixture(line: Line) -> None:
+def test_labels_of_mixtures_score_lower(line: Line) -> None:
     single, mixed = line.by_hand.labels[:N_FACTORS], line.by_hand.labels[N_FACTORS:]
     scores = [torch.tensor([row["score"] for row in rows if row["score"] is not None]) for rows in (single, mixed)]
     assert auroc(*scores)[1] > 0.9
@@ -245,7 +245,7 @@ def test_a_name_is_worth_less_on_a_mixture(line: Line) -> None:
 # ---- the whole way: trained on nothing but the activations
 
 
-def test_a_trained_sae_is_above_an_untrained_one_and_the_neurons(line: Line) -> None:
+def test_a_trained_sae_scores_above_an_untrained_one_and_the_neurons(line: Line) -> None:
     trained, *others = (line.trained.comparisons[name] for name in ("sae", "untrained", "neurons"))
     for other in others:
         assert trained["ms_low"] > other["ms_high"]
@@ -257,7 +257,7 @@ def test_training_finds_the_planted_factors(line: Line) -> None:
     assert mmcs(line.trained.sae.W_dec, DIRECTIONS) > 0.9
 
 
-def test_most_factors_that_training_finds_are_named_right(line: Line) -> None:
+def test_most_factors_that_training_finds_are_labelled_right(line: Line) -> None:
     cosines = torch.nn.functional.normalize(line.trained.sae.W_dec, dim=1) @ DIRECTIONS.T
     found = [(int(latent), FACTORS[i]) for i, latent in enumerate(cosines.argmax(0)) if cosines[latent, i] > 0.9]
     assert len(found) > 0.85 * N_FACTORS

@@ -1,4 +1,4 @@
-"""Proves that of two runs of the same stage at once the second waits and takes what the first made, whoever computes it."""
+"""Proves that the second of two concurrent runs of a stage waits and uses what the first made, whichever executor computes it."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ def start(checkout: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=checkout, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def test_the_second_takes_what_the_first_made(tmp_path: Path) -> None:
+def test_the_second_run_uses_what_the_first_made(tmp_path: Path) -> None:
     write_tile_folder(tmp_path / "photos", 30)
     params = make_test_params(images={"source": {"kind": "folder", "path": "photos"}, "limit": None})
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
@@ -40,7 +40,7 @@ def test_the_second_takes_what_the_first_made(tmp_path: Path) -> None:
     open_artefact(tmp_path / "data/images", "images").verify()
 
 
-def test_who_computes_is_not_part_of_what_is_made() -> None:
+def test_the_executor_does_not_change_the_identity_of_an_artefact() -> None:
     params = make_test_params()
     values = params.model_dump(mode="json")
     values["extract"]["executor"] = {"kind": "dask", "address": None, "workers": 3}

@@ -1,4 +1,4 @@
-"""The better SAE is published; every decision is kept; whatever moment a run dies at, the next one ends where it would have."""
+"""The better SAE is published and every decision is kept; whenever a run dies, the next one ends in the same state."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def scores(name: str = "a", ms: float | None = 0.45, fvu: float = 0.3, dead: flo
         (scores(), scores(), True, "the same SAE as the champion, with a new catalogue"),
     ],
 )
-def test_the_challenger_wins_by_the_margins_and_the_reason_has_the_numbers(
+def test_the_challenger_wins_by_its_margins_and_the_reason_gives_the_numbers(
     champion_scores: Scores | None, challenger: Scores, wins: bool, reason: str
 ) -> None:
     decided, text = compare(champion_scores, challenger, MARGINS)
@@ -114,7 +114,7 @@ def published() -> dict[str, str | None]:
         return dict(catalog.rows("SELECT sae, decision FROM runs"))
 
 
-def test_the_first_becomes_champion_and_is_not_decided_twice(checkout: Path) -> None:
+def test_the_first_sae_becomes_champion_and_is_decided_once(checkout: Path) -> None:
     assert not champion.is_decided()
     assert retrain().decision == "champion"
     assert published() == {"first": "champion"}
@@ -125,7 +125,7 @@ def test_the_first_becomes_champion_and_is_not_decided_twice(checkout: Path) -> 
     assert reason == "there was no champion"
 
 
-def test_the_champion_is_measured_anew_and_a_worse_challenger_is_only_recorded(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_champion_is_measured_again_and_a_worse_challenger_is_only_recorded(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     retrain()
     make("second", ms=0.42)
     asked = measured(0.43, monkeypatch)
@@ -152,7 +152,7 @@ def _matched(monkeypatch: pytest.MonkeyPatch, ms: float) -> None:
     monkeypatch.setattr(champion, "_measure", measure)
 
 
-def test_a_new_champions_catalogue_says_which_latents_the_old_one_had(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_champions_catalogue_matches_its_latents_with_the_last_champions(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     retrain()
     make("second", ms=0.42)
     _matched(monkeypatch, ms=0.43)
@@ -164,7 +164,7 @@ def test_a_new_champions_catalogue_says_which_latents_the_old_one_had(checkout: 
     assert not champion.MATCHED.exists()
 
 
-def test_the_challenger_is_the_best_of_its_training_and_only_it_is_decided_on(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_best_sae_of_a_training_is_the_challenger(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make("first", ms=0.40, better=0.44, worse=0.38)
     decision = retrain()
     assert decision.challenger.sae == "better" and decision.run["sae"] == "better"
@@ -179,7 +179,7 @@ def test_the_challenger_is_the_best_of_its_training_and_only_it_is_decided_on(ch
     assert published() == {"better": "champion", "best": "champion"}
 
 
-def test_a_champion_of_other_activations_gives_way(checkout: Path) -> None:
+def test_a_champion_of_other_activations_is_replaced(checkout: Path) -> None:
     retrain()
     make("wide", ms=0.1, d_model=16)
     decision = retrain()
@@ -205,9 +205,7 @@ def test_readers_keep_the_catalogue_they_opened(checkout: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("dies_in", ["_append", "_publish_catalog", "sync", "settle"])
-def test_a_run_that_dies_between_decision_and_publication_is_finished_by_the_next(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch, dies_in: str
-) -> None:
+def test_a_run_that_dies_after_its_decision_is_finished_by_the_next(checkout: Path, monkeypatch: pytest.MonkeyPatch, dies_in: str) -> None:
     retrain()
     make("second", ms=0.5)
     measured(0.4, monkeypatch)
@@ -228,7 +226,7 @@ def test_a_run_that_dies_between_decision_and_publication_is_finished_by_the_nex
     assert [p.name for p in champion.PUBLISHED.iterdir() if p.suffix in {".new", ".tmp", ".wal"}] == []
 
 
-def test_a_decision_cut_short_counts_as_not_written(checkout: Path) -> None:
+def test_a_truncated_decision_counts_as_not_written(checkout: Path) -> None:
     retrain()
     with champion.DECISIONS.open("ab") as file:
         file.write(b'{"decision": "cham')
@@ -239,7 +237,7 @@ def test_a_decision_cut_short_counts_as_not_written(checkout: Path) -> None:
     assert champion.DECISIONS.read_bytes().count(b"\n") == 2
 
 
-def test_a_lost_catalogue_comes_back(checkout: Path) -> None:
+def test_a_lost_catalogue_is_restored(checkout: Path) -> None:
     retrain()
     champion.CATALOG.unlink()
     shutil.rmtree("data/sae")
@@ -247,7 +245,7 @@ def test_a_lost_catalogue_comes_back(checkout: Path) -> None:
     assert published() == {"first": "champion"}
 
 
-def test_a_line_that_is_no_decision_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_that_is_not_a_decision_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     champion.DECISIONS.parent.mkdir(parents=True)
     champion.DECISIONS.write_text('{"decision": "champion"}\n{"decision"')

@@ -217,7 +217,7 @@ def test_extract_damage_is_named(tmp_path: Path, params: Params, change: Tables,
     assert all(word in found[name].detail for word in [*words, *(part for part in change if "same" not in name and "one" not in name)])
 
 
-def test_a_judge_may_fail_on_some_images_but_not_on_all(tmp_path: Path, params: Params) -> None:
+def test_a_judge_may_fail_on_some_images_but_not_on_all_of_them(tmp_path: Path, params: Params) -> None:
     for name, images in (("some", 2), ("all", slice(None))):
         rows = embedding_table([0, 1, 2, 3, 4]).to_pydict()
         nan = np.full(WIDTH, np.nan, np.float32).tobytes()
@@ -303,13 +303,13 @@ def test_train_damaged_weights_are_named(tmp_path: Path, params: Params, tensor:
         ({"dead": 0.6}, "few latents are dead"),
     ],
 )
-def test_train_bad_end_is_named(tmp_path: Path, params: Params, last: dict[str, float], name: str) -> None:
+def test_a_training_that_ended_badly_is_named(tmp_path: Path, params: Params, last: dict[str, float], name: str) -> None:
     found = failed(check("train", sae_artefact(tmp_path, sae_tensors(), curve(**last)), params))
     assert set(found) == {name}
     assert "step 10" in found[name].detail
 
 
-def test_train_needs_a_curve(tmp_path: Path, params: Params) -> None:
+def test_train_needs_curves(tmp_path: Path, params: Params) -> None:
     found = failed(check("train", sae_artefact(tmp_path, sae_tensors(), table(schemas.CURVES, [])), params))
     assert set(found) == {"there is a training curve"}
 
@@ -328,7 +328,7 @@ def test_weights_of_every_variant_pass(tmp_path: Path, params: Params) -> None:
 
 
 @pytest.mark.parametrize("variant", [{"kind": "relu", "l1": 0.1}, {"kind": "gated", "l1": 0.1}, {"kind": "jumprelu", "weight": 0.1}])
-def test_where_a_weight_is_given_there_is_no_l0_to_be_near(tmp_path: Path, params: Params, variant: dict) -> None:
+def test_with_a_fixed_sparsity_weight_l0_is_not_checked(tmp_path: Path, params: Params, variant: dict) -> None:
     gate = dict.fromkeys(("gate_scale", "gate_shift"), np.ones(N_LATENTS, np.float32)) if variant["kind"] == "gated" else {}
     artefact = inside_of(tmp_path, "sae", {f"{variant['kind']}-4-k2-s0": sae_files(sae_tensors() | gate, curve(l0=50.0))})
     assert check("train", artefact, with_train(params, variant=variant)).success
@@ -346,7 +346,7 @@ def two_saes(params: Params) -> Params:
     return with_train(params, runs=[{}, {"d_sae": 3, "k": 1}])
 
 
-def test_each_sae_is_held_against_its_own_width_and_k(tmp_path: Path, params: Params) -> None:
+def test_each_sae_is_checked_against_its_own_width_and_k(tmp_path: Path, params: Params) -> None:
     narrow = {"W_enc": np.eye(WIDTH, 3, dtype=np.float32), "W_dec": np.eye(3, WIDTH, dtype=np.float32), "b_enc": np.zeros(3, np.float32)}
     saes = {ONE: sae_files(sae_tensors(), curve()), OTHER: sae_files(sae_tensors() | narrow, curve(l0=1.0))}
     report = check("train", inside_of(tmp_path, "sae", saes), two_saes(params))
@@ -369,7 +369,7 @@ def test_evaluations_and_labels_name_the_sae_that_fails(tmp_path: Path, params: 
     }
 
 
-def test_of_a_transcoder_no_untrained_fvu_is_asked_for(tmp_path: Path, params: Params) -> None:
+def test_a_transcoder_needs_no_fvu_of_an_untrained_sae(tmp_path: Path, params: Params) -> None:
     evaluation = evaluation_artefact(tmp_path, comparisons=edited(comparison_rows(), 1, fvu=None))
     assert check("evaluate", evaluation, with_train(params, target="deep")).success
     lost = evaluation_artefact(tmp_path, comparisons=edited(edited(comparison_rows(), 1, fvu=None), 0, fvu=None))
@@ -496,7 +496,7 @@ def test_evaluate_damage_is_named(tmp_path: Path, params: Params, changed: dict[
     assert all(word in found[name].detail for word in words), found[name].detail
 
 
-def test_evaluate_fvu_of_one_fails(tmp_path: Path, params: Params) -> None:
+def test_an_fvu_of_one_fails_evaluate(tmp_path: Path, params: Params) -> None:
     comparisons = edited(edited(comparison_rows(), 0, fvu=1.0), 1, fvu=2.0)
     assert set(failed(check("evaluate", evaluation_artefact(tmp_path, comparisons=comparisons), params))) == {"the SAE's FVU is below 1"}
 
@@ -567,7 +567,7 @@ def test_labels_of_several_labellers_are_each_counted(tmp_path: Path, params: Pa
     assert unknown.name == "all rows come from the labellers of label.labellers"
 
 
-def test_an_image_that_made_and_scored_a_name_fails(tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_both_made_and_scored_a_label_fails(tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SUMMARY, "n_images_in_both", 3)
     found = failed(check("label", labels_artefact(tmp_path, label_rows()), params))
     assert list(found) == ["no image both made and scored a label"]
@@ -632,7 +632,7 @@ def test_catalog_damage_is_named(tmp_path: Path, params: Params, statement: str,
 # the report
 
 
-def test_many_failures_are_counted_not_listed(tmp_path: Path, params: Params) -> None:
+def test_many_failures_are_counted_and_not_listed(tmp_path: Path, params: Params) -> None:
     rows = [row | {"density": 2.0} for row in latent_rows()]
     detail = failed(check("evaluate", evaluation_artefact(tmp_path, latents=rows), params))["density is a share"].detail
     assert detail.count("latent ") == 3
@@ -661,7 +661,7 @@ def test_report_page_needs_no_network_and_escapes(tmp_path: Path) -> None:
     assert page.index("✗ failed") < page.index("✓ passed"), "what failed is shown first"
 
 
-def test_report_is_the_same_bytes_twice_and_leaves_nothing_else(tmp_path: Path) -> None:
+def test_reports_are_reproducible_and_leave_no_other_files(tmp_path: Path) -> None:
     first = [path.read_bytes() for path in quality.write_report(make_report(), tmp_path)]
     assert first == [path.read_bytes() for path in quality.write_report(make_report(), tmp_path)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images.html", "images.json"]

@@ -1,4 +1,4 @@
-"""Proves that a kind is added by the files that its recipe names and no other: the examples of docs/developers, in a copy of the tree."""
+"""Proves that a kind is added by exactly the files that its recipe names, by following docs/developers in a copy of the tree."""
 
 import json
 import re

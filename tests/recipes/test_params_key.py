@@ -1,4 +1,4 @@
-"""Proves the recipe docs/developers/add-a-params-key.md: a key takes two files, and DVC knows its value although params.yaml lacks it."""
+"""Proves the recipe docs/developers/add-a-params-key.md: a key takes two files, and DVC tracks it even if params.yaml lacks it."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Proves that PCA, k-means and NMF find what is planted, agree with scikit-learn, and are dictionaries as the SAE is one."""
+"""Proves that PCA, k-means and NMF find planted structure, agree with scikit-learn, and can be used like an SAE."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ def sample() -> torch.Tensor:
 # the protocol
 
 
-def test_sparse_neurons_are_the_neurons_as_rare_as_latents(sample: torch.Tensor) -> None:
+def test_sparse_neurons_fire_as_rarely_as_latents(sample: torch.Tensor) -> None:
     config = make_config()
     sparse = make_sparse_neurons(config, sample)
     acts = sparse.encode(sample)
@@ -61,7 +61,7 @@ def test_sparse_neurons_are_the_neurons_as_rare_as_latents(sample: torch.Tensor)
     torch.testing.assert_close(everything.decode(everything.encode(sample)), sample, rtol=1e-4, atol=1e-4)
 
 
-def test_all_are_dictionaries(sample: torch.Tensor) -> None:
+def test_every_baseline_is_a_dictionary(sample: torch.Tensor) -> None:
     untrained = make_untrained(make_config(), sample, seed=3)
     dictionaries: list[Dictionary] = [Neurons(D_MODEL), untrained, *(make_baseline(kind, make_config(), sample, 0) for kind in KINDS)]
     assert [d.name for d in dictionaries] == ["neurons", "untrained", *KINDS]
@@ -76,7 +76,7 @@ def test_all_are_dictionaries(sample: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(("kind", "most"), [("pca", K), ("kmeans", 1), ("nmf", K)])
-def test_no_more_latents_fire_than_the_saes(sample: torch.Tensor, kind: Baseline, most: int) -> None:
+def test_no_more_latents_fire_per_token_than_in_the_sae(sample: torch.Tensor, kind: Baseline, most: int) -> None:
     n_firing = (make_baseline(kind, make_config(), sample, 0).encode(sample) > 0).sum(1)
     assert int(n_firing.max()) == most
     assert float(n_firing.double().mean()) > most - 0.5
@@ -91,7 +91,7 @@ def test_the_seed_decides_everything(sample: torch.Tensor, kind: Baseline) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fewer_tokens_than_latents_make_as_many_latents(kind: Baseline) -> None:
+def test_fewer_tokens_than_latents_give_one_latent_per_token(kind: Baseline) -> None:
     few = make_noise(10, D_MODEL)
     dictionary = make_baseline(kind, make_config(), few, 0)
     assert dictionary.n_latents == (2 * D_MODEL if kind in DRAW_NOTHING else 10)
@@ -99,7 +99,7 @@ def test_fewer_tokens_than_latents_make_as_many_latents(kind: Baseline) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_that_are_all_equal_are_no_accident(kind: Baseline) -> None:
+def test_equal_tokens_are_reconstructed(kind: Baseline) -> None:
     same = make_noise(1, D_MODEL).repeat(100, 1)
     dictionary = make_baseline(kind, make_config(), same, 0)
     torch.testing.assert_close(dictionary.decode(dictionary.encode(same)), same)
@@ -109,7 +109,7 @@ def test_tokens_that_are_all_equal_are_no_accident(kind: Baseline) -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 7, 20, D_MODEL])
-def test_fvu_of_pca_is_the_tail_of_the_spectrum(rank: int) -> None:
+def test_the_fvu_of_pca_is_the_tail_of_the_spectrum(rank: int) -> None:
     x = make_noise(4000, D_MODEL) * torch.linspace(0.1, 3, D_MODEL) + 4
     spectrum = np.linalg.svd((x - x.mean(0)).double().numpy(), compute_uv=False) ** 2
     pca = make_pca(make_config(d_sae=2 * rank, k=rank), x)
@@ -124,7 +124,7 @@ def test_pca_reconstructs_as_scikit_learn_does(sample: torch.Tensor) -> None:
     torch.testing.assert_close(pca.decode(pca.encode(sample)), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_of_a_component_one_sign_fires(sample: torch.Tensor) -> None:
+def test_only_one_sign_of_a_component_fires(sample: torch.Tensor) -> None:
     pca = make_pca(make_config(k=D_MODEL), sample)
     up, down = pca.encode(sample).chunk(2, dim=1)
     assert not ((up > 0) & (down > 0)).any()
@@ -160,21 +160,21 @@ def test_kmeans_finds_planted_clusters(n_clusters: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_kmeans_finds_nearly_all_of_so_many_that_rounds_draw_several(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kmeans_finds_nearly_all_of_very_many_clusters(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ommatid.sae.kmeans.ROUNDS", 50)
     x, centres = make_clusters(200, 20)
     assert len(set(find_nearest(centres, find_centres(x, 200, seed))[0].tolist())) > 190
 
 
 @pytest.mark.parametrize("n_centres", [8, 100])
-def test_inertia_is_scikit_learns(n_centres: int) -> None:
+def test_inertia_equals_that_of_scikit_learn(n_centres: int) -> None:
     x = make_noise(3000, 8)
     oracle: Any = SklearnKMeans(n_centres, n_init=3, random_state=0).fit(x.numpy()).inertia_  # pyright: ignore[reportArgumentType] inferred from a default
     inertia = float(find_nearest(x, find_centres(x, n_centres, seed=0))[1].sum())
     assert inertia < 1.03 * oracle
 
 
-def test_the_nearest_is_found_far_from_zero() -> None:
+def test_the_nearest_centre_is_found_far_from_the_origin() -> None:
     x, centres = make_noise(500, 16) + 1e4, make_noise(40, 16, seed=1) + 1e4
     nearest, distances = find_nearest(x, centres)
     expected = torch.cdist(x.double(), centres.double()).min(1)
@@ -211,7 +211,7 @@ def test_nmf_finds_planted_parts() -> None:
     assert (nmf.W >= 0).all()
 
 
-def test_what_is_not_negative_but_shifted_is_found_too() -> None:
+def test_shifted_non_negative_data_are_factorised_too() -> None:
     x, parts = make_parts(8192)
     offset = 10 * make_noise(1, D_MODEL)[0]
     nmf = fit_nmf(x + offset, 8, 8, seed=0)
@@ -239,7 +239,7 @@ def test_without_a_limit_encoding_is_non_negative_least_squares(n_latents: int, 
         assert float((row - acts @ W).norm()) <= best * 1.02 + 1e-3
 
 
-def test_a_token_made_of_k_parts_is_taken_apart() -> None:
+def test_a_token_made_of_k_parts_is_decomposed() -> None:
     generator = torch.Generator().manual_seed(0)
     W = torch.nn.functional.normalize(torch.rand(40, 200, generator=generator) * (torch.rand(40, 200, generator=generator) < 0.1), dim=1)
     codes = torch.zeros(64, 40).scatter_(1, torch.rand(64, 40, generator=generator).topk(4, dim=1).indices, 1.0)
@@ -247,7 +247,7 @@ def test_a_token_made_of_k_parts_is_taken_apart() -> None:
     torch.testing.assert_close(NMF(W, torch.zeros(200), 4).encode(codes @ W), codes, rtol=1e-3, atol=1e-3)
 
 
-def test_batches_do_not_matter_to_encoding(sample: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoding_does_not_depend_on_batches(sample: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     nmf, centres = fit_nmf(sample, D_SAE, K, seed=0), find_centres(sample, D_SAE, seed=0)
     whole, nearest = nmf.encode(sample), find_nearest(sample, centres)[0]
     monkeypatch.setattr("ommatid.sae.nmf.ENTRIES", 100 * K * D_MODEL)

@@ -1,4 +1,4 @@
-"""Proves that `ommatid import` and `ommatid export` say what they found and wrote, and what is still to be said."""
+"""Proves that `ommatid import` and `ommatid export` print what they found and wrote, and which values are still missing."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def run(*arguments: str) -> str:
     return result.output
 
 
-def test_from_saelens_to_dictionary_learning(tmp_path: Path) -> None:
+def test_an_sae_of_saelens_is_exported_to_dictionary_learning(tmp_path: Path) -> None:
     own, out = tmp_path / "imported", tmp_path / "out"
     said = run("import", str(fixture("saelens-batchtopk")), "--to", str(own), "--hookpoint", "vision.blocks.11")
     assert "recognised saelens (cfg.json and sae_weights.safetensors)" in said
@@ -29,14 +29,14 @@ def test_from_saelens_to_dictionary_learning(tmp_path: Path) -> None:
     assert import_sae(out).config == load_native(own).config
 
 
-def test_k_that_nobody_said(tmp_path: Path) -> None:
+def test_an_import_asks_for_a_k_that_the_files_lack(tmp_path: Path) -> None:
     arguments = ("import", str(fixture("saev-relu")), "--to", str(tmp_path), "--hookpoint", "h", "--model", "m")
     assert "--set k=N" in run(*arguments)
     assert "--set k=N" not in run(*arguments, "--set", "k=3")
     assert load_native(tmp_path).config.k == 3
 
 
-def test_mistakes_are_the_users_to_mend(tmp_path: Path) -> None:
+def test_mistakes_of_the_user_are_errors_that_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected KEY=VALUE"):
         run("import", str(fixture("saev-relu")), "--set", "k")
     with pytest.raises(ModelError, match="no SAE in Ommatid's format"):

@@ -1,4 +1,4 @@
-"""Proves that whatever one value of another library's JSON becomes, an import ends in an SAE or in one sentence."""
+"""Proves that an import ends in an SAE or in one sentence, whatever value of another library's JSON is changed."""
 
 import json
 import shutil

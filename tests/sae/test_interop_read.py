@@ -1,4 +1,4 @@
-"""Proves that what six libraries saved gives their own acts and reconstructions here, and is named, sized and found as it should be."""
+"""Proves that SAEs of six libraries give the same activations and reconstructions here, with the right names and sizes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ def read(name: str) -> SAE:
 
 
 @pytest.mark.parametrize("name", SAID)
-def test_acts_and_reconstruction_are_those_of_the_library(name: str) -> None:
+def test_acts_and_reconstructions_equal_those_of_the_library(name: str) -> None:
     sae = read(name)
     acts = sae.encode(EXPECTED["x"])
     assert difference(EXPECTED[f"{name}.acts"], acts) < 2e-6
@@ -26,7 +26,7 @@ def test_acts_and_reconstruction_are_those_of_the_library(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SAID)
-def test_the_same_after_it_was_written_and_read(name: str, tmp_path: Path) -> None:
+def test_an_imported_sae_is_the_same_after_it_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
     sae = read(name)
     write_native(sae, tmp_path)
     again = load_native(tmp_path)
@@ -35,7 +35,7 @@ def test_the_same_after_it_was_written_and_read(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", SAID)
-def test_its_format_is_found(name: str) -> None:
+def test_the_format_is_recognised(name: str) -> None:
     # sae-for-vlm's BatchTopK is dictionary_learning's, to the letter
     assert find_format(fixture(name)) == name.partition("-")[0].replace(
         "sae_for_vlm", "sae_for_vlm" if "Mat" in name else "dictionary_learning"
@@ -57,28 +57,28 @@ def test_its_format_is_found(name: str) -> None:
         ("overcomplete-RATopKSAE", "archetypal", "topk", 4),
     ],
 )
-def test_the_files_say_what_it_is(name: str, variant: str, activation: str, k: int) -> None:
+def test_variant_and_sizes_are_read_from_the_files(name: str, variant: str, activation: str, k: int) -> None:
     config = read(name).config
     assert (config.variant, config.activation, config.k) == (variant, activation, k)
 
 
-def test_levels_of_matryoshka() -> None:
+def test_the_levels_of_a_matryoshka_are_read() -> None:
     names = ("saelens-matryoshka", "dictionary_learning-MatryoshkaBatchTopKSAE", "sae_for_vlm-Matroyshka")
     assert {read(name).config.prefixes for name in names} == {(6, 18)}
 
 
-def test_hookpoint_and_model_of_the_files() -> None:
+def test_hookpoint_and_model_are_read_from_the_files() -> None:
     config = import_sae(fixture("saelens-transcoder")).config
     assert (config.hookpoint, config.model, config.target) == ("vision.blocks.11", "clip-vit-base-patch32", "vision.blocks.11.mlp")
     assert import_sae(fixture("dictionary_learning-AutoEncoder")).config.model == "clip"
 
 
-def test_what_is_told_goes_first() -> None:
+def test_overrides_take_precedence_over_the_files() -> None:
     config = import_sae(fixture("saelens-standard"), Overrides("a", "b", values={"k": "7"})).config
     assert (config.hookpoint, config.model, config.k) == ("a", "b", 7)
 
 
-def test_a_threshold_below_0_is_relu(tmp_path: Path) -> None:
+def test_a_threshold_below_0_becomes_a_relu(tmp_path: Path) -> None:
     state = torch.load(fixture("dictionary_learning-BatchTopKSAE") / "ae.pt", weights_only=True)
     torch.save(state | {"threshold": torch.tensor(-1.0)}, tmp_path / "ae.pt")
     sae = import_sae(tmp_path, replace(TOLD, values={"class": "BatchTopKSAE"}))

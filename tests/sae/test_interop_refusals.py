@@ -1,4 +1,4 @@
-"""Proves that what cannot be read or said is refused with its file and reason, and that no file runs code."""
+"""Proves that SAEs that cannot be read or expressed are refused with the file and the reason, and that no file runs code."""
 
 import json
 import os
@@ -63,20 +63,20 @@ def refuse(path: Path, *reasons: str, overrides: Overrides = TOLD) -> None:
         ({"metadata": [1]}, "expected an object"),
     ],
 )
-def test_saelens_that_cannot_be_said(changes: dict[str, Any], reason: str, copy: Callable[[str], Path]) -> None:
+def test_saelens_saes_without_an_equivalent_are_refused(changes: dict[str, Any], reason: str, copy: Callable[[str], Path]) -> None:
     folder = copy(LENS)
     change(folder / "cfg.json", **changes)
     refuse(folder, str(folder), reason)
 
 
-def test_a_scale_that_is_told_is_folded_in(copy: Callable[[str], Path]) -> None:
+def test_a_given_scale_is_folded_into_the_weights(copy: Callable[[str], Path]) -> None:
     folder = copy("saelens-scaled")
     scaled = import_sae(folder, TOLD).W_enc
     (folder / "activation_scaler.json").unlink()
     assert torch.equal(import_sae(folder, replace(TOLD, values={"scaling_factor": "1.7"})).W_enc, scaled)
 
 
-def test_sparsify_that_cannot_be_said(copy: Callable[[str], Path]) -> None:
+def test_sparsify_saes_without_an_equivalent_are_refused(copy: Callable[[str], Path]) -> None:
     folder = copy(SPARSE)
     change(folder / "cfg.json", activation="groupmax")
     refuse(folder, "groupmax", "Ommatid reads topk")
@@ -84,7 +84,7 @@ def test_sparsify_that_cannot_be_said(copy: Callable[[str], Path]) -> None:
     refuse(folder, "skip connection")
 
 
-def test_saev_of_later_schemas(copy: Callable[[str], Path]) -> None:
+def test_saev_files_of_later_schemas_are_refused(copy: Callable[[str], Path]) -> None:
     file = copy(SAEV) / "sae.pt"
     weights = file.read_bytes().partition(b"\n")[2]
     file.write_bytes(b'{"schema": 2, "cfg": {}}\n' + weights)
@@ -105,7 +105,7 @@ def test_a_checkpoint_without_config_must_say_its_class(copy: Callable[[str], Pa
     refuse(folder, "class MySAE is not known", "BatchTopKSAE")
 
 
-def test_levels_and_k_that_cannot_be(tmp_path: Path) -> None:
+def test_impossible_levels_and_k_are_refused(tmp_path: Path) -> None:
     state = torch.load(fixture("dictionary_learning-MatryoshkaBatchTopKSAE") / "ae.pt", weights_only=True)
     for change_to, reason in (
         ({"group_sizes": torch.tensor([6, 6])}, "group_sizes add up to 12, but there are 18 latents"),
@@ -116,7 +116,7 @@ def test_levels_and_k_that_cannot_be(tmp_path: Path) -> None:
         refuse(tmp_path, str(tmp_path / "ae.pt"), reason)
 
 
-def test_overcomplete_must_be_told_what_its_state_dict_lacks(copy: Callable[[str], Path]) -> None:
+def test_overcomplete_needs_what_its_state_dict_lacks(copy: Callable[[str], Path]) -> None:
     refuse(fixture(TOPK), "the same state dict", "--set class=")
     refuse(fixture(TOPK), "--set k=N", overrides=replace(TOLD, values={"class": "TopKSAE"}))
     refuse(fixture(TOPK), "class JumpSAE has other tensors", overrides=replace(TOLD, values={"class": "JumpSAE"}))
@@ -137,7 +137,9 @@ def test_overcomplete_must_be_told_what_its_state_dict_lacks(copy: Callable[[str
         ({"more": (2,)}, "", "more (not known)"),
     ],
 )
-def test_overcomplete_that_cannot_be_said(add: dict[str, tuple[int, ...]], drop: str, reason: str, tmp_path: Path) -> None:
+def test_overcomplete_saes_without_an_equivalent_are_refused(
+    add: dict[str, tuple[int, ...]], drop: str, reason: str, tmp_path: Path
+) -> None:
     state = torch.load(fixture(JUMP) / "sae.pt", weights_only=True)
     state = {name: tensor for name, tensor in state.items() if not drop or not name.startswith(drop)}
     torch.save(state | {name: torch.ones(shape) for name, shape in add.items()}, tmp_path / "sae.pt")
@@ -156,7 +158,7 @@ def test_overcomplete_that_cannot_be_said(add: dict[str, tuple[int, ...]], drop:
         ("scaling_factor", torch.full((18,), 2.0), "finetuned"),
     ],
 )
-def test_wrong_tensors(name: str, value: torch.Tensor | None, reason: str, copy: Callable[[str], Path]) -> None:
+def test_missing_and_misshapen_tensors_are_named(name: str, value: torch.Tensor | None, reason: str, copy: Callable[[str], Path]) -> None:
     file = copy(LENS) / "sae_weights.safetensors"
     tensors = load_file(file)
     tensors.pop(name, None)
@@ -164,7 +166,7 @@ def test_wrong_tensors(name: str, value: torch.Tensor | None, reason: str, copy:
     refuse(file.parent, str(file), reason)
 
 
-def test_a_direction_of_norm_0_where_acts_are_in_its_units(copy: Callable[[str], Path]) -> None:
+def test_a_direction_of_norm_0_is_refused_if_activations_are_scaled_by_it(copy: Callable[[str], Path]) -> None:
     folder = copy("saelens-topk-rescaled")
     tensors = load_file(folder / "sae_weights.safetensors")
     tensors["W_dec"][3] = 0
@@ -193,7 +195,7 @@ def test_no_file_runs_code(place: str, tmp_path: Path) -> None:
     assert not touched.exists()
 
 
-def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
+def test_a_decompression_bomb_is_not_unpacked(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(100_000)}, tmp_path / "whole.pt")
     with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "ae.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
         for entry in whole.infolist():
@@ -201,7 +203,7 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
     refuse(tmp_path, "never compresses")
 
 
-def test_a_tensor_larger_than_its_numbers(tmp_path: Path) -> None:
+def test_a_tensor_larger_than_its_storage_is_refused(tmp_path: Path) -> None:
     torch.save({"W_enc": torch.zeros(1).expand(10**9, 10**9)}, tmp_path / "ae.pt")
     refuse(tmp_path, "W_enc: larger than the values")
 
@@ -215,12 +217,12 @@ def test_a_tensor_larger_than_its_numbers(tmp_path: Path) -> None:
         (pickle.dumps({"a": 1}, protocol=2), "not a complete file"),
     ],
 )
-def test_what_is_no_file_of_torch(content: bytes, reason: str, tmp_path: Path) -> None:
+def test_files_that_torch_did_not_write_are_refused(content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "ae.pt").write_bytes(content)
     refuse(tmp_path, str(tmp_path / "ae.pt"), reason)
 
 
-def test_half_a_file(copy: Callable[[str], Path]) -> None:
+def test_truncated_files_are_refused(copy: Callable[[str], Path]) -> None:
     for name, inside in ((LEARNT, "ae.pt"), (SAEV, "sae.pt"), (LENS, "sae_weights.safetensors")):
         file = copy(name) / inside
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -237,25 +239,25 @@ def test_half_a_file(copy: Callable[[str], Path]) -> None:
         ({"W_enc": torch.zeros(2, dtype=torch.complex64)}, "W_enc: not plain tensors"),
     ],
 )
-def test_what_is_no_state_dict(state: object, reason: str, tmp_path: Path) -> None:
+def test_objects_that_are_not_a_state_dict_are_refused(state: object, reason: str, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "ae.pt")
     refuse(tmp_path, reason, "sae.state_dict()")
 
 
-def test_what_the_files_dont_say_must_be_told() -> None:
+def test_values_that_the_files_lack_must_be_given() -> None:
     refuse(fixture(SPARSE), "--hookpoint", overrides=Overrides(model="m"))
     refuse(fixture(SPARSE), "--model", overrides=Overrides("h"))
     refuse(fixture("sparsify-transcoder"), "--target", overrides=Overrides("h", "m"))
 
 
-def test_what_is_told_must_be_known_and_possible() -> None:
+def test_given_values_must_be_known_and_possible() -> None:
     refuse(fixture(SAEV), "scale: not a value that saev takes; it takes k", overrides=replace(TOLD, values={"scale": "1"}))
     refuse(fixture(SAEV), "'0' is not a whole number above 0", overrides=replace(TOLD, values={"k": "0"}))
     refuse(fixture(SPARSE), "its TopK has k 4", overrides=replace(TOLD, values={"k": "5"}))
     refuse(fixture("saelens-scaled"), "'x' is not a number", overrides=replace(TOLD, values={"scaling_factor": "x"}))
 
 
-def test_places_without_an_sae(tmp_path: Path) -> None:
+def test_folders_without_an_sae_are_named(tmp_path: Path) -> None:
     refuse(tmp_path / "none", "no such file or folder")
     refuse(tmp_path, "an empty folder")
     (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
@@ -268,7 +270,7 @@ def test_places_without_an_sae(tmp_path: Path) -> None:
         import_sae(fixture(LENS), TOLD, "saev")
 
 
-def test_an_own_sae_is_used_as_it_is(tmp_path: Path) -> None:
+def test_importing_an_sae_of_ommatid_is_refused(tmp_path: Path) -> None:
     write_native(make_own(), tmp_path)
     with pytest.raises(ModelError, match="use it as it is"):
         find_format(tmp_path)

@@ -39,7 +39,7 @@ GOES = {
 
 
 @pytest.mark.parametrize("name", GOES)
-def test_it_reads_back_the_same(name: str, tmp_path: Path) -> None:
+def test_an_export_reads_back_the_same(name: str, tmp_path: Path) -> None:
     sae, form = GOES[name], name.partition("-")[0]
     export_sae(sae, form, tmp_path)
     assert find_format(tmp_path) == form
@@ -51,7 +51,7 @@ def test_it_reads_back_the_same(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in GOES if name.startswith(("saelens", "dictionary", "sae_for"))])
-def test_the_class_is_the_one_that_says_most(name: str, tmp_path: Path) -> None:
+def test_the_most_specific_class_is_written(name: str, tmp_path: Path) -> None:
     form, _, rest = name.partition("-")
     export_sae(GOES[name], form, tmp_path)
     path = tmp_path / ("cfg.json" if form == "saelens" else "config.json")
@@ -60,20 +60,20 @@ def test_the_class_is_the_one_that_says_most(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["saelens", "dictionary_learning", "sae_for_vlm"])
-def test_levels_and_k_survive(form: str, tmp_path: Path) -> None:
+def test_levels_and_k_are_kept(form: str, tmp_path: Path) -> None:
     sae = with_prefixes(make_own())
     export_sae(sae, form, tmp_path)
     again = import_sae(tmp_path, TOLD).config
     assert (again.prefixes, again.k) == (sae.config.prefixes, sae.config.k)
 
 
-def test_words_of_saelens_and_of_params(tmp_path: Path) -> None:
+def test_variants_have_the_names_that_saelens_uses(tmp_path: Path) -> None:
     export_sae(make_own(), "saelens", tmp_path)
     assert json.loads((tmp_path / "cfg.json").read_text(encoding="utf-8"))["metadata"]["training_architecture"] == "batchtopk"
     assert import_sae(tmp_path, TOLD).config.variant == "batch_topk"
 
 
-def test_float32_on_disk_whatever_it_was(tmp_path: Path) -> None:
+def test_exports_are_float32(tmp_path: Path) -> None:
     sae = make_own("topk")
     export_sae(SAE(sae.config, **{name: tensor.double() for name, tensor in sae.tensors().items()}), "sparsify", tmp_path)
     assert {tensor.dtype for tensor in load_file(tmp_path / "sae.safetensors").values()} == {torch.float32}
@@ -97,12 +97,12 @@ def test_float32_on_disk_whatever_it_was(tmp_path: Path) -> None:
         ("keras", make_own(), "'keras' is not known; known formats are saelens"),
     ],
 )
-def test_what_a_library_lacks_is_refused(form: str, sae: SAE, reason: str, tmp_path: Path) -> None:
+def test_an_sae_that_a_library_cannot_express_is_refused(form: str, sae: SAE, reason: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=reason):
         export_sae(sae, form, tmp_path / "out")
 
 
-def test_d_sae_that_saev_cannot_say(tmp_path: Path) -> None:
+def test_a_d_sae_that_saev_cannot_express_is_refused(tmp_path: Path) -> None:
     sae = make_own(threshold=0.0)
     tensors = sae.tensors()
     cut = {"W_enc": tensors["W_enc"][:, :18], "b_enc": tensors["b_enc"][:18], "W_dec": tensors["W_dec"][:18]}

@@ -1,4 +1,4 @@
-"""Proves that planted data are what they say, and that MMCS is 1 for what was planted and nothing else."""
+"""Proves that planted data have the planted structure, and that MMCS is 1 for the planted directions and nothing else."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ def test_the_seed_decides_everything_and_noise_is_added(make: Callable[..., Plan
     assert float((noisy.x - one.x).std()) == pytest.approx(0.5, rel=0.02)
 
 
-def test_k_features_fire_a_token() -> None:
+def test_k_features_fire_per_token() -> None:
     assert set((make_planted(300, k=4).codes > 0).sum(1).tolist()) == {4}
 
 
@@ -48,7 +48,7 @@ def test_a_child_fires_only_with_its_parent_and_without_its_siblings() -> None:
     assert float(children.any(2)[parents].double().mean()) == pytest.approx(0.8, abs=0.01)
 
 
-def test_mmcs() -> None:
+def test_mmcs_is_1_for_the_planted_directions_alone() -> None:
     planted = make_planted(2).directions
     shuffled = 3 * planted[torch.randperm(len(planted), generator=torch.Generator().manual_seed(1))]
     assert mmcs(shuffled, planted) == pytest.approx(1)

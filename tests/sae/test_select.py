@@ -1,4 +1,4 @@
-"""Proves that selection is exact whatever the guess, the density, the arithmetic and the number of processes that share a batch."""
+"""Proves that selection is exact for every guess, density, arithmetic and number of processes that share a batch."""
 
 import multiprocessing as mp
 import os
@@ -76,7 +76,7 @@ def test_a_good_guess_leaves_few_candidates() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("d_out", [160, 70, 20], ids=["room for all", "room for some", "room for nothing"])
-def test_gradients_lend_their_memory(d_out: int, dtype: torch.dtype) -> None:
+def test_weights_are_unchanged_although_gradients_serve_as_buffers(d_out: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     W_enc, W_dec = torch.randn(41, 160, generator=generator), torch.randn(41, d_out, generator=generator)
     weights = Weights(W_enc, torch.randn(41, generator=generator), W_dec, torch.zeros(d_out))
@@ -90,7 +90,7 @@ def test_gradients_lend_their_memory(d_out: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("n_tokens", [1, 15, 64, 65, 300])
-def test_largest_of_some_tokens(n_tokens: int) -> None:
+def test_the_largest_values_of_selected_tokens_are_found(n_tokens: int) -> None:
     scorer = make_scorer(4, n_tokens=300)
     tokens = torch.arange(300).flip(0)[:n_tokens]
     values, latents = scorer.largest(tokens, 20)
@@ -99,7 +99,7 @@ def test_largest_of_some_tokens(n_tokens: int) -> None:
     torch.testing.assert_close(values, expected.gather(1, latents))
 
 
-def test_only_tokens_that_the_guess_leaves_short_are_looked_at_again() -> None:
+def test_only_tokens_with_too_few_candidates_are_searched_again() -> None:
     scorer = make_scorer(5, n_tokens=300, d_sae=256)
     pre_acts, lengths = scorer.dense(), scorer.inputs_bd.norm(dim=1)
     top = pre_acts.topk(4, dim=1)
@@ -114,7 +114,7 @@ def test_only_tokens_that_the_guess_leaves_short_are_looked_at_again() -> None:
 
 
 @pytest.mark.parametrize("floor", [0.5, 0.0, -0.5])
-def test_above_takes_what_is_above(floor: float) -> None:
+def test_values_above_a_threshold_are_selected(floor: float) -> None:
     scorer = make_scorer(3, n_tokens=300)
     pre_acts = scorer.dense()
     of_latents = floor + 0.3 * torch.rand(D_SAE)

@@ -1,4 +1,4 @@
-"""Proves that training recovers a planted dictionary, that stopping and going on changes no bit, and that bad runs stop."""
+"""Proves that training recovers a planted dictionary, that stopping and continuing changes no bit, and that bad runs stop."""
 
 import math
 import os
@@ -119,14 +119,14 @@ def test_a_transcoder_recovers_the_planted_directions_of_its_target() -> None:
     assert mmcs(sae.W_dec, other) > 0.9
 
 
-def test_scale_of_the_data_changes_nothing_but_the_scale() -> None:
+def test_the_scale_of_the_data_changes_nothing_but_the_scale() -> None:
     x = make_planted(2048).x
     params = make_train_params(epochs=5)
     one, thousand = (finish(fit(params, x * factor)) for factor in (1.0, 1024.0))
     torch.testing.assert_close(one.encode(x) * 1024, thousand.encode(x * 1024))
 
 
-def test_directions_stay_unit_and_encoder_is_no_view() -> None:
+def test_directions_stay_of_unit_norm_and_the_encoder_has_its_own_memory() -> None:
     x = make_planted(2048).x
     learner = begin(make_train_params(epochs=2), x)
     assert learner.weights.W_enc.data_ptr() != learner.weights.W_dec.data_ptr()
@@ -144,7 +144,7 @@ def test_aligned_encoders_are_nearer_to_their_directions(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_going_on_from_a_checkpoint_is_bit_identical(name: str, draft: Draft, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_continuing_from_a_checkpoint_is_bit_identical(name: str, draft: Draft, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     x = make_planted(4096).x
     params = make_train_params(**({"variant": name} | VARIANTS[name] | {"epochs": 6}))
@@ -171,7 +171,7 @@ def test_going_on_from_a_checkpoint_is_bit_identical(name: str, draft: Draft, mo
         assert torch.equal(tensor, again.state_dict()[key]), key
 
 
-def test_several_in_one_pass_are_those_of_single_runs() -> None:
+def test_several_saes_in_one_pass_equal_those_of_single_runs() -> None:
     x = make_planted(2048).x
     many = [make_train_params(epochs=4, k=k, d_sae=d, seed=seed) for k, d, seed in ((2, 64, 0), (3, 64, 1), (4, 96, 0))]
     learners = [begin(one, x, f"{i}") for i, one in enumerate(many)]
@@ -216,7 +216,7 @@ def test_resampling_gives_dead_latents_of_relu_new_directions() -> None:
     assert bool((learner.weights.b_enc[:20] > -1).all())
 
 
-def test_divergence_names_the_step_and_what_to_do_and_keeps_the_weights() -> None:
+def test_divergence_is_reported_with_the_step_and_keeps_the_weights() -> None:
     x = make_planted(2048).x
     x[7, 3] = float("nan")
     params = make_train_params(epochs=2)
@@ -226,7 +226,7 @@ def test_divergence_names_the_step_and_what_to_do_and_keeps_the_weights() -> Non
     assert all(bool(tensor.isfinite().all()) for tensor in learner.weights.tensors().values())
 
 
-def test_one_that_diverges_is_given_up_and_the_others_are_what_they_are_without_it() -> None:
+def test_an_sae_that_diverges_is_dropped_and_does_not_affect_the_others() -> None:
     x = make_planted(2048).x
     events: list[Event] = []
     alone, beside, bad = begin(make_train_params(epochs=4), x), begin(make_train_params(epochs=4), x), begin(make_train_params(epochs=4), x)
@@ -244,7 +244,7 @@ def test_one_that_diverges_is_given_up_and_the_others_are_what_they_are_without_
     assert again.has_diverged and again.guides.step == 0
 
 
-def test_a_request_to_end_writes_a_checkpoint_first(draft: Draft) -> None:
+def test_a_request_to_stop_writes_a_checkpoint_first(draft: Draft) -> None:
     x = make_planted(2048).x
     before = signal.getsignal(signal.SIGTERM)
     learner = begin(make_train_params(epochs=50), x)
@@ -260,7 +260,7 @@ def test_a_request_to_end_writes_a_checkpoint_first(draft: Draft) -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_no_progress_is_said_and_ends_the_run_early_where_asked() -> None:
+def test_a_plateau_is_reported_and_ends_the_run_early_if_requested() -> None:
     x = make_planted(2048).x
     for patience, n_steps in ((None, 400), (25, 300)):
         events: list[Event] = []
@@ -283,7 +283,7 @@ def curve(fvu: torch.Tensor) -> Learner:
     return learner
 
 
-def test_a_saw_tooth_that_falls_is_progress_and_a_plateau_is_none() -> None:
+def test_a_falling_saw_tooth_is_progress_and_a_plateau_is_not() -> None:
     at = torch.arange(100, dtype=torch.float64)
     teeth = 0.03 * (1 - at % 10 / 10)  # of the size and length of those in the demo
     for n in range(1, 101):
@@ -293,7 +293,7 @@ def test_a_saw_tooth_that_falls_is_progress_and_a_plateau_is_none() -> None:
 
 
 @pytest.mark.parametrize(("changes", "is_said"), [({"epochs": 2}, True), ({"epochs": 13}, False), ({"epochs": 13, "d_sae": 2000}, True)])
-def test_a_run_that_is_too_short_is_said_with_what_would_do(changes: dict[str, object], is_said: bool) -> None:
+def test_a_run_that_is_too_short_is_reported_with_the_length_needed(changes: dict[str, object], is_said: bool) -> None:
     x = make_planted(8192).x
     said = list(trainer_module._short_run_notices(begin(make_train_params(**changes), x)))  # pyright: ignore[reportPrivateUsage]
     assert bool(said) == is_said
@@ -307,7 +307,7 @@ def test_too_few_tokens_is_refused() -> None:
         make_plan(make_train_params(), 1)
 
 
-def test_a_trial_is_measured_and_counts_dead_latents_as_the_whole_run() -> None:
+def test_a_trial_counts_dead_latents_as_the_whole_run_would() -> None:
     whole = make_plan(make_train_params(epochs=40), 100_000)
     trial = make_plan(make_train_params(epochs=2), 4096).like(whole)
     assert (trial.measure_every, trial.dead_after) == (whole.measure_every, whole.dead_after)
@@ -337,7 +337,7 @@ def test_save_and_load_agree(tmp_path: Path) -> None:
     assert torch.equal(loaded.encode(x), sae.encode(x))
 
 
-def test_untrained_fires_k_latents_a_token() -> None:
+def test_an_untrained_sae_fires_k_latents_per_token() -> None:
     x = make_planted(512).x
     acts = make_untrained(CONFIG, x, seed=3).encode(x)
     assert float((acts > 0).sum(1).float().mean()) == pytest.approx(K, abs=0.05)
@@ -348,6 +348,6 @@ def test_untrained_fires_k_latents_a_token() -> None:
     [(100_000, 10, 98_304), (100_000, 1000, 800_000), (10**9, 1, 10_000_000), (1000, 1, 100)],
     ids=["a tenth of the run", "8 epochs", "10 million", "less than a batch"],
 )
-def test_latents_are_dead_while_there_is_time_to_bring_them_back(n_tokens: int, epochs: int, dead_after: int) -> None:
+def test_latents_count_as_dead_early_enough_to_be_revived(n_tokens: int, epochs: int, dead_after: int) -> None:
     params = make_test_params(train={"epochs": epochs, "batch_size": 2048}).train
     assert make_plan(params, n_tokens).dead_after == dead_after

@@ -184,7 +184,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Oracle, Tensor], Tensor]]] = {
 @pytest.mark.parametrize(
     ("name", "acts_of"), [("topk", topk_acts), ("batch_topk", batch_topk_acts), ("matryoshka", batch_topk_acts), ("relu", torch.relu)]
 )
-def test_a_step_tells_what_the_whole_dictionary_reconstructs(
+def test_a_step_returns_the_reconstruction_by_the_whole_dictionary(
     name: str, acts_of: Callable[[Tensor], Tensor], dense_share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(select, "DENSE_SHARE", dense_share)
@@ -199,7 +199,7 @@ def test_a_step_tells_what_the_whole_dictionary_reconstructs(
 @pytest.mark.parametrize("ms_weight", [0.0, 0.7], ids=["", "ms"])
 @pytest.mark.parametrize("transcoder", [False, True], ids=["", "transcoder"])
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_are_those_of_the_definition(
+def test_gradients_equal_those_of_the_definition(
     name: str, transcoder: bool, ms_weight: float, dense_share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(select, "DENSE_SHARE", dense_share)
@@ -221,7 +221,7 @@ def test_gradients_are_those_of_the_definition(
         torch.testing.assert_close(weights.grads()[key], leaf.grad, rtol=1e-10, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}")
 
 
-def test_archetypal_gradients_are_those_of_the_definition() -> None:
+def test_archetypal_gradients_equal_those_of_the_definition() -> None:
     variant, weights, batch = make({"kind": "archetypal", "points": 7, "relaxation": 0.3}), make_weights(), make_batch()
     weights.derives_W_dec = True
     x = seeded(10, 200, D_MODEL)
@@ -246,7 +246,7 @@ def test_archetypal_gradients_are_those_of_the_definition() -> None:
 
 
 @pytest.mark.parametrize(("points", "most"), [(None, 0.0), (25, 0.5)], ids=["a centre a latent", "fewer centres"])
-def test_archetypal_directions_share_at_most_half_of_a_centre_at_first(points: int | None, most: float) -> None:
+def test_archetypal_directions_initially_share_at_most_half_of_a_centre(points: int | None, most: float) -> None:
     variant, weights = make({"kind": "archetypal", "points": points}), make_weights()
     for tensor in (weights.W_enc, weights.b_enc, weights.W_dec, weights.b_dec):
         tensor.data = tensor.data.float()
@@ -257,7 +257,7 @@ def test_archetypal_directions_share_at_most_half_of_a_centre_at_first(points: i
     torch.testing.assert_close(mix.sum(1), torch.ones(D_SAE))
 
 
-def test_a_steered_penalty_settles_at_k_though_latents_answer_late() -> None:
+def test_a_controlled_penalty_settles_at_k_although_latents_react_late() -> None:
     variant, guides, firings, seen = make({"kind": "relu"}), Guides(penalty=1e-3), 10.0 * K, []
     for _ in range(150):
         variant._steer(guides, round(firings * 1000), 1000)  # pyright: ignore
@@ -275,7 +275,7 @@ def test_random_prefixes_differ_from_step_to_step_and_end_with_all() -> None:
 
 
 @pytest.mark.parametrize("bounds", [(D_SAE,), LEVELS], ids=["one level", "levels"])
-def test_sparse_products_are_the_dense_ones(bounds: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sparse_products_equal_the_dense_ones(bounds: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     levels, values = Levels(bounds), seeded(1, N_TOKENS, D_SAE).relu()
     rows, latents = values.nonzero(as_tuple=True)
     sparse, dense = Sparse(N_TOKENS, levels, rows, latents, values[rows, latents]), Dense(levels, values)
@@ -305,7 +305,7 @@ def aux_gradients(n_dead: int, dtype: torch.dtype, arithmetic: torch.dtype) -> d
 
 
 @pytest.mark.parametrize("n_dead", [3, D_MODEL // 2, 20], ids=["fewer than fire", "as many", "more"])
-def test_aux_is_its_definition_for_any_number_of_dead(n_dead: int) -> None:
+def test_the_auxiliary_loss_equals_its_definition_for_any_number_of_dead_latents(n_dead: int) -> None:
     weights, batch, x_hat, k = make_weights(), make_batch(), seeded(12, N_TOKENS, D_MODEL) / 4, D_MODEL // 2
     leaves = {name: tensor[:n_dead].clone().requires_grad_() for name, tensor in weights.trained().items() if name != "b_dec"}
     pre_acts = (batch.x - weights.b_dec) @ leaves["W_enc"].T + leaves["b_enc"]
@@ -323,7 +323,7 @@ def test_aux_is_its_definition_for_any_number_of_dead(n_dead: int) -> None:
 
 
 @pytest.mark.parametrize("n_dead", [3, 20])
-def test_aux_in_bfloat16_points_the_same_way(n_dead: int) -> None:
+def test_the_auxiliary_gradient_in_bfloat16_has_the_same_direction(n_dead: int) -> None:
     exact, rounded = (aux_gradients(n_dead, torch.float32, arithmetic) for arithmetic in (torch.float32, torch.bfloat16))
     for name, gradient in exact.items():
         error = float((rounded[name] - gradient).norm() / gradient.norm())

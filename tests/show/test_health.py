@@ -1,4 +1,4 @@
-"""Proves the picture of a dictionary's health: planted twins are found, the same SAE makes the same bytes, and the runs get it."""
+"""Proves that the picture of a dictionary's health is reproducible, and that planted duplicates are found."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_nearest_cosines_are_those_of_the_whole_matrix(tile: int, monkeypatch: p
     np.testing.assert_allclose(nearest_cosines(directions), whole.max(1), atol=1e-6)
 
 
-def test_twins_are_alike_and_of_many_latents_some_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_duplicates_are_found_and_only_some_of_many_latents_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     directions = draw_directions()
     directions[40] = 3 * directions[250]
     cosines = nearest_cosines(directions)
@@ -80,7 +80,7 @@ def make_sae(place: Path, is_broken: bool = False) -> Artefact:
         return draft.publish(place)
 
 
-def test_encoders_of_equal_length_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoders_of_equal_norm_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sae = make_sae(tmp_path / "sae")
     for nearly in (0.0, 1e-7):
         lengths = 1 + nearly * np.arange(D_SAE) / D_SAE
@@ -89,7 +89,7 @@ def test_encoders_of_equal_length_can_be_drawn(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("is_broken", [False, True])
-def test_the_same_sae_makes_the_same_picture_also_where_the_gate_will_fail(tmp_path: Path, is_broken: bool) -> None:
+def test_pictures_are_reproducible_even_of_an_sae_that_fails_the_gate(tmp_path: Path, is_broken: bool) -> None:
     sae = make_sae(tmp_path / "sae", is_broken)
     for name in ("one.png", "two.png"):
         draw_health(sae, "batch_topk-300-k4-s0", tmp_path / name)

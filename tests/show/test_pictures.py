@@ -1,4 +1,4 @@
-"""Pictures are drawn for every kind of feature: whole PNGs of the expected size that show the feature's own images and heat."""
+"""Pictures of every kind of feature are PNGs of the expected size that show the feature's own images and heat maps."""
 
 import io
 import subprocess
@@ -36,14 +36,14 @@ def drawn(file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[np.ndarr
     return [pixels(folder / f"latent-{latent}.png") for latent in range(4)]
 
 
-def test_pages_have_one_width_and_room_for_their_rows(drawn: list[np.ndarray]) -> None:
+def test_pages_have_equal_widths_and_space_for_their_rows(drawn: list[np.ndarray]) -> None:
     assert {page.shape[1] for page in drawn} == {WIDTH}
     # decile 10 with its heat maps, then the deciles 5 and 1; without heat maps one row of pictures less
     assert drawn[0].shape[0] >= TOP + 2 * SIDE + 2 * SIDE
     assert all(page.shape[0] < 1200 for page in drawn)
 
 
-def test_pages_differ(drawn: list[np.ndarray]) -> None:
+def test_pages_of_different_features_differ(drawn: list[np.ndarray]) -> None:
     for a in range(4):
         for b in range(a):
             assert drawn[a].shape != drawn[b].shape or (drawn[a] != drawn[b]).mean() > 0.01
@@ -60,7 +60,7 @@ def test_the_first_tile_is_the_strongest_image_and_the_heat_lies_below(catalog: 
     assert change[-5, -5] > change[5, 5] + 30
 
 
-def test_same_input_same_bytes(catalog: Catalog, tmp_path: Path) -> None:
+def test_the_same_input_gives_the_same_bytes(catalog: Catalog, tmp_path: Path) -> None:
     for name in "ab":
         draw_feature(catalog, 1, tmp_path / f"{name}.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
@@ -82,7 +82,7 @@ def test_a_place_that_cannot_be_written_is_named_and_nothing_is_left(catalog: Ca
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken.png"]
 
 
-def test_heat_lies_where_the_model_looks() -> None:
+def test_heat_covers_the_part_of_the_image_that_the_model_sees() -> None:
     wide = Image.new("RGB", (40, 20), (128, 128, 128))
     tile = overlaid(Example(10, 1.0, np.ones((2, 2), np.float32), wide, (0.5, 1.0)), 1.0, side=80)
     hot = (tile != overlaid(Example(10, 1.0, None, wide, (0.5, 1.0)), 1.0, side=80)).any(axis=2)
@@ -90,7 +90,9 @@ def test_heat_lies_where_the_model_looks() -> None:
     assert (rows.min(), rows.max() + 1, cols.min(), cols.max() + 1) == (20, 60, 20, 60)
 
 
-def test_contact_sheet_shows_the_best_that_rest_on_enough_images(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_contact_sheet_shows_the_best_features_with_enough_images(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draw_best(catalog, tmp_path / "none.png")
     monkeypatch.setattr("ommatid.show.pictures.best.MIN_IMAGES", 2)
     draw_best(catalog, tmp_path / "two.png", n=5)
@@ -100,7 +102,7 @@ def test_contact_sheet_shows_the_best_that_rest_on_enough_images(catalog: Catalo
     assert heights[2] - heights[1] == ROW
 
 
-def test_show_writes_and_names_the_picture(file: Path, tmp_path: Path) -> None:
+def test_show_writes_the_picture_and_prints_its_path(file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from ommatid.cli import main; main()", "show", "0", "--catalog", str(file)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == str(file.parents[1] / "pictures/latent-0.png"), done.stderr  # below the root of the catalogue's study
@@ -125,7 +127,7 @@ def test_the_best_sae_is_shown_unless_one_is_named_by_either_of_its_names(severa
             assert choose_sae(catalog, name) == f"{catalog_artefacts.OTHER}-00000000"
 
 
-def test_an_unknown_sae_names_those_there_are(several: Path) -> None:
+def test_an_unknown_sae_is_an_error_that_lists_the_known_ones(several: Path) -> None:
     says = (
         f"no SAE 'batch_topk-4-k2-s1'; did you mean {catalog_artefacts.NAME}\\? .* has {catalog_artefacts.NAME}, {catalog_artefacts.OTHER}"
     )
@@ -133,7 +135,7 @@ def test_an_unknown_sae_names_those_there_are(several: Path) -> None:
         choose_sae(catalog, "batch_topk-4-k2-s1")
 
 
-def test_a_picture_of_the_named_sae_differs_and_knows_its_latents(several: Path, tmp_path: Path) -> None:
+def test_a_picture_is_of_the_named_sae(several: Path, tmp_path: Path) -> None:
     with Catalog(several) as catalog:
         draw_feature(catalog, 1, tmp_path / "best.png")
         draw_feature(catalog, 1, tmp_path / "other.png", catalog_artefacts.OTHER)

@@ -1,4 +1,4 @@
-"""The report is one page that needs nothing else, says what the catalogue says, and shows the SQL that says it; data is never markup."""
+"""The report is one self-contained page whose numbers and SQL agree with the catalogue, and data in it is never markup."""
 
 import re
 import subprocess
@@ -90,7 +90,7 @@ def test_the_page_needs_no_network_and_no_script(page: str) -> None:
     ) in (tags.found)
 
 
-def test_every_statement_on_the_page_can_be_asked(two: Catalog, page: str, report: Report) -> None:
+def test_every_statement_on_the_page_can_be_run(two: Catalog, page: str, report: Report) -> None:
     statements = [unescape(sql) for sql in re.findall(r"<summary>SQL</summary><pre>(.*?)</pre>", page, re.DOTALL)]
     assert len(statements) == len(report.sections)
     for statement in statements:
@@ -134,16 +134,16 @@ def test_a_report_may_be_about_another_sae(two: Catalog, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_sae_has_nothing_to_agree_with(catalog: Catalog) -> None:
+def test_there_is_no_section_on_stability_for_a_single_sae(catalog: Catalog) -> None:
     titles = [section.title for section in make_report(catalog).sections]
     assert "The SAE and its controls" in titles and "Stability" not in titles
 
 
-def test_same_catalogue_same_bytes(two: Catalog, page: str, tmp_path: Path) -> None:
+def test_the_same_catalogue_gives_the_same_bytes(two: Catalog, page: str, tmp_path: Path) -> None:
     assert page_of(two, tmp_path) == page
 
 
-def test_what_comes_from_data_is_never_markup(file: Path, tmp_path: Path) -> None:
+def test_text_from_data_is_never_markup(file: Path, tmp_path: Path) -> None:
     evil = EVIL.replace("'", "''")
     statements = [f"UPDATE {relation} SET {column} = '{evil}'" for relation, column in (("features", "label"), ("images", "label"))]
     statements += [f"UPDATE runs SET {column} = '{evil}'" for column in ("name", "model", "hookpoint", "variant", "judge", "git_commit")]
@@ -155,7 +155,7 @@ def test_what_comes_from_data_is_never_markup(file: Path, tmp_path: Path) -> Non
     assert Tags(page).open == []
 
 
-def test_features_are_the_best_the_worst_and_the_misnamed(file: Path, tmp_path: Path) -> None:
+def test_features_are_the_best_the_worst_and_the_mislabelled(file: Path, tmp_path: Path) -> None:
     with changed(tmp_path, file, "UPDATE features SET n_images = 20, control_score = 0.7 WHERE latent < 2") as catalog:
         report = make_report(catalog)
     shown = {section.title: [feature.label for feature in section.features] for section in report.sections if section.features}
@@ -180,7 +180,7 @@ def test_features_are_the_best_the_worst_and_the_misnamed(file: Path, tmp_path: 
         ),
     ],
 )
-def test_what_is_missing_is_said_and_not_drawn(file: Path, tmp_path: Path, statement: str, empty: set[str]) -> None:
+def test_missing_data_are_explained_and_not_drawn(file: Path, tmp_path: Path, statement: str, empty: set[str]) -> None:
     with changed(tmp_path, file, statement) as catalog:
         report = make_report(catalog)
     plots = [section for section in report.sections if not section.table and not section.is_wide]
@@ -200,7 +200,7 @@ def test_an_sae_without_any_monosemanticity_has_a_report(file: Path, tmp_path: P
     assert (headline.value, headline.meaning) == ("–", "the MonoSemanticity score is undefined for every latent")
 
 
-def test_controls_are_drawn_latent_by_latent(file: Path, tmp_path: Path) -> None:
+def test_scores_of_the_controls_are_drawn(file: Path, tmp_path: Path) -> None:
     pictures = []
     for statements in ((), ("DELETE FROM judged WHERE dictionary <> 'sae'",)):
         with changed(tmp_path, file, *statements) as catalog:
@@ -210,17 +210,17 @@ def test_controls_are_drawn_latent_by_latent(file: Path, tmp_path: Path) -> None
     assert pictures[0] and pictures[1] and pictures[0] != pictures[1]
 
 
-def test_values_stand_in_the_shown_sql_as_literals() -> None:
+def test_values_are_literals_in_the_sql_shown() -> None:
     question = Question("SELECT $n, $name, $n_images", {"n": 2, "name": "it's", "n_images": 16})
     assert question.text == "SELECT 2, 'it''s', 16"
 
 
 @pytest.mark.parametrize(("part", "whole", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)])
-def test_interval_of_a_share(part: int, whole: int, low: float, high: float) -> None:
+def test_the_interval_of_a_share_is_wilsons(part: int, whole: int, low: float, high: float) -> None:
     assert wilson(part, whole) == pytest.approx((low, high), abs=1e-4)  # Newcombe 1998, method 3
 
 
-def test_the_verb_writes_and_names_the_page(file: Path, tmp_path: Path) -> None:
+def test_the_verb_writes_the_page_and_prints_its_path(file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-c", "from ommatid.cli import main; main()", "report", "--catalog", str(file)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     page = file.parents[1] / "report.html"  # below the root of the catalogue's study

@@ -1,4 +1,4 @@
-"""Proves that what DVC depends on is what the stages read: it follows content, not times or places, and covers all that params name."""
+"""Proves that what DVC depends on is what the stages read: it follows contents, not times or places, and covers all paths in the params."""
 
 import json
 import os
@@ -51,14 +51,14 @@ def photos() -> Callable[[], str]:
     return look
 
 
-def test_a_look_writes_what_is_there_for_each_stage(photos: Callable[[], str]) -> None:
+def test_every_stage_gets_a_file_that_describes_its_sources(photos: Callable[[], str]) -> None:
     (found,) = json.loads(photos()).values()
     assert (found["n_files"], found["bytes"], len(found["sha256"])) == (2, 2, 64)
     assert sorted(path.name for path in PLACE.iterdir()) == sorted(f"{stage}.json" for stage in STAGES)
     assert json.loads((PLACE / "label.json").read_text()) == {}
 
 
-def test_the_fingerprint_is_of_names_and_contents_alone(photos: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fingerprint_depends_on_names_and_contents_alone(photos: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:
     first = photos()
     os.utime("photos/b.jpg", (1, 1))
     assert photos() == first
@@ -81,7 +81,7 @@ def test_the_fingerprint_is_of_names_and_contents_alone(photos: Callable[[], str
         seen.add(now)
 
 
-def test_what_dvc_cannot_walk_is_followed_or_passed_over(photos: Callable[[], str]) -> None:
+def test_links_are_followed_and_pipes_are_skipped(photos: Callable[[], str]) -> None:
     """Linked folders, pipes, broken links, a loop, names that are not UTF-8, and a file that may not be read."""
     write("elsewhere/c.jpg", b"c")
     Path("photos/ext").symlink_to(Path("elsewhere").absolute(), target_is_directory=True)
@@ -134,7 +134,7 @@ def test_only_what_changed_is_read_again(photos: Callable[[], str], monkeypatch:
     assert photos() == second
 
 
-def test_everything_that_params_name_by_path_is_looked_at() -> None:
+def test_every_path_in_the_params_is_checked() -> None:
     write("words/birds.txt", b"heron\n")
     write("labels.csv", b"latent,label\n")
     write("models/clip/config.json")
@@ -169,7 +169,7 @@ def test_everything_that_params_name_by_path_is_looked_at() -> None:
         found = again
 
 
-def test_files_of_activations_take_the_place_of_images() -> None:
+def test_files_of_activations_replace_images() -> None:
     write("acts/readme.txt")
     np.save("acts/x.npy", np.zeros((4, 2), np.float16))
     chosen = params("extract={source: files, path: acts, name: blocks.15, model: theirs}", "images.source.path=gone")
@@ -180,7 +180,7 @@ def test_files_of_activations_take_the_place_of_images() -> None:
 
 
 @pytest.mark.parametrize("source", ["{kind: folder, path: gone}", "{kind: parquet, path: gone}", "{kind: cifar10, path: gone}"])
-def test_a_source_that_was_not_pulled_says_so_and_leaves_what_is_there(source: str, photos: Callable[[], str]) -> None:
+def test_a_source_that_was_not_pulled_is_reported_and_its_file_is_kept(source: str, photos: Callable[[], str]) -> None:
     before = photos()
     with pytest.raises(
         SourceError, match=r"^gone: no such (file or )?folder; bring it back with `dvc pull` if DVC keeps it, or set images"
@@ -189,7 +189,7 @@ def test_a_source_that_was_not_pulled_says_so_and_leaves_what_is_there(source: s
     assert (PLACE / "images.json").read_text() == before
 
 
-def test_the_json_of_drawn_and_downloaded_images_is_what_counts() -> None:
+def test_drawn_and_downloaded_images_are_described_by_their_json_files() -> None:
     write("plan.json", b"{}")
     drawn, loaded = (write_sources(params(f"images.source={{kind: {kind}, path: plan.json}}")) for kind in ("shapes", "cifar10"))
     assert drawn == loaded
@@ -197,7 +197,7 @@ def test_the_json_of_drawn_and_downloaded_images_is_what_counts() -> None:
     assert write_sources(params("images.source={kind: shapes, path: plan.json}")) != drawn
 
 
-def test_hidden_files_and_other_endings_are_none_of_the_parquet_source() -> None:
+def test_the_parquet_source_skips_hidden_files_and_other_extensions() -> None:
     Path("in/.ipynb_checkpoints").mkdir(parents=True)
     for name in ("in/a.parquet", "in/.ipynb_checkpoints/a-checkpoint.parquet"):
         pq.write_table(pa.table({"image": [b"x"]}), name)
@@ -208,7 +208,7 @@ def test_hidden_files_and_other_endings_are_none_of_the_parquet_source() -> None
     assert write_sources(chosen) == first
 
 
-def test_an_object_store_is_listed_and_not_read(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_store_is_listed_but_not_read(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def put(name: str, content: bytes) -> None:
         open_folder(f"{s3}/photos").put(write("to-put", content), name)
 

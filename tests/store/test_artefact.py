@@ -1,4 +1,4 @@
-"""Proves that an artefact is whole or not there: drafts, damage, locks, writers that die."""
+"""Proves that an artefact is whole or absent, whatever happens to drafts, files, locks and writers."""
 
 import errno
 import json
@@ -74,7 +74,7 @@ def test_changed_bytes_of_the_same_size_are_found(tmp_path: Path) -> None:
         open_artefact(artefact.path, "images").verify()
 
 
-def test_missing_unfinished_other_kind_and_newer_version(tmp_path: Path) -> None:
+def test_missing_unfinished_other_and_newer_artefacts_are_refused(tmp_path: Path) -> None:
     place = tmp_path / "images"
     with pytest.raises(ArtefactError, match=r"does not exist; make it with `dvc repro images`"):
         open_artefact(place, "images")
@@ -117,7 +117,7 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "images").exists()
 
 
-def test_a_draft_goes_on_after_kill_and_others_are_dropped(tmp_path: Path) -> None:
+def test_a_draft_is_continued_after_a_kill_and_drafts_of_other_params_are_dropped(tmp_path: Path) -> None:
     place = tmp_path / "images"
     with open_draft(place, "images", {"a": 1}, {}) as draft:
         draft.write_json("done.json", 1)
@@ -163,7 +163,7 @@ def line(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.parametrize(("second", "end"), [(1, "taken 2"), (2, "making\nmade")])
-def test_two_runs_at_once(tmp_path: Path, second: int, end: str) -> None:
+def test_the_second_of_two_concurrent_runs_waits(tmp_path: Path, second: int, end: str) -> None:
     """The second waits; it takes what the first published if it is the same, and makes its own if not."""
     with start(tmp_path, 1) as first:
         assert line(first) == "making"
@@ -174,7 +174,7 @@ def test_two_runs_at_once(tmp_path: Path, second: int, end: str) -> None:
     assert open_artefact(tmp_path / "images", "images").manifest.params == {"a": second}
 
 
-def test_a_run_that_waited_for_one_that_was_killed_goes_on(tmp_path: Path) -> None:
+def test_a_run_that_waited_for_a_killed_one_continues(tmp_path: Path) -> None:
     with start(tmp_path, 1) as first:
         assert line(first) == "making"
         with start(tmp_path, 1) as other:
@@ -221,7 +221,7 @@ def test_a_shared_file_is_on_the_disk_once(tmp_path: Path) -> None:
     assert not list(top.path.rglob("*.tmp"))
 
 
-def test_sharing_twice_is_sharing_once_and_copies_where_links_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharing_is_idempotent_and_copies_where_links_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_draft(tmp_path / "activations", "extraction", {}, {}) as draft:
         draft.write_json("one/a.json", 1)
         for _ in range(2):
@@ -237,7 +237,7 @@ def test_sharing_twice_is_sharing_once_and_copies_where_links_cannot_be(tmp_path
         assert [p.name for p in (draft.path / "two").iterdir()] == ["a.json"]
 
 
-def test_damage_of_children(tmp_path: Path) -> None:
+def test_damage_to_children_is_named(tmp_path: Path) -> None:
     top = write_with_children(tmp_path / "activations")
     train = top.path / "two" / "train-00000.parquet"
     content = train.read_bytes()
@@ -257,7 +257,7 @@ def test_damage_of_children(tmp_path: Path) -> None:
         open_artefact(top.url, "extraction")
 
 
-def test_a_child_that_was_replaced_or_is_of_a_newer_version(tmp_path: Path) -> None:
+def test_a_replaced_child_and_one_of_a_newer_version_are_refused(tmp_path: Path) -> None:
     top = write_with_children(tmp_path / "activations")
     manifest = top.path / "one" / "manifest.json"
     text = manifest.read_text()
@@ -273,7 +273,7 @@ def test_a_child_that_was_replaced_or_is_of_a_newer_version(tmp_path: Path) -> N
         top.child("one", "activations")
 
 
-def test_what_workers_described_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_workers_described_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_draft(tmp_path / "images", "images", {}, {}) as draft:
         worker = pickle.loads(pickle.dumps(store.Draft.attach(draft.url)))
         files = [worker.write_table(part_name("images", i), pa.table({"x": [i]})) for i in range(3)]
@@ -292,7 +292,7 @@ def test_what_workers_described_is_not_read_again(tmp_path: Path, monkeypatch: p
     assert not (published.path / "receipts").exists()
 
 
-def test_a_description_of_what_is_not_there(tmp_path: Path) -> None:
+def test_a_description_of_a_missing_file_is_refused(tmp_path: Path) -> None:
     with open_draft(tmp_path / "images", "images", {}, {}) as draft:
         file = draft.write_table("images-00000.parquet", pa.table({"x": [1]}))
         with pytest.raises(ArtefactError, match=r"images-00001.parquet: missing; images-00000.parquet: \d+ bytes, the manifest says 7"):
@@ -314,7 +314,7 @@ for i in range(200):
 """
 
 
-def test_two_workers_that_write_the_same_file(tmp_path: Path) -> None:
+def test_two_workers_may_write_the_same_file(tmp_path: Path) -> None:
     with open_draft(tmp_path / "images", "images", {}, {}) as draft:
         command = [sys.executable, "-c", WRITE, draft.url]
         workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -330,7 +330,7 @@ def test_two_workers_that_write_the_same_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("code", "word"), [(errno.EROFS, "read-only file system"), (errno.EACCES, "permission denied")])
-def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, word: str) -> None:
+def test_a_folder_without_write_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, word: str) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -343,7 +343,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.Mo
         pass
 
 
-def test_a_million_files_a_line_each() -> None:
+def test_a_manifest_holds_one_line_per_file() -> None:
     files = tuple(store.File(part_name("train", i), i, f"{i:064x}", None if i % 2 else i, f"{i:08x}") for i in range(1000))
     manifest = store.Manifest("sae", SCHEMA_VERSION, {"a": [1]}, {}, files, {}, {"n": None})
     text = b"".join(manifest.iter_json())

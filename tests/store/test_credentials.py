@@ -1,4 +1,4 @@
-"""Proves that no store ever holds a secret: credentials in URLs are refused before any work, those of the environment stay there."""
+"""Proves that no store ever holds a secret: credentials in URLs are refused before any work, and those in the environment stay there."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ def test_credentials_in_any_url_of_the_params_are_refused_without_repeating_them
     assert "contains a URL with a user name, a password or a query" in said and "OPENAI_API_KEY" in said
 
 
-def test_what_only_looks_like_credentials_is_taken() -> None:
+def test_values_that_only_look_like_credentials_are_accepted() -> None:
     for path in ("s3://bucket/photos@2x", "http://host:8000/a@b", "me@work/photos", "photos: 5@home"):
         assert load_params(CHECKOUT / "params.yaml", [f"images.source={{kind: folder, path: '{path}'}}"]).images.source.path == path
         assert without_credentials(path) == path
@@ -73,7 +73,7 @@ def test_a_refused_run_leaves_the_secret_nowhere_but_in_params_yaml(tmp_path: Pa
     assert [path.name for path in tmp_path.rglob("*")] == ["params.yaml"]
 
 
-def test_the_form_of_prefect_refuses_a_labellers_url_with_credentials_before_it_is_stored() -> None:
+def test_prefect_refuses_a_labellers_url_with_credentials_before_storing_it() -> None:
     import re
 
     schema = Params.model_json_schema()["$defs"]["VlmLabeller"]["properties"]["url"]

@@ -1,4 +1,4 @@
-"""Proves that one changed byte, anywhere in an artefact or in what an unfinished run left, never leads to other results."""
+"""Proves that one changed byte, anywhere in an artefact or in the files of an unfinished run, never leads to other results."""
 
 import json
 import random
@@ -83,7 +83,7 @@ READERS: dict[str, Callable[[Artefact], Any]] = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_every_way_of_reading_finds_a_flip_or_gives_the_same(place: Path, reader: str) -> None:
+def test_every_way_of_reading_notices_a_flipped_bit_or_is_unaffected(place: Path, reader: str) -> None:
     read = READERS[reader]
     right, n_found = read(open_artefact(place, "images")), 0
     for path in sorted(place.iterdir()):
@@ -97,7 +97,7 @@ def test_every_way_of_reading_finds_a_flip_or_gives_the_same(place: Path, reader
     assert n_found >= 20 and read(open_artefact(place, "images")) == right
 
 
-def test_training_batches_are_checked_where_they_are_mapped(tmp_path: Path) -> None:
+def test_memory_mapped_training_batches_are_checked(tmp_path: Path) -> None:
     activations = make_activations(tmp_path)
 
     def read() -> list[bytes]:
@@ -116,7 +116,7 @@ def test_training_batches_are_checked_where_they_are_mapped(tmp_path: Path) -> N
     assert n_found > 20 and read() == right
 
 
-def test_only_the_columns_that_are_read_are_checked_and_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_columns_that_are_read_are_checked_and_each_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a large set most is other columns, and epochs come again."""
     images = open_artefact(place, "images")
     (last := place / part_name("images", 1)).touch()  # as if new: nothing of it was checked
@@ -137,7 +137,7 @@ def test_only_the_columns_that_are_read_are_checked_and_once(place: Path, monkey
     assert n_bytes[0] + for_one >= last.stat().st_size - BLOCK and for_one >= BLOCK
 
 
-def test_a_part_of_a_draft_that_was_damaged_is_made_again(tmp_path: Path) -> None:
+def test_a_damaged_part_of_a_draft_is_made_again(tmp_path: Path) -> None:
     said: list[str] = []
     for name in (part_name("images", 0), "scratch/checkpoint.json", "receipts/probe.json"):
         with open_draft(tmp_path / "images", "images", {}, {}) as draft:
@@ -156,7 +156,7 @@ def test_a_part_of_a_draft_that_was_damaged_is_made_again(tmp_path: Path) -> Non
             assert said[-1] == f"{path}: damaged since an interrupted run wrote it; it is made again"
 
 
-def test_what_a_run_left_is_not_described_anew_where_it_was_damaged(tmp_path: Path) -> None:
+def test_a_damaged_file_of_a_draft_does_not_get_a_new_checksum(tmp_path: Path) -> None:
     with open_draft(tmp_path / "images", "images", {}, {}) as draft:
         draft.write_table("rejected.parquet", pa.table({"x": [1, 2]}))
     (draft.path / "rejected.parquet").write_bytes(b"something else")
@@ -165,7 +165,7 @@ def test_what_a_run_left_is_not_described_anew_where_it_was_damaged(tmp_path: Pa
         draft.seal({})
 
 
-def test_a_sealed_draft_that_was_damaged_is_made_again(tmp_path: Path) -> None:
+def test_a_damaged_sealed_draft_is_made_again(tmp_path: Path) -> None:
     place = tmp_path / "activations"
 
     def make() -> tuple[list[str], bytes]:
@@ -192,7 +192,7 @@ def test_a_sealed_draft_that_was_damaged_is_made_again(tmp_path: Path) -> None:
         assert make() == first, name
 
 
-def test_shards_whose_receipt_or_files_were_damaged_are_made_again(tmp_path: Path) -> None:
+def test_shards_with_a_damaged_receipt_or_file_are_made_again(tmp_path: Path) -> None:
     with open_draft(tmp_path / "activations", "extraction", {}, {}) as draft:
         worker = Draft.attach(draft.url)
         for shard in range(5):
@@ -214,7 +214,7 @@ def test_shards_whose_receipt_or_files_were_damaged_are_made_again(tmp_path: Pat
         assert list(iter_missing(draft, ["one"], 5)) == [1, 2, 3, 4]
 
 
-def test_chunks_that_wait_are_checked_when_a_run_goes_on(tmp_path: Path) -> None:
+def test_spilled_chunks_are_checked_when_a_run_continues(tmp_path: Path) -> None:
     batch = pa.RecordBatch.from_pydict({"x": list(range(100))})
     for name in ("a.arrow", "checksums.json"):
         spill = Spill(tmp_path / name)
@@ -229,7 +229,7 @@ def test_chunks_that_wait_are_checked_when_a_run_goes_on(tmp_path: Path) -> None
         assert again.read(0, "a") == batch
 
 
-def test_answers_that_were_damaged_are_asked_for_again(tmp_path: Path) -> None:
+def test_damaged_answers_are_asked_for_again(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     with closing(AnswerLog(path)) as kept:
         for latent in range(3):

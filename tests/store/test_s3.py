@@ -1,4 +1,4 @@
-"""Proves on a real S3 server that artefacts there are whole or not there, as they are on a disk, and that errors say what to do."""
+"""Proves on a real S3 server that artefacts there are whole or absent, as on a disk, and that errors say what to do."""
 
 import os
 import pickle
@@ -52,7 +52,7 @@ def names(url: str) -> list[str]:
     return sorted(entry.name for entry in remote.Remote(url).entries())
 
 
-def test_the_same_bytes_as_on_a_disk(s3: str, tmp_path: Path) -> None:
+def test_artefacts_have_the_same_bytes_as_on_a_disk(s3: str, tmp_path: Path) -> None:
     artefact, local = write(f"{s3}/images"), write(str(tmp_path / "images"))
     assert artefact.digest == local.digest
     again = open_artefact(f"{s3}/images", "images")
@@ -74,7 +74,7 @@ def test_nothing_is_left_beside_the_artefact(s3: str, tmp_path: Path) -> None:
     assert sorted(left) == ["images.lock", "images.published"]
 
 
-def test_files_and_path_are_copies_that_are_made_once(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_and_path_return_local_copies_made_once(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     artefact = write(f"{s3}/images")
     assert [path.name for path in artefact.files("images")] == [part_name("images", i) for i in range(PARTS)]
     assert store.read_part(artefact.files("images")[2]).equals(artefact.read_part("images-00002.parquet"))
@@ -84,7 +84,7 @@ def test_files_and_path_are_copies_that_are_made_once(s3: str, monkeypatch: pyte
     artefact.file("images-00000.parquet")
 
 
-def test_a_copy_of_what_was_changed_is_refused(s3: str) -> None:
+def test_a_copy_of_a_changed_file_is_refused(s3: str) -> None:
     artefact = write(f"{s3}/images")
     put(f"{s3}/images", "cfg.json", b"1" * len(open_folder(f"{s3}/images").read_bytes("cfg.json")))
     with pytest.raises(ArtefactError, match=r"images/cfg.json: checksum differs"):
@@ -109,7 +109,7 @@ def test_all_damage_is_named_at_once(s3: str) -> None:
         open_artefact(place, "images")
 
 
-def test_missing_and_unfinished(s3: str) -> None:
+def test_missing_and_unfinished_artefacts_are_refused(s3: str) -> None:
     with pytest.raises(ArtefactError, match=rf"{s3}/images: does not exist; make it with `ommatid images --data {s3}`"):
         open_artefact(f"{s3}/images", "images")
     put(f"{s3}/images", "images-00000.parquet", b"PAR1")
@@ -129,7 +129,7 @@ def test_publishing_replaces_the_old(s3: str) -> None:
 
 
 @pytest.mark.parametrize("dies_at", range(9))
-def test_dying_while_publishing(s3: str, monkeypatch: pytest.MonkeyPatch, dies_at: int) -> None:
+def test_a_run_that_dies_while_publishing_leaves_a_whole_artefact(s3: str, monkeypatch: pytest.MonkeyPatch, dies_at: int) -> None:
     """Readers find nothing or one of the two, whole; the next run ends it."""
     place = f"{s3}/images"
     old = write(place)
@@ -181,7 +181,7 @@ with open_draft(sys.argv[1], "images", {"a": 1}, {}) as draft:
 """
 
 
-def test_a_killed_run_goes_on(s3: str) -> None:
+def test_a_killed_run_continues(s3: str) -> None:
     place = f"{s3}/images"
     command = [sys.executable, "-c", DYING, place]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -213,7 +213,7 @@ def test_drafts_of_other_params_are_dropped(s3: str) -> None:
 
 
 @pytest.mark.parametrize("a", [1, 2])
-def test_a_draft_that_another_machine_takes_away(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, a: int) -> None:
+def test_a_draft_that_another_machine_takes_over_is_noticed(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, a: int) -> None:
     """It has a lock of its own, and makes the same artefact or another one."""
     with open_draft(f"{s3}/images", "images", {"a": 1}, {}) as draft:
         draft.write_json("cfg.json", 1)
@@ -225,7 +225,7 @@ def test_a_draft_that_another_machine_takes_away(s3: str, monkeypatch: pytest.Mo
     assert open_artefact(f"{s3}/images", "images").digest == other.digest
 
 
-def test_a_draft_that_is_taken_away_while_receipts_and_children_are_made_of_it(
+def test_a_draft_taken_over_while_receipts_and_children_are_written_is_noticed(
     s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with open_draft(f"{s3}/activations", "extraction", {"a": 1}, {}) as draft:
@@ -271,7 +271,7 @@ draft.write_json(f"receipts/{i}.json", [asdict(file), asdict(both)])
 """
 
 
-def test_workers_in_other_processes_and_children(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_in_other_processes_write_parts_and_children(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     place = f"{s3}/activations"
     with open_draft(place, "extraction", {}, {}) as draft:
         hold = pickle.dumps(Draft.attach(draft.url)).hex()
@@ -298,7 +298,7 @@ def test_workers_in_other_processes_and_children(s3: str, monkeypatch: pytest.Mo
         Draft.attach(draft.url)
 
 
-def test_large_objects(s3: str) -> None:
+def test_large_objects_are_copied_in_parts(s3: str) -> None:
     """They arrive in pieces, and the store copies them whole."""
     with open_draft(f"{s3}/images", "images", {}, {}) as draft:
         with draft.write_file("one.bin") as path, path.open("wb") as file:
@@ -311,7 +311,7 @@ def test_large_objects(s3: str) -> None:
     open_folder(f"{s3}/images").remove("")
 
 
-def test_a_root_at_the_top_of_a_bucket_and_odd_names(s3: str) -> None:
+def test_a_root_may_be_a_bucket_and_names_may_be_unusual(s3: str) -> None:
     place = f"{s3}/mö re/images"
     write(place).verify()
     assert open_folder("s3://bucket").sizes() == {}
@@ -347,7 +347,9 @@ def change(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., N
         ({"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}, r"http://127.0.0.1:\d+: \[Errno 111\] Connection refused"),
     ],
 )
-def test_a_store_that_does_not_let_us_in(s3: str, change: Callable[..., None], variables: dict[str, str | None], said: str) -> None:
+def test_a_store_that_denies_access_is_an_error_that_says_so(
+    s3: str, change: Callable[..., None], variables: dict[str, str | None], said: str
+) -> None:
     change(AWS_MAX_ATTEMPTS="1", **variables)
     with pytest.raises(ArtefactError, match=said) as caught:
         write(f"{s3}/images")
@@ -359,9 +361,7 @@ def test_a_store_that_does_not_let_us_in(s3: str, change: Callable[..., None], v
             open_artefact(f"{s3}/images", "images")
 
 
-def test_a_dead_store_is_told_in_seconds_with_all_the_retries_of_its_library(
-    s3: str, change: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dead_store_is_reported_within_seconds(s3: str, change: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "KNOCK_SECONDS", 0.3)
     with socket.socket() as silent:  # takes connections and never answers
         silent.bind(("127.0.0.1", 0))
@@ -377,7 +377,7 @@ def test_a_dead_store_is_told_in_seconds_with_all_the_retries_of_its_library(
             assert time.monotonic() - start < HANG_SECONDS / 10  # its library tries for two minutes
 
 
-def test_an_answer_of_any_kind_is_one_and_nobody_else_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_response_shows_that_a_store_is_alive_and_redirects_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     class Answer(BaseHTTPRequestHandler):
@@ -396,13 +396,13 @@ def test_an_answer_of_any_kind_is_one_and_nobody_else_is_asked(monkeypatch: pyte
     assert asked == ["/"]
 
 
-def test_no_such_bucket(s3: str) -> None:
+def test_a_missing_bucket_is_named(s3: str) -> None:
     for use in (lambda: write("s3://no-such-bucket/x/images"), lambda: open_artefact("s3://no-such-bucket/x/images", "images")):
         with pytest.raises(ArtefactError, match=r"s3://no-such-bucket/x/.*: there is no such bucket; make it, or correct the URL"):
             use()
 
 
-def test_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     known = sys.modules["fsspec.registry"]._registry  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.delitem(known, "s3", raising=False)
@@ -411,7 +411,7 @@ def test_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("url", "said"), [("s4://bucket/x", "not a usable URL"), ("s3://bucket/x*", r"must not contain any of \* \?")])
-def test_urls_that_cannot_be_used(url: str, said: str) -> None:
+def test_unusable_urls_are_refused(url: str, said: str) -> None:
     with pytest.raises(ArtefactError, match=said):
         open_folder(url)
 
@@ -426,7 +426,7 @@ def test_a_full_disk_here_is_not_the_store_s_fault(s3: str, monkeypatch: pytest.
             draft.write_table("images-00000.parquet", pa.table({"x": [1]}))
 
 
-def test_questions_to_a_catalogue_load_no_fsspec() -> None:
+def test_queries_of_a_catalogue_load_no_fsspec() -> None:
     code = "import sys, ommatid.cli, ommatid.cli.query, ommatid.store; assert not {'fsspec', 's3fs', 'aiobotocore'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
 

@@ -1,4 +1,4 @@
-"""Activations of known structure: columns of an artefact, and files that the stage `extract` reads."""
+"""Activations of known structure: columns of an artefact, and files for the stage `extract` to import."""
 
 from pathlib import Path
 

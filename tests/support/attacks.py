@@ -1,4 +1,4 @@
-"""Statements that a stranger may try, by what they try. {file}, {folder} and {url} stand for a secret file, its folder, and a server."""
+"""Hostile SQL statements, by what they attempt. {file}, {folder} and {url} stand for a secret file, its folder, and a server."""
 
 
 def nested(n: int) -> str:

@@ -1,4 +1,4 @@
-"""Cases to name: small images of known colours, with heat in a known place."""
+"""Cases to label: small images of known colours, with heat in a known place."""
 
 import io
 

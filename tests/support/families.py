@@ -1,4 +1,4 @@
-"""Tiny models of most of transformers' vision families with random weights and the family's own image processor, saved as a hub would."""
+"""Tiny models of most vision families of transformers, with random weights and the family's image processor, saved as on a hub."""
 
 import importlib
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""SAEs for the tests of interoperability: what peers made, and random ones of Ommatid's own."""
+"""SAEs for the tests of interoperability: files that other libraries wrote, and random SAEs of Ommatid's own."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Jobs for executors: each shard writes one file; some shards kill their worker, or raise. A module of its own: workers import it."""
+"""Jobs for executors: each shard writes one file, and some shards kill their worker or raise. Workers import this module by name."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Tiny models with random weights, saved as a hub would: no network."""
+"""Tiny models with random weights, saved as on a hub; no network is needed."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Foreign JSON with one value changed at a time: another type, missing, negative, huge."""
+"""JSON of other programs with one value changed at a time: another type, missing, negative, huge."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Real servers on loopback: object stores, chat models that answer by a script, and clusters of workers."""
+"""Real servers on loopback: object stores, chat models that follow a script, and clusters of workers."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Checker of tensor shapes, which pytest puts around every function of the packages that `addopts` in pyproject.toml names."""
+"""Checker of tensor shapes, which pytest wraps around every function of the packages that `addopts` in pyproject.toml names."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar, get_args

@@ -1,4 +1,4 @@
-"""A study as tests make it: params with a few values changed, stages and verbs run in the process of the test."""
+"""A study for tests: params with a few values changed, and stages and verbs run in the process of the test."""
 
 import sys
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What every family of image towers must keep to: hooks, splices, the residual stream, and places, also in artefacts."""
+"""Properties that every family of image towers must have: hooks, splices, the residual stream, and positions, also in artefacts."""
 
 import itertools
 from collections.abc import Callable, Mapping

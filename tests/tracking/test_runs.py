@@ -1,4 +1,4 @@
-"""Tracking records what training said and never stops it: a real store on SQLite, and servers that refuse, hang or die."""
+"""Tracking records training and never stops it, with a real store on SQLite and servers that refuse, hang or die."""
 
 import json
 import logging
@@ -148,7 +148,7 @@ def test_run_holds_params_curves_origin_and_inputs(
     assert [entry.dataset.digest for entry in found.inputs.dataset_inputs] == [activations.digest[:32]]
 
 
-def test_changed_code_is_dirty(checkout: Path, client: MlflowClient, params: Params) -> None:
+def test_changed_code_is_recorded_as_dirty(checkout: Path, client: MlflowClient, params: Params) -> None:
     (checkout / "code.py").write_text("2\n")
     with tracking.training_runs(params, {}):
         pass
@@ -225,7 +225,7 @@ def test_files_follow_a_checkout_that_was_moved(
     assert not (copied / "nothing").exists()
 
 
-def test_a_study_that_dvc_does_not_know_names_no_dvc_lock(checkout: Path, client: MlflowClient, params: Params) -> None:
+def test_a_study_outside_dvc_records_no_dvc_lock(checkout: Path, client: MlflowClient, params: Params) -> None:
     with tracking.training_runs(params, {}, is_versioned=False):
         pass
     assert "dvc.lock" not in only_run(client).data.tags and len(only_run(client).data.tags["mlflow.source.git.commit"]) == 40
@@ -233,7 +233,7 @@ def test_a_study_that_dvc_does_not_know_names_no_dvc_lock(checkout: Path, client
     assert tracking.lineage(make_training(params).each(), is_versioned=False)[ONE]["dvc_lock"] is None
 
 
-def test_lineage_without_a_run_is_here_and_now(checkout: Path, params: Params) -> None:
+def test_lineage_without_a_run_is_the_current_commit(checkout: Path, params: Params) -> None:
     (checkout / ".mlflow/mlflow.db").unlink()
     found = tracking.lineage(make_training(params).each())[ONE]
     assert found["mlflow_run_id"] is None
@@ -253,7 +253,7 @@ def test_later_stages_add_numbers_and_reports(checkout: Path, client: MlflowClie
     assert [file.path for file in client.list_artifacts(found.info.run_id, "quality")] == ["quality/evaluate.html"]
 
 
-def test_each_sae_of_a_training_has_its_run_its_curves_its_model_and_its_numbers(
+def test_each_sae_of_a_training_has_its_own_run(
     checkout: Path, client: MlflowClient, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = TrainParams.model_validate(params.train.model_dump() | {"runs": [{"k": 8}, {"k": 32, "d_sae": 512}]})
@@ -283,7 +283,7 @@ def test_each_sae_of_a_training_has_its_run_its_curves_its_model_and_its_numbers
     assert {name: of["mlflow_run_id"] for name, of in lineage.items()} == {name: run.info.run_id for name, run in found.items()}
 
 
-def test_what_was_noticed_is_the_description_of_the_run(checkout: Path, client: MlflowClient, params: Params) -> None:
+def test_notices_become_the_description_of_the_run(checkout: Path, client: MlflowClient, params: Params) -> None:
     with tracking.training_runs(params, {}) as run:
         listener = run.tee(ignore)
         curves(listener, 2)
@@ -308,7 +308,7 @@ def test_histograms_are_a_table_with_a_row_for_each_bin(checkout: Path, client: 
     }
 
 
-def test_the_table_of_histograms_is_there_while_training_goes_on(
+def test_the_table_of_histograms_is_written_during_training(
     checkout: Path, client: MlflowClient, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "FLUSH_SECONDS", 0.1)
@@ -319,7 +319,7 @@ def test_the_table_of_histograms_is_there_while_training_goes_on(
         wait_for(lambda: client.list_artifacts(only_run(client).info.run_id), "the table")
 
 
-def test_the_training_thread_only_queues_what_was_said(
+def test_the_training_thread_only_queues_events(
     checkout: Path, client: MlflowClient, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every call of the MLflow client between start and end is on the other thread; here an event costs a queue's append."""
@@ -362,7 +362,7 @@ def test_an_event_costs_microseconds_on_the_training_thread(checkout: Path, para
         assert (time.thread_time() - began) / 1000 < 1e-3
 
 
-def test_a_measurement_of_no_sae_of_the_training_is_a_mistake(params: Params, checkout: Path) -> None:
+def test_a_measurement_of_an_unknown_sae_is_an_error(params: Params, checkout: Path) -> None:
     with tracking.training_runs(params, {}) as run, pytest.raises(AssertionError, match="event of 'other'"):
         curves(run.tee(ignore), 1, "other")
 
@@ -376,7 +376,9 @@ DEATHS = [
 
 
 @pytest.mark.parametrize(("error", "status", "note"), DEATHS)
-def test_run_that_dies_says_so(client: MlflowClient, params: Params, checkout: Path, error: BaseException, status: str, note: str) -> None:
+def test_a_run_that_dies_is_marked_as_failed(
+    client: MlflowClient, params: Params, checkout: Path, error: BaseException, status: str, note: str
+) -> None:
     with pytest.raises(type(error)), tracking.training_runs(params, {}) as run:
         curves(run.tee(ignore), 3)
         raise error
@@ -385,7 +387,7 @@ def test_run_that_dies_says_so(client: MlflowClient, params: Params, checkout: P
     assert len(client.get_metric_history(only_run(client).info.run_id, "loss")) == 3
 
 
-def test_run_that_was_killed_outright_is_closed_by_the_next(client: MlflowClient, params: Params, checkout: Path) -> None:
+def test_a_killed_run_is_closed_by_the_next(client: MlflowClient, params: Params, checkout: Path) -> None:
     killed = runs.Runs(params, {})
     killed.start()
     wait_for(lambda: client.get_experiment_by_name("ommatid") and [run.info.status for run in all_runs(client)] == ["RUNNING"], "a run")
@@ -480,7 +482,7 @@ def test_closed_port_costs_one_warning_and_a_few_seconds(
         tracking.get_champion()
 
 
-def test_server_that_hangs_in_the_middle(server: FakeServer, params: Params, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_that_hangs_does_not_stop_training(server: FakeServer, params: Params, caplog: pytest.LogCaptureFixture) -> None:
     training = make_training(params)
     with tracking.training_runs(params, {}) as run:
         listener = run.tee(ignore)
@@ -495,7 +497,7 @@ def test_server_that_hangs_in_the_middle(server: FakeServer, params: Params, cap
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
 
 
-def test_server_that_comes_back_misses_nothing(
+def test_a_server_that_comes_back_gets_everything(
     server: FakeServer, params: Params, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")

@@ -1,4 +1,4 @@
-"""Proves that two processes that train one SAE together, as `torchrun` starts them, make the SAE that one makes, and write it once."""
+"""Proves that two processes that train one SAE together, as started by `torchrun`, give the same SAE as one, and write it once."""
 
 import os
 import subprocess
@@ -36,7 +36,7 @@ def only_sae(artefact: Artefact) -> SAE:
 
 
 @pytest.mark.parametrize("variant", ["batch_topk", "jumprelu"])
-def test_two_ranks_make_the_sae_of_one(folder: Path, variant: str) -> None:
+def test_two_ranks_train_the_same_sae_as_one(folder: Path, variant: str) -> None:
     # JumpReLU's step of a latent across its threshold enlarges what rounding leaves between the two: a short run, held tightly
     params = make_params(folder, variant=variant, epochs=6 if variant == "batch_topk" else 4)
     prepare(folder, params)
@@ -52,7 +52,7 @@ def test_two_ranks_make_the_sae_of_one(folder: Path, variant: str) -> None:
     torch.testing.assert_close(both.threshold, alone.threshold, **close)
 
 
-def test_what_cannot_be_shared_is_refused_by_all(folder: Path) -> None:
+def test_all_ranks_refuse_a_training_that_cannot_be_shared(folder: Path) -> None:
     prepare(folder, make_params(folder, batch_size=255))
     done = together(folder, 2)
     assert done.returncode != 0

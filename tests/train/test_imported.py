@@ -1,4 +1,4 @@
-"""Proves that an SAE of another library stands beside those trained here, with its own width and k, and that misfits are refused."""
+"""Proves that an imported SAE stands beside those trained here, with its own width and k, and that unsuitable ones are refused."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_it_is_one_of_several(folder: Path) -> None:
+def test_an_imported_sae_is_one_of_several(folder: Path) -> None:
     prepare(folder, make_params(folder))
     run_stage("train", make_params(folder, d_sae=40, k=4), ignore)
     (first,) = (open_stage("train").child(name, "sae") for name in open_stage("train").children)

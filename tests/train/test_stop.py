@@ -89,7 +89,7 @@ def digest(folder: Path) -> str:
     return open_stage("train", data=str(folder / "data")).digest
 
 
-def test_training_that_is_asked_to_end_says_so_and_goes_on(prepared: Path, folder: Path) -> None:
+def test_a_training_that_is_asked_to_stop_says_so_and_continues_later(prepared: Path, folder: Path) -> None:
     process = begin(folder, *COMMAND)
     process.send_signal(signal.SIGTERM)
     said, complained = process.communicate(timeout=HANG_SECONDS)
@@ -108,7 +108,7 @@ def test_training_that_is_asked_to_end_says_so_and_goes_on(prepared: Path, folde
     assert digest(folder) == digest(prepared / "whole")
 
 
-def test_a_cancelled_flow_ends_the_tree_and_training_keeps_what_it_has(folder: Path) -> None:
+def test_a_cancelled_flow_ends_its_processes_and_keeps_the_checkpoint(folder: Path) -> None:
     stage = " ".join(map(shlex.quote, COMMAND))
     process = begin(folder, "sh", "-c", f"{stage} train; exit 0")  # as DVC stands between the flow and the stage
     tree = psutil.Process(process.pid).children(recursive=True)

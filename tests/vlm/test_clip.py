@@ -1,4 +1,4 @@
-"""ClipVision gives, number by number, what a hand-written hook and transformers' own functions give, on a tiny random CLIP."""
+"""ClipVision equals, number by number, a hand-written hook and the functions of transformers, on a tiny random CLIP."""
 
 from pathlib import Path
 from typing import Any
@@ -88,14 +88,14 @@ def test_splice_equals_a_hand_written_hook(vision: ClipVision, reference: Any, p
 
 
 @pytest.mark.parametrize("hookpoint", ["vision.blocks.0", "vision.blocks.1.mlp", "vision.projection"])
-def test_splice_in_bfloat16_changes_nothing_by_itself(tiny_clip: Path, pixels: torch.Tensor, hookpoint: str) -> None:
+def test_splicing_the_same_values_in_bfloat16_changes_nothing(tiny_clip: Path, pixels: torch.Tensor, hookpoint: str) -> None:
     model = load_model(ClipModel(kind="clip", path=str(tiny_clip)), "bfloat16", "cpu")
     plain = model.capture(pixels, ()).embedding
     (same,) = model.splice(pixels, hookpoint, [lambda x: x.float()])
     assert plain is not None and (same - plain).norm() <= 0.01 * plain.norm()
 
 
-def test_splice_says_what_it_cannot_take(vision: ClipVision, pixels: torch.Tensor) -> None:
+def test_unusable_replacements_are_refused(vision: ClipVision, pixels: torch.Tensor) -> None:
     with pytest.raises(ModelError, match=r"hookpoint 'vision\.blocks\.7'"):
         vision.splice(pixels, "vision.blocks.7", [lambda x: x])
     with pytest.raises(AssertionError, match=r"\(5, 9, 32\) cannot take the place of \(5, 10, 32\)"):

@@ -1,4 +1,4 @@
-"""DinoVision gives, number by number, what hand-written hooks on DINOv2, with registers, and DINOv3 give, after the layer scale."""
+"""DinoVision equals, number by number, hand-written hooks on DINOv2, with and without registers, and DINOv3, after the layer scale."""
 
 import json
 from pathlib import Path

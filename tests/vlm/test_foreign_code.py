@@ -1,4 +1,4 @@
-"""Proves that no Python of a model's folder runs, whoever loads it, and that one line says why: a canary file would tell."""
+"""Proves that no Python code in a model's folder runs, whoever loads it, and that one line says why."""
 
 import json
 import pickle
@@ -126,18 +126,18 @@ def test_kernels_of_the_hub_are_not_fetched(clip: Path) -> None:
         LOADERS["clip"](clip)
 
 
-def test_a_backbone_of_the_hub_is_not_asked_for(clip: Path) -> None:
+def test_a_backbone_from_the_hub_is_not_downloaded(clip: Path) -> None:
     plant(clip, "config.json", model_type="depth_anything", backbone="someone/backbone", use_timm_backbone=False)
     with pytest.raises(ModelError, match=r"config.json says backbone 'someone/backbone', whose config transformers would download"):
         LOADERS["judge"](clip)
 
 
-def test_nobody_is_asked_whether_to_run_code() -> None:
+def test_the_user_is_never_asked_whether_to_run_code() -> None:
     with pytest.raises(ModelError, match=r"a part requires Python code from the folder"), hub.reading("x", "key", "a part"):
         resolve_trust_remote_code(None, "x", has_local_code=False, has_remote_code=True)
 
 
-def test_hookpoints_of_a_folder(clip: Path) -> None:
+def test_listing_hookpoints_runs_no_code_of_the_folder(clip: Path) -> None:
     canary = plant(clip, "config.json", model_type="evil", auto_map={"AutoConfig": "evil.Evil"})
     result = CliRunner().invoke(app, ["hookpoints", str(clip)], input="y\ny\n")
     assert result.exit_code == 1 and isinstance(result.exception, ModelError | SystemExit)

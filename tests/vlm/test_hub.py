@@ -1,4 +1,4 @@
-"""What a user may get wrong about a transformers model ends in a sentence: no network, missing files, another kind of model."""
+"""Mistakes with transformers models end in one sentence: no network, missing files, another kind of model."""
 
 import json
 import shutil
@@ -36,14 +36,14 @@ def edit(path: Path, change: Callable[[dict], object]) -> None:
 
 
 @pytest.mark.usefixtures("no_network")
-def test_hub_name_without_network() -> None:
+def test_a_hub_name_without_network_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(ModelError, match=r"extract\.model\.path: nobody/no-clip.*no network.*\{kind: lite\}.*folder"):
         load("nobody/no-clip")
     with pytest.raises(ModelError, match=r"extract\.judge\.path: nobody/no-dino.*no network.*\{kind: lite\}.*folder"):
         load_judge(TransformersJudge(kind="transformers", path="nobody/no-dino"), "float32", "cpu")
 
 
-def test_path_that_is_no_folder_nor_hub_name() -> None:
+def test_a_path_that_is_neither_folder_nor_hub_name_is_refused() -> None:
     with pytest.raises(ModelError, match=r"\./models/a/b: no such folder, and not a hub name"):
         load("./models/a/b")
 
@@ -81,14 +81,14 @@ def test_missing_files_are_named_at_once(folder: Path, files: list[str], message
         load(folder)
 
 
-def test_truncated_weights(folder: Path) -> None:
+def test_truncated_weights_are_refused(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelError, match="the model cannot be read"):
         load(folder)
 
 
-def test_incomplete_weights_are_refused_not_made_up(folder: Path) -> None:
+def test_incomplete_weights_are_refused_and_not_initialised_at_random(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["visual_projection.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -104,26 +104,26 @@ def test_wrong_shapes_are_named(folder: Path) -> None:
         load(folder)
 
 
-def test_broken_config(folder: Path) -> None:
+def test_a_broken_config_is_named(folder: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json cannot be read"):
         load(folder)
 
 
-def test_another_kind_of_model(folder: Path) -> None:
+def test_another_kind_of_model_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(ModelError, match="is a vit model; kind clip takes"):
         load(folder)
 
 
-def test_preprocessor_and_config_disagree(folder: Path) -> None:
+def test_a_preprocessor_that_disagrees_with_the_config_is_refused(folder: Path) -> None:
     edit(folder / "preprocessor_config.json", lambda values: values.update(crop_size={"height": 32, "width": 32}))
     with pytest.raises(ModelError, match=r"crops to 32 x 32, but config\.json says image_size 48"):
         load(folder)
 
 
 @pytest.mark.parametrize("change", [{"do_center_crop": False}, {"size": {"shortest_edge": 40}}, {"size": {"longest_edge": 40}}])
-def test_preprocessing_without_one_fixed_size(folder: Path, change: dict) -> None:
+def test_preprocessing_without_a_fixed_size_is_refused(folder: Path, change: dict) -> None:
     edit(folder / "preprocessor_config.json", lambda values: values.update(change))
     with pytest.raises(ModelError, match="preprocessing must end in one fixed size"):
         load(folder)

@@ -1,4 +1,4 @@
-"""A model's name is enough to know its family, and `ommatid hookpoints` lists where its activations can be captured."""
+"""The family of a model is recognised from its name, and `ommatid hookpoints` lists where its activations can be captured."""
 
 import json
 import sys
@@ -44,7 +44,7 @@ def test_folders_are_known_by_their_config(tmp_path: Path, model_type: str, sect
     assert getattr(found, "path", None) == str(tmp_path)
 
 
-def test_names_without_a_folder() -> None:
+def test_names_of_embedded_models_and_modules_need_no_folder() -> None:
     assert identify("lite2") == LiteModel(kind="lite", variant="lite2")
     assert identify("module:my_pkg.models:make") == ModuleModel(kind="module", factory="my_pkg.models:make")
 
@@ -57,12 +57,12 @@ def test_names_without_a_folder() -> None:
         ("./no/such/folder", "no such folder, and not a hub name"),
     ],
 )
-def test_names_of_no_model(spec: str, message: str) -> None:
+def test_unknown_names_are_refused(spec: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         identify(spec)
 
 
-def test_folder_of_another_family(tmp_path: Path) -> None:
+def test_a_folder_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ModelError, match=r"is a bert model; supported types are clip, siglip, dinov2, .*qwen2_vl; load any other with"):
         identify(str(tmp_path))

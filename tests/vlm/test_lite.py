@@ -1,4 +1,4 @@
-"""LiteVision equals the package's own network, keeps places, names real photographs rightly, and joins them to text by ConSE."""
+"""LiteVision equals the package's own network, keeps positions, classifies real photographs, and is joined to text by ConSE."""
 
 import subprocess
 import sys
@@ -77,7 +77,7 @@ def test_bfloat16_is_close(lite0: LiteVision) -> None:
     assert cosine_similarity(rough.embedding, exact.embedding).min() > 0.99
 
 
-def test_slices_do_not_change_the_outcome(lite0: LiteVision) -> None:
+def test_slices_do_not_change_the_result(lite0: LiteVision) -> None:
     pixels = noise(37, 128)  # slices of 16, 16 and 5
     together, alone = (lite0.capture(part, ["blocks.11"]).tokens["blocks.11"] for part in (pixels, pixels[36:]))
     torch.testing.assert_close(together[36:], alone, atol=1e-4, rtol=1e-4)
@@ -128,7 +128,7 @@ def test_splice_at_every_hookpoint(dtype: str, monkeypatch: pytest.MonkeyPatch) 
         assert shapes.pop() == (3, point.n_tokens, point.d_model) and not shapes
 
 
-def test_splice_says_what_it_cannot_take(lite0: LiteVision) -> None:
+def test_unusable_replacements_are_refused(lite0: LiteVision) -> None:
     with pytest.raises(ModelError, match=r"hookpoint 'blocks\.16'"):
         lite0.splice(noise(1, 128), "blocks.16", [lambda x: x])
     with pytest.raises(AssertionError, match=r"\(1, 15, 320\) cannot take the place"):
@@ -167,7 +167,7 @@ def photographs(model: LiteVision) -> torch.Tensor:
     return torch.from_numpy(np.stack([model.preprocess(image) for image in images]))
 
 
-def test_names_real_images(lite0: LiteVision) -> None:
+def test_real_images_are_classified_correctly(lite0: LiteVision) -> None:
     likeliest = lite0.classify(photographs(lite0)).topk(5).indices
     names = [[imagenet_classes()[i] for i in row] for row in likeliest.tolist()]
     assert {"monastery", "palace"} <= set(names[0])
@@ -175,7 +175,7 @@ def test_names_real_images(lite0: LiteVision) -> None:
     assert "traffic light" in names[2]
 
 
-def test_joint_space_tells_what_is_in_the_image(lite0: LiteVision) -> None:
+def test_the_joint_space_finds_the_class_of_an_image(lite0: LiteVision) -> None:
     texts = ["temple", "officer in uniform", "traffic light"]
     images = lite0.capture(photographs(lite0), ()).embedding
     assert images is not None
@@ -244,7 +244,7 @@ def test_importing_the_protocol_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
-def test_texts_of_classes_are_embedded_as_any_other(lite0: LiteVision) -> None:
+def test_texts_of_classes_are_embedded_like_any_other(lite0: LiteVision) -> None:
     texts = ["zebra crossing", *(lite.TEMPLATE.format(name) for name in imagenet_classes()[:3]), "zebra crossing"]
     expected = lite.load_minilm("cpu").embed(texts) - lite._raw_class_texts("cpu").mean(0)
     torch.testing.assert_close(lite0.embed_text(texts), expected, atol=2e-6, rtol=0)

@@ -1,4 +1,4 @@
-"""LlavaVision gives, number by number, what hand-written hooks on transformers' full LLaVA give, and reads no more than the tower."""
+"""LlavaVision equals, number by number, hand-written hooks on the LLaVA of transformers, and reads no more than the tower."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A user's own module: every sub-module is a hookpoint by its dotted name, and what is wrong with the code is said in a sentence."""
+"""A user's own module: every sub-module is a hookpoint by its dotted name, and problems of the code are reported in a sentence."""
 
 import hashlib
 import re
@@ -249,7 +249,7 @@ def test_a_module_that_fails_on_a_batch_is_refused() -> None:
         ("overflows", "NaN or infinity for a test picture"),
     ],
 )
-def test_what_cannot_be_believed_is_refused_by_its_cause(factory: str, reason: str) -> None:
+def test_modules_that_fail_the_checks_are_refused_by_their_cause(factory: str, reason: str) -> None:
     with pytest.raises(ModelError, match=f"^extract.model: {NAME}:{factory}@.*: the activations at body: {reason}"):
         check_model(load(factory), ["body"], "extract.model", torch.float32)
 
@@ -351,14 +351,14 @@ def test_planted_patch_goes_through_to_the_artefact(tmp_path: Path, user_file: P
     check_planted_patch_in_artefact(tmp_path, load("nested", **sizes), model)
 
 
-def test_grid_that_cannot_be_told_is_asked_for() -> None:
+def test_an_unknown_grid_must_be_given() -> None:
     wide: dict[str, Any] = {"crop": (16, 24), "resize": (16, 24)}
     with pytest.raises(ModelError, match=r"extract\.model\.grid: .* sub-module blocks\.0\.norm outputs 7 tokens .*images are 16 x 24"):
         load("wide", **wide)
     assert load("wide", **wide, grid=(2, 3)).hookpoints["blocks.0"] == Hookpoint(16, ("cls",), (2, 3))
 
 
-def test_sequence_without_a_square_is_asked_for(user_file: Path) -> None:
+def test_a_sequence_that_is_not_a_square_needs_a_grid(user_file: Path) -> None:
     with_text = FILE.replace("self.pos = ", "self.text = nn.Identity(); self.pos = ")
     user_file.write_text(with_text.replace("for block", "self.text(x[:, :12])\n        for block"))
     with pytest.raises(ModelError, match=r"extract\.model\.grid: .* text outputs 12 tokens .*the largest square, 3 x 3, leaves 3\)"):
@@ -366,14 +366,14 @@ def test_sequence_without_a_square_is_asked_for(user_file: Path) -> None:
     assert "text" not in load("vit", grid=(4, 4)).hookpoints
 
 
-def test_output_that_changes_its_shape(user_file: Path, pixels: torch.Tensor) -> None:
+def test_an_output_that_changes_its_shape_is_refused(user_file: Path, pixels: torch.Tensor) -> None:
     user_file.write_text(FILE.replace("for block", "x = x if len(images) == 2 else x[:, :5]\n        for block"))
     vision = load("vit")
     with pytest.raises(ModelError, match=r"hookpoint 'blocks\.0': gave \[\[3, 5, 16\]\] for 3 images"):
         vision.capture(pixels, ["blocks.0"])
 
 
-def test_no_hook_is_left_behind_also_on_errors(pixels: torch.Tensor) -> None:
+def test_no_hook_is_left_behind_even_after_errors(pixels: torch.Tensor) -> None:
     vision = load("vit")
     vision.capture(pixels, ["blocks.0"])
     with pytest.raises(RuntimeError):
@@ -390,17 +390,17 @@ def test_bfloat16_is_close(pixels: torch.Tensor) -> None:
     assert 0 < (rough.float() - exact).norm() / exact.norm() < 0.02
 
 
-def test_name_tells_which_code_it_was(user_file: Path) -> None:
+def test_the_name_identifies_the_code(user_file: Path) -> None:
     assert load("vit").name == f"{NAME}:vit@{hashlib.sha256(FILE.encode()).hexdigest()[:12]}"
 
 
-def test_preprocessing_of_imagenet_without_params() -> None:
+def test_without_params_preprocessing_is_that_of_imagenet() -> None:
     preprocess = make_preprocess(ModuleModel(kind="module", factory="a:b"), {})
     assert (preprocess.resize, preprocess.crop, preprocess.interpolation) == ((256,), (224, 224), "bicubic")
     assert preprocess.mean == pytest.approx((123.675, 116.28, 103.53)) and preprocess.std == pytest.approx((58.395, 57.12, 57.375))
 
 
-def test_preprocessing_of_a_module_that_carries_timms_dict() -> None:
+def test_preprocessing_is_read_from_timms_config() -> None:
     vision = load("like_timm", crop=None, resize=None)
     assert (vision.preprocess.resize, vision.preprocess.crop, vision.preprocess.interpolation) == ((35,), (32, 32), "bilinear")
     assert vision.preprocess.mean == pytest.approx((127.5, 102, 76.5)) and vision.preprocess.std == pytest.approx((63.75, 127.5, 51))
@@ -420,7 +420,7 @@ def test_preprocessing_of_a_module_that_carries_timms_dict() -> None:
         ({}, {"crop_pct": 1.0}, (224,)),
     ],
 )
-def test_params_go_before_the_modules_own(params: dict, cfg: dict, resize: tuple) -> None:
+def test_params_take_precedence_over_the_modules_own_preprocessing(params: dict, cfg: dict, resize: tuple) -> None:
     assert make_preprocess(ModuleModel(kind="module", factory="a:b", **params), cfg).resize == resize
 
 
@@ -433,7 +433,7 @@ def test_params_go_before_the_modules_own(params: dict, cfg: dict, resize: tuple
         ({"resize": (20,), "crop": (32, 32)}, {}, r"extract\.model\.resize: \[20\] is smaller than crop \[32, 32\]"),
     ],
 )
-def test_preprocessing_that_cannot_be_told(params: dict, cfg: dict, message: str) -> None:
+def test_unknown_preprocessing_must_be_given(params: dict, cfg: dict, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         make_preprocess(ModuleModel(kind="module", factory="a:b", **params), cfg)
 
@@ -448,7 +448,7 @@ def test_preprocessing_that_cannot_be_told(params: dict, cfg: dict, message: str
         ("takes_text", r"its forward pass fails on images \(2, 3, 32, 32\): RuntimeError: .*set extract\.model\.crop"),
     ],
 )
-def test_factories_that_give_no_model(factory: str, message: str) -> None:
+def test_factories_that_return_no_model_are_refused(factory: str, message: str) -> None:
     with pytest.raises(ModelError, match=rf"extract\.model\.factory: {NAME}:{factory}: .*{message}"):
         load(factory)
 
@@ -464,7 +464,7 @@ def test_factories_that_give_no_model(factory: str, message: str) -> None:
         ("def (", f"{NAME}_4", r"importing some_users_model_4 failed: SyntaxError"),
     ],
 )
-def test_modules_that_cannot_be_imported(tmp_path: Path, content: str | None, module: str, message: str) -> None:
+def test_modules_that_cannot_be_imported_are_named(tmp_path: Path, content: str | None, module: str, message: str) -> None:
     if content:
         (tmp_path / f"{module}.py").write_text(content)
     with pytest.raises(ModelError, match=message):
@@ -481,7 +481,7 @@ def test_modules_that_cannot_be_imported(tmp_path: Path, content: str | None, mo
         ("factory: 'm:f', size: 3", "extract.model.size: unknown key"),
     ],
 )
-def test_params_that_cannot_be_used(params: str, says: str) -> None:
+def test_unusable_params_are_refused(params: str, says: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_params(CHECKOUT / "params.yaml", [f"extract.model={{kind: module, {params}}}"])
     assert says in str(error.value)

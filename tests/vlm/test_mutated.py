@@ -1,4 +1,4 @@
-"""Proves that whatever one value of a folder's JSON becomes, a model loads or is refused in one short sentence, in little memory."""
+"""Proves that a model loads or is refused in one short sentence, in little memory, whatever value of its folder's JSON is changed."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Preprocessing equals transformers' own, its box says where the square lies in the image, and a manifest can carry it."""
+"""Preprocessing equals that of transformers, its box says which part of the image the square shows, and a manifest can hold it."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (100, 57), (57, 101), (200, 31), (48, 48), (640, 479)])
-def test_equals_transformers(size: tuple[int, int]) -> None:
+def test_preprocessing_equals_that_of_transformers(size: tuple[int, int]) -> None:
     processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 48, "width": 48})
     expected = processor(noise(*size), return_tensors="pt", do_normalize=False, do_rescale=False)["pixel_values"][0]
     actual = torch.from_numpy(SQUARE(noise(*size))).permute(2, 0, 1)
@@ -42,7 +42,7 @@ ODD = list(itertools.product((17, 33, 57, 101, 223, 640), (19, 57, 100, 301, 479
 
 
 @pytest.mark.parametrize("processor", [FAMILIES[name][2:] for name in ("clip", "convnext", "poolformer")], ids=lambda case: case[0])
-def test_every_pixel_of_odd_shapes_is_the_processors(tmp_path: Path, processor: tuple[str, Any]) -> None:
+def test_every_pixel_of_unusual_shapes_equals_the_processors(tmp_path: Path, processor: tuple[str, Any]) -> None:
     own = make_processor(*processor)
     own.save_pretrained(tmp_path)
     preprocess = load_preprocess(tmp_path, "tiny", "key")
@@ -75,7 +75,7 @@ def test_families_equal_their_processors(tmp_path: Path, family: str) -> None:
         ("ViT", {"size": {"height": 48, "width": 48}, "resample": 0}),
     ],
 )
-def test_what_a_setting_means_is_the_processors(tmp_path: Path, processor: str, settings: dict[str, Any]) -> None:
+def test_settings_have_the_same_meaning_as_in_the_processor(tmp_path: Path, processor: str, settings: dict[str, Any]) -> None:
     make_processor(processor, settings).save_pretrained(tmp_path)
     load_preprocess(tmp_path, "tiny", "key")  # it compares
 
@@ -127,7 +127,7 @@ def test_box_lies_inside_the_image(width: int, height: int) -> None:
     assert 0 <= top < bottom <= height
 
 
-def test_of_a_panorama_the_box_is_resampled() -> None:
+def test_only_the_box_of_a_panorama_is_resampled() -> None:
     image = noise(30_000, 20)
     width, height = 84_000, 56  # resized whole
     assert width * height > MAX_PIXELS
@@ -137,10 +137,10 @@ def test_of_a_panorama_the_box_is_resampled() -> None:
     assert difference.max() <= 1 and (difference > 0).mean() < 1e-2
 
 
-def test_a_panorama_stays_small() -> None:
+def test_a_panorama_needs_little_memory() -> None:
     assert SQUARE(Image.new("RGB", (60_000, 1), "red")).shape == (48, 48, 3)
 
 
-def test_goes_through_json_and_pickle() -> None:
+def test_preprocessing_survives_json_and_pickle() -> None:
     assert Preprocess(**json.loads(json.dumps(SQUARE.as_json()))) == SQUARE
     assert pickle.loads(pickle.dumps(SQUARE)) == SQUARE

@@ -1,4 +1,4 @@
-"""QwenVision gives, number by number, what hand-written hooks on transformers' full model give, each patch at its own row and column."""
+"""QwenVision equals, number by number, hand-written hooks on the full model of transformers, each patch at its own row and column."""
 
 import json
 import shutil
@@ -128,7 +128,7 @@ def test_flattened_patches_are_those_of_the_processor(merge: int) -> None:
     assert torch.equal(flatten_patches(images, 4, merge, 2), torch.from_numpy(np.concatenate(expected)))
 
 
-def test_what_goes_into_the_tower_is_what_the_processor_makes(vision: QwenVision, folder: Path, pixels: torch.Tensor) -> None:
+def test_the_input_of_the_tower_equals_the_processors_output(vision: QwenVision, folder: Path, pixels: torch.Tensor) -> None:
     seen = []
     handle = vision._model.tower.register_forward_pre_hook(lambda _module, inputs: seen.extend(inputs))
     vision.capture(pixels, ["vision.blocks.0"])

@@ -1,4 +1,4 @@
-"""SiglipVision gives, number by number, what hand-written hooks and transformers' own functions give, on a tiny random SigLIP."""
+"""SiglipVision equals, number by number, hand-written hooks and the functions of transformers, on a tiny random SigLIP."""
 
 import json
 import shutil

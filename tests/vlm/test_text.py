@@ -1,4 +1,4 @@
-"""MiniLM's embeddings equal those of transformers' BERT on padded batches, and need no transformers."""
+"""The embeddings of MiniLM equal those of transformers' BERT on padded batches, and need no transformers."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ def test_embeddings_equal_those_of_transformers() -> None:
     assert found.dtype == torch.float32 and (found - expected).norm(dim=1).max() < 2e-6
 
 
-def test_order_and_company_do_not_matter() -> None:
+def test_embeddings_do_not_depend_on_order_or_batch() -> None:
     minilm = load_minilm("cpu")
     found = minilm.embed(TEXTS)
     for text, row in zip(TEXTS, found, strict=True):

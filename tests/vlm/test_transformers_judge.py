@@ -1,4 +1,4 @@
-"""Any transformers vision model can be the judge: pooler, class token, CNN or joint image features, equal to transformers' own."""
+"""Any vision model of transformers can be a judge, by its pooler, class token, feature maps or joint image features."""
 
 from pathlib import Path
 from typing import Any

@@ -68,7 +68,7 @@ def test_the_features_of_flava_are_those_of_its_class_token(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_what_cannot_judge_is_refused_by_its_cause(tmp_path: Path, family: str) -> None:
+def test_models_that_cannot_judge_are_refused_by_their_cause(tmp_path: Path, family: str) -> None:
     case, reason = REFUSED[family]
     save_tiny(tmp_path, case)
     with pytest.raises(ModelError, match=f"{KEY}.path: .*{reason}"):

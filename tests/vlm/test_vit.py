@@ -1,4 +1,4 @@
-"""VitVision gives, number by number, what hand-written hooks on ViT and DeiT give, on images that are not square."""
+"""VitVision equals, number by number, hand-written hooks on ViT and DeiT, on images that are not square."""
 
 from pathlib import Path
 from typing import Any
