@@ -162,9 +162,9 @@ class Rows:
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        (Rows([0, 1, 2], [0, 1], [1.0, 1.0], (3, 2)), "not valid compressed rows: for 3 images there are 3 row pointers"),
-        (Rows([0, 2, 1, 2], [0, 1], [1.0, 1.0], (3, 2)), "rise from 0"),
-        (Rows([0, 1, 2, 3], [0, 1], [1.0, 1.0], (3, 2)), "2 indices and 2 values"),
+        (Rows([0, 1, 2], [0, 1], [1.0, 1.0], (3, 2)), "not valid compressed rows: 3 images have 3 row pointers"),
+        (Rows([0, 2, 1, 2], [0, 1], [1.0, 1.0], (3, 2)), "rising from 0"),
+        (Rows([0, 1, 2, 3], [0, 1], [1.0, 1.0], (3, 2)), "2 column indices and 2 values"),
         (Rows([0, 1, 2, 2], [0, 2], [1.0, 1.0], (3, 2)), "a column index is outside 0 to 1"),
     ],
 )

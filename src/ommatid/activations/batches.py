@@ -18,7 +18,7 @@ from ommatid.sae.step import Batch
 from ommatid.store import Artefact
 
 SHARDS_AT_ONCE = 4
-"""Shards that are read in turn. With one at a time, FVU would jump whenever a shard begins, because all its images are new."""
+"""Number of shards that are read in turn. With one at a time, FVU would jump whenever a shard begins, because all its images are new."""
 Rows = tuple[np.ndarray, ...]
 """Some rows as columns, with one item per row, `(rows,)` each."""
 
@@ -46,7 +46,7 @@ class Share:
 
 
 def iter_batches(columns: Columns | Artefact, batch_size: int, seed: int, start: int = 0, share: Share | None = None) -> Iterator[Batch]:
-    """Yield batches of float16 rows without end. Each epoch leaves out the last rows, which do not fill a batch.
+    """Yield batches of float16 rows without end. Each epoch leaves out the last few rows if they do not fill a batch.
 
     The order depends only on the seed and the epoch, and not on the number of processes. In each epoch the shards come in a new order,
     several are read in turn, and rows are shuffled within windows of whole batches. Rows were already mixed when they were written (see
@@ -58,6 +58,9 @@ def iter_batches(columns: Columns | Artefact, batch_size: int, seed: int, start:
         seed: Seed of the order.
         start: Step of the first batch.
         share: This process's share of each batch; None means all of it.
+
+    Yields:
+        Batches, of which this process has its share.
     """
     columns = columns if isinstance(columns, Columns) else Columns(columns)
     make = _BatchMaker(columns, share or Share())
@@ -121,8 +124,8 @@ def _read_part(
 def _iter_part(
     rows: "_PartReader", n: int, batch_size: int, window: int, leftovers: "_Leftovers", rng: np.random.Generator
 ) -> Iterator[tuple[Rows, np.ndarray]]:
-    """Yield windows of rows, each with the indices of the rows that form a batch."""
-    # The first rows are set aside, so that the borders of batches differ in every epoch.
+    """Yield batches: a window of rows, and the indices of the rows in it that form the batch."""
+    # The first rows are set aside, so that batches begin at different rows in every epoch.
     first = int(rng.integers(min(batch_size, n + 1)))
     yield from leftovers.add(rows.take(first))
     left = n - first

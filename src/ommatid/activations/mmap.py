@@ -1,7 +1,7 @@
 """Memory maps of fixed-width columns of a Parquet file.
 
-In an uncompressed column with plain encoding and no nulls, the values of a page are contiguous. If a row group has one page, they form the
-end of its column chunk, whose position is in the Parquet metadata, and their length is the number of rows times the width.
+In an uncompressed column with plain encoding and no nulls, the values of a page are contiguous. If the column chunk of a row group is a
+single page, its values are the last bytes of the chunk, whose position is in the Parquet metadata: as many bytes as rows times the width.
 """
 
 import mmap
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 ONE_PAGE: dict[str, Any] = {"data_page_size": 2**30, "max_rows_per_page": 2**31 - 1}
 """Options with which a ParquetWriter writes each row group (below 1 GiB) as one page."""
 _MAX_HEADER = 64
-"""Upper bound of the size of a page header. A chunk with no more bytes than this besides its values has only one page."""
+"""Upper bound on the size of a page header, in bytes. A column chunk with at most this many bytes besides its values has only one page."""
 
 
 def map_column(path: Path, file: pq.ParquetFile, row_group: int, column: int, width: int) -> np.ndarray | None:

@@ -1,7 +1,7 @@
 """Checkpoints: the state of a computation, saved from time to time, from which a killed run continues bit for bit.
 
-Whatever holds state is `Stateful`, as modules and optimisers of torch are, and `Checkpoint` is the only reader and writer of the files.
-Results that are final as they come, such as finished shards and answers of a labeller, are written one by one and need no checkpoint.
+Objects that hold state are `Stateful`, like torch's modules and optimisers, and only `Checkpoint` reads and writes the files. Results that
+are final once computed, such as finished shards and a labeller's answers, are written one by one and need no checkpoint.
 """
 
 import time
@@ -42,7 +42,7 @@ class Accumulator:
     """
 
     STATE: ClassVar[tuple[str, ...]]
-    """Names of the attributes. Everything else must follow from how the object was made."""
+    """Names of the attributes. All others must be determined by the arguments of the constructor."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the attributes that `STATE` names."""
@@ -126,7 +126,7 @@ class Files(Protocol):
         ...
 
     def write_file(self, name: str) -> AbstractContextManager[Path]:
-        """Write the file atomically, to the path that the context manager yields."""
+        """Return a context manager that yields a path to write to, and puts the file in place atomically when its block ends."""
         ...
 
     def remove(self, name: str) -> None:
@@ -166,7 +166,7 @@ class Checkpoint:
 
 
 def _unshared(tensors: State) -> dict[str, Tensor]:
-    """Return contiguous tensors no two of which share memory, as safetensors requires."""
+    """Return contiguous tensors that share no memory, as safetensors requires."""
     seen: set[int] = set()
     found = {}
     for name, tensor in tensors.items():

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Int64
 ALIKE = 0.9
 """Cosine above which two directions count as the same."""
 TILE = 4096
-"""Directions per side of a tile of cosines, which then takes 64 MB."""
+"""Number of directions per side of a tile of cosines, which then takes 64 MB."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,12 @@ def iter_nearest(
         queries: Rows of unit norm, `(queries, d)`: an array, a tensor, or any object that has a length and returns such rows when sliced.
         directions: Rows of unit norm, `(directions, d)`, in the same form.
         n: Number of directions per query, or all of them if there are fewer.
-        own: Index of each query among the directions, `(queries,)`, which is then not allowed; None if queries are not directions.
+        own: Index of each query among the directions, `(queries,)`, so that it is not found as its own neighbour; None if queries are
+            not directions.
         allowed: Whether each pair is allowed, `(queries, directions)` bool; None allows all.
+
+    Yields:
+        The nearest directions of up to `TILE` queries.
     """
     for rows in _slices(len(queries)):
         block = queries[rows]
@@ -117,7 +121,7 @@ def largest(values: Float[np.ndarray, "rows columns"], n: int) -> Int64[np.ndarr
     found = np.argpartition(-values, n - 1, axis=1)[:, :n]
     kept = np.take_along_axis(values, found, axis=1)
     least = kept.min(axis=1, keepdims=True)
-    # argpartition selects arbitrary ones of the values that equal the smallest selected one.
+    # Among the values that equal the smallest one selected, argpartition selects arbitrarily.
     for row in np.flatnonzero((values == least).sum(1) > (kept == least).sum(1)):
         above = np.flatnonzero(values[row] > least[row])
         found[row] = np.concatenate([above, np.flatnonzero(values[row] == least[row])[: n - len(above)]])

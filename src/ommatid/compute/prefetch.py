@@ -11,9 +11,17 @@ _END = object()
 
 
 def prefetch(items: Iterable[T], n: int) -> Generator[T, None, None]:
-    """Yield the same items, up to `n` of which are computed in advance by a thread.
+    """Yield items, up to `n` of which a thread computes in advance.
 
-    An error is raised where it would have been raised without the thread. The thread ends with the consumer, even if that stops early.
+    An error is raised where it would have been raised without the thread. The thread ends when the consumer does, even if the consumer
+    stops early.
+
+    Args:
+        items: Items to compute in the thread.
+        n: Number of items computed in advance.
+
+    Yields:
+        The items, in order.
     """
     waiting: queue.Queue[Any] = queue.Queue(n)
     stopped = threading.Event()

@@ -4,7 +4,7 @@ A job makes one shard: it leaves its result in storage, returns nothing, and may
 shard is made, whatever happens to the processes that make them. Workers must run the same versions of libraries as the driver, and reach
 the same storage under the same names.
 
-An executor consists of a section of `config/extract.py` and the module here that has the name of its `kind`, with a function `run`.
+An executor consists of a section in `config/extract.py` and a module here that is named after its `kind` and has a function `run`.
 """
 
 from collections.abc import Callable, Sequence

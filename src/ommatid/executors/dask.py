@@ -32,11 +32,11 @@ except ImportError as error:
     raise ExecutorError(f"extract.executor: dask is not installed ({error}); pip install 'ommatid[dask]'") from None
 
 _SECONDS_TO_CONNECT = 30
-"""Timeout of the handshake with a scheduler that listens, which takes seconds if it is busy."""
+"""Timeout of the handshake with a scheduler that listens: it may take seconds if the scheduler is busy."""
 _SECONDS_WITHOUT_WORKERS = 300
 """Time after which a cluster without workers is given up. Batch systems take minutes to start a worker."""
 _IN_FLIGHT = 2
-"""Futures per worker: while one runs, the next one is already queued."""
+"""Number of futures per worker: while one runs, the next is already queued."""
 
 
 def run(params: DaskExecutor, job: Callable[[int], None], shards: Sequence[int], on_done: Callable[[int], None]) -> None:
@@ -121,7 +121,7 @@ class _Run:
         self._client = client
         self._address = address
         self._job = pickle.dumps(job)
-        """The job is sent as bytes, because the scheduler unpickles what is submitted but cannot import what only workers need."""
+        """The job, pickled because the scheduler unpickles whatever is submitted but cannot import what only workers need."""
         self._driver = Driver.here()
         self._name = f"ommatid-{uuid.uuid4()}"
         self._shards: dict[Future, int] = {}

@@ -14,7 +14,7 @@ from ommatid.config.extract import LocalExecutor
 from ommatid.executors.workers import ATTEMPTS, ShardQueue, attempt, environment, thread_settings, worker_died
 
 _SECONDS_TO_END = 60
-"""Time that a worker has to end by itself, once it has no more work or has closed its pipe."""
+"""Time that a worker has to end by itself once there is no more work for it or it has closed its pipe."""
 
 
 def run(

@@ -52,16 +52,16 @@ def worker_died(shard: int, attempts: int, how: str) -> ExecutorError:
 OPENMP_SETTINGS = {"GOMP_SPINCOUNT": "1000"}
 """Number of times that a waiting thread polls before it sleeps. OpenMP reads it when torch is loaded.
 
-Training steps were measured on 2 cores. On an idle machine, sleeping at once (OMP_WAIT_POLICY=PASSIVE) takes 81 ms instead of 67. Beside
-another busy process, polling as long as by default takes 405 ms instead of 122. This setting takes 70 and 138 ms.
+A training step on 2 cores takes 67 ms by default on an idle machine, but 405 ms beside another busy process. If threads sleep at once
+(OMP_WAIT_POLICY=PASSIVE), it takes 81 and 122 ms; with this setting, 70 and 138 ms.
 """
 
 _SECONDS_TO_CONNECT = 30
-"""Timeout of a TCP connection, which does not take longer on a busy machine."""
+"""Timeout of a TCP connection, which a busy machine accepts as quickly as an idle one."""
 
 
 def thread_settings(n_workers: int) -> dict[str, str]:
-    """Return environment variables with which worker processes on this machine together run as many threads as it has cores.
+    """Return environment variables that divide the cores of this machine among its worker processes, as threads.
 
     OpenMP reads them when torch is loaded, so they must be set before a process starts.
     """
@@ -88,7 +88,7 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Driver:
-    """What workers must know about the process that they work for."""
+    """What workers need to know about the driver, the process that they work for."""
 
     versions: Mapping[str, str]
     """Versions of the libraries that affect results, by name."""

@@ -14,14 +14,14 @@ from ommatid.metrics.fidelity import Fidelity
 from ommatid.metrics.monosemanticity import Monosemanticity
 
 VALUES = 2**22
-"""Values per block of dense rows: 32 MiB in float64."""
+"""Number of values per block of dense rows: 32 MiB in float64."""
 ENTRIES = 2**19
-"""Stored entries per block of compressed rows. They are few enough for the block to be made dense."""
+"""Number of stored entries per block of compressed rows. A block with many non-zero values is made dense, so it must be small."""
 IMAGES = 4096
 """Largest number of images per block."""
 
 TINY, HUGE = 1e-6, 1e100
-"""Bounds of an embedding's largest value outside of which it is rescaled, because its squares would overflow or vanish in float64."""
+"""Bounds on an embedding's largest absolute value. An embedding outside them is rescaled, because its squares could vanish or overflow."""
 
 
 @overload
@@ -159,8 +159,9 @@ class _Compressed:
         fits = len(starts) == self._n + 1 and int(starts[0]) == 0 and int(starts[-1]) == len(columns) == len(values)
         if not fits or bool((self._starts.diff() < 0).any()):
             raise InputError(
-                f"acts are not valid compressed rows: for {self._n} images there are {len(starts)} row pointers, which must be one more "
-                f"than images and rise from 0 to the number of entries, for which there are {len(columns)} indices and {len(values)} values"
+                f"acts are not valid compressed rows: {self._n} images have {len(starts)} row pointers, {len(columns)} column indices and "
+                f"{len(values)} values; there must be one pointer more than images, rising from 0 to the number of entries, and one index "
+                "and one value for each entry"
             )
 
     def __len__(self) -> int:
@@ -197,7 +198,7 @@ def _check_shape(name: str, shape: tuple[int, ...], dtype: Any) -> None:
 
 
 def _native(rows: Shaped[np.ndarray, "rows width"]) -> Float[np.ndarray, "rows width"]:
-    """Convert rows to float32 or float64 in native byte order, since torch takes not every type of numpy."""
+    """Convert rows to float32 or float64 in native byte order, because torch does not support every type of numpy."""
     return np.ascontiguousarray(rows, np.float32 if rows.dtype == np.float32 else np.float64)
 
 

@@ -15,7 +15,7 @@ def balanced_accuracy(positive: Float[Tensor, " positives"], negative: Float[Ten
 def best_threshold(positive: Float[Tensor, " positives"], negative: Float[Tensor, " negatives"]) -> float:
     """Return the threshold with the highest balanced accuracy, in the middle of a gap between observed scores.
 
-    Of equally good thresholds, the lowest is returned. Accuracies are compared as integers, so that rounding has no influence.
+    If several thresholds are equally good, the lowest is returned. Accuracies are compared as integers, so that rounding has no influence.
     """
     scores, order = torch.sort(torch.cat([positive, negative]).double())
     is_positive = (order < len(positive)).long()

@@ -13,7 +13,7 @@ from ommatid.compute.nonzero import true_at
 FEW = 0.08
 """Share of non-zero activations below which sparse products are faster than dense ones (measured: 0.09)."""
 
-with warnings.catch_warnings():  # torch warns once per process that sparse CSR support is in beta
+with warnings.catch_warnings():  # torch warns once per process that sparse CSR support is in beta.
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
 
@@ -33,7 +33,7 @@ class Entries:
 
     @classmethod
     def of(cls, acts_bs: Float[Tensor, "images d_sae"]) -> "Entries | None":
-        """Make entries from activations, dense or in CSR form. Return None if too many are not zero for this to be faster."""
+        """Make entries from activations, dense or in CSR form. Return None if so many are non-zero that dense products are faster."""
         n, d_sae = acts_bs.shape
         is_dense = acts_bs.layout == torch.strided
         fires = acts_bs.bool() if is_dense else acts_bs.values().bool()
@@ -54,7 +54,7 @@ class Entries:
 
     def sums(self, values: Float64[Tensor, " entries"]) -> Float64[Tensor, " d_sae"]:
         """Sum values of entries, `(entries,)`, by latent, `(d_sae,)` float64."""
-        return torch.bincount(self.latents, values, minlength=self.shape[1]).double()  # without entries, bincount returns int64
+        return torch.bincount(self.latents, values, minlength=self.shape[1]).double()  # Without entries, bincount returns int64.
 
     def extremes(self) -> tuple[Float64[Tensor, " d_sae"], Float64[Tensor, " d_sae"]]:
         """Return the smallest and the largest activation of each latent, zeros included, `(d_sae,)` float64 each."""

@@ -12,7 +12,7 @@ from ommatid.compute.nonzero import count_positive
 
 
 class Fidelity(Accumulator):
-    """Accumulates FVU, cosine and L0 of reconstructions.
+    """Accumulates the FVU, the mean cosine and the L0 of reconstructions.
 
     FVU = Σ‖x−x̂‖² / Σ‖x−x̄‖², where x̄ is the mean over all tokens added. 0 is perfect.
     """
@@ -84,6 +84,7 @@ class FidelityByKind(Accumulator):
     def __init__(self, kinds: Sequence[str]) -> None:
         """Make empty accumulators for images whose tokens have these kinds, in order."""
         self.of = {kind: Fidelity() for kind in kinds}
+        """Fidelity of the tokens of each kind."""
         self._places = {kind: torch.tensor([i for i, kind_ in enumerate(kinds) if kind_ == kind]) for kind in self.of}
 
     def add(

@@ -24,10 +24,15 @@ class Firing(Accumulator):
 
     def __init__(self, d_sae: int) -> None:
         self.n_tokens = 0
+        """Number of tokens added."""
         self.count = torch.zeros(d_sae, dtype=torch.int64)
+        """Number of tokens on which each latent fires, `(d_sae,)`."""
         self.n_images = torch.zeros(d_sae, dtype=torch.int64)
+        """Number of images on which each latent fires, `(d_sae,)`."""
         self.sum = torch.zeros(d_sae, dtype=torch.float64)
+        """Sum of each latent's activations, `(d_sae,)`."""
         self.max = torch.zeros(d_sae, dtype=torch.float64)
+        """Largest activation of each latent, `(d_sae,)`."""
 
     def add(self, acts_bs: Float[Tensor, "tokens d_sae"], image_acts_bs: Float[Tensor, "images d_sae"]) -> None:
         """Add token activations `(tokens, d_sae)` and the image-level activations `(images, d_sae)` of the same images."""
@@ -83,7 +88,7 @@ def density_histogram(density_s: Float[Tensor, " d_sae"], n_tokens: int) -> list
         n_tokens: Number of tokens on which densities were measured.
 
     Returns:
-        A bin for dead latents, and one for each decade from that of a single firing up to 0.1 to 1.
+        A bin for dead latents, then one for each decade, from the decade of a single firing to that from 0.1 to 1.
     """
     lowest = math.floor(math.log10(1 / n_tokens)) if n_tokens else -1
     edges = torch.tensor([10.0**power for power in range(lowest, 0)], dtype=torch.float64)
@@ -99,11 +104,13 @@ class TopImages(Accumulator):
 
     def __init__(self, d_sae: int, n: int) -> None:
         self.acts = torch.full((n, d_sae), -math.inf)
+        """The n largest activations of each latent, `(n, d_sae)`, in descending order; minus infinity until there are n images."""
         self.images = torch.full((n, d_sae), -1, dtype=torch.int64)
+        """Numbers of the images with these activations, `(n, d_sae)`; -1 until there are n images."""
 
     def add(self, acts_bs: Float[Tensor, "images d_sae"], images_b: Int[Tensor, " images"]) -> None:
         """Add image-level activations `(images, d_sae)` and the numbers of the images `(images,)`."""
-        # Only latents that gain an image are updated, which soon are few: a tie counts only above 0, so further zeros change nothing.
+        # Only latents that gain an image are updated, which are soon few: ties matter only above 0, so zeros change nothing after n images.
         new = ((acts_bs >= self.acts[-1]) & (acts_bs > 0) | (acts_bs > self.acts[-1])).any(0).nonzero()[:, 0]
         acts = torch.cat([self.acts[:, new], acts_bs[:, new].float()])
         images, by_image = torch.cat([self.images[:, new], images_b[:, None].expand(-1, len(new))]).sort(dim=0, stable=True)

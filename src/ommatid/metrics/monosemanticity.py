@@ -13,7 +13,7 @@ from ommatid.metrics.entries import Entries
 from ommatid.metrics.vectors import nan_mean, row_norms, unit
 
 WIDTH = 384
-"""Columns per part of Σap. A sparse product adds to a part in place, and a part of this width stays in the cache."""
+"""Number of columns per part of Σap. A sparse product adds to a part in place, and a part of this width stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,10 @@ class Monosemanticity(Accumulator):
 class MonosemanticityInterval(Accumulator):
     """Accumulates confidence intervals of MS by the infinitesimal jackknife, in a second pass over the same images.
 
-    The influence of image n on a latent's MS is its derivative by the weight of the image,
+    The influence of image n on a latent's MS is the derivative of MS with respect to the weight of the image,
     g_n = 2 ã_n [(p_n·w − ã_n) − MS (u − ã_n)] / (u² − v). Σ g_n² is, to first order, the variance of a Poisson bootstrap over images
-    (Efron 1982, ch. 6), without replicates, each of which would need a copy of w. The first pass may be freed: all that is needed of it is
-    copied.
+    (Efron 1982, ch. 6), but needs no replicates, each of which would take a copy of w. The accumulator of the first pass may be freed: the
+    values needed from it are copied.
     """
 
     STATE = ("defined", "u", "w", "denominator", "ms", "floor", "low", "span", "variance", "variance_of_mean")

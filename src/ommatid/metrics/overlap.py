@@ -10,9 +10,9 @@ from torch import Tensor
 class CoFiring:
     """Counts the images on which each latent of a tile fires together with each latent of the SAE.
 
-    Let n_a, n_b and n_ab be the numbers of images, of n, on which a, b and both fire. Lift = n · n_ab / (n_a · n_b) is how many times as
-    often they fire together as independent latents would; Jaccard = n_ab / (n_a + n_b − n_ab) is the share of the images of either that
-    both share.
+    Of n images, let latent a fire on n_a, latent b on n_b, and both on n_ab. Lift = n · n_ab / (n_a · n_b) is the ratio of n_ab to its
+    expected value if a and b were independent. Jaccard = n_ab / (n_a + n_b − n_ab) is the share of images on which both fire among those
+    on which at least one does.
 
     Counts are float32, in which the product is fast. Sums of 0 and 1 are exact up to 2^24 images.
     """
@@ -45,7 +45,7 @@ class CoFiring:
 
 
 LATENTS_PER_STEP = 256
-"""Latents whose overlaps with all latents are counted at a time."""
+"""Number of latents whose overlaps with all latents are counted at a time."""
 
 
 def uniqueness(images_sn: Int[Tensor, "latents n"]) -> Float64[Tensor, " latents"]:
@@ -75,7 +75,7 @@ def _overlaps(sets_sn: Int[Tensor, "latents n"], chosen: Int[Tensor, " chosen"])
     """Return the number of images that each latent shares with each chosen latent, `(latents, chosen)` float32."""
     images = sets_sn[chosen].unique()
     place = torch.searchsorted(images, sets_sn).clamp_max(len(images) - 1)
-    place[images[place] != sets_sn] = len(images)  # The last row, of zeros, stands for images that no chosen latent has.
+    place[images[place] != sets_sn] = len(images)  # The last row, which is zero, is for images that no chosen latent has.
     is_in = torch.zeros(len(images) + 1, len(chosen))
     is_in[place[chosen].flatten(), torch.arange(len(chosen)).repeat_interleave(sets_sn.shape[1])] = 1
     return torch.nn.functional.embedding_bag(place, is_in, mode="sum")

@@ -1,6 +1,7 @@
 """Logistic probes, which measure how well a class can be predicted from some features.
 
-Suffixes of names: n images, c classes, d features. Features are shared by all classes, `(n, d)`, or differ by class, `(n, c, d)`.
+Features here are the inputs of a probe, such as activations of latents. They are shared by all classes, `(n, d)`, or differ by class,
+`(n, c, d)`. Suffixes of names: n images, c classes, d features.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 PENALTY = 0.01
-"""Factor of half the squared norm of the weights. It suits one latent and hundreds of dimensions, because features are standardised."""
+"""Factor of half the squared norm of the weights in the loss. It suits one feature as well as hundreds, because they are standardised."""
 STEPS = 50
 """Largest number of steps of Newton's method; about eight are needed."""
 TOLERANCE = 1e-7
@@ -41,13 +42,13 @@ def fit_probes(
 ) -> LogisticProbes:
     """Fit a probe for each class by minimising Σ_n v_n log(1 + exp(∓(w·x_n + b))) + PENALTY/2 ‖w‖², for standardised x.
 
-    The weights v give a class and its complement half of the total weight each, so that 0 is the threshold of balanced accuracy however
-    rare the class is. All classes are fitted together by Newton's method with conjugate gradients, which needs no matrix of features x
-    features.
+    The weights v give a class and its complement half of the total weight each, so that 0 is the best threshold for balanced accuracy,
+    however rare the class is. All classes are fitted together by Newton's method with conjugate gradients, which needs no matrix of
+    features x features.
 
     Args:
         x: Features, `(images, features)`, or different ones for each class, `(images, classes, features)`.
-        y_nc: Whether each image belongs to each class, `(images, classes)` bool. Each class must have some images and lack some.
+        y_nc: Whether each image belongs to each class, `(images, classes)` bool. No class may be empty or have all images.
 
     Returns:
         The probes.
@@ -100,7 +101,7 @@ class _Loss:
     def _solve(
         self, curvature_nc: Float64[Tensor, "images classes"], target_cd: Float64[Tensor, "classes d"]
     ) -> Float64[Tensor, "classes d"]:
-        """Solve H s = target by conjugate gradients, to a hundredth of the target, where H = Σ_n curvature_n x_n x_nᵀ + penalty."""
+        """Solve H s = target by conjugate gradients, to 1 % of the target's norm, where H = Σ_n curvature_n x_n x_nᵀ + penalty."""
         steps, residual = torch.zeros_like(target_cd), target_cd.clone()
         direction, squared = residual.clone(), residual.square().sum(1)
         enough = 1e-4 * squared

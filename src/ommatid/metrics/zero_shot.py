@@ -13,7 +13,7 @@ from torch import Tensor
 Z = 1.959964
 """Half the width of a 95 % interval, in standard errors."""
 SCALES = (1.0, 1000.0)
-"""Bounds of a fitted scale: all classes are almost equally likely at the lower one; the third digit of a cosine decides at the upper."""
+"""Bounds of a fitted scale. At the lower one, all classes are almost equally likely; at the upper, the third digit of a cosine decides."""
 
 
 @dataclass(frozen=True)
