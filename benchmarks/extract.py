@@ -30,9 +30,9 @@ from ommatid import store
 from ommatid.activations.batches import iter_batches
 from ommatid.activations.columns import from_float16
 from ommatid.config import ExtractParams, Params, load_params
+from ommatid.extract.networks import Networks
 from ommatid.extract.shard import _encoded
 from ommatid.extract.stage import extract
-from ommatid.extract.towers import Towers
 from ommatid.images.loader import Pixels, iter_pixels, make_pool
 from ommatid.images.stage import run as make_images
 from ommatid.store import Artefact
@@ -69,7 +69,7 @@ class Bench:
             extract(section, {"images": self.images}, draft)
             return draft.publish(self.root / place).child(section.hookpoints[0], "activations")
 
-    def iter_pixels(self, towers: Towers, batch_size: int) -> Iterator[Pixels]:
+    def iter_pixels(self, towers: Networks, batch_size: int) -> Iterator[Pixels]:
         """Iterate over the images in order, preprocessed by the stage's own loader."""
         batches = self.images.iter_batches("images", ["image", "split", "encoded"], n_rows=batch_size)
         with make_pool(towers.device) as pool:
@@ -90,7 +90,7 @@ def make_clip(folder: Path) -> Path:
 
 def throughput(bench: Bench, name: str, section: ExtractParams, rounds: int) -> list[Row]:
     """Measure the stage, the bare loop and the peers' writers in turn."""
-    towers = Towers(section)
+    towers = Networks(section)
     held = list(islice(bench.iter_pixels(towers, section.batch_size), 32))
     n_held = sum(len(batch.numbers) for batch in held)
 
@@ -153,8 +153,8 @@ def saev_writer(folder: Path, n_images: int) -> Callable[[int, np.ndarray, int],
 
 def precision(bench: Bench, name: str, section: ExtractParams, rounding: float) -> list[Row]:
     """Measure the speedup of dtype `auto` over float32, and the difference in the activations."""
-    found = Towers(section)
-    exact = Towers(section.model_copy(update={"dtype": "float32"}))
+    found = Networks(section)
+    exact = Networks(section.model_copy(update={"dtype": "float32"}))
     held = list(islice(bench.iter_pixels(found, section.batch_size), 4))
     times: dict[str, list[float]] = {"auto": [], "float32": []}
     for _ in range(ROUNDS):
@@ -219,13 +219,13 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from extract import Bench
 from ommatid.config import ExtractParams
-from ommatid.extract.towers import Towers
+from ommatid.extract.networks import Networks
 bench = Bench.__new__(Bench)
 bench.root = Path(sys.argv[2])
 section = ExtractParams.model_validate_json(sys.argv[4])
 from ommatid import store
 bench.images = store.open_artefact(Path(sys.argv[3]), "images")
-before = Towers(section)
+before = Networks(section)
 del before
 loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 bench.stage(section)

@@ -21,10 +21,10 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows import pages
+from flows import artifacts
 from flows.checkout import Workplace, open_workplace
-from flows.server import leave_out_tracebacks, prefect_server
-from ommatid.cli.edge import at_edge
+from flows.prefect_server import leave_out_tracebacks, prefect_server
+from ommatid.cli.error_boundary import at_edge
 from ommatid.config import Params, load_params
 
 with at_edge() if __name__ == "__main__" else nullcontext():
@@ -72,30 +72,30 @@ def run_stage(stage: str, place: Workplace, is_clean: bool) -> State | None:
 @task(name="metrics", cache_policy=NO_CACHE)
 def publish_metrics(place: Workplace) -> None:
     """Publish the headline numbers of evaluation and labels as a table."""
-    if table := pages.headline(place.root):
+    if table := artifacts.headline(place.root):
         create_markdown_artifact(table, key="metrics", description=f"Headline numbers of {place.name}")
 
 
 @task(name="features", cache_policy=NO_CACHE)
 def publish_features(place: Workplace) -> None:
     """Publish the report, and pictures of the best features and of all SAEs."""
-    if report := pages.report(place.root):
+    if report := artifacts.report(place.root):
         create_markdown_artifact(report, key="report", description=f"Results of {place.name}")
-    if picture := pages.features(place.root):
+    if picture := artifacts.features(place.root):
         create_markdown_artifact(picture, key="features", description=f"The best features of {place.name}")
-    if picture := pages.comparison(place.root):
+    if picture := artifacts.comparison(place.root):
         create_markdown_artifact(picture, key="saes", description=f"The SAEs of {place.name}")
 
 
 def publish_quality(stage: str, place: Workplace) -> None:
     """Publish the report of a stage's quality gate, whether it passed or failed."""
-    if table := pages.quality(place.root, stage):
+    if table := artifacts.quality(place.root, stage):
         create_markdown_artifact(table, key=f"quality-{stage}", description=f"Quality gate of {stage} in {place.name}")
 
 
 def publish_health(place: Workplace) -> None:
     """Publish pictures of the trained dictionaries."""
-    if pictures := pages.health(place.root):
+    if pictures := artifacts.health(place.root):
         create_markdown_artifact(pictures, key="health", description=f"The dictionaries of {place.name}")
 
 
@@ -115,7 +115,7 @@ def _follow(stage: str) -> Callable[[str], None]:
 
     def follow(line: str) -> None:
         log.log(logging.WARNING if line.startswith("notice: ") else logging.INFO, line)
-        if (progress := pages.progress_in(line)) is None:
+        if (progress := artifacts.progress_in(line)) is None:
             return
         what, percent = progress
         now = time.monotonic()

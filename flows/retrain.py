@@ -13,11 +13,11 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows import pages
+from flows import artifacts
 from flows.checkout import open_workplace
 from flows.pipeline import run_stages
-from flows.server import leave_out_tracebacks, prefect_server
-from ommatid.cli.edge import at_edge
+from flows.prefect_server import leave_out_tracebacks, prefect_server
+from ommatid.cli.error_boundary import at_edge
 from ommatid.config import Params, load_params
 from ommatid.errors import RunError
 from ommatid.events import Event, Progress
@@ -58,7 +58,7 @@ def publish(decision: Decision) -> None:
     """Record the decision, publish the champion's catalogue, and show both in the Prefect UI."""
     champion.publish(decision)
     get_run_logger().info(decision.reason)
-    create_markdown_artifact(pages.decision(decision), key="decision", description="Champion and challenger on the same split")
+    create_markdown_artifact(artifacts.decision(decision), key="decision", description="Champion and challenger on the same split")
 
 
 def point_alias() -> None:

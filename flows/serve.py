@@ -17,11 +17,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from flows.commands import environment
-from flows.services import Services, free_port
-from ommatid.cli.edge import at_edge
+from flows.processes import Services, free_port
+from ommatid.cli.error_boundary import at_edge
 from ommatid.config import load_params
 from ommatid.config.load import parse_yaml
-from ommatid.config.problems import explain
+from ommatid.config.messages import explain
 from ommatid.errors import ConfigError
 from ommatid.tracking import follow_move
 

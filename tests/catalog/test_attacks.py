@@ -21,10 +21,10 @@ import duckdb
 import psutil
 import pytest
 
-from ommatid.catalog import client as child_module
-from ommatid.catalog.client import AnswerUnpickler, Child
+from ommatid.catalog import sandbox_client as child_module
 from ommatid.catalog.reader import Catalog
-from ommatid.catalog.worker import REFUSED
+from ommatid.catalog.sandbox import REFUSED
+from ommatid.catalog.sandbox_client import AnswerUnpickler, Child
 from ommatid.errors import QueryError
 from support import attacks
 from support.processes import HANG_SECONDS, wait_for, wait_for_end
@@ -235,10 +235,10 @@ def test_only_values_are_unpickled() -> None:
 
 AS_ON_MACOS = """
 from pathlib import Path
-from ommatid.catalog import client
+from ommatid.catalog import sandbox_client
 from ommatid.catalog.reader import Catalog
 from ommatid.errors import QueryError
-client.WORKER, file = Path("worker.py").absolute(), Path(%r)
+sandbox_client.WORKER, file = Path("worker.py").absolute(), Path(%r)
 with Catalog(file, memory_mb=100) as catalog:
     try:
         catalog.rows("SELECT len(repeat('x', 400000000)) + len(repeat('y', 400000000)), sleep_ms(2000)", timeout=%d)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ommatid.cli.edge import at_edge
+from ommatid.cli.error_boundary import at_edge
 from ommatid.config import load_params
 from ommatid.errors import ArtefactError, Lack, MachineError, find_lack
 from ommatid.events import ignore

@@ -8,7 +8,7 @@ import pytest
 from ommatid.config import load_params
 from ommatid.config.strict_yaml import DEEPEST, parse_json, parse_yaml
 from ommatid.errors import ConfigError, SourceError
-from ommatid.images.npm import load_pin
+from ommatid.images.npm_archive import load_pin
 from ommatid.images.shapes import load_plan
 from support.study import CHECKOUT
 

@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 
 from ommatid.config import EvaluateParams, load_params
 from ommatid.errors import ConfigError, ModelError, OmmatidError, SourceError
-from ommatid.estimate import Estimate, estimate, process, trial, trials
+from ommatid.estimate import Estimate, estimate, trial_client, trial_worker, trials
 from ommatid.estimate.fit import LARGEST, SMALLEST, Timing, expect, fit, grow, trial_sizes
-from ommatid.estimate.process import RunCost, StageProcess
 from ommatid.estimate.sample import draw_images
 from ommatid.estimate.totals import expect_examples
+from ommatid.estimate.trial_client import RunCost, StageProcess
 from ommatid.estimate.trials import trained_tokens
 from ommatid.events import ignore
 from ommatid.pipeline import STAGES
@@ -161,7 +161,7 @@ class InThisProcess:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in self._environment.items():
                 patch.setenv(name, value)
-            return RunCost(**trial._run(self._stage, params, str(data), whole))
+            return RunCost(**trial_worker._run(self._stage, params, str(data), whole))
 
     def end(self) -> float:
         return 0.0
@@ -282,6 +282,6 @@ def test_an_estimate_refuses_what_a_run_would_refuse(
 
 
 def test_a_trial_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "MODULE", "ommatid.no_such_module")
+    monkeypatch.setattr(trial_client, "MODULE", "ommatid.no_such_module")
     with StageProcess("images", {}, tmp_path / "log") as trial, pytest.raises(OmmatidError, match=r"stage images died \(exit status 1\)"):
         trial.run({}, tmp_path)

@@ -23,7 +23,7 @@ from ommatid.evaluate import monosemanticity as judging
 from ommatid.evaluate.monosemanticity import JudgeScores, JudgeSummary
 from ommatid.evaluate.stage import evaluate
 from ommatid.events import Warned
-from ommatid.extract import towers
+from ommatid.extract import networks
 from ommatid.extract.stage import extract
 from ommatid.metrics import monosemanticity
 from ommatid.sae.model import SAE, SAEConfig, make_untrained
@@ -67,8 +67,8 @@ class Blind(Shy):
 def model() -> Iterator[TileModel]:
     model, others = TileModel(), {"shy": Shy(), "blind": Blind()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(towers, "load_model", lambda params, dtype, device: model)
-        patch.setattr(towers, "load_judge", lambda params, dtype, device: model if isinstance(params, LiteModel) else others[params.path])
+        patch.setattr(networks, "load_model", lambda params, dtype, device: model)
+        patch.setattr(networks, "load_judge", lambda params, dtype, device: model if isinstance(params, LiteModel) else others[params.path])
         patch.setattr(judging, "WAITING", 7 * D_SAE)  # many additions
         yield model
 

@@ -18,7 +18,7 @@ from ommatid.evaluate import zero_shot
 from ommatid.evaluate.batches import load_labels
 from ommatid.evaluate.zero_shot import ZeroShot, draw_images, iter_drawn_pixels, measure_zero_shot
 from ommatid.events import Event, Warned
-from ommatid.extract import towers
+from ommatid.extract import networks
 from ommatid.extract.stage import extract
 from ommatid.images.decode import decode
 from ommatid.sae.model import SAE, SAEConfig
@@ -50,8 +50,8 @@ class TwoPlaces(TileModel):
 def model() -> Iterator[TileModel]:
     made = TwoPlaces()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(towers, "load_model", lambda params, dtype, device: made)
-        patch.setattr(towers, "load_judge", lambda params, dtype, device: made)
+        patch.setattr(networks, "load_model", lambda params, dtype, device: made)
+        patch.setattr(networks, "load_judge", lambda params, dtype, device: made)
         yield made
 
 
@@ -239,7 +239,7 @@ def test_nothing_is_measured_if_the_model_is_gone(model: TileModel, inputs: dict
     def gone(*_: object) -> None:
         raise ModelError("extract.model.path: no such folder")
 
-    monkeypatch.setattr(towers, "load_model", gone)
+    monkeypatch.setattr(networks, "load_model", gone)
     assert refused(inputs, sae=exact_sae(model)) == "extract.model.path: no such folder"
 
 

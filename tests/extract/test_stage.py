@@ -18,7 +18,7 @@ from ommatid.activations.columns import from_float16, from_float32
 from ommatid.config import ExtractParams
 from ommatid.errors import ArtefactError, ModelError
 from ommatid.events import Listener, Progress, ignore
-from ommatid.extract import disk_space, plan, rows, shard, towers
+from ommatid.extract import disk_space, networks, plan, rows, shard
 from ommatid.extract.plan import make_plan
 from ommatid.extract.rows import order_rows, window
 from ommatid.extract.shard import ShardJob
@@ -47,8 +47,8 @@ def params(**changes: object) -> ExtractParams:
 def model(monkeypatch: pytest.MonkeyPatch) -> TileModel:
     """Stands for all networks; several shards of several chunks of several row groups."""
     model = TileModel()
-    monkeypatch.setattr(towers, "load_model", lambda params, dtype, device: model)
-    monkeypatch.setattr(towers, "load_judge", lambda params, dtype, device: model)
+    monkeypatch.setattr(networks, "load_model", lambda params, dtype, device: model)
+    monkeypatch.setattr(networks, "load_judge", lambda params, dtype, device: model)
     monkeypatch.setattr(plan, "IMAGES_PER_SHARD", 300)
     monkeypatch.setattr(shard, "IMAGES_PER_CHUNK", 100)
     monkeypatch.setattr(rows, "BYTES_PER_ROW_GROUP", 2 * 300 * 16)
@@ -271,7 +271,7 @@ def test_a_model_without_text_needs_a_namer(tmp_path: Path, images: Artefact, mo
     silent = TileModel()
     silent.d_embed = None  # pyright: ignore[reportAttributeAccessIssue]
     lite = {"kind": "lite", "variant": "lite2"}
-    monkeypatch.setattr(towers, "load_model", lambda params, dtype, device: model if params.variant == "lite2" else silent)
+    monkeypatch.setattr(networks, "load_model", lambda params, dtype, device: model if params.variant == "lite2" else silent)
     with pytest.raises(ModelError, match=r"extract.model: tiles has no text tower.*set extract.namer"):
         make(tmp_path, images)
     table = make_tiles(tmp_path, images, namer=lite, judge={"kind": "transformers", "path": "x"}).read("embeddings")
@@ -286,7 +286,7 @@ def test_the_difference_from_float32_is_reported(
             exact = super().capture(pixels, hookpoints)
             return Captured({name: x * 1.25 for name, x in exact.tokens.items()}, exact.embedding)
 
-    monkeypatch.setattr(towers, "load_model", lambda params, dtype, device: Rough() if dtype == "bfloat16" else model)
+    monkeypatch.setattr(networks, "load_model", lambda params, dtype, device: Rough() if dtype == "bfloat16" else model)
     assert make_tiles(tmp_path / "rough", images, dtype="bfloat16").summary["rounding"] == pytest.approx(0.25)
     assert make_tiles(tmp_path / "exact", images).summary["rounding"] == 0
 
@@ -344,7 +344,7 @@ def test_a_shard_whose_file_was_lost_is_made_again(tmp_path: Path, images: Artef
 
 
 def test_images_that_changed_under_a_worker_are_refused(tmp_path: Path, images: Artefact, model: TileModel) -> None:
-    job = ShardJob(params().model_dump_json(), images.url, "other", str(tmp_path), tuple(towers.Towers(params()).probe()))
+    job = ShardJob(params().model_dump_json(), images.url, "other", str(tmp_path), tuple(networks.Networks(params()).probe()))
     with pytest.raises(ArtefactError, match="changed since this extraction was planned"):
         job(0)
     stranger = replace(job, digest=images.digest, probe=(1.0,) * len(job.probe))
@@ -363,7 +363,7 @@ def test_two_names_of_hookpoints_are_reserved(
             found = super().capture(pixels, ["tiles"] * len(hookpoints))
             return Captured(dict.fromkeys(hookpoints, found.tokens.get("tiles", torch.empty(0))), found.embedding)
 
-    monkeypatch.setattr(towers, "load_model", lambda params, dtype, device: Named())
+    monkeypatch.setattr(networks, "load_model", lambda params, dtype, device: Named())
     if name == "scratch":
         with pytest.raises(ModelError, match="'scratch' is the name of a folder"):
             make(tmp_path, images, hookpoints=[name])
@@ -395,7 +395,7 @@ def test_a_small_disk_is_an_error_with_the_space_needed_and_a_way_to_need_less(
 
 def test_the_size_is_known_in_advance(tmp_path: Path, images: Artefact, model: TileModel) -> None:
     artefact = make(tmp_path, images, sample=3)
-    size = disk_space.size_of(params(sample=3), images.summary, towers.Towers(params(sample=3)))
+    size = disk_space.size_of(params(sample=3), images.summary, networks.Networks(params(sample=3)))
     found = sum(path.stat().st_size for path in artefact.path.rglob("*.parquet"))
     assert size.final == pytest.approx(found, rel=0.35)  # tables this small are half headers
 

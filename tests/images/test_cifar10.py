@@ -18,7 +18,7 @@ from PIL import Image
 from ommatid.errors import SourceError
 from ommatid.images.cifar10 import CLASSES, Cifar10
 from ommatid.images.decode import decode
-from ommatid.images.npm import Pin, fetch, load_pin
+from ommatid.images.npm_archive import Pin, fetch, load_pin
 
 PER_BATCH = 3
 BATCHES = [*(f"data_batch_{i}.png" for i in range(1, 6)), "test_batch.png"]

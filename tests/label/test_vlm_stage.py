@@ -14,7 +14,7 @@ from ommatid.config import LabelParams
 from ommatid.errors import ConfigError
 from ommatid.evaluate.stage import evaluate
 from ommatid.events import Event, Warned
-from ommatid.extract import towers
+from ommatid.extract import networks
 from ommatid.extract.stage import extract
 from ommatid.label import context
 from ommatid.label.evidence import SIDE, tile_corner
@@ -37,7 +37,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Artefac
         evaluate={"n_top": 16, "n_per_decile": 2},
     )
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((towers, "load_model"), (towers, "load_judge"), (context, "load_model")):
+        for module, name in ((networks, "load_model"), (networks, "load_judge"), (context, "load_model")):
             patch.setattr(module, name, lambda params, dtype, device: TileModel())
         made = {"images": make_images_artefact(root, N_IMAGES)}
         stages: Mapping[str, Any] = {"extract": extract, "train": plant_sae, "evaluate": evaluate}

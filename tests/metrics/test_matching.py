@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from ommatid import schemas, store
 from ommatid.compute import nearest
-from ommatid.evaluate import structure as matches_module
-from ommatid.evaluate.structure import EvaluatedSAE, match, write_matches
+from ommatid.evaluate import latent_pairs as matches_module
+from ommatid.evaluate.latent_pairs import EvaluatedSAE, match, write_matches
 from ommatid.metrics import best_matches, chance_cosine, match_one_to_one, matching
 from ommatid.store import Artefact
 

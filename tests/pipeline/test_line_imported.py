@@ -9,7 +9,7 @@ import torch
 
 from ommatid.config import Params, TrainParams
 from ommatid.evaluate.stage import evaluate
-from ommatid.extract import towers
+from ommatid.extract import networks
 from ommatid.extract.stage import extract
 from ommatid.label import context
 from ommatid.label.stage import label
@@ -51,7 +51,7 @@ def before(tmp_path_factory: pytest.TempPathFactory, params: Params) -> Iterator
     """Images and their activations."""
     root, model = tmp_path_factory.mktemp("line"), TileModel()
     with pytest.MonkeyPatch.context() as patch:
-        for place, name in ((towers, "load_model"), (towers, "load_judge"), (context, "load_model")):
+        for place, name in ((networks, "load_model"), (networks, "load_judge"), (context, "load_model")):
             patch.setattr(place, name, lambda params, dtype, device: model)
         made = {"images": make_images_artefact(root, 300)}
         made["extract"] = make_artefact(root / "extraction", "extraction", extract, params.extract, made).child("tiles", "activations")

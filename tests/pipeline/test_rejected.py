@@ -20,7 +20,7 @@ from ommatid.cli import app
 from ommatid.config import EvaluateParams, Params, TrainParams, make_params
 from ommatid.errors import ArtefactError, GateError, TrainingError
 from ommatid.events import Event, Warned, ignore
-from ommatid.extract import towers
+from ommatid.extract import networks
 from ommatid.label import context
 from ommatid.pipeline import open_stage
 from ommatid.pipeline.run import run_stage
@@ -52,8 +52,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (root / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(towers, "load_model", lambda params, dtype, device: model)
-        patch.setattr(towers, "load_judge", lambda params, dtype, device: model)
+        patch.setattr(networks, "load_model", lambda params, dtype, device: model)
+        patch.setattr(networks, "load_judge", lambda params, dtype, device: model)
         patch.setattr(context, "load_model", lambda params, dtype, device: model)
         for stage in ("images", "extract"):
             run_stage(stage, params, ignore)

@@ -21,7 +21,7 @@ from ommatid.config import Params, RetrainParams, make_params
 from ommatid.errors import ArtefactError, GateError
 from ommatid.evaluate.stage import evaluate
 from ommatid.events import Event, Listener, Progress, Warned, ignore
-from ommatid.extract import towers
+from ommatid.extract import networks
 from ommatid.label import context
 from ommatid.metrics import Fidelity
 from ommatid.pipeline import STAGES, open_stage
@@ -76,8 +76,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeepTileModel]:
     (root / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(towers, "load_model", lambda params, dtype, device: model)
-        patch.setattr(towers, "load_judge", lambda params, dtype, device: model)
+        patch.setattr(networks, "load_model", lambda params, dtype, device: model)
+        patch.setattr(networks, "load_judge", lambda params, dtype, device: model)
         patch.setattr(context, "load_model", lambda params, dtype, device: model)
         yield model
 

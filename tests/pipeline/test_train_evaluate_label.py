@@ -19,7 +19,7 @@ from ommatid.activations.columns import from_float16, from_float32
 from ommatid.compute import checkpoint
 from ommatid.config import Baseline, Params, TrainParams
 from ommatid.errors import ConfigError, TrainingError
-from ommatid.evaluate.dictionaries import CONTROL_SEED
+from ommatid.evaluate.passes import CONTROL_SEED
 from ommatid.events import Measured
 from ommatid.images.decode import decode
 from ommatid.images.eval_split import iter_latent_firings, load_eval_split

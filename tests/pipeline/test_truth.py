@@ -19,7 +19,7 @@ from ommatid.activations.columns import from_float16
 from ommatid.compute.nearest import ALIKE
 from ommatid.evaluate.stage import evaluate
 from ommatid.events import ignore
-from ommatid.extract import towers
+from ommatid.extract import networks
 from ommatid.extract.stage import extract
 from ommatid.images.stage import run as make_images
 from ommatid.label import context as label_material
@@ -116,8 +116,8 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
     root = tmp_path_factory.mktemp("truth")
     params = make_params(root)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(towers, "load_model", load)
-        patch.setattr(towers, "load_judge", lambda params, dtype, device: PlantedJudge())
+        patch.setattr(networks, "load_model", load)
+        patch.setattr(networks, "load_judge", lambda params, dtype, device: PlantedJudge())
         patch.setattr(label_material, "load_model", load)
         made = {"images": make_artefact(root / "images", "images", make_images, params.images, {})}
         extraction = make_artefact(root / "extraction", "extraction", extract, params.extract, made)

@@ -10,7 +10,7 @@ from support.study import make_test_params
 from support.tiles import write_tile_folder
 
 RELATION, METRIC = "add-a-relation.md", "add-a-metric.md"
-SCHEMAS, DICTIONARIES = "src/ommatid/schemas.py", "src/ommatid/evaluate/dictionaries.py"
+SCHEMAS, DICTIONARIES = "src/ommatid/schemas.py", "src/ommatid/evaluate/passes.py"
 ROWS = """
         "silence": pa.Table.from_pylist(
             [

@@ -19,7 +19,7 @@ from ommatid.extract.rows import Spill
 from ommatid.label.labellers.base import Answer
 from ommatid.label.labellers.vlm.client import AnswerCache
 from ommatid.label.labellers.vlm.messages import Completion
-from ommatid.label.naming import AnswerLog
+from ommatid.label.table import AnswerLog
 from ommatid.store import Artefact, Draft, File, damage, open_artefact, open_draft, part_name
 from ommatid.store.sums import BLOCK
 from support.activations import make_activations

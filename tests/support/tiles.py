@@ -12,7 +12,7 @@ from PIL import Image
 
 from ommatid.config import Params, TrainParams
 from ommatid.evaluate.stage import evaluate
-from ommatid.extract import towers
+from ommatid.extract import networks
 from ommatid.extract.stage import extract
 from ommatid.images.stage import run as make_images
 from ommatid.label import context
@@ -137,6 +137,6 @@ def make_line(root: Path, params: Params, **more: Any) -> dict[str, Artefact]:
 def use_tile_model(patch: pytest.MonkeyPatch) -> None:
     """Whichever model the params name, it is the TileModel."""
     model = TileModel()
-    patch.setattr(towers, "load_model", lambda params, dtype, device: model)
-    patch.setattr(towers, "load_judge", lambda params, dtype, device: model)
+    patch.setattr(networks, "load_model", lambda params, dtype, device: model)
+    patch.setattr(networks, "load_judge", lambda params, dtype, device: model)
     patch.setattr(context, "load_model", lambda params, dtype, device: model)

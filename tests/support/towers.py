@@ -17,8 +17,8 @@ from ommatid.extract.stage import extract
 from ommatid.images.stage import run as make_images
 from ommatid.store import Artefact
 from ommatid.vlm import VisionModel
+from ommatid.vlm.network_checks import check_model
 from ommatid.vlm.precision import normalise
-from ommatid.vlm.trust import check_model
 from support.study import make_artefact, make_test_params
 
 PARTS = (".attn", ".mlp", "")

@@ -16,8 +16,8 @@ from ommatid.config.models import LiteModel
 from ommatid.errors import ModelError
 from ommatid.vlm import check_hookpoint, imagenet_classes, lite, load_judge, load_model
 from ommatid.vlm.lite import LiteVision, Variant, class_texts, conse, load_efficientnet
+from ommatid.vlm.network_checks import check_judge
 from ommatid.vlm.precision import normalise
-from ommatid.vlm.trust import check_judge
 from support.towers import check_trust
 
 

@@ -18,7 +18,7 @@ from ommatid.config.models import ModuleModel
 from ommatid.errors import ConfigError, ModelError
 from ommatid.vlm import Hookpoint, load_model
 from ommatid.vlm.module import ModuleVision, make_preprocess
-from ommatid.vlm.trust import check_model
+from ommatid.vlm.network_checks import check_model
 from support.study import CHECKOUT, make_test_params
 from support.towers import check_no_splice, check_planted_patch_in_artefact
 

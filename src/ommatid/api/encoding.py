@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas
     import torch
 
-    from ommatid.evaluate.dictionaries import Pool
+    from ommatid.evaluate.passes import Pool
     from ommatid.extract.tokens import TokenPicker
     from ommatid.sae.model import SAE
     from ommatid.vlm import VisionModel
@@ -101,7 +101,7 @@ class Encoder:
         """Return image-level activations (images, latents) and activations at the hookpoint (images, tokens, d_model), both float32."""
         import torch
 
-        from ommatid.extract.towers import find_device
+        from ommatid.extract.networks import find_device
 
         pixels = torch.from_numpy(np.stack([self.model.preprocess(image) for image in images])).to(find_device())
         tokens = self.picker.pick(self.model.capture(pixels, [self.picker.name]).tokens[self.picker.name])

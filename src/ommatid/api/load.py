@@ -72,7 +72,7 @@ def load_model(model: str, dtype: "Dtype" = "auto", device: str | None = None) -
     >>> captured.tokens["blocks.15"].shape[2] == model.hookpoints["blocks.15"].d_model
     True
     """
-    from ommatid.extract.towers import find_device
+    from ommatid.extract.networks import find_device
     from ommatid.vlm import load_model as load
     from ommatid.vlm.identify import identify
 

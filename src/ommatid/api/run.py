@@ -173,7 +173,7 @@ class Run:
         >>> model.d_embed == model.embed_text(["a photo of a cat"]).shape[1]
         True
         """
-        from ommatid.extract.towers import load_explained
+        from ommatid.extract.networks import load_explained
 
         params = open_stage("extract", data=self.data).manifest.params
         if params["source"] == "files":
@@ -237,7 +237,7 @@ class Run:
         raise ConfigError(f"{self.data} has no SAE {sae!r}; it has {', '.join(self.saes) or 'none that passed the quality gate'}")
 
     def _make_encoder(self, name: str | None) -> "Encoder":
-        from ommatid.evaluate.dictionaries import make_pool
+        from ommatid.evaluate.passes import make_pool
         from ommatid.extract.tokens import TokenPicker
         from ommatid.vlm import check_hookpoint
 

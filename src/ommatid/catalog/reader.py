@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ommatid.catalog.client import Child, Died, Late
 from ommatid.catalog.database import explain, open_file
 from ommatid.catalog.database import memory_mb as default_memory_mb
+from ommatid.catalog.sandbox_client import Child, Died, Late
 from ommatid.errors import QueryError
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 Heavy libraries are imported inside the verbs that need them, so that every other verb starts quickly.
 """
 
-from ommatid.cli import early  # isort: skip - first, so that the process it starts loads while the other imports run
+from ommatid.cli import query_process  # isort: skip - first, so that the process it starts loads while the other imports run
 
 import sys
 from collections import Counter
@@ -14,7 +14,7 @@ import typer
 import typer.core
 
 from ommatid import __version__
-from ommatid.cli.edge import at_edge
+from ommatid.cli.error_boundary import at_edge
 from ommatid.cli.terminal import align, say
 from ommatid.errors import ConfigError
 
@@ -187,7 +187,7 @@ def query(
     """Query the catalogue in SQL. The file is opened read-only."""
     from ommatid.cli.query import answer
 
-    answer(sql, _catalog_file(catalog, data), output, max_rows, timeout, sys.stdout, memory, early.child)
+    answer(sql, _catalog_file(catalog, data), output, max_rows, timeout, sys.stdout, memory, query_process.child)
 
 
 @app.command()
@@ -362,4 +362,4 @@ def main() -> None:
         try:
             app()
         finally:
-            early.end()
+            query_process.end()

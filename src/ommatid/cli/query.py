@@ -15,9 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from ommatid.catalog.client import Child
 from ommatid.catalog.database import physical_mb
 from ommatid.catalog.reader import LEAST_MB, LONGEST_TIMEOUT, Catalog, QueryResult
+from ommatid.catalog.sandbox_client import Child
 from ommatid.cli.terminal import printable
 from ommatid.errors import QueryError
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from ommatid.config.messages import explain
 from ommatid.config.params import Params
-from ommatid.config.problems import explain
 from ommatid.config.strict_yaml import parse_yaml
 from ommatid.errors import ConfigError, without_credentials
 

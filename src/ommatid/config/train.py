@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from ommatid.config.problems import explain
+from ommatid.config.messages import explain
 from ommatid.config.section import Section, unique_name
 from ommatid.config.variants import Variant
 

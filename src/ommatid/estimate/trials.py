@@ -11,8 +11,8 @@ from typing import Any
 from ommatid import tracking
 from ommatid.config import ExtractParams, Params
 from ommatid.estimate.fit import Timing, grow, trial_sizes
-from ommatid.estimate.process import RunCost, StageProcess
 from ommatid.estimate.sample import draw_images
+from ommatid.estimate.trial_client import RunCost, StageProcess
 from ommatid.events import Listener, Progress
 from ommatid.pipeline import STAGES, open_stage
 from ommatid.store import Artefact

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ommatid import schemas
 from ommatid.compute.checkpoint import Accumulator
-from ommatid.compute.nulls import none_for_nan, nullable
+from ommatid.compute.undefined import none_for_nan, nullable
 from ommatid.errors import ArtefactError
 from ommatid.metrics import Monosemanticity, MonosemanticityInterval, nan_mean
 from ommatid.store import Artefact

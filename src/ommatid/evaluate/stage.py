@@ -15,9 +15,9 @@ from ommatid.config import EvaluateParams
 from ommatid.errors import ArtefactError
 from ommatid.evaluate.batches import load_classes, load_paths
 from ommatid.evaluate.classes import choose_images, measure_meaning, measure_probes
-from ommatid.evaluate.dictionaries import EvaluatedDictionary, Passes, make_latents
+from ommatid.evaluate.latent_pairs import make_densities, measure_structure, write_matches
 from ommatid.evaluate.monosemanticity import iter_failures, make_judged
-from ommatid.evaluate.structure import make_densities, measure_structure, write_matches
+from ommatid.evaluate.passes import EvaluatedDictionary, Passes, make_latents
 from ommatid.evaluate.zero_shot import ZeroShot, measure_zero_shot
 from ommatid.events import Listener, Warned, ignore
 from ommatid.images.eval_split import iter_latent_firings, load_eval_split

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from ommatid import schemas
 from ommatid.activations.batches import load_sample
-from ommatid.compute.nulls import none_for_nan
+from ommatid.compute.undefined import none_for_nan
 from ommatid.errors import ModelError
 from ommatid.evaluate.batches import ENTRIES, load_labels
 from ommatid.events import Listener, Progress, Warned
+from ommatid.extract.networks import find_device, load_explained
 from ommatid.extract.plan import blocks_of
 from ommatid.extract.tokens import TokenPicker
-from ommatid.extract.towers import find_device, load_explained
 from ommatid.images.loader import Encoded, Pixels, iter_pixels, make_pool
 from ommatid.metrics import Classified, Interval, classify, fit_scale, recovered, unit
 from ommatid.sae.baselines import Dictionary

@@ -10,5 +10,5 @@ STAGE = Stage(
     place=Path("data/activations"),
     inputs=("images",),
     memory_advice="lower extract.batch_size, or extract.executor.workers if there are several",
-    opener="ommatid.extract.opening:open_activations",
+    opener="ommatid.extract.selection:open_activations",
 )

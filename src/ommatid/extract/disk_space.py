@@ -10,8 +10,8 @@ import torch
 
 from ommatid.config import ExtractParams
 from ommatid.errors import ArtefactError
+from ommatid.extract.networks import Networks
 from ommatid.extract.plan import IMAGES_PER_SHARD
-from ommatid.extract.towers import Towers
 from ommatid.store import Draft
 from ommatid.store.filesystem import in_words
 
@@ -33,7 +33,7 @@ class Size:
     """Bytes of the spilled chunks of the largest shard, while it is being made."""
 
 
-def size_of(params: ExtractParams, images: Mapping[str, Any], towers: Towers) -> Size:
+def size_of(params: ExtractParams, images: Mapping[str, Any], towers: Networks) -> Size:
     """Return the disk space that an extraction needs; tokens that `max_norm` will leave out are counted.
 
     Args:
@@ -57,7 +57,7 @@ def size_of(params: ExtractParams, images: Mapping[str, Any], towers: Towers) ->
     return Size(int((tokens + n * embedding) * MARGIN), int((spilled + n * embedding) * share))
 
 
-def check_disk_space(draft: Draft, params: ExtractParams, images: Mapping[str, Any], towers: Towers) -> None:
+def check_disk_space(draft: Draft, params: ExtractParams, images: Mapping[str, Any], towers: Networks) -> None:
     """Check that an extraction fits on the disk.
 
     Raises:

@@ -19,7 +19,7 @@ class Merged:
     window: int | None = None
     """Number of consecutive training rows that come from different images, in every shard."""
     rounding: float = 0.0
-    """Rounding error of the activations relative to float32 (see `Towers.rounding`)."""
+    """Rounding error of the activations relative to float32 (see `Networks.rounding`)."""
     failed: list[int] = field(default_factory=list)
     """Number of images that each judge failed on."""
     n_tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("train", "eval"), 0))

@@ -18,6 +18,7 @@ import torch
 from ommatid import schemas
 from ommatid.config import ExtractParams
 from ommatid.errors import ArtefactError, ModelError
+from ommatid.extract.networks import Networks, Outputs, is_same
 from ommatid.extract.plan import SEED, Run, divide, shard_blocks
 from ommatid.extract.rows import (
     FailureCounter,
@@ -32,7 +33,6 @@ from ommatid.extract.rows import (
     write_rows,
 )
 from ommatid.extract.tokens import draw_kept
-from ommatid.extract.towers import Outputs, Towers, is_same
 from ommatid.images.loader import Encoded, iter_pixels, make_pool
 from ommatid.store import RECEIPTS, Artefact, Draft, Writer, open_artefact, part_name
 
@@ -63,7 +63,7 @@ class ShardJob:
     draft: str
     """Path or URL of the draft of the extraction."""
     probe: tuple[float, ...]
-    """Probe of the driver's networks (see `Towers.probe`)."""
+    """Probe of the driver's networks (see `Networks.probe`)."""
     on_chunk: Callable[[int, int], None] = field(default=_ignore, compare=False)
     """Called in this process with the shard and the number of its images done; not sent along to other processes."""
 
@@ -95,7 +95,7 @@ class Worker:
     parts: list[str]
     """File names of the table `images`."""
     draft: Writer
-    towers: Towers
+    towers: Networks
     pool: Executor
     """Pool that decodes images."""
     key: str
@@ -115,7 +115,7 @@ def load_worker(job: ShardJob) -> Worker:
     """
     if job not in _workers:
         drop_worker()
-        towers = Towers(ExtractParams.model_validate_json(job.params))
+        towers = Networks(ExtractParams.model_validate_json(job.params))
         if not is_same(towers.probe(), list(job.probe)):
             raise ModelError(
                 f"{towers.model.name}: its weights here differ from those where the run was started; give all workers the same files"
@@ -124,7 +124,7 @@ def load_worker(job: ShardJob) -> Worker:
     return _workers[job]
 
 
-def keep_worker(job: ShardJob, towers: Towers) -> None:
+def keep_worker(job: ShardJob, towers: Networks) -> None:
     """Make this process's worker from networks that are loaded already.
 
     Raises:
@@ -257,7 +257,7 @@ class _Shard:
         return asdict(replace(file, name=name))
 
     def _measure_rounding(self) -> dict[str, float]:
-        """Return the rounding error at each hookpoint on a few images (see `Towers.rounding`)."""
+        """Return the rounding error at each hookpoint on a few images (see `Networks.rounding`)."""
         encoded = next(self._iter_encoded(self._chunks[0], ROUNDING_IMAGES))
         (pixels,) = iter_pixels([encoded], self._towers.preprocesses, self._worker.pool, "cpu")
         return self._towers.rounding(pixels.of)

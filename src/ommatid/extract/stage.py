@@ -14,11 +14,11 @@ from ommatid.config import ExtractFiles, ExtractParams
 from ommatid.errors import ModelError
 from ommatid.events import Listener, Progress, ignore
 from ommatid.extract.disk_space import check_disk_space
+from ommatid.extract.networks import Networks, find_device, is_same
 from ommatid.extract.plan import blocks_of, make_plan
 from ommatid.extract.receipts import Merged, iter_missing, merge
 from ommatid.extract.shard import PLAN, ShardJob, drop_worker, keep_worker
 from ommatid.extract.tokens import TokenPicker
-from ommatid.extract.towers import Towers, find_device, is_same
 from ommatid.store import RECEIPTS, SCRATCH, Artefact, Draft
 from ommatid.summaries import ActivationsSummary, ExtractionSummary, JudgeSummary
 from ommatid.vlm.precision import resolve_dtype
@@ -59,7 +59,7 @@ def extract(params: ExtractParams, inputs: Mapping[str, Artefact], draft: Draft,
     images = inputs["images"]
     if taken := sorted({SCRATCH, RECEIPTS.strip("/")} & set(params.hookpoints)):
         raise ModelError(f"extract.hookpoints: {taken[0]!r} is the name of a folder that Ommatid needs; rename the module")
-    towers = Towers(_with_dtype(params))  # first, so that whatever is wrong with the models is found before any work is done
+    towers = Networks(_with_dtype(params))  # first, so that whatever is wrong with the models is found before any work is done
     check_disk_space(draft, params, images.summary, towers)
     towers.check()
     probe = _begin_or_continue(draft, towers.probe())
@@ -134,7 +134,7 @@ class _Counter:
             self._on_event(Progress("extract images", self._done, self._total))
 
 
-def _summarise_judges(towers: Towers, failed: list[int], n_images: int) -> list[JudgeSummary]:
+def _summarise_judges(towers: Networks, failed: list[int], n_images: int) -> list[JudgeSummary]:
     """Return name, width and number of failures of each judge, in the order of their columns.
 
     Raises:
@@ -149,7 +149,7 @@ def _summarise_judges(towers: Towers, failed: list[int], n_images: int) -> list[
     return [JudgeSummary(judge=judge.name, d_judge=judge.d_embed, failed=n) for judge, n in zip(towers.judges, failed, strict=True)]
 
 
-def _summarise(towers: Towers, picker: TokenPicker, judges: list[JudgeSummary], merged: Merged, n_images: int) -> ActivationsSummary:
+def _summarise(towers: Networks, picker: TokenPicker, judges: list[JudgeSummary], merged: Merged, n_images: int) -> ActivationsSummary:
     return ActivationsSummary(
         model=towers.model.name,
         judge=towers.judges[0].name,

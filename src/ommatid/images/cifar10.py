@@ -14,8 +14,8 @@ from typing import IO
 from PIL import Image
 
 from ommatid.errors import SourceError, gist
-from ommatid.images.drawing import encode_png
-from ommatid.images.npm import fetch, load_pin
+from ommatid.images.figures import encode_png
+from ommatid.images.npm_archive import fetch, load_pin
 from ommatid.images.source import Item
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

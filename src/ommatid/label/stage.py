@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from ommatid.config import LabelParams
 from ommatid.events import Listener, ignore
 from ommatid.label.context import Material, load_material, make_context
-from ommatid.label.naming import find_answers, make_table, summarise
+from ommatid.label.table import find_answers, make_table, summarise
 from ommatid.store import Artefact, Draft
 from ommatid.store.per_sae import for_each_sae
 

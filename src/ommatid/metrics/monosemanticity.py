@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from ommatid.compute.checkpoint import Accumulator
-from ommatid.metrics.entries import Entries
+from ommatid.metrics.sparse import Entries
 from ommatid.metrics.vectors import nan_mean, row_norms, unit
 
 WIDTH = 384

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ommatid import store
 from ommatid.config import EvaluateParams, Params, RetrainParams
-from ommatid.config.problems import explain
+from ommatid.config.messages import explain
 from ommatid.errors import ArtefactError
 from ommatid.events import Listener, ignore
 from ommatid.pipeline import open_stage
@@ -33,7 +33,7 @@ from ommatid.store.filesystem import sync
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from ommatid.evaluate.structure import EvaluatedSAE
+    from ommatid.evaluate.latent_pairs import EvaluatedSAE
 
 PUBLISHED = Path("data/published")
 CATALOG = PUBLISHED / "catalog.duckdb"
@@ -277,8 +277,8 @@ def _activations() -> dict[str, Artefact]:
 
 def _measure(sae: Artefact, params: EvaluateParams, on_event: Listener, challenger: Scores, catalog: str) -> Scores:
     """Evaluate an SAE on the checkout's images and activations, and match its latents with the challenger's."""
+    from ommatid.evaluate.latent_pairs import EvaluatedSAE, match
     from ommatid.evaluate.stage import evaluate
-    from ommatid.evaluate.structure import EvaluatedSAE, match
 
     inputs = {"images": open_stage("images"), "train": sae, **_activations()}
     with store.open_draft(PUBLISHED / "evaluation", "evaluation", params.model_dump(mode="json"), inputs) as draft:
@@ -290,7 +290,7 @@ def _measure(sae: Artefact, params: EvaluateParams, on_event: Listener, challeng
 
 def _evaluated(scores: Scores) -> "EvaluatedSAE":
     """The checkout's SAE that has these scores, with its evaluation."""
-    from ommatid.evaluate.structure import EvaluatedSAE
+    from ommatid.evaluate.latent_pairs import EvaluatedSAE
 
     name, sae = next((name, sae) for name, sae in open_stage("train").each().items() if sae.digest == scores.digest)
     return EvaluatedSAE(sae, open_stage("evaluate").each()[name])

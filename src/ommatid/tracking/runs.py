@@ -19,7 +19,7 @@ from ommatid.store import Artefact
 from ommatid.tracking.client import SAE, call_or_warn, experiment_of, import_mlflow, join_seconds, make_client, patience, warn
 from ommatid.tracking.journal import Journal, Page
 from ommatid.tracking.model import log_model
-from ommatid.tracking.origin import origin
+from ommatid.tracking.provenance import origin
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

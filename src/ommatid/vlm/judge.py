@@ -10,9 +10,9 @@ from transformers import AutoModel
 
 from ommatid.errors import ModelError
 from ommatid.vlm import Dtype, hub
+from ommatid.vlm.network_checks import structured_picture
 from ommatid.vlm.precision import normalise, resolve_dtype
 from ommatid.vlm.processor import load_preprocess
-from ommatid.vlm.trust import structured_picture
 
 KEY = "extract.judge.path"
 

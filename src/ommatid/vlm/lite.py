@@ -17,9 +17,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ommatid.config import models
 from ommatid.vlm import Captured, Dtype, Hookpoint, Replacement, check_hookpoint, imagenet_classes
+from ommatid.vlm.minilm import D_TEXT, load_minilm
 from ommatid.vlm.precision import normalise, resolve_dtype
 from ommatid.vlm.preprocess import Preprocess
-from ommatid.vlm.text import D_TEXT, load_minilm
 
 Variant = Literal["lite0", "lite2"]
 TEMPLATE = "a photo of a {}"

@@ -13,7 +13,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiMod
 
 from ommatid.config import models
 from ommatid.errors import ModelError
-from ommatid.vlm import Dtype, Hookpoint, hub, parts
+from ommatid.vlm import Dtype, Hookpoint, hub, partial_loading
 from ommatid.vlm.hooks import capturing
 from ommatid.vlm.processor import load_preprocess, process_picture
 from ommatid.vlm.tower import KEY, Opened, Site, Tower, block_sites, check_size, patch_grid
@@ -37,7 +37,7 @@ class LlavaVision(Tower):
     """
 
     def __init__(self, path: str, dtype: Dtype, device: str) -> None:
-        folder = hub.locate(path, KEY, hub.CONFIG | parts.SHARDS | hub.PREPROCESSOR)
+        folder = hub.locate(path, KEY, hub.CONFIG | partial_loading.SHARDS | hub.PREPROCESSOR)
         config = hub.load_config(folder, path, KEY)
         _check_config(config, path)
         vision = config.vision_config
@@ -108,10 +108,12 @@ def _special(config: Any) -> tuple[str, ...]:
 def _load(config: Any, folder: Any, path: str) -> tuple[Any, nn.Module]:
     """Load the tower and the projector."""
     vision = config.vision_config
-    tower = parts.load_pretrained(TOWERS[vision.model_type], vision, parts.read_weights(folder, TOWER, path, KEY), TOWER, path, KEY)
+    tower = partial_loading.load_pretrained(
+        TOWERS[vision.model_type], vision, partial_loading.read_weights(folder, TOWER, path, KEY), TOWER, path, KEY
+    )
     with torch.device("meta"):
         projector = PROJECTORS[config.model_type](config)
-    return tower, parts.load_module(projector, parts.read_weights(folder, PROJECTOR, path, KEY), PROJECTOR, path, KEY)
+    return tower, partial_loading.load_module(projector, partial_loading.read_weights(folder, PROJECTOR, path, KEY), PROJECTOR, path, KEY)
 
 
 def make(params: models.LlavaModel, dtype: Dtype, device: str) -> LlavaVision:

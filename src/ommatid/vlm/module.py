@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ommatid.config.models import ModuleModel
 from ommatid.errors import ModelError
-from ommatid.vlm import Captured, Dtype, Hookpoint, Replacement, check_hookpoint, factory
+from ommatid.vlm import Captured, Dtype, Hookpoint, Replacement, check_hookpoint, user_code
 from ommatid.vlm.precision import normalise, resolve_dtype
 from ommatid.vlm.preprocess import Interpolation, Preprocess
 
@@ -78,8 +78,8 @@ class ModuleVision:
     logit_scale = None
 
     def __init__(self, params: ModuleModel, dtype: Dtype, device: str) -> None:
-        module = factory.call_factory(params.factory, KEY)
-        self.name = f"{params.factory}@{factory.checksum(params.factory)[:12]}"
+        module = user_code.call_factory(params.factory, KEY)
+        self.name = f"{params.factory}@{user_code.checksum(params.factory)[:12]}"
         self.preprocess = make_preprocess(params, _pretrained_cfg(module))
         self.preprocessing: Mapping[str, Any] = self.preprocess.as_json()
         self._module = module.eval().requires_grad_(False).to(device)

@@ -12,12 +12,12 @@ from transformers import AutoImageProcessor
 from transformers.image_processing_backends import PilBackend
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ommatid.config.problems import explain
+from ommatid.config.messages import explain
 from ommatid.errors import ModelError
 from ommatid.vlm import hub
+from ommatid.vlm.network_checks import SHAPES, structured_picture
 from ommatid.vlm.precision import normalise
 from ommatid.vlm.preprocess import Interpolation, Preprocess
-from ommatid.vlm.trust import SHAPES, structured_picture
 
 FILE = "preprocessor_config.json"
 MAX_SIDE = 4096

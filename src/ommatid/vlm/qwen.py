@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 
 from ommatid.config import models
 from ommatid.errors import ModelError
-from ommatid.vlm import Captured, Dtype, Hookpoint, hub, parts
+from ommatid.vlm import Captured, Dtype, Hookpoint, hub, partial_loading
 from ommatid.vlm.processor import load_preprocess
 from ommatid.vlm.tower import KEY, Opened, Site, Tower, block_sites
 
@@ -37,7 +37,7 @@ class QwenVision(Tower):
     """
 
     def __init__(self, path: str, image_size: int, dtype: Dtype, device: str) -> None:
-        folder = hub.locate(path, KEY, hub.CONFIG | parts.SHARDS | hub.PREPROCESSOR)
+        folder = hub.locate(path, KEY, hub.CONFIG | partial_loading.SHARDS | hub.PREPROCESSOR)
         config = hub.load_config(folder, path, KEY)
         if config.model_type not in TOWERS:
             raise ModelError(f"{KEY}: {path}: is a {config.model_type} model; kind qwen takes model_type {' or '.join(TOWERS)}")
@@ -45,8 +45,8 @@ class QwenVision(Tower):
         grid = _grid(image_size, self._vision)
         square = {"size": {"height": image_size, "width": image_size}}
         preprocess = load_preprocess(folder, path, KEY, square, partial(_square_pixels, self._vision, image_size))
-        weights = parts.read_weights(folder, PART, path, KEY)
-        tower = parts.load_pretrained(TOWERS[config.model_type], self._vision, weights, PART, path, KEY)
+        weights = partial_loading.read_weights(folder, PART, path, KEY)
+        tower = partial_loading.load_pretrained(TOWERS[config.model_type], self._vision, weights, PART, path, KEY)
         sites = _sites(tower, self._vision, config.model_type, grid)
         opened = Opened(path, folder, config, _Encoder(tower, self._vision, grid), preprocess)
         super().__init__(opened, sites, tower, dtype, device)

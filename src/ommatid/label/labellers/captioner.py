@@ -17,9 +17,9 @@ from ommatid.images.decode import decode
 from ommatid.label.evidence import N_TILES, choose_tiles, cut
 from ommatid.label.labellers.base import Answer, Case, ImageLabeller
 from ommatid.vlm import hub
+from ommatid.vlm.network_checks import SHAPES, structured_picture
 from ommatid.vlm.precision import normalise
 from ommatid.vlm.processor import load_preprocess
-from ommatid.vlm.trust import SHAPES, structured_picture
 
 KEY = "label.labellers.path"
 FAMILIES = ("blip", "git", "vision-encoder-decoder")

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.services import START_SECONDS, free_port
+from flows.processes import START_SECONDS, free_port
 from support.checkout import REPOSITORY
 from support.processes import wait_for
 
@@ -99,6 +99,6 @@ def test_sigkill_leaves_no_temporary_server(checkout: Path) -> None:
     command = [sys.executable, "-m", "flows.pipeline"]
     with subprocess.Popen(command, cwd=checkout, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as flow:
         assert flow.stdout and any("working" in line for line in flow.stdout)
-        assert any("flows.ward" in process.cmdline() for process in marked(checkout))
+        assert any("flows.parent_watch" in process.cmdline() for process in marked(checkout))
         flow.kill()
     wait_for(lambda: not marked(checkout), "what the run started to end")

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from flows import pages
+from flows import artifacts
 from ommatid.config import RetrainParams
 from ommatid.pipeline import STAGES
 from ommatid.publish.champion import Decision, Scores
@@ -27,26 +27,26 @@ def report(root: Path, stage: str, success: bool = True) -> None:
 
 
 def test_a_line_of_progress_becomes_a_share() -> None:
-    assert pages.progress_in("extract images: 2048 of 8192") == ("extract images", 25.0)
-    assert pages.progress_in("evaluate images, first pass: 3 of 3") == ("evaluate images, first pass", 100.0)
+    assert artifacts.progress_in("extract images: 2048 of 8192") == ("extract images", 25.0)
+    assert artifacts.progress_in("evaluate images, first pass: 3 of 3") == ("evaluate images, first pass", 100.0)
     for line in ("2 of 3", "step 4: fvu 0.5", "x: 1 of 0", "x: one of two", ""):
-        assert pages.progress_in(line) is None
+        assert artifacts.progress_in(line) is None
 
 
 def test_a_report_becomes_a_table_whose_cells_stay_cells(tmp_path: Path) -> None:
-    assert pages.quality(tmp_path, "images") is None
+    assert artifacts.quality(tmp_path, "images") is None
     report(tmp_path, "images")
-    assert "| passed | rows \\| any | 0 | an empty set trains nothing |" in str(pages.quality(tmp_path, "images"))
+    assert "| passed | rows \\| any | 0 | an empty set trains nothing |" in str(artifacts.quality(tmp_path, "images"))
     report(tmp_path, "images", success=False)
-    table = str(pages.quality(tmp_path, "images"))
+    table = str(artifacts.quality(tmp_path, "images"))
     assert table.startswith("# images: **failed**") and "| **failed** | rows \\| any | 0 | no rows |" in table
 
 
 def test_the_headline_has_evaluation_and_labels(tmp_path: Path) -> None:
-    assert pages.headline(tmp_path) is None
+    assert artifacts.headline(tmp_path) is None
     report(tmp_path, "evaluate")
     report(tmp_path, "label")
-    table = str(pages.headline(tmp_path))
+    table = str(artifacts.headline(tmp_path))
     assert "# evaluate" in table and "# label" in table and "| `fvu` | 0.1235 |" in table
 
 
@@ -54,28 +54,28 @@ def test_the_headline_of_several_saes_has_a_column_for_each(tmp_path: Path) -> N
     (tmp_path / "data/quality").mkdir(parents=True)
     summary = {"topk-8-k2-s0.fvu": 0.25, "topk-8-k2-s0.n": 5, "topk-8-k4-s0.fvu": 0.125}
     (tmp_path / "data/quality/evaluate.json").write_text(json.dumps({"success": True, "summary": summary, "checks": []}))
-    table = str(pages.headline(tmp_path))
+    table = str(artifacts.headline(tmp_path))
     assert "|  | topk-8-k2-s0 | topk-8-k4-s0 |" in table
     assert "| `fvu` | 0.25 | 0.125 |" in table and "| `n` | 5 |  |" in table
 
 
 def test_there_is_no_picture_without_a_catalogue(tmp_path: Path) -> None:
-    assert pages.features(tmp_path) is None
-    assert pages.comparison(tmp_path) is None
-    assert pages.report(tmp_path) is None
+    assert artifacts.features(tmp_path) is None
+    assert artifacts.comparison(tmp_path) is None
+    assert artifacts.report(tmp_path) is None
 
 
 def test_pictures_need_no_network(tmp_path: Path) -> None:
     place = tmp_path / STAGES["catalog"].place
     catalog_artefacts.build(place.parent, catalog_artefacts.make_inputs(tmp_path))
-    for page in (pages.features(tmp_path), pages.comparison(tmp_path)):
+    for page in (artifacts.features(tmp_path), artifacts.comparison(tmp_path)):
         assert page and page.startswith("# The ") and "](data:image/png;base64," in page
 
 
 def test_the_report_contains_its_numbers_tables_and_plots(tmp_path: Path) -> None:
     place = tmp_path / STAGES["catalog"].place
     catalog_artefacts.build(place.parent, catalog_artefacts.make_inputs(tmp_path))
-    page = str(pages.report(tmp_path))
+    page = str(artifacts.report(tmp_path))
     assert page.startswith(f"# lite0, blocks.15, {catalog_artefacts.NAME}\n") and "| **50 %** | of labels beat their control |" in page
     assert "## The SAE and its controls" in page and "| this SAE | 4 |" in page
     assert page.count("](data:image/png;base64,") == 5 and "## The best features" not in page
@@ -88,16 +88,16 @@ def test_a_decision_shows_both_sides() -> None:
         {"decision": "champion", "reason": "there was no champion", "decided_at": "2026-01-01T00:00:00Z", "challenger": scores}
         | {"champion": None, "margins": margins, "catalog": "c", "run": {}}
     )
-    page = pages.decision(decision)
+    page = artifacts.decision(decision)
     assert page.startswith("# champion: there was no champion") and "| ms |  | 0.4500 |" in page
 
 
 def test_the_page_contains_a_limited_number_of_pictures_of_health(tmp_path: Path) -> None:
-    assert pages.health(tmp_path) is None
+    assert artifacts.health(tmp_path) is None
     folder = tmp_path / QUALITY / HEALTH
     folder.mkdir(parents=True)
-    for i in range(pages.N_DICTIONARIES + 2):
+    for i in range(artifacts.N_DICTIONARIES + 2):
         (folder / f"topk-{i:02d}.png").write_bytes(b"picture")
-    page = str(pages.health(tmp_path))
-    assert page.count("](data:image/png;base64,cGljdHVyZQ==)") == pages.N_DICTIONARIES
+    page = str(artifacts.health(tmp_path))
+    assert page.count("](data:image/png;base64,cGljdHVyZQ==)") == artifacts.N_DICTIONARIES
     assert page.endswith("2 more in `data/quality/health`")

@@ -15,9 +15,9 @@ from ommatid.config import ExtractParams, Model
 from ommatid.errors import ModelError
 from ommatid.extract.tokens import TokenPicker
 from ommatid.vlm import Judge, VisionModel, check_hookpoint, load_judge, load_model
+from ommatid.vlm.network_checks import check_judge, check_model
 from ommatid.vlm.precision import resolve_dtype
 from ommatid.vlm.preprocess import Preprocess
-from ommatid.vlm.trust import check_judge, check_model
 
 PROBED = 64
 """Number of components of each vector that a probe takes."""
@@ -57,7 +57,7 @@ def load_explained(params: Mapping[str, Any]) -> VisionModel:
     return load_model(TypeAdapter(Model).validate_python(params["model"]), params["dtype"], find_device())
 
 
-class Towers:
+class Networks:
     """All networks of an `extract` section, loaded on one device.
 
     Raises:

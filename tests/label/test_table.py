@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ommatid.label.labellers.base import Answer
-from ommatid.label.naming import AnswerLog, ask_each
 from ommatid.label.scoring import other_labels
+from ommatid.label.table import AnswerLog, ask_each
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])

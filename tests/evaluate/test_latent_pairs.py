@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from ommatid.compute import checkpoint
-from ommatid.evaluate import batches, monosemanticity, structure
-from ommatid.evaluate.structure import MIN_BOTH, iter_fires, measure_structure
+from ommatid.evaluate import batches, latent_pairs, monosemanticity
+from ommatid.evaluate.latent_pairs import MIN_BOTH, iter_fires, measure_structure
 from ommatid.events import Progress
 from ommatid.images.eval_split import load_eval_split
 from ommatid.sae.model import SAE
@@ -72,7 +72,7 @@ def test_cofiring_equals_a_count_over_all_pairs(world: dict[str, Artefact], acts
     expected = [
         (a, rank, b, pytest.approx(-lift), pytest.approx(jaccard), both)
         for _, mine in itertools.groupby(sorted(pairs), key=lambda pair: pair[0])
-        for rank, (a, lift, b, jaccard, both) in enumerate(itertools.islice(mine, structure.N_PARTNERS), start=1)
+        for rank, (a, lift, b, jaccard, both) in enumerate(itertools.islice(mine, latent_pairs.N_PARTNERS), start=1)
     ]
     found = [tuple(row.values())[1:] for row in rows_of(world["evaluate"], "cofiring")]
     assert found == expected
@@ -84,7 +84,7 @@ def test_tiles_and_steps_change_nothing(world: dict[str, Artefact], monkeypatch:
     directions = SAE.load(world["train"].path).W_dec
     whole = measure_structure("s", files, directions, N_IMAGES)
     for name, value in (("PAIRS", 4 * D_SAE), ("PAIRS_AT_ONCE", 3 * D_SAE), ("VALUES", 7 * D_SAE)):
-        monkeypatch.setattr(structure, name, value)
+        monkeypatch.setattr(latent_pairs, name, value)
     tiled = measure_structure("s", files, directions, N_IMAGES)
     assert tiled.cofiring.equals(whole.cofiring)
     assert torch.equal(tiled.duplicate_of, whole.duplicate_of)
@@ -97,7 +97,7 @@ def test_images_are_whole_although_firings_come_in_parts(tmp_path: Path, monkeyp
     for i, rows in enumerate(np.array_split(np.arange(len(image)), 13)):
         files.append(str(tmp_path / f"firings-{i:05d}.parquet"))
         pq.write_table(pa.table({"image": image[rows].numpy(), "latent": latent[rows].numpy()}), files[-1])
-    monkeypatch.setattr(structure, "VALUES", 4 * 6)
+    monkeypatch.setattr(latent_pairs, "VALUES", 4 * 6)
     steps = list(iter_fires(files, 6))
     assert max(len(step) for step in steps) == 4
     assert torch.equal(torch.cat(steps), fires[fires.any(1)].float())

@@ -1,4 +1,4 @@
-"""Runs a module, as `python -m` does, that ends when its parent ends: `python -m flows.ward MODULE ARGUMENT ...`.
+"""Runs a module, as `python -m` does, that ends when its parent ends: `python -m flows.parent_watch MODULE ARGUMENT ...`.
 
 Standard input is a pipe from the parent, which never writes to it. In whatever way the parent ends, even by SIGKILL, the pipe closes, and
 the module is ended together with all of its descendants. Imports no Prefect.

@@ -24,7 +24,7 @@ MARK = "OMMATID_SERVICES"
 
 
 class Services:
-    """Processes that run until `end` is called or this process ends, even if it is killed (see flows/ward.py)."""
+    """Processes that run until `end` is called or this process ends, even if it is killed (see flows/parent_watch.py)."""
 
     def __init__(self, env: Mapping[str, str], logs: Path):
         self._mark = secrets.token_hex(8)
@@ -42,7 +42,7 @@ class Services:
         """
         with self._log(name).open("w") as log:
             self._running[name] = subprocess.Popen(
-                [sys.executable, "-m", "flows.ward", *command],
+                [sys.executable, "-m", "flows.parent_watch", *command],
                 env=self._env, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ommatid.catalog.client import Child
+    from ommatid.catalog.sandbox_client import Child
 
 # If a standard stream is closed, the next file opened would get its descriptor, and output meant for the stream would go into it
 for number, mode in enumerate("rww"):
@@ -19,7 +19,7 @@ for number, mode in enumerate("rww"):
 child: "Child | None" = None
 """The process, or None if the verb is not `query` or the process failed to start; the query then reports why."""
 if sys.argv[1:2] == ["query"]:
-    from ommatid.catalog.client import Child
+    from ommatid.catalog.sandbox_client import Child
     from ommatid.errors import QueryError
 
     with suppress(QueryError):

@@ -20,7 +20,7 @@ from torch import Tensor
 from ommatid import schemas
 from ommatid.compute.checkpoint import Accumulator
 from ommatid.compute.nearest import ALIKE, largest, nearest
-from ommatid.compute.nulls import none_for_nan
+from ommatid.compute.undefined import none_for_nan
 from ommatid.events import Listener, Progress, ignore
 from ommatid.metrics import (
     BestMatches,

@@ -1,4 +1,4 @@
-"""The parent's side of `worker.py`: starts the process that runs SQL, sends it statements, and ends it."""
+"""The parent's side of `sandbox.py`: starts the process that runs SQL, sends it statements, and ends it."""
 
 import io
 import os
@@ -18,7 +18,7 @@ from typing import Any
 from ommatid.catalog.database import settings
 from ommatid.errors import QueryError
 
-WORKER = Path(__file__).with_name("worker.py")
+WORKER = Path(__file__).with_name("sandbox.py")
 START = 120.0
 """Seconds that a process may take to start and open the catalogue; generous, as the machine may be busy."""
 ANSWER_TYPES = {

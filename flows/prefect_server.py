@@ -13,7 +13,7 @@ from prefect import get_client
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-from flows.services import Services, free_port
+from flows.processes import Services, free_port
 from ommatid.errors import OmmatidError, RunError, without_credentials
 
 PORTS = range(8000, 9000)

@@ -16,7 +16,7 @@ from ommatid import errors
 from ommatid.errors import OmmatidError
 from ommatid.executors.workers import OPENMP_SETTINGS
 
-MODULE = "ommatid.estimate.trial"
+MODULE = "ommatid.estimate.trial_worker"
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from ommatid.config.models import TransformersJudge
 from ommatid.errors import ModelError
 from ommatid.vlm import Judge, load_judge
+from ommatid.vlm.network_checks import check_judge
 from ommatid.vlm.precision import normalise
-from ommatid.vlm.trust import check_judge
 from support.families import FAMILIES, REFUSED, save_tiny
 from support.study import CHECKOUT
 
@@ -33,7 +33,7 @@ def test_a_family_passes_as_a_judge(tmp_path: Path, family: str) -> None:
 
 def test_the_documentation_lists_these_families() -> None:
     text = " ".join((CHECKOUT / "docs/users/models.md").read_text(encoding="utf-8").split())
-    listed = text.partition("(`tests/vlm/test_trust.py`): ")[2].partition(". ")[0]
+    listed = text.partition("(`tests/vlm/test_network_checks.py`): ")[2].partition(". ")[0]
     assert listed.split(", ") == sorted(FAMILIES)
 
 

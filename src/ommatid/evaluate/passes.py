@@ -18,14 +18,14 @@ from torch import Tensor
 from ommatid import schemas
 from ommatid.activations.batches import load_sample
 from ommatid.compute.checkpoint import Accumulator, Checkpoint, State, inside, restore
-from ommatid.compute.nulls import none_for_nan, nullable
+from ommatid.compute.undefined import none_for_nan, nullable
 from ommatid.config import EvaluateParams
 from ommatid.errors import ConfigError
 from ommatid.evaluate.batches import Images, iter_images, load_kinds
 from ommatid.evaluate.classes import Meaning, PooledActivations, ProbeImages
 from ommatid.evaluate.firings import Firings, HeatMaps, choose_examples
+from ommatid.evaluate.latent_pairs import LevelFidelity, Structure
 from ommatid.evaluate.monosemanticity import JudgeScores, JudgeSummary, Verdict
-from ommatid.evaluate.structure import LevelFidelity, Structure
 from ommatid.events import Listener
 from ommatid.metrics import FidelityByKind, Firing, TopImages, coverage, nan_mean, purity, uniqueness
 from ommatid.sae.baselines import Dictionary, Neurons, make_baseline

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ommatid.cli import app
-from ommatid.cli.edge import LONGEST, at_edge
+from ommatid.cli.error_boundary import LONGEST, at_edge
 from ommatid.errors import ArtefactError, StoppedError
 
 
@@ -60,7 +60,8 @@ def test_a_long_message_is_cut_and_a_full_disk_prints_the_traceback(
 
 def script(body: str) -> list[str]:
     """A process whose whole is `body` at the edge."""
-    text = f"import os, sys, time\nfrom ommatid.cli.edge import at_edge\nwith at_edge():\n{textwrap.indent(textwrap.dedent(body), '    ')}"
+    imports = "import os, sys, time\nfrom ommatid.cli.error_boundary import at_edge\n"
+    text = f"{imports}with at_edge():\n{textwrap.indent(textwrap.dedent(body), '    ')}"
     return [sys.executable, "-c", text]
 
 

@@ -1,6 +1,6 @@
 """The process that runs the SQL of a `Catalog`; it loads DuckDB and nothing else of this package.
 
-`client.py` runs this file by its path and talks to it over standard input, which is a socket. The process is a sandbox:
+`sandbox_client.py` runs this file by its path and talks to it over standard input, which is a socket. The process is a sandbox:
 - No statement can open a file. Once the catalogue is open, DuckDB's access to files is off and its settings are locked; below that, the
   kernel refuses every `open` and `socket` (RLIMIT_NOFILE) and every byte written to a file (RLIMIT_FSIZE), whatever DuckDB tries.
 - Its memory is limited by the kernel (RLIMIT_DATA on Linux), as not every function of DuckDB respects DuckDB's own limit. macOS does
@@ -60,7 +60,7 @@ class Refused(Exception):
 
 
 class Wire:
-    """Messages on a socket: the length in eight bytes, then the pickle, of which the parent accepts only values (see `client.py`)."""
+    """Messages on a socket: the length in eight bytes, then the pickle, of which the parent (`sandbox_client.py`) accepts only values."""
 
     def __init__(self, link: socket.socket) -> None:
         self.link = link

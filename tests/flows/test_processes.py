@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.services import Services
+from flows.processes import Services
 from support.processes import wait_for, wait_for_end
 
 
