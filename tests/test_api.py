@@ -146,7 +146,7 @@ def test_one_of_several_saes_is_chosen_by_name_and_must_match_the_evaluation(cap
     with pytest.raises(ConfigError, match=f"two has no SAE 'other'; it has {run.saes[0]}, "):
         run.sae("other")
     assert [run.sae(name).config.k for name in run.saes] == [2, 3]
-    with pytest.raises(ArtefactError, match="two/evaluation was made from another two/sae than is there now; run `dvc repro evaluate`"):
+    with pytest.raises(ArtefactError, match="two/evaluation was made from another version of two/sae; run `dvc repro evaluate`"):
         run.encode("cat.jpg", run.saes[1])
     with pytest.raises(
         ArtefactError, match=f"two/catalog has no features of {run.saes[1]}-.*, as it was built before that SAE was trained"

@@ -1,7 +1,7 @@
-"""The declaration of a stage: what it reads, what it makes, and what happens to that afterwards.
+"""The declaration of a stage: what it reads, what it makes, and what is done with its artefact.
 
-Every stage has a room, the package of its name. The room's `__init__.py` declares the stage as `STAGE` and imports nothing else of the
-room; its `stage.py` computes the artefact in `run(params, inputs, draft, on_event)`. `ommatid.pipeline` finds both by the stage's name.
+Every stage has a package of its own name. The package's `__init__.py` declares the stage as `STAGE` and imports no other module of it;
+its `stage.py` computes the artefact in `run(params, inputs, draft, on_event)`. `ommatid.pipeline` finds both by the stage's name.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ QUALITY = Path("data/quality")
 HEALTH = "health"
 """Folder in `QUALITY` with one picture of every trained dictionary."""
 REPORT = "report.html"
-"""Page in `QUALITY` that reports what was found, written with the catalogue."""
+"""Page in `QUALITY` that reports the results, written together with the catalogue."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Stage:
     """
 
     name: str
-    """Name of the stage, of its verb, of its section in params.yaml and of its room."""
+    """Name of the stage, which is also that of its verb, of its section in params.yaml and of its package."""
     kind: str
     """Kind of the artefact that the stage makes."""
     place: Path
@@ -44,52 +44,52 @@ class Stage:
     is_per_sae: bool = False
     """Whether its artefact holds one artefact for each SAE. The gate judges each, and the SAE's MLflow run records its numbers."""
     reads_target: bool = False
-    """Whether it compares what an SAE decodes with what it should decode, so that of a transcoder it also reads `target`."""
+    """Whether it compares reconstructions with what they should be, and therefore also reads `target` for a transcoder."""
     has_binding_params: bool = True
-    """Whether later stages of a study must go by the params that this stage's artefact was made with."""
+    """Whether later stages of a study must use the params with which this stage's artefact was made."""
     memory_advice: str | None = None
-    """What the user can do so that the stage takes less memory; None if its need depends little on the params."""
+    """What the user can do to reduce the stage's memory use; None if that depends little on the params."""
     opener: str | None = None
-    """Function that selects the artefacts to read inside this stage's: called with the artefact, the reading stage and the params, it
-    returns them by name of the input. None: later stages read the artefact as it is."""
+    """Function that selects the artefacts inside this stage's that another stage reads. It is called with the artefact, the reading stage
+    and the params, and returns artefacts by name of the input. If None, later stages read the artefact as it is."""
     recorder: str | None = None
-    """Context manager that records the run while it is computed: called with params, inputs and whether DVC versions the artefacts, it
-    yields an object with `tee(listener)` and `finish(artefact)`."""
+    """Context manager that records the stage in MLflow while it runs. It is called with params, inputs and whether DVC versions the
+    artefacts, and yields an object with `tee(listener)` and `finish(artefact)`."""
     drawer: str | None = None
-    """Function that draws the artefact before the gate judges it, so that pictures show why it failed: called with the artefact and the
-    reports' folder, it returns the files of each SAE."""
+    """Function that draws pictures of the artefact before the gate judges it, so that they show why it failed. It is called with the
+    artefact and the reports' folder, and returns the files of each SAE."""
     reporter: str | None = None
-    """Function that writes a report about the artefact once it has passed: called with the artefact and the reports' folder, it returns
-    the file."""
+    """Function that writes a report about the artefact once it has passed the gate. It is called with the artefact and the reports'
+    folder, and returns the file."""
 
     @property
     def is_tracked(self) -> bool:
-        """Whether the MLflow runs of the SAEs take along what this stage found."""
+        """Whether the results of this stage are logged to the MLflow runs of the SAEs."""
         return self.is_per_sae or self.reporter is not None
 
     def run(self, params: "Section", inputs: Mapping[str, "Artefact"], draft: "Draft", on_event: "Listener") -> "Artefact":
-        """Compute the stage's artefact into the draft, by `run` of the room's module `stage`.
+        """Compute the stage's artefact into a draft, with the function `run` of the package's module `stage`.
 
         Args:
-            params: The stage's own section.
+            params: The stage's own section of the params.
             inputs: Artefacts to read, by name of the stage that made them.
-            draft: Where the artefact is written. A draft begun by a run that died is continued.
+            draft: Draft of the artefact. One that a killed run began is continued.
             on_event: Called with each progress event and warning.
 
         Returns:
-            The sealed artefact, not published yet.
+            The sealed artefact, which is not published yet.
         """
         return load(f"ommatid.{self.name}.stage:run")(params, inputs, draft, on_event)
 
 
 def load(reference: str) -> Callable[..., Any]:
-    """Return the function that "module:function" names."""
+    """Return the function that a reference of the form "module:function" names."""
     module, name = reference.split(":")
     return getattr(import_module(module), name)
 
 
 def is_checkouts(data: "Folder | str") -> bool:
-    """Return whether a data root is the checkout's own, whose artefacts DVC versions."""
+    """Return whether a data root is the checkout's own, in which DVC versions the artefacts."""
     from ommatid.store.filesystem import open_folder
 
     path = open_folder(data).local_path()

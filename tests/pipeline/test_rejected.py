@@ -160,8 +160,8 @@ def test_evaluate_skips_saes_that_train_rejected_and_rejects_by_its_own_gate(par
     assert set(made.children) == {GOOD, NARROW} and list(made.rejected) == [WIDE]
     assert made.rejected[WIDE].startswith("few latents are dead: ")
     said = [event.what for event in heard if isinstance(event, Warned)]
-    assert f"evaluate: {BAD} is left out, for train rejected it: {open_stage('train').rejected[BAD]}" in said
-    assert f"evaluate: {WIDE} is rejected: {made.rejected[WIDE]}; it is kept in data/evaluation/{WIDE}, and no later stage reads it" in said
+    assert f"evaluate: {BAD} is left out because train rejected it: {open_stage('train').rejected[BAD]}" in said
+    assert f"evaluate: {WIDE} is rejected: {made.rejected[WIDE]}; it is kept in data/evaluation/{WIDE}, but no later stage reads it" in said
     assert rejected_of(made)[WIDE].rows("latents") == 40
     logged = runs_of_training()
     assert {name: one.info.status for name, one in logged.items()} == dict.fromkeys((BAD, WIDE), "FAILED") | dict.fromkeys(
@@ -187,14 +187,14 @@ def test_label_skips_both_rejected_saes_and_rejects_a_third(params: Params, monk
     section = type(params.label).model_validate(params.label.model_dump(mode="json") | people)
     made = run_stage("label", params.model_copy(update={"label": section}), heard.append)
     assert made.children == [GOOD] and list(made.rejected) == [NARROW] and set(made.leaving_out(()).children) == {GOOD, NARROW}
-    left_out = [event.what for event in heard if isinstance(event, Warned) and " is left out, for " in event.what]
+    left_out = [event.what for event in heard if isinstance(event, Warned) and " is left out because " in event.what]
     assert len(left_out) == 2
 
 
 def test_the_catalogue_holds_the_saes_that_passed_every_gate_and_can_be_promoted(params: Params) -> None:
     heard: list[Event] = []
     run_stage("catalog", params, heard.append)
-    assert len([event for event in heard if isinstance(event, Warned) and " is left out, for " in event.what]) == 3
+    assert len([event for event in heard if isinstance(event, Warned) and " is left out because " in event.what]) == 3
     (passed,) = (sae.summary["sae"] for name, sae in open_stage("train").each().items() if name == GOOD)
     with Catalog(Path("data/catalog/catalog.duckdb")) as catalog:
         assert catalog.rows("SELECT name FROM runs") == [(GOOD,)]

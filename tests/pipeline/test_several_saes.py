@@ -184,8 +184,8 @@ def test_inputs_that_do_not_belong_together_are_refused(params: Params) -> None:
     run_stage("train", params.model_copy(update={"train": again}), ignore, "other")
     with pytest.raises(ArtefactError) as refused:
         run_stage("catalog", params, ignore, "other")
-    assert "other/evaluation was made from another other/sae" in str(refused.value)
-    assert "other/labels was made from another other/sae" in str(refused.value)
+    assert "other/evaluation was made from another version of other/sae" in str(refused.value)
+    assert "other/labels was made from another version of other/sae" in str(refused.value)
     assert "in this order: evaluate, label, catalog" in str(refused.value)
 
 

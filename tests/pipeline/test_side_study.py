@@ -54,7 +54,7 @@ def test_reports_belong_to_their_study(capsys: pytest.CaptureFixture[str], monke
 def test_a_stage_uses_the_params_that_the_study_was_made_with_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_verb("train", "--data", "other/study") == 0  # its hookpoint is another than params.yaml's
     said = capsys.readouterr().out
-    assert "notice: other/study was made with extract.name=another, extract.eval_share=0.4: train goes by these" in said
+    assert "notice: other/study was made with extract.name=another, extract.eval_share=0.4: train uses these values" in said
     assert open_stage("train", data="other/study").manifest.params["k"] == 4  # its own section is as given
 
     params, heard = load_params(), list[Event]()

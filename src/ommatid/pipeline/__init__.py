@@ -1,6 +1,6 @@
-"""The pipeline: all stages in order, and their artefacts. `run` runs one stage from end to end; `inputs` opens what a stage reads.
+"""The pipeline: all stages in order, and their artefacts. `run` runs one stage from end to end, and `inputs` opens what it reads.
 
-The stages are declared in their rooms (see ommatid/stage.py); nothing here knows one of them by name.
+Stages are declared in their own packages (see ommatid/stage.py), and nothing here depends on a stage's name.
 """
 
 from collections.abc import Mapping
@@ -34,8 +34,11 @@ def open_stage(name: str, hookpoint: str | None = None, data: str = DATA) -> Art
         hookpoint: Hookpoint whose activations to open inside the artefact of `extract`; None opens the artefact itself.
         data: Root of the artefacts, a path or URL.
 
+    Returns:
+        The artefact, or the activations inside it.
+
     Raises:
-        ArtefactError: the artefact is missing or damaged, or holds no activations of that hookpoint.
+        ArtefactError: The artefact is missing or damaged, or does not contain activations of that hookpoint.
     """
     artefact = store.open_artefact(place_of(name, data), STAGES[name].kind)
     return artefact if hookpoint is None else artefact.child(hookpoint, "activations")

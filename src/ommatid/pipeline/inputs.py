@@ -1,4 +1,4 @@
-"""The inputs of a stage: artefacts of earlier stages, opened, checked to belong together, and without rejected SAEs."""
+"""The inputs of a stage: artefacts of earlier stages, which are checked to belong together and stripped of rejected SAEs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,40 +18,40 @@ def open_inputs(name: str, params: Params, data: str) -> dict[str, Artefact]:
 
     Args:
         name: Name of the stage.
-        params: All params; they say which activations are read.
+        params: All params, which determine the activations to read.
         data: Root of the artefacts, a path or URL.
 
     Returns:
         Artefacts by name of the input, without the SAEs that a gate rejected.
 
     Raises:
-        ArtefactError: an input is missing or damaged, was imported and lacks what this stage needs, or was made from other inputs than
-            those there are now.
+        ArtefactError: An input is missing or damaged, was imported without something that this stage needs, or was made from an
+            earlier version of another input.
     """
     section: Section = getattr(params, name)
     inputs: dict[str, Artefact] = {}
     if not section.reads_artefacts:
         return inputs
-    # what has an opener comes first: it knows best why the rest may be missing
-    for other in sorted(STAGES[name].inputs, key=lambda other: STAGES[other].opener is None):
-        artefact, opener = open_stage(other, data=data), STAGES[other].opener
-        inputs |= load(opener)(artefact, STAGES[name], params) if opener else {other: artefact}
+    # Openers come first, because their errors explain best why other inputs may be missing.
+    for source in sorted(STAGES[name].inputs, key=lambda source: STAGES[source].opener is None):
+        artefact, opener = open_stage(source, data=data), STAGES[source].opener
+        inputs |= load(opener)(artefact, STAGES[name], params) if opener else {source: artefact}
     check_lineage(name, inputs)
     return _without_rejected(inputs)
 
 
 def check_lineage(reader: str, artefacts: Mapping[str, Artefact]) -> None:
-    """Check that artefacts belong together: that each was made from those of the others that its manifest names.
+    """Check that artefacts belong together: none was made from an earlier version of another.
 
     Args:
-        reader: Name of the stage, or other use, that reads them.
+        reader: Name of the stage, or of another use, that reads the artefacts.
         artefacts: Artefacts by name of the stage.
 
     Raises:
-        ArtefactError: an artefact was made again, and one made from its earlier content was not.
+        ArtefactError: An artefact was replaced, but one that had been made from it was not.
     """
     stale = {
-        f"{artefact.url} was made from another {source.url}": stage
+        f"{artefact.url} was made from another version of {source.url}": stage
         for stage, artefact in artefacts.items()
         for made_from, digest in artefact.manifest.inputs.items()
         # the manifest of a sample of images names the whole set as its input `images`
@@ -60,55 +60,59 @@ def check_lineage(reader: str, artefacts: Mapping[str, Artefact]) -> None:
     if stale:
         again = [stage for stage in STAGES if stage in stale.values() or stage == reader]
         raise ArtefactError(
-            f"{reader}: its inputs do not belong together: {'; '.join(stale)} than is there now; "
-            f"run `dvc repro {again[-1]}`, or these stages again, in this order: {', '.join(again)}"
+            f"{reader}: its inputs do not belong together: {'; '.join(stale)}; "
+            f"run `dvc repro {again[-1]}`, or run these stages again, in this order: {', '.join(again)}"
         )
 
 
 def _without_rejected(inputs: Mapping[str, Artefact]) -> dict[str, Artefact]:
-    """Leave the SAEs that the gate of any input's stage rejected out of all inputs that have one artefact for each SAE."""
+    """Leave out the SAEs that any gate rejected from all inputs that have an artefact for each SAE."""
     per_sae = [name for name, stage in STAGES.items() if stage.is_per_sae and name in inputs]
     rejected = {sae for name in per_sae for sae in inputs[name].rejected}
     return {name: artefact.leaving_out(rejected) if name in per_sae else artefact for name, artefact in inputs.items()}
 
 
 def study_params(name: str, params: Params, data: str, on_event: Listener = ignore) -> Params:
-    """Return the params of a stage in a study: its own section as given, earlier sections as the study's artefacts were made with.
+    """Return the params with which a stage of a study should run.
 
-    Under the checkout's own root DVC keeps artefacts and params together, and the params are returned as they are.
+    Its own section is the given one, but the sections of earlier stages are those with which the study's artefacts were made. Under the
+    checkout's own data root, DVC keeps artefacts and params consistent, so the params are returned unchanged.
 
     Args:
         name: Name of the stage.
         params: Params of params.yaml and the command line.
         data: Root of the study's artefacts, a path or URL.
         on_event: Called with a warning that names the params that differ.
+
+    Returns:
+        The params.
     """
     if is_checkouts(data):
         return params
     sections: dict[str, Any] = {}
-    for other in STAGES[name].inputs:
-        section: Section = getattr(params, other)
+    for source in STAGES[name].inputs:
+        section: Section = getattr(params, source)
         try:
-            made_with = store.open_artefact(place_of(other, data), STAGES[other].kind).manifest.params
+            made_with = store.open_artefact(place_of(source, data), STAGES[source].kind).manifest.params
         except ArtefactError:
             continue  # the stage itself reports a missing input, if it needs it
-        if STAGES[other].has_binding_params and made_with != section.identity():
+        if STAGES[source].has_binding_params and made_with != section.identity():
             runtime = {
                 key: value for key, value in section.model_dump(mode="json").items() if key in section.runtime_keys and key not in made_with
             }
-            sections[other] = {**runtime, **made_with}
+            sections[source] = {**runtime, **made_with}
     if not sections:
         return params
     values = params.model_dump(mode="json")
-    studied = make_params({**values, **sections}, f"{open_folder(data)}")
-    before = dotted(params)
-    changed = {key: value for key, value in dotted(studied).items() if key not in before or before[key] != value}
+    adapted = make_params({**values, **sections}, f"{open_folder(data)}")
+    given = dotted(params)
+    changed = {key: value for key, value in dotted(adapted).items() if key not in given or given[key] != value}
     if changed:
         changes = ", ".join(f"{key}={value}" for key, value in list(changed.items())[:_SHOWN])
         more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
-        on_event(Warned(f"{open_folder(data)} was made with {changes}{more}: {name} goes by these, not by what was given"))
-    return studied
+        on_event(Warned(f"{open_folder(data)} was made with {changes}{more}: {name} uses these values instead of those given"))
+    return adapted
 
 
 _SHOWN = 5
-"""Number of differing params that a warning names; the rest are counted."""
+"""Number of differing params that a warning names; it counts the rest."""

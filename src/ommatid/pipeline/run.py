@@ -1,4 +1,4 @@
-"""One stage from end to end: inputs opened, draft computed, gate passed, artefact in place, numbers and reports in MLflow."""
+"""Execution of one stage from end to end: open inputs, compute the draft, pass the gate, publish the artefact, and log to MLflow."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +26,7 @@ P = ParamSpec("P")
 
 
 def _explain_lacks(run: Callable[Concatenate[str, P], Artefact]) -> Callable[Concatenate[str, P], Artefact]:
-    """Wrap the run of a stage, so that whatever the machine lacked is named by a MachineError that says what to do."""
+    """Wrap the function that runs a stage, so that if the machine lacks something, a MachineError says what it is and what to do."""
 
     @functools.wraps(run)
     def explained(name: str, *args: P.args, **kwargs: P.kwargs) -> Artefact:
@@ -53,26 +53,27 @@ def run_stage(
     must_pass: bool = True,
     run: Callable[[Any, Mapping[str, Artefact], Draft, Listener], Artefact] | None = None,
 ) -> Artefact:
-    """Run one stage in the current directory. If another process is making the same artefact, wait for it and take that one.
+    """Run one stage in the current directory. If another process is making the same artefact, wait for it and return that artefact.
 
-    If some of several SAEs fail the gate, the artefact is published with the rest as its children; its summary lists the rejected ones
-    with their reasons in `rejected`. They stay inside it, complete, but no later stage reads them.
+    If only some of several SAEs fail the gate, the artefact is published, and its summary lists these in `rejected` with the reasons.
+    Rejected SAEs stay in the artefact's folder, complete, but they are no longer its children, and no later stage reads them.
 
     Args:
         name: Name of the stage.
         params: All params.
         on_event: Called with each progress event and warning.
         data: Root of all artefacts and of the gates' reports, a path or URL.
-        must_pass: Whether an artefact that fails the gate stays unpublished. Trials on samples only report failures.
-        run: Computes the artefact in place of the stage's own `run`, as a trial of training needs it.
+        must_pass: Whether to raise an error if the artefact fails the gate. If not, as in trials on samples, failures are only reported.
+        run: Function that computes the artefact in place of the stage's own `run`, for trials of training.
 
     Returns:
         The published artefact.
 
     Raises:
-        GateError: a check failed for the only SAE, for all of them, or for the whole; nothing is published, the report is written.
-        MachineError: the machine lacks memory, disk space, threads, or the right to something.
-        OmmatidError: an input is missing or damaged, or the user's values cannot be used.
+        GateError: A check failed for the only SAE, for every SAE, or for the artefact as a whole. Nothing is published, but the report
+            is written.
+        MachineError: The machine lacks memory, disk space, threads or a permission.
+        OmmatidError: An input is missing or damaged, or the user's values cannot be used.
     """
     stage, place = STAGES[name], place_of(name, data)
     inputs = open_inputs(name, params, data)
@@ -85,13 +86,13 @@ def run_stage(
     with _open_reports(stage, data) as reports, store.open_draft(place, stage.kind, section.identity(), inputs, on_wait) as draft:
         for earlier, artefact in inputs.items():
             for sae, reason in artefact.rejected.items():
-                on_event(Warned(f"{name}: {sae} is left out, for {earlier} rejected it: {reason}"))
+                on_event(Warned(f"{name}: {sae} is left out because {earlier} rejected it: {reason}"))
         if draft.published:
             _warn_of_rejected(name, draft.published, place, on_event)
             return draft.published
         with _recording(stage, params, inputs, data) as runs:
             artefact = draft.sealed() or (run or stage.run)(section, inputs, draft, runs.tee(on_event) if runs else on_event)
-            artefact = artefact.leaving_out(())  # a run that was killed may have rejected some: all are judged again
+            artefact = artefact.leaving_out(())  # a killed run may have rejected some SAEs, but the gate judges all of them again
             for one in (artefact, *artefact.each().values()):
                 check_keys(one.manifest.kind, one.summary)
             if stage.drawer:
@@ -109,10 +110,10 @@ def run_stage(
 
 
 def follow_training(params: Params, data: str = DATA) -> None:
-    """Train beside the process that runs the stage and alone writes: the job of every process that `torchrun` starts but the first.
+    """Take part in training as a process that `torchrun` started, other than the first, which runs the stage and writes the artefact.
 
     Raises:
-        OmmatidError: an input is missing or damaged, or training cannot go on.
+        OmmatidError: An input is missing or damaged, or training cannot go on.
     """
     from ommatid.train.stage import follow
 
@@ -121,52 +122,52 @@ def follow_training(params: Params, data: str = DATA) -> None:
 
 def _warn_of_rejected(name: str, artefact: Artefact, place: Folder, on_event: Listener) -> None:
     for sae, reason in artefact.rejected.items():
-        on_event(Warned(f"{name}: {sae} is rejected: {reason}; it is kept in {place / sae}, and no later stage reads it"))
+        on_event(Warned(f"{name}: {sae} is rejected: {reason}; it is kept in {place / sae}, but no later stage reads it"))
 
 
 @dataclass(frozen=True)
 class _Reports:
-    """The folder of the gates' reports."""
+    """Folder of the gates' reports."""
 
     path: Path
-    """Folder on this machine."""
+    """Path of the folder on this machine."""
     shown: str
-    """Path or URL under which a user finds it."""
+    """Path or URL at which the user finds it."""
 
 
 @contextmanager
 def _open_reports(stage: Stage, data: str) -> Iterator[_Reports]:
-    """Open the reports' folder of a data root. That of an object store is a local folder, uploaded when the block ends."""
+    """Open the reports' folder of a data root. For an object store it is a local folder, which is uploaded at the end."""
     folder = open_folder(data) / QUALITY.name
-    # the runs of a recorded stage take along the reports of the stages before
+    # The MLflow runs of a recorded stage also receive the reports of earlier stages.
     earlier = [file.name for file in _earlier_reports(stage, Path())] if stage.recorder else []
     with folder.mirror(earlier, replace=HEALTH) as path:
         yield _Reports(path, f"{path.absolute()}" if folder.is_local else folder.url)
 
 
 def _earlier_reports(stage: Stage, folder: Path) -> list[Path]:
-    """Return the files of the reports of all stages before this one, which had no MLflow run to go to."""
+    """Return the paths of the reports of all earlier stages, which have no MLflow runs of their own."""
     names = list(STAGES)
     return [folder / f"{earlier}{suffix}" for earlier in names[: names.index(stage.name)] for suffix in (".json", ".html")]
 
 
 def _recording(stage: Stage, params: Params, inputs: Mapping[str, Artefact], data: str) -> AbstractContextManager["Runs | None"]:
-    """Return the context in which a stage is computed: of one that is recorded, MLflow runs that fail if the block does."""
+    """Return the context in which a stage runs. For a recorded stage it opens MLflow runs, which end as failed if the block raises."""
     return load(stage.recorder)(params, inputs, is_checkouts(data)) if stage.recorder else nullcontext()
 
 
 def _judge(
     stage: Stage, artefact: Artefact, params: Params, training: Artefact, draft: Draft, reports: _Reports, must_pass: bool
 ) -> tuple[Artefact, list[Path]]:
-    """Hold a stage's artefact against its gate and write the gate's report.
+    """Check a stage's artefact with its gate, and write the gate's report.
 
     Returns:
-        The artefact, without the SAEs that failed; and the report's files.
+        The artefact without the SAEs that failed, and the report's files.
 
     Raises:
-        GateError: the artefact failed as a whole and must pass; its draft is discarded.
+        GateError: The artefact must pass but failed as a whole; its draft is discarded.
     """
-    # each manifest has the params that its SAE was trained with: those given now may differ
+    # The params come from the SAEs' manifests, because those given now may differ from those they were trained with.
     saes = {name: TrainParams.model_validate(sae.manifest.params) for name, sae in training.each().items()} if stage.is_per_sae else {}
     report = quality.check(stage.name, artefact, params, saes)
     json_path, html_path = quality.write_report(report, reports.path)
@@ -183,7 +184,7 @@ def _judge(
 
 def _reject(summary: Mapping[str, Any], rejected: Mapping[str, str]) -> dict[str, Any]:
     """Return the summary of a stage's SAEs once some are rejected."""
-    passed = {sae: found for sae, found in summary["of"].items() if sae not in rejected}
+    passed = {sae: numbers_of_sae for sae, numbers_of_sae in summary["of"].items() if sae not in rejected}
     return {**summary, "saes": list(passed), "of": passed, "rejected": dict(rejected)}
 
 
@@ -193,6 +194,6 @@ def _track(
     """Send numbers and reports to the MLflow run of each SAE."""
     if stage.recorder:
         files = [*(path for path in _earlier_reports(stage, reports) if path.exists()), *files]
-    made = artefact.leaving_out(()).each()  # a catalogue has no artefact for each SAE: it is about all of them
-    of_saes = {sae: numbers(made[sae].summary) if made else {} for sae in training.children}
+    children = artefact.leaving_out(()).each()  # empty for a catalogue, which is about all SAEs together
+    of_saes = {sae: numbers(children[sae].summary) if children else {} for sae in training.children}
     tracking.log_stage(stage.name, training.each(), files, of_saes, pictures, artefact.rejected)
