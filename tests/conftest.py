@@ -20,7 +20,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` starts
 
 @pytest.fixture(autouse=True)
 def _no_home_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Machine settings of whoever runs the tests do not change what they prove."""
+    """Isolate the tests from the machine settings of the person who runs them."""
     for name in ("MLFLOW_TRACKING_URI", "OMMATID_CHECKOUT", "OMMATID_EXPERIMENT", "OMMATID_FLOW_RUN"):
         monkeypatch.delenv(name, raising=False)
 
@@ -34,7 +34,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """URL of an empty prefix on a real S3 server on this machine; the environment leads to it."""
+    """URL of an empty prefix on a real S3 server on this machine, for which the environment is set."""
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return f"s3://bucket/{tmp_path.name}"
@@ -42,7 +42,7 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 @pytest.fixture(scope="session")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of one tiny catalogue, for all tests that only read."""
+    """File of one tiny catalogue, shared by all tests that only read it."""
     from support import catalog as artefacts
 
     root = tmp_path_factory.mktemp("catalogue")
@@ -52,7 +52,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def catalog(file: Path) -> Iterator["Catalog"]:
-    """The same catalogue, opened."""
+    """The same catalogue, open."""
     from ommatid.catalog.reader import Catalog
 
     with Catalog(file) as opened:

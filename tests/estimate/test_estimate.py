@@ -42,7 +42,7 @@ N_IMAGES = 256
 
 @dataclass
 class Planted:
-    """A stage that takes what it is told to: `start` once a process, `fixed` a run, and `each` a unit of work."""
+    """A stage with given costs: `start` seconds per process, `fixed` per run and `each` per unit of work."""
 
     start: float
     fixed: float
@@ -145,7 +145,7 @@ def write_checkout(root: Path) -> None:
 
 
 class InThisProcess:
-    """A trial's process that is none: heavy imports are paid once."""
+    """Stands for a trial's process but runs in this one, so that heavy imports are paid once."""
 
     def __init__(self, stage: str, environment: dict[str, str], log: Path) -> None:
         self._stage = stage

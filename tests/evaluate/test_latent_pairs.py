@@ -31,7 +31,7 @@ Rows = list[dict[str, Any]]
 
 @pytest.fixture(scope="module", autouse=True)
 def fifty_wait() -> Iterator[None]:
-    """Fifty images are judged together, some of one shard of eighty and some of the next."""
+    """Let fifty images be judged at once, so that blocks cross the borders of shards, which have eighty."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(monosemanticity, "IMAGES", 50)
         yield
@@ -39,7 +39,7 @@ def fifty_wait() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, fifty_wait: None) -> dict[str, Artefact]:
-    """Inputs, and the evaluation of them."""
+    """Inputs and their evaluation."""
     root = tmp_path_factory.mktemp("world")
     x, labels = make_world(N_IMAGES)
     inputs = make_inputs(root, x, labels, ["/".join(PATHS[label]) for label in labels])
@@ -369,6 +369,6 @@ def test_a_checkpoint_that_is_due_within_a_shard_waits_for_the_next(
 
 
 def test_each_step_of_the_stream_is_one_shard(world: dict[str, Artefact]) -> None:
-    """What the test above counts on."""
+    """The test above relies on it."""
     steps = list(batches.iter_images(world["extract"], None, D_SAE, N_IMAGES, "", lambda event: None))
     assert [batch.shard for batch in steps] == [0, 1, 2]

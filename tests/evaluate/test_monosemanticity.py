@@ -33,13 +33,13 @@ from support.tiles import GRID, TileModel, make_images_artefact
 
 N_IMAGES = 240
 N_CHECKED = 8
-"""Pictures that a model is looked at with before the images."""
+"""Pictures with which a model is checked before the images."""
 D_SAE = 20
 COLOURS, SHY = {"kind": "lite", "variant": "lite2"}, {"kind": "transformers", "path": "shy"}
 
 
 class Shy(TileModel):
-    """Judges by the colour of single tiles, and fails on green: one image in a batch, or several."""
+    """Judges by the colours of single tiles, and fails on green images, of which a batch may have one or several."""
 
     name = "shy"
     d_embed = 18
@@ -54,7 +54,7 @@ class Shy(TileModel):
 
 
 class Blind(Shy):
-    """Sees zeros where the tiles are plain, as in all the images, but not in the picture that it is looked at with before."""
+    """Embeds all images as zeros, but not the picture with which it is checked at load."""
 
     name = "blind"
 
@@ -86,7 +86,7 @@ def evaluate_params(image_activation: str = "max") -> EvaluateParams:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artefact]:
-    """Images, activations of all tokens with both judges, an SAE of random directions."""
+    """Images, activations of all tokens with both judges, and an SAE of random directions."""
     root = tmp_path_factory.mktemp("judges")
     made = {"images": make_images_artefact(root, N_IMAGES)}
     made["extract"] = make_artefact(root / "extract", "extraction", extract, extract_params([COLOURS, SHY]), made)
@@ -117,7 +117,7 @@ def embeddings_of(made: dict[str, Artefact], column: str) -> dict[int, torch.Ten
 
 
 def eval_rows(made: dict[str, Artefact]) -> tuple[torch.Tensor, list[int]]:
-    """Evaluation activations (images, tokens, d_model), and the images."""
+    """Activations of the evaluation images, (images, tokens, d_model), and the images."""
     rows = made["extract"].read("eval")
     per_image = made["extract"].summary["tokens_per_image"]
     return from_float16(rows["x"]).float().unflatten(0, (-1, per_image)), rows["image"].to_pylist()[::per_image]

@@ -73,7 +73,7 @@ def inputs(images: Artefact, extraction: Artefact) -> dict[str, Artefact]:
 
 
 def make_sae(directions: torch.Tensor, b_dec: torch.Tensor | None = None, decodes: torch.Tensor | None = None) -> SAE:
-    """Encodes by relu(x · directions), decodes by acts · decodes + b_dec."""
+    """Make an SAE that encodes by relu(x · directions) and decodes by acts · decodes + b_dec."""
     config = SAEConfig("planted", 8, len(directions), 1, "tiles", "tiles")
     b_dec = torch.zeros(8) if b_dec is None else b_dec
     return SAE(
@@ -82,17 +82,17 @@ def make_sae(directions: torch.Tensor, b_dec: torch.Tensor | None = None, decode
 
 
 def exact_sae(model: TileModel) -> SAE:
-    """x̂ = x: every colour and its opposite."""
+    """Make an SAE with x̂ = x, which has a latent for every colour and its opposite."""
     return make_sae(torch.cat([model.spread, -model.spread]))
 
 
 def red_sae(model: TileModel) -> SAE:
-    """Sees red alone."""
+    """Make an SAE that reconstructs red alone."""
     return make_sae(model.spread[:1])
 
 
 def silent_sae(activations: Artefact) -> SAE:
-    """Always says the mean of the training tokens."""
+    """Make an SAE that always reconstructs the mean of the training tokens."""
     return make_sae(torch.zeros(1, 8), load_sample(activations, zero_shot.N_MEAN).mean(0))
 
 
@@ -106,7 +106,7 @@ def measure(inputs: Mapping[str, Artefact], heard: list[Event] | None = None, **
 
 
 class ByHand:
-    """The same numbers from all pixels at once."""
+    """Computes the same numbers from all pixels at once."""
 
     def __init__(self, model: TileModel, inputs: Mapping[str, Artefact], split: str) -> None:
         rows = [row for row in inputs["images"].read("images").to_pylist() if row["split"] == split]
@@ -116,7 +116,7 @@ class ByHand:
         self.model = model
 
     def losses(self, patches: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whether each image is right, and its cross-entropy, where the model goes on from these patches."""
+        """Return whether each image is classified correctly, and its cross-entropy, if the model continues from these patches."""
         embeddings = (patches.mean(1) @ self.model.spread.T + 0.01).double()
         texts = self.model.embed_text(["a photo of a " + name for name in COLOURS]).double()
         cosines = torch.nn.functional.cosine_similarity(embeddings[:, None], texts[None], dim=2)
@@ -206,7 +206,7 @@ def test_a_models_own_scale_is_used(model: TileModel, inputs: dict[str, Artefact
 
 
 def refused(inputs: Mapping[str, Artefact], **dictionaries: SAE) -> str:
-    """The reason, which is in the summary and was told."""
+    """Return the reason in the summary, which must also be in a warning."""
     heard: list[Event] = []
     found = measure(inputs, heard, **dictionaries)
     assert found.rows == [] and found.table().schema == schemas.ZERO_SHOT

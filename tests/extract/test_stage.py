@@ -33,7 +33,7 @@ from support.tiles import GRID, TileModel, make_images_artefact
 
 N_IMAGES = 600
 N_CHECKED = 8
-"""Pictures that a model is looked at with before the images."""
+"""Pictures with which a model is checked before the images."""
 
 
 def params(**changes: object) -> ExtractParams:
@@ -45,7 +45,7 @@ def params(**changes: object) -> ExtractParams:
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> TileModel:
-    """Stands for all networks; several shards of several chunks of several row groups."""
+    """A model that stands for all networks; a run has several shards of several chunks of several row groups."""
     model = TileModel()
     monkeypatch.setattr(networks, "load_model", lambda params, dtype, device: model)
     monkeypatch.setattr(networks, "load_judge", lambda params, dtype, device: model)
@@ -63,7 +63,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
 
 
 def make(root: Path, images: Artefact, on_event: Listener = ignore, **changes: object) -> Artefact:
-    """The whole extraction."""
+    """Run a whole extraction."""
     section, place = params(**changes), root / "activations"
     with open_draft(place, "extraction", section.identity(), {"images": images}) as draft:
         extract(section, {"images": images}, draft, on_event)
@@ -75,7 +75,7 @@ def make_tiles(root: Path, images: Artefact, **changes: Any) -> Artefact:
 
 
 def expected(model: TileModel, images: Artefact) -> dict[tuple[int, int, int], torch.Tensor]:
-    """(image, row, col) -> activation, by hand."""
+    """Return the activation of each (image, row, col), computed by hand."""
     found = zip(*(images.read("images")[name].to_pylist() for name in ("image", "encoded")), strict=True)
     return {
         (image, r, c): (model.colours(torch.from_numpy(np.array(decode(encoded)))[None])[0, r, c] @ model.spread).half()

@@ -29,5 +29,5 @@ def params(words: Path) -> Params:
 
 @pytest.fixture(scope="session")
 def line(tmp_path_factory: pytest.TempPathFactory, params: Params) -> dict[str, Artefact]:
-    """Every artefact before the labels."""
+    """Artefacts of all stages before `label`."""
     return make_line(tmp_path_factory.mktemp("line"), params)

@@ -53,7 +53,7 @@ def test_a_planted_word_is_found_among_random_words() -> None:
 
 
 def colour(images: Sequence[Image.Image]) -> list[str]:
-    """Captions by the mean colour: what a captioner sees of a cut image differs from what it sees of the whole."""
+    """Caption images by their mean colour, which differs between a cropped image and the whole one."""
     means = [np.asarray(image).reshape(-1, 3).mean(0) for image in images]
     return [f"a photo that is {'purple' if red > 60 and blue > 60 else 'red' if red > 60 else 'green'}" for red, _, blue in means]
 

@@ -19,7 +19,7 @@ RED, BLUE, GREEN = (220, 0, 0), (0, 0, 220), (0, 160, 0)
 
 
 def at(grid: Image.Image, tile: int, x: float, y: float = 0.5) -> tuple[int, ...]:
-    """The pixel at a place of a tile, as shares of its width and height."""
+    """Return the pixel at a position of a tile, given as shares of its width and height."""
     left, top = tile_corner(tile)
     pixel = grid.getpixel((left + int(x * SIDE), top + int(y * SIDE)))
     assert isinstance(pixel, tuple)
@@ -98,7 +98,7 @@ def test_grids_are_small_and_reproducible() -> None:
 
 
 def test_grids_look_the_same_as_when_their_version_was_last_increased() -> None:
-    """Remembered answers are to these pictures. When this fails on purpose, raise GRID_VERSION and write down the new numbers."""
+    """Cached answers are about these grids. If a change is intended, increase GRID_VERSION and record the new numbers."""
     examples = make_case(0).firing
     grid = Image.open(io.BytesIO(draw_grid([(i, mark(example)) for i, example in enumerate(examples, start=1)])))
     coarse = np.asarray(grid.convert("L").resize((8, 4), Image.Resampling.BOX)).astype(int)

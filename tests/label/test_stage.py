@@ -33,7 +33,7 @@ def label_params(params: Params, *labellers: Mapping[str, Any], **more: Any) -> 
 
 
 def run(root: Path, params: LabelParams, line: Mapping[str, Artefact], asked: Source | None = None, hear: Any = ignore) -> Artefact:
-    """The stage; `asked` stands where the params have the last labeller, whichever it is."""
+    """Run the stage; `asked` replaces the last labeller of the params."""
 
     def stage(params: LabelParams, inputs: Mapping[str, Artefact], draft: Draft) -> Artefact:
         found = load_material(params, inputs)
@@ -56,7 +56,7 @@ def write_labels(folder: Path, labels: Mapping[int, str]) -> dict[str, str]:
 
 
 class Eyes:
-    """A labeller that says what it is told to, and a detector that sees colours in the file's class."""
+    """A labeller with scripted answers, and a detector whose grades depend on the label alone."""
 
     name = "eyes"
 
@@ -159,7 +159,7 @@ def test_a_labeller_that_fails_is_reported_and_leaves_the_others_alone(
 
 def report_of(labelled: Artefact, params: Params, section: LabelParams) -> Any:
     class Labellings:
-        """An artefact with these labels inside."""
+        """A training with these labels."""
 
         summary: Mapping[str, Any] = {}
 

@@ -94,7 +94,7 @@ def test_the_control_is_a_different_label_of_another_latent(names: str) -> None:
 
 
 def test_controls_are_drawn_from_all_latents() -> None:
-    """Of names that all differ they are a rotation: each is a control once."""
+    """If all labels differ, each is a control exactly once."""
     labels = {i: f"name {i}" for i in range(50)}
     assert sorted(str(other) for other in other_labels(labels, seed=0).values()) == sorted(labels.values())
     assert other_labels(labels, seed=0) != other_labels(labels, seed=1)

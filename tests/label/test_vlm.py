@@ -21,7 +21,7 @@ HORSE = names("horse")
 
 
 class FakeClock:
-    """Time that passes only while somebody sleeps, and no chance."""
+    """A clock whose time passes only during sleeps, without randomness."""
 
     def __init__(self) -> None:
         self.time = 0.0
@@ -34,7 +34,7 @@ class FakeClock:
 
 
 class Run:
-    """A labeller on a server, with what it said and how it waited."""
+    """A labeller on a server, with its warnings and its clock."""
 
     def __init__(self, url: str, folder: Path, **params: object) -> None:
         self.said: list[str] = []

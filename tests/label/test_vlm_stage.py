@@ -29,7 +29,7 @@ N_IMAGES = 200
 
 @pytest.fixture(scope="module")
 def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Artefact]]:
-    """Every artefact up to the evaluation of the planted SAE."""
+    """Artefacts of all stages up to the evaluation of the planted SAE."""
     root = tmp_path_factory.mktemp("line")
     params = make_test_params(
         extract={"hookpoints": ["tiles"], "tokens": "patch", "dtype": "float32"},
@@ -56,7 +56,7 @@ def words(tmp_path: Path) -> Path:
 
 
 def run(place: Path, line: Mapping[str, Artefact], words: Path, url: str, **vlm: Any) -> tuple[dict[str, list[dict]], list[str]]:
-    """Rows of the labels by labeller, in order of latents, and what was warned of."""
+    """Run the stage; return the rows of each labeller, in order of latents, and the warnings."""
     asked = {"kind": "vlm", "model": "tiny", "url": url, **vlm}
     labellers = [{"kind": "vocabulary", "words": [str(words)]}, asked]
     params = LabelParams.model_validate({"labellers": labellers, "n_examples": 16, "min_examples": 4, "seed": 0})
@@ -69,7 +69,7 @@ def run(place: Path, line: Mapping[str, Artefact], words: Path, url: str, **vlm:
 
 
 def seen(grid: Image.Image, tile: int) -> str | None:
-    """The colour of a tile, where there is one."""
+    """Return the colour of a tile; None if it is grey or missing."""
     left, top = tile_corner(tile)
     if top + SIDE > grid.height or left + SIDE > grid.width:
         return None
@@ -79,7 +79,7 @@ def seen(grid: Image.Image, tile: int) -> str | None:
 
 
 def look(asked: Asked, n_before: int) -> Reply:
-    """Names the colour that is left in most marked crops; finds the tiles that have a colour."""
+    """Reply with the colour of most marked crops, or with the tiles that have the colour in question."""
     if "numbered images" in asked.text:
         (grid,) = asked.images
         name = asked.text.split('show this: "')[1].split('"')[0]

@@ -22,7 +22,7 @@ BYS: tuple[By, ...] = ("mean", "soft_wpmi")
 
 
 def draw(n_latents: int, n_images: int, n_words: int, d: int = 6) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """Latents with 2 to 9 images each, strongest first, embeddings of images, and of words."""
+    """Sample latents with 2 to 9 images each, strongest first, and embeddings of images and words."""
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randperm(n_images, generator=generator)[: 2 + i % 8] for i in range(n_latents)]
     acts = [torch.rand(len(own), generator=generator).sort(descending=True).values.double() + 0.1 for own in rows]
@@ -39,7 +39,7 @@ def slow_mean(rows: list[Tensor], acts: list[Tensor], images: Tensor, words: Ten
 
 
 def slow_soft_wpmi(rows: list[Tensor], acts: list[Tensor], images: Tensor, words: Tensor) -> list[int]:
-    """Term by term, in Python's floats."""
+    """Compute the criterion term by term, with Python's floats."""
     likely = [[math.exp(10 * float(image @ word)) for word in words] for image in images.double()]
     p = [[value / sum(of) for value in of] for of in likely]
     most = max(map(len, rows))
@@ -70,7 +70,7 @@ def test_no_latents_give_no_words_and_equal_words_give_the_first(by: By) -> None
 
 
 def test_soft_wpmi_prefers_a_word_specific_to_one_latent() -> None:
-    """All latents' images lie near the first word; each has a word of its own besides, a little farther off."""
+    """The images of all latents are nearest to the first word; each latent also has its own word, slightly farther away."""
     n = 5
     basis = torch.eye(n + 1)
     rows = [torch.arange(4) + 4 * i for i in range(n)]
@@ -102,7 +102,7 @@ def test_files_without_words_are_named(tmp_path: Path, content: bytes | None, sa
 
 
 class Letters:
-    """A text tower without a network: an embedding by the text's checksum."""
+    """A text tower without a network, which embeds a text by its checksum."""
 
     text_templates = ("a {}", "the {}")
 

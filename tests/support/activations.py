@@ -17,13 +17,13 @@ from ommatid.store import Artefact, open_draft, part_name
 from support.study import make_test_params
 
 N_IMAGES, N_TOKENS = 400, 5
-"""Of each of two shards."""
+"""Numbers of images, and of tokens per image, in each of two shards."""
 D_MODEL = 16
-"""Width of `write_activations`."""
+"""Width of the activations that `write_activations` writes."""
 
 
 def make_activations(root: Path, window_rows: int | None = None) -> Artefact:
-    """Rows whose vector is (image, token), in the order that extraction writes."""
+    """Make activations whose vector is (image, token), with rows in the order of an extraction."""
     with open_draft(root / "activations", "activations", {}, {}) as draft:
         sizes = []
         for shard in range(2):
@@ -43,7 +43,7 @@ def make_activations(root: Path, window_rows: int | None = None) -> Artefact:
 
 
 def draw_activations() -> np.ndarray:
-    """Sparse mixtures of 64 directions, (tokens, 32) float16."""
+    """Sample sparse mixtures of 64 directions, (tokens, 32) float16."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(64, 32, generator=generator), dim=1)
     mix = torch.rand(10_000, 64, generator=generator)
@@ -51,7 +51,7 @@ def draw_activations() -> np.ndarray:
 
 
 def write_activations(folder: Path, n: int = 4096) -> Path:
-    """Sparse mixtures of 24 directions, so that some latents are better than others."""
+    """Write sparse mixtures of 24 directions, so that some latents are better than others."""
     rng = np.random.default_rng(0)
     directions = rng.standard_normal((24, D_MODEL))
     codes = rng.random((n, 24)) * (rng.random((n, 24)) < 0.1)
@@ -60,7 +60,7 @@ def write_activations(folder: Path, n: int = 4096) -> Path:
 
 
 def make_params(folder: Path, **train: object) -> Params:
-    """Params that extract from `x.npy` in `folder` and train a small SAE."""
+    """Return params that import `x.npy` in `folder` and train a small SAE."""
     section = {"d_sae": 32, "k": 3, "epochs": 6, "batch_size": 256, "lr": 3e-3, "max_dead": 1.0} | train
     source = {"source": "files", "path": str(folder / "x.npy"), "name": "x", "model": "planted", "eval_share": 0.2}
     values = make_test_params(train=section).model_dump(mode="json") | {"extract": source}

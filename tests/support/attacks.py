@@ -2,7 +2,7 @@
 
 
 def nested(n: int) -> str:
-    """JSON of that depth."""
+    """Return JSON nested to a depth."""
     return f"""repeat('{chr(123)}"a":', {n}) || '1' || repeat('{chr(125)}', {n})"""
 
 
@@ -204,7 +204,7 @@ SHAPE = [
     "SELECT * FROM features WHERE latent IN (" + "SELECT latent FROM features WHERE latent IN (" * 10_000 + "1" + ")" * 10_001,
 ]
 REFUSED = READ + REACH + WRITE + SETTINGS + SHAPE
-"""Nothing of this is answered."""
+"""Statements that must be refused."""
 
 LOOK = [
     "FROM duckdb_settings()",
@@ -248,7 +248,7 @@ LOOK = [
     "PIVOT firings ON latent IN (0, 1) USING count(*)",
     "SELECT '\u202egnp.exe', 'e\u0301' = '\u00e9', '\U0001f469\u200d\U0001f52c'",
 ]
-"""May be answered: what comes has no secret in it."""
+"""Statements that may be answered, if the answer does not contain the secret."""
 
 SLOW = [
     "SELECT sleep_ms(1000000)",
@@ -325,7 +325,7 @@ SLOW = [
     "SELECT " + " + ".join(f"hash(range, {i})" for i in range(400)) + " FROM range(100000000)",
     "SELECT " + "concat(" * 200 + "'x'" + ", 'y')" * 200 + " FROM range(100000000)",
 ]
-"""Ends by the clock, or by a refusal."""
+"""Statements that must end by their time limit or be refused."""
 
 LARGE = [
     "SELECT len(range(1000000000))",
@@ -400,11 +400,11 @@ LARGE = [
     "SELECT 1 AS " + '"' + "x" * 500_000 + '"',
     "SELECT error(repeat('x', 100000000))",
 ]
-"""Ends by the memory that it takes, or by the answer's size, or by the clock."""
+"""Statements that must end by their memory limit, the size of their answer, or their time limit."""
 
 ALL = [*REFUSED, *LOOK, *SLOW, *LARGE]
 
 
 def fill(sql: str, file: str, folder: str, url: str) -> str:
-    """The statement with what it is about."""
+    """Fill in the names of the secret file, its folder and the server."""
     return sql.replace("{file}", file).replace("{folder}", folder).replace("{url}", url)

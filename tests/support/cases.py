@@ -15,7 +15,7 @@ def encode(pixels: np.ndarray) -> bytes:
 
 
 def two_halves(image: int) -> bytes:
-    """Red on the left, blue on the right; a corner tells the image from all others."""
+    """Encode an image that is red on the left and blue on the right; one corner pixel makes it unique."""
     pixels = np.zeros((48, 48, 3))
     pixels[:, :24, 0] = pixels[:, 24:, 2] = 220
     pixels[0, 0] = image // 256, image % 256, 0
@@ -34,7 +34,7 @@ LEFT = np.array([[1.0, 0, 0, 0]] * 4, np.float32)
 
 
 def make_case(latent: int, n_firing: int = 5, n_silent: int = 4, heat: np.ndarray | None = LEFT) -> Case:
-    """Cases of different latents have different images."""
+    """Make a case of a latent; different latents have different images."""
     first = 10 * latent
     firing = tuple(Example(first + i, two_halves(first + i), 2.0 - 0.1 * i, heat) for i in range(n_firing))
     return Case(latent, firing, tuple(Example(first + i, green(first + i), 0.0, None) for i in range(n_silent)))

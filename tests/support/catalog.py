@@ -28,7 +28,7 @@ from ommatid.store import Artefact, Draft
 NAME = "batch_topk-4-k2-s0"
 SAE = f"{NAME}-00000000"
 OTHER = "batch_topk-2-k1-s0"
-"""Name of a second SAE, of the first two latents."""
+"""Name of a second SAE, which has the first two latents."""
 LINEAGE = {
     "git_commit": "1f2e3d",
     "git_dirty": "false",
@@ -94,7 +94,7 @@ JUDGED = [
 
 
 def thumbnail(image: int, side: int = 32) -> bytes:
-    """A WebP of one colour a picture."""
+    """Return a WebP of one colour, which differs between images."""
     colour = np.random.default_rng(image).integers(40, 216, 3)
     out = io.BytesIO()
     Image.new("RGB", (side, side), tuple(int(c) for c in colour)).save(out, "WEBP")
@@ -102,21 +102,21 @@ def thumbnail(image: int, side: int = 32) -> bytes:
 
 
 def columns(schema: pa.Schema, rows: Sequence[Sequence[Any]], names: str, **constant: Any) -> pa.Table:
-    """A table of `schema`: `names` are the columns of `rows`, `constant` others; the rest is null."""
+    """Make a table of a schema from rows with the columns `names` and from constant columns; other columns are null."""
     values = {name: [constant.get(name)] * len(rows) for name in schema.names}
     values |= {name: [row[i] for row in rows] for i, name in enumerate(names.split())}
     return pa.table({name: values[name] for name in schema.names}, schema=schema)
 
 
 def make(place: Path, kind: str, fill: Callable[[Draft], Mapping[str, Any]], inputs: Mapping[str, Artefact], **params: Any) -> Artefact:
-    """A published artefact; `fill` writes its tables and returns its summary."""
+    """Publish an artefact; `fill` writes its tables and returns its summary."""
     with store.open_draft(place, kind, params, inputs) as draft:
         draft.seal(fill(draft))
         return draft.publish(place)
 
 
 def make_inputs(root: Path, width: int = 32, height: int = 32, names: Sequence[str] = (NAME,)) -> dict[str, Artefact]:
-    """What the stage `catalog` reads, of these SAEs."""
+    """Make the inputs of the stage `catalog` for some SAEs."""
     images = make(root / "images", "images", lambda draft: _images(draft, width, height), {}, limit=6)
     activations = make(root / "activations", "activations", lambda draft: {}, {"images": images}, hookpoint="blocks.15")
     training = make(root / "sae", "training", _inside(names, "sae", _sae), {"extract": activations}, k=2)
@@ -127,7 +127,7 @@ def make_inputs(root: Path, width: int = 32, height: int = 32, names: Sequence[s
 
 
 def _inside(names: Sequence[str], kind: str, fill: Callable[[Draft, str], Mapping[str, Any]]) -> Callable[[Draft], Mapping[str, Any]]:
-    """Fills an artefact with one of each name."""
+    """Return a function that fills an artefact with one child per name."""
 
     def fill_all(draft: Draft) -> Mapping[str, Any]:
         for name in names:
@@ -139,7 +139,7 @@ def _inside(names: Sequence[str], kind: str, fill: Callable[[Draft, str], Mappin
 
 
 def _evaluations(names: Sequence[str]) -> Callable[[Draft], Mapping[str, Any]]:
-    """One of each, and each held against each: latents of the same index match, the second SAE has no others."""
+    """Fill in the evaluation of each SAE, and a comparison in which latents of the same index match."""
 
     def fill(draft: Draft) -> Mapping[str, Any]:
         summary = _inside(names, "evaluation", _evaluation)(draft)
@@ -162,7 +162,7 @@ def _latents_of(name: str) -> int:
 
 
 def build(root: Path, inputs: Mapping[str, Artefact], n_neighbours: int = 2, on_event: Listener = ignore) -> Artefact:
-    """The catalogue of these inputs, published in `root`, as `ommatid catalog` would without its gate."""
+    """Build and publish the catalogue of some inputs in `root`, as `ommatid catalog` does, but without its gate."""
     params = CatalogParams(n_neighbours=n_neighbours)
     with store.open_draft(root / "catalog", "catalog", params.model_dump(mode="json"), inputs) as draft:
         build_catalog(params, inputs, draft, {name: lineage_of(name) for name in inputs["train"].children}, on_event)
@@ -170,12 +170,12 @@ def build(root: Path, inputs: Mapping[str, Artefact], n_neighbours: int = 2, on_
 
 
 def lineage_of(name: str) -> dict[str, str | None]:
-    """Each SAE has an MLflow run of its own."""
+    """Return the lineage of SAEs that each have their own MLflow run."""
     return LINEAGE if name == NAME else {**LINEAGE, "mlflow_run_id": f"run of {name}"}
 
 
 def path_in(root: Path) -> Path:
-    """Where `build` leaves the file."""
+    """Return the path of the catalogue that `build` writes."""
     return root / "catalog" / CATALOG
 
 

@@ -70,13 +70,13 @@ GITIGNORE = "/data/*\n/photos/\n/ran.log\n/.worktrees/\n/.prefect/\n/.mlflow/\n_
 
 
 def run(root: Path, *command: str) -> str:
-    """Run git or DVC in a checkout, as somebody with a name."""
+    """Run git or DVC in a checkout, with a name and an email address for commits."""
     command = (sys.executable, "-m", *command) if command[0] == "dvc" else command
     return subprocess.run(command, cwd=root, env={**environment(root, root), **SOMEBODY}, check=True, capture_output=True, text=True).stdout
 
 
 def bytes_of(checkout: Path) -> dict[str, str]:
-    """Every file a user would call theirs: its content, and that it is the same file still."""
+    """Return the content and the inode of each of the user's files."""
     tools = {".git", ".worktrees", ".prefect", ".mlflow", "ran.log"}
     files = [p for p in checkout.rglob("*") if p.is_file() and p.relative_to(checkout).parts[0] not in tools]
     files = [p for p in files if p.relative_to(checkout).parts[:2] not in {(".dvc", "cache"), (".dvc", "tmp")} and p.suffix != ".pyc"]
@@ -84,7 +84,7 @@ def bytes_of(checkout: Path) -> dict[str, str]:
 
 
 def make_checkout(root: Path) -> Path:
-    """A checkout with one commit."""
+    """Make a checkout with one commit."""
     (root / "photos").mkdir(parents=True)
     (root / "photos/one.jpg").write_text("one")
     (root / "src").mkdir()

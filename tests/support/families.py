@@ -141,7 +141,7 @@ FAMILIES: Mapping[str, Case] = {
     "vit_msn": ("ViTMSNConfig", VIT, "ViT", SQUARE),
     "yolos": ("YolosConfig", {**VIT, "image_size": [SIDE, SIDE], "num_detection_tokens": 5}, "ViT", SQUARE),
 }
-"""By `model_type`: the class of its config, sizes, and the name and the settings of its image processor."""
+"""For each `model_type`, the class of its config, sizes, and the name and settings of its image processor."""
 
 NOT_FIXED = "must end in one fixed size"
 REFUSED: Mapping[str, tuple[Case, str]] = {
@@ -166,18 +166,18 @@ REFUSED: Mapping[str, tuple[Case, str]] = {
         "expected 5",
     ),
 }
-"""What cannot be a judge, and what the error says of it."""
+"""Models that cannot be a judge, with the error message."""
 
 
 def make_processor(name: str, settings: Mapping[str, Any]) -> Any:
-    """A family's own image processor, of the backend that needs no torchvision."""
+    """Make a family's own image processor, with the backend that needs no torchvision."""
     package = PACKAGES.get(name, name.lower())
     module = importlib.import_module(f"transformers.models.{package}.image_processing_pil_{package}")
     return getattr(module, f"{name}ImageProcessorPil")(**settings)
 
 
 def save_tiny(folder: Path, case: Case) -> nn.Module:
-    """Save the model and its processor, and give the model; its weights let a signal through."""
+    """Save a model and its processor, with weights large enough that its output depends on its input, and return the model."""
     config, sizes, processor, settings = case
     torch.manual_seed(0)
     model = AutoModel.from_config(getattr(transformers, config)(**sizes)).eval()

@@ -20,13 +20,13 @@ D_MODEL, D_SAE, K = 5, 20, 3
 
 
 def fixture(name: str) -> Path:
-    """What `ommatid import` is given."""
+    """Return the path of a fixture to import."""
     inside = FIXTURES / name / "checkpoints" / "ae_5.pt"
     return inside if inside.exists() else FIXTURES / name
 
 
 def make_own(activation: Activation = "threshold", threshold: Tensor | float = 0.4, d_out: int = D_MODEL, b_dec: bool = True) -> SAE:
-    """Random weights and biases."""
+    """Make an SAE with random weights and biases."""
     generator = torch.Generator().manual_seed(3)
 
     def draw(*shape: int) -> Tensor:
@@ -39,20 +39,20 @@ def make_own(activation: Activation = "threshold", threshold: Tensor | float = 0
 
 
 def as_transcoder(sae: SAE) -> SAE:
-    """The same, decoding another hookpoint."""
+    """Return the same SAE as a transcoder to another hookpoint."""
     return SAE(replace(sae.config, target="vision.blocks.11.mlp"), **sae.tensors())
 
 
 def with_prefixes(sae: SAE) -> SAE:
-    """The same, with two Matryoshka levels."""
+    """Return the same SAE with two Matryoshka levels."""
     return SAE(replace(sae.config, prefixes=(8, D_SAE)), **sae.tensors())
 
 
 def per_latent() -> Tensor:
-    """A threshold for each latent."""
+    """Return the same SAE with a threshold for each latent."""
     return torch.linspace(0.1, 1.2, D_SAE)
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """The largest, relative to the largest entry of `a`."""
+    """Return the largest difference, relative to the largest entry of `a`."""
     return float((a - b).abs().max() / a.abs().max())

@@ -20,7 +20,7 @@ _busy = threading.Lock()
 
 @dataclass(frozen=True)
 class WriteJob:
-    """Leaves a file a shard, which says who made it."""
+    """Writes one file per shard, which names the process that made it."""
 
     folder: str
     seconds: float = 0.0
@@ -45,10 +45,10 @@ class WriteJob:
         return Path(self.folder, name)
 
     def disturb(self, shard: int) -> None:
-        """What goes wrong."""
+        """Cause the trouble of this job."""
 
     def attempt(self, shard: int) -> int:
-        """How often it was tried, this time included."""
+        """Count the tries of a shard, including this one."""
         self.path(f"{shard}.{os.getpid()}.{time.monotonic_ns()}.attempt").touch()
         return self.attempts(shard)
 
@@ -58,7 +58,7 @@ class WriteJob:
 
 @dataclass(frozen=True)
 class KillOnceJob(WriteJob):
-    """Kills its process in the middle of shard 3, once."""
+    """Kills its process in the middle of shard 3 at the first try."""
 
     def disturb(self, shard: int) -> None:
         if shard == 3 and self.attempt(shard) == 1:
@@ -67,7 +67,7 @@ class KillOnceJob(WriteJob):
 
 @dataclass(frozen=True)
 class KillJob(WriteJob):
-    """Kills its process at shard 3, always."""
+    """Kills its process at shard 3 at every try."""
 
     def disturb(self, shard: int) -> None:
         if shard == 3 and self.attempt(shard):
@@ -76,7 +76,7 @@ class KillJob(WriteJob):
 
 @dataclass(frozen=True)
 class RefuseJob(WriteJob):
-    """Shard 3 raises an error for the user as often as said."""
+    """Raises an error for the user at shard 3, a given number of times."""
 
     times: int = 1000
 
@@ -87,7 +87,7 @@ class RefuseJob(WriteJob):
 
 @dataclass(frozen=True)
 class BreakJob(WriteJob):
-    """Shard 3 raises an error that is ours to mend."""
+    """Raises an internal error at shard 3."""
 
     def disturb(self, shard: int) -> None:
         if shard == 3:
@@ -95,7 +95,7 @@ class BreakJob(WriteJob):
 
 
 class Stubborn(Exception):
-    """Cannot be pickled back."""
+    """An error that cannot be unpickled."""
 
     def __init__(self, first: str, second: str) -> None:
         super().__init__(first)
@@ -103,7 +103,7 @@ class Stubborn(Exception):
 
 @dataclass(frozen=True)
 class StubbornJob(WriteJob):
-    """Shard 3 raises an error that does not travel."""
+    """Raises an error at shard 3 that cannot be unpickled."""
 
     def disturb(self, shard: int) -> None:
         if shard == 3:
@@ -112,7 +112,7 @@ class StubbornJob(WriteJob):
 
 @dataclass(frozen=True)
 class NestedJob(WriteJob):
-    """Starts a process, as images are decoded where there is a GPU, and waits until so many workers are at it."""
+    """Starts a process in each worker, as decoding does on a GPU machine, and waits for the given number of workers."""
 
     n_workers: int = 1
 
@@ -125,14 +125,14 @@ class NestedJob(WriteJob):
 
 @dataclass(frozen=True)
 class SlowJob(WriteJob):
-    """Each shard takes as many seconds as its number says."""
+    """Takes as many seconds for a shard as its number."""
 
     def disturb(self, shard: int) -> None:
         time.sleep(shard)
 
 
 class Counted(Sequence[int]):
-    """So many shards, and how many of them are taken at most beyond those that are done."""
+    """Shards that count how many are taken but not done, at most."""
 
     def __init__(self, n: int) -> None:
         self.n, self.done, self.most = n, 0, 0
@@ -151,7 +151,7 @@ class Counted(Sequence[int]):
 
 
 def made(folder: Path) -> dict[int, dict[str, Any]]:
-    """What is there by shard, all whole."""
+    """Return the content of each file by shard, and check that each is whole."""
     assert not list(folder.glob("*.tmp"))
     facts = {int(path.stem): json.loads(path.read_text()) for path in folder.glob("*.json")}
     assert all(fact["square"] == shard**2 for shard, fact in facts.items())

@@ -40,7 +40,7 @@ SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """No weight stays zero or one, as many are before training: no token equals another, and no scale is without effect."""
+    """Randomise all weights, because many are zero or one before training, which makes tokens equal and scales ineffective."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
@@ -49,7 +49,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def save_weights(folder: Path, model: nn.Module, processor: Any) -> Path:
-    """A folder as a hub would have it."""
+    """Save a model and its processor in a folder like those on a hub."""
     model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
     processor.save_pretrained(folder)
     return folder
@@ -60,7 +60,7 @@ GRIDS = [[96, 48], [48, 96]]
 
 
 def save_llava(folder: Path, next_: bool = False, siglip: bool = False, shards: bool = False, **changes: Any) -> Path:
-    """A LLaVA whose tower has 3 blocks, 32 wide, on 48 x 48 images in 16-pixel patches: a 3 x 3 grid; the language model is 40 wide."""
+    """Save a LLaVA with a tower of 3 blocks, width 32, 48 x 48 images and 16-pixel patches, and a language model of width 40."""
     torch.manual_seed(0)
     vision = (SiglipVisionConfig if siglip else CLIPVisionConfig)(**SIZES, image_size=48, patch_size=16)
     text_values: dict[str, Any] = SIZES | {"hidden_size": 40, "vocab_size": 99, "num_key_value_heads": 4}
@@ -79,7 +79,7 @@ def save_llava(folder: Path, next_: bool = False, siglip: bool = False, shards: 
 
 
 def save_qwen(folder: Path, windows: bool = True) -> Path:
-    """A Qwen2.5-VL, or without windows a Qwen2-VL: 4 blocks, 32 wide, patches of 4 pixels, windows of 3 x 3 merge groups."""
+    """Save a Qwen2.5-VL, or a Qwen2-VL if it has no windows: 4 blocks, width 32, 4-pixel patches, windows of 3 x 3 merge groups."""
     torch.manual_seed(0)
     rope = {"rope_type": "default", "mrope_section": [1, 2, 2], "rope_theta": 1e4}
     ids = {"bos_token_id": 0, "eos_token_id": 1, "vocab_size": 99, "rope_parameters": rope}
@@ -98,12 +98,12 @@ def save_qwen(folder: Path, windows: bool = True) -> Path:
 
 
 def squares(pixels: torch.Tensor) -> list[Image.Image]:
-    """Preprocessed pixels as images, for transformers' processors."""
+    """Return preprocessed pixels as images, for transformers' processors."""
     return [Image.fromarray(square.numpy()) for square in pixels]
 
 
 def plant(size: int, patch: int, places: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Grey images (n, size, size, 3), and the same with one bright patch each, at the given row and column of the grid."""
+    """Make grey images, (n, size, size, 3), and the same images with one bright patch each at a row and column of the grid."""
     dark = torch.full((len(places), size, size, 3), 60, dtype=torch.uint8)
     bright = dark.clone()
     for image, (row, col) in zip(bright, places, strict=True):
@@ -115,7 +115,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def save_tiny_clip(folder: Path) -> None:
-    """A CLIP of 3 blocks, 32 wide, on 48 x 48 images in 16-pixel patches: a 3 x 3 grid."""
+    """Save a CLIP with 3 blocks, width 32, 48 x 48 images and 16-pixel patches, a 3 x 3 grid."""
     n_tokens = _save_tokenizer(folder)
     text = SIZES | {"vocab_size": n_tokens, "max_position_embeddings": 16, "bos_token_id": n_tokens - 2, "eos_token_id": n_tokens - 1}
     vision = SIZES | {"image_size": 48, "patch_size": 16}
@@ -145,7 +145,7 @@ CAPTIONER_TEXT: dict[str, Any] = CAPTIONER | {
 
 
 def save_tiny_captioner(folder: Path, family: str) -> Any:
-    """One of `blip`, `git`, `vision-encoder-decoder`, `masked` on 32 x 32 images, with twenty words; gives the model."""
+    """Save a captioner, `blip`, `git`, `vision-encoder-decoder` or `masked`, on 32 x 32 images with twenty words, and return it."""
     torch.manual_seed(0)
     match family:
         case "blip":

@@ -10,7 +10,7 @@ VALUES = ("x", -1, 0, 10**12, 2**23, [], {}, True, 1.5, [1, 2, 3, 4], None, floa
 
 
 def iter_mutated(values: dict[str, Any], step: int = 1) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What was changed, and the object with it: every key at every depth with each of the values, of which every `step`-th is taken."""
+    """Yield a description of each change and the changed object: every `step`-th combination of a key at any depth and a value."""
     for place, new in islice(product(_places(values), VALUES), 0, None, step):
         changed = json.loads(json.dumps(values))
         inside = changed

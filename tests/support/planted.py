@@ -21,20 +21,20 @@ from ommatid.sae.step import Batch
 
 @dataclass(frozen=True)
 class Planted:
-    """Tokens and what they are made of."""
+    """Planted tokens, with their directions and codes."""
 
     x: Tensor
-    """(tokens, d_model) float32."""
+    """Tokens, (tokens, d_model) float32."""
     directions: Tensor
-    """(features, d_model), of unit norm."""
+    """Planted directions, (features, d_model), unit norm."""
     codes: Tensor
-    """(tokens, features), >= 0: x is codes directions, an offset and noise."""
+    """Planted codes, (tokens, features), not negative; x is codes times directions, plus an offset and noise."""
 
 
 def make_planted(
     n_tokens: int, n_features: int = 48, d_model: int = 32, k: int = 3, strength: float = 5.0, noise: float = 0.0, seed: int = 0
 ) -> Planted:
-    """Exactly k features fire a token, all as often; the activation is between one and two strengths."""
+    """Plant tokens with exactly k features each, all equally frequent, whose activations lie between one and two strengths."""
     generator = torch.Generator().manual_seed(seed)
     directions = normalize(torch.randn(n_features, d_model, generator=generator), dim=1)
     chosen = torch.rand(n_tokens, n_features, generator=generator).topk(k, dim=1).indices
@@ -83,14 +83,14 @@ def make_hierarchical(
 
 
 def mmcs(found_sd: Tensor, planted_fd: Tensor) -> float:
-    """Mean cosine of each planted direction with the found one that Hungarian matching gives it; one that gets none counts 0."""
+    """Return the mean cosine of planted directions with those matched by the Hungarian method; unmatched ones count as 0."""
     cosines = normalize(planted_fd.double(), dim=1) @ normalize(found_sd.double(), dim=1).T
     rows, columns = linear_sum_assignment(cosines.numpy(), maximize=True)
     return float(cosines[rows, columns].sum()) / len(planted_fd)
 
 
 def _mix(fires: Tensor, d_model: int, noise: float, generator: torch.Generator) -> Planted:
-    """Activations 1 + N(0, 0.2²) where a feature fires, never below 0.1, in random directions, with an offset."""
+    """Mix random directions with activations 1 + N(0, 0.2²), at least 0.1, where features fire, and add an offset."""
     directions = normalize(torch.randn(fires.shape[1], d_model, generator=generator), dim=1)
     codes = fires * (1 + 0.2 * torch.randn(fires.shape, generator=generator)).clamp(min=0.1)
     x = codes @ directions + 0.2 * torch.randn(d_model, generator=generator)
@@ -98,7 +98,7 @@ def _mix(fires: Tensor, d_model: int, noise: float, generator: torch.Generator) 
 
 
 def make_train_params(**changes: object) -> TrainParams:
-    """Params of one training on planted tokens, with some values changed."""
+    """Return params of a training on planted tokens, with some values changed."""
     values = {
         "d_sae": 64,
         "k": 3,
@@ -120,7 +120,7 @@ def make_train_params(**changes: object) -> TrainParams:
 
 
 def iter_planted(x: torch.Tensor, batch_size: int, start: int = 0) -> Iterator[Batch]:
-    """Batches of `x` from step `start` on, in another order every epoch; never ends."""
+    """Iterate over batches of `x` from step `start` on without end, in another order in each epoch."""
     per_epoch = len(x) // batch_size
     step = start
     while True:
@@ -132,5 +132,5 @@ def iter_planted(x: torch.Tensor, batch_size: int, start: int = 0) -> Iterator[B
 
 
 def begin(params: TrainParams, x: torch.Tensor, name: str = "one") -> Learner:
-    """A learner of `x` before its first step."""
+    """Make a learner of `x` before its first step."""
     return Learner.begin(name, params, make_plan(params, len(x)), Sample(x), torch.device("cpu"))

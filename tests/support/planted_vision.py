@@ -17,7 +17,7 @@ from ommatid.vlm import Captured, Hookpoint
 from ommatid.vlm.preprocess import Preprocess
 
 PLAN = Plan(n_images=1200, size=36, seed=0)
-"""The images it knows."""
+"""Plan of the images that the model knows."""
 GROUPS = {
     "family": tuple(FAMILIES),
     "shape": SHAPES,
@@ -28,14 +28,14 @@ GROUPS = {
     "background": tuple(BACKGROUNDS),
 }
 FACTORS = tuple(chain.from_iterable(GROUPS.values()))
-"""38 words, of which seven are true of an image."""
+"""Words for the 38 factors, of which each image has seven."""
 SEVEN, PER_PATCH = len(GROUPS), 3
-"""Factors of an image, and of each of its patches."""
+"""Number of factors of an image, and of each of its patches."""
 D_MODEL = 64
 NOISE = 0.05
-"""Standard deviation of each component of an activation beside the mixture."""
+"""Standard deviation of the noise on each component of an activation."""
 OFFSET = 1.0
-"""Length of what every activation has in common."""
+"""Norm of the offset that all activations share."""
 HOOKPOINT = "tokens"
 MODEL = {
     "kind": "module",
@@ -46,40 +46,40 @@ MODEL = {
     "mean": [0.0, 0.0, 0.0],
     "std": [1.0, 1.0, 1.0],
 }
-"""It, as `extract.model`."""
+"""The model, as a value of `extract.model`."""
 
 
 def directions(width: int, seed: int) -> Tensor:
-    """A random unit direction for each factor, (factors, width)."""
+    """Sample a random direction of unit norm for each factor, (factors, width)."""
     return normalize(torch.randn(len(FACTORS), width, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
 DIRECTIONS = directions(D_MODEL, seed=1)
-"""Planted in the activations, (factors, d_model)."""
+"""Directions planted in the activations, (factors, d_model)."""
 B_DEC = OFFSET * normalize(torch.randn(D_MODEL, generator=torch.Generator().manual_seed(2)), dim=0)
-"""What every activation has in common, (d_model,)."""
+"""Offset that all activations share, (d_model,)."""
 
 
 @cache
 def figures() -> tuple[Figure, ...]:
-    """What is on the images."""
+    """Return the figures on the images."""
     return tuple(make_figure(PLAN.seed, number) for number in range(PLAN.n_images))
 
 
 @cache
 def _numbers() -> dict[bytes, int]:
-    """Number of each image by its pixels."""
+    """Return the number of each image, by its pixels."""
     return {draw(figure, PLAN.size).tobytes(): number for number, figure in enumerate(figures())}
 
 
 def numbers_of(pixels: Tensor) -> Tensor:
-    """Of uint8 pixels (images, H, W, 3); -1: an image that is not of the plan."""
+    """Return the numbers of images, given their uint8 pixels, (images, H, W, 3); -1 for an image that is not in the plan."""
     return torch.tensor([_numbers().get(image.numpy().tobytes(), -1) for image in pixels])
 
 
 @cache
 def truths() -> Tensor:
-    """Which factors are true of which image, (images, factors) 0 or 1."""
+    """Return which factors each image has, (images, factors), 0 or 1."""
     return torch.tensor([[float(name in figure.factors) for name in FACTORS] for figure in figures()])
 
 
@@ -101,19 +101,19 @@ def codes() -> Tensor:
 
 @cache
 def tokens() -> Tensor:
-    """Activations of all images, (images, 9, d_model)."""
+    """Return the activations of all images, (images, 9, d_model)."""
     mixed = codes() @ DIRECTIONS + B_DEC
     return mixed + NOISE * torch.randn(mixed.shape, generator=torch.Generator().manual_seed(6))
 
 
 def light(pixels: Tensor) -> Tensor:
-    """Mean of each of the nine patches of uint8 pixels (images, H, W, 3), between 0 and 1: (images, 9)."""
+    """Return the mean brightness of each of the nine patches, (images, 9), 0 to 1, given uint8 pixels, (images, H, W, 3)."""
     side = PLAN.size // 3
     return pixels.float().view(-1, 3, side, 3, side, 3).mean((2, 4, 5)).flatten(1) / 255
 
 
 class Planted(nn.Module):
-    """The explained model; of images that it does not know it gives the light, beside what all activations have in common."""
+    """The model that is explained; for an unknown image, its activations are the offset plus the brightness of the patch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,12 +127,12 @@ class Planted(nn.Module):
 
 
 def make() -> nn.Module:
-    """The factory of `extract.model`."""
+    """Make the model; this is the factory that `extract.model` names."""
     return Planted()
 
 
 class _Embedder:
-    """Images as the mean of the directions of their factors."""
+    """Embeds images as the mean of the directions of their factors."""
 
     preprocess = Preprocess((PLAN.size, PLAN.size), (PLAN.size, PLAN.size), "nearest", (0, 0, 0), (1, 1, 1))
     preprocessing = preprocess.as_json()
@@ -143,7 +143,7 @@ class _Embedder:
         self.directions = directions(width, seed)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Embeddings (images, width) of uint8 pixels (images, H, W, 3), with noise a fifth as long; of an unknown image its light."""
+        """Embed images, (images, width), with noise of a fifth of the norm; for an unknown image, embed its brightness."""
         numbers = numbers_of(pixels)
         noise = torch.randn(PLAN.n_images, self.d_embed, generator=torch.Generator().manual_seed(7)) / self.d_embed**0.5
         known = normalize(truths() @ self.directions, dim=1) + 0.2 * noise
@@ -152,7 +152,7 @@ class _Embedder:
 
 
 class PlantedNamer(_Embedder):
-    """Texts as the sum of the directions of the factors that they name; texts that name none lie anywhere."""
+    """Embeds texts as the sum of the directions of the factors that they name; texts that name none get a random direction."""
 
     text_templates = ("a photo of a {}",)
     hookpoints: dict[str, Hookpoint] = {}  # noqa: RUF012
@@ -178,7 +178,7 @@ class PlantedNamer(_Embedder):
 
 
 class PlantedJudge(_Embedder):
-    """The judge: the same factors in other directions."""
+    """The judge, which embeds the same factors in other directions."""
 
     def __init__(self) -> None:
         super().__init__("planted judge", 96, seed=4)

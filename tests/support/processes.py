@@ -17,7 +17,7 @@ from typing import TypeVar
 import psutil
 
 HANG_SECONDS = 600.0
-"""How long a test waits for what takes seconds. Less than pytest's own limit (pyproject.toml), so that this one says what did not come."""
+"""Seconds that a test waits for something that should take seconds; less than pytest's own limit, which does not say what is missing."""
 
 Found = TypeVar("Found")
 
@@ -36,7 +36,7 @@ def wait_for(find: Callable[[], Found | None], what: str) -> Found:
 
 
 def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Those that still run. A zombie does not: it has ended, and waits for its parent to ask how."""
+    """Return the processes that still run; a zombie has ended, and only waits for its parent."""
     return [process for process in processes if _runs(process)]
 
 
@@ -56,26 +56,26 @@ TESTS = Path(__file__).parents[1]
 
 
 def started() -> set[psutil.Process]:
-    """Processes that this one has started itself and that still run, but the one that multiprocessing keeps."""
+    """Return the running children of this process, except the resource tracker of multiprocessing."""
     return {child for child in psutil.Process().children() if (command := command_of(child)) and "resource_tracker" not in command}
 
 
 def command_of(process: psutil.Process) -> str:
-    """Its command line; "" of one that has ended."""
+    """Return the command line of a process; "" if it has ended."""
     with suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""
 
 
 class Driver:
-    """A script that runs shards until it is ended; it and all it starts carry a mark."""
+    """A script that runs shards until it is ended; the script and all its children have a mark in their environment."""
 
     def __init__(self) -> None:
         self._mark = str(uuid.uuid4())
         self._process: subprocess.Popen[str] | None = None
 
     def start(self, script: str, folder: Path) -> None:
-        """Returns when it has said that a shard is done."""
+        """Start the script, and return when a shard is done."""
         path = folder / "driver.py"
         path.write_text(script)
         environment = os.environ | {"PYTHONPATH": str(TESTS), "OMMATID_TEST_MARK": self._mark}
@@ -86,7 +86,7 @@ class Driver:
         assert len(self.running()) > 1
 
     def end(self, number: signal.Signals) -> None:
-        """Ctrl-C reaches all processes of a terminal, a kill only one; then none is left."""
+        """End the script by Ctrl-C, which reaches all processes of a terminal, or by a kill, and wait until no process is left."""
         assert self._process and self._process.stdout
         if number == signal.SIGINT:
             os.killpg(self._process.pid, number)
@@ -100,7 +100,7 @@ class Driver:
         return [process for process in psutil.process_iter() if self._mark in _environment(process).get("OMMATID_TEST_MARK", "")]
 
     def kill(self) -> None:
-        """Whatever the test left."""
+        """Kill every process that the test left behind."""
         for process in self.running():
             process.kill()
 

@@ -76,7 +76,7 @@ def copy_tree(root: Path) -> Tree:
 
 
 def assert_only_named(tree: Tree, page: str) -> None:
-    """Hold that the changed files are those that the recipe docs/developers/`page` names: no other, and one for each."""
+    """Check that the changed files are exactly those that the recipe docs/developers/`page` names."""
     named, changed = files_of(page), tree.changed()
     for path in named:
         assert sum(_fits(path, file) for file in changed) == 1, f"{page} names {path}, changed were {changed}"
@@ -84,7 +84,7 @@ def assert_only_named(tree: Tree, page: str) -> None:
 
 
 def files_of(page: str) -> list[str]:
-    """Paths that a recipe lists below its heading `## Files`."""
+    """Return the paths that a recipe lists below its heading `## Files`."""
     text = (CHECKOUT / "docs/developers" / page).read_text(encoding="utf-8")
     section = re.search(r"^## Files\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     assert section, f"{page} has no heading '## Files'"
@@ -92,14 +92,14 @@ def files_of(page: str) -> list[str]:
 
 
 def blocks_of(page: str, language: str = "python") -> list[str]:
-    """Blocks of code in one language that a recipe shows, in order."""
+    """Return the blocks of code in one language that a recipe shows, in order."""
     return re.findall(
         rf"^```{language}\n(.*?)^```", (CHECKOUT / "docs/developers" / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
 
 
 def _fits(path: str, file: str) -> bool:
-    """Whether a file is one that a path with `<...>` for names stands for."""
+    """Return whether a file matches a path in which `<...>` stands for a name."""
     return re.fullmatch("[^/]+".join(map(re.escape, re.split(r"<[^>]+>", path))), file) is not None
 
 

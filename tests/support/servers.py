@@ -28,18 +28,18 @@ from support.processes import HANG_SECONDS, TESTS, wait_for, wait_for_end
 
 @dataclass(frozen=True)
 class S3Server:
-    """A server that runs."""
+    """A running server."""
 
     endpoint: str
     """http://127.0.0.1:<port>"""
     key: str
     secret: str
     root: Path
-    """Its folder; the folders inside are buckets."""
+    """Folder of the server; the folders in it are buckets."""
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client on this machine sets, and nothing that leads elsewhere."""
+        """Environment of a client of this server, without any setting that leads elsewhere."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": self.key,
@@ -55,7 +55,7 @@ class S3Server:
 
 @contextmanager
 def serving(root: Path) -> Iterator[S3Server]:
-    """A server over `root`, until the block ends."""
+    """Run a server of the folder `root` until the block ends."""
     (root / "bucket").mkdir(parents=True)
     server = S3Server(f"http://127.0.0.1:{free_port()}", secrets.token_hex(10), secrets.token_hex(20), root)
     command = [str(Path(sys.executable).with_name("rclone")), "serve", "s3", str(root), "--addr", server.endpoint.removeprefix("http://")]
@@ -70,7 +70,7 @@ def serving(root: Path) -> Iterator[S3Server]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """Return a port on which nothing listens."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
@@ -92,21 +92,21 @@ def _wait_for_store(endpoint: str, process: subprocess.Popen[bytes]) -> None:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the server does with one request."""
+    """What the server replies to one request."""
 
     status: int = 200
     body: Any = None
-    """JSON, or bytes as they are."""
+    """Body of the response: an object to encode as JSON, or bytes."""
     headers: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
-    """It takes so long."""
+    """Seconds before the reply is sent."""
     hangs_up: bool = False
-    """Closes the connection without a word."""
+    """Whether to close the connection without a reply."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One request, as it came."""
+    """One request that the server received."""
 
     path: str
     headers: Mapping[str, str]
@@ -119,7 +119,7 @@ class Asked:
 
     @property
     def images(self) -> list[Image.Image]:
-        """Decoded as a server would; raises where a server would."""
+        """Images of the message, decoded as a server would; invalid images raise."""
         urls = [part["image_url"]["url"] for part in self._parts() if part["type"] == "image_url"]
         assert all(url.startswith("data:image/jpeg;base64,") for url in urls)
         return [_decoded(base64.b64decode(url.partition(",")[2], validate=True)) for url in urls]
@@ -135,11 +135,11 @@ def _decoded(encoded: bytes) -> Image.Image:
 
 
 Script = Callable[[Asked, int], Reply]
-"""From a request and how many came before it."""
+"""Returns the reply to a request, given the number of earlier requests."""
 
 
 def says(text: str | None, finish: str = "stop", refusal: str | None = None, n_tokens: int | None = 100) -> Reply:
-    """An answer by the protocol."""
+    """Return a reply with a message."""
     message = {"role": "assistant", "content": text, "refusal": refusal}
     choice = {"index": 0, "message": message, "finish_reason": finish}
     body: dict[str, Any] = {"id": "x", "object": "chat.completion", "created": 0, "model": "tiny", "choices": [choice]}
@@ -149,25 +149,25 @@ def says(text: str | None, finish: str = "stop", refusal: str | None = None, n_t
 
 
 def names(label: str) -> Reply:
-    """The answer with this name."""
+    """Return a reply with a label."""
     return says(json.dumps({"seen": f"all show {label}", "label": label}))
 
 
 def refuses(status: int, message: str, **more: str) -> Reply:
-    """An error as OpenAI's servers word it."""
+    """Return an error in the format of OpenAI's servers."""
     return Reply(status, {"error": {"message": message, "type": "invalid_request_error", **more}})
 
 
 class ChatServer:
-    """A server that runs."""
+    """A running server."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
         self.asked: list[Asked] = []
-        """Chat requests in the order they came."""
+        """Chat requests in order of arrival."""
         self.models = ["tiny"]
         self.n_at_once = 0
-        """Most requests that were under way at a time."""
+        """Largest number of concurrent requests."""
         self._n_inside = 0
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -177,7 +177,7 @@ class ChatServer:
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def stop(self) -> None:
-        """Ends it; from then on connections are refused."""
+        """Stop the server; from then on connections are refused."""
         self._server.shutdown()
         self._server.server_close()
 
@@ -232,7 +232,7 @@ class ChatServer:
 
 @contextmanager
 def chatting(script: Script | Sequence[Reply] | Reply) -> Iterator[ChatServer]:
-    """A server until the block ends, that does what the script says; of a sequence each reply once, the last one ever after."""
+    """Run a chat server that follows a script until the block ends; the last reply of a sequence is repeated."""
     server = ChatServer(_script(script))
     server.start()
     try:
@@ -251,7 +251,7 @@ def _script(script: Script | Sequence[Reply] | Reply) -> Script:
 
 @contextmanager
 def dask_scheduler(path: str = "") -> Iterator[str]:
-    """A scheduler in a process of its own."""
+    """Run a scheduler in a separate process."""
     address = f"tcp://127.0.0.1:{free_port()}"
     with _process("dask_scheduler", "--host", address, "--no-dashboard", path=path):
         _wait_for_scheduler(address)
@@ -272,7 +272,7 @@ def _wait_for_scheduler(address: str) -> None:
 
 @contextmanager
 def dask_workers(address: str, folder: Path, path: str = str(TESTS)) -> Iterator[None]:
-    """Two worker processes with two threads each, which start again when they die, and work elsewhere."""
+    """Run two worker processes with two threads each, which restart when they die and run in another folder."""
     names = ("--nworkers", "2", "--nthreads", "2", "--memory-limit", "0", "--no-dashboard", "--local-directory", str(folder))
     with _process("dask_worker", address, "--host", "127.0.0.1", *names, path=path, folder=folder):
         yield
@@ -291,7 +291,7 @@ def _process(module: str, *arguments: str, path: str = "", folder: Path | None =
 
 @contextmanager
 def ray_cluster(log: Path, n_places: int = 2, path: str = str(TESTS)) -> Iterator[RayExecutor]:
-    """A cluster that belongs to somebody else."""
+    """Run a cluster that the driver did not start."""
     address = f"127.0.0.1:{free_port()}"
     options = {"num-cpus": n_places, "node-ip-address": "127.0.0.1", "port": address.partition(":")[2], "include-dashboard": "false"}
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats"]

@@ -16,7 +16,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 def make_test_params(**sections: Mapping[str, Any]) -> Params:
-    """The checkout's params.yaml with some values of each section changed."""
+    """Return the params of the checkout with some values of each section changed."""
     values = load_params(CHECKOUT / "params.yaml").model_dump(mode="json")
     for section, changes in sections.items():
         values[section] |= changes
@@ -31,7 +31,7 @@ def make_artefact(place: Path, kind: str, stage: Any, params: Any, inputs: Mappi
 
 
 def run_verb(*arguments: str) -> int:
-    """`ommatid ...`. Gives the exit status."""
+    """Run `ommatid ...` in this process, and return its exit status."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["ommatid", *arguments])
         try:

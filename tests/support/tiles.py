@@ -27,14 +27,14 @@ GRID = (2, 3)
 
 
 def draw_tiles(rng: np.random.Generator, names: Sequence[str]) -> Image.Image:
-    """A picture of 2 x 3 tiles of 16 pixels, each of a named colour with a little noise."""
+    """Draw a picture of 2 x 3 tiles of 16 pixels, each of a named colour with a little noise."""
     tiles = np.array([COLOURS[name] for name in names], dtype=float).reshape(*GRID, 3)
     pixels = tiles.repeat(16, axis=0).repeat(16, axis=1) + rng.normal(0, 6, (32, 48, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def write_tile_folder(folder: Path, n: int, seed: int = 0) -> None:
-    """N pictures, each mostly grey with up to three tiles of its class's colour: sub-folder = colour."""
+    """Write n pictures, mostly grey with up to three tiles of one colour, into a sub-folder named for the colour."""
     rng = np.random.default_rng(seed)
     for i in range(n):
         colour = ["red", "green", "blue"][i % 3]
@@ -46,14 +46,14 @@ def write_tile_folder(folder: Path, n: int, seed: int = 0) -> None:
 
 
 def make_images_artefact(root: Path, n: int) -> Artefact:
-    """The images artefact of a tile folder."""
+    """Make the images artefact of a folder of tile pictures."""
     write_tile_folder(root / "tiles", n)
     params = make_test_params(images={"source": {"kind": "folder", "path": str(root / "tiles")}, "limit": None})
     return make_artefact(root / "images", "images", make_images, params.images, {})
 
 
 class TileModel:
-    """Patch activations are the mean colours of the tiles minus grey, spread over d_model by a fixed matrix; text is colours."""
+    """A model whose patch activations are mean colours of tiles minus grey, mapped to d_model by a fixed matrix; its texts are colours."""
 
     name = "tiles"
     d_embed = 3
@@ -68,10 +68,10 @@ class TileModel:
         self.n_captured = 0
         mixed = torch.randn(self.d_model, 3, generator=torch.Generator().manual_seed(5))
         self.spread = torch.linalg.qr(mixed).Q.T.contiguous()
-        """Three orthogonal directions: planted, and no axis of the activations."""
+        """Three planted orthogonal directions, none of which is an axis of the activations."""
 
     def colours(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Mean colour of each tile minus grey, in -1..1: (batch, rows, cols, 3)."""
+        """Return the mean colour of each tile minus grey, -1 to 1, (batch, rows, cols, 3)."""
         tiles = pixels.float().unflatten(1, (2, 16)).unflatten(3, (3, 16))
         return tiles.mean((2, 4)) / 128 - 1
 
@@ -97,7 +97,7 @@ class TileModel:
 
 
 def png(image: Image.Image) -> bytes:
-    """The picture as PNG bytes."""
+    """Encode a picture as PNG."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
@@ -110,7 +110,7 @@ D_SAE = 6
 
 
 def plant_sae(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft) -> Artefact:
-    """The train stage's artefact with weights that are known."""
+    """Make the artefact of the stage `train`, with known weights."""
     red, green, blue = TileModel().spread
     directions = torch.stack([red, green, blue, (red + green) / 2**0.5, red, red])
     b_enc = torch.tensor([0.0, 0.0, 0.0, 0.0, -100.0, 5.0])
@@ -122,7 +122,7 @@ def plant_sae(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft)
 
 
 def make_line(root: Path, params: Params, **more: Any) -> dict[str, Artefact]:
-    """Images, activations, the planted SAE and its evaluation, by stage; and what the stages in `more` make after them."""
+    """Make images, activations, the planted SAE and its evaluation, and then the artefacts of the stages in `more`; return all by stage."""
     with pytest.MonkeyPatch.context() as patch:
         use_tile_model(patch)
         made: dict[str, Artefact] = {"images": make_images_artefact(root, N_IMAGES)}
@@ -135,7 +135,7 @@ def make_line(root: Path, params: Params, **more: Any) -> dict[str, Artefact]:
 
 
 def use_tile_model(patch: pytest.MonkeyPatch) -> None:
-    """Whichever model the params name, it is the TileModel."""
+    """Use the TileModel whichever model the params name."""
     model = TileModel()
     patch.setattr(networks, "load_model", lambda params, dtype, device: model)
     patch.setattr(networks, "load_judge", lambda params, dtype, device: model)

@@ -25,20 +25,20 @@ PARTS = (".attn", ".mlp", "")
 
 
 def noise(vision: VisionModel, n: int = 5) -> Tensor:
-    """Images of noise as preprocessing makes them, uint8 (n, H, W, 3)."""
+    """Make preprocessed images of noise, uint8 (n, H, W, 3)."""
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)) for _ in range(n)]
     return torch.from_numpy(np.stack([vision.preprocess(image) for image in images]))
 
 
 def by_processor(processor: Any, pixels: Tensor) -> Tensor:
-    """What the family's own processor makes of pixels of the right size, (n, 3, H, W)."""
+    """Preprocess pixels of the right size with the family's own processor, (n, 3, H, W)."""
     squares = [Image.fromarray(square.numpy()) for square in pixels]
     return processor(squares, return_tensors="pt", do_resize=False, do_center_crop=False)["pixel_values"].float()
 
 
 def check_hooks(vision: VisionModel, modules: Mapping[str, nn.Module], run: Callable[[], Any], pixels: Tensor) -> None:
-    """Every hookpoint of the blocks, captured in one pass, equals a hand-written hook on the reference."""
+    """Check that every hookpoint of the blocks, captured in one pass, equals a hand-written hook on the reference."""
     seen: dict[str, Tensor] = {}
     for name, module in modules.items():
         module.register_forward_hook(lambda _m, _i, output, name=name: seen.update({name: _first(output)}))
@@ -52,7 +52,7 @@ def check_hooks(vision: VisionModel, modules: Mapping[str, nn.Module], run: Call
 
 
 def _first(output: Any) -> Tensor:
-    """The tensor that a module puts out, alone or first in a tuple."""
+    """Return the tensor that a module outputs, alone or first in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -91,14 +91,14 @@ def check_splice(vision: VisionModel, modules: Mapping[str, nn.Module], run: Cal
 
 
 def check_no_splice(vision: VisionModel, pixels: Tensor) -> None:
-    """A model without a text tower says so, at whatever hookpoint."""
+    """Check that a model without a text tower refuses splicing at every hookpoint."""
     assert vision.logit_scale is None
     with pytest.raises(ModelError, match=r"has no text tower"):
         vision.splice(pixels, next(iter(vision.hookpoints)), [lambda x: x])
 
 
 def check_residual_stream(vision: VisionModel, hidden_states: tuple[Tensor, ...], pixels: Tensor) -> None:
-    """Blocks put out transformers' hidden states, and what attention and the MLP put out is what a block adds to the stream."""
+    """Check that blocks output the hidden states of transformers, and that attention and MLP output what a block adds to the stream."""
     for i, (before, after) in enumerate(itertools.pairwise(hidden_states)):
         names = [f"vision.blocks.{i}{part}" for part in PARTS]
         attn, mlp, block = vision.capture(pixels, names).tokens.values()
@@ -107,7 +107,7 @@ def check_residual_stream(vision: VisionModel, hidden_states: tuple[Tensor, ...]
 
 
 def check_planted_patch(vision: VisionModel, grid: tuple[int, int]) -> None:
-    """One bright patch at each place in turn: the tokens of the first block differ most right there, counted by row and column."""
+    """Check that a bright patch at each position in turn changes the token at its row and column most, after the first block."""
     hookpoint = vision.hookpoints["vision.blocks.0"]
     assert hookpoint.grid == grid
     height, width = vision.preprocess.crop
@@ -124,12 +124,12 @@ def check_planted_patch(vision: VisionModel, grid: tuple[int, int]) -> None:
 
 
 def check_trust(vision: VisionModel, dtype: torch.dtype = torch.float32) -> None:
-    """The look at load finds nothing at any hookpoint, nor in the embeddings of image and text."""
+    """Check that the checks at load pass at every hookpoint and for the embeddings of images and texts."""
     check_model(vision, tuple(vision.hookpoints), "extract.model", dtype)
 
 
 def check_bfloat16(load: Callable[[Any], Any]) -> None:
-    """Close to float32; the residual stream itself is float32; and not a bit other than with float32 weights that autocast casts."""
+    """Check that bfloat16 is close to float32, keeps a float32 residual stream, and equals autocast with float32 weights bit for bit."""
     exact, half, cast = (load(dtype) for dtype in ("float32", "bfloat16", "float32"))
     check_trust(half, torch.bfloat16)
     cast._dtype = torch.bfloat16
@@ -144,7 +144,7 @@ def check_bfloat16(load: Callable[[Any], Any]) -> None:
 
 
 def by_hand(vision: VisionModel, pixels: Tensor) -> Tensor:
-    """Pixels normalised, (n, 3, H, W)."""
+    """Normalise pixels by hand, (n, 3, H, W)."""
     return normalise(pixels, vision.preprocess, "cpu")
 
 
@@ -176,7 +176,7 @@ def check_planted_patch_in_artefact(root: Path, vision: VisionModel, model: Mapp
 
 
 def _draw(folder: Path, vision: VisionModel) -> dict[str, tuple[int, int]]:
-    """A black image, and for each place of the grid one with a white patch; the place by the file's name."""
+    """Draw a black image, and one with a white patch for each position of the grid; return the positions by file name."""
     height, width = (side * 3 // 2 for side in vision.preprocess.crop)
     rows, cols = vision.hookpoints[HOOKPOINT].grid or (0, 0)
     left, top, right, bottom = vision.preprocess.box(width, height)
@@ -193,7 +193,7 @@ def _draw(folder: Path, vision: VisionModel) -> dict[str, tuple[int, int]]:
 
 
 def _patches(activations: Artefact, images: Artefact) -> dict[str, dict[tuple[int, int], Tensor]]:
-    """Activations of patches by the image's file name, and by row and column."""
+    """Return activations of patches by the image's file name, row and column."""
     names = dict(zip(*(images.read("images")[column].to_pylist() for column in ("image", "path")), strict=True))
     found: dict[str, dict[tuple[int, int], Tensor]] = {name: {} for name in names.values()}
     for part in itertools.chain(activations.iter_parts("train"), activations.iter_parts("eval")):

@@ -46,7 +46,7 @@ KINDS = ("cls", "patch", "patch", "patch")
 
 
 def make_world(n: int, seed: int = 0) -> tuple[Tensor, list[str]]:
-    """Activations of n images (images, tokens, d_model), and the class of each."""
+    """Make activations of n images, (images, tokens, d_model), and the class of each image."""
     rng = np.random.default_rng(seed)
     labels = [list(PATHS)[i % len(PATHS)] for i in range(n)]
     directions = torch.eye(D_MODEL)
@@ -62,7 +62,7 @@ def make_world(n: int, seed: int = 0) -> tuple[Tensor, list[str]]:
 
 
 def make_sae() -> SAE:
-    """The planted latents."""
+    """Make the SAE with the planted latents."""
     directions = torch.eye(D_MODEL)[:D_SAE].clone()
     directions[DOG_AGAIN] = torch.nn.functional.normalize(torch.eye(D_MODEL)[DOG] + 0.1 * torch.eye(D_MODEL)[DOG_AGAIN], dim=0)
     b_enc = torch.zeros(D_SAE)
@@ -94,7 +94,7 @@ def make_inputs(
 
 
 def run(place: Path, inputs: Mapping[str, Artefact], on_event: Listener = ignore, **changes: Any) -> Artefact:
-    """The evaluation of these inputs."""
+    """Evaluate the inputs."""
     params: EvaluateParams = make_test_params(evaluate=changes).evaluate
     return make_artefact(place, "evaluation", lambda params, inputs, draft: evaluate(params, inputs, draft, on_event), params, inputs)
 
