@@ -34,7 +34,7 @@ N_IMAGES = 200
 
 @pytest.fixture(scope="module", autouse=True)
 def _checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A finished study in `data`, and pictures named as those of the examples are."""
+    """A finished study in `data`, and pictures with the names used in the examples."""
     root = tmp_path_factory.mktemp("checkout")
     write_tile_folder(root / "photos", N_IMAGES)
     (root / "words.txt").write_text("\n".join(COLOURS))
@@ -63,7 +63,7 @@ def run() -> Iterator[ommatid.Run]:
 
 
 def test_activations_of_images_of_the_study_equal_its_firings(run: ommatid.Run) -> None:
-    """Stored activations are float16 and so are these; what is left is the order in which products of other batches are summed."""
+    """Both are float16; the remaining difference is the order in which products are summed in other batches."""
     rows = run.artefacts["images"].read("images", ["image", "split", "encoded"]).to_pylist()
     rows = [row for row in rows if row["split"] == "eval"]
     found = run.encode([row["encoded"] for row in rows])
@@ -191,7 +191,7 @@ def test_fvu_refuses_what_does_not_fit() -> None:
 
 
 def public() -> dict[str, Any]:
-    """Everything that `import ommatid` offers, and the public members of its own classes."""
+    """Return everything that `import ommatid` offers, with the public members of its classes."""
     found: dict[str, Any] = {name: getattr(ommatid, name) for name in ommatid.__all__}
     for one in (ommatid.Run, ommatid.Encoding):
         members = {name: value for name, value in vars(one).items() if not name.startswith("_")}

@@ -41,12 +41,12 @@ class World:
     folder: Path
     url: str
     calls: list[object] = field(default_factory=list)
-    """Connections that the server was asked for."""
+    """Number of connections to the server."""
     peaks: list[int] = field(default_factory=list)
-    """MB that each process took at most, where it had not died by itself."""
+    """Peak memory of each process that was still alive, in MB."""
 
     def try_all(self, file: Path, statements: Sequence[str]) -> list[str | QueryError]:
-        """What comes of each statement, two at a time; one that neither answers nor fails in time fails the test."""
+        """Run statements two at a time and return their outcomes; one that neither answers nor fails in time fails the test."""
         with Catalog(file, MEMORY_MB, at_once=2) as catalog, ThreadPoolExecutor(2) as pool:
             found = list(pool.map(lambda sql: self._try(catalog, sql), statements))
             assert catalog.rows("SELECT count(*) FROM features") == [(4,)]
@@ -163,7 +163,7 @@ def test_a_process_that_does_not_free_memory_is_replaced(file: Path) -> None:
         (first,) = {child.pid for child in catalog._idle}
 
         def is_replaced() -> bool:
-            """DuckDB gives memory back by a clock of its own: on a busy machine sometimes before it is looked at."""
+            """Query, and return whether the process was replaced: on a busy machine, DuckDB may free memory before it is measured."""
             catalog.rows("SELECT count(DISTINCT range) FROM range(2000000)", timeout=HANG_SECONDS)
             return first not in {child.pid for child in catalog._idle}
 
@@ -197,7 +197,7 @@ def test_limits_out_of_bounds_are_named(catalog: Catalog, timeout: float) -> Non
 
 
 def test_no_other_file_can_be_opened_once_the_catalogue_is_open(file: Path) -> None:
-    """Of the limits of the kernel, which hold whatever DuckDB lets through."""
+    """The kernel's limits hold whatever DuckDB allows."""
     with Catalog(file) as catalog:
         (child,) = catalog._idle
         limits = {line[:26].strip(): line[26:].split()[:2] for line in Path(f"/proc/{child.pid}/limits").read_text().splitlines()}
@@ -249,7 +249,7 @@ with Catalog(file, memory_mb=100) as catalog:
 
 
 def test_where_the_kernel_has_no_limit_the_process_ends_itself(file: Path, tmp_path: Path) -> None:
-    """The worker is told that this is not Linux; in a small process, for on Linux the peak of memory is inherited."""
+    """The worker believes that this is not Linux. It runs in a small process, because on Linux the peak of memory is inherited."""
     (tmp_path / "worker.py").write_text(
         child_module.WORKER.read_text()
         .replace('IS_LINUX = sys.platform == "linux"', "IS_LINUX = False")

@@ -292,7 +292,7 @@ inputs = {stage: store.open_artefact(root / place, kind) for stage, (place, kind
 
 
 def _run(root: Path, script: str) -> subprocess.CompletedProcess[str]:
-    """Run `script` in a process of its own, with `root` and the `inputs` in it."""
+    """Run a script in a separate process in which `root` and `inputs` are defined."""
     command = [sys.executable, "-c", BEFORE + script, str(Path(artefacts.__file__).parents[1]), str(root)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 

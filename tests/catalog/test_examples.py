@@ -17,12 +17,12 @@ from ommatid.show.pictures.page import N_ACROSS, N_STRONGEST, load_examples
 from support import catalog as catalog_artefacts
 
 SIZES = (1, 2, 9, 15, 16, 17, 20, 41, 79, 80, 159, 160, 161, 400)
-"""Images that fire each latent: below, at and above those whose tenth is 16."""
+"""Number of images that fire each latent: fewer than, as many as, and more than give a decile of 16."""
 Planted = Mapping[int, dict[int, float]]
 
 
 class Written:
-    """Firings in one file, as evaluation leaves them; and the scratch folder of its draft."""
+    """Firings in one file, as written by the evaluation, and the scratch folder of its draft."""
 
     def __init__(self, folder: Path, planted: Planted) -> None:
         rows = [("s", image, latent, act) for latent, acts in planted.items() for image, act in acts.items()]

@@ -18,7 +18,7 @@ from ommatid.errors import QueryError
 
 
 def checksum(data: bytes) -> int:
-    """DuckDB's, of a block."""
+    """Return DuckDB's checksum of a block."""
     found = 5381
     for (word,) in struct.iter_unpack("<Q", data):
         found ^= word * 0xBF58476D1CE4E5B9 & (2**64 - 1)
@@ -26,7 +26,7 @@ def checksum(data: bytes) -> int:
 
 
 def of_version(path: Path, version: int) -> None:
-    """Say in the file's header that another version of DuckDB wrote it."""
+    """Change the file's header to name another version of DuckDB."""
     content = bytearray(path.read_bytes())
     assert content[8:12] == b"DUCK" and struct.unpack("<Q", content[:8])[0] == checksum(bytes(content[8:4096]))
     content[12:20] = struct.pack("<Q", version)

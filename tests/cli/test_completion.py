@@ -11,7 +11,7 @@ from ommatid import __version__
 
 
 def ommatid(*arguments: str, **environment: str) -> str:
-    """What `ommatid` prints that a bash has started as its entry point does."""
+    """Return what `ommatid` prints when bash starts it through its entry point."""
     code = "import sys; sys.argv[0] = 'ommatid'; from ommatid.cli import main; main()"
     command = ["bash", "-c", '"$@"; exit $?', "bash", sys.executable, "-W", "error", "-c", code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment}).stdout

@@ -14,7 +14,7 @@ from ommatid.errors import ArtefactError, StoppedError
 
 
 def ended(capsys: pytest.CaptureFixture[str], error: BaseException) -> tuple[object, str]:
-    """Status and what is said when a block raises."""
+    """Return the exit status and the output of a block that raises."""
     with pytest.raises(SystemExit) as exit_, at_edge():
         raise error
     return exit_.value.code, capsys.readouterr().err
@@ -59,7 +59,7 @@ def test_a_long_message_is_cut_and_a_full_disk_prints_the_traceback(
 
 
 def script(body: str) -> list[str]:
-    """A process whose whole is `body` at the edge."""
+    """Run a process that consists of `body`, with the handling of errors around it."""
     imports = "import os, sys, time\nfrom ommatid.cli.error_boundary import at_edge\n"
     text = f"{imports}with at_edge():\n{textwrap.indent(textwrap.dedent(body), '    ')}"
     return [sys.executable, "-c", text]

@@ -19,7 +19,7 @@ from ommatid.store.filesystem import writing
 
 
 def lacks_in(tmp_path: Path, body: str) -> dict[str, str]:
-    """What `body`, which calls try_(name, function), meets in a process of its own, for its limits hold to the end."""
+    """Run `body`, which calls try_(name, function), in a separate process, because its limits cannot be lifted, and return its errors."""
     script = textwrap.dedent("""
         import json, resource, sys
         import duckdb, numpy as np, pyarrow as pa, pyarrow.parquet as pq, sqlite3, torch
@@ -136,7 +136,7 @@ def test_the_error_names_the_stage_and_what_helps(name: str, monkeypatch: pytest
 
 def test_errors_of_writing_name_the_file(tmp_path: Path) -> None:
     class SafetensorError(Exception):
-        """Of a type that is no OSError."""
+        """An error that is not an OSError."""
 
     with (
         pytest.raises(ArtefactError, match=r"sae.safetensors: the disk is full \([\d.]+ [MG]B free\); make room and run the stage again"),

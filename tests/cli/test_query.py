@@ -85,7 +85,7 @@ def test_json_keeps_columns_of_one_name(file: Path) -> None:
 
 
 STEERING = "\x1b]0;title\x07\x1b[2J\x9b31m\x00\x08\x7f\r\u202e\u2066\u200b\u2028\U000e0041"
-"""OSC, CSI in both forms, NUL, backspace, delete, return, turned reading directions, invisible characters."""
+"""OSC, CSI in both forms, NUL, backspace, delete, carriage return, reversed reading directions, invisible characters."""
 STEERS = {c for c in STEERING if not c.isprintable()}
 
 
@@ -214,6 +214,6 @@ def test_a_process_that_may_open_few_files_says_so(file: Path) -> None:
 
 
 def in_shell(command: str, file: Path) -> "subprocess.CompletedProcess[str]":
-    """Runs a line of shell, in which $QUERY asks the catalogue for 7."""
+    """Run a line of shell in which $QUERY queries the catalogue for 7."""
     query = f"'{sys.executable}' -m ommatid query --catalog '{file}' 'SELECT 7'"
     return subprocess.run(["sh", "-c", command.replace("$QUERY", query)], capture_output=True, text=True, timeout=HANG_SECONDS)

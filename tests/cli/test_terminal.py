@@ -14,7 +14,7 @@ VALUES = {"loss": 0.5, "fvu": 0.3125, "l0": 16.0, "dead": 0.02, "tokens_per_seco
 
 
 class Terminal(io.StringIO):
-    """A terminal as wide as a screen."""
+    """A terminal of ordinary width."""
 
     def isatty(self) -> bool:
         return True

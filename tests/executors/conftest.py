@@ -14,7 +14,7 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)
 
 @pytest.fixture
 def driver() -> Iterator[Driver]:
-    """A driver to start and to end."""
+    """A driver that a test starts and ends."""
     driver = Driver()
     yield driver
     driver.kill()

@@ -36,7 +36,7 @@ MODEL = {
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Artefact]:
-    """Six shards; only the driver knows how large they should be. Paths are relative: workers work elsewhere."""
+    """Images in six shards, whose size only the driver knows. Paths are relative, although workers run in another folder."""
     root = tmp_path_factory.mktemp("checkout")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -49,7 +49,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Artefact]:
 
 @pytest.fixture(scope="module")
 def expected(images: Artefact) -> Artefact:
-    """By this process."""
+    """The extraction made by this process."""
     return make(images, {"kind": "local"})
 
 
@@ -62,7 +62,7 @@ def make(images: Artefact, executor: dict[str, Any], on_event: Listener = ignore
 
 
 def check(made: Artefact, expected: Artefact) -> None:
-    """The same manifests, and the files that they name."""
+    """Check that manifests are equal, and that the files match them."""
     for name in (".", *expected.children):
         assert (made.path / name / "manifest.json").read_bytes() == (expected.path / name / "manifest.json").read_bytes()
     assert made.manifest.summary["n_shards"] == 6
@@ -70,7 +70,7 @@ def check(made: Artefact, expected: Artefact) -> None:
 
 
 class KillOne:
-    """Kills one of the workers when the first shard is done, while the others are being made."""
+    """Kills one of the workers when the first shard is done and the others are in progress."""
 
     def __init__(self, find: Callable[[], list[int]]) -> None:
         self._find = find
@@ -83,7 +83,7 @@ class KillOne:
 
 
 def find(words: str) -> list[int]:
-    """Processes below this one with these words in their command."""
+    """Return the descendants of this process with some words in their command line."""
     return [child.pid for child in psutil.Process().children(recursive=True) if words in command_of(child)]
 
 

@@ -18,7 +18,7 @@ from support.processes import HANG_SECONDS, started
 
 LOCAL = LocalExecutor(kind="local")
 DEVICES = ("5", "GPU-7")
-"""No GPU is needed to see which one a process was told to take."""
+"""Devices to assign; assigning them needs no GPU."""
 
 
 def test_without_several_gpus_shards_are_made_here_in_order(tmp_path: Path) -> None:

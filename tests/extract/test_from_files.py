@@ -37,7 +37,7 @@ D_MODEL = 6
 
 
 def planted(*shape: int, seed: int = 0) -> Tensor:
-    """Numbers that float16 holds, every row another."""
+    """Make activations that float16 can hold, with all rows different."""
     return torch.randn(*shape, D_MODEL, generator=torch.Generator().manual_seed(seed)).half()
 
 
@@ -99,7 +99,7 @@ def section(path: Path, **changes: Any) -> ExtractFiles:
 
 
 def make(place: Path, path: Path, on_event: Any = ignore, **changes: Any) -> Artefact:
-    """Import, publish, and give the activations."""
+    """Import and publish activations, and return the artefact."""
     params = section(path, **changes)
     with open_draft(place, "extraction", params.model_dump(mode="json"), {}) as draft:
         import_files(params, {}, draft, on_event)
@@ -107,7 +107,7 @@ def make(place: Path, path: Path, on_event: Any = ignore, **changes: Any) -> Art
 
 
 def rows_of(artefact: Artefact, table: str) -> dict[tuple[int, int], bytes]:
-    """(image, token) -> the bytes of x; each once."""
+    """Return the bytes of x for each (image, token), which must occur once."""
     read = artefact.read(table)
     keys = list(zip(read["image"].to_pylist(), read["token"].to_pylist(), strict=True))
     assert len(set(keys)) == len(keys)
@@ -121,7 +121,7 @@ def all_rows(artefact: Artefact) -> dict[tuple[int, int], bytes]:
 
 
 def expected(x: Tensor, images: list[int] | None = None) -> dict[tuple[int, int], bytes]:
-    """By hand, from (entries, tokens, d_model) and the image of each entry."""
+    """Compute the rows by hand from activations, (entries, tokens, d_model), and the image of each entry."""
     found: dict[tuple[int, int], bytes] = {}
     counts: dict[int, int] = {}
     for entry, tokens in enumerate(x):
@@ -133,7 +133,7 @@ def expected(x: Tensor, images: list[int] | None = None) -> dict[tuple[int, int]
 
 
 def small(monkeypatch: pytest.MonkeyPatch, rows_per_block: int, images_per_shard: int, rows_per_shard: int = 1) -> None:
-    """So that a few rows make many blocks, shards and row groups."""
+    """Shrink the sizes, so that a few rows give many blocks, shards and row groups."""
     monkeypatch.setattr(plan, "BYTES_PER_BLOCK", rows_per_block * 2 * D_MODEL)
     monkeypatch.setattr(plan, "IMAGES_PER_SHARD", images_per_shard)
     monkeypatch.setattr(plan, "BYTES_PER_SHARD", rows_per_shard * 2 * D_MODEL)
@@ -433,7 +433,7 @@ def _npy(header: bytes) -> bytes:
     ],
 )
 def test_messages_about_damaged_files_do_not_quote_them(tmp_path: Path, name: str, content: bytes, said: str) -> None:
-    """It may be a link to a file that is nobody's business."""
+    """The file may be a link to a private one."""
     (tmp_path / "secret").write_bytes(content)
     (tmp_path / name).symlink_to(tmp_path / "secret")
     with pytest.raises(SourceError, match=said) as caught:
@@ -456,7 +456,7 @@ def test_two_columns_with_the_same_name_are_refused(tmp_path: Path, names: list[
 
 
 class NotATensor:
-    """What only pickle can bring back."""
+    """An object that only pickle can load."""
 
 
 def test_a_pt_file_that_needs_pickle_is_not_opened(tmp_path: Path) -> None:
@@ -561,7 +561,7 @@ def test_the_largest_float16_is_kept(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """Like SIGKILL: nothing cleans up."""
+    """Stands for SIGKILL, after which nothing cleans up."""
 
 
 @pytest.mark.parametrize(
@@ -647,7 +647,7 @@ def test_a_disk_that_is_too_small_is_reported_before_any_work(tmp_path: Path, mo
 
 
 def import_params(path: Path, **train: Any) -> Params:
-    """The checkout's params with an import for `extract`."""
+    """Return the params of the checkout with an import as `extract`."""
     values = make_test_params(train={"d_sae": 16, "k": 2, "epochs": 30, "batch_size": 64, "lr": 0.01, **train}).model_dump(mode="json")
     return make_params(values | {"extract": section(path, name="theirs.blocks.3").model_dump(mode="json")}, "test")
 
@@ -703,7 +703,7 @@ PAGE = (CHECKOUT / "docs/users/activations.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    """The page's blocks of code in a language."""
+    """Return the page's blocks of code in a language."""
     return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
 
 

@@ -11,7 +11,7 @@ from support.checkout import make_checkout, run
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout in which everything was run once; tests copy it."""
+    """A checkout in which every stage was run once, which tests copy."""
     root = make_checkout(tmp_path_factory.mktemp("made") / "checkout")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMMATID_CACHE", str(root.parent / "cache"))
@@ -21,7 +21,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkout(made: Path, tmp_path: Path) -> Path:
-    """A checkout of a test's own, every stage up to date."""
+    """A test's own copy of the checkout, with every stage up to date."""
     root = tmp_path / "checkout"
     shutil.copytree(made, root, symlinks=True)
     (root / "ran.log").unlink()
@@ -30,7 +30,7 @@ def checkout(made: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_identity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A fresh machine: git knows nobody."""
+    """Use a fresh machine, on which git has no name and email address."""
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))

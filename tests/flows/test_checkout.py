@@ -23,7 +23,7 @@ from support.checkout import bytes_of, run
 from support.processes import wait_for, wait_for_end
 
 UP_TO_DATE = "sources:\n\talways changed\n"
-"""What `dvc status` says where nothing changed: it cannot know of the sources without a look."""
+"""Output of `dvc status` if nothing changed; it cannot know about the sources without running their stage."""
 
 
 def params_of(root: Path, *overrides: str) -> Params:
@@ -46,7 +46,7 @@ def ran(checkout: Path) -> list[list[str]]:
 
 @contextmanager
 def opened(checkout: Path, *overrides: str) -> Iterator[tuple[Workplace, list[str]]]:
-    """A workplace that is left before anything is saved."""
+    """Open a workplace that is left before anything is saved."""
     said: list[str] = []
     with contextlib.suppress(Leave), open_workplace(checkout, params_of(checkout, *overrides), None, said.append) as place:
         yield place, said

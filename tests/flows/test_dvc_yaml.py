@@ -31,7 +31,7 @@ def file_of(module: str) -> Path | None:
 
 
 def imported_by(module: str) -> set[str]:
-    """Our modules that a module imports, anywhere in it."""
+    """Return the modules of Ommatid that a module imports, anywhere in it."""
     path = file_of(module)
     assert path, module
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]

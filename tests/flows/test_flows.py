@@ -37,7 +37,7 @@ def ran(checkout: Path) -> list[str]:
 
 
 def decided(monkeypatch: pytest.MonkeyPatch) -> list[Decision]:
-    """Let a decision be made without artefacts to decide on; those that were published."""
+    """Replace the decision, so that it needs no artefacts; return what was published."""
     scores = Scores(sae="a", digest="a", fvu=0.3, l0=32.0, dead=0.1, ms=0.45, ms_floor=0.35)
     published: list[Decision] = []
 

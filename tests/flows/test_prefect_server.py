@@ -16,7 +16,7 @@ from support.processes import wait_for
 
 
 def environment(**more: str) -> dict[str, str]:
-    """A user's shell: nothing of Prefect is set but what the test sets."""
+    """Return the environment of a user's shell, with no settings of Prefect other than those of the test."""
     mine = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
     return {**mine, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "src")]), **more}
 
@@ -81,7 +81,7 @@ def test_sigterm_ends_the_stage_and_the_temporary_server(checkout: Path) -> None
 
 
 def marked(checkout: Path) -> list[psutil.Process]:
-    """Processes that a run of a test has left."""
+    """Return the processes that a run of a test has left."""
     found = []
     for process in psutil.process_iter():
         try:

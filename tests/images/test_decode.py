@@ -183,7 +183,7 @@ def test_wide_pixels_are_scaled_by_the_smallest_usual_range_that_holds_them(valu
 
 
 def tiff(values: np.ndarray, order: Literal["<", ">"] = "<", **tags: Any) -> bytes:
-    """A plain TIFF of one channel, tag by tag: PIL writes only some of what it reads."""
+    """Write a plain TIFF of one channel tag by tag, because PIL reads more variants than it writes."""
     height, width = values.shape
     data = values.astype(values.dtype.newbyteorder(order)).tobytes()
     bits, kind = 8 * values.dtype.itemsize, {"u": 1, "i": 2, "f": 3}[values.dtype.kind]

@@ -23,7 +23,7 @@ from support.study import CHECKOUT
 
 FACTORS = {"shape": SHAPES, "colour": tuple(COLOURS), "texture": TEXTURES, "place": PLACES, "background": tuple(BACKGROUNDS)}
 FIRST_32 = "971a505bf19901823739d84e7fd8e20ee9bd4055a39d67819576e52488e77105"
-"""sha256 of the first 32 images of the plan in data/."""
+"""The sha256 of the first 32 images of the plan in data/."""
 
 
 @pytest.fixture
@@ -41,13 +41,13 @@ def bytes_of(path: Path, positions: range) -> list[bytes]:
 
 
 def a_figure(**changes) -> Figure:
-    """A figure without any accident."""
+    """Return a plain figure."""
     values = {"shape": "circle", "colour": "red", "texture": "plain", "place": "centre", "background": "black"}
     return Figure(**{**values, "scale": 0.9, "turn": 0.0, "shift": (0.0, 0.0), "phase": (0.0, 0.0), "shade": 0, **changes})
 
 
 def lens(r: float, d: float) -> float:
-    """Area that a disc of radius 1 shares with one of radius r whose centre is d away."""
+    """Return the area that a disc of radius 1 shares with one of radius r at distance d."""
     a, b = math.acos((d * d + 1 - r * r) / (2 * d)), math.acos((d * d + r * r - 1) / (2 * d * r))
     return a + r * r * b - d * math.sin(a)
 
@@ -74,7 +74,7 @@ def test_a_shape_has_its_area_however_it_is_turned(shape):
 
 
 def test_shapes_of_equal_area_differ_in_their_outline():
-    """Of nine masks each is the most like itself turned: the mean overlap with another is smaller."""
+    """Each of nine masks overlaps most with rotations of itself."""
     masks = {shape: draw(a_figure(shape=shape), 96)[..., 0] > 100 for shape in SHAPES}
     turned = {shape: draw(a_figure(shape=shape, turn=0.1), 96)[..., 0] > 100 for shape in SHAPES}
     for shape, mask in masks.items():

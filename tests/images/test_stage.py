@@ -29,7 +29,7 @@ from ommatid.store import open_artefact
 
 @pytest.fixture
 def photos(tmp_path: Path, png) -> Path:
-    """30 files in three classes: 24 images, 3 duplicates (of `a/00.png`) and 3 that are no images."""
+    """30 files in three classes: 24 images, 3 duplicates of `a/00.png`, and 3 files that are not images."""
     root = tmp_path / "photos"
     for i in range(30):
         path = root / "abc"[i % 3] / f"{i:02d}.png"
@@ -236,7 +236,7 @@ with store.open_draft(place, "images", params.model_dump(mode="json"), {}) as dr
 
 
 def die(place: Path, params, when: str, name: str) -> None:
-    """Run the stage in a process that ends at once, before or after the file `name` gets its name."""
+    """Run the stage in a process that dies just before or after the file `name` is renamed into place."""
     done = subprocess.run([sys.executable, "-c", DYING, str(place), params.model_dump_json(), when, name], capture_output=True, text=True)
     assert done.returncode == 9, done.stderr
 
@@ -257,7 +257,7 @@ def test_a_run_killed_at_every_step_ends_with_the_same_bytes(photos, tmp_path, m
 
 @pytest.fixture
 def interrupt(tmp_path, params, drafting, monkeypatch):
-    """Stop the stage by Ctrl-C after some items: `interrupt(source, place, 17)` gives the names of the finished parts."""
+    """Stops the stage by Ctrl-C after some items: `interrupt(source, place, 17)` returns the names of the finished parts."""
 
     def interrupted(source: dict[str, str], place: str, n_items: int) -> list[str]:
         def stop(event):

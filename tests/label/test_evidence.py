@@ -44,7 +44,7 @@ def test_cases_are_made_for_the_requested_latents(cases: dict[int, Case]) -> Non
 
 
 def test_no_image_of_the_held_out_half_is_in_a_case(line: dict[str, Artefact], cases: dict[int, Case]) -> None:
-    """By the ids of the images, apart from the stage's own bookkeeping."""
+    """The test uses the ids of the images, not the stage's own records."""
     rows = line["images"].read("images", ["image", "image_id", "split", "encoded"]).to_pylist()
     by_image = {row["image"]: row for row in rows}
     shown = [example for case in cases.values() for example in (*case.firing, *case.silent)]
@@ -70,7 +70,7 @@ def test_firing_and_silent_images_are_what_they_are_called(line: dict[str, Artef
 
 
 def test_hard_and_random_images_alternate(line: dict[str, Artefact], cases: dict[int, Case]) -> None:
-    """Green fires no image that red does, so hard images for red are those of the other colours: grey ones fire nothing."""
+    """Hard images for the red latent are those of other colours, because grey images fire nothing."""
     fired = line["evaluate"].read("firings").to_pandas()
     coloured = set(fired[fired.latent.isin(PURE)].image)
     hard = cases[0].silent[::2]

@@ -69,7 +69,7 @@ def test_with_several_saes_the_file_must_say_which(tmp_path: Path) -> None:
 
 
 def test_labels_of_another_training_are_refused(tmp_path: Path) -> None:
-    """The name of the SAE is the same, its weights are not: its latents are others."""
+    """The SAE has the same name but other weights, and therefore other latents."""
     with pytest.raises(ConfigError, match="line 2, column sae: got 'topk-8-k2-s0-99999999'"):
         load_labels(write(tmp_path, "latent,label,sae\n1,horse,topk-8-k2-s0-99999999\n"), {ONE: 8})
 

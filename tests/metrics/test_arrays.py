@@ -18,7 +18,7 @@ N, N_LATENTS, WIDTH = 230, 12, 7
 
 
 def published_loop(acts: torch.Tensor, embeddings: torch.Tensor, batch: int = 100) -> torch.Tensor:
-    """As sae-for-vlm's metric.py goes about it: for every image the later ones in batches of 100, weighted cosines and weights summed."""
+    """Compute scores as sae-for-vlm's metric.py does: for each image, sum weighted cosines and weights over later images, 100 at a time."""
     low, high = acts.amin(0), acts.amax(0)
     a = (acts - low) / (high - low)
     above, below = torch.zeros_like(low), torch.zeros_like(low)
@@ -33,7 +33,7 @@ def published_loop(acts: torch.Tensor, embeddings: torch.Tensor, batch: int = 10
 
 @pytest.fixture(scope="module")
 def acts() -> torch.Tensor:
-    """Sparse and dense latents, one of negative values, one far from zero, one that fires always; float64."""
+    """Sparse and dense latents, one with negative values, one far from zero, and one that always fires, float64."""
     generator = torch.Generator().manual_seed(0)
     acts = torch.randn(N, N_LATENTS, generator=generator, dtype=torch.float64)
     acts[:, :8] *= torch.rand(N, 8, generator=generator) < 0.04
@@ -70,7 +70,7 @@ FORMS: dict[str, Callable[[torch.Tensor], Any]] = {
 
 
 def shuffle_rows(rows: csr_array) -> csr_array:
-    """The same matrix, the entries of each row from the last to the first."""
+    """Return the same matrix with the entries of each row in reverse order."""
     for start, stop in zip(rows.indptr, rows.indptr[1:], strict=False):
         rows.indices[start:stop], rows.data[start:stop] = rows.indices[start:stop][::-1].copy(), rows.data[start:stop][::-1].copy()
     rows.has_sorted_indices = False
@@ -91,7 +91,7 @@ def test_scores_equal_the_published_loop(
 
 
 def test_sparse_activations_equal_the_published_loop(acts: torch.Tensor, embeddings: torch.Tensor, expected: torch.Tensor) -> None:
-    """Only the latents that are mostly zero: products over entries."""
+    """Only latents that are mostly zero, for which products run over entries."""
     for form in ("torch", "torch CSR"):
         np.testing.assert_allclose(monosemanticity(FORMS[form](acts[:, :8].contiguous()), embeddings), expected[:8], rtol=1e-9)
 
@@ -153,7 +153,7 @@ def test_arrays_that_cannot_be_scored_are_refused(acts: Any, embeddings: Any, sa
 
 
 class Rows:
-    """What has the attributes of compressed rows."""
+    """An object with the attributes of compressed rows."""
 
     def __init__(self, indptr: list[int], indices: list[int], data: list[float], shape: tuple[int, int]) -> None:
         self.indptr, self.indices, self.data, self.shape = np.array(indptr), np.array(indices), np.array(data), shape
@@ -187,7 +187,7 @@ def test_damage_in_a_later_block_is_named_by_its_image(monkeypatch: pytest.Monke
 @given(seed=st.integers(0, 10**6), n_parts=st.integers(1, 6))
 @settings(max_examples=25, deadline=None)
 def test_any_partition_of_the_images_gives_the_same_scores(seed: int, n_parts: int, acts: torch.Tensor, embeddings: torch.Tensor) -> None:
-    """Images dealt at random to parts, some empty, dense or compressed, merged in any order."""
+    """Images are assigned at random to parts, some of them empty, dense or compressed, which are merged in any order."""
     rng = np.random.default_rng(seed)
     of_part = rng.integers(n_parts, size=N)
     parts = []
@@ -215,7 +215,7 @@ def assert_same(one: MonosemanticityScores, other: MonosemanticityScores) -> Non
 
 
 def test_embeddings_wider_than_a_block_of_sums_are_scored(acts: torch.Tensor) -> None:
-    """Σap lies in columns; 1,000 is two whole ones and a rest."""
+    """The sums are computed in blocks of columns; 1,000 columns are two whole blocks and a part of one."""
     embeddings = torch.randn(N, 1000, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 0.1
     expected = published_loop(acts, embeddings)
     np.testing.assert_allclose(monosemanticity(acts, embeddings), expected, rtol=1e-9)

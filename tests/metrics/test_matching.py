@@ -26,7 +26,7 @@ def random(n: int, d: int, seed: int = 0) -> torch.Tensor:
 
 
 def copy_of(a: torch.Tensor, noise: float = 0.05) -> tuple[torch.Tensor, torch.Tensor]:
-    """Its directions in another order, of other lengths and a little off; and where each went."""
+    """Return the directions in another order, with other norms and some noise, and the new index of each."""
     order = torch.randperm(len(a), generator=torch.Generator().manual_seed(9))
     noised = a[order] + noise * random(*a.shape, seed=5)
     return noised * (0.1 + torch.rand(len(a), 1)), order.argsort()
@@ -120,7 +120,7 @@ def test_a_direction_of_length_zero_matches_nothing() -> None:
 
 
 FIRES = {"a": {0: {1, 2, 3}, 1: {4}, 2: set()}, "b": {0: set(), 1: {2, 3, 5, 6}, 2: {4}}}
-"""Images that fire each latent; b's directions are a's, one on."""
+"""Images that fire each latent; the directions of b are those of a, shifted by one."""
 
 
 def evaluated(root: Path, name: str, directions: torch.Tensor, fires: Mapping[int, set[int]]) -> EvaluatedSAE:

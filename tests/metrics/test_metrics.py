@@ -30,7 +30,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def pairwise_ms(acts: torch.Tensor, judge: torch.Tensor) -> float:
-    """The definition, pair by pair (Pach et al. 2025, eq. 9)."""
+    """Compute the definition pair by pair (Pach et al. 2025, eq. 9)."""
     a = acts.double()
     a = (a - a.min()) / (a.max() - a.min())
     p = torch.nn.functional.normalize(judge.double(), dim=1)

@@ -34,7 +34,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def sets_of(fires: torch.Tensor) -> list[set[int]]:
-    """Images of each latent."""
+    """Return the set of images of each latent."""
     return [set(fires[:, latent].nonzero()[:, 0].tolist()) for latent in range(fires.shape[1])]
 
 

@@ -15,7 +15,7 @@ N, C = 400, 7
 
 
 def draw(signal: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines that know something of the class, and the classes."""
+    """Sample cosines that carry information about the class, and the classes."""
     generator = torch.Generator().manual_seed(seed)
     classes = torch.randint(0, C, (N,), generator=generator)
     cosines = 0.1 * torch.randn(N, C, generator=generator)

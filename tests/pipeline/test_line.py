@@ -51,7 +51,7 @@ def _inside(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def kill_in_the_middle(stage: str) -> None:
-    """Kill -9 at the first line of progress, or at the first file of the draft."""
+    """Kill a stage by SIGKILL at its first line of progress, or at the first file of its draft."""
     command = [sys.executable, "-m", "ommatid.cli", stage]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
         assert process.stdout is not None

@@ -21,11 +21,11 @@ from support.tiles import COLOURS, TileModel, make_images_artefact
 
 PURE = ("red", "green", "blue")
 NORMS = torch.tensor([2.0, 0.5, 3.0])
-"""Other libraries' directions need not have norm 1."""
+"""Norms of the directions, which in other libraries need not be 1."""
 
 
 def plant(activation: Activation, threshold: torch.Tensor) -> SAE:
-    """A latent for each colour."""
+    """Make the weights of an SAE with a latent for each colour."""
     directions = torch.stack(list(TileModel().spread))
     config = SAEConfig("planted", TileModel.d_model, len(PURE), 1, "tiles", "tiles", activation)
     gated = {"gate_scale": torch.ones(3), "gate_shift": torch.full((3,), 0.1)} if activation == "gated" else {}
@@ -72,7 +72,7 @@ def test_an_imported_sae_is_evaluated_and_labelled(
     export_sae(sae, form, tmp_path / "theirs")
 
     def train(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft) -> Artefact:
-        """The train stage's artefact, from the files of another library."""
+        """Make the artefact of the stage `train` from the files of another library."""
         imported = import_sae(tmp_path / "theirs", Overrides("tiles", "tiles"))
         with draft.write_file("sae.safetensors") as weights, draft.write_file("cfg.json") as cfg:
             imported.save(weights, cfg)

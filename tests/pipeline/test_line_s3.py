@@ -26,7 +26,7 @@ DATA = "s3://bucket/line"
 
 @pytest.fixture(scope="module", autouse=True)
 def _checkout(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Iterator[None]:
-    """A folder with params.yaml, an environment that leads to the server, and pictures on it."""
+    """A folder with params.yaml, an environment set for the server, and pictures on the server."""
     root = tmp_path_factory.mktemp("checkout")
     write_tile_folder(root / "photos", 60)
     (root / "words.txt").write_text("red\ngreen\nblue\ngrey\ncar\nhorse\n")
@@ -51,7 +51,7 @@ def _checkout(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> 
 
 
 def kill_in_the_middle(stage: str) -> None:
-    """Kill -9 at the first line of progress."""
+    """Kill a stage by SIGKILL at its first line of progress."""
     command = [sys.executable, "-m", "ommatid.cli", stage, "--data", DATA]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
         assert process.stdout is not None
@@ -61,7 +61,7 @@ def kill_in_the_middle(stage: str) -> None:
 
 
 def artefacts(data: str) -> Iterator[tuple[str, Artefact]]:
-    """All but the catalogue, which holds the time it was made."""
+    """Return all artefacts except the catalogue, which contains the time at which it was made."""
     for name in STAGES:
         if name != "catalog":
             yield name, open_stage(name, data=data)

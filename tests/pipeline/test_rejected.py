@@ -35,7 +35,7 @@ from support.tiles import COLOURS, TileModel, write_tile_folder
 
 GOOD, WIDE, NARROW, BAD = "batch_topk-12-k2-s0", "batch_topk-40-k3-s0", "batch_topk-9-k2-s0", "relu-32-k1-s0"
 RUNS: list[dict[str, Any]] = [{"d_sae": 12, "k": 2}, {"variant": "relu", "d_sae": 32, "k": 1, "lr": 1e-9}, {}, {"d_sae": 9, "k": 2}]
-"""The second fails the gate of train: half of its latents fire, where the encoder is made for one."""
+"""The SAEs of the training, of which the second fails the gate: half of its latents fire, although one should."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,7 +70,7 @@ def changed(params: Params, **train: Any) -> Params:
 
 
 def run(*arguments: str) -> int:
-    """`ommatid ...` in this process. Gives the exit status."""
+    """Run `ommatid ...` in this process, and return its exit status."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["ommatid", *arguments])
         with pytest.raises(SystemExit) as end:
@@ -79,7 +79,7 @@ def run(*arguments: str) -> int:
 
 
 def runs_of_training() -> dict[str, Any]:
-    """The last MLflow run of each SAE, by name."""
+    """Return the last MLflow run of each SAE, by name."""
     found = MlflowClient(f"sqlite:///{Path.cwd()}/.mlflow/mlflow.db").search_runs(["1"], order_by=["attributes.start_time ASC"])
     return {f"{one.info.run_name}": one for one in found}
 
@@ -89,7 +89,7 @@ def rejected_of(artefact: Artefact) -> dict[str, Artefact]:
 
 
 class Killed(BaseException):
-    """Ends a stage as a signal would."""
+    """Stands for a signal that ends a stage."""
 
 
 def test_the_other_saes_are_published_and_the_exit_status_reports_the_rejected_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +123,7 @@ def test_the_mlflow_run_of_the_rejected_sae_fails_and_the_others_finish() -> Non
 
 @pytest.fixture(scope="module")
 def digest() -> str:
-    """Of the training with the SAE that fails."""
+    """Return the digest of the training with the SAE that fails."""
     return open_stage("train").digest
 
 

@@ -40,7 +40,7 @@ D_DEEP = 5
 
 
 class DeepTileModel(TileModel):
-    """Has a second hookpoint of another width, a fixed matrix away from the first, and one of other tokens."""
+    """Has a second hookpoint of another width, a fixed linear map of the first, and a third one with other tokens."""
 
     hookpoints = {**TileModel.hookpoints, "deep": Hookpoint(D_DEEP, ("cls",), GRID)}  # noqa: RUF012
 
@@ -88,7 +88,7 @@ def params() -> Params:
 
 
 class Killed(BaseException):
-    """Ends a stage as a signal would, between two files."""
+    """Stands for a signal that ends a stage between two files."""
 
 
 def kill_at(wanted: Callable[[Event], bool]) -> Listener:

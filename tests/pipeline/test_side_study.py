@@ -20,7 +20,7 @@ from support.study import make_test_params, run_verb
 
 @pytest.fixture(scope="module", autouse=True)
 def _checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A checkout with a main study and one beside it that was made with other values, each up to the training."""
+    """A checkout with a main study and another one with other values, each run up to the training."""
     root = tmp_path_factory.mktemp("checkout")
     np.save(root / "x.npy", draw_activations()[:2000])
     values = make_test_params(train={"d_sae": 48, "k": 4, "epochs": 2, "batch_size": 256, "max_dead": 1.0}).model_dump(mode="json")

@@ -54,7 +54,7 @@ def params(words: Path) -> Params:
 
 @pytest.fixture(scope="module")
 def line(tmp_path_factory: pytest.TempPathFactory, params: Params) -> dict[str, Artefact]:
-    """Every artefact up to the labels."""
+    """Artefacts of all stages up to `label`."""
     return make_line(tmp_path_factory.mktemp("line"), params, label=label)
 
 
@@ -94,7 +94,7 @@ def test_purity_and_top_classes_are_those_of_the_colours(line: dict[str, Artefac
 
 
 def test_numbers_equal_a_direct_computation(line: dict[str, Artefact]) -> None:
-    """density, n_images, max and mean by encoding everything at once."""
+    """Density, n_images, max and mean are computed by encoding everything at once."""
     sae = SAE.load(line["train"].path)
     x = from_float16(line["extract"].read("eval")["x"]).float()
     acts = sae.encode(x)
@@ -152,7 +152,7 @@ def test_comparisons_have_a_row_for_the_sae_and_each_control(line: dict[str, Art
 
 
 def test_baselines_are_measured_in_the_same_way_as_the_sae(line: dict[str, Artefact]) -> None:
-    """By fitting and encoding everything at once."""
+    """The baselines are fitted and encoded on everything at once."""
     rows = {row["dictionary"]: row for row in line["evaluate"].read("comparisons").to_pylist()}
     config = SAE.load(line["train"].path).config
     sample = load_sample(line["extract"], line["extract"].rows("train"))

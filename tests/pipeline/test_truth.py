@@ -55,13 +55,13 @@ NESTED = {"kind": "matryoshka", "prefixes": [0.125, 1.0]}
 BY = ("mean", "soft_wpmi")
 N_FACTORS = len(FACTORS)
 THRESHOLD = 0.5
-"""Of the SAE made by hand: noise stays below, and a factor that is there above."""
+"""Threshold of the SAE made by hand: noise stays below it, and a factor that is present lies above."""
 UNRELATED = (("family", "shape"), ("temperature", "colour"), ("texture",), ("place",), ("background",))
-"""Groups of which one says nothing of the others."""
+"""Groups of factors that are independent of one another."""
 
 
 def draw_mixtures() -> list[list[int]]:
-    """Two or three factors each, of different groups."""
+    """Sample mixtures of two or three factors of different groups."""
     rng = np.random.default_rng(0)
     mixtures = []
     for _ in range(N_MIXED):
@@ -74,7 +74,7 @@ MIXTURES = draw_mixtures()
 
 
 def plant_sae() -> SAE:
-    """Latents 0 to N_FACTORS - 1 read one factor each; the others the sum of the factors of a mixture."""
+    """Make an SAE whose first N_FACTORS latents read one factor each, and the others the sum of the factors of a mixture."""
     read = torch.linalg.pinv(DIRECTIONS)
     W_enc = torch.cat([read, torch.stack([read[:, mixed].sum(1) for mixed in MIXTURES], dim=1)], dim=1)
     mixed = torch.stack([DIRECTIONS[mixed].sum(0) for mixed in MIXTURES])
@@ -85,30 +85,30 @@ def plant_sae() -> SAE:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of one SAE."""
+    """The tables of one SAE."""
 
     sae: SAE
     latents: list[dict[str, Any]]
     labels: list[dict[str, Any]]
-    """By the mean of images."""
+    """Labels by the mean of images."""
     labels_by_wpmi: list[dict[str, Any]]
     comparisons: dict[str, dict[str, Any]]
-    """By dictionary."""
+    """Rows of `comparisons`, by dictionary."""
     levels: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Line:
-    """What the stages made."""
+    """What the stages made of each SAE."""
 
     images: Artefact
     activations: Artefact
     by_hand: Measured
     trained: Measured
     again: Measured
-    """From another seed."""
+    """BatchTopK from another seed."""
     nested: Measured
-    """A Matryoshka."""
+    """The Matryoshka."""
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def make_params(root: Path) -> Any:
 
 
 def load(params: Any, dtype: Any, device: str) -> Any:
-    """The module is loaded as any other; in the place of `lite` the namer that knows the factors."""
+    """Load the module like any other, and in place of `lite` the namer that knows the factors."""
     return PlantedNamer() if params.kind == "lite" else load_model(params, dtype, device)
 
 
@@ -162,7 +162,7 @@ def measure(root: Path, params: Any, inputs: Mapping[str, Artefact]) -> Measured
 
 
 def eval_numbers(line: Line) -> Tensor:
-    """Numbers, in the plan, of the evaluation images."""
+    """Return the numbers of the evaluation images in the plan."""
     rows = line.images.read("images", ["path", "split"]).to_pylist()
     return torch.tensor([int(row["path"].removesuffix(".png")) for row in rows if row["split"] == "eval"])
 
@@ -285,7 +285,7 @@ def test_directions_of_noise_are_not_found_again() -> None:
 
 
 def fit(x: Tensor, seed: int) -> Tensor:
-    """Directions of an SAE of 96 latents."""
+    """Train an SAE of 96 latents, and return its directions."""
     params = make_train_params(d_sae=96, k=PER_PATCH, epochs=15, batch_size=256, seed=seed)
     learner = begin(params, x)
     Trainer([learner], ignore, None).fit(iter_planted(x, params.batch_size))

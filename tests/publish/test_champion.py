@@ -58,7 +58,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def make(name: str, ms: float, d_model: int = 8, **others: float) -> None:
-    """What the six stages leave, as far as a decision reads it: an SAE, and others by name with their MS."""
+    """Make what a decision reads of the six stages: an SAE, and others by name with their MS."""
     activations = {"model": "lite0", "hookpoint": "blocks.15", "d_model": d_model}
     saes = {name: ms, **others}
     _write("images", {"": ({"n_eval": 3}, {})})
@@ -76,7 +76,7 @@ def make(name: str, ms: float, d_model: int = 8, **others: float) -> None:
 
 
 def _write(stage: str, inside: dict[str, tuple[dict, dict[str, bytes]]]) -> None:
-    """An artefact with summary and files, or with such artefacts inside."""
+    """Write an artefact with a summary and files, or with such artefacts inside."""
     place, kind = STAGES[stage].place, STAGES[stage].kind
     with store.open_draft(place, kind, {}, {}) as draft:
         for name, (summary, files) in inside.items():
@@ -91,7 +91,7 @@ def _write(stage: str, inside: dict[str, tuple[dict, dict[str, bytes]]]) -> None
 
 
 def measured(ms: float, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let the champion score so on the new split; the names it was asked for."""
+    """Set the champion's score on the new split, and return the names for which it was requested."""
     asked: list[str] = []
 
     def measure(sae: store.Artefact, *_: object) -> Scores:
@@ -142,7 +142,7 @@ def test_the_champion_is_measured_again_and_a_worse_challenger_is_only_recorded(
 
 
 def _matched(monkeypatch: pytest.MonkeyPatch, ms: float) -> None:
-    """Let the champion score so, and latent 0 of it be latent 2 of the challenger."""
+    """Set the champion's score, and match its latent 0 with latent 2 of the challenger."""
 
     def measure(sae: store.Artefact, _params: object, _on_event: object, challenger: Scores, catalog: str) -> Scores:
         row = {"sae": challenger.sae, "latent": 2, "other_sae": sae.summary["sae"], "other_latent": 0}

@@ -57,7 +57,7 @@ def artefact_of(folder: Path, kind: str, files: Files) -> Artefact:
 
 
 def inside_of(folder: Path, kind: str, saes: Mapping[str, Files]) -> Artefact:
-    """What a stage makes of these SAEs."""
+    """Make the artefact of a stage with some SAEs inside."""
     with store.open_draft(folder / kind, PARENTS[kind], {}, {}) as draft:
         for name, files in saes.items():
             write(draft.child(name, kind), files)
@@ -315,7 +315,7 @@ def test_train_needs_curves(tmp_path: Path, params: Params) -> None:
 
 
 def test_weights_of_every_variant_pass(tmp_path: Path, params: Params) -> None:
-    """A threshold for each latent, a gate, and a transcoder's other width; the same tensors of another variant fail."""
+    """Thresholds per latent, gates and the output width of a transcoder pass, and fail if another variant has them."""
     each, gate = {"threshold": np.zeros(N_LATENTS, np.float32)}, dict.fromkeys(("gate_scale", "gate_shift"), np.ones(N_LATENTS, np.float32))
     wide = {"W_dec": np.eye(N_LATENTS, 2 * WIDTH, dtype=np.float32), "b_dec": np.zeros(2 * WIDTH, np.float32)}
     cases = [("jumprelu", None, each), ("gated", None, gate), ("batch_topk", "deep", wide)]
@@ -524,7 +524,7 @@ def with_labellers(params: Params, *kinds: Mapping[str, Any]) -> Params:
 
 @pytest.mark.parametrize("score", [0.8, None])
 def test_label_passes(tmp_path: Path, params: Params, score: float | None) -> None:
-    """A label without a score is right: a latent that fires on every image cannot be told from any other."""
+    """A label without a score passes, because the label of a latent that fires on every image cannot be scored."""
     report = check("label", labels_artefact(tmp_path, edited(label_rows(), 1, score=score)), params)
     assert report.success, report.failures
 
@@ -555,7 +555,7 @@ def test_label_damage_is_named(tmp_path: Path, params: Params, rows: Rows, name:
 
 
 def test_labels_of_several_labellers_are_each_counted(tmp_path: Path, params: Params) -> None:
-    """People need not name every latent; a vocabulary must."""
+    """People need not label every latent, but a vocabulary must."""
     both = with_labellers(params, {"kind": "vocabulary", "words": ["common"]}, {"kind": "human", "path": "labels.csv"})
     by_people = [row for row in label_rows("human", 2) if row["label"]]
     assert check("label", labels_artefact(tmp_path, label_rows() + by_people), both).success

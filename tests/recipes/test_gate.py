@@ -18,7 +18,7 @@ TITLE = "no image is huge"
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    """A folder with params.yaml and 48 x 32 pictures."""
+    """A folder with params.yaml and pictures of 48 x 32 pixels."""
     write_tile_folder(tmp_path / "study/photos", 12)
     params = make_test_params(images={"source": {"kind": "folder", "path": "photos"}, "limit": None})
     (tmp_path / "study/params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
@@ -26,7 +26,7 @@ def study(tmp_path: Path) -> Path:
 
 
 def follow(tree: Tree) -> None:
-    """Do what the page says."""
+    """Follow the recipe."""
     tree.replace(FILE, "    count(*) AS rows,\n", f"    count(*) AS rows,\n    {blocks_of(PAGE, 'text')[0]}")
     tree.replace(FILE, "    return [\n", "    return [\n" + textwrap.indent(blocks_of(PAGE)[0], " " * 8))
 

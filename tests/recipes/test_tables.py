@@ -30,7 +30,7 @@ N_LATENTS = 24
 
 
 def add_relation(tree: Tree) -> None:
-    """Do what the page on relations says."""
+    """Follow the recipe for relations."""
     before = '\n        "cofiring": structure.cofiring,'
     (stage,) = (path for path in (tree.root / "src/ommatid/evaluate").glob("*.py") if before in path.read_text(encoding="utf-8"))
     tree.write(SCHEMAS, (tree.root / SCHEMAS).read_text(encoding="utf-8") + "\n" + blocks_of(RELATION)[0])
@@ -39,7 +39,7 @@ def add_relation(tree: Tree) -> None:
 
 
 def add_metric(tree: Tree) -> None:
-    """Do what the page on metrics says."""
+    """Follow the recipe for metrics."""
     column, write = blocks_of(METRIC, "text")
     tree.write("src/ommatid/metrics/variation.py", blocks_of(METRIC)[0])
     last = "    duplicate_of=(\n        nullable(pa.int32()),"

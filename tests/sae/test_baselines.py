@@ -23,7 +23,7 @@ from support.planted import make_planted, mmcs
 D_MODEL, D_SAE, K = 32, 64, 3
 KINDS: tuple[Baseline, ...] = ("sparse_neurons", "pca", "kmeans", "nmf")
 DRAW_NOTHING = ("sparse_neurons", "pca")
-"""Both ways of each direction, the same with every seed."""
+"""Baselines that have two latents per direction and do not depend on the seed."""
 
 
 def make_config(d_sae: int = D_SAE, k: int = K, d_model: int = D_MODEL) -> SAEConfig:
@@ -141,7 +141,7 @@ def test_pca_keeps_the_k_largest(sample: torch.Tensor) -> None:
 
 
 def make_clusters(n_clusters: int, per_cluster: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens of clusters far from one another and farther from zero, mixed; and the clusters' centres."""
+    """Sample tokens of clusters that are far from one another and farther from zero; return tokens and centres."""
     centres = 100 + 10 * make_noise(n_clusters, D_MODEL, seed)
     x = centres.repeat(per_cluster, 1) + 0.1 * make_noise(n_clusters * per_cluster, D_MODEL, seed + 1)
     return x, centres
@@ -194,7 +194,7 @@ def test_an_empty_centre_moves_to_the_tokens_that_are_farthest() -> None:
 
 
 def make_parts(n_tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens that are sparse mixtures of 8 parts, each of 6 dimensions that overlap, on all of which some token is zero."""
+    """Sample sparse mixtures of 8 parts, each with 6 dimensions that overlap with those of its neighbours; return tokens and parts."""
     generator = torch.Generator().manual_seed(seed)
     parts = torch.zeros(8, D_MODEL)
     for i in range(8):

@@ -24,12 +24,12 @@ JUMP, TOPK, BATCH = "overcomplete-JumpSAE", "overcomplete-TopKSAE", "overcomplet
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Callable[[str], Path]:
-    """A fixture that a test may damage."""
+    """Copies a fixture, so that a test may damage it."""
     return lambda name: Path(shutil.copytree(fixture(name), tmp_path / name))
 
 
 def change(path: Path, **values: Any) -> None:
-    """Some values of a JSON file."""
+    """Change some values of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
 
 

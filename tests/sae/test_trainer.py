@@ -46,7 +46,7 @@ def finish(learner: Learner) -> SAE:
 
 @pytest.fixture
 def draft(tmp_path: Path) -> Iterator[Draft]:
-    """Where checkpoints lie."""
+    """Draft in which checkpoints are written."""
     with open_draft(tmp_path / "sae", "sae", {}, {}) as draft:
         yield draft
 
@@ -276,7 +276,7 @@ def test_a_plateau_is_reported_and_ends_the_run_early_if_requested() -> None:
 
 
 def curve(fvu: torch.Tensor) -> Learner:
-    """A learner whose FVU was measured to be this."""
+    """Make a learner with a given curve of FVU."""
     learner = begin(make_train_params(epochs=1), make_planted(1024).x)
     learner.curves = torch.zeros(len(fvu), len(CURVE_COLUMNS), dtype=torch.float64)
     learner.curves[:, CURVE_COLUMNS.index("fvu")] = fvu

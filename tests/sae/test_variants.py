@@ -80,7 +80,7 @@ class Oracle:
         return min(len(dead) / k_aux, 1.0) * error / variance / 32
 
     def ms(self, acts: Tensor) -> Tensor:
-        """1 - mean MS by pairs, of latents that fire twice; the largest activation is a constant."""
+        """Return 1 - mean MS over latents that fire twice, by pairs; the largest activation is treated as a constant."""
         if not self.ms_weight:
             return torch.zeros(())
         scaled = acts / acts.max(0).values.detach().clamp_min(1e-12)
@@ -142,7 +142,7 @@ FIXED: dict[str, Tensor] = {}
 
 
 class Jump(torch.autograd.Function):
-    """pre where pre > theta, with the paper's pseudo-derivative; and the same for the step function."""
+    """Return pre where pre > theta, with the pseudo-derivative of the paper, and likewise for the step function."""
 
     @staticmethod
     def forward(ctx: Any, pre: Tensor, theta: Tensor, width: float, is_step: bool) -> Tensor:

@@ -41,7 +41,7 @@ def page(two: Catalog, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def changed(tmp_path: Path, file: Path, *statements: str) -> Catalog:
-    """A copy of a catalogue with other rows."""
+    """Copy a catalogue and change rows."""
     copy = tmp_path / "changed.duckdb"
     copy.write_bytes(file.read_bytes())
     with duckdb.connect(copy) as connection:
@@ -57,7 +57,7 @@ def page_of(catalog: Catalog, tmp_path: Path, sae: str | None = None) -> str:
 
 
 class Tags(HTMLParser):
-    """Every element with its attributes, and whether all that were opened were closed."""
+    """Collects every element with its attributes, and those that are still open."""
 
     VOID = frozenset({"meta", "img", "br", "link", "input"})
 

@@ -39,7 +39,7 @@ def write(path: str, content: bytes = b"x") -> Path:
 
 @pytest.fixture
 def photos() -> Callable[[], str]:
-    """The folder `photos`; gives what DVC compares of it, as it is at the call."""
+    """Makes the folder `photos`, and returns a function that returns what DVC compares of it at the call."""
     write("photos/dog/a.jpg", b"a")
     write("photos/b.jpg", b"b")
     chosen = params("images.source={kind: folder, path: photos}")
@@ -100,7 +100,7 @@ def test_links_are_followed_and_pipes_are_skipped(photos: Callable[[], str]) -> 
 
 
 def read_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files whose content is read from here on."""
+    """Record the names of files whose content is read from now on."""
     read: list[str] = []
     original = Disk.open
     monkeypatch.setattr(Disk, "open", lambda folder, name, size=None: read.append(name) or original(folder, name, size))

@@ -164,7 +164,7 @@ def line(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.parametrize(("second", "end"), [(1, "taken 2"), (2, "making\nmade")])
 def test_the_second_of_two_concurrent_runs_waits(tmp_path: Path, second: int, end: str) -> None:
-    """The second waits; it takes what the first published if it is the same, and makes its own if not."""
+    """It uses what the first published if that is the same artefact, and otherwise makes its own."""
     with start(tmp_path, 1) as first:
         assert line(first) == "making"
         with start(tmp_path, second) as other:

@@ -29,7 +29,7 @@ ROWS = 30_000
 
 @contextmanager
 def flipped(path: Path, at: int, bit: int) -> Iterator[None]:
-    """A file with one bit changed, until the block ends."""
+    """Flip one bit of a file until the block ends."""
     content = path.read_bytes()
     path.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
     yield
@@ -37,14 +37,14 @@ def flipped(path: Path, at: int, bit: int) -> Iterator[None]:
 
 
 def places(path: Path, n: int) -> list[tuple[int, int]]:
-    """Some bytes and bits of a file, always the same, among them the first and the last ones."""
+    """Choose some bytes and bits of a file, always the same ones, including the first and the last."""
     draw, size = random.Random(path.name), path.stat().st_size
     return [(at % size, 1 << draw.randrange(8)) for at in (0, -1, -6, -200, *(draw.randrange(size) for _ in range(n)))]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artefact with two parts of several blocks, each with columns of their own, and a file that is no table."""
+    """An artefact with two tables of several row groups and a file that is not a table."""
     folder = tmp_path_factory.mktemp("damage") / "images"
     random_bytes = np.random.default_rng(0).bytes
     with open_draft(folder, "images", {"limit": 3}, {}) as draft:
@@ -117,7 +117,7 @@ def test_memory_mapped_training_batches_are_checked(tmp_path: Path) -> None:
 
 
 def test_only_columns_that_are_read_are_checked_and_each_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a large set most is other columns, and epochs come again."""
+    """In a large data set most bytes belong to other columns, and every epoch reads the same ones."""
     images = open_artefact(place, "images")
     (last := place / part_name("images", 1)).touch()  # as if new: nothing of it was checked
     sums_of, n_bytes = damage.sums_of, [0]

@@ -31,7 +31,7 @@ PARTS = 3
 
 @pytest.fixture(autouse=True)
 def _inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scratch files, locks and copies go below the current folder."""
+    """Put scratch files, locks and copies below the current folder."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -130,7 +130,7 @@ def test_publishing_replaces_the_old(s3: str) -> None:
 
 @pytest.mark.parametrize("dies_at", range(9))
 def test_a_run_that_dies_while_publishing_leaves_a_whole_artefact(s3: str, monkeypatch: pytest.MonkeyPatch, dies_at: int) -> None:
-    """Readers find nothing or one of the two, whole; the next run ends it."""
+    """Readers find the old artefact, the new one, or none; the next run completes it."""
     place = f"{s3}/images"
     old = write(place)
     left = iter(range(dies_at, -1, -1))
@@ -214,7 +214,7 @@ def test_drafts_of_other_params_are_dropped(s3: str) -> None:
 
 @pytest.mark.parametrize("a", [1, 2])
 def test_a_draft_that_another_machine_takes_over_is_noticed(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, a: int) -> None:
-    """It has a lock of its own, and makes the same artefact or another one."""
+    """The other machine has its own lock, and makes the same artefact or another one."""
     with open_draft(f"{s3}/images", "images", {"a": 1}, {}) as draft:
         draft.write_json("cfg.json", 1)
         with monkeypatch.context() as patch:
@@ -299,7 +299,7 @@ def test_workers_in_other_processes_write_parts_and_children(s3: str, monkeypatc
 
 
 def test_large_objects_are_copied_in_parts(s3: str) -> None:
-    """They arrive in pieces, and the store copies them whole."""
+    """They are uploaded in parts, and copied whole by the store."""
     with open_draft(f"{s3}/images", "images", {}, {}) as draft:
         with draft.write_file("one.bin") as path, path.open("wb") as file:
             for i in range(101):  # s3fs sends a file in pieces from 100 MiB on
@@ -320,7 +320,7 @@ def test_a_root_may_be_a_bucket_and_names_may_be_unusual(s3: str) -> None:
 
 @pytest.fixture
 def change(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Sets variables of the environment, and lets clients see them."""
+    """Sets environment variables, and makes clients notice them."""
 
     def forget() -> None:
         remote._filesystem.cache_clear()

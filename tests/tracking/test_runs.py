@@ -41,7 +41,7 @@ def params() -> Params:
 
 @pytest.fixture(scope="module")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A store with its tables made: making them takes seconds, copying them none."""
+    """A store with empty tables, which is copied because making the tables takes seconds."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}").search_experiments()
     return path.read_bytes()
@@ -75,7 +75,7 @@ def make_activations() -> Artefact:
 
 
 def make_training(params: Params, seed: int = 0) -> Artefact:
-    """What stage `train` makes of these params."""
+    """Make the artefact of the stage `train` for some params."""
     with store.open_draft(Path("data/sae"), "training", {"seed": seed}, {}) as draft:
         for i, (name, one) in enumerate(params.train.each().items()):
             child = draft.child(name, "sae", {**one.identity(), "seed": seed})
@@ -322,7 +322,7 @@ def test_the_table_of_histograms_is_written_during_training(
 def test_the_training_thread_only_queues_events(
     checkout: Path, client: MlflowClient, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every call of the MLflow client between start and end is on the other thread; here an event costs a queue's append."""
+    """Every call of the MLflow client between start and end is made on the other thread, so an event costs one append to a queue."""
     callers: list[str] = []
 
     def spied(name: str) -> Callable[..., object]:
@@ -352,7 +352,7 @@ def test_the_training_thread_only_queues_events(
 
 
 def test_an_event_costs_microseconds_on_the_training_thread(checkout: Path, params: Params) -> None:
-    """Less than a thousandth of a second each, while MLflow works: a measurement is made once in a hundredth of a training."""
+    """An event takes less than a millisecond while MLflow works; a measurement is made once per hundredth of a training."""
     histograms = {name: ([float(i) for i in range(25)], [7] * 24) for name in ("log10_density", "encoder_norm", "encoder_bias")}
     with tracking.training_runs(params, {}) as run:
         listener = run.tee(ignore)
@@ -413,7 +413,7 @@ def test_worktree_logs_to_the_checkout_it_came_from(
 
 
 class FakeServer(ThreadingHTTPServer):
-    """Answers as an MLflow server does until told to hang; counts the points it took."""
+    """Answers like an MLflow server until it is made to hang, and counts the points that it received."""
 
     daemon_threads = True
 

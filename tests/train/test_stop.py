@@ -38,12 +38,12 @@ from ommatid.compute import checkpoint
 checkpoint.SECONDS = terminal.SECONDS = 0.0
 cli.main()
 """
-"""`ommatid`, but with a checkpoint at every measurement, for a training of seconds would have none, and with a line for every event."""
+"""`ommatid` with a checkpoint at every measurement, as a training of seconds would otherwise have none, and a line for every event."""
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with params.yaml and an artefact of activations, trained in `whole` without a break."""
+    """A folder with params.yaml and activations, and in `whole` an uninterrupted training."""
     root = tmp_path_factory.mktemp("planted")
     np.save(root / "x.npy", draw_activations())
     values = make_test_params(
@@ -60,7 +60,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(prepared: Path, tmp_path: Path) -> Path:
-    """A copy in which nothing is trained yet."""
+    """A copy of the folder without a training."""
     return shutil.copytree(prepared, tmp_path / "copy", ignore=shutil.ignore_patterns("whole", ".mlflow"))
 
 
@@ -71,12 +71,12 @@ def run(folder: Path, stage: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Of a process that is not a test's, with its MLflow store in the folder."""
+    """Return the environment of a process outside the tests, with its MLflow store in the folder."""
     return {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "OMMATID_"))} | {"PYTHONUNBUFFERED": "1"}
 
 
 def begin(folder: Path, *command: str) -> "subprocess.Popen[str]":
-    """Start training; returns when it has printed its first line."""
+    """Start training, and return when it has printed its first line."""
     process = subprocess.Popen(
         [*command, "train"], cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -85,7 +85,7 @@ def begin(folder: Path, *command: str) -> "subprocess.Popen[str]":
 
 
 def digest(folder: Path) -> str:
-    """Stands for every byte of the training."""
+    """Return a digest of every byte of the training."""
     return open_stage("train", data=str(folder / "data")).digest
 
 

@@ -11,7 +11,7 @@ from support.models import save_tiny_clip
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Small batches gain nothing from threads, and where others hold the cores, threads that wait for one another cost 40 times."""
+    """Use one thread: small batches gain nothing from more, and on a busy machine threads that wait for each other are 40 times slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

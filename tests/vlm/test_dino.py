@@ -119,7 +119,7 @@ def test_residual_stream(vision: VisionModel, reference: Any) -> None:
 
 
 def test_special_tokens_come_first_and_in_order(vision: VisionModel, reference: Any, kind: str) -> None:
-    """Before the first block the special tokens are the model's own, whatever the image; the class token alone has a position."""
+    """Before the first block, special tokens do not depend on the image, and only the class token has a position embedding."""
     pixels = noise(vision)
     attn, mlp, block = vision.capture(pixels, [f"vision.blocks.0{part}" for part in PARTS]).tokens.values()
     before = block - attn - mlp

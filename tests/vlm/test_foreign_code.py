@@ -34,7 +34,7 @@ AUTO = ("AutoConfig", "AutoModel", "AutoImageProcessor", "AutoFeatureExtractor",
 
 @pytest.fixture(autouse=True)
 def eager_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Says yes to whatever is asked."""
+    """Answers yes to every question."""
     monkeypatch.setattr("builtins.input", lambda prompt="": "y")
 
 
@@ -63,7 +63,7 @@ LOADERS: dict[str, Callable[[Path], object]] = {
 
 
 def plant(folder: Path, file: str, **changes: Any) -> Path:
-    """Puts the code there, and a JSON file that asks for it; gives the file that it would make."""
+    """Write foreign code and a JSON file that asks for it; return the path of the file that the code would make."""
     canary = folder.parent / "canary"
     (folder / "evil.py").write_text(EVIL.format(canary=str(canary)))
     path = folder / file
@@ -145,7 +145,7 @@ def test_listing_hookpoints_runs_no_code_of_the_folder(clip: Path) -> None:
 
 
 class Touch:
-    """Unpickling it makes the canary."""
+    """An object that writes the canary file when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary

@@ -16,7 +16,7 @@ from support.study import CHECKOUT
 
 
 def lines(*arguments: str) -> list[list[str]]:
-    """The table's cells: columns are two spaces apart."""
+    """Return the cells of the table, whose columns are two spaces apart."""
     result = CliRunner().invoke(app, ["hookpoints", *arguments], catch_exceptions=False)
     return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in result.stdout.splitlines()]
 

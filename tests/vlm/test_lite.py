@@ -38,7 +38,7 @@ def lite0() -> LiteVision:
 
 @torch.no_grad()
 def oracle(variant: Variant, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Every hookpoint and the logits, from hooks on the package's unfused network."""
+    """Return every hookpoint and the logits, by hooks on the package's unfused network."""
     net, seen = load_efficientnet(variant, pixels.shape[1]), {}
     for i, block in enumerate(net._blocks):
         block.register_forward_hook(lambda _m, _i, output, name=f"blocks.{i}": seen.update({name: output.clone()}))
@@ -84,13 +84,13 @@ def test_slices_do_not_change_the_result(lite0: LiteVision) -> None:
 
 
 def change(x: torch.Tensor) -> torch.Tensor:
-    """The same of maps as of tokens."""
+    """Change tokens or feature maps in a known way."""
     return 0.7 * x.roll(1, dims=0) + 0.05
 
 
 @torch.no_grad()
 def spliced_oracle(pixels: torch.Tensor, block: int) -> torch.Tensor:
-    """The embedding that the package's unfused network comes to, by a hook that changes what a block puts out."""
+    """Return the embedding by the package's unfused network, with a hook that changes the output of a block."""
     net = load_efficientnet("lite0", pixels.shape[1])
     net._blocks[block].register_forward_hook(lambda _m, _i, output: change(output))
     return conse(net(((pixels.float() - 127) / 128).permute(0, 3, 1, 2)), class_texts("cpu"))
@@ -108,7 +108,7 @@ def test_splice_equals_a_hook_on_the_packages_network(lite0: LiteVision, block: 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_splice_at_every_hookpoint(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing goes by beside a map: its own tokens give the image's embedding, and another's the other's, to the bit."""
+    """Nothing bypasses a feature map: an image's own tokens give its embedding, and another image's tokens the other, bit for bit."""
     model = load(image_size=64, dtype=dtype)
     # slices of two and of one: few images, for bfloat16 takes 20 times as long where the hardware does not compute in it
     monkeypatch.setattr(lite, "SLICE_BYTES", 2 * 64**2 * getattr(torch, dtype).itemsize)
@@ -160,7 +160,7 @@ def drawing_of_a_traffic_light() -> Image.Image:
 
 
 def photographs(model: LiteVision) -> torch.Tensor:
-    """A Chinese temple and an officer in uniform, as scikit-learn and matplotlib carry them, and a drawing."""
+    """A Chinese temple and an officer in uniform, from scikit-learn and matplotlib, and a drawing."""
     temple = Image.fromarray(load_sample_image("china.jpg"))
     with Image.open(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg") as officer:
         images = [temple, officer.convert("RGB"), drawing_of_a_traffic_light()]

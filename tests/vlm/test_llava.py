@@ -56,7 +56,7 @@ def pixels_of(vision: LlavaVision, images: list[Image.Image]) -> torch.Tensor:
 
 
 def by_hand(full: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What forward hooks on the full model see while the tower runs."""
+    """Return what forward hooks on the full model record while the tower runs."""
     seen, handles = {}, []
     for i, block in enumerate(full.model.vision_tower.encoder.layers):
         for suffix, module in ((".attn", block.self_attn), (".mlp", block.mlp), ("", block)):

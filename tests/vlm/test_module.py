@@ -196,7 +196,7 @@ NAME = "some_users_model"
 
 @pytest.fixture(autouse=True)
 def user_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The file in the current directory, as a user has it beside params.yaml."""
+    """A user's file in the current directory, beside params.yaml."""
     path = tmp_path / f"{NAME}.py"
     path.write_text(FILE)
     monkeypatch.chdir(tmp_path)

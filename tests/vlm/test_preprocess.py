@@ -94,7 +94,7 @@ def test_a_processor_that_does_something_else_is_refused(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("size", [(32, 32), (100, 57), (57, 101), (640, 479)])
 def test_dinov3_equals_an_antialiased_resize_of_the_numbers(tmp_path: Path, size: tuple[int, int]) -> None:
-    """Its own processor, which needs torchvision, resizes tensors with this function of torch."""
+    """The processor of DINOv3, which needs torchvision, resizes tensors with this function of torch."""
     settings = {"image_processor_type": "DINOv3ViTImageProcessorFast", "size": {"height": 48, "width": 64}, "do_center_crop": None}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     preprocess = load_preprocess(tmp_path, "tiny", "key")

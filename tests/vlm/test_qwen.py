@@ -58,7 +58,7 @@ def processed(folder: Path, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def order_by_hand(groups: int, window: int) -> list[tuple[int, int]]:
-    """Places of the patches in the order in which Qwen2.5-VL runs them: loops, as the paper and the reference code say it in words."""
+    """Return the positions of patches in the order of Qwen2.5-VL, by loops that follow the paper and the reference code."""
     places = []
     for top in range(0, groups, window):
         for left in range(0, groups, window):
@@ -69,7 +69,7 @@ def order_by_hand(groups: int, window: int) -> list[tuple[int, int]]:
 
 
 def in_rows(x: torch.Tensor, places: list[tuple[int, int]]) -> torch.Tensor:
-    """From (n * patches, d) in the tower's order to (n, patches, d) row by row."""
+    """Reorder (n * patches, d) from the tower's order to (n, patches, d), row by row."""
     out = torch.full((len(x) // len(places), 16, 16, x.shape[1]), torch.nan)
     for i, (row, col) in enumerate(places):
         out[:, row, col] = x.unflatten(0, (-1, len(places)))[:, i]
@@ -169,7 +169,7 @@ def test_only_the_tower_is_read(copy: Path, vision: QwenVision, pixels: torch.Te
 
 
 def test_folder_as_on_the_hub(copy: Path, vision: QwenVision, pixels: torch.Tensor) -> None:
-    """config.json with the language model's values at its top, and a preprocessor that bounds pixels, not sides."""
+    """The config has the values of the language model at its top, and the preprocessor bounds the number of pixels instead of the sides."""
     config = json.loads((copy / "config.json").read_text())
     config |= config.pop("text_config") | {"model_type": "qwen2_5_vl"}
     config["vision_config"] |= {"in_chans": 3, "spatial_patch_size": 4}
