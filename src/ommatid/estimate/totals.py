@@ -95,10 +95,13 @@ class Extrapolation:
         self._fired = {name: _count_firings(of, self._d_sae[name]) for name, of in self._evaluations.items()}
 
     def amounts(self, images: Mapping[str, Any]) -> tuple[Amounts, Amounts]:
-        """Return the amounts in the largest trials, and those expected in the whole run.
+        """Count the amounts in the largest trials, and predict those in the whole run.
 
         Args:
             images: `n_images`, `n_train` and `n_eval` of the whole run.
+
+        Returns:
+            The amounts in the trials, and those expected in the whole run.
         """
         sample = self._artefacts["images"].summary
         n_train = self._activations.rows("train")
@@ -185,11 +188,14 @@ class Extrapolation:
         }
 
     def temporary(self, whole: Amounts, extract: int) -> int:
-        """Return the bytes of disk space that only a running stage needs, for the chunks of a shard or for checkpoints.
+        """Predict the disk space that only a running stage needs, for the chunks of a shard or for checkpoints.
 
         Args:
             whole: Amounts in the whole run.
             extract: Size of the artefact of `extract`, in bytes.
+
+        Returns:
+            The disk space in bytes.
         """
         weights = 4 * sum(self._d_sae.values()) * self._activations.summary["d_model"]
         return int(max(extract * min(1.0, IMAGES_PER_SHARD / max(1.0, whole.images)), 6 * weights))
@@ -240,14 +246,14 @@ class Extrapolation:
         return _grown(child, factors if name == self._extract.hookpoints[0] else {**factors, "embeddings": 0.0})
 
     def _per_label(self, trial: Amounts) -> float:
-        """Return the bytes of one more label, from the bytes that the trial wrote less those of tables with a single label."""
+        """Return the bytes of one more label: those of the trial beyond tables with a single label, for each further label."""
         n_more = trial.scored - len(self._labels)
         single = sum(_bytes_of_one_label(self._d_sae[name], labels.summary["labellers"]) for name, labels in self._labels.items())
         written = sum(file.bytes for labels in self._labels.values() for file in labels.manifest.files)
         return max(0.0, (written - single) / n_more) if n_more > 0 else BYTES_PER_LABEL
 
     def _catalog_growth(self, trial: Amounts, whole: Amounts) -> float:
-        """Return the bytes by which the catalogue grows, from those of its tables in Parquet; it does not contain the images' files."""
+        """Return the bytes by which the catalogue grows, from its tables in Parquet. The encoded images are not in the catalogue."""
         growth = (whole.images - trial.images) * _data_bytes(self._artefacts["images"], "images", "encoded") / max(1, trial.images)
         for table, more in (("firings", whole.firings - trial.firings), ("examples", whole.examples - trial.examples)):
             size, rows = (sum(of(evaluation, table) for evaluation in self._evaluations.values()) for of in (_data_bytes, Artefact.rows))
@@ -256,11 +262,14 @@ class Extrapolation:
 
 
 def expect_examples(fired: np.ndarray, params: EvaluateParams) -> float:
-    """Return the expected number of examples: each latent's strongest images, and up to `n_per_decile` from each lower tenth.
+    """Predict how many examples there will be: each latent's strongest images, and up to `n_per_decile` from each lower tenth.
 
     Args:
         fired: Number of images on which each latent fires.
         params: The section `evaluate`.
+
+    Returns:
+        The expected number of examples of all latents.
     """
     strongest = np.minimum(params.n_top, fired)
     return float((strongest + sum(np.minimum(params.n_per_decile, _rest(fired, tenth, strongest)) for tenth in range(1, 10))).sum())
@@ -280,11 +289,14 @@ def _count_firings(evaluation: Artefact, d_sae: int) -> np.ndarray:
 
 
 def _grown(artefact: Artefact, more: Mapping[str, float]) -> float:
-    """Return the size of an artefact in bytes, without its children, after some of its tables have grown.
+    """Predict the size of an artefact, without its children, after some of its tables have grown.
 
     Args:
         artefact: Artefact as it is.
         more: Factor by which the rows of a table grow, by table.
+
+    Returns:
+        The size in bytes.
     """
     manifest = artefact.folder.size(MANIFEST)
     assert manifest is not None, artefact.url
@@ -295,12 +307,12 @@ def _grown(artefact: Artefact, more: Mapping[str, float]) -> float:
 
 
 def _grown_inside(artefact: Artefact, more: Mapping[str, float]) -> float:
-    """Return the size of an artefact in bytes with its children, after some of the children's tables have grown."""
+    """Predict the size in bytes of an artefact with its children, after some of the children's tables have grown."""
     return _grown(artefact, {}) + sum(_grown(one, more) for one in artefact.each().values())
 
 
 def _data_bytes(artefact: Artefact, table: str, without: str = "") -> int:
-    """Return the bytes of a table's values, without those of one column. Metadata of the files, which do not grow, are left out."""
+    """Return the bytes of a table's values, except those of the column `without`. The files' metadata are not counted: they do not grow."""
     total = 0
     for name in artefact.parts(table):
         with artefact.open_part(name) as file:

@@ -1,4 +1,4 @@
-"""The process in which trials of a stage run, as the estimating process sees it; `trial` is the other side."""
+"""The process in which trials of a stage run, as the estimating process sees it; `trial_worker` is the other side."""
 
 import json
 import os
@@ -62,13 +62,13 @@ class StageProcess:
         Args:
             params: All params, nested.
             data: Root of the artefacts.
-            whole: For training, `epochs` of the whole run and `n_tokens` of one of its epochs; see `trial`.
+            whole: For training, `epochs` of the whole run and `n_tokens` of one of its epochs; see `trial_worker`.
 
         Returns:
             The cost of the run.
 
         Raises:
-            OmmatidError: The stage failed, and the error is its own; or the process died.
+            OmmatidError: The stage failed (the error is its own), or the process died.
         """
         start = time.perf_counter()
         is_first = self._process is None

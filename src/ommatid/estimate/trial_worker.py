@@ -75,12 +75,15 @@ def _run(stage: str, params: dict[str, Any], data: str, whole: dict[str, int] | 
 
 
 def _like_the_whole(params: Any, epochs: int, n_tokens: int) -> Callable[..., Any]:
-    """Return the `run` of stage `train`, changed so that its steps cost as much as those of the whole run.
+    """Change the `run` of stage `train` so that the steps of a trial cost as much as those of the whole run.
 
     Args:
         params: Section `train` of the trial.
         epochs: Number of epochs of the whole run.
         n_tokens: Number of training tokens in an epoch of the whole run.
+
+    Returns:
+        The changed function.
     """
     from ommatid.sae.schedule import make_plan
     from ommatid.train.stage import run

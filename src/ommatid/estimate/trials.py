@@ -81,7 +81,7 @@ class Trials:
                 activations of a trial.
 
         Raises:
-            OmmatidError: A stage failed on a sample, and the error is its own; or a process died.
+            OmmatidError: A stage failed on a sample (the error is its own), or a process died.
         """
         self._prepare_tracking()
         self._try_images_and_extract()
@@ -164,7 +164,7 @@ class Trials:
         return sorted(set(self.results["evaluate"].sizes))
 
     def _try_label(self, n: int) -> None:
-        """Try `label` once. Most of its time goes to the words, as many on a sample as in the whole; its events time the scores."""
+        """Try `label` once. Most of its time goes to embedding the words, however many the images; its events time the scores."""
         # On a sample few latents fire on `min_examples` images, and without scores their cost would not be seen. Labellers are replaced
         # by those for trials: models would be asked again in the run, and people have labelled latents of other SAEs.
         labellers = [labeller.model_dump(mode="json") for labeller in self._params.label.trial]

@@ -1,4 +1,4 @@
-"""The evaluation split in batches of images: activations, reconstruction targets and judges' embeddings. Also labels and taxonomy."""
+"""The evaluation split: activations, reconstruction targets and judges' embeddings in batches, and labels and taxonomy of the images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -20,9 +20,9 @@ from ommatid.metrics import auroc, balanced_accuracy, fit_probes, label_entropy,
 from ommatid.store import read_part
 
 N_TOP = 64
-"""Number of strongest images of a latent over which purity is taken (purity@64), and among which `N_LCA` with a path are sought."""
+"""Number of a latent's strongest images over which purity@64 is computed. The images for its depth in the taxonomy are among them."""
 N_LCA = 16
-"""Number of images whose lowest common ancestor is taken."""
+"""Number of images whose lowest common ancestor gives the depth of a latent."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class ProbeImages:
 
 
 def choose_images(split: EvalSplit, labels: Mapping[int, str]) -> ProbeImages:
-    """Draw images of the most common classes; they are halved into fit and test as for labels (see images/eval_split.py)."""
+    """Draw images of the most common classes. The half that makes labels fits the probes, and the held-out half tests them."""
     commonest = sorted(Counter(labels.values()).items(), key=lambda item: (-item[1], item[0]))[:MAX_CLASSES]
     wanted = {name for name, _ in commonest}
     rows = np.array([row for row, image in enumerate(split.images.tolist()) if labels.get(image) in wanted], dtype=np.int64)
@@ -114,7 +114,7 @@ def choose_images(split: EvalSplit, labels: Mapping[int, str]) -> ProbeImages:
 
 
 class PooledActivations(Accumulator):
-    """Activations of the probes' images, averaged over tokens, which are collected batch by batch."""
+    """Mean activation over the tokens of each image that the probes use, collected batch by batch."""
 
     STATE = ("x",)
 

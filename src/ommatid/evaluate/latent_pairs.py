@@ -43,7 +43,7 @@ MIN_BOTH = 8
 """Number of images on which two partners must both fire. The 95 % interval of a count of 8 is 3.5 to 15.8, so the lift is known to a
 factor of about two."""
 DUPLICATE_JACCARD = 0.5
-"""Share of the images on which either fires on which two latents of alike directions must both fire to be duplicates."""
+"""Minimum Jaccard index of two latents' sets of images for the latents to be duplicates, if their directions are also alike."""
 PAIRS = 2**26
 """Number of pairs of latents that are counted in one pass over the firings; the counts take 256 MB."""
 VALUES = 2**24

@@ -37,7 +37,10 @@ Pool = Callable[[Tensor], Tensor]
 
 
 def make_pool(params: EvaluateParams, activations: Artefact) -> Pool:
-    """Return the function that makes image-level activations as `evaluate.image_activation` says.
+    """Make the function that pools token activations into image-level ones as `evaluate.image_activation` says.
+
+    Returns:
+        The function.
 
     Raises:
         ConfigError: `image_activation` is `cls`, but no class token was extracted.
@@ -71,7 +74,7 @@ def _find_class_token(activations: Artefact) -> int:
 N_PURITY = 16
 """Number of strongest images of a latent over which purity is taken (purity@16)."""
 CONTROL_SEED = 12345
-"""Seed of the controls, unlike any training seed so that they share nothing with the SAE."""
+"""Seed of the controls. It differs from the usual training seeds, so that the controls share nothing with the SAE."""
 CALIBRATION_TOKENS = 4096
 """Number of training tokens on which the untrained SAE's threshold is set."""
 BASELINE_TOKENS = 2**17
@@ -91,7 +94,7 @@ class EvaluatedDictionary(Accumulator):
         Args:
             name: Name of the dictionary, such as `sae` or `neurons`.
             dictionary: The dictionary.
-            kinds: Kind of each token of an image, by which fidelity is measured; None if the dictionary does not decode.
+            kinds: Kind of each token of an image, by which fidelity is measured; None if the dictionary does not decode the target.
             judges: The judges, the main one first.
             pool: Function that makes image-level activations.
         """

@@ -1,7 +1,7 @@
 """Stage `evaluate`: measure every latent on the evaluation split, and compare the SAE with raw neurons and an untrained SAE.
 
-Two passes stream over the evaluation tokens (dictionaries.py) and write the firings. From these, latents are related to one another, to
-labels and to a taxonomy (structure.py, classes.py). Finally the model itself runs over some of the images (zero_shot.py).
+Two passes stream over the evaluation tokens (passes.py) and write the firings. From these, latents are related to one another, to
+labels and to a taxonomy (latent_pairs.py, classes.py). Finally the model itself runs over some of the images (zero_shot.py).
 """
 
 import functools

@@ -65,7 +65,10 @@ def draw_images(images: Artefact, among: Collection[int], n: int) -> DrawnImages
 
 
 def iter_drawn_pixels(images: Artefact, drawn: DrawnImages, preprocess: Preprocess, device: str) -> Iterator[Pixels]:
-    """Iterate over the pixels of drawn images, in order, in batches of BATCH.
+    """Iterate over the pixels of drawn images.
+
+    Yields:
+        Batches of up to BATCH images, in the order of the draw.
 
     Raises:
         ArtefactError: The images artefact is damaged.

@@ -17,11 +17,14 @@ STAGES: Mapping[str, Stage] = {name: import_module(f"ommatid.{name}").STAGE for 
 
 
 def place_of(name: str, data: str = DATA) -> Folder:
-    """Return the folder of a stage's artefact under a data root.
+    """Locate the artefact of a stage.
 
     Args:
         name: Name of the stage.
         data: Root of the artefacts, a path or URL.
+
+    Returns:
+        The artefact's folder, whether it exists or not.
     """
     return open_folder(data) / STAGES[name].place.name
 

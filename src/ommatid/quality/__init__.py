@@ -46,7 +46,7 @@ def check(stage: str, artefact: Artefact, params: Params, saes: Mapping[str, Tra
 
 @contextmanager
 def _garbage_collection_paused() -> Iterator[None]:
-    """Pause garbage collection during imports, which leave next to no garbage; it takes a seventh of Great Expectations' import time."""
+    """Pause garbage collection, which takes a seventh of Great Expectations' import time although imports leave next to no garbage."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -57,7 +57,7 @@ def _garbage_collection_paused() -> Iterator[None]:
 
 
 def _subjects(artefact: Artefact, params: Params, saes: Mapping[str, TrainParams]) -> Iterator[tuple[str | None, Artefact, Params]]:
-    """Yield each artefact to check, between the name of its SAE (None unless there are several) and its parameters."""
+    """Yield, for each artefact to check, the name of its SAE (None unless there are several), the artefact, and its parameters."""
     if not saes:
         yield None, artefact, params
     inside = artefact.each() if saes else {}

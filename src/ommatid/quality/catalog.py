@@ -17,7 +17,7 @@ def profile(artefact: Artefact, params: Params) -> Frames:
     with duckdb.connect(str(artefact.file("catalog.duckdb")), read_only=True) as connection:
         relations = [_relation(connection, name) for name in RELATIONS]
         readable = all(row["rows"] is not None for row in relations)
-        features = _features(connection) if readable else {"latents not in features once": None, "first such": ""}
+        features = _features(connection) if readable else {"latents not in features exactly once": None, "first such": ""}
     return {"relations": pd.DataFrame(relations), "features": pd.DataFrame([{"relation": "features", **features}])}
 
 
@@ -38,7 +38,10 @@ def _features(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
         f"SELECT latent, coalesce(n, 0) FROM latents FULL JOIN {features} USING (sae, latent) "
         "WHERE n IS DISTINCT FROM 1 OR density IS NULL ORDER BY latent"
     ).fetchall()
-    return {"latents not in features once": len(odd), "first such": named([f"latent {n} ({times} times)" for n, times in odd[:SHOWN]])}
+    return {
+        "latents not in features exactly once": len(odd),
+        "first such": named([f"latent {n} ({times} times)" for n, times in odd[:SHOWN]]),
+    }
 
 
 def rules(params: Params) -> list[Rule]:
@@ -54,14 +57,14 @@ def rules(params: Params) -> list[Rule]:
         ),
         filled(
             "features",
-            "latents not in features once",
+            "latents not in features exactly once",
             "features can be compared with latents",
             "the next check needs all relations",
             row="relation",
         ),
         zero(
             "features",
-            "latents not in features once",
+            "latents not in features exactly once",
             "features has one row for each latent",
             "a join that drops or repeats a latent falsifies every count and mean over features",
             row="relation",

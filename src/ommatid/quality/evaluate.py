@@ -52,11 +52,11 @@ def profile(artefact: Artefact, params: Params) -> Frames:
 
 _EXAMPLE_PART = f"""
     count(*) AS rows,
-    count(*) FILTER (decile NOT BETWEEN 1 AND 10) AS "examples of no decile",
+    count(*) FILTER (decile NOT BETWEEN 1 AND 10) AS "examples without a decile",
     arg_min('latent ' || latent || ' image ' || image || ' decile ' || decile, latent, {SHOWN})
-        FILTER (decile NOT BETWEEN 1 AND 10) AS "first of no decile",
-    count(*) FILTER (rank < 1) AS "examples of no rank",
-    arg_min('latent ' || latent || ' image ' || image, latent, {SHOWN}) FILTER (rank < 1) AS "first of no rank"
+        FILTER (decile NOT BETWEEN 1 AND 10) AS "first without a decile",
+    count(*) FILTER (rank < 1) AS "examples without a rank",
+    arg_min('latent ' || latent || ' image ' || image, latent, {SHOWN}) FILTER (rank < 1) AS "first without a rank"
 """
 
 
@@ -64,8 +64,8 @@ def _firing_part(d_sae: int) -> str:
     bad = f"NOT (act > 0 AND isfinite(act)) OR latent NOT BETWEEN 0 AND {d_sae - 1}"
     return f"""
         count(*) AS rows,
-        count(*) FILTER ({bad}) AS "rows that are no firing",
-        arg_min('image ' || image || ' latent ' || latent || ' act ' || act, image, {SHOWN}) FILTER ({bad}) AS "first no firing"
+        count(*) FILTER ({bad}) AS "rows that are not firings",
+        arg_min('image ' || image || ' latent ' || latent || ' act ' || act, image, {SHOWN}) FILTER ({bad}) AS "first not firings"
     """
 
 
@@ -167,24 +167,24 @@ def _latent_rules(d_sae: int) -> list[Rule]:
         within("sizes", "rows", "there are examples and firings", "pages and labels are made from them", row="table", min_value=1),
         zero(
             "examples",
-            "examples of no decile",
+            "examples without a decile",
             "examples have a decile from 1 to 10",
             "pages and label scores select examples by decile",
-            first="first of no decile",
+            first="first without a decile",
         ),
         zero(
             "examples",
-            "examples of no rank",
+            "examples without a rank",
             "ranks of examples start at 1",
             "they order the examples of a decile",
-            first="first of no rank",
+            first="first without a rank",
         ),
         zero(
             "firings",
-            "rows that are no firing",
+            "rows that are not firings",
             "firings are positive and belong to known latents",
             "a row of firings means that the latent fires",
-            first="first no firing",
+            first="first not firings",
         ),
     ]
 
