@@ -71,7 +71,7 @@ def build_catalog(
         return draft.seal(_summary(draft.local(CATALOG), inputs["train"]))
     except (ArtefactError, duckdb.Error, pa.ArrowInvalid, SafetensorError, OSError) as error:
         _check_inputs(inputs)
-        # errors about what the machine lacks are explained by the caller, as in every stage
+        # Errors about what the machine lacks are explained by the caller, as in every stage.
         if find_lack(error) is None and isinstance(error, (duckdb.IOException, duckdb.FatalException, OSError)):
             raise ArtefactError(f"{draft.url}: the catalogue cannot be written: {error}") from error
         raise

@@ -45,7 +45,7 @@ class Answer:
     """A labeller's answer about one latent."""
 
     status: Status
-    """Outcome. Anything but a usable label is a status, and never text in `label`."""
+    """Outcome. A failure is a status, and never text in `label`."""
     label: str | None = None
     """The label; None unless the status is ok."""
     detail: str | None = None
@@ -70,7 +70,7 @@ class Labeller(Protocol):
 
 
 class Detector(Protocol):
-    """Decides which images show what a label says: a labeller's own check of its labels, besides that by the joint embedding."""
+    """Decides which images show what a label says, as a labeller's own check of its labels in addition to the joint embedding."""
 
     @property
     def name(self) -> str:
@@ -105,7 +105,7 @@ class ImageLabeller:
     """A labeller that looks at the images of one latent at a time."""
 
     labeller: Labeller
-    """The labeller."""
+    """Labels the latents."""
     detector: Detector | None = None
     """Checks the labeller's own labels; None if it cannot."""
     concurrency: int = 1

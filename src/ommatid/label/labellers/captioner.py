@@ -1,4 +1,4 @@
-"""The labeller `captioner`: captions images on which a latent fires and others, and picks the phrase that distinguishes the two."""
+"""The labeller `captioner`: captions images that fire a latent and images that do not, and picks the phrase that sets them apart."""
 
 import re
 from collections import Counter
@@ -57,7 +57,7 @@ class TransformersCaptions:
         self._check(path)
 
     def _check(self, path: str) -> None:
-        """Check that a picture gets the same caption alone and in a batch: that nothing is random, and images in a batch do not mix."""
+        """Check that a picture gets the same caption alone and in a batch: the model must not be random, nor mix the images of a batch."""
         picture, other = (structured_picture(*shape) for shape in SHAPES)
         with hub.reading(path, KEY, "its caption of a test picture"):
             alone, batch = self([picture]), self([picture, other])
@@ -143,7 +143,7 @@ def _count(captions: Iterable[str]) -> Counter[str]:
 
 
 def _phrases(caption: str) -> Iterator[str]:
-    """Iterate over all phrases of a caption."""
+    """Iterate over the phrases of a caption: up to `LONGEST` words in a row, without empty words at either end."""
     words = _WORD.findall(caption.lower())
     for start in range(len(words)):
         for end in range(start + 1, min(start + LONGEST, len(words)) + 1):

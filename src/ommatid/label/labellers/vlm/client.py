@@ -1,4 +1,4 @@
-"""Client of a server: keeps within budget and rate limit, retries failed requests, caches answers, and gives up at some point.
+"""Client of a server: keeps to a budget and a rate limit, retries failed requests, caches answers, and gives up on a dead server.
 
 No question is asked twice. Answers are cached in one SQLite file for all servers, models and runs of a checkout, including experiments in
 their worktrees. Each answer is written as soon as it arrives, in one transaction, so a run that was killed continues after its last answer.
