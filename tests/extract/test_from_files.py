@@ -387,7 +387,7 @@ def test_unread_files_are_reported_and_hidden_ones_are_skipped(tmp_path: Path) -
     made = make(tmp_path / "out", folder, events.append)
     assert made.summary["n_images"] == 12
     assert [event.what.removeprefix(f"{folder}: ") for event in events if isinstance(event, Warned)] == [
-        "1 file is not read, as the name does not end in .npy or .safetensors or .pt or .pth or .parquet: notes.txt",
+        "1 file is not read, because its name does not end in .npy or .safetensors or .pt or .pth or .parquet: notes.txt",
         "token, text in the files are not read",
     ]
 

@@ -142,5 +142,5 @@ def test_hidden_files_are_skipped_and_other_unread_files_are_reported(tmp_path, 
     files = ParquetFiles(source(tmp_path / "in", label_column="label"))
     assert [item.path for item in files.iter_items(range(files.total))] == ["C.PARQUET#0", "a.parquet#0", "more/d.parquet#0"]
     endings, columns = files.notices
-    assert endings.endswith("in: 1 file is not read, as the name does not end in .parquet: readme.txt")
+    assert endings.endswith("in: 1 file is not read, because its name does not end in .parquet: readme.txt")
     assert "in: 1 column is not read: caption; images.source.label_column" in columns

@@ -88,7 +88,7 @@ def test_missing_unfinished_other_and_newer_artefacts_are_refused(tmp_path: Path
     for other in (99, 1):
         (place / "manifest.json").write_text(json.dumps(manifest | {"schema_version": other}))
         with pytest.raises(
-            ArtefactError, match=f"images: written with schema version {other}, this code reads {SCHEMA_VERSION}; run the stage again"
+            ArtefactError, match=f"images: written with schema version {other}, but this code reads {SCHEMA_VERSION}; run the stage again"
         ):
             open_artefact(place, "images")
     (place / "manifest.json").write_text("{")
@@ -269,7 +269,7 @@ def test_a_replaced_child_and_one_of_a_newer_version_are_refused(tmp_path: Path)
         top.child("one", "activations")
     newer = json.loads(text) | {"schema_version": 99, "unheard_of": 1}
     manifest.write_text(json.dumps(newer))
-    with pytest.raises(ArtefactError, match=r"one: written with schema version 99, this code reads \d+; run the stage again"):
+    with pytest.raises(ArtefactError, match=r"one: written with schema version 99, but this code reads \d+; run the stage again"):
         top.child("one", "activations")
 
 

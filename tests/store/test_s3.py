@@ -362,7 +362,7 @@ def test_a_store_that_denies_access_is_an_error_that_says_so(
 
 
 def test_a_dead_store_is_reported_within_seconds(s3: str, change: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "KNOCK_SECONDS", 0.3)
+    monkeypatch.setattr(remote, "ANSWER_SECONDS", 0.3)
     with socket.socket() as silent:  # takes connections and never answers
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -392,7 +392,7 @@ def test_any_response_shows_that_a_store_is_alive_and_redirects_are_not_followed
 
     with HTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
-        remote._knock(f"http://127.0.0.1:{server.server_port}")
+        remote._check_answers(f"http://127.0.0.1:{server.server_port}")
     assert asked == ["/"]
 
 

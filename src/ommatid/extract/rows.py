@@ -252,18 +252,18 @@ class Spill:
             self._write(chunk, tables)
 
     def _write(self, chunk: int, tables: Mapping[str, list[pa.RecordBatch]]) -> None:
-        aside = self.folder / f"{chunk:05d}.{os.getpid()}.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+        temporary = self.folder / f"{chunk:05d}.{os.getpid()}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         for name, batches in tables.items():
-            with pa.ipc.new_file(str(aside / f"{name}.arrow"), batches[0].schema) as file:
+            with pa.ipc.new_file(str(temporary / f"{name}.arrow"), batches[0].schema) as file:
                 for batch in batches:
                     file.write_batch(batch)
-            sync(aside / f"{name}.arrow")
-        (aside / _NOTE).write_text(json.dumps(_checksums(aside)), encoding="utf-8")
-        sync(aside / _NOTE)
+            sync(temporary / f"{name}.arrow")
+        (temporary / _NOTE).write_text(json.dumps(_checksums(temporary)), encoding="utf-8")
+        sync(temporary / _NOTE)
         if not self.has(chunk):
-            aside.rename(self._path(chunk))
+            temporary.rename(self._path(chunk))
 
     def read(self, chunk: int, name: str, index: int = 0) -> pa.RecordBatch:
         """Read one record batch of a table."""

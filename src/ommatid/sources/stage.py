@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from ommatid.config import Cifar10Source, ExtractFiles, FolderSource, ImageSource, Params, ParquetSource, ShapesSource
-from ommatid.store.filesystem import READ_BYTES, aside_of, cache_folder
+from ommatid.store.filesystem import READ_BYTES, cache_folder, temporary_path
 from ommatid.store.filesystem.listing import Listed, Listing, list_activations, list_any, list_images, list_parquet
 
 PLACE = Path("data/sources")
@@ -148,6 +148,6 @@ def _load(cache: Path) -> dict[str, tuple[str, str]]:
 
 
 def _replace(path: Path, text: str) -> None:
-    aside = aside_of(path)
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    temporary = temporary_path(path)
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

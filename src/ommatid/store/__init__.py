@@ -1,8 +1,9 @@
-"""Artefacts: folders of Parquet parts and a manifest, written aside as drafts and moved into place whole.
+"""Artefacts: folders of Parquet files and a manifest. Each is written as a draft elsewhere, and moved into place once it is complete.
 
-A folder lies on a disk or in an object store (see filesystem/). Each machine keeps its own locks, scratch files and copies of objects on
-its own disk, so a lock only excludes other processes of the same machine. Two machines that make the same artefact write the same bytes
-under the same names, each file whole; if one of them publishes or removes the draft, the other notices before it seals, and stops.
+A folder lies on a disk or in an object store (see filesystem/). Each machine keeps locks, scratch files and copies of objects on its own
+disk, so a lock excludes only other processes of the same machine. Two machines that make the same artefact write identical files under the
+same names, and no file appears before it is complete. If one of them publishes or removes the draft, the other notices before it seals the
+draft, and stops.
 """
 
 from ommatid.store.artefact import Artefact, checked_folder, open_artefact, read_part

@@ -16,7 +16,7 @@ from ommatid.store.filesystem import READ_BYTES, Folder, open_folder
 from ommatid.store.manifest import INSIDE, MANIFEST, File, Manifest, child_of, parse, read_manifest, table_of
 
 CACHE = Path("data/.cache")
-"""Folder of local copies of objects, keyed by the digest of their artefact's manifest; it may be deleted at any time."""
+"""Folder of local copies of objects, by the digest of their artefact's manifest. It may be deleted at any time."""
 
 
 class Artefact:
@@ -37,9 +37,9 @@ class Artefact:
 
     @property
     def path(self) -> Path:
-        """Folder on this machine with all files, checked; objects are copied to `CACHE`.
+        """Folder on this machine with all files, after checking them. Objects are copied to `CACHE`.
 
-        Meant for small artefacts; `file` returns one file of a large one.
+        This suits small artefacts. For one file of a large artefact, use `file`.
 
         Raises:
             ArtefactError: A file is not what the manifest says.
@@ -49,7 +49,7 @@ class Artefact:
         return self.folder.local_path() or self._cache
 
     def file(self, name: str) -> Path:
-        """Return the local path of one file after checking all of it; an object is copied to `CACHE` once.
+        """Return the local path of one file after checking all of it. An object is copied to `CACHE` once.
 
         Raises:
             ArtefactError: The file is not what the manifest says.
@@ -65,7 +65,7 @@ class Artefact:
         return copy
 
     def local(self, name: str) -> Path | None:
-        """Return the path of a file on a disk of this machine, else None. It is not checked: callers do so with `check_chunk`."""
+        """Return the path of a file if it is on a disk of this machine, else None. Callers check the file with `check_chunk`."""
         return self.folder.local_path(name)
 
     def check_chunk(self, name: str, metadata: pq.FileMetaData, row_group: int, column: int) -> None:
@@ -94,11 +94,11 @@ class Artefact:
 
     @property
     def rejected(self) -> Mapping[str, str]:
-        """Artefacts inside that the gate rejected while others passed, by name, with the reason; `children` does not list them."""
+        """Reasons why the gate rejected some inner artefacts while others passed, by name. `children` leaves these out."""
         return self.summary.get("rejected", {}) if self.manifest.kind in INSIDE else {}
 
     def leaving_out(self, names: Iterable[str]) -> "Artefact":
-        """Return the same artefact, whose `children` leave out these names instead of those that the gate rejected."""
+        """Return the same artefact, except that its `children` leave out these names instead of those that the gate rejected."""
         view = Artefact(self.folder, self.manifest, self.digest)
         view._left_out = frozenset(names)
         return view
@@ -113,7 +113,7 @@ class Artefact:
         for file in self.manifest.files:
             if file.rows is not None:
                 tables.setdefault(table_of(file.name), []).append(file)
-        # by length first, so that part 100000 comes after 99999
+        # By length first, so that part 100000 comes after 99999.
         return {table: sorted(files, key=lambda file: (len(file.name), file.name)) for table, files in sorted(tables.items())}
 
     def parts(self, table: str) -> list[str]:
@@ -127,11 +127,11 @@ class Artefact:
         return [file.name for file in self._by_table[table]]
 
     def files(self, table: str, columns: Container[str] | None = None) -> list[Path]:
-        """Return the local paths of a table's files in order, after checking them; objects are copied to `CACHE` once.
+        """Return the local paths of a table's files in order, after checking them. Objects are copied to `CACHE` once.
 
         Args:
             table: Name of the table.
-            columns: Columns that will be read; in files on a disk only these are checked. None for all.
+            columns: Columns that will be read, to which the check of files on a disk is limited; None means all.
 
         Returns:
             One path per part.
@@ -155,15 +155,15 @@ class Artefact:
 
     @property
     def tables(self) -> list[str]:
-        """Names of the Parquet tables inside."""
+        """Names of the Parquet tables."""
         return list(self._by_table)
 
     def rows(self, table: str) -> int:
-        """Number of rows of a table, according to the manifest."""
+        """Return the number of rows of a table according to the manifest; 0 if there is no such table."""
         return sum(file.rows or 0 for file in self._by_table.get(table, ()))
 
     def row_groups(self, table: str) -> Iterator[list[int]]:
-        """Iterate over the parts of a table, yielding the number of rows of each row group."""
+        """Yield, for each part of a table, the number of rows of each row group."""
         for name in self.parts(table):
             with self.open_part(name) as file:
                 yield [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
@@ -171,7 +171,7 @@ class Artefact:
     @contextmanager
     def open_part(self, name: str) -> Iterator[pq.ParquetFile]:
         """Open one part of a table, to read some of its row groups."""
-        # reads are buffered because pyarrow otherwise holds whole row groups, which are large for encoded images
+        # Reads are buffered because pyarrow otherwise holds whole row groups, which are large for encoded images.
         is_near = self.folder.is_local
         options = {"buffer_size": 2**20 if is_near else READ_BYTES, "pre_buffer": False, "metadata": self._footers.get(name)}
         with Checked(self.folder, self._by_name[name]) as source, pq.ParquetFile(source, **options) as file:
@@ -189,26 +189,33 @@ class Artefact:
         return pa.concat_tables(list(self.iter_parts(table, columns)))
 
     def iter_parts(self, table: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
-        """Iterate over the parts of a table in order, holding one at a time."""
+        """Yield the parts of a table in order, each read when it is its turn."""
         for name in self.parts(table):
             yield self.read_part(name, columns)
 
     def iter_batches(self, table: str, columns: list[str] | None = None, n_rows: int = 1024) -> Iterator[pa.RecordBatch]:
-        """Iterate over a table in order, at most `n_rows` rows at a time, as suits tables with large values."""
+        """Yield a table in order, at most `n_rows` rows at a time, which suits tables with large values."""
         for name in self.parts(table):
             with self.open_part(name) as file:
                 yield from file.iter_batches(batch_size=n_rows, columns=columns)
 
     @property
     def children(self) -> list[str]:
-        """Names of the artefacts inside, except those that the gate rejected, or instead those given to `leaving_out`."""
+        """Names of the inner artefacts, except those that the gate rejected, or those given to `leaving_out` instead."""
         return [child for file in self.manifest.files if (child := child_of(file.name)) and child not in self._left_out]
 
     def child(self, name: str, kind: str) -> "Artefact":
-        """Open an artefact inside this one.
+        """Open an inner artefact.
+
+        Args:
+            name: Name of the inner artefact.
+            kind: Kind that it must have.
+
+        Returns:
+            The inner artefact.
 
         Raises:
-            ArtefactError: None has this name and kind, it is damaged, or it is not the one that this manifest lists.
+            ArtefactError: There is no inner artefact of this name and kind, it is damaged, or it is not the one that this manifest lists.
         """
         if name not in self.children:
             why = f"; {name} was rejected: {self.rejected[name]}" if name in self.rejected else ""
@@ -222,8 +229,11 @@ class Artefact:
     def each(self) -> dict[str, "Artefact"]:
         """Open all `children`, by name.
 
+        Returns:
+            The inner artefacts.
+
         Raises:
-            ArtefactError: One is damaged, or is not the one that this manifest lists.
+            ArtefactError: An inner artefact is damaged, or is not the one that this manifest lists.
         """
         return {name: self.child(name, INSIDE[self.manifest.kind]) for name in self.children}
 
@@ -231,7 +241,7 @@ class Artefact:
         """Read every byte, including those of children, and compare checksums.
 
         Raises:
-            ArtefactError: Some files differ; the message names them.
+            ArtefactError: Some files differ. The message names them.
         """
         raise_damage(self.folder, list(self._iter_damage()))
 
@@ -249,7 +259,7 @@ class Artefact:
 
 
 _FOOTERS_KEPT = 1024
-"""Parquet footers of remote parts that an artefact keeps, so that reading scattered row groups fetches each footer once."""
+"""Number of Parquet footers of remote parts that an artefact keeps, so that reading scattered row groups fetches each footer once."""
 
 
 def open_artefact(place: Folder | Path | str, kind: str) -> Artefact:
@@ -263,14 +273,14 @@ def open_artefact(place: Folder | Path | str, kind: str) -> Artefact:
         The artefact.
 
     Raises:
-        ArtefactError: The artefact is missing, damaged (all damage is named at once), or of another kind or schema version; or the URL
-            cannot be reached.
+        ArtefactError: The artefact is missing, is damaged, in which case the message lists all damage, or has another kind or schema
+            version; or the URL cannot be reached.
     """
     folder = open_folder(place)
     text = read_manifest(folder, kind)
     digest = hashlib.sha256(text).hexdigest()
     manifest = parse(folder, text)
-    del text  # hundreds of megabytes for a million shards
+    del text  # It takes hundreds of megabytes for a million shards.
     if manifest.kind != kind:
         raise ArtefactError(f"{folder}: holds {manifest.kind}, expected {kind}")
     raise_damage(folder, size_damage(folder, manifest.files))
@@ -278,7 +288,14 @@ def open_artefact(place: Folder | Path | str, kind: str) -> Artefact:
 
 
 def checked_folder(path: Path, kind: str) -> Path:
-    """Return a folder named by the user; if it is an artefact, check all of it first.
+    """Return a folder that the user named, after checking all of it if it is an artefact.
+
+    Args:
+        path: The folder.
+        kind: Kind that an artefact there must have.
+
+    Returns:
+        The folder.
 
     Raises:
         ArtefactError: The folder is an artefact that is damaged or of another kind.

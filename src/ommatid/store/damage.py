@@ -1,6 +1,7 @@
 """Detection of damage to an artefact's files: wrong sizes when it is opened, wrong checksums as blocks are read.
 
-Reading some columns of a file checks only the blocks that hold them, so checking costs a small share of reading, however large the file.
+Reading some columns of a file checks only the blocks that hold them, so that checking takes little of the time of reading, however large
+the file.
 """
 
 import os
@@ -17,7 +18,7 @@ _MOST_NAMED = 100
 
 
 def size_damage(folder: Folder, files: Sequence[File]) -> list[str]:
-    """Describe each listed file that is missing or has another size; of a child, only the manifest is checked."""
+    """Describe each listed file that is missing or has the wrong size. For a child, only its manifest is checked."""
     found = folder.sizes()
     for file in files:
         if child_of(file.name) and (size := folder.size(file.name)) is not None:
@@ -26,14 +27,14 @@ def size_damage(folder: Folder, files: Sequence[File]) -> list[str]:
 
 
 def differences(found: Mapping[str, int], files: Sequence[File]) -> list[str]:
-    """Describe each listed file that is missing from `found`, the sizes by name, or has another size there."""
+    """Describe each listed file that is missing from `found`, which maps names to sizes, or has the wrong size there."""
     missing = [f"{file.name}: missing" for file in files if file.name not in found]
     wrong = [(file, found[file.name]) for file in files if found.get(file.name, file.bytes) != file.bytes]
     return missing + [f"{file.name}: {size} bytes, the manifest says {file.bytes}" for file, size in wrong]
 
 
 def raise_damage(folder: Folder, damage: list[str]) -> None:
-    """Raise an error that names the damage, if there is any, and says what to do.
+    """Raise an error that describes the damage and says what to do, if there is any damage.
 
     Raises:
         ArtefactError: `damage` is not empty.
@@ -57,26 +58,26 @@ class Checked(Ranges):
     Every block is compared with its checksum when it is read. On a disk, a block is checked once per process unless the file changes.
 
     Raises:
-        ArtefactError: A block differs; raised by every method that reads or checks.
+        ArtefactError: A block differs. Every method that reads or checks raises it.
     """
 
     def __init__(self, folder: Folder, file: File):
         super().__init__(file.bytes)
         self._folder, self._file = folder, file
         self._descriptor: int | None = None
-        self._seen: bytearray | None = None  # None for objects: every read is a new transfer, so it is checked again
+        self._seen: bytearray | None = None  # None for objects, of which every read is a new transfer and checked again.
         if path := folder.local_path(file.name):
             self._descriptor = os.open(path, os.O_RDONLY)
             self._seen = _seen(os.fstat(self._descriptor), file)
 
     def check(self, start: int = 0, end: int | None = None) -> None:
-        """Check the blocks of a range of bytes, by default of the whole file, that were not checked before."""
+        """Check the blocks of a range of bytes, by default the whole file, except those that were checked before."""
         end = self._file.bytes if end is None else end
         for first in range(start // BLOCK, -(-end // BLOCK), READ_BLOCKS):
             self._whole_blocks(first, min(first + READ_BLOCKS, -(-end // BLOCK)), only_check=True)
 
     def close(self) -> None:
-        """Release the file."""
+        """Close the file."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -89,7 +90,7 @@ class Checked(Ranges):
         return memoryview(self._whole_blocks(first, last))[start - first * BLOCK : end - first * BLOCK]
 
     def _whole_blocks(self, first: int, last: int, only_check: bool = False) -> bytes:
-        """Read and check the blocks from `first` up to `last`; with `only_check`, skip them if they were checked before."""
+        """Read and check the blocks from `first` up to `last`. With `only_check`, return nothing if all were checked before."""
         if only_check and self._seen is not None and all(self._seen[first:last]):
             return b""
         found = self._fetch(first * BLOCK, min(last * BLOCK, self._file.bytes))
@@ -111,7 +112,7 @@ class Checked(Ranges):
 
 
 def is_whole(folder: Folder, file: File) -> bool:
-    """Whether a file exists and every block of it matches its description."""
+    """Return whether a file exists and all its blocks match its description."""
     if folder.size(file.name) != file.bytes:
         return False
     try:
@@ -123,14 +124,14 @@ def is_whole(folder: Folder, file: File) -> bool:
 
 
 def trust(folder: Folder, file: File) -> None:
-    """Count all blocks of a file as checked, since this process has just written it."""
+    """Mark all blocks of a file as checked, because this process has just written it."""
     if path := folder.local_path(file.name):
         seen = _seen(os.stat(path), file)
         seen[:] = b"\1" * len(seen)
 
 
 def _seen(status: os.stat_result, file: File) -> bytearray:
-    """Return the flags of a file's blocks found undamaged; all zero if the file was not read yet, or has changed since."""
+    """Return the flags of a file's blocks: 1 for each found undamaged. All are 0 if the file was not read yet or has changed since."""
     stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, file.blocks)
     known = _checked.get((status.st_dev, status.st_ino))
     if known is None or known[0] != stamp:

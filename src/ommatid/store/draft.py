@@ -1,4 +1,4 @@
-"""Drafts: artefacts in the making, which are locked, survive the death of their process, and are moved into place whole."""
+"""Drafts: artefacts in the making, which are locked, survive the death of their process, and are moved into place once complete."""
 
 import functools
 import hashlib
@@ -29,7 +29,7 @@ from ommatid.store.workspace import (
     fits_note,
     local_folder_of,
     note_published,
-    remove_asides,
+    remove_temporaries,
     write_note,
 )
 from ommatid.store.writer import Writer
@@ -39,7 +39,7 @@ class Draft(Writer):
     """An artefact in the making, in a folder of its own that survives the death of the process, so that the next run continues it."""
 
     published: Artefact | None = None
-    """The artefact, if another process published the same one while this process waited for the lock; there is nothing left to make."""
+    """The artefact, if another process published the same one while this process waited for the lock. Nothing is left to make then."""
 
     def __init__(self, folder: Folder, local: Path, kind: str, params: Mapping[str, Any], inputs: Mapping[str, str]):
         super().__init__(folder, local)
@@ -52,9 +52,9 @@ class Draft(Writer):
         self._on_notice: Callable[[str], None] = lambda line: None
 
     def has(self, name: str) -> bool:
-        """Whether this file was finished, by this run or one that died, and is unchanged since.
+        """Return whether a file was finished, by this run or by one that died, and is unchanged since.
 
-        A changed file on this machine's disk is removed, so that it is made again; objects are not read to find out.
+        A file on this machine's disk that has changed is removed, so that it is made again. Objects are assumed to be unchanged.
         """
         home = self._home(name)
         if home.size(name) is None:
@@ -74,16 +74,17 @@ class Draft(Writer):
         self._sound.add(path)
 
     def whole_receipts(self, names: Iterable[str], files_of: Callable[[Any], Iterable[File]]) -> set[str]:
-        """Find receipts that exist and are undamaged, and whose files are too; remove the damaged, so that their shards are made again.
+        """Find the receipts that are undamaged and whose files are undamaged, and remove the others, so that their shards are made again.
 
-        In an object store nothing is read to find out: files are checked when they are next read, by the gate at the latest.
+        In an object store, all receipts that exist count as undamaged: their files are checked when they are next read, by the gate at the
+        latest.
 
         Args:
             names: Names of the receipts to look for.
-            files_of: Maps the content of a receipt to the files that it describes, by their names in this draft.
+            files_of: Function from the content of a receipt to the files that it describes, under their names in this draft.
 
         Returns:
-            Names of the receipts that are whole.
+            The names of the undamaged receipts.
         """
         found = set(self.names(RECEIPTS)).intersection(names)
         if not self.folder.is_local:
@@ -101,13 +102,13 @@ class Draft(Writer):
             return False
 
     def child(self, name: str, kind: str, params: Mapping[str, Any] | None = None, inputs: Mapping[str, Artefact] | None = None) -> "Draft":
-        """Begin an artefact inside this one, with a manifest of its own, which must be sealed before this one.
+        """Begin an inner artefact with a manifest of its own. It must be sealed before this one.
 
         Args:
             name: Name of its folder.
             kind: Kind of artefact.
-            params: Params for its manifest; None for those of this draft.
-            inputs: Artefacts that it is made from; None for those of this draft.
+            params: Params for its manifest; None means those of this draft.
+            inputs: Artefacts that it is made from, by name; None means those of this draft.
 
         Returns:
             The draft of the inner artefact.
@@ -123,9 +124,12 @@ class Draft(Writer):
         return child
 
     def sealed(self) -> Artefact | None:
-        """Return the artefact if it is sealed already, because an earlier process died before publishing it; else None.
+        """Return the artefact if an earlier process sealed it but died before publishing it, else None.
 
-        If it lies on this machine's disk and is damaged, it is removed, so that it is made again.
+        A damaged artefact on this machine's disk is removed, so that it is made again.
+
+        Raises:
+            ArtefactError: The artefact is in an object store, and is damaged.
         """
         if self.folder.size(MANIFEST) is None:
             return None
@@ -145,33 +149,33 @@ class Draft(Writer):
         return artefact
 
     def seal(self, summary: Mapping[str, Any], files: Sequence[File] | None = None) -> Artefact:
-        """Write the manifest of all files and children, and remove scratch folder and receipts.
+        """Write the manifest, which lists all files and children, and remove the scratch folder and the receipts.
 
         Args:
             summary: Statistics for the quality gate and later stages.
-            files: Descriptions of files that workers wrote, which are then not read again. All other files are read and described.
+            files: Descriptions of files that workers wrote, so that these need not be read again. All other files are described here.
 
         Returns:
             The sealed artefact, still in the draft's folder.
 
         Raises:
-            ArtefactError: A file is missing, damaged or of another size, or another machine published or removed the draft.
+            ArtefactError: A file is missing, damaged or has the wrong size, or another machine published or removed the draft.
         """
         described = self._described | {file.name: file for file in files or ()}
         found = self.folder.sizes() | self._child_manifests()
-        self._check_open()  # after the listing: if the draft is still open, a file that the listing lacks was never written
+        self._check_open()  # After the listing: if the draft is still open, a file missing from the listing was never written.
         raise_damage(self.folder, differences(found, [described[file.name] for file in files or ()]))
         names = sorted(name for name in found if name not in (MANIFEST, OPEN))
-        # files of an earlier run are accepted only if they are unchanged
+        # Files of an earlier run are accepted only if they are unchanged.
         raise_damage(self.folder, [f"{name}: checksum differs" for name in names if name not in described and not self._is_sound(name)])
         listed = tuple(described[name] if name in described else describe_in(self.folder, name) for name in names)
-        plain = json.loads(json.dumps([self._params, summary]))  # as readers will get it, with lists for tuples
+        plain = json.loads(json.dumps([self._params, summary]))  # As readers will get them: tuples become lists.
         manifest = Manifest(self.kind, SCHEMA_VERSION, plain[0], self._inputs, listed, _versions(), plain[1])
         return self._write_manifest(manifest)
 
     def reseal(self, artefact: Artefact, summary: Mapping[str, Any]) -> Artefact:
-        """Replace the summary in the manifest of a sealed draft, and return the artefact; all else stays as it is."""
-        self.scratch.mkdir(parents=True, exist_ok=True)  # objects are written there before the upload
+        """Replace the summary in the manifest of a sealed draft, change nothing else, and return the artefact."""
+        self.scratch.mkdir(parents=True, exist_ok=True)  # Objects are written there before they are uploaded.
         return self._write_manifest(replace(artefact.manifest, summary=json.loads(json.dumps(summary))))
 
     def _write_manifest(self, manifest: Manifest) -> Artefact:
@@ -186,7 +190,7 @@ class Draft(Writer):
         return path is None or child_of(name) is not None or path in self._sound or fits_note(self._local, path)
 
     def _child_manifests(self) -> dict[str, int]:
-        """Return the size in bytes of each child's manifest, by the manifest's name in this artefact."""
+        """Return the size of each child's manifest in bytes, by the name of the manifest in this artefact."""
         names = [f"{name}/{MANIFEST}" for name in self.folder.folders() if name not in (SCRATCH, RECEIPTS)]
         sizes = {name: self.folder.size(name) for name in names}
         unsealed = [name for name, size in sizes.items() if size is None]
@@ -194,10 +198,10 @@ class Draft(Writer):
         return {name: size for name, size in sizes.items() if size is not None}
 
     def _clean(self) -> None:
-        """Remove what is not part of the artefact: scratch folder, receipts and mark, which children share with the outermost draft."""
+        """Remove what is not part of the artefact. A child does nothing, because it shares these files with the outermost draft."""
         if self.folder is self._top:
             shutil.rmtree(self.scratch, ignore_errors=True)
-            self.folder.remove(OPEN)  # first, so that a worker that misses a receipt finds out why
+            self.folder.remove(OPEN)  # Before the receipts, so that a worker that does not find its receipt can say why.
             self.folder.remove(RECEIPTS)
 
     def discard(self) -> None:
@@ -225,16 +229,16 @@ def open_draft(
     inputs: Mapping[str, Artefact],
     on_wait: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Draft]:
-    """Lock and open the draft of an artefact; drafts of the same artefact from other params, inputs or code are removed.
+    """Lock and open the draft of an artefact, and remove drafts of the same artefact from other params, inputs or code.
 
-    If another process of this machine holds the lock, wait for it; `Draft.published` is set if that process published the same artefact.
+    If another process of this machine holds the lock, wait for it. If that process published the same artefact, `Draft.published` is set.
 
     Args:
         place: Path or URL where the artefact will be published.
         kind: Kind of artefact.
         params: The section of Params, without the keys that do not affect the result.
         inputs: Artefacts that it is made from, by name.
-        on_wait: Called with a line of text when another process holds the lock, and when damaged files of an earlier run are made again.
+        on_wait: Called with a line of text if another process holds the lock, and if damaged files of an earlier run are made again.
 
     Yields:
         The draft, empty or as an interrupted run left it.
@@ -253,7 +257,7 @@ def open_draft(
         with writing(local.parent):
             for drafts in {folder.parent.url: folder.parent, str(local.parent): open_folder(local.parent)}.values():
                 _remove_others(drafts, target.name, folder.name)
-            remove_asides(local)
+            remove_temporaries(local)
             found = find_published(target, kind, local) if waited else None
             if found is None:
                 _begin(folder, local)
@@ -277,10 +281,10 @@ def _acquire(lock: filelock.BaseFileLock, on_wait: Callable[[], None]) -> bool:
 
 
 def _remove_others(drafts: Folder, name: str, mine: str) -> None:
-    """Remove drafts of the artefact `name` from other params, inputs or code, all but the folder `mine`."""
+    """Remove all drafts of the artefact `name`, which have other params, inputs or code, except the folder `mine`."""
     for other in drafts.folders():
         if artefact_of(other) == name and other != mine:
-            drafts.remove(f"{other}/{OPEN}")  # first, so that another machine at work there notices
+            drafts.remove(f"{other}/{OPEN}")  # First, so that another machine at work there notices.
             drafts.remove(other)
 
 
@@ -300,7 +304,7 @@ def _digests(inputs: Mapping[str, Artefact]) -> dict[str, str]:
 
 @functools.cache
 def _code_digest() -> str:
-    """sha256 of this package's sources, since only the code that began a draft may continue it."""
+    """Return the sha256 of this package's source files, because only the code that began a draft may continue it."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())

@@ -17,7 +17,7 @@ from ommatid.store.sums import checksums
 
 MANIFEST = "manifest.json"
 INSIDE = {"extraction": "activations", "training": "sae", "evaluations": "evaluation", "labellings": "labels"}
-"""Kind of the artefacts inside another, of which there is one for each hookpoint or SAE, by the kind of the outer one."""
+"""Kind of the inner artefacts, one for each hookpoint or SAE, by the kind of the outer artefact."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class File:
     """One file of an artefact, as its manifest lists it."""
 
     name: str
-    """File name inside the artefact; `<child>/manifest.json` stands for the whole of a child."""
+    """File name inside the artefact. `<child>/manifest.json` represents a whole child."""
     bytes: int
     """Size in bytes."""
     sha256: str
@@ -33,7 +33,7 @@ class File:
     rows: int | None
     """Number of rows if it is a Parquet file, else None."""
     blocks: str
-    """CRC-32 of each `BLOCK` bytes of the content, `DIGITS` hex digits each, against which blocks are checked when read."""
+    """CRC-32 of each block of `BLOCK` bytes, in `DIGITS` hex digits each, with which blocks are compared when they are read."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Manifest:
     """Statistics that the quality gate and later stages read."""
 
     def iter_json(self) -> Iterator[bytes]:
-        """Iterate over the text of manifest.json in pieces, one per file, as there may be millions; it ends with its own checksum."""
+        """Yield the text of manifest.json in pieces, one per file, of which there may be millions. The text ends with its own checksum."""
         digest = hashlib.sha256()
         for piece in self._iter_content():
             digest.update(piece)
@@ -85,7 +85,7 @@ class Manifest:
         version = values["schema_version"]
         if version != SCHEMA_VERSION:
             raise ArtefactError(
-                f"written with schema version {version}, this code reads {SCHEMA_VERSION}; "
+                f"written with schema version {version}, but this code reads {SCHEMA_VERSION}; "
                 "run the stage again, or use the version of ommatid that wrote it"
             )
         if tail is None:
@@ -93,7 +93,7 @@ class Manifest:
         del values[_CHECKSUM]
         files = tuple(values.pop("files"))
         if not all(isinstance(file, File) for file in files):
-            raise ValueError("a file without name, bytes, sha256, rows or blocks")
+            raise ValueError("a file lacks its name, bytes, sha256, rows or blocks")
         return cls(files=files, **values)
 
 
@@ -133,7 +133,7 @@ def read_manifest(folder: Folder, kind: str) -> bytes:
         The bytes of manifest.json.
 
     Raises:
-        ArtefactError: The folder or its manifest is missing; the message names the command that makes it.
+        ArtefactError: The folder or its manifest is missing. The message names the command that makes the artefact.
     """
     try:
         return folder.read_bytes(MANIFEST)
@@ -201,5 +201,5 @@ def table_of(name: str) -> str:
 
 
 def child_of(name: str) -> str | None:
-    """Return the name of the child whose manifest this file is; None if it is no child's manifest."""
+    """Return the name of the child that has this manifest, or None if the file is not the manifest of a child."""
     return name.removesuffix(f"/{MANIFEST}") if name.endswith(f"/{MANIFEST}") else None

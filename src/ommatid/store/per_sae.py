@@ -1,4 +1,4 @@
-"""Making the artefacts of stages that have one inner artefact for each SAE of a training."""
+"""Artefacts of stages that make one inner artefact for each SAE of a training."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,14 +16,14 @@ def for_each_sae(
     on_event: Listener,
     compare: Callable[[Mapping[str, Artefact]], None] = lambda made: None,
 ) -> Artefact:
-    """Make the artefact of each SAE inside the stage's own, except those that an interrupted run has sealed.
+    """Make an inner artefact for each SAE, unless an interrupted run has already sealed it, and seal the stage's artefact.
 
     Args:
-        make: Makes the artefact of one SAE from that SAE's own inputs, its draft and its listener.
+        make: Function that makes the artefact of one SAE from that SAE's inputs, its draft and its listener.
         inputs: Inputs of the stage.
         draft: Draft of the stage.
-        on_event: Called with each progress event and warning; if there are several SAEs, progress names its SAE.
-        compare: Writes tables that compare the SAEs into the stage's draft, given the artefact of each by name.
+        on_event: Called with each progress event and warning. If there are several SAEs, progress events name theirs.
+        compare: Function that writes tables comparing the SAEs into the stage's draft, given their artefacts by name.
 
     Returns:
         The sealed artefact of the stage.

@@ -5,15 +5,15 @@ import zlib
 from typing import BinaryIO
 
 BLOCK = 2**18
-"""Bytes per block: small enough that reading one column of a table checks little beside that column."""
+"""Bytes per block, so few that reading one column of a table checks little besides that column."""
 DIGITS = 8
-"""Hex digits per block checksum. A CRC-32 detects every change confined to 32 bits, and misses one in four billion larger changes."""
+"""Hex digits per block checksum. A CRC-32 detects every change within 32 consecutive bits, and misses one in four billion other changes."""
 READ_BLOCKS = 16
-"""Blocks read at a time when a file is read only for its checksums."""
+"""Number of blocks read at a time when a file is read only for its checksums."""
 
 
 def checksums(file: BinaryIO) -> tuple[str, str]:
-    """Return a file's sha256 and its block checksums, reading it once; the file must be open at its beginning."""
+    """Read a file once, from its current position, which must be the beginning; return its sha256 and its block checksums."""
     digest, sums = hashlib.sha256(), []
     while found := file.read(READ_BLOCKS * BLOCK):
         digest.update(found)
@@ -22,11 +22,11 @@ def checksums(file: BinaryIO) -> tuple[str, str]:
 
 
 def block_sums(file: BinaryIO) -> str:
-    """Return the concatenated checksums of a file's blocks; the file must be open at its beginning."""
+    """Return the concatenated checksums of a file's blocks. The file's position must be its beginning."""
     return "".join(iter(lambda: sums_of(file.read(READ_BLOCKS * BLOCK)), ""))
 
 
 def sums_of(data: bytes) -> str:
-    """Return the concatenated checksums of the blocks in `data`, which begins at the start of a block; the last one may be shorter."""
+    """Return the concatenated checksums of the blocks in `data`, which begins with a whole block. The last block may be shorter."""
     view = memoryview(data)
     return "".join(f"{zlib.crc32(view[start : start + BLOCK]):0{DIGITS}x}" for start in range(0, len(view), BLOCK))

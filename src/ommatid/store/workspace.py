@@ -6,24 +6,24 @@ import shutil
 from pathlib import Path
 
 from ommatid.store.artefact import Artefact, open_artefact
-from ommatid.store.filesystem import Folder, aside_of, is_aside, open_folder
+from ommatid.store.filesystem import Folder, is_temporary, open_folder, temporary_path
 from ommatid.store.manifest import MANIFEST
 from ommatid.store.sums import block_sums
 
 SCRATCH = "scratch"
-"""Subfolder of a draft for chunks and checkpoints, which stay on this machine and never become part of the artefact."""
+"""Subfolder of a draft for chunks and checkpoints. They stay on this machine, and are never part of the artefact."""
 NOTES = f"{SCRATCH}/notes"
-"""Subfolder with a note for each file that the driver finished on this machine: size and checksums, by which a later run recognises it."""
+"""Subfolder with a note of the size and checksums of each file that the driver finished here, so that a later run can recognise it."""
 WORK = Path("data/.work")
 """Local folder for the scratch files and locks of drafts that lie in an object store."""
 RECEIPTS = "receipts"
-"""Subfolder of a draft, beside its finished files, for what workers report to the driver; never part of the artefact."""
+"""Subfolder of a draft for what workers report to the driver. It is never part of the artefact."""
 OPEN = ".open"
-"""Object that marks an open draft in an object store, which has no folders: workers and driver may write while it exists."""
+"""Object that marks a draft in an object store as open, because there are no folders: workers and driver may write while it exists."""
 
 
 def local_folder_of(folder: Folder) -> Path:
-    """Return the local folder of a draft: its own folder if that is on a disk, else one under `WORK` that stands for it."""
+    """Return the local folder of a draft: the draft's own folder if it is on a disk, else a folder under `WORK`."""
     if path := folder.local_path():
         return path
     root = hashlib.sha256(folder.parent.parent.url.encode()).hexdigest()[:8]
@@ -36,15 +36,15 @@ def artefact_of(draft: str) -> str:
 
 
 def remove_old_scratch(local: Path) -> None:
-    """Remove scratch folders of earlier drafts of the same artefact, left by workers on machines whose disks no driver cleans."""
+    """Remove scratch folders that workers left for earlier drafts of the same artefact; only a driver's machine is cleaned otherwise."""
     for other in open_folder(local.parent).folders():
         if artefact_of(other) == artefact_of(local.name) and other != local.name:
-            shutil.rmtree(local.parent / other, ignore_errors=True)  # another worker may remove it at the same time
+            shutil.rmtree(local.parent / other, ignore_errors=True)  # Another worker may remove it at the same time.
 
 
-def remove_asides(local: Path) -> None:
+def remove_temporaries(local: Path) -> None:
     """Remove unfinished files, and folders of unfinished chunks, that dead writers left."""
-    for leftover in [path for path in local.rglob("*") if is_aside(path.name)]:
+    for leftover in [path for path in local.rglob("*") if is_temporary(path.name)]:
         if leftover.is_dir():
             shutil.rmtree(leftover)
         else:
@@ -52,19 +52,19 @@ def remove_asides(local: Path) -> None:
 
 
 def write_note(local: Path, path: Path, source: Path) -> None:
-    """Write the note of a file that is at `source` now and is about to be renamed to `path`, inside a draft.
+    """Write the note of a file of a draft, which is at `source` now and is about to be renamed to `path`.
 
-    If the process dies between note and rename, an older file at `path` does not fit the note: it counts as damaged and is made again.
+    If the process dies before the file is renamed, an older file at `path` does not match the note: it counts as damaged and is made again.
     """
     note = _note_of(local, path)
     note.parent.mkdir(parents=True, exist_ok=True)
-    aside = aside_of(note)
-    aside.write_text(_facts(source), encoding="ascii")
-    os.replace(aside, note)
+    temporary = temporary_path(note)
+    temporary.write_text(_facts(source), encoding="ascii")
+    os.replace(temporary, note)
 
 
 def fits_note(local: Path, path: Path) -> bool:
-    """Whether a file of a draft matches its note; true if it has none, since receipts describe the files of workers."""
+    """Return whether a file of a draft matches its note. A file without a note counts as matching: workers describe theirs in receipts."""
     note = _note_of(local, path)
     return not note.exists() or note.read_bytes() == _facts(path).encode()
 
@@ -79,11 +79,11 @@ def _facts(path: Path) -> str:
 
 
 def note_published(local: Path, digest: str) -> None:
-    """Record beside the lock which draft became which artefact, so that a process waiting to make the same one finds it."""
+    """Record beside the lock which draft became which artefact, so that a process that waits to make the same artefact finds it."""
     note = local.with_name(f"{artefact_of(local.name)}.published")
-    aside = aside_of(note)
-    aside.write_text(f"{local.name} {digest}\n", encoding="utf-8")
-    os.replace(aside, note)
+    temporary = temporary_path(note)
+    temporary.write_text(f"{local.name} {digest}\n", encoding="utf-8")
+    os.replace(temporary, note)
 
 
 def find_published(target: Folder, kind: str, local: Path) -> Artefact | None:

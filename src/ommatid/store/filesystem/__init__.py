@@ -1,6 +1,6 @@
 """Folders that hold artefacts and images: on this machine's disk (`disk.py`), or behind a URL such as s3://bucket/prefix (`remote.py`).
 
-A file appears in a folder whole or not at all. `base.py` defines the interface; callers need not know which kind of folder they hold.
+No file appears in a folder before it is complete. `base.py` defines the interface: callers need not know which kind of folder they use.
 """
 
 from pathlib import Path
@@ -11,11 +11,11 @@ from ommatid.store.filesystem.base import (
     Entry,
     Folder,
     Ranges,
-    aside_of,
     cache_folder,
     in_words,
-    is_aside,
+    is_temporary,
     nearest_folder,
+    temporary_path,
     writing,
 )
 from ommatid.store.filesystem.disk import Disk, sync
@@ -26,19 +26,19 @@ __all__ = [
     "Entry",
     "Folder",
     "Ranges",
-    "aside_of",
     "cache_folder",
     "in_words",
-    "is_aside",
+    "is_temporary",
     "nearest_folder",
     "open_folder",
     "sync",
+    "temporary_path",
     "writing",
 ]
 
 
 def open_folder(place: "Folder | Path | str") -> Folder:
-    """Return the folder at a path or URL, which need not exist; a `Folder` is returned as it is.
+    """Return the folder at a path or URL, which need not exist. A `Folder` is returned unchanged.
 
     Raises:
         ArtefactError: The URL carries credentials, its protocol is unknown, or the library for its protocol is not installed.

@@ -1,4 +1,4 @@
-"""The interface of folders, code that both implementations share, and helpers for writing local files whole."""
+"""The interface of folders, code that both implementations share, and helpers for writing local files atomically."""
 
 import hashlib
 import io
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from ommatid.errors import ArtefactError, Lack, describe, find_lack
 
 READ_BYTES = 8 * 2**20
-"""Bytes requested at once when an object is read from end to end: few enough to hold, enough to hide the latency of a request."""
+"""Bytes per request when an object is read from end to end: few enough to hold, but enough to hide the latency of a request."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Entry:
 
 
 class Folder(ABC):
-    """A folder of files. Names are relative to it and may lead into folders inside, with slashes."""
+    """A folder of files. Names of files are relative to it, and may contain slashes."""
 
     url: str
-    """Path or URL from which `open_folder` makes this folder again, also in another process."""
+    """Path or URL from which `open_folder` makes this folder again, in this process or another."""
 
     def __str__(self) -> str:
         return self.url
@@ -54,20 +54,20 @@ class Folder(ABC):
 
     @property
     def is_local(self) -> bool:
-        """Whether the files lie on a disk of this machine, so that they have paths and locks of this machine protect them."""
+        """Whether the files are on a disk of this machine, so that they have paths, and locks of this machine protect them."""
         return self.local_path() is not None
 
     @abstractmethod
     def local_path(self, name: str = "") -> Path | None:
-        """Path of a file, or of the folder itself, on a disk of this machine; None if it is behind a URL."""
+        """Return the path of a file, or of the folder itself, on a disk of this machine; None if it is behind a URL."""
 
     @abstractmethod
     def free_bytes(self) -> int | None:
-        """Free bytes on the disk that holds, or would hold, the folder; None if it is behind a URL, where that is unknown."""
+        """Return the free bytes on the disk that holds, or would hold, the folder; None if it is behind a URL."""
 
     @abstractmethod
     def exists(self) -> bool:
-        """Whether the folder exists.
+        """Return whether the folder exists.
 
         Raises:
             ArtefactError: The server or bucket cannot be reached.
@@ -75,26 +75,26 @@ class Folder(ABC):
 
     @abstractmethod
     def make(self, mark: str = "") -> None:
-        """Make the folder inside one that exists.
+        """Make the folder, whose parent must exist.
 
         Object stores have no folders: there, an empty object named `mark`, if given, marks the folder as made.
         """
 
     @abstractmethod
     def is_made(self, mark: str) -> bool:
-        """Whether `make(mark)` was called and the folder has not been removed since."""
+        """Return whether `make(mark)` was called and the folder has not been removed since."""
 
     @abstractmethod
     def sizes(self, inside: str = "") -> dict[str, int]:
-        """Size of every file in the folder, or in the folder named `inside`, by name; empty if it does not exist. Costs one listing."""
+        """Return the size of every file in the folder, or in its subfolder `inside`, by name. This takes one listing."""
 
     @abstractmethod
     def folders(self) -> list[str]:
-        """Names of the folders inside, in order."""
+        """Return the names of the subfolders, in order."""
 
     @abstractmethod
     def iter_visible(self) -> Iterator[Entry]:
-        """Iterate over the files at any depth, in any order, skipping those whose path has a part that begins with a dot.
+        """Yield the files at any depth, in any order, except those with a path of which a part begins with a dot.
 
         Raises:
             SourceError: A folder cannot be listed.
@@ -102,42 +102,62 @@ class Folder(ABC):
 
     @abstractmethod
     def entry(self, name: str = "") -> Entry | None:
-        """Return the entry of a file, or of the folder itself if it is in fact a file; None if it is missing or a folder."""
+        """Return the entry of a file, or of what this object names if that is a file; None if it is missing or a folder."""
 
     def size(self, name: str) -> int | None:
-        """Size of a file in bytes; None if it is missing."""
+        """Return the size of a file in bytes, or None if it is missing."""
         entry = self.entry(name)
         return entry.bytes if entry else None
 
     @abstractmethod
     def open(self, name: str, size: int | None = None) -> BinaryIO:
-        """Open a file for reading from any position; passing its `size`, if known, saves a lookup. Raises FileNotFoundError."""
+        """Open a file for reading from any position. Passing its `size`, if known, saves a lookup.
+
+        Raises:
+            FileNotFoundError: The file is missing.
+        """
 
     @abstractmethod
     def read_bytes(self, name: str) -> bytes:
-        """Read a whole file. Raises FileNotFoundError."""
+        """Read a whole file.
+
+        Raises:
+            FileNotFoundError: The file is missing.
+        """
 
     @abstractmethod
     def read_range(self, name: str, start: int, end: int) -> bytes:
-        """Read the bytes of a file from `start` up to `end` or the end of the file. Raises FileNotFoundError."""
+        """Read the bytes of a file from `start` up to `end` or the end of the file.
+
+        Raises:
+            FileNotFoundError: The file is missing.
+        """
 
     @abstractmethod
     def iter_bytes(self, names: Sequence[str]) -> Iterator[bytes]:
-        """Iterate over the contents of many small files, in order. Raises FileNotFoundError."""
+        """Yield the contents of many small files, in order.
+
+        Raises:
+            FileNotFoundError: A file is missing.
+        """
 
     @abstractmethod
     def put(self, path: Path, name: str) -> None:
-        """Move the finished file at `path` on this machine into the folder, whole or not at all."""
+        """Move the finished file at `path` on this machine into the folder, where it appears only once it is complete."""
 
     @abstractmethod
     def mirror(self, bring: Iterable[str] = (), replace: str = "") -> AbstractContextManager[Path]:
-        """Return a context manager that yields a local folder; what the block writes there is in this folder when the block ends.
+        """Return a context manager that yields a local folder, and puts the files written there into this folder when its block ends.
 
-        That holds even if the block ends with an error.
+        It does so even if the block ends with an error.
 
         Args:
-            bring: Files that the block reads; those that exist are copied to the local folder first.
-            replace: Name of a subfolder; if the block makes it, files already in it that the block did not write are removed.
+            bring: Files that the block reads. Those that exist are copied to the local folder first.
+            replace: Name of a subfolder. If the block makes it, files that this folder has there, and that the block did not write, are
+                removed.
+
+        Returns:
+            The context manager.
         """
 
     @abstractmethod
@@ -146,7 +166,7 @@ class Folder(ABC):
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Remove a file, or a folder with everything in it; do nothing if it is missing."""
+        """Remove a file, or a folder with everything in it. Do nothing if it is missing."""
 
     @abstractmethod
     def move(self, place: "Folder", last: str) -> None:
@@ -154,7 +174,7 @@ class Folder(ABC):
 
         Args:
             place: The new place, a folder of the same kind (disk or remote).
-            last: Name of the file that marks a folder, or a subfolder, as complete; it is moved last.
+            last: Name of the file that marks a folder, or a subfolder, as complete. It is moved last.
         """
 
     def sha256(self, name: str, size: int | None = None) -> str:
@@ -166,44 +186,49 @@ class Folder(ABC):
         return digest.hexdigest()
 
     def fetch(self, name: str, to: Path, sha256: str | None = None) -> None:
-        """Copy a file to this machine, whole or not at all.
+        """Copy a file to this machine, where it appears only once it is complete.
+
+        Args:
+            name: Name of the file.
+            to: Path of the copy.
+            sha256: Expected checksum, in hex digits; None means that it is not checked.
 
         Raises:
             ArtefactError: The checksum of the fetched file is not `sha256`, or the file cannot be written.
         """
-        aside = aside_of(to)
+        temporary = temporary_path(to)
         with writing(to):
             to.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with self.open(name) as source, aside.open("wb") as target:
+                with self.open(name) as source, temporary.open("wb") as target:
                     digest = hashlib.sha256()
                     while block := source.read(READ_BYTES):
                         digest.update(block)
                         target.write(block)
                 if sha256 not in (None, digest.hexdigest()):
                     raise ArtefactError(f"{self.url}/{name}: checksum differs from the manifest's; make it again")
-                os.replace(aside, to)
+                os.replace(temporary, to)
             finally:
-                aside.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
 
 
 class Ranges(io.RawIOBase):
-    """A file of known size that can be read from any position; subclasses implement `_read_range`."""
+    """A file of known size that can be read from any position. Subclasses implement `_read_range`."""
 
     def __init__(self, size: int):
         self._size = size
         self._at = 0
 
     def readable(self) -> bool:
-        """Always true."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Always true."""
+        """Return True."""
         return True
 
     def tell(self) -> int:
-        """Position at which the next read begins."""
+        """Return the position at which the next read begins."""
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -212,7 +237,7 @@ class Ranges(io.RawIOBase):
         return self._at
 
     def read(self, size: int | None = -1) -> Any:
-        """Read the next bytes; the result is any object with the buffer protocol."""
+        """Read the next bytes. The result may be any object that supports the buffer protocol."""
         start = self._at
         end = self._size if size is None or size < 0 else min(start + size, self._size)
         if end <= start:
@@ -239,13 +264,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("OMMATID_CACHE") or Path.home() / ".cache" / "ommatid")
 
 
-def aside_of(path: Path) -> Path:
-    """Return a temporary path beside `path` at which to write the file before it is renamed; unique to every writer and process."""
+def temporary_path(path: Path) -> Path:
+    """Return a path beside `path` at which to write the file before it is renamed. No other writer or process gets the same path."""
     return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
-def is_aside(name: str) -> bool:
-    """Whether a name is that of an unfinished file; safetensors has temporary names of its own, `.tmp` and six letters."""
+def is_temporary(name: str) -> bool:
+    """Return whether a name is that of an unfinished file. safetensors uses its own temporary names, `.tmp` and six letters."""
     return name.endswith(".tmp") or name.startswith(".tmp")
 
 

@@ -1,4 +1,4 @@
-"""A reader of hand-written CSV files that names the line of every problem and guesses nothing."""
+"""A reader of hand-written CSV files, which reports the line of every problem instead of guessing what was meant."""
 
 import csv
 import difflib
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 DELIMITERS = ",;\t"
-"""Delimiters to try; the one that yields most known columns is used. Spreadsheets write semicolons in many languages."""
+"""Delimiters to try. The one that yields the most known columns is used: in many languages, spreadsheets write semicolons."""
 _SHOWN = 10
 """Number of problems that an error message lists; the rest are counted."""
 
@@ -19,16 +19,16 @@ class Row:
     line: int
     """Number of the line on which the row begins, counted from 1."""
     cells: dict[str, str]
-    """Text of each cell by column, stripped of surrounding blanks."""
+    """Text of each cell, by column, without leading and trailing white space."""
 
 
 class CsvFile:
-    """The rows of a CSV file whose first line names its columns.
+    """The rows of a CSV file, whose first line must name its columns.
 
     Args:
         data: The file's bytes, in UTF-8 with or without a byte-order mark.
         known: Names of the columns that are used.
-        needed: Names of those known columns that the file must have.
+        needed: Names of the known columns that the file must have.
 
     Raises:
         ValueError: The file is not UTF-8, its first line is missing or wrong, or a quotation mark is not closed.
@@ -39,16 +39,16 @@ class CsvFile:
         self._text = _decode(data)
         self._delimiter = max(DELIMITERS, key=lambda delimiter: sum(cell in known for cell in self._header(delimiter)))
         self.columns = self._header(self._delimiter)
-        while self.columns and not self.columns[-1]:  # spreadsheets write empty columns; text in one is reported as an extra cell
+        while self.columns and not self.columns[-1]:  # Spreadsheets write empty columns. Text in one is reported as an extra cell.
             self.columns.pop()
         self.unknown_columns = [column for column in self.columns if column not in known]
         """Columns that are not used."""
         self.problems: list[str] = []
-        """Problems found so far, each naming its line; complete once all rows are read. Callers append their own."""
+        """Problems found so far, with their lines. The list is complete once all rows are read. Callers append their own problems."""
         self._check_columns()
 
     def __iter__(self) -> Iterator[Row]:
-        """Iterate over the rows below the first line; a row with the wrong number of cells is reported in `problems` instead."""
+        """Yield the rows below the first line. A row with the wrong number of cells is reported in `problems` instead."""
         reader = self._reader(self._delimiter)
         next(reader)
         last = reader.line_num
@@ -62,14 +62,14 @@ class CsvFile:
                 if len(cells) == len(self.columns):
                     yield Row(line, {column: cell.strip() for column, cell in zip(self.columns, cells, strict=True)})
                 else:
-                    mark = {"\t": "tabulator", ";": "semicolon", ",": "comma"}[self._delimiter]
+                    mark = {"\t": "tab", ";": "semicolon", ",": "comma"}[self._delimiter]
                     todo = f"put a value with a {mark} between quotation marks" if len(cells) > len(self.columns) else "fill in the rest"
                     self.problems.append(f"line {line}, {len(cells)} cells and {len(self.columns)} columns; {todo}")
         except csv.Error as error:
             raise ValueError(f"line {last + 1}, not CSV ({error}); look for a quotation mark that is not closed, or not doubled") from None
 
     def problems_text(self) -> str:
-        """Return the problems as one line, listing the first few and counting the rest."""
+        """Return the problems in one line, which lists the first few and counts the rest."""
         more = f"; and {len(self.problems) - _SHOWN} more" if len(self.problems) > _SHOWN else ""
         return "; ".join(self.problems[:_SHOWN]) + more
 
@@ -83,7 +83,7 @@ class CsvFile:
             return []
 
     def _check_columns(self) -> None:
-        """Check the first line. If it names no known column, it is not quoted: it may not be a header at all.
+        """Check the first line. If it names no known column, messages do not quote it, because it may not be a header at all.
 
         Raises:
             ValueError: A needed column is missing, a column occurs twice, or a name looks like a misspelling of a known one.

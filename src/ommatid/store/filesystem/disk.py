@@ -1,4 +1,4 @@
-"""Folders on a disk of this machine. Files are written under a temporary name, synced and renamed, so they appear whole or not at all."""
+"""Folders on a disk of this machine. Files are written under temporary names, synced and renamed, so none appears incomplete."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ommatid.errors import SourceError
-from ommatid.store.filesystem.base import Entry, Folder, aside_of, is_aside, nearest_folder, writing
+from ommatid.store.filesystem.base import Entry, Folder, is_temporary, nearest_folder, temporary_path, writing
 
 
 class Disk(Folder):
@@ -35,36 +35,36 @@ class Disk(Folder):
         return Disk(self.path / name)
 
     def local_path(self, name: str = "") -> Path:
-        """Path of a file, or of the directory itself."""
+        """Return the path of a file, or of the directory itself."""
         return self.path / name
 
     def free_bytes(self) -> int:
-        """Free bytes on the disk that holds, or would hold, the directory."""
+        """Return the free bytes on the disk that holds, or would hold, the directory."""
         return shutil.disk_usage(nearest_folder(self.path)).free
 
     def exists(self) -> bool:
-        """Whether the directory exists."""
+        """Return whether the directory exists."""
         return self.path.exists()
 
     def make(self, mark: str = "") -> None:
-        """Make the directory inside one that exists."""
+        """Make the directory, whose parent must exist."""
         with writing(self.path):
             self.path.mkdir(exist_ok=True)
 
     def is_made(self, mark: str) -> bool:
-        """Whether the directory exists."""
+        """Return whether the directory exists."""
         return self.path.is_dir()
 
     def sizes(self, inside: str = "") -> dict[str, int]:
-        """Size of every finished file, by name."""
+        """Return the size of every finished file, by name; an empty dict if the directory does not exist."""
         try:
             with os.scandir(self.path / inside) as found:
-                return {entry.name: entry.stat().st_size for entry in found if not is_aside(entry.name) and entry.is_file()}
+                return {entry.name: entry.stat().st_size for entry in found if not is_temporary(entry.name) and entry.is_file()}
         except FileNotFoundError:
             return {}
 
     def folders(self) -> list[str]:
-        """Names of the directories inside, in order."""
+        """Return the names of the subdirectories, in order."""
         try:
             with os.scandir(self.path) as found:
                 return sorted(entry.name for entry in found if entry.is_dir())
@@ -72,9 +72,9 @@ class Disk(Folder):
             return []
 
     def iter_visible(self) -> Iterator[Entry]:
-        """Iterate over regular files and dangling links at any depth, skipping those whose path has a part that begins with a dot.
+        """Yield regular files and dangling links at any depth, except those with a path of which a part begins with a dot.
 
-        Links to directories are followed; every real directory is visited once.
+        Links to directories are followed, and every real directory is visited once.
 
         Raises:
             SourceError: A directory cannot be listed.
@@ -83,7 +83,7 @@ class Disk(Folder):
             yield Entry(name, 0, "") if status is None else Entry(name, status.st_size, _stamp_of(status))
 
     def entry(self, name: str = "") -> Entry | None:
-        """Return the entry of a file; None if it is missing or a directory."""
+        """Return the entry of a file, or None if it is missing or a directory."""
         try:
             status = (self.path / name).stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -105,31 +105,31 @@ class Disk(Folder):
             return file.read(end - start)
 
     def iter_bytes(self, names: Sequence[str]) -> Iterator[bytes]:
-        """Iterate over the contents of many small files, in order."""
+        """Yield the contents of many small files, in order."""
         return (self.read_bytes(name) for name in names)
 
     def put(self, path: Path, name: str) -> None:
-        """Sync and rename a file; `path` must be on the same file system."""
+        """Sync and rename a file, which must be on the same file system."""
         sync(path)
         os.replace(path, self.path / name)
 
     def mirror(self, bring: Iterable[str] = (), replace: str = "") -> AbstractContextManager[Path]:
-        """Yield the directory itself, so that what the block writes is there at once."""
+        """Return a context manager that yields the directory itself, so that files written in its block are there at once."""
         return nullcontext(self.path)
 
     def share(self, name: str, to: str) -> None:
         """Make a hard link, or a copy if the file system does not support links."""
-        aside = aside_of(self.path / to)
+        temporary = temporary_path(self.path / to)
         (self.path / to).parent.mkdir(exist_ok=True)
         try:
-            os.link(self.path / name, aside)
+            os.link(self.path / name, temporary)
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV):
                 raise
-            shutil.copyfile(self.path / name, aside)
-            sync(aside)
-        os.replace(aside, self.path / to)
-        aside.unlink(missing_ok=True)  # os.replace does nothing if both names already link to one file
+            shutil.copyfile(self.path / name, temporary)
+            sync(temporary)
+        os.replace(temporary, self.path / to)
+        temporary.unlink(missing_ok=True)  # os.replace does nothing if both names already link to the same file.
 
     def remove(self, name: str) -> None:
         """Remove a file, or a directory with everything in it."""
@@ -140,7 +140,7 @@ class Disk(Folder):
             path.unlink(missing_ok=True)
 
     def move(self, place: Folder, last: str) -> None:
-        """Rename the old directory away and this one into its place; for a moment between the two, readers find none."""
+        """Rename the directory at the new place, then this one to take its place. Between the two, readers find none for a moment."""
         assert isinstance(place, Disk), place
         for folder in (self.path, *(self.path / name for name in self.folders())):
             sync(folder)
@@ -156,7 +156,7 @@ class Disk(Folder):
 
 
 def sync(path: Path) -> None:
-    """Flush the content of a file, or the names in a directory, to the disk."""
+    """Flush the content of a file, or the entries of a directory, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -165,12 +165,12 @@ def sync(path: Path) -> None:
 
 
 def _stamp_of(status: os.stat_result) -> str:
-    """Return both modification and change time: programs that restore the first after a change still alter the second."""
+    """Return the modification time and the change time. Programs that restore the former after a change still alter the latter."""
     return f"{status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def _walk(root: str) -> Iterator[tuple[str, os.stat_result | None]]:
-    """Iterate over regular files, and over dangling links with None; linked directories come after all real ones."""
+    """Yield regular files, and dangling links with None. Directories reached by links come after all others."""
     entered: set[tuple[int, int]] = set()
     tops = deque([""])
     while tops:

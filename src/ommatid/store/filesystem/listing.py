@@ -1,8 +1,8 @@
-"""Listings of the paths and URLs that users name, shared by all readers of folders and by the fingerprints that DVC depends on.
+"""Listings of the files at paths and URLs that users name. All readers of folders use them, and DVC's fingerprints are made from them.
 
 A folder's files are its regular files at any depth, in order of name. Files and folders whose names begin with a dot are hidden and left
-out. Linked folders are followed, each real folder once. Dangling links are listed, so that the reader can report them. Pipes, sockets and
-devices are skipped, since reading one could block for ever.
+out. Links to folders are followed, and each real folder is listed once. Dangling links are listed, so that the reader can report them.
+Pipes, sockets and devices are skipped, because reading one could block for ever.
 """
 
 import hashlib
@@ -15,17 +15,17 @@ from ommatid.errors import SourceError
 from ommatid.store.filesystem import Folder, open_folder
 
 ACTIVATIONS = (".npy", ".safetensors", ".pt", ".pth", ".parquet")
-"""File name endings of files of activations."""
+"""Endings of the names of files of activations."""
 _SHOWN = 3
 """Number of names that a notice lists; the rest are counted."""
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A file in a listing, not read yet."""
+    """A file in a listing, which has not been read."""
 
     name: str
-    """Path below the listed folder, with slashes, as valid Unicode; for a single file its own name."""
+    """Path below the listed folder, with slashes, as valid Unicode; for a single file, its own name."""
     size: int
     """Size in bytes."""
     stamp: str
@@ -44,8 +44,12 @@ class Listed:
         return self.folder.local_path(self.inside)
 
     def read(self, most: int) -> bytes:
-        """Read at most the first `most` bytes. Raises OSError."""
-        # stores refuse to read a range of an empty object
+        """Read at most the first `most` bytes.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        # Stores refuse to read a range of an empty object.
         return self.folder.read_range(self.inside, 0, most) if self.size > most else self.folder.read_bytes(self.inside)[:most]
 
 
@@ -58,18 +62,19 @@ class Listing:
     files: Sequence[Listed]
     """Files to read, in order of name."""
     skipped: Sequence[str] = field(default=())
-    """Names of files left out because of their endings."""
+    """Names of the files left out because of their endings."""
 
     @property
     def fingerprint(self) -> str:
-        """Digest of names, sizes and times of change: cheap to compute, and comparable only on one machine."""
+        """Digest of names, sizes and stamps. It is cheap to compute, and comparable on the same machine only."""
         return hashlib.sha256("".join(f"{file.name}\0{file.size}\0{file.stamp}\n" for file in self.files).encode()).hexdigest()
 
     def notice(self, endings: Collection[str]) -> list[str]:
         """Return a sentence about the files left out, or an empty list if there are none."""
         if not self.skipped:
             return []
-        return [f"{count_of(self.skipped, 'file')} not read, as the name does not end in {' or '.join(endings)}: {some_of(self.skipped)}"]
+        names = "its name does" if len(self.skipped) == 1 else "their names do"
+        return [f"{count_of(self.skipped, 'file')} not read, because {names} not end in {' or '.join(endings)}: {some_of(self.skipped)}"]
 
 
 def count_of(things: Collection[object], what: str) -> str:
@@ -78,48 +83,48 @@ def count_of(things: Collection[object], what: str) -> str:
 
 
 def some_of(names: Sequence[str]) -> str:
-    """Return the first few names and the number of the rest; a name that is empty or has control characters is written as its repr."""
+    """Return the first few names and the number of the rest. A name that is empty or has control characters is written as its repr."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(name if name and name.isprintable() else repr(name) for name in names[:_SHOWN]) + more
 
 
 def list_images(place: Path | str) -> Listing:
-    """List what the folder source reads: every file of a folder. Raises SourceError, ArtefactError."""
+    """List what the folder source reads, which is every file of a folder. For errors, see `_list`."""
     return _list(place, "images.source.path", "a folder of images", "files", (), is_folder=True)
 
 
 def list_parquet(place: Path | str) -> Listing:
-    """List what the Parquet source reads: one file, or the *.parquet files of a folder. Raises SourceError, ArtefactError."""
+    """List what the Parquet source reads, which is one file, or the *.parquet files of a folder. For errors, see `_list`."""
     return _list(place, "images.source.path", "a Parquet file or a folder of them", "files named *.parquet", (".parquet",))
 
 
 def list_activations(place: Path | str) -> Listing:
-    """List what `extract.source: files` reads: one file, or the files of a folder that end in one of `ACTIVATIONS`. Raises SourceError."""
+    """List what `extract.source: files` reads: one file, or a folder's files with an ending in `ACTIVATIONS`. For errors, see `_list`."""
     names = ", ".join(ACTIVATIONS)
     return _list(place, "extract.path", f"a folder of {names} files, or to one of them", f"{names} files", ACTIVATIONS)
 
 
 def list_any(place: Path | str, key: str) -> Listing:
-    """List one file of any name, or all files of a folder. Raises SourceError, ArtefactError."""
+    """List one file of any name, or all files of a folder. For errors, see `_list`."""
     return _list(place, key, "what is there", "files", ())
 
 
 def _list(place: Path | str, key: str, allowed: str, what: str, endings: Collection[str], is_folder: bool = False) -> Listing:
-    """List the files at or below a place; a single file may have any ending.
+    """List a single file, whose name may have any ending, or the files of a folder.
 
     Args:
         place: Path or URL.
         key: Params key that names the place, for messages.
         allowed: What the key may be set to, for messages.
-        what: The files that are looked for, for messages.
-        endings: Endings of the files to list; empty for all.
+        what: Description of the files to list, for messages.
+        endings: Endings of the files to list; empty means all files.
         is_folder: Whether the place must be a folder.
 
     Returns:
-        The listing, with the names of files that have other endings.
+        The listing, which also names the files that have other endings.
 
     Raises:
-        SourceError: Nothing exists at the place, it has none of the files looked for, or a folder cannot be listed.
+        SourceError: Nothing exists at the place, the folder has no such files, or a folder cannot be listed.
         ArtefactError: The URL cannot be reached.
     """
     root = open_folder(place)
@@ -130,7 +135,7 @@ def _list(place: Path | str, key: str, allowed: str, what: str, endings: Collect
         raise SourceError(f"{place}: is a file, not a folder; set {key} to {allowed}")
     if entry:
         return Listing(real, [Listed(_text(root.name), entry.bytes, entry.stamp, root.parent, root.name)])
-    if not root.exists():  # raises an error of its own if the bucket does not exist
+    if not root.exists():  # Raises its own error if the bucket does not exist.
         found = "no such folder" if is_folder else "no such file or folder"
         raise SourceError(f"{place}: {found}; bring it back with `dvc pull` if DVC keeps it, or set {key} to {allowed}")
     every = [Listed(_text(entry.name), entry.bytes, entry.stamp, root, entry.name) for entry in root.iter_visible()]
@@ -146,5 +151,5 @@ def _ends(name: str, endings: Collection[str]) -> bool:
 
 
 def _text(name: str) -> str:
-    """Return a file's name with slashes, as valid Unicode: file names are arbitrary bytes, which Parquet strings cannot hold."""
+    """Return a file's name with slashes, as valid Unicode. File names are arbitrary bytes, which Parquet strings cannot hold."""
     return os.fsencode(name.replace(os.sep, "/")).decode("utf-8", "backslashreplace")

@@ -1,6 +1,6 @@
 """Folders behind URLs such as s3://bucket/prefix. Only this file imports fsspec, and only when the first URL is opened.
 
-Object stores show an object once all of it has arrived, so files appear whole without being renamed.
+Object stores show an object only once all of it has arrived, so that files need no temporary names.
 """
 
 import errno
@@ -18,15 +18,15 @@ from ommatid.errors import ArtefactError
 from ommatid.store.filesystem.base import Entry, Folder, Ranges
 
 OBJECTS_AT_ONCE = 1000
-"""Objects requested, copied or removed in one call, whose requests run concurrently."""
+"""Number of objects read, copied or removed in one call, which sends the requests concurrently."""
 COPIES_AT_ONCE = 32
-"""Concurrent requests to copy an object; the store does the copying, this machine only waits."""
-KNOCK_SECONDS = 10.0
-"""Seconds that a store may take over its first answer."""
+"""Number of concurrent requests to copy an object. The store does the copying while this machine waits."""
+ANSWER_SECONDS = 10.0
+"""Seconds that a store may take to answer the first request."""
 
 
 class Remote(Folder):
-    """A prefix of an object store, or anything else that fsspec reaches by URL; its library supplies credentials and endpoint."""
+    """A prefix of an object store, or anything else that fsspec reaches by URL. The library for it supplies credentials and endpoint."""
 
     def __init__(self, url: str):
         self.url = url
@@ -41,26 +41,26 @@ class Remote(Folder):
         return Remote(f"{self.url}/{name}")
 
     def local_path(self, name: str = "") -> None:
-        """None, since objects have no path."""
+        """Return None, because objects have no path."""
 
     def free_bytes(self) -> None:
-        """None, since object stores do not report free space."""
+        """Return None, because object stores do not report free space."""
 
     def exists(self) -> bool:
-        """Whether any object has this prefix; also checks that the bucket exists."""
+        """Return whether any object has this prefix, after checking that the bucket exists."""
         with self._guard():
             if self._list(self._root):
                 return True
             try:
                 self._fs.ls(self._root.partition("/")[0])
             except PermissionError:
-                return False  # the credentials may be limited to the prefix
+                return False  # The credentials may be limited to the prefix.
             except FileNotFoundError:
                 raise ArtefactError(f"{self.url}: there is no such bucket; make it, or correct the URL") from None
             return False
 
     def make(self, mark: str = "") -> None:
-        """Put an empty object named `mark`; without `mark`, do nothing, since object stores have no folders."""
+        """Put an empty object named `mark`. Without `mark`, do nothing, because object stores have no folders."""
         if mark:
             with tempfile.TemporaryDirectory(prefix="ommatid-") as scratch:
                 path = Path(scratch) / mark
@@ -68,32 +68,32 @@ class Remote(Folder):
                 self.put(path, mark)
 
     def is_made(self, mark: str) -> bool:
-        """Whether the object named `mark` exists."""
+        """Return whether the object named `mark` exists."""
         return self.size(mark) is not None
 
     def sizes(self, inside: str = "") -> dict[str, int]:
-        """Size of every object by name."""
+        """Return the size of every object, by name; an empty dict if there are none."""
         with self._guard(inside):
             return {_last(found["name"]): found["size"] for found in self._list(self._path(inside)) if found["type"] == "file"}
 
     def folders(self) -> list[str]:
-        """Names of the prefixes inside, in order."""
+        """Return the names of the prefixes below this one, in order."""
         with self._guard():
             return sorted(_last(found["name"]) for found in self._list(self._root) if found["type"] == "directory")
 
     def entries(self) -> Iterator[Entry]:
-        """Iterate over all objects below the prefix, in any order."""
+        """Yield all objects below the prefix, in any order."""
         with self._guard():
             found = self._fs.find(self._root, detail=True)
         for path, info in found.items():
             yield _entry(path.removeprefix(self._root).lstrip("/"), info)
 
     def iter_visible(self) -> Iterator[Entry]:
-        """Iterate over the objects below the prefix, in any order, skipping those whose name has a part that begins with a dot."""
+        """Yield the objects below the prefix, in any order, except those with a name of which a part begins with a dot."""
         return (entry for entry in self.entries() if not any(part.startswith(".") for part in entry.name.split("/")))
 
     def entry(self, name: str = "") -> Entry | None:
-        """Return the entry of an object; None if it is missing or a prefix."""
+        """Return the entry of an object, or None if it is missing or a prefix."""
         with self._guard(name):
             try:
                 info = self._fs.info(self._path(name))
@@ -102,7 +102,7 @@ class Remote(Folder):
             return _entry(name, info) if info["type"] == "file" else None
 
     def open(self, name: str, size: int | None = None) -> BinaryIO:
-        """Open an object for reading from any position; every read is a request, so large reads are faster."""
+        """Open an object for reading from any position. Every read is a request, so large reads are faster."""
         return cast(BinaryIO, _Object(self, name, self._needed_size(name) if size is None else size))
 
     def read_bytes(self, name: str) -> bytes:
@@ -121,7 +121,7 @@ class Remote(Folder):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.url}/{name}") from None
 
     def iter_bytes(self, names: Sequence[str]) -> Iterator[bytes]:
-        """Iterate over the contents of many small objects, in order, requesting many at a time."""
+        """Yield the contents of many small objects, in order. Many are requested at a time."""
         for start in range(0, len(names), OBJECTS_AT_ONCE):
             paths = [self._path(name) for name in names[start : start + OBJECTS_AT_ONCE]]
             with self._guard():
@@ -167,9 +167,10 @@ class Remote(Folder):
                 self._fs.rm(group)
 
     def move(self, place: Folder, last: str) -> None:
-        """Copy all objects within the store, then remove the originals; an interrupted move is completed by moving again.
+        """Copy all objects within the store, then remove the originals. An interrupted move is completed by moving again.
 
-        `last` is removed from `place` first and copied there last, so readers find the whole old folder, none, or the whole new one.
+        `last` is removed from `place` first and copied there last, so that readers find the old folder, no folder or the new one, but never
+        a mixture.
         """
         assert isinstance(place, Remote), place
         sizes = {entry.name: entry.bytes for entry in self.entries()}
@@ -190,13 +191,13 @@ class Remote(Folder):
             self.remove("")
 
     def _guard(self, name: str = "") -> AbstractContextManager[None]:
-        """Turn errors of a store that is unreachable, or refuses a request, into an `ArtefactError` that says what to do."""
+        """Turn the errors of a store that cannot be reached or refuses a request into an `ArtefactError` that says what to do."""
         return _guarding(f"{self.url}/{name}" if name else self.url)
 
     def _copy(self, objects: Sequence[tuple[str, str, int]]) -> None:
-        """Copy objects within the store, each given as its path, new path and size in bytes."""
+        """Copy objects within the store, each of which is given by its path, its new path and its size in bytes."""
         if "s3" in self._fs.protocol:
-            # one request per object: from 150 MB on, s3fs copies in sequential parts, which not every store supports
+            # One request per object: from 150 MB on, s3fs would copy in sequential parts, which not every store supports.
             with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
                 list(pool.map(lambda found: _copy_on_s3(self._fs, *found), objects))
         else:
@@ -231,7 +232,7 @@ class _Object(Ranges):
 
 @functools.cache
 def _filesystem(url: str) -> tuple[Any, str]:
-    """Return a store's fsspec file system and the folder's path in it. Listings are not cached, since other processes write too."""
+    """Return a store's fsspec file system, and the path in it. Listings are not cached, because other processes write too."""
     import fsspec
 
     if set(url) & set("*?["):
@@ -246,12 +247,12 @@ def _filesystem(url: str) -> tuple[Any, str]:
         raise ArtefactError(f"{url}: not a usable URL ({error}); use a path, or s3://bucket/prefix") from None
     with _guarding(url):
         if endpoint := _endpoint_of(fs, url):
-            _knock(endpoint)
+            _check_answers(endpoint)
     return fs, root.rstrip("/")
 
 
 def _endpoint_of(fs: Any, url: str) -> str | None:
-    """Return the address of the server that receives the requests; None if there is no known way to find it."""
+    """Return the address of the server that receives the requests, or None if there is no known way to find it."""
     if "s3" in fs.protocol:
         fs.connect()
         return fs.s3.meta.endpoint_url
@@ -259,8 +260,8 @@ def _endpoint_of(fs: Any, url: str) -> str | None:
 
 
 @functools.cache
-def _knock(endpoint: str) -> None:
-    """Check within seconds that a server answers at all; the libraries would retry for minutes, which suits only a server known to exist.
+def _check_answers(endpoint: str) -> None:
+    """Check within seconds that a server answers at all. The libraries would retry for minutes, even if no such server exists.
 
     Raises:
         ConnectionError: The server does not answer.
@@ -271,12 +272,12 @@ def _knock(endpoint: str) -> None:
 
     class Stay(urllib.request.HTTPRedirectHandler):
         def redirect_request(self, *_: Any) -> None:
-            return None  # a redirect is an answer too; it is not followed
+            return None  # A redirect is an answer too, and is not followed.
 
-    # certificates need no check here, as nothing secret is sent; the library that sends credentials checks them, with the user's bundle
+    # The certificate is not checked here, because nothing secret is sent. The library that sends credentials checks it.
     https = urllib.request.HTTPSHandler(context=ssl._create_unverified_context())
     try:
-        urllib.request.build_opener(Stay, https).open(urllib.request.Request(endpoint, method="HEAD"), timeout=KNOCK_SECONDS).close()
+        urllib.request.build_opener(Stay, https).open(urllib.request.Request(endpoint, method="HEAD"), timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError as answer:
         answer.close()
     except (OSError, http.client.HTTPException) as error:
@@ -297,7 +298,7 @@ def _guarding(where: str) -> Iterator[None]:
         if error.errno in _FULL:
             raise
         raise ArtefactError(_refused(where, error)) from error
-    except Exception as error:  # every backend has exceptions of its own, which fsspec passes on
+    except Exception as error:  # Every backend has its own exceptions, which fsspec passes on.
         if not type(error).__module__.startswith(_BACKENDS):
             raise
         raise ArtefactError(_refused(where, error)) from error
