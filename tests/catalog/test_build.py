@@ -1,6 +1,6 @@
-"""The catalogue says what the artefacts say: grain, columns, comments, the best label, neighbours, lineage.
+"""The catalogue agrees with the artefacts: grain, columns, comments, the best label, neighbours, lineage.
 
-It is replaced whole or not at all: by a killed process, a full disk or damaged inputs never.
+It is replaced whole, and never by a build that was killed, met a full disk or read damaged inputs.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Proves that the arithmetic finds planted costs within its budget, and that a real estimate says what a real run then makes.
+"""Proves that the arithmetic finds planted costs within its budget, and that a real estimate agrees with the real run.
 
-Drawn pictures go through the built-in models by the command line. The tests that need the estimate of the fixture run after it.
+The command line runs the built-in models on drawn pictures. Tests that need the estimate of the fixture run after it.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Proves on a small world whose latents are planted that evaluation finds how they relate: to one another, to labels, to a taxonomy.
+"""Proves, on a small world with planted latents, that evaluation finds how latents relate to one another, to classes and to a taxonomy.
 
 Every number is compared with one computed from all activations at once; then holes, missing labels, one image, dead latents, and a kill.
 """

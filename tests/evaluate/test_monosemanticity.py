@@ -1,4 +1,4 @@
-"""Proves that any number of judges see each image once, and that each one's scores are those of the images that it embedded.
+"""Proves that any number of judges embed each image in one pass, and that each judge's scores use the images that it embedded.
 
 Drawn tiles, the model that sees their colours, and two judges: one of colours, and one that fails on the greenest images. What the
 stages write is compared with the library call on everything at once.

@@ -1,6 +1,6 @@
-"""Proves on pictures whose colours are planted that zero-shot classification with x̂ spliced in is what a direct computation gives.
+"""Proves, on pictures with planted colours, that zero-shot classification with x̂ spliced in equals a direct computation.
 
-The tile model's embedding is the mean colour of the tiles at the hookpoint, so what any x̂ does to it is known. Classes are colours.
+The tile model's embedding is the mean colour of the tiles at the hookpoint, so the effect of any x̂ is known. Classes are colours.
 """
 
 from collections.abc import Iterator, Mapping

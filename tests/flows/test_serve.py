@@ -1,6 +1,6 @@
-"""`make up`, end to end: servers start, a schedule and "Run" start runs, Ctrl-C ends all, and no log of any has an error in it.
+"""`make up`, end to end: servers start, runs are started by a schedule and by "Run", Ctrl-C ends everything, and no log has an error.
 
-The checkout has one deployment more, added by the recipe docs/developers/add-a-deployment.md.
+The checkout has one additional deployment, made by the recipe docs/developers/add-a-deployment.md.
 """
 
 import json

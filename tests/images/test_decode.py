@@ -1,4 +1,4 @@
-"""Every kind of image becomes upright RGB of 8 bits, what is not whole is refused with its reason, PIL's warnings stay inside.
+"""Every kind of image becomes upright 8-bit RGB, damaged files are refused with the reason, and PIL's warnings are not shown.
 
 Oracles: the picture before it was encoded, turned by numpy as the EXIF standard describes, or blended by hand.
 """

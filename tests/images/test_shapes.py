@@ -1,6 +1,6 @@
-"""The source `shapes` draws what it says: areas by geometry, colours and places by pixels, factors drawn evenly and independently.
+"""The source `shapes` draws what its plan says: areas follow from geometry, pixels show colours and positions, and factors are independent.
 
-And it draws the same bytes everywhere, whichever images are asked for.
+It draws the same bytes on every machine, whichever images are requested.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
-"""The stage keeps its contract: rows as the schema says, splits by id, the same bytes every time.
+"""The stage keeps its contract: rows follow the schema, the split follows the id, and the bytes are always the same.
 
-Also after it was killed at each of its steps, interrupted, or stopped by a full disk.
+This holds even after the stage was killed at any step, interrupted, or stopped by a full disk.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Directions that are the same are found, chance is not mistaken for it, and firing together is counted as it happened.
+"""Equal directions are matched, chance is not mistaken for a match, and co-firing is counted correctly.
 
 Oracles: the whole matrix of cosines, every permutation, sets of images. Planted: a permuted and noised copy, and random dictionaries.
 """

@@ -1,4 +1,4 @@
-"""Proves the whole line on real models: every stage survives a full disk and kill -9, then works; what users ask for is there.
+"""Proves the whole pipeline on real models: every stage succeeds after a full disk and a SIGKILL, and its results can be queried.
 
 Drawn pictures go through the built-in EfficientNet-Lite, MiniLM and the real gates by the command line, as `dvc repro` does it.
 The tests of this file run in order: each needs the artefacts of the one before.

@@ -1,4 +1,4 @@
-"""Proves the whole line with its artefacts on a real S3 server: the same bytes as on a disk, after a kill -9 in the middle of stages.
+"""Proves the whole pipeline with artefacts on a real S3 server: the bytes are those on a disk, even after a SIGKILL in every stage.
 
 The tests of this file run in order: each needs the artefacts of the one before.
 """

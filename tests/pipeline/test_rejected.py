@@ -1,4 +1,4 @@
-"""Proves that an SAE that fails a gate takes none of its siblings with it: they are published, and it is kept with the reason.
+"""Proves that an SAE that fails a gate does not affect the others: they are published, and it is kept with the reason.
 
 Drawn tiles and the model that sees their colours: by `run_stage` and `ommatid` with the real gates and a real MLflow store. The tests
 of this file run in order: each needs the artefacts of the one before.

@@ -1,4 +1,4 @@
-"""Proves that a training's SAEs go through every stage side by side, each by its own width and k, and that a kill between two costs one.
+"""Proves that the SAEs of a training go through every stage side by side, with their own width and k, and that a kill costs at most one.
 
 Drawn tiles and the model that sees their colours: by `run_stage` with the real gates and a real MLflow store. The tests of this file
 run in order: each needs the artefacts of the one before.

@@ -1,4 +1,4 @@
-"""Proves, on pictures and latents whose colours are planted, that evaluation and labelling measure and name what is there.
+"""Proves, on pictures and latents with planted colours, that evaluation and labelling find the planted truth.
 
 Tiles are red, green, blue or grey. The SAE is made by hand: latents 0 to 2 fire on one colour each, 3 on red and green, 4 never,
 5 on everything. So MS must rank pure above mixed, purity must be 1, heat maps must be bright where the tile is, and the names

@@ -1,4 +1,4 @@
-"""Proves that the numbers of the whole line are true where the truth is known: drawn shapes, and activations mixed of their factors.
+"""Proves that the numbers of the whole pipeline are right where the truth is known: drawn shapes, and activations that mix their factors.
 
 The stages run as a user runs them, with support/planted_vision.py as the model that is explained. Four SAEs are measured: one made by
 hand, a latent for each factor and others for random mixtures of two or three factors, and three trained on the same activations: BatchTopK

@@ -33,7 +33,7 @@ def declare(tree: Tree, path: str, section: str, before: str, union: str, last: 
     tree.replace(path, f"{union}{last}", f"{union}{last} | {name}")
 
 
-def test_variant(tree: Tree, tmp_path: Path) -> None:
+def test_a_variant_takes_the_files_of_its_recipe(tree: Tree, tmp_path: Path) -> None:
     section, module = examples_of("add-a-variant.md")
     union = "TrainedVariant = TopK | BatchTopK | Matryoshka | ReLU | JumpReLU | Gated | "
     declare(tree, "src/ommatid/config/variants.py", section, "class Imported(Section):", union, "Archetypal")
@@ -77,7 +77,7 @@ assert all(row["score"] > 0.9 for row in rows if row["latent"] in PURE)
 """
 
 
-def test_labeller(tree: Tree, tmp_path: Path) -> None:
+def test_a_labeller_takes_the_files_of_its_recipe(tree: Tree, tmp_path: Path) -> None:
     section, module = examples_of("add-a-labeller.md")
     union = "Labeller = Annotated[VocabularyLabeller | HumanLabeller | VlmLabeller | "
     declare(tree, "src/ommatid/config/label.py", section, "Labeller = Annotated[", union, "CaptionerLabeller")
@@ -126,7 +126,7 @@ assert made.child("vision.blocks.1", "activations").rows("train") == 9 * images.
 )
 
 
-def test_model_family(tree: Tree, tmp_path: Path) -> None:
+def test_a_model_family_takes_the_files_of_its_recipe(tree: Tree, tmp_path: Path) -> None:
     section, module = examples_of("add-a-model-family.md")
     union = "LiteModel | ClipModel | SiglipModel | DinoModel | VitModel | LlavaModel | QwenModel | "
     declare(tree, "src/ommatid/config/models.py", section, "class TransformersJudge(Section):", union, "ModuleModel")
@@ -157,7 +157,7 @@ assert threads.digest == local.digest
 )
 
 
-def test_executor(tree: Tree, tmp_path: Path) -> None:
+def test_an_executor_takes_the_files_of_its_recipe(tree: Tree, tmp_path: Path) -> None:
     section, module = examples_of("add-an-executor.md")
     union = "Executor = Annotated[LocalExecutor | DaskExecutor | "
     declare(tree, "src/ommatid/config/extract.py", section, "Executor = Annotated[", union, "RayExecutor")

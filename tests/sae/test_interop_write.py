@@ -1,6 +1,6 @@
-"""Proves that what is written for another library reads back the same, is of the class it should be, or is refused with the reason.
+"""Proves that an export for another library reads back the same and has the right class, or is refused with the reason.
 
-That the libraries' own loaders open it and compute the same, benchmarks/interop.py shows.
+benchmarks/interop.py shows that the libraries' own loaders open exports and compute the same.
 """
 
 import json

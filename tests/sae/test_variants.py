@@ -1,4 +1,4 @@
-"""Proves that each variant's loss and gradients, over active entries and over whole matrices, are those of its dense definition.
+"""Proves that the loss and gradients of each variant, sparse and dense, equal those of its dense definition.
 
 The oracles are written with autograd over dense float64 matrices, straight from the papers' formulas.
 """

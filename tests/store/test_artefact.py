@@ -29,7 +29,7 @@ def write(place: Path, n: int = 10, params: dict[str, object] | None = None) -> 
         return draft.publish(place)
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_an_artefact_reads_back_as_it_was_written(tmp_path: Path) -> None:
     artefact = write(tmp_path / "images")
     assert artefact.rows("images") == len(artefact.read("images")) == 30
     assert artefact.tables == ["images"]

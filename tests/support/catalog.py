@@ -1,4 +1,4 @@
-"""Tiny artefacts, as the stages before `catalog` would leave them: six images, four latents, every edge once.
+"""Tiny artefacts of the stages before `catalog`: six images and four latents that cover every special case once.
 
 | latent | fires on | label | why it is here |
 |---|---|---|---|

@@ -1,4 +1,4 @@
-"""Planted dictionaries: tokens x = codes directions + offset + noise whose directions and codes are known, and how well they are found.
+"""Planted dictionaries: tokens x = codes · directions + offset + noise with known directions and codes, and a score for finding them.
 
 What is planted follows SAELens' synthetic data (sae_lens.synthetic, MIT): features fire on their own, in pairs by a Gaussian copula,
 or in a tree in which a child fires only when its parent does. Every function is a function of its seed.

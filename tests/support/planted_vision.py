@@ -1,4 +1,4 @@
-"""A model whose activations are a known mixture of the factors of the source `shapes`, with a joint text space and a judge of its own.
+"""A model whose activations are a known mixture of the factors of the source `shapes`, with its own joint text space and judge.
 
 It knows every image by its pixels and looks up what is in it: nothing is learnt, so whatever is measured on it has a right answer.
 """

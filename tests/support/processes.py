@@ -1,6 +1,6 @@
-"""Processes of tests: waiting for them, ending them, and what they leave.
+"""Helpers to wait for processes, to end them, and to find those left behind.
 
-A limit of time is for hangs: a busy machine is ten times slower than a quiet one, and no test may fail for that.
+Time limits are for hangs: a busy machine is ten times slower than an idle one, and no test may fail because of that.
 """
 
 import os

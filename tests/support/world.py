@@ -1,4 +1,4 @@
-"""What the stage `evaluate` reads, made of arrays that a test gives; and a small world whose latents are planted.
+"""Inputs of the stage `evaluate` made from arrays, and a small world with planted latents.
 
 The world has five classes in a taxonomy. An image's tokens are the directions of its class and of all above it, so that a latent of
 each direction fires on what is planted:

@@ -1,4 +1,4 @@
-"""Proves, on real processes, that a training that is asked to end or killed loses nothing that the next run does not make again.
+"""Proves, on real processes, that a training that is stopped or killed ends with the same result after the next run.
 
 Planted activations come from a file, so that `ommatid train` is the whole command, with its gate and its MLflow store.
 """

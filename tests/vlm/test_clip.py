@@ -62,11 +62,11 @@ def block_modules(tower: Any) -> dict[str, torch.nn.Module]:
     return modules
 
 
-def test_passes_the_look_at_load(vision: ClipVision) -> None:
+def test_the_checks_at_load_pass(vision: ClipVision) -> None:
     check_trust(vision)
 
 
-def test_hookpoints(vision: ClipVision) -> None:
+def test_the_hookpoints_are_listed_in_order(vision: ClipVision) -> None:
     block = Hookpoint(d_model=32, special=("cls",), grid=(3, 3))
     assert list(vision.hookpoints)[:3] == ["vision.blocks.0.attn", "vision.blocks.0.mlp", "vision.blocks.0"]
     assert vision.hookpoints == {
@@ -113,7 +113,7 @@ def test_logit_scale_is_the_models(vision: ClipVision, reference: Any, inputs: t
     torch.testing.assert_close(vision.logit_scale * images @ words.T, logits, atol=1e-5, rtol=1e-5)
 
 
-def test_residual_stream(vision: ClipVision, reference: Any, pixels: torch.Tensor, inputs: torch.Tensor) -> None:
+def test_blocks_output_the_residual_stream(vision: ClipVision, reference: Any, pixels: torch.Tensor, inputs: torch.Tensor) -> None:
     with torch.no_grad():
         states = reference.vision_model(inputs, output_hidden_states=True).hidden_states
     check_residual_stream(vision, states, pixels)
@@ -145,7 +145,7 @@ def test_planted_patch_goes_through_to_the_artefact(tmp_path: Path, tiny_clip: P
     check_planted_patch_in_artefact(tmp_path, vision, {"kind": "clip", "path": str(tiny_clip)})
 
 
-def test_bfloat16(tiny_clip: Path) -> None:
+def test_bfloat16_is_close_to_float32(tiny_clip: Path) -> None:
     check_bfloat16(lambda dtype: load_model(ClipModel(kind="clip", path=str(tiny_clip)), dtype, "cpu"))
 
 

@@ -92,11 +92,11 @@ def vision(folder: Path) -> VisionModel:
     return model
 
 
-def test_passes_the_look_at_load(vision: VisionModel) -> None:
+def test_the_checks_at_load_pass(vision: VisionModel) -> None:
     check_trust(vision)
 
 
-def test_hookpoints(vision: VisionModel, kind: str) -> None:
+def test_the_hookpoints_are_listed_in_order(vision: VisionModel, kind: str) -> None:
     block = Hookpoint(d_model=32, special=("cls", *("register",) * N_REGISTERS[kind]), grid=(3, 4))
     assert vision.hookpoints == {f"vision.blocks.{i}{part}": block for i in range(3) for part in PARTS}
     assert vision.d_embed is None
@@ -111,7 +111,7 @@ def test_every_hookpoint_equals_a_hand_written_hook(vision: VisionModel, referen
     check_hooks(vision, modules, lambda: reference(by_hand(vision, pixels)), pixels)
 
 
-def test_residual_stream(vision: VisionModel, reference: Any) -> None:
+def test_blocks_output_the_residual_stream(vision: VisionModel, reference: Any) -> None:
     pixels = noise(vision)
     with torch.no_grad():
         states = reference(by_hand(vision, pixels), output_hidden_states=True).hidden_states
@@ -137,11 +137,11 @@ def test_planted_patch_goes_through_to_the_artefact(tmp_path: Path, folder: Path
     check_planted_patch_in_artefact(tmp_path, vision, {"kind": "dino", "path": str(folder)})
 
 
-def test_bfloat16(folder: Path) -> None:
+def test_bfloat16_is_close_to_float32(folder: Path) -> None:
     check_bfloat16(lambda dtype: load(folder, dtype))
 
 
-def test_another_kind_of_model(tmp_path: Path) -> None:
+def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     ViTModel(ViTConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(tmp_path)
     PROCESSOR.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="is a vit model; kind dino takes model_type dinov2 or dinov2_with_registers or dinov3_vit"):

@@ -204,7 +204,7 @@ def test_conse_equals_brute_force(lite0: LiteVision) -> None:
     torch.testing.assert_close(lite0.capture(pixels, ()).embedding, torch.stack(expected).float(), atol=1e-5, rtol=1e-4)
 
 
-def test_passes_the_look_at_load(lite0: LiteVision) -> None:
+def test_the_checks_at_load_pass(lite0: LiteVision) -> None:
     check_trust(lite0)
     check_judge(load_judge(LiteModel(kind="lite", variant="lite2", image_size=64), "float32", "cpu"), "extract.judge", torch.float32)
 

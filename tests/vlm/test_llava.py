@@ -72,11 +72,11 @@ def by_hand(full: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return seen
 
 
-def test_passes_the_look_at_load(vision: LlavaVision) -> None:
+def test_the_checks_at_load_pass(vision: LlavaVision) -> None:
     check_trust(vision)
 
 
-def test_hookpoints(vision: LlavaVision) -> None:
+def test_the_hookpoints_are_listed_in_order(vision: LlavaVision) -> None:
     block = Hookpoint(d_model=32, special=("cls",), grid=(3, 3))
     assert list(vision.hookpoints) == [*EVERY, "vision.projection"]
     assert {vision.hookpoints[name] for name in EVERY} == {block}
@@ -175,7 +175,7 @@ def test_names_of_older_folders(copy: Path, vision: LlavaVision, prefix: str) ->
     assert torch.equal(old, new)
 
 
-def test_attention_and_mlp_put_out_what_a_block_adds(folder: Path, vision: LlavaVision, images: list[Image.Image]) -> None:
+def test_attention_and_mlp_output_what_a_block_adds(folder: Path, vision: LlavaVision, images: list[Image.Image]) -> None:
     full: Any = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     pixels = pixels_of(vision, images)
     x = CLIPImageProcessorPil.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"].float()
@@ -201,7 +201,7 @@ def test_loading_is_silent_and_leaves_the_random_state(folder: Path, capfd: pyte
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_no_text_tower(vision: LlavaVision) -> None:
+def test_a_model_without_a_text_tower_cannot_be_spliced(vision: LlavaVision) -> None:
     with pytest.raises(ModelError, match="no text tower"):
         vision.embed_text(["dog"])
     check_no_splice(vision, torch.zeros(1, 8, 8, 3, dtype=torch.uint8))
@@ -214,7 +214,7 @@ def edit_weights(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("name", ["vision_tower.encoder.layers.1.mlp.fc1.bias", "multi_modal_projector.linear_2.weight"])
-def test_missing_and_misshapen_weights(copy: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_missing_and_misshapen_weights_are_named(copy: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     shape = list(load_file(copy / "model.safetensors")[name].shape)
     edit_weights(copy, name, torch.zeros(7, 7))
     with pytest.raises(ModelError, match=rf"{name} has the shape \[7, 7\], but according to config.json \{shape}"):
@@ -225,7 +225,7 @@ def test_missing_and_misshapen_weights(copy: Path, name: str, capfd: pytest.Capt
     assert capfd.readouterr() == ("", "")
 
 
-def test_folder_without_weights_or_without_those_of_the_tower(copy: Path) -> None:
+def test_a_folder_without_the_weights_of_the_tower_is_refused(copy: Path) -> None:
     weights = load_file(copy / "model.safetensors")
     language = {name: tensor for name, tensor in weights.items() if name.startswith("language_model")}
     save_file(language, copy / "model.safetensors", metadata={"format": "pt"})
@@ -239,7 +239,7 @@ def test_folder_without_weights_or_without_those_of_the_tower(copy: Path) -> Non
         load(copy)
 
 
-def test_damaged_index(copy: Path) -> None:
+def test_a_damaged_index_is_refused(copy: Path) -> None:
     (copy / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ModelError, match=r"index\.json cannot be read"):
         load(copy)
@@ -254,7 +254,7 @@ def test_damaged_index(copy: Path) -> None:
         ({"vision_feature_layer": 4}, "vision_feature_layer 4; the tower has 4 hidden states"),
     ],
 )
-def test_config_of_another_model(copy: Path, change: dict, message: str) -> None:
+def test_the_config_of_another_model_is_refused(copy: Path, change: dict, message: str) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ModelError, match=message):

@@ -228,7 +228,7 @@ def normalised(vision: ModuleVision, pixels: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("factory", ["vit", "vit_with_registers", "conv"])
-def test_passes_the_look_at_load(factory: str) -> None:
+def test_the_checks_at_load_pass(factory: str) -> None:
     vision = load(factory)
     names = [name for name in vision.hookpoints if name != "weights"]
     check_model(vision, names, "extract.model", torch.float32)

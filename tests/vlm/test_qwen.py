@@ -76,11 +76,11 @@ def in_rows(x: torch.Tensor, places: list[tuple[int, int]]) -> torch.Tensor:
     return out.flatten(1, 2)
 
 
-def test_passes_the_look_at_load(vision: QwenVision) -> None:
+def test_the_checks_at_load_pass(vision: QwenVision) -> None:
     check_trust(vision)
 
 
-def test_hookpoints(vision: QwenVision) -> None:
+def test_the_hookpoints_are_listed_in_order(vision: QwenVision) -> None:
     block = Hookpoint(d_model=32, special=(), grid=(16, 16))
     assert list(vision.hookpoints) == [*EVERY, "vision.projection"]
     assert {vision.hookpoints[name] for name in EVERY} == {block}
@@ -181,7 +181,7 @@ def test_folder_as_on_the_hub(copy: Path, vision: QwenVision, pixels: torch.Tens
     assert torch.equal(again.capture(pixels, [name]).tokens[name], vision.capture(pixels, [name]).tokens[name])
 
 
-def test_attention_and_mlp_put_out_what_a_block_adds(vision: QwenVision, pixels: torch.Tensor) -> None:
+def test_attention_and_mlp_output_what_a_block_adds(vision: QwenVision, pixels: torch.Tensor) -> None:
     x = vision.capture(pixels, EVERY).tokens
     for i in (1, 2, 3):
         block = f"vision.blocks.{i}"
@@ -204,13 +204,13 @@ def test_image_size_must_fit_the_merge_groups(folder: Path) -> None:
         load(folder, size=60)
 
 
-def test_no_text_tower(vision: QwenVision) -> None:
+def test_a_model_without_a_text_tower_cannot_be_spliced(vision: QwenVision) -> None:
     with pytest.raises(ModelError, match="no text tower"):
         vision.embed_text(["dog"])
     check_no_splice(vision, torch.zeros(1, 8, 8, 3, dtype=torch.uint8))
 
 
-def test_bad_folders(copy: Path) -> None:
+def test_bad_folders_are_refused(copy: Path) -> None:
     weights = load_file(copy / "model.safetensors")
     save_file(weights | {"visual.blocks.1.attn.qkv.bias": torch.zeros(3)}, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"visual\.blocks\.1\.attn\.qkv\.bias has the shape \[3\], but according to config\.json \[96\]"):

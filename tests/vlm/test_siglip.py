@@ -72,11 +72,11 @@ def block_modules(reference: Any) -> dict[str, torch.nn.Module]:
     return modules
 
 
-def test_passes_the_look_at_load(vision: VisionModel) -> None:
+def test_the_checks_at_load_pass(vision: VisionModel) -> None:
     check_trust(vision)
 
 
-def test_hookpoints(vision: VisionModel) -> None:
+def test_the_hookpoints_are_listed_in_order(vision: VisionModel) -> None:
     block = Hookpoint(d_model=32, special=(), grid=(3, 3))
     assert vision.hookpoints == {
         **{f"vision.blocks.{i}{part}": block for i in range(3) for part in PARTS},
@@ -97,7 +97,7 @@ def test_splice_equals_a_hand_written_hook(vision: VisionModel, reference: Any) 
     assert vision.logit_scale == pytest.approx(reference.logit_scale.exp().item())
 
 
-def test_residual_stream(vision: VisionModel, reference: Any) -> None:
+def test_blocks_output_the_residual_stream(vision: VisionModel, reference: Any) -> None:
     pixels = noise(vision)
     with torch.no_grad():
         states = reference.vision_model(by_processor(PROCESSOR, pixels), output_hidden_states=True).hidden_states
@@ -140,11 +140,11 @@ def test_planted_patch_goes_through_to_the_artefact(tmp_path: Path, folder: Path
     check_planted_patch_in_artefact(tmp_path, vision, {"kind": "siglip", "path": str(folder)})
 
 
-def test_bfloat16(folder: Path) -> None:
+def test_bfloat16_is_close_to_float32(folder: Path) -> None:
     check_bfloat16(lambda dtype: load(folder, dtype))
 
 
-def test_without_a_pooling_head(reference: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_a_model_without_a_pooling_head_is_refused(reference: Any, tokenizer: Any, tmp_path: Path) -> None:
     save_weights(tmp_path, reference, PROCESSOR)
     tokenizer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

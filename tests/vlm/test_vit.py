@@ -58,11 +58,11 @@ def vision(folder: Path) -> VisionModel:
     return model
 
 
-def test_passes_the_look_at_load(vision: VisionModel) -> None:
+def test_the_checks_at_load_pass(vision: VisionModel) -> None:
     check_trust(vision)
 
 
-def test_hookpoints(vision: VisionModel, kind: str) -> None:
+def test_the_hookpoints_are_listed_in_order(vision: VisionModel, kind: str) -> None:
     block = Hookpoint(d_model=32, special=SPECIAL[kind], grid=(3, 4))
     assert vision.hookpoints == {f"vision.blocks.{i}{part}": block for i in range(3) for part in PARTS}
     assert vision.d_embed is None and vision.text_templates == ()
@@ -76,7 +76,7 @@ def test_every_hookpoint_equals_a_hand_written_hook(vision: VisionModel, referen
     check_hooks(vision, modules, lambda: reference(by_processor(PROCESSOR, pixels)), pixels)
 
 
-def test_residual_stream(vision: VisionModel, reference: Any) -> None:
+def test_blocks_output_the_residual_stream(vision: VisionModel, reference: Any) -> None:
     pixels = noise(vision)
     with torch.no_grad():
         states = reference(by_processor(PROCESSOR, pixels), output_hidden_states=True).hidden_states
@@ -91,7 +91,7 @@ def test_planted_patch_goes_through_to_the_artefact(tmp_path: Path, folder: Path
     check_planted_patch_in_artefact(tmp_path, vision, {"kind": "vit", "path": str(folder)})
 
 
-def test_bfloat16(folder: Path) -> None:
+def test_bfloat16_is_close_to_float32(folder: Path) -> None:
     check_bfloat16(lambda dtype: load(folder, dtype))
 
 
@@ -107,13 +107,13 @@ def test_nothing_runs_after_the_last_hookpoint(folder: Path) -> None:
     assert nothing.tokens == {} and nothing.embedding is None and ran == ["vision.blocks.1"]
 
 
-def test_no_text_tower(vision: VisionModel) -> None:
+def test_a_model_without_a_text_tower_cannot_be_spliced(vision: VisionModel) -> None:
     with pytest.raises(ModelError, match=r"has no text tower; set extract\.namer"):
         vision.embed_text(["a dog"])
     check_no_splice(vision, noise(vision))
 
 
-def test_image_size_and_preprocessor_disagree(reference: Any, tmp_path: Path) -> None:
+def test_an_image_size_that_disagrees_with_the_preprocessor_is_refused(reference: Any, tmp_path: Path) -> None:
     save_weights(tmp_path, reference, ViTImageProcessorPil(size={"height": 64, "width": 48}))
     with pytest.raises(ModelError, match=r"crops to 64 x 48, but config\.json says image_size 48 x 64"):
         load(tmp_path)
