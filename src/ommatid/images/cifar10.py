@@ -13,6 +13,7 @@ from typing import IO
 
 from PIL import Image
 
+from ommatid.config import Cifar10Source
 from ommatid.errors import SourceError, gist
 from ommatid.images.figures import encode_png
 from ommatid.images.npm_archive import fetch, load_pin
@@ -51,6 +52,11 @@ class _Batch:
     first: int
     """Number of its first image in the split."""
     n_images: int
+
+
+def open_source(params: Cifar10Source) -> "Cifar10":
+    """Open the source that the params describe; see `Cifar10`."""
+    return Cifar10(Path(params.path))
 
 
 class Cifar10:

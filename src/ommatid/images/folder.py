@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from ommatid.config import FolderSource
 from ommatid.errors import SourceError
 from ommatid.images.decode import MAX_BYTES
 from ommatid.images.source import Item, normalise
@@ -144,6 +145,11 @@ def _loose_form(path: str) -> str:
 
 _TABLES = (".csv", ".tsv", ".json", ".jsonl")
 """Endings of files in which other programs store annotations."""
+
+
+def open_source(params: FolderSource) -> "Folder":
+    """Open the source that the params describe; see `Folder`."""
+    return Folder(params.path)
 
 
 class Folder:

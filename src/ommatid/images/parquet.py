@@ -49,6 +49,11 @@ class _Group:
     """Number of rows."""
 
 
+def open_source(params: ParquetSource) -> "ParquetFiles":
+    """Open the source that the params describe; see `ParquetFiles`."""
+    return ParquetFiles(params)
+
+
 class ParquetFiles:
     """The rows of Parquet files in order of path; a row's path is `<file>#<row in the file>`.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ommatid.config import parse_json
+from ommatid.config import ShapesSource, parse_json
 from ommatid.errors import ConfigError, SourceError, gist
 from ommatid.images.figures import Figure, draw, encode_png, make_figure
 from ommatid.images.source import Item
@@ -26,6 +26,11 @@ class Plan(BaseModel):
     """Side of each image in pixels."""
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     """Seed of the images."""
+
+
+def open_source(params: ShapesSource) -> "Shapes":
+    """Open the source that the params describe; see `Shapes`."""
+    return Shapes(Path(params.path))
 
 
 class Shapes:

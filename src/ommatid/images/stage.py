@@ -1,16 +1,11 @@
 """Stage `images`: makes the data set from a source of images."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import assert_never
+from importlib import import_module
 
-from ommatid.config import Cifar10Source, FolderSource, ImageSource, ImagesParams, ParquetSource, ShapesSource
+from ommatid.config import ImageSource, ImagesParams
 from ommatid.events import Listener, Progress, Warned, ignore
-from ommatid.images.cifar10 import Cifar10
 from ommatid.images.dataset import REMARKS, Collection, examine_all
-from ommatid.images.folder import Folder
-from ommatid.images.parquet import ParquetFiles
-from ommatid.images.shapes import Shapes
 from ommatid.images.source import Source, spread
 from ommatid.store import Artefact, Draft
 
@@ -54,7 +49,9 @@ def run(params: ImagesParams, inputs: Mapping[str, Artefact], draft: Draft, on_e
 
 
 def open_source(params: ImageSource) -> Source:
-    """Open the source that the params describe. Relative paths are relative to the current directory.
+    """Open the source that the params describe, by `open_source` of the module named after its kind.
+
+    Relative paths are relative to the current directory.
 
     Args:
         params: The `images.source` section of the params.
@@ -65,14 +62,4 @@ def open_source(params: ImageSource) -> Source:
     Raises:
         SourceError: The source is missing or empty, or differs from what the params say.
     """
-    match params:
-        case Cifar10Source():
-            return Cifar10(Path(params.path))
-        case FolderSource():
-            return Folder(params.path)
-        case ParquetSource():
-            return ParquetFiles(params)
-        case ShapesSource():
-            return Shapes(Path(params.path))
-        case _:
-            assert_never(params)
+    return import_module(f"ommatid.images.{params.kind}").open_source(params)

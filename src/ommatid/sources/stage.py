@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, assert_never
 
-from ommatid.config import Cifar10Source, ExtractFiles, FolderSource, ImageSource, Params, ParquetSource, ShapesSource
+from ommatid.config import ExtractFiles, ImageSource, Params
 from ommatid.store.filesystem import READ_BYTES, cache_folder, temporary_path
 from ommatid.store.filesystem.listing import Listed, Listing, list_activations, list_any, list_images, list_parquet
 
@@ -67,15 +67,15 @@ def _fingerprint_stage(stage: str, params: Params) -> Fingerprints:
 
 
 def _list_source(source: ImageSource) -> Listing:
-    match source:
-        case FolderSource():
+    match source.files:
+        case "images":
             return list_images(source.path)
-        case ParquetSource():
+        case "parquet":
             return list_parquet(source.path)
-        case Cifar10Source() | ShapesSource():
+        case "all":
             return list_any(source.path, "images.source.path")
         case _:
-            assert_never(source)
+            assert_never(source.files)
 
 
 def _paths(key: str, value: Any) -> Iterator[tuple[str, Path]]:
