@@ -428,7 +428,7 @@ def _npy(header: bytes) -> bytes:
         ("x.safetensors", b"hunter2 hunter2", "not a complete safetensors file"),
         ("x.safetensors", _safetensors(b'{"x":{"dtype":"hunter2","shape":[1],"data_offsets":[0,4]}}'), "not a complete safetensors file"),
         ("x.safetensors", _safetensors(b'{"x":"hunter2"}'), "not a complete safetensors file"),
-        ("x.pt", b"hunter2 hunter2", "not a complete file of torch.save"),
+        ("x.pt", b"hunter2 hunter2", "not a complete file written by torch.save"),
         ("x.parquet", b"hunter2 hunter2", "cannot be read as Parquet"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Disk space of an extraction: computed before the extraction starts, which is refused if the disk is too small."""
+"""Disk space of an extraction, which is computed first, so that an extraction that does not fit on the disk is refused."""
 
 import shutil
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ from ommatid.store import Draft
 from ommatid.store.filesystem import in_words
 
 ROW = 4
-"""Bytes of a row beside its vector: `image`. The other columns are dictionary-encoded and take next to nothing."""
+"""Bytes of a row besides its vector: those of `image`. The other columns are dictionary-encoded and take next to nothing."""
 SPILLED = 29
-"""Bytes of a spilled training row beside its vector: image, place, round, stratum and draw."""
+"""Bytes of a spilled training row besides its vector: those of image, place, round, stratum and draw."""
 MARGIN = 1.02
 """Factor that allows for page headers, footers, dictionary indices and manifests."""
 
@@ -34,7 +34,7 @@ class Size:
 
 
 def size_of(params: ExtractParams, images: Mapping[str, Any], towers: Networks) -> Size:
-    """Return the disk space that an extraction needs; tokens that `max_norm` will leave out are counted.
+    """Return the disk space that an extraction needs, including space for tokens that `max_norm` will leave out.
 
     Args:
         params: The `extract` section of the params.
@@ -42,7 +42,7 @@ def size_of(params: ExtractParams, images: Mapping[str, Any], towers: Networks) 
         towers: Networks of the extraction.
 
     Returns:
-        Size in bytes.
+        The disk space in bytes.
     """
     n, n_train, n_eval = (images[key] for key in ("n_images", "n_train", "n_eval"))
     embedding = 4 * (1 + towers.d_joint + sum(judge.d_embed for judge in towers.judges))
@@ -61,10 +61,10 @@ def check_disk_space(draft: Draft, params: ExtractParams, images: Mapping[str, A
     """Check that an extraction fits on the disk.
 
     Raises:
-        ArtefactError: The disk is too small; the message names the bytes needed and free, and params that would make it fit.
+        ArtefactError: The disk is too small. The message names the space needed and free, and params that would make it fit.
     """
     size, free = size_of(params, images, towers), shutil.disk_usage(draft.scratch).free
-    # with an object store, the disk also holds a shard's finished files until they are uploaded, but nothing for good
+    # If the draft is in an object store, the disk holds a shard's finished files only until they are uploaded.
     final, copies = (0, 2) if "://" in draft.url else (size.final, 1)
     spilled = size.spilled * copies * (params.executor.workers_here or max(1, torch.cuda.device_count()))
     need = final + spilled - _bytes_written(draft.scratch.parent)
@@ -88,6 +88,6 @@ def check_disk_space(draft: Draft, params: ExtractParams, images: Mapping[str, A
 
 
 def _bytes_written(folder: Path) -> int:
-    """Return the bytes that an earlier run left; a file with two names counts once."""
+    """Return the bytes that an earlier run wrote. A file with two names counts once."""
     found = (path.stat() for path in folder.rglob("*") if path.is_file())
     return sum({status.st_ino: status.st_size for status in found}.values())

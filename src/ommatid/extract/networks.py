@@ -20,9 +20,9 @@ from ommatid.vlm.precision import resolve_dtype
 from ommatid.vlm.preprocess import Preprocess
 
 PROBED = 64
-"""Number of components of each vector that a probe takes."""
+"""Number of components of each output vector that become part of a probe."""
 SAME = 0.01
-"""Largest relative difference of two probes of the same weights, computed on any two machines."""
+"""Largest relative difference between two probes of the same weights on different machines."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Outputs:
     """Outputs of all networks for a batch of images, on the CPU."""
 
     tokens: Mapping[str, Float16[Tensor, "batch _tokens _d_model"]]
-    """Kept tokens by hookpoint, (batch, tokens, d_model) float16."""
+    """Kept tokens by hookpoint, `(batch, tokens, d_model)` float16."""
     joint: Float32[Tensor, "batch d_joint"]
-    """Embeddings in the joint image-text space, (batch, d_joint) float32, unit norm."""
+    """Embeddings in the joint image-text space, `(batch, d_joint)` float32, unit norm."""
     judges: tuple[Float32[Tensor, "batch _d_judge"], ...]
-    """Embeddings by each judge, (batch, d_judge) float32, unit norm; a row is NaN if the judge failed on the image."""
+    """Embeddings by each judge, `(batch, d_judge)` float32, unit norm. A row is NaN if the judge failed on the image."""
 
 
 def find_device() -> str:
@@ -90,10 +90,10 @@ class Networks:
         return tuple(dict.fromkeys(network.preprocess for network in self._networks))
 
     def check(self) -> None:
-        """Check that the outputs of each network can be trusted (see `vlm.trust`); done once per run, not in every worker.
+        """Check that the outputs of each network can be trusted (see `vlm.trust`). This is done once per run, not in every worker.
 
         Raises:
-            ModelError: They cannot.
+            ModelError: The outputs of a network cannot be trusted.
         """
         dtype = resolve_dtype(self.params.dtype, self.device)
         check_model(self.model, tuple(self.pickers), "extract.model", dtype)
@@ -106,7 +106,7 @@ class Networks:
         """Run each network once over a batch of images.
 
         Args:
-            pixels: The batch as each of `preprocesses` makes it, (batch, height, width, 3) uint8.
+            pixels: The batch as each of `preprocesses` makes it, `(batch, height, width, 3)` uint8.
 
         Returns:
             The outputs, on the CPU.
@@ -135,7 +135,7 @@ class Networks:
         return {name: _difference(picker.pick(ours[name]), picker.pick(theirs[name])) for name, picker in self.pickers.items()}
 
     def probe(self) -> list[float]:
-        """Return a few outputs of each network for one random image, by which `is_same` recognises the same weights."""
+        """Return a few outputs of each network for one random image, from which `is_same` recognises the same weights."""
         rng = np.random.default_rng(0)
         pixels = tuple(torch.from_numpy(rng.integers(0, 256, (1, *p.crop, 3), dtype=np.uint8)) for p in self.preprocesses)
         outputs = self.run(pixels)
@@ -148,7 +148,7 @@ class Networks:
 
 
 def is_same(probe: list[float], other: list[float]) -> bool:
-    """Whether two probes come from the same weights."""
+    """Return whether two probes come from the same weights."""
     x, y = np.nan_to_num(probe), np.nan_to_num(other)
     return x.shape == y.shape and bool(np.linalg.norm(x - y) <= SAME * np.linalg.norm(y))
 
@@ -156,7 +156,7 @@ def is_same(probe: list[float], other: list[float]) -> bool:
 def _difference(x: Float[Tensor, "*shape"], exact: Float[Tensor, "*shape"]) -> float:
     x, exact = x.double(), exact.double()
     difference = float(((x - exact).square().sum() / exact.square().sum()).sqrt())
-    return float(f"{difference:.3g}")  # the last digits depend on the number of threads, and manifests must not
+    return float(f"{difference:.3g}")  # Rounded because the last digits depend on the number of threads, and manifests must not.
 
 
 def _unit(x_bd: Float[Tensor, "batch d"]) -> Float32[Tensor, "batch d"]:
@@ -164,6 +164,6 @@ def _unit(x_bd: Float[Tensor, "batch d"]) -> Float32[Tensor, "batch d"]:
 
 
 def _unit_or_nan(x_bd: Float[Tensor, "batch d"]) -> Float32[Tensor, "batch d"]:
-    """Normalise rows to unit norm; rows that are zero or not finite become NaN."""
+    """Normalise rows to unit norm. Rows that are zero or not finite become NaN."""
     lengths = x_bd.double().norm(dim=1)
     return torch.where(((lengths > 0) & lengths.isfinite())[:, None].cpu(), _unit(x_bd), torch.nan)

@@ -1,4 +1,4 @@
-"""The plan of an extraction: which images each shard holds. It is made first, and every worker reads the rows of its shard."""
+"""The plan of an extraction: which images each shard holds. It is made first, and workers read the rows of their shards from it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from ommatid import schemas
 from ommatid.store import Artefact
 
 IMAGES_PER_SHARD = 8192
-"""Large enough that every batch of 2,048 tokens comes from as many different training images of one shard."""
+"""Number of images per shard: enough for the tokens of a batch of 2,048 to come from as many different training images of one shard."""
 SEED = 0
-"""Fixed, so that the order of blocks and rows depends on the data alone."""
+"""Seed of the order of blocks and rows. It is fixed, so that the order depends on the data alone."""
 
 
 @dataclass(frozen=True)
 class ImageBlock:
-    """Consecutive images that are read together, a row group of the images artefact."""
+    """Consecutive images that are read together: a row group of the images artefact."""
 
     file: int
     """Index of the file in the artefact's table `images`."""
@@ -61,7 +61,7 @@ def make_plan(blocks: np.ndarray) -> pa.Table:
     Within a shard, blocks stay in the order of the images. All shards have nearly the same number of images.
 
     Args:
-        blocks: One row per block, in the order of the images, with the fields of `ImageBlock`: (blocks, 3) int32.
+        blocks: The fields of an `ImageBlock` in each row, in the order of the images, `(blocks, 3)` int32.
 
     Returns:
         The plan, a table with the schema `schemas.PLAN`, ordered by shard.
@@ -72,14 +72,14 @@ def make_plan(blocks: np.ndarray) -> pa.Table:
     n_shards = max(1, min(len(blocks), -(-total // IMAGES_PER_SHARD)))
     middle = n_images.cumsum() - n_images // 2
     shard = np.minimum(middle * n_shards // max(1, total), n_shards - 1)
-    shard = (np.diff(shard, prepend=shard[:1]) > 0).cumsum()  # renumber: a large block can leave a shard empty
+    shard = (np.diff(shard, prepend=shard[:1]) > 0).cumsum()  # Renumbered, because a large block can leave a shard empty.
     ordered = order[np.lexsort((order, shard))]
     columns = [np.sort(shard), *blocks[ordered].T]
     return pa.table([pa.array(column, field.type) for column, field in zip(columns, schemas.PLAN, strict=True)], schema=schemas.PLAN)
 
 
 def blocks_of(images: Artefact) -> np.ndarray:
-    """Return the row groups of the images artefact in order, as `make_plan` takes them: (blocks, 3) int32."""
+    """Return the row groups of the images artefact in order, in the form that `make_plan` takes, `(blocks, 3)` int32."""
     rows = [(file, group, n) for file, sizes in enumerate(images.row_groups("images")) for group, n in enumerate(sizes)]
     return np.array(rows, dtype=np.int32).reshape(-1, 3)
 

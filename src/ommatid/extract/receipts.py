@@ -1,4 +1,4 @@
-"""Receipts, which list what each shard wrote: merged in the order of the shards."""
+"""Merging of receipts, each of which lists what one shard wrote."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,9 +29,9 @@ class Merged:
         """Add the receipt of one shard.
 
         Args:
-            receipt: The hookpoint's part of the receipt.
-            embeddings: The receipt's part about embeddings.
-            rounding: Rounding error at the hookpoint, which only one shard measures; else None.
+            receipt: Part of the receipt about the hookpoint.
+            embeddings: Part of the receipt about embeddings.
+            rounding: Rounding error at the hookpoint; None from all shards but the one that measures it.
         """
         for values in (*receipt["files"], *embeddings["files"]):
             file = File(**values)
@@ -45,7 +45,7 @@ class Merged:
 
 
 def merge(draft: Draft, hookpoints: Sequence[str], n_shards: int) -> dict[str, Merged]:
-    """Merge all receipts, by hookpoint."""
+    """Merge the receipts of all shards, in order; return the result for each hookpoint."""
     merged = {name: Merged() for name in hookpoints}
     for receipt in draft.iter_json([receipt_name(shard) for shard in range(n_shards)]):
         for name in hookpoints:
@@ -55,7 +55,7 @@ def merge(draft: Draft, hookpoints: Sequence[str], n_shards: int) -> dict[str, M
 
 
 def iter_missing(draft: Draft, hookpoints: Sequence[str], n_shards: int) -> Iterator[int]:
-    """Iterate over the shards whose receipt, or one of whose files, is missing or damaged."""
+    """Yield the shards whose receipt, or one of whose files, is missing or damaged."""
     names = [receipt_name(shard) for shard in range(n_shards)]
     done = draft.whole_receipts(names, partial(_iter_files, hookpoints))
     existing = [(name, set(draft.names(name))) for name in hookpoints]
@@ -67,7 +67,7 @@ def iter_missing(draft: Draft, hookpoints: Sequence[str], n_shards: int) -> Iter
 
 
 def _iter_files(hookpoints: Sequence[str], receipt: dict[str, Any]) -> Iterator[File]:
-    """Iterate over the files that a receipt describes, by their names in the draft."""
+    """Yield the files that a receipt describes, under their names in the draft."""
     for hookpoint in hookpoints:
         for values in (*receipt["hookpoints"][hookpoint]["files"], *receipt[EMBEDDINGS]["files"]):
             yield File(**(values | {"name": f"{hookpoint}/{values['name']}"}))

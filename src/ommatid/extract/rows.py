@@ -1,13 +1,13 @@
-"""Rows of activations and embeddings: spilled to the local disk, put in their final order, and written as Parquet.
+"""Rows of activations and embeddings: they are spilled to the local disk, put in their final order, and written as Parquet.
 
 The tokens of each image are put in a random order, and round r of a shard takes the r-th token of every image. Images are dealt to four
-strata. Every round goes through the strata in the same order and shuffles each stratum anew. So two rows of one image are at least three
-quarters of the shard's images apart, whatever the number of tokens, and every row of a batch comes from a different image.
-(In a uniform shuffle of 2,048 rows over 7,000 images, 14 % of the rows repeat an image.)
+strata. Every round goes through the strata in the same order, and shuffles each stratum anew. Two rows of one image are therefore at least
+three quarters of the shard's images apart, whatever the number of tokens, and every row of a batch comes from a different image. (In a
+uniform shuffle of 2,048 rows over 7,000 images, 14 % of the rows would repeat an image.)
 
 An image with fewer rows than there are rounds skips rounds evenly, beginning at a random one, so that no round is left to the few images
-with many rows. Rows of one image are then about `window` apart, which shrinks as the largest image's share of the rows grows. If the rows
-of an image reach a shard in several chunks, each chunk spreads them independently.
+with many rows. Rows of one image are then about `window` rows apart; the window shrinks as the share of rows from the largest image grows.
+If the rows of an image reach a shard in several chunks, each chunk spreads them independently.
 """
 
 import json
@@ -42,14 +42,14 @@ class RowOrder:
     """Sort keys that place each row of a chunk in its shard: round, then stratum, then draw."""
 
     round: Int32[np.ndarray, " rows"]
-    """Round of each row, (rows,) int32; if all images have equally many rows, the row's index within its image."""
+    """Round of each row, `(rows,)` int32: the index of the row within its image if all images have equally many rows."""
     stratum: Int8[np.ndarray, " rows"]
-    """Stratum of each row's image, (rows,) int8."""
+    """Stratum of each row's image, `(rows,)` int8."""
     draw: Float64[np.ndarray, " rows"]
-    """Random number that orders rows within round and stratum, (rows,) float64."""
+    """Random number that orders rows within a round and stratum, `(rows,)` float64."""
 
     def argsort(self) -> Int64[np.ndarray, " rows"]:
-        """Return the indices that put the rows in order, (rows,)."""
+        """Return the indices that put the rows in order, `(rows,)`."""
         return np.lexsort((self.draw, self.stratum, self.round))
 
 
@@ -57,9 +57,10 @@ def order_rows(image: Int[np.ndarray, " rows"], rng: np.random.Generator, n_roun
     """Draw the order of a chunk's rows.
 
     Args:
-        image: Image of each row, (rows,); an image's rows need not be adjacent.
+        image: Image of each row, `(rows,)`. The rows of an image need not be adjacent.
         rng: Generator seeded by shard and chunk.
-        n_rounds: Number of rounds of the shard, at least the number of rows that any image has in the chunk; None for exactly that.
+        n_rounds: Number of rounds of the shard, at least the largest number of rows that an image has in the chunk; None means exactly
+            that number.
 
     Returns:
         The sort keys of the rows.
@@ -79,14 +80,14 @@ def order_rows(image: Int[np.ndarray, " rows"], rng: np.random.Generator, n_roun
 
 
 def window(rows_per_stratum: Int[np.ndarray, " strata"], most: int) -> int:
-    """Return how many consecutive rows of a shard come from different images, which is a round without its largest stratum.
+    """Return the number of consecutive rows of a shard that come from different images: a round without its largest stratum.
 
     Args:
-        rows_per_stratum: Number of rows in each stratum, (strata,).
-        most: Number of rows of the image that has most. The result is exact if all images have that many, else approximate.
+        rows_per_stratum: Number of rows in each stratum, `(strata,)`.
+        most: Largest number of rows from one image. The result is exact if all images have that many, and approximate otherwise.
 
     Returns:
-        Number of rows.
+        The number of rows.
     """
     return int(rows_per_stratum.sum() - rows_per_stratum.max(initial=0)) // max(1, most)
 
@@ -108,16 +109,16 @@ class Groups:
 
     @classmethod
     def of(cls, n_images: int, n_tokens: int, d_model: int, sample: int | None) -> "Groups":
-        """Return the row groups of a shard.
+        """Divide the rounds of a shard into row groups.
 
         Args:
             n_images: Number of images in the shard.
             n_tokens: Number of tokens kept per image before sampling.
             d_model: Width of an activation.
-            sample: `extract.sample`, the number of tokens drawn per image; None for all.
+            sample: `extract.sample`, the number of tokens drawn per image; None means all.
 
         Returns:
-            Row groups of about `BYTES_PER_ROW_GROUP` bytes.
+            The division into row groups of about `BYTES_PER_ROW_GROUP` bytes.
         """
         return cls(min(n_tokens, sample or n_tokens), max(1, BYTES_PER_ROW_GROUP // (n_images * d_model * 2)))
 
@@ -130,11 +131,11 @@ class Groups:
         """Draw the order of a chunk's rows and divide them into row groups.
 
         Args:
-            image: Image of each row, (rows,).
+            image: Image of each row, `(rows,)`.
             rng: Generator seeded by shard and chunk.
 
         Returns:
-            The order of the rows, and for each row group the indices of its rows, in that order.
+            The order of the rows, and the indices of the rows of each row group in that order.
         """
         order = order_rows(image, rng, self.n_rounds)
         first = order.argsort()
@@ -148,12 +149,12 @@ def embeddings_batch(
     """Return embeddings as a record batch with one row per image.
 
     Args:
-        numbers: Number of each image, (images,).
-        joint: Embeddings in the joint image-text space, (images, d_joint).
-        judges: Embeddings by each judge, (images, d_judge).
+        numbers: Number of each image, `(images,)`.
+        joint: Embeddings in the joint image-text space, `(images, d_joint)`.
+        judges: Embeddings by each judge, `(images, d_judge)`.
 
     Returns:
-        Columns image, joint and one for each judge.
+        A record batch with the columns image, joint, and one for each judge.
     """
     vectors = {"joint": joint, **dict(zip(judge_columns(len(judges)), judges, strict=True))}
     columns = {name: to_binary(vector, torch.float32) for name, vector in vectors.items()}
@@ -164,11 +165,11 @@ def rows_batch(numbers: Int[np.ndarray, " images"], tokens_btd: Float[Tensor, "i
     """Return activations as a record batch with one row per token, ordered by image and token.
 
     Args:
-        numbers: Number of each image, (images,).
-        tokens_btd: Activations of the kept tokens, (images, tokens, d_model) float16.
+        numbers: Number of each image, `(images,)`.
+        tokens_btd: Activations of the kept tokens, `(images, tokens, d_model)` float16.
 
     Returns:
-        Columns image, place (index of the kept token) and x.
+        A record batch with the columns image, place (the index of the kept token) and x.
     """
     n, per_image = tokens_btd.shape[:2]
     columns = {
@@ -186,17 +187,17 @@ def split_rounds(
     rng: np.random.Generator,
     groups: Groups,
 ) -> list[Any]:
-    """Return the kept rows of a chunk as one record batch per row group of the shard, with the columns that sort them.
+    """Return the rows of a chunk that are written, as one record batch per row group of the shard, with the columns that sort them.
 
     Args:
-        numbers: Number of each image, (images,).
-        tokens_btd: Activations, (images, tokens, d_model) float16.
-        kept_bt: Whether each token is kept, (images, tokens) bool.
+        numbers: Number of each image, `(images,)`.
+        tokens_btd: Activations, `(images, tokens, d_model)` float16.
+        kept_bt: Whether each token is written, `(images, tokens)` bool.
         rng: Generator seeded by shard and chunk.
         groups: Row groups of the shard.
 
     Returns:
-        One record batch per row group: image, place, round, stratum, draw and x.
+        A record batch for each row group, with the columns image, place, round, stratum, draw and x.
     """
     image, place = kept_bt.nonzero()
     order, parts = groups.split(image, rng)
@@ -220,7 +221,7 @@ def _ordered_batch(
 
 
 class Spill:
-    """The folder of one shard's chunks, each of which appears whole or not at all."""
+    """The folder of one shard's chunks. No chunk appears before it is complete."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -229,7 +230,7 @@ class Spill:
         folder.mkdir(parents=True, exist_ok=True)
 
     def has(self, chunk: int) -> bool:
-        """Whether this chunk was finished, by this run or one that died; a damaged chunk is removed, so that it is made again."""
+        """Return whether a chunk was finished, by this run or by one that died. A damaged chunk is removed, so that it is made again."""
         path = self._path(chunk)
         if path not in self._sound and path.exists():
             if _checksums(path) == _read_note(path):
@@ -243,7 +244,7 @@ class Spill:
 
         Args:
             chunk: Index of the chunk.
-            tables: Record batches by name of their table; those of one table share a schema.
+            tables: Record batches by the name of their table. Those of one table have the same schema.
 
         Raises:
             ArtefactError: The disk is full or cannot be written.
@@ -267,7 +268,7 @@ class Spill:
 
     def read(self, chunk: int, name: str, index: int = 0) -> pa.RecordBatch:
         """Read one record batch of a table."""
-        # not mapped, since mapped pages would count as memory of this process
+        # Not memory-mapped, because mapped pages would count as memory of this process.
         with pa.OSFile(str(self._path(chunk) / f"{name}.arrow")) as file:
             return pa.ipc.open_file(file).get_batch(index)
 
@@ -280,7 +281,7 @@ class Spill:
 
 
 def iter_in_order(spill: Spill, name: str, n_chunks: int, n_groups: int) -> Iterator[pa.Table]:
-    """Iterate over the row groups of a shard, with rows in their final order."""
+    """Yield the row groups of a shard, with rows in their final order."""
     for group in range(n_groups):
         rows = pa.Table.from_batches([spill.read(chunk, name, group) for chunk in range(n_chunks)])
         yield rows.take(RowOrder(*(rows[column].to_numpy() for column in ("round", "stratum", "draw"))).argsort())
@@ -301,7 +302,7 @@ class WindowCounter:
 
     @property
     def window(self) -> int:
-        """Number of consecutive rows that come from different images."""
+        """Number of consecutive rows that come from different images: see the function `window`."""
         images = np.concatenate(self._images)
         return window(self._strata, int(np.unique(images, return_counts=True)[1].max(initial=1)))
 
@@ -325,11 +326,11 @@ def activation_table(rows: pa.Table, places: Sequence[Place], schema: pa.Schema)
 
     Args:
         rows: Table with the columns image, place and x.
-        places: Descriptions of the kept tokens, to which `place` is the index.
+        places: Descriptions of the kept tokens, by `place`.
         schema: Schema of the artefact's table.
 
     Returns:
-        The table in that schema.
+        The table with that schema.
     """
     place = rows["place"]
     of_place = {field: pa.array([getattr(p, field) for p in places], schema.field(field).type) for field in ("token", "kind", "row", "col")}
@@ -338,7 +339,7 @@ def activation_table(rows: pa.Table, places: Sequence[Place], schema: pa.Schema)
 
 
 def write_rows(writer: Writer, name: str, tables: Iterable[pa.Table], schema: pa.Schema) -> File:
-    """Write a Parquet file with one row group per table, whole or not at all; training rows are laid out to be mapped into memory.
+    """Write a Parquet file with one row group per table. Training rows are laid out so that they can be memory-mapped.
 
     Args:
         writer: Writer of the draft.
@@ -347,7 +348,7 @@ def write_rows(writer: Writer, name: str, tables: Iterable[pa.Table], schema: pa
         schema: Schema of the file.
 
     Returns:
-        Description of the file.
+        The description of the file.
     """
     options = _PARQUET | (ONE_PAGE if "/train-" in f"/{name}" else {})
     with writer.write_file(name) as path, pq.ParquetWriter(path, schema, **options) as parquet:

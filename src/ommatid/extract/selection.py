@@ -12,10 +12,11 @@ def open_activations(extraction: Artefact, reader: Stage, params: Params) -> dic
     Args:
         extraction: Artefact of the stage `extract`.
         reader: Stage that reads the activations.
-        params: All params; `train` says which hookpoint is encoded and, for a transcoder, which one is decoded.
+        params: All params. `train` names the hookpoint that is encoded and, for a transcoder, the one that is decoded.
 
     Returns:
-        The activations to encode, under `extract`, and those that a transcoder should decode, under `target`, if the reader compares them.
+        The activations to encode, under the name `extract`; and, under the name `target`, those that a transcoder decodes, if there is one
+        and the reader reads them.
 
     Raises:
         ArtefactError: There are no activations of a hookpoint, the two hookpoints have different tokens, or the reader needs images and the
@@ -39,7 +40,7 @@ def _check_tokens(activations: Artefact, target: Artefact) -> None:
     """Check that the rows of two hookpoints come from the same tokens in the same order.
 
     Raises:
-        ArtefactError: They do not.
+        ArtefactError: The rows come from different tokens.
     """
     one, other = activations.summary, target.summary
     differing = [f"{key} {one[key]} and {other[key]}" for key in ("tokens_per_image", "grid") if one[key] != other[key]]

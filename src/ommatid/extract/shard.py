@@ -1,7 +1,7 @@
-"""The job of making one shard: run its images through the networks, write one file of each table, and write a receipt.
+"""The job that makes one shard: it runs the shard's images through the networks, and writes one file of each table and a receipt.
 
 Images are processed in chunks that are spilled to the local disk (see rows.py), so memory use does not depend on the number of images or
-tokens, and an interrupted run continues after its last whole chunk. The job is idempotent: what it writes is a function of plan and params.
+tokens, and an interrupted run continues after its last complete chunk. The job is idempotent: its files depend on the plan and params only.
 """
 
 import hashlib
@@ -39,11 +39,11 @@ from ommatid.store import RECEIPTS, Artefact, Draft, Writer, open_artefact, part
 EMBEDDINGS = "embeddings"
 PLAN = "plan.parquet"
 ROUNDING_IMAGES = 8
-"""Number of images on which the rounding error of the extraction's dtype, relative to float32, is measured."""
+"""Number of images on which the rounding error of the extraction's dtype is measured, relative to float32."""
 IMAGES_PER_CHUNK = 1024
-"""Largest number of images in a chunk, which is what is held in memory and what an interrupted run loses."""
+"""Largest number of images in a chunk. One chunk is held in memory at a time, and lost if the run is interrupted."""
 BYTES_PER_CHUNK = 2**27
-"""Largest number of bytes of activations in a chunk, which then holds fewer images."""
+"""Largest number of bytes of activations in a chunk, which may limit its images further."""
 
 
 def _ignore(shard: int, n_images: int) -> None:
@@ -52,7 +52,7 @@ def _ignore(shard: int, n_images: int) -> None:
 
 @dataclass(frozen=True)
 class ShardJob:
-    """The unit of work that executors call; it is small enough to send to any worker."""
+    """The job that executors call for each shard. It is small enough to be sent to any worker."""
 
     params: str
     """`ExtractParams` as JSON."""
@@ -65,7 +65,7 @@ class ShardJob:
     probe: tuple[float, ...]
     """Probe of the driver's networks (see `Networks.probe`)."""
     on_chunk: Callable[[int, int], None] = field(default=_ignore, compare=False)
-    """Called in this process with the shard and the number of its images done; not sent along to other processes."""
+    """Called with the shard and the number of its images that are done. It is called in this process only, and not pickled."""
 
     def __call__(self, shard: int) -> None:
         """Make one shard, unless its receipt exists.
@@ -82,13 +82,13 @@ class ShardJob:
 
     @property
     def key(self) -> str:
-        """Digest of everything that the content of a shard depends on, beside its index."""
+        """Digest of everything that determines the content of a shard, besides its index."""
         return hashlib.sha256(repr((self.params, self.digest, self.probe)).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
 class Worker:
-    """What a worker process keeps between shards: opened inputs and loaded networks."""
+    """State that a worker process keeps between shards: opened inputs and loaded networks."""
 
     params: ExtractParams
     images: Artefact
@@ -103,15 +103,15 @@ class Worker:
 
 
 _workers: dict[ShardJob, Worker] = {}
-"""The worker of the job that this process ran last; at most one."""
+"""The worker of the job that this process ran last, if any."""
 
 
 def load_worker(job: ShardJob) -> Worker:
-    """Return the worker of a job, opening inputs and loading networks if this process has not done so yet.
+    """Return the worker of a job, after opening inputs and loading networks if this process has not done so yet.
 
     Raises:
-        OmmatidError: An input is missing, damaged or changed since the plan was made, or a model cannot be loaded, lacks what the params
-            name, or has other weights than the driver's.
+        OmmatidError: An input is missing, damaged, or has changed since the plan was made; or a model cannot be loaded, lacks what the
+            params name, or has weights that differ from the driver's.
     """
     if job not in _workers:
         drop_worker()
@@ -125,10 +125,10 @@ def load_worker(job: ShardJob) -> Worker:
 
 
 def keep_worker(job: ShardJob, towers: Networks) -> None:
-    """Make this process's worker from networks that are loaded already.
+    """Make this process's worker from networks that are already loaded.
 
     Raises:
-        ArtefactError: The images are missing, damaged, or changed since the plan was made.
+        ArtefactError: The images are missing, damaged, or have changed since the plan was made.
     """
     images = open_artefact(job.images, "images")
     if images.digest != job.digest:
@@ -168,7 +168,7 @@ class _Shard:
     def make(self) -> None:
         """Run the networks over the missing chunks, then write the files and the receipt."""
         missing = [i for i in range(len(self._chunks)) if not self._spill.has(i)]
-        with ThreadPoolExecutor(1) as writer:  # writes a chunk while the next one is computed
+        with ThreadPoolExecutor(1) as writer:  # Writes a chunk while the next one is computed.
             writing: Future[None] | None = None
             for i, tables in self._compute(missing):
                 if writing:
@@ -191,7 +191,7 @@ class _Shard:
         return min(IMAGES_PER_CHUNK, max(1, BYTES_PER_CHUNK // per_image))
 
     def _compute(self, chunks: list[int]) -> Iterator[tuple[int, Mapping[str, list[pa.RecordBatch]]]]:
-        """Compute chunks one by one, yielding index and tables; images of the next chunk are decoded meanwhile."""
+        """Compute chunks one by one, while images of the next are decoded, and yield the index and the tables of each."""
         size, towers = self._worker.params.batch_size, self._towers
         encoded = (batch for i in chunks for batch in self._iter_encoded(self._chunks[i], size))
         pixels = iter_pixels(encoded, towers.preprocesses, self._worker.pool, towers.device)
@@ -219,7 +219,7 @@ class _Shard:
         for name in self._towers.pickers:
             tokens = torch.cat([o.tokens[name] for o in outputs])
             tables[f"{name}.eval"] = [rows_batch(numbers[~is_train], tokens[torch.from_numpy(~is_train)])]
-            # the same seed for every hookpoint, so that all keep the same tokens
+            # The seed is the same for every hookpoint, so that all keep the same tokens.
             rng = np.random.default_rng([SEED, self._index, chunk])
             params = self._worker.params
             kept = draw_kept(tokens := tokens[torch.from_numpy(is_train)], params.sample, params.max_norm, rng)
@@ -227,7 +227,7 @@ class _Shard:
         return tables
 
     def _write_activations(self, name: str) -> dict[str, Any]:
-        """Write the training and evaluation rows of a hookpoint in their final order; return their part of the receipt."""
+        """Write the training and evaluation rows of a hookpoint in their final order, and return the receipt's part about them."""
         picker, n_chunks, n_groups = self._towers.pickers[name], len(self._chunks), self._groups[name].n
         schema = schemas.activations(picker.hookpoint.d_model, {"model": self._towers.model.name, "hookpoint": name})
         eval_rows = (pa.Table.from_batches([self._spill.read(i, f"{name}.eval")]) for i in range(n_chunks))
@@ -240,7 +240,7 @@ class _Shard:
         return {"files": files, "window": counter.window}
 
     def _write_embeddings(self) -> dict[str, Any]:
-        """Write the embeddings into every hookpoint's artefact; return their part of the receipt."""
+        """Write the embeddings into every hookpoint's artefact, and return the receipt's part about them."""
         failed = FailureCounter(len(self._towers.judges))
         tables = (failed.add(pa.Table.from_batches([self._spill.read(i, EMBEDDINGS)])) for i in range(len(self._chunks)))
         first, *others = self._towers.pickers
@@ -251,7 +251,7 @@ class _Shard:
         return {"files": [file], "failed": list(failed.counts.values())}
 
     def _write(self, folder: str, table: str, tables: Iterable[pa.Table], schema: pa.Schema) -> dict[str, Any]:
-        """Write one file of a hookpoint's artefact; return its description under the name that the artefact's manifest uses."""
+        """Write one file of a hookpoint's artefact, and return its description under its name in the artefact."""
         name = part_name(table, self._index)
         file = write_rows(self._worker.draft, folder + name, tables, schema)
         return asdict(replace(file, name=name))

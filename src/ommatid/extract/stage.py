@@ -53,13 +53,13 @@ def extract(params: ExtractParams, inputs: Mapping[str, Artefact], draft: Draft,
 
     Raises:
         ModelError: A hookpoint is unknown, a model cannot be loaded or lacks the tokens to extract, or a judge fails on every image.
-        ArtefactError: The disk is too small, or an image was lost.
+        ArtefactError: The disk is too small, or a file of an input or of the draft is missing or damaged.
         ExecutorError: A worker died repeatedly, or the cluster does not answer.
     """
     images = inputs["images"]
     if taken := sorted({SCRATCH, RECEIPTS.strip("/")} & set(params.hookpoints)):
         raise ModelError(f"extract.hookpoints: {taken[0]!r} is the name of a folder that Ommatid needs; rename the module")
-    towers = Networks(_with_dtype(params))  # first, so that whatever is wrong with the models is found before any work is done
+    towers = Networks(_with_dtype(params))  # First, so that problems with the models are found before any work is done.
     check_disk_space(draft, params, images.summary, towers)
     towers.check()
     probe = _begin_or_continue(draft, towers.probe())
@@ -86,7 +86,7 @@ def _with_dtype(params: ExtractParams) -> ExtractParams:
 
 
 def _begin_or_continue(draft: Draft, probe: list[float]) -> list[float]:
-    """Return the probe that the draft was begun with, after dropping the receipts of a draft begun with other weights."""
+    """Return the probe with which the draft was begun. If other weights began it, discard its receipts and begin with this probe."""
     if draft.has(PROBE):
         begun: list[float] = draft.read_json(PROBE)
         if is_same(probe, begun):
@@ -106,13 +106,13 @@ def _write_plan(draft: Draft, images: Artefact) -> list[int]:
     """Write the plan unless the draft has one, and return the number of images of each shard."""
     if not draft.has(PLAN):
         plan = make_plan(blocks_of(images))
-        draft.write_table(PLAN, plan, row_group_size=2**16)  # a worker reads only the few row groups that hold its shard
+        draft.write_table(PLAN, plan, row_group_size=2**16)  # Small, so that a worker reads only the few rows of its shard.
     counted = draft.read(PLAN).group_by("shard").aggregate([("n_images", "sum")]).sort_by("shard")
     return counted["n_images_sum"].to_pylist()
 
 
 class _Counter:
-    """Counts images done: chunk by chunk in this process, shard by shard in others."""
+    """Counts the images that are done: chunk by chunk in this process, and shard by shard in others."""
 
     def __init__(self, n_images: list[int], missing: list[int], on_event: Listener) -> None:
         self._n_images = n_images
@@ -135,7 +135,7 @@ class _Counter:
 
 
 def _summarise_judges(towers: Networks, failed: list[int], n_images: int) -> list[JudgeSummary]:
-    """Return name, width and number of failures of each judge, in the order of their columns.
+    """Return the name, width and number of failures of each judge, in the order of their columns.
 
     Raises:
         ModelError: A judge failed on every image.

@@ -1,4 +1,4 @@
-"""Selection of tokens from a forward pass by the policy `extract.tokens`, and their places in the image."""
+"""Selection of tokens from a forward pass, by the policy that `extract.tokens` sets, and their places in the image."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,10 +14,10 @@ from ommatid.vlm import Hookpoint
 
 @dataclass(frozen=True)
 class Place:
-    """The columns that describe a token in the table of activations."""
+    """Columns that describe a token in the table of activations."""
 
     token: int
-    """Position in the model's sequence, special tokens first; 0 for pooled."""
+    """Position in the model's sequence, with special tokens first; 0 for a pooled token."""
     kind: str
     """Kind of token: cls, register, distillation (DeiT), patch or pooled."""
     row: int
@@ -49,7 +49,7 @@ class TokenPicker:
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """Number of rows and columns of the kept patches, which come last; None if no kept token is a patch."""
+        """Rows and columns of the kept patches, which come after all other tokens; None if no kept token is a patch."""
         return self.hookpoint.grid if any(place.kind == "patch" for place in self.places) else None
 
     @cached_property
@@ -58,7 +58,7 @@ class TokenPicker:
         return (Place(0, "pooled", -1, -1),) if self._averages else self._kept
 
     def pick(self, x_btd: Float[Tensor, "batch tokens d_model"]) -> Float[Tensor, "batch kept d_model"]:
-        """Return the kept tokens, (batch, kept, d_model), of all tokens, (batch, tokens, d_model)."""
+        """Return the kept tokens, `(batch, kept, d_model)`, given all tokens, `(batch, tokens, d_model)`."""
         if self._averages:
             return x_btd[:, len(self.hookpoint.special) :].float().mean(1, keepdim=True)
         return x_btd[:, self._positions]
@@ -69,14 +69,14 @@ class TokenPicker:
         """Replace the kept tokens, so that `pick` returns the new ones.
 
         Args:
-            x_btd: All tokens, (batch, tokens, d_model).
-            kept_bkd: New values of the kept tokens, (batch, kept, d_model).
+            x_btd: All tokens, `(batch, tokens, d_model)`.
+            kept_bkd: New values of the kept tokens, `(batch, kept, d_model)`.
 
         Returns:
-            A copy of `x_btd` with the kept tokens replaced.
+            A copy of `x_btd` with the kept tokens replaced, `(batch, tokens, d_model)`.
 
         Raises:
-            ModelError: The policy keeps the mean of the patches, which is not itself a token.
+            ModelError: The policy keeps the mean of the patches, which is not a token.
         """
         if self._averages:
             raise ModelError(f"extract.tokens: pooled is the mean of the patches at {self.name}, not a token that can be replaced")
@@ -95,7 +95,7 @@ class TokenPicker:
     @cached_property
     def _positions(self) -> Tensor | slice:
         kept = [place.token for place in self._kept]
-        # usually consecutive, and a slice copies nothing
+        # The positions are usually consecutive, and a slice copies nothing.
         return slice(kept[0], kept[-1] + 1) if kept[-1] - kept[0] + 1 == len(kept) else torch.tensor(kept)
 
 
@@ -109,22 +109,22 @@ def _all_places(hookpoint: Hookpoint) -> list[Place]:
 def draw_kept(
     tokens_btd: Float[Tensor, "images tokens d_model"], sample: int | None, max_norm: float | None, rng: np.random.Generator
 ) -> Bool[np.ndarray, "images tokens"]:
-    """Draw the tokens of training images that are written.
+    """Decide which tokens of training images are written.
 
     Args:
-        tokens_btd: Tokens kept by the policy, (images, tokens, d_model).
-        sample: Largest number of tokens per image, drawn without replacement; None for all.
-        max_norm: Largest norm of a token, as a multiple of the median norm in its image; None for no limit. Tokens of abnormal norm hold
-            global information in place of local (arXiv 2309.16588).
+        tokens_btd: Tokens kept by the policy, `(images, tokens, d_model)`.
+        sample: Largest number of tokens per image, which are drawn without replacement; None means all.
+        max_norm: Largest norm of a token, as a multiple of the median norm in its image; None means no limit. Tokens of abnormal norm hold
+            global instead of local information (arXiv 2309.16588).
         rng: Generator of the draw.
 
     Returns:
-        Whether each token is written, (images, tokens) bool.
+        Whether each token is written, `(images, tokens)` bool.
     """
     keep = np.ones(tokens_btd.shape[:2], dtype=bool)
     if max_norm is not None:
         norms = tokens_btd.float().norm(dim=2).numpy()
-        # NaN and infinity are kept, for the gate to find
+        # NaN and infinity are kept, for the gate to find.
         limit = max_norm * np.nan_to_num(np.median(norms, axis=1, keepdims=True), nan=np.inf)
         keep &= ~(norms > limit) | ~np.isfinite(norms)
     if sample is not None:

@@ -1,4 +1,4 @@
-"""Array formats from which any slice can be read: npy, safetensors, and files of torch.save."""
+"""Array formats from which any slice can be read: npy, safetensors, and files written by torch.save."""
 
 import pickle
 import zipfile
@@ -40,7 +40,7 @@ class _Sliced:
 
     @contextmanager
     def _open(self) -> Iterator[tuple[Any, Any]]:
-        """Yield activations and images to be sliced; mapped memory is released when the block ends."""
+        """Yield activations and images, from which slices can be taken. Memory maps are released when the block ends."""
         raise NotImplementedError
         yield
 
@@ -58,7 +58,7 @@ class _Sliced:
 
 
 def _as_tensor(x: Any) -> Tensor:
-    """Copy to a tensor in this machine's byte order, so that the file does not stay mapped."""
+    """Copy values to a tensor in this machine's byte order, so that the file does not stay mapped."""
     return x.clone() if isinstance(x, Tensor) else torch.from_numpy(np.array(x, x.dtype.newbyteorder("="), order="C"))
 
 
@@ -67,7 +67,7 @@ def _as_images(images: Any) -> np.ndarray:
 
 
 class Npy(_Sliced):
-    """An npy file `x.npy` with one array; the images are in `x.image.npy` beside it."""
+    """An npy file `x.npy` with one array. Its images may be in `x.image.npy` beside it."""
 
     def __init__(self, path: Path, key: str | None):
         self.path = path
@@ -136,7 +136,7 @@ class Safetensors(_Sliced):
 
 
 class Pt(_Sliced):
-    """A file of torch.save with a tensor or a dict of tensors; loaded with `weights_only`, so no pickled code runs."""
+    """A file in which torch.save wrote a tensor or a dict of tensors. It is loaded with `weights_only`, so that no pickled code runs."""
 
     def __init__(self, path: Path, key: str | None):
         self.path = path
@@ -190,15 +190,15 @@ class Pt(_Sliced):
         return tensors[name], self._images(found[IMAGE]) if IMAGE in found else None
 
     def _images(self, found: Any) -> Tensor:
-        """Return the images as a tensor; a list or tuple of whole numbers will do too.
+        """Return the images as a tensor, given a tensor, or a list or tuple of whole numbers.
 
         Raises:
-            SourceError: The images are neither.
+            SourceError: The images are none of these.
         """
         if isinstance(found, Tensor):
             return found.detach()
         if isinstance(found, list | tuple) and all(type(number) is int for number in found):
-            with suppress(RuntimeError, ValueError, OverflowError):  # raised for a number that does not fit into 64 bits
+            with suppress(RuntimeError, ValueError, OverflowError):  # Raised for a number that does not fit into 64 bits.
                 return torch.tensor(found, dtype=torch.int64)
         raise SourceError(
             f"{self.path}: {IMAGE!r} is a {type(found).__name__}; it must be a tensor or a list of whole numbers, one for each entry"
@@ -216,10 +216,10 @@ def _load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError:
         if not is_zip and not _is_pickle(path):
-            raise SourceError(f"{path}: not a complete file of torch.save; write it again") from None
+            raise SourceError(f"{path}: not a complete file written by torch.save; write it again") from None
         raise SourceError(f"{path}: needs pickle, which can run any code, so it is not opened; {_HOW_TO_SAVE}") from None
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:  # what torch raises for arbitrary bytes
-        raise SourceError(f"{path}: not a complete file of torch.save ({gist(error)}); write it again") from None
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:  # Raised for arbitrary bytes.
+        raise SourceError(f"{path}: not a complete file written by torch.save ({gist(error)}); write it again") from None
 
 
 def _is_pickle(path: Path) -> bool:

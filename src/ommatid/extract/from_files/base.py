@@ -15,7 +15,7 @@ IMAGE = "image"
 """Name of the tensor or column that holds the image of each row, or of each entry of the first dimension."""
 
 Piece = tuple[int, Tensor, np.ndarray | None]
-"""Index of a piece, its activations, (entries, ...), and their images, (entries,) int64, or None if the file does not hold them."""
+"""Index of a piece, its activations, `(entries, ...)`, and their images, `(entries,)` int64, or None if the file does not hold them."""
 
 
 class ActivationFile(Protocol):
@@ -23,26 +23,30 @@ class ActivationFile(Protocol):
 
     path: Path
     paths: tuple[Path, ...]
-    """All files that are read: `path`, and a file of images beside it."""
+    """All files that are read: `path`, and the file of images beside it if there is one."""
     shape: tuple[int, ...]
-    """(tokens, d_model) or (images, tokens, d_model)."""
+    """Shape of the activations, `(tokens, d_model)` or `(images, tokens, d_model)`."""
     has_images: bool
     """Whether the file holds the image of each entry."""
     unread: tuple[str, ...]
-    """Names of tensors or columns in the file that are not read."""
+    """Names of the tensors or columns that are not read."""
 
     def iter_images(self, n: int) -> Iterator[np.ndarray]:
-        """Iterate over the images of all entries in order, `n` entries at a time; only if `has_images`."""
+        """Yield the images of all entries in order, `n` entries at a time. The file must hold images."""
         ...
 
     def iter_pieces(self, n: int, wanted: Container[int]) -> Iterator[Piece]:
-        """Iterate over pieces of `n` entries in order, yielding those whose index is in `wanted`."""
+        """Yield the pieces of `n` entries whose index is in `wanted`, in order."""
         ...
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn an OSError, such as that of a dangling link or missing permissions, into an error that names the file. Raises SourceError."""
+    """Turn an OSError inside the block, such as that of a dangling link, into an error that names the file.
+
+    Raises:
+        SourceError: The block raised an OSError.
+    """
     try:
         yield
     except OSError as error:
@@ -55,7 +59,11 @@ def text_of(shape: tuple[int, ...]) -> str:
 
 
 def check_shape(path: Path, shape: tuple[int, ...], dtype: Any, is_float: bool) -> None:
-    """Check that a file holds floats, either one matrix or one for each image. Raises SourceError."""
+    """Check that a file holds floats, either one matrix or one for each image.
+
+    Raises:
+        SourceError: The file holds something else, or is empty.
+    """
     if not is_float:
         raise SourceError(f"{path}: holds {dtype}; activations must be float16, bfloat16, float32 or float64")
     if len(shape) not in (2, 3):
@@ -65,7 +73,11 @@ def check_shape(path: Path, shape: tuple[int, ...], dtype: Any, is_float: bool) 
 
 
 def check_images(path: Path, shape: tuple[int, ...], n: int, dtype: Any, is_integer: bool) -> None:
-    """Check that a file's images are whole numbers, one for each of `n` entries. Raises SourceError."""
+    """Check that a file's images are whole numbers, one for each of `n` entries.
+
+    Raises:
+        SourceError: The images have another type or shape.
+    """
     if shape != (n,) or not is_integer:
         raise SourceError(
             f"{path}: {IMAGE!r} is {dtype} of shape {text_of(shape)}; it must be whole numbers, one for each of the {n} entries"
@@ -73,7 +85,7 @@ def check_images(path: Path, shape: tuple[int, ...], n: int, dtype: Any, is_inte
 
 
 def as_int64(images: np.ndarray) -> np.ndarray:
-    """Convert whole numbers to int64; larger ones become its maximum, which is refused later like any number that is too large."""
+    """Convert whole numbers to int64. Larger ones become its maximum, which is refused later, like all numbers that are too large."""
     top = np.iinfo(np.int64).max
     return (images.clip(max=top) if images.dtype == np.uint64 else images).astype(np.int64)
 
@@ -83,15 +95,15 @@ def choose(path: Path, key: str | None, known: Mapping[str, str], what: str) -> 
 
     Args:
         path: Path of the file.
-        key: `extract.key`, the name that the user set; None if the file leaves no choice.
+        key: `extract.key`, the name that the user set; None if there should be only one candidate.
         known: Descriptions of the tensors or columns, by name.
-        what: "tensor" or "column".
+        what: "tensor" or "column", for messages.
 
     Returns:
-        Name of the tensor or column.
+        The name of the tensor or column.
 
     Raises:
-        SourceError: None has the name `key`, or without a key there is no candidate or more than one.
+        SourceError: No tensor or column is named `key`; or there is no key, and not exactly one candidate.
     """
     if not known:
         raise SourceError(
@@ -109,7 +121,7 @@ def choose(path: Path, key: str | None, known: Mapping[str, str], what: str) -> 
 
 
 def find_unread(path: Path, names: Collection[str], key: str) -> tuple[str, ...]:
-    """List what a file holds beside the activations and `image`.
+    """Find the tensors or columns of a file other than the activations and `image`.
 
     Args:
         path: Path of the file.
@@ -117,10 +129,10 @@ def find_unread(path: Path, names: Collection[str], key: str) -> tuple[str, ...]
         key: Name of the activations.
 
     Returns:
-        Names of the tensors or columns that are not read.
+        The names of the tensors or columns that are not read.
 
     Raises:
-        SourceError: There is no `image`, but something whose name suggests images; ignoring it would count every entry as an image.
+        SourceError: There is no `image`, but a name that suggests images. If it were ignored, every entry would count as an image.
     """
     unread = tuple(name for name in names if name not in (key, IMAGE))
     for name in unread:
@@ -136,6 +148,10 @@ _IMAGES = re.compile(r"(image|img|sample)s?[ _.-]?(id|idx|index|number|no|nr)?(e
 
 
 def refuse_key(path: Path, key: str | None) -> None:
-    """Check that no key is set for a file with a single nameless array. Raises SourceError."""
+    """Check that no key is set for a file with a single nameless array.
+
+    Raises:
+        SourceError: A key is set.
+    """
     if key is not None:
         raise SourceError(f"{path}: extract.key is {key!r}, and the file holds one array without a name; set extract.key to null")

@@ -1,4 +1,4 @@
-"""Discovery of files of activations, which are opened by their endings. See docs/users/activations.md."""
+"""Discovery of files of activations, whose endings say how to open them. See docs/users/activations.md."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -17,16 +17,16 @@ def open_files(place: str, key: str | None) -> tuple[list[ActivationFile], list[
 
     Args:
         place: Path of a file or a folder.
-        key: `extract.key`, the name of the activations inside each file; None if the files leave no choice.
+        key: `extract.key`, the name of the activations in each file; None if there should be only one candidate.
 
     Returns:
-        The files in order of name, where part10 comes after part9, and sentences about what is not read.
+        The files in order of name, with part10 after part9, and sentences about what is not read.
 
     Raises:
         SourceError: There is no such file, there are several formats, or a file does not meet the contract of docs/users/activations.md.
     """
     if "://" in place:
-        raise SourceError(f"{place}: extract.path must be on this machine, since files of activations are mapped; copy them first")
+        raise SourceError(f"{place}: extract.path must be on this machine, because files of activations are memory-mapped; copy them first")
     listing = list_activations(place)
     paths = sorted((file.path for file in listing.files if file.path), key=_natural)
     for path in paths:
@@ -46,7 +46,11 @@ def open_files(place: str, key: str | None) -> tuple[list[ActivationFile], list[
 
 
 def _check_beside(images: Collection[Path], paths: Collection[Path]) -> None:
-    """Check that each file of images lies beside its file of activations. Raises SourceError."""
+    """Check that each file of images lies beside its file of activations.
+
+    Raises:
+        SourceError: A file of activations is missing.
+    """
     for path in images:
         if (owner := path.with_name(path.name.removesuffix(f".{IMAGE}.npy") + ".npy")) not in paths:
             raise SourceError(f"{path}: holds the images of the entries of {owner.name}, and there is no such file; name them alike")
@@ -59,7 +63,7 @@ def _unread(files: Sequence[ActivationFile]) -> list[str]:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sort key that compares numbers in names as numbers, since programs that write a part per batch rarely pad them with zeros."""
+    """Return a sort key that compares numbers in names as numbers, because programs that number their files rarely pad with zeros."""
     return [(int(text), "") if text.isdigit() else (-1, text) for text in re.split(r"([0-9]+)", path.as_posix())]
 
 

@@ -1,4 +1,4 @@
-"""Parquet files with activations in one column, as bytes of one width or lists of floats."""
+"""Parquet files that hold activations in one column, as bytes of one width or as lists of floats."""
 
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from ommatid.extract.from_files.base import IMAGE, Piece, as_int64, check_images
 
 
 class ParquetFile:
-    """A Parquet file with a column of vectors, as bytes, lists or fixed-size lists, and perhaps a column of images."""
+    """A Parquet file with a column of vectors (bytes, lists or fixed-size lists), and perhaps a column of images."""
 
     def __init__(self, path: Path, key: str | None):
         self.path = path
@@ -54,7 +54,7 @@ class ParquetFile:
                 yield index, self._vectors(batch, start), self._images(batch, start) if self.has_images else None
 
     def _iter_batches(self, n: int, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
-        """Iterate over tables of `n` rows, which may span row groups, yielding the index of the first row with each."""
+        """Yield tables of `n` rows, which may span row groups, each with the index of its first row."""
         waiting, start = [], 0
         with _parquet(self.path) as file:
             for batch in file.iter_batches(n, columns=columns):
@@ -117,10 +117,10 @@ class ParquetFile:
 @contextmanager
 def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
     try:
-        # reads are buffered because pyarrow otherwise holds whole row groups, and one may be the whole file
+        # Reads are buffered because pyarrow otherwise holds whole row groups, and one may be the whole file.
         with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
             yield file
-    except (pa.ArrowException, OSError) as error:  # Arrow raises OSError for damaged files, too
+    except (pa.ArrowException, OSError) as error:  # Arrow also raises OSError for damaged files.
         raise SourceError(f"{path}: cannot be read as Parquet ({gist(error)}); repair it, or write it again") from None
 
 
@@ -135,7 +135,7 @@ def _is_bytes(type_: pa.DataType) -> bool:
 
 
 def _bytes_dtype(path: Path, schema: pa.Schema) -> np.dtype:
-    """Return the dtype of byte columns: `dtype` of the schema's metadata, which Ommatid's own artefacts have, else float16."""
+    """Return the dtype of byte columns: that in the schema's metadata, which Ommatid's own artefacts have, or else float16."""
     name = (schema.metadata or {}).get(b"dtype", b"float16").decode()
     if name not in ("float16", "float32", "float64"):
         raise SourceError(f"{path}: the schema's metadata says dtype={name}; it must be float16, float32 or float64")

@@ -1,4 +1,4 @@
-"""The plan of an import: files are divided into blocks of consecutive entries, which are dealt to shards at random."""
+"""The plan of an import, which divides files into blocks of consecutive entries and deals these to shards at random."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,11 +12,11 @@ from ommatid.extract.from_files.base import ActivationFile
 from ommatid.extract.plan import IMAGES_PER_SHARD, SEED
 
 BYTES_PER_BLOCK = 2**23
-"""Bytes of a block in float16, which is what is read at once and what an interrupted run loses."""
+"""Bytes per block in float16. One block is read at a time, and lost if the run is interrupted."""
 BYTES_PER_SHARD = 2**27
-"""Largest size of a shard in float16, unless it would have too few images; one round of it is held in memory."""
+"""Largest size of a shard in float16, in bytes, unless the shard would have too few images. One row group of it is held in memory."""
 MAX_IMAGES = 2**31
-"""Largest number of images, since `image` is an int32."""
+"""Largest number of images, because `image` is an int32."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class FileBlock:
     most: int
     """Largest number of tokens that one image has in the block."""
     before: int
-    """Number of entries immediately before the block that belong to its first image."""
+    """Number of consecutive entries just before the block that belong to the block's first image."""
 
 
 class FilePlan:
-    """The plan of an import, a function of the files' shapes and images: which blocks each shard holds.
+    """The plan of an import: which blocks each shard holds. It is determined by the shapes and the images of the files.
 
     Raises:
         SourceError: The number of an image is negative or does not fit into an int32, or there are too many images.
@@ -50,7 +50,7 @@ class FilePlan:
         self.tokens = math.prod(files[0].shape[1:-1])
         """Number of rows per entry."""
         self.entries = max(1, BYTES_PER_BLOCK // (2 * self.tokens * self.d_model))
-        """Number of entries per block; the last block of a file may have fewer."""
+        """Number of entries per block. The last block of a file may have fewer."""
         self._images = _ImageCounter()
         self.blocks = [block for index, file in enumerate(files) for block in self._cut(index, file)]
         self.n_rows = sum(block.n_rows for block in self.blocks)
@@ -66,9 +66,10 @@ class FilePlan:
             yield FileBlock(index, i, n * self.tokens, n_images, most * self.tokens, before)
 
     def _count(self, file: ActivationFile) -> Iterator[tuple[int, int, int, int]]:
-        """Iterate over the blocks of a file, yielding four numbers for each.
+        """Yield four numbers for each block of a file.
 
-        They are its entries, its images, the most entries that one image has, and the entries before the block of its first image.
+        They are the number of entries, the number of images, the largest number of entries of one image, and the number of consecutive
+        entries just before the block that belong to its first image.
         """
         if not file.has_images:
             yield from ((n, n, 1, 0) for start in range(0, file.shape[0], self.entries) for n in [min(self.entries, file.shape[0] - start)])
@@ -89,12 +90,12 @@ class FilePlan:
 
     @cached_property
     def starts(self) -> list[int]:
-        """Number given to each file's first image if the files do not number their images."""
+        """Number of the first image of each file, if the files do not number their images themselves."""
         return [0, *np.cumsum([file.shape[0] for file in self._files]).tolist()]
 
     @cached_property
     def shards(self) -> list[list[FileBlock]]:
-        """Blocks of each shard, in the order of the files; no shard is empty."""
+        """Blocks of each shard, in the order of the files. No shard is empty."""
         n_bytes = 2 * self.n_rows * self.d_model
         n = max(1, min(len(self.blocks), self.n_images // IMAGES_PER_SHARD, math.ceil(n_bytes / BYTES_PER_SHARD)))
         rows = np.array([block.n_rows for block in self.blocks])
@@ -105,7 +106,7 @@ class FilePlan:
 
 
 class _ImageCounter:
-    """Counts distinct images, at one bit each."""
+    """Counts distinct images, using one bit of memory for each."""
 
     def __init__(self) -> None:
         self._bits = np.zeros(0, np.uint8)
@@ -127,11 +128,11 @@ def places_in_runs(entries: np.ndarray, before: int) -> np.ndarray:
     """Return the index of each entry within its run of consecutive entries of one image.
 
     Args:
-        entries: Image of each entry, (entries,).
-        before: Number of entries of the first run that precede these.
+        entries: Image of each entry, `(entries,)`.
+        before: Number of entries of the first run that come before these.
 
     Returns:
-        Indices, (entries,).
+        The indices, `(entries,)`.
     """
     starts = np.concatenate([[0], (np.diff(entries) != 0).nonzero()[0] + 1])
     lengths = np.diff([*starts, len(entries)])

@@ -1,8 +1,9 @@
-"""Stage `extract` with `source: files`: imports activations that were made elsewhere. See docs/users/activations.md.
+"""Stage `extract` with `source: files`, which imports activations that were made elsewhere. See docs/users/activations.md.
 
 Every file is divided into blocks of consecutive entries, which are dealt to shards at random. The files are read once, in order: each
 block is checked, converted to float16, put into random rounds (see extract/rows.py) and spilled to its shard. Then each shard is written.
-So memory use does not depend on the number of rows or files, and an interrupted run continues after its last whole block or shard.
+Memory use therefore does not depend on the number of rows or files, and an interrupted run continues after its last block or shard that is
+complete.
 """
 
 import hashlib
@@ -33,16 +34,16 @@ from ommatid.store.filesystem import in_words
 from ommatid.summaries import ActivationsSummary, ExtractionSummary
 
 LARGEST = 65504.0
-"""Largest finite float16."""
+"""Largest finite number in float16."""
 _SOURCE = f"{SCRATCH}/source.json"
 
 
 def import_files(params: ExtractFiles, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
-    """Import activations; no embeddings are made.
+    """Import activations, without any embeddings.
 
     Args:
         params: The `extract` section of the params.
-        inputs: Not used, since an import has no inputs.
+        inputs: Not used, because an import has no inputs.
         draft: Draft of the extraction.
         on_event: Called with each progress event and warning.
 
@@ -73,7 +74,7 @@ def import_files(params: ExtractFiles, inputs: Mapping[str, Artefact], draft: Dr
 
 
 def _summarise(params: ExtractFiles, first: ActivationFile, plan: FilePlan, written: Sequence[File], window: int) -> ActivationsSummary:
-    """Return the same summary keys as for activations made from images; None where only images would tell the value."""
+    """Return a summary with the same keys as for activations of images. Values that only images could provide are None."""
     per_image = 1 if not first.has_images else None
     n_tokens = {table: sum(file.rows or 0 for file in written if file.name.startswith(f"{table}-")) for table in ("train", "eval")}
     return ActivationsSummary(
@@ -98,7 +99,7 @@ def _summarise(params: ExtractFiles, first: ActivationFile, plan: FilePlan, writ
 
 
 def _begin_or_continue(draft: Draft, name: str, files: Sequence[ActivationFile]) -> None:
-    """Keep what an interrupted run left if the files are still the same, else begin anew."""
+    """Keep what an interrupted run left if the files are still the same. Otherwise, empty the draft and start afresh."""
     stats = [(path, path.stat()) for file in files for path in file.paths]
     facts = [(path.as_posix(), status.st_size, status.st_mtime_ns) for path, status in stats]
     fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
@@ -131,14 +132,14 @@ class _Import:
         self._groups = {shard: _groups(plan.shards[shard], plan.d_model) for shard in self._missing}
 
     def _iter_files(self, receipt: dict[str, Any]) -> Iterator[File]:
-        """Iterate over the files that a receipt describes, by their names in the draft."""
+        """Yield the files that a receipt describes, under their names in the draft."""
         return (File(**(values | {"name": f"{self._params.name}/{values['name']}"})) for values in receipt["files"])
 
     def make(self) -> None:
         """Read, check and spill the missing blocks, then write the missing shards.
 
         Raises:
-            SourceError: Some values cannot be represented in float16; the message names the files, the first row and the number of rows.
+            SourceError: Float16 cannot represent some values. The message names the files, the first such row, and the number of rows.
         """
         places = {block: (shard, chunk) for shard in self._missing for chunk, block in enumerate(self._plan.shards[shard])}
         wanted = {block: place for block, place in places.items() if not self._spills[place[0]].has(place[1])}
@@ -186,9 +187,9 @@ class _Import:
         Args:
             shard: Index of the shard.
             chunk: Index of the block in the shard.
-            entries: Image of each entry, (entries,).
-            place: Index of each entry within its image's run of entries, (entries,).
-            x: Activations, (entries, ..., d_model).
+            entries: Image of each entry, `(entries,)`.
+            place: Index of each entry within its image's run of entries, `(entries,)`.
+            x: Activations, `(entries, ..., d_model)`.
         """
         image = entries.repeat(self._plan.tokens)
         token = (place[:, None] * self._plan.tokens + np.arange(self._plan.tokens)).reshape(-1)
@@ -222,9 +223,9 @@ class _Import:
 
 
 _BESIDE = 29
-"""Bytes of a spilled row beside its vector."""
+"""Bytes of a spilled row besides its vector."""
 _SHOWN = 3
-"""Number of bad files that an error message names; the rest are counted."""
+"""Number of files with bad rows that an error message names. The rest are counted."""
 
 
 def _groups(blocks: Sequence[FileBlock], d_model: int) -> Groups:
@@ -249,15 +250,15 @@ def _activations(rows: pa.Table, schema: pa.Schema) -> pa.Table:
 def is_eval(image: np.ndarray, share: float) -> np.ndarray:
     """Return which images are held out for evaluation.
 
-    The choice depends on the image's number alone, so an image stays in its split when others are added or removed. The hash is the
-    finaliser of SplitMix64 (doi 10.1145/2714064.2660195).
+    The choice depends on an image's number alone, so that the image stays in its split when others are added or removed. Numbers are
+    hashed with the finaliser of SplitMix64 (doi 10.1145/2714064.2660195).
 
     Args:
-        image: Numbers of images, (images,).
+        image: Numbers of images, `(images,)`.
         share: Share of the images to hold out, from 0 to 1.
 
     Returns:
-        Whether each image is held out, (images,) bool.
+        Whether each image is held out, `(images,)` bool.
     """
     x = image.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -266,7 +267,7 @@ def is_eval(image: np.ndarray, share: float) -> np.ndarray:
 
 
 class _BadRows:
-    """Count of the rows of one file that float16 cannot represent."""
+    """Counts the rows of one file that float16 cannot represent."""
 
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
@@ -275,7 +276,7 @@ class _BadRows:
 
     def add(self, start: int, x: Tensor) -> bool:
         """Count the bad rows among the entries from `start` on, and return whether there are any."""
-        top = x.reshape(-1, x.shape[-1]).abs().amax(1)  # NaN where there is one
+        top = x.reshape(-1, x.shape[-1]).abs().amax(1)  # NaN for rows that contain one.
         bad = (~(top <= LARGEST)).nonzero()[:, 0]
         if not len(bad):
             return False
