@@ -60,7 +60,7 @@ def iter_batches(columns: Columns | Artefact, batch_size: int, seed: int, start:
         share: This process's share of each batch; None means all of it.
 
     Yields:
-        Batches, of which this process has its share.
+        This process's share of each batch.
     """
     columns = columns if isinstance(columns, Columns) else Columns(columns)
     make = _BatchMaker(columns, share or Share())

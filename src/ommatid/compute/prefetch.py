@@ -11,7 +11,7 @@ _END = object()
 
 
 def prefetch(items: Iterable[T], n: int) -> Generator[T, None, None]:
-    """Yield items, up to `n` of which a thread computes in advance.
+    """Yield items while a thread computes up to `n` of them in advance.
 
     An error is raised where it would have been raised without the thread. The thread ends when the consumer does, even if the consumer
     stops early.

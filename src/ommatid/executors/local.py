@@ -14,7 +14,7 @@ from ommatid.config.extract import LocalExecutor
 from ommatid.executors.workers import ATTEMPTS, ShardQueue, attempt, environment, thread_settings, worker_died
 
 _SECONDS_TO_END = 60
-"""Time that a worker has to end by itself once there is no more work for it or it has closed its pipe."""
+"""Time allowed for a worker to exit once there is no more work for it or it has closed its pipe."""
 
 
 def run(
@@ -123,7 +123,7 @@ class _Worker:
         return self._process.is_alive()
 
     def end(self) -> None:
-        """Let the process end by itself, so that it cleans up."""
+        """Wait for the process to exit, so that it can clean up."""
         self.connection.close()
         self._process.join(_SECONDS_TO_END)
 

@@ -1,4 +1,4 @@
-"""The networks that an image goes through: the explained model, the judges, and the namer if it is another model."""
+"""The networks that run on each image: the explained model, the judges, and the namer if it is another model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Rows of activations and embeddings: they are spilled to the local disk, put in their final order, and written as Parquet.
 
 The tokens of each image are put in a random order, and round r of a shard takes the r-th token of every image. Images are dealt to four
-strata. Every round goes through the strata in the same order, and shuffles each stratum anew. Two rows of one image are therefore at least
+strata. Every round goes through the strata in the same order, and reshuffles each stratum. Two rows of one image are therefore at least
 three quarters of the shard's images apart, whatever the number of tokens, and every row of a batch comes from a different image. (In a
 uniform shuffle of 2,048 rows over 7,000 images, 14 % of the rows would repeat an image.)
 

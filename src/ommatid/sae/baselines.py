@@ -96,7 +96,7 @@ def make_sparse_neurons(config: SAEConfig, sample_nd: Float[Tensor, "tokens d_mo
 
     Args:
         config: Configuration of the SAE.
-        sample_nd: Training tokens, `(tokens, d_model)`, of which the first `ROWS` set the threshold.
+        sample_nd: Training tokens, `(tokens, d_model)`. The first `ROWS` determine the threshold.
 
     Returns:
         The sparse neurons, as an SAE with 2 · d_model latents.

@@ -25,8 +25,8 @@ TOKENS_PER_CHUNK = 1024
 """Largest number of tokens per chunk. With d_model 768 and d_sae 8,192, chunks of 256 take a quarter longer in float32 (AVX2); in bfloat16
 (AMX), chunks of 128 to 1,536 take equally long."""
 TOKENS_PER_TILE = 16
-"""Number of which chunk sizes are multiples. Chunks also have about equal sizes, because chunks of 511 tokens followed by one of 4 make a
-step a seventh slower (AVX-512)."""
+"""Chunk sizes are multiples of this number, and about equal: with chunks of 511 tokens followed by one of 4, a step is a seventh slower
+(AVX-512)."""
 FEWEST_TOKENS = 64
 """Number of tokens per chunk below which new memory is allocated instead of reusing that of the gradients."""
 ALIGNMENT = 64

@@ -65,7 +65,7 @@ class Checked(Ranges):
         super().__init__(file.bytes)
         self._folder, self._file = folder, file
         self._descriptor: int | None = None
-        self._seen: bytearray | None = None  # None for objects, of which every read is a new transfer and checked again.
+        self._seen: bytearray | None = None  # None for objects: each read is a new transfer, so it is checked again.
         if path := folder.local_path(file.name):
             self._descriptor = os.open(path, os.O_RDONLY)
             self._seen = _seen(os.fstat(self._descriptor), file)

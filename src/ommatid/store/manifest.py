@@ -56,7 +56,7 @@ class Manifest:
     """Statistics that the quality gate and later stages read."""
 
     def iter_json(self) -> Iterator[bytes]:
-        """Yield the text of manifest.json in pieces, one per file, of which there may be millions. The text ends with its own checksum."""
+        """Yield the text of manifest.json in pieces, one per file, because there may be millions. It ends with its own checksum."""
         digest = hashlib.sha256()
         for piece in self._iter_content():
             digest.update(piece)
@@ -74,6 +74,9 @@ class Manifest:
     @classmethod
     def from_json(cls, text: bytes) -> "Manifest":
         """Parse the text of manifest.json.
+
+        Returns:
+            The manifest.
 
         Raises:
             ValueError, KeyError, TypeError: The text is not a manifest, or was changed after it was written.
@@ -147,6 +150,9 @@ def read_manifest(folder: Folder, kind: str) -> bytes:
 
 def parse(folder: Folder, text: bytes) -> Manifest:
     """Parse the text of a folder's manifest.
+
+    Returns:
+        The manifest.
 
     Raises:
         ArtefactError: The text is not a manifest, is damaged, or has another schema version.

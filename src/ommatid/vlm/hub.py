@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from ommatid.errors import ModelError
 
-# Files that a folder must have: a description for the user, and patterns of which at least one must match.
+# Files that a folder must have: a description for the user, and patterns, at least one of which must match.
 CONFIG = {"config.json": ("config.json",)}
 WEIGHTS = {"weights (*.safetensors or pytorch_model*.bin)": ("*.safetensors", "pytorch_model*.bin")}
 PREPROCESSOR = {"preprocessor_config.json": ("preprocessor_config.json", "processor_config.json")}

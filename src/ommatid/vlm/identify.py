@@ -14,7 +14,7 @@ ALLOWED = "lite0, lite2, a folder, OWNER/NAME of the model hub, or module:PACKAG
 
 
 def identify(spec: str) -> Model:
-    """Return the parameters of the model that a short name stands for. All but the name have their default values.
+    """Return the parameters of the model that a short name denotes. All but the name have their default values.
 
     The kind of a folder or of a hub name follows from `model_type` in config.json.
 

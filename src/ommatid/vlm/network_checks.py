@@ -1,4 +1,4 @@
-"""Checks that every network must pass before its outputs are used, whatever its family and whoever wrote its code.
+"""Checks that every network must pass before its outputs are used, even if its code comes from transformers or from Ommatid itself.
 
 Whether preprocessing agrees with the model's own image processor is checked where it is read: see `processor`.
 """

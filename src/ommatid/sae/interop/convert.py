@@ -23,7 +23,7 @@ class Format(Protocol):
     """A library's file format for SAEs. Each is a module of this package."""
 
     FILES: str
-    """Description of the files, in words."""
+    """Description of the files, for messages."""
     TAKES: Mapping[str, str]
     """Values that the user can give because files may lack them: their names, and what they mean."""
 

@@ -94,7 +94,7 @@ class Folder(ABC):
 
     @abstractmethod
     def iter_visible(self) -> Iterator[Entry]:
-        """Yield the files at any depth, in any order, except those with a path of which a part begins with a dot.
+        """Yield the files at any depth, in any order, except hidden ones, whose path has a part that begins with a dot.
 
         Raises:
             SourceError: A folder cannot be listed.
@@ -113,6 +113,9 @@ class Folder(ABC):
     def open(self, name: str, size: int | None = None) -> BinaryIO:
         """Open a file for reading from any position. Passing its `size`, if known, saves a lookup.
 
+        Returns:
+            The open file.
+
         Raises:
             FileNotFoundError: The file is missing.
         """
@@ -121,6 +124,9 @@ class Folder(ABC):
     def read_bytes(self, name: str) -> bytes:
         """Read a whole file.
 
+        Returns:
+            The content.
+
         Raises:
             FileNotFoundError: The file is missing.
         """
@@ -128,6 +134,9 @@ class Folder(ABC):
     @abstractmethod
     def read_range(self, name: str, start: int, end: int) -> bytes:
         """Read the bytes of a file from `start` up to `end` or the end of the file.
+
+        Returns:
+            The bytes.
 
         Raises:
             FileNotFoundError: The file is missing.

@@ -72,7 +72,7 @@ class Disk(Folder):
             return []
 
     def iter_visible(self) -> Iterator[Entry]:
-        """Yield regular files and dangling links at any depth, except those with a path of which a part begins with a dot.
+        """Yield regular files and dangling links at any depth, except hidden ones, whose path has a part that begins with a dot.
 
         Links to directories are followed, and every real directory is visited once.
 

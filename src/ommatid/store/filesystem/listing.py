@@ -46,6 +46,9 @@ class Listed:
     def read(self, most: int) -> bytes:
         """Read at most the first `most` bytes.
 
+        Returns:
+            The bytes.
+
         Raises:
             OSError: The file cannot be read.
         """

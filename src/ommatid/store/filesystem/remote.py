@@ -89,7 +89,7 @@ class Remote(Folder):
             yield _entry(path.removeprefix(self._root).lstrip("/"), info)
 
     def iter_visible(self) -> Iterator[Entry]:
-        """Yield the objects below the prefix, in any order, except those with a name of which a part begins with a dot."""
+        """Yield the objects below the prefix, in any order, except hidden ones, whose name has a part that begins with a dot."""
         return (entry for entry in self.entries() if not any(part.startswith(".") for part in entry.name.split("/")))
 
     def entry(self, name: str = "") -> Entry | None:
