@@ -23,6 +23,7 @@ from PIL import Image
 
 import ommatid
 from ommatid.errors import ArtefactError, ConfigError, InputError, ModelError
+from ommatid.stage import load
 from ommatid.store.filesystem import open_folder
 from support.activations import draw_activations
 from support.study import CHECKOUT, make_test_params, run_verb
@@ -232,3 +233,19 @@ def test_public_names_are_listed_and_unknown_ones_raise() -> None:
     assert set(ommatid.__all__) <= set(dir(ommatid))
     with pytest.raises(AttributeError, match="module 'ommatid' has no attribute 'open'; it has Catalog, "):
         ommatid.open  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("ommatid.catalog:Catalog", "ommatid:Catalog"),
+        ("ommatid.stage:open_stage", "ommatid.pipeline:open_stage"),
+        ("ommatid.images.drawing:draw", "ommatid.images.figure:draw"),
+        ("ommatid.sae.interop:Told", "ommatid.sae.interop:Overrides"),
+    ],
+)
+def test_an_old_name_still_works_and_names_the_new_one(old: str, new: str) -> None:
+    sys.modules.pop("ommatid.images.drawing", None)  # it warns when it is imported
+    with pytest.warns(DeprecationWarning, match=f"{old.rpartition(':')[0]}.* is now ".replace(".", r"\.", 1)):
+        found = load(old)
+    assert found is load(new)

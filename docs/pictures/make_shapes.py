@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ommatid.images.figures import draw, make_figure
+from ommatid.images.figure import draw, make_figure
 from ommatid.images.shapes import load_plan
 
 PICTURES = Path(__file__).parent

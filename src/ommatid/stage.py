@@ -4,6 +4,7 @@ Every stage has a package of its own name. The package's `__init__.py` declares 
 its `stage.py` computes the artefact in `run(params, inputs, draft, on_event)`. `ommatid.pipeline` finds both by the stage's name.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -94,3 +95,13 @@ def is_checkouts(data: "Folder | str") -> bool:
 
     path = open_folder(data).local_path()
     return path is not None and path.resolve() == Path(DATA).resolve()
+
+
+def __getattr__(name: str) -> Any:
+    """Return `open_stage` under its old name, which works for one more release."""
+    if name != "open_stage":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        "ommatid.stage.open_stage is now in ommatid.pipeline; the old name goes with the next release", DeprecationWarning, stacklevel=2
+    )
+    return load("ommatid.pipeline:open_stage")

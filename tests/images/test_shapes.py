@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.stats import chisquare
 
 from ommatid.errors import SourceError
-from ommatid.images.figures import BACKGROUNDS, COLOURS, FAMILIES, PLACES, SHAPES, TEXTURES, Figure, draw, make_figure
+from ommatid.images.figure import BACKGROUNDS, COLOURS, FAMILIES, PLACES, SHAPES, TEXTURES, Figure, draw, make_figure
 from ommatid.images.shapes import Shapes
 from support.study import CHECKOUT
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ommatid.images.figures import BACKGROUNDS, COLOURS, FAMILIES, PLACES, SHAPES, TEMPERATURES, TEXTURES, Figure, draw, make_figure
+from ommatid.images.figure import BACKGROUNDS, COLOURS, FAMILIES, PLACES, SHAPES, TEMPERATURES, TEXTURES, Figure, draw, make_figure
 from ommatid.images.shapes import Plan
 from ommatid.vlm import Captured, Hookpoint
 from ommatid.vlm.preprocess import Preprocess

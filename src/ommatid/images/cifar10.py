@@ -15,7 +15,7 @@ from PIL import Image
 
 from ommatid.config import Cifar10Source
 from ommatid.errors import SourceError, gist
-from ommatid.images.figures import encode_png
+from ommatid.images.figure import encode_png
 from ommatid.images.npm_archive import fetch, load_pin
 from ommatid.images.source import Item
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ommatid.config import ShapesSource, parse_json
 from ommatid.errors import ConfigError, SourceError, gist
-from ommatid.images.figures import Figure, draw, encode_png, make_figure
+from ommatid.images.figure import Figure, draw, encode_png, make_figure
 from ommatid.images.source import Item
 
 _NO_PLAN = "not a plan with n_images, size and seed"
