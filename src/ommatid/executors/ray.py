@@ -1,7 +1,7 @@
 """Execution on a Ray cluster. This is the only file that imports `ray`.
 
 A worker is an actor, because an actor keeps its process, its GPU and thus the loaded model from shard to shard. A task would not: Ray ends
-the process after each task that uses a GPU, and a process that it keeps may be given a GPU other than the one that holds its model.
+the process after each task that uses a GPU, and if it keeps a process, the next task may get a GPU that does not hold the model.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Disk space of an extraction, which is computed first, so that an extraction that does not fit on the disk is refused."""
+"""Disk space of an extraction, computed in advance, so that an extraction is refused if the disk is too small for it."""
 
 import shutil
 from collections.abc import Mapping

@@ -277,9 +277,9 @@ class Learner(Accumulator):
     def finish(self, hookpoint: str, model: str, target: str | None) -> SAE:
         """Make the trained SAE for raw activations, with scales and the subtracted bias folded into its weights.
 
-        With c and e the scales of x and of the target, and b = b_enc − W_enc · b_pre, where b_pre is the bias that training subtracts from
-        x, the pre-activations of a raw x are (c W_enc · x + b) / e, and x̂ = acts W_dec + b_dec / e. Directions are unchanged, and
-        activations are in units of the raw target.
+        Let c and e be the scales of x and of the target, b_pre the bias that training subtracts from x, and b = b_enc − W_enc · b_pre. Then
+        pre_acts = (c W_enc · x + b) / e for a raw x, and x̂ = acts W_dec + b_dec / e. Directions are unchanged, and activations are in
+        units of the raw target.
 
         Args:
             hookpoint: Hookpoint of the activations that are encoded.

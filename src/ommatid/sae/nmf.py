@@ -30,7 +30,7 @@ class NMF:
     The activations x may be negative, so `low`, the minimum of each dimension over the sample, is subtracted first.
 
     A token's parts are chosen by non-negative orthogonal matching pursuit. In each of eight rounds the k / 8 parts most similar to the
-    residual are added (as in generalised OMP, Wang, Kwon and Shim 2012); then the acts of all chosen parts are solved again by a fixed
+    residual are added (as in generalised OMP, Wang, Kwon and Shim 2012); then the acts of all chosen parts are fitted again by a fixed
     number of HALS sweeps (hierarchical alternating least squares, Cichocki et al. 2007). L0 is therefore close to that of the SAE. Without
     the limit k, a comparison would mean nothing: with one part per dimension, NMF reconstructs any data exactly.
     """

@@ -171,9 +171,9 @@ def add_monosemanticity(
 ) -> Float[Tensor, ""]:
     """Add the gradient of the monosemanticity loss, weight · (1 − mean MS of the batch's latents), with respect to activations.
 
-    MS is a closed form of equation 1 of Pach et al. 2025: MS = (‖w‖² − v) / (u² − v), where u = Σã, v = Σã², w = Σãp, p are the unit
-    embeddings, and ã are a latent's activations divided by the largest of them in the batch, which is treated as a constant. Latents that
-    fire on fewer than two tokens have no MS. Each rank computes MS on its own share of the batch.
+    MS is a closed form of equation 1 of Pach et al. 2025: MS = (‖w‖² − v) / (u² − v), where u = Σã, v = Σã² and w = Σãp. Here p are unit
+    embeddings, and ã are a latent's activations divided by the largest of them in the batch, which counts as a constant. Latents that fire
+    on fewer than two tokens have no MS. Each rank computes MS on its own share of the batch.
 
     Args:
         entries: Entries that `acts` and `grad_acts` refer to.

@@ -1,9 +1,12 @@
 """The trainer: it trains several learners on one stream of batches, writes checkpoints and emits events.
 
-The recipe, with its sources, is Adam with lr 2e-4/√(d_sae/16384), warm-up, linear decay over the last fifth, gradients without the
-component parallel to the directions and clipped to norm 1, directions renormalised, mean ‖x‖² scaled to 1
-(saprmarks/dictionary_learning); datapoint init (saev); AuxK (arXiv 2406.04093); and a moving average of the threshold for inference
-(arXiv 2412.06410, appendix).
+The recipe and its sources:
+
+- saprmarks/dictionary_learning: Adam with lr 2e-4/√(d_sae/16384), warm-up, and linear decay over the last fifth; gradients without the
+  component parallel to the directions, clipped to norm 1; directions renormalised; mean ‖x‖² scaled to 1
+- saev: datapoint init
+- arXiv 2406.04093: AuxK
+- arXiv 2412.06410, appendix: moving average of the threshold for inference
 """
 
 import math

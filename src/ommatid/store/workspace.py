@@ -79,7 +79,7 @@ def _facts(path: Path) -> str:
 
 
 def note_published(local: Path, digest: str) -> None:
-    """Record beside the lock which draft became which artefact, so that a process that waits to make the same artefact finds it."""
+    """Record beside the lock which draft became which artefact, for processes that wait for the lock to make the same artefact."""
     note = local.with_name(f"{artefact_of(local.name)}.published")
     temporary = temporary_path(note)
     temporary.write_text(f"{local.name} {digest}\n", encoding="utf-8")

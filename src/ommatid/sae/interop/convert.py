@@ -87,7 +87,7 @@ def import_sae(path: Path, overrides: Overrides | None = None, format_name: str 
 
 
 def export_sae(sae: SAE, format_name: str, folder: Path) -> None:
-    """Write an SAE as files that another library's own loader opens, and from which that library computes the same values.
+    """Write an SAE as files for another library. Its own loader opens them, and the loaded SAE computes the same values.
 
     Args:
         sae: The SAE.

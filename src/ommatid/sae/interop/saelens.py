@@ -114,7 +114,7 @@ def _check_architecture(cfg: Mapping[str, Any], path: Path) -> str:
 
 
 def _scaling_factor(cfg: Mapping[str, Any], path: Path, overrides: Overrides) -> float:
-    """Return the factor by which activations were multiplied in training, which is 1 unless cfg.json says that they were."""
+    """Return the factor by which training multiplied activations: 1 unless cfg.json says that it scaled them."""
     if cfg.get("normalize_activations") not in ("expected_average_only_in", True):
         return 1.0
     if (given := overrides.number("scaling_factor")) is not None:
