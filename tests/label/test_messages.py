@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ommatid.config.label import VlmLabeller
-from ommatid.label.evidence import GRID_VERSION, N_TILES, SIDE, draw_grid, mark, tile_corner
+from ommatid.label.grid import GRID_VERSION, N_TILES, SIDE, draw_grid, mark, tile_corner
 from ommatid.label.labellers.base import Example
 from ommatid.label.labellers.vlm import AnswerCache, Vlm
 from support.cases import LEFT, encode, make_case

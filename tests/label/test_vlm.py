@@ -321,7 +321,7 @@ def test_detection_does_not_depend_on_the_order_of_images(tmp_path: Path) -> Non
 
 
 def numbers_of_red(asked: Asked) -> list[int]:
-    from ommatid.label.evidence import SIDE, tile_corner
+    from ommatid.label.grid import SIDE, tile_corner
 
     (grid,) = asked.images
     n = int(asked.text.split(" numbered images")[0].split()[-1])

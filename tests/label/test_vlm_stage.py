@@ -17,7 +17,7 @@ from ommatid.events import Event, Warned
 from ommatid.extract import networks
 from ommatid.extract.stage import extract
 from ommatid.label import context
-from ommatid.label.evidence import SIDE, tile_corner
+from ommatid.label.grid import SIDE, tile_corner
 from ommatid.label.stage import label
 from ommatid.store import Artefact
 from support.servers import Asked, Reply, chatting, free_port, names, refuses, says

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from ommatid.config.label import CaptionerLabeller
 from ommatid.errors import ModelError
 from ommatid.images.decode import decode
-from ommatid.label.evidence import N_TILES, choose_tiles, cut
+from ommatid.label.grid import N_TILES, choose_tiles, cut
 from ommatid.label.labellers.base import Answer, Case, ImageLabeller
 from ommatid.vlm import hub
 from ommatid.vlm.network_checks import SHAPES, structured_picture

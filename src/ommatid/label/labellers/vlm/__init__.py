@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ommatid.config.label import VlmLabeller
 from ommatid.images.decode import decode
-from ommatid.label.evidence import GRID_VERSION, N_TILES, choose_tiles, coarse_heat, draw_grid, mark
+from ommatid.label.grid import GRID_VERSION, N_TILES, choose_tiles, coarse_heat, draw_grid, mark
 from ommatid.label.labellers.base import Answer, Case, Example, ImageLabeller
 from ommatid.label.labellers.vlm.client import AnswerCache, Client, Clock, Warn, open_checkout_cache
 from ommatid.label.labellers.vlm.messages import (
