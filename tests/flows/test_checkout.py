@@ -115,7 +115,7 @@ def test_a_run_with_an_override_is_an_experiment_that_leaves_the_checkout_alone(
 
     run(checkout, "dvc", "exp", "apply", name)
     assert params_of(checkout) == params_of(checkout, "train.k=12", "train.seed=5")
-    assert params.read_text().startswith("# Every value of Ommatid.")  # comments survive
+    assert params.read_text().startswith("# All params of Ommatid")  # comments survive
     assert json.loads((checkout / "data/sae/out.json").read_text())[0]["k"] == 12
     assert json.loads((checkout / "data/images/out.json").read_text())[1] == ["one.jpg", "two.jpg"]
     assert (checkout / "src/train.py").read_text() == "not_committed = True\n"

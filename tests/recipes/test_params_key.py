@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from support.recipes import Tree, assert_only_named, blocks_of, copy_tree
+from support.study import CHECKOUT
 from support.tiles import write_tile_folder
 
 PAGE = "add-a-params-key.md"
-CONFIG, STAGE = "src/ommatid/config/images.py", "src/ommatid/images/stage.py"
+CONFIG, STAGE, FOLDER = "src/ommatid/config/images.py", "src/ommatid/images/stage.py", "src/ommatid/images/folder.py"
 RUN_VERBS = """
 import sys
 from support.study import run_verb
@@ -54,8 +55,9 @@ def test_a_key_of_a_section_takes_the_files_of_its_recipe(tree: Tree, tmp_path: 
 def test_a_key_of_a_kind_takes_the_files_of_its_recipe(tree: Tree, tmp_path: Path) -> None:
     (last,) = re.findall(r'class FolderSource.*?(    """Folder, .*?"""\n)', (tree.root / CONFIG).read_text(encoding="utf-8"), re.DOTALL)
     tree.replace(CONFIG, last, last + textwrap.indent(blocks_of(PAGE)[1], " " * 4))
-    tree.replace(STAGE, "Folder(params.path)", 'Folder(f"{params.path}/{params.inside}")')
-    assert_only_named(tree, PAGE)
+    tree.replace(FOLDER, "Folder(params.path)", 'Folder(f"{params.path}/{params.inside}")')
+    assert tree.changed() == [CONFIG, FOLDER]
+    assert "src/ommatid/images/<kind>.py" in (CHECKOUT / "docs/developers" / PAGE).read_text(encoding="utf-8")
     source = "images.source={kind: folder, path: photos, inside: red}"
     assert count_images(tree, tmp_path / "work", before="images.limit=null", after=source) == {"before": 12, "after": 4}
 
