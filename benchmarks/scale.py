@@ -73,7 +73,8 @@ def write_plan(draft: store.Draft, n_shards: int, clock: Clock) -> None:
 
 def write_manifest(draft: store.Draft, n_shards: int, clock: Clock) -> None:
     merged = clock("merge the receipts", lambda: merge(draft, ["block"], n_shards))["block"]
-    clock("check the files, write the manifest", lambda: draft.child("block", "activations").seal(merged.summary, merged.files))
+    counts = {"n_train_tokens": merged.n_tokens["train"], "n_eval_tokens": merged.n_tokens["eval"], "window": merged.window}
+    clock("check the files, write the manifest", lambda: draft.child("block", "activations").seal(counts, merged.files))
 
 
 def run(folder: Path, n_shards: int) -> list[Row]:

@@ -37,7 +37,7 @@ def main() -> None:
     devnull = os.open(os.devnull, os.O_RDONLY)  # standard input of the module
     os.dup2(devnull, 0)
     os.close(devnull)
-    threading.Thread(target=_watch, args=(pipe,), name="ward", daemon=True).start()
+    threading.Thread(target=_watch, args=(pipe,), name="parent watch", daemon=True).start()
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 

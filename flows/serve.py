@@ -20,8 +20,8 @@ from flows.commands import environment
 from flows.processes import Services, free_port
 from ommatid.cli.error_boundary import at_edge
 from ommatid.config import load_params
-from ommatid.config.load import parse_yaml
 from ommatid.config.messages import explain
+from ommatid.config.strict_yaml import parse_yaml
 from ommatid.errors import ConfigError
 from ommatid.tracking import follow_move
 
@@ -104,7 +104,8 @@ def takes_params(checkout: Path, deployment: Deployment) -> bool:
     """
     file, _, flow = deployment.entrypoint.rpartition(":")
     try:
-        functions = [node for node in ast.parse((checkout / file).read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
+        body = ast.parse((checkout / file).read_text(encoding="utf-8")).body
+        functions = [node for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
         (arguments,) = [node.args for node in functions if node.name == flow]
     except (OSError, SyntaxError, ValueError):
         raise ConfigError(

@@ -101,6 +101,14 @@ def test_forms_of_flows_are_filled_with_the_params(tmp_path: Path) -> None:
     assert found == {"pipeline": ("ommatid", True), "retrain": ("ommatid", False), "count": ("ommatid", False)}
 
 
+def test_an_asynchronous_flow_is_deployed_too(tmp_path: Path) -> None:
+    tree = copy_tree(tmp_path)
+    add_deployment(tree)
+    tree.replace("flows/count.py", "def count(", "async def count(")
+    (deployment,) = [one for one in read_deployments(tmp_path) if one.name == "count"]
+    assert not takes_params(tmp_path, deployment)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [

@@ -102,6 +102,13 @@ def test_queries_pictures_and_reports_of_a_study_stay_in_it(
 def test_an_sae_of_a_study_is_exported_from_it(capsys: pytest.CaptureFixture[str]) -> None:
     saes = list(open_stage("train", data="other/study").each())
     assert run_verb("export", "--to", "saelens", "--out", "out", "--sae", f"other/study/sae/{saes[0]}") == 0
+    assert len(saes) == 1 and run_verb("export", "--to", "saelens", "--out", "same", "--data", "other/study") == 0
+    assert {path.name: path.read_bytes() for path in Path("same").iterdir()} == {
+        path.name: path.read_bytes() for path in Path("out").iterdir()
+    }
+    assert run_verb("train", "--data", "two", "--set", "train.runs=[{k: 2}, {k: 3}]") == 0
     capsys.readouterr()
+    assert run_verb("export", "--to", "saelens", "--out", "again", "--data", "two") == 1
+    assert "two/sae holds 2 SAEs" in (said := capsys.readouterr().err) and "name the folder of one with --sae" in said
     assert run_verb("export", "--to", "saelens", "--out", "again", "--data", "nowhere") == 1
     assert "nowhere/sae" in capsys.readouterr().err

@@ -97,7 +97,7 @@ class Child:
 
         Args:
             what: Kind of answer: `ask` for rows, `arrow` for an Arrow stream.
-            values: Arguments of the method of that name of `worker.Reader`, except the last.
+            values: Arguments of the method of that name of `sandbox.Reader`, except the last.
             most: Maximum size of the answer, in bytes.
             timeout: Seconds until the answer has to be complete; None: no limit.
 

@@ -269,7 +269,7 @@ def import_(
 def export(
     to: Annotated[str, typer.Option(help="saelens, dictionary_learning, sparsify, saev, sae_for_vlm or overcomplete.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
-    sae: Annotated[Path | None, typer.Option(help="Folder with sae.safetensors and cfg.json; default: sae under --data.")] = None,
+    sae: Annotated[Path | None, typer.Option(help="Folder with sae.safetensors and cfg.json; default: the only SAE under --data.")] = None,
     data: Data = DEFAULT_DATA,
 ) -> None:
     """Export an SAE in the format of another library, whose own loader can then open it."""
@@ -310,15 +310,12 @@ def _output_root(catalog: Path, data: str) -> Path:
 
 def _trained_sae(data: str) -> Path:
     """Folder of the study's SAE, fetched first if the study is in an object store."""
-    if "://" not in data:
-        return Path(data) / "sae"
     from ommatid.pipeline import open_stage
 
     saes = open_stage("train", data=data).each()
-    if len(saes) > 1:
-        raise ConfigError(
-            f"{data}/sae holds {len(saes)} SAEs ({', '.join(saes)}): copy one to this machine, and name its folder with --sae"
-        )
+    if len(saes) != 1:
+        todo = "copy one to this machine, and name its folder with --sae" if "://" in data else "name the folder of one with --sae"
+        raise ConfigError(f"{data}/sae holds {len(saes)} SAEs ({', '.join(saes) or 'all were rejected'}): {todo}")
     (sae,) = saes.values()
     return sae.path
 
