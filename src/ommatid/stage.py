@@ -2,6 +2,8 @@
 
 Every stage has a package of its own name. The package's `__init__.py` declares the stage as `STAGE` and imports no other module of it;
 its `stage.py` computes the artefact in `run(params, inputs, draft, on_event)`. `ommatid.pipeline` finds both by the stage's name.
+
+The stage `sources` of dvc.yaml makes no artefact and is not declared here.
 """
 
 import warnings
