@@ -84,16 +84,21 @@ class SAESummary(TrainedSAESummary):
     scale: Annotated[float, "factor by which activations were multiplied in training; it is folded into the weights"]
 
 
-class TrainingSummary(TypedDict):
-    """All SAEs of the stage `train`."""
+class PerSAESummary(TypedDict):
+    """The keys that all artefacts share that hold one artefact for each SAE."""
 
     saes: Annotated[list[str], "folders of the SAEs that passed the gate"]
-    of: Annotated[dict[str, TrainedSAESummary], "for each of them: `sae`, `n_steps`, `n_tokens`, `fvu`, `l0` and `dead`"]
     rejected: NotRequired[Annotated[dict[str, str], "folders of SAEs that failed the gate while others passed, with the reason"]]
 
 
-class VerdictSummary(TypedDict):
-    """The verdict of one judge on one dictionary."""
+class TrainingSummary(PerSAESummary):
+    """All SAEs of the stage `train`."""
+
+    of: Annotated[dict[str, TrainedSAESummary], "for each of them: `sae`, `n_steps`, `n_tokens`, `fvu`, `l0` and `dead`"]
+
+
+class MonosemanticitySummary(TypedDict):
+    """MonoSemanticity of one dictionary by one judge; in the evaluation of an SAE, by the main judge."""
 
     judge: Annotated[str, "name of the judge"]
     ms: Annotated[float | None, "mean MonoSemanticity score of the latents that have one"]
@@ -102,11 +107,16 @@ class VerdictSummary(TypedDict):
     ms_best: Annotated[float | None, "highest MonoSemanticity score of a latent"]
     ms_floor: Annotated[float | None, "mean pairwise cosine of the judge's embeddings of the same images"]
     ms_left_out: Annotated[int, "latents without a MonoSemanticity score"]
+
+
+class VerdictSummary(MonosemanticitySummary):
+    """The verdict of one judge on one dictionary."""
+
     n_images: Annotated[int, "evaluation images that the judge embedded"]
     failed: Annotated[int, "evaluation images for which it gave no finite embedding"]
 
 
-class EvaluationSummary(TypedDict):
+class EvaluationSummary(MonosemanticitySummary):
     """The evaluation of one SAE; numbers are of the evaluation split."""
 
     sae: Annotated[str, "name of the SAE in the catalogue"]
@@ -114,19 +124,12 @@ class EvaluationSummary(TypedDict):
     cosine: Annotated[float | None, "mean cosine of reconstruction and target"]
     l0: Annotated[float | None, "mean number of latents that fire per token"]
     dead: Annotated[float, "share of latents that never fire"]
-    ms: Annotated[float | None, "mean MonoSemanticity score, by the main judge, of the latents that have one"]
-    ms_low: Annotated[float | None, "lower end of the 95 % interval of `ms`"]
-    ms_high: Annotated[float | None, "upper end of the 95 % interval of `ms`"]
-    ms_best: Annotated[float | None, "highest MonoSemanticity score of a latent"]
-    ms_left_out: Annotated[int, "latents without a MonoSemanticity score"]
-    ms_floor: Annotated[float | None, "mean pairwise cosine of the judge's embeddings of the same images"]
     ms_untrained: Annotated[float | None, "`ms` of an untrained SAE of the same size"]
     ms_neurons: Annotated[float | None, "`ms` of the raw neurons"]
     fvu_untrained: Annotated[float | None, "`fvu` of the untrained SAE"]
     purity: Annotated[float | None, "mean purity of the 16 strongest images of a latent"]
     coverage: Annotated[float | None, "share of the classes that are the most common one of some latent with a purity of at least 0.75"]
     uniqueness: Annotated[float | None, "mean uniqueness of the latents"]
-    judge: Annotated[str, "name of the main judge"]
     judges: Annotated[list[VerdictSummary], "verdict of every judge, the main one first"]
     n_latents: Annotated[int, "latents of the SAE"]
     n_images: Annotated[int, "images of the evaluation split"]
@@ -140,12 +143,10 @@ class EvaluationSummary(TypedDict):
     zero_shot_recovered_untrained: Annotated[float | None, "the same for the untrained SAE"]
 
 
-class EvaluationsSummary(TypedDict):
+class EvaluationsSummary(PerSAESummary):
     """All evaluations of the stage `evaluate`."""
 
-    saes: Annotated[list[str], "folders of the SAEs that passed the gate"]
     of: Annotated[dict[str, dict[str, float]], "for each of them: the numbers of its summary"]
-    rejected: NotRequired[Annotated[dict[str, str], "folders of SAEs that failed the gate while others passed, with the reason"]]
 
 
 class LabelsSummary(TypedDict):
@@ -175,12 +176,10 @@ class LabelsSummary(TypedDict):
     n_tokens: Annotated[int, "tokens of these requests and their answers"]
 
 
-class LabellingsSummary(TypedDict):
+class LabellingsSummary(PerSAESummary):
     """All labels of the stage `label`."""
 
-    saes: Annotated[list[str], "folders of the SAEs that passed the gate"]
     of: Annotated[dict[str, dict[str, float]], "for each of them: the numbers of its summary"]
-    rejected: NotRequired[Annotated[dict[str, str], "folders of SAEs that failed the gate while others passed, with the reason"]]
 
 
 class CatalogSummary(TypedDict):
@@ -209,7 +208,11 @@ def check_keys(kind: str, summary: Mapping[str, Any]) -> None:
     """Assert that a summary has the keys that its class declares, and no others."""
     declared = SUMMARIES[kind]
     # the numbers of single labellers have keys such as n_scored_vocabulary
-    unknown = [key for key in summary if key not in declared.__annotations__ and not (kind == "labels" and key.startswith(_OF_LABELLERS))]
+    unknown = [
+        key
+        for key in summary
+        if key not in declared.__required_keys__ | declared.__optional_keys__ and not (kind == "labels" and key.startswith(_OF_LABELLERS))
+    ]
     missing = declared.__required_keys__ - summary.keys()
     assert not unknown and not missing, f"summary of {kind}: {unknown} not declared in {declared.__name__}, {sorted(missing)} missing"
 

@@ -314,8 +314,8 @@ def _trained_sae(data: str) -> Path:
 
     saes = open_stage("train", data=data).each()
     if len(saes) != 1:
-        todo = "copy one to this machine, and name its folder with --sae" if "://" in data else "name the folder of one with --sae"
-        raise ConfigError(f"{data}/sae holds {len(saes)} SAEs ({', '.join(saes) or 'all were rejected'}): {todo}")
+        remedy = "copy one to this machine, and name its folder with --sae" if "://" in data else "name the folder of one with --sae"
+        raise ConfigError(f"{data}/sae holds {len(saes)} SAEs ({', '.join(saes) or 'all were rejected'}): {remedy}")
     (sae,) = saes.values()
     return sae.path
 

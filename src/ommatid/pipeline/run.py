@@ -35,11 +35,13 @@ def _explain_lacks(run: Callable[Concatenate[str, P], Artefact]) -> Callable[Con
         except Exception as error:
             if (lack := find_lack(error)) is None:
                 raise
-            what, todo = lack.value
+            what, remedy = lack.value
             advice = STAGES[name].memory_advice
             if advice and lack in (Lack.MEMORY, Lack.DEVICE_MEMORY, Lack.THREADS):
-                todo = f"{advice}; or {todo}"
-            raise MachineError(f"{name}: {what} ({describe(error)}); {todo}; then run the stage again: what is finished is kept") from error
+                remedy = f"{advice}; or {remedy}"
+            raise MachineError(
+                f"{name}: {what} ({describe(error)}); {remedy}; then run the stage again: what is finished is kept"
+            ) from error
 
     return explained
 
