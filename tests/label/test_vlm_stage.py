@@ -12,17 +12,14 @@ from PIL import Image
 from ommatid import store
 from ommatid.config import LabelParams
 from ommatid.errors import ConfigError
-from ommatid.evaluate.stage import evaluate
 from ommatid.events import Event, Warned
-from ommatid.extract import networks
-from ommatid.extract.stage import extract
 from ommatid.label import context
 from ommatid.label.grid import SIDE, tile_corner
 from ommatid.label.stage import label
 from ommatid.store import Artefact
 from support.servers import Asked, Reply, chatting, free_port, names, refuses, says
-from support.study import make_artefact, make_test_params
-from support.tiles import COLOURS, D_SAE, DEAD, MIXED, PURE, TileModel, make_images_artefact, plant_sae
+from support.study import make_test_params
+from support.tiles import COLOURS, D_SAE, DEAD, MIXED, PURE, TileModel, make_line, use_tile_model
 
 N_IMAGES = 200
 
@@ -37,15 +34,8 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Artefac
         evaluate={"n_top": 16, "n_per_decile": 2},
     )
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((networks, "load_model"), (networks, "load_judge"), (context, "load_model")):
-            patch.setattr(module, name, lambda params, dtype, device: TileModel())
-        made = {"images": make_images_artefact(root, N_IMAGES)}
-        stages: Mapping[str, Any] = {"extract": extract, "train": plant_sae, "evaluate": evaluate}
-        kinds = {"extract": "extraction", "train": "sae", "evaluate": "evaluation"}
-        for name, stage in stages.items():
-            artefact = make_artefact(root / kinds[name], kinds[name], stage, getattr(params, name), made)
-            made[name] = artefact.child("tiles", "activations") if name == "extract" else artefact
-        yield made
+        use_tile_model(patch)
+        yield make_line(root, params)
 
 
 @pytest.fixture

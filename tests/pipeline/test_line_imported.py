@@ -9,15 +9,13 @@ import torch
 
 from ommatid.config import Params, TrainParams
 from ommatid.evaluate.stage import evaluate
-from ommatid.extract import networks
 from ommatid.extract.stage import extract
-from ommatid.label import context
 from ommatid.label.stage import label
 from ommatid.sae.interop import Overrides, export_sae, import_sae
 from ommatid.sae.model import SAE, Activation, SAEConfig
 from ommatid.store import Artefact, Draft
 from support.study import make_artefact, make_test_params
-from support.tiles import COLOURS, TileModel, make_images_artefact
+from support.tiles import COLOURS, TileModel, make_images_artefact, use_tile_model
 
 PURE = ("red", "green", "blue")
 NORMS = torch.tensor([2.0, 0.5, 3.0])
@@ -49,10 +47,9 @@ def params(tmp_path_factory: pytest.TempPathFactory) -> Params:
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory, params: Params) -> Iterator[dict[str, Artefact]]:
     """Images and their activations."""
-    root, model = tmp_path_factory.mktemp("line"), TileModel()
+    root = tmp_path_factory.mktemp("line")
     with pytest.MonkeyPatch.context() as patch:
-        for place, name in ((networks, "load_model"), (networks, "load_judge"), (context, "load_model")):
-            patch.setattr(place, name, lambda params, dtype, device: model)
+        use_tile_model(patch)
         made = {"images": make_images_artefact(root, 300)}
         made["extract"] = make_artefact(root / "extraction", "extraction", extract, params.extract, made).child("tiles", "activations")
         yield made

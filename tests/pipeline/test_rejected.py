@@ -20,8 +20,6 @@ from ommatid.cli import app
 from ommatid.config import EvaluateParams, Params, TrainParams, make_params
 from ommatid.errors import ArtefactError, GateError, TrainingError
 from ommatid.events import Event, Warned, ignore
-from ommatid.extract import networks
-from ommatid.label import context
 from ommatid.pipeline import open_stage
 from ommatid.pipeline.run import run_stage
 from ommatid.publish import champion
@@ -31,7 +29,7 @@ from ommatid.sae.model import SAE
 from ommatid.sae.step import Batch
 from ommatid.store import Artefact, Draft
 from support.study import make_test_params
-from support.tiles import COLOURS, TileModel, write_tile_folder
+from support.tiles import COLOURS, TileModel, use_tile_model, write_tile_folder
 
 GOOD, WIDE, NARROW, BAD = "batch_topk-12-k2-s0", "batch_topk-40-k3-s0", "batch_topk-9-k2-s0", "relu-32-k1-s0"
 RUNS: list[dict[str, Any]] = [{"d_sae": 12, "k": 2}, {"variant": "relu", "d_sae": 32, "k": 1, "lr": 1e-9}, {}, {"d_sae": 9, "k": 2}]
@@ -52,9 +50,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (root / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(networks, "load_model", lambda params, dtype, device: model)
-        patch.setattr(networks, "load_judge", lambda params, dtype, device: model)
-        patch.setattr(context, "load_model", lambda params, dtype, device: model)
+        use_tile_model(patch, model)
         for stage in ("images", "extract"):
             run_stage(stage, params, ignore)
         yield

@@ -21,8 +21,6 @@ from ommatid.config import Params, RetrainParams, make_params
 from ommatid.errors import ArtefactError, GateError
 from ommatid.evaluate.stage import evaluate
 from ommatid.events import Event, Listener, Progress, Warned, ignore
-from ommatid.extract import networks
-from ommatid.label import context
 from ommatid.metrics import Fidelity
 from ommatid.pipeline import STAGES, open_stage
 from ommatid.pipeline.run import run_stage
@@ -31,7 +29,7 @@ from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, open_draft
 from ommatid.vlm import Captured, Hookpoint, Replacement
 from support.study import make_test_params, run_verb
-from support.tiles import COLOURS, GRID, TileModel, write_tile_folder
+from support.tiles import COLOURS, GRID, TileModel, use_tile_model, write_tile_folder
 
 NARROW, WIDE = "batch_topk-12-k2-s0", "batch_topk-24-k3-s0"
 WIDTHS = {NARROW: 12, WIDE: 24}
@@ -76,9 +74,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeepTileModel]:
     (root / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(networks, "load_model", lambda params, dtype, device: model)
-        patch.setattr(networks, "load_judge", lambda params, dtype, device: model)
-        patch.setattr(context, "load_model", lambda params, dtype, device: model)
+        use_tile_model(patch, model)
         yield model
 
 

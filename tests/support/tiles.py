@@ -134,9 +134,9 @@ def make_line(root: Path, params: Params, **more: Any) -> dict[str, Artefact]:
         return made
 
 
-def use_tile_model(patch: pytest.MonkeyPatch) -> None:
-    """Use the TileModel whichever model the params name."""
-    model = TileModel()
+def use_tile_model(patch: pytest.MonkeyPatch, model: TileModel | None = None) -> None:
+    """Use a TileModel, or the one that is given, whichever model, judge and namer the params name."""
+    model = model or TileModel()
     patch.setattr(networks, "load_model", lambda params, dtype, device: model)
     patch.setattr(networks, "load_judge", lambda params, dtype, device: model)
     patch.setattr(context, "load_model", lambda params, dtype, device: model)
