@@ -1,9 +1,6 @@
 """Proves on a real Dask scheduler with two worker processes that every shard is made, whatever happens to the workers."""
 
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +14,7 @@ from ommatid.config.extract import DaskExecutor
 from ommatid.errors import ArtefactError, ExecutorError
 from ommatid.executors import dask, run, workers
 from support.jobs import BreakJob, Counted, KillJob, KillOnceJob, NestedJob, RefuseJob, StubbornJob, WriteJob, made
-from support.processes import HANG_SECONDS, TESTS, Driver, started, wait_for
+from support.processes import HANG_SECONDS, TESTS, started, wait_for
 from support.servers import dask_scheduler, dask_workers, free_port
 
 
@@ -147,28 +144,3 @@ def test_without_an_address_a_cluster_is_started_and_ended(tmp_path: Path, monke
     assert os.environ.keys() - before.keys() <= {"__DASK_PARENT_PID"}
     assert before.items() <= os.environ.items()
     wait_for(lambda: started() <= others, "the cluster to end")
-
-
-DRIVER = """
-import sys
-from support.jobs import WriteJob
-from ommatid.config.extract import DaskExecutor
-from ommatid.executors import run
-
-if __name__ == "__main__":
-    params = DaskExecutor(kind="dask", address=None, workers=2)
-    run(params, WriteJob(sys.argv[1], seconds=0.2), range(10_000), lambda shard: print(shard, flush=True))
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_no_process_outlives_its_driver(tmp_path: Path, number: signal.Signals, driver: Driver) -> None:
-    driver.start(DRIVER, tmp_path)
-    driver.end(number)
-
-
-def test_a_missing_library_is_an_error_with_the_command_that_installs_it() -> None:
-    code = "import sys; sys.modules['distributed'] = None; import ommatid.executors.dask"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "ExecutorError: extract.executor: dask is not installed" in ended.stderr
-    assert "pip install 'ommatid[dask]'" in ended.stderr

@@ -2,9 +2,6 @@
 
 import logging
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +12,7 @@ from ommatid.config.extract import RayExecutor
 from ommatid.errors import ArtefactError, ExecutorError
 from ommatid.executors import ray, run, workers
 from support.jobs import BreakJob, Counted, KillJob, KillOnceJob, NestedJob, RefuseJob, StubbornJob, WriteJob, made
-from support.processes import HANG_SECONDS, TESTS, Driver, started, wait_for
+from support.processes import HANG_SECONDS, TESTS, started, wait_for
 from support.servers import free_port, ray_cluster
 
 
@@ -128,28 +125,3 @@ def test_without_an_address_a_cluster_is_started_and_ended(tmp_path: Path, monke
     assert dict(os.environ) == before
     assert logging.getLogger("ray").level == level
     wait_for(lambda: started() <= others, "the cluster to end")
-
-
-DRIVER = """
-import sys
-from support.jobs import WriteJob
-from ommatid.config.extract import RayExecutor
-from ommatid.executors import run
-
-if __name__ == "__main__":
-    params = RayExecutor(kind="ray", address=None, workers=2)
-    run(params, WriteJob(sys.argv[1], seconds=0.2), range(10_000), lambda shard: print(shard, flush=True))
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_no_process_outlives_its_driver(tmp_path: Path, number: signal.Signals, driver: Driver) -> None:
-    driver.start(DRIVER, tmp_path)
-    driver.end(number)
-
-
-def test_a_missing_library_is_an_error_with_the_command_that_installs_it() -> None:
-    code = "import sys; sys.modules['ray'] = None; import ommatid.executors.ray"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "ExecutorError: extract.executor: ray is not installed" in ended.stderr
-    assert "pip install 'ommatid[ray]'" in ended.stderr
