@@ -77,7 +77,7 @@ def test_a_folder_is_read_in_order_and_only_in_the_row_groups_needed(tmp_path, p
     monkeypatch.setattr(
         pq.ParquetFile,
         "iter_batches",
-        lambda file, n, row_groups, columns: read.append(row_groups) or original(file, n, row_groups, columns),
+        lambda file, n, row_groups, **options: read.append(row_groups) or original(file, n, row_groups, **options),
     )
     assert [(item.path, item.read()) for item in files.iter_items([4, 5, 19])] == [
         ("a.parquet#4", images[4]),

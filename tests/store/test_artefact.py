@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ommatid import store
 from ommatid.errors import ArtefactError
 from ommatid.schemas import SCHEMA_VERSION
 from ommatid.store import open_artefact, open_draft, part_name
+from ommatid.store.damage import Checked
 
 PARTS = 3
 
@@ -37,6 +39,22 @@ def test_an_artefact_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert [len(part) for part in artefact.iter_parts("images")] == [10, 10, 10]
     artefact.verify()
     assert not (tmp_path / ".work" / "scratch").exists()
+
+
+def test_parts_are_read_and_decoded_by_the_calling_thread_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = pa.table({name: pa.array(range(5000)) for name in "abcdef"})
+    with open_draft(tmp_path / "made", "images", {}, {}) as draft:
+        draft.write_table("rows.parquet", rows, row_group_size=1000)
+        draft.seal({})
+        artefact = draft.publish(tmp_path / "made")
+    threads, readinto, read = set[int](), Checked.readinto, Checked.read
+    monkeypatch.setattr(Checked, "read", lambda self, *args: threads.add(threading.get_ident()) or read(self, *args))
+    monkeypatch.setattr(Checked, "readinto", lambda self, *args: threads.add(threading.get_ident()) or readinto(self, *args))
+    assert artefact.read("rows").equals(rows)
+    assert pa.Table.from_batches(artefact.iter_batches("rows")).equals(rows)
+    with artefact.open_part("rows.parquet") as part:
+        assert part.read_row_group(1).equals(rows.slice(1000, 1000))
+    assert threads == {threading.get_ident()}
 
 
 def test_parts_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ class ParquetFiles:
         columns = [name for name in named if name is not None]
         row = 0
         with _opened(group.file) as file:
-            for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group.index], columns=columns):
+            for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group.index], columns=columns, use_threads=False):
                 for i in range(batch.num_rows):
                     if row + i in wanted:
                         yield self._item(batch, i, f"{group.file.name}#{group.row + row + i}")
@@ -164,7 +164,7 @@ def _check_columns(path: str, schema: pa.Schema, params: ParquetSource) -> None:
 def _check_taxonomy(path: str, file: pq.ParquetFile, column: str) -> None:
     """Check all taxonomy paths before any image is read, so that a bad one at the end of a large file is reported at once."""
     row = 0
-    for batch in file.iter_batches(_TAXONOMIES_AT_ONCE, columns=[column]):
+    for batch in file.iter_batches(_TAXONOMIES_AT_ONCE, columns=[column], use_threads=False):
         for i, value in enumerate(batch.column(column).to_pylist()):
             try:
                 normalise(value)

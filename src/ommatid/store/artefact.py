@@ -19,6 +19,24 @@ CACHE = Path("data/.cache")
 """Folder of local copies of objects, by the digest of their artefact's manifest. It may be deleted at any time."""
 
 
+class _Part(pq.ParquetFile):
+    """A Parquet file that is decoded in the calling thread alone.
+
+    Arrow's own threads may still hold a buffer when a read has returned. To release one of a Python file they need the interpreter, and a
+    process that ends at that moment aborts ("terminate called without an active exception", pyarrow 25). One thread is as fast here. Only
+    reading ahead from an object store still uses Arrow's threads.
+    """
+
+    def read(self, *args: Any, **kwargs: Any) -> pa.Table:
+        return super().read(*args, **{"use_threads": False, **kwargs})
+
+    def read_row_group(self, *args: Any, **kwargs: Any) -> pa.Table:
+        return super().read_row_group(*args, **{"use_threads": False, **kwargs})
+
+    def iter_batches(self, *args: Any, **kwargs: Any) -> Iterator[pa.RecordBatch]:
+        return super().iter_batches(*args, **{"use_threads": False, **kwargs})
+
+
 class Artefact:
     """A finished artefact, opened read-only."""
 
@@ -145,7 +163,7 @@ class Artefact:
         return [self._check_columns(folder, name, columns) for name in self.parts(table)]
 
     def _check_columns(self, folder: Path, name: str, columns: Container[str]) -> Path:
-        with Checked(self.folder, self._by_name[name]) as source, pq.ParquetFile(source) as file:
+        with Checked(self.folder, self._by_name[name]) as source, _Part(source) as file:
             schema, metadata = file.schema, file.metadata
             wanted = [i for i in range(metadata.num_columns) if schema.column(i).path.partition(".")[0] in columns]
             for row_group in range(metadata.num_row_groups):
@@ -174,14 +192,14 @@ class Artefact:
         # Reads are buffered because pyarrow otherwise holds whole row groups, which are large for encoded images.
         is_near = self.folder.is_local
         options = {"buffer_size": 2**20 if is_near else READ_BYTES, "pre_buffer": False, "metadata": self._footers.get(name)}
-        with Checked(self.folder, self._by_name[name]) as source, pq.ParquetFile(source, **options) as file:
+        with Checked(self.folder, self._by_name[name]) as source, _Part(source, **options) as file:
             if not is_near and len(self._footers) < _FOOTERS_KEPT:
                 self._footers[name] = file.metadata
             yield file
 
     def read_part(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """Read one part of a table, or some of its columns, into memory."""
-        with Checked(self.folder, self._by_name[name]) as source, pq.ParquetFile(source, pre_buffer=True) as file:
+        with Checked(self.folder, self._by_name[name]) as source, _Part(source, pre_buffer=not self.folder.is_local) as file:
             return file.read(columns)
 
     def read(self, table: str, columns: list[str] | None = None) -> pa.Table:

@@ -80,7 +80,7 @@ class Writer:
         no_partitions: Any = None  # By default, pyarrow takes a folder named a=b for a column.
         with self._explaining_removal():
             source = home.local_path(name) or home.open(name)
-            return pq.read_table(source, columns=columns, filters=filters, partitioning=no_partitions)
+            return pq.read_table(source, columns=columns, filters=filters, partitioning=no_partitions, use_threads=False)
 
     def read_json(self, name: str) -> Any:
         """Return the value in a finished JSON file.
