@@ -292,6 +292,10 @@ def test_sparse_products_equal_the_dense_ones(bounds: tuple[int, ...], monkeypat
             torch.testing.assert_close(found, expected)
     torch.testing.assert_close(sparse.sum_by_latent(sparse.values), values.sum(0))
     torch.testing.assert_close(sparse.max_by_latent(sparse.values), values.amax(0))
+    of_sparse, of_dense = (
+        torch.bincount(latents, minlength=D_SAE) for latents in (sparse.firing_latents(sparse.values), dense.firing_latents(values))
+    )
+    assert of_sparse.tolist() == of_dense.tolist() == (values > 0).sum(0).tolist()
     assert math.isclose(float(sparse.at(W[:, 0]).sum()), float(W[latents, 0].sum()), rel_tol=1e-12)
 
 

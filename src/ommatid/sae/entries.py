@@ -78,7 +78,7 @@ class Sparse:
         return zeros.scatter_reduce_(0, self.latents, values, "amax")
 
     def firing_latents(self, acts: Float[Tensor, " entries"]) -> Int[Tensor, " firings"]:
-        """Return the latents that fire, given the activations of entries, `(n,)`. A latent may be repeated."""
+        """Return the latent of each firing, given the activations of entries, `(n,)`: a latent appears once for each token it fires on."""
         return self.latents[acts > 0]
 
     def decode(self, acts: Float[Tensor, " entries"], W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "batch levels d_out"]:
@@ -156,7 +156,7 @@ class Dense:
 
     def firing_latents(self, acts: Float[Tensor, "batch d_sae"]) -> Int[Tensor, " firings"]:
         """See `Sparse`."""
-        return (acts > 0).any(0).nonzero()[:, 0]
+        return (acts > 0).nonzero()[:, 1]
 
     def decode(self, acts: Float[Tensor, "batch d_sae"], W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "batch levels d_out"]:
         """See `Sparse`."""

@@ -57,7 +57,7 @@ class Step:
     n_firings: int
     """Number of firings on this rank."""
     firing_latents: Int[Tensor, " firings"]
-    """Latents that fire on this rank, `(n,)`. A latent may be repeated."""
+    """Latent of each firing on this rank, `(n_firings,)`: a latent appears once for each token it fires on."""
     threshold: float
     """Smallest firing activation on any rank; 0 if nothing fires, or if the variant has no common threshold."""
 
