@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ommatid.catalog.question import choose_sae
 from ommatid.catalog.reader import Catalog
 from ommatid.errors import QueryError
-from ommatid.show.pictures import choose_sae, draw_best, draw_comparison, draw_feature
+from ommatid.show.pictures import draw_best, draw_comparison, draw_feature
 from ommatid.show.pictures.best import ROW
 from ommatid.show.pictures.feature import GUTTER, TOP
 from ommatid.show.pictures.page import MARGIN, SIDE, Example, overlaid

@@ -11,11 +11,12 @@ from pathlib import Path
 import duckdb
 import pytest
 
+from ommatid.catalog.question import Question
 from ommatid.catalog.reader import Catalog
 from ommatid.errors import QueryError
+from ommatid.show.numbers import wilson
 from ommatid.show.pictures.page import Page
 from ommatid.show.report import Report, make_report, plots, write_report
-from ommatid.show.report.parts import Question, wilson
 from support import catalog as artefacts
 
 OTHER = f"{artefacts.OTHER}-00000000"

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ommatid.catalog.question import choose_sae
 from ommatid.catalog.reader import Catalog
-from ommatid.show.pictures.comparison import choose_sae
 from ommatid.show.pictures.page import (
     GAP,
     GREY,

@@ -1,6 +1,5 @@
 """The comparison of all SAEs of a catalogue: fidelity, monosemanticity, their controls, and a table of the numbers."""
 
-import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,42 +12,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from ommatid.catalog.reader import Catalog
-from ommatid.errors import QueryError
 from ommatid.show.pictures.page import FAINT, GREY, INK, MARGIN, Page, fixed, short
-
-
-def choose_sae(catalog: Catalog, name: str | None = None) -> str:
-    """Find an SAE by its name.
-
-    Args:
-        catalog: The open catalogue.
-        name: Name in the catalogue or in the training; None for the SAE with the highest mean MS above its floor.
-
-    Returns:
-        The name in the catalogue.
-
-    Raises:
-        QueryError: There is no SAE of this name.
-    """
-    found = catalog.rows(_SAES)
-    if not found:
-        raise QueryError(f"{catalog.path}: it has no evaluated SAE; build it again with `dvc repro catalog`")
-    if name is None:
-        return found[0][0]
-    for sae, name_in_training in found:
-        if name in (sae, name_in_training):
-            return sae
-    names = [name_in_training or sae for sae, name_in_training in found]
-    near = difflib.get_close_matches(name, names, n=1)
-    guess = f"did you mean {near[0]}? " if near else ""
-    raise QueryError(f"no SAE {name!r}; {guess}the catalogue has {', '.join(names)}")
-
-
-_SAES = """
-    SELECT comparisons.sae, runs.name FROM comparisons LEFT JOIN runs ON runs.sae = comparisons.sae
-    WHERE dictionary = 'sae' ORDER BY comparisons.ms - comparisons.ms_floor DESC NULLS LAST, comparisons.sae
-"""
-
 
 WIDTH = 1240
 PLOT_HEIGHT, PLOT_WIDTH = 350, 510

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 
+from ommatid.catalog.question import choose_sae
 from ommatid.catalog.reader import Catalog
 from ommatid.errors import QueryError
-from ommatid.show.pictures.comparison import choose_sae
 from ommatid.show.pictures.page import (
     ACCENT,
     ALARM,

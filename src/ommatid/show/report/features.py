@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ommatid.show.about import About
+from ommatid.show.numbers import fixed, percent
 from ommatid.show.pictures.best import BEST, MIN_IMAGES
 from ommatid.show.pictures.page import N_STRONGEST
 from ommatid.show.report import plots
-from ommatid.show.report.about import About
-from ommatid.show.report.parts import Section, ShownFeature, fixed, percent
+from ommatid.show.report.parts import Section, ShownFeature
 
 WORST = """
     SELECT * FROM features

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import jinja2
 
+from ommatid.catalog.question import choose_sae
 from ommatid.catalog.reader import Catalog
-from ommatid.show.pictures import choose_sae
+from ommatid.show.about import About, list_facts, make_headlines
 from ommatid.show.pictures.page import write_whole
-from ommatid.show.report.about import About
 from ommatid.show.report.features import make_features
 from ommatid.show.report.parts import Report
 from ommatid.show.report.plots import make_densities, make_fidelity, make_monosemanticity, make_scatter, make_scores
-from ommatid.show.report.tables import list_facts, make_controls, make_headlines, make_saes, make_stability, write_params
+from ommatid.show.report.tables import make_controls, make_saes, make_stability, write_params
 from ommatid.stage import REPORT
 from ommatid.store import Artefact
 

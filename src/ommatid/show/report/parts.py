@@ -1,80 +1,9 @@
-"""The parts of a report, and the formats of its numbers."""
+"""The parts of a report."""
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from textwrap import dedent
-from typing import Any
+from dataclasses import dataclass
 
-from ommatid.catalog.database import quote
-from ommatid.catalog.reader import Catalog, QueryResult
-
-DASH = "–"
-"""Stands for a missing value."""
-
-
-def fixed(value: float | None) -> str:
-    """Write a number with three decimals, or None as a dash."""
-    return DASH if value is None else f"{value:.3f}".replace("-", "−")
-
-
-def percent(value: float | None) -> str:
-    """Write a share as a percentage with one decimal, or None as a dash."""
-    return DASH if value is None else f"{100 * value:.1f} %"
-
-
-def share(part: int, whole: int) -> str:
-    """Write a part of a whole as a percentage without decimals."""
-    return f"{100 * part / whole:.0f} %"
-
-
-def interval(low: float | None, high: float | None, write: Callable[[float], str] = fixed) -> str:
-    """Write an interval, or a dash if an end is missing."""
-    return DASH if low is None or high is None else f"{write(low)} to {write(high)}"
-
-
-def wilson(part: int, whole: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share (Wilson 1927)."""
-    z = 1.959964
-    found, spread = part / whole, z * z / whole
-    middle = (found + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(found * (1 - found) / whole + spread / (4 * whole))
-    return middle - half, middle + half
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question to the catalogue."""
-
-    sql: str
-    """SQL with parameters such as $sae."""
-    values: Mapping[str, Any] = field(default_factory=dict)
-    """Values of the parameters, texts and numbers."""
-
-    @property
-    def text(self) -> str:
-        """SQL with the values in place of the parameters, so that a user can run it."""
-        text = dedent(self.sql).strip()
-        for name in sorted(self.values, key=len, reverse=True):
-            value = self.values[name]
-            text = text.replace(f"${name}", quote(value) if isinstance(value, str) else str(value))
-        return text
-
-    def ask(self, catalog: Catalog) -> QueryResult:
-        """Return the answer of a catalogue."""
-        return catalog.ask(self.sql, dict(self.values))
-
-
-@dataclass(frozen=True)
-class Headline:
-    """One of the numbers at the top of the report."""
-
-    value: str
-    """The number as it is written."""
-    name: str
-    """Name of the number, a few words."""
-    meaning: str
-    """What to compare it with."""
+from ommatid.catalog.question import Question
+from ommatid.show.about import Headline
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ommatid.catalog.question import Question
 from ommatid.catalog.reader import Catalog
+from ommatid.show.about import About
+from ommatid.show.numbers import fixed
 from ommatid.show.pictures.best import MIN_IMAGES
 from ommatid.show.pictures.comparison import HUES, make_plots
 from ommatid.show.pictures.page import ACCENT, FAINT, GREY, INK, SIDE, Page, load_examples, overlaid, places, short
-from ommatid.show.report.about import About
-from ommatid.show.report.parts import Question, Section, fixed
+from ommatid.show.report.parts import Section
 
 FIDELITY = """
     SELECT r.name, r.variant, r.k, c.n_latents AS d_sae, c.dictionary, c.l0, c.fvu, c.ms - c.ms_floor AS above_floor

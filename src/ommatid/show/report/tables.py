@@ -1,4 +1,4 @@
-"""The sections with numbers: headlines, facts, and tables that compare SAEs with their controls and with one another."""
+"""The sections with numbers: tables that compare SAEs with their controls and with one another."""
 
 import json
 from collections.abc import Mapping
@@ -6,14 +6,12 @@ from typing import Any
 
 import yaml
 
-from ommatid.show.report.about import CONTROLS, About
-from ommatid.show.report.parts import DASH, Headline, Question, Section, Table, fixed, interval, percent, share, wilson
+from ommatid.catalog.question import Question
+from ommatid.show.about import CONTROLS, About
+from ommatid.show.numbers import DASH, fixed, interval, percent, share
+from ommatid.show.report.parts import Section, Table
 from ommatid.show.report.plots import NAMES
 
-IMAGES = """
-    SELECT count(*) FILTER (split = 'train') AS training, count(*) FILTER (split = 'eval') AS evaluation, count(DISTINCT label) AS classes
-    FROM images
-"""
 SAES = """
     SELECT
         r.name, r.variant, c.n_latents AS d_sae, r.k, c.l0, c.fvu, c.dead, c.ms - c.ms_floor AS above_floor,
@@ -29,71 +27,6 @@ STABILITY = """
     FROM stability AS s LEFT JOIN runs AS r ON r.sae = s.other_sae
     WHERE s.sae = $sae ORDER BY s.mmcs DESC, other
 """
-
-
-def make_headlines(about: About) -> tuple[Headline, ...]:
-    """Make the headlines about labels, monosemanticity, reconstruction and dead latents, each with what to compare it with."""
-    return _label_headline(about), _monosemanticity_headline(about), *_reconstruction_headlines(about)
-
-
-def _label_headline(about: About) -> Headline:
-    scores, name = about.label_scores.get(about.sae), "of labels beat their control"
-    if not scores:
-        return Headline(DASH, name, "no latent has a label that could be scored")
-    better, scored = scores["better"], scores["scored"]
-    meaning = (
-        f"95 % interval {interval(*wilson(better, scored), write=lambda value: f'{100 * value:.0f}')} %, from {scored:,} labels compared "
-        "with another latent's label on held-out images; random labels would reach at most 50 %"
-    )
-    return Headline(share(better, scored), name, meaning)
-
-
-def _monosemanticity_headline(about: About) -> Headline:
-    numbers, name = about.numbers, "mean MS above its floor"
-    if numbers["above_floor"] is None:
-        return Headline(DASH, name, "the MonoSemanticity score is undefined for every latent")
-    others = [(label, about.controls[key]["above_floor"]) for key, label in (("untrained", "untrained SAE"), ("neurons", "raw neurons"))]
-    controls = "; ".join(f"{label} {fixed(value)}" for label, value in others)
-    within = f"95 % interval over images {interval(numbers['low'], numbers['high'])}; " if numbers["low"] is not None else ""
-    meaning = f"{within}{controls}; unrelated images score the floor, {fixed(about.floor)}"
-    return Headline(fixed(numbers["above_floor"]), name, meaning)
-
-
-def _reconstruction_headlines(about: About) -> tuple[Headline, Headline]:
-    numbers = about.numbers
-    fidelity = f"with {numbers['l0']:.1f} latents firing per token (L0); 0 is perfect, and predicting the mean gives 1"
-    dead = f"they fire on no evaluation image; the SAE has {numbers['n_latents']:,} latents"
-    return (
-        Headline(fixed(numbers["fvu"]), "variance unexplained (FVU)", fidelity),
-        Headline(percent(numbers["dead"]), "of latents are dead", dead),
-    )
-
-
-def list_facts(about: About) -> tuple[tuple[str, str], ...]:
-    """List model, hookpoint, judge, data, code and digests, as far as they are known.
-
-    Returns:
-        Name and value of each fact.
-    """
-    run, (images,) = about.run, about.ask(IMAGES)
-    classes = f"{images['classes']:,} classes" if images["classes"] else "without classes"
-    facts = {
-        "SAE": f"{about.name}: {run['variant']}, {about.numbers['n_latents']:,} latents, k {run['k']}",
-        "Model": run["model"],
-        "Hookpoint": run["hookpoint"] if not run["target"] else f"{run['hookpoint']}, decoding {run['target']}",
-        "Judge": run["judge"],
-        "Images": f"{images['training']:,} for training, {images['evaluation']:,} others for everything measured here; {classes}",
-        "Catalogue built": f"{run['created_at']:%Y-%m-%d %H:%M} UTC",
-        "Code": run["git_commit"] and f"{run['git_commit']}{', with uncommitted changes' if run['git_dirty'] else ''}",
-        "DVC experiment": run["dvc_experiment"],
-        "dvc.lock": run["dvc_lock"],
-        "MLflow run": run["mlflow_run_id"],
-        "Prefect flow run": run["prefect_flow_run_id"],
-        "Digest of images": run["images_digest"],
-        "Digest of activations": run["activations_digest"],
-        "Digest of the SAE": run["sae_digest"],
-    }
-    return tuple((name, value) for name, value in facts.items() if value)
 
 
 def write_params(about: About) -> str:

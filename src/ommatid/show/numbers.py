@@ -1,0 +1,36 @@
+"""How numbers are written for readers, in the report and on the explorer's pages."""
+
+import math
+from collections.abc import Callable
+
+DASH = "–"
+"""Stands for a missing value."""
+
+
+def fixed(value: float | None) -> str:
+    """Write a number with three decimals, or None as a dash."""
+    return DASH if value is None else f"{value:.3f}".replace("-", "−")
+
+
+def percent(value: float | None) -> str:
+    """Write a share as a percentage with one decimal, or None as a dash."""
+    return DASH if value is None else f"{100 * value:.1f} %"
+
+
+def share(part: int, whole: int) -> str:
+    """Write a part of a whole as a percentage without decimals."""
+    return f"{100 * part / whole:.0f} %"
+
+
+def interval(low: float | None, high: float | None, write: Callable[[float], str] = fixed) -> str:
+    """Write an interval, or a dash if an end is missing."""
+    return DASH if low is None or high is None else f"{write(low)} to {write(high)}"
+
+
+def wilson(part: int, whole: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson 1927)."""
+    z = 1.959964
+    found, spread = part / whole, z * z / whole
+    middle = (found + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(found * (1 - found) / whole + spread / (4 * whole))
+    return middle - half, middle + half
