@@ -5,6 +5,7 @@ Heavy libraries are imported inside the verbs that need them, so that every othe
 
 from ommatid.cli import query_process  # isort: skip - first, so that the process it starts loads while the other imports run
 
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -237,6 +238,26 @@ def report(
     with Catalog(file) as opened:
         write_report(opened, path, sae)
     say(path)
+
+
+@app.command()
+def serve(
+    published: Annotated[bool, typer.Option("--published", help="Serve the champion's catalogue, and follow each promotion.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own needs OMMATID_TOKEN.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8321,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Show reviews, but accept none.")] = False,
+    catalog: CatalogFile = None,
+    data: Data = DEFAULT_DATA,
+) -> None:
+    """Serve the explorer: pages on which people look at the features, search, compare and review them."""
+    from ommatid.explorer.app import serve as run
+    from ommatid.explorer.web import Settings
+
+    if published and (catalog is not None or data != DEFAULT_DATA):
+        raise ConfigError("--published names the champion's catalogue in data/published: leave out --catalog and --data")
+    file = Path("data/published/catalog.duckdb") if published else _catalog_file(catalog, data)
+    token = os.environ.get("OMMATID_TOKEN") or None
+    run(Settings(file, data, published, read_only, host, port, token))
 
 
 @app.command("import")

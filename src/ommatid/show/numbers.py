@@ -34,3 +34,13 @@ def wilson(part: int, whole: int) -> tuple[float, float]:
     middle = (found + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(found * (1 - found) / whole + spread / (4 * whole))
     return middle - half, middle + half
+
+
+def signed(value: float | None) -> str:
+    """Write a difference with three decimals and its sign, or None as a dash."""
+    return DASH if value is None else f"{value:+.3f}".replace("-", "−")
+
+
+def count(value: int | None) -> str:
+    """Write a whole number with separated thousands, or None as a dash."""
+    return DASH if value is None else f"{value:,}"

@@ -1,0 +1,144 @@
+"""The explorer's application: its routes, its errors as pages, its static files, and how it is served."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from ommatid import __version__
+from ommatid.errors import ConfigError, OmmatidError, QueryError
+from ommatid.explorer import classes, compare, console, feature, features, image, monitoring, review, runs, search, start
+from ommatid.explorer.library import Library, OldCatalogue
+from ommatid.explorer.security import Guard, check_exposure
+from ommatid.explorer.web import FOREVER, STATIC, BadRequest, Explorer, NotFound, Settings, asset
+
+TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".txt": "text/plain"}
+"""Content type of static files, by suffix."""
+
+
+def make_app(settings: Settings) -> FastAPI:
+    """Make the application.
+
+    Args:
+        settings: How the explorer is run. The catalogue need not exist yet.
+
+    Returns:
+        The application, which opens the catalogue at the first request.
+
+    Raises:
+        ConfigError: The settings would let other machines in without a token.
+    """
+    check_exposure(settings)
+    explorer = Explorer(settings, Library(settings.catalog))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        explorer.close()
+
+    app = FastAPI(
+        title="Ommatid explorer",
+        summary="The queries of the explorer's pages, as JSON.",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/api/openapi.json",
+        lifespan=lifespan,
+    )
+    app.state.explorer = explorer
+    for module in (start, features, feature, image, search, classes, compare, runs, review, console, monitoring):
+        app.include_router(module.router)
+    app.add_api_route("/static/{digest}/{name}", _static, include_in_schema=False)
+    app.add_exception_handler(OmmatidError, _explain)
+    app.add_exception_handler(RequestValidationError, _explain_parameters)
+    app.add_exception_handler(HTTPException, _explain_status)
+    app.add_exception_handler(Exception, _explain_fault)
+    app.add_middleware(monitoring.Meter)
+    app.add_middleware(Guard, settings=settings, secret=explorer.secret)
+    return app
+
+
+def serve(settings: Settings) -> None:
+    """Serve the explorer until Ctrl-C or SIGTERM.
+
+    Raises:
+        ConfigError: The address cannot be used.
+    """
+    import uvicorn
+
+    app = make_app(settings)
+    config = uvicorn.Config(
+        app, settings.host, settings.port, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30,
+        timeout_graceful_shutdown=5, limit_concurrency=512, h11_max_incomplete_event_size=2**16, lifespan="on",
+    )  # fmt: skip
+    try:
+        listening = config.bind_socket()
+    except (OSError, SystemExit):
+        raise ConfigError(
+            f"port {settings.port} of {settings.host} cannot be used, probably because it is taken; name another with --port"
+        ) from None
+    host, port = listening.getsockname()[:2]
+    print(f"explorer  http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends it)", flush=True)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _static(digest: str, name: str) -> Response:
+    try:
+        if asset(name) == f"/static/{digest}/{name}":
+            content = (STATIC / name).read_bytes()
+            return Response(
+                content, media_type=TYPES.get(Path(name).suffix, "application/octet-stream"), headers={"cache-control": FOREVER}
+            )
+    except KeyError:
+        pass
+    raise NotFound(f"There is no file {name!r} of this version.")
+
+
+def _respond(request: Request, status: int, title: str, message: str, near: Any = (), hint: str = "") -> Response:
+    """Answer with an error, as JSON in the JSON API and as a page elsewhere."""
+    if request.url.path.startswith("/api/"):
+        return JSONResponse({"error": message, "near": dict(near)}, status)
+    explorer: Explorer = request.app.state.explorer
+    return explorer.render(request, "error.html", status, title=title, message=message, near=dict(near), hint=hint)
+
+
+def _explain(request: Request, error: Exception) -> Response:
+    match error:
+        case NotFound():
+            return _respond(request, 404, "Not found", str(error), error.near)
+        case BadRequest():
+            return _respond(request, 400, "That cannot be asked", str(error))
+        case OldCatalogue():
+            return _respond(request, 503, "An old catalogue", str(error), hint="dvc repro")
+        case QueryError():
+            return _respond(request, 503, "No catalogue", str(error), hint="make demo")
+    return _respond(request, 503, "That did not work", str(error))
+
+
+def _explain_parameters(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return _respond(request, 400, "That cannot be asked", "\n".join(map(_problem, error.errors())))
+
+
+def _problem(error: Any) -> str:
+    """Say which parameter of an address is wrong, what came and what is allowed."""
+    name = ".".join(str(part) for part in error["loc"][1:]) or "the request"
+    given = "" if error["type"] in ("missing", "model_type") else f" got {str(error['input'])[:80]!r};"
+    said = "there is no such parameter" if error["type"] == "extra_forbidden" else error["msg"].removeprefix("Value error, ")
+    return f"{name}:{given} {said[:1].lower()}{said[1:]}"
+
+
+def _explain_status(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return _respond(request, 404, "Not found", f"There is no page {request.url.path!r}.", {"the start page": "/"})
+    return _respond(request, error.status_code, "That cannot be asked", str(error.detail))
+
+
+def _explain_fault(request: Request, error: Exception) -> Response:
+    return _respond(request, 500, "A fault", "The explorer failed to make this page; its log has the reason.")

@@ -1,0 +1,5 @@
+"""Pages of classes."""
+
+from fastapi import APIRouter
+
+router = APIRouter()

@@ -1,0 +1,5 @@
+"""Pages of compare."""
+
+from fastapi import APIRouter
+
+router = APIRouter()

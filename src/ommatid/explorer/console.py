@@ -1,0 +1,5 @@
+"""Pages of console."""
+
+from fastapi import APIRouter
+
+router = APIRouter()

@@ -1,0 +1,200 @@
+"""The page of a feature: its name beside its controls, its images, where it fires, and what is like it."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from ommatid.explorer.features import previews
+from ommatid.explorer.heat import Tile, draw_svg, encode, make_tile
+from ommatid.explorer.plots import draw_histogram
+from ommatid.explorer.web import NotFound, TheExplorer, View, feature_url
+
+router = APIRouter()
+
+N_BINS = 40
+"""Bins of the histogram of activations."""
+N_CLASSES = 12
+"""Classes shown of a feature."""
+N_SILENT = 8
+"""Images of nearest features shown on which the feature itself is silent."""
+
+FEATURE = "SELECT * FROM features WHERE sae = $sae AND latent = $latent"
+_NEAR = """
+    SELECT latent, label FROM features WHERE sae = $sae ORDER BY abs(latent - $latent), latent LIMIT 5
+"""
+_JUDGED = "SELECT judge, ms, ms_low, ms_high, floor FROM judged WHERE sae = $sae AND dictionary = 'sae' AND latent = $latent ORDER BY judge"
+_EXAMPLES = """
+    SELECT decile, rank, act, heat, e.rows, cols, image, left(image_id, 12) AS hash, width, height, label, seen_width, seen_height
+    FROM examples AS e JOIN images USING (image) WHERE sae = $sae AND latent = $latent ORDER BY decile DESC, rank
+"""
+_NEAR_MISSES = """
+    SELECT n.*, left(image_id, 12) AS hash, width, height, label
+    FROM near_misses AS n JOIN images USING (image) WHERE sae = $sae AND latent = $latent ORDER BY rank
+"""
+_SILENT = """
+    WITH other AS (
+        SELECT other, rank FROM neighbours WHERE sae = $sae AND latent = $latent AND rank <= 4
+    ), shown AS (
+        SELECT e.image, other.other, other.rank AS place, e.act FROM examples AS e JOIN other ON e.latent = other.other
+        WHERE e.sae = $sae AND e.decile = 10 AND e.rank <= 6
+            AND e.image NOT IN (SELECT image FROM firings WHERE sae = $sae AND latent = $latent)
+        QUALIFY row_number() OVER (PARTITION BY e.image ORDER BY other.rank) = 1
+    )
+    SELECT image, other, left(image_id, 12) AS hash, width, height, label
+    FROM shown JOIN images USING (image) ORDER BY place, shown.act DESC LIMIT $n
+"""
+_HISTOGRAM = f"""
+    WITH found AS (SELECT act FROM firings WHERE sae = $sae AND latent = $latent),
+    ends AS (SELECT min(act) AS low, max(act) AS high FROM found)
+    SELECT least(floor((act - low) / nullif(high - low, 0) * {N_BINS}), {N_BINS - 1})::INTEGER AS bin, count(*) AS n,
+        any_value(low) AS low, any_value(high) AS high
+    FROM found, ends GROUP BY bin ORDER BY bin
+"""
+_CLASSES = """
+    WITH fired AS (
+        SELECT label, count(*) AS n, avg(act) AS strength FROM firings JOIN images USING (image)
+        WHERE sae = $sae AND latent = $latent AND label IS NOT NULL GROUP BY label
+    )
+    SELECT label, n, strength, sum(n) OVER () AS n_all FROM fired ORDER BY n DESC, label LIMIT $most
+"""
+CLASS_SIZES = "SELECT label, count(*) AS n FROM images WHERE split = 'eval' AND label IS NOT NULL GROUP BY label"
+_NEIGHBOURS = """
+    SELECT n.rank, n.other AS latent, n.cosine, f.label, f.label_score, f.ms, f.n_images, f.max_act
+    FROM neighbours AS n JOIN features AS f ON f.sae = n.sae AND f.latent = n.other
+    WHERE n.sae = $sae AND n.latent = $latent ORDER BY n.rank
+"""
+_COFIRING = """
+    SELECT c.rank, c.other AS latent, c.lift, c.jaccard, c.n_both, f.label, f.label_score, f.ms, f.n_images, f.max_act
+    FROM cofiring AS c JOIN features AS f ON f.sae = c.sae AND f.latent = c.other
+    WHERE c.sae = $sae AND c.latent = $latent ORDER BY c.rank
+"""
+_MATCHES = """
+    SELECT m.other_sae, m.other_latent, m.cosine, m.jaccard, f.label, f.ms, r.name, r.decision
+    FROM matches AS m
+    LEFT JOIN features AS f ON f.sae = m.other_sae AND f.latent = m.other_latent
+    LEFT JOIN runs AS r ON r.sae = m.other_sae
+    WHERE m.sae = $sae AND m.latent = $latent ORDER BY m.cosine DESC, m.other_sae LIMIT 24
+"""
+_LABELS = "SELECT * FROM labels WHERE sae = $sae AND latent = $latent ORDER BY place, labeller"
+_MISTAKES = """
+    SELECT m.labeller, m.kind, m.rank, m.cosine, m.threshold, m.is_hard, m.act, image, left(image_id, 12) AS hash, width, height, label
+    FROM mistakes AS m JOIN images USING (image) WHERE sae = $sae AND latent = $latent ORDER BY labeller, kind, rank
+"""
+
+
+def find_feature(view: View, sae: str, latent: int) -> dict[str, Any]:
+    """Return the row of `features` of a latent.
+
+    Raises:
+        NotFound: There is no such latent.
+    """
+    found = view.rows(FEATURE, sae=sae, latent=latent) if 0 <= latent < 2**31 else []
+    if not found:
+        near = view.rows(_NEAR, sae=sae, latent=min(max(latent, 0), 2**31 - 1))
+        last = view.opened.saes[sae]["n_latents"] - 1
+        names = {f"{row['latent']}: {row['label'] or 'without a name'}": feature_url(sae, row["latent"]) for row in near}
+        raise NotFound(f"There is no latent {latent} in {sae}; its latents are 0 to {last:,}.", names)
+    return found[0]
+
+
+def describe_feature(view: View, sae: str, latent: int) -> dict[str, Any]:
+    """Collect everything that the catalogue says of a feature, as its page and the JSON API show it."""
+    keys = {"sae": sae, "latent": latent}
+    sizes = {row["label"]: row["n"] for row in view.opened.kept(CLASS_SIZES)}
+    n_images = sum(sizes.values())
+    classes = view.rows(_CLASSES, **keys, most=N_CLASSES)
+    for row in classes:
+        size = sizes.get(row["label"]) or row["n"]
+        row |= {"share": row["n"] / row["n_all"], "coverage": row["n"] / size, "lift": row["n"] / row["n_all"] / (size / n_images)}
+    return {
+        "feature": find_feature(view, sae, latent),
+        "judged": view.rows(_JUDGED, **keys),
+        "labels": view.rows(_LABELS, **keys),
+        "mistakes": view.rows(_MISTAKES, **keys),
+        "examples": view.rows(_EXAMPLES, **keys),
+        "near_misses": view.rows(_NEAR_MISSES, **keys),
+        "silent": view.rows(_SILENT, **keys, n=N_SILENT),
+        "histogram": view.rows(_HISTOGRAM, **keys),
+        "classes": classes,
+        "neighbours": view.rows(_NEIGHBOURS, **keys),
+        "cofiring": view.rows(_COFIRING, **keys),
+        "matches": view.rows(_MATCHES, **keys),
+    }
+
+
+@router.get("/features/{sae}/{latent}", include_in_schema=False)
+def feature_page(request: Request, explorer: TheExplorer, sae: str, latent: int) -> Response:
+    """Show a feature."""
+    with explorer.open(request) as view:
+        sae = view.choose_sae(sae)
+        feature = find_feature(view, sae, latent)
+        found = describe_feature(view, sae, latent)
+        scale = feature["max_act"]
+        alike = {row["latent"]: row["max_act"] for row in (*found["neighbours"], *found["cofiring"])}
+        return view.render(
+            "feature.html",
+            sae,
+            feature=feature,
+            found=found,
+            deciles=_by_decile(found["examples"], scale),
+            near_misses=[make_tile(row, note=f"{100 * row['closeness']:.0f} % of firing") for row in found["near_misses"]],
+            silent=[(make_tile(row, note=f"fires {row['other']}"), row["other"]) for row in found["silent"]],
+            mistakes=_by_labeller(found["mistakes"]),
+            histogram=_draw_histogram(found["histogram"]),
+            tiles=previews(view, sae, list(alike), alike, n=4),
+            sql=f"SELECT * FROM features WHERE sae = '{sae}' AND latent = {latent}",
+        )
+
+
+@router.get("/api/features/{sae}/{latent}", tags=["features"])
+def feature_json(request: Request, explorer: TheExplorer, sae: str, latent: int) -> Response:
+    """Everything that the catalogue says of a feature."""
+    with explorer.open(request) as view:
+        sae = view.choose_sae(sae)
+        find_feature(view, sae, latent)
+        return JSONResponse(describe_feature(view, sae, latent))
+
+
+@router.get("/heat/{sae}/{latent}/{image}.svg", include_in_schema=False)
+def heat_svg(request: Request, explorer: TheExplorer, sae: str, latent: int, image: int) -> Response:
+    """Draw a heat map for browsers without JavaScript."""
+    with explorer.open(request) as view:
+        sql = """
+            SELECT heat, e.rows, cols, max_act, seen_width, seen_height
+            FROM examples AS e JOIN features USING (sae, latent) JOIN images USING (image)
+            WHERE sae = $sae AND latent = $latent AND image = $image AND heat IS NOT NULL LIMIT 1
+        """
+        found = view.rows(sql, sae=view.choose_sae(sae), latent=latent, image=image)
+        if not found:
+            raise NotFound(f"There is no heat map of latent {latent} on image {image}.")
+        (row,) = found
+        seen = (row["seen_width"] or 1, row["seen_height"] or 1)
+        drawn = draw_svg(encode(row["heat"], row["max_act"]), row["rows"], row["cols"], seen)
+        return Response(drawn, media_type="image/svg+xml", headers={"cache-control": "public, max-age=3600"})
+
+
+def _by_decile(examples: list[dict[str, Any]], scale: float) -> list[tuple[int, list[Tile]]]:
+    """Tiles of the examples by decile, the strongest first."""
+    found: dict[int, list[Tile]] = {}
+    for row in examples:
+        found.setdefault(row["decile"], []).append(make_tile(row, scale))
+    return list(found.items())
+
+
+def _by_labeller(mistakes: list[dict[str, Any]]) -> dict[tuple[str, str], list[Tile]]:
+    """Tiles of what each labeller's label got wrong, by labeller and kind."""
+    found: dict[tuple[str, str], list[Tile]] = {}
+    for row in mistakes:
+        note = f"cosine {row['cosine']:.2f}, needs {row['threshold']:.2f}"
+        found.setdefault((row["labeller"], row["kind"]), []).append(make_tile(row | {"heat": None}, note=note, box=84))
+    return found
+
+
+def _draw_histogram(rows: list[dict[str, Any]]) -> Any:
+    if not rows:
+        return None
+    low, high = rows[0]["low"], rows[0]["high"]
+    step = (high - low) / N_BINS or 1
+    bins = [(low + (row["bin"] or 0) * step, low + ((row["bin"] or 0) + 1) * step, row["n"]) for row in rows]
+    return draw_histogram("Activations on the evaluation images on which it fires", "activation", bins)

@@ -1,0 +1,150 @@
+"""The catalogue that pages read: opened when it is first asked for, and opened anew when the file has been replaced."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ommatid.catalog.question import Question
+from ommatid.catalog.reader import Catalog, Column, QueryResult
+from ommatid.errors import QueryError
+
+PAGES_MB = 192
+"""Memory limit of a page's statements, in MB for each reader process."""
+AT_ONCE = 2
+"""Statements of pages that run at the same time."""
+TIMEOUT = 30.0
+"""Seconds after which a page's statement is stopped; it is far above what any takes, so that only a hang reaches it."""
+NEEDED = ("features", "examples", "meanings", "directions", "near_misses", "mistakes")
+"""Relations that older catalogues may lack and pages need."""
+N_HASH = 12
+"""Characters of an image's checksum in the addresses of its pictures, so that an address always gives the same bytes."""
+
+_SAES = """
+    SELECT runs.*, comparisons.ms_low, comparisons.ms_high
+    FROM runs JOIN comparisons ON comparisons.sae = runs.sae AND comparisons.dictionary = 'sae'
+    ORDER BY comparisons.ms - comparisons.ms_floor DESC NULLS LAST, runs.sae
+"""
+
+
+class OldCatalogue(QueryError):
+    """A catalogue was built by an older version of Ommatid, which did not write what pages need."""
+
+
+@dataclass
+class Opened:
+    """An open catalogue."""
+
+    catalog: Catalog
+    """The catalogue."""
+    key: str
+    """Text that differs after the file has been replaced."""
+    users: int = 0
+    """Number of requests that are using it."""
+    is_current: bool = True
+    """Whether the file has not been replaced since."""
+    cache: dict[Any, Any] = field(default_factory=dict)
+    """Answers that are the same for every request, such as counts of all features, by question."""
+
+    def ask(self, question: Question, timeout: float = TIMEOUT) -> QueryResult:
+        """Answer a question.
+
+        Raises:
+            QueryError: The catalogue cannot answer it.
+        """
+        return self.catalog.ask(question.sql, dict(question.values), timeout=timeout)
+
+    def rows(self, sql: str, **values: Any) -> list[dict[str, Any]]:
+        """Answer a question with a dict for each row."""
+        return self.ask(Question(sql, values)).dicts()
+
+    def kept(self, sql: str, **values: Any) -> list[dict[str, Any]]:
+        """Answer a question as `rows` does, and keep the answer while the catalogue is open; for small answers only."""
+        key = (sql, *sorted(values.items()))
+        if key not in self.cache:
+            self.cache[key] = self.rows(sql, **values)
+        return self.cache[key]
+
+    @cached_property
+    def relations(self) -> dict[str, list[Column]]:
+        """The columns of each relation."""
+        return self.catalog.relations()
+
+    @cached_property
+    def saes(self) -> dict[str, dict[str, Any]]:
+        """Rows of `runs` about evaluated SAEs by their names, the one with the highest mean MS above its floor first."""
+        return {row["sae"]: row for row in self.rows(_SAES)}
+
+
+class Library:
+    """Holds the catalogue at a path open for all requests.
+
+    Args:
+        path: The DuckDB file. It need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._opened: Opened | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[Opened]:
+        """Lend the catalogue that is at the path now; it stays open until the block ends, even if the file is replaced meanwhile.
+
+        Raises:
+            QueryError: There is no catalogue, or it cannot be read.
+            OldCatalogue: It lacks what pages need.
+        """
+        opened = self._take()
+        try:
+            yield opened
+        finally:
+            with self._lock:
+                opened.users -= 1
+                if not opened.users and not opened.is_current:
+                    opened.catalog.close()
+
+    def close(self) -> None:
+        """Close the catalogue."""
+        with self._lock:
+            self._retire()
+
+    def _take(self) -> Opened:
+        with self._lock:
+            key = self._key()
+            if self._opened is None or key != self._opened.key:
+                self._retire()
+                self._opened = self._open(key)
+            self._opened.users += 1
+            return self._opened
+
+    def _retire(self) -> None:
+        """Close the catalogue as soon as no request uses it."""
+        opened, self._opened = self._opened, None
+        if opened:
+            opened.is_current = False
+            if not opened.users:
+                opened.catalog.close()
+
+    def _open(self, key: str) -> Opened:
+        opened = Opened(Catalog(self.path, memory_mb=PAGES_MB, at_once=AT_ONCE), key)
+        try:
+            if missing := [name for name in NEEDED if name not in opened.relations]:
+                raise OldCatalogue(f"{self.path}: it lacks {', '.join(missing)}, as an older version built it")
+            if not opened.saes:
+                raise QueryError(f"{self.path}: it has no evaluated SAE; build it again with `dvc repro catalog`")
+        except BaseException:
+            opened.catalog.close()
+            raise
+        return opened
+
+    def _key(self) -> str:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return "missing"  # opening it then says why
+        return f"{found.st_dev:x}-{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"

@@ -1,0 +1,192 @@
+"""Plots as SVG shapes, which `plot` in templates/parts.html draws: no script, no style attribute, and a title on every shape."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+LEFT, RIGHT, TOP, BOTTOM = 52.0, 12.0, 10.0, 40.0
+"""Margins for the numbers on the axes and their names."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    title: str
+    """Text that a pointer on the shape shows, and a screen reader reads."""
+    href: str | None = None
+    """Address that the shape leads to; None for none."""
+    kind: str = "bar"
+    """Class of the shape in the style sheet."""
+    opacity: float = 1.0
+
+
+@dataclass(frozen=True)
+class Stroke:
+    """A straight line with a name at its end, such as a floor."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    kind: str = "grid"
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Words:
+    """A text."""
+
+    x: float
+    y: float
+    text: str
+    anchor: str = "middle"
+    kind: str = "tick"
+    is_turned: bool = False
+    """Whether it reads from bottom to top."""
+
+
+@dataclass
+class Plot:
+    """A plot: shapes in pixels from the top left corner."""
+
+    width: int
+    height: int
+    title: str
+    """What the plot shows, for screen readers."""
+    boxes: list[Box] = field(default_factory=list)
+    strokes: list[Stroke] = field(default_factory=list)
+    words: list[Words] = field(default_factory=list)
+    curves: list[tuple[str, str]] = field(default_factory=list)
+    """Points of each curve as SVG writes them, and its class."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The axis of a plot."""
+
+    low: float
+    high: float
+    name: str
+    is_log: bool = False
+
+    def share(self, value: float) -> float:
+        """Place of a value between the ends of the axis, 0 to 1 unless it lies outside."""
+        low, high, value = (math.log10(x) if self.is_log else x for x in (self.low, self.high, value))
+        return (value - low) / (high - low) if high > low else 0.5
+
+    def ticks(self, n: int = 5) -> list[float]:
+        """About n round values between the ends."""
+        if self.is_log:
+            powers = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
+            return [10.0**power for power in powers]
+        if self.high <= self.low:
+            return [self.low]
+        raw = (self.high - self.low) / n
+        size = 10.0 ** math.floor(math.log10(raw))
+        step = next(factor * size for factor in (1, 2, 5, 10) if factor * size >= raw)
+        first = math.ceil(self.low / step - 1e-9)
+        return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def write(value: float) -> str:
+    """Write a number on an axis, as short as it can be read."""
+    if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
+        exponent = math.floor(math.log10(abs(value)) + 1e-9)
+        return f"10{str(exponent).translate(_RAISED)}" if math.isclose(value, 10.0**exponent) else f"{value:.0e}"
+    return f"{value:,.10g}".replace("-", "−")
+
+
+_RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
+
+
+def make_frame(
+    title: str, x: Axis, y: Axis, width: int = 560, height: int = 300
+) -> tuple[Plot, Callable[[float], float], Callable[[float], float]]:
+    """Make a plot with axes, and the functions that turn values into pixels."""
+    plot = Plot(width, height, title)
+
+    def to_x(value: float) -> float:
+        return round(LEFT + x.share(value) * (width - LEFT - RIGHT), 1)
+
+    def to_y(value: float) -> float:
+        return round(height - BOTTOM - y.share(value) * (height - TOP - BOTTOM), 1)
+
+    for value in x.ticks():
+        plot.words.append(Words(to_x(value), height - BOTTOM + 16, write(value)))
+    for value in y.ticks(4):
+        plot.strokes.append(Stroke(LEFT, to_y(value), width - RIGHT, to_y(value)))
+        plot.words.append(Words(LEFT - 6, to_y(value) + 4, write(value), "end"))
+    plot.strokes.append(Stroke(LEFT, height - BOTTOM, width - RIGHT, height - BOTTOM, "axis"))
+    plot.words.append(Words(LEFT + (width - LEFT - RIGHT) / 2, height - 6, x.name, kind="name"))
+    plot.words.append(Words(13, TOP + (height - TOP - BOTTOM) / 2, y.name, kind="name", is_turned=True))
+    return plot, to_x, to_y
+
+
+def draw_histogram(
+    title: str, name: str, bins: Sequence[tuple[float, float, int]], marks: Sequence[tuple[float, str, str]] = (), unit: str = "images"
+) -> Plot:
+    """Draw a histogram.
+
+    Args:
+        title: What it shows.
+        name: Name of the values.
+        bins: Lower and upper end of each bin, and the number of items in it.
+        marks: Value, name and class of each vertical line.
+        unit: What is counted.
+    """
+    ends = [end for low, high, _ in bins for end in (low, high)] + [value for value, _, _ in marks]
+    most = max((n for _, _, n in bins), default=1)
+    plot, to_x, to_y = make_frame(title, Axis(min(ends), max(ends), name), Axis(0, most, unit), height=200)
+    for low, high, n in bins:
+        if n:
+            left, right, top = to_x(low), to_x(high), to_y(n)
+            box = Box(
+                left + 0.5, top, max(0.5, right - left - 1), to_y(0) - top, f"{write_share(low)} to {write_share(high)}: {n:,} {unit}"
+            )
+            plot.boxes.append(box)
+    for value, mark, kind in marks:
+        plot.strokes.append(Stroke(to_x(value), TOP, to_x(value), 200 - BOTTOM, kind, mark))
+    return plot
+
+
+def write_share(value: float) -> str:
+    """Write an end of a bin with three significant digits."""
+    return f"{value:.3g}".replace("-", "−")
+
+
+def draw_grid(
+    title: str,
+    x: Axis,
+    y: Axis,
+    cells: Sequence[tuple[float, float, float, float, int]],
+    address: Callable[[float, float, float, float], str],
+    marks: Sequence[tuple[float, str]] = (),
+    unit: str = "features",
+) -> Plot:
+    """Draw how many items lie in each cell of a plane, each cell a link.
+
+    Args:
+        title: What it shows.
+        x: Horizontal axis.
+        y: Vertical axis.
+        cells: For each cell that is not empty, its ends on the horizontal axis, on the vertical axis, and the number of items.
+        address: Function that returns the address of a cell's items, given its ends.
+        marks: Value on the vertical axis and name of each horizontal line.
+        unit: What is counted.
+    """
+    plot, to_x, to_y = make_frame(title, x, y)
+    most = max((n for *_, n in cells), default=1)
+    for x1, x2, y1, y2, n in cells:
+        left, right, top, bottom = to_x(x1), to_x(x2), to_y(y2), to_y(y1)
+        opacity = round(0.25 + 0.75 * math.log1p(n) / math.log1p(most), 2)
+        where = f"{n:,} {unit}; {x.name} {write_share(x1)} to {write_share(x2)}, {y.name} {write_share(y1)} to {write_share(y2)}"
+        size = (round(max(1.0, right - left - 0.7), 1), round(max(1.0, bottom - top - 0.7), 1))
+        plot.boxes.append(Box(left, top, *size, where, address(x1, x2, y1, y2), "cell", opacity))
+    for value, name in marks:
+        plot.strokes.append(Stroke(LEFT, to_y(value), 560 - RIGHT, to_y(value), "floor", name))
+    return plot

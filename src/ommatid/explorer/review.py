@@ -1,0 +1,5 @@
+"""Pages of review."""
+
+from fastapi import APIRouter
+
+router = APIRouter()

@@ -1,0 +1,5 @@
+"""Pages of runs."""
+
+from fastapi import APIRouter
+
+router = APIRouter()

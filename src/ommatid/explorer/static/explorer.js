@@ -1,0 +1,114 @@
+// What the pages do beyond links and forms: heat maps over pictures, copying, larger pictures, and keys. Reading needs none of it.
+"use strict";
+
+const settings = { style: "colour", threshold: 0.3 };
+try { Object.assign(settings, JSON.parse(localStorage.getItem("heat") || "{}")); } catch { /* no storage, or not ours */ }
+
+// Colour of a share between 0 and 1: dark violet, orange, pale yellow.
+const STOPS = [[0.18, 40, 11, 84], [0.42, 159, 42, 99], [0.68, 237, 105, 37], [1, 252, 245, 160]];
+function colour(share) {
+  let from = STOPS[0];
+  for (const to of STOPS) {
+    if (share <= to[0]) {
+      const t = to[0] === from[0] ? 0 : (share - from[0]) / (to[0] - from[0]);
+      return from.slice(1).map((c, i) => Math.round(c + t * (to[i + 1] - c)));
+    }
+    from = to;
+  }
+  return STOPS.at(-1).slice(1);
+}
+
+function decode(text) { return Uint8Array.from(atob(text), (c) => c.charCodeAt(0)); }
+
+// Value at a place of the grid, between the centres of the patches.
+function sample(values, rows, cols, y, x) {
+  const cy = Math.min(rows - 1, Math.max(0, y - 0.5)), cx = Math.min(cols - 1, Math.max(0, x - 0.5));
+  const y0 = Math.floor(cy), x0 = Math.floor(cx), y1 = Math.min(rows - 1, y0 + 1), x1 = Math.min(cols - 1, x0 + 1);
+  const ty = cy - y0, tx = cx - x0;
+  const top = values[y0 * cols + x0] * (1 - tx) + values[y0 * cols + x1] * tx;
+  const bottom = values[y1 * cols + x0] * (1 - tx) + values[y1 * cols + x1] * tx;
+  return (top * (1 - ty) + bottom * ty) / 255;
+}
+
+function drawHeat(tile) {
+  const picture = tile.querySelector(".picture"), image = picture && picture.querySelector("img");
+  if (!image) return;
+  let canvas = picture.querySelector("canvas");
+  if (!canvas) { canvas = document.createElement("canvas"); canvas.setAttribute("aria-hidden", "true"); picture.append(canvas); }
+  const width = Math.max(1, Math.round(image.clientWidth)), height = Math.max(1, Math.round(image.clientHeight));
+  canvas.width = width; canvas.height = height;
+  canvas.style.width = `${width}px`; canvas.style.height = `${height}px`;
+  if (settings.style === "off") return;
+  const [rows, cols] = tile.dataset.grid.split(" ").map(Number), [seenX, seenY] = tile.dataset.seen.split(" ").map(Number);
+  const values = decode(tile.dataset.heat), pen = canvas.getContext("2d"), pixels = pen.createImageData(width, height);
+  const left = width * (1 - seenX) / 2, top = height * (1 - seenY) / 2, w = width * seenX, h = height * seenY;
+  const inside = (x, y) => x >= left && x < left + w && y >= top && y < top + h;
+  const at = (x, y) => inside(x, y) ? sample(values, rows, cols, (y - top) / h * rows, (x - left) / w * cols) : 0;
+  const limit = Math.max(settings.threshold, 0.004);
+  for (let y = 0; y < height; y++) {
+    for (let x = 0; x < width; x++) {
+      const share = at(x + 0.5, y + 0.5), place = 4 * (y * width + x);
+      if (settings.style === "colour") {
+        if (share < limit) { pixels.data[place + 3] = inside(x, y) ? 40 : 0; continue; }
+        const [r, g, b] = colour(share);
+        pixels.data.set([r, g, b, 70 + 110 * share], place);
+      } else {
+        const within = share >= limit, edge = within !== (at(x + 2, y + 0.5) >= limit) || within !== (at(x + 0.5, y + 2) >= limit);
+        if (edge) pixels.data.set([255, 196, 0, 255], place);
+      }
+    }
+  }
+  pen.putImageData(pixels, 0, 0);
+}
+
+const seen = new IntersectionObserver((entries) => {
+  for (const entry of entries) if (entry.isIntersecting) {
+    seen.unobserve(entry.target);
+    const image = entry.target.querySelector("img");
+    if (image && image.complete) drawHeat(entry.target); else if (image) image.addEventListener("load", () => drawHeat(entry.target), { once: true });
+  }
+}, { rootMargin: "200px" });
+
+function showTools(root) {
+  for (const tools of root.querySelectorAll("[data-heat-tools]")) {
+    if (!document.querySelector("[data-heat]")) continue;
+    tools.hidden = false;
+    for (const radio of tools.querySelectorAll("input[name=heat]")) radio.checked = radio.value === settings.style;
+    const slide = tools.querySelector("[data-threshold]");
+    slide.value = Math.round(100 * settings.threshold);
+    tools.querySelector("[data-threshold-shown]").textContent = `${slide.value} %`;
+  }
+}
+
+function prepare(root) {
+  for (const tile of root.querySelectorAll("[data-heat]")) seen.observe(tile);
+  showTools(root);
+}
+
+document.addEventListener("input", (event) => {
+  const tools = event.target.closest("[data-heat-tools]");
+  if (!tools) return;
+  if (event.target.name === "heat") settings.style = event.target.value;
+  else settings.threshold = Number(event.target.value) / 100;
+  try { localStorage.setItem("heat", JSON.stringify(settings)); } catch { /* private mode */ }
+  showTools(document);
+  for (const tile of document.querySelectorAll("[data-heat]")) seen.observe(tile);
+});
+
+document.addEventListener("change", (event) => { if (event.target.matches("select[data-submit]")) event.target.form.requestSubmit(); });
+
+async function copy(button, text) {
+  const before = button.textContent;
+  try { await navigator.clipboard.writeText(text); button.textContent = "Copied"; } catch { button.textContent = "Cannot copy here"; }
+  setTimeout(() => { button.textContent = before; }, 1500);
+}
+
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-copy], [data-copy-link]");
+  if (button) copy(button, button.dataset.copy ?? location.href);
+});
+
+document.addEventListener("DOMContentLoaded", () => prepare(document));
+document.addEventListener("htmx:afterSettle", (event) => prepare(event.target));
+document.addEventListener("htmx:configRequest", (event) => { event.detail.headers["X-CSRF-Token"] = document.querySelector("meta[name=csrf]").content; });
+window.addEventListener("resize", () => { for (const tile of document.querySelectorAll("[data-heat]")) seen.observe(tile); });

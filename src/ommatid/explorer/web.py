@@ -1,0 +1,263 @@
+"""What every page shares: settings, the view of a request, rendering, addresses, and errors that visitors can mend."""
+
+import difflib
+import hashlib
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote, urlencode
+
+import jinja2
+from fastapi import Depends, Request
+from fastapi.responses import HTMLResponse
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from ommatid import __version__
+from ommatid.catalog.question import Question
+from ommatid.errors import OmmatidError
+from ommatid.explorer.library import Library, Opened
+from ommatid.show import numbers
+
+NAVIGATION = (
+    ("/features?images_min=16", "Features"),
+    ("/classes", "Classes"),
+    ("/my-image", "My image"),
+    ("/compare", "Compare"),
+    ("/runs", "Runs"),
+    ("/review", "Review"),
+    ("/sql", "SQL"),
+)
+"""Address and name of each page in the bar."""
+SORT_NAMES = {
+    "latent": "number",
+    "label": "name",
+    "label_score": "name score",
+    "over_control": "name score − control",
+    "auroc": "AUROC of the name",
+    "ms": "MS",
+    "over_floor": "MS − floor",
+    "density": "density",
+    "n_images": "images",
+    "purity": "purity",
+    "label_entropy": "entropy of classes",
+    "uniqueness": "uniqueness",
+    "max_act": "largest activation",
+    "mean_act": "mean activation",
+}
+"""What pages call the sorts of features."""
+TABLE_COLUMNS = (
+    ("latent", "latent"),
+    ("label", "name"),
+    ("label_score", "score"),
+    ("over_control", "control"),
+    ("ms", "MS"),
+    ("over_floor", "MS − floor"),
+    ("density", "density"),
+    ("n_images", "images"),
+    ("purity", "purity"),
+    ("label_entropy", "classes"),
+)
+"""Sort and title of each column of the table of features."""
+FOREVER = "public, max-age=31536000, immutable"
+"""Cache-Control of answers whose address changes with their content."""
+STATIC = resources.files("ommatid.explorer") / "static"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the explorer is run."""
+
+    catalog: Path = Path("data/catalog/catalog.duckdb")
+    """The catalogue's DuckDB file."""
+    data: str = "data"
+    """Root of the study's artefacts, for larger pictures and the model."""
+    is_published: bool = False
+    """Whether the catalogue is the champion's."""
+    is_read_only: bool = False
+    """Whether reviews are shown but cannot be written."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 8321
+    """Port to listen on."""
+    token: str | None = None
+    """Token that visitors need; required unless the address is this machine's own."""
+    is_static: bool = False
+    """Whether the pages are written to files, where nothing that needs a server is shown."""
+
+
+class NotFound(OmmatidError):
+    """What an address names does not exist.
+
+    Args:
+        message: What was not found.
+        near: Text and address of pages that the visitor may have meant.
+    """
+
+    def __init__(self, message: str, near: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.near = near or {}
+
+
+class BadRequest(OmmatidError):
+    """A parameter of an address, or a field of a form, is not allowed; the message says what is."""
+
+
+class Query(BaseModel):
+    """Parameters of a page's address. Empty ones, which forms send, count as left out, and unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sae: str | None = None
+    """Name of the SAE; left out: the one with the highest mean MS above its floor."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value not in ("", [])} if isinstance(data, dict) else data
+
+
+@dataclass
+class Explorer:
+    """The state of the server."""
+
+    settings: Settings
+    library: Library
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+    """Key of the tokens in forms; a restart makes a new one."""
+
+    @contextmanager
+    def open(self, request: Request) -> Iterator["View"]:
+        """Open the catalogue for a request."""
+        with self.library.open() as opened:
+            yield View(self, opened, request)
+
+    def close(self) -> None:
+        """Close the catalogue."""
+        self.library.close()
+
+    @cached_property
+    def templates(self) -> jinja2.Environment:
+        """The templates, in which everything from data is escaped."""
+        environment = jinja2.Environment(
+            loader=jinja2.PackageLoader("ommatid", "explorer/templates"),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            auto_reload=False,
+        )
+        environment.globals |= {
+            "settings": self.settings,
+            "nav": NAVIGATION,
+            "sort_names": SORT_NAMES,
+            "table_columns": TABLE_COLUMNS,
+            "version": __version__,
+            "asset": asset,
+            "link": link,
+            "feature_url": feature_url,
+            "image_url": image_url,
+            "thumb_url": thumb_url,
+        }
+        environment.filters |= {name: getattr(numbers, name) for name in ("fixed", "percent", "signed", "count")}
+        return environment
+
+    def render(self, request: Request, template: str, status: int = 200, **context: Any) -> HTMLResponse:
+        """Render a template as a page."""
+        from ommatid.explorer.security import form_token
+
+        values = {
+            "request": request,
+            "path": request.url.path,
+            "opened": None,
+            "sae": None,
+            "run": None,
+            "sae_param": None,
+            "csrf": form_token(request),
+        } | context
+        return HTMLResponse(self.templates.get_template(template).render(values), status)
+
+
+@dataclass
+class View:
+    """A request, and the catalogue that answers it."""
+
+    explorer: Explorer
+    opened: Opened
+    request: Request
+
+    def rows(self, sql: str, **values: Any) -> list[dict[str, Any]]:
+        """Answer a question with a dict for each row."""
+        return self.opened.rows(sql, **values)
+
+    def ask(self, question: Question) -> list[dict[str, Any]]:
+        """Answer a question with a dict for each row."""
+        return self.opened.ask(question).dicts()
+
+    def choose_sae(self, name: str | None) -> str:
+        """Find an SAE by its name in the catalogue or in its training; None for the best.
+
+        Raises:
+            NotFound: There is no SAE of this name.
+        """
+        saes = self.opened.saes
+        if name is None:
+            return next(iter(saes))
+        if found := next((sae for sae, run in saes.items() if name in (sae, run["name"])), None):
+            return found
+        near = difflib.get_close_matches(name, saes, n=3, cutoff=0.2) or list(saes)[:3]
+        raise NotFound(f"There is no SAE {name!r} in this catalogue.", {sae: link("/", sae=sae) for sae in near})
+
+    def render(self, template: str, sae: str | None = None, status: int = 200, **context: Any) -> HTMLResponse:
+        """Render a template as a page about an SAE."""
+        run = self.opened.saes[sae] if sae else None
+        sae_param = None if sae == next(iter(self.opened.saes)) else sae
+        return self.explorer.render(self.request, template, status, opened=self.opened, sae=sae, run=run, sae_param=sae_param, **context)
+
+
+def get_explorer(request: Request) -> Explorer:
+    """Return the state of the server that handles a request."""
+    return request.app.state.explorer
+
+
+TheExplorer = Annotated[Explorer, Depends(get_explorer)]
+
+
+def link(path: str, **parameters: Any) -> str:
+    """Make an address; parameters that are None are left out."""
+    found = urlencode({name.rstrip("_"): value for name, value in parameters.items() if value is not None}, doseq=True)
+    return f"{path}?{found}" if found else path
+
+
+def feature_url(sae: str, latent: int, **parameters: Any) -> str:
+    """Address of a feature's page."""
+    return link(f"/features/{quote(sae, safe='')}/{latent}", **parameters)
+
+
+def image_url(image: int, **parameters: Any) -> str:
+    """Address of an image's page."""
+    return link(f"/images/{image}", **parameters)
+
+
+def thumb_url(image: int, hash_: str) -> str:
+    """Address of an image's thumbnail."""
+    return f"/thumbs/{image}/{hash_}.webp"
+
+
+def asset(name: str) -> str:
+    """Address of a file in `static`, which changes with the file's content, so that browsers may keep it for ever."""
+    return f"/static/{_digests()[name]}/{name}"
+
+
+def _digests() -> dict[str, str]:
+    if not _DIGESTS:
+        files = [file for file in STATIC.iterdir() if file.is_file()]
+        _DIGESTS.update({file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files})
+    return _DIGESTS
+
+
+_DIGESTS: dict[str, str] = {}
