@@ -1,10 +1,15 @@
 """Fixtures of tests in a real browser."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from support.browser import RunningBrowser, Windows, find_chromium, opening, running
+from support.servers import ExplorerServer, serving_explorer
+from support.small_study import Study, make_once
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +24,40 @@ def windows(browser: RunningBrowser) -> Iterator[Windows]:
     """Windows of the browser; a fault of a page fails the test that opened it."""
     with opening(browser) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A small study with hostile texts, made once for all processes of the run; tests only read it."""
+    folder = tmp_path_factory.getbasetemp()
+    return make_once((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "study")
+
+
+@pytest.fixture
+def own_study(study: Study, tmp_path: Path) -> Study:
+    """A copy of the study, which a test may change."""
+    return study.copy(tmp_path / "study")
+
+
+@pytest.fixture(scope="session")
+def explorer(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of an explorer of the study that all tests of this process share, without a slash at its end; it takes no reviews."""
+    log = tmp_path_factory.mktemp("explorer") / "log"
+    with serving_explorer(study.catalog, log, data=str(study.data), is_read_only=True) as server:
+        yield server.url
+
+
+ServeExplorer = Callable[..., ExplorerServer]
+"""Serves a study until the test ends; takes fields of the explorer's settings by name."""
+
+
+@pytest.fixture
+def serve_explorer(tmp_path: Path) -> Iterator[ServeExplorer]:
+    """A function that serves a study with settings of the test's own, as often as the test likes."""
+    with ExitStack() as running_servers:
+
+        def serve(study: Study, **settings: object) -> ExplorerServer:
+            log = tmp_path / f"explorer-{len(list(tmp_path.glob('explorer-*')))}.log"
+            return running_servers.enter_context(serving_explorer(study.catalog, log, **{"data": str(study.data), **settings}))
+
+        yield serve

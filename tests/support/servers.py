@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -310,3 +311,48 @@ def ray_cluster(log: Path, n_places: int = 2, path: str = str(TESTS)) -> Iterato
             tree = psutil.Process(process.pid).children(recursive=True)
             process.terminate()
             wait_for_end(tree, "Ray's processes")
+
+
+EXPLORER = """
+import json, pathlib, sys
+from ommatid.explorer.app import serve
+from ommatid.explorer.web import Settings
+settings = json.loads(sys.argv[1])
+serve(Settings(**settings | {"catalog": pathlib.Path(settings["catalog"])}))
+"""
+"""Program that serves the explorer with the settings it is given as JSON, and prints a line with its address."""
+
+
+@dataclass(frozen=True)
+class ExplorerServer:
+    """A running server of the explorer."""
+
+    url: str
+    """Address of the start page, without a slash at its end."""
+    process: psutil.Process
+    log: Path
+    """File of what the server says."""
+
+
+@contextmanager
+def serving_explorer(catalog: Path, log: Path, program: str = EXPLORER, **settings: Any) -> Iterator[ExplorerServer]:
+    """Serve a catalogue in a separate process until the block ends. That the server raised an error nobody expected fails the block."""
+    given = json.dumps({"catalog": str(catalog), "port": 0, **settings})
+    command = [sys.executable, "-c", program, given]
+    with log.open("wb") as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
+        try:
+
+            def address() -> str | None:
+                assert process.poll() is None, f"the explorer ended with {process.returncode}:\n{log.read_text()}"
+                found = re.search(r"http://\S+", log.read_text())
+                return found and found[0].rstrip("/")
+
+            yield ExplorerServer(wait_for(address, "the explorer to listen"), psutil.Process(process.pid), log)
+        finally:
+            process.terminate()
+            try:
+                process.wait(HANG_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+    assert "Traceback" not in log.read_text(), f"the explorer raised an error:\n{log.read_text()}"
