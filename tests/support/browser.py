@@ -230,12 +230,13 @@ class Windows:
 
 @contextmanager
 def opening(run: RunningBrowser) -> Iterator[Windows]:
-    """Give windows to the block, and check at its end that no page was at fault; if the block raises, that is not hidden by faults."""
+    """Give windows to the block, and check at its end that no page was at fault; an error of the block itself comes first."""
     with run.in_use() as browser:
         windows = Windows(browser)
         try:
             yield windows
-        except BaseException:
+        except BaseException as error:
+            error.add_note("\n".join(["faults of the pages:", *windows.faults]))
             for context in windows._contexts:
                 context.close()
             raise
