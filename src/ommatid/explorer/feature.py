@@ -16,6 +16,10 @@ N_BINS = 40
 """Bins of the histogram of activations."""
 N_CLASSES = 12
 """Classes shown of a feature."""
+N_STRONGEST = 16
+"""Images at the top of the page; they are those on which purity and uniqueness rest."""
+DECILE_BOX = 72
+"""Longest side of the images of a decile, in pixels."""
 N_SILENT = 8
 """Images of nearest features shown on which the feature itself is silent."""
 
@@ -137,7 +141,8 @@ def feature_page(request: Request, explorer: TheExplorer, sae: str, latent: int)
             sae,
             feature=feature,
             found=found,
-            deciles=_by_decile(found["examples"], scale),
+            strongest=[make_tile(row, scale) for row in found["examples"][:N_STRONGEST]],
+            deciles=_by_decile(found["examples"][N_STRONGEST:], scale),
             near_misses=[make_tile(row, note=f"{100 * row['closeness']:.0f} % of firing") for row in found["near_misses"]],
             silent=[(make_tile(row, note=f"fires {row['other']}"), row["other"]) for row in found["silent"]],
             mistakes=_by_labeller(found["mistakes"]),
@@ -175,10 +180,11 @@ def heat_svg(request: Request, explorer: TheExplorer, sae: str, latent: int, ima
 
 
 def _by_decile(examples: list[dict[str, Any]], scale: float) -> list[tuple[int, list[Tile]]]:
-    """Tiles of the examples by decile, the strongest first."""
+    """Tiles of the examples that are not among the strongest images, by decile."""
     found: dict[int, list[Tile]] = {}
     for row in examples:
-        found.setdefault(row["decile"], []).append(make_tile(row, scale))
+        if row["decile"] < 10:
+            found.setdefault(row["decile"], []).append(make_tile(row, scale, DECILE_BOX))
     return list(found.items())
 
 

@@ -162,8 +162,9 @@ class Explorer:
             "feature_url": feature_url,
             "image_url": image_url,
             "thumb_url": thumb_url,
+            "original_url": original_url,
         }
-        environment.filters |= {name: getattr(numbers, name) for name in ("fixed", "percent", "signed", "count")}
+        environment.filters |= {name: getattr(numbers, name) for name in ("fixed", "percent", "rate", "signed", "count")}
         return environment
 
     def render(self, request: Request, template: str, status: int = 200, **context: Any) -> HTMLResponse:
@@ -246,6 +247,11 @@ def image_url(image: int, **parameters: Any) -> str:
 def thumb_url(image: int, hash_: str) -> str:
     """Address of an image's thumbnail."""
     return f"/thumbs/{image}/{hash_}.webp"
+
+
+def original_url(image: int, hash_: str) -> str:
+    """Address of an image at its full size."""
+    return f"/originals/{image}/{hash_}"
 
 
 def asset(name: str) -> str:

@@ -44,3 +44,8 @@ def signed(value: float | None) -> str:
 def count(value: int | None) -> str:
     """Write a whole number with separated thousands, or None as a dash."""
     return DASH if value is None else f"{value:,}"
+
+
+def rate(value: float | None) -> str:
+    """Write a share that may be tiny as a percentage with two significant digits, or None as a dash."""
+    return DASH if value is None else f"{100 * value:.2g} %"

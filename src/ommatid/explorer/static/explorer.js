@@ -108,6 +108,34 @@ document.addEventListener("click", (event) => {
   if (button) copy(button, button.dataset.copy ?? location.href);
 });
 
+// A picture at its full size, with its heat map, in a dialog; a click with a modifier key, or without JavaScript, follows the link.
+function zoom(tile) {
+  const shown = tile.querySelector("img"), dialog = document.createElement("dialog"), clone = document.createElement("div");
+  const picture = document.createElement("span"), image = new Image(), caption = document.createElement("p"), link = document.createElement("a");
+  const close = document.createElement("button");
+  dialog.className = "zoom"; dialog.setAttribute("aria-label", shown.alt); picture.className = "picture"; caption.className = "tools";
+  image.alt = shown.alt; image.src = shown.src;
+  const ratio = shown.width / shown.height, side = Math.min(0.86 * innerWidth, 0.76 * innerHeight * Math.max(1, ratio), 900);
+  image.width = Math.round(ratio >= 1 ? side : side * ratio); image.height = Math.round(image.width / ratio);
+  if (shown.classList.contains("sharp")) image.classList.add("sharp");
+  if (tile.dataset.large) { const large = new Image(); large.onload = () => { image.src = large.src; image.classList.toggle("sharp", large.naturalWidth < 96); }; large.src = tile.dataset.large; }
+  link.href = tile.href; link.textContent = shown.alt || "to the image"; close.type = "button"; close.className = "quiet"; close.textContent = "Close";
+  close.onclick = () => dialog.close();
+  caption.append(link, ` ${tile.querySelector(".note")?.textContent ?? ""} `, close);
+  picture.append(image); clone.append(picture);
+  for (const name of ["heat", "grid", "seen"]) if (tile.dataset[name]) clone.dataset[name] = tile.dataset[name];
+  dialog.append(clone, caption); document.body.append(dialog);
+  dialog.onclose = () => { dialog.remove(); tile.focus(); };
+  dialog.onclick = (event) => { if (event.target === dialog) dialog.close(); };
+  dialog.showModal();
+  if (clone.dataset.heat) { if (image.complete) drawHeat(clone); else image.addEventListener("load", () => drawHeat(clone), { once: true }); }
+}
+
+document.addEventListener("click", (event) => {
+  const tile = event.target.closest("a.tile[data-zoom]");
+  if (tile && !event.ctrlKey && !event.metaKey && !event.shiftKey && event.button === 0) { event.preventDefault(); zoom(tile); }
+});
+
 document.addEventListener("DOMContentLoaded", () => prepare(document));
 document.addEventListener("htmx:afterSettle", (event) => prepare(event.target));
 document.addEventListener("htmx:configRequest", (event) => { event.detail.headers["X-CSRF-Token"] = document.querySelector("meta[name=csrf]").content; });
