@@ -485,3 +485,30 @@ NEIGHBOURS = _table(
     other=(pa.int32(), "index of the other latent"),
     cosine=(pa.float32(), "cosine of the two directions"),
 )
+
+DIRECTIONS = _table(
+    "directions",
+    "catalog",
+    sae=(pa.string(), "name of the SAE"),
+    latent=(pa.int32(), "index of the latent"),
+    direction=(
+        pa.binary(),
+        "direction of the latent (row of W_dec), one signed byte per coordinate, at a scale that differs between latents, so divide by the "
+        "norm (`ommatid.catalog.vectors.unpack` does); all zeros if the row is",
+    ),
+)
+
+MEANINGS = _table(
+    "meanings",
+    "catalog",
+    may_be_empty=True,
+    sae=(pa.string(), "name of the SAE"),
+    latent=(pa.int32(), "index of the latent, which fires on some evaluation image"),
+    n_images=(pa.int32(), "number of evaluation images in the mean: those on which the latent fires"),
+    embedding=(
+        pa.binary(),
+        "mean of the embeddings of these images in the joint image-text space, each centred on the mean of all evaluation images and "
+        "scaled to unit norm, weighted by the activation; one signed byte per coordinate, at a scale that differs between latents, so "
+        "divide by the norm (`ommatid.catalog.vectors.unpack` does). Compare by cosine with the embedding of a text less the mean of many",
+    ),
+)

@@ -8,17 +8,24 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 
 from ommatid import schemas
+from ommatid.catalog import meanings
+from ommatid.catalog.meanings import iter_meanings
 from ommatid.catalog.neighbours import iter_neighbours
 from ommatid.catalog.reader import Catalog
 from ommatid.catalog.stage import RELATIONS
+from ommatid.catalog.vectors import pack, unpack
 from ommatid.compute import nearest
 from ommatid.errors import ArtefactError
+from ommatid.store import Artefact, Draft
 from support import catalog as artefacts
 
 GRAIN = {
@@ -28,6 +35,8 @@ GRAIN = {
     "firings": "sae, image, latent",
     "labels": "sae, latent, labeller",
     "neighbours": "sae, latent, rank",
+    "directions": "sae, latent",
+    "meanings": "sae, latent",
     "comparisons": "sae, dictionary",
     "judged": "sae, dictionary, latent, judge",
     "fidelity": "sae, dictionary, kind",
@@ -52,6 +61,8 @@ COUNTS |= {
     "zero_shot": 5,
     "matches": 0,
     "stability": 0,
+    "directions": 4,
+    "meanings": 0,
 }
 
 
@@ -196,7 +207,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Catalog]:
 
 def test_relations_hold_the_same_rows_of_an_sae_whether_or_not_there_are_others(two: Catalog, catalog: Catalog) -> None:
     other = f"{artefacts.OTHER}-00000000"
-    for relation in set(GRAIN) - {"images", "runs", "matches", "stability"}:
+    for relation in set(GRAIN) - {"images", "runs", "matches", "stability", "meanings"}:
         counts = dict(two.rows(f"SELECT sae, count(*) FROM {relation} GROUP BY sae"))
         assert counts.keys() == {artefacts.SAE, other}
         assert counts[artefacts.SAE] == COUNTS[relation]
@@ -262,6 +273,85 @@ def test_asking_for_more_neighbours_than_latents_gives_all_of_them(tmp_path: Pat
     artefacts.build(tmp_path, artefacts.make_inputs(tmp_path), n_neighbours=64)
     with Catalog(artefacts.path_in(tmp_path)) as catalog:
         assert catalog.rows("SELECT count(*) FROM neighbours") == [(4 * 3,)]
+
+
+# ---- directions and meanings
+
+
+def test_directions_keep_the_cosines_of_the_decoder(catalog: Catalog) -> None:
+    rows = catalog.rows("SELECT direction FROM directions ORDER BY latent")
+    assert unpack([direction for (direction,) in rows]) == pytest.approx(artefacts.DIRECTIONS, abs=0.005)
+
+
+def test_packed_vectors_keep_their_direction_and_zeros_stay_zeros() -> None:
+    vectors = np.random.default_rng(0).standard_t(3, (200, 96)) * np.logspace(-6, 6, 200)[:, None]
+    vectors[7] = 0
+    found = unpack(pack(vectors).to_pylist())
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+    cosines = (unit * found).sum(1)
+    assert cosines[7] == 0 and not found[7].any()
+    assert np.delete(cosines, 7).min() > 0.999
+    assert len(unpack([])) == 0
+
+
+def make_activations(root: Path, images: np.ndarray, joint: np.ndarray, d_joint: int | None) -> Artefact:
+    """Activations with embeddings of some images, in two parts of which neither is in the order of the images."""
+
+    def fill(draft: Draft) -> dict[str, Any]:
+        schema = schemas.embeddings(joint.shape[1], 1)
+        for part, rows in enumerate(np.split(np.random.default_rng(1).permutation(len(images)), [len(images) // 3])):
+            columns = [images[rows], *([bytes(row) for row in x[rows].astype("<f4")] for x in (joint, joint[:, :1]))]
+            table = pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema)
+            draft.write_table(f"embeddings-{part:05}.parquet", table)
+        return {"d_joint": d_joint, "preprocessing": {}}
+
+    return artefacts.make(root / "extract", "activations", fill, {})
+
+
+def test_meanings_are_the_weighted_mean_of_centred_images_whatever_the_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, d_sae = np.random.default_rng(0), 9
+    images = np.arange(40, dtype=np.int32) * 3
+    is_eval = rng.random(40) < 0.7
+    joint = rng.normal(size=(40, 16)) + 2
+    joint /= np.linalg.norm(joint, axis=1, keepdims=True)
+    acts = np.where(rng.random((40, d_sae)) < 0.3, rng.exponential(size=(40, d_sae)), 0).astype(np.float32)
+    acts[~is_eval] = acts[:, 4] = 0
+    centred = joint - joint[is_eval].mean(0)
+    expected = acts.T @ (centred / np.linalg.norm(centred, axis=1, keepdims=True))
+
+    pq.write_table(pa.table({"image": images, "split": np.where(is_eval, "eval", "train")}), tmp_path / "images.parquet")
+    at, latents = acts.nonzero()
+    shuffled = rng.permutation(len(at))
+    fired = {"sae": ["s"] * len(at), "image": images[at], "latent": latents.astype(np.int32), "act": acts[at, latents]}
+    pq.write_table(pa.table(fired).take(shuffled), tmp_path / "firings.parquet")
+    monkeypatch.setattr(meanings, "BLOCK_BYTES", 4 * 16 * 5)
+    monkeypatch.setattr(meanings, "READ_ROWS", 3)
+    monkeypatch.setattr(nearest, "TILE", 4)
+    activations = make_activations(tmp_path, images, joint, 16)
+    paths = [str(tmp_path / "images.parquet")], [str(tmp_path / "firings.parquet")]
+    found = pa.concat_tables(iter_meanings(activations, *paths, "s", d_sae))
+    assert found["latent"].to_pylist() == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert found["n_images"].to_pylist() == [int(n) for n in (acts > 0).sum(0) if n]
+    unit = np.delete(expected / np.linalg.norm(expected, axis=1, keepdims=True).clip(1e-12), 4, axis=0)
+    assert (unit * unpack(found["embedding"].to_pylist())).sum(1).min() > 0.9995
+
+
+def test_words_find_the_latent_that_fires_on_their_images(tmp_path: Path) -> None:
+    inputs = artefacts.make_inputs(tmp_path)
+    towards = np.eye(6, dtype=np.float32)[[0, 0, 0, 1, 1, 2]] + 1  # by class, beside what all images share
+    inputs["extract"] = make_activations(tmp_path, np.arange(6, dtype=np.int32), towards / np.linalg.norm(towards, axis=1)[:, None], 6)
+    artefacts.build(tmp_path, inputs)
+    with Catalog(artefacts.path_in(tmp_path)) as catalog:
+        latents, vectors = zip(*catalog.rows("SELECT latent, embedding FROM meanings ORDER BY latent"), strict=True)
+    assert latents == (0, 1, 2)  # latent 3 never fires
+    cat, truck, ship = np.eye(6)[:3]
+    assert [int(np.argmax(unpack(vectors) @ word)) for word in (cat, truck, ship)] == [0, 1, 2]
+
+
+def test_without_a_joint_space_there_are_no_meanings(tmp_path: Path) -> None:
+    inputs = artefacts.make_inputs(tmp_path)
+    inputs["extract"] = artefacts.make(tmp_path / "extract", "activations", lambda draft: {"d_joint": None, "preprocessing": {}}, {})
+    assert artefacts.build(tmp_path, inputs).summary["rows"] == COUNTS
 
 
 # ---- whole or not at all

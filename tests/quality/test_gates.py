@@ -590,21 +590,29 @@ def test_controls_far_from_chance_fail_once_there_are_enough_of_them(tmp_path: P
 # catalog
 
 
+HAS_VECTORS = "every latent has its direction, and every latent that fires its meaning"
+
+
 def catalog_artefact(folder: Path, *statements: str) -> Artefact:
     def build(path: Path) -> None:
         with duckdb.connect(str(path)) as connection:
-            for name in set(RELATIONS) - {"latents", "features"}:
+            for name in set(RELATIONS) - {"latents", "features", "directions", "meanings"}:
                 connection.execute(f"CREATE TABLE {name} AS SELECT 1 AS a")
-            connection.execute("CREATE TABLE latents AS SELECT 's' AS sae, CAST(range AS INTEGER) AS latent, 0.1 AS density FROM range(4)")
+            columns = "'s' AS sae, CAST(range AS INTEGER) AS latent, 0.1 AS density, CAST(range AS INTEGER) AS n_images"
+            connection.execute(f"CREATE TABLE latents AS SELECT {columns} FROM range(4)")
             connection.execute("CREATE TABLE features AS FROM latents")
+            connection.execute("CREATE TABLE directions AS SELECT sae, latent, '\\x01\\x02'::BLOB AS direction FROM latents")
+            # latent 0 fires on no image
+            connection.execute("CREATE TABLE meanings AS SELECT sae, latent, direction AS embedding FROM directions WHERE latent > 0")
             for statement in statements:
                 connection.execute(statement)
 
     return artefact_of(folder, "catalog", {"catalog.duckdb": build})
 
 
-def test_catalog_passes(tmp_path: Path, params: Params) -> None:
-    report = check("catalog", catalog_artefact(tmp_path, "DELETE FROM probes"), params)  # without labels there are none
+@pytest.mark.parametrize("emptied", ["probes", "meanings"])  # without labels, and without a joint image-text space
+def test_catalog_passes(tmp_path: Path, params: Params, emptied: str) -> None:
+    report = check("catalog", catalog_artefact(tmp_path, f"DELETE FROM {emptied}"), params)
     assert report.success, report.failures
 
 
@@ -620,6 +628,15 @@ def test_catalog_passes(tmp_path: Path, params: Params) -> None:
         ("DROP TABLE probes", {"every relation is present and has rows", "features can be compared with latents"}, ["relation probes"]),
         ("DELETE FROM features WHERE latent = 2", {"features has one row for each latent"}, ["latent 2 (0 times)"]),
         ("INSERT INTO features FROM latents WHERE latent = 3", {"features has one row for each latent"}, ["latent 3 (2 times)"]),
+        ("DELETE FROM directions WHERE latent = 2", {HAS_VECTORS}, ["relation directions", "latent 2 (0)"]),
+        ("INSERT INTO directions FROM directions WHERE latent = 1", {HAS_VECTORS}, ["relation directions", "latent 1 (2)"]),
+        ("DELETE FROM meanings WHERE latent = 3", {HAS_VECTORS}, ["relation meanings", "latent 3 (0)"]),
+        ("UPDATE latents SET n_images = 0 WHERE latent = 1", {HAS_VECTORS}, ["relation meanings", "latent 1 (1)"]),
+        (
+            "UPDATE meanings SET embedding = '\\x01'::BLOB WHERE latent = 2",
+            {"all vectors of an SAE have the same width"},
+            ["relation meanings", "latent 2 (1 bytes)"],
+        ),
     ],
 )
 def test_catalog_damage_is_named(tmp_path: Path, params: Params, statement: str, names: set[str], words: list[str]) -> None:

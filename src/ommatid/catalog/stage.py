@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from ommatid import schemas, tracking
 from ommatid.catalog.database import SEALED, memory_mb, quote, settings
 from ommatid.catalog.lineage import Lineage, SAEArtefacts, iter_saes, make_runs
-from ommatid.catalog.neighbours import iter_neighbours
+from ommatid.catalog.meanings import iter_meanings
+from ommatid.catalog.neighbours import iter_directions, iter_neighbours
 from ommatid.config import CatalogParams
 from ommatid.errors import ArtefactError, find_lack
 from ommatid.events import Listener, Progress, ignore
@@ -102,7 +103,8 @@ def _write(params: CatalogParams, inputs: Mapping[str, Artefact], draft: Draft, 
     pq.write_table(make_runs(params, inputs, saes, lineage), work / "runs.parquet")
     preprocessing = inputs["extract"].summary["preprocessing"] if "extract" in inputs else {}
     values = {"resize": preprocessing.get("resize"), "crop": preprocessing.get("crop"), "runs": str(work / "runs.parquet")}
-    values |= {"neighbours": _write_neighbours(saes, params.n_neighbours, work), **_files(saes, inputs)}
+    files = _files(saes, inputs)
+    values |= {**files, **_compute(params, saes, inputs, files, work)}
     with draft.write_file(CATALOG) as path:
         with duckdb.connect(work / CATALOG, config=_settings(work)) as connection:
             for done, relation in enumerate(RELATIONS, start=1):
@@ -160,14 +162,29 @@ def _files(saes: Mapping[str, SAEArtefacts], inputs: Mapping[str, Artefact]) -> 
     return {name: [str(path) for artefact in held for path in artefact.files(name, _READ.get(name))] for name, held in found.items()}
 
 
-def _write_neighbours(saes: Mapping[str, SAEArtefacts], n: int, work: Path) -> list[str]:
-    """Write the neighbours to a Parquet file, so that DuckDB reads them like every other table."""
-    path = work / "neighbours.parquet"
-    with pq.ParquetWriter(path, schemas.NEIGHBOURS) as writer:
-        for artefacts in saes.values():
-            for table in iter_neighbours(artefacts.sae.path, artefacts.name, n):
-                writer.write_table(table)
-    return [str(path)]
+def _compute(
+    params: CatalogParams, saes: Mapping[str, SAEArtefacts], inputs: Mapping[str, Artefact], files: Mapping[str, list[str]], work: Path
+) -> dict[str, list[str]]:
+    """Compute the tables that no earlier stage writes, as Parquet files, so that DuckDB reads them like every other table."""
+
+    def meanings(artefacts: SAEArtefacts) -> Iterator[pa.Table]:
+        if "extract" not in inputs:
+            return
+        firings = [str(path) for path in artefacts.evaluation.files("firings")]
+        d_sae = artefacts.evaluation.rows("latents")
+        yield from iter_meanings(inputs["extract"], files["images"], firings, artefacts.name, d_sae)
+
+    makers: dict[str, Callable[[SAEArtefacts], Iterator[pa.Table]]] = {
+        "neighbours": lambda artefacts: iter_neighbours(artefacts.sae.path, artefacts.name, params.n_neighbours),
+        "directions": lambda artefacts: iter_directions(artefacts.sae.path, artefacts.name),
+        "meanings": meanings,
+    }
+    for name, make in makers.items():
+        with pq.ParquetWriter(work / f"{name}.parquet", schemas.TABLES[name].schema) as writer:
+            for artefacts in saes.values():
+                for table in make(artefacts):
+                    writer.write_table(table)
+    return {name: [str(work / f"{name}.parquet")] for name in makers}
 
 
 def _summary(path: Path, training: Artefact) -> CatalogSummary:

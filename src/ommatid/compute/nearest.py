@@ -47,10 +47,10 @@ def iter_nearest(
     Yields:
         The nearest directions of up to `TILE` queries.
     """
-    for rows in _slices(len(queries)):
+    for rows in slices(len(queries)):
         block = queries[rows]
         best = _Best(len(block), n)
-        for columns in _slices(len(directions)):
+        for columns in slices(len(directions)):
             cosines = _product(block, directions[columns])
             if own is not None:
                 own_columns = own[rows] - columns.start
@@ -75,11 +75,11 @@ def nearest(
 
 def nearest_both_ways(a: Any, b: Any) -> tuple[Nearest, Nearest]:
     """Return the nearest row of `b` for each row of `a`, and the reverse, from one product. Both must have at least one row."""
-    there, back = [], [_Best(columns.stop - columns.start, 1) for columns in _slices(len(b))]
-    for rows in _slices(len(a)):
+    there, back = [], [_Best(columns.stop - columns.start, 1) for columns in slices(len(b))]
+    for rows in slices(len(a)):
         block = a[rows]
         best = _Best(len(block), 1)
-        for columns, other in zip(_slices(len(b)), back, strict=True):
+        for columns, other in zip(slices(len(b)), back, strict=True):
             cosines = _product(block, b[columns])
             best.add(columns.start, cosines)
             other.add(rows.start, cosines.T)
@@ -155,5 +155,6 @@ def _joined(found: list[Nearest]) -> Nearest:
     return Nearest(np.concatenate([one.others for one in found]), np.concatenate([one.cosines for one in found]))
 
 
-def _slices(n: int) -> Iterator[slice]:
+def slices(n: int) -> Iterator[slice]:
+    """Return the tiles of n directions, in order."""
     return (slice(start, min(start + TILE, n)) for start in range(0, n, TILE))
