@@ -76,6 +76,10 @@ class QueryError(OmmatidError):
     """A SQL query is refused, too slow or wrong."""
 
 
+class ReviewError(OmmatidError, ValueError):
+    """What a person says of a feature, or a file of such words, is invalid or cannot be recorded; nothing was recorded."""
+
+
 class RunError(OmmatidError):
     """A flow cannot start or continue, because the checkout, git or DVC is not in the state that it needs."""
 
