@@ -1,4 +1,7 @@
-"""The parent's side of `sandbox.py`: starts the process that runs SQL, sends it statements, and ends it."""
+"""The parent's side of `sandbox.py`: starts the process that runs SQL, sends it statements, and ends it.
+
+`Peer` is any process that talks as `sandbox.Wire` does, on its standard input; the explorer's model runs in another.
+"""
 
 import io
 import os
@@ -10,7 +13,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -43,18 +46,151 @@ class Died(Exception):
     """Raised when the process ends before its answer is complete."""
 
 
-class Child:
-    """A process that answers one statement at a time; if an answer is not read to its end, the process must be ended.
+class Peer:
+    """A process that receives and sends messages on a socket. It ends with this one.
 
     It belongs to the process that started it, and is closed in any process forked from that one.
+
+    Args:
+        command: The command, which is followed by the descriptor of a pipe that `sandbox.end_with_parent` watches.
+        arguments: Arguments after the descriptor.
+        environment: Its environment variables.
+        folder: Its current directory.
+        log: Where its standard error goes; None: where this process's does.
+
+    Raises:
+        OSError: The operating system cannot start the process.
+    """
+
+    def __init__(
+        self, command: Sequence[str], arguments: Sequence[str], environment: Mapping[str, str], folder: str, log: int | None
+    ) -> None:
+        with ExitStack() as cleanup:
+            ours, theirs = socket.socketpair()
+            cleanup.callback(ours.close)
+            with theirs:
+                read_end, lifeline = os.pipe()
+                cleanup.callback(os.close, lifeline)
+                try:
+                    self._process = subprocess.Popen(
+                        [*command, str(read_end), *arguments],
+                        stdin=theirs.fileno(),
+                        stdout=subprocess.DEVNULL,
+                        stderr=log,
+                        pass_fds=[read_end],
+                        env=environment,
+                        cwd=folder,
+                    )
+                finally:
+                    os.close(read_end)
+            cleanup.pop_all()
+        self._link, self._lifeline = ours, lifeline
+        _STARTED.add(self)
+
+    @property
+    def pid(self) -> int:
+        """Id of the process."""
+        return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process has not ended yet."""
+        return self._process.poll() is None
+
+    def send(self, message: Any, until: float | None) -> None:
+        """Send a message.
+
+        Args:
+            message: A tuple of values of `QUESTION_TYPES`.
+            until: Time of the monotonic clock by which it must be sent; None: no limit.
+
+        Raises:
+            QueryError: A value is of another type.
+            Late: The time has passed.
+            Died: The process ended.
+        """
+        buffer = io.BytesIO()
+        QuestionPickler(buffer).dump(message)
+        payload = buffer.getvalue()
+        try:
+            self._link.settimeout(_seconds_left(until))
+            self._link.sendall(struct.pack(">Q", len(payload)) + payload)
+        except TimeoutError:
+            raise Late from None
+        except OSError:
+            raise self._death() from None
+
+    def receive(self, most: int, until: float | None) -> tuple[list[Any], int]:
+        """Receive a message.
+
+        Args:
+            most: Maximum size of the message, in bytes.
+            until: Time of the monotonic clock by which it must be complete; None: no limit.
+
+        Returns:
+            The values of the message, the first of which is its kind, and its size in bytes.
+
+        Raises:
+            QueryError: The message is too large, or holds other types than `ANSWER_TYPES`.
+            Late: The time has passed.
+            Died: The process ended.
+        """
+        (length,) = struct.unpack(">Q", self._receive_bytes(8, until))
+        if length > most:
+            raise QueryError("its answer is larger than the agreed limit")
+        return [*AnswerUnpickler(io.BytesIO(self._receive_bytes(length, until))).load()], length
+
+    def end(self) -> None:
+        """Kill the process if it is still running, and wait until it has ended."""
+        self._process.kill()
+        self._process.wait()
+        self._link.close()
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+
+    def forget(self) -> None:
+        """Disconnect from the process after a fork and leave it to the parent, which started it."""
+        self._process.returncode = 0  # only the parent can end the process or wait for it
+        self._link.close()
+        os.close(self._lifeline)
+        self._lifeline = -1
+
+    def _receive_bytes(self, n: int, until: float | None) -> bytearray:
+        received = bytearray(n)
+        view, n_received = memoryview(received), 0
+        while n_received < n:
+            try:
+                self._link.settimeout(_seconds_left(until))
+                n_new = self._link.recv_into(view[n_received:])
+            except TimeoutError:
+                raise Late from None
+            except OSError:
+                raise self._death() from None
+            if not n_new:
+                raise self._death()
+            n_received += n_new
+        return received
+
+    def _death(self) -> Died:
+        """Exception that says how the process ended."""
+        status = self._process.wait()
+        return Died(signal.Signals(-status).name if status < 0 else f"exit status {status}")
+
+
+class Child(Peer):
+    """A process that answers one statement at a time; if an answer is not read to its end, the process must be ended.
 
     Raises:
         QueryError: The operating system cannot start a process.
     """
 
     def __init__(self) -> None:
+        environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
+        environment |= {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # the other pools reserve more memory than the limit allows
+        command, path = [sys.executable, "-I", "-S", str(WORKER)], [*filter(None, map(os.path.abspath, sys.path))]
         try:
-            self._process, self._link, self._lifeline = _start()
+            super().__init__(command, path, environment, "/", subprocess.DEVNULL)
         except OSError as error:
             raise QueryError(
                 f"the process that reads the catalogue cannot be started ({error.strerror}); close other programs or files, or raise the "
@@ -62,12 +198,6 @@ class Child:
             ) from None
         self.is_idle = False
         """Whether the process is waiting for a statement."""
-        _STARTED.add(self)
-
-    @property
-    def pid(self) -> int:
-        """Id of the process."""
-        return self._process.pid
 
     def open(self, file: int, path: Path, memory_mb: int) -> None:
         """Open a catalogue in the process.
@@ -84,7 +214,7 @@ class Child:
         try:
             self._link.settimeout(START)
             socket.send_fds(self._link, [b"f"], [file])
-            self._send((os.path.abspath(path), settings(), memory_mb), until)
+            self.send((os.path.abspath(path), settings(), memory_mb), until)
             self._receive(2**20, until)
         except (Late, OSError):
             raise QueryError(f"the process that reads the catalogue did not start within {START:g} s") from None
@@ -111,7 +241,7 @@ class Child:
         """
         until = None if timeout is None else time.monotonic() + timeout
         self.is_idle = False
-        self._send((what, *values, most), until)
+        self.send((what, *values, most), until)
         left = 2 * most + 2**20
         while True:
             (kind, *found), size = self._receive(left, until)
@@ -123,34 +253,10 @@ class Child:
                 return
             yield kind, *found
 
-    def end(self) -> None:
-        """Kill the process if it is still running, and wait until it has ended."""
-        self._process.kill()
-        self._process.wait()
-        self._link.close()
-        if self._lifeline >= 0:
-            os.close(self._lifeline)
-            self._lifeline = -1
-
     def forget(self) -> None:
         """Disconnect from the process after a fork and leave it to the parent, which started it."""
-        self._process.returncode = 0  # only the parent can end the process or wait for it
         self.is_idle = False
-        self._link.close()
-        os.close(self._lifeline)
-        self._lifeline = -1
-
-    def _send(self, message: Any, until: float | None) -> None:
-        buffer = io.BytesIO()
-        QuestionPickler(buffer).dump(message)
-        payload = buffer.getvalue()
-        try:
-            self._link.settimeout(_seconds_left(until))
-            self._link.sendall(struct.pack(">Q", len(payload)) + payload)
-        except TimeoutError:
-            raise Late from None
-        except OSError:
-            raise self._death() from None
+        super().forget()
 
     def _receive(self, most: int, until: float | None) -> tuple[list[Any], int]:
         """Receive a message; return its kind, its values and its size in bytes.
@@ -158,68 +264,15 @@ class Child:
         Raises:
             QueryError: The message reports an error.
         """
-        (length,) = struct.unpack(">Q", self._receive_bytes(8, until))
-        if length > most:
-            raise QueryError("its answer is larger than the agreed limit")
-        kind, *values = AnswerUnpickler(io.BytesIO(self._receive_bytes(length, until))).load()
+        (kind, *values), length = self.receive(most, until)
         if kind == "error":
             text, *is_spent = values
             self.is_idle = is_spent == [False]
             raise QueryError(text)
         return [kind, *values], length
 
-    def _receive_bytes(self, n: int, until: float | None) -> bytearray:
-        received = bytearray(n)
-        view, n_received = memoryview(received), 0
-        while n_received < n:
-            try:
-                self._link.settimeout(_seconds_left(until))
-                n_new = self._link.recv_into(view[n_received:])
-            except TimeoutError:
-                raise Late from None
-            except OSError:
-                raise self._death() from None
-            if not n_new:
-                raise self._death()
-            n_received += n_new
-        return received
 
-    def _death(self) -> Died:
-        """Exception that says how the process ended."""
-        status = self._process.wait()
-        return Died(signal.Signals(-status).name if status < 0 else f"exit status {status}")
-
-
-def _start() -> tuple[subprocess.Popen[bytes], socket.socket, int]:
-    """Start a process.
-
-    Returns:
-        The process, our end of its socket, and the end of a pipe that ends the process when it is closed.
-
-    Raises:
-        OSError: The process, its socket or its pipe cannot be made.
-    """
-    with ExitStack() as cleanup:
-        ours, theirs = socket.socketpair()
-        cleanup.callback(ours.close)
-        with theirs:
-            read_end, lifeline = os.pipe()
-            cleanup.callback(os.close, lifeline)
-            command = [sys.executable, "-I", "-S", str(WORKER), str(read_end), *filter(None, map(os.path.abspath, sys.path))]
-            environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
-            environment |= {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # the other pools reserve more memory than the limit allows
-            devnull = subprocess.DEVNULL
-            try:
-                process = subprocess.Popen(
-                    command, stdin=theirs.fileno(), stdout=devnull, stderr=devnull, pass_fds=[read_end], env=environment, cwd="/"
-                )
-            finally:
-                os.close(read_end)
-        cleanup.pop_all()
-        return process, ours, lifeline
-
-
-_STARTED: weakref.WeakSet[Child] = weakref.WeakSet()
+_STARTED: weakref.WeakSet[Peer] = weakref.WeakSet()
 
 
 def _forget_all() -> None:
