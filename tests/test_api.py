@@ -77,6 +77,17 @@ def test_activations_of_images_of_the_study_equal_its_firings(run: ommatid.Run) 
     assert ((found.acts > 0) == (wanted > 0)).all()
 
 
+def test_heat_maps_of_images_of_the_study_equal_those_of_its_examples(run: ommatid.Run) -> None:
+    examples = run.catalog.rows("SELECT image, latent, heat, rows, cols FROM examples WHERE heat IS NOT NULL LIMIT 40")
+    encoded = {row["image"]: row["encoded"] for row in run.artefacts["images"].read("images", ["image", "encoded"]).to_pylist()}
+    assert len(examples) == 40
+    for image, latent, heat, rows, cols in examples:
+        found = run.encode(encoded[image])
+        assert torch.allclose(found.heat(0, [latent])[0], torch.tensor(heat).view(rows, cols), rtol=1e-5, atol=1e-5)
+        assert found.heat(0)[latent].max() == found.acts[0, latent]
+        assert found.boxes == ((0, 0, 48, 32),)
+
+
 def test_top_lists_firing_latents_with_their_features(run: ommatid.Run) -> None:
     found = run.encode(["cat.jpg", "dog.jpg"])
     rows, features = found.top(3), run.features()

@@ -1,9 +1,9 @@
 """New images and the activations of an SAE's latents on them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -48,6 +48,10 @@ class Encoding:
     """Name of the SAE in the column `sae` of the catalogue."""
     features: "Callable[[str], pandas.DataFrame]"
     """Function that returns what the catalogue says of the latents of an SAE, given its name (`Run.features`)."""
+    encoder: "Encoder"
+    """The pipeline that encoded the images."""
+    boxes: tuple[tuple[float, float, float, float], ...]
+    """Part of each image that the model sees and heat maps cover: (left, top, right, bottom) in pixels of the upright image."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -87,6 +91,32 @@ class Encoding:
         found = pd.DataFrame(columns).join(self.features(self.sae), on="latent")
         return found.loc[:, ["image", "latent", "label", "act", *MEASURES]]
 
+    def heat(self, image: int = 0, latents: Sequence[int] | None = None) -> "torch.Tensor":
+        """Map where in an image latents fire: their activations on each patch of the model's grid.
+
+        Args:
+            image: Index of the image.
+            latents: The latents; None: all of them.
+
+        Returns:
+            The activations, (latents, rows, cols) float32, row by row from the top left of the image's box in `boxes`.
+
+        Raises:
+            InputError: The study's tokens are not patches, so that they have no place in an image.
+
+        >>> import ommatid
+        >>> found = ommatid.open_run("data").encode("cat.jpg")
+        >>> strongest = int(found.acts[0].argmax())
+        >>> heat = found.heat(0, [strongest])[0]
+        >>> heat.max() == found.acts[0, strongest]
+        tensor(True)
+        """
+        patches = self.encoder.patches(self.encoder.sae.encode(self.x[image]))
+        if patches is None:
+            kinds = ", ".join(dict.fromkeys(place.kind for place in self.encoder.picker.places))
+            raise InputError(f"{self.sae} encodes {kinds} tokens, which have no place in an image; a heat map needs extract.tokens: patch")
+        return (patches if latents is None else patches[..., list(latents)]).permute(2, 0, 1)
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -97,18 +127,57 @@ class Encoder:
     sae: "SAE"
     pool: "Pool"
 
+    @classmethod
+    def make(cls, model: "VisionModel", sae: "SAE", extract: Mapping[str, Any], evaluate: Mapping[str, Any]) -> "Encoder":
+        """Make the pipeline with which a study encoded its own images.
+
+        Args:
+            model: The model that the study explains.
+            sae: One of its SAEs.
+            extract: The section `extract` of the study's params.
+            evaluate: The section `evaluate` of its params.
+
+        Returns:
+            The pipeline.
+
+        Raises:
+            ModelError: The model has no such hookpoint or tokens.
+        """
+        from ommatid.evaluate.passes import make_pool
+        from ommatid.extract.tokens import TokenPicker
+        from ommatid.vlm import check_hookpoint
+
+        hookpoint = sae.config.hookpoint
+        picker = TokenPicker(hookpoint, check_hookpoint(model, hookpoint), extract["tokens"])
+        pool = make_pool(evaluate["image_activation"], [place.kind for place in picker.places], hookpoint)
+        return cls(model, picker, sae, pool)
+
     def run(self, images: Sequence[Image.Image]) -> tuple["torch.Tensor", "torch.Tensor"]:
         """Return image-level activations (images, latents) and activations at the hookpoint (images, tokens, d_model), both float32."""
+        import torch
+
+        x = self.capture(images)
+        # one image at a time, since the token activations of a wide SAE are large
+        acts = [self.pool(self.sae.encode(x_td)[None]) for x_td in x]
+        return torch.cat(acts), x
+
+    def capture(self, images: Sequence[Image.Image]) -> "torch.Tensor":
+        """Return activations at the hookpoint, (images, tokens, d_model) float32, rounded to float16 as the study's are."""
         import torch
 
         from ommatid.extract.networks import find_device
 
         pixels = torch.from_numpy(np.stack([self.model.preprocess(image) for image in images])).to(find_device())
         tokens = self.picker.pick(self.model.capture(pixels, [self.picker.name]).tokens[self.picker.name])
-        x = tokens.to("cpu", torch.float16).float()
-        # one image at a time, since the token activations of a wide SAE are large
-        acts = [self.pool(self.sae.encode(x_td)[None]) for x_td in x]
-        return torch.cat(acts), x
+        return tokens.to("cpu", torch.float16).float()
+
+    def patches(self, acts: "torch.Tensor") -> "torch.Tensor | None":
+        """Return the activations on patches, (rows, cols, latents), given those on the tokens of an image, (tokens, latents).
+
+        They are None if the tokens are not patches.
+        """
+        grid = self.picker.grid
+        return None if grid is None else acts[-grid[0] * grid[1] :].unflatten(0, grid)
 
 
 def as_list(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:

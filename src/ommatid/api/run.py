@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from ommatid.api.encoding import Encoder, Encoding, ImageLike, as_list, name_image, open_image
 from ommatid.catalog.reader import Catalog
-from ommatid.config import EvaluateParams
 from ommatid.errors import ArtefactError, ConfigError, InputError, ModelError
 from ommatid.pipeline import STAGES, open_stage
 from ommatid.pipeline.inputs import check_lineage
@@ -222,9 +221,14 @@ class Run:
         encoder = self._encoders[name]
         size = self.params["extract"]["batch_size"]
         starts = range(0, len(items), size)
-        batches = [encoder.run([open_image(item, i) for i, item in enumerate(items[at : at + size], at)]) for at in starts]
-        acts, x = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        return Encoding(tuple(name_image(item, i) for i, item in enumerate(items)), acts, x, name, self.features)
+        acts, x, boxes = [], [], []
+        for at in starts:
+            opened = [open_image(item, i) for i, item in enumerate(items[at : at + size], at)]
+            for parts, part in zip((acts, x), encoder.run(opened), strict=True):
+                parts.append(part)
+            boxes += [encoder.model.preprocess.box(*image.size) for image in opened]
+        names = tuple(name_image(item, i) for i, item in enumerate(items))
+        return Encoding(names, torch.cat(acts), torch.cat(x), name, self.features, encoder, tuple(boxes))
 
     def _artefact_of(self, sae: str | None) -> Artefact:
         """The SAE's artefact, inside the artefact of the training."""
@@ -237,16 +241,10 @@ class Run:
         raise ConfigError(f"{self.data} has no SAE {sae!r}; it has {', '.join(self.saes) or 'none that passed the quality gate'}")
 
     def _make_encoder(self, name: str | None) -> "Encoder":
-        from ommatid.evaluate.passes import make_pool
-        from ommatid.extract.tokens import TokenPicker
-        from ommatid.vlm import check_hookpoint
-
         model, sae = self.model, self.sae(name)
-        hookpoint = sae.config.hookpoint
-        activations, evaluations = open_stage("extract", hookpoint, self.data), open_stage("evaluate", data=self.data)
+        activations, evaluations = open_stage("extract", sae.config.hookpoint, self.data), open_stage("evaluate", data=self.data)
         check_lineage("encode", {"extract": activations, "train": self._training, "evaluate": evaluations})
-        picker = TokenPicker(hookpoint, check_hookpoint(model, hookpoint), self.params["extract"]["tokens"])
-        return Encoder(model, picker, sae, make_pool(EvaluateParams(**evaluations.manifest.params), activations))
+        return Encoder.make(model, sae, self.params["extract"], evaluations.manifest.params)
 
 
 def open_run(data: str | Path = DATA) -> Run:

@@ -7,12 +7,13 @@ from pydantic import Field, field_validator
 from ommatid.config.section import Section
 
 Baseline = Literal["sparse_neurons", "pca", "kmeans", "nmf"]
+ImageActivation = Literal["max", "mean", "cls"]
 
 
 class EvaluateParams(Section):
     """Stage `evaluate`: measures every latent on the evaluation split."""
 
-    image_activation: Literal["max", "mean", "cls"]
+    image_activation: ImageActivation
     """How a latent's activations over an image's tokens become one; `cls` takes that of the class token, which must be extracted."""
     n_top: Annotated[int, Field(ge=16, le=256)]
     """Number of a latent's strongest images to keep as examples; at least 16, the number on which purity is measured."""

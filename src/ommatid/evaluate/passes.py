@@ -20,6 +20,7 @@ from ommatid.activations.batches import load_sample
 from ommatid.compute.checkpoint import Accumulator, Checkpoint, State, inside, restore
 from ommatid.compute.undefined import none_for_nan, nullable
 from ommatid.config import EvaluateParams
+from ommatid.config.evaluate import ImageActivation
 from ommatid.errors import ConfigError
 from ommatid.evaluate.batches import Images, iter_images, load_kinds
 from ommatid.evaluate.classes import Meaning, PooledActivations, ProbeImages
@@ -36,8 +37,13 @@ Pool = Callable[[Tensor], Tensor]
 """Function from token activations (images, tokens, latents) to image-level activations (images, latents)."""
 
 
-def make_pool(params: EvaluateParams, activations: Artefact) -> Pool:
+def make_pool(image_activation: ImageActivation, kinds: Sequence[str], hookpoint: str) -> Pool:
     """Make the function that pools token activations into image-level ones as `evaluate.image_activation` says.
+
+    Args:
+        image_activation: The value of `evaluate.image_activation`.
+        kinds: Kind of each token of an image.
+        hookpoint: Name of the hookpoint, for messages.
 
     Returns:
         The function.
@@ -45,30 +51,21 @@ def make_pool(params: EvaluateParams, activations: Artefact) -> Pool:
     Raises:
         ConfigError: `image_activation` is `cls`, but no class token was extracted.
     """
-    match params.image_activation:
+    match image_activation:
         case "max":
             return lambda acts: acts.amax(1)
         case "mean":
             return lambda acts: acts.mean(1)
         case "cls":
-            place = _find_class_token(activations)
+            if "cls" not in kinds:
+                raise ConfigError(
+                    f"evaluate.image_activation: cls needs a class token, but only {', '.join(sorted(set(kinds)))} tokens were extracted "
+                    f"at {hookpoint}; set it to max or mean or, if the model has a class token, set extract.tokens to all or cls"
+                )
+            place = kinds.index("cls")
             return lambda acts: acts[:, place]
         case _:
-            assert_never(params.image_activation)
-
-
-def _find_class_token(activations: Artefact) -> int:
-    """Return the position of the class token among the tokens of an image."""
-    per_image = activations.summary["tokens_per_image"]
-    first = next((rows for rows in activations.iter_batches("eval", ["kind"], n_rows=per_image) if len(rows)), None)
-    kinds = first["kind"].to_pylist() if first else ["cls"]
-    if "cls" not in kinds:
-        raise ConfigError(
-            f"evaluate.image_activation: cls needs a class token, but only {', '.join(sorted(set(kinds)))} tokens were extracted at "
-            f"{activations.summary['hookpoint']}; set it to max or mean or, if the model has a class token, set extract.tokens to all "
-            "or cls"
-        )
-    return kinds.index("cls")
+            assert_never(image_activation)
 
 
 N_PURITY = 16
@@ -193,7 +190,8 @@ class EvaluatedDictionary(Accumulator):
 
 def make_dictionaries(sae: SAE, activations: Artefact, params: EvaluateParams) -> list[EvaluatedDictionary]:
     """Make the dictionaries to evaluate: the SAE, its two controls, and the baselines of `evaluate.baselines`, in this order."""
-    judges, pool = JudgeSummary.all_of(activations), make_pool(params, activations)
+    judges, kinds = JudgeSummary.all_of(activations), load_kinds(activations)
+    pool = make_pool(params.image_activation, kinds, activations.summary["hookpoint"])
     dictionaries: dict[str, Dictionary] = {
         "sae": sae,
         "untrained": make_untrained(sae.config, load_sample(activations, CALIBRATION_TOKENS), CONTROL_SEED),
@@ -203,7 +201,6 @@ def make_dictionaries(sae: SAE, activations: Artefact, params: EvaluateParams) -
         sample = load_sample(activations, min(BASELINE_TOKENS, BASELINE_VALUES // sae.config.d_model))
         dictionaries |= {kind: make_baseline(kind, sae.config, sample, CONTROL_SEED) for kind in params.baselines}
     is_transcoder = sae.config.target is not None  # beside a transcoder, fidelity is its own only: the rest decode what they encode
-    kinds = load_kinds(activations)
     return [
         EvaluatedDictionary(name, dictionary, kinds if name == "sae" or (name != "neurons" and not is_transcoder) else None, judges, pool)
         for name, dictionary in dictionaries.items()

@@ -19,7 +19,7 @@ MAX_BYTES = 2**28
 
 # Only decoders that run no other program (that of EPS would start Ghostscript) and recognise their format by a signature (that of TGA
 # accepts nearly any bytes).
-_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 _SIGNATURE = re.compile(
     rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*|II\+\0|MM\0\+|....ftypavi[fs]|\0\0\x01\0|P[1-6f]\s|"
@@ -144,7 +144,7 @@ def _open(encoded: bytes) -> Image.Image:
     """Decode an image in the mode of its file."""
     reader = _Reader(encoded)
     try:
-        image = Image.open(reader, formats=_FORMATS)
+        image = Image.open(reader, formats=FORMATS)
     except UnidentifiedImageError:
         raise _unidentified(encoded, reader.ran_out) from None
     limit = Image.MAX_IMAGE_PIXELS  # PIL itself only warns at this limit, and raises at twice as many pixels
@@ -183,7 +183,7 @@ def has_several_frames(encoded: bytes) -> bool:
         return False
     with _pil_is_quiet:
         try:
-            return bool(getattr(Image.open(io.BytesIO(encoded), formats=_FORMATS), "is_animated", False))
+            return bool(getattr(Image.open(io.BytesIO(encoded), formats=FORMATS), "is_animated", False))
         except Exception:  # damage after the first frame
             return False
 
