@@ -80,8 +80,8 @@ def examine(item: Item, thumbnail: int) -> Row | Rejected:
         return Rejected(item.path, error.reason, error.detail)
     width, height = image.size
     image_id = hashlib.sha256(encoded).hexdigest()
-    small = _webp(image, thumbnail)
-    remarks = tuple(_iter_remarks(image, encoded))  # `_webp` has scaled the image down
+    small = to_webp(image, thumbnail)
+    remarks = tuple(_iter_remarks(image, encoded))  # `to_webp` has scaled the image down
     return Row(image_id, item.path, width, height, item.label, item.captions, item.taxonomy, small, encoded, remarks)
 
 
@@ -108,8 +108,8 @@ def examine_all(items: Iterable[Item], thumbnail: int) -> Iterator[Row | Rejecte
             yield ahead.popleft().result()
 
 
-def _webp(image: Image.Image, longest: int) -> bytes:
-    """Scale `image` down in place and return it as WebP."""
+def to_webp(image: Image.Image, longest: int) -> bytes:
+    """Scale an image down in place, until its longest side has `longest` pixels, and return it as WebP without metadata."""
     image.thumbnail((longest, longest))
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=80)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float32, Int64
 from pydantic import TypeAdapter
 from torch import Tensor
 
@@ -74,14 +74,20 @@ def _load_namer(activations: Artefact) -> VisionModel:
 
 def load_joint(activations: Artefact, split: EvalSplit) -> Float32[Tensor, "images d_joint"]:
     """Load the joint embeddings of the evaluation images, `(images, d_joint)` float32, centred on the naming half, unit norm."""
-    joint = torch.empty(len(split.images), activations.summary["d_joint"])
-    for batch in activations.iter_batches("embeddings", ["image", "joint"], n_rows=4096):
-        numbers = batch["image"].to_numpy()
-        place = np.searchsorted(split.images, numbers).clip(max=len(split.images) - 1)
-        keep = split.images[place] == numbers
-        joint[torch.from_numpy(place[keep])] = from_float32(batch["joint"])[torch.from_numpy(keep)]
+    joint = read_joint(activations, split.images)
     naming = joint[torch.from_numpy(~split.is_held_out)]
     return torch.nn.functional.normalize(joint - naming.mean(0), dim=1) if len(naming) else joint
+
+
+def read_joint(activations: Artefact, images: Int64[np.ndarray, " images"]) -> Float32[Tensor, "images d_joint"]:
+    """Read the joint embeddings of some images, `(images, d_joint)` float32, given their numbers, ascending, `(images,)`."""
+    joint = torch.empty(len(images), activations.summary["d_joint"])
+    for batch in activations.iter_batches("embeddings", ["image", "joint"], n_rows=4096):
+        numbers = batch["image"].to_numpy()
+        place = np.searchsorted(images, numbers).clip(max=len(images) - 1)
+        keep = images[place] == numbers
+        joint[torch.from_numpy(place[keep])] = from_float32(batch["joint"])[torch.from_numpy(keep)]
+    return joint
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,374 @@
+"""The process that answers what needs the model: search by meaning and by image, and the encoding of new images.
+
+`model_client.py` starts it with `python -m` and talks to it over standard input, which is a socket, as `catalog.sandbox.Wire` does. It ends
+with the server, leaves Ctrl-C to it, and yields to it: it has a lower priority, and is the first that the kernel ends if memory runs out.
+An uploaded image is held in memory only.
+
+Suffixes of names: f features, d the width d_joint of the joint image-text space, t tokens, l latents.
+"""
+
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int
+from PIL import Image
+
+from ommatid.api.encoding import Encoder
+from ommatid.catalog.database import physical_mb
+from ommatid.catalog.reader import Catalog
+from ommatid.catalog.sandbox import Wire, end_with_parent, set_soft
+from ommatid.compute.nearest import largest
+from ommatid.errors import ArtefactError, InputError, ModelError, OmmatidError, describe, find_lack
+from ommatid.extract.networks import find_device, load_explained
+from ommatid.images.dataset import to_webp
+from ommatid.images.decode import FORMATS, Unreadable, decode
+from ommatid.label.context import read_joint
+from ommatid.label.scoring import Texts
+from ommatid.pipeline import open_stage
+from ommatid.sae.model import SAE
+from ommatid.store import Artefact, open_artefact
+from ommatid.vlm import VisionModel, imagenet_classes
+
+NICENESS = 5
+"""Amount by which the process is nicer than the server."""
+MEMORY_SHARE = 0.75
+"""Share of the machine's memory that it may take."""
+KEPT = 2
+"""Number of SAEs of which weights and meanings stay in memory."""
+N_CENTRE = 64
+"""Number of texts whose mean is subtracted from every text; a large text tower takes minutes for thousands.
+
+On the demo, with its 347 labels as queries, a feature that has the label is among the first 10 hits for 60 % of them with the mean of 64
+labels, 59 % with that of all labels, 55 % with that of all 5,110 words, and 57 % without; for 1 % if labels are shuffled among features."""
+ROWS = 2**14
+"""Rows of `meanings` that are read at once."""
+MOST_IMAGES = 100_000
+"""Maximum number of evaluation images that are compared with a query."""
+MOST_LATENTS = 500
+"""Maximum number of firing latents of an encoded image of which heat maps are returned."""
+N_OF_PATCH = 8
+"""Number of latents that are returned of each patch."""
+PICTURE = 768
+"""Longest side of the picture of an encoded image, in pixels."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Vectors in the joint space that queries are compared with."""
+
+    numbers: Int[np.ndarray, " rows"]
+    """Latent or image of each row, `(rows,)`."""
+    unit_rd: Float32[np.ndarray, "rows d"]
+    """The vectors less their mean, scaled to unit norm, `(rows, d)`."""
+    mean_d: Float32[np.ndarray, " d"]
+    """Their mean, `(d,)`."""
+
+    @classmethod
+    def centre(cls, numbers: Int[np.ndarray, " rows"], vectors_rd: Float32[np.ndarray, "rows d"]) -> "Rows":
+        """Centre vectors and scale them to unit norm in place."""
+        mean_d = vectors_rd.mean(0, dtype=np.float64).astype(np.float32) if len(vectors_rd) > 1 else np.zeros_like(vectors_rd[0])
+        for start in range(0, len(vectors_rd), ROWS):
+            block = vectors_rd[start : start + ROWS]
+            block -= mean_d
+            block[:] = _unit(block)
+        return cls(numbers, vectors_rd, mean_d)
+
+    def search(self, query_d: Float32[np.ndarray, " d"], n: int) -> dict[str, list[Any]]:
+        """Find the rows nearest to a centred query of unit norm; see `model_client.Hits`."""
+        cosines = self.unit_rd @ query_d
+        best = largest(cosines[None], n)[0]
+        return {"found": self.numbers[best].tolist(), "scores": cosines[best].tolist()}
+
+
+class Study:
+    """A catalogue, and the networks, SAEs and embeddings that questions about it need. Each is loaded when it is first needed.
+
+    What model an SAE explains, and how, is in the relation `runs` of the catalogue, so that a published catalogue and its SAE suffice for
+    everything but the search for similar images, which needs the study's activations.
+
+    Args:
+        catalog: Path of the catalogue.
+        data: Root of the study's artefacts.
+
+    Raises:
+        QueryError: The catalogue cannot be read.
+    """
+
+    def __init__(self, catalog: str, data: str) -> None:
+        self._catalog = Path(catalog)
+        self._data = data
+        with self._open() as opened:
+            self._runs = {row["sae"]: row for row in opened.ask("FROM runs").dicts()}
+        self._network = lru_cache(4)(self._load_network)
+        self._meanings = lru_cache(KEPT)(self._load_meanings)
+        self._texts = lru_cache(KEPT)(self._load_texts)
+        self._encoder = lru_cache(KEPT)(self._load_encoder)
+        self._images = lru_cache(KEPT)(self._load_images)
+
+    def load(self, part: str, sae: str) -> None:
+        """Load a part that questions about an SAE need; see `model_client.Part`.
+
+        Raises:
+            OmmatidError: It cannot be loaded; the message says why.
+        """
+        if part == "words":
+            self._meanings(sae)
+            self._texts(sae)
+        elif part == "model":
+            self._encoder(sae)
+        else:
+            assert part == "images", part
+            self._images(sae)
+
+    def search_text(self, sae: str, text: str, n: int) -> dict[str, Any]:
+        """Answer `ModelClient.search_text`."""
+        return self._meanings(sae).search(self._texts(sae).embed([text])[0].numpy(), n)
+
+    def search_image(self, sae: str, encoded: bytes, n: int) -> dict[str, Any]:
+        """Answer `ModelClient.search_image`."""
+        image, encoder = open_upload(encoded), self._encoder(sae)
+        acts_l = encoder.run([image])[0][0].numpy()
+        firing = largest(acts_l[None], n)[0]
+        firing = firing[acts_l[firing] > 0]
+        meanings, (images, problem) = self._meanings(sae), self._images(sae)
+        embedding_d = self._embed(sae, image)
+        none: dict[str, Any] = {"found": [], "scores": []}
+        return {
+            "by_activation": {"found": firing.tolist(), "scores": acts_l[firing].tolist()},
+            "by_meaning": meanings.search(_unit(embedding_d - meanings.mean_d), n),
+            "images": images.search(_unit(embedding_d - images.mean_d), n) if images else none,
+            "n_images": len(images.numbers) if images else 0,
+            "problem": problem,
+        }
+
+    def encode(self, sae: str, encoded: bytes) -> dict[str, Any]:
+        """Answer `ModelClient.encode`."""
+        image, encoder = open_upload(encoded), self._encoder(sae)
+        width, height = image.size
+        acts_tl = encoder.sae.encode(encoder.capture([image])[0])
+        acts_l = encoder.pool(acts_tl[None])[0]
+        n_firing = int((acts_l > 0).sum())
+        latents = largest(acts_l.numpy()[None], min(n_firing, MOST_LATENTS))[0]
+        rows, cols = encoder.picker.grid or (0, 0)
+        patches_pl = acts_tl[len(acts_tl) - rows * cols :]
+        left, top, right, bottom = encoder.model.preprocess.box(width, height)
+        picture = to_webp(image, PICTURE)  # scales the image down
+        return {
+            "width": width,
+            "height": height,
+            "picture": picture,
+            "picture_width": image.width,
+            "picture_height": image.height,
+            "seen_width": (right - left) / width,
+            "seen_height": (bottom - top) / height,
+            "rows": rows,
+            "cols": cols,
+            "n_firing": n_firing,
+            "latents": latents.tolist(),
+            "acts": acts_l[latents].tolist(),
+            "heat": patches_pl[:, latents].T.tolist(),
+            "patches": [_strongest(acts) for acts in patches_pl],
+        }
+
+    def _open(self) -> Catalog:
+        return Catalog(self._catalog, at_once=1)
+
+    def _run(self, sae: str) -> Mapping[str, Any]:
+        if sae not in self._runs:
+            raise ModelError(f"{self._catalog} has no SAE {sae!r}; it has {', '.join(self._runs)}")
+        return self._runs[sae]
+
+    def _params(self, sae: str) -> Mapping[str, Any]:
+        """Params that the SAE's study ran with, by section.
+
+        Raises:
+            ModelError: They name no model.
+        """
+        params = json.loads(self._run(sae)["params"])
+        if "model" not in params.get("extract", {}) or params["extract"].get("source") == "files":
+            raise ModelError(
+                f"the activations of {sae} were imported from files, so its model is not known: neither images nor texts can be encoded"
+            )
+        return params
+
+    def _namer(self, sae: str) -> VisionModel:
+        """Model whose joint space features are named in."""
+        extract = self._params(sae)["extract"]
+        return self._network(json.dumps({**extract, "model": extract["namer"] or extract["model"], "namer": None}, sort_keys=True))
+
+    def _load_network(self, extract: str) -> VisionModel:
+        """Load the model of a section `extract`, which is JSON."""
+        return load_explained(json.loads(extract))
+
+    def _load_encoder(self, sae: str) -> Encoder:
+        params = self._params(sae)
+        model = self._network(json.dumps({**params["extract"], "namer": None}, sort_keys=True))
+        return Encoder.make(model, self._load_sae(sae), params["extract"], params["evaluate"])
+
+    def _load_sae(self, sae: str) -> SAE:
+        """Load the SAE that the catalogue describes, which its checksum tells, from the study or the champion's folder."""
+        for artefact in self._iter_candidates(self._run(sae)["name"]):
+            if artefact.digest == self._run(sae)["sae_digest"]:
+                return SAE.load(artefact.path)
+        raise ModelError(
+            f"{sae} is neither in {self._data}/sae nor in {self._catalog.parent}/champions, at least not the version that this catalogue "
+            "was built from; run `dvc repro`, or open the catalogue beside its study with --data"
+        )
+
+    def _iter_candidates(self, name: str) -> Iterator[Artefact]:
+        with suppress(ArtefactError):
+            yield open_stage("train", data=self._data).child(name, "sae")
+        for folder in sorted(self._catalog.parent.glob("champions/*/sae")):
+            with suppress(ArtefactError):
+                yield open_artefact(folder, "sae")
+
+    def _load_meanings(self, sae: str) -> Rows:
+        """Read the activation-weighted mean joint image embedding of each latent that fires.
+
+        Raises:
+            ModelError: The catalogue has none.
+        """
+        again = "build it again with `dvc repro catalog`"
+        latents, blocks = [], []
+        with self._open() as opened:
+            if "meanings" not in opened.relations():
+                raise ModelError(f"{self._catalog} has no relation meanings, as an older version of Ommatid built it; {again}")
+            ((last,),) = opened.rows("SELECT max(latent) FROM meanings WHERE sae = $sae AND embedding IS NOT NULL", {"sae": sae})
+            for first in range(0, -1 if last is None else last + 1, ROWS):
+                table = opened.arrow(_MEANINGS, {"sae": sae, "first": first, "stop": first + ROWS}).combine_chunks()
+                latents.append(table["latent"].to_numpy())
+                blocks.append(np.frombuffer(b"".join(table["embedding"].to_pylist()), "<f2").reshape(len(table), -1).astype(np.float32))
+        if not latents:
+            raise ModelError(f"{self._catalog} has no meanings of {sae}; {again}")
+        d_joint = max(block.shape[1] for block in blocks)
+        return Rows.centre(np.concatenate(latents), np.concatenate([block.reshape(-1, d_joint) for block in blocks]))
+
+    def _load_texts(self, sae: str) -> Texts:
+        """Load the text tower, and choose the texts whose mean is subtracted: some of the labels, or words if there are too few labels."""
+        namer = self._namer(sae)
+        if namer.d_embed is None:
+            raise ModelError(f"{namer.name} has no text tower, so that there is no space in which to compare texts with images")
+        with self._open() as opened:
+            sql = "SELECT DISTINCT label FROM features WHERE sae = $sae AND label IS NOT NULL ORDER BY label"
+            labels = [label for (label,) in opened.rows(sql, {"sae": sae})]
+        words = _spread(labels, N_CENTRE)
+        words += _spread(sorted({*imagenet_classes()} - {*words}), N_CENTRE - len(words))
+        return Texts(namer, words)
+
+    def _load_images(self, sae: str) -> tuple[Rows | None, str | None]:
+        """Read the joint embeddings of the evaluation images.
+
+        Returns:
+            The embeddings, and why some are missing; None and None, respectively, if all are missing or none is.
+        """
+        run = self._run(sae)
+        try:
+            activations = open_stage("extract", run["hookpoint"], self._data)
+        except ArtefactError:
+            return None, f"similar images are not searched for, as {self._data} does not hold the activations of this catalogue"
+        if activations.digest != run["activations_digest"]:
+            return None, f"similar images are not searched for, as the activations in {self._data} were made anew since; run `dvc repro`"
+        with self._open() as opened:
+            sql = "SELECT image, count(*) OVER () FROM images WHERE split = 'eval' ORDER BY image LIMIT $most"
+            found = opened.rows(sql, {"most": MOST_IMAGES})
+        if not found:
+            return None, "similar images are not searched for, as there are no evaluation images"
+        numbers = np.array([image for image, _ in found], np.int64)
+        n_all = found[0][1]
+        problem = f"only the first {len(numbers):,} of {n_all:,} evaluation images are compared" if n_all > len(numbers) else None
+        return Rows.centre(numbers, read_joint(activations, numbers).numpy()), problem
+
+    def _embed(self, sae: str, image: Image.Image) -> Float32[np.ndarray, " d"]:
+        """Embed an image in the joint space, with unit norm."""
+        namer = self._namer(sae)
+        embedding = namer.capture(torch.from_numpy(namer.preprocess(image)[None]).to(find_device()), ()).embedding
+        assert embedding is not None, namer.name
+        return _unit(embedding[0].float().cpu().numpy())
+
+
+_MEANINGS = """
+    SELECT latent, embedding FROM meanings
+    WHERE sae = $sae AND latent >= $first AND latent < $stop AND embedding IS NOT NULL ORDER BY latent
+"""
+
+
+def open_upload(encoded: bytes) -> Image.Image:
+    """Decode an uploaded image as the stage `images` does.
+
+    Raises:
+        InputError: The bytes are not an image that can be decoded.
+    """
+    try:
+        return decode(encoded)
+    except Unreadable as error:
+        formats = f"; formats that can be read are {', '.join(FORMATS)}" if error.reason == "not_an_image" else ""
+        reason, detail = error.reason.replace("_", " "), error.detail.rstrip(".")
+        raise InputError(f"the image cannot be read ({reason}): {detail}{formats}") from None
+
+
+def _unit(x: Float32[np.ndarray, "*rows d"]) -> Float32[np.ndarray, "*rows d"]:
+    """Scale vectors to unit norm; those of zeros stay zero."""
+    norms = np.linalg.norm(x, axis=-1, keepdims=True)
+    return x / np.where(norms > 0, norms, 1)
+
+
+def _strongest(acts_l: torch.Tensor) -> dict[str, list[Any]]:
+    """Return the strongest latents of a patch that fire; see `model_client.PatchActs`."""
+    acts, latents = acts_l.topk(min(N_OF_PATCH, len(acts_l)))
+    return {"latents": latents[acts > 0].tolist(), "acts": acts[acts > 0].tolist()}
+
+
+def _spread(values: list[str], n: int) -> list[str]:
+    """Return up to n of the values, evenly spaced."""
+    if len(values) <= n:
+        return values
+    return [values[i] for i in np.linspace(0, len(values) - 1, n).round().astype(int)] if n else []
+
+
+def serve(wire: Wire) -> None:
+    """Open the study named in the first message, then answer one question after another."""
+    study: Study | None = None
+    while True:
+        what, *values = wire.receive()
+        try:
+            if what == "open":
+                study, answer = Study(*values), None
+            else:
+                assert what in ("load", "search_text", "search_image", "encode"), what
+                answer = getattr(study, what)(*values)
+            wire.send("answer", answer)
+        except OmmatidError as error:
+            wire.send("error", type(error).__name__, str(error))
+        except Exception as error:  # the edge of the process; the traceback goes where the server's own errors go
+            traceback.print_exc()
+            lack = find_lack(error)
+            wire.send("error", "", f"the model failed: {lack.value[0] if lack else describe(error)}")
+
+
+def main() -> None:
+    """Answer questions until the server ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server handles Ctrl-C
+    end_with_parent(int(sys.argv[1]))
+    os.nice(NICENESS)
+    with suppress(OSError):  # only Linux has it
+        Path("/proc/self/oom_score_adj").write_text("500")
+    if find_device() == "cpu":  # drivers of GPUs reserve more memory than there is
+        set_soft(resource.RLIMIT_DATA, int(physical_mb() * MEMORY_SHARE) * 2**20)
+    serve(Wire(socket.socket(fileno=0)))
+
+
+if __name__ == "__main__":
+    main()
