@@ -3,9 +3,11 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
+from fastapi import Path as Address
 from fastapi import Query as Parameters
 from fastapi.responses import JSONResponse, Response
 
+from ommatid.errors import ArtefactError
 from ommatid.explorer.heat import fit
 from ommatid.explorer.web import FOREVER, NotFound, Query, TheExplorer, View, image_url
 
@@ -64,3 +66,13 @@ def thumb(request: Request, explorer: TheExplorer, image: int, hash: str) -> Res
         if not found:
             raise NotFound(f"There is no image {image} with the checksum {hash[:64]}.")
         return Response(found[0]["thumbnail"], media_type="image/webp", headers={"cache-control": FOREVER})
+
+
+@router.get("/originals/{image}/{hash}", include_in_schema=False)
+def original(explorer: TheExplorer, image: int, hash: Annotated[str, Address(pattern="^[0-9a-f]{12,64}$")]) -> Response:
+    """Answer an image in full size, whose address holds its checksum."""
+    try:
+        content, type_ = explorer.originals.get(image, hash)
+    except ArtefactError as error:
+        raise NotFound(str(error)) from None
+    return Response(content, media_type=type_, headers={"cache-control": FOREVER})

@@ -21,6 +21,7 @@ from ommatid import __version__
 from ommatid.catalog.question import Question
 from ommatid.errors import OmmatidError
 from ommatid.explorer.library import Library, Opened
+from ommatid.explorer.originals import Originals
 from ommatid.show import numbers
 
 NAVIGATION = (
@@ -141,6 +142,15 @@ class Explorer:
         self.library.close()
 
     @cached_property
+    def originals(self) -> Originals:
+        """The images in full size."""
+        return Originals(self.settings.data)
+
+    def original_url(self, image: int, hash_: str) -> str | None:
+        """Address of an image in full size; None if only its thumbnail is at hand."""
+        return None if self.settings.is_static or not self.originals.are_at_hand else f"/originals/{image}/{hash_}"
+
+    @cached_property
     def templates(self) -> jinja2.Environment:
         """The templates, in which everything from data is escaped."""
         environment = jinja2.Environment(
@@ -162,7 +172,7 @@ class Explorer:
             "feature_url": feature_url,
             "image_url": image_url,
             "thumb_url": thumb_url,
-            "original_url": original_url,
+            "original_url": self.original_url,
         }
         environment.filters |= {name: getattr(numbers, name) for name in ("fixed", "percent", "rate", "signed", "count")}
         return environment
@@ -247,11 +257,6 @@ def image_url(image: int, **parameters: Any) -> str:
 def thumb_url(image: int, hash_: str) -> str:
     """Address of an image's thumbnail."""
     return f"/thumbs/{image}/{hash_}.webp"
-
-
-def original_url(image: int, hash_: str) -> str:
-    """Address of an image at its full size."""
-    return f"/originals/{image}/{hash_}"
 
 
 def asset(name: str) -> str:
