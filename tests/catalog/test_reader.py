@@ -1,6 +1,7 @@
 """A Catalog only reads: it returns rows, Arrow and pandas, changes nothing, and its errors say what to do."""
 
 import multiprocessing
+import threading
 import time
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
@@ -10,9 +11,10 @@ from uuid import UUID
 from zoneinfo import ZoneInfo
 
 import numpy as np
+import psutil
 import pytest
 
-from ommatid.catalog.reader import Catalog
+from ommatid.catalog.reader import Catalog, Stop, Stopped
 from ommatid.errors import QueryError
 from support.processes import HANG_SECONDS
 
@@ -183,6 +185,32 @@ def test_an_endless_query_is_stopped_and_the_next_is_answered(catalog: Catalog) 
         catalog.rows(ENDLESS, timeout=0.3)
     assert time.monotonic() - began < HANG_SECONDS
     assert catalog.rows("SELECT 1", timeout=HANG_SECONDS) == [(1,)]
+
+
+def test_a_statement_is_stopped_by_another_thread(catalog: Catalog) -> None:
+    stop = Stop()
+    threading.Timer(0.2, stop).start()
+    began = time.monotonic()
+    with pytest.raises(Stopped, match="stopped, as was asked"):
+        catalog.ask(ENDLESS, timeout=HANG_SECONDS, stop=stop)
+    assert 0.1 < time.monotonic() - began < HANG_SECONDS / 2
+    with pytest.raises(Stopped, match="before it ran"):
+        catalog.ask("SELECT 1", stop=stop)
+    later = Stop()
+    assert catalog.ask("SELECT 1", stop=later).rows == [(1,)]
+    later()
+    assert catalog.rows("SELECT 2", timeout=HANG_SECONDS) == [(2,)], "a late stop reaches no later statement"
+
+
+def test_processes_can_give_way(file: Path) -> None:
+    with Catalog(file, niceness=7) as catalog:
+        assert catalog.rows("SELECT sum(range) FROM range(10)") == [(45,)]
+        (process,) = [child for child in psutil.Process().children() if child.nice() == 7]
+        threads = [
+            int(Path(f"/proc/{process.pid}/task/{thread.id}/stat").read_text().rpartition(")")[2].split()[16])
+            for thread in process.threads()
+        ]
+        assert set(threads) == {7}, "those of DuckDB, too"
 
 
 def test_a_timer_does_not_outlive_its_query(catalog: Catalog) -> None:

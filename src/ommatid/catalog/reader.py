@@ -33,6 +33,10 @@ LONGEST_TIMEOUT = 86400.0
 """Maximum timeout, in seconds."""
 
 
+class Stopped(QueryError):
+    """A statement was stopped before it was answered."""
+
+
 @dataclass(frozen=True)
 class Column:
     """A column of a relation."""
@@ -63,6 +67,38 @@ class QueryResult:
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
 
+class Stop:
+    """A switch that stops a statement which another thread runs."""
+
+    def __init__(self) -> None:
+        self.is_on = False
+        """Whether the statement is to be stopped."""
+        self._lock = threading.Lock()
+        self._child: Child | None = None
+
+    def __call__(self) -> None:
+        """Stop the statement: the process that runs it is killed. If none runs yet, the next one that is given this switch is refused."""
+        with self._lock:
+            self.is_on = True
+            if self._child:
+                self._child.kill()
+
+    @contextmanager
+    def watch(self, child: Child) -> Iterator[None]:
+        """Make the switch kill a process, until the block ends."""
+        with self._lock:
+            if self.is_on:
+                raise Stopped("stopped before it ran")
+            self._child = child
+        try:
+            yield
+        finally:
+            with self._lock:  # from here on the process may run a statement of somebody else
+                self._child = None
+                if self.is_on:
+                    child.is_idle = False  # killed, even if the answer was complete
+
+
 class Catalog:
     """A catalogue opened for reading: SELECT only, no files, no network, settings locked. Safe to use from several threads.
 
@@ -84,7 +120,15 @@ class Catalog:
     ...     rows = catalog.rows("SELECT latent, label FROM features WHERE ms > $least", {"least": 0.5})
     """
 
-    def __init__(self, path: Path, memory_mb: int | None = None, answer_mb: int = ANSWER_MB, at_once: int = 2, child: Child | None = None):
+    def __init__(
+        self,
+        path: Path,
+        memory_mb: int | None = None,
+        answer_mb: int = ANSWER_MB,
+        at_once: int = 2,
+        child: Child | None = None,
+        niceness: int = 0,
+    ):
         """Open a catalogue.
 
         Args:
@@ -93,11 +137,13 @@ class Catalog:
             answer_mb: Memory limit of an answer in this process, in MB.
             at_once: Maximum number of statements that run at the same time, each in its own process; further ones wait.
             child: Reader process that is already running; None starts one.
+            niceness: How much the processes give way to others that need the processor, 0 to 19, as of `nice`.
         """
         self.path = path
         self.memory_mb = default_memory_mb(READER_MB) if memory_mb is None else memory_mb
         self._most = answer_mb * 2**20
         self._at_once = at_once
+        self._niceness = niceness
         self._reset()
         _OPEN.add(self)
         self._file = -1
@@ -130,7 +176,14 @@ class Catalog:
         while self._idle:
             self._idle.pop().end()
 
-    def ask(self, sql: str, parameters: Parameters = None, max_rows: int | None = None, timeout: float | None = None) -> QueryResult:
+    def ask(
+        self,
+        sql: str,
+        parameters: Parameters = None,
+        max_rows: int | None = None,
+        timeout: float | None = None,
+        stop: Stop | None = None,
+    ) -> QueryResult:
         """Answer a query.
 
         Args:
@@ -138,9 +191,13 @@ class Catalog:
             parameters: Values of its parameters.
             max_rows: Maximum number of rows; None: all rows.
             timeout: Time limit in seconds; None: no limit.
+            stop: Switch with which another thread can stop it.
 
         Returns:
             The rows, with the names and types of the columns.
+
+        Raises:
+            Stopped: It was stopped.
         """
         if max_rows is not None and max_rows < 0:
             raise QueryError(f"at most {max_rows} rows: expected 0 or more, or None")
@@ -148,7 +205,7 @@ class Catalog:
         types: tuple[str, ...] = ()
         rows: list[tuple[Any, ...]] = []
         more = False
-        for kind, *values in self._answer("ask", sql, parameters, max_rows, timeout=timeout):
+        for kind, *values in self._answer("ask", sql, parameters, max_rows, timeout=timeout, stop=stop):
             match kind:
                 case "columns":
                     names, types = values
@@ -191,18 +248,21 @@ class Catalog:
         self._free = threading.BoundedSemaphore(self._at_once)
         self._idle: list[Child] = []
 
-    def _answer(self, what: str, sql: str, *values: Any, timeout: float | None) -> Iterator[tuple[Any, ...]]:
+    def _answer(self, what: str, sql: str, *values: Any, timeout: float | None, stop: Stop | None = None) -> Iterator[tuple[Any, ...]]:
         """Iterate over the messages of the answer to a statement, within its time limit."""
         if timeout is not None and not 0 < timeout <= LONGEST_TIMEOUT:
             raise QueryError(f"a timeout of {timeout:g}: expected seconds, more than 0 and {LONGEST_TIMEOUT:.0f} at most, or None")
         if len(sql) > LONGEST:
             raise QueryError(f"the statement has {len(sql):,} characters: expected {LONGEST:,} or fewer")
+        stop = stop or Stop()
         try:
-            with self._borrow(timeout) as (child, left):
+            with self._borrow(timeout) as (child, left), stop.watch(child):
                 yield from child.ask(what, sql, *values, most=self._most, timeout=left)
         except Late:
             raise QueryError(f"stopped after {timeout:g} s; make the query narrower, or raise --timeout") from None
         except Died as death:
+            if stop.is_on:
+                raise Stopped("stopped, as was asked") from None
             raise QueryError(
                 f"the process that ran it died ({death}): DuckDB cannot run this statement, or not within {self.memory_mb}MB of memory; "
                 "rewrite the query, or raise --memory-limit"
@@ -242,6 +302,8 @@ class Catalog:
         try:
             if self._file < 0:
                 raise QueryError("this Catalog has been closed")
+            if self._niceness:  # before DuckDB's threads start, which inherit it
+                os.setpriority(os.PRIO_PROCESS, child.pid, self._niceness)
             child.open(self._file, self.path, self.memory_mb)
         except QueryError as error:
             child.end()

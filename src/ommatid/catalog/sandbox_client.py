@@ -140,6 +140,10 @@ class Peer:
             raise QueryError("its answer is larger than the agreed limit")
         return [*AnswerUnpickler(io.BytesIO(self._receive_bytes(length, until))).load()], length
 
+    def kill(self) -> None:
+        """Kill the process; a thread that waits for an answer then gets `Died`."""
+        self._process.kill()
+
     def end(self) -> None:
         """Kill the process if it is still running, and wait until it has ended."""
         self._process.kill()
