@@ -60,7 +60,7 @@ The keys of `manifest.json`:
 | `data/evaluation`, `data/labels` | evaluate, label | folders with the same names as in `data/sae` |
 | all three | | also SAEs that failed the stage's gate while others passed; `rejected` in the summary has the reasons |
 | `data/evaluation` | evaluate | tables `matches`, `stability` for every two of its SAEs; without rows if there is only one |
-| `data/evaluation/<sae>` | evaluate | about latents: tables `latents`, `examples`, `firings`, `cofiring` |
+| `data/evaluation/<sae>` | evaluate | about latents: tables `latents`, `examples`, `near_misses`, `firings`, `cofiring` |
 | | | about the whole: tables `comparisons`, `judged`, `fidelity`, `densities`, `levels`, `probes`, `zero_shot` |
 | `data/labels/<sae>` | label | table `labels` |
 | `data/catalog` | catalog | `catalog.duckdb`, made from the others |

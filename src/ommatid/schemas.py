@@ -228,6 +228,28 @@ EXAMPLES = _table(
     cols=(pa.int16(), "number of columns of heat; 0 if it is null"),
 )
 
+N_NEAR_MISSES = 8
+"""Maximum number of near misses of a latent."""
+
+NEAR_MISSES = _table(
+    "near_misses",
+    "evaluation/<sae>",
+    may_be_empty=True,
+    sae=(pa.string(), "name of the SAE"),
+    latent=(pa.int32(), "index of the latent, which is not dead"),
+    rank=(pa.int32(), f"rank among the evaluation images on which it does not fire, 1 to {N_NEAR_MISSES}; 1 comes nearest to firing"),
+    image=(pa.int32(), "images.image"),
+    margin=(
+        pa.float32(),
+        "how far it is from firing, at most 0: the largest, over the tokens that count for image-level activations, of its pre-activation "
+        "minus what that must exceed, which is its threshold, or in a TopK SAE the smallest activation that fires on the token",
+    ),
+    closeness=(
+        nullable(pa.float64()),
+        "the same largest pre-activation as a share of its threshold, such as 0.93; null if its threshold is 0 (ReLU, TopK)",
+    ),
+)
+
 FIRINGS = _table(
     "firings",
     "evaluation/<sae>",

@@ -32,6 +32,7 @@ GRAIN = {
     "images": "image",
     "latents": "sae, latent",
     "examples": "sae, latent, decile, rank",
+    "near_misses": "sae, latent, rank",
     "firings": "sae, image, latent",
     "labels": "sae, latent, labeller",
     "neighbours": "sae, latent, rank",
@@ -52,6 +53,7 @@ GRAIN = {
 }
 COUNTS = {"images": 6, "latents": 4, "examples": 7, "firings": 7, "labels": 5, "neighbours": 8, "comparisons": 3, "features": 4, "runs": 1}
 COUNTS |= {
+    "near_misses": 4,
     "judged": 6,
     "fidelity": 3,
     "densities": 4,

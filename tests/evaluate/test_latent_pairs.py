@@ -302,7 +302,7 @@ def test_all_latents_dead_gives_nulls(tmp_path: Path) -> None:
         assert [row[name] for name in ("ms", "purity", "purity_64", "label_entropy", "lca_depth", "uniqueness", "duplicate_of")] == [
             None
         ] * 7
-    assert rows_of(evaluation, "cofiring") == rows_of(evaluation, "examples") == []
+    assert rows_of(evaluation, "cofiring") == rows_of(evaluation, "examples") == rows_of(evaluation, "near_misses") == []
     assert evaluation.summary["ms"] is None
     assert {row["accuracy"] for row in rows_of(evaluation, "probes") if row["probe"] == "latents"} == {0.5}
 

@@ -146,18 +146,20 @@ def test_firings_are_counted() -> None:
     assert firing.is_dead.tolist() == [False, False, True]
 
 
-@given(seed=st.integers(0, 100), batch=st.integers(1, 40))
-@settings(max_examples=20, deadline=None)
-def test_top_images_equals_a_sort(seed: int, batch: int) -> None:
+@given(seed=st.integers(0, 100), batch=st.integers(1, 40), floor=st.sampled_from([0.0, -math.inf]))
+@settings(max_examples=30, deadline=None)
+def test_top_images_equals_a_sort(seed: int, batch: int, floor: float) -> None:
+    """Values at the floor, 0 or minus infinity, are in any order."""
     acts = torch.randint(0, 9, (40, 3), generator=torch.Generator().manual_seed(seed)).float()
-    top = TopImages(3, 5)
+    acts = acts if floor == 0 else torch.where(acts == 0, floor, acts - 9)
+    top = TopImages(3, 5, floor)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))  # a stream is not in the images' order
     for some in order.split(batch):
         top.add(acts[some], some)
     for latent in range(3):
         strongest = sorted(range(40), key=lambda i: (-float(acts[i, latent]), i))[:5]
-        fires = top.acts[:, latent] > 0
-        assert top.images[fires, latent].tolist() == [i for i in strongest if acts[i, latent] > 0]
+        is_above = top.acts[:, latent] > floor
+        assert top.images[is_above, latent].tolist() == [i for i in strongest if acts[i, latent] > floor]
 
 
 def test_purity_is_the_share_of_the_commonest_class() -> None:

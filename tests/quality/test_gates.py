@@ -27,12 +27,12 @@ from ommatid.store import Artefact, Draft, part_name
 from ommatid.summaries import ImagesSummary
 from support.study import CHECKOUT
 
-N_LATENTS, WIDTH = 4, 8
+N_LATENTS, N_IMAGES, WIDTH = 4, 9, 8
 Rows = list[dict[str, Any]]
 Tables = dict[str, pa.Table]
 Files = Mapping[str, pa.Table | Callable[[Path], None]]
 ONE, OTHER = "batch_topk-4-k2-s0", "batch_topk-3-k1-s0"
-SUMMARY = {"n": 3, "share": 0.5, "name": "text", "nested": {"deep": 1}, "missing": None, "n_images_in_both": 0}
+SUMMARY = {"n": 3, "n_images": N_IMAGES, "share": 0.5, "name": "text", "nested": {"deep": 1}, "missing": None, "n_images_in_both": 0}
 SHAPES = "every tensor is present in its expected shape"
 PARENTS = {"sae": "training", "evaluation": "evaluations", "labels": "labellings"}
 
@@ -395,6 +395,12 @@ def firing_rows() -> Rows:
     return [{"sae": "s", "image": i, "latent": i, "act": 1.0} for i in range(1, N_LATENTS)]
 
 
+def near_miss_rows() -> Rows:
+    rest = {"sae": "s", "closeness": None}
+    pairs = [(latent, image) for latent in range(1, N_LATENTS) for image in range(N_IMAGES) if image != latent]
+    return [{**rest, "latent": latent, "image": image, "rank": image + (image < latent), "margin": -0.1 * image} for latent, image in pairs]
+
+
 def comparison_rows() -> Rows:
     names = {"sae": 0.3, "untrained": 0.8, "neurons": None}
     other = {"cosine": 0.9, "l0": 2.0, "dead": 0.0, "ms": 0.5, "ms_low": None, "ms_high": None, "ms_best": 0.9, "ms_left_out": 0}
@@ -419,7 +425,7 @@ def evaluation_artefact(folder: Path, **changed: Rows) -> Artefact:
 def evaluation_files(**changed: Rows) -> Files:
     rows = {"latents": latent_rows(), "examples": example_rows(), "firings": firing_rows(), "comparisons": comparison_rows()}
     rows |= {"zero_shot": zero_shot_rows(1.504), "fidelity": fidelity_rows(), "densities": density_rows(), "levels": level_rows()}
-    rows |= {"cofiring": [], "probes": [], **changed}
+    rows |= {"near_misses": near_miss_rows(), "cofiring": [], "probes": [], **changed}
     return {f"{name}.parquet": table(getattr(schemas, name.upper()), rows[name]) for name in rows}
 
 
@@ -476,6 +482,10 @@ def test_evaluate_passes(tmp_path: Path, params: Params) -> None:
             ["image 1 latent 1", "firings.parquet"],
         ),
         ({"firings": edited(firing_rows(), 0, latent=9)}, "firings are positive and belong to known latents", ["latent 9"]),
+        ({"near_misses": edited(near_miss_rows(), 9, margin=0.5)}, "margins of near misses are at most 0", ["latent 2 image 1 margin 0.5"]),
+        ({"near_misses": edited(near_miss_rows(), 9, margin=float("nan"))}, "margins of near misses are at most 0", ["latent 2 image 1"]),
+        ({"near_misses": edited(near_miss_rows(), 9, image=2)}, "the latent does not fire on its near misses", ["latent 2 image 2"]),
+        ({"near_misses": near_miss_rows()[:-2]}, "counts add up", ["near misses and silent images", "-2"]),
         ({"comparisons": edited(comparison_rows(), 1, fvu=0.2)}, "FVU is below the untrained SAE's", ["-0.1"]),
         ({"comparisons": edited(comparison_rows(), 1, fvu=None)}, "both FVUs are numbers", ["null"]),
         ({"comparisons": comparison_rows()[:2]}, "the baselines are present", ["neurons"]),

@@ -72,6 +72,13 @@ EXAMPLES = [
     (1, 1, 1, 4, 1.0, None),
     (2, 10, 1, 5, 1.0, HEAT),
 ]
+NEAR_MISSES = [
+    # latent, rank, image, margin, closeness
+    (0, 1, 4, -0.25, 0.75),
+    (0, 2, 5, -0.5, 0.5),
+    (1, 1, 0, -0.125, None),
+    (2, 1, 1, -0.5, 0.5),
+]
 LABELS = [
     # latent, labeller, place, status, label, score, control
     (0, "words", 1, "ok", "tabby cat", 0.7, 0.5),
@@ -206,6 +213,8 @@ def _evaluation(draft: Draft, name: str) -> dict[str, Any]:
     draft.write_table("latents.parquet", columns(schemas.LATENTS, latents[:n], f"{names} {more}", sae=sae))
     rows = [(*row, 2 if row[-1] else 0, 2 if row[-1] else 0) for row in EXAMPLES if row[0] < n]
     draft.write_table("examples.parquet", columns(schemas.EXAMPLES, rows, "latent decile rank image act heat rows cols", sae=sae))
+    missed = [row for row in NEAR_MISSES if row[0] < n]
+    draft.write_table("near_misses.parquet", columns(schemas.NEAR_MISSES, missed, "latent rank image margin closeness", sae=sae))
     fired = [row for row in FIRINGS if row[1] < n]
     draft.write_table("firings-00000.parquet", columns(schemas.FIRINGS, fired, "image latent act", sae=sae))
     constant = dict(n_latents=n, l0=2.0, dead=0.25, ms_best=0.8, ms_left_out=2)

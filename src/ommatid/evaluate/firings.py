@@ -1,19 +1,23 @@
-"""The tables `firings` and `examples`: the images on which each latent fires, how strongly, and where in the image."""
+"""The tables `firings`, `examples` and `near_misses`: images on which each latent fires, how strongly and where, or nearly fires."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from ommatid import schemas
 from ommatid.compute.checkpoint import Accumulator
 from ommatid.compute.nonzero import positive, true_at
+from ommatid.compute.undefined import nullable
 from ommatid.config import EvaluateParams
+from ommatid.metrics import TopImages
+from ommatid.sae.model import SAE
 from ommatid.store import Draft, part_name
 
 FIRINGS_PER_PART = 2**20
@@ -153,3 +157,49 @@ class HeatMaps(Accumulator):
         columns |= {"sae": pa.array([sae] * n, pa.string()), "heat": heat}
         columns |= {"rows": pa.array([rows] * n, pa.int16()), "cols": pa.array([cols] * n, pa.int16())}
         return pa.table({name: columns[name] for name in schemas.EXAMPLES.names}).cast(schemas.EXAMPLES)
+
+
+class NearMisses(Accumulator):
+    """Near misses of every latent: the images on which it does not fire but comes nearest to firing.
+
+    Of equally near images, those with the lower numbers are kept.
+
+    Args:
+        sae: The SAE.
+        reach: Function that takes the largest margin over the tokens that count for image-level activations.
+    """
+
+    STATE = ("_nearest",)
+
+    def __init__(self, sae: SAE, reach: Callable[[Tensor], Tensor]) -> None:
+        self._sae = sae
+        self._reach = reach
+        self._nearest = TopImages(sae.n_latents, schemas.N_NEAR_MISSES, -math.inf)
+
+    def add(
+        self, numbers: Int64[Tensor, " images"], margins: Float32[Tensor, "images tokens d_sae"], acts: Float32[Tensor, "images d_sae"]
+    ) -> None:
+        """Add a batch of images.
+
+        Args:
+            numbers: Number of each image, (images,).
+            margins: Margins of the tokens (see `SAE.encode_with_margins`), (images, tokens, d_sae).
+            acts: Image-level activations, (images, d_sae).
+        """
+        # A margin may exceed 0 by rounding although the latent does not fire: the activation decides.
+        self._nearest.add(self._reach(margins).clamp(max=0.0).masked_fill_(acts > 0, -math.inf), numbers)
+
+    def table(self, sae: str, is_dead: Bool[Tensor, " d_sae"]) -> pa.Table:
+        """Return the table `near_misses`, in which dead latents have no rows."""
+        margins, images = self._nearest.acts.T, self._nearest.images.T
+        latent, place = ((margins > -math.inf) & ~is_dead[:, None]).nonzero(as_tuple=True)
+        margin, threshold = margins[latent, place], self._sae.thresholds[latent]
+        columns = {
+            "sae": pa.array([sae] * len(latent), pa.string()),
+            "latent": latent.int().numpy(),
+            "rank": (place + 1).int().numpy(),
+            "image": images[latent, place].int().numpy(),
+            "margin": margin.numpy(),
+            "closeness": nullable(torch.where(threshold > 0, 1 + margin / threshold, math.nan)),
+        }
+        return pa.table(columns, schema=schemas.NEAR_MISSES)

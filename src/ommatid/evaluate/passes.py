@@ -24,7 +24,7 @@ from ommatid.config.evaluate import ImageActivation
 from ommatid.errors import ConfigError
 from ommatid.evaluate.batches import Images, iter_images, load_kinds
 from ommatid.evaluate.classes import Meaning, PooledActivations, ProbeImages
-from ommatid.evaluate.firings import Firings, HeatMaps, choose_examples
+from ommatid.evaluate.firings import Firings, HeatMaps, NearMisses, choose_examples
 from ommatid.evaluate.latent_pairs import LevelFidelity, Structure
 from ommatid.evaluate.monosemanticity import JudgeScores, JudgeSummary, Verdict
 from ommatid.events import Listener
@@ -83,9 +83,17 @@ BASELINE_VALUES = 2**26
 class EvaluatedDictionary(Accumulator):
     """A dictionary under evaluation, and what the passes have accumulated about it."""
 
-    STATE = ("fidelity", "levels", "firing", "judged", "top")
+    STATE = ("fidelity", "levels", "near_misses", "firing", "judged", "top")
 
-    def __init__(self, name: str, dictionary: Dictionary, kinds: Sequence[str] | None, judges: Sequence[JudgeSummary], pool: Pool) -> None:
+    def __init__(
+        self,
+        name: str,
+        dictionary: Dictionary,
+        kinds: Sequence[str] | None,
+        judges: Sequence[JudgeSummary],
+        pool: Pool,
+        near_misses: NearMisses | None = None,
+    ) -> None:
         """Begin an evaluation.
 
         Args:
@@ -94,12 +102,14 @@ class EvaluatedDictionary(Accumulator):
             kinds: Kind of each token of an image, by which fidelity is measured; None if the dictionary does not decode the target.
             judges: The judges, the main one first.
             pool: Function that makes image-level activations.
+            near_misses: Collector of near misses; None unless the dictionary is the SAE.
         """
         self.name = name
         self._dictionary = dictionary
         self.fidelity = None if kinds is None else FidelityByKind(kinds)
         self.levels = LevelFidelity(dictionary) if name == "sae" and isinstance(dictionary, SAE) else None
         d_latents = dictionary.n_latents
+        self.near_misses = near_misses
         self.firing = Firing(d_latents)
         self.judged = JudgeScores(d_latents, judges)
         self.verdicts: list[Verdict] = []
@@ -114,9 +124,14 @@ class EvaluatedDictionary(Accumulator):
     def add(self, batch: Images) -> Float32[Tensor, "images latents"]:
         """Add a batch in the first pass, and return its image-level activations, (images, latents)."""
         x = batch.x.flatten(0, 1)
-        acts = self._dictionary.encode(x)
         shape = batch.x.shape[:2]
-        pooled = self._pool(acts.unflatten(0, shape))
+        if self.near_misses and isinstance(self._dictionary, SAE):
+            acts, margins = self._dictionary.encode_with_margins(x)
+            pooled = self._pool(acts.unflatten(0, shape))
+            self.near_misses.add(batch.numbers, margins.unflatten(0, shape), pooled)
+        else:
+            acts = self._dictionary.encode(x)
+            pooled = self._pool(acts.unflatten(0, shape))
         if self.fidelity:
             self.fidelity.add(batch.target, self._dictionary.decode(acts).unflatten(0, shape), acts.unflatten(0, shape))
         if self.levels:
@@ -192,19 +207,20 @@ def make_dictionaries(sae: SAE, activations: Artefact, params: EvaluateParams) -
     """Make the dictionaries to evaluate: the SAE, its two controls, and the baselines of `evaluate.baselines`, in this order."""
     judges, kinds = JudgeSummary.all_of(activations), load_kinds(activations)
     pool = make_pool(params.image_activation, kinds, activations.summary["hookpoint"])
-    dictionaries: dict[str, Dictionary] = {
-        "sae": sae,
+    # A mean activation is positive if any token's is, so the largest margin counts.
+    reach = make_pool("max" if params.image_activation == "mean" else params.image_activation, kinds, activations.summary["hookpoint"])
+    controls: dict[str, Dictionary] = {
         "untrained": make_untrained(sae.config, load_sample(activations, CALIBRATION_TOKENS), CONTROL_SEED),
         "neurons": Neurons(sae.config.d_model),
     }
     if params.baselines:
         sample = load_sample(activations, min(BASELINE_TOKENS, BASELINE_VALUES // sae.config.d_model))
-        dictionaries |= {kind: make_baseline(kind, sae.config, sample, CONTROL_SEED) for kind in params.baselines}
+        controls |= {kind: make_baseline(kind, sae.config, sample, CONTROL_SEED) for kind in params.baselines}
     is_transcoder = sae.config.target is not None  # beside a transcoder, fidelity is its own only: the rest decode what they encode
-    return [
-        EvaluatedDictionary(name, dictionary, kinds if name == "sae" or (name != "neurons" and not is_transcoder) else None, judges, pool)
-        for name, dictionary in dictionaries.items()
-    ]
+    evaluated = [EvaluatedDictionary("sae", sae, kinds, judges, pool, NearMisses(sae, reach))]
+    for name, control in controls.items():
+        evaluated.append(EvaluatedDictionary(name, control, None if name == "neurons" or is_transcoder else kinds, judges, pool))
+    return evaluated
 
 
 def make_latents(

@@ -71,13 +71,14 @@ def evaluate(params: EvaluateParams, inputs: Mapping[str, Artefact], draft: Draf
     firings = iter_latent_firings(files, split, str(draft.scratch))
     meaning = measure_meaning(firings, split, labels, load_paths(images), sae.n_latents)
     structure = measure_structure(name, files, sae.W_dec, trained.verdicts[0].n_shown)
-    assert trained.fidelity and trained.levels, trained.name
+    assert trained.fidelity and trained.levels and trained.near_misses, trained.name
     comparisons = [dictionary.compare(name, labels) for dictionary in dictionaries]
     fidelity = [row for dictionary in dictionaries for row in dictionary.fidelity_rows(name)]
     decoders = {dictionary.name: dictionary.dictionary for dictionary in dictionaries if dictionary.fidelity}
     zero_shot = measure_zero_shot(name, decoders, inputs, on_event)
     tables = {
         "examples": passes.heat.table(name),
+        "near_misses": trained.near_misses.table(name, trained.firing.is_dead),
         "latents": make_latents(name, trained, labels, inputs["train"].summary["dead_latents"], meaning, structure),
         "judged": make_judged(name, [(dictionary.name, verdict) for dictionary in dictionaries for verdict in dictionary.verdicts]),
         "comparisons": pa.Table.from_pylist(comparisons, schema=schemas.COMPARISONS),

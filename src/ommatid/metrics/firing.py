@@ -98,11 +98,18 @@ def density_histogram(density_s: Float[Tensor, " d_sae"], n_tokens: int) -> list
 
 
 class TopImages(Accumulator):
-    """Finds the images on which each latent is strongest in a stream of images. Of tied images, the one with the lower number wins."""
+    """Finds the images on which each latent is strongest in a stream of images. Of tied images, the one with the lower number wins.
+
+    Args:
+        d_sae: Number of latents.
+        n: Number of images to find for each latent.
+        floor: Value that says nothing about an image, such as 0 for activations: images that share it may be chosen in any order.
+    """
 
     STATE = ("acts", "images")
 
-    def __init__(self, d_sae: int, n: int) -> None:
+    def __init__(self, d_sae: int, n: int, floor: float = 0.0) -> None:
+        self._floor = floor
         self.acts = torch.full((n, d_sae), -math.inf)
         """The n largest activations of each latent, `(n, d_sae)`, in descending order; minus infinity until there are n images."""
         self.images = torch.full((n, d_sae), -1, dtype=torch.int64)
@@ -110,8 +117,8 @@ class TopImages(Accumulator):
 
     def add(self, acts_bs: Float[Tensor, "images d_sae"], images_b: Int[Tensor, " images"]) -> None:
         """Add image-level activations `(images, d_sae)` and the numbers of the images `(images,)`."""
-        # Only latents that gain an image are updated, which are soon few: ties matter only above 0, so zeros change nothing after n images.
-        new = ((acts_bs >= self.acts[-1]) & (acts_bs > 0) | (acts_bs > self.acts[-1])).any(0).nonzero()[:, 0]
+        # Only latents that gain an image are updated, which are soon few: the floor itself changes nothing after n images.
+        new = ((acts_bs >= self.acts[-1]) & (acts_bs > self._floor) | (acts_bs > self.acts[-1])).any(0).nonzero()[:, 0]
         acts = torch.cat([self.acts[:, new], acts_bs[:, new].float()])
         images, by_image = torch.cat([self.images[:, new], images_b[:, None].expand(-1, len(new))]).sort(dim=0, stable=True)
         acts = acts.gather(0, by_image)

@@ -78,10 +78,10 @@ def iter_batches(artefact: Artefact, part: str, columns: list[str], n_rows: int)
         yield from file.iter_batches(batch_size=n_rows, columns=columns)
 
 
-def query(sql: str, files: list[Path]) -> list[tuple[Any, ...]]:
-    """Return the result of a query in which {} stands for the rows of all files; no rows if there are no files."""
+def query(sql: str, *tables: list[Path]) -> list[tuple[Any, ...]]:
+    """Return the result of a query in which each {} stands for the rows of all files of a table; no rows if a table has no files."""
     with _connect() as connection:
-        return connection.execute(sql.format(_scan(files))).fetchall() if files else []
+        return connection.execute(sql.format(*map(_scan, tables))).fetchall() if all(tables) else []
 
 
 def select(columns: str, files: list[Path]) -> dict[str, Any]:

@@ -5,15 +5,16 @@ import pandas as pd
 import pyarrow as pa
 
 from ommatid.config import Params
-from ommatid.quality.base import SHOWN, Frames, Rule, files_of, filled, named, one_of, select, table_of, within, zero
+from ommatid.quality.base import SHOWN, Frames, Rule, files_of, filled, named, one_of, query, select, table_of, within, zero
+from ommatid.schemas import N_NEAR_MISSES
 from ommatid.store import Artefact
 
 
 def profile(artefact: Artefact, params: Params) -> Frames:
     """Make the frames of an evaluation.
 
-    They are `latents` (one row for each latent), `counts` (one row), `examples` and `firings` (one row for each part), `sizes` and
-    `undefined` (one for each table), and `sums` (one for each pair of numbers that must agree).
+    They are `latents` (one row for each latent), `counts` (one row), `examples`, `firings` and `near_misses` (one row for each part),
+    `sizes` and `undefined` (one for each table), and `sums` (one for each pair of numbers that must agree).
     """
     latents = table_of(artefact, "latents", ["latent", "density", "is_dead", "ms"])
     known = set(latents["latent"].tolist())
@@ -26,6 +27,7 @@ def profile(artefact: Artefact, params: Params) -> Frames:
     zero_shot = table_of(artefact, "zero_shot", ["spliced", "cross_entropy"])
     spliced = dict(zip(zero_shot["spliced"], zero_shot["cross_entropy"], strict=True))
     odd = sorted((set(range(params.train.d_sae)) ^ known) | set(latents["latent"][latents["latent"].duplicated()].tolist()))
+    firing = query(_FIRING_NEAR_MISSES, files_of(artefact, "near_misses"), files_of(artefact, "firings"))
     counts = {
         "set": "all latents",
         "latents missing or repeated": len(odd),
@@ -35,6 +37,8 @@ def profile(artefact: Artefact, params: Params) -> Frames:
         "ms above floor": above.get("sae", np.nan),
         "dead share": dead.get("sae", np.nan),
         "fvu below untrained": fvu.get("untrained", np.nan) - fvu.get("sae", np.nan),
+        "near misses that fire": sum(n for n, _ in firing),
+        "first near misses that fire": named([place for _, places in firing for place in places]),
         "dictionaries missing": len({"sae", "untrained", "neurons"} - set(fvu)),
         "first dictionaries": named(sorted({"sae", "untrained", "neurons"} - set(fvu))),
         "zero-shot changed by splicing": abs(spliced.get("sae_with_error", np.nan) - spliced.get("plain", np.nan)),
@@ -44,6 +48,7 @@ def profile(artefact: Artefact, params: Params) -> Frames:
         "counts": pd.DataFrame([counts]),
         "examples": pd.DataFrame([select(_EXAMPLE_PART, [path]) for path in files_of(artefact, "examples")]),
         "firings": pd.DataFrame([select(_firing_part(params.train.d_sae), [path]) for path in files_of(artefact, "firings")]),
+        "near_misses": pd.DataFrame([select(_NEAR_MISS_PART, [path]) for path in files_of(artefact, "near_misses")]),
         "sizes": pd.DataFrame([{"table": table, "rows": artefact.rows(table)} for table in ("examples", "firings")]),
         "sums": _sums(artefact),
         "undefined": _undefined(artefact),
@@ -57,6 +62,19 @@ _EXAMPLE_PART = f"""
         FILTER (decile NOT BETWEEN 1 AND 10) AS "first without a decile",
     count(*) FILTER (rank < 1) AS "examples without a rank",
     arg_min('latent ' || latent || ' image ' || image, latent, {SHOWN}) FILTER (rank < 1) AS "first without a rank"
+"""
+
+
+_NEAR_MISS_PART = f"""
+    count(*) AS rows,
+    count(*) FILTER (NOT (margin <= 0 AND isfinite(margin))) AS "margins above 0",
+    arg_min('latent ' || latent || ' image ' || image || ' margin ' || margin, latent, {SHOWN})
+        FILTER (NOT (margin <= 0 AND isfinite(margin))) AS "first margins above 0"
+"""
+_FIRING_NEAR_MISSES = f"""
+    SELECT count(*), arg_min('latent ' || latent || ' image ' || image, latent, {SHOWN})
+    FROM {{}} AS missed SEMI JOIN {{}} AS fired USING (latent, image)
+    HAVING count(*) > 0
 """
 
 
@@ -80,6 +98,10 @@ def _sums(artefact: Artefact) -> pd.DataFrame:
     if "latents" in tables:
         counted = int(tables["latents"]["n_images"].sum())
         rows.append({"of": "firings and latents.n_images", "difference": artefact.rows("firings") - counted})
+        alive = tables["latents"]["n_images"][~tables["latents"]["is_dead"].astype(bool)]
+        silent = int((artefact.summary["n_images"] - alive).clip(0, N_NEAR_MISSES).sum())
+        n = artefact.rows("near_misses") if "near_misses" in artefact.tables else 0
+        rows.append({"of": "near misses and silent images", "difference": n - silent})
     if "levels" in tables and len(tables["levels"]):
         levels = tables["levels"].sort_values("level")
         covered = int((levels["last"] - levels["first"] + 1).sum())
@@ -185,6 +207,21 @@ def _latent_rules(d_sae: int) -> list[Rule]:
             "firings are positive and belong to known latents",
             "a row of firings means that the latent fires",
             first="first not firings",
+        ),
+        zero(
+            "near_misses",
+            "margins above 0",
+            "margins of near misses are at most 0",
+            "above 0 the latent would fire, and an undefined margin would rank first",
+            first="first margins above 0",
+        ),
+        zero(
+            "counts",
+            "near misses that fire",
+            "the latent does not fire on its near misses",
+            "pages show them beside its firings, as what it leaves out",
+            row="set",
+            first="first near misses that fire",
         ),
     ]
 

@@ -115,7 +115,39 @@ class SAE:
 
     def encode(self, x_bd: Float[Tensor, "batch d_model={self.d_model}"]) -> Float[Tensor, "batch d_sae={self.n_latents}"]:
         """Return the latent activations `(batch, d_sae)` of x `(batch, d_model)`."""
+        return self._activate(self.pre_acts(x_bd))
+
+    def encode_with_margins(
+        self, x_bd: Float[Tensor, "batch d_model={self.d_model}"]
+    ) -> tuple[Float[Tensor, "batch d_sae={self.n_latents}"], Float[Tensor, "batch d_sae={self.n_latents}"]]:
+        """Return the latent activations of x `(batch, d_model)`, and the margins of its pre-activations, `(batch, d_sae)` each.
+
+        A margin is a pre-activation minus what it must exceed for its latent to fire: the latent's own threshold or, if k other latents of
+        a TopK SAE fire on the token, the smallest of their activations. Margins of latents that fire are at least 0, and those of others
+        at most 0, except for rounding.
+        """
         pre_acts = self.pre_acts(x_bd)
+        acts = self._activate(pre_acts.clone())
+        needed = self.thresholds
+        if self.config.activation == "topk":
+            is_full = (acts > 0).sum(1, keepdim=True) == self.config.k
+            needed = torch.where(is_full, acts.masked_fill(acts == 0, torch.inf).amin(1, keepdim=True), 0.0)
+        return acts, pre_acts.sub_(needed)
+
+    @property
+    def thresholds(self) -> Float[Tensor, " d_sae"]:
+        """Value that each latent's pre-activation must exceed for it to fire, `(d_sae,)`; necessary but not sufficient in a TopK SAE."""
+        match self.config.activation:
+            case "threshold" | "topk":
+                return self.threshold.expand(self.n_latents)
+            case "gated":
+                assert self.gate_scale is not None and self.gate_shift is not None, self.config
+                return (-self.gate_shift / self.gate_scale).clamp_min(0.0)
+            case _:
+                assert_never(self.config.activation)
+
+    def _activate(self, pre_acts: Float[Tensor, "batch d_sae={self.n_latents}"]) -> Float[Tensor, "batch d_sae={self.n_latents}"]:
+        """Return the activations of pre-activations, whose memory may be reused."""
         match self.config.activation:
             case "threshold":
                 if self.threshold.ndim == 0:
