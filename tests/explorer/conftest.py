@@ -1,12 +1,18 @@
-"""Fixtures of tests in a real browser."""
+"""Fixtures of tests of pages: a small study, visitors without a browser, and a real browser."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import duckdb
 import pytest
+from starlette.testclient import TestClient
 
+from ommatid.explorer.app import make_app
+from ommatid.explorer.web import Settings
 from support.browser import RunningBrowser, Windows, find_chromium, opening, running
 from support.servers import ExplorerServer, serving_explorer
 from support.small_study import Study, make_once
@@ -61,3 +67,35 @@ def serve_explorer(tmp_path: Path) -> Iterator[ServeExplorer]:
             return running_servers.enter_context(serving_explorer(study.catalog, log, **{"data": str(study.data), **settings}))
 
         yield serve
+
+
+@pytest.fixture(scope="session")
+def catalogue(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The study's catalogue; tests only read it."""
+    path = tmp_path_factory.mktemp("catalogue") / "catalog.duckdb"
+    shutil.copy(study.catalog, path)
+    with duckdb.connect(path) as connection:
+        for relation in ("near_misses", "mistakes", "meanings", "directions"):
+            connection.execute(f"CREATE TABLE IF NOT EXISTS {relation} (sae VARCHAR, latent INTEGER)")
+    return path
+
+
+Visit = Callable[..., TestClient]
+"""Makes a client of the pages of a catalogue; takes the file and fields of the explorer's settings by name."""
+
+
+@pytest.fixture(scope="session")
+def visit() -> Iterator[Visit]:
+    """A function that opens the pages of a catalogue without a server."""
+    with ExitStack() as opened:
+
+        def open_pages(path: Path, **settings: Any) -> TestClient:
+            return opened.enter_context(TestClient(make_app(Settings(catalog=path, **settings)), base_url="http://127.0.0.1"))
+
+        yield open_pages
+
+
+@pytest.fixture(scope="session")
+def client(visit: Visit, catalogue: Path) -> TestClient:
+    """A visitor of the study's pages."""
+    return visit(catalogue)

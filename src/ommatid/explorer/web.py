@@ -188,6 +188,7 @@ class Explorer:
             "sae": None,
             "run": None,
             "sae_param": None,
+            "sae_page": None,
             "csrf": form_token(request),
         } | context
         return HTMLResponse(self.templates.get_template(template).render(values), status)
