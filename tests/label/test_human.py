@@ -1,11 +1,16 @@
-"""Proves that labels by people are read as they were written, and that every problem in a file is named by line and column."""
+"""Proves that labels by people are read as they were written, that every problem in a file is named, and that a retrain loses no name."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from ommatid.config.label import HumanLabeller, names_checksum
 from ommatid.errors import ConfigError
-from ommatid.label.labellers.human import load_labels
+from ommatid.label.labellers.human import load_labels, load_names
+from ommatid.reviews import ReviewLog
 
 ONE, TWO = "topk-8-k2-s0-0a1b2c3d", "topk-4-k2-s0-ffffffff"
 
@@ -80,3 +85,107 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None, says
         (tmp_path / "labels.csv").write_bytes(content)
     with pytest.raises(ConfigError, match=f"labels.csv: {says}.*; (give a CSV file|save it as CSV) in UTF-8"):
         load_labels(str(tmp_path / "labels.csv"), {ONE: 8})
+
+
+OLD = "topk-8-k2-s0-99999999"
+
+
+class Weights:
+    """An SAE of which only the directions matter."""
+
+    def __init__(self, folder: Path, directions: np.ndarray) -> None:
+        folder.mkdir(parents=True)
+        save_file({"W_dec": directions.astype(np.float32)}, folder / "sae.safetensors")
+        self._folder = folder
+
+    def file(self, name: str) -> Path:
+        return self._folder / name
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> ReviewLog:
+    return ReviewLog(tmp_path / "reviews" / "log.jsonl")
+
+
+@pytest.fixture
+def saes(tmp_path: Path) -> dict[str, Any]:
+    """Two SAEs: a retrained one with the old latents shifted by one, and a smaller one with half of them."""
+    return {ONE: Weights(tmp_path / "one", np.roll(np.eye(8), -1, axis=0)), TWO: Weights(tmp_path / "two", 3 * np.eye(8)[:4])}
+
+
+def say(log: ReviewLog, sae: str, latent: int, kind: str, value: str | int) -> str:
+    directions = np.roll(np.eye(8), -1, axis=0) if sae == ONE else np.eye(8)
+    return log.append("Ada", sae, latent, kind, value, direction=lambda: directions[latent]).id
+
+
+def test_names_are_found_again_in_every_sae_of_the_training(log: ReviewLog, saes: dict[str, Any]) -> None:
+    heard: list[str] = []
+    say(log, OLD, 3, "rename", "horse")
+    say(log, OLD, 0, "rename", "dog")
+    say(log, OLD, 5, "rate", 1)
+    say(log, OLD, 6, "rename", "sky")
+    say(log, OLD, 6, "rename", "")
+    assert load_names(str(log.path), saes, heard.append) == {ONE: {2: "horse", 7: "dog"}, TWO: {3: "horse", 0: "dog"}}
+    undone = say(log, ONE, 2, "rename", "pony")  # the same feature, in the retrained SAE
+    say(log, ONE, 4, "rename", "cat")
+    assert load_names(str(log.path), saes, heard.append) == {ONE: {2: "pony", 7: "dog", 4: "cat"}, TWO: {3: "pony", 0: "dog"}}
+    log.undo("Bo", undone)
+    assert load_names(str(log.path), saes, heard.append)[ONE][2] == "horse"
+    assert heard == []  # what is in one of the SAEs is not lost
+
+
+def test_names_of_features_that_no_sae_has_are_counted(log: ReviewLog, saes: dict[str, Any]) -> None:
+    heard: list[str] = []
+    say(log, OLD, 3, "rename", "horse")
+    log.append("Ada", OLD, 7, "rename", "gone", direction=lambda: np.ones(8))
+    with log.path.open("a") as file:
+        file.write("half a li")
+    assert load_names(str(log.path), saes, heard.append)[ONE] == {2: "horse"}
+    assert "1 lines of the log of reviews are left out; the first: the last line has no end" in heard[0]
+    assert "1 of 2 named features are not in this training" in heard[1]
+
+
+def test_a_log_without_names_has_no_labels_and_is_no_error(log: ReviewLog, saes: dict[str, Any]) -> None:
+    heard: list[str] = []
+    assert load_names(str(log.path), saes, heard.append) == {ONE: {}, TWO: {}}
+    say(log, OLD, 3, "rate", 5)
+    assert load_names(str(log.path), saes, heard.append) == {ONE: {}, TWO: {}}
+    assert len(heard) == 2 and all("nobody has named a feature yet" in line for line in heard)
+
+
+def test_only_names_make_labels_stale(log: ReviewLog) -> None:
+    """The checksum is the same before and after everything else that people say, and another one after every change of a name."""
+    labeller = HumanLabeller(kind="human", path=str(log.path))
+
+    def checksum() -> str | None:
+        found = names_checksum(log.path)
+        assert labeller.identity()["files"] == {str(log.path): found}
+        return found
+
+    assert checksum() is None
+    say(log, OLD, 3, "rate", 5)
+    assert checksum() is None
+    name = say(log, OLD, 3, "rename", "horse")
+    seen = [checksum()]
+    log.undo("Ada", say(log, OLD, 4, "comment", "rename"))
+    with log.path.open("a") as file:
+        file.write('half a li\n[1]\n{"kind": "undo", "value": ["x"]}\n')
+    assert checksum() == seen[0]
+    undo = log.undo("Ada", name)
+    seen.append(checksum())
+    log.undo("Ada", undo.id)
+    seen.append(checksum())
+    say(log, OLD, 3, "rename", "pony")
+    seen.append(checksum())
+    assert None not in seen and len(set(seen)) == 4
+
+
+def test_ratings_of_similar_features_do_not_move_names(log: ReviewLog, tmp_path: Path) -> None:
+    """A feature that was only rated is more similar to the latent than the one with the name, which gets it all the same."""
+    near = np.array([1, 0.3, 0, 0, 0, 0, 0, 0])
+    sae: Any = {ONE: Weights(tmp_path / "sae", np.eye(8)[:1])}
+    log.append("Ada", OLD, 0, "rename", "horse", direction=lambda: near)
+    before = load_names(str(log.path), sae, pytest.fail)
+    say(log, OLD, 1, "rate", 5)
+    log.append("Ada", OLD, 2, "rate", 5, direction=lambda: np.eye(8)[0])
+    assert load_names(str(log.path), sae, pytest.fail) == before == {ONE: {0: "horse"}}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file
 
 from ommatid.config import LabelParams, Params
 from ommatid.errors import ConfigError
@@ -16,6 +17,7 @@ from ommatid.label.labellers import ImageLabeller, Source
 from ommatid.label.labellers.base import Answer, Case
 from ommatid.label.stage import label
 from ommatid.quality import check
+from ommatid.reviews import ReviewLog
 from ommatid.store import Artefact, Draft, open_draft
 from support.study import make_artefact, make_test_params
 from support.tiles import ALWAYS, COLOURS, D_SAE, DEAD, MIXED, PURE, use_tile_model
@@ -243,6 +245,23 @@ def test_a_changed_file_of_words_or_labels_changes_the_identity(tmp_path: Path, 
     found.append(section.identity())
     assert all(a != b for a, b in pairwise(found))
     assert found[-1] == section.identity()
+
+
+def test_a_log_of_reviews_without_names_changes_nothing(tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path) -> None:
+    log = ReviewLog(tmp_path / "log.jsonl")
+    human = {"kind": "human", "path": str(log.path)}
+    alone = run(tmp_path / "a", label_params(params, vocabulary(words)), line)
+    both = run(tmp_path / "b", label_params(params, vocabulary(words), human), line)
+    assert both.read("labels").equals(alone.read("labels")) and both.summary == alone.summary
+    heard: list[Event] = []
+    with pytest.raises(ConfigError, match=r"label\.labellers: none has a label; name a feature"):
+        load_material(label_params(params, human), line, heard.append)
+    (warning,) = heard
+    assert isinstance(warning, Warned) and "nobody has named a feature yet" in warning.what
+    directions = load_file(line["train"].path / "sae.safetensors")["W_dec"]
+    log.append("Ada", "retrained-0", 40, "rename", "blue", direction=lambda: directions[1])
+    rows = rows_of(run(tmp_path / "c", label_params(params, vocabulary(words), human), line))
+    assert [latent for latent, name in rows if name == "human"] == [1] and rows[1, "human"]["label"] == "blue"
 
 
 @pytest.mark.parametrize("labellers", [[], [{"kind": "oracle"}], [{"kind": "vocabulary", "words": []}]])

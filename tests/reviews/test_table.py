@@ -188,6 +188,6 @@ def test_features_are_exported_as_those_of_the_sae_in_which_they_are_found(log: 
     state = log.state()
     found = follow(state, "new-8-0", np.eye(8)[[4, 5, 6]])
     rows = list(csv.DictReader(io.StringIO(to_csv(state, found).decode("utf-8-sig"))))
-    assert [(row["sae"], row["latent"], row["name"]) for row in rows] == [("new-8-0", "0", "dog"), (ONE, "3", "horse"), (TWO, "1", "cat")]
+    assert [(row["sae"], row["latent"], row["name"]) for row in rows] == [("new-8-0", "0", "dog"), (TWO, "1", "cat"), (ONE, "3", "horse")]
     data = to_csv(state, found)
     assert from_csv(log, data, "Importer", {"new-8-0": 3}, lambda sae, latent: np.eye(8)[4 + latent], found) == Imported(0, 3)

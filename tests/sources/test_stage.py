@@ -14,6 +14,8 @@ import pytest
 
 from ommatid.config import Params, load_params
 from ommatid.errors import ArtefactError, SourceError
+from ommatid.reviews import PLACE as PEOPLE
+from ommatid.reviews import ReviewLog
 from ommatid.sources import stage as sources
 from ommatid.sources.stage import PLACE, STAGES, write_sources
 from ommatid.store.filesystem import open_folder
@@ -56,6 +58,23 @@ def test_every_stage_gets_a_file_that_describes_its_sources(photos: Callable[[],
     assert (found["n_files"], found["bytes"], len(found["sha256"])) == (2, 2, 64)
     assert sorted(path.name for path in PLACE.iterdir()) == sorted(f"{stage}.json" for stage in STAGES)
     assert json.loads((PLACE / "label.json").read_text()) == {}
+
+
+def test_of_a_log_of_reviews_only_the_names_count(photos: Callable[[], str]) -> None:
+    def look() -> dict[str, Any]:
+        photos()
+        return json.loads((PLACE / "label.json").read_text())
+
+    log = ReviewLog(PEOPLE)
+    log.append("Ada", "sae-0", 3, "rate", 5, direction=lambda: np.ones(4))
+    assert look() == {}
+    log.append("Ada", "sae-0", 3, "rename", "horse")
+    (found,) = (named := look()).values()
+    assert list(named) == ["label.labellers.1.path"] and list(found) == ["sha256"]
+    log.append("Ada", "sae-0", 3, "comment", "a horse")
+    assert look() == named
+    log.append("Ada", "sae-0", 3, "rename", "pony")
+    assert look() != named
 
 
 def test_the_fingerprint_depends_on_names_and_contents_alone(photos: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:

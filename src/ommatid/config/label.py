@@ -1,6 +1,7 @@
 """Section `label`, and the kinds of labeller, each of which is implemented by `ommatid/label/labellers/<kind>.py`."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -44,11 +45,34 @@ class HumanLabeller(LabellerSection):
 
     kind: Literal["human"]
     path: str
-    """CSV file with the columns latent, label and, if there are several SAEs, sae; relative to the checkout or absolute."""
+    """Log of reviews, which ends in .jsonl, or CSV file with the columns latent, label and, if there are several SAEs, sae; relative to the
+    checkout or absolute."""
+
+    @property
+    def is_log(self) -> bool:
+        """Whether the file is a log of reviews; see `ommatid.reviews`."""
+        return self.path.endswith(".jsonl")
 
     def identity(self) -> dict[str, Any]:
         """Return the values that determine the labels, with the checksum of the file."""
-        return super().identity() | {"files": {self.path: _checksum(self.path)}}
+        return super().identity() | {"files": {self.path: names_checksum(Path(self.path)) if self.is_log else _checksum(self.path)}}
+
+
+def names_checksum(path: Path) -> str | None:
+    """Return the sha256 of those lines of a log of reviews that give names or take them back; None if there are none, or no file.
+
+    No other line can change a label: a feature's direction is that of the latent of the SAE that the line names.
+    """
+    digest, ids = hashlib.sha256(), set[str]()
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(event, dict) and (event.get("kind") == "rename" or (event.get("kind") == "undo" and str(event.get("value")) in ids)):
+            ids.add(str(event.get("id")))
+            digest.update(line + b"\n")
+    return digest.hexdigest() if ids else None
 
 
 def _checksum(path: str) -> str | None:

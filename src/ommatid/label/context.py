@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ommatid.activations.columns import from_float32
 from ommatid.config import LabelParams, Model
+from ommatid.errors import ConfigError
 from ommatid.events import Listener, Warned, ignore
 from ommatid.images.eval_split import EvalSplit, LatentFirings, iter_latent_firings, load_eval_split
 from ommatid.label.evidence import Evidence, Spool, nearest_latents
-from ommatid.label.labellers import Source, WordList, make_source
+from ommatid.label.labellers import HumanLabels, Source, WordList, make_source
 from ommatid.label.labellers.vocabulary import load_words
 from ommatid.label.scoring import Texts
 from ommatid.store import Artefact, Draft
@@ -51,15 +52,17 @@ def load_material(params: LabelParams, inputs: Mapping[str, Artefact], on_event:
         What all SAEs of the training share.
 
     Raises:
-        ConfigError: A file of words or labels is missing or cannot be used.
+        ConfigError: A file of words or labels is missing or cannot be used, or no labeller has a label.
         ModelError: The model's text tower cannot be loaded.
     """
     training = inputs["train"].leaving_out(())  # A file of labels may still name SAEs that were rejected after it was written.
     saes = training.each().values() if training.manifest.kind == "training" else [training]
-    n_latents = {sae.summary["sae"]: sae.manifest.params["d_sae"] for sae in saes}
-    sources = {
-        name: make_source(name, labeller, n_latents, lambda what: on_event(Warned(what))) for name, labeller in params.each().items()
-    }
+    named = {sae.summary["sae"]: sae for sae in saes}
+    sources = {name: make_source(name, labeller, named, lambda what: on_event(Warned(what))) for name, labeller in params.each().items()}
+    # A log of reviews without a name is as if it were not listed, so that params.yaml may list it before anybody has named a feature.
+    sources = {name: source for name, source in sources.items() if not isinstance(source, HumanLabels) or any(source.labels.values())}
+    if not sources:
+        raise ConfigError("label.labellers: none has a label; name a feature, or add {kind: vocabulary, words: [common]}")
     words = dict.fromkeys(word for source in sources.values() if isinstance(source, WordList) for word in source.words)
     texts = Texts(_load_namer(inputs["extract"]), tuple(words) or load_words(DEFAULT_WORDS), on_event)
     split = load_eval_split(inputs["images"])

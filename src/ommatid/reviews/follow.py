@@ -29,7 +29,7 @@ class Followed:
     cosines: Mapping[Key, float]
     """Cosine of the two directions."""
     orphans: tuple[Key, ...]
-    """Features of other SAEs that were not found."""
+    """Features of other SAEs that were not found, sorted."""
 
     def covers(self, state: State) -> bool:
         """Return whether these are the reviewed features of other SAEs in `state`, so that `follow` need not be called again."""
@@ -65,7 +65,9 @@ class Followed:
         return {latent: tuple(keys) for latent, keys in found.items()}
 
 
-def follow(state: State, sae: str, directions: Float[np.ndarray, "d_sae d_model"] | Iterable[np.ndarray]) -> Followed:
+def follow(
+    state: State, sae: str, directions: Float[np.ndarray, "d_sae d_model"] | Iterable[np.ndarray], keys: Iterable[Key] | None = None
+) -> Followed:
     """Find the features of other SAEs of which something was said among the latents of an SAE.
 
     Args:
@@ -73,16 +75,17 @@ def follow(state: State, sae: str, directions: Float[np.ndarray, "d_sae d_model"
         sae: Name of the SAE in the tables.
         directions: Its directions, `(d_sae, d_model)` of any norm and any kind of float, or an iterable of tiles of their rows in order,
             so that not all of them have to be in memory at once.
+        keys: Features to find; None for all of which something was said.
 
     Returns:
         Where the features are. Features of another width, and those whose direction is zeros, are orphans.
     """
-    others = [key for key in state.keys if key[0] != sae]
+    others = sorted(key for key in (state.keys if keys is None else keys) if key[0] != sae)
     pairs = sorted(_iter_alike(state, others, directions)) if others else []
     latents: dict[Key, int] = {}
     cosines: dict[Key, float] = {}
     taken: set[tuple[str, int]] = set()
-    for negative, place, latent in pairs:  # of equal cosines, the feature that was reviewed first and the lower latent
+    for negative, place, latent in pairs:  # of equal cosines, the lower latents
         key = others[place]
         if key not in latents and (key[0], latent) not in taken:
             latents[key], cosines[key] = latent, -negative

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from ommatid.config import ExtractFiles, ImageSource, Params
+from ommatid.config.label import HumanLabeller, names_checksum
 from ommatid.store.filesystem import READ_BYTES, cache_folder, temporary_path
 from ommatid.store.filesystem.listing import Listed, Listing, list_activations, list_any, list_images, list_parquet
 
@@ -28,7 +29,8 @@ SETTLED_NS = 2 * 10**9
 _N_READERS = 8
 
 Fingerprints = dict[str, dict[str, Any]]
-"""Number, bytes and checksum of files, by the dotted params key that names them; a key that names several files has an index for each."""
+"""Number, bytes and checksum of files, by the dotted params key that names them; a key that names several files has an index for each. Of a
+log of reviews there is only a checksum, of its names."""
 
 
 def write_sources(params: Params, place: Path = PLACE) -> dict[str, Fingerprints]:
@@ -62,8 +64,11 @@ def _fingerprint_stage(stage: str, params: Params) -> Fingerprints:
         return {} if from_files else {"images.source.path": fingerprint(_list_source(params.images.source))}
     if stage == "extract" and isinstance(params.extract, ExtractFiles):
         return {"extract.path": fingerprint(list_activations(params.extract.path))}
-    named = _paths(stage, getattr(params, stage).model_dump(mode="json"))
-    return {key: fingerprint(list_any(path, key)) for key, path in named if path.exists()}
+    named = list(_paths(stage, getattr(params, stage).model_dump(mode="json")))
+    logs = {Path(one.path).expanduser() for one in params.label.labellers if isinstance(one, HumanLabeller) and one.is_log}
+    found = {key: fingerprint(list_any(path, key)) for key, path in named if path.exists() and path not in logs}
+    names = {key: names_checksum(path) for key, path in named if path in logs}  # ratings and comments change no label
+    return found | {key: {"sha256": checksum} for key, checksum in names.items() if checksum}
 
 
 def _list_source(source: ImageSource) -> Listing:

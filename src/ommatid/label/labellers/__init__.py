@@ -9,17 +9,18 @@ from importlib import import_module
 
 from ommatid import config
 from ommatid.label.labellers.base import HumanLabels, ImageLabeller, Source, WordList
+from ommatid.store import Artefact
 
 __all__ = ["HumanLabels", "ImageLabeller", "Source", "WordList", "make_source"]
 
 
-def make_source(name: str, params: config.Labeller, saes: Mapping[str, int], warn: Callable[[str], None]) -> Source:
+def make_source(name: str, params: config.Labeller, saes: Mapping[str, Artefact], warn: Callable[[str], None]) -> Source:
     """Make the source of a labeller's labels, with `make` of the module that is named for the labeller's kind.
 
     Args:
         name: Name of the labeller, the column `labels.labeller`.
         params: The labeller's section of the params.
-        saes: Number of latents of each SAE of the training, by the SAE's name in the tables.
+        saes: Each SAE of the training, by its name in the tables.
         warn: Called with a sentence for the user when the labeller gives up.
 
     Returns:

@@ -16,6 +16,7 @@ from ommatid.errors import ModelError
 from ommatid.images.decode import decode
 from ommatid.label.grid import N_TILES, choose_tiles, cut
 from ommatid.label.labellers.base import Answer, Case, ImageLabeller
+from ommatid.store import Artefact
 from ommatid.vlm import hub
 from ommatid.vlm.network_checks import SHAPES, structured_picture
 from ommatid.vlm.precision import normalise
@@ -183,6 +184,6 @@ class Captioner:
         return Answer("ok", phrase.text, detail)
 
 
-def make(name: str, params: CaptionerLabeller, saes: Mapping[str, int], warn: Callable[[str], None]) -> ImageLabeller:
+def make(name: str, params: CaptionerLabeller, saes: Mapping[str, Artefact], warn: Callable[[str], None]) -> ImageLabeller:
     """Make the labeller; see `make_source`."""
     return ImageLabeller(Captioner(name, TransformersCaptions(params.path)))

@@ -16,6 +16,7 @@ from ommatid.config.label import VocabularyLabeller
 from ommatid.errors import ConfigError
 from ommatid.label.labellers.base import WordList
 from ommatid.metrics import unit
+from ommatid.store import Artefact
 from ommatid.vlm import imagenet_classes
 
 By = Literal["mean", "soft_wpmi"]
@@ -195,6 +196,6 @@ def _parse(text: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def make(name: str, params: VocabularyLabeller, saes: Mapping[str, int], warn: Callable[[str], None]) -> WordList:
+def make(name: str, params: VocabularyLabeller, saes: Mapping[str, Artefact], warn: Callable[[str], None]) -> WordList:
     """Make the source; see `make_source`."""
     return WordList(load_words(params.words), params.by)

@@ -23,6 +23,7 @@ from ommatid.label.labellers.vlm.messages import (
     read_detections,
     read_name,
 )
+from ommatid.store import Artefact
 
 
 class Vlm:
@@ -117,7 +118,7 @@ def _identity(example: Example) -> str:
 __all__ = ["AnswerCache", "Vlm", "make", "open_checkout_cache"]
 
 
-def make(name: str, params: VlmLabeller, saes: Mapping[str, int], warn: Callable[[str], None]) -> ImageLabeller:
+def make(name: str, params: VlmLabeller, saes: Mapping[str, Artefact], warn: Callable[[str], None]) -> ImageLabeller:
     """Make the labeller; see `make_source`."""
     vlm = Vlm(name, params, open_checkout_cache(), warn)
     return ImageLabeller(vlm, vlm, params.concurrency)
