@@ -24,7 +24,7 @@ from ommatid.errors import InputError, ModelError
 from ommatid.explorer import model_client
 from ommatid.explorer.model_client import MAX_UPLOAD, ModelClient, Starting, Unavailable
 from support.processes import HANG_SECONDS, TESTS, wait_for, wait_for_end
-from support.tile_study import SAE, make_tile_study
+from support.tile_study import SAE, make_tile_study, write_meanings
 from support.tiles import draw_tiles, png
 
 MODULE = "support.tile_worker"
@@ -33,7 +33,9 @@ RED = png(draw_tiles(np.random.default_rng(0), ["red", "grey", "grey"] * 2))
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tile_study(tmp_path_factory.mktemp("study"))
+    catalog = make_tile_study(tmp_path_factory.mktemp("study"))
+    write_meanings(catalog)
+    return catalog
 
 
 @pytest.fixture

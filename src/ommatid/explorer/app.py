@@ -12,8 +12,9 @@ from starlette.exceptions import HTTPException
 
 from ommatid import __version__
 from ommatid.errors import ConfigError, OmmatidError, QueryError
-from ommatid.explorer import classes, compare, console, feature, features, image, monitoring, review, runs, search, start
+from ommatid.explorer import classes, compare, console, feature, features, image, model, monitoring, review, runs, search, start
 from ommatid.explorer.library import Library, OldCatalogue
+from ommatid.explorer.model_client import ModelClient
 from ommatid.explorer.security import Guard, check_exposure
 from ommatid.explorer.web import FOREVER, STATIC, BadRequest, Explorer, NotFound, Settings, asset
 
@@ -34,7 +35,7 @@ def make_app(settings: Settings) -> FastAPI:
         ConfigError: The settings would let other machines in without a token.
     """
     check_exposure(settings)
-    explorer = Explorer(settings, Library(settings.catalog))
+    explorer = Explorer(settings, Library(settings.catalog), ModelClient(settings.catalog, settings.data))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -51,7 +52,7 @@ def make_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.explorer = explorer
-    for module in (start, features, feature, image, search, classes, compare, runs, review, console, monitoring):
+    for module in (start, features, feature, image, model, search, classes, compare, runs, review, console, monitoring):
         app.include_router(module.router)
     app.add_api_route("/static/{digest}/{name}", _static, include_in_schema=False)
     app.add_exception_handler(OmmatidError, _explain)

@@ -37,7 +37,7 @@ STATES = {
     "doubtful": "label_score <= control_score",
 }
 """SQL of each state."""
-N_PREVIEW = 6
+N_PREVIEW = 8
 """Strongest images that stand for a feature in a list."""
 MOST_EXPORTED = 200_000
 """Largest number of rows of a download; every feature of the largest dictionaries."""

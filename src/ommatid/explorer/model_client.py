@@ -239,6 +239,14 @@ class ModelClient:
         patches = [PatchActs(**patch) for patch in answer.pop("patches")]
         return EncodedImage(**answer, patches=patches)
 
+    def prepare(self, sae: str) -> None:
+        """Begin to load what searches by text and the encoding of images need; returns once it is loaded, and otherwise raises.
+
+        Args:
+            sae: Name of the SAE in the catalogue.
+        """
+        self._require([("words", sae), ("model", sae)], time.monotonic())
+
     @property
     def pid(self) -> int | None:
         """Id of the process; None if none is running."""

@@ -21,6 +21,7 @@ from ommatid import __version__
 from ommatid.catalog.question import Question
 from ommatid.errors import OmmatidError
 from ommatid.explorer.library import Library, Opened
+from ommatid.explorer.model_client import ModelClient
 from ommatid.explorer.originals import Originals
 from ommatid.show import numbers
 
@@ -128,6 +129,7 @@ class Explorer:
 
     settings: Settings
     library: Library
+    model: ModelClient
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     """Key of the tokens in forms; a restart makes a new one."""
 
@@ -138,7 +140,8 @@ class Explorer:
             yield View(self, opened, request)
 
     def close(self) -> None:
-        """Close the catalogue."""
+        """Close the catalogue, and end the process that holds the model."""
+        self.model.close()
         self.library.close()
 
     @cached_property

@@ -83,6 +83,8 @@ function showTools(root) {
 function prepare(root) {
   for (const tile of root.querySelectorAll("[data-heat]")) seen.observe(tile);
   showTools(root);
+  preparePatches(root);
+  prepareUpload(root);
 }
 
 document.addEventListener("input", (event) => {
@@ -135,6 +137,77 @@ document.addEventListener("click", (event) => {
   const tile = event.target.closest("a.tile[data-zoom]");
   if (tile && !event.ctrlKey && !event.metaKey && !event.shiftKey && event.button === 0) { event.preventDefault(); zoom(tile); }
 });
+
+// The latents of a patch, under the pointer or moved to with the arrow keys.
+function preparePatches(root) {
+  for (const box of root.querySelectorAll("[data-patches]")) {
+    if (box.ready) continue;
+    box.ready = true;
+    const { patches, names } = JSON.parse(box.dataset.patches), [rows, cols] = box.dataset.grid.split(" ").map(Number);
+    const [seenX, seenY] = box.dataset.seen.split(" ").map(Number), list = box.closest("figure").querySelector("[data-patch-list]");
+    const spot = document.createElement("span");
+    let row = 0, col = 0, shown = -1;
+    spot.className = "spot"; spot.hidden = true; box.append(spot);
+    const show = () => {
+      const w = box.clientWidth, h = box.clientHeight, place = row * cols + col;
+      spot.hidden = false;
+      spot.style.left = `${w * ((1 - seenX) / 2 + seenX * col / cols)}px`; spot.style.top = `${h * ((1 - seenY) / 2 + seenY * row / rows)}px`;
+      spot.style.width = `${w * seenX / cols}px`; spot.style.height = `${h * seenY / rows}px`;
+      if (place === shown) return;
+      shown = place;
+      const title = document.createElement("p"), items = document.createElement("ol");
+      title.textContent = `Row ${row + 1}, column ${col + 1}` + (patches[place].length ? "" : ": no latent fires here");
+      for (const [latent, act] of patches[place]) {
+        const item = document.createElement("li"), link = document.createElement("a");
+        link.href = `/features/${encodeURIComponent(box.dataset.sae)}/${latent}`; link.textContent = names[latent] ?? "without a name";
+        item.append(link, ` ${latent}, ${act.toFixed(2)}`); items.append(item);
+      }
+      list.replaceChildren(title, items);
+    };
+    box.addEventListener("pointermove", (event) => {
+      const at = box.getBoundingClientRect(), x = (event.clientX - at.left) / at.width, y = (event.clientY - at.top) / at.height;
+      const c = Math.floor((x - (1 - seenX) / 2) / seenX * cols), r = Math.floor((y - (1 - seenY) / 2) / seenY * rows);
+      if (c >= 0 && c < cols && r >= 0 && r < rows) { row = r; col = c; show(); }
+    });
+    box.addEventListener("focus", show);
+    box.addEventListener("keydown", (event) => {
+      const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
+      if (!step) return;
+      event.preventDefault();
+      row = Math.min(rows - 1, Math.max(0, row + step[0])); col = Math.min(cols - 1, Math.max(0, col + step[1]));
+      show();
+    });
+  }
+}
+
+// An image that is pasted or dropped anywhere on a page with a form for one; the model begins to load as soon as the form is there.
+function prepareUpload(root) {
+  for (const form of root.querySelectorAll("form[data-upload]")) {
+    const input = form.querySelector("input[type=file]"), state = form.querySelector("[data-upload-state]"), said = state.textContent;
+    const take = (files) => {
+      const images = [...files].filter((file) => file.type.startsWith("image/"));
+      if (!images.length) { state.textContent = "That is no image."; return; }
+      const box = new DataTransfer();
+      box.items.add(images[0]);
+      input.files = box.files;
+      form.requestSubmit();
+    };
+    document.addEventListener("paste", (event) => { if (event.clipboardData?.files.length) take(event.clipboardData.files); });
+    document.addEventListener("dragover", (event) => { event.preventDefault(); form.classList.add("over"); });
+    document.addEventListener("dragleave", () => form.classList.remove("over"));
+    document.addEventListener("drop", (event) => { event.preventDefault(); form.classList.remove("over"); take(event.dataTransfer.files); });
+    form.addEventListener("submit", () => { state.textContent = "Looking…"; });
+    const sae = form.querySelector("input[name=sae]")?.value, address = sae ? `/api/model?sae=${encodeURIComponent(sae)}` : "/api/model";
+    const look = async () => {
+      const found = await (await fetch(address)).json();
+      if (found.state === "loading") {
+        state.textContent = `The model is being loaded: ${Math.round(found.elapsed)} of about ${Math.max(1, Math.round(found.expected))} s.`;
+        setTimeout(look, 1000);
+      } else state.textContent = found.state === "ready" ? said : `The model cannot be used: ${found.problem}`;
+    };
+    look().catch(() => { state.textContent = said; });
+  }
+}
 
 document.addEventListener("DOMContentLoaded", () => prepare(document));
 document.addEventListener("htmx:afterSettle", (event) => prepare(event.target));
