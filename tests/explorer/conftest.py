@@ -46,6 +46,14 @@ def own_study(study: Study, tmp_path: Path) -> Study:
 
 
 @pytest.fixture(scope="session")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """File of a tiny catalogue in which every free text is hostile; made in a second, for tests that need no images of their own."""
+    from support.hostile import make
+
+    return make(tmp_path_factory.mktemp("hostile"))
+
+
+@pytest.fixture(scope="session")
 def explorer(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of an explorer of the study that all tests of this process share, without a slash at its end; it takes no reviews."""
     log = tmp_path_factory.mktemp("explorer") / "log"

@@ -7,16 +7,16 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from ommatid import __version__
-from ommatid.errors import ConfigError, OmmatidError, QueryError
+from ommatid.errors import ConfigError, OmmatidError
 from ommatid.explorer import classes, compare, console, feature, features, image, model, monitoring, review, runs, search, start
-from ommatid.explorer.library import Library, OldCatalogue
+from ommatid.explorer.library import CONSOLE_MB, Library, NoCatalogue, OldCatalogue
 from ommatid.explorer.model_client import ModelClient
 from ommatid.explorer.security import Guard, check_exposure
-from ommatid.explorer.web import FOREVER, STATIC, BadRequest, Explorer, NotFound, Settings, asset
+from ommatid.explorer.web import FOREVER, STATIC, BadRequest, Explorer, Json, NotFound, Settings, asset
 
 TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".txt": "text/plain"}
 """Content type of static files, by suffix."""
@@ -35,7 +35,8 @@ def make_app(settings: Settings) -> FastAPI:
         ConfigError: The settings would let other machines in without a token.
     """
     check_exposure(settings)
-    explorer = Explorer(settings, Library(settings.catalog), ModelClient(settings.catalog, settings.data))
+    console_library = Library(settings.catalog, CONSOLE_MB, answer_mb=32, niceness=10)
+    explorer = Explorer(settings, Library(settings.catalog), console_library, ModelClient(settings.catalog, settings.data))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -103,7 +104,7 @@ def _static(digest: str, name: str) -> Response:
 def _respond(request: Request, status: int, title: str, message: str, near: Any = (), hint: str = "") -> Response:
     """Answer with an error, as JSON in the JSON API and as a page elsewhere."""
     if request.url.path.startswith("/api/"):
-        return JSONResponse({"error": message, "near": dict(near)}, status)
+        return Json({"error": message, "near": dict(near)}, status)
     explorer: Explorer = request.app.state.explorer
     return explorer.render(request, "error.html", status, title=title, message=message, near=dict(near), hint=hint)
 
@@ -116,7 +117,7 @@ def _explain(request: Request, error: Exception) -> Response:
             return _respond(request, 400, "That cannot be asked", str(error))
         case OldCatalogue():
             return _respond(request, 503, "An old catalogue", str(error), hint="dvc repro")
-        case QueryError():
+        case NoCatalogue():
             return _respond(request, 503, "No catalogue", str(error), hint="make demo")
     return _respond(request, 503, "That did not work", str(error))
 

@@ -3,12 +3,12 @@
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from ommatid.explorer.features import previews
 from ommatid.explorer.heat import Tile, draw_svg, encode, make_tile
 from ommatid.explorer.plots import draw_histogram
-from ommatid.explorer.web import NotFound, TheExplorer, View, feature_url
+from ommatid.explorer.web import Json, NotFound, TheExplorer, View, feature_url
 
 router = APIRouter()
 
@@ -158,7 +158,7 @@ def feature_json(request: Request, explorer: TheExplorer, sae: str, latent: int)
     with explorer.open(request) as view:
         sae = view.choose_sae(sae)
         find_feature(view, sae, latent)
-        return JSONResponse(describe_feature(view, sae, latent))
+        return Json(describe_feature(view, sae, latent))
 
 
 @router.get("/heat/{sae}/{latent}/{image}.svg", include_in_schema=False)

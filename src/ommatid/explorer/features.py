@@ -12,8 +12,10 @@ from fastapi import APIRouter, Request
 from fastapi import Query as Parameters
 from fastapi.responses import Response, StreamingResponse
 from pydantic import Field
+from pydantic_core import to_json
 
 from ommatid.catalog.question import Question
+from ommatid.catalog.reader import QueryResult
 from ommatid.explorer.heat import Tile, make_tile
 from ommatid.explorer.web import BadRequest, Query, TheExplorer, View, link
 
@@ -39,6 +41,8 @@ STATES = {
 """SQL of each state."""
 N_PREVIEW = 8
 """Strongest images that stand for a feature in a list."""
+FORMULAS = tuple("=+-@\t\r\n＝＋－＠")
+"""Characters with which a spreadsheet takes a text for a formula."""
 MOST_EXPORTED = 200_000
 """Largest number of rows of a download; every feature of the largest dictionaries."""
 
@@ -318,21 +322,7 @@ def features_json(request: Request, explorer: TheExplorer, query: Annotated[Feat
 def features_csv(request: Request, explorer: TheExplorer, query: Annotated[FeatureQuery, Parameters()]) -> Response:
     """Download all features that a query chooses, as CSV."""
     with explorer.open(request) as view:
-        found = view.opened.ask(_download(view, query))
-        name = view.choose_sae(query.sae)
-
-    def iter_lines() -> Iterator[str]:
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        for row in (found.columns, *found.rows):
-            writer.writerow([safe_cell(cell) for cell in row])
-            if out.tell() > 2**16:
-                yield out.getvalue()
-                out.seek(0)
-                out.truncate()
-        yield out.getvalue()
-
-    return StreamingResponse(iter_lines(), media_type="text/csv; charset=utf-8", headers=as_download(f"features-{name}.csv"))
+        return as_csv(view.opened.ask(_download(view, query)), f"features-{view.choose_sae(query.sae)}.csv")
 
 
 @router.get("/features.parquet", include_in_schema=False)
@@ -358,6 +348,23 @@ def _download(view: View, query: FeatureQuery) -> Question:
     return Question(f"SELECT * FROM features WHERE {' AND '.join(conditions)} {order}", values)
 
 
+def as_csv(found: QueryResult, name: str) -> Response:
+    """Return an answer of the catalogue as a CSV file of a name, written while it is sent."""
+
+    def iter_lines() -> Iterator[str]:
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        for row in (found.columns, *found.rows):
+            writer.writerow([safe_cell(cell) for cell in row])
+            if out.tell() > 2**16:
+                yield out.getvalue()
+                out.seek(0)
+                out.truncate()
+        yield out.getvalue()
+
+    return StreamingResponse(iter_lines(), media_type="text/csv; charset=utf-8", headers=as_download(name))
+
+
 def as_download(name: str) -> dict[str, str]:
     """Headers that make a browser save an answer as a file."""
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in name)
@@ -366,9 +373,9 @@ def as_download(name: str) -> dict[str, str]:
 
 def safe_cell(value: Any) -> Any:
     """Return a cell of a CSV file; text that a spreadsheet would take for a formula gets a leading apostrophe."""
-    if isinstance(value, (list, dict)):
-        return json.dumps(value, ensure_ascii=False)
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+    if isinstance(value, (list, dict, bytes)):
+        return to_json(value, inf_nan_mode="null", bytes_mode="base64", fallback=str).decode()
+    return f"'{value}" if isinstance(value, str) and value[:1] in FORMULAS else value
 
 
 _LABELLERS = "SELECT DISTINCT labeller FROM labels WHERE sae = $sae ORDER BY labeller"

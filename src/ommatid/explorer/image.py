@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, File, Form, Request, UploadFile
 from fastapi import Path as Address
 from fastapi import Query as Parameters
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from ommatid.errors import ArtefactError
 from ommatid.explorer.features import previews
@@ -15,7 +15,7 @@ from ommatid.explorer.heat import draw_svg, encode, fit
 from ommatid.explorer.model import Model, about_model
 from ommatid.explorer.model_client import EncodedImage
 from ommatid.explorer.security import check_form
-from ommatid.explorer.web import FOREVER, BadRequest, NotFound, Query, TheExplorer, View, image_url
+from ommatid.explorer.web import FOREVER, BadRequest, Json, NotFound, Query, TheExplorer, View, image_url
 
 router = APIRouter()
 
@@ -127,7 +127,7 @@ def image_json(request: Request, explorer: TheExplorer, image: int, query: Annot
     """An image, and the features that fire on it, by strength."""
     with explorer.open(request) as view:
         found = find_image(view, image)
-        return JSONResponse({"image": found, "features": view.rows(FIRING, sae=view.choose_sae(query.sae), image=image)})
+        return Json({"image": found, "features": view.rows(FIRING, sae=view.choose_sae(query.sae), image=image)})
 
 
 @router.get("/my-image", include_in_schema=False)
@@ -153,10 +153,10 @@ def my_image_json(request: Request, explorer: TheExplorer, upload: Upload, sae: 
         sae, encoded = view.choose_sae(sae or None), read_upload(upload)
     found: Model = about_model(lambda: explorer.model.encode(sae, encoded, wait=60))
     if found.answer is None:
-        return JSONResponse({"error": found.problem or str(found.starting)}, 503)
+        return Json({"error": found.problem or str(found.starting)}, 503)
     one: EncodedImage = found.answer
     kept = ("width", "height", "seen_width", "seen_height", "rows", "cols", "n_firing", "latents", "acts", "heat")
-    return JSONResponse({name: getattr(one, name) for name in kept})
+    return Json({name: getattr(one, name) for name in kept})
 
 
 @router.get("/thumbs/{image}/{hash}.webp", include_in_schema=False)

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ommatid.catalog.question import Question
-from ommatid.catalog.reader import Catalog, Column, QueryResult
+from ommatid.catalog.reader import ANSWER_MB, Catalog, Column, QueryResult
 from ommatid.errors import QueryError
 
 PAGES_MB = 192
 """Memory limit of a page's statements, in MB for each reader process."""
 AT_ONCE = 2
 """Statements of pages that run at the same time."""
+CONSOLE_MB = 512
+"""Memory limit of a statement of the SQL console, in MB."""
 TIMEOUT = 30.0
 """Seconds after which a page's statement is stopped; it is far above what any takes, so that only a hang reaches it."""
 NEEDED = ("features", "examples", "meanings", "directions", "near_misses", "mistakes")
@@ -30,7 +32,11 @@ _SAES = """
 """
 
 
-class OldCatalogue(QueryError):
+class NoCatalogue(QueryError):
+    """There is no catalogue, or it cannot be opened."""
+
+
+class OldCatalogue(NoCatalogue):
     """A catalogue was built by an older version of Ommatid, which did not write what pages need."""
 
 
@@ -84,10 +90,16 @@ class Library:
 
     Args:
         path: The DuckDB file. It need not exist yet.
+        memory_mb: Memory limit of a statement, in MB.
+        answer_mb: Memory limit of an answer, in MB.
+        niceness: How much statements give way to others that need the processor.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, memory_mb: int = PAGES_MB, answer_mb: int = ANSWER_MB, niceness: int = 0) -> None:
         self.path = path
+        self._memory_mb = memory_mb
+        self._answer_mb = answer_mb
+        self._niceness = niceness
         self._lock = threading.Lock()
         self._opened: Opened | None = None
 
@@ -96,7 +108,7 @@ class Library:
         """Lend the catalogue that is at the path now; it stays open until the block ends, even if the file is replaced meanwhile.
 
         Raises:
-            QueryError: There is no catalogue, or it cannot be read.
+            NoCatalogue: There is no catalogue, or it cannot be read.
             OldCatalogue: It lacks what pages need.
         """
         opened = self._take()
@@ -131,12 +143,16 @@ class Library:
                 opened.catalog.close()
 
     def _open(self, key: str) -> Opened:
-        opened = Opened(Catalog(self.path, memory_mb=PAGES_MB, at_once=AT_ONCE), key)
+        try:
+            catalog = Catalog(self.path, self._memory_mb, self._answer_mb, AT_ONCE, niceness=self._niceness)
+        except QueryError as error:
+            raise NoCatalogue(str(error)) from None
+        opened = Opened(catalog, key)
         try:
             if missing := [name for name in NEEDED if name not in opened.relations]:
                 raise OldCatalogue(f"{self.path}: it lacks {', '.join(missing)}, as an older version built it")
             if not opened.saes:
-                raise QueryError(f"{self.path}: it has no evaluated SAE; build it again with `dvc repro catalog`")
+                raise NoCatalogue(f"{self.path}: it has no evaluated SAE; build it again with `dvc repro catalog`")
         except BaseException:
             opened.catalog.close()
             raise

@@ -63,6 +63,8 @@ class Plot:
     words: list[Words] = field(default_factory=list)
     curves: list[tuple[str, str]] = field(default_factory=list)
     """Points of each curve as SVG writes them, and its class."""
+    dots: str = ""
+    """Points as a path of strokes without length, whose round ends are drawn: the shortest way to write thousands."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class Axis:
         if self.high <= self.low:
             return [self.low]
         raw = (self.high - self.low) / n
+        if raw < 1e-300 or self.low + raw == self.low:  # too near to each other for numbers between them
+            return [self.low, self.high]
         size = 10.0 ** math.floor(math.log10(raw))
         step = next(factor * size for factor in (1, 2, 5, 10) if factor * size >= raw)
         first = math.ceil(self.low / step - 1e-9)
@@ -189,4 +193,23 @@ def draw_grid(
         plot.boxes.append(Box(left, top, *size, where, address(x1, x2, y1, y2), "cell", opacity))
     for value, name in marks:
         plot.strokes.append(Stroke(LEFT, to_y(value), 560 - RIGHT, to_y(value), "floor", name))
+    return plot
+
+
+def draw_points(title: str, x_name: str, y_name: str, points: Sequence[tuple[float, float]], is_line: bool = False) -> Plot:
+    """Draw points, or a line through them in their order.
+
+    Args:
+        title: What it shows.
+        x_name: Name of the horizontal values.
+        y_name: Name of the vertical values.
+        points: The points, at least one, all finite and less than 1e300 from zero.
+        is_line: Whether to draw a line instead of dots.
+    """
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    plot, to_x, to_y = make_frame(title, Axis(min(xs), max(xs), x_name), Axis(min(ys), max(ys), y_name))
+    if is_line:
+        plot.curves.append((" ".join(f"{to_x(x):g},{to_y(y):g}" for x, y in points), "curve"))
+    else:
+        plot.dots = "".join(f"M{to_x(x):g} {to_y(y):g}h0" for x, y in points)
     return plot

@@ -4,11 +4,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi import Query as Parameters
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from ommatid.explorer.features import FeatureQuery, find_features, previews, scales
 from ommatid.explorer.plots import Axis, Plot, draw_grid
-from ommatid.explorer.web import Query, TheExplorer, View
+from ommatid.explorer.web import Json, Query, TheExplorer, View
 from ommatid.show.about import About, list_facts, make_headlines
 
 router = APIRouter()
@@ -77,7 +77,7 @@ def start_page(request: Request, explorer: TheExplorer, query: Annotated[Query, 
 def saes_json(request: Request, explorer: TheExplorer) -> Response:
     """The SAEs of the catalogue, the one with the highest mean MS above its floor first."""
     with explorer.open(request) as view:
-        return JSONResponse(
+        return Json(
             [{name: str(value) if name.endswith("_at") else value for name, value in run.items()} for run in view.opened.saes.values()]
         )
 

@@ -14,8 +14,9 @@ from urllib.parse import quote, urlencode
 
 import jinja2
 from fastapi import Depends, Request
-from fastapi.responses import HTMLResponse
-from pydantic import BaseModel, ConfigDict, model_validator
+from fastapi.responses import HTMLResponse, Response
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import to_json
 
 from ommatid import __version__
 from ommatid.catalog.question import Question
@@ -109,12 +110,22 @@ class BadRequest(OmmatidError):
     """A parameter of an address, or a field of a form, is not allowed; the message says what is."""
 
 
+class Json(Response):
+    """JSON of anything that an answer of the catalogue holds: bytes as base64, and null for numbers that JSON lacks, such as NaN."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """Write a value."""
+        return to_json(content, inf_nan_mode="null", bytes_mode="base64", fallback=str)
+
+
 class Query(BaseModel):
     """Parameters of a page's address. Empty ones, which forms send, count as left out, and unknown ones are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    sae: str | None = None
+    sae: Annotated[str | None, Field(max_length=500)] = None
     """Name of the SAE; left out: the one with the highest mean MS above its floor."""
 
     @model_validator(mode="before")
@@ -129,6 +140,9 @@ class Explorer:
 
     settings: Settings
     library: Library
+    """The catalogue that pages read."""
+    console: Library
+    """The same for statements of visitors, in processes of their own, which give way, so that pages never wait for them."""
     model: ModelClient
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     """Key of the tokens in forms; a restart makes a new one."""
@@ -143,6 +157,7 @@ class Explorer:
         """Close the catalogue, and end the process that holds the model."""
         self.model.close()
         self.library.close()
+        self.console.close()
 
     @cached_property
     def originals(self) -> Originals:

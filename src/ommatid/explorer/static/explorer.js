@@ -213,3 +213,46 @@ document.addEventListener("DOMContentLoaded", () => prepare(document));
 document.addEventListener("htmx:afterSettle", (event) => prepare(event.target));
 document.addEventListener("htmx:configRequest", (event) => { event.detail.headers["X-CSRF-Token"] = document.querySelector("meta[name=csrf]").content; });
 window.addEventListener("resize", () => { for (const tile of document.querySelectorAll("[data-heat]")) seen.observe(tile); });
+
+// The SQL console: Ctrl+Enter runs, Cancel ends the request (the server then stops the statement), names are inserted by a click.
+const editor = () => document.querySelector("[data-editor]");
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target.matches("[data-editor]")) {
+    event.preventDefault();
+    event.target.form.requestSubmit();
+  }
+});
+let running = 0;
+function showRunning(since) {
+  clearInterval(running);
+  const cancel = document.querySelector("[data-cancel]"), said = document.querySelector("[data-running]");
+  if (!cancel) return;
+  cancel.hidden = !since;
+  said.textContent = since ? "Running…" : "";
+  if (since) running = setInterval(() => { said.textContent = `Running for ${Math.round((Date.now() - since) / 1000)} s…`; }, 1000);
+}
+document.addEventListener("submit", (event) => { if (event.target.matches("form[data-runs]")) showRunning(Date.now()); });
+window.addEventListener("pageshow", () => showRunning(0));
+document.addEventListener("click", (event) => {
+  if (event.target.closest("[data-cancel]")) {
+    window.stop();
+    showRunning(0);
+    document.querySelector("[data-running]").textContent = "Cancelled.";
+  }
+  const name = event.target.closest("button.insert");
+  if (name && editor()) {
+    event.preventDefault();
+    editor().setRangeText(name.textContent, editor().selectionStart, editor().selectionEnd, "end");
+    editor().focus();
+  }
+});
+document.addEventListener("DOMContentLoaded", () => {
+  for (const code of document.querySelectorAll("code[data-insert]")) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "insert";
+    button.title = "Insert into the statement";
+    code.replaceWith(button);
+    button.append(code);
+  }
+});
