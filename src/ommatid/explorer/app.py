@@ -84,6 +84,7 @@ def serve(settings: Settings) -> None:
         raise ConfigError(
             f"port {settings.port} of {settings.host} cannot be used, probably because it is taken; name another with --port"
         ) from None
+    listening.listen(config.backlog)  # before the address is printed, so that whoever reads it is heard
     host, port = listening.getsockname()[:2]
     print(f"explorer  http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends it)", flush=True)
     uvicorn.Server(config).run(sockets=[listening])
