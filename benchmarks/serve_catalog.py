@@ -25,7 +25,7 @@ from ommatid.catalog.stage import CATALOG, build_catalog
 from ommatid.config import CatalogParams
 from ommatid.store import Artefact, Draft, part_name
 
-VERSION = 1
+VERSION = 2
 """Increment when what is generated changes, so that a cached catalogue is built again."""
 N_CLASSES = 1000
 CLASS_IMAGES = 50
@@ -272,6 +272,7 @@ def _evaluation(draft: Draft, size: Size, fired: Fired, words: list[str]) -> dic
     draft.write_table("latents.parquet", latents)
     for part, table in enumerate(_iter_examples(size, fired, rng)):
         draft.write_table(part_name("examples", part), table)
+    draft.write_table("near_misses.parquet", _near_misses(size, fired))
     draft.write_table("cofiring.parquet", _cofiring(size, rng))
     draft.write_table("judged.parquet", _judged(size, latents, rng))
     draft.write_table("probes.parquet", _probes(size, fired, words, rng))
@@ -396,6 +397,14 @@ def _iter_examples(size: Size, fired: Fired, rng: np.random.Generator) -> Iterat
         )
 
 
+def _near_misses(size: Size, fired: Fired) -> pa.Table:
+    rng, alive = np.random.default_rng(size.d_sae + 3), np.flatnonzero(fired.n)
+    latent, rank = np.repeat(alive, schemas.N_NEAR_MISSES), np.tile(np.arange(1, schemas.N_NEAR_MISSES + 1), len(alive))
+    closeness = np.sort(rng.beta(8, 2, (len(alive), schemas.N_NEAR_MISSES)), axis=1)[:, ::-1].ravel()
+    values = dict(latent=latent, rank=rank, image=rng.integers(N_EVAL, size=len(latent)), margin=closeness - 1, closeness=closeness)
+    return _columns(schemas.NEAR_MISSES, len(latent), sae=size.sae, **values)
+
+
 def _heat(act: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Heat maps with one spot each, (examples, patches); the largest value is the image's activation, and most are 0."""
     n, grid = len(act), np.arange(GRID, dtype=np.float32)
@@ -459,7 +468,7 @@ def _matches(draft: Draft) -> None:
 def _labels(draft: Draft, size: Size, fired: Fired, words: list[str]) -> dict[str, Any]:
     rng, d = np.random.default_rng(size.d_sae + 2), size.d_sae
     first, second = np.array(words, dtype=object)[fired.favourite], np.array(words, dtype=object)[rng.integers(N_CLASSES, size=d)]
-    tables = []
+    tables, mistakes = [], []
     for place, labeller in enumerate(("vocabulary", "vlm"), start=1):
         asked = np.flatnonzero((fired.n > 0) & ((place == 1) | (rng.random(d) < 0.4)))
         n = len(asked)
@@ -470,6 +479,7 @@ def _labels(draft: Draft, size: Size, fired: Fired, words: list[str]) -> dict[st
             return np.where(is_ok, values, np.nan)
 
         score = rng.beta(6, 3, n) * 0.5 + 0.5
+        mistakes += [_mistakes(size, labeller, kind, asked[is_ok]) for kind in ("missed", "false_alarm")]
         status = np.where(is_ok, "ok", np.where(fired.n[asked] < 16, "too_few_examples", "unparsed"))
         tables.append(
             _columns(
@@ -495,4 +505,15 @@ def _labels(draft: Draft, size: Size, fired: Fired, words: list[str]) -> dict[st
             )
         )
     draft.write_table("labels.parquet", pa.concat_tables(tables))
+    draft.write_table("mistakes.parquet", pa.concat_tables(mistakes))
     return {}
+
+
+def _mistakes(size: Size, labeller: str, kind: str, latents: np.ndarray) -> pa.Table:
+    rng, n = np.random.default_rng([size.d_sae, len(labeller), len(kind)]), len(latents) * schemas.N_MISTAKES
+    is_missed, threshold = kind == "missed", np.repeat(rng.uniform(0.1, 0.3, len(latents)), schemas.N_MISTAKES)
+    distance = np.sort(rng.uniform(0, 0.1, (len(latents), schemas.N_MISTAKES)), axis=1)[:, ::-1].ravel()
+    values = dict(image=rng.integers(N_EVAL, size=n), threshold=threshold, cosine=threshold + (-distance if is_missed else distance))
+    values |= dict(act=rng.gamma(4, 0.6, n) if is_missed else 0.0, is_hard=None if is_missed else rng.random(n) < 0.5)
+    values |= dict(latent=np.repeat(latents, schemas.N_MISTAKES), rank=np.tile(np.arange(1, schemas.N_MISTAKES + 1), len(latents)))
+    return _columns(schemas.MISTAKES, n, sae=size.sae, labeller=labeller, kind=kind, **values)

@@ -62,7 +62,7 @@ The keys of `manifest.json`:
 | `data/evaluation` | evaluate | tables `matches`, `stability` for every two of its SAEs; without rows if there is only one |
 | `data/evaluation/<sae>` | evaluate | about latents: tables `latents`, `examples`, `near_misses`, `firings`, `cofiring` |
 | | | about the whole: tables `comparisons`, `judged`, `fidelity`, `densities`, `levels`, `probes`, `zero_shot` |
-| `data/labels/<sae>` | label | table `labels` |
+| `data/labels/<sae>` | label | tables `labels`, `mistakes` |
 | `data/catalog` | catalog | `catalog.duckdb`, made from the others |
 
 ## Weights

@@ -498,6 +498,28 @@ LABELS = _table(
     n_tokens=(pa.int32(), "number of tokens in those requests and their answers"),
 )
 
+N_MISTAKES = 4
+"""Maximum number of mistakes of each kind that a label has."""
+
+MISTAKES = _table(
+    "mistakes",
+    "labels/<sae>",
+    may_be_empty=True,
+    sae=(pa.string(), "name of the SAE"),
+    latent=(pa.int32(), "index of the latent"),
+    labeller=(pa.string(), "labels.labeller, whose label has a score"),
+    kind=(pa.string(), "missed: the latent fires, but the cosine is not above the threshold; false_alarm: it is silent, but the cosine is"),
+    rank=(pa.int32(), f"rank among the mistakes of its kind, 1 to {N_MISTAKES}; 1 is the farthest from the threshold"),
+    image=(pa.int32(), "images.image; one of the held-out images from which labels.score is computed"),
+    cosine=(pa.float32(), "cosine of label and image in the joint space, both centred as for labels.score"),
+    threshold=(pa.float32(), "the label's detection threshold, which is the best one on the naming half"),
+    act=(pa.float32(), "image-level activation; 0 if it is silent"),
+    is_hard=(
+        nullable(pa.bool_()),
+        "whether the silent image was chosen because it fires a latent with a near direction, and not at random; null if kind is missed",
+    ),
+)
+
 NEIGHBOURS = _table(
     "neighbours",
     "catalog",

@@ -35,6 +35,7 @@ GRAIN = {
     "near_misses": "sae, latent, rank",
     "firings": "sae, image, latent",
     "labels": "sae, latent, labeller",
+    "mistakes": "sae, latent, labeller, kind, rank",
     "neighbours": "sae, latent, rank",
     "directions": "sae, latent",
     "meanings": "sae, latent",
@@ -54,6 +55,7 @@ GRAIN = {
 COUNTS = {"images": 6, "latents": 4, "examples": 7, "firings": 7, "labels": 5, "neighbours": 8, "comparisons": 3, "features": 4, "runs": 1}
 COUNTS |= {
     "near_misses": 4,
+    "mistakes": 4,
     "judged": 6,
     "fidelity": 3,
     "densities": 4,

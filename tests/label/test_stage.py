@@ -5,16 +5,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
+from ommatid import schemas
 from ommatid.config import LabelParams, Params
 from ommatid.errors import ConfigError
 from ommatid.events import Event, Warned, ignore
+from ommatid.images.eval_split import load_eval_split
 from ommatid.label import context
 from ommatid.label.context import load_material
+from ommatid.label.evidence import Test as Trials
 from ommatid.label.labellers import ImageLabeller, Source
 from ommatid.label.labellers.base import Answer, Case
+from ommatid.label.scoring import find_mistakes
 from ommatid.label.stage import label
 from ommatid.quality import check
 from ommatid.reviews import ReviewLog
@@ -23,6 +29,7 @@ from support.study import make_artefact, make_test_params
 from support.tiles import ALWAYS, COLOURS, D_SAE, DEAD, MIXED, PURE, use_tile_model
 
 Rows = dict[tuple[int, str], dict[str, Any]]
+Mistakes = list[dict[str, Any]]
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +120,62 @@ def test_labellers_are_scored_side_by_side_on_the_same_images(
     assert summary["score"] > summary["score_human"]
     assert summary["beats_control"] >= 0.75  # red, of the latent that fires on red and green, has red as its control perhaps
     assert summary["n_images_in_both"] == 0
+
+
+def test_mistakes_add_up_to_the_score_and_the_first_of_them_are_kept(
+    tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    human = write_labels(tmp_path, {0: "red", 1: "blue", 2: "grey", DEAD: "nothing to see", ALWAYS: "grey"})
+    asked = label_params(params, vocabulary(words), human)
+    kept = run(tmp_path / "kept", asked, line).read("mistakes").to_pylist()
+    monkeypatch.setattr(schemas, "N_MISTAKES", 10**6)
+    whole = run(tmp_path / "whole", asked, line)
+    labels, split = rows_of(whole), load_eval_split(line["images"])
+    material = load_material(asked, line)
+    images = dict(zip(split.images.tolist(), material.images, strict=True))
+    is_held_out = dict(zip(split.images.tolist(), split.is_held_out.tolist(), strict=True))
+    fired: dict[int, dict[int, float]] = {latent: {} for latent in range(D_SAE)}
+    for row in line["evaluate"].read("firings").to_pylist():
+        fired[row["latent"]][row["image"]] = row["act"]
+    found: dict[tuple[int, str], dict[str, Mistakes]] = {key: {"missed": [], "false_alarm": []} for key in labels}
+    for row in whole.read("mistakes").to_pylist():
+        found[row["latent"], row["labeller"]][row["kind"]].append(row)
+    for (latent, labeller), label_row in labels.items():
+        missed, false_alarms = found[latent, labeller].values()
+        if label_row["score"] is None:
+            assert not missed and not false_alarms
+            continue
+        n_firing = min(64, sum(is_held_out[image] for image in fired[latent]))
+        n_silent = min(n_firing, sum(is_held_out.values()) - sum(is_held_out[image] for image in fired[latent]))
+        assert label_row["score"] == pytest.approx(1 - (len(missed) / n_firing + len(false_alarms) / n_silent) / 2)
+        text = material.texts.embed([label_row["label"]])[0]
+        for row in (*missed, *false_alarms):
+            assert is_held_out[row["image"]] and row["cosine"] == pytest.approx(float(images[row["image"]] @ text), abs=1e-5)
+            assert row["threshold"] == (*missed, *false_alarms)[0]["threshold"]
+        assert all(row["cosine"] <= row["threshold"] and row["act"] == fired[latent][row["image"]] > 0 for row in missed)
+        assert all(row["cosine"] > row["threshold"] and row["act"] == 0 and row["image"] not in fired[latent] for row in false_alarms)
+        assert all(row["is_hard"] is None for row in missed)
+        hard = [row["image"] for row in false_alarms if row["is_hard"]]
+        assert len(hard) <= n_silent // 2 and all(any(image in images for images in fired.values()) for image in hard)
+        assert [row["image"] for row in missed] == sorted([row["image"] for row in missed], key=by(missed, 1))
+        assert [row["image"] for row in false_alarms] == sorted([row["image"] for row in false_alarms], key=by(false_alarms, -1))
+    assert any(len(rows["missed"]) > 4 for rows in found.values()) and any(len(rows["false_alarm"]) > 4 for rows in found.values())
+    assert {row["is_hard"] for row in kept} == {None, True, False}
+    assert kept == [row for row in whole.read("mistakes").to_pylist() if row["rank"] <= 4]
+
+
+def by(mistakes: Mistakes, sign: int) -> Callable[[int], tuple[float, int]]:
+    """The key that sorts images by the cosine of a mistake, and equal ones by number."""
+    cosines = {row["image"]: sign * row["cosine"] for row in mistakes}
+    return lambda image: (cosines[image], image)
+
+
+def test_of_equally_wrong_images_the_lower_numbers_come_first() -> None:
+    test = Trials(np.array([9, 3, 6, 1]), np.array([1.0, 2.0, 3.0, 4.0]), np.array([8, 2]), np.array([7, 0]))
+    found = find_mistakes(test, torch.tensor([0.1, 0.1, 0.5, 0.4]), torch.tensor([0.5, 0.6, 0.6, 0.2]), 0.4)
+    assert found[["row", "rank", "act"]].tolist() == [(3, 1, 2.0), (9, 2, 1.0), (1, 3, 4.0), (2, 1, 0.0), (7, 2, 0.0), (8, 3, 0.0)]
+    assert found["is_missed"].tolist() == [True] * 3 + [False] * 3
+    assert found["is_hard"].tolist() == [False] * 3 + [True, False, True]
 
 
 def test_scores_do_not_depend_on_other_labellers(tmp_path: Path, line: dict[str, Artefact], params: Params, words: Path) -> None:

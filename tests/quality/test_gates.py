@@ -524,8 +524,21 @@ def label_rows(labeller: str = "vocabulary", place: int = 1) -> Rows:
     return rows
 
 
-def labels_artefact(folder: Path, rows: Rows, sae: str = ONE) -> Artefact:
-    return inside_of(folder, "labels", {sae: {"labels.parquet": table(schemas.LABELS, rows)}})
+def mistake_rows(labels: Rows) -> Rows:
+    """One missed image and one false alarm for each label whose score is below 1."""
+    rest = {"sae": "s", "rank": 1, "image": 7, "threshold": 0.5}
+    kinds = (
+        {"kind": "missed", "cosine": 0.5, "act": 1.0, "is_hard": None},
+        {"kind": "false_alarm", "cosine": 0.6, "act": 0.0, "is_hard": True},
+    )
+    wrong = [row for row in labels if row["score"] is not None and row["score"] < 1]
+    return [{**rest, **kind, "latent": row["latent"], "labeller": row["labeller"]} for row in wrong for kind in kinds]
+
+
+def labels_artefact(folder: Path, rows: Rows, sae: str = ONE, mistakes: Rows | None = None) -> Artefact:
+    mistakes = mistake_rows(rows) if mistakes is None else mistakes
+    tables = {"labels.parquet": table(schemas.LABELS, rows), "mistakes.parquet": table(schemas.MISTAKES, mistakes)}
+    return inside_of(folder, "labels", {sae: tables})
 
 
 def with_labellers(params: Params, *kinds: Mapping[str, Any]) -> Params:
@@ -564,16 +577,49 @@ def test_label_damage_is_named(tmp_path: Path, params: Params, rows: Rows, name:
     assert all(word in found[name].detail for word in words), found[name].detail
 
 
+def wrong(index: int, **change: Any) -> Rows:
+    return edited(mistake_rows(label_rows()), index, **change)
+
+
+KIND, AGREES = "mistakes are what their kind says", "labels have mistakes if and only if their score is below 1"
+
+
+@pytest.mark.parametrize(
+    ("score", "mistakes", "name", "words"),
+    [
+        (0.8, wrong(0, cosine=0.6), KIND, ["latent 1 missed image 7"]),
+        (0.8, wrong(0, act=0.0), KIND, ["latent 1 missed image 7"]),
+        (0.8, wrong(0, is_hard=False), KIND, ["latent 1 missed image 7"]),
+        (0.8, wrong(1, cosine=0.5), KIND, ["latent 1 false_alarm image 7"]),
+        (0.8, wrong(1, cosine=float("nan")), KIND, ["latent 1 false_alarm image 7"]),
+        (0.8, wrong(1, act=1.0), KIND, ["latent 1 false_alarm image 7"]),
+        (0.8, wrong(1, is_hard=None), KIND, ["latent 1 false_alarm image 7"]),
+        (0.8, wrong(1, kind="odd"), KIND, ["latent 1 odd image 7"]),
+        (0.8, wrong(1, rank=5), KIND, ["latent 1 false_alarm image 7"]),
+        (0.8, [], AGREES, ["latent 1 (vocabulary)"]),
+        (1.0, wrong(0), AGREES, ["latent 1 (vocabulary)"]),
+        (None, wrong(0), AGREES, ["latent 1 (vocabulary)"]),
+    ],
+)
+def test_damaged_mistakes_are_named(
+    tmp_path: Path, params: Params, score: float | None, mistakes: Rows, name: str, words: list[str]
+) -> None:
+    found = failed(check("label", labels_artefact(tmp_path, edited(label_rows(), 1, score=score), mistakes=mistakes), params))
+    assert set(found) == {name}
+    assert all(word in found[name].detail for word in words), found[name].detail
+
+
 def test_labels_of_several_labellers_are_each_counted(tmp_path: Path, params: Params) -> None:
     """People need not label every latent, but a vocabulary must."""
-    both = with_labellers(params, {"kind": "vocabulary", "words": ["common"]}, {"kind": "human", "path": "labels.csv"})
+    vocabulary = {"kind": "vocabulary", "words": ["common"]}
+    both = with_labellers(params, vocabulary, {"kind": "human", "path": "labels.csv"})
     by_people = [row for row in label_rows("human", 2) if row["label"]]
     assert check("label", labels_artefact(tmp_path, label_rows() + by_people), both).success
     lost = edited(label_rows(), 1, label="")
     found = failed(check("label", labels_artefact(tmp_path, lost[:3] + by_people + by_people), both))
     assert found["no label is empty"].detail.startswith("latent 1 (vocabulary)")
     assert "human: latents missing or repeated 1 (first: latent 1)" in found["every latent has one row for each labeller"].detail
-    (unknown,) = failed(check("label", labels_artefact(tmp_path, label_rows() + by_people), params)).values()
+    (unknown,) = failed(check("label", labels_artefact(tmp_path, label_rows() + by_people), with_labellers(params, vocabulary))).values()
     assert unknown.name == "all rows come from the labellers of label.labellers"
 
 

@@ -87,6 +87,13 @@ LABELS = [
     (1, "words", 1, "ok", "truck", 0.6, 0.7),
     (2, "words", 1, "too_few_examples", None, None, None),
 ]
+MISTAKES = [
+    # latent, labeller, kind, rank, image, cosine, threshold, act, hard
+    (0, "words", "missed", 1, 3, 0.125, 0.25, 1.0, None),
+    (0, "prompts", "false_alarm", 1, 4, 0.5, 0.25, 0.0, True),
+    (1, "words", "missed", 1, 4, 0.125, 0.25, 1.0, None),
+    (1, "words", "false_alarm", 1, 0, 0.5, 0.25, 0.0, False),
+]
 ZERO_SHOT = [("plain", 0.9, 1.0), ("sae", 0.8, 0.85), ("sae_with_error", 0.9, 1.0), ("mean", 0.2, 0.0), ("untrained", 0.5, 0.4)]
 COMPARISONS = [("sae", 0.2, 0.7), ("untrained", 0.6, 0.5), ("neurons", None, 0.4)]
 JUDGED = [
@@ -246,4 +253,9 @@ def _labels(draft: Draft, name: str) -> dict[str, Any]:
     constant = {"sae": f"{name}-00000000", "n_requests": 0, "n_tokens": 0}
     table = columns(schemas.LABELS, rows, "latent labeller place status label score control_score", **constant)
     draft.write_table("labels.parquet", table)
+    names, mistaken = (
+        "latent labeller kind rank image cosine threshold act is_hard",
+        [row for row in MISTAKES if row[0] < _latents_of(name)],
+    )
+    draft.write_table("mistakes.parquet", columns(schemas.MISTAKES, mistaken, names, sae=f"{name}-00000000"))
     return {}

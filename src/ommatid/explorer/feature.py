@@ -143,7 +143,7 @@ def feature_page(request: Request, explorer: TheExplorer, sae: str, latent: int)
             found=found,
             strongest=[make_tile(row, scale) for row in found["examples"][:N_STRONGEST]],
             deciles=_by_decile(found["examples"][N_STRONGEST:], scale),
-            near_misses=[make_tile(row, note=f"{100 * row['closeness']:.0f} % of firing") for row in found["near_misses"]],
+            near_misses=[make_tile(row, note=_distance(row)) for row in found["near_misses"]],
             silent=[(make_tile(row, note=f"fires {row['other']}"), row["other"]) for row in found["silent"]],
             mistakes=_by_labeller(found["mistakes"]),
             histogram=_draw_histogram(found["histogram"]),
@@ -186,6 +186,12 @@ def _by_decile(examples: list[dict[str, Any]], scale: float) -> list[tuple[int, 
         if row["decile"] < 10:
             found.setdefault(row["decile"], []).append(make_tile(row, scale, DECILE_BOX))
     return list(found.items())
+
+
+def _distance(near_miss: dict[str, Any]) -> str:
+    """How far a near miss is from firing: as a share of the threshold, if the SAE has one."""
+    share = near_miss["closeness"]
+    return f"{-near_miss['margin']:.2g} below firing" if share is None else f"{100 * share:.0f} % of firing"
 
 
 def _by_labeller(mistakes: list[dict[str, Any]]) -> dict[tuple[str, str], list[Tile]]:

@@ -1,14 +1,16 @@
-"""Scores of labels: detection and correlation on held-out images, beside control labels that do not belong to the latent."""
+"""Scores of labels: detection and correlation on held-out images, beside control labels that do not belong to the latent, and mistakes."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int, Int64
+from jaxtyping import Float, Float32, Int, Int64, Shaped
 from torch import Tensor
 
+from ommatid import schemas
 from ommatid.events import Listener, Progress, ignore
 from ommatid.images.eval_split import EvalSplit, LatentFirings
 from ommatid.label.evidence import Evidence, Test, draw_test
@@ -145,6 +147,51 @@ class Trial:
     """Images that score the labels."""
 
 
+MISTAKE = np.dtype(
+    [("is_missed", "?"), ("rank", "i4"), ("row", "i4"), ("cosine", "f4"), ("threshold", "f4"), ("act", "f4"), ("is_hard", "?")]
+)
+"""A held-out image that a label gets wrong, as a row of the table `mistakes`; `row` is that of `EvalSplit`."""
+
+
+def find_mistakes(
+    test: Test, fired: Float32[Tensor, " firing"], silent: Float32[Tensor, " silent"], threshold: float
+) -> Shaped[np.ndarray, " mistakes"]:
+    """Choose the images on which a label is farthest from right; of equally far ones, those with the lower numbers come first.
+
+    Args:
+        test: Held-out test images.
+        fired: Cosines of the label with the firing images, `(firing,)`.
+        silent: Cosines of the label with the silent images, `(silent,)`.
+        threshold: Detection threshold.
+
+    Returns:
+        Up to `schemas.N_MISTAKES` images of each kind, as an array of `MISTAKE`: those missed first.
+    """
+    found = []
+    for is_missed, rows, cosines in ((True, test.positive, fired), (False, test.negative, silent)):
+        wrong = ((cosines > threshold) != is_missed).numpy()  # compared as balanced_accuracy does
+        distance = cosines.numpy() if is_missed else -cosines.numpy()
+        places = np.lexsort((rows, distance))
+        places = places[wrong[places]][: schemas.N_MISTAKES]
+        mistakes = np.empty(len(places), MISTAKE)
+        mistakes["is_missed"], mistakes["rank"], mistakes["row"] = is_missed, np.arange(1, len(places) + 1), rows[places]
+        mistakes["cosine"], mistakes["threshold"] = cosines.numpy()[places], threshold
+        mistakes["act"] = test.acts[places] if is_missed else 0.0
+        mistakes["is_hard"] = False if is_missed else places < len(test.hard)
+        found.append(mistakes)
+    return np.concatenate(found)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of a label, and what it got wrong."""
+
+    scores: Mapping[str, float | None]
+    """Scores by their columns in the table `labels`."""
+    mistakes: Shaped[np.ndarray, " mistakes"]
+    """Held-out images that the label gets wrong, as an array of `MISTAKE`."""
+
+
 @dataclass(frozen=True)
 class Scorer:
     """Scores how well a label's embedding distinguishes images that fire a latent from images that do not."""
@@ -165,7 +212,7 @@ class Scorer:
         naming, held_out = (draw_test(fired, self.split, half, neighbours, rng) for half in (False, True))
         return Trial(naming, held_out) if len(naming.negative) and len(held_out.negative) else None
 
-    def score(self, trial: Trial, embeddings: LabelEmbeddings) -> dict[str, float | None]:
+    def score(self, trial: Trial, embeddings: LabelEmbeddings) -> "Scored":
         """Score a label and its controls on the same images.
 
         Args:
@@ -173,7 +220,7 @@ class Scorer:
             embeddings: Embeddings of the label and its controls.
 
         Returns:
-            The scores by their columns in the table `labels`.
+            The scores, and the images behind them that the label gets wrong.
         """
         naming, held_out = self._embeddings_of(trial.naming), self._embeddings_of(trial.held_out)
         own = _Cosines.of(naming, held_out, embeddings.label)
@@ -181,7 +228,7 @@ class Scorer:
         shuffled, random = (None if control is None else _Cosines.of(naming, held_out, control) for control in controls)
         area, low, high = auroc(*own.held_out)
         acts = torch.from_numpy(np.concatenate([trial.held_out.acts, np.zeros(len(trial.held_out.negative))]))
-        return {
+        scores = {
             "score": own.detect(),
             "auroc": area,
             "auroc_low": low,
@@ -191,6 +238,7 @@ class Scorer:
             "correlation": own.correlate(acts),
             "control_correlation": shuffled and shuffled.correlate(acts),
         }
+        return Scored(scores, find_mistakes(trial.held_out, *own.held_out, own.threshold))
 
     def _embeddings_of(self, test: Test) -> "Pair":
         return self.images[torch.from_numpy(test.positive)], self.images[torch.from_numpy(test.negative)]
@@ -214,9 +262,14 @@ class _Cosines:
         """Compute the cosines from embeddings of the images, `(images, d_joint)` each, and of the label, `(d_joint,)`."""
         return cls((naming[0] @ label, naming[1] @ label), (held_out[0] @ label, held_out[1] @ label))
 
+    @cached_property
+    def threshold(self) -> float:
+        """Threshold that is best on the images of the naming half."""
+        return best_threshold(*self.naming)
+
     def detect(self) -> float:
-        """Return the balanced accuracy on held-out images, at the threshold that is best on the images of the naming half."""
-        return balanced_accuracy(*self.held_out, best_threshold(*self.naming))
+        """Return the balanced accuracy on held-out images, at the threshold."""
+        return balanced_accuracy(*self.held_out, self.threshold)
 
     def correlate(self, acts: Float[Tensor, " images"]) -> float | None:
         """Return the rank correlation with the activations on held-out images; None if either is constant."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from ommatid.config import LabelParams
 from ommatid.events import Listener, ignore
 from ommatid.label.context import Material, load_material, make_context
-from ommatid.label.table import find_answers, make_table, summarise
+from ommatid.label.table import find_answers, make_tables, summarise
 from ommatid.store import Artefact, Draft
 from ommatid.store.per_sae import for_each_sae
 
@@ -37,6 +37,7 @@ def label(
         ModelError: The model's text tower cannot be loaded.
     """
     context = make_context(params, inputs, draft, material or load_material(params, inputs, on_event), on_event)
-    table = make_table(context, find_answers(context))
-    draft.write_table("labels.parquet", table)
-    return draft.seal(summarise(context, table))
+    tables = make_tables(context, find_answers(context))
+    for name, table in tables.items():
+        draft.write_table(f"{name}.parquet", table)
+    return draft.seal(summarise(context, tables["labels"]))

@@ -1,4 +1,4 @@
-"""The table `labels` of one SAE, with every labeller's answer about each latent and the scores of the labels, and its summary."""
+"""The tables of one SAE: `labels` with every labeller's answer about each latent and its scores, and `mistakes`; and their summary."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from ommatid.label.evidence import Cases, iter_heat_maps
 from ommatid.label.labellers import HumanLabels, ImageLabeller, Source, WordList
 from ommatid.label.labellers.base import Answer, Case, Detector
 from ommatid.label.labellers.vocabulary import choose, mean_direction
-from ommatid.label.scoring import Controls, Scorer, Trial, draw_detection, grade
+from ommatid.label.scoring import MISTAKE, Controls, Scorer, Trial, draw_detection, grade
 from ommatid.metrics import unit
 from ommatid.summaries import LabelsSummary
 
@@ -202,29 +202,30 @@ Row = dict[str, Any]
 """A row of the table by column; missing columns are null."""
 
 
-def make_table(context: Context, answers: Mapping[str, Answers]) -> pa.Table:
-    """Make the table, with one row per answer, sorted by latent and labeller, and the scores of the labels."""
+def make_tables(context: Context, answers: Mapping[str, Answers]) -> dict[str, pa.Table]:
+    """Make the tables, sorted by latent and labeller: `labels` has one row per answer, and `mistakes` what scored labels get wrong."""
     rows: dict[str, dict[int, Row]] = {}
     for place, (name, by_latent) in enumerate(answers.items(), start=1):
         same = {"sae": context.sae, "labeller": name, "place": place}
         columns = ("status", "label", "detail", "n_requests", "n_tokens")
         rows[name] = {i: {**same, "latent": i, **{key: getattr(answer, key) for key in columns}} for i, answer in by_latent.items()}
     scorer = Scorer(context.material.images, context.material.split, context.evidence, context.params.seed)
-    _add_scores(context, scorer, rows)
+    mistakes = _add_scores(context, scorer, rows)
     for name, source in context.material.sources.items():
         if isinstance(source, ImageLabeller) and source.detector:
             _detect(context, scorer, rows[name], name, source.detector, source.concurrency)
     ordered = sorted((row for by_latent in rows.values() for row in by_latent.values()), key=lambda row: (row["latent"], row["place"]))
-    return pa.Table.from_pylist(ordered, schema=schemas.LABELS)
+    return {"labels": pa.Table.from_pylist(ordered, schema=schemas.LABELS), "mistakes": mistakes}
 
 
-def _add_scores(context: Context, scorer: Scorer, rows: Mapping[str, dict[int, Row]]) -> None:
-    """Fill in the scores of labels by their embeddings in the joint space."""
+def _add_scores(context: Context, scorer: Scorer, rows: Mapping[str, dict[int, Row]]) -> pa.Table:
+    """Fill in the scores of labels by their embeddings in the joint space, and return the table `mistakes`."""
     strongest, texts = context.evidence.strongest, context.material.texts
     labels = {
         name: {latent: row["label"] for latent, row in by_latent.items() if row["label"] is not None} for name, by_latent in rows.items()
     }
     controls = Controls(labels, strongest.keys(), texts, context.d_sae, context.params.seed)
+    mistakes: list[tuple[int, str, np.ndarray]] = []
     for fired, trial in _iter_trials(context, scorer):
         images = strongest[fired.latent]
         direction = unit(mean_direction(context.material.images[images.rows], images.acts)[None])[0]
@@ -233,8 +234,28 @@ def _add_scores(context: Context, scorer: Scorer, rows: Mapping[str, dict[int, R
                 embeddings = controls.of(name, fired.latent)
                 row = rows[name][fired.latent]
                 row["similarity"] = float(direction @ embeddings.label.double())
-                row |= scorer.score(trial, embeddings) if trial else {}
+                if trial:
+                    scored = scorer.score(trial, embeddings)
+                    row |= scored.scores
+                    mistakes.append((fired.latent, name, scored.mistakes))
         context.on_event(Progress("score labels", fired.latent + 1, context.d_sae))
+    return _make_mistakes(context, mistakes)
+
+
+def _make_mistakes(context: Context, found: Sequence[tuple[int, str, np.ndarray]]) -> pa.Table:
+    """Make the table `mistakes` from the mistakes of each latent's labels by labeller."""
+    mistakes = np.concatenate([np.empty(0, MISTAKE), *(each for _, _, each in found)])
+    times = [len(each) for _, _, each in found]
+    columns = {
+        "sae": pa.array([context.sae] * len(mistakes), pa.string()),
+        "latent": np.repeat(np.array([latent for latent, _, _ in found], np.int32), times),
+        "labeller": pa.array([name for (_, name, _), n in zip(found, times, strict=True) for _ in range(n)], pa.string()),
+        "kind": pa.array(np.where(mistakes["is_missed"], "missed", "false_alarm").tolist(), pa.string()),
+        "image": context.material.split.images[mistakes["row"]].astype(np.int32),
+        **{name: mistakes[name].copy() for name in ("rank", "cosine", "threshold", "act")},
+        "is_hard": pa.array(mistakes["is_hard"], mask=mistakes["is_missed"]),
+    }
+    return pa.table({name: columns[name] for name in schemas.MISTAKES.names}, schema=schemas.MISTAKES)
 
 
 def _detect(context: Context, scorer: Scorer, rows: dict[int, Row], name: str, detector: Detector, concurrency: int) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 
 from ommatid.config import Params
-from ommatid.quality.base import SHOWN, Frames, Rule, filled, named, one_of, table_of, within, zero
+from ommatid.quality.base import SHOWN, Frames, Rule, files_of, filled, named, one_of, query, select, table_of, within, zero
+from ommatid.schemas import N_MISTAKES
 from ommatid.store import Artefact
 
 _SCORES = ("score", "auroc", "auroc_low", "auroc_high", "control_score", "random_score", "detector_score", "detector_auroc")
@@ -15,7 +16,11 @@ _CORRELATIONS = ("correlation", "control_correlation")
 
 
 def profile(artefact: Artefact, params: Params) -> Frames:
-    """Make the frames `labels` (one row for each latent and labeller), `labellers` (one for each labeller) and `counts` (one row)."""
+    """Make the frames of the labels.
+
+    They are `labels` (one row for each latent and labeller), `labellers` (one for each labeller), `counts` (one row) and `mistakes` (one
+    for each part).
+    """
     labels = table_of(artefact, "labels", ["latent", "labeller", "status", "label", *_SCORES, *_CORRELATIONS])
     each = params.label.each()
     names = labels["labeller"].to_numpy(object)
@@ -28,14 +33,39 @@ def profile(artefact: Artefact, params: Params) -> Frames:
     labels["correlation outside -1 to 1"] = _outside(labels, _CORRELATIONS, -1)
     if len(each) > 1:
         labels["latent"] = [f"{latent} ({name})" for latent, name in zip(labels["latent"], names, strict=True)]
+    disagreeing = query(_DISAGREEING, files_of(artefact, "labels"), files_of(artefact, "mistakes"))
     counts = {
         "set": "all labels",
         "ok labels": int(ok.sum()),
         "first statuses": named([f"{n} {status}" for status, n in Counter(labels["status"]).items()]),
         "labels of unknown labellers": sum(name not in each for name in names),
         "images in both halves": artefact.summary.get("n_images_in_both"),
+        "labels whose mistakes disagree": sum(n for n, _ in disagreeing),
+        "first disagreeing": named([place for _, places in disagreeing for place in places]),
     }
-    return {"labels": labels, "labellers": pd.DataFrame(labellers), "counts": pd.DataFrame([counts])}
+    mistakes = pd.DataFrame([select(_MISTAKE_PART, [path]) for path in files_of(artefact, "mistakes")])
+    return {"labels": labels, "labellers": pd.DataFrame(labellers), "counts": pd.DataFrame([counts]), "mistakes": mistakes}
+
+
+_MISTAKE = f"""
+    rank BETWEEN 1 AND {N_MISTAKES} AND isfinite(cosine) AND CASE kind
+        WHEN 'missed' THEN act > 0 AND cosine <= threshold AND is_hard IS NULL
+        WHEN 'false_alarm' THEN act = 0 AND cosine > threshold AND is_hard IS NOT NULL
+        ELSE false END
+"""
+_MISTAKE_PART = f"""
+    count(*) AS rows,
+    count(*) FILTER (NOT ({_MISTAKE})) AS "rows that are not mistakes",
+    arg_min('latent ' || latent || ' ' || kind || ' image ' || image, latent, {SHOWN}) FILTER (NOT ({_MISTAKE})) AS "first not mistakes"
+"""
+_DISAGREEING = f"""
+    SELECT count(*), arg_min('latent ' || latent || ' (' || labeller || ')', latent, {SHOWN})
+    FROM (SELECT latent, labeller, score FROM {{}}) AS scored
+    FULL JOIN (SELECT DISTINCT latent, labeller, true AS is_wrong FROM {{}}) AS mistaken USING (latent, labeller)
+    WHERE coalesce(score < 1, false) <> coalesce(is_wrong, false)
+    HAVING count(*) > 0
+"""
+"""Labels whose score says otherwise than their mistakes: only a label with a score below 1 gets an image wrong."""
 
 
 def _labeller(name: str, is_selective: bool, labels: pd.DataFrame, d_sae: int) -> dict[str, Any]:
@@ -131,6 +161,21 @@ def _row_rules() -> list[Rule]:
 
 def _labeller_rules() -> list[Rule]:
     return [
+        zero(
+            "mistakes",
+            "rows that are not mistakes",
+            "mistakes are what their kind says",
+            "pages show them as images that the label gets wrong",
+            first="first not mistakes",
+        ),
+        zero(
+            "counts",
+            "labels whose mistakes disagree",
+            "labels have mistakes if and only if their score is below 1",
+            "mistakes explain the score, so both must come from the same images and threshold",
+            row="set",
+            first="first disagreeing",
+        ),
         zero(
             "labellers",
             "latents missing or repeated",
