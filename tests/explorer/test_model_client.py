@@ -66,12 +66,14 @@ def test_the_process_starts_with_the_first_question_says_how_long_it_takes_and_l
         client.search_text(SAE, "red")
     wait_for(lambda: client.pid, "the model's process")
     with pytest.raises(Starting) as second:
-        client.search_text(SAE, "red")
+        client.prepare(SAE, "words")
     assert 0 <= first.value.elapsed < second.value.elapsed and first.value.expected == second.value.expected == 8
     assert [search(client, colour) for colour in ("red", "green", "blue")] == [0, 1, 2]
     pid = client.pid
     assert pid and psutil.Process(pid).nice() == 5 and "OMMATID_TOKEN" not in psutil.Process(pid).environ()
+    client.prepare(SAE, "words")
     assert 0 in client.encode(SAE, RED, HANG_SECONDS).latents
+    client.prepare(SAE, wait=HANG_SECONDS)
     hits = client.search_image(SAE, RED, 5, HANG_SECONDS)
     assert hits.by_activation.found[0] in (0, 5) and len(hits.images.found) == 5 and hits.problem is None
     assert client.pid == pid
