@@ -189,14 +189,14 @@ class ModelClient:
         self._is_closed = False
 
     def prepare(self, sae: str, *parts: Part, wait: float = 0) -> None:
-        """Return if parts are loaded, and otherwise begin to load them.
+        """Begin to load what questions need; return once it is loaded, and otherwise raise.
 
         Args:
             sae: Name of the SAE in the catalogue.
-            parts: What later questions need: `words` for `search_text`, `model` for `encode`, and all for `search_image`.
-            wait: Seconds to wait, before `Starting` is raised.
+            parts: `words` for `search_text`, `model` for `encode`, and all for `search_image`; none for `words` and `model`.
+            wait: Seconds to wait before `Starting` is raised.
         """
-        self._require([(part, sae) for part in parts or PARTS], time.monotonic() + wait)
+        self._require([(part, sae) for part in parts or ("words", "model")], time.monotonic() + wait)
 
     def search_text(self, sae: str, text: str, n: int = 50, wait: float = 0) -> Hits:
         """Find the latents whose meaning is nearest to a text: the cosine with their activation-weighted mean joint image embedding.
@@ -248,14 +248,6 @@ class ModelClient:
         answer = self._ask([("model", sae)], "encode", sae, encoded, wait=wait)
         patches = [PatchActs(**patch) for patch in answer.pop("patches")]
         return EncodedImage(**answer, patches=patches)
-
-    def prepare(self, sae: str) -> None:
-        """Begin to load what searches by text and the encoding of images need; returns once it is loaded, and otherwise raises.
-
-        Args:
-            sae: Name of the SAE in the catalogue.
-        """
-        self._require([("words", sae), ("model", sae)], time.monotonic())
 
     @property
     def pid(self) -> int | None:
