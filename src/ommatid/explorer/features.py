@@ -27,8 +27,8 @@ Sort = Literal[
 ]  # fmt: skip
 State = Literal["live", "dead", "dense", "rare", "duplicate", "unnamed", "doubtful"]
 
-EXPRESSIONS = {"over_control": "label_score - control_score", "over_floor": "ms - ms_floor"}
-"""SQL of the sorts that are not columns."""
+EXPRESSIONS = {"label": "lower(left(label, 80))", "over_control": "label_score - control_score", "over_floor": "ms - ms_floor"}
+"""SQL of the sorts that are not columns; only the beginning of a label counts, as it becomes part of an address."""
 STATES = {
     "live": "NOT is_dead",
     "dead": "is_dead",
@@ -66,12 +66,12 @@ class FeatureQuery(Query):
     """Least difference of MS and its floor."""
     ms_min: Annotated[float | None, Field(ge=-1, le=1)] = None
     """Least MS."""
-    ms_max: Annotated[float | None, Field(ge=-1, le=1)] = None
-    """Largest MS."""
+    ms_max: Annotated[float | None, Field(ge=-1, le=2)] = None
+    """Number that MS is less than."""
     density_min: Annotated[float | None, Field(ge=0, le=1)] = None
     """Least share of tokens on which a feature fires."""
-    density_max: Annotated[float | None, Field(ge=0, le=1)] = None
-    """Largest share of tokens on which a feature fires."""
+    density_max: Annotated[float | None, Field(ge=0, le=2)] = None
+    """Number that the share of tokens on which a feature fires is less than."""
     images_min: Annotated[int | None, Field(ge=0, le=2**31 - 1)] = None
     """Least number of evaluation images on which a feature fires."""
     unmatched: Annotated[str | None, Field(max_length=500)] = None
@@ -150,9 +150,9 @@ def make_where(view: View, sae: str, query: FeatureQuery) -> tuple[list[str], di
         ("over_control", EXPRESSIONS["over_control"], ">="),
         ("over_floor", EXPRESSIONS["over_floor"], ">="),
         ("ms_min", "ms", ">="),
-        ("ms_max", "ms", "<="),
+        ("ms_max", "ms", "<"),
         ("density_min", "density", ">="),
-        ("density_max", "density", "<="),
+        ("density_max", "density", "<"),
         ("images_min", "n_images", ">="),
     ):
         if (value := getattr(query, name)) is not None:

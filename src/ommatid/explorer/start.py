@@ -1,5 +1,8 @@
 """The start page: what the catalogue is about, its headline numbers beside their controls, and lists worth entering by."""
 
+import math
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -52,15 +55,16 @@ LISTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 )
 """Title, meaning and query of each list."""
 
-_SCATTER = f"""
-    WITH found AS (
-        SELECT log10(density) AS x, ms AS y FROM features WHERE sae = $sae AND density > 0 AND ms IS NOT NULL
-    ), ends AS (SELECT min(x) AS x1, max(x) + 1e-9 AS x2, min(y) AS y1, max(y) + 1e-9 AS y2 FROM found)
-    SELECT
-        least(floor((x - x1) / (x2 - x1) * {COLUMNS}), {COLUMNS - 1})::INTEGER AS column,
-        least(floor((y - y1) / (y2 - y1) * {ROWS}), {ROWS - 1})::INTEGER AS row,
-        count(*) AS n, any_value(x1) AS x1, any_value(x2) AS x2, any_value(y1) AS y1, any_value(y2) AS y2
-    FROM found, ends GROUP BY ALL ORDER BY ALL
+_ENDS = """
+    SELECT min(density) AS least, max(density) AS most, min(ms) AS low, max(ms) AS high
+    FROM features WHERE sae = $sae AND density > 0 AND ms IS NOT NULL
+"""
+_SCATTER = """
+    SELECT x.edge AS x, y.edge AS y, count(*) AS n
+    FROM (SELECT density, ms FROM features WHERE sae = $sae AND density > 0 AND ms IS NOT NULL) AS found
+    ASOF JOIN (SELECT unnest($xs::DOUBLE[]) AS edge) AS x ON found.density >= x.edge
+    ASOF JOIN (SELECT unnest($ys::DOUBLE[]) AS edge) AS y ON found.ms >= y.edge
+    GROUP BY ALL ORDER BY ALL
 """
 
 
@@ -92,31 +96,29 @@ def _summarise(view: View, sae: str) -> Any:
 
 
 def _draw_scatter(view: View, about: About) -> Plot | None:
-    cells = view.rows(_SCATTER, sae=about.sae)
-    if not cells:
+    """Draw how many features lie in each cell of density and MS. Edges have few digits, so that an address holds them exactly."""
+    (ends,) = view.rows(_ENDS, sae=about.sae)
+    if ends["least"] is None:
         return None
-    x1, x2, y1, y2 = (cells[0][name] for name in ("x1", "x2", "y1", "y2"))
-    wide, high = (x2 - x1) / COLUMNS, (y2 - y1) / ROWS
-    boxes = [
-        (
-            10 ** (x1 + row["column"] * wide),
-            10 ** (x1 + (row["column"] + 1) * wide),
-            y1 + row["row"] * high,
-            y1 + (row["row"] + 1) * high,
-            row["n"],
-        )
-        for row in cells
-    ]
-    title = "Features by the share of tokens on which they fire (density) and by monosemanticity (MS)"
-    low, top = min(y1, about.floor), max(y2, about.floor)
+    xs = _edges(math.log10(ends["least"]), math.log10(ends["most"]), COLUMNS, lambda edge: float(f"{10**edge:.3g}"))
+    ys = _edges(ends["low"], ends["high"], ROWS, lambda edge: round(edge, 4))
+    to_x, to_y = dict(pairwise(xs)), dict(pairwise(ys))
+    cells = [(row["x"], to_x[row["x"]], row["y"], to_y[row["y"]], row["n"]) for row in view.rows(_SCATTER, sae=about.sae, xs=xs, ys=ys)]
     name = about.name if len(view.opened.saes) > 1 else None
 
     def address(left: float, right: float, bottom: float, top: float) -> str:
-        return FeatureQuery(sae=name).url(
-            density_min=f"{left:.6g}", density_max=f"{right:.6g}", ms_min=f"{bottom:.5g}", ms_max=f"{top:.5g}"
-        )
+        return FeatureQuery(sae=name).url(density_min=left, density_max=right, ms_min=bottom, ms_max=top)
 
-    return draw_grid(title, Axis(10**x1, 10**x2, "density", is_log=True), Axis(low, top, "MS"), boxes, address, [(about.floor, "floor")])
+    x = Axis(xs[0], xs[-1], "density", is_log=True)
+    y = Axis(min(ys[0], about.floor), max(ys[-1], about.floor), "MS")
+    title = "Features by the share of tokens on which they fire (density) and by monosemanticity (MS)"
+    return draw_grid(title, x, y, cells, address, [(about.floor, "floor")])
+
+
+def _edges(low: float, high: float, n: int, write: Callable[[float], float]) -> list[float]:
+    """Edges of about n cells that hold all values between `low` and `high`, each as `write` rounds it."""
+    step = (high - low) / n or 0.01
+    return sorted({write(low + i * step) for i in range(-1, n + 2)})
 
 
 def _find_lists(view: View, sae: str) -> list[dict[str, Any]]:
