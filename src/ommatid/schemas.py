@@ -556,3 +556,35 @@ MEANINGS = _table(
         "divide by the norm (`ommatid.catalog.vectors.unpack` does). Compare by cosine with the embedding of a text less the mean of many",
     ),
 )
+
+PREVIEWS = _table(
+    "previews",
+    "catalog",
+    sae=(pa.string(), "name of the SAE"),
+    latent=(pa.int32(), "index of the latent, which fires on some evaluation image"),
+    images=(pa.list_(pa.int32()), "numbers (images.image) of up to 8 images on which it fires most strongly, the strongest first"),
+)
+
+IMAGE_LATENTS = _table(
+    "image_latents",
+    "catalog",
+    sae=(pa.string(), "name of the SAE"),
+    image=(pa.int32(), "images.image"),
+    rank=(pa.int32(), "rank of the latent among those that fire on the image; 1 is the strongest, and 32 the last that is listed"),
+    latent=(pa.int32(), "index of the latent"),
+    act=(pa.float32(), "image-level activation, > 0"),
+)
+
+CLASS_LATENTS = _table(
+    "class_latents",
+    "catalog",
+    may_be_empty=True,
+    sae=(pa.string(), "name of the SAE"),
+    **{"class": (pa.string(), "a value of images.label")},
+    rank=(pa.int32(), "rank of the latent for the class by recall x precision; 1 is the best, and 48 the last that is listed"),
+    latent=(pa.int32(), "index of the latent, which fires on at least two evaluation images of the class"),
+    n_both=(pa.int32(), "number of evaluation images of the class on which it fires"),
+    recall=(pa.float64(), "n_both as a share of the evaluation images of the class"),
+    precision=(pa.float64(), "n_both as a share of all evaluation images on which it fires"),
+    lift=(pa.float64(), "precision divided by the share of the class among all labelled evaluation images"),
+)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,6 +40,9 @@ GRAIN = {
     "neighbours": "sae, latent, rank",
     "directions": "sae, latent",
     "meanings": "sae, latent",
+    "previews": "sae, latent",
+    "image_latents": "sae, image, rank",
+    "class_latents": "sae, class, rank",
     "comparisons": "sae, dictionary",
     "judged": "sae, dictionary, latent, judge",
     "fidelity": "sae, dictionary, kind",
@@ -67,6 +71,9 @@ COUNTS |= {
     "stability": 0,
     "directions": 4,
     "meanings": 0,
+    "previews": 3,
+    "image_latents": 7,
+    "class_latents": 2,
 }
 
 
@@ -277,6 +284,45 @@ def test_asking_for_more_neighbours_than_latents_gives_all_of_them(tmp_path: Pat
     artefacts.build(tmp_path, artefacts.make_inputs(tmp_path), n_neighbours=64)
     with Catalog(artefacts.path_in(tmp_path)) as catalog:
         assert catalog.rows("SELECT count(*) FROM neighbours") == [(4 * 3,)]
+
+
+# ---- what pages look up
+
+
+def test_previews_are_the_strongest_images(catalog: Catalog) -> None:
+    assert catalog.rows("SELECT latent, images FROM previews ORDER BY latent") == [(0, [0, 1, 2, 3]), (1, [3, 4]), (2, [5])]
+
+
+def test_image_latents_are_the_strongest_of_each_image(catalog: Catalog) -> None:
+    found = catalog.rows("SELECT image, rank, latent, act FROM image_latents WHERE image >= 3 ORDER BY ALL")
+    assert found == [(3, 1, 1, 2.0), (3, 2, 0, 1.0), (4, 1, 1, 1.0), (5, 1, 2, 1.0)]
+
+
+def test_class_latents_have_recall_precision_and_lift(catalog: Catalog) -> None:
+    found = catalog.rows("SELECT class, rank, latent, n_both, recall, precision, lift FROM class_latents ORDER BY class, rank")
+    assert found == [("cat", 1, 0, 3, 1.0, 0.75, pytest.approx(1.5)), ("truck", 1, 1, 2, 1.0, 1.0, pytest.approx(3.0))]
+
+
+def test_lists_for_pages_end_at_their_limits_with_the_best_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artefacts, "FIRINGS", [(image, latent, 1.0 + latent % 7) for image in range(6) for latent in range(60)])
+    rows = [(latent, *artefacts.LATENTS[0][1:4], 6, *artefacts.LATENTS[0][5:]) for latent in range(60)]
+    monkeypatch.setattr(artefacts, "LATENTS", rows)
+    monkeypatch.setattr(artefacts, "STRUCTURE", [artefacts.STRUCTURE[0]] * 60)
+    monkeypatch.setattr(artefacts, "DIRECTIONS", np.ones((60, 3), np.float32))
+    monkeypatch.setattr(artefacts, "EXAMPLES", [(0, 10, 12 - image, image, 1.0, None) for image in range(12)])
+    name = "batch_topk-60-k2-s0"
+    artefacts.build(tmp_path, artefacts.make_inputs(tmp_path, names=[name]))
+    with Catalog(artefacts.path_in(tmp_path)) as catalog:
+        assert catalog.rows("FROM previews SELECT images") == [([11, 10, 9, 8, 7, 6, 5, 4],)]
+        by_act = sorted(range(60), key=lambda latent: (-(latent % 7), latent))
+        assert catalog.rows("SELECT latent FROM image_latents WHERE image = 2 ORDER BY rank") == [(latent,) for latent in by_act[:32]]
+        assert catalog.rows("SELECT latent FROM class_latents WHERE class = 'cat' ORDER BY rank") == [(latent,) for latent in range(48)]
+
+
+def test_an_image_is_found_by_the_index(catalog: Catalog) -> None:
+    with duckdb.connect(catalog.path, read_only=True) as connection:
+        ((_, plan),) = connection.execute("EXPLAIN ANALYZE SELECT thumbnail FROM images WHERE image = 3").fetchall()
+    assert "Index Scan" in plan
 
 
 # ---- directions and meanings

@@ -24,7 +24,7 @@ from ommatid.errors import InputError, ModelError
 from ommatid.explorer import model_client
 from ommatid.explorer.model_client import MAX_UPLOAD, ModelClient, Starting, Unavailable
 from support.processes import HANG_SECONDS, TESTS, wait_for, wait_for_end
-from support.tile_study import SAE, make_tile_study, write_meanings
+from support.tile_study import SAE, make_tile_study
 from support.tiles import draw_tiles, png
 
 MODULE = "support.tile_worker"
@@ -33,9 +33,7 @@ RED = png(draw_tiles(np.random.default_rng(0), ["red", "grey", "grey"] * 2))
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    catalog = make_tile_study(tmp_path_factory.mktemp("study"))
-    write_meanings(catalog)
-    return catalog
+    return make_tile_study(tmp_path_factory.mktemp("study"))
 
 
 @pytest.fixture
@@ -66,12 +64,14 @@ def test_the_process_starts_with_the_first_question_says_how_long_it_takes_and_l
         client.search_text(SAE, "red")
     wait_for(lambda: client.pid, "the model's process")
     with pytest.raises(Starting) as second:
-        client.search_text(SAE, "red")
+        client.prepare(SAE, "words")
     assert 0 <= first.value.elapsed < second.value.elapsed and first.value.expected == second.value.expected == 8
     assert [search(client, colour) for colour in ("red", "green", "blue")] == [0, 1, 2]
     pid = client.pid
     assert pid and psutil.Process(pid).nice() == 5 and "OMMATID_TOKEN" not in psutil.Process(pid).environ()
+    client.prepare(SAE, "words")
     assert 0 in client.encode(SAE, RED, HANG_SECONDS).latents
+    client.prepare(SAE)
     hits = client.search_image(SAE, RED, 5, HANG_SECONDS)
     assert hits.by_activation.found[0] in (0, 5) and len(hits.images.found) == 5 and hits.problem is None
     assert client.pid == pid

@@ -315,13 +315,13 @@ for i in range(10**6):
 def test_processes_that_are_killed_at_random_lose_nothing_that_they_were_told_is_recorded(tmp_path: Path) -> None:
     path, rng = tmp_path / "log.jsonl", random.Random(0)
     told: list[str] = []
-    for round_ in range(3):
+    for round_ in range(2):
         started = [
             subprocess.Popen([sys.executable, "-c", TALKER, str(path), f"P{round_}-{i}"], stdout=subprocess.PIPE, text=True)
             for i in range(3)
         ]
         until = time.monotonic() + HANG_SECONDS
-        while (len(path.read_bytes().splitlines()) if path.exists() else 0) < 60 * (round_ + 1):
+        while (len(path.read_bytes().splitlines()) if path.exists() else 0) < 90 * (round_ + 1):
             assert time.monotonic() < until, "the processes write nothing"
             time.sleep(0.01)
         for process in started:
@@ -334,7 +334,7 @@ def test_processes_that_are_killed_at_random_lose_nothing_that_they_were_told_is
     recorded = {event.id for event in state.events()}
     told = [line for line in told if len(line) == 32]  # the last line of a killed process may itself be torn
     assert len(told) >= 100 and not set(told) - recorded
-    assert all("not JSON; half a line" in problem for problem in state.problems) and len(state.problems) <= 9
+    assert all("not JSON; half a line" in problem for problem in state.problems) and len(state.problems) <= 6
     assert len(path.read_bytes().splitlines()) == len(state) + len(state.anchors) + len(state.problems)
 
 

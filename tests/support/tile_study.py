@@ -4,15 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import duckdb
-import numpy as np
 import pytest
 
 from ommatid import store
 from ommatid.catalog.stage import CATALOG, build_catalog
 from ommatid.config import CatalogParams, Params, TrainParams
-from ommatid.label.context import read_joint
-from ommatid.pipeline import STAGES, open_stage
+from ommatid.pipeline import STAGES
 from ommatid.pipeline.inputs import open_inputs
 from ommatid.stage import load
 from ommatid.store import Artefact, Draft
@@ -61,22 +58,3 @@ def _plant(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft) ->
 
 def _catalogue(params: CatalogParams, inputs: Mapping[str, Artefact], draft: Draft) -> None:
     build_catalog(params, inputs, draft, {SAE: {}})
-
-
-def open_activations(catalog: Path) -> Artefact:
-    """Open the activations of the study that a catalogue belongs to."""
-    return open_stage("extract", "tiles", str(catalog.parents[1]))
-
-
-def write_meanings(catalog: Path) -> None:
-    """Write the relation `meanings` as it is defined: the activation-weighted mean joint embedding of the images that fire a latent."""
-    with duckdb.connect(catalog) as connection:
-        rows = connection.execute("SELECT latent, image, act FROM firings ORDER BY latent").fetchall()
-        images = np.unique([image for _, image, _ in rows])
-        joint = read_joint(open_activations(catalog), images).numpy()
-        connection.execute("CREATE TABLE meanings (sae VARCHAR, latent INTEGER, n_images INTEGER, embedding BLOB)")
-        for latent in sorted({latent for latent, _, _ in rows}):
-            mine = [(image, act) for of, image, act in rows if of == latent]
-            acts = np.array([act for _, act in mine])
-            mean = acts @ joint[np.searchsorted(images, [image for image, _ in mine])] / acts.sum()
-            connection.execute("INSERT INTO meanings VALUES (?, ?, ?, ?)", [SAE, latent, len(mine), mean.astype("<f2").tobytes()])

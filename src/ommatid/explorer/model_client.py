@@ -40,6 +40,7 @@ LARGEST_ANSWER = 2**26
 Part = Literal["words", "model", "images"]
 """What questions need: `words` are the text tower and the features' meanings, `model` is the explained model with the SAE, and `images`
 are the embeddings of the evaluation images."""
+PARTS: tuple[Part, ...] = ("words", "model", "images")
 Need = tuple[Part, str]
 """A part, and the SAE that it is needed for."""
 GUESSES = {"start words": 8.0, "start model": 10.0, "words": 3.0, "model": 3.0, "images": 2.0}
@@ -187,6 +188,16 @@ class ModelClient:
         self._loading: _Loading | None = None
         self._is_closed = False
 
+    def prepare(self, sae: str, *parts: Part, wait: float = 0) -> None:
+        """Begin to load what questions need; return once it is loaded, and otherwise raise.
+
+        Args:
+            sae: Name of the SAE in the catalogue.
+            parts: `words` for `search_text`, `model` for `encode`, and all for `search_image`; none for `words` and `model`.
+            wait: Seconds to wait before `Starting` is raised.
+        """
+        self._require([(part, sae) for part in parts or ("words", "model")], time.monotonic() + wait)
+
     def search_text(self, sae: str, text: str, n: int = 50, wait: float = 0) -> Hits:
         """Find the latents whose meaning is nearest to a text: the cosine with their activation-weighted mean joint image embedding.
 
@@ -218,8 +229,7 @@ class ModelClient:
             The hits of each kind.
         """
         _check_size(encoded)
-        needs: list[Need] = [("words", sae), ("model", sae), ("images", sae)]
-        answer = self._ask(needs, "search_image", sae, encoded, _check_n(n), wait=wait)
+        answer = self._ask([(part, sae) for part in PARTS], "search_image", sae, encoded, _check_n(n), wait=wait)
         hits = {kind: Hits(**answer.pop(kind)) for kind in ("by_activation", "by_meaning", "images")}
         return ImageHits(**hits, **answer)
 
@@ -238,14 +248,6 @@ class ModelClient:
         answer = self._ask([("model", sae)], "encode", sae, encoded, wait=wait)
         patches = [PatchActs(**patch) for patch in answer.pop("patches")]
         return EncodedImage(**answer, patches=patches)
-
-    def prepare(self, sae: str) -> None:
-        """Begin to load what searches by text and the encoding of images need; returns once it is loaded, and otherwise raises.
-
-        Args:
-            sae: Name of the SAE in the catalogue.
-        """
-        self._require([("words", sae), ("model", sae)], time.monotonic())
 
     @property
     def pid(self) -> int | None:

@@ -30,6 +30,7 @@ from ommatid.api.encoding import Encoder
 from ommatid.catalog.database import physical_mb
 from ommatid.catalog.reader import Catalog
 from ommatid.catalog.sandbox import Wire, end_with_parent, set_soft
+from ommatid.catalog.vectors import unpack
 from ommatid.compute.nearest import largest
 from ommatid.errors import ArtefactError, InputError, ModelError, OmmatidError, describe, find_lack
 from ommatid.extract.networks import find_device, load_explained
@@ -51,8 +52,8 @@ KEPT = 2
 N_CENTRE = 64
 """Number of texts whose mean is subtracted from every text; a large text tower takes minutes for thousands.
 
-On the demo, with its 347 labels as queries, a feature that has the label is among the first 10 hits for 60 % of them with the mean of 64
-labels, 59 % with that of all labels, 55 % with that of all 5,110 words, and 57 % without; for 1 % if labels are shuffled among features."""
+On the demo, with its 347 labels as queries, a feature that has the label is among the first 10 hits for 61 % of them with the mean of 64
+labels or of all, 57 % with that of all 5,110 words, and 58 % with none; for 1 % if labels are shuffled among features."""
 ROWS = 2**14
 """Rows of `meanings` that are read at once."""
 MOST_IMAGES = 100_000
@@ -72,19 +73,7 @@ class Rows:
     numbers: Int[np.ndarray, " rows"]
     """Latent or image of each row, `(rows,)`."""
     unit_rd: Float32[np.ndarray, "rows d"]
-    """The vectors less their mean, scaled to unit norm, `(rows, d)`."""
-    mean_d: Float32[np.ndarray, " d"]
-    """Their mean, `(d,)`."""
-
-    @classmethod
-    def centre(cls, numbers: Int[np.ndarray, " rows"], vectors_rd: Float32[np.ndarray, "rows d"]) -> "Rows":
-        """Centre vectors and scale them to unit norm in place."""
-        mean_d = vectors_rd.mean(0, dtype=np.float64).astype(np.float32) if len(vectors_rd) > 1 else np.zeros_like(vectors_rd[0])
-        for start in range(0, len(vectors_rd), ROWS):
-            block = vectors_rd[start : start + ROWS]
-            block -= mean_d
-            block[:] = _unit(block)
-        return cls(numbers, vectors_rd, mean_d)
+    """The vectors, centred and of unit norm, `(rows, d)`."""
 
     def search(self, query_d: Float32[np.ndarray, " d"], n: int) -> dict[str, list[Any]]:
         """Find the rows nearest to a centred query of unit norm; see `model_client.Hits`."""
@@ -93,11 +82,23 @@ class Rows:
         return {"found": self.numbers[best].tolist(), "scores": cosines[best].tolist()}
 
 
+@dataclass(frozen=True)
+class Images:
+    """What images are compared with."""
+
+    rows: Rows | None
+    """Joint embeddings of the evaluation images; None if they are not at hand."""
+    mean_d: Float32[np.ndarray, " d"]
+    """Mean embedding of the evaluation images, `(d,)`, which is subtracted from every image."""
+    problem: str | None
+    """Why no evaluation images, or not all of them, are compared; None if all are."""
+
+
 class Study:
     """A catalogue, and the networks, SAEs and embeddings that questions about it need. Each is loaded when it is first needed.
 
     What model an SAE explains, and how, is in the relation `runs` of the catalogue, so that a published catalogue and its SAE suffice for
-    everything but the search for similar images, which needs the study's activations.
+    everything but a search for similar images, which needs the study's activations.
 
     Args:
         catalog: Path of the catalogue.
@@ -143,15 +144,14 @@ class Study:
         acts_l = encoder.run([image])[0][0].numpy()
         firing = largest(acts_l[None], n)[0]
         firing = firing[acts_l[firing] > 0]
-        meanings, (images, problem) = self._meanings(sae), self._images(sae)
-        embedding_d = self._embed(sae, image)
-        none: dict[str, Any] = {"found": [], "scores": []}
+        meanings, images = self._meanings(sae), self._images(sae)
+        query_d = _unit(self._embed(sae, image) - images.mean_d)
         return {
             "by_activation": {"found": firing.tolist(), "scores": acts_l[firing].tolist()},
-            "by_meaning": meanings.search(_unit(embedding_d - meanings.mean_d), n),
-            "images": images.search(_unit(embedding_d - images.mean_d), n) if images else none,
-            "n_images": len(images.numbers) if images else 0,
-            "problem": problem,
+            "by_meaning": meanings.search(query_d, n),
+            "images": images.rows.search(query_d, n) if images.rows else {"found": [], "scores": []},
+            "n_images": len(images.rows.numbers) if images.rows else 0,
+            "problem": images.problem,
         }
 
     def encode(self, sae: str, encoded: bytes) -> dict[str, Any]:
@@ -236,25 +236,25 @@ class Study:
                 yield open_artefact(folder, "sae")
 
     def _load_meanings(self, sae: str) -> Rows:
-        """Read the activation-weighted mean joint image embedding of each latent that fires.
+        """Read the meaning of each latent that fires.
 
         Raises:
             ModelError: The catalogue has none.
         """
         again = "build it again with `dvc repro catalog`"
-        latents, blocks = [], []
+        latents, blocks = [np.empty(0, np.int32)], []
         with self._open() as opened:
             if "meanings" not in opened.relations():
                 raise ModelError(f"{self._catalog} has no relation meanings, as an older version of Ommatid built it; {again}")
-            ((last,),) = opened.rows("SELECT max(latent) FROM meanings WHERE sae = $sae AND embedding IS NOT NULL", {"sae": sae})
-            for first in range(0, -1 if last is None else last + 1, ROWS):
-                table = opened.arrow(_MEANINGS, {"sae": sae, "first": first, "stop": first + ROWS}).combine_chunks()
-                latents.append(table["latent"].to_numpy())
-                blocks.append(np.frombuffer(b"".join(table["embedding"].to_pylist()), "<f2").reshape(len(table), -1).astype(np.float32))
-        if not latents:
-            raise ModelError(f"{self._catalog} has no meanings of {sae}; {again}")
-        d_joint = max(block.shape[1] for block in blocks)
-        return Rows.centre(np.concatenate(latents), np.concatenate([block.reshape(-1, d_joint) for block in blocks]))
+            ((last,),) = opened.rows("SELECT coalesce(max(latent), -1) FROM meanings WHERE sae = $sae", {"sae": sae})
+            for first in range(0, last + 1, ROWS):
+                table = opened.arrow(_MEANINGS, {"sae": sae, "first": first, "stop": first + ROWS})
+                if len(table):
+                    latents.append(table["latent"].to_numpy())
+                    blocks.append(unpack(table["embedding"].to_pylist()))
+        if not blocks:
+            raise ModelError(f"{self._catalog} has no meanings of {sae}, as no latent fires or its model has no joint image-text space")
+        return Rows(np.concatenate(latents), np.concatenate(blocks))
 
     def _load_texts(self, sae: str) -> Texts:
         """Load the text tower, and choose the texts whose mean is subtracted: some of the labels, or words if there are too few labels."""
@@ -268,28 +268,32 @@ class Study:
         words += _spread(sorted({*imagenet_classes()} - {*words}), N_CENTRE - len(words))
         return Texts(namer, words)
 
-    def _load_images(self, sae: str) -> tuple[Rows | None, str | None]:
-        """Read the joint embeddings of the evaluation images.
-
-        Returns:
-            The embeddings, and why some are missing; None and None, respectively, if all are missing or none is.
-        """
+    def _load_images(self, sae: str) -> "Images":
+        """Read the joint embeddings of the evaluation images, or estimate their mean if the study's activations are not at hand."""
         run = self._run(sae)
         try:
             activations = open_stage("extract", run["hookpoint"], self._data)
         except ArtefactError:
-            return None, f"similar images are not searched for, as {self._data} does not hold the activations of this catalogue"
+            problem = f"{self._data} does not hold the activations of this catalogue"
+            return Images(None, self._estimate_mean(sae), f"similar images are not searched for, as {problem}")
         if activations.digest != run["activations_digest"]:
-            return None, f"similar images are not searched for, as the activations in {self._data} were made anew since; run `dvc repro`"
+            problem = f"the activations in {self._data} were made anew since; run `dvc repro`"
+            return Images(None, self._estimate_mean(sae), f"similar images are not searched for, as {problem}")
         with self._open() as opened:
             sql = "SELECT image, count(*) OVER () FROM images WHERE split = 'eval' ORDER BY image LIMIT $most"
             found = opened.rows(sql, {"most": MOST_IMAGES})
-        if not found:
-            return None, "similar images are not searched for, as there are no evaluation images"
-        numbers = np.array([image for image, _ in found], np.int64)
-        n_all = found[0][1]
+        numbers, n_all = np.array([image for image, _ in found], np.int64), found[0][1]
         problem = f"only the first {len(numbers):,} of {n_all:,} evaluation images are compared" if n_all > len(numbers) else None
-        return Rows.centre(numbers, read_joint(activations, numbers).numpy()), problem
+        joint_rd = read_joint(activations, numbers).numpy()
+        mean_d = joint_rd.mean(0)
+        joint_rd -= mean_d
+        return Images(Rows(numbers, _unit(joint_rd)), mean_d, problem)
+
+    def _estimate_mean(self, sae: str) -> Float32[np.ndarray, " d"]:
+        """Estimate the mean joint embedding of the evaluation images from some thumbnails."""
+        with self._open() as opened:
+            thumbnails = opened.rows(_THUMBNAILS, {"n": N_CENTRE})
+        return np.stack([self._embed(sae, decode(thumbnail)) for (thumbnail,) in thumbnails]).mean(0)
 
     def _embed(self, sae: str, image: Image.Image) -> Float32[np.ndarray, " d"]:
         """Embed an image in the joint space, with unit norm."""
@@ -299,9 +303,10 @@ class Study:
         return _unit(embedding[0].float().cpu().numpy())
 
 
-_MEANINGS = """
-    SELECT latent, embedding FROM meanings
-    WHERE sae = $sae AND latent >= $first AND latent < $stop AND embedding IS NOT NULL ORDER BY latent
+_MEANINGS = "SELECT latent, embedding FROM meanings WHERE sae = $sae AND latent >= $first AND latent < $stop ORDER BY latent"
+_THUMBNAILS = """
+    SELECT thumbnail FROM images
+    WHERE split = 'eval' AND thumbnail IS NOT NULL ORDER BY hash(image_id) LIMIT $n
 """
 
 

@@ -168,7 +168,7 @@ class ReviewLog:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Keep other threads and processes from writing."""
-        lock = filelock.FileLock(f"{self.path}.lock", timeout=LOCK_SECONDS)
+        lock = filelock.FileLock(f"{os.path.realpath(self.path)}.lock", timeout=LOCK_SECONDS)  # an experiment's worktree links to the log
         with self._writing:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)

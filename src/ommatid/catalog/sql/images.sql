@@ -18,5 +18,8 @@ SELECT
 FROM found
 ORDER BY image;
 
+-- without it, reading one thumbnail reads those of 2,048 images
+CREATE INDEX images_by_number ON images (image);
+
 COMMENT ON COLUMN images.seen_width IS 'share of the width, around the centre, that the model sees and heat maps cover; null if unknown';
 COMMENT ON COLUMN images.seen_height IS 'share of the height, around the centre, that the model sees and heat maps cover; null if unknown';

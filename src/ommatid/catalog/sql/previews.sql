@@ -1,0 +1,9 @@
+-- previews(sae, latent): the numbers of the images on which a latent fires most strongly, in one list, for pages with many latents.
+CREATE TABLE previews AS
+SELECT
+    sae,
+    latent,
+    list(image ORDER BY decile DESC, rank)[:8] AS images
+FROM examples
+GROUP BY sae, latent
+ORDER BY sae, latent;
