@@ -128,7 +128,12 @@ def test_a_process_that_ends_fails_its_question_and_the_next_starts_it_again(
     assert client.pid is None
 
 
-def test_questions_wait_in_a_short_queue_and_inputs_are_checked_before_it(client: ModelClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_questions_wait_in_a_short_queue_and_inputs_are_checked_before_it(client: ModelClient) -> None:
+    for _ in range(1 + model_client.WAITING):
+        client._places.acquire()
+    with pytest.raises(Starting):  # while others wait for the model to load, who does not wait is told so
+        client.search_text(SAE, "red")
+    client._places.release(1 + model_client.WAITING)
     assert search(client) == 0
     with ThreadPoolExecutor(1 + model_client.WAITING) as pool:
         hanging = [pool.submit(search, client, "hang") for _ in range(1 + model_client.WAITING)]

@@ -263,6 +263,8 @@ class ModelClient:
 
     def _ask(self, needs: Sequence[Need], what: str, *values: Any, wait: float) -> Any:
         """Ask a question once what it needs is loaded."""
+        if not wait:
+            self._require(needs, 0)  # `Starting` takes no place from those that wait
         if not self._places.acquire(blocking=False):
             raise Unavailable(f"{WAITING} other questions to the model are waiting already; try again in a moment")
         try:
