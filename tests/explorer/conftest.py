@@ -15,7 +15,7 @@ from ommatid.explorer.app import make_app
 from ommatid.explorer.web import Settings
 from support.browser import RunningBrowser, Windows, find_chromium, opening, running
 from support.servers import ExplorerServer, serving_explorer
-from support.small_study import Study, make_once
+from support.small_study import HOSTILE, NAMES, Study, make_once
 
 
 @pytest.fixture(scope="session")
@@ -78,14 +78,9 @@ def serve_explorer(tmp_path: Path) -> Iterator[ServeExplorer]:
 
 
 @pytest.fixture(scope="session")
-def catalogue(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The study's catalogue; tests only read it."""
-    path = tmp_path_factory.mktemp("catalogue") / "catalog.duckdb"
-    shutil.copy(study.catalog, path)
-    with duckdb.connect(path) as connection:
-        for relation in ("near_misses", "mistakes", "meanings", "directions"):
-            connection.execute(f"CREATE TABLE IF NOT EXISTS {relation} (sae VARCHAR, latent INTEGER)")
-    return path
+def catalogue(study: Study) -> Path:
+    """File of the study's catalogue."""
+    return study.catalog
 
 
 Visit = Callable[..., TestClient]
@@ -107,3 +102,20 @@ def visit() -> Iterator[Visit]:
 def client(visit: Visit, catalogue: Path) -> TestClient:
     """A visitor of the study's pages."""
     return visit(catalogue)
+
+
+@pytest.fixture(scope="session")
+def published(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalogue as it is published: of the champion before, only the row of `runs` and the matches are left."""
+    path = tmp_path_factory.mktemp("published") / "catalog.duckdb"
+    shutil.copy(catalogue, path)
+    wide, narrow = NAMES
+    with duckdb.connect(path) as connection:
+        names = dict(connection.execute("SELECT name, sae FROM runs").fetchall())
+        columns = connection.execute("SELECT table_name FROM duckdb_columns() WHERE column_name = 'sae'").fetchall()
+        for relation in {relation for (relation,) in columns} - {"runs", "matches", "stability"}:
+            connection.execute(f"DELETE FROM {relation} WHERE sae = ?", [names[narrow]])
+        decide = "UPDATE runs SET decision = 'champion', decided_at = ?, reason = ?, prefect_flow_run_id = 'flow 1' WHERE name = ?"
+        connection.execute(decide, ["2026-11-01 10:00", HOSTILE["markup"], narrow])
+        connection.execute(decide, ["2026-11-20 10:00", "+0.033 is above +0.013", wide])
+    return path

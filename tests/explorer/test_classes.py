@@ -95,18 +95,20 @@ def test_class(client: TestClient, tables: Tables, name: str, which: str) -> Non
     shown = [(row["probe"], row["k"], row["auroc"], row["auroc_low"]) for row in found["probes"]]
     assert shown == [*probes[["probe", "k", "auroc", "auroc_low"]].itertuples(index=False, name=None)]
     probed = probes.latents[probes.k == 10].iloc[0].tolist()
-    assert found["probed"] == probed and set(probed) <= {int(latent) for latent in found["features"]}
-    for latent, row in found["features"].items():
-        fired = set(firings.image[firings.latent == int(latent)])
+    assert found["probed"] == probed
+    telling = found["telling"].values()
+    labelled = images.label.notna().sum()
+    for row in telling:
+        fired = set(firings.image[firings.latent == row["latent"]])
+        share, coverage = len(fired & mine) / len(fired), len(fired & mine) / len(mine)
         assert row["n_both"] == len(fired & mine)
-        assert row["coverage"] == pytest.approx(len(fired & mine) / len(mine))
-        assert row["lift"] == pytest.approx(len(fired & mine) / len(fired) / (len(mine) / len(images)) if fired else 0)
+        assert (row["share"], row["coverage"]) == pytest.approx((share, coverage))
+        assert row["lift"] == pytest.approx(share / (len(mine) / labelled))
     for by, least in (("lift", 1), ("coverage", 1.5)):
-        listed = [found["features"][str(latent)] for latent in found[f"by_{by}"]]
+        listed = [found["telling"][str(latent)] for latent in found[f"by_{by}"]]
         assert [row[by] for row in listed] == sorted((row[by] for row in listed), reverse=True)
-        wanted = {row["latent"] for row in found["features"].values() if row["n_images"] >= 16 and row["lift"] >= least}
-        assert {row["latent"] for row in listed} == wanted
-    assert found["best"] == [latent for latent in probed if found["features"][str(latent)]["lift"] > 1]
+        assert {row["latent"] for row in listed} == {row["latent"] for row in telling if row["lift"] >= least}
+    assert found["best"] == [latent for latent in probed if found["telling"].get(str(latent), {"lift": 0})["lift"] > 1] != []
     told = set(firings.image[firings.latent.isin(found["best"])])
     others = set(images.image) - mine
     assert (found["n_missing"], found["n_others"], found["n_others_told"]) == (len(mine - told), len(others), len(others & told))
@@ -144,7 +146,7 @@ def test_class_without_probes(visit: Visit, catalogue: Path, tmp_path: Path) -> 
     last = client.get("/api/classes").json()["classes"][-1]
     assert (last["class"], last["auroc"], last["latent"]) == ("warm on white", None, None), "without a value comes last"
     found = client.get("/api/class", params={"name": "warm on white"}).json()
-    assert found["probed"] == [] and found["best"] == found["by_lift"][:10] != []
+    assert found["probed"] == [] and found["best"] == [int(latent) for latent in found["telling"]][:10] != []
     assert "no probe" in client.get("/class", params={"name": "warm on white"}).text
     training = client.get("/class", params={"name": HOSTILE["lines"]})
     assert training.status_code == 200 and "None of its images is for evaluation" in training.text

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from html import unescape
 from pathlib import Path
 
@@ -16,22 +15,6 @@ from ommatid.explorer.runs import compare_params
 from support.small_study import HOSTILE, NAMES
 
 WIDE, NARROW = NAMES
-
-
-@pytest.fixture(scope="module")
-def published(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A catalogue as it is published: of the champion before, only the row of `runs` and the matches are left."""
-    path = tmp_path_factory.mktemp("published") / "catalog.duckdb"
-    shutil.copy(catalogue, path)
-    with duckdb.connect(path) as connection:
-        names = dict(connection.execute("SELECT name, sae FROM runs").fetchall())
-        columns = connection.execute("SELECT table_name FROM duckdb_columns() WHERE column_name = 'sae'").fetchall()
-        for relation in {relation for (relation,) in columns} - {"runs", "matches", "stability"}:
-            connection.execute(f"DELETE FROM {relation} WHERE sae = ?", [names[NARROW]])
-        decide = "UPDATE runs SET decision = 'champion', decided_at = ?, reason = ?, prefect_flow_run_id = 'flow 1' WHERE name = ?"
-        connection.execute(decide, ["2026-11-01 10:00", HOSTILE["markup"], NARROW])
-        connection.execute(decide, ["2026-11-20 10:00", "+0.033 is above +0.013", WIDE])
-    return path
 
 
 def test_runs(client: TestClient, catalogue: Path) -> None:

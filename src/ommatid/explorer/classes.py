@@ -1,6 +1,6 @@
 """The pages of classes: how well each is told from the others, by which features, and which of its images no feature tells."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from ommatid.catalog.question import Question
-from ommatid.explorer.features import previews, scales
+from ommatid.explorer.features import load_features, previews, scales
 from ommatid.explorer.heat import make_tile
 from ommatid.explorer.web import NotFound, Query, TheExplorer, View, link
 
@@ -17,12 +17,8 @@ router = APIRouter()
 
 PURE = 0.75
 """Least purity of a feature that is of one class, as in `comparisons.coverage`."""
-N_PUREST = 16
-"""Features counted beside those of the probe: the purest of those whose strongest images are often of the class."""
 N_BEST = 10
-"""Features that are the best of a class whose probe has none that fire more on it than on others: the first by lift."""
-LEAST_IMAGES = 16
-"""Images on which a feature must fire for its lift to be listed; that of rarer ones rests on too little."""
+"""Features that are the best of a class without a probe: the first of `class_latents`."""
 LEAST_LIFT = 1.5
 """Least lift of the features in the order of coverage, as a feature that fires on everything covers every class."""
 N_CARDS = 4
@@ -74,20 +70,9 @@ _PROBES = """
     SELECT probe, k, auroc, auroc_low, auroc_high, accuracy, n_positive, latents
     FROM probes WHERE sae = $sae AND class = $class ORDER BY probe, k
 """
-_PUREST = f"""
-    SELECT latent, count(*) FILTER (purity >= {PURE} AND top_classes[1] = $class) OVER () AS n_own
-    FROM features WHERE sae = $sae AND list_contains(top_classes, $class) AND n_images >= {LEAST_IMAGES}
-    ORDER BY purity DESC NULLS LAST, list_position(top_classes, $class), n_images DESC, latent LIMIT {N_PUREST}
-"""
-_COUNTED = """
-    SELECT latent, count(*) AS n_both FROM firings
-    WHERE sae = $sae AND latent IN (SELECT unnest($latents::INTEGER[]))
-        AND image IN (SELECT image FROM images WHERE split = 'eval' AND label = $class)
-    GROUP BY latent
-"""
-_FEATURES = """
-    SELECT sae, latent, label, label_score, control_score, ms, ms_floor, n_images, max_act, purity
-    FROM features WHERE sae = $sae AND latent IN (SELECT unnest($latents::INTEGER[])) ORDER BY latent
+_TELLING = """
+    SELECT latent, n_both, recall AS coverage, precision AS share, lift
+    FROM class_latents WHERE sae = $sae AND class = $class ORDER BY rank
 """
 _IMAGES = """
     WITH told AS (
@@ -150,26 +135,26 @@ class ClassQuery(Query):
 def find_classes(view: View, query: ClassesQuery) -> dict[str, Any]:
     """Find a page of the list of classes: `classes`, `total`, `next` and `previous` addresses, and the `sql` behind it."""
     sae = view.choose_sae(query.sae)
-    values: dict[str, Any] = {"sae": sae}
-    where = ""
+    rows = _all_classes(view, sae)
     if query.text:
-        values["text"] = query.text
-        where = "WHERE contains(lower(class), lower($text))\n    "
-    sql = f"{_CLASSES}{where}ORDER BY {query.sort} {query.order.upper()} NULLS LAST, class"
+        rows = [row for row in rows if query.text.lower() in row["class"].lower()]
+    known = sorted((row for row in rows if row[query.sort] is not None), key=lambda row: row[query.sort], reverse=query.order == "desc")
+    rows = [*known, *(row for row in rows if row[query.sort] is None)]
     first = (query.page - 1) * query.n
-    rows = view.rows(f"SELECT *, count(*) OVER () AS total FROM ({sql}) LIMIT {query.n + 1} OFFSET {first}", **values)
-    if rows:
-        total = rows[0]["total"]
-    else:
-        (counted,) = view.rows(f"SELECT count(*) AS n FROM ({sql})", **values)
-        total = counted["n"]
+    where = "WHERE contains(lower(class), lower($text))\n    " if query.text else ""
+    order = f"ORDER BY {query.sort} {query.order.upper()} NULLS LAST, class\n    LIMIT {query.n} OFFSET {first}"
     return {
-        "classes": [{name: value for name, value in row.items() if name != "total"} for row in rows[: query.n]],
-        "total": total,
-        "next": query.url(page=query.page + 1) if len(rows) > query.n else None,
+        "classes": rows[first : first + query.n],
+        "total": len(rows),
+        "next": query.url(page=query.page + 1) if first + query.n < len(rows) else None,
         "previous": query.url(page=query.page - 1) if query.page > 1 else None,
-        "sql": Question(f"{sql}\n    LIMIT {query.n} OFFSET {first}", values).text,
+        "sql": Question(f"{_CLASSES}    {where}{order}", {"sae": sae} | ({"text": query.text} if query.text else {})).text,
     }
+
+
+def _all_classes(view: View, sae: str) -> list[dict[str, Any]]:
+    """All classes by name. They are kept while the catalogue is open: there are few, and to count them takes all images and features."""
+    return view.opened.kept(f"{_CLASSES} ORDER BY class", sae=sae)
 
 
 def describe_class(view: View, query: ClassQuery) -> dict[str, Any]:
@@ -187,12 +172,8 @@ def describe_class(view: View, query: ClassQuery) -> dict[str, Any]:
     sums = view.opened.kept(_SUMS, sae=sae)[0]
     probes = view.rows(_PROBES, **keys)
     probed = max((row["latents"] for row in probes if row["latents"]), key=len, default=[])
-    purest = view.rows(_PUREST, **keys)
-    latents = list(dict.fromkeys([*probed, *(row["latent"] for row in purest)]))
-    counted = _count(view, keys, latents, size["n_images"], sums["n_eval"]) if latents else []
-    by_lift = _order(counted, "lift")
-    lifts = {row["latent"]: row["lift"] for row in counted}
-    best = [latent for latent in probed if lifts.get(latent, 0) > 1] or [row["latent"] for row in by_lift[:N_BEST]]
+    telling = {row["latent"]: row for row in view.rows(_TELLING, **keys)}
+    best = [latent for latent in probed if latent in telling and telling[latent]["lift"] > 1] or [*telling][:N_BEST]
     found = view.rows(_IMAGES, **keys, latents=best, only_missing=query.show == "missing", after=query.after, n=query.n + 1)
     images = [row for row in found if row["image"] is not None]
     last = images[query.n - 1]["image"] if len(images) > query.n else None
@@ -201,11 +182,11 @@ def describe_class(view: View, query: ClassQuery) -> dict[str, Any]:
         "class": name,
         **size,
         "n_eval": sums["n_eval"],
-        "n_own": purest[0]["n_own"] if purest else 0,
+        "n_own": next((row["n_own"] for row in _all_classes(view, sae) if row["class"] == name), 0),
         "probes": probes,
-        "features": {row["latent"]: row for row in counted},
-        "by_lift": [row["latent"] for row in by_lift],
-        "by_coverage": [row["latent"] for row in _order(counted, "coverage")],
+        "telling": telling,
+        "by_lift": _order(telling, "lift", 1),
+        "by_coverage": _order(telling, "coverage", LEAST_LIFT),
         "probed": probed,
         "best": best,
         **{key: found[0][key] for key in COUNTS},
@@ -214,27 +195,10 @@ def describe_class(view: View, query: ClassQuery) -> dict[str, Any]:
     }
 
 
-def _count(view: View, keys: Mapping[str, str], latents: Sequence[int], size: int, n_eval: int) -> list[dict[str, Any]]:
-    """Features with the number of images of a class on which they fire, and their share of the feature's images, coverage and lift."""
-    both = {row["latent"]: row["n_both"] for row in view.opened.kept(_COUNTED, **keys, latents=tuple(latents))}
-    rows = view.rows(_FEATURES, sae=keys["sae"], latents=latents)
-    for row in rows:
-        n_both = both.get(row["latent"], 0)
-        share = n_both / row["n_images"] if row["n_images"] else 0.0
-        row |= {
-            "n_both": n_both,
-            "share": share,
-            "coverage": n_both / size if size else 0.0,
-            "lift": share * n_eval / size if size else 0.0,
-        }
-    return rows
-
-
-def _order(features: Sequence[Mapping[str, Any]], by: str) -> list[Mapping[str, Any]]:
-    """Order features by lift or by coverage, without those of which it says little."""
-    least = LEAST_LIFT if by == "coverage" else 1
-    found = [row for row in features if row["n_both"] and row["n_images"] >= LEAST_IMAGES and row["lift"] >= least]
-    return sorted(found, key=lambda row: (-row[by], row["latent"]))
+def _order(telling: Mapping[int, Mapping[str, Any]], by: str, least_lift: float) -> list[int]:
+    """Order latents by lift or by coverage, without those of a smaller lift."""
+    found = [row for row in telling.values() if row["lift"] >= least_lift]
+    return [row["latent"] for row in sorted(found, key=lambda row: (-row[by], row["latent"]))]
 
 
 @router.get("/classes", include_in_schema=False)
@@ -261,11 +225,10 @@ def class_page(request: Request, explorer: TheExplorer, query: Annotated[ClassQu
     """Show a class: the features that tell it, its images, and those that nothing tells."""
     with explorer.open(request) as view:
         found = describe_class(view, query)
-        sae, features = found["sae"], found["features"]
-        telling = [features[latent] for latent in found[f"by_{query.sort}"]]
-        leading = found["probed"] or found["best"]
-        first = [row["latent"] for row in telling[:N_CARDS]]
-        shown = sorted({*leading, *first} & set(features))
+        sae = found["sae"]
+        leading, order = found["probed"] or found["best"], found[f"by_{query.sort}"]
+        features = load_features(view, sae, list(dict.fromkeys([*leading, *order])))
+        shown = sorted({*leading, *order[:N_CARDS]})
         probes = {row["k"] if row["probe"] == "latents" else "x": row for row in found["probes"]}
         n_best = len(found["best"])
         return view.render(
@@ -273,14 +236,14 @@ def class_page(request: Request, explorer: TheExplorer, query: Annotated[ClassQu
             sae,
             query=query,
             found=found,
-            leading=[features[latent] for latent in leading if latent in features],
+            leading=[features[latent] for latent in leading],
             probes=probes,
-            telling=telling,
-            n_cards=len(first),
+            telling=[features[latent] | found["telling"][latent] for latent in order],
+            n_cards=N_CARDS,
             tiles=previews(view, sae, shown, scales([features[latent] for latent in shown]), N_TILES),
             images=[make_tile(row, note=f"{row['n_told']} of {n_best} fire" if n_best else " ") for row in found["images"]],
             own_url=link("/features", sae=query.sae, class_=query.name, sort="purity") if len(query.name) <= 500 else None,
-            limits={"pure": PURE, "images": LEAST_IMAGES, "lift": LEAST_LIFT, "purest": N_PUREST},
+            limits={"pure": PURE, "lift": LEAST_LIFT},
             sql="\n;\n".join(_questions(found)),
         )
 
@@ -298,6 +261,6 @@ def _questions(found: Mapping[str, Any]) -> list[str]:
     keys = {"sae": found["sae"], "class": found["class"]}
     return [
         Question(_PROBES, keys).text,
-        Question(_COUNTED, {**keys, "latents": [*found["features"]]}).text,
+        Question(_TELLING, keys).text,
         Question(_IMAGES, {**keys, "latents": found["best"], "only_missing": False, "after": -1, "n": 24}).text,
     ]

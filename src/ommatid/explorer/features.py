@@ -265,6 +265,12 @@ _PREVIEWS = """
 """
 
 
+_CARDS = """
+    SELECT sae, latent, label, label_score, control_score, ms, ms_floor, n_images, max_act, purity
+    FROM features WHERE sae = $sae AND latent IN (SELECT unnest($latents::INTEGER[])) ORDER BY latent
+"""
+
+
 def previews(view: View, sae: str, latents: Sequence[int], scale: Mapping[int, float | None], n: int = N_PREVIEW) -> dict[int, list[Tile]]:
     """Load the strongest images of some features.
 
@@ -283,6 +289,11 @@ def previews(view: View, sae: str, latents: Sequence[int], scale: Mapping[int, f
         for row in view.rows(_PREVIEWS, sae=sae, latents=list(latents), n=n):
             found[row["latent"]].append(make_tile(row, scale.get(row["latent"])))
     return found
+
+
+def load_features(view: View, sae: str, latents: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """Load what cards show of some features, by latent; latents that the catalogue does not describe are left out."""
+    return {row["latent"]: row for row in view.rows(_CARDS, sae=sae, latents=list(latents))} if latents else {}
 
 
 def scales(features: Sequence[Mapping[str, Any]]) -> dict[int, float | None]:
