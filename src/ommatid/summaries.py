@@ -150,7 +150,7 @@ class EvaluationsSummary(PerSAESummary):
 
 
 class LabelsSummary(TypedDict):
-    """The labels of one SAE, counting the best-scored label of each latent.
+    """The labels of one SAE, counting one label of each latent, the one that `features` shows.
 
     With several labellers, each also has keys of its own: those from `n_labelled` to `beats_random`, followed by `_` and its name.
     """

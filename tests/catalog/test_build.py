@@ -117,6 +117,23 @@ def test_features_take_the_best_ok_label_and_keep_every_latent(catalog: Catalog)
     ]
 
 
+def test_what_people_say_comes_first_with_its_own_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it scores lower than other labels or has no score; of several by people the best is shown."""
+    by_people = [
+        (0, "human", 3, "ok", "a lion", 0.3, 0.5),
+        (1, "human", 3, "ok", "a lorry", None, None),
+        (1, "human-2", 4, "ok", "a van", 0.55, 0.5),
+    ]
+    monkeypatch.setattr(artefacts, "LABELS", [*artefacts.LABELS, *by_people])
+    artefacts.build(tmp_path, artefacts.make_inputs(tmp_path))
+    with Catalog(artefacts.path_in(tmp_path)) as catalog:
+        assert catalog.rows("SELECT latent, label, label_score, labeller FROM features ORDER BY latent LIMIT 3") == [
+            (0, "a lion", 0.3, "human"),
+            (1, "a van", 0.55, "human-2"),
+            (2, None, None, "words"),
+        ]
+
+
 def test_features_carry_statistics_floor_and_judge(catalog: Catalog) -> None:
     assert catalog.rows("SELECT latent, ms, ms_floor, judge, density, is_dead, max_act, purity FROM features ORDER BY latent") == [
         (0, 0.8, 0.35, "lite2", 0.4, False, 4.0, 0.75),
@@ -493,11 +510,11 @@ def test_a_damaged_sae_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "best"),
     [
-        ([("human", 1, 0.8), ("words", 2, 0.8)], "human"),
-        ([("words", 1, 0.8), ("human", 2, 0.8)], "words"),
-        ([("words", 1, 0.8), ("human", 2, 0.9)], "human"),
-        ([("words", 1, None), ("human", 2, 0.1)], "human"),
-        ([("vlm", 1, None), ("human", 2, None)], "vlm"),
+        ([("captioner", 1, 0.8), ("words", 2, 0.8)], "captioner"),
+        ([("words", 1, 0.8), ("captioner", 2, 0.8)], "words"),
+        ([("words", 1, 0.8), ("captioner", 2, 0.9)], "captioner"),
+        ([("words", 1, None), ("captioner", 2, 0.1)], "captioner"),
+        ([("vlm", 1, None), ("captioner", 2, None)], "vlm"),
     ],
 )
 def test_among_equal_label_scores_the_first_labellers_label_is_the_features(

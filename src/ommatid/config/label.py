@@ -117,7 +117,7 @@ class LabelParams(Section):
     """Stage `label`: labels every latent, and scores the labels on held-out images."""
 
     labellers: Annotated[tuple[Labeller, ...], Field(min_length=1)]
-    """Labellers to use; `features` shows the label with the best score for each latent, and the first of equal ones in this order."""
+    """Labellers to use; `features` shows the label by people or, without one, that with the best score, the first of equal ones."""
     n_examples: Annotated[int, Field(ge=2, le=256)]
     """Number of images, none held out, that a label is made from: the strongest for a vocabulary, half of them weaker for other kinds."""
     min_examples: Annotated[int, Field(ge=2, le=256)]

@@ -310,16 +310,20 @@ def summarise(context: Context, table: pa.Table) -> LabelsSummary:
 
 
 def best_labels(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the label of each latent that scores best; among equals, that of the first labeller, as in catalog/sql/features.sql."""
+    """Return the best label of each latent, as catalog/sql/features.sql chooses it.
+
+    A label by people is the best whatever its score, because what a person corrects must stay corrected. Otherwise the highest score
+    decides; among equals, the first labeller.
+    """
     best: dict[int, dict[str, Any]] = {}
     for row in sorted(rows, key=lambda row: row["place"]):
-        if row["status"] == "ok" and (row["latent"] not in best or _score_of(row) > _score_of(best[row["latent"]])):
+        if row["status"] == "ok" and (row["latent"] not in best or _worth(row) > _worth(best[row["latent"]])):
             best[row["latent"]] = row
     return list(best.values())
 
 
-def _score_of(row: dict[str, Any]) -> float:
-    return -1.0 if row["score"] is None else row["score"]
+def _worth(row: dict[str, Any]) -> tuple[bool, float]:
+    return row["labeller"].startswith("human"), -1.0 if row["score"] is None else row["score"]
 
 
 def _numbers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

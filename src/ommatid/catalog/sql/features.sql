@@ -1,11 +1,15 @@
 -- features(sae, latent): a latent with its best label, its scores and its statistics; the relation to query first.
 -- The best label is the one with the highest score among those with status ok; ties go to the labeller listed first in label.labellers.
+-- A label by people comes before all others, whatever its score: what a person corrects stays corrected.
 -- A latent without a label has a row too, and label_status gives the reason.
 CREATE TABLE features AS
 WITH best AS (
     SELECT *
     FROM labels
-    QUALIFY row_number() OVER (PARTITION BY sae, latent ORDER BY status = 'ok' DESC, score DESC NULLS LAST, place, labeller) = 1
+    QUALIFY row_number() OVER (
+        PARTITION BY sae, latent
+        ORDER BY status = 'ok' DESC, starts_with(labeller, 'human') DESC, score DESC NULLS LAST, place, labeller
+    ) = 1
 )
 SELECT
     latents.sae,
@@ -46,7 +50,7 @@ LEFT JOIN best ON best.sae = latents.sae AND best.latent = latents.latent
 LEFT JOIN comparisons ON comparisons.sae = latents.sae AND comparisons.dictionary = 'sae'
 ORDER BY latents.sae, latents.latent;
 
-COMMENT ON COLUMN features.label IS 'the label with the highest score; null if no labeller found one, see label_status';
+COMMENT ON COLUMN features.label IS 'the label by people, or the one with the highest score if they gave none; null if no labeller found one, see label_status';
 COMMENT ON COLUMN features.label_score IS 'balanced accuracy of the label at predicting on which held-out images the latent fires; null if there is no label, or the latent fires on too few or on all images';
 COMMENT ON COLUMN features.labeller IS 'labeller that made the label; null if no labeller was run';
 COMMENT ON COLUMN features.label_status IS 'ok, unparsed, refused, failed, over_budget or too_few_examples; null if no labeller was run';
