@@ -277,6 +277,13 @@ def test_only_what_was_added_is_read_and_a_replaced_file_is_read_anew(log: Revie
     assert len(log.state()) == 0 and not log.state().problems
 
 
+def test_a_clock_that_goes_back_changes_no_order(log: ReviewLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = say(log, "Ada", "rename", "horse")
+    monkeypatch.setattr("ommatid.reviews.log.now", lambda: "2001-01-01T00:00:00.000Z")
+    second = say(log, "Bo", "rename", "pony")
+    assert feature(log).name == "pony" and second.at == first.at and feature(ReviewLog(log.path)).history == (first, second)
+
+
 def test_threads_lose_nothing(log: ReviewLog) -> None:
     said: list[str] = []
 

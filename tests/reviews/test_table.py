@@ -2,6 +2,7 @@
 
 import csv
 import io
+import time
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,7 @@ def test_two_logs_become_one(log: ReviewLog, tmp_path: Path) -> None:
     other = ReviewLog(tmp_path / "other.jsonl")
     for who, own in (("Ada", log), ("Bo", other), ("Cy", log)):
         own.append(who, ONE, 3, "rename", f"by {who}", direction=lambda: direction(ONE, 3))
+        time.sleep(0.002)  # the order within a millisecond is that of the log
     ours, theirs = history_to_csv(log.state()), history_to_csv(other.state())
     assert read(log, theirs) == Imported(1, 0) and read(other, ours) == Imported(2, 0)
     for own in (log, other):
