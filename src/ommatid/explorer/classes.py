@@ -1,6 +1,6 @@
 """The pages of classes: how well each is told from the others, by which features, and which of its images no feature tells."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -75,20 +75,20 @@ _TELLING = """
     FROM class_latents WHERE sae = $sae AND class = $class ORDER BY rank
 """
 _IMAGES = """
-    WITH told AS (
-        SELECT image, count(*) AS n_told FROM firings
-        WHERE sae = $sae AND latent IN (SELECT unnest($latents::INTEGER[])) GROUP BY image
+    WITH fired AS (
+        {fired}
+    ), told AS (
+        SELECT image, count(*) AS n_told FROM fired GROUP BY image
     ), found AS (
         SELECT image, image_id, width, height, label, coalesce(n_told, 0) AS n_told
-        FROM images LEFT JOIN told USING (image) WHERE split = 'eval'
+        FROM images LEFT JOIN told USING (image) WHERE split = 'eval' AND label = $class
     ), counted AS (
         SELECT
-            count(*) FILTER (label = $class AND n_told = 0) AS n_missing,
-            count(*) FILTER (label IS DISTINCT FROM $class) AS n_others,
-            count(*) FILTER (label IS DISTINCT FROM $class AND n_told > 0) AS n_others_told
+            count(*) FILTER (n_told = 0) AS n_missing, $n_eval - count(*) AS n_others,
+            (SELECT count(*) FROM told) - count(*) FILTER (n_told > 0) AS n_others_told
         FROM found
     ), shown AS (
-        SELECT * FROM found WHERE label = $class AND (n_told = 0 OR NOT $only_missing) AND image > $after ORDER BY image LIMIT $n
+        SELECT * FROM found WHERE (n_told = 0 OR NOT $only_missing) AND image > $after ORDER BY image LIMIT $n
     )
     SELECT counted.*, shown.* EXCLUDE (image_id), left(image_id, 12) AS hash FROM counted LEFT JOIN shown ON true ORDER BY image
 """
@@ -174,7 +174,8 @@ def describe_class(view: View, query: ClassQuery) -> dict[str, Any]:
     probed = max((row["latents"] for row in probes if row["latents"]), key=len, default=[])
     telling = {row["latent"]: row for row in view.rows(_TELLING, **keys)}
     best = [latent for latent in probed if latent in telling and telling[latent]["lift"] > 1] or [*telling][:N_BEST]
-    found = view.rows(_IMAGES, **keys, latents=best, only_missing=query.show == "missing", after=query.after, n=query.n + 1)
+    question = _ask_images(keys, best, n_eval=sums["n_eval"], only_missing=query.show == "missing", after=query.after, n=query.n + 1)
+    found = view.ask(question)
     images = [row for row in found if row["image"] is not None]
     last = images[query.n - 1]["image"] if len(images) > query.n else None
     return {
@@ -193,6 +194,13 @@ def describe_class(view: View, query: ClassQuery) -> dict[str, Any]:
         "images": [{key: value for key, value in row.items() if key not in COUNTS} for row in images[: query.n]],
         "next": query.url(after=last) if last is not None else None,
     }
+
+
+def _ask_images(keys: Mapping[str, str], latents: Sequence[int], **values: Any) -> Question:
+    """Ask for images of a class, and on how many of all images some latents fire. A part for each latent reads its firings alone."""
+    parts = [f"SELECT image FROM firings WHERE sae = $sae AND latent = $latent_{i}" for i in range(len(latents))]
+    fired = "\n        UNION ALL ".join(parts or ["SELECT image FROM firings WHERE false"])
+    return Question(_IMAGES.format(fired=fired), {**keys, **values, **{f"latent_{i}": latent for i, latent in enumerate(latents)}})
 
 
 def _order(telling: Mapping[int, Mapping[str, Any]], by: str, least_lift: float) -> list[int]:
@@ -262,5 +270,5 @@ def _questions(found: Mapping[str, Any]) -> list[str]:
     return [
         Question(_PROBES, keys).text,
         Question(_TELLING, keys).text,
-        Question(_IMAGES, {**keys, "latents": found["best"], "only_missing": False, "after": -1, "n": 24}).text,
+        _ask_images(keys, found["best"], n_eval=found["n_eval"], only_missing=False, after=-1, n=24).text,
     ]
