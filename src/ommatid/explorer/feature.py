@@ -8,6 +8,7 @@ from fastapi.responses import Response
 from ommatid.explorer.features import previews
 from ommatid.explorer.heat import Tile, draw_svg, encode, make_tile
 from ommatid.explorer.plots import draw_histogram
+from ommatid.explorer.reviewed import make_box
 from ommatid.explorer.web import Json, NotFound, TheExplorer, View, feature_url
 
 router = APIRouter()
@@ -148,6 +149,7 @@ def feature_page(request: Request, explorer: TheExplorer, sae: str, latent: int)
             mistakes=_by_labeller(found["mistakes"]),
             histogram=_draw_histogram(found["histogram"]),
             tiles=previews(view, sae, list(alike), alike, n=4),
+            box=make_box(view, sae, latent),
             sql=f"SELECT * FROM features WHERE sae = '{sae}' AND latent = {latent}",
         )
 

@@ -120,6 +120,9 @@ class Feature(pydantic.BaseModel):
     sae: str
     latent: int
     label: str | None
+    """Name in the catalogue."""
+    person_label: str | None = None
+    """Name that a person gave, which pages show instead."""
 
 
 class FeaturePage(pydantic.BaseModel):
@@ -140,7 +143,13 @@ def make_where(view: View, sae: str, query: FeatureQuery) -> tuple[list[str], di
         conditions.append(STATES[query.state])
     if query.label:
         values["label"] = query.label.lower()
-        conditions.append("contains(lower(label), $label)")
+        condition = "contains(lower(label), $label)"
+        if view.reviewed(sae).names:  # they count in place of the names that the catalogue has
+            values |= {"renamed": list(view.reviewed(sae).names), "named_like": view.reviewed(sae).named_like(query.label)}
+            condition = (
+                f"({condition} AND latent NOT IN (SELECT unnest($renamed::INTEGER[])) OR latent IN (SELECT unnest($named_like::INTEGER[])))"
+            )
+        conditions.append(condition)
     if query.class_ is not None:
         values["class"] = query.class_
         conditions.append("list_contains(top_classes, $class)")
@@ -169,6 +178,18 @@ def make_where(view: View, sae: str, query: FeatureQuery) -> tuple[list[str], di
 
 def _add_reviewed(view: View, sae: str, query: FeatureQuery, conditions: list[str], values: dict[str, Any]) -> None:
     """Add the conditions about what people said, which the catalogue does not know."""
+    if query.flagged is None and query.rated is None and query.listed is None:
+        return
+    features = view.reviewed(sae).features
+    if query.flagged is not None:
+        values["flagged"] = [latent for latent, said in features.items() if said.flags]
+        conditions.append(f"latent {'' if query.flagged else 'NOT '}IN (SELECT unnest($flagged::INTEGER[]))")
+    if query.rated is not None:
+        values["rated"] = [latent for latent, said in features.items() if said.rating and said.rating >= query.rated]
+        conditions.append("latent IN (SELECT unnest($rated::INTEGER[]))")
+    if query.listed is not None:
+        values["listed"] = [latent for latent, said in features.items() if query.listed in said.lists]
+        conditions.append("latent IN (SELECT unnest($listed::INTEGER[]))")
 
 
 def find_features(view: View, query: FeatureQuery) -> tuple[FeaturePage, Question, str]:
@@ -196,7 +217,7 @@ def find_features(view: View, query: FeatureQuery) -> tuple[FeaturePage, Questio
     has_next, has_previous = (True, more) if is_back else (more, query.after is not None)
     key = EXPRESSIONS.get(query.sort, query.sort)
     page = FeaturePage(
-        features=[Feature.model_validate(row) for row in rows],
+        features=[Feature.model_validate(row | {"person_label": view.reviewed(sae).names.get(row["latent"])}) for row in rows],
         total=counted["n"],
         next=query.url(after=_write_key(rows[-1], query.sort), before=None) if rows and has_next else None,
         previous=query.url(before=_write_key(rows[0], query.sort), after=None) if rows and has_previous else None,
@@ -314,7 +335,8 @@ def features_page(request: Request, explorer: TheExplorer, query: Annotated[Feat
             "sorts": get_args(Sort),
             "states": get_args(State),
         }
-        return view.render("features.html", sae, query=query, page=page, rows=rows, tiles=shown, options=options)
+        is_pending = view.reviewed(sae).is_pending
+        return view.render("features.html", sae, query=query, page=page, rows=rows, tiles=shown, options=options, is_pending=is_pending)
 
 
 @router.get("/api/features", tags=["features"])

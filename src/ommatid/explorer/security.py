@@ -227,3 +227,19 @@ def check_form(
     """
     if not hmac.compare_digest((csrf or x_csrf or "").encode(), form_token(request).encode()):
         raise BadRequest("This form is too old, as the server has been restarted since; reload the page and send it again.")
+
+
+def check_program(request: Request, authorization: Annotated[str, Header()] = "", x_csrf_token: Annotated[str, Header()] = "") -> None:
+    """Check that a request to the JSON API which changes something was not made by another site; a dependency of such routes.
+
+    Raises:
+        BadRequest: It has neither the server's token as `Authorization: Bearer` nor a form's token as `X-CSRF-Token`.
+    """
+    token: str | None = request.app.state.explorer.settings.token
+    bearer = authorization.removeprefix("Bearer ").encode()
+    if token and hmac.compare_digest(hashlib.sha256(bearer).digest(), hashlib.sha256(token.encode()).digest()):
+        return
+    if not hmac.compare_digest(x_csrf_token.encode(), form_token(request).encode()):
+        raise BadRequest(
+            "Send the token that GET /api/review/csrf answers as X-CSRF-Token, with its cookie, or Authorization: Bearer <token>."
+        )

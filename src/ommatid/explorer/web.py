@@ -24,6 +24,8 @@ from ommatid.errors import OmmatidError
 from ommatid.explorer.library import Library, Opened
 from ommatid.explorer.model_client import ModelClient
 from ommatid.explorer.originals import Originals
+from ommatid.explorer.reviewed import Reviewed, Reviews
+from ommatid.reviews import Event
 from ommatid.show import numbers
 
 NAVIGATION = (
@@ -146,6 +148,12 @@ class Explorer:
     model: ModelClient
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     """Key of the tokens in forms; a restart makes a new one."""
+    reviews: Reviews = field(init=False)
+    """What people say of features, under the root of the artefacts, or under `data` if that is in an object store."""
+
+    def __post_init__(self) -> None:
+        root = "data" if "://" in self.settings.data else self.settings.data
+        self.reviews = Reviews(Path(root) / "reviews" / "log.jsonl", self.library)
 
     @contextmanager
     def open(self, request: Request) -> Iterator["View"]:
@@ -208,6 +216,7 @@ class Explorer:
             "sae_param": None,
             "sae_page": None,
             "csrf": form_token(request),
+            "named": lambda sae, latent: None,
         } | context
         return HTMLResponse(self.templates.get_template(template).render(values), status)
 
@@ -219,6 +228,7 @@ class View:
     explorer: Explorer
     opened: Opened
     request: Request
+    _reviewed: dict[str, Reviewed] = field(default_factory=dict)
 
     def rows(self, sql: str, **values: Any) -> list[dict[str, Any]]:
         """Answer a question with a dict for each row."""
@@ -242,11 +252,22 @@ class View:
         near = difflib.get_close_matches(name, saes, n=3, cutoff=0.2) or list(saes)[:3]
         raise NotFound(f"There is no SAE {name!r} in this catalogue.", {sae: link("/", sae=sae) for sae in near})
 
+    def reviewed(self, sae: str) -> Reviewed:
+        """Return what people say of the features of an SAE, the same throughout the request."""
+        if sae not in self._reviewed:
+            self._reviewed[sae] = self.explorer.reviews.look(self.opened, sae)
+        return self._reviewed[sae]
+
+    def named(self, sae: str, latent: int) -> Event | None:
+        """Return the event by which a person named a feature; None if nobody did."""
+        return self.reviewed(sae).name_of(latent) if sae in self.opened.saes else None
+
     def render(self, template: str, sae: str | None = None, status: int = 200, **context: Any) -> HTMLResponse:
         """Render a template as a page about an SAE."""
         run = self.opened.saes[sae] if sae else None
         sae_param = None if sae == next(iter(self.opened.saes)) else sae
-        return self.explorer.render(self.request, template, status, opened=self.opened, sae=sae, run=run, sae_param=sae_param, **context)
+        context = {"opened": self.opened, "sae": sae, "run": run, "sae_param": sae_param, "named": self.named} | context
+        return self.explorer.render(self.request, template, status, **context)
 
 
 def get_explorer(request: Request) -> Explorer:
