@@ -82,8 +82,10 @@ def find_words(view: View, sae: str, q: str) -> list[dict[str, Any]]:
     if not text:
         return []
     keys = {"sae": sae, "text": text, "n": N_HITS}
+    people = view.rows(_OF_LATENTS, sae=sae, latents=view.reviewed(sae).named_like(text)[:N_HITS])
     groups = [
-        ("Names", f"The name contains “{text}”.", view.rows(_BY_NAME, **keys)),
+        ("Names by people", f"The name that a person gave contains “{text}”.", people),
+        ("Names", f"The name contains “{text}”.", [row for row in view.rows(_BY_NAME, **keys) if not view.named(sae, row["latent"])]),
         ("Other labellers' names", "A name by a labeller whose score is not the best contains it.", view.rows(_BY_LABELLER, **keys)),
         ("Classes", "The class on whose images it fires most contains it.", view.rows(_BY_CLASS, **keys)),
     ]
