@@ -156,7 +156,7 @@ def _suggest(view: View, feature: Mapping[str, Any]) -> list[tuple[str, list[str
     """Return names that one click can give to a feature, by where they come from; none twice, and none that cannot be a name."""
     keys = {"sae": feature["sae"], "latent": feature["latent"]}
     near = [event.value if (event := view.named(feature["sae"], row["other"])) else row["label"] for row in view.rows(_NEAR, **keys)]
-    found = []
+    found: list[tuple[str, list[str]]] = []
     taken = {view.reviewed(feature["sae"]).names.get(feature["latent"], feature["label"])}
     for source, names in (
         ("other labellers", [row["label"] for row in view.rows(_LABELS, **keys)]),
@@ -170,7 +170,7 @@ def _suggest(view: View, feature: Mapping[str, Any]) -> list[tuple[str, list[str
     return found
 
 
-def _as_name(text: str | None) -> str | None:
+def _as_name(text: Any) -> str | None:
     try:
         return str(clean("rename", text))
     except ReviewError:
@@ -208,7 +208,9 @@ class Queue:
         return place + 1 if place >= 0 else None
 
     def _place(self, latent: int | None) -> int:
-        found = np.flatnonzero(self.order == latent) if latent is not None else ()
+        if latent is None:
+            return -1
+        found = np.flatnonzero(self.order == latent)
         return int(found[0]) if len(found) else -1
 
 
