@@ -170,6 +170,17 @@ def test_no_matches(visit: Visit, catalogue: Path, tmp_path: Path) -> None:
     assert client.get("/compare", params={"a": WIDE, "b": WIDE}).status_code == 200, "there is nothing else to choose"
 
 
+def test_what_makes_directions_alike(visit: Visit, catalogue: Path, tmp_path: Path) -> None:
+    page = visit(catalogue).get("/compare").text
+    assert "began with the same directions" not in page and "few dimensions" not in page
+    shutil.copy(catalogue, path := tmp_path / "catalog.duckdb")
+    with duckdb.connect(path) as connection:
+        connection.execute('UPDATE runs SET params = json_merge_patch(params, \'{"train": {"seed": 7}}\')')
+        connection.execute("UPDATE stability SET chance = 0.7")
+    page = visit(path).get("/compare").text
+    assert "Both were trained with seed 7" in page and "few dimensions" in page and "cosine of 0.700" in page
+
+
 def test_choice(client: TestClient) -> None:
     for parameters in ({"sae": NARROW}, {"a": NARROW}, {"a": NARROW, "b": ""}, {"b": WIDE}):
         found = client.get("/api/compare", params=parameters).json()

@@ -39,7 +39,10 @@ _PAIRS = """
     SELECT stability.*, runs.name AS other_name, runs.decision AS other_decision
     FROM stability LEFT JOIN runs ON runs.sae = stability.other_sae ORDER BY stability.sae, other_sae
 """
-_NAMES = "SELECT sae, name, decision, decided_at, n_latents, fvu, l0, dead, ms, ms_floor, beats_control FROM runs"
+_NAMES = """
+    SELECT sae, name, decision, decided_at, n_latents, fvu, l0, dead, ms, ms_floor, beats_control, params ->> '$.train.seed' AS seed
+    FROM runs
+"""
 _FOUND = f"""
     WITH there AS (
         SELECT m.latent, m.other_latent, m.cosine, m.jaccard, f.ms
@@ -237,6 +240,7 @@ def compare(view: View, query: CompareQuery) -> dict[str, Any]:
         "numbers": [list_numbers(view, side) for side in sides],
         "stability": [pairs[pair] for pair in ((a, b), (b, a)) if pair in pairs],
         "is_matched": (a, b) in pairs,
+        "is_same_seed": len(sides) > 1 and sides[0].get("seed") is not None and sides[0]["seed"] == sides[1].get("seed"),
         "kinds": KINDS,
         "counts": {},
         "alive": {},
