@@ -16,7 +16,8 @@ from ommatid.stage import HEALTH, QUALITY, REPORT
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "src/ommatid"
 ENTRIES = {stage: f"ommatid.{stage}.stage" for stage in STAGES}
-FROM_FILES = "ommatid.extract.from_files.stage"
+BY_NAME = {"ommatid.extract.stage": "ommatid.extract.from_files.stage", "ommatid.label.stage": "ommatid.label.labellers.human"}
+"""Modules that a stage imports by a name that it puts together, where nothing else that it imports needs the same folders."""
 NO_NUMBERS = re.compile(r"ommatid(\.(config|errors|events|executors|stage|summaries|tracking)(\..*)?)?")
 """Modules that cannot change what a stage computes from the same params, nor can what they import: executors only say where it is
 computed, and tracking where an SAE came from."""
@@ -50,7 +51,7 @@ def imported_by(module: str) -> set[str]:
 
 def needed_by(module: str) -> set[str]:
     seen: set[str] = set()
-    queue = [module, module.rpartition(".")[0], *([FROM_FILES] if module == ENTRIES["extract"] else [])]
+    queue = [module, module.rpartition(".")[0], *([BY_NAME[module]] if module in BY_NAME else [])]
     while queue:
         name = queue.pop()
         if name not in seen and not NO_NUMBERS.fullmatch(name):
