@@ -96,6 +96,32 @@ def test_brute_force(client: TestClient, study: Study, features: Any, a: str, b:
                 assert {other["latent"] for other in row["others"]} == set(parts) and len(parts) > 1
 
 
+PLANTED = {
+    WIDE: [(0, 0, 0.95), (1, 0, 0.92), (2, 1, 0.7), (3, 2, 0.3), (4, 3, 0.85), (5, 5, 0.9), (6, 6, 0.6), (7, 7, 0.59)],
+    NARROW: [(0, 0, 0.95), (1, 4, 0.65), (2, 4, 0.6), (3, 4, 0.85), (4, 3, 0.59), (5, 5, 0.9), (6, 0, 0.62), (7, 4, 0.3)],
+}
+"""Matches of the first features that fire of each SAE: place of the feature, place of its nearest, and cosine."""
+
+
+def test_planted_matches(visit: Visit, catalogue: Path, features: Any, tmp_path: Path) -> None:
+    """Of two latents with the same nearest only one is kept, bounds belong to the upper kind, and what is kept is not split."""
+    alive = {name: [latent for latent, row in features[name].items() if not row["is_dead"]] for name in NAMES}
+    shutil.copy(catalogue, path := tmp_path / "catalog.duckdb")
+    with duckdb.connect(path) as connection:
+        saes = dict(connection.execute("SELECT name, sae FROM runs").fetchall())
+        connection.execute("DELETE FROM matches")
+        for name, other in ((WIDE, NARROW), (NARROW, WIDE)):
+            for mine, theirs, cosine in PLANTED[name]:
+                row = [saes[name], alive[name][mine], saes[other], alive[other][theirs], cosine]
+                connection.execute("INSERT INTO matches VALUES (?, ?, ?, ?, ?, NULL)", row)
+    client = visit(path)
+    expected = {"kept": [0, 5], "split": [4], "changed": [1, 2, 6], "lost": [3, 7], "new": [4, 7]}
+    for kind, places in expected.items():
+        listed = {row["latent"] for row in list_all(client, a=WIDE, b=NARROW, kind=kind, n=2)}
+        assert listed == {alive[NARROW if kind == "new" else WIDE][place] for place in places}, kind
+    assert client.get("/compare", params={"a": WIDE, "b": NARROW, "kind": "kept"}).status_code == 200, "without shared images"
+
+
 def test_numbers(client: TestClient, catalogue: Path) -> None:
     with duckdb.connect(catalogue, read_only=True) as connection:
         sql = "SELECT * FROM comparisons JOIN runs USING (sae) WHERE dictionary = $dictionary"
