@@ -11,6 +11,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from support.browser import Windows, assert_accessible
+from support.processes import wait_for
 from support.small_study import NAMES, Study
 
 SAE = NAMES[0]
@@ -117,9 +118,9 @@ def test_heat_maps_follow_the_slider(windows: Windows, explorer: str) -> None:
     low = canvas.evaluate(opaque)
     page.get_by_role("slider").first.fill("90")
     expect(page.locator("[data-threshold-shown]").first).to_have_text("90 %")
-    page.wait_for_function(f"({opaque})(document.querySelector('.strongest .tile canvas')) < {low}")
+    wait_for(lambda: canvas.evaluate(opaque) < low, "fewer coloured patches")
     page.get_by_label("off").first.check()
-    page.wait_for_function(f"({opaque})(document.querySelector('.strongest .tile canvas')) === 0")
+    wait_for(lambda: canvas.evaluate(opaque) == 0, "no coloured patches")
 
 
 def test_pictures_open_at_full_size_by_keyboard(windows: Windows, explorer: str) -> None:

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from ommatid.catalog.question import Question
-from ommatid.explorer.features import load_features, previews, scales
+from ommatid.explorer.features import load_features, previews
 from ommatid.explorer.heat import make_tile
 from ommatid.explorer.web import NotFound, Query, TheExplorer, View, link
 
@@ -248,7 +248,7 @@ def class_page(request: Request, explorer: TheExplorer, query: Annotated[ClassQu
             probes=probes,
             telling=[features[latent] | found["telling"][latent] for latent in order],
             n_cards=N_CARDS,
-            tiles=previews(view, sae, shown, scales([features[latent] for latent in shown]), N_TILES),
+            tiles=previews(view, sae, shown, N_TILES),
             images=[make_tile(row, note=f"{row['n_told']} of {n_best} fire" if n_best else " ") for row in found["images"]],
             own_url=link("/features", sae=query.sae, class_=query.name, sort="purity") if len(query.name) <= 500 else None,
             limits={"pure": PURE, "lift": LEAST_LIFT},

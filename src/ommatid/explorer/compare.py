@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from ommatid.catalog.question import Question
-from ommatid.explorer.features import load_features, previews, scales
+from ommatid.explorer.features import load_features, previews
 from ommatid.explorer.web import BadRequest, NotFound, Query, TheExplorer, View, link
 from ommatid.show.about import About
 from ommatid.show.numbers import DASH, count, fixed, interval, percent, signed
@@ -291,7 +291,7 @@ def compare_page(request: Request, explorer: TheExplorer, query: Annotated[Compa
 def _cards(view: View, sae: str | None, latents: Sequence[int]) -> dict[int, dict[str, Any]]:
     """Features with their strongest images, by latent; empty if the catalogue does not have them."""
     features = load_features(view, sae, sorted(set(latents))) if sae else {}
-    tiles = previews(view, sae, [*features], scales([*features.values()]), N_TILES) if sae and features else {}
+    tiles = previews(view, sae, features, N_TILES) if sae else {}
     return {latent: {"row": row, "tiles": tiles[latent]} for latent, row in features.items()}
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from ommatid.explorer.features import previews
+from ommatid.explorer.features import load_features, previews
 from ommatid.explorer.heat import Tile, draw_svg, encode, make_tile
 from ommatid.explorer.plots import draw_histogram
 from ommatid.explorer.reviewed import make_box
@@ -64,16 +64,8 @@ _CLASSES = """
     SELECT label, n, strength, sum(n) OVER () AS n_all FROM fired ORDER BY n DESC, label LIMIT $most
 """
 CLASS_SIZES = "SELECT label, count(*) AS n FROM images WHERE split = 'eval' AND label IS NOT NULL GROUP BY label"
-_NEIGHBOURS = """
-    SELECT n.rank, n.other AS latent, n.cosine, f.label, f.label_score, f.ms, f.n_images, f.max_act
-    FROM neighbours AS n JOIN features AS f ON f.sae = n.sae AND f.latent = n.other
-    WHERE n.sae = $sae AND n.latent = $latent ORDER BY n.rank
-"""
-_COFIRING = """
-    SELECT c.rank, c.other AS latent, c.lift, c.jaccard, c.n_both, f.label, f.label_score, f.ms, f.n_images, f.max_act
-    FROM cofiring AS c JOIN features AS f ON f.sae = c.sae AND f.latent = c.other
-    WHERE c.sae = $sae AND c.latent = $latent ORDER BY c.rank
-"""
+_NEIGHBOURS = "SELECT rank, other AS latent, cosine FROM neighbours WHERE sae = $sae AND latent = $latent ORDER BY rank"
+_COFIRING = "SELECT rank, other AS latent, lift, jaccard, n_both FROM cofiring WHERE sae = $sae AND latent = $latent ORDER BY rank"
 _MATCHES = """
     SELECT m.other_sae, m.other_latent, m.cosine, m.jaccard, f.label, f.ms, r.name, r.decision
     FROM matches AS m
@@ -105,15 +97,17 @@ def find_feature(view: View, sae: str, latent: int) -> dict[str, Any]:
 
 def describe_feature(view: View, sae: str, latent: int) -> dict[str, Any]:
     """Collect everything that the catalogue says of a feature, as its page and the JSON API show it."""
-    keys = {"sae": sae, "latent": latent}
+    feature, keys = find_feature(view, sae, latent), {"sae": sae, "latent": latent}
     sizes = {row["label"]: row["n"] for row in view.opened.kept(CLASS_SIZES)}
     n_images = sum(sizes.values())
     classes = view.rows(_CLASSES, **keys, most=N_CLASSES)
     for row in classes:
         size = sizes.get(row["label"]) or row["n"]
         row |= {"share": row["n"] / row["n_all"], "coverage": row["n"] / size, "lift": row["n"] / row["n_all"] / (size / n_images)}
+    alike = {"neighbours": view.rows(_NEIGHBOURS, **keys), "cofiring": view.rows(_COFIRING, **keys)}
+    features = load_features(view, sae, sorted({row["latent"] for rows in alike.values() for row in rows}))
     return {
-        "feature": find_feature(view, sae, latent),
+        "feature": feature,
         "judged": view.rows(_JUDGED, **keys),
         "labels": view.rows(_LABELS, **keys),
         "mistakes": view.rows(_MISTAKES, **keys),
@@ -122,8 +116,7 @@ def describe_feature(view: View, sae: str, latent: int) -> dict[str, Any]:
         "silent": view.rows(_SILENT, **keys, n=N_SILENT),
         "histogram": view.rows(_HISTOGRAM, **keys),
         "classes": classes,
-        "neighbours": view.rows(_NEIGHBOURS, **keys),
-        "cofiring": view.rows(_COFIRING, **keys),
+        **{name: [features[row["latent"]] | row for row in rows] for name, rows in alike.items()},
         "matches": view.rows(_MATCHES, **keys),
     }
 
@@ -133,10 +126,10 @@ def feature_page(request: Request, explorer: TheExplorer, sae: str, latent: int)
     """Show a feature."""
     with explorer.open(request) as view:
         sae = view.choose_sae(sae)
-        feature = find_feature(view, sae, latent)
         found = describe_feature(view, sae, latent)
+        feature = found["feature"]
         scale = feature["max_act"]
-        alike = {row["latent"]: row["max_act"] for row in (*found["neighbours"], *found["cofiring"])}
+        alike = (row["latent"] for row in (*found["neighbours"], *found["cofiring"]))
         return view.render(
             "feature.html",
             sae,
@@ -148,7 +141,7 @@ def feature_page(request: Request, explorer: TheExplorer, sae: str, latent: int)
             silent=[(make_tile(row, note=f"fires {row['other']}"), row["other"]) for row in found["silent"]],
             mistakes=_by_labeller(found["mistakes"]),
             histogram=_draw_histogram(found["histogram"]),
-            tiles=previews(view, sae, list(alike), alike, n=4),
+            tiles=previews(view, sae, alike, n=4),
             box=make_box(view, sae, latent),
             sql=f"SELECT * FROM features WHERE sae = '{sae}' AND latent = {latent}",
         )

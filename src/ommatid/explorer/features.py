@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 import pydantic
@@ -192,15 +192,20 @@ def _add_reviewed(view: View, sae: str, query: FeatureQuery, conditions: list[st
         conditions.append("latent IN (SELECT unnest($listed::INTEGER[]))")
 
 
-def find_features(view: View, query: FeatureQuery) -> tuple[FeaturePage, Question, str]:
+LISTED = "sae, latent, label, label_score, control_score, labeller, ms, ms_floor, density, n_images, purity, max_act, top_classes"
+"""Columns that pages show of a feature in a list; more would take longer."""
+
+
+def find_features(view: View, query: FeatureQuery, columns: str = LISTED) -> tuple[FeaturePage, str]:
     """Find a page of features.
 
     Args:
         view: The request.
         query: Which features.
+        columns: Columns to load, as SQL.
 
     Returns:
-        The page, the question behind it, and the SAE.
+        The page, and the SAE.
 
     Raises:
         BadRequest: A key of a page is malformed.
@@ -208,8 +213,7 @@ def find_features(view: View, query: FeatureQuery) -> tuple[FeaturePage, Questio
     sae = view.choose_sae(query.sae)
     conditions, values = make_where(view, sae, query)
     (counted,) = view.rows(f"SELECT count(*) AS n FROM features WHERE {' AND '.join(conditions)}", **values)
-    question = _question(query, conditions, values)
-    rows = view.ask(question)
+    rows = view.ask(_question(query, conditions, values, columns))
     is_back = query.before is not None and query.after is None
     more, rows = len(rows) > query.n, rows[: query.n]
     if is_back:
@@ -223,7 +227,7 @@ def find_features(view: View, query: FeatureQuery) -> tuple[FeaturePage, Questio
         previous=query.url(before=_write_key(rows[0], query.sort), after=None) if rows and has_previous else None,
         sql=shown_question(query, conditions, values, key).text,
     )
-    return page, question, sae
+    return page, sae
 
 
 def shown_question(query: FeatureQuery, conditions: Sequence[str], values: Mapping[str, Any], key: str) -> Question:
@@ -232,7 +236,7 @@ def shown_question(query: FeatureQuery, conditions: Sequence[str], values: Mappi
     return Question(f"SELECT * FROM features\nWHERE {' AND '.join(conditions)}\n{order}\nLIMIT {query.n}", values)
 
 
-def _question(query: FeatureQuery, conditions: Sequence[str], values: Mapping[str, Any]) -> Question:
+def _question(query: FeatureQuery, conditions: Sequence[str], values: Mapping[str, Any], columns: str) -> Question:
     """Return the question of a page, which gives one row more than the page has."""
     key = EXPRESSIONS.get(query.sort, query.sort)
     conditions, values = list(conditions), dict(values)
@@ -251,7 +255,7 @@ def _question(query: FeatureQuery, conditions: Sequence[str], values: Mapping[st
             conditions.append(f"({beyond} OR (({key}) = $key AND {tie}){missing})")
     nulls = "FIRST" if is_back else "LAST"
     order = f"({key}) {'ASC' if is_ascending else 'DESC'} NULLS {nulls}, latent {'DESC' if is_back else 'ASC'}"
-    sql = f"SELECT *, ({key}) AS sort_key FROM features WHERE {' AND '.join(conditions)} ORDER BY {order} LIMIT {query.n + 1}"
+    sql = f"SELECT {columns}, ({key}) AS sort_key FROM features WHERE {' AND '.join(conditions)} ORDER BY {order} LIMIT {query.n + 1}"
     return Question(sql, values)
 
 
@@ -277,39 +281,40 @@ def _read_key(text: str, sort: Sort) -> tuple[Any, int]:
 
 
 _PREVIEWS = """
-    SELECT latent, image, left(image_id, 12) AS hash, act, heat, shown.rows, cols, width, height, seen_width, seen_height, label
-    FROM (
-        SELECT * FROM examples WHERE sae = $sae AND latent IN (SELECT unnest($latents::INTEGER[])) AND rank <= $n
-        QUALIFY row_number() OVER (PARTITION BY latent ORDER BY decile DESC, rank) <= $n
-    ) AS shown JOIN images USING (image)
-    ORDER BY latent, decile DESC, rank
+    SELECT latent, images[:$n] AS images FROM previews WHERE sae = $sae AND latent IN (SELECT unnest($latents::INTEGER[]))
 """
-
-
+_IMAGES = """
+    SELECT image, left(image_id, 12) AS hash, width, height, left(label, 80) AS label
+    FROM images WHERE image IN (SELECT unnest($images::INTEGER[]))
+"""
 _CARDS = """
     SELECT sae, latent, label, label_score, control_score, ms, ms_floor, n_images, max_act, purity
     FROM features WHERE sae = $sae AND latent IN (SELECT unnest($latents::INTEGER[])) ORDER BY latent
 """
 
 
-def previews(view: View, sae: str, latents: Sequence[int], scale: Mapping[int, float | None], n: int = N_PREVIEW) -> dict[int, list[Tile]]:
-    """Load the strongest images of some features.
+def previews(view: View, sae: str, latents: Iterable[int], n: int = N_PREVIEW) -> dict[int, list[Tile]]:
+    """Load the strongest images of some features, without their heat maps.
 
     Args:
         view: The request.
         sae: The SAE.
         latents: Its latents.
-        scale: Activation at which a heat map reaches its full strength, by latent.
-        n: Number of images of each.
+        n: Number of images of each, at most the 8 of the relation `previews`.
 
     Returns:
         The images by latent, strongest first.
     """
-    found: dict[int, list[Tile]] = {latent: [] for latent in latents}
-    if latents:
-        for row in view.rows(_PREVIEWS, sae=sae, latents=list(latents), n=n):
-            found[row["latent"]].append(make_tile(row, scale.get(row["latent"])))
-    return found
+    wanted = sorted(set(latents))
+    found = {row["latent"]: row["images"] for row in view.rows(_PREVIEWS, sae=sae, latents=wanted, n=n)} if wanted else {}
+    tiles = load_tiles(view, {image for images in found.values() for image in images})
+    return {latent: [tiles[image] for image in found.get(latent, ()) if image in tiles] for latent in wanted}
+
+
+def load_tiles(view: View, images: Iterable[int]) -> dict[int, Tile]:
+    """Load some images as tiles, by their numbers; images that the catalogue does not have are left out."""
+    wanted = sorted(set(images))
+    return {row["image"]: make_tile(row) for row in view.rows(_IMAGES, images=wanted)} if wanted else {}
 
 
 def load_features(view: View, sae: str, latents: Sequence[int]) -> dict[int, dict[str, Any]]:
@@ -317,18 +322,13 @@ def load_features(view: View, sae: str, latents: Sequence[int]) -> dict[int, dic
     return {row["latent"]: row for row in view.rows(_CARDS, sae=sae, latents=list(latents))} if latents else {}
 
 
-def scales(features: Sequence[Mapping[str, Any]]) -> dict[int, float | None]:
-    """Return the largest activation of each feature, by latent."""
-    return {row["latent"]: row["max_act"] for row in features}
-
-
 @router.get("/features", include_in_schema=False)
 def features_page(request: Request, explorer: TheExplorer, query: Annotated[FeatureQuery, Parameters()]) -> Response:
     """Show a page of features as pictures or as a table."""
     with explorer.open(request) as view:
-        page, _, sae = find_features(view, query)
+        page, sae = find_features(view, query)
         rows = [feature.model_dump() for feature in page.features]
-        shown = previews(view, sae, [row["latent"] for row in rows], scales(rows)) if query.view == "grid" else {}
+        shown = previews(view, sae, [row["latent"] for row in rows]) if query.view == "grid" else {}
         options = {
             "labellers": [row["labeller"] for row in view.opened.kept(_LABELLERS, sae=sae)],
             "classes": [row["class"] for row in view.opened.kept(_CLASSES)],
@@ -343,7 +343,7 @@ def features_page(request: Request, explorer: TheExplorer, query: Annotated[Feat
 def features_json(request: Request, explorer: TheExplorer, query: Annotated[FeatureQuery, Parameters()]) -> FeaturePage:
     """A page of features, with the address of the next one."""
     with explorer.open(request) as view:
-        page, _, _ = find_features(view, query)
+        page, _ = find_features(view, query, "*")
         to_api = {
             name: value.replace("/features", "/api/features", 1) if value else None
             for name, value in (("next", page.next), ("previous", page.previous))

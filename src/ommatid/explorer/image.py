@@ -10,7 +10,7 @@ from fastapi import Query as Parameters
 from fastapi.responses import Response
 
 from ommatid.errors import ArtefactError
-from ommatid.explorer.features import previews
+from ommatid.explorer.features import load_features, previews
 from ommatid.explorer.heat import draw_svg, encode, fit
 from ommatid.explorer.model import Model, about_model
 from ommatid.explorer.model_client import EncodedImage
@@ -32,10 +32,11 @@ Upload = Annotated[UploadFile, File()]
 SaeField = Annotated[str | None, Form()]
 
 _IMAGE = "SELECT * EXCLUDE (thumbnail), left(image_id, 12) AS hash FROM images WHERE image = $image"
-FIRING = """
-    SELECT f.latent, f.act, label, label_score, control_score, ms, ms_floor, density, max_act, n_images, f.act / max_act AS strength
-    FROM firings AS f JOIN features USING (sae, latent)
-    WHERE f.sae = $sae AND image = $image ORDER BY strength DESC, f.latent LIMIT 200
+_STRONGEST = "SELECT latent, act FROM image_latents WHERE sae = $sae AND image = $image ORDER BY rank"
+_FIRING = """
+    SELECT f.latent, f.act, label, label_score, control_score, ms, ms_floor, density, max_act
+    FROM (SELECT sae, latent, act FROM firings WHERE sae = $sae AND image = $image) AS f JOIN features USING (sae, latent)
+    ORDER BY f.act DESC, f.latent
 """
 _THUMB = "SELECT thumbnail FROM images WHERE image = $image AND starts_with(image_id, $hash)"
 _FEATURES = "SELECT * FROM features WHERE sae = $sae AND latent IN (SELECT unnest($latents::INTEGER[]))"
@@ -61,6 +62,14 @@ def find_image(view: View, image: int) -> dict[str, Any]:
         near = {f"image {row[end]}": image_url(row[end]) for end in ("first", "last")}
         raise NotFound(f"There is no image {image}; the data set has {row['first']} to {row['last']:,}.", near)
     return found[0]
+
+
+def find_strongest(view: View, sae: str, image: int) -> list[dict[str, Any]]:
+    """Return the features that fire most strongly on an image, by their activation as a share of their largest."""
+    found = view.rows(_STRONGEST, sae=sae, image=image)
+    features = load_features(view, sae, [row["latent"] for row in found])
+    rows = [features[row["latent"]] | row | {"strength": row["act"] / features[row["latent"]]["max_act"]} for row in found]
+    return sorted(rows, key=lambda row: (-row["strength"], row["latent"]))
 
 
 def read_upload(upload: UploadFile) -> bytes:
@@ -112,12 +121,11 @@ def image_page(request: Request, explorer: TheExplorer, image: int, query: Annot
     with explorer.open(request) as view:
         sae = view.choose_sae(query.sae)
         row = find_image(view, image)
-        firing = view.rows(FIRING, sae=sae, image=image)
+        firing = find_strongest(view, sae, image)
         where = None
         if query.where:
             where = about_model(lambda: show_where(view, sae, explorer.model.encode(sae, explorer.originals.get(image, row["hash"])[0])))
-        latents = {one["latent"]: one["max_act"] for one in firing[:N_FIRING]}
-        tiles = previews(view, sae, sorted(latents), latents, n=3)
+        tiles = previews(view, sae, (one["latent"] for one in firing), n=3)
         size = fit(row["width"], row["height"], BOX)
         return view.render("image.html", sae, image=row, size=size, firing=firing, tiles=tiles, where=where, box=BOX)
 
@@ -127,7 +135,7 @@ def image_json(request: Request, explorer: TheExplorer, image: int, query: Annot
     """An image, and the features that fire on it, by strength."""
     with explorer.open(request) as view:
         found = find_image(view, image)
-        return Json({"image": found, "features": view.rows(FIRING, sae=view.choose_sae(query.sae), image=image)})
+        return Json({"image": found, "features": view.rows(_FIRING, sae=view.choose_sae(query.sae), image=image)})
 
 
 @router.get("/my-image", include_in_schema=False)

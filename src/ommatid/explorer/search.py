@@ -1,5 +1,7 @@
 """Search: one box for words, classes, captions, numbers and meaning, and a picture to search by."""
 
+import re
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -7,8 +9,7 @@ from fastapi import Query as Parameters
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
-from ommatid.explorer.features import previews, scales
-from ommatid.explorer.heat import make_tile
+from ommatid.explorer.features import load_features, load_tiles, previews
 from ommatid.explorer.image import Upload, read_upload
 from ommatid.explorer.model import Model, about_model
 from ommatid.explorer.security import check_form
@@ -22,41 +23,30 @@ N_TILES = 4
 """Images shown of a feature."""
 
 _BY_NAME = """
-    SELECT * FROM features WHERE sae = $sae AND contains(lower(label), $text)
-    ORDER BY lower(label) <> $text, NOT starts_with(lower(label), $text), label_score - control_score DESC NULLS LAST, latent LIMIT $n
+    SELECT latent FROM features WHERE sae = $sae AND contains(lower(label), $text)
+    ORDER BY lower(label) <> $text, NOT regexp_matches(lower(label), $word), label_score - control_score DESC NULLS LAST, latent LIMIT $n
 """
 _BY_LABELLER = """
-    SELECT features.*, other.label AS other_label, other.labeller AS other_labeller FROM labels AS other JOIN features USING (sae, latent)
-    WHERE other.sae = $sae AND contains(lower(other.label), $text) AND other.label IS DISTINCT FROM features.label
-    ORDER BY other.score DESC NULLS LAST, latent LIMIT $n
+    SELECT latent FROM (SELECT latent, label, score FROM labels WHERE sae = $sae AND contains(lower(label), $text)) AS other
+    WHERE latent NOT IN (SELECT latent FROM features WHERE sae = $sae AND contains(lower(label), $text))
+    GROUP BY latent ORDER BY max(score) DESC NULLS LAST, latent LIMIT $n
 """
 _BY_CLASS = """
-    SELECT * FROM features WHERE sae = $sae AND len(list_filter(top_classes[:1], lambda one: contains(lower(one), $text))) > 0
-    ORDER BY purity DESC NULLS LAST, n_images DESC, latent LIMIT $n
+    SELECT latent FROM class_latents WHERE sae = $sae AND class IN (SELECT unnest($classes::VARCHAR[]))
+    GROUP BY latent ORDER BY max(recall * precision) DESC, latent LIMIT $n
 """
 _CLASSES = """
     SELECT label AS class, count(*) AS n FROM images WHERE contains(lower(label), $text) GROUP BY label ORDER BY n DESC, label LIMIT $n
 """
+_HAS_CAPTIONS = "SELECT bool_or(len(captions) > 0) AS has FROM images"
 _CAPTIONED = """
-    SELECT image, left(image_id, 12) AS hash, width, height, label FROM images
-    WHERE contains(lower(array_to_string(captions, chr(10))), $text) ORDER BY split <> 'eval', image LIMIT 200
+    SELECT image FROM images WHERE split = 'eval' AND contains(lower(array_to_string(captions, chr(10))), $text) ORDER BY image LIMIT 200
 """
 _OF_IMAGES = """
-    WITH found AS (
-        SELECT latent, count(*) AS n FROM examples
-        WHERE sae = $sae AND image IN (SELECT unnest($images::INTEGER[])) AND decile = 10 GROUP BY latent ORDER BY n DESC, latent LIMIT $n
-    )
-    SELECT features.*, found.n AS n_found FROM features JOIN found USING (latent) WHERE sae = $sae ORDER BY found.n DESC, latent
+    SELECT latent FROM image_latents WHERE sae = $sae AND image IN (SELECT unnest($images::INTEGER[])) AND rank <= 8
+    GROUP BY latent ORDER BY count(*) DESC, latent LIMIT $n
 """
-_OF_LATENTS = "SELECT * FROM features WHERE sae = $sae AND latent IN (SELECT unnest($latents::INTEGER[]))"
-_OF_NUMBER = """
-    SELECT features.*, cosine FROM neighbours JOIN features ON features.sae = neighbours.sae AND features.latent = other
-    WHERE neighbours.sae = $sae AND neighbours.latent = $latent ORDER BY rank LIMIT $n
-"""
-_IMAGES = """
-    SELECT image, left(image_id, 12) AS hash, width, height, label FROM images WHERE image IN (SELECT unnest($images::INTEGER[]))
-"""
-
+_NEIGHBOURS = "SELECT other AS latent FROM neighbours WHERE sae = $sae AND latent = $latent ORDER BY rank LIMIT $n"
 _BY_MEANING = "By meaning: the image against the mean of each feature's images, in the model's space of images and texts."
 
 
@@ -81,23 +71,36 @@ def find_words(view: View, sae: str, q: str) -> list[dict[str, Any]]:
     text = " ".join(q.lower().split())
     if not text:
         return []
-    keys = {"sae": sae, "text": text, "n": N_HITS}
-    people = view.rows(_OF_LATENTS, sae=sae, latents=view.reviewed(sae).named_like(text)[:N_HITS])
-    groups = [
-        ("Names by people", f"The name that a person gave contains “{text}”.", people),
-        ("Names", f"The name contains “{text}”.", [row for row in view.rows(_BY_NAME, **keys) if not view.named(sae, row["latent"])]),
-        ("Other labellers' names", "A name by a labeller whose score is not the best contains it.", view.rows(_BY_LABELLER, **keys)),
-        ("Classes", "The class on whose images it fires most contains it.", view.rows(_BY_CLASS, **keys)),
-    ]
-    captioned = [row["image"] for row in view.rows(_CAPTIONED, text=text)]
-    if captioned:
-        found = view.rows(_OF_IMAGES, sae=sae, images=captioned, n=N_HITS)
-        groups.append(("Captions", f"Captions of images that fire it most contain it ({len(captioned)} images).", found))
+    keys = {"sae": sae, "n": N_HITS}
+    groups: list[tuple[str, str, list[dict[str, Any]]]] = []
     if text.isdecimal() and int(text) < view.opened.saes[sae]["n_latents"]:
-        number = {"sae": sae, "latent": int(text)}
-        groups.insert(0, ("Number", f"Latent {int(text)}.", view.rows(_OF_LATENTS, sae=sae, latents=[int(text)])))
-        groups.insert(1, ("Neighbours", f"The directions most like that of latent {int(text)}.", view.rows(_OF_NUMBER, **number, n=N_HITS)))
-    return [{"title": title, "text": meaning, "rows": rows, "images": []} for title, meaning, rows in groups if rows]
+        latent = int(text)
+        groups.append(("Number", f"Latent {latent}.", [{"latent": latent}]))
+        groups.append(("Neighbours", f"The directions most like that of latent {latent}.", view.rows(_NEIGHBOURS, **keys, latent=latent)))
+    word = rf"\b{re.escape(text)}\b"
+    people = [{"latent": latent} for latent in view.reviewed(sae).named_like(text)[:N_HITS]]
+    groups.append(("Names by people", f"The name that a person gave contains “{text}”.", people))
+    named = [row for row in view.rows(_BY_NAME, **keys, text=text, word=word) if not view.named(sae, row["latent"])]
+    groups.append(("Names", f"The name contains “{text}”.", named))
+    groups.append(
+        ("Other names", "A labeller whose name is not the best gave one that contains it.", view.rows(_BY_LABELLER, **keys, text=text))
+    )
+    if classes := [row["class"] for row in find_classes(view, text)]:
+        groups.append(("Classes", "They tell a class whose name contains it.", view.rows(_BY_CLASS, **keys, classes=classes)))
+    if view.opened.kept(_HAS_CAPTIONS)[0]["has"] and (captioned := [row["image"] for row in view.rows(_CAPTIONED, text=text)]):
+        meaning = f"They fire most on the {len(captioned)} images with a caption that contains it."
+        groups.append(("Captions", meaning, view.rows(_OF_IMAGES, **keys, images=captioned)))
+    features = load_features(view, sae, sorted({row["latent"] for _, _, rows in groups for row in rows}))
+    return [
+        {"title": title, "text": meaning, "rows": [features[row["latent"]] for row in rows], "images": []}
+        for title, meaning, rows in groups
+        if rows
+    ]
+
+
+def find_classes(view: View, text: str) -> list[dict[str, Any]]:
+    """Find classes whose name contains a text in lower case, and count their images."""
+    return view.rows(_CLASSES, text=text, n=N_HITS)
 
 
 def _among(n_images: int) -> str:
@@ -112,7 +115,7 @@ def find_meaning(view: View, sae: str, q: str, wait: float = 0) -> Model:
 
 def _name_hits(view: View, sae: str, hits: Any) -> list[dict[str, Any]]:
     """The features of hits, best first, each with its score as `hit`."""
-    rows = {row["latent"]: row for row in view.rows(_OF_LATENTS, sae=sae, latents=list(hits.found))}
+    rows = load_features(view, sae, list(hits.found))
     return [rows[latent] | {"hit": score} for latent, score in zip(hits.found, hits.scores, strict=True) if latent in rows]
 
 
@@ -124,8 +127,8 @@ def search_page(request: Request, explorer: TheExplorer, query: Annotated[Search
         groups = find_words(view, sae, q)
         meaning = find_meaning(view, sae, q) if q and not explorer.settings.is_static else None
         rows = [row for group in groups for row in group["rows"]] + ((meaning.answer or []) if meaning else [])
-        classes = view.rows(_CLASSES, text=q.lower(), n=N_HITS) if q else []
-        tiles = previews(view, sae, sorted({row["latent"] for row in rows}), scales(rows), N_TILES)
+        classes = find_classes(view, q.lower()) if q else []
+        tiles = previews(view, sae, (row["latent"] for row in rows), N_TILES)
         return view.render("search.html", sae, q=q, groups=groups, classes=classes, meaning=meaning, tiles=tiles, similar=None)
 
 
@@ -137,9 +140,9 @@ def search_by_image(request: Request, explorer: TheExplorer, upload: Upload, sae
 
         def ask() -> list[dict[str, Any]]:
             hits = explorer.model.search_image(sae, encoded, N_HITS, wait=30)
-            images = {row["image"]: row for row in view.rows(_IMAGES, images=list(hits.images.found))}
+            images = load_tiles(view, hits.images.found)
             shown = zip(hits.images.found, hits.images.scores, strict=True)
-            tiles = [make_tile(images[image], note=f"cosine {score:.2f}") for image, score in shown if image in images]
+            tiles = [replace(images[image], note=f"cosine {score:.2f}") for image, score in shown if image in images]
             return [
                 {
                     "title": "Fire on it",
@@ -153,7 +156,7 @@ def search_by_image(request: Request, explorer: TheExplorer, upload: Upload, sae
 
         similar = about_model(ask)
         rows = [row for group in similar.answer or [] for row in group["rows"]]
-        tiles = previews(view, sae, sorted({row["latent"] for row in rows}), scales(rows), N_TILES)
+        tiles = previews(view, sae, (row["latent"] for row in rows), N_TILES)
         return view.render("search.html", sae, q="", groups=similar.answer or [], classes=[], meaning=None, tiles=tiles, similar=similar)
 
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi import Query as Parameters
 from fastapi.responses import Response
 
-from ommatid.explorer.features import FeatureQuery, find_features, previews, scales
+from ommatid.explorer.features import FeatureQuery, find_features, previews
 from ommatid.explorer.plots import Axis, Plot, draw_grid
 from ommatid.explorer.web import Json, Query, TheExplorer, View
 from ommatid.show.about import About, list_facts, make_headlines
@@ -127,16 +127,15 @@ def _find_lists(view: View, sae: str) -> list[dict[str, Any]]:
     if champion := _last_champion(view, sae):
         text = "No latent of the champion before has a similar direction."
         lists.append(("New since the last champion", text, {"unmatched": champion, "sort": "over_floor", "images_min": LEAST_IMAGES}))
-    found, latents, scale = [], [], {}
+    found, latents = [], []
     for title, text, values in lists:
         query = FeatureQuery(sae=sae, n=N_SHOWN, **values)
-        page, _, _ = find_features(view, query)
+        page, _ = find_features(view, query)
         if page.total:
             rows = [feature.model_dump() for feature in page.features]
             found.append({"title": title, "text": text, "url": FeatureQuery(**values).url(sae=sae), "total": page.total, "rows": rows})
             latents += [row["latent"] for row in rows]
-            scale |= scales(rows)
-    tiles = previews(view, sae, sorted(set(latents)), scale, N_TILES)
+    tiles = previews(view, sae, latents, N_TILES)
     return [entry | {"tiles": tiles} for entry in found]
 
 

@@ -40,7 +40,7 @@ function drawHeat(tile) {
   canvas.style.width = `${width}px`; canvas.style.height = `${height}px`;
   if (settings.style === "off") return;
   const [rows, cols] = tile.dataset.grid.split(" ").map(Number), [seenX, seenY] = tile.dataset.seen.split(" ").map(Number);
-  const values = decode(tile.dataset.heat), pen = canvas.getContext("2d"), pixels = pen.createImageData(width, height);
+  const values = decode(tile.dataset.heat), pen = canvas.getContext("2d", { willReadFrequently: true }), pixels = pen.createImageData(width, height);
   const left = width * (1 - seenX) / 2, top = height * (1 - seenY) / 2, w = width * seenX, h = height * seenY;
   const inside = (x, y) => x >= left && x < left + w && y >= top && y < top + h;
   const at = (x, y) => inside(x, y) ? sample(values, rows, cols, (y - top) / h * rows, (x - left) / w * cols) : 0;
