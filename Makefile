@@ -15,7 +15,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export GOMP_SPINCOUNT := 1000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo fmt check test-fast test lint up docs bench bench-extract bench-train bench-evaluate bench-interop peers constraints clean
+.PHONY: help demo fmt check test-fast test lint up docs bench bench-extract bench-train bench-evaluate bench-serve bench-interop peers constraints clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -81,6 +81,9 @@ bench-train: $(READY) $(PEERS)/.ready ## compare training with the peers' traine
 
 bench-evaluate: $(READY) ## compare monosemanticity with the published loop at full size, and measure the memory of the stage
 	@python benchmarks/evaluate.py
+
+bench-serve: $(READY) ## measure the explorer's pages over a generated catalogue of 65,536 latents, which takes minutes to make
+	@python benchmarks/serve.py
 
 bench-interop: $(READY) $(PEERS)/.ready ## compare SAEs of other libraries imported here, and ours exported there
 	@python benchmarks/interop.py

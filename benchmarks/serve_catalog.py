@@ -6,6 +6,7 @@ It has 65,536 latents x 768, 1.3 million examples, 16 million firings on 50,000 
 has no score, a rare one no label.
 """
 
+import hashlib
 import io
 import json
 import shutil
@@ -21,12 +22,11 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from ommatid import schemas, store
+from ommatid.catalog import stage
 from ommatid.catalog.stage import CATALOG, build_catalog
 from ommatid.config import CatalogParams
 from ommatid.store import Artefact, Draft, part_name
 
-VERSION = 2
-"""Increment when what is generated changes, so that a cached catalogue is built again."""
 N_CLASSES = 1000
 CLASS_IMAGES = 50
 """Evaluation images of a class."""
@@ -79,7 +79,7 @@ class Fired:
 
 
 def catalogue(folder: Path) -> Path:
-    """Return the generated catalogue in a folder, building it first if it is not there or of another version.
+    """Return the generated catalogue in a folder, building it first if it is not there, or if this file or the relations have changed.
 
     Args:
         folder: Folder that only this function writes to.
@@ -87,8 +87,9 @@ def catalogue(folder: Path) -> Path:
     Returns:
         The DuckDB file.
     """
-    path, stamp = folder / "catalog" / CATALOG, folder / "version"
-    wanted = f"{VERSION} {store.draft._code_digest()}" if False else str(VERSION)
+    path, stamp = folder / "catalog" / CATALOG, folder / "made-by"
+    sources = [Path(__file__), Path(schemas.__file__), *sorted(Path(stage.__file__).parent.rglob("*.sql"))]
+    wanted = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
     if not (path.exists() and stamp.exists() and stamp.read_text() == wanted):
         shutil.rmtree(folder, ignore_errors=True)
         build(generate(folder), folder / "catalog")
