@@ -46,6 +46,8 @@ FILTERS = (
     lambda rng: {},
 )
 """Makers of random filters of the list of features."""
+KINDS = ("kept", "split", "changed", "lost", "new")
+"""Kinds of features that two compared SAEs have."""
 STATEMENTS = (
     "SELECT latent, label, ms FROM features WHERE ms > {x:.3f} ORDER BY ms LIMIT 100",
     "SELECT label, count(*) AS n FROM features WHERE density < {x:.4f} GROUP BY label ORDER BY n DESC LIMIT 50",
@@ -87,6 +89,7 @@ PAGES: dict[str, Callable[[random.Random], str]] = {
     "classes": lambda rng: f"/classes?page={rng.randrange(1, 10)}",
     "class": lambda rng: f"/class?name={quote(rng.choice(Facts.classes))}",
     "search by words": lambda rng: f"/search?q={quote(rng.choice(Facts.words))}",
+    "compare": lambda rng: f"/compare?a={SAE}&b={OTHER}&kind={rng.choice(KINDS)}",
     "runs": lambda rng: "/runs",
     "sql": statement,
     "thumbnail": thumbnail,

@@ -491,7 +491,7 @@ def _labels(draft: Draft, size: Size, fired: Fired, words: list[str]) -> dict[st
                 labeller=labeller,
                 place=place,
                 status=status.astype(object),
-                label=np.where(is_ok, text, None),
+                label=[label if ok else None for label, ok in zip(text, is_ok, strict=True)],
                 similarity=scored(rng.normal(0.3, 0.1, n)),
                 score=scored(score),
                 auroc=scored(score + 0.01),
