@@ -21,6 +21,8 @@ N_BEST = 10
 """Features that are the best of a class without a probe: the first of `class_latents`."""
 LEAST_LIFT = 1.5
 """Least lift of the features in the order of coverage, as a feature that fires on everything covers every class."""
+N_TELLING = 24
+"""Features listed in order of lift or coverage."""
 N_CARDS = 4
 """Features shown with pictures, of those in order of lift or coverage."""
 N_TILES = 3
@@ -234,7 +236,7 @@ def class_page(request: Request, explorer: TheExplorer, query: Annotated[ClassQu
     with explorer.open(request) as view:
         found = describe_class(view, query)
         sae = found["sae"]
-        leading, order = found["probed"] or found["best"], found[f"by_{query.sort}"]
+        leading, order = found["probed"] or found["best"], found[f"by_{query.sort}"][:N_TELLING]
         features = load_features(view, sae, list(dict.fromkeys([*leading, *order])))
         shown = sorted({*leading, *order[:N_CARDS]})
         probes = {row["k"] if row["probe"] == "latents" else "x": row for row in found["probes"]}
@@ -251,7 +253,7 @@ def class_page(request: Request, explorer: TheExplorer, query: Annotated[ClassQu
             tiles=previews(view, sae, shown, N_TILES),
             images=[make_tile(row, note=f"{row['n_told']} of {n_best} fire" if n_best else " ") for row in found["images"]],
             own_url=link("/features", sae=query.sae, class_=query.name, sort="purity") if len(query.name) <= 500 else None,
-            limits={"pure": PURE, "lift": LEAST_LIFT},
+            limits={"pure": PURE, "lift": LEAST_LIFT, "listed": N_TELLING},
             sql="\n;\n".join(_questions(found)),
         )
 

@@ -289,7 +289,7 @@ _IMAGES = """
 """
 _CARDS = """
     SELECT sae, latent, label, label_score, control_score, ms, ms_floor, n_images, max_act, purity
-    FROM features WHERE sae = $sae AND latent IN (SELECT unnest($latents::INTEGER[])) ORDER BY latent
+    FROM features WHERE sae = $sae AND list_contains($latents::INTEGER[], latent) ORDER BY latent
 """
 
 
