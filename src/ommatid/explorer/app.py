@@ -1,6 +1,6 @@
 """The explorer's application: its routes, its errors as pages, its static files, and how it is served."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,20 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartParser
 
 from ommatid import __version__
 from ommatid.errors import ConfigError, OmmatidError
 from ommatid.explorer import classes, compare, console, feature, features, image, model, monitoring, review, runs, search, start
 from ommatid.explorer.library import CONSOLE_MB, Library, NoCatalogue, OldCatalogue
 from ommatid.explorer.model_client import ModelClient
-from ommatid.explorer.security import Guard, check_exposure
+from ommatid.explorer.security import UPLOADS, Guard, check_exposure, harden, is_local
 from ommatid.explorer.web import FOREVER, STATIC, BadRequest, Explorer, Json, NotFound, Settings, asset
 
 TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".txt": "text/plain"}
 """Content type of static files, by suffix."""
+MOST_PROBLEMS = 10
+"""Most parameters whose problems are listed."""
 
 
 def make_app(settings: Settings) -> FastAPI:
@@ -50,8 +53,10 @@ def make_app(settings: Settings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url="/api/openapi.json",
+        redirect_slashes=False,
         lifespan=lifespan,
     )
+    MultiPartParser.spool_max_size = 2 * max(UPLOADS.values())  # what is uploaded stays in memory
     app.state.explorer = explorer
     for module in (start, features, feature, image, model, search, classes, compare, runs, review, console, monitoring):
         app.include_router(module.router)
@@ -73,10 +78,13 @@ def serve(settings: Settings) -> None:
     """
     import uvicorn
 
+    from ommatid.explorer.connection import Connection
+
     app = make_app(settings)
     config = uvicorn.Config(
         app, settings.host, settings.port, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30,
         timeout_graceful_shutdown=5, limit_concurrency=512, h11_max_incomplete_event_size=2**16, lifespan="on",
+        http=Connection, ws="none",
     )  # fmt: skip
     try:
         listening = config.bind_socket()
@@ -87,6 +95,9 @@ def serve(settings: Settings) -> None:
     listening.listen(config.backlog)  # before the address is printed, so that whoever reads it is heard
     host, port = listening.getsockname()[:2]
     print(f"explorer  http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends it)", flush=True)
+    if settings.token:
+        place = "this address" if is_local(host) else "the same address of this machine's name"
+        print(f"visitors  open {place} once with ?token= and the value of OMMATID_TOKEN at its end", flush=True)
     uvicorn.Server(config).run(sockets=[listening])
 
 
@@ -125,12 +136,18 @@ def _explain(request: Request, error: Exception) -> Response:
 
 def _explain_parameters(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return _respond(request, 400, "That cannot be asked", "\n".join(map(_problem, error.errors())))
+    return _respond(request, 400, "That cannot be asked", _list_problems(error.errors()))
+
+
+def _list_problems(errors: Sequence[Any]) -> str:
+    """Say what is wrong with the parameters of an address, a line each."""
+    more = f"\nand {len(errors) - MOST_PROBLEMS:,} more" if len(errors) > MOST_PROBLEMS else ""
+    return "\n".join(map(_problem, errors[:MOST_PROBLEMS])) + more
 
 
 def _problem(error: Any) -> str:
     """Say which parameter of an address is wrong, what came and what is allowed."""
-    name = ".".join(str(part) for part in error["loc"][1:]) or "the request"
+    name = ".".join(str(part) for part in error["loc"][1:])[:200] or "the request"
     given = "" if error["type"] in ("missing", "model_type") else f" got {str(error['input'])[:80]!r};"
     said = "there is no such parameter" if error["type"] == "extra_forbidden" else error["msg"].removeprefix("Value error, ")
     return f"{name}:{given} {said[:1].lower()}{said[1:]}"
@@ -139,9 +156,11 @@ def _problem(error: Any) -> str:
 def _explain_status(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        return _respond(request, 404, "Not found", f"There is no page {request.url.path!r}.", {"the start page": "/"})
+        return _respond(request, 404, "Not found", f"There is no page {request.url.path[:200]!r}.", {"the start page": "/"})
     return _respond(request, error.status_code, "That cannot be asked", str(error.detail))
 
 
 def _explain_fault(request: Request, error: Exception) -> Response:
-    return _respond(request, 500, "A fault", "The explorer failed to make this page; its log has the reason.")
+    response = _respond(request, 500, "A fault", "The explorer failed to make this page; its log has the reason.")
+    harden(response.headers)  # faults are answered outside the guard
+    return response

@@ -201,7 +201,7 @@ def describe_class(view: View, query: ClassQuery) -> dict[str, Any]:
 def _ask_images(keys: Mapping[str, str], latents: Sequence[int], **values: Any) -> Question:
     """Ask for images of a class, and on how many of all images some latents fire. A part for each latent reads its firings alone."""
     parts = [f"SELECT image FROM firings WHERE sae = $sae AND latent = $latent_{i}" for i in range(len(latents))]
-    fired = "\n        UNION ALL ".join(parts or ["SELECT image FROM firings WHERE false"])
+    fired = "\n        UNION ALL ".join(parts or ["SELECT image FROM firings WHERE sae = $sae AND false"])
     return Question(_IMAGES.format(fired=fired), {**keys, **values, **{f"latent_{i}": latent for i, latent in enumerate(latents)}})
 
 

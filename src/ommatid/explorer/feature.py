@@ -165,7 +165,8 @@ def heat_svg(request: Request, explorer: TheExplorer, sae: str, latent: int, ima
             FROM examples AS e JOIN features USING (sae, latent) JOIN images USING (image)
             WHERE sae = $sae AND latent = $latent AND image = $image AND heat IS NOT NULL LIMIT 1
         """
-        found = view.rows(sql, sae=view.choose_sae(sae), latent=latent, image=image)
+        is_possible = 0 <= latent < 2**31 and 0 <= image < 2**31
+        found = view.rows(sql, sae=view.choose_sae(sae), latent=latent, image=image) if is_possible else []
         if not found:
             raise NotFound(f"There is no heat map of latent {latent} on image {image}.")
         (row,) = found

@@ -274,8 +274,10 @@ def _read_key(text: str, sort: Sort) -> tuple[Any, int]:
         kinds = (str, type(None)) if sort == "label" else (int, float, type(None))
         is_finite = not isinstance(value, float) or math.isfinite(value)
         if type(latent) is int and isinstance(value, kinds) and not isinstance(value, bool) and is_finite and abs(latent) < 2**31:
-            return value, latent
-    except (ValueError, TypeError, RecursionError):
+            if isinstance(value, str):
+                value.encode()  # half of a surrogate pair raises
+            return (float(value) if isinstance(value, int) else value), latent
+    except (ValueError, TypeError, RecursionError, OverflowError):
         pass
     raise BadRequest(f"after, before: got {text[:80]!r}; expected the key of a page, as the links to other pages have it")
 
@@ -386,7 +388,7 @@ def as_csv(found: QueryResult, name: str) -> Response:
 
     def iter_lines() -> Iterator[str]:
         out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
+        writer = csv.writer(out)  # ends lines with both characters, so that it quotes texts that hold either
         for row in (found.columns, *found.rows):
             writer.writerow([safe_cell(cell) for cell in row])
             if out.tell() > 2**16:

@@ -3,16 +3,17 @@
 import hashlib
 import hmac
 import ipaddress
+import re
 import secrets
 import time
-from asyncio import timeout
+from asyncio import get_running_loop, timeout_at
 from collections import deque
-from http.cookies import CookieError, SimpleCookie
 from typing import Annotated
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
-from fastapi import Form, Header, Request
+from fastapi import Form, Header, HTTPException, Request
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -34,7 +35,7 @@ SAFE = ("GET", "HEAD", "OPTIONS")
 OPEN = ("/health", "/robots.txt")
 """Addresses that need no token."""
 COOKIE = "ommatid"
-"""Cookie with the visitor's session, signed if a token is required."""
+"""Beginning of the name of the cookie with the visitor's session; the port follows, as browsers share cookies between ports."""
 MOST_BYTES = 2**18
 """Largest body of a request, in bytes, except those of `UPLOADS`."""
 UPLOADS = {
@@ -46,13 +47,17 @@ UPLOADS = {
 }
 """Largest body of the addresses that take files, in bytes."""
 BODY_SECONDS = 60.0
-"""Seconds in which a request's body has to arrive."""
+"""Seconds within which the whole body of a request has to arrive."""
 MOST_WRONG, WINDOW = 10, 60.0
 """Wrong tokens after which an address is refused, and the seconds for which each is remembered."""
+MOST_ADDRESSES = 1000
+"""Addresses with wrong tokens after which a new address is refused: somebody guesses from many."""
+LEAST_TOKEN, LEAST_DIFFERENT = 16, 8
+"""Fewest characters of a token, and fewest different ones."""
 
 
 def is_local(host: str) -> bool:
-    """Return whether an address to listen on can be reached from this machine alone."""
+    """Return whether a host, as in an address to listen on, is this machine and reached from it alone."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -70,12 +75,13 @@ def check_exposure(settings: Settings) -> None:
             f"--host {settings.host} can be reached from other machines, so visitors need a token: set OMMATID_TOKEN to a secret of at "
             "least 16 characters, such as one that `python -c 'import secrets; print(secrets.token_urlsafe())'` prints, or leave out --host"
         )
-    if settings.token is not None and (len(settings.token) < 16 or not settings.token.isascii() or not settings.token.isprintable()):
-        raise ConfigError("OMMATID_TOKEN is too short or not plain text: set it to at least 16 printable ASCII characters")
-
-
-class TooLarge(Exception):
-    """A request's body exceeds its limit."""
+    if settings.token is not None and not (
+        re.fullmatch(rf"[!-~][ -~]{{{LEAST_TOKEN - 2},998}}[!-~]", settings.token) and len(set(settings.token)) >= LEAST_DIFFERENT
+    ):
+        raise ConfigError(
+            f"OMMATID_TOKEN can be guessed or is not plain text: set it to at least {LEAST_TOKEN} ASCII characters, no blank at an end, "
+            f"of which {LEAST_DIFFERENT} differ, such as `python -c 'import secrets; print(secrets.token_urlsafe())'` prints"
+        )
 
 
 class Guard:
@@ -98,7 +104,7 @@ class Guard:
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         if scope["type"] != "http":
-            return  # no page uses websockets
+            return await send({"type": "websocket.close", "code": 1008})  # no page uses websockets
         headers = Headers(scope=scope)
         session, is_known = self._session(headers)
         scope["session"], scope["secret"] = session, self._secret
@@ -106,97 +112,78 @@ class Guard:
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 answered = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    answered.setdefault(name, value)
-                answered.setdefault("cache-control", "no-store")
-                if not is_known and not self._settings.token and message["status"] < 400:
-                    answered.append("set-cookie", self._cookie(session))
+                harden(answered)
+                if self._settings.token:  # no cache that people share may keep what needs a token
+                    answered["cache-control"] = answered["cache-control"].replace("public", "private")
+                is_kept = answered["cache-control"] != "no-store"  # and shared: a cache would give the session to others
+                if not is_known and not self._settings.token and message["status"] < 400 and not is_kept:
+                    answered.append("set-cookie", self._cookie(scope, headers))
             await send(message)
 
         if refusal := self._refusal(scope, headers) or self._challenge(scope, headers, is_known):
             return await refusal(scope, receive, send_guarded)
-        limit = UPLOADS.get(scope["path"], MOST_BYTES)
-        if (given := headers.get("content-length", "0")).isdecimal() and int(given) > limit:
-            return await _too_large(limit)(scope, receive, send_guarded)
-        left, is_started = limit, False
-
-        async def receive_limited() -> Message:
-            nonlocal left
-            if left < 0:
-                return {"type": "http.disconnect"}
-            async with timeout(BODY_SECONDS if scope["method"] not in SAFE else None):
-                message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
-                raise TooLarge
-            return message
-
-        async def send_noted(message: Message) -> None:
-            nonlocal is_started
-            is_started = True
-            await send_guarded(message)
-
-        try:
-            await self._app(scope, receive_limited, send_noted)
-        except (TooLarge, TimeoutError):
-            if is_started:
-                raise
-            answer = _too_large(limit) if left < 0 else PlainTextResponse("The request did not arrive in time.", 408)
-            await answer(scope, receive, send_guarded)
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # the server leaves out the body
+        await self._app(scope, _limited(scope, headers, receive), send_guarded)
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
-        """Refuse requests that another site makes a visitor's browser send."""
+        """Refuse requests that another site makes a visitor's browser send, and bodies in encodings that hide what they hold."""
         host = headers.get("host", "")
-        if is_local(self._settings.host) and not is_local(urlsplit(f"//{host}").hostname or ""):
-            # a name of another site that resolves to this machine (DNS rebinding)
+        if not self._settings.token and not is_local(_hostname(host)):
+            # a name of another site that resolves to this machine (DNS rebinding); where a token is needed, that site has no cookie
             return PlainTextResponse(f"Ask http://{self._settings.host}:{self._settings.port}/ instead.", 421)
-        if scope["method"] in SAFE:
-            return None
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
-        is_foreign = site not in (None, "same-origin") or (origin is not None and urlsplit(origin).netloc != host)
-        return PlainTextResponse("This request comes from another site; use the explorer's own pages.", 403) if is_foreign else None
+        is_foreign = site not in (None, "same-origin", "none") or (origin is not None and _netloc(origin) != host)
+        if scope["method"] in SAFE:
+            # links from other sites are followed; their pages can neither embed ours nor run statements by asking for pictures
+            is_link = headers.get("sec-fetch-mode", "navigate") == "navigate" and headers.get("sec-fetch-dest", "document") == "document"
+            return _foreign() if is_foreign and not is_link else None
+        if is_foreign or site == "none":
+            return _foreign()
+        kind = headers.get("content-type", "").lower()
+        if kind.count("charset") != len(re.findall(r';\s*charset="?utf-8"?\s*(?:;|$)', kind)):
+            return PlainTextResponse("Send text as UTF-8.", 415)  # others, such as unicode_escape, make texts that no page can show
+        return None
 
     def _challenge(self, scope: Scope, headers: Headers, is_known: bool) -> Response | None:
         """Ask for the token, or exchange it for a cookie."""
         token = self._settings.token
-        if token is None or is_known or scope["path"] in OPEN:
+        parameters = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True) if b"token" in scope["query_string"] else []
+        given = next((value for name, value in parameters if name == "token"), None) if scope["method"] in SAFE else None
+        if token is None or is_known:
+            return None if given is None else _without_token(scope, parameters)
+        if scope["path"] in OPEN:
             return None
-        client = (scope.get("client") or ("unknown", 0))[0]
-        parameters = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-        given = next((value for name, value in parameters if name == "token"), None)
-        bearer = headers.get("authorization", "").removeprefix("Bearer ")
-        offered = given if given is not None else bearer or None
+        kind, _, bearer = headers.get("authorization", "").partition(" ")
+        offered = given if given is not None else bearer.strip() if kind.lower() == "bearer" else None
         if offered is None:
             return PlainTextResponse(
-                "A token is needed: open the address that ends in ?token=..., or send Authorization: Bearer <token>.", 401
+                "A token is needed: open the address that ends in ?token=..., or send Authorization: Bearer <token>.",
+                401,
+                {"www-authenticate": "Bearer"},
             )
-        if self._is_blocked(client):
+        address = _address(scope)
+        if self._is_blocked(address):
             return PlainTextResponse("Too many wrong tokens; try again in a minute.", 429, {"retry-after": str(int(WINDOW))})
         if not hmac.compare_digest(hashlib.sha256(offered.encode()).digest(), hashlib.sha256(token.encode()).digest()):
-            self._wrong.setdefault(client, deque(maxlen=MOST_WRONG)).append(time.monotonic())
-            return PlainTextResponse("The token is wrong.", 401)
+            self._wrong.setdefault(address, deque(maxlen=MOST_WRONG)).append(time.monotonic())
+            return PlainTextResponse("The token is wrong.", 401, {"www-authenticate": "Bearer"})
         if given is None:
             return None
-        # the token leaves the address at once, so that it does not stay in the history or in links
-        rest = urlencode([(name, value) for name, value in parameters if name != "token"])
-        answer = RedirectResponse("/" + scope["path"].lstrip("/") + (f"?{rest}" if rest else ""), 303)
-        answer.headers.append("set-cookie", self._cookie(scope["session"]))
+        answer = _without_token(scope, parameters)
+        answer.headers.append("set-cookie", self._cookie(scope, headers))
         return answer
 
-    def _is_blocked(self, client: str) -> bool:
+    def _is_blocked(self, address: str) -> bool:
         now = time.monotonic()
-        for address in [address for address, times in self._wrong.items() if times[-1] < now - WINDOW]:
-            del self._wrong[address]
-        times = self._wrong.get(client, ())
-        return len(times) == MOST_WRONG and times[0] > now - WINDOW
+        for old in [address for address, times in self._wrong.items() if times[-1] < now - WINDOW]:
+            del self._wrong[old]
+        times = self._wrong.get(address, ())
+        return len(self._wrong) >= MOST_ADDRESSES if not times else len(times) == MOST_WRONG and times[0] > now - WINDOW
 
     def _session(self, headers: Headers) -> tuple[str, bool]:
         """Return the visitor's session, a new one if there is none, and whether the visitor had one that this server signed."""
-        try:
-            found = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-        except CookieError:
-            found = None
-        session, _, signature = (found.value if found else "").partition(".")
+        session, _, signature = cookie_parser(headers.get("cookie", "")).get(_cookie_name(headers), "").partition(".")
         if session and hmac.compare_digest(signature.encode(), self._sign(session).encode()):
             return session, True
         return secrets.token_urlsafe(16), False
@@ -204,12 +191,87 @@ class Guard:
     def _sign(self, session: str) -> str:
         return hmac.new(self._secret, b"session:" + session.encode(), hashlib.sha256).hexdigest()
 
-    def _cookie(self, session: str) -> str:
-        return f"{COOKIE}={session}.{self._sign(session)}; Path=/; HttpOnly; SameSite=Strict; Max-Age=2592000"
+    def _cookie(self, scope: Scope, headers: Headers) -> str:
+        secure = "; Secure" if scope.get("scheme") == "https" else ""
+        value = f"{scope['session']}.{self._sign(scope['session'])}"
+        return f"{_cookie_name(headers)}={value}; Path=/; HttpOnly; SameSite=Strict; Max-Age=2592000{secure}"
 
 
-def _too_large(limit: int) -> Response:
-    return PlainTextResponse(f"The request is too large; at most {limit / 2**20:g} MiB are taken here.", 413)
+def _foreign() -> Response:
+    return PlainTextResponse("This request comes from another site; use the explorer's own pages.", 403)
+
+
+def harden(headers: MutableHeaders) -> None:
+    """Add the headers of every answer that it does not have yet."""
+    for name, value in HEADERS.items():
+        headers.setdefault(name, value)
+    headers.setdefault("cache-control", "no-store")
+
+
+def _limited(scope: Scope, headers: Headers, receive: Receive) -> Receive:
+    """Return a function that receives a body as long as it is neither too large nor too late, and raises HTTPException otherwise."""
+    limit = UPLOADS.get(scope["path"], MOST_BYTES)
+    given = headers.get("content-length", "0")
+    left = -1 if given.isdecimal() and int(given[:20]) > limit else limit
+    deadline = get_running_loop().time() + BODY_SECONDS
+    is_complete = False
+
+    async def receive_limited() -> Message:
+        nonlocal left, is_complete
+        if is_complete:
+            return await receive()  # which waits for the visitor to leave
+        if left >= 0:
+            try:
+                async with timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"The request did not arrive within {BODY_SECONDS:.0f} s.") from None
+            left -= len(message.get("body", b""))
+            is_complete = not message.get("more_body", False)
+            if left >= 0:
+                return message
+        raise HTTPException(413, f"The request is too large; at most {limit / 2**20:g} MiB are taken here.")
+
+    return receive_limited
+
+
+def _without_token(scope: Scope, parameters: list[tuple[str, str]]) -> Response:
+    """Send a visitor to the same address without the token, so that it stays neither in the history nor in links."""
+    rest = urlencode([(name, value) for name, value in parameters if name != "token"])
+    path = quote(scope.get("raw_path", b"").decode("latin-1").lstrip("/\\"), safe="/%")
+    return RedirectResponse(f"/{path}" + (f"?{rest}" if rest else ""), 303)
+
+
+def _netloc(url: str) -> str:
+    """Host and port of an address; empty if it has none."""
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return ""
+
+
+def _hostname(host: str) -> str:
+    """The host of the header Host, without the port; empty if it is malformed."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _cookie_name(headers: Headers) -> str:
+    port = re.search(r":(\d{1,5})$", headers.get("host", ""))
+    return f"{COOKIE}-{port[1]}" if port else COOKIE
+
+
+def _address(scope: Scope) -> str:
+    """The visitor's address, or the network of a house if it is of IPv6, where everybody has many."""
+    try:
+        address = ipaddress.ip_address((scope.get("client") or ("",))[0])
+    except ValueError:
+        return "unknown"
+    if isinstance(address, ipaddress.IPv6Address) and not address.ipv4_mapped:
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return str(address)
 
 
 def form_token(request: Request) -> str:
@@ -236,7 +298,7 @@ def check_program(request: Request, authorization: Annotated[str, Header()] = ""
         BadRequest: It has neither the server's token as `Authorization: Bearer` nor a form's token as `X-CSRF-Token`.
     """
     token: str | None = request.app.state.explorer.settings.token
-    bearer = authorization.removeprefix("Bearer ").encode()
+    bearer = authorization.partition(" ")[2].encode()
     if token and hmac.compare_digest(hashlib.sha256(bearer).digest(), hashlib.sha256(token.encode()).digest()):
         return
     if not hmac.compare_digest(x_csrf_token.encode(), form_token(request).encode()):

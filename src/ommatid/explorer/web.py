@@ -89,7 +89,7 @@ class Settings:
     """Address to listen on."""
     port: int = 8321
     """Port to listen on."""
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     """Token that visitors need; required unless the address is this machine's own."""
     is_static: bool = False
     """Whether the pages are written to files, where nothing that needs a server is shown."""
@@ -249,8 +249,8 @@ class View:
             return next(iter(saes))
         if found := next((sae for sae, run in saes.items() if name in (sae, run["name"])), None):
             return found
-        near = difflib.get_close_matches(name, saes, n=3, cutoff=0.2) or list(saes)[:3]
-        raise NotFound(f"There is no SAE {name!r} in this catalogue.", {sae: link("/", sae=sae) for sae in near})
+        near = difflib.get_close_matches(name[:200], saes, n=3, cutoff=0.2) or list(saes)[:3]
+        raise NotFound(f"There is no SAE {name[:200]!r} in this catalogue.", {sae: link("/", sae=sae) for sae in near})
 
     def reviewed(self, sae: str) -> Reviewed:
         """Return what people say of the features of an SAE, the same throughout the request."""
