@@ -27,6 +27,8 @@ from report import Row, publish, show
 from serve_catalog import N_EVAL, SAES, catalogue
 
 CLIENTS = 8
+FEWER = {"sql": 2}
+"""Clients of a kind of page that refuses more statements at once."""
 SECONDS = 8.0
 """Seconds for which each kind of page is asked for."""
 WARMED = 2
@@ -163,7 +165,7 @@ async def ask(port: int, kind: str) -> tuple[list[float], list[int]]:
             path = unescape(found[1].decode()) if found else ""
         client.close()
 
-    await asyncio.gather(*(run(number) for number in range(CLIENTS)))
+    await asyncio.gather(*(run(number) for number in range(FEWER.get(kind, CLIENTS))))
     return took, sizes
 
 
@@ -244,7 +246,7 @@ def measure(server: Server, kind: str) -> tuple[list[Row], float]:
     used, before, start = processor_seconds(server.process.pid), time.process_time(), time.perf_counter()
     took, sizes = asyncio.run(ask(server.port, kind))
     seconds = time.perf_counter() - start
-    used = (processor_seconds(server.process.pid) - used) / (len(took) + WARMED * CLIENTS)
+    used = (processor_seconds(server.process.pid) - used) / (len(took) + WARMED * FEWER.get(kind, CLIENTS))
     share = (time.process_time() - before) / seconds
     at = quantiles(took, n=100) if len(took) > 1 else took * 99
     must, goal = BYTES.get(kind, (None, None))
