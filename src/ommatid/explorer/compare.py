@@ -103,7 +103,7 @@ class CompareQuery(Query):
     """ms: the most monosemantic first; cosine: the least alike first."""
     after: Annotated[int | None, Field(ge=0, le=2**31 - 1)] = None
     """Latent of the last feature on the page before."""
-    n: Annotated[int, Field(ge=1, le=100)] = 12
+    n: Annotated[int, Field(ge=1, le=100)] = 8
     """Features on a page."""
 
     def url(self, path: str = "/compare", **changes: Any) -> str:

@@ -20,7 +20,9 @@ CONSOLE_MB = 512
 """Memory limit of a statement of the SQL console, in MB."""
 TIMEOUT = 30.0
 """Seconds after which a page's statement is stopped; it is far above what any takes, so that only a hang reaches it."""
-NEEDED = ("features", "examples", "meanings", "directions", "near_misses", "mistakes", "class_latents")
+NEEDED = (
+    "features", "examples", "meanings", "directions", "near_misses", "mistakes", "previews", "image_latents", "class_latents",
+)  # fmt: skip
 """Relations that older catalogues may lack and pages need."""
 N_HASH = 12
 """Characters of an image's checksum in the addresses of its pictures, so that an address always gives the same bytes."""
