@@ -109,8 +109,9 @@ def _among(n_images: int) -> str:
 
 def find_meaning(view: View, sae: str, q: str, wait: float = 0) -> Model:
     """Search by meaning: the text against each feature's mean image embedding in the model's joint space."""
+    text = "".join(c for c in q if c.isprintable())  # marks of the writing direction mean nothing to the model
     model = view.explorer.model
-    return about_model(lambda: _name_hits(view, sae, model.search_text(sae, q, N_HITS, wait)))
+    return about_model(lambda: _name_hits(view, sae, model.search_text(sae, text, N_HITS, wait)) if text.strip() else [])
 
 
 def _name_hits(view: View, sae: str, hits: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,115 @@
+"""Proves that the search finds names, classes, captions, numbers, meanings and images, and says which kind of match each hit is."""
+
+import re
+from collections.abc import Iterator
+
+import pytest
+from starlette.testclient import TestClient
+
+from ommatid.catalog.reader import Catalog
+from ommatid.explorer.app import make_app
+from ommatid.explorer.web import Settings
+from support.small_study import HOSTILE, NAMES, QUOTES, Study
+
+
+@pytest.fixture(scope="module")
+def client(study: Study) -> Iterator[TestClient]:
+    """A client of the explorer of the small study, whose model is loaded when a test first asks for it."""
+    with TestClient(make_app(Settings(catalog=study.catalog, data=str(study.data))), base_url="http://127.0.0.1") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def catalog(study: Study) -> Iterator[Catalog]:
+    """The catalogue of the small study."""
+    with Catalog(study.catalog) as opened:
+        yield opened
+
+
+def find(client: TestClient, q: str) -> dict[str, list[int]]:
+    answer = client.get("/api/search", params={"q": q, "sae": NAMES[0]})
+    assert answer.status_code == 200, answer.text
+    return {group["title"]: [row["latent"] for row in group["rows"]] for group in answer.json()["words"]}
+
+
+def token(client: TestClient) -> str:
+    found = re.search(r'name="csrf" value="(\w+)"', client.get("/my-image").text)
+    assert found
+    return found[1]
+
+
+def test_words_are_found_in_names(client: TestClient, catalog: Catalog) -> None:
+    sql = "SELECT latent FROM features WHERE starts_with(sae, $sae) AND contains(lower(label), 'aeroplane')"
+    expected = {latent for (latent,) in catalog.rows(sql, {"sae": NAMES[0]})}
+    assert expected and set(find(client, "AEROPLANE")["Names"]) == expected
+
+
+def test_words_are_found_in_names_that_another_labeller_gave(client: TestClient, catalog: Catalog) -> None:
+    sql = """
+        SELECT labels.label FROM labels JOIN features USING (sae, latent)
+        WHERE starts_with(sae, $sae) AND labels.label IS NOT NULL AND labels.label <> features.label AND len(labels.label) < 150
+        AND labels.label NOT IN (SELECT label FROM features WHERE label IS NOT NULL) LIMIT 1
+    """
+    ((label,),) = catalog.rows(sql, {"sae": NAMES[0]})
+    found = find(client, label)
+    other = "SELECT latent FROM labels WHERE starts_with(sae, $sae) AND label = $label"
+    assert set(found["Other names"]) >= {latent for (latent,) in catalog.rows(other, {"sae": NAMES[0], "label": label})} - set(
+        found.get("Names", [])
+    )
+
+
+@pytest.mark.parametrize("kind", ["quotes", "right to left", "markup"])
+def test_hostile_classes_are_found_and_lead_to_latents_that_tell_them(client: TestClient, catalog: Catalog, kind: str) -> None:
+    text = HOSTILE[kind][:60]
+    found = find(client, text)
+    sql = "SELECT latent FROM class_latents WHERE starts_with(sae, $sae) AND class = $class"
+    telling = {latent for (latent,) in catalog.rows(sql, {"sae": NAMES[0], "class": HOSTILE[kind]})}
+    assert found["Classes"] and set(found["Classes"]) <= telling
+    assert found["Captions"], "captions hold the same texts"
+    page = client.get("/search", params={"q": text, "sae": NAMES[0]})
+    assert page.status_code == 200 and "<script>alert" not in page.text and "onerror='" not in page.text
+
+
+def test_a_number_finds_the_latent_and_its_neighbours(client: TestClient, catalog: Catalog) -> None:
+    found = find(client, "12")
+    sql = "SELECT other FROM neighbours WHERE starts_with(sae, $sae) AND latent = 12 ORDER BY rank LIMIT 12"
+    assert found["Number"] == [12] and found["Neighbours"] == [other for (other,) in catalog.rows(sql, {"sae": NAMES[0]})]
+    assert "Number" not in find(client, "4000")
+
+
+def test_meaning_finds_features_that_no_text_matches(client: TestClient) -> None:
+    answer = client.get("/api/search", params={"q": "a red ball", "sae": NAMES[0]}).json()
+    assert answer["words"] == [] and answer["problem"] is None
+    hits = [row["hit"] for row in answer["meaning"]]
+    assert len(hits) == 12 and hits == sorted(hits, reverse=True) and -1 <= hits[-1] < hits[0] <= 1
+
+
+def test_an_image_of_the_set_is_most_like_itself(client: TestClient, catalog: Catalog) -> None:
+    image, hash_ = catalog.rows("SELECT image, left(image_id, 12) FROM images WHERE split = 'eval' ORDER BY image LIMIT 1 OFFSET 20")[0]
+    encoded = client.get(f"/originals/{image}/{hash_}").content
+    answer = client.post("/search", data={"csrf": token(client), "sae": NAMES[0]}, files={"upload": ("one.png", encoded)})
+    assert answer.status_code == 200 and all(title in answer.text for title in ("Fire on it", "Of like meaning", "Images like it"))
+    shown = re.search(r"<h2>Images like it</h2>(.*?)</section>", answer.text, re.DOTALL)
+    assert shown and re.findall(r'data-image="(\d+)"', shown[1])[0] == str(image)
+    strongest = catalog.rows(
+        "SELECT latent FROM firings WHERE starts_with(sae, $sae) AND image = $image ORDER BY act DESC LIMIT 1",
+        {"sae": NAMES[0], "image": image},
+    )
+    fire = re.search(r"<h2>Fire on it</h2>(.*?)</section>", answer.text, re.DOTALL)
+    assert fire and re.findall(r'data-latent="(\d+)"', fire[1])[0] == str(strongest[0][0])
+
+
+@pytest.mark.parametrize("path", ["/search", "/my-image", "/api/my-image"])
+@pytest.mark.parametrize(
+    ("encoded", "said"), [(b"", "empty"), (b"not an image", "not an image"), (b"\x89PNG\r\n\x1a\n" + b"\0" * 64, "image")]
+)
+def test_uploads_that_are_no_images_are_refused(client: TestClient, path: str, encoded: bytes, said: str) -> None:
+    answer = client.post(path, data={"csrf": token(client), "sae": NAMES[0]}, files={"upload": ("x.png", encoded)})
+    assert answer.status_code == 400 and said in answer.text
+
+
+def test_a_search_for_nothing_explains_itself(client: TestClient) -> None:
+    assert "Type a word" in client.get("/search").text
+    assert client.get("/search", params={"q": "x" * 201}).status_code == 400
+    assert find(client, QUOTES[:30][::-1]) == {}
+    assert client.get("/search", params={"q": "\u202e"}).status_code == 200
