@@ -660,6 +660,37 @@ def test_encodings_that_are_taken(client: TestClient) -> None:
         assert client.post("/try/form", content=f"csrf={token}", headers=OWN | {"content-type": kind}).status_code == 200
 
 
+def test_what_people_say_is_stored_and_shown_as_text(hostile: Path, tmp_path: Path) -> None:
+    app = make_app(Settings(hostile, str(tmp_path / "data")))
+    app.state.explorer.model.close()
+    app.state.explorer.model = NoModel()
+    with TestClient(app, base_url="http://localhost", follow_redirects=False, raise_server_exceptions=False) as client:
+        header = {"x-csrf-token": client.get("/api/review/csrf").json()["csrf"]}
+        statuses = []
+        for value in (*HOSTILE.values(), '=HYPERLINK("http://evil.example")', "\ud800", "\0", "", "x" * 100_000):
+            for who in ("Ada", MARKUP[:60], "=1+1", "\ud800", "a\r\nset-cookie: x=1"):
+                for kind in ("name", "comment", "list", "rate", "__class__"):
+                    body = {"sae": SAES[0], "latent": 0, "kind": kind, "value": value, "who": who}
+                    raw = json.dumps(body).encode()  # which writes halves of characters as JSON can
+                    response = client.post("/api/review/event", content=raw, headers=header | {"content-type": "application/json"})
+                    statuses.append(response.status_code)
+                    assert response.status_code in (201, 400), (body, response.text[-300:])
+                    check_headers(response, str(body)[:200])
+        assert 10 < statuses.count(201) < len(statuses) / 2
+        for raw in (b'{"sae": NaN}', b'{"latent": 1e999}', b"[" * 50_000, b'{"latent": %s}' % (b"9" * 5000), b"\xff", b"null", b""):
+            assert client.post("/api/review/event", content=raw, headers=header | {"content-type": "application/json"}).status_code == 400
+        for address in ("/review", "/review/log", "/review/lists", "/review/orphans", f"/features/{quote(SAES[0])}/0", "/features", "/"):
+            response = client.get(address)
+            assert response.status_code == 200 and read(response.text).problems == [], address
+        for what in ("state", "history"):
+            rows = list(csv.reader(io.StringIO(client.get(f"/review/export.csv?what={what}").text, newline="")))
+            assert len(rows) > 1 and not [cell for row in rows for cell in row if cell[:1] in ("=", "+", "@", "\t", "\r")]
+        for back in ("//evil.example", "/\\evil.example", "http://evil.example", "javascript:alert(1)", "/review\r\nset-cookie: x=1"):
+            form = {"csrf": header["x-csrf-token"], "who": "Ada", "back": back}
+            answer = client.post("/review/who", data=form)
+            assert answer.status_code == 303 and answer.headers["location"] == "/review" and "x=1" not in str(answer.headers), back
+
+
 def test_uploads_stay_in_memory(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(security.UPLOADS, "/my-image/try", 32 * 2**20)
     token = csrf_of(client)
