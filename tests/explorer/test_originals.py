@@ -36,6 +36,7 @@ def test_an_image_is_as_it_was_in_the_source(study: Study) -> None:
             assert answer.content == (study.root / "photos" / path).read_bytes()
             assert (answer.headers["content-type"], answer.headers["x-content-type-options"]) == ("image/png", "nosniff")
             assert "immutable" in answer.headers["cache-control"]
+            assert f'"/originals/{image}/{image_id[:12]}"' in asks.get(f"/images/{image}").text
 
 
 def test_a_catalogue_alone_shows_thumbnails(study: Study, tmp_path: Path) -> None:
@@ -43,6 +44,9 @@ def test_a_catalogue_alone_shows_thumbnails(study: Study, tmp_path: Path) -> Non
     with client(study, tmp_path) as asks:
         answer = asks.get(f"/originals/{image}/{image_id[:12]}")
         assert answer.status_code == 404 and f"The images are not in {tmp_path}/images; the catalogue has thumbnails alone." in answer.text
+        page = asks.get(f"/images/{image}").text
+        assert f"/thumbs/{image}/" in page and "/originals/" not in page
+        assert "/originals/" not in asks.get("/features").text
 
 
 @pytest.mark.parametrize(

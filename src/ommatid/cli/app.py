@@ -16,7 +16,7 @@ import typer.core
 
 from ommatid import __version__
 from ommatid.cli.error_boundary import at_edge
-from ommatid.cli.terminal import align, say
+from ommatid.cli.terminal import align, say, showing
 from ommatid.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -256,6 +256,8 @@ def serve(
     if published and (catalog is not None or data != DEFAULT_DATA):
         raise ConfigError("--published names the champion's catalogue in data/published: leave out --catalog and --data")
     file = Path("data/published/catalog.duckdb") if published else _catalog_file(catalog, data)
+    if catalog is not None and catalog.absolute().parent.name == "catalog":
+        data = str(catalog.absolute().parent.parent)  # the study that the catalogue lies in, for pictures and the model
     token = os.environ.get("OMMATID_TOKEN") or None
     run(Settings(file, data, published, read_only, host, port, token))
 
@@ -288,19 +290,60 @@ def import_(
 
 @app.command()
 def export(
-    to: Annotated[str, typer.Option(help="saelens, dictionary_learning, sparsify, saev, sae_for_vlm or overcomplete.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
-    sae: Annotated[Path | None, typer.Option(help="Folder with sae.safetensors and cfg.json; default: the only SAE under --data.")] = None,
+    what: Annotated[str | None, typer.Argument(metavar="[site]", help="site: the explorer's pages as files. Without it, an SAE.")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="Format of the SAE: saelens, dictionary_learning, sparsify, saev, sae_for_vlm or overcomplete.")
+    ] = None,
+    sae: Annotated[
+        str | None,
+        typer.Option(help="Folder with sae.safetensors and cfg.json; default: the only SAE under --data. For site: a name; default: all."),
+    ] = None,
+    latents: Annotated[str | None, typer.Option(metavar="N,N,...", help="Latents that site copies; default: all that fire.")] = None,
+    most: Annotated[
+        int | None, typer.Option(min=1, help="Number of features that site copies, those with the highest MS above its floor.")
+    ] = None,
+    catalog: CatalogFile = None,
     data: Data = DEFAULT_DATA,
 ) -> None:
-    """Export an SAE in the format of another library, whose own loader can then open it."""
+    """Export an SAE in the format of another library, or `site`: a static copy of the explorer that opens without a server."""
+    if what not in (None, "site"):
+        raise ConfigError(f"export {what!r}: expected site, or no name to export an SAE with --to FORMAT")
+    if what == "site":
+        if to is not None:
+            raise ConfigError("--to names the format of an SAE, and export site writes pages: leave out one of them")
+        _export_site(out, sae, latents, most, _catalog_file(catalog, data), data)
+        return
+    named = {"--latents": latents, "--most": most, "--catalog": catalog}
+    if given := [option for option, value in named.items() if value is not None]:
+        raise ConfigError(f"{given[0]} belongs to `ommatid export site`; leave it out to export an SAE")
+    if to is None:
+        raise ConfigError("export needs --to FORMAT: saelens, dictionary_learning, sparsify, saev, sae_for_vlm or overcomplete")
     from ommatid.sae.interop import export_sae, is_native, load_native
     from ommatid.store import checked_folder
 
-    folder = sae or _trained_sae(data)
+    folder = Path(sae) if sae else _trained_sae(data)
     loaded = load_native(checked_folder(folder, "sae") if is_native(folder) else folder)
     export_sae(loaded, to, out)
     say(f"export: {out} holds {_describe(loaded)} as {to}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+
+
+def _export_site(out: Path, sae: str | None, latents: str | None, most: int | None, catalog: Path, data: str) -> None:
+    from ommatid.explorer.site import write_site
+    from ommatid.store.filesystem import in_words
+
+    if latents is not None and most is not None:
+        raise ConfigError("--latents and --most both choose features; leave out one of them")
+    chosen = None
+    if latents is not None:
+        numbers = [number.strip() for number in latents.split(",")]
+        if wrong := [number for number in numbers if not (number.isascii() and number.isdecimal())]:
+            raise ConfigError(f"--latents: got {wrong[0]!r}; expected numbers with commas between them, such as 1,5,9")
+        chosen = [int(number) for number in numbers]
+    with showing(sys.stdout) as on_event:
+        site = write_site(catalog, out, data, sae, chosen, most, on_event)
+    counts = f"{site.n_features} features, {site.n_pages} pages and {site.n_pictures} pictures, {in_words(site.n_bytes)}"
+    say(f"export: {out} holds {counts}; open {(out / 'index.html').absolute().as_uri()}")
 
 
 def _run(name: str, params_file: Path, overrides: list[str] | None, data: str, allow_rejected: bool = False) -> None:

@@ -172,6 +172,9 @@ def make_where(view: View, sae: str, query: FeatureQuery) -> tuple[list[str], di
         conditions.append(
             "latent NOT IN (SELECT latent FROM matches WHERE sae = $sae AND other_sae = $unmatched AND cosine >= 0.9) AND NOT is_dead"
         )
+    if (only := view.explorer.settings.only) is not None:
+        values["only"] = list(only.get(sae, ()))
+        conditions.append("latent IN (SELECT unnest($only::INTEGER[]))")
     _add_reviewed(view, sae, query, conditions, values)
     return conditions, values
 

@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,6 +38,8 @@ NAVIGATION = (
     ("/sql", "SQL"),
 )
 """Address and name of each page in the bar."""
+SERVED = ("/my-image", "/search", "/review", "/sql", "/api", "/openapi", "/originals", "/heat")
+"""Beginnings of addresses that need a server, and that a static copy lacks."""
 SORT_NAMES = {
     "latent": "number",
     "label": "name",
@@ -93,6 +95,8 @@ class Settings:
     """Token that visitors need; required unless the address is this machine's own."""
     is_static: bool = False
     """Whether the pages are written to files, where nothing that needs a server is shown."""
+    only: Mapping[str, Sequence[int]] | None = None
+    """Latents that lists show, by SAE; None for all."""
 
 
 class NotFound(OmmatidError):
@@ -167,6 +171,12 @@ class Explorer:
         self.library.close()
         self.console.close()
 
+    @property
+    def _navigation(self) -> Sequence[tuple[str, str]]:
+        if not self.settings.is_static:
+            return NAVIGATION
+        return (*((address, name) for address, name in NAVIGATION if not address.startswith(SERVED)), ("/all", "Search"))
+
     @cached_property
     def originals(self) -> Originals:
         """The images in full size."""
@@ -189,7 +199,7 @@ class Explorer:
         )
         environment.globals |= {
             "settings": self.settings,
-            "nav": NAVIGATION,
+            "nav": self._navigation,
             "sort_names": SORT_NAMES,
             "table_columns": TABLE_COLUMNS,
             "version": __version__,
