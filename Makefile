@@ -34,6 +34,7 @@ demo: $(READY) ## run the whole pipeline on 10,000 photographs, as a Prefect flo
 	@echo
 	@ommatid query "SELECT latent, label, label_score, ms, ms_floor, density, purity FROM features WHERE label IS NOT NULL AND n_images >= 16 ORDER BY ms DESC LIMIT 10"
 	@echo
+	@echo "look       $(BIN)/ommatid serve          then open http://127.0.0.1:8321"
 	@echo "look at    file://$(CURDIR)/$$(ommatid show)"
 	@echo "           file://$(CURDIR)/data/quality/evaluate.html"
 	@echo "one latent $(BIN)/ommatid show 123"
@@ -63,7 +64,7 @@ lint: $(READY) ## check formatting, lint, types and import contracts
 	@pyright --warnings
 	@lint-imports --no-cache | tail -n 8
 
-up: $(READY) ## start the Prefect server, its worker and MLflow; Ctrl-C ends all of them
+up: $(READY) ## start the explorer, the Prefect server, its worker and MLflow; Ctrl-C ends all of them
 	@python -m flows.serve
 
 docs: $(READY) ## regenerate the pages and pictures that are made from code

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -106,6 +107,22 @@ def report(root: Path) -> str | None:
         if section.picture:
             parts.append(f"![{section.title}]({_embed(section.picture)})")
     return "\n\n".join(parts)
+
+
+def explorer(root: Path) -> str | None:
+    """Make the page that leads to the explorer of `make up`; None if there is no catalogue, or no explorer that could show it."""
+    from ommatid.explorer.web import link
+
+    address, catalogue = os.environ.get("OMMATID_EXPLORER_URL"), root / STAGES["catalog"].place / "catalog.duckdb"
+    if not address or not catalogue.exists():
+        return None
+    with Catalog(catalogue) as catalog:
+        found = catalog.rows("SELECT sae, coalesce(name, sae), n_latents FROM runs WHERE sae IN (SELECT sae FROM comparisons) ORDER BY ALL")
+    rows = [
+        (f"[{name}]({address}{link('/', sae=sae)})", f"{n_latents:,}", f"[features]({address}{link('/features', sae=sae)})")
+        for sae, name, n_latents in found
+    ]
+    return f"# [Explorer]({address}/)\n\nIt shows what the checkout holds while `make up` runs.\n\n" + _table(("SAE", "latents", ""), rows)
 
 
 def _picture(root: Path, draw: Callable[[Catalog, Path], None]) -> str | None:

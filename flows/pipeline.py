@@ -78,7 +78,10 @@ def publish_metrics(place: Workplace) -> None:
 
 @task(name="features", cache_policy=NO_CACHE)
 def publish_features(place: Workplace) -> None:
-    """Publish the report, and pictures of the best features and of all SAEs."""
+    """Publish the address of the explorer, the report, and pictures of the best features and of all SAEs."""
+    # an experiment's catalogue is not the one that the explorer shows
+    if place.experiment is None and (page := artifacts.explorer(place.root)):
+        create_markdown_artifact(page, key="explorer", description="Pages about every feature")
     if report := artifacts.report(place.root):
         create_markdown_artifact(report, key="report", description=f"Results of {place.name}")
     if picture := artifacts.features(place.root):

@@ -7,7 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -104,12 +104,12 @@ class Services:
         return " / ".join(self._log(name).read_text(errors="replace").splitlines()[-5:]) + f" (all of it: {self._log(name)})"
 
 
-def free_port(first: int, taken: int | None = None) -> int:
+def free_port(first: int, taken: Container[int] = ()) -> int:
     """Find a port that nobody listens on.
 
     Args:
         first: Port to try first; the 99 ports after it follow.
-        taken: Port to leave out.
+        taken: Ports to leave out.
 
     Returns:
         The port.
@@ -124,7 +124,7 @@ def free_port(first: int, taken: int | None = None) -> int:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-        if port != taken:
+        if port not in taken:
             return port
     raise RunError(f"no free port from {first} to {first + 99}")
 

@@ -1,7 +1,8 @@
-"""The servers of `make up`: Prefect with the deployments of infra/prefect.yaml and their workers, and MLflow, until Ctrl-C ends them.
+"""The servers of `make up`: Prefect with the deployments of infra/prefect.yaml and their workers, MLflow and the explorer, until Ctrl-C.
 
-Everything that they write stays in the checkout, in .prefect and .mlflow. PREFECT_SERVER_API_PORT and MLFLOW_PORT set the ports (default:
-4200 and 5000, or the next free ones). Imports no Prefect: each server is a separate process that logs to .prefect/logs.
+Everything that they write stays in the checkout, in .prefect and .mlflow, and people's reviews in data. PREFECT_SERVER_API_PORT,
+MLFLOW_PORT and OMMATID_PORT set the ports (default: 4200, 5000 and 8321, or the next free ones). Imports no Prefect: each server is a
+separate process that logs to .prefect/logs.
 """
 
 import ast
@@ -55,12 +56,14 @@ def serve(checkout: Path) -> None:
     pools = list(dict.fromkeys(deployment.work_pool.name for deployment in deployments))
     prefilled = {deployment.name: ("--params", parameters) if takes_params(checkout, deployment) else () for deployment in deployments}
     prefect = free_port(int(os.environ.get("PREFECT_SERVER_API_PORT", "4200")))
-    mlflow = free_port(int(os.environ.get("MLFLOW_PORT", "5000")), taken=prefect)
-    services = Services(_environment(checkout, prefect), checkout / ".prefect/logs")
+    mlflow = free_port(int(os.environ.get("MLFLOW_PORT", "5000")), taken=[prefect])
+    explorer = free_port(int(os.environ.get("OMMATID_PORT", "8321")), taken=[prefect, mlflow])
+    services = Services(_environment(checkout, prefect, explorer), checkout / ".prefect/logs")
     deploy = ("prefect", "--no-prompt", "deploy", "--prefect-file", PROJECT, "--name")
     try:
         services.start("prefect", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect))
         services.start("mlflow", *_mlflow(checkout, mlflow))
+        services.start("explorer", "ommatid", "serve", "--port", str(explorer))
         services.wait_for("prefect", f"http://127.0.0.1:{prefect}/api/health")
         _end_orphans(f"http://127.0.0.1:{prefect}/api")
         for pool in pools:
@@ -70,9 +73,11 @@ def serve(checkout: Path) -> None:
             services.start(f"deploy-{name}", *deploy, name, *arguments)
         services.finish(*(f"deploy-{name}" for name in prefilled))
         services.wait_for("mlflow", f"http://127.0.0.1:{mlflow}/health")
+        services.wait_for("explorer", f"http://127.0.0.1:{explorer}/robots.txt")  # /health says whether there is a catalogue
         for pool in pools:
             services.start(f"worker-{pool}", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", pool)
-        print(f"Prefect  http://127.0.0.1:{prefect}/deployments\nMLflow   http://127.0.0.1:{mlflow}\nCtrl-C ends both.", flush=True)
+        print(f"Explorer http://127.0.0.1:{explorer}\nPrefect  http://127.0.0.1:{prefect}/deployments\nMLflow   http://127.0.0.1:{mlflow}")
+        print("Ctrl-C ends all of them.", flush=True)
         while True:
             services.check()
             time.sleep(1)
@@ -115,12 +120,13 @@ def takes_params(checkout: Path, deployment: Deployment) -> bool:
     return any(argument.arg == "params" for argument in (*arguments.args, *arguments.kwonlyargs))
 
 
-def _environment(checkout: Path, port: int) -> dict[str, str]:
+def _environment(checkout: Path, port: int, explorer: int) -> dict[str, str]:
     ours = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")])),  # for `import flows`
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_SERVER_UI_API_URL": "/api",  # or the pages in the browser send their requests to port 4200
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+        "OMMATID_EXPLORER_URL": f"http://127.0.0.1:{explorer}",  # for links to it from Prefect's artifacts and MLflow's tags
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }

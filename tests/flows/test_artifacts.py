@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from flows import artifacts
 from ommatid.config import RetrainParams
 from ommatid.pipeline import STAGES
@@ -101,3 +103,17 @@ def test_the_page_contains_a_limited_number_of_pictures_of_health(tmp_path: Path
     page = str(artifacts.health(tmp_path))
     assert page.count("](data:image/png;base64,cGljdHVyZQ==)") == artifacts.N_DICTIONARIES
     assert page.endswith("2 more in `data/quality/health`")
+
+
+def test_the_explorer_is_linked_while_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMMATID_EXPLORER_URL", "http://127.0.0.1:8329")
+    assert artifacts.explorer(tmp_path) is None, "no catalogue"
+    place = tmp_path / STAGES["catalog"].place
+    catalog_artefacts.build(place.parent, catalog_artefacts.make_inputs(tmp_path))
+    page = str(artifacts.explorer(tmp_path))
+    assert (
+        page.startswith("# [Explorer](http://127.0.0.1:8329/)")
+        and f"](http://127.0.0.1:8329/?sae={catalog_artefacts.NAME}-00000000)" in page
+    )
+    monkeypatch.delenv("OMMATID_EXPLORER_URL")
+    assert artifacts.explorer(tmp_path) is None, "nobody serves it"

@@ -144,12 +144,18 @@ def test_a_run_with_an_override_can_be_started_in_the_ui(checkout: Path, tmp_pat
         monkeypatch.delenv(key)
     port = free_port()
     api = f"http://127.0.0.1:{port}/api"
-    env = {**os.environ, "PREFECT_SERVER_API_PORT": str(port), "MLFLOW_PORT": str(free_port())}
+    explorer = free_port()
+    env = {**os.environ, "PREFECT_SERVER_API_PORT": str(port), "MLFLOW_PORT": str(free_port()), "OMMATID_PORT": str(explorer)}
     up = subprocess.Popen([sys.executable, "-m", "flows.serve"], cwd=checkout, env=env, stdout=subprocess.PIPE, text=True)
     try:
         assert up.stdout
-        said = [up.stdout.readline() for _ in range(3)]
-        assert said[0] == f"Prefect  http://127.0.0.1:{port}/deployments\n" and said[1].startswith("MLflow   http://127.0.0.1:"), said
+        said = [up.stdout.readline() for _ in range(4)]
+        assert said[:2] == [f"Explorer http://127.0.0.1:{explorer}\n", f"Prefect  http://127.0.0.1:{port}/deployments\n"], said
+        assert said[2].startswith("MLflow   http://127.0.0.1:"), said
+        with pytest.raises(urllib.error.HTTPError, match="503") as empty:
+            urllib.request.urlopen(f"http://127.0.0.1:{explorer}/")
+        assert "data/catalog/catalog.duckdb: does not exist" in empty.value.read().decode()
+        empty.value.close()
 
         started = scheduled(api)
         assert started["auto_scheduled"] and started["state_type"] == "COMPLETED", started["state"]
@@ -179,11 +185,11 @@ def test_a_run_with_an_override_can_be_started_in_the_ui(checkout: Path, tmp_pat
         up.send_signal(signal.SIGINT)
         up.wait(HANG_SECONDS)
         up.stdout.close() if up.stdout else None
-    assert len(family) >= 4
+    assert len(family) >= 5
     wait_for_end(family, "servers and worker")
     logs = checkout / ".prefect/logs"
     assert {path.stem for path in logs.glob("*.log")} == {
-        *("prefect", "mlflow", "pool-ommatid", "worker-ommatid"),
+        *("prefect", "mlflow", "explorer", "pool-ommatid", "worker-ommatid"),
         *("deploy-pipeline", "deploy-retrain", "deploy-count"),
     }
     assert errors_in(logs) == []

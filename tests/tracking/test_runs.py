@@ -81,7 +81,7 @@ def make_training(params: Params, seed: int = 0) -> Artefact:
             child = draft.child(name, "sae", {**one.identity(), "seed": seed})
             with child.write_file("sae.safetensors") as weights, child.write_file("cfg.json") as config:
                 tiny_sae(seed + i).save(weights, config)
-            child.seal({})
+            child.seal({"sae": f"{name}-12345678"})
         draft.seal({})
         return draft.publish(Path("data/sae"))
 
@@ -193,6 +193,21 @@ def test_lineage_is_that_of_the_training_run(checkout: Path, client: MlflowClien
     assert found["dvc_experiment"] == "wide"
     assert found["git_dirty"] == "false"
     assert found["prefect_flow_run_id"] is None
+
+
+@pytest.mark.parametrize(
+    ("explorer", "experiment", "address"),
+    [("http://127.0.0.1:8321", "", "http://127.0.0.1:8321/?sae={}"), ("http://127.0.0.1:8321", "wide", None), ("", "", None)],
+)
+def test_an_explorer_of_the_checkout_is_linked(
+    explorer: str, experiment: str, address: str | None, client: MlflowClient, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMMATID_EXPLORER_URL", explorer)
+    monkeypatch.setenv("OMMATID_EXPERIMENT", experiment)
+    training = make_training(params)
+    with tracking.training_runs(params, {}) as run:
+        run.finish(training)
+    assert only_run(client).data.tags.get("explorer") == (address and address.format(f"{ONE}-12345678"))
 
 
 def test_files_follow_a_checkout_that_was_moved(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from ommatid.config import Params, dotted
 from ommatid.errors import OmmatidError, StoppedError
@@ -40,6 +41,8 @@ NOTE = "mlflow.note.content"
 """Tag that MLflow shows as the description of a run."""
 HISTOGRAMS = "histograms.json"
 """Artifact of a run: a table of histograms of firing rates, encoder norms and biases at every measured step."""
+EXPLORER = "explorer"
+"""Tag with the address of the SAE's page in the explorer that `make up` started, which has the page once the catalogue is built."""
 _PLACE = "ommatid.place"
 
 
@@ -174,6 +177,9 @@ class Runs:
         with patience():
             log_model(client, run_id, sae)
         client.set_tag(run_id, SAE, sae.digest)
+        # the explorer shows the checkout's own catalogue, which experiments have no part in
+        if (explorer := os.environ.get("OMMATID_EXPLORER_URL")) and not os.environ.get("OMMATID_EXPERIMENT"):
+            client.set_tag(run_id, EXPLORER, f"{explorer}/?sae={quote(sae.summary['sae'])}")
 
     def _close(self, name: str, status: str) -> None:
         client, run_id = self._server(name)
