@@ -17,7 +17,6 @@ from pydantic import Field
 from ommatid.catalog.question import Question
 from ommatid.config import STAGE_NAMES
 from ommatid.explorer.web import NotFound, Query, TheExplorer, View, link
-from ommatid.tracking.client import shown_uri
 
 router = APIRouter()
 
@@ -71,6 +70,8 @@ def find_run(view: View, name: str) -> dict[str, Any]:
 
 def trace_urls(run: Mapping[str, Any]) -> dict[str, str]:
     """Return addresses of a run on the servers of MLflow and Prefect, by column; those of servers that the environment names."""
+    from ommatid.tracking.client import shown_uri  # here, as its package imports pyarrow, which the server's memory need not hold
+
     prefect = os.environ.get("PREFECT_UI_URL") or os.environ.get("PREFECT_API_URL", "").rstrip("/").removesuffix("/api")
     pages = {"mlflow_run_id": (shown_uri(), "#/runs"), "prefect_flow_run_id": (prefect, "runs/flow-run")}
     return {

@@ -34,8 +34,13 @@ router = APIRouter()
 
 MARK = "ommatid-site.json"
 """File in a copy that says that the folder may be replaced by another copy."""
-FOLLOWED = frozenset(("sae", "name", "against", "other", "sort", "order", "state", "images_min", "unmatched", "after"))
-"""Parameters of addresses that are followed; a link with another one would lead to one of very many lists."""
+FOLLOWED = {
+    "/features": {"sae", "sort", "order", "state", "images_min", "unmatched", "after"},
+    "/classes": {"sae", "page"},
+    "/class": {"sae", "name", "show"},
+    "/compare": {"a", "b", "kind"},
+}
+"""Parameters that addresses which are followed may have, by path; of all other paths, the SAE. With more, lists would be too many."""
 AT_ONCE = 4
 """Pages made at the same time: more than reader processes, so that those need not wait."""
 _SUFFIXES = (".css", ".js", ".svg", ".webp")
@@ -295,9 +300,10 @@ class _Copy:
         parts = urlsplit(urljoin(f"http://site{base}", value))
         parameters = [(name, given) for name, given in parse_qsl(parts.query) if (name, given) != ("sae", self.best)]
         path = parts.path or "/"
-        if parts.netloc != "site" or path.startswith(SERVED) or not FOLLOWED.issuperset(name for name, _ in parameters):
+        names = dict(parameters)
+        if parts.netloc != "site" or path.startswith(SERVED) or names.keys() - FOLLOWED.get(path, {"sae"}):
             return None
-        if "after" in (names := dict(parameters)) and names.get("sort") not in PAGED:
+        if "after" in names and names.get("sort") not in PAGED:
             return None
         if self.only is not None and re.fullmatch(r"/features/[^/]+/\d+", path) and path not in self.only:
             return None
