@@ -15,12 +15,14 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from ommatid.catalog.reader import Catalog
+from ommatid.catalog.vectors import unpack
 from ommatid.cli.app import app as cli
 from ommatid.errors import ConfigError, QueryError, RunError
 from ommatid.explorer import site, start
 from ommatid.explorer.app import make_app
 from ommatid.explorer.site import MARK, Site, write_site
 from ommatid.explorer.web import Settings
+from ommatid.reviews import ReviewLog
 from support.browser import Windows, assert_accessible
 from support.small_study import Study
 
@@ -184,6 +186,21 @@ def test_command_line(study: Study, tmp_path: Path) -> None:
     ):
         code, said = run(*arguments)
         assert code and expected in said, said
+
+
+def test_what_people_said_is_in_it(study: Study, tmp_path: Path) -> None:
+    (best, (one, other, *_)), *_ = living(study).items()
+    with Catalog(study.catalog) as catalog:
+        sql = "SELECT direction FROM directions WHERE sae = $sae AND latent = $latent"
+        rows = [catalog.ask(sql, {"sae": best, "latent": latent}).rows[0][0] for latent in (one, other)]
+    directions = unpack(rows)
+    log = ReviewLog(tmp_path / "data/reviews/log.jsonl")
+    log.append("Ada", best, one, "rename", "a name by Ada", direction=lambda: directions[0])
+    log.append("Ada", "an SAE of before", 7, "rename", "found by its direction", direction=lambda: directions[1])
+    write_site(study.catalog, tmp_path / "site", str(tmp_path / "data"), latents=[one, other])
+    for page in (tmp_path / "site/all.html", *[tmp_path / f"site/features/{best}/{latent}.html" for latent in (one, other)]):
+        assert "a name by Ada" in page.read_text() or page.stem == str(other), page
+        assert "found by its direction" in page.read_text() or page.stem == str(one), page
 
 
 def test_names_of_files() -> None:

@@ -185,6 +185,8 @@ async def _copy(settings: Settings, folder: Path, on_event: Listener) -> Site:
     async with app.router.lifespan_context(app):
         with explorer.library.open() as opened:
             saes = list(opened.saes)
+            while any(explorer.reviews.look(opened, name).is_pending for name in saes):
+                await asyncio.sleep(0.05)  # features that were reviewed in other SAEs are still searched
             copied = [name for name in saes if settings.only is None or name in settings.only]
             pages = [feature_url(name, row["latent"]) for name in copied for row in _in_copy(opened, settings.only, name)]
             only = None if settings.only is None else frozenset(pages)
