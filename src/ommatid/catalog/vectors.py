@@ -1,17 +1,22 @@
 """Directions and meanings of latents as the catalogue stores them: the direction of a vector, in one byte per coordinate."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Float, Float32
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 STEPS = 127
 """Stored value of the largest coordinate of a vector. A cosine with a stored vector is off by less than 0.001."""
 
 
-def pack(vectors: Float[np.ndarray, "rows d"]) -> pa.Array:
+def pack(vectors: Float[np.ndarray, "rows d"]) -> "pa.Array":
     """Return vectors as binary values of `d` signed bytes each, scaled so that the largest coordinate is `STEPS`; zeros stay zeros."""
+    import pyarrow as pa  # here, as the explorer only unpacks, and its memory need not hold pyarrow
+
     largest = np.abs(vectors).max(axis=1, keepdims=True)
     stored = np.rint(vectors * (STEPS / np.where(largest > 0, largest, 1))).astype(np.int8)
     n, d = stored.shape
