@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,7 +14,9 @@ from ommatid.reviews.event import ANCHOR, Event, Key, check_identity, clean, cle
 from ommatid.reviews.follow import Followed
 from ommatid.reviews.log import Draft, ReviewLog, make_anchor
 from ommatid.reviews.state import Feature, State
-from ommatid.store.filesystem.csv_file import CsvFile, Row
+
+if TYPE_CHECKING:
+    from ommatid.store.filesystem.csv_file import CsvFile, Row
 
 COLUMNS = ("sae", "latent", "name", "rating", "flags", "lists", "comment", "who", "at")
 """Columns of what is said now. A row holds what one person says of one feature, and further comments by that person have further rows."""
@@ -121,6 +124,8 @@ def from_csv(
     Raises:
         ReviewError: The file is not such a CSV file, which names line and column of every problem; nothing is recorded.
     """
+    from ommatid.store.filesystem.csv_file import CsvFile  # here, as its package imports pyarrow, which the explorer need not hold
+
     who = clean_who(who)
     try:
         file = CsvFile(data, (*dict.fromkeys((*COLUMNS, _LABEL, *HISTORY)),), ("latent",))
@@ -137,7 +142,7 @@ def from_csv(
         raise ReviewError(f"the CSV file was not imported: {error}") from None
 
 
-def parse_key(row: Row, saes: Mapping[str, int], known: Collection[Key] = ()) -> Key:
+def parse_key(row: "Row", saes: Mapping[str, int], known: Collection[Key] = ()) -> Key:
     """Return the feature that a row is about.
 
     Args:
@@ -170,7 +175,12 @@ Statement = tuple[str, str | int]
 
 
 def _import_state(
-    log: ReviewLog, file: CsvFile, who: str, saes: Mapping[str, int], direction: Callable[[str, int], np.ndarray], followed: Followed | None
+    log: ReviewLog,
+    file: "CsvFile",
+    who: str,
+    saes: Mapping[str, int],
+    direction: Callable[[str, int], np.ndarray],
+    followed: Followed | None,
 ) -> Imported:
     if not {*COLUMNS[2:7], _LABEL} & {*file.columns}:
         raise ValueError(f"line 1 has the columns {', '.join(file.columns)}; add one of {', '.join(COLUMNS[2:7])}")
@@ -183,7 +193,7 @@ def _import_state(
     n_known = 0
     lines: dict[tuple[object, ...], tuple[int, str | int]] = {}
     for row in file:
-        row = Row(row.line, {column: _unescape(cell) for column, cell in row.cells.items()})
+        row = replace(row, cells={column: _unescape(cell) for column, cell in row.cells.items()})
         with _Problems(file, row):
             key = parse_key(row, saes, state.anchors)
             author = _in_column("who", clean_who, row.cells["who"]) if row.cells.get("who") else who
@@ -208,7 +218,7 @@ _NOUNS = {"rename": "name", "rate": "rating"}
 class _Problems:
     """Adds the `ValueError` of a block to the problems of a file, with the row's line."""
 
-    def __init__(self, file: CsvFile, row: Row) -> None:
+    def __init__(self, file: "CsvFile", row: "Row") -> None:
         self._file, self._row = file, row
 
     def __enter__(self) -> None:
@@ -265,7 +275,7 @@ def _is_said(feature: Feature, who: str, kind: str, value: str | int) -> bool:
             return any((event.who, event.value) == (who, value) for event in feature.comments)
 
 
-def _import_history(log: ReviewLog, file: CsvFile, saes: Mapping[str, int], direction: Callable[[str, int], np.ndarray]) -> Imported:
+def _import_history(log: ReviewLog, file: "CsvFile", saes: Mapping[str, int], direction: Callable[[str, int], np.ndarray]) -> Imported:
     if missing := [column for column in HISTORY[:-1] if column not in file.columns]:
         raise ValueError(f"line 1 has no column {', '.join(missing)}; a history has {', '.join(HISTORY)}")
     state = log.state()
@@ -273,7 +283,7 @@ def _import_history(log: ReviewLog, file: CsvFile, saes: Mapping[str, int], dire
     anchored: dict[Key, Event] = {}
     of_id: dict[str, Event] = {}
     for row in file:
-        row = Row(row.line, {column: _unescape(cell) for column, cell in row.cells.items()})
+        row = replace(row, cells={column: _unescape(cell) for column, cell in row.cells.items()})
         with _Problems(file, row):
             event = _parse_event(row)
             if event.id in of_id:
@@ -306,7 +316,7 @@ def _import_history(log: ReviewLog, file: CsvFile, saes: Mapping[str, int], dire
     return Imported(n_new, len(events) - n_new)
 
 
-def _parse_event(row: Row) -> Event:
+def _parse_event(row: "Row") -> Event:
     """Return the event of a row of a history.
 
     Raises:
