@@ -163,19 +163,19 @@ def find_direction(opened: Opened, sae: str, latent: int) -> Float32[np.ndarray,
 
 def _find_nearest(opened: Opened, sae: str, state: State, keys: tuple[Key, ...]) -> dict[Key, tuple[int, float]]:
     """Return the latent that is most like each feature, and the cosine; features of another width are left out."""
-    found: dict[Key, tuple[int, float]] = {}
-    if not keys:
-        return found
-    first = 0
+    width = len(find_direction(opened, sae, 0)) if keys else 0
+    known = {key: direction.astype(np.float32) for key in keys if len(direction := state.direction(key)) == width}
+    if not known:
+        return {}
+    queries = np.stack([*known.values()])
+    latents, cosines, first = np.zeros(len(known), np.int64), np.full(len(known), -np.inf, np.float32), 0
     for tile in iter_directions(opened, sae):
-        for key in keys:
-            if len(direction := state.direction(key)) == tile.shape[1]:
-                cosines = tile @ direction.astype(np.float32)
-                best = int(cosines.argmax())
-                if key not in found or cosines[best] > found[key][1]:
-                    found[key] = first + best, float(cosines[best])
+        products = queries @ tile.T
+        best = products.argmax(axis=1)
+        highest = products[np.arange(len(known)), best]
+        latents, cosines = np.where(highest > cosines, first + best, latents), np.maximum(highest, cosines)
         first += len(tile)
-    return found
+    return {key: (int(latent), float(cosine)) for key, latent, cosine in zip(known, latents, cosines, strict=True)}
 
 
 def is_closed(explorer: "Explorer") -> bool:
