@@ -214,6 +214,18 @@ def test_leaving_stops_the_statement(hostile: Path, tmp_path: Path) -> None:
         assert time.monotonic() - began < min(30, HANG_SECONDS), "long before its time limit"
 
 
+def test_the_server_ends_beside_a_statement(hostile: Path, tmp_path: Path) -> None:
+    with serving_explorer(hostile, tmp_path / "log") as server:
+        address = urlsplit(server.url)
+        with socket.create_connection((address.hostname or "", address.port or 0), timeout=HANG_SECONDS) as connection:
+            connection.sendall(f"GET {link('/api/sql', q=ENDLESS, timeout=60)} HTTP/1.1\r\nHost: {address.netloc}\r\n\r\n".encode())
+            wait_for(lambda: [child for child in server.process.children() if child.nice() == 10], "the statement to run")
+            began = time.monotonic()
+            server.process.terminate()
+            assert b" 503 " in connection.recv(2**16)[:20] and time.monotonic() - began < 30
+    # that its log has no traceback is checked when the block ends
+
+
 def test_openapi_page(client: TestClient) -> None:
     page = client.get("/openapi").text
     paths = client.get("/api/openapi.json").json()["paths"]

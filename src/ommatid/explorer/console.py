@@ -198,6 +198,8 @@ async def run(request: Request, explorer: Explorer, query: ConsoleQuery) -> Answ
     watching = asyncio.create_task(watch())
     try:
         return await run_in_threadpool(_run, explorer, query, stop)
+    except asyncio.CancelledError:
+        return Answer(None, 0, "the server is about to end", 503)
     finally:
         stop()  # of use only if the server ends
         watching.cancel()
