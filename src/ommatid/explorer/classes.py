@@ -5,13 +5,13 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi import Query as Parameters
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import Field
 
 from ommatid.catalog.question import Question
 from ommatid.explorer.features import load_features, previews
 from ommatid.explorer.heat import make_tile
-from ommatid.explorer.web import NotFound, Query, TheExplorer, View, link
+from ommatid.explorer.web import Json, NotFound, Query, TheExplorer, View, link
 
 router = APIRouter()
 
@@ -227,7 +227,7 @@ def classes_json(request: Request, explorer: TheExplorer, query: Annotated[Class
     with explorer.open(request) as view:
         found = find_classes(view, query)
         turned = {name: found[name] and found[name].replace("/classes", "/api/classes", 1) for name in ("next", "previous")}
-        return JSONResponse(found | turned)
+        return Json(found | turned)
 
 
 @router.get("/class", include_in_schema=False)
@@ -263,7 +263,7 @@ def class_json(request: Request, explorer: TheExplorer, query: Annotated[ClassQu
     """What tells a class: probes, features by lift and by coverage, its images, and how many of them no best feature tells."""
     with explorer.open(request) as view:
         found = describe_class(view, query)
-        return JSONResponse(found | {"next": found["next"] and found["next"].replace("/class", "/api/class", 1)})
+        return Json(found | {"next": found["next"] and found["next"].replace("/class", "/api/class", 1)})
 
 
 def _questions(found: Mapping[str, Any]) -> list[str]:

@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from fastapi import APIRouter, Request
 from fastapi import Query as Parameters
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import Field
 
 from ommatid.catalog.question import Question
 from ommatid.explorer.features import load_features, previews
-from ommatid.explorer.web import BadRequest, NotFound, Query, TheExplorer, View, link
+from ommatid.explorer.web import BadRequest, Json, NotFound, Query, TheExplorer, View, link
 from ommatid.show.about import About
 from ommatid.show.numbers import DASH, count, fixed, interval, percent, signed
 
@@ -300,4 +300,4 @@ def compare_json(request: Request, explorer: TheExplorer, query: Annotated[Compa
     """Two SAEs of the same activations: numbers with their controls, stability, and features kept, split, changed, lost or new."""
     with explorer.open(request) as view:
         found = compare(view, query)
-        return JSONResponse(found | {"next": found["next"] and found["next"].replace("/compare", "/api/compare", 1)})
+        return Json(found | {"next": found["next"] and found["next"].replace("/compare", "/api/compare", 1)})

@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi import Query as Parameters
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from ommatid.errors import InputError, OmmatidError
 from ommatid.explorer.model_client import Starting
-from ommatid.explorer.web import BadRequest, Query, TheExplorer
+from ommatid.explorer.web import BadRequest, Json, Query, TheExplorer
 
 router = APIRouter()
 
@@ -50,5 +50,5 @@ def model_json(request: Request, explorer: TheExplorer, query: Annotated[Query, 
         sae = view.choose_sae(query.sae)
     found = about_model(lambda: explorer.model.prepare(sae))
     if found.starting:
-        return JSONResponse({"state": "loading", "elapsed": found.starting.elapsed, "expected": found.starting.expected})
-    return JSONResponse({"state": "failed", "problem": found.problem} if found.problem else {"state": "ready"})
+        return Json({"state": "loading", "elapsed": found.starting.elapsed, "expected": found.starting.expected})
+    return Json({"state": "failed", "problem": found.problem} if found.problem else {"state": "ready"})

@@ -4,12 +4,12 @@ import time
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ommatid.errors import QueryError
-from ommatid.explorer.web import TheExplorer
+from ommatid.explorer.web import Json, TheExplorer
 
 router = APIRouter(include_in_schema=False)
 
@@ -57,7 +57,7 @@ class Meter:
 def health(explorer: TheExplorer) -> Response:
     """Answer 200 if the catalogue can be read, else 503 with the reason."""
     found = _check(explorer)
-    return JSONResponse(found, 200 if found["status"] == "ok" else 503)
+    return Json(found, 200 if found["status"] == "ok" else 503)
 
 
 @router.get("/metrics")

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import numpy as np
 from fastapi import APIRouter, Depends, File, HTTPException, Request, UploadFile
 from fastapi import Query as Parameters
-from fastapi.responses import JSONResponse, RedirectResponse, Response
+from fastapi.responses import RedirectResponse, Response
 from jaxtyping import Bool, Int32
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,7 +18,7 @@ from ommatid.explorer.features import as_download
 from ommatid.explorer.heat import Tile, make_tile
 from ommatid.explorer.reviewed import WHO, Reviewed, find_direction, find_who, is_closed, make_box
 from ommatid.explorer.security import check_form, check_program, form_token
-from ommatid.explorer.web import BadRequest, Query, TheExplorer, View, link
+from ommatid.explorer.web import BadRequest, Json, Query, TheExplorer, View, link
 from ommatid.reviews import Event, Feature, from_csv, history_to_csv, to_csv
 from ommatid.reviews.event import FLAGS, clean, clean_who
 
@@ -392,7 +392,7 @@ def import_page(request: Request, explorer: TheExplorer, form: TheForm, file: An
 @router.get("/api/review/csrf", tags=["reviews"])
 def csrf_json(request: Request) -> Response:
     """The token that a program sends as X-CSRF-Token, with the cookie of this answer, when it says something of a feature."""
-    return JSONResponse({"csrf": form_token(request)})
+    return Json({"csrf": form_token(request)})
 
 
 @router.get("/api/review/log", tags=["reviews"])
@@ -401,7 +401,7 @@ def log_json(request: Request, explorer: TheExplorer, query: Annotated[LogQuery,
     with explorer.open(request) as view:
         events, more = _events_before(view.reviewed(view.choose_sae(query.sae)), query.before)
         address = link("/api/review/log", sae=query.sae, before=events[-1].id) if more else None
-        return JSONResponse({"events": [_event_json(event) for event in events], "next": address})
+        return Json({"events": [_event_json(event) for event in events], "next": address})
 
 
 @router.get("/api/review/{sae}/{latent}", tags=["reviews"])
@@ -410,14 +410,14 @@ def feature_review_json(request: Request, explorer: TheExplorer, sae: str, laten
     with explorer.open(request) as view:
         sae = view.choose_sae(sae)
         find_feature(view, sae, latent)
-        return JSONResponse(_said_json(view.reviewed(sae), latent))
+        return Json(_said_json(view.reviewed(sae), latent))
 
 
 @router.post("/api/review/event", tags=["reviews"], dependencies=[Depends(check_program), Depends(check_writable)], status_code=201)
 def add_event_json(request: Request, explorer: TheExplorer, said: Statement) -> Response:
     """Say something of a feature."""
     with explorer.open(request) as view:
-        return JSONResponse(_event_json(record(view, said)), 201)
+        return Json(_event_json(record(view, said)), 201)
 
 
 def _event_json(event: Event) -> dict[str, Any]:

@@ -10,13 +10,12 @@ from urllib.parse import quote
 import yaml
 from fastapi import APIRouter, Request
 from fastapi import Query as Parameters
-from fastapi.encoders import jsonable_encoder
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import Field
 
 from ommatid.catalog.question import Question
 from ommatid.config import STAGE_NAMES
-from ommatid.explorer.web import NotFound, Query, TheExplorer, View, link
+from ommatid.explorer.web import Json, NotFound, Query, TheExplorer, View, link
 
 router = APIRouter()
 
@@ -142,7 +141,7 @@ def runs_page(request: Request, explorer: TheExplorer, query: Annotated[Query, P
 def runs_json(request: Request, explorer: TheExplorer) -> Response:
     """Every run of the catalogue, without its params; a published catalogue has those of earlier decisions too."""
     with explorer.open(request) as view:
-        return JSONResponse(jsonable_encoder(view.opened.kept(_RUNS)))
+        return Json(view.opened.kept(_RUNS))
 
 
 @router.get("/runs/{sae}", include_in_schema=False)
@@ -170,4 +169,4 @@ def run_page(request: Request, explorer: TheExplorer, sae: str, query: Annotated
 def run_json(request: Request, explorer: TheExplorer, sae: str, query: Annotated[RunQuery, Parameters()]) -> Response:
     """A run with its params, and which of them differ from those of the run `against`."""
     with explorer.open(request) as view:
-        return JSONResponse(jsonable_encoder(describe_run(view, sae, query)))
+        return Json(describe_run(view, sae, query))

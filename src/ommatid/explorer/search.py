@@ -6,14 +6,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi import Query as Parameters
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import Field
 
 from ommatid.explorer.features import load_features, load_tiles, previews
 from ommatid.explorer.image import Upload, read_upload
 from ommatid.explorer.model import Model, about_model
 from ommatid.explorer.security import check_form
-from ommatid.explorer.web import Query, TheExplorer, View
+from ommatid.explorer.web import Json, Query, TheExplorer, View
 
 router = APIRouter()
 
@@ -167,4 +167,4 @@ def search_json(request: Request, explorer: TheExplorer, query: Annotated[Search
     with explorer.open(request) as view:
         sae = view.choose_sae(query.sae)
         meaning = find_meaning(view, sae, query.q, wait=60)
-        return JSONResponse({"words": find_words(view, sae, query.q), "meaning": meaning.answer, "problem": meaning.problem})
+        return Json({"words": find_words(view, sae, query.q), "meaning": meaning.answer, "problem": meaning.problem})
