@@ -494,6 +494,14 @@ def test_without_a_token_nothing_is_answered(guarded: TestClient) -> None:
         assert guarded.get("/", headers={"cookie": cookie}).status_code == 401
 
 
+def test_health_names_no_path_to_strangers(tmp_path: Path) -> None:
+    for token, is_told in ((None, True), (TOKEN, False)):
+        app = make_app(Settings(tmp_path / "missing.duckdb", token=token))
+        response = TestClient(app, base_url="http://localhost").get("/health")
+        assert response.status_code == 503 and ("missing.duckdb" in response.text) is is_told
+        app.state.explorer.close()
+
+
 def test_the_token_is_exchanged_for_a_cookie(guarded: TestClient) -> None:
     answer = guarded.get(f"/features?sort=ms&token={TOKEN}&label=a%26b")
     assert (answer.status_code, answer.headers["location"]) == (303, "/features?sort=ms&label=a%26b")

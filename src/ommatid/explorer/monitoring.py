@@ -55,8 +55,10 @@ class Meter:
 
 @router.get("/health")
 def health(explorer: TheExplorer) -> Response:
-    """Answer 200 if the catalogue can be read, else 503 with the reason."""
+    """Answer 200 if the catalogue can be read, else 503 with the reason, unless visitors need a token, which this address does not."""
     found = _check(explorer)
+    if explorer.settings.token:
+        found.pop("reason", None)
     return Json(found, 200 if found["status"] == "ok" else 503)
 
 

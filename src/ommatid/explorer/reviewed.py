@@ -4,7 +4,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -186,9 +185,9 @@ def is_closed(explorer: "Explorer") -> bool:
 def find_who(request: Request) -> str | None:
     """Return the name that a person gave before; None if there is none."""
     try:
-        found = SimpleCookie(request.headers.get("cookie", "")).get(WHO)
-        return clean_who(unquote(found.value, errors="strict")) if found else None
-    except (CookieError, ReviewError, UnicodeDecodeError):
+        found = request.cookies.get(WHO)
+        return clean_who(unquote(found, errors="strict")) if found else None
+    except (ReviewError, UnicodeDecodeError):
         return None
 
 
