@@ -480,6 +480,8 @@ def test_log_has_pages(visitor: TestClient, data: Path) -> None:
         seen += [event["id"] for event in answer["events"]]
         address = answer["next"]
     assert seen == [event.id for event in reversed(events)]
+    text = page(visitor, 4)
+    assert "number 70 2" in text and "number 69 2" not in text.partition("History")[2] and "The latest 50" in text
     first = visitor.get("/review/log", params={"sae": SAE}).text
     assert "number 119" in first and "number 69" not in first
     following = re.search(r'rel="next" href="([^"]+)"', first)

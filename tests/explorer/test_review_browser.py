@@ -35,6 +35,7 @@ def test_by_keyboard_alone(windows: Windows, study: Study, serve_explorer: Serve
     keys.type("Ada")
     keys.press("Enter")
     expect(page.locator("#review-name")).to_be_visible()
+    expect(page.locator("[data-keys-switch]")).not_to_have_attribute("hidden", "")  # now keys are listened to
     assert at(page) == first
     keys.press("2")
     expect(page.get_by_role("button", name="2 of 5", exact=True)).to_have_attribute("aria-pressed", "true")
@@ -147,11 +148,17 @@ def test_pages_are_accessible_and_fit_a_phone(windows: Windows, study: Study, se
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, f"{address} scrolls sideways"
 
 
-def test_a_refusal_is_said_in_place(windows: Windows, study: Study, serve_explorer: ServeExplorer, tmp_path: Path) -> None:
+def test_what_is_half_written_stays_also_when_another_form_is_refused(
+    windows: Windows, study: Study, serve_explorer: ServeExplorer, tmp_path: Path
+) -> None:
     server = serve_explorer(study, data=str(tmp_path / "data"))
     page = windows.open(f"{server.url}/features/{SAE}/2")
     introduce(page, "Ada")
     page.get_by_label("Comment", exact=True).fill("half a thought")
+    page.get_by_role("button", name="2 of 5", exact=True).press("Enter")
+    expect(page.get_by_role("button", name="2 of 5", exact=True)).to_have_attribute("aria-pressed", "true")
+    expect(page.get_by_role("button", name="2 of 5", exact=True)).to_be_focused()
+    expect(page.get_by_label("Comment", exact=True)).to_have_value("half a thought")
     page.context.clear_cookies()
     windows.expect("console error: .*status of 400")
     windows.expect("console error: Response Status Error Code 400 from /review/event")  # htmx says so

@@ -36,15 +36,19 @@ document.addEventListener("keydown", (event) => {
   if (field) { event.preventDefault(); field.focus(); field.select?.(); } else if (act) { event.preventDefault(); act.click(); }
 });
 
-// A form that was sent in place: the name's field gives its focus back, so that keys work again; what was refused is said, and kept.
+// A form that was sent in place: what is half written elsewhere stays, and the name's field gives its focus back, so that keys work again.
+let unsent = {};
 document.addEventListener("htmx:beforeRequest", (event) => { if (event.target.closest("#review, #suggestions")) report.hidden = true; });
+document.addEventListener("htmx:beforeSwap", (event) => {
+  const fields = [...document.querySelectorAll("#review-name, #review-list, #review-comment")];
+  const isUnsent = (field) => field.value !== field.defaultValue && field.form !== event.detail.requestConfig?.elt;
+  unsent = Object.fromEntries(fields.filter(isUnsent).map((field) => [field.id, field.value]));
+});
 document.addEventListener("htmx:afterSwap", (event) => {
   if (event.target.id !== "review") return;
   say("Recorded.", false);
-  const active = document.activeElement;
-  if (active && active.matches("#review-name")) active.blur();
-  const comment = document.getElementById("review-comment");
-  if (comment) comment.value = "";
+  for (const [id, value] of Object.entries(unsent)) document.getElementById(id).value = value;
+  if (document.activeElement?.matches("#review-name")) document.activeElement.blur();
 });
 for (const name of ["htmx:responseError", "htmx:sendError"]) {
   document.addEventListener(name, (event) => {
