@@ -51,8 +51,7 @@ def _plant(connection: duckdb.DuckDBPyConnection) -> None:
         for name in names:
             if name in ("labeller", "judge"):
                 connection.execute(f"UPDATE {relation} SET {name} = {name} || ?", [MARKUP])
-    _update(connection, "features", {"correlation": float("nan")}, "true")  # which JSON cannot hold
-    _update(connection, "labels", {"correlation": float("-inf")}, "true")
+    _update(connection, "labels", {"correlation": float("nan"), "control_correlation": float("-inf")}, "true")  # which JSON cannot hold
     _update(connection, "probes", {"class": MARKUP}, "true")
     texts = ("name", "model", "hookpoint", "variant", "git_commit", "dvc_experiment", "dvc_lock", "mlflow_run_id", "reason")
     _update(connection, "runs", dict.fromkeys(texts, MARKUP) | {"prefect_flow_run_id": "javascript:alert(1)"}, "true")
