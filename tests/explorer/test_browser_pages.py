@@ -139,7 +139,7 @@ def test_pictures_open_at_full_size_by_keyboard(windows: Windows, explorer: str)
 def test_the_start_page_leads_to_features_by_clicking(windows: Windows, explorer: str) -> None:
     page = windows.open(f"{explorer}/")
     cell = page.locator(".plot a").first
-    counted = int((cell.get_attribute("aria-label") or "").split()[0])
+    counted = int((cell.locator("title").text_content() or "").split()[0])
     cell.click()
     expect(page.locator("#results .count")).to_contain_text(f"{counted} feature")
 

@@ -213,7 +213,7 @@ def test_the_start_page_shows_headlines_and_lists(client: TestClient) -> None:
     page = client.get("/").text
     assert len(page.encode()) < 200_000
     assert all(text in page for text in ("of labels beat their control", "mean MS above its floor", "Most monosemantic", "floor"))
-    cells = re.findall(r'<a href="(/features\?[^"]*density_min[^"]*)" aria-label="([\d,]+) features', page)
+    cells = re.findall(r'<a href="(/features\?[^"]*density_min[^"]*)"><title>([\d,]+) features', page)
     assert sum(int(n.replace(",", "")) for _, n in cells) == sum(not math.isnan(row["ms"] or math.nan) for row in _live(client))
     for address, n in cells:
         assert client.get("/api" + address.replace("&amp;", "&")).json()["total"] == int(n), "a cell leads to the features it counts"

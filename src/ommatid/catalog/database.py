@@ -18,11 +18,18 @@ MOST_THREADS = 4
 """Maximum number of DuckDB threads."""
 
 
-def settings() -> dict[str, str]:
-    """`SEALED`, with a thread for each processor up to `MOST_THREADS`."""
+MOST_KEYS = 1000
+"""Values of a join up to which DuckDB looks each up, in an index or by the ranges of blocks, instead of reading whole columns."""
+
+
+def settings(threads: int | None = None) -> dict[str, str]:
+    """`SEALED`, with a number of threads; None for a thread for each processor, up to `MOST_THREADS`."""
+    shared = {**SEALED, "dynamic_or_filter_threshold": str(MOST_KEYS)}
+    if threads is not None:
+        return {**shared, "threads": str(threads)}
     # os.process_cpu_count is new in Python 3.13, and macOS has no CPU affinity
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {**SEALED, "threads": str(min(MOST_THREADS, processors))}
+    return {**shared, "threads": str(min(MOST_THREADS, processors))}
 
 
 def memory_mb(most: int) -> int:

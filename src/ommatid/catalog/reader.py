@@ -128,6 +128,7 @@ class Catalog:
         at_once: int = 2,
         child: Child | None = None,
         niceness: int = 0,
+        threads: int | None = None,
     ):
         """Open a catalogue.
 
@@ -138,12 +139,14 @@ class Catalog:
             at_once: Maximum number of statements that run at the same time, each in its own process; further ones wait.
             child: Reader process that is already running; None starts one.
             niceness: How much the processes give way to others that need the processor, 0 to 19, as of `nice`.
+            threads: Threads of a statement; None: one for each processor, up to four. One is fastest for many short statements at once.
         """
         self.path = path
         self.memory_mb = default_memory_mb(READER_MB) if memory_mb is None else memory_mb
         self._most = answer_mb * 2**20
         self._at_once = at_once
         self._niceness = niceness
+        self._threads = threads
         self._reset()
         _OPEN.add(self)
         self._file = -1
@@ -304,7 +307,7 @@ class Catalog:
                 raise QueryError("this Catalog has been closed")
             if self._niceness:  # before DuckDB's threads start, which inherit it
                 os.setpriority(os.PRIO_PROCESS, child.pid, self._niceness)
-            child.open(self._file, self.path, self.memory_mb)
+            child.open(self._file, self.path, self.memory_mb, self._threads)
         except QueryError as error:
             child.end()
             raise QueryError(explain(self.path, str(error))) from None

@@ -51,6 +51,8 @@ CHUNK = 256
 """Number of rows fetched at a time."""
 SLACK_MB = 64
 """Memory allowed beyond the limit of a query, in MB, for stacks of threads and for Python."""
+RETAINED_MB = 256
+"""Memory that a process may always retain between statements, in MB, if its limit allows that much."""
 LONGEST_ERROR = 2000
 """Maximum number of characters of an error message; DuckDB may quote a whole statement."""
 
@@ -115,8 +117,11 @@ class Reader:
 
     @property
     def is_spent(self) -> bool:
-        """Whether this process retains so much memory that a new one should run the next statement."""
-        return self._limits.used() > (self._memory_mb + SLACK_MB) // 2
+        """Whether this process retains so much memory that a new one should run the next statement.
+
+        What DuckDB keeps of the catalogue within its limit makes room by itself, and half of a large limit is enough to keep.
+        """
+        return self._limits.used() > max((self._memory_mb + SLACK_MB) // 2, min(self._memory_mb + SLACK_MB // 2, RETAINED_MB))
 
     def ask(self, sql: str, parameters: Any, max_rows: int | None, most: int) -> None:
         """Send the columns of an answer, its rows in chunks, and whether there are more.

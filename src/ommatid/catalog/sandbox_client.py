@@ -203,13 +203,14 @@ class Child(Peer):
         self.is_idle = False
         """Whether the process is waiting for a statement."""
 
-    def open(self, file: int, path: Path, memory_mb: int) -> None:
+    def open(self, file: int, path: Path, memory_mb: int, threads: int | None = None) -> None:
         """Open a catalogue in the process.
 
         Args:
             file: Descriptor of the catalogue's file.
             path: Path of the file.
             memory_mb: Memory limit of a statement, in MB.
+            threads: Number of DuckDB's threads; None for the default of `database.settings`.
 
         Raises:
             QueryError: The file is not a readable catalogue; the message is DuckDB's.
@@ -218,7 +219,7 @@ class Child(Peer):
         try:
             self._link.settimeout(START)
             socket.send_fds(self._link, [b"f"], [file])
-            self.send((os.path.abspath(path), settings(), memory_mb), until)
+            self.send((os.path.abspath(path), settings(threads), memory_mb), until)
             self._receive(2**20, until)
         except (Late, OSError):
             raise QueryError(f"the process that reads the catalogue did not start within {START:g} s") from None

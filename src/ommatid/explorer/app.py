@@ -1,5 +1,6 @@
 """The explorer's application: its routes, its errors as pages, its static files, and how it is served."""
 
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -93,6 +94,7 @@ def serve(settings: Settings) -> None:
             f"port {settings.port} of {settings.host} cannot be used, probably because it is taken; name another with --port"
         ) from None
     listening.listen(config.backlog)  # before the address is printed, so that whoever reads it is heard
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or a small answer waits 40 ms for the client's acknowledgement
     host, port = listening.getsockname()[:2]
     print(f"explorer  http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends it)", flush=True)
     if settings.token:

@@ -285,16 +285,15 @@ def _read_key(text: str, sort: Sort) -> tuple[Any, int]:
     raise BadRequest(f"after, before: got {text[:80]!r}; expected the key of a page, as the links to other pages have it")
 
 
-_PREVIEWS = """
-    SELECT latent, images[:$n] AS images FROM previews WHERE sae = $sae AND latent IN (SELECT unnest($latents::INTEGER[]))
-"""
+# The latents of other SAEs are left out in Python: a condition on the SAE would keep DuckDB from using the index of the latents.
+_PREVIEWS = "SELECT sae, latent, images FROM previews WHERE latent IN (SELECT unnest($latents::INTEGER[]))"
 _IMAGES = """
-    SELECT image, left(image_id, 12) AS hash, width, height, left(label, 80) AS label
+    SELECT image, left(image_id, 12) AS hash, width, height, left(label, 80) AS label, seen_width, seen_height
     FROM images WHERE image IN (SELECT unnest($images::INTEGER[]))
 """
 _CARDS = """
     SELECT sae, latent, label, label_score, control_score, ms, ms_floor, n_images, max_act, purity
-    FROM features WHERE sae = $sae AND list_contains($latents::INTEGER[], latent) ORDER BY latent
+    FROM features WHERE latent IN (SELECT unnest($latents::INTEGER[]))
 """
 
 
@@ -310,21 +309,35 @@ def previews(view: View, sae: str, latents: Iterable[int], n: int = N_PREVIEW) -
     Returns:
         The images by latent, strongest first.
     """
+    found = load_previews(view, sae, latents)
+    tiles = load_tiles(view, {image for images in found.values() for image in images[:n]})
+    return {latent: [tiles[image] for image in images[:n] if image in tiles] for latent, images in found.items()}
+
+
+def load_previews(view: View, sae: str, latents: Iterable[int]) -> dict[int, list[int]]:
+    """Load the numbers of the strongest images of some latents, at most 8 of each, strongest first."""
     wanted = sorted(set(latents))
-    found = {row["latent"]: row["images"] for row in view.rows(_PREVIEWS, sae=sae, latents=wanted, n=n)} if wanted else {}
-    tiles = load_tiles(view, {image for images in found.values() for image in images})
-    return {latent: [tiles[image] for image in found.get(latent, ()) if image in tiles] for latent in wanted}
+    rows = view.rows(_PREVIEWS, latents=wanted) if wanted else []
+    found = {row["latent"]: row["images"] for row in rows if row["sae"] == sae}
+    return {latent: found.get(latent, []) for latent in wanted}
+
+
+def load_images(view: View, images: Iterable[int]) -> dict[int, dict[str, Any]]:
+    """Load what tiles show of some images, by their numbers; images that the catalogue does not have are left out."""
+    wanted = sorted(set(images))
+    return {row["image"]: row for row in view.rows(_IMAGES, images=wanted)} if wanted else {}
 
 
 def load_tiles(view: View, images: Iterable[int]) -> dict[int, Tile]:
-    """Load some images as tiles, by their numbers; images that the catalogue does not have are left out."""
-    wanted = sorted(set(images))
-    return {row["image"]: make_tile(row) for row in view.rows(_IMAGES, images=wanted)} if wanted else {}
+    """Load some images as tiles, by their numbers."""
+    return {image: make_tile(row) for image, row in load_images(view, images).items()}
 
 
-def load_features(view: View, sae: str, latents: Sequence[int]) -> dict[int, dict[str, Any]]:
+def load_features(view: View, sae: str, latents: Iterable[int]) -> dict[int, dict[str, Any]]:
     """Load what cards show of some features, by latent; latents that the catalogue does not describe are left out."""
-    return {row["latent"]: row for row in view.rows(_CARDS, sae=sae, latents=list(latents))} if latents else {}
+    wanted = sorted(set(latents))
+    rows = view.rows(_CARDS, latents=wanted) if wanted else []
+    return {row["latent"]: row for row in sorted(rows, key=lambda row: row["latent"]) if row["sae"] == sae}
 
 
 @router.get("/features", include_in_schema=False)

@@ -12,7 +12,7 @@ from ommatid.catalog.question import Question
 from ommatid.catalog.reader import ANSWER_MB, Catalog, Column, QueryResult
 from ommatid.errors import QueryError
 
-PAGES_MB = 192
+PAGES_MB = 128
 """Memory limit of a page's statements, in MB for each reader process."""
 AT_ONCE = 2
 """Statements of pages that run at the same time."""

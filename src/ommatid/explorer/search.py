@@ -27,20 +27,20 @@ _BY_NAME = """
     ORDER BY lower(label) <> $text, NOT regexp_matches(lower(label), $word), label_score - control_score DESC NULLS LAST, latent LIMIT $n
 """
 _BY_LABELLER = """
-    SELECT latent FROM (SELECT latent, label, score FROM labels WHERE sae = $sae AND contains(lower(label), $text)) AS other
-    WHERE latent NOT IN (SELECT latent FROM features WHERE sae = $sae AND contains(lower(label), $text))
+    SELECT latent FROM (SELECT latent, labeller, score FROM labels WHERE sae = $sae AND contains(lower(label), $text)) AS other
+    JOIN features USING (latent) WHERE features.sae = $sae AND features.labeller <> other.labeller
     GROUP BY latent ORDER BY max(score) DESC NULLS LAST, latent LIMIT $n
 """
 _BY_CLASS = """
     SELECT latent FROM class_latents WHERE sae = $sae AND class IN (SELECT unnest($classes::VARCHAR[]))
     GROUP BY latent ORDER BY max(recall * precision) DESC, latent LIMIT $n
 """
-_CLASSES = """
-    SELECT label AS class, count(*) AS n FROM images WHERE contains(lower(label), $text) GROUP BY label ORDER BY n DESC, label LIMIT $n
-"""
+_CLASSES = "SELECT label AS class, count(*) AS n FROM images WHERE label IS NOT NULL GROUP BY label ORDER BY n DESC, label"
+_LABELLERS = "SELECT count(DISTINCT labeller) AS n FROM labels WHERE sae = $sae"
 _HAS_CAPTIONS = "SELECT bool_or(len(captions) > 0) AS has FROM images"
 _CAPTIONED = """
-    SELECT image FROM images WHERE split = 'eval' AND contains(lower(array_to_string(captions, chr(10))), $text) ORDER BY image LIMIT 200
+    SELECT image FROM images WHERE split = 'eval' AND len(list_filter(captions, lambda one: contains(lower(one), $text))) > 0
+    ORDER BY image LIMIT 64
 """
 _OF_IMAGES = """
     SELECT latent FROM image_latents WHERE sae = $sae AND image IN (SELECT unnest($images::INTEGER[])) AND rank <= 8
@@ -82,9 +82,9 @@ def find_words(view: View, sae: str, q: str) -> list[dict[str, Any]]:
     groups.append(("Names by people", f"The name that a person gave contains “{text}”.", people))
     named = [row for row in view.rows(_BY_NAME, **keys, text=text, word=word) if not view.named(sae, row["latent"])]
     groups.append(("Names", f"The name contains “{text}”.", named))
-    groups.append(
-        ("Other names", "A labeller whose name is not the best gave one that contains it.", view.rows(_BY_LABELLER, **keys, text=text))
-    )
+    if view.opened.kept(_LABELLERS, sae=sae)[0]["n"] > 1:
+        meaning = "A labeller whose name is not the best gave one that contains it."
+        groups.append(("Other names", meaning, view.rows(_BY_LABELLER, **keys, text=text)))
     if classes := [row["class"] for row in find_classes(view, text)]:
         groups.append(("Classes", "They tell a class whose name contains it.", view.rows(_BY_CLASS, **keys, classes=classes)))
     if view.opened.kept(_HAS_CAPTIONS)[0]["has"] and (captioned := [row["image"] for row in view.rows(_CAPTIONED, text=text)]):
@@ -100,7 +100,7 @@ def find_words(view: View, sae: str, q: str) -> list[dict[str, Any]]:
 
 def find_classes(view: View, text: str) -> list[dict[str, Any]]:
     """Find classes whose name contains a text in lower case, and count their images."""
-    return view.rows(_CLASSES, text=text, n=N_HITS)
+    return [row for row in view.opened.kept(_CLASSES) if text in row["class"].lower()][:N_HITS]
 
 
 def _among(n_images: int) -> str:

@@ -22,7 +22,7 @@ N_SHOWN = 4
 """Features shown of a list."""
 N_TILES = 4
 """Images shown of a feature in a list."""
-COLUMNS, ROWS = 30, 20
+COLUMNS, ROWS = 24, 16
 """Cells of the scatter of density and MS."""
 
 LISTS: tuple[tuple[str, str, dict[str, Any]], ...] = (

@@ -50,6 +50,9 @@ LEFT JOIN best ON best.sae = latents.sae AND best.latent = latents.latent
 LEFT JOIN comparisons ON comparisons.sae = latents.sae AND comparisons.dictionary = 'sae'
 ORDER BY latents.sae, latents.latent;
 
+-- without it, looking up a few latents reads the labels of thousands
+CREATE INDEX features_by_latent ON features (latent);
+
 COMMENT ON COLUMN features.label IS 'the label by people, or the one with the highest score if they gave none; null if no labeller found one, see label_status';
 COMMENT ON COLUMN features.label_score IS 'balanced accuracy of the label at predicting on which held-out images the latent fires; null if there is no label, or the latent fires on too few or on all images';
 COMMENT ON COLUMN features.labeller IS 'labeller that made the label; null if no labeller was run';

@@ -7,3 +7,6 @@ SELECT
 FROM examples
 GROUP BY sae, latent
 ORDER BY sae, latent;
+
+-- without it, looking up the latents of a page reads the lists of thousands
+CREATE INDEX previews_by_latent ON previews (latent);
