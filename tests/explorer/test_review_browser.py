@@ -182,7 +182,7 @@ def test_corrections_are_in_the_next_catalogue(windows: Windows, own_study: Stud
         corrected[int(at(page))] = name
         page.get_by_role("link", name="Next").click()
         page.wait_for_url(lambda url: not re.search(rf"at=({'|'.join(map(str, corrected))})$", url))
-    run_stages(own_study.root, "label", "catalog")
+    run_stages(own_study.root, "sources", "label", "catalog")
     with duckdb.connect(own_study.catalog, read_only=True) as connection:
         sql = "SELECT latent, label, labeller FROM features JOIN runs USING (sae) WHERE name = ? AND starts_with(labeller, 'human')"
         found = connection.execute(sql, [SAE]).fetchall()

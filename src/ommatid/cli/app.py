@@ -130,7 +130,8 @@ def sources(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) ->
     from ommatid.store.filesystem import in_words
 
     entries = [entry for keys in write_sources(load_params(params, overrides or ())).values() for entry in keys.values()]
-    n_files, n_bytes = sum(entry["n_files"] for entry in entries), sum(entry["bytes"] for entry in entries)
+    # of a log of reviews only the names are recorded, not its size
+    n_files, n_bytes = sum(entry.get("n_files", 1) for entry in entries), sum(entry.get("bytes", 0) for entry in entries)
     say(f"sources: recorded the state of {n_files} file{'s' * (n_files != 1)}, {in_words(n_bytes)}, in {PLACE}")
 
 
