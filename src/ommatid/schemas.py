@@ -585,6 +585,6 @@ CLASS_LATENTS = _table(
     latent=(pa.int32(), "index of the latent, which fires on at least two evaluation images of the class"),
     n_both=(pa.int32(), "number of evaluation images of the class on which it fires"),
     recall=(pa.float64(), "n_both as a share of the evaluation images of the class"),
-    precision=(pa.float64(), "n_both as a share of all evaluation images on which it fires"),
+    precision=(pa.float64(), "n_both as a share of the labelled evaluation images on which it fires"),
     lift=(pa.float64(), "precision divided by the share of the class among all labelled evaluation images"),
 )

@@ -320,6 +320,15 @@ def test_class_latents_have_recall_precision_and_lift(catalog: Catalog) -> None:
     assert found == [("cat", 1, 0, 3, 1.0, 0.75, pytest.approx(1.5)), ("truck", 1, 1, 2, 1.0, 1.0, pytest.approx(3.0))]
 
 
+def test_class_latents_count_images_that_have_a_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artefacts, "IMAGES", [(*row[:3], None if row[0] == 3 else row[3]) for row in artefacts.IMAGES])
+    monkeypatch.setattr(artefacts, "FIRINGS", [(image, 0, 1.0) for image in range(5)])
+    artefacts.build(tmp_path, artefacts.make_inputs(tmp_path))
+    with Catalog(artefacts.path_in(tmp_path)) as catalog:
+        found = catalog.rows("SELECT class, latent, n_both, recall, precision, lift FROM class_latents")
+    assert found == [("cat", 0, 3, 1.0, 0.75, pytest.approx(0.75 / 0.6))]
+
+
 def test_lists_for_pages_end_at_their_limits_with_the_best_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artefacts, "FIRINGS", [(image, latent, 1.0 + latent % 7) for image in range(6) for latent in range(60)])
     rows = [(latent, *artefacts.LATENTS[0][1:4], 6, *artefacts.LATENTS[0][5:]) for latent in range(60)]

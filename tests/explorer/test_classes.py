@@ -97,13 +97,13 @@ def test_class(client: TestClient, tables: Tables, name: str, which: str) -> Non
     probed = probes.latents[probes.k == 10].iloc[0].tolist()
     assert found["probed"] == probed
     telling = found["telling"].values()
-    labelled = images.label.notna().sum()
+    labelled = set(images.image[images.label.notna()])
     for row in telling:
-        fired = set(firings.image[firings.latent == row["latent"]])
+        fired = set(firings.image[firings.latent == row["latent"]]) & labelled
         share, coverage = len(fired & mine) / len(fired), len(fired & mine) / len(mine)
         assert row["n_both"] == len(fired & mine)
         assert (row["share"], row["coverage"]) == pytest.approx((share, coverage))
-        assert row["lift"] == pytest.approx(share / (len(mine) / labelled))
+        assert row["lift"] == pytest.approx(share / (len(mine) / len(labelled)))
     for by, least in (("lift", 1), ("coverage", 1.5)):
         listed = [found["telling"][str(latent)] for latent in found[f"by_{by}"]]
         assert [row[by] for row in listed] == sorted((row[by] for row in listed), reverse=True)
@@ -146,10 +146,16 @@ def test_class_without_probes(visit: Visit, catalogue: Path, tmp_path: Path) -> 
     last = client.get("/api/classes").json()["classes"][-1]
     assert (last["class"], last["auroc"], last["latent"]) == ("warm on white", None, None), "without a value comes last"
     found = client.get("/api/class", params={"name": "warm on white"}).json()
-    assert found["probed"] == [] and found["best"] == [int(latent) for latent in found["telling"]][:10] != []
+    more = [int(latent) for latent, row in found["telling"].items() if row["lift"] > 1]
+    assert found["probed"] == [] and found["best"] == more[:10] != []
     assert "no probe" in client.get("/class", params={"name": "warm on white"}).text
     training = client.get("/class", params={"name": HOSTILE["lines"]})
     assert training.status_code == 200 and "None of its images is for evaluation" in training.text
+    shutil.copy(catalogue, alone := tmp_path / "alone.duckdb")
+    with duckdb.connect(alone) as connection:
+        connection.execute("UPDATE images SET label = 'only'; DELETE FROM probes; UPDATE class_latents SET class = 'only', lift = 1")
+    only = visit(alone).get("/class", params={"name": "only"})
+    assert only.status_code == 200 and "no other class to tell it from" in only.text and "more on it than on others" not in only.text
     shutil.copy(catalogue, bare := tmp_path / "bare.duckdb")
     with duckdb.connect(bare) as connection:
         connection.execute("UPDATE images SET label = NULL")

@@ -18,7 +18,7 @@ router = APIRouter()
 PURE = 0.75
 """Least purity of a feature that is of one class, as in `comparisons.coverage`."""
 N_BEST = 10
-"""Features that are the best of a class without a probe: the first of `class_latents`."""
+"""Features that are the best of a class without a probe: the first of `class_latents` whose lift is above 1."""
 LEAST_LIFT = 1.5
 """Least lift of the features in the order of coverage, as a feature that fires on everything covers every class."""
 N_TELLING = 24
@@ -175,7 +175,8 @@ def describe_class(view: View, query: ClassQuery) -> dict[str, Any]:
     probes = view.rows(_PROBES, **keys)
     probed = max((row["latents"] for row in probes if row["latents"]), key=len, default=[])
     telling = {row["latent"]: row for row in view.rows(_TELLING, **keys)}
-    best = [latent for latent in probed if latent in telling and telling[latent]["lift"] > 1] or [*telling][:N_BEST]
+    telling_more = [latent for latent, row in telling.items() if row["lift"] > 1]
+    best = [latent for latent in probed if latent in telling_more] or telling_more[:N_BEST]
     question = _ask_images(keys, best, n_eval=sums["n_eval"], only_missing=query.show == "missing", after=query.after, n=query.n + 1)
     found = view.ask(question)
     images = [row for row in found if row["image"] is not None]
@@ -185,6 +186,7 @@ def describe_class(view: View, query: ClassQuery) -> dict[str, Any]:
         "class": name,
         **size,
         "n_eval": sums["n_eval"],
+        "n_classes": sums["n_classes"],
         "n_own": next((row["n_own"] for row in _all_classes(view, sae) if row["class"] == name), 0),
         "probes": probes,
         "telling": telling,

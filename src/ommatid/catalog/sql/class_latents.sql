@@ -16,12 +16,13 @@ fired AS (
         firings.sae,
         firings.latent,
         images.label AS class,
-        count(*)::INTEGER AS n_both
+        count(*)::INTEGER AS n_both,
+        sum(count(*)) OVER (PARTITION BY firings.sae, firings.latent) AS n_labelled
     FROM firings
     INNER JOIN images ON images.image = firings.image
     WHERE images.label IS NOT NULL
-    GROUP BY ALL
-    HAVING count(*) >= 2
+    GROUP BY firings.sae, firings.latent, images.label
+    QUALIFY count(*) >= 2
 ),
 
 measured AS (
@@ -31,11 +32,10 @@ measured AS (
         fired.latent,
         fired.n_both,
         fired.n_both / classes.n_images AS recall,
-        fired.n_both / latents.n_images AS precision,
+        fired.n_both / fired.n_labelled AS precision,
         classes.share
     FROM fired
     INNER JOIN classes ON classes.class = fired.class
-    INNER JOIN latents ON latents.sae = fired.sae AND latents.latent = fired.latent
 )
 
 SELECT
