@@ -214,6 +214,7 @@ def test_scores_of_the_controls_are_drawn(file: Path, tmp_path: Path) -> None:
 def test_values_are_literals_in_the_sql_shown() -> None:
     question = Question("SELECT $n, $name, $n_images", {"n": 2, "name": "it's", "n_images": 16})
     assert question.text == "SELECT 2, 'it''s', 16"
+    assert Question("SELECT $a, $b, '$.c'", {"a": "$b", "b": "$a"}).text == "SELECT '$b', '$a', '$.c'", "a value is no parameter"
 
 
 @pytest.mark.parametrize(("part", "whole", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)])

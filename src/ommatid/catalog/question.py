@@ -1,6 +1,7 @@
 """Questions to a catalogue: SQL whose values are parameters, and the choice of the SAE that a question is about."""
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from textwrap import dedent
@@ -23,11 +24,14 @@ class Question:
     @property
     def text(self) -> str:
         """SQL with the values in place of the parameters, so that a user can run it."""
-        text = dedent(self.sql).strip()
-        for name in sorted(self.values, key=len, reverse=True):
-            value = self.values[name]
-            text = text.replace(f"${name}", quote(value) if isinstance(value, str) else str(value))
-        return text
+
+        def write(found: re.Match[str]) -> str:
+            if found[1] not in self.values:
+                return found[0]
+            value = self.values[found[1]]
+            return quote(value) if isinstance(value, str) else str(value)
+
+        return re.sub(r"\$([a-z]\w*)", write, dedent(self.sql).strip())
 
     def ask(self, catalog: Catalog) -> QueryResult:
         """Return the answer of a catalogue."""
