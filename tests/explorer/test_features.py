@@ -4,9 +4,12 @@ import csv
 import io
 import math
 import re
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
+import duckdb
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -213,10 +216,43 @@ def test_the_start_page_shows_headlines_and_lists(client: TestClient) -> None:
     page = client.get("/").text
     assert len(page.encode()) < 200_000
     assert all(text in page for text in ("of labels beat their control", "mean MS above its floor", "Most monosemantic", "floor"))
-    cells = re.findall(r'<a href="(/features\?[^"]*density_min[^"]*)"><title>([\d,]+) features', page)
+    cells = re.findall(r'<a href="(/features\?[^"]*density_min[^"]*)"><title>([\d,]+) features?;', page)
     assert sum(int(n.replace(",", "")) for _, n in cells) == sum(not math.isnan(row["ms"] or math.nan) for row in _live(client))
     for address, n in cells:
         assert client.get("/api" + address.replace("&amp;", "&")).json()["total"] == int(n), "a cell leads to the features it counts"
+
+
+def test_lists_of_the_start_page_hold_what_their_titles_say(client: TestClient, study: Study, tmp_path: Path) -> None:
+    """Also where nothing is like that, as in a set without classes, names and scores: then they are not shown."""
+    addresses = dict(re.findall(r'<h2><a href="(/features[^"]*)">([^<]+)</a>', client.get("/").text))
+    found = {title: client.get("/api" + address.replace("&amp;", "&")).json()["features"] for address, title in addresses.items()}
+    claims = {
+        "Most monosemantic": lambda row: row["ms"] > row["ms_floor"],
+        "Best named": lambda row: row["label_score"] - row["control_score"] >= 0.2,
+        "Names not to believe": lambda row: row["label_score"] <= row["control_score"],
+        "Of one class": lambda row: row["purity"] >= 0.9,
+    }
+    assert {"Most monosemantic", "Best named"} <= set(found)
+    assert all(rows and all(map(claim, rows)) for title, claim in claims.items() if (rows := found.get(title)) is not None)
+    shutil.copy(study.catalog, bare := tmp_path / "bare.duckdb")
+    with duckdb.connect(bare) as connection:
+        connection.execute("UPDATE features SET label = NULL, label_score = NULL, control_score = NULL, purity = NULL, ms = NULL")
+    with TestClient(make_app(Settings(catalog=bare)), base_url="http://127.0.0.1") as other:
+        page = other.get("/").text
+    assert not any(f">{title}</a>" in page for title in claims)
+
+
+def test_the_histogram_of_equal_activations_has_one_bar_at_their_value(study: Study, tmp_path: Path) -> None:
+    shutil.copy(study.catalog, path := tmp_path / "equal.duckdb")
+    with duckdb.connect(path) as connection:
+        sae, latent, n = connection.execute(
+            "SELECT sae, latent, count(*) AS n FROM firings GROUP BY ALL ORDER BY n DESC LIMIT 1"
+        ).fetchall()[0]
+        connection.execute("UPDATE firings SET act = 3.25 WHERE sae = ? AND latent = ?", [sae, latent])
+    with TestClient(make_app(Settings(catalog=path)), base_url="http://127.0.0.1") as client:
+        page = client.get(f"/features/{sae}/{latent}").text
+        found = client.get(f"/api/features/{sae}/{latent}").json()["histogram"]
+    assert found == [{"bin": 0, "n": n, "low": 3.25, "high": 3.25}] and f"3.25 to 3.25: {n} images" in page
 
 
 def _live(client: TestClient) -> list[dict[str, Any]]:

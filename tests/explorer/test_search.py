@@ -84,19 +84,21 @@ def test_meaning_finds_features_that_no_text_matches(client: TestClient) -> None
     assert len(hits) == 12 and hits == sorted(hits, reverse=True) and -1 <= hits[-1] < hits[0] <= 1
 
 
-def test_an_image_of_the_set_is_most_like_itself(client: TestClient, catalog: Catalog) -> None:
+@pytest.mark.parametrize("sae", NAMES)
+def test_an_image_of_the_set_is_most_like_itself(client: TestClient, catalog: Catalog, sae: str) -> None:
     image, hash_ = catalog.rows("SELECT image, left(image_id, 12) FROM images WHERE split = 'eval' ORDER BY image LIMIT 1 OFFSET 20")[0]
     encoded = client.get(f"/originals/{image}/{hash_}").content
-    answer = client.post("/search", data={"csrf": token(client), "sae": NAMES[0]}, files={"upload": ("one.png", encoded)})
+    answer = client.post("/search", data={"csrf": token(client), "sae": sae}, files={"upload": ("one.png", encoded)})
     assert answer.status_code == 200 and all(title in answer.text for title in ("Fire on it", "Of like meaning", "Images like it"))
     shown = re.search(r"<h2>Images like it</h2>(.*?)</section>", answer.text, re.DOTALL)
     assert shown and re.findall(r'data-image="(\d+)"', shown[1])[0] == str(image)
     strongest = catalog.rows(
         "SELECT latent FROM firings WHERE starts_with(sae, $sae) AND image = $image ORDER BY act DESC LIMIT 1",
-        {"sae": NAMES[0], "image": image},
+        {"sae": sae, "image": image},
     )
     fire = re.search(r"<h2>Fire on it</h2>(.*?)</section>", answer.text, re.DOTALL)
     assert fire and re.findall(r'data-latent="(\d+)"', fire[1])[0] == str(strongest[0][0])
+    assert f'href="/features/{sae}-' in fire[1], "of the SAE that was chosen"
 
 
 @pytest.mark.parametrize("path", ["/search", "/my-image", "/api/my-image"])

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from ommatid.catalog.question import Question
 from ommatid.explorer.features import load_features, load_images, load_previews
 from ommatid.explorer.heat import Tile, draw_svg, encode, make_tile
 from ommatid.explorer.plots import draw_histogram
@@ -43,7 +44,7 @@ _FIRING = "SELECT image FROM firings WHERE sae = $sae AND latent = $latent AND i
 _HISTOGRAM = f"""
     WITH found AS (SELECT act FROM firings WHERE sae = $sae AND latent = $latent),
     ends AS (SELECT min(act) AS low, max(act) AS high FROM found)
-    SELECT least(floor((act - low) / nullif(high - low, 0) * {N_BINS}), {N_BINS - 1})::INTEGER AS bin, count(*) AS n,
+    SELECT least(floor(coalesce((act - low) / nullif(high - low, 0), 0) * {N_BINS}), {N_BINS - 1})::INTEGER AS bin, count(*) AS n,
         any_value(low) AS low, any_value(high) AS high
     FROM found, ends GROUP BY bin
 """
@@ -162,7 +163,7 @@ def feature_page(request: Request, explorer: TheExplorer, sae: str, latent: int)
             histogram=_draw_histogram(found["histogram"]),
             tiles={other: [make_tile(row) for row in rows] for other, rows in found["previews"].items()},
             box=make_box(view, sae, latent),
-            sql=f"SELECT * FROM features WHERE sae = '{sae}' AND latent = {latent}",
+            sql=Question("SELECT * FROM features WHERE sae = $sae AND latent = $latent", {"sae": sae, "latent": latent}).text,
         )
 
 
@@ -221,6 +222,6 @@ def _draw_histogram(rows: list[dict[str, Any]]) -> Any:
     if not rows:
         return None
     low, high = rows[0]["low"], rows[0]["high"]
-    step = (high - low) / N_BINS or 1
-    bins = [(low + (row["bin"] or 0) * step, low + ((row["bin"] or 0) + 1) * step, row["n"]) for row in rows]
+    step = (high - low) / N_BINS
+    bins = [(low + row["bin"] * step, low + (row["bin"] + 1) * step, row["n"]) for row in rows]
     return draw_histogram("Activations on the evaluation images on which it fires", "activation", bins)

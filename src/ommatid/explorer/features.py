@@ -72,6 +72,8 @@ class FeatureQuery(Query):
     """Least share of tokens on which a feature fires."""
     density_max: Annotated[float | None, Field(ge=0, le=2)] = None
     """Number that the share of tokens on which a feature fires is less than."""
+    purity_min: Annotated[float | None, Field(ge=0, le=1)] = None
+    """Least share of the most common class among the 16 strongest images."""
     images_min: Annotated[int | None, Field(ge=0, le=2**31 - 1)] = None
     """Least number of evaluation images on which a feature fires."""
     unmatched: Annotated[str | None, Field(max_length=500)] = None
@@ -162,6 +164,7 @@ def make_where(view: View, sae: str, query: FeatureQuery) -> tuple[list[str], di
         ("ms_max", "ms", "<"),
         ("density_min", "density", ">="),
         ("density_max", "density", "<"),
+        ("purity_min", "purity", ">="),
         ("images_min", "n_images", ">="),
     ):
         if (value := getattr(query, name)) is not None:

@@ -9,6 +9,7 @@ from fastapi import Path as Address
 from fastapi import Query as Parameters
 from fastapi.responses import Response
 
+from ommatid.catalog.question import Question
 from ommatid.errors import ArtefactError
 from ommatid.explorer.features import load_features, previews
 from ommatid.explorer.heat import draw_svg, encode, fit
@@ -38,6 +39,11 @@ _FIRING = """
     FROM (SELECT sae, latent, act FROM firings WHERE sae = $sae AND image = $image) AS f JOIN features USING (sae, latent)
     ORDER BY f.act DESC, f.latent
 """
+_SHOWN = """
+    SELECT latent, act, label FROM firings JOIN features USING (sae, latent)
+    WHERE sae = $sae AND image = $image ORDER BY act / max_act DESC
+"""
+"""The question that the page shows; `_STRONGEST` answers it faster."""
 _THUMB = "SELECT thumbnail FROM images WHERE image = $image AND starts_with(image_id, $hash)"
 _FEATURES = "SELECT * FROM features WHERE sae = $sae AND latent IN (SELECT unnest($latents::INTEGER[]))"
 _NUMBERS = "SELECT min(image) AS first, max(image) AS last FROM images"
@@ -101,7 +107,10 @@ def show_where(view: View, sae: str, found: EncodedImage) -> dict[str, Any]:
             svg = draw_svg(written, found.rows, found.cols, (found.seen_width, found.seen_height)) if written else None
             firing.append({"row": rows[latent], "act": act, "heat": written, "svg": svg})
     patches = [[[latent, round(act, 2)] for latent, act in zip(p.latents[:N_PATCH], p.acts, strict=False)] for p in found.patches]
-    names = {latent: (rows[latent]["label"] or "without a name")[:80] for latent in sorted(in_patches) if latent in rows}
+    people = view.reviewed(sae).names
+    names = {
+        latent: (people.get(latent) or rows[latent]["label"] or "without a name")[:80] for latent in sorted(in_patches) if latent in rows
+    }
     return {
         "picture": f"data:image/webp;base64,{base64.b64encode(found.picture).decode()}",
         "size": fit(found.picture_width, found.picture_height, BOX),
@@ -127,7 +136,8 @@ def image_page(request: Request, explorer: TheExplorer, image: int, query: Annot
             where = about_model(lambda: show_where(view, sae, explorer.model.encode(sae, explorer.originals.get(image, row["hash"])[0])))
         tiles = previews(view, sae, (one["latent"] for one in firing), n=3)
         size = fit(row["width"], row["height"], BOX)
-        return view.render("image.html", sae, image=row, size=size, firing=firing, tiles=tiles, where=where, box=BOX)
+        sql = Question(_SHOWN, {"sae": sae, "image": image}).text
+        return view.render("image.html", sae, image=row, size=size, firing=firing, tiles=tiles, where=where, box=BOX, sql=sql)
 
 
 @router.get("/api/images/{image}", tags=["images"])

@@ -131,31 +131,33 @@ def make_frame(
     return plot, to_x, to_y
 
 
-def draw_histogram(
-    title: str, name: str, bins: Sequence[tuple[float, float, int]], marks: Sequence[tuple[float, str, str]] = (), unit: str = "images"
-) -> Plot:
-    """Draw a histogram.
+def draw_histogram(title: str, name: str, bins: Sequence[tuple[float, float, int]]) -> Plot:
+    """Draw a histogram of images.
 
     Args:
         title: What it shows.
         name: Name of the values.
-        bins: Lower and upper end of each bin, and the number of items in it.
-        marks: Value, name and class of each vertical line.
-        unit: What is counted.
+        bins: Lower and upper end of each bin, and the number of images in it.
     """
-    ends = [end for low, high, _ in bins for end in (low, high)] + [value for value, _, _ in marks]
+    ends = [end for low, high, _ in bins for end in (low, high)]
     most = max((n for _, _, n in bins), default=1)
-    plot, to_x, to_y = make_frame(title, Axis(min(ends), max(ends), name), Axis(0, most, unit), height=200)
+    plot, to_x, to_y = make_frame(title, Axis(min(ends), max(ends), name), Axis(0, most, "images"), height=200)
     for low, high, n in bins:
         if n:
             left, right, top = to_x(low), to_x(high), to_y(n)
             box = Box(
-                left + 0.5, top, max(0.5, right - left - 1), to_y(0) - top, f"{write_share(low)} to {write_share(high)}: {n:,} {unit}"
+                left + 0.5,
+                top,
+                max(0.5, right - left - 1),
+                to_y(0) - top,
+                f"{write_share(low)} to {write_share(high)}: {_count(n, 'image')}",
             )
             plot.boxes.append(box)
-    for value, mark, kind in marks:
-        plot.strokes.append(Stroke(to_x(value), TOP, to_x(value), 200 - BOTTOM, kind, mark))
     return plot
+
+
+def _count(n: int, unit: str) -> str:
+    return f"{n:,} {unit}{'s' if n != 1 else ''}"
 
 
 def write_share(value: float) -> str:
@@ -170,25 +172,23 @@ def draw_grid(
     cells: Sequence[tuple[float, float, float, float, int]],
     address: Callable[[float, float, float, float], str],
     marks: Sequence[tuple[float, str]] = (),
-    unit: str = "features",
 ) -> Plot:
-    """Draw how many items lie in each cell of a plane, each cell a link.
+    """Draw how many features lie in each cell of a plane, each cell a link.
 
     Args:
         title: What it shows.
         x: Horizontal axis.
         y: Vertical axis.
-        cells: For each cell that is not empty, its ends on the horizontal axis, on the vertical axis, and the number of items.
-        address: Function that returns the address of a cell's items, given its ends.
+        cells: For each cell that is not empty, its ends on the horizontal axis, on the vertical axis, and the number of features.
+        address: Function that returns the address of a cell's features, given its ends.
         marks: Value on the vertical axis and name of each horizontal line.
-        unit: What is counted.
     """
     plot, to_x, to_y = make_frame(title, x, y)
     most = max((n for *_, n in cells), default=1)
     for x1, x2, y1, y2, n in cells:
         left, right, top, bottom = to_x(x1), to_x(x2), to_y(y2), to_y(y1)
         opacity = round(0.25 + 0.75 * math.log1p(n) / math.log1p(most), 2)
-        where = f"{n:,} {unit}; {x.name} {write_share(x1)} to {write_share(x2)}, {y.name} {write_share(y1)} to {write_share(y2)}"
+        where = f"{_count(n, 'feature')}; {x.name} {write_share(x1)} to {write_share(x2)}, {y.name} {write_share(y1)} to {write_share(y2)}"
         size = (round(max(1.0, right - left - 0.7), 1), round(max(1.0, bottom - top - 0.7), 1))
         plot.boxes.append(Box(left, top, *size, where, address(x1, x2, y1, y2), "cell", opacity))
     for value, name in marks:

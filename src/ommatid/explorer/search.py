@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from ommatid.explorer.features import load_features, load_tiles, previews
-from ommatid.explorer.image import Upload, read_upload
+from ommatid.explorer.image import SaeField, Upload, read_upload
 from ommatid.explorer.model import Model, about_model
 from ommatid.explorer.security import check_form
 from ommatid.explorer.web import Json, Query, TheExplorer, View
@@ -21,6 +21,8 @@ N_HITS = 12
 """Hits shown of each kind."""
 N_TILES = 4
 """Images shown of a feature."""
+MOST_CAPTIONED = 64
+"""Most images with a caption that matches whose features are counted."""
 
 _BY_NAME = """
     SELECT latent FROM features WHERE sae = $sae AND contains(lower(label), $text)
@@ -38,9 +40,9 @@ _BY_CLASS = """
 _CLASSES = "SELECT label AS class, count(*) AS n FROM images WHERE label IS NOT NULL GROUP BY label ORDER BY n DESC, label"
 _LABELLERS = "SELECT count(DISTINCT labeller) AS n FROM labels WHERE sae = $sae"
 _HAS_CAPTIONS = "SELECT bool_or(len(captions) > 0) AS has FROM images"
-_CAPTIONED = """
+_CAPTIONED = f"""
     SELECT image FROM images WHERE split = 'eval' AND len(list_filter(captions, lambda one: contains(lower(one), $text))) > 0
-    ORDER BY image LIMIT 64
+    ORDER BY image LIMIT {MOST_CAPTIONED}
 """
 _OF_IMAGES = """
     SELECT latent FROM image_latents WHERE sae = $sae AND image IN (SELECT unnest($images::INTEGER[])) AND rank <= 8
@@ -88,7 +90,9 @@ def find_words(view: View, sae: str, q: str) -> list[dict[str, Any]]:
     if classes := [row["class"] for row in find_classes(view, text)]:
         groups.append(("Classes", "They tell a class whose name contains it.", view.rows(_BY_CLASS, **keys, classes=classes)))
     if view.opened.kept(_HAS_CAPTIONS)[0]["has"] and (captioned := [row["image"] for row in view.rows(_CAPTIONED, text=text)]):
-        meaning = f"They fire most on the {len(captioned)} images with a caption that contains it."
+        n = len(captioned)
+        which = f"the first {n} images" if n == MOST_CAPTIONED else f"{n} image{'s' if n != 1 else ''}"
+        meaning = f"They are most often among the 8 strongest on {which} with a caption that contains it."
         groups.append(("Captions", meaning, view.rows(_OF_IMAGES, **keys, images=captioned)))
     features = load_features(view, sae, sorted({row["latent"] for _, _, rows in groups for row in rows}))
     return [
@@ -134,10 +138,10 @@ def search_page(request: Request, explorer: TheExplorer, query: Annotated[Search
 
 
 @router.post("/search", include_in_schema=False, dependencies=[Depends(check_form)])
-def search_by_image(request: Request, explorer: TheExplorer, upload: Upload, sae: str | None = None) -> Response:
+def search_by_image(request: Request, explorer: TheExplorer, upload: Upload, sae: SaeField = None) -> Response:
     """Show the features and images that are most like an uploaded image, which is not kept."""
     with explorer.open(request) as view:
-        sae, encoded = view.choose_sae(sae), read_upload(upload)
+        sae, encoded = view.choose_sae(sae or None), read_upload(upload)
 
         def ask() -> list[dict[str, Any]]:
             hits = explorer.model.search_image(sae, encoded, N_HITS, wait=30)

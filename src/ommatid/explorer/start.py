@@ -29,19 +29,23 @@ LISTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     (
         "Most monosemantic",
         "Their images are most alike to a judge that never saw the SAE.",
-        {"sort": "over_floor", "images_min": LEAST_IMAGES},
+        {"sort": "over_floor", "over_floor": 0.0, "images_min": LEAST_IMAGES},
     ),
     (
         "Best named",
         "Their names find held-out images far better than another latent's name does.",
-        {"sort": "over_control", "images_min": LEAST_IMAGES},
+        {"sort": "over_control", "over_control": 0.2, "images_min": LEAST_IMAGES},
     ),
     (
         "Names not to believe",
-        "The images are alike, but the name scores no better than another latent's.",
+        "Their names score no better than another latent's; first come those whose images are most alike.",
         {"state": "doubtful", "sort": "over_floor", "images_min": LEAST_IMAGES},
     ),
-    ("Of one class", "Nearly all of their strongest images are of a single class.", {"sort": "purity", "images_min": LEAST_IMAGES}),
+    (
+        "Of one class",
+        "Nearly all of their strongest images are of a single class.",
+        {"sort": "purity", "purity_min": 0.9, "images_min": LEAST_IMAGES},
+    ),
     (
         "Near duplicates",
         "Another latent has almost the same direction and fires on the same images.",

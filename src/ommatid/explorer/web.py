@@ -61,7 +61,7 @@ TABLE_COLUMNS = (
     ("latent", "latent"),
     ("label", "name"),
     ("label_score", "score"),
-    ("over_control", "control"),
+    ("over_control", "score − control"),
     ("ms", "MS"),
     ("over_floor", "MS − floor"),
     ("density", "density"),

@@ -164,11 +164,13 @@ function preparePatches(root) {
       }
       list.replaceChildren(title, items);
     };
-    box.addEventListener("pointermove", (event) => {
+    const point = (event) => {
       const at = box.getBoundingClientRect(), x = (event.clientX - at.left) / at.width, y = (event.clientY - at.top) / at.height;
       const c = Math.floor((x - (1 - seenX) / 2) / seenX * cols), r = Math.floor((y - (1 - seenY) / 2) / seenY * rows);
       if (c >= 0 && c < cols && r >= 0 && r < rows) { row = r; col = c; show(); }
-    });
+    };
+    box.addEventListener("pointermove", point);
+    box.addEventListener("pointerdown", point);  // a finger does not move before it touches
     box.addEventListener("focus", show);
     box.addEventListener("keydown", (event) => {
       const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
@@ -212,6 +214,10 @@ function prepareUpload(root) {
 document.addEventListener("DOMContentLoaded", () => prepare(document));
 document.addEventListener("htmx:afterSettle", (event) => prepare(event.target));
 document.addEventListener("htmx:configRequest", (event) => { event.detail.headers["X-CSRF-Token"] = document.querySelector("meta[name=csrf]").content; });
+// A list or a search that is refused: its own address says why. Forms of review tell it in their place.
+document.addEventListener("htmx:responseError", (event) => {
+  if (event.detail.requestConfig.verb === "get") location.assign(event.detail.pathInfo.finalRequestPath);
+});
 window.addEventListener("resize", () => { for (const tile of document.querySelectorAll("[data-heat]")) seen.observe(tile); });
 
 // The SQL console: Ctrl+Enter runs, Cancel ends the request (the server then stops the statement), names are inserted by a click.
