@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,6 +47,15 @@ def test_a_log_without_a_file_says_nothing(log: ReviewLog) -> None:
     state = log.state()
     assert (len(state), state.keys, state.problems, state.lists) == (0, (), (), {})
     assert feature(log).is_empty and feature(log).last == "" and not log.path.parent.exists()
+
+
+def test_a_folder_in_place_of_the_log_is_said_and_left_closed(log: ReviewLog) -> None:
+    log.path.mkdir(parents=True)
+    before = psutil.Process().num_fds()
+    for _ in range(3):
+        with pytest.raises(ReviewError, match="cannot be read"):
+            log.state()
+    assert psutil.Process().num_fds() == before
 
 
 def test_what_people_say_is_folded_by_feature(log: ReviewLog) -> None:
@@ -304,6 +314,7 @@ def test_threads_lose_nothing(log: ReviewLog) -> None:
 TALKER = """
 import os, sys, time
 import numpy as np
+import psutil
 from ommatid.reviews import ReviewLog
 
 write = os.write

@@ -13,6 +13,7 @@ from ommatid.explorer.heat import Tile, draw_svg, encode, make_tile
 from ommatid.explorer.plots import draw_histogram
 from ommatid.explorer.reviewed import make_box
 from ommatid.explorer.web import Json, NotFound, TheExplorer, View, feature_url
+from ommatid.show.numbers import fixed
 
 router = APIRouter()
 
@@ -213,7 +214,7 @@ def _by_labeller(mistakes: list[dict[str, Any]]) -> dict[tuple[str, str], list[T
     """Tiles of what each labeller's label got wrong, by labeller and kind."""
     found: dict[tuple[str, str], list[Tile]] = {}
     for row in mistakes:
-        note = f"cosine {row['cosine']:.2f}, needs {row['threshold']:.2f}"
+        note = f"cosine {fixed(row['cosine'])}, needs {fixed(row['threshold'])}"
         found.setdefault((row["labeller"], row["kind"]), []).append(make_tile(row | {"heat": None}, note=note, box=84))
     return found
 

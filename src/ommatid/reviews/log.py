@@ -225,19 +225,18 @@ class ReviewLog:
     def _read(self) -> None:
         """Read the lines that were added. If the file is another one, or was rewritten, read it from its beginning."""
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC) if self._stamp is None or self._stamp != self._look() else None
+            if self._stamp is not None and self._stamp == self._look():
+                return
+            with open(self.path, "rb") as file:
+                status = os.fstat(file.fileno())
+                if self._stamp and not self._continues(status, file.fileno()):
+                    self._forget()
+                file.seek(self._offset)
+                data = file.read()
         except FileNotFoundError:
             if self._stamp is not None:
                 self._forget()
             return
-        if descriptor is None:
-            return
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if self._stamp and not self._continues(status, descriptor):
-                self._forget()
-            file.seek(self._offset)
-            data = file.read()
         whole = data.rfind(b"\n") + 1
         if whole:
             self._add(data[:whole].split(b"\n")[:-1])

@@ -119,7 +119,8 @@ def list_facts(about: About) -> tuple[tuple[str, str], ...]:
         Name and value of each fact.
     """
     run, (images,) = about.run, about.ask(IMAGES)
-    classes = f"{images['classes']:,} classes" if images["classes"] else "without classes"
+    n_classes = images["classes"]
+    classes = f"{n_classes:,} class{'es' if n_classes != 1 else ''}" if n_classes else "without classes"
     facts = {
         "SAE": f"{about.name}: {run['variant']}, {about.numbers['n_latents']:,} latents, k {run['k']}",
         "Model": run["model"],
