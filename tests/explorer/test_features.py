@@ -1,6 +1,8 @@
 """Proves that lists of features hold exactly what their filters say, in order, and that pages by key visit each feature once."""
 
+import ast
 import csv
+import html
 import io
 import math
 import re
@@ -170,6 +172,7 @@ def test_pictures_are_the_strongest(client: TestClient, catalog: Catalog) -> Non
         ("/features?after=7", "key of a page"),
         ("/features?after=[NaN,1]", "key of a page"),
         ('/features?sort=label&after=["a",9999999999]', "key of a page"),
+        ("/features?unmatched=nothing", "no matches of"),
         ("/features?rated=9", "less than or equal to 5"),
         ("/features?label=" + "x" * 201, "200"),
     ],
@@ -178,6 +181,20 @@ def test_bad_parameters_are_explained(client: TestClient, address: str, said: st
     answer = client.get(address)
     assert answer.status_code == 400 and said in answer.text
     assert client.get(address.replace("/features", "/api/features")).json()["error"]
+
+
+@pytest.mark.parametrize("label", ["red", "a \\ b", '"""); import os; ("""', "'" * 3, "$sae"])
+def test_copied_python_asks_the_question_and_nothing_else(client: TestClient, label: str) -> None:
+    page = client.get("/features", params={"label": label}).text
+    sql, code = (html.unescape(double or single) for double, single in re.findall(r"""data-copy=(?:"([^"]*)"|'([^']*)')""", page))
+    *loaded, opened = ast.parse(code).body
+    assert all(isinstance(one, ast.ImportFrom) for one in loaded) and isinstance(opened, ast.With) and len(opened.body) == 1
+    asked = opened.body[0]
+    assert isinstance(asked, ast.Assign) and isinstance(asked.value, ast.Call) and len(asked.value.args) == 1
+    assert ast.literal_eval(asked.value.args[0]).strip() == sql
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert len(found["rows"]) == len(ask(client, sae=None, label=label)["features"])
 
 
 def test_missing_features_lead_to_near_ones(client: TestClient) -> None:

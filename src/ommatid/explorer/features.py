@@ -172,6 +172,10 @@ def make_where(view: View, sae: str, query: FeatureQuery) -> tuple[list[str], di
             conditions.append(f"{expression} {sign} ${name}")
     if query.unmatched is not None:
         values["unmatched"] = query.unmatched
+        if not view.rows("SELECT 1 FROM matches WHERE sae = $sae AND other_sae = $other LIMIT 1", sae=sae, other=query.unmatched):
+            raise BadRequest(
+                f"unmatched: the catalogue has no matches of {sae} with {query.unmatched[:80]!r}; name an SAE that /compare has"
+            )
         conditions.append(
             "latent NOT IN (SELECT latent FROM matches WHERE sae = $sae AND other_sae = $unmatched AND cosine >= 0.9) AND NOT is_dead"
         )

@@ -24,8 +24,6 @@ NEEDED = (
     "features", "examples", "meanings", "directions", "near_misses", "mistakes", "previews", "image_latents", "class_latents",
 )  # fmt: skip
 """Relations that older catalogues may lack and pages need."""
-N_HASH = 12
-"""Characters of an image's checksum in the addresses of its pictures, so that an address always gives the same bytes."""
 
 _SAES = """
     SELECT runs.*, comparisons.ms_low, comparisons.ms_high

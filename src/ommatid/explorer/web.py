@@ -211,6 +211,7 @@ class Explorer:
             "original_url": self.original_url,
         }
         environment.filters |= {name: getattr(numbers, name) for name in ("fixed", "percent", "rate", "signed", "count")}
+        environment.filters["python"] = as_python
         return environment
 
     def render(self, request: Request, template: str, status: int = 200, **context: Any) -> HTMLResponse:
@@ -307,6 +308,11 @@ def image_url(image: int, **parameters: Any) -> str:
 def thumb_url(image: int, hash_: str) -> str:
     """Address of an image's thumbnail."""
     return f"/thumbs/{image}/{hash_}.webp"
+
+
+def as_python(text: str) -> str:
+    """Write a text as a literal of Python: over several lines if it has some, unless a text from data could end the literal."""
+    return f'"""\n{text}\n"""' if "\n" in text and '"""' not in text and "\\" not in text else repr(text)
 
 
 def asset(name: str) -> str:
