@@ -79,6 +79,18 @@ def test_typing_filters_without_a_button(windows: Windows, explorer: str) -> Non
     expect(page.locator("#results .card h3")).to_contain_text("aeroplane")
 
 
+def test_a_filter_that_is_refused_says_what_is_allowed(windows: Windows, explorer: str) -> None:
+    windows.expect("status of 400")
+    windows.expect("Response Status Error Code 400")
+    page = windows.open(f"{explorer}/features?sae={SAE}")
+    page.get_by_text("More filters").click()
+    page.get_by_label("MS, at least").fill("high")
+    page.get_by_label("MS, at least").press("Tab")
+    expect(page.locator(".problem")).to_contain_text("ms_min: got 'high'")
+    page.go_back()
+    expect(page.locator("#results .card").first).to_be_visible()
+
+
 def test_sorting_and_paging_visit_each_feature(windows: Windows, explorer: str) -> None:
     page = windows.open(f"{explorer}/features?sae={SAE}&sort=latent&order=asc&n=20")
     found = latents(page)
@@ -176,6 +188,18 @@ def test_where_features_fire_on_an_image_of_the_set(windows: Windows, explorer: 
     assert "where=true" in page.url
     page.locator("[data-patches]").hover()
     expect(page.locator("[data-patch-list] p")).to_contain_text("Row")
+
+
+def test_a_finger_chooses_a_patch(windows: Windows, explorer: str) -> None:
+    page = windows.open(f"{explorer}/images/3?sae={SAE}&where=true")
+    expect(page.get_by_text("features fire").first).to_be_visible(timeout=60_000)
+    page.locator("[data-patches]").evaluate("""box => {
+        const at = box.getBoundingClientRect();
+        const here = { clientX: at.right - 2, clientY: at.bottom - 2, pointerType: "touch", bubbles: true };
+        box.dispatchEvent(new PointerEvent("pointerdown", here));
+        box.focus();
+    }""")
+    expect(page.locator("[data-patch-list]")).to_contain_text(re.compile("Row [2-9]"))
 
 
 def test_everything_is_reached_by_keyboard(windows: Windows, explorer: str) -> None:
