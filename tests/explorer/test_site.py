@@ -107,6 +107,9 @@ def test_lists_lead_forth_and_back(whole: tuple[Path, Site], study: Study) -> No
         assert back == chain[::-1]
         longest = max(longest, sorted(seen), key=len)
     assert longest == latents, "the list by name has every feature"
+    start = (out / "index.html").read_text()
+    lists = re.findall(r'<section class="list"><h2><a([^>]*)>', start)
+    assert len(lists) > 3 and all("href=" in link for link in lists), "the start page leads to the first page of each"
 
 
 def test_the_same_catalogue_gives_the_same_bytes(study: Study, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ LISTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     (
         "Most monosemantic",
         "Their images are most alike to a judge that never saw the SAE.",
-        {"sort": "over_floor", "over_floor": 0.0, "images_min": LEAST_IMAGES},
+        {"sort": "over_floor", "images_min": LEAST_IMAGES},
     ),
     (
         "Best named",
@@ -126,7 +126,7 @@ def _edges(low: float, high: float, n: int, write: Callable[[float], float]) -> 
 
 
 def _find_lists(view: View, sae: str) -> list[dict[str, Any]]:
-    """The lists with their first features, without those that are empty."""
+    """The lists with their first features, without those that are empty, or whose order the catalogue does not know."""
     lists = [*LISTS]
     if champion := _last_champion(view, sae):
         text = "No latent of the champion before has a similar direction."
@@ -135,8 +135,8 @@ def _find_lists(view: View, sae: str) -> list[dict[str, Any]]:
     for title, text, values in lists:
         query = FeatureQuery(sae=sae, n=N_SHOWN, **values)
         page, _ = find_features(view, query)
-        if page.total:
-            rows = [feature.model_dump() for feature in page.features]
+        rows = [feature.model_dump() for feature in page.features]
+        if rows and rows[0]["sort_key"] is not None:
             found.append({"title": title, "text": text, "url": FeatureQuery(**values).url(sae=sae), "total": page.total, "rows": rows})
             latents += [row["latent"] for row in rows]
     tiles = previews(view, sae, latents, N_TILES)
