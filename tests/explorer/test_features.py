@@ -205,7 +205,7 @@ def test_missing_features_lead_to_near_ones(client: TestClient) -> None:
 
 
 def test_a_features_page_says_what_the_catalogue_says(client: TestClient, catalog: Catalog, features: pd.DataFrame) -> None:
-    row = features[features.label_score.notna()].sort_values("n_images").iloc[-1]
+    row = features.loc[features.label_score.notna()].sort_values("n_images").iloc[-1]
     found = client.get(f"/api/features/{row.sae}/{row.latent}").json()
     firings = catalog.pandas(
         "SELECT act, label FROM firings JOIN images USING (image) WHERE sae = $sae AND latent = $latent",
