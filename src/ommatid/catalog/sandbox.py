@@ -49,8 +49,9 @@ CONVERTERS = {"DECIMAL": "decimal", "UUID": "uuid", "TIME ZONE": "pytz"}
 """Modules that DuckDB imports to make values of these types."""
 CHUNK = 256
 """Number of rows fetched at a time."""
-SLACK_MB = 64
-"""Memory allowed beyond the limit of a query, in MB, for stacks of threads and for Python."""
+SLACK_MB = 192
+"""Memory allowed beyond the limit of a query, in MB: stacks of threads, Python, and addresses that DuckDB's allocator keeps without using
+them."""
 RETAINED_MB = 256
 """Memory that a process may always retain between statements, in MB, if its limit allows that much."""
 LONGEST_ERROR = 2000
@@ -121,7 +122,7 @@ class Reader:
 
         What DuckDB keeps of the catalogue within its limit makes room by itself, and half of a large limit is enough to keep.
         """
-        return self._limits.used() > max((self._memory_mb + SLACK_MB) // 2, min(self._memory_mb + SLACK_MB // 2, RETAINED_MB))
+        return self._limits.used() > max((self._memory_mb + SLACK_MB) // 2, min(self._memory_mb + SLACK_MB * 3 // 4, RETAINED_MB))
 
     def ask(self, sql: str, parameters: Any, max_rows: int | None, most: int) -> None:
         """Send the columns of an answer, its rows in chunks, and whether there are more.

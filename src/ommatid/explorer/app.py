@@ -1,6 +1,8 @@
 """The explorer's application: its routes, its errors as pages, its static files, and how it is served."""
 
+import asyncio
 import socket
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartParser
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ommatid import __version__
 from ommatid.errors import ConfigError, OmmatidError
@@ -20,6 +23,12 @@ from ommatid.explorer.model_client import ModelClient
 from ommatid.explorer.security import UPLOADS, Guard, check_exposure, harden, is_local
 from ommatid.explorer.web import FOREVER, STATIC, BadRequest, Explorer, Json, NotFound, Settings, asset
 
+SWITCH_SECONDS = 0.001
+"""Seconds after which a thread that computes lets another one go on, which usually has an answer of a reader process to pass on."""
+PAGES_AT_ONCE = 2
+"""Pages that are made at the same time."""
+QUICK = ("/features", "/images", "/class", "/compare", "/runs", "/review", "/thumbs", "/heat", "/api/features", "/api/images", "/api/class")
+"""Beginnings of the addresses whose pages wait for nothing but the catalogue."""
 TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".txt": "text/plain"}
 """Content type of static files, by suffix."""
 MOST_PROBLEMS = 10
@@ -66,9 +75,30 @@ def make_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _explain_parameters)
     app.add_exception_handler(HTTPException, _explain_status)
     app.add_exception_handler(Exception, _explain_fault)
+    app.add_middleware(Turnstile)
     app.add_middleware(monitoring.Meter)
     app.add_middleware(Guard, settings=settings, secret=explorer.secret)
     return app
+
+
+class Turnstile:
+    """ASGI middleware that makes few pages at the same time, in the order in which they were asked for.
+
+    More would only take turns on the interpreter's lock and the reader processes: each would take as long as all together. Addresses
+    that may wait for the model or for a long statement pass by.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._free = asyncio.Semaphore(PAGES_AT_ONCE)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, when it is its turn."""
+        if scope["type"] == "http" and scope["path"].startswith(QUICK) and b"where=" not in scope["query_string"]:
+            async with self._free:
+                await self._app(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
 
 def serve(settings: Settings) -> None:
@@ -81,6 +111,7 @@ def serve(settings: Settings) -> None:
 
     from ommatid.explorer.connection import Connection
 
+    sys.setswitchinterval(SWITCH_SECONDS)
     app = make_app(settings)
     config = uvicorn.Config(
         app, settings.host, settings.port, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30,

@@ -1,14 +1,15 @@
 """The page of a feature: its name beside its controls, its images, where it fires, and what is like it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ommatid.catalog.question import Question
-from ommatid.explorer.features import load_features, load_images, load_previews
+from ommatid.explorer.features import load_cards, load_images, load_previews
 from ommatid.explorer.heat import Tile, draw_svg, encode, make_tile
 from ommatid.explorer.plots import draw_histogram
 from ommatid.explorer.reviewed import make_box
@@ -29,6 +30,8 @@ N_NEAREST = 4
 """Latents with the nearest directions whose images are hard negatives."""
 N_PREVIEW = 3
 """Images shown of a latent that is like this one."""
+N_MATCHES = 24
+"""Other SAEs whose nearest latents are shown."""
 N_SILENT = 8
 """Images of nearest features shown on which the feature itself is silent."""
 
@@ -41,14 +44,7 @@ _EXAMPLES = """
     SELECT decile, rank, act, heat, rows, cols, image FROM examples WHERE sae = $sae AND latent = $latent
 """
 _NEAR_MISSES = "SELECT rank, image, margin, closeness FROM near_misses WHERE sae = $sae AND latent = $latent"
-_FIRING = "SELECT image FROM firings WHERE sae = $sae AND latent = $latent AND image IN (SELECT unnest($images::INTEGER[]))"
-_HISTOGRAM = f"""
-    WITH found AS (SELECT act FROM firings WHERE sae = $sae AND latent = $latent),
-    ends AS (SELECT min(act) AS low, max(act) AS high FROM found)
-    SELECT least(floor(coalesce((act - low) / nullif(high - low, 0), 0) * {N_BINS}), {N_BINS - 1})::INTEGER AS bin, count(*) AS n,
-        any_value(low) AS low, any_value(high) AS high
-    FROM found, ends GROUP BY bin
-"""
+_FIRED = "SELECT list(image) AS images, list(act) AS acts FROM firings WHERE sae = $sae AND latent = $latent"
 _CLASSES = """
     WITH fired AS (
         SELECT label, count(*) AS n, avg(act) AS strength FROM firings JOIN images USING (image)
@@ -57,15 +53,14 @@ _CLASSES = """
     SELECT label, n, strength, sum(n) OVER () AS n_all FROM fired ORDER BY n DESC, label LIMIT $most
 """
 CLASS_SIZES = "SELECT label, count(*) AS n FROM images WHERE split = 'eval' AND label IS NOT NULL GROUP BY label"
-_NEIGHBOURS = "SELECT rank, other AS latent, cosine FROM neighbours WHERE sae = $sae AND latent = $latent"
-_COFIRING = "SELECT rank, other AS latent, lift, jaccard, n_both FROM cofiring WHERE sae = $sae AND latent = $latent"
-_MATCHES = """
-    SELECT m.other_sae, m.other_latent, m.cosine, m.jaccard, f.label, f.ms, r.name, r.decision
-    FROM matches AS m
-    LEFT JOIN features AS f ON f.sae = m.other_sae AND f.latent = m.other_latent
-    LEFT JOIN runs AS r ON r.sae = m.other_sae
-    WHERE m.sae = $sae AND m.latent = $latent ORDER BY m.cosine DESC, m.other_sae LIMIT 24
+_ALIKE = """
+    SELECT 'neighbours' AS kind, rank, other AS latent, cosine, NULL AS lift, NULL AS jaccard, NULL AS n_both
+    FROM neighbours WHERE sae = $sae AND latent = $latent
+    UNION ALL
+    SELECT 'cofiring', rank, other, NULL, lift, jaccard, n_both FROM cofiring WHERE sae = $sae AND latent = $latent
 """
+_MATCHES = "SELECT other_sae, other_latent, cosine, jaccard FROM matches WHERE sae = $sae AND latent = $latent"
+_RUNS = "SELECT sae, name, decision FROM runs"
 _LABELS = "SELECT * FROM labels WHERE sae = $sae AND latent = $latent"
 _MISTAKES = """
     SELECT labeller, kind, rank, cosine, threshold, is_hard, act, image FROM mistakes
@@ -97,14 +92,18 @@ def describe_feature(view: View, sae: str, latent: int) -> dict[str, Any]:
         """Ask about the latent. The few rows are sorted here, as that takes DuckDB a third of the time of such a question."""
         return sorted(view.rows(sql, **keys), key=itemgetter(*order))
 
-    alike = {"neighbours": ask(_NEIGHBOURS, "rank"), "cofiring": ask(_COFIRING, "rank")}
-    others = sorted({row["latent"] for rows in alike.values() for row in rows})
-    features, strongest = load_features(view, sae, others), load_previews(view, sae, others)
+    alike = ask(_ALIKE, "rank")
+    matches = ask(_MATCHES, "other_sae")
+    others = {row["latent"] for row in alike}
+    cards = load_cards(view, others | {row["other_latent"] for row in matches})
+    strongest = load_previews(view, sae, others)
+    (fired,) = view.rows(_FIRED, **keys)
+    nearest = [row["latent"] for row in alike if row["kind"] == "neighbours"][:N_NEAREST]
     shown = {
         "examples": sorted(view.rows(_EXAMPLES, **keys), key=lambda row: (-row["decile"], row["rank"])),
         "near_misses": ask(_NEAR_MISSES, "rank"),
         "mistakes": ask(_MISTAKES, "labeller", "kind", "rank"),
-        "silent": _find_silent(view, keys, [row["latent"] for row in alike["neighbours"][:N_NEAREST]], strongest),
+        "silent": _find_silent(nearest, strongest, set(fired["images"] or ())),
     }
     previews = {other: images[:N_PREVIEW] for other, images in strongest.items()}
     numbers = {row["image"] for rows in shown.values() for row in rows} | {image for images in previews.values() for image in images}
@@ -113,23 +112,36 @@ def describe_feature(view: View, sae: str, latent: int) -> dict[str, Any]:
         "feature": feature,
         "judged": ask(_JUDGED, "judge"),
         "labels": ask(_LABELS, "place", "labeller"),
-        "histogram": view.rows(_HISTOGRAM, **keys),
+        "histogram": _count_acts(fired["acts"] or []),
         "classes": _describe_classes(view, keys),
-        "matches": view.rows(_MATCHES, **keys),
+        "matches": [_describe_match(view, row, cards) for row in sorted(matches, key=lambda row: -row["cosine"])[:N_MATCHES]],
         **{name: [row | images[row["image"]] for row in rows if row["image"] in images] for name, rows in shown.items()},
-        **{name: [features[row["latent"]] | row for row in rows] for name, rows in alike.items()},
+        **{kind: [cards[sae, row["latent"]] | row for row in alike if row["kind"] == kind] for kind in ("neighbours", "cofiring")},
         "previews": {other: [images[image] for image in found if image in images] for other, found in previews.items()},
     }
 
 
-def _find_silent(
-    view: View, keys: Mapping[str, Any], nearest: Sequence[int], strongest: Mapping[int, Sequence[int]]
-) -> list[dict[str, Any]]:
+def _find_silent(nearest: Sequence[int], strongest: Mapping[int, Sequence[int]], fired: Set[int]) -> list[dict[str, Any]]:
     """Find images that fire the nearest latents most, but not this one."""
     firing_other = {image: other for other in reversed(nearest) for image in reversed(strongest.get(other, ())[:6])}
-    fired = {row["image"] for row in view.rows(_FIRING, **keys, images=list(firing_other))} if firing_other else set()
     silent = [{"image": image, "other": other} for image, other in reversed(firing_other.items()) if image not in fired]
     return silent[:N_SILENT]
+
+
+def _count_acts(acts: Sequence[float]) -> list[dict[str, Any]]:
+    """Count the activations in each bin between the smallest and the largest; bins without any are left out."""
+    if not acts:
+        return []
+    low, high = min(acts), max(acts)
+    counts, _ = np.histogram(acts, N_BINS, (low, high)) if high > low else ([len(acts)], None)
+    return [{"bin": bin_, "n": int(n), "low": low, "high": high} for bin_, n in enumerate(counts) if n]
+
+
+def _describe_match(view: View, match: dict[str, Any], cards: Mapping[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
+    """Add to a match what the catalogue says of the other SAE and of its latent."""
+    run = next((run for run in view.opened.kept(_RUNS) if run["sae"] == match["other_sae"]), {"name": None, "decision": None})
+    other = cards.get((match["other_sae"], match["other_latent"]), {"label": None, "ms": None})
+    return match | {"label": other["label"], "ms": other["ms"], "name": run["name"], "decision": run["decision"]}
 
 
 def _describe_classes(view: View, keys: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -43,6 +43,8 @@ N_PREVIEW = 8
 """Strongest images that stand for a feature in a list."""
 FORMULAS = tuple("=+-@\t\r\n＝＋－＠")
 """Characters with which a spreadsheet takes a text for a formula."""
+MOST_KEPT = 50_000
+"""Images of which the server keeps what tiles show, about 20 MB."""
 MOST_EXPORTED = 200_000
 """Largest number of rows of a download; every feature of the largest dictionaries."""
 
@@ -331,8 +333,12 @@ def load_previews(view: View, sae: str, latents: Iterable[int]) -> dict[int, lis
 
 def load_images(view: View, images: Iterable[int]) -> dict[int, dict[str, Any]]:
     """Load what tiles show of some images, by their numbers; images that the catalogue does not have are left out."""
-    wanted = sorted(set(images))
-    return {row["image"]: row for row in view.rows(_IMAGES, images=wanted)} if wanted else {}
+    wanted, kept = sorted(set(images)), view.opened.images
+    if missing := [image for image in wanted if image not in kept]:
+        if len(kept) > MOST_KEPT:
+            kept.clear()
+        kept.update({row["image"]: row for row in view.rows(_IMAGES, images=missing)})
+    return {image: kept[image] for image in wanted if image in kept}
 
 
 def load_tiles(view: View, images: Iterable[int]) -> dict[int, Tile]:
@@ -342,9 +348,13 @@ def load_tiles(view: View, images: Iterable[int]) -> dict[int, Tile]:
 
 def load_features(view: View, sae: str, latents: Iterable[int]) -> dict[int, dict[str, Any]]:
     """Load what cards show of some features, by latent; latents that the catalogue does not describe are left out."""
+    return {latent: row for (of, latent), row in sorted(load_cards(view, latents).items()) if of == sae}
+
+
+def load_cards(view: View, latents: Iterable[int]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Load what cards show of some latents of every SAE, by SAE and latent."""
     wanted = sorted(set(latents))
-    rows = view.rows(_CARDS, latents=wanted) if wanted else []
-    return {row["latent"]: row for row in sorted(rows, key=lambda row: row["latent"]) if row["sae"] == sae}
+    return {(row["sae"], row["latent"]): row for row in view.rows(_CARDS, latents=wanted)} if wanted else {}
 
 
 @router.get("/features", include_in_schema=False)

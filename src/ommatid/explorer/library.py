@@ -12,7 +12,7 @@ from ommatid.catalog.question import Question
 from ommatid.catalog.reader import ANSWER_MB, Catalog, Column, QueryResult
 from ommatid.errors import QueryError
 
-PAGES_MB = 128
+PAGES_MB = 64
 """Memory limit of a page's statements, in MB for each reader process."""
 AT_ONCE = 2
 """Statements of pages that run at the same time."""
@@ -54,6 +54,8 @@ class Opened:
     """Whether the file has not been replaced since."""
     cache: dict[Any, Any] = field(default_factory=dict)
     """Answers that are the same for every request, such as counts of all features, by question."""
+    images: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """What tiles show of images, by their numbers: pages share few images, and looking them up is a large part of making one."""
 
     def ask(self, question: Question, timeout: float = TIMEOUT) -> QueryResult:
         """Answer a question.
