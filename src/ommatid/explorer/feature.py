@@ -45,14 +45,6 @@ _EXAMPLES = """
 """
 _NEAR_MISSES = "SELECT rank, image, margin, closeness FROM near_misses WHERE sae = $sae AND latent = $latent"
 _FIRED = "SELECT list(image) AS images, list(act) AS acts FROM firings WHERE sae = $sae AND latent = $latent"
-_CLASSES = """
-    WITH fired AS (
-        SELECT label, count(*) AS n, avg(act) AS strength FROM firings JOIN images USING (image)
-        WHERE sae = $sae AND latent = $latent AND label IS NOT NULL GROUP BY label
-    )
-    SELECT label, n, strength, sum(n) OVER () AS n_all FROM fired ORDER BY n DESC, label LIMIT $most
-"""
-CLASS_SIZES = "SELECT label, count(*) AS n FROM images WHERE split = 'eval' AND label IS NOT NULL GROUP BY label"
 _ALIKE = """
     SELECT 'neighbours' AS kind, rank, other AS latent, cosine, NULL AS lift, NULL AS jaccard, NULL AS n_both
     FROM neighbours WHERE sae = $sae AND latent = $latent
@@ -113,7 +105,7 @@ def describe_feature(view: View, sae: str, latent: int) -> dict[str, Any]:
         "judged": ask(_JUDGED, "judge"),
         "labels": ask(_LABELS, "place", "labeller"),
         "histogram": _count_acts(fired["acts"] or []),
-        "classes": _describe_classes(view, keys),
+        "classes": _describe_classes(view, fired["images"] or [], fired["acts"] or []),
         "matches": [_describe_match(view, row, cards) for row in sorted(matches, key=lambda row: -row["cosine"])[:N_MATCHES]],
         **{name: [row | images[row["image"]] for row in rows if row["image"] in images] for name, rows in shown.items()},
         **{kind: [cards[sae, row["latent"]] | row for row in alike if row["kind"] == kind] for kind in ("neighbours", "cofiring")},
@@ -144,15 +136,33 @@ def _describe_match(view: View, match: dict[str, Any], cards: Mapping[tuple[str,
     return match | {"label": other["label"], "ms": other["ms"], "name": run["name"], "decision": run["decision"]}
 
 
-def _describe_classes(view: View, keys: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Describe on which classes a latent fires, the most common first."""
-    sizes = {row["label"]: row["n"] for row in view.opened.kept(CLASS_SIZES)}
-    n_images = sum(sizes.values())
-    classes = view.rows(_CLASSES, **keys, most=N_CLASSES)
-    for row in classes:
-        size = sizes.get(row["label"]) or row["n"]
-        row |= {"share": row["n"] / row["n_all"], "coverage": row["n"] / size, "lift": row["n"] / row["n_all"] / (size / n_images)}
-    return classes
+def _describe_classes(view: View, images: Sequence[int], acts: Sequence[float]) -> list[dict[str, Any]]:
+    """Describe on which classes a latent fires, the most common first.
+
+    Args:
+        view: The request.
+        images: Evaluation images on which it fires.
+        acts: Its activation on each.
+
+    Returns:
+        For each class its label, the number of images `n`, the mean activation `strength`, the `share` of the images on which the latent
+        fires, the `coverage` of the class, and the `lift`: the share relative to that of the class among all images.
+    """
+    classes = view.opened.classes
+    numbers, codes = np.asarray(images, np.int64), np.full(len(images), -1)
+    is_known = numbers < len(classes.codes)
+    codes[is_known] = classes.codes[numbers[is_known]]
+    has_class = codes >= 0
+    counts = np.bincount(codes[has_class], minlength=len(classes.names))
+    sums = np.bincount(codes[has_class], np.asarray(acts, np.float64)[has_class], len(classes.names))
+    n_all, n_images = int(counts.sum()), sum(classes.sizes)
+    found = []
+    for code in np.lexsort((np.arange(len(counts)), -counts))[:N_CLASSES]:
+        if n := int(counts[code]):
+            size = classes.sizes[code]
+            row = {"label": classes.names[code], "n": n, "strength": float(sums[code]) / n, "share": n / n_all, "coverage": n / size}
+            found.append(row | {"lift": n / n_all / (size / n_images)})
+    return found
 
 
 @router.get("/features/{sae}/{latent}", include_in_schema=False)

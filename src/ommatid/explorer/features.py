@@ -224,8 +224,15 @@ def find_features(view: View, query: FeatureQuery, columns: str = LISTED) -> tup
     """
     sae = view.choose_sae(query.sae)
     conditions, values = make_where(view, sae, query)
-    (counted,) = view.rows(f"SELECT count(*) AS n FROM features WHERE {' AND '.join(conditions)}", **values)
-    rows = view.ask(_question(query, conditions, values, columns))
+    keys = view.ask(_question(query, conditions, values))
+    if query.after is None and query.before is None:
+        total = keys[0]["total"] if keys else 0
+    else:
+        (counted,) = view.rows(f"SELECT count(*) AS n FROM features WHERE {' AND '.join(conditions)}", **values)
+        total = counted["n"]
+    found = view.rows(f"SELECT {columns} FROM features WHERE {_OF_LATENTS}", latents=[key["latent"] for key in keys]) if keys else []
+    described = {row["latent"]: row for row in found if row["sae"] == sae}
+    rows = [described[key["latent"]] | {"sort_key": key["sort_key"]} for key in keys]
     is_back = query.before is not None and query.after is None
     more, rows = len(rows) > query.n, rows[: query.n]
     if is_back:
@@ -234,7 +241,7 @@ def find_features(view: View, query: FeatureQuery, columns: str = LISTED) -> tup
     key = EXPRESSIONS.get(query.sort, query.sort)
     page = FeaturePage(
         features=[Feature.model_validate(row | {"person_label": view.reviewed(sae).names.get(row["latent"])}) for row in rows],
-        total=counted["n"],
+        total=total,
         next=query.url(after=_write_key(rows[-1], query.sort), before=None) if rows and has_next else None,
         previous=query.url(before=_write_key(rows[0], query.sort), after=None) if rows and has_previous else None,
         sql=shown_question(query, conditions, values, key).text,
@@ -248,8 +255,11 @@ def shown_question(query: FeatureQuery, conditions: Sequence[str], values: Mappi
     return Question(f"SELECT * FROM features\nWHERE {' AND '.join(conditions)}\n{order}\nLIMIT {query.n}", values)
 
 
-def _question(query: FeatureQuery, conditions: Sequence[str], values: Mapping[str, Any], columns: str) -> Question:
-    """Return the question of a page, which gives one row more than the page has."""
+def _question(query: FeatureQuery, conditions: Sequence[str], values: Mapping[str, Any]) -> Question:
+    """Return the question for the latents of a page and one more, for the keys by which they are sorted, and for the number of all.
+
+    Their columns are asked for afterwards: DuckDB reads those of few latents by an index, and those of all to sort them.
+    """
     key = EXPRESSIONS.get(query.sort, query.sort)
     conditions, values = list(conditions), dict(values)
     is_back = query.before is not None and query.after is None
@@ -267,7 +277,8 @@ def _question(query: FeatureQuery, conditions: Sequence[str], values: Mapping[st
             conditions.append(f"({beyond} OR (({key}) = $key AND {tie}){missing})")
     nulls = "FIRST" if is_back else "LAST"
     order = f"({key}) {'ASC' if is_ascending else 'DESC'} NULLS {nulls}, latent {'DESC' if is_back else 'ASC'}"
-    sql = f"SELECT {columns}, ({key}) AS sort_key FROM features WHERE {' AND '.join(conditions)} ORDER BY {order} LIMIT {query.n + 1}"
+    what = f"latent, ({key}) AS sort_key, count(*) OVER () AS total"
+    sql = f"SELECT {what} FROM features WHERE {' AND '.join(conditions)} ORDER BY {order} LIMIT {query.n + 1}"
     return Question(sql, values)
 
 
@@ -300,6 +311,7 @@ _IMAGES = """
     SELECT image, left(image_id, 12) AS hash, width, height, left(label, 80) AS label, seen_width, seen_height
     FROM images WHERE image IN (SELECT unnest($images::INTEGER[]))
 """
+_OF_LATENTS = "latent IN (SELECT unnest($latents::INTEGER[]))"
 _CARDS = """
     SELECT sae, latent, label, label_score, control_score, ms, ms_floor, n_images, max_act, purity
     FROM features WHERE latent IN (SELECT unnest($latents::INTEGER[]))

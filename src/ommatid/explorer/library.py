@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ommatid.catalog.question import Question
 from ommatid.catalog.reader import ANSWER_MB, Catalog, Column, QueryResult
 from ommatid.errors import QueryError
@@ -25,6 +27,7 @@ NEEDED = (
 )  # fmt: skip
 """Relations that older catalogues may lack and pages need."""
 
+_CLASSES = "SELECT label, list(image) AS images FROM images WHERE split = 'eval' AND label IS NOT NULL GROUP BY label ORDER BY label"
 _SAES = """
     SELECT runs.*, comparisons.ms_low, comparisons.ms_high
     FROM runs JOIN comparisons ON comparisons.sae = runs.sae AND comparisons.dictionary = 'sae'
@@ -38,6 +41,18 @@ class NoCatalogue(QueryError):
 
 class OldCatalogue(NoCatalogue):
     """A catalogue was built by an older version of Ommatid, which did not write what pages need."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of the evaluation images, for counting on which of them a latent fires."""
+
+    names: list[str]
+    """Name of each class."""
+    sizes: list[int]
+    """Number of evaluation images of each class."""
+    codes: np.ndarray
+    """Index of each image's class by the number of the image, int32; -1 for images without a class and for training images."""
 
 
 @dataclass
@@ -75,6 +90,15 @@ class Opened:
         if key not in self.cache:
             self.cache[key] = self.rows(sql, **values)
         return self.cache[key]
+
+    @cached_property
+    def classes(self) -> "Classes":
+        """The classes of the evaluation images."""
+        found = self.rows(_CLASSES)
+        codes = np.full(max((max(row["images"]) for row in found), default=0) + 1, -1, np.int32)
+        for code, row in enumerate(found):
+            codes[row["images"]] = code
+        return Classes([row["label"] for row in found], [len(row["images"]) for row in found], codes)
 
     @cached_property
     def relations(self) -> dict[str, list[Column]]:
