@@ -11,6 +11,7 @@ import duckdb
 import pytest
 from starlette.testclient import TestClient
 
+from ommatid.catalog.reader import Catalog
 from ommatid.explorer.app import make_app
 from ommatid.explorer.web import Settings
 from support.browser import RunningBrowser, Windows, find_chromium, opening, running
@@ -99,9 +100,16 @@ def visit() -> Iterator[Visit]:
 
 
 @pytest.fixture(scope="session")
-def client(visit: Visit, catalogue: Path) -> TestClient:
-    """A visitor of the study's pages."""
-    return visit(catalogue)
+def client(visit: Visit, study: Study) -> TestClient:
+    """A visitor of the study's pages; the model is loaded when a test first asks for it."""
+    return visit(study.catalog, data=str(study.data))
+
+
+@pytest.fixture(scope="session")
+def catalog(catalogue: Path) -> Iterator[Catalog]:
+    """The study's catalogue, open."""
+    with Catalog(catalogue) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import io
 import math
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,20 +22,6 @@ from ommatid.explorer.app import make_app
 from ommatid.explorer.features import Sort, State
 from ommatid.explorer.web import Settings
 from support.small_study import HOSTILE, NAMES, Study
-
-
-@pytest.fixture(scope="module")
-def client(study: Study) -> Iterator[TestClient]:
-    """A client of the explorer of the small study."""
-    with TestClient(make_app(Settings(catalog=study.catalog, data=str(study.data))), base_url="http://127.0.0.1") as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def catalog(study: Study) -> Iterator[Catalog]:
-    """The catalogue of the small study."""
-    with Catalog(study.catalog) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -1,35 +1,18 @@
 """Proves that the search finds names, classes, captions, numbers, meanings and images, and says which kind of match each hit is."""
 
 import re
-from collections.abc import Iterator
 
 import pytest
 from starlette.testclient import TestClient
 
 from ommatid.catalog.reader import Catalog
-from ommatid.explorer.app import make_app
-from ommatid.explorer.web import Settings
-from support.small_study import HOSTILE, NAMES, QUOTES, Study
-
-
-@pytest.fixture(scope="module")
-def client(study: Study) -> Iterator[TestClient]:
-    """A client of the explorer of the small study, whose model is loaded when a test first asks for it."""
-    with TestClient(make_app(Settings(catalog=study.catalog, data=str(study.data))), base_url="http://127.0.0.1") as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def catalog(study: Study) -> Iterator[Catalog]:
-    """The catalogue of the small study."""
-    with Catalog(study.catalog) as opened:
-        yield opened
+from support.small_study import HOSTILE, NAMES, QUOTES
 
 
 def find(client: TestClient, q: str) -> dict[str, list[int]]:
     answer = client.get("/api/search", params={"q": q, "sae": NAMES[0]})
     assert answer.status_code == 200, answer.text
-    return {group["title"]: [row["latent"] for row in group["rows"]] for group in answer.json()["words"]}
+    return {group["title"]: [row["latent"] for row in group["rows"]] or group["images"] for group in answer.json()["words"]}
 
 
 def token(client: TestClient) -> str:
@@ -74,7 +57,13 @@ def test_a_number_finds_the_latent_and_its_neighbours(client: TestClient, catalo
     found = find(client, "12")
     sql = "SELECT other FROM neighbours WHERE starts_with(sae, $sae) AND latent = 12 ORDER BY rank LIMIT 12"
     assert found["Number"] == [12] and found["Neighbours"] == [other for (other,) in catalog.rows(sql, {"sae": NAMES[0]})]
-    assert "Number" not in find(client, "4000")
+    assert "Number" not in find(client, "4000") and find(client, "9" * 30) == {}
+
+
+def test_a_number_finds_the_image(client: TestClient) -> None:
+    page = client.get("/search", params={"q": "12", "sae": NAMES[0]}).text
+    shown = re.search(r"<h2>Image</h2>(.*?)</section>", page, re.DOTALL)
+    assert shown and re.findall(r'data-image="(\d+)"', shown[1]) == ["12"] and find(client, "12")["Image"] == [12]
 
 
 def test_meaning_finds_features_that_no_text_matches(client: TestClient) -> None:

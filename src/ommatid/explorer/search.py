@@ -95,11 +95,14 @@ def find_words(view: View, sae: str, q: str) -> list[dict[str, Any]]:
         meaning = f"They are most often among the 8 strongest on {which} with a caption that contains it."
         groups.append(("Captions", meaning, view.rows(_OF_IMAGES, **keys, images=captioned)))
     features = load_features(view, sae, sorted({row["latent"] for _, _, rows in groups for row in rows}))
-    return [
+    found = [
         {"title": title, "text": meaning, "rows": [features[row["latent"]] for row in rows], "images": []}
         for title, meaning, rows in groups
         if rows
     ]
+    if text.isdecimal() and (tiles := load_tiles(view, [min(int(text), 2**31 - 1)])):
+        found.insert(0, {"title": "Image", "text": f"Image {int(text)}.", "rows": [], "images": list(tiles.values())})
+    return found
 
 
 def find_classes(view: View, text: str) -> list[dict[str, Any]]:
@@ -171,4 +174,5 @@ def search_json(request: Request, explorer: TheExplorer, query: Annotated[Search
     with explorer.open(request) as view:
         sae = view.choose_sae(query.sae)
         meaning = find_meaning(view, sae, query.q, wait=60)
-        return Json({"words": find_words(view, sae, query.q), "meaning": meaning.answer, "problem": meaning.problem})
+        words = [group | {"images": [tile.image for tile in group["images"]]} for group in find_words(view, sae, query.q)]
+        return Json({"words": words, "meaning": meaning.answer, "problem": meaning.problem})
