@@ -240,3 +240,34 @@ def test_a_path_with_a_quote_opens(file: Path, tmp_path: Path) -> None:
     copy.write_bytes(file.read_bytes())
     with Catalog(copy) as catalog:
         assert catalog.rows("SELECT count(*) FROM features") == [(4,)]
+
+
+def test_several_questions_are_answered_at_once_each_with_its_own_values(catalog: Catalog) -> None:
+    questions = [
+        ("SELECT 1 AS one, [1, 2] AS two", None),
+        ("SELECT $x AS x UNION ALL SELECT $x", {"x": "a"}),
+        ("SELECT 1 WHERE false", None),
+    ]
+    first, second, third = catalog.ask_all(questions)
+    assert first.dicts() == [{"one": 1, "two": [1, 2]}] and second.rows == [("a",), ("a",)] and third.rows == [] and len(third.columns) == 1
+    with pytest.raises(QueryError, match="no relation 'nothing'"):
+        catalog.ask_all([("SELECT 1", None), ("SELECT * FROM nothing", None)])
+    with pytest.raises(QueryError, match="INSERT is refused"):
+        catalog.ask_all([("INSERT INTO features DEFAULT VALUES", None)])
+    assert catalog.ask_all([("SELECT 2", None)])[0].rows == [(2,)], "an error leaves the catalogue usable"
+
+
+def test_the_answers_to_several_questions_are_limited_together(file: Path) -> None:
+    with Catalog(file, answer_mb=1) as opened, pytest.raises(QueryError, match="its answer takes more than 1MB"):
+        opened.ask_all([("SELECT repeat('x', 400000) AS x", None)] * 4)
+
+
+def test_a_process_that_retains_more_than_it_may_is_replaced(file: Path) -> None:
+    def pids(catalog: Catalog) -> set[int]:
+        catalog.rows("SELECT max(x) FROM (SELECT unnest(range(200000)) AS x)")
+        return {child.pid for child in catalog._idle}
+
+    with Catalog(file, retained_mb=0) as opened:
+        assert opened.rows("SELECT 1") == [(1,)] and not pids(opened)
+    with Catalog(file, retained_mb=4096) as opened:
+        assert pids(opened) == pids(opened) and len(pids(opened)) == 1

@@ -139,7 +139,7 @@ def test_pictures_are_the_strongest(client: TestClient, catalog: Catalog) -> Non
     cards = re.findall(r'<article class="card" data-latent="(\d+)">(.*?)</article>', page, re.DOTALL)
     assert len(cards) == 3
     for latent, card in cards:
-        sql = "SELECT image FROM examples WHERE starts_with(sae, $sae) AND latent = $latent ORDER BY decile DESC, rank LIMIT 8"
+        sql = "SELECT image FROM examples WHERE starts_with(sae, $sae) AND latent = $latent ORDER BY decile DESC, rank LIMIT 4"
         expected = [image for (image,) in catalog.rows(sql, {"sae": NAMES[0], "latent": int(latent)})]
         assert [int(image) for image in re.findall(r'data-image="(\d+)"', card)] == expected
 

@@ -129,6 +129,7 @@ class Catalog:
         child: Child | None = None,
         niceness: int = 0,
         threads: int | None = None,
+        retained_mb: int | None = None,
     ):
         """Open a catalogue.
 
@@ -140,6 +141,7 @@ class Catalog:
             child: Reader process that is already running; None starts one.
             niceness: How much the processes give way to others that need the processor, 0 to 19, as of `nice`.
             threads: Threads of a statement; None: one for each processor, up to four. One is fastest for many short statements at once.
+            retained_mb: Memory in MB above which a process is replaced after a statement; None: half of what a statement may take.
         """
         self.path = path
         self.memory_mb = default_memory_mb(READER_MB) if memory_mb is None else memory_mb
@@ -147,6 +149,7 @@ class Catalog:
         self._at_once = at_once
         self._niceness = niceness
         self._threads = threads
+        self._retained_mb = retained_mb
         self._reset()
         _OPEN.add(self)
         self._file = -1
@@ -218,6 +221,20 @@ class Catalog:
                     (more,) = values
         return QueryResult(names, types, rows, more)
 
+    def ask_all(self, questions: Sequence[tuple[str, Parameters]], timeout: float | None = None) -> list[QueryResult]:
+        """Answer several queries one after the other, which takes less time than to ask one by one.
+
+        Args:
+            questions: The statements and the values of their parameters.
+            timeout: Time limit of all of them, in seconds; None: no limit.
+
+        Returns:
+            The answer to each.
+        """
+        given = [(sql, parameters) for sql, parameters in questions]
+        (answers,) = [values[0] for kind, *values in self._answer("batch", given, timeout=timeout) if kind == "answers"]
+        return [QueryResult(tuple(names), tuple(types), rows, False) for names, types, rows in answers]
+
     def rows(
         self, sql: str, parameters: Parameters = None, max_rows: int | None = None, timeout: float | None = None
     ) -> list[tuple[Any, ...]]:
@@ -251,12 +268,15 @@ class Catalog:
         self._free = threading.BoundedSemaphore(self._at_once)
         self._idle: list[Child] = []
 
-    def _answer(self, what: str, sql: str, *values: Any, timeout: float | None, stop: Stop | None = None) -> Iterator[tuple[Any, ...]]:
-        """Iterate over the messages of the answer to a statement, within its time limit."""
+    def _answer(
+        self, what: str, sql: str | list[tuple[str, Parameters]], *values: Any, timeout: float | None, stop: Stop | None = None
+    ) -> Iterator[tuple[Any, ...]]:
+        """Iterate over the messages of the answer to a statement, or to several, within the time limit."""
         if timeout is not None and not 0 < timeout <= LONGEST_TIMEOUT:
             raise QueryError(f"a timeout of {timeout:g}: expected seconds, more than 0 and {LONGEST_TIMEOUT:.0f} at most, or None")
-        if len(sql) > LONGEST:
-            raise QueryError(f"the statement has {len(sql):,} characters: expected {LONGEST:,} or fewer")
+        longest = len(sql) if isinstance(sql, str) else max(len(one) for one, _ in sql)
+        if longest > LONGEST:
+            raise QueryError(f"the statement has {longest:,} characters: expected {LONGEST:,} or fewer")
         stop = stop or Stop()
         try:
             with self._borrow(timeout) as (child, left), stop.watch(child):
@@ -307,7 +327,7 @@ class Catalog:
                 raise QueryError("this Catalog has been closed")
             if self._niceness:  # before DuckDB's threads start, which inherit it
                 os.setpriority(os.PRIO_PROCESS, child.pid, self._niceness)
-            child.open(self._file, self.path, self.memory_mb, self._threads)
+            child.open(self._file, self.path, self.memory_mb, self._threads, self._retained_mb)
         except QueryError as error:
             child.end()
             raise QueryError(explain(self.path, str(error))) from None

@@ -52,8 +52,6 @@ CHUNK = 256
 SLACK_MB = 192
 """Memory allowed beyond the limit of a query, in MB: stacks of threads, Python, and addresses that DuckDB's allocator keeps without using
 them."""
-RETAINED_MB = 256
-"""Memory that a process may always retain between statements, in MB, if its limit allows that much."""
 LONGEST_ERROR = 2000
 """Maximum number of characters of an error message; DuckDB may quote a whole statement."""
 
@@ -92,7 +90,7 @@ class Wire:
 class Reader:
     """A catalogue opened for reading, after which DuckDB can open nothing else."""
 
-    def __init__(self, wire: Wire, file: int, path: str, settings: dict[str, Any], memory_mb: int) -> None:
+    def __init__(self, wire: Wire, file: int, path: str, settings: dict[str, Any], memory_mb: int, retained_mb: int | None) -> None:
         """Attach the catalogue to a new in-memory database.
 
         Args:
@@ -101,7 +99,9 @@ class Reader:
             path: Path of the catalogue, for messages and for systems where a descriptor has no path.
             settings: Settings of DuckDB.
             memory_mb: Memory limit of a query, in MB.
+            retained_mb: Memory in MB above which the process is spent after a statement; None: half of what a statement may take.
         """
+        self._retained_mb = (memory_mb + SLACK_MB) // 2 if retained_mb is None else retained_mb
         self._wire = wire
         self._memory_mb = memory_mb
         self._connection = duckdb.connect(":memory:", config={**settings, "memory_limit": f"{memory_mb}MB", "temp_directory": ""})
@@ -118,11 +118,8 @@ class Reader:
 
     @property
     def is_spent(self) -> bool:
-        """Whether this process retains so much memory that a new one should run the next statement.
-
-        What DuckDB keeps of the catalogue within its limit makes room by itself, and half of a large limit is enough to keep.
-        """
-        return self._limits.used() > max((self._memory_mb + SLACK_MB) // 2, min(self._memory_mb + SLACK_MB * 3 // 4, RETAINED_MB))
+        """Whether this process retains so much memory that a new one should run the next statement."""
+        return self._limits.used() > self._retained_mb
 
     def ask(self, sql: str, parameters: Any, max_rows: int | None, most: int) -> None:
         """Send the columns of an answer, its rows in chunks, and whether there are more.
@@ -136,22 +133,42 @@ class Reader:
         Raises:
             Refused: The statement is not allowed, or the answer is too large.
         """
-        result = self._execute(sql, parameters)
-        names, types = zip(*((column[0], str(column[1])) for column in result.description), strict=True)
-        self._load_converters(" ".join(types))
-        is_nested = any(kind.endswith(("]", ")")) and not kind.startswith("DECIMAL") for kind in types)
+        result, names, types, is_nested = self._begin(sql, parameters)
         self._wire.send("columns", names, types)
         left, size = max_rows, 0
         while rows := result.fetchmany(CHUNK if left is None else min(CHUNK, left + 1)):
             more = left is not None and len(rows) > left
             rows = rows[:left]
-            size += sum(sys.getsizeof(row) + sum(map(weigh if is_nested else sys.getsizeof, row)) for row in rows)
+            size += weigh_rows(rows, is_nested)
             if size > most:
                 raise too_large(most)
             self._wire.send("rows", rows)
             if more:
                 return self._wire.send("end", True, self.is_spent)
             left = None if left is None else left - len(rows)
+        self._wire.send("end", False, self.is_spent)
+
+    def batch(self, questions: list[tuple[str, Any]], most: int) -> None:
+        """Send the answers to several statements in one message: the columns, their types and all rows of each.
+
+        Args:
+            questions: The statements and the values of their parameters.
+            most: Maximum size of all rows as Python objects, in bytes.
+
+        Raises:
+            Refused: A statement is not allowed, or the answers are too large.
+        """
+        answers, size = [], 0
+        for sql, parameters in questions:
+            result, names, types, is_nested = self._begin(sql, parameters)
+            rows: list[tuple[Any, ...]] = []
+            while chunk := result.fetchmany(CHUNK):
+                size += weigh_rows(chunk, is_nested)
+                if size > most:
+                    raise too_large(most)
+                rows += chunk
+            answers.append((names, types, rows))
+        self._wire.send("answers", answers)
         self._wire.send("end", False, self.is_spent)
 
     def arrow(self, sql: str, parameters: Any, most: int) -> None:
@@ -199,6 +216,13 @@ class Reader:
         near = difflib.get_close_matches(missing.lower(), names, n=1)
         guess = f"did you mean {near[0]}? " if near else ""
         return f"no relation {missing!r}; {guess}the catalogue has {', '.join(names)}"
+
+    def _begin(self, sql: str, parameters: Any) -> tuple[Any, tuple[str, ...], tuple[str, ...], bool]:
+        """Execute a statement; return its result, the names and types of its columns, and whether any of them is nested."""
+        result = self._execute(sql, parameters)
+        names, types = zip(*((column[0], str(column[1])) for column in result.description), strict=True)
+        self._load_converters(" ".join(types))
+        return result, names, types, any(kind.endswith(("]", ")")) and not kind.startswith("DECIMAL") for kind in types)
 
     def _execute(self, sql: str, parameters: Any) -> duckdb.DuckDBPyConnection:
         statement = self._parse(sql)
@@ -322,6 +346,11 @@ def too_large(most: int) -> Refused:
     return Refused(f"its answer takes more than {most // 2**20}MB; ask for fewer columns or rows, or aggregate")
 
 
+def weigh_rows(rows: list[tuple[Any, ...]], is_nested: bool) -> int:
+    """Size of rows in bytes, as Python objects."""
+    return sum(sys.getsizeof(row) + sum(map(weigh if is_nested else sys.getsizeof, row)) for row in rows)
+
+
 def weigh(value: Any) -> int:
     """Size of a value in bytes, including everything nested in it."""
     size, pending = 0, [value]
@@ -355,7 +384,7 @@ def serve(wire: Wire) -> None:
     while True:
         what, *values = wire.receive()
         try:
-            (reader.ask if what == "ask" else reader.arrow)(*values)
+            {"ask": reader.ask, "batch": reader.batch, "arrow": reader.arrow}[what](*values)
         except Refused as error:
             wire.send("error", str(error), reader.is_spent)
         except Exception as error:  # the edge of the process: DuckDB raises many types, all of them about the statement

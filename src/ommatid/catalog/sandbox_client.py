@@ -203,7 +203,7 @@ class Child(Peer):
         self.is_idle = False
         """Whether the process is waiting for a statement."""
 
-    def open(self, file: int, path: Path, memory_mb: int, threads: int | None = None) -> None:
+    def open(self, file: int, path: Path, memory_mb: int, threads: int | None = None, retained_mb: int | None = None) -> None:
         """Open a catalogue in the process.
 
         Args:
@@ -211,6 +211,7 @@ class Child(Peer):
             path: Path of the file.
             memory_mb: Memory limit of a statement, in MB.
             threads: Number of DuckDB's threads; None for the default of `database.settings`.
+            retained_mb: Memory in MB above which the process is not used for a further statement; None: half of what one may take.
 
         Raises:
             QueryError: The file is not a readable catalogue; the message is DuckDB's.
@@ -219,7 +220,7 @@ class Child(Peer):
         try:
             self._link.settimeout(START)
             socket.send_fds(self._link, [b"f"], [file])
-            self.send((os.path.abspath(path), settings(threads), memory_mb), until)
+            self.send((os.path.abspath(path), settings(threads), memory_mb, retained_mb), until)
             self._receive(2**20, until)
         except (Late, OSError):
             raise QueryError(f"the process that reads the catalogue did not start within {START:g} s") from None
@@ -231,7 +232,7 @@ class Child(Peer):
         """Send a statement and iterate over the messages of its answer.
 
         Args:
-            what: Kind of answer: `ask` for rows, `arrow` for an Arrow stream.
+            what: Kind of answer: `ask` for rows, `batch` for the rows of several statements, `arrow` for an Arrow stream.
             values: Arguments of the method of that name of `sandbox.Reader`, except the last.
             most: Maximum size of the answer, in bytes.
             timeout: Seconds until the answer has to be complete; None: no limit.

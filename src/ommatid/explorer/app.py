@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ommatid import __version__
 from ommatid.errors import ConfigError, OmmatidError
 from ommatid.explorer import classes, compare, console, feature, features, image, model, monitoring, review, runs, search, start
-from ommatid.explorer.library import CONSOLE_MB, Library, NoCatalogue, OldCatalogue
+from ommatid.explorer.library import CONSOLE_MB, CONSOLE_RETAINED_MB, Library, NoCatalogue, OldCatalogue
 from ommatid.explorer.model_client import ModelClient
 from ommatid.explorer.security import UPLOADS, Guard, check_exposure, harden, is_local
 from ommatid.explorer.web import FOREVER, STATIC, BadRequest, Explorer, Json, NotFound, Settings, asset
@@ -48,7 +48,7 @@ def make_app(settings: Settings) -> FastAPI:
         ConfigError: The settings would let other machines in without a token.
     """
     check_exposure(settings)
-    console_library = Library(settings.catalog, CONSOLE_MB, answer_mb=32, niceness=10)
+    console_library = Library(settings.catalog, CONSOLE_MB, answer_mb=32, niceness=10, retained_mb=CONSOLE_RETAINED_MB)
     explorer = Explorer(settings, Library(settings.catalog), console_library, ModelClient(settings.catalog, settings.data))
 
     @asynccontextmanager

@@ -1,6 +1,6 @@
 """The page of a feature: its name beside its controls, its images, where it fires, and what is like it."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from operator import itemgetter
 from typing import Any
 
@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ommatid.catalog.question import Question
-from ommatid.explorer.features import load_cards, load_images, load_previews
+from ommatid.explorer.features import load_cards_and_previews, load_images
 from ommatid.explorer.heat import Tile, draw_svg, encode, make_tile
 from ommatid.explorer.plots import draw_histogram
 from ommatid.explorer.reviewed import make_box
@@ -60,6 +60,30 @@ _MISTAKES = """
 """
 
 
+_PARTS = {
+    "feature": _FEATURE,
+    "judged": _JUDGED,
+    "labels": _LABELS,
+    "examples": _EXAMPLES,
+    "near_misses": _NEAR_MISSES,
+    "mistakes": _MISTAKES,
+    "fired": _FIRED,
+    "alike": _ALIKE,
+    "matches": _MATCHES,
+}
+"""Questions about a latent."""
+_ORDERS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "judged": itemgetter("judge"),
+    "labels": itemgetter("place", "labeller"),
+    "examples": lambda row: (-row["decile"], row["rank"]),
+    "near_misses": itemgetter("rank"),
+    "mistakes": itemgetter("labeller", "kind", "rank"),
+    "alike": itemgetter("rank"),
+    "matches": lambda row: (-row["cosine"], row["other_sae"]),
+}
+"""Order of the rows of the answers."""
+
+
 def find_feature(view: View, sae: str, latent: int) -> dict[str, Any]:
     """Return the row of `features` of a latent.
 
@@ -78,23 +102,17 @@ def find_feature(view: View, sae: str, latent: int) -> dict[str, Any]:
 
 def describe_feature(view: View, sae: str, latent: int) -> dict[str, Any]:
     """Collect everything that the catalogue says of a feature, as its page and the JSON API show it."""
-    feature, keys = find_feature(view, sae, latent), {"sae": sae, "latent": latent}
-
-    def ask(sql: str, *order: str) -> list[dict[str, Any]]:
-        """Ask about the latent. The few rows are sorted here, as that takes DuckDB a third of the time of such a question."""
-        return sorted(view.rows(sql, **keys), key=itemgetter(*order))
-
-    alike = ask(_ALIKE, "rank")
-    matches = ask(_MATCHES, "other_sae")
+    keys = {"sae": sae, "latent": latent}
+    found = view.opened.rows_of(_PARTS, **keys) if 0 <= latent < 2**31 else {}
+    feature = next((row for row in found.get("feature", ()) if row["sae"] == sae), None) or find_feature(view, sae, latent)
+    for name, order in _ORDERS.items():  # here, as that takes DuckDB a third of the time of such a question
+        found[name].sort(key=order)
+    alike, matches, (fired,) = found["alike"], found["matches"], found["fired"]
     others = {row["latent"] for row in alike}
-    cards = load_cards(view, others | {row["other_latent"] for row in matches})
-    strongest = load_previews(view, sae, others)
-    (fired,) = view.rows(_FIRED, **keys)
+    cards, strongest = load_cards_and_previews(view, sae, others, {row["other_latent"] for row in matches})
     nearest = [row["latent"] for row in alike if row["kind"] == "neighbours"][:N_NEAREST]
     shown = {
-        "examples": sorted(view.rows(_EXAMPLES, **keys), key=lambda row: (-row["decile"], row["rank"])),
-        "near_misses": ask(_NEAR_MISSES, "rank"),
-        "mistakes": ask(_MISTAKES, "labeller", "kind", "rank"),
+        **{name: found[name] for name in ("examples", "near_misses", "mistakes")},
         "silent": _find_silent(nearest, strongest, set(fired["images"] or ())),
     }
     previews = {other: images[:N_PREVIEW] for other, images in strongest.items()}
@@ -102,13 +120,16 @@ def describe_feature(view: View, sae: str, latent: int) -> dict[str, Any]:
     images = load_images(view, numbers)
     return {
         "feature": feature,
-        "judged": ask(_JUDGED, "judge"),
-        "labels": ask(_LABELS, "place", "labeller"),
+        "judged": found["judged"],
+        "labels": found["labels"],
         "histogram": _count_acts(fired["acts"] or []),
         "classes": _describe_classes(view, fired["images"] or [], fired["acts"] or []),
-        "matches": [_describe_match(view, row, cards) for row in sorted(matches, key=lambda row: -row["cosine"])[:N_MATCHES]],
+        "matches": [_describe_match(view, row, cards) for row in matches[:N_MATCHES]],
         **{name: [row | images[row["image"]] for row in rows if row["image"] in images] for name, rows in shown.items()},
-        **{kind: [cards[sae, row["latent"]] | row for row in alike if row["kind"] == kind] for kind in ("neighbours", "cofiring")},
+        **{
+            kind: [cards[sae, row["latent"]] | row for row in alike if row["kind"] == kind and (sae, row["latent"]) in cards]
+            for kind in ("neighbours", "cofiring")
+        },
         "previews": {other: [images[image] for image in found if image in images] for other, found in previews.items()},
     }
 

@@ -39,12 +39,12 @@ STATES = {
     "doubtful": "label_score <= control_score",
 }
 """SQL of each state."""
-N_PREVIEW = 8
+N_PREVIEW = 4
 """Strongest images that stand for a feature in a list."""
 FORMULAS = tuple("=+-@\t\r\n＝＋－＠")
 """Characters with which a spreadsheet takes a text for a formula."""
-MOST_KEPT = 50_000
-"""Images of which the server keeps what tiles show, about 20 MB."""
+MOST_KEPT = 20_000
+"""Images of which the server keeps what tiles show, about 10 MB."""
 MOST_EXPORTED = 200_000
 """Largest number of rows of a download; every feature of the largest dictionaries."""
 
@@ -208,7 +208,7 @@ LISTED = "sae, latent, label, label_score, control_score, labeller, ms, ms_floor
 """Columns that pages show of a feature in a list; more would take longer."""
 
 
-def find_features(view: View, query: FeatureQuery, columns: str = LISTED) -> tuple[FeaturePage, str]:
+def find_features(view: View, query: FeatureQuery, columns: str = LISTED) -> tuple[FeaturePage, str, dict[int, list[int]]]:
     """Find a page of features.
 
     Args:
@@ -217,20 +217,24 @@ def find_features(view: View, query: FeatureQuery, columns: str = LISTED) -> tup
         columns: Columns to load, as SQL.
 
     Returns:
-        The page, and the SAE.
+        The page, the SAE, and if the features are shown as pictures the numbers of their strongest images, by latent.
 
     Raises:
         BadRequest: A key of a page is malformed.
     """
     sae = view.choose_sae(query.sae)
     conditions, values = make_where(view, sae, query)
-    keys = view.ask(_question(query, conditions, values))
-    if query.after is None and query.before is None:
-        total = keys[0]["total"] if keys else 0
-    else:
-        (counted,) = view.rows(f"SELECT count(*) AS n FROM features WHERE {' AND '.join(conditions)}", **values)
-        total = counted["n"]
-    found = view.rows(f"SELECT {columns} FROM features WHERE {_OF_LATENTS}", latents=[key["latent"] for key in keys]) if keys else []
+    questions = {"keys": _question(query, conditions, values)}
+    if query.after is not None or query.before is not None:  # else the keys come with the number of all
+        questions["counted"] = Question(f"SELECT count(*) AS n FROM features WHERE {' AND '.join(conditions)}", values)
+    asked = view.opened.answers(questions)
+    keys = asked["keys"]
+    total = asked["counted"][0]["n"] if "counted" in asked else keys[0]["total"] if keys else 0
+    latents = [key["latent"] for key in keys]
+    wanted = {"rows": f"SELECT {columns} FROM features WHERE {_OF_LATENTS}"} | ({"previews": _PREVIEWS} if query.view == "grid" else {})
+    loaded = view.opened.rows_of(wanted, latents=latents) if keys else {"rows": [], "previews": []}
+    found = loaded["rows"]
+    strongest = {row["latent"]: row["images"] for row in loaded.get("previews", ()) if row["sae"] == sae}
     described = {row["latent"]: row for row in found if row["sae"] == sae}
     rows = [described[key["latent"]] | {"sort_key": key["sort_key"]} for key in keys]
     is_back = query.before is not None and query.after is None
@@ -246,7 +250,7 @@ def find_features(view: View, query: FeatureQuery, columns: str = LISTED) -> tup
         previous=query.url(before=_write_key(rows[0], query.sort), after=None) if rows and has_previous else None,
         sql=shown_question(query, conditions, values, key).text,
     )
-    return page, sae
+    return page, sae, strongest
 
 
 def shown_question(query: FeatureQuery, conditions: Sequence[str], values: Mapping[str, Any], key: str) -> Question:
@@ -330,9 +334,13 @@ def previews(view: View, sae: str, latents: Iterable[int], n: int = N_PREVIEW) -
     Returns:
         The images by latent, strongest first.
     """
-    found = load_previews(view, sae, latents)
-    tiles = load_tiles(view, {image for images in found.values() for image in images[:n]})
-    return {latent: [tiles[image] for image in images[:n] if image in tiles] for latent, images in found.items()}
+    return make_strips(view, {latent: images[:n] for latent, images in load_previews(view, sae, latents).items()})
+
+
+def make_strips(view: View, images: Mapping[int, Sequence[int]]) -> dict[int, list[Tile]]:
+    """Load the images of each latent as tiles, given their numbers."""
+    tiles = load_tiles(view, {image for some in images.values() for image in some})
+    return {latent: [tiles[image] for image in some if image in tiles] for latent, some in images.items()}
 
 
 def load_previews(view: View, sae: str, latents: Iterable[int]) -> dict[int, list[int]]:
@@ -341,6 +349,17 @@ def load_previews(view: View, sae: str, latents: Iterable[int]) -> dict[int, lis
     rows = view.rows(_PREVIEWS, latents=wanted) if wanted else []
     found = {row["latent"]: row["images"] for row in rows if row["sae"] == sae}
     return {latent: found.get(latent, []) for latent in wanted}
+
+
+def load_cards_and_previews(
+    view: View, sae: str, latents: Iterable[int], others: Iterable[int] = ()
+) -> tuple[dict[tuple[str, int], dict[str, Any]], dict[int, list[int]]]:
+    """Load what `load_cards` and `load_previews` do at once, the cards also of the latents `others`."""
+    wanted = sorted(set(latents))
+    questions = {"cards": _CARDS.replace("$latents", "$all"), "previews": _PREVIEWS}
+    found = view.opened.rows_of(questions, all=sorted({*wanted, *others}), latents=wanted)
+    images = {row["latent"]: row["images"] for row in found["previews"] if row["sae"] == sae}
+    return {(row["sae"], row["latent"]): row for row in found["cards"]}, {latent: images.get(latent, []) for latent in wanted}
 
 
 def load_images(view: View, images: Iterable[int]) -> dict[int, dict[str, Any]]:
@@ -373,9 +392,9 @@ def load_cards(view: View, latents: Iterable[int]) -> dict[tuple[str, int], dict
 def features_page(request: Request, explorer: TheExplorer, query: Annotated[FeatureQuery, Parameters()]) -> Response:
     """Show a page of features as pictures or as a table."""
     with explorer.open(request) as view:
-        page, sae = find_features(view, query)
+        page, sae, strongest = find_features(view, query)
         rows = [feature.model_dump() for feature in page.features]
-        shown = previews(view, sae, [row["latent"] for row in rows]) if query.view == "grid" else {}
+        shown = {row["latent"]: strongest.get(row["latent"], [])[:N_PREVIEW] for row in rows}
         options = {
             "labellers": [row["labeller"] for row in view.opened.kept(_LABELLERS, sae=sae)],
             "classes": [row["class"] for row in view.opened.kept(_CLASSES)],
@@ -383,14 +402,16 @@ def features_page(request: Request, explorer: TheExplorer, query: Annotated[Feat
             "states": get_args(State),
         }
         is_pending = view.reviewed(sae).is_pending
-        return view.render("features.html", sae, query=query, page=page, rows=rows, tiles=shown, options=options, is_pending=is_pending)
+        return view.render(
+            "features.html", sae, query=query, page=page, rows=rows, tiles=make_strips(view, shown), options=options, is_pending=is_pending
+        )
 
 
 @router.get("/api/features", tags=["features"])
 def features_json(request: Request, explorer: TheExplorer, query: Annotated[FeatureQuery, Parameters()]) -> FeaturePage:
     """A page of features, with the address of the next one."""
     with explorer.open(request) as view:
-        page, _ = find_features(view, query, "*")
+        page, _, _ = find_features(view, query, "*")
         to_api = {
             name: value.replace("/features", "/api/features", 1) if value else None
             for name, value in (("next", page.next), ("previous", page.previous))

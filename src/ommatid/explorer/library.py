@@ -1,7 +1,8 @@
 """The catalogue that pages read: opened when it is first asked for, and opened anew when the file has been replaced."""
 
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,10 +17,15 @@ from ommatid.errors import QueryError
 
 PAGES_MB = 64
 """Memory limit of a page's statements, in MB for each reader process."""
+RETAINED_MB = 224
+"""Memory that a reader process may retain after a page's statement, in MB of addresses, of which about a third is in use: what DuckDB
+keeps of the catalogue within its limit, and of its allocator."""
 AT_ONCE = 2
 """Statements of pages that run at the same time."""
 CONSOLE_MB = 512
 """Memory limit of a statement of the SQL console, in MB."""
+CONSOLE_RETAINED_MB = 48
+"""Memory that a reader process of the console may retain, in MB of addresses, so that idle ones are small."""
 TIMEOUT = 30.0
 """Seconds after which a page's statement is stopped; it is far above what any takes, so that only a hang reaches it."""
 NEEDED = (
@@ -84,6 +90,16 @@ class Opened:
         """Answer a question with a dict for each row."""
         return self.ask(Question(sql, values)).dicts()
 
+    def answers(self, questions: Mapping[str, Question]) -> dict[str, list[dict[str, Any]]]:
+        """Answer several questions at once, which is faster than one by one, with dicts for the rows of each, by their names."""
+        found = self.catalog.ask_all([(one.sql, dict(one.values)) for one in questions.values()], timeout=TIMEOUT)
+        return {name: answer.dicts() for name, answer in zip(questions, found, strict=True)}
+
+    def rows_of(self, questions: Mapping[str, str], **values: Any) -> dict[str, list[dict[str, Any]]]:
+        """Answer several questions at once, as `answers` does; each takes those of the values that it names."""
+        named = {name: {key: value for key, value in values.items() if re.search(rf"\${key}\b", sql)} for name, sql in questions.items()}
+        return self.answers({name: Question(sql, named[name]) for name, sql in questions.items()})
+
     def kept(self, sql: str, **values: Any) -> list[dict[str, Any]]:
         """Answer a question as `rows` does, and keep the answer while the catalogue is open; for small answers only."""
         key = (sql, *sorted(values.items()))
@@ -119,13 +135,25 @@ class Library:
         memory_mb: Memory limit of a statement, in MB.
         answer_mb: Memory limit of an answer, in MB.
         niceness: How much statements give way to others that need the processor.
+        threads: Threads of a statement; None: one for each processor, up to four.
+        retained_mb: Memory in MB above which a reader process is replaced after a statement.
     """
 
-    def __init__(self, path: Path, memory_mb: int = PAGES_MB, answer_mb: int = ANSWER_MB, niceness: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        memory_mb: int = PAGES_MB,
+        answer_mb: int = ANSWER_MB,
+        niceness: int = 0,
+        threads: int | None = 1,
+        retained_mb: int = RETAINED_MB,
+    ) -> None:
         self.path = path
         self._memory_mb = memory_mb
         self._answer_mb = answer_mb
         self._niceness = niceness
+        self._threads = threads
+        self._retained_mb = retained_mb
         self._lock = threading.Lock()
         self._opened: Opened | None = None
 
@@ -170,7 +198,15 @@ class Library:
 
     def _open(self, key: str) -> Opened:
         try:
-            catalog = Catalog(self.path, self._memory_mb, self._answer_mb, AT_ONCE, niceness=self._niceness)
+            catalog = Catalog(
+                self.path,
+                self._memory_mb,
+                self._answer_mb,
+                AT_ONCE,
+                niceness=self._niceness,
+                threads=self._threads,
+                retained_mb=self._retained_mb,
+            )
         except QueryError as error:
             raise NoCatalogue(str(error)) from None
         opened = Opened(catalog, key)

@@ -134,7 +134,7 @@ def _find_lists(view: View, sae: str) -> list[dict[str, Any]]:
     found, latents = [], []
     for title, text, values in lists:
         query = FeatureQuery(sae=sae, n=N_SHOWN, **values)
-        page, _ = find_features(view, query)
+        page, _, _ = find_features(view, query)
         rows = [feature.model_dump() for feature in page.features]
         if rows and rows[0]["sort_key"] is not None:
             found.append({"title": title, "text": text, "url": FeatureQuery(**values).url(sae=sae), "total": page.total, "rows": rows})
