@@ -23,7 +23,7 @@ Parameters = dict[str, Any] | Sequence[Any] | None
 
 READER_MB = 4096
 """Default memory limit of a statement, in MB. A reader writes no files, so nothing is spilled to disk."""
-LEAST_MB = 64
+LEAST_MB = 32
 """Smallest memory limit, in MB, with which a catalogue can be read."""
 ANSWER_MB = 256
 """Default memory limit of an answer, in MB."""
