@@ -153,8 +153,8 @@ def test_the_row_limit_is_reported_on_stderr_only(file: Path, capsys: pytest.Cap
         ({"timeout": float("nan")}, "--timeout nan: expected seconds, more than 0"),
         ({"timeout": -1.0}, "--timeout -1: expected seconds, more than 0 and 86400 at most"),
         ({"timeout": float("inf")}, "--timeout inf: expected seconds, more than 0 and 86400 at most"),
-        ({"memory": 63}, "--memory-limit 63: expected MB, 64 to the [0-9]+ of this machine"),
-        ({"memory": 10**9}, "--memory-limit 1000000000: expected MB, 64 to the [0-9]+ of this machine"),
+        ({"memory": 31}, "--memory-limit 31: expected MB, 32 to the [0-9]+ of this machine"),
+        ({"memory": 10**9}, "--memory-limit 1000000000: expected MB, 32 to the [0-9]+ of this machine"),
     ],
 )
 def test_wrong_options_name_what_is_allowed(file: Path, options: dict, message: str) -> None:
