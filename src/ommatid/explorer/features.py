@@ -234,7 +234,7 @@ def find_features(view: View, query: FeatureQuery, columns: str = LISTED) -> tup
     wanted = {"rows": f"SELECT {columns} FROM features WHERE {_OF_LATENTS}"} | ({"previews": _PREVIEWS} if query.view == "grid" else {})
     loaded = view.opened.rows_of(wanted, latents=latents) if keys else {"rows": [], "previews": []}
     found = loaded["rows"]
-    strongest = {row["latent"]: row["images"] for row in loaded.get("previews", ()) if row["sae"] == sae}
+    strongest = _choose(loaded.get("previews", ()), sae, latents)
     described = {row["latent"]: row for row in found if row["sae"] == sae}
     rows = [described[key["latent"]] | {"sort_key": key["sort_key"]} for key in keys]
     is_back = query.before is not None and query.after is None
@@ -346,9 +346,7 @@ def make_strips(view: View, images: Mapping[int, Sequence[int]]) -> dict[int, li
 def load_previews(view: View, sae: str, latents: Iterable[int]) -> dict[int, list[int]]:
     """Load the numbers of the strongest images of some latents, at most 8 of each, strongest first."""
     wanted = sorted(set(latents))
-    rows = view.rows(_PREVIEWS, latents=wanted) if wanted else []
-    found = {row["latent"]: row["images"] for row in rows if row["sae"] == sae}
-    return {latent: found.get(latent, []) for latent in wanted}
+    return _choose(view.rows(_PREVIEWS, latents=wanted) if wanted else [], sae, wanted)
 
 
 def load_cards_and_previews(
@@ -358,8 +356,13 @@ def load_cards_and_previews(
     wanted = sorted(set(latents))
     questions = {"cards": _CARDS.replace("$latents", "$all"), "previews": _PREVIEWS}
     found = view.opened.rows_of(questions, all=sorted({*wanted, *others}), latents=wanted)
-    images = {row["latent"]: row["images"] for row in found["previews"] if row["sae"] == sae}
-    return {(row["sae"], row["latent"]): row for row in found["cards"]}, {latent: images.get(latent, []) for latent in wanted}
+    return {(row["sae"], row["latent"]): row for row in found["cards"]}, _choose(found["previews"], sae, wanted)
+
+
+def _choose(rows: Iterable[Mapping[str, Any]], sae: str, latents: Iterable[int]) -> dict[int, list[int]]:
+    """Choose the rows of `previews` about an SAE; return the images of each latent."""
+    images = {row["latent"]: row["images"] for row in rows if row["sae"] == sae}
+    return {latent: images.get(latent, []) for latent in latents}
 
 
 def load_images(view: View, images: Iterable[int]) -> dict[int, dict[str, Any]]:

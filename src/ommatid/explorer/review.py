@@ -28,8 +28,6 @@ LEAST_IMAGES = 16
 """Images on which a feature must fire to be in a queue; the scores of rarer ones rest on too little."""
 N_IMAGES, BOX = 12, 196
 """Images of a feature in the queue, and their longest side in pixels."""
-N_MISTAKES = 8
-"""Images of each kind of mistake in the queue."""
 N_SUGGESTED = 6
 """Names that one click gives to a feature, of each source."""
 N_EVENTS = 50
@@ -57,9 +55,9 @@ _TILES = """
     FROM examples AS e JOIN images USING (image) WHERE sae = $sae AND latent = $latent ORDER BY decile DESC, rank LIMIT $n
 """
 _MISTAKES = """
-    SELECT m.kind, m.cosine, m.threshold, image, left(image_id, 12) AS hash, width, height, label
+    SELECT m.kind, image, left(image_id, 12) AS hash, width, height, label
     FROM mistakes AS m JOIN images USING (image)
-    WHERE sae = $sae AND latent = $latent AND labeller = $labeller AND rank <= $n ORDER BY kind, rank
+    WHERE sae = $sae AND latent = $latent AND labeller = $labeller ORDER BY kind, rank
 """
 _LABELS = "SELECT labeller, label, score FROM labels WHERE sae = $sae AND latent = $latent AND label IS NOT NULL ORDER BY place, labeller"
 _NEAR = """
@@ -146,7 +144,7 @@ def _describe(view: View, feature: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the catalogue says of a feature in the queue."""
     sae, latent = feature["sae"], feature["latent"]
     mistakes: dict[str, list[Tile]] = {}
-    for row in view.rows(_MISTAKES, sae=sae, latent=latent, labeller=feature["labeller"], n=N_MISTAKES):
+    for row in view.rows(_MISTAKES, sae=sae, latent=latent, labeller=feature["labeller"]):
         mistakes.setdefault(row["kind"], []).append(make_tile(row, box=84))
     tiles = [make_tile(row, feature["max_act"], BOX) for row in view.rows(_TILES, sae=sae, latent=latent, n=N_IMAGES)]
     return {"tiles": tiles, "mistakes": mistakes, "suggestions": _suggest(view, feature)}
