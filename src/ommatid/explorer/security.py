@@ -18,6 +18,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ommatid.errors import ConfigError
+from ommatid.explorer.model_client import MAX_UPLOAD
 from ommatid.explorer.web import BadRequest, Settings
 
 HEADERS = {
@@ -39,10 +40,9 @@ COOKIE = "ommatid"
 MOST_BYTES = 2**18
 """Largest body of a request, in bytes, except those of `UPLOADS`."""
 UPLOADS = {
-    "/my-image": 32 * 2**20,
-    "/api/my-image": 32 * 2**20,
-    "/search": 32 * 2**20,
-    "/api/search": 32 * 2**20,
+    "/my-image": MAX_UPLOAD + MOST_BYTES,
+    "/api/my-image": MAX_UPLOAD + MOST_BYTES,
+    "/search": MAX_UPLOAD + MOST_BYTES,
     "/review/import": 8 * 2**20,
 }
 """Largest body of the addresses that take files, in bytes."""
