@@ -32,12 +32,16 @@ def capturing(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def replacing(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace a module's output, or its first element if it is a tuple, with `replace(output)` in forward passes inside the block."""
+    """Replace a module's output, or its first element if it is a tuple, with `replace(output)` in forward passes inside the block.
+
+    Hooks that were registered before see the replacement, too. Transformers collects hidden states, such as the one that LLaVA's
+    projector reads, by hooks that stay on the blocks from the first pass on.
+    """
 
     def put(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
 
-    handle = module.register_forward_hook(put)
+    handle = module.register_forward_hook(put, prepend=True)
     try:
         yield
     finally:

@@ -185,8 +185,16 @@ def load_config(folder: Path, path: str, key: str) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def load_weights(cls: Any, folder: Path, path: str, key: str, optional: str = "") -> tuple[Any, set[str]]:
-    """Load a transformers model in float32, ready for inference.
+def load_weights(
+    cls: Any,
+    folder: Path,
+    path: str,
+    key: str,
+    optional: str = "",
+    dtype: torch.dtype = torch.float32,
+    device_map: str | Mapping[str, int | str] | None = None,
+) -> tuple[Any, set[str]]:
+    """Load a transformers model, ready for inference.
 
     Transformers fills missing weights with random numbers and only logs a warning, and it names weights of a wrong shape only in its log.
     Here both are errors.
@@ -197,6 +205,8 @@ def load_weights(cls: Any, folder: Path, path: str, key: str, optional: str = ""
         path: Folder or hub name that the user gave.
         key: Key of the parameter, for messages.
         optional: Prefix of weights that may be missing.
+        dtype: Data type of the weights.
+        device_map: Devices of the sub-modules, as accelerate takes them; None loads the model on the CPU.
 
     Returns:
         The model, and the names of its missing weights.
@@ -214,7 +224,8 @@ def load_weights(cls: Any, folder: Path, path: str, key: str, optional: str = ""
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            dtype=torch.float32,
+            dtype=dtype,
+            device_map=device_map,
         )
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise ModelError(

@@ -1,5 +1,6 @@
 """The vision tower and projector of LLaVA 1.5 and LLaVA-NeXT models, read from their folders without loading the language model."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ommatid.config import models
 from ommatid.errors import ModelError
 from ommatid.vlm import Dtype, Hookpoint, hub, partial_loading
 from ommatid.vlm.hooks import capturing
+from ommatid.vlm.preprocess import Preprocess
 from ommatid.vlm.processor import load_preprocess, process_picture
 from ommatid.vlm.tower import KEY, Opened, Site, Tower, block_sites, check_size, patch_grid
 
@@ -39,20 +41,34 @@ class LlavaVision(Tower):
     def __init__(self, path: str, dtype: Dtype, device: str) -> None:
         folder = hub.locate(path, KEY, hub.CONFIG | partial_loading.SHARDS | hub.PREPROCESSOR)
         config = hub.load_config(folder, path, KEY)
-        _check_config(config, path)
-        vision = config.vision_config
-        # For the base view, LLaVA-NeXT's processor stretches the image to this square. Only the tiles, which are not used, are padded.
-        base_view = {"size": {"height": vision.image_size, "width": vision.image_size}, "do_pad": False}
-        changes, process = (base_view, _base_pixels) if config.model_type == "llava_next" else ({}, process_picture)
-        preprocess = load_preprocess(folder, path, KEY, changes, process)
+        check_config(config, path)
+        preprocess = load_tower_preprocess(folder, config, path)
         model = _Encoder(*_load(config, folder, path), config, path)
         opened = Opened(path, folder, config, model, preprocess)
-        check_size(vision, opened)
-        point = Hookpoint(d_model=vision.hidden_size, special=_special(config), grid=patch_grid(vision, preprocess.crop))
-        sites = block_sites(((block.self_attn, block.mlp, block) for block in model.tower.encoder.layers), point)
-        special = () if model.drops_first else point.special
-        sites[PROJECTION] = Site(Hookpoint(d_model=config.text_config.hidden_size, special=special, grid=point.grid), model.projector)
-        super().__init__(opened, sites, model, dtype, device)
+        check_size(config.vision_config, opened)
+        super().__init__(opened, make_sites(model.tower, model.projector, config, preprocess), model, dtype, device)
+
+
+def load_tower_preprocess(folder: Path, config: Any, path: str) -> Preprocess:
+    """Read the preprocessing of the image that the tower sees; for LLaVA-NeXT, of the base view.
+
+    Raises:
+        ModelError: As for `load_preprocess`.
+    """
+    if config.model_type != "llava_next":
+        return load_preprocess(folder, path, KEY)
+    # For the base view, LLaVA-NeXT's processor stretches the image to this square. Only the tiles, which are not used, are padded.
+    side = config.vision_config.image_size
+    return load_preprocess(folder, path, KEY, {"size": {"height": side, "width": side}, "do_pad": False}, _base_pixels)
+
+
+def make_sites(tower: Any, projector: nn.Module, config: Any, preprocess: Preprocess) -> dict[str, Site]:
+    """Name the hookpoints of a tower and its projector."""
+    vision = config.vision_config
+    point = Hookpoint(d_model=vision.hidden_size, special=special_tokens(config), grid=patch_grid(vision, preprocess.crop))
+    sites = block_sites(((block.self_attn, block.mlp, block) for block in tower.encoder.layers), point)
+    special = () if config.vision_feature_select_strategy == "default" else point.special
+    return sites | {PROJECTION: Site(Hookpoint(d_model=config.text_config.hidden_size, special=special, grid=point.grid), projector)}
 
 
 def _base_pixels(processor: Any, picture: Image.Image) -> Float[np.ndarray, "3 height width"]:
@@ -88,20 +104,26 @@ def _chosen_layers(tower: Any, config: Any, path: str) -> dict[str, nn.Module]:
     return {f"{i}: {layer}": states[layer] for i, layer in enumerate(chosen)}
 
 
-def _check_config(config: Any, path: str) -> None:
+def check_config(config: Any, path: str) -> None:
+    """Check that a config is that of a LLaVA with a supported tower.
+
+    Raises:
+        ModelError: It is not.
+    """
     if config.model_type not in PROJECTORS:
         raise ModelError(f"{KEY}: {path}: is a {config.model_type} model; kind llava takes model_type {' or '.join(PROJECTORS)}")
     tower = config.vision_config.model_type
     if tower not in TOWERS:
         raise ModelError(f"{KEY}: {path}: its vision tower is a {tower}; kind llava takes {' or '.join(TOWERS)}")
-    if config.vision_feature_select_strategy == "default" and not _special(config):
+    if config.vision_feature_select_strategy == "default" and not special_tokens(config):
         raise ModelError(
             f"{KEY}: {path}: config.json says vision_feature_select_strategy default, which drops the first token, but the tower has no "
             "class token, so the first patch would be lost; set it to full in config.json"
         )
 
 
-def _special(config: Any) -> tuple[str, ...]:
+def special_tokens(config: Any) -> tuple[str, ...]:
+    """Return the kinds of the tower's tokens before the patches."""
     return ("cls",) if config.vision_config.model_type == "clip_vision_model" else ()
 
 

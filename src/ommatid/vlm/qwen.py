@@ -5,6 +5,7 @@ Shapes: b images, r rows and q columns of patches, m patches per side of a merge
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 from ommatid.config import models
 from ommatid.errors import ModelError
 from ommatid.vlm import Captured, Dtype, Hookpoint, hub, partial_loading
+from ommatid.vlm.preprocess import Preprocess
 from ommatid.vlm.processor import load_preprocess
 from ommatid.vlm.tower import KEY, Opened, Site, Tower, block_sites
 
@@ -39,15 +41,12 @@ class QwenVision(Tower):
     def __init__(self, path: str, image_size: int, dtype: Dtype, device: str) -> None:
         folder = hub.locate(path, KEY, hub.CONFIG | partial_loading.SHARDS | hub.PREPROCESSOR)
         config = hub.load_config(folder, path, KEY)
-        if config.model_type not in TOWERS:
-            raise ModelError(f"{KEY}: {path}: is a {config.model_type} model; kind qwen takes model_type {' or '.join(TOWERS)}")
+        grid = check_config(config, image_size, path)
         self._vision = config.vision_config
-        grid = _grid(image_size, self._vision)
-        square = {"size": {"height": image_size, "width": image_size}}
-        preprocess = load_preprocess(folder, path, KEY, square, partial(_square_pixels, self._vision, image_size))
+        preprocess = load_tower_preprocess(folder, config, image_size, path)
         weights = partial_loading.read_weights(folder, PART, path, KEY)
         tower = partial_loading.load_pretrained(TOWERS[config.model_type], self._vision, weights, PART, path, KEY)
-        sites = _sites(tower, self._vision, config.model_type, grid)
+        sites = make_sites(tower, config, grid)
         opened = Opened(path, folder, config, _Encoder(tower, self._vision, grid), preprocess)
         super().__init__(opened, sites, tower, dtype, device)
         self._places = {name: self._find_places(name) for name in sites}
@@ -64,9 +63,7 @@ class QwenVision(Tower):
 
     def _find_places(self, hookpoint: str) -> Int[Tensor, " tokens"]:
         """Return, for each token in row-by-row order, its position in the output of a hookpoint."""
-        grid, m = self.hookpoints[hookpoint].grid, 1 if hookpoint == PROJECTION else self._vision.spatial_merge_size
-        assert grid is not None
-        return torch.tensor(patch_order(grid, m, _window(self._vision)), device=self._device).argsort()
+        return tower_order(hookpoint, self.hookpoints[hookpoint], self._vision).to(self._device).argsort()
 
 
 class _Encoder(nn.Module):
@@ -139,7 +136,31 @@ def patch_order(grid: tuple[int, int], m: int, w: int) -> list[int]:
     return sorted(range(grid[0] * grid[1]), key=place)
 
 
-def _grid(image_size: int, vision: Any) -> tuple[int, int]:
+def tower_order(name: str, hookpoint: Hookpoint, vision: Any) -> Int[Tensor, " tokens"]:
+    """Return the order of tokens in the output of a hookpoint: for each of its positions, the token's number row by row."""
+    assert hookpoint.grid is not None, name
+    return torch.tensor(patch_order(hookpoint.grid, 1 if name == PROJECTION else vision.spatial_merge_size, _window(vision)))
+
+
+def load_tower_preprocess(folder: Path, config: Any, image_size: int, path: str) -> Preprocess:
+    """Read the preprocessing of images, which are resized to squares of `image_size` pixels per side.
+
+    Raises:
+        ModelError: As for `load_preprocess`.
+    """
+    square = {"size": {"height": image_size, "width": image_size}}
+    return load_preprocess(folder, path, KEY, square, partial(_square_pixels, config.vision_config, image_size))
+
+
+def check_config(config: Any, image_size: int, path: str) -> tuple[int, int]:
+    """Return the rows and columns of the patches of a square image.
+
+    Raises:
+        ModelError: The config is of another model, or the image size is not a multiple of its merge groups.
+    """
+    if config.model_type not in TOWERS:
+        raise ModelError(f"{KEY}: {path}: is a {config.model_type} model; kind qwen takes model_type {' or '.join(TOWERS)}")
+    vision = config.vision_config
     unit = vision.patch_size * vision.spatial_merge_size
     if image_size % unit:
         raise ModelError(
@@ -154,9 +175,11 @@ def _window(vision: Any) -> int:
     return vision.window_size // vision.spatial_merge_size // vision.patch_size if hasattr(vision, "window_size") else 1
 
 
-def _sites(tower: Any, vision: Any, model_type: str, grid: tuple[int, int]) -> dict[str, Site]:
+def make_sites(tower: Any, config: Any, grid: tuple[int, int]) -> dict[str, Site]:
+    """Name the hookpoints of a tower, whose last one is the merger."""
+    vision = config.vision_config
     # In Qwen2-VL the width of the blocks is embed_dim, and hidden_size is the width of the language model.
-    widths = (vision.hidden_size, vision.out_hidden_size) if model_type == "qwen2_5_vl" else (vision.embed_dim, vision.hidden_size)
+    widths = (vision.hidden_size, vision.out_hidden_size) if config.model_type == "qwen2_5_vl" else (vision.embed_dim, vision.hidden_size)
     sites = block_sites(((block.attn, block.mlp, block) for block in tower.blocks), Hookpoint(d_model=widths[0], special=(), grid=grid))
     merged = (grid[0] // vision.spatial_merge_size, grid[1] // vision.spatial_merge_size)
     return sites | {PROJECTION: Site(Hookpoint(d_model=widths[1], special=(), grid=merged), tower.merger)}
