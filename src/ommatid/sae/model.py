@@ -1,12 +1,12 @@
 """The sparse autoencoder at inference: encode, decode, load and save."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, assert_never, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import threshold
@@ -116,6 +116,21 @@ class SAE:
     def encode(self, x_bd: Float[Tensor, "batch d_model={self.d_model}"]) -> Float[Tensor, "batch d_sae={self.n_latents}"]:
         """Return the latent activations `(batch, d_sae)` of x `(batch, d_model)`."""
         return self._activate(self.pre_acts(x_bd))
+
+    def encode_latents(
+        self, x_bd: Float[Tensor, "batch d_model={self.d_model}"], latents: Int64[Tensor, " latents"]
+    ) -> Float[Tensor, "batch latents"]:
+        """Return the activations `(batch, latents)` of some latents, `(latents,)` int64, on x `(batch, d_model)`.
+
+        Only their pre-activations are computed, except in a TopK SAE, where all latents compete. The values equal those of `encode` except
+        for rounding.
+        """
+        if self.config.activation == "topk":
+            return self.encode(x_bd)[:, latents]
+        config = replace(self.config, d_sae=len(latents), prefixes=None)
+        per_latent = {name: tensor[..., latents] for name, tensor in self.tensors().items() if name in ("W_enc", "b_enc", *GATED)}
+        threshold = self.threshold[latents] if self.threshold.ndim else self.threshold
+        return SAE(config, **per_latent, W_dec=self.W_dec[latents], b_dec=self.b_dec, threshold=threshold).encode(x_bd)
 
     def encode_with_margins(
         self, x_bd: Float[Tensor, "batch d_model={self.d_model}"]
