@@ -28,6 +28,15 @@ class Interval:
     """Upper end of the interval."""
 
 
+def wilson(share: float, n: float) -> Interval:
+    """Return a share of n cases and its interval (Wilson 1927). All are NaN if there are no cases; n may be an effective number."""
+    if n <= 0:
+        return Interval(math.nan, math.nan, math.nan)
+    middle, half = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    low, high = ((middle + side * half) / (1 + Z**2 / n) for side in (-1, 1))
+    return Interval(share, max(low, 0.0), min(high, 1.0))
+
+
 @dataclass(frozen=True)
 class Classified:
     """The results of classifying some images."""
@@ -40,10 +49,7 @@ class Classified:
     @property
     def accuracy(self) -> Interval:
         """Share of images classified correctly, and its interval (Wilson 1927)."""
-        n, share = len(self.is_right), float(self.is_right.double().mean())
-        middle, half = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-        low, high = ((middle + side * half) / (1 + Z**2 / n) for side in (-1, 1))
-        return Interval(share, max(low, 0.0), min(high, 1.0))
+        return wilson(float(self.is_right.double().mean()), len(self.is_right))
 
     @property
     def cross_entropy(self) -> float:
