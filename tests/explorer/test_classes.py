@@ -117,6 +117,13 @@ def test_class(client: TestClient, tables: Tables, name: str, which: str) -> Non
     missing = client.get("/api/class", params={"name": name, "sae": which, "n": 200, "show": "missing"}).json()
     assert [row["image"] for row in missing["images"]] == sorted(mine - told)
     page = client.get("/class", params={"name": name, "sae": which})
+    statements = re.search(r"<pre><code>(.*?)</code></pre>", page.text, re.DOTALL)
+    assert statements
+    by_sql = tables.ask(unescape(statements[1]).split("\n;\n")[-1])
+    for column in ("n_missing", "n_others", "n_others_told"):
+        assert set(by_sql[column]) == {found[column]}
+    images = [(row["image"], row["n_told"]) for row in found["images"][:24]]
+    assert [*by_sql[["image", "n_told"]].itertuples(index=False, name=None)] == images, "the SQL behind the page gives its images"
     assert page.status_code == 200 and "<script>alert" not in page.text and len(page.text) < 400_000
     assert ("No feature is of this class alone" in page.text) == (not found["n_own"])
     links = [unescape(link) for link in re.findall(r'href="(/class\?[^"]+)"', page.text)]

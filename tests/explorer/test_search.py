@@ -41,6 +41,21 @@ def test_words_are_found_in_names_that_another_labeller_gave(client: TestClient,
     )
 
 
+@pytest.mark.parametrize("held_mb", [0, 32], ids=["asked of the catalogue", "held in memory"])
+def test_captions_lead_to_latents_whose_strongest_images_have_them(
+    client: TestClient, catalog: Catalog, held_mb: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ommatid.explorer.texts.MOST_CAPTIONS_MB", held_mb)
+    sql = """
+        WITH captioned AS (SELECT image FROM images WHERE len(list_filter(captions, lambda one: contains(lower(one), 'red'))) > 0)
+        SELECT latent, count(*) AS n FROM (SELECT latent, unnest(images) AS image FROM previews WHERE starts_with(sae, $sae))
+        JOIN captioned USING (image) GROUP BY latent ORDER BY n DESC, latent LIMIT 12
+    """
+    answer = client.get("/api/search", params={"q": "RED", "sae": NAMES[0]}).json()
+    (found,) = (group["rows"] for group in answer["words"] if group["title"] == "Captions")
+    assert found and [(row["latent"], row["n_captioned"]) for row in found] == catalog.rows(sql, {"sae": NAMES[0]})
+
+
 @pytest.mark.parametrize("kind", ["quotes", "right to left", "markup"])
 def test_hostile_classes_are_found_and_lead_to_latents_that_tell_them(client: TestClient, catalog: Catalog, kind: str) -> None:
     text = HOSTILE[kind][:60]

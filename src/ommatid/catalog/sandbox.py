@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -47,11 +48,15 @@ REFUSED = {
 makes every later statement fail and aborts the process when it closes (DuckDB 1.5)."""
 CONVERTERS = {"DECIMAL": "decimal", "UUID": "uuid", "TIME ZONE": "pytz"}
 """Modules that DuckDB imports to make values of these types."""
+NESTED = {dict, list, tuple}
+"""Python types of values that hold others."""
 CHUNK = 256
 """Number of rows fetched at a time."""
 SLACK_MB = 192
 """Memory allowed beyond the limit of a query, in MB: stacks of threads, Python, and addresses that DuckDB's allocator keeps without using
 them."""
+LONGEST_KNOWN = 4096
+"""Maximum number of characters of the statements that are remembered as checked."""
 LONGEST_ERROR = 2000
 """Maximum number of characters of an error message; DuckDB may quote a whole statement."""
 
@@ -236,13 +241,9 @@ class Reader:
         Raises:
             Refused: It holds anything else, or calls one of the `REFUSED` functions.
         """
-        words = split_words(sql)
-        if words[:1] == ["pragma"]:
-            raise Refused("PRAGMA is refused: write DESCRIBE <relation>, SHOW TABLES or SUMMARIZE <relation>")
-        if called := next((a for a, b in pairwise(words) if a in REFUSED and b == "("), None):
-            raise Refused(f"{called}() is refused here")
+        first = (check_again if len(sql) <= LONGEST_KNOWN else check_words)(sql)
         statements = self._connection.extract_statements(sql)
-        if len(statements) != 1 and words[:1] == ["pivot"]:
+        if len(statements) != 1 and first == "pivot":
             raise Refused("PIVOT must name its values here: PIVOT ... ON column IN (value, ...)")
         if len(statements) != 1:
             raise Refused(f"expected one statement, found {len(statements)}")
@@ -324,6 +325,24 @@ def set_soft(kind: int, limit: int) -> None:
     resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
+def check_words(sql: str) -> str:
+    """Return the first word of a statement in lower case.
+
+    Raises:
+        Refused: It is a PRAGMA, or calls one of the `REFUSED` functions.
+    """
+    words = split_words(sql)
+    if words[:1] == ["pragma"]:
+        raise Refused("PRAGMA is refused: write DESCRIBE <relation>, SHOW TABLES or SUMMARIZE <relation>")
+    if called := next((a for a, b in pairwise(words) if a in REFUSED and b == "("), None):
+        raise Refused(f"{called}() is refused here")
+    return words[0] if words else ""
+
+
+check_again = lru_cache(64)(check_words)
+"""`check_words` for the short statements that pages ask again and again."""
+
+
 def split_words(sql: str) -> list[str]:
     """Split SQL into its words and symbols, in lower case and without comments and quotes."""
     # DuckDB's offsets count bytes, and the text up to the next token includes any comments
@@ -353,14 +372,11 @@ def weigh_rows(rows: list[tuple[Any, ...]], is_nested: bool) -> int:
 
 def weigh(value: Any) -> int:
     """Size of a value in bytes, including everything nested in it."""
-    size, pending = 0, [value]
-    while pending:
-        item = pending.pop()
-        size += sys.getsizeof(item)
-        if isinstance(item, dict):
-            pending += [*item.keys(), *item.values()]
-        elif isinstance(item, (list, tuple)):
-            pending += item
+    size = sys.getsizeof(value)
+    if isinstance(value, dict):
+        return size + sum(map(weigh, value.keys())) + sum(map(weigh, value.values()))
+    if isinstance(value, (list, tuple)):
+        return size + sum(map(sys.getsizeof if NESTED.isdisjoint(map(type, value)) else weigh, value))
     return size
 
 

@@ -26,6 +26,8 @@ from ommatid.store import Artefact, Draft, open_artefact
 from ommatid.summaries import CatalogSummary
 
 CATALOG = "catalog.duckdb"
+BLOCK_BYTES = 2**16
+"""Size of a block of the file. A page of the explorer reads a few rows of many columns, and so a block of each: small ones are faster."""
 WRITER_MB = 1024
 """Memory limit of DuckDB while it builds the catalogue, in MB; beyond it, DuckDB spills to the draft."""
 
@@ -119,6 +121,7 @@ def _settings(work: Path) -> dict[str, Any]:
         **settings(),
         "memory_limit": f"{memory_mb(WRITER_MB)}MB",
         "temp_directory": str(work / "spilled"),
+        "default_block_size": BLOCK_BYTES,
         "preserve_insertion_order": "false",
     }
 

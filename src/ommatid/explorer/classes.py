@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from fastapi import APIRouter, Request
 from fastapi import Query as Parameters
 from fastapi.responses import Response
 from pydantic import Field
 
 from ommatid.catalog.question import Question
-from ommatid.explorer.features import load_features, previews
+from ommatid.explorer.features import load_cards_and_previews, load_images, make_strips
 from ommatid.explorer.heat import make_tile
 from ommatid.explorer.web import Json, NotFound, Query, TheExplorer, View, link
 
@@ -27,8 +28,6 @@ N_CARDS = 4
 """Features shown with pictures, of those in order of lift or coverage."""
 N_TILES = 3
 """Images shown of a feature."""
-COUNTS = ("n_missing", "n_others", "n_others_told")
-"""Columns of the images of a class that count: on how many no best feature fires; other images; those of them that fire one."""
 COLUMNS = (
     ("class", "class"),
     ("n_images", "images"),
@@ -82,7 +81,7 @@ _IMAGES = """
     ), told AS (
         SELECT image, count(*) AS n_told FROM fired GROUP BY image
     ), found AS (
-        SELECT image, image_id, width, height, label, coalesce(n_told, 0) AS n_told
+        SELECT image, width, height, label, coalesce(n_told, 0) AS n_told
         FROM images LEFT JOIN told USING (image) WHERE split = 'eval' AND label = $class
     ), counted AS (
         SELECT
@@ -92,7 +91,7 @@ _IMAGES = """
     ), shown AS (
         SELECT * FROM found WHERE (n_told = 0 OR NOT $only_missing) AND image > $after ORDER BY image LIMIT $n
     )
-    SELECT counted.*, shown.* EXCLUDE (image_id), left(image_id, 12) AS hash FROM counted LEFT JOIN shown ON true ORDER BY image
+    SELECT * FROM counted LEFT JOIN shown ON true ORDER BY image
 """
 
 
@@ -167,19 +166,17 @@ def describe_class(view: View, query: ClassQuery) -> dict[str, Any]:
     """
     sae, name = view.choose_sae(query.sae), query.name
     keys = {"sae": sae, "class": name}
-    (size,) = view.rows(_CLASS, **{"class": name})
+    asked = view.opened.rows_of({"size": _CLASS, "probes": _PROBES, "telling": _TELLING}, **keys)
+    (size,), probes = asked["size"], asked["probes"]
     if not size["n_images"] and not size["n_training"]:
         near = {row["label"][:80]: link("/class", name=row["label"], sae=query.sae) for row in view.rows(_NEAR, **{"class": name})}
         raise NotFound(f"No image is of the class {name[:200]!r}.", near)
     sums = view.opened.kept(_SUMS, sae=sae)[0]
-    probes = view.rows(_PROBES, **keys)
     probed = max((row["latents"] for row in probes if row["latents"]), key=len, default=[])
-    telling = {row["latent"]: row for row in view.rows(_TELLING, **keys)}
+    telling = {row["latent"]: row for row in asked["telling"]}
     telling_more = [latent for latent, row in telling.items() if row["lift"] > 1]
     best = [latent for latent in probed if latent in telling_more] or telling_more[:N_BEST]
-    question = _ask_images(keys, best, n_eval=sums["n_eval"], only_missing=query.show == "missing", after=query.after, n=query.n + 1)
-    found = view.ask(question)
-    images = [row for row in found if row["image"] is not None]
+    counts, images = _find_images(view, query, best)
     last = images[query.n - 1]["image"] if len(images) > query.n else None
     return {
         "sae": sae,
@@ -194,17 +191,54 @@ def describe_class(view: View, query: ClassQuery) -> dict[str, Any]:
         "by_coverage": _order(telling, "coverage", LEAST_LIFT),
         "probed": probed,
         "best": best,
-        **{key: found[0][key] for key in COUNTS},
-        "images": [{key: value for key, value in row.items() if key not in COUNTS} for row in images[: query.n]],
+        **counts,
+        "images": images[: query.n],
         "next": query.url(after=last) if last is not None else None,
     }
 
 
+def _find_images(view: View, query: ClassQuery, latents: Sequence[int]) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Find images of a class, and on how many of all images some latents fire.
+
+    This answers the question of `_ask_images` in half of the time, as the server knows the class of every image.
+
+    Returns:
+        The counts, and a page of images and one more, each with the number of latents that fire on it as `n_told`.
+    """
+    classes = view.opened.classes
+    code = classes.names.index(query.name) if query.name in classes.names else len(classes.names)
+    told = _count_firing(view, view.choose_sae(query.sae), latents, len(classes.codes))
+    of_class = np.flatnonzero(classes.codes == code)
+    is_told = told > 0
+    n_eval, n_told = view.opened.kept(_SUMS, sae=view.choose_sae(query.sae))[0]["n_eval"], int(is_told[of_class].sum())
+    counts = {
+        "n_missing": len(of_class) - n_told,
+        "n_others": n_eval - len(of_class),
+        "n_others_told": int(is_told.sum()) - n_told,
+    }
+    shown = of_class[~is_told[of_class]] if query.show == "missing" else of_class
+    numbers = shown[shown > query.after][: query.n + 1].tolist()
+    return counts, [row | {"n_told": int(told[image])} for image, row in load_images(view, numbers).items()]
+
+
+def _count_firing(view: View, sae: str, latents: Sequence[int], n_images: int) -> np.ndarray:
+    """Count how many of some latents fire on each image, by its number, for at least `n_images` images."""
+    question = _each_firing("list(image) AS images", {"sae": sae}, latents)
+    fired = view.rows(question.sql, **question.values)
+    return np.bincount([image for row in fired for image in row["images"] or ()], minlength=n_images)
+
+
 def _ask_images(keys: Mapping[str, str], latents: Sequence[int], **values: Any) -> Question:
-    """Ask for images of a class, and on how many of all images some latents fire. A part for each latent reads its firings alone."""
-    parts = [f"SELECT image FROM firings WHERE sae = $sae AND latent = $latent_{i}" for i in range(len(latents))]
-    fired = "\n        UNION ALL ".join(parts or ["SELECT image FROM firings WHERE sae = $sae AND false"])
-    return Question(_IMAGES.format(fired=fired), {**keys, **values, **{f"latent_{i}": latent for i, latent in enumerate(latents)}})
+    """Ask for what `_find_images` finds, as people can ask it."""
+    fired = _each_firing("image", keys, latents)
+    return Question(_IMAGES.format(fired=fired.sql), {**fired.values, **values})
+
+
+def _each_firing(columns: str, keys: Mapping[str, str], latents: Sequence[int]) -> Question:
+    """Ask for the firings of some latents. A part for each latent reads its firings alone, which one condition on all would not."""
+    parts = [f"SELECT {columns} FROM firings WHERE sae = $sae AND latent = $latent_{i}" for i in range(len(latents))]
+    sql = "\n        UNION ALL ".join(parts or [f"SELECT {columns} FROM firings WHERE sae = $sae AND false"])
+    return Question(sql, {**keys, **{f"latent_{i}": latent for i, latent in enumerate(latents)}})
 
 
 def _order(telling: Mapping[int, Mapping[str, Any]], by: str, least_lift: float) -> list[int]:
@@ -239,8 +273,8 @@ def class_page(request: Request, explorer: TheExplorer, query: Annotated[ClassQu
         found = describe_class(view, query)
         sae = found["sae"]
         leading, order = found["probed"] or found["best"], found[f"by_{query.sort}"][:N_TELLING]
-        features = load_features(view, sae, list(dict.fromkeys([*leading, *order])))
-        shown = sorted({*leading, *order[:N_CARDS]})
+        cards, strongest = load_cards_and_previews(view, sae, {*leading, *order[:N_CARDS]}, order)
+        features = {latent: row for (of, latent), row in cards.items() if of == sae}
         probes = {row["k"] if row["probe"] == "latents" else "x": row for row in found["probes"]}
         n_best = len(found["best"])
         return view.render(
@@ -252,7 +286,7 @@ def class_page(request: Request, explorer: TheExplorer, query: Annotated[ClassQu
             probes=probes,
             telling=[features[latent] | found["telling"][latent] for latent in order],
             n_cards=N_CARDS,
-            tiles=previews(view, sae, shown, N_TILES),
+            tiles=make_strips(view, strongest, N_TILES),
             images=[make_tile(row, note=f"{row['n_told']} of {n_best} fire" if n_best else " ") for row in found["images"]],
             own_url=link("/features", sae=query.sae, class_=query.name, sort="purity") if len(query.name) <= 500 else None,
             limits={"pure": PURE, "lift": LEAST_LIFT, "listed": N_TELLING},

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
@@ -43,8 +44,8 @@ N_PREVIEW = 4
 """Strongest images that stand for a feature in a list."""
 FORMULAS = tuple("=+-@\t\r\n＝＋－＠")
 """Characters with which a spreadsheet takes a text for a formula."""
-MOST_KEPT = 20_000
-"""Images of which the server keeps what tiles show, about 10 MB."""
+MOST_KEPT = 60_000
+"""Images of which the server keeps what tiles show, about 15 MB."""
 MOST_EXPORTED = 200_000
 """Largest number of rows of a download; every feature of the largest dictionaries."""
 
@@ -311,8 +312,9 @@ def _read_key(text: str, sort: Sort) -> tuple[Any, int]:
 
 # The latents of other SAEs are left out in Python: a condition on the SAE would keep DuckDB from using the index of the latents.
 _PREVIEWS = "SELECT sae, latent, images FROM previews WHERE latent IN (SELECT unnest($latents::INTEGER[]))"
+_ABOUT_IMAGE = ("image", "hash", "width", "height", "seen_width", "seen_height", "label")
 _IMAGES = """
-    SELECT image, left(image_id, 12) AS hash, width, height, left(label, 80) AS label, seen_width, seen_height
+    SELECT image, left(image_id, 12) AS hash, width, height, seen_width, seen_height, left(label, 80) AS label
     FROM images WHERE image IN (SELECT unnest($images::INTEGER[]))
 """
 _OF_LATENTS = "latent IN (SELECT unnest($latents::INTEGER[]))"
@@ -334,13 +336,13 @@ def previews(view: View, sae: str, latents: Iterable[int], n: int = N_PREVIEW) -
     Returns:
         The images by latent, strongest first.
     """
-    return make_strips(view, {latent: images[:n] for latent, images in load_previews(view, sae, latents).items()})
+    return make_strips(view, load_previews(view, sae, latents), n)
 
 
-def make_strips(view: View, images: Mapping[int, Sequence[int]]) -> dict[int, list[Tile]]:
-    """Load the images of each latent as tiles, given their numbers."""
-    tiles = load_tiles(view, {image for some in images.values() for image in some})
-    return {latent: [tiles[image] for image in some if image in tiles] for latent, some in images.items()}
+def make_strips(view: View, images: Mapping[int, Sequence[int]], n: int = N_PREVIEW) -> dict[int, list[Tile]]:
+    """Load the first `n` images of each latent as tiles, given their numbers."""
+    tiles = load_tiles(view, {image for some in images.values() for image in some[:n]})
+    return {latent: [tiles[image] for image in some[:n] if image in tiles] for latent, some in images.items()}
 
 
 def load_previews(view: View, sae: str, latents: Iterable[int]) -> dict[int, list[int]]:
@@ -371,8 +373,9 @@ def load_images(view: View, images: Iterable[int]) -> dict[int, dict[str, Any]]:
     if missing := [image for image in wanted if image not in kept]:
         if len(kept) > MOST_KEPT:
             kept.clear()
-        kept.update({row["image"]: row for row in view.rows(_IMAGES, images=missing)})
-    return {image: kept[image] for image in wanted if image in kept}
+        found = view.opened.ask(Question(_IMAGES, {"images": missing}))
+        kept.update({row[0]: (*row[:-1], row[-1] and sys.intern(row[-1])) for row in found.rows})
+    return {image: dict(zip(_ABOUT_IMAGE, kept[image], strict=True)) for image in wanted if image in kept}
 
 
 def load_tiles(view: View, images: Iterable[int]) -> dict[int, Tile]:
@@ -397,7 +400,7 @@ def features_page(request: Request, explorer: TheExplorer, query: Annotated[Feat
     with explorer.open(request) as view:
         page, sae, strongest = find_features(view, query)
         rows = [feature.model_dump() for feature in page.features]
-        shown = {row["latent"]: strongest.get(row["latent"], [])[:N_PREVIEW] for row in rows}
+        shown = {row["latent"]: strongest.get(row["latent"], []) for row in rows}
         options = {
             "labellers": [row["labeller"] for row in view.opened.kept(_LABELLERS, sae=sae)],
             "classes": [row["class"] for row in view.opened.kept(_CLASSES)],

@@ -75,8 +75,8 @@ class Opened:
     """Whether the file has not been replaced since."""
     cache: dict[Any, Any] = field(default_factory=dict)
     """Answers that are the same for every request, such as counts of all features, by question."""
-    images: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """What tiles show of images, by their numbers: pages share few images, and looking them up is a large part of making one."""
+    images: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+    """What tiles show of images, by their numbers, as tuples, which are small: looking images up is a large part of making a page."""
 
     def ask(self, question: Question, timeout: float = TIMEOUT) -> QueryResult:
         """Answer a question.

@@ -5,8 +5,10 @@ The artefact may lack: a catalogue can be looked at alone. Libraries that read i
 
 import hashlib
 import io
+import math
 import re
 import threading
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,11 +49,15 @@ class Originals:
         self._kept: OrderedDict[str, tuple[bytes, str]] = OrderedDict()
         self._reader: OriginalReader | None = None
         self._digest = ""
+        self._are_at_hand, self._looked = False, -math.inf
 
     @property
     def are_at_hand(self) -> bool:
-        """Whether the artefact seems to be there; nobody asks an object store for that."""
-        return "://" in self._data or (Path(self._data) / "images" / "manifest.json").exists()
+        """Whether the artefact seems to be there: looked up once a second at most, and never in an object store."""
+        if time.monotonic() > self._looked + 1:
+            self._are_at_hand = "://" in self._data or (Path(self._data) / "images" / "manifest.json").exists()
+            self._looked = time.monotonic()
+        return self._are_at_hand
 
     def get(self, image: int, hash_: str) -> tuple[bytes, str]:
         """Return an image.

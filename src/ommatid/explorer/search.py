@@ -1,6 +1,6 @@
 """Search: one box for words, classes, captions, numbers and meaning, and a picture to search by."""
 
-import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ from ommatid.explorer.features import load_features, load_tiles, previews
 from ommatid.explorer.image import SaeField, Upload, read_upload
 from ommatid.explorer.model import Model, about_model
 from ommatid.explorer.security import check_form
+from ommatid.explorer.texts import find_captioned, names, other_names
 from ommatid.explorer.web import Json, Query, TheExplorer, View
 
 router = APIRouter()
@@ -21,33 +22,12 @@ N_HITS = 12
 """Hits shown of each kind."""
 N_TILES = 4
 """Images shown of a feature."""
-MOST_CAPTIONED = 64
-"""Most images with a caption that matches whose features are counted."""
 
-_BY_NAME = """
-    SELECT latent FROM features WHERE sae = $sae AND contains(lower(label), $text)
-    ORDER BY lower(label) <> $text, NOT regexp_matches(lower(label), $word), label_score - control_score DESC NULLS LAST, latent LIMIT $n
-"""
-_BY_LABELLER = """
-    SELECT latent FROM (SELECT latent, labeller, score FROM labels WHERE sae = $sae AND contains(lower(label), $text)) AS other
-    JOIN features USING (latent) WHERE features.sae = $sae AND features.labeller <> other.labeller
-    GROUP BY latent ORDER BY max(score) DESC NULLS LAST, latent LIMIT $n
-"""
 _BY_CLASS = """
     SELECT latent FROM class_latents WHERE sae = $sae AND class IN (SELECT unnest($classes::VARCHAR[]))
     GROUP BY latent ORDER BY max(recall * precision) DESC, latent LIMIT $n
 """
 _CLASSES = "SELECT label AS class, count(*) AS n FROM images WHERE label IS NOT NULL GROUP BY label ORDER BY n DESC, label"
-_LABELLERS = "SELECT count(DISTINCT labeller) AS n FROM labels WHERE sae = $sae"
-_HAS_CAPTIONS = "SELECT bool_or(len(captions) > 0) AS has FROM images"
-_CAPTIONED = f"""
-    SELECT image FROM images WHERE split = 'eval' AND len(list_filter(captions, lambda one: contains(lower(one), $text))) > 0
-    ORDER BY image LIMIT {MOST_CAPTIONED}
-"""
-_OF_IMAGES = """
-    SELECT latent FROM image_latents WHERE sae = $sae AND image IN (SELECT unnest($images::INTEGER[])) AND rank <= 8
-    GROUP BY latent ORDER BY count(*) DESC, latent LIMIT $n
-"""
 _NEIGHBOURS = "SELECT other AS latent FROM neighbours WHERE sae = $sae AND latent = $latent ORDER BY rank LIMIT $n"
 _BY_MEANING = "By meaning: the image against the mean of each feature's images, in the model's space of images and texts."
 
@@ -73,33 +53,30 @@ def find_words(view: View, sae: str, q: str) -> list[dict[str, Any]]:
     text = " ".join(q.lower().split())
     if not text:
         return []
-    keys = {"sae": sae, "n": N_HITS}
-    groups: list[tuple[str, str, list[dict[str, Any]]]] = []
-    if text.isdecimal() and int(text) < view.opened.saes[sae]["n_latents"]:
-        latent = int(text)
-        groups.append(("Number", f"Latent {latent}.", [{"latent": latent}]))
-        groups.append(("Neighbours", f"The directions most like that of latent {latent}.", view.rows(_NEIGHBOURS, **keys, latent=latent)))
-    word = rf"\b{re.escape(text)}\b"
-    people = [{"latent": latent} for latent in view.reviewed(sae).named_like(text)[:N_HITS]]
-    groups.append(("Names by people", f"The name that a person gave contains “{text}”.", people))
-    named = [row for row in view.rows(_BY_NAME, **keys, text=text, word=word) if not view.named(sae, row["latent"])]
-    groups.append(("Names", f"The name contains “{text}”.", named))
-    if view.opened.kept(_LABELLERS, sae=sae)[0]["n"] > 1:
-        meaning = "A labeller whose name is not the best gave one that contains it."
-        groups.append(("Other names", meaning, view.rows(_BY_LABELLER, **keys, text=text)))
-    if classes := [row["class"] for row in find_classes(view, text)]:
-        groups.append(("Classes", "They tell a class whose name contains it.", view.rows(_BY_CLASS, **keys, classes=classes)))
-    if view.opened.kept(_HAS_CAPTIONS)[0]["has"] and (captioned := [row["image"] for row in view.rows(_CAPTIONED, text=text)]):
-        n = len(captioned)
-        which = f"the first {n} images" if n == MOST_CAPTIONED else f"{n} image{'s' if n != 1 else ''}"
-        meaning = f"They are most often among the 8 strongest on {which} with a caption that contains it."
-        groups.append(("Captions", meaning, view.rows(_OF_IMAGES, **keys, images=captioned)))
-    features = load_features(view, sae, sorted({row["latent"] for _, _, rows in groups for row in rows}))
+    classes = [row["class"] for row in find_classes(view, text)]
+    latent = int(text) if text.isdecimal() and int(text) < view.opened.saes[sae]["n_latents"] else None
+    groups: list[tuple[str, str, Sequence[int]]] = []
+    if latent is not None:
+        groups.append(("Number", f"Latent {latent}.", [latent]))
+        near = [row["latent"] for row in view.rows(_NEIGHBOURS, sae=sae, latent=latent, n=N_HITS)]
+        groups.append(("Neighbours", f"The directions most like that of latent {latent}.", near))
+    groups.append(("Names by people", f"The name that a person gave contains “{text}”.", view.reviewed(sae).named_like(text)[:N_HITS]))
+    named = names(view.opened, sae).find(text, N_HITS)
+    groups.append(("Names", f"The name contains “{text}”.", [found for found in named if not view.named(sae, found)]))
+    others = other_names(view.opened, sae).find(text, N_HITS)
+    groups.append(("Other names", "A labeller whose name is not the best gave one that contains it.", others))
+    telling = [row["latent"] for row in view.rows(_BY_CLASS, sae=sae, classes=classes, n=N_HITS)] if classes else []
+    groups.append(("Classes", "They tell a class whose name contains it.", telling))
+    captioned = find_captioned(view.opened, sae, text, N_HITS)
+    groups.append(("Captions", f"Captions of their strongest images contain “{text}”.", list(captioned)))
+    features = load_features(view, sae, {latent for _, _, latents in groups for latent in latents})
     found = [
-        {"title": title, "text": meaning, "rows": [features[row["latent"]] for row in rows], "images": []}
-        for title, meaning, rows in groups
-        if rows
+        {"title": title, "text": meaning, "rows": [features[latent] for latent in latents], "images": []}
+        for title, meaning, latents in groups
+        if latents
     ]
+    if captioned:
+        found[-1]["rows"] = [row | {"n_captioned": captioned[row["latent"]]} for row in found[-1]["rows"]]
     if text.isdecimal() and (tiles := load_tiles(view, [min(int(text), 2**31 - 1)])):
         found.insert(0, {"title": "Image", "text": f"Image {int(text)}.", "rows": [], "images": list(tiles.values())})
     return found

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import to_json
 
 from ommatid import __version__
-from ommatid.catalog.question import Question
 from ommatid.errors import OmmatidError
 from ommatid.explorer.heat import Tile
 from ommatid.explorer.library import Library, Opened
@@ -188,8 +187,30 @@ class Explorer:
         """Address of an image in full size; None if only its thumbnail is at hand."""
         return None if self.settings.is_static or not self.originals.are_at_hand else f"/originals/{image}/{hash_}"
 
+    def draw_card(self, row: Mapping[str, Any], tiles: Sequence[Tile], person: Event | None, note: str | None = None) -> Markup:
+        """Draw a feature in a list. This is HTML written by hand, as a template would take most of the time of a page of 50 features.
+
+        Args:
+            row: The feature's row of the relation `features`.
+            tiles: Its strongest images.
+            person: The event by which a person named it; None if nobody did.
+            note: What is written below the images; None for nothing.
+        """
+        url = feature_url(row["sae"], row["latent"])
+        pictures = "".join(self.draw_tile(one, row["sae"], row["latent"], url) for one in tiles)
+        n = row["n_images"]
+        return Markup(
+            f'<article class="card" data-latent="{row["latent"]}">\n'
+            f'<h3><a href="{escape(url)}">{draw_name(row["label"], person)}</a> <span class="number">{row["latent"]}</span></h3>\n'
+            f'<p class="numbers">{draw_scored(row, person)} <span title="MonoSemanticity score, and the score of unrelated images">'
+            f'MS {numbers.fixed(row["ms"])} <span class="control">floor {numbers.fixed(row["ms_floor"])}</span></span> '
+            f"<span>{numbers.count(n)} image{'' if n == 1 else 's'}</span></p>\n"
+            f'<div class="strip">{pictures}</div>\n'
+            f'{f"""<p class="note">{escape(note)}</p>""" if note else ""}</article>\n'
+        )
+
     def draw_tile(self, one: Tile, sae: str | None = None, latent: int | None = None, href: str | None = None) -> Markup:
-        """Draw an image with a link: HTML written by hand, as pages have up to 200, which a template would take half of their time for.
+        """Draw an image with a link, by hand as `draw_card` does.
 
         Args:
             one: The image.
@@ -209,7 +230,7 @@ class Explorer:
         parts.append(f'>\n<span class="picture"><img src="{escape(thumb_url(one.image, one.hash))}" {size} loading="lazy" decoding="async"')
         parts.append(f' alt="{escape(alt)}"{sharp}>')
         if one.heat and latent is not None and not self.settings.is_static:
-            svg = f"/heat/{quote(sae or '', safe='')}/{latent}/{one.image}.svg"
+            svg = f"/heat/{_quote(sae or '')}/{latent}/{one.image}.svg"
             parts.append(f'<noscript><img class="over" src="{escape(svg)}" {size} alt=""></noscript>')
         note = one.note or ("" if one.act is None else f"{one.act:.2f}")
         parts.append(f'</span>{f"""<span class="note">{escape(note)}</span>""" if note else ""}</a>')
@@ -238,6 +259,10 @@ class Explorer:
             "image_url": image_url,
             "thumb_url": thumb_url,
             "original_url": self.original_url,
+            "draw_card": self.draw_card,
+            "draw_name": draw_name,
+            "draw_score": draw_score,
+            "draw_scored": draw_scored,
             "draw_tile": self.draw_tile,
         }
         environment.filters |= {name: getattr(numbers, name) for name in ("fixed", "percent", "rate", "signed", "count")}
@@ -274,10 +299,6 @@ class View:
     def rows(self, sql: str, **values: Any) -> list[dict[str, Any]]:
         """Answer a question with a dict for each row."""
         return self.opened.rows(sql, **values)
-
-    def ask(self, question: Question) -> list[dict[str, Any]]:
-        """Answer a question with a dict for each row."""
-        return self.opened.ask(question).dicts()
 
     def choose_sae(self, name: str | None) -> str:
         """Find an SAE by its name in the catalogue or in its training; None for the best.
@@ -325,9 +346,53 @@ def link(path: str, **parameters: Any) -> str:
     return f"{path}?{found}" if found else path
 
 
+def draw_name(label: str | None, person: Event | None) -> Markup:
+    """Draw the name of a feature: the one that a person gave it, or else the catalogue's.
+
+    Args:
+        label: Name in the catalogue; None if it has none.
+        person: The event by which a person named it; None if nobody did.
+    """
+    if person:
+        who = escape(person.who)
+        by = f'<span class="by" title="named by {who}" role="img" aria-label="named by {who}">✎</span>'
+        return Markup(f"<bdi>{escape(_shorten(str(person.value)))}</bdi> {by}")
+    return Markup(f"<bdi>{escape(_shorten(label))}</bdi>" if label else '<span class="none">without a name</span>')
+
+
+def draw_scored(row: Mapping[str, Any], person: Event | None) -> Markup:
+    """Draw the score of the name that a feature is shown with.
+
+    Args:
+        row: The feature's row of the relation `features`.
+        person: The event by which a person named it, whose name has no score until the catalogue is built again; None if nobody did.
+    """
+    if person and person.value != row["label"]:
+        return Markup('<span class="score none">name not scored yet</span>')
+    return draw_score(row["label_score"], row["control_score"])
+
+
+def draw_score(score: float | None, control: float | None) -> Markup:
+    """Draw the score of a name beside its control; None for one that is not known."""
+    if score is None:
+        return Markup('<span class="score none">name not scored</span>')
+    meaning = "balanced accuracy of the name on held-out images; the control is another latent's name on the same images"
+    beside = "" if control is None else f' <span class="control">control {numbers.percent(control)}</span>'
+    return Markup(f'<span class="score" title="{escape(meaning)}">name {numbers.percent(score)}{beside}</span>')
+
+
+def _shorten(text: str) -> str:
+    return f"{text[:200]}…" if len(text) > 200 else text
+
+
 def feature_url(sae: str, latent: int, **parameters: Any) -> str:
     """Address of a feature's page."""
-    return link(f"/features/{quote(sae, safe='')}/{latent}", **parameters)
+    return link(f"/features/{_quote(sae)}/{latent}", **parameters)
+
+
+@lru_cache(64)
+def _quote(sae: str) -> str:
+    return quote(sae, safe="")
 
 
 def image_url(image: int, **parameters: Any) -> str:
