@@ -1,10 +1,11 @@
 """The explorer's application: its routes, its errors as pages, its static files, and how it is served."""
 
 import asyncio
+import gc
 import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from ommatid.explorer.web import FOREVER, STATIC, BadRequest, Explorer, Json, No
 
 SWITCH_SECONDS = 0.001
 """Seconds after which a thread that computes lets another one go on, which usually has an answer of a reader process to pass on."""
-PAGES_AT_ONCE = 2
-"""Pages that are made at the same time."""
+PAGES_AT_ONCE = 3
+"""Pages that are made at the same time, and as many searches beside them."""
 QUICK = ("/features", "/images", "/class", "/compare", "/runs", "/review", "/thumbs", "/heat", "/api/features", "/api/images", "/api/class")
 """Beginnings of the addresses whose pages wait for nothing but the catalogue."""
+SEARCHES = ("/search",)
+"""Beginnings of the addresses of searches."""
 TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".txt": "text/plain"}
 """Content type of static files, by suffix."""
 MOST_PROBLEMS = 10
@@ -84,20 +87,19 @@ def make_app(settings: Settings) -> FastAPI:
 class Turnstile:
     """ASGI middleware that makes few pages at the same time, in the order in which they were asked for.
 
-    More would only take turns on the interpreter's lock and the reader processes: each would take as long as all together. Addresses
-    that may wait for the model or for a long statement pass by.
+    More would only take turns on the interpreter's lock and the reader processes: each would take as long as all together. Searches, which
+    may wait for the model, hold up no other pages. Addresses that may wait for minutes, or for a long statement, pass by.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._free = asyncio.Semaphore(PAGES_AT_ONCE)
+        self._lanes = {QUICK: asyncio.Semaphore(PAGES_AT_ONCE), SEARCHES: asyncio.Semaphore(PAGES_AT_ONCE)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, when it is its turn."""
-        if scope["type"] == "http" and scope["path"].startswith(QUICK) and b"where=" not in scope["query_string"]:
-            async with self._free:
-                await self._app(scope, receive, send)
-        else:
+        is_page = scope["type"] == "http" and b"where=" not in scope["query_string"]
+        lanes = [free for begins, free in self._lanes.items() if is_page and scope["path"].startswith(begins)]
+        async with lanes[0] if lanes else nullcontext():
             await self._app(scope, receive, send)
 
 
@@ -131,6 +133,8 @@ def serve(settings: Settings) -> None:
     if settings.token:
         place = "this address" if is_local(host) else "the same address of this machine's name"
         print(f"visitors  open {place} once with ?token= and the value of OMMATID_TOKEN at its end", flush=True)
+    gc.freeze()  # circular garbage is looked for less often, as in the reader processes
+    gc.set_threshold(20_000, 50, 1000)
     uvicorn.Server(config).run(sockets=[listening])
 
 

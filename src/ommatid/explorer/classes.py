@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from ommatid.catalog.question import Question
-from ommatid.explorer.features import load_cards_and_previews, load_images, make_strips
+from ommatid.explorer.cards import load_features, load_images, previews
 from ommatid.explorer.heat import make_tile
 from ommatid.explorer.web import Json, NotFound, Query, TheExplorer, View, link
 
@@ -273,8 +273,7 @@ def class_page(request: Request, explorer: TheExplorer, query: Annotated[ClassQu
         found = describe_class(view, query)
         sae = found["sae"]
         leading, order = found["probed"] or found["best"], found[f"by_{query.sort}"][:N_TELLING]
-        cards, strongest = load_cards_and_previews(view, sae, {*leading, *order[:N_CARDS]}, order)
-        features = {latent: row for (of, latent), row in cards.items() if of == sae}
+        features = load_features(view, sae, [*leading, *order])
         probes = {row["k"] if row["probe"] == "latents" else "x": row for row in found["probes"]}
         n_best = len(found["best"])
         return view.render(
@@ -286,7 +285,7 @@ def class_page(request: Request, explorer: TheExplorer, query: Annotated[ClassQu
             probes=probes,
             telling=[features[latent] | found["telling"][latent] for latent in order],
             n_cards=N_CARDS,
-            tiles=make_strips(view, strongest, N_TILES),
+            tiles=previews(view, sae, [*leading, *order[:N_CARDS]], N_TILES),
             images=[make_tile(row, note=f"{row['n_told']} of {n_best} fire" if n_best else " ") for row in found["images"]],
             own_url=link("/features", sae=query.sae, class_=query.name, sort="purity") if len(query.name) <= 500 else None,
             limits={"pure": PURE, "lift": LEAST_LIFT, "listed": N_TELLING},

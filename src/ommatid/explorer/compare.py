@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from ommatid.catalog.question import Question
-from ommatid.explorer.features import load_features, previews
+from ommatid.explorer.cards import load_features, previews
 from ommatid.explorer.web import BadRequest, Json, NotFound, Query, TheExplorer, View, link
 from ommatid.show.about import About
 from ommatid.show.numbers import DASH, count, fixed, interval, percent, signed

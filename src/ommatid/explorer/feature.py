@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ommatid.catalog.question import Question
-from ommatid.explorer.features import load_cards_and_previews, load_images
+from ommatid.explorer.cards import load_features, load_features_of_others, load_images, load_previews
 from ommatid.explorer.heat import Tile, draw_svg, encode, make_tile
 from ommatid.explorer.plots import draw_histogram
 from ommatid.explorer.reviewed import make_box
@@ -109,7 +109,8 @@ def describe_feature(view: View, sae: str, latent: int) -> dict[str, Any]:
         found[name].sort(key=order)
     alike, matches, (fired,) = found["alike"], found["matches"], found["fired"]
     others = {row["latent"] for row in alike}
-    cards, strongest = load_cards_and_previews(view, sae, others, {row["other_latent"] for row in matches})
+    cards, strongest = load_features(view, sae, others), load_previews(view, sae, others)
+    matched = load_features_of_others(view, {row["other_latent"] for row in matches[:N_MATCHES]})
     nearest = [row["latent"] for row in alike if row["kind"] == "neighbours"][:N_NEAREST]
     shown = {
         **{name: found[name] for name in ("examples", "near_misses", "mistakes")},
@@ -124,10 +125,10 @@ def describe_feature(view: View, sae: str, latent: int) -> dict[str, Any]:
         "labels": found["labels"],
         "histogram": _count_acts(fired["acts"] or []),
         "classes": _describe_classes(view, fired["images"] or [], fired["acts"] or []),
-        "matches": [_describe_match(view, row, cards) for row in matches[:N_MATCHES]],
+        "matches": [_describe_match(view, row, matched) for row in matches[:N_MATCHES]],
         **{name: [row | images[row["image"]] for row in rows if row["image"] in images] for name, rows in shown.items()},
         **{
-            kind: [cards[sae, row["latent"]] | row for row in alike if row["kind"] == kind and (sae, row["latent"]) in cards]
+            kind: [cards[row["latent"]] | row for row in alike if row["kind"] == kind and row["latent"] in cards]
             for kind in ("neighbours", "cofiring")
         },
         "previews": {other: [images[image] for image in found if image in images] for other, found in previews.items()},
@@ -150,10 +151,10 @@ def _count_acts(acts: Sequence[float]) -> list[dict[str, Any]]:
     return [{"bin": bin_, "n": int(n), "low": low, "high": high} for bin_, n in enumerate(counts) if n]
 
 
-def _describe_match(view: View, match: dict[str, Any], cards: Mapping[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
+def _describe_match(view: View, match: dict[str, Any], others: Mapping[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
     """Add to a match what the catalogue says of the other SAE and of its latent."""
     run = next((run for run in view.opened.kept(_RUNS) if run["sae"] == match["other_sae"]), {"name": None, "decision": None})
-    other = cards.get((match["other_sae"], match["other_latent"]), {"label": None, "ms": None})
+    other = others.get((match["other_sae"], match["other_latent"]), {"label": None, "ms": None})
     return match | {"label": other["label"], "ms": other["ms"], "name": run["name"], "decision": run["decision"]}
 
 

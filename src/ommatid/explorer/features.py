@@ -4,8 +4,7 @@ import csv
 import io
 import json
 import math
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 import pydantic
@@ -17,7 +16,7 @@ from pydantic_core import to_json
 
 from ommatid.catalog.question import Question
 from ommatid.catalog.reader import QueryResult
-from ommatid.explorer.heat import Tile, make_tile
+from ommatid.explorer.cards import load_features, previews
 from ommatid.explorer.web import BadRequest, Query, TheExplorer, View, link
 
 router = APIRouter()
@@ -40,12 +39,8 @@ STATES = {
     "doubtful": "label_score <= control_score",
 }
 """SQL of each state."""
-N_PREVIEW = 4
-"""Strongest images that stand for a feature in a list."""
 FORMULAS = tuple("=+-@\t\r\n＝＋－＠")
 """Characters with which a spreadsheet takes a text for a formula."""
-MOST_KEPT = 60_000
-"""Images of which the server keeps what tiles show, about 15 MB."""
 MOST_EXPORTED = 200_000
 """Largest number of rows of a download; every feature of the largest dictionaries."""
 
@@ -205,20 +200,20 @@ def _add_reviewed(view: View, sae: str, query: FeatureQuery, conditions: list[st
         conditions.append("latent IN (SELECT unnest($listed::INTEGER[]))")
 
 
-LISTED = "sae, latent, label, label_score, control_score, labeller, ms, ms_floor, density, n_images, purity, max_act, top_classes"
-"""Columns that pages show of a feature in a list; more would take longer."""
+IN_TABLE = "sae, latent, label, label_score, control_score, labeller, ms, ms_floor, density, n_images, purity, top_classes"
+"""Columns that pages show of a feature in a table; more would take longer."""
 
 
-def find_features(view: View, query: FeatureQuery, columns: str = LISTED) -> tuple[FeaturePage, str, dict[int, list[int]]]:
+def find_features(view: View, query: FeatureQuery, columns: str | None = None) -> tuple[FeaturePage, str]:
     """Find a page of features.
 
     Args:
         view: The request.
         query: Which features.
-        columns: Columns to load, as SQL.
+        columns: Columns to load, as SQL; None for those that cards show.
 
     Returns:
-        The page, the SAE, and if the features are shown as pictures the numbers of their strongest images, by latent.
+        The page, and the SAE.
 
     Raises:
         BadRequest: A key of a page is malformed.
@@ -232,11 +227,11 @@ def find_features(view: View, query: FeatureQuery, columns: str = LISTED) -> tup
     keys = asked["keys"]
     total = asked["counted"][0]["n"] if "counted" in asked else keys[0]["total"] if keys else 0
     latents = [key["latent"] for key in keys]
-    wanted = {"rows": f"SELECT {columns} FROM features WHERE {_OF_LATENTS}"} | ({"previews": _PREVIEWS} if query.view == "grid" else {})
-    loaded = view.opened.rows_of(wanted, latents=latents) if keys else {"rows": [], "previews": []}
-    found = loaded["rows"]
-    strongest = _choose(loaded.get("previews", ()), sae, latents)
-    described = {row["latent"]: row for row in found if row["sae"] == sae}
+    if columns is None:
+        described = load_features(view, sae, latents)
+    else:
+        loaded = view.rows(f"SELECT {columns} FROM features WHERE {_OF_LATENTS}", latents=latents) if latents else []
+        described = {row["latent"]: row for row in loaded if row["sae"] == sae}  # a condition on it would keep DuckDB from using an index
     rows = [described[key["latent"]] | {"sort_key": key["sort_key"]} for key in keys]
     is_back = query.before is not None and query.after is None
     more, rows = len(rows) > query.n, rows[: query.n]
@@ -251,7 +246,7 @@ def find_features(view: View, query: FeatureQuery, columns: str = LISTED) -> tup
         previous=query.url(before=_write_key(rows[0], query.sort), after=None) if rows and has_previous else None,
         sql=shown_question(query, conditions, values, key).text,
     )
-    return page, sae, strongest
+    return page, sae
 
 
 def shown_question(query: FeatureQuery, conditions: Sequence[str], values: Mapping[str, Any], key: str) -> Question:
@@ -310,97 +305,16 @@ def _read_key(text: str, sort: Sort) -> tuple[Any, int]:
     raise BadRequest(f"after, before: got {text[:80]!r}; expected the key of a page, as the links to other pages have it")
 
 
-# The latents of other SAEs are left out in Python: a condition on the SAE would keep DuckDB from using the index of the latents.
-_PREVIEWS = "SELECT sae, latent, images FROM previews WHERE latent IN (SELECT unnest($latents::INTEGER[]))"
-_ABOUT_IMAGE = ("image", "hash", "width", "height", "seen_width", "seen_height", "label")
-_IMAGES = """
-    SELECT image, left(image_id, 12) AS hash, width, height, seen_width, seen_height, left(label, 80) AS label
-    FROM images WHERE image IN (SELECT unnest($images::INTEGER[]))
-"""
 _OF_LATENTS = "latent IN (SELECT unnest($latents::INTEGER[]))"
-_CARDS = """
-    SELECT sae, latent, label, label_score, control_score, ms, ms_floor, n_images, max_act, purity
-    FROM features WHERE latent IN (SELECT unnest($latents::INTEGER[]))
-"""
-
-
-def previews(view: View, sae: str, latents: Iterable[int], n: int = N_PREVIEW) -> dict[int, list[Tile]]:
-    """Load the strongest images of some features, without their heat maps.
-
-    Args:
-        view: The request.
-        sae: The SAE.
-        latents: Its latents.
-        n: Number of images of each, at most the 8 of the relation `previews`.
-
-    Returns:
-        The images by latent, strongest first.
-    """
-    return make_strips(view, load_previews(view, sae, latents), n)
-
-
-def make_strips(view: View, images: Mapping[int, Sequence[int]], n: int = N_PREVIEW) -> dict[int, list[Tile]]:
-    """Load the first `n` images of each latent as tiles, given their numbers."""
-    tiles = load_tiles(view, {image for some in images.values() for image in some[:n]})
-    return {latent: [tiles[image] for image in some[:n] if image in tiles] for latent, some in images.items()}
-
-
-def load_previews(view: View, sae: str, latents: Iterable[int]) -> dict[int, list[int]]:
-    """Load the numbers of the strongest images of some latents, at most 8 of each, strongest first."""
-    wanted = sorted(set(latents))
-    return _choose(view.rows(_PREVIEWS, latents=wanted) if wanted else [], sae, wanted)
-
-
-def load_cards_and_previews(
-    view: View, sae: str, latents: Iterable[int], others: Iterable[int] = ()
-) -> tuple[dict[tuple[str, int], dict[str, Any]], dict[int, list[int]]]:
-    """Load what `load_cards` and `load_previews` do at once, the cards also of the latents `others`."""
-    wanted = sorted(set(latents))
-    questions = {"cards": _CARDS.replace("$latents", "$all"), "previews": _PREVIEWS}
-    found = view.opened.rows_of(questions, all=sorted({*wanted, *others}), latents=wanted)
-    return {(row["sae"], row["latent"]): row for row in found["cards"]}, _choose(found["previews"], sae, wanted)
-
-
-def _choose(rows: Iterable[Mapping[str, Any]], sae: str, latents: Iterable[int]) -> dict[int, list[int]]:
-    """Choose the rows of `previews` about an SAE; return the images of each latent."""
-    images = {row["latent"]: row["images"] for row in rows if row["sae"] == sae}
-    return {latent: images.get(latent, []) for latent in latents}
-
-
-def load_images(view: View, images: Iterable[int]) -> dict[int, dict[str, Any]]:
-    """Load what tiles show of some images, by their numbers; images that the catalogue does not have are left out."""
-    wanted, kept = sorted(set(images)), view.opened.images
-    if missing := [image for image in wanted if image not in kept]:
-        if len(kept) > MOST_KEPT:
-            kept.clear()
-        found = view.opened.ask(Question(_IMAGES, {"images": missing}))
-        kept.update({row[0]: (*row[:-1], row[-1] and sys.intern(row[-1])) for row in found.rows})
-    return {image: dict(zip(_ABOUT_IMAGE, kept[image], strict=True)) for image in wanted if image in kept}
-
-
-def load_tiles(view: View, images: Iterable[int]) -> dict[int, Tile]:
-    """Load some images as tiles, by their numbers."""
-    return {image: make_tile(row) for image, row in load_images(view, images).items()}
-
-
-def load_features(view: View, sae: str, latents: Iterable[int]) -> dict[int, dict[str, Any]]:
-    """Load what cards show of some features, by latent; latents that the catalogue does not describe are left out."""
-    return {latent: row for (of, latent), row in sorted(load_cards(view, latents).items()) if of == sae}
-
-
-def load_cards(view: View, latents: Iterable[int]) -> dict[tuple[str, int], dict[str, Any]]:
-    """Load what cards show of some latents of every SAE, by SAE and latent."""
-    wanted = sorted(set(latents))
-    return {(row["sae"], row["latent"]): row for row in view.rows(_CARDS, latents=wanted)} if wanted else {}
 
 
 @router.get("/features", include_in_schema=False)
 def features_page(request: Request, explorer: TheExplorer, query: Annotated[FeatureQuery, Parameters()]) -> Response:
     """Show a page of features as pictures or as a table."""
     with explorer.open(request) as view:
-        page, sae, strongest = find_features(view, query)
+        page, sae = find_features(view, query, IN_TABLE if query.view == "table" else None)
         rows = [feature.model_dump() for feature in page.features]
-        shown = {row["latent"]: strongest.get(row["latent"], []) for row in rows}
+        shown = [row["latent"] for row in rows] if query.view == "grid" else []
         options = {
             "labellers": [row["labeller"] for row in view.opened.kept(_LABELLERS, sae=sae)],
             "classes": [row["class"] for row in view.opened.kept(_CLASSES)],
@@ -409,7 +323,14 @@ def features_page(request: Request, explorer: TheExplorer, query: Annotated[Feat
         }
         is_pending = view.reviewed(sae).is_pending
         return view.render(
-            "features.html", sae, query=query, page=page, rows=rows, tiles=make_strips(view, shown), options=options, is_pending=is_pending
+            "features.html",
+            sae,
+            query=query,
+            page=page,
+            rows=rows,
+            tiles=previews(view, sae, shown),
+            options=options,
+            is_pending=is_pending,
         )
 
 
@@ -417,7 +338,7 @@ def features_page(request: Request, explorer: TheExplorer, query: Annotated[Feat
 def features_json(request: Request, explorer: TheExplorer, query: Annotated[FeatureQuery, Parameters()]) -> FeaturePage:
     """A page of features, with the address of the next one."""
     with explorer.open(request) as view:
-        page, _, _ = find_features(view, query, "*")
+        page, _ = find_features(view, query, "*")
         to_api = {
             name: value.replace("/features", "/api/features", 1) if value else None
             for name, value in (("next", page.next), ("previous", page.previous))

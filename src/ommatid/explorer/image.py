@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from ommatid.catalog.question import Question
 from ommatid.errors import ArtefactError
-from ommatid.explorer.features import load_features, previews
+from ommatid.explorer.cards import load_features, previews
 from ommatid.explorer.heat import draw_svg, encode, fit
 from ommatid.explorer.model import Model, about_model
 from ommatid.explorer.model_client import EncodedImage

@@ -75,6 +75,8 @@ class Opened:
     """Whether the file has not been replaced since."""
     cache: dict[Any, Any] = field(default_factory=dict)
     """Answers that are the same for every request, such as counts of all features, by question."""
+    held: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What is held of all latents of an SAE, by kind and SAE."""
     images: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     """What tiles show of images, by their numbers, as tuples, which are small: looking images up is a large part of making a page."""
 

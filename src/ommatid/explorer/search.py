@@ -9,7 +9,7 @@ from fastapi import Query as Parameters
 from fastapi.responses import Response
 from pydantic import Field
 
-from ommatid.explorer.features import load_features, load_tiles, previews
+from ommatid.explorer.cards import load_features, load_tiles, previews
 from ommatid.explorer.image import SaeField, Upload, read_upload
 from ommatid.explorer.model import Model, about_model
 from ommatid.explorer.security import check_form
@@ -18,9 +18,9 @@ from ommatid.explorer.web import Json, Query, TheExplorer, View
 
 router = APIRouter()
 
-N_HITS = 12
+N_HITS = 8
 """Hits shown of each kind."""
-N_TILES = 4
+N_TILES = 3
 """Images shown of a feature."""
 
 _BY_CLASS = """

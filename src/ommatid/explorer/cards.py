@@ -1,0 +1,164 @@
+"""What lists show of features and of images, most of which the server holds in memory: asking for it was a third of the time of a page."""
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ommatid.catalog.question import Question
+from ommatid.explorer.heat import Tile, make_tile
+from ommatid.explorer.library import Opened
+from ommatid.explorer.web import View
+
+T = TypeVar("T")
+
+N_PREVIEW = 4
+"""Strongest images that stand for a feature in a list."""
+N_STRONGEST = 8
+"""Strongest images of a latent in the relation `previews`."""
+MOST_KEPT = 60_000
+"""Images of which the server keeps what tiles show, about 15 MB."""
+MOST_SAES = 4
+"""SAEs whose cards are kept, about 10 MB for 65,536 latents."""
+ROWS_AT_ONCE = 2**14
+"""Rows loaded at a time, so that a page's statement has memory for them."""
+
+_NUMBERS = ("label_score", "control_score", "ms", "ms_floor", "max_act", "purity")
+_N_LATENTS = "SELECT coalesce(max(latent), -1) + 1 AS n FROM features WHERE sae = $sae"
+_CARDS = f"""
+    SELECT latent, label, n_images, {", ".join(_NUMBERS)} FROM features WHERE sae = $sae AND latent >= $first AND latent < $last
+"""
+_OF_OTHERS = """
+    SELECT sae, latent, label, ms FROM features WHERE latent IN (SELECT unnest($latents::INTEGER[]))
+"""
+_STRONGEST = "SELECT latent, images FROM previews WHERE sae = $sae AND latent >= $first AND latent < $last"
+_ABOUT_IMAGE = ("image", "hash", "width", "height", "seen_width", "seen_height", "label")
+_IMAGES = """
+    SELECT image, left(image_id, 12) AS hash, width, height, seen_width, seen_height, left(label, 80) AS label
+    FROM images WHERE image IN (SELECT unnest($images::INTEGER[]))
+"""
+_LOADING = threading.Lock()
+
+
+class Cards:
+    """What lists show of every latent of an SAE.
+
+    Args:
+        opened: The catalogue.
+        sae: The SAE.
+    """
+
+    def __init__(self, opened: Opened, sae: str) -> None:
+        n = opened.rows(_N_LATENTS, sae=sae)[0]["n"]
+        self._sae = sae
+        self._is_described = np.zeros(n, bool)
+        self._n_images = np.zeros(n, np.int32)
+        self._numbers = np.full((n, len(_NUMBERS)), np.nan)
+        self.labels: list[str | None] = [None] * n
+        """Name of each latent; None if it has none."""
+        self.strongest = np.full((n, N_STRONGEST), -1, np.int32)
+        """Numbers of the images on which each latent is strongest, (latents, 8), strongest first; -1 where it fires on fewer."""
+        for latent, label, n_images, *numbers in iter_rows(opened, _CARDS, n, sae=sae):
+            self._is_described[latent] = True
+            self.labels[latent] = label and sys.intern(label)
+            self._n_images[latent] = n_images
+            self._numbers[latent] = numbers  # None is NaN
+        for latent, images in iter_rows(opened, _STRONGEST, n, sae=sae):
+            self.strongest[latent, : len(images)] = images
+
+    def row(self, latent: int) -> dict[str, Any] | None:
+        """What the relation `features` says of a latent in the columns that cards show; None if it does not describe it."""
+        if not 0 <= latent < len(self.labels) or not self._is_described[latent]:
+            return None
+        numbers = {name: None if value != value else value for name, value in zip(_NUMBERS, self._numbers[latent].tolist(), strict=True)}
+        return {"sae": self._sae, "latent": latent, "label": self.labels[latent], "n_images": int(self._n_images[latent]), **numbers}
+
+    def images(self, latent: int) -> list[int]:
+        """Numbers of the images on which a latent is strongest, at most 8, strongest first."""
+        return [image for image in self.strongest[latent].tolist() if image >= 0] if 0 <= latent < len(self.strongest) else []
+
+    def iter_merits(self) -> Iterator[tuple[int, str, float | None]]:
+        """Iterate over the latents with a name: latent, name, and its score above the control."""
+        scores, controls = (self._numbers[:, _NUMBERS.index(name)] for name in ("label_score", "control_score"))
+        for latent, (label, merit) in enumerate(zip(self.labels, (scores - controls).tolist(), strict=True)):
+            if label is not None:
+                yield latent, label, None if merit != merit else merit
+
+
+def load_cards(opened: Opened, sae: str) -> Cards:
+    """Load the cards of an SAE, the first time that they are asked for."""
+    return keep(opened, "cards", sae, lambda: Cards(opened, sae))
+
+
+def load_features(view: View, sae: str, latents: Iterable[int]) -> dict[int, dict[str, Any]]:
+    """Load what cards show of some features, by latent in their order; latents that the catalogue does not describe are left out."""
+    cards = load_cards(view.opened, sae)
+    return {latent: row for latent in sorted(set(latents)) if (row := cards.row(latent))}
+
+
+def load_features_of_others(view: View, latents: Iterable[int]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Load name and MS of some latents of every SAE, by SAE and latent, without keeping the cards of all SAEs."""
+    wanted = sorted(set(latents))
+    return {(row["sae"], row["latent"]): row for row in view.rows(_OF_OTHERS, latents=wanted)} if wanted else {}
+
+
+def load_previews(view: View, sae: str, latents: Iterable[int]) -> dict[int, list[int]]:
+    """Load the numbers of the strongest images of some latents, at most 8 of each, strongest first."""
+    cards = load_cards(view.opened, sae)
+    return {latent: cards.images(latent) for latent in sorted(set(latents))}
+
+
+def previews(view: View, sae: str, latents: Iterable[int], n: int = N_PREVIEW) -> dict[int, list[Tile]]:
+    """Load the strongest images of some features, without their heat maps.
+
+    Args:
+        view: The request.
+        sae: The SAE.
+        latents: Its latents.
+        n: Number of images of each, at most 8.
+
+    Returns:
+        The images by latent, strongest first.
+    """
+    images = {latent: found[:n] for latent, found in load_previews(view, sae, latents).items()}
+    tiles = load_tiles(view, {image for found in images.values() for image in found})
+    return {latent: [tiles[image] for image in found if image in tiles] for latent, found in images.items()}
+
+
+def load_images(view: View, images: Iterable[int]) -> dict[int, dict[str, Any]]:
+    """Load what tiles show of some images, by their numbers; images that the catalogue does not have are left out."""
+    wanted, kept = sorted(set(images)), view.opened.images
+    if missing := [image for image in wanted if image not in kept]:
+        if len(kept) > MOST_KEPT:
+            kept.clear()
+        found = view.opened.ask(Question(_IMAGES, {"images": missing}))
+        kept.update({row[0]: (*row[:-1], row[-1] and sys.intern(row[-1])) for row in found.rows})
+    return {image: dict(zip(_ABOUT_IMAGE, kept[image], strict=True)) for image in wanted if image in kept}
+
+
+def load_tiles(view: View, images: Iterable[int]) -> dict[int, Tile]:
+    """Load some images as tiles, by their numbers."""
+    return {image: make_tile(row) for image, row in load_images(view, images).items()}
+
+
+def iter_rows(opened: Opened, sql: str, n: int, **values: Any) -> Iterator[tuple[Any, ...]]:
+    """Iterate over the rows of an answer about `n` latents or images, asked for in parts."""
+    for first in range(0, n, ROWS_AT_ONCE):
+        yield from opened.ask(Question(sql, {**values, "first": first, "last": first + ROWS_AT_ONCE})).rows
+
+
+def keep(opened: Opened, kind: str, sae: str, load: Callable[[], T]) -> T:
+    """Return what is held of an SAE, or of the images of all (""); it is loaded once, even if several visitors ask at the same time.
+
+    Of each kind, that of the latest `MOST_SAES` is kept.
+    """
+    held: dict[str, T] = opened.held.setdefault(kind, {})
+    with _LOADING:
+        if sae not in held:
+            found = load()
+            if len(held) >= MOST_SAES:
+                held.pop(next(iter(held)))
+            held[sae] = found
+        return held[sae]
