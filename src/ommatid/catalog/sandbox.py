@@ -51,6 +51,8 @@ CONVERTERS = {"DECIMAL": "decimal", "UUID": "uuid", "TIME ZONE": "pytz"}
 """Modules that DuckDB imports to make values of these types."""
 NESTED = {dict, list, tuple}
 """Python types of values that hold others."""
+LONGEST_WAITING = 2**16
+"""Maximum size of the messages that wait for further ones, in bytes."""
 CHUNK = 256
 """Number of rows fetched at a time."""
 SLACK_MB = 192
@@ -71,12 +73,18 @@ class Wire:
 
     def __init__(self, link: socket.socket) -> None:
         self.link = link
+        self._waiting = bytearray()
 
-    def send(self, *message: Any) -> None:
-        """Send a message."""
+    def send(self, *message: Any, more: bool = False) -> None:
+        """Send a message. If more are to follow at once, a short one waits for them, so that the parent is woken once."""
         payload = pickle.dumps(message, protocol=5)
-        self.link.sendall(struct.pack(">Q", len(payload)))
-        self.link.sendall(payload)
+        self._waiting += struct.pack(">Q", len(payload))
+        if more and len(self._waiting) + len(payload) <= LONGEST_WAITING:
+            self._waiting += payload
+        else:
+            waiting, self._waiting = self._waiting, bytearray()
+            self.link.sendall(waiting)
+            self.link.sendall(payload)
 
     def receive(self) -> Any:
         """Receive a message; if the parent has gone, end this process."""
@@ -140,7 +148,7 @@ class Reader:
             Refused: The statement is not allowed, or the answer is too large.
         """
         result, names, types, is_nested = self._begin(sql, parameters)
-        self._wire.send("columns", names, types)
+        self._wire.send("columns", names, types, more=True)
         left, size = max_rows, 0
         while rows := result.fetchmany(CHUNK if left is None else min(CHUNK, left + 1)):
             more = left is not None and len(rows) > left
@@ -148,7 +156,7 @@ class Reader:
             size += weigh_rows(rows, is_nested)
             if size > most:
                 raise too_large(most)
-            self._wire.send("rows", rows)
+            self._wire.send("rows", rows, more=True)
             if more:
                 return self._wire.send("end", True, self.is_spent)
             left = None if left is None else left - len(rows)
@@ -174,7 +182,7 @@ class Reader:
                     raise too_large(most)
                 rows += chunk
             answers.append((names, types, rows))
-        self._wire.send("answers", answers)
+        self._wire.send("answers", answers, more=True)
         self._wire.send("end", False, self.is_spent)
 
     def arrow(self, sql: str, parameters: Any, most: int) -> None:
@@ -199,7 +207,7 @@ class Reader:
                 stream.write_batch(batch)
                 if sink.tell() > most:
                     raise too_large(most)
-        self._wire.send("arrow", sink.getvalue().to_pybytes())
+        self._wire.send("arrow", sink.getvalue().to_pybytes(), more=True)
         self._wire.send("end", False, self.is_spent)
 
     def explain(self, error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,22 +18,18 @@ N_PREVIEW = 4
 """Strongest images that stand for a feature in a list."""
 N_STRONGEST = 8
 """Strongest images of a latent in the relation `previews`."""
-MOST_KEPT = 60_000
-"""Images of which the server keeps what tiles show, about 15 MB."""
+MOST_KEPT = 40_000
+"""Images of which the server keeps what tiles show, about 10 MB."""
 MOST_SAES = 4
 """SAEs whose cards are kept, about 10 MB for 65,536 latents."""
 ROWS_AT_ONCE = 2**14
 """Rows loaded at a time, so that a page's statement has memory for them."""
 
 _NUMBERS = ("label_score", "control_score", "ms", "ms_floor", "max_act", "purity")
-_N_LATENTS = "SELECT coalesce(max(latent), -1) + 1 AS n FROM features WHERE sae = $sae"
-_CARDS = f"""
-    SELECT latent, label, n_images, {", ".join(_NUMBERS)} FROM features WHERE sae = $sae AND latent >= $first AND latent < $last
-"""
+_STRONGEST = tuple(f"images[{place}]" for place in range(1, N_STRONGEST + 1))
 _OF_OTHERS = """
     SELECT sae, latent, label, ms FROM features WHERE latent IN (SELECT unnest($latents::INTEGER[]))
 """
-_STRONGEST = "SELECT latent, images FROM previews WHERE sae = $sae AND latent >= $first AND latent < $last"
 _ABOUT_IMAGE = ("image", "hash", "width", "height", "seen_width", "seen_height", "label")
 _IMAGES = """
     SELECT image, left(image_id, 12) AS hash, width, height, seen_width, seen_height, left(label, 80) AS label
@@ -51,22 +47,19 @@ class Cards:
     """
 
     def __init__(self, opened: Opened, sae: str) -> None:
-        n = opened.rows(_N_LATENTS, sae=sae)[0]["n"]
+        n = _count_latents(opened, sae)
         self._sae = sae
         self._is_described = np.zeros(n, bool)
         self._n_images = np.zeros(n, np.int32)
         self._numbers = np.full((n, len(_NUMBERS)), np.nan)
         self.labels: list[str | None] = [None] * n
         """Name of each latent; None if it has none."""
-        self.strongest = np.full((n, N_STRONGEST), -1, np.int32)
-        """Numbers of the images on which each latent is strongest, (latents, 8), strongest first; -1 where it fires on fewer."""
-        for latent, label, n_images, *numbers in iter_rows(opened, _CARDS, n, sae=sae):
-            self._is_described[latent] = True
-            self.labels[latent] = label and sys.intern(label)
-            self._n_images[latent] = n_images
-            self._numbers[latent] = numbers  # None is NaN
-        for latent, images in iter_rows(opened, _STRONGEST, n, sae=sae):
-            self.strongest[latent, : len(images)] = images
+        for latents, labels, n_images, *numbers in _iter_columns(opened, sae, "features", ("latent", "label", "n_images", *_NUMBERS), n):
+            self._is_described[latents] = True
+            self._n_images[latents] = n_images
+            self._numbers[latents] = np.array(numbers, np.float64).T  # None is NaN
+            for latent, label in zip(latents, labels, strict=True):
+                self.labels[latent] = label and sys.intern(label)
 
     def row(self, latent: int) -> dict[str, Any] | None:
         """What the relation `features` says of a latent in the columns that cards show; None if it does not describe it."""
@@ -74,10 +67,6 @@ class Cards:
             return None
         numbers = {name: None if value != value else value for name, value in zip(_NUMBERS, self._numbers[latent].tolist(), strict=True)}
         return {"sae": self._sae, "latent": latent, "label": self.labels[latent], "n_images": int(self._n_images[latent]), **numbers}
-
-    def images(self, latent: int) -> list[int]:
-        """Numbers of the images on which a latent is strongest, at most 8, strongest first."""
-        return [image for image in self.strongest[latent].tolist() if image >= 0] if 0 <= latent < len(self.strongest) else []
 
     def iter_merits(self) -> Iterator[tuple[int, str, float | None]]:
         """Iterate over the latents with a name: latent, name, and its score above the control."""
@@ -90,6 +79,23 @@ class Cards:
 def load_cards(opened: Opened, sae: str) -> Cards:
     """Load the cards of an SAE, the first time that they are asked for."""
     return keep(opened, "cards", sae, lambda: Cards(opened, sae))
+
+
+def load_strongest(opened: Opened, sae: str) -> np.ndarray:
+    """Load the numbers of the images on which each latent is strongest, the first time that they are asked for.
+
+    Returns:
+        The numbers, (latents, 8) int32, strongest first; -1 where a latent fires on fewer.
+    """
+
+    def load() -> np.ndarray:
+        n = _count_latents(opened, sae)
+        strongest = np.full((n, N_STRONGEST), -1, np.int32)
+        for latents, *images in _iter_columns(opened, sae, "previews", ("latent", *_STRONGEST), n):
+            strongest[latents] = np.nan_to_num(np.array(images, np.float64), nan=-1).T
+        return strongest
+
+    return keep(opened, "strongest", sae, load)
 
 
 def load_features(view: View, sae: str, latents: Iterable[int]) -> dict[int, dict[str, Any]]:
@@ -106,8 +112,9 @@ def load_features_of_others(view: View, latents: Iterable[int]) -> dict[tuple[st
 
 def load_previews(view: View, sae: str, latents: Iterable[int]) -> dict[int, list[int]]:
     """Load the numbers of the strongest images of some latents, at most 8 of each, strongest first."""
-    cards = load_cards(view.opened, sae)
-    return {latent: cards.images(latent) for latent in sorted(set(latents))}
+    strongest = load_strongest(view.opened, sae)
+    wanted = sorted({latent for latent in latents if 0 <= latent < len(strongest)})
+    return {latent: [image for image in row if image >= 0] for latent, row in zip(wanted, strongest[wanted].tolist(), strict=True)}
 
 
 def previews(view: View, sae: str, latents: Iterable[int], n: int = N_PREVIEW) -> dict[int, list[Tile]]:
@@ -141,6 +148,17 @@ def load_images(view: View, images: Iterable[int]) -> dict[int, dict[str, Any]]:
 def load_tiles(view: View, images: Iterable[int]) -> dict[int, Tile]:
     """Load some images as tiles, by their numbers."""
     return {image: make_tile(row) for image, row in load_images(view, images).items()}
+
+
+def _count_latents(opened: Opened, sae: str) -> int:
+    return opened.rows("SELECT coalesce(max(latent), -1) + 1 AS n FROM features WHERE sae = $sae", sae=sae)[0]["n"]
+
+
+def _iter_columns(opened: Opened, sae: str, relation: str, columns: Sequence[str], n: int) -> Iterator[tuple[list[Any], ...]]:
+    """Iterate over the columns of the rows about the `n` latents of an SAE, asked for in parts: lists are passed on faster than rows."""
+    wanted = ", ".join(f"list({column})" for column in columns)
+    sql = f"SELECT {wanted} FROM {relation} WHERE sae = $sae AND latent >= $first AND latent < $last HAVING count(*) > 0"
+    return iter_rows(opened, sql, n, sae=sae)
 
 
 def iter_rows(opened: Opened, sql: str, n: int, **values: Any) -> Iterator[tuple[Any, ...]]:

@@ -15,7 +15,7 @@ from ommatid.catalog.question import Question
 from ommatid.catalog.reader import ANSWER_MB, Catalog, Column, QueryResult
 from ommatid.errors import QueryError
 
-PAGES_MB = 40
+PAGES_MB = 32
 """Memory limit of a page's statements, in MB for each reader process."""
 RETAINED_MB = 192
 """Memory that a reader process may retain after a page's statement, in MB of addresses, of which about a third is in use: what DuckDB

@@ -10,7 +10,7 @@ from fastapi import Query as Parameters
 from fastapi.responses import Response
 
 from ommatid.explorer.cards import previews
-from ommatid.explorer.features import FeatureQuery, find_features
+from ommatid.explorer.features import IN_TABLE, FeatureQuery, find_features
 from ommatid.explorer.plots import Axis, Plot, draw_grid
 from ommatid.explorer.web import Json, Query, TheExplorer, View
 from ommatid.show.about import About, list_facts, make_headlines
@@ -135,7 +135,7 @@ def _find_lists(view: View, sae: str) -> list[dict[str, Any]]:
     found, latents = [], []
     for title, text, values in lists:
         query = FeatureQuery(sae=sae, n=N_SHOWN, **values)
-        page, _ = find_features(view, query)
+        page, _ = find_features(view, query, IN_TABLE)  # as the first page should not wait until all cards are loaded
         rows = [feature.model_dump() for feature in page.features]
         if rows and rows[0]["sort_key"] is not None:
             found.append({"title": title, "text": text, "url": FeatureQuery(**values).url(sae=sae), "total": page.total, "rows": rows})

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ommatid.explorer.cards import iter_rows, keep, load_cards
+from ommatid.explorer.cards import iter_rows, keep, load_cards, load_strongest
 from ommatid.explorer.library import Opened
 
 MOST_CAPTIONS_MB = 32
@@ -116,7 +116,7 @@ def find_captioned(opened: Opened, sae: str, text: str, n: int) -> dict[int, int
         images = keep(opened, "captions", "", lambda: Texts(iter_rows(opened, _CAPTIONS, size["n"]))).find_all(text)
     has = np.zeros(size["n"] + 1, bool)  # the last one is never set: it stands for images that a latent lacks
     has[images] = True
-    strongest = load_cards(opened, sae).strongest
+    strongest = load_strongest(opened, sae)
     counts = np.bincount(np.flatnonzero(has[strongest.ravel()]) // strongest.shape[1], minlength=1)
     found = np.flatnonzero(counts)
     best = found[np.argsort(-counts[found], kind="stable")][:n]
