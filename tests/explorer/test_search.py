@@ -1,11 +1,13 @@
 """Proves that the search finds names, classes, captions, numbers, meanings and images, and says which kind of match each hit is."""
 
 import re
+from html import unescape
 
 import pytest
 from starlette.testclient import TestClient
 
 from ommatid.catalog.reader import Catalog
+from ommatid.explorer.search import N_HITS
 from support.small_study import HOSTILE, NAMES, QUOTES
 
 
@@ -24,7 +26,11 @@ def token(client: TestClient) -> str:
 def test_words_are_found_in_names(client: TestClient, catalog: Catalog) -> None:
     sql = "SELECT latent FROM features WHERE starts_with(sae, $sae) AND contains(lower(label), 'aeroplane')"
     expected = {latent for (latent,) in catalog.rows(sql, {"sae": NAMES[0]})}
-    assert expected and set(find(client, "AEROPLANE")["Names"]) == expected
+    found = set(find(client, "AEROPLANE")["Names"])
+    assert found <= expected and len(found) == min(len(expected), N_HITS) > 0
+    page = client.get("/search", params={"q": "AEROPLANE", "sae": NAMES[0]}).text
+    (listed,) = re.findall(r'href="(/features\?[^"]+)">All by name', page)
+    assert client.get(f"/api{unescape(listed)}").json()["total"] == len(expected)
 
 
 def test_words_are_found_in_names_that_another_labeller_gave(client: TestClient, catalog: Catalog) -> None:
@@ -49,11 +55,11 @@ def test_captions_lead_to_latents_whose_strongest_images_have_them(
     sql = """
         WITH captioned AS (SELECT image FROM images WHERE len(list_filter(captions, lambda one: contains(lower(one), 'red'))) > 0)
         SELECT latent, count(*) AS n FROM (SELECT latent, unnest(images) AS image FROM previews WHERE starts_with(sae, $sae))
-        JOIN captioned USING (image) GROUP BY latent ORDER BY n DESC, latent LIMIT 12
+        JOIN captioned USING (image) GROUP BY latent ORDER BY n DESC, latent LIMIT $n
     """
     answer = client.get("/api/search", params={"q": "RED", "sae": NAMES[0]}).json()
     (found,) = (group["rows"] for group in answer["words"] if group["title"] == "Captions")
-    assert found and [(row["latent"], row["n_captioned"]) for row in found] == catalog.rows(sql, {"sae": NAMES[0]})
+    assert found and [(row["latent"], row["n_captioned"]) for row in found] == catalog.rows(sql, {"sae": NAMES[0], "n": N_HITS})
 
 
 @pytest.mark.parametrize("kind", ["quotes", "right to left", "markup"])
@@ -70,8 +76,8 @@ def test_hostile_classes_are_found_and_lead_to_latents_that_tell_them(client: Te
 
 def test_a_number_finds_the_latent_and_its_neighbours(client: TestClient, catalog: Catalog) -> None:
     found = find(client, "12")
-    sql = "SELECT other FROM neighbours WHERE starts_with(sae, $sae) AND latent = 12 ORDER BY rank LIMIT 12"
-    assert found["Number"] == [12] and found["Neighbours"] == [other for (other,) in catalog.rows(sql, {"sae": NAMES[0]})]
+    sql = "SELECT other FROM neighbours WHERE starts_with(sae, $sae) AND latent = 12 ORDER BY rank LIMIT $n"
+    assert found["Number"] == [12] and found["Neighbours"] == [other for (other,) in catalog.rows(sql, {"sae": NAMES[0], "n": N_HITS})]
     assert "Number" not in find(client, "4000") and find(client, "9" * 30) == {}
 
 
@@ -85,7 +91,7 @@ def test_meaning_finds_features_that_no_text_matches(client: TestClient) -> None
     answer = client.get("/api/search", params={"q": "a red ball", "sae": NAMES[0]}).json()
     assert answer["words"] == [] and answer["problem"] is None
     hits = [row["hit"] for row in answer["meaning"]]
-    assert len(hits) == 12 and hits == sorted(hits, reverse=True) and -1 <= hits[-1] < hits[0] <= 1
+    assert len(hits) == N_HITS and hits == sorted(hits, reverse=True) and -1 <= hits[-1] < hits[0] <= 1
 
 
 @pytest.mark.parametrize("sae", NAMES)

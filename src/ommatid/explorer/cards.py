@@ -18,8 +18,6 @@ N_PREVIEW = 4
 """Strongest images that stand for a feature in a list."""
 N_STRONGEST = 8
 """Strongest images of a latent in the relation `previews`."""
-MOST_KEPT = 40_000
-"""Images of which the server keeps what tiles show, about 10 MB."""
 MOST_SAES = 4
 """SAEs whose cards are kept, about 10 MB for 65,536 latents."""
 ROWS_AT_ONCE = 2**14
@@ -30,9 +28,8 @@ _STRONGEST = tuple(f"images[{place}]" for place in range(1, N_STRONGEST + 1))
 _OF_OTHERS = """
     SELECT sae, latent, label, ms FROM features WHERE latent IN (SELECT unnest($latents::INTEGER[]))
 """
-_ABOUT_IMAGE = ("image", "hash", "width", "height", "seen_width", "seen_height", "label")
 _IMAGES = """
-    SELECT image, left(image_id, 12) AS hash, width, height, seen_width, seen_height, left(label, 80) AS label
+    SELECT image, left(image_id, 12), width, height, seen_width, seen_height, left(label, 80)
     FROM images WHERE image IN (SELECT unnest($images::INTEGER[]))
 """
 _LOADING = threading.Lock()
@@ -134,15 +131,64 @@ def previews(view: View, sae: str, latents: Iterable[int], n: int = N_PREVIEW) -
     return {latent: [tiles[image] for image in found if image in tiles] for latent, found in images.items()}
 
 
+class Images:
+    """What tiles show of the images that have been asked for so far, in arrays by number, which take 80 bytes an image.
+
+    Args:
+        n: Number of images.
+    """
+
+    def __init__(self, n: int) -> None:
+        self._is_known = np.zeros(n, bool)
+        self._hashes = np.zeros(n, "U12")
+        self._sizes = np.zeros((n, 2), np.int32)
+        self._seen = np.full((n, 2), np.nan, np.float32)
+        self._labels = np.full(n, -1, np.int32)
+        self._texts: list[str | None] = [None]  # the last one, at -1, stands for images without a label
+        self._places: dict[str, int] = {}
+
+    def find_missing(self, images: Sequence[int]) -> list[int]:
+        """Return those of some images that are not known yet."""
+        return [image for image in images if image < len(self._is_known) and not self._is_known[image]]
+
+    def add(self, image: int, hash_: str, size: tuple[int, int], seen: tuple[float | None, float | None], label: str | None) -> None:
+        """Add an image: beginning of its checksum, width and height, the shares of them that the model sees, and its class."""
+        self._hashes[image], self._sizes[image], self._seen[image] = hash_, size, seen
+        if label is not None:
+            if label not in self._places:
+                self._places[label] = len(self._texts) - 1
+                self._texts.insert(-1, label)
+            self._labels[image] = self._places[label]
+        self._is_known[image] = True
+
+    def rows(self, images: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """What tiles show of some images, by number; unknown ones are left out."""
+        known = [image for image in images if image < len(self._is_known) and self._is_known[image]]
+        columns = (column[known].tolist() for column in (self._hashes, self._sizes, self._seen, self._labels))
+        return {
+            image: {
+                "image": image,
+                "hash": hash_,
+                "width": width,
+                "height": height,
+                "label": self._texts[label],
+                "seen_width": None if seen_width != seen_width else seen_width,
+                "seen_height": None if seen_height != seen_height else seen_height,
+            }
+            for image, hash_, (width, height), (seen_width, seen_height), label in zip(known, *columns, strict=True)
+        }
+
+
 def load_images(view: View, images: Iterable[int]) -> dict[int, dict[str, Any]]:
     """Load what tiles show of some images, by their numbers; images that the catalogue does not have are left out."""
-    wanted, kept = sorted(set(images)), view.opened.images
-    if missing := [image for image in wanted if image not in kept]:
-        if len(kept) > MOST_KEPT:
-            kept.clear()
-        found = view.opened.ask(Question(_IMAGES, {"images": missing}))
-        kept.update({row[0]: (*row[:-1], row[-1] and sys.intern(row[-1])) for row in found.rows})
-    return {image: dict(zip(_ABOUT_IMAGE, kept[image], strict=True)) for image in wanted if image in kept}
+    opened, wanted = view.opened, sorted({image for image in images if image >= 0})
+    held = keep(opened, "images", "", lambda: Images(opened.rows("SELECT coalesce(max(image), -1) + 1 AS n FROM images")[0]["n"]))
+    if missing := held.find_missing(wanted):
+        found = opened.ask(Question(_IMAGES, {"images": missing})).rows
+        with _LOADING:
+            for image, hash_, width, height, seen_width, seen_height, label in found:
+                held.add(image, hash_, (width, height), (seen_width, seen_height), label)
+    return held.rows(wanted)
 
 
 def load_tiles(view: View, images: Iterable[int]) -> dict[int, Tile]:

@@ -15,7 +15,7 @@ from ommatid.catalog.question import Question
 from ommatid.catalog.reader import ANSWER_MB, Catalog, Column, QueryResult
 from ommatid.errors import QueryError
 
-PAGES_MB = 32
+PAGES_MB = 40
 """Memory limit of a page's statements, in MB for each reader process."""
 RETAINED_MB = 192
 """Memory that a reader process may retain after a page's statement, in MB of addresses, of which about a third is in use: what DuckDB
@@ -76,9 +76,7 @@ class Opened:
     cache: dict[Any, Any] = field(default_factory=dict)
     """Answers that are the same for every request, such as counts of all features, by question."""
     held: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What is held of all latents of an SAE, by kind and SAE."""
-    images: dict[int, tuple[Any, ...]] = field(default_factory=dict)
-    """What tiles show of images, by their numbers, as tuples, which are small: looking images up is a large part of making a page."""
+    """What is held of all latents of an SAE, and of images, by kind and SAE; see `ommatid.explorer.cards`."""
 
     def ask(self, question: Question, timeout: float = TIMEOUT) -> QueryResult:
         """Answer a question.
