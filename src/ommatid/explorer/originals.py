@@ -49,15 +49,19 @@ class Originals:
         self._kept: OrderedDict[str, tuple[bytes, str]] = OrderedDict()
         self._reader: OriginalReader | None = None
         self._digest = ""
-        self._are_at_hand, self._looked = False, -math.inf
+        self._were_at_hand, self._looked = False, -math.inf
 
     @property
     def are_at_hand(self) -> bool:
-        """Whether the artefact seems to be there: looked up once a second at most, and never in an object store."""
+        """Whether the artefact seems to be there; nobody asks an object store for that."""
+        return "://" in self._data or (Path(self._data) / "images" / "manifest.json").exists()
+
+    @property
+    def were_at_hand(self) -> bool:
+        """Whether the artefact seemed to be there a second ago at most, for the many links of a page."""
         if time.monotonic() > self._looked + 1:
-            self._are_at_hand = "://" in self._data or (Path(self._data) / "images" / "manifest.json").exists()
-            self._looked = time.monotonic()
-        return self._are_at_hand
+            self._were_at_hand, self._looked = self.are_at_hand, time.monotonic()
+        return self._were_at_hand
 
     def get(self, image: int, hash_: str) -> tuple[bytes, str]:
         """Return an image.

@@ -185,7 +185,7 @@ class Explorer:
 
     def original_url(self, image: int, hash_: str) -> str | None:
         """Address of an image in full size; None if only its thumbnail is at hand."""
-        return None if self.settings.is_static or not self.originals.are_at_hand else f"/originals/{image}/{hash_}"
+        return None if self.settings.is_static or not self.originals.were_at_hand else f"/originals/{image}/{hash_}"
 
     def draw_card(self, row: Mapping[str, Any], tiles: Sequence[Tile], person: Event | None, note: str | None = None) -> Markup:
         """Draw a feature in a list. This is HTML written by hand, as a template would take most of the time of a page of 50 features.
