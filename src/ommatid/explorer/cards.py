@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -101,10 +101,14 @@ def load_features(view: View, sae: str, latents: Iterable[int]) -> dict[int, dic
     return {latent: row for latent in sorted(set(latents)) if (row := cards.row(latent))}
 
 
-def load_features_of_others(view: View, latents: Iterable[int]) -> dict[tuple[str, int], dict[str, Any]]:
-    """Load name and MS of some latents of every SAE, by SAE and latent, without keeping the cards of all SAEs."""
-    wanted = sorted(set(latents))
-    return {(row["sae"], row["latent"]): row for row in view.rows(_OF_OTHERS, latents=wanted)} if wanted else {}
+def load_features_of_others(view: View, wanted: Collection[tuple[str, int]]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Load name and MS of latents of other SAEs, by SAE and latent; of more SAEs than are held, they are asked for."""
+    saes = {sae for sae, _ in wanted}
+    if len(saes) < MOST_SAES:
+        found = ((sae, latent, load_cards(view.opened, sae).row(latent)) for sae, latent in wanted)
+        return {(sae, latent): row for sae, latent, row in found if row}
+    latents = sorted({latent for _, latent in wanted})
+    return {(row["sae"], row["latent"]): row for row in view.rows(_OF_OTHERS, latents=latents) if row["sae"] in saes}
 
 
 def load_previews(view: View, sae: str, latents: Iterable[int]) -> dict[int, list[int]]:

@@ -110,7 +110,7 @@ def describe_feature(view: View, sae: str, latent: int) -> dict[str, Any]:
     alike, matches, (fired,) = found["alike"], found["matches"], found["fired"]
     others = {row["latent"] for row in alike}
     cards, strongest = load_features(view, sae, others), load_previews(view, sae, others)
-    matched = load_features_of_others(view, {row["other_latent"] for row in matches[:N_MATCHES]})
+    matched = load_features_of_others(view, [(row["other_sae"], row["other_latent"]) for row in matches[:N_MATCHES]])
     nearest = [row["latent"] for row in alike if row["kind"] == "neighbours"][:N_NEAREST]
     shown = {
         **{name: found[name] for name in ("examples", "near_misses", "mistakes")},
