@@ -1,5 +1,6 @@
 """Capabilities of the hardware."""
 
+import psutil
 import torch
 
 
@@ -14,3 +15,8 @@ def computes_in_bfloat16(device: torch.device) -> bool:
 def product_dtype(device: torch.device) -> torch.dtype:
     """Return the data type for large matrix products: bfloat16 if the hardware computes in it, and float32 otherwise."""
     return torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of memory that can still be used: of the GPU, or of the main memory without swapping."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -202,7 +202,17 @@ def load_judge(params: LiteModel | TransformersJudge, dtype: Dtype, device: str)
             assert_never(params)
 
 
-def check_hookpoint(model: VisionModel, name: str) -> Hookpoint:
+class Hooked(Protocol):
+    """A model with hookpoints; its properties are those of `VisionModel`."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def hookpoints(self) -> Mapping[str, Hookpoint]: ...  # noqa: D102
+
+
+def check_hookpoint(model: Hooked, name: str) -> Hookpoint:
     """Return the hookpoint with a name.
 
     Raises:

@@ -1,6 +1,7 @@
 """Loading of single sub-modules: only their weights are read from the shards of a model that may have many gigabytes."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -43,6 +44,23 @@ def read_weights(folder: Path, part: str, path: str, key: str) -> dict[str, Tens
     if not weights:
         raise ModelError(f"{key}: {path}: the weights contain no {part}; is this the folder of the full model?")
     return weights
+
+
+def count_weights(folder: Path, path: str, key: str) -> int:
+    """Count the numbers in all weights, from the headers of the shards alone.
+
+    Args:
+        folder: Folder from `hub.locate`.
+        path: Folder or hub name that the user gave.
+        key: Key of the parameter, for messages.
+
+    Returns:
+        The count.
+
+    Raises:
+        ModelError: A shard is missing or damaged.
+    """
+    return sum(_count(folder / file, names, path, key) for file, names in _shards(folder, path, key).items())
 
 
 def load_pretrained(cls: Any, config: Any, weights: Mapping[str, Tensor], part: str, path: str, key: str) -> Any:
@@ -136,5 +154,13 @@ def _read(file: Path, names: list[str], path: str, key: str) -> dict[str, Tensor
     try:
         with safe_open(file, "pt") as shard:
             return {name: shard.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{key}: {path}: {file.name}, which holds {names[0]}, cannot be read: {error}") from None
+
+
+def _count(file: Path, names: list[str], path: str, key: str) -> int:
+    try:
+        with safe_open(file, "pt") as shard:
+            return sum(math.prod(shard.get_slice(name).get_shape()) for name in names)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{key}: {path}: {file.name}, which holds {names[0]}, cannot be read: {error}") from None

@@ -53,7 +53,7 @@ def load_preprocess(
             differ.
     """
     with hub.reading(path, key, FILE):
-        processor = _load_processor(folder)
+        processor = load_image_processor(folder)
         values = processor.to_dict() | dict(changes or {})
     preprocess = _as_preprocess(_check(values, path, key), values, path, key)
     for shape in SHAPES:
@@ -96,7 +96,8 @@ class Dinov3Processor(PilBackend):
     do_normalize = True
 
 
-def _load_processor(folder: Path) -> Any:
+def load_image_processor(folder: Path) -> Any:
+    """Load the image processor of a folder, with the backend that needs no torchvision."""
     settings, _ = PilBackend.get_image_processor_dict(folder, local_files_only=True)
     if str(settings.get("image_processor_type", "")).startswith("DINOv3ViTImageProcessor"):
         return Dinov3Processor.from_pretrained(folder, local_files_only=True)
