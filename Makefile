@@ -15,10 +15,10 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export GOMP_SPINCOUNT := 1000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo fmt check test-fast test lint up docs bench bench-extract bench-train bench-evaluate bench-serve bench-interop peers constraints clean
+.PHONY: help demo fmt check test-fast test lint up docs bench bench-extract bench-train bench-evaluate bench-serve bench-attribute bench-interop peers constraints clean
 
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 17
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed; install it, or name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
@@ -85,6 +85,9 @@ bench-evaluate: $(READY) ## compare monosemanticity with the published loop at f
 
 bench-serve: $(READY) ## measure the explorer's pages over a generated catalogue of 65,536 latents, which takes minutes to make
 	@python benchmarks/serve.py
+
+bench-attribute: $(READY) ## compare attribution of an output to all latents with ablating them one by one
+	@python benchmarks/attribute.py
 
 bench-interop: $(READY) $(PEERS)/.ready ## compare SAEs of other libraries imported here, and ours exported there
 	@python benchmarks/interop.py
