@@ -173,7 +173,8 @@ class SAE:
             case "gated":
                 assert self.gate_scale is not None and self.gate_shift is not None, self.config
                 is_open = pre_acts > 0
-                return pre_acts.mul_(self.gate_scale).add_(self.gate_shift).relu_().mul_(is_open)
+                # The ReLU comes last, because autograd needs its result unchanged.
+                return pre_acts.mul_(self.gate_scale).add_(self.gate_shift).mul_(is_open).relu_()
             case _:
                 assert_never(self.config.activation)
 
