@@ -172,9 +172,9 @@ class SAE:
                 return keep_topk(pre_acts, self.config.k)
             case "gated":
                 assert self.gate_scale is not None and self.gate_shift is not None, self.config
-                is_open = pre_acts > 0
+                is_closed = pre_acts <= 0
                 # The ReLU comes last, because autograd needs its result unchanged.
-                return pre_acts.mul_(self.gate_scale).add_(self.gate_shift).mul_(is_open).relu_()
+                return pre_acts.mul_(self.gate_scale).add_(self.gate_shift).masked_fill_(is_closed, 0.0).relu_()
             case _:
                 assert_never(self.config.activation)
 
