@@ -1,7 +1,10 @@
-"""Properties that every family of image towers must have: hooks, splices, the residual stream, and positions, also in artefacts."""
+"""Properties that every family of towers must have: hooks, splices, gradients, the residual stream, and positions, also in artefacts."""
 
+import gc
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,45 +59,212 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def check_splice(vision: VisionModel, modules: Mapping[str, nn.Module], run: Callable[[], Tensor], pixels: Tensor) -> None:
-    """At every hookpoint: its own tokens change nothing, others what a hand-written hook on the reference says, each asked for once.
+@dataclass(frozen=True)
+class Order:
+    """The order of tokens in a module's output: here `(n, tokens, d)` row by row, or `(n, d)`; `OfOneSequence` is another."""
 
-    Those of the stream are all that the pass goes on from: another image's tokens give the other image's embedding.
+    def tokens(self, name: str, output: Tensor) -> Tensor:
+        """Return the output of a hookpoint as tokens, (n, tokens, d)."""
+        return output if output.ndim == 3 else output[:, None]
+
+    def output(self, name: str, tokens: Tensor) -> Tensor:
+        """Return tokens in the order of the output, in any shape."""
+        return tokens
+
+
+ROW_BY_ROW = Order()
+
+
+@dataclass(frozen=True)
+class OfOneSequence(Order):
+    """The tokens of all images in one sequence (n * tokens, d), at places (row, column) on the grid that are the same for each image."""
+
+    places: Mapping[str, list[tuple[int, int]]]
+    """Places by hookpoint, in the order of the sequence."""
+
+    def _numbers(self, name: str) -> list[int]:
+        n_columns = 1 + max(column for _, column in self.places[name])
+        return [row * n_columns + column for row, column in self.places[name]]
+
+    def tokens(self, name: str, output: Tensor) -> Tensor:
+        numbers = self._numbers(name)
+        tokens = torch.full_like(output, torch.nan).unflatten(0, (-1, len(numbers)))
+        return tokens.index_copy(1, torch.tensor(numbers), output.unflatten(0, (-1, len(numbers))))
+
+    def output(self, name: str, tokens: Tensor) -> Tensor:
+        return torch.stack([tokens[:, number] for number in self._numbers(name)], dim=1)
+
+
+@contextmanager
+def putting(module: nn.Module, name: str, order: Order, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Change the tokens that a module outputs, alone or first in a tuple, before any hook of transformers sees them."""
+    forward = module.forward
+
+    def put(*inputs: Any, **options: Any) -> Any:
+        output = forward(*inputs, **options)
+        first = _first(output)
+        new = order.output(name, change(order.tokens(name, first))).reshape(first.shape)
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    module.forward = put
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def change(x: Tensor) -> Tensor:
+    """Change tokens (n, tokens, d) by those of another image and by their position, not into the argument."""
+    return 0.5 * x.roll(1, dims=0) + 0.1 + 0.1 * torch.arange(x.shape[1])[:, None] / x.shape[1]
+
+
+def check_splice(
+    vision: VisionModel,
+    modules: Mapping[str, nn.Module],
+    run: Callable[[], Tensor],
+    pixels: Tensor,
+    order: Order = ROW_BY_ROW,
+    bypassed: Sequence[str] = (),
+    without_effect: Sequence[str] = (),
+) -> None:
+    """At every hookpoint: its own tokens change no bit, others change what a hand-written hook on the reference says, each asked for once.
+
+    Those of the stream are all that the pass goes on from: another image's tokens give the other image's output.
+
+    Args:
+        vision: The model.
+        modules: Modules of the reference, by hookpoint.
+        run: Function that runs the reference on the same images.
+        pixels: The images.
+        order: Order of the tokens in the reference.
+        bypassed: Hookpoints that something of the image bypasses, beside those of attention and MLP.
+        without_effect: Hookpoints on which the output does not depend.
     """
     assert list(modules) == list(vision.hookpoints)
-    plain, shapes = vision.capture(pixels, ()).embedding, []
-    assert plain is not None and plain.std(0).min() > 1e-4  # else no image would differ from another
+    (plain,) = vision.splice(pixels, next(iter(modules)), [lambda x: x])
+    embedding = vision.capture(pixels, ()).embedding
+    assert embedding is None or torch.equal(plain, embedding)
+    with torch.no_grad():
+        torch.testing.assert_close(plain, run(), atol=1e-5, rtol=1e-5)
+    assert plain.std(0).min() > 1e-4  # else no image would differ from another
+    assert plain.shape == (len(pixels), vision.d_output) and vision.d_embed in (None, vision.d_output)
+    shapes = []
 
-    def change(x: Tensor) -> Tensor:
+    def counted(x: Tensor) -> Tensor:
         shapes.append(tuple(x.shape))
-        return 0.5 * x.roll(1, dims=0) + 0.1
-
-    def change_first(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+        return change(x)
 
     for name, module in modules.items():
-        handle = module.register_forward_hook(change_first)
-        with torch.no_grad():
+        with putting(module, name, order, change), torch.no_grad():
             expected = run()
-        handle.remove()
         shapes.clear()
-        same, changed, swapped = vision.splice(pixels, name, [lambda x: x, change, lambda x: x.roll(1, dims=0)])
+        same, changed, copied, swapped = vision.splice(
+            pixels, name, [lambda x: x, counted, lambda x: x.double() + 0, lambda x: x.roll(1, dims=0)]
+        )
         point = vision.hookpoints[name]
         assert shapes == [(len(pixels), point.n_tokens, point.d_model)]
         assert {x.dtype for x in (same, changed, swapped)} == {torch.float32}
-        torch.testing.assert_close(same, plain, atol=1e-6, rtol=1e-6)
+        assert torch.equal(same, plain) and torch.equal(copied, plain), name
         torch.testing.assert_close(changed, expected, atol=1e-5, rtol=1e-5)
-        assert (changed - plain).norm() > 1e-2 * plain.norm(), name
-        is_beside_the_stream = name.endswith((".attn", ".mlp"))
-        assert torch.allclose(swapped, plain.roll(1, dims=0), atol=1e-5, rtol=1e-5) != is_beside_the_stream, name
-        assert not vision._modules[name]._forward_hooks  # pyright: ignore[reportAttributeAccessIssue]
+        assert ((changed - plain).norm() > 1e-2 * plain.norm()) == (name not in without_effect), name
+        if name not in without_effect:
+            is_bypassed = name.endswith((".attn", ".mlp")) or name in bypassed
+            assert torch.allclose(swapped, plain.roll(1, dims=0), atol=1e-5, rtol=1e-5) != is_bypassed, name
+        check_nothing_left(vision)
 
 
-def check_no_splice(vision: VisionModel, pixels: Tensor) -> None:
-    """Check that a model without a text tower refuses splicing at every hookpoint."""
-    assert vision.logit_scale is None
-    with pytest.raises(ModelError, match=r"has no text tower"):
-        vision.splice(pixels, next(iter(vision.hookpoints)), [lambda x: x])
+def check_nothing_left(vision: VisionModel) -> None:
+    """Check that no hook, no skipped module and no gradient is left in a tower."""
+    model = getattr(vision, "_model", None) or vision._module  # pyright: ignore[reportAttributeAccessIssue]
+    assert not any(module._forward_hooks for name, module in model.named_modules() if not name.endswith("patch_embed"))
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any(weight.requires_grad or weight.grad is not None for weight in model.parameters())
+
+
+def make_score(vision: VisionModel, n: int) -> Callable[[Tensor], Tensor]:
+    """Make a score that is not linear and weighs every number of the outputs (n, d_output) differently."""
+    weights = torch.randn(n, vision.d_output, generator=torch.Generator().manual_seed(3)).double()
+    return lambda outputs: (outputs.double().tanh() * weights).sum(1)
+
+
+def check_gradients(
+    vision: VisionModel,
+    modules: Mapping[str, nn.Module],
+    run: Callable[[], Tensor],
+    pixels: Tensor,
+    order: Order = ROW_BY_ROW,
+    without_effect: Sequence[str] = (),
+) -> None:
+    """Gradients at every hookpoint equal autograd's on the reference, at its own tokens and at others, and finite differences of splices.
+
+    Args:
+        vision: The model.
+        modules: Modules of the reference, by hookpoint.
+        run: Function that runs the reference on the same images.
+        pixels: The images.
+        order: Order of the tokens in the reference.
+        without_effect: Hookpoints on which the output does not depend.
+    """
+    score = make_score(vision, len(pixels))
+    for name, module in modules.items():
+        if name in without_effect:
+            with pytest.raises(ModelError, match=f"{name}': the model's output does not depend on these tokens"):
+                vision.differentiate(pixels, name, score)
+            continue
+        for replacement in (None, change):
+            found = vision.differentiate(pixels, name, score, replacement)
+            leaves: list[Tensor] = []
+
+            def leaf(x: Tensor, replacement: Any = replacement, leaves: list[Tensor] = leaves) -> Tensor:
+                leaves.append((replacement(x) if replacement else x).detach().requires_grad_())
+                return leaves[0]
+
+            with putting(module, name, order, leaf):
+                outputs = run()
+            (expected,) = torch.autograd.grad(score(outputs).sum(), leaves)
+            assert found.gradients.dtype == found.tokens.dtype == found.outputs.dtype == torch.float32
+            torch.testing.assert_close(found.tokens, leaves[0].detach(), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found.outputs, outputs.detach(), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found.gradients, expected, atol=1e-5 * float(expected.abs().max()) + 1e-7, rtol=1e-3)
+        check_finite_differences(vision, pixels, name)
+        check_nothing_left(vision)
+
+
+def check_finite_differences(vision: VisionModel, pixels: Tensor, name: str, step: float = 2e-3) -> None:
+    """Check the gradient at a hookpoint against central differences of spliced scores, along itself and along a random direction."""
+    score = make_score(vision, len(pixels))
+    found = vision.differentiate(pixels, name, score)
+    gradient, tokens = found.gradients.double(), found.tokens.double()
+    random = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(4)).double()
+    assert gradient.norm() > 0
+    for direction in (gradient, gradient / gradient.norm() + random / random.norm()):
+        h = direction * (step * tokens.norm() / direction.norm())
+        up, down = vision.splice(pixels, name, [lambda x, h=h: x + h, lambda x, h=h: x - h])
+        difference = float((score(up) - score(down)).sum()) / 2
+        assert difference == pytest.approx(float((gradient * h).sum()), rel=1e-2), name
+
+
+def check_splice_alone(vision: VisionModel, pixels: Tensor, name: str) -> None:
+    """Check that outputs and gradients at a hookpoint are the same whatever else is called, also within torch.inference_mode()."""
+    score = make_score(vision, len(pixels))
+    (alone,) = vision.splice(pixels, name, [change])
+    first = vision.differentiate(pixels, name, score)
+    n_tensors = count_tensors()
+    with torch.inference_mode():
+        again = vision.differentiate(pixels.clone(), name, score, lambda x: x)
+        beside = vision.splice(pixels, name, [lambda x: 0 * x, change, lambda x: x])
+    assert torch.equal(alone, beside[1])
+    assert torch.equal(first.gradients, again.gradients) and not again.gradients.requires_grad and not again.outputs.requires_grad
+    for _ in range(3):
+        vision.differentiate(pixels, name, score)
+    del again, beside
+    assert count_tensors() == n_tensors
+
+
+def count_tensors() -> int:
+    """Count the tensors that live."""
+    gc.collect()
+    return sum(issubclass(type(found), Tensor) for found in gc.get_objects())
 
 
 def check_residual_stream(vision: VisionModel, hidden_states: tuple[Tensor, ...], pixels: Tensor) -> None:
@@ -141,6 +311,15 @@ def check_bfloat16(load: Callable[[Any], Any]) -> None:
     assert ours.tokens["vision.blocks.2"].dtype == torch.float32
     if ours.embedding is not None:
         assert ours.embedding.dtype == torch.float32 and torch.equal(ours.embedding, autocast.embedding)
+    for name in names[:3] + names[-1:]:
+        (plain,) = half.splice(pixels, name, [lambda x: x])
+        assert torch.equal(plain, half.splice(pixels, names[0], [lambda x: x.float()])[0])
+        assert ours.embedding is None or torch.equal(plain, ours.embedding)
+    for name in names[:3]:
+        near, rough = (model.differentiate(pixels, name, make_score(model, len(pixels))) for model in (exact, half))
+        assert {x.dtype for x in (rough.tokens, rough.outputs, rough.gradients)} == {torch.float32}
+        assert torch.equal(rough.tokens, ours.tokens[name].float())
+        assert 0 < (rough.gradients - near.gradients).norm() < 0.1 * near.gradients.norm(), name
 
 
 def by_hand(vision: VisionModel, pixels: Tensor) -> Tensor:

@@ -27,10 +27,13 @@ from support.towers import (
     PARTS,
     by_hand,
     check_bfloat16,
+    check_gradients,
     check_hooks,
     check_planted_patch,
     check_planted_patch_in_artefact,
     check_residual_stream,
+    check_splice,
+    check_splice_alone,
     check_trust,
     noise,
 )
@@ -102,13 +105,24 @@ def test_the_hookpoints_are_listed_in_order(vision: VisionModel, kind: str) -> N
     assert vision.d_embed is None
 
 
-def test_every_hookpoint_equals_a_hand_written_hook(vision: VisionModel, reference: Any) -> None:
+def modules_of(reference: Any) -> dict[str, Any]:
     modules = {}
     for i, block in enumerate(blocks_of(reference)):
         name = f"vision.blocks.{i}"
         modules |= {f"{name}.attn": block.layer_scale1, f"{name}.mlp": block.layer_scale2, name: block}
+    return modules
+
+
+def test_every_hookpoint_equals_a_hand_written_hook(vision: VisionModel, reference: Any) -> None:
     pixels = noise(vision)
-    check_hooks(vision, modules, lambda: reference(by_hand(vision, pixels)), pixels)
+    check_hooks(vision, modules_of(reference), lambda: reference(by_hand(vision, pixels)), pixels)
+
+
+def test_splices_and_gradients_equal_hand_written_hooks_on_the_class_token(vision: VisionModel, reference: Any) -> None:
+    pixels = noise(vision)
+    for check in (check_splice, check_gradients):
+        check(vision, modules_of(reference), lambda: reference(by_hand(vision, pixels)).last_hidden_state[:, 0], pixels)
+    check_splice_alone(vision, pixels, "vision.blocks.1")
 
 
 def test_blocks_output_the_residual_stream(vision: VisionModel, reference: Any) -> None:

@@ -18,7 +18,7 @@ from ommatid.vlm import check_hookpoint, imagenet_classes, lite, load_judge, loa
 from ommatid.vlm.lite import LiteVision, Variant, class_texts, conse, load_efficientnet
 from ommatid.vlm.network_checks import check_judge
 from ommatid.vlm.precision import normalise
-from support.towers import check_trust
+from support.towers import check_finite_differences, check_splice_alone, check_trust, make_score
 
 
 def load(variant: Variant = "lite0", image_size: int = 128, dtype: str = "float32") -> LiteVision:
@@ -126,6 +126,46 @@ def test_splice_at_every_hookpoint(dtype: str, monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(same, plain), name
         torch.testing.assert_close(swapped, plain.roll(1, dims=0), atol=1e-4, rtol=1e-4)
         assert shapes.pop() == (3, point.n_tokens, point.d_model) and not shapes
+
+
+@pytest.mark.parametrize("hookpoint", ["blocks.0", "blocks.7", "blocks.15", "head"])
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_gradients_equal_autograd_on_the_packages_network(lite0: LiteVision, hookpoint: str, is_changed: bool) -> None:
+    pixels, net = photographs(lite0), load_efficientnet("lite0", 128).requires_grad_(False)
+    score = make_score(lite0, len(pixels))
+    found = lite0.differentiate(pixels, hookpoint, score, change if is_changed else None)
+    leaves: list[torch.Tensor] = []
+
+    def leaf(x: torch.Tensor) -> torch.Tensor:
+        leaves.append((change(x) if is_changed else x).detach().clone().requires_grad_())
+        return leaves[0].clone()  # the package's activations write into their inputs
+
+    if hookpoint == "head":
+        head = net.extract_features(((pixels.float() - 127) / 128).permute(0, 3, 1, 2))
+        embeddings = conse(net._fc(leaf(head).mean((2, 3))), class_texts("cpu"))
+    else:
+        net._blocks[int(hookpoint[7:])].register_forward_hook(lambda _m, _i, output: leaf(output))
+        embeddings = conse(net(((pixels.float() - 127) / 128).permute(0, 3, 1, 2)), class_texts("cpu"))
+    (expected,) = torch.autograd.grad(score(embeddings).sum(), leaves)
+    torch.testing.assert_close(found.tokens, leaves[0].detach().flatten(2).mT, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(found.outputs, embeddings.detach(), atol=1e-4, rtol=1e-3)
+    # Not number by number: rounding decides whether ReLU6 clips values near 0 and 6, and so whether their gradient is 0.
+    assert (found.gradients - expected.flatten(2).mT).norm() < 1e-2 * expected.norm()
+
+
+def test_gradients_equal_finite_differences(lite0: LiteVision) -> None:
+    for hookpoint in ("blocks.7", "blocks.15", "head"):
+        check_finite_differences(lite0, photographs(lite0), hookpoint, step=1e-4)  # small, because of ReLU6
+    check_splice_alone(lite0, photographs(lite0), "blocks.15")
+    assert not any(weight.requires_grad or weight.grad is not None for weight in lite0._net.parameters())
+
+
+def test_gradients_in_bfloat16_are_close(lite0: LiteVision) -> None:
+    pixels = photographs(lite0)
+    score = make_score(lite0, len(pixels))
+    exact, rough = (model.differentiate(pixels, "blocks.15", score) for model in (lite0, load(dtype="bfloat16")))
+    assert {x.dtype for x in (rough.tokens, rough.outputs, rough.gradients)} == {torch.float32}
+    assert cosine_similarity(rough.gradients.flatten(1), exact.gradients.flatten(1)).min() > 0.9
 
 
 def test_unusable_replacements_are_refused(lite0: LiteVision) -> None:

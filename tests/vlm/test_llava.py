@@ -19,7 +19,17 @@ from ommatid.errors import ModelError
 from ommatid.vlm import Hookpoint, load_model
 from ommatid.vlm.llava import LlavaVision
 from support.models import plant, save_llava, squares
-from support.towers import check_bfloat16, check_no_splice, check_planted_patch_in_artefact, check_residual_stream, check_trust
+from support.towers import (
+    PARTS,
+    by_processor,
+    check_bfloat16,
+    check_gradients,
+    check_planted_patch_in_artefact,
+    check_residual_stream,
+    check_splice,
+    check_splice_alone,
+    check_trust,
+)
 
 EVERY = [f"vision.blocks.{i}{suffix}" for i in range(3) for suffix in (".attn", ".mlp", "")]
 
@@ -201,10 +211,46 @@ def test_loading_is_silent_and_leaves_the_random_state(folder: Path, capfd: pyte
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_a_model_without_a_text_tower_cannot_be_spliced(vision: LlavaVision) -> None:
+FULL = "vision_feature_select_strategy"
+CASES: list[tuple[dict[str, Any], int, list[str]]] = [
+    ({}, 2, []),
+    ({"vision_feature_layer": -1, FULL: "full"}, 3, []),
+    ({"vision_feature_layer": 1}, 1, []),
+    ({"vision_feature_layer": [1, -2]}, 2, ["vision.blocks.1"]),
+    ({"vision_feature_layer": [0, 3]}, 3, ["vision.blocks.0", "vision.blocks.1", "vision.blocks.2"]),
+    ({"siglip": True, "vision_feature_layer": -1, FULL: "full", "next_": True}, 3, []),
+]
+
+
+@pytest.mark.parametrize(("changes", "n_used", "bypassed"), CASES)
+def test_splices_and_gradients_equal_hand_written_hooks_on_the_mean_token(
+    tmp_path: Path, images: list[Image.Image], changes: dict[str, Any], n_used: int, bypassed: list[str]
+) -> None:
+    """Blocks after the layers that config.json selects have no effect, and those after the first of these layers are bypassed."""
+    vision = load(save_llava(tmp_path, **changes))
+    full: Any = (LlavaNextForConditionalGeneration if "next_" in changes else LlavaForConditionalGeneration).from_pretrained(tmp_path)
+    model, config, pixels = full.eval().model, full.config, pixels_of(vision, images)
+    x = by_processor(CLIPImageProcessorPil.from_pretrained(tmp_path), pixels)
+
+    def run() -> torch.Tensor:
+        states = model.vision_tower(x, output_hidden_states=True).hidden_states
+        layers = config.vision_feature_layer
+        chosen = torch.cat([states[layer] for layer in ([layers] if isinstance(layers, int) else layers)], dim=-1)
+        return model.multi_modal_projector(chosen if config.vision_feature_select_strategy == "full" else chosen[:, 1:]).mean(1)
+
+    modules = {}
+    for i, block in enumerate(model.vision_tower.encoder.layers):
+        modules |= {f"vision.blocks.{i}.attn": block.self_attn, f"vision.blocks.{i}.mlp": block.mlp, f"vision.blocks.{i}": block}
+    modules["vision.projection"] = model.multi_modal_projector
+    idle = [f"vision.blocks.{i}{part}" for i in range(n_used, 3) for part in PARTS]
+    check_splice(vision, modules, run, pixels, bypassed=bypassed, without_effect=idle)
+    check_gradients(vision, modules, run, pixels, without_effect=idle)
+    check_splice_alone(vision, pixels, "vision.blocks.0")
+
+
+def test_a_model_without_a_text_tower_embeds_no_text(vision: LlavaVision) -> None:
     with pytest.raises(ModelError, match="no text tower"):
         vision.embed_text(["dog"])
-    check_no_splice(vision, torch.zeros(1, 8, 8, 3, dtype=torch.uint8))
 
 
 def edit_weights(folder: Path, name: str, tensor: torch.Tensor | None) -> None:

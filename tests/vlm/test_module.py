@@ -3,7 +3,7 @@
 import hashlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,18 @@ from ommatid.vlm import Hookpoint, load_model
 from ommatid.vlm.module import ModuleVision, make_preprocess
 from ommatid.vlm.network_checks import check_model
 from support.study import CHECKOUT, make_test_params
-from support.towers import check_no_splice, check_planted_patch_in_artefact
+from support.towers import (
+    Order,
+    check_finite_differences,
+    check_gradients,
+    check_planted_patch_in_artefact,
+    check_splice,
+    check_splice_alone,
+)
 
 FILE = '''
+import collections
+
 import torch
 import yaml
 from torch import nn
@@ -175,6 +184,98 @@ def fails_late():
 def overflows():
     torch.manual_seed(0)
     return Changed(after=Overflows())
+
+
+class Returns(Vit):
+    """The transformer with an output that a function makes of the image features."""
+
+    def __init__(self, make_output):
+        super().__init__()
+        self.make_output = make_output
+
+    def forward(self, images):
+        return self.make_output(super().forward(images))
+
+
+class ForgetsGradients(Vit):
+    @torch.no_grad()
+    def forward(self, images):
+        return super().forward(images)
+
+
+class WritesInPlace(Vit):
+    def forward(self, images):
+        y = super().forward(images).exp()
+        return (y * y).add_(y.add_(1))
+
+
+class KeepsATensor(Vit):
+    """Keeps positions that it makes in its first pass."""
+
+    kept = None
+
+    def forward(self, images):
+        self.kept = torch.full((10,), 2.0) if self.kept is None else self.kept
+        return super().forward(images).exp() * self.kept
+
+
+class Several(nn.Module):
+    """Sub-modules whose outputs are a named tuple and a list, of which the first is used, and a side branch."""
+
+    Pair = collections.namedtuple("Pair", "features other")
+
+    class Makes(nn.Module):
+        def __init__(self, make):
+            super().__init__()
+            self.make = make
+
+        def forward(self, x):
+            return self.make(x)
+
+    def __init__(self):
+        super().__init__()
+        self.pair, self.list = self.Makes(lambda x: self.Pair(x.mean((2, 3)), 1)), self.Makes(lambda x: [2 * x, None])
+        self.side, self.last = nn.Linear(3, 2), nn.Linear(3, 4)
+
+    def forward(self, images):
+        x, _ = self.list(self.pair(images).features)
+        self.side(x)
+        return self.last(x)[:, None], x
+
+
+def several():
+    torch.manual_seed(0)
+    return Several()
+
+
+def returns(make_output):
+    torch.manual_seed(0)
+    return Returns(make_output)
+
+
+def returns_a_dict():
+    return returns(lambda y: {"features": y})
+
+
+def returns_a_loss():
+    return returns(lambda y: y.mean())
+
+
+def returns_tokens_of_no_grid():
+    return returns(lambda y: y[:, None].expand(-1, 7, -1))
+
+
+def forgets_gradients():
+    return ForgetsGradients()
+
+
+def writes_in_place():
+    return WritesInPlace()
+
+
+def keeps_a_tensor():
+    torch.manual_seed(0)
+    return KeepsATensor()
 
 
 def needs_an_argument(x):
@@ -381,8 +482,113 @@ def test_no_hook_is_left_behind_even_after_errors(pixels: torch.Tensor) -> None:
     assert not any(module._forward_hooks for module in vision._module.modules())
 
 
-def test_nothing_can_be_spliced_without_a_text_tower(pixels: torch.Tensor) -> None:
-    check_no_splice(load("vit"), pixels)
+def test_splices_and_gradients_of_a_transformer_equal_hand_written_hooks(pixels: torch.Tensor) -> None:
+    vision, model = load("vit"), make("vit")
+    x = normalised(vision, pixels)
+    modules = {name: model.get_submodule(name) for name in vision.hookpoints}
+    bypassed = [name for name in modules if name not in ("blocks.0", "blocks.1", "head", "patch_embed")]
+    order = OfMaps(("patch_embed",))
+    assert vision.d_output == 10
+    check_splice(vision, modules, lambda: model(x), pixels, order, bypassed)
+    check_gradients(vision, modules, lambda: model(x), pixels, order)
+    check_splice_alone(vision, pixels, "blocks.0.mlp")
+
+
+class OfMaps(Order):
+    """Tokens of some hookpoints in maps (n, d, rows, columns), or with the channels last."""
+
+    def __init__(self, names: Sequence[str], channels_last: Sequence[str] = ()) -> None:
+        self.names, self.channels_last, self.sizes = names, channels_last, {}
+
+    def tokens(self, name: str, output: torch.Tensor) -> torch.Tensor:
+        if name not in (*self.names, *self.channels_last):
+            return super().tokens(name, output)
+        rows = output if name in self.channels_last else output.permute(0, 2, 3, 1)
+        self.sizes[name] = rows.shape[1:3]
+        return rows.flatten(1, 2)
+
+    def output(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
+        if name not in (*self.names, *self.channels_last):
+            return tokens
+        rows = tokens.unflatten(1, self.sizes[name])
+        return rows if name in self.channels_last else rows.permute(0, 3, 1, 2)
+
+
+def test_splices_and_gradients_of_maps_equal_hand_written_hooks(pixels: torch.Tensor) -> None:
+    """The next layer writes into some of them, and what the forward pass returns is a map with one place."""
+    vision, model = load("conv"), make("conv")
+    x = normalised(vision, pixels)
+    modules = {name: model.get_submodule(name) for name in vision.hookpoints}
+    order = OfMaps(("stem", "body", "pool"), ("last",))
+    check_splice(vision, modules, lambda: model(x)[..., 0, 0], pixels, order)
+    setattr(model.get_submodule("relu"), "inplace", False)  # noqa: B010
+    check_gradients(vision, modules, lambda: model(x)[..., 0, 0], pixels, order)
+    check_splice_alone(vision, pixels, "body")
+
+
+def test_the_first_of_several_outputs_is_replaced_and_returned(pixels: torch.Tensor) -> None:
+    vision, model = load("several"), make("several")
+    x = normalised(vision, pixels).mean((2, 3))
+    assert list(vision.hookpoints) == ["pair", "list", "side", "last"] and vision.d_output == 4
+    for name, expected in (("pair", 6 * x), ("list", 6 * x), ("side", 2 * x)):
+        (found,) = vision.splice(pixels, name, [lambda tokens: 3 * tokens])
+        torch.testing.assert_close(found, model.get_submodule("last")(expected), atol=1e-5, rtol=1e-5)
+    check_finite_differences(vision, pixels, "list")
+    with pytest.raises(ModelError, match=r"several@.*: hookpoint 'side': the model's output does not depend on these tokens"):
+        vision.differentiate(pixels, "side", lambda y: y.sum(1))
+
+
+def test_features_of_tokens_and_maps(pixels: torch.Tensor, user_file: Path) -> None:
+    """Of a sequence, the class token; of a map, the mean of its places."""
+    ends = {"tokens": ("Vit", "return self.head(x[:, 0])", "return x"), "map": ("Conv", "return self.pool(x)", "return x")}
+    for name, (_, old, new) in ends.items():
+        user_file.write_text(FILE.replace(old, new))
+        sys.modules.pop(NAME, None)
+        vision = load("vit" if name == "tokens" else "conv")
+        last = "blocks.1" if name == "tokens" else "last"
+        tokens = vision.capture(pixels, [last]).tokens[last]
+        expected = tokens[:, 0] if name == "tokens" else tokens.mean(1)
+        (found,) = vision.splice(pixels, next(iter(vision.hookpoints)), [lambda x: x])
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("factory", ["returns_a_dict", "returns_a_loss", "returns_tokens_of_no_grid"])
+def test_a_module_that_returns_no_features_can_be_captured_but_not_spliced(factory: str, pixels: torch.Tensor) -> None:
+    vision = load(factory)
+    assert vision.capture(pixels, ["blocks.0"]).tokens["blocks.0"].shape == (3, 17, 16)
+    message = f"{factory}@.*: its forward pass returns no features, .* wrap the model in a module that does"
+    for use in (
+        lambda: vision.splice(pixels, "blocks.0", [lambda x: x]),
+        lambda: vision.differentiate(pixels, "blocks.0", lambda y: y.sum(1)),
+        lambda: vision.d_output,
+    ):
+        with pytest.raises(ModelError, match=message):
+            use()
+
+
+def test_modules_that_cannot_be_differentiated_are_refused(pixels: torch.Tensor) -> None:
+    for factory, message in (("forgets_gradients", r"without torch\.no_grad"), ("writes_in_place", "replace its in-place operations")):
+        with pytest.raises(ModelError, match=rf"{factory}@.*: hookpoint 'blocks\.0': .*{message}"):
+            load(factory).differentiate(pixels, "blocks.0", lambda y: y.sum(1))
+    vision = load("vit")
+    with pytest.raises(RuntimeError, match="of the score"):  # which is not the module's
+        vision.differentiate(pixels, "blocks.0", lambda y: (_ for _ in ()).throw(RuntimeError("of the score")))
+
+
+def test_a_tensor_kept_from_an_earlier_pass_can_be_differentiated_through(pixels: torch.Tensor) -> None:
+    vision = load("keeps_a_tensor")
+    vision.capture(pixels, ["blocks.0"])
+    check_finite_differences(vision, pixels, "blocks.0")
+
+
+def test_an_output_that_changes_its_shape_cannot_be_spliced(user_file: Path, pixels: torch.Tensor) -> None:
+    user_file.write_text(FILE.replace("return self.head(x[:, 0])", "return self.head(x[:, 0])[:, : 12 - len(images)]"))
+    with pytest.raises(ModelError, match=r"returned \[3, 9\] for 3 images, but \[2, 10\] for 2 blank ones"):
+        load("vit").splice(pixels, "blocks.0", [lambda x: x])
+    user_file.write_text(FILE.replace("for block", "x = x if len(images) == 2 else x[:, :5]\n        for block"))
+    sys.modules.pop(NAME)
+    with pytest.raises(ModelError, match=r"hookpoint 'blocks\.0': gave \[\[3, 5, 16\]\] for 3 images"):
+        load("vit").splice(pixels, "blocks.0", [lambda x: x])
 
 
 def test_bfloat16_is_close(pixels: torch.Tensor) -> None:

@@ -19,7 +19,16 @@ from ommatid.vlm import Hookpoint, load_model
 from ommatid.vlm.preprocess import Preprocess
 from ommatid.vlm.qwen import QwenVision, flatten_patches, patch_order
 from support.models import plant, save_qwen, squares
-from support.towers import check_bfloat16, check_no_splice, check_planted_patch_in_artefact, check_trust
+from support.towers import (
+    PARTS,
+    OfOneSequence,
+    check_bfloat16,
+    check_gradients,
+    check_planted_patch_in_artefact,
+    check_splice,
+    check_splice_alone,
+    check_trust,
+)
 
 SIZE = 64  # 16 x 16 patches of 4 pixels, 8 x 8 merge groups, windows of 3 x 3 groups: those at the right and the bottom are smaller
 EVERY = [f"vision.blocks.{i}{suffix}" for i in range(4) for suffix in (".attn", ".mlp", "")]
@@ -204,10 +213,28 @@ def test_image_size_must_fit_the_merge_groups(folder: Path) -> None:
         load(folder, size=60)
 
 
-def test_a_model_without_a_text_tower_cannot_be_spliced(vision: QwenVision) -> None:
+@pytest.mark.parametrize("windows", [True, False])
+def test_splices_and_gradients_equal_hand_written_hooks_on_the_mean_token(tmp_path: Path, pixels: torch.Tensor, windows: bool) -> None:
+    vision = load(save_qwen(tmp_path, windows))
+    full: Any = (Qwen2_5_VLForConditionalGeneration if windows else Qwen2VLForConditionalGeneration).from_pretrained(tmp_path).eval()
+    inputs, tower = processed(tmp_path, pixels), full.model.visual
+    modules = {f"vision.blocks.{i}{suffix}": block.get_submodule(suffix[1:]) for i, block in enumerate(tower.blocks) for suffix in PARTS}
+    modules["vision.projection"] = tower.merger
+    places = order_by_hand(8, 3 if windows else 1)
+    groups = [(row // 2, column // 2) for row, column in places[::4]]
+    order = OfOneSequence({name: groups if module is tower.merger else places for name, module in modules.items()})
+
+    def run() -> torch.Tensor:
+        return torch.stack([tokens.mean(0) for tokens in full.get_image_features(**inputs).pooler_output])
+
+    for check in (check_splice, check_gradients):
+        check(vision, modules, run, pixels, order)
+    check_splice_alone(vision, pixels, "vision.blocks.1")
+
+
+def test_a_model_without_a_text_tower_embeds_no_text(vision: QwenVision) -> None:
     with pytest.raises(ModelError, match="no text tower"):
         vision.embed_text(["dog"])
-    check_no_splice(vision, torch.zeros(1, 8, 8, 3, dtype=torch.uint8))
 
 
 def test_bad_folders_are_refused(copy: Path) -> None:

@@ -20,11 +20,13 @@ from support.towers import (
     PARTS,
     by_processor,
     check_bfloat16,
+    check_gradients,
     check_hooks,
     check_planted_patch,
     check_planted_patch_in_artefact,
     check_residual_stream,
     check_splice,
+    check_splice_alone,
     check_trust,
     noise,
 )
@@ -89,11 +91,13 @@ def test_every_hookpoint_equals_a_hand_written_hook(vision: VisionModel, referen
     check_hooks(vision, block_modules(reference), lambda: reference.vision_model(by_processor(PROCESSOR, pixels)), pixels)
 
 
-def test_splice_equals_a_hand_written_hook(vision: VisionModel, reference: Any) -> None:
+def test_splices_and_gradients_equal_hand_written_hooks(vision: VisionModel, reference: Any) -> None:
     pixels = noise(vision)
     inputs = by_processor(PROCESSOR, pixels)
     modules = {**block_modules(reference), "vision.head": reference.vision_model.head}
-    check_splice(vision, modules, lambda: reference.get_image_features(inputs).pooler_output, pixels)
+    for check in (check_splice, check_gradients):
+        check(vision, modules, lambda: reference.get_image_features(inputs).pooler_output, pixels)
+    check_splice_alone(vision, pixels, "vision.blocks.1")
     assert vision.logit_scale == pytest.approx(reference.logit_scale.exp().item())
 
 

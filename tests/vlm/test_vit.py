@@ -17,11 +17,14 @@ from support.towers import (
     PARTS,
     by_processor,
     check_bfloat16,
+    check_gradients,
     check_hooks,
-    check_no_splice,
+    check_nothing_left,
     check_planted_patch,
     check_planted_patch_in_artefact,
     check_residual_stream,
+    check_splice,
+    check_splice_alone,
     check_trust,
     noise,
 )
@@ -69,11 +72,8 @@ def test_the_hookpoints_are_listed_in_order(vision: VisionModel, kind: str) -> N
 
 
 def test_every_hookpoint_equals_a_hand_written_hook(vision: VisionModel, reference: Any) -> None:
-    modules = {}
-    for i, block in enumerate(reference.layers):
-        modules |= {f"vision.blocks.{i}.attn": block.attention, f"vision.blocks.{i}.mlp": block.mlp, f"vision.blocks.{i}": block}
     pixels = noise(vision)
-    check_hooks(vision, modules, lambda: reference(by_processor(PROCESSOR, pixels)), pixels)
+    check_hooks(vision, modules_of(reference), lambda: reference(by_processor(PROCESSOR, pixels)), pixels)
 
 
 def test_blocks_output_the_residual_stream(vision: VisionModel, reference: Any) -> None:
@@ -107,10 +107,50 @@ def test_nothing_runs_after_the_last_hookpoint(folder: Path) -> None:
     assert nothing.tokens == {} and nothing.embedding is None and ran == ["vision.blocks.1"]
 
 
-def test_a_model_without_a_text_tower_cannot_be_spliced(vision: VisionModel) -> None:
+def modules_of(reference: Any) -> dict[str, Any]:
+    modules = {}
+    for i, block in enumerate(reference.layers):
+        modules |= {f"vision.blocks.{i}.attn": block.attention, f"vision.blocks.{i}.mlp": block.mlp, f"vision.blocks.{i}": block}
+    return modules
+
+
+def test_splices_and_gradients_equal_hand_written_hooks_on_the_class_token(vision: VisionModel, reference: Any) -> None:
+    pixels = noise(vision)
+    for check in (check_splice, check_gradients):
+        check(vision, modules_of(reference), lambda: reference(by_processor(PROCESSOR, pixels)).last_hidden_state[:, 0], pixels)
+    check_splice_alone(vision, pixels, "vision.blocks.1")
+
+
+def test_blocks_before_the_hookpoint_run_once(folder: Path) -> None:
+    vision: Any = load(folder)
+    ran = []
+    for name in ("vision.blocks.0.attn", "vision.blocks.1.attn", "vision.blocks.2.attn"):
+        vision._modules[name].register_forward_hook(lambda _m, _i, _o, name=name: ran.append(name[-6]))
+    vision.splice(noise(vision), "vision.blocks.1", [lambda x: x] * 3)
+    assert "".join(ran) == "01222"
+    ran.clear()
+    vision.splice(noise(vision), "vision.blocks.1.mlp", [lambda x: x] * 2)
+    assert "".join(ran) == "01212"
+
+
+def test_a_model_without_a_text_tower_embeds_no_text(vision: VisionModel) -> None:
     with pytest.raises(ModelError, match=r"has no text tower; set extract\.namer"):
         vision.embed_text(["a dog"])
-    check_no_splice(vision, noise(vision))
+
+
+def test_scores_that_cannot_be_used_are_refused(vision: VisionModel) -> None:
+    pixels = noise(vision)
+    for score, message in (
+        (lambda y: y, r"score gave \(5, 32\) for outputs \(5, 32\)"),
+        (lambda y: y.detach().sum(1), "the score cannot be differentiated"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            vision.differentiate(pixels, "vision.blocks.1", score)
+    with pytest.raises(AssertionError, match=r"\(5, 13, 32\) cannot take the place of|\(5, 12, 32\) cannot take the place of"):
+        vision.differentiate(pixels, "vision.blocks.1", lambda y: y.sum(1), lambda x: x[:, 1:])
+    with pytest.raises(ModelError, match="no such hookpoint"):
+        vision.differentiate(pixels, "vision.blocks.7", lambda y: y.sum(1))
+    check_nothing_left(vision)
 
 
 def test_an_image_size_that_disagrees_with_the_preprocessor_is_refused(reference: Any, tmp_path: Path) -> None:

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Replacement = Callable[["torch.Tensor"], "torch.Tensor"]
-"""Function from the tokens at a hookpoint, `(batch, n_tokens, d_model)` as in `Captured`, to replacements of the same shape."""
+"""Function from the tokens at a hookpoint, `(batch, n_tokens, d_model)` as in `Captured`, to replacements of the same shape. It is called
+once, on the whole batch, without autograd or autocast, and must not write into its argument."""
+Score = Callable[["torch.Tensor"], "torch.Tensor"]
+"""Differentiable function from outputs, `(batch, d_output)` float32, to one number per image, `(batch,)`, which depends on the output of
+that image only."""
 N_NEAR = 10
 """Number of similar names listed in the error about an unknown hookpoint."""
 
@@ -56,6 +60,18 @@ class Captured:
     unit norm. None if the model has no text tower."""
 
 
+@dataclass(frozen=True)
+class Differentiated:
+    """The tokens at a hookpoint, the outputs computed from them, and the gradients of a score, on the model's device."""
+
+    tokens: "torch.Tensor"
+    """Tokens at the hookpoint, after the replacement if there was one, `(batch, n_tokens, d_model)` float32."""
+    outputs: "torch.Tensor"
+    """Outputs computed from these tokens, `(batch, d_output)` float32: what `splice` returns, up to rounding."""
+    gradients: "torch.Tensor"
+    """Gradient of each image's score with respect to its tokens, `(batch, n_tokens, d_model)` float32."""
+
+
 class VisionModel(Protocol):
     """The model whose activations are explained."""
 
@@ -67,6 +83,15 @@ class VisionModel(Protocol):
     @property
     def d_embed(self) -> int | None:
         """Width of the joint image-text space; None if the model has no text tower, and so no joint space."""
+        ...
+
+    @property
+    def d_output(self) -> int:
+        """Width of what `splice` returns: `d_embed` if the model has a text tower, and else the width of its final features.
+
+        Raises:
+            ModelError: The model is the user's module, and its forward pass returns no features.
+        """
         ...
 
     @property
@@ -110,19 +135,48 @@ class VisionModel(Protocol):
         ...
 
     def splice(self, pixels: "torch.Tensor", hookpoint: str, replacements: Sequence[Replacement]) -> "tuple[torch.Tensor, ...]":
-        """Compute image embeddings with the tokens at a hookpoint replaced.
+        """Compute the model's output with the tokens at a hookpoint replaced.
+
+        The output is the image embedding if the model has a text tower. If it has none, the output is its final features:
+
+        - `vit`, `dino`: the class token of the last hidden state, after the final layer norm
+        - `llava`, `qwen`: the mean token of `vision.projection`, which is what the language model reads
+        - `module`: what the forward pass returns; of tokens, the class token if there is one, and else the mean of the patches
+
+        Every replacement goes through a forward pass of its own, with the same batch, whose part before the hookpoint runs only once. So
+        a replacement that returns its argument, or the same values, gives the plain output bit for bit, whatever else is in the call.
 
         Args:
             pixels: uint8 pixels `(batch, H, W, 3)` from `preprocess`.
             hookpoint: Name of the hookpoint.
-            replacements: One or more functions that compute the new tokens. Each is called once, on the whole batch, and must not write
-                into its argument.
+            replacements: Functions that compute the new tokens.
 
         Returns:
-            The embeddings for each replacement, `(batch, d_embed)` float32.
+            The outputs for each replacement, `(batch, d_output)` float32.
 
         Raises:
-            ModelError: The hookpoint is unknown, or the model has no text tower, and so no embedding.
+            ModelError: The hookpoint is unknown, or the model is the user's module, and its forward pass returns no features.
+        """
+        ...
+
+    def differentiate(self, pixels: "torch.Tensor", hookpoint: str, score: Score, replacement: Replacement | None = None) -> Differentiated:
+        """Compute the gradient of a score of the output with respect to the tokens at a hookpoint.
+
+        This takes one forward pass, of which only the part after the hookpoint is differentiated, and one backward pass. Nothing of
+        them remains in the model. Memory grows with the batch, and with the depth of the part after the hookpoint.
+
+        Args:
+            pixels: uint8 pixels `(batch, H, W, 3)` from `preprocess`.
+            hookpoint: Name of the hookpoint.
+            score: The score of each image's output.
+            replacement: Function that computes the tokens at which the gradient is taken; None takes it at the model's own tokens.
+
+        Returns:
+            The tokens, the outputs and the gradients.
+
+        Raises:
+            ModelError: The hookpoint is unknown, the output does not depend on it, or the model is the user's module, and its forward
+                pass returns no features or cannot be differentiated.
         """
         ...
 

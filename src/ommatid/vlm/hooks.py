@@ -1,6 +1,6 @@
 """Forward hooks that capture or replace the outputs of modules, or end a forward pass early."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -32,20 +32,33 @@ def capturing(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def replacing(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace a module's output, or its first element if it is a tuple, with `replace(output)` in forward passes inside the block.
+    """Replace a module's output, or the first element of a tuple or list, with `replace(output)` in forward passes inside the block.
 
     Hooks that were registered before see the replacement, too. Transformers collects hidden states, such as the one that LLaVA's
     projector reads, by hooks that stay on the blocks from the first pass on.
     """
 
     def put(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
+        if not isinstance(output, tuple | list):
+            return replace(output)
+        elements = replace(output[0]), *output[1:]
+        return type(output)(*elements) if hasattr(output, "_fields") else type(output)(elements)  # A named tuple takes them one by one.
 
     handle = module.register_forward_hook(put, prepend=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def skipping(modules: Sequence[nn.Module], output: Tensor) -> Iterator[None]:
+    """Skip modules in forward passes inside the block: each returns `output` at once. Hooks on them run as usual."""
+    with ExitStack() as stack:
+        for module in modules:
+            module.forward = lambda *_inputs, **_options: output  # Hides the method of the class.
+            stack.callback(delattr, module, "forward")
+        yield
 
 
 class _PassEnded(Exception):

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ommatid.config import models
-from ommatid.vlm import Captured, Dtype, Hookpoint, Replacement, check_hookpoint, imagenet_classes
+from ommatid.vlm import Captured, Differentiated, Dtype, Hookpoint, Replacement, Score, check_hookpoint, imagenet_classes, splicing
 from ommatid.vlm.minilm import D_TEXT, load_minilm
 from ommatid.vlm.precision import normalise, resolve_dtype
 from ommatid.vlm.preprocess import Preprocess
@@ -39,7 +39,8 @@ class FusedConv(nn.Module):
     leading row and column of zeros, which gives the same sums with equal padding.
 
     On a CPU, oneDNN applies ReLU6 before it writes the sums, and the weights are reordered for it once. This gives the same bits as
-    torch's convolution followed by ReLU6, in 0.73 of the time in bfloat16 and 0.93 in float32 with AVX2.
+    torch's convolution followed by ReLU6, in 0.73 of the time in bfloat16 and 0.93 in float32 with AVX2. Autograd does not know this
+    operator, so inputs that require a gradient go through torch's.
     """
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: bool) -> None:
@@ -55,7 +56,7 @@ class FusedConv(nn.Module):
 
     def forward(self, x: Float[torch.Tensor, "batch c_in rows_in columns_in"]) -> Float[torch.Tensor, "batch c_out rows_out columns_out"]:
         """Return the output `(b, c', r', q')` for an input `(b, c, r, q)`."""
-        if x.device.type == "cpu" and _onednn_takes(x.dtype):
+        if x.device.type == "cpu" and not x.requires_grad and _onednn_takes(x.dtype):
             return self._forward_mkldnn(x)
         x = functional.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
         return functional.relu6(x, inplace=True) if self.activation else x
@@ -211,14 +212,13 @@ def _as_maps(
     tokens: Float[torch.Tensor, "batch tokens channels"], like: Float[torch.Tensor, "batch channels rows columns"]
 ) -> Float[torch.Tensor, "batch channels rows columns"]:
     """Reshape tokens `(b, r * q, c)` to maps `(b, c, r, q)` with the shape and dtype of `like`."""
-    assert tokens.shape == _as_tokens(like).shape, f"tokens {tuple(tokens.shape)} cannot take the place of maps {tuple(like.shape)}"
     return tokens.to(like).unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
 class LiteVision(_Tower):
     """The built-in default model: a CNN with spatial tokens, aligned with texts through the 1,000 ImageNet class names."""
 
-    d_embed = D_TEXT
+    d_embed = d_output = D_TEXT
     text_templates = (TEMPLATE,)
     logit_scale = None
 
@@ -250,9 +250,25 @@ class LiteVision(_Tower):
             ModelError: The hookpoint is unknown.
         """
         check_hookpoint(self, hookpoint)
-        x = torch.cat([self._net.begin(self._normalise(part), hookpoint) for part in self._slices(pixels)])
-        spliced = (_as_maps(replacement(_as_tokens(x)), like=x) for replacement in replacements)
-        return tuple(self._embed(torch.cat([self._net.end(part, hookpoint) for part in self._slices(maps)])) for maps in spliced)
+        maps = self._begin(pixels, hookpoint)
+        return tuple(self._end(maps, hookpoint, replacement) for replacement in replacements)
+
+    def differentiate(
+        self, pixels: UInt8[torch.Tensor, "batch size size 3"], hookpoint: str, score: Score, replacement: Replacement | None = None
+    ) -> Differentiated:
+        """Return the gradients of a score with respect to the tokens at a hookpoint: see `VisionModel`.
+
+        ConSE is differentiated with the ten likeliest classes held fixed.
+
+        Raises:
+            ModelError: The hookpoint is unknown.
+        """
+        check_hookpoint(self, hookpoint)
+
+        def run(replacement: Replacement) -> torch.Tensor:
+            return self._end(self._begin(pixels, hookpoint), hookpoint, replacement)
+
+        return splicing.differentiate(run, score, replacement, f"{self.name}: hookpoint {hookpoint!r}")
 
     @torch.inference_mode()
     def classify(self, pixels: UInt8[torch.Tensor, "batch size size 3"]) -> Float32[torch.Tensor, "batch 1000"]:
@@ -267,6 +283,19 @@ class LiteVision(_Tower):
         place |= {text: len(of_classes) + i for i, text in enumerate(new)}
         known = torch.cat([of_classes, load_minilm(self._device).embed(tuple(new))])
         return known[[place[text] for text in texts]] - of_classes.mean(0)
+
+    def _begin(
+        self, pixels: UInt8[torch.Tensor, "batch size size 3"], hookpoint: str
+    ) -> Float[torch.Tensor, "batch channels rows columns"]:
+        """Run uint8 pixels `(b, size, size, 3)` up to a hookpoint, and return the map `(b, c, r, q)`."""
+        return torch.cat([self._net.begin(self._normalise(part), hookpoint) for part in self._slices(pixels)])
+
+    def _end(
+        self, maps: Float[torch.Tensor, "batch channels rows columns"], hookpoint: str, replacement: Replacement
+    ) -> Float32[torch.Tensor, "batch 384"]:
+        """Replace the tokens of maps `(b, c, r, q)` at a hookpoint, run the rest, and return the embeddings `(b, 384)`."""
+        maps = _as_maps(splicing.replace_tokens(_as_tokens(maps), replacement), like=maps)
+        return self._embed(torch.cat([self._net.end(part, hookpoint) for part in self._slices(maps)]))
 
     def _embed(self, head: Float32[torch.Tensor, "batch 1280"]) -> Float32[torch.Tensor, "batch 384"]:
         return conse(self._logits(head), class_texts(self._device))

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, SiglipVisionModel
@@ -35,7 +35,8 @@ class LlavaVision(Tower):
     number differs from image to image, are not captured.
 
     Hookpoints are those of the blocks, and `vision.projection`: the output of the projector for the layers and tokens that config.json
-    selects by `vision_feature_layer` and `vision_feature_select_strategy` (`default` selects patches only).
+    selects by `vision_feature_layer` and `vision_feature_select_strategy` (`default` selects patches only). Its mean token is the output of
+    `splice`, to which blocks after the selected layers do not contribute.
     """
 
     def __init__(self, path: str, dtype: Dtype, device: str) -> None:
@@ -47,6 +48,9 @@ class LlavaVision(Tower):
         opened = Opened(path, folder, config, model, preprocess)
         check_size(config.vision_config, opened)
         super().__init__(opened, make_sites(model.tower, model.projector, config, preprocess), model, dtype, device)
+
+    def _read(self, x: Float[Tensor, "batch 3 height width"]) -> Float32[Tensor, "batch d_output"]:
+        return self._model(pixel_values=x).float().mean(1)
 
 
 def load_tower_preprocess(folder: Path, config: Any, path: str) -> Preprocess:
@@ -66,7 +70,10 @@ def make_sites(tower: Any, projector: nn.Module, config: Any, preprocess: Prepro
     """Name the hookpoints of a tower and its projector."""
     vision = config.vision_config
     point = Hookpoint(d_model=vision.hidden_size, special=special_tokens(config), grid=patch_grid(vision, preprocess.crop))
-    sites = block_sites(((block.self_attn, block.mlp, block) for block in tower.encoder.layers), point)
+    blocks = tower.encoder.layers
+    # A pass can resume no later than at the first state that the projector reads.
+    first = min(layer % (len(blocks) + 1) for layer in _chosen_states(config))
+    sites = block_sites(((block.self_attn, block.mlp, block) for block in blocks), point, first)
     special = () if config.vision_feature_select_strategy == "default" else point.special
     return sites | {PROJECTION: Site(Hookpoint(d_model=config.text_config.hidden_size, special=special, grid=point.grid), projector)}
 
@@ -92,12 +99,17 @@ class _Encoder(nn.Module):
         return self.projector(states[:, 1:] if self.drops_first else states)
 
 
+def _chosen_states(config: Any) -> list[int]:
+    """Return the numbers of the hidden states selected by config.json: state 0 enters block 0, and state i + 1 leaves block i."""
+    chosen = config.vision_feature_layer
+    return [chosen] if isinstance(chosen, int) else list(chosen)
+
+
 def _chosen_layers(tower: Any, config: Any, path: str) -> dict[str, nn.Module]:
-    """Return the modules that output the hidden states selected by config.json: state 0 enters block 0, and state i + 1 leaves block i."""
+    """Return the modules that output the hidden states selected by config.json."""
     first = tower.pre_layrnorm if hasattr(tower, "pre_layrnorm") else tower.embeddings
     states = [first, *tower.encoder.layers]
-    chosen = config.vision_feature_layer
-    chosen = [chosen] if isinstance(chosen, int) else list(chosen)
+    chosen = _chosen_states(config)
     for layer in chosen:
         if not -len(states) <= layer < len(states):
             raise ModelError(f"{KEY}: {path}: config.json says vision_feature_layer {layer}; the tower has {len(states)} hidden states")

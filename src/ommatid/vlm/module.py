@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ommatid.config.models import ModuleModel
 from ommatid.errors import ModelError
-from ommatid.vlm import Captured, Dtype, Hookpoint, Replacement, check_hookpoint, user_code
+from ommatid.vlm import Captured, Differentiated, Dtype, Hookpoint, Replacement, Score, check_hookpoint, splicing, user_code
+from ommatid.vlm.hooks import replacing
 from ommatid.vlm.precision import normalise, resolve_dtype
 from ommatid.vlm.preprocess import Interpolation, Preprocess
 
@@ -62,6 +63,16 @@ class Layout:
             return output
         return output.flatten(2).transpose(1, 2) if self.channels_first else output.flatten(1, 2)
 
+    def output(self, tokens: Float[Tensor, "batch tokens d_model"]) -> Float[Tensor, "batch ..."]:
+        """Reshape tokens `(b, tokens, d_model)` to an output."""
+        is_transposed = len(self.shape) == 3 and self.channels_first
+        return (tokens.transpose(1, 2) if is_transposed else tokens).reshape(-1, *self.shape)
+
+    def features(self, output: Float[Tensor, "batch ..."]) -> Float32[Tensor, "batch d_model"]:
+        """Return one vector per image: the class token or the only token, and else the mean of the patches."""
+        tokens, special = self.tokens(output).float(), self.hookpoint.special
+        return tokens[:, 0] if special[:1] in (("cls",), ("pooled",)) else tokens[:, len(special) :].mean(1)
+
 
 class ModuleVision:
     """A module made by the user's function, whose hookpoints are sub-modules with the names of `named_modules()`.
@@ -71,6 +82,9 @@ class ModuleVision:
     - a sequence `(b, l, d)` of special tokens followed by patches
     - a map `(b, c, r, q)` or `(b, r, q, c)` with the aspect ratio of the images
     - one vector per image, `(b, d)`
+
+    Nothing is computed in inference mode, because a module may keep a tensor for later passes, and one that was made in inference mode
+    could not be differentiated through.
     """
 
     text_templates: tuple[str, ...] = ()
@@ -84,10 +98,19 @@ class ModuleVision:
         self.preprocessing: Mapping[str, Any] = self.preprocess.as_json()
         self._module = module.eval().requires_grad_(False).to(device)
         self._device, self._dtype = device, resolve_dtype(dtype, device)
-        self._layouts = self._find_layouts(params)
+        self._layouts, self._output = self._find_layouts(params)
         self.hookpoints: Mapping[str, Hookpoint] = {name: layout.hookpoint for name, layout in self._layouts.items()}
 
-    @torch.inference_mode()
+    @property
+    def d_output(self) -> int:
+        """Width of the features that the forward pass returns.
+
+        Raises:
+            ModelError: It returns no features.
+        """
+        return self._find_output().hookpoint.d_model
+
+    @torch.no_grad()
     def capture(self, pixels: UInt8[Tensor, "batch height width 3"], hookpoints: Sequence[str]) -> Captured:
         """Return activations at one or more hookpoints, without an embedding: see `VisionModel`.
 
@@ -99,17 +122,38 @@ class ModuleVision:
         outputs = self._run(pixels, hookpoints)
         return Captured(tokens={name: self._tokens(name, outputs[name], len(pixels)) for name in hookpoints}, embedding=None)
 
+    @torch.no_grad()
     def splice(
         self, pixels: UInt8[Tensor, "batch height width 3"], hookpoint: str, replacements: Sequence[Replacement]
-    ) -> tuple[Float32[Tensor, "batch d_embed"], ...]:
-        """Raise an error: the model has no text tower, and so no embedding.
+    ) -> tuple[Float32[Tensor, "batch d_output"], ...]:
+        """Return the features `(b, d_output)` for each replacement, with one full forward pass each: see `VisionModel`.
 
         Raises:
-            ModelError: Always.
+            ModelError: The hookpoint is unknown, the shape of an output has changed, or the forward pass returns no features.
         """
-        raise ModelError(
-            f"{self.name}: has no text tower, so there is no joint space in which to measure the effect of replacing tokens at {hookpoint}"
-        )
+        check_hookpoint(self, hookpoint)
+        return tuple(self._splice(pixels, hookpoint, replacement) for replacement in replacements)
+
+    def differentiate(
+        self, pixels: UInt8[Tensor, "batch height width 3"], hookpoint: str, score: Score, replacement: Replacement | None = None
+    ) -> Differentiated:
+        """Return the gradients of a score with respect to the tokens at a hookpoint: see `VisionModel`.
+
+        Raises:
+            ModelError: The hookpoint is unknown, the shape of an output has changed, the forward pass returns no features or cannot be
+                differentiated, or the features do not depend on the hookpoint.
+        """
+        check_hookpoint(self, hookpoint)
+        where = f"{self.name}: hookpoint {hookpoint!r}"
+        try:
+            return splicing.differentiate(partial(self._splice, pixels, hookpoint), score, replacement, where)
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            raise ModelError(
+                f"{where}: the forward pass writes into a tensor that its gradient needs; replace its in-place operations, such as "
+                "x += y, by others, such as x = x + y"
+            ) from error
 
     def embed_text(self, texts: Sequence[str]) -> Float32[Tensor, "texts d_embed"]:
         """Raise an error: the model has no text tower.
@@ -120,14 +164,49 @@ class ModuleVision:
         raise ModelError(f"{self.name}: has no text tower")
 
     def _tokens(self, name: str, outputs: list[Tensor], n_images: int) -> Tensor:
+        self._check_shapes(name, [list(output.shape) for output in outputs], n_images)
+        return self._layouts[name].tokens(outputs[0])
+
+    def _check_shapes(self, name: str, shapes: list[list[int]], n_images: int) -> None:
         layout = self._layouts[name]
-        shapes = [list(output.shape) for output in outputs]
         if shapes != [[n_images, *layout.shape]]:
             raise ModelError(
                 f"hookpoint {name!r}: gave {shapes} for {n_images} images, but {[[2, *layout.shape]]} for 2 blank ones; "
                 "a hookpoint's output must have the same shape for every image"
             )
-        return layout.tokens(outputs[0])
+
+    def _find_output(self) -> Layout:
+        if self._output is None:
+            raise ModelError(
+                f"{self.name}: its forward pass returns no features, so the effect of replaced tokens cannot be measured; it must return "
+                "one tensor with an entry for each image, (b, d), (b, tokens, d) or a map; wrap the model in a module that does"
+            )
+        return self._output
+
+    def _splice(self, pixels: Tensor, hookpoint: str, replacement: Replacement) -> Tensor:
+        """Run one forward pass with the tokens at a hookpoint replaced, and return the features `(b, d_output)` float32."""
+        layout, features, shapes = self._layouts[hookpoint], self._find_output(), []
+
+        def replace(output: Tensor) -> Tensor:
+            shapes.append(list(output.shape))
+            self._check_shapes(hookpoint, shapes, len(pixels))
+            tokens = splicing.replace_tokens(layout.tokens(output), replacement)
+            # The layout in memory is kept, because sums may be rounded differently in another one.
+            return torch.empty_like(output).copy_(layout.output(tokens))
+
+        x = normalise(pixels, self.preprocess, self._device)
+        with self._autocast(), replacing(self._module.get_submodule(hookpoint), replace):
+            output = _first(self._module(x))
+        self._check_shapes(hookpoint, shapes, len(pixels))
+        if list(output.shape) != [len(pixels), *features.shape]:
+            raise ModelError(
+                f"{self.name}: its forward pass returned {list(output.shape)} for {len(pixels)} images, but {[2, *features.shape]} for 2 "
+                "blank ones; its output must have the same shape for every image"
+            )
+        return features.features(output)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(torch.device(self._device).type, self._dtype, enabled=self._dtype != torch.float32)
 
     def _run(self, pixels: Tensor, names: Sequence[str]) -> dict[str, list[Tensor]]:
         """Run one forward pass, and return outputs of sub-modules by name: a list with one output for each time that the sub-module ran."""
@@ -136,17 +215,21 @@ class ModuleVision:
         modules = dict(self._module.named_modules())
         handles = [modules[name].register_forward_hook(partial(_keep, outputs, name)) for name in names]
         try:
-            with torch.autocast(torch.device(self._device).type, self._dtype, enabled=self._dtype != torch.float32):
+            with self._autocast():
                 self._module(x)
         finally:
             for handle in handles:
                 handle.remove()
         return outputs
 
-    @torch.inference_mode()
-    def _find_layouts(self, params: ModuleModel) -> dict[str, Layout]:
-        """Find hookpoints and their layouts by running two blank images, which shows which outputs have one entry per image."""
-        names = [name for name, _ in self._module.named_modules() if name]
+    @torch.no_grad()
+    def _find_layouts(self, params: ModuleModel) -> tuple[dict[str, Layout], Layout | None]:
+        """Find hookpoints and their layouts by running two blank images, which shows which outputs have one entry per image.
+
+        Returns:
+            The layouts of the hookpoints, and that of what the forward pass returns; None if these are no features.
+        """
+        names = [name for name, _ in self._module.named_modules()]
         pixels = torch.zeros(2, *self.preprocess.crop, 3, dtype=torch.uint8)
         try:
             outputs = self._run(pixels, names)
@@ -156,15 +239,24 @@ class ModuleVision:
                 f"{type(error).__name__}: {error}; it must take one tensor of images; set extract.model.crop to their size"
             ) from error
         once = {name: seen[0] for name, seen in outputs.items() if len(seen) == 1 and len(seen[0]) == 2}
+        returned = once.pop("", None)
         found = {name: _layout(name, tuple(output.shape[1:]), self.preprocess.crop, params) for name, output in once.items()}
         layouts = {name: layout for name, layout in found.items() if layout}
         if not layouts:
-            raise ModelError(f"{KEY}: {params.factory}: none of its {len(names)} sub-modules outputs tokens for every image")
-        return layouts
+            raise ModelError(f"{KEY}: {params.factory}: none of its {len(names) - 1} sub-modules outputs tokens for every image")
+        try:
+            return layouts, None if returned is None else _layout("", tuple(returned.shape[1:]), self.preprocess.crop, params)
+        except ModelError:  # The grid of a sequence is not clear, so neither is whether it begins with a class token.
+            return layouts, None
+
+
+def _first(output: Any) -> Any:
+    """Return what a module outputs, or the first element of a tuple or list."""
+    return output[0] if isinstance(output, tuple | list) and output else output
 
 
 def _keep(outputs: dict[str, list[Tensor]], name: str, _module: nn.Module, _inputs: object, output: object) -> None:
-    first = output[0] if isinstance(output, tuple | list) and output else output
+    first = _first(output)
     if isinstance(first, Tensor) and first.is_floating_point() and first.ndim:
         # Cloned because the next layer may write into it, as ReLU(inplace=True) does.
         outputs.setdefault(name, []).append(first.clone())

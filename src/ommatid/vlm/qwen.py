@@ -3,14 +3,13 @@
 Shapes: b images, r rows and q columns of patches, m patches per side of a merge group, w merge groups per side of a window.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped, UInt8
+from jaxtyping import Float, Float32, Int, Shaped
 from PIL import Image
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
@@ -18,7 +17,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 
 from ommatid.config import models
 from ommatid.errors import ModelError
-from ommatid.vlm import Captured, Dtype, Hookpoint, hub, partial_loading
+from ommatid.vlm import Dtype, Hookpoint, hub, partial_loading
 from ommatid.vlm.preprocess import Preprocess
 from ommatid.vlm.processor import load_preprocess
 from ommatid.vlm.tower import KEY, Opened, Site, Tower, block_sites
@@ -49,21 +48,18 @@ class QwenVision(Tower):
         sites = make_sites(tower, config, grid)
         opened = Opened(path, folder, config, _Encoder(tower, self._vision, grid), preprocess)
         super().__init__(opened, sites, tower, dtype, device)
-        self._places = {name: self._find_places(name) for name in sites}
+        self._orders = {name: tower_order(name, point, self._vision).to(device) for name, point in self.hookpoints.items()}
 
-    @torch.inference_mode()
-    def capture(self, pixels: UInt8[Tensor, "batch height width 3"], hookpoints: Sequence[str]) -> Captured:
-        """Return activations at the hookpoints, without an embedding: see `VisionModel`.
+    def _read(self, x: Float[Tensor, "batch 3 height width"]) -> Float32[Tensor, "batch d_output"]:
+        tokens = self._model(pixel_values=x)
+        return tokens.float().unflatten(0, (len(x), -1)).mean(1)
 
-        Raises:
-            ModelError: A hookpoint is unknown.
-        """
-        rows = super().capture(pixels, hookpoints).tokens  # The tokens of all images in one sequence, in the tower's order.
-        return Captured({name: x.reshape(len(pixels), -1, x.shape[-1])[:, self._places[name]] for name, x in rows.items()}, None)
+    def _as_tokens(self, hookpoint: str, output: Float[Tensor, "tokens_of_all_images d_model"]) -> Float[Tensor, "batch tokens d_model"]:
+        order = self._orders[hookpoint]
+        return output.unflatten(0, (-1, len(order)))[:, order.argsort()]
 
-    def _find_places(self, hookpoint: str) -> Int[Tensor, " tokens"]:
-        """Return, for each token in row-by-row order, its position in the output of a hookpoint."""
-        return tower_order(hookpoint, self.hookpoints[hookpoint], self._vision).to(self._device).argsort()
+    def _as_output(self, hookpoint: str, tokens: Float[Tensor, "batch tokens d_model"]) -> Float[Tensor, "batch tokens d_model"]:
+        return tokens[:, self._orders[hookpoint]]
 
 
 class _Encoder(nn.Module):
@@ -76,9 +72,9 @@ class _Encoder(nn.Module):
         tower.patch_embed.register_forward_hook(lambda _module, _inputs, patches: patches.float())
         self._sizes = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
 
-    def forward(self, pixel_values: Float[Tensor, "batch 3 height width"]) -> None:
+    def forward(self, pixel_values: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "tokens_of_all_images d_output"]:
         grids = torch.tensor([[1, *self._grid]] * len(pixel_values), device=pixel_values.device)
-        self.tower(flatten_patches(pixel_values, *self._sizes), grids)
+        return self.tower(flatten_patches(pixel_values, *self._sizes), grids).pooler_output
 
 
 def _square_pixels(vision: Any, image_size: int, processor: Any, picture: Image.Image) -> Float[np.ndarray, "3 height width"]:

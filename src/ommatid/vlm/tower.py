@@ -1,7 +1,8 @@
-"""Common base of the ViTs from transformers: it opens a folder, names hookpoints, and captures several of them in one forward pass."""
+"""Common base of the ViTs from transformers: it opens a folder, names hookpoints, and captures or replaces the tokens there."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor, nn
 
 from ommatid.errors import ModelError
-from ommatid.vlm import Captured, Dtype, Hookpoint, Replacement, check_hookpoint, hub
-from ommatid.vlm.hooks import capturing, ending_after, replacing
+from ommatid.vlm import Captured, Differentiated, Dtype, Hookpoint, Replacement, Score, check_hookpoint, hub, splicing
+from ommatid.vlm.hooks import capturing, ending_after, replacing, skipping
 from ommatid.vlm.precision import cast_linears, normalise, resolve_dtype
 from ommatid.vlm.preprocess import Preprocess
 from ommatid.vlm.processor import load_preprocess
@@ -71,24 +72,28 @@ class Site:
     """The hookpoint."""
     module: nn.Module
     """Module whose output is captured."""
-    is_bottleneck: bool = True
-    """Whether the rest of the pass depends on the image only through this output, so that no residual stream bypasses the module."""
+    is_bottleneck: bool = False
+    """Whether the module is a block, and all that is computed after it depends on the image only through its output. A forward pass can
+    then resume here. The last site need not say so, because the blocks before it take nearly all the time."""
 
 
-def block_sites(blocks: Iterable[tuple[nn.Module, nn.Module, nn.Module]], hookpoint: Hookpoint) -> dict[str, Site]:
+def block_sites(
+    blocks: Iterable[tuple[nn.Module, nn.Module, nn.Module]], hookpoint: Hookpoint, n_bottlenecks: int | None = None
+) -> dict[str, Site]:
     """Name the three hookpoints of each block.
 
     Args:
         blocks: Three modules for each block: those that output what attention and what the MLP add to the residual stream, and the one
             that outputs the stream after both.
         hookpoint: Hookpoint that describes all of them.
+        n_bottlenecks: Number of blocks, from the first on, of whose outputs only the last is used after them; None for all blocks.
 
     Returns:
         The sites, by name.
     """
     names = (".attn", ".mlp", "")
     return {
-        f"vision.blocks.{i}{name}": Site(hookpoint, module, is_bottleneck=not name)
+        f"vision.blocks.{i}{name}": Site(hookpoint, module, is_bottleneck=not name and (n_bottlenecks is None or i < n_bottlenecks))
         for i, block in enumerate(blocks)
         for name, module in zip(names, block, strict=True)
     }
@@ -122,7 +127,8 @@ class Tower:
     """A ViT without a text tower.
 
     Its hookpoints are `vision.blocks.<i>`, the residual stream after block i (hidden_states[i + 1] in transformers), and
-    `vision.blocks.<i>.attn` and `vision.blocks.<i>.mlp`, which are what the block's two halves add to it.
+    `vision.blocks.<i>.attn` and `vision.blocks.<i>.mlp`, which are what the block's two halves add to it. Its output has the width of the
+    last hookpoint.
     """
 
     d_embed: int | None = None
@@ -134,10 +140,12 @@ class Tower:
         self.preprocess = opened.preprocess
         self.preprocessing: Mapping[str, Any] = opened.preprocess.as_json()
         self.hookpoints: Mapping[str, Hookpoint] = {name: site.hookpoint for name, site in sites.items()}
+        self.d_output = list(sites.values())[-1].hookpoint.d_model
         self._modules = {name: site.module for name, site in sites.items()}
+        self._bottlenecks = {name for name, site in sites.items() if site.is_bottleneck}
         self._device, self._dtype = device, resolve_dtype(dtype, device)
         cast_linears(tower, self._dtype)
-        self._model = opened.model.to(device)
+        self._model = opened.model.requires_grad_(False).to(device)
 
     @torch.inference_mode()
     def capture(self, pixels: UInt8[Tensor, "batch height width 3"], hookpoints: Sequence[str]) -> Captured:
@@ -151,19 +159,36 @@ class Tower:
         x = normalise(pixels, self.preprocess, self._device)
         with self._autocast(), capturing({name: self._modules[name] for name in hookpoints}) as seen:
             embedding = self._run(x, hookpoints)
-        return Captured({name: _as_tokens(seen[name]) for name in hookpoints}, embedding)
+        return Captured({name: self._as_tokens(name, seen[name]) for name in hookpoints}, embedding)
 
+    @torch.inference_mode()
     def splice(
         self, pixels: UInt8[Tensor, "batch height width 3"], hookpoint: str, replacements: Sequence[Replacement]
-    ) -> tuple[Float32[Tensor, "batch d_embed"], ...]:
-        """Raise an error: the model has no text tower, and so no embedding.
+    ) -> tuple[Float32[Tensor, "batch d_output"], ...]:
+        """Return the outputs `(batch, d_output)` float32 for each replacement: see `VisionModel`.
 
         Raises:
-            ModelError: Always.
+            ModelError: The hookpoint is unknown.
         """
-        raise ModelError(
-            f"{self.name}: has no text tower, so there is no joint space in which to measure the effect of replacing tokens at {hookpoint}"
-        )
+        check_hookpoint(self, hookpoint)
+        x = normalise(pixels, self.preprocess, self._device)
+        with self._resuming(x, hookpoint):
+            return tuple(self._splice(x, hookpoint, replacement) for replacement in replacements)
+
+    def differentiate(
+        self, pixels: UInt8[Tensor, "batch height width 3"], hookpoint: str, score: Score, replacement: Replacement | None = None
+    ) -> Differentiated:
+        """Return the gradients of a score with respect to the tokens at a hookpoint: see `VisionModel`.
+
+        Raises:
+            ModelError: The hookpoint is unknown, or the output does not depend on it.
+        """
+        check_hookpoint(self, hookpoint)
+
+        def run(replacement: Replacement) -> Tensor:
+            return self._splice(normalise(pixels, self.preprocess, self._device), hookpoint, replacement)
+
+        return splicing.differentiate(run, score, replacement, f"{self.name}: hookpoint {hookpoint!r}")
 
     def embed_text(self, texts: Sequence[str]) -> Float32[Tensor, "texts d_embed"]:
         """Raise an error: the model has no text tower.
@@ -181,8 +206,44 @@ class Tower:
         if hookpoints:
             last = max(hookpoints, key=list(self._modules).index)
             with ending_after(self._modules[last]):
-                self._model(pixel_values=x)
+                self._read(x)
         return None
+
+    def _read(self, x: Tensor) -> Tensor:
+        """Run the model on normalised pixels, and return its output `(batch, d_output)`: here the class token after the final norm."""
+        return self._model(pixel_values=x).last_hidden_state[:, 0]
+
+    @contextmanager
+    def _resuming(self, x: Tensor, hookpoint: str) -> Iterator[None]:
+        """Run normalised pixels up to the last bottleneck before or at a hookpoint; passes inside the block resume there."""
+        names = list(self._modules)
+        before = [self._modules[name] for name in names[: names.index(hookpoint) + 1] if name in self._bottlenecks]
+        if not before:
+            yield
+            return
+        with self._autocast(), capturing({"state": before[-1]}) as seen, ending_after(before[-1]):
+            self._read(x)
+        with skipping(before, seen["state"]):
+            yield
+
+    def _splice(self, x: Tensor, hookpoint: str, replacement: Replacement) -> Tensor:
+        """Run the model on normalised pixels with the tokens at a hookpoint replaced, and return its output in float32."""
+
+        def replace(output: Tensor) -> Tensor:
+            tokens = splicing.replace_tokens(self._as_tokens(hookpoint, output), replacement)
+            # The layout in memory is kept, because sums may be rounded differently in another one.
+            return torch.empty_like(output).copy_(self._as_output(hookpoint, tokens).reshape(output.shape))
+
+        with self._autocast(), replacing(self._modules[hookpoint], replace):
+            return self._read(x).float()
+
+    def _as_tokens(self, hookpoint: str, output: Tensor) -> Tensor:
+        """Return an output as tokens `(batch, tokens, d_model)`; one vector per image, `(batch, d_model)`, becomes one token."""
+        return output if output.ndim == 3 else output[:, None]
+
+    def _as_output(self, hookpoint: str, tokens: Tensor) -> Tensor:
+        """Return tokens in the order in which the module outputs them, whatever the shape."""
+        return tokens
 
 
 class JointTower(Tower, ABC):
@@ -194,32 +255,9 @@ class JointTower(Tower, ABC):
     def __init__(self, opened: Opened, sites: Mapping[str, Site], tower: nn.Module, dtype: Dtype, device: str) -> None:
         super().__init__(opened, sites, tower, dtype, device)
         self._tokenizer = hub.load_tokenizer(opened.folder, opened.path, KEY)
-        self._is_bottleneck = {name: site.is_bottleneck for name, site in sites.items()}
         self.logit_scale = float(opened.model.logit_scale.exp())
         with torch.inference_mode(), hub.reading(opened.path, KEY, "the text tower's output"):
             self._embed_texts(["a", "a dog"])
-
-    @torch.inference_mode()
-    def splice(
-        self, pixels: UInt8[Tensor, "batch height width 3"], hookpoint: str, replacements: Sequence[Replacement]
-    ) -> tuple[Float32[Tensor, "batch d_embed"], ...]:
-        """Return image embeddings `(batch, d_embed)` float32 for each replacement: see `VisionModel`.
-
-        All replacements share one forward pass. If nothing bypasses the hookpoint, the layers before it run only once per image.
-
-        Raises:
-            ModelError: The hookpoint is unknown.
-        """
-        check_hookpoint(self, hookpoint)
-        n, is_bottleneck = len(replacements), self._is_bottleneck[hookpoint]
-
-        def replace(output: Tensor) -> Tensor:
-            parts = [output] * n if is_bottleneck else output.chunk(n)
-            return torch.cat([_replace_tokens(part, replacement) for part, replacement in zip(parts, replacements, strict=True)])
-
-        x = normalise(pixels, self.preprocess, self._device)
-        with self._autocast(), replacing(self._modules[hookpoint], replace):
-            return self._run(x if is_bottleneck else torch.cat([x] * n), ()).chunk(n)
 
     @torch.inference_mode()
     def embed_text(self, texts: Sequence[str]) -> Float32[Tensor, "texts d_embed"]:
@@ -231,15 +269,7 @@ class JointTower(Tower, ABC):
     def _embed_texts(self, texts: list[str]) -> Tensor: ...
 
     def _run(self, x: Tensor, hookpoints: Sequence[str]) -> Tensor:
-        return self._model.get_image_features(pixel_values=x).pooler_output.float()
+        return self._read(x).float()
 
-
-def _as_tokens(output: Tensor) -> Tensor:
-    """Return an output as tokens `(batch, tokens, d_model)`; one vector per image, `(batch, d_model)`, becomes one token."""
-    return output if output.ndim == 3 else output[:, None]
-
-
-def _replace_tokens(output: Tensor, replacement: Replacement) -> Tensor:
-    tokens = replacement(_as_tokens(output))
-    assert tokens.shape == _as_tokens(output).shape, f"tokens {tuple(tokens.shape)} cannot take the place of {tuple(output.shape)}"
-    return tokens.reshape(output.shape).to(output)
+    def _read(self, x: Tensor) -> Tensor:
+        return self._model.get_image_features(pixel_values=x).pooler_output
