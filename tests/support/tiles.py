@@ -18,8 +18,9 @@ from ommatid.images.stage import run as make_images
 from ommatid.label import context
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, Draft
-from ommatid.vlm import Captured, Hookpoint, Replacement
+from ommatid.vlm import Captured, Differentiated, Hookpoint, Replacement, Score
 from ommatid.vlm.preprocess import Preprocess
+from ommatid.vlm.splicing import differentiate
 from support.study import make_artefact, make_test_params
 
 COLOURS = {"red": (240, 128, 128), "green": (128, 240, 128), "blue": (128, 128, 240), "grey": (128, 128, 128)}
@@ -56,7 +57,7 @@ class TileModel:
     """A model whose patch activations are mean colours of tiles minus grey, mapped to d_model by a fixed matrix; its texts are colours."""
 
     name = "tiles"
-    d_embed = 3
+    d_embed = d_output = 3
     d_model = 8
     text_templates = ("a photo of a {}",)
     logit_scale = None
@@ -87,6 +88,9 @@ class TileModel:
         tokens = self.capture(pixels, [hookpoint]).tokens[hookpoint]
         n_special = len(self.hookpoints[hookpoint].special) if self.hookpoints[hookpoint].grid else 0
         return tuple(replace(tokens)[:, n_special:].mean(1) @ self.spread.T + 0.01 for replace in replacements)
+
+    def differentiate(self, pixels: torch.Tensor, hookpoint: str, score: Score, replacement: Replacement | None = None) -> Differentiated:
+        return differentiate(lambda put: self.splice(pixels, hookpoint, [put])[0], score, replacement, f"tiles: {hookpoint}")
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.colours(pixels).mean((1, 2)) + 0.03

@@ -143,8 +143,9 @@ class VisionModel(Protocol):
         - `llava`, `qwen`: the mean token of `vision.projection`, which is what the language model reads
         - `module`: what the forward pass returns; of tokens, the class token if there is one, and else the mean of the patches
 
-        Every replacement goes through a forward pass of its own, with the same batch, whose part before the hookpoint runs only once. So
-        a replacement that returns its argument, or the same values, gives the plain output bit for bit, whatever else is in the call.
+        Every replacement goes through a forward pass of its own, with the same batch. So a replacement that returns its argument, or the
+        same values, gives the plain output of the batch bit for bit, whatever else is in the call. The part of the pass before the
+        hookpoint runs only once, except in a `module`, whose blocks are not known.
 
         Args:
             pixels: uint8 pixels `(batch, H, W, 3)` from `preprocess`.
