@@ -241,7 +241,7 @@ def check_finite_differences(vision: VisionModel, pixels: Tensor, name: str, ste
         h = direction * (step * tokens.norm() / direction.norm())
         up, down = vision.splice(pixels, name, [lambda x, h=h: x + h, lambda x, h=h: x - h])
         difference = float((score(up) - score(down)).sum()) / 2
-        assert difference == pytest.approx(float((gradient * h).sum()), rel=1e-2), name
+        assert difference == pytest.approx(float((gradient * h).sum()), rel=5e-2), name  # curvature and float32
 
 
 def check_splice_alone(vision: VisionModel, pixels: Tensor, name: str) -> None:
