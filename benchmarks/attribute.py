@@ -7,7 +7,6 @@ which 16 fire per token on average. The output is the similarity to one text min
 
 from collections.abc import Sequence
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -17,9 +16,9 @@ from torch import Tensor
 
 from ommatid.extract.tokens import TokenPicker
 from ommatid.images.figure import draw, make_figure
-from ommatid.intervene.attribution import Attributor, Score, agreement, similarity
+from ommatid.intervene.attribution import Attributor, agreement, similarity
 from ommatid.sae.model import SAEConfig, make_untrained
-from ommatid.vlm import Captured, Hookpoint, VisionModel, check_hookpoint
+from ommatid.vlm import Captured, Differentiated, Hookpoint, Replacement, Score, VisionModel, check_hookpoint
 from ommatid.vlm.lite import LiteVision
 
 THREADS = 2
@@ -69,9 +68,11 @@ class Lookup:
     def capture(self, pixels: Tensor, hookpoints: Sequence[str]) -> Captured:
         return Captured({"tokens": self.tokens}, None)
 
-    def differentiate(self, pixels: Tensor, hookpoint: str, score: Score) -> SimpleNamespace:
+    def differentiate(
+        self, pixels: Tensor, hookpoint: str, score: Score, replacement: Replacement | None = None, read: str | None = None
+    ) -> Differentiated:
         gradients = torch.ones_like(self.tokens) / WIDE_TOKENS
-        return SimpleNamespace(tokens=self.tokens, outputs=self.tokens.mean(1), gradients=gradients)
+        return Differentiated(self.tokens, self.tokens.mean(1), gradients)
 
 
 def on_the_demo_model() -> tuple[list[Row], list[str]]:

@@ -40,7 +40,7 @@ class TwoPlaces(TileModel):
         found = super().capture(pixels, ["tiles", "cls"])
         return Captured({**found.tokens, "doubled": 2 * found.tokens["tiles"]}, found.embedding)
 
-    def splice(self, pixels: torch.Tensor, hookpoint: str, replacements: Any) -> tuple[torch.Tensor, ...]:
+    def splice(self, pixels: torch.Tensor, hookpoint: str, replacements: Any, read: str | None = None) -> tuple[torch.Tensor, ...]:
         if hookpoint != "doubled":
             return super().splice(pixels, hookpoint, replacements)
         return super().splice(pixels, "tiles", [lambda x, r=replace: r(2 * x) / 2 for replace in replacements])

@@ -51,7 +51,9 @@ class DeepTileModel(TileModel):
         tokens = {**captured.tokens, "deep": captured.tokens["tiles"] @ self.onward}
         return replace(captured, tokens={name: tokens[name] for name in hookpoints})
 
-    def splice(self, pixels: torch.Tensor, hookpoint: str, replacements: Sequence[Replacement]) -> tuple[torch.Tensor, ...]:
+    def splice(
+        self, pixels: torch.Tensor, hookpoint: str, replacements: Sequence[Replacement], read: str | None = None
+    ) -> tuple[torch.Tensor, ...]:
         if hookpoint != "deep":
             return super().splice(pixels, hookpoint, replacements)
         tokens, back = self.capture(pixels, ["deep"]).tokens["deep"], torch.linalg.pinv(self.spread @ self.onward)

@@ -84,13 +84,18 @@ class TileModel:
         tokens = {"tiles": torch.cat([cls, patches], dim=1), "cls": cls}
         return Captured({name: tokens[name] for name in hookpoints}, colours.mean((1, 2)) + 0.01)
 
-    def splice(self, pixels: torch.Tensor, hookpoint: str, replacements: Sequence[Replacement]) -> tuple[torch.Tensor, ...]:
+    def splice(
+        self, pixels: torch.Tensor, hookpoint: str, replacements: Sequence[Replacement], read: str | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        assert read is None, "the tile model has no later hookpoints"
         tokens = self.capture(pixels, [hookpoint]).tokens[hookpoint]
         n_special = len(self.hookpoints[hookpoint].special) if self.hookpoints[hookpoint].grid else 0
         return tuple(replace(tokens)[:, n_special:].mean(1) @ self.spread.T + 0.01 for replace in replacements)
 
-    def differentiate(self, pixels: torch.Tensor, hookpoint: str, score: Score, replacement: Replacement | None = None) -> Differentiated:
-        return differentiate(lambda put: self.splice(pixels, hookpoint, [put])[0], score, replacement, f"tiles: {hookpoint}")
+    def differentiate(
+        self, pixels: torch.Tensor, hookpoint: str, score: Score, replacement: Replacement | None = None, read: str | None = None
+    ) -> Differentiated:
+        return differentiate(lambda put: self.splice(pixels, hookpoint, [put], read)[0], score, replacement, f"tiles: {hookpoint}")
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.colours(pixels).mean((1, 2)) + 0.03

@@ -261,6 +261,30 @@ def check_splice_alone(vision: VisionModel, pixels: Tensor, name: str) -> None:
     assert count_tensors() == n_tensors
 
 
+def check_reading(vision: VisionModel, pixels: Tensor, name: str, read: str) -> None:
+    """Check tokens read after a splice, and their gradients, at a later hookpoint on whose tokens alone the output depends.
+
+    The output goes on from the tokens that were read, and gradients obey the chain rule.
+    """
+    same, changed = vision.splice(pixels, name, [lambda x: x, change], read)
+    torch.testing.assert_close(same, vision.capture(pixels, [read]).tokens[read].float(), atol=1e-5, rtol=1e-5)
+    assert (changed - same).norm() > 1e-3 * same.norm()
+    (onward,), (expected,) = vision.splice(pixels, read, [lambda _: changed]), vision.splice(pixels, name, [change])
+    torch.testing.assert_close(onward, expected, atol=1e-5, rtol=1e-5)
+
+    score = make_score(vision, len(pixels))
+    onward = vision.differentiate(pixels, read, score, lambda _: changed).gradients
+    found = vision.differentiate(pixels, name, lambda tokens: (tokens * onward).sum((1, 2)), change, read)
+    expected = vision.differentiate(pixels, name, score, change).gradients
+    torch.testing.assert_close(found.outputs, changed, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.gradients, expected, atol=1e-5 * float(expected.abs().max()) + 1e-7, rtol=1e-3)
+    for other in (name, next(iter(vision.hookpoints))):
+        with pytest.raises(ModelError, match=f"hookpoint '{other}' is not after '{name}'"):
+            vision.splice(pixels, name, [lambda x: x], other)
+    with pytest.raises(ModelError, match=r"hookpoint 'none': .* has no such hookpoint"):
+        vision.differentiate(pixels, name, score, read="none")
+
+
 def count_tensors() -> int:
     """Count the tensors that live."""
     gc.collect()

@@ -20,6 +20,7 @@ from support.towers import (
     check_hooks,
     check_planted_patch,
     check_planted_patch_in_artefact,
+    check_reading,
     check_residual_stream,
     check_splice,
     check_splice_alone,
@@ -91,6 +92,8 @@ def test_splices_and_gradients_equal_hand_written_hooks(
     for check in (check_splice, check_gradients):
         check(vision, modules, lambda: reference.get_image_features(inputs).pooler_output, pixels)
     check_splice_alone(vision, pixels, "vision.blocks.1")
+    check_reading(vision, pixels, "vision.blocks.0", "vision.blocks.1")
+    check_reading(vision, pixels, "vision.blocks.1.mlp", "vision.projection")
 
 
 @pytest.mark.parametrize("hookpoint", ["vision.blocks.0", "vision.blocks.1.mlp", "vision.projection"])

@@ -18,7 +18,7 @@ from ommatid.vlm import check_hookpoint, imagenet_classes, lite, load_judge, loa
 from ommatid.vlm.lite import LiteVision, Variant, class_texts, conse, load_efficientnet
 from ommatid.vlm.network_checks import check_judge
 from ommatid.vlm.precision import normalise
-from support.towers import check_finite_differences, check_splice_alone, check_trust, make_score
+from support.towers import check_finite_differences, check_reading, check_splice_alone, check_trust, make_score
 
 
 def load(variant: Variant = "lite0", image_size: int = 128, dtype: str = "float32") -> LiteVision:
@@ -157,6 +157,7 @@ def test_gradients_equal_finite_differences(lite0: LiteVision) -> None:
     for hookpoint in ("blocks.7", "blocks.15", "head"):
         check_finite_differences(lite0, photographs(lite0), hookpoint, step=1e-4)  # small, because of ReLU6
     check_splice_alone(lite0, photographs(lite0), "blocks.15")
+    check_reading(lite0, photographs(lite0), "blocks.12", "blocks.14")
     assert not any(weight.requires_grad or weight.grad is not None for weight in lite0._net.parameters())
 
 

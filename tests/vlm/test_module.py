@@ -25,6 +25,7 @@ from support.towers import (
     check_finite_differences,
     check_gradients,
     check_planted_patch_in_artefact,
+    check_reading,
     check_splice,
     check_splice_alone,
 )
@@ -492,6 +493,7 @@ def test_splices_and_gradients_of_a_transformer_equal_hand_written_hooks(pixels:
     check_splice(vision, modules, lambda: model(x), pixels, order, bypassed)
     check_gradients(vision, modules, lambda: model(x), pixels, order)
     check_splice_alone(vision, pixels, "blocks.0.mlp")
+    check_reading(vision, pixels, "blocks.0.mlp", "blocks.1")
 
 
 class OfMaps(Order):
@@ -524,6 +526,7 @@ def test_splices_and_gradients_of_maps_equal_hand_written_hooks(pixels: torch.Te
     setattr(model.get_submodule("relu"), "inplace", False)  # noqa: B010
     check_gradients(vision, modules, lambda: model(x)[..., 0, 0], pixels, order)
     check_splice_alone(vision, pixels, "body")
+    check_reading(vision, pixels, "stem", "body")
 
 
 def test_the_first_of_several_outputs_is_replaced_and_returned(pixels: torch.Tensor) -> None:

@@ -25,6 +25,7 @@ from support.towers import (
     check_bfloat16,
     check_gradients,
     check_planted_patch_in_artefact,
+    check_reading,
     check_splice,
     check_splice_alone,
     check_trust,
@@ -230,6 +231,7 @@ def test_splices_and_gradients_equal_hand_written_hooks_on_the_mean_token(tmp_pa
     for check in (check_splice, check_gradients):
         check(vision, modules, run, pixels, order)
     check_splice_alone(vision, pixels, "vision.blocks.1")
+    check_reading(vision, pixels, "vision.blocks.1.attn", "vision.blocks.2")
 
 
 def test_a_model_without_a_text_tower_embeds_no_text(vision: QwenVision) -> None:

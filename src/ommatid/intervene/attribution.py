@@ -28,10 +28,9 @@ Suffixes: b images of a batch, t tokens of the model, k kept tokens, d d_model, 
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int, UInt8
@@ -46,11 +45,8 @@ from ommatid.metrics import Interval, ablation_sparsity, rank_correlation
 from ommatid.metrics.zero_shot import Z
 from ommatid.sae.entries import Levels, Sparse
 from ommatid.sae.model import SAE
-from ommatid.vlm import Replacement, VisionModel
+from ommatid.vlm import Replacement, Score, VisionModel
 
-Score = Callable[[Tensor], Tensor]
-"""Differentiable function from the model's output, `(b, d_output)`, or tokens at a later hookpoint, `(b, t, d)`, to one number per image,
-`(b,)`, which depends on that image only."""
 ENTRIES = 2**22
 """Largest number of activations, tokens x latents, that are computed at once."""
 VALUES = 2**24
@@ -242,8 +238,7 @@ class Attributor:
     writes: TokenPicker
     """Tokens from which contributions are removed: those that are encoded, except for a transcoder."""
     output: str | None = None
-    """A later hookpoint, whose tokens are given to scores; None gives them the model's output. `splice` and `differentiate` of the
-    model must then take its name as `read`."""
+    """A later hookpoint, whose tokens are given to scores; None gives them the model's output."""
 
     def __post_init__(self) -> None:
         for picker, what, width in ((self.reads, "encodes", self.sae.d_model), (self.writes, "decodes", self.sae.d_out)):
@@ -292,7 +287,7 @@ class Attributor:
             InputError: There are no images, or the code is not of these.
         """
         code = self._check(pixels, code)
-        found = self.model.differentiate(pixels, self.writes.name, score, **self._read)
+        found = self.model.differentiate(pixels, self.writes.name, score, read=self.output)
         code = code or self._code_of(pixels, found.tokens)
         return self._attribution(code, self.writes.pick(found.tokens), self.writes.pick(found.gradients), baseline_d)
 
@@ -329,7 +324,7 @@ class Attributor:
         mean_bkd = torch.zeros_like(x_bkd)
         for step in range(n_steps):
             left = 1 - (step + 0.5) / n_steps
-            found = self.model.differentiate(pixels, self.writes.name, score, self._shifted(-left * away_bkd), **self._read)
+            found = self.model.differentiate(pixels, self.writes.name, score, self._shifted(-left * away_bkd), self.output)
             mean_bkd += self._cast(self.writes.pick(found.gradients))
         return self._attribution(code, x_bkd, mean_bkd.div_(n_steps), baseline_d)
 
@@ -388,10 +383,6 @@ class Attributor:
         of_latents = attribution.effects_n.new_zeros(code.n_images)
         of_latents.index_add_(0, code.entries.rows // code.n_kept, attribution.effects_n)
         return Completeness(of_latents, attribution.error_b, attribution.bias_b, plain, baseline)
-
-    @property
-    def _read(self) -> dict[str, Any]:
-        return {"read": self.output} if self.output else {}
 
     @property
     def _width(self) -> int:
@@ -455,7 +446,7 @@ class Attributor:
 
     def _scores(self, pixels: Tensor, score: Score, replacements: Sequence[Replacement]) -> list[Float[Tensor, " images"]]:
         """Return the output of each image under each replacement, `(b,)` each."""
-        return [self._cast(score(outputs)) for outputs in self.model.splice(pixels, self.writes.name, replacements, **self._read)]
+        return [self._cast(score(outputs)) for outputs in self.model.splice(pixels, self.writes.name, replacements, self.output)]
 
     def _cast(self, values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return values.to(self.sae.W_dec)

@@ -25,7 +25,7 @@ Replacement = Callable[["torch.Tensor"], "torch.Tensor"]
 once, on the whole batch, without autograd or autocast, and must not write into its argument."""
 Score = Callable[["torch.Tensor"], "torch.Tensor"]
 """Differentiable function from outputs, `(batch, d_output)` float32, to one number per image, `(batch,)`, which depends on the output of
-that image only."""
+that image only. If tokens at a later hookpoint are read, they are its argument, `(batch, n_tokens, d_model)` float32."""
 N_NEAR = 10
 """Number of similar names listed in the error about an unknown hookpoint."""
 
@@ -134,7 +134,9 @@ class VisionModel(Protocol):
         """
         ...
 
-    def splice(self, pixels: "torch.Tensor", hookpoint: str, replacements: Sequence[Replacement]) -> "tuple[torch.Tensor, ...]":
+    def splice(
+        self, pixels: "torch.Tensor", hookpoint: str, replacements: Sequence[Replacement], read: str | None = None
+    ) -> "tuple[torch.Tensor, ...]":
         """Compute the model's output with the tokens at a hookpoint replaced.
 
         The output is the image embedding if the model has a text tower. If it has none, the output is its final features:
@@ -151,16 +153,20 @@ class VisionModel(Protocol):
             pixels: uint8 pixels `(batch, H, W, 3)` from `preprocess`.
             hookpoint: Name of the hookpoint.
             replacements: Functions that compute the new tokens.
+            read: A later hookpoint, whose tokens are returned instead of the output; the layers after it do not run, where that is known.
 
         Returns:
-            The outputs for each replacement, `(batch, d_output)` float32.
+            The outputs for each replacement, `(batch, d_output)` float32; or tokens that are read, `(batch, n_tokens, d_model)` float32.
 
         Raises:
-            ModelError: The hookpoint is unknown, or the model is the user's module, and its forward pass returns no features.
+            ModelError: A hookpoint is unknown, the one to read is not a later one, or the model is the user's module, and its forward pass
+                returns no features.
         """
         ...
 
-    def differentiate(self, pixels: "torch.Tensor", hookpoint: str, score: Score, replacement: Replacement | None = None) -> Differentiated:
+    def differentiate(
+        self, pixels: "torch.Tensor", hookpoint: str, score: Score, replacement: Replacement | None = None, read: str | None = None
+    ) -> Differentiated:
         """Compute the gradient of a score of the output with respect to the tokens at a hookpoint.
 
         This takes one forward pass, of which only the part after the hookpoint is differentiated, and one backward pass. Nothing of
@@ -171,6 +177,7 @@ class VisionModel(Protocol):
             hookpoint: Name of the hookpoint.
             score: The score of each image's output.
             replacement: Function that computes the tokens at which the gradient is taken; None takes it at the model's own tokens.
+            read: A later hookpoint, whose tokens take the place of the output.
 
         Returns:
             The tokens, the outputs and the gradients.
@@ -265,6 +272,19 @@ class Hooked(Protocol):
 
     @property
     def hookpoints(self) -> Mapping[str, Hookpoint]: ...  # noqa: D102
+
+
+def check_hookpoints(model: Hooked, hookpoint: str, read: str | None) -> None:
+    """Check that a model has a hookpoint, and a later one to read.
+
+    Raises:
+        ModelError: A hookpoint is unknown, or the one to read is not later in the forward pass.
+    """
+    names = list(model.hookpoints)
+    for name in (hookpoint, read or hookpoint):
+        check_hookpoint(model, name)
+    if read and names.index(read) <= names.index(hookpoint):
+        raise ModelError(f"hookpoint {read!r} is not after {hookpoint!r} in {model.name}: tokens can only be read after those that change")
 
 
 def check_hookpoint(model: Hooked, name: str) -> Hookpoint:

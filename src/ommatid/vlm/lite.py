@@ -16,7 +16,18 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ommatid.config import models
-from ommatid.vlm import Captured, Differentiated, Dtype, Hookpoint, Replacement, Score, check_hookpoint, imagenet_classes, splicing
+from ommatid.vlm import (
+    Captured,
+    Differentiated,
+    Dtype,
+    Hookpoint,
+    Replacement,
+    Score,
+    check_hookpoint,
+    check_hookpoints,
+    imagenet_classes,
+    splicing,
+)
 from ommatid.vlm.minilm import D_TEXT, load_minilm
 from ommatid.vlm.precision import normalise, resolve_dtype
 from ommatid.vlm.preprocess import Preprocess
@@ -139,11 +150,15 @@ class LiteNet(nn.Module):
             x = self.get_submodule(name)(x)
         return x
 
-    def end(self, x: Float[torch.Tensor, "batch channels rows columns"], hookpoint: str) -> Float32[torch.Tensor, "batch 1280"]:
-        """Run the map `(b, c, r, q)` at a hookpoint to the end, and return the pooled head `(b, 1280)`."""
+    def end(
+        self, x: Float[torch.Tensor, "batch channels rows columns"], hookpoint: str, read: str | None
+    ) -> Float[torch.Tensor, "batch _channels _rows _columns"]:
+        """Run the map `(b, c, r, q)` at a hookpoint to a later one, or to the end, and return the map there, `(b, c', r', q')`."""
         for name in self._names(hookpoint)[1]:
             x = self.get_submodule(name)(x)
-        return _pool(x)
+            if name == read:
+                break
+        return x
 
     def _names(self, hookpoint: str) -> tuple[list[str], list[str]]:
         """Return the names of the sub-modules up to a hookpoint, and of those after it."""
@@ -240,33 +255,38 @@ class LiteVision(_Tower):
 
     @torch.inference_mode()
     def splice(
-        self, pixels: UInt8[torch.Tensor, "batch size size 3"], hookpoint: str, replacements: Sequence[Replacement]
-    ) -> tuple[Float32[torch.Tensor, "batch 384"], ...]:
-        """Return ConSE embeddings `(b, 384)` for each replacement: see `VisionModel`.
+        self, pixels: UInt8[torch.Tensor, "batch size size 3"], hookpoint: str, replacements: Sequence[Replacement], read: str | None = None
+    ) -> tuple[Float32[torch.Tensor, "batch ..."], ...]:
+        """Return ConSE embeddings `(b, 384)`, or the tokens that are read, for each replacement: see `VisionModel`.
 
         The network runs only once up to the hookpoint.
 
         Raises:
-            ModelError: The hookpoint is unknown.
+            ModelError: A hookpoint is unknown, or the one to read is not a later one.
         """
-        check_hookpoint(self, hookpoint)
+        check_hookpoints(self, hookpoint, read)
         maps = self._begin(pixels, hookpoint)
-        return tuple(self._end(maps, hookpoint, replacement) for replacement in replacements)
+        return tuple(self._end(maps, hookpoint, replacement, read) for replacement in replacements)
 
     def differentiate(
-        self, pixels: UInt8[torch.Tensor, "batch size size 3"], hookpoint: str, score: Score, replacement: Replacement | None = None
+        self,
+        pixels: UInt8[torch.Tensor, "batch size size 3"],
+        hookpoint: str,
+        score: Score,
+        replacement: Replacement | None = None,
+        read: str | None = None,
     ) -> Differentiated:
         """Return the gradients of a score with respect to the tokens at a hookpoint: see `VisionModel`.
 
         ConSE is differentiated with the ten likeliest classes held fixed.
 
         Raises:
-            ModelError: The hookpoint is unknown.
+            ModelError: A hookpoint is unknown, or the one to read is not a later one.
         """
-        check_hookpoint(self, hookpoint)
+        check_hookpoints(self, hookpoint, read)
 
         def run(replacement: Replacement) -> torch.Tensor:
-            return self._end(self._begin(pixels, hookpoint), hookpoint, replacement)
+            return self._end(self._begin(pixels, hookpoint), hookpoint, replacement, read)
 
         return splicing.differentiate(run, score, replacement, f"{self.name}: hookpoint {hookpoint!r}")
 
@@ -291,11 +311,12 @@ class LiteVision(_Tower):
         return torch.cat([self._net.begin(self._normalise(part), hookpoint) for part in self._slices(pixels)])
 
     def _end(
-        self, maps: Float[torch.Tensor, "batch channels rows columns"], hookpoint: str, replacement: Replacement
-    ) -> Float32[torch.Tensor, "batch 384"]:
-        """Replace the tokens of maps `(b, c, r, q)` at a hookpoint, run the rest, and return the embeddings `(b, 384)`."""
+        self, maps: Float[torch.Tensor, "batch channels rows columns"], hookpoint: str, replacement: Replacement, read: str | None
+    ) -> Float32[torch.Tensor, "batch ..."]:
+        """Replace the tokens of maps `(b, c, r, q)` at a hookpoint, run the rest, and return the embeddings or the tokens to read."""
         maps = _as_maps(splicing.replace_tokens(_as_tokens(maps), replacement), like=maps)
-        return self._embed(torch.cat([self._net.end(part, hookpoint) for part in self._slices(maps)]))
+        ends = torch.cat([self._net.end(part, hookpoint, read) for part in self._slices(maps)])
+        return _as_tokens(ends).float() if read else self._embed(_pool(ends))
 
     def _embed(self, head: Float32[torch.Tensor, "batch 1280"]) -> Float32[torch.Tensor, "batch 384"]:
         return conse(self._logits(head), class_texts(self._device))

@@ -4,7 +4,8 @@ Shapes: b images, l tokens of a sequence, c channels, r rows, q columns, d the w
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -15,7 +16,18 @@ from torch import Tensor, nn
 
 from ommatid.config.models import ModuleModel
 from ommatid.errors import ModelError
-from ommatid.vlm import Captured, Differentiated, Dtype, Hookpoint, Replacement, Score, check_hookpoint, splicing, user_code
+from ommatid.vlm import (
+    Captured,
+    Differentiated,
+    Dtype,
+    Hookpoint,
+    Replacement,
+    Score,
+    check_hookpoint,
+    check_hookpoints,
+    splicing,
+    user_code,
+)
 from ommatid.vlm.hooks import replacing
 from ommatid.vlm.precision import normalise, resolve_dtype
 from ommatid.vlm.preprocess import Interpolation, Preprocess
@@ -124,29 +136,35 @@ class ModuleVision:
 
     @torch.no_grad()
     def splice(
-        self, pixels: UInt8[Tensor, "batch height width 3"], hookpoint: str, replacements: Sequence[Replacement]
-    ) -> tuple[Float32[Tensor, "batch d_output"], ...]:
-        """Return the features `(b, d_output)` for each replacement, with one full forward pass each: see `VisionModel`.
+        self, pixels: UInt8[Tensor, "batch height width 3"], hookpoint: str, replacements: Sequence[Replacement], read: str | None = None
+    ) -> tuple[Float32[Tensor, "batch ..."], ...]:
+        """Return the features `(b, d_output)`, or the tokens that are read, with one full forward pass each: see `VisionModel`.
 
         Raises:
-            ModelError: The hookpoint is unknown, the shape of an output has changed, or the forward pass returns no features.
+            ModelError: A hookpoint is unknown, the one to read is not a later one, the shape of an output has changed, or the forward pass
+                returns no features.
         """
-        check_hookpoint(self, hookpoint)
-        return tuple(self._splice(pixels, hookpoint, replacement) for replacement in replacements)
+        check_hookpoints(self, hookpoint, read)
+        return tuple(self._splice(pixels, hookpoint, read, replacement) for replacement in replacements)
 
     def differentiate(
-        self, pixels: UInt8[Tensor, "batch height width 3"], hookpoint: str, score: Score, replacement: Replacement | None = None
+        self,
+        pixels: UInt8[Tensor, "batch height width 3"],
+        hookpoint: str,
+        score: Score,
+        replacement: Replacement | None = None,
+        read: str | None = None,
     ) -> Differentiated:
         """Return the gradients of a score with respect to the tokens at a hookpoint: see `VisionModel`.
 
         Raises:
-            ModelError: The hookpoint is unknown, the shape of an output has changed, the forward pass returns no features or cannot be
-                differentiated, or the features do not depend on the hookpoint.
+            ModelError: A hookpoint is unknown, the one to read is not a later one, the shape of an output has changed, the forward pass
+                returns no features or cannot be differentiated, or the features do not depend on the hookpoint.
         """
-        check_hookpoint(self, hookpoint)
+        check_hookpoints(self, hookpoint, read)
         where = f"{self.name}: hookpoint {hookpoint!r}"
         try:
-            return splicing.differentiate(partial(self._splice, pixels, hookpoint), score, replacement, where)
+            return splicing.differentiate(partial(self._splice, pixels, hookpoint, read), score, replacement, where)
         except RuntimeError as error:
             if "inplace operation" not in str(error):
                 raise
@@ -183,9 +201,10 @@ class ModuleVision:
             )
         return self._output
 
-    def _splice(self, pixels: Tensor, hookpoint: str, replacement: Replacement) -> Tensor:
-        """Run one forward pass with the tokens at a hookpoint replaced, and return the features `(b, d_output)` float32."""
-        layout, features, shapes = self._layouts[hookpoint], self._find_output(), []
+    def _splice(self, pixels: Tensor, hookpoint: str, read: str | None, replacement: Replacement) -> Tensor:
+        """Run one forward pass with the tokens at a hookpoint replaced, and return the features `(b, d_output)` or tokens in float32."""
+        layout, shapes, later = self._layouts[hookpoint], [], {}
+        features = None if read else self._find_output()
 
         def replace(output: Tensor) -> Tensor:
             shapes.append(list(output.shape))
@@ -195,9 +214,12 @@ class ModuleVision:
             return torch.empty_like(output).copy_(layout.output(tokens))
 
         x = normalise(pixels, self.preprocess, self._device)
-        with self._autocast(), replacing(self._module.get_submodule(hookpoint), replace):
+        with self._autocast(), replacing(self._module.get_submodule(hookpoint), replace), self._keeping(later, (read,) if read else ()):
             output = _first(self._module(x))
         self._check_shapes(hookpoint, shapes, len(pixels))
+        if features is None:
+            assert read is not None
+            return self._tokens(read, later[read], len(pixels)).float()
         if list(output.shape) != [len(pixels), *features.shape]:
             raise ModelError(
                 f"{self.name}: its forward pass returned {list(output.shape)} for {len(pixels)} images, but {[2, *features.shape]} for 2 "
@@ -212,15 +234,20 @@ class ModuleVision:
         """Run one forward pass, and return outputs of sub-modules by name: a list with one output for each time that the sub-module ran."""
         outputs: dict[str, list[Tensor]] = {}
         x = normalise(pixels, self.preprocess, self._device)
+        with self._autocast(), self._keeping(outputs, names):
+            self._module(x)
+        return outputs
+
+    @contextmanager
+    def _keeping(self, outputs: dict[str, list[Tensor]], names: Sequence[str]) -> Iterator[None]:
+        """Keep the outputs of sub-modules during forward passes inside the block, by name: one for each time that the sub-module ran."""
         modules = dict(self._module.named_modules())
         handles = [modules[name].register_forward_hook(partial(_keep, outputs, name)) for name in names]
         try:
-            with self._autocast():
-                self._module(x)
+            yield
         finally:
             for handle in handles:
                 handle.remove()
-        return outputs
 
     @torch.no_grad()
     def _find_layouts(self, params: ModuleModel) -> tuple[dict[str, Layout], Layout | None]:

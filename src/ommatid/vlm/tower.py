@@ -12,7 +12,7 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor, nn
 
 from ommatid.errors import ModelError
-from ommatid.vlm import Captured, Differentiated, Dtype, Hookpoint, Replacement, Score, check_hookpoint, hub, splicing
+from ommatid.vlm import Captured, Differentiated, Dtype, Hookpoint, Replacement, Score, check_hookpoint, check_hookpoints, hub, splicing
 from ommatid.vlm.hooks import capturing, ending_after, replacing, skipping
 from ommatid.vlm.precision import cast_linears, normalise, resolve_dtype
 from ommatid.vlm.preprocess import Preprocess
@@ -163,30 +163,35 @@ class Tower:
 
     @torch.inference_mode()
     def splice(
-        self, pixels: UInt8[Tensor, "batch height width 3"], hookpoint: str, replacements: Sequence[Replacement]
-    ) -> tuple[Float32[Tensor, "batch d_output"], ...]:
-        """Return the outputs `(batch, d_output)` float32 for each replacement: see `VisionModel`.
+        self, pixels: UInt8[Tensor, "batch height width 3"], hookpoint: str, replacements: Sequence[Replacement], read: str | None = None
+    ) -> tuple[Float32[Tensor, "batch ..."], ...]:
+        """Return the outputs `(batch, d_output)` float32, or the tokens that are read, for each replacement: see `VisionModel`.
 
         Raises:
-            ModelError: The hookpoint is unknown.
+            ModelError: A hookpoint is unknown, or the one to read is not a later one.
         """
-        check_hookpoint(self, hookpoint)
+        check_hookpoints(self, hookpoint, read)
         x = normalise(pixels, self.preprocess, self._device)
         with self._resuming(x, hookpoint):
-            return tuple(self._splice(x, hookpoint, replacement) for replacement in replacements)
+            return tuple(self._splice(x, hookpoint, replacement, read) for replacement in replacements)
 
     def differentiate(
-        self, pixels: UInt8[Tensor, "batch height width 3"], hookpoint: str, score: Score, replacement: Replacement | None = None
+        self,
+        pixels: UInt8[Tensor, "batch height width 3"],
+        hookpoint: str,
+        score: Score,
+        replacement: Replacement | None = None,
+        read: str | None = None,
     ) -> Differentiated:
         """Return the gradients of a score with respect to the tokens at a hookpoint: see `VisionModel`.
 
         Raises:
-            ModelError: The hookpoint is unknown, or the output does not depend on it.
+            ModelError: A hookpoint is unknown, the one to read is not a later one, or the output does not depend on the tokens.
         """
-        check_hookpoint(self, hookpoint)
+        check_hookpoints(self, hookpoint, read)
 
         def run(replacement: Replacement) -> Tensor:
-            return self._splice(normalise(pixels, self.preprocess, self._device), hookpoint, replacement)
+            return self._splice(normalise(pixels, self.preprocess, self._device), hookpoint, replacement, read)
 
         return splicing.differentiate(run, score, replacement, f"{self.name}: hookpoint {hookpoint!r}")
 
@@ -226,8 +231,8 @@ class Tower:
         with skipping(before, seen["state"]):
             yield
 
-    def _splice(self, x: Tensor, hookpoint: str, replacement: Replacement) -> Tensor:
-        """Run the model on normalised pixels with the tokens at a hookpoint replaced, and return its output in float32."""
+    def _splice(self, x: Tensor, hookpoint: str, replacement: Replacement, read: str | None) -> Tensor:
+        """Run the model on normalised pixels with the tokens at a hookpoint replaced; return its output, or tokens, in float32."""
 
         def replace(output: Tensor) -> Tensor:
             tokens = splicing.replace_tokens(self._as_tokens(hookpoint, output), replacement)
@@ -235,7 +240,12 @@ class Tower:
             return torch.empty_like(output).copy_(self._as_output(hookpoint, tokens).reshape(output.shape))
 
         with self._autocast(), replacing(self._modules[hookpoint], replace):
-            return self._read(x).float()
+            if read is None:
+                return self._read(x).float()
+            module = self._modules[read]
+            with capturing({read: module}) as seen, ending_after(module):
+                self._read(x)
+            return self._as_tokens(read, seen[read]).float()
 
     def _as_tokens(self, hookpoint: str, output: Tensor) -> Tensor:
         """Return an output as tokens `(batch, tokens, d_model)`; one vector per image, `(batch, d_model)`, becomes one token."""
