@@ -93,8 +93,8 @@ def make_sae(threshold: float = 0.8, seed: int = 3) -> SAE:
 
 def make_attributor(kind: str = "tanh", policy: str = "patch", reads: str = "tokens", **changes: Any) -> Attributor:
     model = cast(Any, Readout(kind, **changes))
-    pickers = (TokenPicker(name, model.hookpoints[name], policy) for name in (reads, "tokens"))
-    return Attributor(model, make_sae(), *pickers)
+    read, write = (TokenPicker(name, model.hookpoints[name], policy) for name in (reads, "tokens"))
+    return Attributor(model, make_sae(), read, write)
 
 
 def pixels_of(attributor: Attributor) -> Tensor:
@@ -355,8 +355,8 @@ def test_low_agreement_is_said() -> None:
     assert noisy.note.startswith(f"a truck: the rank correlation of cheap effects with exact ones is {noisy.correlation.value:.2f} (")
     few = agreement(exact[:3], exact[:3], "a truck", "cheap")
     assert few.is_low and "is not known over 3 latents" in few.note
-    padded = [torch.cat([values, torch.zeros(500)]) for values in (exact + 2 * draw(30, seed=13), exact)]
-    assert agreement(*padded, "a truck", "cheap") == noisy  # latents without effects count for nothing
+    estimated, padded = (torch.cat([values, torch.zeros(500)]) for values in (exact + 2 * draw(30, seed=13), exact))
+    assert agreement(estimated, padded, "a truck", "cheap") == noisy  # latents without effects count for nothing
     assert agreement(torch.zeros(9), torch.zeros(9), "a truck", "cheap").is_low
 
 
