@@ -18,6 +18,9 @@ from support.browser import RunningBrowser, Windows, find_chromium, opening, run
 from support.servers import ExplorerServer, serving_explorer
 from support.small_study import HOSTILE, NAMES, Study, make_once
 
+ServeExplorer = Callable[..., ExplorerServer]
+"""Serves a study until the test ends; takes fields of the explorer's settings by name."""
+
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[RunningBrowser]:
@@ -27,8 +30,8 @@ def browser() -> Iterator[RunningBrowser]:
 
 
 @pytest.fixture
-def windows(browser: RunningBrowser) -> Iterator[Windows]:
-    """Windows of the browser; a fault of a page fails the test that opened it."""
+def windows(browser: RunningBrowser, serve_explorer: ServeExplorer) -> Iterator[Windows]:
+    """Windows of the browser, closed before the test's servers are; a fault of a page fails the test that opened it."""
     with opening(browser) as opened:
         yield opened
 
@@ -60,10 +63,6 @@ def explorer(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     log = tmp_path_factory.mktemp("explorer") / "log"
     with serving_explorer(study.catalog, log, data=str(study.data), is_read_only=True) as server:
         yield server.url
-
-
-ServeExplorer = Callable[..., ExplorerServer]
-"""Serves a study until the test ends; takes fields of the explorer's settings by name."""
 
 
 @pytest.fixture

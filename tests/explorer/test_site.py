@@ -167,7 +167,7 @@ def test_a_page_that_fails_leaves_nothing(study: Study, tmp_path: Path, monkeypa
         raise QueryError("planted: a statement failed")
 
     monkeypatch.setattr(start, "_find_lists", fail)
-    with pytest.raises(RunError, match=r"the page / cannot be made \(planted: a statement failed\)"):
+    with pytest.raises(RunError, match=r"the page /(\?sae=\S+)? cannot be made \(planted: a statement failed\)"):
         write_site(study.catalog, tmp_path / "site", "data", most=2)
     assert list(tmp_path.iterdir()) == []
 
