@@ -176,11 +176,14 @@ class Reader:
         for sql, parameters in questions:
             result, names, types, is_nested = self._begin(sql, parameters)
             rows: list[tuple[Any, ...]] = []
-            while chunk := result.fetchmany(CHUNK):
+            is_all = False
+            while not is_all:
+                chunk = result.fetchmany(CHUNK)
                 size += weigh_rows(chunk, is_nested)
                 if size > most:
                     raise too_large(most)
                 rows += chunk
+                is_all = len(chunk) < CHUNK
             answers.append((names, types, rows))
         self._wire.send("answers", answers, more=True)
         self._wire.send("end", False, self.is_spent)

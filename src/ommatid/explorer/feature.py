@@ -28,7 +28,7 @@ DECILE_BOX = 72
 """Longest side of the images of a decile, in pixels."""
 N_NEAREST = 4
 """Latents with the nearest directions whose images are hard negatives."""
-N_PREVIEW = 3
+N_PREVIEW = 2
 """Images shown of a latent that is like this one."""
 N_MATCHES = 24
 """Other SAEs whose nearest latents are shown."""
