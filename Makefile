@@ -106,4 +106,4 @@ constraints: $(READY) ## record the installed versions in constraints.txt
 
 clean: ## remove the artefacts, but not the DVC cache, the MLflow store or the environment
 	@rm -rf .worktrees && git worktree prune
-	@rm -rf data/.work data/sources data/images data/activations data/sae data/evaluation data/labels data/catalog data/quality data/pictures
+	@rm -rf data/.work data/sources data/images data/activations data/sae data/evaluation data/labels data/interventions data/catalog data/quality data/pictures

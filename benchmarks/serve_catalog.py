@@ -39,6 +39,8 @@ GRID = 7
 N_TOP = 12
 """Strongest images that are kept as examples; one more is kept of each lower decile."""
 JUDGES = ("judge_a", "judge_b")
+N_TESTED, N_DRAWS, DOSES = 256, 8, (0.0, 0.5, 1.0)
+"""Latents of an SAE that interventions test, draws of a random control, and doses."""
 THUMBNAILS = 1500
 """Distinct pictures among the thumbnails; each thumbnail has bytes of its own."""
 FIRINGS_PER_PART = 2**20
@@ -131,7 +133,8 @@ def generate(root: Path) -> dict[str, Artefact]:
         {"evaluate": evaluated},
         seed=0,
     )
-    return {**inputs, "evaluate": evaluated, "label": labelled}
+    tested = _make(root / "interventions", "interventions", _inside("effects", _effects), {"label": labelled}, draws=N_DRAWS)
+    return {**inputs, "evaluate": evaluated, "label": labelled, "intervene": tested}
 
 
 def _make(place: Path, kind: str, fill: Callable[[Draft], Mapping[str, Any]], inputs: Mapping[str, Artefact], **params: Any) -> Artefact:
@@ -507,6 +510,45 @@ def _labels(draft: Draft, size: Size, fired: Fired, words: list[str]) -> dict[st
         )
     draft.write_table("labels.parquet", pa.concat_tables(tables))
     draft.write_table("mistakes.parquet", pa.concat_tables(mistakes))
+    return {}
+
+
+def _effects(draft: Draft, size: Size) -> dict[str, Any]:
+    rng = np.random.default_rng(size.d_sae + 3)
+    chosen, is_tested = rng.choice(size.d_sae, N_TESTED, replace=False), np.zeros(size.d_sae, dtype=bool)
+    is_tested[chosen] = True
+    effect, control = rng.normal(0.1, 0.1, size.d_sae), rng.normal(0.05, 0.05, size.d_sae)
+    is_causal = effect > np.maximum(control, 0.05)
+    effects = _columns(
+        schemas.EFFECTS,
+        size.d_sae,
+        sae=size.sae,
+        latent=np.arange(size.d_sae),
+        status=np.where(is_tested, np.where(is_causal, "causal", "reads_only"), "untested").astype(object),
+        reason=[None if tested else "not chosen" for tested in is_tested],
+        outcome=["toward_label" if tested else None for tested in is_tested],
+        dose=np.where(is_tested, 1.0, np.nan),
+        act=np.where(is_tested, 4.0, np.nan),
+        effect=np.where(is_tested, effect, np.nan),
+        effect_low=np.where(is_tested, effect - 0.05, np.nan),
+        effect_high=np.where(is_tested, effect + 0.05, np.nan),
+        best_control=np.where(is_tested, control, np.nan),
+    )
+    points = [
+        (latent, outcome, arm, dose) for latent in sorted(chosen) for outcome in schemas.OUTCOMES for arm in schemas.ARMS for dose in DOSES
+    ]
+    latents, outcomes, arms, doses = (list(values) for values in zip(*points, strict=True))
+    value, n = rng.normal(0.1, 0.1, len(points)), len(points)
+    more = dict(value=value, low=value - 0.05, high=value + 0.05, n_images=96, n_draws=N_DRAWS)
+    draft.write_table(
+        "interventions.parquet",
+        _columns(schemas.INTERVENTIONS, n, sae=size.sae, latent=latents, outcome=outcomes, arm=arms, dose=doses, **more),
+    )
+    outputs, ranks = np.arange(N_CLASSES).repeat(schemas.N_ATTRIBUTED), np.tile(np.arange(1, schemas.N_ATTRIBUTED + 1), N_CLASSES)
+    more = dict(rank=ranks, latent=rng.integers(size.d_sae, size=len(ranks)), effect=1.0 / ranks, exact=np.nan, n_images=96)
+    names = np.array(_class_names(rng), dtype=object)[outputs]
+    draft.write_table("attributions.parquet", _columns(schemas.ATTRIBUTIONS, len(ranks), sae=size.sae, output=names, **more))
+    draft.write_table("effects.parquet", effects)
     return {}
 
 

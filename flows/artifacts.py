@@ -14,7 +14,7 @@ from ommatid.pipeline import STAGES
 from ommatid.publish.champion import Decision
 from ommatid.stage import HEALTH, QUALITY, REPORT
 
-HEADLINES = ("evaluate", "label")
+HEADLINES = ("evaluate", "label", "intervene")
 N_FEATURES = 10
 N_DICTIONARIES = 8
 """Maximum number of dictionaries whose health is shown; each picture takes about 50 kB of Prefect's database."""
@@ -53,7 +53,7 @@ def health(root: Path) -> str | None:
 
 
 def headline(root: Path) -> str | None:
-    """Make the page with the numbers of evaluation and labels; None if there are none yet."""
+    """Make the page with the numbers of evaluation, labels and interventions; None if there are none yet."""
     parts = []
     for stage in HEADLINES:
         if report := _read(root, stage):

@@ -71,7 +71,7 @@ def run_stage(stage: str, place: Workplace, is_clean: bool) -> State | None:
 
 @task(name="metrics", cache_policy=NO_CACHE)
 def publish_metrics(place: Workplace) -> None:
-    """Publish the headline numbers of evaluation and labels as a table."""
+    """Publish the headline numbers of evaluation, labels and interventions as a table."""
     if table := artifacts.headline(place.root):
         create_markdown_artifact(table, key="metrics", description=f"Headline numbers of {place.name}")
 

@@ -53,7 +53,7 @@ def _checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         use_tile_model(patch)
-        assert [run_verb(stage) for stage in ("images", "extract", "train", "evaluate", "label", "catalog")] == [0] * 6
+        assert [run_verb(stage) for stage in ("images", "extract", "train", "evaluate", "label", "intervene", "catalog")] == [0] * 7
         yield
 
 

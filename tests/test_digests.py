@@ -110,6 +110,14 @@ PARAMS = {
         "min_examples": 2,
         "seed": 0,
     },
+    "intervene": {
+        "latents": {"kind": "best", "by": "ms", "n": 4},
+        "doses": [0.0, 1.0],
+        "n_images": 24,
+        "draws": 3,
+        "max_drift": 0.2,
+        "seed": 0,
+    },
     "catalog": {"n_neighbours": 3},
     "retrain": {"min_ms_gain": 0.005, "max_fvu_loss": 0.01, "max_dead_rise": 0.02},
 }
@@ -126,13 +134,13 @@ TRANSCODER = PARAMS | {
 }
 SHAPES = PARAMS | {"images": PARAMS["images"] | {"source": {"kind": "shapes", "path": "plan.json"}, "limit": 20}}
 LINES: Mapping[str, tuple[Mapping[str, Any], Sequence[str]]] = {
-    "photos": (PARAMS, ("sources", "images", "extract", "train", "evaluate", "label", "catalog")),
+    "photos": (PARAMS, ("sources", "images", "extract", "train", "evaluate", "label", "intervene", "catalog")),
     "files": (FROM_FILES, ("sources", "extract", "train")),
     "transcoder": (TRANSCODER, ("images", "extract", "train", "evaluate")),
     "shapes": (SHAPES, ("sources", "images")),
 }
 """For each line, its params.yaml and the verbs that run in its folder."""
-REJECTING = ("train", "evaluate", "label")
+REJECTING = ("train", "evaluate", "label", "intervene")
 """Verbs to which dvc.yaml passes --allow-rejected."""
 
 # All verbs share one interpreter, because imports take longer than the work itself; runpy runs each verb as `python -m ommatid` does.

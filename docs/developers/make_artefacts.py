@@ -57,12 +57,13 @@ The keys of `manifest.json`:
 | `data/activations/<hookpoint>` | extract | tables `train` (shuffled), `eval` (by image within a part), `embeddings`; a part per shard |
 | `data/sae` | train | a folder for each SAE, such as `data/sae/batch_topk-1280-k16-s0`, which is an artefact too |
 | `data/sae/<sae>` | train | `sae.safetensors`, `cfg.json`, table `curves`; its params are those of this SAE alone |
-| `data/evaluation`, `data/labels` | evaluate, label | folders with the same names as in `data/sae` |
-| all three | | also SAEs that failed the stage's gate while others passed; `rejected` in the summary has the reasons |
+| `data/evaluation`, `data/labels`, `data/interventions` | evaluate, label, intervene | folders with the same names as in `data/sae` |
+| all four | | also SAEs that failed the stage's gate while others passed; `rejected` in the summary has the reasons |
 | `data/evaluation` | evaluate | tables `matches`, `stability` for every two of its SAEs; without rows if there is only one |
 | `data/evaluation/<sae>` | evaluate | about latents: tables `latents`, `examples`, `near_misses`, `firings`, `cofiring` |
 | | | about the whole: tables `comparisons`, `judged`, `fidelity`, `densities`, `levels`, `probes`, `zero_shot` |
 | `data/labels/<sae>` | label | tables `labels`, `mistakes` |
+| `data/interventions/<sae>` | intervene | tables `interventions`, `effects`, `attributions` |
 | `data/catalog` | catalog | `catalog.duckdb`, made from the others |
 
 ## Weights
@@ -82,7 +83,10 @@ The `x_hat` of a transcoder has width d_out, and its cfg.json names the `target`
 name followed by the first digits of the weights' checksum.
 """
 
-ARTEFACTS = ("images", "activations", "activations/<hookpoint>", "sae/<sae>", "evaluation/<sae>", "evaluation", "labels/<sae>")
+ARTEFACTS = (
+    *("images", "activations", "activations/<hookpoint>", "sae/<sae>", "evaluation/<sae>", "evaluation", "labels/<sae>"),
+    "interventions/<sae>",
+)
 """Artefacts in the order of their sections on the page."""
 
 

@@ -10,7 +10,7 @@ SCHEMA_VERSION = 4
 """Version of the tables and the manifest, incremented when older code would misread a change."""
 
 
-Place = Literal["images", "activations", "sae/<sae>", "evaluation", "evaluation/<sae>", "labels/<sae>", "catalog"]
+Place = Literal["images", "activations", "sae/<sae>", "evaluation", "evaluation/<sae>", "labels/<sae>", "interventions/<sae>", "catalog"]
 """Artefact that holds a table, by its folder in data; `<sae>` is the folder of each SAE. Tables of `catalog` are only in the catalogue."""
 
 
@@ -29,9 +29,9 @@ class Table:
 TABLES: dict[str, Table] = {}
 """Every table whose schema does not depend on the model, by name. The catalogue builds its relations in this order."""
 
-DERIVED: Mapping[str, tuple[str, ...]] = {"features": ("latents", "comparisons", "labels"), "runs": ("comparisons",)}
-"""Relations that are computed from other relations, in the order in which they are built once all tables are there. A column that their SQL
-does not comment on has the meaning that the first of these tables with such a column gives it."""
+DERIVED: Mapping[str, tuple[str, ...]] = {"features": ("latents", "comparisons", "labels", "effects"), "runs": ("comparisons",)}
+"""Relations that are computed from tables, some of which are no relations themselves, in the order in which they are built once all tables
+are there. A column that their SQL does not comment on has the meaning that the first of these tables with such a column gives it."""
 
 
 @dataclass(frozen=True)
@@ -518,6 +518,93 @@ MISTAKES = _table(
         nullable(pa.bool_()),
         "whether the silent image was chosen because it fires a latent with a near direction, and not at random; null if kind is missed",
     ),
+)
+
+ARMS = ("untouched", "targeted", "sign_flipped", "random_latent", "random_direction", "diff_means")
+"""Ways to run the model on an image: as it is, with the edit, or with one of the controls of the edit."""
+OUTCOMES = ("toward_label", "target_rate", "other_rate", "specificity", "collateral", "output_score", "drift")
+"""What is measured of the model's output."""
+
+INTERVENTIONS = _table(
+    "interventions",
+    "interventions/<sae>",
+    may_be_empty=True,
+    sae=(pa.string(), "name of the SAE"),
+    latent=(pa.int32(), "index of the latent"),
+    outcome=(
+        pa.string(),
+        "what is measured: toward_label (by how much the cosine with the latent's label rises, less the same for another label), "
+        "target_rate (share of the images that the model takes for the latent's class whose prediction changes), other_rate (the same of "
+        "all other images), specificity (target_rate less other_rate), collateral (loss of accuracy on images on which the latent is "
+        "silent), output_score (how high the latent's label stands among the texts that the dose raises most, less the same without it) or "
+        "drift (mean of 1 less the cosine of the output with and without the edit, divided by that of the outputs of two images)",
+    ),
+    arm=(
+        pa.string(),
+        "how the model was run: untouched (x̂ in place of x, without an edit), targeted (the latent set to the dose), sign_flipped (moved "
+        "as far the other way), random_latent (other latents that fire about as often), random_direction (moved as far in random "
+        "directions) or diff_means (moved as far along the mean token where the latent fires less that where it does not)",
+    ),
+    dose=(
+        pa.float64(),
+        "activation to which the latent is set, in units of the 99th percentile of its positive activations; 0 removes it, and stands for "
+        "untouched, which has no dose",
+    ),
+    value=(pa.float64(), "the outcome, over the images and, for a random control, its draws"),
+    low=(nullable(pa.float64()), "lower end of the 95 % interval of value; null if there is none"),
+    high=(nullable(pa.float64()), "upper end of the 95 % interval of value; null if there is none"),
+    n_images=(pa.int32(), "number of evaluation images behind the value"),
+    n_draws=(pa.int32(), "number of draws of a random control; 1 for other arms"),
+)
+
+STATUSES = ("causal", "reads_only", "breaks_model", "untested")
+"""What interventions say of a latent."""
+_UNTESTED = "null if status is untested"
+
+EFFECTS = _table(
+    "effects",
+    "interventions/<sae>",
+    sae=(pa.string(), "name of the SAE"),
+    latent=(pa.int32(), "index of the latent"),
+    status=(
+        pa.string(),
+        "causal (the output changes as the latent promises, and more than under any control), reads_only (it does not), breaks_model (only "
+        "at doses at which the output is no longer the model's) or untested",
+    ),
+    reason=(nullable(pa.string()), "why the latent is untested; null if it is tested"),
+    outcome=(nullable(pa.string()), f"interventions.outcome that the status is about; {_UNTESTED}"),
+    dose=(nullable(pa.float64()), f"interventions.dose that the effect is of; {_UNTESTED}"),
+    act=(nullable(pa.float64()), f"the same dose as an activation; {_UNTESTED}"),
+    effect=(nullable(pa.float64()), f"change of the outcome by setting the latent to the dose; {_UNTESTED}"),
+    effect_low=(
+        nullable(pa.float64()),
+        f"effect less half the width of the 95 % interval, over images, of its difference from best_control; {_UNTESTED}",
+    ),
+    effect_high=(nullable(pa.float64()), f"effect plus the same; {_UNTESTED}"),
+    best_control=(
+        nullable(pa.float64()),
+        "change of the same outcome, at the same dose, by the control that leaves the edit the least room; of a random control it is the "
+        f"upper end over draws; {_UNTESTED}",
+    ),
+)
+
+N_ATTRIBUTED = 32
+"""Maximum number of latents that are listed for an output."""
+
+ATTRIBUTIONS = _table(
+    "attributions",
+    "interventions/<sae>",
+    may_be_empty=True,
+    sae=(pa.string(), "name of the SAE"),
+    output=(pa.string(), "output of the model: the name of a class, or `label of latent N` for the cosine with the label of a latent"),
+    rank=(
+        pa.int32(),
+        f"rank of the latent by the size of effect, whatever its sign; 1 is the largest, and {N_ATTRIBUTED} the last that is listed",
+    ),
+    latent=(pa.int32(), "index of the latent"),
+    effect=(pa.float64(), "mean over images of what the output owes to the latent, estimated from gradients"),
+    exact=(nullable(pa.float64()), "the same, measured by removing the latent; null for all but a few latents"),
+    n_images=(pa.int32(), "number of evaluation images in the means"),
 )
 
 NEIGHBOURS = _table(

@@ -182,6 +182,27 @@ class LabellingsSummary(PerSAESummary):
     of: Annotated[dict[str, dict[str, float]], "for each of them: the numbers of its summary"]
 
 
+class EffectsSummary(TypedDict):
+    """The interventions on one SAE."""
+
+    n_tested: Annotated[int, "latents that were set to chosen activations"]
+    n_causal: Annotated[int, "latents with the status causal"]
+    n_reads_only: Annotated[int, "latents with the status reads_only"]
+    n_breaks_model: Annotated[int, "latents with the status breaks_model"]
+    n_untested: Annotated[int, "latents that were not tested; `effects.reason` says why"]
+    share_causal: Annotated[float | None, "`n_causal` as a share of `n_tested`; null if none was tested"]
+    random_causal: Annotated[float | None, "share of random latents, one matched to each tested latent, that the same rule calls causal"]
+    zero_dose: Annotated[float | None, "largest change of an output by an edit that moves nothing, which must be 0; null if none was made"]
+    spearman_ms: Annotated[float | None, "rank correlation over tested latents of `ms` and of `effect` less `best_control`"]
+    reason: Annotated[str, "`ok`, or why no latent could be tested"]
+
+
+class InterventionsSummary(PerSAESummary):
+    """All interventions of the stage `intervene`."""
+
+    of: Annotated[dict[str, dict[str, float]], "for each of them: the numbers of its summary"]
+
+
 class CatalogSummary(TypedDict):
     """The catalogue of the stage `catalog`."""
 
@@ -199,6 +220,8 @@ SUMMARIES: Mapping[str, type[Any]] = {
     "evaluation": EvaluationSummary,
     "labellings": LabellingsSummary,
     "labels": LabelsSummary,
+    "interventions": InterventionsSummary,
+    "effects": EffectsSummary,
     "catalog": CatalogSummary,
 }
 """The summary of each kind of artefact."""

@@ -51,6 +51,8 @@ GRAIN = {
     "levels": "sae, level",
     "probes": "sae, class, probe, k",
     "zero_shot": "sae, spliced",
+    "interventions": "sae, latent, outcome, arm, dose",
+    "attributions": "sae, output, rank",
     "matches": "sae, latent, other_sae",
     "stability": "sae, other_sae",
     "features": "sae, latent",
@@ -67,6 +69,8 @@ COUNTS |= {
     "levels": 1,
     "probes": 4,
     "zero_shot": 5,
+    "interventions": 4,
+    "attributions": 3,
     "matches": 0,
     "stability": 0,
     "directions": 4,
@@ -150,6 +154,29 @@ def test_features_carry_structure(catalog: Catalog) -> None:
     ]
 
 
+def test_features_carry_what_a_latent_does_and_say_untested_of_every_other(catalog: Catalog) -> None:
+    columns = "latent, causal, effect, effect_low, effect_high, best_control, dose"
+    assert catalog.rows(f"SELECT {columns} FROM features ORDER BY latent") == [
+        (0, "causal", 0.5, 0.25, 0.75, 0.125, 1.0),
+        (1, "reads_only", 0.1, -0.25, 0.5, 0.2, 0.5),
+        *((latent, "untested", None, None, None, None, None) for latent in (2, 3)),
+    ]
+    assert catalog.rows("SELECT DISTINCT sae FROM attributions") == [(artefacts.SAE,)]
+    assert catalog.rows("SELECT output, latent, exact FROM attributions WHERE rank = 1 ORDER BY output") == [
+        ("cat", 0, 0.4),
+        ("label of latent 0", 0, None),
+    ]
+
+
+def test_interventions_of_several_saes_stay_apart(tmp_path: Path) -> None:
+    """Latents of the same index in two SAEs, only one of which was tested."""
+    inputs = artefacts.make_inputs(tmp_path, names=(artefacts.NAME, artefacts.OTHER))
+    artefacts.build(tmp_path, inputs)
+    with Catalog(artefacts.path_in(tmp_path)) as catalog:
+        rows = catalog.rows("SELECT sae, count(*) FILTER (causal = 'causal'), count(*) FROM features GROUP BY sae ORDER BY sae")
+        assert rows == [(f"{artefacts.OTHER}-00000000", 1, 2), (artefacts.SAE, 1, 4)]
+
+
 def test_labels_are_null_unless_their_status_is_ok(catalog: Catalog) -> None:
     assert catalog.rows("SELECT count(*) FROM labels WHERE (status = 'ok') <> (label IS NOT NULL)") == [(0,)]
 
@@ -164,6 +191,7 @@ def test_runs_have_the_lineage_of_each_sae(tmp_path: Path) -> None:
         "train": {"k": 2},
         "evaluate": {"n_top": 2},
         "label": {"seed": 0},
+        "intervene": {"draws": 8},
         "catalog": {"n_neighbours": 2},
     }
     assert run.pop("created_at").year >= 2024
@@ -452,7 +480,7 @@ from support import catalog as artefacts
 from ommatid import errors, store
 root = Path(sys.argv[2])
 places = {"images": ("images", "images"), "train": ("sae", "training")}
-places |= {"evaluate": ("evaluation", "evaluations"), "label": ("labels", "labellings")}
+places |= {"evaluate": ("evaluation", "evaluations"), "label": ("labels", "labellings"), "intervene": ("interventions", "interventions")}
 inputs = {stage: store.open_artefact(root / place, kind) for stage, (place, kind) in places.items()}
 """
 

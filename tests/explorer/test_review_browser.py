@@ -45,7 +45,7 @@ def test_by_keyboard_alone(windows: Windows, study: Study, serve_explorer: Serve
     keys.type("j is no key 2 here")
     keys.press("Enter")
     expect(page.locator("#called h1")).to_contain_text("j is no key 2 here")
-    expect(page.locator("#called")).to_contain_text("in the catalogue after the next run of label and catalog")
+    expect(page.locator("#called")).to_contain_text("in the catalogue after the next run of label, intervene and catalog")
     expect(page.locator("#review-report")).to_have_text("Recorded.")
     keys.press("f")
     expect(page.locator("#review .flag.warn")).to_have_text("the name is wrong")
@@ -182,7 +182,7 @@ def test_corrections_are_in_the_next_catalogue(windows: Windows, own_study: Stud
         corrected[int(at(page))] = name
         page.get_by_role("link", name="Next").click()
         page.wait_for_url(lambda url: not re.search(rf"at=({'|'.join(map(str, corrected))})$", url))
-    run_stages(own_study.root, "sources", "label", "catalog")
+    run_stages(own_study.root, "sources", "label", "intervene", "catalog")
     with duckdb.connect(own_study.catalog, read_only=True) as connection:
         sql = "SELECT latent, label, labeller FROM features JOIN runs USING (sae) WHERE name = ? AND starts_with(labeller, 'human')"
         found = connection.execute(sql, [SAE]).fetchall()

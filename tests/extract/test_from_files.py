@@ -669,7 +669,7 @@ def test_an_sae_can_be_trained_on_an_import_and_stages_that_need_images_say_so(c
     assert sae.summary["fvu"] < 0.2
     assert (checkout / "data/quality/extract.html").exists()
     assert '"theirs"' in (sae.path / "cfg.json").read_text()
-    for stage in ("evaluate", "label", "catalog"):
+    for stage in ("evaluate", "label", "intervene", "catalog"):
         with pytest.raises(ArtefactError, match=rf"{stage} needs images .* imported .* extract.source: images"):
             run_stage(stage, params, ignore)
         assert not (checkout / f"data/{stage}").exists()

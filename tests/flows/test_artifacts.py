@@ -44,12 +44,14 @@ def test_a_report_becomes_a_table_whose_cells_stay_cells(tmp_path: Path) -> None
     assert table.startswith("# images: **failed**") and "| **failed** | rows \\| any | 0 | no rows |" in table
 
 
-def test_the_headline_has_evaluation_and_labels(tmp_path: Path) -> None:
+def test_the_headline_has_evaluation_labels_and_interventions(tmp_path: Path) -> None:
     assert artifacts.headline(tmp_path) is None
     report(tmp_path, "evaluate")
     report(tmp_path, "label")
+    report(tmp_path, "intervene")
     table = str(artifacts.headline(tmp_path))
-    assert "# evaluate" in table and "# label" in table and "| `fvu` | 0.1235 |" in table
+    assert [line for line in table.splitlines() if line.startswith("#")] == ["# evaluate", "# label", "# intervene"]
+    assert table.count("| `fvu` | 0.1235 |") == 3
 
 
 def test_the_headline_of_several_saes_has_a_column_for_each(tmp_path: Path) -> None:

@@ -189,6 +189,7 @@ def test_label_skips_both_rejected_saes_and_rejects_a_third(params: Params, monk
 
 def test_the_catalogue_holds_the_saes_that_passed_every_gate_and_can_be_promoted(params: Params) -> None:
     heard: list[Event] = []
+    run_stage("intervene", params, ignore)
     run_stage("catalog", params, heard.append)
     assert len([event for event in heard if isinstance(event, Warned) and " is left out because " in event.what]) == 3
     (passed,) = (sae.summary["sae"] for name, sae in open_stage("train").each().items() if name == GOOD)

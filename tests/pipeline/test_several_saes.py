@@ -27,12 +27,15 @@ from ommatid.pipeline.run import run_stage
 from ommatid.publish import champion
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, open_draft
+from ommatid.store.per_sae import numbers
 from ommatid.vlm import Captured, Hookpoint, Replacement
 from support.study import make_test_params, run_verb
 from support.tiles import COLOURS, GRID, TileModel, use_tile_model, write_tile_folder
 
 NARROW, WIDE = "batch_topk-12-k2-s0", "batch_topk-24-k3-s0"
 WIDTHS = {NARROW: 12, WIDE: 24}
+ABOUT_LATENTS = {"evaluate": "latents", "label": "labels", "intervene": "effects"}
+"""A table with a row for every latent, by stage."""
 CATALOG = Path("data/catalog/catalog.duckdb")
 D_DEEP = 5
 
@@ -115,7 +118,7 @@ def test_progress_names_the_sae(capsys: pytest.CaptureFixture[str]) -> None:
     assert {name: SAE.load(sae.path).config.d_sae for name, sae in training.each().items()} == WIDTHS
 
 
-@pytest.mark.parametrize("stage", ["evaluate", "label"])
+@pytest.mark.parametrize("stage", ["evaluate", "label", "intervene"])
 def test_a_stage_killed_between_two_saes_continues_with_the_second(stage: str, params: Params) -> None:
     with pytest.raises(Killed):
         run_stage(stage, params, kill_at(lambda event: is_about(WIDE, event)))
@@ -125,7 +128,8 @@ def test_a_stage_killed_between_two_saes_continues_with_the_second(stage: str, p
     assert not [event for event in heard if is_about(NARROW, event)] and [event for event in heard if is_about(WIDE, event)]
     assert list(made.each()) == [NARROW, WIDE]
     for name, child in made.each().items():
-        assert child.summary["n_latents"] == WIDTHS[name] == made.summary["of"][name]["n_latents"]
+        assert len(set(child.read(ABOUT_LATENTS[stage], ["latent"])["latent"].to_pylist())) == WIDTHS[name]
+        assert made.summary["of"][name] == numbers(child.summary)
         assert child.manifest.inputs["train"] == open_stage("train").each()[name].digest
     made.verify()
 
@@ -184,7 +188,7 @@ def test_inputs_that_do_not_belong_together_are_refused(params: Params) -> None:
         run_stage("catalog", params, ignore, "other")
     assert "other/evaluation was made from another version of other/sae" in str(refused.value)
     assert "other/labels was made from another version of other/sae" in str(refused.value)
-    assert "in this order: evaluate, label, catalog" in str(refused.value)
+    assert "in this order: evaluate, label, intervene, catalog" in str(refused.value)
 
 
 def test_a_gate_names_the_sae_that_fails_and_nothing_is_published(params: Params) -> None:
@@ -262,7 +266,7 @@ def test_a_new_champion_is_matched_with_the_last_on_the_same_images(params: Para
     train = type(params.train).model_validate(params.train.model_dump(mode="json") | {"runs": [], "seed": 1})
     margins = RetrainParams(min_ms_gain=-1, max_fvu_loss=1, max_dead_rise=1)
     again = params.model_copy(update={"train": train, "retrain": margins})
-    for stage in ("train", "evaluate", "label", "catalog"):
+    for stage in ("train", "evaluate", "label", "intervene", "catalog"):
         run_stage(stage, again, ignore)
     decision = champion.decide(again)
     assert decision.decision == "champion" and decision.champion and decision.champion.sae == before

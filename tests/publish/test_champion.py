@@ -58,7 +58,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def make(name: str, ms: float, d_model: int = 8, **others: float) -> None:
-    """Make what a decision reads of the six stages: an SAE, and others by name with their MS."""
+    """Make what a decision reads of the stages: an SAE, and others by name with their MS."""
     activations = {"model": "lite0", "hookpoint": "blocks.15", "d_model": d_model}
     saes = {name: ms, **others}
     _write("images", {"": ({"n_eval": 3}, {})})

@@ -34,7 +34,7 @@ Files = Mapping[str, pa.Table | Callable[[Path], None]]
 ONE, OTHER = "batch_topk-4-k2-s0", "batch_topk-3-k1-s0"
 SUMMARY = {"n": 3, "n_images": N_IMAGES, "share": 0.5, "name": "text", "nested": {"deep": 1}, "missing": None, "n_images_in_both": 0}
 SHAPES = "every tensor is present in its expected shape"
-PARENTS = {"sae": "training", "evaluation": "evaluations", "labels": "labellings"}
+PARENTS = {"sae": "training", "evaluation": "evaluations", "labels": "labellings", "effects": "interventions"}
 
 
 @pytest.fixture(scope="module")
@@ -641,6 +641,175 @@ def test_controls_far_from_chance_fail_once_there_are_enough_of_them(tmp_path: P
         assert all("scores near chance" in failure.name for failure in report.failures)
     few = [{**row, "latent": i, control: 0.9} for i in range(N_LATENTS)]
     assert check("label", labels_artefact(tmp_path, few), params).success
+
+
+# intervene
+
+
+EFFECT_NULLS = dict.fromkeys(field.name for field in schemas.EFFECTS if field.nullable)
+EFFECT_COUNTS = {"n_tested": 2, "n_causal": 1, "n_reads_only": 1, "n_breaks_model": 0, "n_untested": 2, "share_causal": 0.5}
+EFFECT_COUNTS |= {"random_causal": 0.0, "zero_dose": 0.0}
+NUMBERS = {
+    "outcome": "toward_label",
+    "dose": 1.0,
+    "act": 4.0,
+    "effect": 0.5,
+    "effect_low": 0.25,
+    "effect_high": 0.75,
+    "best_control": 0.125,
+}
+
+
+def effect_rows() -> Rows:
+    rows: Rows = [{**EFFECT_NULLS, "sae": "s", "latent": i, "status": "untested", "reason": "not chosen"} for i in range(N_LATENTS)]
+    rows[1] |= {**NUMBERS, "status": "causal", "reason": None}
+    rows[2] |= {**NUMBERS, "status": "reads_only", "reason": None, "effect_low": -0.25, "best_control": 0.75}
+    return rows
+
+
+def intervention_rows() -> Rows:
+    shared = {"sae": "s", "latent": 1, "outcome": "toward_label", "dose": 1.0, "n_images": 16}
+    rows: Rows = [{**shared, "arm": "targeted", "value": 0.5, "low": 0.25, "high": 0.75, "n_draws": 1}]
+    return [*rows, {**shared, "arm": "random_latent", "value": 0.125, "low": None, "high": None, "n_draws": 8}]
+
+
+def attribution_rows() -> Rows:
+    shared = {"sae": "s", "output": "cat", "n_images": 16}
+    rows: Rows = [{**shared, "rank": 1, "latent": 1, "effect": -0.5, "exact": -0.4}]
+    return [*rows, {**shared, "rank": 2, "latent": 3, "effect": 0.25, "exact": None}]
+
+
+def effects_artefact(
+    folder: Path,
+    effects: Rows | None = None,
+    interventions: Rows | None = None,
+    attributions: Rows | None = None,
+    sae: str = ONE,
+    **summary: Any,
+) -> Artefact:
+    tables = {
+        "effects.parquet": table(schemas.EFFECTS, effect_rows() if effects is None else effects),
+        "interventions.parquet": table(schemas.INTERVENTIONS, intervention_rows() if interventions is None else interventions),
+        "attributions.parquet": table(schemas.ATTRIBUTIONS, attribution_rows() if attributions is None else attributions),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in (EFFECT_COUNTS | summary).items():
+            patch.setitem(SUMMARY, key, value)
+        return inside_of(folder, "effects", {sae: tables})
+
+
+def test_intervene_passes(tmp_path: Path, params: Params) -> None:
+    report = check("intervene", effects_artefact(tmp_path), params)
+    assert report.success, report.failures
+    assert report.numbers["n_causal"] == 1
+
+
+def test_an_sae_whose_model_cannot_be_run_passes_with_the_reason(tmp_path: Path, params: Params) -> None:
+    untested: Rows = [{**EFFECT_NULLS, "sae": "s", "latent": i, "status": "untested", "reason": "no model"} for i in range(N_LATENTS)]
+    counts = {key: 0 for key in EFFECT_COUNTS if key.startswith("n_")} | {"n_untested": N_LATENTS}
+    unknown: dict[str, Any] = {"share_causal": None, "random_causal": None, "zero_dose": None}
+    report = check("intervene", effects_artefact(tmp_path, untested, [], [], **counts, **unknown), params)
+    assert report.success, report.failures
+
+
+AGREE, EVERY = "statuses agree with their numbers", "every latent has one row of effects"
+ROWS, KEYS = "rows have known latents, arms, outcomes and ranks, and finite numbers", "no key is repeated"
+RANKED = "attributions are ranked by size without gaps"
+
+
+@pytest.mark.parametrize(
+    ("rows", "name", "words"),
+    [
+        (edited(effect_rows(), 1, effect_low=-0.125), AGREE, ["latent 1", "causal", "effect 0.5 from -0.125"]),
+        (edited(effect_rows(), 1, effect_low=0.0), AGREE, ["latent 1", "causal"]),
+        (edited(effect_rows(), 1, best_control=0.5), AGREE, ["latent 1", "best_control 0.5"]),
+        (edited(effect_rows(), 1, best_control=None), AGREE, ["latent 1", "best_control is not a number"]),
+        (edited(effect_rows(), 2, effect=float("inf")), AGREE, ["latent 2", "effect is not a number"]),
+        (edited(effect_rows(), 2, effect_low=0.8), AGREE, ["latent 2", "effect_low 0.8 above effect_high 0.75"]),
+        (edited(effect_rows(), 2, dose=-1.0), AGREE, ["latent 2", "dose below 0"]),
+        (edited(effect_rows(), 2, outcome="fame"), AGREE, ["latent 2", "outcome fame"]),
+        (edited(effect_rows(), 2, outcome=None), AGREE, ["latent 2", "outcome"]),
+        (edited(effect_rows(), 2, reason="not chosen"), AGREE, ["latent 2", "tested, but with a reason"]),
+        (edited(effect_rows(), 3, effect=0.5), AGREE, ["latent 3", "untested, but with effect"]),
+        (edited(effect_rows(), 3, outcome="drift"), AGREE, ["latent 3", "untested, but with outcome"]),
+        (edited(effect_rows(), 3, reason=None), AGREE, ["latent 3", "untested without a reason"]),
+        (effect_rows()[:3], EVERY, ["latent 3"]),
+        ([*effect_rows(), effect_rows()[1]], EVERY, ["latent 1"]),
+        ([*effect_rows(), {**effect_rows()[3], "latent": N_LATENTS}], EVERY, [f"latent {N_LATENTS}"]),
+    ],
+)
+def test_damaged_effects_are_named(tmp_path: Path, params: Params, rows: Rows, name: str, words: list[str]) -> None:
+    found = failed(check("intervene", effects_artefact(tmp_path, rows, **_count(rows)), params))
+    assert set(found) == {name}
+    assert all(word in found[name].detail for word in words), found[name].detail
+
+
+def _count(rows: Rows) -> dict[str, Any]:
+    n_untested = sum(row["status"] == "untested" for row in rows)
+    of = {f"n_{status}": sum(row["status"] == status for row in rows) for status in schemas.STATUSES}
+    return of | {"n_tested": len(rows) - n_untested}
+
+
+def test_an_unknown_status_is_named(tmp_path: Path, params: Params) -> None:
+    rows = edited(effect_rows(), 2, status="great")
+    found = failed(check("intervene", effects_artefact(tmp_path, rows, **_count(rows)), params))
+    assert set(found) == {"every status is known"} and "latent 2" in found["every status is known"].detail
+
+
+@pytest.mark.parametrize(
+    ("interventions", "attributions", "name", "words"),
+    [
+        (edited(intervention_rows(), 0, arm="lucky"), None, ROWS, ["interventions", "latent 1 toward_label lucky"]),
+        (edited(intervention_rows(), 0, arm="drift"), None, ROWS, ["latent 1 toward_label drift"]),
+        (edited(intervention_rows(), 0, outcome="fame"), None, ROWS, ["latent 1 fame targeted"]),
+        (edited(intervention_rows(), 0, latent=N_LATENTS), None, ROWS, [f"latent {N_LATENTS} "]),
+        (edited(intervention_rows(), 0, value=float("nan")), None, ROWS, ["latent 1 toward_label targeted"]),
+        (edited(intervention_rows(), 0, dose=-1.0), None, ROWS, ["latent 1 toward_label targeted -1"]),
+        (edited(intervention_rows(), 0, low=0.9), None, ROWS, ["latent 1 toward_label targeted"]),
+        (edited(intervention_rows(), 1, n_draws=0), None, ROWS, ["latent 1 toward_label random_latent"]),
+        (edited(intervention_rows(), 1, arm="targeted"), None, KEYS, ["interventions", "latent 1 toward_label targeted"]),
+        (None, edited(attribution_rows(), 1, latent=-1), ROWS, ["attributions", "latent -1 cat 2"]),
+        (None, edited(attribution_rows(), 1, effect=float("nan")), ROWS, ["latent 3 cat 2"]),
+        (None, edited(attribution_rows(), 0, exact=float("inf")), ROWS, ["latent 1 cat 1"]),
+        (None, edited(attribution_rows(), 1, rank=1), KEYS, ["attributions", "cat 1"]),
+        (None, edited(attribution_rows(), 1, rank=3), RANKED, ["attributions", "latent 3 cat 3"]),
+        (None, edited(attribution_rows(), 1, effect=0.75), RANKED, ["attributions", "latent 3 cat 2"]),
+    ],
+)
+def test_damaged_interventions_and_attributions_are_named(
+    tmp_path: Path, params: Params, interventions: Rows | None, attributions: Rows | None, name: str, words: list[str]
+) -> None:
+    found = failed(check("intervene", effects_artefact(tmp_path, None, interventions, attributions), params))
+    assert set(found) == {name}
+    assert all(word in found[name].detail for word in words), found[name].detail
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"zero_dose": 1e-7}, "an edit that moves nothing changes nothing"),
+        ({"zero_dose": None}, "an edit that moves nothing was tried"),
+        ({"n_causal": 2}, "the summary counts the statuses"),
+        ({"n_untested": 0}, "the summary counts the statuses"),
+        ({"share_causal": 1.5}, "shares lie between 0 and 1"),
+    ],
+)
+def test_a_summary_that_cannot_be_is_named(tmp_path: Path, params: Params, change: Mapping[str, Any], name: str) -> None:
+    assert set(failed(check("intervene", effects_artefact(tmp_path, **change), params))) == {name}
+
+
+def test_random_latents_that_are_causal_fail_once_there_are_more_than_chance_allows(tmp_path: Path, params: Params) -> None:
+    """With a chance of 5 %, fewer than 1 in 1,000 draws of 400 latents have 36 causal ones; 1 of 2 is too few to tell."""
+    name, n = "random latents are not causal", 400
+    many = params.model_copy(update={"train": params.train.model_copy(update={"d_sae": n})})
+    rows = [{**effect_rows()[2], "latent": i} for i in range(n)]
+    for share, passes in ((0.05, True), (35 / n, True), (36 / n, False), (1.0, False)):
+        found_of = {**_count(rows), "random_causal": share, "share_causal": 0.0}
+        made = effects_artefact(tmp_path / f"{share}", rows, [], [], ONE.replace("4", f"{n}"), **found_of)
+        found = failed(check("intervene", made, many))
+        assert (found == {}) == passes and set(found) <= {name}
+        assert passes or f"{share:.3g} of {n} are causal" in found[name].detail
+    assert check("intervene", effects_artefact(tmp_path / "few", random_causal=0.5), params).success
 
 
 # catalog

@@ -22,7 +22,7 @@ ROWS = """
 RUN_VERBS = """
 import sys
 from support.study import run_verb
-for verb in ("images", "extract", "train", "evaluate", "label", "catalog"):
+for verb in ("images", "extract", "train", "evaluate", "label", "intervene", "catalog"):
     if status := run_verb(verb):
         sys.exit(f"{verb} ended with {status}")
 """

@@ -94,6 +94,21 @@ MISTAKES = [
     (1, "words", "missed", 1, 4, 0.125, 0.25, 1.0, None),
     (1, "words", "false_alarm", 1, 0, 0.5, 0.25, 0.0, False),
 ]
+INTERVENTIONS = [
+    # latent, outcome, arm, dose, value, draws
+    (0, "toward_label", "targeted", 1.0, 0.5, 1),
+    (0, "toward_label", "random_latent", 1.0, 0.1, 8),
+    (0, "drift", "targeted", 1.0, 0.1, 1),
+    (1, "toward_label", "targeted", 0.5, 0.1, 1),
+]
+EFFECTS = [
+    # latent, status, reason, outcome, dose, act, effect, low, high, best control
+    (0, "causal", None, "toward_label", 1.0, 4.0, 0.5, 0.25, 0.75, 0.125),
+    (1, "reads_only", None, "toward_label", 0.5, 1.0, 0.1, -0.25, 0.5, 0.2),
+    (2, "untested", "not chosen", None, None, None, None, None, None, None),
+]
+"""Latent 3 has no row: `features` says untested."""
+ATTRIBUTIONS = [("cat", 1, 0, 0.5, 0.4), ("cat", 2, 1, -0.25, None), ("label of latent 0", 1, 0, 0.25, None)]
 ZERO_SHOT = [("plain", 0.9, 1.0), ("sae", 0.8, 0.85), ("sae_with_error", 0.9, 1.0), ("mean", 0.2, 0.0), ("untrained", 0.5, 0.4)]
 COMPARISONS = [("sae", 0.2, 0.7), ("untrained", 0.6, 0.5), ("neurons", None, 0.4)]
 JUDGED = [
@@ -137,7 +152,8 @@ def make_inputs(root: Path, width: int = 32, height: int = 32, names: Sequence[s
     inputs = {"images": images, "train": training}
     evaluations = make(root / "evaluation", "evaluations", _evaluations(names), inputs, n_top=2)
     labellings = make(root / "labels", "labellings", _inside(names, "labels", _labels), {"evaluate": evaluations}, seed=0)
-    return {**inputs, "evaluate": evaluations, "label": labellings}
+    effects = make(root / "interventions", "interventions", _inside(names, "effects", _effects), {"label": labellings}, draws=8)
+    return {**inputs, "evaluate": evaluations, "label": labellings, "intervene": effects}
 
 
 def _inside(names: Sequence[str], kind: str, fill: Callable[[Draft, str], Mapping[str, Any]]) -> Callable[[Draft], Mapping[str, Any]]:
@@ -258,4 +274,17 @@ def _labels(draft: Draft, name: str) -> dict[str, Any]:
         [row for row in MISTAKES if row[0] < _latents_of(name)],
     )
     draft.write_table("mistakes.parquet", columns(schemas.MISTAKES, mistaken, names, sae=f"{name}-00000000"))
+    return {}
+
+
+def _effects(draft: Draft, name: str) -> dict[str, Any]:
+    sae, n = f"{name}-00000000", _latents_of(name)
+    names = "latent status reason outcome dose act effect effect_low effect_high best_control"
+    effects = [row for row in EFFECTS if row[0] < n]
+    draft.write_table("effects.parquet", columns(schemas.EFFECTS, effects, names, sae=sae))
+    ran = [row for row in INTERVENTIONS if row[0] < n]
+    table = columns(schemas.INTERVENTIONS, ran, "latent outcome arm dose value n_draws", sae=sae, n_images=6)
+    draft.write_table("interventions.parquet", table)
+    table = columns(schemas.ATTRIBUTIONS, ATTRIBUTIONS, "output rank latent effect exact", sae=sae, n_images=6)
+    draft.write_table("attributions.parquet", table)
     return {}

@@ -16,8 +16,9 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 def make_test_params(**sections: Mapping[str, Any]) -> Params:
-    """Return the params of the checkout with some values of each section changed."""
+    """Return the params of the checkout with some values of each section changed, and few controls, as SAEs of tests have few latents."""
     values = load_params(CHECKOUT / "params.yaml").model_dump(mode="json")
+    values["intervene"]["draws"] = 3
     for section, changes in sections.items():
         values[section] |= changes
     return make_params(values, "test")

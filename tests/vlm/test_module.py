@@ -701,7 +701,8 @@ def test_example_of_the_page_runs(tmp_path: Path) -> None:
     examples = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
     params = [make_test_params(**example).extract for example in examples if "model" in example["extract"]]
     assert [extract.model.kind for extract in params] == ["llava", "qwen", "module"]  # pyright: ignore[reportAttributeAccessIssue]
-    (tmp_path / "my_model.py").write_text(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0])
+    (module,) = (text for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def make" in text)
+    (tmp_path / "my_model.py").write_text(module)
     vision = load_model(params[-1].model, "float32", "cpu")  # pyright: ignore[reportArgumentType]
     assert vision.hookpoints[params[-1].hookpoints[0]] == Hookpoint(64, (), (14, 14))
     del sys.modules["my_model"]

@@ -64,7 +64,7 @@ class Run:
         >>> import ommatid
         >>> artefacts = ommatid.open_run("data").artefacts
         >>> list(artefacts)
-        ['images', 'extract', 'train', 'evaluate', 'label', 'catalog']
+        ['images', 'extract', 'train', 'evaluate', 'label', 'intervene', 'catalog']
         >>> artefacts["images"].summary["n_images"]
         200
         """

@@ -10,7 +10,7 @@ STAGE = Stage(
     "catalog",
     kind="catalog",
     place=Path("data/catalog"),
-    inputs=("images", "extract", "train", "evaluate", "label"),
+    inputs=("images", "extract", "train", "evaluate", "label", "intervene"),
     reporter="ommatid.show.report:write_into",
 )
 

@@ -21,6 +21,10 @@ _SCHEMA = pa.schema(
 )
 
 
+_INSIDE = {"evaluate": "evaluation", "label": "labels", "intervene": "effects"}
+"""Kind of the artefact of one SAE, by the stage that makes it."""
+
+
 @dataclass(frozen=True)
 class SAEArtefacts:
     """The artefacts of one SAE."""
@@ -31,6 +35,8 @@ class SAEArtefacts:
     """Its evaluation."""
     labels: Artefact
     """The labels of its latents."""
+    effects: Artefact
+    """What its latents do to the model's output."""
 
     @property
     def name(self) -> str:
@@ -51,7 +57,8 @@ def iter_saes(inputs: Mapping[str, Artefact]) -> Iterator[tuple[str, SAEArtefact
         ArtefactError: An artefact is damaged or missing.
     """
     for name, sae in inputs["train"].each().items():
-        yield name, SAEArtefacts(sae, inputs["evaluate"].child(name, "evaluation"), inputs["label"].child(name, "labels"))
+        evaluation, labels, effects = (inputs[stage].child(name, kind) for stage, kind in _INSIDE.items())
+        yield name, SAEArtefacts(sae, evaluation, labels, effects)
 
 
 def make_runs(params: CatalogParams, inputs: Mapping[str, Artefact], saes: Mapping[str, SAEArtefacts], lineage: Lineage) -> pa.Table:

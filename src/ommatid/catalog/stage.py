@@ -1,5 +1,6 @@
 """Stage `catalog`: builds a single DuckDB file from the artefacts, which can be queried without them."""
 
+import itertools
 import os
 import re
 import shutil
@@ -34,6 +35,8 @@ WRITER_MB = 1024
 _SQL = resources.files("ommatid.catalog").joinpath("sql")
 RELATIONS = (*(table for table in schemas.TABLES if _SQL.joinpath(f"{table}.sql").is_file()), *schemas.DERIVED)
 """All relations, in the order in which they are built."""
+_TABLES = {*RELATIONS, *itertools.chain(*schemas.DERIVED.values())}
+"""Tables that the SQL files read."""
 _READ = {"images": frozenset(schemas.IMAGES.names) - {"encoded"}}
 """Columns to read from tables that are not read in full."""
 
@@ -51,12 +54,12 @@ def build_catalog(
     lineage: Lineage,
     on_event: Listener = ignore,
 ) -> Artefact:
-    """Build catalog.duckdb from the images, all SAEs (`train`), their evaluations and their labels.
+    """Build catalog.duckdb from the images, all SAEs (`train`), their evaluations, their labels and their interventions.
 
     Args:
         params: The section `catalog` of params.yaml.
-        inputs: Artefacts by stage. `images`, `train`, `evaluate` and `label` are required; with `extract`, the relation `images` has
-            the share of each image that the model sees. The params of all of them are in the relation `runs`.
+        inputs: Artefacts by stage. `images`, `train`, `evaluate`, `label` and `intervene` are required; with `extract`, the relation
+            `images` has the share of each image that the model sees. The params of all of them are in the relation `runs`.
         draft: Draft to write the catalogue to.
         lineage: For each SAE, git_commit, git_dirty ("true" or "false"), dvc_experiment, dvc_lock, mlflow_run_id and
             prefect_flow_run_id; None or missing if not known.
@@ -153,15 +156,16 @@ def _meaning(relation: str, column: str) -> str:
 
 
 def _files(saes: Mapping[str, SAEArtefacts], inputs: Mapping[str, Artefact]) -> dict[str, list[str]]:
-    """Parquet files of the table behind each relation, for all SAEs, by the name of the parameter in SQL."""
+    """Parquet files of the tables behind the relations, for all SAEs, by the name of the parameter in SQL."""
     holders: dict[schemas.Place, list[Artefact]] = {
         "images": [inputs["images"]],
         "sae/<sae>": [artefacts.sae for artefacts in saes.values()],
         "evaluation": [inputs["evaluate"]],
         "evaluation/<sae>": [artefacts.evaluation for artefacts in saes.values()],
         "labels/<sae>": [artefacts.labels for artefacts in saes.values()],
+        "interventions/<sae>": [artefacts.effects for artefacts in saes.values()],
     }
-    found = {name: holders[table.place] for name, table in schemas.TABLES.items() if name in RELATIONS and table.place in holders}
+    found = {name: holders[table.place] for name, table in schemas.TABLES.items() if name in _TABLES and table.place in holders}
     return {name: [str(path) for artefact in held for path in artefact.files(name, _READ.get(name))] for name, held in found.items()}
 
 

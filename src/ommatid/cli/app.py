@@ -117,6 +117,14 @@ def label(
 
 
 @app.command()
+def intervene(
+    params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data: Data = DEFAULT_DATA, allow_rejected: AllowRejected = False
+) -> None:
+    """Set latents to chosen activations and measure what the model's output does then, beside controls."""
+    _run("intervene", params, overrides, data, allow_rejected)
+
+
+@app.command()
 def catalog(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data: Data = DEFAULT_DATA) -> None:
     """Build the DuckDB catalogue from the artefacts."""
     _run("catalog", params, overrides, data)

@@ -3,6 +3,7 @@
 from ommatid.config.evaluate import Baseline, EvaluateParams
 from ommatid.config.extract import Executor, ExtractFiles, ExtractParams
 from ommatid.config.images import Cifar10Source, FolderSource, ImageSource, ImagesParams, ParquetSource, ShapesSource
+from ommatid.config.intervene import InterveneParams
 from ommatid.config.label import Labeller, LabelParams
 from ommatid.config.load import dotted, load_params, make_params
 from ommatid.config.models import Model
@@ -25,6 +26,7 @@ __all__ = [
     "ImageSource",
     "ImagesParams",
     "Imported",
+    "InterveneParams",
     "LabelParams",
     "Labeller",
     "Model",
@@ -42,5 +44,5 @@ __all__ = [
     "parse_json",
 ]
 
-STAGE_NAMES = ("images", "extract", "train", "evaluate", "label", "catalog")
+STAGE_NAMES = ("images", "extract", "train", "evaluate", "label", "intervene", "catalog")
 """Names of the stages in the order in which the pipeline runs them. Each has a section of params.yaml and a room."""

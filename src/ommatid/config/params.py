@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from ommatid.config.evaluate import EvaluateParams
 from ommatid.config.extract import ExtractFiles, ExtractParams
 from ommatid.config.images import ImagesParams
+from ommatid.config.intervene import InterveneParams
 from ommatid.config.label import LabelParams
 from ommatid.config.section import Section
 from ommatid.config.train import TrainParams
@@ -38,6 +39,7 @@ class Params(Section):
     train: TrainParams
     evaluate: EvaluateParams
     label: LabelParams
+    intervene: InterveneParams
     catalog: CatalogParams
     retrain: RetrainParams
 

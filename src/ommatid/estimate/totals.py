@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 from ommatid import schemas
 from ommatid.catalog.stage import WRITER_MB
 from ommatid.config import EvaluateParams, ExtractParams, Params
+from ommatid.config.intervene import BestLatents, FiringLatents, ListedLatents
 from ommatid.estimate.fit import Cost, Timing, fit
-from ommatid.estimate.trials import TrialResults, trained_tokens
+from ommatid.estimate.trials import TrialResults, tested_images, trained_tokens
 from ommatid.extract.plan import IMAGES_PER_SHARD
 from ommatid.extract.rows import BYTES_PER_ROW_GROUP
 from ommatid.extract.shard import BYTES_PER_CHUNK, IMAGES_PER_CHUNK
@@ -63,6 +64,8 @@ class Amounts:
     """Number of examples of the SAE that has most."""
     scored: float
     """Number of scored labels of all SAEs."""
+    tested: float
+    """Number of latents of all SAEs that interventions test."""
 
 
 class Extrapolation:
@@ -91,6 +94,7 @@ class Extrapolation:
         self._results = results
         self._evaluations = artefacts["evaluate"].each()
         self._labels = artefacts["label"].each()
+        self._effects = artefacts["intervene"].each()
         self._d_sae = {name: one.d_sae for name, one in params.train.each().items()}
         self._fired = {name: _count_firings(of, self._d_sae[name]) for name, of in self._evaluations.items()}
 
@@ -116,6 +120,8 @@ class Extrapolation:
             examples=sum(examples.values()),
             most_examples=max(examples.values()),
             scored=sum(labels.summary["n_scored"] for labels in self._labels.values()),
+            # not n_tested: a sample may have too few images for a status, but its latents are measured
+            tested=sum(len(effects.read("interventions", ["latent"])["latent"].unique()) for effects in self._effects.values()),
         )
         more = images["n_eval"] / max(1, n_eval)
         expected = [n * self._more_examples(name, more) for name, n in examples.items()]
@@ -128,8 +134,19 @@ class Extrapolation:
             examples=sum(expected),
             most_examples=max(expected),
             scored=float(sum((fired * more / 2 >= self._params.label.min_examples).sum() for fired in self._fired.values())),
+            tested=float(sum(self._count_chosen(fired * more) for fired in self._fired.values())),
         )
         return trial, whole
+
+    def _count_chosen(self, fired: np.ndarray) -> int:
+        """Return how many latents of an SAE `intervene.latents` chooses, given on how many images each fires."""
+        match self._params.intervene.latents:
+            case BestLatents(n=n):
+                return min(n, int((fired > 0).sum()))
+            case ListedLatents(latents=listed):
+                return len(listed)
+            case FiringLatents(min_images=least):
+                return int((fired >= least).sum())
 
     def _more_examples(self, name: str, more: float) -> float:
         """Return the factor by which the examples of an SAE grow if every latent fires on `more` times as many images as in the trial."""
@@ -151,6 +168,7 @@ class Extrapolation:
                 {"firings": whole.firings / max(1, trial.firings), "examples": whole.examples / max(1, trial.examples)},
             ),
             "label": _grown_inside(self._artefacts["label"], {}) + self._per_label(trial) * (whole.scored - trial.scored),
+            "intervene": _grown_inside(self._artefacts["intervene"], {"interventions": whole.tested / max(1, trial.tested)}),
         }
         sizes["catalog"] = _grown(self._artefacts["catalog"], {}) + self._catalog_growth(trial, whole)
         return {stage: int(size) for stage, size in sizes.items()}
@@ -174,6 +192,7 @@ class Extrapolation:
             "train": trained_tokens(int(whole.train_tokens), train.batch_size, train.epochs),
             "evaluate": whole.eval_images,
             "label": whole.scored,
+            "intervene": tested_images(self._params.intervene, whole.eval_images, whole.tested),
             "catalog": whole.images,
         }
 
@@ -214,6 +233,7 @@ class Extrapolation:
             "evaluate": HEAT_COPIES * amounts.most_examples * cells * 4
             + 2 * shard * sum(judge["d_judge"] for judge in facts["judges"]) * 4,
             "label": JOINT_COPIES * amounts.eval_images * facts["d_joint"] * 4,
+            "intervene": 0.0,  # however many images there are, it holds a batch, and a few numbers of each
             "catalog": min(WRITER_MB * 2**20, CATALOG_COPIES * catalog),
         }
 
@@ -258,6 +278,8 @@ class Extrapolation:
         for table, more in (("firings", whole.firings - trial.firings), ("examples", whole.examples - trial.examples)):
             size, rows = (sum(of(evaluation, table) for evaluation in self._evaluations.values()) for of in (_data_bytes, Artefact.rows))
             growth += more * size / max(1, rows)
+        tested = sum(_data_bytes(effects, "interventions") for effects in self._effects.values())
+        growth += (whole.tested - trial.tested) * tested / max(1, trial.tested)
         return IN_DUCKDB * growth + self._per_label(trial) * (whole.scored - trial.scored)
 
 

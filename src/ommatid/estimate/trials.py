@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ommatid import tracking
-from ommatid.config import ExtractParams, Params
+from ommatid.config import ExtractParams, InterveneParams, Params
+from ommatid.config.intervene import BestLatents, ListedLatents
 from ommatid.estimate.fit import Timing, grow, trial_sizes
 from ommatid.estimate.sample import draw_images
 from ommatid.estimate.trial_client import RunCost, StageProcess
@@ -21,7 +22,7 @@ BUDGET = 10.0
 """Maximum seconds that a trial may be expected to take."""
 FEWEST_EVAL = 16
 """Minimum number of evaluation images in a trial of `evaluate` and of later stages."""
-N_TRIALS = 6
+N_TRIALS = 7
 """Number of stages to try, for the progress events."""
 
 
@@ -89,6 +90,7 @@ class Trials:
         self._try_train(tokens)
         sizes = self._try_evaluate()
         self._try_label(sizes[-1])
+        self._try_intervene(sizes[-1])
         self._try_catalog(sizes)
 
     def _try_images_and_extract(self) -> None:
@@ -171,9 +173,27 @@ class Trials:
         values = self._values(label={"min_examples": 2, "labellers": labellers})
         self._run_alone("label", n, n, lambda process: process.run(values, self._data(n)))
 
+    def _try_intervene(self, n: int) -> None:
+        """Try `intervene` on growing numbers of latents, with all the images that the sample has."""
+        params = self._params.intervene
+        summaries = [evaluation.summary for evaluation in open_stage("evaluate", data=str(self._data(n))).each().values()]
+        most = min(summary["n_latents"] for summary in summaries)
+        match params.latents:
+            case BestLatents(n=wanted):
+                most = min(most, wanted)
+            case ListedLatents(latents=listed):
+                most = min(most, len(listed))
+        chosen = sorted({2**i for i in range(most.bit_length())} | {most})
+        works = [tested_images(params, summaries[0]["n_images"], k * len(summaries)) for k in chosen]
+
+        def intervene(process: StageProcess, i: int) -> RunCost:
+            return process.run(self._values(intervene=params.trial(chosen[i]).model_dump(mode="json")), self._data(n))
+
+        self._grow("intervene", works, [n] * len(works), intervene)
+
     def _try_catalog(self, sizes: Sequence[int]) -> None:
         def build(process: StageProcess, i: int) -> RunCost:
-            for stage in ("train", "label"):
+            for stage in ("train", "label", "intervene"):
                 self._copy_artefact(stage, sizes[i])
             return process.run(self._values(), self._data(sizes[i]))
 
@@ -248,6 +268,11 @@ class Trials:
         if database is not None:
             with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(self._root / "mlflow.db")) as copy:
                 source.backup(copy)
+
+
+def tested_images(params: InterveneParams, n_eval: float, n_latents: float) -> float:
+    """Return the work of `intervene`: pairs of an image and a latent that is tested on it."""
+    return min(params.n_images, n_eval) * n_latents
 
 
 def trained_tokens(n_tokens: int, batch_size: int, epochs: int) -> int:

@@ -165,7 +165,7 @@ def _measure(name: str, dictionaries: Mapping[str, Dictionary], inputs: Mapping[
         reason = f"all labels are {classes[0]!r}" if classes else "they have no labels"
         raise _Undefined(f"the evaluation images are not of several classes: {reason}")
     splicer = _load_splicer(dictionaries, inputs)
-    classifier = _make_classifier(splicer.model, inputs["images"], classes)
+    classifier = make_classifier(splicer.model, inputs["images"], classes)
     drawn = draw_images(inputs["images"], labels, N_IMAGES)
     cosines: dict[str, list[Tensor]] = {}
     done = 0
@@ -197,7 +197,7 @@ def _columns(name: str, share: Interval) -> dict[str, float | None]:
 
 
 @dataclass(frozen=True)
-class _Classifier:
+class Classifier:
     """Zero-shot classifier, which compares embeddings of images with those of the classes' texts."""
 
     classes: Sequence[str]
@@ -211,24 +211,28 @@ class _Classifier:
         """Return the cosines of images (b, d_embed) and classes, (b, c) float64."""
         return unit(embeddings.cpu()) @ self.texts.T
 
+    def log_probabilities(self, embeddings: Float32[Tensor, "batch d_embed"]) -> Float64[Tensor, "batch classes"]:
+        """Return the log-probabilities of the classes of images (b, d_embed), (b, c) float64."""
+        return (self.scale * self.cosines(embeddings)).log_softmax(1)
+
     def indices(self, labels: Sequence[str]) -> Int64[Tensor, " images"]:
         """Return the index of each label in `classes`, (n,) int64."""
         place = {label: index for index, label in enumerate(self.classes)}
         return torch.tensor([place[label] for label in labels])
 
 
-def _make_classifier(model: VisionModel, images: Artefact, classes: Sequence[str]) -> _Classifier:
+def make_classifier(model: VisionModel, images: Artefact, classes: Sequence[str]) -> Classifier:
     """Make a classifier from the mean text embedding of each class over the model's templates.
 
     Labels are often names of folders, so their underscores are read as spaces.
     """
     names = [name.replace("_", " ") for name in classes]
     by_template = [unit(model.embed_text([template.format(name) for name in names]).cpu()) for template in model.text_templates]
-    classifier = _Classifier(classes, unit(torch.stack(by_template).mean(0)))
-    return _Classifier(classes, classifier.texts, model.logit_scale or _fit_scale(model, images, classifier))
+    classifier = Classifier(classes, unit(torch.stack(by_template).mean(0)))
+    return Classifier(classes, classifier.texts, model.logit_scale or _fit_scale(model, images, classifier))
 
 
-def _fit_scale(model: VisionModel, images: Artefact, classifier: _Classifier) -> float:
+def _fit_scale(model: VisionModel, images: Artefact, classifier: Classifier) -> float:
     """Return the scale that fits the plain model best on training images; the images that are measured are not among them."""
     known = set(classifier.classes)
     labels = {image: label for image, label in load_labels(images, "train").items() if label in known}

@@ -1,7 +1,7 @@
 """Plots as SVG shapes, which `plot` in templates/parts.html draws: no script, no style attribute, and a title on every shape."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 12.0, 10.0, 40.0
@@ -212,4 +212,26 @@ def draw_points(title: str, x_name: str, y_name: str, points: Sequence[tuple[flo
         plot.curves.append((" ".join(f"{to_x(x):g},{to_y(y):g}" for x, y in points), "curve"))
     else:
         plot.dots = "".join(f"M{to_x(x):g} {to_y(y):g}h0" for x, y in points)
+    return plot
+
+
+def draw_curves(title: str, x_name: str, y_name: str, curves: Mapping[str, Sequence[tuple[float, float]]], first: str) -> Plot:
+    """Draw a line for each series, with its name at its right end.
+
+    Args:
+        title: What it shows.
+        x_name: Name of the horizontal values.
+        y_name: Name of the vertical values.
+        curves: Points of each series, all finite, in the order of their horizontal values.
+        first: Name of the series that stands out from the others.
+    """
+    points = [point for series in curves.values() for point in series]
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    plot, to_x, to_y = make_frame(title, Axis(min(xs), max(xs), x_name), Axis(min(ys), max(ys), y_name))
+    free = TOP
+    for name, series in sorted(curves.items(), key=lambda item: to_y(item[1][-1][1])):
+        kind = "curve" if name == first else "curve control"
+        plot.curves.append((" ".join(f"{to_x(x):g},{to_y(y):g}" for x, y in series), kind))
+        free = max(free + 13, to_y(series[-1][1]) - 4)  # names that would lie on each other are moved down
+        plot.words.append(Words(to_x(series[-1][0]) - 4, free, name, "end", "name" if name == first else "mark"))
     return plot

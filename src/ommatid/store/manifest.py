@@ -16,7 +16,13 @@ from ommatid.store.filesystem import Folder
 from ommatid.store.sums import checksums
 
 MANIFEST = "manifest.json"
-INSIDE = {"extraction": "activations", "training": "sae", "evaluations": "evaluation", "labellings": "labels"}
+INSIDE = {
+    "extraction": "activations",
+    "training": "sae",
+    "evaluations": "evaluation",
+    "labellings": "labels",
+    "interventions": "effects",
+}
 """Kind of the inner artefacts, one for each hookpoint or SAE, by the kind of the outer artefact."""
 
 
@@ -41,7 +47,7 @@ class Manifest:
     """The content of an artefact's manifest.json."""
 
     kind: str
-    """Kind of artefact: images, extraction, training, evaluations, labellings, catalog, or a kind in the values of `INSIDE`."""
+    """Kind of artefact: images, catalog, or a kind among the keys and values of `INSIDE`."""
     schema_version: int
     """`schemas.SCHEMA_VERSION` of the code that wrote it."""
     params: dict[str, Any]
@@ -121,6 +127,8 @@ _MADE_BY = {
     "evaluation": "evaluate",
     "labellings": "label",
     "labels": "label",
+    "interventions": "intervene",
+    "effects": "intervene",
     "catalog": "catalog",
 }
 

@@ -27,6 +27,12 @@ SELECT
     latents.ms_high,
     comparisons.ms_floor,
     comparisons.judge,
+    coalesce(effects.status, 'untested') AS causal,
+    effects.effect,
+    effects.effect_low,
+    effects.effect_high,
+    effects.best_control,
+    effects.dose,
     latents.density,
     latents.is_dead,
     latents.is_dense,
@@ -47,6 +53,7 @@ SELECT
     )
 FROM latents
 LEFT JOIN best ON best.sae = latents.sae AND best.latent = latents.latent
+LEFT JOIN read_parquet($effects) AS effects ON effects.sae = latents.sae AND effects.latent = latents.latent
 LEFT JOIN comparisons ON comparisons.sae = latents.sae AND comparisons.dictionary = 'sae'
 ORDER BY latents.sae, latents.latent;
 
@@ -57,3 +64,4 @@ COMMENT ON COLUMN features.label IS 'the label by people, or the one with the hi
 COMMENT ON COLUMN features.label_score IS 'balanced accuracy of the label at predicting on which held-out images the latent fires; null if there is no label, or the latent fires on too few or on all images';
 COMMENT ON COLUMN features.labeller IS 'labeller that made the label; null if no labeller was run';
 COMMENT ON COLUMN features.label_status IS 'ok, unparsed, refused, failed, over_budget or too_few_examples; null if no labeller was run';
+COMMENT ON COLUMN features.causal IS 'causal, reads_only, breaks_model or untested: whether setting the latent changes the model''s output as the latent promises, and more than under any control';

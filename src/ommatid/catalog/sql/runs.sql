@@ -49,7 +49,7 @@ LEFT JOIN (
 ) AS counted ON counted.sae = run.sae
 ORDER BY run.sae;
 
-COMMENT ON COLUMN runs.name IS 'name of the SAE in its training, and of its folder in data/sae, data/evaluation and data/labels';
+COMMENT ON COLUMN runs.name IS 'name of the SAE in its training, and of its folder in data/sae, data/evaluation, data/labels and data/interventions';
 COMMENT ON COLUMN runs.created_at IS 'when the catalogue of the SAE was built, UTC';
 COMMENT ON COLUMN runs.model IS 'the model that the SAE explains';
 COMMENT ON COLUMN runs.hookpoint IS 'where the activations were captured';

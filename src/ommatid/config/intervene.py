@@ -1,0 +1,77 @@
+"""Section `intervene`, and the ways to choose the latents on which the model is run again."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from ommatid.config.section import Section
+
+
+class BestLatents(Section):
+    """Chooses the latents that rank highest by a number."""
+
+    kind: Literal["best"]
+    by: Literal["ms", "label_score"]
+    """Number by which latents are ranked: their MonoSemanticity score, or the score of their label."""
+    n: Annotated[int, Field(ge=1, le=2**20)]
+    """Number of latents to choose from each SAE."""
+
+
+class ListedLatents(Section):
+    """Chooses the latents of a list."""
+
+    kind: Literal["listed"]
+    latents: Annotated[tuple[Annotated[int, Field(strict=True, ge=0, lt=2**20)], ...], Field(min_length=1)]
+    """Indices of the latents, the same in every SAE."""
+
+    @field_validator("latents")
+    @classmethod
+    def _are_different(cls, latents: tuple[int, ...]) -> tuple[int, ...]:
+        _check_different(latents)
+        return latents
+
+
+class FiringLatents(Section):
+    """Chooses every latent that fires often enough."""
+
+    kind: Literal["firing"]
+    min_images: Annotated[int, Field(ge=1)]
+    """Number of evaluation images on which a latent must fire to be chosen."""
+
+
+ChosenLatents = Annotated[BestLatents | ListedLatents | FiringLatents, Field(discriminator="kind")]
+
+
+class InterveneParams(Section):
+    """Stage `intervene`: sets latents to chosen activations and measures what the model's output does then, beside controls."""
+
+    latents: ChosenLatents
+    """Latents to set: {kind: best, by: ms, n: 16}, {kind: listed, latents: [3, 17]} or {kind: firing, min_images: 8}."""
+    doses: Annotated[tuple[Annotated[float, Field(strict=True, ge=0, le=100)], ...], Field(min_length=1)]
+    """Activations to set, in units of the 99th percentile of the latent's own positive activations; 0 removes the latent."""
+    n_images: Annotated[int, Field(ge=16)]
+    """Number of evaluation images to run the model on, drawn evenly from the classes if there are any."""
+    draws: Annotated[int, Field(ge=3, le=64)]
+    """Number of draws of each random control."""
+    max_drift: Annotated[float, Field(ge=0, le=10)]
+    """Largest drift of the output under an edit that still counts, as a multiple of what two different images differ by: the mean of
+    1 - cosine of the outputs with and without the edit, divided by that of the outputs of two images."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    """Seed of the images and of the random controls."""
+
+    def trial(self, n: int) -> "InterveneParams":
+        """Return the params with which `ommatid estimate` tries `n` latents: those of another choice cost the same."""
+        by = self.latents.by if isinstance(self.latents, BestLatents) else "ms"
+        return self.model_copy(update={"latents": BestLatents(kind="best", by=by, n=n)})
+
+    @field_validator("doses")
+    @classmethod
+    def _doses_are_different(cls, doses: tuple[float, ...]) -> tuple[float, ...]:
+        _check_different(doses)
+        return doses
+
+
+def _check_different(values: Sequence[float]) -> None:
+    if twice := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"names {twice[0]:g} twice: {', '.join(f'{value:g}' for value in values)}")
