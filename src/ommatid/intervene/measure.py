@@ -67,7 +67,7 @@ CONTROLS = ("sign_flipped", "random_latent", "random_direction")
 """Arms that the edit must exceed. Two are shown beside them: `diff_means` is another way to the same end and not a control of it, and
 `untouched` changes what the edit, which keeps the SAE's error, does not."""
 N_OUTPUTS = 32
-"""Number of classes that are attributed to latents, the most common first."""
+"""Number of classes, the most common first, that are attributed to latents, and among which the output score is computed."""
 N_EXACT = 4
 """Number of latents to which a class is attributed exactly as well."""
 RANDOM = ("random_latent", "random_direction")
@@ -174,8 +174,9 @@ class Study:
         plain: list[Tensor] = []
         n = len(self.drawn.numbers)
         for done, pixels in self._pixels():
+            read = self.model.capture(pixels, [self.reads.name]).tokens[self.reads.name]
             for place, test in enumerate(tests, start=1):
-                outputs = test.run(pixels)
+                outputs = test.run(pixels, read)
                 on_event(Progress("edit images", done - len(pixels) * (len(tests) - place) // len(tests), n))
             plain.append(outputs)
         spread = _spread_of(torch.cat(plain))
@@ -192,8 +193,7 @@ class Study:
     def _attribute(self, on_event: Listener) -> list[dict[str, Any]]:
         """Attribute the log-odds of the most common classes to all latents by gradients, and exactly to the first few of each class."""
         assert self.classifier
-        texts, classes, counts = self.classifier.texts.float(), self.classifier.classes, Counter(self.classes.values())
-        names = sorted(counts, key=lambda name: (-counts[name], name))[:N_OUTPUTS]
+        texts, classes, names = self.classifier.texts.float(), self.classifier.classes, self.common
         scores = {name: class_log_odds(texts, classes.index(name), self.classifier.scale) for name in names}
         sae = SAE(self.sae.config, **{name: tensor.to(self.device) for name, tensor in self.sae.tensors().items()})
         attributor, n = Attributor(self.model, sae, self.reads, self.writes), len(self.drawn.numbers)
@@ -304,6 +304,12 @@ class Study:
         return density, is_live
 
     @cached_property
+    def common(self) -> list[str]:
+        """The most common classes, at most `N_OUTPUTS`, the most common first."""
+        counts = Counter(self.classes.values())
+        return sorted(counts, key=lambda name: (-counts[name], name))[:N_OUTPUTS]
+
+    @cached_property
     def classifier(self) -> Classifier | None:
         """Zero-shot classifier of the images' classes; None if they have fewer than two."""
         names = sorted(set(self.classes.values()))
@@ -365,18 +371,22 @@ class LatentTest:
         """Name and dose of each arm but `none`, in the order of the results."""
         self.toward: list[Tensor] = []
         self.drift: list[Tensor] = []
+        self.predicted: list[Tensor] = []
         self.log_p: list[Tensor] = []
         self.fires: list[Tensor] = []
         self.zero_dose = 0.0
 
-    def run(self, pixels: UInt8[Tensor, "batch height width 3"]) -> Float32[Tensor, "batch d"]:
+    def run(self, pixels: UInt8[Tensor, "batch height width 3"], read: Float[Tensor, "batch tokens d_model"]) -> Float32[Tensor, "batch d"]:
         """Run all arms on a batch of images, and keep what their outcomes need.
+
+        Args:
+            pixels: The images.
+            read: Tokens of these images at the hookpoint that the SAE reads.
 
         Returns:
             The outputs of the model as it is, `(batch, d)`.
         """
         study = self.study
-        read = self._read(pixels)
         codes = self.editor.read(read, reconstruct=True) if self.editor.reads != self.editor.writes else None
         zero = self.editor.replacement(Edit((self.chosen.latent,), "scale", 1.0), codes)
         arms = make_arms(self.editor, self.edits, self.controls, codes)
@@ -388,13 +398,12 @@ class LatentTest:
         self.toward.append(torch.stack([toward_label(plain, one, self.label, self.others) for one in edited]))
         self.drift.append(torch.stack([cosine_drift(plain, one) for one in edited]))
         if study.classifier:
-            log_p = [study.classifier.log_probabilities(one) for one in (plain, *edited)]
-            self.log_p.append(torch.stack(log_p))
+            log_p = torch.stack([study.classifier.log_probabilities(one) for one in (plain, *edited)])
+            self.predicted.append(log_p.argmax(2))
+            if len(study.common) < log_p.shape[2]:  # a thousand classes would not fit into memory for all arms
+                log_p = log_p[..., study.classifier.indices(study.common)].log_softmax(2)
+            self.log_p.append(log_p)
         return plain
-
-    def _read(self, pixels: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch tokens d_model"]:
-        name = self.editor.reads.name
-        return self.study.model.capture(pixels, [name]).tokens[name]
 
     def finish(self, spread: float) -> Found:
         """Compute the outcomes and the status.
@@ -459,8 +468,8 @@ class LatentTest:
         classifier, top = self.study.classifier, self.chosen.top_class
         if not classifier or top not in classifier.classes:
             return
-        log_p = torch.cat(self.log_p, 1)
-        plain, predicted, target = log_p[0], log_p.argmax(2), classifier.classes.index(top)
+        log_p, predicted = torch.cat(self.log_p, 1), torch.cat(self.predicted, 1)
+        plain, target = log_p[0], classifier.classes.index(top)
         place_of = {name: place for place, name in enumerate(classifier.classes)}
         truth = torch.tensor([place_of.get(self.study.classes.get(image, ""), -1) for image in self.study.drawn.numbers.tolist()])
         is_silent, n = ~torch.cat(self.fires) & (truth >= 0), len(truth)
