@@ -536,7 +536,7 @@ INTERVENTIONS = _table(
         "what is measured: toward_label (by how much the cosine with the latent's label rises, less the same for another label), "
         "target_rate (share of the images that the model takes for the latent's class whose prediction changes), other_rate (the same of "
         "all other images), specificity (target_rate less other_rate), collateral (loss of accuracy on images on which the latent is "
-        "silent), output_score (how high the latent's label stands among the texts that the dose raises most, less the same without it) or "
+        "silent), output_score (probability and rank of the class texts that the dose raises most, less the same without it) or "
         "drift (mean of 1 less the cosine of the output with and without the edit, divided by that of the outputs of two images)",
     ),
     arm=(
