@@ -260,3 +260,17 @@ def test_the_histogram_of_equal_activations_has_one_bar_at_their_value(study: St
 def _live(client: TestClient) -> list[dict[str, Any]]:
     best = client.get("/api/saes").json()[0]["sae"]
     return [row for row in ask(client, sae=best, n=200)["features"] if row["density"] > 0]
+
+
+def test_a_page_shows_what_a_tested_latent_does_beside_its_controls(client: TestClient, catalog: Catalog) -> None:
+    """The numbers are those of `interventions`; a latent that was not tested has no such section."""
+    sql = "SELECT sae, latent, causal FROM features WHERE causal {} 'untested' AND NOT is_dead ORDER BY sae, latent LIMIT 1"
+    ((sae, latent, status),) = catalog.rows(sql.format("<>"))
+    page = client.get(f"/features/{sae}/{latent}").text
+    said = {"causal": "Causal", "reads_only": "Reads only", "breaks_model": "Breaks the model"}[status]
+    assert f"<b>{said}</b>" in page and all(f">{name}</text>" in page for name in ("this latent", "other latents", "random directions"))
+    doses = client.get(f"/api/features/{sae}/{latent}").json()["doses"]
+    wanted = "SELECT arm, dose, value FROM interventions WHERE sae = $sae AND latent = $latent AND outcome = 'toward_label' ORDER BY ALL"
+    assert sorted((row["arm"], row["dose"], row["value"]) for row in doses) == catalog.rows(wanted, {"sae": sae, "latent": latent})
+    ((sae, latent, _),) = catalog.rows(sql.format("="))
+    assert "What it does" not in client.get(f"/features/{sae}/{latent}").text
