@@ -59,6 +59,9 @@ class InterveneParams(Section):
     1 - cosine of the outputs with and without the edit, divided by that of the outputs of two images."""
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     """Seed of the images and of the random controls."""
+    masks: Annotated[str, Field(min_length=1)] | None = None
+    """Folder or URL of a PNG file for each image, in which each pixel is the index of its class and 0 the background
+    (docs/users/interventions.md); or, of drawn images, their plan, such as data/shapes.json. null if there are no masks."""
 
     def trial(self, n: int) -> "InterveneParams":
         """Return the params with which `ommatid estimate` tries `n` latents: those of another choice cost the same."""

@@ -144,6 +144,22 @@ Points = np.ndarray
 def draw(figure: Figure, size: int) -> np.ndarray:
     """Draw an image of `size` pixels a side, (size, size, 3) uint8; the figure never leaves its cell of the grid."""
     pixels = np.full((size, size, 3), BACKGROUNDS[figure.background] + figure.shade, np.uint8)
+    place, x, y, is_inside = _sample(figure, size)
+    is_dark = _is_dark(figure, x / (size / CELLS), y / (size / CELLS))
+    pixels[place] = _blend(pixels[0, 0], COLOURS[figure.colour], is_inside, is_dark)
+    return pixels
+
+
+def draw_mask(figure: Figure, size: int) -> np.ndarray:
+    """Return which pixels of the image the figure covers at least half of, (size, size) bool."""
+    mask = np.zeros((size, size), bool)
+    place, *_, is_inside = _sample(figure, size)
+    mask[place] = 2 * _count(is_inside) >= POINTS**2
+    return mask
+
+
+def _sample(figure: Figure, size: int) -> tuple[tuple[slice, slice], Points, Points, np.ndarray]:
+    """Sample the box around a figure: its rows and columns, x and y of the points in pixels, and whether each lies in the figure."""
     row, column = divmod(PLACES.index(figure.place), CELLS)
     half = size / CELLS / 2
     radius, room = figure.scale * half, (1 - figure.scale) * half
@@ -151,10 +167,7 @@ def draw(figure: Figure, size: int) -> np.ndarray:
     columns, rows = (slice(math.floor(at - radius), math.ceil(at + radius)) for at in (across, down))
     x, y = (POINTS * at.start + np.arange(POINTS * (at.stop - at.start)) + 0.5 for at in (columns, rows))
     x, y = x / POINTS, y[:, None] / POINTS
-    is_inside = _is_inside(figure, (x - across) / radius, (y - down) / radius)
-    is_dark = _is_dark(figure, x / (2 * half), y / (2 * half))
-    pixels[rows, columns] = _blend(pixels[0, 0], COLOURS[figure.colour], is_inside, is_dark)
-    return pixels
+    return (rows, columns), x, y, _is_inside(figure, (x - across) / radius, (y - down) / radius)
 
 
 def _is_inside(figure: Figure, x: Points, y: Points) -> np.ndarray:
@@ -179,13 +192,15 @@ def _is_dark(figure: Figure, x: Points, y: Points) -> np.ndarray:
 
 def _blend(background: np.ndarray, colour: tuple[int, int, int], is_inside: np.ndarray, is_dark: np.ndarray) -> np.ndarray:
     """Average the points of each pixel, rounded to whole levels."""
-    light, dark = (
-        points.reshape(points.shape[0] // POINTS, POINTS, -1, POINTS).sum((1, 3))[..., None]
-        for points in (is_inside & ~is_dark, is_inside & is_dark)
-    )
+    light, dark = _count(is_inside & ~is_dark)[..., None], _count(is_inside & is_dark)[..., None]
     of_one = POINTS**2
     total = (of_one - light - dark) * background.astype(int) + light * np.array(colour) + dark * (np.array(colour) // 2)
     return (total + of_one // 2) // of_one
+
+
+def _count(points: np.ndarray) -> np.ndarray:
+    """Count the true points of each pixel."""
+    return points.reshape(points.shape[0] // POINTS, POINTS, -1, POINTS).sum((1, 3))
 
 
 def _crescent(x: Points, y: Points) -> np.ndarray:

@@ -52,7 +52,7 @@ class Shapes:
         """Iterate over the images at these positions, in order, as PNG."""
         for position in positions:
             figure = make_figure(self._plan.seed, position)
-            read = partial(_png, figure, self._plan.size)
+            read = partial(encode_figure, figure, self._plan.size)
             yield Item(f"{position:07d}.png", read, figure.shape, (figure.caption,), figure.taxonomy)
 
 
@@ -79,5 +79,6 @@ def load_plan(path: Path) -> Plan:
         raise SourceError(f"{path}: {_NO_PLAN}: {gist(error)}") from None
 
 
-def _png(figure: Figure, size: int) -> bytes:
+def encode_figure(figure: Figure, size: int) -> bytes:
+    """Draw a figure, `size` pixels a side, as PNG."""
     return encode_png(draw(figure, size).tobytes(), size, size)

@@ -138,6 +138,36 @@ def _difference(one: Interval, other: Interval) -> Interval:
 
 
 @dataclass(frozen=True)
+class Outside:
+    """Where a latent is active, in images whose objects are known."""
+
+    share: Interval
+    """Mean over images of the share of the latent's activation that is outside the object, with a bootstrap interval; NaN if the latent is
+    silent on all images."""
+    area: float
+    """Mean over the same images of the share of their area that is outside, which is the `share` of a latent that is active everywhere
+    alike."""
+    n: int
+    """Number of images on which the latent fires."""
+
+
+def activation_outside(acts_np: Float[Tensor, "images patches"], objects_np: Float[Tensor, "images patches"]) -> Outside:
+    """Compute the share of a latent's activation that is outside the objects of images, where it cannot be about them.
+
+    Args:
+        acts_np: The latent's activation on each patch, `(images, patches)`, not negative.
+        objects_np: Share of each patch that the image's object covers, `(images, patches)`.
+
+    Returns:
+        The share, over the images on which the latent fires. Each counts the same, however active the latent is on it.
+    """
+    acts, outside = acts_np.double(), 1 - objects_np.double()
+    fires = acts.sum(1) > 0
+    acts, outside = acts[fires], outside[fires]
+    return Outside(bootstrap_mean((acts * outside).sum(1) / acts.sum(1)), float(outside.mean()), len(acts))
+
+
+@dataclass(frozen=True)
 class Collateral:
     """Accuracy on images that an edit should leave alone."""
 

@@ -18,11 +18,11 @@ from typing import Any, assert_never
 from ommatid.config import ExtractFiles, ImageSource, Params
 from ommatid.config.label import HumanLabeller, names_checksum
 from ommatid.store.filesystem import READ_BYTES, cache_folder, temporary_path
-from ommatid.store.filesystem.listing import Listed, Listing, list_activations, list_any, list_images, list_parquet
+from ommatid.store.filesystem.listing import Listed, Listing, list_activations, list_any, list_images, list_masks, list_parquet
 
 PLACE = Path("data/sources")
 """Folder of the fingerprint files."""
-STAGES = ("images", "extract", "train", "label")
+STAGES = ("images", "extract", "train", "label", "intervene")
 """Stages whose section may name files to read; each has a file of fingerprints."""
 SETTLED_NS = 2 * 10**9
 """Age of a file's last change, in nanoseconds, below which its checksum is not cached: another change might leave the same times."""
@@ -36,8 +36,8 @@ log of reviews there is only a checksum, of its names."""
 def write_sources(params: Params, place: Path = PLACE) -> dict[str, Fingerprints]:
     """Write the fingerprints of all files that params name, and the values that dvc.yaml does not list.
 
-    Images and activations from files must exist. Other paths may be names on a model hub, so missing ones are left out; the stage that
-    needs them will report it.
+    Images, masks and activations from files must exist. Other paths may be names on a model hub, so missing ones are left out; the stage
+    that needs them will report it.
 
     Args:
         params: The params.
@@ -47,7 +47,7 @@ def write_sources(params: Params, place: Path = PLACE) -> dict[str, Fingerprints
         The fingerprints by stage.
 
     Raises:
-        SourceError: The images or the files of activations are missing or cannot be listed.
+        SourceError: The images, their masks or the files of activations are missing or cannot be listed.
         ArtefactError: A URL cannot be reached.
     """
     found = {stage: _fingerprint_stage(stage, params) for stage in STAGES}
@@ -64,6 +64,8 @@ def _fingerprint_stage(stage: str, params: Params) -> Fingerprints:
         return {} if from_files else {"images.source.path": fingerprint(_list_source(params.images.source))}
     if stage == "extract" and isinstance(params.extract, ExtractFiles):
         return {"extract.path": fingerprint(list_activations(params.extract.path))}
+    if stage == "intervene" and (masks := params.intervene.masks):
+        return {"intervene.masks": fingerprint(list_any(masks, "intervene.masks") if masks.endswith(".json") else list_masks(masks))}
     named = list(_paths(stage, getattr(params, stage).model_dump(mode="json")))
     logs = {Path(one.path).expanduser() for one in params.label.labellers if isinstance(one, HumanLabeller) and one.is_log}
     found = {key: fingerprint(list_any(path, key)) for key, path in named if path.exists() and path not in logs}

@@ -16,6 +16,8 @@ from ommatid.store.filesystem import Folder, open_folder
 
 ACTIVATIONS = (".npy", ".safetensors", ".pt", ".pth", ".parquet")
 """Endings of the names of files of activations."""
+CLASSES = "classes.txt"
+"""Name of the file beside masks that names their classes."""
 _SHOWN = 3
 """Number of names that a notice lists; the rest are counted."""
 
@@ -105,6 +107,11 @@ def list_activations(place: Path | str) -> Listing:
     """List what `extract.source: files` reads: one file, or a folder's files with an ending in `ACTIVATIONS`. For errors, see `_list`."""
     names = ", ".join(ACTIVATIONS)
     return _list(place, "extract.path", f"a folder of {names} files, or to one of them", f"{names} files", ACTIVATIONS)
+
+
+def list_masks(place: Path | str) -> Listing:
+    """List masks of images, which are the *.png files of a folder, and the names of their classes. For errors, see `_list`."""
+    return _list(place, "intervene.masks", "a folder of PNG files", "files named *.png", (".png", CLASSES), is_folder=True)
 
 
 def list_any(place: Path | str, key: str) -> Listing:
