@@ -15,12 +15,13 @@ from ommatid import schemas
 from ommatid.activations.batches import load_sample
 from ommatid.errors import ModelError
 from ommatid.evaluate import zero_shot
-from ommatid.evaluate.batches import load_labels
-from ommatid.evaluate.zero_shot import ZeroShot, draw_images, iter_drawn_pixels, measure_zero_shot
+from ommatid.evaluate.zero_shot import ZeroShot, measure_zero_shot
 from ommatid.events import Event, Warned
-from ommatid.extract import networks
+from ommatid.extract import classifier, drawn, networks
+from ommatid.extract.drawn import draw_images, iter_drawn_pixels
 from ommatid.extract.stage import extract
 from ommatid.images.decode import decode
+from ommatid.images.labels import load_labels
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, open_draft
 from ommatid.vlm import Captured, Hookpoint, Replacement
@@ -226,7 +227,7 @@ def test_nothing_is_measured_without_several_classes(
 def test_nothing_is_measured_without_labelled_training_images(
     model: TileModel, inputs: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(zero_shot, "load_labels", lambda images, of_split="eval": load_labels(images) if of_split == "eval" else {})
+    monkeypatch.setattr(classifier, "load_labels", lambda images, of_split: {})
     assert "no training image has a label" in refused(inputs, sae=exact_sae(model))
 
 
@@ -301,8 +302,8 @@ def test_images_are_found_if_numbers_and_rows_differ(images: Artefact, tmp_path:
 
 def test_sampled_images_come_from_few_row_groups(images: Artefact, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(images.row_groups("images")) == [[128, N_IMAGES - 128]]
-    monkeypatch.setattr(zero_shot, "N_BLOCKS", 1)
+    monkeypatch.setattr(drawn, "N_BLOCKS", 1)
     found = draw_images(images, range(N_IMAGES), 20)
     assert len(found.numbers) == 20 and found.numbers.max() < 128
-    monkeypatch.setattr(zero_shot, "BATCH", 8)
+    monkeypatch.setattr(drawn, "BATCH", 8)
     assert [len(batch.numbers) for batch in iter_drawn_pixels(images, found, TileModel.preprocess, "cpu")] == [8, 8, 4]

@@ -13,7 +13,6 @@ import pyarrow as pa
 from ommatid import schemas
 from ommatid.config import EvaluateParams
 from ommatid.errors import ArtefactError
-from ommatid.evaluate.batches import load_classes, load_paths
 from ommatid.evaluate.classes import choose_images, measure_meaning, measure_probes
 from ommatid.evaluate.latent_pairs import make_densities, measure_structure, write_matches
 from ommatid.evaluate.monosemanticity import iter_failures, make_judged
@@ -21,6 +20,7 @@ from ommatid.evaluate.passes import EvaluatedDictionary, Passes, make_latents
 from ommatid.evaluate.zero_shot import ZeroShot, measure_zero_shot
 from ommatid.events import Listener, Warned, ignore
 from ommatid.images.eval_split import iter_latent_firings, load_eval_split
+from ommatid.images.labels import load_classes, load_paths
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, Draft
 from ommatid.store.per_sae import for_each_sae

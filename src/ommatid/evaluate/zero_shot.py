@@ -10,100 +10,34 @@ untrained, and each of `evaluate.baselines`: the reconstruction by that dictiona
 Suffixes: b images, t tokens, k tokens that were extracted, d d_model, n images in all, c classes.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float, Float32, Float64, Int, Int64, UInt8
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from ommatid import schemas
 from ommatid.activations.batches import load_sample
 from ommatid.compute.undefined import none_for_nan
 from ommatid.errors import ModelError
-from ommatid.evaluate.batches import ENTRIES, load_labels
+from ommatid.evaluate.batches import ENTRIES
 from ommatid.events import Listener, Progress, Warned
-from ommatid.extract.networks import find_device, load_explained
-from ommatid.extract.plan import blocks_of
+from ommatid.extract.classifier import make_classifier
+from ommatid.extract.drawn import draw_images, iter_drawn_pixels
+from ommatid.extract.networks import find_device, load_explained, load_picker
 from ommatid.extract.tokens import TokenPicker
-from ommatid.images.loader import Encoded, Pixels, iter_pixels, make_pool
-from ommatid.metrics import Classified, Interval, classify, fit_scale, recovered, unit
+from ommatid.images.labels import load_labels
+from ommatid.metrics import Classified, Interval, classify, recovered
 from ommatid.sae.baselines import Dictionary
 from ommatid.store import Artefact
-from ommatid.vlm import Replacement, VisionModel, check_hookpoint
-from ommatid.vlm.preprocess import Preprocess
-
-BATCH = 64
-"""Number of images in a forward pass."""
-N_BLOCKS = 256
-"""Maximum number of row groups of the images artefact to read, so that a draw of a thousand does not read a million images."""
-
-
-@dataclass(frozen=True)
-class DrawnImages:
-    """Images drawn from the images artefact."""
-
-    numbers: Int[np.ndarray, " images"]
-    """Number of each image (`images.image`), (images,)."""
-    rows: Int64[np.ndarray, " images"]
-    """Row of each image in the table `images`, ascending, (images,) int64."""
-
-
-def draw_images(images: Artefact, among: Collection[int], n: int) -> DrawnImages:
-    """Draw up to `n` of the images in `among`, spread evenly over the table, from at most N_BLOCKS row groups."""
-    numbers = images.read("images", ["image"])["image"].to_numpy()
-    rows = np.flatnonzero(np.isin(numbers, np.fromiter(among, np.int64, len(among))))
-    block = np.searchsorted(blocks_of(images)[:, 2].cumsum(), rows, side="right")
-    held = np.unique(block)
-    rows = rows[np.isin(block, held[_spread(len(held), N_BLOCKS)])]
-    rows = rows[_spread(len(rows), n)]
-    return DrawnImages(numbers[rows], rows)
-
-
-def iter_drawn_pixels(images: Artefact, drawn: DrawnImages, preprocess: Preprocess, device: str) -> Iterator[Pixels]:
-    """Iterate over the pixels of drawn images.
-
-    Yields:
-        Batches of up to BATCH images, in the order of the draw.
-
-    Raises:
-        ArtefactError: The images artefact is damaged.
-    """
-    files = _iter_files(images, drawn.rows)
-    starts = range(0, len(drawn.numbers), BATCH)
-    batches = (_encoded(drawn.numbers[start : start + BATCH], files) for start in starts)
-    with make_pool(device) as pool:
-        yield from iter_pixels(batches, (preprocess,), pool, device)
-
-
-def _encoded(numbers: np.ndarray, files: Iterator[bytes]) -> Encoded:
-    return Encoded(numbers, np.zeros(len(numbers), dtype=bool), list(islice(files, len(numbers))))
-
-
-def _spread(n: int, at_most: int) -> np.ndarray:
-    """Return up to `at_most` of the indices 0 to n - 1, evenly spaced."""
-    return np.linspace(0, n - 1, min(n, at_most)).round().astype(np.int64)
-
-
-def _iter_files(images: Artefact, rows: np.ndarray) -> Iterator[bytes]:
-    parts, start = images.parts("images"), 0
-    for file, row_group, n in blocks_of(images).tolist():
-        places = rows[(rows >= start) & (rows < start + n)] - start
-        if len(places):
-            with images.open_part(parts[file]) as part:
-                yield from part.read_row_group(row_group, ["encoded"])["encoded"].take(places).to_pylist()
-        start += n
-
+from ommatid.vlm import Replacement, VisionModel
 
 N_IMAGES = 1000
 """Maximum number of evaluation images. Accuracy is then known to three percentage points; the recovered share, a ratio of paired
 numbers, is known more closely."""
-N_FITTED = 500
-"""Maximum number of training images on which the scale of cosines, a single number, is fitted if the model has none of its own."""
 N_MEAN = 2**14
 """Maximum number of training tokens over which the mean is taken."""
 
@@ -197,57 +131,6 @@ def _columns(name: str, share: Interval) -> dict[str, float | None]:
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """Zero-shot classifier, which compares embeddings of images with those of the classes' texts."""
-
-    classes: Sequence[str]
-    """Names of the classes, (c,)."""
-    texts: Float64[Tensor, "classes d_embed"]
-    """Text embedding of each class, (c, d_embed) float64, unit norm."""
-    scale: float = 1.0
-    """Factor by which cosines are multiplied before the softmax."""
-
-    def cosines(self, embeddings: Float32[Tensor, "batch d_embed"]) -> Float64[Tensor, "batch classes"]:
-        """Return the cosines of images (b, d_embed) and classes, (b, c) float64."""
-        return unit(embeddings.cpu()) @ self.texts.T
-
-    def log_probabilities(self, embeddings: Float32[Tensor, "batch d_embed"]) -> Float64[Tensor, "batch classes"]:
-        """Return the log-probabilities of the classes of images (b, d_embed), (b, c) float64."""
-        return (self.scale * self.cosines(embeddings)).log_softmax(1)
-
-    def indices(self, labels: Sequence[str]) -> Int64[Tensor, " images"]:
-        """Return the index of each label in `classes`, (n,) int64."""
-        place = {label: index for index, label in enumerate(self.classes)}
-        return torch.tensor([place[label] for label in labels])
-
-
-def make_classifier(model: VisionModel, images: Artefact, classes: Sequence[str]) -> Classifier:
-    """Make a classifier from the mean text embedding of each class over the model's templates.
-
-    Labels are often names of folders, so their underscores are read as spaces.
-    """
-    names = [name.replace("_", " ") for name in classes]
-    by_template = [unit(model.embed_text([template.format(name) for name in names]).cpu()) for template in model.text_templates]
-    classifier = Classifier(classes, unit(torch.stack(by_template).mean(0)))
-    return Classifier(classes, classifier.texts, model.logit_scale or _fit_scale(model, images, classifier))
-
-
-def _fit_scale(model: VisionModel, images: Artefact, classifier: Classifier) -> float:
-    """Return the scale that fits the plain model best on training images; the images that are measured are not among them."""
-    known = set(classifier.classes)
-    labels = {image: label for image, label in load_labels(images, "train").items() if label in known}
-    drawn = draw_images(images, labels, N_FITTED)
-    if not len(drawn.numbers):
-        raise _Undefined(
-            "no training image has a label; a model without a scale of its own needs labelled training images to scale cosines by"
-        )
-    device = find_device()
-    found = [model.capture(batch.of[0].to(device), ()).embedding for batch in iter_drawn_pixels(images, drawn, model.preprocess, device)]
-    cosines = torch.cat([classifier.cosines(embedding) for embedding in found if embedding is not None])
-    return fit_scale(cosines, classifier.indices([labels[number] for number in drawn.numbers.tolist()]))
-
-
-@dataclass(frozen=True)
 class _Splicer:
     """The model, and the dictionaries whose reconstructions replace its tokens at a hookpoint."""
 
@@ -320,10 +203,5 @@ def _load_splicer(dictionaries: Mapping[str, Dictionary], inputs: Mapping[str, A
     model = load_explained(activations.manifest.params)
     if model.d_embed is None:
         raise _Undefined(f"{model.name} has no text tower with which to embed the names of classes")
-    reads, writes = (_make_picker(model, artefact) for artefact in (activations, target))
+    reads, writes = (load_picker(model, artefact) for artefact in (activations, target))
     return _Splicer(model, find_device(), dictionaries, reads, writes, load_sample(target, N_MEAN).mean(0))
-
-
-def _make_picker(model: VisionModel, activations: Artefact) -> TokenPicker:
-    name = activations.summary["hookpoint"]
-    return TokenPicker(name, check_hookpoint(model, name), activations.manifest.params["tokens"])

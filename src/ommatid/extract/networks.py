@@ -14,6 +14,7 @@ from torch import Tensor
 from ommatid.config import ExtractParams, Model
 from ommatid.errors import ModelError
 from ommatid.extract.tokens import TokenPicker
+from ommatid.store import Artefact
 from ommatid.vlm import Judge, VisionModel, check_hookpoint, load_judge, load_model
 from ommatid.vlm.network_checks import check_judge, check_model
 from ommatid.vlm.precision import resolve_dtype
@@ -55,6 +56,16 @@ def load_explained(params: Mapping[str, Any]) -> VisionModel:
         ModelError: The model cannot be loaded.
     """
     return load_model(TypeAdapter(Model).validate_python(params["model"]), params["dtype"], find_device())
+
+
+def load_picker(model: VisionModel, activations: Artefact) -> TokenPicker:
+    """Return the picker of the tokens that an extraction kept at one hookpoint.
+
+    Raises:
+        ModelError: The model has no such hookpoint, or the hookpoint no such token.
+    """
+    name = activations.summary["hookpoint"]
+    return TokenPicker(name, check_hookpoint(model, name), activations.manifest.params["tokens"])
 
 
 class Networks:
