@@ -268,6 +268,58 @@ def test_a_batch_answers_as_single_images_do(case: Case) -> None:
     torch.testing.assert_close(batch, torch.cat(single), atol=1e-4, rtol=1e-4)
 
 
+def test_asking_again_gives_what_a_whole_pass_gives_bit_for_bit_and_runs_the_first_blocks_once(case: Case) -> None:
+    for name in case.read():
+        whole = [case.speaker.next_token_logprobs(case.images, case.question, one, name) for one in (change, lambda x: -x)]
+        runs: list[int] = []
+        handle = case.speaker._modules["vision.blocks.0.mlp"].register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        other = "What is shown in this image ?"
+        with case.speaker.asking(case.images, name, case.question, 2, read="vision.blocks.0") as asked:
+            said = [asked.again(one, None) for one in (change, lambda x: -x, lambda x: x)]
+            by_other_question = asked.again(None, other)
+        handle.remove()
+        assert [torch.equal(one.log_p, expected) for one, expected in zip(said, whole, strict=False)] == [True, True], name
+        assert torch.equal(said[2].log_p, asked.plain.log_p) and said[2].answers == asked.plain.answers
+        assert asked.plain.answers == tuple(case.speaker.answer(case.images, case.question, max_new_tokens=2))
+        assert torch.equal(by_other_question.log_p, case.speaker.next_token_logprobs(case.images, other))
+        assert len(runs) == (5 if name in ("vision.blocks.0.attn", "vision.blocks.0.mlp") else 1), name  # inside the first block
+        seen: list[Tensor] = []
+        case.speaker.answer(case.images, case.question, lambda x, seen=seen: seen.append(x.clone()) or x, "vision.blocks.0", 1)
+        assert torch.equal(asked.tokens, seen[0])
+        assert "forward" not in vars(case.speaker._modules["vision.blocks.0"])
+
+
+def test_a_forward_that_accelerate_put_on_a_block_is_kept(speaker: Speaker) -> None:
+    block = speaker._modules[HOOKPOINT]
+    block.forward = own = block.forward
+    with speaker.asking(draw(["star"]), HOOKPOINT) as asked:
+        assert asked.again(lambda x: x, None).answers == ("star",)
+    assert block.forward is own
+    del block.forward
+
+
+@pytest.mark.parametrize("size", [(60, 90), (90, 60), (33, 90), (90, 33), (55, 48)])
+def test_a_mask_of_an_image_is_that_of_the_same_area_in_every_view(tmp_path: Path, size: tuple[int, int]) -> None:
+    """White areas of the image are bright in the middle of the patches that the mask chooses, in the tower's own input, and in no others."""
+    save_words(save_llava(tmp_path, next_=True, image_token_index=VOCABULARY.index("<image>")))
+    speaker = load_speaker(LlavaModel(kind="llava", path=str(tmp_path)), "float32")
+    masks = torch.tensor([[[1, 0, 0], [1, 1, 0], [0, 0, 0]], [[0, 0, 1], [0, 0, 1], [1, 0, 1]]]).bool()
+    images = [Image.fromarray((255 * mask).byte().numpy()).convert("RGB").resize(size[::-1], Image.Resampling.NEAREST) for mask in masks]
+    views = speaker.spread_masks(images, masks)
+    inputs = speaker._prepare(images, "a")["pixel_values"].flatten(0, 1)
+    middles = inputs.mean(1).unflatten(1, (3, 16)).unflatten(3, (3, 16))[:, :, 7:9, :, 7:9].mean((2, 4))
+    assert views.shape == middles.shape == (6, 3, 3)  # each image has a base view and two tiles
+    assert torch.equal(views, middles > middles.amax() / 2 + middles.amin() / 2)
+    assert torch.equal(views[[0, 3]], masks) and views[1:3].any()
+    pixels = torch.from_numpy(np.stack([speaker.preprocess(image) for image in images]))
+    assert torch.equal(speaker.spread_masks(pixels, masks)[[0, 3]], masks)
+
+
+def test_an_image_of_another_family_is_its_own_view(speaker: Speaker) -> None:
+    masks = torch.tensor([[[True, False], [False, False]]])
+    assert speaker.spread_masks(draw([None]), masks) is masks
+
+
 def test_pixels_of_the_tower_answer_as_images_do(case: Case) -> None:
     pixels = torch.from_numpy(np.stack([case.speaker.preprocess(image) for image in case.images]))
     by_pixels = case.speaker.next_token_logprobs(pixels, case.question)
@@ -389,10 +441,25 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(tiny: Path, mo
         load_tiny(shards)
 
 
+def test_quantised_weights_are_refused_before_they_are_loaded(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (copy / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(speaking.hub, "load_weights", None)
+    with pytest.raises(ModelError, match=r"its weights are quantised \(bitsandbytes, according to quantization_config in config\.json\)"):
+        load_tiny(copy)
+
+
 def test_a_device_map_needs_accelerate(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speaking, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"device_map: 'auto' needs accelerate, which is not installed; `pip install accelerate`"):
         load_speaker(LlavaModel(kind="llava", path=str(tiny)), "float32", device_map="auto")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(copy: Path) -> None:
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"missing in this folder: a tokenizer \(tokenizer\.json"):
+        load_tiny(copy)
 
 
 @pytest.mark.parametrize("file", ["chat_template.json", "processor_config.json", "tokenizer_config.json"])

@@ -56,8 +56,9 @@ def skipping(modules: Sequence[nn.Module], output: Tensor) -> Iterator[None]:
     """Skip modules in forward passes inside the block: each returns `output` at once. Hooks on them run as usual."""
     with ExitStack() as stack:
         for module in modules:
+            own = module.__dict__.get("forward")  # that of accelerate, if it spreads the model over devices
             module.forward = lambda *_inputs, **_options: output  # Hides the method of the class.
-            stack.callback(delattr, module, "forward")
+            stack.callback(*((delattr, module, "forward") if own is None else (setattr, module, "forward", own)))
         yield
 
 

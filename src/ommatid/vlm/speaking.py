@@ -4,15 +4,17 @@ Everything but the hook at the hookpoint is transformers' own: the classes, the 
 """
 
 import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Bool, Float32, UInt8
 from PIL import Image
 from torch import Tensor
 from transformers import (
@@ -24,13 +26,14 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen2VLProcessor,
 )
+from transformers.image_processing_utils import select_best_resolution
 from transformers.processing_utils import ProcessorMixin
 
 from ommatid.compute.hardware import free_memory
 from ommatid.config.models import LlavaModel, Model, QwenModel
 from ommatid.errors import ConfigError, InputError, ModelError
 from ommatid.vlm import Dtype, Hookpoint, Replacement, check_hookpoint, hub, llava, partial_loading, qwen
-from ommatid.vlm.hooks import replacing
+from ommatid.vlm.hooks import capturing, replacing, skipping
 from ommatid.vlm.network_checks import SHAPES, structured_picture
 from ommatid.vlm.precision import resolve_dtype
 from ommatid.vlm.preprocess import Preprocess
@@ -52,6 +55,28 @@ Images = Sequence[Image.Image] | UInt8[Tensor, "batch height width 3"]
 """Images, or uint8 pixels `(b, H, W, 3)` from `Speaker.preprocess`."""
 
 
+@dataclass(frozen=True, eq=False)
+class Said:
+    """What a model says of a batch of images."""
+
+    answers: tuple[str, ...]
+    """The answer for each image, without the prompt, special tokens, or blanks at its ends; "" if the model ends it at once."""
+    log_p: Float32[Tensor, "batch n_vocabulary"]
+    """Log-probabilities of the first token of each answer, `(b, n_vocabulary)` float32, on the device of the model's output."""
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A question asked about a batch of images, which can be asked again while tokens are replaced."""
+
+    plain: Said
+    """What the model says as it is."""
+    tokens: Float32[Tensor, "views tokens d_model"]
+    """Tokens of the images at the hookpoint that is read, `(v, n_tokens, d_model)` float32; only LLaVA-NeXT has several views of an image."""
+    again: Callable[[Replacement | None, str | None], Said]
+    """Function that asks again: with a replacement of the tokens at the hookpoint, and with another question; None for the same."""
+
+
 class Speaker(ABC):
     """A vision tower and the language model that answers questions on its images.
 
@@ -67,6 +92,7 @@ class Speaker(ABC):
         self.hookpoints: Mapping[str, Hookpoint] = {name: site.hookpoint for name, site in sites.items()}
         self.dtype: torch.dtype = model.dtype
         self._modules = {name: site.module for name, site in sites.items()}
+        self._bottlenecks = {name for name, site in sites.items() if site.is_bottleneck}
         self._model, self._processor, self._tokenizer = model, processor, processor.tokenizer
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token is None:
@@ -104,9 +130,7 @@ class Speaker(ABC):
             InputError: There are no images, or only one of `replacement` and `hookpoint` is given.
             ModelError: The hookpoint is unknown or nothing follows it, or the replaced tokens are not finite in the model's data type.
         """
-        inputs, output = self._generate(images, prompt, replacement, hookpoint, max_new_tokens)
-        new = output.sequences[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self._tokenizer.batch_decode(new, skip_special_tokens=True)]
+        return list(self._ask(images, prompt, replacement, hookpoint, max_new_tokens).answers)
 
     def next_token_logprobs(
         self,
@@ -119,11 +143,65 @@ class Speaker(ABC):
 
         Arguments and errors are those of `answer`. `first_tokens` gives the columns of words.
         """
-        _, output = self._generate(images, prompt, replacement, hookpoint, 1, output_logits=True)
-        logprobs = output.logits[0].float().log_softmax(-1).cpu()
-        if not logprobs.isfinite().all():
-            raise ModelError(f"{self.name}: its output is not finite in {self.dtype}; compute in bfloat16 or float32")
-        return logprobs
+        return self._ask(images, prompt, replacement, hookpoint, 1).log_p.cpu()
+
+    @contextmanager
+    def asking(
+        self,
+        images: Images,
+        hookpoint: str,
+        prompt: str | Path = ONE_WORD,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        read: str | None = None,
+    ) -> Iterator[Asked]:
+        """Ask a question about a batch of images, and inside the block again and again while tokens are replaced.
+
+        The blocks of the tower before the hookpoint run once. The rest of the tower, the projector and the language model run once each
+        time, with the same batch, so that a replacement that returns its argument gives the plain answer bit for bit.
+
+        Args:
+            images: The images, as for `answer`.
+            hookpoint: Name of the hookpoint whose tokens are replaced.
+            prompt: The question, or the path of a text file that holds it.
+            max_new_tokens: Largest number of tokens in an answer.
+            read: Hookpoint whose tokens are returned; None for the one whose tokens are replaced.
+
+        Yields:
+            The plain answers, the tokens, and the function that asks again.
+
+        Raises:
+            ConfigError, InputError, ModelError: As for `answer`.
+        """
+        for name in (hookpoint, read or hookpoint):
+            check_hookpoint(self, name)
+        self._check_read(hookpoint)
+        names = list(self._modules)
+        before = [self._modules[name] for name in names[: names.index(hookpoint) + 1] if name in self._bottlenecks]
+        inputs = self._prepare(images, self._check(images, prompt, max_new_tokens))
+        wanted = {"read": self._modules[read or hookpoint]} | ({"state": before[-1]} if before else {})
+        with capturing(wanted) as seen:
+            plain = self._say(inputs, max_new_tokens)
+        tokens = self._as_tokens(seen["read"], read or hookpoint).float()
+
+        def again(replacement: Replacement | None, question: str | None) -> Said:
+            asked = inputs if question is None else self._prepare(images, self._check(images, question, max_new_tokens))
+            with nullcontext() if replacement is None else self._replacing(replacement, hookpoint):
+                return self._say(asked, max_new_tokens)
+
+        with skipping(before, seen["state"]) if before else nullcontext():
+            yield Asked(plain, tokens, again)
+
+    def spread_masks(self, images: Images, masks: Bool[Tensor, "batch rows cols"]) -> Bool[Tensor, "views rows cols"]:
+        """Turn masks of images into masks of the views that a replacement receives: here each image is its only view.
+
+        Args:
+            images: The images, as for `answer`.
+            masks: Whether each patch of the whole image is chosen, `(b, rows, columns)`.
+
+        Returns:
+            Whether each patch of each view is chosen, `(v, rows, columns)`.
+        """
+        return masks
 
     def first_tokens(self, words: Sequence[str]) -> list[int]:
         """Return the number of the first token of each word, as a word begins an answer.
@@ -137,26 +215,40 @@ class Speaker(ABC):
                 raise ConfigError(f"word {word!r}: the tokenizer of {self.name} makes no token of it")
         return [tokens[0] for tokens in ids]
 
-    @torch.inference_mode()
-    def _generate(
-        self, images: Images, prompt: str | Path, replacement: Replacement | None, hookpoint: str | None, n: int, **changes: Any
-    ) -> tuple[Mapping[str, Tensor], Any]:
-        """Return the inputs of the model and the output of `generate`."""
-        question = self._check_question(read_prompt(prompt))
+    def _ask(self, images: Images, prompt: str | Path, replacement: Replacement | None, hookpoint: str | None, n: int) -> Said:
+        question = self._check(images, prompt, n)
+        with self._replacing(replacement, hookpoint):
+            return self._say(self._prepare(images, question), n)
+
+    def _check(self, images: Images, prompt: str | Path, n: int) -> str:
+        """Return the question, after checking it, and that there are images and that the answers may have a token."""
+        question = self.check_question(prompt)
         if len(images) == 0:
             raise InputError("images: none were given; expected one or more")
         if n < 1:
             raise ConfigError(f"max_new_tokens: got {n}; expected 1 or more")
-        hook = self._replacing(replacement, hookpoint)
-        inputs = self._prepare(images, question)
-        sampling = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-        with hub.quiet(), hook:
-            return inputs, self._model.generate(
-                **inputs, **sampling, **changes, max_new_tokens=n, pad_token_id=self._tokenizer.pad_token_id, return_dict_in_generate=True
-            )
+        return question
 
-    def _check_question(self, question: str) -> str:
-        token = self._processor.image_token
+    @torch.inference_mode()
+    def _say(self, inputs: Mapping[str, Tensor], n: int) -> Said:
+        """Answer by greedy decoding, with at most n tokens."""
+        sampling = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+        returned = {"return_dict_in_generate": True, "output_logits": True}
+        with hub.quiet():
+            output = self._model.generate(**inputs, **sampling, **returned, max_new_tokens=n, pad_token_id=self._tokenizer.pad_token_id)
+        log_p = output.logits[0].float().log_softmax(-1)
+        if not log_p.isfinite().all():
+            raise ModelError(f"{self.name}: its output is not finite in {self.dtype}; compute in bfloat16 or float32")
+        texts = self._tokenizer.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return Said(tuple(text.strip() for text in texts), log_p)
+
+    def check_question(self, prompt: str | Path) -> str:
+        """Return a question, or that in a text file, as the model is asked it.
+
+        Raises:
+            ConfigError: It is empty or unreadable, or names the token of the image.
+        """
+        question, token = read_prompt(prompt), self._processor.image_token
         if token in question:
             raise ConfigError(f"prompt: contains {token}, which stands for the image; leave it out: the chat template adds it")
         return question
@@ -246,6 +338,35 @@ class LlavaSpeaker(Speaker):
         is_cropped = isinstance(images, Tensor) and not self._is_next
         kept = {"do_resize": False, "do_center_crop": False} if is_cropped else {}
         return self._processor(images=_as_pictures(images), text=texts, **kept, **settings)
+
+    def spread_masks(self, images: Images, masks: Bool[Tensor, "batch rows cols"]) -> Bool[Tensor, "views rows cols"]:
+        """Turn masks of the base views into masks of all views: in a tile, a patch is chosen where its centre lies in the mask.
+
+        Tiles are cut from a larger version of the image that keeps its aspect ratio, with a margin around it. Patches of the margin are
+        never chosen.
+        """
+        if not self._is_next:
+            return masks
+        found = []
+        for mask, image in zip(masks, images, strict=True):
+            size = tuple(image.shape[:2]) if isinstance(image, Tensor) else image.size[::-1]
+            found += [mask[None], self._cut(mask, size)]
+        return torch.cat(found)
+
+    def _cut(self, mask: Bool[Tensor, "rows cols"], size: tuple[int, int]) -> Bool[Tensor, "tiles rows cols"]:
+        """Return the mask in each tile of an image of the given height and width."""
+        whole = select_best_resolution(size, self._processor.image_processor.image_grid_pinpoints)
+        scale = min(whole[0] / size[0], whole[1] / size[1])
+        axes = []
+        for all_, own, side, n in zip(whole, size, self.preprocess.crop, mask.shape, strict=True):
+            inside = min(math.ceil(own * scale), all_)
+            centres = (torch.arange(all_ // side * n) + 0.5) * side / n - (all_ - inside) // 2
+            axes.append((centres / inside * n).floor().long())
+        rows, cols = axes
+        is_inside = ((rows >= 0) & (rows < mask.shape[0]))[:, None] & ((cols >= 0) & (cols < mask.shape[1]))
+        large = mask[rows.clamp(0, mask.shape[0] - 1)][:, cols.clamp(0, mask.shape[1] - 1)] & is_inside.to(mask.device)
+        tiles = large.unflatten(0, (-1, mask.shape[0])).unflatten(2, (-1, mask.shape[1])).transpose(1, 2)
+        return tiles.flatten(0, 1)
 
     def _check_read(self, hookpoint: str) -> None:
         block = hookpoint.split(".")[2:3]
@@ -345,6 +466,7 @@ def _load(cls: Any, folder: Path, path: str, dtype: SpeakerDtype, device: str, d
     if device_map is not None and find_spec("accelerate") is None:
         raise ModelError(f"device_map: {device_map!r} needs accelerate, which is not installed; `pip install accelerate`, or leave it out")
     resolved = torch.float16 if dtype == "float16" else resolve_dtype(dtype, device)
+    _check_unquantised(folder, path)
     needed = partial_loading.count_weights(folder, path, KEY) * resolved.itemsize
     for place, free in _free(device, device_map).items():
         if needed > free:
@@ -355,6 +477,17 @@ def _load(cls: Any, folder: Path, path: str, dtype: SpeakerDtype, device: str, d
             )
     model, _ = hub.load_weights(cls, folder, path, KEY, dtype=resolved, device_map=device_map)
     return model if device_map is not None else model.to(device)
+
+
+def _check_unquantised(folder: Path, path: str) -> None:
+    """Check that a folder has weights that transformers loads by itself."""
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if found:
+        method = found.get("quant_method", "an unknown method") if isinstance(found, dict) else "an unknown method"
+        raise ModelError(
+            f"{KEY}: {path}: its weights are quantised ({method}, according to quantization_config in config.json), and loading them needs "
+            "packages that are not installed with Ommatid; name a folder with the weights in float32, bfloat16 or float16"
+        )
 
 
 def _free(device: str, device_map: DeviceMap | None) -> Mapping[str, int]:
