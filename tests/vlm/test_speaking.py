@@ -300,11 +300,13 @@ def test_a_forward_that_accelerate_put_on_a_block_is_kept(speaker: Speaker) -> N
 
 @pytest.mark.parametrize("size", [(60, 90), (90, 60), (33, 90), (90, 33), (55, 48)])
 def test_a_mask_of_an_image_is_that_of_the_same_area_in_every_view(tmp_path: Path, size: tuple[int, int]) -> None:
-    """White areas of the image are bright in the middle of the patches that the mask chooses, in the tower's own input, and in no others."""
+    """In the tower's own input, the patches that the mask chooses are bright in the middle, as the area is white, and no others are."""
     save_words(save_llava(tmp_path, next_=True, image_token_index=VOCABULARY.index("<image>")))
     speaker = load_speaker(LlavaModel(kind="llava", path=str(tmp_path)), "float32")
     masks = torch.tensor([[[1, 0, 0], [1, 1, 0], [0, 0, 0]], [[0, 0, 1], [0, 0, 1], [1, 0, 1]]]).bool()
-    images = [Image.fromarray((255 * mask).byte().numpy()).convert("RGB").resize(size[::-1], Image.Resampling.NEAREST) for mask in masks]
+    images = [
+        Image.fromarray((255 * mask).byte().numpy()).convert("RGB").resize((size[1], size[0]), Image.Resampling.NEAREST) for mask in masks
+    ]
     views = speaker.spread_masks(images, masks)
     inputs = speaker._prepare(images, "a")["pixel_values"].flatten(0, 1)
     middles = inputs.mean(1).unflatten(1, (3, 16)).unflatten(3, (3, 16))[:, :, 7:9, :, 7:9].mean((2, 4))

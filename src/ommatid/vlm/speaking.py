@@ -72,7 +72,7 @@ class Asked:
     plain: Said
     """What the model says as it is."""
     tokens: Float32[Tensor, "views tokens d_model"]
-    """Tokens of the images at the hookpoint that is read, `(v, n_tokens, d_model)` float32; only LLaVA-NeXT has several views of an image."""
+    """Tokens at the hookpoint that is read, `(v, n_tokens, d_model)` float32; only LLaVA-NeXT has several views of an image."""
     again: Callable[[Replacement | None, str | None], Said]
     """Function that asks again: with a replacement of the tokens at the hookpoint, and with another question; None for the same."""
 
@@ -349,8 +349,8 @@ class LlavaSpeaker(Speaker):
             return masks
         found = []
         for mask, image in zip(masks, images, strict=True):
-            size = tuple(image.shape[:2]) if isinstance(image, Tensor) else image.size[::-1]
-            found += [mask[None], self._cut(mask, size)]
+            height, width = image.shape[:2] if isinstance(image, Tensor) else image.size[::-1]
+            found += [mask[None], self._cut(mask, (height, width))]
         return torch.cat(found)
 
     def _cut(self, mask: Bool[Tensor, "rows cols"], size: tuple[int, int]) -> Bool[Tensor, "tiles rows cols"]:

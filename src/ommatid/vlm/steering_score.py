@@ -1,8 +1,16 @@
 """The steering score of Pach et al. (arXiv 2504.02821): whether a clamped latent makes a model speak of the images that activate it.
 
 The model answers in one word, and the score is the cosine of the word's text embedding and the mean embedding of the latent's strongest
-images. As published, the clamped code is decoded without the SAE's error. Since the published baseline runs no SAE at all, that alone may
-change answers, so the arm `untouched` decodes the code as it is.
+images. As in the published script (steering_score.py, with the class Llava, of ExplainableML/sae-for-vlm):
+
+- The question is ONE_WORD, after the image, in the model's chat template; answers are decoded greedily and have at most 5 tokens.
+- A latent is set to 100 on every token of the tower's block, the class token included, and the code is decoded without the SAE's error.
+- The word is what precedes the first blank in the answer, with any punctuation.
+- Text embeddings are of the word alone, without a template. Those of the images are averaged with the norms that they have.
+
+It differs in one respect: of an answer without a word, the script embeds the beginning of the prompt; here it has no score, and is counted.
+Since the published baseline runs no SAE at all, dropping the error alone may change answers, so the arm `untouched` decodes the code as it
+is.
 
 Shapes: b images, t tokens, l latents that are clamped, s latents of the SAE, d width, n strongest images, e width of the joint space.
 """
@@ -15,9 +23,9 @@ from string import punctuation, whitespace
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ommatid.errors import InputError, ModelError
+from ommatid.metrics.interventions import steering_score
 from ommatid.sae.model import SAE
 from ommatid.vlm import Replacement, VisionModel, check_hookpoint
 from ommatid.vlm.speaking import ONE_WORD, Images, Speaker
@@ -35,7 +43,7 @@ class SteeringScore:
     """
 
     words: Mapping[str, tuple[tuple[str, ...], ...]]
-    """The first word of each answer by arm, latent and image; "" if the answer has none."""
+    """What precedes the first blank in each answer, by arm, latent and image; "" if the answer is empty."""
     scores: Mapping[str, Float32[Tensor, "latents images"]]
     """Cosines by arm, latent and image, `(l, b)`; NaN where there is no word."""
 
@@ -69,8 +77,8 @@ def score_steering(
         latents: The latents.
         images: Images, on each of which the question is asked for each latent.
         joint: Model of the joint space, which embeds words as they are, without a template.
-        strongest: Embeddings in that space of each latent's strongest images, `(l, n, e)`; 16 of them as published. Each counts alike,
-            whatever its norm.
+        strongest: Embeddings in that space of each latent's strongest images, `(l, n, e)`; 16 of them as published. They are averaged with
+            the norms that they have, so give them as the model computes them.
         dose: Activation to which a latent is clamped on every token.
         prompt: The question, or the path of a file that holds it.
         batch: Number of images that are answered at once.
@@ -87,7 +95,8 @@ def score_steering(
     def ask(replacement: Replacement | None) -> tuple[str, ...]:
         hookpoint = None if replacement is None else sae.config.hookpoint
         parts = (images[start : start + batch] for start in range(0, len(images), batch))
-        return tuple(first_word(text) for part in parts for text in speaker.answer(part, prompt, replacement, hookpoint, MAX_NEW_TOKENS))
+        answers = (text for part in parts for text in speaker.answer(part, prompt, replacement, hookpoint, MAX_NEW_TOKENS))
+        return tuple(text.split(" ")[0] for text in answers)
 
     words = {
         "none": (ask(None),) * len(latents),
@@ -95,13 +104,12 @@ def score_steering(
         "targeted": tuple(ask(lambda x, latent=latent: decode_clamped(sae, x, latent, dose)) for latent in latents),
     }
     said = sorted({word for arm in words.values() for row in arm for word in row} - {""})
-    embedded = dict(zip(said, normalize(joint.embed_text(said).cpu().float(), dim=-1), strict=True))
-    targets_le = normalize(normalize(strongest.cpu().float(), dim=-1).mean(1), dim=-1)
-    silent = torch.full_like(targets_le[0], torch.nan)
+    texts = joint.embed_text(said).cpu() if said else torch.empty(0, strongest.shape[2])
+    known = torch.stack([steering_score(top.cpu(), texts) for top in strongest])  # by latent and word
+    known = torch.cat([known, torch.full_like(strongest[:, 0, :1].cpu(), torch.nan)], 1).float()
+    place = {word: at for at, word in enumerate([*said, ""])}
     scores = {
-        arm: torch.stack(
-            [torch.stack([embedded.get(word, silent) for word in row]) @ target for row, target in zip(rows, targets_le, strict=True)]
-        )
+        arm: torch.stack([of_latent[[place[word] for word in row]] for row, of_latent in zip(rows, known, strict=True)])
         for arm, rows in words.items()
     }
     return SteeringScore(words, scores)
