@@ -533,6 +533,7 @@ def _effects(draft: Draft, size: Size) -> dict[str, Any]:
         effect_low=np.where(is_tested, effect - 0.05, np.nan),
         effect_high=np.where(is_tested, effect + 0.05, np.nan),
         best_control=np.where(is_tested, control, np.nan),
+        control_causal=["reads_only" if tested else None for tested in is_tested],
     )
     points = [
         (latent, outcome, arm, dose) for latent in sorted(chosen) for outcome in schemas.OUTCOMES for arm in schemas.ARMS for dose in DOSES
@@ -545,7 +546,7 @@ def _effects(draft: Draft, size: Size) -> dict[str, Any]:
         _columns(schemas.INTERVENTIONS, n, sae=size.sae, latent=latents, outcome=outcomes, arm=arms, dose=doses, **more),
     )
     outputs, ranks = np.arange(N_CLASSES).repeat(schemas.N_ATTRIBUTED), np.tile(np.arange(1, schemas.N_ATTRIBUTED + 1), N_CLASSES)
-    more = dict(rank=ranks, latent=rng.integers(size.d_sae, size=len(ranks)), effect=1.0 / ranks, exact=np.nan, n_images=96)
+    more = dict(rank=ranks, latent=rng.integers(size.d_sae, size=len(ranks)), effect=1.0 / ranks, exact=np.nan, sparsity=20.0, n_images=96)
     names = np.array(_class_names(rng), dtype=object)[outputs]
     draft.write_table("attributions.parquet", _columns(schemas.ATTRIBUTIONS, len(ranks), sae=size.sae, output=names, **more))
     draft.write_table("effects.parquet", effects)

@@ -586,6 +586,10 @@ EFFECTS = _table(
         "change of the same outcome, at the same dose, by the control that leaves the edit the least room; of a random control it is the "
         f"upper end over draws; {_UNTESTED}",
     ),
+    control_causal=(
+        nullable(pa.string()),
+        f"status that the same rule gives a random latent, matched in density, if it is set in the place of this one; {_UNTESTED}",
+    ),
 )
 
 N_ATTRIBUTED = 32
@@ -604,6 +608,11 @@ ATTRIBUTIONS = _table(
     latent=(pa.int32(), "index of the latent"),
     effect=(pa.float64(), "mean over images of what the output owes to the latent, estimated from gradients"),
     exact=(nullable(pa.float64()), "the same, measured by removing the latent; null for all but a few latents"),
+    sparsity=(
+        pa.float64(),
+        "effective number of latents that carry the output, (Σ|effect|)² / Σ effect² over all latents, listed or not: 1 if a single latent "
+        "has all of the effect, and the number of latents if all have the same",
+    ),
     n_images=(pa.int32(), "number of evaluation images in the means"),
 )
 

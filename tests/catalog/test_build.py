@@ -155,11 +155,12 @@ def test_features_carry_structure(catalog: Catalog) -> None:
 
 
 def test_features_carry_what_a_latent_does_and_say_untested_of_every_other(catalog: Catalog) -> None:
-    columns = "latent, causal, effect, effect_low, effect_high, best_control, dose"
+    columns = "latent, causal, causal_reason, effect, effect_low, effect_high, best_control, control_causal, dose"
     assert catalog.rows(f"SELECT {columns} FROM features ORDER BY latent") == [
-        (0, "causal", 0.5, 0.25, 0.75, 0.125, 1.0),
-        (1, "reads_only", 0.1, -0.25, 0.5, 0.2, 0.5),
-        *((latent, "untested", None, None, None, None, None) for latent in (2, 3)),
+        (0, "causal", None, 0.5, 0.25, 0.75, 0.125, "reads_only", 1.0),
+        (1, "reads_only", None, 0.1, -0.25, 0.5, 0.2, "causal", 0.5),
+        (2, "untested", "not chosen", None, None, None, None, None, None),
+        (3, "untested", None, None, None, None, None, None, None),
     ]
     assert catalog.rows("SELECT DISTINCT sae FROM attributions") == [(artefacts.SAE,)]
     assert catalog.rows("SELECT output, latent, exact FROM attributions WHERE rank = 1 ORDER BY output") == [

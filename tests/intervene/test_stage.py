@@ -32,7 +32,7 @@ MEASURED = Measured(
         {"latent": 0, "status": "causal", "effect": 0.6, **NUMBERS},
         {"latent": 4, "status": "untested", "reason": "never fires"},
     ],
-    attributions=[{"output": "red", "rank": 1, "latent": 0, "effect": 0.5, "exact": 0.4, "n_images": 16}],
+    attributions=[{"output": "red", "rank": 1, "latent": 0, "effect": 0.5, "exact": 0.4, "sparsity": 1.0, "n_images": 16}],
     zero_dose=0.0,
     random_causal=0.0,
 )

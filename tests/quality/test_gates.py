@@ -657,6 +657,7 @@ NUMBERS = {
     "effect_low": 0.25,
     "effect_high": 0.75,
     "best_control": 0.125,
+    "control_causal": "reads_only",
 }
 
 
@@ -674,7 +675,7 @@ def intervention_rows() -> Rows:
 
 
 def attribution_rows() -> Rows:
-    shared = {"sae": "s", "output": "cat", "n_images": 16}
+    shared = {"sae": "s", "output": "cat", "sparsity": 1.8, "n_images": 16}
     rows: Rows = [{**shared, "rank": 1, "latent": 1, "effect": -0.5, "exact": -0.4}]
     return [*rows, {**shared, "rank": 2, "latent": 3, "effect": 0.25, "exact": None}]
 

@@ -102,13 +102,13 @@ INTERVENTIONS = [
     (1, "toward_label", "targeted", 0.5, 0.1, 1),
 ]
 EFFECTS = [
-    # latent, status, reason, outcome, dose, act, effect, low, high, best control
-    (0, "causal", None, "toward_label", 1.0, 4.0, 0.5, 0.25, 0.75, 0.125),
-    (1, "reads_only", None, "toward_label", 0.5, 1.0, 0.1, -0.25, 0.5, 0.2),
-    (2, "untested", "not chosen", None, None, None, None, None, None, None),
+    # latent, status, reason, outcome, dose, act, effect, low, high, best control, status of a random latent
+    (0, "causal", None, "toward_label", 1.0, 4.0, 0.5, 0.25, 0.75, 0.125, "reads_only"),
+    (1, "reads_only", None, "toward_label", 0.5, 1.0, 0.1, -0.25, 0.5, 0.2, "causal"),
+    (2, "untested", "not chosen", None, None, None, None, None, None, None, None),
 ]
 """Latent 3 has no row: `features` says untested."""
-ATTRIBUTIONS = [("cat", 1, 0, 0.5, 0.4), ("cat", 2, 1, -0.25, None), ("label of latent 0", 1, 0, 0.25, None)]
+ATTRIBUTIONS = [("cat", 1, 0, 0.5, 0.4, 1.8), ("cat", 2, 1, -0.25, None, 1.8), ("label of latent 0", 1, 0, 0.25, None, 1.0)]
 ZERO_SHOT = [("plain", 0.9, 1.0), ("sae", 0.8, 0.85), ("sae_with_error", 0.9, 1.0), ("mean", 0.2, 0.0), ("untrained", 0.5, 0.4)]
 COMPARISONS = [("sae", 0.2, 0.7), ("untrained", 0.6, 0.5), ("neurons", None, 0.4)]
 JUDGED = [
@@ -279,12 +279,12 @@ def _labels(draft: Draft, name: str) -> dict[str, Any]:
 
 def _effects(draft: Draft, name: str) -> dict[str, Any]:
     sae, n = f"{name}-00000000", _latents_of(name)
-    names = "latent status reason outcome dose act effect effect_low effect_high best_control"
+    names = "latent status reason outcome dose act effect effect_low effect_high best_control control_causal"
     effects = [row for row in EFFECTS if row[0] < n]
     draft.write_table("effects.parquet", columns(schemas.EFFECTS, effects, names, sae=sae))
     ran = [row for row in INTERVENTIONS if row[0] < n]
     table = columns(schemas.INTERVENTIONS, ran, "latent outcome arm dose value n_draws", sae=sae, n_images=6)
     draft.write_table("interventions.parquet", table)
-    table = columns(schemas.ATTRIBUTIONS, ATTRIBUTIONS, "output rank latent effect exact", sae=sae, n_images=6)
+    table = columns(schemas.ATTRIBUTIONS, ATTRIBUTIONS, "output rank latent effect exact sparsity", sae=sae, n_images=6)
     draft.write_table("attributions.parquet", table)
     return {}

@@ -134,7 +134,8 @@ class LatentTest:
         others = {"none": nothing, "random_latent": rest, "random_direction": controls["random_direction"]}
         random_drift = self._by_dose(drift, "random_latent")[:, 0].mean(1)
         rows = [*self._rows(OUTCOME, toward), *self._rows("drift", drift), *self._class_rows()]
-        return Found(self._effect(status), rows, self._decide(first, others, random_drift).status, self.zero_dose)
+        random_status = self._decide(first, others, random_drift).status
+        return Found(self._effect(status, random_status), rows, random_status, self.zero_dose)
 
     def _decide(self, targeted_pn: Tensor, controls: Mapping[str, Tensor], drift_p: Tensor) -> Status:
         params = self.study.params
@@ -142,12 +143,13 @@ class LatentTest:
         # No bound on collateral: to lose the accuracy on other classes is what a latent that is set to its strongest should do.
         return decide_status(curve, StatusRule(params.max_drift, math.inf, LEAST_IMAGES))
 
-    def _effect(self, found: Status) -> dict[str, Any]:
+    def _effect(self, found: Status, random_status: CausalStatus) -> dict[str, Any]:
         row = {"latent": self.chosen.latent, "status": found.status}
         if found.status == "untested":
             return {**row, "reason": f"only {sum(map(len, self.fires))} images; {LEAST_IMAGES} are needed, and a dose of 1 at most"}
         numbers = {name: getattr(found, name) for name in ("dose", "effect", "effect_low", "effect_high", "best_control")}
-        return {**row, "outcome": OUTCOME, "act": found.dose * self.chosen.scale, **numbers}
+        act = found.dose * self.chosen.scale
+        return {**row, "outcome": OUTCOME, "act": act, **numbers, "control_causal": random_status}
 
     def _has(self, name: str) -> bool:
         return any(arm == name for arm, _ in self.edited)

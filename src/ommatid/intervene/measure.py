@@ -19,13 +19,13 @@ from ommatid.intervene.attribution import Attributor
 from ommatid.intervene.latent_test import LatentTest
 from ommatid.intervene.study import Study
 from ommatid.intervene.subject import Described, Subject
-from ommatid.metrics import unit
+from ommatid.metrics import ablation_sparsity, unit
 from ommatid.schemas import N_ATTRIBUTED
 from ommatid.store import Artefact
 
 LEAST_FIRING = 8
 """Number of sampled tokens on which a latent must fire for its scale to be known."""
-N_EXACT = 4
+N_EXACT = 8
 """Number of latents to which a class is attributed exactly as well."""
 
 
@@ -145,7 +145,8 @@ def _attribute(study: Study, on_event: Listener) -> list[dict[str, Any]]:
     return [
         {
             "output": name, "rank": rank, "latent": latent, "effect": float(cheap[name][latent]),
-            "exact": float(exact[name][rank - 1]) if rank <= N_EXACT else None, "n_images": n,
+            "exact": float(exact[name][rank - 1]) if rank <= N_EXACT else None,
+            "sparsity": ablation_sparsity(cheap[name]), "n_images": n,
         }
         for name in names
         for rank, latent in enumerate(ranked[name], start=1)

@@ -28,10 +28,12 @@ SELECT
     comparisons.ms_floor,
     comparisons.judge,
     coalesce(effects.status, 'untested') AS causal,
+    effects.reason AS causal_reason,
     effects.effect,
     effects.effect_low,
     effects.effect_high,
     effects.best_control,
+    effects.control_causal,
     effects.dose,
     latents.density,
     latents.is_dead,
@@ -65,3 +67,4 @@ COMMENT ON COLUMN features.label_score IS 'balanced accuracy of the label at pre
 COMMENT ON COLUMN features.labeller IS 'labeller that made the label; null if no labeller was run';
 COMMENT ON COLUMN features.label_status IS 'ok, unparsed, refused, failed, over_budget or too_few_examples; null if no labeller was run';
 COMMENT ON COLUMN features.causal IS 'causal, reads_only, breaks_model or untested: whether setting the latent changes the model''s output as the latent promises, and more than under any control';
+COMMENT ON COLUMN features.causal_reason IS 'why the latent is untested; null if it is tested';

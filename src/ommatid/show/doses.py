@@ -1,0 +1,35 @@
+"""Dose curves: what setting a latent to a dose does to the model's output, beside the controls of the same edit."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ommatid.show.svg import Plot, draw_curves
+
+DOSES = """
+    SELECT arm, dose, value, low, high, n_draws FROM interventions
+    WHERE sae = $sae AND latent = $latent AND outcome = 'toward_label' ORDER BY arm, dose
+"""
+ARMS = {
+    "targeted": "this latent",
+    "sign_flipped": "the other way",
+    "random_latent": "other latents",
+    "random_direction": "random directions",
+    "diff_means": "difference of means",
+}
+"""What pages call the arms of an intervention."""
+
+
+def draw_doses(rows: Sequence[Mapping[str, Any]]) -> Plot | None:
+    """Draw the effect of setting a latent by dose, beside those of its controls.
+
+    Args:
+        rows: Answer to `DOSES`.
+
+    Returns:
+        The plot; None if there are no rows.
+    """
+    curves = {text: [(row["dose"], row["value"]) for row in rows if row["arm"] == arm] for arm, text in ARMS.items()}
+    curves = {text: points for text, points in curves.items() if points}
+    name = "closer to the name's text, cosine"
+    title = "Effect of setting the latent to a dose, and of the controls"
+    return draw_curves(title, "dose", name, curves, ARMS["targeted"]) if curves else None

@@ -1,0 +1,187 @@
+"""The sections about what features do to the model's output, beside what they show."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ommatid.compute.intervals import spearman_interval
+from ommatid.show.about import About
+from ommatid.show.doses import DOSES, draw_doses
+from ommatid.show.numbers import DASH, fixed, interval, percent, share, signed, wilson
+from ommatid.show.pictures.page import short
+from ommatid.show.report import plots
+from ommatid.show.report.parts import Section, ShownFeature, Table
+
+STATUSES = """
+    SELECT
+        causal, count(*) AS latents, count(*) FILTER (control_causal = 'causal') AS random_causal, mode(causal_reason) AS reason,
+        count(*) FILTER (causal_reason IS NOT DISTINCT FROM mode_of.reason) AS with_reason
+    FROM features, (SELECT mode(causal_reason) AS reason FROM features WHERE sae = $sae) AS mode_of
+    WHERE sae = $sae GROUP BY causal ORDER BY causal = 'untested', latents DESC, causal
+"""
+STRONGEST = """
+    SELECT * FROM features WHERE sae = $sae AND effect IS NOT NULL ORDER BY effect - best_control DESC, latent LIMIT $n
+"""
+EFFECTS = """
+    WITH tested AS (
+        SELECT latent, causal, ms, effect - best_control AS above, effect_low - best_control AS low, effect_high - best_control AS high
+        FROM features WHERE sae = $sae AND effect IS NOT NULL AND ms IS NOT NULL
+    ), ranked AS (
+        SELECT
+            rank() OVER (ORDER BY ms) + (count(*) OVER (PARTITION BY ms) - 1) / 2 AS by_ms,
+            rank() OVER (ORDER BY above) + (count(*) OVER (PARTITION BY above) - 1) / 2 AS by_effect
+        FROM tested
+    )
+    SELECT *, (SELECT corr(by_ms, by_effect) FROM ranked) AS correlation FROM tested ORDER BY latent
+"""
+ATTRIBUTIONS = """
+    WITH ranked AS (
+        SELECT
+            output,
+            rank() OVER cheap + (count(*) OVER (PARTITION BY output, effect) - 1) / 2 AS by_cheap,
+            rank() OVER exact + (count(*) OVER (PARTITION BY output, exact) - 1) / 2 AS by_exact
+        FROM attributions WHERE sae = $sae AND exact IS NOT NULL
+        WINDOW cheap AS (PARTITION BY output ORDER BY effect), exact AS (PARTITION BY output ORDER BY exact)
+    ), agreement AS (
+        SELECT output, count(*) AS n, corr(by_cheap, by_exact) AS correlation FROM ranked GROUP BY output
+    )
+    SELECT
+        output, any_value(sparsity) AS sparsity, any_value(n_images) AS n_images, any_value(n) AS n, any_value(correlation) AS correlation,
+        arg_max(latent, effect) AS speaks_for, max(effect) AS for_it, arg_min(latent, effect) AS speaks_against, min(effect) AS against_it,
+        arg_max(label, effect) AS label_for, arg_min(label, effect) AS label_against
+    FROM attributions LEFT JOIN features USING (sae, latent) LEFT JOIN agreement USING (output)
+    WHERE sae = $sae GROUP BY output ORDER BY output
+"""
+
+N_FEATURES = 10
+"""Number of features whose dose curves are shown."""
+N_OUTPUTS = 24
+"""Largest number of outputs in the table of attributions."""
+NAMES = {"causal": "causal", "reads_only": "reads only", "breaks_model": "breaks the model", "untested": "untested"}
+"""What the report calls each status."""
+EFFECT_WORDS = "the change of the cosine of image and label, less that of the other labels, in the direction that the edit promises"
+
+
+def make_interventions(about: About) -> list[Section]:
+    """Make the sections about interventions; a single one, which says why, if no latent was tested."""
+    statuses, is_tested = _make_statuses(about)
+    return [statuses, _make_strongest(about), _make_scatter(about), *_make_attributions(about)] if is_tested else [statuses]
+
+
+def _make_statuses(about: About) -> tuple[Section, bool]:
+    """Make the section that counts what latents do; and whether any was tested."""
+    title, question = "What the features do", about.question(STATUSES)
+    found = question.ask(about.catalog).dicts()
+    of = {row["causal"]: row for row in found}
+    untested = of.pop("untested", None)
+    n_tested = sum(row["latents"] for row in of.values())
+    if not n_tested:
+        reason = (untested and untested["reason"]) or "the stage intervene gave no result"
+        return Section(title, f"Nothing to show, as no latent was tested: {reason}.", question, is_wide=True), False
+    n_random = sum(row["random_causal"] for row in of.values())
+    causal = of.get("causal", {"latents": 0})["latents"]
+    rows = [_status_row(NAMES[name], of.get(name, {"latents": 0})["latents"], n_tested) for name in ("causal", "reads_only", "breaks_model")]
+    rows.append(_status_row("random latents called causal by the same rule", n_random, n_tested))
+    rest = f" {untested['latents']:,} others are untested; the most common reason is: {untested['reason']}." if untested else ""
+    reading = (
+        f"{causal:,} of the {n_tested:,} latents that were tested are causal: set to a dose, they move images toward their label more than "
+        "the same change does along other latents, along random directions and the other way, at a dose that leaves the model whole. "
+        "Reads only: at no dose do they. Breaks the model: only where the output drifts too far. The last row is the control: the same "
+        f"rule, applied to a random latent in the place of each. If it is as high as the first, no latent is known to do anything.{rest}"
+    )
+    return Section(title, reading, question, is_wide=True, table=Table(STATUS_HEAD, tuple(rows), strong=0)), True
+
+
+STATUS_HEAD = ("status", "latents", "of those tested", "95 % interval")
+
+
+def _status_row(name: str, n: int, n_tested: int) -> tuple[str, ...]:
+    low, high = wilson(n, n_tested)
+    return name, f"{n:,}", share(n, n_tested), f"{100 * low:.0f} to {100 * high:.0f} %"
+
+
+def _make_strongest(about: About) -> Section:
+    question = about.question(STRONGEST, n=N_FEATURES)
+    found = question.ask(about.catalog).dicts()
+    n_causal = sum(row["causal"] == "causal" for row in found)
+    said = "all of them are causal" if n_causal == len(found) else f"{n_causal or 'none'} of them {'is' if n_causal < 2 else 'are'} causal"
+    reading = (
+        f"The {len(found)} latents whose effect exceeds their best control most; {said}. Effect: {EFFECT_WORDS}. A latent acts as its label "
+        "says if its line, which is solid, rises with the dose and leaves every dashed line below it. Dose 1 is the 99th percentile of the "
+        "latent's own activations, and dose 0 removes it. The difference of means is another way to the same end, and does not decide. "
+        "The pictures are those on which the latent fires most."
+    )
+    shown = tuple(_show(about, row) for row in found)
+    return Section("The features that do most, and their controls", reading, question, is_wide=True, features=shown)
+
+
+def _show(about: About, feature: Mapping[str, Any]) -> ShownFeature:
+    numbers = (
+        f"{NAMES[feature['causal']]}, at dose {feature['dose']:.3g}",
+        f"effect {signed(feature['effect'])} ({signed(feature['effect_low'])} to {signed(feature['effect_high'])})",
+        f"best control {signed(feature['best_control'])}",
+        f"latent {feature['latent']}, MS {fixed(feature['ms'])}, label score {percent(feature['label_score'])}",
+    )
+    doses = draw_doses(about.ask(DOSES, sae=about.sae, latent=feature["latent"]))
+    return ShownFeature(feature["label"], numbers, plots.draw_examples(about.catalog, feature), doses)
+
+
+def _make_scatter(about: About) -> Section:
+    title, question = "Does monosemanticity predict what a feature does?", about.question(EFFECTS)
+    rows = question.ask(about.catalog).dicts()
+    if not rows:
+        return Section(title, "Nothing to show: MS is undefined for every latent that was tested.", question)
+    reading = (
+        f"{_correlation(rows)} Each dot is a latent that was tested; its height is its effect less that of its best control, with a 95 % "
+        "interval. Only latents whose interval lies above the dashed line can be causal. The tested latents are a choice, by default those "
+        "of highest MS, among which a correlation is weaker than among all."
+    )
+    return Section(title, reading, question, plots.draw_effects(rows))
+
+
+def _correlation(rows: Sequence[Mapping[str, Any]]) -> str:
+    rho, n = rows[0]["correlation"], len(rows)
+    low, high = spearman_interval(math.nan if rho is None else rho, n)
+    if math.isnan(low):
+        return f"{n} latent{'s are' if n != 1 else ' is'} too few, or too much alike, for a rank correlation."
+    verdict = "MS predicts the effect" if low > 0 else "the higher the MS, the smaller the effect" if high < 0 else "no relation is shown"
+    return f"The rank correlation of MS and effect is {signed(rho)} (95 % interval {signed(low)} to {signed(high)}): {verdict}."
+
+
+def _make_attributions(about: About) -> list[Section]:
+    """Make the section about the latents on which the log-odds of classes rest, if there are any."""
+    title, question = "Which latents a class rests on", about.question(ATTRIBUTIONS)
+    found = question.ask(about.catalog).dicts()
+    if not found:
+        return []
+    known = [row for row in found if row["correlation"] is not None]
+    agrees = ""
+    if known:
+        mean = sum(row["correlation"] for row in known) / len(known)
+        agrees = (
+            f" Agreement is the rank correlation of these effects with those measured by removing the latent, over the {known[0]['n']} "
+            f"latents of each class whose effects are largest; its mean is {signed(mean)}. Where it is low, do not trust the order."
+        )
+    reading = (
+        "The effect of a latent on the log-odds of a class, in nats, estimated from gradients and averaged over "
+        f"{found[0]['n_images']:,} images, most of which are of other classes. Latents in use is (Σ|effect|)² / Σ effect² over all latents: "
+        f"1 if a single latent decides, and the number of latents if all have the same effect.{agrees}"
+    )
+    if len(found) > N_OUTPUTS:
+        reading += f" The relation attributions lists {len(found) - N_OUTPUTS} more outputs."
+    rows = tuple(_attribution_row(row) for row in found[:N_OUTPUTS])
+    return [Section(title, reading, question, is_wide=True, table=Table(ATTRIBUTION_HEAD, rows))]
+
+
+ATTRIBUTION_HEAD = ("class", "speaks for it most", "effect", "speaks against it most", "effect", "latents in use", "agreement")
+
+
+def _attribution_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    for_it, against = (
+        (f"{row[f'label_{side}'] or 'latent'} ({row[f'speaks_{side}']})", row[f"{side}_it"]) if sign * row[f"{side}_it"] > 0 else (DASH, None)
+        for side, sign in (("for", 1), ("against", -1))
+    )
+    return (
+        short(row["output"], 40), for_it[0], signed(for_it[1]), against[0], signed(against[1]), f"{row['sparsity']:.0f}",
+        signed(row["correlation"]),
+    )  # fmt: skip
