@@ -49,16 +49,22 @@ def embed_texts(model: VisionModel, texts: Sequence[str]) -> Float64[Tensor, "te
     return torch.stack(by_template).mean(0)
 
 
-def make_classifier(model: VisionModel, images: Artefact, classes: Sequence[str]) -> Classifier:
+def make_classifier(model: VisionModel, images: Artefact, classes: Sequence[str], scale: float | None = None) -> Classifier:
     """Make a classifier from the mean text embedding of each class over the model's templates.
 
     Labels are often names of folders, so their underscores are read as spaces.
+
+    Args:
+        model: The model.
+        images: The images artefact, to whose training images a scale is fitted if the model has none.
+        classes: Names of the classes.
+        scale: The scale, if it was fitted before; None takes the model's own, or fits one.
 
     Raises:
         ModelError: The model has no scale of its own, and no training image has a label by which one could be fitted.
     """
     classifier = Classifier(classes, unit(embed_texts(model, [name.replace("_", " ") for name in classes])))
-    return Classifier(classes, classifier.texts, model.logit_scale or _fit_scale(model, images, classifier))
+    return Classifier(classes, classifier.texts, scale or model.logit_scale or _fit_scale(model, images, classifier))
 
 
 def _fit_scale(model: VisionModel, images: Artefact, classifier: Classifier) -> float:

@@ -194,7 +194,8 @@ class Editor:
         Returns:
             The activations of the editor's latents, and x̂ if it was asked for.
         """
-        return self._encode(self.reads.pick(x_btd).float(), reconstruct)
+        found = self._codes_of(self.reads.pick(x_btd), None, reconstruct)
+        return found if reconstruct else Codes(found.acts, None)
 
     def untouched(self, codes: Codes | None = None) -> Replacement:
         """Make the replacement of the kept tokens by x̂: what reconstruction alone does.
@@ -239,7 +240,7 @@ class Editor:
             kept = self.writes.pick(tokens)
             found = self._codes_of(kept, codes, reconstruct=drops)
             acts = found.acts[..., columns]
-            changes = torch.where(self._chosen(edit.tokens, acts)[..., None], _changes(edit.kind, acts, doses), 0.0)
+            changes = torch.where(self.chosen(edit.tokens, acts)[..., None], _changes(edit.kind, acts, doses), 0.0)
             base = found.reconstruction if drops else kept
             with _in_float32(kept):
                 edited = base.float() + (delta(changes) if delta else changes @ directions)
@@ -277,8 +278,8 @@ class Editor:
         shape = x_bkd.shape[:2]
         return Codes(torch.cat(acts).unflatten(0, shape), torch.cat(decoded).unflatten(0, shape) if reconstruct else None)
 
-    def _chosen(self, tokens: Where | Tensor, acts_bkl: Float32[Tensor, "batch kept edited"]) -> Bool[Tensor, "batch kept"]:
-        """Return whether each kept token is edited, `(b, k)`."""
+    def chosen(self, tokens: Where | Tensor, acts_bkl: Float32[Tensor, "batch kept edited"]) -> Bool[Tensor, "batch kept"]:
+        """Return whether each kept token is edited, `(b, k)`, given the activations of an edit's latents and its choice of tokens."""
         if isinstance(tokens, Tensor):
             if tokens.ndim == 2 and len(tokens) != len(acts_bkl):
                 raise InputError(f"tokens: the mask is for {len(tokens)} images, but the batch has {len(acts_bkl)}")

@@ -4,7 +4,7 @@ Suffixes: d width of the edited activations, s latents.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -61,29 +61,52 @@ class Described:
 class Subject:
     """A study's model and one of its SAEs, ready to be edited and read."""
 
-    def __init__(self, inputs: Mapping[str, Artefact]) -> None:
-        """Load the model and the SAE.
+    def __init__(self, inputs: Mapping[str, Artefact], load: Callable[[], VisionModel] | None = None) -> None:
+        """Load the SAE; the model is loaded when it is first needed.
 
         Args:
             inputs: `images`, the activations (`extract`), the SAE (`train`), its evaluation (`evaluate`), its labels (`label`) and, for a
                 transcoder, the activations that it decodes (`target`).
+            load: Function that returns the explained model, if it may have been loaded already; None loads it from the params.
 
         Raises:
-            ModelError: The activations were imported from files, the model cannot be loaded, or it lacks the hookpoint.
+            ModelError: The activations were imported from files.
         """
         self.inputs = inputs
         if "model" not in inputs["extract"].manifest.params:
             raise ModelError("the activations were imported from files, and the model that they come from is not available")
-        self.model: VisionModel = load_explained(inputs["extract"].manifest.params)
-        """The explained model."""
+        self._load = load
         self.device: str = find_device()
         """Device of the model."""
         self.sae: SAE = SAE.load(inputs["train"].path)
         """The SAE, on the CPU."""
-        self.reads: TokenPicker = load_picker(self.model, inputs["extract"])
-        """Tokens that the SAE encodes."""
-        self.writes: TokenPicker = load_picker(self.model, inputs["target"]) if self.sae.config.target else self.reads
-        """Tokens that are edited: those that are encoded, except for a transcoder."""
+
+    @cached_property
+    def model(self) -> VisionModel:
+        """The explained model.
+
+        Raises:
+            ModelError: It cannot be loaded.
+        """
+        return self._load() if self._load else load_explained(self.inputs["extract"].manifest.params)
+
+    @cached_property
+    def reads(self) -> TokenPicker:
+        """Tokens that the SAE encodes.
+
+        Raises:
+            ModelError: The model lacks the hookpoint.
+        """
+        return load_picker(self.model, self.inputs["extract"])
+
+    @cached_property
+    def writes(self) -> TokenPicker:
+        """Tokens that are edited: those that are encoded, except for a transcoder.
+
+        Raises:
+            ModelError: The model lacks the hookpoint.
+        """
+        return load_picker(self.model, self.inputs["target"]) if self.sae.config.target else self.reads
 
     @cached_property
     def classes(self) -> dict[int, str]:
@@ -103,13 +126,18 @@ class Subject:
     @cached_property
     def latents(self) -> dict[int, dict[str, Any]]:
         """What the evaluation says of each latent, by latent."""
-        columns = ["latent", "ms", "density", "is_dead", "n_images", "top_classes"]
+        columns = ["latent", "ms", "density", "is_dead", "n_images", "max_act", "top_classes"]
         return {row["latent"]: row for row in self.inputs["evaluate"].read("latents", columns).to_pylist()}
 
     @cached_property
     def sample(self) -> Float32[Tensor, "tokens d_model"]:
         """Training tokens, `(tokens, d_model)` float32."""
         return load_sample(self.inputs["extract"], N_SAMPLE)
+
+    @cached_property
+    def mean(self) -> Float32[Tensor, " d_out"]:
+        """Mean of training tokens at the hookpoint that is edited, `(d,)`."""
+        return (load_sample(self.inputs["target"], N_SAMPLE) if self.sae.config.target else self.sample).mean(0)
 
     @cached_property
     def densities(self) -> tuple[Float64[Tensor, " d_sae"], Bool[Tensor, " d_sae"]]:
@@ -195,7 +223,8 @@ class Subject:
         names = sorted(set(self.classes.values()))
         if not names:
             raise InputError("the evaluation images are not of several classes, by which the model's output could be read; name texts")
-        classifier = make_classifier(self.model, self.inputs["images"], names)
+        measured = self.inputs["evaluate"].read("zero_shot", ["logit_scale"])["logit_scale"].to_pylist()
+        classifier = make_classifier(self.model, self.inputs["images"], names, next(iter(measured), None))
         return Readout(tuple(names), classifier.texts, classifier.scale)
 
     def text_readout(self, texts: Sequence[str]) -> Readout:

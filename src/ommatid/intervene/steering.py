@@ -1,0 +1,397 @@
+"""Steering: what an edit of one latent, or of several, does to the model's output on given images, beside all of its controls.
+
+For each batch the images pass once through the part of the model before the hookpoint, and through the rest once for each dose and arm.
+
+Suffixes: a arms, p doses, b images, k kept tokens, l edited latents, n names.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float32, Float64, Int64, UInt8
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ommatid.errors import InputError
+from ommatid.extract.classifier import embed_texts
+from ommatid.intervene.arms import N_DRAWS, ArmName, Controls, make_arms
+from ommatid.intervene.edit import Edit, Editor, ErrorTerm, Unit, Where
+from ommatid.intervene.readout import Readout
+
+if TYPE_CHECKING:
+    from ommatid.intervene.subject import Described, Subject
+
+Dosed = Literal["set", "add", "scale"]
+"""Kinds of edit that take a dose; to set 0 is to ablate."""
+BATCH = 16
+"""Number of images in a forward pass; the outputs of all arms are held together."""
+MOST_ARMS = 2000
+"""Largest number of arms over all doses, each of which takes a pass through the rest of the model."""
+HIGH_FVU = 0.5
+"""Fraction of variance unexplained at the edited tokens above which latents say less of an image than they leave unsaid."""
+N_NEAR = 15
+"""Number of labels, beside those of the edited latents, with which the output is compared if images have no classes."""
+N_LABELS = 1000
+"""Largest number of labels among which the nearest are sought; a large text tower takes minutes for more."""
+
+
+@dataclass(frozen=True)
+class ArmKey:
+    """One way in which the model was run."""
+
+    name: ArmName
+    """Name of the arm."""
+    dose: float | None
+    """The dose; None for the arms `none` and `untouched`, which have none."""
+    draw: int
+    """Number of the draw of a random control, from 0; 0 for all other arms."""
+
+
+@dataclass(frozen=True, eq=False)
+class Steered:
+    """The outputs of the model on some images, under every arm and dose."""
+
+    latents: tuple[int, ...]
+    """The edited latents."""
+    labels: tuple[str | None, ...]
+    """Their labels; None for a latent without one."""
+    names: tuple[str, ...]
+    """Names that the output is compared with: classes, or texts."""
+    doses: tuple[float, ...]
+    """Doses as they were asked for, ascending."""
+    acts_pl: Float64[Tensor, "doses edited"]
+    """Activation that each dose sets or adds, `(p, l)`; a factor if activations are scaled."""
+    scales_l: Float64[Tensor, " edited"]
+    """Activation of each latent that is dose 1, `(l,)`: the 99th percentile of its positive ones."""
+    kind: Dosed
+    """What a dose sets: see `Edit`."""
+    arms: tuple[ArmKey, ...]
+    """The arms, in the order of their results: `none` and `untouched` first."""
+    scores_abn: Float64[Tensor, "arms images names"]
+    """Score of each name: a cosine, or a logit of a linear head, `(a, b, n)`."""
+    log_p_abn: Float64[Tensor, "arms images names"]
+    """Log-probability of each name among all, `(a, b, n)`."""
+    acts_bkl: Float32[Tensor, "images kept edited"]
+    """Activations of the edited latents on the kept tokens, before any edit, `(b, k, l)`."""
+    fvu_b: Float64[Tensor, " images"]
+    """Fraction of variance unexplained of the SAE at the tokens that are edited, `(b,)`; NaN where none is."""
+    grid: tuple[int, int] | None
+    """Rows and columns of the kept patches, which come after all other kept tokens; None if tokens have no place in an image."""
+    warnings: tuple[str, ...] = ()
+    """What makes the results less sure than they look, a sentence each."""
+
+    @cached_property
+    def ranks_abn(self) -> Int64[Tensor, "arms images names"]:
+        """Rank of each name by its score, `(a, b, n)`; 1 is the highest."""
+        return self.scores_abn.argsort(dim=2, descending=True, stable=True).argsort(dim=2) + 1
+
+    @property
+    def relative_pl(self) -> Float64[Tensor, "doses edited"]:
+        """Each dose in units of the latents' own scales, `(p, l)`; a factor if activations are scaled."""
+        return self.acts_pl if self.kind == "scale" else self.acts_pl / self.scales_l
+
+    @property
+    def log_odds_abn(self) -> Float64[Tensor, "arms images names"]:
+        """Log-odds of each name's probability among all, `(a, b, n)`; with a single name, its score, as its probability is always 1."""
+        return self.scores_abn if len(self.names) == 1 else self.log_p_abn - torch.log1p(-self.log_p_abn.exp().clamp_max(1 - 1e-15))
+
+    def of(self, values_abn: Tensor, arm: str, dose: float | None = None) -> Tensor:
+        """Select the values of an arm at a dose from those of all arms, `(draws, b, n)`; there are no draws if the arm was not run."""
+        wanted = None if arm in ("none", "untouched") else dose
+        return values_abn[[place for place, key in enumerate(self.arms) if (key.name, key.dose) == (arm, wanted)]]
+
+    def heat(self, image: int) -> Float32[Tensor, "edited rows cols"] | None:
+        """Return where in an image the edited latents fire, `(l, rows, cols)`; None if tokens have no place in an image."""
+        if self.grid is None:
+            return None
+        rows, cols = self.grid
+        return self.acts_bkl[image, self.acts_bkl.shape[1] - rows * cols :].unflatten(0, self.grid).permute(2, 0, 1)
+
+    def top(self, image: int, n: int = 5) -> list[str]:
+        """List the names that are among the n highest on an image, as it is or with the edit at any dose, the highest as it is first."""
+        ranks_an = torch.cat([self.of(self.ranks_abn, "none"), *(self.of(self.ranks_abn, "targeted", dose) for dose in self.doses)])[
+            :, image
+        ]
+        chosen = (ranks_an <= n).any(0).nonzero()[:, 0].tolist()
+        return [self.names[place] for place in sorted(chosen, key=lambda place: int(ranks_an[0, place]))]
+
+    def raised(self, image: int, dose: float) -> dict[str, list[tuple[str, float]]]:
+        """Return, for each arm, the name whose log-odds it raises most on an image at a dose, and by how much, for each of its draws.
+
+        The name that an edit raises most is chosen after the fact, and so is that of each control here: no edit should be judged by it that
+        does not exceed the controls.
+        """
+        plain_n, found = self.of(self.log_odds_abn, "none")[0, image], {}
+        for arm in dict.fromkeys(key.name for key in self.arms[1:]):
+            rises_rn = self.of(self.log_odds_abn, arm, dose)[:, image] - plain_n
+            places = rises_rn.argmax(1).tolist()
+            found[arm] = [(self.names[place], float(rises[place])) for place, rises in zip(places, rises_rn, strict=True)]
+        return found
+
+    def table(self, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """Return plain rows for each image, dose, arm and name: scores, probabilities and ranks, before and after.
+
+        Args:
+            names: Names to list; None for all.
+
+        Returns:
+            Rows with the columns `image` (its number), `arm`, `dose` (None for `none` and `untouched`), `n_draws`, `name`, `score`,
+            `score_low`, `score_high`, `probability`, `probability_low`, `probability_high`, `log_odds`, `log_odds_low`, `log_odds_high`,
+            `rank`, `rank_low` and `rank_high`, and `score_before`, `probability_before`, `log_odds_before` and `rank_before` of the plain
+            model. Values of a random arm are means over its draws (of ranks, the median); low and high are the ends of the range of draws.
+        """
+        places = range(len(self.names)) if names is None else [self.names.index(name) for name in names]
+        values = {"score": self.scores_abn, "probability": self.log_p_abn.exp(), "log_odds": self.log_odds_abn, "rank": self.ranks_abn}
+        rows: list[dict[str, Any]] = []
+        for image in range(self.scores_abn.shape[1]):
+            for arm, dose in dict.fromkeys((key.name, key.dose) for key in self.arms):
+                of_arm = {what: self.of(tensor, arm, dose)[:, image] for what, tensor in values.items()}
+                for place in places:
+                    row = {"image": image, "arm": arm, "dose": dose, "n_draws": len(of_arm["score"]), "name": self.names[place]}
+                    for what, tensor in of_arm.items():
+                        row |= _spread(what, tensor[:, place])
+                        row[f"{what}_before"] = values[what][0, image, place].item()
+                    rows.append(row)
+        return rows
+
+
+def _spread(what: str, of_draws_r: Tensor) -> dict[str, float]:
+    """Return the middle of the values of an arm's draws, and the ends of their range."""
+    middle = of_draws_r.median() if what == "rank" else of_draws_r.mean()
+    return {what: middle.item(), f"{what}_low": of_draws_r.min().item(), f"{what}_high": of_draws_r.max().item()}
+
+
+def check_doses(doses: Sequence[float]) -> tuple[float, ...]:
+    """Return doses in ascending order.
+
+    Raises:
+        InputError: There are none, one is not a finite number, or one is given twice.
+    """
+    if odd := [dose for dose in doses if isinstance(dose, bool) or not isinstance(dose, int | float) or not math.isfinite(dose)]:
+        raise InputError(f"doses: got {odd[0]!r}; expected finite numbers, such as 0, 0.5, 1 and 2")
+    if not doses:
+        raise InputError("doses: there are none; give one or more, such as 0, 0.5, 1 and 2")
+    if twice := [dose for dose in doses if list(doses).count(dose) > 1]:
+        raise InputError(f"doses: got {twice[0]:g} twice; give each dose once")
+    return tuple(sorted(float(dose) for dose in doses))
+
+
+def steer(
+    subject: "Subject",
+    pixels: UInt8[Tensor, "images height width 3"],
+    described: "Sequence[Described]",
+    *,
+    doses: Sequence[float],
+    kind: Dosed = "set",
+    unit: Unit = "relative",
+    tokens: Where | Bool[Tensor, "*images kept"] = "all",
+    error: ErrorTerm = "keep",
+    readout: Readout,
+    draws: int = N_DRAWS,
+    seed: int = 0,
+) -> Steered:
+    """Run the model on images with latents edited at several doses, beside every control.
+
+    Args:
+        subject: The model and the SAE.
+        pixels: uint8 pixels from the model's preprocessing, `(b, H, W, 3)`.
+        described: The latents that are edited together, from `Subject.describe`.
+        doses: The doses.
+        kind: What a dose sets: see `Edit`. To set 0 is to ablate.
+        unit: Whether doses are relative to each latent's own scale, or activations.
+        tokens: Kept tokens that are edited: see `Edit`. A mask `(b, k)` has a row for each image.
+        error: Whether the SAE's error is kept.
+        readout: Names that the output is compared with.
+        draws: Number of draws of each random control.
+        seed: Seed of the draws.
+
+    Returns:
+        The outputs under all arms.
+
+    Raises:
+        InputError: A dose is not a finite number, there are no images or latents, there are too many arms, the edit does not fit the SAE or
+            its tokens, or too few live latents can stand in for the edited ones.
+        ModelError: The SAE is of another model.
+    """
+    doses = check_doses(doses)
+    if kind not in get_args(Dosed):
+        raise InputError(f"kind is {kind!r}; allowed values are {', '.join(get_args(Dosed))}; to ablate is to set 0")
+    if not len(pixels):
+        raise InputError("pixels: there are no images; give one or more")
+    if draws < 1:
+        raise InputError(f"draws is {draws}; a random control needs at least one draw")
+    if len(doses) * draws > MOST_ARMS // 2:
+        raise InputError(f"{len(doses)} doses with {draws} draws are more than {MOST_ARMS:,} arms; give fewer doses or draws")
+    latents = tuple(one.latent for one in described)
+    editor = subject.editor(described)
+    controls, mean_d = subject.controls(described, seed, draws), subject.mean
+    parts: list[_Part] = []
+    for start in range(0, len(pixels), BATCH):
+        where = tokens[start : start + BATCH] if isinstance(tokens, Tensor) and tokens.ndim == 2 else tokens
+        edits = [Edit(latents, kind, dose, unit, where, error) for dose in doses]
+        parts.append(_steer_batch(subject, editor, controls, edits, pixels[start : start + BATCH].to(subject.device), readout, mean_d))
+    units_l = torch.ones(len(latents)) if kind == "scale" else editor.doses(Edit(latents, kind, 1.0, unit)).cpu()
+    steered = Steered(
+        latents=latents,
+        labels=tuple(one.label for one in described),
+        names=readout.names,
+        doses=doses,
+        acts_pl=torch.tensor(doses, dtype=torch.float64)[:, None] * units_l.double(),
+        scales_l=torch.tensor([one.scale for one in described], dtype=torch.float64),
+        kind=kind,
+        arms=parts[0].arms,
+        scores_abn=torch.cat([part.scores_abn for part in parts], 1),
+        log_p_abn=torch.cat([part.log_p_abn for part in parts], 1),
+        acts_bkl=torch.cat([part.acts_bkl for part in parts]),
+        fvu_b=torch.cat([part.fvu_b for part in parts]),
+        grid=subject.writes.grid,
+    )
+    return dataclasses.replace(steered, warnings=tuple(_warnings(subject, steered)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Results of one batch, as in `Steered`."""
+
+    arms: tuple[ArmKey, ...]
+    scores_abn: Float64[Tensor, "arms batch names"]
+    log_p_abn: Float64[Tensor, "arms batch names"]
+    acts_bkl: Float32[Tensor, "batch kept edited"]
+    fvu_b: Float64[Tensor, " batch"]
+
+
+def _steer_batch(
+    subject: "Subject",
+    editor: Editor,
+    controls: Controls,
+    edits: Sequence[Edit],
+    pixels: UInt8[Tensor, "batch height width 3"],
+    readout: Readout,
+    mean_d: Float32[Tensor, " d_out"],
+) -> _Part:
+    """Run all arms of edits on a batch."""
+    codes = None
+    if subject.reads != subject.writes:
+        codes = editor.read(subject.model.capture(pixels, [subject.reads.name]).tokens[subject.reads.name], reconstruct=True)
+    seen: list[Tensor] = []
+
+    def as_it_is(tokens: Tensor) -> Tensor:
+        seen.append(tokens)
+        return tokens
+
+    plain, *others = make_arms(editor, edits, controls, codes)
+    outputs = subject.model.splice(pixels, subject.writes.name, [as_it_is, *(arm.replacement for arm in others)])
+    codes = codes or editor.read(seen[0], reconstruct=True)
+    chosen = editor.chosen(edits[0].tokens, codes.acts)
+    return _Part(
+        tuple(ArmKey(arm.name, arm.edit and arm.edit.dose, arm.draw) for arm in (plain, *others)),
+        torch.stack([readout.scores(one.float()).double().cpu() for one in outputs]),
+        torch.stack([readout.log_probabilities(one.float()).double().cpu() for one in outputs]),
+        codes.acts.cpu(),
+        _fvu(subject.writes.pick(seen[0]).float(), codes.reconstruction, chosen, mean_d.to(subject.device)).cpu(),
+    )
+
+
+def _fvu(
+    x_bkd: Float32[Tensor, "batch kept d_out"],
+    x_hat_bkd: Float32[Tensor, "batch kept d_out"],
+    chosen_bk: Bool[Tensor, "batch kept"],
+    mean_d: Float32[Tensor, " d_out"],
+) -> Float64[Tensor, " batch"]:
+    """Return the fraction of variance around the mean that x̂ leaves unexplained at the chosen tokens of each image, `(b,)`."""
+    errors, variances = ((x_bkd - of).double().square().sum(2) * chosen_bk for of in (x_hat_bkd, mean_d))
+    return errors.sum(1) / variances.sum(1)
+
+
+def _warnings(subject: "Subject", steered: Steered) -> Iterator[str]:
+    """Iterate over what makes the results less sure than they look."""
+    if len(steered.latents) > 1:
+        yield (
+            f"{len(steered.latents)} latents are edited at once, which do not compose: what they do together need not be the sum of what "
+            "each does alone"
+        )
+    n_images = len(steered.acts_bkl)
+    for place, latent in enumerate(steered.latents):
+        if n_silent := int((steered.acts_bkl[..., place] <= 0).all(1).sum()):
+            which = "the image" if n_images == 1 else f"{n_silent} of {n_images} images"
+            yield f"latent {latent} is silent on {which}: to remove it there, or to edit only the tokens on which it fires, changes nothing"
+        yield from _beyond(subject, steered, place)
+        label = steered.labels[place]
+        same = [other for other, row in subject.labels.items() if row["label"] == label and other not in steered.latents]
+        if same:
+            one = f"latent {same[0]} has" if len(same) == 1 else f"{len(same)} other latents have"
+            yield f"{one} the label {label!r} as well as latent {latent}: what this latent does is not all that the model knows of it"
+    if n_high := int((steered.fvu_b > HIGH_FVU).sum()):
+        worst = float(steered.fvu_b.nan_to_num(0).max())
+        which = "" if n_images == 1 else f" on {n_high} of {n_images} images"
+        yield (
+            f"the SAE leaves up to {worst:.0%} of the variance of the edited tokens unexplained{which}: much of what the model reads "
+            "there is in its error, which the edit does not reach"
+        )
+    for names in _alike(steered):
+        yield f"{' and '.join(map(repr, names))} are the same to the model: their ranks follow from their order alone"
+
+
+def _beyond(subject: "Subject", steered: Steered, place: int) -> Iterator[str]:
+    """Iterate over warnings of doses that were never observed of a latent, on any token of the evaluation images."""
+    latent, acts_p = steered.latents[place], steered.acts_pl[:, place]
+    strongest = float(steered.acts_bkl[..., place].max())
+    if steered.kind == "add":
+        acts_p = acts_p + strongest
+    elif steered.kind == "scale":
+        acts_p = acts_p * strongest
+    most = subject.latents[latent]["max_act"]
+    if len(above := [dose for dose, act in zip(steered.doses, acts_p.tolist(), strict=True) if act > most * (1 + 1e-6)]):
+        doses = ", ".join(f"{dose:g}" for dose in above)
+        yield (
+            f"dose {doses} is above what was observed of latent {latent}, which is at most {most:.3g}, "
+            f"{most / float(steered.scales_l[place]):.2f} times its 99th percentile: no image says what it means there"
+        )
+    if below := [dose for dose, act in zip(steered.doses, acts_p.tolist(), strict=True) if act < 0]:
+        doses = ", ".join(f"{dose:g}" for dose in below)
+        yield f"dose {doses} makes latent {latent} negative, which it never is: no image says what that means"
+
+
+def _alike(steered: Steered) -> list[list[str]]:
+    """Return the groups of names that have the same score under every arm."""
+    rounded = steered.scores_abn.flatten(0, 1).mul(1e6).round()
+    _, group_n = torch.unique(rounded, dim=1, return_inverse=True)
+    groups: dict[int, list[str]] = {}
+    for name, group in zip(steered.names, group_n.tolist(), strict=True):
+        groups.setdefault(group, []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def choose_readout(subject: "Subject", described: "Sequence[Described]", texts: Sequence[str] | None = None) -> Readout:
+    """Choose what the output is compared with: given texts, or else the classes, or else the latents' labels and those nearest to them.
+
+    Args:
+        subject: The model and the SAE.
+        described: The latents that are edited.
+        texts: The texts; None for the choice above.
+
+    Raises:
+        InputError: A text is empty or given twice; or there are neither texts nor classes nor labels.
+        ModelError: The model has no text tower, which texts need.
+    """
+    if texts is not None:
+        if empty := [text for text in texts if not text.strip()]:
+            raise InputError(f"texts: got {empty[0]!r}, which is empty; give words, such as 'a truck'")
+        return subject.text_readout(list(texts))
+    return subject.readout if subject.classes else subject.text_readout(_labels_near(subject, described))
+
+
+def _labels_near(subject: "Subject", described: "Sequence[Described]") -> list[str]:
+    """Return the labels of latents, and of all other labels the `N_NEAR` whose texts are nearest to them."""
+    own = list(dict.fromkeys(one.label for one in described if one.label is not None))
+    if not own:
+        raise InputError("the images have no classes and the latents no label by which the model's output could be read; name texts")
+    others = sorted({row["label"] for row in subject.labels.values()} - {*own})[:N_LABELS]
+    embedded = normalize(embed_texts(subject.model, [*own, *others]), dim=1)
+    nearness = (embedded[len(own) :] @ embedded[: len(own)].T).amax(1)
+    return own + [others[place] for place in nearness.topk(min(N_NEAR, len(others))).indices.tolist()]
