@@ -286,6 +286,7 @@ def test_asking_again_gives_what_a_whole_pass_gives_bit_for_bit_and_runs_the_fir
         seen: list[Tensor] = []
         case.speaker.answer(case.images, case.question, lambda x, seen=seen: seen.append(x.clone()) or x, "vision.blocks.0", 1)
         assert torch.equal(asked.tokens, seen[0])
+        assert asked.n_views == (3 if case.family == "next" else 1,) * 3
         assert "forward" not in vars(case.speaker._modules["vision.blocks.0"])
 
 
@@ -381,6 +382,9 @@ def test_first_tokens_are_the_columns_of_words(speaker: Speaker) -> None:
     assert [columns[i] for i in logprobs[:, columns].argmax(1)] == columns
     with pytest.raises(ConfigError, match=r"word ' ': the tokenizer of .* makes no token of it"):
         speaker.first_tokens(["star", " "])
+    assert speaker.beginnings("Star") == [VOCABULARY.index("star")] and speaker.beginnings("answer") == [VOCABULARY.index("Answer")]
+    with pytest.raises(InputError, match=r"the tokenizer of .* does not know the word 'zebra', so it cannot be looked for in answers"):
+        speaker.beginnings("zebra")
 
 
 # Bad input

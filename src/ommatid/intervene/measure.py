@@ -67,7 +67,7 @@ def _measure(study: Study, on_event: Listener) -> Measured:
     subject = study.subject
     if subject.model.d_embed is None:
         raise ModelError(f"{subject.model.name} has no text tower with which to embed the labels that an edit should move images toward")
-    chosen = _choose(study)
+    chosen = choose_latents(study)
     study.chosen = [one.latent for one in chosen]
     if not chosen:
         raise InputError("no chosen latent has a label and fires often enough to be edited; choose others with intervene.latents")
@@ -100,7 +100,7 @@ def _measure(study: Study, on_event: Listener) -> Measured:
     )
 
 
-def _choose(study: Study) -> list[Described]:
+def choose_latents(study: Study) -> list[Described]:
     """Choose the latents that are tested, the best first; those that cannot be edited are left out."""
     latents, labels = study.subject.latents, study.subject.labels
     able = [latent for latent, row in latents.items() if row["n_images"] and latent in labels]

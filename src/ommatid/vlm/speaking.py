@@ -73,6 +73,8 @@ class Asked:
     """What the model says as it is."""
     tokens: Float32[Tensor, "views tokens d_model"]
     """Tokens at the hookpoint that is read, `(v, n_tokens, d_model)` float32; only LLaVA-NeXT has several views of an image."""
+    n_views: tuple[int, ...]
+    """Number of views of each image, one after another in the first axis of the tokens."""
     again: Callable[[Replacement | None, str | None], Said]
     """Function that asks again: with a replacement of the tokens at the hookpoint, and with another question; None for the same."""
 
@@ -189,7 +191,7 @@ class Speaker(ABC):
                 return self._say(asked, max_new_tokens)
 
         with skipping(before, seen["state"]) if before else nullcontext():
-            yield Asked(plain, tokens, again)
+            yield Asked(plain, tokens, tuple(map(self._count_views, images)), again)
 
     def spread_masks(self, images: Images, masks: Bool[Tensor, "batch rows cols"]) -> Bool[Tensor, "views rows cols"]:
         """Turn masks of images into masks of the views that a replacement receives: here each image is its only view.
@@ -214,6 +216,17 @@ class Speaker(ABC):
             if not tokens:
                 raise ConfigError(f"word {word!r}: the tokenizer of {self.name} makes no token of it")
         return [tokens[0] for tokens in ids]
+
+    def beginnings(self, word: str) -> list[int]:
+        """Return the numbers of the first tokens of a word as an answer may begin with it: as it is, in lower case, and capitalised.
+
+        Raises:
+            InputError: The tokenizer does not know the word.
+        """
+        tokens = {token for one in (word, word.lower(), word.capitalize()) for token in self.first_tokens([one])}
+        if not (known := tokens - {self._tokenizer.unk_token_id}):
+            raise InputError(f"the tokenizer of {self.name} does not know the word {word!r}, so it cannot be looked for in answers")
+        return sorted(known)
 
     def _ask(self, images: Images, prompt: str | Path, replacement: Replacement | None, hookpoint: str | None, n: int) -> Said:
         question = self._check(images, prompt, n)
@@ -287,6 +300,10 @@ class Speaker(ABC):
             name: x.to(self._model.device, self.dtype) if x.is_floating_point() else x.to(self._model.device) for name, x in inputs.items()
         }
 
+    def _count_views(self, image: Image.Image | Tensor) -> int:
+        """Return the number of views of an image that go through the tower."""
+        return 1
+
     @abstractmethod
     def _process(self, images: Images, texts: list[str], settings: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """Run the model's processor on images and texts."""
@@ -349,13 +366,22 @@ class LlavaSpeaker(Speaker):
             return masks
         found = []
         for mask, image in zip(masks, images, strict=True):
-            height, width = image.shape[:2] if isinstance(image, Tensor) else image.size[::-1]
-            found += [mask[None], self._cut(mask, (height, width))]
+            found += [mask[None], self._cut(mask, *self._enlarge(image))]
         return torch.cat(found)
 
-    def _cut(self, mask: Bool[Tensor, "rows cols"], size: tuple[int, int]) -> Bool[Tensor, "tiles rows cols"]:
-        """Return the mask in each tile of an image of the given height and width."""
-        whole = select_best_resolution(size, self._processor.image_processor.image_grid_pinpoints)
+    def _count_views(self, image: Image.Image | Tensor) -> int:
+        if not self._is_next:
+            return 1
+        _, whole = self._enlarge(image)
+        return 1 + math.prod(all_ // side for all_, side in zip(whole, self.preprocess.crop, strict=True))
+
+    def _enlarge(self, image: Image.Image | Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the height and width of an image, and of the larger version with its margin, which is cut into tiles."""
+        height, width = image.shape[:2] if isinstance(image, Tensor) else image.size[::-1]
+        return (height, width), select_best_resolution((height, width), self._processor.image_processor.image_grid_pinpoints)
+
+    def _cut(self, mask: Bool[Tensor, "rows cols"], size: tuple[int, int], whole: tuple[int, int]) -> Bool[Tensor, "tiles rows cols"]:
+        """Return the mask in each tile of an image."""
         scale = min(whole[0] / size[0], whole[1] / size[1])
         axes = []
         for all_, own, side, n in zip(whole, size, self.preprocess.crop, mask.shape, strict=True):
@@ -445,8 +471,12 @@ def load_speaker(
             )
 
 
-def read_prompt(prompt: str | Path) -> str:
+def read_prompt(prompt: str | Path, key: str = "prompt") -> str:
     """Return a prompt, or the text of the file that holds it, without blanks at its ends.
+
+    Args:
+        prompt: The prompt, or the path of the file.
+        key: What the prompt is called in messages.
 
     Raises:
         ConfigError: The file cannot be read as UTF-8 text, or the prompt is empty.
@@ -454,10 +484,10 @@ def read_prompt(prompt: str | Path) -> str:
     try:
         text = prompt.read_text(encoding="utf-8") if isinstance(prompt, Path) else prompt
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"prompt: {prompt}: cannot be read as UTF-8 text ({error}); name a text file") from None
+        raise ConfigError(f"{key}: {prompt}: cannot be read as UTF-8 text ({error}); name a text file") from None
     if not text.strip():
         where = f"the file {prompt} is empty" if isinstance(prompt, Path) else "is empty"
-        raise ConfigError(f'prompt: {where}; write a question, such as "What is shown in this image?"')
+        raise ConfigError(f'{key}: {where}; write a question, such as "What is shown in this image?"')
     return text.strip()
 
 
