@@ -160,11 +160,62 @@ def test_features_are_the_best_the_worst_and_the_mislabelled(file: Path, tmp_pat
     with changed(tmp_path, file, "UPDATE features SET n_images = 20, control_score = 0.7 WHERE latent < 2") as catalog:
         report = make_report(catalog)
     shown = {section.title: [feature.label for feature in section.features] for section in report.sections if section.features}
+    assert shown.pop("The features that do most, and their controls")
     assert shown == {"The best features": ["cat", "truck"], "The worst features": ["truck", "cat"], "Labels not to believe": ["truck"]}
     (truck,) = next(section.features for section in report.sections if section.title == "Labels not to believe")
     assert truck.numbers == ("MS 0.600", "label score 60.0 %, control 70.0 %", "latent 1, fires on 20 images", "purity 1.000")
     assert truck.picture[:4] == b"RIFF"
     assert report.headlines[0].value == "50 %"
+
+
+def test_what_features_do_is_counted_beside_random_latents(report: Report) -> None:
+    of = {section.title: section for section in report.sections}
+    counted = of["What the features do"]
+    assert counted.table and [row[:3] for row in counted.table.rows] == [
+        ("causal", "1", "50 %"),
+        ("reads only", "1", "50 %"),
+        ("breaks the model", "0", "0 %"),
+        ("random latents called causal by the same rule", "1", "50 %"),
+    ]
+    assert counted.table.rows[0][3] == "9 to 91 %"  # Wilson
+    assert counted.reading.startswith("1 of the 2 latents that were tested is causal.") and "not chosen" in counted.reading
+    strongest = of["The features that do most, and their controls"].features
+    assert [feature.label for feature in strongest] == ["cat", "truck"]  # by effect less best control: 0.375, then -0.1
+    assert strongest[0].numbers[:3] == ("causal, at dose 1", "effect +0.500 (+0.250 to +0.750)", "best control +0.125")
+    assert strongest[0].plot and [kind for _, kind in strongest[0].plot.curves] == ["curve", "curve control"]
+    assert {words.text for words in strongest[0].plot.words} >= {"this latent", "other latents", "closer to its label, cosine"}
+    attributed = of["Which latents a class rests on"].table
+    assert attributed and attributed.rows[0] == ("cat", "cat (0)", "+0.500", "truck (1)", "−0.250", "2", "–")
+    assert attributed.rows[1] == ("label of latent 0", "cat (0)", "+0.250", "–", "–", "1", "–")
+
+
+def test_the_rank_correlation_of_ms_and_effect_is_that_of_scipy(file: Path, tmp_path: Path) -> None:
+    """Eight tested latents, two of which have the same MS and two the same effect."""
+    from scipy.stats import spearmanr
+
+    ms, effects = [0.9, 0.5, 0.5, 0.7, 0.4, 0.8, 0.6, 0.3], [0.4, 0.1, 0.2, 0.2, 0.0, 0.5, -0.3, -0.1]
+    ends = "{effect} AS effect_low, {effect} + 0.2 AS effect_high, 0.1 AS best_control"
+    row = f"SELECT * REPLACE ({{n}} AS latent, {{ms}} AS ms, {{effect}} + 0.1 AS effect, {ends}) FROM features WHERE latent = 0"
+    added = [
+        f"INSERT INTO features {row.format(n=n, ms=one, effect=effect)}"
+        for n, (one, effect) in enumerate(zip(ms, effects, strict=True), 10)
+    ]
+    with changed(tmp_path, file, *added, "DELETE FROM features WHERE latent < 10") as catalog:
+        section = next(section for section in make_report(catalog).sections if section.title.startswith("Does monosemanticity"))
+    expected = f"{spearmanr(ms, effects)[0]:+.3f}"
+    assert section.reading.startswith(f"The rank correlation of MS and effect is {expected} (95 % interval ") and section.picture
+
+
+@pytest.mark.parametrize("reason", ["the model has no text tower", None])
+def test_a_report_without_interventions_says_why(file: Path, tmp_path: Path, reason: str | None) -> None:
+    untested = "causal = 'untested', effect = NULL, effect_low = NULL, best_control = NULL, dose = NULL, control_causal = NULL"
+    value = "NULL" if reason is None else f"'{reason}'"
+    statements = [f"UPDATE features SET {untested}, causal_reason = {value}", "DELETE FROM interventions", "DELETE FROM attributions"]
+    with changed(tmp_path, file, *statements) as catalog:
+        titles = {section.title: section.reading for section in make_report(catalog).sections}
+    said = reason or "the stage intervene gave no result"
+    assert titles["What the features do"] == f"Nothing to show, as no latent was tested: {said}."
+    assert not {"The features that do most, and their controls", "Which latents a class rests on"} & set(titles)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import math
 
 Z = 1.959964
-"""Quantile of the normal distribution from which 95 % intervals are made."""
+"""Half the width of a 95 % interval, in standard errors."""
 
 
 def spearman_interval(correlation: float, n: int) -> tuple[float, float]:

@@ -23,8 +23,8 @@ from ommatid.catalog.reader import QueryResult, Stop
 from ommatid.errors import QueryError
 from ommatid.explorer.features import as_csv
 from ommatid.explorer.library import NoCatalogue
-from ommatid.explorer.plots import Plot, draw_points
 from ommatid.explorer.web import Explorer, Json, Query, TheExplorer, View, feature_url, image_url, link, thumb_url
+from ommatid.show.svg import Plot, draw_points
 
 router = APIRouter()
 

@@ -11,10 +11,11 @@ from fastapi.responses import Response
 from ommatid.catalog.question import Question
 from ommatid.explorer.cards import load_features, load_features_of_others, load_images, load_previews
 from ommatid.explorer.heat import Tile, draw_svg, encode, make_tile
-from ommatid.explorer.plots import draw_curves, draw_histogram
 from ommatid.explorer.reviewed import make_box
 from ommatid.explorer.web import Json, NotFound, TheExplorer, View, feature_url
+from ommatid.show.doses import ARMS, DOSES, draw_doses
 from ommatid.show.numbers import fixed
+from ommatid.show.svg import draw_histogram
 
 router = APIRouter()
 
@@ -58,20 +59,6 @@ _MISTAKES = """
     SELECT labeller, kind, rank, cosine, threshold, is_hard, act, image FROM mistakes
     WHERE sae = $sae AND latent = $latent
 """
-
-
-_DOSES = """
-    SELECT arm, dose, value, low, high, n_draws FROM interventions
-    WHERE sae = $sae AND latent = $latent AND outcome = 'toward_label' ORDER BY arm, dose
-"""
-ARMS = {
-    "targeted": "this latent",
-    "sign_flipped": "the other way",
-    "random_latent": "other latents",
-    "random_direction": "random directions",
-    "diff_means": "difference of means",
-}
-"""What the page calls the arms of an intervention."""
 
 
 _PARTS = {
@@ -139,7 +126,7 @@ def describe_feature(view: View, sae: str, latent: int) -> dict[str, Any]:
         "labels": found["labels"],
         "histogram": _count_acts(fired["acts"] or []),
         "classes": _describe_classes(view, fired["images"] or [], fired["acts"] or []),
-        "doses": view.rows(_DOSES, **keys) if feature.get("causal") not in (None, "untested") else [],
+        "doses": view.rows(DOSES, **keys) if feature.get("causal") not in (None, "untested") else [],
         "matches": [_describe_match(view, row, matched) for row in matches[:N_MATCHES]],
         **{name: [row | images[row["image"]] for row in rows if row["image"] in images] for name, rows in shown.items()},
         **{
@@ -221,7 +208,7 @@ def feature_page(request: Request, explorer: TheExplorer, sae: str, latent: int)
             silent=[(make_tile(row, note=f"fires {row['other']}"), row["other"]) for row in found["silent"]],
             mistakes=_by_labeller(found["mistakes"]),
             histogram=_draw_histogram(found["histogram"]),
-            doses=_draw_doses(found["doses"]),
+            doses=draw_doses(found["doses"]),
             arms=ARMS,
             tiles={other: [make_tile(row) for row in rows] for other, rows in found["previews"].items()},
             box=make_box(view, sae, latent),
@@ -278,18 +265,6 @@ def _by_labeller(mistakes: list[dict[str, Any]]) -> dict[tuple[str, str], list[T
         note = f"cosine {fixed(row['cosine'])}, needs {fixed(row['threshold'])}"
         found.setdefault((row["labeller"], row["kind"]), []).append(make_tile(row | {"heat": None}, note=note, box=84))
     return found
-
-
-def _draw_doses(rows: list[dict[str, Any]]) -> Any:
-    """Draw the effect of an intervention by dose, beside those of its controls; None if there was none."""
-    curves = {text: [(row["dose"], row["value"]) for row in rows if row["arm"] == arm] for arm, text in ARMS.items()}
-    curves = {text: points for text, points in curves.items() if points}
-    name = "closer to the name's text, cosine"
-    return (
-        draw_curves("Effect of setting the latent to a dose, and of the controls", "dose", name, curves, ARMS["targeted"])
-        if curves
-        else None
-    )
 
 
 def _draw_histogram(rows: list[dict[str, Any]]) -> Any:

@@ -11,9 +11,9 @@ from fastapi.responses import Response
 
 from ommatid.explorer.cards import previews
 from ommatid.explorer.features import IN_TABLE, FeatureQuery, find_features
-from ommatid.explorer.plots import Axis, Plot, draw_grid
 from ommatid.explorer.web import Json, Query, TheExplorer, View
 from ommatid.show.about import About, list_facts, make_headlines
+from ommatid.show.svg import Axis, Plot, draw_grid
 
 router = APIRouter()
 

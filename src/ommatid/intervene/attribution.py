@@ -38,11 +38,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ommatid.compute.checkpoint import Accumulator
+from ommatid.compute.intervals import Z, spearman_interval
 from ommatid.compute.nonzero import true_at
 from ommatid.errors import InputError, ModelError
 from ommatid.extract.tokens import TokenPicker
 from ommatid.metrics import Interval, ablation_sparsity, rank_correlation
-from ommatid.metrics.zero_shot import Z
 from ommatid.sae.entries import Levels, Sparse
 from ommatid.sae.model import SAE
 from ommatid.vlm import Replacement, Score, VisionModel
@@ -562,7 +562,7 @@ def agreement(estimated_n: Float[Tensor, " latents"], exact_n: Float[Tensor, " l
     counts = (estimated_n != 0) | (exact_n != 0)
     n, estimated, exact = int(counts.sum()), estimated_n[counts].cpu(), exact_n[counts].cpu()
     value = rank_correlation(estimated, exact) if n else math.nan
-    correlation = Interval(value, *_interval(value, n))
+    correlation = Interval(value, *spearman_interval(value, n))
     if correlation.low >= TRUSTED:
         return Agreement(n, correlation, "")
     found = f"{value:.2f} ({correlation.low:.2f} to {correlation.high:.2f})" if math.isfinite(correlation.low) else "not known"
@@ -571,15 +571,6 @@ def agreement(estimated_n: Float[Tensor, " latents"], exact_n: Float[Tensor, " l
         f"{TRUSTED}: order latents of this output by exact effects"
     )
     return Agreement(n, correlation, note)
-
-
-def _interval(correlation: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a rank correlation over n pairs: tanh(atanh(ρ) ± 1.96 √((1 + ρ²/2) / (n − 3)))."""
-    if n < 4 or math.isnan(correlation):
-        return math.nan, math.nan
-    centre = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, correlation)))
-    half = Z * math.sqrt((1 + correlation**2 / 2) / (n - 3))
-    return math.tanh(centre - half), math.tanh(centre + half)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+from ommatid.compute.intervals import Z
 from ommatid.metrics.detection import balanced_accuracy
 from ommatid.metrics.probe import fit_probes
 from ommatid.metrics.vectors import unit
-from ommatid.metrics.zero_shot import Interval, Z, wilson
+from ommatid.metrics.zero_shot import Interval, wilson
 
 NONE = Interval(math.nan, math.nan, math.nan)
 """An undefined number."""

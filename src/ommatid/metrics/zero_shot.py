@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Z = 1.959964
-"""Half the width of a 95 % interval, in standard errors."""
+from ommatid.compute.intervals import Z
+
 SCALES = (1.0, 1000.0)
 """Bounds of a fitted scale. At the lower one, all classes are almost equally likely; at the upper, the third digit of a cosine decides."""
 

@@ -72,8 +72,10 @@ _FAULTS = {
         NOT (arm IN {ARMS} AND outcome IN {OUTCOMES} AND isfinite(value) AND isfinite(dose) AND dose >= 0)
         OR coalesce(low > high, false) OR n_images < 1 OR n_draws < 1
     """,
-    "attributions": f"NOT (rank BETWEEN 1 AND {N_ATTRIBUTED} AND isfinite(effect) AND coalesce(isfinite(exact), true) AND isfinite(sparsity)) "
-    "OR n_images < 1",
+    "attributions": f"""
+        NOT (rank BETWEEN 1 AND {N_ATTRIBUTED} AND isfinite(effect) AND coalesce(isfinite(exact), true) AND isfinite(sparsity))
+        OR n_images < 1
+    """,
 }
 
 

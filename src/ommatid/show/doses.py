@@ -19,17 +19,19 @@ ARMS = {
 """What pages call the arms of an intervention."""
 
 
-def draw_doses(rows: Sequence[Mapping[str, Any]]) -> Plot | None:
+def draw_doses(rows: Sequence[Mapping[str, Any]], label: str = "name", width: int = 560, height: int = 300) -> Plot | None:
     """Draw the effect of setting a latent by dose, beside those of its controls.
 
     Args:
         rows: Answer to `DOSES`.
+        label: What the page calls labels.
+        width: Width of the plot.
+        height: Height of the plot.
 
     Returns:
         The plot; None if there are no rows.
     """
     curves = {text: [(row["dose"], row["value"]) for row in rows if row["arm"] == arm] for arm, text in ARMS.items()}
     curves = {text: points for text, points in curves.items() if points}
-    name = "closer to the name's text, cosine"
     title = "Effect of setting the latent to a dose, and of the controls"
-    return draw_curves(title, "dose", name, curves, ARMS["targeted"]) if curves else None
+    return draw_curves(title, "dose", f"closer to its {label}, cosine", curves, ARMS["targeted"], width, height) if curves else None

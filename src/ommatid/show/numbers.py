@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 
+from ommatid.compute.intervals import Z
+
 DASH = "–"
 """Stands for a missing value."""
 
@@ -29,10 +31,9 @@ def interval(low: float | None, high: float | None, write: Callable[[float], str
 
 def wilson(part: int, whole: int) -> tuple[float, float]:
     """Return the 95 % interval of a share (Wilson 1927)."""
-    z = 1.959964
-    found, spread = part / whole, z * z / whole
+    found, spread = part / whole, Z * Z / whole
     middle = (found + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(found * (1 - found) / whole + spread / (4 * whole))
+    half = Z / (1 + spread) * math.sqrt(found * (1 - found) / whole + spread / (4 * whole))
     return middle - half, middle + half
 
 

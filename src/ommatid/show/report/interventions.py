@@ -7,17 +7,15 @@ from typing import Any
 from ommatid.compute.intervals import spearman_interval
 from ommatid.show.about import About
 from ommatid.show.doses import DOSES, draw_doses
-from ommatid.show.numbers import DASH, fixed, interval, percent, share, signed, wilson
+from ommatid.show.numbers import DASH, fixed, percent, share, signed, wilson
 from ommatid.show.pictures.page import short
 from ommatid.show.report import plots
 from ommatid.show.report.parts import Section, ShownFeature, Table
 
 STATUSES = """
     SELECT
-        causal, count(*) AS latents, count(*) FILTER (control_causal = 'causal') AS random_causal, mode(causal_reason) AS reason,
-        count(*) FILTER (causal_reason IS NOT DISTINCT FROM mode_of.reason) AS with_reason
-    FROM features, (SELECT mode(causal_reason) AS reason FROM features WHERE sae = $sae) AS mode_of
-    WHERE sae = $sae GROUP BY causal ORDER BY causal = 'untested', latents DESC, causal
+        causal, count(*) AS latents, count(*) FILTER (control_causal = 'causal') AS random_causal, mode(causal_reason) AS reason
+    FROM features WHERE sae = $sae GROUP BY causal ORDER BY causal = 'untested', latents DESC, causal
 """
 STRONGEST = """
     SELECT * FROM features WHERE sae = $sae AND effect IS NOT NULL ORDER BY effect - best_control DESC, latent LIMIT $n
@@ -43,18 +41,21 @@ ATTRIBUTIONS = """
         FROM attributions WHERE sae = $sae AND exact IS NOT NULL
         WINDOW cheap AS (PARTITION BY output ORDER BY effect), exact AS (PARTITION BY output ORDER BY exact)
     ), agreement AS (
-        SELECT output, count(*) AS n, corr(by_cheap, by_exact) AS correlation FROM ranked GROUP BY output
+        SELECT output, count(*) AS n, corr(by_cheap, by_exact) AS rho FROM ranked GROUP BY output
     )
     SELECT
-        output, any_value(sparsity) AS sparsity, any_value(n_images) AS n_images, any_value(n) AS n, any_value(correlation) AS correlation,
-        arg_max(latent, effect) AS speaks_for, max(effect) AS for_it, arg_min(latent, effect) AS speaks_against, min(effect) AS against_it,
-        arg_max(label, effect) AS label_for, arg_min(label, effect) AS label_against
+        output, any_value(sparsity) AS sparsity, any_value(attributions.n_images) AS n_images, any_value(n) AS n,
+        any_value(rho) FILTER (isfinite(rho)) AS correlation, max(attributions.effect) AS for_it, min(attributions.effect) AS against_it,
+        arg_max(latent, attributions.effect) AS speaks_for, arg_min(latent, attributions.effect) AS speaks_against,
+        arg_max(label, attributions.effect) AS label_for, arg_min(label, attributions.effect) AS label_against
     FROM attributions LEFT JOIN features USING (sae, latent) LEFT JOIN agreement USING (output)
     WHERE sae = $sae GROUP BY output ORDER BY output
 """
 
 N_FEATURES = 10
 """Number of features whose dose curves are shown."""
+PLOT = (400, 220)
+"""Width and height of a dose curve."""
 N_OUTPUTS = 24
 """Largest number of outputs in the table of attributions."""
 NAMES = {"causal": "causal", "reads_only": "reads only", "breaks_model": "breaks the model", "untested": "untested"}
@@ -80,14 +81,17 @@ def _make_statuses(about: About) -> tuple[Section, bool]:
         return Section(title, f"Nothing to show, as no latent was tested: {reason}.", question, is_wide=True), False
     n_random = sum(row["random_causal"] for row in of.values())
     causal = of.get("causal", {"latents": 0})["latents"]
-    rows = [_status_row(NAMES[name], of.get(name, {"latents": 0})["latents"], n_tested) for name in ("causal", "reads_only", "breaks_model")]
+    rows = [
+        _status_row(NAMES[name], of.get(name, {"latents": 0})["latents"], n_tested) for name in ("causal", "reads_only", "breaks_model")
+    ]
     rows.append(_status_row("random latents called causal by the same rule", n_random, n_tested))
     rest = f" {untested['latents']:,} others are untested; the most common reason is: {untested['reason']}." if untested else ""
     reading = (
-        f"{causal:,} of the {n_tested:,} latents that were tested are causal: set to a dose, they move images toward their label more than "
-        "the same change does along other latents, along random directions and the other way, at a dose that leaves the model whole. "
-        "Reads only: at no dose do they. Breaks the model: only where the output drifts too far. The last row is the control: the same "
-        f"rule, applied to a random latent in the place of each. If it is as high as the first, no latent is known to do anything.{rest}"
+        f"{causal:,} of the {n_tested:,} latents that were tested {'is' if causal == 1 else 'are'} causal. A causal latent, set to a dose, "
+        "moves images toward its label more than the same change does along other latents, along random directions and the other way, at a "
+        "dose that leaves the model whole. Reads only: at no dose does it. Breaks the model: only where the output drifts too far. The "
+        "last row is the control: the same rule, applied to a random latent in the place of each. If it is as high as the first, no latent "
+        f"is known to do anything.{rest}"
     )
     return Section(title, reading, question, is_wide=True, table=Table(STATUS_HEAD, tuple(rows), strong=0)), True
 
@@ -106,10 +110,11 @@ def _make_strongest(about: About) -> Section:
     n_causal = sum(row["causal"] == "causal" for row in found)
     said = "all of them are causal" if n_causal == len(found) else f"{n_causal or 'none'} of them {'is' if n_causal < 2 else 'are'} causal"
     reading = (
-        f"The {len(found)} latents whose effect exceeds their best control most; {said}. Effect: {EFFECT_WORDS}. A latent acts as its label "
-        "says if its line, which is solid, rises with the dose and leaves every dashed line below it. Dose 1 is the 99th percentile of the "
-        "latent's own activations, and dose 0 removes it. The difference of means is another way to the same end, and does not decide. "
-        "The pictures are those on which the latent fires most."
+        f"The {len(found)} latents whose effect exceeds that of their best control most; {said}. Effect: {EFFECT_WORDS}. A latent acts as "
+        "its label says if its line, which is solid, rises with the dose and leaves every dashed line below it. Dose 1 is the 99th "
+        "percentile of the latent's own activations, and dose 0 removes it. Lines of random controls are means over draws; the best "
+        "control is the upper end over draws, and the interval is that of the difference from it. The difference of means is another way "
+        "to the same end, and does not decide. The pictures are those on which the latent fires most."
     )
     shown = tuple(_show(about, row) for row in found)
     return Section("The features that do most, and their controls", reading, question, is_wide=True, features=shown)
@@ -120,9 +125,10 @@ def _show(about: About, feature: Mapping[str, Any]) -> ShownFeature:
         f"{NAMES[feature['causal']]}, at dose {feature['dose']:.3g}",
         f"effect {signed(feature['effect'])} ({signed(feature['effect_low'])} to {signed(feature['effect_high'])})",
         f"best control {signed(feature['best_control'])}",
-        f"latent {feature['latent']}, MS {fixed(feature['ms'])}, label score {percent(feature['label_score'])}",
+        f"latent {feature['latent']}, MS {fixed(feature['ms'])}",
+        f"label score {percent(feature['label_score'])}",
     )
-    doses = draw_doses(about.ask(DOSES, sae=about.sae, latent=feature["latent"]))
+    doses = draw_doses(about.ask(DOSES, sae=about.sae, latent=feature["latent"]), "label", *PLOT)
     return ShownFeature(feature["label"], numbers, plots.draw_examples(about.catalog, feature), doses)
 
 
@@ -160,11 +166,12 @@ def _make_attributions(about: About) -> list[Section]:
         mean = sum(row["correlation"] for row in known) / len(known)
         agrees = (
             f" Agreement is the rank correlation of these effects with those measured by removing the latent, over the {known[0]['n']} "
-            f"latents of each class whose effects are largest; its mean is {signed(mean)}. Where it is low, do not trust the order."
+            f"latents of each class whose effects are largest; its mean over classes is {signed(mean)}. From so few, each number is rough; "
+            "where it is low, do not trust the order."
         )
     reading = (
         "The effect of a latent on the log-odds of a class, in nats, estimated from gradients and averaged over "
-        f"{found[0]['n_images']:,} images, most of which are of other classes. Latents in use is (Σ|effect|)² / Σ effect² over all latents: "
+        f"{found[0]['n_images']:,} images of all classes. Latents in use is (Σ|effect|)² / Σ effect² over all latents: "
         f"1 if a single latent decides, and the number of latents if all have the same effect.{agrees}"
     )
     if len(found) > N_OUTPUTS:
@@ -178,7 +185,9 @@ ATTRIBUTION_HEAD = ("class", "speaks for it most", "effect", "speaks against it 
 
 def _attribution_row(row: Mapping[str, Any]) -> tuple[str, ...]:
     for_it, against = (
-        (f"{row[f'label_{side}'] or 'latent'} ({row[f'speaks_{side}']})", row[f"{side}_it"]) if sign * row[f"{side}_it"] > 0 else (DASH, None)
+        (f"{row[f'label_{side}'] or 'latent'} ({row[f'speaks_{side}']})", row[f"{side}_it"])
+        if sign * row[f"{side}_it"] > 0
+        else (DASH, None)
         for side, sign in (("for", 1), ("against", -1))
     )
     return (

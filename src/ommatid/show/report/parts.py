@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from ommatid.catalog.question import Question
 from ommatid.show.about import Headline
+from ommatid.show.svg import Plot
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class ShownFeature:
     """Lines of text below the label."""
     picture: bytes
     """The strongest images, as WebP."""
+    plot: Plot | None = None
+    """A plot beside the images; None for none."""
 
 
 @dataclass(frozen=True)

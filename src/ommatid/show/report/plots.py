@@ -112,6 +112,26 @@ def draw_scatter(rows: Sequence[tuple[float, float | None, int]], floor: float, 
     return _save(page, axes)
 
 
+def draw_effects(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Draw the effect of latents above that of their best control against MS, with intervals.
+
+    Args:
+        rows: `ms`, `above`, its interval `low` to `high`, and whether the latent is `causal`.
+
+    Returns:
+        A PNG file.
+    """
+    page, axes = _plot("MS, mean cosine", "effect less best control, cosine")
+    for is_causal, colour, label in ((False, "#8a929c", "not causal"), (True, ACCENT, "causal")):
+        some = [row for row in rows if (row["causal"] == "causal") is is_causal]
+        if some:
+            ms, above, low, high = (np.array([row[key] for row in some]) for key in ("ms", "above", "low", "high"))
+            axes.errorbar(ms, above, (above - low, high - above), fmt=".", color=colour, markersize=4, elinewidth=0.8, label=label)
+    axes.axhline(0, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="best control")
+    axes.yaxis.labelpad = 0
+    return _save(page, axes)
+
+
 def draw_scores(scores: Sequence[float], controls: Sequence[float]) -> bytes:
     """Draw histograms of label scores and of the scores of their controls, as PNG."""
     page, axes = _plot("balanced accuracy on held-out images (%)", "share of latents (%)")

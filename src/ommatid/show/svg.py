@@ -1,8 +1,10 @@
-"""Plots as SVG shapes, which `plot` in templates/parts.html draws: no script, no style attribute, and a title on every shape."""
+"""Plots as SVG, for the report and the explorer's pages: no script, no style attribute, and a title on every shape."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from markupsafe import Markup, escape
 
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 12.0, 10.0, 40.0
 """Margins for the numbers on the axes and their names."""
@@ -65,6 +67,52 @@ class Plot:
     """Points of each curve as SVG writes them, and its class."""
     dots: str = ""
     """Points as a path of strokes without length, whose round ends are drawn: the shortest way to write thousands."""
+
+    @property
+    def svg(self) -> Markup:
+        """The plot as an SVG element of the class `plot`, whose colours are in the page's style sheet."""
+        return Markup("\n").join(self._iter_shapes())
+
+    def _iter_shapes(self) -> Iterator[Markup]:
+        """Iterate over the lines of the SVG element, each with everything from data escaped."""
+        yield _tag("svg", False, class_="plot", viewBox=f"0 0 {self.width} {self.height}", role="group", aria_label=self.title)
+        for line in self.strokes:
+            if line.kind in ("grid", "axis"):
+                yield _tag("line", class_=line.kind, x1=line.x1, y1=line.y1, x2=line.x2, y2=line.y2)
+        for box in self.boxes:
+            yield _draw_box(box)
+        if self.dots:
+            yield _tag("path", class_="dots", d=self.dots)
+        for points, kind in self.curves:
+            yield _tag("polyline", class_=kind, points=points)
+        for line in self.strokes:
+            if line.kind not in ("grid", "axis"):
+                yield _tag("line", class_=line.kind, x1=line.x1, y1=line.y1, x2=line.x2, y2=line.y2)
+                yield _draw_words(Words(max(line.x2 - 4, 60), line.y2 - 5, line.name, "end", "mark"))
+        for words in self.words:
+            yield _draw_words(words)
+        yield Markup("</svg>")
+
+
+def _tag(name: str, is_whole: bool = True, /, **attributes: str | float) -> Markup:
+    """Write a tag, with its end if it is whole; in the names of attributes, `_` stands for a hyphen, or for nothing at the end."""
+    written = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items())
+    return Markup(f"<{name}{written}{'/' if is_whole else ''}>")
+
+
+def _draw_box(box: Box) -> Markup:
+    opacity = {"fill_opacity": box.opacity} if box.opacity != 1 else {}
+    shape = {"class_": box.kind, "x": box.x, "y": box.y, "width": box.width, "height": box.height}
+    title = Markup("<title>{}</title>").format(box.title)
+    if box.href:
+        return _tag("a", False, href=box.href) + title + _tag("rect", **shape, **opacity) + Markup("</a>")
+    return _tag("rect", False, **shape) + title + Markup("</rect>")
+
+
+def _draw_words(words: Words) -> Markup:
+    turned = {"transform": f"rotate(-90 {words.x} {words.y})"} if words.is_turned else {}
+    start = _tag("text", False, class_=words.kind, x=words.x, y=words.y, text_anchor=words.anchor, **turned)
+    return start + escape(words.text) + Markup("</text>")
 
 
 @dataclass(frozen=True)
@@ -215,7 +263,15 @@ def draw_points(title: str, x_name: str, y_name: str, points: Sequence[tuple[flo
     return plot
 
 
-def draw_curves(title: str, x_name: str, y_name: str, curves: Mapping[str, Sequence[tuple[float, float]]], first: str) -> Plot:
+def draw_curves(
+    title: str,
+    x_name: str,
+    y_name: str,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    first: str,
+    width: int = 560,
+    height: int = 300,
+) -> Plot:
     """Draw a line for each series, with its name at its right end.
 
     Args:
@@ -224,10 +280,12 @@ def draw_curves(title: str, x_name: str, y_name: str, curves: Mapping[str, Seque
         y_name: Name of the vertical values.
         curves: Points of each series, all finite, in the order of their horizontal values.
         first: Name of the series that stands out from the others.
+        width: Width of the plot.
+        height: Height of the plot.
     """
     points = [point for series in curves.values() for point in series]
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    plot, to_x, to_y = make_frame(title, Axis(min(xs), max(xs), x_name), Axis(min(ys), max(ys), y_name))
+    plot, to_x, to_y = make_frame(title, Axis(min(xs), max(xs), x_name), Axis(min(ys), max(ys), y_name), width, height)
     free = TOP
     for name, series in sorted(curves.items(), key=lambda item: to_y(item[1][-1][1])):
         kind = "curve" if name == first else "curve control"
