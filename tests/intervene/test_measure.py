@@ -11,8 +11,12 @@ import pytest
 import torch
 
 from ommatid.config import Params
-from ommatid.config.intervene import BestLatents
+from ommatid.config.intervene import BestLatents, ListedLatents
+from ommatid.intervene import measure as measure_module
+from ommatid.intervene.edit import Edit
 from ommatid.intervene.measure import Measured, measure
+from ommatid.intervene.study import Study
+from ommatid.intervene.subject import Subject
 from ommatid.store import Artefact
 from support.readers import DRAWS, PLANTED, make_reader_line, make_reader_params, wide_tile_model
 from support.tiles import TileModel, use_tile_model
@@ -47,10 +51,12 @@ def test_latents_that_the_model_reads_are_causal_and_no_others(
     found = run(line, params, monkeypatch)
     statuses = {row["latent"]: row["status"] for row in found.effects}
     assert len(statuses) > 8 and {latent for latent, status in statuses.items() if status == "causal"} == set(PLANTED)
-    assert set(statuses.values()) == {"causal", "reads_only"}
+    assert set(statuses.values()) == {"causal", "reads_only", "untested"}
     assert found.zero_dose == 0 and found.random_causal == 0
     for row in found.effects:
-        if row["latent"] in PLANTED:
+        if row["status"] == "untested":
+            assert row["reason"] == "it is dead: it never fires"
+        elif row["latent"] in PLANTED:
             assert row["effect_low"] > 0 and row["effect"] > row["best_control"] and 0 <= row["dose"] <= 1
         else:
             assert abs(row["effect"]) < 1e-6
@@ -76,6 +82,38 @@ def test_outcomes_are_those_of_a_loop_over_images(line: dict[str, Artefact], par
     assert of["sign_flipped", "toward_label"]["value"] < 0
     assert of["random_latent", "drift"]["value"] < of["targeted", "drift"]["value"] / 2
     assert of["random_direction", "drift"]["n_draws"] == DRAWS
+
+
+def test_removal_is_that_of_a_loop_over_all_images_although_silent_ones_are_left_out(
+    line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run(line, params, monkeypatch, doses=(0.0,), latents=ListedLatents(kind="listed", latents=(0, 1)))
+    study = Study(params.intervene, Subject(line))
+    ((described,), study.chosen) = (list(study.subject.describe([0])), [0, 1])
+    editor, movement = study.subject.editor([described]), study.movement(described)
+    remove = editor.replacement(Edit((0,), "ablate"))
+    moved, fires = [], []
+    for _, pixels in study.iter_pixels():
+        plain, edited = study.subject.model.splice(pixels, "tiles", [lambda tokens: tokens, remove])
+        moved.append(movement(plain, edited))
+        fires.append((plain != edited).any(1))
+    assert 0 < int(torch.cat(fires).sum()) < len(study.images) == 32
+    (row,) = (row for row in found.interventions if (row["latent"], row["arm"], row["outcome"]) == (0, "targeted", "toward_label"))
+    assert row["value"] == pytest.approx(float(torch.cat(moved).mean()), rel=1e-5) and row["value"] < 0
+
+
+def test_latents_are_tested_in_as_many_passes_as_memory_needs(
+    line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pass runs the model up to the hookpoint once for each batch; what comes out is the same."""
+    listed = {"latents": ListedLatents(kind="listed", latents=(0, 1, 2)), "n_images": 16}
+    whole = run(line, params, monkeypatch, **listed)
+    monkeypatch.setattr(measure_module, "KEPT", 1)
+    runs: list[int] = []
+    original = measure_module._run
+    monkeypatch.setattr(measure_module, "_run", lambda study, tests, *more: runs.append(len(tests)) or original(study, tests, *more))
+    assert run(line, params, monkeypatch, **listed) == whole
+    assert runs == [1, 1, 1]
 
 
 def of_red(line: Mapping[str, Artefact]) -> torch.Tensor:

@@ -4,17 +4,18 @@ Suffixes: n images, d width of the output, a arms, p doses, r draws of a random 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float32, Float64, UInt8
+from jaxtyping import Float, Float32, Float64, Int64, UInt8
 from torch import Tensor
 
+from ommatid.errors import InputError
 from ommatid.intervene.arms import Arm, make_arms
 from ommatid.intervene.edit import Edit
-from ommatid.intervene.study import Study
+from ommatid.intervene.study import Movement, Study
 from ommatid.intervene.subject import Described
 from ommatid.metrics import Interval
 from ommatid.metrics.interventions import (
@@ -22,14 +23,13 @@ from ommatid.metrics.interventions import (
     DoseCurve,
     Status,
     StatusRule,
-    bootstrap_mean,
+    bootstrap_means,
     change_rates,
     collateral,
     cosine_drift,
     decide_status,
     output_score,
     raised_most,
-    toward_label,
 )  # fmt: skip
 from ommatid.vlm import Replacement
 
@@ -42,6 +42,9 @@ CONTROLS = ("sign_flipped", "random_latent", "random_direction")
 `untouched` changes what the edit, which keeps the SAE's error, does not."""
 RANDOM = ("random_latent", "random_direction")
 """Arms that are drawn several times."""
+RAISED = 10
+"""One in so many of the classes counts as raised by an edit in the output score. Arad et al. take 20 of a vocabulary of a hundred thousand;
+of ten classes that would be all, whose highest probability says nothing of which are raised."""
 OUTCOME = "toward_label"
 """Outcome that decides the status."""
 
@@ -148,8 +151,10 @@ class ArmsTest:
 
     def _rows(self, outcome: str, values_an: Float64[Tensor, "arms images"]) -> Iterator[dict[str, Any]]:
         """Iterate over rows of an outcome that is a mean over images, and over the draws of a random control."""
-        for name, dose, places in self._each():
-            yield self._row(outcome, name, dose, bootstrap_mean(values_an[places].mean(0)), values_an.shape[1], len(places))
+        arms, n = list(self._each()), values_an.shape[1]
+        means = bootstrap_means(torch.stack([values_an[places].mean(0) for _, _, places in arms]))
+        for (name, dose, places), *found in zip(arms, *(of_rows.tolist() for of_rows in means), strict=True):
+            yield self._row(outcome, name, dose, Interval(*found), n, len(places))
 
     def _known(self, outcome: str, arm: str, dose: float, found: Interval, n: int, n_draws: int) -> Iterator[dict[str, Any]]:
         if not math.isnan(found.value):
@@ -167,43 +172,101 @@ class LatentTest(ArmsTest):
     Args:
         study: The study.
         chosen: The latent.
+
+    Raises:
+        InputError: As for `ArmsTest`.
     """
+
+    BYTES = 14
+    """Bytes kept for each image in each arm."""
 
     def __init__(self, study: Study, chosen: Described) -> None:
         super().__init__(study, chosen, OUTCOME)
-        assert chosen.label is not None, f"latent {chosen.latent} has no label"
-        self.label = study.texts[chosen.label]
-        self.others = torch.stack([text for label, text in study.texts.items() if label != chosen.label])
-        self.toward: list[Tensor] = []
-        self.drift: list[Tensor] = []
-        self.predicted: list[Tensor] = []
-        self.log_p: list[Tensor] = []
+        self._movement: Movement | None = None
+        self._why = ""
+        """Why the outcome that decides the status is not measured."""
+        try:
+            self._movement = study.movement(chosen)
+        except InputError as error:
+            self._why = str(error)
+        self._n_run = 0
 
     def run(self, pixels: UInt8[Tensor, "batch height width 3"], read: Float[Tensor, "batch tokens d_model"]) -> Float32[Tensor, "batch d"]:
         """Run all arms on a batch of images, and keep what their outcomes need.
 
+        To remove a latent from images on which it is silent changes nothing, so the model is not run for it.
+
         Args:
-            pixels: The images.
+            pixels: The images, which come in the order of the study, and those of a batch from one half of it.
             read: Tokens of these images at the hookpoint that the SAE reads.
 
         Returns:
             The outputs of the model as it is, `(batch, d)`.
         """
-        study = self.study
-        arms, zero = self._make_arms(read)
-        outputs = study.subject.model.splice(pixels, study.subject.writes.name, [*(arm.replacement for arm in arms), zero])
-        plain, *edited, unmoved = (output.float().cpu() for output in outputs)
+        fires = (self.editor.read(read).acts[..., 0] > 0).any(1)
+        self.fires.append(fires.cpu())
+        (none, *arms), zero = self._make_arms(read)
+        if not self._n_run:
+            self._make_room(len(arms))
+        images = torch.arange(self._n_run, self._n_run + len(pixels))
+        self._n_run += len(pixels)
+        removals = [place for place, arm in enumerate(arms) if arm.edit and arm.edit.kind == "ablate"]
+        others = [place for place, arm in enumerate(arms) if not arm.edit or arm.edit.kind != "ablate"]
+        plain, *edited, unmoved = self._splice(pixels, [none.replacement, *(arms[place].replacement for place in others), zero])
         self.zero_dose = max(self.zero_dose, float((unmoved - plain).abs().max()))
-        self.fires.append((self.editor.read(read).acts[..., 0] > 0).any(1).cpu())
-        self.toward.append(torch.stack([toward_label(plain, one, self.label, self.others) for one in edited]))
-        self.drift.append(torch.stack([cosine_drift(plain, one) for one in edited]))
-        if study.readout:
-            log_p = torch.stack([study.readout.log_probabilities(one) for one in (plain, *edited)])
-            self.predicted.append(log_p.argmax(2))
-            if len(study.common) < log_p.shape[2]:  # a thousand classes would not fit into memory for all arms
-                log_p = log_p[..., [study.readout.index(name) for name in study.common]].log_softmax(2)
-            self.log_p.append(log_p)
+        if self.study.readout:
+            self._predicted[:, images] = self.study.readout.log_probabilities(plain).argmax(1).int()
+        self._keep(others, images, plain, edited)
+        if removals and fires.any():
+            (none, *arms), _ = self._make_arms(read[fires])
+            plain_there, *edited = self._splice(pixels[fires], [none.replacement, *(arms[place].replacement for place in removals)])
+            self._keep(removals, images[fires.cpu()], plain_there, edited)
         return plain
+
+    def _make_room(self, n_arms: int) -> None:
+        n, n_common, readout = len(self.study.images), len(self.study.common), self.study.readout
+        self._toward, self._drift = (torch.zeros(n_arms, n) for _ in range(2))
+        self._predicted = torch.zeros(1 + n_arms, n if readout else 0, dtype=torch.int32)
+        self._rises = torch.zeros(n_arms, n_common if readout else 0, dtype=torch.float64)
+        self._scores = torch.zeros(n_arms, n - self.study.n_first if readout else 0)
+        self._raised: Int64[Tensor, "arms raised"] | None = None
+
+    def _splice(self, pixels: Tensor, replacements: Sequence[Replacement]) -> list[Float32[Tensor, "batch d"]]:
+        subject = self.study.subject
+        return [output.float().cpu() for output in subject.model.splice(pixels, subject.writes.name, replacements)]
+
+    def _keep(
+        self, places: Sequence[int], images: Int64[Tensor, " batch"], plain: Float32[Tensor, "batch d"], edited: Sequence[Tensor]
+    ) -> None:
+        """Keep what the outputs of some arms on some images say."""
+        readout, n_first = self.study.readout, self.study.n_first
+        before = self._among_common(readout.log_probabilities(plain)) if readout else plain
+        for place, outputs in zip(places, edited, strict=True):
+            if self._movement:
+                self._toward[place, images] = self._movement(plain, outputs).float()
+            self._drift[place, images] = cosine_drift(plain, outputs).float()
+            if readout:
+                log_p = readout.log_probabilities(outputs)
+                self._predicted[1 + place, images] = log_p.argmax(1).int()
+                after = self._among_common(log_p)
+                if images[0] < n_first:
+                    self._rises[place] += (after - before).sum(0)
+                else:
+                    self._scores[place, images - n_first] = output_score(before, after, self._raised_texts[place]).float()
+
+    def _among_common(self, log_p: Float64[Tensor, "batch names"]) -> Float64[Tensor, "batch common"]:
+        """Return log-probabilities among the most common classes: all classes, which may be a thousand, would take too much time."""
+        common = self.study.common
+        assert self.study.readout
+        return log_p if len(common) == log_p.shape[1] else log_p[:, [self.study.readout.index(name) for name in common]].log_softmax(1)
+
+    @property
+    def _raised_texts(self) -> Int64[Tensor, "arms raised"]:
+        """The classes that each arm raises most on the first half of the images: a tenth of them, as 20 of all would say nothing."""
+        if self._raised is None:
+            n_raised = math.ceil(self._rises.shape[1] / RAISED)
+            self._raised = torch.stack([raised_most(of_arm, n_raised) for of_arm in self._rises])
+        return self._raised
 
     def finish(self, spread: float) -> Found:
         """Compute the outcomes and the status.
@@ -211,31 +274,30 @@ class LatentTest(ArmsTest):
         Args:
             spread: Mean of 1 − cosine of the outputs of different images, in which drift is measured.
         """
-        toward, drift = torch.cat(self.toward, 1), torch.cat(self.drift, 1) / spread
+        drift = self._drift.double() / spread
+        rows = [*self._rows("drift", drift), *self._class_rows()]
+        if not self._movement:
+            effect = {"latent": self.chosen.latent, "status": "untested", "reason": self._why}
+            return Found(effect, rows, "untested", self.zero_dose)
+        toward = self._toward.double()
         of_drift, of_random = self._by_dose(drift, "targeted").mean(1), self._by_dose(drift, "random_latent")[:, 0].mean(1)
         effect, random_status = self._judge(toward, of_drift, of_random)
-        rows = [*self._rows(OUTCOME, toward), *self._rows("drift", drift), *self._class_rows()]
-        return Found(effect, rows, random_status, self.zero_dose)
+        return Found(effect, [*self._rows(OUTCOME, toward), *rows], random_status, self.zero_dose)
 
     def _class_rows(self) -> Iterator[dict[str, Any]]:
-        """Iterate over rows of the outcomes about classes, if the images have classes and the latent has a most common one."""
-        readout, top = self.study.readout, self.chosen.top_class
+        """Iterate over rows of the outcomes about classes, if the output says classes and the latent has a most common one."""
+        study, readout, top = self.study, self.study.readout, self.chosen.top_class
         if not readout or top not in readout.names:
             return
-        log_p, predicted = torch.cat(self.log_p, 1), torch.cat(self.predicted, 1)
-        plain, target = log_p[0], readout.index(top)
+        plain, target, n = self._predicted[0], readout.index(top), len(study.images)
         place_of = {name: place for place, name in enumerate(readout.names)}
-        truth = torch.tensor([place_of.get(self.study.subject.classes.get(image, ""), -1) for image in self.study.images])
-        is_silent, n = ~torch.cat(self.fires) & (truth >= 0), len(truth)
-        halves = torch.arange(n) % 2 == 0
+        truth = torch.tensor([place_of.get(study.subject.classes.get(image, ""), -1) for image in study.images])
+        is_silent = ~torch.cat(self.fires) & (truth >= 0)
         for name, dose, places in self._each():
-            edited = predicted[[place + 1 for place in places]]
-            images = torch.arange(n).repeat(len(places))
-            rates = change_rates(predicted[0].repeat(len(places)), edited.flatten(), target, images if len(places) > 1 else None)
-            loss = collateral((predicted[0] == truth).repeat(len(places)), (edited == truth).flatten(), is_silent.repeat(len(places)))
-            of_draws = log_p[[place + 1 for place in places]]
-            scores = [output_score(plain[~halves], one[~halves], raised_most(plain[halves], one[halves])) for one in of_draws]
-            n_draws = len(places)
+            edited, n_draws = self._predicted[[place + 1 for place in places]], len(places)
+            images = torch.arange(n).repeat(n_draws)
+            rates = change_rates(plain.repeat(n_draws), edited.flatten(), target, images if n_draws > 1 else None)
+            loss = collateral((plain == truth).repeat(n_draws), (edited == truth).flatten(), is_silent.repeat(n_draws))
             yield from self._known("target_rate", name, dose, rates.target, rates.n_target // n_draws, n_draws)
             yield from self._known("other_rate", name, dose, rates.other, rates.n_other // n_draws, n_draws)
             yield from self._known("specificity", name, dose, rates.specificity, n, n_draws)
@@ -243,4 +305,4 @@ class LatentTest(ArmsTest):
             if n_draws > 1:
                 lost = Interval(lost.value, math.nan, math.nan)  # draws of the same images are no further images
             yield from self._known("collateral", name, dose, lost, loss.n // n_draws, n_draws)
-            yield from self._known("output_score", name, dose, bootstrap_mean(torch.stack(scores).mean(0)), int((~halves).sum()), n_draws)
+        yield from self._rows("output_score", self._scores.double())

@@ -3,12 +3,12 @@
 For each latent an image passes once through the part of the model before the hookpoint, and through the rest once for each dose and arm.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float64
 from torch import Tensor
 
 from ommatid.config import InterveneParams
@@ -16,7 +16,7 @@ from ommatid.config.intervene import BestLatents, FiringLatents, ListedLatents
 from ommatid.errors import InputError, ModelError
 from ommatid.events import Listener, Progress
 from ommatid.intervene.attribution import Attributor
-from ommatid.intervene.latent_test import LatentTest
+from ommatid.intervene.latent_test import Found, LatentTest
 from ommatid.intervene.study import Study
 from ommatid.intervene.subject import Described, Subject
 from ommatid.metrics import ablation_sparsity, unit
@@ -25,6 +25,8 @@ from ommatid.store import Artefact
 
 LEAST_FIRING = 8
 """Number of sampled tokens on which a latent must fire for its scale to be known."""
+KEPT = 2**28
+"""Bytes of results that are kept of images at a time: 256 MiB."""
 N_EXACT = 8
 """Number of latents to which a class is attributed exactly as well."""
 
@@ -64,55 +66,70 @@ def measure(params: InterveneParams, inputs: Mapping[str, Artefact], on_event: L
 
 
 def _measure(study: Study, on_event: Listener) -> Measured:
-    subject = study.subject
-    if subject.model.d_embed is None:
-        raise ModelError(f"{subject.model.name} has no text tower with which to embed the labels that an edit should move images toward")
     chosen = choose_latents(study)
     study.chosen = [one.latent for one in chosen]
-    if not chosen:
-        raise InputError("no chosen latent has a label and fires often enough to be edited; choose others with intervene.latents")
-    tests: list[LatentTest] = []
-    untested: list[dict[str, Any]] = []
-    for one in chosen:
-        try:
-            tests.append(LatentTest(study, one))
-        except InputError as error:  # about this latent alone, such as too few others to compare it with
-            untested.append({"latent": one.latent, "status": "untested", "reason": str(error)})
-    if not tests:
-        raise InputError(untested[0]["reason"])
-    plain: list[Tensor] = []
-    n = len(study.images)
-    for done, pixels in _iter_pixels(study):
-        read = subject.model.capture(pixels, [subject.reads.name]).tokens[subject.reads.name]
-        for place, test in enumerate(tests, start=1):
-            outputs = test.run(pixels, read)
-            on_event(Progress("edit images", done - len(pixels) * (len(tests) - place) // len(tests), n))
-        plain.append(outputs)
-    spread = _spread_of(torch.cat(plain))
-    found = [test.finish(spread) for test in tests]
-    statuses = [one.random_status for one in found]
+    untested = _left_out(study)
+    found: list[Found] = []
+    for some in _passes(study, chosen):
+        tests: list[LatentTest] = []
+        for one in some:
+            try:
+                tests.append(LatentTest(study, one))
+            except InputError as error:  # about this latent alone, such as too few others to compare it with
+                untested.append(_untested(one.latent, str(error)))
+        found += _run(study, tests, len(found) + len(untested), len(chosen), on_event)
+    if not found:
+        raise InputError(untested[0]["reason"] if untested else "no latent can be edited; choose others with intervene.latents")
+    judged = [one.random_status for one in found if one.random_status != "untested"]
     return Measured(
         interventions=[row for one in found for row in one.interventions],
         effects=[*(one.effect for one in found), *untested],
         attributions=_attribute(study, on_event),
         zero_dose=max(one.zero_dose for one in found),
-        random_causal=sum(status == "causal" for status in statuses) / len(statuses),
+        random_causal=judged.count("causal") / len(judged) if judged else None,
     )
 
 
+def _passes(study: Study, chosen: Sequence[Described]) -> Iterator[Sequence[Described]]:
+    """Divide latents among passes over the images, so that what is kept of each image does not fill the memory."""
+    n_arms = 1 + len(study.params.doses) * (3 + 2 * study.params.draws)
+    n = max(1, KEPT // (LatentTest.BYTES * n_arms * len(study.images)))
+    return (chosen[start : start + n] for start in range(0, len(chosen), n))
+
+
+def _run(study: Study, tests: Sequence[LatentTest], n_before: int, n_all: int, on_event: Listener) -> list[Found]:
+    """Test some latents in one pass over the images."""
+    subject, n = study.subject, len(study.images)
+    total = torch.zeros(subject.model.d_output, dtype=torch.float64)
+    for done, pixels in study.iter_pixels() if tests else ():
+        read = subject.model.capture(pixels, [subject.reads.name]).tokens[subject.reads.name]
+        for place, test in enumerate(tests, start=1):
+            plain = test.run(pixels, read)
+            of_tests = n * n_before + done * len(tests) - len(pixels) * (len(tests) - place)
+            on_event(Progress("edit images", of_tests // n_all, n))
+        total = total + unit(plain).sum(0)
+    return [test.finish(_spread_of(total, n)) for test in tests]
+
+
 def choose_latents(study: Study) -> list[Described]:
-    """Choose the latents that are tested, the best first; those that cannot be edited are left out."""
+    """Choose the latents that are tested, the best first.
+
+    Those that fire too rarely to be edited are left out, and so are those of which it is not known toward what an edit should move the
+    output, unless they are listed or that is known of none: outcomes that need no label are still measured.
+    """
     latents, labels = study.subject.latents, study.subject.labels
-    able = [latent for latent, row in latents.items() if row["n_images"] and latent in labels]
-    most = len(able)
+    live = [latent for latent, row in latents.items() if row["n_images"]]
+    able = [latent for latent in live if study.has_movement(latent)] or live
+    most = len(live)
     match study.params.latents:
         case ListedLatents(latents=listed):
-            ranked = [latent for latent in listed if latent in set(able)]
+            ranked = [latent for latent in listed if latent in set(live)]
         case FiringLatents(min_images=least):
             ranked = [latent for latent in able if latents[latent]["n_images"] >= least]
         case BestLatents(by=by, n=most):
-            value = {latent: latents[latent]["ms"] if by == "ms" else labels[latent]["score"] for latent in able}
-            ranked = sorted((latent for latent in able if value[latent] is not None), key=lambda latent: (-value[latent], latent))
+            value = {latent: latents[latent]["ms"] if by == "ms" else labels.get(latent, {}).get("score") for latent in able}
+            known = [(-number, latent) for latent, number in value.items() if number is not None]
+            ranked = [latent for _, latent in sorted(known)]
     chosen: list[Described] = []
     for one in study.subject.describe(ranked):
         if len(chosen) == most:
@@ -120,6 +137,25 @@ def choose_latents(study: Study) -> list[Described]:
         if one.n_firing >= LEAST_FIRING:
             chosen.append(one)
     return chosen
+
+
+def _left_out(study: Study) -> list[dict[str, Any]]:
+    """Make the rows of `effects` of listed latents that are not tested, with the reason of each."""
+    params, subject = study.params.latents, study.subject
+    left = [latent for latent in params.latents if latent not in study.chosen] if isinstance(params, ListedLatents) else []
+    rows = []
+    for one in subject.describe(left):
+        reason = f"it fires on {one.n_firing} of {len(subject.sample)} sampled training tokens; {LEAST_FIRING} are needed to know its scale"
+        if subject.latents[one.latent]["is_dead"]:
+            reason = "it is dead: it never fires"
+        elif not subject.latents[one.latent]["n_images"]:
+            reason = "it fires on no evaluation image"
+        rows.append(_untested(one.latent, reason))
+    return rows
+
+
+def _untested(latent: int, reason: str) -> dict[str, Any]:
+    return {"latent": latent, "status": "untested", "reason": reason}
 
 
 def _attribute(study: Study, on_event: Listener) -> list[dict[str, Any]]:
@@ -131,14 +167,14 @@ def _attribute(study: Study, on_event: Listener) -> list[dict[str, Any]]:
     attributor = Attributor(subject.model, subject.device_sae, subject.reads, subject.writes)
     n_latents = subject.sae.n_latents
     cheap = {name: torch.zeros(n_latents, dtype=torch.float64) for name in names}
-    for done, pixels in _iter_pixels(study):
+    for done, pixels in study.iter_pixels():
         code = attributor.encode(pixels)
         for name, score in scores.items():
             cheap[name] += attributor.cheap(pixels, score, code).by_image.sum(0).double().cpu() / n
         on_event(Progress("attribute classes", done, n))
     ranked = {name: effects.abs().topk(min(N_ATTRIBUTED, len(effects))).indices.tolist() for name, effects in cheap.items()}
     exact = {name: torch.zeros(min(N_EXACT, n_latents), dtype=torch.float64) for name in names}
-    for _, pixels in _iter_pixels(study):
+    for _, pixels in study.iter_pixels():
         code = attributor.encode(pixels)
         for name, score in scores.items():
             exact[name] += attributor.exact(pixels, score, ranked[name][:N_EXACT], code).sum(0).double().cpu() / n
@@ -154,15 +190,7 @@ def _attribute(study: Study, on_event: Listener) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _iter_pixels(study: Study) -> Iterator[tuple[int, UInt8[Tensor, "batch height width 3"]]]:
-    """Iterate over batches of the study's images: the number of images so far, and the pixels."""
-    done = 0
-    for numbers, pixels in study.subject.load_pixels(study.images):
-        done += len(numbers)
-        yield done, pixels
-
-
-def _spread_of(outputs_nd: Float32[Tensor, "images d"]) -> float:
-    """Mean of 1 − cosine of the outputs of two different images."""
-    n, mean = len(outputs_nd), unit(outputs_nd).mean(0)
+def _spread_of(total_d: Float64[Tensor, " d"], n: int) -> float:
+    """Mean of 1 − cosine of the outputs of two different images, from the sum of outputs of unit norm, `(d,)`, and their number."""
+    mean = total_d / n
     return float((1 - mean @ mean) * n / (n - 1))

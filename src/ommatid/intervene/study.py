@@ -1,24 +1,30 @@
 """A study: what the tests of all latents of one SAE share."""
 
 from collections import Counter
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 
 import numpy as np
-from jaxtyping import Float64
+import torch
+from jaxtyping import Float32, Float64, UInt8
 from torch import Tensor
 
 from ommatid.config import InterveneParams
-from ommatid.errors import InputError
+from ommatid.errors import InputError, ModelError
 from ommatid.extract.classifier import embed_texts
 from ommatid.extract.drawn import draw_images
 from ommatid.intervene.readout import Readout
-from ommatid.intervene.subject import Subject
+from ommatid.intervene.subject import Described, Subject
+from ommatid.metrics.interventions import toward_label
 
 N_LABELS = 64
 """Number of labels, beside those of the chosen latents, toward which an edit should not move images."""
 N_OUTPUTS = 32
 """Number of classes, the most common first, that are attributed to latents, and among which the output score is computed."""
+
+
+Movement = Callable[[Float32[Tensor, "batch d"], Float32[Tensor, "batch d"]], Float64[Tensor, " batch"]]
+"""Function from outputs of the plain model and of an edited one, `(b, d)` each, to how far the edit moves each image, `(b,)`."""
 
 
 class Study:
@@ -36,7 +42,10 @@ class Study:
 
     @cached_property
     def images(self) -> list[int]:
-        """Numbers of the evaluation images on which the model is run, as many of each class as possible if they have classes."""
+        """Numbers of the evaluation images on which the model is run, as many of each class as possible if they have classes.
+
+        What is chosen for each arm by its outputs is chosen on the first half, every other image, and measured on the second.
+        """
         images, classes = self.subject.inputs["images"], self.subject.classes
         table = images.read("images", ["image", "split"])
         of_eval = [image for image, split in zip(table["image"].to_pylist(), table["split"].to_pylist(), strict=True) if split == "eval"]
@@ -50,18 +59,67 @@ class Study:
                 rank[image] = seen[label] = seen.get(label, -1) + 1
             shuffled.sort(key=rank.__getitem__)  # stable: the first of every class, then the second, ...
         numbers = shuffled[: self.params.n_images]
-        return draw_images(images, numbers, len(numbers)).numbers.tolist()
+        drawn = draw_images(images, numbers, len(numbers)).numbers.tolist()
+        return [*drawn[::2], *drawn[1::2]]
+
+    @property
+    def n_first(self) -> int:
+        """Number of images in the first half."""
+        return (len(self.images) + 1) // 2
+
+    def iter_pixels(self) -> Iterator[tuple[int, UInt8[Tensor, "batch height width 3"]]]:
+        """Iterate over batches of the images, in their order and none of both halves: the number of images so far, and the pixels."""
+        done = 0
+        for half in (self.images[: self.n_first], self.images[self.n_first :]):
+            for numbers, pixels in self.subject.load_pixels(half):
+                done += len(numbers)
+                yield done, pixels
 
     @cached_property
     def readout(self) -> Readout | None:
-        """Readout of the images' classes; None if they have fewer than two."""
-        return self.subject.readout if self.subject.classes else None
+        """Readout of the images' classes; None if the output cannot be read so, for the reason `no_readout`."""
+        self.no_readout = ""
+        try:
+            return self.subject.readout
+        except (InputError, ModelError) as error:
+            self.no_readout = str(error)
+            return None
+
+    def movement(self, one: Described) -> Movement:
+        """Return the function that tells how far an edit moves outputs toward what a latent shows.
+
+        With a text tower, that is the text of its label; see `metrics.interventions.toward_label`. Without one, it is its class: the shift
+        of the class's logit, less the mean shift of the other classes' logits.
+
+        Raises:
+            InputError: The latent has no label, or no other latent another one; without a text tower, it has no class, or no class can be
+                read from the output.
+        """
+        if self.subject.model.d_embed is not None:
+            if one.label is None:
+                raise InputError("it has no label toward which an edit could move the output")
+            label, others = self.texts[one.label], [text for name, text in self.texts.items() if name != one.label]
+            if not others:
+                raise InputError(f"all labels are {one.label!r}, so an edit cannot be told from one toward another label")
+            return partial(toward_label, label_d=label, shuffled_md=torch.stack(others))
+        if not self.readout:
+            raise InputError(self.no_readout)
+        if one.top_class not in self.readout.names:
+            raise InputError(f"its most common class is {one.top_class}, and the output says only {', '.join(self.readout.names[:8])}")
+        return partial(_toward_class, self.readout, self.readout.index(one.top_class))
+
+    def has_movement(self, latent: int) -> bool:
+        """Return whether it is known toward what an edit of a latent should move outputs."""
+        if self.subject.model.d_embed is not None:
+            return latent in self.subject.labels
+        return self.readout is not None and self.subject.top_class(latent) in self.readout.names
 
     @cached_property
     def common(self) -> list[str]:
         """The most common classes, at most `N_OUTPUTS`, the most common first."""
         counts = Counter(self.subject.classes.values())
-        return sorted(counts, key=lambda name: (-counts[name], name))[:N_OUTPUTS]
+        names = self.readout.names if self.readout else ()
+        return sorted(names, key=lambda name: (-counts[name], name))[:N_OUTPUTS]
 
     @cached_property
     def texts(self) -> dict[str, Float64[Tensor, " d"]]:
@@ -70,7 +128,12 @@ class Study:
         names = sorted({row["label"] for row in labels.values()})
         rng = np.random.default_rng(self.params.seed)
         some = [names[place] for place in rng.permutation(len(names))[:N_LABELS]]
-        wanted = list(dict.fromkeys([*(labels[latent]["label"] for latent in self.chosen), *some]))
-        if len(wanted) < 2:
-            raise InputError(f"all labels are {wanted[0]!r}, so an edit cannot be told from one toward another label")
+        wanted = list(dict.fromkeys([*(labels[latent]["label"] for latent in self.chosen if latent in labels), *some]))
         return dict(zip(wanted, embed_texts(self.subject.model, wanted), strict=True))
+
+
+def _toward_class(
+    readout: Readout, index: int, plain_bd: Float32[Tensor, "batch d"], edited_bd: Float32[Tensor, "batch d"]
+) -> Float64[Tensor, " batch"]:
+    moved = readout.scores(edited_bd) - readout.scores(plain_bd)
+    return moved[:, index] - (moved.sum(1) - moved[:, index]) / (moved.shape[1] - 1)

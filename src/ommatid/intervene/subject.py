@@ -172,8 +172,11 @@ class Subject:
                 means = sums[place] / n_firing - (total - sums[place]) / (n - n_firing) if has_means else None
                 scale = float(acts[fires[:, place], place].quantile(QUANTILE)) if n_firing else math.nan
                 label = self.labels.get(latent, {}).get("label")
-                top_class = next(iter(self.latents[latent]["top_classes"] or ()), None)
-                yield Described(latent, label, n_firing, scale, means, top_class)
+                yield Described(latent, label, n_firing, scale, means, self.top_class(latent))
+
+    def top_class(self, latent: int) -> str | None:
+        """Return the most common class of a latent's strongest images; None if they have none."""
+        return next(iter(self.latents[latent]["top_classes"] or ()), None)
 
     @cached_property
     def device_sae(self) -> SAE:

@@ -230,22 +230,21 @@ def toward_label(
     return moved @ unit(label_d[None])[0] - (moved @ unit(shuffled_md).T).mean(1)
 
 
-def raised_most(plain_nv: Float[Tensor, "images texts"], edited_nv: Float[Tensor, "images texts"], k: int = 20) -> Int[Tensor, " raised"]:
-    """Return the k texts (or all, if there are fewer) that an edit raises most, by mean over images of the rise of log-probability.
+def raised_most(rises_v: Float[Tensor, " texts"], k: int = 20) -> Int[Tensor, " raised"]:
+    """Return the k texts (or all, if there are fewer) that an edit raises most.
 
     Arad et al. take the tokens whose unembeddings fit the latent's direction best; the log-probabilities measure the same through all
     layers after the hookpoint. Texts that are chosen on the images on which `output_score` is computed favour the edit, so choose them on
     others, or choose them for every arm alike.
 
     Args:
-        plain_nv: Log-probabilities by the unchanged model, `(images, texts)`.
-        edited_nv: The same after the edit, `(images, texts)`.
+        rises_v: Mean over images, or sum, of the log-probability of each text after the edit less that of the unchanged model, `(texts,)`.
         k: Number of texts.
 
     Returns:
         The texts, `(k,)` int64, most raised first.
     """
-    return (edited_nv.double() - plain_nv.double()).mean(0).topk(min(k, plain_nv.shape[1])).indices
+    return rises_v.topk(min(k, len(rises_v))).indices
 
 
 def output_score(
