@@ -162,6 +162,7 @@ def test_every_path_in_the_params_is_checked() -> None:
     write("saes/x/cfg.json")
     write("photos/a.jpg")
     write("masks/a.png")
+    write("heads/head.safetensors")
     chosen = params(
         "images.source={kind: folder, path: photos}",
         "extract.model={kind: module, factory: 'my_model:make'}",
@@ -170,6 +171,7 @@ def test_every_path_in_the_params_is_checked() -> None:
         "train.runs=[{variant: {kind: imported, path: saes/x}}]",
         "label.labellers=[{kind: vocabulary, words: [imagenet, words/birds.txt]}, {kind: human, path: labels.csv}, {kind: captioner}]",
         "intervene.masks=masks",
+        "intervene.head=heads/head.safetensors",
     )
     found = write_sources(chosen)
     assert {stage: list(keys) for stage, keys in found.items()} == {
@@ -177,13 +179,14 @@ def test_every_path_in_the_params_is_checked() -> None:
         "extract": ["extract.model.factory", "extract.judge.0.path", "extract.namer.path"],
         "train": ["train.runs.0.variant.path"],
         "label": ["label.labellers.0.words.1", "label.labellers.1.path"],
-        "intervene": ["intervene.masks"],
+        "intervene": ["intervene.masks", "intervene.head"],
     }
     for stage, path in [
         ("extract", "models/judge/config.json"),
         ("train", "saes/x/new"),
         ("label", "labels.csv"),
         ("intervene", "masks/a.png"),
+        ("intervene", "heads/head.safetensors"),
         ("extract", "my_model.py"),
     ]:
         write(path, b"changed")

@@ -62,6 +62,9 @@ class InterveneParams(Section):
     masks: Annotated[str, Field(min_length=1)] | None = None
     """Folder or URL of a PNG file for each image, in which each pixel is the index of its class and 0 the background
     (docs/users/interventions.md); or, of drawn images, their plan, such as data/shapes.json. null if there are no masks."""
+    head: Annotated[str, Field(min_length=1)] | None = None
+    """A safetensors file with a linear head by which classes are read from the model's output (docs/users/interventions.md). null reads
+    them by the texts of their names or, if the model has no text tower, by a head fitted to labelled training images."""
 
     def trial(self, n: int) -> "InterveneParams":
         """Return the params with which `ommatid estimate` tries `n` latents: those of another choice cost the same."""

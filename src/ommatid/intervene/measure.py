@@ -60,7 +60,7 @@ def measure(params: InterveneParams, inputs: Mapping[str, Artefact], on_event: L
         What was measured; or, if nothing can be measured, the reason.
     """
     try:
-        return _measure(Study(params, Subject(inputs)), on_event)
+        return _measure(Study(params, Subject(inputs, head=params.head)), on_event)
     except (ModelError, InputError) as error:
         return str(error)
 
