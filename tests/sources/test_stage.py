@@ -195,6 +195,20 @@ def test_every_path_in_the_params_is_checked() -> None:
         found = again
 
 
+def test_the_file_of_a_question_and_the_model_that_scores_its_answers_are_followed() -> None:
+    write("photos/a.jpg")
+    write("models/clip/config.json")
+    write("questions/colour.txt", b"Which colour?")
+    chosen = ["images.source={kind: folder, path: photos}", "extract.model={kind: llava, path: models/llava}"]
+    chosen += ["intervene.answers={question: questions/colour.txt, joint: {kind: clip, path: models/clip}}"]
+    found, identity = write_sources(params(*chosen)), params(*chosen).intervene.identity()
+    assert list(found["intervene"]) == ["intervene.answers.question", "intervene.answers.joint.path"]
+    assert identity["answers"]["question"] == "Which colour?"
+    write("questions/colour.txt", b"Which color?")
+    assert write_sources(params(*chosen))["intervene"] != found["intervene"]
+    assert params(*chosen).intervene.identity()["answers"]["question"] == "Which color?"
+
+
 def test_files_of_activations_replace_images() -> None:
     write("acts/readme.txt")
     np.save("acts/x.npy", np.zeros((4, 2), np.float16))

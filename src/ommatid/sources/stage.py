@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from ommatid.config import ExtractFiles, ImageSource, Params
+from ommatid.config.intervene import find_prompt_file
 from ommatid.config.label import HumanLabeller, names_checksum
 from ommatid.store.filesystem import READ_BYTES, cache_folder, temporary_path
 from ommatid.store.filesystem.listing import Listed, Listing, list_activations, list_any, list_images, list_masks, list_parquet
@@ -98,6 +99,8 @@ def _paths(key: str, value: Any) -> Iterator[tuple[str, Path]]:
         field = next(name for name in reversed(key.split(".")) if not name.isdigit())
         if field in ("path", "words", "head"):
             yield key, Path(value).expanduser()
+        elif field == "question" and (file := find_prompt_file(value)):
+            yield key, file
         elif field == "factory":  # package.module:function
             yield key, Path(value.partition(":")[0].replace(".", "/") + ".py")
 
