@@ -12,14 +12,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ommatid.api import Encoding, Run, encode, load_model, load_sae, open_run
+    from ommatid.api import Contributions, Encoding, Intervention, Run, encode, intervene, load_model, load_sae, open_run
     from ommatid.catalog.reader import Catalog
     from ommatid.errors import OmmatidError
     from ommatid.metrics.arrays import fvu, monosemanticity
 
 __version__ = "0.1.0"
 
-__all__ = ["Catalog", "Encoding", "OmmatidError", "Run", "encode", "fvu", "load_model", "load_sae", "monosemanticity", "open_run"]
+__all__ = [
+    "Catalog",
+    "Contributions",
+    "Encoding",
+    "Intervention",
+    "OmmatidError",
+    "Run",
+    "encode",
+    "fvu",
+    "intervene",
+    "load_model",
+    "load_sae",
+    "monosemanticity",
+    "open_run",
+]
 
 _ELSEWHERE = {
     "Catalog": "ommatid.catalog.reader",

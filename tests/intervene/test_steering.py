@@ -3,6 +3,7 @@
 Of the planted SAE of tests/support/readers.py, three latents write a colour that the model reads, and the others where it does not read.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from ommatid.errors import InputError
 from ommatid.intervene.arms import make_arms
 from ommatid.intervene.edit import Edit
-from ommatid.intervene.steering import Steered, steer
+from ommatid.intervene.steering import Steered, choose_readout, steer
 from ommatid.intervene.subject import Subject
 from support.readers import make_reader_line, make_reader_params, wide_tile_model
 from support.tiles import GRID, draw_tiles, use_tile_model
@@ -131,11 +132,12 @@ def test_one_text_has_no_probability_but_a_score(subject: Subject) -> None:
         ([RED, GREEN], {}, "2 latents are edited at once, which do not compose"),
         ([RED], {"of": TWO[1:]}, "latent 0 is silent on the image: to remove it there"),
         ([RED], {}, "latent 0 is silent on 1 of 2 images"),
-        ([RED], {"doses": [1.0, 9.0]}, r"dose 9 is above what was observed of latent 0, which is at most 0\.\d+, 1\.\d\d times its 99th"),
+        ([RED], {"doses": [1.0, 9.0]}, r"dose 9 is above what was observed of latent 0, which is 0\.\d+ at most, 1\.\d\d times its 99th"),
         ([RED], {"doses": [5.0], "kind": "add"}, "dose 5 is above what was observed of latent 0"),
         ([RED], {"doses": [9.0], "kind": "scale"}, "dose 9 is above what was observed of latent 0"),
-        ([RED], {"doses": [-1.0]}, "dose -1 makes latent 0 negative, which it never is"),
-        ([RED], {}, r"the SAE leaves up to \d+% of the variance of the edited tokens unexplained"),
+        ([RED], {"doses": [-1.0, 8.0, 9.0]}, "dose -1 is below 0, which latent 0 never is"),
+        ([RED], {"doses": [-1.0, 8.0, 9.0]}, "doses 8 and 9 are above what was observed"),
+        ([RED], {}, "the SAE's reconstruction of the edited tokens is worse than the mean token on 2 of 2 images: much of what"),
         ([RED], {"texts": ["red", "redder", "green"]}, "'red' and 'redder' are the same to the model"),
     ],
 )
@@ -144,6 +146,25 @@ def test_a_warning_says_what_makes_a_result_less_sure(subject: Subject, latents:
         options["readout"] = subject.text_readout(texts)
     with pytest.raises(AssertionError, match=says):
         raise AssertionError("\n".join(run(subject, *latents, **options).warnings))
+
+
+def test_a_label_that_other_latents_have_as_well_is_warned_of(subject: Subject) -> None:
+    same = [latent for latent, row in subject.labels.items() if row["label"] == "red" and latent != RED]
+    said = [
+        warning for warning in run(subject, RED).warnings if "has the label 'red' as well" in warning or "have the label 'red'" in warning
+    ]
+    assert len(said) == min(len(same), 1) and all(f"{len(same)} other" in one or f"latent {same[0]} has" in one for one in said)
+
+
+def test_without_classes_the_output_is_compared_with_the_label_and_those_nearest(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = list(subject.describe([RED]))
+    assert choose_readout(subject, described).names == ("blue", "green", "red")
+    assert choose_readout(subject, described, ["a rose"]).names == ("a rose",)
+    monkeypatch.setattr(subject, "classes", {})
+    names = choose_readout(subject, described).names
+    assert names[0] == "red" and set(names) <= {row["label"] for row in subject.labels.values()} and len(set(names)) == len(names) > 1
+    with pytest.raises(InputError, match="the images have no classes and the latents no label"):
+        choose_readout(subject, [dataclasses.replace(described[0], label=None)])
 
 
 def test_there_are_no_warnings_without_a_reason(subject: Subject) -> None:

@@ -1,6 +1,7 @@
 """A finished study of tile pictures whose SAE is planted, made through the stages but without their gates."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ from ommatid.pipeline.inputs import open_inputs
 from ommatid.stage import load
 from ommatid.store import Artefact, Draft
 from support.study import make_test_params
-from support.tiles import COLOURS, D_SAE, plant_sae, use_tile_model, write_tile_folder
+from support.tiles import COLOURS, D_SAE, TileModel, plant_sae, use_tile_model, write_tile_folder
 
+Plant = Callable[[TrainParams, Mapping[str, Artefact], Draft], Any]
 SAE = "planted"
 N_IMAGES = 200
 
 
-def make_tile_study(root: Path, **sections: Mapping[str, Any]) -> Path:
-    """Make a study in `root/data`; `sections` change its params. Return its catalogue."""
+def make_tile_study(root: Path, plant: Plant = plant_sae, model: TileModel | None = None, **sections: Mapping[str, Any]) -> Path:
+    """Make a study in `root/data` of a planted SAE and a model; `sections` change its params. Return its catalogue."""
     write_tile_folder(root / "photos", N_IMAGES)
     (root / "words.txt").write_text("\n".join(COLOURS))
     changes: dict[str, dict[str, Any]] = {
@@ -31,19 +33,19 @@ def make_tile_study(root: Path, **sections: Mapping[str, Any]) -> Path:
         "evaluate": {"baselines": []},
         "label": {"labellers": [{"kind": "vocabulary", "words": [str(root / "words.txt")]}], "min_examples": 2},
     }
-    params = make_test_params(**{name: {**values, **sections.get(name, {})} for name, values in changes.items()})
+    params = make_test_params(**{name: {**changes.get(name, {}), **sections.get(name, {})} for name in {**changes, **sections}})
     with pytest.MonkeyPatch.context() as patch:
-        use_tile_model(patch)
+        use_tile_model(patch, model)
         for name in STAGES:
-            _run(name, params, root / "data")
+            _run(name, params, root / "data", plant)
     return root / "data" / "catalog" / CATALOG
 
 
-def _run(name: str, params: Params, data: Path) -> None:
+def _run(name: str, params: Params, data: Path, plant: Plant) -> None:
     """Run a stage without its gate and without MLflow, which would say where the SAE comes from."""
     stage, inputs = STAGES[name], open_inputs(name, params, str(data))
     section = getattr(params, name)
-    functions: dict[str, Any] = {"train": _plant, "catalog": _catalogue}
+    functions: dict[str, Any] = {"train": functools.partial(_plant, plant), "catalog": _catalogue}
     run = functions.get(name) or load(f"ommatid.{name}.stage:run")
     place = data / stage.place.name
     with store.open_draft(place, stage.kind, section.identity(), inputs) as draft:
@@ -51,8 +53,8 @@ def _run(name: str, params: Params, data: Path) -> None:
         draft.publish(place)
 
 
-def _plant(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft) -> None:
-    plant_sae(params, inputs, draft.child(SAE, "sae"))
+def _plant(plant: Plant, params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft) -> None:
+    plant(params, inputs, draft.child(SAE, "sae"))
     draft.seal({"saes": [SAE]})
 
 

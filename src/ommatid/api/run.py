@@ -1,11 +1,21 @@
 """A finished study, opened for reading and for encoding new images."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ommatid.api.encoding import Encoder, Encoding, ImageLike, as_list, name_image, open_image
+from ommatid.api.interventions import (
+    DOSES,
+    Contributions,
+    Intervention,
+    Method,
+    Patches,
+    Photographs,
+    attribute_outputs,
+    steer_images,
+)
 from ommatid.catalog.reader import Catalog
 from ommatid.errors import ArtefactError, ConfigError, InputError, ModelError
 from ommatid.pipeline import STAGES, open_stage
@@ -15,7 +25,12 @@ from ommatid.store import INSIDE, Artefact
 
 if TYPE_CHECKING:
     import pandas
+    from PIL import Image
 
+    from ommatid.api.interventions import LatentOf
+    from ommatid.intervene.edit import ErrorTerm, Unit, Where
+    from ommatid.intervene.steering import Dosed
+    from ommatid.intervene.subject import Subject
     from ommatid.sae.model import SAE
     from ommatid.vlm import VisionModel
 
@@ -42,6 +57,7 @@ class Run:
             hint = f"; did you mean {Path(self.data) / DATA}?" if inside else ""
             raise ArtefactError(f"{self.data} holds no finished study: {error}{hint}") from None
         self._encoders: dict[str, Encoder] = {}
+        self._subjects: dict[str, Subject] = {}
 
     def __enter__(self) -> "Run":
         return self
@@ -212,9 +228,7 @@ class Run:
         """
         import torch
 
-        items = as_list(images)
-        if not items:
-            raise InputError("no images were given; name one or more")
+        items = _some(images)
         name = self._artefact_of(sae).summary["sae"]
         if name not in self._encoders:
             self._encoders[name] = self._make_encoder(sae)
@@ -230,14 +244,164 @@ class Run:
         names = tuple(name_image(item, i) for i, item in enumerate(items))
         return Encoding(names, torch.cat(acts), torch.cat(x), name, self.features, encoder, tuple(boxes))
 
+    def intervene(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        latents: int | Sequence[int],
+        doses: Sequence[float] = DOSES,
+        *,
+        texts: Sequence[str] | None = None,
+        tokens: "Where" = "all",
+        patches: "Patches | Image.Image | None" = None,
+        kind: "Dosed" = "set",
+        unit: "Unit" = "relative",
+        error: "ErrorTerm" = "keep",
+        draws: int = 8,
+        seed: int = 0,
+        sae: str | None = None,
+    ) -> Intervention:
+        """Set latents to chosen activations, and compare the model's output on images with that under every control.
+
+        The images pass once through the part of the model before the hookpoint, and through the rest once for each dose and arm.
+
+        Args:
+            images: As for `encode`.
+            latents: The latent, or several, which are edited together.
+            doses: What the latents' activations are set to; 0 removes them.
+            texts: Texts that the output is compared with. None: the classes of the study's images; if they have none, the latents' labels
+                and those nearest to them.
+            tokens: Tokens that are edited: all, those on which any of the latents fires (firing), or the class token (cls).
+            patches: Edit only these patches: their rows and columns, a mask of bool (rows, cols) or (images, rows, cols), or a picture as
+                large as every image, which marks in white.
+            kind: set sets activations to the dose, add adds the dose to them, scale multiplies them by it.
+            unit: relative: doses are in units of the 99th percentile of each latent's own positive activations; absolute: in activations.
+            error: Whether the SAE's error is kept, so that only the latents' directions change, or dropped, as in published steering.
+            draws: Number of draws of each random control.
+            seed: Seed of the random controls.
+            sae: Name of the SAE, from `saes` or from the catalogue; may be None if the study has a single SAE.
+
+        Returns:
+            Scores, probabilities and ranks under every arm and dose.
+
+        Raises:
+            InputError: An image cannot be read, a dose is not a finite number, a latent does not exist or is dead, or patches do not fit.
+            ConfigError: There is no SAE of this name, or there are several and `sae` is None.
+            ModelError: The model is not known, cannot be loaded, has no text tower for texts, or its output does not depend on the tokens.
+            ArtefactError: The study has not been evaluated and labelled, or its artefacts were not made from one another.
+
+        >>> import ommatid
+        >>> run = ommatid.open_run("data")
+        >>> latent = int(run.encode("cat.jpg").acts[0].argmax())
+        >>> found = run.intervene(["cat.jpg", "dog.jpg"], latent, doses=[0, 1], texts=["something red", "something blue"], draws=3)
+        >>> found.scores("targeted", 1).shape  # (draws, images, names)
+        torch.Size([1, 2, 2])
+        >>> rows = found.table(["something red"])
+        >>> change = rows.score - rows.score_before  # beside every control
+        """
+        chosen = [latents] if isinstance(latents, int) else list(latents)
+        return steer_images(
+            self, photograph(images), chosen, doses=doses, texts=texts, tokens=tokens, patches=patches, kind=kind, unit=unit, error=error,
+            draws=draws, seed=seed, sae=sae,
+        )  # fmt: skip
+
+    def attribute(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        texts: Sequence[str] | None = None,
+        *,
+        class_name: str | None = None,
+        latent_of: "LatentOf | None" = None,
+        method: Method = "cheap",
+        top: int = 16,
+        seed: int = 0,
+        sae: str | None = None,
+    ) -> Contributions:
+        """Find the latents that an output of the model comes from, and where in the images.
+
+        The effects of all latents are estimated by one backward pass (cheap) or ten (integrated), and those of the strongest are computed
+        exactly as well, by ablation, beside those of some others that fire.
+
+        Args:
+            images: As for `encode`.
+            texts: One text, whose similarity to the image is the output; or two: the similarity to the first minus that to the second.
+            class_name: A class of the study's images, whose log-odds among all classes are the output.
+            latent_of: A latent at a later hookpoint, whose activation is the output: the run of its SAE, or the root of its artefacts; the
+                SAE's name if there are several; and the latent.
+            method: cheap, integrated or exact, which ablates every latent that fires.
+            top: Number of latents of each image that are ablated.
+            seed: Seed of the other latents that are ablated.
+            sae: Name of the SAE whose latents have the effects; may be None if the study has a single SAE.
+
+        Returns:
+            Effects by image and latent, with their agreement, completeness and sparsity.
+
+        Raises:
+            InputError: An image cannot be read, no image of the study has the class, or not exactly one output is named.
+            ConfigError: There is no SAE of this name, or there are several and `sae` is None.
+            ModelError: The model is not known, cannot be loaded or lacks the output, or the output does not depend on the tokens.
+            ArtefactError: The study has not been evaluated and labelled, or its artefacts were not made from one another.
+
+        >>> import ommatid
+        >>> run = ommatid.open_run("data")
+        >>> found = run.attribute("cat.jpg", ["something red", "something blue"])
+        >>> strongest = found.top()[0]
+        >>> found.map(strongest).shape
+        torch.Size([2, 3])
+        >>> sides = found.of[0].completeness
+        >>> rows = found.table(5)[["latent", "label", "effect", "exact"]]
+        """
+        return attribute_outputs(
+            self, photograph(images), texts=texts, class_name=class_name, latent_of=latent_of, method=method, n_top=top, seed=seed, sae=sae
+        )
+
+    def subject(self, sae: str | None = None) -> "tuple[str, Subject]":
+        """Return the name of an SAE in its artefacts, and the model with this SAE, ready to be edited and read.
+
+        Args:
+            sae: Name of the SAE, from `saes` or from the catalogue; may be None if the study has a single SAE.
+
+        Raises:
+            ConfigError: There is no SAE of this name, or there are several and `sae` is None.
+            ModelError: The activations were imported from files.
+            ArtefactError: The study has not been evaluated and labelled, or its artefacts were not made from one another.
+
+        >>> import ommatid
+        >>> run = ommatid.open_run("data")
+        >>> latent = int(run.encode("cat.jpg").acts[0].argmax())
+        >>> name, subject = run.subject()
+        >>> (one,) = subject.describe([latent])
+        >>> editor = subject.editor([one])  # makes edits of this latent into what `subject.model.splice` takes
+        """
+        name, artefact = self._find(sae)
+        if name not in self._subjects:
+            self._subjects[name] = self._make_subject(name, artefact)
+        return name, self._subjects[name]
+
+    def _make_subject(self, name: str, artefact: Artefact) -> "Subject":
+        from ommatid.intervene.subject import Subject
+        from ommatid.sae.model import SAE
+
+        config = SAE.load(artefact.path).config
+        inputs = {stage: open_stage(stage, data=self.data) for stage in ("images", "evaluate", "label")}
+        inputs["extract"] = open_stage("extract", config.hookpoint, self.data)
+        if config.target:
+            inputs["target"] = open_stage("extract", config.target, self.data)
+        check_lineage("intervene", {**inputs, "train": self._training})
+        of_sae = {stage: inputs[stage].child(name, INSIDE[inputs[stage].manifest.kind]) for stage in ("evaluate", "label")}
+        return Subject({**inputs, **of_sae, "train": artefact}, lambda: self.model)
+
     def _artefact_of(self, sae: str | None) -> Artefact:
         """The SAE's artefact, inside the artefact of the training."""
+        return self._find(sae)[1]
+
+    def _find(self, sae: str | None) -> tuple[str, Artefact]:
+        """Find the name of an SAE in the training, and its artefact there."""
         if sae is None and len(self.saes) > 1:
             raise ConfigError(f"{self.data} has {len(self.saes)} SAEs; name one of them: {', '.join(self.saes)}")
         for name in self.saes:
             artefact = self._training.child(name, INSIDE[self._training.manifest.kind])
             if sae in (None, name, artefact.summary["sae"]):
-                return artefact
+                return name, artefact
         raise ConfigError(f"{self.data} has no SAE {sae!r}; it has {', '.join(self.saes) or 'none that passed the quality gate'}")
 
     def _make_encoder(self, name: str | None) -> "Encoder":
@@ -245,6 +409,29 @@ class Run:
         activations, evaluations = open_stage("extract", sae.config.hookpoint, self.data), open_stage("evaluate", data=self.data)
         check_lineage("encode", {"extract": activations, "train": self._training, "evaluate": evaluations})
         return Encoder.make(model, sae, self.params["extract"], evaluations.manifest.params)
+
+
+def _some(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
+    """List the images.
+
+    Raises:
+        InputError: There are none.
+    """
+    if not (items := as_list(images)):
+        raise InputError("no images were given; name one or more")
+    return items
+
+
+def photograph(images: ImageLike | Iterable[ImageLike]) -> Photographs:
+    """Open images, of any form that `Run.encode` takes.
+
+    Raises:
+        InputError: There are none, or one cannot be read.
+    """
+    items = _some(images)
+    return Photographs(
+        tuple(name_image(item, i) for i, item in enumerate(items)), tuple(open_image(item, i) for i, item in enumerate(items))
+    )
 
 
 def open_run(data: str | Path = DATA) -> Run:
@@ -265,6 +452,35 @@ def open_run(data: str | Path = DATA) -> Run:
     Run('data', SAEs: ...)
     """
     return Run(data)
+
+
+def intervene(
+    images: ImageLike | Iterable[ImageLike],
+    latents: int | Sequence[int],
+    doses: Sequence[float] = DOSES,
+    run: Run | str | Path = DATA,
+    **options: Any,
+) -> Intervention:
+    """Set latents to chosen activations; short for `open_run(run).intervene(images, latents, doses, **options)`.
+
+    To intervene several times, open the run once and call its method `intervene`, so that the model is loaded only once.
+
+    Args:
+        images: As for `encode`.
+        latents: The latent, or several, which are edited together.
+        doses: What their activations are set to, in units of the 99th percentile of each latent's own positive ones.
+        run: A run, or the root of its artefacts.
+        options: Further arguments of `Run.intervene`.
+
+    Returns:
+        Scores, probabilities and ranks under every arm and dose.
+
+    >>> import ommatid
+    >>> latent = int(ommatid.encode("cat.jpg").acts[0].argmax())
+    >>> ommatid.intervene("cat.jpg", latent, doses=[1], draws=3)
+    Intervention(1 image, latent ..., dose 1, ... names)
+    """
+    return (run if isinstance(run, Run) else open_run(run)).intervene(images, latents, doses, **options)
 
 
 def encode(images: ImageLike | Iterable[ImageLike], run: Run | str | Path = DATA, sae: str | None = None) -> Encoding:

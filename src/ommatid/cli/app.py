@@ -231,6 +231,65 @@ def show(
     say(path)
 
 
+Photos = Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="Image files.")]
+OwnSae = Annotated[str | None, typer.Option("--sae", metavar="NAME", help="Name of the SAE; default: the study's only one.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of what is drawn at random.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write a picture (.png) or the whole table (.csv, .json) as well.")]
+
+
+@app.command()
+def steer(
+    photos: Photos,
+    latent: Annotated[list[int], typer.Option("--latent", help="Index of a latent to edit; repeatable.")],
+    dose: Annotated[str, typer.Option(metavar="N,N,...", help="Activations to set, as multiples of the 99th percentile.")] = "0,0.5,1,2",
+    absolute: Annotated[bool, typer.Option("--absolute", help="Doses are activations, not multiples.")] = False,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", help="A text to compare the output with; repeatable. Default: the classes of the images.")
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="Tokens to edit: all, firing (those on which it fires) or cls.")] = "all",
+    patches: Annotated[
+        str | None,
+        typer.Option(metavar="'R,C R,C'|MASK", help="Edit only these patches: rows and columns, or a picture that marks them in white."),
+    ] = None,
+    error: Annotated[str, typer.Option(help="keep or drop what the SAE does not explain of the activations.")] = "keep",
+    draws: Annotated[int, typer.Option(min=1, help="Number of draws of each random control.")] = 8,
+    seed: Seed = 0,
+    sae: OwnSae = None,
+    data: Data = DEFAULT_DATA,
+    out: Out = None,
+) -> None:
+    """Set latents to chosen activations on photographs, and print what the model's output does then, beside every control."""
+    from ommatid.cli.interventions import steer as run
+
+    run(photos, latent, dose, absolute, text, tokens, patches, error, draws, seed, sae, data, out)
+
+
+@app.command()
+def attribute(
+    photos: Photos,
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", help="The output: the similarity to this text; given twice, to the first against the second."),
+    ] = None,
+    class_name: Annotated[str | None, typer.Option("--class", metavar="NAME", help="The output: the log-odds of a class.")] = None,
+    latent_of: Annotated[
+        str | None, typer.Option(metavar="DATA[:SAE]:LATENT", help="The output: a latent at a later hookpoint, of the study at DATA.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="cheap (one gradient), integrated (ten) or exact (ablates every latent that fires).")
+    ] = "cheap",
+    top: Annotated[int, typer.Option(min=1, help="Number of the strongest latents to list and to ablate.")] = 16,
+    seed: Seed = 0,
+    sae: OwnSae = None,
+    data: Data = DEFAULT_DATA,
+    out: Out = None,
+) -> None:
+    """List the latents that an output of the model on photographs comes from, and where in the image they have their effect."""
+    from ommatid.cli.interventions import attribute as run
+
+    run(photos, text, class_name, latent_of, method, top, seed, sae, data, out)
+
+
 @app.command()
 def report(
     sae: SaeName = None,

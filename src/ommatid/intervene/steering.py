@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float32, Float64, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ommatid.errors import InputError
+from ommatid.errors import InputError, ModelError
 from ommatid.extract.classifier import embed_texts
 from ommatid.intervene.arms import N_DRAWS, ArmName, Controls, make_arms
 from ommatid.intervene.edit import Edit, Editor, ErrorTerm, Unit, Where
@@ -60,6 +60,8 @@ class Steered:
     """The edited latents."""
     labels: tuple[str | None, ...]
     """Their labels; None for a latent without one."""
+    top_classes: tuple[str | None, ...]
+    """Most common class of the strongest images of each; None if they have none."""
     names: tuple[str, ...]
     """Names that the output is compared with: classes, or texts."""
     doses: tuple[float, ...]
@@ -68,6 +70,8 @@ class Steered:
     """Activation that each dose sets or adds, `(p, l)`; a factor if activations are scaled."""
     scales_l: Float64[Tensor, " edited"]
     """Activation of each latent that is dose 1, `(l,)`: the 99th percentile of its positive ones."""
+    most_l: Float64[Tensor, " edited"]
+    """Largest activation that was observed of each latent, on training tokens or evaluation images, `(l,)`."""
     kind: Dosed
     """What a dose sets: see `Edit`."""
     arms: tuple[ArmKey, ...]
@@ -119,6 +123,16 @@ class Steered:
         ]
         chosen = (ranks_an <= n).any(0).nonzero()[:, 0].tolist()
         return [self.names[place] for place in sorted(chosen, key=lambda place: int(ranks_an[0, place]))]
+
+    def follow(self, image: int) -> tuple[str, str]:
+        """Choose the name to follow over doses on an image, and say why.
+
+        It is the label or the most common class of an edited latent, or else the name that the strongest dose raises most.
+        """
+        for reason, words in (("its label", self.labels), ("the most common class of its strongest images", self.top_classes)):
+            if name := next((word for word in words if word in self.names), None):
+                return name, reason
+        return self.raised(image, self.doses[-1])["targeted"][0][0], "what the strongest dose raises most, chosen after the fact"
 
     def raised(self, image: int, dose: float) -> dict[str, list[tuple[str, float]]]:
         """Return, for each arm, the name whose log-odds it raises most on an image at a dose, and by how much, for each of its draws.
@@ -216,7 +230,7 @@ def steer(
     Raises:
         InputError: A dose is not a finite number, there are no images or latents, there are too many arms, the edit does not fit the SAE or
             its tokens, or too few live latents can stand in for the edited ones.
-        ModelError: The SAE is of another model.
+        ModelError: The SAE is of another model, or the output does not depend on the tokens.
     """
     doses = check_doses(doses)
     if kind not in get_args(Dosed):
@@ -239,10 +253,12 @@ def steer(
     steered = Steered(
         latents=latents,
         labels=tuple(one.label for one in described),
+        top_classes=tuple(one.top_class for one in described),
         names=readout.names,
         doses=doses,
         acts_pl=torch.tensor(doses, dtype=torch.float64)[:, None] * units_l.double(),
         scales_l=torch.tensor([one.scale for one in described], dtype=torch.float64),
+        most_l=torch.tensor([one.most for one in described], dtype=torch.float64),
         kind=kind,
         arms=parts[0].arms,
         scores_abn=torch.cat([part.scores_abn for part in parts], 1),
@@ -287,6 +303,10 @@ def _steer_batch(
     plain, *others = make_arms(editor, edits, controls, codes)
     outputs = subject.model.splice(pixels, subject.writes.name, [as_it_is, *(arm.replacement for arm in others)])
     codes = codes or editor.read(seen[0], reconstruct=True)
+    if all(torch.equal(outputs[0], one) for one in outputs[1:]) and not torch.equal(
+        subject.writes.pick(seen[0]).float(), codes.reconstruction
+    ):
+        raise ModelError(independent(subject, "the output"))
     chosen = editor.chosen(edits[0].tokens, codes.acts)
     return _Part(
         tuple(ArmKey(arm.name, arm.edit and arm.edit.dose, arm.draw) for arm in (plain, *others)),
@@ -320,41 +340,45 @@ def _warnings(subject: "Subject", steered: Steered) -> Iterator[str]:
         if n_silent := int((steered.acts_bkl[..., place] <= 0).all(1).sum()):
             which = "the image" if n_images == 1 else f"{n_silent} of {n_images} images"
             yield f"latent {latent} is silent on {which}: to remove it there, or to edit only the tokens on which it fires, changes nothing"
-        yield from _beyond(subject, steered, place)
+        yield from _beyond(steered, place)
         label = steered.labels[place]
         same = [other for other, row in subject.labels.items() if row["label"] == label and other not in steered.latents]
         if same:
             one = f"latent {same[0]} has" if len(same) == 1 else f"{len(same)} other latents have"
             yield f"{one} the label {label!r} as well as latent {latent}: what this latent does is not all that the model knows of it"
     if n_high := int((steered.fvu_b > HIGH_FVU).sum()):
-        worst = float(steered.fvu_b.nan_to_num(0).max())
-        which = "" if n_images == 1 else f" on {n_high} of {n_images} images"
+        worst, where = float(steered.fvu_b.nan_to_num(0).max()), "" if n_images == 1 else f" on {n_high} of {n_images} images"
+        lost = "is worse than the mean token" if worst >= 1 else f"leaves {100 * worst:.0f} % of their variance unexplained"
         yield (
-            f"the SAE leaves up to {worst:.0%} of the variance of the edited tokens unexplained{which}: much of what the model reads "
-            "there is in its error, which the edit does not reach"
+            f"the SAE's reconstruction of the edited tokens {lost}{where}: much of what the model reads there is in the SAE's error, which "
+            "the edit does not reach"
         )
     for names in _alike(steered):
         yield f"{' and '.join(map(repr, names))} are the same to the model: their ranks follow from their order alone"
 
 
-def _beyond(subject: "Subject", steered: Steered, place: int) -> Iterator[str]:
-    """Iterate over warnings of doses that were never observed of a latent, on any token of the evaluation images."""
-    latent, acts_p = steered.latents[place], steered.acts_pl[:, place]
+def _beyond(steered: Steered, place: int) -> Iterator[str]:
+    """Iterate over warnings of doses that were never observed of a latent."""
+    latent, acts_p, most = steered.latents[place], steered.acts_pl[:, place], float(steered.most_l[place])
     strongest = float(steered.acts_bkl[..., place].max())
     if steered.kind == "add":
         acts_p = acts_p + strongest
     elif steered.kind == "scale":
         acts_p = acts_p * strongest
-    most = subject.latents[latent]["max_act"]
-    if len(above := [dose for dose, act in zip(steered.doses, acts_p.tolist(), strict=True) if act > most * (1 + 1e-6)]):
-        doses = ", ".join(f"{dose:g}" for dose in above)
+    acts = list(zip(steered.doses, acts_p.tolist(), strict=True))
+    if above := [dose for dose, act in acts if act > most * (1 + 1e-6)]:
+        times = most / float(steered.scales_l[place])
         yield (
-            f"dose {doses} is above what was observed of latent {latent}, which is at most {most:.3g}, "
-            f"{most / float(steered.scales_l[place]):.2f} times its 99th percentile: no image says what it means there"
+            f"{_doses(above)} above what was observed of latent {latent}, which is {most:.3g} at most, {times:.2f} times its 99th "
+            "percentile: no image says what it means there"
         )
-    if below := [dose for dose, act in zip(steered.doses, acts_p.tolist(), strict=True) if act < 0]:
-        doses = ", ".join(f"{dose:g}" for dose in below)
-        yield f"dose {doses} makes latent {latent} negative, which it never is: no image says what that means"
+    if below := [dose for dose, act in acts if act < 0]:
+        yield f"{_doses(below)} below 0, which latent {latent} never is: no image says what it means there"
+
+
+def _doses(doses: Sequence[float]) -> str:
+    words = [f"{dose:g}" for dose in doses]
+    return f"dose {words[0]} is" if len(words) == 1 else f"doses {', '.join(words[:-1])} and {words[-1]} are"
 
 
 def _alike(steered: Steered) -> list[list[str]]:
@@ -365,6 +389,15 @@ def _alike(steered: Steered) -> list[list[str]]:
     for name, group in zip(steered.names, group_n.tolist(), strict=True):
         groups.setdefault(group, []).append(name)
     return [names for names in groups.values() if len(names) > 1]
+
+
+def independent(subject: "Subject", output: str) -> str:
+    """Say that an output does not depend on the edited tokens, and what to do."""
+    kinds = " and ".join(dict.fromkeys(place.kind for place in subject.writes.places))
+    return (
+        f"{subject.model.name}: {output} does not depend on the {kinds} tokens at {subject.writes.name}, so no latent there has an effect; "
+        "use an SAE of an earlier hookpoint, or of the tokens from which the output is computed"
+    )
 
 
 def choose_readout(subject: "Subject", described: "Sequence[Described]", texts: Sequence[str] | None = None) -> Readout:

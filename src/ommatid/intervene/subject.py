@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float32, Float64, UInt8
 from torch import Tensor
 
 from ommatid.activations.batches import load_sample
+from ommatid.activations.columns import from_float16
 from ommatid.errors import InputError, ModelError
 from ommatid.extract.classifier import embed_texts, make_classifier
 from ommatid.extract.drawn import draw_images, iter_drawn_pixels
@@ -23,7 +24,6 @@ from ommatid.extract.tokens import TokenPicker
 from ommatid.images.labels import load_classes
 from ommatid.intervene.arms import Controls, draw_controls
 from ommatid.intervene.edit import Editor
-from ommatid.intervene.head import fit_head, load_head
 from ommatid.intervene.readout import Readout
 from ommatid.metrics import unit
 from ommatid.sae.model import SAE
@@ -32,6 +32,8 @@ from ommatid.vlm import VisionModel
 
 N_SAMPLE = 2**17
 """Number of training tokens from which the scale of each latent, and the mean of the tokens on which it fires, are computed."""
+SAME_MODEL = 0.1
+"""Largest relative difference between the activations of an image, then and now, that rounding and another machine explain."""
 QUANTILE = 0.99
 """Quantile of a latent's positive activations that is dose 1."""
 AT_ONCE = 64
@@ -55,6 +57,8 @@ class Described:
     diff_means: Float32[Tensor, " d_out"] | None
     """Mean of the sampled tokens on which it fires, minus that of the others, `(d,)`. None if it fires on none or all of them, or if the
     edited tokens are not those that it reads."""
+    most: float
+    """Largest activation observed: on the sampled tokens, or on any token of the evaluation images."""
     top_class: str | None
     """Most common class of its strongest images; None if they have none."""
 
@@ -62,14 +66,13 @@ class Described:
 class Subject:
     """A study's model and one of its SAEs, ready to be edited and read."""
 
-    def __init__(self, inputs: Mapping[str, Artefact], load: Callable[[], VisionModel] | None = None, head: str | None = None) -> None:
+    def __init__(self, inputs: Mapping[str, Artefact], load: Callable[[], VisionModel] | None = None) -> None:
         """Load the SAE; the model is loaded when it is first needed.
 
         Args:
             inputs: `images`, the activations (`extract`), the SAE (`train`), its evaluation (`evaluate`), its labels (`label`) and, for a
                 transcoder, the activations that it decodes (`target`).
             load: Function that returns the explained model, if it may have been loaded already; None loads it from the params.
-            head: File with a linear head by which classes are read from the output; see `load_head`.
 
         Raises:
             ModelError: The activations were imported from files.
@@ -77,7 +80,7 @@ class Subject:
         self.inputs = inputs
         if "model" not in inputs["extract"].manifest.params:
             raise ModelError("the activations were imported from files, and the model that they come from is not available")
-        self._load, self.head = load, head
+        self._load = load
         self.device: str = find_device()
         """Device of the model."""
         self.sae: SAE = SAE.load(inputs["train"].path)
@@ -97,9 +100,11 @@ class Subject:
         """Tokens that the SAE encodes.
 
         Raises:
-            ModelError: The model lacks the hookpoint.
+            ModelError: The model lacks the hookpoint, or has other weights than the one that the SAE explains.
         """
-        return load_picker(self.model, self.inputs["extract"])
+        picker = load_picker(self.model, self.inputs["extract"])
+        self._check_weights(picker)
+        return picker
 
     @cached_property
     def writes(self) -> TokenPicker:
@@ -174,7 +179,8 @@ class Subject:
                 means = sums[place] / n_firing - (total - sums[place]) / (n - n_firing) if has_means else None
                 scale = float(acts[fires[:, place], place].quantile(QUANTILE)) if n_firing else math.nan
                 label = self.labels.get(latent, {}).get("label")
-                yield Described(latent, label, n_firing, scale, means, self.top_class(latent))
+                most = max(float(acts[:, place].max()), self.latents[latent]["max_act"])
+                yield Described(latent, label, n_firing, scale, means, most, self.top_class(latent))
 
     def top_class(self, latent: int) -> str | None:
         """Return the most common class of a latent's strongest images; None if they have none."""
@@ -218,18 +224,13 @@ class Subject:
 
     @cached_property
     def readout(self) -> Readout:
-        """Readout of classes: by the head that was given, by the texts of the images' classes, or by a head fitted to training images.
+        """Readout of the classes of the evaluation images, by their texts.
 
         Raises:
-            ConfigError: The given head does not fit the model.
             InputError: The images have no several classes.
-            ModelError: The model has no scale of its own, and no training image has a label by which to fit one; or it has no text tower,
-                and no head can be fitted to the training images.
+            ModelError: The model has no text tower; or no scale of its own, and no training image has a label by which to fit one.
         """
-        if self.head:
-            return load_head(self.head, self.model)
-        if self.model.d_embed is None:
-            return fit_head(self.model, self.inputs["images"], self.writes.name, self.device)
+        self._check_text()
         names = sorted(set(self.classes.values()))
         if not names:
             raise InputError("the evaluation images are not of several classes, by which the model's output could be read; name texts")
@@ -264,6 +265,21 @@ class Subject:
         drawn = draw_images(self.inputs["images"], images, len(images))
         for batch in iter_drawn_pixels(self.inputs["images"], drawn, self.model.preprocess, self.device):
             yield batch.numbers, batch.of[0].to(self.device)
+
+    def _check_weights(self, picker: TokenPicker) -> None:
+        """Check that the model still gives the first evaluation image the activations that were extracted."""
+        activations = self.inputs["extract"]
+        rows = next(activations.iter_batches("eval", ["image", "x"], activations.summary["tokens_per_image"]))
+        ((_, pixels),) = self.load_pixels([rows["image"][0].as_py()])
+        with torch.no_grad():
+            now = picker.pick(self.model.capture(pixels, [picker.name]).tokens[picker.name])[0].float().cpu()
+        then = from_float16(rows["x"]).float()
+        off = float((now - then).norm() / then.norm()) if now.shape == then.shape else math.inf
+        if not off <= SAME_MODEL:
+            raise ModelError(
+                f"{self.model.name}: its activations at {picker.name} are not those in {activations.url}, from which the SAE comes: those "
+                f"of one image differ by {100 * off:.0f} %; bring back the weights of then, or run `dvc repro extract`"
+            )
 
     def _check_text(self) -> None:
         if self.model.d_embed is None:

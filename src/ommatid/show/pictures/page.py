@@ -18,15 +18,20 @@ from ommatid.catalog.reader import Catalog
 from ommatid.errors import QueryError
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, option: str = "--to") -> None:
     """Write a file under another name and move it into place, so that it is whole or not there. Missing folders are created.
+
+    Args:
+        path: The file.
+        content: Its content.
+        option: Option of the command line that names the file, for the error.
 
     Raises:
         QueryError: The file cannot be written there.
     """
     aside = path.with_name(path.name + ".tmp")
     if blocked := next((folder for folder in path.parents if folder.exists() and not folder.is_dir()), None):
-        raise QueryError(f"{path}: cannot be written: {blocked} is not a folder; name another place with --to FILE")
+        raise QueryError(f"{path}: cannot be written: {blocked} is not a folder; name another place with {option} FILE")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_bytes(content)
@@ -34,7 +39,7 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError as error:
         if aside.is_file():
             aside.unlink()
-        raise QueryError(f"{path}: cannot be written: {error.strerror}; name another place with --to FILE") from None
+        raise QueryError(f"{path}: cannot be written: {error.strerror}; name another place with {option} FILE") from None
 
 
 DPI = 100
