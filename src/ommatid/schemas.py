@@ -520,10 +520,23 @@ MISTAKES = _table(
     ),
 )
 
-ARMS = ("untouched", "targeted", "sign_flipped", "random_latent", "random_direction", "diff_means")
+ARMS = ("none", "untouched", "targeted", "sign_flipped", "random_latent", "random_direction", "diff_means", "prompt")
 """Ways to run the model on an image: as it is, with the edit, or with one of the controls of the edit."""
-OUTCOMES = ("toward_label", "target_rate", "other_rate", "specificity", "collateral", "output_score", "drift")
-"""What is measured of the model's output."""
+_ANSWERS = ("answer_shift", "word_log_odds", "says_label")
+OUTCOMES = (
+    "toward_label",
+    "target_rate",
+    "other_rate",
+    "specificity",
+    "collateral",
+    "output_score",
+    "drift",
+    *_ANSWERS,
+    *(f"grey_{outcome}" for outcome in _ANSWERS),
+    "answer_drift",
+    "steering_score",
+)
+"""What is measured of the model's output, or of the answers of a model that answers in words."""
 
 INTERVENTIONS = _table(
     "interventions",
@@ -537,18 +550,24 @@ INTERVENTIONS = _table(
         "target_rate (share of the images that the model takes for the latent's class whose prediction changes), other_rate (the same of "
         "all other images), specificity (target_rate less other_rate), collateral (loss of accuracy on images on which the latent is "
         "silent), output_score (probability and rank of the class texts that the dose raises most, less the same without it) or "
-        "drift (mean of 1 less the cosine of the output with and without the edit, divided by that of the outputs of two images)",
+        "drift (mean of 1 less the cosine of the output with and without the edit, divided by that of the outputs of two images). Of a "
+        "model that answers in words: word_log_odds (by how much the log-odds rise that the answer begins with the label's first word, in "
+        "nats), answer_shift (Kullback-Leibler divergence of its first token from that of the unchanged model, in nats), says_label (share "
+        "of the answers whose first word is that of the label), each of them also with grey_ before it for a grey image, answer_drift "
+        "(answer_shift on the latent's strongest images, divided by that between two images) or steering_score (cosine of the word "
+        "answered and the latent's strongest images, as Pach et al. define it, without the SAE's error)",
     ),
     arm=(
         pa.string(),
-        "how the model was run: untouched (x̂ in place of x, without an edit), targeted (the latent set to the dose), sign_flipped (moved "
-        "as far the other way), random_latent (other latents that fire about as often), random_direction (moved as far in random "
-        "directions) or diff_means (moved as far along the mean token where the latent fires less that where it does not)",
+        "how the model was run: none (as it is), untouched (x̂ in place of x, without an edit), targeted (the latent set to the dose), "
+        "sign_flipped (moved as far the other way), random_latent (other latents that fire about as often), random_direction (moved as far "
+        "in random directions), diff_means (moved as far along the mean token where the latent fires less that where it does not) or "
+        "prompt (as it is, but the question says the label)",
     ),
     dose=(
         pa.float64(),
         "activation to which the latent is set, in units of the 99th percentile of its positive activations; 0 removes it, and stands for "
-        "untouched, which has no dose",
+        "none, untouched and prompt, which have no dose",
     ),
     value=(pa.float64(), "the outcome, over the images and, for a random control, its draws"),
     low=(nullable(pa.float64()), "lower end of the 95 % interval of value; null if there is none"),

@@ -4,11 +4,14 @@ The model reads three colours of its tokens. Three latents are detectors of a co
 as well, but write where the model does not read.
 """
 
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ommatid.config import Params
 from ommatid.config.intervene import BestLatents, ListedLatents
@@ -19,7 +22,7 @@ from ommatid.intervene.study import Study
 from ommatid.intervene.subject import Subject
 from ommatid.store import Artefact
 from support.readers import DRAWS, PLANTED, make_reader_line, make_reader_params, wide_tile_model
-from support.tiles import TileModel, use_tile_model
+from support.tiles import TileModel, WithoutText, use_tile_model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,8 +41,10 @@ def line(tmp_path_factory: pytest.TempPathFactory, wide_model: None, params: Par
     return make_reader_line(tmp_path_factory.mktemp("line"), params)
 
 
-def run(line: Mapping[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Measured:
-    use_tile_model(monkeypatch)
+def run(
+    line: Mapping[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch, model: TileModel | None = None, **changes: Any
+) -> Measured:
+    use_tile_model(monkeypatch, model)
     found = measure(params.intervene.model_copy(update=changes), line, lambda event: None)
     assert isinstance(found, Measured), found
     return found
@@ -140,3 +145,52 @@ def test_classes_are_attributed_to_the_latents_that_the_model_reads(
     by_class = {row["output"]: row for row in found.attributions if row["rank"] == 1}
     assert all(row["latent"] in PLANTED and row["exact"] * row["effect"] > 0 for row in by_class.values())
     assert max(map(abs, of_unread), default=0) < 1e-4 * max(abs(row["effect"]) for row in by_class.values())
+
+
+def test_without_a_text_tower_latents_that_the_model_reads_are_causal_for_their_class_and_no_others(
+    line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head is fitted to the training images; a latent's class takes the place of its label."""
+    found = run(line, params, monkeypatch, model=WithoutText())
+    assert {row["latent"] for row in found.effects if row["status"] == "causal"} == set(PLANTED)
+    assert {row["status"] for row in found.effects} == {"causal", "reads_only", "untested"}
+    of_red = {
+        (row["arm"], row["dose"]): row["value"] for row in found.interventions if (row["latent"], row["outcome"]) == (0, "toward_label")
+    }
+    assert of_red["targeted", 1.0] > 1 > -1 > of_red["sign_flipped", 1.0] and of_red["targeted", 0.0] < 0
+    assert {row["output"] for row in found.attributions} == {"red", "green", "blue"}
+
+
+def test_movement_toward_a_class_is_that_of_its_logit_less_the_mean_of_the_others(
+    line: dict[str, Artefact], params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_tile_model(monkeypatch, WithoutText())
+    weight = torch.tensor([[0.0, 0.0, 3.0], [0.0, 2.0, 0.0], [1.0, 0.0, 0.0]])
+    save_file({"weight": weight, "bias": torch.zeros(3)}, tmp_path / "head", {"names": json.dumps(["blue", "green", "red"])})
+    study = Study(params.intervene, Subject(line, head=str(tmp_path / "head")))
+    (red,) = study.subject.describe([0])
+    assert red.top_class == "red"
+    moved = study.movement(red)(torch.zeros(2, 3), torch.tensor([[1.0, 1.0, 1.0], [5.0, 0.0, 0.0]]))
+    assert moved.tolist() == [1 - (2 + 3) / 2, 5.0]
+
+
+def test_without_labels_of_images_outcomes_that_need_none_are_measured_and_the_status_says_why_not(
+    line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("ommatid.intervene.head.load_labels", "ommatid.intervene.subject.load_classes"):
+        monkeypatch.setattr(module, lambda *_: {})
+    found = run(line, params, monkeypatch, model=WithoutText(), latents=BestLatents(kind="best", by="ms", n=2))
+    assert {row["outcome"] for row in found.interventions} == {"drift"}
+    assert [row["status"] for row in found.effects] == ["untested"] * 2
+    assert all("needs training images with labels of two or more classes" in row["reason"] for row in found.effects)
+    assert found.zero_dose == 0 and found.random_causal is None and found.attributions == []
+
+
+def test_a_listed_latent_without_a_label_is_run_and_untested(
+    line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Subject, "labels", {latent: row for latent, row in Subject(line).labels.items() if latent != 1})
+    found = run(line, params, monkeypatch, latents=ListedLatents(kind="listed", latents=(0, 1)))
+    statuses = {row["latent"]: (row["status"], row.get("reason")) for row in found.effects}
+    assert statuses == {0: ("causal", None), 1: ("untested", "it has no label toward which an edit could move the output")}
+    assert {row["outcome"] for row in found.interventions if row["latent"] == 1} >= {"drift", "specificity"}

@@ -162,6 +162,7 @@ def test_every_path_in_the_params_is_checked() -> None:
     write("saes/x/cfg.json")
     write("photos/a.jpg")
     write("masks/a.png")
+    write("heads/head.safetensors")
     chosen = params(
         "images.source={kind: folder, path: photos}",
         "extract.model={kind: module, factory: 'my_model:make'}",
@@ -170,6 +171,7 @@ def test_every_path_in_the_params_is_checked() -> None:
         "train.runs=[{variant: {kind: imported, path: saes/x}}]",
         "label.labellers=[{kind: vocabulary, words: [imagenet, words/birds.txt]}, {kind: human, path: labels.csv}, {kind: captioner}]",
         "intervene.masks=masks",
+        "intervene.head=heads/head.safetensors",
     )
     found = write_sources(chosen)
     assert {stage: list(keys) for stage, keys in found.items()} == {
@@ -177,19 +179,34 @@ def test_every_path_in_the_params_is_checked() -> None:
         "extract": ["extract.model.factory", "extract.judge.0.path", "extract.namer.path"],
         "train": ["train.runs.0.variant.path"],
         "label": ["label.labellers.0.words.1", "label.labellers.1.path"],
-        "intervene": ["intervene.masks"],
+        "intervene": ["intervene.masks", "intervene.head"],
     }
     for stage, path in [
         ("extract", "models/judge/config.json"),
         ("train", "saes/x/new"),
         ("label", "labels.csv"),
         ("intervene", "masks/a.png"),
+        ("intervene", "heads/head.safetensors"),
         ("extract", "my_model.py"),
     ]:
         write(path, b"changed")
         again = write_sources(chosen)
         assert [other for other in STAGES if again[other] != found[other]] == [stage]
         found = again
+
+
+def test_the_file_of_a_question_and_the_model_that_scores_its_answers_are_followed() -> None:
+    write("photos/a.jpg")
+    write("models/clip/config.json")
+    write("questions/colour.txt", b"Which colour?")
+    chosen = ["images.source={kind: folder, path: photos}", "extract.model={kind: llava, path: models/llava}"]
+    chosen += ["intervene.answers={question: questions/colour.txt, joint: {kind: clip, path: models/clip}}"]
+    found, identity = write_sources(params(*chosen)), params(*chosen).intervene.identity()
+    assert list(found["intervene"]) == ["intervene.answers.question", "intervene.answers.joint.path"]
+    assert identity["answers"]["question"] == "Which colour?"
+    write("questions/colour.txt", b"Which color?")
+    assert write_sources(params(*chosen))["intervene"] != found["intervene"]
+    assert params(*chosen).intervene.identity()["answers"]["question"] == "Which color?"
 
 
 def test_files_of_activations_replace_images() -> None:

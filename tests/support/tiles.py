@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ommatid.config import Params, TrainParams
+from ommatid.errors import ModelError
 from ommatid.evaluate.stage import evaluate
 from ommatid.extract import networks
 from ommatid.extract.stage import extract
@@ -103,6 +104,16 @@ class TileModel:
     def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
         rows = [next((c for name, c in COLOURS.items() if name in text), COLOURS["grey"]) for text in texts]
         return torch.tensor(rows).float() / 128 - 1 + 0.01
+
+
+class WithoutText(TileModel):
+    """The tile model without its text tower; its output is the mean colour."""
+
+    d_embed = None
+    text_templates = ()
+
+    def embed_text(self, texts: object) -> object:
+        raise ModelError("tiles: has no text tower")
 
 
 def png(image: Image.Image) -> bytes:

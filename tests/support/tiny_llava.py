@@ -15,8 +15,17 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from ommatid.sae.model import SAE, SAEConfig
 
@@ -28,6 +37,8 @@ NOTHING = "nothing"
 HOOKPOINT = "vision.blocks.0"
 """Hookpoint whose output the projector reads: the second to last hidden state, as in LLaVA 1.5."""
 SIDE, PATCH, D, N = 16, 4, 16, len(WORDS)
+GRIDS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+"""Height and width of the larger versions of an image that a LLaVA-NeXT cuts into tiles."""
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<image>", "<|image_pad|>"]
 QUESTION = "User : What is shown in this image ? Use exactly one word ! Answer :"
 VOCABULARY: list[str] = [*SPECIAL, *WORDS, NOTHING, *dict.fromkeys(QUESTION.split())]
@@ -68,8 +79,8 @@ def textures() -> Tensor:
     return basis.reshape(N, 3, PATCH, PATCH).float()
 
 
-def save_tiny_llava(folder: Path) -> Path:
-    """Save the model with its processor, tokenizer and chat template; it has 6,616 parameters."""
+def save_tiny_llava(folder: Path, is_next: bool = False) -> Path:
+    """Save the model with its processor, tokenizer and chat template; it has 6,616 parameters. A LLaVA-NeXT sees tiles, too."""
     vision = CLIPVisionConfig(
         hidden_size=D, intermediate_size=4, num_hidden_layers=2, num_attention_heads=1, image_size=SIDE, patch_size=PATCH, projection_dim=D
     )
@@ -83,8 +94,12 @@ def save_tiny_llava(folder: Path) -> Path:
         eos_token_id=_id("</s>"),
         pad_token_id=_id("<pad>"),
     )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=_id("<image>"), projector_hidden_act="relu")
-    model: Any = LlavaForConditionalGeneration(config)
+    values: dict[str, Any] = {"vision_config": vision, "text_config": text, "image_token_index": _id("<image>")}
+    if is_next:
+        config = LlavaNextConfig(**values, projector_hidden_act="relu", image_grid_pinpoints=GRIDS)
+        model: Any = LlavaNextForConditionalGeneration(config)
+    else:
+        model = LlavaForConditionalGeneration(LlavaConfig(**values, projector_hidden_act="relu"))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             nn.init.ones_(weight) if "norm" in name and name.endswith("weight") else nn.init.zeros_(weight)
@@ -92,9 +107,12 @@ def save_tiny_llava(folder: Path) -> Path:
         _set_language(model)
     model.eval().save_pretrained(folder)
     half = [0.5] * 3
-    CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_mean=half, image_std=half
-    ).save_pretrained(folder)
+    sizes: dict[str, Any] = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    if is_next:
+        processor = LlavaNextImageProcessorPil(**sizes, image_mean=half, image_std=half, image_grid_pinpoints=GRIDS)
+    else:
+        processor = CLIPImageProcessorPil(**sizes, image_mean=half, image_std=half)
+    processor.save_pretrained(folder)
     save_words(folder)
     return folder
 

@@ -23,11 +23,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from ommatid.config.intervene import ONE_WORD
 from ommatid.config.models import ClipModel, LlavaModel, QwenModel
 from ommatid.errors import ConfigError, InputError, ModelError
 from ommatid.vlm import Replacement, load_model, speaking
 from ommatid.vlm.qwen import patch_order
-from ommatid.vlm.speaking import ONE_WORD, Speaker, load_speaker, read_prompt
+from ommatid.vlm.speaking import Speaker, load_speaker, read_prompt
 from support.models import save_llava, save_qwen
 from support.tiny_llava import HOOKPOINT, NOTHING, VOCABULARY, WORDS, D, N, draw, make_sae, save_tiny_llava, save_words
 

@@ -15,7 +15,7 @@ from ommatid.config.models import LlavaModel
 from ommatid.errors import InputError, ModelError
 from ommatid.sae.model import SAE
 from ommatid.vlm.speaking import Speaker, load_speaker
-from ommatid.vlm.steering_score import DOSE, decode_clamped, first_word, score_steering
+from ommatid.vlm.steering_score import DOSE, decode_clamped, score_steering
 from support.tiny_llava import NOTHING, SPECIAL, VOCABULARY, WORDS, draw, make_sae, save_tiny_llava
 
 LATENTS = [WORDS.index(word) for word in ("ring", "sand", "dot")]
@@ -129,11 +129,6 @@ def test_a_word_keeps_its_punctuation_as_in_the_script(speaker: Speaker, monkeyp
     monkeypatch.setattr(speaker, "answer", lambda *_: ["A dog.", "Dog.", "..."])
     score = score_steering(speaker, make_sae(), [3], draw([None]), JOINT, strongest()[:1])
     assert score.words["none"] == (("A", "Dog.", "..."),)
-
-
-@pytest.mark.parametrize(("answer", "word"), [("Dog.", "Dog"), (' "sea lion"', "sea"), ("- a-b, c", "a-b"), ("", ""), (" . ", "")])
-def test_the_first_word_has_no_punctuation_around_it(answer: str, word: str) -> None:
-    assert first_word(answer) == word
 
 
 def test_a_clamped_code_is_decoded_without_the_error() -> None:

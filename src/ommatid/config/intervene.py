@@ -1,10 +1,12 @@
 """Section `intervene`, and the ways to choose the latents on which the model is run again."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from ommatid.config.models import ClipModel, LiteModel, SiglipModel
 from ommatid.config.section import Section
 
 
@@ -43,6 +45,38 @@ class FiringLatents(Section):
 ChosenLatents = Annotated[BestLatents | ListedLatents | FiringLatents, Field(discriminator="kind")]
 
 
+ONE_WORD = "What is shown in this image? Use exactly one word!"
+"""The question of Pach et al. (arXiv 2504.02821)."""
+
+
+def find_prompt_file(question: str) -> Path | None:
+    """Return the path of a question's text file; None if it is the question itself. A file's name ends in `.txt`."""
+    return Path(question).expanduser() if question.endswith(".txt") else None
+
+
+class AnswersParams(Section):
+    """What a model that answers in words is asked about each image while its vision tower is edited."""
+
+    question: Annotated[str, Field(pattern=r"\S")] = ONE_WORD
+    """The question, or the path of a text file that holds it and whose name ends in .txt."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=256)] = 5
+    """Largest number of tokens in an answer, of which the first word counts."""
+    batch: Annotated[int, Field(ge=2, le=1024)] = 16
+    """Number of images about which the model is asked at once."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the whole model; auto is bfloat16 if the hardware computes in it, and float32 otherwise."""
+    device_map: Literal["auto"] | None = None
+    """auto spreads the model over all GPUs and the main memory, which needs accelerate; null puts it on one device."""
+    joint: Annotated[LiteModel | ClipModel | SiglipModel, Field(discriminator="kind")] | None = None
+    """Model whose embeddings of images and words the steering score of Pach et al. compares; null leaves this score out."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return the values that determine the answers, with the question that is in a file."""
+        file = find_prompt_file(self.question)
+        text = file.read_bytes().decode(errors="replace") if file and file.is_file() else self.question
+        return super().identity() | {"question": text}
+
+
 class InterveneParams(Section):
     """Stage `intervene`: sets latents to chosen activations and measures what the model's output does then, beside controls."""
 
@@ -56,12 +90,23 @@ class InterveneParams(Section):
     """Number of draws of each random control."""
     max_drift: Annotated[float, Field(ge=0, le=10)]
     """Largest drift of the output under an edit that still counts, as a multiple of what two different images differ by: the mean of
-    1 - cosine of the outputs with and without the edit, divided by that of the outputs of two images."""
+    1 - cosine of the outputs with and without the edit, divided by that of the outputs of two images. Of answers, it is the divergence on
+    the latent's strongest images, divided by that of the answers about two images."""
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     """Seed of the images and of the random controls."""
+    answers: AnswersParams | None = None
+    """What to ask a model of kind llava or qwen about each image, whose answers then decide the status; null asks nothing."""
     masks: Annotated[str, Field(min_length=1)] | None = None
     """Folder or URL of a PNG file for each image, in which each pixel is the index of its class and 0 the background
     (docs/users/interventions.md); or, of drawn images, their plan, such as data/shapes.json. null if there are no masks."""
+    head: Annotated[str, Field(min_length=1)] | None = None
+    """A safetensors file with a linear head by which classes are read from the model's output (docs/users/interventions.md). null reads
+    them by the texts of their names or, if the model has no text tower, by a head fitted to labelled training images."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return the values that determine the interventions, with the question in a file; without `answers` if nothing is asked."""
+        asked = {"answers": self.answers.identity()} if self.answers else {}
+        return {name: value for name, value in super().identity().items() if name != "answers"} | asked
 
     def trial(self, n: int) -> "InterveneParams":
         """Return the params with which `ommatid estimate` tries `n` latents: those of another choice cost the same."""

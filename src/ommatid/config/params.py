@@ -57,3 +57,13 @@ class Params(Section):
             if name is not None and name not in known:
                 raise ValueError(f"train.{key}: {name!r} is not in extract.hookpoints: {', '.join(known)}")
         return self
+
+    @model_validator(mode="after")
+    def _model_answers(self) -> "Params":
+        kind = "of imported activations" if isinstance(self.extract, ExtractFiles) else self.extract.model.kind
+        if self.intervene.answers and kind not in ("llava", "qwen"):
+            raise ValueError(
+                f"intervene.answers: a model {kind if ' ' in kind else f'of kind {kind}'} does not answer in words; set it to null, or "
+                "extract.model to one of kind llava or qwen"
+            )
+        return self

@@ -13,7 +13,7 @@ from ommatid.explorer.cards import load_features, load_features_of_others, load_
 from ommatid.explorer.heat import Tile, draw_svg, encode, make_tile
 from ommatid.explorer.reviewed import make_box
 from ommatid.explorer.web import Json, NotFound, TheExplorer, View, feature_url
-from ommatid.show.doses import ARMS, DOSES, draw_doses
+from ommatid.show.doses import ALL_ARMS, DOSES, draw_doses, find_outcome
 from ommatid.show.numbers import fixed
 from ommatid.show.svg import draw_histogram
 
@@ -209,7 +209,8 @@ def feature_page(request: Request, explorer: TheExplorer, sae: str, latent: int)
             mistakes=_by_labeller(found["mistakes"]),
             histogram=_draw_histogram(found["histogram"]),
             doses=draw_doses(found["doses"]),
-            arms=ARMS,
+            arms=ALL_ARMS,
+            outcome=find_outcome(found["doses"]),
             tiles={other: [make_tile(row) for row in rows] for other, rows in found["previews"].items()},
             box=make_box(view, sae, latent),
             sql=Question("SELECT * FROM features WHERE sae = $sae AND latent = $latent", {"sae": sae, "latent": latent}).text,

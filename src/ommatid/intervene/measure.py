@@ -3,7 +3,7 @@
 For each latent an image passes once through the part of the model before the hookpoint, and through the rest once for each dose and arm.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,15 +60,13 @@ def measure(params: InterveneParams, inputs: Mapping[str, Artefact], on_event: L
         What was measured; or, if nothing can be measured, the reason.
     """
     try:
-        return _measure(Study(params, Subject(inputs)), on_event)
+        return _measure(Study(params, Subject(inputs, head=params.head)), on_event)
     except (ModelError, InputError) as error:
         return str(error)
 
 
 def _measure(study: Study, on_event: Listener) -> Measured:
-    chosen = choose_latents(study)
-    study.chosen = [one.latent for one in chosen]
-    untested = _left_out(study)
+    chosen, untested = choose_latents(study, study.has_movement)
     found: list[Found] = []
     for some in _passes(study, chosen):
         tests: list[LatentTest] = []
@@ -76,7 +74,7 @@ def _measure(study: Study, on_event: Listener) -> Measured:
             try:
                 tests.append(LatentTest(study, one))
             except InputError as error:  # about this latent alone, such as too few others to compare it with
-                untested.append(_untested(one.latent, str(error)))
+                untested.append(untested_row(one.latent, str(error)))
         found += _run(study, tests, len(found) + len(untested), len(chosen), on_event)
     if not found:
         raise InputError(untested[0]["reason"] if untested else "no latent can be edited; choose others with intervene.latents")
@@ -111,15 +109,22 @@ def _run(study: Study, tests: Sequence[LatentTest], n_before: int, n_all: int, o
     return [test.finish(_spread_of(total, n)) for test in tests]
 
 
-def choose_latents(study: Study) -> list[Described]:
+def choose_latents(study: Study, has_aim: Callable[[int], bool]) -> tuple[list[Described], list[dict[str, Any]]]:
     """Choose the latents that are tested, the best first.
 
     Those that fire too rarely to be edited are left out, and so are those of which it is not known toward what an edit should move the
     output, unless they are listed or that is known of none: outcomes that need no label are still measured.
+
+    Args:
+        study: The study, whose chosen latents are set.
+        has_aim: Function that tells whether it is known toward what an edit of a latent should move the output.
+
+    Returns:
+        The latents, and the rows of `effects` of those that are listed but cannot be tested.
     """
     latents, labels = study.subject.latents, study.subject.labels
     live = [latent for latent, row in latents.items() if row["n_images"]]
-    able = [latent for latent in live if study.has_movement(latent)] or live
+    able = [latent for latent in live if has_aim(latent)] or live
     most = len(live)
     match study.params.latents:
         case ListedLatents(latents=listed):
@@ -136,7 +141,8 @@ def choose_latents(study: Study) -> list[Described]:
             break
         if one.n_firing >= LEAST_FIRING:
             chosen.append(one)
-    return chosen
+    study.chosen = [one.latent for one in chosen]
+    return chosen, _left_out(study)
 
 
 def _left_out(study: Study) -> list[dict[str, Any]]:
@@ -150,11 +156,12 @@ def _left_out(study: Study) -> list[dict[str, Any]]:
             reason = "it is dead: it never fires"
         elif not subject.latents[one.latent]["n_images"]:
             reason = "it fires on no evaluation image"
-        rows.append(_untested(one.latent, reason))
+        rows.append(untested_row(one.latent, reason))
     return rows
 
 
-def _untested(latent: int, reason: str) -> dict[str, Any]:
+def untested_row(latent: int, reason: str) -> dict[str, Any]:
+    """Make the row of `effects` of a latent that is not tested."""
     return {"latent": latent, "status": "untested", "reason": reason}
 
 

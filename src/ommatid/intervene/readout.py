@@ -16,18 +16,22 @@ from ommatid.vlm import Score
 
 @dataclass(frozen=True, eq=False)
 class Readout:
-    """Similarity of a model's outputs to texts."""
+    """Similarity of a model's outputs to texts, or the logits of a linear head."""
 
     names: tuple[str, ...]
     """Names of what is read: classes, or texts."""
     weights: Float64[Tensor, "names d"]
-    """Embedding of each name's text, `(m, d)` float64, unit norm."""
+    """Embedding of each name's text at unit norm, or weights of each name's logit, `(m, d)` float64."""
     scale: float
-    """Factor by which cosines are multiplied before the softmax."""
+    """Factor by which scores are multiplied before the softmax; 1 for logits."""
+    bias: Float64[Tensor, " names"] | None = None
+    """Bias of each name's logit, `(m,)` float64; None for texts, which are compared with outputs at unit norm."""
 
     def scores(self, outputs: Float[Tensor, "batch d"]) -> Float64[Tensor, "batch names"]:
-        """Return the cosine of each image's output `(b, d)` and each text, `(b, m)` float64."""
-        return unit(outputs.cpu()) @ self.weights.T
+        """Return the cosine of each image's output `(b, d)` and each text, or the logits, `(b, m)` float64."""
+        if self.bias is None:
+            return unit(outputs.cpu()) @ self.weights.T
+        return outputs.cpu().double() @ self.weights.T + self.bias
 
     def log_probabilities(self, outputs: Float[Tensor, "batch d"]) -> Float64[Tensor, "batch names"]:
         """Return the log-probability of each name among all, given outputs `(b, d)`, `(b, m)` float64."""
@@ -42,7 +46,15 @@ class Readout:
         index = self.index(name)
         if len(self.names) < 2:
             raise InputError(f"log-odds of {name!r} need another name to compare it with; give two or more")
-        return class_log_odds(self.weights.float(), index, self.scale)
+        if self.bias is None:
+            return class_log_odds(self.weights.float(), index, self.scale)
+        rivals = [other for other in range(len(self.names)) if other != index]
+
+        def score(outputs: Tensor) -> Tensor:
+            logits = self._logits(outputs)
+            return logits[:, index] - logits[:, rivals].logsumexp(1)
+
+        return score
 
     def difference(self, name: str, against: str) -> Score:
         """Return the score of a name minus that of another one, for attribution.
@@ -50,8 +62,15 @@ class Readout:
         Raises:
             InputError: There is no such name.
         """
-        one, other = (self.weights[self.index(of)].float() for of in (name, against))
-        return similarity(one, other)
+        one, other = self.index(name), self.index(against)
+        if self.bias is None:
+            return similarity(self.weights[one].float(), self.weights[other].float())
+        return lambda outputs: self._logits(outputs)[:, one] - self._logits(outputs)[:, other]
+
+    def _logits(self, outputs: Tensor) -> Tensor:
+        """Return logits in the dtype of outputs, through which gradients pass."""
+        assert self.bias is not None
+        return outputs @ self.weights.to(outputs).T + self.bias.to(outputs)
 
     def index(self, name: str) -> int:
         """Return the place of a name.

@@ -13,8 +13,9 @@ import torch
 from ommatid import schemas
 from ommatid.config import InterveneParams
 from ommatid.config.intervene import ListedLatents
-from ommatid.errors import ConfigError
+from ommatid.errors import ConfigError, InputError
 from ommatid.events import Listener, Warned, ignore
+from ommatid.intervene.answers import measure_answers, read_question
 from ommatid.intervene.measure import Measured, measure
 from ommatid.metrics import rank_correlation
 from ommatid.store import Artefact, Draft
@@ -31,8 +32,11 @@ def run(params: InterveneParams, inputs: Mapping[str, Artefact], draft: Draft, o
     """Intervene on the latents of every SAE of a training; see `intervene`.
 
     Raises:
-        ConfigError: `latents` lists a latent that an SAE does not have.
+        ConfigError: `latents` lists a latent that an SAE does not have; or the question about images is empty or cannot be read.
+        ModelError: The model that is to answer cannot be loaded, or does not fit into memory.
     """
+    if params.answers:
+        read_question(params.answers.question)
     for name, evaluation in inputs["evaluate"].each().items():
         _check_listed(params, name, evaluation.summary["n_latents"])
     return for_each_sae(functools.partial(intervene, params), inputs, draft, on_event)
@@ -55,11 +59,12 @@ def intervene(params: InterveneParams, inputs: Mapping[str, Artefact], draft: Dr
         on_event: Called with each progress event and warning.
 
     Returns:
-        The sealed artefact. If the model cannot be run again, every latent is untested with the reason, and a warning gives it.
+        The sealed artefact. If the model cannot be run again, every latent is untested with the reason, and a warning gives it; unless it
+        is to answer in words, which is an error then, as another machine may be able to load it.
     """
     name, latents = inputs["train"].summary["sae"], inputs["evaluate"].read("latents", ["latent", "ms"])
     ms = dict(zip(latents["latent"].to_pylist(), latents["ms"].to_pylist(), strict=True))
-    found = measure(params, inputs, on_event)
+    found = _ask(params, inputs, on_event) if params.answers else measure(params, inputs, on_event)
     if isinstance(found, str):
         on_event(Warned(f"{name}: no interventions: {found}"))
         reason, why, measured = found, found, Measured([], [], [], None, None)
@@ -76,6 +81,14 @@ def intervene(params: InterveneParams, inputs: Mapping[str, Artefact], draft: Dr
     for table, (schema, rows) in tables.items():
         draft.write_table(f"{table}.parquet", pa.Table.from_pylist([{"sae": name, **row} for row in rows], schema=schema))
     return draft.seal(_summarise(measured, effects, ms, reason))
+
+
+def _ask(params: InterveneParams, inputs: Mapping[str, Artefact], on_event: Listener) -> Measured | str:
+    """Ask a model that answers in words; return the reason if no latent can be tested."""
+    try:
+        return measure_answers(params, inputs, on_event)
+    except InputError as error:
+        return str(error)
 
 
 def _summarise(measured: Measured, effects: Sequence[dict[str, Any]], ms: Mapping[int, float | None], reason: str) -> EffectsSummary:

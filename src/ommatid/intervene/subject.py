@@ -24,6 +24,7 @@ from ommatid.extract.tokens import TokenPicker
 from ommatid.images.labels import load_classes
 from ommatid.intervene.arms import Controls, draw_controls
 from ommatid.intervene.edit import Editor
+from ommatid.intervene.head import fit_head, load_head
 from ommatid.intervene.readout import Readout
 from ommatid.metrics import unit
 from ommatid.sae.model import SAE
@@ -66,13 +67,14 @@ class Described:
 class Subject:
     """A study's model and one of its SAEs, ready to be edited and read."""
 
-    def __init__(self, inputs: Mapping[str, Artefact], load: Callable[[], VisionModel] | None = None) -> None:
+    def __init__(self, inputs: Mapping[str, Artefact], load: Callable[[], VisionModel] | None = None, head: str | None = None) -> None:
         """Load the SAE; the model is loaded when it is first needed.
 
         Args:
             inputs: `images`, the activations (`extract`), the SAE (`train`), its evaluation (`evaluate`), its labels (`label`) and, for a
                 transcoder, the activations that it decodes (`target`).
             load: Function that returns the explained model, if it may have been loaded already; None loads it from the params.
+            head: File with a linear head by which classes are read from the output; see `load_head`.
 
         Raises:
             ModelError: The activations were imported from files.
@@ -80,7 +82,7 @@ class Subject:
         self.inputs = inputs
         if "model" not in inputs["extract"].manifest.params:
             raise ModelError("the activations were imported from files, and the model that they come from is not available")
-        self._load = load
+        self._load, self.head = load, head
         self.device: str = find_device()
         """Device of the model."""
         self.sae: SAE = SAE.load(inputs["train"].path)
@@ -224,13 +226,18 @@ class Subject:
 
     @cached_property
     def readout(self) -> Readout:
-        """Readout of the classes of the evaluation images, by their texts.
+        """Readout of classes: by the head that was given, by the texts of the images' classes, or by a head fitted to training images.
 
         Raises:
+            ConfigError: The given head does not fit the model.
             InputError: The images have no several classes.
-            ModelError: The model has no text tower; or no scale of its own, and no training image has a label by which to fit one.
+            ModelError: The model has no scale of its own, and no training image has a label by which to fit one; or it has no text tower,
+                and no head can be fitted to the training images.
         """
-        self._check_text()
+        if self.head:
+            return load_head(self.head, self.model)
+        if self.model.d_embed is None:
+            return fit_head(self.model, self.inputs["images"], self.writes.name, self.device)
         names = sorted(set(self.classes.values()))
         if not names:
             raise InputError("the evaluation images are not of several classes, by which the model's output could be read; name texts")

@@ -1,14 +1,54 @@
 """Dose curves: what setting a latent to a dose does to the model's output, beside the controls of the same edit."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ommatid.show.svg import Plot, draw_curves
 
-DOSES = """
-    SELECT arm, dose, value, low, high, n_draws FROM interventions
-    WHERE sae = $sae AND latent = $latent AND outcome = 'toward_label' ORDER BY arm, dose
+DECIDING = """
+    SELECT max(outcome) AS outcome FROM interventions WHERE sae = $sae AND outcome IN ('toward_label', 'word_log_odds')
 """
+"""SQL for the outcome that decides the statuses of an SAE: that of answers, if the model answers in words."""
+DOSES = f"""
+    SELECT outcome, arm, dose, value, low, high, n_draws FROM interventions
+    WHERE sae = $sae AND latent = $latent AND outcome = ({DECIDING.strip()}) ORDER BY arm, dose
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An outcome that decides statuses, in words; {} stands for what the page calls labels."""
+
+    axis: str
+    """Name of its axis."""
+    does: str
+    """What a causal latent does."""
+    do: str
+    """The same, as an infinitive."""
+    effect: str
+    """What an effect is."""
+
+    def named(self, label: str) -> "Outcome":
+        """Return the words with what the page calls labels."""
+        return Outcome(*(words.format(label) for words in (self.axis, self.does, self.do, self.effect)))
+
+
+OUTCOMES = {
+    "toward_label": Outcome(
+        "closer to its {}, cosine",
+        "moves images toward its {}",
+        "move images toward its {}",
+        "the change of the cosine of image and {}, less that of the other labels, in the direction that the edit promises",
+    ),
+    "word_log_odds": Outcome(
+        "log-odds of saying its {}, nats",
+        "makes the model say its {}",
+        "make the model say its {}",
+        "the change of the log-odds that an answer begins with the first word of the {}, in the direction that the edit promises",
+    ),
+}
+"""The outcomes that decide statuses, by their name in `interventions`."""
 ARMS = {
     "targeted": "this latent",
     "sign_flipped": "the other way",
@@ -16,7 +56,14 @@ ARMS = {
     "random_direction": "random directions",
     "diff_means": "difference of means",
 }
-"""What pages call the arms of an intervention."""
+"""What pages call the arms of an intervention whose curves they draw."""
+ALL_ARMS = {**ARMS, "untouched": "reconstruction alone", "prompt": "the name in the question"}
+"""What pages call all arms in tables; the last two have no dose."""
+
+
+def find_outcome(rows: Sequence[Mapping[str, Any]], label: str = "name") -> Outcome:
+    """Return the outcome of the answer to `DOSES` or `DECIDING`, in words, given what the page calls labels."""
+    return OUTCOMES[(rows and rows[0]["outcome"]) or "toward_label"].named(label)
 
 
 def draw_doses(rows: Sequence[Mapping[str, Any]], label: str = "name", width: int = 560, height: int = 300) -> Plot | None:
@@ -34,4 +81,4 @@ def draw_doses(rows: Sequence[Mapping[str, Any]], label: str = "name", width: in
     curves = {text: [(row["dose"], row["value"]) for row in rows if row["arm"] == arm] for arm, text in ARMS.items()}
     curves = {text: points for text, points in curves.items() if points}
     title = "Effect of setting the latent to a dose, and of the controls"
-    return draw_curves(title, "dose", f"closer to its {label}, cosine", curves, ARMS["targeted"], width, height) if curves else None
+    return draw_curves(title, "dose", find_outcome(rows, label).axis, curves, ARMS["targeted"], width, height) if curves else None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from ommatid.config import ExtractFiles, ImageSource, Params
+from ommatid.config.intervene import find_prompt_file
 from ommatid.config.label import HumanLabeller, names_checksum
 from ommatid.store.filesystem import READ_BYTES, cache_folder, temporary_path
 from ommatid.store.filesystem.listing import Listed, Listing, list_activations, list_any, list_images, list_masks, list_parquet
@@ -64,11 +65,12 @@ def _fingerprint_stage(stage: str, params: Params) -> Fingerprints:
         return {} if from_files else {"images.source.path": fingerprint(_list_source(params.images.source))}
     if stage == "extract" and isinstance(params.extract, ExtractFiles):
         return {"extract.path": fingerprint(list_activations(params.extract.path))}
+    found: Fingerprints = {}
     if stage == "intervene" and (masks := params.intervene.masks):
-        return {"intervene.masks": fingerprint(list_any(masks, "intervene.masks") if masks.endswith(".json") else list_masks(masks))}
+        found["intervene.masks"] = fingerprint(list_any(masks, "intervene.masks") if masks.endswith(".json") else list_masks(masks))
     named = list(_paths(stage, getattr(params, stage).model_dump(mode="json")))
     logs = {Path(one.path).expanduser() for one in params.label.labellers if isinstance(one, HumanLabeller) and one.is_log}
-    found = {key: fingerprint(list_any(path, key)) for key, path in named if path.exists() and path not in logs}
+    found |= {key: fingerprint(list_any(path, key)) for key, path in named if path.exists() and path not in logs}
     names = {key: names_checksum(path) for key, path in named if path in logs}  # ratings and comments change no label
     return found | {key: {"sha256": checksum} for key, checksum in names.items() if checksum}
 
@@ -95,8 +97,10 @@ def _paths(key: str, value: Any) -> Iterator[tuple[str, Path]]:
             yield from _paths(f"{key}.{i}", inside)
     elif isinstance(value, str):
         field = next(name for name in reversed(key.split(".")) if not name.isdigit())
-        if field in ("path", "words"):
+        if field in ("path", "words", "head"):
             yield key, Path(value).expanduser()
+        elif field == "question" and (file := find_prompt_file(value)):
+            yield key, file
         elif field == "factory":  # package.module:function
             yield key, Path(value.partition(":")[0].replace(".", "/") + ".py")
 

@@ -30,6 +30,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.processing_utils import ProcessorMixin
 
 from ommatid.compute.hardware import free_memory
+from ommatid.config.intervene import ONE_WORD
 from ommatid.config.models import LlavaModel, Model, QwenModel
 from ommatid.errors import ConfigError, InputError, ModelError
 from ommatid.vlm import Dtype, Hookpoint, Replacement, check_hookpoint, hub, llava, partial_loading, qwen
@@ -40,8 +41,6 @@ from ommatid.vlm.preprocess import Preprocess
 from ommatid.vlm.processor import load_image_processor
 from ommatid.vlm.tower import KEY, Site
 
-ONE_WORD = Path(__file__).parent / "prompts" / "one_word.txt"
-"""The question of Pach et al. (arXiv 2504.02821): "What is shown in this image? Use exactly one word!"."""
 MAX_NEW_TOKENS = 20
 """Largest number of tokens in an answer, unless another is asked for."""
 NEEDS = hub.CONFIG | partial_loading.SHARDS | hub.PREPROCESSOR | hub.TOKENIZER

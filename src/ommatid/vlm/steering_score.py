@@ -18,17 +18,17 @@ Shapes: b images, t tokens, l latents that are clamped, s latents of the SAE, d 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import punctuation, whitespace
 
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from ommatid.config.intervene import ONE_WORD
 from ommatid.errors import InputError, ModelError
 from ommatid.metrics.interventions import steering_score
 from ommatid.sae.model import SAE
 from ommatid.vlm import Replacement, VisionModel, check_hookpoint
-from ommatid.vlm.speaking import ONE_WORD, Images, Speaker
+from ommatid.vlm.speaking import Images, Speaker
 
 DOSE = 100.0
 """Activation to which a latent is clamped, in the SAE's own units."""
@@ -123,12 +123,6 @@ def decode_clamped(
     if latent is not None:
         acts[:, latent] = dose
     return sae.decode(acts).unflatten(0, x_btd.shape[:2])
-
-
-def first_word(answer: str) -> str:
-    """Return the first word of an answer without punctuation around it; "" if there is none."""
-    words = (part.strip(punctuation + whitespace) for part in answer.split())
-    return next((word for word in words if word), "")
 
 
 def _check(speaker: Speaker, sae: SAE, latents: Sequence[int], joint: VisionModel, strongest: Tensor) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ommatid.compute.intervals import spearman_interval
 from ommatid.show.about import About
-from ommatid.show.doses import DOSES, draw_doses
+from ommatid.show.doses import DECIDING, DOSES, draw_doses, find_outcome
 from ommatid.show.numbers import DASH, fixed, percent, share, signed, wilson
 from ommatid.show.pictures.page import short
 from ommatid.show.report import plots
@@ -60,7 +60,6 @@ N_OUTPUTS = 24
 """Largest number of outputs in the table of attributions."""
 NAMES = {"causal": "causal", "reads_only": "reads only", "breaks_model": "breaks the model", "untested": "untested"}
 """What the report calls each status."""
-EFFECT_WORDS = "the change of the cosine of image and label, less that of the other labels, in the direction that the edit promises"
 
 
 def make_interventions(about: About) -> list[Section]:
@@ -85,10 +84,11 @@ def _make_statuses(about: About) -> tuple[Section, bool]:
         _status_row(NAMES[name], of.get(name, {"latents": 0})["latents"], n_tested) for name in ("causal", "reads_only", "breaks_model")
     ]
     rows.append(_status_row("random latents called causal by the same rule", n_random, n_tested))
+    outcome = find_outcome(about.ask(DECIDING, sae=about.sae), "label")
     rest = f" {untested['latents']:,} others are untested; the most common reason is: {untested['reason']}." if untested else ""
     reading = (
         f"{causal:,} of the {n_tested:,} latents that were tested {'is' if causal == 1 else 'are'} causal. A causal latent, set to a dose, "
-        "moves images toward its label more than the same change does along other latents, along random directions and the other way, at a "
+        f"{outcome.does} more than the same change does along other latents, along random directions and the other way, at a "
         "dose that leaves the model whole. Reads only: at no dose does it. Breaks the model: only where the output drifts too far. The "
         "last row is the control: the same rule, applied to a random latent in the place of each. If it is as high as the first, no latent "
         f"is known to do anything.{rest}"
@@ -109,9 +109,10 @@ def _make_strongest(about: About) -> Section:
     found = question.ask(about.catalog).dicts()
     n_causal = sum(row["causal"] == "causal" for row in found)
     said = "all of them are causal" if n_causal == len(found) else f"{n_causal or 'none'} of them {'is' if n_causal < 2 else 'are'} causal"
+    outcome = find_outcome(about.ask(DECIDING, sae=about.sae), "label")
     reading = (
-        f"The {len(found)} latents whose effect exceeds that of their best control most; {said}. Effect: {EFFECT_WORDS}. A latent acts as "
-        "its label says if its line, which is solid, rises with the dose and leaves every dashed line below it. Dose 1 is the 99th "
+        f"The {len(found)} latents whose effect exceeds that of their best control most; {said}. Effect: {outcome.effect}. A latent acts "
+        "as its label says if its line, which is solid, rises with the dose and leaves every dashed line below it. Dose 1 is the 99th "
         "percentile of the latent's own activations, and dose 0 removes it. Lines of random controls are means over draws; the best "
         "control is the upper end over draws, and the interval is that of the difference from it. The difference of means is another way "
         "to the same end, and does not decide. The pictures are those on which the latent fires most."

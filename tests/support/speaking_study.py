@@ -1,0 +1,119 @@
+"""A study of the vision tower of the tiny LLaVA, through the stages, with an SAE whose first latents are what the model reads."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ommatid.config import Params, TrainParams
+from ommatid.evaluate.stage import evaluate
+from ommatid.extract import networks
+from ommatid.extract.stage import extract
+from ommatid.images.stage import run as make_images
+from ommatid.intervene import answers
+from ommatid.label import context
+from ommatid.label.stage import label
+from ommatid.sae.model import SAE, SAEConfig
+from ommatid.store import Artefact, Draft
+from ommatid.vlm import Captured, load_model
+from ommatid.vlm.preprocess import Preprocess
+from support.study import make_artefact, make_test_params
+from support.tiny_llava import HOOKPOINT, PATCH, SIDE, WORDS, D, N, directions, draw, textures
+
+N_READERS = 24
+"""Number of latents that read a word as those of the words do, and write where the language model does not read."""
+N_EACH = 24
+"""Number of images of each word."""
+
+
+def reader(word: str) -> int:
+    """Return the first latent that reads a word without writing it."""
+    return N + 1 + WORDS.index(word)
+
+
+class Namer:
+    """A joint space, and a judge, with one axis for each word: how much of a texture an image has, and which word a text is."""
+
+    name = "textures"
+    d_embed = N
+    text_templates = ("{}",)
+    logit_scale = None
+    preprocess = Preprocess((SIDE, SIDE), (SIDE, SIDE), "bicubic", (0.5,) * 3, (0.5,) * 3)
+    preprocessing = preprocess.as_json()
+    hookpoints: Mapping[str, Any] = {}
+
+    def capture(self, pixels: Tensor, hookpoints: Sequence[str]) -> Captured:
+        return Captured({}, self.embed(pixels))
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        patches = (pixels.float() / 127.5 - 1).unflatten(2, (-1, PATCH)).unflatten(1, (-1, PATCH))
+        return torch.einsum("byixjc,kcij->bk", patches, textures()).relu() + 0.1
+
+    def embed_text(self, texts: Sequence[str]) -> Tensor:
+        others = [torch.rand(N, generator=torch.Generator().manual_seed(sum(map(ord, text)))) for text in texts]
+        return torch.stack([torch.eye(N)[WORDS.index(text)] if text in WORDS else other for text, other in zip(texts, others, strict=True)])
+
+
+def plant(params: TrainParams, inputs: Mapping[str, Artefact], draft: Draft) -> Artefact:
+    """Make an SAE of a latent for each word, one for all tokens, and readers, which write in the two directions that nothing reads."""
+    W = directions()
+    angles = torch.arange(N_READERS) * torch.pi / N_READERS
+    reads = torch.cat([W[: N + 1], W[:N].repeat(N_READERS // N, 1)])
+    writes = torch.cat([W[: N + 1], torch.stack([angles.cos(), angles.sin()], 1) @ W[N + 1 : N + 3]])
+    config = SAEConfig("planted", D, len(reads), 2, HOOKPOINT, "tiny-llava")
+    sae = SAE(config, reads.T.contiguous(), torch.zeros(len(reads)), writes, torch.zeros(D), torch.tensor(0.3))
+    with draft.write_file("sae.safetensors") as weights, draft.write_file("cfg.json") as cfg:
+        sae.save(weights, cfg)
+    return draft.seal({"sae": "planted", "dead_latents": []})
+
+
+def make_speaking_params(root: Path, folder: Path, latents: Sequence[int], **intervene: Any) -> Params:
+    """Make the params of a study in `root` of the model in `folder`."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "words.txt").write_text("\n".join(WORDS))
+    section = {"latents": {"kind": "listed", "latents": list(latents)}, "doses": [0, 1], "n_images": 39, "draws": 16}
+    section["answers"] = {"dtype": "float32", "batch": 40, "joint": {"kind": "lite"}}
+    return make_test_params(
+        images={"source": {"kind": "folder", "path": str(root / "photos")}, "limit": None, "eval_share": 0.5},
+        extract={"model": {"kind": "llava", "path": str(folder)}, "hookpoints": [HOOKPOINT], "tokens": "patch", "dtype": "float32"}
+        | {"namer": {"kind": "lite"}},
+        train={"d_sae": N + 1 + N_READERS, "k": 2},
+        evaluate={"baselines": []},
+        label={"labellers": [{"kind": "vocabulary", "words": [str(root / "words.txt")]}], "min_examples": 2, "n_examples": 8},
+        intervene=section | intervene,
+    )
+
+
+def use_namer(patch: pytest.MonkeyPatch) -> None:
+    """Use the Namer wherever the params name a model other than the one that answers, and as the judge."""
+
+    def load(params: Any, dtype: Any, device: str) -> Any:
+        return load_model(params, dtype, device) if params.kind in ("llava", "qwen") else Namer()
+
+    for module in (networks, context, answers):
+        patch.setattr(module, "load_model", load)
+    patch.setattr(networks, "load_judge", lambda params, dtype, device: Namer())
+
+
+def make_speaking_line(root: Path, params: Params) -> dict[str, Artefact]:
+    """Make all that interventions read; return it by stage."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_namer(patch)
+        for i, (word, image) in enumerate(zip([*WORDS, None] * N_EACH, draw([*WORDS, None] * N_EACH), strict=True)):
+            (root / "photos" / (word or "nothing")).mkdir(parents=True, exist_ok=True)
+            image.save(root / "photos" / (word or "nothing") / f"{i:03d}.png")
+        made: dict[str, Artefact] = {}
+        stages: dict[str, tuple[str, Any]] = {
+            "images": ("images", make_images),
+            "extract": ("extraction", extract),
+            "train": ("sae", plant),
+            "evaluate": ("evaluation", evaluate),
+            "label": ("labels", label),
+        }
+        for name, (kind, stage) in stages.items():
+            artefact = make_artefact(root / kind, kind, stage, getattr(params, name), made)
+            made[name] = artefact.child(HOOKPOINT, "activations") if name == "extract" else artefact
+        return made
