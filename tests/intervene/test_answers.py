@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ommatid.summaries import check_keys
 from ommatid.vlm import speaking
 from ommatid.vlm.speaking import LlavaSpeaker, Said
 from support.speaking_study import make_speaking_line, make_speaking_params, reader, use_namer
-from support.tiny_llava import WORDS, save_tiny_llava
+from support.tiny_llava import WORDS, save_tiny_llava, save_tiny_qwen
 
 PLANTED = {WORDS.index(word): word for word in ("grid", "fur")}
 READERS = {reader("grid"): "grid"}
@@ -34,12 +34,12 @@ Rows = dict[tuple[int, str, str, float], dict[str, Any]]
 class Study:
     """A study and what the stage made of it."""
 
-    def __init__(self, root: Path, is_next: bool = False, **changes: Any) -> None:
-        self.model = save_tiny_llava(root / "model", is_next)
-        self.params: Params = make_speaking_params(root / "study", self.model, [*PLANTED, *READERS], **changes)
+    def __init__(self, root: Path, save: Callable[[Path], Path]) -> None:
+        self.model = save(root / "model")
+        self.params: Params = make_speaking_params(root / "study", self.model, [*PLANTED, *READERS])
         self.line: Mapping[str, Artefact] = make_speaking_line(root / "study", self.params)
         with pytest.MonkeyPatch.context() as patch, store.open_draft(root / "interventions", "interventions", {}, {}) as draft:
-            use_namer(patch)
+            use_namer(patch, self.params)
             intervene(self.params.intervene, self.line, draft.child("planted", "effects"))
             draft.seal({"saes": ["planted"]})
             self.whole = draft.publish(root / "interventions")
@@ -52,15 +52,20 @@ class Study:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    return Study(tmp_path_factory.mktemp("study"))
+    return Study(tmp_path_factory.mktemp("study"), save_tiny_llava)
 
 
 @pytest.fixture(scope="module")
 def next_study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    return Study(tmp_path_factory.mktemp("next"), is_next=True)
+    return Study(tmp_path_factory.mktemp("next"), lambda folder: save_tiny_llava(folder, is_next=True))
 
 
-@pytest.fixture(params=["study", "next_study"])
+@pytest.fixture(scope="module")
+def qwen_study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return Study(tmp_path_factory.mktemp("qwen"), save_tiny_qwen)
+
+
+@pytest.fixture(params=["study", "next_study", "qwen_study"])
 def any_study(request: pytest.FixtureRequest) -> Study:
     return request.getfixturevalue(request.param)
 
@@ -141,7 +146,7 @@ def run(study: Study, tmp_path: Path, **changes: Any) -> Artefact:
     values |= {"latents": {"kind": "listed", "latents": [*PLANTED][:1]}} | changes
     params = type(study.params.intervene).model_validate(values)
     with pytest.MonkeyPatch.context() as patch, store.open_draft(tmp_path / "effects", "effects", {}, {}) as draft:
-        use_namer(patch)
+        use_namer(patch, study.params)
         return intervene(params, study.line, draft, ignore)
 
 

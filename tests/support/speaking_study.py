@@ -1,4 +1,4 @@
-"""A study of the vision tower of the tiny LLaVA, through the stages, with an SAE whose first latents are what the model reads."""
+"""Studies of the vision towers of the tiny models that answer, through the stages, with an SAE whose first latents are what they read."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from ommatid.store import Artefact, Draft
 from ommatid.vlm import Captured, load_model
 from ommatid.vlm.preprocess import Preprocess
 from support.study import make_artefact, make_test_params
-from support.tiny_llava import HOOKPOINT, PATCH, SIDE, WORDS, D, N, directions, draw, textures
+from support.tiny_llava import HOOKPOINT, PATCH, QWEN_SIDE, SIDE, WORDS, D, N, directions, draw, textures
 
 N_READERS = 24
 """Number of latents that read a word as those of the words do, and write where the language model does not read."""
@@ -35,15 +35,21 @@ def reader(word: str) -> int:
 
 
 class Namer:
-    """A joint space, and a judge, with one axis for each word: how much of a texture an image has, and which word a text is."""
+    """A joint space, and a judge, with one axis for each word: how much of a texture an image has, and which word a text is.
+
+    Args:
+        side: Height and width of the images.
+    """
 
     name = "textures"
     d_embed = N
     text_templates = ("{}",)
     logit_scale = None
-    preprocess = Preprocess((SIDE, SIDE), (SIDE, SIDE), "bicubic", (0.5,) * 3, (0.5,) * 3)
-    preprocessing = preprocess.as_json()
     hookpoints: Mapping[str, Any] = {}
+
+    def __init__(self, side: int) -> None:
+        self.preprocess = Preprocess((side, side), (side, side), "bicubic", (0.5,) * 3, (0.5,) * 3)
+        self.preprocessing = self.preprocess.as_json()
 
     def capture(self, pixels: Tensor, hookpoints: Sequence[str]) -> Captured:
         return Captured({}, self.embed(pixels))
@@ -74,12 +80,13 @@ def make_speaking_params(root: Path, folder: Path, latents: Sequence[int], **int
     """Make the params of a study in `root` of the model in `folder`."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "words.txt").write_text("\n".join(WORDS))
+    is_qwen = "qwen" in (folder / "config.json").read_text()
+    model = {"kind": "qwen", "path": str(folder), "image_size": QWEN_SIDE} if is_qwen else {"kind": "llava", "path": str(folder)}
     section = {"latents": {"kind": "listed", "latents": list(latents)}, "doses": [0, 1], "n_images": 39, "draws": 16}
     section["answers"] = {"dtype": "float32", "batch": 40, "joint": {"kind": "lite"}}
     return make_test_params(
         images={"source": {"kind": "folder", "path": str(root / "photos")}, "limit": None, "eval_share": 0.5},
-        extract={"model": {"kind": "llava", "path": str(folder)}, "hookpoints": [HOOKPOINT], "tokens": "patch", "dtype": "float32"}
-        | {"namer": {"kind": "lite"}},
+        extract={"model": model, "hookpoints": [HOOKPOINT], "tokens": "patch", "dtype": "float32"} | {"namer": {"kind": "lite"}},
         train={"d_sae": N + 1 + N_READERS, "k": 2},
         evaluate={"baselines": []},
         label={"labellers": [{"kind": "vocabulary", "words": [str(root / "words.txt")]}], "min_examples": 2, "n_examples": 8},
@@ -87,22 +94,29 @@ def make_speaking_params(root: Path, folder: Path, latents: Sequence[int], **int
     )
 
 
-def use_namer(patch: pytest.MonkeyPatch) -> None:
+def side_of(params: Params) -> int:
+    """Return the height and width of the images of a study."""
+    return QWEN_SIDE if params.model_dump()["extract"]["model"]["kind"] == "qwen" else SIDE
+
+
+def use_namer(patch: pytest.MonkeyPatch, params: Params) -> None:
     """Use the Namer wherever the params name a model other than the one that answers, and as the judge."""
+    namer = Namer(side_of(params))
 
     def load(params: Any, dtype: Any, device: str) -> Any:
-        return load_model(params, dtype, device) if params.kind in ("llava", "qwen") else Namer()
+        return load_model(params, dtype, device) if params.kind in ("llava", "qwen") else namer
 
     for module in (networks, context, answers):
         patch.setattr(module, "load_model", load)
-    patch.setattr(networks, "load_judge", lambda params, dtype, device: Namer())
+    patch.setattr(networks, "load_judge", lambda params, dtype, device: namer)
 
 
 def make_speaking_line(root: Path, params: Params) -> dict[str, Artefact]:
     """Make all that interventions read; return it by stage."""
     with pytest.MonkeyPatch.context() as patch:
-        use_namer(patch)
-        for i, (word, image) in enumerate(zip([*WORDS, None] * N_EACH, draw([*WORDS, None] * N_EACH), strict=True)):
+        use_namer(patch, params)
+        words = [*WORDS, None] * N_EACH
+        for i, (word, image) in enumerate(zip(words, draw(words, side=side_of(params)), strict=True)):
             (root / "photos" / (word or "nothing")).mkdir(parents=True, exist_ok=True)
             image.save(root / "photos" / (word or "nothing") / f"{i:03d}.png")
         made: dict[str, Artefact] = {}

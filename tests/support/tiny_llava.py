@@ -1,9 +1,9 @@
-"""A LLaVA of transformers with weights set by hand: it says the word whose direction its vision tower holds, and its SAE is known.
+"""Models of transformers with weights set by hand: they say the word whose direction their vision tower holds, and their SAE is known.
 
 The tower reads twelve textures, one for each word, and writes each along its own unit direction; the blocks add nothing. The projector
 turns what exceeds a threshold along a direction into the coordinate of its word, the only attention of the language model averages over
 all tokens, or over the words of WORDS in the prompt if there are any, and the head says the word of the largest coordinate, or "nothing"
-if none is large.
+if none is large. A Qwen2.5-VL has the same language model, a tower that writes the same directions, and a merger in place of the projector.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,12 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ommatid.sae.model import SAE, SAEConfig
 
@@ -104,6 +107,7 @@ def save_tiny_llava(folder: Path, is_next: bool = False) -> Path:
         for name, weight in model.named_parameters():
             nn.init.ones_(weight) if "norm" in name and name.endswith("weight") else nn.init.zeros_(weight)
         _set_tower(model.model.vision_tower)
+        _set_projector(model.model.multi_modal_projector)
         _set_language(model)
     model.eval().save_pretrained(folder)
     half = [0.5] * 3
@@ -117,6 +121,40 @@ def save_tiny_llava(folder: Path, is_next: bool = False) -> Path:
     return folder
 
 
+QWEN_SIDE = 2 * SIDE
+"""Height and width of the images of the Qwen2.5-VL, whose tokens are groups of four patches."""
+SHARP = 20.0
+"""Slope of the merger before its GELU, so large that this is a ReLU."""
+
+
+def save_tiny_qwen(folder: Path) -> Path:
+    """Save a Qwen2.5-VL with its processor, tokenizer and chat template."""
+    vision = {"depth": 1, "num_heads": 1, "hidden_size": D, "intermediate_size": 4, "out_hidden_size": D, "patch_size": PATCH}
+    vision |= {"window_size": 4 * PATCH, "fullatt_block_indexes": [0]}
+    text: dict[str, Any] = {"hidden_size": D, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text |= {"num_key_value_heads": 1, "vocab_size": len(VOCABULARY), "tie_word_embeddings": False}
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
+    text |= {f"{name}_token_id": _id(token) for name, token in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))}
+    config = Qwen2_5_VLConfig(vision_config=vision, text_config=text, image_token_id=_id("<|image_pad|>"), tie_word_embeddings=False)
+    model: Any = Qwen2_5_VLForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            nn.init.ones_(weight) if ("norm" in name or "ln_q" in name) and name.endswith("weight") else nn.init.zeros_(weight)
+        tower = model.model.visual
+        tower.patch_embed.proj.weight.copy_(torch.einsum("kd,kcyx->dcyx", directions()[:N], textures())[:, :, None] / 2)  # of two frames
+        tower.blocks[0].mlp.down_proj.bias.copy_(2 * directions()[N])
+        first, _, second = tower.merger.mlp
+        for patch in range(4):
+            first.weight[patch * D : patch * D + N, patch * D : (patch + 1) * D] = SHARP * directions()[:N]
+            second.weight[range(N), range(patch * D, patch * D + N)] = 1 / (4 * SHARP)
+        first.bias[[patch * D + k for patch in range(4) for k in range(N)]] = -SHARP * THRESHOLD
+        _set_language(model)
+    model.eval().save_pretrained(folder)
+    Qwen2VLImageProcessorPil(patch_size=PATCH, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+    save_words(folder, "<|image_pad|>")
+    return folder
+
+
 def _set_tower(tower: Any) -> None:
     words, base = directions()[:N], directions()[N]
     # Textures have a norm of 2 in the pixels that the tower receives, and the direction of all tokens has one of 2.
@@ -124,11 +162,14 @@ def _set_tower(tower: Any) -> None:
     tower.embeddings.position_embedding.weight.copy_(2 * base.expand(1 + (SIDE // PATCH) ** 2, D))
 
 
-def _set_language(model: Any) -> None:
-    projector, language = model.model.multi_modal_projector, model.model.language_model
+def _set_projector(projector: Any) -> None:
     projector.linear_1.weight[:N] = directions()[:N]
     projector.linear_1.bias[:N] = -THRESHOLD
     projector.linear_2.weight.copy_(torch.eye(D))
+
+
+def _set_language(model: Any) -> None:
+    language = model.model.language_model
     words = [_id(word) for word in WORDS]
     embeddings, head = language.embed_tokens.weight, model.lm_head.weight
     embeddings[:, TEXT] = 1.0
@@ -145,16 +186,16 @@ def _set_language(model: Any) -> None:
     head[_id("</s>"), SAID] = 10.0
 
 
-def draw(words: Sequence[str | None], seed: int = 0) -> list[Image.Image]:
+def draw(words: Sequence[str | None], seed: int = 0, side: int = SIDE) -> list[Image.Image]:
     """Draw an image for each word: noise on grey, and the word's texture in half of the patches, or in none for None."""
     generator = np.random.default_rng(seed)
     patterns = 2 * textures().numpy()
     images = []
     for word in words:
-        x = generator.normal(0, 0.02, (SIDE // PATCH, SIDE // PATCH, 3, PATCH, PATCH))
+        x = generator.normal(0, 0.02, (side // PATCH, side // PATCH, 3, PATCH, PATCH))
         if word is not None:
             x[generator.permutation(x.shape[0] ** 2).reshape(x.shape[:2]) % 2 == 0] += patterns[WORDS.index(word)]
-        x = x.transpose(0, 3, 1, 4, 2).reshape(SIDE, SIDE, 3)
+        x = x.transpose(0, 3, 1, 4, 2).reshape(side, side, 3)
         images.append(Image.fromarray(np.clip((x * 0.5 + 0.5) * 255, 0, 255).round().astype(np.uint8)))
     return images
 
