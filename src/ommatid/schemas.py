@@ -520,7 +520,7 @@ MISTAKES = _table(
     ),
 )
 
-ARMS = ("none", "untouched", "targeted", "sign_flipped", "random_latent", "random_direction", "diff_means", "prompt")
+ARMS = ("none", "untouched", "targeted", "sign_flipped", "random_latent", "random_direction", "diff_means", "other_label", "prompt")
 """Ways to run the model on an image: as it is, with the edit, or with one of the controls of the edit."""
 _ANSWERS = ("answer_shift", "word_log_odds", "says_label")
 OUTCOMES = (
@@ -561,8 +561,9 @@ INTERVENTIONS = _table(
         pa.string(),
         "how the model was run: none (as it is), untouched (x̂ in place of x, without an edit), targeted (the latent set to the dose), "
         "sign_flipped (moved as far the other way), random_latent (other latents that fire about as often), random_direction (moved as far "
-        "in random directions), diff_means (moved as far along the mean token where the latent fires less that where it does not) or "
-        "prompt (as it is, but the question says the label)",
+        "in random directions), diff_means (moved as far along the mean token where the latent fires less that where it does not), "
+        "other_label (as targeted, but measured toward that one of several other labels to which it moves images most) or prompt (as it "
+        "is, but the question says the label)",
     ),
     dose=(
         pa.float64(),
@@ -573,7 +574,7 @@ INTERVENTIONS = _table(
     low=(nullable(pa.float64()), "lower end of the 95 % interval of value; null if there is none"),
     high=(nullable(pa.float64()), "upper end of the 95 % interval of value; null if there is none"),
     n_images=(pa.int32(), "number of evaluation images behind the value"),
-    n_draws=(pa.int32(), "number of draws of a random control; 1 for other arms"),
+    n_draws=(pa.int32(), "number of draws of a random control, or of labels of other_label; 1 for other arms"),
 )
 
 STATUSES = ("causal", "reads_only", "breaks_model", "untested")

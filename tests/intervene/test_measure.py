@@ -87,6 +87,7 @@ def test_outcomes_are_those_of_a_loop_over_images(line: dict[str, Artefact], par
     assert of["sign_flipped", "toward_label"]["value"] < 0
     assert of["random_latent", "drift"]["value"] < of["targeted", "drift"]["value"] / 2
     assert of["random_direction", "drift"]["n_draws"] == DRAWS
+    assert of["other_label", "toward_label"]["n_draws"] == 2 and of["other_label", "toward_label"]["value"] < 0.05
 
 
 def test_removal_is_that_of_a_loop_over_all_images_although_silent_ones_are_left_out(
@@ -100,7 +101,7 @@ def test_removal_is_that_of_a_loop_over_all_images_although_silent_ones_are_left
     moved, fires = [], []
     for _, pixels in study.iter_pixels():
         plain, edited = study.subject.model.splice(pixels, "tiles", [lambda tokens: tokens, remove])
-        moved.append(movement(plain, edited))
+        moved.append(movement(plain, edited)[:, 0])
         fires.append((plain != edited).any(1))
     assert 0 < int(torch.cat(fires).sum()) < len(study.images) == 32
     (row,) = (row for row in found.interventions if (row["latent"], row["arm"], row["outcome"]) == (0, "targeted", "toward_label"))

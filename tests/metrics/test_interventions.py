@@ -24,6 +24,7 @@ from ommatid.metrics import (
     ablation_sparsity,
     answer_shift,
     best_control,
+    beyond_the_rest,
     bootstrap_mean,
     bootstrap_means,
     change_rates,
@@ -38,7 +39,7 @@ from ommatid.metrics import (
     probe_accuracies,
     raised_most,
     steering_score,
-    toward_label,
+    unit,
 )
 
 
@@ -167,18 +168,18 @@ def test_the_interval_of_collateral_covers_the_truth(gain: float, loss: float) -
 # Outputs that move
 
 
-def test_toward_the_label_equals_a_loop() -> None:
-    plain, edited, label, shuffled = random(20, 6), random(20, 6, seed=1), random(6, seed=2), random(3, 6, seed=3)
+def test_movement_beyond_the_rest_equals_a_loop() -> None:
+    plain, edited, texts = random(20, 6), random(20, 6, seed=1), random(4, 6, seed=2)
 
     def cosine(x: torch.Tensor, y: torch.Tensor) -> float:
         return float(x.double() @ y.double() / (x.double().norm() * y.double().norm()))
 
-    found = toward_label(plain, edited, label, shuffled)
+    found = beyond_the_rest((unit(edited) - unit(plain)) @ unit(texts).T)
     for at in range(20):
-        moved = [cosine(edited[at], text) - cosine(plain[at], text) for text in (label, *shuffled)]
-        assert float(found[at]) == pytest.approx(moved[0] - sum(moved[1:]) / 3)
-    assert (toward_label(plain, plain, label, shuffled) == 0).all()
-    assert (toward_label(plain, plain + 0.1 * label, label, -label[None]) > 0).all()
+        moved = [cosine(edited[at], text) - cosine(plain[at], text) for text in texts]
+        for place in range(4):
+            assert float(found[at, place]) == pytest.approx(moved[place] - (sum(moved) - moved[place]) / 3)
+    assert (beyond_the_rest(torch.zeros(3, 2)) == 0).all()
 
 
 def published_output_score(probabilities: torch.Tensor, tokens: list[int]) -> float:

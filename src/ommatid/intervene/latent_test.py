@@ -15,7 +15,7 @@ from torch import Tensor
 from ommatid.errors import InputError
 from ommatid.intervene.arms import Arm, make_arms
 from ommatid.intervene.edit import Edit
-from ommatid.intervene.study import Movement, Study
+from ommatid.intervene.study import N_RIVALS, Movement, Study
 from ommatid.intervene.subject import Described
 from ommatid.metrics import Interval
 from ommatid.metrics.interventions import (
@@ -38,8 +38,8 @@ LEAST_FIRING = 8
 LEAST_IMAGES = 20
 """Number of images from which a latent's status is decided."""
 CONTROLS = ("sign_flipped", "random_latent", "random_direction")
-"""Arms that the edit must exceed. Two are shown beside them: `diff_means` is another way to the same end and not a control of it, and
-`untouched` changes what the edit, which keeps the SAE's error, does not."""
+"""Arms that the edit must exceed, beside `other_label`, which is no edit of its own. Two are shown beside them: `diff_means` is another way
+to the same end and not a control of it, and `untouched` changes what the edit, which keeps the SAE's error, does not."""
 RANDOM = ("random_latent", "random_direction")
 """Arms that are drawn several times."""
 RAISED = 10
@@ -96,7 +96,11 @@ class ArmsTest:
         return arms, self.editor.replacement(Edit((self.chosen.latent,), "scale", 1.0), codes)
 
     def _judge(
-        self, effects_an: Float64[Tensor, "arms images"], drift_p: Float64[Tensor, " doses"], random_drift_p: Float64[Tensor, " doses"]
+        self,
+        effects_an: Float64[Tensor, "arms images"],
+        drift_p: Float64[Tensor, " doses"],
+        random_drift_p: Float64[Tensor, " doses"],
+        others_kpn: Float64[Tensor, "both doses images"] | None = None,
     ) -> tuple[dict[str, Any], CausalStatus]:
         """Return the row of `effects`, and the status that the same rule gives the first random latent in the place of this one.
 
@@ -104,6 +108,7 @@ class ArmsTest:
             effects_an: Change of the outcome on each image in each arm but `none`; what removal lowers, other doses should raise.
             drift_p: Drift of the edit at each dose.
             random_drift_p: Drift of the first random latent.
+            others_kpn: Effects of the edit, and of the first random latent, on the same outcome of another name, as a further control.
         """
         signs = torch.tensor([-1.0 if dose == 0 else 1.0 for dose in self.doses], dtype=torch.float64)[:, None]
         promised = {name: self._by_dose(effects_an, name) for name in (*CONTROLS, "targeted", "diff_means") if self._has(name)}
@@ -114,6 +119,8 @@ class ArmsTest:
         controls = {"none": nothing, **{name: promised[name] for name in CONTROLS}}
         first, rest = promised["random_latent"][:, 0], promised["random_latent"][:, 1:]
         others = {"none": nothing, "random_latent": rest, "random_direction": controls["random_direction"]}
+        if others_kpn is not None:
+            controls["other_label"], others["other_label"] = others_kpn * signs
         random_status = self._decide(first, others, random_drift_p).status
         return self._effect(self._decide(promised["targeted"], controls, drift_p), random_status), random_status
 
@@ -179,6 +186,8 @@ class LatentTest(ArmsTest):
 
     BYTES = 14
     """Bytes kept for each image in each arm."""
+    RIVAL_BYTES = 8 * N_RIVALS
+    """Bytes kept for each image at each dose of the movement toward other labels."""
 
     def __init__(self, study: Study, chosen: Described) -> None:
         super().__init__(study, chosen, OUTCOME)
@@ -226,6 +235,11 @@ class LatentTest(ArmsTest):
     def _make_room(self, n_arms: int) -> None:
         n, n_common, readout = len(self.study.images), len(self.study.common), self.study.readout
         self._toward, self._drift = (torch.zeros(n_arms, n) for _ in range(2))
+        self._toward_rivals = torch.zeros(2, len(self.doses), N_RIVALS, n)
+        self._n_rivals = 0
+        both = [[self._places(name, dose)[0] for dose in self.doses] for name in ("targeted", "random_latent")]
+        self._measured = {place: (kind, dose) for kind, places in enumerate(both) for dose, place in enumerate(places)}
+        """Place in `_toward_rivals` of the arms whose movement toward other labels is kept."""
         self._predicted = torch.zeros(1 + n_arms, n if readout else 0, dtype=torch.int32)
         self._rises = torch.zeros(n_arms, n_common if readout else 0, dtype=torch.float64)
         self._scores = torch.zeros(n_arms, n - self.study.n_first if readout else 0)
@@ -243,7 +257,11 @@ class LatentTest(ArmsTest):
         before = self._among_common(readout.log_probabilities(plain)) if readout else plain
         for place, outputs in zip(places, edited, strict=True):
             if self._movement:
-                self._toward[place, images] = self._movement(plain, outputs).float()
+                moved = self._movement(plain, outputs).float()
+                self._toward[place, images], self._n_rivals = moved[:, 0], moved.shape[1] - 1
+                if place in self._measured:
+                    kind, dose = self._measured[place]
+                    self._toward_rivals[kind, dose][: self._n_rivals, images] = moved[:, 1:].T
             self._drift[place, images] = cosine_drift(plain, outputs).float()
             if readout:
                 log_p = readout.log_probabilities(outputs)
@@ -281,8 +299,22 @@ class LatentTest(ArmsTest):
             return Found(effect, rows, "untested", self.zero_dose)
         toward = self._toward.double()
         of_drift, of_random = self._by_dose(drift, "targeted").mean(1), self._by_dose(drift, "random_latent")[:, 0].mean(1)
-        effect, random_status = self._judge(toward, of_drift, of_random)
-        return Found(effect, [*self._rows(OUTCOME, toward), *rows], random_status, self.zero_dose)
+        others = self._best_rivals() if self._n_rivals else None
+        effect, random_status = self._judge(toward, of_drift, of_random, others)
+        rows = [*self._rows(OUTCOME, toward), *(self._rival_rows(others[0]) if others is not None else ()), *rows]
+        return Found(effect, rows, random_status, self.zero_dose)
+
+    def _best_rivals(self) -> Float64[Tensor, "both doses images"]:
+        """Effects of the edit, and of the first random latent, on the label to which each dose moves images most; if 0, from which."""
+        found = self._toward_rivals[:, :, : self._n_rivals].double()
+        signs = torch.tensor([-1.0 if dose == 0 else 1.0 for dose in self.doses], dtype=torch.float64)
+        best = (found.mean(3) * signs[:, None]).argmax(2)
+        return found.take_along_dim(best[..., None, None], 2)[:, :, 0]
+
+    def _rival_rows(self, others_pn: Float64[Tensor, "doses images"]) -> Iterator[dict[str, Any]]:
+        means = bootstrap_means(others_pn)
+        for dose, *found in zip(self.doses, *(of_doses.tolist() for of_doses in means), strict=True):
+            yield self._row(OUTCOME, "other_label", dose, Interval(*found), others_pn.shape[1], self._n_rivals)
 
     def _class_rows(self) -> Iterator[dict[str, Any]]:
         """Iterate over rows of the outcomes about classes, if the output says classes and the latent has a most common one."""

@@ -90,8 +90,9 @@ def _measure(study: Study, on_event: Listener) -> Measured:
 
 def _passes(study: Study, chosen: Sequence[Described]) -> Iterator[Sequence[Described]]:
     """Divide latents among passes over the images, so that what is kept of each image does not fill the memory."""
-    n_arms = 1 + len(study.params.doses) * (3 + 2 * study.params.draws)
-    n = max(1, KEPT // (LatentTest.BYTES * n_arms * len(study.images)))
+    n_doses = len(study.params.doses)
+    per_image = LatentTest.BYTES * (1 + n_doses * (3 + 2 * study.params.draws)) + LatentTest.RIVAL_BYTES * n_doses
+    n = max(1, KEPT // (per_image * len(study.images)))
     return (chosen[start : start + n] for start in range(0, len(chosen), n))
 
 

@@ -15,7 +15,7 @@ from ommatid.extract.classifier import embed_texts
 from ommatid.extract.drawn import draw_images
 from ommatid.intervene.readout import Readout
 from ommatid.intervene.subject import Described, Subject
-from ommatid.metrics.interventions import toward_label
+from ommatid.metrics import beyond_the_rest, unit
 
 N_LABELS = 64
 """Number of labels, beside those of the chosen latents, toward which an edit should not move images."""
@@ -23,8 +23,11 @@ N_OUTPUTS = 32
 """Number of classes, the most common first, that are attributed to latents, and among which the output score is computed."""
 
 
-Movement = Callable[[Float32[Tensor, "batch d"], Float32[Tensor, "batch d"]], Float64[Tensor, " batch"]]
-"""Function from outputs of the plain model and of an edited one, `(b, d)` each, to how far the edit moves each image, `(b,)`."""
+N_RIVALS = 20
+"""Number of other labels (or classes) beside which an edit is measured. If its own is but one of 21, it is first in one of 21 cases."""
+Movement = Callable[[Float32[Tensor, "batch d"], Float32[Tensor, "batch d"]], Float64[Tensor, "batch names"]]
+"""Function from outputs of the plain model and of an edited one, `(b, d)` each, to how far the edit moves each image toward the latent's
+own label and toward each of up to `N_RIVALS` others, `(b, 1 + others)`."""
 
 
 class Study:
@@ -86,10 +89,10 @@ class Study:
             return None
 
     def movement(self, one: Described) -> Movement:
-        """Return the function that tells how far an edit moves outputs toward what a latent shows.
+        """Return the function that tells how far an edit moves outputs toward what a latent shows, and toward what some others show.
 
-        With a text tower, that is the text of its label; see `metrics.interventions.toward_label`. Without one, it is its class: the shift
-        of the class's logit, less the mean shift of the other classes' logits.
+        With a text tower, that is the text of its label, and else the logit of its class, each beyond the mean of all others; see
+        `metrics.interventions.beyond_the_rest`. The others are the same for all edits of the latent.
 
         Raises:
             InputError: The latent has no label, or no other latent another one; without a text tower, it has no class, or no class can be
@@ -98,15 +101,22 @@ class Study:
         if self.subject.model.d_embed is not None:
             if one.label is None:
                 raise InputError("it has no label toward which an edit could move the output")
-            label, others = self.texts[one.label], [text for name, text in self.texts.items() if name != one.label]
-            if not others:
+            names, scores = list(self.texts), partial(_cosines, unit(torch.stack(list(self.texts.values()))))
+            if len(names) < 2:
                 raise InputError(f"all labels are {one.label!r}, so an edit cannot be told from one toward another label")
-            return partial(toward_label, label_d=label, shuffled_md=torch.stack(others))
+            return partial(_move, scores, self._with_rivals(one.latent, names.index(one.label), len(names)))
         if not self.readout:
             raise InputError(self.no_readout)
         if one.top_class not in self.readout.names:
             raise InputError(f"its most common class is {one.top_class}, and the output says only {', '.join(self.readout.names[:8])}")
-        return partial(_toward_class, self.readout, self.readout.index(one.top_class))
+        names = self.readout.names
+        return partial(_move, self.readout.scores, self._with_rivals(one.latent, names.index(one.top_class), len(names)))
+
+    def _with_rivals(self, latent: int, own: int, n: int) -> list[int]:
+        """Return the place of a latent's own name among n, and those of some others drawn at random; none if there is only one other."""
+        shuffled = np.random.default_rng([self.params.seed, latent]).permutation(n).tolist()
+        rivals = [place for place in shuffled if place != own]
+        return [own, *(rivals[:N_RIVALS] if len(rivals) > 1 else [])]
 
     def has_movement(self, latent: int) -> bool:
         """Return whether it is known toward what an edit of a latent should move outputs."""
@@ -132,8 +142,12 @@ class Study:
         return dict(zip(wanted, embed_texts(self.subject.model, wanted), strict=True))
 
 
-def _toward_class(
-    readout: Readout, index: int, plain_bd: Float32[Tensor, "batch d"], edited_bd: Float32[Tensor, "batch d"]
-) -> Float64[Tensor, " batch"]:
-    moved = readout.scores(edited_bd) - readout.scores(plain_bd)
-    return moved[:, index] - (moved.sum(1) - moved[:, index]) / (moved.shape[1] - 1)
+def _cosines(texts_md: Float64[Tensor, "names d"], outputs_bd: Float32[Tensor, "batch d"]) -> Float64[Tensor, "batch names"]:
+    return unit(outputs_bd) @ texts_md.T
+
+
+def _move(
+    scores: Callable[[Tensor], Tensor], places: list[int], plain_bd: Float32[Tensor, "batch d"], edited_bd: Float32[Tensor, "batch d"]
+) -> Float64[Tensor, "batch names"]:
+    """Return how far an edit moves outputs toward the names at some places, `(b, places)`."""
+    return beyond_the_rest(scores(edited_bd) - scores(plain_bd))[:, places]

@@ -209,25 +209,22 @@ def collateral(
 # Outputs that move
 
 
-def toward_label(
-    plain_nd: Float[Tensor, "images width"],
-    edited_nd: Float[Tensor, "images width"],
-    label_d: Float[Tensor, " width"],
-    shuffled_md: Float[Tensor, "shuffled width"],
-) -> Float64[Tensor, " images"]:
-    """Compute how much closer an edit moves each image to the text of the latent's label than to texts of other latents.
+def beyond_the_rest(changes_nm: Float[Tensor, "images names"]) -> Float64[Tensor, "images names"]:
+    """Compute how much further an edit moves each image toward each of several names than toward the others.
+
+    Names are texts, such as labels of latents, whose cosine with the image's embedding changes, or classes, whose logit does. Texts lie in
+    superposition: an edit that moves images toward one also moves them toward some that have nothing to do with it. If it moves them
+    further toward another label than toward the latent's own, the latter does not say what the latent does.
 
     Args:
-        plain_nd: Embeddings of images by the unchanged model, `(images, width)`, of any norm.
-        edited_nd: Their embeddings after the edit, `(images, width)`.
-        label_d: Embedding of the label, `(width,)`.
-        shuffled_md: Embeddings of one or more labels of other latents, `(shuffled, width)`, whose mean movement is subtracted.
+        changes_nm: Change of the cosine or logit of each image and name by the edit, `(images, names)`, of two names or more.
 
     Returns:
-        cos(edited, label) − cos(plain, label), minus the mean of the same for the shuffled labels, `(images,)` float64.
+        The change of each name, minus the mean change of the other names, `(images, names)` float64.
     """
-    moved = unit(edited_nd) - unit(plain_nd)
-    return moved @ unit(label_d[None])[0] - (moved @ unit(shuffled_md).T).mean(1)
+    changes, m = changes_nm.double(), changes_nm.shape[1]
+    assert m >= 2, f"{m} names"
+    return (changes - changes.mean(1, keepdim=True)) * (m / (m - 1))
 
 
 def raised_most(rises_v: Float[Tensor, " texts"], k: int = 20) -> Int[Tensor, " raised"]:

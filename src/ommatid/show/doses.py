@@ -55,6 +55,7 @@ ARMS = {
     "random_latent": "other latents",
     "random_direction": "random directions",
     "diff_means": "difference of means",
+    "other_label": "toward other names",
 }
 """What pages call the arms of an intervention whose curves they draw."""
 ALL_ARMS = {**ARMS, "untouched": "reconstruction alone", "prompt": "the name in the question"}
