@@ -359,12 +359,20 @@ def test_an_output_that_the_tokens_do_not_reach_is_an_error(monkeypatch: pytest.
             run.attribute("red.png", ["red"])
 
 
-def test_a_model_without_a_text_tower_does_not_take_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_a_text_tower_is_read_by_a_linear_head_and_takes_no_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = TileModel()
     model.d_embed = None  # pyright: ignore[reportAttributeAccessIssue]
     use_tile_model(monkeypatch, model)
-    with ommatid.open_run("data") as run, pytest.raises(ModelError, match="tiles has no text tower"):
-        run.intervene("red.png", RED, texts=["red"])
+    with ommatid.open_run("data") as run:
+        found = run.intervene("blue.png", RED, [1])
+        red = found.names.index("red")
+        before, after = (found.scores(*arm)[0, 0] for arm in (("none",), ("targeted", 1)))
+        assert found.names[int(before.argmax())] == "blue" and after[red] > before[red]
+        assert run.attribute("red.png", class_name="red").top(0, 1) == [RED]
+        with pytest.raises(
+            ModelError, match="tiles has no text tower with which to embed texts; leave them out to read classes by a linear"
+        ):
+            run.intervene("red.png", RED, texts=["red"])
 
 
 def test_a_model_with_other_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

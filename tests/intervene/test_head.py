@@ -64,7 +64,10 @@ def test_a_vit_without_text_is_read_by_a_head_that_names_the_class_and_its_gradi
     assert (score(moved) > score(outputs)).all()
     torch.testing.assert_close(score(moved) - score(outputs), (step * found.gradients).sum((1, 2)), rtol=0.05, atol=1e-5)
     torch.testing.assert_close(
-        fitted.difference("red", "blue")(outputs).double(), fitted.scores(outputs)[:, 2] - fitted.scores(outputs)[:, 0]
+        fitted.difference("red", "blue")(outputs).double(),
+        fitted.scores(outputs)[:, 2] - fitted.scores(outputs)[:, 0],
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 

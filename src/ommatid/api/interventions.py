@@ -658,12 +658,12 @@ def _check_output(texts: Sequence[str] | None, class_name: str | None, latent_of
 
 
 def _check_class(subject: "Subject", name: str) -> None:
-    classes = sorted(set(subject.classes.values()))
+    classes = subject.readout.names if subject.head else sorted(set(subject.classes.values()))
     if name not in classes:
         near = difflib.get_close_matches(name, classes, n=1)
         guess = f"did you mean {near[0]!r}? " if near else ""
         has = f"they have {_listed(classes)}" if classes else "they are not of several classes; name texts instead"
-        raise InputError(f"class {name!r}: no evaluation image has it; {guess}{has}")
+        raise InputError(f"class {name!r}: {'the head does not know' if subject.head else 'no evaluation image has'} it; {guess}{has}")
 
 
 def _choose_tokens(

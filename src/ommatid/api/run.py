@@ -388,7 +388,8 @@ class Run:
             inputs["target"] = open_stage("extract", config.target, self.data)
         check_lineage("intervene", {**inputs, "train": self._training})
         of_sae = {stage: inputs[stage].child(name, INSIDE[inputs[stage].manifest.kind]) for stage in ("evaluate", "label")}
-        return Subject({**inputs, **of_sae, "train": artefact}, lambda: self.model)
+        head = self.artefacts["intervene"].manifest.params.get("head") if "intervene" in self.artefacts else None
+        return Subject({**inputs, **of_sae, "train": artefact}, lambda: self.model, head)
 
     def _artefact_of(self, sae: str | None) -> Artefact:
         """The SAE's artefact, inside the artefact of the training."""

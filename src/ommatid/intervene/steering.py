@@ -403,6 +403,8 @@ def independent(subject: "Subject", output: str) -> str:
 def choose_readout(subject: "Subject", described: "Sequence[Described]", texts: Sequence[str] | None = None) -> Readout:
     """Choose what the output is compared with: given texts, or else the classes, or else the latents' labels and those nearest to them.
 
+    Classes are read by a linear head if the model has no text tower, or if the study has a head.
+
     Args:
         subject: The model and the SAE.
         described: The latents that are edited.
@@ -416,7 +418,8 @@ def choose_readout(subject: "Subject", described: "Sequence[Described]", texts: 
         if empty := [text for text in texts if not text.strip()]:
             raise InputError(f"texts: got {empty[0]!r}, which is empty; give words, such as 'a truck'")
         return subject.text_readout(list(texts))
-    return subject.readout if subject.classes else subject.text_readout(_labels_near(subject, described))
+    has_head = subject.head is not None or subject.model.d_embed is None
+    return subject.readout if subject.classes or has_head else subject.text_readout(_labels_near(subject, described))
 
 
 def _labels_near(subject: "Subject", described: "Sequence[Described]") -> list[str]:

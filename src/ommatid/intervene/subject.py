@@ -290,7 +290,9 @@ class Subject:
 
     def _check_text(self) -> None:
         if self.model.d_embed is None:
-            raise ModelError(f"{self.model.name} has no text tower with which to embed texts that its output could be compared with")
+            raise ModelError(
+                f"{self.model.name} has no text tower with which to embed texts; leave them out to read classes by a linear head"
+            )
 
 
 def _label_order(row: Mapping[str, Any]) -> tuple[Any, ...]:
