@@ -504,6 +504,10 @@ def _labels(draft: Draft, size: Size, fired: Fired, words: list[str]) -> dict[st
                 random_score=scored(rng.normal(0.5, 0.05, n)),
                 correlation=scored(rng.normal(0.3, 0.2, n)),
                 control_correlation=scored(rng.normal(0, 0.1, n)),
+                precision=scored(score / 4),
+                precision_chance=scored(0.02),
+                recall=scored(score),
+                recall_chance=scored(0.3),
                 n_requests=0,
                 n_tokens=0,
             )

@@ -489,6 +489,21 @@ LABELS = _table(
         nullable(pa.float64()),
         "correlation of the other latent's label that control_score uses; null if correlation or control_score is",
     ),
+    precision=(
+        nullable(pa.float64()),
+        "share of images on which the latent fires among those on which the label predicts that it does, by the threshold of score, over "
+        f"all held-out images; of the others, a sample is used. Null if the label predicts it nowhere; {_UNSCORED}",
+    ),
+    precision_chance=(
+        nullable(pa.float64()),
+        f"share of all held-out images on which the latent fires, which is the precision of a label that knows nothing; {_UNSCORED}",
+    ),
+    recall=(nullable(pa.float64()), f"share of the held-out firing images on which the label predicts that the latent fires; {_UNSCORED}"),
+    recall_chance=(
+        nullable(pa.float64()),
+        "share of all held-out images on which the label predicts that the latent fires, which is the recall of a label that predicts as "
+        f"often but knows nothing; {_UNSCORED}",
+    ),
     detector_score=(
         nullable(pa.float64()),
         "balanced accuracy of the same detection by the labeller itself; null if it does not look at images, or did not answer",

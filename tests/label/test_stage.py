@@ -95,6 +95,7 @@ def test_both_criteria_choose_the_planted_colours(tmp_path: Path, line: dict[str
         row = rows[latent, "vocabulary"]
         assert row["score"] > 0.9 > max(row["control_score"], row["random_score"])
         assert row["correlation"] > 0.6 > row["control_correlation"] + 0.3
+        assert min(row["precision"], row["recall"]) > 0.85 > 0.6 > max(row["precision_chance"], row["recall_chance"])
         assert row["similarity"] > 0.9
 
 

@@ -11,10 +11,11 @@ from jaxtyping import Float, Float32, Int, Int64, Shaped
 from torch import Tensor
 
 from ommatid import schemas
+from ommatid.compute.undefined import none_for_nan
 from ommatid.events import Listener, Progress, ignore
 from ommatid.images.eval_split import EvalSplit, LatentFirings
 from ommatid.label.evidence import Evidence, Test, draw_test
-from ommatid.metrics import auroc, balanced_accuracy, best_threshold, rank_correlation, unit
+from ommatid.metrics import auroc, balanced_accuracy, best_threshold, precision_at, rank_correlation, unit
 from ommatid.vlm import VisionModel
 
 Labels = Mapping[int, str]
@@ -145,6 +146,10 @@ class Trial:
     """Images that set the detection threshold."""
     held_out: Test
     """Images that score the labels."""
+    base_rate: float
+    """Share of all held-out images on which the latent fires."""
+    silent: Int[np.ndarray, " silent"]
+    """Rows of a sample of all held-out images on which it does not fire."""
 
 
 MISTAKE = np.dtype(
@@ -192,6 +197,10 @@ class Scored:
     """Held-out images that the label gets wrong, as an array of `MISTAKE`."""
 
 
+N_SAMPLE = 1024
+"""Largest number of held-out images, whether a latent fires on them or not, from which the rate of false alarms is estimated."""
+
+
 @dataclass(frozen=True)
 class Scorer:
     """Scores how well a label's embedding distinguishes images that fire a latent from images that do not."""
@@ -210,7 +219,16 @@ class Scorer:
         rng = np.random.default_rng([self.seed, fired.latent])
         neighbours = self.evidence.neighbour_rows(fired.latent)
         naming, held_out = (draw_test(fired, self.split, half, neighbours, rng) for half in (False, True))
-        return Trial(naming, held_out) if len(naming.negative) and len(held_out.negative) else None
+        if not len(naming.negative) or not len(held_out.negative):
+            return None
+        base_rate = self.split.is_held_out[fired.rows].sum() / self.split.is_held_out.sum()
+        return Trial(naming, held_out, float(base_rate), np.setdiff1d(self.sample, fired.rows, assume_unique=True))
+
+    @cached_property
+    def sample(self) -> Int[np.ndarray, " rows"]:
+        """Rows of a random sample of the held-out images, the same for all latents."""
+        rng = np.random.default_rng([self.seed, 3])
+        return rng.permutation(np.flatnonzero(self.split.is_held_out))[:N_SAMPLE]
 
     def score(self, trial: Trial, embeddings: LabelEmbeddings) -> "Scored":
         """Score a label and its controls on the same images.
@@ -237,8 +255,18 @@ class Scorer:
             "random_score": random and random.detect(),
             "correlation": own.correlate(acts),
             "control_correlation": shuffled and shuffled.correlate(acts),
+            **self._predict(trial, own, embeddings.label),
         }
         return Scored(scores, find_mistakes(trial.held_out, *own.held_out, own.threshold))
+
+    def _predict(self, trial: Trial, own: "_Cosines", label: Float32[Tensor, " d_joint"]) -> dict[str, float | None]:
+        """Return precision and recall of the label among all held-out images, and both by chance."""
+        recall = float((own.held_out[0] > own.threshold).double().mean())
+        found = (self.images[torch.from_numpy(trial.silent)] @ label > own.threshold).double()
+        alarm_rate = float(found.mean()) if len(found) else math.nan
+        by_chance = trial.base_rate * recall + (1 - trial.base_rate) * alarm_rate
+        numbers = {"recall": recall, "recall_chance": by_chance, "precision": precision_at(recall, alarm_rate, trial.base_rate)}
+        return none_for_nan({**numbers, "precision_chance": trial.base_rate})
 
     def _embeddings_of(self, test: Test) -> "Pair":
         return self.images[torch.from_numpy(test.positive)], self.images[torch.from_numpy(test.negative)]

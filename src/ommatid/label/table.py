@@ -286,6 +286,7 @@ def _iter_trials(context: Context, scorer: Scorer) -> Iterator[tuple[LatentFirin
 
 
 MEAN_COLUMNS = ("score", "auroc", "control_score", "random_score", "correlation", "control_correlation", "detector_score")
+MEAN_COLUMNS += ("precision", "precision_chance", "recall", "recall_chance")
 """Columns of `labels` whose mean over the latents is in the summary."""
 
 

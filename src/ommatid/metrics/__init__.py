@@ -5,7 +5,7 @@ Suffixes of names: b tokens or images of a batch, d d_model or the width of the 
 
 from ommatid.metrics.arrays import monosemanticity
 from ommatid.metrics.classes import coverage, label_entropy, lca_depth, purity
-from ommatid.metrics.detection import auroc, balanced_accuracy, best_threshold, rank_correlation
+from ommatid.metrics.detection import auroc, balanced_accuracy, best_threshold, precision_at, rank_correlation
 from ommatid.metrics.fidelity import Fidelity, FidelityByKind
 from ommatid.metrics.firing import Decade, Firing, TopImages, density_histogram
 from ommatid.metrics.interventions import (
@@ -103,6 +103,7 @@ __all__ = [
     "monosemanticity",
     "nan_mean",
     "output_score",
+    "precision_at",
     "probe_accuracies",
     "purity",
     "raised_most",

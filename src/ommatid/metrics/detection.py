@@ -12,6 +12,18 @@ def balanced_accuracy(positive: Float[Tensor, " positives"], negative: Float[Ten
     return float(((positive > threshold).double().mean() + (negative <= threshold).double().mean()) / 2)
 
 
+def precision_at(recall: float, alarm_rate: float, base_rate: float) -> float:
+    """Return the share of positive images among those that are detected; NaN if none is.
+
+    Args:
+        recall: Share of positive images that are detected.
+        alarm_rate: Share of negative images that are detected.
+        base_rate: Share of positive images among all, which is also the precision of a detector that does not distinguish them.
+    """
+    hits, alarms = base_rate * recall, (1 - base_rate) * alarm_rate
+    return hits / (hits + alarms) if hits + alarms else math.nan
+
+
 def best_threshold(positive: Float[Tensor, " positives"], negative: Float[Tensor, " negatives"]) -> float:
     """Return the threshold with the highest balanced accuracy, in the middle of a gap between observed scores.
 

@@ -12,6 +12,7 @@ from ommatid.schemas import N_MISTAKES
 from ommatid.store import Artefact
 
 _SCORES = ("score", "auroc", "auroc_low", "auroc_high", "control_score", "random_score", "detector_score", "detector_auroc")
+_SCORES += ("precision", "precision_chance", "recall", "recall_chance")
 _CORRELATIONS = ("correlation", "control_correlation")
 
 
