@@ -301,6 +301,7 @@ def _evaluation(draft: Draft, size: Size, fired: Fired, words: list[str]) -> dic
     draft.write_table("levels.parquet", _table(schemas.LEVELS, [level], dict(sae=size.sae)))
     spliced = [dict(spliced=s, accuracy=a, recovered=a) for s, a in (("plain", 0.7), ("sae", 0.65), ("mean", 0.001), ("untrained", 0.3))]
     constant = dict(n_images=1000, n_classes=N_CLASSES, n_replaced=50, n_tokens=50, logit_scale=100.0, cross_entropy=1.0)
+    constant |= dict(downstream_loss=0.1, downstream_kl=0.1)
     draft.write_table(
         "zero_shot.parquet", _table(schemas.ZERO_SHOT, spliced, dict(sae=size.sae, accuracy_low=0.0, accuracy_high=1.0, **constant))
     )

@@ -29,7 +29,7 @@ class Table:
 TABLES: dict[str, Table] = {}
 """Every table whose schema does not depend on the model, by name. The catalogue builds its relations in this order."""
 
-DERIVED: Mapping[str, tuple[str, ...]] = {"features": ("latents", "comparisons", "labels", "effects"), "runs": ("comparisons",)}
+DERIVED: Mapping[str, tuple[str, ...]] = {"features": ("latents", "comparisons", "labels", "effects"), "runs": ("comparisons", "zero_shot")}
 """Relations that are computed from tables, some of which are no relations themselves, in the order in which they are built once all tables
 are there. A column that their SQL does not comment on has the meaning that the first of these tables with such a column gives it."""
 
@@ -405,6 +405,17 @@ ZERO_SHOT = _table(
     accuracy_low=(pa.float64(), "lower end of the 95 % interval of accuracy (Wilson)"),
     accuracy_high=(pa.float64(), "upper end of the 95 % interval of accuracy (Wilson)"),
     cross_entropy=(pa.float64(), "mean of −log of the probability of the image's own class, in nats"),
+    downstream_loss=(
+        pa.float64(),
+        "cross_entropy less that of plain, in nats: the downstream loss of Gao et al. 2024. Negative if the model classifies better",
+    ),
+    downstream_loss_low=(nullable(pa.float64()), "lower end of its 95 % interval over paired images; null for a single image"),
+    downstream_loss_high=(nullable(pa.float64()), "upper end of the same"),
+    downstream_kl=(
+        pa.float64(),
+        "mean divergence KL(plain ‖ spliced) of the probabilities of the classes, in nats: 0 only if the output stays the same, even where "
+        "the loss does not rise",
+    ),
     recovered=(
         nullable(pa.float64()),
         "(cross-entropy of mean − this one) / (cross-entropy of mean − that of plain), so 1 for plain and 0 for mean; null if replacing "

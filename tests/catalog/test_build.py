@@ -215,6 +215,8 @@ def test_runs_have_the_lineage_of_each_sae(tmp_path: Path) -> None:
         "ms": 0.7,
         "ms_floor": 0.35,
         "judge": "lite2",
+        "downstream_loss": pytest.approx(0.1),
+        "downstream_kl": 0.25,
         "n_latents": 4,
         "n_labelled": 2,
         "label_score": 0.75,

@@ -144,10 +144,14 @@ def test_every_number_equals_a_direct_computation(model: TileModel, inputs: dict
         expected = (entropy["mean"] - entropy[name]) / (entropy["mean"] - entropy["plain"])
         assert row["recovered"] == pytest.approx(expected, rel=1e-3, abs=1e-6), name
         assert row["recovered_low"] <= row["recovered"] <= row["recovered_high"]
+        assert row["downstream_loss"] == pytest.approx(entropy[name] - entropy["plain"], rel=1e-3, abs=1e-6), name
+        assert row["downstream_loss_low"] <= row["downstream_loss"] <= row["downstream_loss_high"]
         assert (row["n_images"], row["n_classes"], row["n_replaced"], row["n_tokens"]) == (len(x), 3, 6, 7)
         assert row["sae"] == "planted" and row["logit_scale"] == scale
     fitted = [float(training.losses(training.tokens[:, 1:], scale * factor)[1].mean()) for factor in (0.99, 1, 1.01)]
     assert fitted[1] == min(fitted)
+    assert rows["plain"]["downstream_kl"] == 0 <= rows["sae_with_error"]["downstream_kl"] < 1e-9
+    assert min(rows["mean"]["downstream_kl"], rows["sae"]["downstream_kl"]) > 1e-3
 
 
 def test_planted_colours_are_classified_as_planted(model: TileModel, inputs: dict[str, Artefact]) -> None:

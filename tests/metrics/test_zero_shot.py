@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from scipy.optimize import minimize_scalar
-from scipy.stats import binomtest
+from scipy.stats import binomtest, entropy, ttest_rel
 from sklearn.metrics import accuracy_score, log_loss
 
-from ommatid.metrics import Classified, classify, fit_scale, recovered
+from ommatid.metrics import Classified, classify, downstream_kl, downstream_loss, fit_scale, recovered
 
 N, C = 400, 7
 
@@ -80,6 +80,18 @@ def test_the_recovered_share_follows_its_definition() -> None:
     assert (recovered(plain, plain, mean).value, recovered(plain, mean, mean).value) == pytest.approx((1, 0))
     assert recovered(plain, classify(draw(0.3)[0], classes, 15.0), mean).value > 1
     assert recovered(plain, classify(draw(-0.2)[0], classes, 15.0), mean).value < 0
+
+
+def test_downstream_loss_and_divergence_follow_their_definitions() -> None:
+    (before, classes), (after, _) = draw(0.2), draw(0.15, 1)
+    plain, spliced = (classify(cosines, classes, 15.0) for cosines in (before, after))
+    found = downstream_loss(plain, spliced)
+    assert found.value == pytest.approx(spliced.cross_entropy - plain.cross_entropy) and found.low < found.value < found.high
+    interval: Any = ttest_rel(spliced.cross_entropies, plain.cross_entropies).confidence_interval()
+    assert (found.low, found.high) == pytest.approx(tuple(interval), rel=0.02)
+    p, q = ((15.0 * cosines.double()).softmax(1).numpy() for cosines in (before, after))
+    assert downstream_kl(before, after, 15.0) == pytest.approx(float(entropy(p, q, axis=1).mean()))
+    assert downstream_kl(before, before, 15.0) == 0 and downstream_loss(plain, plain).value == 0
 
 
 def test_the_interval_of_the_recovered_share_agrees_with_resampling() -> None:

@@ -410,9 +410,8 @@ def comparison_rows() -> Rows:
 
 def zero_shot_rows(with_error: float) -> Rows:
     rest = {"sae": "s", "n_images": 9, "n_classes": 3, "n_replaced": 4, "n_tokens": 4, "logit_scale": 10.0}
-    rest |= dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high"), 0.5) | dict.fromkeys(
-        ("recovered", "recovered_low", "recovered_high")
-    )
+    rest |= dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high", "downstream_loss", "downstream_kl"), 0.5)
+    rest |= dict.fromkeys(("recovered", "recovered_low", "recovered_high"))
     return [
         {**rest, "spliced": name, "cross_entropy": loss} for name, loss in (("plain", 1.5), ("sae", 1.9), ("sae_with_error", with_error))
     ]

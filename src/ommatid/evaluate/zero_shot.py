@@ -30,7 +30,7 @@ from ommatid.extract.drawn import draw_images, iter_drawn_pixels
 from ommatid.extract.networks import find_device, load_explained, load_picker
 from ommatid.extract.tokens import TokenPicker
 from ommatid.images.labels import load_labels
-from ommatid.metrics import Classified, Interval, classify, recovered
+from ommatid.metrics import Classified, Interval, classify, downstream_kl, downstream_loss, recovered
 from ommatid.sae.baselines import Dictionary
 from ommatid.store import Artefact
 from ommatid.vlm import Replacement, VisionModel
@@ -108,7 +108,9 @@ def _measure(name: str, dictionaries: Mapping[str, Dictionary], inputs: Mapping[
             cosines.setdefault(variant, []).append(classifier.cosines(embeddings))
         on_event(Progress("zero-shot images", done := done + len(batch.numbers), len(drawn.numbers)))
     truth = classifier.indices([labels[number] for number in drawn.numbers.tolist()])
-    of = {variant: classify(torch.cat(batches), truth, classifier.scale) for variant, batches in cosines.items()}
+    together = {variant: torch.cat(batches) for variant, batches in cosines.items()}
+    of = {variant: classify(found, truth, classifier.scale) for variant, found in together.items()}
+    kl = {variant: downstream_kl(together["plain"], found, classifier.scale) for variant, found in together.items()}
     constant = {
         "sae": name,
         "n_images": len(drawn.numbers),
@@ -117,11 +119,15 @@ def _measure(name: str, dictionaries: Mapping[str, Dictionary], inputs: Mapping[
         "n_tokens": splicer.writes.hookpoint.n_tokens,
         "logit_scale": classifier.scale,
     }
-    return [{**constant, "spliced": variant, **_numbers(classified, of)} for variant, classified in of.items()]
+    return [{**constant, "spliced": name, "downstream_kl": kl[name], **_numbers(classified, of)} for name, classified in of.items()]
 
 
 def _numbers(classified: Classified, of: Mapping[str, Classified]) -> dict[str, float | None]:
-    shares = {"accuracy": classified.accuracy, "recovered": recovered(of["plain"], classified, of["mean"])}
+    shares = {
+        "accuracy": classified.accuracy,
+        "downstream_loss": downstream_loss(of["plain"], classified),
+        "recovered": recovered(of["plain"], classified, of["mean"]),
+    }
     intervals = {key: value for name, share in shares.items() for key, value in _columns(name, share).items()}
     return {"cross_entropy": classified.cross_entropy, **intervals}
 

@@ -45,7 +45,7 @@ from ommatid.metrics.monosemanticity import Monosemanticity, MonosemanticityInte
 from ommatid.metrics.overlap import CoFiring, uniqueness
 from ommatid.metrics.probe import LogisticProbes, fit_probes
 from ommatid.metrics.vectors import nan_mean, unit
-from ommatid.metrics.zero_shot import Classified, Interval, classify, fit_scale, recovered, wilson
+from ommatid.metrics.zero_shot import Classified, Interval, classify, downstream_kl, downstream_loss, fit_scale, recovered, wilson
 
 __all__ = [
     "BestControl",
@@ -91,6 +91,8 @@ __all__ = [
     "coverage",
     "decide_status",
     "density_histogram",
+    "downstream_kl",
+    "downstream_loss",
     "erasures",
     "fit_leace",
     "fit_probes",

@@ -95,6 +95,28 @@ def fit_scale(cosines_nc: Float[Tensor, "images classes"], classes_n: Int[Tensor
     return math.exp((low + high) / 2)
 
 
+def downstream_loss(plain: Classified, spliced: Classified) -> Interval:
+    """Return the mean rise of cross-entropy over the plain model's, in nats, with its interval over paired images (Gao et al. 2024).
+
+    It is negative if the model classifies better than before, which `downstream_kl` shows to be a change, too.
+    """
+    rise = spliced.cross_entropies - plain.cross_entropies
+    half = Z * float(rise.std()) / math.sqrt(len(rise)) if len(rise) > 1 else math.nan
+    return Interval(float(rise.mean()), float(rise.mean()) - half, float(rise.mean()) + half)
+
+
+def downstream_kl(plain_nc: Float[Tensor, "images classes"], spliced_nc: Float[Tensor, "images classes"], scale: float) -> float:
+    """Return the mean divergence KL(plain ‖ spliced) of the probabilities of the classes, in nats: 0 only if no image's change.
+
+    Args:
+        plain_nc: Cosines of each image with the text of each class in the unchanged model, `(n, c)`.
+        spliced_nc: The same with x̂ in the place of x.
+        scale: As for `classify`.
+    """
+    plain, spliced = ((scale * cosines.double()).log_softmax(1) for cosines in (plain_nc, spliced_nc))
+    return float((plain.exp() * (plain - spliced)).sum(1).mean())
+
+
 def recovered(plain: Classified, spliced: Classified, mean: Classified) -> Interval:
     """Compute the share of cross-entropy recovered, (CE_mean − CE_spliced) / (CE_mean − CE_plain).
 

@@ -26,6 +26,8 @@ SELECT
     headline.ms,
     headline.ms_floor,
     headline.judge,
+    downstream.downstream_loss,
+    downstream.downstream_kl,
     coalesce(counted.n_latents, 0)::INTEGER AS n_latents,
     coalesce(counted.n_labelled, 0)::INTEGER AS n_labelled,
     counted.label_score,
@@ -36,6 +38,7 @@ SELECT
     NULL::VARCHAR AS reason
 FROM read_parquet($runs) AS run
 LEFT JOIN comparisons AS headline ON headline.sae = run.sae AND headline.dictionary = 'sae'
+LEFT JOIN zero_shot AS downstream ON downstream.sae = run.sae AND downstream.spliced = 'sae'
 LEFT JOIN (
     SELECT
         sae,
@@ -66,6 +69,8 @@ COMMENT ON COLUMN runs.images_digest IS 'sha256 of the manifest of the images';
 COMMENT ON COLUMN runs.activations_digest IS 'sha256 of the manifest of the activations that the SAE was trained on';
 COMMENT ON COLUMN runs.sae_digest IS 'sha256 of the manifest of the SAE';
 COMMENT ON COLUMN runs.params IS 'params of all stages, by section';
+COMMENT ON COLUMN runs.downstream_loss IS 'cross-entropy of zero-shot classification with x̂ in the place of x, less that of the plain model, in nats; null if it was not measured';
+COMMENT ON COLUMN runs.downstream_kl IS 'mean divergence of the probabilities of the classes with x̂ in the place of x from those of the plain model, in nats; null if it was not measured';
 COMMENT ON COLUMN runs.n_latents IS 'number of latents of the SAE';
 COMMENT ON COLUMN runs.n_labelled IS 'number of latents with a label';
 COMMENT ON COLUMN runs.label_score IS 'mean label score of the features that have one; null if none has';
