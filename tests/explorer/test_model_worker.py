@@ -254,3 +254,125 @@ def test_activations_made_anew_are_not_searched(catalog: Path, tmp_path: Path) -
     study = change(catalog, tmp_path / "changed.duckdb", "UPDATE runs SET activations_digest = 'other'")
     found = study.search_image(SAE, png(Image.new("RGB", (48, 32))), 5)
     assert "were made anew since; run `dvc repro`" in found["problem"] and found["n_images"] == 0
+
+
+# ---- steering and attribution
+
+
+def steer(study: Study, names: list[str], latents: list[int], tokens: str = "all", patches: tuple[int, ...] = (), **more: Any) -> Any:
+    """Steer latents on a picture of tiles of named colours, at the doses 0, 1 and 2."""
+    encoded = png(draw_tiles(np.random.default_rng(0), names))
+    return study.steer(SAE, encoded, latents, more.get("doses", [0.0, 1.0, 2.0]), tokens, list(patches), more.get("texts", []))
+
+
+def named(found: Any, name: str) -> Any:
+    return next(row for row in found["names"] if row["name"] == name)
+
+
+def test_a_planted_latent_takes_an_image_to_its_colour_and_no_control_does(study: Study) -> None:
+    green, red = 1, 0
+    found = steer(study, ["red"] * 3 + ["grey"] * 3, [green])
+    row = named(found, "green")
+    assert found["n_names"] == 3 and row["kind"] == "label" and named(found, "blue")["kind"] == "class"
+    assert row["rank"] > 1 and row["ranks"][2] == 1 and named(found, "red")["rank"] == 1
+    assert row["scores"][0] == row["score"], "to remove a silent latent changes nothing"
+    assert set(row["controls"]) == {"untouched", "sign_flipped", "random_latent", "random_direction", "diff_means"}
+    for arm in ("sign_flipped", "random_latent", "random_direction"):
+        assert all(len(ends) == 2 and ends[0] <= ends[1] for ends in row["controls"][arm])
+        assert row["scores"][2] > row["controls"][arm][2][1] + 0.1, arm
+    assert row["controls"]["untouched"][0] == row["controls"]["untouched"][2]
+    (latent,) = found["latents"]
+    assert latent["latent"] == green and latent["act"] == 0 and latent["scale"] > 0 and latent["heat"] == [0.0] * 6
+    assert any("silent on the image" in text for text in found["warnings"])
+    (on_red,) = steer(study, ["red"] * 3 + ["grey"] * 3, [red])["latents"]
+    assert [act > 0 for act in on_red["heat"]] == [True] * 3 + [False] * 3 and on_red["act"] == max(on_red["heat"])
+
+
+def test_few_live_latents_give_fewer_draws(study: Study) -> None:
+    assert steer(study, ["red"] * 6, [1])["n_draws"] == 2
+
+
+def test_only_chosen_tokens_are_edited(study: Study) -> None:
+    tiles = ["green", "grey", "grey", "red", "grey", "grey"]
+    whole = steer(study, tiles, [1])
+    one, every = (steer(study, tiles, [1], "patches", chosen) for chosen in ((5,), (0, 1, 2, 3, 4, 5)))
+    assert every["names"] == whole["names"], "all patches are all tokens"
+    plain = named(whole, "green")["score"]
+    assert plain < named(one, "green")["scores"][2] < named(whole, "green")["scores"][2]
+    firing = steer(study, tiles, [1], "firing", doses=[0.0])
+    there = steer(study, tiles, [1], "patches", (0,), doses=[0.0])
+    assert named(firing, "green")["scores"] == named(there, "green")["scores"] < [plain]
+
+
+def test_typed_texts_are_compared_first(study: Study) -> None:
+    found = steer(study, ["red"] * 6, [2], texts=["something blue", "red"])
+    assert {row["name"]: row["kind"] for row in found["names"]} == {
+        "something blue": "text",
+        "red": "text",
+        "blue": "label",
+        "green": "class",
+    }
+    assert found["n_names"] == 4 and sorted(row["rank"] for row in found["names"]) == [1, 2, 3, 4]
+
+
+def test_several_latents_are_steered_with_a_warning(study: Study) -> None:
+    found = steer(study, ["grey"] * 6, [2, 0])
+    assert [one["latent"] for one in found["latents"]] == [2, 0] and "do not compose" in found["warnings"][0]
+    with pytest.raises(InputError, match=r"latents: there is no control, as only 1 live latents differ .* steer fewer latents at once"):
+        steer(study, ["grey"] * 6, [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("latents", "tokens", "patches", "says"),
+    [
+        ([DEAD], "all", (), "latent 4 is dead"),
+        ([99], "all", (), "latent 99 does not exist"),
+        ([1], "patches", (0, 6), "patches: got 6; the image has 2 x 3 patches, 0 to 5"),
+        ([1], "cls", (), "no class token is kept"),
+    ],
+)
+def test_what_cannot_be_steered_says_why(study: Study, latents: list[int], tokens: str, patches: tuple[int, ...], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        steer(study, ["red"] * 6, latents, tokens, patches)
+
+
+def test_steering_needs_the_study_of_the_catalogue(catalog: Path, tmp_path: Path) -> None:
+    other = change(catalog, tmp_path / "changed.duckdb", "UPDATE runs SET activations_digest = 'other'")
+    with pytest.raises(ModelError, match=r"the study in .* is not the one that the catalogue was built from; run `dvc repro`"):
+        other.load("study", SAE)
+    shutil.copyfile(catalog, tmp_path / "catalog.duckdb")
+    with pytest.raises(
+        ModelError, match=r"an edit is made with the study that the catalogue was built from, which is not at hand: .*nowhere"
+    ):
+        Study(str(tmp_path / "catalog.duckdb"), str(tmp_path / "nowhere")).load("study", SAE)
+
+
+def test_latents_that_speak_for_a_colour_are_found_where_it_is(study: Study) -> None:
+    encoded = png(draw_tiles(np.random.default_rng(0), ["red", "green", "grey", "grey", "grey", "grey"]))
+    found = study.attribute(SAE, encoded, ["green", "red"])
+    effects = {one["latent"]: one for one in found["latents"]}
+    assert effects[1]["effect"] > 0 > effects[0]["effect"] and DEAD not in effects
+    assert max(range(6), key=effects[1]["heat"].__getitem__) == 1 and min(range(6), key=effects[0]["heat"].__getitem__) == 0
+    sizes = [abs(one["effect"]) for one in found["latents"]]
+    assert sizes == sorted(sizes, reverse=True) and found["n_firing"] == len(sizes) and found["measure"] == "cosine"
+    alone = study.attribute(SAE, encoded, ["green"]), study.attribute(SAE, encoded, ["red"])
+    assert found["score"] == pytest.approx(alone[0]["score"] - alone[1]["score"], abs=1e-5)
+
+
+def test_a_model_without_texts_is_read_by_classes(catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TileModel()
+    model.d_embed = None  # type: ignore[assignment]
+    use_tile_model(monkeypatch, model)
+    study = Study(str(catalog), str(catalog.parents[1]))
+    found = steer(study, ["red"] * 3 + ["grey"] * 3, [1])
+    row = named(found, "green")
+    assert found["measure"] == "logit" and {name["kind"] for name in found["names"]} == {"class"}
+    assert row["rank"] > 1 and row["ranks"][2] == 1
+    encoded = png(draw_tiles(np.random.default_rng(0), ["red", "green", "grey", "grey", "grey", "grey"]))
+    effects = {one["latent"]: one["effect"] for one in study.attribute(SAE, encoded, ["green", "red"])["latents"]}
+    assert effects[1] > 0 > effects[0]
+    says = "texts: tiles has no text tower, so its output can only be compared with classes; leave texts empty"
+    with pytest.raises(InputError, match=says):
+        steer(study, ["red"] * 6, [1], texts=["red"])
+    with pytest.raises(InputError, match="'a red tile' is not among the names that are read from the output: 'blue', 'green', 'red'"):
+        study.attribute(SAE, encoded, ["a red tile"])

@@ -12,8 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote, urlsplit
@@ -33,6 +32,7 @@ from ommatid.explorer.model_client import Unavailable
 from ommatid.explorer.security import HEADERS, MOST_ADDRESSES, MOST_WRONG, check_exposure, check_form
 from ommatid.explorer.web import Settings
 from support.hostile import SAES
+from support.html import read
 from support.processes import HANG_SECONDS
 from support.servers import EXPLORER, ExplorerServer, serving_explorer
 from support.small_study import HOSTILE, LONG, MARKUP, QUOTES
@@ -108,52 +108,6 @@ def csrf_of(client: TestClient) -> str:
 
 
 # What pages hold
-
-
-@dataclass
-class Page(HTMLParser):
-    """What a browser would run, load and follow of a page."""
-
-    problems: list[str] = field(default_factory=list)
-    links: list[str] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
-    inside: str = ""
-
-    def __post_init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.inside = tag
-        given = {name: value or "" for name, value in attrs}
-        if tag in ("style", "iframe", "object", "embed", "base", "template"):
-            self.problems.append(f"<{tag}>")
-        if tag == "script" and not given.get("src", "").startswith("/static/"):
-            self.problems.append(f"script from {given.get('src')!r}")
-        for name, value in given.items():
-            if name.startswith(("on", "hx-on")) or name in ("style", "srcdoc", "hx-vars"):
-                self.problems.append(f"<{tag} {name}={value[:80]!r}>")
-            is_address = name in ("href", "src", "action", "formaction", "hx-get", "hx-post", "xlink:href", "poster")
-            is_own = (value.startswith(("/", "#")) and not value.startswith(("//", "/\\"))) or value.startswith("data:image/webp;")
-            if is_address and not is_own:
-                self.problems.append(f"<{tag} {name}={value[:80]!r}>")
-        if tag == "a":
-            self.links.append(given.get("href", ""))
-        self.links += [given[name] for name in ("src", "hx-get") if name in given]
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-        if self.inside == "script" and data.strip():
-            self.problems.append(f"inline script {data[:80]!r}")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = ""
-
-
-def read(text: str) -> Page:
-    page = Page()
-    page.feed(text)
-    page.close()
-    return page
 
 
 def check_headers(response: Any, what: str) -> None:

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ommatid import __version__
 from ommatid.errors import ConfigError, OmmatidError
-from ommatid.explorer import classes, compare, console, feature, features, image, model, monitoring, review, runs, search, start
+from ommatid.explorer import classes, compare, console, feature, features, image, model, monitoring, review, runs, search, start, steer
 from ommatid.explorer.library import CONSOLE_MB, CONSOLE_RETAINED_MB, Library, NoCatalogue, OldCatalogue
 from ommatid.explorer.model_client import ModelClient
 from ommatid.explorer.security import UPLOADS, Guard, check_exposure, harden, is_local
@@ -71,7 +71,7 @@ def make_app(settings: Settings) -> FastAPI:
     )
     MultiPartParser.spool_max_size = 2 * max(UPLOADS.values())  # what is uploaded stays in memory
     app.state.explorer = explorer
-    for module in (start, features, feature, image, model, search, classes, compare, runs, review, console, monitoring):
+    for module in (start, features, feature, image, model, search, steer, classes, compare, runs, review, console, monitoring):
         app.include_router(module.router)
     app.add_api_route("/static/{digest}/{name}", _static, include_in_schema=False)
     app.add_exception_handler(OmmatidError, _explain)

@@ -12,6 +12,7 @@ from ommatid.catalog.question import Question
 from ommatid.explorer.cards import load_features, load_features_of_others, load_images, load_previews
 from ommatid.explorer.heat import Tile, draw_svg, encode, make_tile
 from ommatid.explorer.reviewed import make_box
+from ommatid.explorer.steer_box import N_CHOICES, SteerQuery, make_steer_box
 from ommatid.explorer.web import Json, NotFound, TheExplorer, View, feature_url
 from ommatid.show.doses import ALL_ARMS, DOSES, draw_doses, find_outcome
 from ommatid.show.numbers import fixed
@@ -197,12 +198,13 @@ def feature_page(request: Request, explorer: TheExplorer, sae: str, latent: int)
         found = describe_feature(view, sae, latent)
         feature = found["feature"]
         scale = feature["max_act"]
+        strongest = [make_tile(row, scale) for row in found["examples"][:N_STRONGEST]]
         return view.render(
             "feature.html",
             sae,
             feature=feature,
             found=found,
-            strongest=[make_tile(row, scale) for row in found["examples"][:N_STRONGEST]],
+            strongest=strongest,
             deciles=_by_decile(found["examples"][N_STRONGEST:], scale),
             near_misses=[make_tile(row, note=_distance(row)) for row in found["near_misses"]],
             silent=[(make_tile(row, note=f"fires {row['other']}"), row["other"]) for row in found["silent"]],
@@ -211,6 +213,7 @@ def feature_page(request: Request, explorer: TheExplorer, sae: str, latent: int)
             doses=draw_doses(found["doses"]),
             arms=ALL_ARMS,
             outcome=find_outcome(found["doses"]),
+            steer_box=make_steer_box(view, sae, SteerQuery(latents=[latent]), strongest[:N_CHOICES]),
             tiles={other: [make_tile(row) for row in rows] for other, rows in found["previews"].items()},
             box=make_box(view, sae, latent),
             sql=Question("SELECT * FROM features WHERE sae = $sae AND latent = $latent", {"sae": sae, "latent": latent}).text,

@@ -16,6 +16,7 @@ from ommatid.explorer.heat import draw_svg, encode, fit
 from ommatid.explorer.model import Model, about_model
 from ommatid.explorer.model_client import EncodedImage
 from ommatid.explorer.security import check_form
+from ommatid.explorer.steer_box import make_steer_box
 from ommatid.explorer.web import FOREVER, BadRequest, Json, NotFound, Query, TheExplorer, View, image_url
 
 router = APIRouter()
@@ -152,7 +153,7 @@ def image_json(request: Request, explorer: TheExplorer, image: int, query: Annot
 def my_image_form(request: Request, explorer: TheExplorer, query: Annotated[Query, Parameters()]) -> Response:
     """Show the form for an image that is not in the data set."""
     with explorer.open(request) as view:
-        return view.render("my_image.html", view.choose_sae(query.sae), where=None, name=None)
+        return view.render("my_image.html", view.choose_sae(query.sae), where=None, name=None, steer_box=None)
 
 
 @router.post("/my-image", include_in_schema=False, dependencies=[Depends(check_form)])
@@ -161,7 +162,9 @@ def my_image_page(request: Request, explorer: TheExplorer, upload: Upload, sae: 
     with explorer.open(request) as view:
         sae, encoded = view.choose_sae(sae or None), read_upload(upload)
         where = about_model(lambda: show_where(view, sae, explorer.model.encode(sae, encoded, wait=60)))
-        return view.render("my_image.html", sae, where=where, name=upload.filename)
+        shown = [entry["row"]["latent"] for entry in where.answer["firing"]] if where.answer else []
+        steer_box = make_steer_box(view, sae, None, features=load_features(view, sae, shown))
+        return view.render("my_image.html", sae, where=where, name=upload.filename, steer_box=steer_box)
 
 
 @router.post("/api/my-image", tags=["images"], dependencies=[Depends(check_form)])

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,16 @@ LONGEST_TEXT = 200
 """Maximum number of characters of a text to search for."""
 MOST_HITS = 1000
 """Maximum number of hits of each kind."""
+MOST_TEXTS = 8
+"""Maximum number of texts that visitors type for the output of the model to be compared with."""
+MOST_STEERED = 8
+"""Maximum number of latents that are steered at once."""
+DOSES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+"""Doses of every dose curve, in units of the 99th percentile of the latent's positive activations."""
+N_DRAWS = 8
+"""Number of draws of each random control, unless too few latents are live."""
+HIGHEST_DOSE = 10.0
+"""Highest dose that is computed beside these."""
 WAITING = 4
 """Maximum number of questions that wait while another is answered; more are refused at once, so that pages keep their threads."""
 TIMEOUT = 60.0
@@ -37,13 +47,16 @@ AGAIN_AFTER = 30.0
 LARGEST_ANSWER = 2**26
 """Maximum size of an answer, in bytes."""
 
-Part = Literal["words", "model", "images"]
-"""What questions need: `words` are the text tower and the features' meanings, `model` is the explained model with the SAE, and `images`
-are the embeddings of the evaluation images."""
+Part = Literal["words", "model", "images", "study"]
+"""What questions need: `words` are the text tower and the features' meanings, `model` is the explained model with the SAE, `images` are the
+embeddings of the evaluation images, and `study` is what edits of the model's activations need of the study."""
 PARTS: tuple[Part, ...] = ("words", "model", "images")
+"""Parts that a search by image needs."""
+Tokens = Literal["all", "firing", "cls", "patches"]
+"""Tokens that are steered: all, those on which a latent fires, the class token, or chosen patches."""
 Need = tuple[Part, str]
 """A part, and the SAE that it is needed for."""
-GUESSES = {"start words": 8.0, "start model": 10.0, "words": 3.0, "model": 3.0, "images": 2.0}
+GUESSES = {"start words": 8.0, "start model": 10.0, "words": 3.0, "model": 3.0, "images": 2.0, "study": 4.0, "start study": 12.0}
 """Seconds that each part takes to load, the first one with the start of the process, until they have been measured here."""
 
 
@@ -99,8 +112,8 @@ class PatchActs:
 
 
 @dataclass(frozen=True)
-class EncodedImage:
-    """An image as the model and the SAE see it."""
+class SeenImage:
+    """An image as the model sees it."""
 
     width: int
     """Width of the upright image, in pixels."""
@@ -120,6 +133,12 @@ class EncodedImage:
     """Rows of the heat maps; 0 if the tokens are not patches."""
     cols: int
     """Columns of the heat maps; 0 if the tokens are not patches."""
+
+
+@dataclass(frozen=True)
+class EncodedImage(SeenImage):
+    """An image as the model and the SAE see it."""
+
     n_firing: int
     """Number of latents that fire on the image."""
     latents: Sequence[int]
@@ -130,6 +149,90 @@ class EncodedImage:
     """Heat map of each, row by row from the top left; empty if the tokens are not patches."""
     patches: Sequence[PatchActs]
     """The strongest latents of each patch, row by row from the top left."""
+
+
+@dataclass(frozen=True)
+class SteeredLatent:
+    """A latent that was steered."""
+
+    latent: int
+    """The latent."""
+    scale: float
+    """Activation that dose 1 is: the 99th percentile of the latent's positive activations."""
+    act: float
+    """Its largest activation on the image's tokens before the edit."""
+    heat: Sequence[float]
+    """Its activations on the patches before the edit, row by row from the top left; empty if the tokens are not patches."""
+
+
+@dataclass(frozen=True)
+class SteeredName:
+    """A class or a text that the output of the model was compared with, before and after the edit."""
+
+    name: str
+    """The class or the text."""
+    kind: str
+    """`text` if a visitor typed it, `label` if it is the label of a steered latent, `class` or `other`."""
+    score: float
+    """Score of the image before the edit."""
+    rank: int
+    """Rank among all names before the edit, from 1."""
+    scores: Sequence[float]
+    """Score after the edit, by dose."""
+    ranks: Sequence[int]
+    """Rank after the edit, by dose."""
+    controls: Mapping[str, Sequence[tuple[float, float]]]
+    """Lowest and highest score among the draws of each control, by the name of its arm and by dose."""
+
+
+@dataclass(frozen=True)
+class SteeredImage(SeenImage):
+    """What the output of the model on an image is while latents are set to doses, beside controls."""
+
+    latents: Sequence[SteeredLatent]
+    """The latents that were steered."""
+    doses: Sequence[float]
+    """Doses, ascending: those of `DOSES`, and the one that was asked for."""
+    measure: str
+    """What scores are, such as the cosine of image and text."""
+    n_names: int
+    """Number of names that the output was compared with."""
+    names: Sequence[SteeredName]
+    """The names that were typed, those of the latents, and those that come first before the edit or after it, by their rank before it."""
+    n_draws: int
+    """Number of draws of each random control."""
+    warnings: Sequence[str]
+    """Why the numbers may mislead, a sentence each."""
+
+
+@dataclass(frozen=True)
+class AttributedLatent:
+    """A latent to which a part of the output was attributed."""
+
+    latent: int
+    """The latent."""
+    effect: float
+    """Its effect: the output minus that without the latent."""
+    estimate: float
+    """The estimate of the effect by the gradient, by which the latent was chosen."""
+    heat: Sequence[float]
+    """Estimate of the effect by patch, row by row from the top left; empty if the tokens are not patches."""
+
+
+@dataclass(frozen=True)
+class AttributedImage(SeenImage):
+    """Which latents speak for one text against another on an image."""
+
+    score: float
+    """Output that is attributed: the score of the first text, minus that of the second if there are two."""
+    measure: str
+    """What the score is."""
+    n_firing: int
+    """Number of latents that fire on the image, to all of which the output was attributed."""
+    latents: Sequence[AttributedLatent]
+    """Those with the largest effects, the largest first, whatever their sign."""
+    warnings: Sequence[str]
+    """Why the numbers may mislead, a sentence each."""
 
 
 @dataclass(frozen=True)
@@ -210,10 +313,7 @@ class ModelClient:
         Returns:
             The latents and their cosines, both sides centred.
         """
-        text = " ".join(text.split())
-        if not text or len(text) > LONGEST_TEXT or not text.isprintable():
-            found = f"{len(text):,} characters" if text.isprintable() else "characters that cannot be printed"
-            raise InputError(f"the text has {found}: expected 1 to {LONGEST_TEXT} characters that can be printed")
+        (text,) = _check_texts([text], 1)
         return Hits(**self._ask([("words", sae)], "search_text", sae, text, _check_n(n), wait=wait))
 
     def search_image(self, sae: str, encoded: bytes, n: int = 50, wait: float = 0) -> ImageHits:
@@ -248,6 +348,67 @@ class ModelClient:
         answer = self._ask([("model", sae)], "encode", sae, encoded, wait=wait)
         patches = [PatchActs(**patch) for patch in answer.pop("patches")]
         return EncodedImage(**answer, patches=patches)
+
+    def steer(
+        self,
+        sae: str,
+        encoded: bytes,
+        latents: Sequence[int],
+        dose: float = 1.0,
+        tokens: Tokens = "all",
+        patches: Sequence[int] = (),
+        texts: Sequence[str] = (),
+        wait: float = 0,
+    ) -> SteeredImage:
+        """Set latents to doses while the model looks at an image, and run the controls of the edit as well.
+
+        Args:
+            sae: Name of the SAE in the catalogue.
+            encoded: Bytes of an image file.
+            latents: The latents, each named once.
+            dose: A dose that is computed beside `DOSES`, 0 to `HIGHEST_DOSE`.
+            tokens: Tokens that are edited.
+            patches: Numbers of the edited patches, row by row from the top left, if `tokens` is `patches`.
+            texts: Texts that the output is compared with, beside the classes of the study's images and the labels of the latents.
+            wait: Seconds to wait for what must be loaded, before `Starting` is raised.
+
+        Returns:
+            The output before and after the edit, for all doses and controls.
+        """
+        _check_size(encoded)
+        if not 0 < len(latents) <= MOST_STEERED or len(set(latents)) < len(latents):
+            raise InputError(f"latents: got {len(latents)}; choose 1 to {MOST_STEERED} latents, each once")
+        if not 0 <= dose <= HIGHEST_DOSE:
+            raise InputError(f"dose: got {dose:g}; expected 0 to {HIGHEST_DOSE:g}, where 1 is as strong as the latent gets")
+        if tokens == "patches" and not patches:
+            raise InputError("patches: none is chosen, so the edit would change nothing; choose a patch, or steer all tokens")
+        doses = sorted({*DOSES, float(dose)})
+        edited = sorted(set(patches)) if tokens == "patches" else []
+        values = [list(latents), doses, tokens, edited, _check_texts(texts, MOST_TEXTS)]
+        answer = self._ask([("study", sae)], "steer", sae, encoded, *values, wait=wait)
+        found = [SteeredLatent(**row) for row in answer.pop("latents")]
+        names = [SteeredName(**row) for row in answer.pop("names")]
+        return SteeredImage(**answer, latents=found, names=names)
+
+    def attribute(self, sae: str, encoded: bytes, text: str, against: str = "", wait: float = 0) -> AttributedImage:
+        """Find the latents that speak for a text on an image, or for it against another text.
+
+        Args:
+            sae: Name of the SAE in the catalogue.
+            encoded: Bytes of an image file.
+            text: The text; for a model without a text tower, a class of the study's images.
+            against: The other text; empty for none.
+            wait: Seconds to wait for what must be loaded, before `Starting` is raised.
+
+        Returns:
+            The effects of the latents, and where in the image they are.
+        """
+        _check_size(encoded)
+        texts = _check_texts([text, *([against] if against.strip() else [])], 2)
+        if len(set(texts)) < len(texts):
+            raise InputError(f"against: got {texts[0]!r} twice; name two texts that differ, or one")
+        answer = self._ask([("study", sae)], "attribute", sae, encoded, texts, wait=wait)
+        return AttributedImage(**answer | {"latents": [AttributedLatent(**row) for row in answer["latents"]]})
 
     @property
     def pid(self) -> int | None:
@@ -444,6 +605,18 @@ def _check_size(encoded: bytes) -> None:
         raise InputError(f"the image has {len(encoded) / 2**20:.1f} MB: expected {MAX_UPLOAD // 2**20} MB or less")
     if not encoded:
         raise InputError("the image has 0 bytes; choose an image file")
+
+
+def _check_texts(texts: Sequence[str], most: int) -> list[str]:
+    """Return texts with single blanks between words."""
+    if len(texts) > most:
+        raise InputError(f"texts: got {len(texts)}; at most {most} are compared at once")
+    found = [" ".join(text.split()) for text in texts]
+    for text in found:
+        if not text or len(text) > LONGEST_TEXT or not text.isprintable():
+            has = f"{len(text):,} characters" if text.isprintable() else "characters that cannot be printed"
+            raise InputError(f"the text has {has}: expected 1 to {LONGEST_TEXT} characters that can be printed")
+    return found
 
 
 def _check_n(n: int) -> int:

@@ -1,4 +1,4 @@
-"""The process that answers what needs the model: search by meaning and by image, and the encoding of new images.
+"""The process that answers what needs the model: search by meaning and by image, the encoding of new images, steering and attribution.
 
 `model_client.py` starts it with `python -m` and talks to it over standard input, which is a socket, as `catalog.sandbox.Wire` does. It ends
 with the server, leaves Ctrl-C to it, and yields to it: it has a lower priority, and is the first that the kernel ends if memory runs out.
@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int
+from jaxtyping import Bool, Float32, Int, UInt8
 from PIL import Image
 
 from ommatid.api.encoding import Encoder
@@ -33,15 +33,24 @@ from ommatid.catalog.sandbox import Wire, end_with_parent, set_soft
 from ommatid.catalog.vectors import unpack
 from ommatid.compute.nearest import largest
 from ommatid.errors import ArtefactError, InputError, ModelError, OmmatidError, describe, find_lack
+from ommatid.explorer.model_client import N_DRAWS
+from ommatid.extract.classifier import embed_texts
 from ommatid.extract.networks import find_device, load_explained
+from ommatid.extract.tokens import TokenPicker
 from ommatid.images.dataset import to_webp
 from ommatid.images.decode import FORMATS, Unreadable, decode
+from ommatid.intervene.attribution import Agreement, Attributor, agreement, similarity
+from ommatid.intervene.readout import Readout
+from ommatid.intervene.steering import Steered, steer
+from ommatid.intervene.subject import Described, Subject
 from ommatid.label.context import read_joint
 from ommatid.label.scoring import Texts
+from ommatid.metrics import unit
 from ommatid.pipeline import open_stage
 from ommatid.sae.model import SAE
 from ommatid.store import Artefact, open_artefact
-from ommatid.vlm import VisionModel, imagenet_classes
+from ommatid.store.manifest import INSIDE
+from ommatid.vlm import Score, VisionModel, imagenet_classes
 
 NICENESS = 5
 """Amount by which the process is nicer than the server."""
@@ -64,6 +73,16 @@ N_OF_PATCH = 8
 """Number of latents that are returned of each patch."""
 PICTURE = 768
 """Longest side of the picture of an encoded image, in pixels."""
+N_FIRST = 5
+"""Names that are returned of those that come first before an edit, and after it at any dose."""
+N_OTHERS = 64
+"""Labels of other latents that the output is compared with, if the study's images have no classes."""
+N_DESCRIBED = 64
+"""Choices of latents of which scales and differences of means stay in memory."""
+N_READOUTS = 16
+"""Choices of texts whose embeddings stay in memory."""
+N_ATTRIBUTED = 24
+"""Latents that are ablated, and returned, of those to which an output is attributed."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +137,9 @@ class Study:
         self._texts = lru_cache(KEPT)(self._load_texts)
         self._encoder = lru_cache(KEPT)(self._load_encoder)
         self._images = lru_cache(KEPT)(self._load_images)
+        self._subject = lru_cache(1)(self._load_subject)
+        self._describe = lru_cache(N_DESCRIBED)(self._describe_latents)
+        self._readout = lru_cache(N_READOUTS)(self._embed_names)
 
     def load(self, part: str, sae: str) -> None:
         """Load a part that questions about an SAE need; see `model_client.Part`.
@@ -130,6 +152,8 @@ class Study:
             self._texts(sae)
         elif part == "model":
             self._encoder(sae)
+        elif part == "study":
+            self._subject(sae)
         else:
             assert part == "images", part
             self._images(sae)
@@ -157,30 +181,89 @@ class Study:
     def encode(self, sae: str, encoded: bytes) -> dict[str, Any]:
         """Answer `ModelClient.encode`."""
         image, encoder = open_upload(encoded), self._encoder(sae)
-        width, height = image.size
         acts_tl = encoder.sae.encode(encoder.capture([image])[0])
         acts_l = encoder.pool(acts_tl[None])[0]
         n_firing = int((acts_l > 0).sum())
         latents = largest(acts_l.numpy()[None], min(n_firing, MOST_LATENTS))[0]
         rows, cols = encoder.picker.grid or (0, 0)
         patches_pl = acts_tl[len(acts_tl) - rows * cols :]
-        left, top, right, bottom = encoder.model.preprocess.box(width, height)
-        picture = to_webp(image, PICTURE)  # scales the image down
         return {
-            "width": width,
-            "height": height,
-            "picture": picture,
-            "picture_width": image.width,
-            "picture_height": image.height,
-            "seen_width": (right - left) / width,
-            "seen_height": (bottom - top) / height,
-            "rows": rows,
-            "cols": cols,
+            **_see(encoder.model, encoder.picker, image),
             "n_firing": n_firing,
             "latents": latents.tolist(),
             "acts": acts_l[latents].tolist(),
             "heat": patches_pl[:, latents].T.tolist(),
             "patches": [_strongest(acts) for acts in patches_pl],
+        }
+
+    def steer(
+        self, sae: str, encoded: bytes, latents: list[int], doses: list[float], tokens: str, patches: list[int], texts: list[str]
+    ) -> dict[str, Any]:
+        """Answer `ModelClient.steer`."""
+        image, subject = open_upload(encoded), self._subject(sae)
+        described = self._describe(sae, tuple(latents))
+        where: Any = _mask(subject.writes, patches) if tokens == "patches" else tokens
+        kinds = _name_kinds(subject, [one.label for one in described], texts)
+        readout = self._readout(sae, tuple(kinds)) if subject.model.d_embed is not None else subject.readout
+        draws = _count_draws(subject, described)
+        found = steer(subject, _pixels(subject.model, image), described, doses=doses, tokens=where, readout=readout, draws=draws)
+        heat = found.heat(0)
+        return {
+            **_see(subject.model, subject.writes, image),
+            "latents": [
+                {
+                    "latent": one.latent,
+                    "scale": one.scale,
+                    "act": float(found.acts_bkl[0, :, place].max()),
+                    "heat": [] if heat is None else heat[place].flatten().tolist(),
+                }
+                for place, one in enumerate(described)
+            ],
+            "doses": list(found.doses),
+            "measure": "logit" if subject.model.d_embed is None else "cosine",
+            "n_names": len(found.names),
+            "names": _describe_names(found, kinds),
+            "n_draws": draws,
+            "warnings": list(found.warnings),
+        }
+
+    def attribute(self, sae: str, encoded: bytes, texts: list[str]) -> dict[str, Any]:
+        """Answer `ModelClient.attribute`."""
+        image, subject = open_upload(encoded), self._subject(sae)
+        if subject.model.d_embed is None:
+            readout = subject.readout
+            score: Score = readout.difference(*texts) if len(texts) == 2 else readout.log_odds(texts[0])
+            measure = "logit" if len(texts) == 2 else "log-odds"
+        else:
+            readout = self._readout(sae, tuple(texts))
+            score, measure = readout.difference(*texts) if len(texts) == 2 else similarity(readout.weights[0].float()), "cosine"
+        attributor = Attributor(subject.model, subject.device_sae, subject.reads, subject.writes)
+        pixels = _pixels(subject.model, image)
+        code = attributor.encode(pixels)
+        cheap = attributor.cheap(pixels, score, code)
+        (estimates,) = cheap.by_image.cpu()
+        firing = code.firing.cpu()
+        chosen = firing[estimates[firing].abs().argsort(descending=True, stable=True)[:N_ATTRIBUTED]].tolist()
+        exact = attributor.exact(pixels, score, chosen, code)[0].cpu()
+        (plain,) = subject.model.splice(pixels, subject.writes.name, [lambda tokens: tokens])
+        maps = cheap.maps(chosen)[0].T.cpu()
+        rows, cols = subject.writes.grid or (0, 0)
+        agreed = agreement(estimates[chosen], exact, " − ".join(texts), "cheap")
+        return {
+            **_see(subject.model, subject.writes, image),
+            "score": float(score(plain.float())[0]),
+            "measure": measure,
+            "n_firing": len(firing),
+            "latents": [
+                {
+                    "latent": chosen[place],
+                    "effect": float(exact[place]),
+                    "estimate": float(estimates[chosen[place]]),
+                    "heat": maps[place, maps.shape[1] - rows * cols :].tolist() if rows else [],
+                }
+                for place in exact.abs().argsort(descending=True, stable=True).tolist()
+            ],
+            "warnings": _warn_of_estimates(agreed, len(firing)),
         }
 
     def _open(self) -> Catalog:
@@ -289,6 +372,45 @@ class Study:
         joint_rd -= mean_d
         return Images(Rows(numbers, _unit(joint_rd)), mean_d, problem)
 
+    def _load_subject(self, sae: str) -> Subject:
+        """Open what edits need: the study's artefacts, as long as they are those that the catalogue was built from.
+
+        Raises:
+            ModelError: They are not at hand, or not those.
+        """
+        params, run = self._params(sae), self._run(sae)
+        try:
+            inputs = {name: open_stage(name, data=self._data) for name in ("images", "train", "evaluate", "label")}
+            inputs |= {name: inputs[name].child(run["name"], INSIDE[inputs[name].manifest.kind]) for name in ("train", "evaluate", "label")}
+            inputs["extract"] = open_stage("extract", run["hookpoint"], self._data)
+            if target := SAE.load(inputs["train"].path).config.target:
+                inputs["target"] = open_stage("extract", target, self._data)
+        except ArtefactError as error:
+            raise ModelError(f"an edit is made with the study that the catalogue was built from, which is not at hand: {error}") from None
+        if (inputs["train"].digest, inputs["extract"].digest) != (run["sae_digest"], run["activations_digest"]):
+            raise ModelError(f"the study in {self._data} is not the one that the catalogue was built from; run `dvc repro`")
+        extract = json.dumps({**params["extract"], "namer": None}, sort_keys=True)
+        subject = Subject(inputs, lambda: self._network(extract), params.get("intervene", {}).get("head"))
+        # So that the first answer does not wait for what all of them need.
+        _ = subject.sample, subject.densities, subject.model.embed_text(["a text"]) if subject.model.d_embed else subject.readout
+        return subject
+
+    def _describe_latents(self, sae: str, latents: tuple[int, ...]) -> list[Described]:
+        """Return scale, label and difference of means of latents.
+
+        Raises:
+            InputError: A latent does not exist, or is dead.
+        """
+        subject = self._subject(sae)
+        for latent in latents:
+            subject.check_latent(latent)
+        return list(subject.describe(latents))
+
+    def _embed_names(self, sae: str, names: tuple[str, ...]) -> Readout:
+        """Return a readout of texts, of which only the cosines are used: to fit a scale for probabilities would take seconds."""
+        model = self._subject(sae).model
+        return Readout(names, unit(embed_texts(model, [name.replace("_", " ") for name in names])), model.logit_scale or 1.0)
+
     def _estimate_mean(self, sae: str) -> Float32[np.ndarray, " d"]:
         """Estimate the mean joint embedding of the evaluation images from some thumbnails."""
         with self._open() as opened:
@@ -324,6 +446,115 @@ def open_upload(encoded: bytes) -> Image.Image:
         raise InputError(f"the image cannot be read ({reason}): {detail}{formats}") from None
 
 
+def _see(model: VisionModel, picker: TokenPicker, image: Image.Image) -> dict[str, Any]:
+    """Describe an image as the model sees it, and scale it down; see `model_client.SeenImage`."""
+    width, height = image.size
+    left, top, right, bottom = model.preprocess.box(width, height)
+    rows, cols = picker.grid or (0, 0)
+    picture = to_webp(image, PICTURE)  # scales the image down
+    return {
+        "width": width,
+        "height": height,
+        "picture": picture,
+        "picture_width": image.width,
+        "picture_height": image.height,
+        "seen_width": (right - left) / width,
+        "seen_height": (bottom - top) / height,
+        "rows": rows,
+        "cols": cols,
+    }
+
+
+def _pixels(model: VisionModel, image: Image.Image) -> UInt8[torch.Tensor, "1 height width 3"]:
+    return torch.from_numpy(model.preprocess(image)[None]).to(find_device())
+
+
+def _mask(picker: TokenPicker, patches: Sequence[int]) -> Bool[torch.Tensor, " kept"]:
+    """Return the mask of the kept tokens that are patches of given numbers.
+
+    Raises:
+        InputError: There is no such patch.
+    """
+    rows, cols = picker.grid or (0, 0)
+    if not rows:
+        raise InputError(f"patches: the tokens of {picker.name} are no patches, so that none can be chosen; steer all tokens")
+    if patches[-1] >= rows * cols:
+        raise InputError(f"patches: got {patches[-1]}; the image has {rows} x {cols} patches, 0 to {rows * cols - 1}")
+    mask = torch.zeros(len(picker.places), dtype=torch.bool)
+    mask[len(mask) - rows * cols + torch.tensor(patches)] = True
+    return mask
+
+
+def _count_draws(subject: Subject, described: Sequence[Described]) -> int:
+    """Return how often each random control can be drawn, at most `N_DRAWS` times.
+
+    Raises:
+        InputError: There are too few other latents for even one draw.
+    """
+    problem = ""
+    for draws in (N_DRAWS, N_DRAWS // 2, N_DRAWS // 4, 1):
+        try:
+            subject.controls(described, 0, draws)
+            return draws
+        except InputError as error:
+            problem = str(error).partition("; ")[0]
+    raise InputError(f"latents: there is no control, as {problem}; steer fewer latents at once, or others")
+
+
+def _name_kinds(subject: Subject, labels: Sequence[str | None], texts: Sequence[str]) -> dict[str, str]:
+    """Return what the output is compared with, and of what kind each name is; see `model_client.SteeredName`.
+
+    Raises:
+        InputError: Texts were typed, but the model has no text tower.
+    """
+    if subject.model.d_embed is None:
+        if texts:
+            name = subject.model.name
+            raise InputError(f"texts: {name} has no text tower, so its output can only be compared with classes; leave texts empty")
+        return dict.fromkeys(subject.readout.names, "class")
+    classes = sorted(set(subject.classes.values()))
+    others = [] if classes else _spread(sorted({row["label"] for row in subject.labels.values()}), N_OTHERS)
+    kinds = dict.fromkeys(others, "other") | dict.fromkeys(classes, "class")
+    return kinds | dict.fromkeys(filter(None, labels), "label") | dict.fromkeys(texts, "text")
+
+
+def _describe_names(found: Steered, kinds: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the names that are shown, by their rank before the edit; see `model_client.SteeredName`."""
+    plain_n, ranks_n = found.of(found.scores_abn, "none")[0, 0], found.of(found.ranks_abn, "none")[0, 0]
+    by_dose = [
+        (found.of(found.scores_abn, "targeted", dose)[0, 0], found.of(found.ranks_abn, "targeted", dose)[0, 0]) for dose in found.doses
+    ]
+    arms = list(dict.fromkeys(key.name for key in found.arms if key.name not in ("none", "targeted")))
+    controls = {arm: [found.of(found.scores_abn, arm, dose)[:, 0] for dose in found.doses] for arm in arms}
+    own = [name for name, kind in kinds.items() if kind in ("text", "label")]
+    shown = sorted({found.names.index(name) for name in {*own, *found.top(0, N_FIRST)}}, key=lambda place: int(ranks_n[place]))
+    return [
+        {
+            "name": found.names[place],
+            "kind": kinds[found.names[place]],
+            "score": float(plain_n[place]),
+            "rank": int(ranks_n[place]),
+            "scores": [float(scores_n[place]) for scores_n, _ in by_dose],
+            "ranks": [int(ranks[place]) for _, ranks in by_dose],
+            "controls": {
+                arm: [(float(draws_rn[:, place].min()), float(draws_rn[:, place].max())) for draws_rn in of_doses]
+                for arm, of_doses in controls.items()
+            },
+        }
+        for place in shown
+    ]
+
+
+def _warn_of_estimates(agreed: Agreement, n_firing: int) -> list[str]:
+    """Return what to say of latents that were chosen by an estimate, before the largest of them were ablated."""
+    if not agreed.is_low or n_firing <= N_ATTRIBUTED:
+        return []
+    return [
+        f"of the {n_firing:,} latents that fire, {N_ATTRIBUTED} were chosen by an estimate of their effect, which follows the exact effect "
+        f"poorly here (rank correlation {agreed.correlation.value:.2f}): others may have larger effects"
+    ]
+
+
 def _unit(x: Float32[np.ndarray, "*rows d"]) -> Float32[np.ndarray, "*rows d"]:
     """Scale vectors to unit norm; those of zeros stay zero."""
     norms = np.linalg.norm(x, axis=-1, keepdims=True)
@@ -352,7 +583,7 @@ def serve(wire: Wire) -> None:
             if what == "open":
                 study, answer = Study(*values), None
             else:
-                assert what in ("load", "search_text", "search_image", "encode"), what
+                assert what in ("load", "search_text", "search_image", "encode", "steer", "attribute"), what
                 answer = getattr(study, what)(*values)
             wire.send("answer", answer)
         except OmmatidError as error:

@@ -42,6 +42,8 @@ MOST_BYTES = 2**18
 UPLOADS = {
     "/my-image": MAX_UPLOAD + MOST_BYTES,
     "/api/my-image": MAX_UPLOAD + MOST_BYTES,
+    "/steer": MAX_UPLOAD + MOST_BYTES,
+    "/attribute": MAX_UPLOAD + MOST_BYTES,
     "/search": MAX_UPLOAD + MOST_BYTES,
     "/review/import": 8 * 2**20,
 }

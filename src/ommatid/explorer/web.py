@@ -39,7 +39,7 @@ NAVIGATION = (
     ("/sql", "SQL"),
 )
 """Address and name of each page in the bar."""
-SERVED = ("/my-image", "/search", "/review", "/sql", "/api", "/openapi", "/originals", "/heat")
+SERVED = ("/my-image", "/steer", "/attribute", "/search", "/review", "/sql", "/api", "/openapi", "/originals", "/heat")
 """Beginnings of addresses that need a server, and that a static copy lacks."""
 SORT_NAMES = {
     "latent": "number",
@@ -265,7 +265,7 @@ class Explorer:
             "draw_scored": draw_scored,
             "draw_tile": self.draw_tile,
         }
-        environment.filters |= {name: getattr(numbers, name) for name in ("fixed", "percent", "rate", "signed", "count")}
+        environment.filters |= {name: getattr(numbers, name) for name in ("fixed", "percent", "rate", "signed", "short", "count")}
         environment.filters["python"] = as_python
         return environment
 

@@ -42,6 +42,11 @@ def signed(value: float | None) -> str:
     return DASH if value is None else f"{value:+.3f}".replace("-", "−")
 
 
+def short(value: float | None) -> str:
+    """Write a difference of any size with two significant digits and its sign, or None as a dash."""
+    return DASH if value is None else f"{value:+.2g}".replace("-", "−")
+
+
 def count(value: int | None) -> str:
     """Write a whole number with separated thousands, or None as a dash."""
     return DASH if value is None else f"{value:,}"

@@ -65,6 +65,10 @@ class Plot:
     words: list[Words] = field(default_factory=list)
     curves: list[tuple[str, str]] = field(default_factory=list)
     """Points of each curve as SVG writes them, and its class."""
+    areas: list[tuple[str, str]] = field(default_factory=list)
+    """Points of each area as SVG writes them, and its class."""
+    marks: list[tuple[float, bool]] = field(default_factory=list)
+    """Horizontal places of vertical lines between which a slider of the page chooses, and whether each is shown."""
     dots: str = ""
     """Points as a path of strokes without length, whose round ends are drawn: the shortest way to write thousands."""
 
@@ -81,6 +85,11 @@ class Plot:
                 yield _tag("line", class_=line.kind, x1=line.x1, y1=line.y1, x2=line.x2, y2=line.y2)
         for box in self.boxes:
             yield _draw_box(box)
+        for points, kind in self.areas:
+            yield _tag("polygon", class_=kind, points=points)
+        for x, is_shown in self.marks:
+            hidden = {} if is_shown else {"hidden": ""}
+            yield _tag("line", class_="at", x1=x, y1=TOP, x2=x, y2=self.height - BOTTOM, **hidden)
         if self.dots:
             yield _tag("path", class_="dots", d=self.dots)
         for points, kind in self.curves:
@@ -292,4 +301,36 @@ def draw_curves(
         plot.curves.append((" ".join(f"{to_x(x):g},{to_y(y):g}" for x, y in series), kind))
         free = max(free + 13, to_y(series[-1][1]) - 4)  # names that would lie on each other are moved down
         plot.words.append(Words(to_x(series[-1][0]) - 4, free, name, "end", "name" if name == first else "mark"))
+    return plot
+
+
+def draw_ranges(
+    title: str,
+    y_name: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    bands: Mapping[str, Sequence[tuple[float, float, float]]],
+    at: int,
+) -> Plot:
+    """Draw a change by dose under several arms, whose names the page has in a legend, and the line of no change.
+
+    Args:
+        title: What it shows.
+        y_name: Name of the change.
+        lines: Dose and change, in the order of doses, by the class of each line.
+        bands: Dose, lowest and highest change, in the order of doses, by the class of each area.
+        at: Place of the dose that a vertical line marks.
+    """
+    ys = [0.0, *(y for line in lines.values() for _, y in line), *(y for band in bands.values() for _, *ends in band for y in ends)]
+    doses = [dose for dose, _ in next(iter(lines.values()))]
+    low, high = min(ys), max(ys)
+    margin = (high - low) * 0.04 or 1e-3
+    plot, to_x, to_y = make_frame(title, Axis(min(doses), max(doses), "dose"), Axis(low - margin, high + margin, y_name), height=280)
+    for kind, band in bands.items():
+        there = [f"{to_x(dose):g},{to_y(top):g}" for dose, _, top in band]
+        back = [f"{to_x(dose):g},{to_y(bottom):g}" for dose, bottom, _ in reversed(band)]
+        plot.areas.append((" ".join([*there, *back]), kind))
+    plot.strokes.append(Stroke(LEFT, to_y(0), plot.width - RIGHT, to_y(0), "axis"))
+    for kind, line in lines.items():
+        plot.curves.append((" ".join(f"{to_x(x):g},{to_y(y):g}" for x, y in line), kind))
+    plot.marks = [(to_x(dose), place == at) for place, dose in enumerate(doses)]
     return plot

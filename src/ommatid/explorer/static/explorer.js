@@ -199,6 +199,7 @@ function prepareUpload(root) {
     document.addEventListener("dragleave", () => form.classList.remove("over"));
     document.addEventListener("drop", (event) => { event.preventDefault(); form.classList.remove("over"); take(event.dataTransfer.files); });
     form.addEventListener("submit", () => { state.textContent = "Looking…"; });
+    form.addEventListener("htmx:afterSwap", () => { state.textContent = said; });
     const sae = form.querySelector("input[name=sae]")?.value, address = sae ? `/api/model?sae=${encodeURIComponent(sae)}` : "/api/model";
     const look = async () => {
       const found = await (await fetch(address)).json();
@@ -214,9 +215,13 @@ function prepareUpload(root) {
 document.addEventListener("DOMContentLoaded", () => prepare(document));
 document.addEventListener("htmx:afterSettle", (event) => prepare(event.target));
 document.addEventListener("htmx:configRequest", (event) => { event.detail.headers["X-CSRF-Token"] = document.querySelector("meta[name=csrf]").content; });
-// A list or a search that is refused: its own address says why. Forms of review tell it in their place.
+// A list or a search that is refused: its own address says why. Forms of review and of steering tell it in their place.
 document.addEventListener("htmx:responseError", (event) => {
-  if (event.detail.requestConfig.verb === "get") location.assign(event.detail.pathInfo.finalRequestPath);
+  const upload = event.target.closest("form[data-upload]");
+  if (upload) {
+    const page = new DOMParser().parseFromString(event.detail.xhr.responseText, "text/html");
+    upload.querySelector("[data-upload-state]").textContent = page.querySelector(".problem")?.textContent || page.body.textContent.trim();
+  } else if (event.detail.requestConfig.verb === "get" && !event.target.closest("[data-steer]")) location.assign(event.detail.pathInfo.finalRequestPath);
 });
 window.addEventListener("resize", () => { for (const tile of document.querySelectorAll("[data-heat]")) seen.observe(tile); });
 
