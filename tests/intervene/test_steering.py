@@ -104,6 +104,14 @@ def test_the_table_has_the_range_of_the_draws_and_ranks_before_and_after(subject
     assert found.top(1, 1) == ["green", "red"] and found.top(1, 3)[0] == "green"
 
 
+def test_the_name_to_follow_is_the_label_or_the_class_and_else_what_the_edit_raises_most(subject: Subject) -> None:
+    found = run(subject, RED)
+    assert found.follow(0) == ("red", "its label")
+    assert dataclasses.replace(found, labels=(None,), top_classes=("green",)).follow(0)[0] == "green"
+    name, why = dataclasses.replace(found, labels=("crimson",), top_classes=(None,)).follow(1)
+    assert name == "red" and why == "what the strongest dose raises most, chosen after the fact"
+
+
 def test_doses_are_written_both_ways(subject: Subject) -> None:
     (scale,) = [one.scale for one in subject.describe([RED])]
     relative, absolute = run(subject, RED, doses=[0.5]), run(subject, RED, doses=[0.5 * scale], unit="absolute")

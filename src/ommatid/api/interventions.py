@@ -88,6 +88,8 @@ class Intervention:
     """Name of the SAE in the column `sae` of the catalogue."""
     steered: "Steered"
     """Scores, probabilities and ranks by arm, dose, image and name, as tensors."""
+    follow: str | None
+    """Name whose dose curve is drawn: the first text. None chooses one for each image."""
 
     def __repr__(self) -> str:
         latents, doses, n = _listed(self.steered.latents), _listed(self.steered.doses), len(self.images)
@@ -203,7 +205,7 @@ class Intervention:
         """
         from ommatid.show.pictures.interventions import draw_steered
 
-        return draw_steered(self.steered, self.photographs.drawn(self.boxes))
+        return draw_steered(self.steered, self.photographs.drawn(self.boxes), self.follow)
 
     def save(self, path: str | Path) -> None:
         """Write a picture (.png) or the table (.csv, or .json with doses, latents and warnings).
@@ -481,7 +483,7 @@ def steer_images(
         draws=draws,
         seed=seed,
     )
-    return Intervention(photographs, _boxes(subject, photographs), name, steered)
+    return Intervention(photographs, _boxes(subject, photographs), name, steered, texts[0] if texts else None)
 
 
 def attribute_outputs(

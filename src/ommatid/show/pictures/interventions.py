@@ -24,6 +24,8 @@ CURVE = 380
 """Width of a dose curve, in pixels."""
 ROW = 290
 """Height of the drawing of one steered image, in pixels."""
+LEAST_SPAN = (2.0, 0.02)
+"""Least span of the vertical axis of a dose curve, in percentage points or of a score, so that tiny changes look tiny."""
 WORDS = 300
 """Width of the names beside a dose curve, in pixels."""
 CONTROLS = {
@@ -55,12 +57,13 @@ class Photograph:
         return overlaid(Example(0, most, heat.astype(np.float32), self.picture, seen), most, side)
 
 
-def draw_steered(steered: Steered, photographs: Sequence[Photograph]) -> Page:
+def draw_steered(steered: Steered, photographs: Sequence[Photograph], follow: str | None = None) -> Page:
     """Draw each image, where the edited latents fire on it, and the dose curve of one name beside every control.
 
     Args:
         steered: The results.
         photographs: The images, in their order.
+        follow: Name whose dose curve is drawn; None chooses one for each image, as `Steered.follow` describes.
 
     Returns:
         The page. It shows at most `MOST_IMAGES` images.
@@ -77,7 +80,7 @@ def draw_steered(steered: Steered, photographs: Sequence[Photograph]) -> Page:
     for place, photograph in enumerate(shown):
         y = MARGIN + HEADER + place * ROW
         _draw_tiles(page, y, steered, place, photograph, n_heat)
-        name, why = steered.follow(place)
+        name, why = (follow, "the first text") if follow is not None else steered.follow(place)
         _draw_curve(page, left, y, steered, place, name, why)
         _draw_words(page, left + CURVE + 36, y, steered, place)
     for i, line in enumerate(notes):
@@ -124,8 +127,8 @@ def _draw_tiles(page: Page, y: int, steered: Steered, image: int, photograph: Ph
         page.tile(x, y, photograph.heated(heat[place].numpy(), most, TILE))
         acts = steered.acts_bkl[image, :, place]
         n = int((acts > 0).sum())
-        said = f"fires on {n} of {len(acts)} tokens, at most {float(acts.max()):.3g}" if n else "silent"
-        page.text(x, y + TILE + 6, f"latent {steered.latents[place]}: {said}", 8.5, INK if n else ALARM)
+        fires = f"fires on {n} of {len(acts)} tokens,\nat most {float(acts.max()):.3g}" if n else "is silent"
+        page.text(x, y + TILE + 6, f"latent {steered.latents[place]} {fires}", 8.5, INK if n else ALARM)
 
 
 def _draw_curve(page: Page, x: int, y: int, steered: Steered, image: int, name: str, why: str) -> None:
@@ -135,19 +138,39 @@ def _draw_curve(page: Page, x: int, y: int, steered: Steered, image: int, name: 
     page.text(x, y - 4, short(f"{'score' if single else 'probability'} of “{name}”", 60), 9.5, weight="bold")
     page.text(x, y + 12, f"({why})", 7.5, GREY)
     axes = page.axes(x, y + 32, CURVE, 160)
-    for arm, (label, colour, line) in CONTROLS.items():
+    is_one = len(doses) == 1  # a line needs two, so that marks take its place
+    for i, (arm, (label, colour, line)) in enumerate(CONTROLS.items()):
         drawn = [steered.of(values, arm, dose)[:, image, at] for dose in doses]
         if not len(drawn[0]):
             continue
-        axes.plot(doses, [float(of_dose.mean()) for of_dose in drawn], color=colour, linestyle=line, linewidth=1, label=label)
+        x_of = [0.2 * (i + 1)] if is_one else doses
+        axes.plot(
+            x_of,
+            [float(of_dose.mean()) for of_dose in drawn],
+            marker="_" if is_one else "",
+            markersize=14,
+            color=colour,
+            linestyle=line,
+            linewidth=1,
+            label=label,
+        )
         if arm in RANDOM:
             low, high = ([float(end(of_dose)) for of_dose in drawn] for end in (min, max))
-            axes.fill_between(doses, low, high, color=colour, alpha=0.25, linewidth=0)
+            if is_one:
+                axes.vlines(x_of, low, high, color=colour, alpha=0.5, linewidth=6)
+            else:
+                axes.fill_between(doses, low, high, color=colour, alpha=0.25, linewidth=0)
     axes.axhline(float(steered.of(values, "untouched")[0, image, at]), color=INK, linestyle=":", linewidth=1, label="x̂, no edit")
-    axes.axhline(float(steered.of(values, "none")[0, image, at]), color=FAINT, linewidth=2, zorder=0, label="the plain model")
+    plain = float(steered.of(values, "none")[0, image, at])
+    axes.axhline(plain, color=FAINT, linewidth=2, zorder=0, label="the plain model")
     targeted = [float(steered.of(values, "targeted", dose)[0, image, at]) for dose in doses]
-    axes.plot(doses, targeted, color=ACCENT, linewidth=2.2, marker="o", markersize=4, label="the edit", zorder=5)
-    axes.set_xlabel("dose" if steered.kind != "scale" else "factor", fontsize=7.5, color=GREY, labelpad=1)
+    axes.plot([0.0] if is_one else doses, targeted, color=ACCENT, linewidth=2.2, marker="o", markersize=4, label="the edit", zorder=5)
+    low, high = axes.get_ylim()
+    low, high = min(low, plain - 0.5 * LEAST_SPAN[single]), max(high, plain + 0.5 * LEAST_SPAN[single])
+    axes.set_ylim(low if single else max(low, 0), high if single else min(high, 100))
+    if is_one:
+        axes.set_xticks([])
+    axes.set_xlabel(f"dose {doses[0]:g}" if is_one else "dose", fontsize=7.5, color=GREY, labelpad=1)
     axes.set_ylabel("score" if single else "%", fontsize=7.5, color=GREY)
     axes.margins(x=0.02)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=4, fontsize=6.5, frameon=False, handlelength=2.2, columnspacing=1.2)
