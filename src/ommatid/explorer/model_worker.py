@@ -47,6 +47,7 @@ from ommatid.label.context import read_joint
 from ommatid.label.scoring import Texts
 from ommatid.metrics import unit
 from ommatid.pipeline import open_stage
+from ommatid.pipeline.inputs import check_lineage
 from ommatid.sae.model import SAE
 from ommatid.store import Artefact, open_artefact
 from ommatid.store.manifest import INSIDE
@@ -381,8 +382,9 @@ class Study:
         params, run = self._params(sae), self._run(sae)
         try:
             inputs = {name: open_stage(name, data=self._data) for name in ("images", "train", "evaluate", "label")}
-            inputs |= {name: inputs[name].child(run["name"], INSIDE[inputs[name].manifest.kind]) for name in ("train", "evaluate", "label")}
             inputs["extract"] = open_stage("extract", run["hookpoint"], self._data)
+            check_lineage("steering", inputs)
+            inputs |= {name: inputs[name].child(run["name"], INSIDE[inputs[name].manifest.kind]) for name in ("train", "evaluate", "label")}
             if target := SAE.load(inputs["train"].path).config.target:
                 inputs["target"] = open_stage("extract", target, self._data)
         except ArtefactError as error:

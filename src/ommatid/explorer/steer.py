@@ -89,6 +89,7 @@ def describe_steered(view: View, sae: str, query: SteerQuery, found: SteeredImag
         "measure": found.measure,
         "n_names": found.n_names,
         "n_draws": found.n_draws,
+        "by_chance": 2 / (1 + 2 * found.n_draws + 1),  # that a value like those of the controls is the lowest or the highest among them
         "legend": {arm: text for arm, text in LEGEND.items() if arm == "targeted" or arm in found.names[0].controls},
         "warnings": [*found.warnings, *_missing(found)],
         "address": address,
@@ -156,14 +157,9 @@ def _say(found: SteeredImage, place: int) -> str:
     name = _by_interest(found)[0]
     row = _row(name, place)
     moved = f"stays at rank {row['after']}" if row["after"] == row["before"] else f"goes from rank {row['before']} to {row['after']}"
-    if row["change"] == 0:
-        verdict = "nothing changes"
-    elif row["is_beyond"]:
-        verdict = f"more than {'every control' if row['change'] > row['high'] else 'any control does that way'}"
-    else:
-        verdict = "no more than the controls"
-    between = f"controls {numbers.signed(row['low'])} to {numbers.signed(row['high'])}"
-    return f"“\u2068{name.name[:80]}\u2069” {moved} of {found.n_names}: {numbers.signed(row['change'])}, {verdict} ({between})."
+    between = f"({numbers.signed(row['low'])} to {numbers.signed(row['high'])})"
+    where = "within the controls" if not row["is_beyond"] else "above every control" if row["change"] > row["high"] else "below every control"
+    return f"“\u2068{name.name[:80]}\u2069” {moved} of {found.n_names}; change {numbers.signed(row['change'])}, {where} {between}."
 
 
 def _draw(found: SteeredImage, name: SteeredName, at: int) -> Plot:
