@@ -632,6 +632,16 @@ EFFECTS = _table(
         "change of the same outcome, at the same dose, by the control that leaves the edit the least room; of a random control it is the "
         f"upper end over draws; {_UNTESTED}",
     ),
+    scale=(
+        nullable(pa.float64()),
+        "activation that dose 1 is: the 99th percentile of the latent's positive activations on sampled training tokens; null if it fires "
+        "on none, or the model could not be run",
+    ),
+    attribution=(
+        nullable(pa.float64()),
+        "mean over images and classes of the size of what the class's log-odds owe to the latent, estimated from gradients; null if no "
+        "class is read from the output",
+    ),
     control_causal=(
         nullable(pa.string()),
         f"status that the same rule gives a random latent, matched in density, if it is set in the place of this one; {_UNTESTED}",

@@ -5,6 +5,7 @@ as well, but write where the model does not read.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ommatid.config import Params
 from ommatid.config.intervene import BestLatents, ListedLatents
 from ommatid.intervene import measure as measure_module
 from ommatid.intervene.edit import Edit
+from ommatid.intervene.firings import find_firings
 from ommatid.intervene.measure import Measured, measure
 from ommatid.intervene.study import Study
 from ommatid.intervene.subject import Subject
@@ -131,7 +133,7 @@ def of_red(line: Mapping[str, Artefact]) -> torch.Tensor:
 
 
 def test_a_run_is_repeated_exactly(line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = {"latents": BestLatents(kind="best", by="ms", n=3)}
+    chosen: dict[str, Any] = {"latents": BestLatents(kind="best", by="ms", n=3)}
     one, other = (run(line, params, monkeypatch, **chosen) for _ in range(2))
     assert one == other and len(one.effects) == 3
 
@@ -195,3 +197,48 @@ def test_a_listed_latent_without_a_label_is_run_and_untested(
     statuses = {row["latent"]: (row["status"], row.get("reason")) for row in found.effects}
     assert statuses == {0: ("causal", None), 1: ("untested", "it has no label toward which an edit could move the output")}
     assert {row["outcome"] for row in found.interventions if row["latent"] == 1} >= {"drift", "specificity"}
+
+
+@pytest.mark.parametrize("by", ["attribution", "output_score"])
+def test_latents_that_the_model_reads_rank_first_by_what_they_do(
+    line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch, by: Any
+) -> None:
+    found = run(line, params, monkeypatch, latents=BestLatents(kind="best", by=by, n=3), n_images=16)
+    assert {row["latent"] for row in found.effects} == set(PLANTED)
+    sizes = {latent: row["attribution"] for latent, row in found.latents.items()}
+    assert min(sizes[latent] for latent in PLANTED) > 1e3 * max(size for latent, size in sizes.items() if latent not in PLANTED)
+
+
+def test_latents_cannot_be_ranked_by_what_they_do_to_classes_without_any(
+    line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_tile_model(monkeypatch)
+    monkeypatch.setattr("ommatid.intervene.subject.load_classes", lambda _: {})
+    chosen = params.intervene.model_copy(update={"latents": BestLatents(kind="best", by="attribution", n=3)})
+    found = measure(chosen, line, lambda event: None)
+    assert isinstance(found, str)
+    assert found.startswith(
+        "latents cannot be ranked by attribution, as no class is read from the output: the evaluation images are not of"
+    )
+
+
+def test_the_scale_of_every_live_latent_is_the_quantile_of_its_positive_activations(
+    line: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = Subject(line)
+    acts = subject.sae.encode(subject.sample)
+    firings = find_firings(subject.sae, subject.sample)
+    monkeypatch.setattr("ommatid.intervene.firings.ENTRIES", 2**10)
+    assert torch.equal(find_firings(subject.sae, subject.sample).acts_n, firings.acts_n)
+    for latent in range(subject.sae.n_latents):
+        on = acts[:, latent] > 0
+        assert firings.count(latent) == int(on.sum()) and sorted(firings.tokens(latent).tolist()) == on.nonzero()[:, 0].tolist()
+        scale = float(acts[on, latent].quantile(0.99)) if on.any() else math.nan
+        assert firings.scale(latent) == pytest.approx(scale, rel=1e-6, nan_ok=True)
+
+
+def test_a_dictionary_that_is_not_sparse_is_described_by_fewer_tokens(line: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = Subject(line)
+    monkeypatch.setattr("ommatid.intervene.firings.ENTRIES", 100 * subject.sae.n_latents)
+    monkeypatch.setattr("ommatid.intervene.firings.MOST", 1)
+    assert find_firings(subject.sae, subject.sample).n_tokens == 100

@@ -18,7 +18,7 @@ from ommatid.label.stage import label
 from ommatid.store import Artefact, Draft
 from ommatid.summaries import check_keys
 from support.study import make_artefact, make_test_params
-from support.tiles import D_SAE, make_line
+from support.tiles import D_SAE, DEAD, make_line
 
 NUMBERS = {"outcome": "toward_label", "dose": 1.0, "act": 4.0, "effect_low": 0.25, "effect_high": 0.75, "best_control": 0.1}
 MEASURED = Measured(
@@ -152,5 +152,19 @@ def test_a_listed_latent_that_an_sae_does_not_have_is_refused_before_any_work(
     with (
         store.open_draft(tmp_path / "interventions", "interventions", {}, {}) as draft,
         pytest.raises(ConfigError, match=r"intervene\.latents\.latents: got 6, but the latents of narrow are 0 to 5; remove it"),
+    ):
+        stage.run(section, {"evaluate": Evaluations()}, draft, ignore)  # type: ignore[dict-item]
+
+
+def test_a_list_of_dead_latents_is_refused_before_any_work(tmp_path: Path, params: Params, line: Mapping[str, Artefact]) -> None:
+    section = InterveneParams.model_validate(params.intervene.model_dump(mode="json") | {"latents": {"kind": "listed", "latents": [DEAD]}})
+
+    class Evaluations:
+        def each(self) -> Mapping[str, Artefact]:
+            return {"planted": line["evaluate"]}
+
+    with (
+        store.open_draft(tmp_path / "interventions", "interventions", {}, {}) as draft,
+        pytest.raises(ConfigError, match=r"intervene\.latents\.latents: got 4, but all are dead in planted: .* list others"),
     ):
         stage.run(section, {"evaluate": Evaluations()}, draft, ignore)  # type: ignore[dict-item]

@@ -14,8 +14,9 @@ class BestLatents(Section):
     """Chooses the latents that rank highest by a number."""
 
     kind: Literal["best"]
-    by: Literal["ms", "label_score"]
-    """Number by which latents are ranked: their MonoSemanticity score, or the score of their label."""
+    by: Literal["ms", "label_score", "output_score", "attribution"]
+    """Number by which latents are ranked: their MonoSemanticity score, the score of their label, the output score of setting each to dose 1
+    on a few images (a pass through the rest of the model for each live latent), or the mean size of what classes owe to them."""
     n: Annotated[int, Field(ge=1, le=2**20)]
     """Number of latents to choose from each SAE."""
 

@@ -63,6 +63,11 @@ class Found:
     """Largest change of an output by an edit that moves nothing."""
 
 
+def raised_count(n_names: int) -> int:
+    """Return the number of names that count as raised by an edit, of those that are read from the output."""
+    return math.ceil(n_names / RAISED)
+
+
 class ArmsTest:
     """The arms of one latent, what they did to each image, and the status that follows.
 
@@ -254,7 +259,7 @@ class LatentTest(ArmsTest):
     ) -> None:
         """Keep what the outputs of some arms on some images say."""
         readout, n_first = self.study.readout, self.study.n_first
-        before = self._among_common(readout.log_probabilities(plain)) if readout else plain
+        before = self.study.among_common(readout.log_probabilities(plain)) if readout else plain
         for place, outputs in zip(places, edited, strict=True):
             if self._movement:
                 moved = self._movement(plain, outputs).float()
@@ -266,24 +271,17 @@ class LatentTest(ArmsTest):
             if readout:
                 log_p = readout.log_probabilities(outputs)
                 self._predicted[1 + place, images] = log_p.argmax(1).int()
-                after = self._among_common(log_p)
+                after = self.study.among_common(log_p)
                 if images[0] < n_first:
                     self._rises[place] += (after - before).sum(0)
                 else:
                     self._scores[place, images - n_first] = output_score(before, after, self._raised_texts[place]).float()
 
-    def _among_common(self, log_p: Float64[Tensor, "batch names"]) -> Float64[Tensor, "batch common"]:
-        """Return log-probabilities among the most common classes: all classes, which may be a thousand, would take too much time."""
-        common = self.study.common
-        assert self.study.readout
-        return log_p if len(common) == log_p.shape[1] else log_p[:, [self.study.readout.index(name) for name in common]].log_softmax(1)
-
     @property
     def _raised_texts(self) -> Int64[Tensor, "arms raised"]:
-        """The classes that each arm raises most on the first half of the images: a tenth of them, as 20 of all would say nothing."""
+        """The classes that each arm raises most on the first half of the images."""
         if self._raised is None:
-            n_raised = math.ceil(self._rises.shape[1] / RAISED)
-            self._raised = torch.stack([raised_most(of_arm, n_raised) for of_arm in self._rises])
+            self._raised = torch.stack([raised_most(of_arm, raised_count(len(of_arm))) for of_arm in self._rises])
         return self._raised
 
     def finish(self, spread: float) -> Found:

@@ -4,7 +4,7 @@ For each latent an image passes once through the part of the model before the ho
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,20 +15,18 @@ from ommatid.config import InterveneParams
 from ommatid.config.intervene import BestLatents, FiringLatents, ListedLatents
 from ommatid.errors import InputError, ModelError
 from ommatid.events import Listener, Progress
-from ommatid.intervene.attribution import Attributor
+from ommatid.intervene.class_attribution import ClassAttribution, attribute_classes, attribution_rows
 from ommatid.intervene.latent_test import Found, LatentTest
+from ommatid.intervene.output_scores import output_scores
 from ommatid.intervene.study import Study
 from ommatid.intervene.subject import Described, Subject
-from ommatid.metrics import ablation_sparsity, unit
-from ommatid.schemas import N_ATTRIBUTED
+from ommatid.metrics import unit
 from ommatid.store import Artefact
 
 LEAST_FIRING = 8
 """Number of sampled tokens on which a latent must fire for its scale to be known."""
 KEPT = 2**28
 """Bytes of results that are kept of images at a time: 256 MiB."""
-N_EXACT = 8
-"""Number of latents to which a class is attributed exactly as well."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,8 @@ class Measured:
     """Largest change of an output by an edit that moves nothing; anything but 0 is a fault of the edit. None if no edit was made."""
     random_causal: float | None
     """Share of random latents, one matched to each tested latent, that the same rule calls causal; None if there are none."""
+    latents: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    """What is known of each live latent, tested or not, as columns of `effects`: its scale, and the size of its attributions."""
 
 
 def measure(params: InterveneParams, inputs: Mapping[str, Artefact], on_event: Listener) -> Measured | str:
@@ -66,26 +66,54 @@ def measure(params: InterveneParams, inputs: Mapping[str, Artefact], on_event: L
 
 
 def _measure(study: Study, on_event: Listener) -> Measured:
-    chosen, untested = choose_latents(study, study.has_movement)
-    found: list[Found] = []
-    for some in _passes(study, chosen):
-        tests: list[LatentTest] = []
-        for one in some:
-            try:
-                tests.append(LatentTest(study, one))
-            except InputError as error:  # about this latent alone, such as too few others to compare it with
-                untested.append(untested_row(one.latent, str(error)))
-        found += _run(study, tests, len(found) + len(untested), len(chosen), on_event)
+    study.subject.firings  # noqa: B018 - all of them are needed, and finding those of a few at a time would take longer
+    attribution = attribute_classes(study, on_event)
+    chosen, untested = choose_latents(study, study.has_movement, attribution)
+    found, refused = run_tests(study, chosen, on_event)
+    untested += refused
     if not found:
         raise InputError(untested[0]["reason"] if untested else "no latent can be edited; choose others with intervene.latents")
     judged = [one.random_status for one in found if one.random_status != "untested"]
     return Measured(
         interventions=[row for one in found for row in one.interventions],
         effects=[*(one.effect for one in found), *untested],
-        attributions=_attribute(study, on_event),
+        attributions=attribution_rows(study, attribution),
         zero_dose=max(one.zero_dose for one in found),
         random_causal=judged.count("causal") / len(judged) if judged else None,
+        latents=_describe_live(study, attribution),
     )
+
+
+def _describe_live(study: Study, attribution: ClassAttribution) -> dict[int, dict[str, float]]:
+    """Return what is known of each live latent: its scale, and the size of its attributions."""
+    firings, sizes = study.subject.firings, attribution.sizes
+    of_size = {} if sizes is None else {latent: {"attribution": size} for latent, size in enumerate(sizes.tolist())}
+    live = [latent for latent in study.subject.latents if firings.count(latent)]
+    return {latent: {"scale": firings.scale(latent), **of_size.get(latent, {})} for latent in live}
+
+
+def run_tests(study: Study, chosen: Sequence[Described], on_event: Listener) -> tuple[list[Found], list[dict[str, Any]]]:
+    """Test latents in as many passes over the images as memory needs.
+
+    Args:
+        study: The study.
+        chosen: The latents.
+        on_event: Called with each progress event.
+
+    Returns:
+        What was found, and the rows of `effects` of latents that cannot be tested.
+    """
+    found: list[Found] = []
+    refused: list[dict[str, Any]] = []
+    for some in _passes(study, chosen):
+        tests: list[LatentTest] = []
+        for one in some:
+            try:
+                tests.append(LatentTest(study, one))
+            except InputError as error:  # about this latent alone, such as too few others to compare it with
+                refused.append(untested_row(one.latent, str(error)))
+        found += _run(study, tests, len(found) + len(refused), len(chosen), on_event)
+    return found, refused
 
 
 def _passes(study: Study, chosen: Sequence[Described]) -> Iterator[Sequence[Described]]:
@@ -110,7 +138,9 @@ def _run(study: Study, tests: Sequence[LatentTest], n_before: int, n_all: int, o
     return [test.finish(_spread_of(total, n)) for test in tests]
 
 
-def choose_latents(study: Study, has_aim: Callable[[int], bool]) -> tuple[list[Described], list[dict[str, Any]]]:
+def choose_latents(
+    study: Study, has_aim: Callable[[int], bool], attribution: ClassAttribution | None = None
+) -> tuple[list[Described], list[dict[str, Any]]]:
     """Choose the latents that are tested, the best first.
 
     Those that fire too rarely to be edited are left out, and so are those of which it is not known toward what an edit should move the
@@ -119,11 +149,12 @@ def choose_latents(study: Study, has_aim: Callable[[int], bool]) -> tuple[list[D
     Args:
         study: The study, whose chosen latents are set.
         has_aim: Function that tells whether it is known toward what an edit of a latent should move the output.
+        attribution: Attribution of classes to all latents, if it is known.
 
     Returns:
         The latents, and the rows of `effects` of those that are listed but cannot be tested.
     """
-    latents, labels = study.subject.latents, study.subject.labels
+    latents = study.subject.latents
     live = [latent for latent, row in latents.items() if row["n_images"]]
     able = [latent for latent in live if has_aim(latent)] or live
     most = len(live)
@@ -133,8 +164,8 @@ def choose_latents(study: Study, has_aim: Callable[[int], bool]) -> tuple[list[D
         case FiringLatents(min_images=least):
             ranked = [latent for latent in able if latents[latent]["n_images"] >= least]
         case BestLatents(by=by, n=most):
-            value = {latent: latents[latent]["ms"] if by == "ms" else labels.get(latent, {}).get("score") for latent in able}
-            known = [(-number, latent) for latent, number in value.items() if number is not None]
+            value = _values(study, by, able, attribution)
+            known = [(-number, latent) for latent, number in value.items() if number is not None and latent in set(able)]
             ranked = [latent for _, latent in sorted(known)]
     chosen: list[Described] = []
     for one in study.subject.describe(ranked):
@@ -144,6 +175,19 @@ def choose_latents(study: Study, has_aim: Callable[[int], bool]) -> tuple[list[D
             chosen.append(one)
     study.chosen = [one.latent for one in chosen]
     return chosen, _left_out(study)
+
+
+def _values(study: Study, by: str, latents: Sequence[int], attribution: ClassAttribution | None) -> Mapping[int, float | None]:
+    """Return the number by which each latent is ranked; None if it has none."""
+    match by:
+        case "ms":
+            return {latent: study.subject.latents[latent]["ms"] for latent in latents}
+        case "label_score":
+            return {latent: study.subject.labels.get(latent, {}).get("score") for latent in latents}
+    if not study.readout or not attribution or attribution.sizes is None:
+        why = study.no_readout or "the model answers in words"
+        raise InputError(f"latents cannot be ranked by {by}, as no class is read from the output: {why}; set intervene.latents.by to ms")
+    return dict(enumerate(attribution.sizes.tolist())) if by == "attribution" else output_scores(study, latents)
 
 
 def _left_out(study: Study) -> list[dict[str, Any]]:
@@ -164,38 +208,6 @@ def _left_out(study: Study) -> list[dict[str, Any]]:
 def untested_row(latent: int, reason: str) -> dict[str, Any]:
     """Make the row of `effects` of a latent that is not tested."""
     return {"latent": latent, "status": "untested", "reason": reason}
-
-
-def _attribute(study: Study, on_event: Listener) -> list[dict[str, Any]]:
-    """Attribute the log-odds of the most common classes to all latents by gradients, and exactly to the first few of each class."""
-    subject, names, n = study.subject, study.common, len(study.images)
-    if not study.readout:
-        return []
-    scores = {name: study.readout.log_odds(name) for name in names}
-    attributor = Attributor(subject.model, subject.device_sae, subject.reads, subject.writes)
-    n_latents = subject.sae.n_latents
-    cheap = {name: torch.zeros(n_latents, dtype=torch.float64) for name in names}
-    for done, pixels in study.iter_pixels():
-        code = attributor.encode(pixels)
-        for name, score in scores.items():
-            cheap[name] += attributor.cheap(pixels, score, code).by_image.sum(0).double().cpu() / n
-        on_event(Progress("attribute classes", done, n))
-    ranked = {name: effects.abs().topk(min(N_ATTRIBUTED, len(effects))).indices.tolist() for name, effects in cheap.items()}
-    exact = {name: torch.zeros(min(N_EXACT, n_latents), dtype=torch.float64) for name in names}
-    for _, pixels in study.iter_pixels():
-        code = attributor.encode(pixels)
-        for name, score in scores.items():
-            exact[name] += attributor.exact(pixels, score, ranked[name][:N_EXACT], code).sum(0).double().cpu() / n
-    return [
-        {
-            "output": name, "rank": rank, "latent": latent, "effect": float(cheap[name][latent]),
-            "exact": float(exact[name][rank - 1]) if rank <= N_EXACT else None,
-            "sparsity": ablation_sparsity(cheap[name]), "n_images": n,
-        }
-        for name in names
-        for rank, latent in enumerate(ranked[name], start=1)
-        if cheap[name][latent]
-    ]  # fmt: skip
 
 
 def _spread_of(total_d: Float64[Tensor, " d"], n: int) -> float:

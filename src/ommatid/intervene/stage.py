@@ -37,8 +37,10 @@ def run(params: InterveneParams, inputs: Mapping[str, Artefact], draft: Draft, o
     """
     if params.answers:
         read_question(params.answers.question)
-    for name, evaluation in inputs["evaluate"].each().items():
+    evaluations = inputs["evaluate"].each()
+    for name, evaluation in evaluations.items():
         _check_listed(params, name, evaluation.summary["n_latents"])
+    _check_live(params, evaluations)
     return for_each_sae(functools.partial(intervene, params), inputs, draft, on_event)
 
 
@@ -46,6 +48,21 @@ def _check_listed(params: InterveneParams, name: str, n_latents: int) -> None:
     listed = params.latents.latents if isinstance(params.latents, ListedLatents) else ()
     if unknown := [latent for latent in listed if latent >= n_latents]:
         raise ConfigError(f"intervene.latents.latents: got {unknown[0]}, but the latents of {name} are 0 to {n_latents - 1}; remove it")
+
+
+def _check_live(params: InterveneParams, evaluations: Mapping[str, Artefact]) -> None:
+    listed = params.latents.latents if isinstance(params.latents, ListedLatents) else ()
+    dead = {name: _dead(evaluation) for name, evaluation in evaluations.items()} if listed else {}
+    if listed and all(latent in of_sae for of_sae in dead.values() for latent in listed):
+        raise ConfigError(
+            f"intervene.latents.latents: got {', '.join(map(str, listed))}, but all are dead in {', '.join(dead)}: they never "
+            "fire, so nothing can be tested; list others"
+        )
+
+
+def _dead(evaluation: Artefact) -> set[int]:
+    table = evaluation.read("latents", ["latent", "is_dead"])
+    return {latent for latent, dead in zip(table["latent"].to_pylist(), table["is_dead"].to_pylist(), strict=True) if dead}
 
 
 def intervene(params: InterveneParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
@@ -72,7 +89,8 @@ def intervene(params: InterveneParams, inputs: Mapping[str, Artefact], draft: Dr
         reason, why, measured = "ok", NOT_CHOSEN, found
     chosen = {row["latent"] for row in measured.effects}
     untested = [{"latent": latent, "status": "untested", "reason": why} for latent in ms if latent not in chosen]
-    effects = sorted([*measured.effects, *untested], key=itemgetter("latent"))
+    known = measured.latents
+    effects = sorted(({**known.get(row["latent"], {}), **row} for row in (*measured.effects, *untested)), key=itemgetter("latent"))
     tables = {
         "interventions": (schemas.INTERVENTIONS, measured.interventions),
         "effects": (schemas.EFFECTS, effects),

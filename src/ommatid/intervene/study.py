@@ -42,6 +42,8 @@ class Study:
         self.params, self.subject = params, subject
         self.chosen: Sequence[int] = ()
         """The latents that are tested."""
+        self.no_readout = ""
+        """Why no class is read from the output, once that was tried."""
 
     @cached_property
     def images(self) -> list[int]:
@@ -81,7 +83,6 @@ class Study:
     @cached_property
     def readout(self) -> Readout | None:
         """Readout of the images' classes; None if the output cannot be read so, for the reason `no_readout`."""
-        self.no_readout = ""
         try:
             return self.subject.readout
         except (InputError, ModelError) as error:
@@ -130,6 +131,12 @@ class Study:
         counts = Counter(self.subject.classes.values())
         names = self.readout.names if self.readout else ()
         return sorted(names, key=lambda name: (-counts[name], name))[:N_OUTPUTS]
+
+    def among_common(self, log_p: Float64[Tensor, "batch names"]) -> Float64[Tensor, "batch common"]:
+        """Return log-probabilities among the most common classes, as among all, which may be a thousand, takes too much time."""
+        if not self.readout or len(self.common) == log_p.shape[1]:
+            return log_p
+        return log_p[:, [self.readout.index(name) for name in self.common]].log_softmax(1)
 
     @cached_property
     def texts(self) -> dict[str, Float64[Tensor, " d"]]:

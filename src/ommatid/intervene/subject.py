@@ -24,6 +24,7 @@ from ommatid.extract.tokens import TokenPicker
 from ommatid.images.labels import load_classes
 from ommatid.intervene.arms import Controls, draw_controls
 from ommatid.intervene.edit import Editor
+from ommatid.intervene.firings import Firings, find_firings
 from ommatid.intervene.head import fit_head, load_head
 from ommatid.intervene.readout import Readout
 from ommatid.metrics import unit
@@ -35,12 +36,8 @@ N_SAMPLE = 2**17
 """Number of training tokens from which the scale of each latent, and the mean of the tokens on which it fires, are computed."""
 SAME_MODEL = 0.1
 """Largest relative difference between the activations of an image, then and now, that rounding and another machine explain."""
-QUANTILE = 0.99
-"""Quantile of a latent's positive activations that is dose 1."""
 AT_ONCE = 64
-"""Number of latents that are described together."""
-ENTRIES = 2**24
-"""Number of activations (tokens x latents) that are computed at a time; they take 64 MB."""
+"""Number of latents that are described together, unless the firings of all are known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,19 +167,23 @@ class Subject:
 
     def describe(self, latents: Sequence[int]) -> Iterator[Described]:
         """Describe latents by the sampled tokens and by the evaluation, in their order."""
-        rows = max(1, ENTRIES // self.sae.n_latents)
         for start in range(0, len(latents), AT_ONCE):
-            some = list(latents[start : start + AT_ONCE])
-            acts = torch.cat([self.sae.encode_latents(part, torch.tensor(some)) for part in self.sample.split(rows)])
-            fires = acts > 0
-            sums, total, n = fires.T.float() @ self.sample, self.sample.sum(0), len(acts)
-            for place, (latent, n_firing) in enumerate(zip(some, fires.sum(0).tolist(), strict=True)):
-                has_means = self.reads == self.writes and 0 < n_firing < n
-                means = sums[place] / n_firing - (total - sums[place]) / (n - n_firing) if has_means else None
-                scale = float(acts[fires[:, place], place].quantile(QUANTILE)) if n_firing else math.nan
+            some = latents[start : start + AT_ONCE]
+            firings = self.firings if "firings" in vars(self) else find_firings(self.sae, self.sample, some)
+            total, n = self.sample[: firings.n_tokens].sum(0), firings.n_tokens
+            for latent in some:
+                n_firing, means = firings.count(latent), None
+                if self.reads == self.writes and 0 < n_firing < n:
+                    inside = self.sample[firings.tokens(latent)].sum(0)
+                    means = inside / n_firing - (total - inside) / (n - n_firing)
                 label = self.labels.get(latent, {}).get("label")
-                most = max(float(acts[:, place].max()), self.latents[latent]["max_act"])
-                yield Described(latent, label, n_firing, scale, means, most, self.top_class(latent))
+                most = max(firings.most(latent), self.latents[latent]["max_act"])
+                yield Described(latent, label, n_firing, firings.scale(latent), means, most, self.top_class(latent))
+
+    @cached_property
+    def firings(self) -> Firings:
+        """Firings of all latents on the sampled tokens; to know those of a few, `describe` does not need them."""
+        return find_firings(self.sae, self.sample)
 
     def top_class(self, latent: int) -> str | None:
         """Return the most common class of a latent's strongest images; None if they have none."""
