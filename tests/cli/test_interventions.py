@@ -368,11 +368,19 @@ def test_a_model_without_a_text_tower_is_read_by_a_linear_head_and_takes_no_text
         red = found.names.index("red")
         before, after = (found.scores(*arm)[0, 0] for arm in (("none",), ("targeted", 1)))
         assert found.names[int(before.argmax())] == "blue" and after[red] > before[red]
-        assert run.attribute("red.png", class_name="red").top(0, 1) == [RED]
+        named = run.attribute("red.png", ["red"]), run.attribute("red.png", ["red", "blue"]), run.attribute("red.png", class_name="red")
+        assert [one.top(0, 1) for one in named] == [[RED]] * 3
         with pytest.raises(
             ModelError, match="tiles has no text tower with which to embed texts; leave them out to read classes by a linear"
         ):
             run.intervene("red.png", RED, texts=["red"])
+
+
+def test_latents_may_be_numpy_integers(run: ommatid.Run) -> None:
+    table = run.attribute("red.png", ["red"]).table(1)
+    given: list[Any] = [table.latent[0], table.latent, np.array([RED])]
+    found = [run.intervene("red.png", latents, [1], draws=2) for latents in given]
+    assert {one.steered.latents for one in found} == {(RED,)}
 
 
 def test_a_model_with_other_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

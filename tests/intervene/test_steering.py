@@ -196,6 +196,7 @@ def test_there_are_no_warnings_without_a_reason(subject: Subject) -> None:
         ({"draws": 0}, "draws is 0"),
         ({"draws": 10**6}, "more than 2,000 arms"),
         ({"tokens": "cls"}, "no class token is kept at tiles"),
+        ({"tokens": torch.eye(2, 6).bool() & torch.tensor([[True], [False]])}, "the mask of image 1 is False everywhere"),
         ({"tokens": torch.ones(2, 7, dtype=torch.bool)}, "the mask has 7 tokens, but 6 are kept at tiles"),
     ],
 )

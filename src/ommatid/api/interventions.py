@@ -466,10 +466,11 @@ def steer_images(
     check_doses(doses)
     _check_photographs(photographs, patches)
     name, subject = run.subject(sae)
-    for latent in _check_latents(latents):
+    chosen = _check_latents(latents)
+    for latent in chosen:
         subject.check_latent(latent)
     where = _choose_tokens(subject, tokens, patches, photographs)
-    described = list(subject.describe(latents))
+    described = list(subject.describe(chosen))
     steered = steer(
         subject,
         photographs.pixels(subject.model.preprocess),
@@ -584,12 +585,14 @@ def _make_output(
     if class_name is not None:
         return f"log-odds of {class_name!r}", subject.readout.log_odds(class_name), None
     if texts is not None:
-        readout = choose_readout(subject, [], texts)
+        readout = subject.readout if subject.model.d_embed is None else choose_readout(subject, [], texts)
         if len(texts) == 2:
-            one, other = readout.weights
+            one, other = (readout.weights[readout.index(text)] for text in texts)
             if (one - other).norm() < 1e-6 * one.norm():
                 raise InputError(f"texts {texts[0]!r} and {texts[1]!r} are the same to {subject.model.name}: give other words")
             return f"{texts[0]!r} − {texts[1]!r}", readout.difference(*texts), None
+        if readout.bias is not None:
+            return f"log-odds of {texts[0]!r}", readout.log_odds(texts[0]), None
         return repr(texts[0]), similarity(readout.weights[0].float()), None
     assert latent_of is not None
     root, *sae, latent = latent_of
@@ -631,14 +634,14 @@ def _boxes(subject: "Subject", photographs: Photographs) -> tuple[tuple[float, f
     return tuple(subject.model.preprocess.box(*image.size) for image in photographs.opened)
 
 
-def _check_latents(latents: Sequence[int]) -> Sequence[int]:
-    if not latents:
+def _check_latents(latents: Sequence[int]) -> list[int]:
+    if not len(latents):
         raise InputError("latents: there are none; name one or more")
     if odd := [latent for latent in latents if isinstance(latent, bool) or not isinstance(latent, int | np.integer)]:
         raise InputError(f"latents: got {odd[0]!r}; expected the indices of latents, such as 382")
     if len(set(latents)) < len(latents):
         raise InputError(f"latents: {', '.join(map(str, latents))} names a latent twice; name each once")
-    return latents
+    return [int(latent) for latent in latents]
 
 
 def _check_photographs(photographs: Photographs, patches: Patches | Image.Image | None) -> None:

@@ -298,7 +298,7 @@ class Run:
         >>> rows = found.table(["something red"])
         >>> change = rows.score - rows.score_before  # beside every control
         """
-        chosen = [latents] if isinstance(latents, int) else list(latents)
+        chosen = list(latents) if isinstance(latents, Iterable) else [latents]
         return steer_images(
             self, photograph(images), chosen, doses=doses, texts=texts, tokens=tokens, patches=patches, kind=kind, unit=unit, error=error,
             draws=draws, seed=seed, sae=sae,
@@ -323,7 +323,8 @@ class Run:
 
         Args:
             images: As for `encode`.
-            texts: One text, whose similarity to the image is the output; or two: the similarity to the first minus that to the second.
+            texts: One text, whose similarity to the image is the output; or two: the similarity to the first minus that to the second. They
+                are classes if the model has no text tower: the log-odds of one, or the logit of the first minus that of the second.
             class_name: A class of the study's images, whose log-odds among all classes are the output.
             latent_of: A latent at a later hookpoint, whose activation is the output: the run of its SAE, or the root of its artefacts; the
                 SAE's name if there are several; and the latent.

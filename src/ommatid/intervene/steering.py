@@ -237,6 +237,8 @@ def steer(
         raise InputError(f"kind is {kind!r}; allowed values are {', '.join(get_args(Dosed))}; to ablate is to set 0")
     if not len(pixels):
         raise InputError("pixels: there are no images; give one or more")
+    if isinstance(tokens, Tensor) and tokens.ndim == 2 and len(blank := (~tokens.any(1)).nonzero()):
+        raise InputError(f"tokens: the mask of image {int(blank[0])} is False everywhere, so an edit would change nothing; leave it out")
     if draws < 1:
         raise InputError(f"draws is {draws}; a random control needs at least one draw")
     if len(doses) * draws > MOST_ARMS // 2:
