@@ -5,9 +5,10 @@ is refused with one line that says what to do, before the model is loaded wherev
 """
 
 import csv
+import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from PIL import Image
 import ommatid
 from ommatid.errors import ArtefactError, InputError, ModelError
 from ommatid.extract import networks
+from ommatid.sae.model import SAE
+from ommatid.store import Draft
 from ommatid.vlm import Captured, Hookpoint, Replacement
 from support.readers import D_MODEL, N_READERS, plant, wide_tile_model
 from support.study import run_verb
@@ -198,29 +201,50 @@ class LayeredTiles(TileModel):
         return tuple(replace(tokens) @ self.turn for replace in replacements)
 
 
+BOTH = {"extract": {"hookpoints": ["tiles", "late"], "tokens": "patch", "dtype": "float32"}}
+
+
+def plant_changed(change: Callable[[SAE], dict[str, torch.Tensor]], **config: Any) -> Callable[[Any, Any, Draft], Any]:
+    """Return a function that plants the SAE with some tensors and values of its configuration changed."""
+
+    def plant_it(params: Any, inputs: Any, draft: Draft) -> Any:
+        made = plant(params, inputs, draft)
+        sae = SAE.load(made.path)
+        changed = SAE(dataclasses.replace(sae.config, **config), **{**sae.tensors(), **change(sae)})
+        for file in made.path.iterdir():
+            file.unlink()
+        with draft.write_file("sae.safetensors") as weights, draft.write_file("cfg.json") as cfg:
+            changed.save(weights, cfg)
+        return draft.seal({"sae": "planted", "dead_latents": []})
+
+    return plant_it
+
+
+def test_a_transcoder_is_edited_where_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transcoder that reads the first hookpoint and writes what the second has there has the latents of the first SAE."""
+    model = LayeredTiles()
+    planted = plant_changed(lambda sae: {"W_dec": sae.W_dec @ model.turn}, target="late")
+    train = {**CHANGES["train"], "hookpoint": "tiles", "target": "late"}
+    make_tile_study(tmp_path, planted, model, **{**CHANGES, **BOTH, "train": train})
+    use_tile_model(monkeypatch, model)
+    with ommatid.open_run("data") as plain, ommatid.open_run(tmp_path / "data") as run:
+        found, expected = (of.intervene("blue.png", RED, [0, 1], draws=2) for of in (run, plain))
+        assert found.steered.grid == GRID and "diff_means" not in {key.name for key in found.steered.arms}
+        for arm, dose in (("none", None), ("untouched", None), ("targeted", 1), ("sign_flipped", 1)):
+            assert torch.allclose(found.scores(arm, dose), expected.scores(arm, dose), atol=1e-4), arm
+        one, other = (of.attribute("red.png", ["red", "blue"], method="integrated").of[0] for of in (run, plain))
+        assert torch.allclose(one.effects_s, other.effects_s, atol=1e-4) and one.effects_s[RED] > 0.01
+
+
 def test_a_latent_at_a_later_hookpoint_comes_from_the_earlier_latent_of_its_colour(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The turned SAE's latents are those of the first SAE, so that each is caused by the one of the same index."""
-    from ommatid.sae.model import SAE
-
     model = LayeredTiles()
-
-    def plant_turned(params: Any, inputs: Any, draft: Any) -> Any:
-        made = plant(params, inputs, draft)
-        sae = SAE.load(made.path)
-        tensors = sae.tensors() | {"W_enc": model.turn.T @ sae.W_enc, "W_dec": sae.W_dec @ model.turn}
-        turned = SAE(sae.config.__class__(**{**vars(sae.config), "hookpoint": "late"}), **tensors)
-        for file in made.path.iterdir():
-            file.unlink()
-        with draft.write_file("sae.safetensors") as weights, draft.write_file("cfg.json") as cfg:
-            turned.save(weights, cfg)
-        return draft.seal({"sae": "planted", "dead_latents": []})
-
-    of_extract = {"extract": {"hookpoints": ["tiles", "late"], "tokens": "patch", "dtype": "float32"}}
-    for root, hookpoint, planted in (("early", "tiles", plant), ("late", "late", plant_turned)):
-        train = {**CHANGES["train"], "hookpoint": hookpoint}
-        make_tile_study(tmp_path / root, planted, model, **{**CHANGES, **of_extract, "train": train})
+    turned = plant_changed(lambda sae: {"W_enc": model.turn.T @ sae.W_enc, "W_dec": sae.W_dec @ model.turn}, hookpoint="late")
+    for root, planted in (("early", plant), ("late", turned)):
+        train = {**CHANGES["train"], "hookpoint": {"early": "tiles"}.get(root, root)}
+        make_tile_study(tmp_path / root, planted, model, **{**CHANGES, **BOTH, "train": train})
     use_tile_model(monkeypatch, model)
     early, late = (str(tmp_path / root / "data") for root in ("early", "late"))
     with ommatid.open_run(early) as run:
@@ -366,7 +390,7 @@ def test_a_model_without_a_text_tower_is_read_by_a_linear_head_and_takes_no_text
     with ommatid.open_run("data") as run:
         found = run.intervene("blue.png", RED, [1])
         red = found.names.index("red")
-        before, after = (found.scores(*arm)[0, 0] for arm in (("none",), ("targeted", 1)))
+        before, after = found.scores("none")[0, 0], found.scores("targeted", 1)[0, 0]
         assert found.names[int(before.argmax())] == "blue" and after[red] > before[red]
         named = run.attribute("red.png", ["red"]), run.attribute("red.png", ["red", "blue"]), run.attribute("red.png", class_name="red")
         assert [one.top(0, 1) for one in named] == [[RED]] * 3
