@@ -87,6 +87,29 @@ def test_the_process_starts_with_the_first_question_says_how_long_it_takes_and_l
         client.search_text(SAE, "red")
 
 
+def test_steering_and_attribution_cross_processes(client: ModelClient) -> None:
+    found = client.steer(SAE, RED, [1], 0.6, "patches", [0], ["something green"], wait=HANG_SECONDS)
+    assert found.doses == sorted([*model_client.DOSES, 0.6]) and [one.latent for one in found.latents] == [1]
+    names = {one.name: one for one in found.names}
+    assert names["something green"].kind == "text" and all(len(one.scores) == len(one.ranks) == len(found.doses) for one in found.names)
+    assert all(low <= high for one in found.names for ends in one.controls.values() for low, high in ends)
+    parted = client.attribute(SAE, RED, "green", "red")
+    assert {one.latent: one.effect < 0 for one in parted.latents}[0] and (parted.rows, parted.cols) == (2, 3)
+    for wrong, says in (
+        (lambda: client.steer(SAE, RED, []), "latents: got 0; choose 1 to 8 latents, each once"),
+        (lambda: client.steer(SAE, RED, [1, 1]), "latents: got 2; choose"),
+        (lambda: client.steer(SAE, RED, [1], float("nan")), "dose: got nan; expected 0 to 10"),
+        (lambda: client.steer(SAE, RED, [1], tokens="patches"), "patches: none is chosen"),
+        (lambda: client.steer(SAE, RED, [1], texts=["x"] * 9), "texts: got 9; at most 8"),
+        (lambda: client.steer(SAE, b"", [1]), "the image has 0 bytes"),
+        (lambda: client.steer(SAE, RED, [99]), "latent 99 does not exist"),
+        (lambda: client.attribute(SAE, RED, ""), "the text has 0 characters"),
+        (lambda: client.attribute(SAE, RED, "a b", " a  b"), "against: got 'a b' twice"),
+    ):
+        with pytest.raises(InputError, match=says):
+            wrong()
+
+
 def test_a_process_that_ends_fails_its_question_and_the_next_starts_it_again(
     client: ModelClient, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

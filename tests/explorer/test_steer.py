@@ -83,7 +83,7 @@ class Double:
         self.answer: Any = None
         """An error to raise instead of an answer."""
 
-    def _ask(self, _needs: Any, what: str, *values: Any, wait: float) -> dict[str, Any]:
+    def _ask(self, _needs: Any, what: str, *values: Any, wait: float, timeout: float) -> dict[str, Any]:
         self.asked.append((what, values))
         if self.answer:
             raise self.answer

@@ -40,6 +40,8 @@ WAITING = 4
 """Maximum number of questions that wait while another is answered; more are refused at once, so that pages keep their threads."""
 TIMEOUT = 60.0
 """Seconds within which a question must be answered; then its process is killed."""
+STEERING = 300.0
+"""The same for steering and attribution, which run the model more than a hundred times."""
 LOADING = 900.0
 """Seconds within which the process must have loaded what a question needs."""
 AGAIN_AFTER = 30.0
@@ -385,7 +387,7 @@ class ModelClient:
         doses = sorted({*DOSES, float(dose)})
         edited = sorted(set(patches)) if tokens == "patches" else []
         values = [list(latents), doses, tokens, edited, _check_texts(texts, MOST_TEXTS)]
-        answer = self._ask([("study", sae)], "steer", sae, encoded, *values, wait=wait)
+        answer = self._ask([("study", sae)], "steer", sae, encoded, *values, wait=wait, timeout=STEERING)
         found = [SteeredLatent(**row) for row in answer.pop("latents")]
         names = [SteeredName(**row) for row in answer.pop("names")]
         return SteeredImage(**answer, latents=found, names=names)
@@ -407,7 +409,7 @@ class ModelClient:
         texts = _check_texts([text, *([against] if against.strip() else [])], 2)
         if len(set(texts)) < len(texts):
             raise InputError(f"against: got {texts[0]!r} twice; name two texts that differ, or one")
-        answer = self._ask([("study", sae)], "attribute", sae, encoded, texts, wait=wait)
+        answer = self._ask([("study", sae)], "attribute", sae, encoded, texts, wait=wait, timeout=STEERING)
         return AttributedImage(**answer | {"latents": [AttributedLatent(**row) for row in answer["latents"]]})
 
     @property
@@ -422,8 +424,8 @@ class ModelClient:
             self._is_closed = True
             self._end(self._process)
 
-    def _ask(self, needs: Sequence[Need], what: str, *values: Any, wait: float) -> Any:
-        """Ask a question once what it needs is loaded."""
+    def _ask(self, needs: Sequence[Need], what: str, *values: Any, wait: float, timeout: float | None = None) -> Any:
+        """Ask a question once what it needs is loaded; it must be answered within `timeout`, or `TIMEOUT`."""
         if not wait:
             self._require(needs, 0)  # `Starting` takes no place from those that wait
         if not self._places.acquire(blocking=False):
@@ -436,7 +438,7 @@ class ModelClient:
                 process = self._process
                 if process is None:
                     raise Unavailable("the process that holds the model has ended; ask again, and it starts anew")
-                return self._talk(process, (what, *values), TIMEOUT)
+                return self._talk(process, (what, *values), timeout or TIMEOUT)
             finally:
                 self._turn.release()
         finally:

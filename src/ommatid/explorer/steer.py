@@ -158,7 +158,9 @@ def _say(found: SteeredImage, place: int) -> str:
     row = _row(name, place)
     moved = f"stays at rank {row['after']}" if row["after"] == row["before"] else f"goes from rank {row['before']} to {row['after']}"
     between = f"({numbers.signed(row['low'])} to {numbers.signed(row['high'])})"
-    where = "within the controls" if not row["is_beyond"] else "above every control" if row["change"] > row["high"] else "below every control"
+    where = (
+        "within the controls" if not row["is_beyond"] else "above every control" if row["change"] > row["high"] else "below every control"
+    )
     return f"“\u2068{name.name[:80]}\u2069” {moved} of {found.n_names}; change {numbers.signed(row['change'])}, {where} {between}."
 
 
