@@ -355,8 +355,20 @@ def test_latents_that_speak_for_a_colour_are_found_where_it_is(study: Study) -> 
     assert max(range(6), key=effects[1]["heat"].__getitem__) == 1 and min(range(6), key=effects[0]["heat"].__getitem__) == 0
     sizes = [abs(one["effect"]) for one in found["latents"]]
     assert sizes == sorted(sizes, reverse=True) and found["n_firing"] == len(sizes) and found["measure"] == "cosine"
+    assert found["others"] == [], "all that fire are listed"
     alone = study.attribute(SAE, encoded, ["green"]), study.attribute(SAE, encoded, ["red"])
     assert found["score"] == pytest.approx(alone[0]["score"] - alone[1]["score"], abs=1e-5)
+
+
+def test_of_many_latents_some_others_are_drawn_for_scale(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = png(draw_tiles(np.random.default_rng(0), ["red", "green", "grey", "grey", "grey", "grey"]))
+    whole = study.attribute(SAE, encoded, ["green", "red"])
+    monkeypatch.setattr(model_worker, "N_ATTRIBUTED", 1)
+    monkeypatch.setattr(model_worker, "N_DRAWN", 2)
+    found = study.attribute(SAE, encoded, ["green", "red"])
+    effects = {one["latent"]: one["effect"] for one in whole["latents"]}
+    assert len(effects) > 3 and len(found["latents"]) == 1 and len(found["others"]) == 2
+    assert all(any(other == pytest.approx(effect, abs=1e-6) for effect in effects.values()) for other in found["others"])
 
 
 def test_a_model_without_texts_is_read_by_classes(catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:

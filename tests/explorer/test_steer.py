@@ -71,6 +71,7 @@ ATTRIBUTED = AttributedImage(
     measure="cosine",
     n_firing=3,
     latents=[AttributedLatent(1, -0.05, -0.04, [0.0, -0.04, 0.0, 0.0]), AttributedLatent(0, 0.02, 0.03, [0.03, 0.0, 0.0, 0.0])],
+    others=[-0.00012, 0.01],
     warnings=[],
 )
 
@@ -259,6 +260,7 @@ def test_which_latents_speak_for_a_text_against_another(client: TestClient, mode
     speak_for, against = page.split("Speak against")
     assert 'data-latent="0"' in speak_for and "+0.02" in speak_for and 'data-latent="1"' not in speak_for
     assert 'data-latent="1"' in against and "−0.05" in against and 'data-heat="AP8AAA=="' in against, "where it speaks against"
+    assert "at most by 20 % of its size. For scale: 2 others that fire, drawn at random, have effects of −0.00012 to +0.01." in page
     send(client, "/attribute", 200, text="a", against="")
     assert model.asked[1][1][2] == ["a"]
 

@@ -233,6 +233,8 @@ class AttributedImage(SeenImage):
     """Number of latents that fire on the image, to all of which the output was attributed."""
     latents: Sequence[AttributedLatent]
     """Those with the largest effects, the largest first, whatever their sign."""
+    others: Sequence[float]
+    """Effects of other latents that fire, drawn at random, with which to compare the largest; empty if none is left."""
     warnings: Sequence[str]
     """Why the numbers may mislead, a sentence each."""
 

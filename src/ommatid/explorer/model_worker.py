@@ -82,6 +82,8 @@ N_DESCRIBED = 64
 """Choices of latents of which scales and differences of means stay in memory."""
 N_READOUTS = 16
 """Choices of texts whose embeddings stay in memory."""
+N_DRAWN = 8
+"""Latents that are ablated beside these, drawn at random from the others that fire."""
 N_ATTRIBUTED = 24
 """Latents that are ablated, and returned, of those to which an output is attributed."""
 
@@ -244,8 +246,10 @@ class Study:
         cheap = attributor.cheap(pixels, score, code)
         (estimates,) = cheap.by_image.cpu()
         firing = code.firing.cpu()
-        chosen = firing[estimates[firing].abs().argsort(descending=True, stable=True)[:N_ATTRIBUTED]].tolist()
-        exact = attributor.exact(pixels, score, chosen, code)[0].cpu()
+        ranked = firing[estimates[firing].abs().argsort(descending=True, stable=True)].tolist()
+        chosen, rest = ranked[:N_ATTRIBUTED], ranked[N_ATTRIBUTED:]
+        drawn = np.random.default_rng(0).permutation(rest)[:N_DRAWN].tolist()
+        exact, others = attributor.exact(pixels, score, chosen + drawn, code)[0].cpu().split([len(chosen), len(drawn)])
         (plain,) = subject.model.splice(pixels, subject.writes.name, [lambda tokens: tokens])
         maps = cheap.maps(chosen)[0].T.cpu()
         rows, cols = subject.writes.grid or (0, 0)
@@ -264,6 +268,7 @@ class Study:
                 }
                 for place in exact.abs().argsort(descending=True, stable=True).tolist()
             ],
+            "others": others.tolist(),
             "warnings": _warn_of_estimates(agreed, len(firing)),
         }
 

@@ -191,13 +191,14 @@ def describe_attributed(view: View, sae: str, found: AttributedImage) -> dict[st
             written = encode(heat, max(heat)) if heat and max(heat) > 0 else None
             svg = draw_svg(written, found.rows, found.cols, (found.seen_width, found.seen_height)) if written else None
             entries.append({"row": rows[one.latent], "effect": one.effect, "estimate": one.estimate, "heat": written, "svg": svg})
-    sides = [("for", [e for e in entries if e["effect"] > 0]), ("against", [e for e in entries if e["effect"] < 0])]
     return {
         **_picture(found),
-        "sides": sides,
+        "sides": [("for", [one for one in entries if one["effect"] > 0]), ("against", [one for one in entries if one["effect"] < 0])],
         "score": found.score,
+        "largest": max((abs(one.effect) for one in found.latents), default=0) / abs(found.score) if found.score else None,
         "measure": found.measure,
         "n_firing": found.n_firing,
+        "others": found.others,
         "warnings": found.warnings,
     }
 

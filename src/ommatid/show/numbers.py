@@ -44,7 +44,7 @@ def signed(value: float | None) -> str:
 
 def short(value: float | None) -> str:
     """Write a difference of any size with two significant digits and its sign, or None as a dash."""
-    return DASH if value is None else f"{value:+.2g}".replace("-", "−")
+    return DASH if value is None else f"{float(f'{value:.1e}'):+.12f}".rstrip("0").rstrip(".").replace("-", "−")
 
 
 def count(value: int | None) -> str:

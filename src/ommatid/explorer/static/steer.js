@@ -156,6 +156,7 @@ function prepareSteering() {
 document.addEventListener("change", (event) => {
   const field = event.target, box = form();
   if (field.id === "steer-curve") { brush.curve = field.selectedOptions[0].text; showCurve(brush.curve); return; }
+  if (field.id === "upload") { document.getElementById("looked")?.replaceChildren(); return; }  // which is about another image
   if (field.id === "steer-upload") { if (field.files.length) send(); return; }
   if (!box || field.form !== box) return;
   if (field.name === "image") { document.getElementById("steer-own").reset(); choosePatches(new Set()); send(); return; }
