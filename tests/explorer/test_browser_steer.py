@@ -19,9 +19,9 @@ LOADING = 120_000
 """Milliseconds within which the model is loaded."""
 
 
-def open_steered(windows: Windows, explorer: str, **window: int) -> Page:
+def open_steered(windows: Windows, explorer: str, width: int = 1280) -> Page:
     """Open the page of a feature, and steer it on its strongest image."""
-    page = windows.open(f"{explorer}/features/{SAE}/{LATENT}", **window)
+    page = windows.open(f"{explorer}/features/{SAE}/{LATENT}", width=width)
     page.get_by_role("button", name="Steer", exact=True).click()
     expect(page.locator("#steered .steered")).to_be_visible(timeout=LOADING)
     return page
