@@ -7,6 +7,7 @@ is refused with one line that says what to do, before the model is loaded wherev
 import csv
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -256,6 +257,31 @@ def test_a_latent_at_a_later_hookpoint_comes_from_the_earlier_latent_of_its_colo
             run.attribute("red.png", latent_of=(early, 1))
     assert run_verb("attribute", "red.png", "--data", early, "--latent-of", f"{late}:planted:{RED}") == 0
     assert f"activation of latent {RED} of planted is" in said(capsys)
+    with ommatid.open_run(early) as run:
+        found = run.circuit("red", late, sizes=[2, 6], draws=4)
+        assert {(node.hookpoint, node.latent) for node in found.nodes} == {
+            (at, one) for at in ("tiles", "late") for one in (RED, GREEN, BLUE)
+        }
+        assert (found.edges[0].source, found.edges[0].target) == (RED, RED) and len(found.edges) == 9
+    assert run_verb("circuit", "red", "--data", early, "--and-sae", f"{late}:planted", "--size", "6", "--draws", "2") == 0
+    shown = said(capsys)
+    assert "red at tiles and late: log-odds" in shown and re.search(r"\n0 +0 +[+-]", shown)
+    assert run_verb("circuit", "red", "--data", early, "--and-sae", early, "--size", "2") == 1
+    assert "both SAEs are at tiles: give a second one at a later hookpoint" in said(capsys)
+
+
+def test_a_circuit_is_printed_beside_its_controls_and_written(capsys: pytest.CaptureFixture[str], run: ommatid.Run, tmp_path: Path) -> None:
+    found = run.circuit("red", sizes=[1, 3], draws=5)
+    assert {(node.latent, node.label) for node in found.nodes} == {(RED, "red"), (GREEN, "green"), (BLUE, "blue")} and not found.edges
+    rows = found.table().set_index(["arm", "size"]).faithfulness
+    assert rows["circuit", 3] > 0.8 > 0.5 > rows["random", 3] and rows["without", 3] < 0.2 < rows["without_random", 3]
+    for name in ("red.dot", "red.csv", "red.json"):
+        assert run_verb("circuit", "red", "--size", "1,3", "--draws", "5", "--out", str(tmp_path / name)) == 0
+        shown = said(capsys)
+        assert shown.endswith(f"{tmp_path / name}\n") and "circuit alone" in shown and "all but random ones" in shown
+    assert (tmp_path / "red.dot").read_text().startswith("digraph circuit {")
+    assert len((tmp_path / "red.csv").read_text().splitlines()) == 1 + len(found.points)
+    assert json.loads((tmp_path / "red.json").read_text())["class_name"] == "red"
 
 
 # ---- bad input
@@ -297,6 +323,11 @@ STEER, ATTRIBUTE = ("steer", "red.png", "--latent", "0"), ("attribute", "red.png
         ((*ATTRIBUTE, "--class", "rad"), "class 'rad': no evaluation image has it; did you mean 'red'? they have blue, green and red"),
         ((*ATTRIBUTE, "--latent-of", "7"), "--latent-of '7': expected the root of another study, the name of its SAE"),
         ((*ATTRIBUTE, "--text", "red", "--method", "fast"), "--method 'fast': expected cheap, integrated, exact"),
+        (("circuit", "rad"), "class 'rad': no evaluation image has it; did you mean 'red'? they have blue, green and red"),
+        (("circuit", "red", "--size", "8,x"), "--size '8,x': 'x'; expected numbers above 0, each once, with commas between, such as 8,16"),
+        (("circuit", "red", "--size", "4,4"), "--size '4,4': '4'; expected numbers above 0, each once"),
+        (("circuit", "red", "--out", "x.png"), "x.png: circuits are written as .dot, .csv, .json; name a file with one of these endings"),
+        (("circuit", "red", "--and-sae", "nowhere"), "nowhere holds no finished study"),
         ((*ATTRIBUTE, "--text", "red", "--out", "x.txt"), "x.txt: results are written as .png, .csv, .json"),
     ],
 )

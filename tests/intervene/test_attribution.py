@@ -159,6 +159,17 @@ def test_cheap_effects_are_exact_and_complete_if_the_output_is_affine() -> None:
     torch.testing.assert_close(from_mean.baseline_b, first(cast(Any, attributor.model).outputs(at_mean)))
 
 
+def test_effects_from_means_are_exact_if_the_output_is_affine() -> None:
+    attributor = make_attributor("affine")
+    model, sae, pixels, means = cast(Any, attributor.model), attributor.sae, pixels_of(attributor), 0.3 * draw(S, seed=7).abs()
+    found = attributor.from_means(attributor.cheap(pixels, first), means)
+    x = model.table
+    for latent in range(0, S, 5):
+        acts = sae.encode(x[:, 1:].flatten(0, 1))[:, latent].view(len(x), T - 1, 1)
+        at_mean = torch.cat([x[:, :1], x[:, 1:] + (means[latent] - acts) * sae.W_dec[latent]], 1)
+        torch.testing.assert_close(found[:, latent], first(model.outputs(x)) - first(model.outputs(at_mean)))
+
+
 @pytest.mark.parametrize("reads", ["tokens", "earlier"])
 @pytest.mark.parametrize("mean", [None, draw(D, seed=6)])
 def test_integrated_effects_are_complete(mean: Tensor | None, reads: str) -> None:

@@ -511,7 +511,7 @@ def attribute_outputs(
     _check_output(texts, class_name, latent_of)
     name, subject = run.subject(sae)
     if class_name is not None:
-        _check_class(subject, class_name)
+        check_class(subject, class_name)
     output, score, read = _make_output(run, subject, texts, class_name, latent_of)
     attributor = Attributor(subject.model, subject.device_sae, subject.reads, subject.writes, read)
     pixels, mean_d = photographs.pixels(subject.model.preprocess).to(subject.device), subject.mean.to(subject.device)
@@ -662,7 +662,12 @@ def _check_output(texts: Sequence[str] | None, class_name: str | None, latent_of
         raise InputError(f"texts are {texts!r}; give a list of one text, or of two, of which the second is compared with the first")
 
 
-def _check_class(subject: "Subject", name: str) -> None:
+def check_class(subject: "Subject", name: str) -> None:
+    """Check that the output can be read as the log-odds of a class, without loading the model.
+
+    Raises:
+        InputError: There is no such class.
+    """
     classes = subject.readout.names if subject.head else sorted(set(subject.classes.values()))
     if name not in classes:
         near = difflib.get_close_matches(name, classes, n=1)

@@ -14,6 +14,7 @@ from ommatid.api.interventions import (
     Patches,
     Photographs,
     attribute_outputs,
+    check_class,
     steer_images,
 )
 from ommatid.catalog.reader import Catalog
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ommatid.api.interventions import LatentOf
+    from ommatid.intervene.circuits import Circuit
     from ommatid.intervene.edit import ErrorTerm, Unit, Where
     from ommatid.intervene.steering import Dosed
     from ommatid.intervene.subject import Subject
@@ -354,6 +356,61 @@ class Run:
         return attribute_outputs(
             self, photograph(images), texts=texts, class_name=class_name, latent_of=latent_of, method=method, n_top=top, seed=seed, sae=sae
         )
+
+    def circuit(
+        self,
+        class_name: str,
+        later: "Run | str | Path | tuple[Run | str | Path, str] | None" = None,
+        *,
+        sizes: Sequence[int] | None = None,
+        n_images: int = 96,
+        draws: int = 20,
+        shown: int = 16,
+        seed: int = 0,
+        sae: str | None = None,
+    ) -> "Circuit":
+        """Find the latents on which the model's answer for a class rests, and how much of the answer they alone give.
+
+        Latents are chosen by their effects on half of the class's evaluation images. On the other half, the model runs with only these
+        latents, beside random circuits of the same size, the most active latents, and everything but the circuit.
+
+        Args:
+            class_name: A class of the study's images.
+            later: A study of the same images and model whose SAE is at a later hookpoint, or the root of its artefacts; with the SAE's name
+                if it has several. The circuit then has latents at both hookpoints, and edges between them.
+            sizes: Numbers of latents, over both hookpoints together; None: 4, 8, 16, 32, 64 and 128.
+            n_images: Largest number of images of the class, and of all classes for the means that replace what is not in a circuit.
+            draws: Number of random circuits of each size, at least 2.
+            shown: Number of latents, those of largest effect, that the graph has.
+            seed: Seed of the images and of random circuits.
+            sae: Name of the SAE, from `saes` or from the catalogue; may be None if the study has a single SAE.
+
+        Returns:
+            Nodes, edges, and faithfulness by size.
+
+        Raises:
+            InputError: No image of the study has the class, its images are too few, or a size is not possible.
+            ConfigError: There is no SAE of this name, or there are several and none is named.
+            ModelError: The model is not known or cannot be loaded, its output cannot be read, or the SAEs do not fit each other.
+            ArtefactError: A study has not been evaluated and labelled, or its artefacts were not made from one another.
+
+        >>> import ommatid
+        >>> run = ommatid.open_run("data")
+        >>> name = run.catalog.rows("SELECT label FROM images WHERE label IS NOT NULL LIMIT 1")[0][0]
+        >>> found = run.circuit(name, sizes=[2, 4], draws=3)
+        >>> rows = found.table()[["arm", "size", "faithfulness"]]
+        >>> found.to_dot().startswith("digraph")
+        True
+        """
+        from ommatid.intervene.circuits import SIZES, find_circuit
+
+        subjects = [self.subject(sae)[1]]
+        check_class(subjects[0], class_name)
+        if later is not None:
+            other, *name = later if isinstance(later, tuple) else (later,)
+            subjects.append((other if isinstance(other, Run) else Run(other)).subject(*name)[1])
+        wanted = SIZES if sizes is None else sizes
+        return find_circuit(subjects, class_name, sizes=wanted, n_images=n_images, draws=draws, n_shown=shown, seed=seed)
 
     def subject(self, sae: str | None = None) -> "tuple[str, Subject]":
         """Return the name of an SAE in its artefacts, and the model with this SAE, ready to be edited and read.

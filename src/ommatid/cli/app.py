@@ -291,6 +291,29 @@ def attribute(
 
 
 @app.command()
+def circuit(
+    class_name: Annotated[str, typer.Argument(metavar="CLASS", help="A class of the study's images.")],
+    and_sae: Annotated[
+        str | None, typer.Option(metavar="DATA[:SAE]", help="A study with an SAE at a later hookpoint, for latents and edges there.")
+    ] = None,
+    size: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of latents.")] = "4,8,16,32,64,128",
+    images: Annotated[int, typer.Option(min=1, help="Largest number of images of the class.")] = 96,
+    draws: Annotated[int, typer.Option(min=2, help="Number of random circuits of each size.")] = 20,
+    shown: Annotated[int, typer.Option(min=1, help="Number of latents to list, and of those in the graph.")] = 16,
+    seed: Seed = 0,
+    sae: OwnSae = None,
+    data: Data = DEFAULT_DATA,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the graph (.dot), the table (.csv) or everything (.json) as well.")
+    ] = None,
+) -> None:
+    """Find the latents on which the model's answer for a class rests, and what they alone give of it, beside random ones."""
+    from ommatid.cli.circuit import circuit as run
+
+    run(class_name, and_sae, size, images, draws, shown, seed, sae, data, out)
+
+
+@app.command()
 def report(
     sae: SaeName = None,
     to: Annotated[Path | None, typer.Option(help="The HTML file to write; default: report.html under --data.")] = None,

@@ -171,6 +171,8 @@ class Attribution:
     """Effect of the SAE's bias minus the baseline, `(b,)`; 0 if the baseline has the bias too."""
     baseline_d: Float[Tensor, " d"] | None
     """Vector at every kept token of the baseline, `(d,)`; None if the baseline is x without the contributions of all latents."""
+    gradient_bd: Float[Tensor, "images d"]
+    """Gradient of the output, summed over kept tokens, `(b, d)`."""
 
     @cached_property
     def by_image(self) -> Float[Tensor, "images latents"]:
@@ -358,6 +360,15 @@ class Attributor:
                 effects[turn.images, turn.columns] = (plain - scores)[turn.images]
         return effects
 
+    def from_means(self, attribution: Attribution, means_s: Float[Tensor, " latents"]) -> Float[Tensor, "images latents"]:
+        """Return effects by which latents differ from given activations instead of from silence: Σ (c_k − means_k) (∂m/∂x · d_k), `(b, s)`.
+
+        Args:
+            attribution: Cheap or integrated effects.
+            means_s: Activation of each latent on every kept token, such as its mean, `(s,)`.
+        """
+        return attribution.by_image - means_s.to(self.sae.W_dec) * (attribution.gradient_bd @ self.sae.W_dec.T)
+
     def completeness(self, pixels: UInt8[Tensor, "images height width 3"], score: Score, attribution: Attribution) -> Completeness:
         """Compute both sides of the completeness identity of cheap or integrated effects.
 
@@ -420,7 +431,7 @@ class Attributor:
             x_hat_bkd = self._contributions(code) + self.sae.b_dec
             error_b = (gradients_bkd * (x_bkd - x_hat_bkd)).sum((1, 2))
             bias_b = gradients_bkd.sum(1) @ (self.sae.b_dec - self._cast(baseline_d))
-        return Attribution(code, code.entries.values * slopes_n, error_b, bias_b, baseline_d)
+        return Attribution(code, code.entries.values * slopes_n, error_b, bias_b, baseline_d, gradients_bkd.sum(1))
 
     def _baseline(self, code: Code, x_bkd: Tensor, baseline_d: Tensor | None) -> Tensor:
         """Return the kept tokens of the baseline, `(b, k, d)`."""

@@ -45,7 +45,17 @@ from ommatid.metrics.monosemanticity import Monosemanticity, MonosemanticityInte
 from ommatid.metrics.overlap import CoFiring, uniqueness
 from ommatid.metrics.probe import LogisticProbes, fit_probes
 from ommatid.metrics.vectors import nan_mean, unit
-from ommatid.metrics.zero_shot import Classified, Interval, classify, downstream_kl, downstream_loss, fit_scale, recovered, wilson
+from ommatid.metrics.zero_shot import (
+    Classified,
+    Interval,
+    classify,
+    downstream_kl,
+    downstream_loss,
+    fit_scale,
+    recovered,
+    share_of_means,
+    wilson,
+)
 
 __all__ = [
     "BestControl",
@@ -111,6 +121,7 @@ __all__ = [
     "raised_most",
     "rank_correlation",
     "recovered",
+    "share_of_means",
     "steering_score",
     "uniqueness",
     "unit",

@@ -131,10 +131,17 @@ def recovered(plain: Classified, spliced: Classified, mean: Classified) -> Inter
         activations by their mean has no significant effect (CE_mean − CE_plain is within 1.96 standard errors of 0): there is then nothing
         to recover.
     """
-    kept, all_ = mean.cross_entropies - spliced.cross_entropies, mean.cross_entropies - plain.cross_entropies
-    n, whole = len(all_), float(all_.mean())
-    if n < 2 or whole <= Z * float(all_.std()) / math.sqrt(n):
+    return share_of_means(mean.cross_entropies - spliced.cross_entropies, mean.cross_entropies - plain.cross_entropies)
+
+
+def share_of_means(part_n: Float[Tensor, " images"], whole_n: Float[Tensor, " images"]) -> Interval:
+    """Return mean(part) / mean(whole) over paired images, `(n,)` each, with its interval (delta method, Cochran 1977).
+
+    All are NaN unless the mean of the whole is significantly above 0: there is then nothing to have a share of.
+    """
+    n, whole = len(whole_n), float(whole_n.mean())
+    if n < 2 or whole <= Z * float(whole_n.std()) / math.sqrt(n):
         return Interval(math.nan, math.nan, math.nan)
-    share = float(kept.mean()) / whole
-    half = Z * float((kept - share * all_).std()) / (whole * math.sqrt(n))
+    share = float(part_n.mean()) / whole
+    half = Z * float((part_n - share * whole_n).std()) / (whole * math.sqrt(n))
     return Interval(share, share - half, share + half)
