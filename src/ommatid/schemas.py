@@ -672,6 +672,151 @@ ATTRIBUTIONS = _table(
     n_images=(pa.int32(), "number of evaluation images in the means"),
 )
 
+AUDIT_STATUSES = ("suspect", "unconfirmed", "untested", "of_another_class", "unsuspicious")
+"""What the audit says of a class and a latent, the most alarming first."""
+PARTS = ("class_with", "class_without", "others_with")
+"""Parts of the pictures of an audited pair."""
+AUDIT_GROUPS = ("class_with", "class_without", "others_with", "others_without")
+"""Groups of images of an audited pair."""
+N_AUDIT_IMAGES = 8
+"""Maximum number of images of each part that are listed of an audited pair."""
+_HAS = "has the latent: it fires on it and, if it fires on more than half of the evaluation images, is among the stronger half of them"
+_AT_ONCE = "of the interval that holds with 95 % for all pairs that were examined at once"
+_TESTED = "null unless the pair was tested"
+_ATTRIBUTED = "null without intervene.audit.attributes, and if fewer than 10 images have one of the two values"
+
+AUDIT = _table(
+    "audit",
+    "interventions/<sae>",
+    may_be_empty=True,
+    sae=(pa.string(), "name of the SAE"),
+    latent=(pa.int32(), "index of the latent"),
+    **{"class": (pa.string(), "a value of images.label")},
+    status=(
+        pa.string(),
+        "suspect (the model answers with the class for the wrong reason: suspicion is above 0, and the model tells the class better "
+        "without the latent), unconfirmed (suspicion is above 0, but it does not), untested (suspicion is above 0, but intervene.audit.n "
+        "pairs are more suspicious, or it could not be tested), of_another_class (suspicion is above 0 because the latent is a feature of "
+        "the classes whose images are mistaken for this one) or unsuspicious",
+    ),
+    suspicion=(
+        pa.float64(),
+        "how suspicious the pair is: the lower end of mistaken_more, or that of trust_less or of follows, the larger, if it is smaller; "
+        "at most 0 if there is nothing to suspect",
+    ),
+    n_with=(pa.int32(), f"number of evaluation images of the class that have the latent; an image {_HAS}"),
+    n_without=(pa.int32(), "number of the other images of the class"),
+    n_others_with=(pa.int32(), "number of images of other classes that have the latent"),
+    n_others_without=(pa.int32(), "number of images of other classes that lack it"),
+    lift=(pa.float64(), "share of the class that has the latent, divided by that of all images"),
+    accuracy_with=(pa.float64(), "share of n_with that the model calls the class"),
+    accuracy_without=(pa.float64(), "share of n_without that the model calls the class"),
+    accuracy_more=(pa.float64(), "accuracy_with less accuracy_without"),
+    accuracy_more_low=(pa.float64(), f"lower end {_AT_ONCE}"),
+    accuracy_more_high=(pa.float64(), f"upper end {_AT_ONCE}"),
+    mistaken_with=(pa.float64(), "share of n_others_with that the model calls the class"),
+    mistaken_more=(pa.float64(), "mistaken_with less the same of all images of the same classes"),
+    mistaken_more_low=(pa.float64(), f"lower end {_AT_ONCE}"),
+    mistaken_more_high=(pa.float64(), f"upper end {_AT_ONCE}"),
+    trust_with=(
+        nullable(pa.float64()),
+        "share of the images with the latent that the model calls the class that are of it; null if there are none",
+    ),
+    trust_without=(nullable(pa.float64()), "the same of the images without the latent"),
+    trust_less=(nullable(pa.float64()), "trust_without less trust_with; a feature that is the class itself has less than 0"),
+    trust_less_low=(pa.float64(), f"lower end {_AT_ONCE}"),
+    trust_less_high=(pa.float64(), f"upper end {_AT_ONCE}"),
+    attribute=(nullable(pa.string()), f"competing attribute that the latent follows most; {_ATTRIBUTED}"),
+    attribute_lift=(
+        nullable(pa.float64()),
+        "share of the images with the attribute that have the latent, divided by that of all; null if attribute is",
+    ),
+    follows=(
+        nullable(pa.float64()),
+        "share of the images of other classes with the attribute that have the latent, less that of the images of the class without it: 1 "
+        "if the latent is the attribute, -1 if it is the class; null if attribute is",
+    ),
+    follows_low=(nullable(pa.float64()), f"lower end {_AT_ONCE}; null if attribute is"),
+    follows_high=(nullable(pa.float64()), f"upper end {_AT_ONCE}; null if attribute is"),
+    outside=(
+        nullable(pa.float64()),
+        "share of the latent's activation on images of the class that is outside the object; null without masks",
+    ),
+    reason=(nullable(pa.string()), "why a pair is untested; null otherwise"),
+    n_tested=(nullable(pa.int32()), f"number of images on which the model was run without the latent; {_TESTED}"),
+    grouped_by=(
+        nullable(pa.string()),
+        "what divides the images of each class into two groups in the test: the attribute, if the latent follows it, or else whether they "
+        f"have the latent; {_TESTED}",
+    ),
+    worst_group=(
+        nullable(pa.string()),
+        "group with the lowest accuracy, at telling whether an image is of the class: class_with, class_without, others_with or "
+        f"others_without; {_TESTED}",
+    ),
+    worst=(nullable(pa.float64()), f"accuracy in the worst of the groups; {_TESTED}"),
+    worst_ablated=(nullable(pa.float64()), f"the same after ablating the latent, whichever group is the worst then; {_TESTED}"),
+    worst_random=(
+        nullable(pa.float64()),
+        f"the same after ablating another latent that fires about as often, mean of intervene.draws such; {_TESTED}",
+    ),
+    worst_random_low=(nullable(pa.float64()), f"the lowest of them; {_TESTED}"),
+    worst_random_high=(nullable(pa.float64()), f"the highest of them; {_TESTED}"),
+    worst_leace=(
+        nullable(pa.float64()),
+        f"the same after LEACE has erased from the tokens what divides the images into two groups; {_TESTED}",
+    ),
+    balanced=(nullable(pa.float64()), f"mean accuracy of the groups; {_TESTED}"),
+    balanced_ablated=(nullable(pa.float64()), f"the same after ablating the latent; {_TESTED}"),
+    balanced_random=(nullable(pa.float64()), f"the highest of the same after ablating another latent that fires about as often; {_TESTED}"),
+    balanced_leace=(nullable(pa.float64()), f"the same after LEACE; {_TESTED}"),
+    gain_low=(
+        nullable(pa.float64()),
+        "by how much ablating the latent gains more in balanced than nothing and than ablating any of the others: the lower end of the "
+        f"interval that is paired over images and holds with 95 % for all tests; above 0 if the pair is a suspect; {_TESTED}",
+    ),
+)
+
+AUDITS = _table(
+    "audits",
+    "interventions/<sae>",
+    sae=(pa.string(), "name of the SAE"),
+    status=(pa.string(), "ok, or why nothing was audited"),
+    attributes=(pa.list_(pa.field("element", pa.string())), "names of the attributes that were given"),
+    n_with_attributes=(pa.int32(), "number of audited images with a known attribute"),
+    n_images=(pa.int32(), "number of evaluation images that were audited"),
+    n_classes=(pa.int32(), "number of their classes"),
+    accuracy=(nullable(pa.float64()), "share of them that the model calls what they are; null if none was audited"),
+    n_latents=(pa.int32(), "number of latents that fire on them"),
+    n_pairs=(pa.int32(), "number of pairs of a class and a latent"),
+    n_too_few=(
+        pa.int32(),
+        "number of pairs that were left out, because fewer than 10 images are of the class or not, and have the latent or not",
+    ),
+    n_examined=(pa.int32(), "number of the others"),
+    n_unlisted=(pa.int32(), "number of examined pairs that the relation audit leaves out, the least suspicious of classes with over 1,024"),
+    n_suspicious=(pa.int32(), "number of examined pairs with a suspicion above 0"),
+    n_tested=(pa.int32(), "number of these that were tested by ablating the latent"),
+    n_suspects=(pa.int32(), "number of these that are suspects"),
+)
+
+AUDIT_IMAGES = _table(
+    "audit_images",
+    "interventions/<sae>",
+    may_be_empty=True,
+    sae=(pa.string(), "name of the SAE"),
+    latent=(pa.int32(), "index of the latent"),
+    **{"class": (pa.string(), "class of the pair, which was tested")},
+    part=(
+        pa.string(),
+        "class_with (images of the class that have the latent, the strongest first), class_without (that lack it, those first that the "
+        "model does not call the class) or others_with (of other classes that have it, those first that the model calls the class)",
+    ),
+    rank=(pa.int32(), "rank of the image in its part; 1 is the first, and 8 the last that is listed"),
+    image=(pa.int32(), "images.image"),
+    called=(pa.string(), "class that the model calls it"),
+)
+
 NEIGHBOURS = _table(
     "neighbours",
     "catalog",

@@ -24,6 +24,7 @@ PAGES = (
     f"/features/{SAE}/6",
     "/images/3",
     "/classes",
+    "/audit",
     "/compare",
     "/runs",
     "/search?q=circle",

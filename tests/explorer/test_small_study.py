@@ -21,7 +21,7 @@ server.serve_forever()
 def test_every_relation_has_rows(study: Study) -> None:
     with Catalog(study.catalog) as catalog:
         counts = {name: catalog.ask(f"SELECT count(*) FROM {name}").rows[0][0] for (name,) in catalog.ask("SHOW TABLES").rows}
-        assert len(counts) > 10 and all(counts.values()), counts
+        assert len(counts) > 10 and [name for name, n in counts.items() if not n] == ["audit_images"], counts  # no pair is suspicious
         saes = catalog.ask("SELECT sae, count(*) AS n, count(ms) AS ms, count(label) AS labelled FROM features GROUP BY ALL").dicts()
     assert sorted(row["sae"].rpartition("-")[0] for row in saes) == sorted(NAMES)
     assert all(row["n"] > row["ms"] > row["n"] / 2 and row["labelled"] > row["n"] / 2 for row in saes), saes

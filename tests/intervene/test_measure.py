@@ -47,7 +47,9 @@ def run(
     line: Mapping[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch, model: TileModel | None = None, **changes: Any
 ) -> Measured:
     use_tile_model(monkeypatch, model)
-    found = measure(params.intervene.model_copy(update=changes), line, lambda event: None)
+    found = measure(
+        params.intervene.model_copy(update=changes), Subject(line, head=changes.get("head", params.intervene.head)), lambda event: None
+    )
     assert isinstance(found, Measured), found
     return found
 

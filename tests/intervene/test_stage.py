@@ -12,6 +12,7 @@ from ommatid.errors import ConfigError, ModelError
 from ommatid.events import Event, Warned, ignore
 from ommatid.extract import networks
 from ommatid.intervene import stage
+from ommatid.intervene.audit import leave_unaudited
 from ommatid.intervene.measure import Measured
 from ommatid.intervene.stage import NOT_CHOSEN, intervene
 from ommatid.label.stage import label
@@ -64,10 +65,17 @@ def run(place: Path, params: InterveneParams, line: Mapping[str, Artefact], even
     return made
 
 
+def use(monkeypatch: pytest.MonkeyPatch, measured: Measured) -> None:
+    """Use what was measured, and an audit of nothing, in place of the model."""
+    monkeypatch.setattr(stage, "Subject", lambda inputs, head: None)
+    monkeypatch.setattr(stage, "measure", lambda *_: measured)
+    monkeypatch.setattr(stage, "audit", lambda *_: leave_unaudited("not audited"))
+
+
 def test_what_is_measured_becomes_tables_and_every_other_latent_says_that_it_was_not_chosen(
     tmp_path: Path, params: Params, line: Mapping[str, Artefact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "measure", lambda *_: MEASURED)
+    use(monkeypatch, MEASURED)
     events: list[Event] = []
     made = run(tmp_path / "effects", params.intervene, line, events)
     assert events == []
@@ -82,6 +90,7 @@ def test_what_is_measured_becomes_tables_and_every_other_latent_says_that_it_was
     ]
     assert made.read("interventions").to_pylist() == [{"sae": "planted", **MEASURED.interventions[0]}]
     assert made.read("attributions").to_pylist() == [{"sae": "planted", **MEASURED.attributions[0]}]
+    assert [(row["sae"], row["status"]) for row in made.read("audits").to_pylist()] == [("planted", "not audited")]
     summary = dict(made.summary)
     ms = dict(zip(*line["evaluate"].read("latents", ["latent", "ms"]).to_pydict().values(), strict=True))
     order = sorted(range(3), key=lambda latent: ms[latent])  # the effects beyond the best control are 0.5, 0.4 and -0.1
@@ -122,7 +131,8 @@ def test_a_model_that_cannot_be_run_leaves_every_latent_untested_with_the_reason
     check_keys("effects", made.summary)
     assert events == [Warned(f"planted: no interventions: {why}")]
     assert [(row["status"], row["reason"]) for row in made.read("effects").to_pylist()] == [("untested", why)] * D_SAE
-    assert made.rows("interventions") == made.rows("attributions") == 0
+    assert made.rows("interventions") == made.rows("attributions") == made.rows("audit") == made.rows("audit_images") == 0
+    assert made.read("audits")["status"].to_pylist() == [why]
     assert made.summary["reason"] == why and made.summary["n_untested"] == D_SAE
     assert all(made.summary[key] is None for key in ("share_causal", "random_causal", "zero_dose", "spearman_ms"))
     report = quality.check("intervene", whole, params, {"planted": params.train})
@@ -133,7 +143,7 @@ def test_rows_that_are_measured_twice_or_of_no_latent_reach_the_gate(
     tmp_path: Path, params: Params, line: Mapping[str, Artefact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     odd = [*MEASURED.effects, MEASURED.effects[0], {**MEASURED.effects[0], "latent": D_SAE}]
-    monkeypatch.setattr(stage, "measure", lambda *_: Measured([], odd, [], 0.0, None))
+    use(monkeypatch, Measured([], odd, [], 0.0, None))
     latents = run(tmp_path / "effects", params.intervene, line, []).read("effects")["latent"].to_pylist()
     assert latents == [0, 1, 2, 2, 3, 4, 5, D_SAE]
 

@@ -25,6 +25,7 @@ from ommatid.pipeline.run import run_stage
 from ommatid.quality import Check, Report
 from ommatid.store import Artefact, Draft, part_name
 from ommatid.summaries import ImagesSummary
+from support.catalog import AUDIT, AUDITS
 from support.study import CHECKOUT
 
 N_LATENTS, N_IMAGES, WIDTH = 4, 9, 8
@@ -679,18 +680,30 @@ def attribution_rows() -> Rows:
     return [*rows, {**shared, "rank": 2, "latent": 3, "effect": 0.25, "exact": None}]
 
 
+def audit_rows() -> Rows:
+    """A suspect, a pair that is more suspicious than was tested, and one that nothing speaks against."""
+    pair = {**dict.fromkeys(schemas.AUDIT.names), **AUDIT, "sae": "s"}
+    tested = [name for name in schemas.AUDIT.names if name.startswith(("worst", "balanced", "gain", "n_tested", "grouped"))]
+    untested = {**pair, **dict.fromkeys(tested), "status": "untested", "class": "dog", "reason": "others are more suspicious"}
+    return [pair, untested, {**untested, "status": "unsuspicious", "class": "ship", "suspicion": -0.5, "reason": None}]
+
+
 def effects_artefact(
     folder: Path,
     effects: Rows | None = None,
     interventions: Rows | None = None,
     attributions: Rows | None = None,
     sae: str = ONE,
+    audit: Rows | None = None,
+    audits: Mapping[str, Any] | None = None,
     **summary: Any,
 ) -> Artefact:
     tables = {
         "effects.parquet": table(schemas.EFFECTS, effect_rows() if effects is None else effects),
         "interventions.parquet": table(schemas.INTERVENTIONS, intervention_rows() if interventions is None else interventions),
         "attributions.parquet": table(schemas.ATTRIBUTIONS, attribution_rows() if attributions is None else attributions),
+        "audit.parquet": table(schemas.AUDIT, audit_rows() if audit is None else audit),
+        "audits.parquet": table(schemas.AUDITS, [{**AUDITS, "sae": "s", "n_examined": 3, "n_pairs": 11, **(audits or {})}]),
     }
     with pytest.MonkeyPatch.context() as patch:
         for key, value in (EFFECT_COUNTS | summary).items():
@@ -710,6 +723,43 @@ def test_an_sae_whose_model_cannot_be_run_passes_with_the_reason(tmp_path: Path,
     unknown: dict[str, Any] = {"share_causal": None, "random_causal": None, "zero_dose": None}
     report = check("intervene", effects_artefact(tmp_path, untested, [], [], **counts, **unknown), params)
     assert report.success, report.failures
+
+
+COUNTED = "the audit counts what it lists"
+
+
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [
+        (0, {"status": "guilty"}),
+        (0, {"suspicion": 0.0}),
+        (0, {"n_tested": None}),
+        (0, {"worst_group": "the rest"}),
+        (0, {"gain_low": 0.0}),
+        (0, {"gain_low": None}),
+        (0, {"accuracy_with": 1.5}),
+        (0, {"trust_less_low": 0.75}),
+        (0, {"n_others_with": 0}),
+        (0, {"latent": N_LATENTS}),
+        (1, {"reason": None}),
+        (2, {"suspicion": 0.125}),
+        (2, {"reason": "why not"}),
+        (2, {"suspicion": float("nan")}),
+    ],
+)
+def test_pairs_of_the_audit_that_contradict_themselves_are_named(
+    tmp_path: Path, params: Params, place: int, change: Mapping[str, Any]
+) -> None:
+    rows = edited(audit_rows(), place, **change)
+    found = failed(check("intervene", effects_artefact(tmp_path, audit=rows), params))
+    assert set(found) - {COUNTED} == {ROWS}
+    assert f"latent {rows[place]['latent']} {rows[place]['class']}" in found[ROWS].detail
+
+
+@pytest.mark.parametrize("change", [{"n_tested": 2}, {"n_suspects": 0}, {"n_too_few": 9}, {"n_unlisted": 1}])
+def test_counts_of_the_audit_that_disagree_are_named(tmp_path: Path, params: Params, change: Mapping[str, int]) -> None:
+    found = failed(check("intervene", effects_artefact(tmp_path, audits=change), params))
+    assert set(found) == {COUNTED} and any(name in found[COUNTED].detail for name in (*change, "n_pairs", "n_examined"))
 
 
 AGREE, EVERY = "statuses agree with their numbers", "every latent has one row of effects"

@@ -57,6 +57,19 @@ STRUCTURE = [
     (False, False, None, None, None, None),
 ]
 COFIRING = [(0, 1, 1, 2.0, 0.2, 8), (1, 1, 0, 2.0, 0.2, 8)]
+AUDIT = {
+    "latent": 0, "class": "cat", "status": "suspect", "suspicion": 0.125, "lift": 1.5, "attribute": None,
+    "n_with": 40, "n_without": 20, "n_others_with": 16, "n_others_without": 44,
+    "accuracy_with": 0.9, "accuracy_without": 0.5, "accuracy_more": 0.4, "accuracy_more_low": 0.1, "accuracy_more_high": 0.7,
+    "mistaken_with": 0.75, "mistaken_more": 0.5, "mistaken_more_low": 0.125, "mistaken_more_high": 0.75,
+    "trust_with": 0.75, "trust_without": 1.0, "trust_less": 0.25, "trust_less_low": 0.125, "trust_less_high": 0.5,
+    "n_tested": 78, "grouped_by": "latent 0", "worst_group": "others_with", "worst": 0.25, "worst_ablated": 0.75, "worst_random": 0.25,
+    "worst_random_low": 0.2, "worst_random_high": 0.3, "worst_leace": 0.875, "balanced": 0.6, "balanced_ablated": 0.8,
+    "balanced_random": 0.65, "balanced_leace": 0.85, "gain_low": 0.1,
+}  # fmt: skip
+AUDITS = {"status": "ok", "attributes": [], "n_with_attributes": 0, "n_images": 120, "n_classes": 3, "accuracy": 0.5, "n_latents": 3}
+AUDITS |= {"n_pairs": 9, "n_too_few": 8, "n_examined": 1, "n_unlisted": 0, "n_suspicious": 1, "n_tested": 1, "n_suspects": 1}
+AUDIT_IMAGES = [("class_with", 0, "cat"), ("class_without", 2, "truck"), ("others_with", 3, "cat")]
 DENSITIES = [("sae", 0.0, 0.0, 1), ("sae", 0.01, 0.1, 0), ("sae", 0.1, 1.0, 3), ("untrained", 0.1, 1.0, 4)]
 FIDELITY = [("sae", "patch", 24, 0.2), ("sae", "all", 24, 0.2), ("untrained", "all", 24, 0.6)]
 PROBES = [("cat", "latents", 1, 0.9, [0]), ("cat", "x", 3, 1.0, None), ("truck", "latents", 1, 0.8, [1]), ("truck", "x", 3, 0.9, None)]
@@ -291,4 +304,9 @@ def _effects(draft: Draft, name: str) -> dict[str, Any]:
     draft.write_table("interventions.parquet", table)
     table = columns(schemas.ATTRIBUTIONS, ATTRIBUTIONS, "output rank latent effect exact sparsity", sae=sae, n_images=6)
     draft.write_table("attributions.parquet", table)
+    draft.write_table("audit.parquet", pa.Table.from_pylist([{**AUDIT, "sae": sae}], schema=schemas.AUDIT))
+    draft.write_table("audits.parquet", pa.Table.from_pylist([{**AUDITS, "sae": sae}], schema=schemas.AUDITS))
+    keys = {"sae": sae, "latent": 0, "class": "cat", "rank": 1}
+    shown = [{**keys, "part": part, "image": image, "called": called} for part, image, called in AUDIT_IMAGES]
+    draft.write_table("audit_images.parquet", pa.Table.from_pylist(shown, schema=schemas.AUDIT_IMAGES))
     return {}

@@ -53,6 +53,9 @@ def _plant(connection: duckdb.DuckDBPyConnection) -> None:
                 connection.execute(f"UPDATE {relation} SET {name} = {name} || ?", [MARKUP])
     _update(connection, "labels", {"correlation": float("nan"), "control_correlation": float("-inf")}, "true")  # which JSON cannot hold
     _update(connection, "probes", {"class": MARKUP}, "true")
+    _update(connection, "audit", {"class": MARKUP, "attribute": MARKUP, "grouped_by": MARKUP, "follows": 0.5, "follows_low": 0.25}, "true")
+    _update(connection, "audits", {"attributes": list(TEXTS)}, "true")
+    _update(connection, "audit_images", {"class": MARKUP, "called": MARKUP}, "true")
     texts = ("name", "model", "hookpoint", "variant", "git_commit", "dvc_experiment", "dvc_lock", "mlflow_run_id", "reason")
     _update(connection, "runs", dict.fromkeys(texts, MARKUP) | {"prefect_flow_run_id": "javascript:alert(1)"}, "true")
     for relation, names in columns.items():

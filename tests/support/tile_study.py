@@ -34,11 +34,16 @@ def make_tile_study(root: Path, plant: Plant = plant_sae, model: TileModel | Non
         "label": {"labellers": [{"kind": "vocabulary", "words": [str(root / "words.txt")]}], "min_examples": 2},
     }
     params = make_test_params(**{name: {**changes.get(name, {}), **sections.get(name, {})} for name in {**changes, **sections}})
+    return run_planted(root / "data", params, plant, model)
+
+
+def run_planted(data: Path, params: Params, plant: Plant, model: TileModel | None = None) -> Path:
+    """Run all stages with a model, and an SAE that is planted in the place of training. Return the catalogue."""
     with pytest.MonkeyPatch.context() as patch:
         use_tile_model(patch, model)
         for name in STAGES:
-            _run(name, params, root / "data", plant)
-    return root / "data" / "catalog" / CATALOG
+            _run(name, params, data, plant)
+    return data / "catalog" / CATALOG
 
 
 def _run(name: str, params: Params, data: Path, plant: Plant) -> None:

@@ -314,6 +314,21 @@ def circuit(
 
 
 @app.command()
+def audit(
+    name: Annotated[str | None, typer.Option("--class", metavar="NAME", help="Class whose features are listed; default: all.")] = None,
+    sae: SaeName = None,
+    limit: Annotated[int, typer.Option(min=1, help="Number of features to describe, the suspects first.")] = 10,
+    catalog: CatalogFile = None,
+    data: Data = DEFAULT_DATA,
+) -> None:
+    """List features that go with a class for the wrong reason, and what the model does without them."""
+    from ommatid.cli.audit import iter_lines
+
+    for line in iter_lines(_catalog_file(catalog, data), name, sae, limit):
+        say(line)
+
+
+@app.command()
 def report(
     sae: SaeName = None,
     to: Annotated[Path | None, typer.Option(help="The HTML file to write; default: report.html under --data.")] = None,

@@ -78,6 +78,16 @@ class AnswersParams(Section):
         return super().identity() | {"question": text}
 
 
+class AuditParams(Section):
+    """Which features are tested for going with a class for the wrong reason; all are counted."""
+
+    n: Annotated[int, Field(ge=0, le=4096)] = 16
+    """Number of suspicious pairs of a class and a latent that are tested by ablating the latent, the most suspicious first."""
+    attributes: Annotated[str, Field(min_length=1)] | None = None
+    """CSV or Parquet file of what the images have beside their class, such as path,ruler with the values yes and no
+    (docs/users/interventions.md); null if it is not known."""
+
+
 class InterveneParams(Section):
     """Stage `intervene`: sets latents to chosen activations and measures what the model's output does then, beside controls."""
 
@@ -108,6 +118,9 @@ class InterveneParams(Section):
         """Return the values that determine the interventions, with the question in a file; without `answers` if nothing is asked."""
         asked = {"answers": self.answers.identity()} if self.answers else {}
         return {name: value for name, value in super().identity().items() if name != "answers"} | asked
+
+    audit: AuditParams = AuditParams()
+    """Which features are tested for going with a class for the wrong reason."""
 
     def trial(self, n: int) -> "InterveneParams":
         """Return the params with which `ommatid estimate` tries `n` latents: those of another choice cost the same."""

@@ -18,7 +18,22 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ommatid import __version__
 from ommatid.errors import ConfigError, OmmatidError
-from ommatid.explorer import classes, compare, console, feature, features, image, model, monitoring, review, runs, search, start, steer
+from ommatid.explorer import (
+    audit,
+    classes,
+    compare,
+    console,
+    feature,
+    features,
+    image,
+    model,
+    monitoring,
+    review,
+    runs,
+    search,
+    start,
+    steer,
+)
 from ommatid.explorer.library import CONSOLE_MB, CONSOLE_RETAINED_MB, Library, NoCatalogue, OldCatalogue
 from ommatid.explorer.model_client import ModelClient
 from ommatid.explorer.security import UPLOADS, Guard, check_exposure, harden, is_local
@@ -28,7 +43,21 @@ SWITCH_SECONDS = 0.001
 """Seconds after which a thread that computes lets another one go on, which usually has an answer of a reader process to pass on."""
 PAGES_AT_ONCE = 3
 """Pages that are made at the same time, and as many searches beside them."""
-QUICK = ("/features", "/images", "/class", "/compare", "/runs", "/review", "/thumbs", "/heat", "/api/features", "/api/images", "/api/class")
+QUICK = (
+    "/features",
+    "/images",
+    "/class",
+    "/audit",
+    "/compare",
+    "/runs",
+    "/review",
+    "/thumbs",
+    "/heat",
+    "/api/features",
+    "/api/images",
+    "/api/class",
+    "/api/audit",
+)
 """Beginnings of the addresses whose pages wait for nothing but the catalogue."""
 SEARCHES = ("/search",)
 """Beginnings of the addresses of searches."""
@@ -71,7 +100,7 @@ def make_app(settings: Settings) -> FastAPI:
     )
     MultiPartParser.spool_max_size = 2 * max(UPLOADS.values())  # what is uploaded stays in memory
     app.state.explorer = explorer
-    for module in (start, features, feature, image, model, search, steer, classes, compare, runs, review, console, monitoring):
+    for module in (start, features, feature, image, model, search, steer, classes, audit, compare, runs, review, console, monitoring):
         app.include_router(module.router)
     app.add_api_route("/static/{digest}/{name}", _static, include_in_schema=False)
     app.add_exception_handler(OmmatidError, _explain)

@@ -10,6 +10,7 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from ommatid.catalog.question import Question
+from ommatid.explorer.audit import find_suspicious
 from ommatid.explorer.cards import load_features, load_images, previews
 from ommatid.explorer.heat import make_tile
 from ommatid.explorer.web import Json, NotFound, Query, TheExplorer, View, link
@@ -285,6 +286,7 @@ def class_page(request: Request, explorer: TheExplorer, query: Annotated[ClassQu
             probes=probes,
             telling=[features[latent] | found["telling"][latent] for latent in order],
             n_cards=N_CARDS,
+            n_suspects=sum((row["class"], row["status"]) == (query.name, "suspect") for row in find_suspicious(view, sae)),
             tiles=previews(view, sae, [*leading, *order[:N_CARDS]], N_TILES),
             images=[make_tile(row, note=f"{row['n_told']} of {n_best} fire" if n_best else " ") for row in found["images"]],
             own_url=link("/features", sae=query.sae, class_=query.name, sort="purity") if len(query.name) <= 500 else None,

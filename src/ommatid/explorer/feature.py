@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ommatid.catalog.question import Question
+from ommatid.explorer.audit import find_suspicious
 from ommatid.explorer.cards import load_features, load_features_of_others, load_images, load_previews
 from ommatid.explorer.heat import Tile, draw_svg, encode, make_tile
 from ommatid.explorer.reviewed import make_box
@@ -216,6 +217,7 @@ def feature_page(request: Request, explorer: TheExplorer, sae: str, latent: int)
             steer_box=make_steer_box(view, sae, SteerQuery(latents=[latent]), strongest[:N_CHOICES]),
             tiles={other: [make_tile(row) for row in rows] for other, rows in found["previews"].items()},
             box=make_box(view, sae, latent),
+            audited=[row for row in find_suspicious(view, sae) if row["latent"] == latent and row["n_tested"] is not None],
             sql=Question("SELECT * FROM features WHERE sae = $sae AND latent = $latent", {"sae": sae, "latent": latent}).text,
         )
 

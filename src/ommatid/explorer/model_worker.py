@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Bool, Float32, Int, UInt8
 from PIL import Image
 
+from ommatid.activations.joint import read_joint
 from ommatid.api.encoding import Encoder
 from ommatid.catalog.database import physical_mb
 from ommatid.catalog.reader import Catalog
@@ -43,7 +44,6 @@ from ommatid.intervene.attribution import Agreement, Attributor, agreement, simi
 from ommatid.intervene.readout import Readout
 from ommatid.intervene.steering import Steered, steer
 from ommatid.intervene.subject import Described, Subject
-from ommatid.label.context import read_joint
 from ommatid.label.scoring import Texts
 from ommatid.metrics import unit
 from ommatid.pipeline import open_stage

@@ -38,6 +38,7 @@ FOLLOWED = {
     "/features": {"sae", "sort", "order", "state", "images_min", "over_control", "purity_min", "unmatched", "after"},
     "/classes": {"sae", "page"},
     "/class": {"sae", "name", "show"},
+    "/audit": {"sae", "name"},
     "/compare": {"a", "b", "kind"},
 }
 """Parameters that addresses which are followed may have, by path; of all other paths, the SAE. With more, lists would be too many."""

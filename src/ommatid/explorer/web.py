@@ -32,6 +32,7 @@ from ommatid.show import numbers
 NAVIGATION = (
     ("/features?images_min=16", "Features"),
     ("/classes", "Classes"),
+    ("/audit", "Audit"),
     ("/my-image", "My image"),
     ("/compare", "Compare"),
     ("/runs", "Runs"),

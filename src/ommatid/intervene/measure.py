@@ -21,7 +21,6 @@ from ommatid.intervene.output_scores import output_scores
 from ommatid.intervene.study import Study
 from ommatid.intervene.subject import Described, Subject
 from ommatid.metrics import unit
-from ommatid.store import Artefact
 
 LEAST_FIRING = 8
 """Number of sampled tokens on which a latent must fire for its scale to be known."""
@@ -47,20 +46,19 @@ class Measured:
     """What is known of each live latent, tested or not, as columns of `effects`: its scale, and the size of its attributions."""
 
 
-def measure(params: InterveneParams, inputs: Mapping[str, Artefact], on_event: Listener) -> Measured | str:
+def measure(params: InterveneParams, subject: Subject, on_event: Listener) -> Measured | str:
     """Run the model again with latents of one SAE set to chosen activations.
 
     Args:
         params: The section `intervene`.
-        inputs: `images`, the activations (`extract`), the SAE (`train`), its evaluation (`evaluate`), its labels (`label`) and, for a
-            transcoder, the activations that it decodes (`target`).
+        subject: The model and the SAE.
         on_event: Called with each progress event.
 
     Returns:
         What was measured; or, if nothing can be measured, the reason.
     """
     try:
-        return _measure(Study(params, Subject(inputs, head=params.head)), on_event)
+        return _measure(Study(params, subject), on_event)
     except (ModelError, InputError) as error:
         return str(error)
 

@@ -13,10 +13,13 @@ import torch
 from ommatid import schemas
 from ommatid.config import InterveneParams
 from ommatid.config.intervene import ListedLatents
-from ommatid.errors import ConfigError, InputError
+from ommatid.errors import ConfigError, InputError, ModelError
 from ommatid.events import Listener, Warned, ignore
 from ommatid.intervene.answers import measure_answers, read_question
+from ommatid.intervene.attributes import load_attributes
+from ommatid.intervene.audit import Audited, audit, leave_unaudited
 from ommatid.intervene.measure import Measured, measure
+from ommatid.intervene.subject import Subject
 from ommatid.metrics import rank_correlation
 from ommatid.store import Artefact, Draft
 from ommatid.store.per_sae import for_each_sae
@@ -32,11 +35,14 @@ def run(params: InterveneParams, inputs: Mapping[str, Artefact], draft: Draft, o
     """Intervene on the latents of every SAE of a training; see `intervene`.
 
     Raises:
-        ConfigError: `latents` lists a latent that an SAE does not have; or the question about images is empty or cannot be read.
+        ConfigError: `latents` lists a latent that an SAE does not have; the question about images is empty or cannot be read; or the file
+            of `audit.attributes` cannot be used.
         ModelError: The model that is to answer cannot be loaded, or does not fit into memory.
     """
     if params.answers:
         read_question(params.answers.question)
+    if params.audit.attributes:
+        load_attributes(params.audit.attributes, inputs["images"])  # before any work
     evaluations = inputs["evaluate"].each()
     for name, evaluation in evaluations.items():
         _check_listed(params, name, evaluation.summary["n_latents"])
@@ -81,7 +87,7 @@ def intervene(params: InterveneParams, inputs: Mapping[str, Artefact], draft: Dr
     """
     name, latents = inputs["train"].summary["sae"], inputs["evaluate"].read("latents", ["latent", "ms"])
     ms = dict(zip(latents["latent"].to_pylist(), latents["ms"].to_pylist(), strict=True))
-    found = _ask(params, inputs, on_event) if params.answers else measure(params, inputs, on_event)
+    found, audited = _measure(params, inputs, on_event)
     if isinstance(found, str):
         on_event(Warned(f"{name}: no interventions: {found}"))
         reason, why, measured = found, found, Measured([], [], [], None, None)
@@ -95,10 +101,24 @@ def intervene(params: InterveneParams, inputs: Mapping[str, Artefact], draft: Dr
         "interventions": (schemas.INTERVENTIONS, measured.interventions),
         "effects": (schemas.EFFECTS, effects),
         "attributions": (schemas.ATTRIBUTIONS, measured.attributions),
+        "audit": (schemas.AUDIT, audited.pairs),
+        "audit_images": (schemas.AUDIT_IMAGES, audited.images),
+        "audits": (schemas.AUDITS, [audited.counts]),
     }
     for table, (schema, rows) in tables.items():
         draft.write_table(f"{table}.parquet", pa.Table.from_pylist([{"sae": name, **row} for row in rows], schema=schema))
     return draft.seal(_summarise(measured, effects, ms, reason))
+
+
+def _measure(params: InterveneParams, inputs: Mapping[str, Artefact], on_event: Listener) -> tuple[Measured | str, Audited]:
+    """Measure what latents do, or return the reason if none can be tested; and audit what the model calls images."""
+    if params.answers:
+        return _ask(params, inputs, on_event), leave_unaudited("with intervene.answers the model is asked for words, and not for classes")
+    try:
+        subject = Subject(inputs, head=params.head)
+    except (ModelError, InputError) as error:
+        return str(error), leave_unaudited(str(error))
+    return measure(params, subject, on_event), audit(params, subject, on_event)
 
 
 def _ask(params: InterveneParams, inputs: Mapping[str, Artefact], on_event: Listener) -> Measured | str:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float32
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from ommatid.activations.columns import from_float32
+from ommatid.activations.joint import read_joint
 from ommatid.config import LabelParams, Model
 from ommatid.errors import ConfigError
 from ommatid.events import Listener, Warned, ignore
@@ -80,17 +80,6 @@ def load_joint(activations: Artefact, split: EvalSplit) -> Float32[Tensor, "imag
     joint = read_joint(activations, split.images)
     naming = joint[torch.from_numpy(~split.is_held_out)]
     return torch.nn.functional.normalize(joint - naming.mean(0), dim=1) if len(naming) else joint
-
-
-def read_joint(activations: Artefact, images: Int64[np.ndarray, " images"]) -> Float32[Tensor, "images d_joint"]:
-    """Read the joint embeddings of some images, `(images, d_joint)` float32, given their numbers, ascending, `(images,)`."""
-    joint = torch.empty(len(images), activations.summary["d_joint"])
-    for batch in activations.iter_batches("embeddings", ["image", "joint"], n_rows=4096):
-        numbers = batch["image"].to_numpy()
-        place = np.searchsorted(images, numbers).clip(max=len(images) - 1)
-        keep = images[place] == numbers
-        joint[torch.from_numpy(place[keep])] = from_float32(batch["joint"])[torch.from_numpy(keep)]
-    return joint
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,16 @@ import pandas as pd
 
 from ommatid.config import Params
 from ommatid.quality.base import SHOWN, Frames, Rule, files_of, filled, named, one_of, query, table_of, within, zero
-from ommatid.schemas import ARMS, N_ATTRIBUTED, OUTCOMES, STATUSES
+from ommatid.schemas import (
+    ARMS,
+    AUDIT_GROUPS,
+    AUDIT_STATUSES,
+    N_ATTRIBUTED,
+    N_AUDIT_IMAGES,
+    OUTCOMES,
+    PARTS,
+    STATUSES,
+)
 from ommatid.store import Artefact
 
 _NUMBERS = ("dose", "act", "effect", "effect_low", "effect_high", "best_control")
@@ -34,6 +43,7 @@ def profile(artefact: Artefact, params: Params) -> Frames:
         "random latents beyond chance": _beyond_chance(shares["random_causal"], n_tested),
         "first random": named([f"{shares['random_causal']:.3g} of {n_tested} are causal"] if shares["random_causal"] else []),
     }
+    counts["audit counts that disagree"] = named(_odd_audit(artefact))
     tables = [_table(artefact, table, d_sae) for table in _KEYS]
     return {"effects": effects, "tables": pd.DataFrame(tables), "counts": pd.DataFrame([counts])}
 
@@ -41,6 +51,23 @@ def profile(artefact: Artefact, params: Params) -> Frames:
 def _counts(effects: pd.DataFrame) -> dict[str, int]:
     of = Counter(effects["status"])
     return {"n_tested": len(effects) - of["untested"], **{f"n_{status}": of[status] for status in STATUSES}}
+
+
+def _odd_audit(artefact: Artefact) -> list[str]:
+    """Return the counts of `audits` that its other numbers or the rows of `audit` contradict."""
+    counted = ("n_pairs", "n_too_few", "n_examined", "n_unlisted", "n_tested", "n_suspects")
+    rows = table_of(artefact, "audits", [*counted]).to_dict("records")
+    if len(rows) != 1:
+        return [f"{len(rows)} rows of audits"]
+    (row,) = rows
+    of = Counter(table_of(artefact, "audit", ["status"])["status"])
+    expected = {
+        "n_examined": sum(of.values()) + row["n_unlisted"],
+        "n_pairs": row["n_examined"] + row["n_too_few"],
+        "n_tested": of["suspect"] + of["unconfirmed"],
+        "n_suspects": of["suspect"],
+    }
+    return [name for name, n in expected.items() if row[name] != n]
 
 
 def _lie(row: dict[str, Any]) -> str:
@@ -66,7 +93,13 @@ def _lie(row: dict[str, Any]) -> str:
     return ""
 
 
-_KEYS = {"interventions": "latent, outcome, arm, dose", "attributions": "output, rank"}
+_KEYS = {
+    "interventions": "latent, outcome, arm, dose",
+    "attributions": "output, rank",
+    "audit": "latent, class",
+    "audit_images": "latent, class, part, rank",
+}
+_SHARES = ("accuracy_with", "accuracy_without", "mistaken_with", "trust_with", "trust_without", "worst", "worst_ablated", "balanced")
 _FAULTS = {
     "interventions": f"""
         NOT (arm IN {ARMS} AND outcome IN {OUTCOMES} AND isfinite(value) AND isfinite(dose) AND dose >= 0)
@@ -76,6 +109,17 @@ _FAULTS = {
         NOT (rank BETWEEN 1 AND {N_ATTRIBUTED} AND isfinite(effect) AND coalesce(isfinite(exact), true) AND isfinite(sparsity))
         OR n_images < 1
     """,
+    "audit": f"""
+        NOT (status IN {AUDIT_STATUSES} AND isfinite(suspicion) AND isfinite(lift))
+        OR least(n_with, n_without, n_others_with, n_others_without) < 1
+        OR {" OR ".join(f"coalesce({name} NOT BETWEEN 0 AND 1, false)" for name in _SHARES)}
+        OR accuracy_more_low > accuracy_more_high OR mistaken_more_low > mistaken_more_high OR trust_less_low > trust_less_high
+        OR (status = 'unsuspicious') <> (suspicion <= 0)
+        OR (status IN ('suspect', 'unconfirmed')) <> (n_tested IS NOT NULL AND worst_group IN {AUDIT_GROUPS})
+        OR (status = 'untested') <> (reason IS NOT NULL)
+        OR (n_tested IS NOT NULL AND (status = 'suspect') <> coalesce(gain_low > 0, false))
+    """,
+    "audit_images": f"NOT (part IN {PARTS} AND rank BETWEEN 1 AND {N_AUDIT_IMAGES})",
 }
 
 
@@ -202,6 +246,14 @@ def _summary_rules() -> list[Rule]:
             [""],
             "the summary counts the statuses",
             "MLflow and the pages of a run show its numbers",
+            row="set",
+        ),
+        one_of(
+            "counts",
+            "audit counts that disagree",
+            [""],
+            "the audit counts what it lists",
+            "people read from it how much was looked at, and how much was left out",
             row="set",
         ),
         one_of(

@@ -115,7 +115,7 @@ def _draw_box(box: Box) -> Markup:
     title = Markup("<title>{}</title>").format(box.title)
     if box.href:
         return _tag("a", False, href=box.href) + title + _tag("rect", **shape, **opacity) + Markup("</a>")
-    return _tag("rect", False, **shape) + title + Markup("</rect>")
+    return _tag("rect", False, **shape, **opacity) + title + Markup("</rect>")
 
 
 def _draw_words(words: Words) -> Markup:
@@ -333,4 +333,38 @@ def draw_ranges(
     for kind, line in lines.items():
         plot.curves.append((" ".join(f"{to_x(x):g},{to_y(y):g}" for x, y in line), kind))
     plot.marks = [(to_x(dose), place == at) for place, dose in enumerate(doses)]
+    return plot
+
+
+def draw_bars(
+    title: str,
+    bars: Sequence[tuple[str, float, tuple[float, float] | None]],
+    first: str,
+    mark: tuple[float, str] | None = None,
+) -> Plot:
+    """Draw shares as bars, each below its name. The plot is narrow enough to be read on a phone.
+
+    Args:
+        title: What it shows.
+        bars: Name and share of each bar, 0 to 1, and the ends of its interval; None for none.
+        first: Name of the bar that stands out from the others.
+        mark: A share, and the name of the line drawn at it; None for no line.
+    """
+    step, height, right = 38, 13, 46
+    plot = Plot(360, step * len(bars) + (16 if mark else 2), title)
+
+    def to_x(share: float) -> float:
+        return round(share * (plot.width - right), 1)
+
+    for place, (name, share, ends) in enumerate(bars):
+        top = step * place + 18
+        plot.words.append(Words(0, top - 4, name, "start", "name"))
+        plot.boxes.append(Box(0, top, max(1.0, to_x(share)), height, f"{name}: {100 * share:.0f} %", opacity=1.0 if name == first else 0.5))
+        if ends:
+            plot.strokes.append(Stroke(to_x(ends[0]), top + height / 2, to_x(ends[1]), top + height / 2, "axis"))
+        plot.words.append(Words(to_x(max(share, ends[1] if ends else share)) + 5, top + height - 2, f"{100 * share:.0f} %", "start"))
+    if mark:
+        x = to_x(mark[0])
+        plot.strokes.append(Stroke(x, 2, x, plot.height - 14, "grid"))
+        plot.words.append(Words(x, plot.height - 3, mark[1]))
     return plot

@@ -97,7 +97,7 @@ def _paths(key: str, value: Any) -> Iterator[tuple[str, Path]]:
             yield from _paths(f"{key}.{i}", inside)
     elif isinstance(value, str):
         field = next(name for name in reversed(key.split(".")) if not name.isdigit())
-        if field in ("path", "words", "head"):
+        if field in ("path", "words", "head", "attributes"):
             yield key, Path(value).expanduser()
         elif field == "question" and (file := find_prompt_file(value)):
             yield key, file
