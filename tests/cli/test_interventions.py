@@ -88,7 +88,8 @@ def test_steer_prints_the_names_before_and_after_beside_every_control(capsys: py
     key = {(key.name, key.dose): place for place, key in enumerate(found.steered.arms)}
     before, after = key["none", None], key["targeted", 1.0]
     assert int(ranks[before]) > 1 == int(ranks[after]) and p[after] > p[before]
-    assert f" {100 * float(p[before]):.1f} % #{int(ranks[before])} " in red and f" {100 * float(p[after]):.1f} % #1 " in red
+    star = " *" if found.steered.beyond(0, 1.0)[found.names.index("red")] else "  "
+    assert f" {100 * float(p[before]):.1f} % #{int(ranks[before])} " in red and f" {100 * float(p[after]):.1f} % #1{star}" in red
     drawn = found.steered.of(found.steered.log_p_abn.exp(), "random_latent", 1.0)[:, 0, found.names.index("red")]
     assert f"[{100 * float(drawn.min()):.1f}, {100 * float(drawn.max()):.1f}]" in red
     assert any(line.startswith("warning: latent 0 is silent on the image: to remove it there") for line in lines)

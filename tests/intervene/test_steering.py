@@ -104,6 +104,24 @@ def test_the_table_has_the_range_of_the_draws_and_ranks_before_and_after(subject
     assert found.top(1, 1) == ["green", "red"] and found.top(1, 3)[0] == "green"
 
 
+def test_names_beyond_every_draw_of_every_control_are_marked_and_those_by_chance_are_counted(subject: Subject) -> None:
+    found = run(subject, RED)
+    assert not found.beyond(1, 0.0).any()  # a silent latent is not removed
+    assert found.chance == 2 / (1 + 2 * DRAWS + 1)
+    controls = torch.cat([found.of(found.log_odds_abn, arm, 1.0)[:, 1] for arm in ("sign_flipped", "random_latent", "random_direction")])
+    values = found.log_odds_abn.clone()
+    at = next(i for i, key in enumerate(found.arms) if (key.name, key.dose) == ("targeted", 1.0))
+    for end, is_beyond in (
+        (controls.amax(0), False),
+        (controls.amax(0) + 1, True),
+        (controls.amin(0) - 1, True),
+        (controls.mean(0), False),
+    ):
+        values[at, 1] = end
+        odd = dataclasses.replace(found, names=("red",), scores_abn=values, log_p_abn=values)  # of a single name, scores are compared
+        assert (odd.beyond(1, 1.0) == is_beyond).all()
+
+
 def test_the_name_to_follow_is_the_label_or_the_class_and_else_what_the_edit_raises_most(subject: Subject) -> None:
     found = run(subject, RED)
     assert found.follow(0) == ("red", "its label")

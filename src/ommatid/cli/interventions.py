@@ -168,9 +168,10 @@ def format_intervention(found: Intervention) -> list[str]:
         for place, dose in enumerate(found.steered.doses):
             lines += [_describe_dose(found.steered, place), *(f"  {line}" for line in align(_names(found.steered, image, dose))), ""]
     n = len(found.steered.of(found.steered.scores_abn, "random_latent", found.steered.doses[0]))
-    lines.append(
-        f"#: rank among {len(found.names)} names; [ ]: range over {n} draws; most raised: name whose log-odds rise most, by how much"
-    )
+    lines += [
+        f"#: rank among {len(found.names)} names; [ ]: range over {n} draws; most raised: name whose log-odds rise most, by how much",
+        f"*: beyond sign flipped and every draw of both random controls, as {100 * found.steered.chance:.0f} % of rows are by chance",
+    ]
     return lines + [f"warning: {warning}" for warning in found.warnings]
 
 
@@ -201,9 +202,11 @@ def _names(steered: "Steered", image: int, dose: float) -> list[tuple[str, ...]]
     """Make the rows of the table of an image and a dose."""
     arms = [arm for arm in _ARMS if len(steered.of(steered.scores_abn, arm, dose))]
     rows: list[tuple[str, ...]] = [("name", "before", "after", *(_ARMS[arm] for arm in arms))]
+    beyond_n = steered.beyond(image, dose)
     for name in steered.top(image, N_NAMES):
         at = steered.names.index(name)
-        rows.append((name, *(_cell(steered, image, at, arm, dose) for arm in ("none", "targeted", *arms))))
+        before, after, *controls = (_cell(steered, image, at, arm, dose) for arm in ("none", "targeted", *arms))
+        rows.append((name, before, f"{after} *" if beyond_n[at] else after, *controls))
     raised = steered.raised(image, dose)
     return [*rows, ("most raised", DASH, *(_most(raised[arm]) for arm in ("targeted", *arms)))]
 

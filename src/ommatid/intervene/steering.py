@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Dosed = Literal["set", "add", "scale"]
 """Kinds of edit that take a dose; to set 0 is to ablate."""
+EXCEEDED = ("sign_flipped", "random_latent", "random_direction")
+"""Controls that an edit must exceed. `diff_means` is another way to the same end, and `untouched` what an edit does not do."""
 BATCH = 16
 """Number of images in a forward pass; the outputs of all arms are held together."""
 MOST_ARMS = 2000
@@ -133,6 +135,18 @@ class Steered:
             if name := next((word for word in words if word in self.names), None):
                 return name, reason
         return self.raised(image, self.doses[-1])["targeted"][0][0], "what the strongest dose raises most, chosen after the fact"
+
+    def beyond(self, image: int, dose: float) -> Bool[Tensor, " names"]:
+        """Return whether the edit moves each name's log-odds on an image beyond all draws of all of `EXCEEDED`, either way, `(n,)`."""
+        edited_n = self.of(self.log_odds_abn, "targeted", dose)[0, image]
+        controls_rn = torch.cat([self.of(self.log_odds_abn, arm, dose)[:, image] for arm in EXCEEDED])
+        return (edited_n > controls_rn.amax(0)) | (edited_n < controls_rn.amin(0))
+
+    @property
+    def chance(self) -> float:
+        """Probability that an edit which is like its controls is beyond all of them."""
+        n = sum(key.name in EXCEEDED and key.dose == self.doses[0] for key in self.arms)
+        return 2 / (n + 1)
 
     def raised(self, image: int, dose: float) -> dict[str, list[tuple[str, float]]]:
         """Return, for each arm, the name whose log-odds it raises most on an image at a dose, and by how much, for each of its draws.
@@ -251,15 +265,16 @@ def steer(
         where = tokens[start : start + BATCH] if isinstance(tokens, Tensor) and tokens.ndim == 2 else tokens
         edits = [Edit(latents, kind, dose, unit, where, error) for dose in doses]
         parts.append(_steer_batch(subject, editor, controls, edits, pixels[start : start + BATCH].to(subject.device), readout, mean_d))
-    units_l = torch.ones(len(latents)) if kind == "scale" else editor.doses(Edit(latents, kind, 1.0, unit)).cpu()
+    scales_l = torch.tensor([one.scale for one in described], dtype=torch.float64)
+    units_l = scales_l if kind != "scale" and unit == "relative" else torch.ones_like(scales_l)
     steered = Steered(
         latents=latents,
         labels=tuple(one.label for one in described),
         top_classes=tuple(one.top_class for one in described),
         names=readout.names,
         doses=doses,
-        acts_pl=torch.tensor(doses, dtype=torch.float64)[:, None] * units_l.double(),
-        scales_l=torch.tensor([one.scale for one in described], dtype=torch.float64),
+        acts_pl=torch.tensor(doses, dtype=torch.float64)[:, None] * units_l,
+        scales_l=scales_l,
         most_l=torch.tensor([one.most for one in described], dtype=torch.float64),
         kind=kind,
         arms=parts[0].arms,
