@@ -315,6 +315,20 @@ def test_typed_texts_are_compared_first(study: Study) -> None:
     assert found["n_names"] == 4 and sorted(row["rank"] for row in found["names"]) == [1, 2, 3, 4]
 
 
+def test_without_classes_labels_are_compared_and_without_labels_typed_texts(study: Study) -> None:
+    subject = study._subject(SAE)
+    vars(subject)["classes"] = {}
+    found = steer(study, ["red"] * 6, [1])
+    assert {row["name"]: row["kind"] for row in found["names"]} == {"green": "label", "red": "other", "blue": "other"}
+    subject = study._subject(SAE)
+    vars(subject)["labels"] = {}
+    study._describe.cache_clear()
+    study.load("study", SAE)
+    with pytest.raises(InputError, match="texts: the study's images have no classes, and no latent has a label; type a text to compare"):
+        steer(study, ["red"] * 6, [1])
+    assert [(row["name"], row["rank"]) for row in steer(study, ["red"] * 6, [1], texts=["red"])["names"]] == [("red", 1)]
+
+
 def test_several_latents_are_steered_with_a_warning(study: Study) -> None:
     found = steer(study, ["grey"] * 6, [2, 0])
     assert [one["latent"] for one in found["latents"]] == [2, 0] and "do not compose" in found["warnings"][0]

@@ -80,8 +80,8 @@ N_OTHERS = 64
 """Labels of other latents that the output is compared with, if the study's images have no classes."""
 N_DESCRIBED = 64
 """Choices of latents of which scales and differences of means stay in memory."""
-N_READOUTS = 16
-"""Choices of texts whose embeddings stay in memory."""
+MOST_EMBEDDED = 2**14
+"""Maximum number of texts whose embeddings stay in memory."""
 N_DRAWN = 8
 """Latents that are ablated beside these, drawn at random from the others that fire."""
 N_ATTRIBUTED = 24
@@ -142,7 +142,8 @@ class Study:
         self._images = lru_cache(KEPT)(self._load_images)
         self._subject = lru_cache(1)(self._load_subject)
         self._describe = lru_cache(N_DESCRIBED)(self._describe_latents)
-        self._readout = lru_cache(N_READOUTS)(self._embed_names)
+        self._embedded: dict[tuple[str, str], torch.Tensor] = {}
+        """Embeddings of texts that outputs are compared with, by SAE and text."""
 
     def load(self, part: str, sae: str) -> None:
         """Load a part that questions about an SAE need; see `model_client.Part`.
@@ -156,7 +157,10 @@ class Study:
         elif part == "model":
             self._encoder(sae)
         elif part == "study":
-            self._subject(sae)
+            subject = self._subject(sae)
+            _ = subject.sample, subject.densities  # for these, and for the texts of the classes, the first answer would wait
+            if (names := _name_kinds(subject, [], [])) and subject.model.d_embed is not None:
+                self._readout(sae, list(names))
         else:
             assert part == "images", part
             self._images(sae)
@@ -207,7 +211,9 @@ class Study:
         described = self._describe(sae, tuple(latents))
         where: Any = _mask(subject.writes, patches) if tokens == "patches" else tokens
         kinds = _name_kinds(subject, [one.label for one in described], texts)
-        readout = self._readout(sae, tuple(kinds)) if subject.model.d_embed is not None else subject.readout
+        if not kinds:
+            raise InputError("texts: the study's images have no classes, and no latent has a label; type a text to compare the output with")
+        readout = self._readout(sae, list(kinds)) if subject.model.d_embed is not None else subject.readout
         draws = _count_draws(subject, described)
         found = steer(subject, _pixels(subject.model, image), described, doses=doses, tokens=where, readout=readout, draws=draws)
         heat = found.heat(0)
@@ -238,7 +244,7 @@ class Study:
             score: Score = readout.difference(*texts) if len(texts) == 2 else readout.log_odds(texts[0])
             measure = "logit" if len(texts) == 2 else "log-odds"
         else:
-            readout = self._readout(sae, tuple(texts))
+            readout = self._readout(sae, texts)
             score, measure = readout.difference(*texts) if len(texts) == 2 else similarity(readout.weights[0].float()), "cosine"
         attributor = Attributor(subject.model, subject.device_sae, subject.reads, subject.writes)
         pixels = _pixels(subject.model, image)
@@ -398,8 +404,6 @@ class Study:
             raise ModelError(f"the study in {self._data} is not the one that the catalogue was built from; run `dvc repro`")
         extract = json.dumps({**params["extract"], "namer": None}, sort_keys=True)
         subject = Subject(inputs, lambda: self._network(extract), params.get("intervene", {}).get("head"))
-        # So that the first answer does not wait for what all of them need.
-        _ = subject.sample, subject.densities, subject.model.embed_text(["a text"]) if subject.model.d_embed else subject.readout
         return subject
 
     def _describe_latents(self, sae: str, latents: tuple[int, ...]) -> list[Described]:
@@ -413,10 +417,15 @@ class Study:
             subject.check_latent(latent)
         return list(subject.describe(latents))
 
-    def _embed_names(self, sae: str, names: tuple[str, ...]) -> Readout:
+    def _readout(self, sae: str, names: Sequence[str]) -> Readout:
         """Return a readout of texts, of which only the cosines are used: to fit a scale for probabilities would take seconds."""
         model = self._subject(sae).model
-        return Readout(names, unit(embed_texts(model, [name.replace("_", " ") for name in names])), model.logit_scale or 1.0)
+        if len(self._embedded) + len(names) > MOST_EMBEDDED:
+            self._embedded.clear()
+        if new := [name for name in names if (sae, name) not in self._embedded]:
+            rows = unit(embed_texts(model, [name.replace("_", " ") for name in new]))
+            self._embedded |= {(sae, name): row for name, row in zip(new, rows, strict=True)}
+        return Readout(tuple(names), torch.stack([self._embedded[sae, name] for name in names]), model.logit_scale or 1.0)
 
     def _estimate_mean(self, sae: str) -> Float32[np.ndarray, " d"]:
         """Estimate the mean joint embedding of the evaluation images from some thumbnails."""
