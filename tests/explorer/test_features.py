@@ -274,3 +274,21 @@ def test_a_page_shows_what_a_tested_latent_does_beside_its_controls(client: Test
     assert sorted((row["arm"], row["dose"], row["value"]) for row in doses) == catalog.rows(wanted, {"sae": sae, "latent": latent})
     ((sae, latent, _),) = catalog.rows(sql.format("="))
     assert "What it does" not in client.get(f"/features/{sae}/{latent}").text
+
+
+def test_a_page_says_what_the_latents_like_it_do(client: TestClient, catalog: Catalog) -> None:
+    """Statuses and effects of neighbours are those of `features`: in the JSON of all, and on the page of those that were tested."""
+    sql = """
+        SELECT n.sae, n.latent, n.other, x.effect, x.best_control FROM neighbours AS n
+        JOIN features AS x ON x.sae = n.sae AND x.latent = n.other WHERE x.causal <> 'untested' ORDER BY ALL LIMIT 1
+    """
+    ((sae, latent, other, effect, best_control),) = catalog.rows(sql)
+    found = client.get(f"/api/features/{sae}/{latent}").json()["neighbours"]
+    wanted = "SELECT latent, causal, effect, attribution FROM features WHERE sae = $sae AND latent IN $others ORDER BY latent"
+    others = sorted(row["latent"] for row in found)
+    rows = [tuple(row[key] for key in ("latent", "causal", "effect", "attribution")) for row in found]
+    assert sorted(rows) == catalog.rows(wanted, {"sae": sae, "others": others})
+    n_tested = sum(row["causal"] != "untested" for row in found)
+    page = html.unescape(client.get(f"/features/{sae}/{latent}").text)
+    assert f"{n_tested} of these {len(found)} were tested for what they do." in page and other in others
+    assert f"effect {effect:+.3f}, best control {best_control:+.3f}".replace("-", "−") in page

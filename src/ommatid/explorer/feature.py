@@ -15,7 +15,7 @@ from ommatid.explorer.heat import Tile, draw_svg, encode, make_tile
 from ommatid.explorer.reviewed import make_box
 from ommatid.explorer.steer_box import N_CHOICES, SteerQuery, make_steer_box
 from ommatid.explorer.web import Json, NotFound, TheExplorer, View, feature_url
-from ommatid.show.doses import ALL_ARMS, DOSES, draw_doses, find_outcome
+from ommatid.show.doses import ALL_ARMS, DOSES, STATUSES_IN_WORDS, draw_doses, find_outcome
 from ommatid.show.numbers import fixed
 from ommatid.show.svg import draw_histogram
 
@@ -55,6 +55,10 @@ _ALIKE = """
     SELECT 'cofiring', rank, other, NULL, lift, jaccard, n_both FROM cofiring WHERE sae = $sae AND latent = $latent
 """
 _MATCHES = "SELECT other_sae, other_latent, cosine, jaccard FROM matches WHERE sae = $sae AND latent = $latent"
+_DOES = """
+    SELECT sae, latent, causal, effect, effect_low, effect_high, best_control, dose, attribution
+    FROM features WHERE latent IN (SELECT unnest($latents::INTEGER[]))
+"""
 _RUNS = "SELECT sae, name, decision FROM runs"
 _LABELS = "SELECT * FROM labels WHERE sae = $sae AND latent = $latent"
 _MISTAKES = """
@@ -114,6 +118,9 @@ def describe_feature(view: View, sae: str, latent: int) -> dict[str, Any]:
     others = {row["latent"] for row in alike}
     cards, strongest = load_features(view, sae, others), load_previews(view, sae, others)
     matched = load_features_of_others(view, [(row["other_sae"], row["other_latent"]) for row in matches[:N_MATCHES]])
+    # catalogues that were published by older versions do not say what latents do
+    asked = view.rows(_DOES, latents=sorted(others)) if "attribution" in feature else []
+    does = {other: {"causal": "untested"} for other in others} | {row["latent"]: row for row in asked if row["sae"] == sae}
     nearest = [row["latent"] for row in alike if row["kind"] == "neighbours"][:N_NEAREST]
     shown = {
         **{name: found[name] for name in ("examples", "near_misses", "mistakes")},
@@ -132,7 +139,7 @@ def describe_feature(view: View, sae: str, latent: int) -> dict[str, Any]:
         "matches": [_describe_match(view, row, matched) for row in matches[:N_MATCHES]],
         **{name: [row | images[row["image"]] for row in rows if row["image"] in images] for name, rows in shown.items()},
         **{
-            kind: [cards[row["latent"]] | row for row in alike if row["kind"] == kind and row["latent"] in cards]
+            kind: [cards[row["latent"]] | does[row["latent"]] | row for row in alike if row["kind"] == kind and row["latent"] in cards]
             for kind in ("neighbours", "cofiring")
         },
         "previews": {other: [images[image] for image in found if image in images] for other, found in previews.items()},
@@ -213,6 +220,7 @@ def feature_page(request: Request, explorer: TheExplorer, sae: str, latent: int)
             histogram=_draw_histogram(found["histogram"]),
             doses=draw_doses(found["doses"]),
             arms=ALL_ARMS,
+            statuses=STATUSES_IN_WORDS,
             outcome=find_outcome(found["doses"]),
             steer_box=make_steer_box(view, sae, SteerQuery(latents=[latent]), strongest[:N_CHOICES]),
             tiles={other: [make_tile(row) for row in rows] for other, rows in found["previews"].items()},

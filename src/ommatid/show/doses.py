@@ -58,6 +58,8 @@ ARMS = {
     "other_label": "toward other names",
 }
 """What pages call the arms of an intervention whose curves they draw."""
+STATUSES_IN_WORDS = {"causal": "causal", "reads_only": "reads only", "breaks_model": "breaks the model", "untested": "untested"}
+"""What pages call the causal statuses."""
 ALL_ARMS = {**ARMS, "untouched": "reconstruction alone", "prompt": "the name in the question"}
 """What pages call all arms in tables; the last two have no dose."""
 

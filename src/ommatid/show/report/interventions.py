@@ -6,7 +6,7 @@ from typing import Any
 
 from ommatid.compute.intervals import spearman_interval
 from ommatid.show.about import About
-from ommatid.show.doses import DECIDING, DOSES, draw_doses, find_outcome
+from ommatid.show.doses import DECIDING, DOSES, STATUSES_IN_WORDS, draw_doses, find_outcome
 from ommatid.show.numbers import DASH, fixed, percent, share, signed, wilson
 from ommatid.show.pictures.page import short
 from ommatid.show.report import plots
@@ -58,8 +58,6 @@ PLOT = (400, 220)
 """Width and height of a dose curve."""
 N_OUTPUTS = 24
 """Largest number of outputs in the table of attributions."""
-NAMES = {"causal": "causal", "reads_only": "reads only", "breaks_model": "breaks the model", "untested": "untested"}
-"""What the report calls each status."""
 
 
 def make_interventions(about: About) -> list[Section]:
@@ -81,7 +79,8 @@ def _make_statuses(about: About) -> tuple[Section, bool]:
     n_random = sum(row["random_causal"] for row in of.values())
     causal = of.get("causal", {"latents": 0})["latents"]
     rows = [
-        _status_row(NAMES[name], of.get(name, {"latents": 0})["latents"], n_tested) for name in ("causal", "reads_only", "breaks_model")
+        _status_row(STATUSES_IN_WORDS[name], of.get(name, {"latents": 0})["latents"], n_tested)
+        for name in ("causal", "reads_only", "breaks_model")
     ]
     rows.append(_status_row("random latents called causal by the same rule", n_random, n_tested))
     outcome = find_outcome(about.ask(DECIDING, sae=about.sae), "label")
@@ -123,7 +122,7 @@ def _make_strongest(about: About) -> Section:
 
 def _show(about: About, feature: Mapping[str, Any]) -> ShownFeature:
     numbers = (
-        f"{NAMES[feature['causal']]}, at dose {feature['dose']:.3g}",
+        f"{STATUSES_IN_WORDS[feature['causal']]}, at dose {feature['dose']:.3g}",
         f"effect {signed(feature['effect'])} ({signed(feature['effect_low'])} to {signed(feature['effect_high'])})",
         f"best control {signed(feature['best_control'])}",
         f"latent {feature['latent']}, MS {fixed(feature['ms'])}",
