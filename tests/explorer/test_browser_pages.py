@@ -189,6 +189,9 @@ def test_where_features_fire_on_an_image_of_the_set(windows: Windows, explorer: 
     assert "where=true" in page.url
     page.locator("[data-patches]").hover()
     expect(page.locator("[data-patch-list] p")).to_contain_text("Row")
+    page.get_by_role("link", name=re.compile("^Steer latent")).first.click()
+    assert "image=3" in page.url
+    expect(page.locator("#steered .steered")).to_be_visible(timeout=120_000)
 
 
 def test_a_finger_chooses_a_patch(windows: Windows, explorer: str) -> None:

@@ -172,6 +172,7 @@ def test_what_was_chosen_is_asked_and_is_the_whole_state_of_the_address(client: 
     again = re.search(r'href="(/steer\?[^"]+)">Link to this', page)
     assert again and client.get(html.unescape(again[1])).status_code == 200
     assert model.asked[1] == model.asked[0]
+    assert "patches" not in re.findall(r'href="(/steer[^"]+)">Link to', steer(client, "latents=0&patches=0-1"))[0], "all tokens are steered"
 
 
 def test_every_dose_is_shown_with_its_controls_ranks_and_absolute_value(client: TestClient) -> None:

@@ -242,7 +242,7 @@ def _steer_image(view: View, query: SteerQuery) -> tuple[str, Any, int, list[int
 
 
 def _address(query: SteerQuery, sae: str, image: int) -> str:
-    given = query.model_dump(exclude_defaults=True, exclude={"sae", "image"})
+    given = query.model_dump(exclude_defaults=True, exclude={"sae", "image", *(["patches"] if query.tokens != "patches" else [])})
     return link("/steer", sae=sae, image=image, **given)
 
 
