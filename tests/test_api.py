@@ -242,7 +242,7 @@ def test_the_import_loads_no_other_library() -> None:
 
 def test_public_names_are_listed_and_unknown_ones_raise() -> None:
     assert set(ommatid.__all__) <= set(dir(ommatid))
-    with pytest.raises(AttributeError, match="module 'ommatid' has no attribute 'open'; it has Catalog, "):
+    with pytest.raises(AttributeError, match="module 'ommatid' has no attribute 'open'; it has Answers, Catalog, "):
         ommatid.open  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
 
 

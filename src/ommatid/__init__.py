@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ommatid.api import Contributions, Encoding, Intervention, Run, encode, intervene, load_model, load_sae, open_run
+    from ommatid.api import Answers, Contributions, Encoding, Intervention, Run, ask, encode, intervene, load_model, load_sae, open_run
     from ommatid.catalog.reader import Catalog
     from ommatid.errors import OmmatidError
     from ommatid.metrics.arrays import fvu, monosemanticity
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answers",
     "Catalog",
     "Contributions",
     "Encoding",
     "Intervention",
     "OmmatidError",
     "Run",
+    "ask",
     "encode",
     "fvu",
     "intervene",

@@ -1,5 +1,6 @@
 """Through the stage, a tiny LLaVA says the word of a latent that is set, and of no control; its latents are causal, and no others."""
 
+import csv
 import json
 import re
 import shutil
@@ -7,9 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import ommatid
 from ommatid import quality, store
 from ommatid.config import Params
 from ommatid.errors import ConfigError, InputError, ModelError
@@ -21,11 +24,13 @@ from ommatid.store import Artefact
 from ommatid.summaries import check_keys
 from ommatid.vlm import speaking
 from ommatid.vlm.speaking import LlavaSpeaker, Said
-from support.speaking_study import make_speaking_line, make_speaking_params, reader, use_namer
-from support.tiny_llava import WORDS, save_tiny_llava, save_tiny_qwen
+from support.speaking_study import make_speaking_params, make_speaking_study, reader, use_namer
+from support.study import run_verb
+from support.tiny_llava import WORDS, draw, save_tiny_llava, save_tiny_qwen
 
 PLANTED = {WORDS.index(word): word for word in ("grid", "fur")}
 READERS = {reader("grid"): "grid"}
+GRID = WORDS.index("grid")
 UNLABELLED = [WORDS.index("leaf")]
 """A latent that fires on too few images for a label."""
 Rows = dict[tuple[int, str, str, float], dict[str, Any]]
@@ -35,14 +40,12 @@ class Study:
     """A study and what the stage made of it."""
 
     def __init__(self, root: Path, save: Callable[[Path], Path]) -> None:
-        self.model = save(root / "model")
-        self.params: Params = make_speaking_params(root / "study", self.model, [*PLANTED, *READERS])
-        self.line: Mapping[str, Artefact] = make_speaking_line(root / "study", self.params)
-        with pytest.MonkeyPatch.context() as patch, store.open_draft(root / "interventions", "interventions", {}, {}) as draft:
-            use_namer(patch, self.params)
-            intervene(self.params.intervene, self.line, draft.child("planted", "effects"))
-            draft.seal({"saes": ["planted"]})
-            self.whole = draft.publish(root / "interventions")
+        self.root, self.model = root, save(root / "model")
+        self.params: Params = make_speaking_params(root, self.model, [*PLANTED, *READERS])
+        self.data = make_speaking_study(root, self.params)
+        with ommatid.open_run(self.data) as run:
+            self.line: Mapping[str, Artefact] = run.subject()[1].inputs
+            self.whole = run.artefacts["intervene"]
         self.made = self.whole.each()["planted"]
         self.effects = {row["latent"]: row for row in self.made.read("effects").to_pylist()}
         rows = self.made.read("interventions").to_pylist()
@@ -134,6 +137,98 @@ def test_readers_are_not_spoken_of(study: Study) -> None:
     for latent in READERS:
         assert said(study, latent, "targeted", 0.0) == said(study, latent, "targeted", 1.0) == 0
         assert abs(study.rows[latent, "word_log_odds", "targeted", 1.0]["value"]) < 1e-5
+
+
+# Given images
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> list[str]:
+    """Photographs of a star, of nothing and of a grid."""
+    names = ["star.png", "nothing.png", "grid.png"]
+    for name, image in zip(names, draw(["star", None, "grid"], seed=5), strict=True):
+        image.save(tmp_path / name)
+    return [str(tmp_path / name) for name in names]
+
+
+def test_a_question_about_given_images_is_answered_in_every_arm(study: Study, photos: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with ommatid.open_run(study.data) as run:
+        found = run.ask(photos, GRID, [1, 0], draws=3, dtype="float32")
+        monkeypatch.setattr(answers, "BATCH", 2)
+        again = run.ask(photos, GRID, [0, 1], draws=3, dtype="float32")
+    assert repr(found) == f"Answers(3 images, latent {GRID}, doses 0 and 1, 'What is shown in this image? Use exactly one word!')"
+    assert found.answers("none") == found.answers("untouched") == [("star", "nothing", "grid")]
+    assert found.answers("targeted", 0) == [("star", "nothing", "nothing")]
+    assert found.answers("targeted", 1) == found.answers("prompt") == [("grid",) * 3]
+    assert found.answers("sign_flipped", 1) == [("star", "nothing", "grid")] and len(found.answers("random_latent", 1)) == 3
+    assert again.answered.answers == found.answered.answers and again.answered.arms == found.answered.arms
+    torch.testing.assert_close(again.answered.log_odds_ab, found.answered.log_odds_ab, atol=1e-4, rtol=1e-4)
+    table = found.table()
+    assert len(table) == 3 * (3 + 2 * (3 + 2 * 3)) and table.image.unique().tolist() == photos
+    targeted: Any = table[(table.arm == "targeted") & (table.dose == 1)]
+    assert (targeted.log_odds - targeted.log_odds_before)[:2].min() > 3 and targeted["shift"].iloc[2] < 0.1 < targeted["shift"].iloc[0]
+    assert targeted.answer_before.tolist() == ["star", "nothing", "grid"]
+    assert found.answered.words == ("grid",) and found.answered.acts_bkl.shape == (3, 16, 1)
+    assert any("is silent on 2 of 3 images" in warning for warning in found.warnings)
+    with pytest.raises(InputError, match=r"arm 'targeted' was not run at dose 2; arms are none, .*, prompt, and doses 0 and 1"):
+        found.answers("targeted", 2)
+
+
+def test_without_a_label_there_are_no_log_odds_and_no_prompt(study: Study, photos: list[str], tmp_path: Path) -> None:
+    with ommatid.open_run(study.data) as run:
+        found = run.ask(photos, UNLABELLED, [1.0], draws=3, dtype="float32")
+    assert found.answers("targeted", 1.0) == [("leaf",) * 3] and found.answered.words == ()
+    assert not found.answered.places("prompt") and found.answered.log_odds_ab.isnan().all()
+    found.save(tmp_path / "answers.json")
+    saved = json.loads((tmp_path / "answers.json").read_text())
+    assert saved["question"].startswith("What is shown") and saved["rows"][0]["log_odds"] is None
+    with pytest.raises(InputError, match=r"answers\.png: results are written as \.csv, \.json"):
+        found.save(tmp_path / "answers.png")
+
+
+def test_patches_are_edited_in_every_view(next_study: Study, photos: list[str]) -> None:
+    """A mask of all patches is the same as none, and of a view of three no patch is left out."""
+    with ommatid.open_run(next_study.data) as run:
+        shift = {}
+        for name, patches in (("all", None), ("mask", np.ones((4, 4), bool)), ("corner", [(0, 0)])):
+            found = run.ask(photos[:2], GRID, [1.0], patches=patches, draws=1, dtype="float32").answered
+            shift[name] = found.of(found.shifts_ab, "targeted", 1.0)
+        assert found.acts_bkl.shape == (2, 16, 1)
+    assert torch.equal(shift["mask"], shift["all"]) and (shift["corner"] > 0).all() and (shift["corner"] < shift["all"] / 4).all()
+
+
+def test_the_verb_prints_answers_in_words_for_each_arm_and_dose(
+    study: Study, photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "question.txt").write_text("Use exactly one word !")
+    options = ["--data", str(study.data), "--latent", str(GRID), "--draws", "3", "--question", str(tmp_path / "question.txt")]
+    assert run_verb("steer", *photos[:2], *options, "--dose", "0,1", "--out", str(tmp_path / "answers.csv")) == 0
+    out = capsys.readouterr().out
+    for text in ("question: Use exactly one word !", 'as it is: "star"', 'with the label in the question: "grid"', "begins with 'grid'"):
+        assert text in out
+    dose_1 = out.split("dose 1: latent 3 set to ")[1].splitlines()
+    assert dose_1[2].split()[:3] == ["the", "edit", '"grid"'] and re.search(r'sign flipped +"star" +0\.00 +\+0\.00', dose_1[3])
+    assert re.search(r"random directions .*\[.*\]", out)
+    with (tmp_path / "answers.csv").open() as file:
+        assert next(csv.DictReader(file))["answer"] == "star"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--question", " "], "error: question: is empty; write a question"),
+        (["--question", "gone.txt"], "error: question: gone.txt: cannot be read as UTF-8 text"),
+        (["--question", "What?", "--text", "a dog"], "error: --question and --text are given"),
+        (["--question", "What?", "--out", "x.png"], "error: x.png: results are written as .csv, .json"),
+        (["--question", "In <image> ?"], "error: prompt: contains <image>, which stands for the image"),
+        (["--question", "What?", "--dose", "1,x"], "error: --dose '1,x': 'x' is not a finite number"),
+    ],
+)
+def test_the_verb_refuses_bad_questions(
+    study: Study, photos: list[str], capsys: pytest.CaptureFixture[str], options: list[str], says: str
+) -> None:
+    assert run_verb("steer", photos[0], "--data", str(study.data), "--latent", "3", *options) == 1
+    assert says in capsys.readouterr().err
 
 
 # What is left out, and bad input

@@ -9,18 +9,16 @@ import torch
 from torch import Tensor
 
 from ommatid.config import Params, TrainParams
-from ommatid.evaluate.stage import evaluate
 from ommatid.extract import networks
-from ommatid.extract.stage import extract
-from ommatid.images.stage import run as make_images
 from ommatid.intervene import answers
 from ommatid.label import context
-from ommatid.label.stage import label
+from ommatid.pipeline import STAGES
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, Draft
 from ommatid.vlm import Captured, load_model
 from ommatid.vlm.preprocess import Preprocess
-from support.study import make_artefact, make_test_params
+from support.study import make_test_params
+from support.tile_study import run_stage
 from support.tiny_llava import HOOKPOINT, PATCH, QWEN_SIDE, SIDE, WORDS, D, N, directions, draw, textures
 
 N_READERS = 24
@@ -111,23 +109,14 @@ def use_namer(patch: pytest.MonkeyPatch, params: Params) -> None:
     patch.setattr(networks, "load_judge", lambda params, dtype, device: namer)
 
 
-def make_speaking_line(root: Path, params: Params) -> dict[str, Artefact]:
-    """Make all that interventions read; return it by stage."""
+def make_speaking_study(root: Path, params: Params) -> Path:
+    """Make a study in `root/data`, whose photographs are in `root/photos`; return it."""
     with pytest.MonkeyPatch.context() as patch:
         use_namer(patch, params)
         words = [*WORDS, None] * N_EACH
         for i, (word, image) in enumerate(zip(words, draw(words, side=side_of(params)), strict=True)):
             (root / "photos" / (word or "nothing")).mkdir(parents=True, exist_ok=True)
             image.save(root / "photos" / (word or "nothing") / f"{i:03d}.png")
-        made: dict[str, Artefact] = {}
-        stages: dict[str, tuple[str, Any]] = {
-            "images": ("images", make_images),
-            "extract": ("extraction", extract),
-            "train": ("sae", plant),
-            "evaluate": ("evaluation", evaluate),
-            "label": ("labels", label),
-        }
-        for name, (kind, stage) in stages.items():
-            artefact = make_artefact(root / kind, kind, stage, getattr(params, name), made)
-            made[name] = artefact.child(HOOKPOINT, "activations") if name == "extract" else artefact
-        return made
+        for name in STAGES:
+            run_stage(name, params, root / "data", plant)
+    return root / "data"

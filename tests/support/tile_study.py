@@ -42,11 +42,11 @@ def run_planted(data: Path, params: Params, plant: Plant, model: TileModel | Non
     with pytest.MonkeyPatch.context() as patch:
         use_tile_model(patch, model)
         for name in STAGES:
-            _run(name, params, data, plant)
+            run_stage(name, params, data, plant)
     return data / "catalog" / CATALOG
 
 
-def _run(name: str, params: Params, data: Path, plant: Plant) -> None:
+def run_stage(name: str, params: Params, data: Path, plant: Plant) -> None:
     """Run a stage without its gate and without MLflow, which would say where the SAE comes from."""
     stage, inputs = STAGES[name], open_inputs(name, params, str(data))
     section = getattr(params, name)

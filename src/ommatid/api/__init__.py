@@ -4,8 +4,21 @@
 """
 
 from ommatid.api.encoding import Encoding, ImageLike
-from ommatid.api.interventions import Contributions, Intervention
+from ommatid.api.interventions import Answers, Contributions, Intervention
 from ommatid.api.load import load_model, load_sae
-from ommatid.api.run import Run, encode, intervene, open_run
+from ommatid.api.run import Run, ask, encode, intervene, open_run
 
-__all__ = ["Contributions", "Encoding", "ImageLike", "Intervention", "Run", "encode", "intervene", "load_model", "load_sae", "open_run"]
+__all__ = [
+    "Answers",
+    "Contributions",
+    "Encoding",
+    "ImageLike",
+    "Intervention",
+    "Run",
+    "ask",
+    "encode",
+    "intervene",
+    "load_model",
+    "load_sae",
+    "open_run",
+]

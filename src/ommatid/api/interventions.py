@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ommatid.api.run import Run
     from ommatid.extract.tokens import TokenPicker
+    from ommatid.intervene.answers import Answered
     from ommatid.intervene.attribution import Agreement, Attributor, Completeness
     from ommatid.intervene.edit import ErrorTerm, Unit, Where
     from ommatid.intervene.steering import Dosed, Steered
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ommatid.show.pictures.page import Page
     from ommatid.vlm import Score
     from ommatid.vlm.preprocess import Preprocess
+    from ommatid.vlm.speaking import DeviceMap, SpeakerDtype
 
     LatentOf = tuple[Run | str | Path, int] | tuple[Run | str | Path, str, int]
     """A latent at a later hookpoint: its run, or the root of its artefacts; the name of its SAE, if there are several; its index."""
@@ -218,6 +220,72 @@ class Intervention:
         >>> run = ommatid.open_run("data")
         >>> latent = int(run.encode("cat.jpg").acts[0].argmax())
         >>> run.intervene("cat.jpg", latent, draws=3).save("steered.png")
+        """
+        save(self, path)
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a model that answers in words says of some images while latents of its tower are edited, beside all controls.
+
+    >>> import ommatid
+    >>> run = ommatid.open_run("data")
+    >>> run.ask("cat.jpg", 0)  # of a study of LLaVA or Qwen-VL: Answers(1 image, latent 0, doses 0, 0.5, 1 and 2, 'What is ...')
+    Traceback (most recent call last):
+    ommatid.errors.ModelError: extract.model.kind: ... models have no language model and cannot answer in words; ...
+    """
+
+    photographs: Photographs
+    """The images."""
+    sae: str
+    """Name of the SAE in the column `sae` of the catalogue."""
+    answered: "Answered"
+    """Answers, shifts and log-odds by arm, dose and image."""
+
+    def __repr__(self) -> str:
+        latents, doses, n = _listed(self.answered.latents), _listed(self.answered.doses), len(self.images)
+        of, at = "s" * (len(self.answered.latents) > 1), "s" * (len(self.answered.doses) > 1)
+        return f"Answers({n} image{'s' * (n != 1)}, latent{of} {latents}, dose{at} {doses}, {self.answered.question!r})"
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Name of each image: its path, or its index as text if it had no path."""
+        return self.photographs.names
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes the results less sure than they look, a sentence each."""
+        return self.answered.warnings
+
+    def answers(self, arm: str = "targeted", dose: float | None = None) -> list[tuple[str, ...]]:
+        """Return the answer about each image under one arm, for each of its draws.
+
+        Args:
+            arm: none, untouched, targeted, sign_flipped, random_latent, random_direction, diff_means or prompt.
+            dose: One of the doses; None for `none`, `untouched` and `prompt`.
+
+        Raises:
+            InputError: The arm was not run at this dose.
+        """
+        if not (places := self.answered.places(arm, dose)):
+            ran = ", ".join(dict.fromkeys(key.name for key in self.answered.arms))
+            raise InputError(f"arm {arm!r} was not run at dose {dose}; arms are {ran}, and doses {_listed(self.answered.doses)}")
+        return [self.answered.answers[place] for place in places]
+
+    def table(self) -> "pandas.DataFrame":
+        """List the answers before and after, under every arm, dose and draw: the columns of `ommatid.intervene.answers.Answered.table`."""
+        import pandas as pd
+
+        found = pd.DataFrame(self.answered.table())
+        found["image"] = [self.images[image] for image in found.image]
+        return found
+
+    def save(self, path: str | Path) -> None:
+        """Write the table (.csv, or .json with the question, doses, latents and warnings).
+
+        Raises:
+            InputError: The path has another ending.
+            QueryError: The file cannot be written there.
         """
         save(self, path)
 
@@ -487,6 +555,55 @@ def steer_images(
     return Intervention(photographs, _boxes(subject, photographs), name, steered, texts[0] if texts else None)
 
 
+def ask_images(
+    run: "Run",
+    photographs: Photographs,
+    latents: Sequence[int],
+    *,
+    question: str,
+    doses: Sequence[float],
+    tokens: "Where",
+    patches: Patches | Image.Image | None,
+    kind: "Dosed",
+    unit: "Unit",
+    error: "ErrorTerm",
+    draws: int,
+    seed: int,
+    max_new_tokens: int,
+    sae: str | None,
+    dtype: "SpeakerDtype",
+    device_map: "DeviceMap | None",
+) -> Answers:
+    """Ask a model about images with latents edited; see `Run.ask`."""
+    from ommatid.intervene.answers import ask, find_speaker, read_question
+    from ommatid.intervene.steering import check_doses
+
+    check_doses(doses)
+    read_question(question, "question")
+    _check_photographs(photographs, patches)
+    name, subject = run.subject(sae)
+    find_speaker(subject)
+    for latent in _check_latents(latents):
+        subject.check_latent(latent)
+    speaker = run._speaker(subject, dtype, device_map)
+    answered = ask(
+        subject,
+        speaker,
+        photographs.opened,
+        list(subject.describe(latents)),
+        question=question,
+        doses=doses,
+        kind=kind,
+        unit=unit,
+        tokens=_choose_tokens(subject, tokens, patches, photographs),
+        error=error,
+        draws=draws,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+    )
+    return Answers(photographs, name, answered)
+
+
 def attribute_outputs(
     run: "Run",
     photographs: Photographs,
@@ -730,41 +847,44 @@ def _chosen(patches: Patches, grid: tuple[int, int], n_images: int) -> np.ndarra
 
 SUFFIXES = (".png", ".csv", ".json")
 """Endings of the files that results are written to."""
+TABLES = (".csv", ".json")
+"""Endings of those that answers are written to."""
 
 
-def check_path(path: str | Path) -> Path:
+def check_path(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> Path:
     """Return a path that results can be written to.
 
     Raises:
-        InputError: Its ending is not one of `SUFFIXES`, or a folder is there.
+        InputError: Its ending is not one of those given, or a folder is there.
     """
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"{path} is a folder; name a file that ends in {', '.join(SUFFIXES)}")
-    if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{path}: results are written as {', '.join(SUFFIXES)}; give the file one of these endings")
+        raise InputError(f"{path} is a folder; name a file that ends in {', '.join(suffixes)}")
+    if path.suffix.lower() not in suffixes:
+        raise InputError(f"{path}: results are written as {', '.join(suffixes)}; give the file one of these endings")
     return path
 
 
-def save(found: Intervention | Contributions, path: str | Path) -> None:
-    """Write results as a picture or as a table."""
+def save(found: Intervention | Answers | Contributions, path: str | Path) -> None:
+    """Write results as a picture or as a table; answers as a table only."""
     from ommatid.show.pictures.page import write_whole
 
-    path = check_path(path)
+    path = check_path(path, TABLES if isinstance(found, Answers) else SUFFIXES)
     match path.suffix.lower():
         case ".csv":
             content = found.table().to_csv(index=False).encode()
         case ".json":
             content = (json.dumps(_as_json(found), ensure_ascii=False, indent=1) + "\n").encode()
         case _:
+            assert not isinstance(found, Answers), path
             content = found.draw().png()
     write_whole(path, content, "--out")
 
 
-def _as_json(found: Intervention | Contributions) -> dict[str, Any]:
+def _as_json(found: Intervention | Answers | Contributions) -> dict[str, Any]:
     rows = json.loads(str(found.table().to_json(orient="records")))
-    if isinstance(found, Intervention):
-        steered = found.steered
+    if not isinstance(found, Contributions):
+        steered = found.steered if isinstance(found, Intervention) else found.answered
         latents = [
             {"latent": latent, "label": label, "scale": scale}
             for latent, label, scale in zip(steered.latents, steered.labels, steered.scales_l.tolist(), strict=True)
@@ -774,6 +894,7 @@ def _as_json(found: Intervention | Contributions) -> dict[str, Any]:
             for dose, acts, relative in zip(steered.doses, steered.acts_pl.tolist(), steered.relative_pl.tolist(), strict=True)
         ]
         about = {"sae": found.sae, "latents": latents, "doses": doses, "kind": steered.kind, "fvu": steered.fvu_b.tolist()}
+        about |= {"question": found.answered.question, "words": found.answered.words} if isinstance(found, Answers) else {}
     else:
         about = {"sae": found.sae, "output": found.output, "method": found.method, "images": [_numbers(one) for one in found.of]}
     return {**about, "warnings": list(found.warnings), "rows": rows}

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 from ommatid.api.encoding import Encoder, Encoding, ImageLike, as_list, name_image, open_image
 from ommatid.api.interventions import (
     DOSES,
+    Answers,
     Contributions,
     Intervention,
     Method,
     Patches,
     Photographs,
+    ask_images,
     attribute_outputs,
     check_class,
     steer_images,
 )
 from ommatid.catalog.reader import Catalog
+from ommatid.config.intervene import ONE_WORD
 from ommatid.errors import ArtefactError, ConfigError, InputError, ModelError
 from ommatid.pipeline import STAGES, open_stage
 from ommatid.pipeline.inputs import check_lineage
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from ommatid.intervene.subject import Subject
     from ommatid.sae.model import SAE
     from ommatid.vlm import VisionModel
+    from ommatid.vlm.speaking import DeviceMap, Speaker, SpeakerDtype
 
 
 class Run:
@@ -60,6 +64,7 @@ class Run:
             raise ArtefactError(f"{self.data} holds no finished study: {error}{hint}") from None
         self._encoders: dict[str, Encoder] = {}
         self._subjects: dict[str, Subject] = {}
+        self._speakers: dict[str, Speaker] = {}
 
     def __enter__(self) -> "Run":
         return self
@@ -306,6 +311,67 @@ class Run:
             draws=draws, seed=seed, sae=sae,
         )  # fmt: skip
 
+    def ask(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        latents: int | Sequence[int],
+        doses: Sequence[float] = DOSES,
+        *,
+        question: str = ONE_WORD,
+        tokens: "Where" = "all",
+        patches: "Patches | Image.Image | None" = None,
+        kind: "Dosed" = "set",
+        unit: "Unit" = "relative",
+        error: "ErrorTerm" = "keep",
+        draws: int = 8,
+        seed: int = 0,
+        max_new_tokens: int = 5,
+        sae: str | None = None,
+        dtype: "SpeakerDtype" = "auto",
+        device_map: "DeviceMap | None" = None,
+    ) -> Answers:
+        """Ask the whole LLaVA or Qwen-VL, of which the study explains the tower, about images while latents are set, beside every control.
+
+        The blocks of the tower before the hookpoint run once for a batch of images, and the rest once for each dose and arm.
+
+        Args:
+            images: As for `encode`.
+            latents: The latent, or several, which are edited together.
+            doses: What the latents' activations are set to; 0 removes them.
+            question: The question, or the path of a text file that holds it and whose name ends in .txt.
+            tokens: As for `intervene`.
+            patches: As for `intervene`. LLaVA-NeXT's tiles are edited where the same area of the image is.
+            kind: As for `intervene`.
+            unit: As for `intervene`.
+            error: As for `intervene`.
+            draws: Number of draws of each random control.
+            seed: Seed of the random controls.
+            max_new_tokens: Largest number of tokens in an answer.
+            sae: Name of the SAE, from `saes` or from the catalogue; may be None if the study has a single SAE.
+            dtype: Data type of the model; auto is bfloat16 if the hardware computes in it, and float32 otherwise.
+            device_map: Devices of its sub-modules, which needs accelerate; None puts the model on one device.
+
+        Returns:
+            The answers under every arm and dose.
+
+        Raises:
+            InputError: As for `intervene`.
+            ConfigError: As for `intervene`; or the question is empty, its file cannot be read, or it names the token of the image.
+            ModelError: The model does not answer in words, cannot be loaded, does not fit into memory, or does not depend on the tokens.
+            ArtefactError: As for `intervene`.
+
+        >>> import ommatid
+        >>> run = ommatid.open_run("data")
+        >>> run.ask("cat.jpg", 0, [0, 1], question="Which animal is this?").table()  # in a study of LLaVA or Qwen-VL: a row for each arm
+        Traceback (most recent call last):
+        ommatid.errors.ModelError: extract.model.kind: ... models have no language model and cannot answer in words; ...
+        """
+        chosen = [latents] if isinstance(latents, int) else list(latents)
+        return ask_images(
+            self, photograph(images), chosen, question=question, doses=doses, tokens=tokens, patches=patches, kind=kind, unit=unit,
+            error=error, draws=draws, seed=seed, max_new_tokens=max_new_tokens, sae=sae, dtype=dtype, device_map=device_map,
+        )  # fmt: skip
+
     def attribute(
         self,
         images: ImageLike | Iterable[ImageLike],
@@ -449,6 +515,15 @@ class Run:
         head = self.artefacts["intervene"].manifest.params.get("head") if "intervene" in self.artefacts else None
         return Subject({**inputs, **of_sae, "train": artefact}, lambda: self.model, head)
 
+    def _speaker(self, subject: "Subject", dtype: "SpeakerDtype", device_map: "DeviceMap | None") -> "Speaker":
+        """The whole model, which is loaded only once for the same settings."""
+        from ommatid.intervene.answers import open_speaker
+
+        key = f"{dtype} {device_map}"
+        if key not in self._speakers:
+            self._speakers = {key: open_speaker(subject, dtype, device_map)}
+        return self._speakers[key]
+
     def _artefact_of(self, sae: str | None) -> Artefact:
         """The SAE's artefact, inside the artefact of the training."""
         return self._find(sae)[1]
@@ -540,6 +615,35 @@ def intervene(
     Intervention(1 image, latent ..., dose 1, ... names)
     """
     return (run if isinstance(run, Run) else open_run(run)).intervene(images, latents, doses, **options)
+
+
+def ask(
+    images: ImageLike | Iterable[ImageLike],
+    latents: int | Sequence[int],
+    doses: Sequence[float] = DOSES,
+    run: Run | str | Path = DATA,
+    **options: Any,
+) -> Answers:
+    """Ask a model that answers in words while latents are set; short for `open_run(run).ask(images, latents, doses, **options)`.
+
+    To ask several times, open the run once and call its method `ask`, so that the model is loaded only once.
+
+    Args:
+        images: As for `encode`.
+        latents: The latent, or several, which are edited together.
+        doses: What their activations are set to, in units of the 99th percentile of each latent's own positive ones.
+        run: A run, or the root of its artefacts.
+        options: Further arguments of `Run.ask`.
+
+    Returns:
+        The answers under every arm and dose.
+
+    >>> import ommatid
+    >>> ommatid.ask("cat.jpg", 0, question="Which animal is this?")  # of a study of LLaVA or Qwen-VL
+    Traceback (most recent call last):
+    ommatid.errors.ModelError: extract.model.kind: ... models have no language model and cannot answer in words; ...
+    """
+    return (run if isinstance(run, Run) else open_run(run)).ask(images, latents, doses, **options)
 
 
 def encode(images: ImageLike | Iterable[ImageLike], run: Run | str | Path = DATA, sae: str | None = None) -> Encoding:

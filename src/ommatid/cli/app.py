@@ -246,6 +246,11 @@ def steer(
     text: Annotated[
         list[str] | None, typer.Option("--text", help="A text to compare the output with; repeatable. Default: the classes of the images.")
     ] = None,
+    question: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT|FILE.txt", help="Ask the whole LLaVA or Qwen-VL this about each photograph, and print its answers."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens in an answer.")] = 5,
     tokens: Annotated[str, typer.Option(help="Tokens to edit: all, firing (those on which it fires) or cls.")] = "all",
     patches: Annotated[
         str | None,
@@ -261,7 +266,8 @@ def steer(
     """Set latents to chosen activations on photographs, and print what the model's output does then, beside every control."""
     from ommatid.cli.interventions import steer as run
 
-    run(photos, latent, dose, absolute, text, tokens, patches, error, draws, seed, sae, data, out)
+    asked = None if question is None else (question, max_new_tokens)
+    run(photos, latent, dose, absolute, text, asked, tokens, patches, error, draws, seed, sae, data, out)
 
 
 @app.command()

@@ -2,19 +2,21 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ommatid.api.interventions import Attributed, Contributions, Intervention, check_path
+from ommatid.api.interventions import SUFFIXES, TABLES, Answers, Attributed, Contributions, Intervention, check_path
 from ommatid.cli.terminal import align, say
 from ommatid.errors import ConfigError, InputError
 from ommatid.show.numbers import DASH, percent
 
 if TYPE_CHECKING:
-    from ommatid.intervene.steering import Steered
+    from ommatid.intervene.answers import Answered
+    from ommatid.intervene.steering import Edited, Steered
 
 N_NAMES = 5
 """Number of the highest names, before and after each dose, that are printed of an image."""
@@ -36,6 +38,7 @@ def steer(
     dose: str,
     absolute: bool,
     texts: Sequence[str] | None,
+    asked: tuple[str, int] | None,
     tokens: str,
     patches: str | None,
     error: str,
@@ -45,20 +48,45 @@ def steer(
     data: str,
     out: Path | None,
 ) -> None:
-    """Print what an edit of latents does to the model's output on photographs, and write it to a file if one is named."""
+    """Print what an edit of latents does to the model's output on photographs, and write it to a file if one is named.
+
+    Args:
+        photos: The photographs.
+        latents: The latents that are edited together.
+        dose: The doses, with commas between.
+        absolute: Whether doses are activations.
+        texts: Texts that the output is compared with, if there are any.
+        asked: A question, and the largest number of tokens in its answer; None if the model is not to answer in words.
+        tokens: Tokens that are edited.
+        patches: Patches that are edited, if not all of them are.
+        error: Whether the SAE's error is kept.
+        draws: Number of draws of each random control.
+        seed: Seed of the draws.
+        sae: Name of the SAE.
+        data: Root of the study.
+        out: File to write.
+    """
     doses, marked = parse_doses(dose), None if patches is None else parse_patches(patches)
     _check_choice("--tokens", tokens, ("all", "firing", "cls"))
     _check_choice("--error", error, ("keep", "drop"))
+    if asked and texts:
+        raise ConfigError("--question and --text are given: the answers of a model are not compared with texts; leave out one of them")
     if out is not None:
-        check_path(out)
+        check_path(out, TABLES if asked else SUFFIXES)
     from ommatid.api import open_run
 
+    options: dict[str, Any] = {
+        "tokens": tokens, "patches": marked, "unit": "absolute" if absolute else "relative", "error": error, "draws": draws, "seed": seed,
+        "sae": sae,
+    }  # fmt: skip
     with open_run(data) as run:
-        found = run.intervene(
-            photos, latents, doses, texts=texts or None, tokens=tokens, patches=marked, unit="absolute" if absolute else "relative",  # pyright: ignore[reportArgumentType]
-            error=error, draws=draws, seed=seed, sae=sae,  # pyright: ignore[reportArgumentType]
-        )  # fmt: skip
-    for line in format_intervention(found):
+        if asked:
+            found = run.ask(photos, latents, doses, question=asked[0], max_new_tokens=asked[1], **options)
+            lines = format_answers(found)
+        else:
+            found = run.intervene(photos, latents, doses, texts=texts or None, **options)
+            lines = format_intervention(found)
+    for line in lines:
         say(line)
     if out is not None:
         found.save(out)
@@ -175,7 +203,50 @@ def format_intervention(found: Intervention) -> list[str]:
     return lines + [f"warning: {warning}" for warning in found.warnings]
 
 
-def _fires(steered: "Steered", image: int) -> str:
+def format_answers(found: Answers) -> list[str]:
+    """Format what a model answers as lines: for each image and dose a table of the arms."""
+    answered, lines = found.answered, [f"question: {found.answered.question}", ""]
+    for image, name in enumerate(found.images):
+        lines += [f"{name}: {_fires(answered, image)}", f"as it is: {_quoted(answered, image, 'none', None)}"]
+        if answered.places("prompt"):
+            lines.append(f"with the label in the question: {_quoted(answered, image, 'prompt', None)}")
+        lines.append("")
+        for place, dose in enumerate(answered.doses):
+            lines += [_describe_dose(answered, place), *(f"  {line}" for line in align(_answer_rows(answered, image, dose))), ""]
+    lines.append("shift: divergence of the first token from that of the model as it is, in nats; [ ]: range over draws")
+    if answered.words:
+        lines.append(f"log-odds: change of the log-odds that the answer begins with {' or '.join(map(repr, answered.words))}")
+    return lines + [f"warning: {warning}" for warning in found.warnings]
+
+
+def _answer_rows(answered: "Answered", image: int, dose: float) -> list[tuple[str, ...]]:
+    """Make the rows of the table of an image and a dose: an arm each."""
+    values = {"shift": answered.shifts_ab, "log-odds": answered.log_odds_ab - answered.log_odds_ab[0]}
+    if not answered.words:
+        del values["log-odds"]
+    rows: list[tuple[str, ...]] = [("arm", "answer", *values)]
+    for arm, heading in {"targeted": "the edit", **_ARMS}.items():
+        if places := answered.places(arm, dose):
+            numbers = (_range(of[places, image].tolist(), what == "log-odds") for what, of in values.items())
+            rows.append((heading, _quoted(answered, image, arm, dose), *numbers))
+    return rows
+
+
+def _quoted(answered: "Answered", image: int, arm: str, dose: float | None) -> str:
+    """Quote the answers about an image under an arm, the most frequent of its draws first, with their numbers."""
+    counts = Counter(answered.answers[place][image] for place in answered.places(arm, dose)).most_common()
+    words = [f'"{answer}"' if answer else "(no answer)" for answer, _ in counts]
+    return words[0] if len(words) == 1 else ", ".join(f"{word} x {n}" for word, (_, n) in zip(words, counts, strict=True))
+
+
+def _range(values: Sequence[float], is_signed: bool) -> str:
+    """Write a number, or the mean of several and their range."""
+    form = "{:+.2f}" if is_signed else "{:.2f}"
+    mean, low, high = (form.format(value + 0.0) for value in (sum(values) / len(values), min(values), max(values)))
+    return mean if len(values) == 1 else f"{mean} [{low}, {high}]"
+
+
+def _fires(steered: "Edited", image: int) -> str:
     """Say where the edited latents fire on an image."""
     words = []
     for place, (latent, label) in enumerate(zip(steered.latents, steered.labels, strict=True)):
@@ -188,7 +259,7 @@ def _fires(steered: "Steered", image: int) -> str:
     return "; ".join(words)
 
 
-def _describe_dose(steered: "Steered", place: int) -> str:
+def _describe_dose(steered: "Edited", place: int) -> str:
     """Describe a dose both ways: as an activation and in units of the latent's 99th percentile."""
     acts, relative = steered.acts_pl[place].tolist(), steered.relative_pl[place].tolist()
     words = [

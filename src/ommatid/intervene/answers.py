@@ -8,32 +8,47 @@ Suffixes: n images, b images of a batch, a arms, p doses, v tokens of the vocabu
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from string import punctuation, whitespace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float32, Float64
 from PIL import Image
 from pydantic import TypeAdapter
 from torch import Tensor
 
 from ommatid.config import InterveneParams, Model
 from ommatid.config.intervene import AnswersParams, find_prompt_file
+from ommatid.config.models import LlavaModel, QwenModel
 from ommatid.errors import ArtefactError, InputError
 from ommatid.events import Listener, Progress, Warned
 from ommatid.images.decode import Unreadable, decode
 from ommatid.images.original import OriginalReader
+from ommatid.intervene.arms import N_DRAWS, Controls, make_arms
+from ommatid.intervene.edit import Edit, Editor, ErrorTerm, Unit, Where
 from ommatid.intervene.latent_test import ArmsTest
 from ommatid.intervene.measure import Measured, choose_latents, untested_row
+from ommatid.intervene.steering import (
+    BATCH,
+    ArmKey,
+    Dosed,
+    Edited,
+    check_doses,
+    check_edit,
+    describe_edit,
+    list_warnings,
+    unexplained,
+)
 from ommatid.intervene.study import Study
 from ommatid.intervene.subject import Described, Subject
 from ommatid.metrics import Interval, answer_shift, bootstrap_mean, log_odds, wilson
 from ommatid.metrics.interventions import CausalStatus
 from ommatid.store import Artefact
 from ommatid.vlm import load_model
-from ommatid.vlm.speaking import Asked, Said, Speaker, load_speaker, read_prompt
+from ommatid.vlm.speaking import Asked, DeviceMap, Said, Speaker, SpeakerDtype, check_speaks, load_speaker, read_prompt
 from ommatid.vlm.steering_score import DOSE, score_steering
 
 KEY = "intervene.answers"
@@ -85,14 +100,27 @@ def measure_answers(params: InterveneParams, inputs: Mapping[str, Artefact], on_
     return _Questioning(study, params.answers).run(on_event)
 
 
-def open_speaker(answers: AnswersParams, subject: Subject) -> Speaker:
+def open_speaker(subject: Subject, dtype: SpeakerDtype = "auto", device_map: DeviceMap | None = None) -> Speaker:
     """Load the whole model of which a study explains the tower.
+
+    Args:
+        subject: The study's tower.
+        dtype: Data type of all weights; `auto` is bfloat16 if the hardware computes in it, and float32 otherwise.
+        device_map: Devices of the sub-modules, as for `load_speaker`.
 
     Raises:
         ModelError: The model does not answer in words, cannot be loaded, or does not fit into memory.
     """
-    model = TypeAdapter(Model).validate_python(subject.inputs["extract"].manifest.params["model"])
-    return load_speaker(model, answers.dtype, subject.device, answers.device_map)
+    return load_speaker(find_speaker(subject), dtype, subject.device, device_map)
+
+
+def find_speaker(subject: Subject) -> LlavaModel | QwenModel:
+    """Return the section of the model of which a study explains the tower.
+
+    Raises:
+        ModelError: The model does not answer in words.
+    """
+    return check_speaks(TypeAdapter(Model).validate_python(subject.inputs["extract"].manifest.params["model"]))
 
 
 class _Questioning:
@@ -100,7 +128,7 @@ class _Questioning:
 
     def __init__(self, study: Study, answers: AnswersParams) -> None:
         self.study, self.answers = study, answers
-        self.speaker = open_speaker(answers, study.subject)
+        self.speaker = open_speaker(study.subject, answers.dtype, answers.device_map)
         self.question = self.speaker.check_question(read_question(answers.question))
         self.originals = OriginalReader(study.subject.inputs["images"])
 
@@ -337,6 +365,190 @@ class AnswerTest(ArmsTest):
     def make_row(self, outcome: str, arm: str, dose: float, found: Interval, n: int, n_draws: int) -> dict[str, Any]:
         """Make a row of the table `interventions`."""
         return self._row(outcome, arm, dose, found, n, n_draws)
+
+
+# Given images
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Answered(Edited):
+    """What a model says of some images under every arm and dose; the last arm is `prompt`, if the latents have labels."""
+
+    question: str
+    """The question."""
+    words: tuple[str, ...]
+    """First words of the latents' labels, of which `log_odds_ab` are; () if the latents have none that the tokenizer knows."""
+    answers: tuple[tuple[str, ...], ...]
+    """Answer by arm and image; "" if the model ends it at once."""
+    shifts_ab: Float64[Tensor, "arms images"]
+    """Kullback-Leibler divergence of the first token of the answer from that of the unchanged model, in nats, `(a, b)`."""
+    log_odds_ab: Float64[Tensor, "arms images"]
+    """Log-odds that the answer begins with one of the words, `(a, b)`; NaN if there are no words."""
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return plain rows for each image, arm, dose and draw.
+
+        Returns:
+            Rows with the columns `image` (its number), `arm`, `dose` (None for `none`, `untouched` and `prompt`), `draw`, `answer`, `shift`
+            and `log_odds`, and `answer_before` and `log_odds_before` of the plain model. Log-odds are None if there are no words.
+        """
+        odds = [[None if math.isnan(value) else value for value in row] for row in self.log_odds_ab.tolist()]
+        return [
+            {
+                "image": image, "arm": key.name, "dose": key.dose, "draw": key.draw, "answer": self.answers[place][image],
+                "shift": float(self.shifts_ab[place, image]), "log_odds": odds[place][image],
+                "answer_before": self.answers[0][image], "log_odds_before": odds[0][image],
+            }
+            for image in range(len(self.answers[0]))
+            for place, key in enumerate(self.arms)
+        ]  # fmt: skip
+
+
+def ask(
+    subject: Subject,
+    speaker: Speaker,
+    images: Sequence[Image.Image],
+    described: Sequence[Described],
+    *,
+    question: str,
+    doses: Sequence[float],
+    kind: Dosed = "set",
+    unit: Unit = "relative",
+    tokens: Where | Bool[Tensor, "*images kept"] = "all",
+    error: ErrorTerm = "keep",
+    draws: int = N_DRAWS,
+    seed: int = 0,
+    max_new_tokens: int = 5,
+) -> Answered:
+    """Ask a model a question about images with latents of its tower edited at several doses, beside every control.
+
+    Args:
+        subject: The tower and the SAE.
+        speaker: The whole model, from `open_speaker`.
+        images: The images.
+        described: The latents that are edited together, from `Subject.describe`.
+        question: The question, or the path of a text file that holds it and whose name ends in .txt.
+        doses: The doses.
+        kind: What a dose sets: see `Edit`. To set 0 is to ablate.
+        unit: Whether doses are relative to each latent's own scale, or activations.
+        tokens: Kept tokens that are edited: see `Edit`. A mask `(b, k)` has a row for each image, and is spread over the views that
+            LLaVA-NeXT has of it.
+        error: Whether the SAE's error is kept.
+        draws: Number of draws of each random control.
+        seed: Seed of the draws.
+        max_new_tokens: Largest number of tokens in an answer.
+
+    Returns:
+        The answers under all arms.
+
+    Raises:
+        ConfigError: The question is empty or cannot be read, or names the token of the image; or `max_new_tokens` is below 1.
+        InputError: As for `steer`.
+        ModelError: The model does not depend on the hookpoint, or an edit is too large for its data type.
+    """
+    doses = check_doses(doses)
+    check_edit(len(images), kind, doses, draws, tokens)
+    asked_for = speaker.check_question(read_question(question, "question"))
+    editor, controls = subject.editor(described), subject.controls(described, seed, draws)
+    words, known = _find_words(described, speaker)
+    labels = [one.label for one in described if one.label is not None]
+    prompt = PROMPT.format(label=" and ".join(labels), question=asked_for) if labels else None
+    parts: list[_Part] = []
+    for start in range(0, len(images), BATCH):
+        some, where = images[start : start + BATCH], tokens
+        if isinstance(tokens, Tensor):
+            rows = tokens if tokens.ndim == 2 else tokens.expand(len(images), -1)
+            where = _spread(rows[start : start + BATCH], subject, speaker, some)
+        edits = [Edit(tuple(one.latent for one in described), kind, dose, unit, where, error) for dose in doses]
+        with speaker.asking(some, subject.writes.name, asked_for, max_new_tokens, subject.reads.name) as asked:
+            parts.append(_ask_batch(subject, editor, controls, edits, asked, prompt, known))
+    answered = Answered(
+        **describe_edit(subject, described, doses, kind, unit),
+        arms=parts[0].arms,
+        acts_bkl=torch.cat([part.acts_bkl for part in parts]),
+        fvu_b=torch.cat([part.fvu_b for part in parts]),
+        question=asked_for,
+        words=words,
+        answers=tuple(tuple(answer for part in parts for answer in part.answers[place]) for place in range(len(parts[0].arms))),
+        shifts_ab=torch.cat([part.shifts_ab for part in parts], 1),
+        log_odds_ab=torch.cat([part.log_odds_ab for part in parts], 1),
+    )
+    return replace(answered, warnings=tuple(list_warnings(subject, answered)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Results of one batch, as in `Answered`."""
+
+    arms: tuple[ArmKey, ...]
+    answers: tuple[tuple[str, ...], ...]
+    shifts_ab: Float64[Tensor, "arms batch"]
+    log_odds_ab: Float64[Tensor, "arms batch"]
+    acts_bkl: Float32[Tensor, "batch kept edited"]
+    fvu_b: Float64[Tensor, " batch"]
+
+
+def _ask_batch(
+    subject: Subject,
+    editor: Editor,
+    controls: Controls,
+    edits: Sequence[Edit],
+    asked: Asked,
+    prompt: str | None,
+    known: Sequence[int],
+) -> _Part:
+    """Ask in all arms of edits about a batch of images."""
+    codes = editor.read(asked.tokens, reconstruct=True)
+    x: list[Tensor] = []
+
+    def as_it_is(tokens: Tensor) -> Tensor:
+        x.append(subject.writes.pick(tokens).float())
+        return tokens
+
+    none, *others = make_arms(editor, edits, controls, codes)
+    keys = [ArmKey(arm.name, arm.edit and arm.edit.dose, arm.draw) for arm in (none, *others)]
+    said = [asked.again(as_it_is, None), *(asked.again(arm.replacement, None) for arm in others)]
+    if prompt is not None:
+        keys.append(ArmKey("prompt", None, 0))
+        said.append(asked.again(None, prompt))
+    # The base view of each image stands for it: it is the one on which the SAE was trained.
+    base = torch.tensor(asked.n_views).cumsum(0) - torch.tensor(asked.n_views)
+    chosen = editor.chosen(edits[0].tokens, codes.acts)
+    fvu = unexplained(x[0], codes.reconstruction, chosen, subject.mean.to(x[0].device))
+    odds = torch.tensor(known, dtype=torch.int64)
+    return _Part(
+        tuple(keys),
+        tuple(one.answers for one in said),
+        torch.stack([answer_shift(asked.plain.log_p, one.log_p).cpu() for one in said]),
+        torch.stack([log_odds(one.log_p, odds).cpu() if known else torch.full((len(one.answers),), math.nan).double() for one in said]),
+        codes.acts.cpu()[base],
+        fvu.cpu()[base],
+    )
+
+
+def _find_words(described: Sequence[Described], speaker: Speaker) -> tuple[tuple[str, ...], list[int]]:
+    """Return the first words of the labels that the tokenizer knows, and the tokens with which they begin."""
+    words, tokens = [], set[int]()
+    for one in described:
+        with suppress(InputError):  # such as a label without a word; the answers can be read without it
+            word = find_word(one.label or "")
+            tokens |= set(speaker.beginnings(word))
+            words.append(word)
+    return tuple(dict.fromkeys(words)), sorted(tokens)
+
+
+def _spread(
+    rows: Bool[Tensor, "batch kept"], subject: Subject, speaker: Speaker, images: Sequence[Image.Image]
+) -> Bool[Tensor, "views kept"]:
+    """Turn masks of the kept tokens of images into masks of those of their views."""
+    grid = subject.writes.grid
+    n_patches = 0 if grid is None else grid[0] * grid[1]
+    others, patches = rows[:, : rows.shape[1] - n_patches], rows[:, rows.shape[1] - n_patches :]
+    n_views = torch.tensor(speaker.count_views(images))
+    if grid is None:
+        return others.repeat_interleave(n_views, 0)
+    spread = speaker.spread_masks(images, patches.unflatten(1, grid)).flatten(1)
+    return torch.cat([others.repeat_interleave(n_views, 0), spread], 1)
 
 
 def _spread_of(share: float, n: int) -> Interval:

@@ -7,6 +7,7 @@
 - random_latent: the edit along the directions of other latents, which fire about as often.
 - random_direction: the edit along a Gaussian direction.
 - diff_means: the edit along the mean of tokens on which the latent fires, minus the mean of the others.
+- prompt: for a model that answers in words, no edit, but a question that says the label; it is not made here.
 
 On every token, the controls after `targeted` add a vector of the same norm as the edit does, and nothing where the edit adds nothing.
 
@@ -28,7 +29,7 @@ from ommatid.errors import InputError
 from ommatid.intervene.edit import Codes, Delta, Edit, Editor
 from ommatid.vlm import Replacement
 
-ArmName = Literal["none", "untouched", "targeted", "sign_flipped", "random_latent", "random_direction", "diff_means"]
+ArmName = Literal["none", "untouched", "targeted", "sign_flipped", "random_latent", "random_direction", "diff_means", "prompt"]
 N_DRAWS = 8
 """Number of draws of each random control, from which its interval is made."""
 

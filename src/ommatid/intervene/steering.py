@@ -36,6 +36,8 @@ MOST_ARMS = 2000
 """Largest number of arms over all doses, each of which takes a pass through the rest of the model."""
 HIGH_FVU = 0.5
 """Fraction of variance unexplained at the edited tokens above which latents say less of an image than they leave unsaid."""
+UNDOSED = ("none", "untouched", "prompt")
+"""Arms that have no dose."""
 N_NEAR = 15
 """Number of labels, beside those of the edited latents, with which the output is compared if images have no classes."""
 N_LABELS = 1000
@@ -49,14 +51,14 @@ class ArmKey:
     name: ArmName
     """Name of the arm."""
     dose: float | None
-    """The dose; None for the arms `none` and `untouched`, which have none."""
+    """The dose; None for the arms of `UNDOSED`."""
     draw: int
     """Number of the draw of a random control, from 0; 0 for all other arms."""
 
 
-@dataclass(frozen=True, eq=False)
-class Steered:
-    """The outputs of the model on some images, under every arm and dose."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Edited:
+    """An edit of latents on some images, at several doses, and what the SAE says of the images."""
 
     latents: tuple[int, ...]
     """The edited latents."""
@@ -64,8 +66,6 @@ class Steered:
     """Their labels; None for a latent without one."""
     top_classes: tuple[str | None, ...]
     """Most common class of the strongest images of each; None if they have none."""
-    names: tuple[str, ...]
-    """Names that the output is compared with: classes, or texts."""
     doses: tuple[float, ...]
     """Doses as they were asked for, ascending."""
     acts_pl: Float64[Tensor, "doses edited"]
@@ -78,10 +78,6 @@ class Steered:
     """What a dose sets: see `Edit`."""
     arms: tuple[ArmKey, ...]
     """The arms, in the order of their results: `none` and `untouched` first."""
-    scores_abn: Float64[Tensor, "arms images names"]
-    """Score of each name: a cosine, or a logit of a linear head, `(a, b, n)`."""
-    log_p_abn: Float64[Tensor, "arms images names"]
-    """Log-probability of each name among all, `(a, b, n)`."""
     acts_bkl: Float32[Tensor, "images kept edited"]
     """Activations of the edited latents on the kept tokens, before any edit, `(b, k, l)`."""
     fvu_b: Float64[Tensor, " images"]
@@ -91,25 +87,19 @@ class Steered:
     warnings: tuple[str, ...] = ()
     """What makes the results less sure than they look, a sentence each."""
 
-    @cached_property
-    def ranks_abn(self) -> Int64[Tensor, "arms images names"]:
-        """Rank of each name by its score, `(a, b, n)`; 1 is the highest."""
-        return self.scores_abn.argsort(dim=2, descending=True, stable=True).argsort(dim=2) + 1
-
     @property
     def relative_pl(self) -> Float64[Tensor, "doses edited"]:
         """Each dose in units of the latents' own scales, `(p, l)`; a factor if activations are scaled."""
         return self.acts_pl if self.kind == "scale" else self.acts_pl / self.scales_l
 
-    @property
-    def log_odds_abn(self) -> Float64[Tensor, "arms images names"]:
-        """Log-odds of each name's probability among all, `(a, b, n)`; with a single name, its score, as its probability is always 1."""
-        return self.scores_abn if len(self.names) == 1 else self.log_p_abn - torch.log1p(-self.log_p_abn.exp().clamp_max(1 - 1e-15))
+    def places(self, arm: str, dose: float | None = None) -> list[int]:
+        """Return the places of an arm at a dose among all arms, one for each draw; none if it was not run."""
+        wanted = None if arm in UNDOSED else dose
+        return [place for place, key in enumerate(self.arms) if (key.name, key.dose) == (arm, wanted)]
 
-    def of(self, values_abn: Tensor, arm: str, dose: float | None = None) -> Tensor:
-        """Select the values of an arm at a dose from those of all arms, `(draws, b, n)`; there are no draws if the arm was not run."""
-        wanted = None if arm in ("none", "untouched") else dose
-        return values_abn[[place for place, key in enumerate(self.arms) if (key.name, key.dose) == (arm, wanted)]]
+    def of(self, values_ab: Tensor, arm: str, dose: float | None = None) -> Tensor:
+        """Select the values of an arm at a dose from those of all arms, `(draws, b, ...)`; there are no draws if the arm was not run."""
+        return values_ab[self.places(arm, dose)]
 
     def heat(self, image: int) -> Float32[Tensor, "edited rows cols"] | None:
         """Return where in an image the edited latents fire, `(l, rows, cols)`; None if tokens have no place in an image."""
@@ -117,6 +107,28 @@ class Steered:
             return None
         rows, cols = self.grid
         return self.acts_bkl[image, self.acts_bkl.shape[1] - rows * cols :].unflatten(0, self.grid).permute(2, 0, 1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Steered(Edited):
+    """The outputs of the model on some images, under every arm and dose."""
+
+    names: tuple[str, ...]
+    """Names that the output is compared with: classes, or texts."""
+    scores_abn: Float64[Tensor, "arms images names"]
+    """Score of each name: a cosine, or a logit of a linear head, `(a, b, n)`."""
+    log_p_abn: Float64[Tensor, "arms images names"]
+    """Log-probability of each name among all, `(a, b, n)`."""
+
+    @cached_property
+    def ranks_abn(self) -> Int64[Tensor, "arms images names"]:
+        """Rank of each name by its score, `(a, b, n)`; 1 is the highest."""
+        return self.scores_abn.argsort(dim=2, descending=True, stable=True).argsort(dim=2) + 1
+
+    @property
+    def log_odds_abn(self) -> Float64[Tensor, "arms images names"]:
+        """Log-odds of each name's probability among all, `(a, b, n)`; with a single name, its score, as its probability is always 1."""
+        return self.scores_abn if len(self.names) == 1 else self.log_p_abn - torch.log1p(-self.log_p_abn.exp().clamp_max(1 - 1e-15))
 
     def top(self, image: int, n: int = 5) -> list[str]:
         """List the names that are among the n highest on an image, as it is or with the edit at any dose, the highest as it is first."""
@@ -247,16 +259,7 @@ def steer(
         ModelError: The SAE is of another model, or the output does not depend on the tokens.
     """
     doses = check_doses(doses)
-    if kind not in get_args(Dosed):
-        raise InputError(f"kind is {kind!r}; allowed values are {', '.join(get_args(Dosed))}; to ablate is to set 0")
-    if not len(pixels):
-        raise InputError("pixels: there are no images; give one or more")
-    if isinstance(tokens, Tensor) and tokens.ndim == 2 and len(blank := (~tokens.any(1)).nonzero()):
-        raise InputError(f"tokens: the mask of image {int(blank[0])} is False everywhere, so an edit would change nothing; leave it out")
-    if draws < 1:
-        raise InputError(f"draws is {draws}; a random control needs at least one draw")
-    if len(doses) * draws > MOST_ARMS // 2:
-        raise InputError(f"{len(doses)} doses with {draws} draws are more than {MOST_ARMS:,} arms; give fewer doses or draws")
+    check_edit(len(pixels), kind, doses, draws, tokens)
     latents = tuple(one.latent for one in described)
     editor = subject.editor(described)
     controls, mean_d = subject.controls(described, seed, draws), subject.mean
@@ -265,26 +268,20 @@ def steer(
         where = tokens[start : start + BATCH] if isinstance(tokens, Tensor) and tokens.ndim == 2 else tokens
         edits = [Edit(latents, kind, dose, unit, where, error) for dose in doses]
         parts.append(_steer_batch(subject, editor, controls, edits, pixels[start : start + BATCH].to(subject.device), readout, mean_d))
-    scales_l = torch.tensor([one.scale for one in described], dtype=torch.float64)
-    units_l = scales_l if kind != "scale" and unit == "relative" else torch.ones_like(scales_l)
     steered = Steered(
-        latents=latents,
-        labels=tuple(one.label for one in described),
-        top_classes=tuple(one.top_class for one in described),
+        **describe_edit(subject, described, doses, kind, unit),
         names=readout.names,
-        doses=doses,
-        acts_pl=torch.tensor(doses, dtype=torch.float64)[:, None] * units_l,
-        scales_l=scales_l,
-        most_l=torch.tensor([one.most for one in described], dtype=torch.float64),
-        kind=kind,
         arms=parts[0].arms,
         scores_abn=torch.cat([part.scores_abn for part in parts], 1),
         log_p_abn=torch.cat([part.log_p_abn for part in parts], 1),
         acts_bkl=torch.cat([part.acts_bkl for part in parts]),
         fvu_b=torch.cat([part.fvu_b for part in parts]),
-        grid=subject.writes.grid,
     )
-    return dataclasses.replace(steered, warnings=tuple(_warnings(subject, steered)))
+    alike = (
+        f"{' and '.join(map(repr, names))} are the same to the model: their ranks follow from their order alone"
+        for names in _alike(steered)
+    )
+    return dataclasses.replace(steered, warnings=(*list_warnings(subject, steered), *alike))
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,11 +327,11 @@ def _steer_batch(
         torch.stack([readout.scores(one.float()).double().cpu() for one in outputs]),
         torch.stack([readout.log_probabilities(one.float()).double().cpu() for one in outputs]),
         codes.acts.cpu(),
-        _fvu(subject.writes.pick(seen[0]).float(), codes.reconstruction, chosen, mean_d.to(subject.device)).cpu(),
+        unexplained(subject.writes.pick(seen[0]).float(), codes.reconstruction, chosen, mean_d.to(subject.device)).cpu(),
     )
 
 
-def _fvu(
+def unexplained(
     x_bkd: Float32[Tensor, "batch kept d_out"],
     x_hat_bkd: Float32[Tensor, "batch kept d_out"],
     chosen_bk: Bool[Tensor, "batch kept"],
@@ -345,7 +342,44 @@ def _fvu(
     return errors.sum(1) / variances.sum(1)
 
 
-def _warnings(subject: "Subject", steered: Steered) -> Iterator[str]:
+def check_edit(n_images: int, kind: str, doses: Sequence[float], draws: int, tokens: Where | Tensor) -> None:
+    """Check what edits of images need.
+
+    Raises:
+        InputError: There are no images, the kind is not one of `Dosed`, there are too few or too many draws, or a mask is False everywhere.
+    """
+    if kind not in get_args(Dosed):
+        raise InputError(f"kind is {kind!r}; allowed values are {', '.join(get_args(Dosed))}; to ablate is to set 0")
+    if not n_images:
+        raise InputError("there are no images; give one or more")
+    if isinstance(tokens, Tensor) and tokens.ndim == 2 and len(blank := (~tokens.any(1)).nonzero()):
+        raise InputError(f"tokens: the mask of image {int(blank[0])} is False everywhere, so an edit would change nothing; leave it out")
+    if draws < 1:
+        raise InputError(f"draws is {draws}; a random control needs at least one draw")
+    if len(doses) * draws > MOST_ARMS // 2:
+        raise InputError(f"{len(doses)} doses with {draws} draws are more than {MOST_ARMS:,} arms; give fewer doses or draws")
+
+
+def describe_edit(
+    subject: "Subject", described: "Sequence[Described]", doses: tuple[float, ...], kind: Dosed, unit: Unit
+) -> dict[str, Any]:
+    """Return the fields of `Edited` that do not depend on the images."""
+    scales_l = torch.tensor([one.scale for one in described], dtype=torch.float64)
+    units_l = scales_l if unit == "relative" and kind != "scale" else torch.ones_like(scales_l)
+    return {
+        "latents": tuple(one.latent for one in described),
+        "labels": tuple(one.label for one in described),
+        "top_classes": tuple(one.top_class for one in described),
+        "doses": doses,
+        "acts_pl": torch.tensor(doses, dtype=torch.float64)[:, None] * units_l,
+        "scales_l": scales_l,
+        "most_l": torch.tensor([one.most for one in described], dtype=torch.float64),
+        "kind": kind,
+        "grid": subject.writes.grid,
+    }
+
+
+def list_warnings(subject: "Subject", steered: Edited) -> Iterator[str]:
     """Iterate over what makes the results less sure than they look."""
     if len(steered.latents) > 1:
         yield (
@@ -370,11 +404,9 @@ def _warnings(subject: "Subject", steered: Steered) -> Iterator[str]:
             f"the SAE's reconstruction of the edited tokens {lost}{where}: much of what the model reads there is in the SAE's error, which "
             "the edit does not reach"
         )
-    for names in _alike(steered):
-        yield f"{' and '.join(map(repr, names))} are the same to the model: their ranks follow from their order alone"
 
 
-def _beyond(steered: Steered, place: int) -> Iterator[str]:
+def _beyond(steered: Edited, place: int) -> Iterator[str]:
     """Iterate over warnings of doses that were never observed of a latent."""
     latent, acts_p, most = steered.latents[place], steered.acts_pl[:, place], float(steered.most_l[place])
     strongest = float(steered.acts_bkl[..., place].max())

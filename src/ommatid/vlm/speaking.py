@@ -190,7 +190,11 @@ class Speaker(ABC):
                 return self._say(asked, max_new_tokens)
 
         with skipping(before, seen["state"]) if before else nullcontext():
-            yield Asked(plain, tokens, tuple(map(self._count_views, images)), again)
+            yield Asked(plain, tokens, tuple(self.count_views(images)), again)
+
+    def count_views(self, images: Images) -> list[int]:
+        """Return the number of views of each image that go through the tower."""
+        return [self._count_views(image) for image in images]
 
     def spread_masks(self, images: Images, masks: Bool[Tensor, "batch rows cols"]) -> Bool[Tensor, "views rows cols"]:
         """Turn masks of images into masks of the views that a replacement receives: here each image is its only view.
@@ -459,15 +463,23 @@ def load_speaker(
         ModelError: The kind has no language model, files cannot be found or used, or the weights do not fit into memory. The message says
             which, and what to do.
     """
-    match params:
-        case LlavaModel():
-            return LlavaSpeaker(params.path, dtype, device, device_map)
-        case QwenModel():
-            return QwenSpeaker(params.path, params.image_size, dtype, device, device_map)
-        case _:
-            raise ModelError(
-                f"extract.model.kind: {params.kind} models have no language model and cannot answer in words; use kind llava or qwen"
-            )
+    known = check_speaks(params)
+    if isinstance(known, LlavaModel):
+        return LlavaSpeaker(known.path, dtype, device, device_map)
+    return QwenSpeaker(known.path, known.image_size, dtype, device, device_map)
+
+
+def check_speaks(params: Model) -> LlavaModel | QwenModel:
+    """Return the section of a model that answers in words.
+
+    Raises:
+        ModelError: The kind has no language model.
+    """
+    if not isinstance(params, LlavaModel | QwenModel):
+        raise ModelError(
+            f"extract.model.kind: {params.kind} models have no language model and cannot answer in words; use kind llava or qwen"
+        )
+    return params
 
 
 def read_prompt(prompt: str | Path, key: str = "prompt") -> str:
