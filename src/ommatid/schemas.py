@@ -557,6 +557,9 @@ OUTCOMES = (
     "collateral",
     "output_score",
     "drift",
+    "patch_target_rate",
+    "patch_other_rate",
+    "patch_specificity",
     *_ANSWERS,
     *(f"grey_{outcome}" for outcome in _ANSWERS),
     "answer_drift",
@@ -575,8 +578,10 @@ INTERVENTIONS = _table(
         "what is measured: toward_label (by how much the cosine with the latent's label rises, less the same for another label), "
         "target_rate (share of the images that the model takes for the latent's class whose prediction changes), other_rate (the same of "
         "all other images), specificity (target_rate less other_rate), collateral (loss of accuracy on images on which the latent is "
-        "silent), output_score (probability and rank of the class texts that the dose raises most, less the same without it) or "
-        "drift (mean of 1 less the cosine of the output with and without the edit, divided by that of the outputs of two images). Of a "
+        "silent), output_score (probability and rank of the class texts that the dose raises most, less the same without it), "
+        "drift (mean of 1 less the cosine of the output with and without the edit, divided by that of the outputs of two images) or, with "
+        "masks, patch_target_rate, patch_other_rate and patch_specificity (as target_rate, other_rate and specificity, of patches at the "
+        "last hookpoint instead of images, whose class of the masks a linear head reads). Of a "
         "model that answers in words: word_log_odds (by how much the log-odds rise that the answer begins with the label's first word, in "
         "nats), answer_shift (Kullback-Leibler divergence of its first token from that of the unchanged model, in nats), says_label (share "
         "of the answers whose first word is that of the label), each of them also with grey_ before it for a grey image, answer_drift "
@@ -601,6 +606,11 @@ INTERVENTIONS = _table(
     high=(nullable(pa.float64()), "upper end of the 95 % interval of value; null if there is none"),
     n_images=(pa.int32(), "number of evaluation images behind the value"),
     n_draws=(pa.int32(), "number of draws of a random control, or of labels of other_label; 1 for other arms"),
+    target=(
+        nullable(pa.string()),
+        "the latent's class in the rates: the most common one of its strongest images or, by patch, that of the masks on whose patches it "
+        "is most active in mean; null for other outcomes",
+    ),
 )
 
 STATUSES = ("causal", "reads_only", "breaks_model", "untested")

@@ -198,6 +198,9 @@ class EffectsSummary(TypedDict):
     random_causal: Annotated[float | None, "share of random latents, one matched to each tested latent, that the same rule calls causal"]
     zero_dose: Annotated[float | None, "largest change of an output by an edit that moves nothing, which must be 0; null if none was made"]
     spearman_ms: Annotated[float | None, "rank correlation over tested latents of `ms` and of `effect` less `best_control`"]
+    patch_accuracy: Annotated[
+        float | None, "balanced accuracy, in held-out images, of the head that reads the classes of masks from patches; null without one"
+    ]
     reason: Annotated[str, "`ok`, or why no latent could be tested"]
 
 

@@ -88,7 +88,7 @@ def test_what_is_measured_becomes_tables_and_every_other_latent_says_that_it_was
         (4, "untested", "never fires"),
         (5, "untested", NOT_CHOSEN),
     ]
-    assert made.read("interventions").to_pylist() == [{"sae": "planted", **MEASURED.interventions[0]}]
+    assert made.read("interventions").to_pylist() == [{"sae": "planted", **MEASURED.interventions[0], "target": None}]
     assert made.read("attributions").to_pylist() == [{"sae": "planted", **MEASURED.attributions[0]}]
     assert [(row["sae"], row["status"]) for row in made.read("audits").to_pylist()] == [("planted", "not audited")]
     summary = dict(made.summary)
@@ -105,6 +105,7 @@ def test_what_is_measured_becomes_tables_and_every_other_latent_says_that_it_was
         "share_causal": pytest.approx(2 / 3),
         "random_causal": 0.0,
         "zero_dose": 0.0,
+        "patch_accuracy": None,
         "reason": "ok",
     }
 

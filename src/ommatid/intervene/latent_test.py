@@ -328,9 +328,13 @@ class LatentTest(ArmsTest):
             images = torch.arange(n).repeat(n_draws)
             rates = change_rates(plain.repeat(n_draws), edited.flatten(), target, images if n_draws > 1 else None)
             loss = collateral((plain == truth).repeat(n_draws), (edited == truth).flatten(), is_silent.repeat(n_draws))
-            yield from self._known("target_rate", name, dose, rates.target, rates.n_target // n_draws, n_draws)
-            yield from self._known("other_rate", name, dose, rates.other, rates.n_other // n_draws, n_draws)
-            yield from self._known("specificity", name, dose, rates.specificity, n, n_draws)
+            shares = (
+                ("target_rate", rates.target, rates.n_target // n_draws),
+                ("other_rate", rates.other, rates.n_other // n_draws),
+                ("specificity", rates.specificity, n),
+            )
+            for outcome, share, of in shares:
+                yield from ({**row, "target": top} for row in self._known(outcome, name, dose, share, of, n_draws))
             lost = Interval(-loss.change.value, -loss.change.high, -loss.change.low)
             if n_draws > 1:
                 lost = Interval(lost.value, math.nan, math.nan)  # draws of the same images are no further images

@@ -14,10 +14,12 @@ from torch import Tensor
 from ommatid.config import InterveneParams
 from ommatid.config.intervene import BestLatents, FiringLatents, ListedLatents
 from ommatid.errors import InputError, ModelError
-from ommatid.events import Listener, Progress
+from ommatid.events import Listener, Progress, Warned
 from ommatid.intervene.class_attribution import ClassAttribution, attribute_classes, attribution_rows
 from ommatid.intervene.latent_test import Found, LatentTest
+from ommatid.intervene.masks import Masks
 from ommatid.intervene.output_scores import output_scores
+from ommatid.intervene.patches import PatchHead, PatchTest, fit_patch_head
 from ommatid.intervene.study import Study
 from ommatid.intervene.subject import Described, Subject
 from ommatid.metrics import unit
@@ -44,6 +46,8 @@ class Measured:
     """Share of random latents, one matched to each tested latent, that the same rule calls causal; None if there are none."""
     latents: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     """What is known of each live latent, tested or not, as columns of `effects`: its scale, and the size of its attributions."""
+    patch_accuracy: float | None = None
+    """Balanced accuracy of the head that reads the classes of masks from patches, in held-out images; None if there is none."""
 
 
 def measure(params: InterveneParams, subject: Subject, on_event: Listener) -> Measured | str:
@@ -65,21 +69,54 @@ def measure(params: InterveneParams, subject: Subject, on_event: Listener) -> Me
 
 def _measure(study: Study, on_event: Listener) -> Measured:
     study.subject.firings  # noqa: B018 - all of them are needed, and finding those of a few at a time would take longer
+    masks = _open_masks(study, on_event)
     attribution = attribute_classes(study, on_event)
     chosen, untested = choose_latents(study, study.has_movement, attribution)
+    head = _fit_patches(study, masks, on_event) if masks else None
     found, refused = run_tests(study, chosen, on_event)
     untested += refused
     if not found:
         raise InputError(untested[0]["reason"] if untested else "no latent can be edited; choose others with intervene.latents")
+    tested = {one.effect["latent"] for one in found}
+    by_patch = _run_patches(study, [one for one in chosen if one.latent in tested], head, on_event) if head else []
     judged = [one.random_status for one in found if one.random_status != "untested"]
     return Measured(
-        interventions=[row for one in found for row in one.interventions],
+        interventions=[*(row for one in found for row in one.interventions), *by_patch],
         effects=[*(one.effect for one in found), *untested],
         attributions=attribution_rows(study, attribution),
         zero_dose=max(one.zero_dose for one in found),
         random_causal=judged.count("causal") / len(judged) if judged else None,
         latents=_describe_live(study, attribution),
+        patch_accuracy=head.accuracy if head else None,
     )
+
+
+def _open_masks(study: Study, on_event: Listener) -> Masks | None:
+    if not study.params.masks:
+        return None
+    masks = Masks(study.params.masks, study.subject.inputs["images"])
+    if masks.n_missing:
+        on_event(Warned(f"{masks.n_missing} images have no mask in {study.params.masks}"))
+    return masks
+
+
+def _fit_patches(study: Study, masks: Masks, on_event: Listener) -> PatchHead | None:
+    """Fit the head that reads the classes of masks from patches; None, with a warning, if they are of no use."""
+    try:
+        return fit_patch_head(study.subject, masks, study.chosen)
+    except InputError as error:
+        on_event(Warned(f"{study.subject.sae.name}: {error}"))
+        return None
+
+
+def _run_patches(study: Study, chosen: Sequence[Described], head: PatchHead, on_event: Listener) -> list[dict[str, Any]]:
+    """Return the rows of outcomes by patch, of the latents that have a class of the masks."""
+    tests = [PatchTest(study, one, head) for one in chosen if one.latent in head.targets]
+    rows: list[dict[str, Any]] = []
+    for done, test in enumerate(tests, start=1):
+        rows += test.rows()
+        on_event(Progress("edit patches", done, len(tests)))
+    return rows
 
 
 def _describe_live(study: Study, attribution: ClassAttribution) -> dict[int, dict[str, float]]:

@@ -142,6 +142,7 @@ def _summarise(measured: Measured, effects: Sequence[dict[str, Any]], ms: Mappin
         random_causal=measured.random_causal,
         zero_dose=measured.zero_dose,
         spearman_ms=_correlate(effects, ms),
+        patch_accuracy=measured.patch_accuracy,
         reason=reason,
     )
 
