@@ -217,7 +217,7 @@ def test_latents_cannot_be_ranked_by_what_they_do_to_classes_without_any(
     use_tile_model(monkeypatch)
     monkeypatch.setattr("ommatid.intervene.subject.load_classes", lambda _: {})
     chosen = params.intervene.model_copy(update={"latents": BestLatents(kind="best", by="attribution", n=3)})
-    found = measure(chosen, line, lambda event: None)
+    found = measure(chosen, Subject(line), lambda event: None)
     assert isinstance(found, str)
     assert found.startswith(
         "latents cannot be ranked by attribution, as no class is read from the output: the evaluation images are not of"

@@ -80,7 +80,7 @@ def measured(line: dict[str, Artefact], params: Params) -> tuple[Measured, list[
     events: list[Event] = []
     with pytest.MonkeyPatch.context() as patch:
         use_figure_model(patch)
-        found = measure(params.intervene, line, events.append)
+        found = measure(params.intervene, Subject(line), events.append)
     assert isinstance(found, Measured), found
     return found, events
 
@@ -168,7 +168,7 @@ def test_without_patches_to_read_other_outcomes_still_run_and_a_warning_says_why
     monkeypatch.setattr(FigureModel, "hookpoints", hookpoints)
     events: list[Event] = []
     one = params.intervene.model_copy(update={"latents": ListedLatents(kind="listed", latents=(0,)), "n_images": 24})
-    found = measure(one, line, events.append)
+    found = measure(one, Subject(line), events.append)
     assert isinstance(found, Measured) and found.patch_accuracy is None and found.interventions
     assert not [row for row in found.interventions if row["outcome"].startswith("patch_")]
     assert [event for event in events if isinstance(event, Warned)] == [Warned(f"planted: no outcomes by patch: {said}")]
@@ -184,7 +184,7 @@ def test_few_masks_are_counted_and_are_too_few(
     one = params.intervene.model_copy(
         update={"latents": ListedLatents(kind="listed", latents=(0,)), "n_images": 24, "masks": str(tmp_path)}
     )
-    assert isinstance(measure(one, line, events.append), Measured)
+    assert isinstance(measure(one, Subject(line), events.append), Measured)
     first, second = (event.what for event in events if isinstance(event, Warned))
     assert first == f"397 images have no mask in {tmp_path}"
     said = r"planted: no outcomes by patch: in the masks of \d training images, there must be 8 patches or more of at least two classes"

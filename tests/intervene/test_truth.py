@@ -13,6 +13,7 @@ import pytest
 from ommatid.config import Params
 from ommatid.config.intervene import ListedLatents
 from ommatid.intervene.measure import Measured, measure
+from ommatid.intervene.subject import Subject
 from ommatid.store import Artefact
 from support.figure_model import (
     FACTORS,
@@ -50,7 +51,7 @@ def run(folder: Path, params: Params) -> Callable[..., Measured]:
         with pytest.MonkeyPatch.context() as patch:
             use_figure_model(patch)
             patch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # other tests check the shapes, which takes most of the time here
-            found = measure(params.intervene.model_copy(update={"latents": chosen, "seed": seed}), line, lambda event: None)
+            found = measure(params.intervene.model_copy(update={"latents": chosen, "seed": seed}), Subject(line), lambda event: None)
         assert isinstance(found, Measured), found
         assert found.zero_dose == 0 and len(found.effects) == len(latents)
         return found

@@ -40,6 +40,12 @@ def _explain_one(problem: Any, root: type[BaseModel]) -> str:
             return f"{key}.{problem['ctx']['discriminator'].strip(chr(39))}: {problem['msg']}"
         case "value_error":
             return f"{key}: {problem['ctx']['error']}"
+        case "tuple_type" | "list_type":
+            return f"{key}: got {problem['input']!r}; input should be a list, such as [1, 2]"
+        case "too_short":
+            return f"{key}: got {problem['input']!r}; the list should have at least {problem['ctx']['min_length']} entry"
+        case "model_type" | "model_attributes_type":
+            return f"{key}: got {problem['input']!r}; input should be keys with values, such as {{kind: ...}}"
         case _:
             return f"{key}: got {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
 

@@ -77,6 +77,12 @@ def _measure(study: Study, on_event: Listener) -> Measured:
     untested += refused
     if not found:
         raise InputError(untested[0]["reason"] if untested else "no latent can be edited; choose others with intervene.latents")
+    if not any(row["value"] for one in found for row in one.interventions if row["outcome"] == "drift"):
+        edited = study.subject.writes
+        raise InputError(
+            f"the model's output stays the same whatever is done to the {edited.policy} tokens at {edited.name}: it is not computed from "
+            "them; choose an earlier hookpoint, or other tokens"
+        )
     tested = {one.effect["latent"] for one in found}
     by_patch = _run_patches(study, [one for one in chosen if one.latent in tested], head, on_event) if head else []
     judged = [one.random_status for one in found if one.random_status != "untested"]
