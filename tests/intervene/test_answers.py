@@ -20,6 +20,7 @@ from ommatid.events import Event, Progress, ignore
 from ommatid.intervene import answers, stage
 from ommatid.intervene.answers import find_word, first_word, read_question
 from ommatid.intervene.stage import intervene
+from ommatid.show.doses import ALL_ARMS, DOSES, draw_doses, find_outcome
 from ommatid.store import Artefact
 from ommatid.summaries import check_keys
 from ommatid.vlm import speaking
@@ -131,6 +132,16 @@ def test_the_steering_score_rises_with_the_planted_latent(study: Study, latent: 
     targeted = study.rows[latent, "steering_score", "targeted", 100 / scale]
     none, untouched = (study.rows[latent, "steering_score", arm, 0.0]["value"] for arm in ("none", "untouched"))
     assert targeted["value"] > 0.95 and none == untouched < 0.3 and targeted["n_images"] == 39
+
+
+def test_pages_say_what_the_answers_are_about(study: Study) -> None:
+    with ommatid.open_run(study.data) as run:
+        rows = run.catalog.ask(DOSES, {"sae": "planted", "latent": GRID}).dicts()
+    assert find_outcome(rows).does == "makes the model say its name" and {row["outcome"] for row in rows} == {"word_log_odds"}
+    says = {(row["arm"], row["dose"]): row["says"] for row in rows}
+    assert says["targeted", 1.0] == says["prompt", 0.0] == 1 and says["targeted", 0.0] == 0
+    assert all(row["says_plain"] == pytest.approx(1 / 13) for row in rows) and {row["arm"] for row in rows} == {*ALL_ARMS} - {"other_label"}
+    assert "log-odds of saying its name, nats" in str(draw_doses(rows))
 
 
 def test_readers_are_not_spoken_of(study: Study) -> None:

@@ -11,9 +11,14 @@ DECIDING = """
 """
 """SQL for the outcome that decides the statuses of an SAE: that of answers, if the model answers in words."""
 DOSES = f"""
-    SELECT outcome, arm, dose, value, low, high, n_draws FROM interventions
-    WHERE sae = $sae AND latent = $latent AND outcome = ({DECIDING.strip()}) ORDER BY arm, dose
+    WITH of_latent AS (SELECT * FROM interventions WHERE sae = $sae AND latent = $latent)
+    SELECT
+        outcome, arm, dose, of_latent.value, low, high, n_draws, says.value AS says,
+        (SELECT value FROM of_latent WHERE outcome = 'says_label' AND arm = 'none') AS says_plain
+    FROM of_latent LEFT JOIN (SELECT arm, dose, value FROM of_latent WHERE outcome = 'says_label') AS says USING (arm, dose)
+    WHERE outcome = ({DECIDING.strip()}) ORDER BY arm, dose
 """
+"""SQL for the dose curves of a latent, and for the share of answers that say its label if the model answers in words."""
 
 
 @dataclass(frozen=True)
