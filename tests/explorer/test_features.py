@@ -290,5 +290,5 @@ def test_a_page_says_what_the_latents_like_it_do(client: TestClient, catalog: Ca
     assert sorted(rows) == catalog.rows(wanted, {"sae": sae, "others": others})
     n_tested = sum(row["causal"] != "untested" for row in found)
     page = html.unescape(client.get(f"/features/{sae}/{latent}").text)
-    assert f"{n_tested} of these {len(found)} were tested for what they do." in page and other in others
+    assert f"Tested for what they do: {n_tested} of {len(found)}." in page and other in others
     assert f"effect {effect:+.3f}, best control {best_control:+.3f}".replace("-", "−") in page

@@ -195,14 +195,17 @@ def test_the_rank_correlation_of_ms_and_effect_is_that_of_scipy(file: Path, tmp_
 
     ms, effects = [0.9, 0.5, 0.5, 0.7, 0.4, 0.8, 0.6, 0.3], [0.4, 0.1, 0.2, 0.2, 0.0, 0.5, -0.3, -0.1]
     ends = "{effect} AS effect_low, {effect} + 0.2 AS effect_high, 0.1 AS best_control"
+    ends += ", {attribution} AS attribution, 16 AS n_images"
     row = f"SELECT * REPLACE ({{n}} AS latent, {{ms}} AS ms, {{effect}} + 0.1 AS effect, {ends}) FROM features WHERE latent = 0"
     added = [
-        f"INSERT INTO features {row.format(n=n, ms=one, effect=effect)}"
-        for n, (one, effect) in enumerate(zip(ms, effects, strict=True), 10)
+        f"INSERT INTO features {row.format(n=n, ms=one, effect=effect, attribution=other)}"
+        for n, (one, effect, other) in enumerate(zip(ms, effects, ms[::-1], strict=True), 10)
     ]
     with changed(tmp_path, file, *added, "DELETE FROM features WHERE latent < 10") as catalog:
         section = next(section for section in make_report(catalog).sections if section.title.startswith("Does monosemanticity"))
-    expected = f"{spearmanr(ms, effects)[0]:+.3f}"
+    expected, live = (f"{spearmanr(ms, other)[0]:+.3f}" for other in (effects, ms[::-1]))
+    assert "Of 8 latents that fire on at least 16 evaluation images" in section.reading
+    assert f"MS with it is {live} (".replace("-", "−") in section.reading
     assert section.reading.startswith(f"The rank correlation of MS and effect is {expected} (95 % interval ") and section.picture
 
 

@@ -8,6 +8,7 @@ from ommatid.compute.intervals import spearman_interval
 from ommatid.show.about import About
 from ommatid.show.doses import DECIDING, DOSES, STATUSES_IN_WORDS, draw_doses, find_outcome
 from ommatid.show.numbers import DASH, fixed, percent, share, signed, wilson
+from ommatid.show.pictures.best import MIN_IMAGES
 from ommatid.show.pictures.page import short
 from ommatid.show.report import plots
 from ommatid.show.report.parts import Section, ShownFeature, Table
@@ -29,8 +30,16 @@ EFFECTS = """
             rank() OVER (ORDER BY ms) + (count(*) OVER (PARTITION BY ms) - 1) / 2 AS by_ms,
             rank() OVER (ORDER BY above) + (count(*) OVER (PARTITION BY above) - 1) / 2 AS by_effect
         FROM tested
+    ), live AS (
+        SELECT
+            rank() OVER (ORDER BY ms) + (count(*) OVER (PARTITION BY ms) - 1) / 2 AS by_ms,
+            rank() OVER (ORDER BY attribution) + (count(*) OVER (PARTITION BY attribution) - 1) / 2 AS by_attribution
+        FROM features WHERE sae = $sae AND attribution > 0 AND ms IS NOT NULL AND n_images >= $least
     )
-    SELECT *, (SELECT corr(by_ms, by_effect) FROM ranked) AS correlation FROM tested ORDER BY latent
+    SELECT
+        *, (SELECT corr(by_ms, by_effect) FROM ranked) AS correlation, (SELECT count(*) FROM live) AS n_live,
+        (SELECT corr(by_ms, by_attribution) FROM live) AS correlation_of_live
+    FROM tested ORDER BY latent
 """
 ATTRIBUTIONS = """
     WITH ranked AS (
@@ -133,7 +142,7 @@ def _show(about: About, feature: Mapping[str, Any]) -> ShownFeature:
 
 
 def _make_scatter(about: About) -> Section:
-    title, question = "Does monosemanticity predict what a feature does?", about.question(EFFECTS)
+    title, question = "Does monosemanticity predict what a feature does?", about.question(EFFECTS, least=MIN_IMAGES)
     rows = question.ask(about.catalog).dicts()
     if not rows:
         return Section(title, "Nothing to show: MS is undefined for every latent that was tested.", question)
@@ -142,16 +151,29 @@ def _make_scatter(about: About) -> Section:
         "interval. Only latents whose interval lies above the dashed line can be causal. The tested latents are a choice, by default those "
         "of highest MS, among which a correlation is weaker than among all."
     )
+    live = _describe(rows[0]["correlation_of_live"], rows[0]["n_live"])
+    if live:
+        reading += (
+            f" Of {rows[0]['n_live']:,} latents that fire on at least {MIN_IMAGES} evaluation images, the attribution is known, the mean "
+            f"size of what the log-odds of the classes owe to them: the rank correlation of MS with it is {live}."
+        )
     return Section(title, reading, question, plots.draw_effects(rows))
 
 
 def _correlation(rows: Sequence[Mapping[str, Any]]) -> str:
     rho, n = rows[0]["correlation"], len(rows)
-    low, high = spearman_interval(math.nan if rho is None else rho, n)
-    if math.isnan(low):
+    described = _describe(rho, n)
+    if not described:
         return f"{n} latent{'s are' if n != 1 else ' is'} too few, or too much alike, for a rank correlation."
+    low, high = spearman_interval(rho, n)
     verdict = "MS predicts the effect" if low > 0 else "the higher the MS, the smaller the effect" if high < 0 else "no relation is shown"
-    return f"The rank correlation of MS and effect is {signed(rho)} (95 % interval {signed(low)} to {signed(high)}): {verdict}."
+    return f"The rank correlation of MS and effect is {described}: {verdict}."
+
+
+def _describe(rho: float | None, n: int) -> str:
+    """Write a rank correlation with its interval; empty if it is not defined."""
+    low, high = spearman_interval(math.nan if rho is None else rho, n)
+    return "" if math.isnan(low) else f"{signed(rho)} (95 % interval {signed(low)} to {signed(high)})"
 
 
 def _make_attributions(about: About) -> list[Section]:
