@@ -1,7 +1,5 @@
 """What cannot be measured is refused or left out, with a reason that a user understands."""
 
-import re
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -9,7 +7,6 @@ import torch
 
 from ommatid.config import Params
 from ommatid.config.intervene import ListedLatents
-from ommatid.errors import ConfigError
 from ommatid.intervene.measure import Measured, measure
 from ommatid.intervene.subject import Subject
 from ommatid.store import Artefact
@@ -23,31 +20,6 @@ from support.figure_model import (
     make_figure_params,
     use_figure_model,
 )
-from support.study import make_test_params
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"doses": ["high"]}, "doses.0: got 'high'; input should be a valid number"),
-        ({"doses": [float("nan")]}, "doses.0: got nan; input should be a finite number"),
-        ({"doses": [-1]}, "doses.0: got -1; input should be greater than or equal to 0"),
-        ({"doses": []}, "doses: got []; the list should have at least 1 entry"),
-        ({"doses": "high"}, "doses: got 'high'; input should be a list, such as [1, 2]"),
-        ({"doses": [1, 1]}, "doses: names 1 twice: 1, 1"),
-        ({"n_images": 3}, "n_images: got 3; input should be greater than or equal to 16"),
-        ({"draws": 1}, "draws: got 1; input should be greater than or equal to 3"),
-        ({"masks": ""}, "masks: got ''; string should have at least 1 character"),
-        ({"latents": 7}, "latents: got 7; input should be keys with values, such as {kind: ...}"),
-        ({"latents": {"kind": "listed", "latents": [3, 3]}}, "latents.latents: names 3 twice: 3, 3"),
-        ({"latents": {"kind": "listed", "latents": []}}, "latents.latents: got []; the list should have at least 1 entry"),
-        ({"latents": {"kind": "listed", "latents": [-1]}}, "latents.latents.0: got -1; input should be greater than or equal to 0"),
-        ({"latents": {"kind": "best", "by": "size", "n": 3}}, "latents.by: got 'size'; input should be 'ms', "),
-    ],
-)
-def test_params_that_are_not_allowed_are_named_with_what_is(changes: Mapping[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"intervene.{said}")):
-        make_test_params(intervene=changes)
 
 
 @pytest.fixture(scope="module")

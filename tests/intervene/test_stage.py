@@ -8,6 +8,7 @@ import pytest
 
 from ommatid import quality, store
 from ommatid.config import InterveneParams, Params
+from ommatid.config.intervene import AnswersParams
 from ommatid.errors import ConfigError, ModelError
 from ommatid.events import Event, Warned, ignore
 from ommatid.extract import networks
@@ -108,6 +109,15 @@ def test_what_is_measured_becomes_tables_and_every_other_latent_says_that_it_was
         "patch_accuracy": None,
         "reason": "ok",
     }
+
+
+def test_masks_that_are_not_used_are_said_to_be_so(
+    tmp_path: Path, params: Params, line: Mapping[str, Artefact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "measure_answers", lambda *_: MEASURED)
+    events: list[Event] = []
+    run(tmp_path / "effects", params.intervene.model_copy(update={"answers": AnswersParams(), "masks": "masks"}), line, events)
+    assert events == [Warned("intervene.masks is not used: there are no outcomes by patch of a model that is asked for words")]
 
 
 @pytest.mark.parametrize("source", ["gone", "files"])

@@ -68,8 +68,8 @@ def measure(params: InterveneParams, subject: Subject, on_event: Listener) -> Me
 
 
 def _measure(study: Study, on_event: Listener) -> Measured:
+    masks = _open_masks(study, on_event)  # before any work, as its errors are the user's
     study.subject.firings  # noqa: B018 - all of them are needed, and finding those of a few at a time would take longer
-    masks = _open_masks(study, on_event)
     attribution = attribute_classes(study, on_event)
     chosen, untested = choose_latents(study, study.has_movement, attribution)
     head = _fit_patches(study, masks, on_event) if masks else None

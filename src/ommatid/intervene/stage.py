@@ -113,6 +113,8 @@ def intervene(params: InterveneParams, inputs: Mapping[str, Artefact], draft: Dr
 def _measure(params: InterveneParams, inputs: Mapping[str, Artefact], on_event: Listener) -> tuple[Measured | str, Audited]:
     """Measure what latents do, or return the reason if none can be tested; and audit what the model calls images."""
     if params.answers:
+        if params.masks:
+            on_event(Warned("intervene.masks is not used: there are no outcomes by patch of a model that is asked for words"))
         return _ask(params, inputs, on_event), leave_unaudited("with intervene.answers the model is asked for words, and not for classes")
     try:
         subject = Subject(inputs, head=params.head)
