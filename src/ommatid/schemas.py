@@ -750,7 +750,12 @@ AUDIT = _table(
     follows_high=(nullable(pa.float64()), f"upper end {_AT_ONCE}; null if attribute is"),
     outside=(
         nullable(pa.float64()),
-        "share of the latent's activation on images of the class that is outside the object; null without masks",
+        "share of the latent's activation that is outside the object, mean over up to 32 images of the class; null unless the pair was "
+        "tested and intervene.masks has masks of such images",
+    ),
+    outside_area=(
+        nullable(pa.float64()),
+        "share of the area of the same images that is outside, as it would be of a latent that is active everywhere; null if outside is",
     ),
     reason=(nullable(pa.string()), "why a pair is untested; null otherwise"),
     n_tested=(nullable(pa.int32()), f"number of images on which the model was run without the latent; {_TESTED}"),

@@ -105,6 +105,13 @@ def test_pairs_that_were_not_tested_are_listed_with_the_reason_why_they_may_be_n
     changed = change(ruled, tmp_path / "c.duckdb", f"UPDATE audit SET status = 'of_another_class', {tested} WHERE suspicion > 0")
     said = text_of(visit(changed).get("/audit").text)
     assert "No feature is a suspect" in said and "the model confuses the two" in said and "of another class" in said
+    lines = list(iter_lines(changed, None, None, 1))
+    assert any("It is a feature of the classes whose images are mistaken" in line for line in lines)
+    nothing = change(ruled, tmp_path / "n.duckdb", "UPDATE audits SET n_suspicious = 0", "DELETE FROM audit WHERE suspicion > 0")
+    assert (
+        "None looked suspicious." in text_of(visit(nothing).get("/audit").text)
+        and "pictures  " in list(iter_lines(nothing, None, None, 1))[-1]
+    )
 
 
 def test_a_catalogue_without_an_audit_says_so(visit: Visit, ruled: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ommatid.config import Params
+from ommatid.config import InterveneParams, Params
 from ommatid.config.intervene import AuditParams
 from ommatid.errors import ConfigError
 from ommatid.events import Event, Progress, ignore
@@ -137,6 +137,23 @@ def test_an_attribute_says_what_a_latent_follows(audited: Audited, told: Audited
     assert of_ruler["attribute"] == "ruler" == of_ruler["grouped_by"] and of_ruler["follows_low"] > 0.8 and of_ruler["attribute_lift"] > 1.9
     assert of_red["follows_high"] < 0 and of_red["attribute_lift"] < 1.3
     assert told.counts["attributes"] == ["ruler"] and told.counts["n_with_attributes"] == told.counts["n_images"]
+
+
+def test_masks_say_how_much_of_the_ruler_is_outside_the_lesion(
+    params: Params, line: dict[str, Artefact], audited: Audited, root: Path
+) -> None:
+    assert all("outside" not in row for row in audited.pairs)
+    given = params.intervene.model_copy(update={"masks": str(root / "masks")})
+    row = pair(audit(given, Subject(line), ignore), RULER)
+    assert row["outside"] == pytest.approx(1) and row["outside_area"] == pytest.approx(5 / 6)
+    inside = _located(given, line, RED)
+    assert inside["outside"] < 0.2 and inside["outside_area"] == pytest.approx(5 / 6)
+
+
+def _located(params: InterveneParams, line: dict[str, Artefact], latent: int) -> dict[str, Any]:
+    """Where a latent is on images of red."""
+    subject = Subject(line)
+    return module._Audit(params, subject, module._call_images(subject, ignore), {})._locate(latent, 1)
 
 
 def test_counts_say_what_was_looked_at_and_what_was_left_out(audited: Audited) -> None:

@@ -163,6 +163,7 @@ def test_every_path_in_the_params_is_checked() -> None:
     write("photos/a.jpg")
     write("masks/a.png")
     write("heads/head.safetensors")
+    write("rulers.csv", b"path,ruler\n")
     chosen = params(
         "images.source={kind: folder, path: photos}",
         "extract.model={kind: module, factory: 'my_model:make'}",
@@ -172,6 +173,7 @@ def test_every_path_in_the_params_is_checked() -> None:
         "label.labellers=[{kind: vocabulary, words: [imagenet, words/birds.txt]}, {kind: human, path: labels.csv}, {kind: captioner}]",
         "intervene.masks=masks",
         "intervene.head=heads/head.safetensors",
+        "intervene.audit={attributes: rulers.csv}",
     )
     found = write_sources(chosen)
     assert {stage: list(keys) for stage, keys in found.items()} == {
@@ -179,7 +181,7 @@ def test_every_path_in_the_params_is_checked() -> None:
         "extract": ["extract.model.factory", "extract.judge.0.path", "extract.namer.path"],
         "train": ["train.runs.0.variant.path"],
         "label": ["label.labellers.0.words.1", "label.labellers.1.path"],
-        "intervene": ["intervene.masks", "intervene.head"],
+        "intervene": ["intervene.masks", "intervene.head", "intervene.audit.attributes"],
     }
     for stage, path in [
         ("extract", "models/judge/config.json"),
@@ -187,6 +189,7 @@ def test_every_path_in_the_params_is_checked() -> None:
         ("label", "labels.csv"),
         ("intervene", "masks/a.png"),
         ("intervene", "heads/head.safetensors"),
+        ("intervene", "rulers.csv"),
         ("extract", "my_model.py"),
     ]:
         write(path, b"changed")

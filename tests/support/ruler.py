@@ -43,8 +43,8 @@ WEIGHT = 1.0
 """Weight of the ruler in what the model takes for red, where the lesion's colour has 1."""
 
 
-def draw(rng: np.random.Generator, kind: str, has_ruler: bool) -> Image.Image:
-    """Draw a picture."""
+def draw(rng: np.random.Generator, kind: str, has_ruler: bool) -> tuple[Image.Image, Image.Image]:
+    """Draw a picture, and the mask of its lesion."""
     lesion, other, ruler = rng.permutation(6)[:3]
     tiles = np.zeros((6, 16, 16, 3))
     channel = {"red": 0, "blue": 2}
@@ -57,20 +57,24 @@ def draw(rng: np.random.Generator, kind: str, has_ruler: bool) -> Image.Image:
     ramp = np.linspace(-1, 1, 16)
     tiles += across * ramp[None, None, :, None] + down * ramp[None, :, None, None]
     pixels = (1 + tiles.reshape(*GRID, 16, 16, 3).swapaxes(1, 2).reshape(32, 48, 3)) * 128
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    mask = (np.arange(6).reshape(GRID) == lesion).repeat(16, axis=0).repeat(16, axis=1)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), Image.fromarray(mask.astype(np.uint8))
 
 
 def write_folder(folder: Path, seed: int = 0) -> None:
-    """Write the pictures into a sub-folder for each class, and `rulers.csv` beside it, which says which of them have a ruler."""
+    """Write the pictures into a sub-folder for each class; beside it, masks of the lesions, and which pictures have a ruler."""
     rng, lines = np.random.default_rng(seed), ["path,ruler"]
     for i in range(N_IMAGES):
         kind, split = ("red", "blue")[i % 2], "eval" if rng.random() < EVAL_SHARE else "train"
         has_ruler = bool(rng.random() < RULER_GOES_WITH[split][kind])
-        content = b""
-        while not content or split_of(hashlib.sha256(content).hexdigest(), EVAL_SHARE) != split:
-            content = png(draw(rng, kind, has_ruler))
-        (folder / kind).mkdir(parents=True, exist_ok=True)
+        content, mask = b"", None
+        while not mask or split_of(hashlib.sha256(content).hexdigest(), EVAL_SHARE) != split:
+            picture, mask = draw(rng, kind, has_ruler)
+            content = png(picture)
+        for place in (folder, folder.parent / "masks"):
+            (place / kind).mkdir(parents=True, exist_ok=True)
         (folder / kind / f"{i:04d}.png").write_bytes(content)
+        mask.save(folder.parent / "masks" / kind / f"{i:04d}.png")
         lines.append(f"{kind}/{i:04d}.png,{'yes' if has_ruler else 'no'}")
     (folder.parent / "rulers.csv").write_text("\n".join(lines) + "\n")
 

@@ -56,8 +56,6 @@ def iter_lines(file: Path, name: str | None, sae: str | None, limit: int) -> Ite
 
 
 def _describe(row: Mapping[str, Any]) -> Iterator[str]:
-    title, meaning = STATUSES[row["status"]]
     label = f", {row['label']}" if row["label"] else ""
-    yield f"{row['class']}: latent {row['latent']}{label} ({title.lower()}, suspicion {row['suspicion']:.2f})"
-    sentences = [*say_reasons(row), *say_test(row)] if row["status"] != "of_another_class" else [*say_reasons(row), meaning]
-    yield from (f"  {sentence}" for sentence in sentences)
+    yield f"{row['class']}: latent {row['latent']}{label} ({STATUSES[row['status']][0].lower()}, suspicion {row['suspicion']:.2f})"
+    yield from (f"  {sentence}" for sentence in (*say_reasons(row), *say_test(row)))

@@ -32,8 +32,9 @@ from ommatid.images.eval_split import iter_latent_firings, load_eval_split
 from ommatid.intervene.arms import match_latents
 from ommatid.intervene.attributes import Attributes, load_attributes
 from ommatid.intervene.edit import Edit, Editor
+from ommatid.intervene.masks import Masks
 from ommatid.intervene.subject import Subject
-from ommatid.metrics import best_control, fit_leace, group_accuracies
+from ommatid.metrics import activation_outside, best_control, fit_leace, group_accuracies
 from ommatid.metrics.interventions import LEAST_IN_GROUP
 from ommatid.metrics.reliance import Pairs, Reliance, Span, count_pairs, follow_attribute, measure_reliance, share_of, suspicion
 from ommatid.schemas import AUDIT_GROUPS, N_AUDIT_IMAGES
@@ -158,6 +159,7 @@ class _Audit:
         self.attributes = {name: np.array([values.get(image, math.nan) for image in images.numbers.tolist()], dtype=np.float64)
                            for name, values in attributes.items()}  # fmt: skip
         """Whether images have each attribute, `(n,)`: 1, 0, or NaN if it is not known."""
+        self.masks = Masks(params.masks, subject.inputs["images"]) if params.masks else None
 
     def run(self, on_event: Listener) -> Audited:
         """Examine all pairs, and test the most suspicious."""
@@ -177,6 +179,7 @@ class _Audit:
             has, name = self._divide(int(pairs.latents[at]), at, followed)
             try:
                 columns[at] = self._test(int(pairs.latents[at]), int(pairs.classes[at]), has, name, len(tested))
+                columns[at] |= self._locate(int(pairs.latents[at]), int(pairs.classes[at]))
                 status[at] = columns[at].pop("status")
             except InputError as error:  # about this latent alone, such as too few others to compare it with
                 columns[at] = {"reason": str(error)}
@@ -374,6 +377,25 @@ class _Audit:
             places.append(torch.from_numpy(np.searchsorted(numbers, image))[is_wanted])
             x.append(from_float16(rows["x"])[is_wanted].float())
         return torch.cat(places), torch.cat(x)
+
+    def _locate(self, latent: int, target: int) -> dict[str, Any]:
+        """Return how much of a latent's activation is outside the objects of images of a class; nothing if no such image has a mask."""
+        subject, grid = self.subject, self.subject.reads.hookpoint.grid
+        patches = [at for at, place in enumerate(subject.reads.places) if place.kind == "patch"]
+        if self.masks is None or grid is None or len(patches) != math.prod(grid):
+            return {}
+        having = self.having[latent]
+        numbers = self.images.numbers[having[self.images.truth[having] == target]].tolist()
+        if not (shown := [number for number in numbers if number in self.masks][:PER_GROUP]):
+            return {}
+        acts, order = [], []
+        for batch, pixels in subject.load_pixels(shown):
+            x = subject.reads.pick(subject.model.capture(pixels, [subject.reads.name]).tokens[subject.reads.name]).float()
+            indices = torch.tensor([latent], device=x.device)
+            acts.append(subject.device_sae.encode_latents(x.flatten(0, 1), indices).unflatten(0, x.shape[:2])[:, patches, 0].cpu())
+            order += batch.tolist()
+        found = activation_outside(torch.cat(acts), self.masks.load(order, subject.model.preprocess, grid).objects)
+        return none_for_nan({"outside": found.share.value, "outside_area": found.area})
 
     def _list(self, pairs: Pairs, scores: Float64[np.ndarray, " pairs"]) -> list[int]:
         """Return the places of the most suspicious pairs of each class, in the order of latents and classes."""

@@ -59,7 +59,9 @@ def say_counts(row: Mapping[str, Any]) -> list[str]:
         f"{_n(row['n_classes'], 'class', 'classes')}, which the model calls what they are in {_percent(row['accuracy'])}; "
         f"{_n(too_few, 'more pair')} {_were(too_few)} left out, as fewer than 10 images have, or lack, the class or the feature.",
         f"{count(row['n_suspicious'])} looked suspicious by counting, {count(row['n_tested'])} of them {_were(row['n_tested'])} tested "
-        f"by removing the feature, and {_n(row['n_suspects'], 'suspect')} remain{'s' * (row['n_suspects'] == 1)}.",
+        f"by removing the feature, and {_n(row['n_suspects'], 'suspect')} remain{'s' * (row['n_suspects'] == 1)}."
+        if row["n_suspicious"]
+        else "None looked suspicious.",
     ]
     if row["attributes"]:
         found.append(f"Known beside the class: {', '.join(row['attributes'])}, of {_n(row['n_with_attributes'], 'image')}.")
@@ -89,7 +91,10 @@ def say_reasons(row: Mapping[str, Any]) -> list[str]:
             f"images of {name} that have not, by {_points(row['follows'])} (at least {_points(row['follows_low'])})."
         )
     if row["outside"] is not None:
-        found.append(f"On images of {name}, {_percent(row['outside'])} of its activation lies outside the object.")
+        area = _percent(row["outside_area"])
+        found.append(
+            f"On images of {name}, {_percent(row['outside'])} of its activation lies outside the object, as does {area} of the area."
+        )
     return found
 
 
@@ -99,6 +104,10 @@ def say_test(row: Mapping[str, Any]) -> list[str]:
     Args:
         row: Its row of the relation `audit`.
     """
+    if row["status"] == "of_another_class":
+        return [
+            "It is a feature of the classes whose images are mistaken: the model confuses them, and the feature is not the wrong reason."
+        ]
     if row["n_tested"] is None:
         return [f"It was not tested: {row['reason']}."] if row["reason"] else []
     made_by = "the feature" if row["grouped_by"] == f"latent {row['latent']}" else row["grouped_by"]
