@@ -15,7 +15,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export GOMP_SPINCOUNT := 1000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo fmt check test-fast test lint up docs bench bench-extract bench-train bench-evaluate bench-serve bench-attribute bench-interop peers constraints clean
+.PHONY: help demo fmt check test-fast test lint up docs bench bench-extract bench-train bench-evaluate bench-serve bench-attribute bench-intervene bench-interop peers constraints clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 17
@@ -88,6 +88,9 @@ bench-serve: $(READY) ## measure the explorer's pages over a generated catalogue
 
 bench-attribute: $(READY) ## compare attribution of an output to all latents with ablating them one by one
 	@python benchmarks/attribute.py
+
+bench-intervene: $(READY) ## compare interventions with running the whole model for each, and measure the stage of the demo
+	@python benchmarks/intervene.py
 
 bench-interop: $(READY) $(PEERS)/.ready ## compare SAEs of other libraries imported here, and ours exported there
 	@python benchmarks/interop.py

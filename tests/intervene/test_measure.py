@@ -176,7 +176,7 @@ def test_movement_toward_a_class_is_that_of_its_logit_less_the_mean_of_the_other
     (red,) = study.subject.describe([0])
     assert red.top_class == "red"
     moved = study.movement(red)(torch.zeros(2, 3), torch.tensor([[1.0, 1.0, 1.0], [5.0, 0.0, 0.0]]))
-    assert moved.tolist() == [1 - (2 + 3) / 2, 5.0]
+    assert moved[:, 0].tolist() == [1 - (2 + 3) / 2, 5.0]
 
 
 def test_without_labels_of_images_outcomes_that_need_none_are_measured_and_the_status_says_why_not(
