@@ -546,7 +546,18 @@ MISTAKES = _table(
     ),
 )
 
-ARMS = ("none", "untouched", "targeted", "sign_flipped", "random_latent", "random_direction", "diff_means", "other_label", "prompt")
+ARMS = (
+    "none",
+    "untouched",
+    "targeted",
+    "sign_flipped",
+    "random_latent",
+    "random_direction",
+    "diff_means",
+    "other_label",
+    "prompt",
+    "leace",
+)
 """Ways to run the model on an image: as it is, with the edit, or with one of the controls of the edit."""
 _ANSWERS = ("answer_shift", "word_log_odds", "says_label")
 OUTCOMES = (
@@ -560,6 +571,8 @@ OUTCOMES = (
     "patch_target_rate",
     "patch_other_rate",
     "patch_specificity",
+    "erasure",
+    "erasure_others",
     *_ANSWERS,
     *(f"grey_{outcome}" for outcome in _ANSWERS),
     "answer_drift",
@@ -578,10 +591,12 @@ INTERVENTIONS = _table(
         "what is measured: toward_label (by how much the cosine with the latent's label rises, less the same for another label), "
         "target_rate (share of the images that the model takes for the latent's class whose prediction changes), other_rate (the same of "
         "all other images), specificity (target_rate less other_rate), collateral (loss of accuracy on images on which the latent is "
-        "silent), output_score (probability and rank of the class texts that the dose raises most, less the same without it), "
-        "drift (mean of 1 less the cosine of the output with and without the edit, divided by that of the outputs of two images) or, with "
-        "masks, patch_target_rate, patch_other_rate and patch_specificity (as target_rate, other_rate and specificity, of patches at the "
-        "last hookpoint instead of images, whose class of the masks a linear head reads). Of a "
+        "silent), output_score (probability and rank of the class texts that the dose raises most, less the same without it), drift (mean "
+        "of 1 less the cosine of the output with and without the edit, divided by that of the outputs of two images), erasure (held-out "
+        "balanced accuracy of a linear probe for the latent's class on the mean token of images from which the latent is removed; 0.5 if "
+        "the class is gone), erasure_others (the same of probes for other classes) or, with masks, patch_target_rate, patch_other_rate and "
+        "patch_specificity (as target_rate, other_rate and specificity, of patches at the last hookpoint instead of images, whose class of "
+        "the masks a linear head reads). Of a "
         "model that answers in words: word_log_odds (by how much the log-odds rise that the answer begins with the label's first word, in "
         "nats), answer_shift (Kullback-Leibler divergence of its first token from that of the unchanged model, in nats), says_label (share "
         "of the answers whose first word is that of the label), each of them also with grey_ before it for a grey image, answer_drift "
@@ -593,13 +608,13 @@ INTERVENTIONS = _table(
         "how the model was run: none (as it is), untouched (x̂ in place of x, without an edit), targeted (the latent set to the dose), "
         "sign_flipped (moved as far the other way), random_latent (other latents that fire about as often), random_direction (moved as far "
         "in random directions), diff_means (moved as far along the mean token where the latent fires less that where it does not), "
-        "other_label (as targeted, but measured toward that one of several other labels to which it moves images most) or prompt (as it "
-        "is, but the question says the label)",
+        "other_label (as targeted, but measured toward that one of several other labels to which it moves images most), prompt (as it "
+        "is, but the question says the label) or leace (tokens from which LEACE erased the class)",
     ),
     dose=(
         pa.float64(),
         "activation to which the latent is set, in units of the 99th percentile of its positive activations; 0 removes it, and stands for "
-        "none, untouched and prompt, which have no dose",
+        "none, untouched, prompt and leace, which have no dose",
     ),
     value=(pa.float64(), "the outcome, over the images and, for a random control, its draws"),
     low=(nullable(pa.float64()), "lower end of the 95 % interval of value; null if there is none"),

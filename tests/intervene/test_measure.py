@@ -18,6 +18,7 @@ from ommatid.config import Params
 from ommatid.config.intervene import BestLatents, ListedLatents
 from ommatid.intervene import measure as measure_module
 from ommatid.intervene.edit import Edit
+from ommatid.intervene.erasure import Erasure
 from ommatid.intervene.firings import find_firings
 from ommatid.intervene.measure import Measured, measure
 from ommatid.intervene.study import Study
@@ -244,3 +245,22 @@ def test_a_dictionary_that_is_not_sparse_is_described_by_fewer_tokens(line: dict
     monkeypatch.setattr("ommatid.intervene.firings.ENTRIES", 100 * subject.sae.n_latents)
     monkeypatch.setattr("ommatid.intervene.firings.MOST", 1)
     assert find_firings(subject.sae, subject.sample).n_tokens == 100
+
+
+def test_probes_see_the_mean_token_of_labelled_images_and_rows_name_every_arm(
+    line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run(line, params, monkeypatch, latents=ListedLatents(kind="listed", latents=(0,)), n_images=16)
+    subject = Subject(line)
+    erasure = Erasure(subject, [0, 2])
+    tokens = torch.cat(
+        [subject.reads.pick(subject.model.capture(x, ["tiles"]).tokens["tiles"]) for _, x in subject.load_pixels(erasure.images)]
+    )
+    torch.testing.assert_close(erasure._pooled, tokens.mean(1), atol=1e-3, rtol=1e-2)
+    acts = subject.sae.encode(tokens.flatten(0, 1))[:, [0, 2]].unflatten(0, tokens.shape[:2]).mean(1)
+    torch.testing.assert_close(erasure._acts, acts, atol=1e-3, rtol=1e-2)
+    rows = [row for row in found.interventions if row["outcome"] == "erasure"]
+    arms = {"none": 1, "targeted": 1, "random_latent": 2, "random_direction": 2, "diff_means": 1, "leace": 1}
+    assert {row["arm"]: row["n_draws"] for row in rows} == arms
+    assert {(row["dose"], row["n_images"]) for row in rows} == {(0.0, len(subject.classes) // 2)}
+    assert next(row["value"] for row in rows if row["arm"] == "none") == 1

@@ -291,7 +291,8 @@ class LatentTest(ArmsTest):
             spread: Mean of 1 − cosine of the outputs of different images, in which drift is measured.
         """
         drift = self._drift.double() / spread
-        rows = [*self._rows("drift", drift), *self._class_rows()]
+        erasure = self.study.erasure.rows(self.chosen, self.controls) if self.study.erasure else ()
+        rows = [*self._rows("drift", drift), *self._class_rows(), *erasure]
         if not self._movement:
             effect = {"latent": self.chosen.latent, "status": "untested", "reason": self._why}
             return Found(effect, rows, "untested", self.zero_dose)

@@ -13,6 +13,7 @@ from ommatid.config import InterveneParams
 from ommatid.errors import InputError, ModelError
 from ommatid.extract.classifier import embed_texts
 from ommatid.extract.drawn import draw_images
+from ommatid.intervene.erasure import Erasure
 from ommatid.intervene.readout import Readout
 from ommatid.intervene.subject import Described, Subject
 from ommatid.metrics import beyond_the_rest, unit
@@ -88,6 +89,11 @@ class Study:
         except (InputError, ModelError) as error:
             self.no_readout = str(error)
             return None
+
+    @cached_property
+    def erasure(self) -> Erasure | None:
+        """Probes for classes in the tokens of evaluation images; None if the images have fewer than two classes."""
+        return Erasure(self.subject, list(self.chosen)) if self.subject.classes else None
 
     def movement(self, one: Described) -> Movement:
         """Return the function that tells how far an edit moves outputs toward what a latent shows, and toward what some others show.

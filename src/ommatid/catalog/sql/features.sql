@@ -39,6 +39,7 @@ SELECT
     effects.best_control,
     effects.control_causal,
     effects.dose,
+    effects.scale,
     effects.attribution,
     latents.density,
     latents.is_dead,
