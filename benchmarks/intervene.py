@@ -166,7 +166,7 @@ def of_memory() -> list[Row]:
     rows = []
     for n in MEMORY_IMAGES:
         found = in_a_process(__file__, "memory", str(n))
-        what = f"peak memory of a study of {n:,} images, {MEMORY_LATENTS} latents and all arms, {KEPT >> 20} MB of results, a model of no layers"
+        what = f"peak memory of a study of {n:,} images, {MEMORY_LATENTS} latents, {KEPT >> 20} MB of results kept"
         rows.append(Row(what, found["peak"], "MB", 2048, better="lower"))
     return rows
 

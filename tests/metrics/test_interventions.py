@@ -33,6 +33,7 @@ from ommatid.metrics import (
     decide_status,
     erasures,
     fit_leace,
+    fit_probes,
     group_accuracies,
     log_odds,
     output_score,
@@ -503,3 +504,11 @@ def test_a_latent_that_equals_its_only_control_on_average_is_rarely_causal(rare:
 
 def test_a_planted_effect_is_found() -> None:
     assert share_causal(200, 8, 100, spread=0.1, effect=1.5) >= 0.99
+
+
+def test_probes_from_a_start_are_those_from_nothing() -> None:
+    y = random(200, 3).argmax(1)[:, None] == torch.arange(3)
+    x = random(200, 12, seed=1) + 2 * y.double() @ random(3, 12, seed=2).double()
+    nearly = x + 0.1 * random(200, 12, seed=3)
+    start = fit_probes(x, y)
+    torch.testing.assert_close(fit_probes(nearly, y, start).scores(x), fit_probes(nearly, y).scores(x), rtol=1e-4, atol=1e-4)

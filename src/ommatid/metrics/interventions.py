@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ommatid.compute.intervals import Z
 from ommatid.metrics.detection import balanced_accuracy
-from ommatid.metrics.probe import fit_probes
+from ommatid.metrics.probe import LogisticProbes, fit_probes
 from ommatid.metrics.vectors import unit
 from ommatid.metrics.zero_shot import Interval, wilson
 
@@ -438,8 +438,14 @@ def erasures(
         The accuracies of each arm, and of `leace`; NaN where the concept itself is left out.
     """
     leace = fit_leace(train["none"], y_train[:, concept : concept + 1])
-    arms = {name: (train[name], test[name]) for name in train} | {"leace": (leace(train["none"]), leace(test["none"]))}
-    return {name: _erasure(probe_accuracies(x_train, x_test, y_train, y_test), concept) for name, (x_train, x_test) in arms.items()}
+    arms = {name: (train[name], test[name]) for name in ("none", *train)} | {"leace": (leace(train["none"]), leace(test["none"]))}
+    found: dict[str, Erasure] = {}
+    start: LogisticProbes | None = None
+    for name, (x_train, x_test) in arms.items():
+        accuracies, probes = _try_probes(x_train, x_test, y_train, y_test, None if name == "leace" else start)
+        start = start or probes
+        found[name] = _erasure(accuracies, concept)
+    return found
 
 
 def _erasure(accuracies_c: Float64[Tensor, " concepts"], concept: int) -> Erasure:
@@ -454,13 +460,26 @@ def probe_accuracies(
     y_test: Bool[Tensor, "test concepts"],
 ) -> Float64[Tensor, " concepts"]:
     """Return the held-out balanced accuracy of a linear probe for each concept, `(concepts,)`; NaN where a set has only one answer."""
+    return _try_probes(x_train, x_test, y_train, y_test, None)[0]
+
+
+def _try_probes(
+    x_train: Float[Tensor, "train width"],
+    x_test: Float[Tensor, "test width"],
+    y_train: Bool[Tensor, "train concepts"],
+    y_test: Bool[Tensor, "test concepts"],
+    start: LogisticProbes | None,
+) -> tuple[Float64[Tensor, " concepts"], LogisticProbes | None]:
+    """Return the accuracies, and the probes for the concepts that have one; None if there are none."""
     both = torch.stack([y.any(0) & ~y.all(0) for y in (y_train, y_test)]).all(0)
     accuracies = torch.full((y_train.shape[1],), math.nan, dtype=torch.float64)
-    if both.any():
-        scores = fit_probes(x_train, y_train[:, both]).scores(x_test)
-        found = (balanced_accuracy(of_one[y], of_one[~y], 0.0) for of_one, y in zip(scores.T, y_test[:, both].T, strict=True))
-        accuracies[both] = torch.tensor(list(found), dtype=torch.float64)
-    return accuracies
+    if not both.any():
+        return accuracies, None
+    probes = fit_probes(x_train, y_train[:, both], start)
+    scores = probes.scores(x_test)
+    found = (balanced_accuracy(of_one[y], of_one[~y], 0.0) for of_one, y in zip(scores.T, y_test[:, both].T, strict=True))
+    accuracies[both] = torch.tensor(list(found), dtype=torch.float64)
+    return accuracies, probes
 
 
 def ablation_sparsity(effects: Float[Tensor, " latents"]) -> float:

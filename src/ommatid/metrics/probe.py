@@ -38,7 +38,9 @@ class LogisticProbes:
 
 
 def fit_probes(
-    x: Float[Tensor, "images features"] | Float[Tensor, "images classes features"], y_nc: Bool[Tensor, "images classes"]
+    x: Float[Tensor, "images features"] | Float[Tensor, "images classes features"],
+    y_nc: Bool[Tensor, "images classes"],
+    start: LogisticProbes | None = None,
 ) -> LogisticProbes:
     """Fit a probe for each class by minimising Σ_n v_n log(1 + exp(∓(w·x_n + b))) + PENALTY/2 ‖w‖², for standardised x.
 
@@ -49,6 +51,7 @@ def fit_probes(
     Args:
         x: Features, `(images, features)`, or different ones for each class, `(images, classes, features)`.
         y_nc: Whether each image belongs to each class, `(images, classes)` bool. No class may be empty or have all images.
+        start: Probes for the same classes from similar features, from which the same probes are found in fewer steps.
 
     Returns:
         The probes.
@@ -57,7 +60,8 @@ def fit_probes(
     mean, std = x.mean(0), x.std(0, correction=0)
     std = torch.where(std > 0, std, 1.0)
     with_bias = torch.cat([(x - mean) / std, torch.ones_like(x[..., :1])], dim=-1)
-    weights = _Loss(with_bias, y_nc).minimise()
+    known = None if start is None else torch.cat([start.weights_cd, start.bias_c[:, None]], dim=1)
+    weights = _Loss(with_bias, y_nc).minimise(known)
     return LogisticProbes(mean, std, weights[:, :-1], weights[:, -1])
 
 
@@ -79,9 +83,9 @@ class _Loss:
         self._penalty = torch.full((x.shape[-1],), PENALTY, dtype=torch.float64)
         self._penalty[-1] = 0
 
-    def minimise(self) -> Float64[Tensor, "classes d"]:
-        """Return the weights that minimise the loss, `(classes, features + 1)`."""
-        weights = torch.zeros(self._y.shape[1], self._x.shape[-1], dtype=torch.float64)
+    def minimise(self, start_cd: Float64[Tensor, "classes d"] | None = None) -> Float64[Tensor, "classes d"]:
+        """Return the weights that minimise the loss, `(classes, features + 1)`, beginning at some weights, or at 0."""
+        weights = torch.zeros(self._y.shape[1], self._x.shape[-1], dtype=torch.float64) if start_cd is None else start_cd
         for _ in range(STEPS):
             p = _logits(self._x, weights, 0.0).sigmoid()
             gradient = self._sum(self._v * (p - self._y)) + self._penalty * weights
