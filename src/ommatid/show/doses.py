@@ -71,7 +71,8 @@ ALL_ARMS = {**ARMS, "untouched": "reconstruction alone", "prompt": "the name in 
 
 def find_outcome(rows: Sequence[Mapping[str, Any]], label: str = "name") -> Outcome:
     """Return the outcome of the answer to `DOSES` or `DECIDING`, in words, given what the page calls labels."""
-    return OUTCOMES[(rows and rows[0]["outcome"]) or "toward_label"].named(label)
+    found = rows[0]["outcome"] if rows else None
+    return OUTCOMES[found or "toward_label"].named(label)
 
 
 def draw_doses(rows: Sequence[Mapping[str, Any]], label: str = "name", width: int = 560, height: int = 300) -> Plot | None:
