@@ -12,6 +12,7 @@ import pytest
 
 from ommatid.config import Params
 from ommatid.config.intervene import ListedLatents
+from ommatid.intervene import class_attribution
 from ommatid.intervene.measure import Measured, measure
 from ommatid.intervene.subject import Subject
 from ommatid.store import Artefact
@@ -50,6 +51,7 @@ def run(folder: Path, params: Params) -> Callable[..., Measured]:
         chosen = ListedLatents(kind="listed", latents=tuple(latents))
         with pytest.MonkeyPatch.context() as patch:
             use_figure_model(patch)
+            patch.setattr(class_attribution, "N_EXACT", 1)  # other tests are of attribution
             patch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # other tests check the shapes, which takes most of the time here
             found = measure(params.intervene.model_copy(update={"latents": chosen, "seed": seed}), Subject(line), lambda event: None)
         assert isinstance(found, Measured), found
