@@ -50,10 +50,9 @@ def test_the_params_of_the_checkout_are_valid_and_cover_every_stage() -> None:
         ("evaluate.baselines=[pca, nmf, pca]", "evaluate.baselines: names one twice: pca, nmf, pca"),
         ("intervene.latents={kind: worst}", "intervene.latents.kind: "),
         ("intervene.latents={kind: worst}", "'best', 'listed', 'firing'"),
-        (
-            "intervene.latents={kind: best, by: fame, n: 3}",
-            "intervene.latents.by: got 'fame'; input should be 'ms', 'label_score', ",
-        ),
+        ("intervene.latents={kind: best, by: fame, n: 3}", "intervene.latents.by.0: got 'fame'; input should be 'ms', 'label_score', "),
+        ("intervene.latents={kind: best, by: [ms, ms], n: 3}", "intervene.latents.by: names ms twice: ms, ms"),
+        ("intervene.latents={kind: best, by: [], n: 3}", "intervene.latents.by: got []; the list should have at least 1 entry"),
         ("intervene.latents={kind: best, by: ms, n: 0}", "intervene.latents.n: got 0; input should be greater than or equal to 1"),
         ("intervene.latents={kind: best, by: ms}", "intervene.latents.n: missing; add it"),
         ("intervene.latents={kind: listed, latents: []}", "intervene.latents.latents: got []"),

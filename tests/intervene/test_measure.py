@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from ommatid.config import Params
 from ommatid.config.intervene import BestLatents, ListedLatents
+from ommatid.events import Event, Warned
 from ommatid.intervene import measure as measure_module
 from ommatid.intervene.edit import Edit
 from ommatid.intervene.erasure import Erasure
@@ -136,7 +137,7 @@ def of_red(line: Mapping[str, Artefact]) -> torch.Tensor:
 
 
 def test_a_run_is_repeated_exactly(line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen: dict[str, Any] = {"latents": BestLatents(kind="best", by="ms", n=3)}
+    chosen: dict[str, Any] = {"latents": BestLatents(kind="best", by=("ms",), n=3)}
     one, other = (run(line, params, monkeypatch, **chosen) for _ in range(2))
     assert one == other and len(one.effects) == 3
 
@@ -145,7 +146,7 @@ def test_classes_are_attributed_to_the_latents_that_the_model_reads(
     line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the model does not read has no effect; the first latents' effects by gradients have the sign of those by ablation."""
-    found = run(line, params, monkeypatch, latents=BestLatents(kind="best", by="ms", n=1))
+    found = run(line, params, monkeypatch, latents=BestLatents(kind="best", by=("ms",), n=1))
     assert found.attributions
     of_unread = [row["effect"] for row in found.attributions if row["latent"] not in PLANTED]
     by_class = {row["output"]: row for row in found.attributions if row["rank"] == 1}
@@ -185,7 +186,7 @@ def test_without_labels_of_images_outcomes_that_need_none_are_measured_and_the_s
 ) -> None:
     for module in ("ommatid.intervene.head.load_labels", "ommatid.intervene.subject.load_classes"):
         monkeypatch.setattr(module, lambda *_: {})
-    found = run(line, params, monkeypatch, model=WithoutText(), latents=BestLatents(kind="best", by="ms", n=2))
+    found = run(line, params, monkeypatch, model=WithoutText(), latents=BestLatents(kind="best", by=("ms",), n=2))
     assert {row["outcome"] for row in found.interventions} == {"drift"}
     assert [row["status"] for row in found.effects] == ["untested"] * 2
     assert all("needs training images with labels of two or more classes" in row["reason"] for row in found.effects)
@@ -206,10 +207,30 @@ def test_a_listed_latent_without_a_label_is_run_and_untested(
 def test_latents_that_the_model_reads_rank_first_by_what_they_do(
     line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch, by: Any
 ) -> None:
-    found = run(line, params, monkeypatch, latents=BestLatents(kind="best", by=by, n=3), n_images=16)
+    found = run(line, params, monkeypatch, latents=BestLatents(kind="best", by=(by,), n=3), n_images=16)
     assert {row["latent"] for row in found.effects} == set(PLANTED)
     sizes = {latent: row["attribution"] for latent, row in found.latents.items()}
     assert min(sizes[latent] for latent in PLANTED) > 1e3 * max(size for latent, size in sizes.items() if latent not in PLANTED)
+
+
+def test_several_rankings_take_turns_and_those_without_numbers_are_warned_of(
+    line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tested(*by: Any, n: int = 3) -> list[int]:
+        found = run(line, params, monkeypatch, latents=BestLatents(kind="best", by=by, n=n), n_images=16)
+        return [row["latent"] for row in found.effects]
+
+    by_ms = tested("ms", n=6)
+    assert len(by_ms) == 6
+    assert tested("ms", "attribution") == by_ms[:3] + [latent for latent in tested("attribution", n=6) if latent not in by_ms[:3]][:3]
+    monkeypatch.setattr("ommatid.intervene.subject.load_classes", lambda _: {})
+    use_tile_model(monkeypatch)
+    chosen = params.intervene.model_copy(update={"latents": BestLatents(kind="best", by=("attribution", "ms"), n=6), "n_images": 16})
+    events: list[Event] = []
+    found = measure(chosen, Subject(line), events.append)
+    assert isinstance(found, Measured) and [row["latent"] for row in found.effects] == by_ms
+    warnings = [event.what for event in events if isinstance(event, Warned)]
+    assert len(warnings) == 1 and warnings[0].startswith("planted: latents cannot be ranked by attribution, as no class is read")
 
 
 def test_latents_cannot_be_ranked_by_what_they_do_to_classes_without_any(
@@ -217,7 +238,7 @@ def test_latents_cannot_be_ranked_by_what_they_do_to_classes_without_any(
 ) -> None:
     use_tile_model(monkeypatch)
     monkeypatch.setattr("ommatid.intervene.subject.load_classes", lambda _: {})
-    chosen = params.intervene.model_copy(update={"latents": BestLatents(kind="best", by="attribution", n=3)})
+    chosen = params.intervene.model_copy(update={"latents": BestLatents(kind="best", by=("attribution",), n=3)})
     found = measure(chosen, Subject(line), lambda event: None)
     assert isinstance(found, str)
     assert found.startswith(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas
     import torch
 
+    from ommatid.api.pictures import Photograph, Source
     from ommatid.api.run import Run
     from ommatid.extract.tokens import TokenPicker
     from ommatid.intervene.answers import Answered
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from ommatid.intervene.edit import ErrorTerm, Unit, Where
     from ommatid.intervene.steering import Dosed, Steered
     from ommatid.intervene.subject import Subject
-    from ommatid.show.pictures.interventions import Photograph, Source
     from ommatid.show.pictures.page import Page
     from ommatid.vlm import Score
     from ommatid.vlm.preprocess import Preprocess
@@ -62,7 +62,7 @@ class Photographs:
 
     def drawn(self, boxes: Sequence[tuple[float, float, float, float]]) -> "list[Photograph]":
         """Return the images for a page, given the part of each that the model sees."""
-        from ommatid.show.pictures.interventions import Photograph
+        from ommatid.api.pictures import Photograph
 
         return [Photograph(*one) for one in zip(self.names, self.opened, boxes, strict=True)]
 
@@ -205,7 +205,7 @@ class Intervention:
         >>> latent = int(run.encode("cat.jpg").acts[0].argmax())
         >>> png = run.intervene("cat.jpg", latent, draws=3).draw().png()
         """
-        from ommatid.show.pictures.interventions import draw_steered
+        from ommatid.api.pictures import draw_steered
 
         return draw_steered(self.steered, self.photographs.drawn(self.boxes), self.follow)
 
@@ -479,13 +479,13 @@ class Contributions:
         >>> import ommatid
         >>> png = ommatid.open_run("data").attribute("cat.jpg", ["red"]).draw().png()
         """
-        from ommatid.show.pictures.interventions import draw_attributed
+        from ommatid.api.pictures import draw_attributed
 
         sources = [[self._source(image, latent) for latent in self.top(image, 16)] for image in range(len(self.of))]
         return draw_attributed(self.output, self.method, self.photographs.drawn(self.boxes), sources, self.warnings)
 
     def _source(self, image: int, latent: int) -> "Source":
-        from ommatid.show.pictures.interventions import Source
+        from ommatid.api.pictures import Source
 
         one, found = self.of[image], self.map(latent, image)
         where = None if found is None else found.numpy()

@@ -1,5 +1,6 @@
 """Section `intervene`, and the ways to choose the latents on which the model is run again."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,16 +10,35 @@ from pydantic import Field, field_validator
 from ommatid.config.models import ClipModel, LiteModel, SiglipModel
 from ommatid.config.section import Section
 
+Ranking = Literal["ms", "label_score", "output_score", "attribution"]
+
 
 class BestLatents(Section):
-    """Chooses the latents that rank highest by a number."""
+    """Chooses the latents that rank highest by a number, or by each of several."""
 
     kind: Literal["best"]
-    by: Literal["ms", "label_score", "output_score", "attribution"]
-    """Number by which latents are ranked: their MonoSemanticity score, the score of their label, the output score of setting each to dose 1
-    on a few images (a pass through the rest of the model for each live latent), or the mean size of what classes owe to them."""
+    by: Annotated[tuple[Ranking, ...], Field(min_length=1)]
+    """Numbers by which latents are ranked, one or a list:
+
+    - ms: their MonoSemanticity score
+    - label_score: the score of their label
+    - output_score: the output score of setting each to dose 1 on a few images, a pass through the rest of the model for each live latent
+    - attribution: the mean size of what classes owe to them
+
+    A latent that ranks high by several is chosen once, and the next one takes its place."""
     n: Annotated[int, Field(ge=1, le=2**20)]
-    """Number of latents to choose from each SAE."""
+    """Number of latents to choose from each SAE by each number."""
+
+    @field_validator("by", mode="before")
+    @classmethod
+    def _make_list(cls, by: Any) -> Any:
+        return (by,) if isinstance(by, str) else by
+
+    @field_validator("by")
+    @classmethod
+    def _are_different(cls, by: tuple[Ranking, ...]) -> tuple[Ranking, ...]:
+        _check_different(by)
+        return by
 
 
 class ListedLatents(Section):
@@ -92,7 +112,7 @@ class InterveneParams(Section):
     """Stage `intervene`: sets latents to chosen activations and measures what the model's output does then, beside controls."""
 
     latents: ChosenLatents
-    """Latents to set: {kind: best, by: ms, n: 16}, {kind: listed, latents: [3, 17]} or {kind: firing, min_images: 8}."""
+    """Latents to set: {kind: best, by: [ms, output_score], n: 8}, {kind: listed, latents: [3, 17]} or {kind: firing, min_images: 8}."""
     doses: Annotated[tuple[Annotated[float, Field(strict=True, ge=0, le=100)], ...], Field(min_length=1)]
     """Activations to set, in units of the 99th percentile of the latent's own positive activations; 0 removes the latent."""
     n_images: Annotated[int, Field(ge=16)]
@@ -124,8 +144,8 @@ class InterveneParams(Section):
 
     def trial(self, n: int) -> "InterveneParams":
         """Return the params with which `ommatid estimate` tries `n` latents: those of another choice cost the same."""
-        by = self.latents.by if isinstance(self.latents, BestLatents) else "ms"
-        return self.model_copy(update={"latents": BestLatents(kind="best", by=by, n=n)})
+        by = self.latents.by if isinstance(self.latents, BestLatents) else ("ms",)
+        return self.model_copy(update={"latents": BestLatents(kind="best", by=by, n=math.ceil(n / len(by)))})
 
     @field_validator("doses")
     @classmethod
@@ -134,6 +154,7 @@ class InterveneParams(Section):
         return doses
 
 
-def _check_different(values: Sequence[float]) -> None:
+def _check_different(values: Sequence[float | str]) -> None:
     if twice := [value for value in values if values.count(value) > 1]:
-        raise ValueError(f"names {twice[0]:g} twice: {', '.join(f'{value:g}' for value in values)}")
+        names = [value if isinstance(value, str) else f"{value:g}" for value in (twice[0], *values)]
+        raise ValueError(f"names {names[0]} twice: {', '.join(names[1:])}")

@@ -141,8 +141,8 @@ class Extrapolation:
     def _count_chosen(self, fired: np.ndarray) -> int:
         """Return how many latents of an SAE `intervene.latents` chooses, given on how many images each fires."""
         match self._params.intervene.latents:
-            case BestLatents(n=n):
-                return min(n, int((fired > 0).sum()))
+            case BestLatents(by=by, n=n):
+                return min(n * len(by), int((fired > 0).sum()))
             case ListedLatents(latents=listed):
                 return len(listed)
             case FiringLatents(min_images=least):

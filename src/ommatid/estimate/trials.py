@@ -179,8 +179,8 @@ class Trials:
         summaries = [evaluation.summary for evaluation in open_stage("evaluate", data=str(self._data(n))).each().values()]
         most = min(summary["n_latents"] for summary in summaries)
         match params.latents:
-            case BestLatents(n=wanted):
-                most = min(most, wanted)
+            case BestLatents(by=by, n=wanted):
+                most = min(most, wanted * len(by))
             case ListedLatents(latents=listed):
                 most = min(most, len(listed))
         chosen = sorted({2**i for i in range(most.bit_length())} | {most})

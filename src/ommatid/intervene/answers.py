@@ -134,7 +134,7 @@ class _Questioning:
 
     def run(self, on_event: Listener) -> Measured:
         """Measure all chosen latents."""
-        chosen, untested = choose_latents(self.study, self.study.subject.labels.__contains__)
+        chosen, untested = choose_latents(self.study, self.study.subject.labels.__contains__, on_event)
         tests: list[AnswerTest] = []
         for one in chosen:
             try:

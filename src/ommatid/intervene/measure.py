@@ -12,7 +12,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from ommatid.config import InterveneParams
-from ommatid.config.intervene import BestLatents, FiringLatents, ListedLatents
+from ommatid.config.intervene import BestLatents, FiringLatents, ListedLatents, Ranking
 from ommatid.errors import InputError, ModelError
 from ommatid.events import Listener, Progress, Warned
 from ommatid.intervene.class_attribution import ClassAttribution, attribute_classes, attribution_rows
@@ -71,7 +71,7 @@ def _measure(study: Study, on_event: Listener) -> Measured:
     masks = _open_masks(study, on_event)  # before any work, as its errors are the user's
     study.subject.firings  # noqa: B018 - all of them are needed, and finding those of a few at a time would take longer
     attribution = attribute_classes(study, on_event)
-    chosen, untested = choose_latents(study, study.has_movement, attribution)
+    chosen, untested = choose_latents(study, study.has_movement, on_event, attribution)
     head = _fit_patches(study, masks, on_event) if masks else None
     found, refused = run_tests(study, chosen, on_event)
     untested += refused
@@ -180,7 +180,7 @@ def _run(study: Study, tests: Sequence[LatentTest], n_before: int, n_all: int, o
 
 
 def choose_latents(
-    study: Study, has_aim: Callable[[int], bool], attribution: ClassAttribution | None = None
+    study: Study, has_aim: Callable[[int], bool], on_event: Listener, attribution: ClassAttribution | None = None
 ) -> tuple[list[Described], list[dict[str, Any]]]:
     """Choose the latents that are tested, the best first.
 
@@ -190,6 +190,7 @@ def choose_latents(
     Args:
         study: The study, whose chosen latents are set.
         has_aim: Function that tells whether it is known toward what an edit of a latent should move the output.
+        on_event: Called with a warning for each number by which latents cannot be ranked, if they can be by another.
         attribution: Attribution of classes to all latents, if it is known.
 
     Returns:
@@ -201,24 +202,49 @@ def choose_latents(
     most = len(live)
     match study.params.latents:
         case ListedLatents(latents=listed):
-            ranked = [latent for latent in listed if latent in set(live)]
+            rankings = [[latent for latent in listed if latent in set(live)]]
         case FiringLatents(min_images=least):
-            ranked = [latent for latent in able if latents[latent]["n_images"] >= least]
-        case BestLatents(by=by, n=most):
-            value = _values(study, by, able, attribution)
-            known = [(-number, latent) for latent, number in value.items() if number is not None and latent in set(able)]
-            ranked = [latent for _, latent in sorted(known)]
+            rankings = [[latent for latent in able if latents[latent]["n_images"] >= least]]
+        case BestLatents(n=most):
+            rankings = _rank(study, able, attribution, on_event)
     chosen: list[Described] = []
-    for one in study.subject.describe(ranked):
-        if len(chosen) == most:
-            break
-        if one.n_firing >= LEAST_FIRING:
-            chosen.append(one)
+    for ranked in rankings:
+        n = len(chosen) + most
+        taken = {one.latent for one in chosen}
+        for one in study.subject.describe([latent for latent in ranked if latent not in taken]):
+            if len(chosen) == n:
+                break
+            if one.n_firing >= LEAST_FIRING:
+                chosen.append(one)
     study.chosen = [one.latent for one in chosen]
     return chosen, _left_out(study)
 
 
-def _values(study: Study, by: str, latents: Sequence[int], attribution: ClassAttribution | None) -> Mapping[int, float | None]:
+def _rank(study: Study, latents: Sequence[int], attribution: ClassAttribution | None, on_event: Listener) -> list[list[int]]:
+    """Rank latents by each number that `intervene.latents` names, the best first; those of which it is not known are left out.
+
+    Raises:
+        InputError: None of the numbers can be computed.
+    """
+    assert isinstance(study.params.latents, BestLatents)
+    rankings: list[list[int]] = []
+    refused: list[InputError] = []
+    for by in study.params.latents.by:
+        try:
+            value = _values(study, by, latents, attribution)
+        except InputError as error:
+            refused.append(error)
+            continue
+        known = sorted((-number, latent) for latent in latents if (number := value.get(latent)) is not None)
+        rankings.append([latent for _, latent in known])
+    if not rankings:
+        raise refused[0]
+    for error in refused:
+        on_event(Warned(f"{study.subject.sae.name}: {error}"))
+    return rankings
+
+
+def _values(study: Study, by: Ranking, latents: Sequence[int], attribution: ClassAttribution | None) -> Mapping[int, float | None]:
     """Return the number by which each latent is ranked; None if it has none."""
     match by:
         case "ms":
@@ -227,7 +253,7 @@ def _values(study: Study, by: str, latents: Sequence[int], attribution: ClassAtt
             return {latent: study.subject.labels.get(latent, {}).get("score") for latent in latents}
     if not study.readout or not attribution or attribution.sizes is None:
         why = study.no_readout or "the model answers in words"
-        raise InputError(f"latents cannot be ranked by {by}, as no class is read from the output: {why}; set intervene.latents.by to ms")
+        raise InputError(f"latents cannot be ranked by {by}, as no class is read from the output: {why}; name ms in intervene.latents.by")
     return dict(enumerate(attribution.sizes.tolist())) if by == "attribution" else output_scores(study, latents)
 
 
