@@ -58,7 +58,10 @@ def skipping(modules: Sequence[nn.Module], output: Tensor) -> Iterator[None]:
         for module in modules:
             own = module.__dict__.get("forward")  # that of accelerate, if it spreads the model over devices
             module.forward = lambda *_inputs, **_options: output  # Hides the method of the class.
-            stack.callback(*((delattr, module, "forward") if own is None else (setattr, module, "forward", own)))
+            if own is None:
+                stack.callback(delattr, module, "forward")
+            else:
+                stack.callback(setattr, module, "forward", own)
         yield
 
 
