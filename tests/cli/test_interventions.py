@@ -95,6 +95,12 @@ def test_steer_prints_the_names_before_and_after_beside_every_control(capsys: py
     assert any(line.startswith("warning: latent 0 is silent on the image: to remove it there") for line in lines)
 
 
+def test_names_in_the_table_stay_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_verb("steer", "red.png", "--latent", "0", "--dose", "1", "--text", "red\nand round", "--text", "blue " * 1000) == 0
+    lines = said(capsys).splitlines()
+    assert any(line.startswith("  red and round  ") for line in lines) and max(map(len, lines)) < 300
+
+
 def test_doses_are_printed_both_ways(capsys: pytest.CaptureFixture[str], run: ommatid.Run) -> None:
     (one,) = run.subject()[1].describe([RED])
     assert run_verb("steer", "red.png", "--latent", "0", "--dose", "0.5") == 0
@@ -350,7 +356,12 @@ def test_bad_input_is_refused_before_the_model_is_loaded(arguments: Sequence[str
         ({"tokens": "cls"}, "no class token is kept at tiles"),
         ({"texts": ["red", " "]}, "texts: got ' ', which is empty"),
         ({"texts": ["red", "red"]}, "give one or more, each once"),
+        ({"texts": "red"}, r"texts are 'red'; give a list of texts"),
+        ({"texts": ["red", None]}, r"texts are \['red', None\]; give a list of texts"),
         ({"doses": [np.nan]}, "doses: got nan"),
+        ({"doses": None}, "doses: got None; expected finite numbers"),
+        ({"seed": -1}, "seed is -1; it must be a whole number, 0 or above"),
+        ({"patches": [1, 2]}, "patches: got 1; expected pairs of row and column"),
         ({"draws": 200}, "only 60 live latents differ from latents"),
     ],
 )
@@ -376,6 +387,8 @@ def test_outputs_are_named_one_at_a_time(run: ommatid.Run) -> None:
         ({"texts": ["red", "reddish"]}, "texts 'red' and 'reddish' are the same to tiles: give other words"),
         ({"texts": ["a"], "method": "fast"}, "method is 'fast'; allowed values are cheap, integrated, exact"),
         ({"texts": ["a"], "top": 0}, "top is 0; it must be 1 or more"),
+        ({"class_name": 3}, "class_name is 3; give the name of a class"),
+        ({"latent_of": 5}, "latent_of is 5; give the run of the later SAE or the root"),
     ]
     for options, says in cases:
         with pytest.raises(InputError, match=says):
@@ -432,11 +445,15 @@ def test_a_model_without_a_text_tower_is_read_by_a_linear_head_and_takes_no_text
             run.intervene("red.png", RED, texts=["red"])
 
 
-def test_latents_may_be_numpy_integers(run: ommatid.Run) -> None:
+def test_latents_doses_and_patches_may_be_arrays(run: ommatid.Run) -> None:
     table = run.attribute("red.png", ["red"]).table(1)
-    given: list[Any] = [table.latent[0], table.latent, np.array([RED])]
+    given: list[Any] = [table.latent[0], table.latent, np.array([RED]), torch.tensor(RED), torch.tensor([RED])]
     found = [run.intervene("red.png", latents, [1], draws=2) for latents in given]
     assert {one.steered.latents for one in found} == {(RED,)}
+    doses: list[Any] = [np.linspace(0, 1, 3), torch.tensor([0, 0.5, 1]), [np.float32(0), 0.5, 1]]
+    assert {run.intervene("red.png", RED, given, draws=2).steered.doses for given in doses} == {(0, 0.5, 1)}
+    assert run.intervene("red.png", RED, 1, draws=2).steered.doses == (1,)
+    assert run.intervene("red.png", RED, [1], patches=torch.ones(GRID, dtype=torch.bool), draws=2).steered.doses == (1,)
 
 
 def test_a_model_with_other_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

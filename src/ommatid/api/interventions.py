@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -515,9 +515,9 @@ def _listed(values: Any) -> str:
 def steer_images(
     run: "Run",
     photographs: Photographs,
-    latents: Sequence[int],
+    latents: Sequence[int] | int,
     *,
-    doses: Sequence[float],
+    doses: Sequence[float] | float,
     texts: Sequence[str] | None,
     tokens: "Where",
     patches: Patches | Image.Image | None,
@@ -531,10 +531,11 @@ def steer_images(
     """Run the model on images with latents edited; see `Run.intervene`."""
     from ommatid.intervene.steering import check_doses, choose_readout, steer
 
-    check_doses(doses)
+    chosen, doses = _check_latents(latents), check_doses(_as_list(doses))
+    _check_seed(seed)
+    _check_texts(texts)
     _check_photographs(photographs, patches)
     name, subject = run.subject(sae)
-    chosen = _check_latents(latents)
     for latent in chosen:
         subject.check_latent(latent)
     where = _choose_tokens(subject, tokens, patches, photographs)
@@ -558,10 +559,10 @@ def steer_images(
 def ask_images(
     run: "Run",
     photographs: Photographs,
-    latents: Sequence[int],
+    latents: Sequence[int] | int,
     *,
     question: str,
-    doses: Sequence[float],
+    doses: Sequence[float] | float,
     tokens: "Where",
     patches: Patches | Image.Image | None,
     kind: "Dosed",
@@ -578,19 +579,20 @@ def ask_images(
     from ommatid.intervene.answers import ask, find_speaker, read_question
     from ommatid.intervene.steering import check_doses
 
-    check_doses(doses)
+    chosen, doses = _check_latents(latents), check_doses(_as_list(doses))
+    _check_seed(seed)
     read_question(question, "question")
     _check_photographs(photographs, patches)
     name, subject = run.subject(sae)
     find_speaker(subject)
-    for latent in _check_latents(latents):
+    for latent in chosen:
         subject.check_latent(latent)
     speaker = run._speaker(subject, dtype, device_map)
     answered = ask(
         subject,
         speaker,
         photographs.opened,
-        list(subject.describe(latents)),
+        list(subject.describe(chosen)),
         question=question,
         doses=doses,
         kind=kind,
@@ -624,6 +626,7 @@ def attribute_outputs(
         raise InputError(f"method is {method!r}; allowed values are {', '.join(METHODS)}")
     if n_top < 1:
         raise InputError(f"top is {n_top}; it must be 1 or more")
+    _check_seed(seed)
     _check_photographs(photographs, None)
     _check_output(texts, class_name, latent_of)
     name, subject = run.subject(sae)
@@ -751,7 +754,24 @@ def _boxes(subject: "Subject", photographs: Photographs) -> tuple[tuple[float, f
     return tuple(subject.model.preprocess.box(*image.size) for image in photographs.opened)
 
 
-def _check_latents(latents: Sequence[int]) -> list[int]:
+def _as_list(values: Any) -> list[Any]:
+    """Return values as a list: the numbers of an array or a tensor, or the only one."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    return list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
+
+
+def _check_seed(seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise InputError(f"seed is {seed!r}; it must be a whole number, 0 or above")
+
+
+def _check_texts(texts: Sequence[str] | None) -> None:
+    if texts is not None and (isinstance(texts, str) or not all(isinstance(text, str) for text in texts)):
+        raise InputError(f"texts are {texts!r}; give a list of texts, such as ['a truck', 'a ship']")
+
+
+def _check_latents(latents: Sequence[int] | int) -> list[int]:
+    latents = _as_list(latents)
     if not len(latents):
         raise InputError("latents: there are none; name one or more")
     if odd := [latent for latent in latents if isinstance(latent, bool) or not isinstance(latent, int | np.integer)]:
@@ -777,6 +797,12 @@ def _check_output(texts: Sequence[str] | None, class_name: str | None, latent_of
         raise InputError(f"an output is one or two texts, a class, or a latent at a later hookpoint, and {said}: name one")
     if texts is not None and (isinstance(texts, str) or not 1 <= len(texts) <= 2):
         raise InputError(f"texts are {texts!r}; give a list of one text, or of two, of which the second is compared with the first")
+    _check_texts(texts)
+    if class_name is not None and not isinstance(class_name, str):
+        raise InputError(f"class_name is {class_name!r}; give the name of a class, such as 'cat'")
+    if latent_of is not None and not (isinstance(latent_of, tuple) and len(latent_of) in (2, 3)):
+        need = "the run of the later SAE or the root of its artefacts, its name if there are several, and the latent"
+        raise InputError(f"latent_of is {latent_of!r}; give {need}, such as ('late/data', 382)")
 
 
 def check_class(subject: "Subject", name: str) -> None:
@@ -828,6 +854,7 @@ def _marked(mask: Image.Image, preprocess: "Preprocess", grid: tuple[int, int]) 
 def _chosen(patches: Patches, grid: tuple[int, int], n_images: int) -> np.ndarray:
     """Return whether each patch is chosen, (rows, cols) or (images, rows, cols) bool."""
     rows, cols = grid
+    patches = np.asarray(patches) if hasattr(patches, "__array__") else patches
     if isinstance(patches, np.ndarray) and patches.dtype == bool:
         if patches.shape not in (grid, (n_images, *grid)):
             raise InputError(
@@ -836,7 +863,7 @@ def _chosen(patches: Patches, grid: tuple[int, int], n_images: int) -> np.ndarra
         return patches
     chosen = np.zeros(grid, bool)
     for patch in patches:
-        at = tuple(patch)
+        at = tuple(patch) if isinstance(patch, Iterable) else ()
         if len(at) != 2 or any(not isinstance(i, int | np.integer) or isinstance(i, bool) for i in at):
             raise InputError(f"patches: got {patch!r}; expected pairs of row and column, such as (0, 3), or a mask of bool")
         if not (0 <= at[0] < rows and 0 <= at[1] < cols):

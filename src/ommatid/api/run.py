@@ -255,7 +255,7 @@ class Run:
         self,
         images: ImageLike | Iterable[ImageLike],
         latents: int | Sequence[int],
-        doses: Sequence[float] = DOSES,
+        doses: Sequence[float] | float = DOSES,
         *,
         texts: Sequence[str] | None = None,
         tokens: "Where" = "all",
@@ -305,9 +305,8 @@ class Run:
         >>> rows = found.table(["something red"])
         >>> change = rows.score - rows.score_before  # beside every control
         """
-        chosen = list(latents) if isinstance(latents, Iterable) else [latents]
         return steer_images(
-            self, photograph(images), chosen, doses=doses, texts=texts, tokens=tokens, patches=patches, kind=kind, unit=unit, error=error,
+            self, photograph(images), latents, doses=doses, texts=texts, tokens=tokens, patches=patches, kind=kind, unit=unit, error=error,
             draws=draws, seed=seed, sae=sae,
         )  # fmt: skip
 
@@ -315,7 +314,7 @@ class Run:
         self,
         images: ImageLike | Iterable[ImageLike],
         latents: int | Sequence[int],
-        doses: Sequence[float] = DOSES,
+        doses: Sequence[float] | float = DOSES,
         *,
         question: str = ONE_WORD,
         tokens: "Where" = "all",
@@ -366,9 +365,8 @@ class Run:
         Traceback (most recent call last):
         ommatid.errors.ModelError: extract.model.kind: ... models have no language model and cannot answer in words; ...
         """
-        chosen = [latents] if isinstance(latents, int) else list(latents)
         return ask_images(
-            self, photograph(images), chosen, question=question, doses=doses, tokens=tokens, patches=patches, kind=kind, unit=unit,
+            self, photograph(images), latents, question=question, doses=doses, tokens=tokens, patches=patches, kind=kind, unit=unit,
             error=error, draws=draws, seed=seed, max_new_tokens=max_new_tokens, sae=sae, dtype=dtype, device_map=device_map,
         )  # fmt: skip
 
@@ -591,7 +589,7 @@ def open_run(data: str | Path = DATA) -> Run:
 def intervene(
     images: ImageLike | Iterable[ImageLike],
     latents: int | Sequence[int],
-    doses: Sequence[float] = DOSES,
+    doses: Sequence[float] | float = DOSES,
     run: Run | str | Path = DATA,
     **options: Any,
 ) -> Intervention:
@@ -620,7 +618,7 @@ def intervene(
 def ask(
     images: ImageLike | Iterable[ImageLike],
     latents: int | Sequence[int],
-    doses: Sequence[float] = DOSES,
+    doses: Sequence[float] | float = DOSES,
     run: Run | str | Path = DATA,
     **options: Any,
 ) -> Answers:

@@ -103,4 +103,4 @@ def save(found: "Circuit", path: Path) -> None:
     from ommatid.show.pictures.page import write_whole
 
     texts = {".dot": found.to_dot, ".json": found.to_json, ".csv": lambda: found.table().to_csv(index=False)}
-    write_whole(path, texts[path.suffix.lower()]().encode())
+    write_whole(path, texts[path.suffix.lower()]().encode(), "--out")

@@ -157,6 +157,8 @@ def parse_patches(text: str) -> list[tuple[int, int]] | Image.Image:
     Raises:
         ConfigError: They are neither.
     """
+    if not text.strip():
+        raise ConfigError(f"--patches {text!r}: expected rows and columns of patches, such as '3,4 3,5', or a picture")
     if _PAIRS.fullmatch(text):
         numbers = [int(number) for number in re.findall(r"\d+", text)]
         return list(zip(numbers[::2], numbers[1::2], strict=True))
@@ -277,7 +279,7 @@ def _names(steered: "Steered", image: int, dose: float) -> list[tuple[str, ...]]
     for name in steered.top(image, N_NAMES):
         at = steered.names.index(name)
         before, after, *controls = (_cell(steered, image, at, arm, dose) for arm in ("none", "targeted", *arms))
-        rows.append((name, before, f"{after} *" if beyond_n[at] else after, *controls))
+        rows.append((_line(name), before, f"{after} *" if beyond_n[at] else after, *controls))
     raised = steered.raised(image, dose)
     return [*rows, ("most raised", DASH, *(_most(raised[arm]) for arm in ("targeted", *arms)))]
 
@@ -293,10 +295,16 @@ def _cell(steered: "Steered", image: int, at: int, arm: str, dose: float) -> str
     return f"{mean:.3f}" if single else f"{percent(mean)} #{rank}"
 
 
+def _line(name: str) -> str:
+    """Return a name on one line; a text of many words is cut, so that the table keeps its columns."""
+    words = " ".join(name.split())
+    return words if len(words) <= 40 else f"{words[:39]}…"
+
+
 def _most(raised: Sequence[tuple[str, float]]) -> str:
     """Write the name that an arm raises most, in any of its draws."""
     name, rise = max(raised, key=lambda one: one[1])
-    return f"{name} {rise:+.2f}" if rise >= 0.005 else DASH
+    return f"{_line(name)} {rise:+.2f}" if rise >= 0.005 else DASH
 
 
 def format_contributions(found: Contributions) -> list[str]:

@@ -123,6 +123,11 @@ class Circuit:
     n_shown: int
     """Number of nodes that the graph has."""
 
+    def __repr__(self) -> str:
+        sizes = [str(point.size) for point in self.points if point.arm == "circuit"]
+        of = sizes[0] if len(sizes) == 1 else f"{', '.join(sizes[:-1])} and {sizes[-1]}"
+        return f"Circuit({self.class_name!r} at {' and '.join(self.hookpoints)}, {of} latents)"
+
     def table(self) -> "pandas.DataFrame":
         """Return a row for each arm and size, with the fields of `Point` as columns."""
         import pandas

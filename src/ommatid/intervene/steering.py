@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -212,7 +213,7 @@ def check_doses(doses: Sequence[float]) -> tuple[float, ...]:
     Raises:
         InputError: There are none, one is not a finite number, or one is given twice.
     """
-    if odd := [dose for dose in doses if isinstance(dose, bool) or not isinstance(dose, int | float) or not math.isfinite(dose)]:
+    if odd := [dose for dose in doses if isinstance(dose, bool) or not isinstance(dose, Real) or not math.isfinite(dose)]:
         raise InputError(f"doses: got {odd[0]!r}; expected finite numbers, such as 0, 0.5, 1 and 2")
     if not doses:
         raise InputError("doses: there are none; give one or more, such as 0, 0.5, 1 and 2")
