@@ -1,5 +1,6 @@
 """Dose curves: what setting a latent to a dose does to the model's output, beside the controls of the same edit."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,10 +34,12 @@ class Outcome:
     """The same, as an infinitive."""
     effect: str
     """What an effect is."""
+    rivals: str = ""
+    """The further control of a causal latent, that of other labels, if there is one."""
 
     def named(self, label: str) -> "Outcome":
         """Return the words with what the page calls labels."""
-        return Outcome(*(words.format(label) for words in (self.axis, self.does, self.do, self.effect)))
+        return Outcome(*(words.format(label) for words in dataclasses.astuple(self)))
 
 
 OUTCOMES = {
@@ -45,6 +48,7 @@ OUTCOMES = {
         "moves images toward its {}",
         "move images toward its {}",
         "the change of the cosine of image and {}, less that of the other labels, in the direction that the edit promises",
+        ", and more than toward other {}s",
     ),
     "word_log_odds": Outcome(
         "log-odds of saying its {}, nats",

@@ -96,8 +96,9 @@ def _make_statuses(about: About) -> tuple[Section, bool]:
     rest = f" {untested['latents']:,} others are untested; the most common reason is: {untested['reason']}." if untested else ""
     reading = (
         f"{causal:,} of the {n_tested:,} latents that were tested {'is' if causal == 1 else 'are'} causal. A causal latent, set to a dose, "
-        f"{outcome.does} more than the same change does along other latents, along random directions and the other way, at a "
-        "dose that leaves the model whole. Reads only: at no dose does it. Breaks the model: only where the output drifts too far. The "
+        f"{outcome.does} more than the same change does along other latents, along random directions and the other way"
+        f"{outcome.rivals}, at a dose that leaves the model whole. Reads only: at no dose does it. Breaks the model: only where the output "
+        "drifts too far. The "
         "last row is the control: the same rule, applied to a random latent in the place of each. If it is as high as the first, no latent "
         f"is known to do anything.{rest}"
     )
@@ -148,8 +149,8 @@ def _make_scatter(about: About) -> Section:
         return Section(title, "Nothing to show: MS is undefined for every latent that was tested.", question)
     reading = (
         f"{_correlation(rows)} Each dot is a latent that was tested; its height is its effect less that of its best control, with a 95 % "
-        "interval. Only latents whose interval lies above the dashed line can be causal. The tested latents are a choice, by default those "
-        "of highest MS, among which a correlation is weaker than among all."
+        "interval. Only latents whose interval lies above the dashed line can be causal. The tested latents are chosen by "
+        "`intervene.latents`, and the correlation is that among them, not among all."
     )
     live = _describe(rows[0]["correlation_of_live"], rows[0]["n_live"])
     if live:
