@@ -6,7 +6,7 @@ It is replaced whole, and never by a build that was killed, met a full disk or r
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ommatid.catalog.stage import RELATIONS
 from ommatid.catalog.vectors import pack, unpack
 from ommatid.compute import nearest
 from ommatid.errors import ArtefactError
+from ommatid.intervene.subject import best_labels
 from ommatid.store import Artefact, Draft
 from support import catalog as artefacts
 
@@ -127,6 +128,13 @@ def test_features_take_the_best_ok_label_and_keep_every_latent(catalog: Catalog)
     ]
 
 
+def check_tested_labels(inputs: Mapping[str, Artefact], catalog: Catalog) -> None:
+    """Check that interventions move outputs toward the labels that `features` shows."""
+    (labels,) = inputs["label"].each().values()
+    of_features = catalog.rows("SELECT latent, label, label_score FROM features WHERE label IS NOT NULL ORDER BY latent")
+    assert [(latent, row["label"], row["score"]) for latent, row in sorted(best_labels(labels).items())] == of_features
+
+
 def test_what_people_say_comes_first_with_its_own_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it scores lower than other labels or has no score; of several by people the best is shown."""
     by_people = [
@@ -135,8 +143,10 @@ def test_what_people_say_comes_first_with_its_own_score(tmp_path: Path, monkeypa
         (1, "human-2", 4, "ok", "a van", 0.55, 0.5),
     ]
     monkeypatch.setattr(artefacts, "LABELS", [*artefacts.LABELS, *by_people])
-    artefacts.build(tmp_path, artefacts.make_inputs(tmp_path))
+    inputs = artefacts.make_inputs(tmp_path)
+    artefacts.build(tmp_path, inputs)
     with Catalog(artefacts.path_in(tmp_path)) as catalog:
+        check_tested_labels(inputs, catalog)
         assert catalog.rows("SELECT latent, label, label_score, labeller FROM features ORDER BY latent LIMIT 3") == [
             (0, "a lion", 0.3, "human"),
             (1, "a van", 0.55, "human-2"),
@@ -568,8 +578,10 @@ def test_among_equal_label_scores_the_first_labellers_label_is_the_features(
 ) -> None:
     rows = [(0, labeller, place, "ok", f"by {labeller}", score, None) for labeller, place, score in labels]
     monkeypatch.setattr(artefacts, "LABELS", rows)
-    artefacts.build(tmp_path, artefacts.make_inputs(tmp_path))
+    inputs = artefacts.make_inputs(tmp_path)
+    artefacts.build(tmp_path, inputs)
     with Catalog(artefacts.path_in(tmp_path)) as catalog:
+        check_tested_labels(inputs, catalog)
         assert catalog.rows("SELECT label, labeller FROM features WHERE latent = 0") == [(f"by {best}", best)]
         assert catalog.rows("SELECT labeller FROM labels WHERE latent = 0") == [(labeller,) for labeller, _, _ in labels]
         assert catalog.rows("SELECT beats_control FROM runs") == [(None,)]

@@ -122,12 +122,7 @@ class Subject:
     @cached_property
     def labels(self) -> dict[int, dict[str, Any]]:
         """Label and score of each latent that has a label, by latent: the same that the relation `features` shows."""
-        rows = self.inputs["label"].read("labels", ["latent", "labeller", "place", "status", "label", "score"]).to_pylist()
-        found: dict[int, dict[str, Any]] = {}
-        for row in sorted(rows, key=_label_order):
-            if row["status"] == "ok":
-                found.setdefault(row["latent"], row)
-        return found
+        return best_labels(self.inputs["label"])
 
     @cached_property
     def latents(self) -> dict[int, dict[str, Any]]:
@@ -294,6 +289,15 @@ class Subject:
             raise ModelError(
                 f"{self.model.name} has no text tower with which to embed texts; leave them out to read classes by a linear head"
             )
+
+
+def best_labels(labels: Artefact) -> dict[int, dict[str, Any]]:
+    """Load the label and the score of each latent that has a label, by latent; of several labels, the one that `features` shows."""
+    found: dict[int, dict[str, Any]] = {}
+    for row in sorted(labels.read("labels", ["latent", "labeller", "place", "status", "label", "score"]).to_pylist(), key=_label_order):
+        if row["status"] == "ok":
+            found.setdefault(row["latent"], row)
+    return found
 
 
 def _label_order(row: Mapping[str, Any]) -> tuple[Any, ...]:
