@@ -4,6 +4,7 @@ The model reads three colours of its tokens. Three latents are detectors of a co
 as well, but write where the model does not read.
 """
 
+import gc
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -16,12 +17,16 @@ from safetensors.torch import save_file
 
 from ommatid.config import Params
 from ommatid.config.intervene import BestLatents, ListedLatents
+from ommatid.errors import InputError
 from ommatid.events import Event, Warned
+from ommatid.images.labels import list_split
 from ommatid.intervene import measure as measure_module
 from ommatid.intervene.edit import Edit
 from ommatid.intervene.erasure import Erasure
 from ommatid.intervene.firings import find_firings
+from ommatid.intervene.latent_test import Found, LatentTest
 from ommatid.intervene.measure import Measured, measure
+from ommatid.intervene.output_scores import N_TRIED, output_scores
 from ommatid.intervene.study import Study
 from ommatid.intervene.subject import Subject
 from ommatid.store import Artefact
@@ -285,3 +290,80 @@ def test_probes_see_the_mean_token_of_labelled_images_and_rows_name_every_arm(
     assert {row["arm"]: row["n_draws"] for row in rows} == arms
     assert {(row["dose"], row["n_images"]) for row in rows} == {(0.0, len(subject.classes) // 2)}
     assert next(row["value"] for row in rows if row["arm"] == "none") == 1
+
+
+def test_latents_are_ranked_by_output_score_on_images_on_which_none_is_tested(
+    line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A score in which every image counts once, by the classes that the latent raises on the images of the other half."""
+    use_tile_model(monkeypatch)
+    study = Study(params.intervene, Subject(line))
+    study.subject.reads  # noqa: B018 - checks the weights with an image
+    loaded: list[int] = []
+    original = Subject.load_pixels
+    monkeypatch.setattr(Subject, "load_pixels", lambda subject, images: loaded.extend(images) or original(subject, images))
+    found = output_scores(study, range(14))
+    assert len(loaded) == len(set(loaded)) == N_TRIED and not set(loaded) & set(study.images)
+    assert set(loaded) <= set(list_split(line["images"], "train"))
+    readout, pixels = study.readout, torch.cat([x for part in (loaded[:8], loaded[8:]) for _, x in original(study.subject, part)])
+    assert readout
+    (red,) = study.subject.describe([0])
+    edit = study.subject.editor([red]).replacement(Edit((0,), "set", 1.0))
+    plain, edited = map(readout.log_probabilities, study.subject.model.splice(pixels, "tiles", [lambda tokens: tokens, edit]))
+    expected = []
+    for image in range(N_TRIED):
+        other = slice(8, None) if image < 8 else slice(0, 8)
+        raised = int((edited - plain)[other].mean(0).argmax())
+        best = [float((1 - (one[image] > one[image, raised]).double().mean()) * one[image, raised].exp()) for one in (edited, plain)]
+        expected.append(best[0] - best[1])
+    assert found[0] == pytest.approx(sum(expected) / N_TRIED, rel=1e-6)
+    assert found[0] > 0.1 > max(abs(score) for latent, score in found.items() if latent not in PLANTED)
+
+
+def test_without_training_images_latents_are_not_ranked_by_output_score(
+    line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_tile_model(monkeypatch)
+    monkeypatch.setattr("ommatid.intervene.output_scores.list_split", lambda *_: [])
+    with pytest.raises(InputError, match="as there are no training images; name ms in"):
+        output_scores(Study(params.intervene, Subject(line)), [0])
+
+
+def test_no_tokens_are_kept_of_a_batch_after_it(line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of latents are tested in one pass, each with an editor of its own, which would hold a copy of them."""
+    use_tile_model(monkeypatch)
+    study = Study(params.intervene, Subject(line))
+    (red,) = study.subject.describe([0])
+    test = LatentTest(study, red)
+    _, pixels = next(study.iter_pixels())
+    read = study.subject.model.capture(pixels, ["tiles"]).tokens["tiles"]
+    kept = study.subject.reads.pick(read).shape
+    count = lambda: sum(type(one) is torch.Tensor and one.ndim == 3 and one.shape[1:] == kept[1:] for one in gc.get_objects())  # noqa: E731
+    before = count()
+    test.editor.read(read)
+    assert count() == before + 1
+    test.run(pixels, read)
+    assert count() == before
+
+
+@pytest.mark.parametrize(
+    ("doses", "fires", "reason"),
+    [
+        ((0.0,), 7, "it fires on 7 of 32 images, and its removal is tested on 8 or more; name a dose above 0 and up to 1"),
+        ((2.0,), 7, "no dose from 0 to 1 is named, and only such doses decide"),
+    ],
+)
+def test_an_untested_latent_says_which_doses_are_wanted(
+    line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch, doses: Any, fires: int, reason: str
+) -> None:
+    """Removal from a few images is no test of the latent, and none of the random one in its place either."""
+    original = LatentTest.finish
+
+    def finish(test: LatentTest, spread: float) -> Found:
+        test.fires = [torch.arange(len(test.study.images)) < fires]
+        return original(test, spread)
+
+    monkeypatch.setattr(LatentTest, "finish", finish)
+    found = run(line, params, monkeypatch, doses=doses, latents=ListedLatents(kind="listed", latents=(0,)))
+    assert found.effects[0]["status"] == "untested" and found.effects[0]["reason"].startswith(reason)
+    assert found.random_causal is None

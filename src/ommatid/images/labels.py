@@ -1,6 +1,12 @@
-"""Labels and taxonomy of the images."""
+"""Splits, labels and taxonomy of the images."""
 
 from ommatid.store import Artefact
+
+
+def list_split(images: Artefact, split: str) -> list[int]:
+    """List the numbers of the images of a split, `train` or `eval`, in their order."""
+    table = images.read("images", ["image", "split"])
+    return [image for image, of in zip(table["image"].to_pylist(), table["split"].to_pylist(), strict=True) if of == split]
 
 
 def load_labels(images: Artefact, of_split: str = "eval") -> dict[int, str]:

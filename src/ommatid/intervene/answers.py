@@ -30,7 +30,7 @@ from ommatid.images.original import OriginalReader
 from ommatid.intervene.arms import N_DRAWS, Controls, make_arms
 from ommatid.intervene.edit import Edit, Editor, ErrorTerm, Unit, Where
 from ommatid.intervene.latent_test import ArmsTest
-from ommatid.intervene.measure import Measured, choose_latents, untested_row
+from ommatid.intervene.measure import Measured, choose_latents, share_of_random, untested_row
 from ommatid.intervene.steering import (
     BATCH,
     ArmKey,
@@ -147,13 +147,12 @@ class _Questioning:
         if not spread:
             raise InputError(f"{self.speaker.name} answers the same about all images, so no drift can be measured; ask another question")
         found = [test.finish(spread) for test in tests]
-        statuses = [one.random_status for one in found]
         return Measured(
             interventions=[*(row for one in found for row in one.interventions), *self._score(tests, on_event)],
             effects=[*(one.effect for one in found), *untested],
             attributions=[],
             zero_dose=max(test.zero_dose for test in tests),
-            random_causal=sum(status == "causal" for status in statuses) / len(statuses),
+            random_causal=share_of_random([one.random_status for one in found]),
         )
 
     def _ask_all(self, tests: "Sequence[AnswerTest]", on_event: Listener) -> float:
@@ -298,11 +297,13 @@ class AnswerTest(ArmsTest):
         fires_v = (self.editor.read(asked.tokens).acts[..., 0] > 0).any(1).cpu()
         self.fires.append(torch.stack([views.any() for views in fires_v.split(list(asked.n_views))]))
         unmoved = self._ask_arms(asked, self.real)
+        self.editor.forget()
         self.zero_dose = max(self.zero_dose, float((unmoved.log_p - asked.plain.log_p).abs().max()))
 
     def ask_about_grey(self, asked: Asked) -> None:
         """Ask about the neutral image in all arms."""
         self._ask_arms(asked, self.grey)
+        self.editor.forget()
 
     def ask_about_strongest(self, asked: Asked) -> None:
         """Ask about the latent's strongest images under the edit and under the first random latent."""
@@ -311,6 +312,7 @@ class AnswerTest(ArmsTest):
         for arm in arms:
             if arm.name in shifts and arm.draw == 0:
                 shifts[arm.name].append(answer_shift(asked.plain.log_p, asked.again(arm.replacement, None).log_p).cpu())
+        self.editor.forget()
         self.drift.append(torch.stack(shifts["targeted"]))
         self.random_drift.append(torch.stack(shifts["random_latent"]))
 

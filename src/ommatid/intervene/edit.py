@@ -249,6 +249,10 @@ class Editor:
 
         return replace
 
+    def forget(self) -> None:
+        """Let go of the tokens that were encoded last, which would stay in memory for as long as the editor does."""
+        self._seen = None
+
     def _codes_of(self, kept: Float[Tensor, "batch kept d_out"], codes: Codes | None, reconstruct: bool) -> Codes:
         """Return the codes that were given, or else those of the kept tokens, which are computed once for all edits of the same tokens."""
         if codes is not None:

@@ -118,8 +118,9 @@ class ArmsTest:
         signs = torch.tensor([-1.0 if dose == 0 else 1.0 for dose in self.doses], dtype=torch.float64)[:, None]
         promised = {name: self._by_dose(effects_an, name) for name in (*CONTROLS, "targeted", "diff_means") if self._has(name)}
         promised = {name: values * (signs if values.ndim == 2 else signs[:, None]) for name, values in promised.items()}
-        if int(torch.cat(self.fires).sum()) < LEAST_FIRING:  # to remove a latent from too few of the images tests nothing
-            drift_p[[place for place, dose in enumerate(self.doses) if dose == 0]] = math.nan
+        if self._n_firing < LEAST_FIRING:  # to remove a latent, or a random one in its place, from too few of the images tests nothing
+            for drift in (drift_p, random_drift_p):
+                drift[[place for place, dose in enumerate(self.doses) if dose == 0]] = math.nan
         nothing = torch.zeros_like(promised["targeted"])  # or an edit would be above its controls if these do worse than nothing
         controls = {"none": nothing, **{name: promised[name] for name in CONTROLS}}
         first, rest = promised["random_latent"][:, 0], promised["random_latent"][:, 1:]
@@ -138,10 +139,23 @@ class ArmsTest:
     def _effect(self, found: Status, random_status: CausalStatus) -> dict[str, Any]:
         row = {"latent": self.chosen.latent, "status": found.status}
         if found.status == "untested":
-            return {**row, "reason": f"only {sum(map(len, self.fires))} images; {LEAST_IMAGES} are needed, and a dose of 1 at most"}
+            return {**row, "reason": self._why_untested()}
         numbers = {name: getattr(found, name) for name in ("dose", "effect", "effect_low", "effect_high", "best_control")}
         act = found.dose * self.chosen.scale
         return {**row, "outcome": self.outcome, "act": act, **numbers, "control_causal": random_status}
+
+    @property
+    def _n_firing(self) -> int:
+        """Number of images on which the latent fires."""
+        return int(torch.cat(self.fires).sum())
+
+    def _why_untested(self) -> str:
+        if (n := sum(map(len, self.fires))) < LEAST_IMAGES:
+            return f"only {n} images; {LEAST_IMAGES} are needed"
+        if self.doses[0] == 0 and self._n_firing < LEAST_FIRING:
+            few = f"it fires on {self._n_firing} of {n} images, and its removal is tested on {LEAST_FIRING} or more"
+            return f"{few}; name a dose above 0 and up to 1, or run the model on more images (intervene.n_images)"
+        return "no dose from 0 to 1 is named, and only such doses decide"
 
     def _has(self, name: str) -> bool:
         return any(arm == name for arm, _ in self.edited)
@@ -235,6 +249,7 @@ class LatentTest(ArmsTest):
             (none, *arms), _ = self._make_arms(read[fires])
             plain_there, *edited = self._splice(pixels[fires], [none.replacement, *(arms[place].replacement for place in removals)])
             self._keep(removals, images[fires.cpu()], plain_there, edited)
+        self.editor.forget()
         return plain
 
     def _make_room(self, n_arms: int) -> None:

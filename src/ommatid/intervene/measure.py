@@ -23,6 +23,7 @@ from ommatid.intervene.patches import PatchHead, PatchTest, fit_patch_head
 from ommatid.intervene.study import Study
 from ommatid.intervene.subject import Described, Subject
 from ommatid.metrics import unit
+from ommatid.metrics.interventions import CausalStatus
 
 LEAST_FIRING = 8
 """Number of sampled tokens on which a latent must fire for its scale to be known."""
@@ -85,16 +86,21 @@ def _measure(study: Study, on_event: Listener) -> Measured:
         )
     tested = {one.effect["latent"] for one in found}
     by_patch = _run_patches(study, [one for one in chosen if one.latent in tested], head, on_event) if head else []
-    judged = [one.random_status for one in found if one.random_status != "untested"]
     return Measured(
         interventions=[*(row for one in found for row in one.interventions), *by_patch],
         effects=[*(one.effect for one in found), *untested],
         attributions=attribution_rows(study, attribution),
         zero_dose=max(one.zero_dose for one in found),
-        random_causal=judged.count("causal") / len(judged) if judged else None,
+        random_causal=share_of_random([one.random_status for one in found]),
         latents=_describe_live(study, attribution),
         patch_accuracy=head.accuracy if head else None,
     )
+
+
+def share_of_random(statuses: Sequence[CausalStatus]) -> float | None:
+    """Return the share of random latents that are called causal, of those that could be judged; None if none could."""
+    judged = [status for status in statuses if status != "untested"]
+    return judged.count("causal") / len(judged) if judged else None
 
 
 def _open_masks(study: Study, on_event: Listener) -> Masks | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ommatid.errors import InputError
 from ommatid.extract.drawn import draw_images
+from ommatid.images.labels import list_split
 from ommatid.intervene.latent_test import ArmsTest
 from ommatid.intervene.masks import Masks
 from ommatid.intervene.study import Study
@@ -78,8 +79,7 @@ def fit_patch_head(subject: Subject, masks: Masks, latents: Sequence[int]) -> Pa
     """
     last, n_special, grid = _find_last(subject)
     images = subject.inputs["images"]
-    table = images.read("images", ["image", "split"]).to_pydict()
-    held = [number for number, split in zip(table["image"], table["split"], strict=True) if split == "train" and number in masks]
+    held = [number for number in list_split(images, "train") if number in masks]
     drawn = draw_images(images, held, N_FITTED).numbers.tolist()
     truth = masks.load(drawn, subject.model.preprocess, grid)
     assert truth.numbers.tolist() == drawn, "images are read in another order than masks"
@@ -169,15 +169,16 @@ class PatchTest(ArmsTest):
                 some = [arm.replacement for arm in arms[start : start + n_arms]]
                 found += map(self.head.predict, subject.model.splice(pixels, subject.writes.name, some, self.head.hookpoint))
             predicted.append(torch.stack(found).to(torch.uint8))
-        yield from self._rates(torch.cat(predicted, 1).int())
+            self.editor.forget()
+        yield from self._rates(torch.cat(predicted, 1))
 
-    def _rates(self, predicted_abp: Int[Tensor, "arms images patches"]) -> Iterator[dict[str, Any]]:
+    def _rates(self, predicted_abp: UInt8[Tensor, "arms images patches"]) -> Iterator[dict[str, Any]]:
         target = self.head.targets[self.chosen.latent]
-        plain, n = predicted_abp[0].flatten(), predicted_abp.shape[1]
+        plain, n = predicted_abp[0].flatten().int(), predicted_abp.shape[1]
         image = torch.arange(n).repeat_interleave(predicted_abp.shape[2])
         for arm, dose, places in self._each():
             n_draws = len(places)
-            edited = predicted_abp[[1 + place for place in places]].flatten()
+            edited = predicted_abp[[1 + place for place in places]].flatten().int()
             rates = change_rates(plain.repeat(n_draws), edited, target, image.repeat(n_draws))
             of = {"target_rate": rates.target, "other_rate": rates.other, "specificity": rates.specificity}
             for outcome, found in of.items():

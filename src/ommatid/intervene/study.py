@@ -13,6 +13,7 @@ from ommatid.config import InterveneParams
 from ommatid.errors import InputError, ModelError
 from ommatid.extract.classifier import embed_texts
 from ommatid.extract.drawn import draw_images
+from ommatid.images.labels import list_split
 from ommatid.intervene.erasure import Erasure
 from ommatid.intervene.readout import Readout
 from ommatid.intervene.subject import Described, Subject
@@ -53,8 +54,7 @@ class Study:
         What is chosen for each arm by its outputs is chosen on the first half, every other image, and measured on the second.
         """
         images, classes = self.subject.inputs["images"], self.subject.classes
-        table = images.read("images", ["image", "split"])
-        of_eval = [image for image, split in zip(table["image"].to_pylist(), table["split"].to_pylist(), strict=True) if split == "eval"]
+        of_eval = list_split(images, "eval")
         rng = np.random.default_rng(self.params.seed)
         shuffled = [of_eval[place] for place in rng.permutation(len(of_eval))]
         if classes:
