@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float32, Float64, Int32, Int64
 from torch import Tensor
 
 from ommatid.activations.columns import from_float16
@@ -212,10 +212,10 @@ class _Audit:
         )
 
     @cached_property
-    def having(self) -> dict[int, Int64[np.ndarray, " _having"]]:
+    def having(self) -> dict[int, Int32[np.ndarray, " _having"]]:
         """Places of the images that have each latent, the strongest first: those on which it fires, but no more than half of all."""
         split, numbers = load_eval_split(self.subject.inputs["images"]), self.images.numbers
-        place = np.full(len(split.images), -1)
+        place = np.full(len(split.images), -1, dtype=np.int32)  # half the memory, as there is a number for each firing
         place[split.rows_of(numbers)] = np.arange(len(numbers))
         files = [str(path) for path in self.subject.inputs["evaluate"].files("firings")]
         with tempfile.TemporaryDirectory(prefix="ommatid-audit-") as temp:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from ommatid.errors import InputError
@@ -86,23 +86,24 @@ def fit_patch_head(subject: Subject, masks: Masks, latents: Sequence[int]) -> Pa
     n_patches, some = grid[0] * grid[1], torch.tensor(list(latents), dtype=torch.int64, device=subject.device)
     values = truth.classes.unique()
     values = values[values >= 0]
-    sums, counts, patches = torch.zeros(len(values), len(latents)), torch.zeros(len(values)), []
-    done = 0
-    for _, pixels in subject.load_pixels(drawn):
-        tokens = subject.model.capture(pixels, [subject.reads.name, last]).tokens
-        acts = subject.device_sae.encode_latents(subject.reads.pick(tokens[subject.reads.name])[:, -n_patches:].flatten(0, 1).float(), some)
-        is_class = (truth.classes[done : done + len(pixels)].flatten()[:, None] == values).float()
-        sums, counts = sums + is_class.T @ acts.cpu(), counts + is_class.sum(0)
-        patches.append(tokens[last][:, n_special:].cpu())
-        done += len(pixels)
-    x, y = torch.cat(patches).flatten(0, 1) if patches else torch.empty(0, 1), truth.classes.flatten()
+    y = truth.classes.flatten()
     is_held = (torch.arange(len(drawn)) % HELD_OUT == HELD_OUT - 1).repeat_interleave(n_patches)
     kept = [value for value in values.tolist() if int((y[~is_held] == value).sum()) >= LEAST_PATCHES]
     if len(kept) < 2 or len(set(y[is_held].tolist()) & set(kept)) < 2:
         named = ", ".join(map(masks.name, kept)) or "none"
         need = f"there must be {LEAST_PATCHES} patches or more of at least two classes, in several images"
         raise InputError(f"no outcomes by patch: in the masks of {len(drawn)} training images, {need}; there are of {named}")
-    probes, accuracy = _fit(x, y, is_held, kept)
+    y = y[:, None] == torch.tensor(kept)
+    chosen = _choose(y.any(1), is_held)
+    sums, counts, x, done = torch.zeros(len(values), len(latents)), torch.zeros(len(values)), [], 0
+    for _, pixels in subject.load_pixels(drawn):
+        tokens, of_batch = subject.model.capture(pixels, [subject.reads.name, last]).tokens, slice(done, done + len(pixels))
+        acts = subject.device_sae.encode_latents(subject.reads.pick(tokens[subject.reads.name])[:, -n_patches:].flatten(0, 1).float(), some)
+        is_class = (truth.classes[of_batch].flatten()[:, None] == values).float()
+        sums, counts = sums + is_class.T @ acts.cpu(), counts + is_class.sum(0)
+        x.append(tokens[last][:, n_special:].cpu()[chosen.unflatten(0, (-1, n_patches))[of_batch]])
+        done += len(pixels)
+    probes, accuracy = _fit(torch.cat(x), y[chosen], is_held[chosen])
     chance = 1 / len(kept)
     if accuracy < chance + LEAST_GAIN * (1 - chance):
         found = f"a linear head at {last} names {accuracy:.0%} of the patches of each class right in held-out images"
@@ -127,19 +128,21 @@ def _find_last(subject: Subject) -> tuple[str, int, tuple[int, int]]:
     return after[-1], len(last.special), last.grid
 
 
+def _choose(is_known_n: Bool[Tensor, " patches"], is_held_n: Bool[Tensor, " patches"]) -> Bool[Tensor, " patches"]:
+    """Return whether each patch is used, `(n,)`: some of those to fit to, and all known ones that test the head."""
+    fitted = (is_known_n & ~is_held_n).nonzero()[:, 0]
+    chosen = is_known_n & is_held_n
+    chosen[fitted[torch.from_numpy(np.random.default_rng(0).permutation(len(fitted))[:N_PATCHES])]] = True
+    return chosen
+
+
 def _fit(
-    x_nd: Float[Tensor, "patches d"], y_n: Int[Tensor, " patches"], is_held_n: Tensor, classes: Sequence[int]
+    x_nd: Float[Tensor, "patches d"], y_nm: Bool[Tensor, "patches classes"], is_held_n: Bool[Tensor, " patches"]
 ) -> tuple[LogisticProbes, float]:
     """Fit the head, and return its balanced accuracy on the held-out images."""
-    y = y_n[:, None] == torch.tensor(classes)
-    known = y.any(1)
-    fitted = (known & ~is_held_n).nonzero()[:, 0]
-    chosen = np.random.default_rng(0).permutation(len(fitted))[:N_PATCHES]
-    fitted = fitted[torch.from_numpy(np.sort(chosen))]
-    probes = fit_probes(x_nd[fitted], y[fitted])
-    tested = known & is_held_n
-    right = probes.scores(x_nd[tested]).argmax(1) == y[tested].int().argmax(1)
-    return probes, float(torch.stack([right[of_one].double().mean() for of_one in y[tested].T if of_one.any()]).mean())
+    probes, y = fit_probes(x_nd[~is_held_n], y_nm[~is_held_n]), y_nm[is_held_n]
+    right = probes.scores(x_nd[is_held_n]).argmax(1) == y.int().argmax(1)
+    return probes, float(torch.stack([right[of_one].double().mean() for of_one in y.T if of_one.any()]).mean())
 
 
 class PatchTest(ArmsTest):
