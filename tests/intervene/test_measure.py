@@ -329,6 +329,21 @@ def test_without_training_images_latents_are_not_ranked_by_output_score(
         output_scores(Study(params.intervene, Subject(line)), [0])
 
 
+def test_the_tests_of_all_latents_share_the_embeddings_of_labels(
+    line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy for each would grow with the square of the number of latents."""
+    use_tile_model(monkeypatch)
+    study = Study(params.intervene, Subject(line))
+    study.chosen = [0, 1]
+    d, n = study.subject.model.d_output, len(study.texts)
+    tables = lambda: sum(type(one) is torch.Tensor and one.shape == (n, d) and one.dtype == torch.float64 for one in gc.get_objects())  # noqa: E731
+    first, *more = (study.movement(one) for one in study.subject.describe([0, 1]))
+    both = tables()
+    del more
+    assert both == tables() and len(first(torch.rand(2, d), torch.rand(2, d))) == 2
+
+
 def test_no_tokens_are_kept_of_a_batch_after_it(line: dict[str, Artefact], params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of latents are tested in one pass, each with an editor of its own, which would hold a copy of them."""
     use_tile_model(monkeypatch)

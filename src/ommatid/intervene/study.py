@@ -108,7 +108,7 @@ class Study:
         if self.subject.model.d_embed is not None:
             if one.label is None:
                 raise InputError("it has no label toward which an edit could move the output")
-            names, scores = list(self.texts), partial(_cosines, unit(torch.stack(list(self.texts.values()))))
+            names, scores = list(self.texts), partial(_cosines, self._unit_texts)
             if len(names) < 2:
                 raise InputError(f"all labels are {one.label!r}, so an edit cannot be told from one toward another label")
             return partial(_move, scores, self._with_rivals(one.latent, names.index(one.label), len(names)))
@@ -153,6 +153,11 @@ class Study:
         some = [names[place] for place in rng.permutation(len(names))[:N_LABELS]]
         wanted = list(dict.fromkeys([*(labels[latent]["label"] for latent in self.chosen if latent in labels), *some]))
         return dict(zip(wanted, embed_texts(self.subject.model, wanted), strict=True))
+
+    @cached_property
+    def _unit_texts(self) -> Float64[Tensor, "names d"]:
+        """The embeddings of `texts` at unit norm; one copy serves the tests of all latents."""
+        return unit(torch.stack(list(self.texts.values())))
 
 
 def _cosines(texts_md: Float64[Tensor, "names d"], outputs_bd: Float32[Tensor, "batch d"]) -> Float64[Tensor, "batch names"]:
