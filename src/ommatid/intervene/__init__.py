@@ -23,7 +23,7 @@ STAGE = Stage(
     is_per_sae=True,
     reads_target=True,
     has_binding_params=False,
-    memory_advice="lower intervene.n_images or intervene.draws",
+    memory_advice="lower intervene.n_images, intervene.draws or, if the model is asked for words, intervene.answers.batch",
 )
 
 
