@@ -453,7 +453,8 @@ def test_latents_doses_and_patches_may_be_arrays(run: ommatid.Run) -> None:
     doses: list[Any] = [np.linspace(0, 1, 3), torch.tensor([0, 0.5, 1]), [np.float32(0), 0.5, 1]]
     assert {run.intervene("red.png", RED, given, draws=2).steered.doses for given in doses} == {(0, 0.5, 1)}
     assert run.intervene("red.png", RED, 1, draws=2).steered.doses == (1,)
-    assert run.intervene("red.png", RED, [1], patches=torch.ones(GRID, dtype=torch.bool), draws=2).steered.doses == (1,)
+    patches: Any = torch.ones(GRID, dtype=torch.bool)
+    assert run.intervene("red.png", RED, [1], patches=patches, draws=2).steered.doses == (1,)
 
 
 def test_a_model_with_other_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
