@@ -815,7 +815,11 @@ def check_class(subject: "Subject", name: str) -> None:
     if name not in classes:
         near = difflib.get_close_matches(name, classes, n=1)
         guess = f"did you mean {near[0]!r}? " if near else ""
-        has = f"they have {_listed(classes)}" if classes else "they are not of several classes; name texts instead"
+        has = (
+            f"they have {_listed(classes)}"
+            if classes
+            else "they are not of several classes: label them (images.source), or attribute a text"
+        )
         raise InputError(f"class {name!r}: {'the head does not know' if subject.head else 'no evaluation image has'} it; {guess}{has}")
 
 

@@ -71,7 +71,7 @@ def draw_steered(steered: Steered, photographs: Sequence[Photograph], follow: st
     shown = photographs[:MOST_IMAGES]
     n_heat = min(MOST_HEAT, len(steered.latents)) if steered.grid else 0
     left = MARGIN + (1 + n_heat) * (TILE + GAP) + 62
-    notes = [line for warning in steered.warnings for line in textwrap.wrap(f"! {warning}", 165)]
+    notes = [line for warning in steered.warnings for line in textwrap.wrap(short(f"! {warning}", 660), 165)]
     if len(photographs) > len(shown):
         notes.append(f"{len(photographs) - len(shown)} more images are in the table.")
     width = left + CURVE + 36 + WORDS + MARGIN
@@ -135,7 +135,7 @@ def _draw_curve(page: Page, x: int, y: int, steered: Steered, image: int, name: 
     """Draw a name's probability, or score if it is the only one, by dose, with the lines of all controls."""
     at, single = steered.names.index(name), len(steered.names) == 1
     values, doses = steered.scores_abn if single else 100 * steered.log_p_abn.exp(), steered.doses
-    page.text(x, y - 4, short(f"{'score' if single else 'probability'} of “{name}”", 60), 9.5, weight="bold")
+    page.text(x, y - 4, short(f"{'score' if single else 'probability'} of “{' '.join(name.split())}”", 48), 9.5, weight="bold")
     page.text(x, y + 12, f"({why})", 7.5, GREY)
     axes = page.axes(x, y + 32, CURVE, 160)
     is_one = len(doses) == 1  # a line needs two, so that marks take its place
@@ -187,7 +187,7 @@ def _draw_words(page: Page, x: int, y: int, steered: Steered, image: int) -> Non
     for i, place in enumerate(after_n.argsort()[:8].tolist()):
         at = y + 26 + 20 * i
         page.text(x + 14, at, f"{int(after_n[place])}", 8.5, GREY, ha="right")
-        page.text(x + 24, at, short(steered.names[place], 26), 8.5)
+        page.text(x + 24, at, short(" ".join(steered.names[place].split()), 22), 8.5)
         page.text(x + 222, at, percent(float(p_after_n[place])), 8.5, ACCENT, ha="right")
         page.text(x + WORDS, at, f"{int(before_n[place])}.  {percent(float(p_before_n[place]))}", 8.5, GREY, ha="right")
 
@@ -230,14 +230,14 @@ def draw_attributed(
         The page. It shows at most `MOST_IMAGES` images.
     """
     shown = list(zip(photographs, sources, strict=True))[:MOST_IMAGES]
-    lines = [line for note in notes for line in textwrap.wrap(f"! {note}", 165)]
+    lines = [line for note in notes for line in textwrap.wrap(short(f"! {note}", 660), 165)]
     if len(photographs) > len(shown):
         lines.append(f"{len(photographs) - len(shown)} more images are in the table.")
     bars_at = MARGIN + TILE + 190
     tiles_at = bars_at + 260 + 40
     height = 2 * (SMALL + 34) + 24
     page = Page(tiles_at + N_TILES // 2 * (SMALL + GAP) + MARGIN, MARGIN + HEADER + len(shown) * height + 16 * len(lines) + MARGIN)
-    page.text(MARGIN, MARGIN - 10, short(output, 80), 16, weight="bold")
+    page.text(MARGIN, MARGIN - 10, short(" ".join(output.split()), 80), 16, weight="bold")
     page.text(
         MARGIN,
         MARGIN + 24,
