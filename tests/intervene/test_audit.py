@@ -12,7 +12,7 @@ import pytest
 from ommatid.config import InterveneParams, Params
 from ommatid.config.intervene import AuditParams
 from ommatid.errors import ConfigError
-from ommatid.events import Event, Progress, ignore
+from ommatid.events import Event, Progress, Warned, ignore
 from ommatid.intervene import audit as module
 from ommatid.intervene.attributes import load_attributes
 from ommatid.intervene.audit import Audited, audit
@@ -253,5 +253,15 @@ def test_parquet_and_numbers_of_images_are_read_and_unknown_values_and_images_ar
     first, second, third = line["images"].read("images", ["image"])["image"].to_pylist()[:3]
     table = {"image": [first, second, third, 10**6], "ruler": [True, False, None, True], "hair": ["YES", "", "0", "no"]}
     pq.write_table(pa.table(table), tmp_path / "given.parquet")
-    found = load_attributes(str(tmp_path / "given.parquet"), line["images"])
+    told: list[Event] = []
+    found = load_attributes(str(tmp_path / "given.parquet"), line["images"], told.append)
     assert found == {"ruler": {first: True, second: False}, "hair": {first: True, third: False}}
+    (warned,) = told
+    assert isinstance(warned, Warned) and "1 of 4 rows of " in warned.what and warned.what.endswith("by image, such as '1000000'")
+
+
+def test_an_attribute_that_is_known_of_a_single_image_is_no_fault(tmp_path: Path, params: Params, line: dict[str, Artefact]) -> None:
+    rows = line["images"].read("images", ["path", "split"]).to_pylist()
+    (tmp_path / "given.csv").write_text(f"path,ruler\n{next(row['path'] for row in rows if row['split'] == 'eval')},yes\n")
+    found = run(params, line, n=0, attributes=str(tmp_path / "given.csv"))
+    assert found.counts["n_with_attributes"] == 1 < found.counts["n_images"]

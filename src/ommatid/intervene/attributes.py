@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ommatid.errors import ConfigError
+from ommatid.events import Listener, Warned, ignore
 from ommatid.store import Artefact
 
 KEY = "intervene.audit.attributes"
@@ -21,13 +22,14 @@ Attributes = Mapping[str, Mapping[int, bool]]
 """By the name of each attribute, whether images have it, by image number; images of which it is not known are left out."""
 
 
-def load_attributes(path: str, images: Artefact) -> Attributes:
+def load_attributes(path: str, images: Artefact, on_event: Listener = ignore) -> Attributes:
     """Read the attributes of images from a CSV or Parquet file.
 
     Args:
         path: The file. One of its columns is `path`, `image_id` or `image`, with values of that column of the relation `images`; every
             other column is an attribute, whose values are yes or no (or true and false, or 1 and 0), or empty.
         images: The images artefact.
+        on_event: Called with a warning if rows name no image of the study.
 
     Raises:
         ConfigError: The file cannot be read, lacks a column, names an image twice or none of the study, or has another value.
@@ -54,6 +56,10 @@ def load_attributes(path: str, images: Artefact) -> Attributes:
     if not seen & numbers.keys():
         example = next(iter(numbers), "none")
         raise ConfigError(f"{KEY}: {path} names none of the study's images by {name}; there, an image is {example!r}")
+    if unknown := [key for key in seen if key not in numbers]:
+        on_event(
+            Warned(f"{KEY}: {len(unknown)} of {len(seen)} rows of {path} name no image of the study by {name}, such as {min(unknown)!r}")
+        )
     return found
 
 

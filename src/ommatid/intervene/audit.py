@@ -236,7 +236,8 @@ class _Audit:
             counts = self._count_attribute(pairs, has)
             n_other, n_class = counts["n_other"], counts["n_class"]
             found = follow_attribute(counts["has_other"], n_other, counts["has_class"], n_class, max(1, n * len(self.attributes)))
-            lift = share_of(counts["has_with"], counts["n_with"], 1).value / share_of(counts["has_known"], counts["n_known"], 1).value
+            with np.errstate(invalid="ignore", divide="ignore"):  # 0/0: the attribute is known of no image with the latent
+                lift = share_of(counts["has_with"], counts["n_with"], 1).value / share_of(counts["has_known"], counts["n_known"], 1).value
             is_better = (np.minimum(n_other, n_class) >= LEAST_IN_GROUP) & ~(found.value <= best.follows.value)
             best = _Followed(
                 np.where(is_better, index, best.attribute),

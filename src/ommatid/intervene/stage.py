@@ -42,7 +42,7 @@ def run(params: InterveneParams, inputs: Mapping[str, Artefact], draft: Draft, o
     if params.answers:
         read_question(params.answers.question)
     if params.audit.attributes:
-        load_attributes(params.audit.attributes, inputs["images"])  # before any work
+        load_attributes(params.audit.attributes, inputs["images"], on_event)  # before any work
     evaluations = inputs["evaluate"].each()
     for name, evaluation in evaluations.items():
         _check_listed(params, name, evaluation.summary["n_latents"])
