@@ -14,7 +14,7 @@ from ommatid.catalog.reader import Catalog
 from ommatid.errors import QueryError
 from ommatid.show.pictures import draw_best, draw_comparison, draw_feature
 from ommatid.show.pictures.best import ROW
-from ommatid.show.pictures.feature import GUTTER, TOP
+from ommatid.show.pictures.feature import GUTTER, TOP, _numbers
 from ommatid.show.pictures.page import MARGIN, SIDE, Example, overlaid
 from support import catalog as catalog_artefacts
 
@@ -65,6 +65,12 @@ def test_the_same_input_gives_the_same_bytes(catalog: Catalog, tmp_path: Path) -
     for name in "ab":
         draw_feature(catalog, 1, tmp_path / f"{name}.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize(("causal", "words"), [("reads_only", ["reads only"]), ("untested", []), (None, [])])
+def test_a_page_says_what_the_feature_does_if_that_was_tested(catalog: Catalog, causal: str | None, words: list[str]) -> None:
+    (feature,) = catalog.ask("SELECT * FROM features ORDER BY sae, latent LIMIT 1").dicts()
+    assert _numbers({**feature, "causal": causal})[5:] == words
 
 
 @pytest.mark.parametrize("latent", [4, -1])

@@ -11,6 +11,7 @@ from matplotlib import colormaps
 from ommatid.catalog.question import choose_sae
 from ommatid.catalog.reader import Catalog
 from ommatid.errors import QueryError
+from ommatid.show.doses import STATUSES_IN_WORDS
 from ommatid.show.pictures.page import (
     ACCENT,
     ALARM,
@@ -123,12 +124,14 @@ def _numbers(feature: dict[str, Any]) -> list[str]:
     score = f"label score {fixed(feature['label_score'])}"
     if feature["control_score"] is not None:
         score += f" (another latent's label {fixed(feature['control_score'])})"
+    causal = feature.get("causal")  # a catalogue of an earlier version has no such column
     return [
         score,
         f"MS {fixed(feature['ms'])} (floor {fixed(feature['ms_floor'])}, judge {feature['judge']})",
         f"density {percent(feature['density'])}",
         f"purity {fixed(feature['purity'])}",
         f"fires on {feature['n_images']:,} images",
+        *([] if causal in (None, "untested") else [STATUSES_IN_WORDS[causal]]),
     ]
 
 
