@@ -19,16 +19,21 @@ from starlette.testclient import TestClient
 
 from ommatid.catalog.reader import Catalog
 from ommatid.explorer.app import make_app
-from ommatid.explorer.features import Sort, State
+from ommatid.explorer.features import Causal, Sort, State
 from ommatid.explorer.web import Settings
+from ommatid.show.doses import STATUSES_IN_WORDS
 from support.small_study import HOSTILE, NAMES, Study
 
 
 @pytest.fixture(scope="module")
 def features(catalog: Catalog) -> pd.DataFrame:
-    """The features of the first SAE, with the two differences that lists sort by."""
+    """The features of the first SAE, with the differences that lists sort by."""
     frame = catalog.pandas("SELECT * FROM features WHERE starts_with(sae, $name)", {"name": NAMES[0]})
-    return frame.assign(over_control=frame.label_score - frame.control_score, over_floor=frame.ms - frame.ms_floor)
+    return frame.assign(
+        over_control=frame.label_score - frame.control_score,
+        over_floor=frame.ms - frame.ms_floor,
+        over_best=frame.effect - frame.best_control,
+    )
 
 
 def ask(client: TestClient, **parameters: Any) -> dict[str, Any]:
@@ -74,6 +79,7 @@ def test_pages_by_key_visit_each_feature_once(client: TestClient, features: pd.D
         ({"state": "duplicate"}, lambda f: f.duplicate_of.notna()),
         ({"state": "unnamed"}, lambda f: f.label.isna() & ~f.is_dead),
         ({"state": "doubtful"}, lambda f: f.label_score <= f.control_score),
+        *[({"causal": status}, lambda f, status=status: f.causal == status) for status in get_args(Causal)],
         ({"over_control": 0.1}, lambda f: f.over_control >= 0.1),
         ({"over_floor": 0.0}, lambda f: f.over_floor >= 0),
         ({"ms_min": 0.4, "ms_max": 0.6}, lambda f: (f.ms >= 0.4) & (f.ms < 0.6)),
@@ -263,7 +269,7 @@ def _live(client: TestClient) -> list[dict[str, Any]]:
 
 
 def test_a_page_shows_what_a_tested_latent_does_beside_its_controls(client: TestClient, catalog: Catalog) -> None:
-    """The numbers are those of `interventions`; a latent that was not tested has no such section."""
+    """The numbers are those of `interventions`; of a latent that was not tested the page says why."""
     sql = "SELECT sae, latent, causal FROM features WHERE causal {} 'untested' AND NOT is_dead ORDER BY sae, latent LIMIT 1"
     ((sae, latent, status),) = catalog.rows(sql.format("<>"))
     page = client.get(f"/features/{sae}/{latent}").text
@@ -273,7 +279,18 @@ def test_a_page_shows_what_a_tested_latent_does_beside_its_controls(client: Test
     wanted = "SELECT arm, dose, value FROM interventions WHERE sae = $sae AND latent = $latent AND outcome = 'toward_label' ORDER BY ALL"
     assert sorted((row["arm"], row["dose"], row["value"]) for row in doses) == catalog.rows(wanted, {"sae": sae, "latent": latent})
     ((sae, latent, _),) = catalog.rows(sql.format("="))
-    assert "What it does" not in client.get(f"/features/{sae}/{latent}").text
+    untested = client.get(f"/features/{sae}/{latent}").text
+    assert "Not tested: not chosen by the param intervene.latents." in untested and "this latent</text>" not in untested
+
+
+@pytest.mark.parametrize("view", ["grid", "table"])
+def test_lists_say_what_tested_features_do(client: TestClient, catalog: Catalog, view: str) -> None:
+    sql = "SELECT sae, latent, causal, effect, best_control FROM features WHERE causal <> 'untested' ORDER BY sae, latent LIMIT 1"
+    ((sae, _, status, effect, best_control),) = catalog.rows(sql)
+    page = client.get("/features", params={"sae": sae, "causal": status, "view": view, "n": 200}).text
+    said = f'{STATUSES_IN_WORDS[status]} {effect:+.3f} <span class="control">control {best_control:+.3f}</span>'.replace("-", "−")
+    assert said in page
+    assert "reads only" not in client.get("/features", params={"sae": sae, "causal": "untested", "n": 1}).text.split('id="results"')[1]
 
 
 def test_a_page_says_what_the_latents_like_it_do(client: TestClient, catalog: Catalog) -> None:

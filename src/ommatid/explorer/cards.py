@@ -25,6 +25,10 @@ ROWS_AT_ONCE = 2**14
 
 _NUMBERS = ("label_score", "control_score", "ms", "ms_floor", "max_act", "purity")
 _STRONGEST = tuple(f"images[{place}]" for place in range(1, N_STRONGEST + 1))
+_DOES = """
+    SELECT latent, causal, effect, best_control FROM features
+    WHERE sae = $sae AND latent >= $first AND latent < $last AND causal <> 'untested'
+"""
 _OF_OTHERS = """
     SELECT sae, latent, label, ms FROM features WHERE latent IN (SELECT unnest($latents::INTEGER[]))
 """
@@ -57,13 +61,24 @@ class Cards:
             self._numbers[latents] = np.array(numbers, np.float64).T  # None is NaN
             for latent, label in zip(latents, labels, strict=True):
                 self.labels[latent] = label and sys.intern(label)
+        found = iter_rows(opened, _DOES, n, sae=sae) if opened.is_intervened else ()
+        self._does = {latent: (sys.intern(causal), effect, best_control) for latent, causal, effect, best_control in found}
 
     def row(self, latent: int) -> dict[str, Any] | None:
         """What the relation `features` says of a latent in the columns that cards show; None if it does not describe it."""
         if not 0 <= latent < len(self.labels) or not self._is_described[latent]:
             return None
         numbers = {name: None if value != value else value for name, value in zip(_NUMBERS, self._numbers[latent].tolist(), strict=True)}
-        return {"sae": self._sae, "latent": latent, "label": self.labels[latent], "n_images": int(self._n_images[latent]), **numbers}
+        causal, effect, best_control = self._does.get(latent, ("untested", None, None))
+        does = {"causal": causal, "effect": effect, "best_control": best_control}
+        return {
+            "sae": self._sae,
+            "latent": latent,
+            "label": self.labels[latent],
+            "n_images": int(self._n_images[latent]),
+            **numbers,
+            **does,
+        }
 
     def iter_merits(self) -> Iterator[tuple[int, str, float | None]]:
         """Iterate over the latents with a name: latent, name, and its score above the control."""

@@ -18,16 +18,24 @@ from ommatid.catalog.question import Question
 from ommatid.catalog.reader import QueryResult
 from ommatid.explorer.cards import load_features, previews
 from ommatid.explorer.web import BadRequest, Query, TheExplorer, View, link
+from ommatid.show.doses import STATUSES_IN_WORDS
 
 router = APIRouter()
 
 Sort = Literal[
     "latent", "label", "label_score", "over_control", "auroc", "ms", "over_floor", "density", "n_images", "purity", "label_entropy",
-    "uniqueness", "max_act", "mean_act",
+    "uniqueness", "max_act", "mean_act", "effect", "over_best",
 ]  # fmt: skip
 State = Literal["live", "dead", "dense", "rare", "duplicate", "unnamed", "doubtful"]
 
-EXPRESSIONS = {"label": "lower(left(label, 80))", "over_control": "label_score - control_score", "over_floor": "ms - ms_floor"}
+Causal = Literal["causal", "reads_only", "breaks_model", "untested"]
+
+EXPRESSIONS = {
+    "label": "lower(left(label, 80))",
+    "over_control": "label_score - control_score",
+    "over_floor": "ms - ms_floor",
+    "over_best": "effect - best_control",
+}
 """SQL of the sorts that are not columns; only the beginning of a label counts, as it becomes part of an address."""
 STATES = {
     "live": "NOT is_dead",
@@ -58,6 +66,8 @@ class FeatureQuery(Query):
     """Status of the label."""
     state: State | None = None
     """live, dead, dense, rare, duplicate, unnamed, or doubtful: the label scores no better than another latent's."""
+    causal: Causal | None = None
+    """What the stage intervene found of the feature: causal, reads_only, breaks_model or untested."""
     over_control: Annotated[float | None, Field(ge=-1, le=1)] = None
     """Least difference of label score and control."""
     over_floor: Annotated[float | None, Field(ge=-2, le=2)] = None
@@ -83,7 +93,7 @@ class FeatureQuery(Query):
     listed: Annotated[str | None, Field(max_length=200)] = None
     """Name of a list that people made."""
     sort: Sort = "over_floor"
-    """Column to sort by; over_control and over_floor are the differences."""
+    """Column to sort by; over_control, over_floor and over_best (effect less that of the best control) are the differences."""
     order: Literal["asc", "desc"] = "desc"
     """Direction of the sort; features without a value come last in both."""
     after: Annotated[str | None, Field(max_length=2000)] = None
@@ -104,7 +114,7 @@ class FeatureQuery(Query):
     @property
     def has_more_filters(self) -> bool:
         """Whether a filter is set that the page shows on request only."""
-        return bool(set(self.filters) - {"label", "class", "state"})
+        return bool(set(self.filters) - {"label", "class", "state", "causal"})
 
     def url(self, path: str = "/features", **changes: Any) -> str:
         """Address of this list with some parameters changed; None leaves one out."""
@@ -136,9 +146,15 @@ class FeaturePage(pydantic.BaseModel):
 
 
 def make_where(view: View, sae: str, query: FeatureQuery) -> tuple[list[str], dict[str, Any]]:
-    """Return the conditions of a query in SQL, and the values of their parameters."""
+    """Return the conditions of a query in SQL, and the values of their parameters.
+
+    Raises:
+        BadRequest: The catalogue does not have what the query asks about.
+    """
     values: dict[str, Any] = {"sae": sae}
     conditions = ["sae = $sae"]
+    if (query.causal or query.sort in ("effect", "over_best")) and not view.opened.is_intervened:
+        raise BadRequest("causal, sort: this catalogue does not say what features do, as an older version of Ommatid built it")
     if query.state:
         conditions.append(STATES[query.state])
     if query.label:
@@ -156,6 +172,7 @@ def make_where(view: View, sae: str, query: FeatureQuery) -> tuple[list[str], di
     for name, expression, sign in (
         ("labeller", "labeller", "="),
         ("status", "label_status", "="),
+        ("causal", "causal", "="),
         ("over_control", EXPRESSIONS["over_control"], ">="),
         ("over_floor", EXPRESSIONS["over_floor"], ">="),
         ("ms_min", "ms", ">="),
@@ -230,6 +247,8 @@ def find_features(view: View, query: FeatureQuery, columns: str | None = None) -
     if columns is None:
         described = load_features(view, sae, latents)
     else:
+        if columns == IN_TABLE and view.opened.is_intervened:
+            columns += ", causal, effect, best_control"
         loaded = view.rows(f"SELECT {columns} FROM features WHERE {_OF_LATENTS}", latents=latents) if latents else []
         described = {row["latent"]: row for row in loaded if row["sae"] == sae}  # a condition on it would keep DuckDB from using an index
     rows = [described[key["latent"]] | {"sort_key": key["sort_key"]} for key in keys]
@@ -318,8 +337,9 @@ def features_page(request: Request, explorer: TheExplorer, query: Annotated[Feat
         options = {
             "labellers": [row["labeller"] for row in view.opened.kept(_LABELLERS, sae=sae)],
             "classes": [row["class"] for row in view.opened.kept(_CLASSES)],
-            "sorts": get_args(Sort),
+            "sorts": [sort for sort in get_args(Sort) if view.opened.is_intervened or sort not in ("effect", "over_best")],
             "states": get_args(State),
+            "causal": get_args(Causal) if view.opened.is_intervened else (),
         }
         is_pending = view.reviewed(sae).is_pending
         return view.render(
@@ -331,6 +351,7 @@ def features_page(request: Request, explorer: TheExplorer, query: Annotated[Feat
             tiles=previews(view, sae, shown),
             options=options,
             is_pending=is_pending,
+            statuses=STATUSES_IN_WORDS,
         )
 
 

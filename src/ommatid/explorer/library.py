@@ -121,6 +121,11 @@ class Opened:
         """The columns of each relation."""
         return self.catalog.relations()
 
+    @property
+    def is_intervened(self) -> bool:
+        """Whether the catalogue says what features do; those that older versions built do not."""
+        return "interventions" in self.relations
+
     @cached_property
     def saes(self) -> dict[str, dict[str, Any]]:
         """Rows of `runs` about evaluated SAEs by their names, the one with the highest mean MS above its floor first."""

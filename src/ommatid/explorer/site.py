@@ -35,7 +35,7 @@ router = APIRouter()
 MARK = "ommatid-site.json"
 """File in a copy that says that the folder may be replaced by another copy."""
 FOLLOWED = {
-    "/features": {"sae", "sort", "order", "state", "images_min", "over_control", "purity_min", "unmatched", "after"},
+    "/features": {"sae", "sort", "order", "state", "causal", "images_min", "over_control", "purity_min", "unmatched", "after"},
     "/classes": {"sae", "page"},
     "/class": {"sae", "name", "show"},
     "/audit": {"sae", "name"},

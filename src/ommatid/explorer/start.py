@@ -38,6 +38,11 @@ LISTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
         {"sort": "over_control", "over_control": 0.2, "images_min": LEAST_IMAGES},
     ),
     (
+        "Causal",
+        "Of those that were tested: setting them moves the model's output more than every control does.",
+        {"causal": "causal", "sort": "over_best"},
+    ),
+    (
         "Names not to believe",
         "Their names score no better than another latent's; first come those whose images are most alike.",
         {"state": "doubtful", "sort": "over_floor", "images_min": LEAST_IMAGES},
@@ -128,7 +133,7 @@ def _edges(low: float, high: float, n: int, write: Callable[[float], float]) -> 
 
 def _find_lists(view: View, sae: str) -> list[dict[str, Any]]:
     """The lists with their first features, without those that are empty, or whose order the catalogue does not know."""
-    lists = [*LISTS]
+    lists = [one for one in LISTS if view.opened.is_intervened or "causal" not in one[2]]
     if champion := _last_champion(view, sae):
         text = "No latent of the champion before has a similar direction."
         lists.append(("New since the last champion", text, {"unmatched": champion, "sort": "over_floor", "images_min": LEAST_IMAGES}))

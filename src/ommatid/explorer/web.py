@@ -28,6 +28,7 @@ from ommatid.explorer.originals import Originals
 from ommatid.explorer.reviewed import Reviewed, Reviews
 from ommatid.reviews import Event
 from ommatid.show import numbers
+from ommatid.show.doses import STATUSES_IN_WORDS
 
 NAVIGATION = (
     ("/features?images_min=16", "Features"),
@@ -57,6 +58,8 @@ SORT_NAMES = {
     "uniqueness": "uniqueness",
     "max_act": "largest activation",
     "mean_act": "mean activation",
+    "effect": "effect",
+    "over_best": "effect − best control",
 }
 """What pages call the sorts of features."""
 TABLE_COLUMNS = (
@@ -205,7 +208,7 @@ class Explorer:
             f'<h3><a href="{escape(url)}">{draw_name(row["label"], person)}</a> <span class="number">{row["latent"]}</span></h3>\n'
             f'<p class="numbers">{draw_scored(row, person)} <span title="MonoSemanticity score, and the score of unrelated images">'
             f'MS {numbers.fixed(row["ms"])} <span class="control">floor {numbers.fixed(row["ms_floor"])}</span></span> '
-            f"<span>{numbers.count(n)} image{'' if n == 1 else 's'}</span></p>\n"
+            f"<span>{numbers.count(n)} image{'' if n == 1 else 's'}</span>{draw_does(row)}</p>\n"
             f'<div class="strip">{pictures}</div>\n'
             f'{f"""<p class="note">{escape(note)}</p>""" if note else ""}</article>\n'
         )
@@ -263,6 +266,7 @@ class Explorer:
             "draw_card": self.draw_card,
             "draw_name": draw_name,
             "draw_score": draw_score,
+            "draw_does": draw_does,
             "draw_scored": draw_scored,
             "draw_tile": self.draw_tile,
         }
@@ -359,6 +363,16 @@ def draw_name(label: str | None, person: Event | None) -> Markup:
         by = f'<span class="by" title="named by {who}" role="img" aria-label="named by {who}">✎</span>'
         return Markup(f"<bdi>{escape(_shorten(str(person.value)))}</bdi> {by}")
     return Markup(f"<bdi>{escape(_shorten(label))}</bdi>" if label else '<span class="none">without a name</span>')
+
+
+def draw_does(row: Mapping[str, Any]) -> Markup:
+    """Draw what a tested feature does to the model's output, beside its best control; nothing if it is not tested."""
+    if row.get("causal") in (None, "untested"):
+        return Markup("")
+    effect, control = numbers.signed(row["effect"]), numbers.signed(row["best_control"])
+    title = "what setting the latent does to the model's output, and the same under the best control"
+    said = f"{STATUSES_IN_WORDS[row['causal']]} {effect}"
+    return Markup(f' <span title="{escape(title)}">{said} <span class="control">control {control}</span></span>')
 
 
 def draw_scored(row: Mapping[str, Any], person: Event | None) -> Markup:
