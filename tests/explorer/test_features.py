@@ -278,6 +278,9 @@ def test_a_page_shows_what_a_tested_latent_does_beside_its_controls(client: Test
     doses = client.get(f"/api/features/{sae}/{latent}").json()["doses"]
     wanted = "SELECT arm, dose, value FROM interventions WHERE sae = $sae AND latent = $latent AND outcome = 'toward_label' ORDER BY ALL"
     assert sorted((row["arm"], row["dose"], row["value"]) for row in doses) == catalog.rows(wanted, {"sae": sae, "latent": latent})
+    row = client.get(f"/api/features/{sae}/{latent}").json()["feature"]
+    where = "below" if row["best_control"] < row["effect_low"] else "above" if row["best_control"] > row["effect_high"] else "within"
+    assert f", lies {where} this interval." in page
     ((sae, latent, _),) = catalog.rows(sql.format("="))
     untested = client.get(f"/features/{sae}/{latent}").text
     assert "Not tested: not chosen by the param intervene.latents." in untested and "this latent</text>" not in untested

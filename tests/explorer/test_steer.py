@@ -180,9 +180,9 @@ def test_every_dose_is_shown_with_its_controls_ranks_and_absolute_value(client: 
     assert page.count("data-at") == len(DOSES) and page.count("<tr class") == 2 * (len(DOSES) - 1), "no change is beyond no control"
     text = shown(page)
     assert text.startswith("Dose 2 = activation 5 above what was observed")
-    assert "“\u2068my text\u2069” goes from rank 2 to 1 of 3; change −0.600, below every control (−0.200 to +0.200)." in text
-    assert "my text (your text) 2 → 1 −0.600 −0.200 to +0.200" in text and "a plain class 1 +0.020 −0.400 to +0.400" in text
-    assert "change +0.000, within the controls" in re.findall(r"<p data-said>(.*?)</p>", page)[0]
+    assert "“\u2068my text\u2069” goes from rank 2 to 1 of 3; change −0.6, below every control (−0.2 to +0.2)." in text
+    assert "my text (your text) 2 → 1 −0.6 −0.2 to +0.2" in text and "a plain class 1 +0.02 −0.4 to +0.4" in text
+    assert "change +0, within the controls" in re.findall(r"<p data-said>(.*?)</p>", page)[0]
     assert "20 % of rows are by chance" in page, "one of 1 + 2 x 4 controls and the edit"
     for arm in ("targeted", "sign_flipped", "random_latent", "random_direction", "untouched"):
         assert page.count(f'class="{arm}"') == len(STEERED.names) + 1, f"{arm} is in each curve, and in the legend"

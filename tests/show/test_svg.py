@@ -1,8 +1,9 @@
 """Plots are SVG in which everything from data is escaped, and curves have their control lines and names."""
 
+from itertools import pairwise
 from xml.etree import ElementTree
 
-from ommatid.show.svg import Axis, draw_curves, draw_grid, draw_histogram, draw_points
+from ommatid.show.svg import BOTTOM, Axis, draw_curves, draw_grid, draw_histogram, draw_points
 
 EVIL = "<script>alert(1)</script>\"'&"
 
@@ -31,3 +32,12 @@ def test_every_curve_is_drawn_and_named_and_the_first_stands_out() -> None:
     ends = {kind: float(points.split(" ")[-1].split(",")[1]) for kind, points in curves.items()}
     assert ends["curve"] < ends["curve control"]  # higher on the page
     assert {text.text: text.attrib["class"] for text in root.iter("text")}.items() >= {("this", "name"), ("other", "mark")}
+
+
+def test_names_of_curves_lie_neither_on_each_other_nor_on_the_axis() -> None:
+    names = ["a", "b", "c", "d"]
+    plot = draw_curves(
+        "t", "dose", "effect", {name: [(0, 0), (1, 0.001 * i)] for i, name in enumerate(names)} | {"high": [(0, 0), (1, 9)]}, "a"
+    )
+    places = sorted(words.y for words in plot.words if words.text in [*names, "high"])
+    assert min(b - a for a, b in pairwise(places)) >= 13 and max(places) <= plot.height - BOTTOM - 4

@@ -75,6 +75,14 @@ WHERE label_score <= control_score
 ORDER BY control_score - label_score DESC""",
     ),
     (
+        "Features that move the model toward their names",
+        {},
+        """SELECT sae, latent, label, causal, effect, effect_low, best_control, dose, ms
+FROM features
+WHERE causal <> 'untested'
+ORDER BY causal, effect - best_control DESC""",
+    ),
+    (
         "Classes that a single feature tells best",
         {},
         """SELECT sae, class, round(auroc, 3) AS auroc, latents[1] AS latent

@@ -138,8 +138,8 @@ def _range(name: SteeredName, place: int) -> tuple[float, float]:
 
 
 def _row(name: SteeredName, place: int) -> dict[str, Any]:
-    low, high = _range(name, place)
-    change = name.scores[place] - name.score
+    ends = (*_range(name, place), name.scores[place] - name.score)
+    low, high, change = (round(value, 6) + 0.0 for value in ends)  # what is smaller is the noise of sums; 0 is added to −0
     return {
         "name": name.name,
         "kind": name.kind,
@@ -157,11 +157,11 @@ def _say(found: SteeredImage, place: int) -> str:
     name = _by_interest(found)[0]
     row = _row(name, place)
     moved = f"stays at rank {row['after']}" if row["after"] == row["before"] else f"goes from rank {row['before']} to {row['after']}"
-    between = f"({numbers.signed(row['low'])} to {numbers.signed(row['high'])})"
+    between = f"({numbers.short(row['low'])} to {numbers.short(row['high'])})"
     where = (
         "within the controls" if not row["is_beyond"] else "above every control" if row["change"] > row["high"] else "below every control"
     )
-    return f"“\u2068{name.name[:80]}\u2069” {moved} of {found.n_names}; change {numbers.signed(row['change'])}, {where} {between}."
+    return f"“\u2068{name.name[:80]}\u2069” {moved} of {found.n_names}; change {numbers.short(row['change'])}, {where} {between}."
 
 
 def _draw(found: SteeredImage, name: SteeredName, at: int) -> Plot:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
 
-LEFT, RIGHT, TOP, BOTTOM = 52.0, 12.0, 10.0, 40.0
+LEFT, RIGHT, TOP, BOTTOM = 66.0, 12.0, 10.0, 40.0
 """Margins for the numbers on the axes and their names."""
 
 
@@ -295,12 +295,16 @@ def draw_curves(
     points = [point for series in curves.values() for point in series]
     xs, ys = [x for x, _ in points], [y for _, y in points]
     plot, to_x, to_y = make_frame(title, Axis(min(xs), max(xs), x_name), Axis(min(ys), max(ys), y_name), width, height)
-    free = TOP
-    for name, series in sorted(curves.items(), key=lambda item: to_y(item[1][-1][1])):
+    downward = sorted(curves.items(), key=lambda item: to_y(item[1][-1][1]))
+    places, free, end = [], TOP, height - BOTTOM - 4
+    for _, series in downward:  # names that would lie on each other are moved down, and up again from the axis
+        free = max(free + 13, to_y(series[-1][1]) - 4)
+        places.append(free)
+    places = [min(place, end - 13 * after) for place, after in zip(places, reversed(range(len(places))), strict=True)]
+    for (name, series), place in zip(downward, places, strict=True):
         kind = "curve" if name == first else "curve control"
         plot.curves.append((" ".join(f"{to_x(x):g},{to_y(y):g}" for x, y in series), kind))
-        free = max(free + 13, to_y(series[-1][1]) - 4)  # names that would lie on each other are moved down
-        plot.words.append(Words(to_x(series[-1][0]) - 4, free, name, "end", "name" if name == first else "mark"))
+        plot.words.append(Words(to_x(series[-1][0]) - 4, place, name, "end", "name" if name == first else "mark"))
     return plot
 
 
