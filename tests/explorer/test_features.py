@@ -237,6 +237,7 @@ def test_lists_of_the_start_page_hold_what_their_titles_say(client: TestClient, 
     claims = {
         "Most monosemantic": lambda row: row["ms"] is not None and row["n_images"] >= 16,
         "Best named": lambda row: row["label_score"] - row["control_score"] >= 0.2,
+        "Causal": lambda row: row["causal"] == "causal" and row["effect"] > row["best_control"],
         "Names not to believe": lambda row: row["label_score"] <= row["control_score"],
         "Of one class": lambda row: row["purity"] >= 0.9,
     }
@@ -244,7 +245,8 @@ def test_lists_of_the_start_page_hold_what_their_titles_say(client: TestClient, 
     assert all(rows and all(map(claim, rows)) for title, claim in claims.items() if (rows := found.get(title)) is not None)
     shutil.copy(study.catalog, bare := tmp_path / "bare.duckdb")
     with duckdb.connect(bare) as connection:
-        connection.execute("UPDATE features SET label = NULL, label_score = NULL, control_score = NULL, purity = NULL, ms = NULL")
+        nothing = "label = NULL, label_score = NULL, control_score = NULL, purity = NULL, ms = NULL, causal = 'untested'"
+        connection.execute(f"UPDATE features SET {nothing}")
     with TestClient(make_app(Settings(catalog=bare)), base_url="http://127.0.0.1") as other:
         page = other.get("/").text
     assert not any(f">{title}</a>" in page for title in claims)
@@ -284,6 +286,19 @@ def test_a_page_shows_what_a_tested_latent_does_beside_its_controls(client: Test
     ((sae, latent, _),) = catalog.rows(sql.format("="))
     untested = client.get(f"/features/{sae}/{latent}").text
     assert "Not tested: not chosen by the param intervene.latents." in untested and "this latent</text>" not in untested
+
+
+def test_a_catalogue_of_an_older_version_does_not_offer_what_it_does_not_know(study: Study, tmp_path: Path) -> None:
+    shutil.copy(study.catalog, old := tmp_path / "old.duckdb")
+    with duckdb.connect(old) as connection:
+        (kind,) = connection.execute("SELECT table_type FROM information_schema.tables WHERE table_name = 'interventions'").fetchall()[0]
+        connection.execute(f"DROP {'VIEW' if kind == 'VIEW' else 'TABLE'} interventions")
+    with TestClient(make_app(Settings(catalog=old)), base_url="http://127.0.0.1") as client:
+        page = client.get("/features").text
+        assert 'name="causal"' not in page and "effect − best control" not in page and client.get("/").status_code == 200
+        for query in ("causal=causal", "sort=over_best"):
+            answer = client.get(f"/features?{query}")
+            assert answer.status_code == 400 and "as an older version of Ommatid built it" in answer.text
 
 
 @pytest.mark.parametrize("view", ["grid", "table"])
