@@ -220,7 +220,7 @@ def test_a_timer_does_not_outlive_its_query(catalog: Catalog) -> None:
 
 def test_wrong_sql_is_explained(catalog: Catalog) -> None:
     with pytest.raises(
-        QueryError, match=r"no relation 'featurs'; did you mean features\? the catalogue has attributions, class_latents, .*runs"
+        QueryError, match=r"no relation 'featurs'; did you mean features\? the catalogue has attributions, audit, .*class_latents, .*runs"
     ):
         catalog.rows("SELECT * FROM featurs")
     with pytest.raises(QueryError, match=r'(?s)column "labl" not found.*label'):

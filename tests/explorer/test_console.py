@@ -140,7 +140,7 @@ def test_limits_of_answers(client: TestClient) -> None:
     long = ask(client, "SELECT repeat('x', 100000) AS long", "/sql").text
     assert len(long) < 100_000 and f"{'x' * 500}…" in long
     assert "32MB" in ask(client, "SELECT repeat('x', 40000000)").json()["error"]
-    memory = ask(client, "SELECT list(range) FROM range(1000000000)").json()["error"]
+    memory = ask(client, "SELECT list(range) FROM range(1000000000)", timeout=60).json()["error"]
     assert "512MB" in memory and "--memory-limit" not in memory
 
 
