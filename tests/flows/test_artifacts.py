@@ -82,7 +82,7 @@ def test_the_report_contains_its_numbers_tables_and_plots(tmp_path: Path) -> Non
     page = str(artifacts.report(tmp_path))
     assert page.startswith(f"# lite0, blocks.15, {catalog_artefacts.NAME}\n") and "| **50 %** | of labels beat their control |" in page
     assert "## The SAE and its controls" in page and "| this SAE | 4 |" in page
-    assert page.count("](data:image/png;base64,") == 5 and "## The best features" not in page
+    assert page.count("](data:image/png;base64,") == 6 and "## The best features" not in page
 
 
 def test_a_decision_shows_both_sides() -> None:
