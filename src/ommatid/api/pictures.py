@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ommatid.intervene.steering import Steered
+from ommatid.schemas import RANDOM_ARMS
 from ommatid.show.numbers import percent
 from ommatid.show.pictures.page import ACCENT, ALARM, FAINT, GREY, INK, MARGIN, Example, Page, overlaid, short, square
 
@@ -35,8 +36,6 @@ CONTROLS = {
     "random_direction": ("random directions", "#a0aec0", "-"),
 }
 """Name, colour and line of each control in a plot."""
-RANDOM = ("random_latent", "random_direction")
-"""Controls that are drawn several times, shown as the range of their draws."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +153,7 @@ def _draw_curve(page: Page, x: int, y: int, steered: Steered, image: int, name: 
             linewidth=1,
             label=label,
         )
-        if arm in RANDOM:
+        if arm in RANDOM_ARMS:  # shown as the range of its draws
             low, high = ([float(end(of_dose)) for of_dose in drawn] for end in (min, max))
             if is_one:
                 axes.vlines(x_of, low, high, color=colour, alpha=0.5, linewidth=6)

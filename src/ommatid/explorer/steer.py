@@ -18,18 +18,13 @@ from ommatid.explorer.model_client import LONGEST_TEXT, N_DRAWS, AttributedImage
 from ommatid.explorer.security import check_form
 from ommatid.explorer.steer_box import N_CHOICES, SteerQuery, make_steer_box
 from ommatid.explorer.web import BadRequest, Json, NotFound, TheExplorer, View, link
+from ommatid.schemas import EXCEEDED_ARMS, RANDOM_ARMS
 from ommatid.show import numbers
-from ommatid.show.doses import ARMS
+from ommatid.show.doses import ALL_ARMS
 from ommatid.show.svg import Plot, draw_ranges
 
 router = APIRouter()
 
-CONTROLS = ("sign_flipped", "random_latent", "random_direction")
-"""Arms that an edit must exceed."""
-BANDS = ("random_direction", "random_latent")
-"""Arms that are drawn several times, and shown as the range of their draws."""
-LEGEND = {**ARMS, "untouched": "reconstruction alone"}
-"""What the legend calls each arm."""
 _STRONGEST = "SELECT image FROM examples WHERE sae = $sae AND latent = $latent ORDER BY act DESC, image LIMIT $n"
 _MOST = "SELECT latent, max_act FROM features WHERE sae = $sae AND latent IN (SELECT unnest($latents::INTEGER[]))"
 
@@ -90,7 +85,8 @@ def describe_steered(view: View, sae: str, query: SteerQuery, found: SteeredImag
         "n_names": found.n_names,
         "n_draws": found.n_draws,
         "by_chance": 2 / (1 + 2 * found.n_draws + 1),  # that a value like those of the controls is the lowest or the highest among them
-        "legend": {arm: text for arm, text in LEGEND.items() if arm == "targeted" or arm in found.names[0].controls},
+        "random_arms": RANDOM_ARMS,
+        "legend": {arm: text for arm, text in ALL_ARMS.items() if arm == "targeted" or arm in found.names[0].controls},
         "warnings": [*found.warnings, *_missing(found)],
         "address": address,
         "n_patches": len(query.patch_numbers) if query.tokens == "patches" else None,
@@ -133,7 +129,7 @@ def _by_interest(found: SteeredImage) -> list[SteeredName]:
 
 def _range(name: SteeredName, place: int) -> tuple[float, float]:
     """Lowest and highest change of a score under the controls at a dose."""
-    ends = [end - name.score for arm in CONTROLS if arm in name.controls for end in name.controls[arm][place]]
+    ends = [end - name.score for arm in EXCEEDED_ARMS if arm in name.controls for end in name.controls[arm][place]]
     return min(ends), max(ends)
 
 
@@ -171,10 +167,10 @@ def _draw(found: SteeredImage, name: SteeredName, at: int) -> Plot:
     def change(values: Sequence[float]) -> list[tuple[float, float]]:
         return [(dose, value - name.score) for dose, value in zip(doses, values, strict=True)]
 
-    lines = {arm: change([low for low, _ in ends]) for arm, ends in name.controls.items() if arm not in BANDS}
+    lines = {arm: change([low for low, _ in ends]) for arm, ends in name.controls.items() if arm not in RANDOM_ARMS}
     bands = {
         arm: [(dose, low - name.score, high - name.score) for dose, (low, high) in zip(doses, name.controls[arm], strict=True)]
-        for arm in BANDS
+        for arm in reversed(RANDOM_ARMS)  # the first is drawn below the others
     }
     title = f"Change of the {found.measure} with “{name.name[:60]}” by dose, and under each control"
     return draw_ranges(title, f"change of the {found.measure}", {**lines, "targeted": change(name.scores)}, bands, at)

@@ -31,17 +31,13 @@ from ommatid.metrics.interventions import (
     output_score,
     raised_most,
 )  # fmt: skip
+from ommatid.schemas import EXCEEDED_ARMS, RANDOM_ARMS
 from ommatid.vlm import Replacement
 
 LEAST_FIRING = 8
 """Number of images on which a latent must fire for its removal to be a test."""
 LEAST_IMAGES = 20
 """Number of images from which a latent's status is decided."""
-CONTROLS = ("sign_flipped", "random_latent", "random_direction")
-"""Arms that the edit must exceed, beside `other_label`, which is no edit of its own. Two are shown beside them: `diff_means` is another way
-to the same end and not a control of it, and `untouched` changes what the edit, which keeps the SAE's error, does not."""
-RANDOM = ("random_latent", "random_direction")
-"""Arms that are drawn several times."""
 RAISED = 10
 """One in so many of the classes counts as raised by an edit in the output score. Arad et al. take 20 of a vocabulary of a hundred thousand;
 of ten classes that would be all, whose highest probability says nothing of which are raised."""
@@ -116,13 +112,13 @@ class ArmsTest:
             others_kpn: Effects of the edit, and of the first random latent, on the same outcome of another name, as a further control.
         """
         signs = torch.tensor([-1.0 if dose == 0 else 1.0 for dose in self.doses], dtype=torch.float64)[:, None]
-        promised = {name: self._by_dose(effects_an, name) for name in (*CONTROLS, "targeted", "diff_means") if self._has(name)}
+        promised = {name: self._by_dose(effects_an, name) for name in (*EXCEEDED_ARMS, "targeted")}
         promised = {name: values * (signs if values.ndim == 2 else signs[:, None]) for name, values in promised.items()}
         if self._n_firing < LEAST_FIRING:  # to remove a latent, or a random one in its place, from too few of the images tests nothing
             for drift in (drift_p, random_drift_p):
                 drift[[place for place, dose in enumerate(self.doses) if dose == 0]] = math.nan
         nothing = torch.zeros_like(promised["targeted"])  # or an edit would be above its controls if these do worse than nothing
-        controls = {"none": nothing, **{name: promised[name] for name in CONTROLS}}
+        controls = {"none": nothing, **{name: promised[name] for name in EXCEEDED_ARMS}}
         first, rest = promised["random_latent"][:, 0], promised["random_latent"][:, 1:]
         others = {"none": nothing, "random_latent": rest, "random_direction": controls["random_direction"]}
         if others_kpn is not None:
@@ -157,9 +153,6 @@ class ArmsTest:
             return f"{few}; name a dose above 0 and up to 1, or run the model on more images (intervene.n_images)"
         return "no dose from 0 to 1 is named, and only such doses decide"
 
-    def _has(self, name: str) -> bool:
-        return any(arm == name for arm, _ in self.edited)
-
     def _places(self, name: str, dose: float | None) -> list[int]:
         """Places of the arms of a name and dose among the edited ones, one for each draw."""
         return [place for place, (arm, of) in enumerate(self.edited) if arm == name and (of == dose or name == "untouched")]
@@ -167,7 +160,7 @@ class ArmsTest:
     def _by_dose(self, values_an: Float64[Tensor, "arms images"], name: str) -> Tensor:
         """Values of an arm by dose, `(doses, images)`, or `(doses, draws, images)` if it is drawn."""
         found = torch.stack([values_an[self._places(name, dose)] for dose in self.doses])
-        return found if name in RANDOM else found[:, 0]
+        return found if name in RANDOM_ARMS else found[:, 0]
 
     def _each(self) -> Iterator[tuple[str, float, list[int]]]:
         """Iterate over name, dose and places of all arms with an edit, and of `untouched`, whose dose is written as 0."""

@@ -23,14 +23,13 @@ from ommatid.extract.classifier import embed_texts
 from ommatid.intervene.arms import N_DRAWS, ArmName, Controls, make_arms
 from ommatid.intervene.edit import Edit, Editor, ErrorTerm, Unit, Where
 from ommatid.intervene.readout import Readout
+from ommatid.schemas import EXCEEDED_ARMS
 
 if TYPE_CHECKING:
     from ommatid.intervene.subject import Described, Subject
 
 Dosed = Literal["set", "add", "scale"]
 """Kinds of edit that take a dose; to set 0 is to ablate."""
-EXCEEDED = ("sign_flipped", "random_latent", "random_direction")
-"""Controls that an edit must exceed. `diff_means` is another way to the same end, and `untouched` what an edit does not do."""
 BATCH = 16
 """Number of images in a forward pass; the outputs of all arms are held together."""
 MOST_ARMS = 2000
@@ -150,15 +149,15 @@ class Steered(Edited):
         return self.raised(image, self.doses[-1])["targeted"][0][0], "what the strongest dose raises most, chosen after the fact"
 
     def beyond(self, image: int, dose: float) -> Bool[Tensor, " names"]:
-        """Return whether the edit moves each name's log-odds on an image beyond all draws of all of `EXCEEDED`, either way, `(n,)`."""
+        """Return whether the edit moves each name's log-odds on an image beyond all draws of all of `EXCEEDED_ARMS`, either way, `(n,)`."""
         edited_n = self.of(self.log_odds_abn, "targeted", dose)[0, image]
-        controls_rn = torch.cat([self.of(self.log_odds_abn, arm, dose)[:, image] for arm in EXCEEDED])
+        controls_rn = torch.cat([self.of(self.log_odds_abn, arm, dose)[:, image] for arm in EXCEEDED_ARMS])
         return (edited_n > controls_rn.amax(0)) | (edited_n < controls_rn.amin(0))
 
     @property
     def chance(self) -> float:
         """Probability that an edit which is like its controls is beyond all of them."""
-        n = sum(key.name in EXCEEDED and key.dose == self.doses[0] for key in self.arms)
+        n = sum(key.name in EXCEEDED_ARMS and key.dose == self.doses[0] for key in self.arms)
         return 2 / (n + 1)
 
     def raised(self, image: int, dose: float) -> dict[str, list[tuple[str, float]]]:
