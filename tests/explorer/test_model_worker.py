@@ -372,6 +372,8 @@ def test_latents_that_speak_for_a_colour_are_found_where_it_is(study: Study) -> 
     assert found["others"] == [], "all that fire are listed"
     alone = study.attribute(SAE, encoded, ["green"]), study.attribute(SAE, encoded, ["red"])
     assert found["score"] == pytest.approx(alone[0]["score"] - alone[1]["score"], abs=1e-5)
+    with pytest.raises(InputError, match="texts 'red' and 'reddish' are the same to tiles: give other words"):
+        study.attribute(SAE, encoded, ["red", "reddish"])
 
 
 def test_of_many_latents_some_others_are_drawn_for_scale(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,11 @@
 import dataclasses
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from PIL import Image
@@ -22,21 +22,17 @@ if TYPE_CHECKING:
     from ommatid.api.run import Run
     from ommatid.extract.tokens import TokenPicker
     from ommatid.intervene.answers import Answered
-    from ommatid.intervene.attribution import Agreement, Attributor, Completeness
+    from ommatid.intervene.contributions import Attributed, Method, Output
     from ommatid.intervene.edit import ErrorTerm, Unit, Where
     from ommatid.intervene.steering import Dosed, Steered
     from ommatid.intervene.subject import Subject
     from ommatid.show.pictures.page import Page
-    from ommatid.vlm import Score
     from ommatid.vlm.preprocess import Preprocess
     from ommatid.vlm.speaking import DeviceMap, SpeakerDtype
 
     LatentOf = tuple[Run | str | Path, int] | tuple[Run | str | Path, str, int]
     """A latent at a later hookpoint: its run, or the root of its artefacts; the name of its SAE, if there are several; its index."""
 
-Method = Literal["cheap", "integrated", "exact"]
-"""How effects of latents on an output are computed: see `ommatid.intervene.attribution`."""
-METHODS = ("cheap", "integrated", "exact")
 Patches = Sequence[tuple[int, int]] | np.ndarray
 """Patches by row and column, or whether each patch is chosen, (rows, cols) or (images, rows, cols) bool."""
 DOSES = (0.0, 0.5, 1.0, 2.0)
@@ -291,35 +287,6 @@ class Answers:
 
 
 @dataclass(frozen=True, eq=False)
-class Attributed:
-    """Effects of an SAE's latents on one output, on one image."""
-
-    effects_s: "torch.Tensor"
-    """Effect of each latent by the chosen method, (latents,); 0 where it is silent."""
-    acts_s: "torch.Tensor"
-    """Largest activation of each latent on any token, (latents,)."""
-    value: float
-    """The output itself."""
-    exact: Mapping[int, float]
-    """Exact effects of the strongest latents, and of some others."""
-    others: tuple[int, ...]
-    """Latents among these that were drawn at random from those that fire."""
-    maps: "Callable[[Sequence[int]], torch.Tensor]"
-    """Function that returns the cheap or integrated effects of latents by kept token, (tokens, latents)."""
-    agreement: "Agreement | None"
-    """Agreement of the estimates with the exact effects; None if all effects are exact."""
-    completeness: "Completeness | None"
-    """The two sides of the completeness identity; None if effects are exact, which do not add up, as latents interact."""
-
-    @cached_property
-    def sparsity(self) -> float:
-        """Effective number of latents that carry the output (Gao et al. 2024)."""
-        from ommatid.metrics import ablation_sparsity
-
-        return ablation_sparsity(self.effects_s)
-
-
-@dataclass(frozen=True, eq=False)
 class Contributions:
     """Which latents an output of the model comes from, on some images, and where in them.
 
@@ -339,9 +306,9 @@ class Contributions:
     """Name of the SAE."""
     output: str
     """The output, in words."""
-    method: Method
+    method: "Method"
     """How effects were computed."""
-    of: tuple[Attributed, ...]
+    of: "tuple[Attributed, ...]"
     """Effects on each image."""
     n_top: int
     """Number of the strongest latents of each image whose effects were computed exactly."""
@@ -613,17 +580,18 @@ def attribute_outputs(
     texts: Sequence[str] | None,
     class_name: str | None,
     latent_of: "LatentOf | None",
-    method: Method,
+    method: "Method",
     n_top: int,
     seed: int,
     sae: str | None,
 ) -> Contributions:
     """Compute effects of all latents on one output; see `Run.attribute`."""
     from ommatid.intervene.attribution import Attributor
+    from ommatid.intervene.contributions import Method, attribute_image
     from ommatid.intervene.steering import independent
 
-    if method not in METHODS:
-        raise InputError(f"method is {method!r}; allowed values are {', '.join(METHODS)}")
+    if method not in (methods := get_args(Method)):
+        raise InputError(f"method is {method!r}; allowed values are {', '.join(methods)}")
     if n_top < 1:
         raise InputError(f"top is {n_top}; it must be 1 or more")
     _check_seed(seed)
@@ -632,88 +600,38 @@ def attribute_outputs(
     name, subject = run.subject(sae)
     if class_name is not None:
         check_class(subject, class_name)
-    output, score, read = _make_output(run, subject, texts, class_name, latent_of)
+    output, read = _make_output(run, subject, texts, class_name, latent_of)
     attributor = Attributor(subject.model, subject.device_sae, subject.reads, subject.writes, read)
     pixels, mean_d = photographs.pixels(subject.model.preprocess).to(subject.device), subject.mean.to(subject.device)
     found = []
     for place, image in enumerate(photographs.names):
-        one = _attribute_one(
-            attributor, pixels[place : place + 1], score, output, method, n_top, np.random.default_rng([seed, place]), mean_d
-        )
+        one = attribute_image(
+            attributor, pixels[place : place + 1], output, method=method, n_top=n_top, n_others=N_COMPARED,
+            rng=np.random.default_rng([seed, place]), baseline_d=mean_d,
+        )  # fmt: skip
         if one is None and latent_of is not None:
             silent = "it is silent on this image; choose an image on which it fires"
-            raise InputError(f"{image}: {output} does not depend on any latent there: {silent}")
+            raise InputError(f"{image}: {output.name} does not depend on any latent there: {silent}")
         if one is None:
-            raise ModelError(independent(subject, output))
+            raise ModelError(independent(subject, output.name))
         found.append(one)
     about = _describer(run, subject, name)
-    return Contributions(photographs, _boxes(subject, photographs), name, output, method, tuple(found), n_top, about, subject.writes)
-
-
-def _attribute_one(
-    attributor: "Attributor",
-    pixels: "torch.Tensor",
-    score: "Score",
-    output: str,
-    method: Method,
-    n_top: int,
-    rng: np.random.Generator,
-    mean_d: "torch.Tensor",
-) -> Attributed | None:
-    """Attribute an output of one image; None if it does not depend on any latent that fires."""
-    import torch
-
-    from ommatid.intervene.attribution import agreement
-
-    code = attributor.encode(pixels)
-    firing = code.firing.tolist()
-    estimate = (
-        attributor.integrated(pixels, score, 10, code, mean_d) if method == "integrated" else attributor.cheap(pixels, score, code, mean_d)
-    )
-    effects_s, acts_s = estimate.by_image[0].double().cpu(), torch.zeros(code.n_latents)
-    acts_s.scatter_reduce_(0, code.entries.latents.cpu(), code.entries.values.float().cpu(), "amax")
-    if firing and not effects_s.any():
-        return None
-    if method == "exact":
-        chosen, others = firing, []
-    else:
-        order = effects_s.abs().sort(descending=True, stable=True).indices.tolist()
-        strongest = [latent for latent in order[:n_top] if effects_s[latent]]
-        rest = np.setdiff1d(firing, strongest)
-        others = rng.permutation(rest)[:N_COMPARED].tolist()
-        chosen = strongest + others
-    exact_n = attributor.exact(pixels, score, chosen, code)[0].double().cpu()
-    maps = lambda latents: estimate.maps(latents)[0].float().cpu()  # noqa: E731
-    exact = dict(zip(chosen, exact_n.tolist(), strict=True))
-    sides = attributor.completeness(pixels, score, estimate)
-    value = float(sides.plain_b[0])
-    if method == "exact":
-        effects_s = torch.zeros_like(effects_s)
-        effects_s[chosen] = exact_n
-        return Attributed(effects_s, acts_s, value, exact, (), maps, None, None)
-    compared = agreement(effects_s[chosen], exact_n, output, method)
-    return Attributed(effects_s, acts_s, value, exact, tuple(others), maps, compared, sides)
+    return Contributions(photographs, _boxes(subject, photographs), name, output.name, method, tuple(found), n_top, about, subject.writes)
 
 
 def _make_output(
     run: "Run", subject: "Subject", texts: Sequence[str] | None, class_name: str | None, latent_of: "LatentOf | None"
-) -> "tuple[str, Score, str | None]":
-    """Return the output in words, its score, and the later hookpoint at which it is read."""
-    from ommatid.intervene.attribution import activation, similarity
+) -> "tuple[Output, str | None]":
+    """Return the output, and the later hookpoint at which it is read."""
+    from ommatid.intervene.attribution import activation
+    from ommatid.intervene.contributions import Output, compare_texts
     from ommatid.intervene.steering import choose_readout
 
     if class_name is not None:
-        return f"log-odds of {class_name!r}", subject.readout.log_odds(class_name), None
+        return Output(f"log-odds of {class_name!r}", subject.readout.log_odds(class_name), "log-odds"), None
     if texts is not None:
         readout = subject.readout if subject.model.d_embed is None else choose_readout(subject, [], texts)
-        if len(texts) == 2:
-            one, other = (readout.weights[readout.index(text)] for text in texts)
-            if (one - other).norm() < 1e-6 * one.norm():
-                raise InputError(f"texts {texts[0]!r} and {texts[1]!r} are the same to {subject.model.name}: give other words")
-            return f"{texts[0]!r} − {texts[1]!r}", readout.difference(*texts), None
-        if readout.bias is not None:
-            return f"log-odds of {texts[0]!r}", readout.log_odds(texts[0]), None
-        return repr(texts[0]), similarity(readout.weights[0].float()), None
+        return compare_texts(readout, texts, subject.model.name), None
     assert latent_of is not None
     root, *sae, latent = latent_of
     name, later = _open(root).subject(*map(str, sae))
@@ -727,7 +645,8 @@ def _make_output(
         raise InputError(
             f"latent {latent} of {name} is at {later.reads.name}, where those of {subject.sae.name} are: name one at a later hookpoint"
         )
-    return f"activation of latent {latent} of {name}", activation(later.device_sae, later.reads, latent), later.reads.name
+    score = activation(later.device_sae, later.reads, latent)
+    return Output(f"activation of latent {latent} of {name}", score, "activation"), later.reads.name
 
 
 def _open(run: "Run | str | Path | int") -> "Run":
@@ -931,7 +850,7 @@ def _as_json(found: Intervention | Answers | Contributions) -> dict[str, Any]:
     return {**about, "warnings": list(found.warnings), "rows": rows}
 
 
-def _numbers(one: Attributed) -> dict[str, Any]:
+def _numbers(one: "Attributed") -> dict[str, Any]:
     found: dict[str, Any] = {"value": one.value, "sparsity": one.sparsity, "others": {latent: one.exact[latent] for latent in one.others}}
     if one.agreement:
         found["rank_correlation"], found["n_compared"] = dataclasses.asdict(one.agreement.correlation), one.agreement.n_latents

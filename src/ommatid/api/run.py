@@ -11,7 +11,6 @@ from ommatid.api.interventions import (
     Answers,
     Contributions,
     Intervention,
-    Method,
     Patches,
     Photographs,
     ask_images,
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
     from ommatid.api.interventions import LatentOf
     from ommatid.intervene.circuits import Circuit
+    from ommatid.intervene.contributions import Method
     from ommatid.intervene.edit import ErrorTerm, Unit, Where
     from ommatid.intervene.steering import Dosed
     from ommatid.intervene.subject import Subject
@@ -377,7 +377,7 @@ class Run:
         *,
         class_name: str | None = None,
         latent_of: "LatentOf | None" = None,
-        method: Method = "cheap",
+        method: "Method" = "cheap",
         top: int = 16,
         seed: int = 0,
         sae: str | None = None,

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ommatid.api.interventions import SUFFIXES, TABLES, Answers, Attributed, Contributions, Intervention, check_path
+from ommatid.api.interventions import SUFFIXES, TABLES, Answers, Contributions, Intervention, check_path
 from ommatid.cli.terminal import align, say
 from ommatid.errors import ConfigError, InputError
 from ommatid.show.numbers import DASH, percent
 
 if TYPE_CHECKING:
     from ommatid.intervene.answers import Answered
+    from ommatid.intervene.contributions import Attributed
     from ommatid.intervene.steering import Edited, Steered
 
 N_NAMES = 5
@@ -327,7 +328,7 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
     return str(row["latent"]), row["label"] or DASH, ms, row["causal"] or DASH, f"{row['act']:.2f}", f"{row['effect']:+.4f}", exact, where
 
 
-def _say_of(one: Attributed, method: str) -> list[str]:
+def _say_of(one: "Attributed", method: str) -> list[str]:
     """Say how far the effects can be believed."""
     lines = []
     if one.others:

@@ -40,9 +40,10 @@ from ommatid.extract.networks import find_device, load_explained
 from ommatid.extract.tokens import TokenPicker
 from ommatid.images.dataset import to_webp
 from ommatid.images.decode import FORMATS, Unreadable, decode
-from ommatid.intervene.attribution import Agreement, Attributor, agreement, similarity
+from ommatid.intervene.attribution import Agreement, Attributor
+from ommatid.intervene.contributions import attribute_image, compare_texts
 from ommatid.intervene.readout import Readout
-from ommatid.intervene.steering import Steered, steer
+from ommatid.intervene.steering import Steered, independent, steer
 from ommatid.intervene.subject import Described, Subject
 from ommatid.label.scoring import Texts
 from ommatid.metrics import unit
@@ -51,7 +52,7 @@ from ommatid.pipeline.inputs import check_lineage
 from ommatid.sae.model import SAE
 from ommatid.store import Artefact, open_artefact
 from ommatid.store.manifest import INSIDE
-from ommatid.vlm import Score, VisionModel, imagenet_classes
+from ommatid.vlm import VisionModel, imagenet_classes
 
 NICENESS = 5
 """Amount by which the process is nicer than the server."""
@@ -239,43 +240,33 @@ class Study:
     def attribute(self, sae: str, encoded: bytes, texts: list[str]) -> dict[str, Any]:
         """Answer `ModelClient.attribute`."""
         image, subject = open_upload(encoded), self._subject(sae)
-        if subject.model.d_embed is None:
-            readout = subject.readout
-            score: Score = readout.difference(*texts) if len(texts) == 2 else readout.log_odds(texts[0])
-            measure = "logit" if len(texts) == 2 else "log-odds"
-        else:
-            readout = self._readout(sae, texts)
-            score, measure = readout.difference(*texts) if len(texts) == 2 else similarity(readout.weights[0].float()), "cosine"
+        readout = subject.readout if subject.model.d_embed is None else self._readout(sae, texts)
+        output = compare_texts(readout, texts, subject.model.name)
         attributor = Attributor(subject.model, subject.device_sae, subject.reads, subject.writes)
-        pixels = _pixels(subject.model, image)
-        code = attributor.encode(pixels)
-        cheap = attributor.cheap(pixels, score, code)
-        (estimates,) = cheap.by_image.cpu()
-        firing = code.firing.cpu()
-        ranked = firing[estimates[firing].abs().argsort(descending=True, stable=True)].tolist()
-        chosen, rest = ranked[:N_ATTRIBUTED], ranked[N_ATTRIBUTED:]
-        drawn = np.random.default_rng(0).permutation(rest)[:N_DRAWN].tolist()
-        exact, others = attributor.exact(pixels, score, chosen + drawn, code)[0].cpu().split([len(chosen), len(drawn)])
-        (plain,) = subject.model.splice(pixels, subject.writes.name, [lambda tokens: tokens])
-        maps = cheap.maps(chosen)[0].T.cpu()
+        pixels, rng = _pixels(subject.model, image), np.random.default_rng(0)
+        found = attribute_image(attributor, pixels, output, n_top=N_ATTRIBUTED, n_others=N_DRAWN, rng=rng)
+        if found is None:
+            raise ModelError(independent(subject, output.name))
+        effects = {latent: effect for latent, effect in found.exact.items() if latent not in found.others}
+        order = sorted(effects, key=lambda latent: -abs(effects[latent]))
+        maps, n_firing = found.maps(order), int((found.acts_s > 0).sum())
         rows, cols = subject.writes.grid or (0, 0)
-        agreed = agreement(estimates[chosen], exact, " − ".join(texts), "cheap")
         return {
             **_see(subject.model, subject.writes, image),
-            "score": float(score(plain.float())[0]),
-            "measure": measure,
-            "n_firing": len(firing),
+            "score": found.value,
+            "measure": output.measure,
+            "n_firing": n_firing,
             "latents": [
                 {
-                    "latent": chosen[place],
-                    "effect": float(exact[place]),
-                    "estimate": float(estimates[chosen[place]]),
-                    "heat": maps[place, maps.shape[1] - rows * cols :].tolist() if rows else [],
+                    "latent": latent,
+                    "effect": effects[latent],
+                    "estimate": float(found.effects_s[latent]),
+                    "heat": maps[len(maps) - rows * cols :, place].tolist(),
                 }
-                for place in exact.abs().argsort(descending=True, stable=True).tolist()
+                for place, latent in enumerate(order)
             ],
-            "others": others.tolist(),
-            "warnings": _warn_of_estimates(agreed, len(firing)),
+            "others": [found.exact[latent] for latent in found.others],
+            "warnings": _warn_of_estimates(found.agreement, n_firing),
         }
 
     def _open(self) -> Catalog:
@@ -561,9 +552,9 @@ def _describe_names(found: Steered, kinds: Mapping[str, str]) -> list[dict[str, 
     ]
 
 
-def _warn_of_estimates(agreed: Agreement, n_firing: int) -> list[str]:
+def _warn_of_estimates(agreed: Agreement | None, n_firing: int) -> list[str]:
     """Return what to say of latents that were chosen by an estimate, before the largest of them were ablated."""
-    if not agreed.is_low or n_firing <= N_ATTRIBUTED:
+    if agreed is None or not agreed.is_low or n_firing <= N_ATTRIBUTED:
         return []
     return [
         f"of the {n_firing:,} latents that fire, {N_ATTRIBUTED} were chosen by an estimate of their effect, which follows the exact effect "
