@@ -322,6 +322,10 @@ STEER, ATTRIBUTE = ("steer", "red.png", "--latent", "0"), ("attribute", "red.png
         ((*STEER, "--patches", "small.png"), "patches: the mask has 24 x 16 pixels, but red.png has 48 x 32; make the mask as large as"),
         ((*STEER, "--out", "data"), "data is a folder; name a file that ends in .png, .csv, .json"),
         ((*STEER, "--out", "steered.jpg"), "steered.jpg: results are written as .png, .csv, .json; give the file one of these endings"),
+        (
+            (*STEER, "--out", "red.png/x.csv"),
+            "red.png/x.csv: cannot be written: red.png is not a folder; name another place with --out FILE",
+        ),
         ((*STEER, "--sae", "other"), "data has no SAE 'other'; it has planted"),
         ((*STEER, "--data", "nowhere"), "nowhere holds no finished study"),
         (ATTRIBUTE, "an output is one or two --text, a --class or a --latent-of, and none is given: name one"),
@@ -336,6 +340,8 @@ STEER, ATTRIBUTE = ("steer", "red.png", "--latent", "0"), ("attribute", "red.png
         (("circuit", "red", "--out", "x.png"), "x.png: circuits are written as .dot, .csv, .json; name a file with one of these endings"),
         (("circuit", "red", "--and-sae", "nowhere"), "nowhere holds no finished study"),
         ((*ATTRIBUTE, "--text", "red", "--out", "x.txt"), "x.txt: results are written as .png, .csv, .json"),
+        ((*ATTRIBUTE, "--text", "red", "--out", "red.png/x.csv"), "red.png/x.csv: cannot be written: red.png is not a folder"),
+        (("circuit", "red", "--out", "red.png/x.csv"), "red.png/x.csv: cannot be written: red.png is not a folder"),
     ],
 )
 def test_bad_input_is_refused_before_the_model_is_loaded(arguments: Sequence[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

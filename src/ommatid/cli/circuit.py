@@ -34,8 +34,12 @@ def circuit(
 ) -> None:
     """Print the circuits of a class, and write them to a file if one is named."""
     sizes = parse_sizes(size)
-    if out is not None and (out.is_dir() or out.suffix.lower() not in SUFFIXES):
-        raise InputError(f"{out}: circuits are written as {', '.join(SUFFIXES)}; name a file with one of these endings")
+    if out is not None:
+        if out.is_dir() or out.suffix.lower() not in SUFFIXES:
+            raise InputError(f"{out}: circuits are written as {', '.join(SUFFIXES)}; name a file with one of these endings")
+        from ommatid.show.pictures.page import check_place
+
+        check_place(out, "--out")
     from ommatid.api import open_run
 
     later = parse_place(and_sae) if and_sae is not None else None

@@ -73,7 +73,7 @@ def steer(
     if asked and texts:
         raise ConfigError("--question and --text are given: the answers of a model are not compared with texts; leave out one of them")
     if out is not None:
-        check_path(out, TABLES if asked else SUFFIXES)
+        _check_out(out, TABLES if asked else SUFFIXES)
     from ommatid.api import open_run
 
     options: dict[str, Any] = {
@@ -116,7 +116,7 @@ def attribute(
     if texts and len(texts) > 2:
         raise ConfigError(f"--text is given {len(texts)} times; give one text, or two, of which the second is compared with the first")
     if out is not None:
-        check_path(out)
+        _check_out(out, SUFFIXES)
     from ommatid.api import open_run
 
     with open_run(data) as run:
@@ -128,6 +128,13 @@ def attribute(
     if out is not None:
         found.save(out)
         say(out)
+
+
+def _check_out(out: Path, suffixes: Sequence[str]) -> None:
+    """Check that results can be written to a file, which is before they are computed."""
+    from ommatid.show.pictures.page import check_place
+
+    check_place(check_path(out, suffixes), "--out")
 
 
 def parse_doses(text: str) -> list[float]:

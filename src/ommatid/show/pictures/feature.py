@@ -112,8 +112,8 @@ def _pair_height(examples: Sequence[Example]) -> int:
 def _draw_header(page: Page, feature: dict[str, Any]) -> None:
     label = feature["label"] or f"no label: {(feature['label_status'] or 'no labeller was run').replace('_', ' ')}"
     page.text(MARGIN, MARGIN - 10, short(label, 60), 20, INK if feature["label"] else GREY, weight="bold")
-    page.text(page.width - MARGIN, MARGIN - 4, f"latent {feature['latent']}", 14, GREY, ha="right")
-    page.text(page.width - MARGIN, MARGIN + 16, feature["sae"], 8, GREY, ha="right")
+    page.text(page.width - MARGIN, MARGIN - 12, f"latent {feature['latent']}", 14, GREY, ha="right")
+    page.text(page.width - MARGIN, MARGIN + 8, feature["sae"], 8, GREY, ha="right")
     page.text(MARGIN, MARGIN + 30, "     ".join(_numbers(feature)), 10.5, GREY)
     if feature["is_dead"]:
         page.text(page.width - MARGIN, MARGIN + 33, "dead: fires on no evaluation image", 10.5, ALARM, ha="right", weight="bold")

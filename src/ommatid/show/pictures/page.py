@@ -2,6 +2,7 @@
 
 import io
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,9 +30,8 @@ def write_whole(path: Path, content: bytes, option: str = "--to") -> None:
     Raises:
         QueryError: The file cannot be written there.
     """
+    check_place(path, option)
     aside = path.with_name(path.name + ".tmp")
-    if blocked := next((folder for folder in path.parents if folder.exists() and not folder.is_dir()), None):
-        raise QueryError(f"{path}: cannot be written: {blocked} is not a folder; name another place with {option} FILE")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_bytes(content)
@@ -40,6 +40,20 @@ def write_whole(path: Path, content: bytes, option: str = "--to") -> None:
         if aside.is_file():
             aside.unlink()
         raise QueryError(f"{path}: cannot be written: {error.strerror}; name another place with {option} FILE") from None
+
+
+def check_place(path: Path, option: str = "--to") -> None:
+    """Check that a file can be written somewhere, before the work whose result it will hold; it leaves nothing there.
+
+    Raises:
+        QueryError: The file cannot be written there.
+    """
+    folder = next(folder for folder in path.parents if folder.exists())
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        why = error.strerror if folder.is_dir() else f"{folder} is not a folder"
+        raise QueryError(f"{path}: cannot be written: {why}; name another place with {option} FILE") from None
 
 
 DPI = 100
