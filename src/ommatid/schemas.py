@@ -593,7 +593,7 @@ INTERVENTIONS = _table(
     latent=(pa.int32(), "index of the latent"),
     outcome=(
         pa.string(),
-        "what is measured: toward_label (by how much the cosine with the latent's label rises, less the same for another label), "
+        "what is measured: toward_label (by how much the cosine with the latent's label rises, less the mean of that with others), "
         "target_rate (share of the images that the model takes for the latent's class whose prediction changes), other_rate (the same of "
         "all other images), specificity (target_rate less other_rate), collateral (loss of accuracy on images on which the latent is "
         "silent), output_score (probability and rank of the class texts that the dose raises most, less the same without it), drift (mean "
@@ -686,7 +686,7 @@ ATTRIBUTIONS = _table(
     "interventions/<sae>",
     may_be_empty=True,
     sae=(pa.string(), "name of the SAE"),
-    output=(pa.string(), "output of the model: the name of a class, or `label of latent N` for the cosine with the label of a latent"),
+    output=(pa.string(), "name of the class whose log-odds are attributed"),
     rank=(
         pa.int32(),
         f"rank of the latent by the size of effect, whatever its sign; 1 is the largest, and {N_ATTRIBUTED} the last that is listed",
