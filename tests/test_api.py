@@ -206,7 +206,7 @@ def public() -> dict[str, Any]:
     """Return everything that `import ommatid` offers, with the public members of its classes."""
     found: dict[str, Any] = {name: getattr(ommatid, name) for name in ommatid.__all__}
     for one in (ommatid.Run, ommatid.Encoding, ommatid.Intervention, ommatid.Contributions):
-        members = {name: value for name, value in vars(one).items() if not name.startswith("_")}
+        members = {name: value for part in reversed(one.__mro__[:-1]) for name, value in vars(part).items() if not name.startswith("_")}
         found |= {f"{one.__name__}.{name}": value for name, value in members.items() if getattr(value, "__doc__", None)}
     return {"ommatid": ommatid, **found}
 

@@ -3,8 +3,9 @@
 `import ommatid` offers all of this and loads it on first use; torch is imported only when a model or an SAE is needed.
 """
 
+from ommatid.api.contributions import Contributions
 from ommatid.api.encoding import Encoding, ImageLike
-from ommatid.api.interventions import Answers, Contributions, Intervention
+from ommatid.api.interventions import Answers, Intervention
 from ommatid.api.load import load_model, load_sae
 from ommatid.api.run import Run, ask, encode, intervene, open_run
 

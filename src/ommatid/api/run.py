@@ -5,19 +5,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ommatid.api.contributions import Contributions, attribute_outputs, check_class
 from ommatid.api.encoding import Encoder, Encoding, ImageLike, as_list, name_image, open_image
-from ommatid.api.interventions import (
-    DOSES,
-    Answers,
-    Contributions,
-    Intervention,
-    Patches,
-    Photographs,
-    ask_images,
-    attribute_outputs,
-    check_class,
-    steer_images,
-)
+from ommatid.api.interventions import DOSES, Answers, Intervention, Patches, ask_images, steer_images
+from ommatid.api.results import Photographs
 from ommatid.catalog.reader import Catalog
 from ommatid.config.intervene import ONE_WORD
 from ommatid.errors import ArtefactError, ConfigError, InputError, ModelError
@@ -30,7 +21,7 @@ if TYPE_CHECKING:
     import pandas
     from PIL import Image
 
-    from ommatid.api.interventions import LatentOf
+    from ommatid.api.contributions import LatentOf
     from ommatid.intervene.circuits import Circuit
     from ommatid.intervene.contributions import Method
     from ommatid.intervene.edit import ErrorTerm, Unit, Where

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ommatid.api.interventions import SUFFIXES, TABLES, Answers, Contributions, Intervention, check_path
+from ommatid.api.contributions import Contributions
+from ommatid.api.interventions import Answers, Intervention
+from ommatid.api.results import SUFFIXES, TABLES, check_path
 from ommatid.cli.terminal import align, say
 from ommatid.errors import ConfigError, InputError
 from ommatid.show.numbers import DASH, percent
