@@ -32,6 +32,7 @@ from ommatid.catalog.database import physical_mb
 from ommatid.catalog.reader import Catalog
 from ommatid.catalog.sandbox import Wire, end_with_parent, set_soft
 from ommatid.catalog.vectors import unpack
+from ommatid.compute.evenly import spread_evenly
 from ommatid.compute.nearest import largest
 from ommatid.errors import ArtefactError, InputError, ModelError, OmmatidError, describe, find_lack
 from ommatid.explorer.model_client import N_DRAWS
@@ -394,8 +395,7 @@ class Study:
         if (inputs["train"].digest, inputs["extract"].digest) != (run["sae_digest"], run["activations_digest"]):
             raise ModelError(f"the study in {self._data} is not the one that the catalogue was built from; run `dvc repro`")
         extract = json.dumps({**params["extract"], "namer": None}, sort_keys=True)
-        subject = Subject(inputs, lambda: self._network(extract), params.get("intervene", {}).get("head"))
-        return subject
+        return Subject(inputs, lambda: self._network(extract), params.get("intervene", {}).get("head"))
 
     def _describe_latents(self, sae: str, latents: tuple[int, ...]) -> list[Described]:
         """Return scale, label and difference of means of latents.
@@ -576,9 +576,7 @@ def _strongest(acts_l: torch.Tensor) -> dict[str, list[Any]]:
 
 def _spread(values: list[str], n: int) -> list[str]:
     """Return up to n of the values, evenly spaced."""
-    if len(values) <= n:
-        return values
-    return [values[i] for i in np.linspace(0, len(values) - 1, n).round().astype(int)] if n else []
+    return [values[place] for place in spread_evenly(len(values), n)]
 
 
 def serve(wire: Wire) -> None:

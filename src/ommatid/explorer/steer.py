@@ -89,7 +89,6 @@ def describe_steered(view: View, sae: str, query: SteerQuery, found: SteeredImag
         "legend": {arm: text for arm, text in ALL_ARMS.items() if arm == "targeted" or arm in found.names[0].controls},
         "warnings": [*found.warnings, *_missing(found)],
         "address": address,
-        "n_patches": len(query.patch_numbers) if query.tokens == "patches" else None,
     }
 
 

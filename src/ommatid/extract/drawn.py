@@ -7,6 +7,7 @@ from itertools import islice
 import numpy as np
 from jaxtyping import Int, Int64
 
+from ommatid.compute.evenly import spread_evenly
 from ommatid.extract.plan import blocks_of
 from ommatid.images.loader import Encoded, Pixels, iter_pixels, make_pool
 from ommatid.store import Artefact
@@ -34,8 +35,8 @@ def draw_images(images: Artefact, among: Collection[int], n: int) -> DrawnImages
     rows = np.flatnonzero(np.isin(numbers, np.fromiter(among, np.int64, len(among))))
     block = np.searchsorted(blocks_of(images)[:, 2].cumsum(), rows, side="right")
     held = np.unique(block)
-    rows = rows[np.isin(block, held[_spread(len(held), N_BLOCKS)])]
-    rows = rows[_spread(len(rows), n)]
+    rows = rows[np.isin(block, held[spread_evenly(len(held), N_BLOCKS)])]
+    rows = rows[spread_evenly(len(rows), n)]
     return DrawnImages(numbers[rows], rows)
 
 
@@ -57,11 +58,6 @@ def iter_drawn_pixels(images: Artefact, drawn: DrawnImages, preprocess: Preproce
 
 def _encoded(numbers: np.ndarray, files: Iterator[bytes]) -> Encoded:
     return Encoded(numbers, np.zeros(len(numbers), dtype=bool), list(islice(files, len(numbers))))
-
-
-def _spread(n: int, at_most: int) -> np.ndarray:
-    """Return up to `at_most` of the indices 0 to n - 1, evenly spaced."""
-    return np.linspace(0, n - 1, min(n, at_most)).round().astype(np.int64)
 
 
 def _iter_files(images: Artefact, rows: np.ndarray) -> Iterator[bytes]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ommatid.activations.columns import from_float16
 from ommatid.activations.joint import read_joint
+from ommatid.compute.evenly import spread_evenly
 from ommatid.compute.undefined import none_for_nan
 from ommatid.config import InterveneParams
 from ommatid.errors import InputError, ModelError
@@ -120,7 +121,7 @@ def _call_images(subject: Subject, on_event: Listener) -> _Called:
     if subject.model.d_embed is not None and subject.head is None and activations.manifest.params["namer"] is None:
         scores = readout.scores(read_joint(activations, numbers))
     else:
-        numbers = numbers[np.linspace(0, len(numbers) - 1, min(len(numbers), N_RUN)).round().astype(np.int64)]
+        numbers = numbers[spread_evenly(len(numbers), N_RUN)]
         batches = []
         for batch, pixels in subject.load_pixels(numbers.tolist()):
             batches.append(readout.scores(subject.model.splice(pixels, subject.writes.name, [lambda tokens: tokens])[0]))
@@ -331,11 +332,8 @@ class _Audit:
     ) -> Int64[np.ndarray, "arms chosen"]:
         """Return what the model calls images, `(a, n)`: as it is, without the latent, without each of some others, and after LEACE."""
         subject, n_latents = self.subject, self.subject.sae.n_latents
-        density, is_live = subject.densities
-        is_live = is_live.clone()
-        label = subject.labels.get(latent, {}).get("label")
-        is_live[[n for n, row in subject.labels.items() if row["label"] == label and n != latent]] = False
-        others = match_latents(density, is_live, subject.sae.W_dec, [latent], self.params.draws, rng)[:, 0].tolist()
+        is_live = subject.comparable([latent])
+        others = match_latents(subject.densities[0], is_live, subject.sae.W_dec, [latent], self.params.draws, rng)[:, 0].tolist()
         reads = None if subject.reads == subject.writes else subject.reads
         editor = Editor(subject.device_sae, [latent, *others], subject.writes, reads, torch.full((n_latents,), math.nan), subject.device)
         erase = self._fit_leace(has)

@@ -73,11 +73,6 @@ class Edit:
         elif not self.tokens.any():
             raise InputError("tokens: the mask is False everywhere, so the edit would change nothing; choose at least one token")
 
-    @property
-    def has_several_latents(self) -> bool:
-        """Whether several latents are edited at once."""
-        return len(self.latents) > 1
-
     def _check_dose(self) -> None:
         if self.kind == "ablate":
             if self.dose is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ommatid.activations.columns import from_float16
+from ommatid.compute.evenly import spread_evenly
 from ommatid.intervene.arms import Controls
 from ommatid.intervene.subject import Described, Subject
 from ommatid.metrics import erasures
@@ -47,7 +48,7 @@ class Erasure:
     def __init__(self, subject: Subject, latents: list[int]) -> None:
         self.subject, self.latents = subject, latents
         known = sorted(subject.classes)
-        self.images = [known[place] for place in np.linspace(0, len(known) - 1, min(len(known), N_IMAGES)).round().astype(int)]
+        self.images = [known[place] for place in spread_evenly(len(known), N_IMAGES)]
         """Numbers of the images, ascending."""
         names = [subject.classes[image] for image in self.images]
         by_class = sorted(range(len(names)), key=lambda place: (names[place], place))

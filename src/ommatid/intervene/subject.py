@@ -212,13 +212,17 @@ class Subject:
         Raises:
             InputError: As for `draw_controls`.
         """
-        latents, named = [one.latent for one in described], {one.label for one in described}
-        density, is_live = self.densities
-        is_live = is_live.clone()
-        is_live[[n for n, row in self.labels.items() if row["label"] in named and n not in latents]] = False
+        latents = [one.latent for one in described]
         means = [one.diff_means for one in described if one.diff_means is not None]
         together = torch.stack(means).sum(0) if len(means) == len(described) else None
-        return draw_controls(self.editor(described), latents, density, is_live, together, seed, draws)
+        return draw_controls(self.editor(described), latents, self.densities[0], self.comparable(latents), together, seed, draws)
+
+    def comparable(self, latents: Sequence[int]) -> Bool[Tensor, " d_sae"]:
+        """Return whether each latent is live, and has a label other than those of given ones unless it is one of them, `(s,)`."""
+        named = {self.labels[latent]["label"] for latent in latents if latent in self.labels}
+        is_live = self.densities[1].clone()
+        is_live[[latent for latent, row in self.labels.items() if row["label"] in named and latent not in latents]] = False
+        return is_live
 
     @cached_property
     def readout(self) -> Readout:

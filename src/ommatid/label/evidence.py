@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 
+from ommatid.compute.evenly import spread_evenly
 from ommatid.compute.nearest import nearest
 from ommatid.config import LabelParams
 from ommatid.images.eval_split import EvalSplit, LatentFirings
@@ -296,10 +297,5 @@ def choose_firing(has_heat: Bool[np.ndarray, " images"], n: int) -> Int64[np.nda
     """
     strongest, rest = np.arange(min(n - n // 2, len(has_heat))), np.arange(len(has_heat))[n - n // 2 :]
     with_heat, without = rest[has_heat[rest]], rest[~has_heat[rest]]
-    kept = _pick_evenly(with_heat, n // 2)
-    return np.sort(np.concatenate([strongest, kept, _pick_evenly(without, n // 2 - len(kept))]))
-
-
-def _pick_evenly(places: Int64[np.ndarray, " places"], n: int) -> Int64[np.ndarray, " picked"]:
-    """Return at most n of the places, evenly spread."""
-    return places if len(places) <= n else places[np.linspace(0, len(places) - 1, n).round().astype(np.int64)]
+    kept = with_heat[spread_evenly(len(with_heat), n // 2)]
+    return np.sort(np.concatenate([strongest, kept, without[spread_evenly(len(without), n // 2 - len(kept))]]))
