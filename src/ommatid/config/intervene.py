@@ -133,14 +133,13 @@ class InterveneParams(Section):
     head: Annotated[str, Field(min_length=1)] | None = None
     """A safetensors file with a linear head by which classes are read from the model's output (docs/users/interventions.md). null reads
     them by the texts of their names or, if the model has no text tower, by a head fitted to labelled training images."""
+    audit: AuditParams = AuditParams()
+    """Which features are tested for going with a class for the wrong reason."""
 
     def identity(self) -> dict[str, Any]:
         """Return the values that determine the interventions, with the question in a file; without `answers` if nothing is asked."""
         asked = {"answers": self.answers.identity()} if self.answers else {}
         return {name: value for name, value in super().identity().items() if name != "answers"} | asked
-
-    audit: AuditParams = AuditParams()
-    """Which features are tested for going with a class for the wrong reason."""
 
     def trial(self, n: int) -> "InterveneParams":
         """Return the params with which `ommatid estimate` tries `n` latents: those of another choice cost the same."""

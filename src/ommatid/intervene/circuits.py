@@ -337,9 +337,9 @@ class _Ranked:
 def _rank(first: Subject, levels: Sequence[Level], score: Score, images: Sequence[int]) -> _Ranked:
     effects = [MeanEffects(level.sae.n_latents) for level in levels]
     sums = [torch.zeros(level.sae.n_latents, dtype=torch.float64) for level in levels]
+    attributors = [Attributor(first.model, level.sae, level.tokens, level.tokens) for level in levels]
     for pixels in _iter_pixels(first, images):
-        for level, mean, total in zip(levels, effects, sums, strict=True):
-            attributor = Attributor(first.model, level.sae, level.tokens, level.tokens)
+        for level, attributor, mean, total in zip(levels, attributors, effects, sums, strict=True):
             found = attributor.integrated(pixels, score, N_STEPS, baseline_d=level.mean_d)
             mean.add(attributor.from_means(found, level.mean_s))
             total += found.code.by_image(found.code.entries.values).sum(0).double().cpu()
@@ -363,19 +363,13 @@ def _draw_circuits(ranked: _Ranked, sizes: Sequence[int], draws: int, rng: np.ra
     firing = [np.flatnonzero(fires.numpy()) for fires in ranked.fires]
     made: list[tuple[ArmName, int, Kept]] = []
     for size in sizes:
-        circuit = _split(by_effect[:size], n_levels)
-        active = _split(by_activity[:size], n_levels)
+        circuit, active = _split(by_effect[:size], n_levels), _split(by_activity[:size], n_levels)
         for _ in range(draws):
-            drawn = [rng.permutation(live)[: len(own)] for live, own in zip(firing, circuit, strict=True)]
-            randoms = [torch.from_numpy(one) for one in drawn]
-            made += _kept_and_removed("random", "without_random", size, randoms)
-        made += _kept_and_removed("circuit", "without", size, circuit)
-        made += _kept_and_removed("most_active", "without_most_active", size, active)
+            drawn = [torch.from_numpy(rng.permutation(live)[: len(own)]) for live, own in zip(firing, circuit, strict=True)]
+            made += [("random", size, drawn), ("without_random", size, drawn)]
+        made += [("circuit", size, circuit), ("without", size, circuit)]
+        made += [("most_active", size, active), ("without_most_active", size, active)]
     return made
-
-
-def _kept_and_removed(kept: ArmName, removed: ArmName, size: int, latents: Kept) -> list[tuple[ArmName, int, Kept]]:
-    return [(kept, size, latents), (removed, size, latents)]
 
 
 def _measure_circuits(
