@@ -366,9 +366,9 @@ def _draw_circuits(ranked: _Ranked, sizes: Sequence[int], draws: int, rng: np.ra
         circuit, active = _split(by_effect[:size], n_levels), _split(by_activity[:size], n_levels)
         for _ in range(draws):
             drawn = [torch.from_numpy(rng.permutation(live)[: len(own)]) for live, own in zip(firing, circuit, strict=True)]
-            made += [("random", size, drawn), ("without_random", size, drawn)]
-        made += [("circuit", size, circuit), ("without", size, circuit)]
-        made += [("most_active", size, active), ("without_most_active", size, active)]
+            made.extend((("random", size, drawn), ("without_random", size, drawn)))
+        made.extend((("circuit", size, circuit), ("without", size, circuit)))
+        made.extend((("most_active", size, active), ("without_most_active", size, active)))
     return made
 
 
