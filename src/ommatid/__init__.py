@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ommatid.api import Answers, Contributions, Encoding, Intervention, Run, ask, encode, intervene, load_model, load_sae, open_run
+    from ommatid.api import Answers, Contributions, Encoding, Intervention, Run, encode, intervene, load_model, load_sae, open_run
     from ommatid.catalog.reader import Catalog
     from ommatid.errors import OmmatidError
     from ommatid.metrics.arrays import fvu, monosemanticity
@@ -27,7 +27,6 @@ __all__ = [
     "Intervention",
     "OmmatidError",
     "Run",
-    "ask",
     "encode",
     "fvu",
     "intervene",

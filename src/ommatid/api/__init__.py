@@ -7,7 +7,7 @@ from ommatid.api.contributions import Contributions
 from ommatid.api.encoding import Encoding, ImageLike
 from ommatid.api.interventions import Answers, Intervention
 from ommatid.api.load import load_model, load_sae
-from ommatid.api.run import Run, ask, encode, intervene, open_run
+from ommatid.api.run import Run, encode, intervene, open_run
 
 __all__ = [
     "Answers",
@@ -16,7 +16,6 @@ __all__ = [
     "ImageLike",
     "Intervention",
     "Run",
-    "ask",
     "encode",
     "intervene",
     "load_model",

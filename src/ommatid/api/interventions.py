@@ -1,6 +1,7 @@
 """Interventions on single images: what an edit of latents does to the model's output, or to its answers."""
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,69 @@ DOSES = (0.0, 0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True, eq=False)
-class Intervention(Results):
+class _OfEdit(Results):
+    """What is done by an edit of latents on some images, at several doses, beside all of its controls."""
+
+    @property
+    @abstractmethod
+    def _edited(self) -> "Edited":
+        """The edit, and what the SAE says of the images."""
+
+    @property
+    @abstractmethod
+    def _compared(self) -> str:
+        """What is compared between arms, in words."""
+
+    def __repr__(self) -> str:
+        latents, doses, n = self._edited.latents, self._edited.doses, len(self.images)
+        of = f"latent{'s' * (len(latents) > 1)} {listed(latents)}, dose{'s' * (len(doses) > 1)} {listed(doses)}"
+        return f"{type(self).__name__}({n} image{'s' * (n != 1)}, {of}, {self._compared})"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes the results less sure than they look, a sentence each.
+
+        >>> import ommatid
+        >>> run = ommatid.open_run("data")
+        >>> latents = run.encode("cat.jpg").acts[0].topk(2).indices.tolist()
+        >>> found = run.intervene("cat.jpg", latents, doses=[1], draws=2)
+        >>> found.warnings[0]
+        '2 latents are edited at once, which do not compose: ...'
+        """
+        return self._edited.warnings
+
+    def _places(self, arm: str, dose: float | None) -> list[int]:
+        """Return the places of an arm at a dose, one for each draw.
+
+        Raises:
+            InputError: The arm was not run at this dose.
+        """
+        if not (places := self._edited.places(arm, dose)):
+            ran = ", ".join(dict.fromkeys(key.name for key in self._edited.arms))
+            raise InputError(f"arm {arm!r} was not run at dose {dose}; arms are {ran}, and doses {listed(self._edited.doses)}")
+        return places
+
+    def _named(self, rows: list[dict[str, Any]]) -> "pandas.DataFrame":
+        """Make a table of rows in which images are numbers."""
+        import pandas as pd
+
+        return pd.DataFrame([{**row, "image": self.images[row["image"]]} for row in rows])
+
+    def _about(self) -> dict[str, Any]:
+        edited = self._edited
+        latents = [
+            {"latent": latent, "label": label, "scale": scale}
+            for latent, label, scale in zip(edited.latents, edited.labels, edited.scales_l.tolist(), strict=True)
+        ]
+        doses = [
+            {"dose": dose, "acts": acts, "relative": relative}
+            for dose, acts, relative in zip(edited.doses, edited.acts_pl.tolist(), edited.relative_pl.tolist(), strict=True)
+        ]
+        return {"latents": latents, "doses": doses, "kind": edited.kind, "fvu": edited.fvu_b.tolist()}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Intervention(_OfEdit):
     """What an edit of latents does to the model's output on some images, at several doses, beside all of its controls.
 
     >>> import ommatid
@@ -52,11 +115,6 @@ class Intervention(Results):
     follow: str | None
     """Name whose dose curve is drawn: the first text. None chooses one for each image."""
 
-    def __repr__(self) -> str:
-        latents, doses, n = listed(self.steered.latents), listed(self.steered.doses), len(self.images)
-        of, at = "s" * (len(self.steered.latents) > 1), "s" * (len(self.steered.doses) > 1)
-        return f"Intervention({n} image{'s' * (n != 1)}, latent{of} {latents}, dose{at} {doses}, {len(self.names)} names)"
-
     @property
     def names(self) -> tuple[str, ...]:
         """Names that the output is compared with: texts, or the classes of the study's images.
@@ -70,17 +128,12 @@ class Intervention(Results):
         return self.steered.names
 
     @property
-    def warnings(self) -> tuple[str, ...]:
-        """What makes the results less sure than they look, a sentence each.
+    def _edited(self) -> "Steered":
+        return self.steered
 
-        >>> import ommatid
-        >>> run = ommatid.open_run("data")
-        >>> latents = run.encode("cat.jpg").acts[0].topk(2).indices.tolist()
-        >>> found = run.intervene("cat.jpg", latents, doses=[1], draws=2)
-        >>> found.warnings[0]
-        '2 latents are edited at once, which do not compose: ...'
-        """
-        return self.steered.warnings
+    @property
+    def _compared(self) -> str:
+        return f"{len(self.names)} names"
 
     def scores(self, arm: str = "targeted", dose: float | None = None) -> "torch.Tensor":
         """Return the score of each name, a cosine or a logit, under one arm.
@@ -102,11 +155,7 @@ class Intervention(Results):
         >>> found.scores("random_direction", 1).shape == (3, 2, len(found.names))
         True
         """
-        values = self.steered.of(self.steered.scores_abn, arm, dose)  # pyright: ignore[reportArgumentType]
-        if not len(values):
-            ran = ", ".join(dict.fromkeys(key.name for key in self.steered.arms))
-            raise InputError(f"arm {arm!r} was not run at dose {dose}; arms are {ran}, and doses {listed(self.steered.doses)}")
-        return values
+        return self.steered.scores_abn[self._places(arm, dose)]
 
     def table(self, names: Sequence[str] | None = None) -> "pandas.DataFrame":
         """List scores, probabilities and ranks before and after, under every arm and dose.
@@ -124,13 +173,9 @@ class Intervention(Results):
         >>> table.arm.unique().tolist()
         ['none', 'untouched', 'targeted', 'sign_flipped', 'random_latent', 'random_direction', 'diff_means']
         """
-        import pandas as pd
-
         if names is not None and (unknown := [name for name in names if name not in self.names]):
             raise InputError(f"name {unknown[0]!r} was not compared with the output; names are {listed(self.names)}")
-        found = pd.DataFrame(self.steered.table(names))
-        found["image"] = [self.images[image] for image in found.image]
-        return found
+        return self._named(self.steered.table(names))
 
     def heat(self, image: int = 0) -> "torch.Tensor | None":
         """Map where in an image the edited latents fire, (latents, rows, cols); None if the study's tokens are not patches.
@@ -156,12 +201,9 @@ class Intervention(Results):
 
         return draw_steered(self.steered, self.photographs.drawn(self.boxes), self.follow)
 
-    def _about(self) -> dict[str, Any]:
-        return _describe(self.steered)
 
-
-@dataclass(frozen=True, eq=False)
-class Answers(Results):
+@dataclass(frozen=True, eq=False, repr=False)
+class Answers(_OfEdit):
     """What a model that answers in words says of some images while latents of its tower are edited, beside all controls.
 
     >>> import ommatid
@@ -174,15 +216,13 @@ class Answers(Results):
     answered: "Answered"
     """Answers, shifts and log-odds by arm, dose and image."""
 
-    def __repr__(self) -> str:
-        latents, doses, n = listed(self.answered.latents), listed(self.answered.doses), len(self.images)
-        of, at = "s" * (len(self.answered.latents) > 1), "s" * (len(self.answered.doses) > 1)
-        return f"Answers({n} image{'s' * (n != 1)}, latent{of} {latents}, dose{at} {doses}, {self.answered.question!r})"
+    @property
+    def _edited(self) -> "Answered":
+        return self.answered
 
     @property
-    def warnings(self) -> tuple[str, ...]:
-        """What makes the results less sure than they look, a sentence each."""
-        return self.answered.warnings
+    def _compared(self) -> str:
+        return repr(self.answered.question)
 
     def answers(self, arm: str = "targeted", dose: float | None = None) -> list[tuple[str, ...]]:
         """Return the answer about each image under one arm, for each of its draws.
@@ -194,34 +234,14 @@ class Answers(Results):
         Raises:
             InputError: The arm was not run at this dose.
         """
-        if not (places := self.answered.places(arm, dose)):
-            ran = ", ".join(dict.fromkeys(key.name for key in self.answered.arms))
-            raise InputError(f"arm {arm!r} was not run at dose {dose}; arms are {ran}, and doses {listed(self.answered.doses)}")
-        return [self.answered.answers[place] for place in places]
+        return [self.answered.answers[place] for place in self._places(arm, dose)]
 
     def table(self) -> "pandas.DataFrame":
         """List the answers before and after, under every arm, dose and draw: the columns of `ommatid.intervene.answers.Answered.table`."""
-        import pandas as pd
-
-        found = pd.DataFrame(self.answered.table())
-        found["image"] = [self.images[image] for image in found.image]
-        return found
+        return self._named(self.answered.table())
 
     def _about(self) -> dict[str, Any]:
-        return {**_describe(self.answered), "question": self.answered.question, "words": self.answered.words}
-
-
-def _describe(edited: "Edited") -> dict[str, Any]:
-    """Return latents and doses as plain values."""
-    latents = [
-        {"latent": latent, "label": label, "scale": scale}
-        for latent, label, scale in zip(edited.latents, edited.labels, edited.scales_l.tolist(), strict=True)
-    ]
-    doses = [
-        {"dose": dose, "acts": acts, "relative": relative}
-        for dose, acts, relative in zip(edited.doses, edited.acts_pl.tolist(), edited.relative_pl.tolist(), strict=True)
-    ]
-    return {"latents": latents, "doses": doses, "kind": edited.kind, "fvu": edited.fvu_b.tolist()}
+        return {**super()._about(), "question": self.answered.question, "words": self.answered.words}
 
 
 def steer_images(

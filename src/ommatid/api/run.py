@@ -606,35 +606,6 @@ def intervene(
     return (run if isinstance(run, Run) else open_run(run)).intervene(images, latents, doses, **options)
 
 
-def ask(
-    images: ImageLike | Iterable[ImageLike],
-    latents: int | Sequence[int],
-    doses: Sequence[float] | float = DOSES,
-    run: Run | str | Path = DATA,
-    **options: Any,
-) -> Answers:
-    """Ask a model that answers in words while latents are set; short for `open_run(run).ask(images, latents, doses, **options)`.
-
-    To ask several times, open the run once and call its method `ask`, so that the model is loaded only once.
-
-    Args:
-        images: As for `encode`.
-        latents: The latent, or several, which are edited together.
-        doses: What their activations are set to, in units of the 99th percentile of each latent's own positive ones.
-        run: A run, or the root of its artefacts.
-        options: Further arguments of `Run.ask`.
-
-    Returns:
-        The answers under every arm and dose.
-
-    >>> import ommatid
-    >>> ommatid.ask("cat.jpg", 0, question="Which animal is this?")  # of a study of LLaVA or Qwen-VL
-    Traceback (most recent call last):
-    ommatid.errors.ModelError: extract.model.kind: ... models have no language model and cannot answer in words; ...
-    """
-    return (run if isinstance(run, Run) else open_run(run)).ask(images, latents, doses, **options)
-
-
 def encode(images: ImageLike | Iterable[ImageLike], run: Run | str | Path = DATA, sae: str | None = None) -> Encoding:
     """Encode images with a study's model and SAE; short for `open_run(run).encode(images, sae)`.
 
