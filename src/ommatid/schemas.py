@@ -559,11 +559,6 @@ ARMS = (
     "leace",
 )
 """Ways to run the model on an image: as it is, with the edit, or with one of the controls of the edit."""
-RANDOM_ARMS = ("random_latent", "random_direction")
-"""Controls that are drawn several times."""
-EXCEEDED_ARMS = ("sign_flipped", *RANDOM_ARMS)
-"""Controls that an edit must exceed. `diff_means` is another way to the same end and not a control of it, and `untouched` changes what the
-edit, which keeps the SAE's error, does not."""
 _ANSWERS = ("answer_shift", "word_log_odds", "says_label")
 OUTCOMES = (
     "toward_label",

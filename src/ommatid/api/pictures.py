@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ommatid.compute.controls import RANDOM_ARMS
 from ommatid.intervene.steering import Steered
-from ommatid.schemas import RANDOM_ARMS
 from ommatid.show.numbers import percent
 from ommatid.show.pictures.page import ACCENT, ALARM, FAINT, GREY, INK, MARGIN, Example, Page, overlaid, short, square
 

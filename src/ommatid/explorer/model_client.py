@@ -32,8 +32,6 @@ MOST_STEERED = 8
 """Maximum number of latents that are steered at once."""
 DOSES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 """Doses of every dose curve, in units of the 99th percentile of the latent's positive activations."""
-N_DRAWS = 8
-"""Number of draws of each random control, unless too few latents are live."""
 HIGHEST_DOSE = 10.0
 """Highest dose that is computed beside these."""
 WAITING = 4

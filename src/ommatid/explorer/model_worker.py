@@ -32,10 +32,10 @@ from ommatid.catalog.database import physical_mb
 from ommatid.catalog.reader import Catalog
 from ommatid.catalog.sandbox import Wire, end_with_parent, set_soft
 from ommatid.catalog.vectors import unpack
+from ommatid.compute.controls import N_DRAWS
 from ommatid.compute.evenly import spread_evenly
 from ommatid.compute.nearest import largest
 from ommatid.errors import ArtefactError, InputError, ModelError, OmmatidError, describe, find_lack
-from ommatid.explorer.model_client import N_DRAWS
 from ommatid.extract.classifier import embed_texts
 from ommatid.extract.networks import find_device, load_explained
 from ommatid.extract.tokens import TokenPicker

@@ -10,15 +10,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import ValidationError
 
+from ommatid.compute.controls import EXCEEDED_ARMS, N_DRAWS, RANDOM_ARMS
 from ommatid.explorer.cards import load_features, load_tiles
 from ommatid.explorer.heat import draw_svg, encode, fit
 from ommatid.explorer.image import BOX, SMALL, SaeField, Upload, find_image, read_upload
 from ommatid.explorer.model import Model, about_model
-from ommatid.explorer.model_client import LONGEST_TEXT, N_DRAWS, AttributedImage, SeenImage, SteeredImage, SteeredName
+from ommatid.explorer.model_client import LONGEST_TEXT, AttributedImage, SeenImage, SteeredImage, SteeredName
 from ommatid.explorer.security import check_form
 from ommatid.explorer.steer_box import N_CHOICES, SteerQuery, make_steer_box
 from ommatid.explorer.web import BadRequest, Json, NotFound, TheExplorer, View, link
-from ommatid.schemas import EXCEEDED_ARMS, RANDOM_ARMS
 from ommatid.show import numbers
 from ommatid.show.doses import ALL_ARMS
 from ommatid.show.svg import Plot, draw_ranges

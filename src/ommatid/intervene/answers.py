@@ -20,6 +20,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from ommatid.compute.controls import N_DRAWS
 from ommatid.config import InterveneParams, Model
 from ommatid.config.intervene import AnswersParams, find_prompt_file
 from ommatid.config.models import LlavaModel, QwenModel
@@ -27,7 +28,7 @@ from ommatid.errors import ArtefactError, InputError
 from ommatid.events import Listener, Progress, Warned
 from ommatid.images.decode import Unreadable, decode
 from ommatid.images.original import OriginalReader
-from ommatid.intervene.arms import N_DRAWS, Controls, make_arms
+from ommatid.intervene.arms import Controls, make_arms
 from ommatid.intervene.edit import Edit, Editor, ErrorTerm, Unit, Where
 from ommatid.intervene.latent_test import ArmsTest
 from ommatid.intervene.measure import Measured, choose_latents, share_of_random, untested_row

@@ -24,14 +24,13 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ommatid.compute.controls import N_DRAWS
 from ommatid.compute.nearest import ALIKE
 from ommatid.errors import InputError
 from ommatid.intervene.edit import Codes, Delta, Edit, Editor
 from ommatid.vlm import Replacement
 
 ArmName = Literal["none", "untouched", "targeted", "sign_flipped", "random_latent", "random_direction", "diff_means", "prompt"]
-N_DRAWS = 8
-"""Number of draws of each random control, from which its interval is made."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int64, UInt8
 from torch import Tensor
 
+from ommatid.compute.controls import EXCEEDED_ARMS, RANDOM_ARMS
 from ommatid.errors import InputError
 from ommatid.intervene.arms import Arm, make_arms
 from ommatid.intervene.edit import Edit
@@ -31,7 +32,6 @@ from ommatid.metrics.interventions import (
     output_score,
     raised_most,
 )  # fmt: skip
-from ommatid.schemas import EXCEEDED_ARMS, RANDOM_ARMS
 from ommatid.vlm import Replacement
 
 LEAST_FIRING = 8

@@ -18,12 +18,12 @@ from jaxtyping import Bool, Float32, Float64, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ommatid.compute.controls import EXCEEDED_ARMS, N_DRAWS
 from ommatid.errors import InputError, ModelError
 from ommatid.extract.classifier import embed_texts
-from ommatid.intervene.arms import N_DRAWS, ArmName, Controls, make_arms
+from ommatid.intervene.arms import ArmName, Controls, make_arms
 from ommatid.intervene.edit import Edit, Editor, ErrorTerm, Unit, Where
 from ommatid.intervene.readout import Readout
-from ommatid.schemas import EXCEEDED_ARMS
 
 if TYPE_CHECKING:
     from ommatid.intervene.subject import Described, Subject
