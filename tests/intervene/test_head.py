@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,7 +18,7 @@ from ommatid.intervene.head import fit_head, load_head
 from ommatid.store import Artefact
 from ommatid.vlm import VisionModel, load_model
 from support.models import SIZES, randomise, save_weights
-from support.tiles import COLOURS, TileModel, make_images_artefact
+from support.tiles import COLOURS, TileModel, draw_tiles, make_images_artefact
 
 CLASSES = ("blue", "green", "red")
 
@@ -77,6 +78,34 @@ def test_a_head_that_guesses_is_refused(images: Artefact, monkeypatch: pytest.Mo
     monkeypatch.setattr(head, "load_labels", lambda *_: {image: CLASSES[place] for image, place in shuffled.items()})
     with pytest.raises(ModelError, match=r"where .* is chance: add labelled images, or set intervene.head to a file"):
         fit_head(TileModel(), images, "tiles", "cpu")
+
+
+class Memory(TileModel):
+    """A model whose outputs are noise, but enough of it to tell any images apart to which a head is fitted."""
+
+    d_output = 300  # pyright: ignore[reportAssignmentType]
+
+    def splice(self, pixels: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, ...]:
+        return (torch.stack([torch.randn(300, generator=torch.Generator().manual_seed(int(one.sum()))) for one in pixels]),)
+
+
+def test_a_head_is_tested_on_images_to_which_it_is_not_fitted(images: Artefact) -> None:
+    with pytest.raises(ModelError, match=r"fitted to \d+ training images names the class of \d+% of \d+ others, where \d+% is chance"):
+        fit_head(Memory(), images, "tiles", "cpu")
+
+
+class Shifted(TileModel):
+    """A model whose outputs are far from zero, and vary little."""
+
+    def splice(self, pixels: torch.Tensor, *arguments: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(1e-2 * output + 5 for output in super().splice(pixels, *arguments, **options))
+
+
+def test_a_logit_of_zero_divides_a_class_from_the_others_wherever_outputs_lie(images: Artefact) -> None:
+    fitted = fit_head(Shifted(), images, "tiles", "cpu")
+    pixels = torch.from_numpy(np.stack([np.asarray(draw_tiles(np.random.default_rng(0), [name] * 2 + ["grey"] * 4)) for name in CLASSES]))
+    (outputs,) = Shifted().splice(pixels, "tiles", [lambda tokens: tokens])
+    assert (fitted.scores(outputs) > 0).tolist() == torch.eye(3).bool().tolist()
 
 
 # Given heads

@@ -47,6 +47,17 @@ def test_shares_have_the_exact_interval_of_scipy_and_widen_with_the_number_of_pa
     assert binom.sf(2, 10, wide.low[1]) == pytest.approx(0.025 / 10_000, rel=1e-6) and wide.high[1] > found.high[1]
 
 
+def test_a_difference_of_shares_has_the_interval_of_newcombe_whichever_way_it_is_taken() -> None:
+    one, other = share_of(np.array([9]), np.array([10]), 1), share_of(np.array([2]), np.array([40]), 1)
+    ends = [binomtest(hits, n).proportion_ci(method="exact") for hits, n in ((9, 10), (2, 40))]
+    found = one - other
+    assert found.value[0] == pytest.approx(0.85)
+    assert found.low[0] == pytest.approx(0.85 - np.hypot(0.9 - ends[0].low, ends[1].high - 0.05))
+    assert found.high[0] == pytest.approx(0.85 + np.hypot(ends[0].high - 0.9, 0.05 - ends[1].low))
+    back = other - one
+    assert (back.low[0], back.high[0]) == (-found.high[0], -found.low[0])
+
+
 def world(n: int = 2400, seed: int = 0) -> tuple[np.random.Generator, np.ndarray]:
     rng = np.random.default_rng(seed)
     return rng, rng.integers(0, 2, n)
@@ -96,6 +107,18 @@ def test_a_feature_of_another_class_is_not_suspicious_where_it_speaks_against_th
     called = np.where(truth == 2, 2, (seen > 0.5).astype(int))
     has = seen + rng.normal(0, 0.2, 3000) > 0.6
     assert judge(truth, called, has, target=0, n_classes=3) < 0 and judge(truth, called, has, target=1, n_classes=3) < 0
+
+
+def test_a_feature_of_a_class_that_is_mistaken_with_and_without_it_is_not_suspicious() -> None:
+    """The answer is wrong more often where it is, and others that have it are mistaken more often, but so are all others of their class."""
+    rng = np.random.default_rng(2)
+    truth = rng.integers(0, 3, 6000)
+    called = np.where((truth == 2) & (rng.random(6000) < 0.5), 0, truth)
+    has = rng.random(6000) < np.array([0.3, 0.1, 0.9])[truth]
+    pairs = count(truth, called, has, 3)
+    found = measure_reliance(pairs.take(np.flatnonzero(pairs.classes == 0)), 1)
+    assert found.mistaken_with.value[0] > 0.4 and found.trust_less.low[0] > 0.2
+    assert found.mistaken_more.low[0] < 0 < found.mistaken_more.high[0] < 0.05 and suspicion(found)[0] < 0
 
 
 def test_features_without_any_meaning_are_suspicious_less_often_than_the_level() -> None:
