@@ -15,7 +15,7 @@ import torch
 from ommatid.errors import InputError
 from ommatid.intervene.arms import make_arms
 from ommatid.intervene.edit import Edit
-from ommatid.intervene.steering import Steered, choose_readout, steer
+from ommatid.intervene.steering import Steered, choose_readout, steer, unexplained
 from ommatid.intervene.subject import Subject
 from support.readers import make_reader_line, make_reader_params, wide_tile_model
 from support.tiles import GRID, draw_tiles, use_tile_model
@@ -102,6 +102,9 @@ def test_the_table_has_the_range_of_the_draws_and_ranks_before_and_after(subject
     targeted = next(row for row in rows if (row["image"], row["arm"], row["dose"]) == (1, "targeted", 1.0))
     assert targeted["rank_before"] > 1 == targeted["rank"] and targeted["probability_before"] < targeted["probability"] <= 1
     assert found.top(1, 1) == ["green", "red"] and found.top(1, 3)[0] == "green"
+    for row in found.table():
+        ranks = found.of(found.ranks_abn, row["arm"], row["dose"])[:, row["image"], found.names.index(row["name"])].sort().values
+        assert row["rank"] == int(ranks[(len(ranks) - 1) // 2]) and (row["rank_low"], row["rank_high"]) == (int(ranks[0]), int(ranks[-1]))
 
 
 def test_names_beyond_every_draw_of_every_control_are_marked_and_those_by_chance_are_counted(subject: Subject) -> None:
@@ -174,6 +177,13 @@ def test_a_warning_says_what_makes_a_result_less_sure(subject: Subject, latents:
         raise AssertionError("\n".join(run(subject, *latents, **options).warnings))
 
 
+def test_what_is_unexplained_is_of_the_chosen_tokens_and_beside_the_mean_token() -> None:
+    x, mean = torch.tensor([[[2.0, 0.0], [0.0, 4.0], [9.0, 9.0]]]), torch.tensor([0.0, 1.0])
+    x_hat = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]])
+    chosen = torch.tensor([[True, True, False]])
+    assert unexplained(x, x_hat, chosen, mean).tolist() == [(1 + 4) / (4 + 1 + 9)]
+
+
 def test_a_label_that_other_latents_have_as_well_is_warned_of(subject: Subject) -> None:
     same = [latent for latent, row in subject.labels.items() if row["label"] == "red" and latent != RED]
     said = [
@@ -198,6 +208,19 @@ def test_there_are_no_warnings_without_a_reason(subject: Subject) -> None:
     words = " ".join(run(subject, RED, of=red, doses=[0.5, 1.0], tokens=torch.tensor([False] * 5 + [True])).warnings)
     for said in ("at once", "silent", "above", "negative", "the same to the model"):
         assert said not in words
+
+
+def test_a_dose_is_above_what_was_observed_if_the_activation_that_it_leaves_is(subject: Subject) -> None:
+    """The largest that was observed is a little above dose 1; doses are added to, or scale, what the image has."""
+    (one,) = subject.describe([RED])
+    red, most = pixels(["grey"] * 5 + ["red"]), one.most / one.scale
+    here = float(run(subject, RED, of=red).acts_bkl.max()) / one.scale
+    assert most > 1 and 0.5 < here <= most
+    little = min(0.01, (most - 1) / 2)
+    for kind, least in (("set", most), ("add", most - here), ("scale", most / here)):
+        for dose, is_above in ((least - little, False), (least + little, True)):
+            found = run(subject, RED, of=red, doses=[dose], kind=kind)
+            assert any("above what was observed" in warning for warning in found.warnings) == is_above, (kind, dose)
 
 
 @pytest.mark.parametrize(
