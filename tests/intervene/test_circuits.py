@@ -142,6 +142,38 @@ def test_a_single_hookpoint_has_a_circuit_without_edges() -> None:
     assert found.table().arm.tolist()[:3] == ["model", "all_latents", "random"]
 
 
+def test_latents_are_chosen_on_other_images_than_those_that_measure_them() -> None:
+    (subject,) = make_subjects("early")
+    load, loaded = subject.load_pixels, list[list[int]]()
+    subject.load_pixels = lambda images: loaded.append(list(images)) or load(images)
+    find_circuit([subject], "boat", sizes=[2])
+    of_means, chosen, measured = loaded
+    assert len(chosen) == len(measured) == 15 and not set(chosen) & set(measured) and max(chosen + measured) < N // 2 <= max(of_means)
+
+
+def test_random_circuits_are_of_latents_that_fire() -> None:
+    """Of all that fire there is one circuit only."""
+    (subject,) = make_subjects("early")
+    subject.model.table[:, :, [0, 3, 4, 6, 10, 11]] *= -1
+    random = of(find_circuit([subject], "boat", sizes=[6]))["random", 6]
+    assert random.low == random.high == pytest.approx(1)
+
+
+def test_the_most_active_latents_are_those_that_move_tokens_most() -> None:
+    """A latent with ten times the activation, along a tenth of the direction, is as active as before."""
+    (plain,), (scaled,) = make_subjects("early"), make_subjects("early")
+    scaled.sae.W_enc[:, SOURCES[0]] *= 10
+    scaled.sae.W_dec[SOURCES[0]] /= 10
+    found = [of(find_circuit([one], "boat", sizes=[3]))["most_active", 3].faithfulness for one in (plain, scaled)]
+    assert found == pytest.approx([0, 0], abs=1e-9)
+
+
+def test_without_the_error_what_it_is_on_average_is_kept() -> None:
+    (subject,) = make_subjects("early")
+    subject.sae.b_enc -= 0.05  # the SAE leaves 0.05 of every coordinate unexplained
+    assert of(find_circuit([subject], "boat", sizes=[2]))["all_latents", None].faithfulness == pytest.approx(1)
+
+
 def test_the_same_seed_gives_the_same_circuit() -> None:
     assert find("early", "late", seed=3).to_json() == find("early", "late", seed=3).to_json() != find("early", "late", seed=4).to_json()
 
