@@ -165,7 +165,7 @@ def photos(tmp_path: Path) -> list[str]:
 def test_a_question_about_given_images_is_answered_in_every_arm(study: Study, photos: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with ommatid.open_run(study.data) as run:
         found = run.ask(photos, GRID, [1, 0], draws=3, dtype="float32")
-        monkeypatch.setattr(answers, "BATCH", 2)
+        monkeypatch.setattr("ommatid.intervene.steering.BATCH", 2)
         again = run.ask(photos, GRID, [0, 1], draws=3, dtype="float32")
     assert repr(found) == f"Answers(3 images, latent {GRID}, doses 0 and 1, 'What is shown in this image? Use exactly one word!')"
     assert found.answers("none") == found.answers("untouched") == [("star", "nothing", "grid")]

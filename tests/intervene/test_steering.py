@@ -15,7 +15,7 @@ import torch
 from ommatid.errors import InputError
 from ommatid.intervene.arms import make_arms
 from ommatid.intervene.edit import Edit
-from ommatid.intervene.steering import Steered, choose_readout, steer, unexplained
+from ommatid.intervene.steering import Plan, Steered, choose_readout, steer, unexplained
 from ommatid.intervene.subject import Subject
 from support.readers import make_reader_line, make_reader_params, wide_tile_model
 from support.tiles import GRID, draw_tiles, use_tile_model
@@ -44,7 +44,8 @@ TWO = pixels(["grey"] * 5 + ["red"], ["grey"] * 5 + ["green"])
 
 def run(subject: Subject, *latents: int, of: torch.Tensor = TWO, **options: Any) -> Steered:
     described = list(subject.describe(latents))
-    return steer(subject, of, described, **{"doses": DOSES, "readout": subject.readout, "draws": DRAWS, **options})
+    readout = options.pop("readout", subject.readout)
+    return steer(subject, of, described, Plan(**{"doses": DOSES, "draws": DRAWS, **options}), readout)
 
 
 def test_scores_of_every_arm_are_those_of_a_loop_over_edits(subject: Subject) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from ommatid.api.results import Boxes, Photographs, Results, check_seed, check_texts, listed
+from ommatid.api.results import Boxes, Photographs, Results, check_texts, listed
 from ommatid.errors import InputError, ModelError
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def attribute_outputs(
     """Compute effects of all latents on one output; see `Run.attribute`."""
     from ommatid.intervene.attribution import Attributor
     from ommatid.intervene.contributions import Method, attribute_image
-    from ommatid.intervene.steering import independent
+    from ommatid.intervene.steering import check_seed, independent
 
     if method not in (methods := get_args(Method)):
         raise InputError(f"method is {method!r}; allowed values are {', '.join(methods)}")

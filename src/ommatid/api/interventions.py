@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ommatid.api.results import Boxes, Photographs, Results, check_seed, check_texts, listed
+from ommatid.api.results import Boxes, Photographs, Results, check_texts, listed
 from ommatid.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
     from ommatid.api.run import Run
     from ommatid.intervene.answers import Answered
-    from ommatid.intervene.edit import ErrorTerm, Unit, Where
-    from ommatid.intervene.steering import Dosed, Edited, Steered
+    from ommatid.intervene.steering import Edited, Plan, Steered
     from ommatid.intervene.subject import Subject
     from ommatid.show.pictures.page import Page
     from ommatid.vlm.preprocess import Preprocess
@@ -244,75 +243,53 @@ class Answers(_OfEdit):
         return {**super()._about(), "question": self.answered.question, "words": self.answered.words}
 
 
+def make_plan(doses: Sequence[float] | float, *options: Any) -> "Plan":
+    """Return a plan of one dose, or of several in any form; the options are the further fields of `Plan`, in their order."""
+    from ommatid.intervene.steering import Plan
+
+    return Plan(_as_list(doses), *options)
+
+
 def steer_images(
     run: "Run",
     photographs: Photographs,
     latents: Sequence[int] | int,
-    *,
-    doses: Sequence[float] | float,
+    plan: "Plan",
     texts: Sequence[str] | None,
-    tokens: "Where",
     patches: Patches | Image.Image | None,
-    kind: "Dosed",
-    unit: "Unit",
-    error: "ErrorTerm",
-    draws: int,
-    seed: int,
     sae: str | None,
 ) -> Intervention:
     """Run the model on images with latents edited; see `Run.intervene`."""
-    from ommatid.intervene.steering import check_doses, choose_readout, steer
+    from ommatid.intervene.steering import choose_readout, steer
 
-    chosen, doses = _check_latents(latents), check_doses(_as_list(doses))
-    check_seed(seed)
+    chosen = _check_latents(latents)
     check_texts(texts)
     _check_photographs(photographs, patches)
     name, subject = run.subject(sae)
     for latent in chosen:
         subject.check_latent(latent)
-    where = _choose_tokens(subject, tokens, patches, photographs)
-    described = list(subject.describe(chosen))
-    steered = steer(
-        subject,
-        photographs.pixels(subject.model.preprocess),
-        described,
-        doses=doses,
-        kind=kind,
-        unit=unit,
-        tokens=where,
-        error=error,
-        readout=choose_readout(subject, described, texts),
-        draws=draws,
-        seed=seed,
-    )
-    return Intervention(photographs, name, photographs.boxes(subject.model.preprocess), steered, texts[0] if texts else None)
+    plan = _restrict(plan, subject, patches, photographs)
+    described, preprocess = list(subject.describe(chosen)), subject.model.preprocess
+    steered = steer(subject, photographs.pixels(preprocess), described, plan, choose_readout(subject, described, texts))
+    return Intervention(photographs, name, photographs.boxes(preprocess), steered, texts[0] if texts else None)
 
 
 def ask_images(
     run: "Run",
     photographs: Photographs,
     latents: Sequence[int] | int,
-    *,
+    plan: "Plan",
     question: str,
-    doses: Sequence[float] | float,
-    tokens: "Where",
-    patches: Patches | Image.Image | None,
-    kind: "Dosed",
-    unit: "Unit",
-    error: "ErrorTerm",
-    draws: int,
-    seed: int,
     max_new_tokens: int,
+    patches: Patches | Image.Image | None,
     sae: str | None,
     dtype: "SpeakerDtype",
     device_map: "DeviceMap | None",
 ) -> Answers:
     """Ask a model about images with latents edited; see `Run.ask`."""
     from ommatid.intervene.answers import ask, find_speaker, read_question
-    from ommatid.intervene.steering import check_doses
 
-    chosen, doses = _check_latents(latents), check_doses(_as_list(doses))
-    check_seed(seed)
+    chosen = _check_latents(latents)
     read_question(question, "question")
     _check_photographs(photographs, patches)
     name, subject = run.subject(sae)
@@ -320,22 +297,9 @@ def ask_images(
     for latent in chosen:
         subject.check_latent(latent)
     speaker = run._speaker(subject, dtype, device_map)
-    answered = ask(
-        subject,
-        speaker,
-        photographs.opened,
-        list(subject.describe(chosen)),
-        question=question,
-        doses=doses,
-        kind=kind,
-        unit=unit,
-        tokens=_choose_tokens(subject, tokens, patches, photographs),
-        error=error,
-        draws=draws,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-    )
-    return Answers(photographs, name, answered)
+    plan = _restrict(plan, subject, patches, photographs)
+    described = list(subject.describe(chosen))
+    return Answers(photographs, name, ask(subject, speaker, photographs.opened, described, plan, question, max_new_tokens))
 
 
 def _as_list(values: Any) -> list[Any]:
@@ -364,17 +328,15 @@ def _check_photographs(photographs: Photographs, patches: Patches | Image.Image 
                 raise InputError(f"patches: the mask has {sizes}; make the mask as large as the upright image")
 
 
-def _choose_tokens(
-    subject: "Subject", tokens: "Where", patches: Patches | Image.Image | None, photographs: Photographs
-) -> "Where | torch.Tensor":
-    """Return the tokens that are edited: a choice by name, or the mask of patches."""
+def _restrict(plan: "Plan", subject: "Subject", patches: Patches | Image.Image | None, photographs: Photographs) -> "Plan":
+    """Return the plan with an edit of these patches only, if any are given."""
     import torch
 
     if patches is None:
-        return tokens
+        return plan
     picker = subject.writes
-    if tokens != "all":
-        raise InputError(f"tokens are {tokens!r} and patches are given as well; leave out one of them")
+    if plan.tokens != "all":
+        raise InputError(f"tokens are {plan.tokens!r} and patches are given as well; leave out one of them")
     if picker.grid is None:
         kinds = listed(dict.fromkeys(place.kind for place in picker.places))
         raise InputError(f"patches: the tokens at {picker.name} are {kinds}, which have no place in an image; leave out patches")
@@ -385,7 +347,8 @@ def _choose_tokens(
     if not chosen.any():
         raise InputError("patches: none is chosen, so the edit would change nothing; choose at least one")
     others = np.zeros((*chosen.shape[:-2], len(picker.places) - picker.grid[0] * picker.grid[1]), bool)
-    return torch.from_numpy(np.concatenate([others, chosen.reshape(*chosen.shape[:-2], -1)], -1))
+    mask = torch.from_numpy(np.concatenate([others, chosen.reshape(*chosen.shape[:-2], -1)], -1))
+    return dataclasses.replace(plan, tokens=mask)
 
 
 def _marked(mask: Image.Image, preprocess: "Preprocess", grid: tuple[int, int]) -> np.ndarray:

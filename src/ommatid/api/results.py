@@ -137,16 +137,6 @@ def listed(values: Any) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def check_seed(seed: int) -> None:
-    """Check that a seed is a whole number, 0 or above.
-
-    Raises:
-        InputError: It is not.
-    """
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise InputError(f"seed is {seed!r}; it must be a whole number, 0 or above")
-
-
 def check_texts(texts: Sequence[str] | None) -> None:
     """Check that texts, if there are any, are a list of them.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ommatid.api.contributions import Contributions, attribute_outputs, check_class
 from ommatid.api.encoding import Encoder, Encoding, ImageLike, as_list, name_image, open_image
-from ommatid.api.interventions import DOSES, Answers, Intervention, Patches, ask_images, steer_images
+from ommatid.api.interventions import DOSES, Answers, Intervention, Patches, ask_images, make_plan, steer_images
 from ommatid.api.results import Photographs
 from ommatid.catalog.reader import Catalog
 from ommatid.config.intervene import ONE_WORD
@@ -296,10 +296,8 @@ class Run:
         >>> rows = found.table(["something red"])
         >>> change = rows.score - rows.score_before  # beside every control
         """
-        return steer_images(
-            self, photograph(images), latents, doses=doses, texts=texts, tokens=tokens, patches=patches, kind=kind, unit=unit, error=error,
-            draws=draws, seed=seed, sae=sae,
-        )  # fmt: skip
+        plan = make_plan(doses, kind, unit, tokens, error, draws, seed)
+        return steer_images(self, photograph(images), latents, plan, texts, patches, sae)
 
     def ask(
         self,
@@ -356,10 +354,8 @@ class Run:
         Traceback (most recent call last):
         ommatid.errors.ModelError: extract.model.kind: ... models have no language model and cannot answer in words; ...
         """
-        return ask_images(
-            self, photograph(images), latents, question=question, doses=doses, tokens=tokens, patches=patches, kind=kind, unit=unit,
-            error=error, draws=draws, seed=seed, max_new_tokens=max_new_tokens, sae=sae, dtype=dtype, device_map=device_map,
-        )  # fmt: skip
+        plan = make_plan(doses, kind, unit, tokens, error, draws, seed)
+        return ask_images(self, photograph(images), latents, plan, question, max_new_tokens, patches, sae, dtype, device_map)
 
     def attribute(
         self,

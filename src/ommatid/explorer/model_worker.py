@@ -44,7 +44,7 @@ from ommatid.images.decode import FORMATS, Unreadable, decode
 from ommatid.intervene.attribution import Agreement, Attributor
 from ommatid.intervene.contributions import attribute_image, compare_texts
 from ommatid.intervene.readout import Readout
-from ommatid.intervene.steering import Steered, independent, steer
+from ommatid.intervene.steering import Plan, Steered, independent, steer
 from ommatid.intervene.subject import Described, Subject
 from ommatid.label.scoring import Texts
 from ommatid.metrics import unit
@@ -217,7 +217,8 @@ class Study:
             raise InputError("texts: the study's images have no classes, and no latent has a label; type a text to compare the output with")
         readout = self._readout(sae, list(kinds)) if subject.model.d_embed is not None else subject.readout
         draws = _count_draws(subject, described)
-        found = steer(subject, _pixels(subject.model, image), described, doses=doses, tokens=where, readout=readout, draws=draws)
+        plan = Plan(doses, tokens=where, draws=draws)
+        found = steer(subject, _pixels(subject.model, image), described, plan, readout)
         heat = found.heat(0)
         return {
             **_see(subject.model, subject.writes, image),

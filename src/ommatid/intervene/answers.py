@@ -20,7 +20,6 @@ from PIL import Image
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from ommatid.compute.controls import N_DRAWS
 from ommatid.config import InterveneParams, Model
 from ommatid.config.intervene import AnswersParams, find_prompt_file
 from ommatid.config.models import LlavaModel, QwenModel
@@ -29,20 +28,10 @@ from ommatid.events import Listener, Progress, Warned
 from ommatid.images.decode import Unreadable, decode
 from ommatid.images.original import OriginalReader
 from ommatid.intervene.arms import Controls, make_arms
-from ommatid.intervene.edit import Edit, Editor, ErrorTerm, Unit, Where
+from ommatid.intervene.edit import Edit, Editor
 from ommatid.intervene.latent_test import ArmsTest
 from ommatid.intervene.measure import Measured, choose_latents, share_of_random, untested_row
-from ommatid.intervene.steering import (
-    BATCH,
-    ArmKey,
-    Dosed,
-    Edited,
-    check_doses,
-    check_edit,
-    describe_edit,
-    list_warnings,
-    unexplained,
-)
+from ommatid.intervene.steering import ArmKey, Edited, Plan, describe_edit, list_warnings, unexplained
 from ommatid.intervene.study import Study
 from ommatid.intervene.subject import Described, Subject
 from ommatid.metrics import Interval, answer_shift, bootstrap_mean, log_odds, wilson
@@ -412,16 +401,9 @@ def ask(
     speaker: Speaker,
     images: Sequence[Image.Image],
     described: Sequence[Described],
-    *,
+    plan: Plan,
     question: str,
-    doses: Sequence[float],
-    kind: Dosed = "set",
-    unit: Unit = "relative",
-    tokens: Where | Bool[Tensor, "*images kept"] = "all",
-    error: ErrorTerm = "keep",
-    draws: int = N_DRAWS,
-    seed: int = 0,
-    max_new_tokens: int = 5,
+    max_new_tokens: int,
 ) -> Answered:
     """Ask a model a question about images with latents of its tower edited at several doses, beside every control.
 
@@ -430,43 +412,27 @@ def ask(
         speaker: The whole model, from `open_speaker`.
         images: The images.
         described: The latents that are edited together, from `Subject.describe`.
+        plan: The doses, and how they are given. A mask is spread over the views that LLaVA-NeXT has of an image.
         question: The question, or the path of a text file that holds it and whose name ends in .txt.
-        doses: The doses.
-        kind: What a dose sets: see `Edit`. To set 0 is to ablate.
-        unit: Whether doses are relative to each latent's own scale, or activations.
-        tokens: Kept tokens that are edited: see `Edit`. A mask `(b, k)` has a row for each image, and is spread over the views that
-            LLaVA-NeXT has of it.
-        error: Whether the SAE's error is kept.
-        draws: Number of draws of each random control.
-        seed: Seed of the draws.
         max_new_tokens: Largest number of tokens in an answer.
-
-    Returns:
-        The answers under all arms.
 
     Raises:
         ConfigError: The question is empty or cannot be read, or names the token of the image; or `max_new_tokens` is below 1.
         InputError: As for `steer`.
         ModelError: The model does not depend on the hookpoint, or an edit is too large for its data type.
     """
-    doses = check_doses(doses)
-    check_edit(len(images), kind, doses, draws, tokens)
-    asked_for = speaker.check_question(read_question(question, "question"))
-    editor, controls = subject.editor(described), subject.controls(described, seed, draws)
+    batches, asked_for = plan.batches(len(images)), speaker.check_question(read_question(question, "question"))
+    editor, controls = subject.editor(described), subject.controls(described, plan.seed, plan.draws)
     words, known = _find_words(described, speaker)
     labels = [one.label for one in described if one.label is not None]
     prompt = PROMPT.format(label=" and ".join(labels), question=asked_for) if labels else None
     parts: list[_Part] = []
-    for start in range(0, len(images), BATCH):
-        some, where = images[start : start + BATCH], tokens
-        if isinstance(tokens, Tensor):
-            rows = tokens if tokens.ndim == 2 else tokens.expand(len(images), -1)
-            where = _spread(rows[start : start + BATCH], subject, speaker, some)
-        edits = [Edit(tuple(one.latent for one in described), kind, dose, unit, where, error) for dose in doses]
-        with speaker.asking(some, subject.writes.name, asked_for, max_new_tokens, subject.reads.name) as asked:
-            parts.append(_ask_batch(subject, editor, controls, edits, asked, prompt, known))
+    for batch, tokens in batches:
+        where = _spread(tokens, subject, speaker, images[batch]) if isinstance(tokens, Tensor) else tokens
+        with speaker.asking(images[batch], subject.writes.name, asked_for, max_new_tokens, subject.reads.name) as asked:
+            parts.append(_ask_batch(subject, editor, controls, plan.edits(described, where), asked, prompt, known))
     answered = Answered(
-        **describe_edit(subject, described, doses, kind, unit),
+        **describe_edit(subject, described, plan),
         arms=parts[0].arms,
         acts_bkl=torch.cat([part.acts_bkl for part in parts]),
         fvu_b=torch.cat([part.fvu_b for part in parts]),
@@ -541,9 +507,10 @@ def _find_words(described: Sequence[Described], speaker: Speaker) -> tuple[tuple
 
 
 def _spread(
-    rows: Bool[Tensor, "batch kept"], subject: Subject, speaker: Speaker, images: Sequence[Image.Image]
+    mask: Bool[Tensor, "*batch kept"], subject: Subject, speaker: Speaker, images: Sequence[Image.Image]
 ) -> Bool[Tensor, "views kept"]:
-    """Turn masks of the kept tokens of images into masks of those of their views."""
+    """Turn the mask of the kept tokens of images, or one for each, into masks of those of their views."""
+    rows = mask.expand(len(images), -1)
     grid = subject.writes.grid
     n_patches = 0 if grid is None else grid[0] * grid[1]
     others, patches = rows[:, : rows.shape[1] - n_patches], rows[:, rows.shape[1] - n_patches :]

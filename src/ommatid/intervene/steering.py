@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -221,19 +221,82 @@ def check_doses(doses: Sequence[float]) -> tuple[float, ...]:
     return tuple(sorted(float(dose) for dose in doses))
 
 
+def check_seed(seed: int) -> None:
+    """Check that a seed is a whole number, 0 or above.
+
+    Raises:
+        InputError: It is not.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        raise InputError(f"seed is {seed!r}; it must be a whole number, 0 or above")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How latents are edited together: at which doses and where, and beside how many controls.
+
+    Raises:
+        InputError: There are no doses, one is not a finite number or is given twice, the kind is not one of `Dosed`, the mask of an image
+            is False everywhere, the draws are too few or too many, or the seed is not a whole number.
+    """
+
+    doses: Sequence[float]
+    """The doses, ascending in whatever order they are given."""
+    kind: Dosed = "set"
+    """What a dose sets: see `Edit`. To set 0 is to ablate."""
+    unit: Unit = "relative"
+    """Whether doses are relative to each latent's own scale, or activations."""
+    tokens: Where | Bool[Tensor, "*images kept"] = "all"
+    """Kept tokens that are edited: see `Edit`. A mask `(b, k)` has a row for each image."""
+    error: ErrorTerm = "keep"
+    """Whether the SAE's error is kept."""
+    draws: int = N_DRAWS
+    """Number of draws of each random control."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "doses", check_doses(self.doses))
+        check_seed(self.seed)
+        if self.kind not in get_args(Dosed):
+            raise InputError(f"kind is {self.kind!r}; allowed values are {', '.join(get_args(Dosed))}; to ablate is to set 0")
+        if self.masks is not None and len(blank := (~self.masks.any(1)).nonzero()):
+            raise InputError(
+                f"tokens: the mask of image {int(blank[0])} is False everywhere, so an edit would change nothing; leave it out"
+            )
+        if self.draws < 1:
+            raise InputError(f"draws is {self.draws}; a random control needs at least one draw")
+        if len(self.doses) * self.draws > MOST_ARMS // 2:
+            raise InputError(f"{len(self.doses)} doses with {self.draws} draws are more than {MOST_ARMS:,} arms; give fewer doses or draws")
+
+    @property
+    def masks(self) -> Bool[Tensor, "images kept"] | None:
+        """Mask of each image; None if they have none of their own."""
+        return self.tokens if isinstance(self.tokens, Tensor) and self.tokens.ndim == 2 else None
+
+    def batches(self, n_images: int) -> list[tuple[slice, Where | Tensor]]:
+        """Return batches of images, with the tokens that are edited on each.
+
+        Raises:
+            InputError: There are no images.
+        """
+        if not n_images:
+            raise InputError("there are no images; give one or more")
+        batches = [slice(start, start + BATCH) for start in range(0, n_images, BATCH)]
+        return [(batch, self.tokens if self.masks is None else self.masks[batch]) for batch in batches]
+
+    def edits(self, described: "Sequence[Described]", tokens: Where | Tensor) -> list[Edit]:
+        """Return the edit of latents at each dose, on these tokens of a batch."""
+        latents = tuple(one.latent for one in described)
+        return [Edit(latents, self.kind, dose, self.unit, tokens, self.error) for dose in self.doses]
+
+
 def steer(
     subject: "Subject",
     pixels: UInt8[Tensor, "images height width 3"],
     described: "Sequence[Described]",
-    *,
-    doses: Sequence[float],
-    kind: Dosed = "set",
-    unit: Unit = "relative",
-    tokens: Where | Bool[Tensor, "*images kept"] = "all",
-    error: ErrorTerm = "keep",
+    plan: Plan,
     readout: Readout,
-    draws: int = N_DRAWS,
-    seed: int = 0,
 ) -> Steered:
     """Run the model on images with latents edited at several doses, beside every control.
 
@@ -241,35 +304,22 @@ def steer(
         subject: The model and the SAE.
         pixels: uint8 pixels from the model's preprocessing, `(b, H, W, 3)`.
         described: The latents that are edited together, from `Subject.describe`.
-        doses: The doses.
-        kind: What a dose sets: see `Edit`. To set 0 is to ablate.
-        unit: Whether doses are relative to each latent's own scale, or activations.
-        tokens: Kept tokens that are edited: see `Edit`. A mask `(b, k)` has a row for each image.
-        error: Whether the SAE's error is kept.
+        plan: The doses, and how they are given.
         readout: Names that the output is compared with.
-        draws: Number of draws of each random control.
-        seed: Seed of the draws.
-
-    Returns:
-        The outputs under all arms.
 
     Raises:
-        InputError: A dose is not a finite number, there are no images or latents, there are too many arms, the edit does not fit the SAE or
-            its tokens, or too few live latents can stand in for the edited ones.
+        InputError: There are no images or latents, the plan does not fit the SAE or its tokens, or too few live latents can stand in for
+            the edited ones.
         ModelError: The SAE is of another model, or the output does not depend on the tokens.
     """
-    doses = check_doses(doses)
-    check_edit(len(pixels), kind, doses, draws, tokens)
-    latents = tuple(one.latent for one in described)
-    editor = subject.editor(described)
-    controls, mean_d = subject.controls(described, seed, draws), subject.mean
-    parts: list[_Part] = []
-    for start in range(0, len(pixels), BATCH):
-        where = tokens[start : start + BATCH] if isinstance(tokens, Tensor) and tokens.ndim == 2 else tokens
-        edits = [Edit(latents, kind, dose, unit, where, error) for dose in doses]
-        parts.append(_steer_batch(subject, editor, controls, edits, pixels[start : start + BATCH].to(subject.device), readout, mean_d))
+    batches, editor = plan.batches(len(pixels)), subject.editor(described)
+    controls = subject.controls(described, plan.seed, plan.draws)
+    parts = [
+        _steer_batch(subject, editor, controls, plan.edits(described, tokens), pixels[batch].to(subject.device), readout)
+        for batch, tokens in batches
+    ]
     steered = Steered(
-        **describe_edit(subject, described, doses, kind, unit),
+        **describe_edit(subject, described, plan),
         names=readout.names,
         arms=parts[0].arms,
         scores_abn=torch.cat([part.scores_abn for part in parts], 1),
@@ -277,11 +327,7 @@ def steer(
         acts_bkl=torch.cat([part.acts_bkl for part in parts]),
         fvu_b=torch.cat([part.fvu_b for part in parts]),
     )
-    alike = (
-        f"{' and '.join(map(repr, names))} are the same to the model: their ranks follow from their order alone"
-        for names in _alike(steered)
-    )
-    return dataclasses.replace(steered, warnings=(*list_warnings(subject, steered), *alike))
+    return dataclasses.replace(steered, warnings=(*list_warnings(subject, steered), *_alike(steered)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,7 +348,6 @@ def _steer_batch(
     edits: Sequence[Edit],
     pixels: UInt8[Tensor, "batch height width 3"],
     readout: Readout,
-    mean_d: Float32[Tensor, " d_out"],
 ) -> _Part:
     """Run all arms of edits on a batch."""
     codes = None
@@ -327,7 +372,7 @@ def _steer_batch(
         torch.stack([readout.scores(one.float()).double().cpu() for one in outputs]),
         torch.stack([readout.log_probabilities(one.float()).double().cpu() for one in outputs]),
         codes.acts.cpu(),
-        unexplained(subject.writes.pick(seen[0]).float(), codes.reconstruction, chosen, mean_d.to(subject.device)).cpu(),
+        unexplained(subject.writes.pick(seen[0]).float(), codes.reconstruction, chosen, subject.mean.to(subject.device)).cpu(),
     )
 
 
@@ -342,39 +387,19 @@ def unexplained(
     return errors.sum(1) / variances.sum(1)
 
 
-def check_edit(n_images: int, kind: str, doses: Sequence[float], draws: int, tokens: Where | Tensor) -> None:
-    """Check what edits of images need.
-
-    Raises:
-        InputError: There are no images, the kind is not one of `Dosed`, there are too few or too many draws, or a mask is False everywhere.
-    """
-    if kind not in get_args(Dosed):
-        raise InputError(f"kind is {kind!r}; allowed values are {', '.join(get_args(Dosed))}; to ablate is to set 0")
-    if not n_images:
-        raise InputError("there are no images; give one or more")
-    if isinstance(tokens, Tensor) and tokens.ndim == 2 and len(blank := (~tokens.any(1)).nonzero()):
-        raise InputError(f"tokens: the mask of image {int(blank[0])} is False everywhere, so an edit would change nothing; leave it out")
-    if draws < 1:
-        raise InputError(f"draws is {draws}; a random control needs at least one draw")
-    if len(doses) * draws > MOST_ARMS // 2:
-        raise InputError(f"{len(doses)} doses with {draws} draws are more than {MOST_ARMS:,} arms; give fewer doses or draws")
-
-
-def describe_edit(
-    subject: "Subject", described: "Sequence[Described]", doses: tuple[float, ...], kind: Dosed, unit: Unit
-) -> dict[str, Any]:
+def describe_edit(subject: "Subject", described: "Sequence[Described]", plan: Plan) -> dict[str, Any]:
     """Return the fields of `Edited` that do not depend on the images."""
     scales_l = torch.tensor([one.scale for one in described], dtype=torch.float64)
-    units_l = scales_l if unit == "relative" and kind != "scale" else torch.ones_like(scales_l)
+    units_l = scales_l if plan.unit == "relative" and plan.kind != "scale" else torch.ones_like(scales_l)
     return {
         "latents": tuple(one.latent for one in described),
         "labels": tuple(one.label for one in described),
         "top_classes": tuple(one.top_class for one in described),
-        "doses": doses,
-        "acts_pl": torch.tensor(doses, dtype=torch.float64)[:, None] * units_l,
+        "doses": plan.doses,
+        "acts_pl": torch.tensor(plan.doses, dtype=torch.float64)[:, None] * units_l,
         "scales_l": scales_l,
         "most_l": torch.tensor([one.most for one in described], dtype=torch.float64),
-        "kind": kind,
+        "kind": plan.kind,
         "grid": subject.writes.grid,
     }
 
@@ -430,14 +455,16 @@ def _doses(doses: Sequence[float]) -> str:
     return f"dose {words[0]} is" if len(words) == 1 else f"doses {', '.join(words[:-1])} and {words[-1]} are"
 
 
-def _alike(steered: Steered) -> list[list[str]]:
-    """Return the groups of names that have the same score under every arm."""
+def _alike(steered: Steered) -> Iterator[str]:
+    """Iterate over warnings of names that have the same score under every arm."""
     rounded = steered.scores_abn.flatten(0, 1).mul(1e6).round()
     _, group_n = torch.unique(rounded, dim=1, return_inverse=True)
     groups: dict[int, list[str]] = {}
     for name, group in zip(steered.names, group_n.tolist(), strict=True):
         groups.setdefault(group, []).append(name)
-    return [names for names in groups.values() if len(names) > 1]
+    for names in groups.values():
+        if len(names) > 1:
+            yield f"{' and '.join(map(repr, names))} are the same to the model: their ranks follow from their order alone"
 
 
 def independent(subject: "Subject", output: str) -> str:
