@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from distributed import Client
@@ -95,6 +96,21 @@ def test_the_run_gives_up_without_workers_but_waits_for_late_ones(tmp_path: Path
             with dask_workers(address, tmp_path):
                 waiting.result()
     assert len(made(tmp_path)) == 3
+
+
+def test_a_client_that_does_not_start_in_time_is_made_again(cluster: DaskExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, late = dask.Client, [True, True]
+
+    def start(*args: Any, **options: Any) -> Any:
+        assert not (late and late.pop()), "as distributed asserts of its event loop"
+        return make(*args, **options)
+
+    monkeypatch.setattr(dask, "Client", start)
+    run(cluster, WriteJob(str(tmp_path)), range(3), lambda shard: None)
+    assert len(made(tmp_path)) == 3
+    late += [True] * dask._TRIES
+    with pytest.raises(ExecutorError, match=r"Dask's client did not start in 3 tries, .* too busy; run the stage again"):
+        run(cluster, WriteJob(str(tmp_path)), range(3), lambda shard: None)
 
 
 def test_a_scheduler_that_goes_away_is_named(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ except ImportError as error:
 
 _SECONDS_TO_CONNECT = 30
 """Timeout of the handshake with a scheduler that listens: it may take seconds if the scheduler is busy."""
+_TRIES = 3
+"""Number of clients that are made before a machine counts as too busy to start one."""
 _SECONDS_WITHOUT_WORKERS = 300
 """Time after which a cluster without workers is given up. Batch systems take minutes to start a worker."""
 _IN_FLIGHT = 2
@@ -80,7 +82,7 @@ def _connected(address: str) -> Iterator[Any]:
         with warnings.catch_warnings():
             # The warning concerns Dask's own dependencies. Libraries that affect results are compared by `Driver.enter`.
             warnings.simplefilter("ignore", VersionMismatchWarning)
-            client = Client(address, timeout=_SECONDS_TO_CONNECT, set_as_default=False)
+            client = _make_client(address)
     except (OSError, ValueError) as error:
         raise ExecutorError(
             f"extract.executor.address: no Dask scheduler answers at {address} ({error}); start one, or correct the address"
@@ -88,6 +90,19 @@ def _connected(address: str) -> Iterator[Any]:
     with client, client.as_current():
         _check_installed(client, address)
         yield client
+
+
+def _make_client(address: str) -> Any:
+    """Connect to a scheduler, again if the thread of the client's event loop did not start in time.
+
+    Distributed asserts that the thread starts within ten seconds, which it may not on a busy machine.
+    """
+    for _ in range(_TRIES):
+        with suppress(AssertionError):
+            return Client(address, timeout=_SECONDS_TO_CONNECT, set_as_default=False)
+    raise ExecutorError(
+        f"{address}: Dask's client did not start in {_TRIES} tries, each of 10 seconds, as this machine is too busy; run the stage again"
+    )
 
 
 def _check_installed(client: Any, address: str) -> None:
