@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from ommatid.catalog.reader import Catalog
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+_caches = tempfile.TemporaryDirectory(prefix="ommatid-cache-")
+os.environ["OMMATID_CACHE"] = _caches.name  # the caches of the person who runs the tests are neither read nor written
+os.environ["OMMATID_CACHE_GB"] = "0"  # activations are cached only by the tests that are about it
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` starts processes that ignore it, and so would ours
 
 

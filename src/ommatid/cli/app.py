@@ -374,6 +374,19 @@ def serve(
     run(Settings(file, data, published, read_only, host, port, token))
 
 
+@app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what the caches hold and what would be removed.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Remove all entries of all caches.")] = False,
+    data: Data = DEFAULT_DATA,
+) -> None:
+    """List the caches, and remove what is beyond their bounds, was not used for long, or was left by runs that ended early."""
+    from ommatid.cli.gc import clean
+
+    for line in clean(Path("data" if "://" in data else data), dry_run, everything):
+        say(line)
+
+
 @app.command("import")
 def import_(
     path: Annotated[Path, typer.Argument(help="Folder or file that another library saved the SAE in.")],
