@@ -34,6 +34,8 @@ from ommatid.errors import RunError
 WORKTREES = Path(".worktrees")
 SOURCES = "sources"
 """Stage of dvc.yaml that records the files named in the params; it runs before DVC is asked what is stale, and makes no artefact."""
+CHANGED = "changed since its last run"
+"""Words in the lines of `ommatid sources` that say why a stage must run."""
 KEEP_SECONDS = 24 * 3600
 """Seconds for which the worktree of a failed experiment is kept, before another experiment removes it."""
 _BUSY = ("another DVC process seems to be running", "is busy, it is being blocked by")
@@ -43,12 +45,13 @@ _BUSY = ("another DVC process seems to be running", "is busy, it is being blocke
 class Workplace:
     """A folder in which a run works: the checkout, or an experiment's worktree."""
 
-    def __init__(self, root: Path, checkout: Path, experiment: str | None = None, run: str | None = None):
+    def __init__(self, root: Path, checkout: Path, experiment: str | None = None, run: str | None = None, say: Say = lambda line: None):
         self.root = root
         self.checkout = checkout
         self.experiment = experiment
         """Name of the DVC experiment; None if the run works in the checkout."""
         self._run = run
+        self._say = say
 
     @property
     def name(self) -> str:
@@ -85,7 +88,11 @@ class Workplace:
         return [(stage, i < first) for i, stage in enumerate(stages)]
 
     def _record_sources(self) -> None:
-        self.repro(SOURCES, lambda line: None)
+        def tell(line: str) -> None:
+            if line.startswith(f"{SOURCES}: ") and CHANGED in line:
+                self._say(line.removeprefix(f"{SOURCES}: "))
+
+        self.repro(SOURCES, tell)
 
     def repro(self, stage: str, say: Say) -> None:
         """Run `dvc repro --single-item <stage>`, waiting while another DVC process holds the lock.
@@ -148,7 +155,7 @@ def open_workplace(checkout: Path, params: Params, run: str | None, say: Say) ->
             yield place
     else:
         with _locked(checkout, "checkout", say):
-            yield Workplace(checkout, checkout, run=run)
+            yield Workplace(checkout, checkout, run=run, say=say)
 
 
 def _flatten(changes: Changes) -> dict[str, tuple[Any, Any]]:
@@ -173,7 +180,7 @@ def _open_experiment(checkout: Path, params: Params, changes: Changes, run: str 
     warn_of_untracked_files(checkout, say)
     _remove_abandoned(checkout, name)
     with _locked(checkout, name, say):
-        place = Workplace(checkout / WORKTREES / name, checkout, name, run)
+        place = Workplace(checkout / WORKTREES / name, checkout, name, run, say)
         make_worktree(checkout, place.root, params, changes, head, snapshot)
         try:
             yield place

@@ -3,8 +3,8 @@
 The test runs the whole line on drawn pictures through the command line, in the order of dvc.yaml. Three shorter lines train on
 activations from files, train and evaluate a transcoder, and draw the images of a plan. The digests cover the columns of every Parquet
 table and of every relation in the catalogue, the tensors and cfg.json of every SAE, and the params and numbers in manifests, quality
-reports and data/sources. They leave out prose (the meanings of columns, details, notices, pages), versions, lineage, and checksums that
-follow from any of these. A failing test names the file or table, and pytest shows which of its columns differ.
+reports and data/sources. They leave out prose (the meanings of columns, details, notices, pages), versions, lineage, digests of code, and
+checksums that follow from any of these. A failing test names the file or table, and pytest shows which of its columns differ.
 
 This file imports nothing from Ommatid or from the other tests, so it does not have to change when they move.
 
@@ -302,7 +302,7 @@ def digest_data(data: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             case ".json" if path.name == "manifest.json":
                 yield name, digest_manifest(json.loads(path.read_text()))
             case ".json":
-                yield name, {key: digest(value) for key, value in json.loads(path.read_text()).items()}
+                yield name, {key: digest(value) for key, value in json.loads(path.read_text()).items() if key != "code"}
             case _:
                 assert path.suffix in (".html", ".png"), f"{path}: no digest is defined for this kind of file"
     for name, parts in tables.items():

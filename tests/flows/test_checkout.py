@@ -92,6 +92,14 @@ def test_dvc_depends_on_what_the_stages_read(checkout: Path, tmp_path: Path) -> 
     assert (checkout / "data/images/out.json").read_bytes() == before
 
 
+def test_the_log_says_what_changed_since_a_stage_was_last_run(checkout: Path) -> None:
+    with opened(checkout) as (place, said):
+        place.plan()
+        (checkout / "photos/two.jpg").write_text("two")
+        place.plan()
+    assert said == ["images: changed since its last run: images.source.path"]
+
+
 def test_a_run_with_an_override_is_an_experiment_that_leaves_the_checkout_alone(checkout: Path) -> None:
     params = checkout / "params.yaml"  # what follows is not committed: part of the experiment all the same
     params.write_text(params.read_text().replace("seed: 0", "seed: 5", 1))

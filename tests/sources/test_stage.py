@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ommatid.config import Params, load_params
+from ommatid.config import STAGE_NAMES, Params, load_params
 from ommatid.errors import ArtefactError, SourceError
 from ommatid.reviews import PLACE as PEOPLE
 from ommatid.reviews import ReviewLog
 from ommatid.sources import stage as sources
-from ommatid.sources.stage import PLACE, STAGES, write_sources
+from ommatid.sources.stage import CODE, PLACE, write_sources
 from ommatid.store.filesystem import open_folder
 from ommatid.store.filesystem.disk import Disk
 from support.study import CHECKOUT
@@ -54,16 +54,18 @@ def photos() -> Callable[[], str]:
 
 
 def test_every_stage_gets_a_file_that_describes_its_sources(photos: Callable[[], str]) -> None:
-    (found,) = json.loads(photos()).values()
+    found = json.loads(photos())["images.source.path"]
     assert (found["n_files"], found["bytes"], len(found["sha256"])) == (2, 2, 64)
-    assert sorted(path.name for path in PLACE.iterdir()) == sorted(f"{stage}.json" for stage in STAGES)
-    assert json.loads((PLACE / "label.json").read_text()) == {}
+    assert sorted(path.name for path in PLACE.iterdir()) == sorted(f"{stage}.json" for stage in STAGE_NAMES)
+    assert all("schemas.py" in json.loads((PLACE / f"{stage}.json").read_text())[CODE] for stage in STAGE_NAMES)
 
 
 def test_of_a_log_of_reviews_only_the_names_count(photos: Callable[[], str]) -> None:
     def look() -> dict[str, Any]:
         photos()
-        return json.loads((PLACE / "label.json").read_text())
+        found = json.loads((PLACE / "label.json").read_text())
+        assert found.pop(CODE)
+        return found
 
     log = ReviewLog(PEOPLE)
     log.append("Ada", "sae-0", 3, "rate", 5, direction=lambda: np.ones(4))
@@ -181,7 +183,9 @@ def test_every_path_in_the_params_is_checked() -> None:
         "extract": ["extract.model.factory", "extract.judge.0.path", "extract.namer.path"],
         "train": ["train.runs.0.variant.path"],
         "label": ["label.labellers.0.words.1", "label.labellers.1.path"],
+        "evaluate": [],
         "intervene": ["intervene.masks", "intervene.head", "intervene.audit.attributes"],
+        "catalog": [],
     }
     for stage, path in [
         ("extract", "models/judge/config.json"),
@@ -194,7 +198,7 @@ def test_every_path_in_the_params_is_checked() -> None:
     ]:
         write(path, b"changed")
         again = write_sources(chosen)
-        assert [other for other in STAGES if again[other] != found[other]] == [stage]
+        assert [other for other in found if again[other] != found[other]] == [stage]
         found = again
 
 

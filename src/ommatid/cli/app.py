@@ -132,8 +132,9 @@ def catalog(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, da
 
 @app.command()
 def sources(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) -> None:
-    """Record the state of the files that params.yaml names by path, so that DVC notices when one of them changes."""
+    """Record the state of the files that params.yaml names by path, and of each stage's code, so that DVC notices when one changes."""
     from ommatid.config import load_params
+    from ommatid.sources.changes import explain_changes
     from ommatid.sources.stage import PLACE, write_sources
     from ommatid.store.filesystem import in_words
 
@@ -141,6 +142,8 @@ def sources(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) ->
     # of a log of reviews only the names are recorded, not its size
     n_files, n_bytes = sum(entry.get("n_files", 1) for entry in entries), sum(entry.get("bytes", 0) for entry in entries)
     say(f"sources: recorded the state of {n_files} file{'s' * (n_files != 1)}, {in_words(n_bytes)}, in {PLACE}")
+    for stage, changes in explain_changes().items():
+        say(f"sources: {stage}: changed since its last run: {changes}")
 
 
 @app.command()

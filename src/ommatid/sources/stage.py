@@ -1,8 +1,10 @@
-"""Stage `sources`: writes fingerprints of the files that params.yaml names, so that DVC runs a stage again when its files change.
+"""Stage `sources`: writes what a stage depends on besides artefacts, so that DVC runs it again when one of these changes.
 
-DVC's own listing of a folder differs from Ommatid's: it does not follow linked folders, blocks on pipes, and fails on dangling links and on
-names that are not UTF-8. So dvc.yaml has the stage `sources`, which always runs and writes small files on which the other stages depend.
-The same content gives the same fingerprints on every machine; sizes and times only serve to skip files that were read before.
+These are the files that params.yaml names, and the code that the stage uses under the present params. DVC's own listing of a folder
+differs from Ommatid's: it does not follow linked folders, blocks on pipes, and fails on dangling links and on names that are not UTF-8;
+and it cannot tell code that a stage uses from code beside it, or a change from a comment. So dvc.yaml has the stage `sources`, which
+always runs and writes a small file for each of the other stages, on which that stage depends. The same content gives the same
+fingerprints on every machine; sizes and times only serve to skip files that were read before.
 """
 
 import hashlib
@@ -15,16 +17,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, assert_never
 
-from ommatid.config import ExtractFiles, ImageSource, Params
+from ommatid.config import STAGE_NAMES, ExtractFiles, ImageSource, Imported, Params
 from ommatid.config.intervene import find_prompt_file
 from ommatid.config.label import HumanLabeller, names_checksum
+from ommatid.store.code import Code
 from ommatid.store.filesystem import READ_BYTES, cache_folder, temporary_path
 from ommatid.store.filesystem.listing import Listed, Listing, list_activations, list_any, list_images, list_masks, list_parquet
 
 PLACE = Path("data/sources")
 """Folder of the fingerprint files."""
-STAGES = ("images", "extract", "train", "label", "intervene")
-"""Stages whose section may name files to read; each has a file of fingerprints."""
+CODE = "code"
+"""Key of the digests of a stage's code, by path inside the package."""
 SETTLED_NS = 2 * 10**9
 """Age of a file's last change, in nanoseconds, below which its checksum is not cached: another change might leave the same times."""
 _N_READERS = 8
@@ -35,7 +38,7 @@ log of reviews there is only a checksum, of its names."""
 
 
 def write_sources(params: Params, place: Path = PLACE) -> dict[str, Fingerprints]:
-    """Write the fingerprints of all files that params name, and the values that dvc.yaml does not list.
+    """Write for each stage the fingerprints of files that its params name, the values that dvc.yaml does not list, and digests of its code.
 
     Images, masks and activations from files must exist. Other paths may be names on a model hub, so missing ones are left out; the stage
     that needs them will report it.
@@ -45,18 +48,48 @@ def write_sources(params: Params, place: Path = PLACE) -> dict[str, Fingerprints
         place: Folder to write to.
 
     Returns:
-        The fingerprints by stage.
+        The fingerprints of the files by stage.
 
     Raises:
         SourceError: The images, their masks or the files of activations are missing or cannot be listed.
         ArtefactError: A URL cannot be reached.
     """
-    found = {stage: _fingerprint_stage(stage, params) for stage in STAGES}
+    found = {stage: _fingerprint_stage(stage, params) for stage in STAGE_NAMES}
+    code = Code()
     place.mkdir(parents=True, exist_ok=True)
     for stage, fingerprints in found.items():
         values = {f"{stage}.{key}": value for key, value in getattr(params, stage).unlisted().items()}
-        _replace(place / f"{stage}.json", json.dumps(fingerprints | values, indent=1, sort_keys=True) + "\n")
+        written = {**fingerprints, **values, CODE: code_of(stage, params, code)}
+        _replace(place / f"{stage}.json", json.dumps(written, indent=1, sort_keys=True) + "\n")
     return found
+
+
+def code_of(stage: str, params: Params, code: Code) -> dict[str, str]:
+    """Return digests of the code that a stage uses under the present params, by path inside the package; see `Code.used_by`."""
+    module = f"ommatid.{stage}.stage"
+    if stage == "extract" and isinstance(params.extract, ExtractFiles):
+        module = "ommatid.extract.from_files.stage"
+    used = {
+        "ommatid.extract.from_files.stage": isinstance(params.extract, ExtractFiles),
+        "ommatid.train.imported": any(isinstance(one.variant, Imported) for one in params.train.each().values()),
+        "ommatid.intervene.answers": params.intervene.answers is not None,
+    }
+    if stage == "evaluate":
+        used |= {f"ommatid.sae.{baseline}": baseline in params.evaluate.baselines for baseline in ("kmeans", "nmf")}
+    sections = [params.model_dump(mode="json"), *(one.model_dump(mode="json") for one in params.train.each().values())]
+    kinds = {kind for section in sections for kind in _kinds(section)}
+    return code.used_by(module, kinds=kinds, without=[name for name, is_used in used.items() if not is_used])
+
+
+def _kinds(value: Any) -> Iterator[str]:
+    """Iterate over all kinds in the params."""
+    if isinstance(value, Mapping):
+        if isinstance(value.get("kind"), str):
+            yield value["kind"]
+        value = list(value.values())
+    if isinstance(value, list):
+        for inside in value:
+            yield from _kinds(inside)
 
 
 def _fingerprint_stage(stage: str, params: Params) -> Fingerprints:

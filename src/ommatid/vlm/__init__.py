@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Literal, Protocol, assert_never
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ommatid.config.models import LiteModel, Model, TransformersJudge
 from ommatid.errors import ModelError
@@ -238,7 +238,7 @@ def load_model(params: Model, dtype: Dtype, device: str) -> VisionModel:
 
 
 def load_judge(params: LiteModel | TransformersJudge, dtype: Dtype, device: str) -> Judge:
-    """Load the judge.
+    """Load a judge, by calling `make_judge` of the module named after its kind.
 
     Args:
         params: Section of the parameters.
@@ -251,17 +251,7 @@ def load_judge(params: LiteModel | TransformersJudge, dtype: Dtype, device: str)
     Raises:
         ModelError: The judge's files cannot be found or used. The message says which, and what to do.
     """
-    match params:
-        case LiteModel():
-            from ommatid.vlm.lite import LiteJudge
-
-            return LiteJudge(params.variant, params.image_size, dtype, device)
-        case TransformersJudge():
-            from ommatid.vlm.judge import TransformersVisionJudge
-
-            return TransformersVisionJudge(params.path, dtype, device)
-        case _:
-            assert_never(params)
+    return import_module(f"{__name__}.{params.kind}").make_judge(params, dtype, device)
 
 
 class Hooked(Protocol):

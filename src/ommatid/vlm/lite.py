@@ -376,3 +376,8 @@ def _class_templates() -> list[str]:
 def make(params: models.LiteModel, dtype: Dtype, device: str) -> LiteVision:
     """Load the model, as `load_model` describes."""
     return LiteVision(params.variant, params.image_size, dtype, device)
+
+
+def make_judge(params: models.LiteModel, dtype: Dtype, device: str) -> LiteJudge:
+    """Load the judge, as `load_judge` describes."""
+    return LiteJudge(params.variant, params.image_size, dtype, device)

@@ -8,6 +8,7 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from ommatid.config.models import TransformersJudge
 from ommatid.errors import ModelError
 from ommatid.vlm import Dtype, hub
 from ommatid.vlm.network_checks import structured_picture
@@ -95,3 +96,8 @@ class TransformersVisionJudge:
                 "name a vision model that has one of these"
             )
         return embedding.shape[1]
+
+
+def make_judge(params: TransformersJudge, dtype: Dtype, device: str) -> TransformersVisionJudge:
+    """Load the judge, as `load_judge` describes."""
+    return TransformersVisionJudge(params.path, dtype, device)
