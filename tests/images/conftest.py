@@ -21,6 +21,12 @@ def _params(source: dict[str, Any], **changes: Any) -> ImagesParams:
     return ImagesParams.model_validate({**values, **changes})
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no test find what another saw in the same images."""
+    monkeypatch.setenv("OMMATID_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def params() -> Callable[..., ImagesParams]:
     """Makes params of the stage: `params({"kind": ...}, limit=3)`."""

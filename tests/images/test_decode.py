@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from ommatid.images.decode import MAX_BYTES, Unreadable, decode
+from ommatid.images.decode import MAX_BYTES, Unreadable, decode, decode_thumbnail
 
 STORED = {  # how a camera stores an upright picture under each EXIF orientation
     1: lambda upright: upright,
@@ -362,3 +362,60 @@ def test_any_bytes_give_rgb_or_a_reason(encoded):
         assert decode(encoded).mode == "RGB"
     except Unreadable as error:
         assert error.detail
+
+
+JPEGS = st.fixed_dictionaries({
+    "mode": st.sampled_from(["RGB", "L", "CMYK"]),
+    "progressive": st.booleans(),
+    "subsampling": st.sampled_from([0, 1, 2]),
+    "restart_marker_blocks": st.sampled_from([0, 3]),
+    "size": st.tuples(st.integers(40, 300), st.integers(40, 300)),
+})  # fmt: skip
+"""Options of JPEG files."""
+DAMAGE = st.tuples(st.sampled_from(["cut", "write", "header", "drop"]), st.floats(0, 1), st.binary(min_size=1, max_size=9))
+
+
+@settings(max_examples=200, deadline=None)
+@given(options=JPEGS, damage=st.lists(DAMAGE, max_size=4), longest=st.sampled_from([8, 16, 48, 96]))
+def test_a_thumbnail_is_made_of_exactly_the_files_that_can_be_decoded_and_shows_the_same(options, damage, longest):
+    encoded = bytearray(jpeg(**options))
+    for kind, place, values in damage:
+        at = int(place * min(len(encoded), 700 if kind == "header" else len(encoded)))
+        if kind == "cut":
+            del encoded[at:]
+        elif kind == "drop":
+            del encoded[at : at + 20 * len(values)]
+        else:
+            encoded[at : at + len(values)] = values
+    try:
+        whole = decode(bytes(encoded))
+    except Unreadable as error:
+        with pytest.raises(Unreadable) as raised:
+            decode_thumbnail(bytes(encoded), longest)
+        assert (raised.value.reason, raised.value.detail) == (error.reason, error.detail)
+    else:
+        found, size = decode_thumbnail(bytes(encoded), longest)
+        assert size == whole.size and found.mode == "RGB"
+        if not damage:
+            whole.thumbnail((longest, longest))
+            assert found.size == whole.size
+            assert np.abs(np.asarray(found).astype(int) - np.asarray(whole)).mean() < 8
+
+
+def jpeg(mode: str, size: tuple[int, int], **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    blocks = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
+    Image.fromarray(blocks).resize(size).convert(mode).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_thumbnail_is_upright_and_comes_with_the_size_of_the_whole_image(turn, kind):
+    upright = np.kron(np.arange(24, dtype=np.uint8).reshape(4, 6, 1) * 10, np.ones((80, 80, 3), np.uint8))
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = turn
+    Image.fromarray(STORED[turn](upright)).save(buffer, kind, exif=exif)
+    found, size = decode_thumbnail(buffer.getvalue(), 48)
+    assert size == (480, 320) and found.size == (48, 32)
+    assert np.abs(np.asarray(found).astype(int)[4::8, 4::8] - upright[40::80, 40::80]).max() < 6

@@ -20,8 +20,9 @@ from PIL import Image
 from ommatid.errors import ArtefactError
 from ommatid.events import Warned
 from ommatid.images import dataset, stage
-from ommatid.images.dataset import Row, examine, split_of
-from ommatid.images.source import Item, spread
+from ommatid.images.dataset import split_of
+from ommatid.images.examine import Seen, look
+from ommatid.images.source import spread
 from ommatid.images.stage import run as make_images
 from ommatid.schemas import IMAGES, REJECTED
 from ommatid.store import open_artefact
@@ -321,5 +322,5 @@ def test_the_artefact_verifies(photos, make):
 def test_a_hot_pixel_does_not_hide_that_a_picture_is_dark(encode):
     dark = np.full((64, 64), 4095, np.uint16)
     dark[3, 4] = 65535
-    row = examine(Item("a.png", lambda: encode(dark), None, ()), 96)
-    assert isinstance(row, Row) and row.remarks == ("n_nearly_black",)
+    seen = look(encode(dark), 96)
+    assert isinstance(seen, Seen) and seen.remarks == ("n_nearly_black",)

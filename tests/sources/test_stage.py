@@ -16,9 +16,8 @@ from ommatid.config import STAGE_NAMES, Params, load_params
 from ommatid.errors import ArtefactError, SourceError
 from ommatid.reviews import PLACE as PEOPLE
 from ommatid.reviews import ReviewLog
-from ommatid.sources import stage as sources
 from ommatid.sources.stage import CODE, PLACE, write_sources
-from ommatid.store.filesystem import open_folder
+from ommatid.store.filesystem import listing, open_folder
 from ommatid.store.filesystem.disk import Disk
 from support.study import CHECKOUT
 
@@ -132,11 +131,11 @@ def age(*paths: str) -> None:
     """Let no file be so young that it could change unnoticed; the time of the change of its entry cannot be set, so wait for that."""
     for path in paths:
         os.utime(path, (1, 1))
-    time.sleep(sources.SETTLED_NS / 1e9 + 0.02)
+    time.sleep(listing.SETTLED_NS / 1e9 + 0.02)
 
 
 def test_only_what_changed_is_read_again(photos: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "SETTLED_NS", 10**8)
+    monkeypatch.setattr(listing, "SETTLED_NS", 10**8)
     age("photos/dog/a.jpg", "photos/b.jpg")
     read = read_of(monkeypatch)
     first = photos()
@@ -146,7 +145,7 @@ def test_only_what_changed_is_read_again(photos: Callable[[], str], monkeypatch:
     write("photos/b.jpg", b"B")
     os.utime("photos/b.jpg", (1, 1))  # as `cp --preserve` and rsync do: same size, same time of change
     changed = os.stat("photos/b.jpg").st_ctime_ns
-    monkeypatch.setattr(sources.time, "time_ns", lambda: changed + 1)  # a busy machine looks later
+    monkeypatch.setattr(listing.time, "time_ns", lambda: changed + 1)  # a busy machine looks later
     second = photos()
     assert second != first and read == ["b.jpg"]
     assert photos() == second and read == ["b.jpg"] * 2  # changed a moment ago: it may yet change within the same tick of the clock

@@ -39,8 +39,8 @@ from ommatid.errors import ArtefactError, InputError, ModelError, OmmatidError, 
 from ommatid.extract.classifier import embed_texts
 from ommatid.extract.networks import find_device, load_explained
 from ommatid.extract.tokens import TokenPicker
-from ommatid.images.dataset import to_webp
 from ommatid.images.decode import FORMATS, Unreadable, decode
+from ommatid.images.examine import to_webp
 from ommatid.intervene.attribution import Agreement, Attributor
 from ommatid.intervene.contributions import attribute_image, compare_texts
 from ommatid.intervene.readout import Readout
@@ -459,7 +459,8 @@ def _see(model: VisionModel, picker: TokenPicker, image: Image.Image) -> dict[st
     width, height = image.size
     left, top, right, bottom = model.preprocess.box(width, height)
     rows, cols = picker.grid or (0, 0)
-    picture = to_webp(image, PICTURE)  # scales the image down
+    image.thumbnail((PICTURE, PICTURE))
+    picture = to_webp(image)
     return {
         "width": width,
         "height": height,

@@ -1,120 +1,15 @@
-"""The data set in the making: every item is examined and becomes a row of the data set or is rejected with a reason."""
+"""The data set in the making: rows are collected, duplicates are dropped, and the rest are written as parts of the artefact."""
 
-import hashlib
-import io
-import os
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
-from PIL import Image
 
-from ommatid.images.decode import Unreadable, decode, has_several_frames
-from ommatid.images.source import Item
+from ommatid.images.examine import Rejected, Row
 from ommatid.schemas import IMAGES, REJECTED
 from ommatid.store import SCRATCH, Artefact, Draft, part_name
 from ommatid.summaries import ImagesSummary
-
-_N_WORKERS = min(os.cpu_count() or 1, 8)
-"""Number of threads, which PIL lets decode and scale in parallel. More than 8 would hold too many large images in memory."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table `images`, whose columns `schemas.IMAGES` describes."""
-
-    image_id: str
-    path: str
-    width: int
-    height: int
-    label: str | None
-    captions: tuple[str, ...]
-    taxonomy: str | None
-    thumbnail: bytes
-    encoded: bytes
-    remarks: tuple[str, ...] = ()
-    """Keys of `REMARKS` that apply to the image; not a column of the table."""
-
-
-REMARKS = {
-    "n_nearly_black": "nearly black; if they should not be, their values have another range than the file says: see docs/users/images.md",
-    "n_nearly_white": "nearly white; if they should not be, their values have another range than the file says: see docs/users/images.md",
-    "n_of_several_frames": "from files with several frames or pages, of which only the first is used",
-}
-"""Properties of images that users should know of, by the key of the summary that counts them; each continues "3 images are ..."."""
-NEARLY = 20
-"""Distance from black (0) or white (255) within which a thumbnail counts as nearly so. 12-bit values stored in 16 bits stay below 17."""
-STRAY = 0.001
-"""Share of the thumbnail's values that may lie outside that distance, to allow for hot pixels."""
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A row of the table `rejected`, whose columns `schemas.REJECTED` describes."""
-
-    path: str
-    reason: str
-    detail: str
-
-
-def examine(item: Item, thumbnail: int) -> Row | Rejected:
-    """Read and decode one item.
-
-    Args:
-        item: Item to read.
-        thumbnail: Longest side of its thumbnail, in pixels.
-
-    Returns:
-        The row of the image, or the reason why it is rejected.
-    """
-    try:
-        encoded = item.read()
-        image = decode(encoded)
-    except OSError as error:
-        return Rejected(item.path, "unreadable", error.strerror or type(error).__name__)
-    except Unreadable as error:
-        return Rejected(item.path, error.reason, error.detail)
-    width, height = image.size
-    image_id = hashlib.sha256(encoded).hexdigest()
-    small = to_webp(image, thumbnail)
-    remarks = tuple(_iter_remarks(image, encoded))  # `to_webp` has scaled the image down
-    return Row(image_id, item.path, width, height, item.label, item.captions, item.taxonomy, small, encoded, remarks)
-
-
-def _iter_remarks(image: Image.Image, encoded: bytes) -> Iterator[str]:
-    """Iterate over the keys of `REMARKS` that apply to an image, given its thumbnail and its file."""
-    levels = np.asarray(image)
-    if (levels >= NEARLY).mean() <= STRAY:
-        yield "n_nearly_black"
-    if (levels <= 255 - NEARLY).mean() <= STRAY:
-        yield "n_nearly_white"
-    if has_several_frames(encoded):
-        yield "n_of_several_frames"
-
-
-def examine_all(items: Iterable[Item], thumbnail: int) -> Iterator[Row | Rejected]:
-    """Examine items in threads, a few ahead of the consumer, and yield the results in the order of the items."""
-    ahead: deque[Future[Row | Rejected]] = deque()
-    with ThreadPoolExecutor(_N_WORKERS) as pool:
-        for item in items:
-            ahead.append(pool.submit(examine, item, thumbnail))
-            if len(ahead) >= 4 * _N_WORKERS:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
-def to_webp(image: Image.Image, longest: int) -> bytes:
-    """Scale an image down in place, until its longest side has `longest` pixels, and return it as WebP without metadata."""
-    image.thumbnail((longest, longest))
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=80)
-    return buffer.getvalue()
-
 
 ROWS_PER_PART = 4096
 """Largest number of rows in a part, which is held in memory until it is written."""

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from ommatid.config import FolderSource
 from ommatid.errors import SourceError
-from ommatid.images.decode import MAX_BYTES
+from ommatid.images.decode import MAX_BYTES, Unreadable
 from ommatid.images.source import Item, normalise
 from ommatid.store.filesystem.csv_file import CsvFile, Row
-from ommatid.store.filesystem.listing import count_of, list_images, some_of
+from ommatid.store.filesystem.listing import Listed, count_of, list_images, some_of
 
 CAPTIONS = "captions.csv"
 """Name of the optional file with captions, labels and taxonomy paths, at the top of the folder."""
@@ -164,7 +164,7 @@ class Folder:
     """
 
     def __init__(self, root: Path | str):
-        listing = list_images(root)
+        self._listing = listing = list_images(root)
         self.fingerprint = listing.fingerprint
         self._files = [file for file in listing.files if file.name != CAPTIONS]
         if not self._files:
@@ -186,7 +186,20 @@ class Folder:
             file = self._files[position]
             annotation = self._annotations.get(file.name, Annotation())
             label = annotation.label or posixpath.dirname(file.name) or None
-            yield Item(file.name, partial(file.read, MAX_BYTES + 1), label, annotation.captions, annotation.taxonomy)
+            token = self._listing.token(file)
+            yield Item(file.name, partial(_read, file), label, annotation.captions, annotation.taxonomy, token)
+
+
+def _read(file: Listed) -> bytes:
+    """Read a file, of which the size is checked first, so that a video among the images is not read at every run.
+
+    Raises:
+        OSError: The file cannot be read.
+        Unreadable: It is too large.
+    """
+    if file.size > MAX_BYTES:
+        raise Unreadable("too_large", f"more than {MAX_BYTES} bytes")
+    return file.read(MAX_BYTES + 1)
 
 
 def _report_tables(root: str, names: Sequence[str]) -> list[str]:

@@ -22,6 +22,8 @@ class Item:
     """Captions in the source."""
     taxonomy: str | None = None
     """Taxonomy path as `normalise` returns it, if the source has one."""
+    token: str = ""
+    """Identifies the bytes before they are read: the same token always means the same bytes; empty if nothing does."""
 
 
 class Source(Protocol):

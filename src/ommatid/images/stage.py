@@ -5,7 +5,9 @@ from importlib import import_module
 
 from ommatid.config import ImageSource, ImagesParams
 from ommatid.events import Listener, Progress, Warned, ignore
-from ommatid.images.dataset import REMARKS, Collection, examine_all
+from ommatid.images.dataset import Collection
+from ommatid.images.examine import REMARKS, Earlier, Examiner, settings_of
+from ommatid.images.memory import Memory
 from ommatid.images.source import Source, spread
 from ommatid.store import Artefact, Draft
 
@@ -15,6 +17,9 @@ _ITEMS_PER_EVENT = 256
 
 def run(params: ImagesParams, inputs: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> Artefact:
     """Make the data set: read all images of a source and write the tables `images` and `rejected`.
+
+    Only what is new is read and decoded: what earlier runs found is remembered (see `memory.py`), and the bytes of images that the artefact
+    to be replaced holds already are copied from it. The result is the same.
 
     Unreadable and repeated images never stop the run; they are listed in `rejected`. Warnings say which files of the source are not used.
     Apart from ids and paths, memory does not grow with the number of images. A draft begun on the same content is continued.
@@ -38,10 +43,12 @@ def run(params: ImagesParams, inputs: Mapping[str, Artefact], draft: Draft, on_e
     positions = spread(source.total, params.limit)
     collection = Collection(draft, params.eval_share, source.fingerprint)
     items = source.iter_items(positions[collection.n_seen :])
-    for result in examine_all(items, params.thumbnail):
-        collection.add(result)
-        if collection.n_seen % _ITEMS_PER_EVENT == 0 or collection.n_seen == len(positions):
-            on_event(Progress("images", collection.n_seen, len(positions)))
+    with Memory(settings_of(params.thumbnail), lambda line: on_event(Warned(line))) as memory:
+        for result in Examiner(params.thumbnail, memory, Earlier(draft.place)).examine_all(items):
+            collection.add(result)
+            if collection.n_seen % _ITEMS_PER_EVENT == 0 or collection.n_seen == len(positions):
+                memory.flush()
+                on_event(Progress("images", collection.n_seen, len(positions)))
     for key, what in REMARKS.items():
         if n := collection.remarks[key]:
             on_event(Warned(f"{n} of {collection.n_images} images {'is' if n == 1 else 'are'} {what}"))

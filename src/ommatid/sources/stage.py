@@ -10,7 +10,6 @@ fingerprints on every machine; sizes and times only serve to skip files that wer
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -28,8 +27,6 @@ PLACE = Path("data/sources")
 """Folder of the fingerprint files."""
 CODE = "code"
 """Key of the digests of a stage's code, by path inside the package."""
-SETTLED_NS = 2 * 10**9
-"""Age of a file's last change, in nanoseconds, below which its checksum is not cached: another change might leave the same times."""
 _N_READERS = 8
 
 Fingerprints = dict[str, dict[str, Any]]
@@ -152,25 +149,16 @@ def _checksums(listing: Listing) -> list[str]:
         return [f"{file.size} {file.stamp}" for file in listing.files]  # contains the store's own checksum
     cache = cache_folder() / "checksums" / f"{hashlib.sha256(listing.place.encode()).hexdigest()[:32]}.json"
     known = _load(cache)
-    missing = [file for file in listing.files if not file.stamp or known.get(file.inside, ("", ""))[0] != _facts(file)]
+    missing = [file for file in listing.files if not (facts := file.facts) or known.get(file.inside, ("", ""))[0] != facts]
     with ThreadPoolExecutor(_N_READERS) as pool:
         read = dict(zip((file.inside for file in missing), pool.map(_checksum, missing), strict=True))
     found = [read[file.inside] if file.inside in read else known[file.inside][1] for file in listing.files]
     if missing or len(known) != len(found):
-        now = time.time_ns()
-        settled = {
-            file.inside: (_facts(file), checksum)
-            for file, checksum in zip(listing.files, found, strict=True)
-            if file.stamp and now - max(map(int, file.stamp.split())) > SETTLED_NS
-        }
+        settled = {file.inside: (facts, sum_) for file, sum_ in zip(listing.files, found, strict=True) if (facts := file.facts)}
         with suppress(OSError):  # without the cache all files are read again, which is only slower
             cache.parent.mkdir(parents=True, exist_ok=True)
             _replace(cache, json.dumps(settled))
     return found
-
-
-def _facts(file: Listed) -> str:
-    return f"{file.size} {file.stamp}"
 
 
 def _checksum(file: Listed) -> str:

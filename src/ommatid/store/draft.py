@@ -41,8 +41,10 @@ class Draft(Writer):
     published: Artefact | None = None
     """The artefact, if another process published the same one while this process waited for the lock. Nothing is left to make then."""
 
-    def __init__(self, folder: Folder, local: Path, kind: str, params: Mapping[str, Any], inputs: Mapping[str, str]):
+    def __init__(self, folder: Folder, local: Path, place: Folder, kind: str, params: Mapping[str, Any], inputs: Mapping[str, str]):
         super().__init__(folder, local)
+        self.place = place
+        """Folder where the artefact will be published, and where an earlier one may be."""
         self.kind = kind
         self._params = dict(params)
         self._inputs = dict(inputs)
@@ -116,7 +118,7 @@ class Draft(Writer):
         folder = self.folder / name
         folder.make()
         digests = self._inputs if inputs is None else _digests(inputs)
-        child = Draft(folder, self._local, kind, self._params if params is None else params, digests)
+        child = Draft(folder, self._local, self.place / name, kind, self._params if params is None else params, digests)
         child._top = self._top
         child._on_notice = self._on_notice
         inner = {path.removeprefix(f"{name}/"): file for path, file in self._described.items() if path.startswith(f"{name}/")}
@@ -261,7 +263,7 @@ def open_draft(
             found = find_published(target, kind, local) if waited else None
             if found is None:
                 _begin(folder, local)
-        draft = Draft(folder, local, kind, params, _digests(inputs))
+        draft = Draft(folder, local, target, kind, params, _digests(inputs))
         draft._on_notice = on_wait
         draft.published = found
         yield draft

@@ -7,6 +7,7 @@ Pipes, sockets and devices are skipped, because reading one could block for ever
 
 import hashlib
 import os
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ ACTIVATIONS = (".npy", ".safetensors", ".pt", ".pth", ".parquet")
 """Endings of the names of files of activations."""
 CLASSES = "classes.txt"
 """Name of the file beside masks that names their classes."""
+SETTLED_NS = 2 * 10**9
+"""Age of a file's last change, in nanoseconds, below which another change might leave the same times."""
 _SHOWN = 3
 """Number of names that a notice lists; the rest are counted."""
 
@@ -44,6 +47,16 @@ class Listed:
     def path(self) -> Path | None:
         """Path on this machine's disk; None if the file is behind a URL."""
         return self.folder.local_path(self.inside)
+
+    @property
+    def facts(self) -> str:
+        """Size and stamp, which stay the same while the content does.
+
+        Empty if the file cannot be read, or changed so recently that another change might leave the same times.
+        """
+        if not self.stamp or (self.path and time.time_ns() - max(map(int, self.stamp.split())) <= SETTLED_NS):
+            return ""
+        return f"{self.size} {self.stamp}"
 
     def read(self, most: int) -> bytes:
         """Read at most the first `most` bytes.
@@ -73,6 +86,13 @@ class Listing:
     def fingerprint(self) -> str:
         """Digest of names, sizes and stamps. It is cheap to compute, and comparable on the same machine only."""
         return hashlib.sha256("".join(f"{file.name}\0{file.size}\0{file.stamp}\n" for file in self.files).encode()).hexdigest()
+
+    def token(self, file: Listed, inside: str = "") -> str:
+        """Return a text that identifies the content of a file in this listing on this machine, or of a part of it named `inside`.
+
+        Files with the same token have the same content. Empty if nothing is known of the content without reading the file.
+        """
+        return f"{self.place}\0{file.inside}\0{inside}\0{facts}" if (facts := file.facts) else ""
 
     def notice(self, endings: Collection[str]) -> list[str]:
         """Return a sentence about the files left out, or an empty list if there are none."""
