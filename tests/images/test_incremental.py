@@ -220,7 +220,7 @@ def test_a_cache_that_cannot_be_used_is_named(photos: Path, params: Make, drafti
     with drafting(tmp_path / "images", values) as draft:
         assert stage.run(values, {}, draft, events.append).summary["n_images"] == 7
     (warning,) = (event.what for event in events if isinstance(event, Warned))
-    assert f"{tmp_path}/cache/images.sqlite: what earlier runs found in the images cannot be used" in warning
+    assert f"{tmp_path}/cache/images/seen.sqlite: what earlier runs found in the images cannot be used" in warning
 
 
 @pytest.mark.parametrize("kind", ["gone", "damaged"])

@@ -21,6 +21,7 @@ from ommatid.images.memory import Memory, Seen
 from ommatid.images.original import OriginalReader
 from ommatid.images.source import Item
 from ommatid.store import open_artefact
+from ommatid.store.code import analyse
 from ommatid.store.filesystem import Folder
 
 _N_WORKERS = min(os.cpu_count() or 1, 8)
@@ -113,8 +114,7 @@ def settings_of(thumbnail: int) -> str:
 
 @cache
 def _code_digest() -> str:
-    files = (Path(__file__), Path(decode_module.__file__))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return " ".join(analyse(Path(file).read_bytes()).digest for file in (__file__, decode_module.__file__))
 
 
 class Earlier:

@@ -18,7 +18,7 @@ from typing import Any
 from ommatid.images.decode import Unreadable
 from ommatid.store.filesystem import cache_folder
 
-FILE = "images.sqlite"
+FILE = "images/seen.sqlite"
 """Name of the cache in the cache folder."""
 MOST_BYTES = 4 * 2**30
 """Size of the cache from which the entries unused for longest are removed; it holds about a million images."""

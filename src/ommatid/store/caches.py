@@ -138,6 +138,11 @@ def _listed(folder: Path) -> list[Path]:
     return []
 
 
+def _images(folder: Path) -> Iterator[CacheEntry]:
+    """Yield the database with its journal as one entry, because without the journal it might be damaged."""
+    return (entry for entry in children(folder) if entry.path.name == "images")
+
+
 def _archives(folder: Path) -> Iterator[CacheEntry]:
     return (entry for entry in children(folder) if entry.path.suffix == ".tgz" or entry.path.name.startswith("npm-"))
 
@@ -168,6 +173,7 @@ CACHES = (
     ),
     Cache("checksums", "checksums of the files that params name", lambda data: cache_folder() / "checksums", bound=lambda: 1e9, days=90),
     Cache("code", "what each module does and imports", lambda data: cache_folder() / "code", days=90),
+    Cache("images", "what runs found in image files", lambda data: cache_folder(), _images, bound=lambda: 10e9, days=90),
     Cache("archives", "data sets fetched from npm", lambda data: cache_folder(), _archives, days=365),
     Cache("copies", "copies of artefacts that lie in an object store", lambda data: CACHE, days=30),
     Cache("drafts", "unfinished artefacts of runs that ended early", lambda data: data / ".work", _abandoned_drafts, days=14),
