@@ -157,7 +157,7 @@ def test_another_thumbnail_or_other_code_decodes_anew(again: Make, spy: Spy, mon
     assert spy.take() == (["a/04.png", "b/09.png"], 9), "the bytes of images come from the artefact, those of other files do not"
     again(thumbnail=32)
     assert spy.take() == ([], 0)
-    monkeypatch.setattr(examine, "_code_digest", lambda: "changed")
+    monkeypatch.setattr(examine, "digest_of", lambda *modules: "changed")
     again(thumbnail=32)
     assert spy.take()[1] == 9
 

@@ -7,21 +7,19 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import PIL
 from PIL import Image, features
 
 from ommatid.errors import ArtefactError
-from ommatid.images import decode as decode_module
+from ommatid.images import decode
 from ommatid.images.decode import Unreadable, decode_thumbnail, has_several_frames
 from ommatid.images.memory import Memory, Seen
 from ommatid.images.original import OriginalReader
 from ommatid.images.source import Item
 from ommatid.store import open_artefact
-from ommatid.store.code import analyse
+from ommatid.store.code import digest_of
 from ommatid.store.filesystem import Folder
 
 _N_WORKERS = min(os.cpu_count() or 1, 8)
@@ -109,12 +107,7 @@ def to_webp(image: Image.Image) -> bytes:
 def settings_of(thumbnail: int) -> str:
     """Return a text that identifies everything besides an image's content that determines what `look` finds."""
     codecs = [f"{name} {features.version(name)}" for name in ("libjpeg_turbo", "jpg_2000", "libtiff", "webp", "avif", "zlib")]
-    return f"{thumbnail} {PIL.__version__} {codecs} {_code_digest()}"
-
-
-@cache
-def _code_digest() -> str:
-    return " ".join(analyse(Path(file).read_bytes()).digest for file in (__file__, decode_module.__file__))
+    return f"{thumbnail} {PIL.__version__} {codecs} {digest_of(__name__, decode.__name__)}"
 
 
 class Earlier:

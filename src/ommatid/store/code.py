@@ -76,7 +76,7 @@ class Code:
                 if name in seen or name in without or NO_NUMBERS.fullmatch(name):
                     continue
                 seen.add(name)
-                source = self._source(name)
+                source = self.source(name)
                 digests[self._files[name]] = source.digest
                 queue += self._imported_by(name, source)
                 rooms = [room.replace("__name__", name) for room in source.rooms]
@@ -86,7 +86,8 @@ class Code:
         self._save()
         return dict(sorted(digests.items()))
 
-    def _source(self, name: str) -> Source:
+    def source(self, name: str) -> Source:
+        """Return the analysis of a module."""
         if name not in self._sources:
             text = (self._root / self._files[name]).read_bytes()
             key = _text_digest(text)
@@ -134,6 +135,12 @@ def family_digest(kind: str) -> str:
     """
     used = Code().used_by(f"{PACKAGE}.vlm.{kind}", kinds=(kind,))
     return _text_digest(json.dumps(used).encode())
+
+
+def digest_of(*modules: str) -> str:
+    """Return the digest of some modules alone, without what they import."""
+    code = Code()
+    return _text_digest(" ".join(code.source(name).digest for name in modules).encode())
 
 
 def analyse(text: bytes) -> Source:
