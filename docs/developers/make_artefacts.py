@@ -65,6 +65,8 @@ The keys of `manifest.json`:
 | `data/labels/<sae>` | label | tables `labels`, `mistakes` |
 | `data/interventions/<sae>` | intervene | tables `interventions`, `effects`, `attributions` |
 | `data/catalog` | catalog | `catalog.duckdb`, made from the others |
+| `data/published/champions/<champion>/drift` | | tables `known`, `embeddings`, `evaluated`, `fired`: what new images are compared with |
+| `data/published/drift/<check>` | | tables `drift_checks`, `drift`, `drift_images`, `compared`: a check of new images |
 
 ## Weights
 
@@ -85,7 +87,7 @@ name followed by the first digits of the weights' checksum.
 
 ARTEFACTS = (
     *("images", "activations", "activations/<hookpoint>", "sae/<sae>", "evaluation/<sae>", "evaluation", "labels/<sae>"),
-    "interventions/<sae>",
+    *("interventions/<sae>", "published/champions/<champion>/drift", "published/drift/<check>"),
 )
 """Artefacts in the order of their sections on the page."""
 
@@ -94,6 +96,7 @@ def iter_tables() -> Iterator[tuple[str, str, pa.Schema]]:
     """Iterate over the tables as (name, artefact, schema); schemas that depend on the model have the widths of the demo."""
     yield "train, eval", "activations/<hookpoint>", schemas.activations(320, {})
     yield "embeddings", "activations/<hookpoint>", schemas.embeddings(384, 1280)
+    yield "embeddings", "published/champions/<champion>/drift", schemas.drift_embeddings(1280)
     yield from ((name, table.place, table.schema) for name, table in schemas.TABLES.items() if table.place != "catalog")
 
 
@@ -127,8 +130,8 @@ def _summary(kind: str) -> str:
 
 
 def _type(type_: pa.DataType) -> str:
-    fixed = {640: "fixed binary, 2 d_model bytes", 1536: "fixed binary, 4 d_joint bytes", 5120: "fixed binary, 4 d_judge bytes"}
-    return fixed[type_.byte_width] if pa.types.is_fixed_size_binary(type_) else str(type_)
+    fixed = {640: "2 d_model", 1536: "4 d_joint", 5120: "4 d_judge", 2560: "2 d_judge", 32: "32"}
+    return f"fixed binary, {fixed[type_.byte_width]} bytes" if pa.types.is_fixed_size_binary(type_) else str(type_)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,20 @@ SCHEMA_VERSION = 4
 """Version of the tables and the manifest, incremented when older code would misread a change."""
 
 
-Place = Literal["images", "activations", "sae/<sae>", "evaluation", "evaluation/<sae>", "labels/<sae>", "interventions/<sae>", "catalog"]
-"""Artefact that holds a table, by its folder in data; `<sae>` is the folder of each SAE. Tables of `catalog` are only in the catalogue."""
+Place = Literal[
+    "images",
+    "activations",
+    "sae/<sae>",
+    "evaluation",
+    "evaluation/<sae>",
+    "labels/<sae>",
+    "interventions/<sae>",
+    "catalog",
+    "published/champions/<champion>/drift",
+    "published/drift/<check>",
+]
+"""Artefact that holds a table, by its folder in data; `<sae>` is the folder of each SAE. Tables of `catalog` are only in the catalogue, and
+those of a check of drift are relations of the published catalogue alone."""
 
 
 @dataclass(frozen=True)
@@ -914,4 +926,131 @@ CLASS_LATENTS = _table(
     recall=(pa.float64(), "n_both as a share of the evaluation images of the class"),
     precision=(pa.float64(), "n_both as a share of the labelled evaluation images on which it fires"),
     lift=(pa.float64(), "precision divided by the share of the class among all labelled evaluation images"),
+)
+
+_CHAMPION = "published/champions/<champion>/drift"
+
+KNOWN = _table(
+    "known",
+    _CHAMPION,
+    image_id=(pa.binary(32), "sha256 of an image of the champion's data set, of either split"),
+)
+
+EVALUATED = _table(
+    "evaluated",
+    _CHAMPION,
+    image=(pa.int32(), "number of an evaluation image of the champion, among those that new images are compared with"),
+    error=(pa.float64(), "sum over its tokens of the squared distance between the target and the champion's reconstruction"),
+    variance=(pa.float64(), "sum over its tokens of the squared distance between the target and the mean token of these images"),
+)
+
+FIRED = _table(
+    "fired",
+    _CHAMPION,
+    image=(pa.int32(), "evaluated.image"),
+    latent=(pa.int32(), "index of a latent of the champion that fires on it"),
+    act=(pa.float32(), "image-level activation, > 0"),
+)
+
+
+def drift_embeddings(d_judge: int) -> pa.Schema:
+    """Return the schema of the table `embeddings` of a champion's reference: training images, with vectors of `d_judge` float16."""
+    return _schema(judge=(pa.binary(2 * d_judge), "the judge's embedding of a training image of the champion, little-endian float16"))
+
+
+_CHECK = "published/drift/<check>"
+_NEVER = "null if there were too few new images, or they cannot be compared"
+
+DRIFT_CHECKS = _table(
+    "drift_checks",
+    _CHECK,
+    check_id=(pa.string(), "name of the check, and of its folder in data/published/drift: its number and a digest of what was compared"),
+    checked_at=(pa.timestamp("us"), "time of the check, UTC"),
+    sae=(pa.string(), "name of the champion's SAE at that time"),
+    verdict=(
+        pa.string(),
+        "none (no drift was found), slight (some was found, but no threshold of params.yaml is exceeded), drift (one is), too_few (fewer "
+        "new images than drift.min_images, which are counted again the next time) or not_comparable (`reason` says why)",
+    ),
+    reason=(pa.string(), "sentence with the numbers behind the verdict"),
+    action=(pa.string(), "drift.action at that time: what a retraining does about drift, warn or stop"),
+    n_new=(pa.int32(), "number of new images: neither among the champion's, nor in an earlier check of it that found no drift"),
+    n_known=(pa.int32(), "number of images of the champion's data set"),
+    n_embedded=(nullable(pa.int32()), f"number of new images whose embeddings were compared; {_NEVER}"),
+    n_encoded=(nullable(pa.int32()), f"number of new images whose activations were compared; {_NEVER}"),
+    alpha=(pa.float64(), "drift.alpha: largest probability of finding any drift where there is none"),
+    mmd=(nullable(pa.float64()), f"unbiased squared maximum mean discrepancy of the judge's embeddings (Gretton et al. 2012); {_NEVER}"),
+    mmd_chance=(nullable(pa.float64()), f"its 95th percentile if images are new at random; {_NEVER}"),
+    mmd_p=(nullable(pa.float64()), f"its p value by permutation, times the 4 kinds of test; {_NEVER}"),
+    auroc=(
+        nullable(pa.float64()),
+        f"area under the ROC curve of a cross-fitted classifier that tells new images from the champion's by the same embeddings; {_NEVER}",
+    ),
+    auroc_chance=(nullable(pa.float64()), f"its 95th percentile if images are new at random; {_NEVER}"),
+    auroc_p=(nullable(pa.float64()), f"its p value by permutation, times the 4 kinds of test; {_NEVER}"),
+    auroc_found=(nullable(pa.float64()), f"smallest area that would have been found with a probability of 80 %; {_NEVER}"),
+    fvu=(nullable(pa.float64()), f"fraction of variance unexplained by the champion's SAE on the new images; {_NEVER}"),
+    fvu_before=(nullable(pa.float64()), f"the same on the champion's own evaluation images; {_NEVER}"),
+    fvu_low=(nullable(pa.float64()), f"lower end of the 95 % interval of fvu − fvu_before, over images; {_NEVER}"),
+    fvu_high=(nullable(pa.float64()), f"upper end of the same; {_NEVER}"),
+    fvu_p=(nullable(pa.float64()), f"p value of the difference by permutation, times the 4 kinds of test; {_NEVER}"),
+    fvu_found=(nullable(pa.float64()), f"smallest difference that would have been found with a probability of 80 %; {_NEVER}"),
+    n_latents=(nullable(pa.int32()), f"number of latents that fire on enough images to be compared; {_NEVER}"),
+    n_changed=(nullable(pa.int32()), f"number of these that fire on another share of the images, or with another activation; {_NEVER}"),
+    latents_p=(nullable(pa.float64()), f"smallest drift.p of the check; {_NEVER}"),
+    champion=(pa.string(), "folder of the champion in data/published/champions"),
+    images_digest=(pa.string(), "sha256 of the manifest of the images that were checked"),
+)
+
+DRIFT = _table(
+    "drift",
+    _CHECK,
+    may_be_empty=True,
+    check_id=(pa.string(), "drift_checks.check_id"),
+    sae=(pa.string(), "name of the champion's SAE"),
+    latent=(pa.int32(), "index of the latent"),
+    rank=(pa.int32(), "rank of the latent in the check; 1 has the strongest evidence of a change"),
+    label=(nullable(pa.string()), "label of the latent in the champion's catalogue; null if it has none"),
+    rate=(pa.float64(), "share of the new images on which it fires"),
+    rate_before=(pa.float64(), "share of the champion's evaluation images on which it fires"),
+    act=(nullable(pa.float64()), "mean of its image-level activation over the new images on which it fires; null if there are none"),
+    act_before=(nullable(pa.float64()), "the same of the champion's evaluation images; null if there are none"),
+    rate_p=(
+        nullable(pa.float64()),
+        "p value of the two rates being equal (Fisher's exact test), unadjusted; null if it fires on fewer than 8 images",
+    ),
+    act_p=(
+        nullable(pa.float64()),
+        "p value of activations being equally strong (rank-sum test), unadjusted; null if it fires on fewer than 8 images of either kind",
+    ),
+    p=(
+        nullable(pa.float64()),
+        "the smaller of the two, adjusted for the number of latents and of tests (Holm), times the 4 kinds of test; null if both are",
+    ),
+    is_changed=(pa.bool_(), "whether p is at most drift_checks.alpha"),
+    change=(
+        nullable(pa.string()),
+        "more or fewer (it fires on more or fewer images), stronger or weaker (on those on which it fires): the change with the smaller p "
+        "value; null unless it is changed",
+    ),
+)
+
+DRIFT_IMAGES = _table(
+    "drift_images",
+    _CHECK,
+    may_be_empty=True,
+    check_id=(pa.string(), "drift_checks.check_id"),
+    latent=(pa.int32(), "index of the latent, one of the changed latents with the strongest evidence"),
+    side=(pa.string(), "before for the champion's evaluation images, new for new images"),
+    rank=(pa.int32(), "rank of the image among those of its side; 1 has the largest activation"),
+    image_id=(pa.string(), "sha256 of the image file"),
+    path=(pa.string(), "path relative to the source"),
+    act=(pa.float32(), "image-level activation"),
+    thumbnail=(pa.binary(), "thumbnail, WebP"),
+)
+
+COMPARED = _table(
+    "compared",
+    _CHECK,
+    image_id=(pa.binary(32), "sha256 of a new image of the check"),
 )

@@ -217,6 +217,26 @@ class CatalogSummary(TypedDict):
     rows: Annotated[dict[str, int], "rows of each relation"]
 
 
+class DriftReferenceSummary(TypedDict):
+    """What new images are compared with: the reference of a champion."""
+
+    made_with: Annotated[dict[str, Any], "what an extraction must share with the champion's for its numbers to be comparable"]
+    image_activation: Annotated[str, "how the activations of an image's tokens become one: `max`, `mean` or `cls`"]
+    n_images: Annotated[int, "images of the champion's data set"]
+    n_embedded: Annotated[int, "training images whose embeddings are kept"]
+    n_encoded: Annotated[int, "evaluation images on which the SAE is measured"]
+
+
+class DriftSummary(TypedDict):
+    """A check of new images for drift; numbers are null unless they are above chance, as the thresholds of params.yaml count only then."""
+
+    verdict: Annotated[str, "`none`, `slight`, `drift`, `too_few` or `not_comparable`"]
+    n_new: Annotated[int, "new images"]
+    auroc: Annotated[float | None, "AUROC with which a classifier tells new images from the champion's"]
+    fvu_rise: Annotated[float | None, "FVU on the new images less that on the champion's evaluation images"]
+    changed: Annotated[float | None, "share of the latents that fire on more or fewer images, or more or less strongly"]
+
+
 SUMMARIES: Mapping[str, type[Any]] = {
     "images": ImagesSummary,
     "extraction": ExtractionSummary,
@@ -230,6 +250,8 @@ SUMMARIES: Mapping[str, type[Any]] = {
     "interventions": InterventionsSummary,
     "effects": EffectsSummary,
     "catalog": CatalogSummary,
+    "drift_reference": DriftReferenceSummary,
+    "drift": DriftSummary,
 }
 """The summary of each kind of artefact."""
 

@@ -1,5 +1,6 @@
 """The params: type, bounds and description of every key in params.yaml; the values are in that file alone."""
 
+from ommatid.config.drift import DriftParams
 from ommatid.config.evaluate import Baseline, EvaluateParams
 from ommatid.config.extract import Executor, ExtractFiles, ExtractParams
 from ommatid.config.images import Cifar10Source, FolderSource, ImageSource, ImagesParams, ParquetSource, ShapesSource
@@ -18,6 +19,7 @@ __all__ = [
     "Baseline",
     "CatalogParams",
     "Cifar10Source",
+    "DriftParams",
     "EvaluateParams",
     "Executor",
     "ExtractFiles",

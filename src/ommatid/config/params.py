@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from ommatid.config.drift import DriftParams
 from ommatid.config.evaluate import EvaluateParams
 from ommatid.config.extract import ExtractFiles, ExtractParams
 from ommatid.config.images import ImagesParams
@@ -32,7 +33,7 @@ class RetrainParams(Section):
 
 
 class Params(Section):
-    """All of params.yaml: a section for each stage, and one for retraining."""
+    """All of params.yaml: a section for each stage, and those of drift and of retraining."""
 
     images: ImagesParams
     extract: Annotated[ExtractParams | ExtractFiles, Field(discriminator="source")]
@@ -41,6 +42,7 @@ class Params(Section):
     label: LabelParams
     intervene: InterveneParams
     catalog: CatalogParams
+    drift: DriftParams = DriftParams()
     retrain: RetrainParams
 
     @property

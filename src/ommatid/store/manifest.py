@@ -130,6 +130,8 @@ _MADE_BY = {
     "interventions": "intervene",
     "effects": "intervene",
     "catalog": "catalog",
+    "drift_reference": "images",
+    "drift": "drift",
 }
 
 
