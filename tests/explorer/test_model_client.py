@@ -164,7 +164,7 @@ def test_questions_wait_in_a_short_queue_and_inputs_are_checked_before_it(client
         began = time.monotonic()
         with pytest.raises(Unavailable, match="4 other questions to the model are waiting already"):
             search(client)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < HANG_SECONDS / 10, "who is refused does not wait"
         for text, says in (("", "0 characters"), ("x" * 201, "201 characters: expected 1 to 200"), ("a\0b", "cannot be printed")):
             with pytest.raises(InputError, match=f"the text has .*{says}|the text has {says}"):
                 client.search_text(SAE, text)
@@ -187,10 +187,9 @@ def test_what_cannot_be_loaded_says_why_and_is_tried_again_when_the_catalogue_is
     with pytest.raises(ModelError, match="has no relation meanings"):
         search(client)
     assert client.pid is None  # nothing is loaded, so no memory is taken
-    began = time.monotonic()
     with pytest.raises(ModelError, match="has no relation meanings"):
         client.search_text(SAE, "red")
-    assert time.monotonic() - began < 1 and client.pid is None
+    assert client.pid is None
     os.replace(catalog.with_suffix(".good"), catalog)
     assert search(client) == 0
     with pytest.raises(InputError, match=r"the image cannot be read \(not an image\)"):
