@@ -167,7 +167,8 @@ def write_artefact(
     temporary = temporary_path(folder)
     try:
         (temporary / "scratch").mkdir(parents=True)
-        draft = Draft(open_folder(temporary), temporary, kind, params, {name: artefact.digest for name, artefact in inputs.items()})
+        digests = {name: artefact.digest for name, artefact in inputs.items()}
+        draft = Draft(open_folder(temporary), temporary, open_folder(folder), kind, params, digests)
         for name, table in tables.items():
             draft.write_table(f"{name}.parquet", table, compression="zstd")
         check_keys(kind, summary)
