@@ -5,13 +5,15 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ommatid.catalog.identity import KINDS
 from ommatid.catalog.reader import Catalog
 from ommatid.pipeline import STAGES
-from ommatid.publish.champion import Decision
+from ommatid.publish.champion import folder_of
+from ommatid.publish.decisions import Decision, find_champion
 from ommatid.stage import HEALTH, QUALITY, REPORT
 
 HEADLINES = ("evaluate", "label", "intervene")
@@ -76,7 +78,7 @@ def features(root: Path) -> str | None:
     """Make the page with an embedded picture of the best SAE's best features; None if there is no catalogue."""
     from ommatid.show.pictures import draw_best
 
-    picture = _picture(root, lambda catalog, png: draw_best(catalog, png, N_FEATURES))
+    picture = _picture(_catalog_in(root), lambda catalog, png: draw_best(catalog, png, N_FEATURES))
     return picture and f"# The {N_FEATURES} features with the highest monosemanticity\n\n![examples of each feature]({picture})"
 
 
@@ -84,7 +86,7 @@ def comparison(root: Path) -> str | None:
     """Make the page with an embedded picture that compares all SAEs; None if there is no catalogue."""
     from ommatid.show.pictures import draw_comparison
 
-    picture = _picture(root, draw_comparison)
+    picture = _picture(_catalog_in(root), draw_comparison)
     return picture and f"# The SAEs compared with raw neurons and untrained SAEs\n\n![fidelity and monosemanticity of each]({picture})"
 
 
@@ -125,9 +127,12 @@ def explorer(root: Path) -> str | None:
     return f"# [Explorer]({address}/)\n\nIt shows what the checkout holds while `make up` runs.\n\n" + _table(("SAE", "latents", ""), rows)
 
 
-def _picture(root: Path, draw: Callable[[Catalog, Path], None]) -> str | None:
-    """Draw a picture of the catalogue and return it as a data URL; None if there is no catalogue."""
-    catalogue = root / STAGES["catalog"].place / "catalog.duckdb"
+def _catalog_in(root: Path) -> Path:
+    return root / STAGES["catalog"].place / "catalog.duckdb"
+
+
+def _picture(catalogue: Path, draw: Callable[[Catalog, Path], None]) -> str | None:
+    """Draw a picture of a catalogue and return it as a data URL; None if there is no catalogue."""
     if not catalogue.exists():
         return None
     with tempfile.TemporaryDirectory() as folder, Catalog(catalogue) as catalog:
@@ -141,12 +146,39 @@ def _embed(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def decision(made: Decision) -> str:
-    """Make the page that compares champion and challenger."""
+def decision(made: Decision, has_pictures: bool = False) -> str:
+    """Make the page that compares champion and challenger.
+
+    Args:
+        made: The decision.
+        has_pictures: Whether the best features of both are shown, those of the champion from its kept catalogue, and those of the
+            challenger from the checkout's.
+    """
     keys = ("sae", "ms", "ms_floor", "fvu", "dead", "l0")
     sides = (made.champion, made.challenger)
     rows = [(key, *(_number(getattr(scores, key)) if scores else "" for scores in sides)) for key in keys]
-    return f"# {made.decision}: {made.reason}\n\n" + _table(("", "previous champion", "challenger"), rows)
+    parts = [f"# {made.decision}: {made.reason}", _table(("", "previous champion", "challenger"), rows)]
+    if made.matched:
+        counts = made.matched.model_dump()
+        parts.append("## The champion's features in the challenger")
+        parts.append(_table(("", "features", ""), [(kind, f"{counts[kind]:,}", meaning) for kind, meaning in KINDS.items()]))
+    if made.who:
+        parts.append(f"Decided by {_cell(made.who)}{f': {_cell(made.why)}' if made.why else ''}.")
+    if has_pictures:
+        parts += _best_of_both(made)
+    return "\n\n".join(parts)
+
+
+def _best_of_both(made: Decision) -> Iterator[str]:
+    from ommatid.show.pictures import draw_best
+
+    sides = [("challenger", _catalog_in(Path()), made.challenger.sae)]
+    if before := find_champion():
+        sides.insert(0, ("champion", folder_of(before) / "catalog.duckdb", before.challenger.sae))
+    for title, file, sae in sides:
+        if picture := _picture(file, lambda catalog, png, sae=sae: draw_best(catalog, png, N_FEATURES, sae)):
+            yield f"## The best features of the {title}"
+            yield f"![examples of each feature]({picture})"
 
 
 def _number(value: Any) -> str:

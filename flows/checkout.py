@@ -17,7 +17,7 @@ from typing import Any
 
 import filelock
 
-from flows.commands import DVC, Say, dvc, environment, find_error, git, stream
+from flows.commands import Say, stream
 from flows.worktree import (
     ABSENT,
     Changes,
@@ -28,8 +28,10 @@ from flows.worktree import (
     take_snapshot,
     warn_of_untracked_files,
 )
+from ommatid.compute.commands import DVC, dvc, environment, find_error, git
 from ommatid.config import Params, load_params
 from ommatid.errors import RunError
+from ommatid.publish.versions import POINTER
 
 WORKTREES = Path(".worktrees")
 SOURCES = "sources"
@@ -59,13 +61,13 @@ class Workplace:
         return self.experiment or "the checkout"
 
     def stages(self) -> list[str]:
-        """All stages except `sources` in topological order, read from DVC's graph."""
+        """All stages except `sources` in topological order, read from DVC's graph; the published files are no stage."""
         graph: dict[str, set[str]] = {}
         for name, needed_by in re.findall(r'^"(.+?)"(?: -> "(.+?)")?;$', self.dvc("dag", "--dot"), re.MULTILINE):
             graph.setdefault(name, set())
             if needed_by:
                 graph.setdefault(needed_by, set()).add(name)
-        return [stage for stage in TopologicalSorter(graph).static_order() if stage != SOURCES]
+        return [stage for stage in TopologicalSorter(graph).static_order() if stage not in (SOURCES, POINTER)]
 
     def stale(self) -> set[str]:
         """Return the stages whose sources, inputs, params, code or outputs have changed; the stages after them may have to run too.
@@ -74,7 +76,7 @@ class Workplace:
             RunError: A source is missing.
         """
         self._record_sources()
-        return set(json.loads(self.dvc("status", "--json"))) - {SOURCES}
+        return set(json.loads(self.dvc("status", "--json"))) - {SOURCES, POINTER}
 
     def plan(self) -> list[tuple[str, bool]]:
         """List the stages in order as (stage, is_clean); from the first stale one on, none is clean, and DVC checks each when it is run."""

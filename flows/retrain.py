@@ -1,7 +1,10 @@
 """Scheduled retraining: if images, params or code have changed, run the pipeline, and publish the new SAE if it beats the champion.
 
 The challenger is the best SAE of the new training; it and the champion are measured on the same evaluation split. data/published
-holds the champion's catalogue, and the alias `champion` in the MLflow registry points at its SAE.
+holds the champion's catalogue, and the alias `champion` in the MLflow registry points at its SAE. If a person has to approve
+(flows/approval.py), the run is suspended in between, holds neither a worker nor the checkout, and begins anew when it is resumed.
+
+Final states: Promoted, Kept and Unchanged are completed; Rejected is a failure, of a quality gate.
 """
 
 from pathlib import Path
@@ -11,34 +14,112 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
-from prefect.states import Completed
+from prefect.states import Completed, Failed
 
-from flows import artifacts
-from flows.checkout import open_workplace
+from flows import approval, artifacts
+from flows.checkout import Workplace, open_workplace
 from flows.pipeline import run_stages
 from flows.prefect_server import leave_out_tracebacks, prefect_server
 from ommatid.cli.error_boundary import at_edge
-from ommatid.config import Params, load_params
-from ommatid.errors import RunError
+from ommatid.config import Params, RetrainParams, load_params
+from ommatid.errors import GateError, RunError
 from ommatid.events import Event, Progress
-from ommatid.publish import champion
-from ommatid.publish.champion import Decision
+from ommatid.publish import champion, versions
+from ommatid.publish.approval import Waiting, forget_waiting, read_waiting
+from ommatid.publish.champion import SupersededError
+from ommatid.publish.decisions import Decision, read_decisions
+
+MOST_DECISIONS = 3
+"""Number of times that a run decides while somebody else changes the champion meanwhile."""
 
 
 @flow(name="retrain")
 def retrain() -> State:
     """Run the pipeline if anything has changed, and publish the challenger if it wins by the margins in params.yaml."""
-    params = load_params()
-    with open_workplace(Path.cwd(), params, flow_run.id, get_run_logger().info) as place:
-        champion.settle()  # complete what a killed run left unfinished
-        if not place.stale() and champion.is_decided():
-            point_alias()
+    log, params, root = get_run_logger(), load_params(), Path.cwd()
+    branch = versions.find_branch(root)
+    with open_workplace(root, params, flow_run.id, log.info) as place:
+        champion.settle(params.retrain.keep, _log_event)  # complete what a killed run left unfinished
+        outcome = _conclude(params) or _find_new(place, params)
+        if params.retrain.publish != "local" and not isinstance(outcome, Waiting) and (decisions := read_decisions()):
+            versions.commit(root, decisions[-1], branch, log.info)
+    if isinstance(outcome, Waiting) and outcome.flow_run == flow_run.id:
+        approval.suspend(outcome)
+    if moved := champion.try_alias(_log_event):
+        log.info(moved)
+    if params.retrain.publish == "push":
+        versions.push(root, branch, log.info)
+    return outcome if isinstance(outcome, State) else _describe(outcome)
+
+
+def _describe(outcome: Decision | Waiting) -> State:
+    if isinstance(outcome, Waiting):
+        return Completed(name="Unchanged", message=approval.describe(outcome))
+    return Completed(name="Promoted" if outcome.decision == "champion" else "Kept", message=outcome.reason)
+
+
+def _conclude(params: Params) -> Decision | None:
+    """Conclude an earlier run's question to a person, if it was answered or the time to answer has passed; None if not."""
+    if (waiting := read_waiting()) is None or (made := approval.find_decision(waiting)) is None:
+        return None
+    try:
+        publish(made, params.retrain)
+    except SupersededError as error:
+        get_run_logger().warning(f"{error}; it is compared with the present champion")
+        made = None
+    approval.close(waiting, made)
+    forget_waiting()
+    return made
+
+
+def _find_new(place: Workplace, params: Params) -> Decision | Waiting | State:
+    """Run the pipeline and decide, unless nothing has changed."""
+    waiting = read_waiting()
+    if not place.stale():
+        if waiting and approval.is_current(waiting):
+            return waiting if approval.is_asked(waiting) else approval.ask(waiting.decision, params.retrain.approval_timeout)
+        if champion.is_decided():
             return Completed(name="Unchanged", message="images, params and code have not changed")
+    try:
         run_stages(place)
-        decision = decide(params)
-        publish(decision)
-    point_alias()
-    return Completed(name="Promoted" if decision.decision == "champion" else "Kept", message=decision.reason)
+    except RunError as error:
+        if GateError.WORDS not in str(error):
+            raise
+        return Failed(name="Rejected", message=str(error), data=error)
+    for attempt in range(MOST_DECISIONS):
+        made = decide(params)
+        try:
+            return _ask(made, params.retrain) if made.decision == "champion" and params.retrain.approval else _publish(made, params.retrain)
+        except SupersededError as error:
+            if attempt == MOST_DECISIONS - 1:
+                raise
+            get_run_logger().warning(f"{error}; deciding again")
+    raise AssertionError("unreachable")
+
+
+def _publish(made: Decision, params: RetrainParams) -> Decision:
+    publish(made, params)
+    return made
+
+
+def _ask(made: Decision, params: RetrainParams) -> Waiting | State:
+    """Ask a person to approve a challenger that won, in place of an earlier one that still waits."""
+    if not approval.can_ask():
+        message = (
+            f"{made.challenger.sae} won and waits for approval, but this run belongs to no deployment and cannot ask: start `retrain` in "
+            f"the Prefect UI of `make up`, or run `ommatid champion promote {made.challenger.sae}`"
+        )
+        get_run_logger().warning(message)
+        return Completed(name="Kept", message=message)
+    if before := read_waiting():
+        reason = f"the champion stays: nobody had answered when {made.challenger.sae} came in its place; {before.decision.reason}"
+        changes = {"decision": "challenger", "reason": reason, "decided_at": made.decided_at, "against": made.against}
+        kept = before.decision.model_copy(update=changes)
+        publish(kept, params)
+        approval.close(before, kept)
+    page = artifacts.decision(made, has_pictures=True)
+    create_markdown_artifact(page, key="decision", description="Champion and challenger, to be approved")
+    return approval.ask(made, params.approval_timeout)
 
 
 @task(cache_policy=NO_CACHE)
@@ -49,25 +130,25 @@ def decide(params: Params) -> Decision:
     def follow(event: Event) -> None:
         if isinstance(event, Progress):
             log.info(f"champion: {event.what}: {event.done} of {event.total}")
+        else:
+            _log_event(event)
 
-    return champion.decide(params, follow)
+    return champion.decide(params, follow, who=f"Prefect run {flow_run.name} ({flow_run.id})")
 
 
 @task(cache_policy=NO_CACHE)
-def publish(decision: Decision) -> None:
+def publish(decision: Decision, params: RetrainParams) -> None:
     """Record the decision, publish the champion's catalogue, and show both in the Prefect UI."""
-    champion.publish(decision)
+    page = artifacts.decision(decision)
+    champion.publish(decision, params.keep, _log_event)
     get_run_logger().info(decision.reason)
-    create_markdown_artifact(artifacts.decision(decision), key="decision", description="Champion and challenger on the same split")
+    create_markdown_artifact(page, key="decision", description="Champion and challenger on the same split")
 
 
-def point_alias() -> None:
-    """Point the registry's alias at the champion; if the registry doesn't answer, the next run tries again."""
-    try:
-        if moved := champion.point_alias():
-            get_run_logger().info(moved)
-    except RunError as error:
-        get_run_logger().warning(f"the alias champion was not set: {error}; the next run tries again")
+def _log_event(event: Event) -> None:
+    """Log a warning of the library."""
+    if not isinstance(event, Progress):
+        get_run_logger().warning(event.what)
 
 
 def main() -> None:

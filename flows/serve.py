@@ -17,9 +17,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from flows.commands import environment
 from flows.processes import Services, free_port
 from ommatid.cli.error_boundary import at_edge
+from ommatid.compute.commands import environment
 from ommatid.config import load_params
 from ommatid.config.messages import explain
 from ommatid.config.strict_yaml import parse_yaml

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.commands import Say, dvc, environment, git
+from flows.commands import Say
+from ommatid.compute.commands import dvc, environment, git
 from ommatid.config import Params, dotted, load_params
 from ommatid.errors import RunError
 

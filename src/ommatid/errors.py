@@ -59,6 +59,9 @@ class ExecutorError(OmmatidError):
 class GateError(OmmatidError):
     """A quality gate failed; the artefact was not published."""
 
+    WORDS = "quality gate failed"
+    """Words in every such message, by which a flow recognises it among the lines of a stage that ran as a process of its own."""
+
 
 class TrainingError(OmmatidError):
     """Training cannot continue, because it diverged or has too little data."""

@@ -20,14 +20,14 @@ def test_a_promotion_is_followed(own_study: Study, monkeypatch: pytest.MonkeyPat
         early = asks.get("/")
         assert early.status_code == 503 and "data/published/catalog.duckdb: does not exist" in early.text
 
-        champion.publish(first := champion.decide(params))
+        champion.publish(first := champion.decide(params), keep=2)
         assert asks.get("/").status_code == 200
         assert "there was no champion" in asks.get("/runs").text
         page = asks.get(f"/features/{first.challenger.sae}/0")
         assert page.status_code == 200
 
         with app.state.explorer.library.open() as lent:  # as a request that is being answered
-            champion.publish(champion.decide(params))
+            champion.publish(champion.decide(params), keep=2)
             assert "the same SAE as the champion, with a new catalogue" in asks.get("/runs").text
             with app.state.explorer.library.open() as now:
                 assert now is not lent and now.key != lent.key

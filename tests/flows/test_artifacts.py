@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from flows import artifacts
-from ommatid.config import RetrainParams
+from ommatid.config import Margins
 from ommatid.pipeline import STAGES
-from ommatid.publish.champion import Decision, Scores
+from ommatid.publish.decisions import Decision, Scores
 from ommatid.stage import HEALTH, QUALITY
 from support import catalog as catalog_artefacts
 
@@ -87,7 +87,7 @@ def test_the_report_contains_its_numbers_tables_and_plots(tmp_path: Path) -> Non
 
 def test_a_decision_shows_both_sides() -> None:
     scores = Scores(sae="b", digest="b", fvu=0.3, l0=32.0, dead=0.1, ms=0.45, ms_floor=0.35)
-    margins = RetrainParams(min_ms_gain=0.005, max_fvu_loss=0.01, max_dead_rise=0.02)
+    margins = Margins(min_ms_gain=0.005, max_fvu_loss=0.01, max_dead_rise=0.02)
     decision = Decision.model_validate(
         {"decision": "champion", "reason": "there was no champion", "decided_at": "2026-01-01T00:00:00Z", "challenger": scores}
         | {"champion": None, "margins": margins, "catalog": "c", "run": {}}

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from flows.checkout import KEEP_SECONDS, Workplace, name_experiment, open_workplace
-from flows.commands import find_error
 from flows.worktree import differences
+from ommatid.compute.commands import find_error
 from ommatid.config import Params, load_params
 from ommatid.errors import RunError
 from support.checkout import bytes_of, run

@@ -13,7 +13,7 @@ from flows.retrain import retrain
 from ommatid.config import load_params
 from ommatid.errors import RunError
 from ommatid.publish import champion
-from ommatid.publish.champion import Decision, Scores
+from ommatid.publish.decisions import Decision, Scores
 from support.checkout import REPOSITORY
 from support.processes import HANG_SECONDS
 
@@ -41,13 +41,13 @@ def decided(monkeypatch: pytest.MonkeyPatch) -> list[Decision]:
     scores = Scores(sae="a", digest="a", fvu=0.3, l0=32.0, dead=0.1, ms=0.45, ms_floor=0.35)
     published: list[Decision] = []
 
-    def decide(params: object, on_event: object) -> Decision:
-        margins = load_params(REPOSITORY / "params.yaml").retrain
+    def decide(params: object, on_event: object, who: str) -> Decision:
+        margins = load_params(REPOSITORY / "params.yaml").retrain.margins
         values = {"decision": "challenger", "reason": "the champion stays: FVU +0.2", "decided_at": datetime.now(UTC), "catalog": "c"}
-        return Decision.model_validate({**values, "challenger": scores, "champion": scores, "margins": margins, "run": {}})
+        return Decision.model_validate({**values, "challenger": scores, "champion": scores, "margins": margins, "run": {}, "who": who})
 
     monkeypatch.setattr(champion, "decide", decide)
-    monkeypatch.setattr(champion, "publish", published.append)
+    monkeypatch.setattr(champion, "publish", lambda made, keep, on_event: published.append(made))
     return published
 
 

@@ -1,7 +1,10 @@
 """The better SAE is published and every decision is kept; whenever a run dies, the next one ends in the same state."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import duckdb
@@ -10,15 +13,19 @@ import pytest
 
 from ommatid import store
 from ommatid.catalog.reader import Catalog
-from ommatid.config import Params, RetrainParams, load_params
-from ommatid.errors import ArtefactError
+from ommatid.config import Margins, Params, load_params
+from ommatid.errors import ArtefactError, ConfigError
 from ommatid.pipeline import STAGES
 from ommatid.publish import champion
-from ommatid.publish.champion import Decision, Scores, compare
+from ommatid.publish.champion import compare
+from ommatid.publish.decisions import DECISIONS, Decision, Matched, Scores, find_champion, read_decisions, stand
+from support.processes import TESTS
 from support.study import CHECKOUT
 
-MARGINS = RetrainParams(min_ms_gain=0.005, max_fvu_loss=0.01, max_dead_rise=0.02)
+MARGINS = Margins(min_ms_gain=0.005, max_fvu_loss=0.01, max_dead_rise=0.02)
 PARAMS = load_params(CHECKOUT / "params.yaml")
+KEEP = PARAMS.retrain.keep
+MATCHED = Matched(kept=5, split=1, changed=2, lost=3, new=4)
 
 
 def scores(name: str = "a", ms: float | None = 0.45, fvu: float = 0.3, dead: float = 0.1, floor: float | None = 0.35) -> Scores:
@@ -57,31 +64,50 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def make(name: str, ms: float, d_model: int = 8, **others: float) -> None:
-    """Make what a decision reads of the stages: an SAE, and others by name with their MS."""
+def make(name: str, ms: float, d_model: int = 8, recipe: str | None = None, **others: float) -> None:
+    """Make what a decision reads of the stages: an SAE, and others by name with their MS.
+
+    Latent i of each SAE is nearest to latent i of each other, and the cosine is 1 but for the last of three. A recipe stands for the data
+    and the params of the training.
+    """
     activations = {"model": "lite0", "hookpoint": "blocks.15", "d_model": d_model}
     saes = {name: ms, **others}
     _write("images", {"": ({"n_eval": 3}, {})})
     _write("extract", {"blocks.15": (activations, {})})
     _write("train", {sae: ({"sae": sae}, {"cfg.json": json.dumps(activations).encode()}) for sae in saes})
     numbers = {"fvu": 0.3, "l0": 32.0, "dead": 0.1, "ms_floor": 0.35}
-    _write("evaluate", {sae: ({"sae": sae, "ms": of, **numbers}, {}) for sae, of in saes.items()})
+    latents = {sae: pa.table({"sae": [sae] * 3, "latent": [0, 1, 2], "is_dead": [False] * 3, "ms": [of] * 3}) for sae, of in saes.items()}
+    inside = {sae: ({"sae": sae, "ms": of, **numbers}, {"latents.parquet": latents[sae]}) for sae, of in saes.items()}
+    pairs = [(one, other, i, 1.0 if i < 2 else 0.1) for one in saes for other in saes if one != other for i in range(3)]
+    columns = ("sae", "other_sae", "latent", "cosine")
+    matches = pa.Table.from_pylist([dict(zip(columns, pair, strict=True)) | {"other_latent": pair[2], "jaccard": 0.5} for pair in pairs])
+    _write("evaluate", inside, {"matches.parquet": matches} if pairs else {})
     path = Path("made.duckdb")
     with duckdb.connect(path) as connection:
-        columns = "sae, now()::TIMESTAMP AS created_at, '{}'::JSON AS params, NULL::VARCHAR AS decision, NULL::TIMESTAMP AS decided_at"
         connection.execute("CREATE TABLE matches (sae VARCHAR, latent INTEGER, other_sae VARCHAR, other_latent INTEGER)")
-        connection.execute(f"CREATE TABLE runs AS SELECT {columns}, NULL::VARCHAR AS reason FROM (SELECT unnest(?) AS sae)", [list(saes)])
+        connection.execute(
+            "CREATE TABLE runs AS SELECT sae, sae AS name, now()::TIMESTAMP AS created_at, NULL::VARCHAR AS decision, "
+            "NULL::TIMESTAMP AS decided_at, NULL::VARCHAR AS reason, $recipe::VARCHAR AS activations_digest, "
+            "json_object('train', json_object('seed', 0)) AS params FROM (SELECT unnest($saes) AS sae)",
+            {"saes": list(saes), "recipe": recipe},
+        )
+        connection.execute("CREATE TABLE own AS SELECT unnest($saes) AS sae", {"saes": list(saes)})
     _write("catalog", {"": ({"saes": list(saes)}, {"catalog.duckdb": path.read_bytes()})})
     path.unlink()
 
 
-def _write(stage: str, inside: dict[str, tuple[dict, dict[str, bytes]]]) -> None:
-    """Write an artefact with a summary and files, or with such artefacts inside."""
+def _write(stage: str, inside: dict[str, tuple[dict, dict]], beside: dict[str, pa.Table] | None = None) -> None:
+    """Write an artefact with a summary and files, or with such artefacts inside, and tables beside them."""
     place, kind = STAGES[stage].place, STAGES[stage].kind
     with store.open_draft(place, kind, {}, {}) as draft:
+        for name, table in (beside or {}).items():
+            draft.write_table(name, table)
         for name, (summary, files) in inside.items():
             target = draft.child(name, store.INSIDE[kind]) if name else draft
             for file, content in files.items():
+                if isinstance(content, pa.Table):
+                    target.write_table(file, content)
+                    continue
                 with target.write_file(file) as path:
                     path.write_bytes(content)
             target.seal(summary)
@@ -94,18 +120,18 @@ def measured(ms: float, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Set the champion's score on the new split, and return the names for which it was requested."""
     asked: list[str] = []
 
-    def measure(sae: store.Artefact, *_: object) -> Scores:
+    def measure(sae: store.Artefact, *_: object) -> tuple[Scores, Matched]:
         asked.append(sae.summary["sae"])
-        return Scores(sae=sae.summary["sae"], digest=sae.digest, fvu=0.3, l0=32.0, dead=0.1, ms=ms, ms_floor=0.35)
+        return Scores(sae=sae.summary["sae"], digest=sae.digest, fvu=0.3, l0=32.0, dead=0.1, ms=ms, ms_floor=0.35), MATCHED
 
     monkeypatch.setattr(champion, "_measure", measure)
     return asked
 
 
 def retrain(params: Params = PARAMS) -> Decision:
-    champion.settle()
+    champion.settle(KEEP)
     decision = champion.decide(params)
-    champion.publish(decision)
+    champion.publish(decision, KEEP)
     return decision
 
 
@@ -121,7 +147,7 @@ def test_the_first_sae_becomes_champion_and_is_decided_once(checkout: Path) -> N
     assert champion.is_decided()
     with Catalog(champion.CATALOG) as catalog:
         ((decided_at, reason),) = catalog.rows("SELECT decided_at, reason FROM runs")
-    assert decided_at == champion.read_decisions()[0].decided_at.replace(tzinfo=None)
+    assert decided_at == read_decisions()[0].decided_at.replace(tzinfo=None)
     assert reason == "there was no champion"
 
 
@@ -133,21 +159,21 @@ def test_the_champion_is_measured_again_and_a_worse_challenger_is_only_recorded(
     assert asked == ["first"]
     assert decision.decision == "challenger" and decision.champion and decision.champion.ms == 0.43
     assert published() == {"first": "champion", "second": "challenger"}
-    assert champion.find_champion() == champion.read_decisions()[0]
+    assert find_champion() == read_decisions()[0]
     make("third", ms=0.45)
     assert retrain().decision == "champion"
     assert published() == {"first": "champion", "second": "challenger", "third": "champion"}
-    assert [d.challenger.sae for d in champion.read_decisions()] == ["first", "second", "third"]
-    assert len(list(champion.CHAMPIONS.iterdir())) == 1
+    assert [d.challenger.sae for d in read_decisions()] == ["first", "second", "third"]
+    assert sorted(path.name for path in champion.CHAMPIONS.iterdir()) == sorted(d.key for d in read_decisions() if d.decision == "champion")
 
 
 def _matched(monkeypatch: pytest.MonkeyPatch, ms: float) -> None:
     """Set the champion's score, and match its latent 0 with latent 2 of the challenger."""
 
-    def measure(sae: store.Artefact, _params: object, _on_event: object, challenger: Scores, catalog: str) -> Scores:
+    def measure(sae: store.Artefact, _params: object, _on_event: object, challenger: Scores, key: str) -> tuple[Scores, Matched]:
         row = {"sae": challenger.sae, "latent": 2, "other_sae": sae.summary["sae"], "other_latent": 0}
-        champion._write_matched(catalog, {"matches": pa.Table.from_pylist([row])})
-        return Scores(sae=sae.summary["sae"], digest=sae.digest, fvu=0.3, l0=32.0, dead=0.1, ms=ms, ms_floor=0.35)
+        champion._write_matched(key, {"matches": pa.Table.from_pylist([row])})
+        return Scores(sae=sae.summary["sae"], digest=sae.digest, fvu=0.3, l0=32.0, dead=0.1, ms=ms, ms_floor=0.35), MATCHED
 
     monkeypatch.setattr(champion, "_measure", measure)
 
@@ -161,7 +187,7 @@ def test_a_new_champions_catalogue_matches_its_latents_with_the_last_champions(c
     assert retrain().decision == "champion"
     with Catalog(champion.CATALOG) as catalog:
         assert catalog.rows("FROM matches") == [("third", 2, "first", 0)]
-    assert not champion.MATCHED.exists()
+    assert list(champion.MATCHED.iterdir()) == [], "matches are kept until the decision"
 
 
 def test_only_the_best_sae_of_a_training_is_the_challenger(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +202,7 @@ def test_only_the_best_sae_of_a_training_is_the_challenger(checkout: Path, monke
     make("better", ms=0.44, best=0.47)
     assert retrain().challenger.sae == "best"
     assert asked == [], "the champion is one of the new training, and was measured with it"
+    assert read_decisions()[-1].matched == Matched(kept=2, split=0, changed=0, lost=1, new=1)
     assert published() == {"better": "champion", "best": "champion"}
 
 
@@ -204,50 +231,237 @@ def test_readers_keep_the_catalogue_they_opened(checkout: Path, monkeypatch: pyt
     assert "second" in published()
 
 
-@pytest.mark.parametrize("dies_in", ["_append", "_publish_catalog", "sync", "settle"])
-def test_a_run_that_dies_after_its_decision_is_finished_by_the_next(checkout: Path, monkeypatch: pytest.MonkeyPatch, dies_in: str) -> None:
-    retrain()
-    make("second", ms=0.5)
-    measured(0.4, monkeypatch)
-
-    def die(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as dying:
-        dying.setattr(champion, dies_in, die)
-        with pytest.raises(KeyboardInterrupt):
-            champion.publish(champion.decide(PARAMS))
-    assert set(published()) == {"first"}  # never something in between
-    champion.settle()
-    if not champion.is_decided():
-        retrain()
-    assert published() == {"first": "champion", "second": "champion"}
-    assert len(champion.read_decisions()) == 2
-    assert [p.name for p in champion.PUBLISHED.iterdir() if p.suffix in {".new", ".tmp", ".wal"}] == []
-
-
 def test_a_truncated_decision_counts_as_not_written(checkout: Path) -> None:
     retrain()
-    with champion.DECISIONS.open("ab") as file:
+    with DECISIONS.open("ab") as file:
         file.write(b'{"decision": "cham')
-    assert len(champion.read_decisions()) == 1
+    assert len(read_decisions()) == 1
     assert champion.is_decided()
-    champion.publish(champion.decide(PARAMS))
-    assert len(champion.read_decisions()) == 2
-    assert champion.DECISIONS.read_bytes().count(b"\n") == 2
+    champion.publish(champion.decide(PARAMS), KEEP)
+    assert len(read_decisions()) == 2
+    assert DECISIONS.read_bytes().count(b"\n") == 2
 
 
 def test_a_lost_catalogue_is_restored(checkout: Path) -> None:
     retrain()
     champion.CATALOG.unlink()
     shutil.rmtree("data/sae")
-    champion.settle()
+    champion.settle(KEEP)
     assert published() == {"first": "champion"}
 
 
 def test_a_line_that_is_not_a_decision_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    champion.DECISIONS.parent.mkdir(parents=True)
-    champion.DECISIONS.write_text('{"decision": "champion"}\n{"decision"')
+    DECISIONS.parent.mkdir(parents=True)
+    DECISIONS.write_text('{"decision": "champion"}\n{"decision"')
     with pytest.raises(ArtefactError, match=r"decisions\.jsonl: line 1 is not a decision \(reason: missing; add it"):
-        champion.read_decisions()
+        read_decisions()
+
+
+def _three(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Promote three SAEs, each better than the one before; return their keys."""
+    retrain()
+    measured(0.40, monkeypatch)
+    for name, ms in (("second", 0.45), ("third", 0.5)):
+        make(name, ms=ms, recipe=f"images of {name}")
+        assert retrain().decision == "champion"
+    return [made.key for made in read_decisions()]
+
+
+def roll_back(to: str | None = None) -> Decision:
+    made, was_cut_short = champion.roll_back(to, KEEP, "Anna <anna@localhost>", "it flickers")
+    assert not was_cut_short
+    return made
+
+
+@pytest.fixture
+def aliases(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the SAEs at which the alias was pointed, in place of a registry."""
+    pointed: list[str] = []
+    monkeypatch.setattr(champion, "point_alias", lambda: pointed.append(found.challenger.sae) if (found := find_champion()) else None)
+    return pointed
+
+
+def test_a_rollback_returns_to_the_champion_before_and_says_who_and_why(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, aliases: list[str]
+) -> None:
+    first, second, third = _three(monkeypatch)
+    with Catalog(champion.CATALOG) as reader:
+        made = roll_back()
+        assert reader.rows("SELECT sae FROM runs WHERE decision = 'champion' ORDER BY sae") == [("first",), ("second",), ("third",)]
+    assert (made.key, made.how, made.who, made.why) == (second, "rollback", "Anna <anna@localhost>", "it flickers")
+    assert (champion.find_champion() or made).challenger.sae == "second" and aliases == ["second"]
+    with Catalog(champion.CATALOG) as catalog:
+        assert catalog.rows("SELECT reason FROM runs WHERE sae = 'second'") == [
+            ("rolled back from third; it flickers (Anna <anna@localhost>)",)
+        ]
+    assert roll_back().key == first and aliases == ["second", "first"]
+    with pytest.raises(ConfigError, match="first is the first champion; name another by --to"):
+        roll_back()
+    assert roll_back(third[:5]).key == third, "also forward, as its folder is kept"
+    with pytest.raises(ConfigError, match="it is the champion already"):
+        roll_back("third")
+
+
+def test_what_was_rolled_back_does_not_win_again_by_the_same_comparison(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, aliases: list[str]
+) -> None:
+    _three(monkeypatch)
+    roll_back()
+    assert champion.is_decided(), "nothing is new, so that a retrain does nothing"
+    make("third", ms=0.5, recipe="new labels of the same SAE")
+    asked = measured(0.40, monkeypatch)
+    made = retrain()
+    assert (made.decision, asked) == ("challenger", []) and "third" in made.reason and "rolled back" in made.reason
+    make("again", ms=0.6, recipe="images of third")
+    made = retrain()
+    assert made.decision == "challenger" and "third, trained on the same data with the same params, was rolled back" in made.reason
+    make("fourth", ms=0.44, recipe="more images")
+    assert retrain().decision == "champion" and asked == ["second"], "a new challenger is compared with the champion rolled back to"
+    assert [one.challenger.sae for one in stand(read_decisions()).champions] == ["first", "second", "fourth"]
+
+
+def test_of_several_saes_the_best_that_was_not_set_aside_is_the_challenger(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, aliases: list[str]
+) -> None:
+    _three(monkeypatch)
+    roll_back()
+    make("third", ms=0.5, fair=0.43)
+    assert retrain().challenger.sae == "fair"
+
+
+def test_a_person_promotes_an_sae_that_lost_and_one_that_was_rolled_back(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, aliases: list[str]
+) -> None:
+    retrain()
+    make("second", ms=0.41, worse=0.3)
+    measured(0.42, monkeypatch)
+    assert retrain().decision == "challenger"
+    made = champion.promote("worse", PARAMS, "Anna", "smaller")
+    assert (made.decision, made.how, made.who, made.why) == ("champion", "promote", "Anna", "smaller")
+    assert made.reason.startswith("promoted by hand; the comparison says: the champion stays: MS above floor -0.1200")
+    assert made.matched == MATCHED and published() == {"first": "champion", "second": "challenger", "worse": "champion"}
+    assert champion.is_decided()
+    roll_back()
+    assert champion.is_decided()
+    assert champion.promote("worse", PARAMS, "Anna", None).key == made.key
+    assert stand(read_decisions()).aside == (), "a promotion by hand takes back what a rollback set aside"
+    former = champion.promote("first", PARAMS, "Anna", None)
+    assert former.reason.startswith("promoted again; it was the champion since") and champion.is_decided()
+    with pytest.raises(ConfigError, match="promote first: it is the champion already"):
+        champion.promote("first", PARAMS, "Anna", None)
+    with pytest.raises(ConfigError, match=r"'nobody' is no champion, present or former; there are .*first.*catalogue has second, worse"):
+        champion.promote("nobody", PARAMS, "Anna", None)
+
+
+def test_so_many_champions_are_kept_and_what_a_rollback_needs_always(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, aliases: list[str]
+) -> None:
+    first, second, third = _three(monkeypatch)
+    champion.settle(2)
+    assert {path.name for path in champion.CHAMPIONS.iterdir()} == {second, third}
+    with pytest.raises(ConfigError, match=rf"champion {first} \(first\): .*{first} is no longer kept \(retrain.keep\); bring it back from"):
+        roll_back("first")
+    champion.roll_back(None, 2, "Anna", None)
+    assert {path.name for path in champion.CHAMPIONS.iterdir()} == {second, third}, "what went is not counted"
+    with pytest.raises(ConfigError, match="is no longer kept"):
+        roll_back()
+    assert [made.key for made in read_decisions()] == [first, second, third, second], "nothing was decided"
+
+
+def test_a_challenger_is_not_published_over_a_champion_that_it_was_not_compared_with(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, aliases: list[str]
+) -> None:
+    _three(monkeypatch)
+    make("fourth", ms=0.6, recipe="more images")
+    made = champion.decide(PARAMS)
+    roll_back()
+    with pytest.raises(champion.SupersededError, match=r"fourth was compared with the champion .* and now it is second"):
+        champion.publish(made, KEEP)
+    assert retrain().decision == "champion"
+
+
+def test_a_champion_whose_sae_is_gone_stays_published_and_is_named(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = retrain()
+    make("second", ms=0.5)
+    shutil.rmtree(champion.folder_of(first))
+    warned: list[str] = []
+    champion.settle(KEEP, lambda event: warned.append(event.what))  # type: ignore[union-attr]
+    made = champion.decide(PARAMS)
+    assert made.decision == "challenger" and "the champion first stays, as it cannot be compared" in made.reason
+    champion.publish(made, KEEP, lambda event: warned.append(event.what))  # type: ignore[union-attr]
+    assert published() == {"first": "champion"} and "the catalogue of the champion first is gone" in warned[0]
+    champion.CATALOG.unlink()
+    make("third", ms=0.1)
+    made = retrain()
+    assert made.decision == "champion" and made.reason.startswith("nothing is left of the champion first: ")
+
+
+def test_a_line_of_an_older_version_is_read(checkout: Path) -> None:
+    made = retrain()
+    line = json.loads(DECISIONS.read_text())
+    for key in ("how", "who", "why", "against", "matched", "key"):
+        del line[key]
+    DECISIONS.write_text(json.dumps(line) + "\n")
+    (champion.folder_of(made)).rename(champion.CHAMPIONS / made.catalog[:16])
+    champion.settle(KEEP)
+    assert published() == {"first": "champion"} and champion.is_decided()
+
+
+KILLED = """
+import json, os, sys
+from pathlib import Path
+
+import duckdb
+
+from ommatid.publish import champion
+from ommatid.publish.decisions import Decision, find_champion, read_decisions
+from support.killed import kill_at_each_write
+
+def point_alias():
+    Path("alias").write_text(find_champion().challenger.sae)
+
+def publish():
+    champion.settle(2)
+    if not champion.is_decided():
+        champion.publish(Decision.model_validate_json(Path("made.json").read_text()), 2)
+    point_alias()
+
+def rollback():
+    champion.roll_back(None, 2, "Anna", None)
+
+def own(path):
+    with duckdb.connect(path, read_only=True) as connection:
+        return connection.execute("FROM own").fetchall()[0][0]
+
+def look():
+    names = {made.key: made.challenger.sae for made in read_decisions()}
+    folders = sorted(names.get(path.name, path.name) for path in champion.CHAMPIONS.iterdir())
+    n_lines = champion.DECISIONS.read_bytes().count(b"\\n")
+    return [own(champion.CATALOG), find_champion().challenger.sae, n_lines, folders, Path("alias").read_text()]
+
+champion.point_alias = point_alias
+kills = kill_at_each_write(Path.cwd(), {"publish": publish, "rollback": rollback}[sys.argv[1]], look)
+print(json.dumps([[kill.event, kill.between[0], kill.end] for kill in kills]))
+"""
+
+
+@pytest.mark.parametrize(("verb", "wanted"), [("publish", "fourth"), ("rollback", "second")])
+def test_killed_at_any_write_the_next_run_ends_as_if_it_had_not_been(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, aliases: list[str], verb: str, wanted: str
+) -> None:
+    _three(monkeypatch)
+    champion.settle(2)
+    Path("alias").write_text("third")
+    if verb == "publish":
+        make("fourth", ms=0.6, recipe="more images")
+        Path("made.json").write_text(champion.decide(PARAMS).model_dump_json())
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    ran = subprocess.run([sys.executable, "-c", KILLED, verb], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    kills = json.loads(ran.stdout.splitlines()[-1])
+    kept = ["fourth", "third"] if verb == "publish" else ["second", "third"]
+    assert [kill for kill in kills if kill[2] != [wanted, wanted, 4, kept, wanted]] == []
+    assert {between for _, between, _ in kills} == {"third", wanted}, "readers see one champion or the other"
+    events = " ".join(event for event, _, _ in kills)
+    assert all(name in events for name in ("decisions.jsonl", "catalog.new", "settled", "alias")), events

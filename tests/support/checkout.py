@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from flows.commands import environment
+from ommatid.compute.commands import environment
 
 REPOSITORY = Path(__file__).parents[2]
 

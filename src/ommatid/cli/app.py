@@ -390,6 +390,59 @@ def gc(
         say(line)
 
 
+champion = typer.Typer(no_args_is_help=True, help="Show the published SAEs of this checkout; promote one by hand, or return to one.")
+app.add_typer(champion, name="champion")
+
+Why = Annotated[str | None, typer.Option(metavar="TEXT", help="Why, for the log.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@champion.command("list")
+def list_champions(as_json: AsJson = False) -> None:
+    """List every decision, the newest first: champions, challengers that did not win, promotions by hand and rollbacks."""
+    from ommatid.cli.champion import print_list
+
+    print_list(as_json)
+
+
+@champion.command("show")
+def show_champion(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[KEY|SAE]", help="A champion's key, the beginning of it, or its name; default: the present one."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a champion: its scores, by what it won, which features it kept, where it comes from, and what was decided about it."""
+    from ommatid.cli.champion import show as run
+
+    run(name, as_json)
+
+
+@champion.command()
+def promote(
+    name: Annotated[str, typer.Argument(metavar="SAE|KEY", help="An SAE of the checkout's catalogue, or a former champion that is kept.")],
+    why: Why = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Make an SAE the champion, whatever a comparison says; the published catalogue and the alias in the registry follow."""
+    from ommatid.cli.champion import promote as run
+
+    run(name, why, params)
+
+
+@champion.command()
+def rollback(
+    to: Annotated[str | None, typer.Option(metavar="KEY|SAE", help="A former champion; default: the one before the present.")] = None,
+    why: Why = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Return to a former champion: the log, the published catalogue and the alias. What is rolled back does not win again by itself."""
+    from ommatid.cli.champion import roll_back
+
+    roll_back(to, why, params)
+
+
 @app.command("import")
 def import_(
     path: Annotated[Path, typer.Argument(help="Folder or file that another library saved the SAE in.")],

@@ -8,7 +8,7 @@ from ommatid.config.intervene import InterveneParams
 from ommatid.config.label import Labeller, LabelParams
 from ommatid.config.load import dotted, load_params, make_params
 from ommatid.config.models import Model
-from ommatid.config.params import CatalogParams, Params, RetrainParams
+from ommatid.config.params import CatalogParams, Margins, Params, RetrainParams
 from ommatid.config.section import Section
 from ommatid.config.strict_yaml import parse_json
 from ommatid.config.train import TrainParams
@@ -31,6 +31,7 @@ __all__ = [
     "InterveneParams",
     "LabelParams",
     "Labeller",
+    "Margins",
     "Model",
     "Params",
     "ParquetSource",

@@ -1,6 +1,6 @@
 """All sections of params.yaml together."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,8 +21,8 @@ class CatalogParams(Section):
     """Number of neighbours kept for each latent: those with the largest cosine of directions."""
 
 
-class RetrainParams(Section):
-    """Conditions under which the scheduled flow replaces the champion by a challenger."""
+class Margins(Section):
+    """Margins by which a challenger must win to replace the champion."""
 
     min_ms_gain: Annotated[float, Field(ge=-1, le=1)]
     """Least amount by which the challenger's mean (MS - floor) must exceed the champion's."""
@@ -30,6 +30,26 @@ class RetrainParams(Section):
     """Largest amount by which the challenger's FVU may exceed the champion's."""
     max_dead_rise: Annotated[float, Field(ge=0, le=1)]
     """Largest amount by which the challenger's share of dead latents may exceed the champion's."""
+
+
+class RetrainParams(Margins):
+    """Conditions under which the scheduled flow replaces the champion by a challenger, and what becomes of champions."""
+
+    keep: Annotated[int, Field(ge=2, le=1000)] = 5
+    """Number of champions whose SAE and catalogue are kept: the present one, the one that a rollback returns to, and the most recent
+    others. What is kept takes disk space for an SAE and a catalogue each."""
+    approval: bool = False
+    """Whether a challenger that wins by the margins is published only after a person has approved it in the Prefect UI."""
+    approval_timeout: Annotated[float, Field(gt=0, le=8760)] = 24.0
+    """Hours that a person has to answer; after that the champion stays."""
+    publish: Literal["local", "commit", "push"] = "local"
+    """What happens to data/published after each decision: it stays on this machine; DVC stores it, and dvc.lock and data/published.dvc are
+    committed to git; or both are also pushed to the remotes of DVC and of the branch, so that any clone can pull the champion."""
+
+    @property
+    def margins(self) -> Margins:
+        """The margins alone."""
+        return Margins(min_ms_gain=self.min_ms_gain, max_fvu_loss=self.max_fvu_loss, max_dead_rise=self.max_dead_rise)
 
 
 class Params(Section):

@@ -10,6 +10,7 @@ from fastapi import Query as Parameters
 from fastapi.responses import Response
 from pydantic import Field
 
+from ommatid.catalog.identity import ALIKE, COUNTS, FOUND, KINDS, SAME
 from ommatid.catalog.question import Question
 from ommatid.explorer.cards import load_features, previews
 from ommatid.explorer.web import BadRequest, Json, NotFound, Query, TheExplorer, View, link
@@ -18,23 +19,10 @@ from ommatid.show.numbers import DASH, count, fixed, interval, percent, signed
 
 router = APIRouter()
 
-SAME = 0.9
-"""Cosine from which two directions are the same, as in `stability`."""
-ALIKE = 0.6
-"""Cosine from which two directions are alike; it is far above what chance gives in the widths of usual models."""
 N_TILES = 3
 """Images shown of a feature."""
 N_PARTS = 4
 """Latents shown of those into which a feature is split."""
-KINDS = {
-    "kept": f"cosine of at least {SAME}, and each is the other's nearest",
-    "split": f"not kept, and two or more latents of the second are nearest to it with at least {ALIKE}",
-    "changed": f"neither, but the nearest of the second has a cosine of at least {ALIKE}",
-    "lost": f"nothing in the second has a cosine of {ALIKE}",
-    "new": f"of the second: nothing in the first has a cosine of {ALIKE}",
-}
-"""What each kind of feature is. The first four are of the first SAE, and each of its features that fires is of one kind."""
-
 _PAIRS = """
     SELECT stability.*, runs.name AS other_name, runs.decision AS other_decision
     FROM stability LEFT JOIN runs ON runs.sae = stability.other_sae ORDER BY stability.sae, other_sae
@@ -43,34 +31,6 @@ _NAMES = """
     SELECT sae, name, decision, decided_at, n_latents, fvu, l0, dead, ms, ms_floor, beats_control, params ->> '$.train.seed' AS seed
     FROM runs
 """
-_FOUND = f"""
-    WITH there AS (
-        SELECT m.latent, m.other_latent, m.cosine, m.jaccard, f.ms
-        FROM matches AS m LEFT JOIN features AS f ON f.sae = $a AND f.latent = m.latent
-        WHERE m.sae = $a AND m.other_sae = $b AND f.is_dead IS NOT true
-    ), back AS (
-        SELECT m.latent, m.other_latent, m.cosine, m.jaccard, f.ms
-        FROM matches AS m LEFT JOIN features AS f ON f.sae = $b AND f.latent = m.latent
-        WHERE m.sae = $b AND m.other_sae = $a AND f.is_dead IS NOT true
-    ), parts AS (
-        SELECT other_latent AS latent, count(*) AS n_parts FROM back WHERE cosine >= {ALIKE} GROUP BY ALL
-    ), found AS (
-        SELECT
-            CASE
-                WHEN there.cosine >= {SAME} AND back.other_latent = there.latent THEN 'kept'
-                WHEN n_parts >= 2 THEN 'split'
-                WHEN there.cosine >= {ALIKE} THEN 'changed'
-                ELSE 'lost'
-            END AS kind,
-            there.latent, there.other_latent, there.cosine::DOUBLE AS cosine, there.jaccard, coalesce(n_parts, 0) AS n_parts,
-            coalesce(there.ms, back.ms) AS ms
-        FROM there LEFT JOIN back ON back.latent = there.other_latent LEFT JOIN parts ON parts.latent = there.latent
-        UNION ALL
-        SELECT 'new', back.latent, back.other_latent, back.cosine::DOUBLE, back.jaccard, 0, coalesce(back.ms, there.ms)
-        FROM back LEFT JOIN there ON there.latent = back.other_latent WHERE back.cosine < {ALIKE}
-    )
-"""
-_COUNTS = f"{_FOUND} SELECT kind, count(*) AS n FROM found GROUP BY kind"
 _ALIVE = """
     SELECT m.sae, count(*) AS n, count(*) FILTER (f.is_dead IS NOT true) AS n_alive
     FROM matches AS m LEFT JOIN features AS f ON f.sae = m.sae AND f.latent = m.latent
@@ -198,7 +158,7 @@ def find_pairs(view: View, a: str, b: str, query: CompareQuery) -> tuple[list[di
         BadRequest: The page is to begin after a latent that is not of the kind.
     """
     values = {"a": a, "b": b, "kind": query.kind}
-    sql = f"{_FOUND}    SELECT * FROM found WHERE kind = $kind ORDER BY {SORTS[query.sort]} NULLS LAST, latent"
+    sql = f"{FOUND}    SELECT * FROM found WHERE kind = $kind ORDER BY {SORTS[query.sort]} NULLS LAST, latent"
     ordered = _order(view, sql, values)
     first = 0
     if query.after is not None:
@@ -251,7 +211,7 @@ def compare(view: View, query: CompareQuery) -> dict[str, Any]:
     if b and found["is_matched"]:
         rows, following, sql = find_pairs(view, a, b, query)
         found |= {
-            "counts": dict.fromkeys(KINDS, 0) | {row["kind"]: row["n"] for row in view.opened.kept(_COUNTS, a=a, b=b)},
+            "counts": dict.fromkeys(KINDS, 0) | {row["kind"]: row["n"] for row in view.opened.kept(COUNTS, a=a, b=b)},
             "alive": {row["sae"]: {"n": row["n"], "n_alive": row["n_alive"]} for row in view.opened.kept(_ALIVE, a=a, b=b)},
             "features": rows,
             "next": query.url(a=a, b=b, after=following) if following is not None else None,

@@ -179,7 +179,7 @@ def _judge(
         draft.discard()
         failures = "; ".join(f"{check.title}: {check.detail}" for check in report.failures)
         raise GateError(
-            f"{stage.name}: quality gate failed: {failures}; nothing was published; the report is {reports.shown}/{html_path.name}"
+            f"{stage.name}: {GateError.WORDS}: {failures}; nothing was published; the report is {reports.shown}/{html_path.name}"
         )
     return artefact, [json_path, html_path]
 

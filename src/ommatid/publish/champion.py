@@ -2,31 +2,43 @@
 
     data/published/catalog.duckdb          the champion's catalogue; replaced as a whole, so that open readers keep the old file
     data/published/decisions.jsonl         every decision with its numbers, one per line; lines are only ever appended
-    data/published/champions/<key>/        the champion's SAE and catalogue as they were when it won; the catalogue also
-                                           matches its latents with those of the previous champion, on the same images
+    data/published/champions/<key>/        a champion's SAE and catalogue as they were when it won; the catalogue also matches its
+                                           latents with those of the champion before it, on the same images
 
-decisions.jsonl is the source of truth. The champion's files are complete before its line is written, and `settle` derives
-everything else from the lines, so that a run killed at any point is completed by the next one. All paths are relative to the current
-directory.
+decisions.jsonl is the source of truth. A champion's files are complete before its line is written, and `settle` derives everything else
+from the lines, so that a run killed at any point is completed by the next one. All paths are relative to the current directory.
 """
 
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import filelock
 
 from ommatid import store
-from ommatid.config import EvaluateParams, Params, RetrainParams
-from ommatid.config.messages import explain
-from ommatid.errors import ArtefactError
-from ommatid.events import Listener, ignore
+from ommatid.config import EvaluateParams, Margins, Params
+from ommatid.errors import ArtefactError, ConfigError, RunError
+from ommatid.events import Listener, Warned, ignore
 from ommatid.pipeline import open_stage
+from ommatid.publish.approval import Waiting, forget_waiting, read_waiting, write_waiting
+from ommatid.publish.decisions import (
+    DECISIONS,
+    PUBLISHED,
+    Decision,
+    Matched,
+    Scores,
+    append,
+    find_champion,
+    make_key,
+    read_decisions,
+    stand,
+)
 from ommatid.store import Artefact
 from ommatid.store.filesystem import sync
 
@@ -35,69 +47,25 @@ if TYPE_CHECKING:
 
     from ommatid.evaluate.latent_pairs import EvaluatedSAE
 
-PUBLISHED = Path("data/published")
 CATALOG = PUBLISHED / "catalog.duckdb"
-DECISIONS = PUBLISHED / "decisions.jsonl"
 CHAMPIONS = PUBLISHED / "champions"
-MATCHED = PUBLISHED / "matched"
-"""Matches of a challenger's latents with the champion's, kept until the decision, in a folder named by the challenger's catalogue."""
 SETTLED = PUBLISHED / "settled"
 """File with the number of bytes of decisions.jsonl that the published catalogue reflects."""
+WORK = Path("data/.work")
+MEASURED = Path("data/champion")
+"""Where the evaluation of the champion on the checkout's images would be published; it stays a draft, in `WORK`."""
+MATCHED = WORK / "matched"
+"""Matches of a challenger's latents with the champion's, kept until the decision, in a folder named by the challenger's key."""
 
 ROUNDING = 1e-9
 """Tolerance when a difference is compared with a margin, as 0.31 - 0.30 exceeds 0.01 in floating point."""
 
 
-class Scores(BaseModel):
-    """Scores of an SAE on an evaluation split."""
-
-    model_config = ConfigDict(frozen=True)
-
-    sae: str
-    """Name of the SAE."""
-    digest: str
-    """sha256 of the SAE's manifest."""
-    fvu: float
-    """Fraction of variance unexplained."""
-    l0: float
-    """Mean number of latents that fire per token."""
-    dead: float
-    """Share of latents that never fire."""
-    ms: float | None
-    """Mean monosemanticity score (MS); None if it is undefined for every latent."""
-    ms_floor: float | None
-    """MS of unrelated images."""
-
-    @property
-    def gain(self) -> float:
-        """Mean MS above its floor; minus infinity if undefined."""
-        return -math.inf if self.ms is None or self.ms_floor is None else self.ms - self.ms_floor
+class SupersededError(RunError):
+    """The champion that a challenger was compared with is no longer the champion; nothing was published."""
 
 
-class Decision(BaseModel):
-    """The decision on a challenger; one line of decisions.jsonl."""
-
-    model_config = ConfigDict(frozen=True)
-
-    decision: Literal["champion", "challenger"]
-    """`champion` if the challenger won and is published; `challenger` if the previous champion stays."""
-    reason: str
-    """Sentence with the numbers behind the decision."""
-    decided_at: datetime
-    """Time of the decision, UTC."""
-    challenger: Scores
-    """Scores of the challenger."""
-    champion: Scores | None
-    """Scores of the champion of that time on the same split; None if there was none or it could not be measured there."""
-    margins: RetrainParams
-    """Margins by which the challenger had to win."""
-    catalog: str
-    """sha256 of the manifest of the challenger's catalogue."""
-    run: dict[str, Any]
-    """The challenger's row of the relation `runs`."""
-
-
-def compare(champion: Scores | None, challenger: Scores, margins: RetrainParams) -> tuple[bool, str]:
+def compare(champion: Scores | None, challenger: Scores, margins: Margins) -> tuple[bool, str]:
     """Compare a challenger with the champion.
 
     Args:
@@ -126,70 +94,211 @@ def compare(champion: Scores | None, challenger: Scores, margins: RetrainParams)
     return True, f"better than the champion: {'; '.join(passed)}"
 
 
-def decide(params: Params, on_event: Listener = ignore) -> Decision:
-    """Compare the checkout's best SAE with the champion, which is evaluated again on the checkout's evaluation split.
+def decide(params: Params, on_event: Listener = ignore, who: str | None = None, sae: str | None = None) -> Decision:
+    """Compare an SAE of the checkout with the champion, which is evaluated again on the checkout's evaluation split.
+
+    An SAE that repeats one that a rollback set aside, by its weights or by its data and params, does not win again.
 
     Args:
         params: All params; those of the evaluation and of retraining are used.
         on_event: Called with each progress event and warning.
+        who: Who decides.
+        sae: Name of the SAE in the tables; None for the best that was not set aside.
 
     Returns:
         The decision, which `publish` records.
     """
     catalog = open_stage("catalog")
     candidates = _read_scores(catalog)
-    challenger = max(candidates.values(), key=lambda scores: scores.gain)
-    last, champion = find_champion(), None
+    rows = {digest: _run_of(catalog, scores.sae) for digest, scores in candidates.items()}
+    standing = stand(read_decisions())
+    last = standing.champion
+    bars = {digest: standing.find_bar(digest, rows[digest]) for digest in candidates}
+    ranked = sorted(candidates.values(), key=lambda scores: (bars[scores.digest] is None, scores.gain), reverse=True)
+    challenger = ranked[0] if sae is None else next(scores for scores in ranked if scores.sae == sae)
+    key = make_key(catalog.digest, challenger.digest)
+    if sae is None:
+        shutil.rmtree(MATCHED, ignore_errors=True)
+    champion, matched = None, None
     if last is None:
         won, reason = compare(None, challenger, params.retrain)
+    elif bar := bars[challenger.digest]:
+        won, reason = False, _describe_bar(last, challenger, bar)
     elif champion := candidates.get(last.challenger.digest):
         won, reason = compare(champion, challenger, params.retrain)
+        matched = _count_within(champion, challenger)
+    elif obstacle := _find_loss(last):
+        won, reason = not CATALOG.exists(), _describe_loss(last, obstacle)
     elif obstacle := _find_mismatch(_sae_of(last)):
         won, reason = True, f"the champion {last.challenger.sae} cannot be measured on these activations: {obstacle}"
     else:
-        champion = _measure(_sae_of(last), params.evaluate, on_event, challenger, catalog.digest)
+        champion, matched = _measure(_sae_of(last), params.evaluate, on_event, challenger, key)
         won, reason = compare(champion, challenger, params.retrain)
     return Decision(
         decision="champion" if won else "challenger",
-        reason=reason if len(candidates) == 1 else f"{reason}; it is the best of {len(candidates)} SAEs",
+        reason=reason if len(candidates) == 1 or sae else f"{reason}; it is the best of {len(candidates)} SAEs",
+        who=who,
         decided_at=datetime.now(UTC),
         challenger=challenger,
         champion=champion,
-        margins=params.retrain,
+        against=last.key if last else None,
+        matched=matched,
+        margins=params.retrain.margins,
         catalog=catalog.digest,
-        run=_run_of(catalog, challenger.sae),
+        run=rows[challenger.digest],
+        key=key,
     )
 
 
-def publish(decision: Decision) -> None:
-    """Record a decision and update the published files accordingly."""
-    if decision.decision == "champion":
-        _copy_winner(decision)
-    _append(decision)
-    settle()
+def publish(decision: Decision, keep: int, on_event: Listener = ignore) -> None:
+    """Record a decision and update the published files accordingly.
+
+    Args:
+        decision: What `decide` returned.
+        keep: Number of champions whose folders are kept.
+        on_event: Called with warnings.
+
+    Raises:
+        SupersededError: The champion is no longer the one that the challenger was compared with; decide again.
+    """
+    with _locked():
+        _check_against(decision)
+        if decision.decision == "champion":
+            _keep_winner(decision)
+        append(decision)
+        _settle(keep, on_event)
+    for folder in [MATCHED / decision.key, *WORK.glob(f"{MEASURED.name}-*")]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def settle() -> None:
-    """Bring the published files in line with decisions.jsonl, completing or undoing what a killed run left unfinished."""
-    champion = find_champion()
-    keep = _folder(champion) if champion else None
-    for folder in CHAMPIONS.glob("*"):
-        if folder != keep:
-            shutil.rmtree(folder)
-    shutil.rmtree(MATCHED, ignore_errors=True)
-    shutil.rmtree(PUBLISHED / ".work", ignore_errors=True)
-    if champion and not _is_settled():
-        _publish_catalog(champion)
+def wait(waiting: Waiting) -> None:
+    """Keep a challenger that won until a person answers, in place of the one that waited before.
+
+    Args:
+        waiting: The challenger, with the decision to publish it.
+
+    Raises:
+        SupersededError: The champion is no longer the one that the challenger was compared with; decide again.
+    """
+    with _locked():
+        _check_against(waiting.decision)
+        _keep_winner(waiting.decision)
+        write_waiting(waiting)
+
+
+def promote(name: str, params: Params, who: str, why: str | None, on_event: Listener = ignore) -> Decision:
+    """Make an SAE the champion, whatever a comparison says.
+
+    Args:
+        name: An SAE of the checkout's catalogue, or a former champion that is kept: its key, the beginning of it, or its name.
+        params: All params; those of the evaluation and of retraining are used.
+        who: Who promotes it.
+        why: What that person says about it.
+        on_event: Called with each progress event and warning.
+
+    Returns:
+        The decision that was recorded.
+
+    Raises:
+        ConfigError: There is no such SAE, or it is the champion already.
+        SupersededError: Somebody else changed the champion in the meantime.
+    """
+    last = find_champion()
+    if (digest := _find_here(name)) is not None:
+        catalog = open_stage("catalog")
+        scores = _read_scores(catalog)[digest]
+        key = make_key(catalog.digest, digest)
+        former = None
+    else:
+        former = _find_former_or_name_those_here(name)
+        key, scores = former.key, former.challenger
+    if last and last.key == key:
+        raise ConfigError(f"champion promote {name}: it is the champion already, since {_date(last)}")
+    by_hand = {"decision": "champion", "how": "promote", "who": who, "why": why, "decided_at": datetime.now(UTC)}
+    if former:
+        reason = f"promoted again; it was the champion since {_date(former)}"
+        changes = {"reason": reason, "champion": None, "matched": None, "against": last.key if last else None}
+        made = former.model_copy(update=by_hand | changes)
+    else:
+        decided = decide(params, on_event, sae=scores.sae)
+        made = decided.model_copy(update=by_hand | {"reason": f"promoted by hand; the comparison says: {decided.reason}"})
+    publish(made, params.retrain.keep, on_event)
+    return made
+
+
+def roll_back(to: str | None, keep: int, who: str, why: str | None, on_event: Listener = ignore) -> tuple[Decision, bool]:
+    """Return to a former champion: the log, the published catalogue and the alias in the registry, in this order.
+
+    A rollback that was cut short after its line was written is completed in place of a second one.
+
+    Args:
+        to: A former champion: its key, the beginning of it, or its name; None for the one before the present.
+        keep: Number of champions whose folders are kept.
+        who: Who rolls back.
+        why: What that person says about it.
+        on_event: Called with warnings, as when the registry does not answer; the next run sets the alias then.
+
+    Returns:
+        The line of the rollback, and whether it was written by an earlier one that was cut short.
+
+    Raises:
+        ConfigError: There is nothing to return to, or it is not kept.
+    """
+    with _locked():
+        decisions = read_decisions()
+        if decisions and decisions[-1].how == "rollback" and not _is_settled():
+            _settle(keep, on_event, sets_alias=True)
+            return decisions[-1], True
+        standing = stand(decisions)
+        if standing.champion is None:
+            raise ConfigError("champion rollback: nothing was promoted yet, so there is nothing to return to")
+        target = find_former(to) if to else standing.previous
+        if target is None:
+            raise ConfigError(
+                f"champion rollback: {standing.champion.challenger.sae} is the first champion; "
+                "name another by --to, as `ommatid champion list` shows them"
+            )
+        if target.key == standing.champion.key:
+            raise ConfigError(f"champion rollback --to {to}: it is the champion already, since {_date(target)}")
+        _check_kept(target)
+        made = target.model_copy(
+            update={
+                "decision": "champion",
+                "how": "rollback",
+                "reason": f"rolled back from {standing.champion.challenger.sae}",
+                "who": who,
+                "why": why,
+                "decided_at": datetime.now(UTC),
+                "champion": None,
+                "against": standing.champion.key,
+                "matched": None,
+            }
+        )
+        append(made)
+        _settle(keep, on_event, sets_alias=True)
+        return made, False
+
+
+def settle(keep: int, on_event: Listener = ignore) -> None:
+    """Bring the published files in line with decisions.jsonl, completing or undoing what a killed run left unfinished.
+
+    Args:
+        keep: Number of champions whose folders are kept.
+        on_event: Called with warnings about what is gone and cannot be derived.
+    """
+    with _locked():
+        _settle(keep, on_event)
 
 
 def point_alias() -> str | None:
-    """Point the alias `champion` of the MLflow registry at the champion's SAE.
+    """Point the alias `champion` of the MLflow registry at the champion's SAE, registering the SAE first if the registry lacks it.
 
     Returns:
         A sentence that says where the alias points now; None if it did not have to be moved.
 
     Raises:
-        RunError: The registry does not answer, or does not hold the SAE.
+        RunError: The registry does not answer.
+        ArtefactError: The registry does not hold the SAE, and the champion's folder does not hold it any more.
     """
     from ommatid import tracking
 
@@ -197,37 +306,205 @@ def point_alias() -> str | None:
     pointed = tracking.get_champion() if champion else None
     if champion is None or (pointed and pointed.sae == champion.challenger.digest):
         return None
+    if is_new := tracking.find_version(champion.challenger.digest) is None:
+        tracking.register(_sae_of(champion), champion.run)
     version = tracking.set_champion(champion.challenger.digest)
-    return f"{tracking.MODEL}: the alias {tracking.CHAMPION} now points at version {version.number}, {champion.challenger.sae}"
+    moved = f"{tracking.MODEL}: the alias {tracking.CHAMPION} now points at version {version.number}, {champion.challenger.sae}"
+    return f"{moved}, which was registered from {folder_of(champion)}" if is_new else moved
 
 
 def is_decided() -> bool:
-    """Return whether the last decision was about the catalogue that the checkout holds now."""
-    decisions = read_decisions()
-    return bool(decisions) and decisions[-1].catalog == open_stage("catalog").digest
+    """Return whether the last decision about an SAE of the checkout was about the catalogue that the checkout holds now.
+
+    Promotions of former champions and rollbacks say nothing of the checkout.
+    """
+    digest = open_stage("catalog").digest
+    about = [made.catalog for made in read_decisions() if made.how == "retrain" or made.catalog == digest]
+    return bool(about) and about[-1] == digest
 
 
-def find_champion() -> Decision | None:
-    """Find the decision that made the current champion; None if there is no champion."""
-    return next((decision for decision in reversed(read_decisions()) if decision.decision == "champion"), None)
+def folder_of(decision: Decision) -> Path:
+    """Return the folder of a champion's SAE and catalogue, whether it is kept or not."""
+    return CHAMPIONS / decision.key
 
 
-def read_decisions() -> list[Decision]:
-    """Read all decisions, oldest first; an incomplete last line, left by a killed run, is ignored.
+def is_kept(decision: Decision) -> bool:
+    """Return whether the SAE and the catalogue of a champion are there."""
+    return (folder_of(decision) / CATALOG.name).exists() and _find_loss(decision) is None
+
+
+def find_former(name: str) -> Decision:
+    """Find a champion, present or former, by its key, the beginning of its key (four characters or more), or its name.
+
+    Returns:
+        The last line about it.
 
     Raises:
-        ArtefactError: A complete line is not a valid decision.
+        ConfigError: There is none, or several.
     """
-    if not DECISIONS.exists():
-        return []
-    whole = DECISIONS.read_bytes().rpartition(b"\n")[0]
-    decisions = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            decisions.append(Decision.model_validate_json(line))
-        except ValidationError as error:
-            raise ArtefactError(f"{DECISIONS}: line {number} is not a decision ({explain(error, Decision)}); delete that line") from None
-    return decisions
+    known = stand(read_decisions()).last_said
+    found = [one for key, one in known.items() if key == name or (len(name) >= 4 and key.startswith(name))]
+    found = found or [one for one in known.values() if name in (one.challenger.sae, one.run.get("name"))]
+    if len(found) == 1:
+        return found[0]
+    champions = ", ".join(f"{one.key} ({one.challenger.sae}, {_date(one)})" for one in found or known.values())
+    problem = "names several champions; give the key of one of" if found else "is no champion, present or former; there are"
+    raise ConfigError(f"{name!r} {problem} {champions or 'none'}")
+
+
+def _keep_winner(decision: Decision) -> None:
+    """Copy the SAE and the catalogue of a decision's SAE to the folder of champions, atomically, unless they are there."""
+    from ommatid.publish.catalog import add_rows
+
+    folder, temporary = folder_of(decision), folder_of(decision).with_suffix(".tmp")
+    if folder.exists():
+        return
+    shutil.rmtree(temporary, ignore_errors=True)
+    sae = next(sae for sae in open_stage("train").each().values() if sae.digest == decision.challenger.digest)
+    shutil.copytree(sae.path, temporary / "sae")
+    shutil.copyfile(open_stage("catalog").file(CATALOG.name), temporary / CATALOG.name)
+    add_rows(temporary / CATALOG.name, {path.stem: path for path in (MATCHED / decision.key).glob("*.parquet")})
+    for path in [*temporary.rglob("*"), temporary]:
+        sync(path)
+    os.rename(temporary, folder)
+    sync(CHAMPIONS)
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    """Hold the lock of the published files, so that one process changes them at a time."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(WORK / "published.lock"):
+        yield
+
+
+def _check_against(decision: Decision) -> None:
+    champion = find_champion()
+    if (champion.key if champion else None) != decision.against:
+        now = f"{champion.challenger.sae} ({champion.key})" if champion else "none"
+        raise SupersededError(
+            f"{decision.challenger.sae} was compared with the champion {decision.against}, and now it is {now}; nothing was published"
+        )
+
+
+def _check_kept(target: Decision) -> None:
+    if is_kept(target):
+        return
+    raise ConfigError(
+        f"champion {target.key} ({target.challenger.sae}): {folder_of(target)} is no longer kept (retrain.keep); bring it back from "
+        "DVC, as docs/users/operations.md says, or choose another of `ommatid champion list`"
+    )
+
+
+def _settle(keep: int, on_event: Listener, sets_alias: bool = False) -> None:
+    standing = stand(read_decisions())
+    waiting = read_waiting()
+    if waiting and any(made.key == waiting.decision.key and made.decided_at >= waiting.asked_at for made in read_decisions()):
+        forget_waiting()  # it was answered, and the run was killed before it could say so here
+        waiting = None
+    there = [key for key in standing.keys if (CHAMPIONS / key).exists()]
+    kept = {*there[:keep], *([waiting.decision.key] if waiting else [])}
+    for folder in list(CHAMPIONS.glob("*")):
+        if folder.name not in kept:
+            aside = folder.with_suffix(".tmp")  # first, so that what has its name is whole
+            if folder != aside:
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+    if standing.champion and not _is_settled():
+        _publish_catalog(standing.champion, on_event)
+        if sets_alias:
+            try_alias(on_event)
+        SETTLED.write_text(str(DECISIONS.stat().st_size))
+        sync(PUBLISHED)
+
+
+def try_alias(on_event: Listener) -> str | None:
+    """Point the registry's alias at the champion as `point_alias` does; if that fails, say so, and the next run tries again."""
+    try:
+        return point_alias()
+    except (RunError, ArtefactError) as error:
+        on_event(Warned(f"the alias champion was not set: {error}; the next run tries again"))
+
+
+def _is_settled() -> bool:
+    return CATALOG.exists() and SETTLED.exists() and SETTLED.read_text() == str(DECISIONS.stat().st_size)
+
+
+def _publish_catalog(champion: Decision, on_event: Listener) -> None:
+    """Publish the champion's catalogue, with a row in `runs` for every decision; open readers of the old file keep it."""
+    from ommatid.publish.catalog import write_runs
+
+    source, temporary = folder_of(champion) / CATALOG.name, CATALOG.with_suffix(".new")
+    if not source.exists():
+        on_event(Warned(f"the catalogue of the champion {champion.challenger.sae} is gone ({source}): {CATALOG} stays as it is"))
+        return
+    shutil.copyfile(source, temporary)
+    write_runs(temporary, [_row(decision) for decision in read_decisions()])
+    sync(temporary)
+    os.replace(temporary, CATALOG)
+    sync(PUBLISHED)
+
+
+def _row(decision: Decision) -> dict[str, Any]:
+    said = "; ".join(filter(None, [decision.reason, decision.why]))
+    reason = said if decision.how == "retrain" else f"{said} ({decision.who})"
+    return {**decision.run, "decision": decision.decision, "decided_at": decision.decided_at, "reason": reason}
+
+
+def _date(decision: Decision) -> str:
+    return f"{decision.decided_at:%Y-%m-%d %H:%M} UTC"
+
+
+def _list_here() -> dict[str, Artefact]:
+    """The SAEs of the checkout's catalogue, by their names in the training."""
+    try:
+        catalog = open_stage("catalog")
+        saes = open_stage("train").each()
+    except ArtefactError:
+        return {}
+    return {folder: saes[folder] for folder in catalog.summary["saes"]}
+
+
+def _find_here(name: str) -> str | None:
+    """Digest of the SAE of this name in the checkout's catalogue, in the tables or in the training; None if there is none."""
+    return next((sae.digest for folder, sae in _list_here().items() if name in (folder, sae.summary["sae"])), None)
+
+
+def _find_former_or_name_those_here(name: str) -> Decision:
+    try:
+        former = find_former(name)
+    except ConfigError as error:
+        here = ", ".join(sae.summary["sae"] for sae in _list_here().values())
+        raise ConfigError(f"champion promote: {error}; the checkout's catalogue has {here or 'no SAE'}") from None
+    _check_kept(former)
+    return former
+
+
+def _describe_bar(last: Decision, challenger: Scores, bar: Decision) -> str:
+    same = "it" if bar.challenger.digest == challenger.digest else f"{bar.challenger.sae}, trained on the same data with the same params,"
+    return (
+        f"the champion {last.challenger.sae} stays: {same} was rolled back; "
+        f"`ommatid champion promote {challenger.sae}` publishes it all the same"
+    )
+
+
+def _find_loss(champion: Decision) -> str | None:
+    """Reason why the champion's SAE cannot be read; None if it can."""
+    try:
+        _sae_of(champion)
+    except ArtefactError as error:
+        return str(error)
+    return None
+
+
+def _describe_loss(last: Decision, obstacle: str) -> str:
+    if CATALOG.exists():
+        return (
+            f"the champion {last.challenger.sae} stays, as it cannot be compared: {obstacle}; bring its folder back from DVC, "
+            "or promote an SAE by `ommatid champion promote`"
+        )
+    return f"nothing is left of the champion {last.challenger.sae}: {obstacle}"
 
 
 def _read_scores(catalog: Artefact) -> dict[str, Scores]:
@@ -240,16 +517,8 @@ def _scores(sae: Artefact, evaluation: Artefact) -> Scores:
     return Scores(digest=sae.digest, **{key: evaluation.summary[key] for key in Scores.model_fields if key != "digest"})
 
 
-def _folder(decision: Decision) -> Path:
-    return CHAMPIONS / _key(decision.catalog)
-
-
-def _key(catalog: str) -> str:
-    return catalog[:16]
-
-
 def _sae_of(decision: Decision) -> Artefact:
-    return store.open_artefact(_folder(decision) / "sae", "sae")
+    return store.open_artefact(folder_of(decision) / "sae", "sae")
 
 
 def _find_mismatch(sae: Artefact) -> str | None:
@@ -275,17 +544,32 @@ def _activations() -> dict[str, Artefact]:
     return {"extract": open_stage("extract", config["hookpoint"]), **target}
 
 
-def _measure(sae: Artefact, params: EvaluateParams, on_event: Listener, challenger: Scores, catalog: str) -> Scores:
+def _measure(sae: Artefact, params: EvaluateParams, on_event: Listener, challenger: Scores, key: str) -> tuple[Scores, Matched]:
     """Evaluate an SAE on the checkout's images and activations, and match its latents with the challenger's."""
     from ommatid.evaluate.latent_pairs import EvaluatedSAE, match
     from ommatid.evaluate.stage import evaluate
 
     inputs = {"images": open_stage("images"), "train": sae, **_activations()}
-    with store.open_draft(PUBLISHED / "evaluation", "evaluation", params.model_dump(mode="json"), inputs) as draft:
+    with store.open_draft(MEASURED, "evaluation", params.model_dump(mode="json"), inputs) as draft:
         evaluation = draft.sealed() or evaluate(params, inputs, draft, on_event)
-        pair = match(_evaluated(challenger), EvaluatedSAE(sae, evaluation), draft.scratch)
-        _write_matched(catalog, {"matches": pair.matches, "stability": pair.stability})
-        return _scores(sae, evaluation)
+        champion, other = EvaluatedSAE(sae, evaluation), _evaluated(challenger)
+        pair = match(other, champion, draft.scratch)
+        _write_matched(key, {"matches": pair.matches, "stability": pair.stability})
+        return _scores(sae, evaluation), _count(pair.matches, champion, other)
+
+
+def _count_within(champion: Scores, challenger: Scores) -> Matched | None:
+    """Count the features of two SAEs of one training, which its evaluation has matched; None if they are the same SAE."""
+    if champion.digest == challenger.digest:
+        return None
+    return _count(open_stage("evaluate").read("matches"), _evaluated(champion), _evaluated(challenger))
+
+
+def _count(matches: "pa.Table", champion: "EvaluatedSAE", challenger: "EvaluatedSAE") -> Matched:
+    from ommatid.catalog.identity import count_kinds
+
+    latents = [one.evaluation.read("latents", ["sae", "latent", "is_dead", "ms"]) for one in (champion, challenger)]
+    return Matched(**count_kinds(matches, latents, champion.name, challenger.name))
 
 
 def _evaluated(scores: Scores) -> "EvaluatedSAE":
@@ -296,64 +580,14 @@ def _evaluated(scores: Scores) -> "EvaluatedSAE":
     return EvaluatedSAE(sae, open_stage("evaluate").each()[name])
 
 
-def _write_matched(catalog: str, tables: Mapping[str, "pa.Table"]) -> None:
+def _write_matched(key: str, tables: Mapping[str, "pa.Table"]) -> None:
     """Write the rows that are added to the challenger's catalogue if its SAE wins."""
     import pyarrow.parquet as pq
 
-    folder = MATCHED / _key(catalog)
+    folder = MATCHED / key
     folder.mkdir(parents=True, exist_ok=True)
     for relation, table in tables.items():
         pq.write_table(table, folder / f"{relation}.parquet")
-
-
-def _copy_winner(decision: Decision) -> None:
-    """Copy the challenger's SAE and catalogue to the folder of champions, atomically."""
-    from ommatid.publish.catalog import add_rows
-
-    folder, temporary = _folder(decision), _folder(decision).with_suffix(".tmp")
-    if folder.exists():
-        return
-    shutil.rmtree(temporary, ignore_errors=True)
-    sae = next(sae for sae in open_stage("train").each().values() if sae.digest == decision.challenger.digest)
-    shutil.copytree(sae.path, temporary / "sae")
-    shutil.copyfile(open_stage("catalog").file(CATALOG.name), temporary / CATALOG.name)
-    add_rows(temporary / CATALOG.name, {path.stem: path for path in (MATCHED / _key(decision.catalog)).glob("*.parquet")})
-    for path in [*temporary.rglob("*"), temporary]:
-        sync(path)
-    os.rename(temporary, folder)
-    sync(CHAMPIONS)
-
-
-def _append(decision: Decision) -> None:
-    PUBLISHED.mkdir(parents=True, exist_ok=True)
-    with DECISIONS.open("ab") as file:
-        whole = DECISIONS.read_bytes().rpartition(b"\n")
-        file.truncate(len(whole[0]) + len(whole[1]))
-        file.write(decision.model_dump_json().encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    sync(PUBLISHED)
-
-
-def _is_settled() -> bool:
-    return CATALOG.exists() and SETTLED.exists() and SETTLED.read_text() == str(DECISIONS.stat().st_size)
-
-
-def _publish_catalog(champion: Decision) -> None:
-    """Publish the champion's catalogue, with a row in `runs` for every decision; open readers of the old file keep it."""
-    from ommatid.publish.catalog import write_runs
-
-    temporary = CATALOG.with_suffix(".new")
-    shutil.copyfile(_folder(champion) / CATALOG.name, temporary)
-    write_runs(temporary, [_row(decision) for decision in read_decisions()])
-    sync(temporary)
-    os.replace(temporary, CATALOG)
-    SETTLED.write_text(str(DECISIONS.stat().st_size))
-    sync(PUBLISHED)
-
-
-def _row(decision: Decision) -> dict[str, Any]:
-    return {**decision.run, "decision": decision.decision, "decided_at": decision.decided_at, "reason": decision.reason}
 
 
 def _run_of(catalog: Artefact, sae: str) -> dict[str, Any]:

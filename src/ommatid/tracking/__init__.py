@@ -5,6 +5,7 @@ own variable MLFLOW_TRACKING_URI names the server; without it, everything is sto
 """
 
 from ommatid.tracking.client import database, follow_move
+from ommatid.tracking.model import register
 from ommatid.tracking.registry import CHAMPION, MODEL, Version, find_version, get_champion, set_champion
 from ommatid.tracking.runs import Runs, lineage, log_stage, training_runs
 
@@ -19,6 +20,7 @@ __all__ = [
     "get_champion",
     "lineage",
     "log_stage",
+    "register",
     "set_champion",
     "training_runs",
 ]

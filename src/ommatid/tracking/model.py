@@ -3,12 +3,15 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ommatid.store import Artefact
 from ommatid.tracking.client import SAE as SAE_TAG
+from ommatid.tracking.client import call, experiment_of, patience
+from ommatid.tracking.provenance import TAGS
 from ommatid.tracking.registry import MODEL
 
 if TYPE_CHECKING:
@@ -50,6 +53,36 @@ def log_model(client: "MlflowClient", run_id: str, artefact: Artefact) -> None:
     client.create_model_version(
         MODEL, model.artifact_location, run_id, tags={SAE_TAG: artefact.digest}, model_id=model.model_id, await_creation_for=0
     )
+
+
+def register(artefact: Artefact, row: Mapping[str, Any]) -> None:
+    """Register an SAE that was trained while the registry did not answer, with a run that says where it comes from.
+
+    Args:
+        artefact: The SAE.
+        row: Its row of the relation `runs`, whose lineage becomes the run's tags.
+
+    Raises:
+        RunError: The registry does not answer.
+    """
+    known = {tag: row.get(column) for column, tag in TAGS.items()}
+    tags = {tag: str(value).lower() if isinstance(value, bool) else str(value) for tag, value in known.items() if value is not None}
+
+    def send(client: "MlflowClient") -> None:
+        experiment = experiment_of(client)
+        where = f"tags.`{SAE_TAG}` = '{artefact.digest}'"
+        found = client.search_runs([experiment], where, max_results=1, order_by=["attributes.start_time DESC"])
+        if found:  # of a training, or of an earlier attempt that was cut short
+            run_id = found[0].info.run_id
+        else:
+            run = client.create_run(experiment, run_name=artefact.summary["sae"], tags={SAE_TAG: artefact.digest, **tags})
+            run_id = run.info.run_id
+        with patience():
+            log_model(client, run_id, artefact)
+        if not found:
+            client.set_terminated(run_id, "FINISHED")
+
+    call(send)
 
 
 def _save_model(folder: Path, artefact: Artefact, run_id: str, model_id: str) -> None:

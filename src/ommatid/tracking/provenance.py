@@ -9,6 +9,16 @@ _SECONDS = 60.0
 """Timeout of git, in seconds; generous, as a large checkout on a busy machine takes several."""
 
 
+TAGS = {
+    "git_commit": "mlflow.source.git.commit",
+    "git_dirty": "git.dirty",
+    "dvc_experiment": "dvc.experiment",
+    "dvc_lock": "dvc.lock",
+    "prefect_flow_run_id": "prefect.flow_run",
+}
+"""Tags of a run, by the column of the relation `runs` that has the same value."""
+
+
 def origin(is_versioned: bool) -> dict[str, str]:
     """Collect tags that identify the code, the state of DVC and the flow run.
 

@@ -20,7 +20,7 @@ from ommatid.store import Artefact
 from ommatid.tracking.client import SAE, call_or_warn, experiment_of, import_mlflow, join_seconds, make_client, patience, warn
 from ommatid.tracking.journal import Journal, Page
 from ommatid.tracking.model import log_model
-from ommatid.tracking.provenance import origin
+from ommatid.tracking.provenance import TAGS, origin
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -254,14 +254,7 @@ def lineage(saes: Mapping[str, Artefact], is_versioned: bool = True) -> dict[str
 
 def _lineage(run: "MlflowRun | None", current: Mapping[str, str]) -> dict[str, str | None]:
     tags = run.data.tags if run else current
-    return {
-        "git_commit": tags.get("mlflow.source.git.commit"),
-        "git_dirty": tags.get("git.dirty"),
-        "dvc_experiment": tags.get("dvc.experiment"),
-        "dvc_lock": tags.get("dvc.lock"),
-        "prefect_flow_run_id": tags.get("prefect.flow_run"),
-        "mlflow_run_id": run.info.run_id if run else None,
-    }
+    return {**{column: tags.get(tag) for column, tag in TAGS.items()}, "mlflow_run_id": run.info.run_id if run else None}
 
 
 def log_stage(
