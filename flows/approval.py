@@ -91,7 +91,7 @@ def find_decision(waiting: Waiting) -> Decision | None:
     made, now = waiting.decision, datetime.now(UTC)
     answer = read_flow_run_input(keyset_from_base_key(f"suspended-{waiting.pause_key}")["response"], UUID(waiting.flow_run))
     if answer is not None:
-        said = Approval(**answer)
+        said = Approval.model_validate(answer)
         who = {"who": f"{said.who} in the Prefect UI", "why": said.why or None, "decided_at": now}
         if said.approve == "yes":
             return made.model_copy(update={**who, "reason": f"approved by {said.who}: {made.reason}"})

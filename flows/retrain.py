@@ -23,7 +23,7 @@ from flows.prefect_server import leave_out_tracebacks, prefect_server
 from ommatid.cli.error_boundary import at_edge
 from ommatid.config import Params, RetrainParams, load_params
 from ommatid.errors import GateError, RunError
-from ommatid.events import Event, Progress
+from ommatid.events import Event, Progress, Warned
 from ommatid.publish import champion, versions
 from ommatid.publish.approval import Waiting, forget_waiting, read_waiting
 from ommatid.publish.champion import SupersededError
@@ -147,7 +147,7 @@ def publish(decision: Decision, params: RetrainParams) -> None:
 
 def _log_event(event: Event) -> None:
     """Log a warning of the library."""
-    if not isinstance(event, Progress):
+    if isinstance(event, Warned):
         get_run_logger().warning(event.what)
 
 

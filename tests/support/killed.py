@@ -59,7 +59,11 @@ def kill_at_each_write(folder: Path, act: Callable[[], None], look: Look) -> lis
 
 def _see(look: Look, file: Path) -> Any:
     """Return what `look` sees in a fork, so that this process starts no threads, which a fork would not survive."""
-    assert _fork(lambda: file.write_text(json.dumps(look())) and None) == 0
+
+    def write() -> None:
+        file.write_text(json.dumps(look()))
+
+    assert _fork(write) == 0
     return json.loads(file.read_text())
 
 

@@ -11,7 +11,7 @@ from ommatid.cli.terminal import align, notice, say
 from ommatid.compute.commands import git
 from ommatid.config import Params, load_params
 from ommatid.errors import ConfigError, RunError
-from ommatid.events import Event, Progress
+from ommatid.events import Event, Progress, Warned
 from ommatid.publish import champion, versions
 from ommatid.publish.decisions import DECISIONS, Decision, Scores, Standing, read_decisions, stand
 
@@ -111,11 +111,10 @@ def find_person() -> str:
 
 
 def _follow(event: Event) -> None:
-    if isinstance(event, Progress):
-        if event.done == event.total:
-            say(f"{event.what}: {event.done} of {event.total}")
-    else:
+    if isinstance(event, Warned):
         say(notice(event))
+    elif isinstance(event, Progress) and event.done == event.total:
+        say(f"{event.what}: {event.done} of {event.total}")
 
 
 def _summarise(made: Decision, standing: Standing) -> dict[str, Any]:
@@ -178,7 +177,7 @@ def _describe(origin: Decision, lines: list[Decision], standing: Standing) -> It
     kept = "" if about["is_kept"] else ", which is no longer kept (retrain.keep)"
     yield f"folder     {champion.folder_of(origin)}{kept}"
     yield ""
-    sides = [("", "this SAE", *(["champion before"] if origin.champion else []))]
+    sides: list[tuple[str, ...]] = [("", "this SAE", *(["champion before"] if origin.champion else []))]
     both = [origin.challenger, *([origin.champion] if origin.champion else [])]
     sides.append(("SAE", *(scores.sae for scores in both)))
     sides.append(("MS - floor", *(_signed(_gain(scores)) for scores in both)))
