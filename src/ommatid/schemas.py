@@ -991,6 +991,7 @@ DRIFT_CHECKS = _table(
     auroc_found=(nullable(pa.float64()), f"smallest area that would have been found with a probability of 80 %; {_NEVER}"),
     fvu=(nullable(pa.float64()), f"fraction of variance unexplained by the champion's SAE on the new images; {_NEVER}"),
     fvu_before=(nullable(pa.float64()), f"the same on the champion's own evaluation images; {_NEVER}"),
+    fvu_chance=(nullable(pa.float64()), f"95th percentile of |fvu − fvu_before| if images are new at random; {_NEVER}"),
     fvu_low=(nullable(pa.float64()), f"lower end of the 95 % interval of fvu − fvu_before, over images; {_NEVER}"),
     fvu_high=(nullable(pa.float64()), f"upper end of the same; {_NEVER}"),
     fvu_p=(nullable(pa.float64()), f"p value of the difference by permutation, times the 4 kinds of test; {_NEVER}"),

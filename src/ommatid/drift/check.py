@@ -34,7 +34,7 @@ LEAST_COMPARED = 16
 """Number of images below which a kind of test is left out, such as when only evaluation images can be encoded and few are new."""
 N_SHOWN = 12
 """Number of changed latents that are shown with pictures."""
-N_PICTURES = 6
+N_PICTURES = 5
 """Number of pictures of each side of such a latent."""
 SETTLED = ("none", "slight")
 """Verdicts after which images count as compared. Those of other checks are compared again, together with newer ones."""
@@ -303,6 +303,7 @@ def _compare_fvu(new: Measured, before: Measured, n: int, alpha: float) -> dict[
     return {
         "fvu": shift.new,
         "fvu_before": shift.before,
+        "fvu_chance": shift.test.chance,
         "fvu_low": shift.low,
         "fvu_high": shift.high,
         "fvu_p": _times(shift.test.p),
@@ -343,7 +344,7 @@ def _decide(params: DriftParams, row: dict[str, Any], n: int, known: int, latent
     reason = f"{_images(n)} {says} the champion's {known:,}: {'; '.join(_iter_findings(row))}"
     if verdict == "none" and row.get("auroc_found", 1.0) < 1.0:
         share = 2 * (row["auroc_found"] - 0.5)
-        reason += f"; images that the judge takes for another kind would very likely have been found from a share of {share:.0%} on"
+        reason += f"; images that the judge takes for another kind would very likely have been found from a share of {100 * share:.0f} % on"
     return _Result({**row, "verdict": verdict, "reason": reason}, above, latents)
 
 
@@ -352,7 +353,7 @@ def _iter_findings(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"a classifier tells them apart with an AUROC of {row['auroc']:.3f} (up to {row['auroc_chance']:.3f} by chance)"
     if "fvu" in row:
         interval = f"{row['fvu_low']:+.4f} to {row['fvu_high']:+.4f}"
-        yield f"FVU is {row['fvu']:.4f} where it was {row['fvu_before']:.4f} ({interval})"
+        yield f"FVU is {row['fvu']:.4f} where it was {row['fvu_before']:.4f} (a difference of {interval})"
         yield f"{row['n_changed'] or 'none'} of {row['n_latents']:,} latents fire differently"
 
 

@@ -23,6 +23,7 @@ from ommatid.explorer import (
     classes,
     compare,
     console,
+    drift,
     feature,
     features,
     image,
@@ -48,6 +49,7 @@ QUICK = (
     "/images",
     "/class",
     "/audit",
+    "/drift",
     "/compare",
     "/runs",
     "/review",
@@ -57,6 +59,7 @@ QUICK = (
     "/api/images",
     "/api/class",
     "/api/audit",
+    "/api/drift",
 )
 """Beginnings of the addresses whose pages wait for nothing but the catalogue."""
 SEARCHES = ("/search",)
@@ -100,7 +103,23 @@ def make_app(settings: Settings) -> FastAPI:
     )
     MultiPartParser.spool_max_size = 2 * max(UPLOADS.values())  # what is uploaded stays in memory
     app.state.explorer = explorer
-    for module in (start, features, feature, image, model, search, steer, classes, audit, compare, runs, review, console, monitoring):
+    for module in (
+        start,
+        features,
+        feature,
+        image,
+        model,
+        search,
+        steer,
+        classes,
+        audit,
+        drift,
+        compare,
+        runs,
+        review,
+        console,
+        monitoring,
+    ):
         app.include_router(module.router)
     app.add_api_route("/static/{digest}/{name}", _static, include_in_schema=False)
     app.add_exception_handler(OmmatidError, _explain)

@@ -10,9 +10,11 @@ from fastapi import Query as Parameters
 from fastapi.responses import Response
 
 from ommatid.explorer.cards import previews
+from ommatid.explorer.drift import list_checks
 from ommatid.explorer.features import IN_TABLE, FeatureQuery, find_features
 from ommatid.explorer.web import Json, Query, TheExplorer, View
 from ommatid.show.about import About, list_facts, make_headlines
+from ommatid.show.drift import VERDICTS
 from ommatid.show.svg import Axis, Plot, draw_grid
 
 router = APIRouter()
@@ -84,7 +86,9 @@ def start_page(request: Request, explorer: TheExplorer, query: Annotated[Query, 
     with explorer.open(request) as view:
         sae = view.choose_sae(query.sae)
         headlines, facts, plot, lists = _summarise(view, sae)
-        return view.render("start.html", sae, headlines=headlines, facts=facts, plot=plot, lists=lists)
+        checks = [] if view.explorer.settings.is_static else list_checks(view)
+        drift = {"row": checks[0], "verdict": VERDICTS[checks[0]["verdict"]]} if checks else None
+        return view.render("start.html", sae, headlines=headlines, facts=facts, plot=plot, lists=lists, drift=drift)
 
 
 @router.get("/api/saes", tags=["runs"])

@@ -1,0 +1,69 @@
+"""How checks of drift are put into words, on pages, in Prefect and on the command line."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ommatid.show.numbers import count, fixed, percent, signed
+
+VERDICTS = {
+    "none": "no drift",
+    "slight": "slight drift",
+    "drift": "drift",
+    "too_few": "too few to tell",
+    "not_comparable": "not comparable",
+}
+"""What pages call each verdict."""
+
+
+@dataclass(frozen=True)
+class KindOfTest:
+    """A kind of test of a check, in words."""
+
+    title: str
+    """What is compared."""
+    p: str
+    """Column of `drift_checks` with its p value."""
+    value: Callable[[Mapping[str, Any]], str]
+    """Function from the row of a check to what was found."""
+    chance: Callable[[Mapping[str, Any]], str]
+    """Function from the row to what is found by chance."""
+
+
+TESTS = (
+    KindOfTest(
+        "AUROC of a classifier that tells new images from the champion's",
+        "auroc_p",
+        lambda row: fixed(row["auroc"]),
+        lambda row: f"up to {fixed(row['auroc_chance'])}",
+    ),
+    KindOfTest(
+        "Discrepancy (MMD²) of the judge's embeddings",
+        "mmd_p",
+        lambda row: f"{row['mmd']:.5f}".replace("-", "−"),
+        lambda row: f"up to {row['mmd_chance']:.5f}",
+    ),
+    KindOfTest(
+        "FVU of the champion's SAE, on new images and before",
+        "fvu_p",
+        lambda row: (
+            f"{fixed(row['fvu'])}, before {fixed(row['fvu_before'])} (difference {signed(row['fvu_low'])} to {signed(row['fvu_high'])})"
+        ),
+        lambda row: f"a difference up to {fixed(row['fvu_chance'])}",
+    ),
+    KindOfTest(
+        "Latents that fire more often, more rarely, more or less strongly",
+        "latents_p",
+        lambda row: f"{count(row['n_changed'])} of {count(row['n_latents'])}",
+        lambda row: f"any in {100 * row['alpha']:g} % of checks",
+    ),
+)
+"""The kinds of test, in the order in which they are shown."""
+
+
+def describe_change(row: Mapping[str, Any]) -> str:
+    """Say how a latent fires on new images and did before, given its row of the relation `drift`."""
+    rates = f"fires on {percent(row['rate'])} of the new images, {percent(row['rate_before'])} before"
+    if row["act"] is None or row["act_before"] is None:
+        return rates
+    return f"{rates}; activation {row['act']:.2f}, {row['act_before']:.2f} before"
