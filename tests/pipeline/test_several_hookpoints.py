@@ -4,6 +4,7 @@ Drawn tiles and the model that sees their colours, at two hookpoints of differen
 with the real gates. The tests of this file run in order: each needs the artefacts of the one before.
 """
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,18 +13,22 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import yaml
+from fastapi.testclient import TestClient
+from PIL import Image
 
 import ommatid
 from ommatid.catalog.reader import Catalog
 from ommatid.config import Params, make_params
 from ommatid.errors import ArtefactError, ConfigError, StoppedError
 from ommatid.events import Event, Measured, Progress, ignore
+from ommatid.explorer.app import make_app
+from ommatid.explorer.web import Settings
 from ommatid.pipeline import open_stage
 from ommatid.pipeline.run import run_stage
 from ommatid.publish import champion
 from ommatid.sae.model import SAE
 from ommatid.store import Artefact
-from support.study import make_test_params
+from support.study import make_test_params, run_verb
 from support.tiles import COLOURS, D_DEEP, DeepTileModel, TileModel, use_tile_model, write_tile_folder
 
 SHAPE = "batch_topk-12-k2-s0"
@@ -156,6 +161,23 @@ def test_the_catalogue_has_layers_side_by_side(params: Params) -> None:
         assert catalog.rows("SELECT count(DISTINCT activations_digest) FROM runs") == [(2,)]
     page = Path("data/quality/report.html").read_text(encoding="utf-8")
     assert all(f"<td>{name}</td>" in page for name in NAMES)
+    table = page.partition('<th scope="col">hookpoint</th>')[2].partition("</table>")[0]
+    assert re.findall("<td>(deep|tiles|tiles to deep)</td>", table) == ["deep", "tiles", "tiles to deep"]
+
+
+def test_pages_and_pictures_have_layers_side_by_side() -> None:
+    assert run_verb("show", "--compare") == 0
+    with Image.open("data/pictures/comparison.png") as picture:
+        assert picture.width == 1240
+    with TestClient(make_app(Settings(CATALOG)), base_url="http://127.0.0.1") as asks:
+        found = asks.get("/api/compare", params={"a": NAMES[0], "b": NAMES[1]}).json()
+        assert [numbers["hookpoint"][0] for numbers in found["numbers"]] == ["tiles", "deep"]
+        assert [row["place"] for row in found["layers"]] == ["deep", "tiles", "tiles to deep"]
+        assert not found["is_matched"] and not found["is_one_space"]
+        page = asks.get("/compare", params={"a": NAMES[0], "b": NAMES[1]}).text
+        assert "The directions of these two lie in different spaces" in page and "Layers side by side" in page
+        alike = asks.get("/api/compare", params={"a": NAMES[1], "b": NAMES[2]}).json()
+        assert alike["is_matched"] and alike["is_one_space"]
 
 
 def test_python_reads_each_sae_at_its_own_hookpoint() -> None:

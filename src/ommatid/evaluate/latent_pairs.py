@@ -262,7 +262,7 @@ def write_matches(saes: Mapping[str, Artefact], evaluations: Mapping[str, Artefa
     spaces: dict[str, list[EvaluatedSAE]] = {}
     for name, sae in saes.items():
         config = read_config(sae)
-        spaces.setdefault(config["target"] or config["hookpoint"], []).append(EvaluatedSAE(sae, evaluations[name]))
+        spaces.setdefault(config.get("target") or config["hookpoint"], []).append(EvaluatedSAE(sae, evaluations[name]))
     pairs = [pair for alike in spaces.values() for pair in combinations(alike, 2)]
     matches, stability = schemas.MATCHES.empty_table(), [schemas.STABILITY.empty_table()]
     draft.write_table(part_name("matches", 0), matches)

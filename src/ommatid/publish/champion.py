@@ -563,7 +563,7 @@ def _measure(sae: Artefact, params: EvaluateParams, on_event: Listener, challeng
 
 
 def _count_within(champion: Scores, challenger: Scores) -> Matched | None:
-    """Count the features of two SAEs of one training, which its evaluation has matched; None if they are the same SAE, or of different hookpoints."""
+    """Count the features of two SAEs of one training that its evaluation has matched; None if they are one SAE, or of two hookpoints."""
     one, other = _evaluated(champion), _evaluated(challenger)
     if champion.digest == challenger.digest or not _same_place(read_config(one.sae), read_config(other.sae)):
         return None

@@ -61,7 +61,7 @@ def own_inputs(name: str, inputs: Mapping[str, Artefact]) -> dict[str, Artefact]
     if len(whole) == len(inputs):
         return own
     config = read_config(own["train"])
-    hookpoints = {"extract": config["hookpoint"], "target": config["target"]}
+    hookpoints = {"extract": config["hookpoint"], "target": config.get("target")}
     found = {
         stage: artefact.child(hookpoints[stage], "activations")
         for stage, artefact in inputs.items()
