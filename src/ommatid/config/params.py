@@ -72,7 +72,7 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _hookpoints_are_extracted(self) -> "Params":
-        known = self.extract.hookpoints
+        known, first = self.extract.hookpoints, self.extract.hookpoints[0]
         listed = ", ".join(known)
         where = "train.runs or train.grid: each SAE" if self.train.runs or self.train.grid else "train.hookpoint:"
         for one in self.train.each().values():
@@ -81,7 +81,7 @@ class Params(Section):
             for key, name in (("hookpoint", one.hookpoint), ("target", one.target)):
                 if name is not None and name not in known:
                     raise ValueError(f"train.{key}: {name!r} is not in extract.hookpoints: {listed}")
-            if one.target is not None and one.target == (one.hookpoint or known[0]):
+            if one.target is not None and one.target == (one.hookpoint or first):
                 raise ValueError(f"train.target: {one.target} is the hookpoint itself; set it to null to reconstruct the hookpoint")
         return self
 
