@@ -196,7 +196,7 @@ def test_python_reads_each_sae_at_its_own_hookpoint() -> None:
 
 
 def test_a_champion_is_compared_with_the_saes_of_its_own_hookpoint(params: Params) -> None:
-    champion.publish(champion.decide(params))
+    champion.publish(champion.decide(params), params.retrain.keep)
     assert (first := champion.find_champion())
     with Catalog(champion.CATALOG) as catalog:
         ((place,),) = catalog.rows("SELECT hookpoint || coalesce(target, '') FROM runs WHERE decision = 'champion'")

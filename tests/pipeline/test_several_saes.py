@@ -234,7 +234,7 @@ def test_evaluating_a_transcoder_needs_its_target(params: Params, tmp_path: Path
 
 
 def test_a_new_champion_is_matched_with_the_last_on_the_same_images(params: Params) -> None:
-    champion.publish(champion.decide(params))
+    champion.publish(champion.decide(params), params.retrain.keep)
     with Catalog(champion.CATALOG) as catalog:
         ((before,),) = catalog.rows("SELECT sae FROM runs WHERE decision = 'champion'")
     train = type(params.train).model_validate(params.train.model_dump(mode="json") | {"runs": [], "seed": 1})
@@ -244,7 +244,7 @@ def test_a_new_champion_is_matched_with_the_last_on_the_same_images(params: Para
         run_stage(stage, again, ignore)
     decision = champion.decide(again)
     assert decision.decision == "champion" and decision.champion and decision.champion.sae == before
-    champion.publish(decision)
+    champion.publish(decision, again.retrain.keep)
     with Catalog(champion.CATALOG) as catalog:
         found = catalog.ask("FROM matches WHERE sae = $sae", {"sae": decision.challenger.sae}).dicts()
         assert [row["latent"] for row in found] == list(range(24)) and {row["other_sae"] for row in found} == {before}
