@@ -50,7 +50,19 @@ class Warned:
     """What did not work, and what to do about it."""
 
 
-Event = Progress | Measured | Noticed | Warned
+@dataclass(frozen=True)
+class Reused:
+    """How much of a stage's work earlier runs had done."""
+
+    what: str
+    """What was found or computed, such as `images`."""
+    found: int
+    """Number that was found in a cache."""
+    computed: int
+    """Number that had to be computed."""
+
+
+Event = Progress | Measured | Noticed | Warned | Reused
 Listener = Callable[[Event], None]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TextIO, assert_never
 
 import typer
 
-from ommatid.events import Event, Listener, Measured, Noticed, Progress, Warned
+from ommatid.events import Event, Listener, Measured, Noticed, Progress, Reused, Warned
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -64,7 +64,7 @@ class Lines:
                 values = " ".join(f"{name} {number(value)}" for name, value in event.values.items())
                 whose = f"{event.sae}: " if self._has_several_saes else ""
                 self._print(f"measured {event.sae}", f"{whose}step {event.step}: {values}", is_last=False)
-            case Noticed() | Warned():
+            case Noticed() | Warned() | Reused():
                 say(notice(event))
             case _:
                 assert_never(event)
@@ -91,7 +91,7 @@ class _Bar:
                 self._move(event)
             case Measured():
                 self._numbers[event.sae] = event.values
-            case Noticed() | Warned():
+            case Noticed() | Warned() | Reused():
                 self._bars.console.print(notice(event), markup=False, highlight=False)
             case _:
                 assert_never(event)
@@ -134,8 +134,10 @@ def summarise(numbers: Mapping[str, Mapping[str, float]]) -> str:
     return "  ".join(shown)
 
 
-def notice(event: Noticed | Warned) -> str:
-    """Format a notice or warning as a line."""
+def notice(event: Noticed | Warned | Reused) -> str:
+    """Format a notice, a warning or a count of what was reused as a line."""
+    if isinstance(event, Reused):
+        return f"{event.found:,} of {event.found + event.computed:,} {event.what} found in the cache, {event.computed:,} computed"
     whose = f"{event.sae}: step {event.step}: " if isinstance(event, Noticed) else ""
     return printable(f"notice: {whose}{event.what}")
 

@@ -250,10 +250,7 @@ class Trials:
         return open_stage("images", data=str(self._data(n)))
 
     def _activations(self, n: int) -> Artefact:
-        # Of several hookpoints, that with most values: its SAEs take the most memory. Trials train the SAEs of all of them.
-        extraction = open_stage("extract", data=str(self._data(n)))
-        each = [extraction.child(name, "activations") for name in dict.fromkeys(read for read, _ in self._params.read_and_decoded)]
-        return max(each, key=lambda activations: activations.rows("train") * activations.summary["d_model"])
+        return open_stage("extract", self._params.hookpoint, str(self._data(n)))
 
     def _data(self, n: int) -> Path:
         return self._root / str(n)
@@ -261,7 +258,7 @@ class Trials:
     @contextmanager
     def _process(self, stage: str) -> Iterator[StageProcess]:
         uri = f"sqlite:///{self._root / 'mlflow.db'}"  # not the database of real runs
-        environment = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_REGISTRY_URI": uri}
+        environment = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_REGISTRY_URI": uri, "OMMATID_CACHE_GB": "0"}  # Nothing is found, as in new runs.
         with StageProcess(stage, environment, self._root / f"{stage}.log") as process:
             yield process
 

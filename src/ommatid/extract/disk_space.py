@@ -57,8 +57,11 @@ def size_of(params: ExtractParams, images: Mapping[str, Any], towers: Networks) 
     return Size(int((tokens + n * embedding) * MARGIN), int((spilled + n * embedding) * share))
 
 
-def check_disk_space(draft: Draft, params: ExtractParams, images: Mapping[str, Any], towers: Networks) -> None:
+def check_disk_space(draft: Draft, params: ExtractParams, images: Mapping[str, Any], towers: Networks) -> int:
     """Check that an extraction fits on the disk.
+
+    Returns:
+        The bytes that will be left free, at least.
 
     Raises:
         ArtefactError: The disk is too small. The message names the space needed and free, and params that would make it fit.
@@ -69,7 +72,7 @@ def check_disk_space(draft: Draft, params: ExtractParams, images: Mapping[str, A
     spilled = size.spilled * copies * (params.executor.workers_here or max(1, torch.cuda.device_count()))
     need = final + spilled - _bytes_written(draft.scratch.parent)
     if need <= free:
-        return
+        return free - need
     ways = []
     if limit := int(images["n_images"] * max(0, free) / need * 0.95):
         ways.append(f"images.limit={limit}")

@@ -1,9 +1,10 @@
 """The networks that run on each image: the explained model, the judges, and the namer if it is another model."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +25,28 @@ PROBED = 64
 """Number of components of each output vector that become part of a probe."""
 SAME = 0.01
 """Largest relative difference between two probes of the same weights on different machines."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """One of the vectors, or lists of tokens, that are kept of each image."""
+
+    network: int
+    """Index of the network in `Networks.members`."""
+    hookpoint: str | None
+    """Name of the hookpoint whose tokens they are; None for an embedding."""
+    shape: tuple[int, ...]
+    """Shape for one image: (tokens, d_model), or (d_joint,) or (d_judge,)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type: float16 for tokens, and float32 for embeddings."""
+        return torch.float16 if self.hookpoint else torch.float32
+
+    @property
+    def width(self) -> int:
+        """Bytes for one image."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -88,6 +111,22 @@ class Networks:
                 "set extract.namer to a model that has one, such as {kind: lite}"
             )
         self.judges = tuple(load_judge(judge, params.dtype, self.device) for judge in params.judges)
+        others = () if self.namer is self.model else (self.namer,)
+        self.members: tuple[VisionModel | Judge, ...] = (self.model, *others, *self.judges)
+        """The networks that run on each image: the explained model, the namer if it is another model, and the judges."""
+        self._first_judge = 1 + len(others)
+        self.joint = Output(len(others), None, (self.d_joint,))
+        """The embedding in the joint space."""
+        self.outputs: tuple[Output, ...] = (
+            *(Output(0, name, (len(picker.places), picker.hookpoint.d_model)) for name, picker in self.pickers.items()),
+            self.joint,
+            *(Output(self._first_judge + i, None, (judge.d_embed,)) for i, judge in enumerate(self.judges)),
+        )
+        """All outputs: the tokens at each hookpoint, the embedding in the joint space, and that of each judge."""
+        self.captured = {output.hookpoint: output for output in self.outputs if output.hookpoint}
+        """Outputs that are tokens, by hookpoint."""
+        self.judged = [output for output in self.outputs if output.network >= self._first_judge]
+        """Outputs of the judges."""
 
     @property
     def d_joint(self) -> int:
@@ -98,7 +137,12 @@ class Networks:
     @cached_property
     def preprocesses(self) -> tuple[Preprocess, ...]:
         """The distinct preprocessings of the networks."""
-        return tuple(dict.fromkeys(network.preprocess for network in self._networks))
+        return self.preprocesses_of(self.outputs)
+
+    def preprocesses_of(self, wanted: Collection[Output]) -> tuple[Preprocess, ...]:
+        """Return the distinct preprocessings of the networks of some outputs."""
+        used = {output.network for output in wanted}
+        return tuple(dict.fromkeys(network.preprocess for i, network in enumerate(self.members) if i in used))
 
     def check(self) -> None:
         """Check that the outputs of each network can be trusted (see `vlm.trust`). This is done once per run, not in every worker.
@@ -122,40 +166,74 @@ class Networks:
         Returns:
             The outputs, on the CPU.
         """
-        of = {preprocess: x.to(self.device, non_blocking=True) for preprocess, x in zip(self.preprocesses, pixels, strict=True)}
-        captured = self.model.capture(of[self.model.preprocess], tuple(self.pickers))
-        tokens = {name: picker.pick(captured.tokens[name]).to("cpu", torch.float16) for name, picker in self.pickers.items()}
-        joint = captured.embedding if self.namer is self.model else self.namer.capture(of[self.namer.preprocess], ()).embedding
-        assert joint is not None
-        return Outputs(tokens, _unit(joint), tuple(_unit_or_nan(judge.embed(of[judge.preprocess])) for judge in self.judges))
+        found = self.forward(dict(zip(self.preprocesses, pixels, strict=True)), self.outputs)
+        tokens = {name: found[output] for name, output in self.captured.items()}
+        return Outputs(tokens, found[self.joint], tuple(found[output] for output in self.judged))
 
-    def rounding(self, pixels: tuple[UInt8[Tensor, "batch _height _width 3"], ...]) -> dict[str, float]:
+    def forward(
+        self, pixels: Mapping[Preprocess, UInt8[Tensor, "batch _height _width 3"]], wanted: Collection[Output]
+    ) -> dict[Output, Tensor]:
+        """Run the networks of some outputs once over a batch of images.
+
+        Args:
+            pixels: The batch as each preprocessing of these networks makes it, `(batch, height, width, 3)` uint8.
+            wanted: The outputs to compute.
+
+        Returns:
+            The outputs, `(batch, *shape)` on the CPU: tokens in float16, and embeddings in float32, with unit norm. The embedding of an
+            image on which a judge failed is NaN.
+        """
+        of = {preprocess: x.to(self.device, non_blocking=True) for preprocess, x in pixels.items()}
+        found: dict[Output, Tensor] = {}
+        for index, network in enumerate(self.members):
+            outputs = [output for output in wanted if output.network == index]
+            if outputs:
+                found.update(self._forward(network, of[network.preprocess], outputs))
+        return found
+
+    def _forward(self, network: VisionModel | Judge, pixels: Tensor, outputs: list[Output]) -> dict[Output, Tensor]:
+        if outputs[0].network >= self._first_judge:
+            return {outputs[0]: _unit_or_nan(cast(Judge, network).embed(pixels))}
+        captured = cast(VisionModel, network).capture(pixels, tuple(output.hookpoint for output in outputs if output.hookpoint))
+        found: dict[Output, Tensor] = {}
+        for output in outputs:
+            if output.hookpoint:
+                found[output] = self.pickers[output.hookpoint].pick(captured.tokens[output.hookpoint]).to("cpu", torch.float16)
+            else:
+                assert captured.embedding is not None
+                found[output] = _unit(captured.embedding)
+        return found
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the networks compute in float32, so that there is no rounding error relative to it."""
+        return resolve_dtype(self.params.dtype, self.device) == torch.float32
+
+    def rounding(self, pixels: UInt8[Tensor, "batch _height _width 3"]) -> dict[str, float]:
         """Measure the rounding error of the kept tokens relative to float32: the norm of the difference over the norm in float32.
 
         Args:
-            pixels: A batch of images as each of `preprocesses` makes it.
+            pixels: A batch of images as the preprocessing of the explained model makes it.
 
         Returns:
             The relative error, by hookpoint.
         """
-        if resolve_dtype(self.params.dtype, self.device) == torch.float32:
-            return dict.fromkeys(self.pickers, 0.0)
         exact = load_model(self.params.model, "float32", self.device)
-        x = pixels[self.preprocesses.index(self.model.preprocess)].to(self.device)
+        x = pixels.to(self.device)
         ours, theirs = (model.capture(x, tuple(self.pickers)).tokens for model in (self.model, exact))
         return {name: _difference(picker.pick(ours[name]), picker.pick(theirs[name])) for name, picker in self.pickers.items()}
 
-    def probe(self) -> list[float]:
-        """Return a few outputs of each network for one random image, from which `is_same` recognises the same weights."""
+    @cached_property
+    def probes(self) -> dict[Output, list[float]]:
+        """A few components of each output for one random image, from which `is_same` recognises the same weights."""
         rng = np.random.default_rng(0)
-        pixels = tuple(torch.from_numpy(rng.integers(0, 256, (1, *p.crop, 3), dtype=np.uint8)) for p in self.preprocesses)
-        outputs = self.run(pixels)
-        tokens = [x.float().mean(1)[0] for x in outputs.tokens.values()]
-        return torch.cat([vector[:PROBED] for vector in (*tokens, outputs.joint[0], *(e[0] for e in outputs.judges))]).tolist()
+        pixels = {p: torch.from_numpy(rng.integers(0, 256, (1, *p.crop, 3), dtype=np.uint8)) for p in self.preprocesses}
+        outputs = self.forward(pixels, self.outputs)
+        return {o: outputs[o].float().reshape(1, -1, o.shape[-1]).mean(1)[0, :PROBED].tolist() for o in self.outputs}
 
-    @property
-    def _networks(self) -> tuple[VisionModel | Judge, ...]:
-        return (self.model, *self.judges, self.namer)
+    def probe(self) -> list[float]:
+        """Return the probes of all outputs as one vector."""
+        return [value for probe in self.probes.values() for value in probe]
 
 
 def is_same(probe: list[float], other: list[float]) -> bool:

@@ -5,10 +5,9 @@ tokens, and an interrupted run continues after its last complete chunk. The job 
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,10 @@ import torch
 from ommatid import schemas
 from ommatid.config import ExtractParams
 from ommatid.errors import ArtefactError, ModelError
-from ommatid.extract.networks import Networks, Outputs, is_same
-from ommatid.extract.plan import SEED, Run, divide, shard_blocks
+from ommatid.extract.batches import ChunkOutputs, ShardImages, ShardOutputs
+from ommatid.extract.cache import OutputCache, Place
+from ommatid.extract.networks import Networks, is_same
+from ommatid.extract.plan import SEED, divide, shard_blocks
 from ommatid.extract.rows import (
     FailureCounter,
     Groups,
@@ -33,7 +34,7 @@ from ommatid.extract.rows import (
     write_rows,
 )
 from ommatid.extract.tokens import draw_kept
-from ommatid.images.loader import Encoded, iter_pixels, make_pool
+from ommatid.images.loader import iter_pixels, make_pool
 from ommatid.store import RECEIPTS, Artefact, Draft, Writer, open_artefact, part_name
 
 EMBEDDINGS = "embeddings"
@@ -41,9 +42,9 @@ PLAN = "plan.parquet"
 ROUNDING_IMAGES = 8
 """Number of images on which the rounding error of the extraction's dtype is measured, relative to float32."""
 IMAGES_PER_CHUNK = 1024
-"""Largest number of images in a chunk. One chunk is held in memory at a time, and lost if the run is interrupted."""
+"""Largest number of images in a chunk, unless a batch has more. One chunk is held in memory at a time."""
 BYTES_PER_CHUNK = 2**27
-"""Largest number of bytes of activations in a chunk, which may limit its images further."""
+"""Largest number of bytes of activations in a chunk of more than a batch, which may limit its images further."""
 
 
 def _ignore(shard: int, n_images: int) -> None:
@@ -64,6 +65,8 @@ class ShardJob:
     """Path or URL of the draft of the extraction."""
     probe: tuple[float, ...]
     """Probe of the driver's networks (see `Networks.probe`)."""
+    cache: Place | None = None
+    """Where outputs of images are found again; None if they are not cached."""
     on_chunk: Callable[[int, int], None] = field(default=_ignore, compare=False)
     """Called with the shard and the number of its images that are done. It is called in this process only, and not pickled."""
 
@@ -78,7 +81,7 @@ class ShardJob:
             _Shard(worker, shard, self.on_chunk).make()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardJob, (self.params, self.images, self.digest, self.draft, self.probe)
+        return ShardJob, (self.params, self.images, self.digest, self.draft, self.probe, self.cache)
 
     @property
     def key(self) -> str:
@@ -92,10 +95,12 @@ class Worker:
 
     params: ExtractParams
     images: Artefact
-    parts: list[str]
-    """File names of the table `images`."""
     draft: Writer
     towers: Networks
+    cache: OutputCache
+    """Outputs of images that earlier runs computed."""
+    notices: list[str]
+    """Notices for the driver, which the next receipt will pass on."""
     pool: Executor
     """Pool that decodes images."""
     key: str
@@ -133,8 +138,9 @@ def keep_worker(job: ShardJob, towers: Networks) -> None:
     images = open_artefact(job.images, "images")
     if images.digest != job.digest:
         raise ArtefactError(f"{job.images}: changed since this extraction was planned; run the stage again")
-    draft, pool = Draft.attach(job.draft), make_pool(towers.device)
-    _workers[job] = Worker(towers.params, images, images.parts("images"), draft, towers, pool, job.key)
+    notices: list[str] = []
+    cache = OutputCache(job.cache, towers, notices.append)
+    _workers[job] = Worker(towers.params, images, Draft.attach(job.draft), towers, cache, notices, make_pool(towers.device), job.key)
 
 
 def drop_worker() -> None:
@@ -166,58 +172,42 @@ class _Shard:
         }
 
     def make(self) -> None:
-        """Run the networks over the missing chunks, then write the files and the receipt."""
-        missing = [i for i in range(len(self._chunks)) if not self._spill.has(i)]
-        with ThreadPoolExecutor(1) as writer:  # Writes a chunk while the next one is computed.
-            writing: Future[None] | None = None
-            for i, tables in self._compute(missing):
-                if writing:
-                    writing.result()
-                writing = writer.submit(self._spill.write, i, tables)
+        """Collect the outputs of the missing chunks, then write the files and the receipt."""
+        missing = {i: chunk for i, chunk in enumerate(self._chunks) if not self._spill.has(i)}
+        with _Background() as background:
+            worker = self._worker
+            images = ShardImages(worker.images, missing)
+            outputs = ShardOutputs(images, worker.towers, worker.cache, worker.pool, background.submit)
+            for i, chunk in outputs:
+                background.submit(self._spill.write, i, self._tables(i, chunk))
                 self._on_chunk(self._index, sum(self._sizes[: i + 1]))
-            if writing:
-                writing.result()
         receipt = {
             "hookpoints": {name: self._write_activations(name) for name in self._towers.pickers},
             EMBEDDINGS: self._write_embeddings(),
             "rounding": self._measure_rounding() if self._index == 0 else None,
+            "reused": {
+                "found": sum(self._sizes[i] for i in missing) - outputs.n_forwarded,
+                "computed": outputs.n_forwarded,
+                "notices": list(worker.notices),
+            },
         }
         self._worker.draft.write_json(receipt_name(self._index), receipt)
         self._spill.drop()
+        worker.notices.clear()
+        worker.cache.merge()
 
     @property
     def _images_per_chunk(self) -> int:
         per_image = sum(len(picker.places) * picker.hookpoint.d_model * 2 for picker in self._towers.pickers.values())
-        return min(IMAGES_PER_CHUNK, max(1, BYTES_PER_CHUNK // per_image))
+        most, batch = min(IMAGES_PER_CHUNK, max(1, BYTES_PER_CHUNK // per_image)), self._worker.params.batch_size
+        return max(batch, most // batch * batch)  # Whole batches, so that none but the last of a shard is padded.
 
-    def _compute(self, chunks: list[int]) -> Iterator[tuple[int, Mapping[str, list[pa.RecordBatch]]]]:
-        """Compute chunks one by one, while images of the next are decoded, and yield the index and the tables of each."""
-        size, towers = self._worker.params.batch_size, self._towers
-        encoded = (batch for i in chunks for batch in self._iter_encoded(self._chunks[i], size))
-        pixels = iter_pixels(encoded, towers.preprocesses, self._worker.pool, towers.device)
-        for i in chunks:
-            batches = islice(pixels, -(-self._sizes[i] // size))
-            yield i, self._tables(i, [(batch.numbers, batch.is_train, towers.run(batch.of)) for batch in batches])
-
-    def _iter_encoded(self, chunk: list[Run], size: int) -> Iterator[Encoded]:
-        """Read a chunk's images in batches of `size`, which may span row groups."""
-        waiting: list[pa.Table] = []
-        for n, run in enumerate(chunk, start=1):
-            with self._worker.images.open_part(self._worker.parts[run.block.file]) as file:
-                rows = file.read_row_group(run.block.row_group, ["image", "split", "encoded"])
-            waiting.append(rows.slice(run.start, run.n_images))
-            rows = pa.concat_tables(waiting)
-            n_whole = len(rows) if n == len(chunk) else len(rows) // size * size
-            yield from (_encoded(rows.slice(start, min(size, n_whole - start))) for start in range(0, n_whole, size))
-            waiting = [rows.slice(n_whole)]
-
-    def _tables(self, chunk: int, batches: list[tuple[np.ndarray, np.ndarray, Outputs]]) -> dict[str, list[pa.RecordBatch]]:
-        *of_images, outputs = zip(*batches, strict=True)
-        numbers, is_train = (np.concatenate(arrays) for arrays in of_images)
-        judges = [torch.cat(of_one) for of_one in zip(*(o.judges for o in outputs), strict=True)]
-        tables = {EMBEDDINGS: [embeddings_batch(numbers, torch.cat([o.joint for o in outputs]), judges)]}
-        for name in self._towers.pickers:
-            tokens = torch.cat([o.tokens[name] for o in outputs])
+    def _tables(self, chunk: int, outputs: ChunkOutputs) -> dict[str, list[pa.RecordBatch]]:
+        numbers, is_train, towers = outputs.numbers, outputs.is_train, self._towers
+        judges = [outputs.of[output] for output in towers.judged]
+        tables = {EMBEDDINGS: [embeddings_batch(numbers, outputs.of[towers.joint], judges)]}
+        for name, output in towers.captured.items():
+            tokens = outputs.of[output]
             tables[f"{name}.eval"] = [rows_batch(numbers[~is_train], tokens[torch.from_numpy(~is_train)])]
             # The seed is the same for every hookpoint, so that all keep the same tokens.
             rng = np.random.default_rng([SEED, self._index, chunk])
@@ -258,11 +248,40 @@ class _Shard:
 
     def _measure_rounding(self) -> dict[str, float]:
         """Return the rounding error at each hookpoint on a few images (see `Networks.rounding`)."""
-        encoded = next(self._iter_encoded(self._chunks[0], ROUNDING_IMAGES))
-        (pixels,) = iter_pixels([encoded], self._towers.preprocesses, self._worker.pool, "cpu")
-        return self._towers.rounding(pixels.of)
+        worker, towers = self._worker, self._towers
+        if towers.is_exact:
+            return dict.fromkeys(towers.pickers, 0.0)
+        images = ShardImages(worker.images, {0: self._chunks[0]})
+        digests = images.chunks[0].digests[:ROUNDING_IMAGES]
+
+        def measure() -> dict[str, float]:
+            places = [(0, i) for i in range(len(digests))]
+            encoded = images.iter_encoded([(places, (towers.model.preprocess,))])
+            (pixels,) = iter_pixels(encoded, (), worker.pool, "cpu")
+            return towers.rounding(pixels.of[0])
+
+        return worker.cache.rounding(digests, measure)
 
 
-def _encoded(rows: pa.Table) -> Encoded:
-    is_train = np.array([split == "train" for split in rows["split"].to_pylist()], dtype=bool)
-    return Encoded(rows["image"].to_numpy(), is_train, rows["encoded"].to_pylist())
+class _Background:
+    """A thread that calls functions in order, at most one of which waits for another to end; errors are raised by later calls."""
+
+    def __enter__(self) -> "_Background":
+        self._pool, self._last = ThreadPoolExecutor(1), None
+        return self
+
+    def submit(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Wait until the last function has returned, and begin to call another."""
+        self._wait()
+        self._last = self._pool.submit(function, *arguments)
+
+    def _wait(self) -> None:
+        last: Future[object] | None
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._pool:
+            if kind is None:
+                self._wait()

@@ -12,12 +12,13 @@ from typing import assert_never
 from ommatid import executors
 from ommatid.config import ExtractFiles, ExtractParams
 from ommatid.errors import ModelError
-from ommatid.events import Listener, Progress, ignore
+from ommatid.events import Listener, Progress, Reused, Warned, ignore
+from ommatid.extract.cache import open_place
 from ommatid.extract.disk_space import check_disk_space
 from ommatid.extract.networks import Networks, find_device, is_same
 from ommatid.extract.plan import blocks_of, make_plan
 from ommatid.extract.receipts import Merged, iter_missing, merge
-from ommatid.extract.shard import PLAN, ShardJob, drop_worker, keep_worker
+from ommatid.extract.shard import PLAN, ShardJob, drop_worker, keep_worker, receipt_name
 from ommatid.extract.tokens import TokenPicker
 from ommatid.store import RECEIPTS, SCRATCH, Artefact, Draft
 from ommatid.summaries import ActivationsSummary, ExtractionSummary, JudgeSummary
@@ -60,10 +61,11 @@ def extract(params: ExtractParams, inputs: Mapping[str, Artefact], draft: Draft,
     if taken := sorted({SCRATCH, RECEIPTS.strip("/")} & set(params.hookpoints)):
         raise ModelError(f"extract.hookpoints: {taken[0]!r} is the name of a folder that Ommatid needs; rename the module")
     towers = Networks(_with_dtype(params))  # First, so that problems with the models are found before any work is done.
-    check_disk_space(draft, params, images.summary, towers)
+    left = check_disk_space(draft, params, images.summary, towers)
+    cache = open_place(draft.scratch, left, lambda line: on_event(Warned(line)))
     towers.check()
-    probe = _begin_or_continue(draft, towers.probe())
-    job = ShardJob(towers.params.model_dump_json(), _absolute(images.url), images.digest, _absolute(draft.url), tuple(probe))
+    probe = tuple(_begin_or_continue(draft, towers.probe()))
+    job = ShardJob(towers.params.model_dump_json(), _absolute(images.url), images.digest, _absolute(draft.url), probe, cache)
     n_images = _write_plan(draft, images)
     missing = list(iter_missing(draft, params.hookpoints, len(n_images)))
     progress = _Counter(n_images, missing, on_event)
@@ -72,6 +74,7 @@ def extract(params: ExtractParams, inputs: Mapping[str, Artefact], draft: Draft,
         executors.run(params.executor, replace(job, on_chunk=progress.update), missing, progress.finish)
     finally:
         drop_worker()
+    _report_reuse(draft, missing, on_event)
     for name, merged in merge(draft, params.hookpoints, len(n_images)).items():
         judges = _summarise_judges(towers, merged.failed, sum(n_images))
         summary = _summarise(towers, towers.pickers[name], judges, merged, images.summary["n_images"])
@@ -109,6 +112,16 @@ def _write_plan(draft: Draft, images: Artefact) -> list[int]:
         draft.write_table(PLAN, plan, row_group_size=2**16)  # Small, so that a worker reads only the few rows of its shard.
     counted = draft.read(PLAN).group_by("shard").aggregate([("n_images", "sum")]).sort_by("shard")
     return counted["n_images_sum"].to_pylist()
+
+
+def _report_reuse(draft: Draft, shards: list[int], on_event: Listener) -> None:
+    """Report the notices of the workers that made some shards, and how many images they found in the cache."""
+    receipts = [receipt["reused"] for receipt in draft.iter_json([receipt_name(shard) for shard in shards])]
+    for line in dict.fromkeys(line for receipt in receipts for line in receipt["notices"]):
+        on_event(Warned(line))
+    found, computed = (sum(receipt[key] for receipt in receipts) for key in ("found", "computed"))
+    if found:
+        on_event(Reused("images", found, computed))
 
 
 class _Counter:

@@ -5,7 +5,7 @@ are imported when first used, so that importing this module needs neither torch 
 """
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -18,6 +18,7 @@ from ommatid.vlm.preprocess import Preprocess
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Replacement = Callable[["torch.Tensor"], "torch.Tensor"]
@@ -218,6 +219,37 @@ class Judge(Protocol):
     def embed(self, pixels: "torch.Tensor") -> "torch.Tensor":
         """Return the embeddings `(batch, d_embed)` float32 of uint8 pixels `(batch, H, W, 3)`."""
         ...
+
+
+State = Mapping[str, "torch.Tensor | str"]
+"""Everything that a network's outputs are computed from, besides code: weights by name, and settings as text."""
+
+
+class Recognisable(Protocol):
+    """A model or judge whose outputs can be found again, because it says what they are computed from.
+
+    All families here are. A network without this property is run anew on every image each time.
+    """
+
+    @property
+    def state(self) -> State:
+        """Weights and settings. Networks of the same class with equal states compute the same."""
+        ...
+
+
+def state_of(module: "nn.Module", *settings: object, unused: Collection[str] = ()) -> State:
+    """Return the state of a network that computes with a module.
+
+    Args:
+        module: The module.
+        settings: Settings that are not among its parameters and buffers.
+        unused: Names of parameters on which no output depends, such as random ones of a pooler that the files lack.
+
+    Returns:
+        The state.
+    """
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return {**{name: tensor.detach() for name, tensor in tensors if name not in unused}, "settings": repr(settings)}
 
 
 def load_model(params: Model, dtype: Dtype, device: str) -> VisionModel:

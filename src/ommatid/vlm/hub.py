@@ -185,6 +185,14 @@ def load_config(folder: Path, path: str, key: str) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
+def settings(config: Any) -> str:
+    """Return a config as text, without the place that it was read from and the version that wrote it."""
+    values = config.to_dict()
+    return json.dumps(
+        {name: values[name] for name in values.keys() - {"_name_or_path", "transformers_version"}}, sort_keys=True, default=str
+    )
+
+
 def load_weights(
     cls: Any,
     folder: Path,

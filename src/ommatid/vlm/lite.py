@@ -23,10 +23,12 @@ from ommatid.vlm import (
     Hookpoint,
     Replacement,
     Score,
+    State,
     check_hookpoint,
     check_hookpoints,
     imagenet_classes,
     splicing,
+    state_of,
 )
 from ommatid.vlm.minilm import D_TEXT, load_minilm
 from ommatid.vlm.precision import normalise, resolve_dtype
@@ -201,6 +203,11 @@ class _Tower:
         # The weights themselves are converted, because autocast would convert them and every map in each pass.
         self._net = LiteNet(variant, image_size).to(device, self._dtype)
 
+    @property
+    def state(self) -> State:
+        """Weights and settings: see `Recognisable`."""
+        return state_of(self._net, self.name)
+
     def _run(
         self, pixels: UInt8[torch.Tensor, "batch size size 3"], hookpoints: Sequence[str] = ()
     ) -> tuple[dict[str, Float[torch.Tensor, "batch _tokens _channels"]], Float32[torch.Tensor, "batch 1280"]]:
@@ -240,6 +247,11 @@ class LiteVision(_Tower):
     def __init__(self, variant: Variant, image_size: int, dtype: Dtype, device: str) -> None:
         super().__init__(variant, image_size, dtype, device)
         self.hookpoints: Mapping[str, Hookpoint] = self._net.hookpoints
+
+    @property
+    def state(self) -> State:
+        """Weights, and the text embeddings of the classes: see `Recognisable`."""
+        return {**super().state, "texts": class_texts(self._device)}
 
     @torch.inference_mode()
     def capture(self, pixels: UInt8[torch.Tensor, "batch size size 3"], hookpoints: Sequence[str]) -> Captured:

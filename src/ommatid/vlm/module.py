@@ -23,9 +23,11 @@ from ommatid.vlm import (
     Hookpoint,
     Replacement,
     Score,
+    State,
     check_hookpoint,
     check_hookpoints,
     splicing,
+    state_of,
     user_code,
 )
 from ommatid.vlm.hooks import replacing
@@ -112,6 +114,11 @@ class ModuleVision:
         self._device, self._dtype = device, resolve_dtype(dtype, device)
         self._layouts, self._output = self._find_layouts(params)
         self.hookpoints: Mapping[str, Hookpoint] = {name: layout.hookpoint for name, layout in self._layouts.items()}
+
+    @property
+    def state(self) -> State:
+        """Weights, the structure of the module, and the code of all its parts: see `Recognisable`."""
+        return state_of(self._module, self.name, str(self._module), self.hookpoints, user_code.checksum_of_parts(self._module))
 
     @property
     def d_output(self) -> int:

@@ -12,7 +12,20 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor, nn
 
 from ommatid.errors import ModelError
-from ommatid.vlm import Captured, Differentiated, Dtype, Hookpoint, Replacement, Score, check_hookpoint, check_hookpoints, hub, splicing
+from ommatid.vlm import (
+    Captured,
+    Differentiated,
+    Dtype,
+    Hookpoint,
+    Replacement,
+    Score,
+    State,
+    check_hookpoint,
+    check_hookpoints,
+    hub,
+    splicing,
+    state_of,
+)
 from ommatid.vlm.hooks import capturing, ending_after, replacing, skipping
 from ommatid.vlm.precision import cast_linears, normalise, resolve_dtype
 from ommatid.vlm.preprocess import Preprocess
@@ -37,6 +50,8 @@ class Opened:
     """Model of transformers, in float32 on the CPU."""
     preprocess: Preprocess
     """Preprocessing of images."""
+    unused: frozenset[str] = frozenset()
+    """Names of weights that the files lack, so that they are random, and on which no output depends."""
 
 
 def open_model(path: str, kind: str, classes: Mapping[str, Any], needs: hub.Needs = IMAGE_NEEDS) -> Opened:
@@ -60,8 +75,8 @@ def open_model(path: str, kind: str, classes: Mapping[str, Any], needs: hub.Need
         raise ModelError(f"{KEY}: {path}: is a {config.model_type} model; kind {kind} takes model_type {' or '.join(classes)}")
     preprocess = load_preprocess(folder, path, KEY)
     # The pooler of a ViT may be missing: it runs after the last hookpoint, and most folders have none.
-    model, _ = hub.load_weights(classes[config.model_type], folder, path, KEY, optional="pooler.")
-    return Opened(path, folder, config, model, preprocess)
+    model, missing = hub.load_weights(classes[config.model_type], folder, path, KEY, optional="pooler.")
+    return Opened(path, folder, config, model, preprocess, frozenset(missing))
 
 
 @dataclass(frozen=True)
@@ -146,6 +161,12 @@ class Tower:
         self._device, self._dtype = device, resolve_dtype(dtype, device)
         cast_linears(tower, self._dtype)
         self._model = opened.model.requires_grad_(False).to(device)
+        self._config, self._unused = opened.config, opened.unused
+
+    @property
+    def state(self) -> State:
+        """Weights and config: see `Recognisable`."""
+        return state_of(self._model, hub.settings(self._config), unused=self._unused)
 
     @torch.inference_mode()
     def capture(self, pixels: UInt8[Tensor, "batch height width 3"], hookpoints: Sequence[str]) -> Captured:

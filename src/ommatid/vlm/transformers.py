@@ -10,7 +10,7 @@ from transformers import AutoModel
 
 from ommatid.config.models import TransformersJudge
 from ommatid.errors import ModelError
-from ommatid.vlm import Dtype, hub
+from ommatid.vlm import Dtype, State, hub, state_of
 from ommatid.vlm.network_checks import structured_picture
 from ommatid.vlm.precision import normalise, resolve_dtype
 from ommatid.vlm.processor import load_preprocess
@@ -34,12 +34,18 @@ class TransformersVisionJudge:
         self._model = model.to(device)
         # Models such as facebook/dino-vits16 come without a pooler, and transformers gives them one with random weights.
         self._has_pooler = not missing
+        self._unused = missing
         self._is_mae = model.config.model_type == "vit_mae"
         if self._is_mae:
             model.config.mask_ratio = 0.0
         self._device, self._dtype = device, resolve_dtype(dtype, device)
         self._leading: dict[int, bool] = {}
         self.d_embed = self._probe(path)
+
+    @property
+    def state(self) -> State:
+        """Weights and config: see `Recognisable`."""
+        return state_of(self._model, hub.settings(self._model.config), self._has_pooler, sorted(self._leading.items()), unused=self._unused)
 
     @torch.inference_mode()
     def embed(self, pixels: UInt8[Tensor, "batch height width 3"]) -> Float32[Tensor, "batch d_embed"]:

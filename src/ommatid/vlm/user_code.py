@@ -38,6 +38,16 @@ def checksum(spec: str) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
 
+def checksum_of_parts(module: nn.Module) -> str:
+    """Return the sha256 of the files that define the classes of a module and of its sub-modules."""
+    names = {part.__class__.__module__ for part in module.modules()}
+    files = {file for name in names if (file := getattr(sys.modules.get(name), "__file__", None))}
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
+
+
 def _find(spec: str, key: str) -> Callable[[], object]:
     name, _, attribute = spec.partition(":")
     found: object = _import(name, spec, key)
