@@ -84,6 +84,14 @@ def test_all_empties_every_cache(tmp_path: Path) -> None:
     assert other.exists()
 
 
+def test_one_cache_is_emptied_by_its_name(tmp_path: Path) -> None:
+    rows, sums = put(cache_folder() / "activations" / "n" / "1.rows", 0), put(cache_folder() / "checksums" / "1.json", 0)
+    assert len(clean(tmp_path / "data", dry_run=False, everything=True, names=["activations"])) == 3
+    assert (rows.exists(), sums.exists()) == (False, True)
+    with pytest.raises(ConfigError, match="activation: there is no cache of this name; name one or more of activations, checksums"):
+        clean(tmp_path / "data", dry_run=False, everything=True, names=["activation"])
+
+
 def test_the_bound_follows_the_disk_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMMATID_CACHE_GB", "1.5")
     assert activations_bound() == 1.5e9

@@ -379,14 +379,15 @@ def serve(
 
 @app.command()
 def gc(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[CACHE]...", help="Names of caches; default: all.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what the caches hold and what would be removed.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Remove all entries of all caches.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Remove all entries of these caches.")] = False,
     data: Data = DEFAULT_DATA,
 ) -> None:
     """List the caches, and remove what is beyond their bounds, was not used for long, or was left by runs that ended early."""
     from ommatid.cli.gc import clean
 
-    for line in clean(Path("data" if "://" in data else data), dry_run, everything):
+    for line in clean(Path("data" if "://" in data else data), dry_run, everything, names or ()):
         say(line)
 
 

@@ -1,26 +1,35 @@
 """The verb `gc`: a table of all caches, from which what is superfluous is removed."""
 
 import datetime
+from collections.abc import Sequence
 from pathlib import Path
 
 from ommatid.cli.terminal import align
+from ommatid.errors import ConfigError
 from ommatid.store.caches import CACHES, Cache
 from ommatid.store.filesystem import in_words
 
 
-def clean(data: Path, dry_run: bool, everything: bool) -> list[str]:
-    """Remove what is superfluous in all caches.
+def clean(data: Path, dry_run: bool, everything: bool, names: Sequence[str] = ()) -> list[str]:
+    """Remove what is superfluous in caches.
 
     Args:
         data: Root of the study whose drafts are looked at; the other caches belong to the user of this machine.
         dry_run: Whether to remove nothing.
         everything: Whether to remove all entries.
+        names: Names of the caches; none means all.
 
     Returns:
         The lines of a table with a row per cache, and a line that sums up what was, or would be, removed.
+
+    Raises:
+        ConfigError: There is no cache of a name.
     """
+    known = {cache.name: cache for cache in CACHES}
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"{unknown[0]}: there is no cache of this name; name one or more of {', '.join(known)}")
     rows, n_removed, freed = [], 0, 0
-    for cache in CACHES:
+    for cache in [known[name] for name in names or known]:
         entries = cache.by_use(data)
         found = cache.superfluous(entries, everything)
         removed = [entry.bytes if dry_run else entry.remove() for entry in found]

@@ -93,7 +93,7 @@ class ExtractParams(Section):
     namer: Model | None
     """Model whose joint image-text space is used to label latents; null for the explained model, which must have a text tower."""
     batch_size: Annotated[int, Field(ge=1, le=4096)]
-    """Number of images per forward pass."""
+    """Number of images of every forward pass; the last pass of a shard has black images at its end. The last bits depend on it."""
     dtype: Literal["auto", "float32", "bfloat16"]
     """Data type of the forward pass; auto for bfloat16 if the hardware computes in it, else float32."""
     executor: Executor
