@@ -14,10 +14,14 @@ from ommatid.catalog.reader import Catalog
 from ommatid.pipeline import STAGES
 from ommatid.publish.champion import folder_of
 from ommatid.publish.decisions import Decision, find_champion
+from ommatid.publish.drift import Outcome
+from ommatid.show.drift import TESTS, VERDICTS, describe_change, draw_changed
 from ommatid.stage import HEALTH, QUALITY, REPORT
 
 HEADLINES = ("evaluate", "label", "intervene")
 N_FEATURES = 10
+N_CHANGED = 8
+"""Number of changed features that are shown of a check of drift."""
 N_DICTIONARIES = 8
 """Maximum number of dictionaries whose health is shown; each picture takes about 50 kB of Prefect's database."""
 
@@ -141,9 +145,9 @@ def _picture(catalogue: Path, draw: Callable[[Catalog, Path], None]) -> str | No
         return _embed(png.read_bytes())
 
 
-def _embed(png: bytes) -> str:
+def _embed(picture: bytes, kind: str = "png") -> str:
     """Encode a picture as a data URL."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 def decision(made: Decision, has_pictures: bool = False) -> str:
@@ -179,6 +183,32 @@ def _best_of_both(made: Decision) -> Iterator[str]:
         if picture := _picture(file, lambda catalog, png, sae=sae: draw_best(catalog, png, N_FEATURES, sae)):
             yield f"## The best features of the {title}"
             yield f"![examples of each feature]({picture})"
+
+
+def drift(outcome: Outcome) -> str:
+    """Make the page of a check of new images, with a picture of the latents that have changed."""
+    check = outcome.check
+    assert check is not None, outcome
+    row = check.row
+    parts = [f"# {VERDICTS[outcome.verdict]}: {_cell(outcome.reason)}"]
+    tests = [(test.title, test.value(row), test.chance(row), f"{row[test.p]:.2g}") for test in TESTS if row[test.p] is not None]
+    if tests:
+        parts.append(_table(("compared", "found", "by chance", "p, adjusted"), tests))
+    if changed := [one for one in check.latents(N_CHANGED) if one["is_changed"]]:
+        picture = draw_changed(changed, check.pictures())
+        parts += [
+            "## Features that fire differently: the champion's images and new ones",
+            f"![changed features]({_embed(picture, 'webp')})",
+        ]
+        parts.append(_table(("latent", "name", "", "change"), [_changed(one) for one in changed]))
+    if outcome.is_drift and row["action"] == "warn":
+        parts.append("`drift.action` is `warn`, so the run goes on and trains on these images.")
+    parts.append(f"The page `/drift?check={row['check_id']}` of `ommatid serve --published` has more, and the relation `drift` everything.")
+    return "\n\n".join(parts)
+
+
+def _changed(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["latent"], row["label"] or "without a name", row["change"], describe_change(row)
 
 
 def _number(value: Any) -> str:

@@ -8,7 +8,7 @@ features and of all SAEs.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
@@ -46,9 +46,16 @@ def pipeline(params: Params = PREFILLED) -> str | None:
     return place.experiment
 
 
-def run_stages(place: Workplace) -> None:
-    """Run every stage in order, then publish the numbers and the pictures."""
+def run_stages(place: Workplace, before: Mapping[str, Callable[[], None]] | None = None) -> None:
+    """Run every stage in order, then publish the numbers and the pictures.
+
+    Args:
+        place: The folder in which the run works.
+        before: What is called before a stage, by the stage's name.
+    """
     for stage, is_clean in place.plan():
+        if before and stage in before:
+            before[stage]()
         run_stage.with_options(name=stage, task_run_name=stage)(stage, place, is_clean)
     publish_metrics(place)
     publish_features(place)

@@ -4,7 +4,9 @@ The challenger is the best SAE of the new training; it and the champion are meas
 holds the champion's catalogue, and the alias `champion` in the MLflow registry points at its SAE. If a person has to approve
 (flows/approval.py), the run is suspended in between, holds neither a worker nor the checkout, and begins anew when it is resumed.
 
-Final states: Promoted, Kept and Unchanged are completed; Rejected is a failure, of a quality gate.
+Before `train`, new images are compared with the champion's (flows/drift.py).
+
+Final states: Promoted, Kept and Unchanged are completed; Rejected is a failure, of a quality gate, and so is Drifted, of new images.
 """
 
 from pathlib import Path
@@ -18,6 +20,7 @@ from prefect.states import Completed, Failed
 
 from flows import approval, artifacts
 from flows.checkout import Workplace, open_workplace
+from flows.drift import check_drift
 from flows.pipeline import run_stages
 from flows.prefect_server import leave_out_tracebacks, prefect_server
 from ommatid.cli.error_boundary import at_edge
@@ -28,6 +31,7 @@ from ommatid.publish import champion, versions
 from ommatid.publish.approval import Waiting, forget_waiting, read_waiting
 from ommatid.publish.champion import SupersededError
 from ommatid.publish.decisions import Decision, read_decisions
+from ommatid.publish.drift import DriftError
 
 MOST_DECISIONS = 3
 """Number of times that a run decides while somebody else changes the champion meanwhile."""
@@ -81,7 +85,9 @@ def _find_new(place: Workplace, params: Params) -> Decision | Waiting | State:
         if champion.is_decided():
             return Completed(name="Unchanged", message="images, params and code have not changed")
     try:
-        run_stages(place)
+        run_stages(place, {"train": lambda: check_drift(params, place)})
+    except DriftError as error:
+        return Failed(name="Drifted", message=str(error), data=error)
     except RunError as error:
         if GateError.WORDS not in str(error):
             raise

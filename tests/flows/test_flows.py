@@ -12,7 +12,7 @@ from flows.pipeline import pipeline
 from flows.retrain import retrain
 from ommatid.config import load_params
 from ommatid.errors import RunError
-from ommatid.publish import champion
+from ommatid.publish import champion, drift
 from ommatid.publish.decisions import Decision, Scores
 from support.checkout import REPOSITORY
 from support.processes import HANG_SECONDS
@@ -81,3 +81,20 @@ def test_retrain_runs_and_decides_when_images_changed_even_without_a_registry(he
     state = retrain(return_state=True)
     assert isinstance(state, State) and (state.name, state.message) == ("Kept", "the champion stays: FVU +0.2")
     assert len(published) == 1 and ran(here) == ["images", "train", "evaluate"]
+
+
+@pytest.mark.parametrize(("action", "name", "stages"), [("stop", "Drifted", ["images"]), ("warn", "Kept", ["images", "train", "evaluate"])])
+def test_drift_ends_a_retraining_before_training_only_if_it_should(
+    here: Path, monkeypatch: pytest.MonkeyPatch, action: str, name: str, stages: list[str]
+) -> None:
+    published = decided(monkeypatch)
+    params = here / "params.yaml"
+    params.write_text(params.read_text().replace("action: warn", f"action: {action}"))
+    found = drift.Outcome(None, "600 new images differ from the champion's 10,000", is_drift=True)
+    monkeypatch.setattr(drift, "check_drift", lambda params, on_event: found)
+    (here / "photos/two.jpg").write_text("two")
+    state = retrain(return_state=True)
+    assert isinstance(state, State) and (state.name, state.is_failed()) == (name, action == "stop")
+    assert ran(here) == stages and len(published) == (action == "warn")
+    if action == "stop":
+        assert str(state.message).startswith("drift: 600 new images differ from the champion's 10,000; nothing was trained")

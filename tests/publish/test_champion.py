@@ -75,7 +75,7 @@ def make(name: str, ms: float, d_model: int = 8, recipe: str | None = None, **ot
     _write("images", {"": ({"n_eval": 3}, {})})
     _write("extract", {"blocks.15": (activations, {})})
     _write("train", {sae: ({"sae": sae}, {"cfg.json": json.dumps(activations).encode()}) for sae in saes})
-    numbers = {"fvu": 0.3, "l0": 32.0, "dead": 0.1, "ms_floor": 0.35}
+    numbers = {"fvu": 0.3, "l0": 32.0, "dead": 0.1, "ms_floor": 0.35, "image_activation": "max"}
     latents = {sae: pa.table({"sae": [sae] * 3, "latent": [0, 1, 2], "is_dead": [False] * 3, "ms": [of] * 3}) for sae, of in saes.items()}
     inside = {sae: ({"sae": sae, "ms": of, **numbers}, {"latents.parquet": latents[sae]}) for sae, of in saes.items()}
     pairs = [(one, other, i, 1.0 if i < 2 else 0.1) for one in saes for other in saes if one != other for i in range(3)]

@@ -391,6 +391,19 @@ def gc(
         say(line)
 
 
+@app.command()
+def drift(
+    limit: Annotated[int, typer.Option(min=1, help="Number of latents to list, those with the strongest evidence first.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    params: ParamsFile = DEFAULT_PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Compare new images with those of the champion, and list the latents that fire differently on them."""
+    from ommatid.cli.drift import run
+
+    run(params, overrides or [], limit, as_json)
+
+
 champion = typer.Typer(no_args_is_help=True, help="Show the published SAEs of this checkout; promote one by hand, or return to one.")
 app.add_typer(champion, name="champion")
 

@@ -64,10 +64,11 @@ def measure(
     numbers = np.sort(np.concatenate([*images.values(), np.empty(0, np.int64)]).astype(np.int64))
     sums, n = _Sums(len(numbers), sae), max(1, ENTRIES // sae.n_latents)
     for table, wanted in images.items():
-        if len(wanted):
-            for done, n_parts, batch in _iter_tokens(activations, target, table, np.sort(wanted), n):
+        parts = activations.parts(table) if len(wanted) else []
+        for done, part in enumerate(parts, start=1):
+            for batch in _iter_tokens(activations, target, part, np.sort(wanted), n):
                 sums.add(np.searchsorted(numbers, batch.images), batch, image_activation)
-                on_event(Progress(f"compare images: {table} activations", done, n_parts))
+            on_event(Progress(f"compare images: {table} activations", done, len(parts)))
     if missing := int((sums.n_tokens == 0).sum()):
         raise ArtefactError(f"{activations.url}: has no tokens of {missing} of {len(numbers)} images; run `dvc repro extract`")
     rows, latents, acts = sums.firings(image_activation)
@@ -85,26 +86,24 @@ class _Tokens:
 
 
 def _iter_tokens(
-    activations: Artefact, target: Artefact | None, table: str, wanted: Int64[np.ndarray, " images"], n: int
-) -> Iterator[tuple[int, int, _Tokens]]:
-    """Yield the tokens of the wanted images, at most `n` at a time, with the number of parts begun and of all parts."""
-    parts = activations.parts(table)
-    for done, part in enumerate(parts, start=1):
-        decoded, first = target and target.read_part(part, ["x"])["x"], 0
-        with activations.open_part(part) as file:
-            for group in range(file.num_row_groups):
-                images = file.read_row_group(group, ["image"])["image"].to_numpy().astype(np.int64)
-                place = np.searchsorted(wanted, images).clip(max=len(wanted) - 1)
-                rows = np.flatnonzero(wanted[place] == images)
-                before, first = first, first + len(images)
-                if not len(rows):
-                    continue
-                found = file.read_row_group(group, ["kind", "x"]).take(rows)
-                for start in range(0, len(rows), n):
-                    some, of = found.slice(start, n), rows[start : start + n]
-                    x = from_float16(some["x"]).float()
-                    y = x if decoded is None else from_float16(decoded.take(before + of)).float()
-                    yield done, len(parts), _Tokens(images[of], np.array(some["kind"]) == "cls", x, y)
+    activations: Artefact, target: Artefact | None, part: str, wanted: Int64[np.ndarray, " images"], n: int
+) -> Iterator[_Tokens]:
+    """Yield the tokens of the wanted images in a part, at most `n` at a time."""
+    decoded, first = target and target.read_part(part, ["x"])["x"], 0
+    with activations.open_part(part) as file:
+        for group in range(file.num_row_groups):
+            images = file.read_row_group(group, ["image"])["image"].to_numpy().astype(np.int64)
+            place = np.searchsorted(wanted, images).clip(max=len(wanted) - 1)
+            rows = np.flatnonzero(wanted[place] == images)
+            before, first = first, first + len(images)
+            if not len(rows):
+                continue
+            found = file.read_row_group(group, ["kind", "x"]).take(rows)
+            for start in range(0, len(rows), n):
+                some, of = found.slice(start, n), rows[start : start + n]
+                x = from_float16(some["x"]).float()
+                y = x if decoded is None else from_float16(decoded.take(before + of)).float()
+                yield _Tokens(images[of], np.array(some["kind"]) == "cls", x, y)
 
 
 class _Sums:

@@ -2,8 +2,10 @@
 
     data/published/catalog.duckdb          the champion's catalogue; replaced as a whole, so that open readers keep the old file
     data/published/decisions.jsonl         every decision with its numbers, one per line; lines are only ever appended
-    data/published/champions/<key>/        a champion's SAE and catalogue as they were when it won; the catalogue also matches its
-                                           latents with those of the champion before it, on the same images
+    data/published/champions/<key>/        a champion's SAE and catalogue as they were when it won, and what new images are compared
+                                           with (ommatid/drift); the catalogue also matches its latents with those of the champion
+                                           before it, on the same images
+    data/published/drift/<check>/          a check of new images for drift (publish/drift.py), which the published catalogue shows
 
 decisions.jsonl is the source of truth. A champion's files are complete before its line is written, and `settle` derives everything else
 from the lines, so that a run killed at any point is completed by the next one. All paths are relative to the current directory.
@@ -45,12 +47,16 @@ from ommatid.store.filesystem import sync
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from ommatid.drift import Extraction
     from ommatid.evaluate.latent_pairs import EvaluatedSAE
 
 CATALOG = PUBLISHED / "catalog.duckdb"
 CHAMPIONS = PUBLISHED / "champions"
+CHECKS = PUBLISHED / "drift"
+REFERENCE = "drift"
+"""Name of the folder in a champion's with what new images are compared with."""
 SETTLED = PUBLISHED / "settled"
-"""File with the number of bytes of decisions.jsonl that the published catalogue reflects."""
+"""File with the number of bytes of decisions.jsonl, and the last check of drift if there is any, that the published catalogue reflects."""
 WORK = Path("data/.work")
 MEASURED = Path("data/champion")
 """Where the evaluation of the champion on the checkout's images would be published; it stays a draft, in `WORK`."""
@@ -164,25 +170,26 @@ def publish(decision: Decision, keep: int, on_event: Listener = ignore) -> None:
     with _locked():
         _check_against(decision)
         if decision.decision == "champion":
-            _keep_winner(decision)
+            _keep_winner(decision, on_event)
         append(decision)
         _settle(keep, on_event)
     for folder in [MATCHED / decision.key, *WORK.glob(f"{MEASURED.name}-*")]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def wait(waiting: Waiting) -> None:
+def wait(waiting: Waiting, on_event: Listener = ignore) -> None:
     """Keep a challenger that won until a person answers, in place of the one that waited before.
 
     Args:
         waiting: The challenger, with the decision to publish it.
+        on_event: Called with warnings.
 
     Raises:
         SupersededError: The champion is no longer the one that the challenger was compared with; decide again.
     """
     with _locked():
         _check_against(waiting.decision)
-        _keep_winner(waiting.decision)
+        _keep_winner(waiting.decision, on_event)
         write_waiting(waiting)
 
 
@@ -352,7 +359,7 @@ def find_former(name: str) -> Decision:
     raise ConfigError(f"{name!r} {problem} {champions or 'none'}")
 
 
-def _keep_winner(decision: Decision) -> None:
+def _keep_winner(decision: Decision, on_event: Listener) -> None:
     """Copy the SAE and the catalogue of a decision's SAE to the folder of champions, atomically, unless they are there."""
     from ommatid.publish.catalog import add_rows
 
@@ -364,10 +371,34 @@ def _keep_winner(decision: Decision) -> None:
     shutil.copytree(sae.path, temporary / "sae")
     shutil.copyfile(open_stage("catalog").file(CATALOG.name), temporary / CATALOG.name)
     add_rows(temporary / CATALOG.name, {path.stem: path for path in (MATCHED / decision.key).glob("*.parquet")})
+    _write_reference(temporary / REFERENCE, sae, on_event)
     for path in [*temporary.rglob("*"), temporary]:
         sync(path)
     os.rename(temporary, folder)
     sync(CHAMPIONS)
+
+
+def _write_reference(folder: Path, sae: Artefact, on_event: Listener) -> None:
+    """Write what new images are compared with; an SAE can be the champion without it."""
+    from ommatid.drift import write_reference
+
+    try:
+        evaluation = next(one for one in open_stage("evaluate").each().values() if one.summary["sae"] == sae.summary["sae"])
+        write_reference(folder, sae, open_extraction(sae), evaluation.summary["image_activation"], on_event=on_event)
+    except ArtefactError as error:
+        on_event(Warned(f"new images will not be compared with those of {sae.summary['sae']}: {error}"))
+
+
+def open_extraction(sae: Artefact) -> "Extraction":
+    """Open the checkout's images, and their activations that an SAE encodes and decodes.
+
+    Raises:
+        ArtefactError: An artefact is missing or damaged, or has no activations of the SAE's hookpoint.
+    """
+    from ommatid.drift import Extraction
+
+    activations = _activations(sae)
+    return Extraction(open_stage("images"), activations["extract"], activations.get("target"))
 
 
 @contextmanager
@@ -411,11 +442,11 @@ def _settle(keep: int, on_event: Listener, sets_alias: bool = False) -> None:
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
-    if standing.champion and not _is_settled():
+    if standing.champion and not (_is_settled() and SETTLED.read_text() == _state()):
         _publish_catalog(standing.champion, on_event)
         if sets_alias:
             try_alias(on_event)
-        SETTLED.write_text(str(DECISIONS.stat().st_size))
+        SETTLED.write_text(_state())
         sync(PUBLISHED)
 
 
@@ -428,12 +459,24 @@ def try_alias(on_event: Listener) -> str | None:
 
 
 def _is_settled() -> bool:
-    return CATALOG.exists() and SETTLED.exists() and SETTLED.read_text() == str(DECISIONS.stat().st_size)
+    """Whether the published catalogue reflects the last decision, though perhaps not the last check of drift."""
+    return CATALOG.exists() and SETTLED.exists() and SETTLED.read_text().split()[:1] == _state().split()[:1]
+
+
+def _state() -> str:
+    """What the published catalogue should reflect, as `SETTLED` says it."""
+    checks = _list_checks()
+    return f"{DECISIONS.stat().st_size} {checks[-1].name if checks else ''}".strip()
+
+
+def _list_checks() -> list[Path]:
+    """Folders of all checks of drift, oldest first."""
+    return [manifest.parent for manifest in sorted(CHECKS.glob(f"*/{store.MANIFEST}"))]
 
 
 def _publish_catalog(champion: Decision, on_event: Listener) -> None:
     """Publish the champion's catalogue, with a row in `runs` for every decision; open readers of the old file keep it."""
-    from ommatid.publish.catalog import write_runs
+    from ommatid.publish.catalog import write_drift, write_runs
 
     source, temporary = folder_of(champion) / CATALOG.name, CATALOG.with_suffix(".new")
     if not source.exists():
@@ -441,6 +484,7 @@ def _publish_catalog(champion: Decision, on_event: Listener) -> None:
         return
     shutil.copyfile(source, temporary)
     write_runs(temporary, [_row(decision) for decision in read_decisions()])
+    write_drift(temporary, _list_checks())
     sync(temporary)
     os.replace(temporary, CATALOG)
     sync(PUBLISHED)

@@ -1,6 +1,7 @@
-"""How checks of drift are put into words, on pages, in Prefect and on the command line."""
+"""How checks of drift are put into words and pictures, on pages, in Prefect and on the command line."""
 
-from collections.abc import Callable, Mapping
+import io
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,3 +68,44 @@ def describe_change(row: Mapping[str, Any]) -> str:
     if row["act"] is None or row["act_before"] is None:
         return rates
     return f"{rates}; activation {row['act']:.2f}, {row['act_before']:.2f} before"
+
+
+SIDE = 72
+"""Side of a picture of an image, in pixels."""
+GAP = 4
+"""Pixels between pictures."""
+LINE = 20
+"""Height of a line of text, in pixels."""
+
+
+def draw_changed(rows: Sequence[Mapping[str, Any]], pictures: Sequence[Mapping[str, Any]]) -> bytes:
+    """Draw the images on which changed latents fire most, those of the champion on the left and new ones on the right.
+
+    Args:
+        rows: Rows of the relation `drift`, one for each latent.
+        pictures: Rows of the relation `drift_images`; latents without any are left out.
+
+    Returns:
+        A WebP file.
+    """
+    from PIL import Image, ImageDraw, ImageFont  # here, as the explorer's server needs only the words
+
+    shown = [row for row in rows if any(picture["latent"] == row["latent"] for picture in pictures)]
+    n = max((picture["rank"] for picture in pictures), default=1)
+    half = n * (SIDE + GAP) + 4 * GAP
+    canvas = Image.new("RGB", (2 * half, LINE + len(shown) * (SIDE + LINE + 3 * GAP)), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    for left, title in ((0, "the champion's images"), (half, "new images")):
+        draw.text((left + GAP, 2), title, "black", font)
+    for i, row in enumerate(shown):
+        top = LINE + i * (SIDE + LINE + 3 * GAP)
+        name = f"{row['latent']} {row['label'] or 'without a name'}: {row['change']}"
+        draw.text((GAP, top), name.encode("latin-1", "replace").decode("latin-1")[:90], "black", font)  # the font has no other letters
+        for picture in pictures:
+            if picture["latent"] == row["latent"]:
+                left = (half if picture["side"] == "new" else 0) + GAP + (picture["rank"] - 1) * (SIDE + GAP)
+                with Image.open(io.BytesIO(picture["thumbnail"])) as opened:
+                    canvas.paste(opened.convert("RGB").resize((SIDE, SIDE)), (left, top + LINE))
+    buffer = io.BytesIO()
+    canvas.save(buffer, "WEBP", quality=80)
+    return buffer.getvalue()
