@@ -90,7 +90,11 @@ IMAGES = _table(
     captions=(pa.list_(pa.field("element", pa.string())), "captions in the source, of which there may be several or none"),
     taxonomy=(nullable(pa.string()), "path of classes in the source, from the root and separated by /; null if it has none"),
     thumbnail=(pa.binary(), "thumbnail of the upright image, WebP"),
-    encoded=(pa.binary(), "content of the image file, unchanged"),
+    encoded=(
+        pa.binary(),
+        "content of the image file, unchanged; with images.by_reference, a record in JSON instead: place (folder or URL), name, size, "
+        "offset in the file (null for a whole file) and sha256",
+    ),
 )
 
 REJECTED = _table(

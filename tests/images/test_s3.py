@@ -1,8 +1,10 @@
 """Images on a real S3 server give the same rows as on a disk: labels, captions, rejected files, Parquet, and a run that continues."""
 
+import io
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ import pytest
 
 from ommatid.errors import ArtefactError, SourceError
 from ommatid.images.folder import Folder
+from ommatid.images.original import OriginalReader
 from ommatid.store.filesystem import open_folder
+from ommatid.store.filesystem.remote import Remote
 
 
 @pytest.fixture
@@ -97,6 +101,54 @@ def test_missing_parquet_files_are_named(s3: str, root: Path, path: str, said: s
     open_folder(s3).put(root.parent / "to-put", "x.parquet")
     with pytest.raises(SourceError, match=rf"{s3}/{path}: {said}"):
         make({"kind": "parquet", "path": f"{s3}/{path}"})
+
+
+def test_references_to_objects_are_read_and_checked(s3: str, root: Path, make: Callable[..., Any]) -> None:
+    upload(root, f"{s3}/photos")
+    held, referring = (
+        make({"kind": "folder", "path": f"{s3}/photos"}, f"{by}/images", by_reference=by == "there") for by in ("here", "there")
+    )
+    assert held.read("images").drop_columns(["encoded"]).equals(referring.read("images").drop_columns(["encoded"]))
+    reader = OriginalReader(referring)
+    contents = [OriginalReader(held).read(i) for i in range(held.summary["n_images"])]
+    assert [reader.read(i) for i in range(len(contents))] == contents
+    paths = held.read("images", ["path"])["path"].to_pylist()
+    (root.parent / "other").write_bytes(contents[1])
+    open_folder(f"{s3}/photos").put(root.parent / "other", paths[0])
+    with pytest.raises(ArtefactError, match=rf"{s3}/photos/{paths[0]}: this image, .*, has changed; restore it, or run"):
+        reader.read(0)
+    open_folder(f"{s3}/photos").remove(paths[0])
+    with pytest.raises(ArtefactError, match="is missing"):
+        reader.read(0)
+
+
+def test_archives_give_the_same_rows_as_on_a_disk(s3: str, tmp_path: Path, png: Callable[[int], bytes], make: Callable[..., Any]) -> None:
+    (tmp_path / "shards").mkdir()
+    for shard in range(2):
+        with tarfile.open(tmp_path / "shards" / f"{shard}.tar", "w") as tar:
+            for i in range(3):
+                for name, content in ((f"{i}.png", png(3 * shard + i)), (f"{i}.cls", b"dog"), (f"{i}.txt", b"a dog")):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    upload(tmp_path / "shards", f"{s3}/shards")
+    sources = ({"kind": "webdataset", "path": f"{at}/shards"} for at in (s3, tmp_path, s3))
+    there, here, referring = (make(source, f"{n}/images", by_reference=n == 2) for n, source in enumerate(sources))
+    assert there.read("images").equals(here.read("images")) and there.rows("images") == 6
+    assert [OriginalReader(referring).read(i) for i in range(6)] == [OriginalReader(here).read(i) for i in range(6)]
+
+
+def test_only_new_objects_are_read(s3: str, root: Path, png: Any, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    upload(root, f"{s3}/photos")
+    source, read, whole = {"kind": "folder", "path": f"{s3}/photos"}, [], Remote._read
+    make(source)
+    monkeypatch.setattr(Remote, "_read", lambda self, name, *place: read.append(name) or whole(self, name, *place))
+    make(source)
+    assert read == ["captions.csv"]
+    (root.parent / "new").write_bytes(png(77))
+    open_folder(f"{s3}/photos").put(root.parent / "new", "new.png")
+    make(source)
+    assert read == ["captions.csv"] * 2 + ["new.png"]
 
 
 DYING = """

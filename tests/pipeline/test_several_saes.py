@@ -5,8 +5,7 @@ run in order: each needs the artefacts of the one before.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,39 +27,14 @@ from ommatid.publish import champion
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, open_draft
 from ommatid.store.per_sae import numbers
-from ommatid.vlm import Captured, Hookpoint, Replacement
 from support.study import make_test_params, run_verb
-from support.tiles import COLOURS, GRID, TileModel, use_tile_model, write_tile_folder
+from support.tiles import COLOURS, D_DEEP, DeepTileModel, TileModel, use_tile_model, write_tile_folder
 
 NARROW, WIDE = "batch_topk-12-k2-s0", "batch_topk-24-k3-s0"
 WIDTHS = {NARROW: 12, WIDE: 24}
 ABOUT_LATENTS = {"evaluate": "latents", "label": "labels", "intervene": "effects"}
 """A table with a row for every latent, by stage."""
 CATALOG = Path("data/catalog/catalog.duckdb")
-D_DEEP = 5
-
-
-class DeepTileModel(TileModel):
-    """Has a second hookpoint of another width, a fixed linear map of the first, and a third one with other tokens."""
-
-    hookpoints = {**TileModel.hookpoints, "deep": Hookpoint(D_DEEP, ("cls",), GRID)}  # noqa: RUF012
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.onward = torch.randn(self.d_model, D_DEEP, generator=torch.Generator().manual_seed(7))
-
-    def capture(self, pixels: torch.Tensor, hookpoints: Sequence[str]) -> Captured:
-        captured = super().capture(pixels, ["tiles", "cls"])
-        tokens = {**captured.tokens, "deep": captured.tokens["tiles"] @ self.onward}
-        return replace(captured, tokens={name: tokens[name] for name in hookpoints})
-
-    def splice(
-        self, pixels: torch.Tensor, hookpoint: str, replacements: Sequence[Replacement], read: str | None = None
-    ) -> tuple[torch.Tensor, ...]:
-        if hookpoint != "deep":
-            return super().splice(pixels, hookpoint, replacements)
-        tokens, back = self.capture(pixels, ["deep"]).tokens["deep"], torch.linalg.pinv(self.spread @ self.onward)
-        return tuple(replacement(tokens)[:, 1:].mean(1) @ back + 0.01 for replacement in replacements)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -260,7 +234,7 @@ def test_evaluating_a_transcoder_needs_its_target(params: Params, tmp_path: Path
 
 
 def test_a_new_champion_is_matched_with_the_last_on_the_same_images(params: Params) -> None:
-    champion.publish(champion.decide(params))
+    champion.publish(champion.decide(params), params.retrain.keep)
     with Catalog(champion.CATALOG) as catalog:
         ((before,),) = catalog.rows("SELECT sae FROM runs WHERE decision = 'champion'")
     train = type(params.train).model_validate(params.train.model_dump(mode="json") | {"runs": [], "seed": 1})
@@ -270,7 +244,7 @@ def test_a_new_champion_is_matched_with_the_last_on_the_same_images(params: Para
         run_stage(stage, again, ignore)
     decision = champion.decide(again)
     assert decision.decision == "champion" and decision.champion and decision.champion.sae == before
-    champion.publish(decision)
+    champion.publish(decision, again.retrain.keep)
     with Catalog(champion.CATALOG) as catalog:
         found = catalog.ask("FROM matches WHERE sae = $sae", {"sae": decision.challenger.sae}).dicts()
         assert [row["latent"] for row in found] == list(range(24)) and {row["other_sae"] for row in found} == {before}

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,33 @@ class WithoutText(TileModel):
 
     def embed_text(self, texts: object) -> object:
         raise ModelError("tiles: has no text tower")
+
+
+D_DEEP = 5
+"""Width of the hookpoint `deep`."""
+
+
+class DeepTileModel(TileModel):
+    """Has a second hookpoint of another width, a fixed linear map of the first, and a third one with other tokens."""
+
+    hookpoints = {**TileModel.hookpoints, "deep": Hookpoint(D_DEEP, ("cls",), GRID)}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.onward = torch.randn(self.d_model, D_DEEP, generator=torch.Generator().manual_seed(7))
+
+    def capture(self, pixels: torch.Tensor, hookpoints: Sequence[str]) -> Captured:
+        captured = super().capture(pixels, ["tiles", "cls"])
+        tokens = {**captured.tokens, "deep": captured.tokens["tiles"] @ self.onward}
+        return replace(captured, tokens={name: tokens[name] for name in hookpoints})
+
+    def splice(
+        self, pixels: torch.Tensor, hookpoint: str, replacements: Sequence[Replacement], read: str | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        if hookpoint != "deep":
+            return super().splice(pixels, hookpoint, replacements)
+        tokens, back = self.capture(pixels, ["deep"]).tokens["deep"], torch.linalg.pinv(self.spread @ self.onward)
+        return tuple(replacement(tokens)[:, 1:].mean(1) @ back + 0.01 for replacement in replacements)
 
 
 def png(image: Image.Image) -> bytes:

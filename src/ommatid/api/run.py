@@ -13,7 +13,7 @@ from ommatid.catalog.reader import Catalog
 from ommatid.config.intervene import ONE_WORD
 from ommatid.errors import ArtefactError, ConfigError, InputError, ModelError
 from ommatid.pipeline import STAGES, open_stage
-from ommatid.pipeline.inputs import check_lineage
+from ommatid.pipeline.inputs import open_of_sae
 from ommatid.stage import DATA
 from ommatid.store import INSIDE, Artefact
 
@@ -481,24 +481,17 @@ class Run:
         >>> (one,) = subject.describe([latent])
         >>> editor = subject.editor([one])  # makes edits of this latent into what `subject.model.splice` takes
         """
-        name, artefact = self._find(sae)
+        name, _ = self._find(sae)
         if name not in self._subjects:
-            self._subjects[name] = self._make_subject(name, artefact)
+            self._subjects[name] = self._make_subject(name)
         return name, self._subjects[name]
 
-    def _make_subject(self, name: str, artefact: Artefact) -> "Subject":
+    def _make_subject(self, name: str) -> "Subject":
         from ommatid.intervene.subject import Subject
-        from ommatid.sae.model import SAE
 
-        config = SAE.load(artefact.path).config
-        inputs = {stage: open_stage(stage, data=self.data) for stage in ("images", "evaluate", "label")}
-        inputs["extract"] = open_stage("extract", config.hookpoint, self.data)
-        if config.target:
-            inputs["target"] = open_stage("extract", config.target, self.data)
-        check_lineage("intervene", {**inputs, "train": self._training})
-        of_sae = {stage: inputs[stage].child(name, INSIDE[inputs[stage].manifest.kind]) for stage in ("evaluate", "label")}
+        inputs = open_of_sae("intervene", name, self._training, ("images", "evaluate", "label"), self.data)
         head = self.artefacts["intervene"].manifest.params.get("head") if "intervene" in self.artefacts else None
-        return Subject({**inputs, **of_sae, "train": artefact}, lambda: self.model, head)
+        return Subject(inputs, lambda: self.model, head)
 
     def _speaker(self, subject: "Subject", dtype: "SpeakerDtype", device_map: "DeviceMap | None") -> "Speaker":
         """The whole model, which is loaded only once for the same settings."""
@@ -525,9 +518,8 @@ class Run:
 
     def _make_encoder(self, name: str | None) -> "Encoder":
         model, sae = self.model, self.sae(name)
-        activations, evaluations = open_stage("extract", sae.config.hookpoint, self.data), open_stage("evaluate", data=self.data)
-        check_lineage("encode", {"extract": activations, "train": self._training, "evaluate": evaluations})
-        return Encoder.make(model, sae, self.params["extract"], evaluations.manifest.params)
+        inputs = open_of_sae("encode", self._find(name)[0], self._training, ("evaluate",), self.data)
+        return Encoder.make(model, sae, self.params["extract"], inputs["evaluate"].manifest.params)
 
 
 def _some(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from ommatid.config import CatalogParams
 from ommatid.store import Artefact
+from ommatid.store.per_sae import read_config
 
 Lineage = Mapping[str, Mapping[str, str | None]]
 """Origin of each SAE, by its name in the training; see `ommatid.tracking.lineage`."""
@@ -73,7 +74,7 @@ def make_runs(params: CatalogParams, inputs: Mapping[str, Artefact], saes: Mappi
 
 
 def _row(sae: Artefact, sections: Mapping[str, Any], lineage: Mapping[str, str | None]) -> dict[str, Any]:
-    config = json.loads(sae.file("cfg.json").read_text(encoding="utf-8"))
+    config = read_config(sae)
     dirty = lineage.get("git_dirty")
     return {
         "sae": sae.summary["sae"],

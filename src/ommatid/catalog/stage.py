@@ -24,6 +24,7 @@ from ommatid.errors import ArtefactError, find_lack
 from ommatid.events import Listener, Progress, ignore
 from ommatid.stage import is_checkouts
 from ommatid.store import Artefact, Draft, open_artefact
+from ommatid.store.per_sae import any_activations
 from ommatid.summaries import CatalogSummary
 
 CATALOG = "catalog.duckdb"
@@ -106,7 +107,7 @@ def _write(params: CatalogParams, inputs: Mapping[str, Artefact], draft: Draft, 
     work.mkdir(parents=True)
     saes = dict(iter_saes(inputs))
     pq.write_table(make_runs(params, inputs, saes, lineage), work / "runs.parquet")
-    preprocessing = inputs["extract"].summary["preprocessing"] if "extract" in inputs else {}
+    preprocessing = any_activations(inputs).summary["preprocessing"] if "extract" in inputs else {}
     values = {"resize": preprocessing.get("resize"), "crop": preprocessing.get("crop"), "runs": str(work / "runs.parquet")}
     files = _files(saes, inputs)
     values |= {**files, **_compute(params, saes, inputs, files, work)}
@@ -179,7 +180,7 @@ def _compute(
             return
         firings = [str(path) for path in artefacts.evaluation.files("firings")]
         d_sae = artefacts.evaluation.rows("latents")
-        yield from iter_meanings(inputs["extract"], files["images"], firings, artefacts.name, d_sae)
+        yield from iter_meanings(any_activations(inputs), files["images"], firings, artefacts.name, d_sae)
 
     makers: dict[str, Callable[[SAEArtefacts], Iterator[pa.Table]]] = {
         "neighbours": lambda artefacts: iter_neighbours(artefacts.sae.path, artefacts.name, params.n_neighbours),

@@ -3,7 +3,7 @@
 from ommatid.config.drift import DriftParams
 from ommatid.config.evaluate import Baseline, EvaluateParams
 from ommatid.config.extract import Executor, ExtractFiles, ExtractParams
-from ommatid.config.images import Cifar10Source, FolderSource, ImageSource, ImagesParams, ParquetSource, ShapesSource
+from ommatid.config.images import Cifar10Source, FolderSource, ImageSource, ImagesParams, ParquetSource, ShapesSource, WebDatasetSource
 from ommatid.config.intervene import InterveneParams
 from ommatid.config.label import Labeller, LabelParams
 from ommatid.config.load import dotted, load_params, make_params
@@ -41,6 +41,7 @@ __all__ = [
     "TrainParams",
     "TrainedVariant",
     "Variant",
+    "WebDatasetSource",
     "dotted",
     "load_params",
     "make_params",

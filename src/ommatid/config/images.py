@@ -1,8 +1,8 @@
 """Section `images`, and the kinds of image source, each of which is implemented by `ommatid/images/<kind>.py`."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ommatid.config.section import Section
 
@@ -10,8 +10,10 @@ from ommatid.config.section import Section
 class SourceSection(Section):
     """Base of the kinds of image source."""
 
-    files: ClassVar[Literal["all", "images", "parquet"]] = "all"
+    files: ClassVar[Literal["all", "images", "parquet", "shards"]] = "all"
     """Files at `path` that the source reads."""
+    has_files: ClassVar[bool] = False
+    """Whether images are files, or parts of files, to which a data set can refer."""
 
 
 class Cifar10Source(SourceSection):
@@ -26,6 +28,7 @@ class FolderSource(SourceSection):
     """Every image below a folder, labelled by its sub-folder or by an optional captions.csv (path, caption, label, taxonomy)."""
 
     files: ClassVar = "images"
+    has_files: ClassVar = True
 
     kind: Literal["folder"]
     path: str
@@ -56,7 +59,18 @@ class ShapesSource(SourceSection):
     """File with the plan: n_images, size and seed."""
 
 
-ImageSource = Annotated[Cifar10Source | FolderSource | ParquetSource | ShapesSource, Field(discriminator="kind")]
+class WebDatasetSource(SourceSection):
+    """Images in tar archives as WebDataset writes them (1.jpg, 1.cls, 1.txt, 1.json): one archive, or a folder of them."""
+
+    files: ClassVar = "shards"
+    has_files: ClassVar = True
+
+    kind: Literal["webdataset"]
+    path: str
+    """Archive or folder, relative to the checkout or absolute, or a URL such as s3://bucket/shards."""
+
+
+ImageSource = Annotated[Cifar10Source | FolderSource | ParquetSource | ShapesSource | WebDatasetSource, Field(discriminator="kind")]
 
 
 class ImagesParams(Section):
@@ -72,3 +86,16 @@ class ImagesParams(Section):
     """Largest share of the source that may be unreadable; with more, the gate fails."""
     thumbnail: Annotated[int, Field(ge=16, le=512)]
     """Longest side of the WebP thumbnail in pixels; smaller images are not enlarged."""
+    by_reference: bool = False
+    """Whether the data set refers to the files of the source, by path or URL, size and checksum, instead of holding copies of them."""
+
+    @model_validator(mode="after")
+    def _can_refer(self) -> "ImagesParams":
+        if self.by_reference and not self.source.has_files:
+            sections = [section for section in SourceSection.__subclasses__() if section.has_files]
+            kinds = " or ".join(get_args(section.model_fields["kind"].annotation)[0] for section in sections)
+            raise ValueError(
+                f"by_reference is true, but a source of kind {self.source.kind} has no image files to refer to; "
+                f"set by_reference to false, or source.kind to {kinds}"
+            )
+        return self

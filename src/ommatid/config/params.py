@@ -66,18 +66,23 @@ class Params(Section):
     retrain: RetrainParams
 
     @property
-    def hookpoint(self) -> str:
-        """Hookpoint whose activations the SAE is trained on."""
-        return self.train.hookpoint or self.extract.hookpoints[0]
+    def read_and_decoded(self) -> tuple[tuple[str, str | None], ...]:
+        """Hookpoint that an SAE encodes and, for a transcoder, the one that it decodes: each pair of the SAEs of `train` once, in order."""
+        return tuple(dict.fromkeys((one.hookpoint or self.extract.hookpoints[0], one.target) for one in self.train.each().values()))
 
     @model_validator(mode="after")
-    def _hookpoint_is_extracted(self) -> "Params":
-        known, wanted = self.extract.hookpoints, self.train.hookpoint
-        if wanted is None and len(known) > 1:
-            raise ValueError(f"train.hookpoint: must name one of extract.hookpoints to train on: {', '.join(known)}")
-        for key, name in (("hookpoint", wanted), ("target", self.train.target)):
-            if name is not None and name not in known:
-                raise ValueError(f"train.{key}: {name!r} is not in extract.hookpoints: {', '.join(known)}")
+    def _hookpoints_are_extracted(self) -> "Params":
+        known, first = self.extract.hookpoints, self.extract.hookpoints[0]
+        listed = ", ".join(known)
+        where = "train.runs or train.grid: each SAE" if self.train.runs or self.train.grid else "train.hookpoint:"
+        for one in self.train.each().values():
+            if one.hookpoint is None and len(known) > 1:
+                raise ValueError(f"{where} must name one of extract.hookpoints to train on: {listed}")
+            for key, name in (("hookpoint", one.hookpoint), ("target", one.target)):
+                if name is not None and name not in known:
+                    raise ValueError(f"train.{key}: {name!r} is not in extract.hookpoints: {listed}")
+            if one.target is not None and one.target == (one.hookpoint or first):
+                raise ValueError(f"train.target: {one.target} is the hookpoint itself; set it to null to reconstruct the hookpoint")
         return self
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ class TrainParams(Section):
     """Stage `train`: trains a sparse autoencoder, or several in one pass over the activations."""
 
     hookpoint: str | None
-    """Hookpoint of extract.hookpoints to train on; null if there is only one."""
+    """Hookpoint of extract.hookpoints to train on; null if there is only one, or if runs or grid name that of each SAE."""
     target: str | None
     """Hookpoint of extract.hookpoints to reconstruct from the first, which makes a transcoder; null to reconstruct the first itself."""
     variant: Variant
@@ -40,9 +40,10 @@ class TrainParams(Section):
     max_dead: Annotated[float, Field(gt=0, le=1)]
     """Largest share of latents that may be dead when training ends; with more, the gate fails."""
     runs: tuple[dict[str, Any], ...]
-    """SAEs to train in one pass, each as its differences from the values above, such as [{k: 8}, {k: 32, d_sae: 5120}]; [] for one SAE."""
+    """SAEs to train together, each as its differences from the values above, such as [{k: 8}, {k: 32, d_sae: 5120}]; [] for one SAE."""
     grid: dict[str, tuple[Any, ...]]
-    """Values to combine into SAEs, such as {k: [8, 16], seed: [0, 1]}, of variant, d_sae, k, lr, seed and the weights; {} for one SAE."""
+    """Values to combine into SAEs, such as {k: [8, 16], seed: [0, 1]}, of all that runs may change: hookpoint, target, variant, d_sae, k,
+    lr, seed and the weights; {} for one SAE."""
 
     @field_validator("variant", mode="before")
     @classmethod
@@ -55,6 +56,8 @@ class TrainParams(Section):
             raise ValueError(f"k is {self.k}, larger than d_sae {self.d_sae}: at most d_sae latents can fire; lower k or raise d_sae")
         if self.runs and self.grid:
             raise ValueError("runs and grid are both given; use only one of them")
+        if self.target is not None and self.target == self.hookpoint:
+            raise ValueError(f"hookpoint and target are both {self.target}; set target to null to reconstruct the hookpoint itself")
         if self.runs or self.grid:
             self.each()
         return self
@@ -65,13 +68,29 @@ class TrainParams(Section):
         Raises:
             ValueError: The values of an SAE are invalid, or two SAEs are the same.
         """
-        saes: dict[str, TrainParams] = {}
+        made: list[TrainParams] = []
         for change in self._changes():
             one = self._changed(change)
-            if one in saes.values():
+            if one in made:
                 raise ValueError(f"runs or grid: makes the same SAE twice: {change}")
-            saes[unique_name(f"{one.variant.kind}-{one.d_sae}-k{one.k}-s{one.seed}", saes)] = one
+            made.append(one)
+        if len({one.hookpoint is None for one in made}) > 1:
+            raise ValueError(f"runs or grid: {len(made)} SAEs, of which some name a hookpoint and some do not; set train.hookpoint as well")
+        of_several = len({(one.hookpoint, one.target) for one in made}) > 1
+        saes: dict[str, TrainParams] = {}
+        for one in made:
+            saes[unique_name(f"{one.place}-{one.shape}" if of_several else one.shape, saes)] = one
         return saes
+
+    @property
+    def shape(self) -> str:
+        """Variant, width, k and seed, of which the name of an SAE consists if all SAEs have the same hookpoint and target."""
+        return f"{self.variant.kind}-{self.d_sae}-k{self.k}-s{self.seed}"
+
+    @property
+    def place(self) -> str:
+        """Hookpoint and, for a transcoder, the target, with which names of SAEs begin if they differ."""
+        return "-to-".join(name for name in (self.hookpoint, self.target) if name is not None)
 
     @property
     def is_aligned(self) -> bool:
@@ -89,12 +108,14 @@ class TrainParams(Section):
 
     def _changed(self, change: dict[str, Any]) -> "TrainParams":
         if shared := sorted(change.keys() - set(PER_SAE)):
-            raise ValueError(f"runs or grid: {', '.join(shared)}: cannot differ between SAEs of one pass; these can: {', '.join(PER_SAE)}")
+            raise ValueError(
+                f"runs or grid: {', '.join(shared)}: cannot differ between SAEs that are trained together; these can: {', '.join(PER_SAE)}"
+            )
         try:
             return TrainParams.model_validate(self.model_dump(mode="json") | change | {"runs": (), "grid": {}})
         except ValidationError as error:
             raise ValueError(f"runs or grid: {change}: {explain(error, TrainParams)}") from None
 
 
-PER_SAE = ("variant", "d_sae", "k", "lr", "aux_coefficient", "ms_weight", "seed")
-"""Fields of TrainParams in which SAEs of one pass may differ."""
+PER_SAE = ("hookpoint", "target", "variant", "d_sae", "k", "lr", "aux_coefficient", "ms_weight", "seed")
+"""Fields of TrainParams in which SAEs that are trained together may differ."""

@@ -250,7 +250,10 @@ class Trials:
         return open_stage("images", data=str(self._data(n)))
 
     def _activations(self, n: int) -> Artefact:
-        return open_stage("extract", self._params.hookpoint, str(self._data(n)))
+        # Of several hookpoints, that with most values: its SAEs take the most memory. Trials train the SAEs of all of them.
+        extraction = open_stage("extract", data=str(self._data(n)))
+        each = [extraction.child(name, "activations") for name in dict.fromkeys(read for read, _ in self._params.read_and_decoded)]
+        return max(each, key=lambda activations: activations.rows("train") * activations.summary["d_model"])
 
     def _data(self, n: int) -> Path:
         return self._root / str(n)

@@ -1,4 +1,4 @@
-"""Relations between latents, within one SAE and between two SAEs of the same activations.
+"""Relations between latents, within one SAE and between two SAEs whose directions are in the same space.
 
 Within one SAE these are the tables `cofiring`, `densities` and `levels`, and near duplicates; between two, `matches` and `stability`.
 """
@@ -36,6 +36,7 @@ from ommatid.metrics import (
 )
 from ommatid.sae.model import SAE, WEIGHTS
 from ommatid.store import Artefact, Draft, part_name, read_part
+from ommatid.store.per_sae import read_config
 
 N_PARTNERS = 8
 """Maximum number of co-firing partners kept for a latent."""
@@ -250,13 +251,19 @@ class Pair:
 def write_matches(saes: Mapping[str, Artefact], evaluations: Mapping[str, Artefact], draft: Draft, on_event: Listener = ignore) -> None:
     """Match every SAE of a training with every other, and write the tables `matches` and `stability`; empty if there is only one SAE.
 
+    SAEs that decode different hookpoints are not matched: a cosine of directions in two spaces means nothing.
+
     Args:
         saes: Artefact of each SAE, by folder name.
         evaluations: Artefact of each SAE's evaluation, by the same names.
         draft: Draft of the artefact that holds all evaluations.
         on_event: Called with each progress event and warning.
     """
-    pairs = list(combinations([EvaluatedSAE(sae, evaluations[name]) for name, sae in saes.items()], 2))
+    spaces: dict[str, list[EvaluatedSAE]] = {}
+    for name, sae in saes.items():
+        config = read_config(sae)
+        spaces.setdefault(config.get("target") or config["hookpoint"], []).append(EvaluatedSAE(sae, evaluations[name]))
+    pairs = [pair for alike in spaces.values() for pair in combinations(alike, 2)]
     matches, stability = schemas.MATCHES.empty_table(), [schemas.STABILITY.empty_table()]
     draft.write_table(part_name("matches", 0), matches)
     for i, (one, other) in enumerate(pairs):
@@ -268,7 +275,7 @@ def write_matches(saes: Mapping[str, Artefact], evaluations: Mapping[str, Artefa
 
 
 def match(one: EvaluatedSAE, other: EvaluatedSAE, scratch: Path) -> Pair:
-    """Match all latents of two SAEs of the same activations, in both directions.
+    """Match all latents of two SAEs that decode the same hookpoint, in both directions.
 
     Args:
         one: The first SAE.

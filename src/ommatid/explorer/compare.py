@@ -15,7 +15,7 @@ from ommatid.catalog.question import Question
 from ommatid.explorer.cards import load_features, previews
 from ommatid.explorer.web import BadRequest, Json, NotFound, Query, TheExplorer, View, link
 from ommatid.show.about import About
-from ommatid.show.numbers import DASH, count, fixed, interval, percent, signed
+from ommatid.show.numbers import DASH, count, fixed, in_order, interval, percent, signed
 
 router = APIRouter()
 
@@ -28,8 +28,19 @@ _PAIRS = """
     FROM stability LEFT JOIN runs ON runs.sae = stability.other_sae ORDER BY stability.sae, other_sae
 """
 _NAMES = """
-    SELECT sae, name, decision, decided_at, n_latents, fvu, l0, dead, ms, ms_floor, beats_control, params ->> '$.train.seed' AS seed
+    SELECT
+        sae, name, hookpoint, target, decision, decided_at, n_latents, fvu, l0, dead, ms, ms_floor, beats_control, label_score,
+        control_score, params ->> '$.train.seed' AS seed
     FROM runs
+"""
+_LAYERS = """
+    SELECT
+        r.sae, r.name, r.hookpoint || coalesce(' to ' || r.target, '') AS place, r.fvu, r.ms - r.ms_floor AS over_floor,
+        n.ms - n.ms_floor AS neurons, r.label_score, r.control_score, r.downstream_kl
+    FROM runs AS r
+    JOIN comparisons AS n ON n.sae = r.sae AND n.dictionary = 'neurons'
+    WHERE (SELECT count(DISTINCT (hookpoint, target)) FROM runs JOIN comparisons USING (sae)) > 1
+    ORDER BY place, over_floor DESC NULLS LAST, r.sae
 """
 _ALIVE = """
     SELECT m.sae, count(*) AS n, count(*) FILTER (f.is_dead IS NOT true) AS n_alive
@@ -119,12 +130,14 @@ def list_numbers(view: View, one: Mapping[str, Any]) -> dict[str, tuple[str, str
     if not one["is_here"]:
         over_floor = one["ms"] - one["ms_floor"] if one.get("ms") is not None and one.get("ms_floor") is not None else None
         return {
+            "hookpoint": (_place(one), ""),
             "latents": (count(one.get("n_latents")), ""),
             "MS − floor": (signed(over_floor), "as its own catalogue had it"),
             "variance unexplained (FVU)": (fixed(one.get("fvu")), ""),
             "latents per token (L0)": (_one_decimal(one.get("l0")), ""),
             "dead latents": (percent(one.get("dead")), ""),
             "names over their control": (percent(one.get("beats_control")), "50 % by chance"),
+            "label score": (fixed(one.get("label_score")), ""),
         }
     key = ("compare", one["sae"])
     if key not in view.opened.cache:
@@ -134,14 +147,21 @@ def list_numbers(view: View, one: Mapping[str, Any]) -> dict[str, tuple[str, str
         beside = "; ".join(f"{title} {signed(controls[name]['above_floor'])}" for name, title in others if name in controls)
         untrained = controls.get("untrained")
         view.opened.cache[key] = {
+            "hookpoint": (_place(one), ""),
             "latents": (count(own["n_latents"]), ""),
             "MS − floor": (signed(own["above_floor"]), f"95 % interval {interval(own['low'], own['high'], signed)}; {beside}"),
             "variance unexplained (FVU)": (fixed(own["fvu"]), f"untrained SAE {fixed(untrained['fvu'])}" if untrained else ""),
             "latents per token (L0)": (_one_decimal(own["l0"]), ""),
             "dead latents": (percent(own["dead"]), ""),
             "names over their control": (percent(one["beats_control"]), "50 % by chance"),
+            "label score": (fixed(one["label_score"]), f"another latent's label {fixed(one['control_score'])}"),
         }
     return view.opened.cache[key]
+
+
+def _place(one: Mapping[str, Any]) -> str:
+    """Hookpoint that an SAE encodes and, for a transcoder, the one that it decodes."""
+    return " to ".join(name for name in (one.get("hookpoint"), one.get("target")) if name) or DASH
 
 
 def _one_decimal(value: float | None) -> str:
@@ -200,6 +220,8 @@ def compare(view: View, query: CompareQuery) -> dict[str, Any]:
         "numbers": [list_numbers(view, side) for side in sides],
         "stability": [pairs[pair] for pair in ((a, b), (b, a)) if pair in pairs],
         "is_matched": (a, b) in pairs,
+        "is_one_space": len(sides) < 2 or len({side.get("target") or side.get("hookpoint") for side in sides}) == 1,
+        "layers": sorted(view.opened.kept(_LAYERS), key=lambda row: in_order(row["place"])),
         "is_same_seed": len(sides) > 1 and sides[0].get("seed") is not None and sides[0]["seed"] == sides[1].get("seed"),
         "kinds": KINDS,
         "counts": {},

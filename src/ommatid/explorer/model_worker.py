@@ -49,10 +49,9 @@ from ommatid.intervene.subject import Described, Subject
 from ommatid.label.scoring import Texts
 from ommatid.metrics import unit
 from ommatid.pipeline import open_stage
-from ommatid.pipeline.inputs import check_lineage
+from ommatid.pipeline.inputs import open_of_sae
 from ommatid.sae.model import SAE
 from ommatid.store import Artefact, open_artefact
-from ommatid.store.manifest import INSIDE
 from ommatid.vlm import VisionModel, imagenet_classes
 
 NICENESS = 5
@@ -385,12 +384,8 @@ class Study:
         """
         params, run = self._params(sae), self._run(sae)
         try:
-            inputs = {name: open_stage(name, data=self._data) for name in ("images", "train", "evaluate", "label")}
-            inputs["extract"] = open_stage("extract", run["hookpoint"], self._data)
-            check_lineage("steering", inputs)
-            inputs |= {name: inputs[name].child(run["name"], INSIDE[inputs[name].manifest.kind]) for name in ("train", "evaluate", "label")}
-            if target := SAE.load(inputs["train"].path).config.target:
-                inputs["target"] = open_stage("extract", target, self._data)
+            training = open_stage("train", data=self._data)
+            inputs = open_of_sae("steering", run["name"], training, ("images", "evaluate", "label"), self._data)
         except ArtefactError as error:
             raise ModelError(f"an edit is made with the study that the catalogue was built from, which is not at hand: {error}") from None
         if (inputs["train"].digest, inputs["extract"].digest) != (run["sae_digest"], run["activations_digest"]):

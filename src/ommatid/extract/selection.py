@@ -12,28 +12,32 @@ def open_activations(extraction: Artefact, reader: Stage, params: Params) -> dic
     Args:
         extraction: Artefact of the stage `extract`.
         reader: Stage that reads the activations.
-        params: All params. `train` names the hookpoint that is encoded and, for a transcoder, the one that is decoded.
+        params: All params. `train` names the hookpoint that each SAE encodes and, for a transcoder, the one that it decodes.
 
     Returns:
-        The activations to encode, under the name `extract`; and, under the name `target`, those that a transcoder decodes, if there is one
-        and the reader reads them.
+        Under the name `extract`, the activations to encode and, under the name `target`, those that a transcoder decodes, if there is one
+        and the reader reads them. If SAEs have different hookpoints, both are the extraction, of which `store.per_sae.own_inputs` selects
+        what belongs to an SAE.
 
     Raises:
-        ArtefactError: There are no activations of a hookpoint, the two hookpoints have different tokens, or the reader needs images and the
-            activations were imported from files.
+        ArtefactError: There are no activations of a hookpoint, two hookpoints of a transcoder have different tokens, or the reader needs
+            images and the activations were imported from files.
     """
-    activations = extraction.child(params.hookpoint, "activations")
+    pairs = params.read_and_decoded
+    opened = {name: extraction.child(name, "activations") for name in dict.fromkeys(name for pair in pairs for name in pair if name)}
+    activations = opened[pairs[0][0]]
     if "images" in reader.inputs and activations.summary.get("source") == "files":
         raise ArtefactError(
             f"{activations.url}: {reader.name} needs images and a judge's embeddings of them, but these activations were imported from "
             f"files, which have neither; the SAE is finished without {reader.name}; to run it, set extract.source: images, with the images "
             "and the model that they came from, and run the stages from images on"
         )
-    if params.train.target is None or not reader.reads_target:
-        return {"extract": activations}
-    target = extraction.child(params.train.target, "activations")
-    _check_tokens(activations, target)
-    return {"extract": activations, "target": target}
+    decoded = [(opened[read], opened[target]) for read, target in pairs if target] if reader.reads_target else []
+    for read, target in decoded:
+        _check_tokens(read, target)
+    if len(pairs) > 1:
+        return {"extract": extraction, **({"target": extraction} if decoded else {})}
+    return {"extract": activations, **({"target": decoded[0][1]} if decoded else {})}
 
 
 def _check_tokens(activations: Artefact, target: Artefact) -> None:

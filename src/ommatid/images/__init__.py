@@ -1,4 +1,4 @@
-"""Stage `images`: a source (CIFAR-10, a folder, Parquet) becomes the data set that every later stage reads."""
+"""Stage `images`: a source (CIFAR-10, a folder, Parquet, tar archives) becomes the data set that every later stage reads."""
 
 from pathlib import Path
 

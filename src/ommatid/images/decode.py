@@ -42,7 +42,7 @@ _OTHER_KINDS = {
     rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!": "an archive",
     rb"\x93NUMPY": "an array of NumPy",
     rb"PAR1": "Parquet (images.source.kind: parquet reads it)",
-    rb".{257}ustar": "an archive",
+    rb".{257}ustar": "a tar archive (images.source.kind: webdataset reads it)",
     rb"\x89HDF": "HDF5",
     rb"version https://git-lfs": "a pointer of Git LFS to a file that was not fetched",
     rb"\s*<svg|\s*<\?xml": "SVG or XML",

@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import PIL
@@ -152,6 +152,8 @@ class Examiner:
     """What earlier runs found."""
     earlier: Earlier
     """The artefact that is about to be replaced."""
+    by_reference: bool = False
+    """Whether rows refer to files instead of holding their content."""
 
     def examine(self, item: Item) -> Row | Rejected:
         """Return the row of an item, or the reason why it is rejected. May be called from several threads."""
@@ -161,15 +163,22 @@ class Examiner:
             return Rejected(item.path, "unreadable", error.strerror or type(error).__name__)
         except Unreadable as error:
             return Rejected(item.path, error.reason, error.detail)
+        if self.by_reference:
+            assert item.reference, item.path
+            size = item.reference.size if encoded is None else len(encoded)
+            encoded = replace(item.reference, size=size, sha256=image_id).dump()
+        assert encoded is not None
         found = seen.width, seen.height, item.label, item.captions, item.taxonomy, seen.thumbnail
         return Row(image_id, item.path, *found, encoded, seen.remarks)
 
-    def _see(self, item: Item) -> tuple[str, Seen, bytes]:
-        """Return the sha256 of an item's file, what is seen in it, and its content."""
+    def _see(self, item: Item) -> tuple[str, Seen, bytes | None]:
+        """Return the sha256 of an item's file, what is seen in it, and its content, unless that need not be read."""
         known = self.memory.content_of(item.token)
         seen = self.memory.find(known) if known else None
         if isinstance(seen, Unreadable):
             raise seen
+        if known and seen and self.by_reference:
+            return known, seen, None
         image_id, encoded = self._load(item, known)
         if image_id != known:
             seen = self.memory.find(image_id)

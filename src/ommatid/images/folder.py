@@ -10,6 +10,7 @@ from pathlib import Path
 from ommatid.config import FolderSource
 from ommatid.errors import SourceError
 from ommatid.images.decode import MAX_BYTES, Unreadable
+from ommatid.images.reference import Reference
 from ommatid.images.source import Item, normalise
 from ommatid.store.filesystem.csv_file import CsvFile, Row
 from ommatid.store.filesystem.listing import Listed, count_of, list_images, some_of
@@ -186,8 +187,8 @@ class Folder:
             file = self._files[position]
             annotation = self._annotations.get(file.name, Annotation())
             label = annotation.label or posixpath.dirname(file.name) or None
-            token = self._listing.token(file)
-            yield Item(file.name, partial(_read, file), label, annotation.captions, annotation.taxonomy, token)
+            reference, token = Reference(file.folder.url, file.inside, file.size), self._listing.token(file)
+            yield Item(file.name, partial(_read, file), label, annotation.captions, annotation.taxonomy, reference, token)
 
 
 def _read(file: Listed) -> bytes:

@@ -1,9 +1,10 @@
 """Decoding of images to pixels, ahead of the model, so that the model does not wait."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -14,10 +15,13 @@ from torch import Tensor
 from ommatid.compute.prefetch import prefetch
 from ommatid.errors import ArtefactError, ExecutorError
 from ommatid.images.decode import Unreadable, decode
+from ommatid.images.reference import load_file, parse_reference
 from ommatid.vlm.preprocess import Preprocess
 
 BYTES_AHEAD = 2**28
 """Approximate bytes of pixels that wait for the model."""
+_N_READERS = 16
+"""Number of files that are read at a time if the data set refers to them; an object store takes tens of milliseconds to answer."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Encoded:
     is_train: Bool[np.ndarray, " batch"]
     """Whether each image is in the training split, (batch,) bool."""
     files: list[bytes]
-    """Content of each image file."""
+    """Content of each image file, or a reference to it."""
     preprocesses: tuple[Preprocess, ...] = ()
     """Preprocessings to apply to this batch; () means those of all batches."""
 
@@ -76,7 +80,7 @@ def iter_pixels(batches: Iterable[Encoded], preprocesses: tuple[Preprocess, ...]
         ArtefactError: An image cannot be decoded; the message names it.
         ExecutorError: A process that decodes died.
     """
-    first = next(iterator := iter(batches), None)
+    first = next(iterator := _load_ahead(batches), None)
     if first is None:
         return
     per_batch = len(first.files) * sum(3 * height * width for height, width in (p.crop for p in first.preprocesses or preprocesses))
@@ -90,6 +94,26 @@ def iter_pixels(batches: Iterable[Encoded], preprocesses: tuple[Preprocess, ...]
             f"a process that decodes images died ({error}): too little memory, or too little shared memory (/dev/shm, in a container: "
             "--shm-size); a new run continues where this one stopped"
         ) from error
+
+
+def _load_ahead(batches: Iterable[Encoded]) -> Iterator[Encoded]:
+    """Read the files to which batches refer, those of the next batch while one is decoded, and many at a time."""
+    with ThreadPoolExecutor(_N_READERS) as readers:
+        ahead: deque[tuple[Encoded, list[Future[bytes]] | None]] = deque()
+        try:
+            for batch in batches:
+                refers = any(parse_reference(file) for file in batch.files)
+                ahead.append((batch, [readers.submit(load_file, file) for file in batch.files] if refers else None))
+                if len(ahead) > 1:
+                    yield _loaded(*ahead.popleft())
+            while ahead:
+                yield _loaded(*ahead.popleft())
+        finally:
+            readers.shutdown(cancel_futures=True)
+
+
+def _loaded(batch: Encoded, files: list[Future[bytes]] | None) -> Encoded:
+    return batch if files is None else replace(batch, files=[file.result() for file in files])
 
 
 def _prepare(batch: Encoded, preprocesses: tuple[Preprocess, ...]) -> Pixels:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ommatid.errors import ArtefactError, gist
+from ommatid.images.reference import load_file
 from ommatid.store import Artefact
 from ommatid.store.filesystem import Folder
 
@@ -44,7 +45,9 @@ class OriginalReader:
         self._chunks = functools.lru_cache(_FOOTERS_KEPT)(self._read_chunks)
 
     def read(self, image: int) -> bytes:
-        """Read the file of an image. Nothing here compares checksums; callers compare the content with `image_id`.
+        """Read the file of an image, or the file that the data set refers to, which has not changed.
+
+        The checksum of a file in the data set is not compared; callers compare the content with `image_id`.
 
         Args:
             image: Number of the image.
@@ -53,8 +56,13 @@ class OriginalReader:
             The content of the file.
 
         Raises:
-            ArtefactError: There is no such image, or the part that has it is not as the stage writes it.
+            ArtefactError: There is no such image, the part that has it is not as the stage writes it, or the file that the data set refers
+                to is missing or has changed.
         """
+        path = self._artefact.folder.local_path()
+        return load_file(self._read_column(image), path and path.absolute().parents[1])
+
+    def _read_column(self, image: int) -> bytes:
         try:
             return self._read(image)
         except (OSError, IndexError, KeyError, TypeError) as error:

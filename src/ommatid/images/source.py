@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ommatid.images.reference import Reference
+
 
 @dataclass(frozen=True)
 class Item:
@@ -22,6 +24,8 @@ class Item:
     """Captions in the source."""
     taxonomy: str | None = None
     """Taxonomy path as `normalise` returns it, if the source has one."""
+    reference: Reference | None = None
+    """Where the bytes are, without their checksum; None if they are in no file, or not as they are."""
     token: str = ""
     """Identifies the bytes before they are read: the same token always means the same bytes; empty if nothing does."""
 

@@ -44,7 +44,8 @@ def run(params: ImagesParams, inputs: Mapping[str, Artefact], draft: Draft, on_e
     collection = Collection(draft, params.eval_share, source.fingerprint)
     items = source.iter_items(positions[collection.n_seen :])
     with Memory(settings_of(params.thumbnail), lambda line: on_event(Warned(line))) as memory:
-        for result in Examiner(params.thumbnail, memory, Earlier(draft.place)).examine_all(items):
+        examiner = Examiner(params.thumbnail, memory, Earlier(draft.place), params.by_reference)
+        for result in examiner.examine_all(items):
             collection.add(result)
             if collection.n_seen % _ITEMS_PER_EVENT == 0 or collection.n_seen == len(positions):
                 memory.flush()

@@ -19,6 +19,7 @@ from ommatid.label.labellers import HumanLabels, Source, WordList, make_source
 from ommatid.label.labellers.vocabulary import load_words
 from ommatid.label.scoring import Texts
 from ommatid.store import Artefact, Draft
+from ommatid.store.per_sae import any_activations
 from ommatid.vlm import VisionModel, load_model
 from ommatid.vlm.preprocess import Preprocess
 
@@ -45,7 +46,7 @@ def load_material(params: LabelParams, inputs: Mapping[str, Artefact], on_event:
 
     Args:
         params: The `label` section of the params.
-        inputs: The images (`images`), the activations (`extract`), and the training or one SAE of it (`train`).
+        inputs: The images (`images`), the activations or the extraction (`extract`), and the training or one SAE of it (`train`).
         on_event: Called with each progress event and warning.
 
     Returns:
@@ -55,6 +56,7 @@ def load_material(params: LabelParams, inputs: Mapping[str, Artefact], on_event:
         ConfigError: A file of words or labels is missing or cannot be used, or no labeller has a label.
         ModelError: The model's text tower cannot be loaded.
     """
+    activations = any_activations(inputs)
     training = inputs["train"].leaving_out(())  # A file of labels may still name SAEs that were rejected after it was written.
     saes = training.each().values() if training.manifest.kind == "training" else [training]
     named = {sae.summary["sae"]: sae for sae in saes}
@@ -64,9 +66,9 @@ def load_material(params: LabelParams, inputs: Mapping[str, Artefact], on_event:
     if not sources:
         raise ConfigError("label.labellers: none has a label; name a feature, or add {kind: vocabulary, words: [common]}")
     words = dict.fromkeys(word for source in sources.values() if isinstance(source, WordList) for word in source.words)
-    texts = Texts(_load_namer(inputs["extract"]), tuple(words) or load_words(DEFAULT_WORDS), on_event)
+    texts = Texts(_load_namer(activations), tuple(words) or load_words(DEFAULT_WORDS), on_event)
     split = load_eval_split(inputs["images"])
-    return Material(sources, texts, split, load_joint(inputs["extract"], split))
+    return Material(sources, texts, split, load_joint(activations, split))
 
 
 def _load_namer(activations: Artefact) -> VisionModel:

@@ -18,6 +18,7 @@ from ommatid.compute.evenly import spread_evenly
 from ommatid.compute.nearest import nearest
 from ommatid.config import LabelParams
 from ommatid.images.eval_split import EvalSplit, LatentFirings
+from ommatid.images.reference import load_file
 from ommatid.label.labellers.base import Case, Example
 from ommatid.metrics import unit
 from ommatid.sae.model import SAE
@@ -186,7 +187,7 @@ class Spool:
         with self._path.open("rb") as file:
             file.seek(int(self._offsets[row]))
             encoded = file.read(int(self._offsets[row + 1] - self._offsets[row]))
-        return encoded, (float(self._seen[row][0]), float(self._seen[row][1]))
+        return load_file(encoded), (float(self._seen[row][0]), float(self._seen[row][1]))
 
 
 def _write_spool(images: Artefact, split: EvalSplit, draft: Draft, preprocess: Preprocess) -> None:

@@ -1,6 +1,6 @@
 """The inputs of a stage: artefacts of earlier stages, which are checked to belong together and stripped of rejected SAEs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ommatid import store
@@ -11,6 +11,7 @@ from ommatid.pipeline import STAGES, open_stage, place_of
 from ommatid.stage import is_checkouts, load
 from ommatid.store import Artefact
 from ommatid.store.filesystem import open_folder
+from ommatid.store.per_sae import own_inputs
 
 
 def open_inputs(name: str, params: Params, data: str) -> dict[str, Artefact]:
@@ -38,6 +39,31 @@ def open_inputs(name: str, params: Params, data: str) -> dict[str, Artefact]:
         inputs |= load(opener)(artefact, STAGES[name], params) if opener else {source: artefact}
     check_lineage(name, inputs)
     return _without_rejected(inputs)
+
+
+def open_of_sae(reader: str, name: str, training: Artefact, stages: Iterable[str], data: str) -> dict[str, Artefact]:
+    """Open what a study has of one SAE, with the activations of its own hookpoint.
+
+    Args:
+        reader: Name of the stage, or of another use, that reads the artefacts.
+        name: Name of the SAE in its training.
+        training: The training.
+        stages: Names of the stages after training whose artefacts are read, and `images` if the images are.
+        data: Root of the study's artefacts, a path or URL.
+
+    Returns:
+        Artefacts by name of the stage: `train` is the SAE, `extract` the activations that it encodes and, for a transcoder, `target` those
+        that it decodes.
+
+    Raises:
+        ArtefactError: An artefact is missing or damaged, or was not made from the others.
+    """
+    whole = {"train": training, **{stage: open_stage(stage, data=data) for stage in stages}}
+    check_lineage(reader, whole)
+    extraction = open_stage("extract", data=data)
+    own = own_inputs(name, {**whole, "extract": extraction, "target": extraction})
+    check_lineage(reader, own)
+    return own
 
 
 def check_lineage(reader: str, artefacts: Mapping[str, Artefact]) -> None:

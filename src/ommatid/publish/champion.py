@@ -11,7 +11,6 @@ decisions.jsonl is the source of truth. A champion's files are complete before i
 from the lines, so that a run killed at any point is completed by the next one. All paths are relative to the current directory.
 """
 
-import json
 import math
 import os
 import shutil
@@ -43,6 +42,7 @@ from ommatid.publish.decisions import (
 )
 from ommatid.store import Artefact
 from ommatid.store.filesystem import sync
+from ommatid.store.per_sae import read_config
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -63,6 +63,8 @@ MEASURED = Path("data/champion")
 MATCHED = WORK / "matched"
 """Matches of a challenger's latents with the champion's, kept until the decision, in a folder named by the challenger's key."""
 
+PLACE = ("model", "hookpoint", "target")
+"""Keys of an SAE's config, and columns of `runs`, that say which activations it encodes and decodes."""
 ROUNDING = 1e-9
 """Tolerance when a difference is compared with a margin, as 0.31 - 0.30 exceeds 0.01 in floating point."""
 
@@ -103,7 +105,8 @@ def compare(champion: Scores | None, challenger: Scores, margins: Margins) -> tu
 def decide(params: Params, on_event: Listener = ignore, who: str | None = None, sae: str | None = None) -> Decision:
     """Compare an SAE of the checkout with the champion, which is evaluated again on the checkout's evaluation split.
 
-    An SAE that repeats one that a rollback set aside, by its weights or by its data and params, does not win again.
+    An SAE that repeats one that a rollback set aside, by its weights or by its data and params, does not win again. If SAEs of the
+    checkout have the hookpoint of the champion, only these challenge it: numbers of different hookpoints are about different activations.
 
     Args:
         params: All params; those of the evaluation and of retraining are used.
@@ -120,7 +123,8 @@ def decide(params: Params, on_event: Listener = ignore, who: str | None = None, 
     standing = stand(read_decisions())
     last = standing.champion
     bars = {digest: standing.find_bar(digest, rows[digest]) for digest in candidates}
-    ranked = sorted(candidates.values(), key=lambda scores: (bars[scores.digest] is None, scores.gain), reverse=True)
+    rivals = [digest for digest, row in rows.items() if sae or (last and _same_place(row, last.run))] or list(candidates)
+    ranked = sorted((candidates[digest] for digest in rivals), key=lambda scores: (bars[scores.digest] is None, scores.gain), reverse=True)
     challenger = ranked[0] if sae is None else next(scores for scores in ranked if scores.sae == sae)
     key = make_key(catalog.digest, challenger.digest)
     if sae is None:
@@ -142,7 +146,7 @@ def decide(params: Params, on_event: Listener = ignore, who: str | None = None, 
         won, reason = compare(champion, challenger, params.retrain)
     return Decision(
         decision="champion" if won else "challenger",
-        reason=reason if len(candidates) == 1 or sae else f"{reason}; it is the best of {len(candidates)} SAEs",
+        reason=reason if len(rivals) == 1 or sae else f"{reason}; it is the best of {len(rivals)} SAEs",
         who=who,
         decided_at=datetime.now(UTC),
         challenger=challenger,
@@ -567,46 +571,47 @@ def _sae_of(decision: Decision) -> Artefact:
 
 def _find_mismatch(sae: Artefact) -> str | None:
     """Reason why the SAE cannot be measured on the checkout's activations; None if it can."""
-    was, now = _config(sae), _config(_any_sae())
-    differing = [key for key in ("model", "hookpoint", "d_model", "target") if was.get(key) != now.get(key)]
+    was = read_config(sae)
+    configs = [read_config(other) for other in open_stage("train").each().values()]
+    now = next((config for config in configs if _same_place(config, was)), configs[0])
+    differing = [key for key in (*PLACE, "d_model") if was.get(key) != now.get(key)]
     return ", ".join(f"{key} was {was.get(key)}, is {now.get(key)}" for key in differing) or None
 
 
-def _any_sae() -> Artefact:
-    """Any SAE of the training; all of them encode and decode the same activations."""
-    return next(iter(open_stage("train").each().values()))
+def _same_place(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two SAEs, given by their configs or rows of `runs`, encode and decode the same activations."""
+    return all(one.get(key) == other.get(key) for key in PLACE)
 
 
-def _config(sae: Artefact) -> Mapping[str, Any]:
-    return json.loads(sae.file("cfg.json").read_text(encoding="utf-8"))
-
-
-def _activations() -> dict[str, Artefact]:
-    """Activations that the challenger was trained on and, if it is a transcoder, those that it decodes, as `target`."""
-    config = _config(_any_sae())
+def _activations(sae: Artefact) -> dict[str, Artefact]:
+    """The checkout's activations that an SAE encodes and, if it is a transcoder, those that it decodes, as `target`."""
+    config = read_config(sae)
     target = {"target": open_stage("extract", config["target"])} if config.get("target") else {}
     return {"extract": open_stage("extract", config["hookpoint"]), **target}
 
 
-def _measure(sae: Artefact, params: EvaluateParams, on_event: Listener, challenger: Scores, key: str) -> tuple[Scores, Matched]:
-    """Evaluate an SAE on the checkout's images and activations, and match its latents with the challenger's."""
+def _measure(sae: Artefact, params: EvaluateParams, on_event: Listener, challenger: Scores, key: str) -> tuple[Scores, Matched | None]:
+    """Evaluate an SAE on the checkout's images and activations, and match its latents with the challenger's if they are of one space."""
     from ommatid.evaluate.latent_pairs import EvaluatedSAE, match
     from ommatid.evaluate.stage import evaluate
 
-    inputs = {"images": open_stage("images"), "train": sae, **_activations()}
+    inputs = {"images": open_stage("images"), "train": sae, **_activations(sae)}
     with store.open_draft(MEASURED, "evaluation", params.model_dump(mode="json"), inputs) as draft:
         evaluation = draft.sealed() or evaluate(params, inputs, draft, on_event)
         champion, other = EvaluatedSAE(sae, evaluation), _evaluated(challenger)
+        if not _same_place(read_config(sae), read_config(other.sae)):
+            return _scores(sae, evaluation), None
         pair = match(other, champion, draft.scratch)
         _write_matched(key, {"matches": pair.matches, "stability": pair.stability})
         return _scores(sae, evaluation), _count(pair.matches, champion, other)
 
 
 def _count_within(champion: Scores, challenger: Scores) -> Matched | None:
-    """Count the features of two SAEs of one training, which its evaluation has matched; None if they are the same SAE."""
-    if champion.digest == challenger.digest:
+    """Count the features of two SAEs of one training that its evaluation has matched; None if they are one SAE, or of two hookpoints."""
+    one, other = _evaluated(champion), _evaluated(challenger)
+    if champion.digest == challenger.digest or not _same_place(read_config(one.sae), read_config(other.sae)):
         return None
-    return _count(open_stage("evaluate").read("matches"), _evaluated(champion), _evaluated(challenger))
+    return _count(open_stage("evaluate").read("matches"), one, other)
 
 
 def _count(matches: "pa.Table", champion: "EvaluatedSAE", challenger: "EvaluatedSAE") -> Matched:

@@ -24,24 +24,25 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         if rank() == 0 and not _agreements:
-            agree_to_train(False)  # Rank 0 ended without training, and the other ranks are still waiting for its decision.
+            agree_to_train(None)  # Rank 0 ended without training, and the other ranks are still waiting for its decision.
         dist.destroy_process_group()
 
 
-def agree_to_train(is_wanted: bool = True) -> bool:
-    """Broadcast whether rank 0 wants to train.
+def agree_to_train(group: int | None = 0) -> int | None:
+    """Broadcast which SAEs rank 0 wants to train next.
 
     Args:
-        is_wanted: Whether this rank wants to train. Only rank 0's value counts.
+        group: Index of the group of SAEs that this rank wants to train; None for nothing more. Only rank 0's value counts.
 
     Returns:
         Rank 0's decision, on every rank.
     """
-    _agreements.append(is_wanted)
-    return bool(broadcast(torch.tensor(int(is_wanted))))
+    _agreements.append(group)
+    agreed = int(broadcast(torch.tensor(-1 if group is None else group)))
+    return None if agreed < 0 else agreed
 
 
-_agreements: list[bool] = []
+_agreements: list[int | None] = []
 """One entry for each call of `agree_to_train` by this process."""
 
 

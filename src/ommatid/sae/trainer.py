@@ -36,7 +36,14 @@ PATIENCE = 20
 class Trainer:
     """Trains learners on the same batches until the end of their schedule."""
 
-    def __init__(self, learners: Sequence[Learner], on_event: Listener, checkpoint: Checkpoint | None, patience: int | None = None):
+    def __init__(
+        self,
+        learners: Sequence[Learner],
+        on_event: Listener,
+        checkpoint: Checkpoint | None,
+        patience: int | None = None,
+        must_survive: bool = True,
+    ):
         """Make a trainer.
 
         Args:
@@ -46,8 +53,10 @@ class Trainer:
                 SIGTERM. None means that nothing is written.
             patience: Number of measurements (hundredths of the run) without progress by any learner after which the run ends early. None
                 means that it never ends early.
+            must_survive: Whether it is an error if all learners diverge. If not, training ends early then.
         """
         self._learners = learners
+        self._must_survive = must_survive
         self._on_event = on_event if distributed.rank() == 0 else lambda event: None
         self._checkpoint = checkpoint if distributed.rank() == 0 else None
         self._patience = patience
@@ -73,7 +82,8 @@ class Trainer:
             batches: Batches of raw activations, beginning with the one for the learners' next step.
 
         Raises:
-            TrainingError: The only learner that has not diverged diverges: its loss or gradient is no longer finite.
+            TrainingError: The only learner that has not diverged diverges, so that its loss or gradient is no longer finite, and one must
+                survive.
             StoppedError: The process received SIGTERM. A checkpoint was written.
         """
         every = self._learners[0].plan.measure_every
@@ -82,7 +92,7 @@ class Trainer:
                 for what in _short_run_notices(learner):
                     self._on_event(Noticed(learner.name, 0, what))
         with _deferred_sigterm() as stop_requested:
-            while self._step < self._n_steps:
+            while self._step < self._n_steps and self._active:
                 with self._clock.waiting():
                     batch = next(batches)
                 self._learn(batch)
@@ -101,7 +111,7 @@ class Trainer:
             try:
                 learner.learn(batch)
             except TrainingError as error:
-                if len(self._active) == 1:
+                if len(self._active) == 1 and self._must_survive:
                     raise
                 learner.give_up()
                 self._on_event(Noticed(learner.name, learner.guides.step, f"given up; training continues with the remaining SAEs: {error}"))

@@ -1,6 +1,7 @@
 """How numbers are written for readers, in the report and on the explorer's pages."""
 
 import math
+import re
 from collections.abc import Callable
 
 from ommatid.compute.intervals import Z
@@ -55,3 +56,8 @@ def count(value: int | None) -> str:
 def rate(value: float | None) -> str:
     """Write a share that may be tiny as a percentage with two significant digits, or None as a dash."""
     return DASH if value is None else f"{100 * value:.2g} %"
+
+
+def in_order(name: str) -> list[str | int]:
+    """Return the key by which names of hookpoints are sorted, so that blocks.9 comes before blocks.10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -21,7 +21,7 @@ from ommatid.config.intervene import find_prompt_file
 from ommatid.config.label import HumanLabeller, names_checksum
 from ommatid.store.code import Code
 from ommatid.store.filesystem import READ_BYTES, cache_folder, temporary_path
-from ommatid.store.filesystem.listing import Listed, Listing, list_activations, list_any, list_images, list_masks, list_parquet
+from ommatid.store.filesystem.listing import Listed, Listing, list_activations, list_any, list_images, list_masks, list_parquet, list_shards
 
 PLACE = Path("data/sources")
 """Folder of the fingerprint files."""
@@ -111,6 +111,8 @@ def _list_source(source: ImageSource) -> Listing:
             return list_images(source.path)
         case "parquet":
             return list_parquet(source.path)
+        case "shards":
+            return list_shards(source.path)
         case "all":
             return list_any(source.path, "images.source.path")
         case _:

@@ -179,6 +179,7 @@ CACHES = (
     Cache("checksums", "checksums of the files that params name", lambda data: cache_folder() / "checksums", bound=lambda: 1e9, days=90),
     Cache("code", "what each module does and imports", lambda data: cache_folder() / "code", days=90),
     Cache("images", "what runs found in image files", lambda data: cache_folder(), _images, bound=lambda: 10e9, days=90),
+    Cache("shards", "where images are in tar archives", lambda data: cache_folder() / "shards", bound=lambda: 2e9, days=90),
     Cache("archives", "data sets fetched from npm", lambda data: cache_folder(), _archives, days=365),
     Cache("copies", "copies of artefacts that lie in an object store", lambda data: CACHE, days=30),
     Cache("drafts", "unfinished artefacts of runs that ended early", lambda data: data / ".work", _abandoned_drafts, days=14),

@@ -32,7 +32,7 @@ def write_imported(name: str, params: TrainParams, inputs: Mapping[str, Artefact
     Args:
         name: Folder name of the SAE.
         params: Training parameters of the SAE.
-        inputs: `extract`, and `target` for a transcoder.
+        inputs: The activations that it encodes (`extract`) and, for a transcoder, those that it decodes (`target`).
         draft: Draft of the training.
 
     Returns:
@@ -49,7 +49,7 @@ def write_imported(name: str, params: TrainParams, inputs: Mapping[str, Artefact
     if not sae.config.k:
         sae = with_measured_k(sae, x)
     actual = params.model_copy(update={"d_sae": sae.config.d_sae, "k": sae.config.k})
-    child = draft.child(name, "sae", actual.identity())
+    child = draft.child(name, "sae", actual.identity(), inputs)
     return child.sealed() or _write(name, sae, x, target, child)
 
 

@@ -1,4 +1,5 @@
--- matches(sae, latent, other_sae): the latent of another SAE of the same activations whose direction is nearest to that of a latent.
+-- matches(sae, latent, other_sae): the latent of another SAE that decodes the same hookpoint whose direction is nearest to that of
+-- a latent.
 CREATE TABLE matches AS
 SELECT *
 FROM read_parquet($matches)

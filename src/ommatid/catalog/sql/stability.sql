@@ -1,4 +1,4 @@
--- stability(sae, other_sae): how many directions of an SAE are also found in another SAE of the same activations.
+-- stability(sae, other_sae): how many directions of an SAE are also found in another SAE that decodes the same hookpoint.
 CREATE TABLE stability AS
 SELECT *
 FROM read_parquet($stability)

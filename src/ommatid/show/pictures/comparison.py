@@ -12,6 +12,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from ommatid.catalog.reader import Catalog
+from ommatid.show.numbers import in_order
 from ommatid.show.pictures.page import FAINT, GREY, INK, MARGIN, Page, fixed, short
 
 WIDTH = 1240
@@ -21,12 +22,14 @@ LEGEND = 50
 PLOT_TOP = MARGIN + 42 + LEGEND
 AXIS = 58
 """Space to the left of a plot for the numbers on its axis, in pixels."""
+N_NAMED = 3
+"""Largest number of hookpoints that the caption names."""
 N_ROWS = 16
 """Largest number of SAEs in the table, best first."""
 ROW = 22
 """Height of a row of the table, in pixels."""
 HUES = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#718096", "#975a16")
-"""Colours of variants."""
+"""Colours of hookpoints and variants."""
 LINE = "#a3a9b1"
 """Colour of lines that join SAEs of several colours."""
 COLUMNS = (
@@ -52,6 +55,8 @@ class Entry:
     """Name of the SAE in the catalogue."""
     name: str
     """Name of the SAE in its training."""
+    place: str
+    """Hookpoint that it encodes and, for a transcoder, the one that it decodes."""
     variant: str
     """Kind of the SAE."""
     d_sae: int
@@ -118,22 +123,31 @@ def make_plots(catalog: Catalog) -> Page:
 
 
 def _caption(catalog: Catalog) -> str:
-    ((model, hookpoint, judge, floor),) = catalog.rows(_SUBJECT)
-    return f"trained on {model} {hookpoint}, measured on images not used in training. Judge {judge}, floor {fixed(floor)}"
+    ((model, hookpoints, judge, floor),) = catalog.rows(_SUBJECT)
+    where = ", ".join(sorted(hookpoints, key=in_order)) if len(hookpoints) <= N_NAMED else f"at {len(hookpoints)} hookpoints"
+    return f"trained on {model} {where}, measured on images not used in training. Judge {judge}, floor {fixed(floor)}"
 
 
 # ---- colours
 
 
 def _group(entry: Entry, entries: Sequence[Entry]) -> str:
-    """Return what an SAE's colour stands for: its variant, or its k if all SAEs are of one variant."""
-    return entry.variant if len({other.variant for other in entries}) > 1 else f"k {entry.k}"
+    """Return what an SAE's colour stands for: its hookpoint and variant, as far as SAEs differ in them, or else its k."""
+    varying = [
+        name for key in ("place", "variant") for name in [getattr(entry, key)] if len({getattr(other, key) for other in entries}) > 1
+    ]
+    return ", ".join(varying) or f"k {entry.k}"
+
+
+def _is_hued(entries: Sequence[Entry]) -> bool:
+    """Return whether colours stand for hookpoints or variants, and not for k."""
+    return len({(entry.place, entry.variant) for entry in entries}) > 1
 
 
 def _colours(entries: Sequence[Entry]) -> dict[str, str]:
-    """Return the colour of each group, in the order of the legend: a hue per variant, or shades from light to dark for increasing k."""
-    if len({entry.variant for entry in entries}) > 1:
-        return dict(zip(sorted({entry.variant for entry in entries}), _cycle(HUES), strict=False))
+    """Return the colour of each group, in the order of the legend: a hue for each, or shades from light to dark for increasing k."""
+    if _is_hued(entries):
+        return dict(zip(sorted({_group(entry, entries) for entry in entries}, key=in_order), _cycle(HUES), strict=False))
     ks = sorted({entry.k for entry in entries})
     shades = colormaps["viridis_r"](np.linspace(0.3, 0.9, len(ks))) if len(ks) > 1 else [HUES[0]]
     return {f"k {k}": to_hex(shade) for k, shade in zip(ks, shades, strict=True)}
@@ -151,11 +165,15 @@ def _draw_plots(page: Page, y: int, entries: Sequence[Entry], colours: dict[str,
 
 
 def _draw_legend(page: Page, y: int, entries: Sequence[Entry], colours: dict[str, str]) -> None:
-    x = MARGIN
+    x, room = MARGIN, WIDTH - 2 * MARGIN - 420  # The rest is for the names of the lines.
     if len({entry.variant for entry in entries}) == 1:
         page.text(x, y, entries[0].variant, 9.5, weight="bold")
         x += 14 + 8 * len(entries[0].variant)
-    for group, colour in colours.items():
+    for i, (group, colour) in enumerate(colours.items()):
+        if x + 44 + 8 * len(group) > MARGIN + room:
+            page.text(x, y, f"and {len(colours) - i} more", 9.5, GREY)
+            x += 100
+            break
         page.text(x, y - 3, "●", 12, colour)
         page.text(x + 18, y, group, 9.5)
         x += 44 + 8 * len(group)
@@ -170,10 +188,11 @@ def _draw_fidelity(page: Page, x: int, y: int, entries: Sequence[Entry], colours
     page.text(x, y - 22, "Reconstruction: FVU against L0", 10, weight="bold")
     axes = _plot(page, x, y, "L0: latents that fire per token", "fraction of variance unexplained")
     known = [(entry, entry.fvu) for entry in entries if entry.fvu is not None]
-    for line in _lines(known, lambda entry: (entry.variant, entry.d_sae)):
-        _join(axes, [(entry.l0, fvu) for entry, fvu in line], color=colours.get(line[0][0].variant, LINE))  # Grey if colours stand for k.
+    for line in _lines(known, lambda entry: (entry.place, entry.variant, entry.d_sae)):
+        colour = colours[_group(line[0][0], entries)] if _is_hued(entries) else LINE
+        _join(axes, [(entry.l0, fvu) for entry, fvu in line], color=colour)
     untrained = [(entry, entry.untrained_fvu) for entry in entries if entry.untrained_fvu is not None and entry.untrained_fvu < WORST_FVU]
-    for line in _lines(untrained, lambda entry: entry.d_sae):
+    for line in _lines(untrained, lambda entry: (entry.place, entry.d_sae)):
         _join(axes, [(entry.untrained_l0, fvu) for entry, fvu in line], color=GREY, linestyle=(0, (4, 3)), marker="x", markersize=4)
     for entry, fvu in known:
         axes.plot(entry.l0, fvu, "o", color=colours[_group(entry, entries)], markersize=7, markeredgecolor="white", zorder=3)
@@ -186,18 +205,20 @@ def _draw_monosemanticity(page: Page, x: int, y: int, entries: Sequence[Entry], 
     page.text(x, y - 22, "Monosemanticity: mean MS above its floor against width", 10, weight="bold")
     axes = _plot(page, x, y, "d_sae: number of latents", "mean MS − floor, with 95 % interval")
     known = [(entry, entry.above) for entry in entries if entry.above is not None]
-    for line in _lines(known, lambda entry: (entry.variant, entry.k)):
+    for line in _lines(known, lambda entry: (entry.place, entry.variant, entry.k)):
         _join(axes, [(entry.d_sae, above) for entry, above in line], color=colours[_group(line[0][0], entries)])
     untrained = [(entry, entry.untrained_above) for entry in entries if entry.untrained_above is not None]
-    for line in _lines(untrained, lambda entry: entry.k):
+    for line in _lines(untrained, lambda entry: (entry.place, entry.k)):
         _join(axes, [(entry.d_sae, above) for entry, above in line], color=GREY, linestyle=(0, (4, 3)), marker="x", markersize=4)
     for (entry, above), place in zip(known, _spread_over_width([entry for entry, _ in known]), strict=True):
         colour = colours[_group(entry, entries)]
         if entry.low is not None and entry.high is not None:
             axes.plot([place, place], [entry.low, entry.high], color=colour, linewidth=1.6, alpha=0.75, solid_capstyle="butt")
         axes.plot(place, above, "o", color=colour, markersize=7, markeredgecolor="white", zorder=3)
-    if entries[0].neurons_above is not None:
-        axes.axhline(entries[0].neurons_above, color=GREY, linewidth=1.2, zorder=1)
+    places = {entry.place: entry for entry in reversed(entries)}  # The neurons of a hookpoint are the same beside each of its SAEs.
+    for entry in places.values():
+        if entry.neurons_above is not None:
+            axes.axhline(entry.neurons_above, color=colours[_group(entry, entries)] if len(places) > 1 else GREY, linewidth=1.2, zorder=1)
     _mark_widths(axes, (entry.d_sae for entry in entries))
 
 
@@ -281,7 +302,8 @@ def _cells(entry: Entry) -> list[str]:
 
 _ENTRIES = """
     SELECT
-        mine.sae, coalesce(runs.name, mine.sae), coalesce(runs.variant, 'unknown'), mine.n_latents, coalesce(runs.k, 0),
+        mine.sae, coalesce(runs.name, mine.sae), coalesce(runs.hookpoint || coalesce(' to ' || runs.target, ''), 'unknown'),
+        coalesce(runs.variant, 'unknown'), mine.n_latents, coalesce(runs.k, 0),
         mine.l0, mine.fvu, mine.dead, mine.ms - mine.ms_floor, mine.ms_low - mine.ms_floor, mine.ms_high - mine.ms_floor,
         coalesce(runs.n_labelled, 0), untrained.fvu, untrained.l0, untrained.ms - untrained.ms_floor, neurons.ms - neurons.ms_floor
     FROM comparisons AS mine
@@ -292,6 +314,6 @@ _ENTRIES = """
     ORDER BY mine.ms - mine.ms_floor DESC NULLS LAST, mine.sae
 """
 _SUBJECT = """
-    SELECT any_value(runs.model), any_value(runs.hookpoint), any_value(comparisons.judge), any_value(comparisons.ms_floor)
+    SELECT any_value(runs.model), list(DISTINCT runs.hookpoint), any_value(comparisons.judge), any_value(comparisons.ms_floor)
     FROM comparisons JOIN runs ON runs.sae = comparisons.sae WHERE dictionary = 'sae'
 """

@@ -12,7 +12,7 @@ from ommatid.show.pictures.page import write_whole
 from ommatid.show.report.features import make_features
 from ommatid.show.report.interventions import make_interventions
 from ommatid.show.report.parts import Report
-from ommatid.show.report.plots import make_densities, make_fidelity, make_monosemanticity, make_scatter, make_scores
+from ommatid.show.report.plots import make_densities, make_fidelity, make_layers, make_monosemanticity, make_scatter, make_scores
 from ommatid.show.report.tables import make_controls, make_saes, make_stability, write_params
 from ommatid.stage import REPORT
 from ommatid.store import Artefact
@@ -33,7 +33,7 @@ def make_report(catalog: Catalog, sae: str | None = None) -> Report:
     """
     about = About(catalog, choose_sae(catalog, sae))
     plots = [make(about) for make in (make_monosemanticity, make_scores, make_densities, make_scatter)]
-    sections = [make_saes(about), make_controls(about), make_fidelity(about), *plots, *make_features(about)]
+    sections = [make_saes(about), *make_layers(about), make_controls(about), make_fidelity(about), *plots, *make_features(about)]
     sections += [*make_interventions(about), *make_stability(about)]
     title = f"{about.run['model']}, {about.run['hookpoint']}"
     return Report(title, about.name, make_headlines(about), list_facts(about), tuple(sections), write_params(about))

@@ -10,15 +10,25 @@ from PIL import Image
 from ommatid.catalog.question import Question
 from ommatid.catalog.reader import Catalog
 from ommatid.show.about import About
-from ommatid.show.numbers import fixed
+from ommatid.show.numbers import fixed, in_order, interval
 from ommatid.show.pictures.best import MIN_IMAGES
 from ommatid.show.pictures.comparison import HUES, make_plots
+from ommatid.show.pictures.comparison import WIDTH as COMPARISON_WIDTH
 from ommatid.show.pictures.page import ACCENT, FAINT, GREY, INK, SIDE, Page, load_examples, overlaid, places, short
-from ommatid.show.report.parts import Section
+from ommatid.show.report.parts import Section, Table
 
 FIDELITY = """
     SELECT r.name, r.variant, r.k, c.n_latents AS d_sae, c.dictionary, c.l0, c.fvu, c.ms - c.ms_floor AS above_floor
     FROM comparisons AS c JOIN runs AS r USING (sae) ORDER BY r.name, c.dictionary
+"""
+LAYERS = """
+    SELECT
+        r.name, r.hookpoint || coalesce(' to ' || r.target, '') AS place, c.l0, c.fvu, c.ms - c.ms_floor AS above_floor,
+        c.ms_low - c.ms_floor AS low, c.ms_high - c.ms_floor AS high, n.ms - n.ms_floor AS neurons, r.label_score, r.control_score,
+        r.downstream_kl, r.sae
+    FROM comparisons AS c JOIN runs AS r USING (sae)
+    LEFT JOIN comparisons AS n ON n.sae = c.sae AND n.dictionary = 'neurons'
+    WHERE c.dictionary = 'sae' ORDER BY place, above_floor DESC NULLS LAST, r.sae
 """
 JUDGED = """
     SELECT dictionary, ms FROM judged WHERE sae = $sae AND judge = $judge AND ms IS NOT NULL
@@ -30,6 +40,7 @@ SCORES = """
     SELECT label_score, control_score FROM features WHERE sae = $sae AND label_score IS NOT NULL AND control_score IS NOT NULL
 """
 
+LAYERS_HEAD = "hookpoint, SAE, L0, FVU, MS − floor, 95 % interval, raw neurons, label score, its control, KL"
 WIDTH, HEIGHT = 620, 380
 LEFT, TOP, RIGHT, BOTTOM = 62, 58, 18, 50
 """Margins of a plot for a legend of two rows and the labels of the axes, in pixels."""
@@ -54,6 +65,48 @@ COLOURS = {"sae": ACCENT, "untrained": "#c05621", "neurons": "#4a5159"}
 def draw_saes(catalog: Catalog) -> bytes:
     """Draw FVU against L0, and MS above its floor against width, for all SAEs."""
     return make_plots(catalog).png(DENSITY)
+
+
+def draw_layers(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Draw MS above its floor, FVU and label score by hookpoint, each beside its control.
+
+    Args:
+        rows: `place`, in order, and the numbers of each SAE: `above_floor` with its interval `low` to `high`, `neurons`, `fvu`,
+            `label_score` and `control_score`.
+
+    Returns:
+        A PNG file.
+    """
+    page = Page(COMPARISON_WIDTH, HEIGHT)
+    spots = dict(zip(dict.fromkeys(row["place"] for row in rows), range(len(rows)), strict=False))
+    width = COMPARISON_WIDTH // 3
+    panels = (
+        ("mean MS − floor, with 95 % interval", "above_floor", "neurons", "raw neurons"),
+        ("fraction of variance unexplained", "fvu", None, None),
+        ("mean label score", "label_score", "control_score", "another latent's label"),
+    )
+    for i, (up, key, control, name) in enumerate(panels):
+        axes = page.axes(i * width + LEFT, TOP, width - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)
+        axes.grid(axis="y", color=FAINT, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.set_ylabel(up, fontsize=10, color=GREY)
+        axes.set_xlim(-0.5, len(spots) - 0.5)
+        axes.set_xticks([*spots.values()], labels=[short(spot, 24) for spot in spots], fontsize=9, rotation=0 if len(spots) < 4 else 20)
+        for row in rows:
+            same = [other["sae"] for other in rows if other["place"] == row["place"]]
+            x = spots[row["place"]] + 0.5 * (same.index(row["sae"]) - (len(same) - 1) / 2) / len(same)
+            if key == "above_floor" and row["low"] is not None:
+                axes.plot([x, x], [row["low"], row["high"]], color=ACCENT, linewidth=1.6, alpha=0.7)
+            if row[key] is not None:
+                axes.plot(x, row[key], "o", color=ACCENT, markersize=6)
+            if control and row[control] is not None:
+                axes.plot(x, row[control], "_", color=COLOURS["untrained"], markersize=12, markeredgewidth=1.8)
+        page.text(i * width + LEFT, 20, "●", 11, ACCENT)
+        page.text(i * width + LEFT + 16, 22, "an SAE", 9)
+        if name:
+            page.text(i * width + LEFT + 76, 20, "—", 11, COLOURS["untrained"])
+            page.text(i * width + LEFT + 96, 22, name, 9)
+    return page.png(DENSITY)
 
 
 def draw_monosemanticity(scores: Mapping[str, Sequence[float]], floor: float) -> bytes:
@@ -203,6 +256,41 @@ def make_fidelity(about: About) -> Section:
     )
     picture = draw_saes(about.catalog)
     return Section("Reconstruction and monosemanticity", reading, Question(FIDELITY), picture, is_wide=True)
+
+
+def make_layers(about: About) -> list[Section]:
+    """Make the section that sets hookpoints side by side, if the SAEs have several."""
+    question = Question(LAYERS)
+    rows = sorted(question.ask(about.catalog).dicts(), key=lambda row: in_order(row["place"]))  # stable: the best of a hookpoint first
+    if len({row["place"] for row in rows}) < 2:
+        return []
+    reading = (
+        "The SAEs by the hookpoint that they encode, each beside the control of its own hookpoint. MS and label scores are comparable, as "
+        "the images and the judge are the same. FVU is a share of the variance of each hookpoint's own activations; what a reconstruction "
+        "costs the model is comparable again: the divergence of its answers (KL, in nats) with x̂ in the place of x. Directions of "
+        "different hookpoints are not compared, as they lie in different spaces."
+    )
+    cells = [
+        (
+            row["place"],
+            row["name"],
+            f"{row['l0']:.1f}",
+            fixed(row["fvu"]),
+            fixed(row["above_floor"]),
+            interval(row["low"], row["high"]),
+            fixed(row["neurons"]),
+            fixed(row["label_score"]),
+            fixed(row["control_score"]),
+            fixed(row["downstream_kl"]),
+        )
+        for row in rows
+    ]
+    strong = next((i for i, row in enumerate(rows) if row["sae"] == about.sae), None)
+    return [
+        Section(
+            "Layers side by side", reading, question, draw_layers(rows), True, Table(tuple(LAYERS_HEAD.split(", ")), tuple(cells), strong)
+        )
+    ]
 
 
 def make_monosemanticity(about: About) -> Section:

@@ -123,6 +123,11 @@ def list_parquet(place: Path | str) -> Listing:
     return _list(place, "images.source.path", "a Parquet file or a folder of them", "files named *.parquet", (".parquet",))
 
 
+def list_shards(place: Path | str) -> Listing:
+    """List what the WebDataset source reads, which is one archive, or the *.tar files of a folder. For errors, see `_list`."""
+    return _list(place, "images.source.path", "a tar archive or a folder of them", "files named *.tar", (".tar",))
+
+
 def list_activations(place: Path | str) -> Listing:
     """List what `extract.source: files` reads: one file, or a folder's files with an ending in `ACTIVATIONS`. For errors, see `_list`."""
     names = ", ".join(ACTIVATIONS)
