@@ -186,7 +186,9 @@ def _open_experiment(checkout: Path, params: Params, changes: Changes, run: str 
         make_worktree(checkout, place.root, params, changes, head, snapshot)
         try:
             yield place
-            place.dvc("exp", "save", "--name", name, "--force", "--message", f"{name}: Prefect run {run}" if run else name)
+            message = f"{name}: Prefect run {run}" if run else name
+            # dvc.yaml alone: a worktree does not hold what DVC stores beside the stages, such as data/published
+            place.dvc("exp", "save", "--name", name, "--force", "--message", message, "dvc.yaml")
         except BaseException:
             say(f"the finished stages of {name} are kept in {place.root} for a day; run it again to continue there")
             raise

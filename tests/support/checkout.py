@@ -66,7 +66,7 @@ pathlib.Path(os.environ.get("OMMATID_CHECKOUT", ".")).joinpath("ran.log").open("
 
 SOMEBODY = {f"GIT_{role}_{key}": "a@localhost" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
 
-GITIGNORE = "/data/*\n/photos/\n/ran.log\n/.worktrees/\n/.prefect/\n/.mlflow/\n__pycache__/\n"
+GITIGNORE = "/data/?*\n!/data/published.dvc\n/photos/\n/ran.log\n/.worktrees/\n/.prefect/\n/.mlflow/\n__pycache__/\n"
 
 
 def run(root: Path, *command: str) -> str:

@@ -48,7 +48,7 @@ def commit(root: Path, made: Decision, branch: str | None, say: Say) -> None:
     """
     try:
         _check_branch(root, branch)
-        dvc(root, environment(root, root), "add", "--quiet", str(PUBLISHED))
+        dvc(root, environment(root, root), "add", str(PUBLISHED))
         if made_commit := _commit_files(root, f"{branch}", _message(made)):
             say(f"committed {' and '.join(name for name in FILES if (root / name).exists())} to {branch} as {made_commit[:12]}")
     except RunError as error:
@@ -70,9 +70,12 @@ def push(root: Path, branch: str | None, say: Say) -> None:
         known = f"refs/remotes/{remote}/{target.removeprefix('refs/heads/')}"
         if git(root, "for-each-ref", known) and not git(root, "rev-list", "-n", "1", last, f"^{known}"):
             return
-        dvc(root, environment(root, root), "push", "--quiet")
+        dvc(root, environment(root, root), "push")
         quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": os.environ.get("GIT_SSH_COMMAND", "ssh -o BatchMode=yes")}
-        git(root, "push", "--quiet", remote, f"refs/heads/{branch}:{target}", variables=quiet)
+        try:
+            git(root, "push", remote, f"refs/heads/{branch}:{target}", variables=quiet)
+        except RunError as error:
+            raise RunError(f"{error}; if {remote} has commits that {branch} lacks, run `git pull --rebase`") from None
         say(f"pushed data/published to the DVC remote, and {branch} to {remote}")
     except RunError as error:
         say(f"the champion was not pushed: {error}; the next run tries again")
