@@ -19,7 +19,7 @@ from pydantic import Field
 
 from ommatid.pipeline import open_stage
 from ommatid.publish import champion
-from ommatid.publish.approval import Waiting
+from ommatid.publish.approval import Waiting, read_waiting
 from ommatid.publish.decisions import Decision, find_champion
 
 
@@ -42,6 +42,8 @@ def ask(made: Decision, hours: float) -> Waiting:
     Raises:
         SupersededError: The champion is no longer the one that the challenger was compared with; decide again.
     """
+    if before := read_waiting():  # by a run that was killed before it was suspended
+        close(before, None)
     waiting = Waiting(decision=made, asked_at=datetime.now(UTC), hours=hours, flow_run=str(flow_run.id))
     with get_client(sync_client=True) as client:
         alarm = client.create_flow_run_from_deployment(

@@ -1,19 +1,32 @@
 """The flows under a Prefect server: what they run, what they leave alone, and how they fail."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+from uuid import UUID, uuid4
 
+import duckdb
 import pytest
+from prefect import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 from prefect.client.schemas.objects import State
+from prefect.client.schemas.responses import SetStateStatus
+from prefect.exceptions import Pause
+from prefect.flow_engine import run_flow
 from prefect.testing.utilities import prefect_test_harness
 
+from flows.approval import is_asked
+from flows.checkout import Workplace, open_workplace
 from flows.pipeline import pipeline
 from flows.retrain import retrain
-from ommatid.config import load_params
-from ommatid.errors import RunError
+from ommatid.config import Params, load_params
+from ommatid.errors import GateError, RunError
 from ommatid.publish import champion, drift
-from ommatid.publish.decisions import Decision, Scores
+from ommatid.publish.approval import Waiting, read_waiting
+from ommatid.publish.decisions import Decision, Scores, find_champion, make_key, read_decisions
 from support.checkout import REPOSITORY
 from support.processes import HANG_SECONDS
 
@@ -98,3 +111,166 @@ def test_drift_ends_a_retraining_before_training_only_if_it_should(
     assert ran(here) == stages and len(published) == (action == "warn")
     if action == "stop":
         assert str(state.message).startswith("drift: 600 new images differ from the champion's 10,000; nothing was trained")
+
+
+def test_a_gate_that_says_no_ends_a_retrain_as_rejected(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(place: object) -> None:
+        raise RunError(f"train: {GateError.WORDS}: dead: 0.9 of the latents; nothing was published")
+
+    published = decided(monkeypatch)
+    monkeypatch.setattr(champion, "is_decided", lambda: False)
+    monkeypatch.setattr("flows.retrain.run_stages", refuse)
+    state = retrain(return_state=True)
+    assert isinstance(state, State) and (state.name, state.is_failed(), published) == ("Rejected", True, [])
+    with pytest.raises(RunError, match="train: quality gate failed: dead"):
+        state.result()
+
+
+class Questions:
+    """A deployment of `retrain` whose challengers win and wait for a person."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.digest = "catalogue a"
+        self.sae = "a"
+        self.stale: set[str] = set()
+        """What DVC finds stale, which is not asked here."""
+        monkeypatch.setattr(Workplace, "stale", lambda place: self.stale)
+        monkeypatch.setattr("flows.retrain.run_stages", lambda place: self.stale.clear())
+        monkeypatch.setattr(champion, "open_stage", lambda name: SimpleNamespace(digest=self.digest))
+        monkeypatch.setattr("flows.approval.open_stage", lambda name: SimpleNamespace(digest=self.digest))
+        monkeypatch.setattr(champion, "decide", self._decide)
+        monkeypatch.setattr(champion, "_keep_winner", self._keep)
+        self.deployment = cast(UUID, retrain.to_deployment(f"asks-{uuid4()}").apply())
+
+    def _decide(self, params: Params, on_event: object, who: str) -> Decision:
+        scores = Scores(sae=self.sae, digest=self.sae, fvu=0.3, l0=32.0, dead=0.1, ms=0.45, ms_floor=0.35)
+        present = find_champion()
+        values = {
+            "decision": "champion",
+            "reason": "better than the champion: FVU -0.2",
+            "decided_at": datetime.now(UTC),
+            "run": {"sae": self.sae},
+        }
+        values |= {"challenger": scores, "champion": None, "margins": params.retrain.margins, "catalog": self.digest, "who": who}
+        return Decision.model_validate(values | {"against": present.key if present else None, "key": make_key(self.digest, self.sae)})
+
+    def _keep(self, made: Decision) -> None:
+        folder = champion.folder_of(made)
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            with duckdb.connect(folder / "catalog.duckdb") as connection:
+                connection.execute("CREATE TABLE runs AS SELECT 'a' AS sae, NULL::VARCHAR AS decision, NULL::VARCHAR AS reason")
+
+    def start(self) -> UUID:
+        """Make a run of the deployment, and run it as a worker does."""
+        with get_client(sync_client=True) as client:
+            run = client.create_flow_run_from_deployment(self.deployment)
+        self.go_on(run.id)
+        return run.id
+
+    def go_on(self, run: UUID) -> None:
+        with get_client(sync_client=True) as client:
+            flow_run = client.read_flow_run(run)
+        with suppress(Pause):  # by which a process that suspends its run ends
+            run_flow(retrain, flow_run=flow_run, return_type="state")
+
+    def answer(self, run: UUID, **values: str) -> None:
+        """Answer as the form in the UI does."""
+        with get_client(sync_client=True) as client:
+            result = client.resume_flow_run(run, run_input=values)
+        if result.status != SetStateStatus.ACCEPT:
+            raise RunError(str(result.details))
+
+    def state(self, run: UUID) -> tuple[str | None, str | None]:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(run).state
+        assert state
+        return state.name, state.message
+
+    def alarms(self) -> list[datetime]:
+        """Times of the runs that are scheduled for the end of a wait."""
+        with get_client(sync_client=True) as client:
+            runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[self.deployment])))
+        return [run.expected_start_time for run in runs if run.name.startswith("end-of-wait") and run.state and run.state.is_scheduled()]  # type: ignore[misc]
+
+
+@pytest.fixture
+def questions(here: Path, monkeypatch: pytest.MonkeyPatch) -> Questions:
+    params = here / "params.yaml"
+    params.write_text(params.read_text().replace("approval: false", "approval: true"))
+    return Questions(monkeypatch)
+
+
+def test_a_run_that_asks_holds_nothing_until_a_person_approves(questions: Questions, here: Path) -> None:
+    run = questions.start()
+    assert questions.state(run)[0] == "Suspended" and read_decisions() == [] and not champion.CATALOG.exists()
+    waiting = read_waiting()
+    assert waiting and waiting.flow_run == str(run) and questions.alarms() == [waiting.until]
+    with open_workplace(here, load_params(), None, lambda line: pytest.fail(line)):
+        pass  # the checkout is free
+    later = questions.start()
+    name, message = questions.state(later)
+    assert name == "Unchanged" and "a waits for approval until" in str(message) and str(run) in str(message)
+    with pytest.raises(RunError, match="who"):
+        questions.answer(run, approve="yes")
+    questions.answer(run, approve="yes", who="Anna", why="they look right")
+    questions.go_on(run)
+    assert questions.state(run) == ("Promoted", "approved by Anna: better than the champion: FVU -0.2")
+    (made,) = read_decisions()
+    assert (made.decision, made.who, made.why) == ("champion", "Anna in the Prefect UI", "they look right")
+    assert read_waiting() is None and questions.alarms() == [] and champion.CATALOG.exists()
+
+
+def test_a_no_and_no_answer_keep_the_champion(questions: Questions, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = questions.start()
+    questions.answer(run, approve="no", who="Anna", why="")
+    questions.go_on(run)
+    assert questions.state(run) == ("Kept", "the champion stays: Anna did not approve; better than the champion: FVU -0.2")
+    assert questions.state(questions.start())[0] == "Unchanged", "it is not asked again"
+    questions.digest = "catalogue b"
+    run = questions.start()
+    assert questions.state(run)[0] == "Suspended"
+    monkeypatch.setattr(Waiting, "is_over", property(lambda self: True))
+    alarm = questions.start()
+    sentence = "the champion stays: nobody answered within 24 hours (retrain.approval_timeout); better than the champion: FVU -0.2"
+    assert questions.state(alarm) == questions.state(run) == ("Kept", sentence)
+    assert [made.decision for made in read_decisions()] == ["challenger", "challenger"] and questions.alarms() == []
+    assert list(champion.CHAMPIONS.iterdir()) == [], "what was not published is not kept"
+
+
+def test_a_question_whose_run_was_killed_is_asked_again_and_its_answer_is_found(
+    questions: Questions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as dying:
+        dying.setattr("flows.approval.suspend", lambda waiting: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            questions.start()
+    assert (before := read_waiting()) and not is_asked(before)
+    run = questions.start()
+    assert questions.state(run)[0] == "Suspended" and (waiting := read_waiting()) and waiting.flow_run == str(run)
+    assert questions.alarms() == [waiting.until]
+    questions.answer(run, approve="yes", who="Anna")
+    with monkeypatch.context() as dying:
+        dying.setattr(champion, "append", lambda made: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            questions.go_on(run)
+    assert read_decisions() == []
+    assert questions.state(questions.start())[0] == "Promoted", "the answer was kept"
+    assert [made.who for made in read_decisions()] == ["Anna in the Prefect UI"]
+
+
+def test_a_newer_challenger_takes_the_place_of_one_that_waits(questions: Questions) -> None:
+    first = questions.start()
+    questions.digest, questions.sae, questions.stale = "catalogue b", "b", {"images"}
+    second = questions.start()
+    assert questions.state(second)[0] == "Suspended" and questions.state(first)[0] == "Kept"
+    assert "nobody had answered when b came in its place" in read_decisions()[-1].reason and len(questions.alarms()) == 1
+    questions.answer(second, approve="yes", who="Anna")
+    questions.go_on(second)
+    assert questions.state(second)[0] == "Promoted" and (found := find_champion()) and found.challenger.sae == "b"
+
+
+def test_a_run_without_a_deployment_says_that_it_cannot_ask(questions: Questions) -> None:
+    state = retrain(return_state=True)
+    assert isinstance(state, State) and state.name == "Kept" and "belongs to no deployment and cannot ask" in str(state.message)
+    assert read_decisions() == [] and read_waiting() is None

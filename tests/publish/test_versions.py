@@ -101,11 +101,18 @@ def test_a_second_clone_pulls_the_champion_and_then_the_next(checkout: Path, sai
     )
 
     monkeypatch.chdir(checkout)
+    first, commit = read_decisions()[0], run(checkout, "git", "rev-parse", "HEAD").strip()
     bring_out(checkout, promote("second"), said.append)
     run(clone, "git", "pull", "-q")
     run(clone, "dvc", "pull", "-q", "data/published.dvc")
     assert (clone / DECISIONS).read_bytes() == DECISIONS.read_bytes()
     assert (clone / champion.CATALOG).read_bytes() == champion.CATALOG.read_bytes()
+
+    promote("third")
+    folder = champion.folder_of(first)
+    assert not folder.exists(), "two are kept"
+    run(checkout, "dvc", "get", "-q", "--rev", commit, ".", str(folder), "-o", str(folder))
+    assert (folder / "sae/weights").read_text() == "first" and (folder / "catalog.duckdb").exists(), "as docs/users/operations.md says"
 
 
 def test_a_commit_has_none_of_the_users_work(checkout: Path, said: list[str]) -> None:

@@ -24,10 +24,13 @@ from mlflow.entities import Run as MlflowRun
 from ommatid import store, tracking
 from ommatid.config import Params, TrainParams, dotted, load_params
 from ommatid.errors import RunError, StoppedError, TrainingError
-from ommatid.events import Event, Listener, Measured, Noticed, Progress, ignore
+from ommatid.events import Event, Listener, Measured, Noticed, Progress, Warned, ignore
+from ommatid.publish import champion
+from ommatid.publish.decisions import Decision, Scores
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact
 from ommatid.tracking import runs
+from ommatid.tracking.provenance import TAGS
 from support.processes import HANG_SECONDS, wait_for
 from support.study import CHECKOUT
 
@@ -180,6 +183,40 @@ def test_champion_is_set_read_and_moved(params: Params, checkout: Path) -> None:
         assert tracking.set_champion(sae.digest).number == seed + 1
         assert tracking.get_champion() == tracking.find_version(sae.digest)
     assert tracking.set_champion(saes[0].digest).number == 1
+
+
+def test_a_champion_trained_without_the_registry_registers_itself_later(
+    params: Params, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae = only_sae(make_training(params))
+    scores = Scores(sae="a", digest=sae.digest, fvu=0.3, l0=2.0, dead=0.1, ms=0.4, ms_floor=0.3)
+    row = {"sae": "a", "git_commit": "abc", "git_dirty": False, "dvc_lock": "def", "prefect_flow_run_id": "123", "dvc_experiment": None}
+    values = {
+        "decision": "champion",
+        "reason": "there was no champion",
+        "decided_at": "2026-01-01T00:00:00Z",
+        "catalog": "c" * 64,
+        "run": row,
+    }
+    made = Decision.model_validate(values | {"challenger": scores, "champion": None, "margins": params.retrain.margins})
+    shutil.copytree(sae.path, champion.folder_of(made) / "sae")
+    champion.append(made)
+    with monkeypatch.context() as away:
+        away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+        warned: list[Event] = []
+        assert champion.try_alias(warned.append) is None
+        (warning,) = warned
+        assert isinstance(warning, Warned) and "the alias champion was not set" in warning.what and "tries again" in warning.what
+    shutil.rmtree("data/sae")  # by a later training
+    moved = champion.try_alias(warned.append)
+    assert moved and moved.endswith(f"version 1, a, which was registered from {champion.folder_of(made)}") and len(warned) == 1
+    version = tracking.get_champion()
+    assert version and version.sae == sae.digest
+    run = client.get_run(str(version.run_id))
+    assert run.info.status == "FINISHED" and run.data.tags["ommatid.sae"] == sae.digest
+    of_run = {column: run.data.tags.get(tag) for column, tag in TAGS.items()}
+    assert of_run == {**{column: row[column] for column in TAGS}, "git_dirty": "false"}
+    assert champion.try_alias(warned.append) is None and len(client.search_model_versions(f"name = '{tracking.MODEL}'")) == 1
 
 
 def test_lineage_is_that_of_the_training_run(checkout: Path, client: MlflowClient, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def register(artefact: Artefact, row: Mapping[str, Any]) -> None:
             run_id = run.info.run_id
         with patience():
             log_model(client, run_id, artefact)
-        if not found:
+        if client.get_run(run_id).info.status == "RUNNING":
             client.set_terminated(run_id, "FINISHED")
 
     call(send)
