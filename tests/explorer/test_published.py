@@ -48,6 +48,7 @@ def test_a_champion_of_an_earlier_training_is_measured_as_the_evaluation_would(o
     apart = champion.decide(params)
     assert apart.champion == together.champion == first.challenger and apart.matched == together.matched
     assert apart.matched and apart.matched.kept + apart.matched.split + apart.matched.changed + apart.matched.lost > 0
+    assert apart.champion
     champion.publish(apart.model_copy(update={"decision": "champion"}), keep=2)
     with Catalog(champion.CATALOG) as catalog:
         (n,) = catalog.rows(

@@ -14,6 +14,7 @@ from prefect import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 from prefect.client.schemas.objects import State
 from prefect.client.schemas.responses import SetStateStatus
+from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import Pause
 from prefect.flow_engine import run_flow
 from prefect.testing.utilities import prefect_test_harness
@@ -140,7 +141,7 @@ class Questions:
         monkeypatch.setattr("flows.approval.open_stage", lambda name: SimpleNamespace(digest=self.digest))
         monkeypatch.setattr(champion, "decide", self._decide)
         monkeypatch.setattr(champion, "_keep_winner", self._keep)
-        self.deployment = cast(UUID, retrain.to_deployment(f"asks-{uuid4()}").apply())
+        self.deployment = cast(UUID, cast(RunnerDeployment, retrain.to_deployment(f"asks-{uuid4()}")).apply())
 
     def _decide(self, params: Params, on_event: object, who: str) -> Decision:
         scores = Scores(sae=self.sae, digest=self.sae, fvu=0.3, l0=32.0, dead=0.1, ms=0.45, ms_floor=0.35)
