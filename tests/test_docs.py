@@ -144,13 +144,15 @@ def test_the_hooks_before_a_commit_need_no_network() -> None:
 
 def test_commands_of_the_pages_exist() -> None:
     verbs = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
-    options = {name: {option for param in verb.params for option in param.opts} for name, verb in verbs.items()}
+    inside = {f"{group} {name}": verb for group, of in verbs.items() for name, verb in getattr(of, "commands", {}).items()}
+    options = {name: {option for param in verb.params for option in param.opts} for name, verb in {**verbs, **inside}.items()}
     shown = "\n".join(code for text in TEXT.values() for code in re.findall(r"(?:```\w*\n|`(?=ommatid ))([^`]*)`", text))
     used = re.findall(r"^(?:\$ )?ommatid ([\w-]+)(.*)$", shown, re.MULTILINE)
     assert len(used) > 40
     for verb, rest in used:
         given = re.findall(r"(?<=\s)--[\w-]+", re.sub(r"""#.*|;.*|"[^"]*"?|'[^']*'""", "", rest))
-        assert set(given) <= options.get(verb, set()), f"ommatid {verb}{rest}"
+        name = next((name for name in inside if f"{verb}{rest} ".startswith(f"{name} ")), verb)
+        assert set(given) <= options.get(name, set()), f"ommatid {verb}{rest}"
 
 
 def test_targets_of_make_that_the_pages_name_exist() -> None:
