@@ -115,7 +115,7 @@ def test_drift_ends_a_retraining_before_training_only_if_it_should(
 
 
 def test_a_gate_that_says_no_ends_a_retrain_as_rejected(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(place: object) -> None:
+    def refuse(place: object, before: object) -> None:
         raise RunError(f"train: {GateError.WORDS}: dead: 0.9 of the latents; nothing was published")
 
     published = decided(monkeypatch)
@@ -136,7 +136,7 @@ class Questions:
         self.stale: set[str] = set()
         """What DVC finds stale, which is not asked here."""
         monkeypatch.setattr(Workplace, "stale", lambda place: self.stale)
-        monkeypatch.setattr("flows.retrain.run_stages", lambda place: self.stale.clear())
+        monkeypatch.setattr("flows.retrain.run_stages", lambda place, before: self.stale.clear())
         monkeypatch.setattr(champion, "open_stage", lambda name: SimpleNamespace(digest=self.digest))
         monkeypatch.setattr("flows.approval.open_stage", lambda name: SimpleNamespace(digest=self.digest))
         monkeypatch.setattr(champion, "decide", self._decide)
