@@ -1,4 +1,7 @@
-"""The Prefect server that a flow reports to, which is the one at PREFECT_API_URL or a temporary one, and how failures are logged."""
+"""Prefect servers: the one that a flow reports to, which is the one at PREFECT_API_URL or a temporary one, and the one of `make up`.
+
+Also, how failures of flows are logged.
+"""
 
 import atexit
 import logging
@@ -7,6 +10,7 @@ import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 from prefect import get_client
@@ -16,10 +20,15 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from flows.processes import Services, free_port
 from ommatid.errors import OmmatidError, RunError, without_credentials
 
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 PORTS = range(8000, 9000)
 """Ports of temporary servers; one is chosen at random, so that two runs started at the same time rarely collide."""
 _TEMPORARY = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
 """Settings that Prefect uses for its own temporary servers: no UI, and only the services that a short run needs."""
+
+_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 
 @contextmanager
@@ -58,6 +67,33 @@ def _start_temporary() -> str:
     server.wait_for("temporary-server", f"{url}/health")
     stack.enter_context(temporary_settings({PREFECT_API_URL: url}))
     return url
+
+
+def create_app() -> "ASGIApp":
+    """Make the application of the server of `make up`: Prefect's, but no page of it reaches another host.
+
+    The second UI, which asks an analytics host, is left out. Other pages ask for logos, and are told not to.
+    """
+    import prefect
+    from prefect.server.api import server
+
+    assert hasattr(prefect, "__ui_v2_static_path__"), "this version of Prefect keeps its second UI elsewhere"
+    prefect.__ui_v2_static_path__ = Path(os.devnull) / "none"
+    return _stay_here(server.create_app(final=True))
+
+
+def _stay_here(app: "ASGIApp") -> "ASGIApp":
+    """Add a Content-Security-Policy with which browsers ask no host but the page's own."""
+
+    async def wrapped(scope: "Scope", receive: "Receive", send: "Send") -> None:
+        async def send_with_policy(message: "Message") -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"content-security-policy", _POLICY.encode())]
+            await send(message)
+
+        await app(scope, receive, send_with_policy)
+
+    return wrapped
 
 
 def _check(url: str) -> None:

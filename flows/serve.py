@@ -1,129 +1,144 @@
 """The servers of `make up`: Prefect with the deployments of infra/prefect.yaml and their workers, MLflow and the explorer, until Ctrl-C.
 
 Everything that they write stays in the checkout, in .prefect and .mlflow, and people's reviews in data. PREFECT_SERVER_API_PORT,
-MLFLOW_PORT and OMMATID_PORT set the ports (default: 4200, 5000 and 8321, or the next free ones). Imports no Prefect: each server is a
-separate process that logs to .prefect/logs.
+MLFLOW_PORT and OMMATID_PORT set the ports (default: 4200, 5000 and 8321, or the next free ones). While they run, faults of the servers
+are looked for (flows/monitor.py), and the forms in the Prefect UI follow params.yaml. Imports no Prefect: each server is a separate
+process that logs to .prefect/logs.
 """
 
-import ast
-import json
 import os
 import signal
 import time
-import urllib.error
-import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ValidationError
+import filelock
 
+from flows.monitor import LOOK_SECONDS, Monitor, skip_missed_runs
+from flows.prefect_api import Api
 from flows.processes import Services, free_port
+from flows.project import PROJECT, read_project, takes_params
 from ommatid.cli.error_boundary import at_edge
 from ommatid.compute.commands import environment
-from ommatid.config import load_params
-from ommatid.config.messages import explain
-from ommatid.config.strict_yaml import parse_yaml
-from ommatid.errors import ConfigError
+from ommatid.config import Params, load_params
+from ommatid.errors import ConfigError, RunError
 from ommatid.tracking import follow_move
-
-PROJECT = "infra/prefect.yaml"
-
-
-class Pool(BaseModel):
-    """Work pool of a deployment."""
-
-    name: str
-
-
-class Deployment(BaseModel):
-    """Deployment in infra/prefect.yaml; Prefect itself reads the keys that are not named here."""
-
-    name: str
-    entrypoint: str
-    work_pool: Pool
-
-
-class Project(BaseModel):
-    """Contents of infra/prefect.yaml."""
-
-    deployments: list[Deployment]
 
 
 def serve(checkout: Path) -> None:
     """Start the servers, deployments and workers, print the addresses, and run until a signal comes or one of the processes ends."""
-    parameters = json.dumps({"params": load_params(checkout / "params.yaml").model_dump(mode="json")})
-    deployments = read_deployments(checkout)
-    pools = list(dict.fromkeys(deployment.work_pool.name for deployment in deployments))
-    prefilled = {deployment.name: ("--params", parameters) if takes_params(checkout, deployment) else () for deployment in deployments}
+    load_params(checkout / "params.yaml")
+    project = read_project(checkout)
+    pools = list(dict.fromkeys(deployment.work_pool.name for deployment in project.deployments))
+    forms = [deployment.name for deployment in project.deployments if takes_params(checkout, deployment)]
     prefect = free_port(int(os.environ.get("PREFECT_SERVER_API_PORT", "4200")))
     mlflow = free_port(int(os.environ.get("MLFLOW_PORT", "5000")), taken=[prefect])
     explorer = free_port(int(os.environ.get("OMMATID_PORT", "8321")), taken=[prefect, mlflow])
-    services = Services(_environment(checkout, prefect, explorer), checkout / ".prefect/logs")
-    deploy = ("prefect", "--no-prompt", "deploy", "--prefect-file", PROJECT, "--name")
+    api = Api(f"http://127.0.0.1:{prefect}/api")
+    logs = checkout / ".prefect/logs"
+    with _only_one(checkout, f"http://127.0.0.1:{prefect}"):
+        services = Services(_environment(checkout, prefect, explorer), logs)
+        try:
+            services.start("prefect", *_prefect(prefect))
+            services.start("mlflow", *_mlflow(checkout, mlflow))
+            services.start("explorer", "ommatid", "serve", "--port", str(explorer))
+            services.wait_for("prefect", f"{api.url}/health")
+            _end_orphans(api)
+            for pool in pools:
+                services.start(f"pool-{pool}", "prefect", "work-pool", "create", pool, "--type", "process", "--overwrite")
+            services.finish(*(f"pool-{pool}" for pool in pools))
+            for deployment in project.deployments:
+                deploy = ("prefect", "--no-prompt", "deploy", "--prefect-file", PROJECT, "--name", deployment.name)
+                services.start(f"deploy-{deployment.name}", *deploy)
+            services.finish(*(f"deploy-{deployment.name}" for deployment in project.deployments))
+            services.wait_for("mlflow", f"http://127.0.0.1:{mlflow}/health")
+            services.wait_for("explorer", f"http://127.0.0.1:{explorer}/robots.txt")  # /health says whether there is a catalogue
+            for pool in pools:
+                services.start(f"worker-{pool}", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", pool)
+            print(
+                f"Explorer http://127.0.0.1:{explorer}\nPrefect  http://127.0.0.1:{prefect}/deployments\nMLflow   http://127.0.0.1:{mlflow}"
+            )
+            print("Ctrl-C ends all of them.", flush=True)
+            _follow(services, api, Monitor(api, logs, pools), checkout / "params.yaml", forms)
+        finally:
+            services.end()
+
+
+def _follow(services: Services, api: Api, monitor: Monitor, params: Path, forms: Sequence[str]) -> None:
+    """Look after the servers until one of the processes ends."""
+    shown, next_look = _stamp(params), time.monotonic() + LOOK_SECONDS
+    while True:
+        services.check()
+        if (stamp := _stamp(params)) != shown:
+            shown = stamp
+            _say(_refresh_forms(api, params, forms))
+        if time.monotonic() >= next_look:
+            _say(monitor.look())
+            with suppress(RunError):  # the monitor reports it
+                _say(skip_missed_runs(api))
+            next_look = time.monotonic() + LOOK_SECONDS
+        time.sleep(1)
+
+
+def _say(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
     try:
-        services.start("prefect", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect))
-        services.start("mlflow", *_mlflow(checkout, mlflow))
-        services.start("explorer", "ommatid", "serve", "--port", str(explorer))
-        services.wait_for("prefect", f"http://127.0.0.1:{prefect}/api/health")
-        _end_orphans(f"http://127.0.0.1:{prefect}/api")
-        for pool in pools:
-            services.start(f"pool-{pool}", "prefect", "work-pool", "create", pool, "--type", "process", "--overwrite")
-        services.finish(*(f"pool-{pool}" for pool in pools))
-        for name, arguments in prefilled.items():
-            services.start(f"deploy-{name}", *deploy, name, *arguments)
-        services.finish(*(f"deploy-{name}" for name in prefilled))
-        services.wait_for("mlflow", f"http://127.0.0.1:{mlflow}/health")
-        services.wait_for("explorer", f"http://127.0.0.1:{explorer}/robots.txt")  # /health says whether there is a catalogue
-        for pool in pools:
-            services.start(f"worker-{pool}", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", pool)
-        print(f"Explorer http://127.0.0.1:{explorer}\nPrefect  http://127.0.0.1:{prefect}/deployments\nMLflow   http://127.0.0.1:{mlflow}")
-        print("Ctrl-C ends all of them.", flush=True)
-        while True:
-            services.check()
-            time.sleep(1)
-    finally:
-        services.end()
+        status = path.stat()
+    except OSError:  # an editor may remove the file before it writes the new one
+        return None
+    return status.st_mtime_ns, status.st_size
 
 
-def read_deployments(checkout: Path) -> list[Deployment]:
-    """Read the deployments in infra/prefect.yaml.
+def _refresh_forms(api: Api, path: Path, forms: Sequence[str]) -> list[str]:
+    """Show the values of params.yaml in the forms of the Prefect UI; return a warning if that fails."""
+    try:
+        show_params(api, load_params(path), forms)
+    except (ConfigError, RunError) as error:
+        return [f"warning: the forms in the Prefect UI still show the params of before, and a run that starts now fails: {error}"]
+    return []
+
+
+def show_params(api: Api, params: Params, forms: Sequence[str]) -> None:
+    """Set the values that the forms of some deployments show at first.
+
+    They are only shown: a run whose form is not changed gets no parameters, and reads params.yaml when it starts.
+    """
+    for deployment in api.deployments(*forms) if forms else []:
+        schema = deployment["parameter_openapi_schema"]
+        schema["properties"]["params"]["default"] = params.model_dump(mode="json")
+        api.patch(f"/deployments/{deployment['id']}", {"parameter_openapi_schema": schema, "parameters": {}})
+
+
+@contextmanager
+def _only_one(checkout: Path, address: str) -> Iterator[None]:
+    """Hold the checkout's servers for this process.
 
     Raises:
-        ConfigError: The file is missing or is not valid YAML, or a deployment lacks its name, entrypoint or work pool.
+        RunError: Another process holds them: two schedulers and two workers would share one database.
     """
+    folder = checkout / ".prefect"
+    folder.mkdir(exist_ok=True)
+    lock, holder = filelock.FileLock(folder / "up.lock"), folder / "up.txt"
     try:
-        text = (checkout / PROJECT).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{PROJECT}: cannot be read ({error.strerror}); start this command in the checkout") from None
-    try:
-        return Project.model_validate(parse_yaml(text, PROJECT)).deployments
-    except ValidationError as error:
-        raise ConfigError(f"{PROJECT}: {explain(error, Project)}") from None
-
-
-def takes_params(checkout: Path, deployment: Deployment) -> bool:
-    """Return whether the flow of a deployment has an argument `params`, which is then prefilled with params.yaml.
-
-    Raises:
-        ConfigError: The entrypoint is not a function in a Python file.
-    """
-    file, _, flow = deployment.entrypoint.rpartition(":")
-    try:
-        body = ast.parse((checkout / file).read_text(encoding="utf-8")).body
-        functions = [node for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-        (arguments,) = [node.args for node in functions if node.name == flow]
-    except (OSError, SyntaxError, ValueError):
-        raise ConfigError(
-            f"{PROJECT}: deployment {deployment.name}: entrypoint {deployment.entrypoint!r} is not a function in a Python file; "
-            "write FILE.py:FUNCTION, such as flows/pipeline.py:pipeline"
-        ) from None
-    return any(argument.arg == "params" for argument in (*arguments.args, *arguments.kwonlyargs))
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        other = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
+        raise RunError(f"`make up` runs in this checkout already ({other}); use its servers, or end it by Ctrl-C there first") from None
+    with lock:
+        holder.write_text(f"process {os.getpid()}, {address}\n", encoding="utf-8")
+        yield
 
 
 def _environment(checkout: Path, port: int, explorer: int) -> dict[str, str]:
     ours = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")])),  # for `import flows`
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_UI_URL": os.environ.get("PREFECT_UI_URL") or f"http://127.0.0.1:{port}",  # for links in messages
         "PREFECT_SERVER_UI_API_URL": "/api",  # or the pages in the browser send their requests to port 4200
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
         "OMMATID_EXPLORER_URL": f"http://127.0.0.1:{explorer}",  # for links to it from Prefect's artifacts and MLflow's tags
@@ -131,6 +146,12 @@ def _environment(checkout: Path, port: int, explorer: int) -> dict[str, str]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
     return {**environment(checkout, checkout), **ours}
+
+
+def _prefect(port: int) -> tuple[str, ...]:
+    """Command that starts the Prefect server."""
+    create = ("uvicorn", "--factory", "flows.prefect_server:create_app", "--log-level", "warning")
+    return (*create, "--host", "127.0.0.1", "--port", str(port), "--timeout-keep-alive", "5")
 
 
 def _mlflow(checkout: Path, port: int) -> tuple[str, ...]:
@@ -142,18 +163,10 @@ def _mlflow(checkout: Path, port: int) -> tuple[str, ...]:
     return ("mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port), *store)
 
 
-def _end_orphans(api: str) -> None:
+def _end_orphans(api: Api) -> None:
     """Mark runs orphaned by a killed worker as Crashed; they still report Running, and would count towards the concurrency limit."""
-    orphans = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}, "deployment_id": {"is_null_": False}}
-    for run in _post(f"{api}/flow_runs/filter", {"flow_runs": orphans}):
-        state = {"type": "CRASHED", "message": "its worker was killed; start the same run again to continue where it stopped"}
-        _post(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
-
-
-def _post(url: str, body: object) -> Any:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=300) as answer:
-        return json.load(answer)
+    for run in api.runs(state={"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}, deployment_id={"is_null_": False}):
+        api.set_state(run["id"], "CRASHED", "its worker was killed; start the same run again to continue where it stopped")
 
 
 def _stop(*_: object) -> None:

@@ -1,18 +1,21 @@
-"""`make up`, end to end: servers start, runs are started by a schedule and by "Run", Ctrl-C ends everything, and no log has an error.
+"""`make up`, end to end, with a real Prefect UI in a browser: what starts by itself, what a person starts, and what is said of faults.
 
-The checkout has one additional deployment, made by the recipe docs/developers/add-a-deployment.md.
+All tests share one `make up`, in whose checkout there is one additional deployment, made by the recipe
+docs/developers/add-a-deployment.md. Ctrl-C ends everything, and no log has an error that a test has not caused.
 """
 
-import json
 import os
 import re
 import shutil
 import signal
-import socket
+import sqlite3
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +23,104 @@ import psutil
 import pytest
 import yaml
 
-from flows.serve import read_deployments, takes_params
-from ommatid.errors import ConfigError
+from flows import monitor
+from flows.prefect_api import Api
+from flows.project import read_project, takes_params
+from ommatid.errors import ConfigError, RunError
+from support.browser import RunningBrowser, Windows, find_chromium, opening, running
 from support.checkout import bytes_of, run
 from support.processes import HANG_SECONDS, wait_for, wait_for_end
 from support.recipes import Tree, assert_only_named, blocks_of, copy_tree
+from support.servers import free_port
 
 PAGE = "add-a-deployment.md"
+ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@dataclass
+class Up:
+    """A running `make up`."""
+
+    checkout: Path
+    prefect: str
+    mlflow: str
+    explorer: str
+    process: "subprocess.Popen[str]"
+    said: list[str] = field(default_factory=list)
+    """Lines on its terminal so far."""
+
+    @property
+    def api(self) -> Api:
+        return Api(f"{self.prefect}/api", HANG_SECONDS)
+
+    def deployment(self, name: str) -> dict[str, Any]:
+        (found,) = self.api.deployments(name)
+        return found
+
+    def pause(self, name: str) -> None:
+        """End the schedules of a deployment, and wait for what they have started."""
+        self.api.post(f"/deployments/{self.deployment(name)['id']}/pause_deployment", {})
+        wait_for(lambda: not self.runs(name, "SCHEDULED", "PENDING", "RUNNING"), "the end of runs that had begun")
+
+    def start(self, name: str, parameters: dict[str, Any] | None = None) -> str:
+        """Start a run; without parameters, the request is the one of Quick run."""
+        body = {} if parameters is None else {"parameters": parameters}
+        return self.api.post(f"/deployments/{self.deployment(name)['id']}/create_flow_run", body)["id"]
+
+    def ended(self, flow_run: str) -> dict[str, Any]:
+        """Wait for the end of a run."""
+
+        def ended() -> dict[str, Any] | None:
+            found = self.api.get(f"/flow_runs/{flow_run}")
+            return found if found["state_type"] in ENDED else None
+
+        return wait_for(ended, "the end of the run")
+
+    def runs(self, name: str, *states: str) -> list[dict[str, Any]]:
+        return self.api.runs(deployment_id={"any_": [self.deployment(name)["id"]]}, state={"type": {"any_": states}})
+
+    def heard(self, pattern: str) -> str:
+        """Wait for a line on the terminal."""
+        return wait_for(lambda: next((line for line in self.said if re.search(pattern, line)), None), f"a line with {pattern!r}")
 
 
-def call(url: str, body: object = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"}), timeout=HANG_SECONDS) as answer:
-        return json.load(answer)
+@pytest.fixture(scope="module")
+def up(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    folder = tmp_path_factory.mktemp("up")
+    checkout = folder / "checkout"
+    shutil.copytree(made, checkout, symlinks=True)
+    (checkout / "ran.log").unlink()
+    tree = copy_tree(folder / "tree")
+    add_deployment(tree)
+    assert_only_named(tree, PAGE)
+    for name in ("flows", "infra"):
+        shutil.copytree(tree.root / name, checkout / name)
+    set_schedules(checkout)
+    run(checkout, "git", "add", "-A")
+    run(checkout, "git", "commit", "-qm", "Flows")
+    ports = {name: str(free_port()) for name in ("PREFECT_SERVER_API_PORT", "MLFLOW_PORT", "OMMATID_PORT")}
+    command = [sys.executable, "-m", "flows.serve"]
+    with subprocess.Popen(command, cwd=checkout, env=environment(folder) | ports, stdout=subprocess.PIPE, text=True) as process:
+        prefect, mlflow, explorer = (f"http://127.0.0.1:{port}" for port in ports.values())
+        running_up = Up(checkout, prefect, mlflow, explorer, process)
+        reader = threading.Thread(target=lambda: running_up.said.extend(process.stdout or ()))
+        reader.start()
+        try:
+            running_up.heard("Ctrl-C ends all of them")
+            yield running_up
+        finally:
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGINT)
+            process.wait(HANG_SECONDS)
+            reader.join(HANG_SECONDS)
+    assert len(family) >= 5
+    wait_for_end(family, "servers and worker")
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Return the environment of a fresh machine, on which git has no name and email address, and Prefect has no settings."""
+    mine = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "GIT_", "OMMATID_", "MLFLOW_"))}
+    return mine | {"HOME": str(home), "OMMATID_CACHE": str(home / "cache")}
 
 
 def add_deployment(tree: Tree) -> None:
@@ -48,56 +130,44 @@ def add_deployment(tree: Tree) -> None:
     tree.write(project, (tree.root / project).read_text(encoding="utf-8") + "\n" + blocks_of(PAGE, "text")[0])
 
 
-def run_deployment(api: str, overrides: dict[str, Any]) -> str:
-    """Start a run as the UI does, with all of the prefilled parameters, some of them changed."""
-    deployment = call(f"{api}/deployments/name/pipeline/pipeline")
-    parameters = deployment["parameters"]
-    parameters["params"]["train"].update(overrides)
-    return call(f"{api}/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})["id"]
-
-
-def finished(api: str, flow_run: str) -> dict[str, Any]:
-    def ended() -> dict[str, Any] | None:
-        found = call(f"{api}/flow_runs/{flow_run}")
-        return found if found["state_type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"} else None
-
-    return wait_for(ended, "the end of the run")
-
-
-def schedule_pipeline(checkout: Path) -> None:
-    """Schedule the pipeline, and nothing else, at short intervals."""
+def set_schedules(checkout: Path) -> None:
+    """Schedule the pipeline at short intervals and the count at long ones."""
     path = checkout / "infra/prefect.yaml"
     project = yaml.safe_load(path.read_text())
     deployments = {one["name"]: one for one in project["deployments"]}
     assert deployments["retrain"].pop("schedules")
     deployments["pipeline"]["schedules"] = [{"interval": 15, "active": True}]
+    deployments["count"] |= {"schedules": [{"interval": 7 * 86400, "active": True}], "concurrency_limit": 1}
     path.write_text(yaml.safe_dump(project))
-
-
-def scheduled(api: str) -> dict[str, Any]:
-    """Wait for a scheduled run to end, stop the schedule, and return the run."""
-    deployment = call(f"{api}/deployments/name/pipeline/pipeline")
-
-    def runs(*states: str) -> list[dict[str, Any]]:
-        wanted = {"deployment_id": {"any_": [deployment["id"]]}, "state": {"type": {"any_": states}}}
-        return call(f"{api}/flow_runs/filter", {"flow_runs": wanted})
-
-    (run, *_) = wait_for(lambda: runs("COMPLETED", "FAILED", "CRASHED"), "a run that a schedule starts")
-    call(f"{api}/deployments/{deployment['id']}/pause_deployment", {})
-    wait_for(lambda: not runs("SCHEDULED", "PENDING", "RUNNING"), "the end of those that had begun")
-    return run
 
 
 def errors_in(logs: Path) -> list[str]:
     """Return the lines of all logs that report an error."""
-    said = [f"{path.name}: {line}" for path in sorted(logs.glob("*.log")) for line in path.read_text(errors="replace").splitlines()]
+    said = [f"{path.name}: {line}" for path in sorted(logs.glob("*.log")) for line in _text_of(path).splitlines()]
     return [line for line in said if re.search(r"ERROR|CRITICAL|Traceback|Error\b|[Ee]xception", line)]
+
+
+def _text_of(log: Path) -> str:
+    text = log.read_text(errors="replace")
+    return "\n".join(f"ERROR {error}" for error in monitor.errors_in(text)) if log.stem == "prefect" else text
+
+
+@pytest.fixture
+def windows(browser: RunningBrowser) -> Iterator[Windows]:
+    with opening(browser) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[RunningBrowser]:
+    with running(find_chromium()) as run:
+        yield run
 
 
 def test_forms_of_flows_are_filled_with_the_params(tmp_path: Path) -> None:
     tree = copy_tree(tmp_path)
     add_deployment(tree)
-    found = {one.name: (one.work_pool.name, takes_params(tree.root, one)) for one in read_deployments(tree.root)}
+    found = {one.name: (one.work_pool.name, takes_params(tree.root, one)) for one in read_project(tree.root).deployments}
     assert found == {"pipeline": ("ommatid", True), "retrain": ("ommatid", False), "count": ("ommatid", False)}
 
 
@@ -105,7 +175,7 @@ def test_an_asynchronous_flow_is_deployed_too(tmp_path: Path) -> None:
     tree = copy_tree(tmp_path)
     add_deployment(tree)
     tree.replace("flows/count.py", "def count(", "async def count(")
-    (deployment,) = [one for one in read_deployments(tmp_path) if one.name == "count"]
+    (deployment,) = [one for one in read_project(tmp_path).deployments if one.name == "count"]
     assert not takes_params(tmp_path, deployment)
 
 
@@ -126,70 +196,157 @@ def test_an_invalid_deployment_is_named(tmp_path: Path, old: str, new: str, says
     before, _, added = path.read_text().rpartition("  - name: count")
     path.write_text(f"{before}  - name: count{added.replace(old, new)}")
     with pytest.raises(ConfigError) as error:
-        for deployment in read_deployments(tmp_path):
+        for deployment in read_project(tmp_path).deployments:
             takes_params(tmp_path, deployment)
     assert says in str(error.value)
 
 
-def test_a_run_with_an_override_can_be_started_in_the_ui(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tree = copy_tree(tmp_path / "tree")
-    add_deployment(tree)
-    assert_only_named(tree, PAGE)
-    for folder in ("flows", "infra"):
-        shutil.copytree(tree.root / folder, checkout / folder)
-    schedule_pipeline(checkout)
-    run(checkout, "git", "add", "-A")
-    run(checkout, "git", "commit", "-qm", "Flows")
-    for key in [key for key in os.environ if key.startswith("PREFECT_")]:
-        monkeypatch.delenv(key)
-    port = free_port()
-    api = f"http://127.0.0.1:{port}/api"
-    explorer = free_port()
-    env = {**os.environ, "PREFECT_SERVER_API_PORT": str(port), "MLFLOW_PORT": str(free_port()), "OMMATID_PORT": str(explorer)}
-    up = subprocess.Popen([sys.executable, "-m", "flows.serve"], cwd=checkout, env=env, stdout=subprocess.PIPE, text=True)
+def test_a_schedule_starts_runs_by_itself(up: Up) -> None:
+    first = wait_for(lambda: up.runs("pipeline", *ENDED), "a run that a schedule starts")[0]
+    up.pause("pipeline")
+    assert first["auto_scheduled"] and first["state_type"] == "COMPLETED", first["state"]
+    assert not (up.checkout / "ran.log").exists(), "nothing had changed"
+
+
+def test_a_run_with_an_override_is_an_experiment_that_leaves_the_checkout_alone(up: Up) -> None:
+    before, status = bytes_of(up.checkout), run(up.checkout, "git", "status", "--porcelain")
+    form = up.deployment("pipeline")["parameter_openapi_schema"]["properties"]["params"]["default"]  # what the form shows at first
+    form["train"]["k"] = "many"
+    with pytest.raises(RunError, match=r"409.*is not of type 'integer'"):
+        up.start("pipeline", {"params": form})
+    form["train"]["k"] = 12
+    ended = up.ended(up.start("pipeline", {"params": form}))
+    assert ended["state_type"] == "COMPLETED", ended["state"]
+    name = ended["name"]
+    assert name.startswith("train-k-12-") and f"experiment:{name}" in ended["tags"]
+    assert name in run(up.checkout, "dvc", "exp", "list", "--name-only").split()
+    ran = [line.split() for line in (up.checkout / "ran.log").read_text().splitlines()]
+    assert ran == [["train", name, ended["id"]], ["evaluate", name, ended["id"]]]
+    assert bytes_of(up.checkout) == before and run(up.checkout, "git", "status", "--porcelain") == status
+    shown = up.api.post("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [ended["id"]]}}})
+    assert {"quality-images", "quality-train", "progress-train", "health", "metrics"} <= {artifact["key"] for artifact in shown}
+
+
+def test_the_flow_of_the_recipe_runs(up: Up) -> None:
+    counted = up.ended(up.start("count"))
+    assert counted["state"]["message"] == f"{len(list((up.checkout / 'data/images').iterdir()))} files"
+
+
+def test_a_person_starts_runs_in_the_ui_with_the_params_of_now(up: Up, windows: Windows) -> None:
+    """Quick run after an edit of params.yaml works in the checkout with the new values, and the form shows them."""
+    windows.expect("favicon.ico")
+    up.pause("pipeline")  # its runs read params.yaml, too
+    params = up.checkout / "params.yaml"
+    before = params.read_text()
+    params.write_text(before.replace("  k: 32", "  k: 24"))
     try:
-        assert up.stdout
-        said = [up.stdout.readline() for _ in range(4)]
-        assert said[:2] == [f"Explorer http://127.0.0.1:{explorer}\n", f"Prefect  http://127.0.0.1:{port}/deployments\n"], said
-        assert said[2].startswith("MLflow   http://127.0.0.1:"), said
-        with pytest.raises(urllib.error.HTTPError, match="503") as empty:
-            urllib.request.urlopen(f"http://127.0.0.1:{explorer}/")
-        assert "data/catalog/catalog.duckdb: does not exist" in empty.value.read().decode()
-        empty.value.close()
-
-        started = scheduled(api)
-        assert started["auto_scheduled"] and started["state_type"] == "COMPLETED", started["state"]
-
-        before, status = bytes_of(checkout), run(checkout, "git", "status", "--porcelain")
-        with pytest.raises(urllib.error.HTTPError, match="409") as refused:
-            run_deployment(api, {"k": "many"})
-        assert "is not of type 'integer'" in refused.value.read().decode()
-        refused.value.close()
-
-        ended = finished(api, run_deployment(api, {"k": 12}))
-        assert ended["state_type"] == "COMPLETED", ended["state"]
-        name = ended["name"]
-        assert name.startswith("train-k-12-") and f"experiment:{name}" in ended["tags"]
-        assert name in run(checkout, "dvc", "exp", "list", "--name-only").split()
-        ran = [line.split() for line in (checkout / "ran.log").read_text().splitlines()]
-        assert ran == [["train", name, ended["id"]], ["evaluate", name, ended["id"]]]
-        assert bytes_of(checkout) == before and run(checkout, "git", "status", "--porcelain") == status
-        shown = call(f"{api}/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [ended["id"]]}}})
-        assert {"quality-images", "quality-train", "progress-train", "health", "metrics"} <= {artifact["key"] for artifact in shown}
-
-        count = call(f"{api}/deployments/name/count/count")
-        counted = finished(api, call(f"{api}/deployments/{count['id']}/create_flow_run", {})["id"])
-        assert counted["state"]["message"] == f"{len(list((checkout / 'data/images').iterdir()))} files"
+        wait_for(lambda: str(shown_k(up)) == "24", "the form to follow params.yaml")
+        known = {found["id"] for found in up.runs("pipeline", *ENDED)}
+        page = windows.open(f"{up.prefect}/deployments/deployment/{up.deployment('pipeline')['id']}/run")
+        page.wait_for_function("[...document.querySelectorAll('input')].some(input => input.value === '24')")  # they have no labels
+        page.goto(f"{up.prefect}/deployments/deployment/{up.deployment('pipeline')['id']}")
+        page.get_by_role("button", name="Run", exact=True).click()
+        page.get_by_text("Quick run", exact=True).click()
+        (new,) = wait_for(lambda: [found for found in up.runs("pipeline", *ENDED) if found["id"] not in known], "the end of the run")
+        assert new["state_type"] == "COMPLETED" and not any(tag.startswith("experiment:") for tag in new["tags"]), new
+        ran = [line.split() for line in (up.checkout / "ran.log").read_text().splitlines()]
+        assert ["train", "-", new["id"]] in ran, "it worked in the checkout"
+        params.write_text(before.replace("  k: 32", "  k: many"))
+        assert "train.k: got 'many'" in up.heard("warning: the forms in the Prefect UI still show the params of before")
     finally:
-        family = psutil.Process(up.pid).children(recursive=True)
-        up.send_signal(signal.SIGINT)
-        up.wait(HANG_SECONDS)
-        up.stdout.close() if up.stdout else None
-    assert len(family) >= 5
-    wait_for_end(family, "servers and worker")
-    logs = checkout / ".prefect/logs"
+        params.write_text(before)
+    wait_for(lambda: str(shown_k(up)) == "32", "the form to follow params.yaml")
+
+
+def shown_k(up: Up) -> int:
+    return up.deployment("pipeline")["parameter_openapi_schema"]["properties"]["params"]["default"]["train"]["k"]
+
+
+def test_no_page_reaches_another_host(up: Up, windows: Windows) -> None:
+    """Requests that the browser refuses to send, as the server's policy tells it to, do not count."""
+    paths = ("/dashboard", "/runs", "/flows", "/work-pools", "/blocks/catalog", "/automations/create", "/events", "/settings", "/docs")
+    (flow_run, *_) = up.runs("pipeline", *ENDED)
+    for server, places in {
+        up.prefect: ["/", *paths, f"/runs/flow-run/{flow_run['id']}"],
+        up.mlflow: ["/", "/#/experiments", "/#/models", "/#/prompts", "/#/settings", "/#/gateway"],
+        up.explorer: ["/robots.txt", "/"],
+    }.items():
+        page = windows.open(server + places[0])
+        sent: list[str] = []
+        page.context.on("requestfinished", lambda request, sent=sent: sent.append(request.url))
+        page.context.on("requestfailed", lambda request, sent=sent: sent.append(request.url) if request.failure != "csp" else None)
+        for place in places[1:]:
+            page.goto(server + place)
+            page.wait_for_timeout(700)  # what a page asks for once it is drawn
+        foreign = [url for url in sent if not url.startswith((server, "data:", "blob:"))]
+        assert sent and not foreign, foreign
+    with pytest.raises(urllib.error.HTTPError, match="503"):  # the explorer of a checkout without a catalogue
+        urllib.request.urlopen(up.explorer).close()
+    windows.faults.clear()  # those of the Prefect and MLflow pages are not ours
+
+
+def test_a_second_make_up_in_the_checkout_says_what_to_do(up: Up) -> None:
+    command = [sys.executable, "-m", "flows.serve"]
+    done = subprocess.run(command, cwd=up.checkout, env=environment(up.checkout.parent), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == (
+        f"error: `make up` runs in this checkout already (process {up.process.pid}, {up.prefect}); use its servers, or end it by Ctrl-C "
+        "there first\n"
+    )
+
+
+def test_a_clock_that_jumps_starts_one_run_at_most(up: Up) -> None:
+    """Three weekly runs become overdue at once, as they do on a machine that has slept for three weeks."""
+    waiting = wait_for(lambda: found if len(found := up.runs("count", "SCHEDULED")) >= 3 else None, "the next runs of the schedule")
+    ids = [found["id"] for found in waiting]
+    with database(up) as connection:
+        for i, flow_run in enumerate(ids):
+            past = f"strftime('%Y-%m-%d %H:%M:%f', 'now', '-{len(ids) - i} hours')"
+            connection.execute(
+                f"UPDATE flow_run SET expected_start_time = {past}, next_scheduled_start_time = {past} WHERE id = ?", (flow_run,)
+            )
+            connection.execute(
+                f"UPDATE flow_run_state SET state_details = json_set(state_details, '$.scheduled_time', {past} || 'Z') "
+                "WHERE flow_run_id = ?",
+                (flow_run,),
+            )
+    up.heard(rf"count: {len(ids) - 1} scheduled runs were missed|count: {len(ids)} scheduled")
+    states = [up.ended(flow_run)["state_type"] for flow_run in ids]
+    assert sorted(states) == ["CANCELLED"] * (len(ids) - 1) + ["COMPLETED"], states
+
+
+def database(up: Up) -> sqlite3.Connection:
+    return sqlite3.connect(up.checkout / ".prefect/prefect.db", timeout=HANG_SECONDS)
+
+
+def test_no_log_has_an_error(up: Up) -> None:
+    logs = up.checkout / ".prefect/logs"
     assert {path.stem for path in logs.glob("*.log")} == {
         *("prefect", "mlflow", "explorer", "pool-ommatid", "worker-ommatid"),
         *("deploy-pipeline", "deploy-retrain", "deploy-count"),
     }
     assert errors_in(logs) == []
+
+
+def test_a_scheduler_that_fails_is_reported_although_the_server_says_it_is_healthy(up: Up) -> None:
+    with database(up) as connection:
+        connection.execute("ALTER TABLE deployment_schedule RENAME TO gone")
+    try:
+        assert up.api.get("/health") is True and up.api.get("/ready") == {"message": "OK"}
+        line = up.heard("warning: the Prefect server's schedule_recent_deployments fails again and again")
+        assert str(up.checkout / ".prefect/logs/prefect.log") in line
+        up.heard("warning: the Prefect server at .* refused POST /deployments/filter")
+    finally:
+        with database(up) as connection:
+            connection.execute("ALTER TABLE gone RENAME TO deployment_schedule")
+    up.heard("the Prefect server: works again")
+    assert sum("schedule_recent_deployments" in line for line in up.said) == 1, "it is said once"
+
+
+def test_a_worker_that_is_silent_is_reported(up: Up, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor, "SILENT_SECONDS", 0.0)
+    faults = monitor.Monitor(up.api, up.checkout / ".prefect/none", ["ommatid"])
+    said = [line for _ in range(monitor.N_LOOKS + 2) for line in faults.look()]
+    assert [line.partition(" has not")[0] for line in said] == ["warning: the worker of ommatid"]
+    monkeypatch.setattr(monitor, "SILENT_SECONDS", 120.0)
+    assert faults.look() == ["the worker of ommatid: works again"]

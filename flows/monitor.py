@@ -1,0 +1,181 @@
+"""Faults of the running servers of `make up`, which would otherwise be seen only in a log, or when a schedule has not fired for weeks.
+
+A Prefect server answers and says that it is healthy while its scheduler fails on every pass. So several signs are looked at: errors in
+the server's log, schedules without a next run, workers that are no longer heard of, and messages that did not reach their receiver.
+Imports no Prefect.
+"""
+
+import re
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from flows.prefect_api import Api
+from ommatid.errors import RunError
+
+LOOK_SECONDS = 5.0
+"""Seconds between two looks."""
+N_LOOKS = 3
+"""Number of looks in a row that must find a fault before it is reported, as a busy server may be late once."""
+N_ERRORS = 3
+"""Number of errors of one service within `ERROR_SECONDS` that make it a failing one; a single error may be a lock of the database."""
+ERROR_SECONDS = 600.0
+SILENT_SECONDS = 120.0
+"""Seconds without a sign of life after which a worker counts as lost; it sends one every 30 seconds."""
+_ENTRY = re.compile(r"^(?=\d\d:\d\d:\d\d\.\d{3} \| )", re.MULTILINE)
+_ERROR = re.compile(r"\S+ \| (?:ERROR|CRITICAL) +\| (?P<logger>[\w.]+) - (?P<text>.*)")
+_SERVICE = re.compile(r"↩ \[[^]]*\] (\w+)\(")
+"""How the server's log names a periodic service that raised an error."""
+_SENT = ("call-webhook", "send-notification")
+"""Types of automation actions that send messages."""
+
+
+class Monitor:
+    """The state of the servers between two looks."""
+
+    def __init__(self, api: Api, logs: Path, pools: Sequence[str]):
+        self._api = api
+        self._log = logs / "prefect.log"
+        self._logs = logs
+        self._pools = pools
+        self._read = 0
+        self._errors: dict[str, deque[float]] = defaultdict(deque)
+        self._n_looks: dict[str, int] = {}
+        self._reported: set[str] = set()
+        self._started = datetime.now(UTC)
+
+    def look(self) -> list[str]:
+        """Look for faults.
+
+        Returns:
+            A sentence for each fault that is new, and for each that was reported and is over.
+        """
+        found = dict(self._find())
+        self._n_looks = {fault: self._n_looks.get(fault, 0) + 1 for fault in found}
+        new = [fault for fault, n in self._n_looks.items() if n >= N_LOOKS and fault not in self._reported]
+        over = sorted(self._reported - found.keys())
+        self._reported = self._reported.difference(over).union(new)
+        return [f"warning: {found[fault]}" for fault in new] + [f"{fault}: works again" for fault in over]
+
+    def _find(self) -> Iterator[tuple[str, str]]:
+        """Yield the faults of now, each by the name of what is at fault and as a sentence."""
+        for service in self._failing_services():
+            yield f"the Prefect server's {service}", f"the Prefect server's {service} fails again and again; the error is in {self._log}"
+        try:
+            self._api.get("/ready")
+            found = [*self._idle_schedules(), *self._lost_workers(), *self._lost_messages()]
+        except RunError as error:
+            yield "the Prefect server", f"{error}; its output is in {self._log}; if it stays so, end this command and start it again"
+            return
+        yield from found
+
+    def _failing_services(self) -> list[str]:
+        now = time.monotonic()
+        for logger, text in errors_in(self._new_text()):
+            service = _SERVICE.search(text)
+            self._errors[service[1] if service else logger.removeprefix("prefect.server.")].append(now)
+        for times in self._errors.values():
+            while times and now - times[0] > ERROR_SECONDS:
+                times.popleft()
+        return [service for service, times in self._errors.items() if len(times) >= N_ERRORS]
+
+    def _new_text(self) -> str:
+        with suppress(OSError), self._log.open("rb") as log:
+            log.seek(self._read)
+            whole = log.read().rpartition(b"\n")[0]  # a line that is still being written comes with the next look
+            self._read += len(whole)
+            return whole.decode(errors="replace")
+        return ""
+
+    def _idle_schedules(self) -> Iterator[tuple[str, str]]:
+        for deployment in self._api.deployments():
+            if deployment["paused"] or not any(schedule["active"] for schedule in deployment["schedules"]):
+                continue
+            if not self._api.runs(deployment_id={"any_": [deployment["id"]]}, state={"type": {"any_": ["SCHEDULED"]}}):
+                yield (
+                    f"the schedule of {deployment['name']}",
+                    f"the schedule of {deployment['name']} is active but has no next run, so nothing will start by itself; "
+                    f"if {self._log} does not say why, end this command and start it again",
+                )
+
+    def _lost_workers(self) -> Iterator[tuple[str, str]]:
+        for pool in self._pools:
+            workers = self._api.post(f"/work_pools/{pool}/workers/filter", {})
+            silent = min((_seconds_since(worker["last_heartbeat_time"]) for worker in workers), default=_seconds_since(self._started))
+            if silent > SILENT_SECONDS:
+                yield (
+                    f"the worker of {pool}",
+                    f"the worker of {pool} has not been heard of for {silent:.0f} s, so runs wait; its output is in "
+                    f"{self._logs / f'worker-{pool}.log'}; if it stays so, end this command and start it again",
+                )
+
+    def _lost_messages(self) -> Iterator[tuple[str, str]]:
+        """Yield a fault if the newest message did not reach its receiver."""
+        names = ["prefect.automation.action.failed", "prefect.automation.action.executed"]
+        wanted = {"event": {"name": names}, "occurred": {"since": self._started.isoformat()}, "order": "DESC"}
+        events = self._api.post("/events/filter", {"filter": wanted, "limit": 50})["events"]
+        sent = [event for event in events if event["payload"].get("action_type") in _SENT]
+        if sent and (reason := _failure(sent[0])):
+            message = sent[0]["resource"].get("prefect.resource.name", "a message")
+            yield (
+                "the receiver of messages",
+                f"the message {message!r} did not reach its receiver ({reason}) and is not sent again; check OMMATID_MESSAGES, "
+                "and see Event Feed in the Prefect UI",
+            )
+
+
+def errors_in(log: str) -> list[tuple[str, str]]:
+    """Return the errors in the text of a Prefect server's log, as (logger, first line), without locks of the database.
+
+    SQLite refuses one of two writers that began at the same time; the server's clients then ask again.
+    """
+    found = [(_ERROR.match(entry), entry) for entry in _ENTRY.split(log)]
+    return [(error["logger"], error["text"]) for error, entry in found if error and "database is locked" not in entry]
+
+
+def _failure(event: dict[str, Any]) -> str | None:
+    payload = event["payload"]
+    if event["event"].endswith("failed"):
+        return payload.get("reason", "no reason given")
+    return f"it answered {status}" if (status := payload.get("status_code", 0)) >= 400 else None
+
+
+def _seconds_since(when: datetime | str) -> float:
+    return (datetime.now(UTC) - (datetime.fromisoformat(when) if isinstance(when, str) else when)).total_seconds()
+
+
+_WHY_MISSED = "the machine slept, the clock jumped, or an earlier run took long"
+
+
+def skip_missed_runs(api: Api) -> list[str]:
+    """Cancel scheduled runs that are overdue, except the last of each deployment.
+
+    After the clock has jumped or the machine has slept, all runs that were due meanwhile would start one after another, although each
+    does what the last one does. None is kept if a run of the deployment has begun after all of them were due.
+
+    Returns:
+        A sentence for each deployment with missed runs.
+    """
+    now = datetime.now(UTC)
+    overdue: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    due = {"before_": (now - timedelta(seconds=1)).isoformat()}
+    for run in api.runs(state={"type": {"any_": ["SCHEDULED"]}}, expected_start_time=due, deployment_id={"is_null_": False}):
+        if run["auto_scheduled"] and not run["run_count"]:
+            overdue[run["deployment_id"]].append(run)
+    said = []
+    for deployment, runs in overdue.items():
+        begun = api.runs(deployment_id={"any_": [deployment]}, state={"type": {"any_": ["PENDING", "RUNNING"]}})
+        last = datetime.fromisoformat(runs[-1]["expected_start_time"])
+        has_newer = any(datetime.fromisoformat(run["start_time"]) >= last for run in begun if run["start_time"])
+        missed = runs if has_newer else runs[:-1]
+        for run in missed:
+            api.set_state(run["id"], "CANCELLED", f"missed: {_WHY_MISSED}; a later run does the same")
+        if missed:
+            name = api.get(f"/deployments/{deployment}")["name"]
+            n = "a scheduled run was" if len(missed) == 1 else f"{len(missed)} scheduled runs were"
+            said.append(f"{name}: {n} missed ({_WHY_MISSED}); one run does for all")
+    return said

@@ -1,0 +1,58 @@
+"""Prefect's REST API, for processes that do not import Prefect, which takes seconds and 100 MB."""
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+from ommatid.errors import RunError
+
+
+class Api:
+    """The API of a Prefect server.
+
+    Raises:
+        RunError: The server does not answer, or refuses a request; raised by every method.
+    """
+
+    def __init__(self, url: str, seconds: float = 60.0):
+        self.url = url
+        """Address of the API, without a slash at its end."""
+        self._seconds = seconds
+
+    def get(self, path: str) -> Any:
+        """Get an object."""
+        return self._call("GET", path, None)
+
+    def post(self, path: str, body: object) -> Any:
+        """Create an object, or ask for those that match a filter."""
+        return self._call("POST", path, body)
+
+    def patch(self, path: str, body: object) -> None:
+        """Change an object."""
+        self._call("PATCH", path, body)
+
+    def deployments(self, *names: str) -> list[dict[str, Any]]:
+        """Return the deployments with these names, or all of them."""
+        return self.post("/deployments/filter", {"deployments": {"name": {"any_": names}}} if names else {})
+
+    def runs(self, **filters: object) -> list[dict[str, Any]]:
+        """Return the flow runs that match Prefect's filters, oldest first."""
+        return self.post("/flow_runs/filter", {"flow_runs": filters, "sort": "EXPECTED_START_TIME_ASC"})
+
+    def set_state(self, run: str, kind: str, message: str) -> None:
+        """Set the state of a flow run, whatever state it is in."""
+        self.post(f"/flow_runs/{run}/set_state", {"state": {"type": kind, "message": message}, "force": True})
+
+    def _call(self, method: str, path: str, body: object) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=self._seconds) as answer:
+                return json.loads(answer.read() or b"null")
+        except urllib.error.HTTPError as error:
+            with error:
+                said = error.read().decode(errors="replace")[:300]
+            raise RunError(f"the Prefect server at {self.url} refused {method} {path}: {error.code} {said}") from None
+        except (OSError, ValueError) as error:
+            raise RunError(f"the Prefect server at {self.url} does not answer: {getattr(error, 'reason', error)}") from None
