@@ -148,6 +148,7 @@ def _seconds_since(when: datetime | str) -> float:
     return (datetime.now(UTC) - (datetime.fromisoformat(when) if isinstance(when, str) else when)).total_seconds()
 
 
+_BEGUN = ("PENDING", "RUNNING", "COMPLETED", "FAILED", "CRASHED")
 _WHY_MISSED = "the machine slept, the clock jumped, or an earlier run took long"
 
 
@@ -168,9 +169,10 @@ def skip_missed_runs(api: Api) -> list[str]:
             overdue[run["deployment_id"]].append(run)
     said = []
     for deployment, runs in overdue.items():
-        begun = api.runs(deployment_id={"any_": [deployment]}, state={"type": {"any_": ["PENDING", "RUNNING"]}})
         last = datetime.fromisoformat(runs[-1]["expected_start_time"])
-        has_newer = any(datetime.fromisoformat(run["start_time"]) >= last for run in begun if run["start_time"])
+        begun = api.runs(deployment_id={"any_": [deployment]}, state={"type": {"any_": _BEGUN}}, expected_start_time=due)
+        # a pending run has not read anything yet
+        has_newer = any(run["state_type"] == "PENDING" or datetime.fromisoformat(run["start_time"]) >= last for run in begun[-50:])
         missed = runs if has_newer else runs[:-1]
         for run in missed:
             api.set_state(run["id"], "CANCELLED", f"missed: {_WHY_MISSED}; a later run does the same")

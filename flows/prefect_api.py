@@ -1,11 +1,15 @@
 """Prefect's REST API, for processes that do not import Prefect, which takes seconds and 100 MB."""
 
 import json
+import time
 import urllib.error
 import urllib.request
 from typing import Any
 
 from ommatid.errors import RunError
+
+RETRIES = (0.5, 1.0, 2.0, 4.0)
+"""Seconds between attempts while the server answers 503: its database was locked, and nothing was changed."""
 
 
 class Api:
@@ -47,12 +51,16 @@ class Api:
     def _call(self, method: str, path: str, body: object) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=self._seconds) as answer:
-                return json.loads(answer.read() or b"null")
-        except urllib.error.HTTPError as error:
-            with error:
-                said = error.read().decode(errors="replace")[:300]
-            raise RunError(f"the Prefect server at {self.url} refused {method} {path}: {error.code} {said}") from None
-        except (OSError, ValueError) as error:
-            raise RunError(f"the Prefect server at {self.url} does not answer: {getattr(error, 'reason', error)}") from None
+        for wait in (*RETRIES, None):
+            try:
+                with urllib.request.urlopen(request, timeout=self._seconds) as answer:
+                    return json.loads(answer.read() or b"null")
+            except urllib.error.HTTPError as error:
+                with error:
+                    said = error.read().decode(errors="replace")[:300]
+                if error.code != 503 or wait is None:
+                    raise RunError(f"the Prefect server at {self.url} refused {method} {path}: {error.code} {said}") from None
+                time.sleep(wait)
+            except (OSError, ValueError) as error:
+                raise RunError(f"the Prefect server at {self.url} does not answer: {getattr(error, 'reason', error)}") from None
+        raise AssertionError("the last attempt returns or raises")
