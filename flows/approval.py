@@ -17,6 +17,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Scheduled
 from pydantic import Field
 
+from ommatid.events import Listener
 from ommatid.pipeline import open_stage
 from ommatid.publish import champion
 from ommatid.publish.approval import Waiting, read_waiting
@@ -36,8 +37,13 @@ def can_ask() -> bool:
     return deployment.id is not None
 
 
-def ask(made: Decision, hours: float) -> Waiting:
+def ask(made: Decision, hours: float, on_event: Listener) -> Waiting:
     """Keep a challenger until a person answers; the caller then releases the checkout and calls `suspend`.
+
+    Args:
+        made: The decision to publish it.
+        hours: Hours that a person has to answer.
+        on_event: Called with warnings.
 
     Raises:
         SupersededError: The champion is no longer the one that the challenger was compared with; decide again.
@@ -50,7 +56,7 @@ def ask(made: Decision, hours: float) -> Waiting:
             UUID(deployment.id), state=Scheduled(scheduled_time=waiting.until), name=f"end-of-wait-{made.key[:8]}", tags=["approval"]
         )  # fmt: skip
     waiting = waiting.model_copy(update={"alarm": str(alarm.id)})
-    champion.wait(waiting)
+    champion.wait(waiting, on_event)
     return waiting
 
 

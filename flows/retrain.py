@@ -81,7 +81,7 @@ def _find_new(place: Workplace, params: Params) -> Decision | Waiting | State:
     waiting = read_waiting()
     if not place.stale():
         if waiting and approval.is_current(waiting):
-            return waiting if approval.is_asked(waiting) else approval.ask(waiting.decision, params.retrain.approval_timeout)
+            return waiting if approval.is_asked(waiting) else approval.ask(waiting.decision, params.retrain.approval_timeout, _log_event)
         if champion.is_decided():
             return Completed(name="Unchanged", message="images, params and code have not changed")
     try:
@@ -125,7 +125,7 @@ def _ask(made: Decision, params: RetrainParams) -> Waiting | State:
         approval.close(before, kept)
     page = artifacts.decision(made, has_pictures=True)
     create_markdown_artifact(page, key="decision", description="Champion and challenger, to be approved")
-    return approval.ask(made, params.approval_timeout)
+    return approval.ask(made, params.approval_timeout, _log_event)
 
 
 @task(cache_policy=NO_CACHE)

@@ -155,7 +155,7 @@ class Questions:
         values |= {"challenger": scores, "champion": None, "margins": params.retrain.margins, "catalog": self.digest, "who": who}
         return Decision.model_validate(values | {"against": present.key if present else None, "key": make_key(self.digest, self.sae)})
 
-    def _keep(self, made: Decision) -> None:
+    def _keep(self, made: Decision, on_event: object) -> None:
         folder = champion.folder_of(made)
         if not folder.exists():
             folder.mkdir(parents=True)
