@@ -15,7 +15,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export GOMP_SPINCOUNT := 1000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo fmt check test-fast test lint up docs bench bench-extract bench-train bench-evaluate bench-serve bench-attribute bench-intervene bench-interop peers constraints clean
+.PHONY: help demo fmt check test-fast test lint up docs bench bench-extract bench-train bench-evaluate bench-serve bench-attribute bench-intervene bench-operations bench-interop peers constraints clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 17
@@ -91,6 +91,9 @@ bench-attribute: $(READY) ## compare attribution of an output to all latents wit
 
 bench-intervene: $(READY) ## compare interventions with running the whole model for each, and measure the stage of the demo
 	@python benchmarks/intervene.py
+
+bench-operations: $(READY) ## measure an increment, a retrain with nothing new, a drift check and the stage images
+	@python benchmarks/operations.py
 
 bench-interop: $(READY) $(PEERS)/.ready ## compare SAEs of other libraries imported here, and ours exported there
 	@python benchmarks/interop.py
