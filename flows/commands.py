@@ -2,6 +2,7 @@
 
 import contextlib
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,19 +17,27 @@ _HINTS = ("To track the changes with git", "git add dvc.lock", "To enable auto s
 """Advice of DVC that does not belong in a run's log."""
 
 
-def stream(command: list[str], root: Path, env: Mapping[str, str], say: Say) -> tuple[int, list[str]]:
-    """Run a command and pass on its lines as they arrive.
+def stream(module: Sequence[str], root: Path, env: Mapping[str, str], say: Say, held: Sequence[int] = ()) -> tuple[int, list[str]]:
+    """Run a Python module and pass on its lines as they arrive.
 
-    The command does not outlive this process: any exception here ends it, and a Prefect worker that cancels a run kills the whole
-    process group.
+    It does not outlive this process for long: any exception here ends it, a Prefect worker that cancels a run kills the whole process
+    group, and if this process is killed, it ends after its own children (flows/parent_watch.py).
+
+    Args:
+        module: Name of the module, and its arguments.
+        root: Folder that it works in.
+        env: Its environment.
+        say: Called with each line.
+        held: File descriptors that it keeps open until it ends, such as that of a lock.
 
     Returns:
         The exit status, and all lines.
     """
     lines: list[str] = []
+    command = [sys.executable, "-P", str(Path(__file__).with_name("parent_watch.py")), *module]
     with subprocess.Popen(
-        command, cwd=root, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace",
+        command, cwd=root, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace", pass_fds=held,
     ) as child:  # fmt: skip
         assert child.stdout
         try:

@@ -1,7 +1,7 @@
 """Runs a module, as `python -m` does, that ends when its parent ends: `python -m flows.parent_watch MODULE ARGUMENT ...`.
 
 Standard input is a pipe from the parent, which never writes to it. In whatever way the parent ends, even by SIGKILL, the pipe closes, and
-the module is ended together with all of its descendants. Imports no Prefect.
+the module is ended after all of its descendants. Imports no Prefect, and nothing of Ommatid: it is also started by its path.
 """
 
 import os
@@ -21,14 +21,21 @@ def _watch(pipe: int) -> None:
     while os.read(pipe, 1):
         pass
     this = psutil.Process()
-    processes = [*this.children(recursive=True), this]
+    children = this.children(recursive=True)
+    _end(children)
+    psutil.wait_procs(children, GRACE_SECONDS)  # a stage saves its work; whoever waits for this process waits for that, too
+    for process in children:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    _end([this])
+    time.sleep(GRACE_SECONDS)
+    this.kill()
+
+
+def _end(processes: list[psutil.Process]) -> None:
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
-    time.sleep(GRACE_SECONDS)
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 def main() -> None:

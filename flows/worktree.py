@@ -3,17 +3,23 @@
 import configparser
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from flows.commands import Say
+from flows.dvc_files import LOCK, copy_lock
 from ommatid.compute.commands import dvc, environment, git
 from ommatid.config import Params, dotted, load_params
 from ommatid.errors import RunError
 
 Changes = dict[tuple[str, ...], tuple[Any, Any]]
 """Values that differ between two sets of params: path of the key to (old, new)."""
+LOCK_SECONDS = 5.0
+"""Age after which a lock of a ref, which is held for milliseconds, was left behind. The user's own DVC may hold one, too."""
 ABSENT = object()
 """Stands for a value that one of two sets of params does not have."""
 
@@ -32,10 +38,20 @@ def _walk(old: Mapping[str, Any], new: Mapping[str, Any], path: tuple[str, ...])
             yield (*path, key), (before, after)
 
 
-def take_snapshot(checkout: Path) -> str | None:
-    """Commit the current contents of tracked files without touching them; return the commit, or None if nothing differs from HEAD."""
-    changed = git(checkout, "status", "--porcelain", "--untracked-files=no")
-    return git(checkout, "stash", "create") if changed else None
+def take_snapshot(checkout: Path) -> tuple[str, str]:
+    """Write the current contents of tracked files as a tree of git, without touching the files or git's index.
+
+    Returns:
+        The tree, and the same tree without dvc.lock, which other runs may be changing.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        index = Path(folder) / "index"  # its own, so that neither other runs nor the user's git wait for it or fail
+        shutil.copyfile(checkout / git(checkout, "rev-parse", "--git-path", "index"), index)
+        own = {"GIT_INDEX_FILE": str(index)}
+        git(checkout, "add", "--update", variables=own)
+        tree = git(checkout, "write-tree", variables=own)
+        git(checkout, "update-index", "--force-remove", LOCK, variables=own)
+        return tree, git(checkout, "write-tree", variables=own)
 
 
 def make_worktree(checkout: Path, root: Path, params: Params, changes: Changes, head: str, snapshot: str) -> None:
@@ -47,19 +63,22 @@ def make_worktree(checkout: Path, root: Path, params: Params, changes: Changes, 
         params: Params of the experiment.
         changes: How they differ from the checkout's params.yaml.
         head: Commit that the worktree is at.
-        snapshot: Commit whose files it holds.
+        snapshot: Tree of the files that it holds.
     """
     if root.exists() and _is_worktree(root):
         os.utime(root)
+        for lock in Path(git(root, "rev-parse", "--absolute-git-dir")).glob("*.lock"):  # of a git that was killed
+            lock.unlink()
+        git(root, "update-ref", "--no-deref", "HEAD", head)  # a killed `dvc exp save` may have moved it
     else:
         remove_worktree(checkout, root)
-        git(checkout, "worktree", "add", "--detach", "--no-checkout", str(root), head)
+        # --force twice: also over one that was being made when its run was killed
+        git(checkout, "worktree", "add", "--force", "--force", "--detach", "--no-checkout", str(root), head)
     git(root, "read-tree", "-u", "--reset", snapshot)
     _share_cache(checkout, root)
     _write_params(checkout, root, params, changes)
     _link_sources(checkout, root, params)
-    if (checkout / "dvc.lock").exists():
-        shutil.copyfile(checkout / "dvc.lock", root / "dvc.lock")
+    copy_lock(checkout, root)
 
 
 def _is_worktree(root: Path) -> bool:
@@ -67,6 +86,15 @@ def _is_worktree(root: Path) -> bool:
         return Path(git(root, "rev-parse", "--show-toplevel")).resolve() == root.resolve()
     except RunError:
         return False
+
+
+def remove_ref_locks(checkout: Path) -> None:
+    """Remove the locks of refs of experiments that a killed DVC has left. The caller knows that no other run saves an experiment."""
+    refs = checkout / git(checkout, "rev-parse", "--git-common-dir") / "refs/exps"
+    for lock in refs.rglob("*.lock"):
+        with suppress(OSError):
+            if time.time() - lock.stat().st_mtime > LOCK_SECONDS:
+                lock.unlink()
 
 
 def remove_worktree(checkout: Path, root: Path) -> None:

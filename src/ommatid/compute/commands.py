@@ -51,7 +51,7 @@ def git(root: Path, *arguments: str, variables: Mapping[str, str] | None = None,
     Raises:
         RunError: The command failed.
     """
-    identity = _identity(root) if arguments[0] in ("stash", "commit-tree") else {}
+    identity = _identity(root) if arguments[0] == "commit-tree" else {}
     return _output_of(["git", *arguments], root, {**environment(root, root), **identity, **(variables or {})}, ok).strip()
 
 

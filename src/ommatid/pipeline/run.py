@@ -12,6 +12,7 @@ from ommatid.config import Params, TrainParams
 from ommatid.errors import GateError, Lack, MachineError, describe, find_lack
 from ommatid.events import Listener, Progress, Warned
 from ommatid.pipeline import STAGES, place_of
+from ommatid.pipeline.checkout import watch_stage
 from ommatid.pipeline.inputs import open_inputs
 from ommatid.stage import DATA, HEALTH, QUALITY, Stage, is_checkouts, load
 from ommatid.store import Artefact, Draft
@@ -75,9 +76,11 @@ def run_stage(
         GateError: A check failed for the only SAE, for every SAE, or for the artefact as a whole. Nothing is published, but the report
             is written.
         MachineError: The machine lacks memory, disk space, threads or a permission.
+        RunError: DVC runs the stage, and another branch was checked out meanwhile, or the stage's section of params.yaml was edited.
         OmmatidError: An input is missing or damaged, or the user's values cannot be used.
     """
     stage, place = STAGES[name], place_of(name, data)
+    watch = watch_stage(name) if is_checkouts(data) else None
     inputs = open_inputs(name, params, data)
     section = getattr(params, name)
 
@@ -90,6 +93,8 @@ def run_stage(
             for sae, reason in artefact.rejected.items():
                 on_event(Warned(f"{name}: {sae} is left out because {earlier} rejected it: {reason}"))
         if draft.published:
+            if watch:
+                watch.check()
             _warn_of_rejected(name, draft.published, place, on_event)
             return draft.published
         with _recording(stage, params, inputs, data) as runs:
@@ -105,6 +110,8 @@ def run_stage(
                 files.append(load(stage.reporter)(artefact, reports.path))
             if runs:
                 runs.finish(artefact)
+        if watch:
+            watch.check()
         published = draft.publish(place)
         if stage.is_tracked:
             _track(stage, inputs.get("train", published), published, files, pictures, reports.path)

@@ -4,6 +4,7 @@ import configparser
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,20 @@ def _last_seen(root: Path) -> dict[str, str]:
     return {stage: dep["md5"] for stage, of in deps.items() for dep in of if dep.get("path") == f"{PLACE}/{stage}.json" and "md5" in dep}
 
 
-def _cached(root: Path, md5: str) -> dict[str, Any] | None:
-    """Return the contents of a file in DVC's cache; None if this machine does not have it."""
+def dvc_cache(root: Path) -> Path:
+    """Return the folder of a checkout's DVC cache, read from its configuration without DVC, which takes longer."""
     config = configparser.ConfigParser(interpolation=None)
     folder = root / ".dvc"
-    try:
+    with suppress(OSError, ValueError, configparser.Error):  # DVC itself reports a damaged configuration
         config.read([folder / "config", folder / "config.local"], encoding="utf-8")
-        cache = folder / config.get("cache", "dir", fallback="cache").strip('"')
-        return json.loads((cache / "files/md5" / md5[:2] / md5[2:]).read_text(encoding="utf-8"))
-    except (OSError, ValueError, configparser.Error):
+    return folder / config.get("cache", "dir", fallback="cache").strip('"')
+
+
+def _cached(root: Path, md5: str) -> dict[str, Any] | None:
+    """Return the contents of a file in DVC's cache; None if this machine does not have it."""
+    try:
+        return json.loads((dvc_cache(root) / "files/md5" / md5[:2] / md5[2:]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
 
 
