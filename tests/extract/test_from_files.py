@@ -685,7 +685,7 @@ def test_the_gate_checks_an_import(checkout: Path) -> None:
 
 def test_the_params_of_an_import_are_validated(tmp_path: Path) -> None:
     params = import_params(tmp_path)
-    assert params.hookpoint == "theirs.blocks.3"
+    assert params.read_and_decoded == (("theirs.blocks.3", None),)
     assert dotted(params)["extract.source"] == "files"
     values = params.model_dump(mode="json")
     for key, value, message in [

@@ -19,7 +19,7 @@ from ommatid.catalog.reader import Catalog
 from ommatid.config import Params, RetrainParams, make_params
 from ommatid.errors import ArtefactError, GateError
 from ommatid.evaluate.stage import evaluate
-from ommatid.events import Event, Listener, Progress, Warned, ignore
+from ommatid.events import Event, Listener, Progress, Reused, Warned, ignore
 from ommatid.metrics import Fidelity
 from ommatid.pipeline import STAGES, open_stage
 from ommatid.pipeline.run import run_stage
@@ -77,7 +77,7 @@ def kill_at(wanted: Callable[[Event], bool]) -> Listener:
 def is_about(sae: str, event: Event) -> bool:
     if isinstance(event, Progress):
         return event.what.startswith(f"{sae}: ")
-    return not isinstance(event, Warned) and event.sae == sae
+    return not isinstance(event, Warned | Reused) and event.sae == sae
 
 
 def test_progress_names_the_sae(capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,7 +59,7 @@ def test_a_stage_uses_the_params_that_the_study_was_made_with_and_says_so(capsys
 
     params, heard = load_params(), list[Event]()
     studied = study_params("train", params, "other/study", heard.append)
-    assert studied.hookpoint == "another" and studied.train == params.train
+    assert studied.read_and_decoded == (("another", None),) and studied.train == params.train
     assert [type(event) for event in heard] == [Warned]
     assert study_params("train", params, "data") is params
     assert study_params("train", params, "./data/") is params
