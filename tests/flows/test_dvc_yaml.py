@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ommatid.config import ExtractParams, TrainParams
+from ommatid.config import ExtractParams, ImagesParams, TrainParams
 from ommatid.pipeline import STAGES
 from ommatid.sources.stage import PLACE
 from ommatid.stage import HEALTH, QUALITY, REPORT
@@ -19,7 +19,7 @@ STAGE_FILE = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
 def test_a_stage_in_dvc_runs_its_verb_with_its_params_inputs_and_report(stage: str) -> None:
     entry = STAGE_FILE[stage]
     assert entry["cmd"] == f"ommatid {stage}{' --allow-rejected' if stage in PER_SAE else ''}"
-    section = {"extract": ExtractParams, "train": TrainParams}.get(stage)
+    section = {"images": ImagesParams, "extract": ExtractParams, "train": TrainParams}.get(stage)
     keys = [stage]
     if section and section.runtime_keys:  # keys that params.yaml may leave out reach DVC through data/sources
         needed = {key for key, field in section.model_fields.items() if field.is_required()}

@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from ommatid.config.extract import Executor, LocalExecutor
 from ommatid.config.section import Section
 
 
@@ -76,6 +77,8 @@ ImageSource = Annotated[Cifar10Source | FolderSource | ParquetSource | ShapesSou
 class ImagesParams(Section):
     """Stage `images`: collects images from a source into the data set."""
 
+    runtime_keys: ClassVar[frozenset[str]] = frozenset({"executor"})
+
     source: ImageSource
     """Source of the images."""
     limit: Annotated[int, Field(ge=1)] | None
@@ -86,6 +89,8 @@ class ImagesParams(Section):
     """Largest share of the source that may be unreadable; with more, the gate fails."""
     thumbnail: Annotated[int, Field(ge=16, le=512)]
     """Longest side of the WebP thumbnail in pixels; smaller images are not enlarged."""
+    executor: Executor = LocalExecutor(kind="local")
+    """Where new images are decoded: on all cores of this machine, or by the workers of a cluster, which must reach the source."""
     by_reference: bool = False
     """Whether the data set refers to the files of the source, by path or URL, size and checksum, instead of holding copies of them."""
 

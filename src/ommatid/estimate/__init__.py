@@ -143,7 +143,7 @@ def _find_images(params: Params, data: str) -> Artefact | None:
 
 
 def _count_items(params: ImagesParams) -> int:
-    from ommatid.images.stage import open_source
+    from ommatid.images.source import open_source
 
     total = open_source(params.source).total
     return min(total, params.limit or total)

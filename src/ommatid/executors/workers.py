@@ -45,7 +45,7 @@ def worker_died(shard: int, attempts: int, how: str) -> ExecutorError:
     """Make the error for a shard whose last worker died."""
     return ExecutorError(
         f"shard {shard}: failed {attempts} times, the last time because its worker died ({how}). Too little memory is the usual "
-        "reason: lower extract.batch_size or the number of workers, then run the stage again; finished shards are kept"
+        "reason: lower the number of workers, or extract.batch_size, then run the stage again; finished shards are kept"
     )
 
 

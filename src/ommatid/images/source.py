@@ -5,8 +5,10 @@ A taxonomy path lists the classes of an image from the root to its own, separate
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Protocol
 
+from ommatid.config import ImageSource
 from ommatid.images.reference import Reference
 
 
@@ -43,6 +45,23 @@ class Source(Protocol):
     def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
         """Iterate over the items at these positions, which must ascend within 0 to total - 1."""
         ...
+
+
+def open_source(params: ImageSource) -> Source:
+    """Open the source that the params describe, by `open_source` of the module named after its kind.
+
+    Relative paths are relative to the current directory.
+
+    Args:
+        params: The `images.source` section of the params.
+
+    Returns:
+        The source.
+
+    Raises:
+        SourceError: The source is missing or empty, or differs from what the params say.
+    """
+    return import_module(f"ommatid.images.{params.kind}").open_source(params)
 
 
 def spread(total: int, limit: int | None) -> Sequence[int]:

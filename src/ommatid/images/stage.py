@@ -1,14 +1,14 @@
 """Stage `images`: makes the data set from a source of images."""
 
 from collections.abc import Mapping
-from importlib import import_module
 
-from ommatid.config import ImageSource, ImagesParams
+from ommatid.config import ImagesParams
 from ommatid.events import Listener, Progress, Warned, ignore
 from ommatid.images.dataset import Collection
 from ommatid.images.examine import REMARKS, Earlier, Examiner, settings_of
 from ommatid.images.memory import Memory
-from ommatid.images.source import Source, spread
+from ommatid.images.source import open_source, spread
+from ommatid.images.workers import look_elsewhere
 from ommatid.store import Artefact, Draft
 
 _ITEMS_PER_EVENT = 256
@@ -42,10 +42,12 @@ def run(params: ImagesParams, inputs: Mapping[str, Artefact], draft: Draft, on_e
         on_event(Warned(notice))
     positions = spread(source.total, params.limit)
     collection = Collection(draft, params.eval_share, source.fingerprint)
-    items = source.iter_items(positions[collection.n_seen :])
     with Memory(settings_of(params.thumbnail), lambda line: on_event(Warned(line))) as memory:
+        left = positions[collection.n_seen :]
+        if params.executor.kind != "local":
+            look_elsewhere(params, source, left, draft, memory, lambda *counts: on_event(Progress("images decoded by workers", *counts)))
         examiner = Examiner(params.thumbnail, memory, Earlier(draft.place), params.by_reference)
-        for result in examiner.examine_all(items):
+        for result in examiner.examine_all(source.iter_items(left)):
             collection.add(result)
             if collection.n_seen % _ITEMS_PER_EVENT == 0 or collection.n_seen == len(positions):
                 memory.flush()
@@ -54,20 +56,3 @@ def run(params: ImagesParams, inputs: Mapping[str, Artefact], draft: Draft, on_e
         if n := collection.remarks[key]:
             on_event(Warned(f"{n} of {collection.n_images} images {'is' if n == 1 else 'are'} {what}"))
     return collection.seal()
-
-
-def open_source(params: ImageSource) -> Source:
-    """Open the source that the params describe, by `open_source` of the module named after its kind.
-
-    Relative paths are relative to the current directory.
-
-    Args:
-        params: The `images.source` section of the params.
-
-    Returns:
-        The source.
-
-    Raises:
-        SourceError: The source is missing or empty, or differs from what the params say.
-    """
-    return import_module(f"ommatid.images.{params.kind}").open_source(params)
