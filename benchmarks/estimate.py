@@ -20,6 +20,8 @@ from report import Row, publish
 from ommatid.config import STAGE_NAMES
 from ommatid.pipeline import STAGES as MADE
 
+os.environ["OMMATID_CACHE_GB"] = "0"  # extraction computes everything
+
 CHECKOUT = Path(__file__).parent.parent
 MB = 1e6
 

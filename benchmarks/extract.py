@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does (ommatid.executors.workers.OPENMP_SETTINGS)
+os.environ["OMMATID_CACHE_GB"] = "0"  # every round computes everything
 
 import numpy as np
 import pyarrow as pa
@@ -31,9 +32,8 @@ from ommatid.activations.batches import iter_batches
 from ommatid.activations.columns import from_float16
 from ommatid.config import ExtractParams, Params, load_params
 from ommatid.extract.networks import Networks
-from ommatid.extract.shard import _encoded
 from ommatid.extract.stage import extract
-from ommatid.images.loader import Pixels, iter_pixels, make_pool
+from ommatid.images.loader import Encoded, Pixels, iter_pixels, make_pool
 from ommatid.images.stage import run as make_images
 from ommatid.store import Artefact
 
@@ -71,9 +71,10 @@ class Bench:
 
     def iter_pixels(self, towers: Networks, batch_size: int) -> Iterator[Pixels]:
         """Iterate over the images in order, preprocessed by the stage's own loader."""
-        batches = self.images.iter_batches("images", ["image", "split", "encoded"], n_rows=batch_size)
+        batches = self.images.iter_batches("images", ["image", "encoded"], n_rows=batch_size)
         with make_pool(towers.device) as pool:
-            yield from iter_pixels(map(_encoded, batches), towers.preprocesses, pool, towers.device)
+            encoded = (Encoded(rows["image"].to_numpy(), np.ones(len(rows), dtype=bool), rows["encoded"].to_pylist()) for rows in batches)
+            yield from iter_pixels(encoded, towers.preprocesses, pool, towers.device)
 
 
 def make_clip(folder: Path) -> Path:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from ommatid.config import STAGE_NAMES
 
+os.environ["OMMATID_CACHE_GB"] = "0"  # extraction computes everything
+
 CHECKOUT = Path(__file__).parent.parent
 
 

@@ -345,6 +345,31 @@ def test_rows_that_depend_on_the_batch_are_not_reused_and_all_else_is(world: Wor
     assert found.digest == from_scratch(tmp_path, images).digest
 
 
+class LeakyJudge(SpiedModel):
+    """A judge whose embeddings depend on the mean of the batch, in their last bits."""
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        return super().embed(pixels) + 1e-6 * pixels.float().mean()
+
+
+def test_a_new_network_that_depends_on_the_batch_sees_the_same_batches_whatever_the_cache_holds(world: World, tmp_path: Path) -> None:
+    run(tmp_path, images_of(tmp_path, PICTURES))
+    world.judges["second"] = LeakyJudge("second")
+    images = images_of(tmp_path, PICTURES | dict.fromkeys(range(90, 96), "day"))
+    judges = [{"kind": "transformers", "path": name} for name in ("judge", "second")]
+    found = run(tmp_path, images, judge=judges)
+    assert found.digest == from_scratch(tmp_path, images, judge=judges).digest
+
+
+def test_damaged_notes_are_made_again(world: World, tmp_path: Path) -> None:
+    images = images_of(tmp_path, PICTURES)
+    whole = run(tmp_path, images, dtype="bfloat16")
+    for i, path in enumerate(sorted(activations_folder().rglob("*.json"))):
+        text = path.read_text()
+        path.write_text(["[]", text.replace("0", "1").replace("true", "false"), text[:-3], ""][i % 4])
+    assert run(tmp_path, images, dtype="bfloat16").digest == whole.digest
+
+
 class Killed(BaseException):
     pass
 

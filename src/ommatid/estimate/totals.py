@@ -246,7 +246,7 @@ class Extrapolation:
     def _chunk(self, amounts: Amounts) -> float:
         """Return the size of a chunk of activations at all hookpoints, in bytes."""
         each = sum(facts["tokens_per_image"] * facts["d_model"] * 2 for facts in self._facts())
-        return min(amounts.images, IMAGES_PER_CHUNK, max(1, BYTES_PER_CHUNK // each)) * each
+        return min(amounts.images, max(self._extract.batch_size, min(IMAGES_PER_CHUNK, BYTES_PER_CHUNK // each))) * each
 
     def _group(self, amounts: Amounts) -> float:
         """Return the size of a row group of training tokens in bytes. It consists of whole rounds, each with one token of every image."""

@@ -119,7 +119,7 @@ class OutputCache:
                 store = self._folders[output.network] / output_key(self._networks, output)
                 self._check_probe(store / PROBE, self._networks.probes[output])
                 self._stores[output] = RowStore(store, output.width, self._on_notice)
-                if (verdict := _read_json(store / VERDICT)) is not None and verdict["format"] == FORMAT:
+                if (verdict := _read_json(store / VERDICT)) is not None:
                     self._verdicts[output] = verdict["independent"]
 
     def _check_probe(self, place: Path, probe: list[float]) -> None:
@@ -138,18 +138,18 @@ class OutputCache:
             store.refresh()
 
     def is_reused(self, output: Output) -> bool:
-        """Return whether rows of an output are reused, or would be if there were any."""
-        return output in self._stores and self._verdicts.get(output, True)
+        """Return whether rows of an output are reused, because it is known that they do not depend on the batch."""
+        return self._verdicts.get(output, False)
 
     def has(self, output: Output, keys: np.ndarray) -> np.ndarray:
         """Return whether each image has a row, `(images,)` bool."""
-        if not self._verdicts.get(output, False):
+        if not self.is_reused(output):
             return np.zeros(len(keys), dtype=bool)
         return self._stores[output].has(keys)
 
     def read(self, output: Output, keys: np.ndarray, out: Tensor) -> np.ndarray:
         """Read the rows of images into a tensor, `(images, *shape)`, and return whether each was found undamaged, `(images,)` bool."""
-        if not self._verdicts.get(output, False):
+        if not self.is_reused(output):
             return np.zeros(len(keys), dtype=bool)
         return self._stores[output].read(keys, _as_bytes(out))
 
@@ -167,7 +167,7 @@ class OutputCache:
         if unknown:
             self._judge(pixels, unknown)
         for output, rows in outputs.items():
-            if self._verdicts.get(output, False):
+            if self.is_reused(output):
                 self._waiting.setdefault(output, []).append((keys, _as_bytes(rows[: len(keys)])))
 
     @property
@@ -211,7 +211,7 @@ class OutputCache:
         if folder is None:
             return measure()
         place = folder / f"{ROUNDING}-{_digest([names, self._networks.params.tokens, list(digests)])[:16]}.json"
-        if (known := _read_json(place)) is not None and list(known) == names:
+        if (known := _read_json(place)) is not None:
             return known
         found = measure()
         _write_json(place, found)
@@ -232,7 +232,7 @@ class OutputCache:
         for output, rows in outputs.items():
             is_independent = bool((_as_bytes(found[output][kept]) == _as_bytes(rows[order][kept])).all())
             self._verdicts[output] = is_independent
-            _write_json(self._stores[output].folder / VERDICT, {"format": FORMAT, "independent": is_independent})
+            _write_json(self._stores[output].folder / VERDICT, {"independent": is_independent})
             if not is_independent:
                 self._say_once(
                     f"{self._networks.members[output.network].name}: on this machine, the last bits of outputs for an image depend on "
@@ -330,8 +330,12 @@ def _digest(facts: object) -> str:
 
 
 def _read_json(path: Path) -> Any:
+    """Read a small file of the cache, and record its use, so that it is kept as long as the rows; None if it is missing or damaged."""
     with suppress(OSError, ValueError):
-        return json.loads(path.read_bytes())
+        text, checksum = path.read_text(encoding="ascii").splitlines()
+        if checksum == hashlib.sha256(text.encode()).hexdigest():
+            os.utime(path)
+            return json.loads(text)
     return None
 
 
@@ -340,5 +344,6 @@ def _write_json(path: Path, value: object) -> None:
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_path(path)
-        temporary.write_text(json.dumps(value), encoding="utf-8")
+        text = json.dumps(value)
+        temporary.write_text(f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n", encoding="ascii")
         os.replace(temporary, path)
