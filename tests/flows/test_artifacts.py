@@ -1,16 +1,23 @@
 """The pages of a run: tables from the gates' reports, progress from the stages' lines, and the champion beside its challenger."""
 
+import base64
+import io
 import json
+import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from flows import artifacts
-from ommatid.config import Margins
+from ommatid.config import DriftParams, Margins
+from ommatid.drift import Champion, check, open_reference, write_reference
 from ommatid.pipeline import STAGES
 from ommatid.publish.decisions import Decision, Scores
+from ommatid.publish.drift import Outcome
 from ommatid.stage import HEALTH, QUALITY
 from support import catalog as catalog_artefacts
+from support.drifting import write_extraction, write_sae
 
 
 def report(root: Path, stage: str, success: bool = True) -> None:
@@ -119,3 +126,21 @@ def test_the_explorer_is_linked_while_there_is_one(tmp_path: Path, monkeypatch: 
     )
     monkeypatch.delenv("OMMATID_EXPLORER_URL")
     assert artifacts.explorer(tmp_path) is None, "nobody serves it"
+
+
+def test_drift_shows_each_number_beside_chance_and_pictures_of_changed_features(tmp_path: Path) -> None:
+    sae, known = write_sae(tmp_path / "sae"), write_extraction(tmp_path / "old", {"old": range(180)})
+    write_reference(tmp_path / "drift", sae, known, "max")
+    reference = open_reference(tmp_path / "drift")
+    assert reference is not None
+    new = write_extraction(tmp_path / "new", {"shifted": range(3000, 3060)}, shift=0.8, picture=True)
+    found = check(DriftParams(min_images=30, alpha=0.2), tmp_path / "checks", Champion("key", sae, reference), new)
+    page = artifacts.drift(Outcome(found, "60 new images differ", is_drift=True))
+    assert page.startswith("# drift: 60 new images differ\n")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "by chance" not in line and "---" not in line]
+    assert rows[0].startswith("| AUROC of a classifier") and "| up to 0." in rows[0] and len(rows) > 5
+    assert "`drift.action` is `warn`, so the run goes on" in page and "/drift?check=00001-" in page
+    picture = re.search(r"data:image/webp;base64,([^)]+)\)", page)
+    assert picture
+    with Image.open(io.BytesIO(base64.b64decode(picture[1]))) as drawn:
+        assert drawn.height > 100 and drawn.convert("RGB").getpixel((drawn.width // 2 + 30, 60)) == pytest.approx((255, 0, 0), abs=12)

@@ -136,9 +136,12 @@ def test_a_check_that_was_not_published_is_published_by_the_next_run(checkout: P
         killed.setattr("ommatid.publish.drift.settle", lambda keep, on_event: None)
         check_drift(PARAMS)
     assert published("SELECT count(*) FROM duckdb_tables() WHERE table_name = 'drift_checks'") == [(0,)]
+    (made,) = champion.CHECKS.iterdir()
+    shutil.copytree(made, leftover := made.with_name("00002-abcd.1-2.tmp"))  # as a run that was killed before it renamed this
     assert champion._is_settled()  # the last decision is published, so that a rollback would not be taken for one that was cut short
     champion.settle(5)
     assert published("SELECT verdict FROM drift_checks") == [("none",)]
+    assert check_drift(PARAMS).check is None and not leftover.exists() and made.exists()
 
 
 def test_a_champion_of_an_older_version_gets_a_reference_while_its_images_are_there(checkout: Path) -> None:

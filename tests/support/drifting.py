@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 
 from ommatid import schemas, store
 from ommatid.activations.columns import to_binary
 from ommatid.drift import Extraction
 from ommatid.drift.check import Sample
 from ommatid.drift.measure import Measured
+from ommatid.images.examine import to_webp
 from ommatid.store import Artefact
 from support.small_saes import make_sae
 
@@ -51,6 +53,7 @@ class World:
 
 NAME = "thresholds-20-k4-s0-00000000"
 """Name of the SAE that `write_sae` writes."""
+RED = to_webp(Image.new("RGB", (8, 8), "red"))
 D_MODEL, N_TOKENS, D_SAE = 8, 4, 20
 """Sizes of the data set that `write_extraction` writes."""
 
@@ -64,7 +67,9 @@ def write_sae(folder: Path, kind: str = "thresholds", **changes: object) -> Arte
         return draft.publish(folder)
 
 
-def write_extraction(root: Path, seeds: Mapping[str, range], shift: float = 0.0, params: Mapping[str, object] | None = None) -> Extraction:
+def write_extraction(
+    root: Path, seeds: Mapping[str, range], shift: float = 0.0, params: Mapping[str, object] | None = None, picture: bool = False
+) -> Extraction:
     """Write images and their activations and embeddings, each of which follows from its seed alone.
 
     Args:
@@ -72,6 +77,7 @@ def write_extraction(root: Path, seeds: Mapping[str, range], shift: float = 0.0,
         seeds: Seeds of images; those of the group `shifted` are moved.
         shift: By how much.
         params: Params of the extraction.
+        picture: Whether thumbnails are pictures, of one red; otherwise they are texts.
     """
     ids = [(hashlib.sha256(f"{seed}".encode()).hexdigest(), seed, group) for group, some in seeds.items() for seed in some]
     rows = [
@@ -85,7 +91,7 @@ def write_extraction(root: Path, seeds: Mapping[str, range], shift: float = 0.0,
             "label": None,
             "captions": [],
             "taxonomy": None,
-            "thumbnail": f"picture of {seed}".encode(),
+            "thumbnail": RED if picture else f"picture of {seed}".encode(),
             "encoded": b"",
         }
         for number, (image_id, seed, group) in enumerate(ids)

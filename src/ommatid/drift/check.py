@@ -25,6 +25,7 @@ from ommatid.drift.reference import N_IMAGES, Extraction, Reference, write_artef
 from ommatid.events import Listener, Progress, ignore
 from ommatid.sae.model import SAE
 from ommatid.store import MANIFEST, Artefact, open_artefact
+from ommatid.store.filesystem import is_temporary
 from ommatid.summaries import DriftSummary
 
 KIND = "drift"
@@ -82,7 +83,12 @@ class Check:
 
 def list_checks(folder: Path) -> list[Check]:
     """List all checks in a folder, oldest first."""
-    return [Check(open_artefact(path.parent, KIND)) for path in sorted(folder.glob(f"*/{MANIFEST}"))]
+    return [Check(open_artefact(path, KIND)) for path in list_folders(folder)]
+
+
+def list_folders(folder: Path) -> list[Path]:
+    """List the folders of all checks in a folder, oldest first; what a killed run left is no check."""
+    return sorted(manifest.parent for manifest in folder.glob(f"*/{MANIFEST}") if not is_temporary(manifest.parent.name))
 
 
 def check(params: DriftParams, folder: Path, champion: Champion, extraction: Extraction, on_event: Listener = ignore) -> Check | None:
@@ -112,8 +118,8 @@ def check(params: DriftParams, folder: Path, champion: Champion, extraction: Ext
     if not new:
         return None
     digest = _digest(params, champion, extraction, new)
-    if found := next(folder.glob(f"*-{digest}/{MANIFEST}"), None):
-        return Check(open_artefact(found.parent, KIND))
+    if found := next((path for path in list_folders(folder) if path.name.endswith(f"-{digest}")), None):
+        return Check(open_artefact(found, KIND))
     now = datetime.now(UTC)
     base = {
         "check_id": f"{_count(folder) + 1:05d}-{digest}",  # and not its time, as a clock may jump
@@ -146,7 +152,7 @@ def check(params: DriftParams, folder: Path, champion: Champion, extraction: Ext
 
 def _count(folder: Path) -> int:
     """Return the number of the last check in a folder; 0 if there is none."""
-    return max((int(path.parent.name.partition("-")[0]) for path in folder.glob(f"*/{MANIFEST}")), default=0)
+    return max((int(path.name.partition("-")[0]) for path in list_folders(folder)), default=0)
 
 
 def _settled(folder: Path, champion: str) -> set[bytes]:

@@ -41,7 +41,7 @@ from ommatid.publish.decisions import (
     stand,
 )
 from ommatid.store import Artefact
-from ommatid.store.filesystem import sync
+from ommatid.store.filesystem import is_temporary, sync
 from ommatid.store.per_sae import read_config
 
 if TYPE_CHECKING:
@@ -475,7 +475,8 @@ def _state() -> str:
 
 def _list_checks() -> list[Path]:
     """Folders of all checks of drift, oldest first."""
-    return [manifest.parent for manifest in sorted(CHECKS.glob(f"*/{store.MANIFEST}"))]
+    found = [manifest.parent for manifest in sorted(CHECKS.glob(f"*/{store.MANIFEST}"))]
+    return [folder for folder in found if not is_temporary(folder.name)]
 
 
 def _publish_catalog(champion: Decision, on_event: Listener) -> None:

@@ -9,9 +9,14 @@ All paths are relative to the current directory.
 """
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from ommatid import quality, store
 from ommatid.catalog.reader import Catalog
@@ -20,7 +25,7 @@ from ommatid.drift import Champion, Check, Extraction, check, open_reference, wr
 from ommatid.errors import ArtefactError, GateError, QueryError
 from ommatid.events import Listener, Warned, ignore
 from ommatid.pipeline import open_stage
-from ommatid.publish.champion import CATALOG, CHECKS, REFERENCE, folder_of, open_extraction, settle
+from ommatid.publish.champion import CATALOG, CHECKS, REFERENCE, WORK, folder_of, open_extraction, settle
 from ommatid.publish.decisions import find_champion
 from ommatid.stage import QUALITY
 
@@ -69,19 +74,30 @@ def check_drift(params: Params, on_event: Listener = ignore) -> Outcome:
     folder = folder_of(decision)
     for stage in ("images", "extract"):  # these errors are about the checkout, and all others about the champion
         open_stage(stage)
-    try:
-        extraction = open_extraction(sae := store.open_artefact(folder / "sae", "sae"))
-        known = _make_reference(folder, sae, extraction, on_event)
-    except (ArtefactError, QueryError) as error:
-        on_event(Warned(reason := f"new images are not compared: {error}"))
-        return Outcome(None, reason)
-    found = check(params.drift, CHECKS, known, extraction, on_event)
-    if found is None:
-        return Outcome(None, f"no images have come in that were not compared with the champion {decision.challenger.sae} before")
-    report = quality.check("drift", found.artefact, params, {})
-    quality.write_report(report, QUALITY)
+    with _locked(folder):
+        try:
+            extraction = open_extraction(sae := store.open_artefact(folder / "sae", "sae"))
+            known = _make_reference(folder, sae, extraction, on_event)
+        except (ArtefactError, QueryError) as error:
+            on_event(Warned(reason := f"new images are not compared: {error}"))
+            return Outcome(None, reason)
+        found = check(params.drift, CHECKS, known, extraction, on_event)
+        if found is None:
+            return Outcome(None, f"no images have come in that were not compared with the champion {decision.challenger.sae} before")
+        report = quality.check("drift", found.artefact, params, {})
+        quality.write_report(report, QUALITY)
     settle(params.retrain.keep, on_event)
     return Outcome(found, found.row["reason"], not report.success)
+
+
+@contextmanager
+def _locked(champion: Path) -> Iterator[None]:
+    """Let one process check at a time, and remove what a killed one left."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(WORK / "drift.lock"):
+        for leftover in [*CHECKS.glob("*.tmp"), *champion.glob(f"{REFERENCE}.*.tmp")]:
+            shutil.rmtree(leftover)
+        yield
 
 
 def stop_if_drifted(params: Params, outcome: Outcome) -> None:
