@@ -39,7 +39,7 @@ def drafting() -> Callable[..., Any]:
 
     @contextmanager
     def opened(place: Path, params: ImagesParams) -> Iterator[Draft]:
-        with open_draft(place, "images", params.model_dump(mode="json"), {}) as draft:
+        with open_draft(place, "images", params.identity(), {}) as draft:
             yield draft
 
     return opened

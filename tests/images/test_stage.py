@@ -231,7 +231,7 @@ def replace_or_die(aside, path):
     if when == "after" and Path(path).name == name:
         os._exit(9)
 os.replace = replace_or_die
-with store.open_draft(place, "images", params.model_dump(mode="json"), {}) as draft:
+with store.open_draft(place, "images", params.identity(), {}) as draft:
     make_images(params, {}, draft)
 """
 

@@ -24,6 +24,8 @@ from ommatid.store.filesystem import Folder
 
 _N_WORKERS = min(os.cpu_count() or 1, 8)
 """Number of threads, which PIL lets decode and scale in parallel. More than 8 would hold too many large images in memory."""
+_N_REMOTE = 8
+"""Number of threads if the source is behind a URL, where they mostly wait for its answers."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,8 @@ class Examiner:
     """The artefact that is about to be replaced."""
     by_reference: bool = False
     """Whether rows refer to files instead of holding their content."""
+    is_remote: bool = False
+    """Whether the source is behind a URL."""
 
     def examine(self, item: Item) -> Row | Rejected:
         """Return the row of an item, or the reason why it is rejected. May be called from several threads."""
@@ -200,10 +204,11 @@ class Examiner:
     def examine_all(self, items: Iterable[Item]) -> Iterator[Row | Rejected]:
         """Examine items in threads, a few ahead of the consumer, and yield the results in the order of the items."""
         ahead: deque[Future[Row | Rejected]] = deque()
-        with ThreadPoolExecutor(_N_WORKERS) as pool:
+        n_threads = _N_REMOTE if self.is_remote else _N_WORKERS
+        with ThreadPoolExecutor(n_threads) as pool:
             for item in items:
                 ahead.append(pool.submit(self.examine, item))
-                if len(ahead) >= 4 * _N_WORKERS:
+                if len(ahead) >= 4 * n_threads:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()

@@ -46,7 +46,7 @@ def run(params: ImagesParams, inputs: Mapping[str, Artefact], draft: Draft, on_e
         left = positions[collection.n_seen :]
         if params.executor.kind != "local":
             look_elsewhere(params, source, left, draft, memory, lambda *counts: on_event(Progress("images decoded by workers", *counts)))
-        examiner = Examiner(params.thumbnail, memory, Earlier(draft.place), params.by_reference)
+        examiner = Examiner(params.thumbnail, memory, Earlier(draft.place), params.by_reference, "://" in params.source.path)
         for result in examiner.examine_all(source.iter_items(left)):
             collection.add(result)
             if collection.n_seen % _ITEMS_PER_EVENT == 0 or collection.n_seen == len(positions):
