@@ -1059,3 +1059,65 @@ COMPARED = _table(
     _CHECK,
     image_id=(pa.binary(32), "sha256 of a new image of the check"),
 )
+
+
+PAST_RUNS = _schema(
+    sae=(pa.string(), "name of the SAE, unique"),
+    decided_at=(nullable(pa.timestamp("us")), "when it first became the champion, UTC; null if it never did"),
+    is_here=(pa.bool_(), "whether it is an SAE of the checkout's training"),
+    sae_digest=(pa.string(), "sha256 of the manifest of the SAE"),
+    model=(pa.string(), "the model that it explains"),
+    hookpoint=(pa.string(), "where the activations that it encodes were captured"),
+    target=(nullable(pa.string()), "hookpoint that a transcoder decodes; null if the SAE decodes the activations that it encodes"),
+    variant=(pa.string(), "variant of the SAE, such as batch_topk"),
+    k=(nullable(pa.int32()), "number of latents meant to fire per token"),
+    fvu=(nullable(pa.float64()), "fraction of variance unexplained on the present evaluation images; null if they do not vary"),
+    cosine=(nullable(pa.float64()), "mean cosine of activation and reconstruction; null if it is undefined"),
+    l0=(nullable(pa.float64()), "mean number of latents that fire per token"),
+    dead=(pa.float64(), "share of latents that fire on no evaluation image"),
+    coverage=(nullable(pa.float64()), "comparisons.coverage; null if the images have no classes"),
+    uniqueness=(nullable(pa.float64()), "comparisons.uniqueness; null if it is undefined for every latent"),
+    n_latents=(pa.int32(), "number of latents"),
+    judge=(pa.string(), "the main judge, by which ms and its like are"),
+    ms=(nullable(pa.float64()), "mean MonoSemanticity score; null if it is undefined for every latent"),
+    ms_low=(nullable(pa.float64()), "lower end of the 95 % interval of ms over images; null if ms is"),
+    ms_high=(nullable(pa.float64()), "upper end of the 95 % interval of ms over images; null if ms is"),
+    ms_best=(nullable(pa.float64()), "highest score of a latent; null if ms is"),
+    ms_left_out=(pa.int64(), "number of latents whose score is undefined, which are left out of ms"),
+    ms_floor=(nullable(pa.float64()), "score of unrelated images: the mean pairwise cosine of the judge's embeddings"),
+)
+"""Columns of the relation `runs` of a backfill, to which those of `PAST_LABELLERS` about scores are added."""
+
+PAST_JUDGES = _schema(
+    sae=(pa.string(), "name of the SAE"),
+    judge=(pa.string(), "name of the judge"),
+    place=(pa.int8(), "position of the judge in extract.judge, from 1"),
+    ms=(nullable(pa.float64()), "mean MonoSemanticity score by this judge; null if it is undefined for every latent"),
+    ms_low=(nullable(pa.float64()), "lower end of the 95 % interval of ms over images; null if ms is"),
+    ms_high=(nullable(pa.float64()), "upper end of the 95 % interval of ms over images; null if ms is"),
+    ms_best=(nullable(pa.float64()), "highest score of a latent; null if ms is"),
+    ms_left_out=(pa.int64(), "number of latents whose score is undefined, which are left out of ms"),
+    ms_floor=(nullable(pa.float64()), "score of unrelated images: the mean pairwise cosine of this judge's embeddings"),
+    n_images=(pa.int64(), "number of evaluation images that the judge embedded"),
+    failed=(pa.int64(), "number of evaluation images for which it gave no finite embedding"),
+)
+"""Columns of the relation `judges` of a backfill."""
+
+PAST_LABELLERS = _schema(
+    sae=(pa.string(), "name of the SAE"),
+    labeller=(pa.string(), "name of the labeller: its kind, with a number if there are several of a kind"),
+    place=(pa.int8(), "position of the labeller in label.labellers, from 1"),
+    n_labelled=(pa.int64(), "number of latents with a label"),
+    n_scored=(pa.int64(), "number of latents with a scored label"),
+    label_score=(nullable(pa.float64()), "mean label score of these; null if there are none"),
+    control_score=(nullable(pa.float64()), "mean score of another latent's label on the same images; null if none has one"),
+    beats_control=(nullable(pa.float64()), "share of labels that score higher than another latent's label; null if none has both scores"),
+)
+"""Columns of the relation `labellers` of a backfill. In `runs` they are of the best label of each latent."""
+
+PAST_LEFT_OUT = _schema(
+    sae=(pa.string(), "name of the SAE"),
+    decided_at=(nullable(pa.timestamp("us")), "when it became the champion, UTC; null if it never did"),
+    reason=(pa.string(), "why it could not be measured"),
+)
+"""Columns of the relation `left_out` of a backfill."""

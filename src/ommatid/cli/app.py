@@ -147,6 +147,26 @@ def sources(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) ->
 
 
 @app.command()
+def backfill(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) -> None:
+    """Measure all past SAEs that are kept under the present params, and write a catalogue that compares them; only what is new is computed.
+
+    Run it after a judge, a labeller or a metric was added. Past SAEs are the champions that are kept, and those of the checkout.
+    """
+    from ommatid.backfill.measure import backfill as measure
+    from ommatid.cli.terminal import showing
+    from ommatid.config import load_params
+
+    with showing(sys.stdout) as on_event:
+        made = measure(load_params(params, overrides or ()), on_event)
+    kinds = ", ".join(
+        f"{kind}s: {made.computed.get(kind, 0)} computed, {made.reused.get(kind, 0)} found" for kind in ("evaluation", "judge", "labeller")
+    )
+    left_out = f"; {len(made.left_out)} left out" if made.left_out else ""
+    say(f"backfill: {len(made.saes)} SAE{'s' * (len(made.saes) != 1)} in {made.catalog}{left_out}; {kinds}")
+    say(f'ommatid query --catalog {made.catalog} "SELECT sae, decided_at, ms, ms_floor, label_score FROM runs"')
+
+
+@app.command()
 def estimate(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None, data: Data = DEFAULT_DATA) -> None:
     """Estimate the disk space, time and memory of a run from trials of every stage on samples."""
     from ommatid.cli.estimate import format_estimate

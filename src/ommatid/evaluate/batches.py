@@ -1,6 +1,6 @@
 """The evaluation split in batches: activations, reconstruction targets and judges' embeddings."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +56,7 @@ def iter_images(
     parts = list(zip(activations.parts("eval"), activations.parts("embeddings"), strict=True))
     done = sum(_count(activations, tokens) // per_image for tokens, _ in parts[:first])
     for shard, (tokens, embedded) in enumerate(parts[first:], start=first):
-        embeddings = _Embeddings(activations.read_part(embedded, ["image", *columns]))
+        embeddings = Embeddings(activations.read_part(embedded, ["image", *columns]))
         targets = _iter_tokens(target, tokens, n * per_image) if target else None
         for image, x in _iter_tokens(activations, tokens, n * per_image):
             numbers = image[::per_image].contiguous()
@@ -65,6 +65,57 @@ def iter_images(
             yield Images(shard, numbers, x.unflatten(0, shape), y.unflatten(0, shape), embeddings.take(numbers))
             done += len(numbers)
             on_event(Progress(what, done, n_images))
+
+
+def iter_image_activations(
+    evaluation: Artefact, activations: Artefact, judges: Sequence[str]
+) -> Iterator[tuple[Float32[Tensor, "images d_sae"], list[Float32[Tensor, "images _d_judge"]]]]:
+    """Iterate over the evaluation images in the order of the activations, without encoding any.
+
+    Args:
+        evaluation: Evaluation of an SAE, of whose firings the image-level activations are made.
+        activations: Activations of the same images.
+        judges: Names of judges.
+
+    Yields:
+        Image-level activations of some images, and the embeddings of the images by each judge.
+    """
+    known = [judge["judge"] for judge in activations.summary["judges"]]
+    of_all = dict(zip(known, judge_columns(len(known)), strict=True))
+    columns = [of_all[judge] for judge in judges]
+    d_sae, per_image = evaluation.summary["n_latents"], activations.summary["tokens_per_image"]
+    fired, n = _Fired(evaluation), max(1, ENTRIES // d_sae)
+    for tokens, embedded in zip(activations.parts("eval"), activations.parts("embeddings"), strict=True):
+        embeddings = Embeddings(activations.read_part(embedded, ["image", *columns]))
+        numbers = activations.read_part(tokens, ["image"])["image"].to_numpy()[::per_image].astype(np.int64)
+        for start in range(0, len(numbers), n):
+            some = numbers[start : start + n]
+            yield fired.take(some, d_sae), embeddings.take(torch.from_numpy(some))
+
+
+class _Fired:
+    """Firings of an evaluation, which are in the order of its images."""
+
+    def __init__(self, evaluation: Artefact) -> None:
+        self._batches = evaluation.iter_batches("firings", ["image", "latent", "act"], n_rows=2**18)
+        self._rest: list[np.ndarray] = [np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)]
+
+    def take(self, numbers: Int64[np.ndarray, " images"], d_sae: int) -> Float32[Tensor, "images d_sae"]:
+        """Return the activations of the next images, (images, d_sae), given their numbers."""
+        place = {number: i for i, number in enumerate(numbers.tolist())}
+        while not len(self._rest[0]) or self._rest[0][-1] in place:  # until another image begins
+            batch = next(self._batches, None)
+            if batch is None:
+                break
+            new = [batch[name].to_numpy() for name in ("image", "latent", "act")]
+            self._rest = [np.concatenate([old, more.astype(old.dtype)]) for old, more in zip(self._rest, new, strict=True)]
+        is_mine = np.isin(self._rest[0], numbers)
+        image, latent, act = (column[is_mine] for column in self._rest)
+        self._rest = [column[~is_mine] for column in self._rest]
+        acts = torch.zeros(len(numbers), d_sae)
+        rows = torch.tensor([place[number] for number in image.tolist()], dtype=torch.int64)
+        acts[rows, torch.from_numpy(latent)] = torch.from_numpy(act)
+        return acts
 
 
 def _count(activations: Artefact, part: str) -> int:
@@ -90,7 +141,7 @@ def _same_images(
     return target
 
 
-class _Embeddings:
+class Embeddings:
     """Judges' embeddings of the images of one shard, which are in ascending order."""
 
     def __init__(self, rows: pa.Table) -> None:

@@ -15,6 +15,8 @@ from ommatid import schemas
 from ommatid.compute.checkpoint import Accumulator
 from ommatid.compute.undefined import none_for_nan, nullable
 from ommatid.errors import ArtefactError
+from ommatid.evaluate.batches import iter_image_activations
+from ommatid.events import Listener, Progress, ignore
 from ommatid.metrics import Monosemanticity, MonosemanticityInterval, nan_mean
 from ommatid.store import Artefact
 
@@ -130,6 +132,34 @@ class JudgeScores(Accumulator):
             Verdict(judge.name, interval.ms, *interval.of_latents(), interval.of_mean(), interval.floor, n - failed, failed)
             for judge, interval, failed in zip(self._judges, self.second.by_judge, self.second.failed, strict=True)
         ]
+
+
+def judge_firings(evaluation: Artefact, activations: Artefact, judges: Sequence[str], on_event: Listener = ignore) -> list[Verdict]:
+    """Score an SAE by judges that its evaluation has not seen, from its firings: the same numbers as from its activations.
+
+    Args:
+        evaluation: Evaluation of the SAE.
+        activations: Activations of the same images, with embeddings by the judges.
+        judges: Names of the judges.
+        on_event: Called with each progress event.
+
+    Returns:
+        The verdict of each judge, in the order of the activations.
+
+    Raises:
+        ArtefactError: A judge failed on every image.
+    """
+    chosen = [judge for judge in JudgeSummary.all_of(activations) if judge.name in judges]
+    scores, n = JudgeScores(evaluation.summary["n_latents"], chosen), evaluation.summary["n_images"]
+    for is_second in (False, True):
+        done = 0
+        for acts, embeddings in iter_image_activations(evaluation, activations, [judge.name for judge in chosen]):
+            scores.add(acts, embeddings)
+            done += len(acts)
+            on_event(Progress(f"judge firings, {'second' if is_second else 'first'} pass", done, n))
+        if not is_second:
+            scores.begin_second_pass()
+    return scores.verdicts()
 
 
 class _Pass(Accumulator, Generic[Scores]):

@@ -34,13 +34,13 @@ def open_activations(extraction: Artefact, reader: Stage, params: Params) -> dic
         )
     decoded = [(opened[read], opened[target]) for read, target in pairs if target] if reader.reads_target else []
     for read, target in decoded:
-        _check_tokens(read, target)
+        check_tokens(read, target)
     if len(pairs) > 1:
         return {"extract": extraction, **({"target": extraction} if decoded else {})}
     return {"extract": activations, **({"target": decoded[0][1]} if decoded else {})}
 
 
-def _check_tokens(activations: Artefact, target: Artefact) -> None:
+def check_tokens(activations: Artefact, target: Artefact) -> None:
     """Check that the rows of two hookpoints come from the same tokens in the same order.
 
     Raises:

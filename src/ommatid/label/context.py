@@ -1,6 +1,6 @@
 """What labelling works with: the SAE to label, and the labellers, words and image embeddings that all SAEs of a training share."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,13 +41,16 @@ class Material:
     """Joint embeddings of the evaluation images, `(images, d_joint)` float32, centred, unit norm."""
 
 
-def load_material(params: LabelParams, inputs: Mapping[str, Artefact], on_event: Listener = ignore) -> Material:
+def load_material(
+    params: LabelParams, inputs: Mapping[str, Artefact], on_event: Listener = ignore, saes: Sequence[Artefact] | None = None
+) -> Material:
     """Make the labellers, embed their words, and read the image embeddings.
 
     Args:
         params: The `label` section of the params.
         inputs: The images (`images`), the activations or the extraction (`extract`), and the training or one SAE of it (`train`).
         on_event: Called with each progress event and warning.
+        saes: The SAEs that share it; None for those of the training.
 
     Returns:
         What all SAEs of the training share.
@@ -58,7 +61,7 @@ def load_material(params: LabelParams, inputs: Mapping[str, Artefact], on_event:
     """
     activations = any_activations(inputs)
     training = inputs["train"].leaving_out(())  # A file of labels may still name SAEs that were rejected after it was written.
-    saes = training.each().values() if training.manifest.kind == "training" else [training]
+    saes = saes or list(training.each().values() if training.manifest.kind == "training" else [training])
     named = {sae.summary["sae"]: sae for sae in saes}
     sources = {name: make_source(name, labeller, named, lambda what: on_event(Warned(what))) for name, labeller in params.each().items()}
     # A log of reviews without a name is as if it were not listed, so that params.yaml may list it before anybody has named a feature.
