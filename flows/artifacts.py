@@ -6,8 +6,9 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ommatid.catalog.identity import KINDS
 from ommatid.catalog.reader import Catalog
@@ -18,7 +19,13 @@ from ommatid.publish.drift import Outcome
 from ommatid.show.drift import TESTS, VERDICTS, describe_change, draw_changed
 from ommatid.stage import HEALTH, QUALITY, REPORT
 
+if TYPE_CHECKING:
+    from ommatid.backfill.measure import Backfill
+
 HEADLINES = ("evaluate", "label", "intervene")
+PAST_SAES = """
+    SELECT sae, decided_at, hookpoint, ms - ms_floor, fvu, dead, label_score, control_score FROM runs ORDER BY decided_at NULLS LAST, sae
+"""
 N_FEATURES = 10
 N_CHANGED = 8
 """Number of changed features that are shown of a check of drift."""
@@ -205,6 +212,21 @@ def drift(outcome: Outcome) -> str:
         parts.append("`drift.action` is `warn`, so the run goes on and trains on these images.")
     parts.append(f"The page `/drift?check={row['check_id']}` of `ommatid serve --published` has more, and the relation `drift` everything.")
     return "\n\n".join(parts)
+
+
+def past_saes(made: "Backfill") -> str:
+    """Make the page of a backfill: all SAEs under the params of now, the oldest first, and those that were left out."""
+    with Catalog(made.catalog) as catalog:
+        rows = catalog.ask(PAST_SAES).rows
+    head = ("SAE", "champion since", "hookpoint", "MS − floor", "FVU", "dead", "label score", "its control")
+    parts = [f"# {len(rows)} SAEs under the params of now", _table(head, [tuple(map(_past, row)) for row in rows]), made.summary]
+    if made.left_out:
+        parts.append(_table(("left out", "why"), [(one.sae, one.reason) for one in made.left_out]))
+    return "\n\n".join(parts)
+
+
+def _past(value: Any) -> str:
+    return "–" if value is None else f"{value:%Y-%m-%d %H:%M}" if isinstance(value, datetime) else _number(value)
 
 
 def _changed(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -19,10 +19,14 @@ from prefect.exceptions import Pause
 from prefect.flow_engine import run_flow
 from prefect.testing.utilities import prefect_test_harness
 
+from flows import artifacts
 from flows.approval import is_asked
+from flows.backfill import backfill
 from flows.checkout import Workplace, open_workplace
 from flows.pipeline import pipeline
 from flows.retrain import retrain
+from ommatid.backfill.measure import Backfill
+from ommatid.backfill.past import LeftOut
 from ommatid.config import Params, load_params
 from ommatid.errors import GateError, RunError
 from ommatid.publish import champion, drift
@@ -275,3 +279,19 @@ def test_a_run_without_a_deployment_says_that_it_cannot_ask(questions: Questions
     state = retrain(return_state=True)
     assert isinstance(state, State) and state.name == "Kept" and "belongs to no deployment and cannot ask" in str(state.message)
     assert read_decisions() == [] and read_waiting() is None
+
+
+def test_backfill_compares_past_saes_in_a_table(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = here / "catalog.duckdb"
+    with duckdb.connect(catalog) as connection:
+        columns = "'a' AS sae, TIMESTAMP '2026-11-01' AS decided_at, 'blocks.15' AS hookpoint, 0.5 AS ms, 0.25 AS ms_floor, 0.3 AS fvu"
+        connection.execute(f"CREATE TABLE runs AS SELECT {columns}, 0.0 AS dead, 0.75 AS label_score, NULL::DOUBLE AS control_score")
+    made = Backfill(catalog, ("a",), (LeftOut("b", None, "its files are gone"),), {"labeller": 1}, {"evaluation": 1, "judge": 1})
+    monkeypatch.setattr("flows.backfill.measure", lambda params, on_event: made)
+    state = backfill(return_state=True)
+    assert isinstance(state, State) and state.name == "Backfilled"
+    assert f"1 SAE in {catalog}; 1 left out; evaluations: 0 computed, 1 found, judges: 0 computed, 1 found, labellers: 1" in str(
+        state.message
+    )
+    page = artifacts.past_saes(made)
+    assert "| a | 2026-11-01 00:00 | blocks.15 | 0.2500 | 0.3000 | 0.0000 | 0.7500 | – |" in page and "| b | its files are gone |" in page

@@ -169,7 +169,12 @@ def test_forms_of_flows_are_filled_with_the_params(tmp_path: Path) -> None:
     tree = copy_tree(tmp_path)
     add_deployment(tree)
     found = {one.name: (one.work_pool.name, takes_params(tree.root, one)) for one in read_project(tree.root).deployments}
-    assert found == {"pipeline": ("ommatid", True), "retrain": ("ommatid", False), "count": ("ommatid", False)}
+    assert found == {
+        "pipeline": ("ommatid", True),
+        "retrain": ("ommatid", False),
+        "backfill": ("ommatid", False),
+        "count": ("ommatid", False),
+    }
 
 
 def test_an_asynchronous_flow_is_deployed_too(tmp_path: Path) -> None:
@@ -183,8 +188,8 @@ def test_an_asynchronous_flow_is_deployed_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("entrypoint: flows/count.py:count", "schedules: []", "infra/prefect.yaml: deployments.2.entrypoint: missing"),
-        ("    work_pool: *pool\n", "", "infra/prefect.yaml: deployments.2.work_pool: missing"),
+        ("entrypoint: flows/count.py:count", "schedules: []", "infra/prefect.yaml: deployments.3.entrypoint: missing"),
+        ("    work_pool: *pool\n", "", "infra/prefect.yaml: deployments.3.work_pool: missing"),
         ("flows/count.py:count", "flows/count.py:cuont", "deployment count: entrypoint 'flows/count.py:cuont' is not a function"),
         ("flows/count.py:count", "flows/cuont.py:count", "deployment count: entrypoint 'flows/cuont.py:count' is not a function"),
         ("*pool", "*lake", "infra/prefect.yaml: not valid YAML"),

@@ -29,6 +29,14 @@ class Backfill:
     reused: Mapping[str, int]
     """Number of results that were there, by the same kinds."""
 
+    @property
+    def summary(self) -> str:
+        """A sentence with all numbers."""
+        kinds = ("evaluation", "judge", "labeller")
+        counts = ", ".join(f"{kind}s: {self.computed.get(kind, 0)} computed, {self.reused.get(kind, 0)} found" for kind in kinds)
+        left_out = f"; {len(self.left_out)} left out" if self.left_out else ""
+        return f"{len(self.saes)} SAE{'s' * (len(self.saes) != 1)} in {self.catalog}{left_out}; {counts}"
+
 
 def backfill(params: Params, on_event: Listener = ignore) -> Backfill:
     """Measure the past SAEs of the current directory.

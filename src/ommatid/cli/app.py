@@ -158,11 +158,7 @@ def backfill(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) -
 
     with showing(sys.stdout) as on_event:
         made = measure(load_params(params, overrides or ()), on_event)
-    kinds = ", ".join(
-        f"{kind}s: {made.computed.get(kind, 0)} computed, {made.reused.get(kind, 0)} found" for kind in ("evaluation", "judge", "labeller")
-    )
-    left_out = f"; {len(made.left_out)} left out" if made.left_out else ""
-    say(f"backfill: {len(made.saes)} SAE{'s' * (len(made.saes) != 1)} in {made.catalog}{left_out}; {kinds}")
+    say(f"backfill: {made.summary}")
     say(f'ommatid query --catalog {made.catalog} "SELECT sae, decided_at, ms, ms_floor, label_score FROM runs"')
 
 

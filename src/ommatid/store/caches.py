@@ -160,6 +160,13 @@ def _abandoned_drafts(folder: Path) -> Iterator[CacheEntry]:
                 yield entry
 
 
+def _measured(folder: Path) -> Iterator[CacheEntry]:
+    """Yield the results of a backfill, and drafts of results that no process is working on."""
+    for kind in _listed(folder):
+        yield from (entry for entry in children(kind) if not entry.path.name.startswith(".")) if kind.is_dir() else ()
+        yield from _abandoned_drafts(kind / ".work")
+
+
 def _is_free(lock: Path) -> bool:
     try:
         with filelock.FileLock(lock, timeout=0):
@@ -182,6 +189,7 @@ CACHES = (
     Cache("shards", "where images are in tar archives", lambda data: cache_folder() / "shards", bound=lambda: 2e9, days=90),
     Cache("archives", "data sets fetched from npm", lambda data: cache_folder(), _archives, days=365),
     Cache("copies", "copies of artefacts that lie in an object store", lambda data: CACHE, days=30),
+    Cache("backfill", "what was measured of past SAEs", lambda data: data / "backfill", _measured, days=365),
     Cache("drafts", "unfinished artefacts of runs that ended early", lambda data: data / ".work", _abandoned_drafts, days=14),
 )
 """All caches. Whoever adds one adds it here, and keeps to its bound while writing."""
