@@ -219,7 +219,11 @@ def past_saes(made: "Backfill") -> str:
     with Catalog(made.catalog) as catalog:
         rows = catalog.ask(PAST_SAES).rows
     head = ("SAE", "champion since", "hookpoint", "MS − floor", "FVU", "dead", "label score", "its control")
-    parts = [f"# {len(rows)} SAEs under the params of now", _table(head, [tuple(map(_past, row)) for row in rows]), made.summary]
+    parts = [
+        f"# {len(rows)} SAE{'s' * (len(rows) != 1)} under the params of now",
+        _table(head, [tuple(map(_past, row)) for row in rows]),
+        made.summary,
+    ]
     if made.left_out:
         parts.append(_table(("left out", "why"), [(one.sae, one.reason) for one in made.left_out]))
     return "\n\n".join(parts)

@@ -4,6 +4,7 @@ Drawn tiles and the model that sees their colours: three SAEs, of which two were
 something to the study, and compares the backfill with one that begins with an empty folder.
 """
 
+import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ from ommatid.pipeline import open_stage, place_of
 from ommatid.pipeline.run import run_stage
 from ommatid.publish import champion
 from ommatid.publish.decisions import Decision, Scores, append, make_key
+from ommatid.sources.stage import write_sources
 from ommatid.store import Artefact
 from support.study import make_test_params, run_verb
 from support.tiles import COLOURS, TileModel, use_tile_model, write_tile_folder
@@ -181,6 +183,22 @@ def test_the_catalogue_compares_saes_over_time_and_has_the_numbers_of_the_stages
         found = catalog.rows("SELECT latent, ms FROM judged WHERE sae = $sae ORDER BY latent", {"sae": own["sae"]})
         assert found == [(row["latent"], row["ms"]) for row in evaluation.read("latents", ["latent", "ms"]).to_pylist()]
         assert all(column.comment for columns in catalog.relations().values() for column in columns)
+
+
+def test_the_checkouts_own_evaluation_is_taken_only_if_dvc_says_that_it_is_up_to_date(spies: Spies) -> None:
+    expected, params = relations(), load_params()
+    write_sources(params)
+    recorded = Path("data/sources/evaluate.json")
+
+    def lock(digest: str) -> None:
+        deps = [{"path": recorded.as_posix(), "md5": digest}]
+        Path("dvc.lock").write_text(yaml.safe_dump({"stages": {"evaluate": {"deps": deps}}}))
+
+    lock(hashlib.md5(recorded.read_bytes()).hexdigest())
+    assert anew(params) == expected and spies.calls["evaluate"] == 2
+    lock("that of other code")
+    assert anew(params) == expected and spies.calls["evaluate"] == 2 + 3
+    Path("dvc.lock").unlink()
 
 
 def test_nothing_is_computed_twice(spies: Spies, capsys: pytest.CaptureFixture[str]) -> None:

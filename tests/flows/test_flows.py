@@ -284,8 +284,10 @@ def test_a_run_without_a_deployment_says_that_it_cannot_ask(questions: Questions
 def test_backfill_compares_past_saes_in_a_table(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     catalog = here / "catalog.duckdb"
     with duckdb.connect(catalog) as connection:
-        columns = "'a' AS sae, TIMESTAMP '2026-11-01' AS decided_at, 'blocks.15' AS hookpoint, 0.5 AS ms, 0.25 AS ms_floor, 0.3 AS fvu"
-        connection.execute(f"CREATE TABLE runs AS SELECT {columns}, 0.0 AS dead, 0.75 AS label_score, NULL::DOUBLE AS control_score")
+        columns = (
+            "'a' AS sae, TIMESTAMP '2026-11-01' AS decided_at, 'blocks.15' AS hookpoint, 0.5e0 AS ms, 0.25e0 AS ms_floor, 0.3e0 AS fvu"
+        )
+        connection.execute(f"CREATE TABLE runs AS SELECT {columns}, 0e0 AS dead, 0.75e0 AS label_score, NULL::DOUBLE AS control_score")
     made = Backfill(catalog, ("a",), (LeftOut("b", None, "its files are gone"),), {"labeller": 1}, {"evaluation": 1, "judge": 1})
     monkeypatch.setattr("flows.backfill.measure", lambda params, on_event: made)
     state = backfill(return_state=True)

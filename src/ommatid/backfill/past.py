@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 
 from ommatid import store
 from ommatid.errors import ArtefactError
@@ -20,8 +19,6 @@ class PastSAE:
 
     artefact: Artefact
     """The SAE."""
-    place: Path
-    """Its folder."""
     decided_at: datetime | None = None
     """When it first became the champion, UTC; None if it never did."""
     is_here: bool = False
@@ -62,12 +59,12 @@ def find_past() -> tuple[list[PastSAE], list[LeftOut]]:
             left_out[digest] = LeftOut(name, decision.decided_at, f"{place} is gone: former champions are kept as retrain.keep says")
             continue
         try:
-            found[digest] = PastSAE(store.open_artefact(place, "sae"), place, decision.decided_at)
+            found[digest] = PastSAE(store.open_artefact(place, "sae"), decision.decided_at)
         except ArtefactError as error:
             left_out[digest] = LeftOut(name, decision.decided_at, str(error))
-    for name, sae in _open_own().items():
+    for sae in _open_own().values():
         before = left_out.pop(sae.digest, None)
-        own = PastSAE(sae, Path(place_of("train").url) / name, before.decided_at if before else None, is_here=True)
+        own = PastSAE(sae, before.decided_at if before else None, is_here=True)
         found[sae.digest] = replace(found[sae.digest], is_here=True) if sae.digest in found else own
     return list(found.values()), [one for digest, one in left_out.items() if digest not in found]
 

@@ -2,12 +2,13 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import filelock
 import pyarrow as pa
 
 from ommatid import schemas
@@ -22,17 +23,18 @@ _OF_EVALUATION = ("fvu", "cosine", "l0", "dead", "coverage", "uniqueness", "n_la
 """Numbers of an evaluation in which no judge has a part."""
 _OF_JUDGE = ("ms", "ms_low", "ms_high", "ms_best", "ms_left_out", "ms_floor")
 """Numbers of a judge."""
-_ABOUT = {
-    "runs": "a past SAE, measured under the present params on the present images, with its scores by the main judge and its best labels.",
-    "judges": "the scores of an SAE by each judge.",
-    "labellers": "the labels that each labeller gave an SAE's latents, run and scored alone.",
-    "judged": "the score of a latent by each judge.",
-    "labels": "the label of a latent by each labeller.",
-    "left_out": "a past SAE that could not be measured.",
+_RELATIONS: Mapping[str, tuple[str, tuple[pa.Schema, ...]]] = {
+    "runs": (
+        "runs(sae): a past SAE under the present params, on the present images, with its scores by the main judge and of its best labels.",
+        (schemas.PAST_RUNS, schemas.PAST_LABELLERS),
+    ),
+    "judges": ("judges(sae, judge): the scores of an SAE by each judge.", (schemas.PAST_JUDGES,)),
+    "judged": ("judged(sae, latent, judge): the score of a latent by each judge.", (schemas.JUDGED,)),
+    "labellers": ("labellers(sae, labeller): the labels of an SAE by each labeller, run and scored alone.", (schemas.PAST_LABELLERS,)),
+    "labels": ("labels(sae, latent, labeller): the label of a latent by each labeller.", (schemas.LABELS,)),
+    "left_out": ("left_out(sae): a past SAE that could not be measured.", (schemas.PAST_LEFT_OUT,)),
 }
-"""What a row of each relation is; the grain is in `_KEYS`."""
-_KEYS = {"runs": "sae", "judges": "sae, judge", "labellers": "sae, labeller", "left_out": "sae"}
-_KEYS |= {"judged": "sae, latent, judge", "labels": "sae, latent, labeller"}
+"""What each relation is, and the schemas that say what its columns mean."""
 
 
 def write_catalog(measured: Sequence[Measured], left_out: Sequence[LeftOut]) -> Path:
@@ -46,6 +48,14 @@ def write_catalog(measured: Sequence[Measured], left_out: Sequence[LeftOut]) -> 
         The file.
     """
     work = PLACE / ".catalog"
+    with filelock.FileLock(PLACE / "catalog.lock"):
+        _write(work, measured, left_out)
+        os.replace(work / CATALOG.name, CATALOG)
+        shutil.rmtree(work)
+    return CATALOG
+
+
+def _write(work: Path, measured: Sequence[Measured], left_out: Sequence[LeftOut]) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     tables = {
@@ -64,9 +74,6 @@ def write_catalog(measured: Sequence[Measured], left_out: Sequence[LeftOut]) -> 
         connection.execute(_BEST)
         _comment(connection)
         connection.execute("CHECKPOINT")
-    os.replace(work / CATALOG.name, CATALOG)
-    shutil.rmtree(work)
-    return CATALOG
 
 
 def _sae_row(one: Measured) -> dict[str, Any]:
@@ -146,11 +153,8 @@ _BEST = f"""
 
 def _comment(connection: duckdb.DuckDBPyConnection) -> None:
     """Comment on every relation and column."""
-    known = (schemas.PAST_RUNS, schemas.PAST_JUDGES, schemas.PAST_LEFT_OUT, schemas.JUDGED, schemas.LABELS, schemas.PAST_LABELLERS)
-    for relation, about in _ABOUT.items():
-        connection.execute(f"COMMENT ON TABLE {relation} IS {quote(f'{relation}({_KEYS[relation]}): {about}')}")
-        own = {"runs": known[0], "judges": known[1], "left_out": known[2], "judged": known[3], "labels": known[4], "labellers": known[5]}
+    for relation, (about, columns_of) in _RELATIONS.items():
+        connection.execute(f"COMMENT ON TABLE {relation} IS {quote(about)}")
         for (column,) in connection.execute("SELECT column_name FROM duckdb_columns() WHERE table_name = ?", [relation]).fetchall():
-            schema = next(schema for schema in (own[relation], *known[::-1]) if column in schema.names)
-            meaning = schema.field(column).metadata[b"meaning"].decode()
-            connection.execute(f'COMMENT ON COLUMN {relation}."{column}" IS {quote(meaning)}')
+            field = next(schema.field(column) for schema in columns_of if column in schema.names)
+            connection.execute(f'COMMENT ON COLUMN {relation}."{column}" IS {quote(field.metadata[b"meaning"].decode())}')

@@ -162,8 +162,8 @@ def _abandoned_drafts(folder: Path) -> Iterator[CacheEntry]:
 
 def _measured(folder: Path) -> Iterator[CacheEntry]:
     """Yield the results of a backfill, and drafts of results that no process is working on."""
-    for kind in _listed(folder):
-        yield from (entry for entry in children(kind) if not entry.path.name.startswith(".")) if kind.is_dir() else ()
+    for kind in [path for path in _listed(folder) if path.is_dir() and not path.name.startswith(".")]:
+        yield from (entry for entry in children(kind) if not entry.path.name.startswith("."))
         yield from _abandoned_drafts(kind / ".work")
 
 
