@@ -329,7 +329,7 @@ def test_no_log_has_an_error(up: Up) -> None:
     logs = up.checkout / ".prefect/logs"
     assert {path.stem for path in logs.glob("*.log")} == {
         *("prefect", "mlflow", "explorer", "pool-ommatid", "worker-ommatid"),
-        *("deploy-pipeline", "deploy-retrain", "deploy-count"),
+        *("deploy-pipeline", "deploy-retrain", "deploy-backfill", "deploy-count"),
     }
     assert errors_in(logs) == []
 

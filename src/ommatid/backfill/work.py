@@ -17,6 +17,7 @@ from ommatid import store
 from ommatid.backfill.keys import Keys, make_key, one_labeller
 from ommatid.backfill.past import PastSAE
 from ommatid.config import LabelParams, Params, Section
+from ommatid.config.label import HumanLabeller, names_checksum
 from ommatid.errors import ArtefactError, ConfigError
 from ommatid.evaluate.monosemanticity import judge_firings, make_judged
 from ommatid.evaluate.stage import evaluate
@@ -123,6 +124,8 @@ class Work:
     def _label(self, past: PastSAE, inputs: Mapping[str, Artefact], on_event: Listener) -> Iterator[tuple[str, Artefact]]:
         """Yield the labels by each labeller, which is run and scored alone, so that its numbers do not depend on other labellers."""
         for name, labeller in self._params.label.each().items():
+            if isinstance(labeller, HumanLabeller) and labeller.is_log and names_checksum(Path(labeller.path)) is None:
+                continue  # nobody has named a feature yet, as `label` takes it
             alone = one_labeller(self._params.label, labeller)
             key = self._keys.labels(inputs, labeller)
 

@@ -40,7 +40,7 @@ SCORES = """
     SELECT label_score, control_score FROM features WHERE sae = $sae AND label_score IS NOT NULL AND control_score IS NOT NULL
 """
 
-LAYERS_HEAD = "hookpoint, SAE, L0, FVU, MS − floor, 95 % interval, raw neurons, label score, its control, KL"
+LAYERS_HEAD = "SAE, hookpoint, L0, FVU, MS − floor, 95 % interval, raw neurons, label score, its control, KL"
 WIDTH, HEIGHT = 620, 380
 LEFT, TOP, RIGHT, BOTTOM = 62, 58, 18, 50
 """Margins of a plot for a legend of two rows and the labels of the axes, in pixels."""
@@ -272,8 +272,8 @@ def make_layers(about: About) -> list[Section]:
     )
     cells = [
         (
-            row["place"],
             row["name"],
+            row["place"],
             f"{row['l0']:.1f}",
             fixed(row["fvu"]),
             fixed(row["above_floor"]),
