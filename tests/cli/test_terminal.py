@@ -8,7 +8,7 @@ import pytest
 
 from ommatid.cli import terminal
 from ommatid.cli.terminal import Lines, number, say, showing, summarise
-from ommatid.events import Listener, Measured, Noticed, Progress, Warned
+from ommatid.events import Listener, Measured, Noticed, Progress, Reused, Warned
 
 VALUES = {"loss": 0.5, "fvu": 0.3125, "l0": 16.0, "dead": 0.02, "tokens_per_second": 123456.7}
 
@@ -26,6 +26,7 @@ def tell(listener: Listener) -> None:
         listener(Progress("train steps", done, 30))
     listener(Noticed("one", 30, "no progress: [see]"))
     listener(Warned("vlm gave up"))
+    listener(Reused("images", 9900, 100))
 
 
 def test_lines_are_few_but_include_the_last_and_every_notice(capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,6 +38,7 @@ def test_lines_are_few_but_include_the_last_and_every_notice(capsys: pytest.Capt
         "train steps: 30 of 30",
         "notice: one: step 30: no progress: [see]",
         "notice: vlm gave up",
+        "9,900 of 10,000 images found in the cache, 100 computed",
     ]
 
 

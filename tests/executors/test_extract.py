@@ -11,7 +11,7 @@ import pytest
 from distributed import Client
 
 from ommatid.config import ExtractParams
-from ommatid.events import Listener, ignore
+from ommatid.events import Event, Listener, Reused, ignore
 from ommatid.executors import local
 from ommatid.extract import plan
 from ommatid.extract.stage import extract
@@ -94,6 +94,19 @@ def test_two_processes_one_of_which_is_killed_write_the_same_bytes(
     kill = KillOne(lambda: find("spawn_main"))
     check(make(images, {"kind": "local"}, kill), expected)
     assert kill.killed
+
+
+def test_what_workers_computed_is_found_by_this_process(
+    images: Artefact, expected: Artefact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMMATID_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMMATID_CACHE_GB", "0.1")
+    monkeypatch.setattr(local, "_gpus", lambda: ["", ""])
+    check(make(images, {"kind": "local"}), expected)
+    monkeypatch.setattr(local, "_gpus", lambda: [])
+    heard: list[Event] = []
+    check(make(images, {"kind": "local"}, heard.append), expected)
+    assert [event for event in heard if isinstance(event, Reused)] == [Reused("images", N_IMAGES, 0)]
 
 
 def test_two_dask_workers_one_of_which_is_killed_write_the_same_bytes(images: Artefact, expected: Artefact, tmp_path: Path) -> None:
