@@ -21,7 +21,7 @@ from ommatid.events import Listener
 from ommatid.pipeline import open_stage
 from ommatid.publish import champion
 from ommatid.publish.approval import Waiting, read_waiting
-from ommatid.publish.decisions import Decision, find_champion
+from ommatid.publish.decisions import Decision, find_champion, read_decisions
 
 
 class Approval(RunInput):
@@ -50,7 +50,8 @@ def ask(made: Decision, hours: float, on_event: Listener) -> Waiting:
     """
     if before := read_waiting():  # by a run that was killed before it was suspended
         close(before, None)
-    waiting = Waiting(decision=made, asked_at=datetime.now(UTC), hours=hours, flow_run=str(flow_run.id))
+    n_decisions = len(read_decisions())
+    waiting = Waiting(decision=made, asked_at=datetime.now(UTC), hours=hours, n_decisions=n_decisions, flow_run=str(flow_run.id))
     with get_client(sync_client=True) as client:
         alarm = client.create_flow_run_from_deployment(
             UUID(deployment.id), state=Scheduled(scheduled_time=waiting.until), name=f"end-of-wait-{made.key[:8]}", tags=["approval"]

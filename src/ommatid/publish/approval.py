@@ -26,6 +26,8 @@ class Waiting(BaseModel):
     """Time of the question, UTC."""
     hours: float
     """Hours that a person has to answer."""
+    n_decisions: int
+    """Number of decisions in the log when it was asked; the answer comes after them."""
     flow_run: str
     """Id of the Prefect flow run that was suspended until somebody answers in the Prefect UI."""
     alarm: str | None = None

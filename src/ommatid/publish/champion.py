@@ -432,9 +432,9 @@ def _check_kept(target: Decision) -> None:
 
 
 def _settle(keep: int, on_event: Listener, sets_alias: bool = False) -> None:
-    standing = stand(read_decisions())
-    waiting = read_waiting()
-    if waiting and any(made.key == waiting.decision.key and made.decided_at >= waiting.asked_at for made in read_decisions()):
+    decisions, waiting = read_decisions(), read_waiting()
+    standing = stand(decisions)
+    if waiting and any(made.key == waiting.decision.key for made in decisions[waiting.n_decisions :]):
         forget_waiting()  # it was answered, and the run was killed before it could say so here
         waiting = None
     there = [key for key in standing.keys if (CHAMPIONS / key).exists()]
