@@ -24,6 +24,8 @@ from ommatid.store.filesystem import Folder
 
 _N_WORKERS = min(os.cpu_count() or 1, 8)
 """Number of threads, which PIL lets decode and scale in parallel. More than 8 would hold too many large images in memory."""
+_N_AHEAD = 32
+"""Number of items that are examined ahead of the consumer, enough for the threads to go on while a part is written."""
 _N_REMOTE = 8
 """Number of threads if the source is behind a URL, where they mostly wait for its answers."""
 
@@ -208,7 +210,7 @@ class Examiner:
         with ThreadPoolExecutor(n_threads) as pool:
             for item in items:
                 ahead.append(pool.submit(self.examine, item))
-                if len(ahead) >= 4 * n_threads:
+                if len(ahead) >= _N_AHEAD:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
