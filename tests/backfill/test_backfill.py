@@ -31,6 +31,7 @@ from ommatid.publish import champion
 from ommatid.publish.decisions import Decision, Scores, append, make_key
 from ommatid.sources.stage import write_sources
 from ommatid.store import Artefact
+from ommatid.store.caches import CACHES
 from support.study import make_test_params, run_verb
 from support.tiles import COLOURS, TileModel, use_tile_model, write_tile_folder
 
@@ -245,6 +246,18 @@ def test_a_new_metric_evaluates_and_does_not_label(spies: Spies, monkeypatch: py
     made = backfill(load_params())
     assert counted(made) == {"computed": {"evaluation": 3}, "reused": {"judge": 6, "labeller": 3}}
     assert spies.calls == {"evaluate": 3}
+
+
+def test_results_are_a_cache_that_may_be_emptied() -> None:
+    backfill(load_params())
+    before = relations()
+    (cache,) = [one for one in CACHES if one.name == "backfill"]
+    entries = cache.by_use(Path("data"))
+    assert {entry.path.parent.name for entry in entries} == {"evaluation", "labels", "judged"}
+    for entry in entries:
+        entry.remove()
+    assert counted(backfill(load_params()))["computed"] == {"evaluation": 3, "labeller": 3}
+    assert relations() == before
 
 
 def test_a_damaged_result_is_computed_again(spies: Spies) -> None:
