@@ -112,6 +112,18 @@ def test_activations_of_training_images_are_pooled_in_any_order_of_their_tokens(
     assert dense == pytest.approx((acts.mean(1) if how == "mean" else acts[:, 0]).numpy(), rel=1e-4)
 
 
+def test_of_a_transcoder_what_it_decodes_counts(tmp_path: Path) -> None:
+    sae = write_sae(tmp_path / "sae", d_out=8)
+    read, decoded = (write_extraction(tmp_path / name, {group: range(30)}, 0.7) for name, group in (("x", "old"), ("y", "shifted")))
+    chosen = {split: np.array([image for image, _, of in read.rows if of == split]) for split in ("train", "eval")}
+    measured = measure(SAE.load(sae.path), read.activations, decoded.activations, chosen, "max", ignore)
+    x = torch.from_numpy(np.stack([np.random.default_rng(seed).normal(size=(5, 8))[1:] for seed in range(30)]))
+    transcoder, y = make_sae("thresholds", 8, D_SAE, d_out=8), (x + 0.7).half().float()
+    x_hat = transcoder.decode(transcoder.encode(x.half().float().flatten(0, 1))).unflatten(0, (30, 4))
+    assert measured.error == pytest.approx((y - x_hat).square().sum((1, 2)).numpy(), rel=1e-4)
+    assert measured.variance == pytest.approx((y - y.mean((0, 1))).square().sum((1, 2)).numpy(), rel=1e-4)
+
+
 def test_images_are_counted_until_they_are_enough_and_then_compared_once(tmp_path: Path, champion: Champion) -> None:
     folder = tmp_path / "drift"
     assert check(PARAMS, folder, champion, extraction(tmp_path / "0")) is None  # images removed, none new

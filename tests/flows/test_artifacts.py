@@ -10,14 +10,13 @@ import pytest
 from PIL import Image
 
 from flows import artifacts
-from ommatid.config import DriftParams, Margins
-from ommatid.drift import Champion, check, open_reference, write_reference
+from ommatid.config import Margins
 from ommatid.pipeline import STAGES
 from ommatid.publish.decisions import Decision, Scores
 from ommatid.publish.drift import Outcome
 from ommatid.stage import HEALTH, QUALITY
 from support import catalog as catalog_artefacts
-from support.drifting import write_extraction, write_sae
+from support.drifting import make_drifted_check
 
 
 def report(root: Path, stage: str, success: bool = True) -> None:
@@ -129,12 +128,7 @@ def test_the_explorer_is_linked_while_there_is_one(tmp_path: Path, monkeypatch: 
 
 
 def test_drift_shows_each_number_beside_chance_and_pictures_of_changed_features(tmp_path: Path) -> None:
-    sae, known = write_sae(tmp_path / "sae"), write_extraction(tmp_path / "old", {"old": range(180)})
-    write_reference(tmp_path / "drift", sae, known, "max")
-    reference = open_reference(tmp_path / "drift")
-    assert reference is not None
-    new = write_extraction(tmp_path / "new", {"shifted": range(3000, 3060)}, shift=0.8, picture=True)
-    found = check(DriftParams(min_images=30, alpha=0.2), tmp_path / "checks", Champion("key", sae, reference), new)
+    found = make_drifted_check(tmp_path)
     page = artifacts.drift(Outcome(found, "60 new images differ", is_drift=True))
     assert page.startswith("# drift: 60 new images differ\n")
     rows = [line for line in page.splitlines() if line.startswith("| ") and "by chance" not in line and "---" not in line]

@@ -33,6 +33,7 @@ from ommatid.publish import champion, drift
 from ommatid.publish.approval import Waiting, read_waiting
 from ommatid.publish.decisions import Decision, Scores, find_champion, make_key, read_decisions
 from support.checkout import REPOSITORY
+from support.drifting import make_drifted_check
 from support.processes import HANG_SECONDS
 
 
@@ -108,14 +109,18 @@ def test_drift_ends_a_retraining_before_training_only_if_it_should(
     published = decided(monkeypatch)
     params = here / "params.yaml"
     params.write_text(params.read_text().replace("action: warn", f"action: {action}"))
-    found = drift.Outcome(None, "600 new images differ from the champion's 10,000", is_drift=True)
+    found = drift.Outcome(make_drifted_check(here / "own"), "600 new images differ from the champion's 10,000", is_drift=True)
     monkeypatch.setattr(drift, "check_drift", lambda params, on_event: found)
+    shown: dict[str, str] = {}
+    monkeypatch.setattr("flows.drift.create_markdown_artifact", lambda page, key, description: shown.update({key: page}))
     (here / "photos/two.jpg").write_text("two")
     state = retrain(return_state=True)
     assert isinstance(state, State) and (state.name, state.is_failed()) == (name, action == "stop")
     assert ran(here) == stages and len(published) == (action == "warn")
     if action == "stop":
         assert str(state.message).startswith("drift: 600 new images differ from the champion's 10,000; nothing was trained")
+    ((key, page),) = shown.items()
+    assert key == "drift" and page.startswith("# drift: 600 new images differ") and "data:image/webp;base64," in page
 
 
 def test_a_gate_that_says_no_ends_a_retrain_as_rejected(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from ommatid import schemas, store
 from ommatid.activations.columns import to_binary
-from ommatid.drift import Extraction
+from ommatid.config import DriftParams
+from ommatid.drift import Champion, Check, Extraction, check, open_reference, write_reference
 from ommatid.drift.check import Sample
 from ommatid.drift.measure import Measured
 from ommatid.images.examine import to_webp
@@ -119,3 +120,15 @@ def write_extraction(
         draft.write_table("embeddings-00000.parquet", pa.table(judged, schema=schemas.embeddings(D_MODEL, D_MODEL)))
         activations = draft.seal(summary) and draft.publish(root / "activations")
     return Extraction(images, activations)
+
+
+def make_drifted_check(root: Path) -> Check:
+    """Make a check that found drift, with red pictures of the new images."""
+    sae, known = write_sae(root / "sae"), write_extraction(root / "old", {"old": range(180)})
+    write_reference(root / "drift", sae, known, "max")
+    reference = open_reference(root / "drift")
+    assert reference is not None
+    new = write_extraction(root / "new", {"shifted": range(3000, 3060)}, shift=0.8, picture=True)
+    found = check(DriftParams(min_images=30, alpha=0.2), root / "checks", Champion("key", sae, reference), new)
+    assert found is not None and found.verdict == "drift"
+    return found
