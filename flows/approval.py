@@ -37,12 +37,13 @@ def can_ask() -> bool:
     return deployment.id is not None
 
 
-def ask(made: Decision, hours: float, on_event: Listener) -> Waiting:
+def ask(made: Decision, hours: float, artifact: str, on_event: Listener) -> Waiting:
     """Keep a challenger until a person answers; the caller then releases the checkout and calls `suspend`.
 
     Args:
         made: The decision to publish it.
         hours: Hours that a person has to answer.
+        artifact: Id of the artifact that shows champion and challenger.
         on_event: Called with warnings.
 
     Raises:
@@ -51,7 +52,8 @@ def ask(made: Decision, hours: float, on_event: Listener) -> Waiting:
     if before := read_waiting():  # by a run that was killed before it was suspended
         close(before, None)
     n_decisions = len(read_decisions())
-    waiting = Waiting(decision=made, asked_at=datetime.now(UTC), hours=hours, n_decisions=n_decisions, flow_run=str(flow_run.id))
+    values = {"decision": made, "asked_at": datetime.now(UTC), "hours": hours, "n_decisions": n_decisions}
+    waiting = Waiting(**values, artifact=artifact, flow_run=str(flow_run.id))
     with get_client(sync_client=True) as client:
         alarm = client.create_flow_run_from_deployment(
             UUID(deployment.id), state=Scheduled(scheduled_time=waiting.until), name=f"end-of-wait-{made.key[:8]}", tags=["approval"]
@@ -71,11 +73,12 @@ def describe(waiting: Waiting) -> str:
     """Describe the question in Markdown."""
     made = waiting.decision
     features = ""
-    if made.matched:
-        features = f" Of its features {made.matched.kept:,} are kept and {made.matched.lost:,} lost; {made.matched.new:,} are new."
+    if matched := made.matched:
+        kinds = f"{matched.kept:,} kept, {matched.split:,} split, {matched.changed:,} changed and {matched.lost:,} lost"
+        features = f" Of the champion's features {kinds}; {matched.new:,} of the challenger are new."
     return (
         f"{made.challenger.sae} waits for approval until {waiting.until:%Y-%m-%d %H:%M} UTC; after that the champion stays. "
-        f"It is {made.reason}.{features} The artifact `decision` of run {waiting.flow_run} shows both side by side."
+        f"It is {made.reason}.{features} [An artifact](/artifacts/artifact/{waiting.artifact}) of run {waiting.flow_run} shows both."
     )
 
 

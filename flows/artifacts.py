@@ -157,25 +157,26 @@ def _embed(picture: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
-def decision(made: Decision, has_pictures: bool = False) -> str:
+def decision(made: Decision, is_asked: bool = False) -> str:
     """Make the page that compares champion and challenger.
 
     Args:
         made: The decision.
-        has_pictures: Whether the best features of both are shown, those of the champion from its kept catalogue, and those of the
-            challenger from the checkout's.
+        is_asked: Whether a person has to approve it. The page then shows the best features of both, those of the champion from its kept
+            catalogue, and those of the challenger from the checkout's.
     """
     keys = ("sae", "ms", "ms_floor", "fvu", "dead", "l0")
     sides = (made.champion, made.challenger)
     rows = [(key, *(_number(getattr(scores, key)) if scores else "" for scores in sides)) for key in keys]
-    parts = [f"# {made.decision}: {made.reason}", _table(("", "previous champion", "challenger"), rows)]
+    title = f"{made.challenger.sae} waits for approval" if is_asked else made.decision
+    parts = [f"# {title}: {made.reason}", _table(("", "previous champion", "challenger"), rows)]
     if made.matched:
         counts = made.matched.model_dump()
         parts.append("## The champion's features in the challenger")
         parts.append(_table(("", "features", ""), [(kind, f"{counts[kind]:,}", meaning) for kind, meaning in KINDS.items()]))
-    if made.who:
+    if made.who and not is_asked:
         parts.append(f"Decided by {_cell(made.who)}{f': {_cell(made.why)}' if made.why else ''}.")
-    if has_pictures:
+    if is_asked:
         parts += _best_of_both(made)
     return "\n\n".join(parts)
 

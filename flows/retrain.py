@@ -81,7 +81,7 @@ def _find_new(place: Workplace, params: Params) -> Decision | Waiting | State:
     waiting = read_waiting()
     if not place.stale():
         if waiting and approval.is_current(waiting):
-            return waiting if approval.is_asked(waiting) else approval.ask(waiting.decision, params.retrain.approval_timeout, _log_event)
+            return waiting if approval.is_asked(waiting) else _ask_again(waiting, params.retrain)
         if champion.is_decided():
             return Completed(name="Unchanged", message="images, params and code have not changed")
     try:
@@ -123,9 +123,16 @@ def _ask(made: Decision, params: RetrainParams) -> Waiting | State:
         kept = before.decision.model_copy(update=changes)
         publish(kept, params)
         approval.close(before, kept)
-    page = artifacts.decision(made, has_pictures=True)
-    create_markdown_artifact(page, key="decision", description="Champion and challenger, to be approved")
-    return approval.ask(made, params.approval_timeout, _log_event)
+    page = artifacts.decision(made, is_asked=True)
+    artifact = create_markdown_artifact(page, key="decision", description="Champion and challenger, to be approved")
+    return approval.ask(made, params.approval_timeout, str(artifact), _log_event)
+
+
+def _ask_again(waiting: Waiting, params: RetrainParams) -> Waiting | State:
+    """Ask what an earlier run asked, which was killed before it was suspended."""
+    return (
+        approval.ask(waiting.decision, params.approval_timeout, waiting.artifact, _log_event) if approval.can_ask() else _describe(waiting)
+    )
 
 
 @task(cache_policy=NO_CACHE)

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from PIL import Image
 from flows import artifacts
 from ommatid.config import Margins
 from ommatid.pipeline import STAGES
-from ommatid.publish.decisions import Decision, Scores
+from ommatid.publish.champion import folder_of
+from ommatid.publish.decisions import Decision, Matched, Scores, append
 from ommatid.publish.drift import Outcome
 from ommatid.stage import HEALTH, QUALITY
 from support import catalog as catalog_artefacts
@@ -99,7 +101,27 @@ def test_a_decision_shows_both_sides() -> None:
         | {"champion": None, "margins": margins, "catalog": "c", "run": {}}
     )
     page = artifacts.decision(decision)
-    assert page.startswith("# champion: there was no champion") and "| ms |  | 0.4500 |" in page
+    assert page.startswith("# champion: there was no champion") and "| ms |  | 0.4500 |" in page and "data:image" not in page
+
+
+def test_a_question_shows_the_best_features_of_both_and_what_became_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = STAGES["catalog"].place
+    catalog_artefacts.build(place.parent, catalog_artefacts.make_inputs(tmp_path))
+    sae = f"{catalog_artefacts.NAME}-00000000"
+    scores = Scores(sae=sae, digest="b", fvu=0.3, l0=32.0, dead=0.1, ms=0.45, ms_floor=0.35)
+    margins = Margins(min_ms_gain=0.005, max_fvu_loss=0.01, max_dead_rise=0.02)
+    values = {"decision": "champion", "reason": "better", "decided_at": "2026-01-01T00:00:00Z", "challenger": scores, "champion": scores}
+    values |= {"margins": margins, "catalog": "c", "run": {}, "who": "Prefect run"}
+    made = Decision.model_validate(values | {"matched": Matched(kept=1234, split=1, changed=2, lost=3, new=4)})
+    append(made)
+    (folder_of(made)).mkdir(parents=True)
+    shutil.copyfile(place / "catalog.duckdb", folder_of(made) / "catalog.duckdb")
+    page = artifacts.decision(made, is_asked=True)
+    assert page.startswith(f"# {sae} waits for approval: better") and "| kept | 1,234 | cosine of at least 0.9" in page
+    titles = [line for line in page.splitlines() if line.startswith("## The best")]
+    assert titles == ["## The best features of the champion", "## The best features of the challenger"]
+    assert page.count("](data:image/png;base64,") == 2 and "Decided by" not in page
 
 
 def test_the_page_contains_a_limited_number_of_pictures_of_health(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def _gain(scores: Scores) -> float | None:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    reason = " ".join(filter(None, [row["why"], row["reason"]]))
+    reason = "; ".join(filter(None, [row["why"], row["reason"]]))
     return (
         row["key"],
         row["status"],

@@ -30,6 +30,8 @@ class Waiting(BaseModel):
     """Number of decisions in the log when it was asked; the answer comes after them."""
     flow_run: str
     """Id of the Prefect flow run that was suspended until somebody answers in the Prefect UI."""
+    artifact: str
+    """Id of the Prefect artifact that shows champion and challenger."""
     alarm: str | None = None
     """Id of the flow run that is scheduled for the end of the wait."""
 
