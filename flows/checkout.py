@@ -34,6 +34,7 @@ from ommatid.compute.commands import dvc, environment, find_error, git
 from ommatid.config import Params, load_params
 from ommatid.errors import OmmatidError, RunError
 from ommatid.pipeline.checkout import read_checkout
+from ommatid.publish.champion import resolve_start
 from ommatid.publish.versions import POINTER
 from ommatid.sources.changes import explain_changes
 from ommatid.sources.stage import PLACE, write_sources
@@ -116,7 +117,7 @@ class Workplace:
     def _write_sources(self) -> None:
         """Do what `ommatid sources` does, in this process, which takes a tenth of the time."""
         try:
-            write_sources(load_params(self.root / "params.yaml"), self.root / PLACE)
+            write_sources(resolve_start(load_params(self.root / "params.yaml")), self.root / PLACE)
         except OmmatidError as error:
             raise RunError(f"{SOURCES}: {error}") from error
         for stage, changes in explain_changes(self.root).items():

@@ -138,7 +138,12 @@ def sources(params: ParamsFile = DEFAULT_PARAMS, overrides: Overrides = None) ->
     from ommatid.sources.stage import PLACE, write_sources
     from ommatid.store.filesystem import in_words
 
-    entries = [entry for keys in write_sources(load_params(params, overrides or ())).values() for entry in keys.values()]
+    values = load_params(params, overrides or ())
+    if values.train.init:
+        from ommatid.publish.champion import resolve_start
+
+        values = resolve_start(values)
+    entries = [entry for keys in write_sources(values).values() for entry in keys.values()]
     # of a log of reviews only the names are recorded, not its size
     n_files, n_bytes = sum(entry.get("n_files", 1) for entry in entries), sum(entry.get("bytes", 0) for entry in entries)
     say(f"sources: recorded the state of {n_files} file{'s' * (n_files != 1)}, {in_words(n_bytes)}, in {PLACE}")

@@ -31,6 +31,10 @@ def run(name: str, params_file: Path, overrides: Sequence[str], data: str, allow
         The exit status: 0, or `REJECTED`.
     """
     params = load_params(params_file, overrides)
+    if name == "train" and params.train.init:
+        from ommatid.publish.champion import resolve_start
+
+        params = resolve_start(params)
     from ommatid.executors.workers import OPENMP_SETTINGS
 
     # before torch is imported, whose OpenMP reads them once

@@ -9,6 +9,9 @@ from ommatid.config.messages import explain
 from ommatid.config.section import Section, unique_name
 from ommatid.config.variants import Variant
 
+CHAMPION = "champion"
+"""Value of `init` that stands for the published SAE, and is replaced by the SAE's folder if there is one."""
+
 
 class TrainParams(Section):
     """Stage `train`: trains a sparse autoencoder, or several in one pass over the activations."""
@@ -37,6 +40,8 @@ class TrainParams(Section):
     """Stop when FVU has not fallen by 0.1 % within this percentage of the run; null to never stop early. A notice is given either way."""
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     """Seed of the initial weights and of the order of the batches."""
+    init: Annotated[str, Field(min_length=1)] | None = None
+    """SAE to begin with, so that latents keep their identity: `champion`, or the folder of an SAE; null to begin anew."""
     max_dead: Annotated[float, Field(gt=0, le=1)]
     """Largest share of latents that may be dead when training ends; with more, the gate fails."""
     runs: tuple[dict[str, Any], ...]
@@ -61,6 +66,11 @@ class TrainParams(Section):
         if self.runs or self.grid:
             self.each()
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """Return the values that determine the SAEs. `init` is left out if it is null, as in the params of older versions."""
+        values = super().identity()
+        return values if self.init else {key: value for key, value in values.items() if key != "init"}
 
     def each(self) -> dict[str, "TrainParams"]:
         """Return the params of each SAE to train, by name, without `runs` and `grid`.

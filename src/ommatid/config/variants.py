@@ -12,6 +12,8 @@ class Trained(Section):
 
     has_unit_directions: ClassVar[bool] = True
     """Whether the decoder directions have unit norm."""
+    can_continue: ClassVar[bool] = False
+    """Whether training can begin with a trained SAE of the variant; not if a penalty must be steered first, or if it has other tensors."""
 
     @property
     def is_aligned(self) -> bool:
@@ -27,6 +29,8 @@ class Trained(Section):
 class TopK(Trained):
     """The k largest latents of every token fire (arXiv 2406.04093)."""
 
+    can_continue: ClassVar[bool] = True
+
     kind: Literal["topk"]
     aligned: bool = False
     """Keep each encoder near its direction (in the spirit of arXiv 2605.18629), so that fewer latents die and more of them generalise."""
@@ -35,6 +39,8 @@ class TopK(Trained):
 class BatchTopK(Trained):
     """The k · batch largest latents of every batch fire; after training, a mean threshold replaces the batch (arXiv 2412.06410)."""
 
+    can_continue: ClassVar[bool] = True
+
     kind: Literal["batch_topk"]
     aligned: bool = False
     """Keep each encoder near its direction (in the spirit of arXiv 2605.18629), so that fewer latents die and more of them generalise."""
@@ -42,6 +48,8 @@ class BatchTopK(Trained):
 
 class Matryoshka(Trained):
     """BatchTopK in which several prefixes of the dictionary must each reconstruct by themselves (arXiv 2503.17547)."""
+
+    can_continue: ClassVar[bool] = True
 
     kind: Literal["matryoshka"]
     aligned: bool = False

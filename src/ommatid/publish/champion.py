@@ -24,6 +24,7 @@ import filelock
 
 from ommatid import store
 from ommatid.config import EvaluateParams, Margins, Params
+from ommatid.config.train import CHAMPION
 from ommatid.errors import ArtefactError, ConfigError, RunError
 from ommatid.events import Listener, Warned, ignore
 from ommatid.pipeline import open_stage
@@ -337,6 +338,29 @@ def is_decided() -> bool:
 def folder_of(decision: Decision) -> Path:
     """Return the folder of a champion's SAE and catalogue, whether it is kept or not."""
     return CHAMPIONS / decision.key
+
+
+def resolve_start(params: Params) -> Params:
+    """Replace `champion` in `train.init` by the folder of the champion's SAE.
+
+    Args:
+        params: All params.
+
+    Returns:
+        The params; unchanged if `train.init` is something else, or if there is no champion yet, which the stage `train` says.
+
+    Raises:
+        ArtefactError: The champion's SAE is gone or damaged.
+    """
+    if params.train.init != CHAMPION or (champion := find_champion()) is None:
+        return params
+    folder = folder_of(champion) / "sae"
+    if not folder.is_dir():
+        raise ArtefactError(
+            f"train.init: the SAE of the champion {champion.challenger.sae} is gone from {folder}; bring it back with `dvc get`, promote "
+            "another, or set train.init to null"
+        )
+    return params.model_copy(update={"train": params.train.model_copy(update={"init": str(folder)})})
 
 
 def is_kept(decision: Decision) -> bool:

@@ -129,13 +129,28 @@ class Learner(Accumulator):
         """Sums of losses and gradient norms, and the number of steps, since the last measurement, `(3,)`."""
 
     @classmethod
-    def begin(cls, name: str, params: TrainParams, plan: Plan, sample: Sample, device: torch.device) -> "Learner":
-        """Make a new learner, whose weights are initialised from a sample."""
+    def begin(cls, name: str, params: TrainParams, plan: Plan, sample: Sample, device: torch.device, start: SAE | None = None) -> "Learner":
+        """Make a new learner.
+
+        Args:
+            name: Key of `TrainParams.each`.
+            params: Its params.
+            plan: The schedule.
+            sample: Tokens from which scales are measured, and weights initialised.
+            device: Device of the weights.
+            start: Trained SAE of the same widths and variant to begin with in place of new weights: latent i stays latent i. The variant
+                must be one that `can_continue`.
+        """
         learner = cls(name, params, plan, device)
         scales = learner.scales = Scales.of(sample)
         x, target = sample.x * scales.x, None if sample.target is None else sample.target * scales.target
         weights = make_weights(params.d_sae, x, target, params.seed)
         weights.derives_W_dec = learner.variant.derives_W_dec
+        if start is not None:
+            assert not isinstance(params.variant, Imported) and params.variant.can_continue, params.variant
+            _unfold(weights, start, scales)
+            learner._set_weights({key: distributed.broadcast(tensor.contiguous().to(device)) for key, tensor in weights.tensors().items()})
+            return learner
         centred = x - x.mean(0)
         fit_scale(weights, centred, params.k, None if target is None else target - target.mean(0))
         learner.variant.begin(weights, centred, learner.guides)
@@ -300,6 +315,15 @@ class Learner(Accumulator):
             params.variant.kind, d_model, d_sae, params.k, hookpoint, model, self.variant.activation, target, self.variant.prefixes()
         )
         return SAE(config, W_enc, b_enc, weights.W_dec, weights.b_dec / e, **gates)
+
+
+def _unfold(weights: Weights, sae: SAE, scales: Scales) -> None:
+    """Set weights in place to those of a trained SAE, in the units of scaled activations: the inverse of `Learner.finish`."""
+    c, e = scales.x, scales.target
+    weights.W_dec = sae.W_dec.clone()
+    weights.b_dec = sae.b_dec * e
+    weights.W_enc = (sae.W_enc * (e / c)).T.contiguous()
+    weights.b_enc = sae.b_enc * e + weights.W_enc @ weights.fixed.get("b_pre", weights.b_dec)
 
 
 def _settings(params: TrainParams, plan: Plan, device: torch.device) -> Settings:

@@ -27,6 +27,8 @@ PLACE = Path("data/sources")
 """Folder of the fingerprint files."""
 CODE = "code"
 """Key of the digests of a stage's code, by path inside the package."""
+START = "train.init"
+"""Key of the SAE that training begins with."""
 _N_READERS = 8
 
 Fingerprints = dict[str, dict[str, Any]]
@@ -52,6 +54,8 @@ def write_sources(params: Params, place: Path = PLACE) -> dict[str, Fingerprints
         ArtefactError: A URL cannot be reached.
     """
     found = {stage: _fingerprint_stage(stage, params) for stage in STAGE_NAMES}
+    if START in found["train"] and _is_up_to_date(place.parent / "sae", Path(f"{params.train.init}")):
+        found["train"] = found["train"] | _read_start(place / "train.json")
     code = Code()
     place.mkdir(parents=True, exist_ok=True)
     for stage, fingerprints in found.items():
@@ -59,6 +63,32 @@ def write_sources(params: Params, place: Path = PLACE) -> dict[str, Fingerprints
         written = {**fingerprints, **values, CODE: code_of(stage, params, code)}
         _replace(place / f"{stage}.json", json.dumps(written, indent=1, sort_keys=True) + "\n")
     return found
+
+
+def _is_up_to_date(saes: Path, start: Path) -> bool:
+    """Return whether the trained SAEs began with an SAE or are that SAE. Training then need not run again because of it.
+
+    Otherwise an SAE that wins and becomes the champion would make the training stale that made it, for ever.
+    """
+    digest = _bytes_of(start / "manifest.json")
+    for manifest in (_bytes_of(path) for path in saes.glob("*/manifest.json")):
+        with suppress(ValueError, KeyError, AttributeError):
+            if manifest and (manifest == digest or json.loads(manifest)["params"].get("init") == f"{start}"):
+                return True
+    return False
+
+
+def _read_start(file: Path) -> Fingerprints:
+    """Read the recorded fingerprint of the SAE that training began with; empty if there is none."""
+    with suppress(ValueError, KeyError):
+        return {START: json.loads(_bytes_of(file) or b"{}")[START]}
+    return {}
+
+
+def _bytes_of(path: Path) -> bytes:
+    with suppress(OSError):
+        return path.read_bytes()
+    return b""
 
 
 def code_of(stage: str, params: Params, code: Code) -> dict[str, str]:
@@ -129,7 +159,7 @@ def _paths(key: str, value: Any) -> Iterator[tuple[str, Path]]:
             yield from _paths(f"{key}.{i}", inside)
     elif isinstance(value, str):
         field = next(name for name in reversed(key.split(".")) if not name.isdigit())
-        if field in ("path", "words", "head", "attributes"):
+        if field in ("path", "words", "head", "attributes", "init"):
             yield key, Path(value).expanduser()
         elif field == "question" and (file := find_prompt_file(value)):
             yield key, file

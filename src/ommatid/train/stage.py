@@ -19,16 +19,17 @@ from ommatid.compute.checkpoint import Checkpoint, State, inside
 from ommatid.compute.prefetch import prefetch
 from ommatid.config import Imported, TrainParams
 from ommatid.errors import ConfigError, TrainingError
-from ommatid.events import Listener, about, ignore
+from ommatid.events import Listener, Warned, about, ignore
 from ommatid.sae import distributed
 from ommatid.sae.learner import CURVE_COLUMNS, Learner, Sample, histograms
-from ommatid.sae.model import CONFIG, WEIGHTS
+from ommatid.sae.model import CONFIG, SAE, WEIGHTS
 from ommatid.sae.schedule import Plan, make_plan
 from ommatid.sae.step import Batch
 from ommatid.sae.trainer import Trainer
 from ommatid.store import Artefact, Draft
 from ommatid.summaries import SAESummary, TrainedSAESummary, TrainingSummary
 from ommatid.train.imported import write_imported
+from ommatid.train.start import find_start
 
 CHECKPOINT = "checkpoint.safetensors"
 """Name of the checkpoint of the first group in the draft's scratch folder; those of other groups have a number."""
@@ -172,7 +173,7 @@ def fit(
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     inputs = group.inputs
-    learners = _learners(group, distributed.broadcast_tensors(checkpoint.load() if checkpoint else {}, device), device, whole)
+    learners = _learners(group, distributed.broadcast_tensors(checkpoint.load() if checkpoint else {}, device), device, whole, on_event)
     first = learners[0]
     if first.plan.batch_size % distributed.n_ranks():
         raise ConfigError(
@@ -187,12 +188,22 @@ def fit(
     return {learner.name: learner for learner in learners}
 
 
-def _learners(group: Group, saved: State, device: torch.device, whole: Plan | None) -> Sequence[Learner]:
+def _learners(group: Group, saved: State, device: torch.device, whole: Plan | None, on_event: Listener) -> Sequence[Learner]:
     plans = group.plans(whole)
     if not saved:
+        starts = {name: _find_start(name, one, group.inputs, on_event) for name, one in group.saes.items()}
         sample = _load_sample(group.inputs)
-        return [Learner.begin(name, one, plans[name], sample, device) for name, one in group.saes.items()]
+        return [Learner.begin(name, one, plans[name], sample, device, starts[name]) for name, one in group.saes.items()]
     return [Learner.restore(name, one, plans[name], inside(saved, name), device) for name, one in group.saes.items()]
+
+
+def _find_start(name: str, params: TrainParams, inputs: Mapping[str, Artefact], on_event: Listener) -> SAE | None:
+    """Load the SAE to begin with; if there is none that fits, say why training begins anew."""
+    start = find_start(params, inputs)
+    if isinstance(start, str):
+        on_event(Warned(f"train: {name} begins anew: {start}"))
+        return None
+    return start
 
 
 def _load_sample(inputs: Mapping[str, Artefact]) -> Sample:
