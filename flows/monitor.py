@@ -9,12 +9,12 @@ import re
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from flows.prefect_api import Api
+from flows.processes import Tail
 from ommatid.errors import RunError
 
 LOOK_SECONDS = 5.0
@@ -40,9 +40,9 @@ class Monitor:
     def __init__(self, api: Api, logs: Path, pools: Sequence[str]):
         self._api = api
         self._log = logs / "prefect.log"
+        self._tail = Tail(self._log)
         self._logs = logs
         self._pools = pools
-        self._read = 0
         self._errors: dict[str, deque[float]] = defaultdict(deque)
         self._n_looks: dict[str, int] = {}
         self._reported: set[str] = set()
@@ -75,21 +75,13 @@ class Monitor:
 
     def _failing_services(self) -> list[str]:
         now = time.monotonic()
-        for logger, text in errors_in(self._new_text()):
+        for logger, text in errors_in(self._tail.read()):
             service = _SERVICE.search(text)
             self._errors[service[1] if service else logger.removeprefix("prefect.server.")].append(now)
         for times in self._errors.values():
             while times and now - times[0] > ERROR_SECONDS:
                 times.popleft()
         return [service for service, times in self._errors.items() if len(times) >= N_ERRORS]
-
-    def _new_text(self) -> str:
-        with suppress(OSError), self._log.open("rb") as log:
-            log.seek(self._read)
-            whole = log.read().rpartition(b"\n")[0]  # a line that is still being written comes with the next look
-            self._read += len(whole)
-            return whole.decode(errors="replace")
-        return ""
 
     def _idle_schedules(self) -> Iterator[tuple[str, str]]:
         for deployment in self._api.deployments():

@@ -77,6 +77,8 @@ def create_app() -> "ASGIApp":
     import prefect
     from prefect.server.api import server
 
+    import flows.messages  # noqa: F401  (registers the block that sends them)
+
     assert hasattr(prefect, "__ui_v2_static_path__"), "this version of Prefect keeps its second UI elsewhere"
     prefect.__ui_v2_static_path__ = Path(os.devnull) / "none"
     return _stay_here(server.create_app(final=True))

@@ -104,6 +104,23 @@ class Services:
         return " / ".join(self._log(name).read_text(errors="replace").splitlines()[-5:]) + f" (all of it: {self._log(name)})"
 
 
+class Tail:
+    """Reader of what is appended to a log file, in whole lines."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._at = 0
+
+    def read(self) -> str:
+        """Return the lines written since the last call; "" if there are none."""
+        with suppress(OSError), self.path.open("rb") as log:
+            log.seek(self._at)
+            whole, end, _ = log.read().rpartition(b"\n")
+            self._at += len(whole + end)
+            return whole.decode(errors="replace")
+        return ""
+
+
 def free_port(first: int, taken: Container[int] = ()) -> int:
     """Find a port that nobody listens on.
 

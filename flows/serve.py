@@ -17,8 +17,9 @@ import filelock
 
 from flows.monitor import LOOK_SECONDS, Monitor, skip_missed_runs
 from flows.prefect_api import Api
-from flows.processes import Services, free_port
+from flows.processes import Services, Tail, free_port
 from flows.project import PROJECT, read_project, takes_params
+from flows.watch import NOTICE
 from ommatid.cli.error_boundary import at_edge
 from ommatid.compute.commands import environment
 from ommatid.config import Params, load_params
@@ -35,10 +36,11 @@ def serve(checkout: Path) -> None:
     prefect = free_port(int(os.environ.get("PREFECT_SERVER_API_PORT", "4200")))
     mlflow = free_port(int(os.environ.get("MLFLOW_PORT", "5000")), taken=[prefect])
     explorer = free_port(int(os.environ.get("OMMATID_PORT", "8321")), taken=[prefect, mlflow])
+    webhook = free_port(int(os.environ.get("OMMATID_WEBHOOK_PORT", "8322")), taken=[prefect, mlflow, explorer])
     api = Api(f"http://127.0.0.1:{prefect}/api")
     logs = checkout / ".prefect/logs"
     with _only_one(checkout, f"http://127.0.0.1:{prefect}"):
-        services = Services(_environment(checkout, prefect, explorer), logs)
+        services = Services(_environment(checkout, prefect, explorer, webhook), logs)
         try:
             services.start("prefect", *_prefect(prefect))
             services.start("mlflow", *_mlflow(checkout, mlflow))
@@ -48,6 +50,8 @@ def serve(checkout: Path) -> None:
             for pool in pools:
                 services.start(f"pool-{pool}", "prefect", "work-pool", "create", pool, "--type", "process", "--overwrite")
             services.finish(*(f"pool-{pool}" for pool in pools))
+            services.start("messages", "flows.messages")  # before the deployments, whose runs they are about
+            services.finish("messages")
             for deployment in project.deployments:
                 deploy = ("prefect", "--no-prompt", "deploy", "--prefect-file", PROJECT, "--name", deployment.name)
                 services.start(f"deploy-{deployment.name}", *deploy)
@@ -59,13 +63,15 @@ def serve(checkout: Path) -> None:
             print(
                 f"Explorer http://127.0.0.1:{explorer}\nPrefect  http://127.0.0.1:{prefect}/deployments\nMLflow   http://127.0.0.1:{mlflow}"
             )
+            if project.watch and os.environ.get("OMMATID_WEBHOOK_TOKEN"):
+                print(f"Webhook  http://127.0.0.1:{webhook}")
             print("Ctrl-C ends all of them.", flush=True)
-            _follow(services, api, Monitor(api, logs, pools), checkout / "params.yaml", forms)
+            _follow(services, api, Monitor(api, logs, pools), Tail(logs / "watch.log"), checkout / "params.yaml", forms)
         finally:
             services.end()
 
 
-def _follow(services: Services, api: Api, monitor: Monitor, params: Path, forms: Sequence[str]) -> None:
+def _follow(services: Services, api: Api, monitor: Monitor, watch: Tail, params: Path, forms: Sequence[str]) -> None:
     """Look after the servers until one of the processes ends."""
     shown, next_look = _stamp(params), time.monotonic() + LOOK_SECONDS
     while True:
@@ -73,6 +79,7 @@ def _follow(services: Services, api: Api, monitor: Monitor, params: Path, forms:
         if (stamp := _stamp(params)) != shown:
             shown = stamp
             _say(_refresh_forms(api, params, forms))
+        _say([line.removeprefix(NOTICE) for line in watch.read().splitlines() if line.startswith(NOTICE)])
         if time.monotonic() >= next_look:
             _say(monitor.look())
             with suppress(RunError):  # the monitor reports it
@@ -134,7 +141,7 @@ def _only_one(checkout: Path, address: str) -> Iterator[None]:
         yield
 
 
-def _environment(checkout: Path, port: int, explorer: int) -> dict[str, str]:
+def _environment(checkout: Path, port: int, explorer: int, webhook: int) -> dict[str, str]:
     ours = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")])),  # for `import flows`
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
@@ -142,6 +149,7 @@ def _environment(checkout: Path, port: int, explorer: int) -> dict[str, str]:
         "PREFECT_SERVER_UI_API_URL": "/api",  # or the pages in the browser send their requests to port 4200
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
         "OMMATID_EXPLORER_URL": f"http://127.0.0.1:{explorer}",  # for links to it from Prefect's artifacts and MLflow's tags
+        "OMMATID_WEBHOOK_PORT": str(webhook),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }

@@ -135,6 +135,21 @@ def _fingerprint_stage(stage: str, params: Params) -> Fingerprints:
     return found | {key: {"sha256": checksum} for key, checksum in names.items() if checksum}
 
 
+def list_input(params: Params) -> tuple[str, Listing]:
+    """List the files that the line begins with, which are images or activations from files.
+
+    Returns:
+        The params key that names them, and the listing.
+
+    Raises:
+        SourceError: They are missing or cannot be listed.
+        ArtefactError: A URL cannot be reached.
+    """
+    if isinstance(params.extract, ExtractFiles):
+        return "extract.path", list_activations(params.extract.path)
+    return "images.source.path", _list_source(params.images.source)
+
+
 def _list_source(source: ImageSource) -> Listing:
     match source.files:
         case "images":

@@ -1,0 +1,291 @@
+"""Starts a deployment once the images have changed: `python -m flows.watch`, one of the services of `make up`.
+
+The files that params.yaml names as images are listed again and again, as the stage `images` lists them, so linked folders, network file
+systems, Parquet files, shards and object stores are watched alike. Once a listing has been the same for `quiet_seconds`, the content
+is compared with that of the last run that was started for a change, and if it differs, one run is started. .prefect/watch.json
+remembers it, so that changes made while nothing watched start one run, and no content starts two.
+
+With OMMATID_WEBHOOK_TOKEN set, http://127.0.0.1:8322 (OMMATID_WEBHOOK_HOST, OMMATID_WEBHOOK_PORT) takes notifications: on a POST without a
+body, or with the event that S3 or MinIO sends, the files are listed at once. Imports no Prefect.
+"""
+
+import hmac
+import json
+import os
+import threading
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote_plus
+
+from flows.prefect_api import Api
+from flows.project import Watch, read_project
+from ommatid.cli.error_boundary import at_edge
+from ommatid.config import Params, load_params
+from ommatid.errors import OmmatidError, RunError
+from ommatid.sources.stage import PLACE, fingerprint, list_input
+from ommatid.store.filesystem import temporary_path
+from ommatid.store.filesystem.listing import Listing
+
+MEMORY = Path(".prefect/watch.json")
+"""File that remembers for which content the last run was started."""
+NOTICE = "notice: "
+"""Beginning of lines that `make up` repeats on its terminal."""
+LOOK_SECONDS = 2.0
+"""Seconds between two looks at files on this machine."""
+REMOTE_SECONDS = 60.0
+"""Seconds between two looks at an object store, where each listing costs money."""
+LISTING_SHARE = 0.05
+"""Largest share of the time that is spent on listing files."""
+MOST_BYTES = 1 << 20
+"""Largest body of a notification."""
+BODY_SECONDS = 10.0
+"""Seconds that a client may take to send its request."""
+
+
+class Watcher:
+    """What is known of the watched files between two looks."""
+
+    def __init__(self, checkout: Path, api: Api, watch: Watch):
+        self._checkout = checkout
+        self._api = api
+        self._watch = watch
+        self._seen = ""
+        self._since = 0.0
+        self._compared = ""
+        self._said: set[str] = set()
+        self.wait = LOOK_SECONDS
+        """Seconds until the next look."""
+
+    def look(self, now: float) -> list[str]:
+        """List the files, and start a run if they have changed and stayed as they are for long enough.
+
+        Args:
+            now: Time on a clock that never goes back, in seconds.
+
+        Returns:
+            Lines to print.
+        """
+        began = time.monotonic()
+        try:
+            params = load_params(self._checkout / "params.yaml")
+            key, listing = list_input(params)
+            said = self._follow(now, params, key, listing)
+            if self._seen == self._compared:
+                self._said.clear()
+        except OmmatidError as error:
+            said = [] if str(error) in self._said else [f"{NOTICE}changes of the images start nothing: {error}"]
+            self._said = {str(error)}
+            self._seen, is_remote = "", False
+        else:
+            is_remote = "://" in listing.place
+        may_wait = self._watch.quiet_seconds / 3 if self._seen != self._compared else REMOTE_SECONDS
+        usual = max(may_wait, LOOK_SECONDS) if is_remote else LOOK_SECONDS
+        self.wait = max(usual, (time.monotonic() - began) / LISTING_SHARE)
+        return said
+
+    def covers(self, urls: list[str]) -> str | None:
+        """Return None if any of these objects is watched, else a sentence that says what is watched."""
+        _, listing = list_input(load_params(self._checkout / "params.yaml"))
+        place = listing.place.replace("s3a://", "s3://")
+        return None if any(f"{url}/".startswith(f"{place.rstrip('/')}/") for url in urls) else f"only {listing.place} is watched"
+
+    def _follow(self, now: float, params: Params, key: str, listing: Listing) -> list[str]:
+        seen = f"{listing.place} {listing.fingerprint}"
+        if seen != self._seen:
+            self._seen, self._since = seen, now
+        memory = self._remember(key, listing, seen)
+        if seen == self._compared or now - self._since < self._watch.quiet_seconds:
+            return []
+        said = []
+        if seen != memory["seen"]:
+            content = fingerprint(listing)["sha256"]
+            if list_input(params)[1].fingerprint != listing.fingerprint:
+                return []  # it has changed while it was read
+            memory["seen"] = seen
+            if content == memory["content"]:
+                _write(self._checkout / MEMORY, memory)
+            else:
+                said = self._start(memory | {"content": content, "n": memory["n"] + 1}, listing)
+        self._compared = seen
+        return said
+
+    def _remember(self, key: str, listing: Listing, seen: str) -> dict[str, Any]:
+        """Return what is remembered of the files; of others than those of before, their present state, for which no run is started."""
+        memory = _read(self._checkout / MEMORY)
+        if memory.get("place") != listing.place:
+            # a run that was made before anything watched has read the content of then
+            recorded = _read(self._checkout / PLACE / f"{key.partition('.')[0]}.json").get(key, {}).get("sha256")
+            known = recorded if not memory else None
+            memory = {"place": listing.place, "seen": "" if known else seen, "content": known, "n": memory.get("n", 0)}
+            _write(self._checkout / MEMORY, memory)
+        return memory
+
+    def _start(self, memory: dict[str, Any], listing: Listing) -> list[str]:
+        """Start a run, unless one waits, which will read the files when it starts."""
+        name = self._watch.deployment
+        (deployment,) = self._api.deployments(name) or [None]
+        if deployment is None:
+            raise RunError(f"the Prefect server has no deployment {name}")
+        what = f"{listing.place} has changed ({len(listing.files):,} files)"
+        if self._waits(deployment["id"]):
+            said = [f"{what}; a run of {name} is waiting to start anyway"]
+        else:
+            request = {
+                "state": {"type": "SCHEDULED", "message": what},
+                "tags": ["images changed"],
+                # after a kill between the request and the note of it, the same request is made again and starts nothing
+                "idempotency_key": f"{listing.place} {memory['n']} {memory['content']}",
+            }
+            run = self._api.post(f"/deployments/{deployment['id']}/create_flow_run", request)
+            said = [f"{NOTICE}{what}: started {name} as {run['name']}"]
+        _write(self._checkout / MEMORY, memory)
+        return said
+
+    def _waits(self, deployment: str) -> bool:
+        due = {"before_": datetime.now(UTC).isoformat()}
+        waiting = self._api.runs(deployment_id={"any_": [deployment]}, state={"type": {"any_": ["SCHEDULED"]}}, expected_start_time=due)
+        return any(run["run_count"] == 0 for run in waiting)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    temporary = temporary_path(path)
+    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class RefusedError(Exception):
+    """A request that cannot be followed; its arguments are the HTTP status and a sentence."""
+
+
+def read_notification(body: bytes) -> list[str] | None:
+    """Return the URLs of the objects that an S3 event names; None if the body names none, so that anything may have changed.
+
+    Raises:
+        RefusedError: The body is neither empty nor such an event.
+    """
+    if not body.strip():
+        return None
+    wanted = "send no body, or the JSON that S3 or MinIO sends, with s3.bucket.name and s3.object.key in each of its Records"
+    try:
+        event = json.loads(body)
+        if event == {} or event.get("Event") == "s3:TestEvent":
+            return None
+        records = [record["s3"] for record in event["Records"]]
+        return [f"s3://{s3['bucket']['name']}/{unquote_plus(s3['object']['key'])}" for s3 in records]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise RefusedError(400, f"not a notification: {wanted}") from None
+
+
+class Webhook(ThreadingHTTPServer):
+    """Server that takes notifications."""
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], token: str, watcher: Watcher):
+        self.token = token
+        self.watcher = watcher
+        self.called = threading.Event()
+        """Set when the files are to be listed at once."""
+        super().__init__(address, _Handler)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    timeout = BODY_SECONDS
+    server_version = "ommatid"
+    sys_version = ""
+    server: Webhook
+
+    def do_POST(self) -> None:
+        self.close_connection = True
+        try:
+            self._check()
+            urls = read_notification(self._body())
+            if urls is not None and (reason := self.server.watcher.covers(urls)):
+                self._answer(200, f"nothing to do: {reason}")
+                return
+        except RefusedError as refused:
+            self._answer(*refused.args)
+        except OmmatidError as error:
+            self._answer(503, str(error))
+        else:
+            self.server.called.set()
+            self._answer(202, "the images are listed now; a run starts once they have stopped changing, if they differ from the last run's")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("do_"):  # any other method
+            return lambda: self._answer(405, "send a POST")
+        raise AttributeError(name)
+
+    def _check(self) -> None:
+        if self.path.partition("?")[0] != "/":
+            raise RefusedError(404, "send the POST to /")
+        given = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+        if not hmac.compare_digest(given.encode(), self.server.token.encode()):
+            raise RefusedError(401, "send the header Authorization: Bearer TOKEN with the value of OMMATID_WEBHOOK_TOKEN")
+
+    def _body(self) -> bytes:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal():
+            raise RefusedError(411, "send a Content-Length")
+        if int(length) > MOST_BYTES:
+            raise RefusedError(413, f"the body is larger than {MOST_BYTES:,} bytes")
+        try:
+            body = self.rfile.read(int(length))
+        except OSError:
+            raise RefusedError(408, "the body did not arrive in time") from None
+        if len(body) < int(length):
+            raise RefusedError(400, "the body is shorter than its Content-Length")
+        return body
+
+    def _answer(self, status: int, sentence: str) -> None:
+        body = json.dumps({"message": sentence}).encode() + b"\n"
+        with suppress(OSError):
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            if status == 405:
+                self.send_header("Allow", "POST")
+            self.end_headers()
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        print(f"{self.address_string()} {format % args}", flush=True)
+
+
+def main() -> None:
+    """Watch the images until a signal comes."""
+    with at_edge():
+        checkout = Path.cwd()
+        watch = read_project(checkout).watch
+        if watch is None:
+            raise RunError("infra/prefect.yaml has no `watch`, so there is nothing to start")
+        if not (url := os.environ.get("PREFECT_API_URL")):
+            raise RunError("PREFECT_API_URL is not set; `make up` starts this command with the address of its server")
+        watcher = Watcher(checkout, Api(url), watch)
+        called = threading.Event()
+        if token := os.environ.get("OMMATID_WEBHOOK_TOKEN"):
+            address = (os.environ.get("OMMATID_WEBHOOK_HOST", "127.0.0.1"), int(os.environ.get("OMMATID_WEBHOOK_PORT", "8322")))
+            webhook = Webhook(address, token, watcher)
+            called = webhook.called
+            threading.Thread(target=webhook.serve_forever, name="webhook", daemon=True).start()
+        while True:
+            called.clear()
+            for line in watcher.look(time.monotonic()):
+                print(line, flush=True)
+            called.wait(watcher.wait)
+
+
+if __name__ == "__main__":
+    main()

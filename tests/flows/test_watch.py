@@ -1,0 +1,306 @@
+"""Images that change start one run once they are quiet, whatever happens in between, and a webhook hears of them sooner.
+
+The Prefect server is a stand-in that remembers its runs; test_serve.py has a real one.
+"""
+
+import json
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows.prefect_api import Api
+from flows.project import Watch, read_project
+from flows.watch import MEMORY, MOST_BYTES, Watcher, Webhook
+from ommatid.config import load_params
+from ommatid.errors import ConfigError, RunError
+from ommatid.sources.stage import write_sources
+from support.checkout import REPOSITORY
+from support.processes import HANG_SECONDS
+
+QUIET = 10.0
+
+
+class Server(Api):
+    """A server with one deployment, which starts no run by itself."""
+
+    def __init__(self) -> None:
+        super().__init__("http://nowhere/api")
+        self.made: list[dict[str, Any]] = []
+        self.is_down = False
+
+    def _call(self, method: str, path: str, body: Any) -> Any:
+        if self.is_down:
+            raise RunError("the Prefect server does not answer")
+        if path == "/deployments/filter":
+            return [{"id": "d"}]
+        if path == "/flow_runs/filter":
+            return [run for run in self.made if run["state_type"] in body["flow_runs"]["state"]["type"]["any_"]]
+        assert path == "/deployments/d/create_flow_run", path
+        known = next((run for run in self.made if run["key"] == body["idempotency_key"]), None)
+        if known is None:
+            known = {"name": f"run-{len(self.made)}", "state_type": "SCHEDULED", "run_count": 0, "key": body["idempotency_key"]}
+            self.made.append(known)
+        return known
+
+
+class Day:
+    """A checkout whose images are watched, with a clock."""
+
+    def __init__(self, root: Path, source: dict[str, Any]) -> None:
+        self.root = root
+        self.photos = root / "photos"
+        self.photos.mkdir(parents=True)
+        (self.photos / "one.jpg").write_text("one")
+        values = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+        values["images"]["source"] = source
+        (root / "params.yaml").write_text(yaml.safe_dump(values))
+        self.server = Server()
+        self.now = 0.0
+        self.begin()
+
+    def begin(self) -> None:
+        """Start to watch, as after a restart."""
+        self.watcher = Watcher(self.root, self.server, Watch(deployment="retrain", quiet_seconds=QUIET))
+
+    def passes(self, seconds: float = 2 * QUIET) -> list[str]:
+        """Let time pass, looking every second; return what was said."""
+        said = []
+        for _ in range(int(seconds)):
+            self.now += 1
+            said += self.watcher.look(self.now)
+        return said
+
+    def finish(self) -> None:
+        """Let all runs end."""
+        for run in self.server.made:
+            run["state_type"], run["run_count"] = "COMPLETED", 1
+
+
+@pytest.fixture
+def day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Day:
+    monkeypatch.setenv("OMMATID_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    made = Day(tmp_path / "checkout", {"kind": "folder", "path": str(tmp_path / "checkout/photos")})
+    assert made.passes() == [] and made.server.made == [], "what is there at first starts nothing"
+    return made
+
+
+def test_many_files_copied_over_a_minute_start_one_run(day: Day) -> None:
+    for i in range(12):
+        (day.photos / f"new-{i}.jpg").write_text("new")
+        assert day.passes(5) == []
+    (said,) = day.passes()
+    assert said == f"notice: {day.photos} has changed (13 files): started retrain as run-0"
+    day.finish()
+    assert day.passes(100) == [] and len(day.server.made) == 1
+
+
+def test_a_file_that_grows_is_waited_for(day: Day) -> None:
+    for size in range(1, 12):
+        (day.photos / "large.jpg").write_bytes(b"x" * size)
+        assert day.passes(QUIET / 2) == [] and day.server.made == []
+    assert len(day.passes()) == 1
+
+
+def test_the_same_content_starts_nothing_again_but_new_content_does(day: Day) -> None:
+    (day.photos / "one.jpg").write_text("two")
+    day.passes()
+    day.finish()
+    (day.photos / "one.jpg").touch()
+    (day.photos / "copy.jpg").write_text("x")
+    (day.photos / "copy.jpg").unlink()
+    assert day.passes() == [] and len(day.server.made) == 1
+    (day.photos / "one.jpg").write_text("one")  # as it was at first
+    assert len(day.passes()) == 1 and len(day.server.made) == 2
+    (day.photos / "one.jpg").write_text("two")
+    day.finish()
+    assert len(day.passes()) == 1 and len(day.server.made) == 3, "known content that comes back is a change"
+
+
+def test_linked_folders_are_watched_as_the_stage_reads_them(day: Day, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (day.photos / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere/a.jpg").write_text("a")
+    day.passes()
+    day.finish()
+    (tmp_path / "elsewhere/b.jpg").write_text("b")
+    (day.photos / ".hidden.jpg").write_text("not read")
+    assert len(day.passes()) == 1 and len(day.server.made) == 2
+
+
+def test_changes_while_nothing_watched_start_one_run(day: Day) -> None:
+    (day.photos / "night.jpg").write_text("night")
+    day.begin()
+    assert len(day.passes()) == 1
+    day.finish()
+    day.begin()
+    assert day.passes() == [] and len(day.server.made) == 1
+
+
+def test_a_kill_between_the_request_and_its_note_starts_nothing_twice(day: Day) -> None:
+    (day.photos / "new.jpg").write_text("new")
+    before = (day.root / MEMORY).read_text()
+    day.passes()
+    day.finish()
+    (day.root / MEMORY).write_text(before)
+    day.begin()
+    day.passes()
+    assert len(day.server.made) == 1
+
+
+def test_one_more_run_at_most_is_queued(day: Day) -> None:
+    (day.photos / "a.jpg").write_text("a")
+    day.passes()
+    day.server.made[0] |= {"state_type": "RUNNING", "run_count": 1}
+    for name in "bcd":
+        (day.photos / f"{name}.jpg").write_text(name)
+        day.passes()
+    assert [run["state_type"] for run in day.server.made] == ["RUNNING", "SCHEDULED"]
+
+
+def test_images_that_are_gone_are_reported_once_and_watched_again_when_they_are_back(day: Day) -> None:
+    (day.photos / "one.jpg").unlink()
+    (said,) = day.passes()
+    assert said.startswith(f"notice: changes of the images start nothing: {day.photos}: there are no files in this folder")
+    day.photos.rmdir()
+    (said,) = day.passes()
+    assert "no such folder" in said and day.server.made == []
+    day.photos.mkdir()
+    (day.photos / "two.jpg").write_text("two")
+    assert len(day.passes()) == 1 and len(day.server.made) == 1
+
+
+def test_a_server_that_is_down_is_asked_again(day: Day) -> None:
+    day.server.is_down = True
+    (day.photos / "two.jpg").write_text("two")
+    assert day.passes(60) == ["notice: changes of the images start nothing: the Prefect server does not answer"]
+    day.server.is_down = False
+    assert len(day.passes()) == 1 and len(day.server.made) == 1
+
+
+def test_other_images_in_the_params_start_nothing(day: Day, tmp_path: Path) -> None:
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/a.jpg").write_text("a")
+    params = day.root / "params.yaml"
+    params.write_text(params.read_text().replace(str(day.photos), str(tmp_path / "others")))
+    assert day.passes() == [] and day.server.made == []
+    (tmp_path / "others/b.jpg").write_text("b")
+    assert len(day.passes()) == 1
+
+
+def test_what_has_changed_since_a_run_made_by_hand_starts_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMMATID_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    day = Day(tmp_path / "checkout", {"kind": "folder", "path": str(tmp_path / "checkout/photos")})
+    write_sources(load_params(day.root / "params.yaml"), day.root / "data/sources")
+    assert day.passes() == []
+    (day.root / MEMORY).unlink()
+    (day.photos / "two.jpg").write_text("two")
+    day.begin()
+    assert len(day.passes()) == 1
+
+
+def test_objects_in_a_store_are_watched_less_often(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ommatid.store.filesystem import open_folder
+
+    def put(name: str) -> None:
+        (tmp_path / name).write_text(name)
+        open_folder(s3).put(tmp_path / name, name)
+
+    monkeypatch.setenv("OMMATID_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    put("one.jpg")
+    day = Day(tmp_path / "checkout", {"kind": "folder", "path": s3})
+    day.passes()
+    assert day.watcher.wait >= 60
+    put("two.jpg")
+    assert len(day.passes()) == 1 and len(day.server.made) == 1
+    assert day.watcher.covers([f"{s3}/two.jpg"]) is None
+    assert day.watcher.covers(["s3://other/two.jpg", f"{s3}-other/two.jpg"]) == f"only {s3} is watched"
+
+
+EVENT = {"Records": [{"eventName": "ObjectCreated:Put", "s3": {"bucket": {"name": "b"}, "object": {"key": "photos/a+b%C3%A9.jpg"}}}]}
+
+
+@pytest.fixture
+def webhook(day: Day) -> Iterator[Webhook]:
+    with Webhook(("127.0.0.1", 0), "secret", day.watcher) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join(HANG_SECONDS)
+
+
+def post(webhook: Webhook, body: bytes = b"", path: str = "/", token: str = "Bearer secret", method: str = "POST") -> tuple[int, str]:
+    request = urllib.request.Request(f"http://127.0.0.1:{webhook.server_port}{path}", body, {"Authorization": token}, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=HANG_SECONDS) as answer:
+            return answer.status, json.load(answer)["message"]
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)["message"]
+
+
+def test_a_notification_makes_the_watcher_look_at_once(webhook: Webhook, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert post(webhook)[0] == 202 and webhook.called.is_set()
+    asked: list[list[str]] = []
+    monkeypatch.setattr(webhook.watcher, "covers", lambda urls: asked.append(urls))
+    for event in (EVENT, {"EventName": "s3:ObjectCreated:Put", "Key": "b/photos/a.jpg", **EVENT}):  # Amazon's, and MinIO's
+        webhook.called.clear()
+        assert post(webhook, json.dumps(event).encode())[0] == 202 and webhook.called.is_set()
+    assert asked == [["s3://b/photos/a bé.jpg"]] * 2
+
+
+def test_a_notification_about_other_objects_does_nothing(webhook: Webhook, day: Day) -> None:
+    assert post(webhook, json.dumps(EVENT).encode()) == (200, f"nothing to do: only {day.photos} is watched")
+    assert not webhook.called.is_set()
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "says"),
+    [
+        ({"token": ""}, 401, "Authorization: Bearer TOKEN"),
+        ({"token": "Bearer other"}, 401, "Authorization: Bearer TOKEN"),
+        ({"path": "/other"}, 404, "send the POST to /"),
+        ({"method": "PUT"}, 405, "send a POST"),
+        ({"method": "DELETE"}, 405, "send a POST"),
+        ({"body": b"nonsense"}, 400, "not a notification: send no body, or the JSON that S3 or MinIO sends"),
+        ({"body": b"[1]"}, 400, "not a notification"),
+        ({"body": b'{"Records": [{"s3": {}}]}'}, 400, "not a notification"),
+        ({"body": b'{"Records": [{"s3": {"bucket": {"name": "b"}, "object": {"key": 3}}}]}'}, 400, "not a notification"),
+        ({"body": b"\xff\xfe"}, 400, "not a notification"),
+    ],
+)
+def test_nonsense_is_refused_with_a_sentence(webhook: Webhook, sent: dict[str, Any], status: int, says: str) -> None:
+    code, message = post(webhook, **sent)
+    assert code == status and says in message and not webhook.called.is_set()
+
+
+@pytest.mark.parametrize(("length", "status"), [(str(MOST_BYTES + 1), "413"), ("many", "411"), ("-1", "411"), (None, "411")])
+def test_a_body_of_unknown_or_too_great_length_is_not_read(webhook: Webhook, length: str | None, status: str) -> None:
+    with socket.create_connection(("127.0.0.1", webhook.server_port), HANG_SECONDS) as client:
+        lines = ["POST / HTTP/1.1", "Host: x", "Authorization: Bearer secret", *([f"Content-Length: {length}"] if length else []), "", ""]
+        client.sendall("\r\n".join(lines).encode())
+        assert client.recv(100).decode().split()[1] == status
+
+
+def test_a_watch_names_a_deployment_that_exists(tmp_path: Path) -> None:
+    project = yaml.safe_load((REPOSITORY / "infra/prefect.yaml").read_text())
+    (tmp_path / "infra").mkdir()
+    for change, says in (
+        ({"deployment": "retrian"}, "watch.deployment: 'retrian' is not one of the deployments: pipeline, retrain"),
+        ({"deployment": "retrain", "quiet_seconds": 0}, "watch.quiet_seconds"),
+        ({"deployment": "retrain", "quite": 3}, "watch.quite"),
+    ):
+        (tmp_path / "infra/prefect.yaml").write_text(yaml.safe_dump(project | {"watch": change}))
+        with pytest.raises(ConfigError, match=r"infra/prefect\.yaml: ") as error:
+            read_project(tmp_path)
+        assert says in str(error.value)
