@@ -5,12 +5,14 @@ address (mailtos://..., slack://...), or a block that was made in the Prefect UI
 automations are there and send nothing.
 """
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from prefect import get_client
+from prefect.blocks.core import Block
 from prefect.blocks.notifications import AppriseNotificationBlock
 from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import SyncPrefectClient
@@ -94,9 +96,9 @@ def _action(client: SyncPrefectClient, receiver: str | None) -> CallWebhook | Se
         return DoNothing()
     if receiver.startswith(("http://", "https://")):
         block = Webhook(url=SecretStr(receiver), headers=SecretDict({"Content-Type": "application/json"}))
-        return CallWebhook(block_document_id=block.save(BLOCK, overwrite=True), payload=_payload())
+        return CallWebhook(block_document_id=_save(block), payload=_payload())
     if "://" in receiver:
-        return _notification(_apprise(receiver).save(BLOCK, overwrite=True))
+        return _notification(_save(_apprise(receiver)))
     kind, is_block, name = receiver.partition("/")
     if not is_block:
         raise ConfigError(
@@ -113,6 +115,12 @@ def _action(client: SyncPrefectClient, receiver: str | None) -> CallWebhook | Se
     return _notification(block.id)
 
 
+def _save(block: Block) -> UUID:
+    saved = block.save(BLOCK, overwrite=True)
+    assert isinstance(saved, UUID), "save is asynchronous here"
+    return saved
+
+
 def _notification(block: UUID) -> SendNotification:
     return SendNotification(block_document_id=block, subject="{{ automation.name }}", body=TEXT)
 
@@ -127,6 +135,7 @@ def _payload() -> str:
 def _apprise(address: str) -> Apprise:
     from apprise import Apprise as Service
 
+    logging.getLogger("apprise").disabled = True  # it writes the address, in which there are passwords
     if not Service().add(address):
         raise ConfigError(
             f"{VARIABLE}: {without_credentials(address)} is not an address that Apprise can use; see Messages in docs/users/operations.md"

@@ -4,6 +4,7 @@ All tests share one `make up`, in whose checkout there is one additional deploym
 docs/developers/add-a-deployment.md. Ctrl-C ends everything, and no log has an error that a test has not caused.
 """
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ class Up:
     mlflow: str
     explorer: str
     process: "subprocess.Popen[str]"
+    receiver: "Receiver"
     said: list[str] = field(default_factory=list)
     """Lines on its terminal so far."""
 
@@ -57,6 +60,23 @@ class Up:
     def deployment(self, name: str) -> dict[str, Any]:
         (found,) = self.api.deployments(name)
         return found
+
+    def pretend(self, kind: str, name: str, message: str) -> str:
+        """Let the server believe that a run of `retrain` has ended."""
+        deployment = self.deployment("retrain")
+        body = {"flow_id": deployment["flow_id"], "deployment_id": deployment["id"], "name": f"run-{name}", "state": {"type": "PENDING"}}
+        made = self.api.post("/flow_runs/", body)["id"]
+        self.api.post(f"/flow_runs/{made}/set_state", {"state": {"type": kind, "name": name, "message": message}, "force": True})
+        return made
+
+    def declare_messages(self, receiver: str = "") -> "subprocess.CompletedProcess[str]":
+        """Declare the automations as `make up` does, with some receiver."""
+        env = environment(self.checkout.parent) | {"PREFECT_API_URL": self.api.url, "OMMATID_MESSAGES": receiver}
+        command = [sys.executable, "-m", "flows.messages"]
+        return subprocess.run(command, cwd=self.checkout, env=env, capture_output=True, text=True)
+
+    def automations(self) -> dict[str, dict[str, Any]]:
+        return {found["name"]: found for found in self.api.post("/automations/filter", {})}
 
     def pause(self, name: str) -> None:
         """End the schedules of a deployment, and wait for what they have started."""
@@ -85,8 +105,52 @@ class Up:
         return wait_for(lambda: next((line for line in self.said if re.search(pattern, line)), None), f"a line with {pattern!r}")
 
 
+class Receiver(ThreadingHTTPServer):
+    """A server that gets messages."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.status: int | None = 200
+        """Status of its answers; None: it does not answer."""
+        self.is_over = threading.Event()
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def subjects(self) -> list[str]:
+        return [body["subject"] for body in self.bodies]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Receiver
+
+    def do_POST(self) -> None:
+        self.server.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        if self.server.status is None:
+            self.server.is_over.wait(HANG_SECONDS)
+            return
+        self.send_response(self.server.status)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
 @pytest.fixture(scope="module")
-def up(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.is_over.set()
+        server.shutdown()
+        thread.join(HANG_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def up(made: Path, receiver: Receiver, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     folder = tmp_path_factory.mktemp("up")
     checkout = folder / "checkout"
     shutil.copytree(made, checkout, symlinks=True)
@@ -99,15 +163,17 @@ def up(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     set_schedules(checkout)
     run(checkout, "git", "add", "-A")
     run(checkout, "git", "commit", "-qm", "Flows")
-    ports = {name: str(free_port()) for name in ("PREFECT_SERVER_API_PORT", "MLFLOW_PORT", "OMMATID_PORT")}
+    ports = {name: str(free_port()) for name in ("PREFECT_SERVER_API_PORT", "MLFLOW_PORT", "OMMATID_PORT", "OMMATID_WEBHOOK_PORT")}
+    messages = {"OMMATID_MESSAGES": receiver.url, "OMMATID_WEBHOOK_TOKEN": "secret"}
     command = [sys.executable, "-m", "flows.serve"]
-    with subprocess.Popen(command, cwd=checkout, env=environment(folder) | ports, stdout=subprocess.PIPE, text=True) as process:
-        prefect, mlflow, explorer = (f"http://127.0.0.1:{port}" for port in ports.values())
-        running_up = Up(checkout, prefect, mlflow, explorer, process)
+    with subprocess.Popen(command, cwd=checkout, env=environment(folder) | ports | messages, stdout=subprocess.PIPE, text=True) as process:
+        prefect, mlflow, explorer, webhook = (f"http://127.0.0.1:{port}" for port in ports.values())
+        running_up = Up(checkout, prefect, mlflow, explorer, process, receiver)
         reader = threading.Thread(target=lambda: running_up.said.extend(process.stdout or ()))
         reader.start()
         try:
             running_up.heard("Ctrl-C ends all of them")
+            assert f"Webhook  {webhook}\n" in running_up.said
             yield running_up
         finally:
             family = psutil.Process(process.pid).children(recursive=True)
@@ -132,13 +198,14 @@ def add_deployment(tree: Tree) -> None:
 
 
 def set_schedules(checkout: Path) -> None:
-    """Schedule the pipeline at short intervals and the count at long ones."""
+    """Schedule the pipeline at short intervals and the count at long ones, and wait for changes and messages for seconds only."""
     path = checkout / "infra/prefect.yaml"
     project = yaml.safe_load(path.read_text())
     deployments = {one["name"]: one for one in project["deployments"]}
     assert deployments["retrain"].pop("schedules")
-    deployments["pipeline"]["schedules"] = [{"interval": 15, "active": True}]
+    deployments["pipeline"]["schedules"] = [{"interval": 30, "active": True}]
     deployments["count"] |= {"schedules": [{"interval": 7 * 86400, "active": True}], "concurrency_limit": 1}
+    project["watch"]["quiet_seconds"] = 3
     path.write_text(yaml.safe_dump(project))
 
 
@@ -208,7 +275,7 @@ def test_an_invalid_deployment_is_named(tmp_path: Path, old: str, new: str, says
 
 
 def test_a_schedule_starts_runs_by_itself(up: Up) -> None:
-    first = wait_for(lambda: up.runs("pipeline", *ENDED), "a run that a schedule starts")[0]
+    first = wait_for(lambda: up.runs("pipeline", *ENDED - {"CANCELLED"}), "a run that a schedule starts")[0]
     up.pause("pipeline")
     assert first["auto_scheduled"] and first["state_type"] == "COMPLETED", first["state"]
     assert not (up.checkout / "ran.log").exists(), "nothing had changed"
@@ -325,10 +392,115 @@ def database(up: Up) -> sqlite3.Connection:
     return sqlite3.connect(up.checkout / ".prefect/prefect.db", timeout=HANG_SECONDS)
 
 
+ENDS = {
+    ("FAILED", "Failed"): "A run failed",
+    ("CRASHED", "Crashed"): "A run failed",
+    ("FAILED", "Rejected"): "A gate rejected a run",
+    ("FAILED", "Drifted"): "New images have drifted",
+    ("COMPLETED", "Promoted"): "There is a new champion",
+}
+
+
+def test_each_event_sends_one_message(up: Up) -> None:
+    up.receiver.bodies.clear()
+    ids = {name: up.pretend(kind, name, f'because "of" {name}') for kind, name in ENDS}
+    for kind, name in (("COMPLETED", "Completed"), ("COMPLETED", "Kept"), ("COMPLETED", "Unchanged"), ("CANCELLED", "Cancelled")):
+        up.pretend(kind, name, "nothing to tell")
+    wait_for(lambda: len(up.receiver.bodies) >= len(ENDS), "the messages")
+    time.sleep(3)  # for one too many
+    assert sorted(up.receiver.subjects()) == sorted(ENDS.values())
+    for body in up.receiver.bodies:
+        link = f"{up.prefect}/runs/flow-run/{ids[body['state']]}"
+        said = {"flow": "retrain", "run": f"run-{body['state']}", "message": f'because "of" {body["state"]}', "link": link}
+        assert said.items() <= body.items()
+        assert body["text"] == f"{body['subject']}: retrain {body['run']}: {body['state']}. {body['message']}\n{link}"
+
+
+def test_automations_that_are_declared_again_stay_as_they_are(up: Up) -> None:
+    before = up.automations()
+    assert len(before) == 5 and all(found["enabled"] for found in before.values())
+    up.receiver.bodies.clear()
+    done = up.declare_messages(up.receiver.url)
+    assert (done.returncode, done.stderr) == (0, "") and up.automations() == before, "an update would begin the wait for a run anew"
+    time.sleep(2)
+    assert up.receiver.bodies == []
+
+
+def test_no_run_for_too_long_sends_a_message(up: Up) -> None:
+    path = up.checkout / "infra/prefect.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("within: 691200", "within: 10"))
+    up.receiver.bodies.clear()
+    try:
+        assert up.declare_messages(up.receiver.url).returncode == 0
+        wait_for(lambda: up.receiver.bodies, "a message")
+    finally:
+        path.write_text(text)
+        up.declare_messages(up.receiver.url)
+    assert up.receiver.bodies[0]["subject"] == "No retrain for eight days"
+    assert up.receiver.bodies[0]["text"] == "No retrain for eight days: see the runs in the Prefect UI"
+
+
+def test_a_receiver_that_refuses_or_hangs_is_reported_and_blocks_no_run(up: Up) -> None:
+    for status, says in ((500, r"it answered 500"), (None, r"ReadTimeout")):
+        up.receiver.status = status
+        up.pretend("FAILED", "Failed", "for the receiver")
+        assert up.ended(up.start("count"))["state_type"] == "COMPLETED"
+        assert "check OMMATID_MESSAGES" in up.heard(rf"warning: the message 'A run failed' did not reach its receiver \(.*{says}")
+        up.receiver.status = 200
+        n_before = sum("the receiver of messages: works again" in line for line in up.said)
+        up.pretend("FAILED", "Failed", "the receiver is back")
+        wait_for(lambda n=n_before: sum("the receiver of messages: works again" in line for line in up.said) > n, "the end of the fault")
+
+
+def test_any_service_that_apprise_knows_gets_messages(up: Up) -> None:
+    assert up.declare_messages(up.receiver.url.replace("http://", "json://")).returncode == 0
+    up.receiver.bodies.clear()
+    up.pretend("COMPLETED", "Promoted", "better by 0.02")
+    (body,) = wait_for(lambda: up.receiver.bodies, "a message by Apprise")
+    assert body["title"] == "There is a new champion" and body["message"].startswith("retrain run-Promoted: Promoted. better by 0.02\n")
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("nonsense", "'nonsense' is neither an address nor a block"),
+        ("slack-webhook/team", "the Prefect server has no block slack-webhook/team"),
+        ("nothing://x", "nothing://x is not an address that Apprise can use"),
+    ],
+)
+def test_a_receiver_that_cannot_be_used_is_named(up: Up, address: str, says: str) -> None:
+    done = up.declare_messages(address)
+    assert done.returncode == 1 and done.stderr.startswith("error: OMMATID_MESSAGES: ") and says in done.stderr
+
+
+def test_without_a_receiver_nothing_is_sent_and_nothing_fails(up: Up) -> None:
+    assert up.declare_messages().returncode == 0
+    assert {found["enabled"] for found in up.automations().values()} == {False}
+    up.receiver.bodies.clear()
+    up.pretend("FAILED", "Failed", "nobody hears of it")
+    time.sleep(3)
+    assert up.receiver.bodies == [] and up.declare_messages(up.receiver.url).returncode == 0
+
+
+def test_images_that_are_dropped_start_one_retrain(up: Up) -> None:
+    assert up.runs("retrain", "RUNNING", "PENDING", "SCHEDULED") == []
+    known = {found["id"] for found in up.runs("retrain", *ENDED)}
+    for i in range(3):
+        (up.checkout / f"photos/new-{i}.jpg").write_text(f"new {i}")
+        time.sleep(1)
+    assert "photos has changed (4 files): started retrain as " in up.heard("has changed")
+    wait_for(lambda: not up.runs("retrain", "RUNNING", "PENDING", "SCHEDULED"), "the end of the run")
+    (new,) = [found for found in up.runs("retrain", *ENDED) if found["id"] not in known]
+    assert "images changed" in new["tags"] and new["start_time"]
+    time.sleep(8)
+    assert len([found for found in up.runs("retrain", *ENDED, "SCHEDULED", "PENDING", "RUNNING")]) == len(known) + 1
+
+
 def test_no_log_has_an_error(up: Up) -> None:
     logs = up.checkout / ".prefect/logs"
     assert {path.stem for path in logs.glob("*.log")} == {
-        *("prefect", "mlflow", "explorer", "pool-ommatid", "worker-ommatid"),
+        *("prefect", "mlflow", "explorer", "pool-ommatid", "worker-ommatid", "messages", "watch"),
         *("deploy-pipeline", "deploy-retrain", "deploy-backfill", "deploy-count"),
     }
     assert errors_in(logs) == []
