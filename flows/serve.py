@@ -60,6 +60,8 @@ def serve(checkout: Path) -> None:
             services.wait_for("explorer", f"http://127.0.0.1:{explorer}/robots.txt")  # /health says whether there is a catalogue
             for pool in pools:
                 services.start(f"worker-{pool}", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", pool)
+            if project.watch:
+                services.start("watch", "flows.watch")
             print(
                 f"Explorer http://127.0.0.1:{explorer}\nPrefect  http://127.0.0.1:{prefect}/deployments\nMLflow   http://127.0.0.1:{mlflow}"
             )
