@@ -483,6 +483,15 @@ def test_without_a_receiver_nothing_is_sent_and_nothing_fails(up: Up) -> None:
     assert up.receiver.bodies == [] and up.declare_messages(up.receiver.url).returncode == 0
 
 
+def test_no_log_has_an_error(up: Up) -> None:
+    logs = up.checkout / ".prefect/logs"
+    assert {path.stem for path in logs.glob("*.log")} == {
+        *("prefect", "mlflow", "explorer", "pool-ommatid", "worker-ommatid", "messages", "watch"),
+        *("deploy-pipeline", "deploy-retrain", "deploy-backfill", "deploy-count"),
+    }
+    assert errors_in(logs) == []
+
+
 def test_images_that_are_dropped_start_one_retrain(up: Up) -> None:
     assert up.runs("retrain", "RUNNING", "PENDING", "SCHEDULED") == []
     known = {found["id"] for found in up.runs("retrain", *ENDED)}
@@ -495,15 +504,6 @@ def test_images_that_are_dropped_start_one_retrain(up: Up) -> None:
     assert "images changed" in new["tags"] and new["start_time"]
     time.sleep(8)
     assert len([found for found in up.runs("retrain", *ENDED, "SCHEDULED", "PENDING", "RUNNING")]) == len(known) + 1
-
-
-def test_no_log_has_an_error(up: Up) -> None:
-    logs = up.checkout / ".prefect/logs"
-    assert {path.stem for path in logs.glob("*.log")} == {
-        *("prefect", "mlflow", "explorer", "pool-ommatid", "worker-ommatid", "messages", "watch"),
-        *("deploy-pipeline", "deploy-retrain", "deploy-backfill", "deploy-count"),
-    }
-    assert errors_in(logs) == []
 
 
 def test_a_scheduler_that_fails_is_reported_although_the_server_says_it_is_healthy(up: Up) -> None:
