@@ -5,6 +5,7 @@ What is broken, or not used, is named and counted, and the rest is kept. Oracle:
 
 import io
 import json
+import os
 import re
 import tarfile
 from collections.abc import Callable, Mapping
@@ -205,6 +206,14 @@ def test_the_fingerprint_follows_the_archives(shards: Path, tmp_path: Path, png:
     assert before["n_files"] == 2 and fingerprint() == before
     write(shards / "a-001.tar", {"7.png": png(7)})
     assert fingerprint() != before
+
+
+def test_a_single_archive_that_keeps_size_and_time_is_indexed_anew_after_a_change(shards: Path) -> None:
+    archive = sorted(shards.glob("*.tar"))[0]
+    before, status = open_source(WebDatasetSource(kind="webdataset", path=str(archive))).fingerprint, archive.stat()
+    archive.write_bytes(archive.read_bytes())
+    os.utime(archive, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert open_source(WebDatasetSource(kind="webdataset", path=str(archive))).fingerprint != before
 
 
 def test_items_at_positions_are_those_of_the_whole(shards: Path) -> None:

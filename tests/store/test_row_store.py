@@ -1,5 +1,6 @@
 """Proves that rows are found again by their keys, whoever wrote them, that damage is noticed, and that space is bounded."""
 
+import errno
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -78,6 +79,26 @@ def test_a_damaged_segment_is_removed_and_the_others_still_serve(tmp_path: Path,
     assert len(said) == 1 and said[0].startswith(f"{damaged}: damaged (") and said[0].endswith("what it held is computed again")
     store.refresh()
     assert read(store, [1, 2, 3, 4])[0] == found  # rows that are whole were written anew
+
+
+def test_a_segment_that_cannot_be_read_now_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(RowStore(tmp_path, WIDTH), [1])
+    said: list[str] = []
+    store = RowStore(tmp_path, WIDTH, said.append)
+    (file,) = segments(tmp_path)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(row_store, "_iter_rows", fail)
+        assert read(store, [1])[0] == [False]
+        patch.setattr(row_store, "_read_header", fail)
+        RowStore(tmp_path, WIDTH, said.append)
+    assert [line.partition(": ")[2] for line in said] == [
+        "cannot be read ([Errno 24] Too many open files); what it holds is computed again"
+    ] * 2
+    assert file.exists() and read(RowStore(tmp_path, WIDTH), [1])[0] == [True]
 
 
 def test_a_segment_that_another_process_removed_is_no_error(tmp_path: Path) -> None:

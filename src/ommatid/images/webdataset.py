@@ -24,6 +24,7 @@ from ommatid.errors import SourceError, gist
 from ommatid.images.decode import MAX_BYTES, Unreadable
 from ommatid.images.reference import Reference
 from ommatid.images.source import Item, normalise
+from ommatid.store.code import digest_of
 from ommatid.store.filesystem import cache_folder, temporary_path
 from ommatid.store.filesystem.listing import Listed, Listing, count_of, list_shards, some_of
 
@@ -33,8 +34,6 @@ MOST_TEXT = 2**20
 """Largest size of a label or caption, in bytes."""
 CACHE = "shards"
 """Folder, in the cache folder, of the indexes of shards that have not changed."""
-_VERSION = 1
-"""Number to be raised when an index has other contents."""
 _N_READERS = 8
 _BUFFER = 2**20
 """Bytes that are read at a time while an archive is indexed."""
@@ -88,8 +87,9 @@ class WebDataset:
         self._place = place
         self._listing = list_shards(place)
         self.fingerprint = self._listing.fingerprint
+        code = digest_of(__name__)
         with ThreadPoolExecutor(_N_READERS) as pool:
-            self._shards = list(pool.map(partial(_index_once, self._listing), self._listing.files))
+            self._shards = list(pool.map(partial(_index_once, self._listing, code), self._listing.files))
         self._ends = list(accumulate(len(shard.samples) + (shard.broken is not None) for shard in self._shards))
         self.total = self._ends[-1]
         if not any(shard.samples for shard in self._shards):
@@ -148,9 +148,9 @@ def _read(file: Listed, sample: Sample) -> bytes:
     return found
 
 
-def _index_once(listing: Listing, file: Listed) -> Shard:
-    """Index a shard, or load its index from the cache if the file has not changed."""
-    token = listing.token(file, f"index {_VERSION}")
+def _index_once(listing: Listing, code: str, file: Listed) -> Shard:
+    """Index a shard, or load its index from the cache if neither the file nor the code with the digest `code` has changed."""
+    token = listing.token(file, f"index {code}")
     path = cache_folder() / CACHE / f"{hashlib.sha256(token.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.json"
     if token:
         with suppress(OSError, ValueError, TypeError, KeyError):

@@ -58,7 +58,7 @@ class RowStore:
         Args:
             folder: Folder of the segments.
             width: Bytes per row.
-            on_notice: Called with a line about each damaged segment, which is removed.
+            on_notice: Called with a line about each segment that is damaged and removed, or that cannot be read.
         """
         self.folder = folder
         self.width = width
@@ -112,7 +112,7 @@ class RowStore:
             except FileNotFoundError:  # Another process removed it, to make room or to merge it.
                 self._drop(name)
             except OSError as error:
-                self._discard(name, error)
+                self._leave_out(name, error)
         if len(self._segments) != len(self._names):
             self._index()
         return found
@@ -144,7 +144,7 @@ class RowStore:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        return path.stat().st_size
+        return _size(len(every), self.width)  # not looked up, as another process may have merged it already
 
     def merge(self) -> None:
         """Merge small segments into one if there are many. Others may do so at the same time: a row that is there twice does no harm.
@@ -170,7 +170,9 @@ class RowStore:
             self._segments[path.name] = _read_header(path, self.width)
         except FileNotFoundError:
             return
-        except (OSError, Damaged) as error:
+        except OSError as error:
+            self._leave_out(path.name, error)
+        except Damaged as error:
             self._discard(path.name, error)
 
     def _rescue(self, name: str) -> None:
@@ -193,6 +195,11 @@ class RowStore:
         self._on_notice(f"{self.folder / name}: damaged ({error}); it is removed, and what it held is computed again")
         with suppress(OSError):
             (self.folder / name).unlink(missing_ok=True)
+        self._drop(name)
+
+    def _leave_out(self, name: str, error: OSError) -> None:
+        """Do without a segment that cannot be read now, such as on a file system that does not answer; others may be able to read it."""
+        self._on_notice(f"{self.folder / name}: cannot be read ({error}); what it holds is computed again")
         self._drop(name)
 
     def _drop(self, name: str) -> None:

@@ -88,7 +88,7 @@ class Disk(Folder):
             status = (self.path / name).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return Entry(name, status.st_size, str(status.st_mtime_ns)) if stat.S_ISREG(status.st_mode) else None
+        return Entry(name, status.st_size, _stamp_of(status)) if stat.S_ISREG(status.st_mode) else None
 
     def open(self, name: str, size: int | None = None) -> BinaryIO:
         """Open a file for reading from any position."""
