@@ -470,6 +470,18 @@ def test_the_cache_keeps_to_its_bound_and_says_so_once(world: World, tmp_path: P
     assert 0 < world.count(PICTURES)["tiles"] < 30
 
 
+def test_rows_that_a_run_needs_later_make_no_room_for_its_new_ones(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, images_of(tmp_path, PICTURES))
+    size = sum(path.stat().st_size for path in activations_folder().rglob("*") if path.is_file())
+    for age, path in enumerate(segments()):
+        os.utime(path, (1 + age, 1 + age))
+    monkeypatch.setenv("OMMATID_CACHE_GB", str(size / 1e9))  # which leaves no room
+    more = images_of(tmp_path, {**PICTURES, **dict.fromkeys(range(2000, 2004), "more")})
+    world.count([])
+    run(tmp_path, more)
+    assert world.count([*PICTURES])["tiles"] == 0
+
+
 def test_old_rows_make_room_for_new_ones(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, images_of(tmp_path, PICTURES))
     size = sum(path.stat().st_size for path in activations_folder().rglob("*") if path.is_file())

@@ -149,6 +149,7 @@ class ShardOutputs:
         for position, chunk in enumerate(self._chunks):
             while waiting and waiting[0].places[0][0] <= position:
                 self._forward(waiting.popleft(), next(pixels))
+            self._flush()  # Before the chunk counts as done, as a run that continues after it would not add its rows to the cache.
             yield chunk.index, self._collect(position)
         self._flush()
 

@@ -137,6 +137,11 @@ class OutputCache:
         for store in self._stores.values():
             store.refresh()
 
+    def keep(self, keys: np.ndarray) -> None:
+        """Record the use of the rows of all images of a run, so that none of them makes room for new rows before its turn comes."""
+        for store in self._stores.values():
+            store.has(keys)
+
     def is_reused(self, output: Output) -> bool:
         """Return whether rows of an output are reused, because it is known that they do not depend on the batch."""
         return self._verdicts.get(output, False)

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
+import numpy as np
+
 from ommatid import executors
 from ommatid.config import ExtractFiles, ExtractParams
 from ommatid.errors import ModelError
@@ -18,9 +20,10 @@ from ommatid.extract.disk_space import check_disk_space
 from ommatid.extract.networks import Networks, find_device, is_same
 from ommatid.extract.plan import blocks_of, make_plan
 from ommatid.extract.receipts import Merged, iter_missing, merge
-from ommatid.extract.shard import PLAN, ShardJob, drop_worker, keep_worker, receipt_name
+from ommatid.extract.shard import PLAN, ShardJob, drop_worker, keep_worker, load_worker, receipt_name
 from ommatid.extract.tokens import TokenPicker
 from ommatid.store import RECEIPTS, SCRATCH, Artefact, Draft
+from ommatid.store.row_store import as_keys
 from ommatid.summaries import ActivationsSummary, ExtractionSummary, JudgeSummary
 from ommatid.vlm.precision import resolve_dtype
 
@@ -70,6 +73,8 @@ def extract(params: ExtractParams, inputs: Mapping[str, Artefact], draft: Draft,
     missing = list(iter_missing(draft, params.hookpoints, len(n_images)))
     progress = _Counter(n_images, missing, on_event)
     keep_worker(job, towers)
+    if cache and missing:
+        load_worker(job).cache.keep(_keys_of(images))
     try:
         executors.run(params.executor, replace(job, on_chunk=progress.update), missing, progress.finish)
     finally:
@@ -98,6 +103,11 @@ def _begin_or_continue(draft: Draft, probe: list[float]) -> list[float]:
             draft.remove(name)
     draft.write_json(PROBE, probe)
     return probe
+
+
+def _keys_of(images: Artefact) -> np.ndarray:
+    """Return the keys in the cache of all images, `(images,)`."""
+    return np.concatenate([as_keys(batch["image_id"].to_pylist()) for batch in images.iter_batches("images", ["image_id"], n_rows=2**16)])
 
 
 def _absolute(url: str) -> str:
