@@ -24,7 +24,7 @@ from pydantic import SecretStr, ValidationError
 
 from flows.project import PROJECT, Automation, read_project
 from ommatid.cli.error_boundary import at_edge
-from ommatid.errors import ConfigError, without_credentials
+from ommatid.errors import ConfigError
 
 VARIABLE = "OMMATID_MESSAGES"
 """Environment variable that names the receiver."""
@@ -101,15 +101,11 @@ def _action(client: SyncPrefectClient, receiver: str | None) -> CallWebhook | Se
         return _notification(_save(_apprise(receiver)))
     kind, is_block, name = receiver.partition("/")
     if not is_block:
-        raise ConfigError(
-            f"{VARIABLE}: {receiver!r} is neither an address nor a block; write https://..., mailtos://... or slack-webhook/NAME"
-        )
+        raise ConfigError(f"{VARIABLE}: is neither an address nor a block; write https://..., mailtos://... or slack-webhook/NAME")
     try:
         block = client.read_block_document_by_name(name, kind)
     except ObjectNotFound:
-        raise ConfigError(
-            f"{VARIABLE}: the Prefect server has no block {receiver}; make it under Blocks in its UI, or correct the name"
-        ) from None
+        raise ConfigError(f"{VARIABLE}: the Prefect server has no block of this type and name; make it under Blocks in its UI") from None
     if kind == Webhook.get_block_type_slug():
         return CallWebhook(block_document_id=block.id, payload=_payload())
     return _notification(block.id)
@@ -138,7 +134,8 @@ def _apprise(address: str) -> Apprise:
     logging.getLogger("apprise").disabled = True  # it writes the address, in which there are passwords
     if not Service().add(address):
         raise ConfigError(
-            f"{VARIABLE}: {without_credentials(address)} is not an address that Apprise can use; see Messages in docs/users/operations.md"
+            f"{VARIABLE}: Apprise cannot use this address, which begins with {address.partition('://')[0]}://; see Messages in "
+            "docs/users/operations.md"
         )
     return Apprise(url=SecretStr(address))
 

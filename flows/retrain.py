@@ -44,7 +44,9 @@ def retrain() -> State:
     branch = versions.find_branch(root)
     with open_workplace(root, params, flow_run.id, log.info) as place:
         champion.settle(params.retrain.keep, _log_event)  # complete what a killed run left unfinished
-        outcome = _conclude(params) or _find_new(place, params)
+        concluded, outcome = _conclude(params), _find_new(place, params)
+        if concluded and isinstance(outcome, State) and outcome.name == "Unchanged":
+            outcome = concluded
         if params.retrain.publish != "local" and not isinstance(outcome, Waiting) and (decisions := read_decisions()):
             versions.commit(root, decisions[-1], branch, log.info)
     if isinstance(outcome, Waiting) and outcome.flow_run == flow_run.id:

@@ -248,6 +248,15 @@ def test_a_no_and_no_answer_keep_the_champion(questions: Questions, monkeypatch:
     assert list(champion.CHAMPIONS.iterdir()) == [], "what was not published is not kept"
 
 
+def test_a_run_that_concludes_a_question_goes_on_with_what_is_new(questions: Questions, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions.start()
+    monkeypatch.setattr(Waiting, "is_over", property(lambda self: True))
+    questions.digest, questions.sae, questions.stale = "catalogue b", "b", {"images"}
+    run = questions.start()
+    assert questions.state(run)[0] == "Suspended" and questions.stale == set(), "the new images were trained on, and b is asked about"
+    assert [(made.decision, made.challenger.sae) for made in read_decisions()] == [("challenger", "a")]
+
+
 def test_a_question_whose_run_was_killed_is_asked_again_and_its_answer_is_found(
     questions: Questions, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -464,14 +464,16 @@ def test_any_service_that_apprise_knows_gets_messages(up: Up) -> None:
 @pytest.mark.parametrize(
     ("address", "says"),
     [
-        ("nonsense", "'nonsense' is neither an address nor a block"),
-        ("slack-webhook/team", "the Prefect server has no block slack-webhook/team"),
-        ("nothing://x", "nothing://x is not an address that Apprise can use"),
+        ("nonsense", "is neither an address nor a block"),
+        ("slack-webhook/team", "the Prefect server has no block of this type and name"),
+        ("hooks.slack.com/services/secret", "the Prefect server has no block of this type and name"),
+        ("nothing://secret/x", "Apprise cannot use this address, which begins with nothing://"),
     ],
 )
 def test_a_receiver_that_cannot_be_used_is_named(up: Up, address: str, says: str) -> None:
     done = up.declare_messages(address)
     assert done.returncode == 1 and done.stderr.startswith("error: OMMATID_MESSAGES: ") and says in done.stderr
+    assert "secret" not in done.stdout + done.stderr
 
 
 def test_without_a_receiver_nothing_is_sent_and_nothing_fails(up: Up) -> None:
