@@ -303,6 +303,17 @@ def test_a_rollback_returns_to_the_champion_before_and_says_who_and_why(
         roll_back("third")
 
 
+def test_new_catalogues_of_one_sae_displace_no_other_sae(checkout: Path, monkeypatch: pytest.MonkeyPatch, aliases: list[str]) -> None:
+    first, second, _ = _three(monkeypatch)
+    for _ in range(KEEP + 1):
+        make("third", ms=0.5, recipe="images of third")  # as after somebody has named a feature
+        assert "the same SAE as the champion, with a new catalogue" in retrain().reason
+    newest = read_decisions()[-1].key
+    assert stand(read_decisions()).keys[:3] == [newest, second, first]
+    assert {first, second, newest} <= {folder.name for folder in champion.CHAMPIONS.iterdir()}
+    assert roll_back().key == second
+
+
 def test_what_was_rolled_back_does_not_win_again_by_the_same_comparison(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, aliases: list[str]
 ) -> None:

@@ -150,8 +150,8 @@ class Standing:
 
     @property
     def previous(self) -> Decision | None:
-        """The champion that a rollback returns to."""
-        return next((one for one in reversed(self.champions) if one.key != self.champions[-1].key), None)
+        """The champion that a rollback returns to: the last one with another SAE, and not only another catalogue."""
+        return next((one for one in reversed(self.champions) if one.challenger.digest != self.champions[-1].challenger.digest), None)
 
     def find_bar(self, digest: str, run: Mapping[str, Any]) -> Decision | None:
         """Find the champion that was set aside and that an SAE repeats: the same weights, or a training on the same data and params.
@@ -170,9 +170,13 @@ class Standing:
 
     @property
     def keys(self) -> list[str]:
-        """Keys of all champions, those first whose folders are most needed: the present one, the one before it, then the most recent."""
-        first = [one.key for one in (self.champion, self.previous) if one]
-        return list(dict.fromkeys([*first, *reversed(self.last_said)]))
+        """Keys of all champions, those first whose folders are most needed: the present one, the one before it, then the most recent.
+
+        Of an SAE that became the champion with several catalogues, only the newest comes before other SAEs.
+        """
+        ordered = [one for one in (self.champion, self.previous) if one] + [*reversed(self.last_said.values())]
+        newest = {one.challenger.digest: one.key for one in reversed(ordered)}
+        return list(dict.fromkeys([*sorted(newest.values(), key=[one.key for one in ordered].index), *(one.key for one in ordered)]))
 
 
 def stand(decisions: Iterable[Decision]) -> Standing:

@@ -93,4 +93,4 @@ def get_champion() -> Version | None:
 
 def _version(version: "ModelVersion") -> Version:
     # the version is an int from SQLite and a str over HTTP
-    return Version(int(version.version), version.tags[SAE], version.run_id)
+    return Version(int(version.version), version.tags.get(SAE, ""), version.run_id)  # a version that somebody made by hand has no such tag
