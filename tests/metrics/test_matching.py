@@ -4,6 +4,7 @@ Oracles: the whole matrix of cosines, every permutation, sets of images. Planted
 """
 
 import itertools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -127,6 +128,8 @@ def evaluated(root: Path, name: str, directions: torch.Tensor, fires: Mapping[in
     with store.open_draft(root / f"sae-{name}", "sae", {}, {}) as draft:
         with draft.write_file("sae.safetensors") as path:
             save_file({"W_dec": directions.contiguous()}, path)
+        with draft.write_file("cfg.json") as path:
+            path.write_text(json.dumps({"hookpoint": "here"}))
         draft.seal({"sae": name})
         sae = draft.publish(root / f"sae-{name}")
     with store.open_draft(root / f"evaluation-{name}", "evaluation", {}, {}) as draft:

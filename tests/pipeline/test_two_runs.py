@@ -48,4 +48,4 @@ def test_the_executor_does_not_change_the_identity_of_an_artefact() -> None:
     assert other.extract != params.extract
     assert other.extract.identity() == params.extract.identity()
     assert "executor" not in params.extract.identity()
-    assert params.train.identity() == params.train.model_dump(mode="json")
+    assert params.train.identity() == params.train.model_dump(mode="json", exclude={"init"}), "null, as older versions had it"

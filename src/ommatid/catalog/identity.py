@@ -4,9 +4,12 @@ The words and the SQL are used by the page *Compare*, and by the decision on a c
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import duckdb
-import pyarrow as pa
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SAME = 0.9
 """Cosine from which two directions are the same, as in `stability`."""
@@ -52,7 +55,7 @@ FOUND = f"""
 COUNTS = f"{FOUND} SELECT kind, count(*) AS n FROM found GROUP BY kind"
 
 
-def count_kinds(matches: pa.Table, latents: Sequence[pa.Table], a: str, b: str) -> dict[str, int]:
+def count_kinds(matches: "pa.Table", latents: "Sequence[pa.Table]", a: str, b: str) -> dict[str, int]:
     """Count the features of two SAEs by kind, from their evaluations.
 
     Args:
@@ -64,6 +67,8 @@ def count_kinds(matches: pa.Table, latents: Sequence[pa.Table], a: str, b: str) 
     Returns:
         The number of each of `KINDS`.
     """
+    import pyarrow as pa
+
     with duckdb.connect() as connection:
         connection.register("matches", matches)
         connection.register("features", pa.concat_tables([table.select(["sae", "latent", "is_dead", "ms"]) for table in latents]))
