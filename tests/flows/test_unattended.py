@@ -1,5 +1,6 @@
 """Proves that nobody has to watch: runs that are killed all at once lose nothing, and a checkout that changes under a run is noticed."""
 
+import itertools
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from flows.dvc_files import mend
 from flows.worktree import remove_ref_locks
 from ommatid.config import Params, load_params
 from ommatid.errors import RunError
-from support.checkout import run
+from support.checkout import REPOSITORY, run
 from support.processes import HANG_SECONDS, wait_for, wait_for_end
 
 RUN = """
@@ -49,9 +50,11 @@ def lock_of(checkout: Path) -> dict[str, Any]:
 
 
 def start(checkout: Path, *overrides: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, *overrides], cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    """Start a run in a process of its own, which finds `flows` in this repository: it is not installed with the package."""
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-c", RUN, *overrides]
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.Popen(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def in_thread(target: Any, *arguments: Any) -> threading.Thread:
@@ -97,19 +100,19 @@ def test_four_runs_at_once_that_are_each_killed_once_lose_nothing(checkout: Path
     (checkout / "src/train.py").write_text("changed = True\n")
     runs = [(), (), ("train.k=12",), ("train.k=14",)]
     draw = random.Random(16)
-    killed: list[int] = []
+    killed: list[tuple[int, str]] = []
 
     def kill(overrides: tuple[str, ...], n_lines: int) -> None:
         with start(checkout, *overrides) as process:
             assert process.stdout
-            for _, _ in zip(range(n_lines), process.stdout, strict=False):
-                pass
+            output = "".join(itertools.islice(process.stdout, n_lines))
             process.send_signal(signal.SIGKILL)
-            killed.append(process.wait())
+            status = process.wait()
+            killed.append((status, "" if status == -signal.SIGKILL else output + process.stdout.read()))
 
     for thread in [in_thread(kill, overrides, draw.randrange(1, 7)) for overrides in runs]:
         thread.join(HANG_SECONDS)
-    assert killed == [-signal.SIGKILL] * 4
+    assert killed == [(-signal.SIGKILL, "")] * 4
 
     said: list[str] = []
 
@@ -141,8 +144,14 @@ def test_the_stage_of_a_killed_run_ends_before_the_next_run_begins(checkout: Pat
     (checkout / "src/train.py").write_text("changed = True\n")
     with start(checkout) as killed:
         assert killed.stdout
-        pid = next(int(line) for line in killed.stdout if line.strip().isdigit())
-        stage = psutil.Process(pid)
+        output: list[str] = []
+        for line in killed.stdout:
+            output.append(line)
+            if line.strip().isdigit():
+                break
+        else:
+            pytest.fail("the run ended by itself:\n" + "".join(output))
+        stage = psutil.Process(int(output[-1]))
         killed.kill()
     with open_workplace(checkout, params_of(checkout), None, print):
         assert (checkout / "saved").exists()  # the stage saved its work first
