@@ -30,6 +30,7 @@ _ENTRY = re.compile(r"^(?=\d\d:\d\d:\d\d\.\d{3} \| )", re.MULTILINE)
 _ERROR = re.compile(r"\S+ \| (?:ERROR|CRITICAL) +\| (?P<logger>[\w.]+) - (?P<text>.*)")
 _SERVICE = re.compile(r"↩ \[[^]]*\] (\w+)\(")
 """How the server's log names a periodic service that raised an error."""
+_SERVER = "the Prefect server"
 _SENT = ("call-webhook", "send-notification")
 """Types of automation actions that send messages."""
 
@@ -57,7 +58,8 @@ class Monitor:
         found = dict(self._find())
         self._n_looks = {fault: self._n_looks.get(fault, 0) + 1 for fault in found}
         new = [fault for fault, n in self._n_looks.items() if n >= N_LOOKS and fault not in self._reported]
-        over = sorted(self._reported - found.keys())
+        # a server that does not answer says of no fault that it is over
+        over = [] if _SERVER in found else sorted(self._reported - found.keys())
         self._reported = self._reported.difference(over).union(new)
         return [f"warning: {found[fault]}" for fault in new] + [f"{fault}: works again" for fault in over]
 
@@ -69,7 +71,7 @@ class Monitor:
             self._api.get("/ready")
             found = [*self._idle_schedules(), *self._lost_workers(), *self._lost_messages()]
         except RunError as error:
-            yield "the Prefect server", f"{error}; its output is in {self._log}; if it stays so, end this command and start it again"
+            yield _SERVER, f"{error}; its output is in {self._log}; if it stays so, end this command and start it again"
             return
         yield from found
 
@@ -140,7 +142,7 @@ def _seconds_since(when: datetime | str) -> float:
     return (datetime.now(UTC) - (datetime.fromisoformat(when) if isinstance(when, str) else when)).total_seconds()
 
 
-_BEGUN = ("PENDING", "RUNNING", "COMPLETED", "FAILED", "CRASHED")
+_BEGUN = ("RUNNING", "COMPLETED", "FAILED", "CRASHED")
 _WHY_MISSED = "the machine slept, the clock jumped, or an earlier run took long"
 
 
@@ -161,11 +163,12 @@ def skip_missed_runs(api: Api) -> list[str]:
             overdue[run["deployment_id"]].append(run)
     said = []
     for deployment, runs in overdue.items():
-        last = datetime.fromisoformat(runs[-1]["expected_start_time"])
-        begun = api.runs(deployment_id={"any_": [deployment]}, state={"type": {"any_": _BEGUN}}, expected_start_time=due)
+        of = {"any_": [deployment]}
         # a pending run has not read anything yet
-        has_newer = any(run["state_type"] == "PENDING" or datetime.fromisoformat(run["start_time"]) >= last for run in begun[-50:])
-        missed = runs if has_newer else runs[:-1]
+        begun = api.runs(deployment_id=of, state={"type": {"any_": ["PENDING"]}}, expected_start_time=due)
+        begun += api.runs(deployment_id=of, state={"type": {"any_": _BEGUN}}, start_time={"after_": runs[-1]["expected_start_time"]})
+        begun_ids = {run["id"] for run in begun}  # a worker may have taken one of the overdue runs meanwhile, which is then the one to keep
+        missed = [run for run in runs if run["id"] not in begun_ids] if begun else runs[:-1]
         for run in missed:
             api.set_state(run["id"], "CANCELLED", f"missed: {_WHY_MISSED}; a later run does the same")
         if missed:
