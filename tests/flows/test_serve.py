@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -535,6 +536,9 @@ def test_images_that_are_dropped_start_one_retrain(up: Up) -> None:
 
 def test_a_scheduler_that_fails_is_reported_although_the_server_says_it_is_healthy(up: Up) -> None:
     count = up.deployment("count")["id"]
+    # a test before has used up the next runs, and the server makes none twice for the same time
+    anchor = (datetime.now(UTC) + timedelta(days=1)).isoformat()
+    up.api.patch(f"/deployments/{count}", {"schedules": [{"active": True, "schedule": {"interval": 7 * 86400, "anchor_date": anchor}}]})
     wait_for(lambda: up.runs("count", "SCHEDULED"), "the next runs of the schedule")
     time.sleep(2 * monitor.LOOK_SECONDS)  # for the end of an earlier fault to be said
     n_before = len(up.said)
