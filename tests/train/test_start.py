@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ommatid.sae.learner import Learner, Sample
 from ommatid.sae.model import SAE
 from ommatid.sae.schedule import make_plan
 from ommatid.sae.trainer import Trainer
-from ommatid.sources.stage import START, write_sources
+from ommatid.sources.stage import CHAMPIONS, START, write_sources
 from support.activations import make_params, prepare, write_activations
 from support.planted import iter_planted, make_planted, make_train_params
 from support.study import CHECKOUT
@@ -157,26 +158,54 @@ def test_champion_stands_for_the_published_sae(tmp_path: Path, monkeypatch: pyte
     assert resolve_start(other) == other
 
 
-def test_a_new_champion_makes_training_stale_but_not_the_training_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+Write = Callable[[str, str, str | None], None]
+Look = Callable[[str], object]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Writes the manifest of an SAE with some content that began with another."""
     monkeypatch.chdir(tmp_path)
 
-    def write(folder: str, content: str, init: str | None) -> None:
+    def written(folder: str, content: str, init: str | None) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, "manifest.json").write_text(json.dumps({"params": {"init": init}, "summary": content}))
 
-    def look(start: str) -> object:
+    return written
+
+
+@pytest.fixture
+def look() -> Look:
+    """Returns what DVC compares of the SAE that training is to begin with."""
+
+    def looked(start: str) -> object:
+        Path("photos").mkdir(exist_ok=True)
+        Path("photos/a.jpg").write_bytes(b"a")
         source = "images.source={kind: folder, path: photos}"
         write_sources(load_params(CHECKOUT / "params.yaml", [source, f"train.init={start}"]))
         return json.loads(Path("data/sources/train.json").read_text())[START]
 
-    Path("photos").mkdir()
-    Path("photos/a.jpg").write_bytes(b"a")
-    write("champions/a", "a", None)
-    write("data/sae/one", "b", "champions/a")
-    first = look("champions/a")
-    write("champions/b", "b", "champions/a")  # the SAE in data/sae wins, and is the champion
-    assert look("champions/b") == first
-    write("data/sae/one", "c", "champions/b")  # new images came in: it is trained again, from the champion
-    assert look("champions/b") == first
-    write("champions/d", "d", None)  # somebody promotes another
-    assert look("champions/d") != first
+    return looked
+
+
+def test_a_new_champion_makes_training_stale_but_not_the_training_that_made_it(write: Write, look: Look) -> None:
+    assert CHAMPIONS == champion.CHAMPIONS
+    a, b, d = (f"{CHAMPIONS}/{name}/sae" for name in "abd")
+    write(a, "a", None)
+    write("data/sae/one", "b", a)
+    first = look(a)
+    write(b, "b", a)  # the SAE in data/sae wins, and is the champion
+    assert look(b) == first
+    write("data/sae/one", "c", b)  # new images came in: it is trained again, from the champion
+    assert look(b) == first
+    write(d, "d", None)  # somebody promotes another
+    assert look(d) != first
+
+
+def test_another_sae_in_a_folder_of_the_user_makes_training_stale(write: Write, look: Look) -> None:
+    write("mine", "a", None)
+    first = look("mine")
+    write("data/sae/one", "b", "mine")
+    assert look("mine") == first
+    write("mine", "c", None)
+    assert look("mine") != first

@@ -29,6 +29,8 @@ CODE = "code"
 """Key of the digests of a stage's code, by path inside the package."""
 START = "train.init"
 """Key of the SAE that training begins with."""
+CHAMPIONS = PLACE.parent / "published/champions"
+"""Folder of the champions, each of which has a name that stands for its content."""
 _N_READERS = 8
 
 Fingerprints = dict[str, dict[str, Any]]
@@ -68,12 +70,14 @@ def write_sources(params: Params, place: Path = PLACE) -> dict[str, Fingerprints
 def _is_up_to_date(saes: Path, start: Path) -> bool:
     """Return whether the trained SAEs began with an SAE or are that SAE. Training then need not run again because of it.
 
-    Otherwise an SAE that wins and becomes the champion would make the training stale that made it, for ever.
+    Otherwise an SAE that wins and becomes the champion would make the training stale that made it, for ever. Only a champion is known by
+    its path; the content of any other folder may have changed since.
     """
+    is_champion = start.is_relative_to(CHAMPIONS)
     digest = _bytes_of(start / "manifest.json")
     for manifest in (_bytes_of(path) for path in saes.glob("*/manifest.json")):
         with suppress(ValueError, KeyError, AttributeError):
-            if manifest and (manifest == digest or json.loads(manifest)["params"].get("init") == f"{start}"):
+            if manifest and (manifest == digest or (is_champion and json.loads(manifest)["params"].get("init") == f"{start}")):
                 return True
     return False
 
