@@ -10,11 +10,13 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 import pytest
+from typer.testing import CliRunner
 
 from ommatid import store
 from ommatid.catalog.reader import Catalog
+from ommatid.cli.app import app
 from ommatid.config import Margins, Params, load_params
-from ommatid.errors import ArtefactError, ConfigError
+from ommatid.errors import ArtefactError, ConfigError, RunError
 from ommatid.pipeline import STAGES
 from ommatid.publish import champion
 from ommatid.publish.champion import compare
@@ -417,6 +419,124 @@ def test_a_line_of_an_older_version_is_read(checkout: Path) -> None:
     (champion.folder_of(made)).rename(champion.CHAMPIONS / made.catalog[:16])
     champion.settle(KEEP)
     assert published() == {"first": "champion"} and champion.is_decided()
+
+
+def verb(*arguments: str) -> str:
+    """Run `ommatid champion` with the params of the checkout and return what it prints."""
+    ran = CliRunner().invoke(app, ["champion", *arguments])
+    if ran.exception and not isinstance(ran.exception, SystemExit):
+        raise ran.exception
+    assert ran.exit_code == 0, ran.output
+    return ran.stdout
+
+
+@pytest.fixture
+def user(checkout: Path, aliases: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Somebody whom git does not know, in a checkout with params.yaml."""
+    shutil.copyfile(CHECKOUT / "params.yaml", "params.yaml")
+    monkeypatch.setattr("ommatid.cli.champion.git", _no_git)
+    monkeypatch.setattr("getpass.getuser", lambda: "anna")
+    monkeypatch.setattr("socket.gethostname", lambda: "desk")
+    return "anna@desk"
+
+
+def _no_git(*_: object) -> str:
+    raise RunError("git is not installed")
+
+
+def test_the_verb_lists_every_decision_with_its_status(user: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert verb("list") == (
+        "nothing was decided yet: data/published/decisions.jsonl does not exist; the flow `retrain` writes it, or `ommatid champion "
+        "promote SAE`\n"
+    )
+    assert json.loads(verb("list", "--json")) == []
+    first, second, third = _three(monkeypatch)
+    make("worse", ms=0.3)
+    worse = retrain().key
+    roll_back()
+    head, *rows = verb("list").splitlines()
+    assert head.split()[:3] == ["key", "status", "SAE"]
+    assert [row.split()[0] for row in rows] == [second, worse, third, second, first]
+    assert "second  +0.1000     0.3000  0.1000" in rows[0] and "rollback  Anna  yes" in rows[0]
+    assert "it flickers; rolled back from third" in rows[0] and rows[2].rstrip().endswith("…")
+    listed = json.loads(verb("list", "--json"))
+    statuses = [(row["sae"], row["status"], row["is_kept"]) for row in listed]
+    assert statuses == [
+        ("second", "champion", True),
+        ("worse", "challenger", False),
+        ("third", "rolled back", True),
+        ("second", "champion", True),
+        ("first", "former", True),
+    ]
+    assert (listed[0]["who"], listed[0]["why"], listed[0]["over_floor"]) == ("Anna <anna@localhost>", "it flickers", pytest.approx(0.1))
+
+
+def test_the_verb_counts_champions_that_are_not_kept(user: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = _three(monkeypatch)
+    champion.settle(1)
+    assert verb("list").splitlines()[-1] == "2 former champions are on the log, but no longer kept (retrain.keep)"
+    assert [(row["key"], row["is_kept"]) for row in json.loads(verb("list", "--json"))] == [(third, True), (second, False), (first, False)]
+    shutil.rmtree(champion.CHAMPIONS / third)
+    *_, former, present = verb("list").splitlines()
+    assert former == "2 former champions are on the log, but no longer kept (retrain.keep)"
+    assert present == f"the folder of the champion third is gone or damaged: {champion.CHAMPIONS / third}; bring it back from DVC"
+
+
+def test_the_verb_shows_a_champion_with_scores_features_lineage_and_history(user: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = _three(monkeypatch)
+    roll_back()
+    lines = verb("show").splitlines()
+    assert lines[:2] == [f"second ({second}): champion", f"folder     {champion.CHAMPIONS / second}"]
+    assert ["MS", "-", "floor", "+0.1000", "+0.0500"] in [line.split() for line in lines], lines
+    assert "features   of the champion before 5 kept, 1 split, 2 changed, 3 lost; 4 new" in lines
+    assert "git commit        unknown" in lines and "activations       images of second" in lines
+    assert lines[-1].endswith("UTC  rollback by Anna <anna@localhost>: rolled back from third (it flickers)")
+    assert verb("show", third[:5]).startswith(f"third ({third}): rolled back\n")
+    assert verb("show", "first").startswith(f"first ({first}): former\n")
+    assert "features   not matched with a champion before" in verb("show", first)
+    about = json.loads(verb("show", "second", "--json"))
+    assert (about["key"], about["scores"]["ms"], about["previous"]["sae"]) == (second, 0.45, "first")
+    assert about["matched"] == MATCHED.model_dump() and about["margins"]["min_ms_gain"] == PARAMS.retrain.min_ms_gain
+    assert [made["how"] for made in about["history"]] == ["retrain", "rollback"]
+
+
+def test_the_verb_promotes_and_rolls_back_in_the_users_name(user: str, monkeypatch: pytest.MonkeyPatch, aliases: list[str]) -> None:
+    retrain()
+    make("second", ms=0.41)
+    measured(0.42, monkeypatch)
+    retrain()
+    warned, line = verb("promote", "second", "--why", "smaller").splitlines()
+    assert "new images will not be compared with those of second" in warned  # of which this checkout has none
+    made = read_decisions()[-1]
+    assert line == f"champion: second ({made.key}) is the champion; {made.reason}" and "the comparison says: the champion stays" in line
+    assert (made.how, made.who, made.why, published()["second"]) == ("promote", user, "smaller", "champion")
+    first = read_decisions()[0]
+    (line,) = verb("rollback", "--why", "it flickers").splitlines()
+    assert line == f"champion: first ({first.key}) is the champion again; rolled back from second"
+    assert read_decisions()[-1].who == user and aliases == ["second", "first"]
+    assert verb("rollback", "--to", "second").startswith(f"champion: second ({made.key}) is the champion again; ")
+    champion.append(read_decisions()[0].model_copy(update={"how": "rollback"}))  # a rollback that was killed after its line
+    lines = verb("rollback").splitlines()
+    assert lines[0] == "an earlier rollback was cut short; it is complete now, and nothing else was done"
+    assert lines[1].startswith("champion: first (") and len(read_decisions()) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("show",), "champion show: nothing was promoted yet"),
+        (("show", "nobody"), "'nobody' is no champion, present or former; there are none"),
+        (("rollback",), "champion rollback: nothing was promoted yet, so there is nothing to return to"),
+        (("rollback", "--to", "first"), "champion rollback: nothing was promoted yet"),
+        (("promote", "nobody"), "'nobody' is no champion, present or former; there are none; .*catalogue has first"),
+        (("promote", "first", "--params", "none.yaml"), "none.yaml"),
+    ],
+)
+def test_the_verb_says_what_it_cannot_do_and_changes_nothing(user: str, arguments: tuple[str, ...], problem: str) -> None:
+    make("first", ms=0.4)
+    with pytest.raises(ConfigError, match=problem):
+        verb(*arguments)
+    assert not DECISIONS.exists() and not champion.CHAMPIONS.exists()
 
 
 KILLED = """

@@ -35,9 +35,12 @@ def print_list(as_json: bool) -> None:
     lines = align([head, *(_cells(row) for row in rows)])
     for line in lines:
         say(line)
-    lost = {row["key"] for row in rows if row["is_champion"] and not row["is_kept"]}
+    lost = {row["key"] for row in rows if row["status"] in ("former", "rolled back") and not row["is_kept"]}
     if lost:
         say(f"{len(lost)} former champion{'s are' * (len(lost) > 1) or ' is'} on the log, but no longer kept (retrain.keep)")
+    if (present := standing.champion) and not champion.is_kept(present):
+        folder = champion.folder_of(present)
+        say(f"the folder of the champion {present.challenger.sae} is gone or damaged: {folder}; bring it back from DVC")
 
 
 def show(name: str | None, as_json: bool) -> None:
