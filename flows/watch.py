@@ -27,7 +27,7 @@ from ommatid.cli.error_boundary import at_edge
 from ommatid.config import Params, load_params
 from ommatid.errors import OmmatidError, RunError
 from ommatid.sources.stage import PLACE, fingerprint, list_input
-from ommatid.store.filesystem import temporary_path
+from ommatid.store.filesystem import replace_text
 from ommatid.store.filesystem.listing import Listing
 
 MEMORY = Path(".prefect/watch.json")
@@ -159,10 +159,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    temporary = temporary_path(path)
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(values, indent=1) + "\n")
 
 
 class RefusedError(Exception):

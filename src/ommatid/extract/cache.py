@@ -30,7 +30,7 @@ from torch import Tensor
 from ommatid.extract.networks import Networks, Output, is_same
 from ommatid.store.caches import activations_bound, activations_folder, files_below
 from ommatid.store.code import PACKAGE, Code, analyse, digest_of
-from ommatid.store.filesystem import in_words, temporary_path
+from ommatid.store.filesystem import in_words, replace_text, temporary_path
 from ommatid.store.row_store import RowStore, Space
 from ommatid.vlm.preprocess import Preprocess
 
@@ -346,9 +346,6 @@ def _read_json(path: Path) -> Any:
 
 def _write_json(path: Path, value: object) -> None:
     """Write a small file of the cache, unless the cache cannot be written."""
+    text = json.dumps(value)
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_path(path)
-        text = json.dumps(value)
-        temporary.write_text(f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n", encoding="ascii")
-        os.replace(temporary, path)
+        replace_text(path, f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n")

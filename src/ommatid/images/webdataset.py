@@ -25,7 +25,7 @@ from ommatid.images.decode import MAX_BYTES, Unreadable
 from ommatid.images.reference import Reference
 from ommatid.images.source import Item, normalise
 from ommatid.store.code import digest_of
-from ommatid.store.filesystem import cache_folder, temporary_path
+from ommatid.store.filesystem import cache_folder, replace_text
 from ommatid.store.filesystem.listing import Listed, Listing, count_of, list_shards, some_of
 
 ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm", "pgm", "jp2", "jpx", "ico")
@@ -159,11 +159,8 @@ def _index_once(listing: Listing, code: str, file: Listed) -> Shard:
             return Shard(**values | {"samples": [Sample(**sample) for sample in values["samples"]]})
     shard = index(file)
     if token:
-        temporary = temporary_path(path)
         with suppress(OSError):  # without the cache the archive is indexed again, which is only slower
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(asdict(shard)), encoding="utf-8")
-            os.replace(temporary, path)
+            replace_text(path, json.dumps(asdict(shard)))
     return shard
 
 

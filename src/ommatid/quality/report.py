@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import jinja2
 
 from ommatid.config import dotted
+from ommatid.store.filesystem import replace_text
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     json_path, html_path = folder / f"{report.stage}.json", folder / f"{report.stage}.html"
-    _write(json_path, json.dumps(_as_json(report), indent=2) + "\n")
-    _write(html_path, _as_html(report))
+    replace_text(json_path, json.dumps(_as_json(report), indent=2) + "\n")
+    replace_text(html_path, _as_html(report))
     return json_path, html_path
 
 
@@ -113,12 +113,3 @@ def _number(value: float) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

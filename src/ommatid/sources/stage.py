@@ -20,7 +20,7 @@ from ommatid.config import STAGE_NAMES, ExtractFiles, ImageSource, Imported, Par
 from ommatid.config.intervene import find_prompt_file
 from ommatid.config.label import HumanLabeller, names_checksum
 from ommatid.store.code import Code
-from ommatid.store.filesystem import READ_BYTES, cache_folder, temporary_path
+from ommatid.store.filesystem import READ_BYTES, cache_folder, replace_text
 from ommatid.store.filesystem.listing import Listed, Listing, list_activations, list_any, list_images, list_masks, list_parquet, list_shards
 
 PLACE = Path("data/sources")
@@ -63,7 +63,7 @@ def write_sources(params: Params, place: Path = PLACE) -> dict[str, Fingerprints
     for stage, fingerprints in found.items():
         values = {f"{stage}.{key}": value for key, value in getattr(params, stage).unlisted().items()}
         written = {**fingerprints, **values, CODE: code_of(stage, params, code)}
-        _replace(place / f"{stage}.json", json.dumps(written, indent=1, sort_keys=True) + "\n")
+        replace_text(place / f"{stage}.json", json.dumps(written, indent=1, sort_keys=True) + "\n")
     return found
 
 
@@ -208,7 +208,7 @@ def _checksums(listing: Listing) -> list[str]:
         settled = {file.inside: (facts, sum_) for file, sum_ in zip(listing.files, found, strict=True) if (facts := file.facts)}
         with suppress(OSError):  # without the cache all files are read again, which is only slower
             cache.parent.mkdir(parents=True, exist_ok=True)
-            _replace(cache, json.dumps(settled))
+            replace_text(cache, json.dumps(settled))
     return found
 
 
@@ -228,9 +228,3 @@ def _load(cache: Path) -> dict[str, tuple[str, str]]:
         return {name: (facts, checksum) for name, (facts, checksum) in json.loads(cache.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = temporary_path(path)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

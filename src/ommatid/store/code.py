@@ -9,7 +9,6 @@ import ast
 import gc
 import hashlib
 import json
-import os
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ommatid.store.filesystem import cache_folder, temporary_path
+from ommatid.store.filesystem import cache_folder, replace_text
 
 PACKAGE = "ommatid"
 NO_NUMBERS = re.compile(r"ommatid(\.(config|errors|events|executors|stage|summaries|tracking)(\..*)?)?")
@@ -117,11 +116,8 @@ class Code:
         if self._known.keys() <= _load(self._cache).keys():
             return
         kept = self._known if len(self._known) <= _CACHED else self._used
-        temporary = temporary_path(self._cache)
         with suppress(OSError):  # without the cache every file is analysed again, which is only slower
-            self._cache.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({key: asdict(source) for key, source in kept.items()}), encoding="utf-8")
-            os.replace(temporary, self._cache)
+            replace_text(self._cache, json.dumps({key: asdict(source) for key, source in kept.items()}))
 
 
 def family_digest(kind: str) -> str:

@@ -1,12 +1,11 @@
 """Local state of drafts on a machine's own disk: folders, scratch files, and notes by which a later run recognises their files."""
 
 import hashlib
-import os
 import shutil
 from pathlib import Path
 
 from ommatid.store.artefact import Artefact, open_artefact
-from ommatid.store.filesystem import Folder, is_temporary, open_folder, temporary_path
+from ommatid.store.filesystem import Folder, is_temporary, open_folder, replace_text
 from ommatid.store.manifest import MANIFEST
 from ommatid.store.sums import block_sums
 
@@ -57,10 +56,7 @@ def write_note(local: Path, path: Path, source: Path) -> None:
     If the process dies before the file is renamed, an older file at `path` does not match the note: it counts as damaged and is made again.
     """
     note = _note_of(local, path)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(note)
-    temporary.write_text(_facts(source), encoding="ascii")
-    os.replace(temporary, note)
+    replace_text(note, _facts(source))
 
 
 def fits_note(local: Path, path: Path) -> bool:
@@ -81,9 +77,7 @@ def _facts(path: Path) -> str:
 def note_published(local: Path, digest: str) -> None:
     """Record beside the lock which draft became which artefact, for processes that wait for the lock to make the same artefact."""
     note = local.with_name(f"{artefact_of(local.name)}.published")
-    temporary = temporary_path(note)
-    temporary.write_text(f"{local.name} {digest}\n", encoding="utf-8")
-    os.replace(temporary, note)
+    replace_text(note, f"{local.name} {digest}\n")
 
 
 def find_published(target: Folder, kind: str, local: Path) -> Artefact | None:

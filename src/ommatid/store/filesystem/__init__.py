@@ -15,6 +15,7 @@ from ommatid.store.filesystem.base import (
     in_words,
     is_temporary,
     nearest_folder,
+    replace_text,
     temporary_path,
     writing,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "is_temporary",
     "nearest_folder",
     "open_folder",
+    "replace_text",
     "sync",
     "temporary_path",
     "writing",

@@ -278,6 +278,21 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a small text file as a whole or not at all, in place of the one that is there, and make its folder.
+
+    Raises:
+        OSError: The file cannot be written; the one that was there is unchanged.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def is_temporary(name: str) -> bool:
     """Return whether a name is that of an unfinished file. safetensors uses its own temporary names, `.tmp` and six letters."""
     return name.endswith(".tmp") or name.startswith(".tmp")
