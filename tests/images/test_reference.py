@@ -24,7 +24,7 @@ from ommatid.images.original import OriginalReader
 from ommatid.images.reference import Reference, load_file, parse_reference
 from ommatid.label.evidence import Spool
 from ommatid.store import Artefact, open_draft
-from ommatid.store.filesystem import Disk, listing
+from ommatid.store.filesystem import Disk, disk, listing
 from support.study import CHECKOUT, make_test_params
 from support.tiles import TileModel, write_tile_folder
 
@@ -123,6 +123,23 @@ def test_a_change_of_one_file_is_named_and_said_what_to_do(both: tuple[Artefact,
         )
     (tiles / paths[3]).write_bytes(content)
     assert reader.read(3) == content
+
+
+def test_a_change_that_no_time_shows_is_mended_by_another_run(
+    tiles: Path, make: Make, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "_stamp_of", lambda status: f"{status.st_mtime_ns}")
+    source = {"kind": "folder", "path": str(tiles)}
+    paths = make(source, by_reference=True).read("images", ["path"])["path"].to_pylist()
+    status, content = (tiles / paths[3]).stat(), (tiles / paths[3]).read_bytes()
+    (tiles / paths[3]).write_bytes(changed := content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(tiles / paths[3], ns=(status.st_atime_ns, status.st_mtime_ns))
+    reads.clear()
+    with pytest.raises(ArtefactError, match="has changed"):
+        OriginalReader(make(source, by_reference=True)).read(3)
+    reads.clear()
+    assert OriginalReader(make(source, by_reference=True)).read(3) == changed
+    assert reads == [paths[3]] * 2, "once by the run, and once by the reader"
 
 
 def test_a_page_says_why_an_original_is_missing(both: tuple[Artefact, Artefact], tiles: Path, tmp_path: Path) -> None:

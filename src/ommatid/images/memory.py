@@ -12,6 +12,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,6 +146,15 @@ class Memory:
 
     def _key(self, image_id: str) -> bytes:
         return hashlib.sha256(f"{self._settings}\0{image_id}".encode()).digest()
+
+
+def forget(image_id: str) -> None:
+    """Forget which files have the content with this sha256, so that the next run reads them, if there is a cache that can be written."""
+    path = cache_folder() / FILE
+    with suppress(OSError, sqlite3.Error):
+        if path.exists():
+            with closing(sqlite3.connect(path, timeout=_SECONDS)) as database, database:
+                database.execute("DELETE FROM files WHERE content = ?", (bytes.fromhex(image_id),))
 
 
 def _trim(database: sqlite3.Connection) -> None:

@@ -57,6 +57,9 @@ class Reference:
         except OSError as error:
             raise self._error(folder, f"cannot be read ({gist(error)})") from None
         if len(found) != self.size or hashlib.sha256(found).hexdigest() != self.sha256:
+            from ommatid.images.memory import forget  # only now, as it loads a library of images
+
+            forget(self.sha256)  # `ommatid images` would refer to the same content again if the file's times are those of before
             raise self._error(folder, "has changed")
         return found
 
