@@ -28,8 +28,8 @@ from ommatid.pipeline.run import run_stage
 from ommatid.publish import champion
 from ommatid.sae.model import SAE
 from ommatid.store import Artefact
-from support.study import make_test_params, run_verb
-from support.tiles import COLOURS, D_DEEP, DeepTileModel, TileModel, use_tile_model, write_tile_folder
+from support.study import run_verb
+from support.tiles import D_DEEP, DeepTileModel, TileModel, deep_tile_checkout
 
 SHAPE = "batch_topk-12-k2-s0"
 PLACES: dict[str, dict[str, Any]] = {
@@ -46,21 +46,10 @@ CATALOG = Path("data/catalog/catalog.duckdb")
 @pytest.fixture(scope="module", autouse=True)
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeepTileModel]:
     """The model, in a folder with pictures and params.yaml."""
-    root, model = tmp_path_factory.mktemp("checkout"), DeepTileModel()
-    write_tile_folder(root / "photos", 120)
-    (root / "words.txt").write_text("\n".join(COLOURS))
-    params = make_test_params(
-        images={"source": {"kind": "folder", "path": "photos"}, "limit": None},
-        extract={"hookpoints": ["tiles", "deep", "cls"], "tokens": "all", "dtype": "float32"},
-        train={"epochs": 12, "batch_size": 64, "lr": 0.01, "max_dead": 1.0, "d_sae": 12, "k": 2, "runs": [*PLACES.values()]},
-        evaluate={"max_dead": 1.0},
-        label={"labellers": [{"kind": "vocabulary", "words": ["words.txt"]}], "min_examples": 2},
-        intervene={"n_images": 16, "latents": {"kind": "best", "by": "ms", "n": 2}},
-    )
-    (root / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        use_tile_model(patch, model)
+    train = {"epochs": 12, "batch_size": 64, "lr": 0.01, "max_dead": 1.0, "d_sae": 12, "k": 2, "runs": [*PLACES.values()]}
+    intervene = {"n_images": 16, "latents": {"kind": "best", "by": "ms", "n": 2}}
+    root = tmp_path_factory.mktemp("checkout")
+    with deep_tile_checkout(root, 120, train=train, evaluate={"max_dead": 1.0}, intervene=intervene) as model:
         yield model
 
 

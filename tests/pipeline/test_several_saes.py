@@ -27,8 +27,8 @@ from ommatid.publish import champion
 from ommatid.sae.model import SAE, SAEConfig
 from ommatid.store import Artefact, open_draft
 from ommatid.store.per_sae import numbers
-from support.study import make_test_params, run_verb
-from support.tiles import COLOURS, D_DEEP, DeepTileModel, TileModel, use_tile_model, write_tile_folder
+from support.study import run_verb
+from support.tiles import D_DEEP, DeepTileModel, TileModel, deep_tile_checkout
 
 NARROW, WIDE = "batch_topk-12-k2-s0", "batch_topk-24-k3-s0"
 WIDTHS = {NARROW: 12, WIDE: 24}
@@ -40,20 +40,8 @@ CATALOG = Path("data/catalog/catalog.duckdb")
 @pytest.fixture(scope="module", autouse=True)
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeepTileModel]:
     """The model, in a folder with pictures and params.yaml."""
-    root, model = tmp_path_factory.mktemp("checkout"), DeepTileModel()
-    write_tile_folder(root / "photos", 200)
-    (root / "words.txt").write_text("\n".join(COLOURS))
-    params = make_test_params(
-        images={"source": {"kind": "folder", "path": "photos"}, "limit": None},
-        extract={"hookpoints": ["tiles", "deep", "cls"], "tokens": "all", "dtype": "float32"},
-        train={"hookpoint": "tiles", "epochs": 40, "batch_size": 64, "lr": 0.01, "max_dead": 1.0}
-        | {"d_sae": 24, "k": 3, "runs": [{"d_sae": 12, "k": 2}, {}]},
-        label={"labellers": [{"kind": "vocabulary", "words": ["words.txt"]}], "min_examples": 2},
-    )
-    (root / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        use_tile_model(patch, model)
+    train = {"hookpoint": "tiles", "epochs": 40, "batch_size": 64, "lr": 0.01, "max_dead": 1.0, "d_sae": 24, "k": 3}
+    with deep_tile_checkout(tmp_path_factory.mktemp("checkout"), 200, train=train | {"runs": [{"d_sae": 12, "k": 2}, {}]}) as model:
         yield model
 
 

@@ -1,7 +1,8 @@
 """Pictures of coloured tiles, a model that sees their colours, and an SAE planted on its activations."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from ommatid.config import Params, TrainParams
@@ -192,3 +194,28 @@ def use_tile_model(patch: pytest.MonkeyPatch, model: TileModel | None = None) ->
     patch.setattr(networks, "load_model", lambda params, dtype, device: model)
     patch.setattr(networks, "load_judge", lambda params, dtype, device: model)
     patch.setattr(context, "load_model", lambda params, dtype, device: model)
+
+
+@contextmanager
+def deep_tile_checkout(root: Path, n: int, **sections: Any) -> Iterator[DeepTileModel]:
+    """Work in a folder with params.yaml, pictures and words of their colours; yield the model, whose hookpoints are all extracted.
+
+    Args:
+        root: The folder.
+        n: Number of pictures.
+        sections: Values of sections other than `images`, `extract` and `label`.
+    """
+    model = DeepTileModel()
+    write_tile_folder(root / "photos", n)
+    (root / "words.txt").write_text("\n".join(COLOURS))
+    params = make_test_params(
+        images={"source": {"kind": "folder", "path": "photos"}, "limit": None},
+        extract={"hookpoints": ["tiles", "deep", "cls"], "tokens": "all", "dtype": "float32"},
+        label={"labellers": [{"kind": "vocabulary", "words": ["words.txt"]}], "min_examples": 2},
+        **sections,
+    )
+    (root / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        use_tile_model(patch, model)
+        yield model

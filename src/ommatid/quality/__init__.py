@@ -5,13 +5,12 @@ why. `base` has what these files share, `gate` checks the rules with Great Expec
 the result as JSON and as a page. A new check is a rule in the file of its stage: docs/developers/add-a-gate.md.
 """
 
-import gc
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
+from ommatid.compute.collector import collector_paused
 from ommatid.config import Params, TrainParams
 from ommatid.quality.report import Check, Report, write_report
 from ommatid.store import Artefact
@@ -32,7 +31,7 @@ def check(stage: str, artefact: Artefact, params: Params, saes: Mapping[str, Tra
     Returns:
         The checks in the order of the rules, and the artefact's numbers.
     """
-    with _garbage_collection_paused():
+    with collector_paused():
         from ommatid.quality import gate  # great_expectations takes seconds to import
 
         module = import_module(f"{__name__}.{stage}")
@@ -42,18 +41,6 @@ def check(stage: str, artefact: Artefact, params: Params, saes: Mapping[str, Tra
         frames |= {f"{sae or ''}{frame}": rows for frame, rows in module.profile(checked, its_params).items()}
         rules += [replace(rule, frame=f"{sae or ''}{rule.frame}", sae=sae) for rule in module.rules(its_params)]
     return Report(stage, tuple(gate.validate(frames, rules)), _summary(artefact, saes))
-
-
-@contextmanager
-def _garbage_collection_paused() -> Iterator[None]:
-    """Pause garbage collection, which takes a seventh of Great Expectations' import time although imports leave next to no garbage."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _subjects(artefact: Artefact, params: Params, saes: Mapping[str, TrainParams]) -> Iterator[tuple[str | None, Artefact, Params]]:

@@ -6,16 +6,16 @@ change it, and that of a data file of its content. Neither depends on the machin
 """
 
 import ast
-import gc
 import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ommatid.compute.collector import collector_paused
 from ommatid.store.filesystem import cache_folder, replace_text
 
 PACKAGE = "ommatid"
@@ -69,7 +69,7 @@ class Code:
         digests: dict[str, str] = {}
         seen: set[str] = set()
         queue = list(modules)
-        with _without_collector():
+        with collector_paused():
             while queue:
                 name = queue.pop()
                 if name in seen or name in without or NO_NUMBERS.fullmatch(name):
@@ -239,15 +239,3 @@ def _load(cache: Path) -> dict[str, Source]:
         return {key: Source(**values) for key, values in json.loads(cache.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Keep Python's collector of cycles from walking through the growing syntax trees, which have none."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
