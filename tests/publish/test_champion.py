@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import duckdb
+import filelock
 import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
@@ -17,6 +18,7 @@ from ommatid.catalog.reader import Catalog
 from ommatid.cli.app import app
 from ommatid.config import Margins, Params, load_params
 from ommatid.errors import ArtefactError, ConfigError, RunError
+from ommatid.events import ignore
 from ommatid.pipeline import STAGES
 from ommatid.publish import champion
 from ommatid.publish.champion import compare
@@ -172,9 +174,9 @@ def test_the_champion_is_measured_again_and_a_worse_challenger_is_only_recorded(
 def _matched(monkeypatch: pytest.MonkeyPatch, ms: float) -> None:
     """Set the champion's score, and match its latent 0 with latent 2 of the challenger."""
 
-    def measure(sae: store.Artefact, _params: object, _on_event: object, challenger: Scores, key: str) -> tuple[Scores, Matched]:
+    def measure(sae: store.Artefact, _params: object, _on_event: object, challenger: Scores, pair: str) -> tuple[Scores, Matched]:
         row = {"sae": challenger.sae, "latent": 2, "other_sae": sae.summary["sae"], "other_latent": 0}
-        champion._write_matched(key, {"matches": pa.Table.from_pylist([row])})
+        champion._write_matched(pair, {"matches": pa.Table.from_pylist([row])})
         return Scores(sae=sae.summary["sae"], digest=sae.digest, fvu=0.3, l0=32.0, dead=0.1, ms=ms, ms_floor=0.35), MATCHED
 
     monkeypatch.setattr(champion, "_measure", measure)
@@ -392,6 +394,56 @@ def test_a_challenger_is_not_published_over_a_champion_that_it_was_not_compared_
     with pytest.raises(champion.SupersededError, match=r"fourth was compared with the champion .* and now it is second"):
         champion.publish(made, KEEP)
     assert retrain().decision == "champion"
+
+
+def test_two_who_decide_at_once_leave_each_other_their_drafts_and_matches(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, aliases: list[str]
+) -> None:
+    retrain()
+    make("second", ms=0.5, other=0.45)
+    _matched(monkeypatch, ms=0.40)
+    champion._write_matched("left", {})
+    os.utime(champion.MATCHED / "left", (0, 0))
+    by_hand = champion.decide(PARAMS, sae="other").model_copy(update={"how": "promote"})
+    made = champion.decide(PARAMS)
+    assert {path.name for path in champion.MATCHED.iterdir()} == {f"{one.key}-{made.against}" for one in (by_hand, made)}
+    with store.open_draft(champion.MEASURED, "evaluation", {}, {}) as draft:  # as of a third
+        champion.publish(by_hand, KEEP)
+        assert draft.path.exists()
+    with Catalog(champion.CATALOG) as catalog:
+        assert catalog.rows("FROM matches") == [("other", 2, "first", 0)]
+    assert retrain().decision == "champion"
+    assert not list(champion.WORK.glob("champion-*"))
+
+
+def test_only_what_was_compared_is_published(checkout: Path, monkeypatch: pytest.MonkeyPatch, aliases: list[str]) -> None:
+    retrain()
+    measured(0.40, monkeypatch)
+    make("second", ms=0.5)
+    made = champion.decide(PARAMS)
+    make("second", ms=0.5, recipe="the same SAE with another catalogue")
+    problem = "the SAEs or the catalogue of the checkout changed while second was compared with the champion; nothing was published"
+    with pytest.raises(champion.SupersededError, match=problem):
+        champion.publish(made, KEEP)
+    made = champion.decide(PARAMS)
+    monkeypatch.setattr(champion, "_write_reference", lambda *_: make("third", ms=0.6))  # while files are copied
+    with pytest.raises(champion.SupersededError, match=problem):
+        champion.publish(made, KEEP)
+    assert len(read_decisions()) == 1 and published() == {"first": "champion"}
+    monkeypatch.setattr(champion, "_write_reference", lambda *_: None)
+    assert retrain().challenger.sae == "third"
+
+
+def test_the_alias_is_set_while_nobody_can_change_the_champion(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    retrain()
+
+    def point_alias() -> str:
+        with pytest.raises(filelock.Timeout), filelock.FileLock(champion.WORK / "published.lock", timeout=0):
+            pass
+        return "it was set"
+
+    monkeypatch.setattr(champion, "point_alias", point_alias)
+    assert champion.try_alias(ignore) == "it was set"
 
 
 def test_a_champion_whose_sae_is_gone_stays_published_and_is_named(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,9 @@ from the lines, so that a run killed at any point is completed by the next one. 
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ from ommatid.publish.decisions import (
     stand,
 )
 from ommatid.store import Artefact
-from ommatid.store.filesystem import is_temporary, sync
+from ommatid.store.filesystem import is_temporary, sync, temporary_path
 from ommatid.store.per_sae import read_config
 
 if TYPE_CHECKING:
@@ -62,7 +63,9 @@ WORK = Path("data/.work")
 MEASURED = Path("data/champion")
 """Where the evaluation of the champion on the checkout's images would be published; it stays a draft, in `WORK`."""
 MATCHED = WORK / "matched"
-"""Matches of a challenger's latents with the champion's, kept until the decision, in a folder named by the challenger's key."""
+"""Matches of a challenger's latents with the champion's, kept until the decision, in a folder named by both keys."""
+ABANDONED_SECONDS = 86400.0
+"""Age of such a folder after which no process is about to decide by it."""
 
 PLACE = ("model", "hookpoint", "target")
 """Keys of an SAE's config, and columns of `runs`, that say which activations it encodes and decodes."""
@@ -128,8 +131,7 @@ def decide(params: Params, on_event: Listener = ignore, who: str | None = None, 
     ranked = sorted((candidates[digest] for digest in rivals), key=lambda scores: (bars[scores.digest] is None, scores.gain), reverse=True)
     challenger = ranked[0] if sae is None else next(scores for scores in ranked if scores.sae == sae)
     key = make_key(catalog.digest, challenger.digest)
-    if sae is None:
-        shutil.rmtree(MATCHED, ignore_errors=True)
+    _remove_abandoned()
     champion, matched = None, None
     if last is None:
         won, reason = compare(None, challenger, params.retrain)
@@ -143,7 +145,7 @@ def decide(params: Params, on_event: Listener = ignore, who: str | None = None, 
     elif obstacle := _find_mismatch(_sae_of(last)):
         won, reason = True, f"the champion {last.challenger.sae} cannot be measured on these activations: {obstacle}"
     else:
-        champion, matched = _measure(_sae_of(last), params.evaluate, on_event, challenger, key)
+        champion, matched = _measure(_sae_of(last), params.evaluate, on_event, challenger, _pair(key, last.key))
         won, reason = compare(champion, challenger, params.retrain)
     return Decision(
         decision="champion" if won else "challenger",
@@ -170,7 +172,8 @@ def publish(decision: Decision, keep: int, on_event: Listener = ignore) -> None:
         on_event: Called with warnings.
 
     Raises:
-        SupersededError: The champion is no longer the one that the challenger was compared with; decide again.
+        SupersededError: The champion is no longer the one that the challenger was compared with, or the challenger is no longer in the
+            checkout's catalogue; decide again.
     """
     with _locked():
         _check_against(decision)
@@ -178,8 +181,10 @@ def publish(decision: Decision, keep: int, on_event: Listener = ignore) -> None:
             _keep_winner(decision, on_event)
         append(decision)
         _settle(keep, on_event)
-    for folder in [MATCHED / decision.key, *WORK.glob(f"{MEASURED.name}-*")]:
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(MATCHED / _pair(decision.key, decision.against), ignore_errors=True)
+    with suppress(filelock.Timeout), filelock.FileLock(WORK / f"{MEASURED.name}.lock", timeout=0):  # or another process works there
+        for folder in WORK.glob(f"{MEASURED.name}-*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def wait(waiting: Waiting, on_event: Listener = ignore) -> None:
@@ -190,7 +195,7 @@ def wait(waiting: Waiting, on_event: Listener = ignore) -> None:
         on_event: Called with warnings.
 
     Raises:
-        SupersededError: The champion is no longer the one that the challenger was compared with; decide again.
+        SupersededError: As of `publish`.
     """
     with _locked():
         _check_against(waiting.decision)
@@ -213,7 +218,7 @@ def promote(name: str, params: Params, who: str, why: str | None, on_event: List
 
     Raises:
         ConfigError: There is no such SAE, or it is the champion already.
-        SupersededError: Somebody else changed the champion in the meantime.
+        SupersededError: Somebody else changed the champion or the checkout's catalogue in the meantime.
     """
     last = find_champion()
     if (digest := _find_here(name)) is not None:
@@ -395,15 +400,32 @@ def _keep_winner(decision: Decision, on_event: Listener) -> None:
     if folder.exists():
         return
     shutil.rmtree(temporary, ignore_errors=True)
-    sae = next(sae for sae in open_stage("train").each().values() if sae.digest == decision.challenger.digest)
+    sae, catalog = _open_challenger(decision)
     shutil.copytree(sae.path, temporary / "sae")
-    shutil.copyfile(open_stage("catalog").file(CATALOG.name), temporary / CATALOG.name)
-    add_rows(temporary / CATALOG.name, {path.stem: path for path in (MATCHED / decision.key).glob("*.parquet")})
+    shutil.copyfile(catalog.file(CATALOG.name), temporary / CATALOG.name)
+    add_rows(temporary / CATALOG.name, {path.stem: path for path in (MATCHED / _pair(decision.key, decision.against)).glob("*.parquet")})
     _write_reference(temporary / REFERENCE, sae, on_event)
+    _open_challenger(decision)  # as a stage may have replaced them meanwhile
     for path in [*temporary.rglob("*"), temporary]:
         sync(path)
     os.rename(temporary, folder)
     sync(CHAMPIONS)
+
+
+def _open_challenger(decision: Decision) -> tuple[Artefact, Artefact]:
+    """Open the SAE and the catalogue of the checkout that a decision is about.
+
+    Raises:
+        SupersededError: The checkout holds others now.
+    """
+    catalog = open_stage("catalog")
+    sae = next((sae for sae in open_stage("train").each().values() if sae.digest == decision.challenger.digest), None)
+    if sae is None or catalog.digest != decision.catalog:
+        raise SupersededError(
+            f"the SAEs or the catalogue of the checkout changed while {decision.challenger.sae} was compared with the champion; "
+            "nothing was published"
+        )
+    return sae, catalog
 
 
 def _write_reference(folder: Path, sae: Artefact, on_event: Listener) -> None:
@@ -473,13 +495,18 @@ def _settle(keep: int, on_event: Listener, sets_alias: bool = False) -> None:
     if standing.champion and not (_is_settled() and SETTLED.read_text() == _state()):
         _publish_catalog(standing.champion, on_event)
         if sets_alias:
-            try_alias(on_event)
+            _try_alias(on_event)
         SETTLED.write_text(_state())
         sync(PUBLISHED)
 
 
 def try_alias(on_event: Listener) -> str | None:
     """Point the registry's alias at the champion as `point_alias` does; if that fails, say so, and the next run tries again."""
+    with _locked():  # or a rollback might come between the reading of the champion and the setting of the alias
+        return _try_alias(on_event)
+
+
+def _try_alias(on_event: Listener) -> str | None:
     try:
         return point_alias()
     except (RunError, ArtefactError) as error:
@@ -615,7 +642,7 @@ def _activations(sae: Artefact) -> dict[str, Artefact]:
     return {"extract": open_stage("extract", config["hookpoint"]), **target}
 
 
-def _measure(sae: Artefact, params: EvaluateParams, on_event: Listener, challenger: Scores, key: str) -> tuple[Scores, Matched | None]:
+def _measure(sae: Artefact, params: EvaluateParams, on_event: Listener, challenger: Scores, pair: str) -> tuple[Scores, Matched | None]:
     """Evaluate an SAE on the checkout's images and activations, and match its latents with the challenger's if they are of one space."""
     from ommatid.evaluate.latent_pairs import EvaluatedSAE, match
     from ommatid.evaluate.stage import evaluate
@@ -626,9 +653,9 @@ def _measure(sae: Artefact, params: EvaluateParams, on_event: Listener, challeng
         champion, other = EvaluatedSAE(sae, evaluation), _evaluated(challenger)
         if not _same_place(read_config(sae), read_config(other.sae)):
             return _scores(sae, evaluation), None
-        pair = match(other, champion, draft.scratch)
-        _write_matched(key, {"matches": pair.matches, "stability": pair.stability})
-        return _scores(sae, evaluation), _count(pair.matches, champion, other)
+        found = match(other, champion, draft.scratch)
+        _write_matched(pair, {"matches": found.matches, "stability": found.stability})
+        return _scores(sae, evaluation), _count(found.matches, champion, other)
 
 
 def _count_within(champion: Scores, challenger: Scores) -> Matched | None:
@@ -654,14 +681,29 @@ def _evaluated(scores: Scores) -> "EvaluatedSAE":
     return EvaluatedSAE(sae, open_stage("evaluate").each()[name])
 
 
-def _write_matched(key: str, tables: Mapping[str, "pa.Table"]) -> None:
+def _pair(challenger: str, champion: str | None) -> str:
+    """Name of the folder of matches, from the keys of both SAEs."""
+    return f"{challenger}-{champion}"
+
+
+def _remove_abandoned() -> None:
+    """Remove matches that a killed process left. Those of others who are deciding stay."""
+    for folder in MATCHED.glob("*"):
+        with suppress(FileNotFoundError):  # another process has just decided
+            if time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(folder)
+
+
+def _write_matched(pair: str, tables: Mapping[str, "pa.Table"]) -> None:
     """Write the rows that are added to the challenger's catalogue if its SAE wins."""
     import pyarrow.parquet as pq
 
-    folder = MATCHED / key
+    folder = MATCHED / pair
     folder.mkdir(parents=True, exist_ok=True)
     for relation, table in tables.items():
-        pq.write_table(table, folder / f"{relation}.parquet")
+        temporary = temporary_path(folder / f"{relation}.parquet")  # as another process may be adding the rows of before
+        pq.write_table(table, temporary)
+        os.replace(temporary, folder / f"{relation}.parquet")
 
 
 def _run_of(catalog: Artefact, sae: str) -> dict[str, Any]:
