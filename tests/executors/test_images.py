@@ -19,7 +19,7 @@ from ommatid.events import Progress
 from ommatid.images import examine, workers
 from ommatid.images.stage import run
 from ommatid.store import Artefact, open_draft
-from ommatid.store.filesystem import listing
+from ommatid.store.filesystem import disk, listing
 from support.processes import HANG_SECONDS
 from support.servers import dask_scheduler, dask_workers
 from support.tiles import write_tile_folder
@@ -99,3 +99,24 @@ def test_only_new_images_are_dealt_to_workers(photos: Path, monkeypatch: pytest.
     (photos / "red/new.png").write_bytes((photos / "red/0000.png").read_bytes() + b"\0")
     make("images", monkeypatch, lambda event: None, executor)
     assert dealt == [0]
+
+
+def test_what_workers_find_in_another_file_under_the_same_path_is_not_taken_for_this_one(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "_stamp_of", lambda status: f"{status.st_mtime_ns}")
+    here = sorted((photos / "red").iterdir())[1]
+    content, status = here.read_bytes(), here.stat()
+
+    def work_elsewhere(params: Any, job: Any, shards: Any, on_done: Any) -> None:
+        here.write_bytes(content[::-1])
+        for shard in shards:
+            job(shard)
+            on_done(shard)
+        here.write_bytes(content)
+        os.utime(here, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    monkeypatch.setattr("ommatid.executors.run", work_elsewhere)
+    local, dask = {"kind": "local"}, {"kind": "dask", "address": None, "workers": 1}
+    scratch, made = (make(kind["kind"], monkeypatch, lambda event: None, kind, by_reference=True) for kind in (local, dask))
+    assert (made.path / "manifest.json").read_bytes() == (scratch.path / "manifest.json").read_bytes()

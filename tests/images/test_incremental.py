@@ -20,7 +20,7 @@ from ommatid.errors import SourceError
 from ommatid.events import Warned
 from ommatid.images import dataset, decode, examine, memory, stage
 from ommatid.store import open_artefact, open_draft
-from ommatid.store.filesystem import Disk, listing
+from ommatid.store.filesystem import Disk, disk, listing
 
 Make = Callable[..., Any]
 
@@ -124,6 +124,27 @@ def test_a_changed_file_is_read_again_although_its_time_was_set_back(
     os.utime(photos / "a" / "00.png", ns=(status.st_atime_ns, status.st_mtime_ns))
     again()
     assert spy.take() == (["a/00.png"], 1)
+
+
+def test_content_that_replaced_what_was_listed_is_not_taken_for_it_later(
+    again: Make, photos: Path, content: Callable[[int], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "_stamp_of", lambda status: f"{status.st_mtime_ns}")  # what is put back has the stamp of before, as in S3
+    path = photos / "a" / "00.png"
+    status, before = path.stat(), path.read_bytes()
+    with monkeypatch.context() as patched:
+        read = Disk.read_bytes
+
+        def replace_and_read(folder: Disk, name: str) -> bytes:
+            if name == "a/00.png":
+                path.write_bytes(content(60)[: len(before)])
+            return read(folder, name)
+
+        patched.setattr(Disk, "read_bytes", replace_and_read)
+        again()
+    path.write_bytes(before)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    again()
 
 
 def test_labels_and_captions_decode_and_read_nothing(again: Make, spy: Spy, photos: Path) -> None:

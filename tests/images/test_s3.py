@@ -62,6 +62,16 @@ def test_the_fingerprint_follows_names_and_contents(s3: str, root: Path) -> None
     assert Folder(url).fingerprint != first
 
 
+def test_an_object_that_was_replaced_is_told_from_what_was_listed(s3: str, root: Path) -> None:
+    upload(root, f"{s3}/photos")
+    folder = Folder(f"{s3}/photos")
+    items = list(folder.iter_items(range(folder.total)))
+    assert all(item.token and item.is_unchanged() for item in items)
+    (root.parent / "other").write_bytes((root / "b.png").read_bytes()[::-1])
+    open_folder(f"{s3}/photos").put(root.parent / "other", "b.png")
+    assert [item.path for item in items if not item.is_unchanged()] == ["b.png"]
+
+
 def test_an_object_that_disappears_and_a_missing_bucket_are_errors(s3: str, root: Path) -> None:
     upload(root, f"{s3}/photos")
     (item,) = Folder(f"{s3}/photos").iter_items([0])

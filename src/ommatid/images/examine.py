@@ -189,7 +189,7 @@ class Examiner:
         if image_id != known:
             seen = self.memory.find(image_id)
         new = look(encoded, self.thumbnail) if seen is None else None
-        self.memory.add(item.token if image_id != known else "", image_id, new)
+        self.memory.add(item.token if image_id != known and item.is_unchanged() else "", image_id, new)
         seen = seen or new
         if not isinstance(seen, Seen):
             assert seen

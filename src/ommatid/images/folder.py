@@ -188,7 +188,8 @@ class Folder:
             annotation = self._annotations.get(file.name, Annotation())
             label = annotation.label or posixpath.dirname(file.name) or None
             reference, token = Reference(file.folder.url, file.inside, file.size), self._listing.token(file)
-            yield Item(file.name, partial(_read, file), label, annotation.captions, annotation.taxonomy, reference, token)
+            notes = label, annotation.captions, annotation.taxonomy
+            yield Item(file.name, partial(_read, file), *notes, reference, token, file.is_unchanged)
 
 
 def _read(file: Listed) -> bytes:

@@ -30,6 +30,8 @@ class Item:
     """Where the bytes are, without their checksum; None if they are in no file, or not as they are."""
     token: str = ""
     """Identifies the bytes before they are read: the same token always means the same bytes; empty if nothing does."""
+    is_unchanged: Callable[[], bool] = lambda: True
+    """Returns whether the token still identifies what `read` returns, and not only what was there when it was made."""
 
 
 class Source(Protocol):

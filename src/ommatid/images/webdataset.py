@@ -118,6 +118,7 @@ class WebDataset:
             sample.taxonomy,
             Reference(file.folder.url, file.inside, sample.size, sample.offset),
             self._listing.token(file, f"{sample.offset} {sample.size}"),
+            file.is_unchanged,
         )
 
     def _report(self) -> Iterator[str]:

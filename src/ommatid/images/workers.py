@@ -29,7 +29,7 @@ _N_THREADS = 4
 _POSITIONS = f"{RECEIPTS}/positions.json"
 _FOUND = pa.schema([
     pa.field("path", pa.string()),
-    pa.field("size", pa.int64()),
+    pa.field("token", pa.binary()),
     pa.field("image_id", pa.string()),
     pa.field("width", pa.int32()),
     pa.field("height", pa.int32()),
@@ -91,12 +91,16 @@ def _remember(row: Mapping[str, Any], items: Mapping[str, Item], memory: Memory)
     if row["image_id"] is None:  # It could not be read there.
         return
     item = items.get(row["path"])
-    same = item is not None and item.reference is not None and item.reference.size == row["size"]
     if row["reason"] is None:
         found = Seen(row["width"], row["height"], row["thumbnail"], tuple(row["remarks"]))
     else:
         found = Unreadable(row["reason"], row["detail"])
-    memory.add(item.token if item and same else "", row["image_id"], found)
+    is_same = item is not None and _as_bytes(item.token) == row["token"]  # and not another file that is there under this path
+    memory.add(item.token if item and is_same else "", row["image_id"], found)
+
+
+def _as_bytes(token: str) -> bytes:
+    return token.encode("utf-8", "surrogateescape")
 
 
 def _answer(shard: int) -> str:
@@ -143,7 +147,8 @@ def _look(thumbnail: int, item: Item) -> dict[str, Any]:
         found = look(encoded, thumbnail)
     except (OSError, Unreadable):  # This process will find out itself, and report it.
         return row
-    row |= {"size": len(encoded), "image_id": hashlib.sha256(encoded).hexdigest()}
+    token = item.token if item.is_unchanged() else ""
+    row |= {"token": _as_bytes(token), "image_id": hashlib.sha256(encoded).hexdigest()}
     if isinstance(found, Unreadable):
         return row | {"reason": found.reason, "detail": found.detail}
     return row | vars(found)

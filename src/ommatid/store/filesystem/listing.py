@@ -58,6 +58,14 @@ class Listed:
             return ""
         return f"{self.size} {self.stamp}"
 
+    def is_unchanged(self) -> bool:
+        """Return whether size and stamp are still those listed, so that what was read since is what they stand for."""
+        try:
+            entry = self.folder.entry(self.inside)
+        except OSError:
+            return False
+        return entry is not None and (entry.bytes, entry.stamp) == (self.size, self.stamp)
+
     def read(self, most: int) -> bytes:
         """Read at most the first `most` bytes.
 

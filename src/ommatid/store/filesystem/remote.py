@@ -327,7 +327,7 @@ def _copy_on_s3(fs: Any, source: str, target: str, size: int) -> None:
 
 def _entry(name: str, info: dict[str, Any]) -> Entry:
     stamp = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime", "created") if info.get(key)), "")
-    return Entry(name, info["size"], str(stamp))
+    return Entry(name, info["size"], str(stamp).strip('"'))  # some stores quote an ETag in one answer and not in another
 
 
 def _last(name: str) -> str:
