@@ -144,6 +144,33 @@ def test_a_check_that_was_not_published_is_published_by_the_next_run(checkout: P
     assert check_drift(PARAMS).check is None and not leftover.exists() and made.exists()
 
 
+def test_a_damaged_check_is_left_out_and_made_again(checkout: Path) -> None:
+    promote()
+    bring(old=range(180), new=range(1000, 1060))
+    first = check_drift(PARAMS)
+    bring(old=range(180), new=range(1000, 1060), newer=range(2000, 2060))
+    second = check_drift(PARAMS)
+    assert first.check and second.check
+    folder = first.check.artefact.path
+    table = folder / "drift.parquet"
+    damaged = bytearray(table.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    table.write_bytes(damaged)
+    champion.CATALOG.unlink()
+    warned: list[object] = []
+    champion.settle(5, warned.append)
+    (said,) = warned
+    assert isinstance(said, Warned) and said.what.startswith(f"a check for drift is left out: {champion.CHECKS / folder.name}")
+    assert "drift.parquet: checksum differs" in said.what
+    assert published("SELECT check_id FROM drift_checks") == [(second.check.row["check_id"],)]
+    again = check_drift(PARAMS)
+    assert again.check and again.check.row["n_new"] == 60, "those of the check that is left out"
+    (second.check.artefact.path / "drift_checks.parquet").unlink()
+    champion.CATALOG.unlink()
+    champion.settle(5)
+    assert published("SELECT check_id FROM drift_checks") == [(again.check.row["check_id"],)]
+
+
 def test_a_champion_of_an_older_version_gets_a_reference_while_its_images_are_there(checkout: Path) -> None:
     promote()
     folder = champion.folder_of(champion.find_champion())  # type: ignore[arg-type]

@@ -22,7 +22,8 @@ from ommatid.compute.evenly import spread_evenly
 from ommatid.config import DriftParams
 from ommatid.drift.measure import Measured, measure
 from ommatid.drift.reference import N_IMAGES, Extraction, Reference, write_artefact
-from ommatid.events import Listener, Progress, ignore
+from ommatid.errors import ArtefactError
+from ommatid.events import Listener, Progress, Warned, ignore
 from ommatid.sae.model import SAE
 from ommatid.store import MANIFEST, Artefact, open_artefact
 from ommatid.store.filesystem import is_temporary
@@ -81,9 +82,18 @@ class Check:
         return self.artefact.read("drift_images").to_pylist()
 
 
-def list_checks(folder: Path) -> list[Check]:
-    """List all checks in a folder, oldest first."""
-    return [Check(open_artefact(path, KIND)) for path in list_folders(folder)]
+def list_checks(folder: Path, on_event: Listener = ignore) -> list[Check]:
+    """List all checks in a folder, oldest first. One that is damaged is left out, with a warning: its images are compared again."""
+    found = []
+    for path in list_folders(folder):
+        try:
+            artefact = open_artefact(path, KIND)
+            artefact.verify()
+        except ArtefactError as error:
+            on_event(Warned(f"a check for drift is left out: {error}"))
+        else:
+            found.append(Check(artefact))
+    return found
 
 
 def list_folders(folder: Path) -> list[Path]:
@@ -109,17 +119,18 @@ def check(params: DriftParams, folder: Path, champion: Champion, extraction: Ext
         The check; None if there are no new images.
 
     Raises:
-        ArtefactError: An artefact is damaged.
+        ArtefactError: An artefact of the champion or of the extraction is damaged.
     """
-    settled = _settled(folder, champion.key)
+    checks = list_checks(folder, on_event)
+    settled = _settled(checks, champion.key)
     new = [
         row for row in extraction.rows if (image_id := bytes.fromhex(row[1])) not in champion.reference.known and image_id not in settled
     ]
     if not new:
         return None
     digest = _digest(params, champion, extraction, new)
-    if found := next((path for path in list_folders(folder) if path.name.endswith(f"-{digest}")), None):
-        return Check(open_artefact(found, KIND))
+    if found := next((one for one in checks if one.artefact.path.name.endswith(f"-{digest}")), None):
+        return found
     now = datetime.now(UTC)
     base = {
         "check_id": f"{_count(folder) + 1:05d}-{digest}",  # and not its time, as a clock may jump
@@ -155,10 +166,10 @@ def _count(folder: Path) -> int:
     return max((int(path.name.partition("-")[0]) for path in list_folders(folder)), default=0)
 
 
-def _settled(folder: Path, champion: str) -> set[bytes]:
+def _settled(checks: Sequence[Check], champion: str) -> set[bytes]:
     """Ids of the images that were in a check of a champion that found no drift."""
     found: set[bytes] = set()
-    for one in list_checks(folder):
+    for one in checks:
         if one.verdict in SETTLED and one.row["champion"] == champion:
             found.update(one.artefact.read("compared")["image_id"].to_pylist())
     return found

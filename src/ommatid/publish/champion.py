@@ -530,6 +530,15 @@ def _list_checks() -> list[Path]:
     return [folder for folder in found if not is_temporary(folder.name)]
 
 
+def _whole_checks(on_event: Listener) -> list[Path]:
+    """Folders of the checks that can be published; one that is damaged holds up no champion."""
+    if not _list_checks():
+        return []
+    from ommatid.drift import list_checks
+
+    return [one.artefact.path for one in list_checks(CHECKS, on_event)]
+
+
 def _publish_catalog(champion: Decision, on_event: Listener) -> None:
     """Publish the champion's catalogue, with a row in `runs` for every decision; open readers of the old file keep it."""
     from ommatid.publish.catalog import write_drift, write_runs
@@ -540,7 +549,7 @@ def _publish_catalog(champion: Decision, on_event: Listener) -> None:
         return
     shutil.copyfile(source, temporary)
     write_runs(temporary, [_row(decision) for decision in read_decisions()])
-    write_drift(temporary, _list_checks())
+    write_drift(temporary, _whole_checks(on_event))
     sync(temporary)
     os.replace(temporary, CATALOG)
     sync(PUBLISHED)
