@@ -201,6 +201,22 @@ def test_every_path_in_the_params_is_checked() -> None:
         found = again
 
 
+def test_values_that_dvc_does_not_see_in_params_yaml_are_recorded() -> None:
+    write("photos/a.jpg")
+
+    def look(*overrides: str) -> dict[str, Any]:
+        write_sources(params("images.source={kind: folder, path: photos}", *overrides))
+        found = [json.loads((PLACE / f"{stage}.json").read_text()) for stage in STAGE_NAMES]
+        return {key: value for one in found for key, value in one.items() if key not in (CODE, "images.source.path")}
+
+    assert look() == {"images.by_reference": False, "intervene.audit": {"n": 16, "attributes": None}}
+    assert look("intervene.audit={n: 16}", "images.by_reference=true", "images.executor={kind: local}") == {"images.by_reference": True}
+    found = look("extract.model={kind: clip}", "train.runs=[{variant: jumprelu}, {variant: matryoshka, k: 3}]")
+    shares = [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]
+    assert (found["train.jumprelu-1280-k16-s0.variant.bandwidth"], found["train.matryoshka-1280-k3-s0.variant.prefixes"]) == (0.1, shares)
+    assert found["extract.model.path"] == "openai/clip-vit-base-patch32"
+
+
 def test_the_file_of_a_question_and_the_model_that_scores_its_answers_are_followed() -> None:
     write("photos/a.jpg")
     write("models/clip/config.json")

@@ -54,14 +54,29 @@ class Section(BaseModel):
         return self.model_dump(mode="json", exclude=set(self.runtime_keys))
 
     def unlisted(self) -> dict[str, Any]:
-        """Return the values on which the artefact depends and that dvc.yaml does not list, as JSON values.
+        """Return the values on which the artefact depends and that DVC does not see, by dotted key, as JSON values; null is left out.
 
-        dvc.yaml depends on most sections as a whole. Of a section with `runtime_keys` it lists the other keys one by one, except those
-        that params.yaml may leave out, which it cannot list. This method returns the latter, if they differ from their defaults.
+        DVC compares params.yaml, which may leave keys out; their values are defaults, which change with the code. Of a section with
+        `runtime_keys`, dvc.yaml lists the other keys one by one, and cannot list those that params.yaml may leave out.
         """
-        fields = {name: field for name, field in type(self).model_fields.items() if self.runtime_keys and not field.is_required()}
-        changed = {name for name, field in fields.items() if getattr(self, name) != field.get_default(call_default_factory=True)}
-        return {name: value for name, value in self.identity().items() if name in changed}
+        found: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            if name in self.runtime_keys:
+                continue
+            if name in self.model_fields_set and (field.is_required() or not self.runtime_keys):
+                found |= {f"{name}{key}": value for key, value in _unlisted(getattr(self, name))}
+            elif (value := self.model_dump(mode="json", include={name})[name]) is not None:
+                found[name] = value
+        return found
+
+
+def _unlisted(value: Any) -> Iterator[tuple[str, Any]]:
+    """Iterate over the values that params.yaml leaves out of sections in a value, each with the end of its dotted key."""
+    if isinstance(value, Section):
+        yield from ((f".{key}", inside) for key, inside in value.unlisted().items())
+    elif isinstance(value, list | tuple):
+        for i, one in enumerate(value):
+            yield from ((f".{i}{key}", inside) for key, inside in _unlisted(one))
 
 
 def _allows(annotation: Any, *kinds: type) -> bool:

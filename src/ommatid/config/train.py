@@ -72,6 +72,14 @@ class TrainParams(Section):
         values = super().identity()
         return values if self.init else {key: value for key, value in values.items() if key != "init"}
 
+    def unlisted(self) -> dict[str, Any]:
+        """Return what DVC does not see, also of the SAEs in `runs` or `grid`, by the SAE's name."""
+        inside = {f"{name}.{key}": value for name, one in self.each().items() for key, value in one._left_out().items()}
+        return self._left_out() | inside
+
+    def _left_out(self) -> dict[str, Any]:
+        return super().unlisted()
+
     def each(self) -> dict[str, "TrainParams"]:
         """Return the params of each SAE to train, by name, without `runs` and `grid`.
 

@@ -39,7 +39,7 @@ log of reviews there is only a checksum, of its names."""
 
 
 def write_sources(params: Params, place: Path = PLACE) -> dict[str, Fingerprints]:
-    """Write for each stage the fingerprints of files that its params name, the values that dvc.yaml does not list, and digests of its code.
+    """Write for each stage the fingerprints of files that its params name, values that DVC does not see, and digests of its code.
 
     Images, masks and activations from files must exist. Other paths may be names on a model hub, so missing ones are left out; the stage
     that needs them will report it.
@@ -62,7 +62,7 @@ def write_sources(params: Params, place: Path = PLACE) -> dict[str, Fingerprints
     place.mkdir(parents=True, exist_ok=True)
     for stage, fingerprints in found.items():
         values = {f"{stage}.{key}": value for key, value in getattr(params, stage).unlisted().items()}
-        written = {**fingerprints, **values, CODE: code_of(stage, params, code)}
+        written = {**values, **fingerprints, CODE: code_of(stage, params, code)}
         replace_text(place / f"{stage}.json", json.dumps(written, indent=1, sort_keys=True) + "\n")
     return found
 
