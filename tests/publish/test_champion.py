@@ -20,7 +20,7 @@ from ommatid.config import Margins, Params, load_params
 from ommatid.errors import ArtefactError, ConfigError, RunError
 from ommatid.events import ignore
 from ommatid.pipeline import STAGES
-from ommatid.publish import champion
+from ommatid.publish import approval, champion
 from ommatid.publish.champion import compare
 from ommatid.publish.decisions import DECISIONS, Decision, Matched, Scores, find_champion, read_decisions, stand
 from support.processes import TESTS
@@ -589,6 +589,34 @@ def test_the_verb_says_what_it_cannot_do_and_changes_nothing(user: str, argument
     with pytest.raises(ConfigError, match=problem):
         verb(*arguments)
     assert not DECISIONS.exists() and not champion.CHAMPIONS.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"decision', "invalid JSON: "),
+        ("{}", "decision: missing; add it"),
+        ("", "invalid JSON: "),
+        ('{"decision": 1}', "decision: got 1; "),
+    ],
+)
+def test_a_question_that_cannot_be_read_is_named_before_anything_is_decided(
+    user: str, monkeypatch: pytest.MonkeyPatch, content: str, problem: str
+) -> None:
+    retrain()
+    make("second", ms=0.5)
+    measured(0.4, monkeypatch)
+    retrain()
+    make("third", ms=0.6)
+    approval.PLACE.write_text(content)
+    log = DECISIONS.read_bytes()
+    for act in (lambda: champion.settle(KEEP), lambda: verb("promote", "third"), lambda: verb("rollback")):
+        with pytest.raises(ArtefactError) as raised:
+            act()
+        said = str(raised.value)
+        assert said.startswith(f"data/approval.json: does not say which challenger waits for a person ({problem}")
+        assert said.endswith("delete the file: the next retrain compares the challenger again")
+    assert DECISIONS.read_bytes() == log and published() == {"first": "champion", "second": "champion"}
 
 
 KILLED = """

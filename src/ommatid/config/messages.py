@@ -38,6 +38,8 @@ def _explain_one(problem: Any, root: type[BaseModel]) -> str:
             return f"{key}: missing; add it"
         case "union_tag_invalid" | "union_tag_not_found":
             return f"{key}.{problem['ctx']['discriminator'].strip(chr(39))}: {problem['msg']}"
+        case "json_invalid":
+            return f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
         case "value_error":
             return f"{key}: {problem['ctx']['error']}"
         case "tuple_type" | "list_type":

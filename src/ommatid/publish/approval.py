@@ -7,8 +7,10 @@ import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ommatid.config.messages import explain
+from ommatid.errors import ArtefactError
 from ommatid.publish.decisions import Decision
 from ommatid.store.filesystem import sync
 
@@ -52,8 +54,20 @@ class Waiting(BaseModel):
 
 
 def read_waiting() -> Waiting | None:
-    """Read which challenger waits; None if none does."""
-    return Waiting.model_validate_json(PLACE.read_bytes()) if PLACE.exists() else None
+    """Read which challenger waits; None if none does.
+
+    Raises:
+        ArtefactError: The file is not a valid question, as one of another version or one that somebody changed.
+    """
+    try:
+        return Waiting.model_validate_json(PLACE.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise ArtefactError(
+            f"{PLACE}: does not say which challenger waits for a person ({explain(error, Waiting)}); delete the file: the next retrain "
+            "compares the challenger again"
+        ) from None
 
 
 def write_waiting(waiting: Waiting) -> None:

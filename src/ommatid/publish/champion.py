@@ -174,9 +174,11 @@ def publish(decision: Decision, keep: int, on_event: Listener = ignore) -> None:
     Raises:
         SupersededError: The champion is no longer the one that the challenger was compared with, or the challenger is no longer in the
             checkout's catalogue; decide again.
+        ArtefactError: data/approval.json is damaged.
     """
     with _locked():
         _check_against(decision)
+        read_waiting()  # raises an error if it cannot be read, before anything is written
         if decision.decision == "champion":
             _keep_winner(decision, on_event)
         append(decision)
@@ -278,6 +280,7 @@ def roll_back(to: str | None, keep: int, who: str, why: str | None, on_event: Li
         if target.key == standing.champion.key:
             raise ConfigError(f"champion rollback --to {to}: it is the champion already, since {_date(target)}")
         _check_kept(target)
+        read_waiting()  # raises an error if it cannot be read, before anything is written
         made = target.model_copy(
             update={
                 "decision": "champion",
