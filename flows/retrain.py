@@ -48,13 +48,13 @@ def retrain() -> State:
         if concluded and isinstance(outcome, State) and outcome.name == "Unchanged":
             outcome = concluded
         if params.retrain.publish != "local" and not isinstance(outcome, Waiting) and (decisions := read_decisions()):
-            versions.commit(root, decisions[-1], branch, log.info)
+            versions.commit(root, decisions[-1], branch, log.info, log.warning)
     if isinstance(outcome, Waiting) and outcome.flow_run == flow_run.id:
         approval.suspend(outcome)
     if moved := champion.try_alias(_log_event):
         log.info(moved)
     if params.retrain.publish == "push":
-        versions.push(root, branch, log.info)
+        versions.push(root, branch, log.info, log.warning)
     return outcome if isinstance(outcome, State) else _describe(outcome)
 
 

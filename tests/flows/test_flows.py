@@ -1,5 +1,6 @@
 """The flows under a Prefect server: what they run, what they leave alone, and how they fail."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -11,7 +12,7 @@ from uuid import UUID, uuid4
 import duckdb
 import pytest
 from prefect import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId, LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import State
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.deployments.runner import RunnerDeployment
@@ -29,12 +30,12 @@ from ommatid.backfill.measure import Backfill
 from ommatid.backfill.past import LeftOut
 from ommatid.config import Params, load_params
 from ommatid.errors import GateError, RunError
-from ommatid.publish import champion, drift
+from ommatid.publish import champion, drift, versions
 from ommatid.publish.approval import Waiting, read_waiting
 from ommatid.publish.decisions import Decision, Scores, find_champion, make_key, read_decisions
 from support.checkout import REPOSITORY
 from support.drifting import make_drifted_check
-from support.processes import HANG_SECONDS
+from support.processes import HANG_SECONDS, wait_for
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,6 +101,26 @@ def test_retrain_runs_and_decides_when_images_changed_even_without_a_registry(he
     state = retrain(return_state=True)
     assert isinstance(state, State) and (state.name, state.message) == ("Kept", "the champion stays: FVU +0.2")
     assert len(published) == 1 and ran(here) == ["images", "train", "evaluate"]
+
+
+def test_a_commit_or_push_that_fails_is_a_warning_of_the_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decided(monkeypatch)
+    monkeypatch.setattr(champion, "is_decided", lambda: True)
+    monkeypatch.setattr("flows.retrain.read_decisions", lambda: ["a decision"])
+    monkeypatch.setattr(versions, "commit", lambda root, made, branch, say, warn: (say("one is done"), warn("one failed")))
+    monkeypatch.setattr(versions, "push", lambda root, branch, say, warn: warn("two failed"))
+    params = here / "params.yaml"
+    params.write_text(params.read_text().replace("publish: local", "publish: push"))
+    state = retrain(return_state=True)
+    assert isinstance(state, State) and state.is_completed() and state.state_details.flow_run_id
+    run = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[state.state_details.flow_run_id]))
+
+    def logged() -> dict[str, int]:
+        with get_client(sync_client=True) as client:
+            return {log.message: log.level for log in client.read_logs(run)}
+
+    wait_for(lambda: "two failed" in logged(), "the run's log")
+    assert logged()["one is done"] == logging.INFO and logged()["one failed"] == logged()["two failed"] == logging.WARNING
 
 
 @pytest.mark.parametrize(("action", "name", "stages"), [("stop", "Drifted", ["images"]), ("warn", "Kept", ["images", "train", "evaluate"])])

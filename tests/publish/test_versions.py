@@ -71,8 +71,12 @@ def said() -> list[str]:
 
 
 def bring_out(root: Path, made: Decision, say: Callable[[str], None], branch: str | None = "main") -> None:
-    versions.commit(root, made, branch, say)
-    versions.push(root, branch, say)
+    versions.commit(root, made, branch, say, warn_by(say))
+    versions.push(root, branch, say, warn_by(say))
+
+
+def warn_by(say: Callable[[str], None]) -> Callable[[str], None]:
+    return lambda text: say(f"warning: {text}")
 
 
 def files_of(root: Path, commit: str = "HEAD") -> list[str]:
@@ -123,11 +127,11 @@ def test_a_commit_has_none_of_the_users_work(checkout: Path, said: list[str]) ->
         file.write("# changed")
     (checkout / "new.txt").write_text("new")
     before = run(checkout, "git", "status", "--porcelain")
-    versions.commit(checkout, promote("first"), "main", said.append)
+    versions.commit(checkout, promote("first"), "main", said.append, warn_by(said.append))
     assert files_of(checkout) == ["data/published.dvc"]
     assert run(checkout, "git", "status", "--porcelain") == before
     assert run(checkout, "git", "show", ":fake.py") == "staged"
-    versions.commit(checkout, read_decisions()[-1], "main", said.append)
+    versions.commit(checkout, read_decisions()[-1], "main", said.append, warn_by(said.append))
     assert len(said) == 1, "nothing is new, so nothing is committed or said"
 
 
@@ -135,13 +139,13 @@ def test_nothing_is_committed_to_another_branch(checkout: Path, said: list[str])
     made = promote("first")
     tips = run(checkout, "git", "for-each-ref", "--format=%(objectname)", "refs/heads")
     run(checkout, "git", "checkout", "-q", "-b", "other")
-    versions.commit(checkout, made, "main", said.append)
+    versions.commit(checkout, made, "main", said.append, warn_by(said.append))
     run(checkout, "git", "checkout", "-q", "--detach")
-    versions.commit(checkout, made, "main", said.append)
-    versions.commit(checkout, made, versions.find_branch(checkout), said.append)
+    versions.commit(checkout, made, "main", said.append, warn_by(said.append))
+    versions.commit(checkout, made, versions.find_branch(checkout), said.append, warn_by(said.append))
     run(checkout, "git", "checkout", "-q", "main")
     (checkout / ".git/MERGE_HEAD").write_text(tips)
-    versions.commit(checkout, made, "main", said.append)
+    versions.commit(checkout, made, "main", said.append, warn_by(said.append))
     (checkout / ".git/MERGE_HEAD").unlink()
     whys = [
         "the branch was switched from main to other since the run began",
@@ -149,9 +153,9 @@ def test_nothing_is_committed_to_another_branch(checkout: Path, said: list[str])
         "HEAD is detached, so there is no branch to commit to; check one out",
         "a merge is under way; finish it",
     ]
-    assert said == [f"data/published was not committed: {why}; the next run tries again" for why in whys]
+    assert said == [f"warning: data/published was not committed: {why}; the next run tries again" for why in whys]
     assert set(run(checkout, "git", "for-each-ref", "--format=%(objectname)", "refs/heads").split()) == set(tips.split())
-    versions.commit(checkout, made, "main", said.append)
+    versions.commit(checkout, made, "main", said.append, warn_by(said.append))
     assert said[-1].startswith("committed data/published.dvc to main")
 
 
@@ -160,7 +164,8 @@ def test_a_push_that_fails_is_said_and_made_up_for(checkout: Path, said: list[st
     run(checkout, "git", "remote", "remove", "origin")
     bring_out(checkout, made, said.append)
     assert said.pop() == (
-        "the champion was not pushed: main has no upstream, and there is no remote; run `git push -u` once; the next run tries again"
+        "warning: the champion was not pushed: main has no upstream, and there is no remote; run `git push -u` once; "
+        "the next run tries again"
     )
     assert champion.find_champion() is not None, "the decision stands"
     run(checkout, "git", "remote", "add", "origin", "../remote.git")
@@ -173,7 +178,7 @@ def test_a_push_that_fails_is_said_and_made_up_for(checkout: Path, said: list[st
     said.clear()
     bring_out(checkout, made, said.append)
     (line,) = said
-    assert line.startswith("the champion was not pushed: git push") and "run `git pull --rebase`" in line, line
+    assert line.startswith("warning: the champion was not pushed: git push") and "run `git pull --rebase`" in line, line
     run(checkout, "git", "pull", "-q", "--rebase", "origin", "main")
     said.clear()
     bring_out(checkout, made, said.append)
@@ -184,11 +189,11 @@ def test_a_push_that_fails_is_said_and_made_up_for(checkout: Path, said: list[st
     run(checkout, "dvc", "remote", "remove", "store")
     said.clear()
     bring_out(checkout, promote("second"), said.append)
-    assert "the champion was not pushed: dvc push" in said[-1] and "no remote" in said[-1], said
+    assert "warning: the champion was not pushed: dvc push" in said[-1] and "no remote" in said[-1], said
 
 
 def test_published_files_are_no_stage_and_experiments_leave_them_alone(checkout: Path, said: list[str]) -> None:
-    versions.commit(checkout, promote("first"), "main", said.append)
+    versions.commit(checkout, promote("first"), "main", said.append, warn_by(said.append))
     (champion.PUBLISHED / "settled").write_text("changed since")
     before = (checkout / "data/published.dvc").read_bytes()
     params = load_params()

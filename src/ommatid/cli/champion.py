@@ -99,9 +99,9 @@ def _bring_out(params: Params, made: Decision) -> None:
     root = Path.cwd()
     branch = versions.find_branch(root)
     if params.retrain.publish != "local":
-        versions.commit(root, made, branch, say)
+        versions.commit(root, made, branch, say, _warn)
     if params.retrain.publish == "push":
-        versions.push(root, branch, say)
+        versions.push(root, branch, say, _warn)
 
 
 def find_person() -> str:
@@ -111,6 +111,10 @@ def find_person() -> str:
     except RunError:
         return f"{getpass.getuser()}@{socket.gethostname()}"
     return f"{name} <{address}>"
+
+
+def _warn(text: str) -> None:
+    say(notice(Warned(text)))
 
 
 def _follow(event: Event) -> None:

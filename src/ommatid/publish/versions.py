@@ -37,14 +37,15 @@ def find_branch(root: Path) -> str | None:
         return None
 
 
-def commit(root: Path, made: Decision, branch: str | None, say: Say) -> None:
+def commit(root: Path, made: Decision, branch: str | None, say: Say, warn: Say) -> None:
     """Store data/published in DVC, and commit dvc.lock and data/published.dvc to a branch, if they differ from what it has.
 
     Args:
         root: The checkout.
         made: The decision that the message is about.
         branch: Branch that was checked out when the run began; None if HEAD was detached.
-        say: Called with one sentence that says what was done, or why nothing was.
+        say: Called with one sentence that says what was done.
+        warn: Called with one sentence that says why nothing was.
     """
     try:
         _check_branch(root, branch)
@@ -52,16 +53,17 @@ def commit(root: Path, made: Decision, branch: str | None, say: Say) -> None:
         if made_commit := _commit_files(root, f"{branch}", _message(made)):
             say(f"committed {' and '.join(name for name in FILES if (root / name).exists())} to {branch} as {made_commit[:12]}")
     except RunError as error:
-        say(f"data/published was not committed: {error}; the next run tries again")
+        warn(f"data/published was not committed: {error}; the next run tries again")
 
 
-def push(root: Path, branch: str | None, say: Say) -> None:
+def push(root: Path, branch: str | None, say: Say, warn: Say) -> None:
     """Push what DVC stores and then the branch, unless the last commit of data/published.dvc has been pushed.
 
     Args:
         root: The checkout.
         branch: The branch.
-        say: Called with one sentence that says what was pushed, or why nothing was.
+        say: Called with one sentence that says what was pushed.
+        warn: Called with one sentence that says why nothing was.
     """
     try:
         if branch is None or not (last := git(root, "log", "-1", "--format=%H", f"refs/heads/{branch}", "--", POINTER)):
@@ -78,7 +80,7 @@ def push(root: Path, branch: str | None, say: Say) -> None:
             raise RunError(f"{error}; if {remote} has commits that {branch} lacks, run `git pull --rebase`") from None
         say(f"pushed data/published to the DVC remote, and {branch} to {remote}")
     except RunError as error:
-        say(f"the champion was not pushed: {error}; the next run tries again")
+        warn(f"the champion was not pushed: {error}; the next run tries again")
 
 
 def _check_branch(root: Path, branch: str | None) -> None:
