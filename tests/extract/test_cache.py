@@ -517,14 +517,19 @@ def test_a_full_disk_under_the_cache_is_a_notice(world: World, tmp_path: Path, m
     images = images_of(tmp_path, PICTURES)
     whole = from_scratch(tmp_path, images)
 
+    tried: list[object] = []
+
     def fail(*arguments: object) -> None:
+        tried.append(arguments)
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(cache, "FLUSH_BYTES", 1)
     monkeypatch.setattr(cache.RowStore, "write", fail)
     heard: list[Event] = []
     assert run(tmp_path, images, heard.append).digest == whole.digest
     (said,) = [event.what for event in heard if isinstance(event, Warned)]
     assert said.endswith("the cache of activations cannot be written (No space left on device); the run goes on without")
+    assert len(tried) == 1, "a disk on which others work is not filled again and again"
 
 
 def test_a_worker_that_cannot_reach_the_cache_works_without_it(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -169,3 +170,26 @@ def test_space_is_made_by_removing_what_was_not_used_for_longest_but_not_what_is
     assert [file.exists() for file in files] == [True, False, True, True]
     assert not Space(tmp_path, 2 * size, now - 1).admit(size)
     assert [file.exists() for file in files] == [True, False, False, True]  # those of this run stay
+
+
+def test_the_disk_is_not_filled_and_many_writers_keep_to_the_bound_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [10_000]
+    monkeypatch.setattr(row_store.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    reserving = Space(tmp_path / "gone", 10**6, time.time(), reserve=9_000)
+    assert reserving.admit(1_000) and not reserving.admit(1_001)
+    free[0] = 9_000
+    assert not reserving.admit(1)
+
+    monkeypatch.setattr(row_store, "AT_ONCE", 1)
+    free[0] = 10**6
+    many = [Space(tmp_path, 50_000, time.time()) for _ in range(3)]
+
+    def write(space: Space) -> bool:
+        is_admitted = space.admit(1_000)
+        if is_admitted:
+            (tmp_path / f"{len(segments(tmp_path))}.rows").write_bytes(bytes(1_000))
+        return is_admitted
+
+    while any([write(space) for space in many]):
+        pass
+    assert len(segments(tmp_path)) == 50

@@ -105,8 +105,9 @@ class OutputCache:
         self._said: set[str] = set()
         self._space = Space(Path(), 0.0, 0.0)
         self._folders: dict[int, Path] = {}
+        self._is_writable = True
         if place is not None and os.path.isdir(place.folder):
-            self._space = Space(Path(place.folder), place.bound, place.started)
+            self._space = Space(Path(place.folder), place.bound, place.started, RESERVE)
             with suppress(OSError):
                 self._open(Path(place.folder))
 
@@ -188,17 +189,18 @@ class OutputCache:
         return taken
 
     def write(self, taken: Mapping[Output, list[tuple[np.ndarray, np.ndarray]]]) -> None:
-        """Write rows, as long as there is space. A cache that cannot be written is no reason to fail."""
-        for output, blocks in taken.items():
-            if not self._space.admit(sum(rows.nbytes + keys.nbytes for keys, rows in blocks)):
-                self._say_once(
-                    f"the cache of activations is full: it may take {in_words(self._space.bound)} (OMMATID_CACHE_GB, or the space that is "
-                    "free), which this extraction exceeds; images that do not fit will be run through the networks again next time"
-                )
-                return
+        """Write rows, as long as there is space. A cache that cannot be written is no reason to fail, and is not tried again."""
+        for output, blocks in taken.items() if self._is_writable else ():
             try:
+                if not self._space.admit(sum(rows.nbytes + keys.nbytes for keys, rows in blocks)):
+                    self._say_once(
+                        f"the cache of activations is full: it may take {in_words(self._space.bound)} (OMMATID_CACHE_GB, or the space that "
+                        "is free), which this extraction exceeds; images that do not fit will be run through the networks again next time"
+                    )
+                    return
                 self._stores[output].write(*zip(*blocks, strict=True))
             except OSError as error:
+                self._is_writable = False
                 self._say_once(
                     f"{self._space.folder}: the cache of activations cannot be written ({error.strerror}); the run goes on without"
                 )
@@ -206,9 +208,11 @@ class OutputCache:
 
     def merge(self) -> None:
         """Merge small files of rows, if there are many."""
-        with suppress(OSError):
-            for store in self._stores.values():
+        try:
+            for store in self._stores.values() if self._is_writable else ():
                 store.merge()
+        except OSError:
+            self._is_writable = False
 
     def rounding(self, digests: Sequence[str], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Return the rounding error of the explained model on some images, which is measured only once for the same images."""

@@ -20,9 +20,9 @@ from ommatid.store.filesystem import cache_folder, replace_text
 
 PACKAGE = "ommatid"
 NO_NUMBERS = re.compile(r"ommatid(\.(config|errors|events|executors|stage|summaries|tracking)(\..*)?)?")
-"""Modules that cannot change what a stage computes from the same params, nor can what they import: the values in config/ are the params, of
-which the stage `sources` records those that params.yaml leaves out,
-executors only say where something is computed, summaries only name keys, and tracking only says where an SAE came from."""
+"""Modules that cannot change what a stage computes from the same params, nor can what they import: the values in config/ are the params,
+of which the stage `sources` records those that params.yaml leaves out, executors only say where something is computed, summaries only name
+keys, and tracking only says where an SAE came from."""
 _ROOT = Path(__file__).parents[1]
 _CACHED = 4096
 """Number of sources whose analysis is cached; beyond it, those that are not used now are forgotten."""

@@ -6,6 +6,7 @@ several segments, and is the same in all of them.
 """
 
 import os
+import shutil
 import struct
 import time
 import zlib
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ommatid.store.caches import files_below
-from ommatid.store.filesystem import temporary_path
+from ommatid.store.filesystem import nearest_folder, temporary_path
 
 KEY = 32
 """Bytes of a key."""
@@ -28,6 +29,9 @@ SMALL = 2**22
 """Bytes below which a segment counts as small."""
 MANY = 32
 """Number of small segments of a store that are merged into one."""
+AT_ONCE = 2**27
+"""Bytes that a process writes at most before it looks again at what all have written, so that eight together exceed the bound by less than
+1 GiB."""
 
 
 def as_keys(digests: Sequence[str]) -> np.ndarray:
@@ -243,14 +247,21 @@ class Space:
     """Largest number of bytes."""
     started: float
     """Time at which the run began; segments that were used since are not removed."""
+    reserve: float = 0.0
+    """Bytes of the disk that are left free."""
     _free: float = -1.0
 
     def admit(self, n_bytes: int) -> bool:
         """Make room for a new segment by removing those that were not used for longest.
 
         Returns:
-            Whether there is room; False if all that is left was used since the run began.
+            Whether there is room; False if all that is left was used since the run began, or if the disk is too full.
+
+        Raises:
+            OSError: The disk does not answer.
         """
+        if shutil.disk_usage(nearest_folder(self.folder)).free - n_bytes < self.reserve:
+            return False
         if self._free < n_bytes:
             self._make_room(n_bytes)
         if self._free < n_bytes:
@@ -261,7 +272,7 @@ class Space:
     def _make_room(self, n_bytes: int) -> None:
         entries = sorted(files_below(self.folder), key=lambda entry: entry.used)
         free = self.bound - sum(entry.bytes for entry in entries)
-        share = max(n_bytes, self.bound / 20)  # The folder, which others write to as well, is listed again when this much was written.
+        share = max(n_bytes, min(self.bound / 20, AT_ONCE))
         if free < n_bytes:
             for entry in entries:
                 if free >= share or entry.used >= self.started:
