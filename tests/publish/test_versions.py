@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import duckdb
+import psutil
 import pytest
 
 from flows.checkout import open_workplace
@@ -15,6 +16,7 @@ from ommatid.config import Margins, load_params
 from ommatid.publish import champion, versions
 from ommatid.publish.decisions import DECISIONS, Decision, Scores, make_key, read_decisions
 from support.checkout import make_checkout, run
+from support.processes import HANG_SECONDS, wait_for_end
 
 MARGINS = Margins(min_ms_gain=0.005, max_fvu_loss=0.01, max_dead_rise=0.02)
 
@@ -190,6 +192,24 @@ def test_a_push_that_fails_is_said_and_made_up_for(checkout: Path, said: list[st
     said.clear()
     bring_out(checkout, promote("second"), said.append)
     assert "warning: the champion was not pushed: dvc push" in said[-1] and "no remote" in said[-1], said
+
+
+def test_a_push_that_hangs_is_ended_with_all_that_it_started(checkout: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = promote("first")
+    versions.commit(checkout, made, "main", said.append, warn_by(said.append))
+    ran: list[tuple[str, ...]] = []
+    monkeypatch.setattr(versions, "dvc", lambda root, env, *arguments, seconds: ran.append((*arguments, f"{seconds:.0f}")))
+    monkeypatch.setattr(versions, "GIT_PUSH_SECONDS", 2.0)
+    seconds = f"{HANG_SECONDS}{os.getpid()}"  # which no other process sleeps
+    hook = checkout.parent / "remote.git/hooks/pre-receive"
+    hook.write_text(f"#!/bin/sh\nexec sleep {seconds}\n")
+    hook.chmod(0o755)
+    said.clear()
+    versions.push(checkout, "main", said.append, warn_by(said.append))
+    (line,) = said
+    assert line.startswith("warning: the champion was not pushed: git push ") and ran == [("push", "21600")]
+    assert "took longer than 2 seconds and was ended" in line and line.endswith("; the next run tries again")
+    wait_for_end((one for one in psutil.process_iter(["cmdline"]) if seconds in (one.info["cmdline"] or [])), "the hook")
 
 
 def test_published_files_are_no_stage_and_experiments_leave_them_alone(checkout: Path, said: list[str]) -> None:

@@ -39,7 +39,9 @@ def environment(root: Path, checkout: Path, experiment: str | None = None, run: 
     return {**{key: value for key, value in os.environ.items() if key not in _GIT_HOOKS}, **{k: v for k, v in ours.items() if v}}
 
 
-def git(root: Path, *arguments: str, variables: Mapping[str, str] | None = None, ok: Container[int] = (0,)) -> str:
+def git(
+    root: Path, *arguments: str, variables: Mapping[str, str] | None = None, ok: Container[int] = (0,), seconds: float | None = None
+) -> str:
     """Run a git command in `root` and return its output.
 
     Args:
@@ -47,21 +49,28 @@ def git(root: Path, *arguments: str, variables: Mapping[str, str] | None = None,
         arguments: Arguments of git.
         variables: Environment variables on top of ours.
         ok: Exit statuses that are no failure.
+        seconds: Time after which the command is ended with all that it started; None for no limit.
 
     Raises:
-        RunError: The command failed.
+        RunError: The command failed, or took too long.
     """
     identity = _identity(root) if arguments[0] == "commit-tree" else {}
-    return _output_of(["git", *arguments], root, {**environment(root, root), **identity, **(variables or {})}, ok).strip()
+    return _output_of(["git", *arguments], root, {**environment(root, root), **identity, **(variables or {})}, ok, seconds).strip()
 
 
-def dvc(root: Path, env: Mapping[str, str], *arguments: str) -> str:
+def dvc(root: Path, env: Mapping[str, str], *arguments: str, seconds: float | None = None) -> str:
     """Run a DVC command in `root` and return its output.
 
+    Args:
+        root: Folder that the command works in.
+        env: Environment of the command.
+        arguments: Arguments of DVC.
+        seconds: As of `git`.
+
     Raises:
-        RunError: The command failed.
+        RunError: The command failed, or took too long.
     """
-    return _output_of([*DVC, "--wait-for-lock", *arguments], root, {**env, **_identity(root)})
+    return _output_of([*DVC, "--wait-for-lock", *arguments], root, {**env, **_identity(root)}, seconds=seconds)
 
 
 def _identity(root: Path) -> dict[str, str]:
@@ -74,17 +83,29 @@ def _identity(root: Path) -> dict[str, str]:
     return {} if email else {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in identity.items()}
 
 
-def _output_of(command: list[str], root: Path, env: Mapping[str, str], ok: Container[int] = (0,)) -> str:
+def _output_of(command: list[str], root: Path, env: Mapping[str, str], ok: Container[int] = (0,), seconds: float | None = None) -> str:
+    what = " ".join(command).replace(" ".join([*DVC, "--wait-for-lock"]), "dvc")
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
     try:
-        done = subprocess.run(command, cwd=root, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+        process = subprocess.Popen(command, cwd=root, env=env, start_new_session=seconds is not None, **pipes)
     except OSError as error:
         raise RunError(
             f"{command[0]} cannot be started in {root} ({error.strerror}); is it installed, and does the folder exist?"
         ) from None
-    if done.returncode not in ok:
-        what = " ".join(command).replace(" ".join([*DVC, "--wait-for-lock"]), "dvc")
-        raise RunError(f"{what}: {find_error(done.stderr.splitlines(), done.returncode)}")
-    return done.stdout
+    with process:
+        try:
+            output, errors = process.communicate(timeout=seconds)
+        except BaseException as error:
+            if seconds is None:
+                process.kill()
+            else:
+                os.killpg(process.pid, signal.SIGKILL)  # with what it started, such as ssh, which would hold the pipes open
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            raise RunError(f"{what}: took longer than {seconds:,.0f} seconds and was ended") from None
+    if process.returncode not in ok:
+        raise RunError(f"{what}: {find_error(errors.splitlines(), process.returncode)}")
+    return output
 
 
 def find_error(lines: list[str], code: int) -> str:

@@ -26,6 +26,17 @@ _UNFINISHED = {
     "rebase-apply": "rebase",
 }
 """Files in .git while something is under way into which a commit must not fall."""
+DVC_PUSH_SECONDS = 6 * 3600.0
+"""Time after which a push of data is given up, as a remote that accepts it and then hangs would hold up all later runs."""
+GIT_PUSH_SECONDS = 1800.0
+"""The same of a push of commits."""
+_QUIET = {
+    "GIT_TERMINAL_PROMPT": "0",
+    "GIT_SSH_COMMAND": "ssh -o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=15",
+    "GIT_HTTP_LOW_SPEED_LIMIT": "1",  # bytes per second
+    "GIT_HTTP_LOW_SPEED_TIME": "120",  # seconds
+}
+"""Variables by which git asks nobody for a password, and gives up a server that is silent; those of the user's own come first."""
 Say = Callable[[str], None]
 
 
@@ -72,10 +83,10 @@ def push(root: Path, branch: str | None, say: Say, warn: Say) -> None:
         known = f"refs/remotes/{remote}/{target.removeprefix('refs/heads/')}"
         if git(root, "for-each-ref", known) and not git(root, "rev-list", "-n", "1", last, f"^{known}"):
             return
-        dvc(root, environment(root, root), "push")
-        quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": os.environ.get("GIT_SSH_COMMAND", "ssh -o BatchMode=yes")}
+        dvc(root, environment(root, root), "push", seconds=DVC_PUSH_SECONDS)
+        quiet = {key: os.environ.get(key, value) for key, value in _QUIET.items()}
         try:
-            git(root, "push", remote, f"refs/heads/{branch}:{target}", variables=quiet)
+            git(root, "push", remote, f"refs/heads/{branch}:{target}", variables=quiet, seconds=GIT_PUSH_SECONDS)
         except RunError as error:
             raise RunError(f"{error}; if {remote} has commits that {branch} lacks, run `git pull --rebase`") from None
         say(f"pushed data/published to the DVC remote, and {branch} to {remote}")
