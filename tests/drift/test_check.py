@@ -144,6 +144,17 @@ def test_images_are_counted_until_they_are_enough_and_then_compared_once(tmp_pat
     assert [one.verdict for one in list_checks(folder)] == ["too_few", "none", "too_few"]
 
 
+def test_a_look_with_other_params_settles_nothing(tmp_path: Path, champion: Champion) -> None:
+    folder = tmp_path / "drift"
+    data = extraction(tmp_path / "1", shift=0.8, shifted=range(3000, 3060))
+    blind = PARAMS.model_copy(update={"max_auroc": 1.0, "max_fvu_rise": 1.0, "max_changed": 1.0})
+    look = check(blind, folder, champion, data)
+    assert look is not None and look.verdict == "slight"
+    found = check(PARAMS.model_copy(update={"action": "stop"}), folder, champion, data)
+    assert found is not None and (found.verdict, found.row["n_new"]) == ("drift", 60)
+    assert check(blind.model_copy(update={"action": "stop"}), folder, champion, data) is None  # what it does then is no part of the look
+
+
 def test_drift_is_found_again_until_its_images_are_gone_and_shows_the_changed_latents(tmp_path: Path, champion: Champion) -> None:
     folder = tmp_path / "drift"
     data = extraction(tmp_path / "1", shift=0.8, shifted=range(3000, 3060))

@@ -104,9 +104,9 @@ def list_folders(folder: Path) -> list[Path]:
 def check(params: DriftParams, folder: Path, champion: Champion, extraction: Extraction, on_event: Listener = ignore) -> Check | None:
     """Compare the images that a champion does not know with its own, and record the check; a check made before is not made again.
 
-    The images are those that are neither among the champion's nor in an earlier check of this champion that found no drift. Four kinds of
-    test compare them, at the level `alpha` together: the maximum mean discrepancy and a domain classifier on the judge's embeddings, FVU,
-    and, for each latent, on what share of images it fires and how strongly. All count images, not tokens.
+    The images are those that are neither among the champion's nor in an earlier check of this champion that found no drift under the same
+    params. Four kinds of test compare them, at the level `alpha` together: the maximum mean discrepancy and a domain classifier on the
+    judge's embeddings, FVU, and, for each latent, on what share of images it fires and how strongly. All count images, not tokens.
 
     Args:
         params: The section `drift`.
@@ -122,7 +122,7 @@ def check(params: DriftParams, folder: Path, champion: Champion, extraction: Ext
         ArtefactError: An artefact of the champion or of the extraction is damaged.
     """
     checks = list_checks(folder, on_event)
-    settled = _settled(checks, champion.key)
+    settled = _settled(checks, champion.key, params)
     new = [
         row for row in extraction.rows if (image_id := bytes.fromhex(row[1])) not in champion.reference.known and image_id not in settled
     ]
@@ -166,13 +166,18 @@ def _count(folder: Path) -> int:
     return max((int(path.name.partition("-")[0]) for path in list_folders(folder)), default=0)
 
 
-def _settled(checks: Sequence[Check], champion: str) -> set[bytes]:
-    """Ids of the images that were in a check of a champion that found no drift."""
+def _settled(checks: Sequence[Check], champion: str, params: DriftParams) -> set[bytes]:
+    """Ids of the images that were in a check of a champion, under these params, that found no drift. A look with others settles nothing."""
     found: set[bytes] = set()
     for one in checks:
-        if one.verdict in SETTLED and one.row["champion"] == champion:
+        if one.verdict in SETTLED and one.row["champion"] == champion and _judges_as(one, params):
             found.update(one.artefact.read("compared")["image_id"].to_pylist())
     return found
+
+
+def _judges_as(one: Check, params: DriftParams) -> bool:
+    """Whether a check came to its verdict under the same params. What follows from a verdict, the action, does not matter."""
+    return {**one.artefact.manifest.params, "action": params.action} == params.model_dump(mode="json")
 
 
 def _digest(params: DriftParams, champion: Champion, extraction: Extraction, new: Sequence[tuple[int, str, str]]) -> str:
