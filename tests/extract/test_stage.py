@@ -391,6 +391,11 @@ def test_a_small_disk_is_an_error_with_the_space_needed_and_a_way_to_need_less(
     monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage(path)._replace(free=0))
     with pytest.raises(ArtefactError, match=r"0 kB is free; make room, or set extract.tokens=pooled$"):
         make(tmp_path, images)
+    monkeypatch.setenv("OMMATID_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache/activations").mkdir(parents=True)
+    (tmp_path / "cache/activations/a.rows").write_bytes(bytes(3_000))
+    with pytest.raises(ArtefactError, match=r"; make room \(`ommatid gc --all activations` frees 3 kB\), or set extract.tokens=pooled$"):
+        make(tmp_path, images)
     assert model.n_captured == 0
     monkeypatch.setattr(disk_space.shutil, "disk_usage", usage)
     make(tmp_path, images)

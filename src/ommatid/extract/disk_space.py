@@ -13,6 +13,7 @@ from ommatid.errors import ArtefactError
 from ommatid.extract.networks import Networks
 from ommatid.extract.plan import IMAGES_PER_SHARD
 from ommatid.store import Draft
+from ommatid.store.caches import activations_to_remove
 from ommatid.store.filesystem import in_words
 
 ROW = 4
@@ -86,6 +87,7 @@ def check_disk_space(draft: Draft, params: ExtractParams, images: Mapping[str, A
     raise ArtefactError(
         f"{draft.url}: extraction needs {in_words(need)} ({in_words(size.final)} of activations and embeddings, "
         f"{in_words(spilled)} while shards are made), but only {in_words(free)} is free; make room"
+        + activations_to_remove(draft.scratch)
         + (f", or set {', or '.join(ways)}" if ways else "")
     )
 

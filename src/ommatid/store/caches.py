@@ -16,7 +16,7 @@ import filelock
 
 from ommatid.errors import ConfigError
 from ommatid.store.artefact import CACHE
-from ommatid.store.filesystem import cache_folder, is_temporary, nearest_folder
+from ommatid.store.filesystem import cache_folder, in_words, is_temporary, nearest_folder
 from ommatid.store.workspace import artefact_of
 
 DAY = 24 * 3600.0
@@ -135,6 +135,15 @@ def activations_bound() -> float:
             f"allows {SHARE:.0%} of the disk, at most {MOST / 1e9:.0f} GB"
         ) from None
     return gigabytes * 1e9
+
+
+def activations_to_remove(place: Path) -> str:
+    """Return how to make room on the disk of a folder by emptying the cache of activations, in brackets; empty if it is on another disk."""
+    with suppress(OSError):
+        held = sum(entry.bytes for entry in files_below(activations_folder()))
+        if held and activations_folder().stat().st_dev == place.stat().st_dev:
+            return f" (`ommatid gc --all activations` frees {in_words(held)})"
+    return ""
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -30,6 +30,7 @@ from ommatid.extract.from_files.plan import FileBlock, FilePlan, places_in_runs
 from ommatid.extract.plan import SEED
 from ommatid.extract.rows import BYTES_PER_ROW_GROUP, Groups, Spill, WindowCounter, iter_in_order, write_rows
 from ommatid.store import RECEIPTS, SCRATCH, Artefact, Draft, File, part_name
+from ommatid.store.caches import activations_to_remove
 from ommatid.store.filesystem import in_words
 from ommatid.summaries import ActivationsSummary, ExtractionSummary
 
@@ -156,8 +157,8 @@ class _Import:
         free = shutil.disk_usage(self._draft.scratch).free
         if need > free:
             raise ArtefactError(
-                f"{self._draft.scratch}: the import needs {in_words(need)}, but only {in_words(free)} is free; make room, or point "
-                "extract.path at fewer files"
+                f"{self._draft.scratch}: the import needs {in_words(need)}, but only {in_words(free)} is free; make room"
+                f"{activations_to_remove(self._draft.scratch)}, or point extract.path at fewer files"
             )
 
     def _read(self, wanted: Mapping[FileBlock, tuple[int, int]]) -> None:
