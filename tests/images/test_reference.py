@@ -5,6 +5,7 @@ Whoever reads the column `encoded` gets the same bytes: extraction, drawn images
 
 import json
 import os
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,20 @@ def test_relative_paths_are_found_in_the_checkout_of_the_run(
     assert OriginalReader(Artefact(Disk(tmp_path / "data/images"), images.manifest, images.digest)).read(0) == content, "beside its study"
     monkeypatch.setenv("OMMATID_CHECKOUT", str(tmp_path))  # as flows set it in the worktree of an experiment
     assert load_file(value) == content
+
+
+@pytest.mark.parametrize("source", [{"kind": "webdataset", "path": "tiles.tar"}, {"kind": "folder", "path": "tiles"}])
+def test_what_exists_everywhere_is_found_where_the_file_is(
+    source: dict[str, str], tiles: Path, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with tarfile.open("tiles.tar", "w") as tar:
+        tar.add("tiles")
+    images = make(source, "data/images", by_reference=True)
+    content = OriginalReader(images).read(0)
+    (tmp_path / "elsewhere/tiles").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert OriginalReader(Artefact(Disk(tmp_path / "data/images"), images.manifest, images.digest)).read(0) == content
 
 
 def test_a_name_that_is_not_unicode_is_found_again(tiles: Path, make: Make) -> None:

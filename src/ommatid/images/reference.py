@@ -46,7 +46,7 @@ class Reference:
         Raises:
             ArtefactError: The file is missing, cannot be read, or has changed.
         """
-        folder = _find(self.place, base)
+        folder = _find(self.place, self.name, base)
         try:
             if self.offset is None:
                 found = folder.read_bytes(self.name)
@@ -72,13 +72,18 @@ class Reference:
         )
 
 
-def _find(place: str, base: Path | None) -> Folder:
-    """Open the folder of a reference. An experiment's worktree links to it, unless the params of the experiment name another source."""
+def _find(place: str, name: str, base: Path | None) -> Folder:
+    """Open the folder of a reference: the first that has the file, or else the first that exists.
+
+    A relative one is looked for in the current directory, in the checkout of the run, and in `base`. An experiment's worktree links to the
+    checkout's, unless the params of the experiment name another source.
+    """
     if "://" in place or os.path.isabs(place):
         return open_folder(place)
     checkout = os.environ.get("OMMATID_CHECKOUT")
     folders = [Path(place), *(Path(folder) / place for folder in (checkout, base) if folder)]
-    return open_folder(next((folder for folder in folders if folder.exists()), folders[0]))
+    found = [folder for folder in folders if (folder / name).exists()] or [folder for folder in folders if folder.exists()] or folders
+    return open_folder(found[0])
 
 
 def parse_reference(encoded: bytes) -> Reference | None:
