@@ -1,5 +1,6 @@
 """No more alarms than promised where nothing has changed; what has changed is found and named; images are counted until they are enough."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,21 @@ def test_images_are_counted_until_they_are_enough_and_then_compared_once(tmp_pat
     later = check(PARAMS, folder, champion, extraction(tmp_path / "3", new=range(1000, 1060), newer=range(2000, 2010)))
     assert later is not None and later.row["n_new"] == 10
     assert [one.verdict for one in list_checks(folder)] == ["too_few", "none", "too_few"]
+
+
+def test_images_of_which_nothing_can_be_compared_are_not_settled(
+    tmp_path: Path, champion: Champion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["ommatid.drift.check"], "LEAST_COMPARED", 1000)
+    data = extraction(tmp_path / "1", new=range(1000, 1060))
+    for _ in range(2):  # the second time, they are new again
+        found = check(PARAMS, tmp_path / "drift", champion, data)
+        assert found is not None and found.verdict == "too_few"
+    assert found.row["reason"].startswith("60 new images could not be compared with the champion's 180: fewer than 1000 of them, or of ")
+    assert found.row["auroc"] is None and found.latents() == []
+    monkeypatch.undo()
+    later = check(PARAMS, tmp_path / "drift", champion, extraction(tmp_path / "2", new=range(1000, 1060), newer=range(2000, 2060)))
+    assert later is not None and (later.verdict, later.row["n_new"]) == ("none", 120)
 
 
 def test_a_look_with_other_params_settles_nothing(tmp_path: Path, champion: Champion) -> None:

@@ -242,6 +242,12 @@ def _compare(
     measured = measure(sae, extraction.activations, extraction.target, encoded, champion.reference.image_activation, on_event)
     before = Sample(champion.reference.embeddings(), champion.reference.measured())
     row, latents = compare(params.alpha, Sample(embeddings, measured), before, sae.n_latents, on_event)
+    if not row:
+        reason = (
+            f"{_images(n)} could not be compared with the champion's {known:,}: fewer than {LEAST_COMPARED} of them, or of the champion's, "
+            "have embeddings, or all their tokens in the activations; these will be among the next"
+        )
+        return _Result({"verdict": "too_few", "reason": reason})
     return _decide(params, row, n, known, latents)
 
 
