@@ -17,19 +17,30 @@ GRACE_SECONDS = 60.0
 """Seconds between SIGTERM and SIGKILL."""
 
 
-def _watch(pipe: int) -> None:
+def _watch(pipe: int, is_ending: threading.Event, has_ended: threading.Event) -> None:
     while os.read(pipe, 1):
         pass
+    is_ending.set()
     this = psutil.Process()
     children = this.children(recursive=True)
     _end(children)
-    psutil.wait_procs(children, GRACE_SECONDS)  # a stage saves its work; whoever waits for this process waits for that, too
+    until = time.monotonic() + GRACE_SECONDS
+    while any(map(_runs, children)) and time.monotonic() < until:  # a stage saves its work
+        time.sleep(0.05)
     for process in children:
         with suppress(psutil.NoSuchProcess):
             process.kill()
+    has_ended.set()
     _end([this])
     time.sleep(GRACE_SECONDS)
     this.kill()
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Return whether a process runs, without taking its exit status from whoever waits for it."""
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _end(processes: list[psutil.Process]) -> None:
@@ -44,9 +55,14 @@ def main() -> None:
     devnull = os.open(os.devnull, os.O_RDONLY)  # standard input of the module
     os.dup2(devnull, 0)
     os.close(devnull)
-    threading.Thread(target=_watch, args=(pipe,), name="parent watch", daemon=True).start()
+    is_ending, has_ended = threading.Event(), threading.Event()
+    threading.Thread(target=_watch, args=(pipe, is_ending, has_ended), name="parent watch", daemon=True).start()
     del sys.argv[0]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    finally:  # whoever waits for this process, or for a lock that it holds, waits for its descendants too
+        if is_ending.is_set():
+            has_ended.wait()
 
 
 if __name__ == "__main__":

@@ -74,5 +74,5 @@ def test_dvc_knows_a_key_of_extract_that_params_yaml_lacks(tree: Tree, tmp_path:
         found = json.loads((tmp_path / "data/sources/extract.json").read_text(encoding="utf-8"))
         return {key: value for key, value in found.items() if key != "code"}
 
-    assert sources() == sources("extract.mirrored=false") == {}
+    assert sources() == sources("extract.mirrored=false") == {"extract.mirrored": False}  # so that another default makes it stale
     assert sources("extract.mirrored=true") == {"extract.mirrored": True}

@@ -139,6 +139,23 @@ def test_many_small_segments_become_one_without_twins(tmp_path: Path, monkeypatc
     assert all(read(reader, list(range(7)))[0])
 
 
+def test_a_merge_keeps_rows_whose_other_copy_was_removed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process has merged two segments into a third, and removes the two after this one has seen all three."""
+    monkeypatch.setattr(row_store, "MANY", 3)
+    put(RowStore(tmp_path, WIDTH), [0, 1])
+    put(RowStore(tmp_path, WIDTH), [1, 2])
+    old = segments(tmp_path)
+    store = RowStore(tmp_path, WIDTH)
+    put(RowStore(tmp_path, WIDTH), [0, 1, 2])
+    store.refresh()
+    for segment in old:
+        segment.unlink()
+    monkeypatch.setattr(store, "refresh", lambda: None)
+    store.merge()
+    found, rows = read(RowStore(tmp_path, WIDTH), [0, 1, 2])
+    assert all(found) and (rows == rows_of([0, 1, 2])).all()
+
+
 def test_many_may_write_and_merge_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_store, "MANY", 4)
 

@@ -8,6 +8,7 @@ several segments, and is the same in all of them.
 import os
 import shutil
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -119,6 +120,10 @@ class RowStore:
                 self._leave_out(name, error)
         if len(self._segments) != len(self._names):
             self._index()
+            again = np.flatnonzero(~found)  # their twins may be in another segment, such as the one into which they were merged
+            rows = np.empty((len(again), self.width), np.uint8)
+            found[again] = is_there = self.read(keys[again], rows)
+            out[again[is_there]] = rows[is_there]
         return found
 
     def write(self, keys: Sequence[np.ndarray], rows: Sequence[np.ndarray]) -> int:
@@ -137,7 +142,7 @@ class RowStore:
         every = np.concatenate(keys)
         sums = np.array([zlib.crc32(row) for block in rows for row in np.ascontiguousarray(block)], dtype="<u4")
         head = _HEADER.pack(MAGIC, len(every), self.width) + every.tobytes() + sums.tobytes()
-        path = self.folder / f"{time.time_ns():x}-{os.getpid()}{SUFFIX}"
+        path = self.folder / f"{time.time_ns():x}-{os.getpid()}-{threading.get_native_id()}{SUFFIX}"
         temporary = temporary_path(path)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +171,8 @@ class RowStore:
         found = self.read(keys, rows)
         self.write([keys[found]], [rows[found]])
         for segment in small:
-            segment.path.unlink(missing_ok=True)
+            if segment.path.name in self._segments:  # all of its rows were read
+                segment.path.unlink(missing_ok=True)
         self.refresh()
 
     def _open(self, path: Path) -> None:
