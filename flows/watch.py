@@ -6,12 +6,14 @@ is compared with that of the last run that was started for a change, and if it d
 remembers it, so that changes made while nothing watched start one run, and no content starts two.
 
 With OMMATID_WEBHOOK_TOKEN set, http://127.0.0.1:8322 (OMMATID_WEBHOOK_HOST, OMMATID_WEBHOOK_PORT) takes notifications: on a POST without a
-body, or with the event that S3 or MinIO sends, the files are listed at once. Imports no Prefect.
+body, or with an event of S3 or MinIO, the files are listed at once. Imports no Prefect.
 """
 
 import hmac
 import json
 import os
+import re
+import socket
 import threading
 import time
 from contextlib import suppress
@@ -26,7 +28,7 @@ from flows.project import Watch, read_project
 from ommatid.cli.error_boundary import at_edge
 from ommatid.config import Params, load_params
 from ommatid.errors import OmmatidError, RunError
-from ommatid.sources.stage import PLACE, fingerprint, list_input
+from ommatid.sources.stage import PLACE, fingerprint, list_input, place_of_input
 from ommatid.store.filesystem import replace_text
 from ommatid.store.filesystem.listing import Listing
 
@@ -42,8 +44,10 @@ LISTING_SHARE = 0.05
 """Largest share of the time that is spent on listing files."""
 MOST_BYTES = 1 << 20
 """Largest body of a notification."""
-BODY_SECONDS = 10.0
+REQUEST_SECONDS = 10.0
 """Seconds that a client may take to send its request."""
+MOST_CLIENTS = 128
+"""Largest number of clients at once; others are turned away."""
 
 
 class Watcher:
@@ -59,6 +63,8 @@ class Watcher:
         self._said: set[str] = set()
         self.wait = LOOK_SECONDS
         """Seconds until the next look."""
+        self.rest = LOOK_SECONDS
+        """Seconds until the next look if a notification comes, as each of thousands of new objects may send one."""
 
     def look(self, now: float) -> list[str]:
         """List the files, and start a run if they have changed and stayed as they are for long enough.
@@ -84,14 +90,16 @@ class Watcher:
             is_remote = "://" in listing.place
         may_wait = self._watch.quiet_seconds / 3 if self._seen != self._compared else REMOTE_SECONDS
         usual = max(may_wait, LOOK_SECONDS) if is_remote else LOOK_SECONDS
-        self.wait = max(usual, (time.monotonic() - began) / LISTING_SHARE)
+        took = time.monotonic() - began
+        self.rest = max(LOOK_SECONDS, took)
+        self.wait = max(usual, took / LISTING_SHARE)
         return said
 
     def covers(self, urls: list[str]) -> str | None:
         """Return None if any of these objects is watched, else a sentence that says what is watched."""
-        _, listing = list_input(load_params(self._checkout / "params.yaml"))
-        place = listing.place.replace("s3a://", "s3://")
-        return None if any(f"{url}/".startswith(f"{place.rstrip('/')}/") for url in urls) else f"only {listing.place} is watched"
+        place = place_of_input(load_params(self._checkout / "params.yaml"))
+        start = place.replace("s3a://", "s3://").rstrip("/") + "/"
+        return None if any(f"{url}/".startswith(start) for url in urls) else f"only {place} is watched"
 
     def _follow(self, now: float, params: Params, key: str, listing: Listing) -> list[str]:
         seen = f"{listing.place} {listing.fingerprint}"
@@ -174,11 +182,13 @@ def read_notification(body: bytes) -> list[str] | None:
     """
     if not body.strip():
         return None
-    wanted = "send no body, or the JSON that S3 or MinIO sends, with s3.bucket.name and s3.object.key in each of its Records"
+    wanted = "send no body, or an event of S3, MinIO or EventBridge, which names the bucket and the key of each object"
     try:
         event = json.loads(body)
         if event == {} or event.get("Event") == "s3:TestEvent":
             return None
+        if "detail" in event:  # EventBridge, where keys are not quoted
+            return [f"s3://{event['detail']['bucket']['name']}/{event['detail']['object']['key']}"]
         records = [record["s3"] for record in event["Records"]]
         return [f"s3://{s3['bucket']['name']}/{unquote_plus(s3['object']['key'])}" for s3 in records]
     except (ValueError, LookupError, TypeError, AttributeError):
@@ -189,17 +199,43 @@ class Webhook(ThreadingHTTPServer):
     """Server that takes notifications."""
 
     daemon_threads = True
+    request_queue_size = MOST_CLIENTS
 
     def __init__(self, address: tuple[str, int], token: str, watcher: Watcher):
+        self._began: dict[Any, float] = {}
         self.token = token
         self.watcher = watcher
         self.called = threading.Event()
         """Set when the files are to be listed at once."""
         super().__init__(address, _Handler)
 
+    def open_requests(self) -> list[Any]:
+        """Return the connections that are open."""
+        return list(self._began)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Handle a request in a thread of its own."""
+        if len(self._began) >= MOST_CLIENTS:
+            self.shutdown_request(request)
+            return
+        self._began[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """End the connection of a request."""
+        self._began.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Read no more from clients that are too slow; called twice a second."""
+        now = time.monotonic()
+        for request, began in list(self._began.items()):
+            if now - began > REQUEST_SECONDS:
+                with suppress(OSError):
+                    request.shutdown(socket.SHUT_RD)
+
 
 class _Handler(BaseHTTPRequestHandler):
-    timeout = BODY_SECONDS
     server_version = "ommatid"
     sys_version = ""
     server: Webhook
@@ -228,22 +264,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _check(self) -> None:
         if self.path.partition("?")[0] != "/":
             raise RefusedError(404, "send the POST to /")
-        given = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-        if not hmac.compare_digest(given.encode(), self.server.token.encode()):
+        given = re.sub("^bearer +", "", self.headers.get("Authorization", ""), flags=re.IGNORECASE).strip()
+        if not hmac.compare_digest(given.encode("latin-1"), self.server.token.encode()):
             raise RefusedError(401, "send the header Authorization: Bearer TOKEN with the value of OMMATID_WEBHOOK_TOKEN")
 
     def _body(self) -> bytes:
-        length = self.headers.get("Content-Length", "")
+        length = self.headers.get("Content-Length", "" if "Transfer-Encoding" in self.headers else "0")
         if not length.isdecimal():
             raise RefusedError(411, "send a Content-Length")
         if int(length) > MOST_BYTES:
             raise RefusedError(413, f"the body is larger than {MOST_BYTES:,} bytes")
-        try:
-            body = self.rfile.read(int(length))
-        except OSError:
-            raise RefusedError(408, "the body did not arrive in time") from None
+        body = self.rfile.read(int(length))
         if len(body) < int(length):
-            raise RefusedError(400, "the body is shorter than its Content-Length")
+            raise RefusedError(408, f"the body is shorter than its Content-Length, or did not come within {REQUEST_SECONDS:.0f} s")
         return body
 
     def _answer(self, status: int, sentence: str) -> None:
@@ -281,7 +314,8 @@ def main() -> None:
             called.clear()
             for line in watcher.look(time.monotonic()):
                 print(line, flush=True)
-            called.wait(watcher.wait)
+            time.sleep(watcher.rest)
+            called.wait(watcher.wait - watcher.rest)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,15 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from flows import watch
 from flows.prefect_api import Api
 from flows.project import Watch, read_project
 from flows.watch import MEMORY, MOST_BYTES, Watcher, Webhook
@@ -22,7 +25,7 @@ from ommatid.config import load_params
 from ommatid.errors import ConfigError, RunError
 from ommatid.sources.stage import write_sources
 from support.checkout import REPOSITORY
-from support.processes import HANG_SECONDS
+from support.processes import HANG_SECONDS, wait_for
 
 QUIET = 10.0
 
@@ -253,10 +256,16 @@ def test_a_notification_makes_the_watcher_look_at_once(webhook: Webhook, monkeyp
     assert post(webhook)[0] == 202 and webhook.called.is_set()
     asked: list[list[str]] = []
     monkeypatch.setattr(webhook.watcher, "covers", lambda urls: asked.append(urls))
-    for event in (EVENT, {"EventName": "s3:ObjectCreated:Put", "Key": "b/photos/a.jpg", **EVENT}):  # Amazon's, and MinIO's
+    minio = {"EventName": "s3:ObjectCreated:Put", "Key": "b/photos/a.jpg", **EVENT}
+    bridge = {
+        "source": "aws.s3",
+        "detail-type": "Object Created",
+        "detail": {"bucket": {"name": "b"}, "object": {"key": "photos/a bé.jpg"}},
+    }
+    for event in (EVENT, minio, bridge):
         webhook.called.clear()
         assert post(webhook, json.dumps(event).encode())[0] == 202 and webhook.called.is_set()
-    assert asked == [["s3://b/photos/a bé.jpg"]] * 2
+    assert asked == [["s3://b/photos/a bé.jpg"]] * 3
 
 
 def test_a_notification_about_other_objects_does_nothing(webhook: Webhook, day: Day) -> None:
@@ -272,10 +281,12 @@ def test_a_notification_about_other_objects_does_nothing(webhook: Webhook, day: 
         ({"path": "/other"}, 404, "send the POST to /"),
         ({"method": "PUT"}, 405, "send a POST"),
         ({"method": "DELETE"}, 405, "send a POST"),
-        ({"body": b"nonsense"}, 400, "not a notification: send no body, or the JSON that S3 or MinIO sends"),
+        ({"body": b"nonsense"}, 400, "not a notification: send no body, or an event of S3, MinIO or EventBridge"),
         ({"body": b"[1]"}, 400, "not a notification"),
         ({"body": b'{"Records": [{"s3": {}}]}'}, 400, "not a notification"),
         ({"body": b'{"Records": [{"s3": {"bucket": {"name": "b"}, "object": {"key": 3}}}]}'}, 400, "not a notification"),
+        ({"body": b'{"detail": {"bucket": {"name": "b"}}}'}, 400, "not a notification"),
+        ({"body": b'{"Type": "SubscriptionConfirmation", "SubscribeURL": "https://x"}'}, 400, "not a notification"),
         ({"body": b"\xff\xfe"}, 400, "not a notification"),
     ],
 )
@@ -284,12 +295,76 @@ def test_nonsense_is_refused_with_a_sentence(webhook: Webhook, sent: dict[str, A
     assert code == status and says in message and not webhook.called.is_set()
 
 
-@pytest.mark.parametrize(("length", "status"), [(str(MOST_BYTES + 1), "413"), ("many", "411"), ("-1", "411"), (None, "411")])
-def test_a_body_of_unknown_or_too_great_length_is_not_read(webhook: Webhook, length: str | None, status: str) -> None:
-    with socket.create_connection(("127.0.0.1", webhook.server_port), HANG_SECONDS) as client:
-        lines = ["POST / HTTP/1.1", "Host: x", "Authorization: Bearer secret", *([f"Content-Length: {length}"] if length else []), "", ""]
-        client.sendall("\r\n".join(lines).encode())
+def begin(webhook: Webhook, *headers: str) -> socket.socket:
+    """Send the beginning of a request."""
+    client = socket.create_connection(("127.0.0.1", webhook.server_port), HANG_SECONDS)
+    client.sendall("".join(f"{line}\r\n" for line in ("POST / HTTP/1.1", "Host: x", *headers)).encode())
+    return client
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (f"Content-Length: {MOST_BYTES + 1}", "413"),
+        ("Content-Length: many", "411"),
+        ("Content-Length: -1", "411"),
+        ("Transfer-Encoding: chunked", "411"),
+        ("X-Other: `curl -X POST` sends no length, as there is no body", "202"),
+    ],
+)
+def test_a_body_of_unknown_or_too_great_length_is_not_read(webhook: Webhook, header: str, status: str) -> None:
+    with begin(webhook, "authorization: bearer  secret", header, "") as client:
         assert client.recv(100).decode().split()[1] == status
+
+
+@pytest.mark.parametrize("sent", [b"", b"\r\n{"])
+def test_a_client_that_sends_a_byte_now_and_then_is_turned_away(webhook: Webhook, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr(watch, "REQUEST_SECONDS", 1.0)
+    with begin(webhook, "Authorization: Bearer secret", "Content-Length: 1000000") as client:
+        client.sendall(sent or b"X-Slow: ")
+        answer = b""
+
+        def dripped() -> bool:
+            nonlocal answer
+            with suppress(OSError):  # it is closed
+                client.sendall(b"x")
+            client.settimeout(0.1)
+            with suppress(TimeoutError):
+                answer += client.recv(1000)
+            return bool(answer)
+
+        wait_for(dripped, "an answer")
+    assert b" 408 " in answer.splitlines()[0]
+    wait_for(lambda: not webhook.open_requests(), "the end of the connection")
+    assert post(webhook)[0] == 202
+
+
+def test_a_hundred_notifications_at_once_are_all_answered_and_list_the_files_only_now_and_then(webhook: Webhook, day: Day) -> None:
+    idle = [begin(webhook) for _ in range(20)]
+    with ThreadPoolExecutor(100) as pool:
+        assert {answer[0] for answer in pool.map(lambda _: post(webhook), range(100))} == {202}
+    for client in idle:
+        client.close()
+    day.watcher.look(day.now)
+    assert watch.LOOK_SECONDS <= day.watcher.rest <= day.watcher.wait
+
+
+def test_more_clients_than_can_be_served_are_turned_away(webhook: Webhook, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "MOST_CLIENTS", 2)
+    with begin(webhook), begin(webhook):
+        wait_for(lambda: len(webhook.open_requests()) == 2, "two connections")
+        with begin(webhook) as third:
+            assert third.recv(100) == b""
+    wait_for(lambda: not webhook.open_requests(), "the end of the connections")
+    assert post(webhook)[0] == 202
+
+
+def test_events_about_a_watched_folder_are_told_from_others_without_listing_it(day: Day, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = day.root / "params.yaml"
+    params.write_text(params.read_text().replace(str(day.photos), "s3://b/photos"))
+    monkeypatch.setattr(watch, "list_input", lambda params: pytest.fail("each of thousands of events would list a bucket"))
+    assert day.watcher.covers(["s3://b/photos/new/a.jpg"]) is None
+    assert day.watcher.covers(["s3://b/photos-2/a.jpg"]) == "only s3://b/photos is watched"
 
 
 def test_a_watch_names_a_deployment_that_exists(tmp_path: Path) -> None:

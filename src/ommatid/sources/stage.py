@@ -21,7 +21,17 @@ from ommatid.config.intervene import find_prompt_file
 from ommatid.config.label import HumanLabeller, names_checksum
 from ommatid.store.code import Code
 from ommatid.store.filesystem import READ_BYTES, cache_folder, replace_text
-from ommatid.store.filesystem.listing import Listed, Listing, list_activations, list_any, list_images, list_masks, list_parquet, list_shards
+from ommatid.store.filesystem.listing import (
+    Listed,
+    Listing,
+    list_activations,
+    list_any,
+    list_images,
+    list_masks,
+    list_parquet,
+    list_shards,
+    place_of,
+)
 
 PLACE = Path("data/sources")
 """Folder of the fingerprint files."""
@@ -152,6 +162,11 @@ def list_input(params: Params) -> tuple[str, Listing]:
     if isinstance(params.extract, ExtractFiles):
         return "extract.path", list_activations(params.extract.path)
     return "images.source.path", _list_source(params.images.source)
+
+
+def place_of_input(params: Params) -> str:
+    """Return the place of the files that the line begins with, without listing them."""
+    return place_of(params.extract.path if isinstance(params.extract, ExtractFiles) else params.images.source.path)
 
 
 def _list_source(source: ImageSource) -> Listing:

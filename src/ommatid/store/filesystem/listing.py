@@ -121,6 +121,13 @@ def some_of(names: Sequence[str]) -> str:
     return ", ".join(name if name and name.isprintable() else repr(name) for name in names[:_SHOWN]) + more
 
 
+def place_of(place: Path | str) -> str:
+    """Return the absolute path of a place with links resolved, or its URL."""
+    root = open_folder(place)
+    path = root.local_path()
+    return root.url if path is None else os.path.realpath(path)
+
+
 def list_images(place: Path | str) -> Listing:
     """List what the folder source reads, which is every file of a folder. For errors, see `_list`."""
     return _list(place, "images.source.path", "a folder of images", "files", (), is_folder=True)
@@ -170,9 +177,7 @@ def _list(place: Path | str, key: str, allowed: str, what: str, endings: Collect
         SourceError: Nothing exists at the place, the folder has no such files, or a folder cannot be listed.
         ArtefactError: The URL cannot be reached.
     """
-    root = open_folder(place)
-    path = root.local_path()
-    real = root.url if path is None else os.path.realpath(path)
+    root, real = open_folder(place), place_of(place)
     entry = root.entry()
     if entry and is_folder:
         raise SourceError(f"{place}: is a file, not a folder; set {key} to {allowed}")
