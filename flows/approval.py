@@ -14,6 +14,7 @@ from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput, keyset_from_base_key
 from prefect.input.actions import read_flow_run_input
 from prefect.runtime import deployment, flow_run
+from prefect.settings import PREFECT_UI_URL
 from prefect.states import Completed, Scheduled
 from pydantic import Field
 
@@ -27,9 +28,11 @@ from ommatid.publish.decisions import Decision, find_champion, read_decisions
 class Approval(RunInput):
     """The answer; its fields are the form in the Prefect UI."""
 
-    approve: Literal["yes", "no"] = Field(description="Whether the challenger becomes the champion.")
-    who: str = Field(min_length=1, max_length=200, description="Your name, for the log.")
-    why: str = Field(default="", max_length=2000, description="Why, for the log.")
+    approve: Literal["yes", "no"] = Field(
+        title="Approve the challenger?", description="yes: it becomes the champion and is published. no: the champion stays."
+    )
+    who: str = Field(min_length=1, max_length=200, title="Who are you?", description="Your name, for the log of decisions.")
+    why: str = Field(default="", max_length=2000, title="Why?", description="Your reason, for the log of decisions.")
 
 
 def can_ask() -> bool:
@@ -65,21 +68,26 @@ def ask(made: Decision, hours: float, artifact: str, on_event: Listener) -> Wait
 
 def suspend(waiting: Waiting) -> None:
     """Suspend this run until somebody answers; nothing after it runs."""
-    form = Approval.with_initial_data(description=describe(waiting))
+    form = Approval.with_initial_data(
+        description=f"{describe(waiting)} [Numbers and pictures of both](/artifacts/artifact/{waiting.artifact})."
+    )
     suspend_flow_run(wait_for_input=form, key=waiting.pause_key)
 
 
 def describe(waiting: Waiting) -> str:
-    """Describe the question in Markdown."""
+    """Describe the question in a few sentences."""
     made = waiting.decision
     features = ""
     if matched := made.matched:
         kinds = f"{matched.kept:,} kept, {matched.split:,} split, {matched.changed:,} changed and {matched.lost:,} lost"
         features = f" Of the champion's features {kinds}; {matched.new:,} of the challenger are new."
-    return (
-        f"{made.challenger.sae} waits for approval until {waiting.until:%Y-%m-%d %H:%M} UTC; after that the champion stays. "
-        f"It is {made.reason}.{features} [An artifact](/artifacts/artifact/{waiting.artifact}) of run {waiting.flow_run} shows both."
-    )
+    until = f"{waiting.until:%Y-%m-%d %H:%M} UTC"
+    return f"{made.challenger.sae} waits for approval: {made.reason}.{features} Without an answer until {until} the champion stays."
+
+
+def describe_way(waiting: Waiting) -> str:
+    """Describe where the question is answered."""
+    return f"To answer, press Resume at {PREFECT_UI_URL.value()}/runs/flow-run/{waiting.flow_run}"
 
 
 def is_current(waiting: Waiting) -> bool:

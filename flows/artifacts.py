@@ -26,6 +26,15 @@ HEADLINES = ("evaluate", "label", "intervene")
 PAST_SAES = """
     SELECT sae, decided_at, hookpoint, ms - ms_floor, fvu, dead, label_score, control_score FROM runs ORDER BY decided_at NULLS LAST, sae
 """
+SCORES = {
+    "sae": ("SAE", ""),
+    "ms": ("MS", "MonoSemanticity score: how similar the images are on which a latent fires; more is better"),
+    "ms_floor": ("MS by chance", "that of unrelated images"),
+    "fvu": ("FVU", "share of the activations' variance that it does not explain; less is better"),
+    "dead": ("dead", "share of latents that never fire; less is better"),
+    "l0": ("L0", "latents that fire per token"),
+}
+"""Name and meaning of each score of champion and challenger."""
 N_FEATURES = 10
 N_CHANGED = 8
 """Number of changed features that are shown of a check of drift."""
@@ -165,11 +174,12 @@ def decision(made: Decision, is_asked: bool = False) -> str:
         is_asked: Whether a person has to approve it. The page then shows the best features of both, those of the champion from its kept
             catalogue, and those of the challenger from the checkout's.
     """
-    keys = ("sae", "ms", "ms_floor", "fvu", "dead", "l0")
-    sides = (made.champion, made.challenger)
-    rows = [(key, *(_number(getattr(scores, key)) if scores else "" for scores in sides)) for key in keys]
-    title = f"{made.challenger.sae} waits for approval" if is_asked else made.decision
-    parts = [f"# {title}: {made.reason}", _table(("", "previous champion", "challenger"), rows)]
+    sides = {"challenger": made.challenger}
+    if made.champion:
+        sides = {"champion" if is_asked or made.decision == "challenger" else "champion before": made.champion} | sides
+    rows = [(name, *(_number(getattr(scores, key)) for scores in sides.values()), meaning) for key, (name, meaning) in SCORES.items()]
+    title = f"{made.challenger.sae} waits for approval" if is_asked else "Promoted" if made.decision == "champion" else "Kept"
+    parts = [f"# {title}: {_cell(made.reason)}", _table(("", *sides, ""), rows)]
     if made.matched:
         counts = made.matched.model_dump()
         parts.append("## The champion's features in the challenger")

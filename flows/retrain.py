@@ -50,6 +50,7 @@ def retrain() -> State:
         if params.retrain.publish != "local" and not isinstance(outcome, Waiting) and (decisions := read_decisions()):
             versions.commit(root, decisions[-1], branch, log.info, log.warning)
     if isinstance(outcome, Waiting) and outcome.flow_run == flow_run.id:
+        log.info(f"{approval.describe(outcome)} {approval.describe_way(outcome)}")
         approval.suspend(outcome)
     if moved := champion.try_alias(_log_event):
         log.info(moved)
@@ -60,7 +61,7 @@ def retrain() -> State:
 
 def _describe(outcome: Decision | Waiting) -> State:
     if isinstance(outcome, Waiting):
-        return Completed(name="Unchanged", message=approval.describe(outcome))
+        return Completed(name="Unchanged", message=f"{approval.describe(outcome)} {approval.describe_way(outcome)}")
     return Completed(name="Promoted" if outcome.decision == "champion" else "Kept", message=outcome.reason)
 
 

@@ -101,7 +101,11 @@ def test_a_decision_shows_both_sides() -> None:
         | {"champion": None, "margins": margins, "catalog": "c", "run": {}}
     )
     page = artifacts.decision(decision)
-    assert page.startswith("# champion: there was no champion") and "| ms |  | 0.4500 |" in page and "data:image" not in page
+    assert page.startswith("# Promoted: there was no champion") and "|  | challenger |  |" in page and "data:image" not in page
+    assert "| MS | 0.4500 | MonoSemanticity score: " in page and "| FVU | 0.3000 | share of the activations' variance" in page
+    for kind, title, head in (("champion", "Promoted", "champion before"), ("challenger", "Kept", "champion")):
+        page = artifacts.decision(decision.model_copy(update={"champion": scores, "decision": kind}))
+        assert page.startswith(f"# {title}: ") and f"|  | {head} | challenger |  |" in page and "| MS | 0.4500 | 0.4500 | Mono" in page
 
 
 def test_a_question_shows_the_best_features_of_both_and_what_became_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

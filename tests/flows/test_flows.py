@@ -241,7 +241,10 @@ def test_a_run_that_asks_holds_nothing_until_a_person_approves(questions: Questi
         pass  # the checkout is free
     later = questions.start()
     name, message = questions.state(later)
-    assert name == "Unchanged" and "a waits for approval until" in str(message) and str(run) in str(message)
+    assert name == "Unchanged" and str(message).startswith(
+        "a waits for approval: better than the champion: FVU -0.2. Without an answer until "
+    )
+    assert str(message).endswith(f"/runs/flow-run/{run}") and " the champion stays. To answer, press Resume at http://" in str(message)
     with pytest.raises(RunError, match="who"):
         questions.answer(run, approve="yes")
     questions.answer(run, approve="yes", who="Anna", why="they look right")

@@ -424,6 +424,7 @@ ENDS = {
     ("FAILED", "Rejected"): "A gate rejected a run",
     ("FAILED", "Drifted"): "New images have drifted",
     ("COMPLETED", "Promoted"): "There is a new champion",
+    ("PAUSED", "Suspended"): "A challenger waits for approval",
 }
 
 
@@ -444,7 +445,7 @@ def test_each_event_sends_one_message(up: Up) -> None:
 
 def test_automations_that_are_declared_again_stay_as_they_are(up: Up) -> None:
     before = up.automations()
-    assert len(before) == 5 and all(found["enabled"] for found in before.values())
+    assert len(before) == 6 and all(found["enabled"] for found in before.values())
     up.receiver.bodies.clear()
     done = up.declare_messages(up.receiver.url)
     assert (done.returncode, done.stderr) == (0, "") and up.automations() == before, "an update would begin the wait for a run anew"
