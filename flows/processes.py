@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Container, Mapping
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -18,6 +19,9 @@ from ommatid.errors import RunError
 
 START_SECONDS = 600
 """Seconds that a server may take to answer; generous, as its first start creates its database and the machine may be busy."""
+
+LAST_PORT = 65_535
+"""Largest port that there is."""
 
 MARK = "OMMATID_SERVICES"
 """Environment variable, inherited by all descendants of a service, that identifies the `Services` object they belong to."""
@@ -49,11 +53,13 @@ class Services:
     def wait_for(self, name: str, url: str) -> None:
         """Wait until the server `name` answers at `url`.
 
+        That of another checkout, which was started at the same time and got the port first, is not taken for it.
+
         Raises:
             RunError: The server or another process ended, or it did not answer in time.
         """
         deadline = time.monotonic() + START_SECONDS
-        while not _answers(url):
+        while not (_answers(url) and _listens(self._running[name].pid, urlsplit(url).port)):
             self.check()
             if time.monotonic() > deadline:
                 raise RunError(f"{name} did not answer at {url} within {START_SECONDS} s; its output is in {self._log(name)}")
@@ -134,7 +140,8 @@ def free_port(first: int, taken: Container[int] = ()) -> int:
     Raises:
         RunError: None of the ports is free.
     """
-    for port in range(first, first + 100):
+    last = min(first + 99, LAST_PORT)
+    for port in range(first, last + 1):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -143,7 +150,16 @@ def free_port(first: int, taken: Container[int] = ()) -> int:
                 continue
         if port not in taken:
             return port
-    raise RunError(f"no free port from {first} to {first + 99}")
+    raise RunError(f"no free port from {first} to {last}")
+
+
+def _listens(pid: int, port: int | None) -> bool:
+    """Return whether a process or one of its descendants listens on a port."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        sockets = [found for each in (process, *process.children(recursive=True)) for found in each.net_connections("tcp")]
+        return any(found.status == psutil.CONN_LISTEN and found.laddr.port == port for found in sockets)
+    return False
 
 
 def _answers(url: str) -> bool:

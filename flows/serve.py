@@ -17,7 +17,7 @@ import filelock
 
 from flows.monitor import LOOK_SECONDS, Monitor, skip_missed_runs
 from flows.prefect_api import Api
-from flows.processes import Services, Tail, free_port
+from flows.processes import LAST_PORT, Services, Tail, free_port
 from flows.project import PROJECT, read_project, takes_params
 from flows.watch import NOTICE
 from ommatid.cli.error_boundary import at_edge
@@ -26,6 +26,9 @@ from ommatid.config import Params, load_params
 from ommatid.errors import ConfigError, RunError
 from ommatid.tracking import follow_move
 
+PORTS = {"PREFECT_SERVER_API_PORT": 4200, "MLFLOW_PORT": 5000, "OMMATID_PORT": 8321, "OMMATID_WEBHOOK_PORT": 8322}
+"""Environment variables that set the first port to try of the Prefect server, MLflow, the explorer and the webhook, and their defaults."""
+
 
 def serve(checkout: Path) -> None:
     """Start the servers, deployments and workers, print the addresses, and run until a signal comes or one of the processes ends."""
@@ -33,10 +36,7 @@ def serve(checkout: Path) -> None:
     project = read_project(checkout)
     pools = list(dict.fromkeys(deployment.work_pool.name for deployment in project.deployments))
     forms = [deployment.name for deployment in project.deployments if takes_params(checkout, deployment)]
-    prefect = free_port(int(os.environ.get("PREFECT_SERVER_API_PORT", "4200")))
-    mlflow = free_port(int(os.environ.get("MLFLOW_PORT", "5000")), taken=[prefect])
-    explorer = free_port(int(os.environ.get("OMMATID_PORT", "8321")), taken=[prefect, mlflow])
-    webhook = free_port(int(os.environ.get("OMMATID_WEBHOOK_PORT", "8322")), taken=[prefect, mlflow, explorer])
+    prefect, mlflow, explorer, webhook = _ports()
     api = Api(f"http://127.0.0.1:{prefect}/api")
     logs = checkout / ".prefect/logs"
     with _only_one(checkout, f"http://127.0.0.1:{prefect}"):
@@ -71,6 +71,22 @@ def serve(checkout: Path) -> None:
             _follow(services, api, Monitor(api, logs, pools), Tail(logs / "watch.log"), checkout / "params.yaml", forms)
         finally:
             services.end()
+
+
+def _ports() -> list[int]:
+    """Return a free port for each server.
+
+    Raises:
+        ConfigError: A variable is set to something else than a port.
+        RunError: No port is free.
+    """
+    found: list[int] = []
+    for variable, usual in PORTS.items():
+        value = os.environ.get(variable) or str(usual)
+        if not value.isdecimal() or not 1 <= int(value) <= LAST_PORT:
+            raise ConfigError(f"{variable}: got {value!r}; set it to a port from 1 to {LAST_PORT}, or unset it to use {usual}")
+        found.append(free_port(int(value), found))
+    return found
 
 
 def _follow(services: Services, api: Api, monitor: Monitor, watch: Tail, params: Path, forms: Sequence[str]) -> None:

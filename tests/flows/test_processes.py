@@ -2,13 +2,18 @@
 
 import os
 import sys
+import threading
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
 import psutil
 import pytest
 
-from flows.processes import Services
-from support.processes import wait_for, wait_for_end
+from flows.processes import LAST_PORT, Services, free_port
+from flows.serve import serve
+from ommatid.errors import ConfigError, RunError
+from support.checkout import REPOSITORY
+from support.processes import HANG_SECONDS, wait_for, wait_for_end
 
 
 def test_processes_left_by_a_killed_service_end_with_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +37,41 @@ def test_processes_left_by_a_killed_service_end_with_the_others(tmp_path: Path, 
     finally:
         services.end()
     wait_for_end([orphan], "what was left")
+
+
+def test_a_server_of_another_checkout_that_got_the_port_first_is_not_taken_for_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its deployments would be replaced by ours, and its worker would work in this checkout."""
+    monkeypatch.chdir(tmp_path)
+    services = Services({**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, tmp_path / "logs")
+    with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        try:
+            services.start("prefect", "http.server", "--bind", "127.0.0.1", str(other.server_port))
+            with pytest.raises(RunError, match=r"prefect ended with status 1: .*Address already in use"):
+                services.wait_for("prefect", f"http://127.0.0.1:{other.server_port}/")
+        finally:
+            services.end()
+            other.shutdown()
+            thread.join(HANG_SECONDS)
+        free = free_port(other.server_port + 1)
+    services.start("prefect", "http.server", "--bind", "127.0.0.1", str(free))
+    try:
+        services.wait_for("prefect", f"http://127.0.0.1:{free}/")
+    finally:
+        services.end()
+
+
+def test_ports_end_at_the_last_one() -> None:
+    assert free_port(LAST_PORT, taken=[]) == LAST_PORT
+    with pytest.raises(RunError, match=f"no free port from {LAST_PORT} to {LAST_PORT}"):
+        free_port(LAST_PORT, taken=[LAST_PORT])
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "70000", "-1", "4200.5"])
+def test_a_variable_that_is_no_port_is_named(value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLFLOW_PORT", value)
+    with pytest.raises(ConfigError, match=f"MLFLOW_PORT: got '{value}'; set it to a port from 1 to 65535, or unset it to use 5000"):
+        serve(REPOSITORY)
