@@ -29,6 +29,9 @@ from ommatid.tracking import follow_move
 PORTS = {"PREFECT_SERVER_API_PORT": 4200, "MLFLOW_PORT": 5000, "OMMATID_PORT": 8321, "OMMATID_WEBHOOK_PORT": 8322}
 """Environment variables that set the first port to try of the Prefect server, MLflow, the explorer and the webhook, and their defaults."""
 
+ANSWER_SECONDS = 20.0
+"""Seconds after which the Prefect server counts as one that does not answer; meanwhile nothing else is looked after."""
+
 
 def serve(checkout: Path) -> None:
     """Start the servers, deployments and workers, print the addresses, and run until a signal comes or one of the processes ends."""
@@ -37,7 +40,7 @@ def serve(checkout: Path) -> None:
     pools = list(dict.fromkeys(deployment.work_pool.name for deployment in project.deployments))
     forms = [deployment.name for deployment in project.deployments if takes_params(checkout, deployment)]
     prefect, mlflow, explorer, webhook = _ports()
-    api = Api(f"http://127.0.0.1:{prefect}/api")
+    api = Api(f"http://127.0.0.1:{prefect}/api", ANSWER_SECONDS)
     logs = checkout / ".prefect/logs"
     with _only_one(checkout, f"http://127.0.0.1:{prefect}"):
         services = Services(_environment(checkout, prefect, explorer, webhook), logs)

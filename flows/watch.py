@@ -75,22 +75,22 @@ class Watcher:
         Returns:
             Lines to print.
         """
-        began = time.monotonic()
+        took, is_remote = 0.0, False
         try:
             params = load_params(self._checkout / "params.yaml")
+            is_remote = "://" in place_of_input(params)
+            began = time.monotonic()
             key, listing = list_input(params)
+            took = time.monotonic() - began  # what follows may wait for the Prefect server, or read files once
             said = self._follow(now, params, key, listing)
             if self._seen == self._compared:
                 self._said.clear()
         except OmmatidError as error:
             said = [] if str(error) in self._said else [f"{NOTICE}changes of the images start nothing: {error}"]
             self._said = {str(error)}
-            self._seen, is_remote = "", False
-        else:
-            is_remote = "://" in listing.place
+            self._seen = ""
         may_wait = self._watch.quiet_seconds / 3 if self._seen != self._compared else REMOTE_SECONDS
         usual = max(may_wait, LOOK_SECONDS) if is_remote else LOOK_SECONDS
-        took = time.monotonic() - began
         self.rest = max(LOOK_SECONDS, took)
         self.wait = max(usual, took / LISTING_SHARE)
         return said

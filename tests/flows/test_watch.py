@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from flows.prefect_api import Api
 from flows.project import Watch, read_project
 from flows.watch import MEMORY, MOST_BYTES, Watcher, Webhook
 from ommatid.config import load_params
-from ommatid.errors import ConfigError, RunError
+from ommatid.errors import ArtefactError, ConfigError, RunError
 from ommatid.sources.stage import write_sources
 from support.checkout import REPOSITORY
 from support.processes import HANG_SECONDS, wait_for
@@ -186,6 +187,28 @@ def test_a_server_that_is_down_is_asked_again(day: Day) -> None:
     assert day.passes(60) == ["notice: changes of the images start nothing: the Prefect server does not answer"]
     day.server.is_down = False
     assert len(day.passes()) == 1 and len(day.server.made) == 1
+
+
+def test_a_server_that_hangs_for_a_minute_does_not_make_the_watcher_sleep(day: Day, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(watch, "time", clock)
+    (day.photos / "two.jpg").write_text("two")
+    day.server.is_down = True
+    monkeypatch.setattr(day.server, "deployments", lambda name: [setattr(clock, "now", clock.now + 60), day.server.post("", {})])
+    assert day.passes() == ["notice: changes of the images start nothing: the Prefect server does not answer"]
+    assert clock.now >= 60 and day.watcher.wait == watch.LOOK_SECONDS
+
+
+def test_a_store_that_cannot_be_reached_is_not_asked_all_the_time(day: Day, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(params: object) -> None:
+        raise ArtefactError("s3://b/photos: access denied")
+
+    params = day.root / "params.yaml"
+    params.write_text(params.read_text().replace(str(day.photos), "s3://b/photos"))
+    monkeypatch.setattr(watch, "list_input", refuse)
+    day.begin()
+    assert day.passes() == ["notice: changes of the images start nothing: s3://b/photos: access denied"]
+    assert day.watcher.wait >= QUIET / 3 > watch.LOOK_SECONDS
 
 
 def test_other_images_in_the_params_start_nothing(day: Day, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ommatid.errors import SourceError
+from ommatid.errors import SourceError, without_credentials
 from ommatid.store.filesystem import Folder, open_folder
 
 ACTIVATIONS = (".npy", ".safetensors", ".pt", ".pth", ".parquet")
@@ -122,10 +122,11 @@ def some_of(names: Sequence[str]) -> str:
 
 
 def place_of(place: Path | str) -> str:
-    """Return the absolute path of a place with links resolved, or its URL."""
-    root = open_folder(place)
-    path = root.local_path()
-    return root.url if path is None else os.path.realpath(path)
+    """Return the absolute path of a place with links resolved, or its URL; asks no store."""
+    text = str(place)
+    if "://" in text and not text.startswith("file://"):
+        return without_credentials(text.rstrip("/"))
+    return os.path.realpath(text.removeprefix("file://"))
 
 
 def list_images(place: Path | str) -> Listing:
