@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ommatid.errors import SourceError, without_credentials
+from ommatid.errors import SourceError
 from ommatid.store.filesystem import Folder, open_folder
 
 ACTIVATIONS = (".npy", ".safetensors", ".pt", ".pth", ".parquet")
@@ -121,14 +121,6 @@ def some_of(names: Sequence[str]) -> str:
     return ", ".join(name if name and name.isprintable() else repr(name) for name in names[:_SHOWN]) + more
 
 
-def place_of(place: Path | str) -> str:
-    """Return the absolute path of a place with links resolved, or its URL; asks no store."""
-    text = str(place)
-    if "://" in text and not text.startswith("file://"):
-        return without_credentials(text.rstrip("/"))
-    return os.path.realpath(text.removeprefix("file://"))
-
-
 def list_images(place: Path | str) -> Listing:
     """List what the folder source reads, which is every file of a folder. For errors, see `_list`."""
     return _list(place, "images.source.path", "a folder of images", "files", (), is_folder=True)
@@ -178,7 +170,9 @@ def _list(place: Path | str, key: str, allowed: str, what: str, endings: Collect
         SourceError: Nothing exists at the place, the folder has no such files, or a folder cannot be listed.
         ArtefactError: The URL cannot be reached.
     """
-    root, real = open_folder(place), place_of(place)
+    root = open_folder(place)
+    path = root.local_path()
+    real = root.url if path is None else os.path.realpath(path)
     entry = root.entry()
     if entry and is_folder:
         raise SourceError(f"{place}: is a file, not a folder; set {key} to {allowed}")
