@@ -19,6 +19,7 @@ from typing import Any, assert_never
 from ommatid.config import STAGE_NAMES, ExtractFiles, ImageSource, Imported, Params
 from ommatid.config.intervene import find_prompt_file
 from ommatid.config.label import HumanLabeller, names_checksum
+from ommatid.errors import without_credentials
 from ommatid.store.code import Code
 from ommatid.store.filesystem import READ_BYTES, cache_folder, replace_text
 from ommatid.store.filesystem.listing import (
@@ -30,7 +31,6 @@ from ommatid.store.filesystem.listing import (
     list_masks,
     list_parquet,
     list_shards,
-    place_of,
 )
 
 PLACE = Path("data/sources")
@@ -165,8 +165,10 @@ def list_input(params: Params) -> tuple[str, Listing]:
 
 
 def place_of_input(params: Params) -> str:
-    """Return the place of the files that the line begins with, without listing them."""
-    return place_of(params.extract.path if isinstance(params.extract, ExtractFiles) else params.images.source.path)
+    """Return the place of the files that the line begins with, as their listing has it, without asking a store for it."""
+    place = params.extract.path if isinstance(params.extract, ExtractFiles) else params.images.source.path
+    is_url = "://" in place and not place.startswith("file://")
+    return without_credentials(place.rstrip("/")) if is_url else os.path.realpath(place.removeprefix("file://"))
 
 
 def _list_source(source: ImageSource) -> Listing:
