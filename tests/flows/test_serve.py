@@ -4,22 +4,16 @@ All tests share one `make up`, in whose checkout there is one additional deploym
 docs/developers/add-a-deployment.md. Ctrl-C ends everything, and no log has an error that a test has not caused.
 """
 
-import json
-import os
 import re
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -33,121 +27,17 @@ from flows.project import read_project, takes_params
 from ommatid.errors import ConfigError, RunError
 from support.browser import RunningBrowser, Windows, find_chromium, opening, running
 from support.checkout import bytes_of, run
-from support.processes import HANG_SECONDS, wait_for, wait_for_end
+from support.processes import HANG_SECONDS, wait_for
 from support.recipes import Tree, assert_only_named, blocks_of, copy_tree
-from support.servers import free_port
+from support.up import ENDED, Receiver, Up, environment, making_up, receiving
 
 PAGE = "add-a-deployment.md"
-ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
-
-
-@dataclass
-class Up:
-    """A running `make up`."""
-
-    checkout: Path
-    prefect: str
-    mlflow: str
-    explorer: str
-    process: "subprocess.Popen[str]"
-    receiver: "Receiver"
-    said: list[str] = field(default_factory=list)
-    """Lines on its terminal so far."""
-
-    @property
-    def api(self) -> Api:
-        return Api(f"{self.prefect}/api", HANG_SECONDS)
-
-    def deployment(self, name: str) -> dict[str, Any]:
-        (found,) = self.api.deployments(name)
-        return found
-
-    def pretend(self, kind: str, name: str, message: str) -> str:
-        """Let the server believe that a run of `retrain` has ended."""
-        deployment = self.deployment("retrain")
-        body = {"flow_id": deployment["flow_id"], "deployment_id": deployment["id"], "name": f"run-{name}", "state": {"type": "PENDING"}}
-        made = self.api.post("/flow_runs/", body)["id"]
-        self.api.post(f"/flow_runs/{made}/set_state", {"state": {"type": kind, "name": name, "message": message}, "force": True})
-        return made
-
-    def declare_messages(self, receiver: str = "") -> "subprocess.CompletedProcess[str]":
-        """Declare the automations as `make up` does, with some receiver."""
-        env = environment(self.checkout.parent) | {"PREFECT_API_URL": self.api.url, "OMMATID_MESSAGES": receiver}
-        command = [sys.executable, "-m", "flows.messages"]
-        return subprocess.run(command, cwd=self.checkout, env=env, capture_output=True, text=True)
-
-    def automations(self) -> dict[str, dict[str, Any]]:
-        return {found["name"]: found for found in self.api.post("/automations/filter", {})}
-
-    def pause(self, name: str) -> None:
-        """End the schedules of a deployment, and wait for what they have started."""
-        self.api.post(f"/deployments/{self.deployment(name)['id']}/pause_deployment", {})
-        wait_for(lambda: not self.runs(name, "SCHEDULED", "PENDING", "RUNNING"), "the end of runs that had begun")
-
-    def start(self, name: str, parameters: dict[str, Any] | None = None) -> str:
-        """Start a run; without parameters, the request is the one of Quick run."""
-        body = {} if parameters is None else {"parameters": parameters}
-        return self.api.post(f"/deployments/{self.deployment(name)['id']}/create_flow_run", body)["id"]
-
-    def ended(self, flow_run: str) -> dict[str, Any]:
-        """Wait for the end of a run."""
-
-        def ended() -> dict[str, Any] | None:
-            found = self.api.get(f"/flow_runs/{flow_run}")
-            return found if found["state_type"] in ENDED else None
-
-        return wait_for(ended, "the end of the run")
-
-    def runs(self, name: str, *states: str) -> list[dict[str, Any]]:
-        return self.api.runs(deployment_id={"any_": [self.deployment(name)["id"]]}, state={"type": {"any_": states}})
-
-    def heard(self, pattern: str) -> str:
-        """Wait for a line on the terminal."""
-        return wait_for(lambda: next((line for line in self.said if re.search(pattern, line)), None), f"a line with {pattern!r}")
-
-
-class Receiver(ThreadingHTTPServer):
-    """A server that gets messages."""
-
-    def __init__(self) -> None:
-        self.bodies: list[dict[str, Any]] = []
-        self.status: int | None = 200
-        """Status of its answers; None: it does not answer."""
-        self.is_over = threading.Event()
-        super().__init__(("127.0.0.1", 0), _Handler)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def subjects(self) -> list[str]:
-        return [body["subject"] for body in self.bodies]
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Receiver
-
-    def do_POST(self) -> None:
-        self.server.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        if self.server.status is None:
-            self.server.is_over.wait(HANG_SECONDS)
-            return
-        self.send_response(self.server.status)
-        self.end_headers()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
 def receiver() -> Iterator[Receiver]:
-    with Receiver() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with receiving() as server:
         yield server
-        server.is_over.set()
-        server.shutdown()
-        thread.join(HANG_SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -164,31 +54,10 @@ def up(made: Path, receiver: Receiver, tmp_path_factory: pytest.TempPathFactory)
     set_schedules(checkout)
     run(checkout, "git", "add", "-A")
     run(checkout, "git", "commit", "-qm", "Flows")
-    ports = {name: str(free_port()) for name in ("PREFECT_SERVER_API_PORT", "MLFLOW_PORT", "OMMATID_PORT", "OMMATID_WEBHOOK_PORT")}
-    messages = {"OMMATID_MESSAGES": receiver.url, "OMMATID_WEBHOOK_TOKEN": "secret"}
-    command = [sys.executable, "-m", "flows.serve"]
-    with subprocess.Popen(command, cwd=checkout, env=environment(folder) | ports | messages, stdout=subprocess.PIPE, text=True) as process:
-        prefect, mlflow, explorer, webhook = (f"http://127.0.0.1:{port}" for port in ports.values())
-        running_up = Up(checkout, prefect, mlflow, explorer, process, receiver)
-        reader = threading.Thread(target=lambda: running_up.said.extend(process.stdout or ()))
-        reader.start()
-        try:
-            running_up.heard("Ctrl-C ends all of them")
-            assert f"Webhook  {webhook}\n" in running_up.said
-            yield running_up
-        finally:
-            family = psutil.Process(process.pid).children(recursive=True)
-            process.send_signal(signal.SIGINT)
-            process.wait(HANG_SECONDS)
-            reader.join(HANG_SECONDS)
-    assert len(family) >= 5
-    wait_for_end(family, "servers and worker")
-
-
-def environment(home: Path) -> dict[str, str]:
-    """Return the environment of a fresh machine, on which git has no name and email address, and Prefect has no settings."""
-    mine = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "GIT_", "OMMATID_", "MLFLOW_"))}
-    return mine | {"HOME": str(home), "OMMATID_CACHE": str(home / "cache")}
+    with making_up(checkout, environment(folder) | {"OMMATID_WEBHOOK_TOKEN": "secret"}, receiver) as running_up:
+        assert f"Webhook  {running_up.webhook}\n" in running_up.said
+        yield running_up
+        assert len(psutil.Process(running_up.process.pid).children(recursive=True)) >= 5
 
 
 def add_deployment(tree: Tree) -> None:
