@@ -7,13 +7,14 @@ params, an empty cache and `dvc repro` for each stage, as the flows do. `slow-mo
 pixels as the model and Lite0 as the judge. `images` compares the stage with a bare loop on full-size photographs (benchmarks/images.py).
 """
 
+import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
 import yaml
@@ -22,7 +23,7 @@ from report import Row, publish, read
 import images
 from ommatid.compute.commands import DVC, environment
 from ommatid.config import STAGE_NAMES, Cifar10Source
-from ommatid.images.cifar10 import open_source
+from ommatid.images.cifar10 import CLASSES, open_source
 from ommatid.images.source import spread
 
 CHECKOUT = Path(__file__).parent.parent
@@ -45,31 +46,43 @@ class Clone:
 
     def __init__(self, root: Path, n_images: int, overrides: Mapping[str, str] = {}) -> None:
         self.root = root / "clone"
-        self._photos = root / "photos"
+        self.cache = root / "cache"
+        self.photos = root / "photos"
+        self.photos.mkdir()
         _run(["git", "clone", "--quiet", str(CHECKOUT), str(self.root)], root, dict(os.environ))
         source = open_source(Cifar10Source(kind="cifar10", path=str(CHECKOUT / "data/cifar10.json")))
         self._items = source.iter_items(spread(source.total, n_images + N_IMAGES))
         self.add(n_images)
-        params = yaml.safe_load((self.root / "params.yaml").read_text(encoding="utf-8"))
-        params["images"] |= {"source": {"kind": "folder", "path": str(self._photos)}, "limit": None}
+        self._env = {**environment(self.root, self.root), "OMMATID_CACHE": str(self.cache), "MLFLOW_DISABLE_TELEMETRY": "true"}
+        self.set_params({"images.source": f"{{kind: folder, path: {self.photos}}}", "images.limit": "null", **overrides})
+        self.commit("Read photographs")
+
+    def add(self, n: int, kinds: Container[str] = CLASSES, change: Callable[[bytes], bytes] = bytes) -> list[Path]:
+        """Put `n` more photographs of some kinds into the folder, each changed by a function of its bytes; return their paths."""
+        found = []
+        for item in itertools.islice((item for item in self._items if item.label in kinds), n):
+            path = self.photos / (item.label or "") / f"{item.path.replace('/', '-')}.png"
+            found.append((path, change(item.read())))
+        for path, data in found:  # at once, as somebody who watches the folder takes a pause for the end
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(data)
+        return [path for path, _ in found]
+
+    def set_params(self, overrides: Mapping[str, str]) -> None:
+        """Write values, in YAML, into params.yaml, by their keys."""
+        path = self.root / "params.yaml"
+        params = yaml.safe_load(path.read_text(encoding="utf-8"))
         for key, value in overrides.items():
             *sections, last = key.split(".")
             section = params
             for name in sections:
                 section = section[name]
             section[last] = yaml.safe_load(value)
-        (self.root / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
-        self._env = {**environment(self.root, self.root), "OMMATID_CACHE": str(root / "cache"), "MLFLOW_DISABLE_TELEMETRY": "true"}
-        identity = ["-c", "user.name=bench", "-c", "user.email=bench@localhost"]
-        _run(["git", *identity, "commit", "--quiet", "-am", "Read photographs"], self.root, self._env)
+        path.write_text(yaml.safe_dump(params), encoding="utf-8")
 
-    def add(self, n: int) -> None:
-        """Put `n` more photographs into the folder."""
-        for _ in range(n):
-            item = next(self._items)
-            path = self._photos / (item.label or "") / f"{item.path.replace('/', '-')}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(item.read())
+    def commit(self, message: str) -> None:
+        """Commit all changes of tracked files."""
+        self.run(["git", "-c", "user.name=bench", "-c", "user.email=bench@localhost", "commit", "--quiet", "-am", message])
 
     def repro(self, stages: tuple[str, ...]) -> tuple[dict[str, float], int]:
         """Run stages by `dvc repro`; return the seconds of each, and the number of images that networks ran on."""

@@ -22,15 +22,15 @@ HANG_SECONDS = 600.0
 Found = TypeVar("Found")
 
 
-def wait_for(find: Callable[[], Found | None], what: str) -> Found:
+def wait_for(find: Callable[[], Found | None], what: str, seconds: float = HANG_SECONDS) -> Found:
     """Return what `find` finds, as soon as it finds anything.
 
     Raises:
-        AssertionError: nothing came; names `what`.
+        AssertionError: nothing came within `seconds`; names `what`.
     """
-    until = time.monotonic() + HANG_SECONDS
+    until = time.monotonic() + seconds
     while not (found := find()):
-        assert time.monotonic() < until, f"waited {HANG_SECONDS:.0f} s for {what}"
+        assert time.monotonic() < until, f"waited {seconds:.0f} s for {what}"
         time.sleep(0.05)
     return found
 
