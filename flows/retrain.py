@@ -81,12 +81,8 @@ def _conclude(params: Params) -> Decision | None:
 
 def _find_new(place: Workplace, params: Params) -> Decision | Waiting | State:
     """Run the pipeline and decide, unless nothing has changed."""
-    waiting = read_waiting()
-    if not place.stale():
-        if waiting and approval.is_current(waiting):
-            return waiting if approval.is_asked(waiting) else _ask_again(waiting, params.retrain)
-        if champion.is_decided():
-            return Completed(name="Unchanged", message="images, params and code have not changed")
+    if not place.stale() and (outcome := _find_settled(params)):
+        return outcome
     try:
         run_stages(place, {"train": lambda: check_drift(params, place)})
     except DriftError as error:
@@ -95,6 +91,8 @@ def _find_new(place: Workplace, params: Params) -> Decision | Waiting | State:
         if GateError.WORDS not in str(error):
             raise
         return Failed(name="Rejected", message=str(error), data=error)
+    if outcome := _find_settled(params):  # images that came in were removed again, for example
+        return outcome
     for attempt in range(MOST_DECISIONS):
         made = decide(params)
         try:
@@ -104,6 +102,15 @@ def _find_new(place: Workplace, params: Params) -> Decision | Waiting | State:
                 raise
             get_run_logger().warning(f"{error}; deciding again")
     raise AssertionError("unreachable")
+
+
+def _find_settled(params: Params) -> Waiting | State | None:
+    """Return what became of the checkout's catalogue if it was decided about or waits for a person; None if it is new."""
+    if (waiting := read_waiting()) and approval.is_current(waiting):
+        return waiting if approval.is_asked(waiting) else _ask_again(waiting, params.retrain)
+    if champion.is_decided():
+        return Completed(name="Unchanged", message="images, params and code have not changed")
+    return None
 
 
 def _publish(made: Decision, params: RetrainParams) -> Decision:

@@ -95,12 +95,22 @@ def test_retrain_runs_and_decides_when_images_changed_even_without_a_registry(he
     def unreachable() -> None:
         raise RunError("MLflow does not answer")
 
-    monkeypatch.setattr(champion, "is_decided", lambda: True)
+    monkeypatch.setattr(champion, "is_decided", lambda: False)
     monkeypatch.setattr(champion, "point_alias", unreachable)
     (here / "photos/two.jpg").write_text("two")
     state = retrain(return_state=True)
     assert isinstance(state, State) and (state.name, state.message) == ("Kept", "the champion stays: FVU +0.2")
     assert len(published) == 1 and ran(here) == ["images", "train", "evaluate"]
+
+
+def test_stages_that_end_with_the_catalogue_of_the_last_decision_change_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images came in and were removed again after a run that has read them."""
+    published = decided(monkeypatch)
+    monkeypatch.setattr(champion, "is_decided", lambda: True)
+    (here / "photos/two.jpg").write_text("two")
+    state = retrain(return_state=True)
+    assert isinstance(state, State) and (state.name, state.is_completed()) == ("Unchanged", True)
+    assert published == [] and ran(here) == ["images", "train", "evaluate"]
 
 
 def test_a_commit_or_push_that_fails_is_a_warning_of_the_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +142,7 @@ def test_drift_ends_a_retraining_before_training_only_if_it_should(
     params.write_text(params.read_text().replace("action: warn", f"action: {action}"))
     found = drift.Outcome(make_drifted_check(here / "own"), "600 new images differ from the champion's 10,000", is_drift=True)
     monkeypatch.setattr(drift, "check_drift", lambda params, on_event: found)
+    monkeypatch.setattr(champion, "is_decided", lambda: False)
     shown: dict[str, str] = {}
     monkeypatch.setattr("flows.drift.create_markdown_artifact", lambda page, key, description: shown.update({key: page}))
     (here / "photos/two.jpg").write_text("two")
