@@ -153,6 +153,31 @@ def free_port(first: int, taken: Container[int] = ()) -> int:
     raise RunError(f"no free port from {first} to {last}")
 
 
+def hold_port(first: int) -> tuple[int, socket.socket]:
+    """Find a port that nobody listens on, and keep it for a server that will be started later.
+
+    Args:
+        first: Port to try first; the 99 ports after it follow.
+
+    Returns:
+        The port, and what keeps it: until that is closed or this process ends, nobody else who calls this function gets the port. It is a
+        socket of UDP, which is not in the way of a server's own.
+
+    Raises:
+        RunError: None of the ports is free.
+    """
+    taken: list[int] = []
+    while True:
+        port, holder = free_port(first, taken), socket.socket(type=socket.SOCK_DGRAM)
+        try:
+            holder.bind(("127.0.0.1", port))
+        except OSError:
+            holder.close()
+            taken.append(port)
+        else:
+            return port, holder
+
+
 def _listens(pid: int, port: int | None) -> bool:
     """Return whether a process or one of its descendants listens on a port."""
     with suppress(psutil.NoSuchProcess):

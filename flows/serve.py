@@ -10,16 +10,16 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import filelock
 
 from flows.monitor import LOOK_SECONDS, Monitor, skip_missed_runs
 from flows.prefect_api import Api
-from flows.processes import LAST_PORT, Services, Tail, free_port
+from flows.processes import LAST_PORT, Services, Tail, hold_port
 from flows.project import PROJECT, read_project, takes_params
-from flows.watch import NOTICE
+from flows.watch import LOCALHOST, NOTICE, WEBHOOK_HOST
 from ommatid.cli.error_boundary import at_edge
 from ommatid.compute.commands import environment
 from ommatid.config import Params, load_params
@@ -39,10 +39,9 @@ def serve(checkout: Path) -> None:
     project = read_project(checkout)
     pools = list(dict.fromkeys(deployment.work_pool.name for deployment in project.deployments))
     forms = [deployment.name for deployment in project.deployments if takes_params(checkout, deployment)]
-    prefect, mlflow, explorer, webhook = _ports()
-    api = Api(f"http://127.0.0.1:{prefect}/api", ANSWER_SECONDS)
     logs = checkout / ".prefect/logs"
-    with _only_one(checkout, f"http://127.0.0.1:{prefect}"):
+    with _held_ports() as (prefect, mlflow, explorer, webhook), _only_one(checkout, f"http://127.0.0.1:{prefect}"):
+        api = Api(f"http://127.0.0.1:{prefect}/api", ANSWER_SECONDS)
         services = Services(_environment(checkout, prefect, explorer, webhook), logs)
         try:
             services.start("prefect", *_prefect(prefect))
@@ -69,27 +68,31 @@ def serve(checkout: Path) -> None:
                 f"Explorer http://127.0.0.1:{explorer}\nPrefect  http://127.0.0.1:{prefect}/deployments\nMLflow   http://127.0.0.1:{mlflow}"
             )
             if project.watch and os.environ.get("OMMATID_WEBHOOK_TOKEN"):
-                print(f"Webhook  http://127.0.0.1:{webhook}")
+                print(f"Webhook  http://{os.environ.get(WEBHOOK_HOST) or LOCALHOST}:{webhook}")
             print("Ctrl-C ends all of them.", flush=True)
             _follow(services, api, Monitor(api, logs, pools), Tail(logs / "watch.log"), checkout / "params.yaml", forms)
         finally:
             services.end()
 
 
-def _ports() -> list[int]:
-    """Return a free port for each server.
+@contextmanager
+def _held_ports() -> Iterator[list[int]]:
+    """Keep a free port for each server, which other checkouts do not take.
 
     Raises:
         ConfigError: A variable is set to something else than a port.
         RunError: No port is free.
     """
-    found: list[int] = []
-    for variable, usual in PORTS.items():
-        value = os.environ.get(variable) or str(usual)
-        if not value.isdecimal() or not 1 <= int(value) <= LAST_PORT:
-            raise ConfigError(f"{variable}: got {value!r}; set it to a port from 1 to {LAST_PORT}, or unset it to use {usual}")
-        found.append(free_port(int(value), found))
-    return found
+    with ExitStack() as stack:
+        found: list[int] = []
+        for variable, usual in PORTS.items():
+            value = os.environ.get(variable) or str(usual)
+            if not value.isdecimal() or not 1 <= int(value) <= LAST_PORT:
+                raise ConfigError(f"{variable}: got {value!r}; set it to a port from 1 to {LAST_PORT}, or unset it to use {usual}")
+            port, holder = hold_port(int(value))
+            stack.enter_context(holder)
+            found.append(port)
+        yield found
 
 
 def _follow(services: Services, api: Api, monitor: Monitor, watch: Tail, params: Path, forms: Sequence[str]) -> None:

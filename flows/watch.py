@@ -27,7 +27,7 @@ from flows.prefect_api import Api
 from flows.project import Watch, read_project
 from ommatid.cli.error_boundary import at_edge
 from ommatid.config import Params, load_params
-from ommatid.errors import OmmatidError, RunError
+from ommatid.errors import ConfigError, OmmatidError, RunError
 from ommatid.sources.stage import PLACE, fingerprint, list_input, place_of_input
 from ommatid.store.filesystem import replace_text
 from ommatid.store.filesystem.listing import Listing
@@ -36,6 +36,9 @@ MEMORY = Path(".prefect/watch.json")
 """File that remembers for which content the last run was started."""
 NOTICE = "notice: "
 """Beginning of lines that `make up` repeats on its terminal."""
+WEBHOOK_HOST = "OMMATID_WEBHOOK_HOST"
+"""Environment variable that names the interface on which notifications are taken."""
+LOCALHOST = "127.0.0.1"
 LOOK_SECONDS = 2.0
 """Seconds between two looks at files on this machine."""
 REMOTE_SECONDS = 60.0
@@ -306,8 +309,12 @@ def main() -> None:
         watcher = Watcher(checkout, Api(url), watch)
         called = threading.Event()
         if token := os.environ.get("OMMATID_WEBHOOK_TOKEN"):
-            address = (os.environ.get("OMMATID_WEBHOOK_HOST", "127.0.0.1"), int(os.environ.get("OMMATID_WEBHOOK_PORT", "8322")))
-            webhook = Webhook(address, token, watcher)
+            host, port = os.environ.get(WEBHOOK_HOST) or LOCALHOST, int(os.environ.get("OMMATID_WEBHOOK_PORT", "8322"))
+            try:
+                webhook = Webhook((host, port), token, watcher)
+            except OSError as error:
+                wanted = f"set {WEBHOOK_HOST} to an address of this machine, and OMMATID_WEBHOOK_PORT to a port that is free there"
+                raise ConfigError(f"the webhook cannot listen at {host}:{port} ({error.strerror}); {wanted}") from None
             called = webhook.called
             threading.Thread(target=webhook.serve_forever, name="webhook", daemon=True).start()
         while True:

@@ -1,6 +1,7 @@
 """Proves that services end with everything they started, and with what a killed service left behind."""
 
 import os
+import subprocess
 import sys
 import threading
 from http.server import HTTPServer, SimpleHTTPRequestHandler
@@ -9,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.processes import LAST_PORT, Services, free_port
+from flows.processes import LAST_PORT, Services, free_port, hold_port
 from flows.serve import serve
 from ommatid.errors import ConfigError, RunError
 from support.checkout import REPOSITORY
@@ -68,6 +69,28 @@ def test_ports_end_at_the_last_one() -> None:
     assert free_port(LAST_PORT, taken=[]) == LAST_PORT
     with pytest.raises(RunError, match=f"no free port from {LAST_PORT} to {LAST_PORT}"):
         free_port(LAST_PORT, taken=[LAST_PORT])
+
+
+def test_a_port_is_kept_until_its_server_is_started() -> None:
+    """The webhook is started a minute after its port was chosen, when another checkout may be looking for one."""
+    port, holder = hold_port(free_port(20_000))
+    with holder:
+        assert free_port(port) == port, "a server can listen there"
+        other, holder_of_other = hold_port(port)
+        with holder_of_other:
+            assert other > port
+    again, holder = hold_port(port)
+    holder.close()
+    assert again == port
+
+
+def test_a_webhook_that_cannot_listen_names_its_variables(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(REPOSITORY), *sys.path])
+    given = {"PREFECT_API_URL": "http://127.0.0.1:1/api", "OMMATID_WEBHOOK_TOKEN": "secret", "OMMATID_WEBHOOK_HOST": "192.0.2.1"}
+    command = [sys.executable, "-m", "flows.watch"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | given | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: the webhook cannot listen at 192.0.2.1:8322 (Cannot assign requested address); set OMMATID_WEB")
 
 
 @pytest.mark.parametrize("value", ["abc", "0", "70000", "-1", "4200.5"])
