@@ -27,8 +27,8 @@ from flows.prefect_api import Api
 from flows.project import Watch, read_project
 from ommatid.cli.error_boundary import at_edge
 from ommatid.config import Params, load_params
-from ommatid.errors import ConfigError, OmmatidError, RunError
-from ommatid.sources.stage import PLACE, fingerprint, list_input, place_of_input
+from ommatid.errors import ConfigError, OmmatidError, RunError, SourceError
+from ommatid.sources.stage import PLACE, fingerprint, key_of_input, list_input, place_of_input
 from ommatid.store.filesystem import replace_text
 from ommatid.store.filesystem.listing import Listing
 
@@ -83,9 +83,13 @@ class Watcher:
             params = load_params(self._checkout / "params.yaml")
             is_remote = "://" in place_of_input(params)
             began = time.monotonic()
-            key, listing = list_input(params)
+            try:
+                _, listing = list_input(params)
+            except SourceError:
+                self._remember(params, seen="")  # so that the first files of an empty folder start a run
+                raise
             took = time.monotonic() - began  # what follows may wait for the Prefect server, or read files once
-            said = self._follow(now, params, key, listing)
+            said = self._follow(now, params, listing)
             if self._seen == self._compared:
                 self._said.clear()
         except OmmatidError as error:
@@ -104,11 +108,11 @@ class Watcher:
         start = place.replace("s3a://", "s3://").rstrip("/") + "/"
         return None if any(f"{url}/".startswith(start) for url in urls) else f"only {place} is watched"
 
-    def _follow(self, now: float, params: Params, key: str, listing: Listing) -> list[str]:
+    def _follow(self, now: float, params: Params, listing: Listing) -> list[str]:
         seen = f"{listing.place} {listing.fingerprint}"
         if seen != self._seen:
             self._seen, self._since = seen, now
-        memory = self._remember(key, listing, seen)
+        memory = self._remember(params, seen)
         if seen == self._compared or now - self._since < self._watch.quiet_seconds:
             return []
         said = []
@@ -124,14 +128,14 @@ class Watcher:
         self._compared = seen
         return said
 
-    def _remember(self, key: str, listing: Listing, seen: str) -> dict[str, Any]:
+    def _remember(self, params: Params, seen: str) -> dict[str, Any]:
         """Return what is remembered of the files; of others than those of before, their present state, for which no run is started."""
-        memory = _read(self._checkout / MEMORY)
-        if memory.get("place") != listing.place:
+        memory, place, key = _read(self._checkout / MEMORY), place_of_input(params), key_of_input(params)
+        if memory.get("place") != place:
             # a run that was made before anything watched has read the content of then
             recorded = _read(self._checkout / PLACE / f"{key.partition('.')[0]}.json").get(key, {}).get("sha256")
             known = recorded if not memory else None
-            memory = {"place": listing.place, "seen": "" if known else seen, "content": known, "n": memory.get("n", 0)}
+            memory = {"place": place, "seen": "" if known else seen, "content": known, "n": memory.get("n", 0)}
             _write(self._checkout / MEMORY, memory)
         return memory
 

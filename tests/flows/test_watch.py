@@ -181,6 +181,15 @@ def test_images_that_are_gone_are_reported_once_and_watched_again_when_they_are_
     assert len(day.passes()) == 1 and len(day.server.made) == 1
 
 
+def test_the_first_images_of_a_folder_that_was_empty_start_a_run(day: Day) -> None:
+    (day.root / MEMORY).unlink()
+    (day.photos / "one.jpg").unlink()
+    day.begin()
+    assert len(day.passes()) == 1 and day.server.made == []
+    (day.photos / "one.jpg").write_text("one")
+    assert day.passes() == [f"notice: {day.photos} has changed (1 files): started retrain as run-0"]
+
+
 def test_a_server_that_is_down_is_asked_again(day: Day) -> None:
     day.server.is_down = True
     (day.photos / "two.jpg").write_text("two")

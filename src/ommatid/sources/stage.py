@@ -159,9 +159,13 @@ def list_input(params: Params) -> tuple[str, Listing]:
         SourceError: They are missing or cannot be listed.
         ArtefactError: A URL cannot be reached.
     """
-    if isinstance(params.extract, ExtractFiles):
-        return "extract.path", list_activations(params.extract.path)
-    return "images.source.path", _list_source(params.images.source)
+    listing = list_activations(params.extract.path) if isinstance(params.extract, ExtractFiles) else _list_source(params.images.source)
+    return key_of_input(params), listing
+
+
+def key_of_input(params: Params) -> str:
+    """Return the params key that names the files that the line begins with."""
+    return "extract.path" if isinstance(params.extract, ExtractFiles) else "images.source.path"
 
 
 def place_of_input(params: Params) -> str:
