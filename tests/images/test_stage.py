@@ -10,19 +10,22 @@ import io
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from ommatid.config import FolderSource, ParquetSource, WebDatasetSource
 from ommatid.errors import ArtefactError
 from ommatid.events import Warned
 from ommatid.images import dataset, stage
 from ommatid.images.dataset import split_of
 from ommatid.images.examine import Seen, look
-from ommatid.images.source import spread
+from ommatid.images.source import open_source, spread
 from ommatid.images.stage import run as make_images
 from ommatid.schemas import IMAGES, REJECTED
 from ommatid.store import open_artefact
@@ -140,12 +143,48 @@ def test_identical_images_are_kept_once(names, tmp_path, png, make):
     assert sorted((summary["n_train"], summary["n_eval"])) == [0, 1]
 
 
-def test_a_limit_spreads_evenly_over_the_source(photos, make):
-    artefact = make(source(photos), limit=6)
-    seen = artefact.read("images")["path"].to_pylist() + artefact.read("rejected")["path"].to_pylist()
-    everything = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.png"))
-    assert sorted(seen) == everything[::5]
-    assert artefact.summary["n_seen"] == 6
+def test_a_limit_exchanges_one_image_at_most_when_a_file_comes_or_goes(photos, make, png):
+    def chosen():
+        artefact = make(source(photos), limit=6)
+        assert artefact.summary["n_seen"] == 6
+        found = artefact.read("images")["path"].to_pylist() + artefact.read("rejected")["path"].to_pylist()
+        assert len(set(found)) == 6
+        return set(found)
+
+    before = first = chosen()
+    for i in range(12):
+        (photos / f"0{i}.png").write_bytes(png(100 + i))  # before all others
+        after = chosen()
+        assert len(before - after) <= 1
+        before = after
+    assert before != first
+    for name in sorted(before):
+        (photos / name).unlink()
+        after = chosen()
+        assert len(before - after) == 1 and name not in after
+        before = after
+
+
+def test_names_of_items_are_their_paths(tmp_path, photos, png):
+    (tmp_path / "shards").mkdir()
+    for shard in "ab":
+        with tarfile.open(tmp_path / f"shards/{shard}.tar", "w") as tar:
+            for i in range(3):
+                info = tarfile.TarInfo(f"x/{i}.png")
+                info.size = len(png(i))
+                tar.addfile(info, io.BytesIO(png(i)))
+    whole = (tmp_path / "shards/a.tar").read_bytes()
+    (tmp_path / "shards/a.tar").write_bytes(whole[:1500])  # broken
+    (tmp_path / "rows").mkdir()
+    for name in ("one", "two"):
+        pq.write_table(pa.table({"image": [png(i) for i in range(5)]}), tmp_path / f"rows/{name}.parquet", row_group_size=2)
+    sources = [
+        FolderSource(kind="folder", path=str(photos)),
+        WebDatasetSource(kind="webdataset", path=str(tmp_path / "shards")),
+        ParquetSource(kind="parquet", path=str(tmp_path / "rows")),
+    ]
+    for opened in map(open_source, sources):
+        assert list(opened.names()) == [item.path for item in opened.iter_items(range(opened.total))]
 
 
 @pytest.mark.parametrize(("total", "limit"), [(10, None), (10, 10), (10, 99), (10, 3), (60_000, 10_000), (7, 1)])

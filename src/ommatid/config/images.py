@@ -82,7 +82,7 @@ class ImagesParams(Section):
     source: ImageSource
     """Source of the images."""
     limit: Annotated[int, Field(ge=1)] | None
-    """Largest number of images to use, spread evenly over the source; null for all."""
+    """Largest number of images to use; null for all. Files are chosen by a hash of their paths, so that a new one replaces at most one."""
     eval_share: Annotated[float, Field(gt=0, lt=1)]
     """Share of images, chosen by a hash of the id, that are kept from training and on which latents are evaluated and labelled."""
     max_rejected: Annotated[float, Field(ge=0, lt=1)]

@@ -80,6 +80,9 @@ class Cifar10:
         self.total = sum(heights.values())
         self._check_labels()
 
+    def names(self) -> None:
+        """Return None, as its images are fixed."""
+
     def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
         """Iterate over the images at these positions, in order, as PNG, holding one batch in memory at a time."""
         with _reading(self._archive) as tar:

@@ -181,6 +181,10 @@ class Folder:
         self.notices: Sequence[str] = [*annotations.notices, *_report_tables(str(root), [file.name for file in self._files])]
         self.total = len(self._files)
 
+    def names(self) -> Iterator[str]:
+        """Return the path of every file, in order."""
+        return (file.name for file in self._files)
+
     def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
         """Iterate over the files at these positions, in order."""
         for position in positions:

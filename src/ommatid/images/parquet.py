@@ -81,6 +81,10 @@ class ParquetFiles:
             ]
         self.notices: Sequence[str] = notices
 
+    def names(self) -> Iterator[str]:
+        """Return the path of every row, in order."""
+        return (f"{group.file.name}#{group.row + i}" for group in self._groups for i in range(group.n_rows))
+
     def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
         """Iterate over the rows at these positions, in order; row groups without any of them are not read."""
         for group in self._groups:

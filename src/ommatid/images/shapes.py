@@ -48,6 +48,9 @@ class Shapes:
         self.fingerprint = self._plan.model_dump_json()
         self.notices: Sequence[str] = ()
 
+    def names(self) -> None:
+        """Return None, as its plan fixes the images."""
+
     def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
         """Iterate over the images at these positions, in order, as PNG."""
         for position in positions:

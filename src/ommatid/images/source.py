@@ -3,10 +3,13 @@
 A taxonomy path lists the classes of an image from the root to its own, separated by /, such as animal/mammal/dog.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol
+
+import numpy as np
 
 from ommatid.config import ImageSource
 from ommatid.images.reference import Reference
@@ -44,6 +47,10 @@ class Source(Protocol):
     notices: Sequence[str]
     """Sentences about what in the source is not used."""
 
+    def names(self) -> Iterable[str] | None:
+        """Return the path of every item, in order, without reading the items; None if the source does not grow."""
+        ...
+
     def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
         """Iterate over the items at these positions, which must ascend within 0 to total - 1."""
         ...
@@ -64,6 +71,20 @@ def open_source(params: ImageSource) -> Source:
         SourceError: The source is missing or empty, or differs from what the params say.
     """
     return import_module(f"ommatid.images.{params.kind}").open_source(params)
+
+
+def choose(source: Source, limit: int | None) -> Sequence[int]:
+    """Return the positions of at most `limit` items of a source, in order.
+
+    Of a source that may grow, these are the items whose paths have the smallest hashes, so that one item more or less exchanges at most
+    one of those chosen. Of any other source they are evenly spread.
+    """
+    names = source.names()
+    if limit is None or limit >= source.total or names is None:
+        return spread(source.total, limit)
+    hashes = (hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest() for name in names)
+    values = np.frombuffer(b"".join(hashes), dtype=">u8")
+    return np.sort(np.argsort(values, kind="stable")[:limit]).tolist()
 
 
 def spread(total: int, limit: int | None) -> Sequence[int]:

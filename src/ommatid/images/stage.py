@@ -7,7 +7,7 @@ from ommatid.events import Listener, Progress, Warned, ignore
 from ommatid.images.dataset import Collection
 from ommatid.images.examine import REMARKS, Earlier, Examiner, settings_of
 from ommatid.images.memory import Memory
-from ommatid.images.source import open_source, spread
+from ommatid.images.source import choose, open_source
 from ommatid.images.workers import look_elsewhere
 from ommatid.store import Artefact, Draft
 
@@ -40,7 +40,7 @@ def run(params: ImagesParams, inputs: Mapping[str, Artefact], draft: Draft, on_e
     source = open_source(params.source)
     for notice in source.notices:
         on_event(Warned(notice))
-    positions = spread(source.total, params.limit)
+    positions = choose(source, params.limit)
     collection = Collection(draft, params.eval_share, source.fingerprint)
     with Memory(settings_of(params.thumbnail), lambda line: on_event(Warned(line))) as memory:
         left = positions[collection.n_seen :]

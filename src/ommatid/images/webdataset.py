@@ -98,6 +98,13 @@ class WebDataset:
             raise SourceError(f"{place}: there are no images in {len(self._shards)} archives{why}; change images.source.path")
         self.notices = [f"{place}: {sentence}" for sentence in (*self._listing.notice([".tar"]), *self._report())]
 
+    def names(self) -> Iterator[str]:
+        """Return the path of every image, in order, and that of each broken archive after its images."""
+        for file, shard in zip(self._listing.files, self._shards, strict=True):
+            yield from (f"{file.name}/{sample.name}" for sample in shard.samples)
+            if shard.broken is not None:
+                yield file.name
+
     def iter_items(self, positions: Sequence[int]) -> Iterator[Item]:
         """Iterate over the images at these positions, in order."""
         for position in positions:
