@@ -132,6 +132,25 @@ def test_what_is_not_used_is_named_and_counted(tmp_path: Path, png: Png, params:
     assert artefact.read("images", ["path"])["path"].to_pylist() == ["a.tar/1.png", "a.tar/4.JPG", "b.tar/5.png", "b.tar/6.png"]
 
 
+def test_of_members_with_one_name_the_last_is_used_as_when_unpacked(
+    tmp_path: Path, png: Png, params: Callable[..., Any], drafting: Any
+) -> None:
+    path = write(tmp_path / "a.tar", {"1.png": png(1), "1.cls": "cat", "2.png": png(2)})
+    with tarfile.open(path, "a") as tar:  # as `tar --append` replaces a sample
+        for name, content in (("1.png", png(3)), ("1.cls", b"dog")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    values, events = params(source(path)), []
+    with drafting(tmp_path / "images", values) as draft:
+        rows = make_images(values, {}, draft, events.append).read("images").to_pylist()
+    found = {row["path"]: (row["label"], row["encoded"]) for row in rows}
+    assert found == {"a.tar/1.png": ("dog", png(3)), "a.tar/2.png": (None, png(2))}
+    assert [event.what for event in events if isinstance(event, Warned)] == [
+        f"{path}: 2 members are there more than once, of which the last is used, as when unpacked: a.tar/1.png, a.tar/1.cls"
+    ]
+
+
 def test_json_gives_label_captions_and_taxonomy_beside_other_members(tmp_path: Path, png: Png, make: Make) -> None:
     values = {"label": "cat", "captions": ["one", "two", 3], "taxonomy": "animal/cat", "url": "http://x"}
     members = {

@@ -64,6 +64,8 @@ class Shard:
     """Samples that have no image."""
     with_several: list[str] = field(default_factory=list)
     """Samples that have several images, of which one is used."""
+    repeated: list[str] = field(default_factory=list)
+    """Members that are there more than once, of which the last is used."""
     bad_texts: list[str] = field(default_factory=list)
     """Members with labels or captions that are not what their ending says, and are not used."""
 
@@ -131,14 +133,16 @@ class WebDataset:
     def _report(self) -> Iterator[str]:
         """Yield sentences about what of the shards is not used."""
         named = list(zip(self._listing.files, self._shards, strict=True))
-        without, several, bad = (
-            [f"{file.name}/{name}" for file, shard in named for name in found(shard)]
-            for found in (lambda shard: shard.without_image, lambda shard: shard.with_several, lambda shard: shard.bad_texts)
+        without, several, repeated, bad = (
+            [f"{file.name}/{name}" for file, shard in named for name in getattr(shard, kind)]
+            for kind in ("without_image", "with_several", "repeated", "bad_texts")
         )
         if without:
             yield f"{count_of(without, 'sample')} left out, having no image: {some_of(without)}"
         if several:
             yield f"{count_of(several, 'sample')} used with one of several images: {some_of(several)}"
+        if repeated:
+            yield f"{count_of(repeated, 'member')} there more than once, of which the last is used, as when unpacked: {some_of(repeated)}"
         if bad:
             yield f"{count_of(bad, 'text')} not used, being empty, too long or not what their ending says: {some_of(bad)}"
 
@@ -178,15 +182,19 @@ def index(file: Listed) -> Shard:
     Raises:
         SourceError: The file cannot be read.
     """
-    members: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
+    members: dict[str, dict[str, tuple[str, tarfile.TarInfo]]] = {}
     texts: dict[str, bytes] = {}
+    repeated: dict[str, None] = {}
     broken = None
     try:
         with _open(file) as opened:
             try:
                 for member in _iter_members(opened):
                     key, ending = _split(member.name)
-                    members.setdefault(key, []).append((ending, member))
+                    of_sample = members.setdefault(key, {})
+                    if member.name in of_sample:
+                        repeated[_text(member.name)] = None
+                    of_sample[member.name] = ending, member
                     if _last(ending) in ("cls", "txt", "json"):
                         opened.seek(member.offset_data)
                         texts[member.name] = opened.read(member.size) if member.size <= MOST_TEXT else b""
@@ -194,7 +202,7 @@ def index(file: Listed) -> Shard:
                 broken = f"the archive is broken after {sum(map(len, members.values()))} members ({gist(error)})"
     except OSError as error:
         raise SourceError(f"{file}: cannot be read ({gist(error)}); make it readable, or move it away") from None
-    return _group(members, texts, broken)
+    return _group(members, texts, Shard(broken=broken, repeated=list(repeated)))
 
 
 def _open(file: Listed) -> IO[bytes]:
@@ -229,10 +237,9 @@ def _last(ending: str) -> str:
     return ending.rpartition(".")[2]
 
 
-def _group(members: dict[str, list[tuple[str, tarfile.TarInfo]]], texts: dict[str, bytes], broken: str | None) -> Shard:
-    shard = Shard(broken=broken)
+def _group(members: dict[str, dict[str, tuple[str, tarfile.TarInfo]]], texts: dict[str, bytes], shard: Shard) -> Shard:
     for key, found in members.items():
-        images = [(ending, member) for ending, member in found if _last(ending) in ENDINGS]
+        images = [(ending, member) for ending, member in found.values() if _last(ending) in ENDINGS]
         if not images:
             shard.without_image.append(_text(key))
             continue
@@ -240,7 +247,7 @@ def _group(members: dict[str, list[tuple[str, tarfile.TarInfo]]], texts: dict[st
             shard.with_several.append(_text(key))
         _, image = min(images, key=lambda one: one[0].count("."))  # 1.jpg before 1.seg.png
         notes = _Notes()
-        for ending, member in found:
+        for ending, member in found.values():
             if _last(ending) in ("cls", "txt", "json") and not notes.add(ending, texts[member.name]):
                 shard.bad_texts.append(_text(member.name))
         shard.samples.append(Sample(_text(image.name), image.offset_data, image.size, notes.label, tuple(notes.captions), notes.taxonomy))
