@@ -3,10 +3,12 @@
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from ommatid.cli import stage as verbs
 from ommatid.config import Params, load_params
 from ommatid.errors import RunError
 from ommatid.events import Event
@@ -76,6 +78,19 @@ def test_nothing_is_published_until_the_checkout_is_put_back(change: Callable[[]
     run_stage("images", params, lambda event: None)
     published = list(Path("data/images").rglob("part-*.parquet"))
     assert sorted(path.stat().st_mtime_ns for path in published) == sorted(before.values())  # the draft, and not another run
+
+
+def test_an_edit_between_reading_the_params_and_the_stage_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_and_edit(*arguments: Any) -> Params:
+        params = load_params(*arguments)
+        set_value("images", "thumbnail", 64)
+        return params
+
+    set_value("images", "thumbnail", 96)
+    monkeypatch.setattr(verbs, "load_params", load_and_edit)
+    with pytest.raises(RunError, match=r"the checkout changed while the stage ran: images.thumbnail 96 -> 64"):
+        verbs.run("images", Path("params.yaml"), [], "data")
+    assert not Path("data/images").exists()
 
 
 def test_what_does_not_concern_the_stage_does_not_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:

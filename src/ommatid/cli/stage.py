@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ommatid.cli.terminal import say, showing
 from ommatid.config import Params, load_params
+from ommatid.pipeline.checkout import StageWatch, watch_stage
 
 if TYPE_CHECKING:
     from ommatid.store import Artefact
@@ -30,6 +31,7 @@ def run(name: str, params_file: Path, overrides: Sequence[str], data: str, allow
     Returns:
         The exit status: 0, or `REJECTED`.
     """
+    watch = watch_stage(name)
     params = load_params(params_file, overrides)
     if name == "train" and params.train.init:
         from ommatid.publish.champion import resolve_start
@@ -41,25 +43,25 @@ def run(name: str, params_file: Path, overrides: Sequence[str], data: str, allow
     for key, value in OPENMP_SETTINGS.items():
         os.environ.setdefault(key, value)
     if name == "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        has_rejected = _train_distributed(params, data)
+        has_rejected = _train_distributed(params, data, watch)
     else:
-        has_rejected = _run_alone(name, params, data)
+        has_rejected = _run_alone(name, params, data, watch)
     return REJECTED if has_rejected and not allow_rejected else 0
 
 
-def _run_alone(name: str, params: Params, data: str) -> bool:
+def _run_alone(name: str, params: Params, data: str, watch: StageWatch | None) -> bool:
     """Run a stage in this process; return whether its gate rejected any SAE."""
     from ommatid.pipeline.inputs import study_params
     from ommatid.pipeline.run import run_stage
 
     with showing(sys.stdout, len(params.train.each()) > 1) as on_event:
-        artefact = run_stage(name, study_params(name, params, data, on_event), on_event, data)
+        artefact = run_stage(name, study_params(name, params, data, on_event), on_event, data, watch=watch)
     rejected = f"; {len(artefact.rejected)} rejected: {', '.join(artefact.rejected)}" if artefact.rejected else ""
     say(f"{name}: {artefact.url} holds {_describe_contents(artefact)}{rejected}")
     return bool(artefact.rejected)
 
 
-def _train_distributed(params: Params, data: str) -> bool:
+def _train_distributed(params: Params, data: str, watch: StageWatch | None) -> bool:
     """Train as one of the processes of `torchrun --nproc-per-node N -m ommatid train`.
 
     Returns:
@@ -73,7 +75,7 @@ def _train_distributed(params: Params, data: str) -> bool:
         if distributed.rank():
             follow_training(study_params("train", params, data), data)
             return False
-        return _run_alone("train", params, data)
+        return _run_alone("train", params, data, watch)
 
 
 def _describe_contents(artefact: "Artefact") -> str:

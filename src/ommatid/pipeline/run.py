@@ -12,7 +12,7 @@ from ommatid.config import Params, TrainParams
 from ommatid.errors import GateError, Lack, MachineError, describe, find_lack
 from ommatid.events import Listener, Progress, Warned
 from ommatid.pipeline import STAGES, place_of
-from ommatid.pipeline.checkout import watch_stage
+from ommatid.pipeline.checkout import StageWatch, watch_stage
 from ommatid.pipeline.inputs import open_inputs
 from ommatid.stage import DATA, HEALTH, QUALITY, Stage, is_checkouts, load
 from ommatid.store import Artefact, Draft
@@ -55,6 +55,7 @@ def run_stage(
     data: str = DATA,
     must_pass: bool = True,
     run: Callable[[Any, Mapping[str, Artefact], Draft, Listener], Artefact] | None = None,
+    watch: StageWatch | None = None,
 ) -> Artefact:
     """Run one stage in the current directory. If another process is making the same artefact, wait for it and return that artefact.
 
@@ -68,6 +69,7 @@ def run_stage(
         data: Root of all artefacts and of the gates' reports, a path or URL.
         must_pass: Whether to raise an error if the artefact fails the gate. If not, as in trials on samples, failures are only reported.
         run: Function that computes the artefact in place of the stage's own `run`, for trials of training.
+        watch: Watch of the checkout since before the params were read; None means from now on.
 
     Returns:
         The published artefact.
@@ -80,7 +82,7 @@ def run_stage(
         OmmatidError: An input is missing or damaged, or the user's values cannot be used.
     """
     stage, place = STAGES[name], place_of(name, data)
-    watch = watch_stage(name) if is_checkouts(data) else None
+    watch = (watch or watch_stage(name)) if is_checkouts(data) else None
     inputs = open_inputs(name, params, data)
     section = getattr(params, name)
 
