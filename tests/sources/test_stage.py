@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from ommatid.config import STAGE_NAMES, Params, load_params
 from ommatid.errors import ArtefactError, SourceError
 from ommatid.reviews import PLACE as PEOPLE
 from ommatid.reviews import ReviewLog
+from ommatid.sources import stage as sources
 from ommatid.sources.stage import CODE, PLACE, write_sources
-from ommatid.store.filesystem import listing, open_folder
+from ommatid.store.filesystem import disk, listing, open_folder
 from ommatid.store.filesystem.disk import Disk
 from support.study import CHECKOUT
 
@@ -285,3 +287,38 @@ def test_an_object_store_is_listed_but_not_read(s3: str, tmp_path: Path, monkeyp
     assert write_sources(chosen) != found
     with pytest.raises(ArtefactError, match="there is no such bucket"):
         write_sources(params("images.source={kind: folder, path: s3://no-such-bucket/photos}"))
+
+
+def test_a_change_while_other_files_are_read_is_noticed_though_it_leaves_the_same_times(
+    photos: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, checksum = [10**18], sources._checksum
+    monkeypatch.setattr(listing, "time", SimpleNamespace(time_ns=lambda: now[0]))
+    monkeypatch.setattr(disk, "_stamp_of", lambda status: f"{10**18} {10**18}")  # a clock that ticks once in a long time
+
+    def read_slowly(file: listing.Listed) -> str:
+        found = checksum(file)
+        if file.name == "b.jpg":
+            write("photos/b.jpg", b"c")
+            now[0] += 2 * listing.SETTLED_NS
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "_checksum", read_slowly)
+        before = photos()
+    assert photos() != before
+
+
+def test_a_time_in_the_future_is_no_reason_to_read_a_file_again(photos: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "SETTLED_NS", -(10**9))  # the files of this test are young
+    os.utime("photos/b.jpg", (2**32, 2**32))  # a camera with a wrong date
+    before, read = photos(), []
+    monkeypatch.setattr(sources, "_checksum", lambda file: read.append(file.name))
+    assert photos() == before and not read
+
+
+def test_a_folder_behind_a_link_may_have_a_name_that_is_not_utf_8(photos: Callable[[], str]) -> None:
+    before = photos()
+    os.rename(b"photos", b"caf\xe9")
+    os.symlink(b"caf\xe9", b"photos")
+    assert photos() == before

@@ -219,14 +219,15 @@ def _checksums(listing: Listing) -> list[str]:
     """Return the checksum of each file, from the cache if its size and times are unchanged, else by reading the file."""
     if listing.files[0].path is None:
         return [f"{file.size} {file.stamp}" for file in listing.files]  # contains the store's own checksum
-    cache = cache_folder() / "checksums" / f"{hashlib.sha256(listing.place.encode()).hexdigest()[:32]}.json"
+    cache = cache_folder() / "checksums" / f"{hashlib.sha256(os.fsencode(listing.place)).hexdigest()[:32]}.json"
     known = _load(cache)
-    missing = [file for file in listing.files if not (facts := file.facts) or known.get(file.inside, ("", ""))[0] != facts]
+    facts = {file.inside: file.facts for file in listing.files}  # before reading: a file that settles meanwhile may have changed since
+    missing = [file for file in listing.files if not facts[file.inside] or known.get(file.inside, ("", ""))[0] != facts[file.inside]]
     with ThreadPoolExecutor(_N_READERS) as pool:
         read = dict(zip((file.inside for file in missing), pool.map(_checksum, missing), strict=True))
     found = [read[file.inside] if file.inside in read else known[file.inside][1] for file in listing.files]
     if missing or len(known) != len(found):
-        settled = {file.inside: (facts, sum_) for file, sum_ in zip(listing.files, found, strict=True) if (facts := file.facts)}
+        settled = {name: (of_file, sum_) for (name, of_file), sum_ in zip(facts.items(), found, strict=True) if of_file}
         with suppress(OSError):  # without the cache all files are read again, which is only slower
             cache.parent.mkdir(parents=True, exist_ok=True)
             replace_text(cache, json.dumps(settled))

@@ -54,7 +54,7 @@ class Listed:
 
         Empty if the file cannot be read, or changed so recently that another change might leave the same times.
         """
-        if not self.stamp or (self.path and time.time_ns() - max(map(int, self.stamp.split())) <= SETTLED_NS):
+        if not self.stamp or (self.path and time.time_ns() - _last_change(self.stamp) <= SETTLED_NS):
             return ""
         return f"{self.size} {self.stamp}"
 
@@ -108,6 +108,12 @@ class Listing:
             return []
         names = "its name does" if len(self.skipped) == 1 else "their names do"
         return [f"{count_of(self.skipped, 'file')} not read, because {names} not end in {' or '.join(endings)}: {some_of(self.skipped)}"]
+
+
+def _last_change(stamp: str) -> int:
+    """Return the later time in a stamp of a local file; not a modification in the future, which only a program or a camera can have set."""
+    modified, *changed = map(int, stamp.split())
+    return max(changed) if changed and modified > time.time_ns() else max([modified, *changed])
 
 
 def count_of(things: Collection[object], what: str) -> str:
