@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ommatid.extract.networks import Networks, Output, is_same
+from ommatid.images import decode
 from ommatid.store.caches import activations_bound, activations_folder, files_below
 from ommatid.store.code import PACKAGE, Code, analyse, digest_of
 from ommatid.store.filesystem import in_words, replace_text, temporary_path
@@ -288,7 +289,7 @@ def output_key(networks: Networks, output: Output) -> str:
 @cache
 def arithmetic(device: str) -> str:
     """Describe what decides the last bits of a result on this machine, besides the code and data: libraries, processors and settings."""
-    libraries = {name: metadata.version(name) for name in ("torch", "transformers", "numpy", "pillow")}
+    libraries = [decode.versions(), *(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "numpy"))]
     settings = {name: value for name, value in os.environ.items() if _ARITHMETIC.match(name) and "NUM_THREADS" not in name}
     facts: list[Any] = [libraries, torch.__config__.show(), sorted(settings.items()), platform.machine(), _processor()]
     if device == "cuda":

@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+import PIL
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from ommatid.errors import gist
 
@@ -73,6 +74,12 @@ class Unreadable(Exception):
         self.detail = detail
         self.is_lasting = is_lasting
         """Whether the same bytes fail at every attempt, as they do unless memory ran out."""
+
+
+def versions() -> list[str]:
+    """Return the versions of Pillow and of the libraries that decode for it, which may come from the system."""
+    codecs = ("libjpeg_turbo", "jpg_2000", "libtiff", "webp", "avif", "zlib")
+    return [PIL.__version__, *(f"{name} {features.version(name)}" for name in codecs)]
 
 
 def decode(encoded: bytes) -> Image.Image:

@@ -9,8 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
-import PIL
-from PIL import Image, features
+from PIL import Image
 
 from ommatid.errors import ArtefactError
 from ommatid.images import decode
@@ -110,8 +109,7 @@ def to_webp(image: Image.Image) -> bytes:
 
 def settings_of(thumbnail: int) -> str:
     """Return a text that identifies everything besides an image's content that determines what `look` finds."""
-    codecs = [f"{name} {features.version(name)}" for name in ("libjpeg_turbo", "jpg_2000", "libtiff", "webp", "avif", "zlib")]
-    return f"{thumbnail} {PIL.__version__} {codecs} {digest_of(__name__, decode.__name__)}"
+    return f"{thumbnail} {decode.versions()} {digest_of(__name__, decode.__name__)}"
 
 
 class Earlier:
