@@ -5,7 +5,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +28,11 @@ PAST_SAES = """
 """
 SCORES = {
     "sae": ("SAE", ""),
-    "ms": ("MS", "MonoSemanticity score: how similar the images are on which a latent fires; more is better"),
-    "ms_floor": ("MS by chance", "that of unrelated images"),
-    "fvu": ("FVU", "share of the activations' variance that it does not explain; less is better"),
-    "dead": ("dead", "share of latents that never fire; less is better"),
-    "l0": ("L0", "latents that fire per token"),
+    "ms": ("MS", "MonoSemanticity score, how similar the images are on which a latent fires (more is better)"),
+    "ms_floor": ("MS by chance", "MS of unrelated images"),
+    "fvu": ("FVU", "share of the activations' variance that it does not explain (less is better)"),
+    "dead": ("dead", "share of latents that never fire (less is better)"),
+    "l0": ("L0", "number of latents that fire per token"),
 }
 """Name and meaning of each score of champion and challenger."""
 N_FEATURES = 10
@@ -177,13 +177,15 @@ def decision(made: Decision, is_asked: bool = False) -> str:
     sides = {"challenger": made.challenger}
     if made.champion:
         sides = {"champion" if is_asked or made.decision == "challenger" else "champion before": made.champion} | sides
-    rows = [(name, *(_number(getattr(scores, key)) for scores in sides.values()), meaning) for key, (name, meaning) in SCORES.items()]
+    rows = [(name, *(_number(getattr(scores, key)) for scores in sides.values())) for key, (name, _) in SCORES.items()]
     title = f"{made.challenger.sae} waits for approval" if is_asked else "Promoted" if made.decision == "champion" else "Kept"
-    parts = [f"# {title}: {_cell(made.reason)}", _table(("", *sides, ""), rows)]
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in SCORES.values() if meaning)
+    parts = [f"# {title}", f"{_cell(made.reason)}.", _table(("", *sides), rows), f"{meanings}."]
     if made.matched:
         counts = made.matched.model_dump()
         parts.append("## The champion's features in the challenger")
-        parts.append(_table(("", "features", ""), [(kind, f"{counts[kind]:,}", meaning) for kind, meaning in KINDS.items()]))
+        meanings = {kind: text.replace("second", "challenger").replace("first", "champion") for kind, text in KINDS.items()}
+        parts.append(_list(f"{counts[kind]:,} {kind}: {meaning}" for kind, meaning in meanings.items()))
     if made.who and not is_asked:
         parts.append(f"Decided by {_cell(made.who)}{f': {_cell(made.why)}' if made.why else ''}.")
     if is_asked:
@@ -208,17 +210,18 @@ def drift(outcome: Outcome) -> str:
     check = outcome.check
     assert check is not None, outcome
     row = check.row
-    parts = [f"# {VERDICTS[outcome.verdict]}: {_cell(outcome.reason)}"]
-    tests = [(test.title, test.value(row), test.chance(row), f"{row[test.p]:.2g}") for test in TESTS if row[test.p] is not None]
+    parts = [f"# {VERDICTS[outcome.verdict].capitalize()}", f"{_cell(outcome.reason)}."]
+    tests = [test for test in TESTS if row[test.p] is not None]
     if tests:
-        parts.append(_table(("compared", "found", "by chance", "p, adjusted"), tests))
+        said = (f"{test.title}: **{test.value(row)}**; by chance {test.chance(row)}; adjusted p {row[test.p]:.2g}" for test in tests)
+        parts.append(_list(said))
     if changed := [one for one in check.latents(N_CHANGED) if one["is_changed"]]:
         picture = draw_changed(changed, check.pictures())
         parts += [
             "## Features that fire differently: the champion's images and new ones",
             f"![changed features]({_embed(picture, 'webp')})",
         ]
-        parts.append(_table(("latent", "name", "", "change"), [_changed(one) for one in changed]))
+        parts.append(_list(f"latent {one['latent']}, {_cell(one['label'] or 'without a name')}: {describe_change(one)}" for one in changed))
     if outcome.is_drift and row["action"] == "warn":
         parts.append("`drift.action` is `warn`, so the run goes on and trains on these images.")
     parts.append(f"The page `/drift?check={row['check_id']}` of `ommatid serve --published` has more, and the relation `drift` everything.")
@@ -244,10 +247,6 @@ def _past(value: Any) -> str:
     return "–" if value is None else f"{value:%Y-%m-%d %H:%M}" if isinstance(value, datetime) else _number(value)
 
 
-def _changed(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["latent"], row["label"] or "without a name", row["change"], describe_change(row)
-
-
 def _number(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
@@ -260,6 +259,11 @@ def _read(root: Path, stage: str) -> dict[str, Any] | None:
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
+
+
+def _list(lines: Iterable[str]) -> str:
+    """Make a list, whose lines wrap in the Prefect UI, unlike the cells of a table."""
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _cell(value: Any) -> str:
