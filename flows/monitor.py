@@ -1,7 +1,7 @@
 """Faults of the running servers of `make up`, which would otherwise be seen only in a log, or when a schedule has not fired for weeks.
 
 A Prefect server answers and says that it is healthy while its scheduler fails on every pass. So several signs are looked at: errors in
-the server's log, schedules without a next run, workers that are no longer heard of, and messages that did not reach their receiver.
+the server's log, schedules without a next run, and workers that are no longer heard of. Messages that were lost are told.
 Imports no Prefect.
 """
 
@@ -9,6 +9,7 @@ import re
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -47,21 +48,28 @@ class Monitor:
         self._errors: dict[str, deque[float]] = defaultdict(deque)
         self._n_looks: dict[str, int] = {}
         self._reported: set[str] = set()
-        self._started = datetime.now(UTC)
+        self._made = datetime.now(UTC)
+        self._looked_first: datetime | None = None
+        self._sent: set[str] = set()
+        self._has_lost_message = False
 
     def look(self) -> list[str]:
         """Look for faults.
 
         Returns:
-            A sentence for each fault that is new, and for each that was reported and is over.
+            A sentence for each fault that is new, for each that was reported and is over, and for each message that was lost.
         """
+        self._looked_first = self._looked_first or datetime.now(UTC)
         found = dict(self._find())
         self._n_looks = {fault: self._n_looks.get(fault, 0) + 1 for fault in found}
         new = [fault for fault, n in self._n_looks.items() if n >= N_LOOKS and fault not in self._reported]
         # a server that does not answer says of no fault that it is over
         over = [] if _SERVER in found else sorted(self._reported - found.keys())
         self._reported = self._reported.difference(over).union(new)
-        return [f"warning: {found[fault]}" for fault in new] + [f"{fault}: works again" for fault in over]
+        said = [f"warning: {found[fault]}" for fault in new] + [f"{fault}: works again" for fault in over]
+        with suppress(RunError):  # a fault of the server, which is among those found
+            said += self._lost_messages()
+        return said
 
     def _find(self) -> Iterator[tuple[str, str]]:
         """Yield the faults of now, each by the name of what is at fault and as a sentence."""
@@ -69,7 +77,7 @@ class Monitor:
             yield f"the Prefect server's {service}", f"the Prefect server's {service} fails again and again; the error is in {self._log}"
         try:
             self._api.get("/ready")
-            found = [*self._idle_schedules(), *self._lost_workers(), *self._lost_messages()]
+            found = [*self._idle_schedules(), *self._lost_workers()]
         except RunError as error:
             yield _SERVER, f"{error}; its output is in {self._log}; if it stays so, end this command and start it again"
             return
@@ -99,7 +107,9 @@ class Monitor:
     def _lost_workers(self) -> Iterator[tuple[str, str]]:
         for pool in self._pools:
             workers = self._api.post(f"/work_pools/{pool}/workers/filter", {})
-            silent = min((_seconds_since(worker["last_heartbeat_time"]) for worker in workers), default=_seconds_since(self._started))
+            # a worker of the same name may have been there before these servers
+            signs = [self._looked_first or self._made, *(worker["last_heartbeat_time"] for worker in workers)]
+            silent = min(map(_seconds_since, signs))
             if silent > SILENT_SECONDS:
                 yield (
                     f"the worker of {pool}",
@@ -107,19 +117,26 @@ class Monitor:
                     f"{self._logs / f'worker-{pool}.log'}; if it stays so, end this command and start it again",
                 )
 
-    def _lost_messages(self) -> Iterator[tuple[str, str]]:
-        """Yield a fault if the newest message did not reach its receiver."""
+    def _lost_messages(self) -> Iterator[str]:
+        """Yield a sentence for each message since the last look that did not reach its receiver, and when one does again."""
         names = ["prefect.automation.action.failed", "prefect.automation.action.executed"]
-        wanted = {"event": {"name": names}, "occurred": {"since": self._started.isoformat()}, "order": "DESC"}
+        wanted = {"event": {"name": names}, "occurred": {"since": self._made.isoformat()}, "order": "DESC"}
         events = self._api.post("/events/filter", {"filter": wanted, "limit": 50})["events"]
-        sent = [event for event in events if event["payload"].get("action_type") in _SENT]
-        if sent and (reason := _failure(sent[0])):
-            message = sent[0]["resource"].get("prefect.resource.name", "a message")
-            yield (
-                "the receiver of messages",
-                f"the message {message!r} did not reach its receiver ({reason}) and is not sent again; check OMMATID_MESSAGES, "
-                "and see Event Feed in the Prefect UI",
-            )
+        sent = [event for event in reversed(events) if event["payload"].get("action_type") in _SENT]
+        for event in sent:
+            if event["id"] in self._sent:
+                continue
+            reason = _failure(event)
+            if reason:
+                message = event["resource"].get("prefect.resource.name", "a message")
+                yield (
+                    f"warning: the message {message!r} did not reach its receiver ({reason}) and is not sent again; check "
+                    "OMMATID_MESSAGES, and see Event Feed in the Prefect UI"
+                )
+            elif self._has_lost_message:
+                yield "the receiver of messages: works again"
+            self._has_lost_message = bool(reason)
+        self._sent = {event["id"] for event in sent}
 
 
 def errors_in(log: str) -> list[tuple[str, str]]:
@@ -135,7 +152,10 @@ def _failure(event: dict[str, Any]) -> str | None:
     payload = event["payload"]
     if event["event"].endswith("failed"):
         return payload.get("reason", "no reason given")
-    return f"it answered {status}" if (status := payload.get("status_code", 0)) >= 400 else None
+    status = payload.get("status_code", 0)
+    if 300 <= status < 400:
+        return f"it answered {status}, a redirection, which is not followed"
+    return f"it answered {status}" if status >= 400 else None
 
 
 def _seconds_since(when: datetime | str) -> float:

@@ -48,6 +48,7 @@ def serve(checkout: Path) -> None:
             services.start("mlflow", *_mlflow(checkout, mlflow))
             services.start("explorer", "ommatid", "serve", "--port", str(explorer))
             services.wait_for("prefect", f"{api.url}/health")
+            monitor = Monitor(api, logs, pools)
             _end_orphans(api)
             for pool in pools:
                 services.start(f"pool-{pool}", "prefect", "work-pool", "create", pool, "--type", "process", "--overwrite")
@@ -70,7 +71,7 @@ def serve(checkout: Path) -> None:
             if project.watch and os.environ.get("OMMATID_WEBHOOK_TOKEN"):
                 print(f"Webhook  http://{os.environ.get(WEBHOOK_HOST) or LOCALHOST}:{webhook}")
             print("Ctrl-C ends all of them.", flush=True)
-            _follow(services, api, Monitor(api, logs, pools), Tail(logs / "watch.log"), checkout / "params.yaml", forms)
+            _follow(services, api, monitor, Tail(logs / "watch.log"), checkout / "params.yaml", forms)
         finally:
             services.end()
 
