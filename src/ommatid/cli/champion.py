@@ -77,7 +77,7 @@ def show(name: str | None, as_json: bool) -> None:
 def promote(name: str, why: str | None, params_file: Path) -> None:
     """Make an SAE the champion by hand."""
     params = load_params(params_file)
-    made = champion.promote(name, params, find_person(), why, _follow)
+    made = champion.promote(name, params, find_person(), _as_line(why), _follow)
     if moved := champion.try_alias(_follow):
         say(moved)
     say(f"champion: {made.challenger.sae} ({made.key}) is the champion; {made.reason}")
@@ -87,7 +87,7 @@ def promote(name: str, why: str | None, params_file: Path) -> None:
 def roll_back(to: str | None, why: str | None, params_file: Path) -> None:
     """Return to a former champion."""
     params = load_params(params_file)
-    made, was_cut_short = champion.roll_back(to, params.retrain.keep, find_person(), why, _follow)
+    made, was_cut_short = champion.roll_back(to, params.retrain.keep, find_person(), _as_line(why), _follow)
     if was_cut_short:
         say("an earlier rollback was cut short; it is complete now, and nothing else was done")
     say(f"champion: {made.challenger.sae} ({made.key}) is the champion again; {made.reason}")
@@ -111,6 +111,11 @@ def find_person() -> str:
     except RunError:
         return f"{getpass.getuser()}@{socket.gethostname()}"
     return f"{name} <{address}>"
+
+
+def _as_line(why: str | None) -> str | None:
+    """What a person said, as one line of text that can be encoded: bytes of an argument that are not UTF-8 are replaced."""
+    return why and (" ".join(why.encode("utf-8", "replace").decode().split()) or None)
 
 
 def _warn(text: str) -> None:
@@ -158,7 +163,7 @@ def _gain(scores: Scores) -> float | None:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    reason = "; ".join(filter(None, [row["why"], row["reason"]]))
+    reason = " ".join("; ".join(filter(None, [row["why"], row["reason"]])).split())
     return (
         row["key"],
         row["status"],
