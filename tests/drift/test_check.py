@@ -219,6 +219,9 @@ def test_a_reference_of_some_images_among_others_needs_both_splits(tmp_path: Pat
     assert opened(tmp_path / "some").known == {bytes.fromhex(image_id) for image_id in ids}
     with pytest.raises(ArtefactError, match="no two images of the champion are of the split eval"):
         write_reference(tmp_path / "none", champion.sae, data, "max", {data.rows[1][1], data.rows[2][1], data.rows[4][1]})
+    data.activations.summary["model"] = "another"
+    with pytest.raises(ArtefactError, match="activations: was made with the model another, and thresholds-20-k4-s0-00000000 with tiny"):
+        write_reference(tmp_path / "none", champion.sae, data, "max")
     assert not list(tmp_path.glob("none*"))
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import duckdb
 import filelock
@@ -19,7 +20,7 @@ from ommatid.cli.app import app
 from ommatid.config import Margins, Params, load_params
 from ommatid.errors import ArtefactError, ConfigError, RunError
 from ommatid.events import ignore
-from ommatid.pipeline import STAGES
+from ommatid.pipeline import STAGES, open_stage
 from ommatid.publish import approval, champion
 from ommatid.publish.champion import compare
 from ommatid.publish.decisions import DECISIONS, Decision, Matched, Scores, find_champion, read_decisions, stand
@@ -85,7 +86,7 @@ def make(name: str, ms: float, d_model: int = 8, recipe: str | None = None, **ot
     pairs = [(one, other, i, 1.0 if i < 2 else 0.1) for one in saes for other in saes if one != other for i in range(3)]
     columns = ("sae", "other_sae", "latent", "cosine")
     matches = pa.Table.from_pylist([dict(zip(columns, pair, strict=True)) | {"other_latent": pair[2], "jaccard": 0.5} for pair in pairs])
-    _write("evaluate", inside, {"matches.parquet": matches} if pairs else {})
+    _write("evaluate", inside, {"matches.parquet": matches} if pairs else {}, ("train",))
     path = Path("made.duckdb")
     with duckdb.connect(path) as connection:
         connection.execute("CREATE TABLE matches (sae VARCHAR, latent INTEGER, other_sae VARCHAR, other_latent INTEGER)")
@@ -96,14 +97,16 @@ def make(name: str, ms: float, d_model: int = 8, recipe: str | None = None, **ot
             {"saes": list(saes), "recipe": recipe},
         )
         connection.execute("CREATE TABLE own AS SELECT unnest($saes) AS sae", {"saes": list(saes)})
-    _write("catalog", {"": ({"saes": list(saes)}, {"catalog.duckdb": path.read_bytes()})})
+    _write("catalog", {"": ({"saes": list(saes)}, {"catalog.duckdb": path.read_bytes()})}, None, ("train", "evaluate"))
     path.unlink()
 
 
-def _write(stage: str, inside: dict[str, tuple[dict, dict]], beside: dict[str, pa.Table] | None = None) -> None:
+def _write(
+    stage: str, inside: dict[str, tuple[dict, dict]], beside: dict[str, pa.Table] | None = None, inputs: tuple[str, ...] = ()
+) -> None:
     """Write an artefact with a summary and files, or with such artefacts inside, and tables beside them."""
     place, kind = STAGES[stage].place, STAGES[stage].kind
-    with store.open_draft(place, kind, {}, {}) as draft:
+    with store.open_draft(place, kind, {}, {name: open_stage(name) for name in inputs}) as draft:
         for name, table in (beside or {}).items():
             draft.write_table(name, table)
         for name, (summary, files) in inside.items():
@@ -462,12 +465,64 @@ def test_a_champion_whose_sae_is_gone_stays_published_and_is_named(checkout: Pat
     assert made.decision == "champion" and made.reason.startswith("nothing is left of the champion first: ")
 
 
+def test_an_sae_that_was_trained_after_the_catalogue_was_made_is_not_promoted(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, aliases: list[str]
+) -> None:
+    first, *_ = _three(monkeypatch)
+    config = {"cfg.json": json.dumps({"model": "lite0", "hookpoint": "blocks.15", "d_model": 8}).encode()}
+    _write("train", {"third": ({"sae": "third", "seed": 1}, config), "rejected": ({"sae": "rejected"}, config)})
+    with pytest.raises(ArtefactError, match=r"do not belong together: .*data/catalog was made from another version of data/sae"):
+        champion.promote("third", PARAMS, "Anna", None)
+    with pytest.raises(ArtefactError, match="do not belong together"):
+        champion.decide(PARAMS)
+    assert champion.promote(first, PARAMS, "Anna", None).key == first, "which does not concern a former champion"
+    with pytest.raises(ConfigError, match="nobody"):
+        champion.promote("nobody", PARAMS, "Anna", None)
+
+
+def test_an_sae_that_a_gate_rejected_is_not_promoted(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("good", ms=0.5, worse=0.4)
+    monkeypatch.setattr(champion, "_open_catalog", lambda: SimpleNamespace(summary={"saes": ["good"]}))
+    with pytest.raises(ConfigError, match="champion promote worse: the catalogue does not have it, as a gate rejected it"):
+        champion.promote("worse", PARAMS, "Anna", None)
+
+
+def test_champions_outlive_the_log(checkout: Path, monkeypatch: pytest.MonkeyPatch, aliases: list[str]) -> None:
+    keys = set(_three(monkeypatch))
+    log, made = DECISIONS.read_bytes(), read_decisions()[0]
+    for rest in (b"", log.splitlines(keepends=True)[0], log[:-1]):
+        DECISIONS.write_bytes(rest)
+        for act in (lambda: champion.settle(KEEP), roll_back, lambda: champion.publish(made, KEEP)):
+            with pytest.raises(ArtefactError, match=r"and had .* so some are lost: bring the file back"):
+                act()
+        assert {path.name for path in champion.CHAMPIONS.iterdir()} == keys
+    DECISIONS.write_bytes(log)
+    champion.settle(KEEP)
+    DECISIONS.write_bytes(log.splitlines(keepends=True)[0])
+    champion.SETTLED.unlink()  # as the message says
+    champion.settle(KEEP)
+    assert published() == {"first": "champion"}
+
+
+def test_a_torn_last_line_is_not_counted(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    retrain()
+    measured(0.40, monkeypatch)
+    with DECISIONS.open("ab") as log:
+        log.write(b'{"decision": "' + b"x" * 100_000)
+    champion.CATALOG.unlink()
+    champion.settle(KEEP)
+    make("second", ms=0.5, recipe="more images")
+    retrain()
+    assert published() == {"first": "champion", "second": "champion"}
+
+
 def test_a_line_of_an_older_version_is_read(checkout: Path) -> None:
     made = retrain()
     line = json.loads(DECISIONS.read_text())
     for key in ("how", "who", "why", "against", "matched", "key"):
         del line[key]
     DECISIONS.write_text(json.dumps(line) + "\n")
+    champion.SETTLED.unlink()
     (champion.folder_of(made)).rename(champion.CHAMPIONS / made.catalog[:16])
     champion.settle(KEEP)
     assert published() == {"first": "champion"} and champion.is_decided()
@@ -557,11 +612,11 @@ def test_the_verb_promotes_and_rolls_back_in_the_users_name(user: str, monkeypat
     make("second", ms=0.41)
     measured(0.42, monkeypatch)
     retrain()
-    warned, line = verb("promote", "second", "--why", "smaller").splitlines()
+    warned, line = verb("promote", "second", "--why", "\nsmaller\n \udcff").splitlines()
     assert "new images will not be compared with those of second" in warned  # of which this checkout has none
     made = read_decisions()[-1]
     assert line == f"champion: second ({made.key}) is the champion; {made.reason}" and "the comparison says: the champion stays" in line
-    assert (made.how, made.who, made.why, published()["second"]) == ("promote", user, "smaller", "champion")
+    assert (made.how, made.who, made.why, published()["second"]) == ("promote", user, "smaller ?", "champion")
     first = read_decisions()[0]
     (line,) = verb("rollback", "--why", "it flickers").splitlines()
     assert line == f"champion: first ({first.key}) is the champion again; rolled back from second"

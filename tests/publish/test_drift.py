@@ -152,10 +152,7 @@ def test_a_damaged_check_is_left_out_and_made_again(checkout: Path) -> None:
     second = check_drift(PARAMS)
     assert first.check and second.check
     folder = first.check.artefact.path
-    table = folder / "drift.parquet"
-    damaged = bytearray(table.read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    table.write_bytes(damaged)
+    damage(folder / "drift.parquet")
     champion.CATALOG.unlink()
     warned: list[object] = []
     champion.settle(5, warned.append)
@@ -178,12 +175,71 @@ def test_a_champion_of_an_older_version_gets_a_reference_while_its_images_are_th
     bring(old=range(40), new=range(1000, 1060))
     outcome = check_drift(STOP)
     assert outcome.check is None and not outcome.is_drift
-    assert "kept nothing to compare with, and only 40 of its 180 images are here" in outcome.reason
+    assert "is missing or damaged, and only 40 of its 180 images are here" in outcome.reason
     assert not (folder / "drift").exists()
     bring(old=range(170), new=range(1000, 1060))
     outcome = check_drift(STOP)
     assert outcome.verdict == "none" and outcome.check and outcome.check.row["n_known"] == 170
     assert outcome.check.row["n_new"] == 60
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_reference_is_made_again_while_its_images_are_there(checkout: Path) -> None:
+    promote()
+    folder = champion.folder_of(champion.find_champion())  # type: ignore[arg-type]
+    whole = (folder / "drift/embeddings.parquet").read_bytes()
+    damage(folder / "drift/embeddings.parquet")
+    bring(old=range(40), new=range(1000, 1060))
+    warned: list[object] = []
+    outcome = check_drift(STOP, warned.append)
+    assert outcome.check is None and "only 40 of its 180 images are here" in outcome.reason
+    assert any("drift: damaged" in warning.what for warning in warned if isinstance(warning, Warned)), warned
+    assert (folder / "drift/embeddings.parquet").read_bytes() != whole, "it stays, as there is no other"
+    bring(old=range(180), new=range(1000, 1060))
+    outcome = check_drift(STOP)
+    assert outcome.verdict == "none" and (folder / "drift/embeddings.parquet").read_bytes() == whole
+    assert {path.name for path in folder.iterdir()} == {"sae", "drift", "catalog.duckdb"}
+
+
+def test_a_champion_whose_sae_is_damaged_is_not_compared_and_one_without_a_catalogue_has_latents_without_names(checkout: Path) -> None:
+    promote()
+    folder = champion.folder_of(champion.find_champion())  # type: ignore[arg-type]
+    bring(shift=0.8, old=range(180), shifted=range(3000, 3060))
+    (folder / "catalog.duckdb").unlink()
+    warned: list[object] = []
+    outcome = check_drift(PARAMS, warned.append)
+    assert outcome.verdict == "drift" and outcome.check
+    changed = [row for row in outcome.check.latents() if row["is_changed"]]
+    assert changed and {row["label"] for row in outcome.check.latents()} == {None}
+    assert {row["side"] for row in outcome.check.pictures()} == {"new"}
+    said = " ".join(warning.what for warning in warned if isinstance(warning, Warned))
+    assert "changed latents are shown without names: " in said and "without the champion's images: " in said
+    damage(folder / "sae/sae.safetensors")
+    outcome = check_drift(STOP)
+    assert outcome.check is None and "sae.safetensors: checksum differs" in outcome.reason
+
+
+def test_images_that_came_in_after_the_training_are_not_the_champions(checkout: Path) -> None:
+    bring(old=range(180), new=range(1000, 1060))
+    promote()
+    outcome = check_drift(PARAMS)
+    assert outcome.check and (outcome.check.row["n_known"], outcome.check.row["n_new"]) == (180, 60)
+
+
+def test_a_folder_among_the_checks_that_is_none_does_no_harm(checkout: Path) -> None:
+    promote()
+    bring(old=range(180), new=range(1000, 1060))
+    first = check_drift(PARAMS)
+    assert first.check
+    shutil.copytree(first.check.artefact.path, champion.CHECKS / "copy of a check")
+    bring(old=range(180), new=range(1000, 1060), newer=range(2000, 2060))
+    outcome = check_drift(PARAMS)
+    assert outcome.check and outcome.check.row["check_id"].startswith("00002-")
 
 
 def test_a_champion_whose_sae_is_gone_or_of_another_hookpoint_is_no_alarm_but_missing_images_are_an_error(checkout: Path) -> None:

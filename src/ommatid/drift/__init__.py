@@ -7,7 +7,7 @@
 Prefect, MLflow and the gate are not known here; who runs a check from end to end is a matter of `publish`.
 """
 
-from ommatid.drift.check import Champion, Check, check, list_checks, list_folders
+from ommatid.drift.check import Champion, Check, check, list_checks
 from ommatid.drift.reference import Extraction, Reference, open_reference, write_reference
 
-__all__ = ["Champion", "Check", "Extraction", "Reference", "check", "list_checks", "list_folders", "open_reference", "write_reference"]
+__all__ = ["Champion", "Check", "Extraction", "Reference", "check", "list_checks", "open_reference", "write_reference"]

@@ -22,11 +22,10 @@ from ommatid.compute.evenly import spread_evenly
 from ommatid.config import DriftParams
 from ommatid.drift.measure import Measured, measure
 from ommatid.drift.reference import N_IMAGES, Extraction, Reference, write_artefact
-from ommatid.errors import ArtefactError
+from ommatid.errors import ArtefactError, QueryError
 from ommatid.events import Listener, Progress, Warned, ignore
 from ommatid.sae.model import SAE
-from ommatid.store import MANIFEST, Artefact, open_artefact
-from ommatid.store.filesystem import is_temporary
+from ommatid.store import Artefact, list_artefacts, open_artefact
 from ommatid.summaries import DriftSummary
 
 KIND = "drift"
@@ -85,7 +84,7 @@ class Check:
 def list_checks(folder: Path, on_event: Listener = ignore) -> list[Check]:
     """List all checks in a folder, oldest first. One that is damaged is left out, with a warning: its images are compared again."""
     found = []
-    for path in list_folders(folder):
+    for path in list_artefacts(folder):
         try:
             artefact = open_artefact(path, KIND)
             artefact.verify()
@@ -94,11 +93,6 @@ def list_checks(folder: Path, on_event: Listener = ignore) -> list[Check]:
         else:
             found.append(Check(artefact))
     return found
-
-
-def list_folders(folder: Path) -> list[Path]:
-    """List the folders of all checks in a folder, oldest first; what a killed run left is no check."""
-    return sorted(manifest.parent for manifest in folder.glob(f"*/{MANIFEST}") if not is_temporary(manifest.parent.name))
 
 
 def check(params: DriftParams, folder: Path, champion: Champion, extraction: Extraction, on_event: Listener = ignore) -> Check | None:
@@ -144,11 +138,11 @@ def check(params: DriftParams, folder: Path, champion: Champion, extraction: Ext
         "images_digest": extraction.images.digest,
     }
     result = _compare(params, champion, extraction, new, on_event)
-    latents = _latent_table(base, champion, result.latents, params.alpha)
+    latents = _latent_table(base, champion, result.latents, params.alpha, on_event)
     tables = {
         "drift_checks": pa.Table.from_pylist([{**base, **result.row}], schema=schemas.DRIFT_CHECKS),
         "drift": latents,
-        "drift_images": _picture_table(base["check_id"], latents, champion, extraction, result.latents),
+        "drift_images": _picture_table(base["check_id"], latents, champion, extraction, result.latents, on_event),
         "compared": pa.table([[bytes.fromhex(image_id) for _, image_id, _ in new]], schema=schemas.COMPARED),
     }
     inputs = {
@@ -163,7 +157,8 @@ def check(params: DriftParams, folder: Path, champion: Champion, extraction: Ext
 
 def _count(folder: Path) -> int:
     """Return the number of the last check in a folder; 0 if there is none."""
-    return max((int(path.name.partition("-")[0]) for path in list_folders(folder)), default=0)
+    numbers = (path.name.partition("-")[0] for path in list_artefacts(folder))
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
 def _settled(checks: Sequence[Check], champion: str, params: DriftParams) -> set[bytes]:
@@ -389,7 +384,7 @@ def _images(n: int) -> str:
     return f"{n:,} new image{'s' * (n != 1)}"
 
 
-def _latent_table(base: Mapping[str, Any], champion: Champion, found: Latents | None, alpha: float) -> pa.Table:
+def _latent_table(base: Mapping[str, Any], champion: Champion, found: Latents | None, alpha: float, on_event: Listener) -> pa.Table:
     """Make the table `drift`, the latents with the strongest evidence first."""
     if found is None:
         return schemas.DRIFT.empty_table()
@@ -401,7 +396,7 @@ def _latent_table(base: Mapping[str, Any], champion: Champion, found: Latents | 
     by_rate = unadjusted[0] <= unadjusted[1]
     more, stronger = found.rate > found.rate_before, found.act > found.act_before
     change = np.where(by_rate, np.where(more, "more", "fewer"), np.where(stronger, "stronger", "weaker"))
-    labels = _read_labels(champion)
+    labels = _read_labels(champion, on_event)
     columns = {
         "check_id": [base["check_id"]] * n,
         "sae": [base["sae"]] * n,
@@ -418,15 +413,26 @@ def _latent_table(base: Mapping[str, Any], champion: Champion, found: Latents | 
     return pa.table(columns, schema=schemas.DRIFT)
 
 
-def _read_labels(champion: Champion) -> dict[int, str]:
+def _read_labels(champion: Champion, on_event: Listener) -> dict[int, str]:
+    sql = "SELECT latent, label FROM features WHERE sae = $sae AND label IS NOT NULL"
+    return {row["latent"]: row["label"] for row in _ask(champion, sql, {"sae": champion.sae.summary["sae"]}, "names", on_event)}
+
+
+def _ask(champion: Champion, sql: str, parameters: Mapping[str, Any], what: str, on_event: Listener) -> list[dict[str, Any]]:
+    """Query a champion's catalogue; if it cannot be read, say which part of a check is missing, as its verdict needs no catalogue."""
     if champion.catalog is None:
-        return {}
-    with Catalog(champion.catalog) as catalog:
-        sql = "SELECT latent, label FROM features WHERE sae = $sae AND label IS NOT NULL"
-        return dict(catalog.rows(sql, {"sae": champion.sae.summary["sae"]}))
+        return []
+    try:
+        with Catalog(champion.catalog) as catalog:
+            return catalog.ask(sql, dict(parameters)).dicts()
+    except QueryError as error:
+        on_event(Warned(f"changed latents are shown without {what}: {error}"))
+        return []
 
 
-def _picture_table(check_id: str, latents: pa.Table, champion: Champion, extraction: Extraction, found: Latents | None) -> pa.Table:
+def _picture_table(
+    check_id: str, latents: pa.Table, champion: Champion, extraction: Extraction, found: Latents | None, on_event: Listener
+) -> pa.Table:
     """Make the table `drift_images`: of the changed latents with the strongest evidence, images on which they fire most."""
     shown = [row["latent"] for row in latents.slice(0, N_SHOWN).to_pylist() if row["is_changed"]]
     if found is None or not shown:
@@ -438,7 +444,7 @@ def _picture_table(check_id: str, latents: pa.Table, champion: Champion, extract
         for rank, place in enumerate(_strongest(measured, latent), start=1)
     ]
     wanted = {side: {image for _, of, _, image, _ in chosen if of == side} for side in ("before", "new")}
-    pictures = {"before": _read_known(champion, wanted["before"]), "new": dict(_iter_new(extraction, wanted["new"]))}
+    pictures = {"before": _read_known(champion, wanted["before"], on_event), "new": dict(_iter_new(extraction, wanted["new"]))}
     rows = [
         {"check_id": check_id, "latent": latent, "side": side, "rank": rank, "act": act, **pictures[side][image]}
         for latent, side, rank, image, act in chosen
@@ -453,13 +459,10 @@ def _strongest(measured: Measured, latent: int) -> Int64[np.ndarray, " firings"]
     return places[np.argsort(-measured.acts[places], kind="stable")[:N_PICTURES]]
 
 
-def _read_known(champion: Champion, images: set[int]) -> dict[int, dict[str, Any]]:
+def _read_known(champion: Champion, images: set[int], on_event: Listener) -> dict[int, dict[str, Any]]:
     """Read images of the champion's data set from its catalogue, by number."""
-    if champion.catalog is None:
-        return {}
-    with Catalog(champion.catalog) as catalog:
-        sql = "SELECT image, image_id, path, thumbnail FROM images WHERE image IN (SELECT unnest($images::INTEGER[]))"
-        found = catalog.ask(sql, {"images": sorted(images)}).dicts()
+    sql = "SELECT image, image_id, path, thumbnail FROM images WHERE image IN (SELECT unnest($images::INTEGER[]))"
+    found = _ask(champion, sql, {"images": sorted(images)}, "the champion's images", on_event)
     return {row.pop("image"): row for row in found}
 
 

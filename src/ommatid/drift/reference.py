@@ -24,6 +24,7 @@ from ommatid.events import Listener, ignore
 from ommatid.sae.model import SAE
 from ommatid.store import Artefact, Draft, open_artefact
 from ommatid.store.filesystem import open_folder, sync, temporary_path
+from ommatid.store.per_sae import read_config
 from ommatid.summaries import DriftReferenceSummary, check_keys
 
 KIND = "drift_reference"
@@ -133,10 +134,14 @@ def write_reference(
         on_event: Called with each progress event.
 
     Raises:
-        ArtefactError: The activations are damaged or do not belong to the images, or no image is of one of the splits.
+        ArtefactError: The activations are damaged, do not belong to the images or are of another model, or no image is of one of the
+            splits.
     """
     if folder.exists():
         return
+    trained, here = read_config(sae)["model"], extraction.activations.summary["model"]
+    if trained != here:
+        raise ArtefactError(f"{extraction.activations.url}: was made with the model {here}, and {sae.summary['sae']} with {trained}")
     chosen = [row for row in extraction.rows if among is None or row[1] in among]
     of_split = {split: np.array([image for image, _, of in chosen if of == split], np.int64) for split in ("train", "eval")}
     if lacking := [split for split, numbers in of_split.items() if len(numbers) < 2]:

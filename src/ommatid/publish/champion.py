@@ -26,9 +26,10 @@ import filelock
 from ommatid import store
 from ommatid.config import EvaluateParams, Margins, Params
 from ommatid.config.train import CHAMPION
-from ommatid.errors import ArtefactError, ConfigError, RunError
+from ommatid.errors import ArtefactError, ConfigError, QueryError, RunError
 from ommatid.events import Listener, Warned, ignore
 from ommatid.pipeline import open_stage
+from ommatid.pipeline.inputs import check_lineage
 from ommatid.publish.approval import Waiting, forget_waiting, read_waiting, write_waiting
 from ommatid.publish.decisions import (
     DECISIONS,
@@ -38,12 +39,13 @@ from ommatid.publish.decisions import (
     Scores,
     append,
     find_champion,
+    log_size,
     make_key,
     read_decisions,
     stand,
 )
 from ommatid.store import Artefact
-from ommatid.store.filesystem import is_temporary, sync, temporary_path
+from ommatid.store.filesystem import sync, temporary_path
 from ommatid.store.per_sae import read_config
 
 if TYPE_CHECKING:
@@ -58,7 +60,8 @@ CHECKS = PUBLISHED / "drift"
 REFERENCE = "drift"
 """Name of the folder in a champion's with what new images are compared with."""
 SETTLED = PUBLISHED / "settled"
-"""File with the number of bytes of decisions.jsonl, and the last check of drift if there is any, that the published catalogue reflects."""
+"""File with the number of bytes of decisions.jsonl, and the last check of drift if there is any, that the published catalogue reflects;
+an incomplete last line does not count."""
 WORK = Path("data/.work")
 MEASURED = Path("data/champion")
 """Where the evaluation of the champion on the checkout's images would be published; it stays a draft, in `WORK`."""
@@ -121,7 +124,7 @@ def decide(params: Params, on_event: Listener = ignore, who: str | None = None, 
     Returns:
         The decision, which `publish` records.
     """
-    catalog = open_stage("catalog")
+    catalog = _open_catalog()
     candidates = _read_scores(catalog)
     rows = {digest: _run_of(catalog, scores.sae) for digest, scores in candidates.items()}
     standing = stand(read_decisions())
@@ -224,7 +227,7 @@ def promote(name: str, params: Params, who: str, why: str | None, on_event: List
     """
     last = find_champion()
     if (digest := _find_here(name)) is not None:
-        catalog = open_stage("catalog")
+        catalog = _open_catalog()
         scores = _read_scores(catalog)[digest]
         key = make_key(catalog.digest, digest)
         former = None
@@ -407,7 +410,7 @@ def _keep_winner(decision: Decision, on_event: Listener) -> None:
     shutil.copytree(sae.path, temporary / "sae")
     shutil.copyfile(catalog.file(CATALOG.name), temporary / CATALOG.name)
     add_rows(temporary / CATALOG.name, {path.stem: path for path in (MATCHED / _pair(decision.key, decision.against)).glob("*.parquet")})
-    _write_reference(temporary / REFERENCE, sae, on_event)
+    _write_reference(temporary, sae, on_event)
     _open_challenger(decision)  # as a stage may have replaced them meanwhile
     for path in [*temporary.rglob("*"), temporary]:
         sync(path)
@@ -432,14 +435,27 @@ def _open_challenger(decision: Decision) -> tuple[Artefact, Artefact]:
 
 
 def _write_reference(folder: Path, sae: Artefact, on_event: Listener) -> None:
-    """Write what new images are compared with; an SAE can be the champion without it."""
+    """Write what new images are compared with to a champion's folder; an SAE can be the champion without it."""
     from ommatid.drift import write_reference
 
     try:
         evaluation = next(one for one in open_stage("evaluate").each().values() if one.summary["sae"] == sae.summary["sae"])
-        write_reference(folder, sae, open_extraction(sae), evaluation.summary["image_activation"], on_event=on_event)
-    except ArtefactError as error:
+        among = read_images(folder / CATALOG.name)  # as others may have come in since its training
+        write_reference(folder / REFERENCE, sae, open_extraction(sae), evaluation.summary["image_activation"], among, on_event)
+    except (ArtefactError, QueryError) as error:
         on_event(Warned(f"new images will not be compared with those of {sae.summary['sae']}: {error}"))
+
+
+def read_images(catalog: Path) -> set[str]:
+    """Read the ids of all images of a champion from its catalogue.
+
+    Raises:
+        QueryError: The catalogue cannot be read.
+    """
+    from ommatid.catalog.reader import Catalog
+
+    with Catalog(catalog) as opened:
+        return {image_id for (image_id,) in opened.rows("SELECT image_id FROM images")}
 
 
 def open_extraction(sae: Artefact) -> "Extraction":
@@ -456,9 +472,19 @@ def open_extraction(sae: Artefact) -> "Extraction":
 
 @contextmanager
 def _locked() -> Iterator[None]:
-    """Hold the lock of the published files, so that one process changes them at a time."""
+    """Hold the lock of the published files, so that one process changes them at a time.
+
+    Raises:
+        ArtefactError: The log has lost lines, so that champions would be taken for what a killed run left, and removed.
+    """
     WORK.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(WORK / "published.lock"):
+        if (before := _settled_size()) > (now := log_size()):
+            raise ArtefactError(
+                f"{DECISIONS}: has {now:,} bytes of decisions, and had {before:,} when the catalogue was published; lines are only ever "
+                f"appended, so some are lost: bring the file back, such as by `dvc checkout data/published.dvc`; or delete {SETTLED} to "
+                "go on without them, and without the champions that only they name"
+            )
         yield
 
 
@@ -523,19 +549,18 @@ def _is_settled() -> bool:
 
 def _state() -> str:
     """What the published catalogue should reflect, as `SETTLED` says it."""
-    checks = _list_checks()
-    return f"{DECISIONS.stat().st_size} {checks[-1].name if checks else ''}".strip()
+    checks = store.list_artefacts(CHECKS)
+    return f"{log_size()} {checks[-1].name if checks else ''}".strip()
 
 
-def _list_checks() -> list[Path]:
-    """Folders of all checks of drift, oldest first."""
-    found = [manifest.parent for manifest in sorted(CHECKS.glob(f"*/{store.MANIFEST}"))]
-    return [folder for folder in found if not is_temporary(folder.name)]
+def _settled_size() -> int:
+    """Number of bytes of the log that the published catalogue reflects; 0 if nothing was published."""
+    return int(SETTLED.read_text().split()[0]) if SETTLED.exists() and SETTLED.read_text() else 0
 
 
 def _whole_checks(on_event: Listener) -> list[Path]:
     """Folders of the checks that can be published; one that is damaged holds up no champion."""
-    if not _list_checks():
+    if not store.list_artefacts(CHECKS):
         return []
     from ommatid.drift import list_checks
 
@@ -569,18 +594,31 @@ def _date(decision: Decision) -> str:
 
 
 def _list_here() -> dict[str, Artefact]:
-    """The SAEs of the checkout's catalogue, by their names in the training."""
+    """The SAEs of the checkout's catalogue, by their names in the training; none if they cannot be read."""
     try:
-        catalog = open_stage("catalog")
-        saes = open_stage("train").each()
+        catalog, saes = open_stage("catalog"), open_stage("train").each()
     except ArtefactError:
         return {}
-    return {folder: saes[folder] for folder in catalog.summary["saes"]}
+    return {name: saes[name] for name in catalog.summary["saes"] if name in saes}
 
 
 def _find_here(name: str) -> str | None:
-    """Digest of the SAE of this name in the checkout's catalogue, in the tables or in the training; None if there is none."""
-    return next((sae.digest for folder, sae in _list_here().items() if name in (folder, sae.summary["sae"])), None)
+    """Digest of the SAE of this name in the checkout, in the tables or in the training; None if there is none.
+
+    Raises:
+        ConfigError: It has not passed every gate.
+        ArtefactError: It was trained after the catalogue was made.
+    """
+    try:
+        saes = open_stage("train").each()
+    except ArtefactError:
+        return None
+    folder = next((folder for folder, sae in saes.items() if name in (folder, sae.summary["sae"])), None)
+    if folder is None:
+        return None
+    if folder not in _open_catalog().summary["saes"]:
+        raise ConfigError(f"champion promote {name}: the catalogue does not have it, as a gate rejected it; see data/quality")
+    return saes[folder].digest
 
 
 def _find_former_or_name_those_here(name: str) -> Decision:
@@ -617,6 +655,18 @@ def _describe_loss(last: Decision, obstacle: str) -> str:
             "or promote an SAE by `ommatid champion promote`"
         )
     return f"nothing is left of the champion {last.challenger.sae}: {obstacle}"
+
+
+def _open_catalog() -> Artefact:
+    """Open the checkout's catalogue.
+
+    Raises:
+        ArtefactError: It is missing or damaged, or was not made from the checkout's SAEs and their evaluations.
+    """
+    stages = ("train", "evaluate", "catalog")
+    opened = {name: open_stage(name) for name in stages}
+    check_lineage("champion", opened)
+    return opened["catalog"]
 
 
 def _read_scores(catalog: Artefact) -> dict[str, Scores]:

@@ -210,24 +210,34 @@ def read_decisions() -> list[Decision]:
     Raises:
         ArtefactError: A complete line is not a valid decision.
     """
-    if not DECISIONS.exists():
-        return []
-    whole = DECISIONS.read_bytes().rpartition(b"\n")[0]
     decisions = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(_read_lines().splitlines(), 1):
         try:
             decisions.append(Decision.model_validate_json(line))
         except ValidationError as error:
-            raise ArtefactError(f"{DECISIONS}: line {number} is not a decision ({explain(error, Decision)}); delete that line") from None
+            raise ArtefactError(
+                f"{DECISIONS}: line {number} is not a decision ({explain(error, Decision)}); if a newer version of Ommatid wrote it, "
+                "update; otherwise bring the file back, such as by `dvc checkout data/published.dvc`"
+            ) from None
     return decisions
+
+
+def log_size() -> int:
+    """Return the number of bytes of all complete lines."""
+    return len(_read_lines())
+
+
+def _read_lines() -> bytes:
+    """Read all complete lines."""
+    content = DECISIONS.read_bytes() if DECISIONS.exists() else b""
+    return content[: content.rfind(b"\n") + 1]
 
 
 def append(decision: Decision) -> None:
     """Append a decision to the log, after removing an incomplete last line."""
     PUBLISHED.mkdir(parents=True, exist_ok=True)
     with DECISIONS.open("ab") as file:
-        whole = DECISIONS.read_bytes().rpartition(b"\n")
-        file.truncate(len(whole[0]) + len(whole[1]))
+        file.truncate(log_size())
         file.write(decision.model_dump_json().encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())

@@ -14,18 +14,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import filelock
 
 from ommatid import quality, store
 from ommatid.catalog.reader import Catalog
 from ommatid.config import Params
-from ommatid.drift import Champion, Check, Extraction, check, open_reference, write_reference
+from ommatid.config.evaluate import ImageActivation
+from ommatid.drift import Champion, Check, Extraction, Reference, check, open_reference, write_reference
 from ommatid.errors import ArtefactError, GateError, QueryError
 from ommatid.events import Listener, Warned, ignore
 from ommatid.pipeline import open_stage
-from ommatid.publish.champion import CATALOG, CHECKS, REFERENCE, WORK, folder_of, open_extraction, settle
+from ommatid.publish.champion import CATALOG, CHECKS, REFERENCE, WORK, folder_of, open_extraction, read_images, settle
 from ommatid.publish.decisions import find_champion
 from ommatid.stage import QUALITY
 
@@ -76,8 +76,8 @@ def check_drift(params: Params, on_event: Listener = ignore) -> Outcome:
         open_stage(stage)
     with _locked(folder):
         try:
-            extraction = open_extraction(sae := store.open_artefact(folder / "sae", "sae"))
-            known = _make_reference(folder, sae, extraction, on_event)
+            extraction = open_extraction(store.open_artefact(folder / "sae", "sae"))
+            known = _open_champion(folder, extraction, on_event)
         except (ArtefactError, QueryError) as error:
             on_event(Warned(reason := f"new images are not compared: {error}"))
             return Outcome(None, reason)
@@ -113,32 +113,56 @@ def stop_if_drifted(params: Params, outcome: Outcome) -> None:
         )
 
 
-def _make_reference(folder: Path, sae: store.Artefact, extraction: Extraction, on_event: Listener) -> Champion:
-    """Open a champion's reference, after making it from the images of now if an older version promoted the champion without one.
+def _open_champion(folder: Path, extraction: Extraction, on_event: Listener) -> Champion:
+    """Open a champion with its reference, which is made from the images of now if it has none or a damaged one.
 
     Raises:
-        ArtefactError: It has none, and too few of its images are still there.
-        QueryError: It has none, and its catalogue cannot be read.
+        ArtefactError: Its SAE is gone or damaged; or it has no reference, and too few of its images are still there.
+        QueryError: It has no reference, and its catalogue cannot be read.
+    """
+    sae = store.open_artefact(folder / "sae", "sae")
+    sae.verify()
+    if (reference := _open_reference(folder / REFERENCE, on_event)) is None:
+        _make_reference(folder, sae, extraction, on_event)
+        reference = open_reference(folder / REFERENCE)
+        assert reference is not None, folder
+    return Champion(folder.name, sae, reference, folder / CATALOG.name)
+
+
+def _open_reference(folder: Path, on_event: Listener) -> Reference | None:
+    """Open a champion's reference; None if it has none, or a damaged one, which is then said."""
+    try:
+        if found := open_reference(folder):
+            found.artefact.verify()
+        return found
+    except ArtefactError as error:
+        on_event(Warned(f"what new images are compared with is made again, if enough of the champion's own are here: {error}"))
+        return None
+
+
+def _make_reference(folder: Path, sae: store.Artefact, extraction: Extraction, on_event: Listener) -> None:
+    """Make a champion's reference from those of its images that are still here, in place of a damaged one.
+
+    Raises:
+        ArtefactError: Too few of its images are still there.
+        QueryError: Its catalogue cannot be read.
     """
     name, catalog = sae.summary["sae"], folder / CATALOG.name
-    if open_reference(folder / REFERENCE) is None:
-        facts = _read_facts(catalog, name)
-        known = set(facts["ids"])
-        n_here = sum(image_id in known for _, image_id, _ in extraction.rows)
-        if n_here < LEAST_KNOWN * len(known):
-            raise ArtefactError(
-                f"the champion {name} was promoted by a version that kept nothing to compare with, and only {n_here:,} of its "
-                f"{len(known):,} images are here; the next champion keeps it"
-            )
-        write_reference(folder / REFERENCE, sae, extraction, facts["image_activation"], known, on_event)
-    reference = open_reference(folder / REFERENCE)
-    assert reference is not None, folder
-    return Champion(folder.name, sae, reference, catalog)
+    known, image_activation = read_images(catalog), _read_image_activation(catalog, name)
+    n_here = sum(image_id in known for _, image_id, _ in extraction.rows)
+    if n_here < LEAST_KNOWN * len(known):
+        raise ArtefactError(
+            f"what the champion {name} kept to be compared with is missing or damaged, and only {n_here:,} of its {len(known):,} images "
+            f"are here to make {folder / REFERENCE} again; bring that folder back from DVC; the next champion has its own"
+        )
+    made = folder / f"{REFERENCE}.made.tmp"  # so that the damaged one, which DVC may know, goes only when there is another
+    write_reference(made, sae, extraction, image_activation, known, on_event)
+    shutil.rmtree(folder / REFERENCE, ignore_errors=True)
+    made.rename(folder / REFERENCE)
 
 
-def _read_facts(path: Path, name: str) -> dict[str, Any]:
-    """Read ids of all images, and how activations of tokens became one, from a champion's catalogue."""
-    with Catalog(path) as catalog:
-        ids = [image_id for (image_id,) in catalog.rows("SELECT image_id FROM images")]
-        (params,) = [params for (params,) in catalog.rows("SELECT params FROM runs WHERE sae = $sae", {"sae": name})]
-    return {"ids": ids, "image_activation": json.loads(params)["evaluate"]["image_activation"]}
+def _read_image_activation(catalog: Path, name: str) -> ImageActivation:
+    """Read how activations of tokens became one for each image from a champion's catalogue."""
+    with Catalog(catalog) as opened:
+        ((params,),) = opened.rows("SELECT params FROM runs WHERE sae = $sae", {"sae": name})
+    return json.loads(params)["evaluate"]["image_activation"]

@@ -6,7 +6,7 @@ same names, and no file appears before it is complete. If one of them publishes 
 draft, and stops.
 """
 
-from ommatid.store.artefact import Artefact, checked_folder, open_artefact, read_part
+from ommatid.store.artefact import Artefact, checked_folder, list_artefacts, open_artefact, read_part
 from ommatid.store.draft import Draft, open_draft
 from ommatid.store.manifest import INSIDE, MANIFEST, File, Manifest, describe, part_name
 from ommatid.store.workspace import RECEIPTS, SCRATCH
@@ -24,6 +24,7 @@ __all__ = [
     "Writer",
     "checked_folder",
     "describe",
+    "list_artefacts",
     "open_artefact",
     "open_draft",
     "part_name",

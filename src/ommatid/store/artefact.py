@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from ommatid.errors import ArtefactError
 from ommatid.store.damage import Checked, is_whole, raise_damage, size_damage
-from ommatid.store.filesystem import READ_BYTES, Folder, open_folder
+from ommatid.store.filesystem import READ_BYTES, Folder, is_temporary, open_folder
 from ommatid.store.manifest import INSIDE, MANIFEST, File, Manifest, child_of, parse, read_manifest, table_of
 
 CACHE = Path("data/.cache")
@@ -303,6 +303,11 @@ def open_artefact(place: Folder | Path | str, kind: str) -> Artefact:
         raise ArtefactError(f"{folder}: holds {manifest.kind}, expected {kind}")
     raise_damage(folder, size_damage(folder, manifest.files))
     return Artefact(folder, manifest, digest)
+
+
+def list_artefacts(folder: Path) -> list[Path]:
+    """List the folders of the artefacts in a folder, by name; what a killed run left half-written is none."""
+    return sorted(manifest.parent for manifest in folder.glob(f"*/{MANIFEST}") if not is_temporary(manifest.parent.name))
 
 
 def checked_folder(path: Path, kind: str) -> Path:
