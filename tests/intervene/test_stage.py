@@ -1,5 +1,7 @@
 """The stage `intervene` makes tables of what is measured, gives every other latent a reason, and survives a model that is gone."""
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from ommatid.config.intervene import AnswersParams
 from ommatid.errors import ConfigError, ModelError
 from ommatid.events import Event, Warned, ignore
 from ommatid.extract import networks
-from ommatid.intervene import stage
+from ommatid.intervene import answers, stage
 from ommatid.intervene.audit import leave_unaudited
 from ommatid.intervene.measure import Measured
 from ommatid.intervene.stage import NOT_CHOSEN, intervene
@@ -114,7 +116,7 @@ def test_what_is_measured_becomes_tables_and_every_other_latent_says_that_it_was
 def test_masks_that_are_not_used_are_said_to_be_so(
     tmp_path: Path, params: Params, line: Mapping[str, Artefact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "measure_answers", lambda *_: MEASURED)
+    monkeypatch.setattr(answers, "measure_answers", lambda *_: MEASURED)
     events: list[Event] = []
     run(tmp_path / "effects", params.intervene.model_copy(update={"answers": AnswersParams(), "masks": "masks"}), line, events)
     assert events == [Warned("intervene.masks is not used: there are no outcomes by patch of a model that is asked for words")]
@@ -189,3 +191,8 @@ def test_a_list_of_dead_latents_is_refused_before_any_work(tmp_path: Path, param
         pytest.raises(ConfigError, match=r"intervene\.latents\.latents: got 4, but all are dead in planted: .* list others"),
     ):
         stage.run(section, {"evaluate": Evaluations()}, draft, ignore)  # type: ignore[dict-item]
+
+
+def test_a_stage_that_asks_no_model_for_words_imports_no_transformers() -> None:
+    code = "import sys, ommatid.intervene.stage; print({'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"

@@ -235,6 +235,12 @@ def test_dog_is_nearer_to_dog_classes_than_ship(lite0: LiteVision) -> None:
 
 def test_conse_equals_brute_force(lite0: LiteVision) -> None:
     assert class_texts("cpu").mean(0).norm() < 1e-5
+
+
+def test_class_texts_are_centred_once_and_can_be_differentiated(lite0: LiteVision) -> None:
+    class_texts.cache_clear()
+    lite0.capture(photographs(lite0), [])  # in inference mode
+    assert class_texts("cpu") is class_texts("cpu") and not class_texts("cpu").is_inference()
     pixels = noise(3, 128)
     expected = []
     for logits in lite0.classify(pixels).double():

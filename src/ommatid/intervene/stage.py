@@ -15,7 +15,6 @@ from ommatid.config import InterveneParams
 from ommatid.config.intervene import ListedLatents
 from ommatid.errors import ConfigError, InputError, ModelError
 from ommatid.events import Listener, Warned, ignore
-from ommatid.intervene.answers import measure_answers, read_question
 from ommatid.intervene.attributes import load_attributes
 from ommatid.intervene.audit import Audited, audit, leave_unaudited
 from ommatid.intervene.measure import Measured, measure
@@ -40,6 +39,8 @@ def run(params: InterveneParams, inputs: Mapping[str, Artefact], draft: Draft, o
         ModelError: The model that is to answer cannot be loaded, or does not fit into memory.
     """
     if params.answers:
+        from ommatid.intervene.answers import read_question
+
         read_question(params.answers.question)
     if params.audit.attributes:
         load_attributes(params.audit.attributes, inputs["images"], on_event)  # before any work
@@ -125,6 +126,8 @@ def _measure(params: InterveneParams, inputs: Mapping[str, Artefact], on_event: 
 
 def _ask(params: InterveneParams, inputs: Mapping[str, Artefact], on_event: Listener) -> Measured | str:
     """Ask a model that answers in words; return the reason if no latent can be tested."""
+    from ommatid.intervene.answers import measure_answers  # it loads transformers, which takes seconds
+
     try:
         return measure_answers(params, inputs, on_event)
     except InputError as error:

@@ -4,6 +4,7 @@ Shapes: b images, c channels, r rows, q columns, n classes.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -365,20 +366,18 @@ def conse(
     return (weights.unsqueeze(-1) * class_texts[likeliest.indices]).sum(1)
 
 
+@cache
 def class_texts(device: str) -> Float32[torch.Tensor, "1000 384"]:
     """Return the embeddings `(1000, 384)` of "a photo of a <class>" minus their mean, without which all cosines would look equal."""
-    texts = _raw_class_texts(device)
-    return texts - texts.mean(0)
+    with torch.inference_mode(False):  # Autograd refuses tensors that were made in inference mode, in which the first call may be.
+        texts = _raw_class_texts(device)
+        return texts - texts.mean(0)
 
 
-_class_texts: dict[str, torch.Tensor] = {}
-
-
+@cache
 def _raw_class_texts(device: str) -> Float32[torch.Tensor, "1000 384"]:
     """Return the embeddings before centring. They take seconds, so they are computed on first use and cached by device."""
-    if device not in _class_texts:
-        _class_texts[device] = load_minilm(device).embed(_class_templates())
-    return _class_texts[device]
+    return load_minilm(device).embed(_class_templates())
 
 
 def _class_templates() -> list[str]:
