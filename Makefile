@@ -15,7 +15,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export GOMP_SPINCOUNT := 1000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo fmt check test-fast test lint up docs bench bench-extract bench-train bench-evaluate bench-serve bench-attribute bench-intervene bench-operations bench-interop peers constraints clean
+.PHONY: help demo fmt check test-fast test lint up docs bench bench-extract bench-train bench-evaluate bench-serve bench-attribute bench-intervene bench-operations bench-interop week peers constraints clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 17
@@ -94,6 +94,9 @@ bench-intervene: $(READY) ## compare interventions with running the whole model 
 
 bench-operations: $(READY) ## measure an increment, a retrain with nothing new, a drift check and the stage images
 	@python benchmarks/operations.py
+
+week: $(READY) ## let a week of photographs come in to a clone that runs by itself, and check what happens; takes ten minutes
+	@PYTHONPATH="$(CURDIR):$(CURDIR)/tests" python benchmarks/week.py
 
 bench-interop: $(READY) $(PEERS)/.ready ## compare SAEs of other libraries imported here, and ours exported there
 	@python benchmarks/interop.py

@@ -53,7 +53,7 @@ class Clone:
         source = open_source(Cifar10Source(kind="cifar10", path=str(CHECKOUT / "data/cifar10.json")))
         self._items = source.iter_items(spread(source.total, n_images + N_IMAGES))
         self.add(n_images)
-        self._env = {**environment(self.root, self.root), "OMMATID_CACHE": str(self.cache), "MLFLOW_DISABLE_TELEMETRY": "true"}
+        self.env = {**environment(self.root, self.root), "OMMATID_CACHE": str(self.cache), "MLFLOW_DISABLE_TELEMETRY": "true"}
         self.set_params({"images.source": f"{{kind: folder, path: {self.photos}}}", "images.limit": "null", **overrides})
         self.commit("Read photographs")
 
@@ -100,7 +100,7 @@ class Clone:
 
     def run(self, command: list[str]) -> str:
         """Run a command in the clone and return what it prints."""
-        return _run(command, self.root, self._env)
+        return _run(command, self.root, self.env)
 
 
 def _run(command: list[str], folder: Path, env: Mapping[str, str]) -> str:

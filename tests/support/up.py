@@ -142,13 +142,12 @@ def making_up(checkout: Path, env: Mapping[str, str], receiver: Receiver) -> Ite
 
     Args:
         checkout: The checkout.
-        env: Environment of the process.
+        env: Environment of the process, with those ports that are not to be drawn.
         receiver: Server that gets its messages.
     """
     names = ("PREFECT_SERVER_API_PORT", "MLFLOW_PORT", "OMMATID_PORT", "OMMATID_WEBHOOK_PORT")
-    ports = {name: str(free_port()) for name in names}
-    variables = {**env, **ports, "OMMATID_MESSAGES": receiver.url}
-    prefect, mlflow, explorer, webhook = (f"http://127.0.0.1:{port}" for port in ports.values())
+    variables = {**{name: str(free_port()) for name in names}, **env, "OMMATID_MESSAGES": receiver.url}
+    prefect, mlflow, explorer, webhook = (f"http://127.0.0.1:{variables[name]}" for name in names)
     command = [sys.executable, "-m", "flows.serve"]
     with subprocess.Popen(command, cwd=checkout, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         running = Up(checkout, prefect, mlflow, explorer, webhook, process, receiver)
