@@ -218,6 +218,89 @@ def change_set(pictures: dict[int, str], share: float, change: str, chosen: rand
             return pictures, share
 
 
+KINDS = ("add", "add", "copy", "metadata", "unreadable", "remove", "move", "caption", "limit", "eval_share", "judges", "hookpoints")
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 2**16)), min_size=2, max_size=6),
+    st.sampled_from([3, 4, 5]),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_files_of_any_kind_and_several_networks_give_the_bytes_of_a_run_from_scratch(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[Step], batch_size: int
+) -> None:
+    """Each network runs once on each new content: neither on copies, nor again after a limit, a judge or a hookpoint came and went."""
+    folder, root = tmp_path_factory.mktemp("sequence"), Path()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        patch.chdir(folder)
+        world = make_world(patch, folder / "cache")
+        for number in range(11):
+            place = Path("photos", LABELS[number % 2], f"{number:03d}.png")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(png(number))
+        limit, share, judges, hookpoints = None, 0.3, ["judge"], ["tiles"]
+        known: dict[str, set[str]] = {name: set() for name in ("tiles", "late", "judge", "second")}
+        for step, (change, seed) in enumerate([("none", 0), *changes]):
+            chosen = random.Random(seed)
+            change_files(change, chosen, step)
+            if change == "limit":
+                limit = chosen.choice([None, 6, 9])
+            elif change == "eval_share":
+                share = chosen.choice([0.1, 0.5, 0.8])
+            elif change == "judges":
+                judges = chosen.choice([["judge"], ["judge", "second"], ["second", "judge"]])
+            elif change == "hookpoints":
+                hookpoints = chosen.choice([["tiles"], ["tiles", "late"], ["late"]])
+            source = {"kind": "folder", "path": "photos"}
+            params = make_test_params(images={"source": source, "limit": limit, "eval_share": share, "max_rejected": 0.9, "thumbnail": 16})
+            images = make_artefact(root / "images", "images", make_images, params.images, {})
+            section = {"batch_size": batch_size, "hookpoints": hookpoints}
+            section |= {"judge": [{"kind": "transformers", "path": name} for name in judges]}
+            found = run(root, images, **section)
+            counts, ids = world.count(range(1000)), set(images.read("images", ["image_id"])["image_id"].to_pylist())
+            of_model = [known[name] for name in hookpoints]
+            expected = {"tiles": len(ids - set.intersection(*of_model)), "judge": 0, "second": 0}
+            expected |= {name: len(ids - known[name]) for name in judges}
+            first = {name: not known[name] for name in judges} | {"tiles": not all(of_model)}
+            for name, n in expected.items():
+                assert n <= counts[name] <= n + batch_size * first.get(name, False), (step, name)
+            for kept in (*of_model, *(known[name] for name in judges)):
+                kept |= ids
+        assert found.digest == from_scratch(root, images, **section).digest
+        found.verify()
+    shutil.rmtree(folder)
+
+
+def change_files(change: str, chosen: random.Random, step: int) -> None:
+    """Change the files of the folder `photos`, or captions.csv in it."""
+    files = sorted(path for path in Path("photos").rglob("*.png"))
+    some = chosen.sample(files, min(len(files), chosen.randint(1, 4)))
+    match change:
+        case "add":
+            for number in range(100 * step, 100 * step + chosen.randint(1, 6)):
+                Path("photos", chosen.choice(LABELS), f"{chosen.randrange(10**6):06d}.png").write_bytes(png(number))
+        case "copy":
+            for i, path in enumerate(some):
+                path.with_name(f"{chosen.choice('09')}-{step}-{i}.png").write_bytes(path.read_bytes())
+        case "metadata":
+            for i, path in enumerate(some):
+                path.with_name(f"{chosen.choice('09')}-{step}-{i}.png").write_bytes(path.read_bytes() + b"a comment")
+        case "unreadable":
+            Path("photos", LABELS[0], f"{step}.png").write_bytes(b"no image")
+        case "remove":
+            for path in some[: len(files) - 6]:
+                path.unlink()
+        case "move":
+            for i, path in enumerate(some):
+                path.rename(Path("photos", chosen.choice(LABELS), f"{step}-{i}-{path.name}"))
+        case "caption":
+            rows = [f"{path.relative_to('photos').as_posix()},a caption {chosen.randrange(9)}" for path in some]
+            Path("photos", "captions.csv").write_text("\n".join(["path,caption", *rows]))
+        case _:
+            pass
+
+
 def test_a_new_image_is_the_only_one_that_is_read_and_the_event_says_so(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
