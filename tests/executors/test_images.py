@@ -4,11 +4,14 @@ This holds if a worker dies, and for what cannot be decoded.
 """
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from distributed import Client
 
@@ -99,6 +102,31 @@ def test_only_new_images_are_dealt_to_workers(photos: Path, monkeypatch: pytest.
     (photos / "red/new.png").write_bytes((photos / "red/0000.png").read_bytes() + b"\0")
     make("images", monkeypatch, lambda event: None, executor)
     assert dealt == [0]
+
+
+def test_of_a_source_without_files_workers_decode_only_new_images_and_see_that_it_changed(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[bytes] = []
+    look = workers.look
+    monkeypatch.setattr(workers, "look", lambda encoded, thumbnail: decoded.append(encoded) or look(encoded, thumbnail))
+    monkeypatch.setattr(examine, "look", fail)
+    monkeypatch.setattr("ommatid.executors.run", lambda params, job, shards, on_done: [job(s) or on_done(s) for s in shards])
+    pictures = [path.read_bytes() for path in sorted((photos / "red").glob("0*.png"))[:4]]
+
+    def make_of(name: str, rows: list[bytes]) -> Artefact:
+        shutil.rmtree("rows", ignore_errors=True)
+        Path("rows").mkdir()
+        pq.write_table(pa.table({"image": rows}), Path("rows", name))
+        source = {"kind": "parquet", "path": "rows"}
+        return make("images", monkeypatch, lambda event: None, {"kind": "dask", "address": None, "workers": 1}, source=source)
+
+    make_of("one.parquet", pictures[:3])
+    assert sorted(decoded) == sorted(pictures[:3])
+    decoded.clear()
+    found = make_of("two.parquet", [pictures[3], *pictures[:2]])  # as many rows, in another file
+    assert decoded == [pictures[3]]
+    assert found.read("images", ["path"])["path"].to_pylist() == [f"two.parquet#{i}" for i in range(3)]
 
 
 def test_what_workers_find_in_another_file_under_the_same_path_is_not_taken_for_this_one(

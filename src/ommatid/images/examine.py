@@ -134,6 +134,11 @@ class Earlier:
         except ArtefactError:  # There is none, or it is damaged.
             self._rows = {}
 
+    @property
+    def image_ids(self) -> Iterator[str]:
+        """The sha256 of each of its images."""
+        return (image_id.hex() for image_id in self._rows)
+
     def read(self, image_id: str) -> bytes | None:
         """Return the file with this sha256, or None if the artefact does not hold it undamaged."""
         row = self._rows.get(bytes.fromhex(image_id))

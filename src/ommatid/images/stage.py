@@ -43,10 +43,11 @@ def run(params: ImagesParams, inputs: Mapping[str, Artefact], draft: Draft, on_e
     positions = choose(source, params.limit)
     collection = Collection(draft, params.eval_share, source.fingerprint)
     with Memory(settings_of(params.thumbnail), lambda line: on_event(Warned(line))) as memory:
-        left = positions[collection.n_seen :]
+        left, earlier = positions[collection.n_seen :], Earlier(draft.place)
         if params.executor.kind != "local":
-            look_elsewhere(params, source, left, draft, memory, lambda *counts: on_event(Progress("images decoded by workers", *counts)))
-        examiner = Examiner(params.thumbnail, memory, Earlier(draft.place), params.by_reference, "://" in params.source.path)
+            done = lambda *counts: on_event(Progress("images decoded by workers", *counts))  # noqa: E731
+            look_elsewhere(params, source, left, draft, memory, earlier, done)
+        examiner = Examiner(params.thumbnail, memory, earlier, params.by_reference, "://" in params.source.path)
         for result in examiner.examine_all(source.iter_items(left)):
             collection.add(result)
             if collection.n_seen % _ITEMS_PER_EVENT == 0 or collection.n_seen == len(positions):
