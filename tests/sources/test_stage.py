@@ -322,3 +322,14 @@ def test_a_folder_behind_a_link_may_have_a_name_that_is_not_utf_8(photos: Callab
     os.rename(b"photos", b"caf\xe9")
     os.symlink(b"caf\xe9", b"photos")
     assert photos() == before
+
+
+def test_caches_in_use_do_not_look_unused(photos: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "SETTLED_NS", -(10**9))
+    photos()
+    caches = sorted(path for path in (tmp_path / "cache").rglob("*.json"))
+    assert {path.parent.name for path in caches} == {"checksums", "code"}
+    for path in caches:
+        os.utime(path, (1, 1))
+    photos()
+    assert all(path.stat().st_mtime > 1 for path in caches)

@@ -247,6 +247,7 @@ def _checksum(file: Listed) -> str:
 
 def _load(cache: Path) -> dict[str, tuple[str, str]]:
     try:
+        os.utime(cache)  # by which `ommatid gc` knows that it is used
         return {name: (facts, checksum) for name, (facts, checksum) in json.loads(cache.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}

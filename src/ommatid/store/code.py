@@ -8,6 +8,7 @@ change it, and that of a data file of its content. Neither depends on the machin
 import ast
 import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -237,6 +238,7 @@ def _text_digest(text: bytes) -> str:
 
 def _load(cache: Path) -> dict[str, Source]:
     try:
+        os.utime(cache)  # by which `ommatid gc` knows that it is used
         return {key: Source(**values) for key, values in json.loads(cache.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
