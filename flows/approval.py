@@ -131,10 +131,11 @@ def close(waiting: Waiting, made: Decision | None) -> None:
         waiting: The question.
         made: The decision; None if there is none, as the question has become void.
     """
+    name = "Promoted" if made and made.decision == "champion" else "Kept"
     reason = made.reason if made else "the champion that it was compared with is no longer the champion"
     with get_client(sync_client=True) as client:
         if waiting.flow_run != flow_run.id and is_asked(waiting):
-            client.set_flow_run_state(UUID(waiting.flow_run), Completed(name="Kept", message=reason), force=True)
+            client.set_flow_run_state(UUID(waiting.flow_run), Completed(name=name, message=reason), force=True)
         if waiting.alarm and waiting.alarm != flow_run.id:
             try:
                 state = client.read_flow_run(UUID(waiting.alarm)).state

@@ -28,7 +28,7 @@ from ommatid.config import Params, RetrainParams, load_params
 from ommatid.errors import GateError, RunError
 from ommatid.events import Event, Progress, Warned
 from ommatid.publish import champion, versions
-from ommatid.publish.approval import Waiting, forget_waiting, read_waiting
+from ommatid.publish.approval import Waiting, find_end, forget_waiting, read_waiting
 from ommatid.publish.champion import SupersededError
 from ommatid.publish.decisions import Decision, read_decisions
 from ommatid.publish.drift import DriftError
@@ -67,7 +67,13 @@ def _describe(outcome: Decision | Waiting) -> State:
 
 def _conclude(params: Params) -> Decision | None:
     """Conclude an earlier run's question to a person, if it was answered or the time to answer has passed; None if not."""
-    if (waiting := read_waiting()) is None or (made := approval.find_decision(waiting)) is None:
+    if (waiting := read_waiting()) is None:
+        return None
+    if ended := find_end(waiting, read_decisions()):  # somebody promoted the challenger, or a run was killed after it had published
+        approval.close(waiting, ended)
+        forget_waiting()
+        return None
+    if (made := approval.find_decision(waiting)) is None:
         return None
     try:
         publish(made, params.retrain)
@@ -133,6 +139,7 @@ def _ask(made: Decision, params: RetrainParams) -> Waiting | State:
         kept = before.decision.model_copy(update=changes)
         publish(kept, params)
         approval.close(before, kept)
+        forget_waiting()
     page = artifacts.decision(made, is_asked=True)
     artifact = create_markdown_artifact(page, key="decision", description="Champion and challenger, to be approved")
     return approval.ask(made, params.approval_timeout, str(artifact), _log_event)

@@ -313,6 +313,15 @@ def test_a_question_whose_run_was_killed_is_asked_again_and_its_answer_is_found(
     assert [made.who for made in read_decisions()] == ["Anna in the Prefect UI"]
 
 
+def test_a_challenger_that_somebody_promotes_is_asked_about_no_longer(questions: Questions) -> None:
+    run, waiting = questions.start(), read_waiting()
+    assert waiting
+    champion.publish(waiting.decision.model_copy(update={"how": "promote", "who": "Ben", "reason": "promoted by hand"}), 5)
+    assert questions.state(questions.start())[0] == "Unchanged"
+    assert questions.state(run) == ("Promoted", "promoted by hand")
+    assert read_waiting() is None and questions.alarms() == [] and len(read_decisions()) == 1
+
+
 def test_a_newer_challenger_takes_the_place_of_one_that_waits(questions: Questions) -> None:
     first = questions.start()
     questions.digest, questions.sae, questions.stale = "catalogue b", "b", {"images"}

@@ -4,6 +4,7 @@ data/approval.json names it. Its folder among the champions' is complete before,
 """
 
 import os
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -68,6 +69,11 @@ def read_waiting() -> Waiting | None:
             f"{PLACE}: does not say which challenger waits for a person ({explain(error, Waiting)}); delete the file: the next retrain "
             "compares the challenger again"
         ) from None
+
+
+def find_end(waiting: Waiting, decisions: Sequence[Decision]) -> Decision | None:
+    """Find the decision by which a question ended, through an answer or because somebody promoted the challenger; None if it is open."""
+    return next((made for made in reversed(decisions[waiting.n_decisions :]) if made.key == waiting.decision.key), None)
 
 
 def write_waiting(waiting: Waiting) -> None:

@@ -30,7 +30,7 @@ from ommatid.errors import ArtefactError, ConfigError, QueryError, RunError
 from ommatid.events import Listener, Warned, ignore
 from ommatid.pipeline import open_stage
 from ommatid.pipeline.inputs import check_lineage
-from ommatid.publish.approval import Waiting, forget_waiting, read_waiting, write_waiting
+from ommatid.publish.approval import Waiting, find_end, read_waiting, write_waiting
 from ommatid.publish.decisions import (
     DECISIONS,
     PUBLISHED,
@@ -509,11 +509,8 @@ def _check_kept(target: Decision) -> None:
 def _settle(keep: int, on_event: Listener, sets_alias: bool = False) -> None:
     decisions, waiting = read_decisions(), read_waiting()
     standing = stand(decisions)
-    if waiting and any(made.key == waiting.decision.key for made in decisions[waiting.n_decisions :]):
-        forget_waiting()  # it was answered, and the run was killed before it could say so here
-        waiting = None
     there = [key for key in standing.keys if (CHAMPIONS / key).exists()]
-    kept = {*there[:keep], *([waiting.decision.key] if waiting else [])}
+    kept = {*there[:keep], *([waiting.decision.key] if waiting and find_end(waiting, decisions) is None else [])}
     for folder in list(CHAMPIONS.glob("*")):
         if folder.name not in kept:
             aside = folder.with_suffix(".tmp")  # first, so that what has its name is whole
