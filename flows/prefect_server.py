@@ -17,7 +17,7 @@ from prefect import get_client
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-from flows.processes import Services, free_port
+from flows.processes import POLICY, Services, free_port
 from ommatid.errors import OmmatidError, RunError, without_credentials
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ PORTS = range(8000, 9000)
 """Ports of temporary servers; one is chosen at random, so that two runs started at the same time rarely collide."""
 _TEMPORARY = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
 """Settings that Prefect uses for its own temporary servers: no UI, and only the services that a short run needs."""
-
-_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 
 @contextmanager
@@ -90,7 +88,7 @@ def _stay_here(app: "ASGIApp") -> "ASGIApp":
     async def wrapped(scope: "Scope", receive: "Receive", send: "Send") -> None:
         async def send_with_policy(message: "Message") -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"content-security-policy", _POLICY.encode())]
+                message["headers"] = [*message.get("headers", ()), (b"content-security-policy", POLICY.encode())]
             await send(message)
 
         await app(scope, receive, send_with_policy)

@@ -23,6 +23,9 @@ START_SECONDS = 600
 LAST_PORT = 65_535
 """Largest port that there is."""
 
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+"""Content-Security-Policy with which browsers ask no host but the page's own, for pages of others."""
+
 MARK = "OMMATID_SERVICES"
 """Environment variable, inherited by all descendants of a service, that identifies the `Services` object they belong to."""
 

@@ -17,7 +17,7 @@ import filelock
 
 from flows.monitor import LOOK_SECONDS, Monitor, skip_missed_runs
 from flows.prefect_api import Api
-from flows.processes import LAST_PORT, Services, Tail, hold_port
+from flows.processes import LAST_PORT, POLICY, Services, Tail, hold_port
 from flows.project import PROJECT, read_project, takes_params
 from flows.watch import LOCALHOST, NOTICE, WEBHOOK_HOST
 from ommatid.cli.error_boundary import at_edge
@@ -52,13 +52,10 @@ def serve(checkout: Path) -> None:
             _end_orphans(api)
             for pool in pools:
                 services.start(f"pool-{pool}", "prefect", "work-pool", "create", pool, "--type", "process", "--overwrite")
-            services.finish(*(f"pool-{pool}" for pool in pools))
             services.start("messages", "flows.messages")  # before the deployments, whose runs they are about
-            services.finish("messages")
-            for deployment in project.deployments:
-                deploy = ("prefect", "--no-prompt", "deploy", "--prefect-file", PROJECT, "--name", deployment.name)
-                services.start(f"deploy-{deployment.name}", *deploy)
-            services.finish(*(f"deploy-{deployment.name}" for deployment in project.deployments))
+            services.finish(*(f"pool-{pool}" for pool in pools), "messages")
+            services.start("deploy", "prefect", "--no-prompt", "deploy", "--prefect-file", PROJECT, "--all")
+            services.finish("deploy")
             services.wait_for("mlflow", f"http://127.0.0.1:{mlflow}/health")
             services.wait_for("explorer", f"http://127.0.0.1:{explorer}/robots.txt")  # /health says whether there is a catalogue
             for pool in pools:
@@ -173,6 +170,7 @@ def _environment(checkout: Path, port: int, explorer: int, webhook: int) -> dict
         "PREFECT_UI_URL": os.environ.get("PREFECT_UI_URL") or f"http://127.0.0.1:{port}",  # for links in messages
         "PREFECT_SERVER_UI_API_URL": "/api",  # or the pages in the browser send their requests to port 4200
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+        "PREFECT_WORKER_QUERY_SECONDS": os.environ.get("PREFECT_WORKER_QUERY_SECONDS") or "2",  # a run starts soon after Quick run
         "OMMATID_EXPLORER_URL": f"http://127.0.0.1:{explorer}",  # for links to it from Prefect's artifacts and MLflow's tags
         "OMMATID_WEBHOOK_PORT": str(webhook),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -193,7 +191,9 @@ def _mlflow(checkout: Path, port: int) -> tuple[str, ...]:
     folder.mkdir(exist_ok=True)
     follow_move(folder)
     store = ("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--default-artifact-root", (folder / "artifacts").as_uri())
-    return ("mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port), *store)
+    # pages without data would show videos of another host
+    policy = ("--uvicorn-opts", f'--header "Content-Security-Policy:{POLICY}"')
+    return ("mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port), *policy, *store)
 
 
 def _end_orphans(api: Api) -> None:

@@ -39,13 +39,17 @@ stages:
 """
 
 FAKE = """\
-import json, os, pathlib, sys, yaml
+import json, os, pathlib, sys, time, yaml
 name = sys.argv[1]
 place = {"images": "images", "train": "sae", "evaluate": "evaluation"}[name]
 params = yaml.safe_load(open("params.yaml"))
 out = pathlib.Path("data") / place
 for i in range(1, 4):
     print(f"{name} things: {i} of 3")
+hold = pathlib.Path(os.environ.get("OMMATID_CHECKOUT", "."), "hold")
+while name == "train" and hold.exists():
+    hold.write_text(str(os.getpid()))
+    time.sleep(0.1)
 if name == "train" and params["train"]["k"] == 13:
     sys.exit("error: train: 13 is unlucky")
 out.mkdir(parents=True)
@@ -66,7 +70,7 @@ pathlib.Path(os.environ.get("OMMATID_CHECKOUT", ".")).joinpath("ran.log").open("
 
 SOMEBODY = {f"GIT_{role}_{key}": "a@localhost" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
 
-GITIGNORE = "/data/?*\n!/data/published.dvc\n/photos/\n/ran.log\n/.worktrees/\n/.prefect/\n/.mlflow/\n__pycache__/\n"
+GITIGNORE = "/data/?*\n!/data/published.dvc\n/photos/\n/ran.log\n/hold\n/.worktrees/\n/.prefect/\n/.mlflow/\n__pycache__/\n"
 
 
 def run(root: Path, *command: str) -> str:
