@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from playwright.sync_api import Page, expect
 
 from flows import monitor
 from flows.prefect_api import Api
@@ -27,8 +28,8 @@ from flows.project import read_project, takes_params
 from ommatid.errors import ConfigError, RunError
 from support.browser import RunningBrowser, Windows, find_chromium, opening, running
 from support.checkout import bytes_of, run
-from support.prefect_ui import press
-from support.processes import HANG_SECONDS, wait_for, wait_for_end
+from support.prefect_ui import answer, press, see_artifact
+from support.processes import HANG_SECONDS, TESTS, wait_for, wait_for_end
 from support.recipes import Tree, assert_only_named, blocks_of, copy_tree
 from support.up import ENDED, Receiver, Up, environment, making_up, receiving
 
@@ -53,6 +54,7 @@ def up(made: Path, receiver: Receiver, tmp_path_factory: pytest.TempPathFactory)
     for name in ("flows", "infra"):
         shutil.copytree(tree.root / name, checkout / name)
     set_schedules(checkout)
+    plant_decisions(checkout)
     run(checkout, "git", "add", "-A")
     run(checkout, "git", "commit", "-qm", "Flows")
     with making_up(checkout, environment(folder) | {"OMMATID_WEBHOOK_TOKEN": "secret"}, receiver) as running_up:
@@ -78,6 +80,72 @@ def set_schedules(checkout: Path) -> None:
     deployments["count"] |= {"schedules": [{"interval": 7 * 86400, "active": True}], "concurrency_limit": 1}
     project["watch"]["quiet_seconds"] = 3
     path.write_text(yaml.safe_dump(project))
+
+
+PLANTED = """
+import hashlib, json, sys
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import duckdb
+
+from flows import approval, artifacts
+from ommatid.publish import champion, drift
+from ommatid.publish.decisions import Decision, Scores, find_champion, make_key
+
+sys.path.append(TESTS)
+
+
+def digest():
+    return hashlib.sha256(Path("data/images/out.json").read_bytes()).hexdigest()
+
+
+def open_stage(name):
+    return SimpleNamespace(digest=digest())
+
+
+def decide(params, on_event, who):
+    n_images = len(json.loads(Path("data/images/out.json").read_text())[1])
+    present = find_champion()
+    scores = Scores(sae=f"sae-of-{n_images}", digest=digest(), fvu=0.3, l0=32.0, dead=0.1, ms=0.45, ms_floor=0.35)
+    return Decision(
+        decision="champion", reason="better than the champion: FVU -0.2", who=who, decided_at=datetime.now(UTC), challenger=scores,
+        champion=present and present.challenger, against=present and present.key, margins=params.retrain.margins, catalog=digest(),
+        run={"sae": scores.sae}, key=make_key(digest(), digest()),
+    )
+
+
+def keep_winner(made, on_event):
+    folder = champion.folder_of(made)
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        with duckdb.connect(folder / "catalog.duckdb") as connection:
+            connection.execute("CREATE TABLE runs AS SELECT 'a' AS sae, NULL::VARCHAR AS decision, NULL::VARCHAR AS reason")
+
+
+def check_drift(params, on_event):
+    if not Path("photos/another-camera.jpg").exists():
+        return drift.Outcome(None, "no images have come in that were not compared before")
+    from support.drifting import make_drifted_check
+
+    found = make_drifted_check(Path("data/drifted"))
+    return drift.Outcome(found, found.row["reason"], is_drift=True)
+
+
+champion.open_stage = approval.open_stage = open_stage
+champion.decide, champion._keep_winner, champion.point_alias = decide, keep_winner, lambda: None
+drift.check_drift = check_drift
+artifacts._best_of_both = lambda made: ()  # the catalogues have no pictures
+"""
+"""Code with which every data set has an SAE that wins, and the images drift if one of them is `another-camera.jpg`."""
+
+
+def plant_decisions(checkout: Path) -> None:
+    """Let `retrain` decide in this way, as the checkout's stages make no artefacts."""
+    (checkout / "flows/planted.py").write_text(PLANTED.replace("TESTS", repr(str(TESTS))))
+    with (checkout / "flows/retrain.py").open("a") as file:
+        file.write("\n\nimport flows.planted\n")
 
 
 def errors_in(logs: Path) -> list[str]:
@@ -469,11 +537,53 @@ def test_images_that_are_dropped_start_one_retrain(up: Up) -> None:
     assert len([found for found in up.runs("retrain", *ENDED, "SCHEDULED", "PENDING", "RUNNING")]) == len(known) + 1
 
 
+def test_a_person_answers_in_the_ui_whether_a_challenger_is_published(up: Up, windows: Windows) -> None:
+    """The first is approved; the second, which was trained on images that drifted, is not."""
+    up.receiver.bodies.clear()
+    edit(up.checkout / "params.yaml", "approval: false", "approval: true")
+    page = asked(up, windows, "same-camera.jpg")
+    page.get_by_role("button", name="Resume", exact=True).click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_contain_text(re.compile(r"sae-of-\d+ waits for approval: better than the champion: FVU -0\.2\. Without an answer"))
+    dialog.get_by_role("button", name="Submit").click()
+    page.get_by_text("'approve' is a required property").wait_for()
+    answer(page, "yes", "Anna", "they look right")
+    page.get_by_text("Promoted", exact=True).wait_for()
+    artifact = see_artifact(up, page, "decision", "Promoted")
+    assert "approved by Anna: better than the champion: FVU -0.2." in artifact
+    assert "Decided by Anna in the Prefect UI: they look right." in artifact
+
+    page = asked(up, windows, "another-camera.jpg")
+    question = page.url
+    assert "60 new images differ" in see_artifact(up, page, "drift", "Drift")
+    page.get_by_role("img", name="changed features").wait_for()
+    page.goto(question)
+    page.get_by_role("button", name="Resume", exact=True).click()
+    answer(page, "no", "Ben", "another camera")
+    page.get_by_text("Kept", exact=True).wait_for()
+    assert "the champion stays: Ben did not approve" in see_artifact(up, page, "decision", "Kept")
+
+    env = environment(up.checkout.parent)
+    listed = subprocess.run([sys.executable, "-m", "ommatid", "champion", "list"], cwd=up.checkout, env=env, capture_output=True, text=True)
+    rows = [line for line in listed.stdout.splitlines() if " in the Prefect UI " in line]
+    assert ["Ben in" in rows[0], "Anna in" in rows[1]] == [True, True] and " champion " in rows[1], listed
+    asked_for = [subject for subject in up.receiver.subjects() if subject == "A challenger waits for approval"]
+    assert len(asked_for) == 2
+    edit(up.checkout / "params.yaml", "approval: true", "approval: false")
+
+
 def edit(file: Path, old: str, new: str) -> None:
     """Replace a text that occurs once in a file."""
     text = file.read_text()
     assert text.count(old) == 1, f"{file} has {text.count(old)} times {old!r}"
     file.write_text(text.replace(old, new))
+
+
+def asked(up: Up, windows: Windows, image: str) -> Page:
+    """Drop an image, and open the page of the run that it starts once that asks a person."""
+    (up.checkout / "photos" / image).write_text(image)
+    (found,) = wait_for(lambda: up.runs("retrain", "PAUSED"), "a question")
+    return windows.open(f"{up.prefect}/runs/flow-run/{found['id']}")
 
 
 def test_a_person_cancels_a_run_in_the_ui(up: Up, windows: Windows) -> None:
