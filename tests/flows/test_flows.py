@@ -152,7 +152,7 @@ def test_drift_ends_a_retraining_before_training_only_if_it_should(
     if action == "stop":
         assert str(state.message).startswith("drift: 600 new images differ from the champion's 10,000; nothing was trained")
     ((key, page),) = shown.items()
-    assert key == "drift" and page.startswith("# drift: 600 new images differ") and "data:image/webp;base64," in page
+    assert key == "drift" and page.startswith("# Drift\n\n600 new images differ") and "data:image/webp;base64," in page
 
 
 def test_a_gate_that_says_no_ends_a_retrain_as_rejected(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -583,6 +583,12 @@ def asked(up: Up, windows: Windows, image: str) -> Page:
     """Drop an image, and open the page of the run that it starts once that asks a person."""
     (up.checkout / "photos" / image).write_text(image)
     (found,) = wait_for(lambda: up.runs("retrain", "PAUSED"), "a question")
+
+    def has_form() -> bool:  # Prefect keeps it a moment after it suspends the run
+        last = found["state"]["state_details"]["run_input_keyset"]["description"]
+        return bool(up.api.post(f"/flow_runs/{found['id']}/input/filter", {"prefix": last}))
+
+    wait_for(has_form, "the form of the question")
     return windows.open(f"{up.prefect}/runs/flow-run/{found['id']}")
 
 

@@ -47,7 +47,7 @@ def count_images(tree: Tree, work: Path, **overrides: str) -> dict[str, int]:
 
 def test_a_key_of_a_section_takes_the_files_of_its_recipe(tree: Tree, tmp_path: Path) -> None:
     add_field(tree, CONFIG, "    eval_share: Annotated[float, Field(gt=0, lt=1)]\n", blocks_of(PAGE)[0])
-    tree.replace(STAGE, "spread(source.total, params.limit)", "spread(source.total, params.limit)[params.skip :]")
+    tree.replace(STAGE, "choose(source, params.limit)", "choose(source, params.limit)[params.skip :]")
     assert_only_named(tree, PAGE)
     assert count_images(tree, tmp_path / "work", before="images.limit=null", after="images.skip=5") == {"before": 12, "after": 7}
 
