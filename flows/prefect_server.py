@@ -8,7 +8,8 @@ import logging
 import os
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,9 @@ from flows.processes import POLICY, Services, free_port
 from ommatid.errors import OmmatidError, RunError, without_credentials
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 PORTS = range(8000, 9000)
@@ -79,7 +83,37 @@ def create_app() -> "ASGIApp":
 
     assert hasattr(prefect, "__ui_v2_static_path__"), "this version of Prefect keeps its second UI elsewhere"
     prefect.__ui_v2_static_path__ = Path(os.devnull) / "none"
-    return _stay_here(server.create_app(final=True))
+    return lock_to_resume(_stay_here(server.create_app(final=True)))
+
+
+def lock_to_resume(app: "ASGIApp") -> "ASGIApp":
+    """Let requests that resume a run wait for SQLite's lock before they read.
+
+    Prefect's transaction reads first, and if anybody else writes before it does, SQLite refuses it at once: "database is locked". All that
+    the person who presses Submit sees is that something went wrong. Other writing requests take the lock first in Prefect itself.
+    """
+    from prefect.server.database.configurations import AioSqliteConfiguration
+
+    is_resuming = ContextVar("is_resuming", default=False)
+    begin = AioSqliteConfiguration.begin_transaction
+
+    @asynccontextmanager
+    async def begin_transaction(
+        self: AioSqliteConfiguration, session: "AsyncSession", with_for_update: bool = False
+    ) -> "AsyncGenerator[AsyncSessionTransaction, None]":
+        async with begin(self, session, with_for_update or is_resuming.get()) as transaction:
+            yield transaction
+
+    AioSqliteConfiguration.begin_transaction = begin_transaction
+
+    async def wrapped(scope: "Scope", receive: "Receive", send: "Send") -> None:
+        token = is_resuming.set(scope["type"] == "http" and scope["path"].endswith("/resume"))
+        try:
+            await app(scope, receive, send)
+        finally:
+            is_resuming.reset(token)
+
+    return wrapped
 
 
 def _stay_here(app: "ASGIApp") -> "ASGIApp":

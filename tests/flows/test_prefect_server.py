@@ -1,15 +1,22 @@
 """Proves that a flow run by hand ends with one line, whatever happens to its Prefect server, its params or its stages."""
 
+import asyncio
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from prefect.server.database.configurations import AioSqliteConfiguration
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
+from flows.prefect_server import lock_to_resume
 from flows.processes import START_SECONDS, free_port
 from support.checkout import REPOSITORY
 from support.processes import wait_for
@@ -102,3 +109,35 @@ def test_sigkill_leaves_no_temporary_server(checkout: Path) -> None:
         assert any("flows.parent_watch" in process.cmdline() for process in marked(checkout))
         flow.kill()
     wait_for(lambda: not marked(checkout), "what the run started to end")
+
+
+def test_a_request_to_resume_a_run_takes_the_lock_before_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another writer comes between the read and the write of a transaction, as it may in Prefect's; otherwise SQLite refuses the write."""
+    monkeypatch.setattr(AioSqliteConfiguration, "begin_transaction", AioSqliteConfiguration.begin_transaction)  # put back at the end
+    database = tmp_path / "prefect.db"
+    config = AioSqliteConfiguration(f"sqlite+aiosqlite:///{database}", timeout=60)
+
+    def write() -> None:
+        with sqlite3.connect(database, timeout=60) as other:
+            other.execute("INSERT INTO runs VALUES (1)")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session = await config.session(await config.engine())
+        async with session, config.begin_transaction(session):
+            await session.execute(text("SELECT count(*) FROM runs"))
+            writer = asyncio.create_task(asyncio.to_thread(write))
+            await asyncio.wait([writer], timeout=1)  # it waits for the lock, unless nobody holds it
+            await session.execute(text("INSERT INTO runs VALUES (2)"))
+        await writer
+
+    async def ask(path: str) -> None:
+        session = await config.session(await config.engine())
+        async with session, config.begin_transaction(session, with_for_update=True):
+            await session.execute(text("CREATE TABLE IF NOT EXISTS runs (n INTEGER)"))
+        await lock_to_resume(app)({"type": "http", "path": path}, None, None)  # type: ignore[arg-type]
+
+    asyncio.run(ask("/api/flow_runs/1/resume"))
+    with sqlite3.connect(database) as reader:
+        assert sorted(reader.execute("SELECT n FROM runs")) == [(1,), (2,)]
+    with pytest.raises(OperationalError, match="database is locked"):
+        asyncio.run(ask("/api/flow_runs/filter"))
