@@ -269,6 +269,42 @@ def test_a_damaged_result_is_computed_again(spies: Spies) -> None:
     assert spies.calls["label"] == 1 and relations() == before
 
 
+def flip(path: Path) -> None:
+    """Change a byte in the middle of a file, and not its size."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [flip, lambda path: path.write_bytes(path.read_bytes()[:-20])])
+@pytest.mark.parametrize("kind", ["evaluation", "labels", "judged"])
+def test_results_whose_bytes_changed_are_computed_again(kind: str, damage: Callable[[Path], None]) -> None:
+    before = relations()
+    for path in (PLACE / kind).rglob("*.parquet"):
+        damage(path)
+    backfill(load_params())
+    assert relations() == before
+
+
+def test_a_champion_whose_bytes_changed_is_left_out_and_the_others_are_measured() -> None:
+    before = relations()
+    (folder,) = (champion.folder_of(one) for one in champion.read_decisions()[:1])
+    file = folder / "sae/sae.safetensors"
+    whole = file.read_bytes()
+    flip(file)
+    kept = PLACE.rename(PLACE.with_name("kept"))
+    try:
+        made = backfill(load_params())
+        assert len(made.saes) == 2 and len(made.left_out) == 1
+        assert f"{folder / 'sae'}: damaged (1): sae.safetensors: checksum differs" in made.left_out[0].reason
+    finally:
+        file.write_bytes(whole)
+        shutil.rmtree(PLACE)
+        kept.rename(PLACE)
+    backfill(load_params())
+    assert relations() == before
+
+
 def test_what_cannot_be_measured_is_named_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
     for name, when in (("deeper", 5), ("gone", 6), ("broken", 7)):
         run_stage("train", load_params(overrides=[f"train.seed={when}", "train.hookpoint=cls"]), ignore)

@@ -60,7 +60,9 @@ def backfill(params: Params, on_event: Listener = ignore) -> Backfill:
     fitting: list[tuple[PastSAE, dict[str, Artefact]]] = []
     for one in past:
         try:
-            fitting.append((one, select_inputs(one, images, extraction)))
+            inputs = select_inputs(one, images, extraction)
+            one.artefact.verify()
+            fitting.append((one, inputs))
         except ArtefactError as error:
             gone.append(LeftOut(one.name, one.decided_at, str(error)))
     for left in gone:

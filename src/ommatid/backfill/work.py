@@ -1,7 +1,9 @@
 """What is computed about one past SAE: its evaluation, scores by each judge, and labels by each labeller; each only if it is new."""
 
+import hashlib
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -33,6 +35,8 @@ PLACE = Path("data/backfill")
 """Folder of all results, relative to the checkout. It may be deleted: what is missing is computed again."""
 HEADLINE = b"headline"
 """Key of a table's metadata under which the numbers of the whole SAE are kept."""
+CHECKSUM = b"checksum"
+"""Key of a table's metadata under which the checksum of these numbers is kept; the pages of the table have their own."""
 
 
 @dataclass
@@ -106,7 +110,7 @@ class Work:
         activations = inputs["extract"]
         digests = self._keys.judges(activations)
         paths = {judge: PLACE / "judged" / f"{past.name}-{make_key(key, digest)}.parquet" for judge, digest in digests.items()}
-        missing = [judge for judge, path in paths.items() if not path.exists()]
+        missing = [judge for judge, path in paths.items() if not _is_whole(path)]
         if evaluation.manifest.inputs["extract"] == activations.digest:
             for verdict in evaluation.summary["judges"]:
                 if verdict["judge"] in missing:
@@ -154,9 +158,13 @@ class Work:
     ) -> Artefact:
         """Return an artefact of one SAE, computing it unless it is there."""
         place = PLACE / kind / name
-        with suppress(ArtefactError):  # a damaged one is made again
-            if (place / MANIFEST).exists():
+        if (place / MANIFEST).exists():
+            try:
                 found = store.open_artefact(place, kind)
+                found.verify()
+            except ArtefactError:  # it is made again
+                shutil.rmtree(place)
+            else:
                 os.utime(place / MANIFEST)  # so that `ommatid gc` sees that it is used
                 self._counts.reused[counted] += 1
                 return found
@@ -186,9 +194,23 @@ def _scores_of(evaluation: Artefact, judge: str) -> pa.Table:
 def _write(path: Path, table: pa.Table, headline: Mapping[str, Any]) -> None:
     """Write a table with the numbers of the whole SAE in its metadata, as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
-    pq.write_table(table.replace_schema_metadata({HEADLINE: json.dumps(dict(headline))}), temporary)
+    temporary, numbers = temporary_path(path), json.dumps(dict(headline)).encode()
+    metadata = {HEADLINE: numbers, CHECKSUM: _checksum(numbers)}
+    pq.write_table(table.replace_schema_metadata(metadata), temporary, write_page_checksum=True)
     os.replace(temporary, path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a table that `_write` wrote is there and undamaged."""
+    try:
+        metadata = pq.read_table(path, page_checksum_verification=True).schema.metadata or {}
+    except (OSError, ValueError):  # errors of Arrow are among them
+        return False
+    return _checksum(metadata.get(HEADLINE, b"")) == metadata.get(CHECKSUM)
+
+
+def _checksum(numbers: bytes) -> bytes:
+    return hashlib.sha256(numbers).hexdigest().encode()
 
 
 def read_headline(path: Path) -> dict[str, Any]:
