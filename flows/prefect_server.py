@@ -8,6 +8,7 @@ import logging
 import os
 import random
 from collections.abc import Iterator
+from datetime import timedelta
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 PORTS = range(8000, 9000)
 """Ports of temporary servers; one is chosen at random, so that two runs started at the same time rarely collide."""
+EARLIER_EVENT = timedelta(seconds=5)
+"""Time for which an automation waits for the event that comes before its own."""
 _TEMPORARY = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
 """Settings that Prefect uses for its own temporary servers: no UI, and only the services that a short run needs."""
 
@@ -72,17 +75,22 @@ def _start_temporary() -> str:
 
 
 def create_app() -> "ASGIApp":
-    """Make the application of the server of `make up`: Prefect's, but no page of it reaches another host.
+    """Make the application of the server of `make up`: Prefect's, but no page of it reaches another host, and messages come at once.
 
-    The second UI, which asks an analytics host, is left out. Other pages ask for logos, and are told not to.
+    The second UI, which asks an analytics host, is left out. Other pages ask for logos, and are told not to. An automation waits a quarter
+    of an hour for the event that comes before its own, and there is none before the first of a run that a schedule made or, after a
+    restart, of a run from before.
     """
     import prefect
     from prefect.server.api import server
+    from prefect.server.events.ordering import memory
 
     import flows.messages  # noqa: F401  (registers the block that sends them)
 
     assert hasattr(prefect, "__ui_v2_static_path__"), "this version of Prefect keeps its second UI elsewhere"
     prefect.__ui_v2_static_path__ = Path(os.devnull) / "none"
+    assert hasattr(memory, "PRECEDING_EVENT_LOOKBACK"), "this version of Prefect keeps the wait for earlier events elsewhere"
+    memory.PRECEDING_EVENT_LOOKBACK = EARLIER_EVENT  # pyright: ignore[reportPrivateImportUsage]
     return lock_to_resume(_stay_here(server.create_app(final=True)))
 
 

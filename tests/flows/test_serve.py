@@ -372,6 +372,16 @@ def test_a_second_make_up_in_the_checkout_says_what_to_do(up: Up) -> None:
     )
 
 
+def test_a_run_that_a_schedule_made_sends_its_message_soon(up: Up) -> None:
+    """Prefect tells nobody that the scheduler has made a run, and its automations would wait for that event for 15 minutes."""
+    waiting = wait_for(lambda: up.runs("count", "SCHEDULED"), "the next runs of the schedule")[-1]
+    up.receiver.bodies.clear()
+    for kind in ("PENDING", "RUNNING", "FAILED"):
+        up.api.set_state(waiting["id"], kind, "as a test wants it")
+    (body,) = wait_for(lambda: up.receiver.bodies, "the message")
+    assert (body["subject"], body["run"]) == ("A run failed", waiting["name"])
+
+
 def test_a_clock_that_jumps_starts_one_run_at_most(up: Up) -> None:
     """Three weekly runs become overdue at once, as they do on a machine that has slept for three weeks."""
     waiting = wait_for(lambda: found if len(found := up.runs("count", "SCHEDULED")) >= 3 else None, "the next runs of the schedule")
