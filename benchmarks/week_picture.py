@@ -67,10 +67,12 @@ def draw(
     _draw_runs(below, runs, place)
     below.plot([place(when) for when in messages], [1] * len(messages), "o", color=INK, ms=7)
     _draw_champions(below, decisions, place, len(days))
-    for name, began, over in faults:
+    for i, (name, began, over) in enumerate(faults):
         left, right = place(began), place(over)
         below.barh(3, right - left, 2 * HALF, left, color=COLOURS["Crashed"])
-        below.text((left + right) / 2, 3 - HALF - 0.05, name, ha="center", va="bottom", color=INK, fontsize=9)
+        # by turns above and below, as one may follow another at once
+        height, side = (3 + HALF + 0.05, "top") if i % 2 else (3 - HALF - 0.05, "bottom")
+        below.text((left + right) / 2, height, name, ha="center", va=side, color=INK, fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -8,9 +8,9 @@ import logging
 import os
 import random
 from collections.abc import Iterator
-from datetime import timedelta
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
