@@ -95,7 +95,7 @@ bench-intervene: $(READY) ## compare interventions with running the whole model 
 bench-operations: $(READY) ## measure an increment, a retrain with nothing new, a drift check and the stage images
 	@python benchmarks/operations.py
 
-week: $(READY) ## let a week of photographs come in to a clone that runs by itself, and check what happens; takes ten minutes
+week: $(READY) ## let a week of photographs come in to a clone that runs by itself, and check what happens; takes twelve minutes
 	@PYTHONPATH="$(CURDIR):$(CURDIR)/tests" python benchmarks/week.py
 
 bench-interop: $(READY) $(PEERS)/.ready ## compare SAEs of other libraries imported here, and ours exported there

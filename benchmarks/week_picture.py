@@ -1,5 +1,9 @@
-"""The picture docs/pictures/week.png: photographs, runs, champions, messages and faults of the week, each day as wide as the others."""
+"""The picture docs/pictures/week.png: photographs, runs, champions, messages and faults of the week, each day as wide as the others.
 
+`python benchmarks/week_picture.py` draws it again from benchmarks/results/week.json, which benchmarks/week.py writes.
+"""
+
+import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
@@ -26,6 +30,10 @@ HALF = 0.17
 """Half of the height of a bar, in lanes."""
 
 
+RESULT = Path(__file__).parent / "results/week.json"
+PICTURE = Path(__file__).parents[1] / "docs/pictures/week.png"
+
+
 def draw(
     days: Sequence[tuple[str, float]],
     photographs: Sequence[tuple[float, int]],
@@ -34,7 +42,7 @@ def draw(
     decisions: Sequence[dict[str, Any]],
     faults: Sequence[tuple[str, float, float]],
     end: float,
-    path: Path,
+    path: Path = PICTURE,
 ) -> None:
     """Draw the week.
 
@@ -59,7 +67,7 @@ def draw(
         for spine in axes.spines.values():
             spine.set_visible(False)
     _draw_photographs(above, [(place(when), n) for when, n in photographs], len(days))
-    below.set(xlim=(0, len(days)), ylim=(len(LANES) - 0.4, -0.75), yticks=range(len(LANES)))
+    below.set(xlim=(0, len(days)), ylim=(len(LANES) - 0.45, -0.75), yticks=range(len(LANES)))
     below.set_yticklabels(LANES, color=INK)
     below.set_xticks([i + 0.5 for i in range(len(days))], [name for name, _ in days])
     below.tick_params(axis="x", labelbottom=False, labeltop=False)
@@ -67,12 +75,12 @@ def draw(
     _draw_runs(below, runs, place)
     below.plot([place(when) for when in messages], [1] * len(messages), "o", color=INK, ms=7)
     _draw_champions(below, decisions, place, len(days))
-    for i, (name, began, over) in enumerate(faults):
+    for i, (name, began, over) in enumerate(sorted(faults, key=lambda fault: fault[1])):
         left, right = place(began), place(over)
-        below.barh(3, right - left, 2 * HALF, left, color=COLOURS["Crashed"])
-        # by turns above and below, as one may follow another at once
-        height, side = (3 + HALF + 0.05, "top") if i % 2 else (3 - HALF - 0.05, "bottom")
-        below.text((left + right) / 2, height, name, ha="center", va=side, color=INK, fontsize=9)
+        below.barh(3, right - left - 0.01, 2 * HALF, left, color=COLOURS["Crashed"])
+        # above and below in turn, as one fault may follow another at once
+        y, side = (3 + HALF + 0.05, "top") if i % 2 else (3 - HALF - 0.05, "bottom")
+        below.text((left + right) / 2, y, name, ha="center", va=side, color=INK, fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -91,7 +99,9 @@ def _places(begins: Sequence[float], end: float) -> Callable[[float], float]:
 
 def _draw_photographs(axes: Axes, changes: Sequence[tuple[float, int]], end: int) -> None:
     axes.step([0.0, *(x for x, _ in changes), end], [0, *(n for _, n in changes), changes[-1][1]], where="post", color=BLUE, lw=2)
-    for x, n in changes:
+    for (x, n), following in zip(changes, [*(x for x, _ in changes[1:]), float(end)], strict=True):
+        if following - x < 0.05:  # the next number would lie on this one
+            continue
         axes.annotate(f"{n:,}", (x, n), (3, 4), textcoords="offset points", color=INK, fontsize=9)
     axes.set(ylim=(0, 1.35 * max(n for _, n in changes)), yticks=[])
     axes.set_ylabel("photographs", color=INK, rotation=0, ha="right", va="center")
@@ -130,3 +140,7 @@ def _draw_champions(axes: Axes, decisions: Sequence[dict[str, Any]], place: Call
 
 def _times(decisions: Sequence[dict[str, Any]], place: Callable[[float], float]) -> Iterator[float]:
     return (place(datetime.fromisoformat(one["decided_at"]).timestamp()) for one in decisions)
+
+
+if __name__ == "__main__":
+    draw(**json.loads(RESULT.read_text(encoding="utf-8")))
