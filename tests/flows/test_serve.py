@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from playwright.sync_api import Page, expect
 
 from flows import monitor
 from flows.prefect_api import Api
@@ -27,7 +28,7 @@ from flows.project import read_project, takes_params
 from ommatid.errors import ConfigError, RunError
 from support.browser import RunningBrowser, Windows, find_chromium, opening, running
 from support.checkout import bytes_of, run
-from support.prefect_ui import press
+from support.prefect_ui import answer, press, see_artifact
 from support.processes import HANG_SECONDS, TESTS, wait_for, wait_for_end
 from support.recipes import Tree, assert_only_named, blocks_of, copy_tree
 from support.up import ENDED, Receiver, Up, environment, making_up, receiving
@@ -447,6 +448,7 @@ def test_each_event_sends_one_message(up: Up) -> None:
         up.pretend(kind, name, "nothing to tell")
     wait_for(lambda: len(up.receiver.bodies) >= len(ENDS), "the messages")
     time.sleep(3)  # for one too many
+    up.api.set_state(ids["Suspended"], "CANCELLED", "nobody has to answer it")  # or other tests would find a question without a form
     assert sorted(up.receiver.subjects()) == sorted(ENDS.values())
     for body in up.receiver.bodies:
         link = f"{up.prefect}/runs/flow-run/{ids[body['state']]}"
@@ -546,11 +548,59 @@ def test_images_that_are_dropped_start_one_retrain(up: Up) -> None:
     assert len([found for found in up.runs("retrain", *ENDED, "SCHEDULED", "PENDING", "RUNNING")]) == len(known) + 1
 
 
+def test_a_person_answers_in_the_ui_whether_a_challenger_is_published(up: Up, windows: Windows) -> None:
+    """The first is approved; the second, which was trained on images that drifted, is not."""
+    up.receiver.bodies.clear()
+    edit(up.checkout / "params.yaml", "approval: false", "approval: true")
+    page = asked(up, windows, "same-camera.jpg")
+    page.get_by_role("button", name="Resume", exact=True).click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_contain_text(re.compile(r"sae-of-\d+ waits for approval: better than the champion: FVU -0\.2\. Without an answer"))
+    dialog.get_by_role("button", name="Submit").click()
+    page.get_by_text("'approve' is a required property").wait_for()
+    answer(page, "yes", "Anna", "they look right")
+    page.get_by_text("Promoted", exact=True).wait_for()
+    artifact = see_artifact(up, page, "decision", "Promoted")
+    assert "approved by Anna: better than the champion: FVU -0.2." in artifact
+    assert "Decided by Anna in the Prefect UI: they look right." in artifact
+
+    page = asked(up, windows, "another-camera.jpg")
+    question = page.url
+    assert "60 new images differ" in see_artifact(up, page, "drift", "Drift")
+    page.get_by_role("img", name="changed features").wait_for()
+    page.goto(question)
+    page.get_by_role("button", name="Resume", exact=True).click()
+    answer(page, "no", "Ben", "another camera")
+    page.get_by_text("Kept", exact=True).wait_for()
+    assert "the champion stays: Ben did not approve" in see_artifact(up, page, "decision", "Kept")
+
+    env = environment(up.checkout.parent)
+    listed = subprocess.run([sys.executable, "-m", "ommatid", "champion", "list"], cwd=up.checkout, env=env, capture_output=True, text=True)
+    rows = [line for line in listed.stdout.splitlines() if " in the Prefect UI " in line]
+    assert ["Ben in" in rows[0], "Anna in" in rows[1]] == [True, True] and " champion " in rows[1], listed
+    asked_for = [subject for subject in up.receiver.subjects() if subject == "A challenger waits for approval"]
+    assert len(asked_for) == 2
+    edit(up.checkout / "params.yaml", "approval: true", "approval: false")
+
+
 def edit(file: Path, old: str, new: str) -> None:
     """Replace a text that occurs once in a file."""
     text = file.read_text()
     assert text.count(old) == 1, f"{file} has {text.count(old)} times {old!r}"
     file.write_text(text.replace(old, new))
+
+
+def asked(up: Up, windows: Windows, image: str) -> Page:
+    """Drop an image, and open the page of the run that it starts once that asks a person."""
+    (up.checkout / "photos" / image).write_text(image)
+    (found,) = wait_for(lambda: up.runs("retrain", "PAUSED"), "a question")
+
+    def has_form() -> bool:  # Prefect keeps it a moment after it suspends the run
+        last = found["state"]["state_details"]["run_input_keyset"]["description"]
+        return bool(up.api.post(f"/flow_runs/{found['id']}/input/filter", {"prefix": last}))
+
+    wait_for(has_form, "the form of the question")
+    return windows.open(f"{up.prefect}/runs/flow-run/{found['id']}")
 
 
 def test_a_person_cancels_a_run_in_the_ui(up: Up, windows: Windows) -> None:
