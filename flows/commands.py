@@ -1,14 +1,14 @@
 """Commands as child processes whose lines are passed on as they arrive, and which end with this process. Imports no Prefect."""
 
-import contextlib
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from flows.parent_watch import end_all
 
 Say = Callable[[str], None]
 """Called with each line of a run's log."""
@@ -60,23 +60,3 @@ def end(child: "subprocess.Popen[Any]", seconds: float = 60) -> None:
         tree = []
     end_all(tree, seconds)
     child.wait()
-
-
-def end_all(processes: Sequence[psutil.Process], seconds: float = 60) -> None:
-    """End processes, killing those still running after `seconds`."""
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    until = time.monotonic() + seconds
-    while any(map(_is_running, processes)) and time.monotonic() < until:
-        time.sleep(0.05)
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
-def _is_running(process: psutil.Process) -> bool:
-    """Return whether a process is running; a zombie is not, and its parent, often a container's init, may never reap it."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False

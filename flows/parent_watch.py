@@ -9,6 +9,7 @@ import runpy
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
 import psutil
@@ -17,36 +18,33 @@ GRACE_SECONDS = 60.0
 """Seconds between SIGTERM and SIGKILL."""
 
 
-def _watch(pipe: int, is_ending: threading.Event, has_ended: threading.Event) -> None:
+def _watch(pipe: int, ending: threading.Lock) -> None:
     while os.read(pipe, 1):
         pass
-    is_ending.set()
     this = psutil.Process()
-    children = this.children(recursive=True)
-    _end(children)
-    until = time.monotonic() + GRACE_SECONDS
-    while any(map(_runs, children)) and time.monotonic() < until:  # a stage saves its work
-        time.sleep(0.05)
-    for process in children:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    has_ended.set()
-    _end([this])
-    time.sleep(GRACE_SECONDS)
-    this.kill()
+    with ending:
+        end_all(this.children(recursive=True))  # a stage saves its work
+    end_all([this])
 
 
-def _runs(process: psutil.Process) -> bool:
-    """Return whether a process runs, without taking its exit status from whoever waits for it."""
-    with suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-def _end(processes: list[psutil.Process]) -> None:
+def end_all(processes: Sequence[psutil.Process], seconds: float = GRACE_SECONDS) -> None:
+    """End processes, killing those still running after `seconds`. Whoever waits for one of them gets its exit status."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
+    until = time.monotonic() + seconds
+    while any(map(_is_running, processes)) and time.monotonic() < until:
+        time.sleep(0.05)
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _is_running(process: psutil.Process) -> bool:
+    """Return whether a process is running; a zombie is not, and its parent, often a container's init, may never reap it."""
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def main() -> None:
@@ -55,14 +53,14 @@ def main() -> None:
     devnull = os.open(os.devnull, os.O_RDONLY)  # standard input of the module
     os.dup2(devnull, 0)
     os.close(devnull)
-    is_ending, has_ended = threading.Event(), threading.Event()
-    threading.Thread(target=_watch, args=(pipe, is_ending, has_ended), name="parent watch", daemon=True).start()
+    ending = threading.Lock()  # held while descendants are ended
+    threading.Thread(target=_watch, args=(pipe, ending), name="parent watch", daemon=True).start()
     del sys.argv[0]
     try:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-    finally:  # whoever waits for this process, or for a lock that it holds, waits for its descendants too
-        if is_ending.is_set():
-            has_ended.wait()
+    finally:
+        with ending:  # whoever waits for this process, or for a lock of files that it holds, waits for its descendants too
+            pass
 
 
 if __name__ == "__main__":

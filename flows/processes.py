@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from flows.commands import end, end_all
+from flows.commands import end
+from flows.parent_watch import end_all
 from ommatid.errors import RunError
 
 START_SECONDS = 600
