@@ -84,7 +84,7 @@ class Watcher:
             is_remote = "://" in place_of_input(params)
             began = time.monotonic()
             try:
-                _, listing = list_input(params)
+                listing = list_input(params)
             except SourceError:
                 self._remember(params, seen="")  # so that the first files of an empty folder start a run
                 raise
@@ -118,7 +118,7 @@ class Watcher:
         said = []
         if seen != memory["seen"]:
             content = fingerprint(listing)["sha256"]
-            if list_input(params)[1].fingerprint != listing.fingerprint:
+            if list_input(params).fingerprint != listing.fingerprint:
                 return []  # it has changed while it was read
             memory["seen"] = seen
             if content == memory["content"]:
@@ -209,34 +209,31 @@ class Webhook(ThreadingHTTPServer):
     request_queue_size = MOST_CLIENTS
 
     def __init__(self, address: tuple[str, int], token: str, watcher: Watcher):
-        self._began: dict[Any, float] = {}
+        self.began: dict[Any, float] = {}
+        """When each connection that is open began."""
         self.token = token
         self.watcher = watcher
         self.called = threading.Event()
         """Set when the files are to be listed at once."""
         super().__init__(address, _Handler)
 
-    def open_requests(self) -> list[Any]:
-        """Return the connections that are open."""
-        return list(self._began)
-
     def process_request(self, request: Any, client_address: Any) -> None:
         """Handle a request in a thread of its own."""
-        if len(self._began) >= MOST_CLIENTS:
+        if len(self.began) >= MOST_CLIENTS:
             self.shutdown_request(request)
             return
-        self._began[request] = time.monotonic()
+        self.began[request] = time.monotonic()
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
         """End the connection of a request."""
-        self._began.pop(request, None)
+        self.began.pop(request, None)
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
         """Read no more from clients that are too slow; called twice a second."""
         now = time.monotonic()
-        for request, began in list(self._began.items()):
+        for request, began in list(self.began.items()):
             if now - began > REQUEST_SECONDS:
                 with suppress(OSError):
                     request.shutdown(socket.SHUT_RD)

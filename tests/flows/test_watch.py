@@ -367,7 +367,7 @@ def test_a_client_that_sends_a_byte_now_and_then_is_turned_away(webhook: Webhook
 
         wait_for(dripped, "an answer")
     assert b" 408 " in answer.splitlines()[0]
-    wait_for(lambda: not webhook.open_requests(), "the end of the connection")
+    wait_for(lambda: not webhook.began, "the end of the connection")
     assert post(webhook)[0] == 202
 
 
@@ -384,10 +384,10 @@ def test_a_hundred_notifications_at_once_are_all_answered_and_list_the_files_onl
 def test_more_clients_than_can_be_served_are_turned_away(webhook: Webhook, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "MOST_CLIENTS", 2)
     with begin(webhook), begin(webhook):
-        wait_for(lambda: len(webhook.open_requests()) == 2, "two connections")
+        wait_for(lambda: len(webhook.began) == 2, "two connections")
         with begin(webhook) as third:
             assert third.recv(100) == b""
-    wait_for(lambda: not webhook.open_requests(), "the end of the connections")
+    wait_for(lambda: not webhook.began, "the end of the connections")
     assert post(webhook)[0] == 202
 
 

@@ -552,7 +552,8 @@ def _state() -> str:
 
 def _settled_size() -> int:
     """Number of bytes of the log that the published catalogue reflects; 0 if nothing was published."""
-    return int(SETTLED.read_text().split()[0]) if SETTLED.exists() and SETTLED.read_text() else 0
+    said = SETTLED.read_text().split() if SETTLED.exists() else []
+    return int(said[0]) if said and said[0].isdecimal() else 0
 
 
 def _whole_checks(on_event: Listener) -> list[Path]:

@@ -22,16 +22,7 @@ from ommatid.config.label import HumanLabeller, names_checksum
 from ommatid.errors import without_credentials
 from ommatid.store.code import Code
 from ommatid.store.filesystem import READ_BYTES, cache_folder, replace_text
-from ommatid.store.filesystem.listing import (
-    Listed,
-    Listing,
-    list_activations,
-    list_any,
-    list_images,
-    list_masks,
-    list_parquet,
-    list_shards,
-)
+from ommatid.store.filesystem.listing import Listed, Listing, list_activations, list_any, list_images, list_masks, list_parquet, list_shards
 
 PLACE = Path("data/sources")
 """Folder of the fingerprint files."""
@@ -149,18 +140,14 @@ def _fingerprint_stage(stage: str, params: Params) -> Fingerprints:
     return found | {key: {"sha256": checksum} for key, checksum in names.items() if checksum}
 
 
-def list_input(params: Params) -> tuple[str, Listing]:
+def list_input(params: Params) -> Listing:
     """List the files that the line begins with, which are images or activations from files.
-
-    Returns:
-        The params key that names them, and the listing.
 
     Raises:
         SourceError: They are missing or cannot be listed.
         ArtefactError: A URL cannot be reached.
     """
-    listing = list_activations(params.extract.path) if isinstance(params.extract, ExtractFiles) else _list_source(params.images.source)
-    return key_of_input(params), listing
+    return list_activations(params.extract.path) if isinstance(params.extract, ExtractFiles) else _list_source(params.images.source)
 
 
 def key_of_input(params: Params) -> str:
