@@ -372,9 +372,17 @@ def test_a_second_make_up_in_the_checkout_says_what_to_do(up: Up) -> None:
     )
 
 
+def schedule_anew(up: Up) -> list[dict[str, Any]]:
+    """Give `count` another weekly schedule, as the server makes no run twice for the same time, and return its next runs."""
+    anchor = (datetime.now(UTC) + timedelta(days=1)).isoformat()
+    weekly = [{"active": True, "schedule": {"interval": 7 * 86400, "anchor_date": anchor}}]
+    up.api.patch(f"/deployments/{up.deployment('count')['id']}", {"schedules": weekly})
+    return wait_for(lambda: found if len(found := up.runs("count", "SCHEDULED")) >= 3 else None, "the next runs of the schedule")
+
+
 def test_a_run_that_a_schedule_made_sends_its_message_soon(up: Up) -> None:
     """Prefect tells nobody that the scheduler has made a run, and its automations would wait for that event for 15 minutes."""
-    waiting = wait_for(lambda: up.runs("count", "SCHEDULED"), "the next runs of the schedule")[-1]
+    waiting = schedule_anew(up)[-1]
     up.receiver.bodies.clear()
     for kind in ("PENDING", "RUNNING", "FAILED"):
         up.api.set_state(waiting["id"], kind, "as a test wants it")
@@ -384,8 +392,7 @@ def test_a_run_that_a_schedule_made_sends_its_message_soon(up: Up) -> None:
 
 def test_a_clock_that_jumps_starts_one_run_at_most(up: Up) -> None:
     """Three weekly runs become overdue at once, as they do on a machine that has slept for three weeks."""
-    waiting = wait_for(lambda: found if len(found := up.runs("count", "SCHEDULED")) >= 3 else None, "the next runs of the schedule")
-    ids = [found["id"] for found in waiting]
+    ids = [found["id"] for found in schedule_anew(up)]
     with database(up) as connection:
         long_ago = "strftime('%Y-%m-%d %H:%M:%f', 'now', '-7 days')"  # a run that began after all were due would do what they do
         connection.execute(
@@ -639,10 +646,7 @@ def test_a_person_retries_a_failed_run_in_the_ui(up: Up, windows: Windows) -> No
 
 def test_a_scheduler_that_fails_is_reported_although_the_server_says_it_is_healthy(up: Up) -> None:
     count = up.deployment("count")["id"]
-    # a test before has used up the next runs, and the server makes none twice for the same time
-    anchor = (datetime.now(UTC) + timedelta(days=1)).isoformat()
-    up.api.patch(f"/deployments/{count}", {"schedules": [{"active": True, "schedule": {"interval": 7 * 86400, "anchor_date": anchor}}]})
-    wait_for(lambda: up.runs("count", "SCHEDULED"), "the next runs of the schedule")
+    schedule_anew(up)
     time.sleep(2 * monitor.LOOK_SECONDS)  # for the end of an earlier fault to be said
     n_before = len(up.said)
 
