@@ -9,9 +9,9 @@ features and of all SAEs.
 import logging
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import suppress
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from uuid import UUID
 
 from prefect import flow, get_client, get_run_logger, task
@@ -26,20 +26,27 @@ from flows.checkout import Workplace, open_workplace
 from flows.prefect_server import leave_out_tracebacks, prefect_server
 from ommatid.cli.error_boundary import at_edge
 from ommatid.config import Params, load_params
+from ommatid.errors import OmmatidError
 
-with at_edge() if __name__ == "__main__" else nullcontext():
+PREFILLED: Any = None
+"""Initial values of the form in the Prefect UI; None if params.yaml is not valid, and then each run fails and says why."""
+with suppress(OmmatidError):
     PREFILLED = load_params()
-"""Initial values of the form in the Prefect UI."""
 UPDATE_SECONDS = 3.0
 """Minimum number of seconds between two updates of a progress bar."""
 
 
-@flow(name="pipeline")
+@flow(name="pipeline", validate_parameters=PREFILLED is not None)
 def pipeline(params: Params = PREFILLED) -> str | None:
     """Run every stage from the images to the catalogue.
 
     With the parameters of params.yaml the run works in the checkout; with any others it becomes a DVC experiment, whose name it returns.
+
+    Raises:
+        ConfigError: params.yaml is not valid.
     """
+    if PREFILLED is None:
+        load_params()
     with open_workplace(Path.cwd(), params, flow_run.id, get_run_logger().info) as place:
         name_run(place)
         run_stages(place)
@@ -143,8 +150,10 @@ def _follow(stage: str) -> Callable[[str], None]:
 def main() -> None:
     """Run the pipeline once with params.yaml, on a temporary Prefect server if PREFECT_API_URL is not set."""
     leave_out_tracebacks(Exception)  # `at_edge` writes tracebacks to a file
-    with at_edge(), prefect_server():
-        pipeline()
+    with at_edge():
+        load_params()  # before a server is started
+        with prefect_server():
+            pipeline()
 
 
 if __name__ == "__main__":

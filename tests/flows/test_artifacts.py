@@ -81,7 +81,7 @@ def test_pictures_need_no_network(tmp_path: Path) -> None:
     place = tmp_path / STAGES["catalog"].place
     catalog_artefacts.build(place.parent, catalog_artefacts.make_inputs(tmp_path))
     for page in (artifacts.features(tmp_path), artifacts.comparison(tmp_path)):
-        assert page and page.startswith("# The ") and "](data:image/png;base64," in page
+        assert page and page.startswith("# The ") and "](data:image/webp;base64," in page
 
 
 def test_the_report_contains_its_numbers_tables_and_plots(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_question_shows_the_best_features_of_both_and_what_became_of_them(tmp_
     assert "- 4 new: of the challenger: nothing in the champion has a cosine" in page
     titles = [line for line in page.splitlines() if line.startswith("## The best")]
     assert titles == ["## The best features of the champion", "## The best features of the challenger"]
-    assert page.count("](data:image/png;base64,") == 2 and "Decided by" not in page
+    assert page.count("](data:image/webp;base64,") == 2 and "Decided by" not in page
 
 
 def test_the_page_contains_a_limited_number_of_pictures_of_health(tmp_path: Path) -> None:

@@ -266,6 +266,8 @@ def test_a_person_starts_runs_in_the_ui_with_the_params_of_now(up: Up, windows: 
         assert ["train", "-", new["id"]] in ran, "it worked in the checkout"
         params.write_text(before.replace("  k: 32", "  k: many"))
         assert "train.k: got 'many'" in up.heard("warning: the forms in the Prefect UI still show the params of before")
+        failed = up.ended(up.start("pipeline"))["state"]
+        assert failed["name"] == "Failed" and "params.yaml: train.k: got 'many'" in failed["message"], failed
     finally:
         params.write_text(before)
     wait_for(lambda: str(shown_k(up)) == "32", "the form to follow params.yaml")
