@@ -1,10 +1,20 @@
 """Capabilities of the hardware."""
 
+import os
+import platform
+import re
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+
+_ARITHMETIC = re.compile("ATEN|CUBLAS|CUDNN|DNNL|FBGEMM|KMP_DETERMINISTIC|MKL|NVIDIA_TF32|ONEDNN|TORCH")
+"""Prefixes of environment variables that may change the last bits of what is computed."""
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:
@@ -53,3 +63,25 @@ def _iter_free_in_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path(
             except (OSError, ValueError):  # no such group, or no limit, which reads "max"
                 continue
             yield max(0, free + int(pages.get("total_inactive_file", pages.get("inactive_file", 0))))  # the kernel drops these pages first
+
+
+@cache
+def arithmetic(device: str) -> list[Any]:
+    """Describe what decides the last bits of a result on this machine, besides the code and data: libraries, processors and settings."""
+    libraries = [f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "numpy")]
+    settings = {name: value for name, value in os.environ.items() if _ARITHMETIC.match(name) and "NUM_THREADS" not in name}
+    facts: list[Any] = [libraries, torch.__config__.show(), sorted(settings.items()), platform.machine(), _processor()]
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        facts += [properties.name, properties.major, properties.minor, properties.multi_processor_count, torch.backends.cudnn.version()]
+        facts += [torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
+    return facts
+
+
+def _processor() -> list[str]:
+    """Return vendor, family, model and instruction sets of the processor."""
+    with suppress(OSError):
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        wanted = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU implementer", "CPU part", "cache size")
+        return [line for line in first.splitlines() if line.partition(":")[0].strip() in wanted]
+    return [platform.processor()]

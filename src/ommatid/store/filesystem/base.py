@@ -279,7 +279,12 @@ def temporary_path(path: Path) -> Path:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small text file as a whole or not at all, in place of the one that is there, and make its folder.
+    """Write a small text file in UTF-8: see `replace_bytes`."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a small file as a whole or not at all, in place of the one that is there, and make its folder.
 
     Raises:
         OSError: The file cannot be written; the one that was there is unchanged.
@@ -287,7 +292,7 @@ def replace_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
