@@ -56,7 +56,7 @@ test-fast: $(READY)
 	@pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(addprefix --ignore=,$(SLOW)) $(FAST)
 
 test: lint ## run the checks of `make lint` and all tests
-	@pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	@pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY) ## check formatting, lint, types and import contracts
 	@ruff format --check --quiet .

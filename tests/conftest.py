@@ -22,6 +22,15 @@ os.environ["OMMATID_CACHE_GB"] = "0"  # activations are cached only by the tests
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` starts processes that ignore it, and so would ours
 
 
+LONGEST = ("flows/test_serve.py", "estimate/test_estimate.py", "pipeline/test_line_s3.py", "sae/test_trainer.py")
+"""Files that take minutes. They come first, so that no process is left with one of them when the others have finished."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; `make test` lets pytest-xdist hand out the files in this order."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def _no_home_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Isolate the tests from the machine settings of the person who runs them."""
