@@ -1,6 +1,6 @@
 """Measures what it costs that the line runs by itself: an increment of 1 %, a retrain with nothing new, a drift check, the stage `images`.
 
-python benchmarks/operations.py                          all parts; takes half an hour on 2 cores
+python benchmarks/operations.py                          all parts; takes 17 minutes on 2 cores
 python benchmarks/operations.py increment retrain drift  these parts; the other rows of the table stay as they were
 Parts: increment, retrain and drift work in a clone of this repository's last commit, on CIFAR-10 pictures in a folder, with the demo's
 params, an empty cache and `dvc repro` for each stage, as the flows do. `slow-model` repeats the increment with EfficientNet-Lite2 at 256
