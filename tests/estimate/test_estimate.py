@@ -3,6 +3,7 @@
 The command line runs the built-in models on drawn pictures. Tests that need the estimate of the fixture run after it.
 """
 
+import gc
 import math
 import os
 import shutil
@@ -140,6 +141,7 @@ def write_checkout(root: Path) -> None:
         extract={"model": {"kind": "lite", "image_size": 64}, "judge": {"kind": "lite", "variant": "lite2", "image_size": 64}},
         train={"d_sae": 24, "k": 2, "epochs": 10, "batch_size": 64, "max_dead": 1.0, "runs": [{}, {"d_sae": 16}]},
         label={"labellers": [{"kind": "vocabulary", "words": ["words.txt"]}], "min_examples": 2},
+        intervene={"latents": {"kind": "best", "by": "ms", "n": 2}, "n_images": 32},
     )
     (root / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
 
@@ -148,6 +150,7 @@ class InThisProcess:
     """Stands for a trial's process but runs in this one, so that heavy imports are paid once."""
 
     def __init__(self, stage: str, environment: dict[str, str], log: Path) -> None:
+        gc.freeze()  # the collection after a trial need not walk through all that the tests before have left
         self._stage = stage
         self._environment = environment
 
