@@ -9,7 +9,6 @@ features and of all SAEs.
 import logging
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
@@ -29,14 +28,18 @@ from ommatid.config import Params, load_params
 from ommatid.errors import OmmatidError
 
 PREFILLED: Any = None
-"""Initial values of the form in the Prefect UI; None if params.yaml is not valid, and then each run fails and says why."""
-with suppress(OmmatidError):
+"""Initial values of the form in the Prefect UI; None if params.yaml is not valid."""
+INVALID: OmmatidError | None = None
+"""Why params.yaml is not valid. A run raises it, and ends as Failed; raised by the import, it would end the run as Crashed."""
+try:
     PREFILLED = load_params()
+except OmmatidError as error:
+    INVALID = error
 UPDATE_SECONDS = 3.0
 """Minimum number of seconds between two updates of a progress bar."""
 
 
-@flow(name="pipeline", validate_parameters=PREFILLED is not None)
+@flow(name="pipeline", validate_parameters=INVALID is None)
 def pipeline(params: Params = PREFILLED) -> str | None:
     """Run every stage from the images to the catalogue.
 
@@ -45,8 +48,8 @@ def pipeline(params: Params = PREFILLED) -> str | None:
     Raises:
         ConfigError: params.yaml is not valid.
     """
-    if PREFILLED is None:
-        load_params()
+    if INVALID:
+        raise INVALID
     with open_workplace(Path.cwd(), params, flow_run.id, get_run_logger().info) as place:
         name_run(place)
         run_stages(place)

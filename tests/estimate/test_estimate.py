@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,6 @@ class InThisProcess:
     """Stands for a trial's process but runs in this one, so that heavy imports are paid once."""
 
     def __init__(self, stage: str, environment: dict[str, str], log: Path) -> None:
-        gc.freeze()  # the collection after a trial need not walk through all that the tests before have left
         self._stage = stage
         self._environment = environment
 
@@ -175,6 +175,14 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("checkout")
     write_checkout(root)
     return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> Iterator[None]:
+    """Leave out of the collection after each trial all that the tests before have left."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

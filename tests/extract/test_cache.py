@@ -399,9 +399,15 @@ def test_code_counts_but_not_its_comments_and_not_that_of_other_families(monkeyp
 
     before = digests()
     edit("vlm/clip.py", "class ClipVision", "# A comment.\nclass ClipVision")
+    for file in ("store/caches.py", "store/artefact.py", "store/memo.py"):
+        edit(file, "\n\n\n", "\n\n\nSTORED = 3\n")
     assert digests() == before
     edit("vlm/clip.py", "max_position_embeddings", "max_position_embedding")
     assert [after == first for after, first in zip(digests(), before, strict=True)] == [True, False]
+    edit("vlm/minilm.py", "1e-12", "1e-6")
+    assert digests()[0] != before[0]
+    edit("vlm/minilm.py", "1e-6", "1e-12")
+    assert digests()[0] == before[0]
     edit("images/decode.py", "2**28", "2**29")
     assert digests()[0] != before[0]
     cache._code_digest.cache_clear()

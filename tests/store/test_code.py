@@ -12,7 +12,7 @@ import ommatid
 from ommatid.config import STAGE_NAMES, load_params
 from ommatid.sources.stage import code_of
 from ommatid.store import code
-from ommatid.store.code import NO_NUMBERS, Code, analyse, family_digest
+from ommatid.store.code import NO_NUMBERS, Code, analyse
 from support.study import CHECKOUT
 
 PACKAGE = Path(ommatid.__file__).parent
@@ -155,17 +155,6 @@ def test_whatever_stages_load_by_name_is_followed() -> None:
 def test_the_modules_left_out_are_those_that_compute_nothing() -> None:
     assert all(NO_NUMBERS.fullmatch(name) for name in ("ommatid.config.models", "ommatid.executors.dask", "ommatid.tracking"))
     assert not any(NO_NUMBERS.fullmatch(name) for name in ("ommatid.extract.stage", "ommatid.store.draft", "ommatid.schemas"))
-
-
-def test_a_family_s_digest_follows_its_own_code(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(code, "_ROOT", package)
-    monkeypatch.setattr(Code.__init__, "__defaults__", (package,))
-    kinds = ("lite", "clip", "siglip", "dino", "transformers")
-    before = {kind: family_digest(kind) for kind in kinds}
-    edit(package / "vlm/clip.py", "\n\n\n", "\n\n\nTUNED = 3\n")
-    assert [kind for kind in kinds if family_digest(kind) != before[kind]] == ["clip"]
-    edit(package / "vlm/tower.py", "\n\n\n", "\n\n\nTUNED = 3\n")
-    assert family_digest("lite") == before["lite"] and family_digest("siglip") != before["siglip"]
 
 
 def test_the_analysis_is_cached_by_content(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:

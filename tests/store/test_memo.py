@@ -1,5 +1,6 @@
 """Proves that a kept array has the bits of the first, that nothing else is taken for it, and that a broken cache stops nobody."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,22 @@ def test_a_cache_that_cannot_be_used_stops_nobody(monkeypatch: pytest.MonkeyPatc
     make = Maker()
     for n in (1, 2):
         assert remember("ommatid.store.memo", "a", make) is MADE and make.n == n
+
+
+def test_a_cache_that_can_only_be_read_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Maker()
+    remember("ommatid.store.memo", "a", make)
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(memo.os, "utime", refuse)
+    assert remember("ommatid.store.memo", "a", make).tobytes() == MADE.tobytes() and make.n == 1
+
+
+def test_what_is_larger_than_the_cache_is_not_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memo, "TEXTS", caches.Cache("texts", "", caches.TEXTS.folder, bound=lambda: MADE.nbytes - 1))
+    assert remember("ommatid.store.memo", "a", Maker()) is MADE and not folder.exists()
 
 
 def test_the_files_used_longest_ago_make_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

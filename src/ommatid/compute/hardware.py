@@ -1,4 +1,4 @@
-"""Capabilities of the hardware."""
+"""Capabilities of the hardware, and what its results depend on."""
 
 import os
 import platform

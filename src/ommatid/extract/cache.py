@@ -299,8 +299,9 @@ def _code_digest(module: str) -> str:
     """Return a digest of the code that a network computes with, given its module, and that images and outputs go through."""
     if not module.startswith(f"{PACKAGE}."):
         return _digest([analyse(inspect.getsource(sys.modules[module]).encode()).digest, digest_of(*_AROUND)])
-    # The package `vlm` itself loads all families, and computes nothing.
-    used = Code().used_by(module, "ommatid.images.decode", "ommatid.vlm.preprocess", without=(f"{PACKAGE}.vlm",))
+    # The package `vlm` itself loads all families, and computes nothing; `memo` keeps what was computed.
+    without = (f"{PACKAGE}.vlm", f"{PACKAGE}.store.memo")
+    used = Code().used_by(module, "ommatid.images.decode", "ommatid.vlm.preprocess", without=without)
     return _digest([used, digest_of(*_AROUND)])
 
 

@@ -185,6 +185,7 @@ def _is_free(lock: Path) -> bool:
 
 
 TEXTS = Cache("texts", "embeddings of words and class names", lambda data: cache_folder() / "texts", bound=lambda: 1e9, days=90)
+"""The cache that `store/memo.py` writes."""
 CACHES = (
     Cache(
         "activations",

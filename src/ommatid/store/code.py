@@ -122,19 +122,6 @@ class Code:
             replace_text(self._cache, json.dumps({key: asdict(source) for key, source in kept.items()}))
 
 
-def family_digest(kind: str) -> str:
-    """Return the digest of the code that computes with a family of models.
-
-    Args:
-        kind: The family's `kind` in the params, of a model or of a judge.
-
-    Returns:
-        The digest, which changes with each change of code that could change what models of the family compute.
-    """
-    used = Code().used_by(f"{PACKAGE}.vlm.{kind}", kinds=(kind,))
-    return _text_digest(json.dumps(used).encode())
-
-
 def digest_of(*modules: str) -> str:
     """Return the digest of some modules alone, without what they import."""
     code = Code()

