@@ -266,8 +266,6 @@ def test_a_person_starts_runs_in_the_ui_with_the_params_of_now(up: Up, windows: 
         assert ["train", "-", new["id"]] in ran, "it worked in the checkout"
         params.write_text(before.replace("  k: 32", "  k: many"))
         assert "train.k: got 'many'" in up.heard("warning: the forms in the Prefect UI still show the params of before")
-        failed = up.ended(up.start("pipeline"))["state"]
-        assert failed["name"] == "Failed" and "params.yaml: train.k: got 'many'" in failed["message"], failed
     finally:
         params.write_text(before)
     wait_for(lambda: str(shown_k(up)) == "32", "the form to follow params.yaml")
@@ -541,6 +539,18 @@ def test_no_log_has_an_error(up: Up) -> None:
         *("prefect", "mlflow", "explorer", "pool-ommatid", "deploy", "worker-ommatid", "messages", "watch"),
     }
     assert errors_in(logs) == []
+
+
+def test_a_run_with_params_that_are_not_valid_fails_and_says_why(up: Up) -> None:
+    params = up.checkout / "params.yaml"
+    before = params.read_text()
+    params.write_text(before.replace("  k: 32", "  k: many"))
+    try:
+        states = [up.ended(up.start(flow))["state"] for flow in ("pipeline", "retrain")]
+    finally:
+        params.write_text(before)
+    for state in states:
+        assert state["name"] == "Failed" and "params.yaml: train.k: got 'many'; input should be a valid integer" in state["message"], state
 
 
 def test_images_that_are_dropped_start_one_retrain(up: Up) -> None:
