@@ -42,12 +42,14 @@ class Services:
         logs.mkdir(parents=True, exist_ok=True)
 
     def start(self, name: str, *command: str) -> None:
-        """Start a process that writes its output to `<name>.log`.
+        """Start a process that writes its output to `<name>.log`, and keep the log of the process before as `<name>.log.1`.
 
         Args:
             name: Name of the process.
             command: Python module to run, and its arguments.
         """
+        with suppress(FileNotFoundError):
+            self._log(name).replace(self._logs / f"{name}.log.1")
         with self._log(name).open("w") as log:
             self._running[name] = subprocess.Popen(
                 [sys.executable, "-m", "flows.parent_watch", *command],

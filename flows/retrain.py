@@ -47,7 +47,8 @@ def retrain() -> State:
         concluded, outcome = _conclude(params), _find_new(place, params)
         if concluded and isinstance(outcome, State) and outcome.name == "Unchanged":
             outcome = concluded
-        if params.retrain.publish != "local" and not isinstance(outcome, Waiting) and (decisions := read_decisions()):
+        is_half_way = isinstance(outcome, Waiting) or (isinstance(outcome, State) and outcome.is_failed())  # and so is dvc.lock
+        if params.retrain.publish != "local" and not is_half_way and (decisions := read_decisions()):
             versions.commit(root, decisions[-1], branch, log.info, log.warning)
     if isinstance(outcome, Waiting) and outcome.flow_run == flow_run.id:
         log.info(f"{approval.describe(outcome)} {approval.describe_way(outcome)}")

@@ -49,7 +49,7 @@ def serve(checkout: Path) -> None:
             services.start("explorer", "ommatid", "serve", "--port", str(explorer))
             services.wait_for("prefect", f"{api.url}/health")
             monitor = Monitor(api, logs, pools)
-            _end_orphans(api)
+            crashed = _end_orphans(api)
             for pool in pools:
                 services.start(f"pool-{pool}", "prefect", "work-pool", "create", pool, "--type", "process", "--overwrite")
             services.start("messages", "flows.messages")  # before the deployments, whose runs they are about
@@ -68,6 +68,7 @@ def serve(checkout: Path) -> None:
             if project.watch and os.environ.get("OMMATID_WEBHOOK_TOKEN"):
                 print(f"Webhook  http://{os.environ.get(WEBHOOK_HOST) or LOCALHOST}:{webhook}")
             print("Ctrl-C ends all of them.", flush=True)
+            _say(crashed)
             _follow(services, api, monitor, Tail(logs / "watch.log"), checkout / "params.yaml", forms)
         finally:
             services.end()
@@ -196,10 +197,18 @@ def _mlflow(checkout: Path, port: int) -> tuple[str, ...]:
     return ("mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port), *policy, *store)
 
 
-def _end_orphans(api: Api) -> None:
-    """Mark runs orphaned by a killed worker as Crashed; they still report Running, and would count towards the concurrency limit."""
+def _end_orphans(api: Api) -> list[str]:
+    """Mark runs orphaned by a killed worker as Crashed; they still report Running, and would count towards the concurrency limit.
+
+    Returns:
+        A sentence for each run.
+    """
+    said = []
     for run in api.runs(state={"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}, deployment_id={"is_null_": False}):
-        api.set_state(run["id"], "CRASHED", "its worker was killed; start the same run again to continue where it stopped")
+        what = "its worker was killed; start the same run again to continue where it stopped"
+        api.set_state(run["id"], "CRASHED", what)
+        said.append(f"{run['name']} is marked as crashed: {what}")
+    return said
 
 
 def _stop(*_: object) -> None:

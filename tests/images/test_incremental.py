@@ -270,7 +270,7 @@ def test_the_cache_is_bounded_and_loses_what_was_unused_for_longest(monkeypatch:
                 opened.add(image_id, image_id, memory.Seen(1, 2, bytes(3000)))
             assert opened.find(ids[0]) is not None or not day, "used every day"
     assert (tmp_path / "cache" / memory.FILE).stat().st_size > 900_000
-    monkeypatch.setattr(memory, "MOST_BYTES", 600_000)
+    monkeypatch.setattr(memory, "IMAGES_BYTES", 600_000)
     monkeypatch.setattr(memory, "_REMOVED_AT_ONCE", 10)
     with memory.Memory("settings"):
         pass

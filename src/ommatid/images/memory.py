@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ommatid.images.decode import Unreadable
+from ommatid.store.caches import IMAGES_BYTES
 from ommatid.store.filesystem import cache_folder
 
 FILE = "images/seen.sqlite"
 """Name of the cache in the cache folder."""
-MOST_BYTES = 4 * 2**30
-"""Size of the cache from which the entries unused for longest are removed; it holds about a million images."""
 _REMOVED_AT_ONCE = 10_000
 _SECONDS = 60.0
 """Time to wait for another process that is writing to the cache."""
@@ -159,7 +158,7 @@ def forget(image_id: str) -> None:
 
 def _trim(database: sqlite3.Connection) -> None:
     """Remove the entries unused for longest until the cache is within its bound."""
-    while _size(database) > MOST_BYTES:
+    while _size(database) > IMAGES_BYTES:
         removed = 0
         for table, key in (("seen", "key"), ("files", "token")):
             oldest = f"SELECT {key} FROM {table} ORDER BY used LIMIT {_REMOVED_AT_ONCE}"

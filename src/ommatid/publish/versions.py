@@ -7,7 +7,7 @@ next run tries again.
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ommatid.compute.commands import dvc, environment, git
@@ -49,7 +49,9 @@ def find_branch(root: Path) -> str | None:
 
 
 def commit(root: Path, made: Decision, branch: str | None, say: Say, warn: Say) -> None:
-    """Store data/published in DVC, and commit dvc.lock and data/published.dvc to a branch, if they differ from what it has.
+    """Store data/published in DVC, and commit dvc.lock and data/published.dvc to a branch, if data/published differs from what it has.
+
+    A rollback says nothing of the checkout, in which a run may be half-way, so dvc.lock is not part of its commit.
 
     Args:
         root: The checkout.
@@ -61,8 +63,9 @@ def commit(root: Path, made: Decision, branch: str | None, say: Say, warn: Say) 
     try:
         _check_branch(root, branch)
         dvc(root, environment(root, root), "add", str(PUBLISHED))
-        if made_commit := _commit_files(root, f"{branch}", _message(made)):
-            say(f"committed {' and '.join(name for name in FILES if (root / name).exists())} to {branch} as {made_commit[:12]}")
+        names = [name for name in ((POINTER,) if made.how == "rollback" else FILES) if (root / name).exists()]
+        if made_commit := _commit_files(root, f"{branch}", names, _message(made)):
+            say(f"committed {' and '.join(names)} to {branch} as {made_commit[:12]}")
     except RunError as error:
         warn(f"data/published was not committed: {error}; the next run tries again")
 
@@ -110,21 +113,21 @@ def _check_branch(root: Path, branch: str | None) -> None:
             raise RunError(f"a {what} is under way; finish it")
 
 
-def _commit_files(root: Path, branch: str, message: str) -> str | None:
-    """Commit our files as they are on disk on top of a branch, by an index of its own; return the commit, None if there is nothing new.
+def _commit_files(root: Path, branch: str, names: Sequence[str], message: str) -> str | None:
+    """Commit files as they are on disk on top of a branch, by an index of its own; return the commit, None if nothing new was published.
 
     The user's index gets the same entries for these files before the branch moves: whenever this is cut short, they are at most staged.
     """
     tip = git(root, "rev-parse", "--verify", f"refs/heads/{branch}")
-    blobs = {name: git(root, "hash-object", "-w", "--", name) for name in FILES if (root / name).exists()}
+    blobs = {name: git(root, "hash-object", "-w", "--", name) for name in names}
+    if blobs[POINTER] == git(root, "rev-parse", "--verify", "--quiet", f"{tip}:{POINTER}", ok=(0, 1)):
+        return None
     entries = [part for name, blob in blobs.items() for part in ("--cacheinfo", f"100644,{blob},{name}")]
     with tempfile.TemporaryDirectory() as folder:
         own = {"GIT_INDEX_FILE": f"{folder}/index"}
         git(root, "read-tree", tip, variables=own)
         git(root, "update-index", "--add", *entries, variables=own)
         tree = git(root, "write-tree", variables=own)
-    if tree == git(root, "rev-parse", f"{tip}^{{tree}}"):
-        return None
     made = git(root, "commit-tree", tree, "-p", tip, "-m", message)
     _check_branch(root, branch)
     git(root, "update-index", "--add", *entries)

@@ -28,6 +28,9 @@ SHARE = 0.1
 MOST = 50e9
 """Largest number of bytes of cached activations if OMMATID_CACHE_GB is not set."""
 
+IMAGES_BYTES = 4 * 2**30
+"""Size of what runs found in image files from which the entries unused for longest are removed; it holds about a million images."""
+
 
 @dataclass(frozen=True)
 class CacheEntry:
@@ -123,7 +126,8 @@ def activations_bound() -> float:
     text = os.environ.get("OMMATID_CACHE_GB")
     if not text:
         with suppress(OSError):
-            return min(MOST, SHARE * shutil.disk_usage(nearest_folder(cache_folder())).total)
+            total = shutil.disk_usage(nearest_folder(cache_folder())).total
+            return min(MOST, SHARE * total) if total else MOST  # some file systems do not say how large they are
         return 0.0
     try:
         gigabytes = float(text)
@@ -197,7 +201,7 @@ CACHES = (
     Cache("checksums", "checksums of the files that params name", lambda data: cache_folder() / "checksums", bound=lambda: 1e9, days=90),
     Cache("code", "what each module does and imports", lambda data: cache_folder() / "code", days=90),
     TEXTS,
-    Cache("images", "what runs found in image files", lambda data: cache_folder(), _images, bound=lambda: 10e9, days=90),
+    Cache("images", "what runs found in image files", lambda data: cache_folder(), _images, bound=lambda: IMAGES_BYTES, days=90),
     Cache("shards", "where images are in tar archives", lambda data: cache_folder() / "shards", bound=lambda: 2e9, days=90),
     Cache("archives", "data sets fetched from npm", lambda data: cache_folder(), _archives, days=365),
     Cache("copies", "copies of artefacts that lie in an object store", lambda data: CACHE, days=30),
