@@ -1,4 +1,4 @@
-"""Proves that services end with everything they started, and with what a killed service left behind."""
+"""Proves that services end with everything they started and with what a killed service left behind, and what is said and kept of it."""
 
 import os
 import subprocess
@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flows.prefect_api import Api
 from flows.processes import LAST_PORT, Services, free_port, hold_port
-from flows.serve import serve
+from flows.serve import _end_orphans, serve
 from ommatid.errors import ConfigError, RunError
 from support.checkout import REPOSITORY
 from support.processes import HANG_SECONDS, wait_for, wait_for_end
@@ -98,3 +99,26 @@ def test_a_variable_that_is_no_port_is_named(value: str, monkeypatch: pytest.Mon
     monkeypatch.setenv("MLFLOW_PORT", value)
     with pytest.raises(ConfigError, match=f"MLFLOW_PORT: got '{value}'; set it to a port from 1 to 65535, or unset it to use 5000"):
         serve(REPOSITORY)
+
+
+def test_the_log_of_the_start_before_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "speaker.py").write_text("import sys; print(sys.argv[1])")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    for word in ("first", "second", "third"):
+        services = Services(env, tmp_path / "logs")
+        services.start("speaker", "speaker", word)
+        services.finish("speaker")
+    assert {path.name: path.read_text().split() for path in (tmp_path / "logs").iterdir()} == {
+        "speaker.log": ["third"],
+        "speaker.log.1": ["second"],
+    }
+
+
+def test_runs_that_lost_their_worker_are_crashed_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    states: list[tuple[str, ...]] = []
+    monkeypatch.setattr(Api, "runs", lambda self, **filters: [{"id": "1", "name": "calm-cat"}, {"id": "2", "name": "wild-wren"}])
+    monkeypatch.setattr(Api, "set_state", lambda self, *state: states.append(state))
+    what = "its worker was killed; start the same run again to continue where it stopped"
+    assert _end_orphans(Api("http://127.0.0.1:1")) == [f"{name} is marked as crashed: {what}" for name in ("calm-cat", "wild-wren")]
+    assert states == [(run, "CRASHED", what) for run in "12"]
