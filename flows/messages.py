@@ -88,7 +88,7 @@ def declare(client: SyncPrefectClient, automations: list[Automation], receiver: 
 
 def _same(automation: AutomationCore) -> dict[str, Any]:
     """What two declarations have in common if they are the same; people may switch an automation off in the UI."""
-    return AutomationCore.model_validate(automation.model_dump()).model_dump(mode="json", exclude={"enabled", "owner_resource"})
+    return AutomationCore.model_validate(automation.model_dump()).model_dump(exclude={"enabled", "owner_resource"})  # sets in any order
 
 
 def _action(client: SyncPrefectClient, receiver: str | None) -> CallWebhook | SendNotification | DoNothing:
