@@ -154,7 +154,8 @@ def main() -> None:
     """Run the pipeline once with params.yaml, on a temporary Prefect server if PREFECT_API_URL is not set."""
     leave_out_tracebacks(Exception)  # `at_edge` writes tracebacks to a file
     with at_edge():
-        load_params()  # before a server is started
+        if INVALID:
+            raise INVALID  # before a server is started
         with prefect_server():
             pipeline()
 

@@ -203,12 +203,11 @@ def _end_orphans(api: Api) -> list[str]:
     Returns:
         A sentence for each run.
     """
-    said = []
-    for run in api.runs(state={"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}, deployment_id={"is_null_": False}):
-        what = "its worker was killed; start the same run again to continue where it stopped"
+    what = "its worker was killed; start the same run again to continue where it stopped"
+    orphans = api.runs(state={"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}, deployment_id={"is_null_": False})
+    for run in orphans:
         api.set_state(run["id"], "CRASHED", what)
-        said.append(f"{run['name']} is marked as crashed: {what}")
-    return said
+    return [f"{run['name']} is marked as crashed: {what}" for run in orphans]
 
 
 def _stop(*_: object) -> None:

@@ -137,17 +137,19 @@ def test_a_commit_has_none_of_the_users_work(checkout: Path, said: list[str]) ->
     assert len(said) == 1, "nothing is new, so nothing is committed or said"
 
 
-def test_a_lock_of_a_run_that_is_half_way_is_committed_neither_alone_nor_with_a_rollback(checkout: Path, said: list[str]) -> None:
+def test_a_lock_of_a_run_that_is_half_way_is_committed_neither_alone_nor_by_a_person(checkout: Path, said: list[str]) -> None:
     first = promote("first")
     versions.commit(checkout, first, "main", said.append, warn_by(said.append))
     tip = run(checkout, "git", "rev-parse", "HEAD")
     (checkout / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
     versions.commit(checkout, first, "main", said.append, warn_by(said.append))
     assert run(checkout, "git", "rev-parse", "HEAD") == tip and len(said) == 1, "nothing new was published"
-    rollback = promote("second").model_copy(update={"how": "rollback"})
-    versions.commit(checkout, rollback, "main", said.append, warn_by(said.append))
-    assert files_of(checkout) == ["data/published.dvc"] and "?? dvc.lock" in run(checkout, "git", "status", "--porcelain")
-    assert said[1].startswith("committed data/published.dvc to main as "), said
+    for how in ("rollback", "promote"):
+        by_person = promote(how).model_copy(update={"how": how})
+        versions.commit(checkout, by_person, "main", said.append, warn_by(said.append))
+        assert files_of(checkout) == ["data/published.dvc"] and "?? dvc.lock" in run(checkout, "git", "status", "--porcelain")
+        assert said[-1].startswith("committed data/published.dvc to main as "), said
+    assert len(said) == 3
 
 
 def test_nothing_is_committed_to_another_branch(checkout: Path, said: list[str]) -> None:

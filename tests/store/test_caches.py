@@ -3,6 +3,7 @@
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import pytest
@@ -97,6 +98,8 @@ def test_the_bound_follows_the_disk_or_the_environment(monkeypatch: pytest.Monke
     assert activations_bound() == 1.5e9
     monkeypatch.delenv("OMMATID_CACHE_GB")
     assert 0 < activations_bound() <= caches.MOST
+    monkeypatch.setattr(caches.shutil, "disk_usage", lambda place: SimpleNamespace(total=0))  # as some network file systems say
+    assert activations_bound() == caches.MOST
 
 
 @pytest.mark.parametrize("text", ["lots", "-1", "inf", "nan"])

@@ -157,6 +157,19 @@ def test_the_modules_left_out_are_those_that_compute_nothing() -> None:
     assert not any(NO_NUMBERS.fullmatch(name) for name in ("ommatid.extract.stage", "ommatid.store.draft", "ommatid.schemas"))
 
 
+def test_the_code_of_a_family_is_its_own(package: Path) -> None:
+    kinds = ("lite", "clip", "siglip", "dino", "transformers")
+
+    def used() -> dict[str, dict[str, str]]:
+        return {kind: Code(package).used_by(f"ommatid.vlm.{kind}", kinds=(kind,)) for kind in kinds}
+
+    before = used()
+    edit(package / "vlm/clip.py", "\n\n\n", "\n\n\nTUNED = 3\n")
+    assert [kind for kind, now in used().items() if now != before[kind]] == ["clip"]
+    edit(package / "vlm/tower.py", "\n\n\n", "\n\n\nTUNED = 3\n")
+    assert used()["lite"] == before["lite"] and used()["siglip"] != before["siglip"]
+
+
 def test_the_analysis_is_cached_by_content(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = digests(package)
     monkeypatch.setattr(code, "analyse", lambda text: pytest.fail("was read before"))

@@ -51,7 +51,7 @@ def find_branch(root: Path) -> str | None:
 def commit(root: Path, made: Decision, branch: str | None, say: Say, warn: Say) -> None:
     """Store data/published in DVC, and commit dvc.lock and data/published.dvc to a branch, if data/published differs from what it has.
 
-    A rollback says nothing of the checkout, in which a run may be half-way, so dvc.lock is not part of its commit.
+    A person may promote or roll back while a run in the checkout is half-way, and dvc.lock with it, so their commits leave it out.
 
     Args:
         root: The checkout.
@@ -63,7 +63,7 @@ def commit(root: Path, made: Decision, branch: str | None, say: Say, warn: Say) 
     try:
         _check_branch(root, branch)
         dvc(root, environment(root, root), "add", str(PUBLISHED))
-        names = [name for name in ((POINTER,) if made.how == "rollback" else FILES) if (root / name).exists()]
+        names = [name for name in (FILES if made.how == "retrain" else (POINTER,)) if (root / name).exists()]
         if made_commit := _commit_files(root, f"{branch}", names, _message(made)):
             say(f"committed {' and '.join(names)} to {branch} as {made_commit[:12]}")
     except RunError as error:
