@@ -14,8 +14,7 @@ from prefect.states import Completed
 
 from flows import artifacts
 from flows.checkout import open_workplace
-from flows.prefect_server import leave_out_tracebacks, prefect_server
-from ommatid.cli.error_boundary import at_edge
+from flows.prefect_server import run_once
 from ommatid.config import Params, load_params
 from ommatid.events import Event, Listener, Progress, Warned
 
@@ -49,9 +48,7 @@ def measure(params: Params, on_event: Listener) -> "Backfill":
 
 def main() -> None:
     """Backfill once."""
-    leave_out_tracebacks(Exception)  # `at_edge` writes tracebacks to a file
-    with at_edge(), prefect_server():
-        backfill()
+    run_once(backfill, __doc__)
 
 
 if __name__ == "__main__":

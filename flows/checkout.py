@@ -72,6 +72,7 @@ class Workplace:
         self._say = say
         self._held = held
         self._begun = read_checkout(root)
+        self._explained: dict[str, str] = {}
 
     @property
     def name(self) -> str:
@@ -120,8 +121,11 @@ class Workplace:
             write_sources(resolve_start(load_params(self.root / "params.yaml")), self.root / PLACE)
         except OmmatidError as error:
             raise RunError(f"{SOURCES}: {error}") from error
-        for stage, changes in explain_changes(self.root).items():
-            self._say(f"{stage}: {CHANGED}: {changes}")
+        explained = {stage: f"{stage}: {CHANGED}: {changes}" for stage, changes in explain_changes(self.root).items()}
+        for stage, line in explained.items():
+            if line != self._explained.get(stage):
+                self._say(line)
+        self._explained = explained
 
     def _record_sources(self) -> None:
         def tell(line: str) -> None:

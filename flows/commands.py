@@ -1,5 +1,6 @@
 """Commands as child processes whose lines are passed on as they arrive, and which end with this process. Imports no Prefect."""
 
+import argparse
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,11 @@ Say = Callable[[str], None]
 
 _HINTS = ("To track the changes with git", "git add dvc.lock", "To enable auto staging", "dvc config core.autostage", "Use `dvc push`")
 """Advice of DVC that does not belong in a run's log."""
+
+
+def take_no_arguments(module: str, description: str | None) -> None:
+    """Refuse arguments of a main program that has none, and print its description on `--help`; both end the process."""
+    argparse.ArgumentParser(prog=f"python -m {module}", description=description, allow_abbrev=False).parse_args()
 
 
 def stream(module: Sequence[str], root: Path, env: Mapping[str, str], say: Say, held: Sequence[int] = ()) -> tuple[int, list[str]]:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from flows.prefect_api import Api
+from flows.prefect_api import BEGUN, Api
 from flows.processes import Tail
 from ommatid.errors import RunError
 
@@ -162,7 +162,6 @@ def _seconds_since(when: datetime | str) -> float:
     return (datetime.now(UTC) - (datetime.fromisoformat(when) if isinstance(when, str) else when)).total_seconds()
 
 
-_BEGUN = ("RUNNING", "COMPLETED", "FAILED", "CRASHED")
 _WHY_MISSED = "the machine slept, the clock jumped, or an earlier run took long"
 
 
@@ -186,7 +185,7 @@ def skip_missed_runs(api: Api) -> list[str]:
         of = {"any_": [deployment]}
         # a pending run has not read anything yet
         begun = api.runs(deployment_id=of, state={"type": {"any_": ["PENDING"]}}, expected_start_time=due)
-        begun += api.runs(deployment_id=of, state={"type": {"any_": _BEGUN}}, start_time={"after_": runs[-1]["expected_start_time"]})
+        begun += api.runs(deployment_id=of, state={"type": {"any_": BEGUN}}, start_time={"after_": runs[-1]["expected_start_time"]})
         begun_ids = {run["id"] for run in begun}  # a worker may have taken one of the overdue runs meanwhile, which is then the one to keep
         missed = [run for run in runs if run["id"] not in begun_ids] if begun else runs[:-1]
         for run in missed:

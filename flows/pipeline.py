@@ -22,7 +22,7 @@ from prefect.states import Completed
 
 from flows import artifacts
 from flows.checkout import Workplace, open_workplace
-from flows.prefect_server import leave_out_tracebacks, prefect_server
+from flows.prefect_server import run_once
 from ommatid.cli.error_boundary import at_edge
 from ommatid.config import Params, load_params
 from ommatid.errors import OmmatidError
@@ -151,13 +151,11 @@ def _follow(stage: str) -> Callable[[str], None]:
 
 
 def main() -> None:
-    """Run the pipeline once with params.yaml, on a temporary Prefect server if PREFECT_API_URL is not set."""
-    leave_out_tracebacks(Exception)  # `at_edge` writes tracebacks to a file
+    """Run the pipeline once with params.yaml."""
     with at_edge():
         if INVALID:
             raise INVALID  # before a server is started
-        with prefect_server():
-            pipeline()
+    run_once(pipeline, __doc__)
 
 
 if __name__ == "__main__":

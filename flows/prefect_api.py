@@ -11,6 +11,9 @@ from ommatid.errors import RunError
 RETRIES = (0.5, 1.0, 2.0, 4.0)
 """Seconds between attempts while the server answers 503: its database was locked, and nothing was changed."""
 
+BEGUN = ("RUNNING", "COMPLETED", "FAILED", "CRASHED")
+"""Types of the states of runs that have begun."""
+
 
 class Api:
     """The API of a Prefect server.
@@ -44,9 +47,9 @@ class Api:
         """Return the flow runs that match Prefect's filters, oldest first."""
         return self.post("/flow_runs/filter", {"flow_runs": filters, "sort": "EXPECTED_START_TIME_ASC"})
 
-    def set_state(self, run: str, kind: str, message: str) -> None:
-        """Set the state of a flow run, whatever state it is in."""
-        self.post(f"/flow_runs/{run}/set_state", {"state": {"type": kind, "message": message}, "force": True})
+    def set_state(self, run: str, kind: str, message: str, name: str | None = None) -> None:
+        """Set the state of a flow run, whatever state it is in; without a name of its own, the state is called as its kind."""
+        self.post(f"/flow_runs/{run}/set_state", {"state": {"type": kind, "name": name, "message": message}, "force": True})
 
     def _call(self, method: str, path: str, body: object) -> Any:
         data = None if body is None else json.dumps(body).encode()

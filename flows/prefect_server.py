@@ -12,19 +12,22 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from prefect import get_client
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
+from flows.commands import take_no_arguments
 from flows.processes import POLICY, Services, free_port
+from ommatid.cli.error_boundary import at_edge
 from ommatid.errors import OmmatidError, RunError, without_credentials
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    from prefect import Flow
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -156,6 +159,19 @@ def _root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def run_once(flow: "Flow[..., Any]", description: str | None) -> None:
+    """Run a flow as the main program, on a temporary Prefect server if PREFECT_API_URL is not set.
+
+    Args:
+        flow: The flow, whose parameters have defaults.
+        description: What `--help` prints.
+    """
+    take_no_arguments(f"flows.{flow.name}", description)
+    leave_out_tracebacks(Exception)  # `at_edge` writes tracebacks to a file
+    with at_edge(), prefect_server():
+        flow()
 
 
 class _WithoutTraceback(logging.Filter):

@@ -1,6 +1,7 @@
 """Servers and workers as background processes that write their output to log files. Imports no Prefect."""
 
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -81,7 +82,7 @@ class Services:
             with self._running.pop(name) as process:
                 code = process.wait()
             if code:
-                raise RunError(f"{name} ended with status {code}: {self._last_lines(name)}")
+                raise RunError(f"{name} {_describe_end(code)}: {self._last_lines(name)}")
 
     def check(self) -> None:
         """Check that all processes are still running.
@@ -91,7 +92,7 @@ class Services:
         """
         for name, process in self._running.items():
             if process.poll() is not None:
-                raise RunError(f"{name} ended with status {process.returncode}: {self._last_lines(name)}")
+                raise RunError(f"{name} {_describe_end(process.returncode)}: {self._last_lines(name)}")
 
     def end(self) -> None:
         """End all processes, newest first, so that workers can end their runs while the server still answers."""
@@ -114,6 +115,10 @@ class Services:
 
     def _last_lines(self, name: str) -> str:
         return " / ".join(self._log(name).read_text(errors="replace").splitlines()[-5:]) + f" (all of it: {self._log(name)})"
+
+
+def _describe_end(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
 
 
 class Tail:

@@ -22,8 +22,7 @@ from flows import approval, artifacts
 from flows.checkout import Workplace, open_workplace
 from flows.drift import check_drift
 from flows.pipeline import run_stages
-from flows.prefect_server import leave_out_tracebacks, prefect_server
-from ommatid.cli.error_boundary import at_edge
+from flows.prefect_server import run_once
 from ommatid.config import Params, RetrainParams, load_params
 from ommatid.errors import GateError, RunError
 from ommatid.events import Event, Progress, Warned
@@ -184,9 +183,7 @@ def _log_event(event: Event) -> None:
 
 def main() -> None:
     """Retrain once, without waiting for the schedule."""
-    leave_out_tracebacks(Exception)  # `at_edge` writes tracebacks to a file
-    with at_edge(), prefect_server():
-        retrain()
+    run_once(retrain, __doc__)
 
 
 if __name__ == "__main__":

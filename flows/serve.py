@@ -15,6 +15,7 @@ from pathlib import Path
 
 import filelock
 
+from flows.commands import take_no_arguments
 from flows.monitor import LOOK_SECONDS, Monitor, skip_missed_runs
 from flows.prefect_api import Api
 from flows.processes import LAST_PORT, POLICY, Services, Tail, hold_port
@@ -24,6 +25,7 @@ from ommatid.cli.error_boundary import at_edge
 from ommatid.compute.commands import environment
 from ommatid.config import Params, load_params
 from ommatid.errors import ConfigError, RunError
+from ommatid.sources.stage import place_of_input
 from ommatid.tracking import follow_move
 
 PORTS = {"PREFECT_SERVER_API_PORT": 4200, "MLFLOW_PORT": 5000, "OMMATID_PORT": 8321, "OMMATID_WEBHOOK_PORT": 8322}
@@ -32,10 +34,13 @@ PORTS = {"PREFECT_SERVER_API_PORT": 4200, "MLFLOW_PORT": 5000, "OMMATID_PORT": 8
 ANSWER_SECONDS = 20.0
 """Seconds after which the Prefect server counts as one that does not answer; meanwhile nothing else is looked after."""
 
+RESTARTED = "restarted"
+"""Tag of a run that was started again because its worker had been killed."""
+
 
 def serve(checkout: Path) -> None:
     """Start the servers, deployments and workers, print the addresses, and run until a signal comes or one of the processes ends."""
-    load_params(checkout / "params.yaml")
+    params = load_params(checkout / "params.yaml")
     project = read_project(checkout)
     pools = list(dict.fromkeys(deployment.work_pool.name for deployment in project.deployments))
     forms = [deployment.name for deployment in project.deployments if takes_params(checkout, deployment)]
@@ -49,7 +54,6 @@ def serve(checkout: Path) -> None:
             services.start("explorer", "ommatid", "serve", "--port", str(explorer))
             services.wait_for("prefect", f"{api.url}/health")
             monitor = Monitor(api, logs, pools)
-            crashed = _end_orphans(api)
             for pool in pools:
                 services.start(f"pool-{pool}", "prefect", "work-pool", "create", pool, "--type", "process", "--overwrite")
             services.start("messages", "flows.messages")  # before the deployments, whose runs they are about
@@ -58,6 +62,7 @@ def serve(checkout: Path) -> None:
             services.finish("deploy")
             services.wait_for("mlflow", f"http://127.0.0.1:{mlflow}/health")
             services.wait_for("explorer", f"http://127.0.0.1:{explorer}/robots.txt")  # /health says whether there is a catalogue
+            restarted = _restart_orphans(api)
             for pool in pools:
                 services.start(f"worker-{pool}", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", pool)
             if project.watch:
@@ -65,10 +70,12 @@ def serve(checkout: Path) -> None:
             print(
                 f"Explorer http://127.0.0.1:{explorer}\nPrefect  http://127.0.0.1:{prefect}/deployments\nMLflow   http://127.0.0.1:{mlflow}"
             )
+            if project.watch:
+                print(f"Images   {place_of_input(params)} (when they change, {project.watch.deployment} starts)")
             if project.watch and os.environ.get("OMMATID_WEBHOOK_TOKEN"):
                 print(f"Webhook  http://{os.environ.get(WEBHOOK_HOST) or LOCALHOST}:{webhook}")
             print("Ctrl-C ends all of them.", flush=True)
-            _say(crashed)
+            _say(restarted)
             _follow(services, api, monitor, Tail(logs / "watch.log"), checkout / "params.yaml", forms)
         finally:
             services.end()
@@ -197,17 +204,28 @@ def _mlflow(checkout: Path, port: int) -> tuple[str, ...]:
     return ("mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port), *policy, *store)
 
 
-def _end_orphans(api: Api) -> list[str]:
-    """Mark runs orphaned by a killed worker as Crashed; they still report Running, and would count towards the concurrency limit.
+def _restart_orphans(api: Api) -> list[str]:
+    """Start runs again that a killed worker has left behind: they still report Running, and would count towards the concurrency limit.
+
+    A run that is cut short a second time is left as Crashed, as it may be what brings the machine down.
 
     Returns:
         A sentence for each run.
     """
-    what = "its worker was killed; start the same run again to continue where it stopped"
-    orphans = api.runs(state={"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}, deployment_id={"is_null_": False})
-    for run in orphans:
-        api.set_state(run["id"], "CRASHED", what)
-    return [f"{run['name']} is marked as crashed: {what}" for run in orphans]
+    said = []
+    for run in api.runs(state={"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}, deployment_id={"is_null_": False}):
+        if run["state_type"] == "CANCELLING":
+            api.set_state(run["id"], "CANCELLED", "its worker was killed while it was being cancelled")
+        elif RESTARTED in run["tags"]:
+            what = "its worker was killed for the second time; start the same run again to continue where it stopped"
+            api.set_state(run["id"], "CRASHED", what)
+            said.append(f"warning: {run['name']} is marked as crashed: {what}")
+        else:
+            what = "its worker was killed; it starts again and continues where it stopped"
+            api.set_state(run["id"], "SCHEDULED", what, "Restarted")
+            api.patch(f"/flow_runs/{run['id']}", {"tags": [*run["tags"], RESTARTED]})
+            said.append(f"{run['name']} was cut short: {what}")
+    return said
 
 
 def _stop(*_: object) -> None:
@@ -216,6 +234,7 @@ def _stop(*_: object) -> None:
 
 def main() -> None:
     """Run the servers until Ctrl-C, SIGTERM, or SIGHUP when the terminal is closed."""
+    take_no_arguments("flows.serve", __doc__)
     with at_edge():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _stop)

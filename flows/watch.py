@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_plus
 
-from flows.prefect_api import Api
+from flows.prefect_api import BEGUN, Api
 from flows.project import Watch, read_project
 from ommatid.cli.error_boundary import at_edge
 from ommatid.config import Params, load_params
@@ -63,6 +63,7 @@ class Watcher:
         self._seen = ""
         self._since = 0.0
         self._compared = ""
+        self._was_away = False
         self._said: set[str] = set()
         self.wait = LOOK_SECONDS
         """Seconds until the next look."""
@@ -87,10 +88,12 @@ class Watcher:
                 listing = list_input(params)
             except SourceError:
                 self._remember(params, seen="")  # so that the first files of an empty folder start a run
+                self._was_away, self._compared = True, ""
                 raise
             took = time.monotonic() - began  # what follows may wait for the Prefect server, or read files once
             said = self._follow(now, params, listing)
-            if self._seen == self._compared:
+            if self._said and self._seen == self._compared:
+                said = said or [f"{NOTICE}changes of the images start runs again"]
                 self._said.clear()
         except OmmatidError as error:
             said = [] if str(error) in self._said else [f"{NOTICE}changes of the images start nothing: {error}"]
@@ -115,17 +118,18 @@ class Watcher:
         memory = self._remember(params, seen)
         if seen == self._compared or now - self._since < self._watch.quiet_seconds:
             return []
-        said = []
+        content = memory["content"]
         if seen != memory["seen"]:
             content = fingerprint(listing)["sha256"]
             if list_input(params).fingerprint != listing.fingerprint:
                 return []  # it has changed while it was read
-            memory["seen"] = seen
-            if content == memory["content"]:
-                _write(self._checkout / MEMORY, memory)
-            else:
-                said = self._start(memory | {"content": content, "n": memory["n"] + 1}, listing)
-        self._compared = seen
+        said, known = [], memory | {"seen": seen}
+        what = f"{listing.place} has changed" if content != memory["content"] else f"{listing.place} is back, and the last run failed"
+        if content != memory["content"] or (self._was_away and self._last_run_failed()):
+            said = self._start(known | {"content": content, "n": memory["n"] + 1}, f"{what} ({len(listing.files):,} files)", listing.place)
+        elif known != memory:
+            _write(self._checkout / MEMORY, known)
+        self._was_away, self._compared = False, seen
         return said
 
     def _remember(self, params: Params, seen: str) -> dict[str, Any]:
@@ -139,26 +143,36 @@ class Watcher:
             _write(self._checkout / MEMORY, memory)
         return memory
 
-    def _start(self, memory: dict[str, Any], listing: Listing) -> list[str]:
+    def _start(self, memory: dict[str, Any], what: str, place: str) -> list[str]:
         """Start a run, unless one waits, which will read the files when it starts."""
-        name = self._watch.deployment
-        (deployment,) = self._api.deployments(name) or [None]
-        if deployment is None:
-            raise RunError(f"the Prefect server has no deployment {name}")
-        what = f"{listing.place} has changed ({len(listing.files):,} files)"
-        if self._waits(deployment["id"]):
-            said = [f"{what}; a run of {name} is waiting to start anyway"]
+        deployment = self._deployment()
+        if self._waits(deployment):
+            said = [f"{what}; a run of {self._watch.deployment} is waiting to start anyway"]
         else:
             request = {
                 "state": {"type": "SCHEDULED", "message": what},
                 "tags": ["images changed"],
                 # after a kill between the request and the note of it, the same request is made again and starts nothing
-                "idempotency_key": f"{listing.place} {memory['n']} {memory['content']}",
+                "idempotency_key": f"{place} {memory['n']} {memory['content']}",
             }
-            run = self._api.post(f"/deployments/{deployment['id']}/create_flow_run", request)
-            said = [f"{NOTICE}{what}: started {name} as {run['name']}"]
+            run = self._api.post(f"/deployments/{deployment}/create_flow_run", request)
+            said = [f"{NOTICE}{what}: started {self._watch.deployment} as {run['name']}"]
         _write(self._checkout / MEMORY, memory)
         return said
+
+    def _deployment(self) -> str:
+        """Return the id of the deployment."""
+        name = self._watch.deployment
+        (deployment,) = self._api.deployments(name) or [None]
+        if deployment is None:
+            raise RunError(f"the Prefect server has no deployment {name}")
+        return deployment["id"]
+
+    def _last_run_failed(self) -> bool:
+        """Return whether the last run that has begun ended by an error, such as that of a folder without images."""
+        of = {"deployment_id": {"any_": [self._deployment()]}, "state": {"type": {"any_": BEGUN}}}
+        last = self._api.post("/flow_runs/filter", {"flow_runs": of, "sort": "START_TIME_DESC", "limit": 1})
+        return bool(last) and last[0]["state_name"] in ("Failed", "Crashed")
 
     def _waits(self, deployment: str) -> bool:
         due = {"before_": datetime.now(UTC).isoformat()}

@@ -96,8 +96,9 @@ def test_the_log_says_what_changed_since_a_stage_was_last_run(checkout: Path) ->
     with opened(checkout) as (place, said):
         place.plan()
         (checkout / "photos/two.jpg").write_text("two")
+        place.stale()
         place.plan()
-    assert said == ["images: changed since its last run: images.source.path"]
+    assert said == ["images: changed since its last run: images.source.path"], "it is said once"
 
 
 def test_a_run_with_an_override_is_an_experiment_that_leaves_the_checkout_alone(checkout: Path) -> None:

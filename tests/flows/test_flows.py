@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -49,6 +50,19 @@ def here(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(checkout)
     monkeypatch.setattr(champion, "point_alias", lambda: None)
     return checkout
+
+
+@pytest.mark.parametrize("name", ["pipeline", "retrain", "backfill", "serve"])
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("train.k=16", 2)])
+def test_a_flow_takes_no_arguments(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, argument: str, status: int
+) -> None:
+    monkeypatch.setattr("sys.argv", [name, argument])
+    with pytest.raises(SystemExit) as end:
+        import_module(f"flows.{name}").main()
+    said = capsys.readouterr()
+    assert end.value.code == status and f"usage: python -m flows.{name}" in said.out + said.err and ran(here) == []
+    assert ("unrecognized arguments: train.k=16" in said.err) == (status == 2)
 
 
 def ran(checkout: Path) -> list[str]:

@@ -10,9 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.prefect_api import Api
 from flows.processes import LAST_PORT, Services, free_port, hold_port
-from flows.serve import _end_orphans, serve
+from flows.serve import serve
 from ommatid.errors import ConfigError, RunError
 from support.checkout import REPOSITORY
 from support.processes import HANG_SECONDS, wait_for, wait_for_end
@@ -36,9 +35,18 @@ def test_processes_left_by_a_killed_service_end_with_the_others(tmp_path: Path, 
         parent = psutil.Process(orphan.ppid())
         parent.kill()
         wait_for(lambda: orphan.ppid() != parent.pid, "the child to lose its parent")
+        assert "parent was killed by SIGKILL: " in wait_for(lambda: fault_of(services), "the end of the service")
     finally:
         services.end()
     wait_for_end([orphan], "what was left")
+
+
+def fault_of(services: Services) -> str:
+    try:
+        services.check()
+    except RunError as error:
+        return str(error)
+    return ""
 
 
 def test_a_server_of_another_checkout_that_got_the_port_first_is_not_taken_for_ours(
@@ -113,12 +121,3 @@ def test_the_log_of_the_start_before_is_kept(tmp_path: Path, monkeypatch: pytest
         "speaker.log": ["third"],
         "speaker.log.1": ["second"],
     }
-
-
-def test_runs_that_lost_their_worker_are_crashed_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    states: list[tuple[str, ...]] = []
-    monkeypatch.setattr(Api, "runs", lambda self, **filters: [{"id": "1", "name": "calm-cat"}, {"id": "2", "name": "wild-wren"}])
-    monkeypatch.setattr(Api, "set_state", lambda self, *state: states.append(state))
-    what = "its worker was killed; start the same run again to continue where it stopped"
-    assert _end_orphans(Api("http://127.0.0.1:1")) == [f"{name} is marked as crashed: {what}" for name in ("calm-cat", "wild-wren")]
-    assert states == [(run, "CRASHED", what) for run in "12"]

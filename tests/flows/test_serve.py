@@ -25,6 +25,7 @@ from playwright.sync_api import Page, expect
 from flows import monitor
 from flows.prefect_api import Api
 from flows.project import read_project, takes_params
+from flows.serve import _restart_orphans
 from ommatid.errors import ConfigError, RunError
 from support.browser import RunningBrowser, Windows, find_chromium, opening, running
 from support.checkout import bytes_of, run
@@ -59,6 +60,7 @@ def up(made: Path, receiver: Receiver, tmp_path_factory: pytest.TempPathFactory)
     run(checkout, "git", "commit", "-qm", "Flows")
     with making_up(checkout, environment(folder) | {"OMMATID_WEBHOOK_TOKEN": "secret"}, receiver) as running_up:
         assert f"Webhook  {running_up.webhook}\n" in running_up.said
+        assert f"Images   {checkout / 'photos'} (when they change, retrain starts)\n" in running_up.said
         yield running_up
         assert len(psutil.Process(running_up.process.pid).children(recursive=True)) >= 5
 
@@ -464,9 +466,29 @@ def test_each_event_sends_one_message(up: Up) -> None:
         assert body["text"] == f"{body['subject']}: retrain {body['run']}: {body['state']}. {body['message']}\n{link}"
 
 
+def test_a_run_that_lost_its_worker_starts_again_once(up: Up) -> None:
+    """As at the start of `make up` after the machine was restarted, but with a worker that is there."""
+    assert _restart_orphans(up.api) == [], "a run that waits is none"
+    up.receiver.bodies.clear()
+    waiting = schedule_anew(up)[0]
+    up.api.set_state(lost := waiting["id"], "RUNNING", "")
+    (said,) = _restart_orphans(up.api)
+    assert said == f"{waiting['name']} was cut short: its worker was killed; it starts again and continues where it stopped"
+    ended = up.ended(lost)
+    assert ended["state_type"] == "COMPLETED" and ended["run_count"] == 2 and "restarted" in ended["tags"]
+    up.api.set_state(lost, "RUNNING", "")
+    (said,) = _restart_orphans(up.api)
+    assert said.startswith(f"warning: {waiting['name']} is marked as crashed: its worker was killed for the second time; start the same ")
+    being_cancelled = up.pretend("CANCELLING", "Cancelling", "", "count")
+    assert _restart_orphans(up.api) == [] and up.api.get(f"/flow_runs/{being_cancelled}")["state_type"] == "CANCELLED"
+    wait_for(lambda: len(up.receiver.bodies) >= 2, "the messages")
+    assert up.receiver.subjects() == ["A run was cut short and starts again", "A run failed"]
+    assert up.ended(up.start("count"))["state_type"] == "COMPLETED", "no slot is taken by the runs that were lost"
+
+
 def test_automations_that_are_declared_again_stay_as_they_are(up: Up) -> None:
     before = up.automations()
-    assert len(before) == 6 and all(found["enabled"] for found in before.values())
+    assert len(before) == 7 and all(found["enabled"] for found in before.values())
     up.receiver.bodies.clear()
     done = up.declare_messages(up.receiver.url)
     assert (done.returncode, done.stderr) == (0, "") and up.automations() == before, "an update would begin the wait for a run anew"

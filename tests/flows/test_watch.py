@@ -45,7 +45,8 @@ class Server(Api):
         if path == "/deployments/filter":
             return [{"id": "d"}]
         if path == "/flow_runs/filter":
-            return [run for run in self.made if run["state_type"] in body["flow_runs"]["state"]["type"]["any_"]]
+            found = [run for run in self.made if run["state_type"] in body["flow_runs"]["state"]["type"]["any_"]]
+            return found[::-1][: body["limit"]] if body["sort"] == "START_TIME_DESC" else found
         assert path == "/deployments/d/create_flow_run", path
         known = next((run for run in self.made if run["key"] == body["idempotency_key"]), None)
         if known is None:
@@ -81,10 +82,11 @@ class Day:
             said += self.watcher.look(self.now)
         return said
 
-    def finish(self) -> None:
-        """Let all runs end."""
+    def finish(self, kind: str = "COMPLETED", name: str = "Completed") -> None:
+        """Let all runs end that have not."""
         for run in self.server.made:
-            run["state_type"], run["run_count"] = "COMPLETED", 1
+            if run["state_type"] == "SCHEDULED":
+                run |= {"state_type": kind, "state_name": name, "run_count": 1}
 
 
 @pytest.fixture
@@ -188,6 +190,25 @@ def test_the_first_images_of_a_folder_that_was_empty_start_a_run(day: Day) -> No
     assert len(day.passes()) == 1 and day.server.made == []
     (day.photos / "one.jpg").write_text("one")
     assert day.passes() == [f"notice: {day.photos} has changed (1 files): started retrain as run-0"]
+
+
+@pytest.mark.parametrize(
+    ("state", "n_runs"), [(("FAILED", "Failed"), 2), (("CRASHED", "Crashed"), 2), (("FAILED", "Rejected"), 1), (("COMPLETED", "Kept"), 1)]
+)
+def test_images_that_are_put_back_after_a_run_failed_without_them_start_another(day: Day, state: tuple[str, str], n_runs: int) -> None:
+    (day.photos / "two.jpg").write_text("two")
+    day.passes()
+    day.photos.rename(day.root / "elsewhere")
+    day.finish(*state)
+    day.passes()
+    (day.root / "elsewhere").rename(day.photos)
+    (said,) = day.passes()
+    if n_runs == 2:
+        assert said == f"notice: {day.photos} is back, and the last run failed (2 files): started retrain as run-1"
+    else:
+        assert said == "notice: changes of the images start runs again"
+    day.finish(*state)
+    assert day.passes(100) == [] and len(day.server.made) == n_runs, "a run that fails for another reason starts no third one"
 
 
 def test_a_server_that_is_down_is_asked_again(day: Day) -> None:

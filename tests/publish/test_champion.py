@@ -275,6 +275,12 @@ def _three(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [made.key for made in read_decisions()]
 
 
+def test_the_only_champion_has_none_to_return_to() -> None:
+    retrain()
+    with pytest.raises(ConfigError, match="champion rollback: first is the first champion; there is no other to return to"):
+        roll_back()
+
+
 def roll_back(to: str | None = None) -> Decision:
     made, was_cut_short = champion.roll_back(to, KEEP, "Anna <anna@localhost>", "it flickers")
     assert not was_cut_short

@@ -45,9 +45,9 @@ class Up:
         (found,) = self.api.deployments(name)
         return found
 
-    def pretend(self, kind: str, name: str, message: str) -> str:
-        """Let the server believe that a run of `retrain` has ended."""
-        deployment = self.deployment("retrain")
+    def pretend(self, kind: str, name: str, message: str, deployment_name: str = "retrain") -> str:
+        """Let the server believe that a run is in some state."""
+        deployment = self.deployment(deployment_name)
         body = {"flow_id": deployment["flow_id"], "deployment_id": deployment["id"], "name": f"run-{name}", "state": {"type": "PENDING"}}
         made = self.api.post("/flow_runs/", body)["id"]
         self.api.post(f"/flow_runs/{made}/set_state", {"state": {"type": kind, "name": name, "message": message}, "force": True})

@@ -140,7 +140,8 @@ class Memory:
 
     def _report(self, error: Exception) -> None:
         self._on_problem(
-            f"{self._path}: what earlier runs found in the images cannot be used ({error}), so all are decoded; repair or delete the file"
+            f"{self._path}: what earlier runs found in the images cannot be used ({error}), so all are decoded; delete it, or "
+            "let OMMATID_CACHE name a folder that can be written"
         )
 
     def _key(self, image_id: str) -> bytes:

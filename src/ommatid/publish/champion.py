@@ -276,10 +276,9 @@ def roll_back(to: str | None, keep: int, who: str, why: str | None, on_event: Li
             raise ConfigError("champion rollback: nothing was promoted yet, so there is nothing to return to")
         target = find_former(to) if to else standing.previous
         if target is None:
-            raise ConfigError(
-                f"champion rollback: {standing.champion.challenger.sae} is the first champion; "
-                "name another by --to, as `ommatid champion list` shows them"
-            )
+            is_alone = len({made.key for made in decisions if made.decision == "champion"}) == 1
+            what = "there is no other to return to" if is_alone else "name another by --to, as `ommatid champion list` shows them"
+            raise ConfigError(f"champion rollback: {standing.champion.challenger.sae} is the first champion; {what}")
         if target.key == standing.champion.key:
             raise ConfigError(f"champion rollback --to {to}: it is the champion already, since {_date(target)}")
         _check_kept(target)
