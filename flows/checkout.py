@@ -72,7 +72,7 @@ class Workplace:
         self._say = say
         self._held = held
         self._begun = read_checkout(root)
-        self._explained: dict[str, str] = {}
+        self._explained: set[str] = set()
 
     @property
     def name(self) -> str:
@@ -121,18 +121,21 @@ class Workplace:
             write_sources(resolve_start(load_params(self.root / "params.yaml")), self.root / PLACE)
         except OmmatidError as error:
             raise RunError(f"{SOURCES}: {error}") from error
-        explained = {stage: f"{stage}: {CHANGED}: {changes}" for stage, changes in explain_changes(self.root).items()}
-        for stage, line in explained.items():
-            if line != self._explained.get(stage):
-                self._say(line)
-        self._explained = explained
+        for stage, changes in explain_changes(self.root).items():
+            self._explain(f"{stage}: {CHANGED}: {changes}")
 
     def _record_sources(self) -> None:
         def tell(line: str) -> None:
             if line.startswith(f"{SOURCES}: ") and CHANGED in line:
-                self._say(line.removeprefix(f"{SOURCES}: "))
+                self._explain(line.removeprefix(f"{SOURCES}: "))
 
         self.repro(SOURCES, tell)
+
+    def _explain(self, line: str) -> None:
+        """Say once why a stage must run."""
+        if line not in self._explained:
+            self._explained.add(line)
+            self._say(line)
 
     def repro(self, stage: str, say: Say) -> None:
         """Run `dvc repro --single-item <stage>`, waiting while another DVC process holds the lock.

@@ -275,6 +275,7 @@ def _three(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [made.key for made in read_decisions()]
 
 
+@pytest.mark.usefixtures("checkout")
 def test_the_only_champion_has_none_to_return_to() -> None:
     retrain()
     with pytest.raises(ConfigError, match="champion rollback: first is the first champion; there is no other to return to"):
