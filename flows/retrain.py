@@ -41,14 +41,25 @@ def retrain() -> State:
     """Run the pipeline if anything has changed, and publish the challenger if it wins by the margins in params.yaml."""
     log, params, root = get_run_logger(), load_params(), Path.cwd()
     branch = versions.find_branch(root)
+
+    def commit(is_half_way: bool) -> None:
+        if params.retrain.publish != "local" and (decisions := read_decisions()):
+            versions.commit(root, decisions[-1], branch, log.info, log.warning, is_half_way)
+
     with open_workplace(root, params, flow_run.id, log.info) as place:
         champion.settle(params.retrain.keep, _log_event)  # complete what a killed run left unfinished
-        concluded, outcome = _conclude(params), _find_new(place, params)
+        concluded = _conclude(params)
+        try:
+            outcome = _find_new(place, params)
+        except Exception:
+            if concluded:
+                commit(is_half_way=True)
+            raise
         if concluded and isinstance(outcome, State) and outcome.name == "Unchanged":
             outcome = concluded
-        is_half_way = isinstance(outcome, Waiting) or (isinstance(outcome, State) and outcome.is_failed())  # and so is dvc.lock
-        if params.retrain.publish != "local" and not is_half_way and (decisions := read_decisions()):
-            versions.commit(root, decisions[-1], branch, log.info, log.warning)
+        is_half_way = isinstance(outcome, Waiting) or (isinstance(outcome, State) and outcome.is_failed())
+        if concluded or not is_half_way:
+            commit(is_half_way)
     if isinstance(outcome, Waiting) and outcome.flow_run == flow_run.id:
         log.info(f"{approval.describe(outcome)} {approval.describe_way(outcome)}")
         approval.suspend(outcome)

@@ -131,7 +131,7 @@ def test_a_commit_or_push_that_fails_is_a_warning_of_the_run(here: Path, monkeyp
     decided(monkeypatch)
     monkeypatch.setattr(champion, "is_decided", lambda: True)
     monkeypatch.setattr("flows.retrain.read_decisions", lambda: ["a decision"])
-    monkeypatch.setattr(versions, "commit", lambda root, made, branch, say, warn: (say("one is done"), warn("one failed")))
+    monkeypatch.setattr(versions, "commit", lambda root, made, branch, say, warn, is_half_way: (say("one is done"), warn("one failed")))
     monkeypatch.setattr(versions, "push", lambda root, branch, say, warn: warn("two failed"))
     params = here / "params.yaml"
     params.write_text(params.read_text().replace("publish: local", "publish: push"))
@@ -304,6 +304,27 @@ def test_a_run_that_concludes_a_question_goes_on_with_what_is_new(questions: Que
     run = questions.start()
     assert questions.state(run)[0] == "Suspended" and questions.stale == set(), "the new images were trained on, and b is asked about"
     assert [(made.decision, made.challenger.sae) for made in read_decisions()] == [("challenger", "a")]
+
+
+@pytest.mark.parametrize(("refusal", "state"), [(f"images {GateError.WORDS}", "Rejected"), ("the disk is full", "Failed")])
+def test_an_answer_that_a_run_finds_is_committed_although_the_run_fails(
+    questions: Questions, here: Path, monkeypatch: pytest.MonkeyPatch, refusal: str, state: str
+) -> None:
+    params, committed = here / "params.yaml", []
+    params.write_text(params.read_text().replace("publish: local", "publish: commit"))
+    monkeypatch.setattr(
+        versions, "commit", lambda root, made, branch, say, warn, is_half_way: committed.append((made.challenger.sae, is_half_way))
+    )
+    questions.answer(questions.start(), approve="yes", who="Anna")
+    assert committed == []
+    questions.stale = {"images"}
+
+    def refuse(place: Workplace, before: object) -> None:
+        raise RunError(refusal)
+
+    monkeypatch.setattr("flows.retrain.run_stages", refuse)
+    assert questions.state(questions.start())[0] == state
+    assert committed == [("a", True)], "dvc.lock is that of a run that is half-way"
 
 
 def test_a_question_whose_run_was_killed_is_asked_again_and_its_answer_is_found(

@@ -146,7 +146,7 @@ def test_a_lock_of_a_run_that_is_half_way_is_committed_neither_alone_nor_by_a_pe
     assert run(checkout, "git", "rev-parse", "HEAD") == tip and len(said) == 1, "nothing new was published"
     for how in ("rollback", "promote"):
         by_person = promote(how).model_copy(update={"how": how})
-        versions.commit(checkout, by_person, "main", said.append, warn_by(said.append))
+        versions.commit(checkout, by_person, "main", said.append, warn_by(said.append), is_half_way=True)
         assert files_of(checkout) == ["data/published.dvc"] and "?? dvc.lock" in run(checkout, "git", "status", "--porcelain")
         assert said[-1].startswith("committed data/published.dvc to main as "), said
     assert len(said) == 3

@@ -99,7 +99,7 @@ def _bring_out(params: Params, made: Decision) -> None:
     root = Path.cwd()
     branch = versions.find_branch(root)
     if params.retrain.publish != "local":
-        versions.commit(root, made, branch, say, _warn)
+        versions.commit(root, made, branch, say, _warn, is_half_way=True)  # a run may be
     if params.retrain.publish == "push":
         versions.push(root, branch, say, _warn)
 

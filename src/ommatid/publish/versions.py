@@ -48,10 +48,8 @@ def find_branch(root: Path) -> str | None:
         return None
 
 
-def commit(root: Path, made: Decision, branch: str | None, say: Say, warn: Say) -> None:
+def commit(root: Path, made: Decision, branch: str | None, say: Say, warn: Say, is_half_way: bool = False) -> None:
     """Store data/published in DVC, and commit dvc.lock and data/published.dvc to a branch, if data/published differs from what it has.
-
-    A person may promote or roll back while a run in the checkout is half-way, and dvc.lock with it, so their commits leave it out.
 
     Args:
         root: The checkout.
@@ -59,11 +57,12 @@ def commit(root: Path, made: Decision, branch: str | None, say: Say, warn: Say) 
         branch: Branch that was checked out when the run began; None if HEAD was detached.
         say: Called with one sentence that says what was done.
         warn: Called with one sentence that says why nothing was.
+        is_half_way: Whether a run in the checkout is, or may be, half-way, and dvc.lock with it, which is then left out.
     """
     try:
         _check_branch(root, branch)
         dvc(root, environment(root, root), "add", str(PUBLISHED))
-        names = [name for name in (FILES if made.how == "retrain" else (POINTER,)) if (root / name).exists()]
+        names = [name for name in ((POINTER,) if is_half_way else FILES) if (root / name).exists()]
         if made_commit := _commit_files(root, f"{branch}", names, _message(made)):
             say(f"committed {' and '.join(names)} to {branch} as {made_commit[:12]}")
     except RunError as error:
