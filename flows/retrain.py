@@ -10,8 +10,9 @@ Final states: Promoted, Kept and Unchanged are completed; Rejected is a failure,
 """
 
 from pathlib import Path
+from uuid import UUID
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_client, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
@@ -22,6 +23,7 @@ from flows import approval, artifacts
 from flows.checkout import Workplace, open_workplace
 from flows.drift import check_drift
 from flows.pipeline import run_stages
+from flows.prefect_api import RESTARTED
 from flows.prefect_server import run_once
 from ommatid.config import Params, RetrainParams, load_params
 from ommatid.errors import GateError, RunError
@@ -55,8 +57,8 @@ def retrain() -> State:
             if concluded:
                 commit(is_half_way=True)
             raise
-        if concluded and isinstance(outcome, State) and outcome.name == "Unchanged":
-            outcome = concluded
+        if isinstance(outcome, State) and outcome.name == "Unchanged":
+            outcome = concluded or _find_untold() or outcome
         is_half_way = isinstance(outcome, Waiting) or (isinstance(outcome, State) and outcome.is_failed())
         if concluded or not is_half_way:
             commit(is_half_way)
@@ -74,6 +76,16 @@ def _describe(outcome: Decision | Waiting) -> State:
     if isinstance(outcome, Waiting):
         return Completed(name="Unchanged", message=f"{approval.describe(outcome)} {approval.describe_way(outcome)}")
     return Completed(name="Promoted" if outcome.decision == "champion" else "Kept", message=outcome.reason)
+
+
+def _find_untold() -> Decision | None:
+    """Return what this run decided before it was cut short and started again, of which it told nobody; None if there is nothing."""
+    if RESTARTED not in flow_run.tags or not (decisions := read_decisions()):
+        return None
+    with get_client(sync_client=True) as client:
+        began = client.read_flow_run(UUID(flow_run.id)).start_time
+    last = decisions[-1]
+    return last if began and last.how == "retrain" and last.decided_at >= began else None
 
 
 def _conclude(params: Params) -> Decision | None:

@@ -17,7 +17,7 @@ import filelock
 
 from flows.commands import take_no_arguments
 from flows.monitor import LOOK_SECONDS, Monitor, skip_missed_runs
-from flows.prefect_api import Api
+from flows.prefect_api import RESTARTED, Api
 from flows.processes import LAST_PORT, POLICY, Services, Tail, hold_port
 from flows.project import PROJECT, read_project, takes_params
 from flows.watch import LOCALHOST, NOTICE, WEBHOOK_HOST
@@ -33,9 +33,6 @@ PORTS = {"PREFECT_SERVER_API_PORT": 4200, "MLFLOW_PORT": 5000, "OMMATID_PORT": 8
 
 ANSWER_SECONDS = 20.0
 """Seconds after which the Prefect server counts as one that does not answer; meanwhile nothing else is looked after."""
-
-RESTARTED = "restarted"
-"""Tag of a run that was started again because its worker had been killed."""
 
 
 def serve(checkout: Path) -> None:

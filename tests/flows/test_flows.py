@@ -19,6 +19,7 @@ from prefect.client.schemas.responses import SetStateStatus
 from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import Pause
 from prefect.flow_engine import run_flow
+from prefect.states import Scheduled
 from prefect.testing.utilities import prefect_test_harness
 
 from flows import artifacts
@@ -26,6 +27,7 @@ from flows.approval import is_asked
 from flows.backfill import backfill
 from flows.checkout import Workplace, open_workplace
 from flows.pipeline import pipeline
+from flows.prefect_api import RESTARTED
 from flows.retrain import retrain
 from ommatid.backfill.measure import Backfill
 from ommatid.backfill.past import LeftOut
@@ -346,6 +348,24 @@ def test_a_question_whose_run_was_killed_is_asked_again_and_its_answer_is_found(
     assert read_decisions() == []
     assert questions.state(questions.start())[0] == "Promoted", "the answer was kept"
     assert [made.who for made in read_decisions()] == ["Anna in the Prefect UI"]
+
+
+@pytest.mark.parametrize(("answer", "state"), [("yes", "Promoted"), ("no", "Kept")])
+def test_a_run_that_is_killed_after_it_has_decided_tells_it_once_it_is_started_again(
+    questions: Questions, monkeypatch: pytest.MonkeyPatch, answer: str, state: str
+) -> None:
+    questions.answer(run := questions.start(), approve=answer, who="Anna")
+    with monkeypatch.context() as dying:
+        dying.setattr(champion, "try_alias", lambda on_event: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            questions.go_on(run)
+    assert len(read_decisions()) == 1
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(run, tags=[RESTARTED])
+        client.set_flow_run_state(run, Scheduled(name="Restarted"), force=True)
+    questions.go_on(run)
+    assert questions.state(run)[0] == state and len(read_decisions()) == 1
+    assert questions.state(questions.start())[0] == "Unchanged", "another run has nothing to tell"
 
 
 def test_a_challenger_that_somebody_promotes_is_asked_about_no_longer(questions: Questions) -> None:
