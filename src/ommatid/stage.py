@@ -13,6 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ommatid.compute.collector import collector_paused
+
 if TYPE_CHECKING:
     from ommatid.config import Section
     from ommatid.events import Listener
@@ -88,7 +90,8 @@ class Stage:
 def load(reference: str) -> Callable[..., Any]:
     """Return the function that a reference of the form "module:function" names."""
     module, name = reference.split(":")
-    return getattr(import_module(module), name)
+    with collector_paused():
+        return getattr(import_module(module), name)
 
 
 def is_checkouts(data: "Folder | str") -> bool:

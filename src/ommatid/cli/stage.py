@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ommatid.cli.terminal import say, showing
+from ommatid.compute.collector import collector_paused
 from ommatid.config import Params, load_params
 from ommatid.pipeline.checkout import StageWatch, watch_stage
 
@@ -51,8 +52,9 @@ def run(name: str, params_file: Path, overrides: Sequence[str], data: str, allow
 
 def _run_alone(name: str, params: Params, data: str, watch: StageWatch | None) -> bool:
     """Run a stage in this process; return whether its gate rejected any SAE."""
-    from ommatid.pipeline.inputs import study_params
-    from ommatid.pipeline.run import run_stage
+    with collector_paused():
+        from ommatid.pipeline.inputs import study_params
+        from ommatid.pipeline.run import run_stage
 
     with showing(sys.stdout, len(params.train.each()) > 1) as on_event:
         artefact = run_stage(name, study_params(name, params, data, on_event), on_event, data, watch=watch)

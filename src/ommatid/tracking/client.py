@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
+from ommatid.compute.collector import collector_paused
 from ommatid.errors import RunError
 
 if TYPE_CHECKING:
@@ -55,13 +56,15 @@ def join_seconds() -> float:
 def make_client() -> "MlflowClient":
     """Make a client of the server named by the environment."""
     import_mlflow()
-    from mlflow import MlflowClient
+    with collector_paused():
+        from mlflow import MlflowClient
 
     uri = _uri()
     if uri == f"sqlite:///{_folder() / 'mlflow.db'}":
         _folder().mkdir(parents=True, exist_ok=True)
         follow_move(_folder())
-    return MlflowClient(uri, os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+    with collector_paused():  # a client imports what its store needs, such as SQLAlchemy
+        return MlflowClient(uri, os.environ.get("MLFLOW_REGISTRY_URI") or uri)
 
 
 def follow_move(folder: Path) -> None:
@@ -108,7 +111,8 @@ def import_mlflow() -> None:
     }
     for key, value in ours.items():
         os.environ.setdefault(key, value)
-    import mlflow  # noqa: F401
+    with collector_paused():
+        import mlflow  # noqa: F401
 
 
 @contextmanager
