@@ -248,6 +248,8 @@ class LiteVision(_Tower):
     def __init__(self, variant: Variant, image_size: int, dtype: Dtype, device: str) -> None:
         super().__init__(variant, image_size, dtype, device)
         self.hookpoints: Mapping[str, Hookpoint] = self._net.hookpoints
+        self._begun: dict[tuple[str, bytes], torch.Tensor] = {}
+        """Map `(r, q, c)` of each of the last images that were run up to a hookpoint, by hookpoint and pixels."""
 
     @property
     def state(self) -> State:
@@ -320,8 +322,17 @@ class LiteVision(_Tower):
     def _begin(
         self, pixels: UInt8[torch.Tensor, "batch size size 3"], hookpoint: str
     ) -> Float[torch.Tensor, "batch channels rows columns"]:
-        """Run uint8 pixels `(b, size, size, 3)` up to a hookpoint, and return the map `(b, c, r, q)`."""
-        return torch.cat([self._net.begin(self._normalise(part), hookpoint) for part in self._slices(pixels)])
+        """Run uint8 pixels `(b, size, size, 3)` up to a hookpoint, and return the map `(b, c, r, q)`.
+
+        The maps of the last images are kept, because edits of many latents, and gradients of many outputs, begin with the same ones. An
+        image's map has the same bits whatever images are run beside it.
+        """
+        keys, begun = [(hookpoint, image.numpy().tobytes()) for image in pixels.cpu()], self._begun
+        if new := [place for place, key in enumerate(keys) if key not in begun]:
+            maps = torch.cat([self._net.begin(self._normalise(part), hookpoint) for part in self._slices(pixels[new])])
+            made = dict(zip((keys[place] for place in new), maps.permute(0, 2, 3, 1), strict=True))
+            begun = self._begun = {key: made[key] if key in made else begun[key] for key in keys}
+        return torch.stack([begun[key] for key in keys]).permute(0, 3, 1, 2)
 
     def _end(
         self, maps: Float[torch.Tensor, "batch channels rows columns"], hookpoint: str, replacement: Replacement, read: str | None
