@@ -128,6 +128,20 @@ def test_splice_at_every_hookpoint(dtype: str, monkeypatch: pytest.MonkeyPatch) 
         assert shapes.pop() == (3, point.n_tokens, point.d_model) and not shapes
 
 
+def test_images_run_once_up_to_a_hookpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept of a batch serves some of its images again, in any order, with the bits of a model that has seen none."""
+    model, pixels, begun, seen = load(image_size=64), noise(5, 64), [], []
+    begin, expected = model._net.begin, load(image_size=64).capture(pixels, ["blocks.15"]).tokens["blocks.15"]
+    monkeypatch.setattr(model._net, "begin", lambda x, name: begun.append(len(x)) or begin(x, name))
+    for images in ([0, 1, 2], [2, 0], [2, 3, 4]):
+        model.splice(pixels[images], "blocks.15", [lambda x: seen.append(x) or x])
+        assert torch.equal(seen.pop(), expected[images]), images
+    assert torch.equal(model.differentiate(pixels[3:], "blocks.15", lambda found: found[:, 0]).tokens, expected[3:])
+    assert begun == [3, 2]
+    model.splice(pixels[3:], "blocks.7", [torch.clone])
+    assert begun == [3, 2, 2]
+
+
 @pytest.mark.parametrize("hookpoint", ["blocks.0", "blocks.7", "blocks.15", "head"])
 @pytest.mark.parametrize("is_changed", [False, True])
 def test_gradients_equal_autograd_on_the_packages_network(lite0: LiteVision, hookpoint: str, is_changed: bool) -> None:

@@ -1,6 +1,7 @@
 """What the model's output does while latents of one SAE are set to chosen activations, beside controls.
 
-For each latent an image passes once through the part of the model before the hookpoint, and through the rest once for each dose and arm.
+For each latent an image passes at most once through the part of the model before the hookpoint, and through the rest once for each dose
+and arm.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

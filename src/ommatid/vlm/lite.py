@@ -274,7 +274,7 @@ class LiteVision(_Tower):
     ) -> tuple[Float32[torch.Tensor, "batch ..."], ...]:
         """Return ConSE embeddings `(b, 384)`, or the tokens that are read, for each replacement: see `VisionModel`.
 
-        The network runs only once up to the hookpoint.
+        The network runs only once up to the hookpoint, and not again for images of the last call.
 
         Raises:
             ModelError: A hookpoint is unknown, or the one to read is not a later one.
