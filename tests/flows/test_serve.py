@@ -58,7 +58,9 @@ def up(made: Path, receiver: Receiver, tmp_path_factory: pytest.TempPathFactory)
     plant_decisions(checkout)
     run(checkout, "git", "add", "-A")
     run(checkout, "git", "commit", "-qm", "Flows")
-    with making_up(checkout, environment(folder) | {"OMMATID_WEBHOOK_TOKEN": "secret"}, receiver) as running_up:
+    # the scheduler looks more often than every 5 seconds at deployments that have changed
+    variables = {"OMMATID_WEBHOOK_TOKEN": "secret", "PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS": "2"}
+    with making_up(checkout, environment(folder) | variables, receiver) as running_up:
         assert f"Webhook  {running_up.webhook}\n" in running_up.said
         assert f"Images   {checkout / 'photos'} (when they change, retrain starts)\n" in running_up.said
         yield running_up
@@ -684,21 +686,30 @@ def test_a_scheduler_that_fails_is_reported_although_the_server_says_it_is_healt
     time.sleep(2 * monitor.LOOK_SECONDS)  # for the end of an earlier fault to be said
     n_before = len(up.said)
 
-    def heard(pattern: str) -> bool:
-        up.api.patch(f"/deployments/{count}", {"description": pattern})  # the scheduler looks at once at a deployment that has changed
-        time.sleep(2)
-        return any(re.search(pattern, line) for line in up.said[n_before:])
+    def change() -> None:
+        """Change the deployment, which takes its next runs away, and at which the scheduler looks at once."""
+        up.api.patch(f"/deployments/{count}", {"description": f"at {time.monotonic()}"})
+
+    def is_said(line: str) -> bool:
+        return any(line in said for said in up.said[n_before:])
+
+    def changed_until_said(line: str) -> bool:
+        change()
+        time.sleep(1)
+        return is_said(line)
 
     with database(up) as connection:
         connection.execute("CREATE TRIGGER broken BEFORE INSERT ON flow_run WHEN NEW.auto_scheduled BEGIN SELECT RAISE(ABORT, 'no'); END")
     try:
-        wait_for(lambda: heard("warning: the Prefect server's schedule_recent_deployments fails again and again"), "the scheduler's errors")
-        wait_for(lambda: heard("warning: the schedule of count is active but has no next run"), "the schedule")
+        fails = "warning: the Prefect server's schedule_recent_deployments fails again and again"
+        wait_for(lambda: changed_until_said(fails), "the scheduler's errors")
+        wait_for(lambda: is_said("warning: the schedule of count is active but has no next run"), "the schedule")
         assert up.api.get("/health") is True and up.api.get("/ready") == {"message": "OK"}
     finally:
         with database(up) as connection:
             connection.execute("DROP TRIGGER broken")
-    wait_for(lambda: heard("the schedule of count: works again"), "the end of the fault")
+    change()  # once, as each change takes the next runs away
+    wait_for(lambda: is_said("the schedule of count: works again"), "the end of the fault")
     for fault in ("schedule_recent_deployments fails", "the schedule of count is active"):
         (line,) = [line for line in up.said[n_before:] if fault in line]  # it is said once
         assert str(up.checkout / ".prefect/logs/prefect.log") in line
