@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from jaxtyping import TypeCheckError
+from jaxtyping import Float, TypeCheckError, jaxtyped
+from torch import Tensor
 
 from ommatid.extract.tokens import draw_kept
 from ommatid.images.eval_split import EvalSplit
@@ -15,6 +16,7 @@ from ommatid.sae.model import SAE, SAEConfig
 from ommatid.sae.step import Batch
 from ommatid.vlm.precision import normalise
 from ommatid.vlm.preprocess import Preprocess
+from support.shapes import check
 
 D_MODEL, D_SAE = 3, 5
 
@@ -57,6 +59,20 @@ def test_arrays_outside_of_models_and_metrics_are_named() -> None:
         draw_kept(torch.ones(2, 3), None, None, np.random.default_rng(0))
     with pytest.raises(TypeCheckError, match=r"(?s)'is_held_out'.*bool\[2\].*rows=3"):
         EvalSplit(np.arange(3), np.zeros(2, dtype=bool))
+
+
+def test_functions_inside_others_are_checked_each_time_that_they_are_made() -> None:
+    for n in (2, 3):
+
+        @jaxtyped(typechecker=check)
+        def shifted(x: Float[Tensor, f"rows {n}"], by: float = 1.0) -> Float[Tensor, f"rows {n}"]:
+            return x + by if by < n else x.T  # noqa: B023
+
+        assert torch.equal(shifted(torch.zeros(5, n)), torch.ones(5, n))
+        with pytest.raises(TypeCheckError, match=r"(?s)shifted.*'x'.*f32\[5,7\]"):
+            shifted(torch.zeros(5, 7))
+        with pytest.raises(TypeCheckError, match=rf"(?s)the return value of .*shifted.*f32\[{n},5\]"):
+            shifted(torch.zeros(5, n), 4.0)
 
 
 def test_nothing_is_checked_at_run_time() -> None:

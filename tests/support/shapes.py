@@ -9,13 +9,25 @@ from jaxtyping import AbstractArray, config
 Checked = TypeVar("Checked", bound=Callable[..., Any])
 
 
+_checks: dict[object, Callable[..., Any]] = {}
+
+
 def check(function: Checked) -> Checked:
-    """Check the arguments and results that are annotated with a shape; all other types are left to pyright."""
-    if config.jaxtyping_disable:  # functions inside others are checked anew each time that they are made, which takes milliseconds
+    """Check the arguments and results that are annotated with a shape; all other types are left to pyright.
+
+    jaxtyping passes a function that has the signature of the one to check and does nothing else, so one of them serves all functions that
+    are made by the same code: those inside others are made anew at each call.
+    """
+    if config.jaxtyping_disable:  # functions inside others are wrapped anew each time that they are made
         return function
-    hints = function.__annotations__
-    function.__annotations__ = {name: hint for name, hint in hints.items() if _has_shape(hint)}
-    return beartype(function)
+    hints = {name: hint for name, hint in function.__annotations__.items() if _has_shape(hint)}
+    code = function.__code__
+    parameters = (code.co_varnames, code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
+    signature = (function.__module__, function.__qualname__, *parameters, repr(hints))
+    if signature not in _checks:
+        function.__annotations__ = hints
+        _checks[signature] = beartype(function)
+    return _checks[signature]  # type: ignore[return-value]
 
 
 def _has_shape(hint: Any) -> bool:
