@@ -28,6 +28,11 @@ LONGEST = ("flows/test_serve.py", "estimate/test_estimate.py", "pipeline/test_li
 """Files that take minutes. They come first, so that no process is left with one of them when the others have finished."""
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Let `pytest --numprocesses auto` start one process more than there are cores, as many tests wait for servers."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first; `make test` lets pytest-xdist hand out the files in this order."""
     items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
