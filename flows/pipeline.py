@@ -23,7 +23,6 @@ from prefect.states import Completed
 from flows import artifacts
 from flows.checkout import Workplace, open_workplace
 from flows.prefect_server import run_once
-from ommatid.cli.error_boundary import at_edge
 from ommatid.config import Params, load_params
 from ommatid.errors import OmmatidError
 
@@ -152,10 +151,7 @@ def _follow(stage: str) -> Callable[[str], None]:
 
 def main() -> None:
     """Run the pipeline once with params.yaml."""
-    with at_edge():
-        if INVALID:
-            raise INVALID  # before a server is started
-    run_once(pipeline, __doc__)
+    run_once(pipeline, __doc__, INVALID)
 
 
 if __name__ == "__main__":

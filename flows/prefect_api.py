@@ -14,8 +14,8 @@ RETRIES = (0.5, 1.0, 2.0, 4.0)
 BEGUN = ("RUNNING", "COMPLETED", "FAILED", "CRASHED")
 """Types of the states of runs that have begun."""
 
-RESTARTED = "restarted"
-"""Tag of a run that was started again because its worker had been killed."""
+RESTARTED = "Restarted"
+"""Name of the state of a run that is started again because its worker had ended."""
 
 
 class Api:

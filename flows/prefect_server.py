@@ -161,17 +161,21 @@ def _root_cause(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def run_once(flow: "Flow[..., Any]", description: str | None) -> None:
+def run_once(flow: "Flow[..., Any]", description: str | None, fault: OmmatidError | None = None) -> None:
     """Run a flow as the main program, on a temporary Prefect server if PREFECT_API_URL is not set.
 
     Args:
         flow: The flow, whose parameters have defaults.
         description: What `--help` prints.
+        fault: Why it cannot run, if that is known before a server is started.
     """
     take_no_arguments(f"flows.{flow.name}", description)
     leave_out_tracebacks(Exception)  # `at_edge` writes tracebacks to a file
-    with at_edge(), prefect_server():
-        flow()
+    with at_edge():
+        if fault:
+            raise fault
+        with prefect_server():
+            flow()
 
 
 class _WithoutTraceback(logging.Filter):

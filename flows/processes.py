@@ -8,7 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -35,8 +35,15 @@ MARK = "OMMATID_SERVICES"
 class Services:
     """Processes that run until `end` is called or this process ends, even if it is killed (see flows/parent_watch.py)."""
 
-    def __init__(self, env: Mapping[str, str], logs: Path):
-        self._mark = secrets.token_hex(8)
+    def __init__(self, env: Mapping[str, str], logs: Path, mark: str | None = None):
+        """Prepare to start processes.
+
+        Args:
+            env: Their environment.
+            logs: Folder of their logs.
+            mark: Name by which they are known among all processes of the machine; None: a random one.
+        """
+        self._mark = mark or secrets.token_hex(8)
         self._env = {**env, MARK: self._mark}
         self._logs = logs
         self._running: dict[str, subprocess.Popen[bytes]] = {}
@@ -94,21 +101,33 @@ class Services:
             if process.poll() is not None:
                 raise RunError(f"{name} {_describe_end(process.returncode)}: {self._last_lines(name)}")
 
+    def any_left(self) -> bool:
+        """Return whether there are processes with this mark, which at first are those of another such object that was killed."""
+        return bool(self._all())
+
     def end(self) -> None:
-        """End all processes, newest first, so that workers can end their runs while the server still answers."""
+        """End all processes with this mark, newest first.
+
+        Workers and their runs are killed, so that the runs still report Running: the next start knows by that that they were cut short.
+        A run that is asked to end would report that it had crashed. Its stage is asked, and saves its work.
+        """
+        for words in (("prefect", "worker"), ("prefect.engine",)):
+            for process in self._all(words):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
         while self._running:
             with self._running.popitem()[1] as process:
                 end(process)
-        end_all(self._orphans())
+        end_all(self._all())
 
-    def _orphans(self) -> list[psutil.Process]:
-        """Descendants that outlived their parent, such as the run of a killed worker."""
-        orphans = []
+    def _all(self, words: Sequence[str] = ()) -> list[psutil.Process]:
+        """All processes with this mark, also descendants that outlived their parent, whose command has these words."""
+        found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):  # another user's process, or one that has just ended
-                if process.environ().get(MARK) == self._mark:
-                    orphans.append(process)
-        return orphans
+                if process.environ().get(MARK) == self._mark and not set(words) - set(process.cmdline()):
+                    found.append(process)
+        return found
 
     def _log(self, name: str) -> Path:
         return self._logs / f"{name}.log"

@@ -10,9 +10,8 @@ Final states: Promoted, Kept and Unchanged are completed; Rejected is a failure,
 """
 
 from pathlib import Path
-from uuid import UUID
 
-from prefect import flow, get_client, get_run_logger, task
+from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
@@ -23,7 +22,6 @@ from flows import approval, artifacts
 from flows.checkout import Workplace, open_workplace
 from flows.drift import check_drift
 from flows.pipeline import run_stages
-from flows.prefect_api import RESTARTED
 from flows.prefect_server import run_once
 from ommatid.config import Params, RetrainParams, load_params
 from ommatid.errors import GateError, RunError
@@ -80,12 +78,7 @@ def _describe(outcome: Decision | Waiting) -> State:
 
 def _find_untold() -> Decision | None:
     """Return what this run decided before it was cut short and started again, of which it told nobody; None if there is nothing."""
-    if RESTARTED not in flow_run.tags or not (decisions := read_decisions()):
-        return None
-    with get_client(sync_client=True) as client:
-        began = client.read_flow_run(UUID(flow_run.id)).start_time
-    last = decisions[-1]
-    return last if began and last.how == "retrain" and last.decided_at >= began else None
+    return next((made for made in read_decisions()[-1:] if made.flow_run == flow_run.id), None)
 
 
 def _conclude(params: Params) -> Decision | None:
@@ -193,7 +186,7 @@ def decide(params: Params) -> Decision:
 def publish(decision: Decision, params: RetrainParams) -> None:
     """Record the decision, publish the champion's catalogue, and show both in the Prefect UI."""
     page = artifacts.decision(decision)
-    champion.publish(decision, params.keep, _log_event)
+    champion.publish(decision.model_copy(update={"flow_run": flow_run.id}), params.keep, _log_event)
     get_run_logger().info(decision.reason)
     create_markdown_artifact(page, key="decision", description="Champion and challenger on the same split")
 

@@ -42,9 +42,11 @@ def serve(checkout: Path) -> None:
     pools = list(dict.fromkeys(deployment.work_pool.name for deployment in project.deployments))
     forms = [deployment.name for deployment in project.deployments if takes_params(checkout, deployment)]
     logs = checkout / ".prefect/logs"
-    with _held_ports() as (prefect, mlflow, explorer, webhook), _only_one(checkout, f"http://127.0.0.1:{prefect}"):
+    mark = f"make up in {checkout.resolve()}"
+    with _only_one(checkout) as holder, _held_ports(Services({}, logs, mark)) as (prefect, mlflow, explorer, webhook):
+        holder.write_text(f"process {os.getpid()}, http://127.0.0.1:{prefect}\n", encoding="utf-8")
         api = Api(f"http://127.0.0.1:{prefect}/api", ANSWER_SECONDS)
-        services = Services(_environment(checkout, prefect, explorer, webhook), logs)
+        services = Services(_environment(checkout, prefect, explorer, webhook), logs, mark)
         try:
             services.start("prefect", *_prefect(prefect))
             services.start("mlflow", *_mlflow(checkout, mlflow))
@@ -79,20 +81,26 @@ def serve(checkout: Path) -> None:
 
 
 @contextmanager
-def _held_ports() -> Iterator[list[int]]:
-    """Keep a free port for each server, which other checkouts do not take.
+def _held_ports(earlier: Services) -> Iterator[list[int]]:
+    """Keep a free port for each server, which other checkouts do not take, once what a `make up` left that was killed has ended.
 
     Raises:
         ConfigError: A variable is set to something else than a port.
         RunError: No port is free.
     """
     with ExitStack() as stack:
-        found: list[int] = []
+        firsts: list[int] = []
         for variable, usual in PORTS.items():
             value = os.environ.get(variable) or str(usual)
             if not value.isdecimal() or not 1 <= int(value) <= LAST_PORT:
                 raise ConfigError(f"{variable}: got {value!r}; set it to a port from 1 to {LAST_PORT}, or unset it to use {usual}")
-            port, holder = hold_port(int(value))
+            firsts.append(int(value))
+        if earlier.any_left():
+            _say(["processes of an earlier `make up` are still there; this one begins when they have ended, within a minute"])
+            earlier.end()
+        found: list[int] = []
+        for first in firsts:
+            port, holder = hold_port(first)
             stack.enter_context(holder)
             found.append(port)
         yield found
@@ -149,8 +157,8 @@ def show_params(api: Api, params: Params, forms: Sequence[str]) -> None:
 
 
 @contextmanager
-def _only_one(checkout: Path, address: str) -> Iterator[None]:
-    """Hold the checkout's servers for this process.
+def _only_one(checkout: Path) -> Iterator[Path]:
+    """Hold the checkout's servers for this process, and yield the file that says who holds them.
 
     Raises:
         RunError: Another process holds them: two schedulers and two workers would share one database.
@@ -164,8 +172,7 @@ def _only_one(checkout: Path, address: str) -> Iterator[None]:
         other = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
         raise RunError(f"`make up` runs in this checkout already ({other}); use its servers, or end it by Ctrl-C there first") from None
     with lock:
-        holder.write_text(f"process {os.getpid()}, {address}\n", encoding="utf-8")
-        yield
+        yield holder
 
 
 def _environment(checkout: Path, port: int, explorer: int, webhook: int) -> dict[str, str]:
@@ -202,27 +209,40 @@ def _mlflow(checkout: Path, port: int) -> tuple[str, ...]:
 
 
 def _restart_orphans(api: Api) -> list[str]:
-    """Start runs again that a killed worker has left behind: they still report Running, and would count towards the concurrency limit.
+    """Start runs again that have lost their worker: they still report Running, and would count towards the concurrency limit.
 
-    A run that is cut short a second time is left as Crashed, as it may be what brings the machine down.
+    A run that is cut short after it was started again in this way is left as Crashed, as it may be what brings the machine down.
 
     Returns:
-        A sentence for each run.
+        A sentence for each run that had begun.
     """
     said = []
     for run in api.runs(state={"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}, deployment_id={"is_null_": False}):
         if run["state_type"] == "CANCELLING":
-            api.set_state(run["id"], "CANCELLED", "its worker was killed while it was being cancelled")
-        elif RESTARTED in run["tags"]:
-            what = "its worker was killed for the second time; start the same run again to continue where it stopped"
+            what = "its worker ended while it was being cancelled"
+            api.set_state(run["id"], "CANCELLED", what)
+            said.append(f"{run['name']} is cancelled: {what}")
+        elif run["state_type"] == "PENDING":
+            api.set_state(run["id"], "SCHEDULED", "its worker ended before it had begun")
+        elif _was_restarted(api, run["id"]):
+            what = "its worker ended for the second time; start the same run again to continue where it stopped"
             api.set_state(run["id"], "CRASHED", what)
             said.append(f"warning: {run['name']} is marked as crashed: {what}")
         else:
-            what = "its worker was killed; it starts again and continues where it stopped"
-            api.set_state(run["id"], "SCHEDULED", what, "Restarted")
-            api.patch(f"/flow_runs/{run['id']}", {"tags": [*run["tags"], RESTARTED]})
+            what = "its worker ended; it starts again and continues where it stopped"
+            api.set_state(run["id"], "SCHEDULED", what, RESTARTED)
             said.append(f"{run['name']} was cut short: {what}")
     return said
+
+
+def _was_restarted(api: Api, run: str) -> bool:
+    """Return whether it was `_restart_orphans` that last started a run, and not a schedule, a person, or the answer to a question."""
+    starts = [
+        state["name"]
+        for state in api.get(f"/flow_run_states/?flow_run_id={run}")
+        if state["type"] in ("SCHEDULED", "PAUSED") and state["name"] not in ("AwaitingConcurrencySlot", "Late")
+    ]
+    return starts[-1:] == [RESTARTED]
 
 
 def _stop(*_: object) -> None:

@@ -3,7 +3,7 @@
 The files that params.yaml names as images are listed again and again, as the stage `images` lists them, so linked folders, network file
 systems, Parquet files, shards and object stores are watched alike. Once a listing has been the same for `quiet_seconds`, the content
 is compared with that of the last run that was started for a change, and if it differs, one run is started. .prefect/watch.json
-remembers it, so that changes made while nothing watched start one run, and no content starts two.
+remembers it, so that changes made while nothing watched start one run, and no content starts two, unless it was away while a run failed.
 
 With OMMATID_WEBHOOK_TOKEN set, http://127.0.0.1:8322 (OMMATID_WEBHOOK_HOST, OMMATID_WEBHOOK_PORT) takes notifications: on a POST without a
 body, or with an event of S3 or MinIO, the files are listed at once. Imports no Prefect.
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_plus
 
-from flows.prefect_api import BEGUN, Api
+from flows.prefect_api import BEGUN, RESTARTED, Api
 from flows.project import Watch, read_project
 from ommatid.cli.error_boundary import at_edge
 from ommatid.config import Params, load_params
@@ -93,7 +93,8 @@ class Watcher:
             took = time.monotonic() - began  # what follows may wait for the Prefect server, or read files once
             said = self._follow(now, params, listing)
             if self._said and self._seen == self._compared:
-                said = said or [f"{NOTICE}changes of the images start runs again"]
+                if not any(line.startswith(NOTICE) for line in said):
+                    said.append(f"{NOTICE}changes of the images start runs again")
                 self._said.clear()
         except OmmatidError as error:
             said = [] if str(error) in self._said else [f"{NOTICE}changes of the images start nothing: {error}"]
@@ -124,11 +125,14 @@ class Watcher:
             if list_input(params).fingerprint != listing.fingerprint:
                 return []  # it has changed while it was read
         said, known = [], memory | {"seen": seen}
-        what = f"{listing.place} has changed" if content != memory["content"] else f"{listing.place} is back, and the last run failed"
-        if content != memory["content"] or (self._was_away and self._last_run_failed()):
-            said = self._start(known | {"content": content, "n": memory["n"] + 1}, f"{what} ({len(listing.files):,} files)", listing.place)
-        elif known != memory:
+        if known != memory and content == memory["content"]:
             _write(self._checkout / MEMORY, known)
+        last = self._last_run() if self._was_away and content == memory["content"] else ""
+        if last in ("Pending", "Running"):
+            return []  # it may fail for lack of what was away
+        if content != memory["content"] or last == "Failed":
+            what = f"{listing.place} {'is back, and the last run failed' if last else 'has changed'} ({len(listing.files):,} files)"
+            said = self._start(known | {"content": content, "n": memory["n"] + 1}, what, listing.place)
         self._was_away, self._compared = False, seen
         return said
 
@@ -168,16 +172,16 @@ class Watcher:
             raise RunError(f"the Prefect server has no deployment {name}")
         return deployment["id"]
 
-    def _last_run_failed(self) -> bool:
-        """Return whether the last run that has begun ended by an error, such as that of a folder without images."""
-        of = {"deployment_id": {"any_": [self._deployment()]}, "state": {"type": {"any_": BEGUN}}}
-        last = self._api.post("/flow_runs/filter", {"flow_runs": of, "sort": "START_TIME_DESC", "limit": 1})
-        return bool(last) and last[0]["state_name"] in ("Failed", "Crashed")
+    def _last_run(self) -> str:
+        """Return the state of the last run that has begun, or is about to; "" if there is none."""
+        of = {"deployment_id": {"any_": [self._deployment()]}, "state": {"type": {"any_": ["PENDING", *BEGUN]}}}
+        last = self._api.post("/flow_runs/filter", {"flow_runs": of, "sort": "EXPECTED_START_TIME_DESC", "limit": 1})
+        return last[0]["state_name"] if last else ""
 
     def _waits(self, deployment: str) -> bool:
         due = {"before_": datetime.now(UTC).isoformat()}
         waiting = self._api.runs(deployment_id={"any_": [deployment]}, state={"type": {"any_": ["SCHEDULED"]}}, expected_start_time=due)
-        return any(run["run_count"] == 0 for run in waiting)
+        return any(run["run_count"] == 0 or run["state_name"] == RESTARTED for run in waiting)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -361,11 +361,10 @@ def test_a_run_that_is_killed_after_it_has_decided_tells_it_once_it_is_started_a
             questions.go_on(run)
     assert len(read_decisions()) == 1
     with get_client(sync_client=True) as client:
-        client.update_flow_run(run, tags=[RESTARTED])
-        client.set_flow_run_state(run, Scheduled(name="Restarted"), force=True)
+        client.set_flow_run_state(run, Scheduled(name=RESTARTED), force=True)
+    assert questions.state(questions.start())[0] == "Unchanged", "another run has nothing to tell"
     questions.go_on(run)
     assert questions.state(run)[0] == state and len(read_decisions()) == 1
-    assert questions.state(questions.start())[0] == "Unchanged", "another run has nothing to tell"
 
 
 def test_a_challenger_that_somebody_promotes_is_asked_about_no_longer(questions: Questions) -> None:

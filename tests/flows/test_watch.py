@@ -46,11 +46,17 @@ class Server(Api):
             return [{"id": "d"}]
         if path == "/flow_runs/filter":
             found = [run for run in self.made if run["state_type"] in body["flow_runs"]["state"]["type"]["any_"]]
-            return found[::-1][: body["limit"]] if body["sort"] == "START_TIME_DESC" else found
+            return found[::-1][: body["limit"]] if body["sort"] == "EXPECTED_START_TIME_DESC" else found
         assert path == "/deployments/d/create_flow_run", path
         known = next((run for run in self.made if run["key"] == body["idempotency_key"]), None)
         if known is None:
-            known = {"name": f"run-{len(self.made)}", "state_type": "SCHEDULED", "run_count": 0, "key": body["idempotency_key"]}
+            known = {
+                "name": f"run-{len(self.made)}",
+                "state_type": "SCHEDULED",
+                "state_name": "Scheduled",
+                "run_count": 0,
+                "key": body["idempotency_key"],
+            }
             self.made.append(known)
         return known
 
@@ -85,7 +91,7 @@ class Day:
     def finish(self, kind: str = "COMPLETED", name: str = "Completed") -> None:
         """Let all runs end that have not."""
         for run in self.server.made:
-            if run["state_type"] == "SCHEDULED":
+            if run["state_type"] in ("SCHEDULED", "RUNNING"):
                 run |= {"state_type": kind, "state_name": name, "run_count": 1}
 
 
@@ -193,7 +199,7 @@ def test_the_first_images_of_a_folder_that_was_empty_start_a_run(day: Day) -> No
 
 
 @pytest.mark.parametrize(
-    ("state", "n_runs"), [(("FAILED", "Failed"), 2), (("CRASHED", "Crashed"), 2), (("FAILED", "Rejected"), 1), (("COMPLETED", "Kept"), 1)]
+    ("state", "n_runs"), [(("FAILED", "Failed"), 2), (("CRASHED", "Crashed"), 1), (("FAILED", "Rejected"), 1), (("COMPLETED", "Kept"), 1)]
 )
 def test_images_that_are_put_back_after_a_run_failed_without_them_start_another(day: Day, state: tuple[str, str], n_runs: int) -> None:
     (day.photos / "two.jpg").write_text("two")
@@ -209,6 +215,29 @@ def test_images_that_are_put_back_after_a_run_failed_without_them_start_another(
         assert said == "notice: changes of the images start runs again"
     day.finish(*state)
     assert day.passes(100) == [] and len(day.server.made) == n_runs, "a run that fails for another reason starts no third one"
+
+
+def test_a_run_that_goes_on_when_the_images_are_put_back_may_still_fail_without_them(day: Day) -> None:
+    (day.photos / "two.jpg").write_text("two")
+    day.passes()
+    day.server.made[0] |= {"state_type": "RUNNING", "state_name": "Running", "run_count": 1}
+    day.photos.rename(day.root / "elsewhere")
+    day.passes()
+    (day.root / "elsewhere").rename(day.photos)
+    assert day.passes(100) == [], "the run has not ended"
+    day.finish("FAILED", "Failed")
+    assert len(day.passes()) == 1 and len(day.server.made) == 2
+
+
+def test_a_fault_that_is_over_is_said_even_if_a_run_waits_anyway(day: Day) -> None:
+    (day.photos / "two.jpg").write_text("two")
+    day.passes()
+    (day.photos / "three.jpg").write_text("three")
+    day.server.is_down = True
+    assert len(day.passes()) == 1
+    day.server.is_down = False
+    waits, over = day.passes()
+    assert waits.endswith("a run of retrain is waiting to start anyway") and over == "notice: changes of the images start runs again"
 
 
 def test_a_server_that_is_down_is_asked_again(day: Day) -> None:

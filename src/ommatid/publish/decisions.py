@@ -83,6 +83,8 @@ class Decision(BaseModel):
     """Who decided: a person, or a Prefect flow run; None in lines of older versions."""
     why: str | None = None
     """What the person said about it."""
+    flow_run: str | None = None
+    """Id of the Prefect run that recorded the decision; None for what a person did by a verb, and in lines of older versions."""
     decided_at: datetime
     """Time of the decision, UTC."""
     challenger: Scores

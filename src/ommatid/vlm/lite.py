@@ -324,10 +324,12 @@ class LiteVision(_Tower):
     ) -> Float[torch.Tensor, "batch channels rows columns"]:
         """Run uint8 pixels `(b, size, size, 3)` up to a hookpoint, and return the map `(b, c, r, q)`.
 
-        The maps of the last images are kept, because edits of many latents, and gradients of many outputs, begin with the same ones. An
-        image's map has the same bits whatever images are run beside it.
+        The maps of the last images are kept, because edits of many latents, and gradients of many outputs, begin with the same ones. On a
+        CPU an image's map has the same bits whatever images are run beside it; elsewhere maps serve again the same images together.
         """
         keys, begun = [(hookpoint, image.numpy().tobytes()) for image in pixels.cpu()], self._begun
+        if torch.device(self._device).type != "cpu" and keys != list(begun):
+            begun = {}
         if new := [place for place, key in enumerate(keys) if key not in begun]:
             maps = torch.cat([self._net.begin(self._normalise(part), hookpoint) for part in self._slices(pixels[new])])
             made = dict(zip((keys[place] for place in new), maps.permute(0, 2, 3, 1), strict=True))
