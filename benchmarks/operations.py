@@ -85,7 +85,7 @@ class Clone:
         self.run(["git", "-c", "user.name=bench", "-c", "user.email=bench@localhost", "commit", "--quiet", "-am", message])
 
     def repro(self, stages: tuple[str, ...]) -> tuple[dict[str, float], int]:
-        """Run stages by `dvc repro`; return the seconds of each, and the number of images that networks ran on."""
+        """Run stages by `dvc repro`; return the seconds of each, and the number of images that `extract` ran networks on."""
         seconds, computed = {}, 0
         for stage in stages:
             start = time.perf_counter()
@@ -124,7 +124,7 @@ def measure_increment(clone: Clone, n_images: int, name: str) -> list[Row]:
     rows = [
         Row(f"{name}: line but training after 1 % more images, against from scratch", ratio, "", 0.25, 0.1, "lower"),
         Row(f"{name}: the same of images and extract alone", _ratio(again, first, ("images", "extract")), "", better="lower"),
-        Row(f"{name}: share of images that networks ran on then", 100 * share, "%", 3.0, 1.5, "lower"),
+        Row(f"{name}: share of images that `extract` ran networks on then", 100 * share, "%", 3.0, 1.5, "lower"),
     ]
     return rows + [Row(f"{name}: {stage}, from scratch and then", first[stage], f"s, {again[stage]:.1f} s") for stage in LINE]
 
