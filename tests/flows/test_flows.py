@@ -132,7 +132,7 @@ def test_stages_that_end_with_the_catalogue_of_the_last_decision_change_nothing(
 def test_a_commit_or_push_that_fails_is_a_warning_of_the_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decided(monkeypatch)
     monkeypatch.setattr(champion, "is_decided", lambda: True)
-    monkeypatch.setattr("flows.retrain.read_decisions", lambda: ["a decision"])
+    monkeypatch.setattr("flows.retrain.read_decisions", lambda: [SimpleNamespace(flow_run=None)])
     monkeypatch.setattr(versions, "commit", lambda root, made, branch, say, warn, is_half_way: (say("one is done"), warn("one failed")))
     monkeypatch.setattr(versions, "push", lambda root, branch, say, warn: warn("two failed"))
     params = here / "params.yaml"
