@@ -43,7 +43,7 @@ def serve(checkout: Path) -> None:
     forms = [deployment.name for deployment in project.deployments if takes_params(checkout, deployment)]
     logs = checkout / ".prefect/logs"
     mark = f"make up in {checkout.resolve()}"
-    with _only_one(checkout) as holder, _held_ports(Services({}, logs, mark)) as (prefect, mlflow, explorer, webhook):
+    with _only_one(checkout, Services({}, logs, mark)) as holder, _held_ports() as (prefect, mlflow, explorer, webhook):
         holder.write_text(f"process {os.getpid()}, http://127.0.0.1:{prefect}\n", encoding="utf-8")
         api = Api(f"http://127.0.0.1:{prefect}/api", ANSWER_SECONDS)
         services = Services(_environment(checkout, prefect, explorer, webhook), logs, mark)
@@ -81,26 +81,20 @@ def serve(checkout: Path) -> None:
 
 
 @contextmanager
-def _held_ports(earlier: Services) -> Iterator[list[int]]:
-    """Keep a free port for each server, which other checkouts do not take, once what a `make up` left that was killed has ended.
+def _held_ports() -> Iterator[list[int]]:
+    """Keep a free port for each server, which other checkouts do not take.
 
     Raises:
         ConfigError: A variable is set to something else than a port.
         RunError: No port is free.
     """
     with ExitStack() as stack:
-        firsts: list[int] = []
+        found: list[int] = []
         for variable, usual in PORTS.items():
             value = os.environ.get(variable) or str(usual)
             if not value.isdecimal() or not 1 <= int(value) <= LAST_PORT:
                 raise ConfigError(f"{variable}: got {value!r}; set it to a port from 1 to {LAST_PORT}, or unset it to use {usual}")
-            firsts.append(int(value))
-        if earlier.any_left():
-            _say(["processes of an earlier `make up` are still there; this one begins when they have ended, within a minute"])
-            earlier.end()
-        found: list[int] = []
-        for first in firsts:
-            port, holder = hold_port(first)
+            port, holder = hold_port(int(value))
             stack.enter_context(holder)
             found.append(port)
         yield found
@@ -157,8 +151,8 @@ def show_params(api: Api, params: Params, forms: Sequence[str]) -> None:
 
 
 @contextmanager
-def _only_one(checkout: Path) -> Iterator[Path]:
-    """Hold the checkout's servers for this process, and yield the file that says who holds them.
+def _only_one(checkout: Path, earlier: Services) -> Iterator[Path]:
+    """Hold the checkout's servers for this process, once those that a killed one left have ended; yield the file that says who holds them.
 
     Raises:
         RunError: Another process holds them: two schedulers and two workers would share one database.
@@ -172,6 +166,9 @@ def _only_one(checkout: Path) -> Iterator[Path]:
         other = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
         raise RunError(f"`make up` runs in this checkout already ({other}); use its servers, or end it by Ctrl-C there first") from None
     with lock:
+        if earlier.any_left():
+            _say(["processes of an earlier `make up` are still there; this one begins when they have ended, within a minute"])
+            earlier.end()
         yield holder
 
 

@@ -128,10 +128,11 @@ def test_splice_at_every_hookpoint(dtype: str, monkeypatch: pytest.MonkeyPatch) 
         assert shapes.pop() == (3, point.n_tokens, point.d_model) and not shapes
 
 
-def test_images_run_once_up_to_a_hookpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_images_run_once_up_to_a_hookpoint(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept of a batch serves some of its images again, in any order, with the bits of a model that has seen none."""
-    model, pixels, begun, seen = load(image_size=64), noise(5, 64), [], []
-    begin, expected = model._net.begin, load(image_size=64).capture(pixels, ["blocks.15"]).tokens["blocks.15"]
+    model, pixels, begun, seen = load(image_size=64, dtype=dtype), noise(5, 64), [], []
+    begin, expected = model._net.begin, load(image_size=64, dtype=dtype).capture(pixels, ["blocks.15"]).tokens["blocks.15"]
     monkeypatch.setattr(model._net, "begin", lambda x, name: begun.append(len(x)) or begin(x, name))
     for images in ([0, 1, 2], [2, 0], [2, 3, 4]):
         model.splice(pixels[images], "blocks.15", [lambda x: seen.append(x) or x])
